@@ -1,0 +1,8 @@
+"""`python -m dreambooth_moslora COMMAND …`."""
+
+import sys
+
+from dreambooth_moslora.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,10 @@
+"""The one exception that is meant for the person at the keyboard."""
+
+__all__ = ["UserError"]
+
+
+class UserError(ValueError):
+    """A mistake of the person at the keyboard: its text is one line that says what was wrong and what to do.
+
+    Command-line programs print it without a traceback and exit with code 2.
+    """
