@@ -1,0 +1,225 @@
+"""The base model: from its name to a pipeline, and from photos and words to what its UNet reads.
+
+name --load_pipeline--> StableDiffusionXLPipeline
+pixels (B, 3, H, W) in [-1, 1] --encode_image--> latents (B, 4, H/8, W/8), scaled as the UNet expects them
+prompts (N) --encode_text--> TextCond(embeds (N, 77, D), pooled (N, P))
+CropPlan --time_ids--> (6,): original height, width, crop top, left, target height, width in pixels
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from dreambooth_moslora.errors import UserError
+
+__all__ = [
+    "PlannedCrop",
+    "TextCond",
+    "architecture",
+    "default_resolution",
+    "encode_image",
+    "encode_text",
+    "load_pipeline",
+    "resolve_base",
+    "time_ids",
+]
+
+logger = logging.getLogger(__name__)
+
+TOY = Path(__file__).resolve().parents[1] / "assets" / "toy-sdxl"
+SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
+
+
+class PlannedCrop(Protocol):
+    """What `time_ids` needs to know of a crop; all sizes are (height, width) or (top, left) in pixels."""
+
+    original_size: tuple[int, int]
+    crop_top_left: tuple[int, int]
+    target_size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TextCond:
+    """Text conditioning of N prompts: `embeds` (N, 77, D) of both encoders, `pooled` (N, P) of the second one."""
+
+    embeds: Tensor
+    pooled: Tensor
+
+
+def resolve_base(name: str | Path) -> str | Path:
+    """`toy`, a folder, a single checkpoint file, or a hub id (returned as it is).
+
+    Raises UserError for a path that is not there, and for a folder that is no diffusers model.
+    """
+    if str(name) == "toy":
+        return existing_toy()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise UserError(f"{path} is not a diffusers model: it has no model_index.json.")
+        return path
+    if path.is_file():
+        return single_file(path)
+    if not is_hub_id(str(name)):
+        raise UserError(f"the base {name} does not exist: give a diffusers folder, a .safetensors file or a hub id.")
+    return str(name)
+
+
+def existing_toy() -> Path:
+    if not (TOY / "model_index.json").is_file():
+        raise UserError(f"the embedded base is missing: {TOY} has no model_index.json; clone the whole repository.")
+    return TOY
+
+
+def single_file(path: Path) -> Path:
+    if path.suffix not in SINGLE_FILE_SUFFIXES:
+        raise UserError(f"{path} is neither a diffusers folder nor a .safetensors checkpoint.")
+    return path
+
+
+def is_hub_id(name: str) -> bool:
+    """`owner/model-1.0` has a dot and is an id; `owner/model.safetensors` and `./model` are paths."""
+    is_path = name.startswith((".", "~", "/")) or Path(name).suffix in SINGLE_FILE_SUFFIXES
+    return name.count("/") == 1 and not is_path
+
+
+def load_pipeline(
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    vae: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    device: str | torch.device | None = None,
+) -> StableDiffusionXLPipeline:
+    """Load a base in `dtype` (fp32 when None) onto `device`, every module frozen and in evaluation mode.
+
+    `vae` names another autoencoder (folder or hub id), such as one repaired for fp16.
+    Raises UserError when the base is missing, is no SDXL model, or cannot be fetched.
+    """
+    source = resolve_base(name_or_path)
+    dtype = dtype or torch.float32
+    options = {"dtype": dtype, "revision": revision, "cache_dir": cache_dir}
+    parts = {"vae": load_vae(vae, dtype, cache_dir)} if vae else {}
+    try:
+        if isinstance(source, Path) and source.is_file():
+            pipeline = load_single_file(source, {**options, **parts})
+        else:
+            pipeline = StableDiffusionXLPipeline.from_pretrained(
+                source, variant=variant, add_watermarker=False, **options, **parts
+            )
+    except (OSError, ValueError) as error:
+        raise UserError(f"the base model {name_or_path} cannot be loaded: {one_line(error)}") from error
+    check_is_sdxl(pipeline, name_or_path)
+    freeze(pipeline)
+    return pipeline.to(device) if device is not None else pipeline
+
+
+def load_vae(name: str | Path, dtype: torch.dtype, cache_dir: str | Path | None) -> AutoencoderKL:
+    try:
+        return AutoencoderKL.from_pretrained(name, dtype=dtype, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the VAE {name} cannot be loaded: {one_line(error)}") from error
+
+
+def load_single_file(path: Path, options: dict) -> StableDiffusionXLPipeline:
+    """One checkpoint file. A diffusers folder of the same stem beside it supplies the configs; else the hub does."""
+    configs = path.with_suffix("")
+    local = {"config": str(configs)} if (configs / "model_index.json").is_file() else {}
+    try:
+        pipeline = StableDiffusionXLPipeline.from_single_file(str(path), add_watermarker=False, **options, **local)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is not an SDXL checkpoint that diffusers can read: {one_line(error)}") from error
+    if path.suffix == ".safetensors":
+        follow_prediction_marks(pipeline, path)
+    return pipeline
+
+
+def follow_prediction_marks(pipeline: StableDiffusionXLPipeline, path: Path) -> None:
+    """v-prediction checkpoints carry an empty tensor `v_pred` (and `ztsnr`), which diffusers does not read."""
+    with safe_open(path, framework="pt") as file:
+        marks = {"v_pred", "ztsnr"} & set(file.keys())
+    if "v_pred" in marks:
+        changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in marks}
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **changes)
+
+
+def check_is_sdxl(pipeline: StableDiffusionXLPipeline, name: str | Path) -> None:
+    unet = pipeline.unet
+    if unet is None or pipeline.text_encoder_2 is None or unet.config.addition_embed_type != "text_time":
+        raise UserError(f"{name} is not an SDXL base model (two text encoders and size conditioning are needed).")
+
+
+def freeze(pipeline: StableDiffusionXLPipeline) -> None:
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def default_resolution(pipeline: StableDiffusionXLPipeline) -> int:
+    """Side in pixels of the images that the UNet was made for: 1024 for SDXL, 128 for the embedded base."""
+    return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+
+
+def encode_text(pipeline: StableDiffusionXLPipeline, prompts: list[str]) -> TextCond:
+    """Embed N prompts: penultimate hidden states of both encoders side by side, and the pooled output of the second.
+
+    Gradients reach the encoders when they are enabled: the caller says `torch.no_grad()` for frozen ones.
+    """
+    device = pipeline.text_encoder_2.device
+    embeds, _, pooled, _ = pipeline.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
+    return TextCond(embeds, pooled)
+
+
+@torch.no_grad()
+def encode_image(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8), fp32: the mean of the VAE's posterior.
+
+    An SDXL VAE in fp16 can overflow to NaN; then the VAE is turned to fp32, for good, and asked again.
+    Raises UserError when even fp32 gives no finite latents.
+    """
+    latents = posterior_mean(vae, pixels)
+    if not latents.isfinite().all() and vae.dtype != torch.float32:
+        logger.warning("The VAE gives NaN in %s: it is used in float32 from here on.", vae.dtype)
+        vae.to(torch.float32)
+        latents = posterior_mean(vae, pixels)
+    if not latents.isfinite().all():
+        raise UserError("the VAE gives NaN for a photo even in float32: its weights are broken; use another VAE.")
+    return scale_latents(vae, latents)
+
+
+def posterior_mean(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
+
+
+def scale_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """z -> scale·z, or scale·(z - mean)/std for VAEs that publish their latents' statistics (Playground v2.5)."""
+    mean, std = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
+    if mean is not None and std is not None:
+        mean, std = (torch.tensor(v, device=latents.device).view(1, -1, 1, 1) for v in (mean, std))
+        latents = (latents - mean) / std
+    return latents * vae.config.scaling_factor
+
+
+def time_ids(plan: PlannedCrop) -> Tensor:
+    """SDXL's size and crop conditioning (6,) of one image (Podell et al. 2023, section 2.2)."""
+    return torch.tensor([*plan.original_size, *plan.crop_top_left, *plan.target_size], dtype=torch.float32)
+
+
+def architecture(unet: UNet2DConditionModel) -> dict[str, object]:
+    """The shape of a UNet, JSON-able: two bases with equal shape accept each other's adapters."""
+    keys = ("in_channels", "block_out_channels", "cross_attention_dim", "transformer_layers_per_block")
+    facts = {key: unet.config[key] for key in keys}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}

@@ -1,0 +1,113 @@
+"""The base model: names, loading, and what its UNet reads."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from dreambooth_moslora import base
+from dreambooth_moslora.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_base):
+    return base.load_pipeline(tiny_base)
+
+
+def test_a_hub_id_with_a_dot_is_not_taken_for_a_path():
+    assert base.resolve_base("stabilityai/stable-diffusion-xl-base-1.0") == "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "models/base.safetensors", "base.safetensors"])
+def test_a_missing_path_is_named(name):
+    with pytest.raises(UserError, match="does not exist"):
+        base.resolve_base(name)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(UserError, match="no model_index"):
+        base.load_pipeline(tmp_path)
+
+
+def test_an_unreachable_hub_id_is_one_line():
+    with pytest.raises(UserError) as error:
+        base.load_pipeline("nobody/no-such-model")
+    assert "nobody/no-such-model" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "odd.safetensors")
+    with pytest.raises(UserError, match="odd"):
+        base.load_pipeline(tmp_path / "odd.safetensors")
+
+
+def test_everything_is_frozen_and_in_the_asked_dtype(tiny_base):
+    pipeline = base.load_pipeline(tiny_base, dtype=torch.bfloat16)
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        assert part.dtype == torch.bfloat16 and not part.training
+        assert not any(p.requires_grad for p in part.parameters())
+
+
+def test_default_resolution_is_the_unets_own(pipeline):
+    assert base.default_resolution(pipeline) == 64
+
+
+def test_text_equals_what_the_pipeline_itself_encodes(pipeline):
+    prompts = ["a photo of sks dog", "a dog"]
+    cond = base.encode_text(pipeline, prompts)
+    embeds, _, pooled, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
+    assert cond.embeds.shape == (2, 77, 48) and cond.pooled.shape == (2, 32)
+    assert torch.equal(cond.embeds, embeds) and torch.equal(cond.pooled, pooled)
+
+
+def test_latents_are_the_scaled_posterior_mean(pipeline):
+    pixels = torch.rand(2, 3, 64, 64) * 2 - 1
+    latents = base.encode_image(pipeline.vae, pixels)
+    assert latents.shape == (2, 4, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(latents, 0.5 * pipeline.vae.encode(pixels).latent_dist.mean, atol=1e-6)
+
+
+def test_published_latent_statistics_are_used(pipeline):
+    pixels = torch.rand(1, 3, 64, 64)
+    plain = base.encode_image(pipeline.vae, pixels)
+    config = SimpleNamespace(scaling_factor=0.5, latents_mean=[1.0] * 4, latents_std=[2.0] * 4)
+    latents = base.scale_latents(SimpleNamespace(config=config), plain / 0.5)
+    assert torch.allclose(latents, (plain / 0.5 - 1) / 2 * 0.5, atol=1e-6)
+
+
+def overflowing_vae(tiny_base, dtype):
+    """A VAE whose activations pass 65504, the largest fp16 number, but not the largest fp32 number."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_base)
+    with torch.no_grad():
+        pipeline.vae.encoder.conv_in.weight.mul_(1e6)
+    return pipeline.vae.to(dtype)
+
+
+def test_nan_of_an_fp16_vae_is_answered_with_fp32(tiny_base, caplog):
+    pixels = torch.rand(1, 3, 64, 64)
+    vae = overflowing_vae(tiny_base, torch.float32).half()
+    vae.encoder.conv_in.weight.data.fill_(6e4)
+    latents = base.encode_image(vae, pixels)
+    assert latents.isfinite().all() and vae.dtype == torch.float32
+    assert "float32" in caplog.text
+
+
+def test_a_broken_vae_is_refused(tiny_base):
+    vae = overflowing_vae(tiny_base, torch.float32)
+    vae.encoder.conv_in.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="VAE"):
+        base.encode_image(vae, torch.rand(1, 3, 64, 64))
+
+
+def test_time_ids_are_original_crop_target():
+    plan = SimpleNamespace(original_size=(480, 640), crop_top_left=(3, 5), target_size=(64, 64))
+    assert base.time_ids(plan).tolist() == [480, 640, 3, 5, 64, 64]
+
+
+def test_architecture_tells_bases_apart(pipeline):
+    facts = base.architecture(pipeline.unet)
+    assert facts["block_out_channels"] == [8, 16, 32] and facts["cross_attention_dim"] == 48
