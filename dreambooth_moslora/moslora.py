@@ -1,0 +1,286 @@
+"""Mixture-of-Subspaces LoRA (MoSLoRA), Wu, Wang, Zhao, Wong, arXiv 2406.11909.
+
+    y = W0·x + s·B·M·A·x        W0 (out, in) frozen,  A (r, in),  M (r, r) the mixer,  B (out, r),  s = alpha/r
+
+A starts gaussian, B at zero, so the adapter starts as a no-op whatever the mixer. B·M is itself a LoRA "up" matrix:
+every adapter folds exactly into a plain LoRA (`fold`), and M = I is LoRA.
+
+The mixer lives inside PEFT's `lora_B[adapter]` (`MixedUp`), so everything that PEFT does with a LoRA layer it does with
+this one: quantised bases, DoRA, merging, several adapters. Two doors lead here: `inject` for a model that is already
+there, and `MoSLoraConfig` for `peft.get_peft_model`.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from functools import wraps
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
+from torch import Tensor, nn
+
+from dreambooth_moslora.errors import UserError
+
+__all__ = [
+    "ATTENTION_PROJECTIONS",
+    "MIXERS",
+    "FoldedLayer",
+    "MixedUp",
+    "MoSLoraConfig",
+    "adapter_layers",
+    "adapter_parameters",
+    "disabled",
+    "fold",
+    "initial_mixer",
+    "inject",
+    "mixer_parameters",
+    "set_scale",
+]
+
+MIXERS = ("orthogonal", "identity", "kaiming", "butterfly", "none")
+ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")  # the paper's targets in SDXL
+
+
+def initial_mixer(kind: str, rank: int, seed: int, path: str) -> Tensor:
+    """M₀ (r, r) in fp32 for the projection at `path`: the same whatever else was created before it."""
+    digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
+    mixer = torch.empty(rank, rank, dtype=torch.float32, device="cpu")
+    if kind == "orthogonal":
+        return nn.init.orthogonal_(mixer, generator=generator)
+    if kind == "kaiming":
+        return nn.init.kaiming_uniform_(mixer, a=math.sqrt(5), generator=generator)
+    if kind == "identity":
+        return torch.eye(rank)
+    if rank % 2:
+        raise UserError(f"The butterfly mixer [[I, I], [I, I]] needs an even rank, not {rank} (at {path})")
+    return torch.eye(rank // 2).repeat(2, 2)
+
+
+class MixedUp(nn.Module):
+    """B·M in the place of LoRA's B: `up` (out, r) is a parameter, `mixer` (r, r) a parameter, or a buffer when frozen.
+
+    A frozen mixer is a buffer because PEFT turns gradients on for every parameter of an adapter that it activates.
+    """
+
+    def __init__(self, up: Tensor, mixer: Tensor, train_mixer: bool = True):
+        super().__init__()
+        self.up = nn.Parameter(up)
+        if train_mixer:
+            self.mixer = nn.Parameter(mixer)
+        else:
+            self.register_buffer("mixer", mixer)
+
+    @property
+    def weight(self) -> Tensor:
+        """B·M (out, r): what PEFT merges, and what a plain LoRA would call its B."""
+        return self.up @ self.mixer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, r) -> (…, out)."""
+        return F.linear(x, self.up @ self.mixer)
+
+
+@dataclass
+class MoSLoraConfig(LoraConfig):
+    """PEFT's LoraConfig with a mixer. All the other fields, `lora_alpha` too, keep PEFT's names and defaults."""
+
+    init_lora_weights: bool | str = field(
+        default="gaussian", metadata=LoraConfig.__dataclass_fields__["init_lora_weights"].metadata
+    )
+    mixer: str = field(default="orthogonal", metadata={"help": f"How M starts: one of {', '.join(MIXERS)}."})
+    train_mixer: bool = field(default=True, metadata={"help": "Learn M, or keep it as it started."})
+    mixer_seed: int = field(default=0, metadata={"help": "Seed of the random mixers."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mixer not in MIXERS:
+            raise UserError(f"mixer={self.mixer!r} is unknown; choose one of {', '.join(MIXERS)}")
+        if self.mixer != "none" and self.init_lora_weights not in (True, False, "gaussian"):
+            raise UserError(
+                f"init_lora_weights={self.init_lora_weights!r} computes B·A from the base weights, which a mixer would "
+                'change; use "gaussian" or mixer="none"'
+            )
+
+    def without_mixer(self) -> LoraConfig:
+        """The plain LoraConfig that a folded copy of this adapter has."""
+        return LoraConfig(**{f.name: getattr(self, f.name) for f in fields(LoraConfig) if f.init})
+
+
+def _check_can_mix(layer: LoraLayer, adapter_name: str, path: str) -> None:
+    """Raise UserError with the layer's name unless its lora_B is a plain matrix that PEFT only multiplies by."""
+    kind = type(layer.get_base_layer()).__name__
+    plain = type(layer.lora_B[adapter_name]) is nn.Linear if adapter_name in layer.lora_B else False
+    if not plain or isinstance(layer, (MultiheadAttention, ParamWrapper)):
+        raise UserError(f"{path} is a {kind}, which cannot carry a mixer; leave it out of target_modules")
+    if layer.lora_B[adapter_name].bias is not None:
+        raise UserError(f"{path}: lora_bias=True cannot be combined with a mixer")
+    variant = layer.lora_variant.get(adapter_name)
+    if variant is not None and not isinstance(variant, DoraLinearVariant):
+        raise UserError(f"{path}: PEFT's {type(variant).__name__} cannot be combined with a mixer; only DoRA can")
+
+
+def _mix(layer: LoraLayer, adapter_name: str, config: MoSLoraConfig, path: str) -> None:
+    """Put a mixer between the A and the B that PEFT has just made for this projection."""
+    _check_can_mix(layer, adapter_name, path)
+    plain = layer.lora_B[adapter_name].weight
+    mixer = initial_mixer(config.mixer, plain.shape[1], config.mixer_seed, path).to(plain.device)
+    mixed = MixedUp(plain.detach().float(), mixer, config.train_mixer)
+    layer.lora_B[adapter_name] = mixed.requires_grad_(plain.requires_grad)
+
+
+def _teach_peft() -> None:
+    """Let PEFT's own LoraModel finish each layer of a MoSLoraConfig, and fold before it combines adapters.
+
+    PEFT's registration of custom layer classes is not asked when a second adapter joins a layer that is already
+    wrapped, and `add_weighted_adapter` writes into `lora_B.weight`, which a mixer computes: silent errors, both.
+    """
+    create, combine = LoraModel._create_and_replace, LoraModel.add_weighted_adapter
+
+    @wraps(create)
+    def create_and_mix(self, lora_config, adapter_name, target, target_name, parent, current_key, **options):
+        create(self, lora_config, adapter_name, target, target_name, parent, current_key, **options)
+        if isinstance(lora_config, MoSLoraConfig) and lora_config.mixer != "none":
+            _mix(getattr(parent, target_name), adapter_name, lora_config, current_key)
+
+    @wraps(combine)
+    def combine_folded(self, *arguments, **options):
+        live = dict(self.peft_config)
+        self.peft_config.update({n: c.without_mixer() for n, c in live.items() if isinstance(c, MoSLoraConfig)})
+        try:
+            combine(self, *arguments, **options)
+        finally:
+            self.peft_config.update(live)
+
+    LoraModel._create_and_replace, LoraModel.add_weighted_adapter = create_and_mix, combine_folded
+
+
+_teach_peft()
+
+
+def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> nn.Module:
+    """Add an adapter to a model in place, freeze the base, make the adapter the active one. Returns the model.
+
+    Adapter weights are fp32 whatever the base's dtype. Raises UserError when no module matches, when the name is
+    taken, or when a target cannot carry a mixer; the model is unchanged then.
+    """
+    if adapter_name in getattr(model, "peft_config", {}):
+        raise UserError(f"The model already has an adapter named {adapter_name!r}; delete it or choose another name")
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, config)
+        model.set_adapter(adapter_name)
+        return model
+    _check_targets(model, config)
+    inject_adapter_in_model(config, model, adapter_name)
+    cast_adapter_dtype(model, adapter_name)
+    if hasattr(model, "_hf_peft_config_loaded"):
+        model._hf_peft_config_loaded = True
+    for layer in adapter_layers(model, adapter_name).values():
+        layer.set_adapter(adapter_name)
+    return model
+
+
+def _check_targets(model: nn.Module, config: LoraConfig) -> None:
+    """Refuse before anything is changed: nothing matches, or a match cannot carry a mixer."""
+    if config.target_modules is None:
+        return
+    targets = {
+        path: module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        for path, module in model.named_modules()
+        if ".base_layer" not in path and LoraModel._check_target_module_exists(config, path)
+    }
+    if not targets:
+        raise UserError(f"target_modules={config.target_modules!r} matches no module of {type(model).__name__}")
+    if getattr(config, "mixer", "none") == "none":
+        return
+    for path, module in targets.items():
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Embedding, nn.MultiheadAttention)):
+            raise UserError(
+                f"{path} is a {type(module).__name__}, which cannot carry a mixer; leave it out of target_modules"
+            )
+
+
+def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraLayer]:
+    """Module path -> PEFT layer, for each projection that the adapter touches, in the model's order."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers = {p: m for p, m in base.named_modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_A}
+    if not layers:
+        known = ", ".join(getattr(model, "peft_config", {})) or "none"
+        raise UserError(f"No adapter named {adapter_name!r} in {type(base).__name__}; it has: {known}")
+    return layers
+
+
+def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> list[tuple[str, nn.Parameter]]:
+    """(name, parameter) of every A, B, learnt M and DoRA magnitude, in the model's order. Frozen mixers are not in."""
+    found = []
+    for path, layer in adapter_layers(model, adapter_name).items():
+        for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
+            module = getattr(layer, part)
+            if adapter_name in module:
+                found += [(f"{path}.{part}.{n}", p) for n, p in module[adapter_name].named_parameters()]
+    return found
+
+
+def mixer_parameters(model: nn.Module, adapter_name: str = "default") -> list[tuple[str, nn.Parameter]]:
+    """The learnt mixers among `adapter_parameters`. Weight decay would pull M to 0, not to its start: exempt them."""
+    return [(name, p) for name, p in adapter_parameters(model, adapter_name) if name.endswith(".lora_B.mixer")]
+
+
+def set_scale(model: nn.Module, scale: float, adapter_name: str = "default") -> None:
+    """Multiply the adapter's own s = alpha/r by `scale` (1 = as trained)."""
+    for layer in adapter_layers(model, adapter_name).values():
+        layer.set_scale(adapter_name, scale)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The base alone, for the length of a `with` block. Gradient flags stay as they are, unlike PEFT's own switch."""
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer._disable_adapters = was
+
+
+class FoldedLayer(NamedTuple):
+    """A plain LoRA with alpha = rank: ΔW = up·down. fp32, on the CPU."""
+
+    down: Tensor  # A (r, in)
+    up: Tensor  # s·B·M (out, r)
+    dora: Tensor | None  # DoRA's magnitude (out,)
+
+
+def nominal_scale(layer: LoraLayer, adapter_name: str) -> float:
+    """s = alpha/r (alpha/√r for rsLoRA), whatever `set_scale` has made of it for the moment."""
+    rank = layer.r[adapter_name]
+    return layer.lora_alpha[adapter_name] / (math.sqrt(rank) if layer.use_rslora[adapter_name] else rank)
+
+
+@torch.no_grad()
+def fold_layer(layer: LoraLayer, adapter_name: str) -> FoldedLayer:
+    """Fold one projection in fp64."""
+    down, lora_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name]
+    up = lora_b.up.double() @ lora_b.mixer.double() if isinstance(lora_b, MixedUp) else lora_b.weight.double()
+    dora = layer.lora_magnitude_vector[adapter_name].weight if adapter_name in layer.lora_magnitude_vector else None
+    return FoldedLayer(
+        down.float().cpu().clone(),
+        (nominal_scale(layer, adapter_name) * up).float().cpu(),
+        None if dora is None else dora.float().cpu().clone(),
+    )
+
+
+def fold(model: nn.Module, adapter_name: str = "default") -> dict[str, FoldedLayer]:
+    """Module path -> the plain LoRA that equals this adapter at scale 1."""
+    return {path: fold_layer(layer, adapter_name) for path, layer in adapter_layers(model, adapter_name).items()}
