@@ -1,0 +1,159 @@
+"""The training objective: corrupt latents, and compare what the UNet says with what it should say.
+
+Two ways to corrupt latents x with noise n at step i of the base's schedule, a = alpha_i its cumulative product:
+
+    ddpm   z = sqrt(a)·x + sqrt(1 - a)·n             the UNet predicts n, or v = sqrt(a)·n - sqrt(1 - a)·x
+    edm    z = x + sigma·n,  sigma = sqrt(1/a - 1)   its output is turned into x itself (Karras et al. 2022)
+
+With prior preservation (Ruiz et al. 2022) a batch holds instance and prior images:
+
+    total = instance + prior_loss_weight · prior
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["LossParts", "NoiseSchedule", "Noised", "corrupt", "loss", "prediction_of", "snr_weights", "target_of"]
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """A base's noise levels. `sigmas` (T,) noise-to-signal ratios, `timesteps` (T,) what the UNet is told.
+
+    `style` is `ddpm` or `edm`; `prediction_type` is `epsilon` or `v_prediction`;
+    `sigma_data` is set for bases trained with EDM's own preconditioning (Playground v2.5), else None.
+    """
+
+    sigmas: Tensor
+    timesteps: Tensor
+    prediction_type: str = "epsilon"
+    style: str = "ddpm"
+    sigma_data: float | None = None
+
+    @classmethod
+    def from_alphas(cls, alphas_cumprod: Tensor, prediction_type: str, style: str) -> "NoiseSchedule":
+        """From cumulative products (T,) in (0, 1]; a zero (zero-terminal-SNR bases) gives an infinite sigma."""
+        sigmas = (1 / alphas_cumprod.double() - 1).sqrt().float()
+        return cls(sigmas, torch.arange(len(sigmas)), prediction_type, style)
+
+    def __len__(self) -> int:
+        return len(self.sigmas)
+
+    def signal_and_noise(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(alpha) and sqrt(1 - alpha) at `index` (B,), each (B, 1, 1, 1); 0 and 1 where sigma is infinite."""
+        sigma = self.sigmas.to(index.device)[index].view(-1, 1, 1, 1)
+        signal = (1 + sigma**2).rsqrt()
+        return signal, torch.where(sigma.isinf(), torch.ones_like(sigma), sigma * signal)
+
+    def snr(self, index: Tensor) -> Tensor:
+        """Signal-to-noise ratio (B,): alpha / (1 - alpha) = 1 / sigma²."""
+        return self.sigmas.to(index.device)[index] ** -2
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Corrupted latents: `unet_input` and `noisy` (B, 4, h, w), `timesteps` (B,) for the UNet, `index` (B,)."""
+
+    unet_input: Tensor
+    noisy: Tensor
+    timesteps: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class LossParts:
+    """Scalars of one batch. `prior` is None when the batch has no prior images."""
+
+    total: Tensor
+    instance: Tensor
+    prior: Tensor | None
+
+
+def corrupt(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, index: Tensor) -> Noised:
+    """Mix latents and noise (B, 4, h, w) at noise levels `index` (B,), and scale the mix to unit variance."""
+    timesteps = schedule.timesteps.to(index.device)[index]
+    signal, spread = schedule.signal_and_noise(index)
+    if schedule.style == "ddpm":
+        noisy = signal * latents + spread * noise
+        return Noised(noisy, noisy, timesteps, index)
+    sigma = schedule.sigmas.to(index.device)[index].view(-1, 1, 1, 1)
+    noisy = latents + sigma * noise
+    scale = signal if schedule.sigma_data is None else (sigma**2 + schedule.sigma_data**2).rsqrt()
+    return Noised(noisy * scale, noisy, timesteps, index)
+
+
+def target_of(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, index: Tensor) -> Tensor:
+    """What `prediction_of` should return, (B, 4, h, w): the noise, the velocity, or in EDM style the latents."""
+    if schedule.style == "edm":
+        return latents
+    if schedule.prediction_type == "epsilon":
+        return noise
+    signal, spread = schedule.signal_and_noise(index)
+    return signal * noise - spread * latents
+
+
+def prediction_of(schedule: NoiseSchedule, output: Tensor, noised: Noised) -> Tensor:
+    """The UNet's output (B, 4, h, w) as it is; in EDM style, the clean latents which it implies."""
+    if schedule.style == "ddpm":
+        return output
+    sigma = schedule.sigmas.to(output.device)[noised.index].view(-1, 1, 1, 1)
+    if schedule.sigma_data is not None:
+        return edm_denoised(schedule, output, noised.noisy, sigma)
+    if schedule.prediction_type == "epsilon":
+        return noised.noisy - sigma * output
+    return noised.noisy / (1 + sigma**2) - sigma * (1 + sigma**2).rsqrt() * output
+
+
+def edm_denoised(schedule: NoiseSchedule, output: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
+    """c_skip·z + c_out·F of Karras et al. 2022, table 1; a v-prediction base has the opposite sign of c_out."""
+    variance = sigma**2 + schedule.sigma_data**2
+    c_out = sigma * schedule.sigma_data * variance.rsqrt()
+    sign = 1 if schedule.prediction_type == "epsilon" else -1
+    return schedule.sigma_data**2 / variance * noisy + sign * c_out * output
+
+
+def snr_weights(schedule: NoiseSchedule, index: Tensor, snr_gamma: float | None) -> Tensor:
+    """Weight (B,) of each image's squared error.
+
+    Without `snr_gamma` noise and velocity count alike at each level, and an EDM error of x counts 1/sigma² (none for
+    EDM's own bases). With it, an error of x counts min(SNR, gamma) (Hang et al. 2023): min(SNR, gamma)/SNR for noise,
+    min(SNR, gamma)/(SNR + 1) for velocity.
+    """
+    snr = schedule.snr(index)
+    if snr_gamma is None:
+        return snr if schedule.style == "edm" and schedule.sigma_data is None else torch.ones_like(snr)
+    clipped = snr.clamp(max=snr_gamma)
+    if schedule.style == "edm":
+        return clipped
+    return clipped / (snr if schedule.prediction_type == "epsilon" else snr + 1)
+
+
+def loss(
+    prediction: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    is_prior: Tensor,
+    prior_loss_weight: float = 1.0,
+    mask: Tensor | None = None,
+) -> LossParts:
+    """Mean squared error of instance and prior images apart, in fp32.
+
+    prediction, target (B, 4, h, w); weights, is_prior (B,); mask (B, 1, h, w) in [0, 1] weighs places of an image.
+    """
+    per_image = weights * image_errors(prediction.float(), target.float(), mask)
+    instance = per_image[~is_prior].mean()
+    if not is_prior.any():
+        return LossParts(instance, instance.detach(), None)
+    prior = per_image[is_prior].mean()
+    return LossParts(instance + prior_loss_weight * prior, instance.detach(), prior.detach())
+
+
+def image_errors(prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean squared error (B,) of each image; under a mask the weighted mean, so that a small subject counts in full."""
+    errors = (prediction - target) ** 2
+    if mask is None:
+        return errors.flatten(1).mean(1)
+    places = mask.float().expand_as(errors)
+    return (places * errors).flatten(1).sum(1) / places.flatten(1).sum(1).clamp(min=1e-6)

@@ -1,0 +1,112 @@
+"""The objective against diffusers' schedulers and against itself in another parametrisation."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, EDMEulerScheduler
+
+from dreambooth_moslora import objective
+from dreambooth_moslora.objective import NoiseSchedule
+
+SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+INDEX = torch.tensor([3, 400, 999])
+
+
+def schedule(prediction_type="epsilon", style="ddpm") -> NoiseSchedule:
+    return NoiseSchedule.from_alphas(SCHEDULER.alphas_cumprod, prediction_type, style)
+
+
+@pytest.fixture
+def drawn():
+    torch.manual_seed(0)
+    return torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+
+
+def test_ddpm_noise_and_velocity_equal_diffusers(drawn):
+    latents, noise, _ = drawn
+    noised = objective.corrupt(schedule(), latents, noise, INDEX)
+    assert torch.allclose(noised.unet_input, SCHEDULER.add_noise(latents, noise, INDEX), atol=1e-5)
+    assert torch.equal(objective.target_of(schedule(), latents, noise, INDEX), noise)
+    velocity = objective.target_of(schedule("v_prediction"), latents, noise, INDEX)
+    assert torch.allclose(velocity, SCHEDULER.get_velocity(latents, noise, INDEX), atol=1e-5)
+
+
+def parts(kind, style, drawn, gamma=None):
+    latents, noise, output = drawn
+    plan = schedule(kind, style)
+    noised = objective.corrupt(plan, latents, noise, INDEX)
+    prediction = objective.prediction_of(plan, output, noised)
+    target = objective.target_of(plan, latents, noise, INDEX)
+    return objective.image_errors(prediction, target, None) * objective.snr_weights(plan, INDEX, gamma)
+
+
+def test_edm_style_tells_the_unet_the_same(drawn):
+    latents, noise, _ = drawn
+    ddpm, edm = (objective.corrupt(schedule(style=s), latents, noise, INDEX) for s in ("ddpm", "edm"))
+    assert torch.allclose(ddpm.unet_input, edm.unet_input, atol=1e-5)
+    assert torch.equal(ddpm.timesteps, edm.timesteps)
+
+
+def test_edm_style_with_epsilon_is_the_same_loss(drawn):
+    assert torch.allclose(parts("epsilon", "edm", drawn), parts("epsilon", "ddpm", drawn), rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_min_snr_is_the_same_loss_in_every_parametrisation(kind, drawn):
+    assert torch.allclose(parts(kind, "edm", drawn, 5.0), parts(kind, "ddpm", drawn, 5.0), rtol=1e-3)
+
+
+def test_min_snr_only_lowers_the_weight_of_clean_images():
+    weights = objective.snr_weights(schedule(), INDEX, 5.0)
+    assert weights[0] < 0.05 and weights[2] == 1
+
+
+def test_a_perfect_prediction_costs_nothing(drawn):
+    latents, noise, _ = drawn
+    for kind in ("epsilon", "v_prediction"):
+        edm, answer = schedule(kind, "edm"), objective.target_of(schedule(kind), latents, noise, INDEX)
+        clean = objective.prediction_of(edm, answer, objective.corrupt(edm, latents, noise, INDEX))
+        assert torch.allclose(clean, latents, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_edm_bases_are_preconditioned_as_diffusers_does(kind, drawn):
+    latents, noise, output = drawn
+    truth = EDMEulerScheduler(prediction_type=kind)
+    plan = NoiseSchedule(truth.sigmas[:-1], truth.timesteps, kind, "edm", truth.config.sigma_data)
+    index = torch.tensor([3, 400, 900])
+    sigma = truth.sigmas[index].view(-1, 1, 1, 1)
+    noised = objective.corrupt(plan, latents, noise, index)
+    assert torch.allclose(noised.unet_input, truth.precondition_inputs(latents + sigma * noise, sigma))
+    clean = truth.precondition_outputs(latents + sigma * noise, output, sigma)
+    assert torch.allclose(objective.prediction_of(plan, output, noised), clean, atol=1e-5)
+
+
+def test_zero_terminal_snr_stays_finite(drawn):
+    latents, noise, _ = drawn
+    plan = NoiseSchedule.from_alphas(torch.tensor([0.9, 0.5, 0.0]), "v_prediction", "ddpm")
+    index = torch.tensor([0, 1, 2])
+    noised = objective.corrupt(plan, latents, noise, index)
+    assert torch.equal(noised.noisy[2], noise[2])
+    assert torch.equal(objective.target_of(plan, latents, noise, index)[2], -latents[2])
+    assert objective.snr_weights(plan, index, 5.0).isfinite().all()
+
+
+def test_instance_and_prior_are_apart_and_weighted():
+    prediction, target = torch.zeros(4, 4, 2, 2), torch.ones(4, 4, 2, 2)
+    target[2:] = 3
+    is_prior = torch.tensor([False, False, True, True])
+    got = objective.loss(prediction, target, torch.ones(4), is_prior, prior_loss_weight=0.5)
+    assert (got.instance, got.prior, got.total) == (1, 9, 5.5)
+
+
+def test_without_prior_images_the_total_is_the_instance_loss():
+    got = objective.loss(torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2), torch.ones(1), torch.tensor([False]))
+    assert got.prior is None and got.total == got.instance == 1
+
+
+def test_a_mask_weighs_places_and_not_images():
+    prediction, target = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
+    target[..., 0, 0] = 2
+    mask = torch.zeros(1, 1, 2, 2)
+    mask[..., 0, 0] = 1
+    assert objective.image_errors(prediction, target, mask).item() == 4
