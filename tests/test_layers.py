@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "dreambooth_moslora"
 LAYERS: list[set[str]] = [
-    {"errors", "config", "config_fields", "generation", "rundir", "prompts"},
+    {"errors", "config", "config_fields", "generation", "memory", "rundir", "prompts"},
     {"moslora", "fast_lora", "objective", "photos"},
     {"base", "prior", "export", "metrics"},
     {"dataset", "pipeline"},
