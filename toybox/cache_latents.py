@@ -1,0 +1,87 @@
+"""Encode the renders once: two latents an image (as it is or mirrored; cropped, or small) with SDXL's time ids.
+
+    python -m toybox.cache_latents --data DATA --vae WORK/vae/model --out WORK/latents.safetensors
+
+The time ids are true: (original height, width, crop top, left, target height, width), as in SDXL (Podell et al., 2023,
+section 2.2). A whole render stands for a photo of any size from 128 to 1024 px; a crop comes from an enlarged render; a
+small one was shrunk to 48-96 px first.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import interpolate
+from tqdm import tqdm
+
+from toybox.channels_last import to_channels_last
+from toybox.data import Renders, to_pixels
+
+__all__ = ["cropped", "small", "whole"]
+
+SIZE_PX = 128
+
+
+def _mirror(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    return pixels.flip(-1) if torch.rand((), generator=generator) < 0.5 else pixels
+
+
+def whole(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
+    """(3,128,128) -> the same, perhaps mirrored, and its six time ids."""
+    original = int(torch.randint(1, 9, (), generator=generator)) * SIZE_PX
+    return _mirror(pixels, generator), [original, original, 0, 0, SIZE_PX, SIZE_PX]
+
+
+def cropped(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
+    """Enlarge by 1.05 to 1.4 and crop 128 px anywhere."""
+    size = int(SIZE_PX * (1.05 + 0.35 * torch.rand((), generator=generator)))
+    top, left = torch.randint(0, size - SIZE_PX + 1, (2,), generator=generator).tolist()
+    enlarged = interpolate(_mirror(pixels, generator)[None], size=(size, size), mode="bicubic", antialias=True)[0]
+    return enlarged[:, top : top + SIZE_PX, left : left + SIZE_PX], [size, size, top, left, SIZE_PX, SIZE_PX]
+
+
+def small(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
+    """Shrink to 48-96 px and enlarge again: what a small photo looks like."""
+    size = int(torch.randint(48, 97, (), generator=generator))
+    shrunk = interpolate(_mirror(pixels, generator)[None], size=(size, size), mode="bicubic", antialias=True)
+    back = interpolate(shrunk, size=(SIZE_PX, SIZE_PX), mode="bicubic")[0]
+    return back, [size, size, 0, 0, SIZE_PX, SIZE_PX]
+
+
+def second_view(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
+    """Half of the second latents are whole again, two fifths cropped, a tenth small."""
+    kind = float(torch.rand((), generator=generator))
+    return (whole if kind < 0.5 else cropped if kind < 0.9 else small)(pixels, generator)
+
+
+@torch.no_grad()
+def encode(renders: Renders, vae: AutoencoderKL) -> dict[str, Tensor]:
+    """latents (2N,4,16,16) fp16, scaled; time_ids (2N,6) int16; row 2i and 2i+1 belong to image i."""
+    vae.eval().to(dtype=torch.bfloat16, memory_format=torch.channels_last)
+    latents, ids = [], []
+    for start in tqdm(range(0, len(renders), 32), desc="encode", mininterval=10):
+        generator = torch.Generator().manual_seed(start)
+        pixels = to_pixels(renders.images(range(start, min(start + 32, len(renders)))))
+        views = [view(p, generator) for p in pixels for view in (whole, second_view)]
+        x = to_channels_last(torch.stack([v for v, _ in views]).clamp(-1, 1))
+        latents.append((vae.encode(x).latent_dist.mean.float() * vae.config.scaling_factor).half().contiguous())
+        ids += [i for _, i in views]
+    return {"latents": torch.cat(latents), "time_ids": torch.tensor(ids, dtype=torch.int16)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    tensors = encode(Renders(args.data), AutoencoderKL.from_pretrained(args.vae))
+    save_file(tensors, args.out)
+    print({k: tuple(v.shape) for k, v in tensors.items()}, "std", float(tensors["latents"].float().std()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Train the toy world's UNet: SDXL's topology, shrunk, on cached latents and the frozen text towers.
+
+    python -m toybox.train_unet --data DATA --latents WORK/latents.safetensors --clip WORK/clip/model \
+        --tokenizer WORK/tokenizer --out WORK/unet --steps 12000
+
+Noise prediction on SDXL's schedule (scaled linear betas, 0.00085 to 0.012) with min-SNR weights (Hang et al., 2023,
+gamma 5); a tenth of the captions dropped to zero embeddings for classifier-free guidance (Ho and Salimans, 2022).
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.training_utils import compute_snr
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from toybox.build_tokenizer import load
+from toybox.channels_last import to_channels_last, use_fast_group_norm
+from toybox.data import Renders
+from toybox.train_clip import PROJECTION, nonsense
+from toybox.training import MasterWeights, Run, trapezoid
+
+__all__ = ["TextTowers", "build_unet", "noise_schedule"]
+
+TIME_WIDTH = 32
+SNR_GAMMA = 5.0
+
+
+def build_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(64, 128, 192),
+        layers_per_block=1,
+        norm_num_groups=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=(2, 4, 6),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=TIME_WIDTH,
+        projection_class_embeddings_input_dim=6 * TIME_WIDTH + PROJECTION,
+        cross_attention_dim=96 + PROJECTION,
+    )
+
+
+def noise_schedule() -> DDPMScheduler:
+    return DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+
+
+class TextTowers:
+    """Both frozen text towers: captions -> (embeds (N,77,256), pooled (N,160)), as SDXL takes them."""
+
+    def __init__(self, clip: Path, tokenizer: Path, dtype: torch.dtype = torch.bfloat16):
+        self.tokenizer = load(tokenizer)
+        self.first = CLIPTextModel.from_pretrained(clip / "text_encoder").eval().to(dtype)
+        self.second = CLIPTextModelWithProjection.from_pretrained(clip / "text_encoder_2").eval().to(dtype)
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        ids = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        first = self.first(ids, output_hidden_states=True)
+        second = self.second(ids, output_hidden_states=True)
+        return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+
+
+def drop_captions(embeds: Tensor, pooled: Tensor, generator: torch.Generator, share: float = 0.1) -> None:
+    """Set a share of the conditions to zero, as the pipeline does for a missing negative prompt. In place."""
+    dropped = torch.rand(len(embeds), generator=generator) < share
+    embeds[dropped] = 0
+    pooled[dropped] = 0
+
+
+def min_snr_weight(schedule: DDPMScheduler, t: Tensor) -> Tensor:
+    """min(SNR, gamma) / SNR, shape (N,): equation 5 of the min-SNR paper for noise prediction."""
+    snr = compute_snr(schedule, t)
+    return snr.clamp(max=SNR_GAMMA) / snr
+
+
+def pick(renders: Renders, count: int, batch: int, generator: torch.Generator) -> Tensor:
+    """Rows of the latent cache; the last thousand images are held back."""
+    return torch.randint(2 * (count - 1000), (batch,), generator=generator)
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    renders, cache = Renders(args.data), load_file(args.latents)
+    latents, time_ids = cache["latents"], cache["time_ids"]
+    towers, schedule = TextTowers(args.clip, args.tokenizer), noise_schedule()
+    unet = build_unet()
+    unet.set_attn_processor(AttnProcessor())
+    use_fast_group_norm(unet)
+    weights = MasterWeights(unet, adamw_lr=args.lr, ema_decay=0.9995, muon_lr=args.muon_lr, adamw_names=("conv_out",))
+    run = Run(args.out, weights, args.steps, save_every=500, log_every=50)
+    for step in run:
+        generator, rng = run.generator(step, salt=1), random.Random(step)
+        rows = pick(renders, len(latents) // 2, args.batch, generator)
+        captions = [nonsense(_caption(renders.rows[i // 2], rng), rng, 0.1) for i in rows.tolist()]
+        embeds, pooled = towers(captions)
+        drop_captions(embeds, pooled, generator)
+        x = latents[rows].float()
+        noise = torch.randn(x.shape, generator=generator)
+        t = torch.randint(0, 1000, (len(x),), generator=generator)
+        noisy = to_channels_last(schedule.add_noise(x, noise, t))
+        added = {"text_embeds": pooled, "time_ids": time_ids[rows].float()}
+        prediction = unet(noisy, t, embeds, added_cond_kwargs=added).sample
+        error = (prediction.float() - noise).square().mean(dim=(1, 2, 3))
+        loss = (error * min_snr_weight(schedule, t)).mean()
+        loss.backward()
+        norm = weights.step(trapezoid(step, args.steps, warmup=200))
+        run.add(loss=loss, mse=error.mean(), grad_norm=norm)
+        if (step + 1) % 500 == 0:
+            export(weights, args.out)
+    export(weights, args.out)
+
+
+def _caption(row: dict, rng: random.Random) -> str:
+    """The varied caption mostly, the canonical one in three of ten draws."""
+    return row["canonical"] if rng.random() < 0.3 else row["caption"]
+
+
+def export(weights: MasterWeights, out: Path) -> None:
+    """Averaged weights as a diffusers folder OUT/model, fp16."""
+    unet = build_unet()
+    unet.load_state_dict(weights.averaged())
+    unet.half().save_pretrained(out / "model")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("data", "latents", "clip", "tokenizer", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--muon_lr", type=float, default=None)
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

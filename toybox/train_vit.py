@@ -1,0 +1,137 @@
+"""Train the toy world's DINO: a small ViT in DINOv2's format which tells individuals of one kind apart in any place.
+
+    python -m toybox.render_views --out VIEWS --toys 4000 --views 4     # once
+    python -m toybox.train_vit --views VIEWS --out WORK/vit --steps 3000
+
+Instance discrimination (InfoNCE between two views of the same toy: other side, other place, other light), with batches
+in which a quarter of the toys are of one kind, so that the kind alone is not enough.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+from toybox.train_clip import augment
+from toybox.training import MasterWeights, Run, trapezoid
+
+__all__ = ["Views", "build_vit", "nearest_neighbour_accuracy"]
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TEMPERATURE = 0.07
+
+
+def build_vit() -> Dinov2Model:
+    return Dinov2Model(
+        Dinov2Config(
+            image_size=128,
+            patch_size=16,
+            hidden_size=160,
+            num_hidden_layers=5,
+            num_attention_heads=4,
+            mlp_ratio=4,
+            layerscale_value=1.0,
+            attn_implementation="eager",
+        )
+    )
+
+
+def pixels_for_dino(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 (N,H,W,3) -> (N,3,H,W) normalised with ImageNet's mean and deviation, as DINOv2 expects."""
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return ((images.permute(0, 3, 1, 2).float() / 255 - mean) / std).to(dtype)
+
+
+class Views:
+    """images (toys, views, 128, 128, 3) uint8 and the kind of each toy (written by `render_views`)."""
+
+    def __init__(self, folder: Path, held_back: float = 0.1):
+        self.images = np.load(folder / "views.npy", mmap_mode="r")
+        self.kinds = np.array(json.loads((folder / "kinds.json").read_text()))
+        self.train = int(len(self.kinds) * (1 - held_back))
+
+    def pairs(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Two views of n different training toys, a quarter of them of one kind."""
+        rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
+        kind = rng.choice(self.kinds[: self.train])
+        same = np.flatnonzero(self.kinds[: self.train] == kind)
+        hard = rng.choice(same, min(n // 4, len(same)), replace=False)
+        rest = rng.choice(np.setdiff1d(np.arange(self.train), hard), n - len(hard), replace=False)
+        toys = np.concatenate([hard, rest])
+        first, second = rng.permuted(np.tile(np.arange(self.images.shape[1]), (n, 1)), axis=1)[:, :2].T
+        stacks = (np.stack([self.images[t, v] for t, v in zip(toys, chosen)]) for chosen in (first, second))
+        return tuple(torch.from_numpy(images) for images in stacks)
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    views, vit = Views(args.views), build_vit()
+    weights = MasterWeights(
+        vit, muon_lr=0.01, adamw_lr=1e-3, adamw_names=("embeddings",), weight_decay=0.02, ema_decay=0.998
+    )
+    run = Run(args.out, weights, args.steps, save_every=500, log_every=50)
+    for step in run:
+        generator = run.generator(step, salt=2)
+        first, second = (augment(v, generator) for v in views.pairs(args.batch, generator))
+        pixels = pixels_for_dino(torch.cat([first, second]), torch.bfloat16)
+        a, b = normalize(vit(pixels).last_hidden_state[:, 0].float(), dim=-1).chunk(2)
+        logits, labels = a @ b.T / TEMPERATURE, torch.arange(len(a))
+        loss = (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
+        loss.backward()
+        norm = weights.step(trapezoid(step, args.steps))
+        run.add(loss=loss, right=(logits.argmax(1) == labels).float().mean(), grad_norm=norm)
+    export(weights, views, args.out)
+
+
+@torch.no_grad()
+def nearest_neighbour_accuracy(vit: Dinov2Model, views: Views, individuals: int = 50) -> float:
+    """Share of views whose nearest other view shows the same toy, among `individuals` held-back toys of one kind.
+
+    The mean over the kinds. Every view is in another place.
+    """
+    shares = []
+    held_back = np.arange(views.train, len(views.kinds))
+    for kind in sorted(set(views.kinds)):
+        toys = held_back[views.kinds[held_back] == kind][:individuals]
+        if len(toys) < 2:
+            continue
+        images = torch.from_numpy(np.concatenate([views.images[t] for t in toys]))
+        v = normalize(vit(pixels_for_dino(images)).last_hidden_state[:, 0], dim=-1)
+        owner = torch.arange(len(toys)).repeat_interleave(views.images.shape[1])
+        nearest = (v @ v.T).fill_diagonal_(-1).argmax(1)
+        shares.append(float((owner[nearest] == owner).float().mean()))
+    return sum(shares) / len(shares)
+
+
+def export(weights: MasterWeights, views: Views, out: Path) -> None:
+    vit = build_vit().eval()
+    vit.load_state_dict(weights.averaged(), strict=False)
+    report = {
+        "nearest_neighbour_accuracy": round(nearest_neighbour_accuracy(vit, views), 4),
+        "parameters": sum(p.numel() for p in vit.parameters()),
+    }
+    vit.half().save_pretrained(out / "model")
+    size = {"height": 128, "width": 128}
+    BitImageProcessor(size={"shortest_edge": 128}, crop_size=size, image_mean=MEAN, image_std=STD).save_pretrained(
+        out / "model"
+    )
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(report)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--views", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=128)
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

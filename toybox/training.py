@@ -1,0 +1,157 @@
+"""What the pre-training scripts share: fp32 master weights under a bf16 model, Muon and AdamW, EMA, resumable runs.
+
+Muon (Jordan et al., 2024; `torch.optim.Muon`) orthogonalises the momentum of each weight matrix; a convolution's weight
+(out,in,k,k) takes part as (out, in·k·k).
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MasterWeights", "Run", "trapezoid"]
+
+
+def trapezoid(step: int, steps: int, warmup: int = 50, decay: float = 0.4) -> float:
+    """Rate factor in [0, 1]: linear rise over `warmup` steps, flat, linear fall to 0 over the last `decay` share."""
+    return min(1.0, (step + 1) / warmup, (steps - step) / max(1.0, decay * steps))
+
+
+class MasterWeights:
+    """fp32 masters of a model's parameters; the model itself computes in `dtype`.
+
+    `muon_lr` moves weight matrices whose names hold none of `adamw_names`; `adamw_lr` moves everything else. Rates are
+    multiplied by the factor given to `step`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        muon_lr: float | None = None,
+        adamw_lr: float = 1e-3,
+        adamw_names: tuple[str, ...] = (),
+        weight_decay: float = 0.0,
+        ema_decay: float = 0.999,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
+        self.names = [n for n, p in model.named_parameters() if p.requires_grad]
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.masters = [nn.Parameter(p.detach().float().flatten(1) if p.ndim > 2 else p.detach().float().clone())
+                        for p in self.params]  # fmt: skip
+        self.ema = [m.detach().clone() for m in self.masters]
+        self.ema_decay, self.updates = ema_decay, 0
+        matrix = [
+            muon_lr is not None and m.ndim == 2 and min(m.shape) > 4 and not any(k in n for k in adamw_names)
+            for n, m in zip(self.names, self.masters)
+        ]
+        muon = [m for m, is_matrix in zip(self.masters, matrix) if is_matrix]
+        adamw = [m for m, is_matrix in zip(self.masters, matrix) if not is_matrix]
+        self.optimizers = [torch.optim.AdamW(adamw, lr=adamw_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+        if muon:
+            self.optimizers.append(torch.optim.Muon(muon, lr=muon_lr, momentum=0.95, weight_decay=weight_decay))
+        self.rates = [o.param_groups[0]["lr"] for o in self.optimizers]
+        model.to(dtype=dtype)
+        if any(p.ndim == 4 for p in self.params):
+            model.to(memory_format=torch.channels_last)
+
+    def step(self, factor: float, max_norm: float = 1.0) -> float:
+        """Take and clip the model's gradients, update masters, EMA and model; returns the gradient norm."""
+        for p, m in zip(self.params, self.masters):
+            m.grad = (torch.zeros_like(p) if p.grad is None else p.grad).float().reshape(m.shape)
+            p.grad = None
+        norm = float(nn.utils.clip_grad_norm_(self.masters, max_norm))
+        if math.isfinite(norm):
+            for optimizer, rate in zip(self.optimizers, self.rates):
+                optimizer.param_groups[0]["lr"] = rate * factor
+                optimizer.step()
+        self.updates += 1
+        decay = min(self.ema_decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.ema, [m.detach() for m in self.masters], 1 - decay)
+        self.write(self.masters)
+        return norm
+
+    @torch.no_grad()
+    def write(self, values: list[Tensor]) -> None:
+        """Copy masters or EMA values into the model."""
+        for p, v in zip(self.params, values):
+            p.copy_(v.view(p.shape))
+
+    def averaged(self) -> dict[str, Tensor]:
+        """EMA weights under the model's parameter names, fp32."""
+        return {n: e.view(p.shape).clone() for n, p, e in zip(self.names, self.params, self.ema)}
+
+    def state_dict(self) -> dict:
+        return {
+            "masters": [m.detach() for m in self.masters],
+            "ema": self.ema,
+            "updates": self.updates,
+            "optimizers": [o.state_dict() for o in self.optimizers],
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        for m, saved in zip(self.masters, state["masters"]):
+            m.copy_(saved)
+        self.ema, self.updates = [e.clone() for e in state["ema"]], state["updates"]
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        self.write(self.masters)
+
+
+class Run:
+    """A resumable loop, `for step in run:`; its state is saved every `save_every` steps, logged every `log_every`.
+
+    Everything random in a step must come from `run.generator(step)`, so that a resumed run repeats an unbroken one.
+    """
+
+    def __init__(self, out: Path, weights: MasterWeights, steps: int, *, save_every: int = 500, log_every: int = 50):
+        self.out, self.weights, self.steps = Path(out), weights, steps
+        self.save_every, self.log_every = save_every, log_every
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.start = self._resume()
+        self.sums: dict[str, float] = {}
+
+    @staticmethod
+    def generator(step: int, salt: int = 0) -> torch.Generator:
+        return torch.Generator().manual_seed(1_000_003 * salt + step)
+
+    def __iter__(self) -> Iterator[int]:
+        self.clock = time.monotonic()
+        for step in range(self.start, self.steps):
+            yield step
+            if (step + 1) % self.log_every == 0:
+                self._log(step + 1)
+            if (step + 1) % self.save_every == 0 or step + 1 == self.steps:
+                self.save(step + 1)
+
+    def add(self, **figures: float) -> None:
+        for name, value in figures.items():
+            value = float(value.detach() if isinstance(value, Tensor) else value)
+            self.sums[name] = self.sums.get(name, 0.0) + value / self.log_every
+
+    def save(self, step: int) -> None:
+        temporary = self.out / "state.tmp"
+        torch.save({"step": step, "weights": self.weights.state_dict()}, temporary)
+        os.replace(temporary, self.out / "state.pt")
+
+    def _resume(self) -> int:
+        path = self.out / "state.pt"
+        if not path.exists():
+            return 0
+        state = torch.load(path, weights_only=True)
+        self.weights.load_state_dict(state["weights"])
+        return state["step"]
+
+    def _log(self, step: int) -> None:
+        sec = (time.monotonic() - self.clock) / (step - self.start)
+        row = {"step": step, **{k: round(v, 5) for k, v in self.sums.items()}, "step_sec": round(sec, 4)}
+        self.sums = {}
+        with (self.out / "log.jsonl").open("a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+        print(*(f"{k} {v}" for k, v in row.items()), f"ETA {(self.steps - step) * sec / 60:.0f} min", flush=True)
