@@ -9,10 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "dreambooth_moslora"
 LAYERS: list[set[str]] = [
-    {"errors", "config", "config_fields", "generation", "memory", "rundir", "prompts"},
+    {"errors", "config", "config_fields", "generation", "streaming", "memory", "rundir", "prompts"},
     {"moslora", "fast_lora", "objective", "photos"},
-    {"base", "prior", "export", "metrics"},
-    {"dataset", "pipeline"},
+    {"base", "adapters", "previews", "prior", "export", "metrics"},
+    {"dataset", "pipeline", "grids"},
     {"trainer", "evaluate"},
     {"cli", "commands", "ui.jobs"},
     {"ui"},

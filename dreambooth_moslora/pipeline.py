@@ -1,0 +1,296 @@
+"""SubjectPipeline: a base, any number of adapters with their scales, and pictures that come one by one.
+
+GenerationParams --generate--> Step, Preview … Image: the same pixels for the same parameters, whatever `num_images` is.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
+)
+from PIL.PngImagePlugin import PngInfo
+
+from dreambooth_moslora import __version__
+from dreambooth_moslora.adapters import check_fits, find_weights, install, read_adapter
+from dreambooth_moslora.base import default_resolution, load_pipeline
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.generation import GenerationParams, Provenance
+from dreambooth_moslora.previews import LatentColours, PreviewTracker
+from dreambooth_moslora.streaming import iterate
+
+__all__ = ["Event", "Image", "Preview", "Step", "SubjectPipeline"]
+
+SCHEDULER_CLASSES: dict[str, tuple[type, dict[str, Any]]] = {
+    "euler": (EulerDiscreteScheduler, {}),
+    "dpmpp_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "unipc": (UniPCMultistepScheduler, {}),
+}
+RESIDENT_ADAPTERS = 8
+"""Adapters kept inside the model; the one that was used longest ago makes room."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """After denoising step `step` of `steps` (1-based) of image `index`. `eta_sec` is for all images that remain."""
+
+    index: int
+    num_images: int
+    step: int
+    steps: int
+    eta_sec: float
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What image `index` will roughly become, in its own size."""
+
+    index: int
+    pixels: PIL.Image.Image
+
+
+@dataclass(frozen=True)
+class Image:
+    """Image `index`, with the parameters of this one image and where it came from."""
+
+    index: int
+    pixels: PIL.Image.Image
+    params: GenerationParams
+    provenance: Provenance
+
+    def save(self, path: str | Path) -> Path:
+        """Write a PNG that carries its recipe."""
+        text = PngInfo()
+        for key, value in self.params.to_png_text(self.provenance).items():
+            text.add_itxt(key, value)
+        self.pixels.save(path, format="PNG", pnginfo=text)
+        return Path(path)
+
+
+Event = Step | Preview | Image
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in the model. `key` is its name inside PEFT; `header` is the file's own metadata."""
+
+    name: str
+    key: str
+    sha256: str
+    header: dict[str, str]
+
+
+class StopRequested(Exception):  # noqa: N818 (a signal, not an error)
+    """Raised inside the denoising loop to leave it; never seen outside."""
+
+
+class SubjectPipeline:
+    """Base and adapters. One generation at a time: calls from several threads wait for each other."""
+
+    def __init__(self, pipeline: StableDiffusionXLPipeline, base_name: str) -> None:
+        self.pipeline = pipeline
+        self.base_name = base_name
+        self.adapters: dict[str, Adapter] = {}
+        self._scheduler_config = pipeline.scheduler.config
+        self._colours: LatentColours | None = None
+        self._lock = threading.RLock()
+        pipeline.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def from_base(
+        cls, name: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    ) -> "SubjectPipeline":
+        """Load "toy", a folder, a hub id or a single file. Without `device`: the GPU, if there is one."""
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or (torch.float16 if torch.device(device).type == "cuda" else torch.float32)
+        return cls(load_pipeline(name, dtype=dtype, device=device), _public_name(name))
+
+    @property
+    def resolution_px(self) -> int:
+        return default_resolution(self.pipeline)
+
+    def load_adapter(self, path: str | Path, name: str | None = None) -> str:
+        """Put an adapter file (ours, diffusers', kohya's) or a run folder into the model; returns its name.
+
+        Loading the same content again costs a hash. Raises UserError when the file is no adapter for this base.
+        """
+        name = name or _name_of(Path(path))
+        with self._lock:
+            weights = read_adapter(path, self.pipeline)
+            check_fits(weights, self.pipeline, self.base_name)
+            if weights.key not in {adapter.key for adapter in self.adapters.values()}:
+                install(weights, self.pipeline)
+            self._forget(name, unless=weights.key)
+            self.adapters[name] = Adapter(name, weights.key, weights.sha256, weights.header)
+            self._make_room()
+        return name
+
+    def unload_adapter(self, name: str) -> None:
+        with self._lock:
+            self._forget(name)
+
+    def generate(
+        self, params: GenerationParams, should_stop: Callable[[], bool] | None = None
+    ) -> Iterator[Step | Preview | Image]:
+        """Yield Step and Preview for each denoising step and Image for each finished picture.
+
+        Ends early when `should_stop()` is true or the iterator is closed; images already yielded stay valid.
+        Raises UserError for an adapter that is not loaded, and when memory does not suffice.
+        """
+        params = self.complete(params)
+
+        def work(emit: Callable[[Event], None], abandoned: Callable[[], bool]) -> None:
+            stop = (lambda: abandoned() or should_stop()) if should_stop else abandoned
+            with self._lock, torch.no_grad():
+                self._generate_all(params, emit, stop)
+
+        return iterate(work)
+
+    def complete(self, params: GenerationParams) -> GenerationParams:
+        """Tags applied, sizes filled in, adapters known. Raises UserError otherwise."""
+        params = params.apply_tags()
+        for name, _ in params.adapters:
+            if name not in self.adapters:
+                known = ", ".join(self.adapters) or "none"
+                raise UserError(f"adapter {name!r:.60} is not loaded; loaded are: {known}")
+        side = self.resolution_px
+        return replace(params, height_px=params.height_px or side, width_px=params.width_px or side)
+
+    def activate(self, adapters: tuple[tuple[str, float], ...]) -> None:
+        """Make exactly these adapters act, at these scales. Scale 0 is absence: the base computes bit for bit."""
+        active = {self.adapters[name].key: scale for name, scale in adapters if scale != 0}
+        if active:
+            self.pipeline.enable_lora()
+            self.pipeline.set_adapters(list(active), list(active.values()))
+        elif self.adapters:
+            self.pipeline.disable_lora()
+
+    def provenance(self, params: GenerationParams) -> Provenance:
+        hashes = tuple((name, self.adapters[name].sha256) for name, _ in params.adapters)
+        versions = (("dreambooth_moslora", __version__), *((lib, version(lib)) for lib in ("diffusers", "torch")))
+        return Provenance(self.base_name, hashes, versions)
+
+    def _generate_all(self, params: GenerationParams, emit: Callable[[Event], None], stop: Callable[[], bool]) -> None:
+        try:
+            self._touch(params)
+            self.activate(params.adapters)
+            words = self._encode(params)
+            clock = Clock(params)
+            for index in range(params.num_images):
+                self._generate_one(index, params, words, clock, emit, stop)
+        except StopRequested:
+            return
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise UserError(
+                f"the GPU has too little memory for {params.height_px} x {params.width_px} px; choose a smaller size"
+            ) from error
+
+    def _generate_one(self, index, params, words, clock, emit, stop) -> None:
+        if stop():
+            raise StopRequested
+        own = params.for_image(index)
+        self.pipeline.scheduler = self._scheduler(own.scheduler)
+        watcher = Watcher(self, index, own, clock, emit, stop)
+        pixels = self.pipeline(
+            **words,
+            height=own.height_px,
+            width=own.width_px,
+            num_inference_steps=own.steps,
+            guidance_scale=own.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(own.seed),
+            callback_on_step_end=watcher,
+        ).images[0]
+        emit(Image(index, pixels, own, self.provenance(own)))
+
+    def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
+        """Text conditioning, computed once for all images of a call; the negative half only where guidance uses it."""
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        embeds = self.pipeline.encode_prompt(
+            params.prompt,
+            device=self.pipeline._execution_device,
+            negative_prompt=params.negative_prompt or None,
+            do_classifier_free_guidance=params.guidance_scale > 1,
+        )
+        return dict(zip(names, embeds))
+
+    def _scheduler(self, name: str):
+        kind, options = SCHEDULER_CLASSES[name]
+        return kind.from_config(self._scheduler_config, **options)
+
+    def colours(self) -> LatentColours:
+        if self._colours is None:
+            self._colours = LatentColours(self.pipeline.vae)
+        return self._colours
+
+    def _touch(self, params: GenerationParams) -> None:
+        """Mark as just used, so that `_make_room` drops others."""
+        for name, _ in params.adapters:
+            self.adapters[name] = self.adapters.pop(name)
+
+    def _make_room(self) -> None:
+        while len({adapter.key for adapter in self.adapters.values()}) > RESIDENT_ADAPTERS:
+            self._forget(next(iter(self.adapters)))
+
+    def _forget(self, name: str, unless: str = "") -> None:
+        gone = self.adapters.pop(name, None)
+        if gone and gone.key != unless and gone.key not in {adapter.key for adapter in self.adapters.values()}:
+            self.pipeline.delete_adapters(gone.key)
+
+
+class Clock:
+    """Time left, from the steps done so far in this call."""
+
+    def __init__(self, params: GenerationParams) -> None:
+        self.total_steps = params.steps * params.num_images
+        self.started: float | None = None
+        self.done = 0
+
+    def tick(self) -> float:
+        """Count one step; seconds that remain. The first step only starts the clock: it also pays for warming up."""
+        now = time.perf_counter()
+        self.done += 1
+        if self.started is None:
+            self.started = now
+            return float("nan")
+        return (now - self.started) / (self.done - 1) * (self.total_steps - self.done)
+
+
+class Watcher:
+    """diffusers' `callback_on_step_end`: reports, draws the preview, and leaves the loop when asked to stop."""
+
+    def __init__(self, owner: SubjectPipeline, index: int, params: GenerationParams, clock, emit, stop) -> None:
+        self.owner, self.index, self.params, self.clock, self.emit, self.stop = owner, index, params, clock, emit, stop
+        self.tracker: PreviewTracker | None = None
+
+    def __call__(self, pipeline, step: int, timestep, tensors: dict) -> dict:
+        if self.stop():
+            raise StopRequested
+        params, steps = self.params, len(pipeline.scheduler.timesteps)
+        self.emit(Step(self.index, self.clock.total_steps // params.steps, step + 1, steps, self.clock.tick()))
+        self.tracker = self.tracker or PreviewTracker(pipeline.scheduler)
+        latents = self.tracker.clean_latents(step, tensors["latents"])
+        self.emit(Preview(self.index, self.owner.colours()(latents, (params.height_px, params.width_px))))
+        return {}
+
+
+def _public_name(name: str | Path) -> str:
+    """What may be written into a picture: a hub id or a bare name, never a path of this machine."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.exists() else str(name)
+
+
+def _name_of(path: Path) -> str:
+    """`runs/dog`, `runs/dog/pytorch_lora_weights.safetensors` and `dog.safetensors` are all called "dog"."""
+    file = find_weights(path)
+    return file.parent.resolve().name if file.name.startswith("pytorch_lora_weights") else file.stem
