@@ -1,0 +1,65 @@
+"""Put the trained parts together as `assets/toy-sdxl` (a StableDiffusionXLPipeline) and `assets/toy-dino`.
+
+python -m toybox.assemble --work WORK --assets assets
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+from toybox.build_tokenizer import load
+
+__all__ = ["assemble"]
+
+
+def scheduler() -> EulerDiscreteScheduler:
+    """SDXL's own sampler settings."""
+    return EulerDiscreteScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+
+
+def assemble(work: Path) -> StableDiffusionXLPipeline:
+    """The pipeline, fp16, from the folders which the training scripts wrote below `work`."""
+    clip = work / "clip" / "model"
+    half = {"dtype": torch.float16}
+    tokenizer = load(work / "tokenizer")
+    return StableDiffusionXLPipeline(
+        vae=AutoencoderKL.from_pretrained(work / "vae" / "model", torch_dtype=torch.float16),
+        text_encoder=CLIPTextModel.from_pretrained(clip / "text_encoder", **half),
+        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(clip / "text_encoder_2", **half),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=UNet2DConditionModel.from_pretrained(work / "unet" / "model", torch_dtype=torch.float16),
+        scheduler=scheduler(),
+        image_encoder=CLIPVisionModelWithProjection.from_pretrained(clip / "image_encoder", **half),
+        feature_extractor=CLIPImageProcessor.from_pretrained(clip / "feature_extractor"),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--assets", type=Path, default=Path("assets"))
+    args = parser.parse_args()
+    assemble(args.work).save_pretrained(args.assets / "toy-sdxl", safe_serialization=True)
+    if (args.work / "vit" / "model").exists():
+        shutil.copytree(args.work / "vit" / "model", args.assets / "toy-dino", dirs_exist_ok=True)
+    files = [f for name in ("toy-sdxl", "toy-dino") for f in (args.assets / name).rglob("*.safetensors")]
+    for file in files:
+        print(f"{file.stat().st_size / 1e6:7.2f} MB  {file}")
+    print(f"{sum(f.stat().st_size for f in files) / 1e6:7.2f} MB in all")
+
+
+if __name__ == "__main__":
+    main()
