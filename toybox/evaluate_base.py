@@ -3,8 +3,8 @@
     python -m toybox.evaluate_base --base assets/toy-sdxl --out WORK/evaluation --images 400
 
 Prompts are canonical captions of random toys, once of combinations (kind, colour, place) that training showed and once
-of others that it never showed. 30 Euler steps, guidance 5. The judge reads the generated pictures and, beside them, fresh
-renders of the same scenes.
+of others that it never showed. 30 Euler steps, guidance 5. The judge reads the generated pictures and, beside them,
+fresh renders of the same scenes.
 """
 
 import argparse
