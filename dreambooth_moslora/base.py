@@ -12,20 +12,31 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    SchedulerMixin,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.objective import NoiseSchedule
+from dreambooth_moslora.quantization import quantize
 
 __all__ = [
     "PlannedCrop",
     "TextCond",
     "architecture",
+    "decode_image",
     "default_resolution",
     "encode_image",
     "encode_text",
     "load_pipeline",
+    "noise_schedule",
     "resolve_base",
     "time_ids",
 ]
@@ -98,27 +109,35 @@ def load_pipeline(
     vae: str | Path | None = None,
     cache_dir: str | Path | None = None,
     device: str | torch.device | None = None,
+    vae_dtype: torch.dtype | None = None,
+    quantization: str = "none",
 ) -> StableDiffusionXLPipeline:
     """Load a base in `dtype` (fp32 when None) onto `device`, every module frozen and in evaluation mode.
 
-    `vae` names another autoencoder (folder or hub id), such as one repaired for fp16.
+    `vae` names another autoencoder (folder or hub id), such as one repaired for fp16; `vae_dtype` its dtype (`dtype`
+    when None); `quantization` (`nf4`, `int8`) how the UNet's weights are kept.
     Raises UserError when the base is missing, is no SDXL model, or cannot be fetched.
     """
     source = resolve_base(name_or_path)
     dtype = dtype or torch.float32
+    vae_dtype = vae_dtype or dtype
     options = {"dtype": dtype, "revision": revision, "cache_dir": cache_dir}
-    parts = {"vae": load_vae(vae, dtype, cache_dir)} if vae else {}
     try:
+        parts = {"vae": load_vae(vae, vae_dtype, cache_dir)} if vae else {}
         if isinstance(source, Path) and source.is_file():
             pipeline = load_single_file(source, {**options, **parts})
         else:
+            options["dtype"] = {"default": dtype, "vae": vae_dtype}
             pipeline = StableDiffusionXLPipeline.from_pretrained(
                 source, variant=variant, add_watermarker=False, **options, **parts
             )
     except (OSError, ValueError) as error:
         raise UserError(f"the base model {name_or_path} cannot be loaded: {one_line(error)}") from error
     check_is_sdxl(pipeline, name_or_path)
+    if pipeline.vae.dtype != vae_dtype:
+        pipeline.vae.to(vae_dtype)
     freeze(pipeline)
+    quantize(pipeline.unet, quantization, dtype)
     return pipeline.to(device) if device is not None else pipeline
 
 
@@ -206,11 +225,51 @@ def posterior_mean(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 
 def scale_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """z -> scale·z, or scale·(z - mean)/std for VAEs that publish their latents' statistics (Playground v2.5)."""
-    mean, std = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
-    if mean is not None and std is not None:
-        mean, std = (torch.tensor(v, device=latents.device).view(1, -1, 1, 1) for v in (mean, std))
-        latents = (latents - mean) / std
+    statistics = latent_statistics(vae, latents.device)
+    if statistics:
+        latents = (latents - statistics[0]) / statistics[1]
     return latents * vae.config.scaling_factor
+
+
+def latent_statistics(vae: AutoencoderKL, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation of each latent channel, (1, 4, 1, 1); None for most VAEs."""
+    mean, std = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
+    if mean is None or std is None:
+        return None
+    return torch.tensor(mean, device=device).view(1, -1, 1, 1), torch.tensor(std, device=device).view(1, -1, 1, 1)
+
+
+@torch.no_grad()
+def decode_image(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
+    """Scaled latents (B, 4, h, w) -> B pictures of (8h, 8w) px. An fp16 VAE that overflows goes to fp32, for good."""
+    pixels = decoded(vae, latents)
+    if not pixels.isfinite().all() and vae.dtype != torch.float32:
+        logger.warning("The VAE gives NaN in %s: it is used in float32 from here on.", vae.dtype)
+        vae.to(torch.float32)
+        pixels = decoded(vae, latents)
+    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().nan_to_num().to(torch.uint8)
+    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels.cpu()]
+
+
+def decoded(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    latents = latents.float() / vae.config.scaling_factor
+    statistics = latent_statistics(vae, latents.device)
+    if statistics:
+        latents = latents * statistics[1] + statistics[0]
+    return vae.decode(latents.to(vae.device, vae.dtype)).sample.float()
+
+
+def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> NoiseSchedule:
+    """The noise levels that a base was trained with, from its scheduler's configuration. EDM bases force EDM style."""
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if "EDM" in type(scheduler).__name__:
+        fresh = type(scheduler).from_config(scheduler.config)
+        sigmas = fresh.sigmas[: len(fresh.timesteps)]
+        return NoiseSchedule(sigmas, fresh.timesteps, kind, "edm", scheduler.config.sigma_data)
+    alphas = DDPMScheduler.from_config(scheduler.config).alphas_cumprod
+    if edm_style:
+        alphas = alphas.clamp(min=2**-24)  # a zero-terminal-SNR base: as diffusers does, EDM needs a finite sigma
+    return NoiseSchedule.from_alphas(alphas, kind, "edm" if edm_style else "ddpm")
 
 
 def time_ids(plan: PlannedCrop) -> Tensor:

@@ -111,3 +111,53 @@ def test_time_ids_are_original_crop_target():
 def test_architecture_tells_bases_apart(pipeline):
     facts = base.architecture(pipeline.unet)
     assert facts["block_out_channels"] == [8, 16, 32] and facts["cross_attention_dim"] == 48
+
+
+def test_decoding_undoes_the_latents_scale(pipeline):
+    latents = torch.randn(2, 4, 8, 8) * 0.5
+    pictures = base.decode_image(pipeline.vae, latents)
+    with torch.no_grad():
+        truth = pipeline.image_processor.postprocess(pipeline.vae.decode(latents / 0.5).sample, output_type="pil")
+    assert [p.size for p in pictures] == [(64, 64)] * 2
+    for ours, theirs in zip(pictures, truth):
+        difference = torch.tensor(list(ours.tobytes())).int() - torch.tensor(list(theirs.tobytes())).int()
+        assert difference.abs().max() <= 1
+
+
+def test_the_vae_can_keep_a_finer_dtype_than_the_rest(tiny_base):
+    exact = StableDiffusionXLPipeline.from_pretrained(tiny_base).vae.decoder.conv_in.weight
+    pipeline = base.load_pipeline(tiny_base, dtype=torch.bfloat16, vae_dtype=torch.float32)
+    assert pipeline.unet.dtype == torch.bfloat16
+    assert torch.equal(pipeline.vae.decoder.conv_in.weight, exact)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantized_unet_answers_almost_as_the_dense_one(tiny_base, kind):
+    dense, small = base.load_pipeline(tiny_base), base.load_pipeline(tiny_base, quantization=kind)
+    cond = base.encode_text(dense, ["a dog"])
+    inputs = (torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 500, cond.embeds)
+    extra = {"text_embeds": cond.pooled, "time_ids": torch.full((1, 6), 64.0)}
+    with torch.no_grad():
+        a, b = (p.unet(*inputs, added_cond_kwargs=extra).sample for p in (dense, small))
+    assert 0 < (a - b).norm() / a.norm() < 0.3
+
+
+def test_the_noise_schedule_is_the_schedulers_own(pipeline):
+    schedule = base.noise_schedule(pipeline.scheduler)
+    assert len(schedule) == 1000 and (schedule.style, schedule.prediction_type) == ("ddpm", "epsilon")
+    assert torch.allclose(schedule.sigmas, (1 / pipeline.scheduler.alphas_cumprod - 1).sqrt(), rtol=1e-4)
+
+
+def test_an_edm_base_trains_in_edm_style():
+    from diffusers import EDMEulerScheduler
+
+    schedule = base.noise_schedule(EDMEulerScheduler())
+    assert (schedule.style, schedule.sigma_data) == ("edm", 0.5) and len(schedule.sigmas) == len(schedule.timesteps)
+
+
+def test_a_zero_terminal_snr_base_keeps_its_pure_noise():
+    from diffusers import EulerDiscreteScheduler
+
+    scheduler = EulerDiscreteScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert base.noise_schedule(scheduler).sigmas[-1].isinf()
+    assert base.noise_schedule(scheduler, edm_style=True).sigmas.isfinite().all()

@@ -9,11 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "dreambooth_moslora"
 LAYERS: list[set[str]] = [
-    {"errors", "config", "config_fields", "generation", "streaming", "memory", "rundir", "prompts"},
-    {"moslora", "fast_lora", "objective", "photos"},
+    {"errors", "config", "config_fields", "generation", "streaming", "memory", "rundir", "prompts", "contact_sheet"},
+    {"moslora", "fast_lora", "objective", "photos", "seeding", "cache", "quantization"},
     {"base", "adapters", "previews", "prior", "export", "metrics"},
-    {"dataset", "pipeline", "grids"},
-    {"trainer", "evaluate"},
+    {"dataset", "sampling", "optimization", "pipeline", "grids"},
+    {"checkpoint", "card", "reporting", "preparation", "publication", "trainer", "evaluate"},
     {"cli", "commands", "ui.jobs"},
     {"ui"},
 ]
