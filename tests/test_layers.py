@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1] / "dreambooth_moslora"
 LAYERS: list[set[str]] = [
     {"errors", "config", "config_fields", "generation", "streaming", "memory", "rundir", "prompts", "contact_sheet"},
-    {"moslora", "fast_lora", "objective", "photos", "seeding", "cache", "quantization"},
-    {"base", "adapters", "previews", "prior", "export", "metrics"},
+    {"moslora", "fast_lora", "objective", "photos", "seeding", "cache", "quantization", "diagnostics", "hollow", "rank_reduction"},
+    {"base", "adapters", "previews", "prior", "adapter_file", "describe", "export", "kohya", "proof", "metrics"},
     {"dataset", "sampling", "optimization", "pipeline", "grids"},
     {"checkpoint", "card", "reporting", "preparation", "publication", "trainer", "evaluate"},
     {"cli", "commands", "ui.jobs"},

@@ -1,0 +1,62 @@
+"""A model's structure without its weights: every parameter is one zero, seen at full size through strides of 0.
+
+Loaders, PEFT's too, treat it as an ordinary model in fp32 on the CPU, but it costs next to no memory: an SDXL UNet
+needs a few MB. This is how an export is reloaded by the stock loader while only one real UNet is in memory.
+"""
+
+import inspect
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from dreambooth_moslora.errors import UserError
+
+__all__ = ["hollow", "structure_of"]
+
+
+def structure_of(model: nn.Module) -> dict[str, object]:
+    """{"class", "config"} of a diffusers or transformers model, JSON-able and without file names."""
+    config = model.config
+    values = config.to_diff_dict() if hasattr(config, "to_diff_dict") else dict(config)
+    values = {k: v for k, v in values.items() if not k.startswith("_") and k not in PRIVATE}
+    return {"class": type(model).__name__, "config": json.loads(json.dumps(values, default=str))}
+
+
+PRIVATE = ("name_or_path", "quantization_config", "transformers_version", "dtype", "torch_dtype")
+
+
+def hollow(structure: Mapping[str, object]) -> nn.Module:
+    """The model of a structure, hollow. Raises UserError for a class that no library has."""
+    import diffusers
+    import transformers
+
+    name, config = str(structure["class"]), dict(structure["config"])
+    with torch.device("meta"):
+        if hasattr(diffusers, name):
+            model = getattr(diffusers, name).from_config(known(getattr(diffusers, name), config))
+        elif hasattr(transformers, name):
+            kind = getattr(transformers, name)
+            model = kind(kind.config_class(**config))
+        else:
+            raise UserError(f"{name} is no model class of the installed diffusers or transformers; update them")
+    empty(model)
+    return model.eval()
+
+
+def known(kind: type, config: dict) -> dict:
+    """The arguments that this version of the class has."""
+    names = inspect.signature(kind.__init__).parameters
+    return {key: value for key, value in config.items() if key in names}
+
+
+def empty(model: nn.Module) -> None:
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                zero = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
+                module._parameters[name] = nn.Parameter(zero, requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
