@@ -68,7 +68,7 @@ def batch(renders: Renders, leaves: Tensor, args, generator: torch.Generator) ->
 def train(args: argparse.Namespace) -> AutoencoderKL:
     torch.manual_seed(0)
     renders = Renders(args.data)
-    leaves = torch.from_numpy(dead_leaves(600, 128, seed=5))
+    leaves = torch.from_numpy(dead_leaves(300, 128, seed=5))
     vae = use_fast_group_norm(build_vae())
     weights = MasterWeights(
         vae, muon_lr=0.02, adamw_lr=2e-3, adamw_names=("conv_in", "conv_out", "quant_conv"), ema_decay=0.998
