@@ -1,0 +1,151 @@
+"""How one setting is described, converted and checked: the vocabulary in which `TrainConfig` is written."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, field
+from functools import partial
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_type_hints
+
+from dreambooth_moslora.errors import UserError
+
+__all__ = ["GROUPS", "FieldType", "check_limits", "convert", "field_type", "grouped", "nearest", "option"]
+
+GROUPS = (
+    "base model",
+    "photos",
+    "prior preservation",
+    "adapter",
+    "training",
+    "optimizer",
+    "memory and speed",
+    "samples and evaluation",
+    "run folder",
+    "hub",
+)
+
+FieldType = tuple[type, bool]
+"""(bool, int, float, str or tuple; whether None is allowed). A tuple holds strings."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    required: bool = False,
+    secret: bool = False,
+) -> Any:
+    """A dataclass field with its help, its bounds (low <= value <= high, value > above) and its choices.
+
+    `required`: the command line must give it. `secret`: it is never written to a file.
+    """
+    facts = {"help": help, "group": group, "low": low, "above": above, "high": high, "choices": choices}
+    return field(default=default, metadata={**facts, "required": required, "secret": secret})
+
+
+def grouped(group: str) -> partial:
+    """`option` for the fields of one group of the help."""
+    if group not in GROUPS:
+        raise KeyError(group)
+    return partial(option, group=group)
+
+
+def field_type(owner: type, item: Field) -> FieldType:
+    hint = get_type_hints(owner)[item.name]
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    kind = next(k for k in kinds if k is not type(None))
+    return (kind if isinstance(kind, type) and kind in (bool, int, float, str) else tuple), type(None) in kinds
+
+
+def convert(name: str, value: Any, kind: FieldType) -> Any:
+    """A value from Python, TOML, JSON or the command line as the field's type. Raises UserError."""
+    base, optional = kind
+    if value is None and optional:
+        return None
+    converted = CONVERTERS[base](value)
+    if converted is None:
+        raise UserError(f"--{name} {value!r}: expected {EXPECTED[base]}.")
+    return converted
+
+
+def to_bool(value: Any) -> bool | None:
+    words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+    return value if isinstance(value, bool) else words.get(value.lower()) if isinstance(value, str) else None
+
+
+def to_int(value: Any) -> int | None:
+    if isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+        return int(value) if isinstance(value, int) else int(number) if number.is_integer() else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def to_float(value: Any) -> float | None:
+    try:
+        return None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def to_str(value: Any) -> str | None:
+    return str(value) if isinstance(value, (str, Path)) else None
+
+
+def to_words(value: Any) -> tuple[str, ...] | None:
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
+        return None
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+CONVERTERS = {bool: to_bool, int: to_int, float: to_float, str: to_str, tuple: to_words}
+EXPECTED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple: "a list of names, separated by commas",
+}
+
+
+def check_limits(item: Field, value: Any) -> None:
+    """Raises UserError with the number that was wrong and the bound it breaks."""
+    facts = item.metadata
+    if value is None or value == item.default:
+        return
+    if facts["choices"] and value not in facts["choices"]:
+        raise UserError(f"--{item.name} {value}: choose one of {', '.join(facts['choices'])}.")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        _check_number(item.name, value, facts["low"], facts["above"], facts["high"])
+
+
+def _check_number(name: str, value: float, low: float | None, above: float | None, high: float | None) -> None:
+    if value != value or value in (float("inf"), float("-inf")):
+        raise UserError(f"--{name} {value}: must be a finite number.")
+    if low is not None and value < low:
+        raise UserError(f"--{name} {value:g}: must be at least {low:g}.")
+    if above is not None and value <= above:
+        raise UserError(f"--{name} {value:g}: must be more than {above:g}.")
+    if high is not None and value > high:
+        raise UserError(f"--{name} {value:g}: must be at most {high:g}.")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that the person probably meant."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    containing = sorted((k for k in known if len(name) > 3 and k.startswith(name)), key=len)
+    return containing[0] if containing else close[0] if close else None
+
+
+def default_of(item: Field) -> Any:
+    return None if item.default is MISSING else item.default

@@ -1,0 +1,237 @@
+"""The run folder: what each file in it is called, and how files get there whole or not at all.
+
+Everything is written beside its final name, flushed to the disk, then renamed. A process killed at any moment leaves
+temporaries, which begin with a dot and are removed by the next run, and never a half-written file under a real name.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["RunDir", "atomic_directory", "atomic_write", "clean_stale"]
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.(?P<kind>new|old)")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Names in the output folder `path` of one run. Nothing is created until something is written."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name or "adapter"
+
+    @property
+    def adapter_path(self) -> Path:
+        return self.path / "pytorch_lora_weights.safetensors"
+
+    @property
+    def kohya_path(self) -> Path:
+        return self.path / f"{self.name}.kohya.safetensors"
+
+    @property
+    def card_path(self) -> Path:
+        return self.path / "README.md"
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "train_config.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log_path(self) -> Path:
+        return self.path / "train.log"
+
+    @property
+    def samples_dir(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def class_images_dir(self) -> Path:
+        return self.path / "class_images"
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.path / f"checkpoint-{step}"
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, by step."""
+        if not self.path.is_dir():
+            return []
+        recover(self.path)
+        found = [(int(m[1]), p) for p in self.path.iterdir() if (m := CHECKPOINT.fullmatch(p.name)) and p.is_dir()]
+        return [path for _, path in sorted(found)]
+
+    def latest_checkpoint(self) -> Path | None:
+        return next(reversed(self.checkpoints()), None)
+
+    def rotate(self, limit: int | None) -> None:
+        """Keep the newest `limit` checkpoints; None keeps all."""
+        if limit is not None:
+            for path in self.checkpoints()[: -max(1, limit)]:
+                remove_directory(path)
+
+    def append_metrics(self, event: dict[str, Any]) -> None:
+        """Add one line to metrics.jsonl. Numbers that JSON does not know (NaN, infinity) become null."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(finite(event), ensure_ascii=False, allow_nan=False, default=str) + "\n"
+        with self.metrics_path.open("a+b") as file:
+            if ends_torn(file):
+                line = "\n" + line
+            file.write(line.encode())
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All events so far; a line torn by a kill is left out."""
+        if not self.metrics_path.is_file():
+            return []
+        lines = self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [event for line in lines if (event := parse_event(line)) is not None]
+
+
+def finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def ends_torn(file: Any) -> bool:
+    """Whether the open file's last line was cut off by a kill."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
+
+
+def parse_event(line: str) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Write a file whole, or leave what was there. The folder must exist."""
+    path = Path(path)
+    temporary = temporary_name(path, "new")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; it takes the name `path`, whole, when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clean_stale(path.parent)
+    temporary = temporary_name(path, "new")
+    temporary.mkdir()
+    try:
+        yield temporary
+        sync_tree(temporary)
+        replace_directory(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def replace_directory(new: Path, path: Path) -> None:
+    """Two renames where `path` exists; a kill between them is mended by `recover`."""
+    old = temporary_name(path, "old")
+    if path.exists():
+        os.replace(path, old)
+    os.replace(new, path)
+    sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_directory(path: Path) -> None:
+    """It is gone under its name at once, however long the removal takes."""
+    doomed = temporary_name(path, "new")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def temporary_name(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
+def recover(folder: Path) -> None:
+    """Give a folder its name back when a kill fell between the two renames of its replacement."""
+    for path, match in temporaries(folder):
+        target = folder / match["name"]
+        if match["kind"] == "old" and path.is_dir() and not target.exists() and not is_running(int(match["pid"])):
+            with suppress(OSError):
+                os.replace(path, target)
+
+
+def clean_stale(folder: Path) -> None:
+    """Remove what processes that no longer run left half-written in `folder`."""
+    recover(folder)
+    for path, match in temporaries(folder):
+        if is_running(int(match["pid"])):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def temporaries(folder: Path) -> list[tuple[Path, re.Match[str]]]:
+    return [(path, match) for path in folder.iterdir() if (match := TEMPORARY.fullmatch(path.name))]
+
+
+def is_running(pid: int) -> bool:
+    """Whether another process of this number runs. This process cleans up after itself."""
+    if pid == os.getpid():
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in the folder last; not every system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
