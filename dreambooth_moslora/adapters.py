@@ -13,12 +13,14 @@ from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from dreambooth_moslora.adapter_file import AdapterFacts, component_tensors, read_raw
 from dreambooth_moslora.base import architecture
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.proof import published_name
 
 __all__ = ["AdapterWeights", "check_fits", "find_weights", "install", "read_adapter"]
 
-PUBLISHED_NAME = "pytorch_lora_weights.safetensors"
+PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
 """Cross-attention width of the UNet -> the family that has it."""
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -42,13 +44,13 @@ class AdapterWeights:
 
 
 def find_weights(path: str | Path) -> Path:
-    """The safetensors file of an adapter: the file itself, or the published one in a run folder.
+    """The safetensors file of an adapter: itself, the published one of a run, the raw one of a checkpoint.
 
     Raises UserError when there is none, and for any format that can carry code (pickles).
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        path = path / PUBLISHED_NAME
+        path = path / (RAW_NAME if (path / RAW_NAME).is_file() else PUBLISHED_NAME)
     if not path.is_file():
         raise UserError(f"there is no adapter file {path}")
     if path.suffix != ".safetensors":
@@ -59,7 +61,37 @@ def find_weights(path: str | Path) -> Path:
 def read_adapter(path: str | Path, pipeline: StableDiffusionXLPipeline) -> AdapterWeights:
     """Raises UserError when the file is missing, is no safetensors file or holds no LoRA that we know."""
     file = find_weights(path)
-    header = _read_header(file)
+    header, keys = _read_header(file)
+    if "raw_format" in keys:
+        weights = AdapterWeights(file.name, _sha256(file), fold_raw(file), None, None, header)
+    else:
+        weights = _read_published(file, header, pipeline)
+    _check_content(weights)
+    return weights
+
+
+def fold_raw(file: Path) -> dict[str, Tensor]:
+    """A checkpoint's A, M, B as a plain LoRA in diffusers' naming: down = A, up = s·B·M, alpha = rank."""
+    tensors, facts = read_raw(file)
+    folded: dict[str, Tensor] = {}
+    for component in COMPONENTS:
+        for path, parts in component_tensors(tensors, component).items():
+            up = parts["lora_B"] @ parts["mixer"] if "mixer" in parts else parts["lora_B"]
+            name = f"{component}.{published_name(component, path)[1]}"
+            folded[f"{name}.lora_A.weight"] = parts["lora_A"]
+            folded[f"{name}.lora_B.weight"] = up * _raw_scale(facts, f"{component}.{path}")
+            if "magnitude" in parts:
+                folded[f"{name}.lora_magnitude_vector.weight"] = parts["magnitude"]
+    return folded
+
+
+def _raw_scale(facts: AdapterFacts, path: str) -> float:
+    """s = alpha / r, or alpha / sqrt(r) for rsLoRA."""
+    rank, alpha = facts.ranks.get(path, facts.rank), facts.alphas.get(path, facts.alpha)
+    return alpha / (rank**0.5 if facts.use_rslora else rank)
+
+
+def _read_published(file: Path, header: dict[str, str], pipeline: StableDiffusionXLPipeline) -> AdapterWeights:
     try:
         tensors, alphas, metadata = pipeline.lora_state_dict(
             str(file.parent),
@@ -71,9 +103,7 @@ def read_adapter(path: str | Path, pipeline: StableDiffusionXLPipeline) -> Adapt
         )
     except (ValueError, KeyError, IndexError, AttributeError, OSError) as error:
         raise UserError(f"{file.name} is not a LoRA file that diffusers can read: {_one_line(error)}") from error
-    weights = AdapterWeights(file.name, _sha256(file), tensors, alphas, metadata, header)
-    _check_content(weights)
-    return weights
+    return AdapterWeights(file.name, _sha256(file), tensors, alphas, metadata, header)
 
 
 def check_fits(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline, base_name: str) -> None:
@@ -102,10 +132,11 @@ def install(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline) -> Non
         )
 
 
-def _read_header(file: Path) -> dict[str, str]:
+def _read_header(file: Path) -> tuple[dict[str, str], set[str]]:
+    """The file's own metadata, and the names of its tensors."""
     try:
         with safe_open(file, framework="pt") as opened:
-            return dict(opened.metadata() or {})
+            return dict(opened.metadata() or {}), set(opened.keys())
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file.name} is not a whole safetensors file: {_one_line(error)}") from error
 

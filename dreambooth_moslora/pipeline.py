@@ -88,6 +88,7 @@ class Adapter:
     key: str
     sha256: str
     header: dict[str, str]
+    stamp: tuple[Path, int, int]
 
 
 class StopRequested(Exception):  # noqa: N818 (a signal, not an error)
@@ -122,16 +123,20 @@ class SubjectPipeline:
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
         """Put an adapter file (ours, diffusers', kohya's) or a run folder into the model; returns its name.
 
-        Loading the same content again costs a hash. Raises UserError when the file is no adapter for this base.
+        A file that is there already and has not changed costs nothing. Raises UserError when it is no adapter for
+        this base.
         """
         name = name or _name_of(Path(path))
+        stamp = _stamp(find_weights(path))
         with self._lock:
+            if name in self.adapters and self.adapters[name].stamp == stamp:
+                return name
             weights = read_adapter(path, self.pipeline)
             check_fits(weights, self.pipeline, self.base_name)
             if weights.key not in {adapter.key for adapter in self.adapters.values()}:
                 install(weights, self.pipeline)
             self._forget(name, unless=weights.key)
-            self.adapters[name] = Adapter(name, weights.key, weights.sha256, weights.header)
+            self.adapters[name] = Adapter(name, weights.key, weights.sha256, weights.header, stamp)
             self._make_room()
         return name
 
@@ -288,6 +293,12 @@ def _public_name(name: str | Path) -> str:
     """What may be written into a picture: a hub id or a bare name, never a path of this machine."""
     path = Path(name).expanduser()
     return path.resolve().name if path.exists() else str(name)
+
+
+def _stamp(file: Path) -> tuple[Path, int, int]:
+    """Tells one state of a file from another without reading it."""
+    facts = file.stat()
+    return file.resolve(), facts.st_mtime_ns, facts.st_size
 
 
 def _name_of(path: Path) -> str:

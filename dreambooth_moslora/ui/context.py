@@ -1,0 +1,122 @@
+"""What all tabs share: the pipeline (loading while the page is already up), the adapters, the visitors, the stops."""
+
+import functools
+import html
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gradio as gr
+
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.generation import GenerationParams
+from dreambooth_moslora.ui.shelf import AdapterShelf
+from dreambooth_moslora.ui.visitors import Visitor, Visitors
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.pipeline import SubjectPipeline
+
+__all__ = ["GPU", "AppContext", "shown"]
+
+GPU = {"concurrency_id": "gpu", "concurrency_limit": 1}
+"""Options of every event that computes: one at a time, the others wait in one queue."""
+
+logger = logging.getLogger(__name__)
+
+
+class AppContext:
+    """State of the server. `load` gives the pipeline and runs in a thread of its own from the start.
+
+    `base` is shown to everybody; `base_name` is what the trainer is told (it may be a path of this machine).
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], "SubjectPipeline"],
+        *,
+        base: str,
+        base_name: str,
+        resolution_px: int,
+        adapters_dir: Path,
+        runs_dir: Path,
+        training: bool,
+    ) -> None:
+        self.base, self.base_name, self.resolution_px = base, base_name, resolution_px
+        self.runs_dir = runs_dir
+        self.training = training
+        self.visitors = Visitors()
+        self.shelf = AdapterShelf(adapters_dir, runs_dir)
+        self._stops: dict[str, threading.Event] = {}
+        self._pipeline: Future[SubjectPipeline] = Future()
+        threading.Thread(target=_fulfil, args=(self._pipeline, load), name="load-base", daemon=True).start()
+
+    @property
+    def is_ready(self) -> bool:
+        return self._pipeline.done()
+
+    def pipeline(self) -> "SubjectPipeline":
+        """Waits until the base is there; raises UserError when it could not be loaded."""
+        return self._pipeline.result()
+
+    def load_adapters(self, params: GenerationParams, visitor: Visitor) -> GenerationParams:
+        """Apply tags, bring every adapter into the model. Raises UserError for an unknown or unfitting one."""
+        params = params.apply_tags()
+        for name, _ in params.adapters:
+            self.pipeline().load_adapter(self.shelf.path(name, visitor), name)
+        return params
+
+    @contextmanager
+    def stoppable(self, request: gr.Request) -> Iterator[Callable[[], bool]]:
+        """`should_stop` of this page's work. The next work of the page gets a new one."""
+        session = str(request.session_hash)
+        stop = self._stops[session] = threading.Event()
+        try:
+            yield stop.is_set
+        finally:
+            if self._stops.get(session) is stop:
+                del self._stops[session]
+
+    def stop(self, request: gr.Request) -> None:
+        """Stop this page's own work, if there is any; another page's cannot be named."""
+        if stop := self._stops.get(str(request.session_hash)):
+            stop.set()
+
+
+def _fulfil(future: Future, load: Callable[[], "SubjectPipeline"]) -> None:
+    try:
+        future.set_result(load())
+    except Exception as error:
+        logger.exception("The base could not be loaded")
+        future.set_exception(error if isinstance(error, UserError) else UserError(f"the base did not load: {error}"))
+
+
+def shown(handler: Callable) -> Callable:
+    """A UserError in a handler becomes a message on the page; its text is escaped, it may quote a visitor's words."""
+    if inspect.isgeneratorfunction(handler):
+
+        @functools.wraps(handler)
+        def guarded(*args, **kwargs):
+            try:
+                yield from handler(*args, **kwargs)
+            except UserError as error:
+                raise as_message(error) from error
+    else:
+
+        @functools.wraps(handler)
+        def guarded(*args, **kwargs):
+            try:
+                return handler(*args, **kwargs)
+            except UserError as error:
+                raise as_message(error) from error
+
+    return guarded
+
+
+def as_message(error: UserError) -> gr.Error:
+    text = str(error)
+    return gr.Error(html.escape(text[:1].upper() + text[1:], quote=False), duration=12, print_exception=False)

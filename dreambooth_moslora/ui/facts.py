@@ -1,0 +1,69 @@
+"""What an adapter file says of itself, read from its header alone: no tensor is loaded, no torch imported."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+__all__ = ["AdapterSummary", "prompt_for", "summary_of"]
+
+MAX_WORD_CHARACTERS = 80
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """Empty where the file says nothing (an adapter of another program)."""
+
+    trigger: str = ""
+    class_word: str = ""
+    base: str = ""
+    rank: int | None = None
+    mixer: str = ""
+
+    @property
+    def subject(self) -> str:
+        """The words that call the subject, such as "sks dog"."""
+        return f"{self.trigger} {self.class_word}".strip() if self.class_word not in self.trigger else self.trigger
+
+    def sentence(self) -> str:
+        parts = [
+            f"say “{self.subject}”" if self.subject else "",
+            f"rank {self.rank}" if self.rank else "",
+            f"{self.mixer} mixer" if self.mixer and self.mixer != "none" else "",
+            f"for {self.base}" if self.base else "",
+        ]
+        return " · ".join(part for part in parts if part)
+
+
+def summary_of(file: Path) -> AdapterSummary:
+    """Never raises for a readable or unreadable file: a header is a hint, loading is the check."""
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            header = opened.metadata() or {}
+        facts = json.loads(header.get("moslora", "{}"))
+        return _from_facts(facts if isinstance(facts, dict) else {})
+    except (SafetensorError, OSError, ValueError, RecursionError):
+        return AdapterSummary()
+
+
+def _from_facts(facts: dict[str, Any]) -> AdapterSummary:
+    words = facts.get("trigger_words")
+    first = words[0] if isinstance(words, list) and words else ""
+    rank = facts.get("rank")
+    return AdapterSummary(
+        trigger=_word(first),
+        class_word=_word(facts.get("class_word")),
+        base=_word(facts.get("base_id")),
+        rank=rank if isinstance(rank, int) else None,
+        mixer=_word(facts.get("mixer")),
+    )
+
+
+def _word(value: Any) -> str:
+    return " ".join(value.split())[:MAX_WORD_CHARACTERS] if isinstance(value, str) else ""
+
+
+def prompt_for(summary: AdapterSummary) -> str:
+    return f"a photo of a {summary.subject}" if summary.subject else ""

@@ -1,0 +1,86 @@
+"""The Inspect tab: drop a PNG and see its recipe, drop an adapter and see what it is."""
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.generation import SCHEDULERS, Recipe, read_recipe
+from dreambooth_moslora.ui.cards import facts_table, notice
+from dreambooth_moslora.ui.context import AppContext, shown
+from dreambooth_moslora.ui.generate_tab import GenerateTab, to_widgets
+from dreambooth_moslora.ui.shelf import check_upload
+
+__all__ = ["build_inspect_tab"]
+
+HINT = notice("Drop a PNG made here or elsewhere, or a .safetensors adapter.")
+
+
+def build_inspect_tab(ctx: AppContext, tabs: gr.Tabs, generate: GenerateTab) -> None:
+    with gr.Row(elem_id="inspect", equal_height=False):
+        with gr.Column(min_width=280, scale=2):
+            file = gr.File(
+                file_types=[".png", ".safetensors"], label="PNG or adapter", height=160, elem_id="inspect_file"
+            )
+            use = gr.Button("Use these settings", visible=False, variant="primary", elem_id="inspect_use")
+        with gr.Column(min_width=280, scale=3):
+            facts = gr.HTML(HINT, elem_id="inspect_facts", label="Facts")
+
+    @shown
+    def inspect(file: str | None) -> tuple:
+        if not file:
+            return HINT, gr.Button(visible=False)
+        is_picture = Path(file).suffix.lower() != ".safetensors"
+        return facts_table(recipe_facts(read_recipe(file)) if is_picture else adapter_facts(file)), gr.Button(
+            visible=is_picture
+        )
+
+    @shown
+    def use_recipe(file: str | None) -> list:
+        if not file:
+            raise UserError("drop a PNG first")
+        return [gr.Tabs(selected="generate"), *to_widgets(ctx, read_recipe(file).params)]
+
+    gr.on([file.upload, file.clear], inspect, file, [facts, use], api_name="inspect", queue=False)
+    use.click(use_recipe, file, [tabs, *generate.fields.values()], queue=False, api_visibility="private")
+
+
+def recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
+    params, origin = recipe.params, recipe.provenance
+    hashes = dict(origin.adapter_sha256)
+    size = f"{params.width_px} × {params.height_px} px" if params.width_px else ""
+    adapters = [
+        ("Adapter", f"{name}, scale {scale:g}" + (f"\nsha256 {hashes[name]}" if name in hashes else ""))
+        for name, scale in params.adapters
+    ]
+    return [
+        ("Prompt", params.prompt),
+        ("Negative prompt", params.negative_prompt),
+        *adapters,
+        ("Seed", str(params.seed)),
+        ("Steps", str(params.steps)),
+        ("Guidance", f"{params.guidance_scale:g}"),
+        ("Size", size),
+        ("Scheduler", SCHEDULERS[params.scheduler]),
+        ("Base", origin.base),
+        ("Made with", ", ".join(f"{name} {version}" for name, version in origin.versions)),
+        ("Recipe", "exact" if recipe.exact else "read from another program's text"),
+    ]
+
+
+def adapter_facts(file: str) -> list[tuple[str, str]]:
+    """The lines of `info` on any LoRA file."""
+    from dreambooth_moslora.export import describe
+
+    check_upload(Path(file))
+    return [(name.replace("_", " ").capitalize(), words_of(value)) for name, value in describe(file).items()]
+
+
+def words_of(value: Any) -> str:
+    """A fact in a line or a few: lists by commas, tables by lines."""
+    if isinstance(value, dict):
+        return "\n".join(f"{key}: {words_of(inner)}" for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(words_of, value))
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)

@@ -1,0 +1,267 @@
+"""Training runs as processes of the server: they go on when the page is closed and when the app is started again.
+
+`runs/<name>/job.json` says which process trains there and whose it is; `metrics.jsonl` says how far it is. A run is
+stopped by a signal, upon which the trainer finishes its step and writes a checkpoint.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from dreambooth_moslora.errors import UserError
+
+__all__ = ["Job", "JobState", "Jobs", "Metrics"]
+
+SCRIPT = Path(__file__).resolve().parents[2] / "train_dreambooth.py"
+JOB_NAME, LOG_NAME, CONFIG_NAME, METRICS_NAME = "job.json", "job.log", "job_config.json", "metrics.jsonl"
+KILL_AFTER_SEC = 30
+LOG_TAIL_LINES = 40
+ACTIVE = ("starting", "running", "stopping")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: its folder, its owner (`Visitor.id`) and its process, told apart from a later one of the same number."""
+
+    run_dir: Path
+    owner: str
+    pid: int
+    created: float
+    stop_asked: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return self.run_dir.name
+
+    def save(self) -> None:
+        facts = {key: value for key, value in asdict(self).items() if key != "run_dir"}
+        temporary = self.run_dir / f".{JOB_NAME}.tmp"
+        temporary.write_text(json.dumps(facts), encoding="utf-8")
+        temporary.replace(self.run_dir / JOB_NAME)
+
+    @classmethod
+    def load(cls, run_dir: Path) -> "Job | None":
+        try:
+            return cls(run_dir, **json.loads((run_dir / JOB_NAME).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process that was started is still there (a zombie is not)."""
+        try:
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.created) < 1.0
+            return same and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+    def log_tail(self, lines: int = LOG_TAIL_LINES) -> str:
+        try:
+            with (self.run_dir / LOG_NAME).open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 64 * 1024))
+                text = file.read().decode("utf-8", errors="replace")
+        except OSError:
+            return ""
+        return "\n".join(line.rsplit("\r", 1)[-1] for line in text.splitlines()[-lines:])
+
+
+@dataclass
+class Metrics:
+    """The events of `metrics.jsonl`, read from where the last reading stopped; a half-written line waits."""
+
+    path: Path
+    events: list[dict[str, Any]] = field(default_factory=list)
+    _offset: int = 0
+
+    def refresh(self) -> "Metrics":
+        if not self.path.is_file():
+            return self
+        with self.path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        self.events += [event for line in whole.splitlines() if (event := _parsed(line))]
+        return self
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event.get("type") == kind]
+
+    def last(self, kind: str) -> dict[str, Any]:
+        return next((event for event in reversed(self.events) if event.get("type") == kind), {})
+
+    def since_start(self) -> list[dict[str, Any]]:
+        """Events of the last start: a resumed run has an `end` of the earlier one before it."""
+        starts = [i for i, event in enumerate(self.events) if event.get("type") == "start"]
+        return self.events[starts[-1] :] if starts else []
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None
+
+
+@dataclass(frozen=True)
+class JobState:
+    """`state`: starting, running, stopping, done, interrupted, failed. `phase` is what the trainer does now."""
+
+    state: str
+    step: int
+    max_train_steps: int
+    phase: str
+    message: str = ""
+
+    @property
+    def is_active(self) -> bool:
+        return self.state in ACTIVE
+
+
+class Jobs:
+    """The runs under `runs_dir`. One process at a time; only its owner may stop it."""
+
+    def __init__(self, runs_dir: Path, script: Path = SCRIPT) -> None:
+        self.runs_dir, self.script = runs_dir, script
+        self._children: dict[int, subprocess.Popen] = {}
+        self._metrics: dict[Path, Metrics] = {}
+        self._lock = threading.Lock()
+
+    def start(self, name: str, config: dict[str, Any], owner: str) -> Job:
+        """Start training into `runs_dir`/`name`. Raises UserError while another run is going on."""
+        run_dir = self.run_dir(name)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / CONFIG_NAME).write_text(json.dumps(config, indent=1), encoding="utf-8")
+        return self._launch(run_dir, owner)
+
+    def resume(self, name: str, owner: str) -> Job:
+        """Go on from the last checkpoint. Raises UserError when the run is another's or is going on."""
+        job = self.owned(name, owner)
+        if job.is_alive:
+            raise UserError(f"the run {job.name} is still going on")
+        config = json.loads((job.run_dir / CONFIG_NAME).read_text(encoding="utf-8"))
+        (job.run_dir / CONFIG_NAME).write_text(
+            json.dumps(config | {"resume_from_checkpoint": "latest"}, indent=1), encoding="utf-8"
+        )
+        return self._launch(job.run_dir, owner)
+
+    def stop(self, name: str, owner: str) -> Job:
+        """First ask the trainer to end with a checkpoint; asked again after 30 s, kill it with its children."""
+        job = self.owned(name, owner)
+        if not job.is_alive:
+            return job
+        if job.stop_asked and time.time() - job.stop_asked > KILL_AFTER_SEC:
+            _kill_tree(job.pid)
+            return job
+        if not job.stop_asked:
+            job = replace(job, stop_asked=time.time())
+            job.save()
+            os.kill(job.pid, signal.SIGTERM)
+        return job
+
+    def owned(self, name: str, owner: str) -> Job:
+        """Raises UserError alike for a run that is not there and for one of another visitor."""
+        job = Job.load(self.run_dir(name))
+        if job is None or job.owner != owner:
+            raise UserError(f"you have no run called {name!r:.60}")
+        return job
+
+    def run_dir(self, name: str) -> Path:
+        """Raises UserError for a name that would leave `runs_dir`."""
+        path = self.runs_dir / name
+        if (
+            not name
+            or name != Path(name).name
+            or name.startswith(".")
+            or path.resolve().parent != self.runs_dir.resolve()
+        ):
+            raise UserError(f"{name!r:.60} cannot be the name of a run")
+        return path
+
+    def all(self) -> list[Job]:
+        """Newest first."""
+        folders = sorted(self.runs_dir.glob(f"*/{JOB_NAME}"), key=lambda path: -path.stat().st_mtime)
+        return [job for folder in folders if (job := Job.load(folder.parent))]
+
+    def of(self, owner: str) -> list[Job]:
+        return [job for job in self.all() if job.owner == owner]
+
+    def current(self) -> Job | None:
+        """The run that is going on, whoever it belongs to."""
+        self._reap()
+        return next((job for job in self.all() if job.is_alive), None)
+
+    def metrics(self, job: Job) -> Metrics:
+        with self._lock:
+            path = job.run_dir / METRICS_NAME
+            return self._metrics.setdefault(path, Metrics(path)).refresh()
+
+    def state(self, job: Job) -> JobState:
+        self._reap()
+        alive = job.is_alive  # before the metrics: what a process wrote is there when it has gone
+        metrics = self.metrics(job)
+        events = [event for event in metrics.since_start() if event.get("time", 0) >= job.created - 1]
+        by_kind = {event.get("type"): event for event in events}
+        end = by_kind.get("end", {})
+        if alive:
+            state = "stopping" if job.stop_asked else "running" if events else "starting"
+        else:
+            state = end.get("state", "failed")
+        step = max((int(e.get("step") or 0) for e in [*metrics.of("step")[-1:], end]), default=0)
+        total = int(metrics.last("start").get("max_train_steps") or 0)
+        message = str(end.get("message") or "") or ("" if end or alive else _last_words(job))
+        return JobState(state, step, total, str(by_kind.get("phase", {}).get("phase", "")), message)
+
+    def _launch(self, run_dir: Path, owner: str) -> Job:
+        with self._lock:
+            if running := self.current():
+                whose = "your run " + running.name if running.owner == owner else "another visitor's run"
+                raise UserError(f"{whose} is going on; one run at a time")
+            child = self._spawn(run_dir)
+            self._children[child.pid] = child
+            job = Job(run_dir, owner, child.pid, psutil.Process(child.pid).create_time())
+            job.save()
+            return job
+
+    def _spawn(self, run_dir: Path) -> subprocess.Popen:
+        command = [sys.executable, str(self.script), "--config", str(run_dir / CONFIG_NAME)]
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        with (run_dir / LOG_NAME).open("ab") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def _reap(self) -> None:
+        for pid, child in list(self._children.items()):
+            if child.poll() is not None:
+                self._children.pop(pid, None)
+
+
+def _last_words(job: Job) -> str:
+    lines = [line for line in job.log_tail().splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "the process ended without a word"
+
+
+def _kill_tree(pid: int) -> None:
+    try:
+        parent = psutil.Process(pid)
+        for process in [*parent.children(recursive=True), parent]:
+            process.kill()
+    except psutil.Error:
+        return

@@ -1,0 +1,55 @@
+"""The whole page: a heading, the tabs, and how it is served."""
+
+from html import escape
+from typing import Any
+
+import gradio as gr
+from starlette.middleware import Middleware
+
+from dreambooth_moslora.ui.context import AppContext
+from dreambooth_moslora.ui.generate_tab import build_generate_tab
+from dreambooth_moslora.ui.inspect_tab import build_inspect_tab
+from dreambooth_moslora.ui.jobs import Jobs
+from dreambooth_moslora.ui.theme import CSS, HEAD, theme
+from dreambooth_moslora.ui.train_tab import build_train_tab
+from dreambooth_moslora.ui.visitors import VisitorCookie
+
+__all__ = ["build_app", "launch_options"]
+
+MAX_UPLOAD = "512mb"
+QUEUE_LENGTH = 64
+CACHE_CHECK_SEC, CACHE_AGE_SEC = 3600, 24 * 3600
+
+
+def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
+    """The page as a Blocks with its queue. The training tab exists only where `ctx.training` allows it."""
+    with gr.Blocks(
+        title="dreambooth_moslora", analytics_enabled=False, delete_cache=(CACHE_CHECK_SEC, CACHE_AGE_SEC)
+    ) as page:
+        with gr.Row(elem_id="top"):
+            gr.HTML("<h1>dreambooth_moslora</h1>")
+            gr.HTML(f'<div class="faint">base: {escape(ctx.base)}</div>')
+        with gr.Tabs(elem_id="tabs") as tabs:
+            with gr.Tab("Generate", id="generate"):
+                generate = build_generate_tab(ctx, page, templates)
+            if ctx.training:
+                with gr.Tab("Train", id="train"):
+                    build_train_tab(ctx, Jobs(ctx.runs_dir), page, tabs, generate)
+            with gr.Tab("Inspect", id="inspect"):
+                build_inspect_tab(ctx, tabs, generate)
+    return page.queue(max_size=QUEUE_LENGTH)
+
+
+def launch_options() -> dict[str, Any]:
+    """Options for `launch()` that every start of the page shares."""
+    return {
+        "theme": theme(),
+        "css": CSS,
+        "head": HEAD,
+        "footer_links": ["api"],
+        "run_history": False,
+        "max_file_size": MAX_UPLOAD,
+        "app_kwargs": {"middleware": [Middleware(VisitorCookie)]},
+        "share": False,
+        "ssr_mode": False,
+    }

@@ -1,0 +1,121 @@
+"""From the command line of `app.py` to a running page. The base loads while the page is already up."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from dreambooth_moslora.errors import UserError
+
+__all__ = ["add_arguments", "context_of", "main"]
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULT_RESOLUTION_PX = 1024
+LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    def add(name: str, **options) -> None:
+        parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), dest=name, **options)
+
+    add("base", default="toy", help='a folder, a hub id, a .safetensors file, or "toy", the embedded base (default)')
+    add("adapters_dir", default=str(ROOT / "assets" / "adapters"), help="folder of .safetensors adapters to offer")
+    add("runs_dir", default="runs", help="folder of training runs (default runs)")
+    add("server_name", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
+    add("server_port", type=int, help="default: the first free one from 7860")
+    add("share", action="store_true", help="also open a public gradio.live address")
+    add("auth", action="append", metavar="NAME:PASSWORD", help="ask for a login; repeatable")
+    add("inbrowser", action="store_true", help="open a browser window")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="app.py", description="A web page to generate with adapters and train them.")
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        return serve(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def serve(args: argparse.Namespace) -> int:
+    logins = [parse_login(text) for text in args.auth or ()]
+    is_public = args.share or args.server_name not in LOOPBACK
+    if is_public and not logins:
+        print("warning: everybody who finds this address can use it; training is off without --auth", file=sys.stderr)
+    context = context_of(args, training=bool(logins) or not is_public)
+    from dreambooth_moslora.ui.page import build_app, launch_options
+
+    options = launch_options() | {
+        "server_name": args.server_name,
+        "server_port": args.server_port,
+        "share": args.share,
+        "auth": logins or None,
+        "inbrowser": args.inbrowser,
+    }
+    try:
+        build_app(context, templates_for(args.base)).launch(**options)
+    except OSError as error:
+        raise UserError(f"the page cannot be served: {' '.join(str(error).split())}") from error
+    finally:
+        context.visitors.close()
+    return 0
+
+
+def parse_login(text: str) -> tuple[str, str]:
+    name, colon, password = text.partition(":")
+    if not (name and colon and password):
+        raise UserError("--auth needs NAME:PASSWORD")
+    return name, password
+
+
+def context_of(args: argparse.Namespace, *, training: bool):
+    """Start loading the base and say what the page needs to know before it is there."""
+    folder = base_folder(args.base)
+    runs_dir = Path(args.runs_dir).expanduser().resolve()
+    runs_dir.mkdir(parents=True, exist_ok=True)
+
+    def load():
+        from dreambooth_moslora.pipeline import SubjectPipeline
+
+        return SubjectPipeline.from_base(args.base)
+
+    from dreambooth_moslora.ui.context import AppContext
+
+    return AppContext(
+        load,
+        base=folder.name if folder and args.base != "toy" else str(args.base),
+        base_name=str(folder.resolve()) if folder and args.base != "toy" else str(args.base),
+        resolution_px=resolution_of(folder),
+        adapters_dir=Path(args.adapters_dir).expanduser().resolve(),
+        runs_dir=runs_dir,
+        training=training,
+    )
+
+
+def base_folder(name: str) -> Path | None:
+    """The base's folder or file on this disk; None for a hub id."""
+    path = ROOT / "assets" / "toy-sdxl" if name == "toy" else Path(name).expanduser()
+    return path if path.exists() else None
+
+
+def resolution_of(folder: Path | None) -> int:
+    """The base's own size in px, from its config alone: the page must not wait for the weights."""
+    try:
+        unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+        vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    except (OSError, TypeError, KeyError, ValueError):
+        return DEFAULT_RESOLUTION_PX
+
+
+def templates_for(base: str) -> list[str]:
+    """Prompts with `{}` for the subject: the toy world's own, or the DreamBooth paper's."""
+    from dreambooth_moslora import prompts
+
+    if base == "toy":
+        return list(prompts.TOY_TEMPLATES)
+    return [*prompts.DREAMBOOTH_OBJECT_TEMPLATES, *prompts.DREAMBOOTH_LIVE_TEMPLATES]

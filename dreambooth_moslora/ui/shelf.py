@@ -1,0 +1,112 @@
+"""The adapters that can be chosen: files in known folders by name, never a path that somebody typed."""
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.ui.jobs import Job
+from dreambooth_moslora.ui.visitors import Visitor
+
+__all__ = ["NONE", "AdapterShelf"]
+
+NONE = "none"
+PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
+MAX_UPLOAD_BYTES = 512 * 1024**2
+MAX_UPLOADS = 16
+UNSAFE = re.compile(r"[^\w .+-]+")
+
+
+@dataclass(frozen=True)
+class AdapterShelf:
+    """Finds adapters in `adapters_dir` (safetensors files) and `runs_dir` (finished runs and their checkpoints)."""
+
+    adapters_dir: Path
+    runs_dir: Path
+
+    def files(self, visitor: Visitor | None = None) -> dict[str, Path]:
+        """Name -> file. The visitor's own uploads come first; a checkpoint is called `run@step`.
+
+        Runs that a visitor started are on that visitor's shelf alone; runs of the command line are on everybody's.
+        """
+        found = dict(visitor.uploads) if visitor else {}
+        runs = [folder for folder in self.runs_dir.glob("*/") if _may_see(folder, visitor)]
+        for file in [*sorted(self.adapters_dir.glob("*.safetensors")), *_run_files(runs)]:
+            if not _is_inside(file, self.adapters_dir) and not _is_inside(file, self.runs_dir):
+                continue
+            found.setdefault(_name_of(file), file)
+        return found
+
+    def path(self, name: str, visitor: Visitor | None = None) -> Path:
+        """Raises UserError for a name that is not on the shelf: names are looked up, never joined to a folder."""
+        files = self.files(visitor)
+        if name not in files:
+            raise UserError(f"there is no adapter {name!s:.60}; choose one of: {', '.join(files) or 'none is there'}")
+        return files[name]
+
+    def add_upload(self, uploaded: str | Path, visitor: Visitor) -> str:
+        """Keep an uploaded file for its visitor alone; returns its name. The pipeline has checked its content."""
+        source = Path(uploaded)
+        check_upload(source)
+        if len(visitor.uploads) >= MAX_UPLOADS:
+            raise UserError(f"{MAX_UPLOADS} adapters are uploaded already; reload the page later or use the folder")
+        name = free_name(clean_name(source.stem), set(self.files(visitor)))
+        target = visitor.folder / f"adapter-{len(visitor.uploads)}" / f"{name}.safetensors"
+        target.parent.mkdir()
+        shutil.copyfile(source, target)
+        visitor.uploads[name] = target
+        return name
+
+
+def check_upload(source: Path) -> None:
+    """Raises UserError for anything but a safetensors file of a sane size."""
+    if source.suffix != ".safetensors":
+        raise UserError(f"{source.name} is not a .safetensors file; other formats can carry code and are not opened")
+    if (size := source.stat().st_size) > MAX_UPLOAD_BYTES:
+        raise UserError(f"{source.name} has {size / 2**20:.0f} MiB; at most {MAX_UPLOAD_BYTES // 2**20} are taken")
+
+
+def clean_name(text: str) -> str:
+    """What may be shown, put in a tag and used as a file name: letters, digits, space and `.+-_`."""
+    return UNSAFE.sub("_", text).strip(" ._")[:60] or "adapter"
+
+
+def free_name(name: str, taken: set[str]) -> str:
+    number, candidate = 2, name
+    while candidate in taken or candidate == NONE:
+        candidate, number = f"{name} {number}", number + 1
+    return candidate
+
+
+def _may_see(run_dir: Path, visitor: Visitor | None) -> bool:
+    job = Job.load(run_dir)
+    return job is None or (visitor is not None and job.owner == visitor.id)
+
+
+def _run_files(runs: list[Path]) -> list[Path]:
+    """Newest run first, then checkpoints, each run's from the last to the first."""
+    finished = [file for run in runs if (file := run / PUBLISHED_NAME).is_file()]
+    checkpoints = [file for run in runs for file in run.glob(f"checkpoint-*/{RAW_NAME}")]
+    finished.sort(key=lambda file: -file.stat().st_mtime)
+    return [*finished, *sorted(checkpoints, key=_checkpoint_order)]
+
+
+def _checkpoint_order(file: Path) -> tuple[str, int]:
+    return file.parent.parent.name, -_step_of(file.parent)
+
+
+def _step_of(checkpoint: Path) -> int:
+    digits = checkpoint.name.removeprefix("checkpoint-")
+    return int(digits) if digits.isdigit() else 0
+
+
+def _name_of(file: Path) -> str:
+    if file.name == RAW_NAME:
+        return f"{clean_name(file.parent.parent.name)}@{_step_of(file.parent)}"
+    return clean_name(file.parent.name if file.name == PUBLISHED_NAME else file.stem)
+
+
+def _is_inside(file: Path, folder: Path) -> bool:
+    """Also after following links: a link out of the folder is not on the shelf."""
+    return file.resolve().is_relative_to(folder.resolve())

@@ -1,0 +1,211 @@
+"""What the Train tab does: take photos, show them as they will be cropped, start a run, and say how it goes."""
+
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import PIL.Image
+
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.ui.cards import notice, progress_card
+from dreambooth_moslora.ui.context import AppContext
+from dreambooth_moslora.ui.generate_actions import format_seconds
+from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, Metrics
+from dreambooth_moslora.ui.photo_uploads import take_photos
+from dreambooth_moslora.ui.shelf import clean_name
+from dreambooth_moslora.ui.train_form import TrainForm, prompts_of
+from dreambooth_moslora.ui.visitors import Visitor
+
+__all__ = ["PhotoReview", "Watch", "lend", "review_photos", "start_run", "watch"]
+
+PLOT_POINTS = 200
+SMOOTHING_STEPS = 25
+MAX_SAMPLES_SHOWN = 24
+PHASES = {
+    "loading": "Loading the base",
+    "class_images": "Making class images",
+    "caching": "Looking at the photos once",
+    "training": "Training",
+    "sampling": "Drawing samples",
+    "evaluating": "Measuring fidelity",
+    "exporting": "Writing the adapter and checking it",
+}
+ENDINGS = {"done": "Done.", "interrupted": "Stopped; a checkpoint is written.", "failed": "The run failed."}
+
+
+@dataclass(frozen=True)
+class PhotoReview:
+    """Thumbnails as they will be cropped (path, caption) and what is noteworthy, as HTML."""
+
+    crops: list[tuple[PIL.Image.Image, str]]
+    remarks: str
+
+
+def review_photos(ctx: AppContext, files: list[str], visitor: Visitor) -> PhotoReview:
+    """Take clean copies and judge them. Raises UserError when no file is a photo."""
+    from dreambooth_moslora.photos import find_photos
+
+    intake = take_photos(files, visitor.folder / "photos")
+    report = find_photos(intake.folder, "", ctx.resolution_px)
+    crops = [(crop_of(photo, ctx.resolution_px), ", ".join(photo.reasons) or "good") for photo in report.photos]
+    lines = [*intake.refused, *(f"{Path(skipped.path).name}: {skipped.reason}" for skipped in report.skipped)]
+    lines += [f"photo {i}: {', '.join(photo.reasons)}" for i, photo in enumerate(report.photos, 1) if photo.reasons]
+    words = f"{len(crops)} photo{'s' * (len(crops) != 1)}, shown as they will be cropped."
+    remarks = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return PhotoReview(crops, f'<div class="card"><b>{words}</b><ul class="remarks">{remarks}</ul></div>')
+
+
+def crop_of(photo: Any, resolution_px: int) -> PIL.Image.Image:
+    """The middle crop that training takes when it is told to centre."""
+    import random
+
+    from dreambooth_moslora.photos import apply_crop, open_rgb, plan_crop
+
+    plan = plan_crop(photo.size_px, resolution_px, random.Random(0), center_crop=True, random_flip=False)
+    return apply_crop(open_rgb(photo), plan)
+
+
+def start_run(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> Job:
+    """Check everything, move the photos into a new run folder, start the process."""
+    from dreambooth_moslora.config import TrainConfig
+
+    photos = visitor.folder / "photos"
+    if not any(photos.glob("photo_*")):
+        raise UserError("add some photos of your subject first")
+    prompts_of(form.token, form.class_word)
+    if jobs.current():
+        raise UserError("another run is going on; one run at a time")
+    run_dir = free_run_dir(jobs, form)
+    config = TrainConfig.from_dict(form.config(ctx.base_name, ctx.resolution_px, run_dir / "photos", run_dir))
+    run_dir.mkdir(parents=True)
+    shutil.copytree(photos, run_dir / "photos")
+    form.write_captions(run_dir / "photos")
+    return jobs.start(run_dir.name, config.to_dict(), visitor.id)
+
+
+def free_run_dir(jobs: Jobs, form: TrainForm) -> Path:
+    """The wanted name, or one from the class word; a number is added when it is taken."""
+    wanted = clean_name(form.run_name or form.class_word).replace(" ", "-").replace("@", "-")
+    number, name = 2, wanted
+    while jobs.run_dir(name).exists():
+        name, number = f"{wanted}-{number}", number + 1
+    return jobs.run_dir(name)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Everything the page shows of a run. `version` changes when anything else does."""
+
+    version: tuple
+    state: JobState
+    status: str
+    loss: pd.DataFrame
+    fidelity: pd.DataFrame
+    samples: list[tuple[str, str]]
+    log: str
+
+
+def watch(jobs: Jobs, job: Job, visitor: Visitor) -> Watch:
+    state, metrics = jobs.state(job), jobs.metrics(job)
+    return Watch(
+        version=(job.name, state, len(metrics.events)),
+        state=state,
+        status=status_card(state, metrics),
+        loss=loss_table(metrics),
+        fidelity=fidelity_table(metrics),
+        samples=samples_of(job, metrics, visitor),
+        log=job.log_tail(),
+    )
+
+
+def status_card(state: JobState, metrics: Metrics) -> str:
+    """One line of state and one of numbers."""
+    if state.state in ENDINGS:
+        detail = state.message or f"step {state.step} of {state.max_train_steps}"
+        kind = "bad" if state.state == "failed" else "good"
+        return notice(f"{ENDINGS[state.state]} {detail}", kind)
+    if state.state == "starting":
+        return progress_card("Starting …", "loading the libraries", 0.0)
+    last, phase = metrics.last("step"), metrics.last("phase")
+    fraction = state.step / state.max_train_steps if state.max_train_steps else 0.0
+    if state.state == "stopping":
+        return progress_card("Stopping …", "the step is finished and a checkpoint written", fraction)
+    if state.phase in ("", "training") and last:
+        return progress_card(f"Step {state.step} of {state.max_train_steps}", numbers_of(last), fraction)
+    count = f" {phase.get('done')} of {phase['total']}" if int(phase.get("total") or 1) > 1 else ""
+    return progress_card(f"{PHASES.get(state.phase, state.phase or 'Preparing')}{count} …", numbers_of(last), fraction)
+
+
+def numbers_of(step: dict[str, Any]) -> str:
+    if not step:
+        return ""
+    seconds = step.get("step_sec") or 0
+    pace = "" if not seconds else f"{1 / seconds:.1f} steps/s" if seconds < 1 else f"{seconds:.1f} s a step"
+    parts = [
+        f"about {format_seconds(step['eta_sec'])} left" if step.get("eta_sec") is not None else "",
+        pace,
+        f"{step['memory_gib']:.1f} GiB" if step.get("memory_gib") else "",
+        f"loss {step['loss']:.3f}" if step.get("loss") is not None else "",
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def loss_table(metrics: Metrics) -> pd.DataFrame:
+    """Columns step, loss, part: the subject's and, with prior preservation, the class's loss, each smoothed."""
+    steps = {event["step"]: event for event in metrics.of("step")}  # a resumed run repeats some steps
+    tables = []
+    for name, key in (("subject", "loss_instance"), ("class (prior)", "loss_prior")):
+        values = {step: event.get(key) for step, event in sorted(steps.items()) if _is_number(event.get(key))}
+        if values:
+            smooth = pd.Series(values).rolling(SMOOTHING_STEPS, min_periods=1).mean()
+            thin = smooth.iloc[:: max(1, len(smooth) // PLOT_POINTS)]
+            tables.append(pd.DataFrame({"step": thin.index, "loss": thin.to_numpy(), "part": name}))
+    return pd.concat(tables) if tables else pd.DataFrame({"step": [], "loss": [], "part": []})
+
+
+def fidelity_table(metrics: Metrics) -> pd.DataFrame:
+    """Columns step, score, measure, from the evaluations of the run."""
+    skip = {"type", "time", "step"}
+    rows = [
+        {"step": event.get("step", 0), "score": value, "measure": name.replace("_", " ")}
+        for event in metrics.of("evaluation")
+        for name, value in event.items()
+        if name not in skip and _is_number(value)
+    ]
+    return pd.DataFrame(rows) if rows else pd.DataFrame({"step": [], "score": [], "measure": []})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def samples_of(job: Job, metrics: Metrics, visitor: Visitor) -> list[tuple[str, str]]:
+    """The newest sample pictures, latest step first, as copies that only this visitor is lent."""
+    found: dict[str, str] = {}
+    for event in metrics.of("sample"):
+        for name in event.get("files") or ():
+            found[Path(str(name)).name] = f"step {event.get('step')}"
+    items = []
+    for name, caption in reversed(list(found.items())):
+        if (file := job.run_dir / "samples" / name).is_file() and len(items) < MAX_SAMPLES_SHOWN:
+            items.append((str(lend(file, visitor, job.name)), caption))
+    return items
+
+
+def lend(file: Path, visitor: Visitor, run: str) -> Path:
+    """The file inside the visitor's own folder (a hard link where possible): what gradio may serve to this visitor."""
+    target = visitor.folder / "runs" / run / file.name
+    if target.exists() and target.stat().st_mtime_ns == file.stat().st_mtime_ns:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copy2(file, target)
+    return target

@@ -1,0 +1,109 @@
+"""The training form as a value: few words and numbers, to a TrainConfig."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dreambooth_moslora.errors import UserError
+
+__all__ = ["PRESETS", "Preset", "TrainForm", "preset_for", "prompts_of"]
+
+MAX_WORD_CHARACTERS = 60
+SMALL_BASE_PX = 256
+"""Bases of at most this resolution learn in fewer, cheaper steps."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    steps: int
+    rank: int
+    learning_rate: float
+
+
+PRESETS = {
+    "quick": (Preset(120, 8, 5e-4), Preset(400, 8, 2e-4)),
+    "standard": (Preset(300, 16, 5e-4), Preset(800, 16, 1e-4)),
+    "thorough": (Preset(800, 16, 3e-4), Preset(1500, 32, 1e-4)),
+}
+"""Name -> (for a small base, for SDXL)."""
+
+
+def preset_for(name: str, resolution_px: int) -> Preset:
+    if name not in PRESETS:
+        raise UserError(f"there is no preset {name!r:.30}; choose {', '.join(PRESETS)}")
+    return PRESETS[name][resolution_px > SMALL_BASE_PX]
+
+
+def prompts_of(token: str, class_word: str) -> tuple[str, str]:
+    """("a photo of a sks dog", "a photo of a dog"). Raises UserError for missing or endless words."""
+    token, class_word = (" ".join(str(word or "").split()) for word in (token, class_word))
+    for word, name in ((token, "the token (a rare word, such as sks)"), (class_word, "the class word (such as dog)")):
+        if not word:
+            raise UserError(f"{name} is missing")
+        if len(word) > MAX_WORD_CHARACTERS:
+            raise UserError(f"{name} is too long; one to three words are enough")
+    return f"a photo of a {token} {class_word}", f"a photo of a {class_word}"
+
+
+@dataclass(frozen=True)
+class TrainForm:
+    """Names of the fields are the API's argument names. 0 in a number means: as the preset says."""
+
+    token: str
+    class_word: str
+    run_name: str = ""
+    preset: str = "standard"
+    prior_preservation: bool = False
+    captions: str = ""
+    rank: int = 0
+    learning_rate: float = 0.0
+    steps: int = 0
+    mixer: str = "orthogonal"
+    seed: int = 0
+
+    def config(self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path) -> dict[str, Any]:
+        """Values for TrainConfig under its own names; raises UserError for what makes no sense."""
+        instance_prompt, class_prompt = prompts_of(self.token, self.class_word)
+        preset = preset_for(self.preset, resolution_px)
+        steps = _whole(self.steps, "steps", 100_000) or preset.steps
+        prior = {"class_prompt": class_prompt, "with_prior_preservation": True, "prior": "adapter_off"}
+        return {
+            "pretrained_model_name_or_path": base,
+            "instance_data_dir": str(photos_dir),
+            "output_dir": str(run_dir),
+            "instance_prompt": instance_prompt,
+            "validation_prompt": instance_prompt,
+            "num_validation_images": 2,
+            "resolution": resolution_px,
+            "rank": _whole(self.rank, "rank", 256) or preset.rank,
+            "learning_rate": _positive(self.learning_rate, "learning rate") or preset.learning_rate,
+            "max_train_steps": steps,
+            "train_batch_size": 1,
+            "lr_warmup_steps": 0,
+            "mixer": self.mixer,
+            "seed": _whole(self.seed, "seed", 2**32 - 1),
+            "validation_steps": max(1, steps // 5),
+            "checkpointing_steps": max(1, steps // 5),
+            "checkpoints_total_limit": 6,
+        } | (prior if self.prior_preservation else {})
+
+    def write_captions(self, photos_dir: Path) -> None:
+        """One line for each photo, in their order, becomes the text file beside it; empty lines are left out."""
+        photos = sorted(photos_dir.glob("photo_*.png"))
+        for photo, line in zip(photos, str(self.captions or "").splitlines()):
+            if line.strip():
+                photo.with_suffix(".txt").write_text(line.strip(), encoding="utf-8")
+
+
+def _whole(value: Any, name: str, limit: int) -> int:
+    value = 0 if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or not 0 <= value <= limit:
+        raise UserError(f"{name} must be a whole number from 0 to {limit}, not {value!r:.30}")
+    return int(value)
+
+
+def _positive(value: Any, name: str) -> float:
+    value = 0.0 if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 10:
+        raise UserError(f"the {name} must be a number from 0 to 10, not {value!r:.30}")
+    return float(value)

@@ -1,0 +1,272 @@
+"""The Train tab: photos, words, run, watch. The run is the server's; the page only looks at it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.ui.cards import notice
+from dreambooth_moslora.ui.context import AppContext, shown
+from dreambooth_moslora.ui.cost import estimate_cost
+from dreambooth_moslora.ui.generate_tab import GenerateTab
+from dreambooth_moslora.ui.jobs import Job, Jobs
+from dreambooth_moslora.ui.photo_uploads import PHOTO_TYPES
+from dreambooth_moslora.ui.train_actions import Watch, lend, review_photos, start_run, watch
+from dreambooth_moslora.ui.train_form import PRESETS, TrainForm, prompts_of
+
+__all__ = ["build_train_tab"]
+
+POLL_SEC = 2.0
+NO_RUN = notice("No run yet. Add photos, choose the words, start.")
+MIXERS = ["orthogonal", "identity", "kaiming", "butterfly", "none"]
+
+
+def build_train_tab(ctx: AppContext, jobs: Jobs, page: gr.Blocks, tabs: gr.Tabs, generate: GenerateTab) -> None:
+    with gr.Row(elem_id="train", equal_height=False):
+        with gr.Column(elem_id="train_form", min_width=280):
+            fields, parts = _form()
+        with gr.Column(elem_id="train_watch", min_width=280):
+            parts |= _watch_widgets()
+    _connect_photos(ctx, parts)
+    _connect_start(ctx, jobs, fields, parts)
+    _connect_watch(ctx, jobs, page, parts)
+    _connect_use(ctx, jobs, parts, tabs, generate)
+
+
+def _form() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields under the names of TrainForm, and the other widgets."""
+    gr.Markdown("### 1 · Photos", elem_classes="step")
+    photos = gr.File(
+        file_count="multiple",
+        file_types=PHOTO_TYPES,
+        label="4 to 10 photos of one subject",
+        height=130,
+        elem_id="photos",
+    )
+    remarks = gr.HTML(elem_id="remarks")
+    crops = gr.Gallery(
+        label="Crops",
+        show_label=False,
+        columns=4,
+        object_fit="cover",
+        interactive=False,
+        visible=False,
+        buttons=["fullscreen"],
+        elem_id="crops",
+        height="auto",
+        format="png",
+    )
+    gr.Markdown("### 2 · Words", elem_classes="step")
+    with gr.Row():
+        token = gr.Textbox("sks", label="Token", info="a rare word", min_width=110, elem_id="token")
+        class_word = gr.Textbox(
+            label="Class word", info="what it is", placeholder="dog", min_width=110, elem_id="class_word"
+        )
+    prompts = gr.HTML(elem_id="prompts")
+    with gr.Accordion("Captions (optional)", open=False):
+        captions = gr.Textbox(label="Captions", info="one line for each photo, in order", lines=4, elem_id="captions")
+    gr.Markdown("### 3 · Run", elem_classes="step")
+    preset = gr.Radio(list(PRESETS), value="standard", label="Length", elem_id="preset")
+    prior = gr.Checkbox(False, label="Prior preservation", info="keeps the class as it was; slower", elem_id="prior")
+    fields = {"token": token, "class_word": class_word, **_more_fields(), "preset": preset}
+    fields |= {"prior_preservation": prior, "captions": captions}
+    with gr.Row(elem_classes="tight"):
+        start = gr.Button("Start training", variant="primary", scale=2, elem_id="start")
+        estimate = gr.Button("Estimate the cost", scale=1, min_width=120, elem_id="estimate")
+    cost = gr.HTML(elem_id="cost")
+    others = {"photos": photos, "remarks": remarks, "crops": crops, "prompts": prompts, "start": start}
+    return {name: fields[name] for name in TrainForm.__dataclass_fields__}, others | {
+        "estimate": estimate,
+        "cost": cost,
+    }
+
+
+def _more_fields() -> dict[str, Any]:
+    with gr.Accordion("More settings", open=False):
+        run_name = gr.Textbox(label="Name of the run", placeholder="from the class word", elem_id="run_name")
+        with gr.Row():
+            steps = gr.Number(0, label="Steps", info="0: by length", precision=0, min_width=100, elem_id="train_steps")
+            rank = gr.Number(0, label="Rank", info="0: by length", precision=0, min_width=100)
+        with gr.Row():
+            learning_rate = gr.Number(0, label="Learning rate", info="0: by length", min_width=100)
+            seed = gr.Number(0, label="Seed", precision=0, min_width=100)
+        mixer = gr.Dropdown(MIXERS, value="orthogonal", label="Mixer", info="“none” trains a plain LoRA")
+    return {
+        "run_name": run_name,
+        "steps": steps,
+        "rank": rank,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "mixer": mixer,
+    }
+
+
+def _watch_widgets() -> dict[str, Any]:
+    plot = {"x": "step", "height": 230, "buttons": [], "visible": False}
+    with gr.Row(elem_classes="tight"):
+        run = gr.Dropdown([], value=None, label="Run", allow_custom_value=True, elem_id="run_picker", scale=2)
+        stop = gr.Button("Stop", variant="stop", interactive=False, min_width=80, scale=0, elem_id="stop_training")
+        resume = gr.Button("Resume", interactive=False, min_width=90, scale=0, elem_id="resume")
+    status = gr.HTML(NO_RUN, elem_id="train_status", label="Status")
+    with gr.Row(elem_classes="tight"):
+        use = gr.Button("Use this adapter", variant="primary", visible=False, elem_id="use_adapter")
+        download = gr.DownloadButton("Download the adapter", visible=False, elem_id="download_adapter")
+    loss = gr.LinePlot(y="loss", color="part", title="Loss", elem_id="loss", **plot)
+    fidelity = gr.LinePlot(y="score", color="measure", title="Fidelity", elem_id="fidelity", **plot)
+    samples = gr.Gallery(
+        label="Samples",
+        columns=4,
+        object_fit="contain",
+        interactive=False,
+        visible=False,
+        buttons=["download", "fullscreen"],
+        elem_id="samples",
+        height="auto",
+        format="png",
+    )
+    with gr.Accordion("Log", open=False, elem_id="log_box"):
+        log = gr.Code(language=None, label="Log", show_line_numbers=False, wrap_lines=True, elem_id="log", max_lines=20)
+    names = ("run", "stop", "resume", "status", "use", "download", "loss", "fidelity", "samples", "log")
+    values = (run, stop, resume, status, use, download, loss, fidelity, samples, log)
+    return dict(zip(names, values)) | {"seen": gr.State(None), "timer": gr.Timer(POLL_SEC)}
+
+
+def _connect_photos(ctx: AppContext, parts: dict) -> None:
+    @shown
+    def review(photos: list[str] | None, request: gr.Request) -> tuple:
+        if not photos:
+            return "", gr.Gallery(visible=False)
+        found = review_photos(ctx, photos, ctx.visitors.of(request))
+        return found.remarks, gr.Gallery(found.crops, visible=True)
+
+    gr.on(
+        [parts["photos"].upload, parts["photos"].delete, parts["photos"].clear],
+        review,
+        parts["photos"],
+        [parts["remarks"], parts["crops"]],
+        api_visibility="private",
+        show_progress="minimal",
+    )
+
+
+def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> None:
+    def words(token: str, class_word: str) -> str:
+        try:
+            instance, class_prompt = prompts_of(token, class_word)
+        except UserError:
+            return ""
+        return notice(f"Learns “{instance}”; keeps apart “{class_prompt}”.")
+
+    @shown
+    def train(photos: list[str] | None, request: gr.Request, **values) -> tuple:
+        visitor = ctx.visitors.of(request)
+        if photos:
+            review_photos(ctx, photos, visitor)
+        job = start_run(ctx, jobs, TrainForm(**values), visitor)
+        return gr.Dropdown(choices=_names(jobs, visitor.id), value=job.name), notice(f"The run {job.name} is starting.")
+
+    @shown
+    def estimate(photos: list[str] | None, request: gr.Request, **values) -> str:
+        visitor = ctx.visitors.of(request)
+        if photos:
+            review_photos(ctx, photos, visitor)
+        return estimate_cost(ctx, jobs, TrainForm(**values), visitor)
+
+    inputs = {"photos": parts["photos"], **fields}
+    gr.on(
+        [fields["token"].change, fields["class_word"].change],
+        words,
+        [fields["token"], fields["class_word"]],
+        parts["prompts"],
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    parts["start"].click(train, inputs_kwargs=inputs, outputs=[parts["run"], parts["status"]], api_name="train")
+    parts["estimate"].click(estimate, inputs_kwargs=inputs, outputs=parts["cost"], api_name="estimate")
+
+
+def _names(jobs: Jobs, owner: str) -> list[str]:
+    return [job.name for job in jobs.of(owner)]
+
+
+def _connect_watch(ctx: AppContext, jobs: Jobs, page: gr.Blocks, parts: dict) -> None:
+    outputs = [
+        parts[n] for n in ("seen", "status", "stop", "resume", "use", "download", "loss", "fidelity", "samples", "log")
+    ]
+    quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+
+    def look(run: str | None, seen: tuple | None, request: gr.Request) -> list:
+        visitor = ctx.visitors.of(request)
+        try:
+            job = jobs.owned(run or "", visitor.id)
+        except UserError:
+            return [gr.skip()] * len(outputs)
+        now = watch(jobs, job, visitor)
+        return [gr.skip()] * len(outputs) if now.version == seen else _updates(now, job, visitor)
+
+    def attach(request: gr.Request) -> Any:
+        names = _names(jobs, ctx.visitors.of(request).id)
+        return gr.Dropdown(choices=names, value=names[0] if names else None)
+
+    @shown
+    def status(run: str, request: gr.Request) -> dict:
+        visitor = ctx.visitors.of(request)
+        state = jobs.state(jobs.owned(run, visitor.id))
+        return {"run": run, "state": state.state, "step": state.step, "steps": state.max_train_steps} | (
+            {"message": state.message} if state.message else {}
+        )
+
+    page.load(attach, None, parts["run"], **quiet).then(look, [parts["run"], parts["seen"]], outputs, **quiet)
+    parts["timer"].tick(look, [parts["run"], parts["seen"]], outputs, **quiet)
+    parts["run"].change(look, [parts["run"], parts["seen"]], outputs, **quiet)
+    _connect_control(ctx, parts["stop"], parts, jobs.stop, "stop_training")
+    _connect_control(ctx, parts["resume"], parts, jobs.resume, "resume_training")
+    gr.api(status, api_name="train_status")
+
+
+def _connect_control(
+    ctx: AppContext, button: gr.Button, parts: dict, action: Callable[[str, str], Job], api_name: str
+) -> None:
+    """Stop and Resume: only for a run of the visitor who asks."""
+
+    @shown
+    def control(run: str | None, request: gr.Request) -> str:
+        job = action(run or "", ctx.visitors.of(request).id)
+        return notice(f"{'Stopping' if job.stop_asked else 'Going on with'} {job.name} …")
+
+    button.click(control, parts["run"], parts["status"], queue=False, api_name=api_name)
+
+
+def _updates(now: Watch, job: Job, visitor: Any) -> list:
+    """New values of all watched widgets, in the order of `_connect_watch`."""
+    published = job.run_dir / "pytorch_lora_weights.safetensors"
+    ready = published.is_file() and not now.state.is_active
+    file = str(lend(published, visitor, job.name)) if ready else None
+    resumable = not now.state.is_active and now.state.state != "done"
+    return [
+        now.version,
+        now.status,
+        gr.Button(interactive=now.state.is_active),
+        gr.Button(interactive=resumable),
+        gr.Button(visible=ready),
+        gr.DownloadButton(value=file, visible=ready),
+        gr.LinePlot(now.loss, visible=len(now.loss) > 1),
+        gr.LinePlot(now.fidelity, visible=len(now.fidelity) > 1),
+        gr.Gallery(now.samples, visible=bool(now.samples)),
+        now.log,
+    ]
+
+
+def _connect_use(ctx: AppContext, jobs: Jobs, parts: dict, tabs: gr.Tabs, generate: GenerateTab) -> None:
+    @shown
+    def use(run: str | None, request: gr.Request) -> tuple:
+        visitor = ctx.visitors.of(request)
+        job = jobs.owned(run or "", visitor.id)
+        names = ["none", *ctx.shelf.files(visitor)]
+        return gr.Tabs(selected="generate"), gr.Dropdown(choices=names, value=job.name), ""
+
+    parts["use"].click(
+        use, parts["run"], [tabs, generate.adapters[0], generate.prompt], queue=False, api_visibility="private"
+    )

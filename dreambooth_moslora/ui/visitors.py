@@ -1,0 +1,116 @@
+"""Who is asking: a random, HttpOnly cookie for each browser, and what the server keeps for its owner.
+
+A name given at login goes first, then the cookie, then the session of one page (for API clients without cookies).
+"""
+
+import hashlib
+import secrets
+import shutil
+import tempfile
+import threading
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from http.cookies import SimpleCookie
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+__all__ = ["COOKIE", "Picture", "Visitor", "VisitorCookie", "Visitors"]
+
+COOKIE = "moslora_visitor"
+MAX_VISITORS = 200
+HISTORY_LENGTH = 48
+ONE_YEAR_SEC = 365 * 24 * 3600
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A finished PNG of this visitor."""
+
+    path: Path
+    caption: str
+
+
+@dataclass
+class Visitor:
+    """`id` is a hash of the secret, fit to be written to disk. `folder` holds what is the visitor's alone."""
+
+    id: str
+    folder: Path
+    history: deque[Picture] = field(default_factory=lambda: deque(maxlen=HISTORY_LENGTH))
+    uploads: dict[str, Path] = field(default_factory=dict)
+
+    def remember(self, picture: Picture) -> None:
+        """Newest first; the file of the oldest goes when the history is full."""
+        if len(self.history) == self.history.maxlen:
+            self.history[-1].path.unlink(missing_ok=True)
+        self.history.appendleft(picture)
+
+
+class Visitors:
+    """All visitors, the least recent ones forgotten with their files."""
+
+    def __init__(self) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="moslora-app-"))
+        self._known: OrderedDict[str, Visitor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, request: gr.Request) -> Visitor:
+        identity = visitor_id(request)
+        with self._lock:
+            if identity not in self._known:
+                folder = self.root / secrets.token_hex(16)
+                folder.mkdir()
+                self._known[identity] = Visitor(identity, folder)
+                self._forget_old()
+            self._known.move_to_end(identity)
+            return self._known[identity]
+
+    def _forget_old(self) -> None:
+        while len(self._known) > MAX_VISITORS:
+            _, visitor = self._known.popitem(last=False)
+            shutil.rmtree(visitor.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def visitor_id(request: gr.Request) -> str:
+    """Hash of what identifies the asker; two askers share it only if they share the secret."""
+    cookies = getattr(request, "cookies", None) or {}
+    if name := getattr(request, "username", None):
+        secret = f"name:{name}"
+    elif cookie := cookies.get(COOKIE):
+        secret = f"cookie:{cookie}"
+    else:
+        secret = f"session:{request.session_hash or secrets.token_hex(16)}"
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+class VisitorCookie:
+    """ASGI middleware: the first answer to a browser sets the cookie."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["path"] != "/" or _has_cookie(scope):
+            await self.app(scope, receive, send)
+            return
+
+        async def send_with_cookie(message: dict) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), (b"set-cookie", _new_cookie().encode())]
+            await send(message)
+
+        await self.app(scope, receive, send_with_cookie)
+
+
+def _has_cookie(scope: dict) -> bool:
+    header = next((value.decode("latin1") for name, value in scope["headers"] if name == b"cookie"), "")
+    return COOKIE in SimpleCookie(header)
+
+
+def _new_cookie() -> str:
+    return f"{COOKIE}={secrets.token_urlsafe(24)}; Path=/; Max-Age={ONE_YEAR_SEC}; HttpOnly; SameSite=Strict"

@@ -1,0 +1,171 @@
+"""The page through gradio_client: names, arguments, streaming, stopping, several visitors."""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import PIL.Image
+import pytest
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+
+from dreambooth_moslora.generation import GenerationParams, read_recipe
+from dreambooth_moslora.pipeline import Image
+from tests.ui_server import serve
+
+FAST = {"steps": 3, "guidance_scale": 2.0}
+GENERATE_ARGUMENTS = [
+    "prompt",
+    "negative_prompt",
+    "adapter",
+    "scale",
+    "adapter_2",
+    "scale_2",
+    "adapter_3",
+    "scale_3",
+    "seed",
+    "steps",
+    "guidance_scale",
+    "size",
+    "num_images",
+    "scheduler",
+]
+
+
+@pytest.fixture(scope="module")
+def served(tiny_base, tmp_path_factory):
+    with serve(tiny_base, tmp_path_factory.mktemp("app")) as server:
+        yield server
+
+
+@pytest.fixture
+def client(served):
+    return Client(served.url, verbose=False)
+
+
+def files_of(gallery) -> list[str]:
+    return [item["image"] for item in gallery]
+
+
+def test_endpoints_and_arguments_keep_their_names(client):
+    api = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    arguments = {name: [p["parameter_name"] for p in facts["parameters"]] for name, facts in api.items()}
+    assert arguments["/generate"] == arguments["/compare"] == GENERATE_ARGUMENTS
+    assert arguments["/grid"] == ["rows", "row_values", "columns", "column_values", *GENERATE_ARGUMENTS]
+    assert set(arguments) == {
+        "/generate",
+        "/compare",
+        "/grid",
+        "/stop",
+        "/adapters",
+        "/inspect",
+        "/train",
+        "/estimate",
+        "/train_status",
+        "/stop_training",
+        "/resume_training",
+    }
+    assert all(p["parameter_has_default"] for p in api["/generate"]["parameters"])
+
+
+def test_a_picture_is_the_pipelines_own_and_carries_its_recipe(client, served):
+    gallery, seed, status = client.predict(
+        "a sks dog", adapter="dog", scale=0.5, seed=7, num_images=2, **FAST, api_name="/generate"
+    )
+    first, second = files_of(gallery)
+    assert seed == 7 and "2 pictures" in status
+    recipe = read_recipe(second)
+    assert (recipe.params.seed, recipe.params.adapters, recipe.provenance.base) == (8, (("dog", 0.5),), "model")
+    params = GenerationParams.from_png(first)
+    events = served.ctx.pipeline().generate(params)
+    expected = next(np.asarray(event.pixels) for event in events if isinstance(event, Image))
+    assert np.array_equal(np.asarray(PIL.Image.open(first)), expected)
+
+
+def test_pictures_arrive_one_by_one(client):
+    job = client.submit("a sks dog", num_images=3, seed=1, **FAST, api_name="/generate")
+    job.result(timeout=60)
+    counts = [len(output[0]) for output in job.outputs() if isinstance(output[0], list)]
+    assert {1, 2, 3} <= set(counts) and counts == sorted(counts)
+
+
+def test_a_negative_seed_is_drawn_and_told(client):
+    seeds = {client.predict("a dog", **FAST, api_name="/generate")[1] for _ in range(2)}
+    assert len(seeds) == 2 and min(seeds) >= 0
+
+
+def test_comparison_is_without_then_with_at_one_seed(client):
+    (without, with_dog), _ = client.predict("a dog", adapter="dog", seed=5, **FAST, api_name="/compare")
+    assert read_recipe(without).params.adapters == () and read_recipe(with_dog).params.adapters == (("dog", 1.0),)
+    assert read_recipe(without).params.seed == read_recipe(with_dog).params.seed == 5
+
+
+def test_a_grid_is_one_png_with_its_axes(client):
+    sheet, _ = client.predict("scale", "0, 1", "seed", "1, 2", "a dog", adapter="dog", **FAST, api_name="/grid")
+    with PIL.Image.open(sheet) as image:
+        assert json.loads(image.info["dreambooth_moslora_grid"]) == {"scale": [0.0, 1.0], "seed": [1, 2]}
+        assert image.width > 2 * 64 and image.height > 2 * 64
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"prompt": " "}, "prompt is empty"),
+        ({"prompt": "a", "adapter": "rex"}, "no adapter rex"),
+        ({"prompt": "a", "steps": 0}, "minimum value 1"),
+        ({"prompt": "a", "num_images": 9}, "maximum value 8"),
+        ({"prompt": "a", "size": "big"}, "size"),
+        ({"prompt": "a", "size": "60000 x 60000"}, "60000"),
+        ({"prompt": "a", "guidance_scale": 99}, "maximum value 15"),
+    ],
+)
+def test_mistakes_are_told_in_words(client, arguments, words):
+    with pytest.raises(Exception) as error:
+        client.predict(**arguments, api_name="/generate")
+    assert words in str(error.value)
+
+
+def test_stop_ends_only_ones_own_work(served, client):
+    other = Client(served.url, verbose=False)
+    mine = client.submit("a dog", steps=60, num_images=8, api_name="/generate")
+    while not mine.outputs():
+        time.sleep(0.02)
+    other.predict(api_name="/stop")
+    time.sleep(0.3)
+    assert not mine.done()
+    client.predict(api_name="/stop")
+    gallery, _, status = mine.result(timeout=30)
+    assert "Stopped" in status and len(gallery) < 8
+
+
+def test_several_visitors_share_a_queue_and_each_gets_its_own(served):
+    def ask(number: int) -> tuple[int, list]:
+        client = Client(served.url, verbose=False)
+        gallery, seed, _ = client.predict(f"dog {number}", seed=number, **FAST, api_name="/generate")
+        return seed, [read_recipe(file).params.prompt for file in files_of(gallery)]
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(ask, range(6)))
+    assert answers == [(n, [f"dog {n}"]) for n in range(6)]
+
+
+def test_the_list_of_adapters_is_an_endpoint(client):
+    assert [row["name"] for row in client.predict(api_name="/adapters")] == ["cat", "dog"]
+
+
+def test_a_history_belongs_to_one_cookie(served):
+    for cookie in ("first", "second", "first"):
+        client = Client(served.url, verbose=False, headers={"Cookie": f"moslora_visitor={cookie}"})
+        client.predict(f"a dog of {cookie}", **FAST, api_name="/generate")
+    histories = {
+        GenerationParams.from_png(visitor.history[0].path).prompt: len(visitor.history)
+        for visitor in served.ctx.visitors._known.values()
+        if visitor.history
+    }
+    assert histories["a dog of first"] == 2 and histories["a dog of second"] == 1
+
+
+def test_an_app_error_is_no_server_error(client):
+    with pytest.raises(AppError):
+        client.predict("", api_name="/generate")
