@@ -1,0 +1,142 @@
+"""One image file, of any kind that a phone or a program makes, as upright 8-bit sRGB pixels on white.
+
+Orientation (EXIF), colour profile, transparency, CMYK, Lab, palettes, greys and 16 bits are resolved here and nowhere
+else. Sizes are (height, width) px of the upright picture.
+"""
+
+import warnings
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, ImageOps
+
+__all__ = ["IMAGE_SUFFIXES", "UnreadableImageError", "alpha_of", "is_rotated", "open_image", "to_rgb"]
+
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000")
+"""Those read as photos: no format that runs an interpreter (EPS) or fetches anything."""
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".heic", ".heif", ".hif", ".avif"}
+    | {".tif", ".tiff", ".gif", ".bmp", ".ppm", ".pgm", ".jp2"}
+)
+OPAQUE_FROM = 250
+
+
+class UnreadableImageError(Exception):
+    """The file is no picture that can be read; the text says why, without the file's name."""
+
+
+@cache
+def register_heif() -> None:
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
+
+def open_image(path: Path) -> Image.Image:
+    """The first frame, decoded, with the orientation still to be applied. Raises UnreadableImageError."""
+    register_heif()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(path, formats=FORMATS)
+            check_size(image)
+            image.load()
+    except UnreadableImageError:
+        raise
+    except Image.DecompressionBombError:
+        raise UnreadableImageError(f"enormous: more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels") from None
+    except PermissionError:
+        raise UnreadableImageError("cannot be read: permission denied") from None
+    except Image.UnidentifiedImageError:
+        raise UnreadableImageError(what_is_wrong(path)) from None
+    except Exception as error:  # decoders raise whatever they like on damaged bytes
+        raise UnreadableImageError(f"broken: {one_line(error)}") from None
+    return image
+
+
+def check_size(image: Image.Image) -> None:
+    if min(image.size) < 1:
+        raise UnreadableImageError("broken: it has no pixels")
+
+
+def what_is_wrong(path: Path) -> str:
+    return "broken: the file is empty" if path.stat().st_size == 0 else "broken: not a picture, or damaged"
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+def is_rotated(image: Image.Image) -> bool:
+    """Whether the pixels lie otherwise than the picture stands (EXIF orientation)."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    except Exception:  # damaged EXIF: the picture itself is fine
+        return False
+
+
+def upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image) if is_rotated(image) else image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An opened image as upright RGB; what is transparent becomes white."""
+    image = upright(image)
+    if alpha_of(image, is_upright=True) is None:
+        return to_srgb(image)
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+    white = Image.new("RGB", rgba.size, "white")
+    white.paste(to_srgb(rgba.convert("RGB"), image.info.get("icc_profile")), mask=rgba.getchannel("A"))
+    return white
+
+
+def alpha_of(image: Image.Image, *, is_upright: bool = False) -> Image.Image | None:
+    """The upright alpha channel as L; None when everything is opaque."""
+    if image.mode not in ("RGBA", "LA", "La", "RGBa", "PA") and "transparency" not in image.info:
+        return None
+    image = image if is_upright else upright(image)
+    try:
+        alpha = image.convert("RGBA").getchannel("A")
+    except ValueError:  # a mode without transparency, with a stray tag
+        return None
+    return None if alpha.getextrema()[0] >= OPAQUE_FROM else alpha
+
+
+def to_srgb(image: Image.Image, profile: bytes | None = None) -> Image.Image:
+    """Any mode without transparency -> RGB, by the embedded profile when there is one that fits."""
+    profile = profile or image.info.get("icc_profile")
+    if image.mode == "LAB":
+        return by_profile(image, ImageCms.createProfile("LAB")) or image.convert("L").convert("RGB")
+    if image.mode.startswith("I") or image.mode == "F":
+        return deep_grey(image).convert("RGB")
+    if image.mode not in ("RGB", "CMYK", "L"):
+        image = image.convert("RGB")
+    if profile and (converted := by_profile(image, profile)) is not None:
+        return converted
+    return image.convert("RGB")
+
+
+def by_profile(image: Image.Image, profile: bytes | ImageCms.core.CmsProfile) -> Image.Image | None:
+    """Convert by an ICC profile; None when the profile is damaged or for another mode."""
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile) if isinstance(profile, bytes) else profile)
+        transform = colour_transform(source, image.mode)
+        return ImageCms.applyTransform(image, transform)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
+
+
+def colour_transform(source: ImageCms.ImageCmsProfile, mode: str) -> ImageCms.ImageCmsTransform:
+    target = ImageCms.createProfile("sRGB")
+    return ImageCms.buildTransform(source, target, mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC)
+
+
+def deep_grey(image: Image.Image) -> Image.Image:
+    """16- and 32-bit greys -> L. Whole numbers up to 255 and 65535 keep their scale; fractions are from 0 to 1."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    top = values.max(initial=0.0)
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and top > 255)
+    white = 65535.0 if deep else 255.0 if image.mode == "I" or top > 1 else 1.0
+    return Image.fromarray((values / max(white, top) * 255).clip(0, 255).round().astype(np.uint8), mode="L")
