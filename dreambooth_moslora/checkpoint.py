@@ -1,0 +1,89 @@
+"""Checkpoints: the raw adapter (A, M, B), the optimizer, and the position. Complete or absent.
+
+Neither generator states nor the data order are in them: every draw is named by (seed, step) (see `seeding`), so the
+step number is all that a run needs to go on as if it had never stopped.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.export import RAW_NAME, AdapterFacts, load_raw, save_raw
+from dreambooth_moslora.rundir import RunDir, atomic_directory
+
+__all__ = ["Position", "find_checkpoint", "load_adapter", "read_position", "restore_optimizer", "save_checkpoint"]
+
+OPTIMIZER, SCALER, POSITION = "optimizer.pt", "scaler.pt", "position.json"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is: optimizer steps done, and the seed that names every draw."""
+
+    step: int
+    seed: int
+
+
+def save_checkpoint(
+    path: Path,
+    position: Position,
+    components: dict[str, nn.Module],
+    facts: AdapterFacts,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler | None = None,
+) -> None:
+    """Write the folder `path` whole, or leave what was there."""
+    with atomic_directory(path) as folder:
+        save_raw(components, folder / RAW_NAME, facts)
+        torch.save(optimizer.state_dict(), folder / OPTIMIZER)
+        if scaler is not None:
+            torch.save(scaler.state_dict(), folder / SCALER)
+        (folder / POSITION).write_text(json.dumps(asdict(position)), encoding="utf-8")
+
+
+def find_checkpoint(run_dir: RunDir, wanted: str | None) -> Path | None:
+    """The folder to resume from: `latest` of the run (None when there is none), a path, or a name in the run.
+
+    Raises UserError when a named checkpoint is missing or incomplete.
+    """
+    if not wanted:
+        return None
+    if wanted == "latest":
+        return run_dir.latest_checkpoint()
+    for path in (Path(wanted), run_dir.path / wanted):
+        if (path / POSITION).is_file():
+            return path
+    raise UserError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there; try `latest`.")
+
+
+def read_position(checkpoint: Path) -> Position:
+    try:
+        return Position(**json.loads((checkpoint / POSITION).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{checkpoint} is not a checkpoint of this program: {error}") from error
+
+
+def load_adapter(checkpoint: Path, components: dict[str, nn.Module]) -> AdapterFacts:
+    """Create the adapter on the components, bit for bit as it was saved."""
+    return load_raw(checkpoint / RAW_NAME, components)
+
+
+def restore_optimizer(
+    checkpoint: Path, step: int, optimizer: Optimizer, schedule: LambdaLR, scaler: torch.amp.GradScaler | None = None
+) -> None:
+    """Moments as they were; learning rate and weight decay as the command line says now, at `step` of the schedule."""
+    asked = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True))
+    for group, fresh in zip(optimizer.param_groups, asked, strict=True):
+        group.update({key: fresh[key] for key in ("name", "initial_lr", "weight_decay") if key in fresh})
+    schedule.last_epoch = step
+    for group, lr, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = lr * factor(step)
+    if scaler is not None and (checkpoint / SCALER).is_file():
+        scaler.load_state_dict(torch.load(checkpoint / SCALER, weights_only=True))

@@ -1,0 +1,204 @@
+"""Photos and captions as the endless, shuffled, seeded stream of batches that training reads.
+
+    exposure at position p  ->  (photo, repeat, crop)  ->  EncodedView  ->  TrainBatch
+
+Each epoch shuffles photos × repeats; crop number = epoch mod `crops_per_photo` (a fresh crop each epoch when nothing
+is cached). Every image, class images too, carries its own size and crop conditioning.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from dreambooth_moslora import base
+from dreambooth_moslora.base import TextCond
+from dreambooth_moslora.cache import TensorCache, content_key, file_digest, fingerprint
+from dreambooth_moslora.photos import CropPlan, Photo, apply_crop, open_mask, open_rgb, plan_crop
+from dreambooth_moslora.seeding import place_of, rng
+
+__all__ = ["CropRule", "EncodedView", "PhotoEncoder", "PhotoStream", "TextBook", "TrainBatch", "collate"]
+
+
+@dataclass(frozen=True)
+class CropRule:
+    """How photos are cut: to a square of `resolution_px`, `crops_per_photo` different cuts (None: ever new ones)."""
+
+    resolution_px: int
+    center_crop: bool = False
+    random_flip: bool = False
+    interpolation: str = "lanczos"
+    crops_per_photo: int | None = 1
+
+
+@dataclass(frozen=True)
+class EncodedView:
+    """One cut of one photo: `latents` (4, h, w), `time_ids` (6,), `mask` (1, h, w) in [0, 1] or None."""
+
+    latents: Tensor
+    time_ids: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """`latents` (B, 4, h, w), `time_ids` (B, 6), `is_prior` (B,), `mask` (B, 1, h, w) or None, `prompts` (B)."""
+
+    latents: Tensor
+    time_ids: Tensor
+    is_prior: Tensor
+    mask: Tensor | None
+    prompts: list[str]
+
+    def to(self, device: torch.device) -> "TrainBatch":
+        mask = None if self.mask is None else self.mask.to(device)
+        return TrainBatch(
+            self.latents.to(device), self.time_ids.to(device), self.is_prior.to(device), mask, self.prompts
+        )
+
+    def with_base_as_prior(self, class_prompt: str) -> "TrainBatch":
+        """Twice the batch: the second half has the class prompt, and the frozen base's answer will be its target."""
+        size = len(self.prompts)
+        return TrainBatch(
+            self.latents.repeat(2, 1, 1, 1),
+            self.time_ids.repeat(2, 1),
+            torch.arange(2 * size) >= size,
+            None if self.mask is None else torch.cat([self.mask, torch.ones_like(self.mask)]),
+            [*self.prompts, *[class_prompt] * size],
+        )
+
+
+class PhotoEncoder:
+    """Cut and encode photos once each: the VAE is asked only for what the cache does not hold."""
+
+    def __init__(self, vae: AutoencoderKL, cache: TensorCache | None, rule: CropRule):
+        self.vae, self.cache, self.rule = vae, cache, rule
+        self.vae_identity = fingerprint(vae)
+        self._digests: dict[object, str] = {}
+
+    def encode(self, photo: Photo, plan: CropPlan) -> EncodedView:
+        tensors = (
+            self._compute(photo, plan)
+            if self.cache is None
+            else self.cache.get(self._key(photo, plan), lambda: self._compute(photo, plan))
+        )
+        return EncodedView(tensors["latents"], base.time_ids(plan), tensors.get("mask"))
+
+    def _key(self, photo: Photo, plan: CropPlan) -> str:
+        return content_key(
+            photo=self._digest(photo.path),
+            mask=photo.mask_path and self._digest(photo.mask_path),
+            plan=plan,
+            interpolation=self.rule.interpolation,
+            vae=self.vae_identity,
+        )
+
+    def _digest(self, path) -> str:
+        if path not in self._digests:
+            self._digests[path] = file_digest(path)
+        return self._digests[path]
+
+    def _compute(self, photo: Photo, plan: CropPlan) -> dict[str, Tensor]:
+        image = apply_crop(open_rgb(photo), plan, self.rule.interpolation)
+        latents = base.encode_image(self.vae, pixels_of(image)[None])[0].cpu()
+        mask = open_mask(photo)
+        if mask is None:
+            return {"latents": latents}
+        cut = apply_crop(mask, plan, "bilinear")
+        return {"latents": latents, "mask": latent_mask(cut, latents.shape[-2:])}
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """RGB picture -> (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def latent_mask(mask: Image.Image, size: tuple[int, int]) -> Tensor:
+    """Grey picture -> (1, h, w) in [0, 1], averaged to the latents' size; all ones when the crop missed the subject."""
+    grey = torch.from_numpy(np.array(mask, dtype=np.float32))[None, None] / 255
+    small = F.adaptive_avg_pool2d(grey, size)[0]
+    return small if small.max() > 0 else torch.ones_like(small)
+
+
+class PhotoStream:
+    """The exposures of one set of photos, by position. Two streams of one run differ by `name`."""
+
+    def __init__(self, photos: Sequence[Photo], encoder: PhotoEncoder, seed: int, name: str, repeats: int = 1):
+        self.photos, self.encoder, self.seed, self.name, self.repeats = photos, encoder, seed, name, repeats
+
+    def __len__(self) -> int:
+        """Exposures in an epoch."""
+        return len(self.photos) * self.repeats
+
+    def at(self, position: int) -> tuple[EncodedView, str]:
+        """The view and the caption of the exposure at `position` >= 0."""
+        epoch, slot = place_of(position, len(self), self.seed, self.name)
+        crops = self.encoder.rule.crops_per_photo
+        photo = self.photos[slot // self.repeats]
+        return self.encoder.encode(photo, self._plan(slot, epoch if crops is None else epoch % crops)), photo.caption
+
+    def view_count(self) -> int:
+        """Different views that can be encoded ahead; 0 when each epoch cuts anew."""
+        return len(self) * (self.encoder.rule.crops_per_photo or 0)
+
+    def encode_all(self) -> Iterator[EncodedView]:
+        """Every view that can be encoded ahead: this fills the cache."""
+        for slot in range(len(self)):
+            for crop in range(self.encoder.rule.crops_per_photo or 0):
+                yield self.encoder.encode(self.photos[slot // self.repeats], self._plan(slot, crop))
+
+    def _plan(self, slot: int, crop: int) -> CropPlan:
+        rule, photo = self.encoder.rule, self.photos[slot // self.repeats]
+        draws = rng(self.seed, self.name, "crop", slot, crop)
+        return plan_crop(
+            photo.size_px, rule.resolution_px, draws, center_crop=rule.center_crop, random_flip=rule.random_flip
+        )
+
+
+class TextBook:
+    """Prompts -> TextCond. Frozen encoders are asked once a prompt; `forget` then lets them leave memory."""
+
+    def __init__(self, encode: Callable[[list[str]], TextCond], cache: TensorCache | None, identity: str):
+        self.encode, self.cache, self.identity = encode, cache, identity
+
+    def __call__(self, prompts: Sequence[str]) -> TextCond:
+        found = [self._one(prompt) for prompt in prompts]
+        return TextCond(torch.stack([f["embeds"] for f in found]), torch.stack([f["pooled"] for f in found]))
+
+    def _one(self, prompt: str) -> dict[str, Tensor]:
+        if self.cache is None:
+            return self._compute(prompt)
+        return self.cache.get(content_key(prompt=prompt, encoders=self.identity), lambda: self._compute(prompt))
+
+    @torch.no_grad()
+    def _compute(self, prompt: str) -> dict[str, Tensor]:
+        cond = self.encode([prompt])
+        return {"embeds": cond.embeds[0].cpu(), "pooled": cond.pooled[0].cpu()}
+
+    def forget(self) -> None:
+        """Drop the encoders. A prompt that was never asked raises RuntimeError from now on."""
+
+        def gone(prompts: list[str]) -> TextCond:
+            raise RuntimeError(f"the text encoders have left memory; {prompts} was not encoded before")
+
+        self.encode = gone
+
+
+def collate(exposures: Sequence[tuple[EncodedView, str]], is_prior: Sequence[bool]) -> TrainBatch:
+    """Stack views and their captions into one batch. Views without a mask get ones beside views with one."""
+    views = [view for view, _ in exposures]
+    masks = None
+    if any(view.mask is not None for view in views):
+        masks = torch.stack([torch.ones_like(v.latents[:1]) if v.mask is None else v.mask for v in views])
+    return TrainBatch(
+        torch.stack([view.latents for view in views]),
+        torch.stack([view.time_ids for view in views]),
+        torch.tensor(list(is_prior)),
+        masks,
+        [caption for _, caption in exposures],
+    )

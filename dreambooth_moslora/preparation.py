@@ -1,0 +1,224 @@
+"""From a configuration to all that the training loop reads: base, encoded photos and words, adapter.
+
+photos -> base -> class images -> latents and text embeddings -> encoders leave memory -> adapter
+"""
+
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusionXLPipeline
+
+from dreambooth_moslora.adapter_file import public_base_id
+from dreambooth_moslora.base import encode_text, load_pipeline, noise_schedule
+from dreambooth_moslora.cache import TensorCache, default_cache_dir, fingerprint
+from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.dataset import CropRule, PhotoEncoder, PhotoStream, TextBook, TrainBatch, collate
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.objective import NoiseSchedule
+from dreambooth_moslora.photos import Photo, find_photos
+from dreambooth_moslora.prior import ClassImages
+from dreambooth_moslora.reporting import Reporter
+from dreambooth_moslora.rundir import RunDir
+from dreambooth_moslora.sampling import generate_images
+
+__all__ = ["Materials", "StopRequestedError", "prepare", "usable_photos"]
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class StopRequestedError(Exception):
+    """The person asked to stop before the first step: there is nothing to save yet."""
+
+
+@dataclass
+class Materials:
+    """What the loop works on. `prior` is None without class images; `words` serves frozen text encoders."""
+
+    pipeline: StableDiffusionXLPipeline
+    schedule: NoiseSchedule
+    photos: list[Photo]
+    instance: PhotoStream
+    prior: PhotoStream | None
+    words: TextBook
+    dtype: torch.dtype
+
+    def batch_at(self, micro: int, size: int) -> TrainBatch:
+        """Micro-batch number `micro` of the run: `size` instance images, and as many class images if there are any."""
+        streams = [self.instance] if self.prior is None else [self.instance, self.prior]
+        positions = range(micro * size, (micro + 1) * size)
+        exposures = [stream.at(position) for stream in streams for position in positions]
+        return collate(exposures, [number >= size for number in range(len(exposures))])
+
+
+def prepare(
+    config: TrainConfig,
+    photos: list[Photo],
+    prompts: list[str],
+    accelerator: Accelerator,
+    run_dir: RunDir,
+    report: Reporter,
+    should_stop: Callable[[], bool],
+) -> Materials:
+    """Load, generate, encode. `prompts` are those to be drawn later: they are embedded while the encoders are here."""
+    report.phase("loading")
+    dtype = DTYPES[accelerator.mixed_precision]
+    pipeline = load_base(config, dtype)
+    schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
+    stop_if_asked(should_stop)
+    class_photos = []
+    if uses_class_images(config):
+        class_photos = make_class_images(config, pipeline, accelerator, run_dir, report, should_stop)
+    encoder = PhotoEncoder(pipeline.vae.to(accelerator.device), cache_of(config), crop_rule(config))
+    instance = PhotoStream(photos, encoder, config.seed, "instance", config.repeats)
+    prior = PhotoStream(class_photos, encoder, config.seed, "prior") if class_photos else None
+    words = text_book(config, pipeline, accelerator.device)
+    encode_everything(config, instance, prior, words, prompts, report, should_stop)
+    release_encoders(config, pipeline, words, accelerator.device)
+    pipeline.unet.to(accelerator.device)
+    return Materials(pipeline, schedule, photos, instance, prior, words, dtype)
+
+
+def usable_photos(folder: Path, prompt: str, resolution_px: int) -> list[Photo]:
+    report = find_photos(folder, prompt, resolution_px)
+    for skipped in report.skipped:
+        logger.warning("%s is left out: %s", skipped.path.name, skipped.reason)
+    return report.photos
+
+
+def load_base(config: TrainConfig, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    """The VAE stays in fp32, as SDXL's own overflows in fp16, unless the person names another one."""
+    pipeline = load_pipeline(
+        config.pretrained_model_name_or_path,
+        dtype=dtype,
+        variant=config.variant,
+        revision=config.revision,
+        vae=config.pretrained_vae_model_name_or_path,
+        cache_dir=config.cache_dir,
+        vae_dtype=dtype if config.pretrained_vae_model_name_or_path else torch.float32,
+        quantization=config.base_quantization,
+    )
+    pipeline.register_modules(image_encoder=None, feature_extractor=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def uses_class_images(config: TrainConfig) -> bool:
+    return config.with_prior_preservation and config.prior == "class_images"
+
+
+def stop_if_asked(should_stop: Callable[[], bool]) -> None:
+    if should_stop():
+        raise StopRequestedError
+
+
+def make_class_images(
+    config: TrainConfig,
+    pipeline: StableDiffusionXLPipeline,
+    accelerator: Accelerator,
+    run_dir: RunDir,
+    report: Reporter,
+    should_stop: Callable[[], bool],
+) -> list[Photo]:
+    """The person's own class images first, then generated ones up to `num_class_images`."""
+    folder = Path(config.class_data_dir) if config.class_data_dir else run_dir.class_images_dir
+    images = ClassImages(folder, config.class_prompt, public_base_id(config.pretrained_model_name_or_path), config.seed)
+    own = [p for p in class_photos_in(folder, config) if not images.is_ours(p.path)]
+    wanted = max(0, config.num_class_images - len(own))
+    if accelerator.is_main_process and wanted:
+        generator = prior_pipeline(config, pipeline).to(accelerator.device)
+        draw = lambda prompt, seeds: generate_images(generator, prompt, seeds, config.resolution)  # noqa: E731
+        for _ in report.counted("class_images", images.top_up(wanted, config.sample_batch_size, draw), wanted):
+            stop_if_asked(should_stop)
+    accelerator.wait_for_everyone()
+    return [p for p in class_photos_in(folder, config) if not images.is_stale(p.path)][: config.num_class_images]
+
+
+def class_photos_in(folder: Path, config: TrainConfig) -> list[Photo]:
+    """An empty or missing folder is no mistake here: it will be filled."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return []
+    try:
+        return usable_photos(folder, config.class_prompt, config.resolution)
+    except UserError:
+        return []
+
+
+def prior_pipeline(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> StableDiffusionXLPipeline:
+    """The base itself, or a copy in `prior_generation_precision` when that differs."""
+    wanted = DTYPES.get(config.prior_generation_precision or "", pipeline.unet.dtype)
+    if wanted == pipeline.unet.dtype:
+        return pipeline
+    return load_base(config, wanted)
+
+
+def crop_rule(config: TrainConfig) -> CropRule:
+    return CropRule(
+        config.resolution,
+        config.center_crop,
+        config.random_flip,
+        config.image_interpolation_mode,
+        None if config.caching == "off" else config.crops_per_photo,
+    )
+
+
+def cache_of(config: TrainConfig) -> TensorCache | None:
+    if config.caching == "off":
+        return None
+    if config.caching == "memory":
+        return TensorCache()
+    return TensorCache((Path(config.cache_dir) if config.cache_dir else default_cache_dir()) / "encoded")
+
+
+def text_book(config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device) -> TextBook:
+    encoders = [pipeline.text_encoder.to(device), pipeline.text_encoder_2.to(device)]
+    identity = "+".join(fingerprint(encoder) for encoder in encoders)
+    return TextBook(lambda prompts: encode_text(pipeline, prompts), cache_of(config) or TensorCache(), identity)
+
+
+def encode_everything(
+    config: TrainConfig,
+    instance: PhotoStream,
+    prior: PhotoStream | None,
+    words: TextBook,
+    prompts: list[str],
+    report: Reporter,
+    should_stop: Callable[[], bool],
+) -> None:
+    """Ask every question of the frozen encoders that the run will ever have."""
+    streams = [stream for stream in (instance, prior) if stream is not None]
+    captions = {photo.caption for stream in streams for photo in stream.photos} | set(prompts) | {""}
+    if config.class_prompt:
+        captions.add(config.class_prompt)
+    views = sum(stream.view_count() for stream in streams)
+    counts = (number for number, _ in enumerate(every_view(streams), start=1))
+    for _ in report.counted("caching", counts, views):
+        stop_if_asked(should_stop)
+    for caption in sorted(captions):
+        words([caption])
+        stop_if_asked(should_stop)
+
+
+def every_view(streams: list[PhotoStream]):
+    for stream in streams:
+        yield from stream.encode_all()
+
+
+def release_encoders(
+    config: TrainConfig, pipeline: StableDiffusionXLPipeline, words: TextBook, device: torch.device
+) -> None:
+    """Text encoders leave unless they are trained; the VAE waits on the CPU unless every step encodes."""
+    if not config.train_text_encoder:
+        words.forget()
+        pipeline.register_modules(text_encoder=None, text_encoder_2=None)
+    if config.caching != "off":
+        pipeline.vae.to("cpu")
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,102 @@
+"""What a run leaves behind: adapter files (proved), model card and its pictures, contact sheet, loss plot, hub."""
+
+from dataclasses import replace
+
+from PIL import Image
+
+from dreambooth_moslora.adapter_file import AdapterFacts, adapter_facts
+from dreambooth_moslora.album import Album, png_bytes
+from dreambooth_moslora.base import architecture
+from dreambooth_moslora.card import CardFacts, model_card
+from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.contact_sheet import Row, draw_contact_sheet
+from dreambooth_moslora.export import publish
+from dreambooth_moslora.hub import push
+from dreambooth_moslora.learner import Learner
+from dreambooth_moslora.loss_plot import draw_loss_plot
+from dreambooth_moslora.photos import Photo, open_rgb
+from dreambooth_moslora.preparation import Materials
+from dreambooth_moslora.prompts import class_word_of, trigger_words
+from dreambooth_moslora.proof import Proof
+from dreambooth_moslora.rundir import RunDir, atomic_write
+from dreambooth_moslora.sampling import Sampler, SampleRequest
+
+__all__ = ["Publisher"]
+
+CARD_IMAGES = 6
+CONTACT_SHEET, LOSS_PLOT = "contact_sheet.png", "loss.png"
+
+
+class Publisher:
+    """Publishes one run. `scores` are the latest ones of the evaluator."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_dir: RunDir,
+        materials: Materials,
+        learner: Learner,
+        album: Album,
+        sampler: Sampler,
+    ):
+        self.config, self.run_dir, self.learner = config, run_dir, learner
+        self.photos, self.album, self.sampler = materials.photos, album, sampler
+        self.facts = facts_of(config, materials, learner)
+        self.scores: dict[str, float] = {}
+
+    def publish(self, step: int, max_train_steps: int, finished: bool) -> Proof:
+        """The adapter first: what follows is decoration, and only a finished run draws new contexts or is pushed."""
+        proof = publish(self.learner.components, self.run_dir.path, self.run_dir.name, self.facts)
+        contexts = self.album.draw_contexts(self.sampler) if finished else []
+        facts = CardFacts(self.run_dir.name, step, max_train_steps, self.facts, proof, scores=self.scores)
+        drawn = list(zip(self.album.requests, self.album.latest))
+        shown = [*drawn[: max(2, CARD_IMAGES - len(contexts))], *zip(self.album.contexts, contexts)]
+        write_card(self.config, self.run_dir, facts, shown)
+        write_loss_plot(self.run_dir)
+        if drawn:
+            write_contact_sheet(self.run_dir, self.photos, self.album, contexts)
+        if finished and self.config.push_to_hub:
+            push(self.run_dir.path, self.config.hub_model_id, self.config.hub_token)
+        return proof
+
+
+def facts_of(config: TrainConfig, materials: Materials, learner: Learner) -> AdapterFacts:
+    """What the adapter files say about themselves."""
+    return adapter_facts(
+        learner.components,
+        base_id=config.pretrained_model_name_or_path,
+        base_architecture=architecture(materials.pipeline.unet),
+        trigger_words=trigger_words(config),
+        class_word=class_word_of(config),
+        resolution_px=config.resolution,
+    )
+
+
+def write_card(
+    config: TrainConfig, run_dir: RunDir, facts: CardFacts, pictures: list[tuple[SampleRequest, Image.Image]]
+) -> None:
+    """README.md and the pictures that it shows (request, image): image_0.png and on."""
+    for stale in run_dir.path.glob("image_*.png"):
+        stale.unlink()
+    names = [(f"image_{number}.png", request.prompt) for number, (request, _) in enumerate(pictures)]
+    for (name, _), (_, picture) in zip(names, pictures):
+        atomic_write(run_dir.path / name, png_bytes(picture))
+    atomic_write(run_dir.card_path, model_card(config, replace(facts, images=tuple(names))))
+
+
+def write_contact_sheet(run_dir: RunDir, photos: list[Photo], album: Album, contexts: list[Image.Image]) -> None:
+    """Photos, step 0 beside the end at the same seeds, new contexts. Stays here: it shows the person's photos."""
+    captions = tuple(request.prompt for request in album.requests)
+    rows = [
+        Row("The photos", [open_rgb(photo) for photo in photos[:6]]),
+        Row("Step 0: the base, before training", album.first(), captions),
+        Row(f"Step {album.latest_step}: the same prompts, from the same noise", album.latest, captions),
+        Row("New contexts", contexts, tuple(request.prompt for request in album.contexts)),
+    ]
+    draw_contact_sheet(rows, run_dir.path / CONTACT_SHEET)
+
+
+def write_loss_plot(run_dir: RunDir) -> None:
+    steps = [event for event in run_dir.read_metrics() if event["type"] == "step"]
+    if steps:
+        draw_loss_plot(steps, run_dir.path / LOSS_PLOT)

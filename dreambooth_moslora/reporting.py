@@ -1,0 +1,102 @@
+"""What a run says while it runs: one dict an event, to `metrics.jsonl`, to the caller, and to the trackers.
+
+Only the main process speaks. Nothing that leaves the machine through a tracker holds a path or a prompt.
+"""
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from statistics import median
+
+import torch
+from accelerate import Accelerator
+
+from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.memory import peak_memory_gib
+from dreambooth_moslora.rundir import RunDir, atomic_write
+
+__all__ = ["Reporter", "Stopwatch"]
+
+PRIVATE_SUFFIXES = ("_dir", "_path", "_prompt", "token", "_name", "_column", "checkpoint")
+
+
+class Reporter:
+    """Call it with an event's type and facts. `on_event` gets the same dict as the file."""
+
+    def __init__(self, run_dir: RunDir, accelerator: Accelerator, on_event: Callable[[dict], None] | None):
+        self.run_dir, self.accelerator, self.on_event = run_dir, accelerator, on_event
+        self.step = 0
+
+    def __call__(self, kind: str, **facts: object) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        event = {"type": kind, "time": time.time(), **facts}
+        self.step = facts.get("step", self.step)
+        self.run_dir.append_metrics(event)
+        if self.on_event is not None:
+            self.on_event(event)
+        if kind in ("step", "evaluation"):
+            self._track(event)
+
+    def phase(self, phase: str, done: int = 0, total: int = 1) -> None:
+        self("phase", phase=phase, done=done, total=total)
+
+    def counted(self, phase: str, counts: Iterable[int], total: int) -> Iterator[int]:
+        """Report each count of a phase as it comes, at most four a second, the first and the last always."""
+        self.phase(phase, 0, total)
+        last = time.monotonic()
+        for done in counts:
+            if done == total or time.monotonic() - last > 0.25:
+                self.phase(phase, done, total)
+                last = time.monotonic()
+            yield done
+
+    def begin_at(self, step: int) -> None:
+        """Events of steps that will be done again, and of the end that was not, leave the file."""
+        self.step = step
+        if not self.accelerator.is_main_process:
+            return
+        known = self.run_dir.read_metrics() if step else []
+        kept = [e for e in known if e.get("step", 0) <= step and e["type"] not in ("end", "export")]
+        atomic_write(self.run_dir.metrics_path, "".join(json.dumps(event) + "\n" for event in kept))
+
+    def start_trackers(self, config: TrainConfig) -> None:
+        """Open tensorboard and its like with the run's plain numbers."""
+        if not self.accelerator.log_with:
+            return
+        facts = {
+            key: value
+            for key, value in config.to_dict().items()
+            if isinstance(value, (bool, int, float, str)) and not key.endswith(PRIVATE_SUFFIXES)
+        }
+        self.accelerator.init_trackers("dreambooth_moslora", config=facts)
+
+    def _track(self, event: dict) -> None:
+        numbers = {k: v for k, v in event.items() if isinstance(v, (int, float)) and k not in ("step", "time")}
+        self.accelerator.log(numbers, step=event["step"])
+
+
+class Stopwatch:
+    """Seconds a step (median of the last 20) and what remains; the first step after a start is slower than the rest."""
+
+    def __init__(self):
+        self._seconds: deque[float] = deque(maxlen=20)
+        self._started = time.monotonic()
+
+    def restart(self) -> None:
+        """Begin a step: what was done since the last one (samples, saving) is no training time."""
+        self._started = time.monotonic()
+
+    def lap(self, remaining_steps: int) -> tuple[float, float]:
+        """(seconds of the step that ends now, estimated seconds of the remaining ones)."""
+        seconds = time.monotonic() - self._started
+        self._seconds.append(seconds)
+        return seconds, median(self._seconds) * remaining_steps
+
+
+def memory_gib(device: torch.device) -> float | None:
+    """Peak memory so far: of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return peak_memory_gib()

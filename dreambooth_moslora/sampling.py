@@ -1,0 +1,90 @@
+"""Pictures during training: fixed prompts, fixed seeds, step 0 first, so that only the adapter differs between steps.
+
+Prompts are embedded once; the text encoders may leave memory before the first picture is drawn.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+
+from dreambooth_moslora.base import TextCond, decode_image
+
+__all__ = ["SampleRequest", "Sampler", "generate_images"]
+
+DEFAULT_INFERENCE_STEPS = 25
+GUIDANCE_SCALE = 5.0
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One picture: what to draw, and from which noise."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass
+class Sampler:
+    """Draws requests with the pipeline's UNet as it is now. `embed` gives the words' TextCond, cached or live."""
+
+    pipeline: StableDiffusionXLPipeline
+    embed: Callable[[list[str]], TextCond]
+    resolution_px: int
+    device: torch.device
+    inference_steps: int = DEFAULT_INFERENCE_STEPS
+
+    def __call__(self, requests: list[SampleRequest], batch_size: int = 1) -> Iterator[Image.Image]:
+        """The pictures in order. Each has its own noise, whatever the batch it is drawn in."""
+        with sampling_mode(self.pipeline, self.device):
+            for start in range(0, len(requests), batch_size):
+                yield from self._draw(requests[start : start + batch_size])
+
+    @torch.no_grad()
+    def _draw(self, requests: list[SampleRequest]) -> list[Image.Image]:
+        cond, empty = (self.embed([r.prompt for r in requests]), self._negative(len(requests)))
+        to = {"device": self.device, "dtype": self.pipeline.unet.dtype}
+        latents = self.pipeline(
+            prompt_embeds=cond.embeds.to(**to),
+            pooled_prompt_embeds=cond.pooled.to(**to),
+            negative_prompt_embeds=empty and empty.embeds.to(**to),
+            negative_pooled_prompt_embeds=empty and empty.pooled.to(**to),
+            generator=[torch.Generator().manual_seed(r.seed) for r in requests],
+            num_inference_steps=self.inference_steps,
+            guidance_scale=GUIDANCE_SCALE,
+            height=self.resolution_px,
+            width=self.resolution_px,
+            output_type="latent",
+        ).images
+        return decode_image(self.pipeline.vae, latents)
+
+    def _negative(self, count: int) -> TextCond | None:
+        """SDXL's base takes zeros for the empty prompt (None lets the pipeline make them); others embed it."""
+        if self.pipeline.config.force_zeros_for_empty_prompt:
+            return None
+        return self.embed([""] * count)
+
+
+@contextmanager
+def sampling_mode(pipeline: StableDiffusionXLPipeline, device: torch.device) -> Iterator[None]:
+    """Evaluation mode, the VAE on the device; everything as before afterwards."""
+    unet, vae = pipeline.unet, pipeline.vae
+    training, home = unet.training, vae.device
+    unet.eval()
+    vae.to(device)
+    try:
+        yield
+    finally:
+        unet.train(training)
+        vae.to(home)
+
+
+def generate_images(pipeline: StableDiffusionXLPipeline, prompt: str, seeds: list[int], resolution_px: int) -> list:
+    """Images of one prompt by the base alone, with the pipeline's own defaults: for class images."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    size = {"height": resolution_px, "width": resolution_px}
+    latents = pipeline([prompt] * len(seeds), generator=generators, output_type="latent", **size).images
+    return decode_image(pipeline.vae, latents)

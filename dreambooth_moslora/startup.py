@@ -1,0 +1,82 @@
+"""How a run begins: processes and precision, the seed, the arithmetic of steps, and the run folder's first files."""
+
+import json
+import logging
+import math
+from itertools import count
+from random import SystemRandom
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.memory import keep_freed_memory
+from dreambooth_moslora.preparation import uses_class_images
+from dreambooth_moslora.reporting import Reporter
+from dreambooth_moslora.rundir import RunDir, atomic_write, clean_stale
+
+__all__ = ["begin", "chosen_seed", "make_accelerator", "steps_per_epoch"]
+
+logger = logging.getLogger(__name__)
+
+
+def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
+    """Device, processes and precision: from `--mixed_precision`, else from `accelerate launch`, else fp32."""
+    keep_freed_memory()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    run_dir.path.mkdir(parents=True, exist_ok=True)
+    clean_stale(run_dir.path)
+    folders = ProjectConfiguration(str(run_dir.path), str(run_dir.path / config.logging_dir))
+    tracker = None if config.report_to in (None, "none") else config.report_to
+    try:
+        return Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_config=folders)
+    except ValueError as error:
+        raise UserError(f"--mixed_precision {config.mixed_precision}: {' '.join(str(error).split())}") from error
+
+
+def chosen_seed(config: TrainConfig, accelerator: Accelerator) -> int:
+    """`--seed`, or a random one that all processes share; it is written down, so that a run can be resumed."""
+    seeds = [config.seed if config.seed is not None else SystemRandom().randrange(2**31)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(seeds)
+    return seeds[0]
+
+
+def steps_per_epoch(config: TrainConfig, photo_count: int, num_processes: int) -> int:
+    """Optimizer steps in an epoch, as diffusers' script counts: with class images, the larger set makes the epoch."""
+    exposures = photo_count * config.repeats
+    if uses_class_images(config):
+        exposures = max(exposures, config.num_class_images)
+    batches = math.ceil(exposures / (config.train_batch_size * num_processes))
+    return math.ceil(batches / config.gradient_accumulation_steps)
+
+
+def begin(config: TrainConfig, run_dir: RunDir, report: Reporter, step: int, max_train_steps: int) -> None:
+    """The configuration as it was resolved, the first event, the trackers. A resumed run goes on in its metrics."""
+    if report.accelerator.is_main_process:
+        if step == 0:
+            set_aside(run_dir)
+        atomic_write(run_dir.config_path, json.dumps(config.to_dict(), indent=2, default=str))
+    report.begin_at(step)
+    report("start", max_train_steps=max_train_steps, config=config.to_dict())
+    report.start_trackers(config)
+
+
+def set_aside(run_dir: RunDir) -> None:
+    """A new run in the folder of an earlier one: its checkpoints, samples and metrics go to `earlier_run_1`."""
+    checkpoints = run_dir.checkpoints()
+    if not checkpoints:
+        return
+    number = next(n for n in count(1) if not (run_dir.path / f"earlier_run_{n}").exists())
+    home = run_dir.path / f"earlier_run_{number}"
+    home.mkdir()
+    for path in [*checkpoints, run_dir.samples_dir, run_dir.metrics_path, run_dir.adapter_path, run_dir.kohya_path]:
+        if path.exists():
+            path.rename(home / path.name)
+    logger.warning("%s held an earlier run: it is in %s now.", run_dir.path, home.name)

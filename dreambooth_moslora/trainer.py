@@ -1,0 +1,197 @@
+"""The training loop: a photo folder becomes a proved adapter, and any moment of it can be stopped and resumed.
+
+train(config) -> TrainResult        see `fit` for the loop, `preparation` for what comes before it,
+                                    `learner` for one step, `publication` for what it leaves
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dreambooth_moslora.album import Album
+from dreambooth_moslora.checkpoint import Position, find_checkpoint, read_position, save_checkpoint
+from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.learner import Learner, StepLosses
+from dreambooth_moslora.preparation import StopRequestedError, prepare, usable_photos
+from dreambooth_moslora.proof import Proof
+from dreambooth_moslora.publication import Publisher
+from dreambooth_moslora.reporting import Reporter, Stopwatch, memory_gib
+from dreambooth_moslora.rundir import RunDir
+from dreambooth_moslora.sampling import Sampler
+from dreambooth_moslora.startup import begin, chosen_seed, make_accelerator, steps_per_epoch
+
+__all__ = ["TrainResult", "train"]
+
+Evaluator = Callable[[nn.Module, int], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """`step` optimizer steps are in the adapter of `run_dir`; `proof` says how exactly its files load elsewhere."""
+
+    run_dir: Path
+    step: int
+    interrupted: bool
+    proof: Proof | None
+
+
+def train(
+    config: TrainConfig,
+    on_event: Callable[[dict], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    evaluator: Evaluator | None = None,
+) -> TrainResult:
+    """Run `config` to its end, or to the first step after `should_stop` says so.
+
+    Every event goes to the run folder's `metrics.jsonl` and to `on_event`. `evaluator(unet, step)` gives scores.
+    Raises UserError for a person's mistake, and for a loss that is no longer finite.
+    """
+    run_dir = RunDir(config.output_dir)
+    accelerator = make_accelerator(config, run_dir)
+    report = Reporter(run_dir, accelerator, on_event)
+    try:
+        return fit(Training(config, run_dir, accelerator, report, should_stop or (lambda: False), evaluator))
+    except StopRequestedError:
+        report("end", state="interrupted", step=0, message="stopped before the first step")
+        return TrainResult(run_dir.path, 0, True, None)
+    except Exception as error:
+        report("end", state="failed", step=report.step, message=str(error))
+        raise
+    finally:
+        accelerator.end_training()
+
+
+def fit(run: "Training") -> TrainResult:
+    """The loop, as a checklist."""
+    run.sample_if_due()
+    while run.step < run.max_train_steps:
+        if run.stop_requested():
+            return run.finish(interrupted=True)
+        losses = run.accumulate_gradients()
+        run.check_finite(losses)
+        run.update_adapter(losses)
+        run.evaluate_if_due()
+        run.sample_if_due()
+        run.checkpoint_if_due()
+    return run.finish(interrupted=False)
+
+
+class Training:
+    """A run: what `fit` checks off. Preparing is in `preparation`, one step in `learner`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_dir: RunDir,
+        accelerator: Accelerator,
+        report: Reporter,
+        should_stop: Callable[[], bool],
+        evaluator: Evaluator | None,
+    ):
+        self.run_dir, self.accelerator, self.report = run_dir, accelerator, report
+        self.should_stop, self.evaluator = should_stop, evaluator
+        checkpoint = find_checkpoint(run_dir, config.resume_from_checkpoint)
+        position = read_position(checkpoint) if checkpoint else Position(0, chosen_seed(config, accelerator))
+        self.config = config = replace(config, seed=position.seed)
+        photos = usable_photos(Path(config.instance_data_dir), config.instance_prompt, config.resolution)
+        epoch_steps = steps_per_epoch(config, len(photos), accelerator.num_processes)
+        self.max_train_steps = config.max_train_steps or config.num_train_epochs * epoch_steps
+        begin(config, run_dir, report, position.step, self.max_train_steps)
+        self.album = Album.of(config, run_dir, epoch_steps)
+        materials = prepare(config, photos, self.album.prompts, accelerator, run_dir, report, should_stop)
+        self.learner = Learner(config, materials, accelerator, self.max_train_steps, checkpoint, position.step)
+        self.sampler = Sampler(materials.pipeline, self.learner.text_cond, config.resolution, accelerator.device)
+        self.publisher = Publisher(config, run_dir, materials, self.learner, self.album, self.sampler)
+        self.stopwatch = Stopwatch()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.learner.step
+
+    def accumulate_gradients(self) -> StepLosses:
+        self.stopwatch.restart()
+        return self.learner.accumulate_gradients()
+
+    def check_finite(self, losses: StepLosses) -> None:
+        """A loss that is NaN on one process is NaN on all, so all stop here together."""
+        if not math.isfinite(losses.total):
+            raise UserError(
+                f"the loss is {losses.total} at step {self.step + 1}: lower --learning_rate, or use --mixed_precision "
+                f"bf16 instead of fp16; checkpoints up to here are in {self.run_dir.path}"
+            )
+
+    def update_adapter(self, losses: StepLosses) -> None:
+        grad_norm = self.learner.update_adapter()
+        seconds, eta = self.stopwatch.lap(self.max_train_steps - self.step)
+        self.report(
+            "step",
+            step=self.step,
+            loss=losses.total,
+            loss_instance=losses.instance,
+            loss_prior=losses.prior,
+            lr=self.learner.learning_rate,
+            grad_norm=grad_norm,
+            step_sec=seconds,
+            eta_sec=eta,
+            memory_gib=memory_gib(self.accelerator.device),
+        )
+
+    def sample_if_due(self) -> None:
+        """At step 0, every `validation_steps`, and at the end: the same prompts and seeds each time."""
+        if not self.accelerator.is_main_process or not self.album.is_due(self.step, self.max_train_steps):
+            return
+        self.report.phase("sampling", 0, 1)
+        files = self.album.draw(self.step, self.sampler)
+        self.report("sample", step=self.step, **files)
+
+    def evaluate_if_due(self) -> None:
+        every = self.config.evaluate_steps
+        if self.evaluator is None or not every or self.step % every or not self.accelerator.is_main_process:
+            return
+        self.report.phase("evaluating")
+        self.learner.train_mode(False)
+        scores = self.evaluator(self.learner.components["unet"], self.step)
+        self.publisher.scores = scores
+        self.report("evaluation", step=self.step, **scores)
+
+    def checkpoint_if_due(self) -> None:
+        if self.step % self.config.checkpointing_steps == 0 or self.step == self.max_train_steps:
+            self.save_checkpoint()
+
+    def save_checkpoint(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        path = self.run_dir.checkpoint_path(self.step)
+        position = Position(self.step, self.config.seed)
+        optimizer, scaler = self.learner.optimizer.optimizer, self.accelerator.scaler
+        save_checkpoint(path, position, self.learner.components, self.publisher.facts, optimizer, scaler)
+        self.run_dir.rotate(self.config.checkpoints_total_limit)
+        self.report("checkpoint", step=self.step, path=path.name)
+
+    def stop_requested(self) -> bool:
+        """Whether any process was told to stop: all leave after the same step."""
+        asked = self.should_stop()
+        if self.accelerator.num_processes == 1:
+            return asked
+        votes = torch.tensor(float(asked), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(votes, "sum") > 0)
+
+    def finish(self, interrupted: bool) -> TrainResult:
+        """Leave a loadable adapter with its card; after an interruption a checkpoint to go on from, too."""
+        if interrupted:
+            self.save_checkpoint()
+        proof = None
+        if self.accelerator.is_main_process:
+            self.report.phase("exporting")
+            proof = self.publisher.publish(self.step, self.max_train_steps, finished=not interrupted)
+            self.report("export", files=list(proof.files), proof=proof.to_dict())
+            self.report("end", state="interrupted" if interrupted else "done", step=self.step, message="")
+        self.accelerator.wait_for_everyone()
+        return TrainResult(self.run_dir.path, self.step, interrupted, proof)
