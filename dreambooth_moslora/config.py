@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dreambooth_moslora.config_fields import check_limits, convert, field_type, grouped, nearest
+from dreambooth_moslora.config_fields import check_limits, convert, field_types, grouped, nearest
 from dreambooth_moslora.errors import UserError
 
 __all__ = ["INTERPOLATIONS", "MIXERS", "TrainConfig"]
@@ -189,7 +189,7 @@ class TrainConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in shown.items()}
 
 
-FIELD_TYPES = {item.name: field_type(TrainConfig, item) for item in fields(TrainConfig)}
+FIELD_TYPES = field_types(TrainConfig)
 SPELLINGS = {"optimizer": {"adamw": "AdamW", "prodigy": "Prodigy"}}
 """Other spellings, in lower case, of a setting's choices."""
 

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import MISSING, Field, field
+from dataclasses import Field, field, fields
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 from dreambooth_moslora.errors import UserError
 
-__all__ = ["GROUPS", "FieldType", "check_limits", "convert", "field_type", "grouped", "nearest", "option"]
+__all__ = ["GROUPS", "FieldType", "check_limits", "convert", "field_types", "grouped", "nearest", "option"]
 
 GROUPS = (
     "base model",
@@ -56,8 +56,13 @@ def grouped(group: str) -> partial:
     return partial(option, group=group)
 
 
-def field_type(owner: type, item: Field) -> FieldType:
-    hint = get_type_hints(owner)[item.name]
+def field_types(owner: type) -> dict[str, FieldType]:
+    """The type of each field of a dataclass, by name."""
+    hints = get_type_hints(owner)
+    return {item.name: field_type(hints[item.name]) for item in fields(owner)}
+
+
+def field_type(hint: Any) -> FieldType:
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     kind = next(k for k in kinds if k is not type(None))
     return (kind if isinstance(kind, type) and kind in (bool, int, float, str) else tuple), type(None) in kinds
@@ -101,10 +106,10 @@ def to_str(value: Any) -> str | None:
 
 
 def to_words(value: Any) -> tuple[str, ...] | None:
-    parts = value.split(",") if isinstance(value, str) else value
-    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, (list, tuple)) or not all(isinstance(word, str) for word in words):
         return None
-    return tuple(part.strip() for part in parts if part.strip())
+    return tuple(part.strip() for part in ",".join(words).split(",") if part.strip())
 
 
 CONVERTERS = {bool: to_bool, int: to_int, float: to_float, str: to_str, tuple: to_words}
@@ -145,7 +150,3 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     containing = sorted((k for k in known if len(name) > 3 and k.startswith(name)), key=len)
     return containing[0] if containing else close[0] if close else None
-
-
-def default_of(item: Field) -> Any:
-    return None if item.default is MISSING else item.default

@@ -15,6 +15,7 @@ LAYERS: list[set[str]] = [
         "config_fields",
         "config_files",
         "command_line",
+        "foreign_flags",
         "steps",
         "generation",
         "streaming",
@@ -56,7 +57,7 @@ LAYERS: list[set[str]] = [
         "trainer",
         "evaluate",
     },
-    {"cli", "commands", "ui.jobs"},
+    {"cli", "progress", "dry_run", "estimate", "stopping", "commands", "ui.jobs"},
     {"ui"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
