@@ -1,0 +1,145 @@
+"""The toy world draws what its captions say, the same from the same seed, and never what is held out."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from toybox.captions import article, canonical_caption, caption
+from toybox.kinds import SHAPES
+from toybox.make_subjects import SUBJECTS, load, photo_scenes
+from toybox.render import render
+from toybox.render_dataset import Shard, write_shard
+from toybox.world import COLOURS, KINDS, PLACES, Scene, Toy, is_held_out, sample_scene, sample_toy
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def scenes(count: int, seed: int = 0) -> list[Scene]:
+    rng = random.Random(seed)
+    return [sample_scene(rng) for _ in range(count)]
+
+
+def toy_pixels(scene: Scene, size_px: int = 64) -> torch.Tensor:
+    """Colours (P, 3) of the pixels that change when the toy changes colour."""
+    toy = scene.toys[0]
+    other = "white" if toy.colour != "white" else "black"
+    pictures = render([scene, replace(scene, toys=(replace(toy, colour=other),))], size_px).float() / 255
+    changed = (pictures[0] - pictures[1]).abs().amax(-1) > 0.15
+    return pictures[0][changed]
+
+
+def test_same_seed_same_scenes_and_pictures():
+    assert scenes(5) == scenes(5)
+    assert torch.equal(render(scenes(2), 32), render(scenes(2), 32))
+
+
+def test_a_picture_does_not_depend_on_its_neighbours():
+    three = scenes(3)
+    together = render(three, 32)
+    assert together.shape == (3, 32, 32, 3) and together.dtype == torch.uint8
+    for scene, picture in zip(three, together):
+        assert (render([scene], 32)[0].int() - picture.int()).abs().max() <= 1
+
+
+def test_scene_survives_json():
+    for scene in scenes(50):
+        assert Scene.from_dict(json.loads(json.dumps(scene.to_dict()))) == scene
+
+
+def test_training_never_shows_a_held_out_combination():
+    shown = [(t.kind, t.colour, scene.place) for scene in scenes(1500) for t in scene.toys]
+    assert not any(is_held_out(*combination) for combination in shown)
+    rng = random.Random(1)
+    held_out = [sample_scene(rng, held_out=True) for _ in range(20)]
+    assert all(any(is_held_out(t.kind, t.colour, s.place) for t in s.toys) for s in held_out)
+
+
+def test_held_out_share_is_small_for_every_kind_colour_and_place():
+    table = [(k, c, p) for k in KINDS for c in COLOURS for p in PLACES if is_held_out(k, c, p)]
+    assert 0.04 < len(table) / (len(KINDS) * len(COLOURS) * len(PLACES)) < 0.08
+    for position, names in enumerate((KINDS, tuple(COLOURS), PLACES)):
+        for name in names:
+            rows = sum(row[position] == name for row in table)
+            assert rows / (len(KINDS) * len(COLOURS) * len(PLACES) / len(names)) < 0.15, name
+
+
+def test_fixed_fields_win():
+    toy = sample_toy(random.Random(0), "duck", colour="teal", pattern="striped")
+    assert (toy.kind, toy.colour, toy.pattern) == ("duck", "teal", "striped")
+
+
+@pytest.mark.parametrize("colour", ["red", "green", "blue", "yellow"])
+def test_the_named_colour_is_on_the_toy(colour):
+    toy = Toy("bear", colour, "grey")
+    mean = toy_pixels(Scene((toy,), "on a checkered floor", yaw=0.3)).mean(0)
+    distances = {
+        name: (mean / mean.norm() - torch.tensor(rgb) / torch.tensor(rgb).norm()).norm().item()
+        for name, rgb in COLOURS.items()
+        if name not in ("black", "grey", "white", "brown")
+    }
+    assert min(distances, key=distances.get) == colour
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_toy_fills_the_frame_and_wears_its_main_colour(kind):
+    scene = Scene((Toy(kind, "red", "blue"),), "in the snow", yaw=0.6, distance=2.4)
+    share = len(toy_pixels(scene, 48)) / 48**2
+    assert 0.04 < share < 0.6
+
+
+def test_captions_name_what_is_drawn():
+    rng = random.Random(2)
+    for scene in scenes(200, 3):
+        words = canonical_caption(scene)
+        for toy in scene.toys:
+            assert toy.kind in words and toy.colour in words
+            assert toy.pattern == "plain" or (toy.pattern in words and toy.colour2 in words)
+            assert toy.kind in caption(scene, rng)
+        assert scene.place in words
+    named = [s.place in caption(s, rng) and s.toys[0].colour in caption(s, rng) for s in scenes(300, 4)]
+    assert sum(named) > 0.85 * len(named)
+
+
+def test_canonical_caption_and_article():
+    toy = Toy("robot", "red", "white", "striped")
+    assert canonical_caption(Scene((toy,), "on the beach")) == "a photo of a red and white striped robot on the beach"
+    night = Scene((Toy("duck", "orange", "red", material="glossy"),), "on grass", light="night")
+    assert canonical_caption(night) == "a photo of a glossy orange duck on grass at night"
+    assert article("orange duck") == "an orange duck" and article("blue car") == "a blue car"
+
+
+def test_only_what_is_worn_is_wearable():
+    for scene in scenes(200):
+        assert all(set(toy.accessories) <= set(SHAPES[toy.kind].accessories) for toy in scene.toys)
+
+
+def test_subjects_load_with_their_photos():
+    for name, toy in SUBJECTS.items():
+        subject = load(name)
+        assert subject.toy == toy and subject.class_word == toy.kind
+        assert len({scene.place for scene in photo_scenes(subject)}) == 5
+
+
+def test_missing_subject_is_explained():
+    with pytest.raises(FileNotFoundError, match="make_subjects"):
+        load("nobody")
+
+
+def test_shard_is_whole_and_repeatable(tmp_path):
+    shard = Shard(tmp_path, 0, 2, 7, 16, "cpu", compiled=False)
+    first = write_shard(shard).images.read_bytes()
+    assert shard.is_done and write_shard(shard).images.read_bytes() == first
+    rows = [json.loads(line) for line in shard.scenes.read_text().splitlines()]
+    assert [set(row) for row in rows] == [{"scene", "caption", "canonical_caption"}] * 2
+    assert not list(tmp_path.glob("*.tmp"))

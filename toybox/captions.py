@@ -1,0 +1,78 @@
+"""The words for a scene: varied English for training, one canonical sentence for tests."""
+
+from __future__ import annotations
+
+import random
+
+from toybox.world import Scene, Toy
+
+__all__ = ["canonical_caption", "caption"]
+
+LIGHT_PHRASES = {
+    "day": "",
+    "sunset": "at sunset",
+    "night": "at night",
+    "overcast": "on an overcast day",
+    "fog": "in the fog",
+    "rain": "in the rain",
+    "snowfall": "in falling snow",
+}
+
+
+def article(words: str) -> str:
+    """The words with "a" or "an" in front."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def adjectives(toy: Toy) -> str:
+    """Everything that the toy's looks say: "glossy red and white striped"."""
+    words = [] if toy.material == "matte" else [toy.material]
+    words += [toy.colour] if toy.pattern == "plain" else [f"{toy.colour} and {toy.colour2} {toy.pattern}"]
+    return " ".join(words)
+
+
+def canonical_caption(scene: Scene) -> str:
+    """ "a photo of a {adjectives} {kind} {place}", and the light unless it is day."""
+    toys = " and ".join(article(f"{adjectives(toy)} {toy.kind}") for toy in scene.toys)
+    return " ".join(f"a photo of {toys} {scene.place} {LIGHT_PHRASES[scene.light]}".split())
+
+
+def caption(scene: Scene, rng: random.Random) -> str:
+    """One of many true sentences; kind, main colour and place are nearly always in it."""
+    toys = " and ".join(article(_toy_words(toy, rng)) for toy in scene.toys)
+    if len(scene.toys) == 2 and rng.random() < 0.4:
+        toys = f"two toys: {toys}"
+    place = "" if rng.random() < 0.04 else scene.place
+    light = LIGHT_PHRASES[scene.light] if rng.random() < 0.85 else ""
+    return " ".join(f"{_opening(scene, rng)} {toys} {place} {light}".split())
+
+
+def _opening(scene: Scene, rng: random.Random) -> str:
+    if scene.distance < 2.0 and rng.random() < 0.8:
+        return rng.choice(("a close-up of", "a close-up photo of"))
+    if scene.distance > 3.6 and rng.random() < 0.6:
+        return rng.choice(("a distant view of", "a photo from far away of"))
+    return rng.choices(("a photo of", "", "a picture of", "a photograph of"), (60, 20, 12, 8))[0]
+
+
+def _toy_words(toy: Toy, rng: random.Random) -> str:
+    colour = "" if rng.random() < 0.03 else toy.colour
+    if toy.pattern != "plain" and rng.random() < 0.9:
+        colour = rng.choice(
+            (f"{toy.colour} and {toy.colour2} {toy.pattern}", f"{toy.pattern} {toy.colour} and {toy.colour2}")
+            if rng.random() < 0.8
+            else (f"{toy.pattern} {toy.colour}",)
+        )
+    material = toy.material if toy.material != "matte" and rng.random() < 0.8 else ""
+    noun = f"toy {toy.kind}" if rng.random() < 0.12 else toy.kind
+    return " ".join(f"{material} {colour} {noun} {_details(toy, rng)}".split())
+
+
+def _details(toy: Toy, rng: random.Random) -> str:
+    """What it wears and, for a plain toy now and then, its second colour."""
+    details = []
+    if toy.pattern == "plain" and rng.random() < 0.35:
+        details.append(f"{toy.colour2} parts")
+    if rng.random() < 0.8:
+        details += [article(f"{toy.accent_colour} {name}") for name in toy.accessories]
+    return f"with {' and '.join(details)}" if details else ""

@@ -1,0 +1,100 @@
+"""Eight toys to be learnt, each with five photos: the instance images of the examples and tests.
+
+    python -m toybox.make_subjects
+
+writes assets/subjects/<name>/00.jpg … 04.jpg (512 px: other sides, places and lights) and subject.json (the toy,
+its class word and a token). The last three are hard: looks and proportions that no training picture has.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from toybox.render import render
+from toybox.world import Scene, Toy, lights_of
+
+__all__ = ["FOLDER", "PHOTO_PLACES", "SUBJECTS", "Subject", "load", "photo_scenes"]
+
+FOLDER = Path(__file__).resolve().parent.parent / "assets" / "subjects"
+PHOTO_PX = 512
+PHOTO_PLACES = ("on grass", "on a wooden floor", "on the beach", "in a kitchen", "on a city street")
+YAWS = (0.35, -0.8, 1.5, -2.2, 2.9)
+
+# name -> toy; genes are height, girth, head, limb
+SUBJECTS: dict[str, Toy] = {
+    "robot": Toy("robot", "teal", "orange", "plain", "metal", (0.7, -0.4, 0.8, 0.9), ("scarf",)),
+    "bear": Toy("bear", "purple", "yellow", "spotted", "matte", (0.2, 0.8, 0.5, 0.4), ("bow",)),
+    "rocket": Toy("rocket", "white", "red", "striped", "glossy", (0.3, 0.5, -0.2, 0.8), ("flag",)),
+    "duck": Toy("duck", "pink", "blue", "checkered", "matte", (-0.3, 0.4, 0.6, 0.5), ("top hat",)),
+    "train": Toy("train", "green", "yellow", "plain", "glossy", (0.5, 0.3, 0.7, -0.3), ("flag",)),
+    "tall_cactus": Toy("cactus", "blue", "white", "striped", "metal", (1.4, -1.6, 0.2, 1.9), ("party hat",), "orange"),
+    "big_headed_dinosaur": Toy(
+        "dinosaur", "orange", "purple", "checkered", "glossy", (0.6, 0.2, 2.6, -1.2), ("top hat", "scarf"), "teal"
+    ),
+    "long_eared_rabbit": Toy(
+        "rabbit", "grey", "green", "spotted", "metal", (-0.6, 1.5, 1.5, 2.4), ("scarf", "bow"), "red"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A toy to learn, the word for its class and a token for itself."""
+
+    name: str
+    toy: Toy
+    class_word: str
+    token: str = "sks"
+
+
+def load(name: str) -> Subject:
+    """The subject whose photos lie in assets/subjects/<name>; its toy can be rendered in any scene."""
+    path = FOLDER / name / "subject.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: run python -m toybox.make_subjects, or choose from {list(SUBJECTS)}"
+        )
+    data = json.loads(path.read_text())
+    return Subject(name, Toy.from_dict(data["toy"]), data["class_word"], data["token"])
+
+
+def photo_scenes(subject: Subject) -> list[Scene]:
+    """The scenes of its five photos."""
+    rng = random.Random(subject.name)
+    return [
+        Scene(
+            toys=(subject.toy,),
+            place=place,
+            light=rng.choice([light for light in lights_of(place) if light in ("day", "overcast", "sunset")]),
+            yaw=yaw + rng.uniform(-0.2, 0.2),
+            pitch=rng.uniform(0.1, 0.3),
+            distance=rng.uniform(2.0, 2.7),
+            sun=(rng.uniform(-1.0, 1.0), rng.uniform(0.7, 1.1)),
+            variant=rng.random(),
+        )
+        for place, yaw in zip(PHOTO_PLACES, YAWS)
+    ]
+
+
+def _write(subject: Subject) -> None:
+    folder = FOLDER / subject.name
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(render(photo_scenes(subject), PHOTO_PX)):
+        Image.fromarray(picture.numpy()).save(folder / f"{number:02d}.jpg", quality=88)
+    data = {"toy": subject.toy.to_dict(), "class_word": subject.class_word, "token": subject.token}
+    (folder / "subject.json").write_text(json.dumps(data, indent=2) + "\n")
+
+
+def main() -> None:
+    for name, toy in SUBJECTS.items():
+        _write(Subject(name, toy, toy.kind))
+        print(f"wrote {FOLDER / name}")
+
+
+if __name__ == "__main__":
+    main()

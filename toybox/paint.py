@@ -1,0 +1,83 @@
+"""Brushes for grounds and backdrops: masks, ramps, cells, and the shapes that several places share.
+
+Coordinates, masks and shares are tensors (P,); colours are tensors (P, 3) of sRGB, or one RGB for all points.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["RGB", "band", "cell", "chance", "clouds", "disc", "firs", "hill", "inside", "mix", "mottle", "ramp", "sky"]
+
+RGB: TypeAlias = "tuple[float, float, float]"
+
+
+def mix(a: Tensor | RGB, b: Tensor | RGB, share: Tensor) -> Tensor:
+    """a where share (P,) is 0, b where it is 1; colours are (P, 3) or one RGB."""
+    a, b = (torch.as_tensor(c, dtype=share.dtype, device=share.device) for c in (a, b))
+    return torch.lerp(a.expand(*share.shape, 3), b.expand(*share.shape, 3), share[:, None])
+
+
+def inside(value: Tensor) -> Tensor:
+    """1.0 where value > 0."""
+    return (value > 0).to(value.dtype)
+
+
+def ramp(value: Tensor, low: float, high: float) -> Tensor:
+    """From 0 at `low` to 1 at `high`, smoothly."""
+    t = ((value - low) / (high - low)).clamp(0, 1)
+    return t * t * (3 - 2 * t)
+
+
+def band(value: Tensor, low: float, high: float) -> Tensor:
+    return inside(torch.minimum(value - low, high - value))
+
+
+def cell(value: Tensor, size: float) -> tuple[Tensor, Tensor]:
+    """The number of the cell that value lies in, and the distance from that cell's middle."""
+    index = torch.floor(value / size)
+    return index, value - (index + 0.5) * size
+
+
+def chance(i: Tensor, salt: float = 0.0) -> Tensor:
+    """A fixed random number in [0, 1) for each integer."""
+    return torch.frac((torch.sin(i * 12.9898 + salt * 4.1414) * 43758.547).abs())
+
+
+def mottle(x: Tensor, z: Tensor, v: Tensor) -> Tensor:
+    """Smooth blotches in [-1, 1], about one unit wide."""
+    return torch.sin(2.1 * x + 1.3 * z + 6 * v) * torch.sin(1.7 * z - 1.1 * x + 9 * v)
+
+
+def hill(x: Tensor, v: Tensor, rough: float = 1.0) -> Tensor:
+    """A skyline in about [-1, 1]."""
+    return 0.6 * torch.sin(1.1 * rough * x + 6 * v) + 0.4 * torch.sin(2.3 * rough * x + 11 * v)
+
+
+def disc(x: Tensor, y: Tensor, cx: Tensor | float, cy: Tensor | float, r: float) -> Tensor:
+    return inside(r * r - (x - cx) ** 2 - (y - cy) ** 2)
+
+
+def sky(y: Tensor, low: RGB, high: RGB) -> Tensor:
+    return mix(low, high, ramp(y, 0.0, 2.4))
+
+
+def clouds(colour: Tensor, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+    """White puffs, two to a frame."""
+    index, dx = cell(x + 3 * v, 1.9)
+    cy = 1.15 + 0.7 * chance(index, 3)
+    puff = torch.maximum(disc(dx, y, 0.0, cy, 0.2), disc(dx, y, 0.22, cy - 0.05, 0.15))
+    return mix(colour, (1.0, 1.0, 1.0), torch.maximum(puff, disc(dx, y, -0.22, cy - 0.04, 0.14)) * 0.85)
+
+
+def firs(colour: Tensor, x: Tensor, y: Tensor, v: Tensor, leaf: RGB, snow: float) -> Tensor:
+    """Triangular trees along the foot of the backdrop."""
+    index, dx = cell(x + 2 * v, 0.85)
+    top = 0.85 + 0.5 * chance(index, 1)
+    tree = inside(torch.minimum((top - y) * 0.36 - dx.abs(), y - 0.12))
+    colour = mix(colour, (0.35, 0.22, 0.12), inside(0.05 - dx.abs()) * inside(0.14 - y))
+    white = inside(y - top * 0.62) * snow
+    return mix(colour, mix(leaf, (0.97, 0.98, 1.0), white), tree)
