@@ -7,8 +7,10 @@ processes draw what one process draws in two turns (compare NVlabs/edm2, which r
 import hashlib
 import random
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["generator", "place_of", "rng", "seed_of"]
 
@@ -24,8 +26,10 @@ def rng(*names: object) -> random.Random:
     return random.Random(seed_of(*names))
 
 
-def generator(*names: object) -> torch.Generator:
+def generator(*names: object) -> "torch.Generator":
     """A CPU generator: its numbers are the same whatever the device that trains."""
+    import torch
+
     return torch.Generator().manual_seed(seed_of(*names))
 
 

@@ -1,0 +1,73 @@
+"""The crops that training will see, drawn before it: each photo with its frames, then the squares themselves."""
+
+from collections.abc import Iterator
+
+from PIL import Image, ImageDraw, ImageOps
+
+from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.contact_sheet import Row
+from dreambooth_moslora.crops import CropPlan, apply_crop, plan_crop, resized_size
+from dreambooth_moslora.photos import Photo, open_mask, open_rgb
+from dreambooth_moslora.seeding import rng
+
+__all__ = ["crop_rows", "plans_of"]
+
+FRAME_COLOUR = (232, 64, 44)
+SHOWN_PX = 384
+MAX_CROPS = 5
+
+
+def plans_of(photo: Photo, number: int, config: TrainConfig) -> Iterator[CropPlan]:
+    """The crops of photo `number` of the folder, drawn by the same names as in training (`dataset.PhotoStream`)."""
+    for slot in range(number * config.repeats, (number + 1) * config.repeats):
+        for crop in range(config.crops_per_photo):
+            draws = rng(config.seed, "instance", "crop", slot, crop)
+            yield plan_crop(
+                photo.size_px,
+                config.resolution,
+                draws,
+                center_crop=config.center_crop,
+                random_flip=config.random_flip,
+            )
+
+
+def crop_rows(photos: list[Photo], config: TrainConfig) -> list[Row]:
+    """One row a photo: the photo with frames, then up to five crops; masks darken what is not learnt."""
+    return [crop_row(photo, number, config) for number, photo in enumerate(photos)]
+
+
+def crop_row(photo: Photo, number: int, config: TrainConfig) -> Row:
+    image, mask = open_rgb(photo), open_mask(photo)
+    shown = masked(image, mask)
+    plans = list(plans_of(photo, number, config))[:MAX_CROPS]
+    crops = [apply_crop(shown, plan, config.image_interpolation_mode) for plan in plans]
+    title = "; ".join([photo.path.name, *photo.reasons])
+    crops = [crop.resize((SHOWN_PX, SHOWN_PX)) for crop in crops]
+    return Row(title.encode("ascii", "replace").decode(), [with_frames(shown, plans), *crops])
+
+
+def masked(image: Image.Image, mask: Image.Image | None) -> Image.Image:
+    """What the loss does not weigh, at a third of its brightness."""
+    if mask is None:
+        return image
+    dark = image.point(lambda value: value // 3)
+    return Image.composite(image, dark, mask.resize(image.size))
+
+
+def with_frames(image: Image.Image, plans: list[CropPlan]) -> Image.Image:
+    """The whole photo, small, with each crop's frame, padded to a square."""
+    small = ImageOps.contain(image, (SHOWN_PX, SHOWN_PX))
+    draw = ImageDraw.Draw(small)
+    for plan in plans:
+        draw.rectangle(frame_of(plan, small.size), outline=FRAME_COLOUR, width=3)
+    return ImageOps.pad(small, (SHOWN_PX, SHOWN_PX), color="white")
+
+
+def frame_of(plan: CropPlan, shown: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The crop in the picture of (width, height) `shown`; a mirrored crop lies on the other side of the photo."""
+    height, width = plan.target_size
+    whole_height, whole_width = resized_size(plan.original_size, height)
+    top, left = plan.crop_top_left
+    left = whole_width - width - left if plan.flip else left
+    across, down = shown[0] / whole_width, shown[1] / whole_height
+    return left * across, top * down, (left + width) * across - 1, (top + height) * down - 1
