@@ -16,7 +16,7 @@ _HOME = {
     "fold": "moslora",
     "SubjectPipeline": "pipeline",
     "train": "trainer",
-    "evaluate": "evaluate",
+    "evaluate_adapter": "evaluate",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.adapter_file import AdapterFacts
+from dreambooth_moslora.best_step import BestStep
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.proof import Proof
 
@@ -27,6 +28,7 @@ class CardFacts:
     images: tuple[tuple[str, str], ...] = ()
     seconds: float | None = None
     scores: dict[str, float] | None = None
+    best: BestStep | None = None
 
 
 def model_card(config: TrainConfig, facts: CardFacts) -> str:
@@ -112,4 +114,10 @@ def score_table(facts: CardFacts) -> str:
     if not facts.scores:
         return ""
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in facts.scores.items())
-    return f"## Scores at the end\n\n| | |\n|---|---|\n{rows}"
+    best = ""
+    if facts.best is not None:
+        best = (
+            f"\n\nBest step: {facts.best.step}, score {facts.best.score:.3f} (DINO × CLIP-T as a share of the base's × "
+            "share of pictures that copy no photo); that adapter is in `best/`."
+        )
+    return f"## Scores of the last evaluation\n\n| | |\n|---|---|\n{rows}{best}"

@@ -140,7 +140,7 @@ def run_trainer(config: TrainConfig, stop: StopRequest) -> int:
 
 
 def make_evaluator(config: TrainConfig):
-    from dreambooth_moslora.evaluate import TrainingEvaluator
+    from dreambooth_moslora.training_evaluator import TrainingEvaluator
 
     return TrainingEvaluator(config)
 

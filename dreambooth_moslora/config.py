@@ -142,6 +142,9 @@ class TrainConfig:
     validation_epochs: int = of_samples(50, "epochs between samples", low=1)
     validation_steps: int | None = of_samples(None, "steps between samples; overrides --validation_epochs", low=1)
     evaluate_steps: int | None = of_samples(None, "steps between scores of fidelity (default: never)", low=1)
+    early_stopping: int | None = of_samples(
+        None, "stop when the score has not risen for this many evaluations (default: only say so)", low=1
+    )
 
     output_dir: str = of_run("lora-dreambooth-model", "the run folder")
     output_kohya_format: bool = of_run(False, "accepted: the file for ComfyUI and A1111 is always written")
@@ -172,6 +175,8 @@ class TrainConfig:
             raise UserError("--instance_data_dir and --dataset_name: give one of them, not both.")
         if self.with_prior_preservation and not self.class_prompt:
             raise UserError('--with_prior_preservation needs --class_prompt, such as "a photo of a dog".')
+        if self.early_stopping and not self.evaluate_steps:
+            raise UserError("--early_stopping needs --evaluate_steps: without scores there is nothing to wait for.")
         if not self.target_modules:
             raise UserError("--target_modules is empty: name at least one projection, such as to_q.")
 

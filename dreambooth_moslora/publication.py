@@ -7,6 +7,7 @@ from PIL import Image
 from dreambooth_moslora.adapter_file import AdapterFacts, adapter_facts
 from dreambooth_moslora.album import Album, png_bytes
 from dreambooth_moslora.base import architecture
+from dreambooth_moslora.best_step import BestStep
 from dreambooth_moslora.card import CardFacts, model_card
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.contact_sheet import Row, draw_contact_sheet
@@ -18,7 +19,7 @@ from dreambooth_moslora.photos import Photo, open_rgb
 from dreambooth_moslora.preparation import Materials
 from dreambooth_moslora.prompts import class_word_of, trigger_words
 from dreambooth_moslora.proof import Proof
-from dreambooth_moslora.rundir import RunDir, atomic_write
+from dreambooth_moslora.rundir import RunDir, atomic_directory, atomic_write
 from dreambooth_moslora.sampling import Sampler, SampleRequest
 
 __all__ = ["Publisher"]
@@ -43,12 +44,26 @@ class Publisher:
         self.photos, self.album, self.sampler = materials.photos, album, sampler
         self.facts = facts_of(config, materials, learner)
         self.scores: dict[str, float] = {}
+        self.best: BestStep | None = None
+
+    def note_scores(self, facts: dict, best: BestStep) -> None:
+        """The latest scores and the best step so far, for the card."""
+        self.scores = {name: value for name, value in facts.items() if isinstance(value, float)}
+        self.best = best
+
+    def keep_best(self) -> None:
+        """`best/`: the adapter as it is now, loadable like the final one, whole or not at all."""
+        name = self.run_dir.path.name
+        with atomic_directory(self.run_dir.best_dir) as folder:
+            publish(self.learner.components, folder, name, self.facts)
 
     def publish(self, step: int, max_train_steps: int, finished: bool) -> Proof:
         """The adapter first: what follows is decoration, and only a finished run draws new contexts or is pushed."""
         proof = publish(self.learner.components, self.run_dir.path, self.run_dir.name, self.facts)
         contexts = self.album.draw_contexts(self.sampler) if finished else []
-        facts = CardFacts(self.run_dir.name, step, max_train_steps, self.facts, proof, scores=self.scores)
+        facts = CardFacts(
+            self.run_dir.name, step, max_train_steps, self.facts, proof, scores=self.scores, best=self.best
+        )
         drawn = list(zip(self.album.requests, self.album.latest))
         shown = [*drawn[: max(2, CARD_IMAGES - len(contexts))], *zip(self.album.contexts, contexts)]
         write_card(self.config, self.run_dir, facts, shown)

@@ -66,6 +66,11 @@ class RunDir:
     def class_images_dir(self) -> Path:
         return self.path / "class_images"
 
+    @property
+    def best_dir(self) -> Path:
+        """The published adapter of the best evaluated step."""
+        return self.path / "best"
+
     def checkpoint_path(self, step: int) -> Path:
         return self.path / f"checkpoint-{step}"
 

@@ -1,0 +1,209 @@
+"""How good is an adapter? Pictures by the adapter and by the base at equal prompts and seeds, and what they score.
+
+    draw(requests, with_adapter) -> pictures --Encoders--> vectors --metrics--> tables (prompts, seeds) -> scores
+
+`Evaluator` belongs to one subject: it draws the base's pictures once and then judges any number of adapters.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dreambooth_moslora import metrics
+from dreambooth_moslora.base import encode_text
+from dreambooth_moslora.encoders import Encoders
+from dreambooth_moslora.evaluation_plan import EvaluationPlan
+from dreambooth_moslora.intervals import Interval, bootstrap_mean
+from dreambooth_moslora.moslora import disabled
+from dreambooth_moslora.pipeline import SubjectPipeline
+from dreambooth_moslora.sampling import Sampler, SampleRequest
+
+__all__ = ["Draw", "Evaluation", "Evaluator", "Truth", "evaluate_adapter", "sampler_draw"]
+
+Draw = Callable[[list[SampleRequest], bool], list[Image.Image]]
+"""(what to draw, with the adapter or by the base alone) -> pictures in order."""
+Tables = dict[str, np.ndarray]
+BATCH = 4
+GREY = (128, 128, 128)
+
+
+class Truth(Protocol):
+    """A world that knows what the subject really looks like (`toy_truth.ToyTruth`)."""
+
+    def tables(self, plan: EvaluationPlan, pictures: list[Image.Image], vectors: Tensor, photos: Tensor) -> Tables: ...
+
+
+@dataclass(frozen=True)
+class Views:
+    """Pictures of one group of requests and their unit vectors."""
+
+    pictures: list[Image.Image]
+    clip: Tensor
+    dino: Tensor
+
+    @property
+    def joint(self) -> Tensor:
+        return metrics.joint_vectors(self.clip, self.dino)
+
+
+@dataclass
+class Evaluation:
+    """Tables of scores by name, each (prompts, seeds), (prompts, 1) or (pictures,), and the pictures behind them."""
+
+    plan: EvaluationPlan
+    tables: Tables
+    alarm: metrics.CopyAlarm
+    score: float
+    seconds: float
+    pictures: dict[str, list[Image.Image]] = field(repr=False, default_factory=dict)
+
+    def mean(self, name: str) -> float:
+        return float(self.tables[name].mean())
+
+    def interval(self, name: str) -> Interval:
+        return bootstrap_mean(self.tables[name])
+
+    def means(self) -> dict[str, float]:
+        """All scores as plain numbers, rounded: what a training run logs."""
+        found = {name: round(float(table.mean()), 4) for name, table in self.tables.items()}
+        copies = {"copied": round(self.alarm.share, 4), "copy_alarm": self.alarm.raised}
+        return {**found, **copies, "score": round(self.score, 4)}
+
+
+class Evaluator:
+    """Judge adapters of one subject by `plan`. `masks` (white = subject) are optional, one a photo or None."""
+
+    def __init__(
+        self,
+        plan: EvaluationPlan,
+        encoders: Encoders,
+        photos: Sequence[Image.Image],
+        masks: Sequence[Image.Image | None] = (),
+        truth: Truth | None = None,
+    ):
+        self.plan, self.encoders, self.truth = plan, encoders, truth
+        self.photos = self._views(list(photos))
+        masked = [(p, m) for p, m in zip(photos, masks) if m is not None]
+        self.backgrounds = encoders.clip_images([paint_over(p, m) for p, m in masked]) if masked else None
+        self._base: dict[str, Views] | None = None
+
+    def __call__(self, draw: Draw) -> Evaluation:
+        """Draw all pictures of the plan and score them."""
+        started = time.perf_counter()
+        base = self.base_views(draw)
+        plan = self.plan
+        subject = self._views(draw(plan.subject_requests, True))
+        classes = self._views(draw(plan.class_requests, True)) if plan.class_images else None
+        unrelated = self._views(draw(plan.unrelated_requests, True)) if plan.unrelated else None
+        tables = self._subject_tables(subject, base["subject"])
+        if classes is not None:
+            tables["pres"] = metrics.prior_preservation(classes.dino, self.photos.dino).numpy()
+            tables["pres_base"] = metrics.prior_preservation(base["class"].dino, self.photos.dino).numpy()
+        if unrelated is not None:
+            tables |= self._drift_tables(unrelated, base["unrelated"])
+        alarm = metrics.copy_alarm(subject.joint, self.photos.joint)
+        named = {"subject": subject, "class": classes, "unrelated": unrelated}
+        pictures = {name: views.pictures for name, views in named.items() if views is not None}
+        pictures |= {f"{name}_base": views.pictures for name, views in base.items()}
+        return Evaluation(plan, tables, alarm, score_of(tables, alarm), time.perf_counter() - started, pictures)
+
+    def base_views(self, draw: Draw) -> dict[str, Views]:
+        """The base's pictures, drawn at the first call."""
+        if self._base is None:
+            plan = self.plan
+            groups = {"subject": plan.base_requests, "class": plan.class_requests, "unrelated": plan.unrelated_requests}
+            self._base = {name: self._views(draw(requests, False)) for name, requests in groups.items() if requests}
+        return self._base
+
+    @cached_property
+    def texts(self) -> Tensor:
+        """CLIP vectors of the prompts without the token, repeated for each seed: (prompts × seeds, P)."""
+        return self.encoders.clip_texts(self.plan.texts).repeat_interleave(len(self.plan.seeds), 0)
+
+    def _views(self, pictures: list[Image.Image]) -> Views:
+        return Views(pictures, self.encoders.clip_images(pictures), self.encoders.dino_images(pictures))
+
+    def _subject_tables(self, subject: Views, base: Views) -> Tables:
+        photos = self.photos
+        columns = {
+            "dino": metrics.subject_fidelity(subject.dino, photos.dino),
+            "clip_i": metrics.subject_fidelity(subject.clip, photos.clip),
+            "clip_t": metrics.prompt_fidelity(subject.clip, self.texts),
+            "dino_base": metrics.subject_fidelity(base.dino, photos.dino),
+            "clip_i_base": metrics.subject_fidelity(base.clip, photos.clip),
+            "clip_t_base": metrics.prompt_fidelity(base.clip, self.texts),
+            "copy_index": metrics.copy_index(subject.joint, photos.joint),
+        }
+        if self.backgrounds is not None:
+            columns["background_leak"] = metrics.background_leak(subject.clip, base.clip, self.backgrounds)
+        shape = (len(self.plan.templates), len(self.plan.seeds))
+        tables = {name: values.numpy().reshape(shape) for name, values in columns.items()}
+        if len(self.plan.seeds) > 1:
+            tables["diversity"] = self._diversity(subject, len(self.plan.templates))
+            tables["diversity_base"] = self._diversity(base, len(self.plan.templates))
+        if self.truth is not None:
+            tables |= self.truth.tables(self.plan, subject.pictures, subject.dino, photos.dino)
+        return tables
+
+    def _drift_tables(self, unrelated: Views, base: Views) -> Tables:
+        """Drift, and the base's own spread from seed to seed as its scale."""
+        shape = (len(self.plan.unrelated), len(self.plan.seeds))
+        tables = {"drift": metrics.drift(unrelated.dino, base.dino).numpy().reshape(shape)}
+        if len(self.plan.seeds) > 1:
+            tables["drift_base_spread"] = self._diversity(base, len(self.plan.unrelated))
+        return tables
+
+    def _diversity(self, views: Views, prompts: int) -> np.ndarray:
+        """DIV of each prompt, (prompts, 1)."""
+        groups = [prompt for prompt in range(prompts) for _ in self.plan.seeds]
+        return np.array([list(metrics.diversity(views.dino, groups).values())]).T
+
+
+def score_of(tables: Tables, alarm: metrics.CopyAlarm) -> float:
+    means = {name: float(tables[name].mean()) for name in ("dino", "clip_t", "clip_t_base")}
+    return metrics.checkpoint_score(means["dino"], means["clip_t"], means["clip_t_base"], alarm.share)
+
+
+def paint_over(photo: Image.Image, mask: Image.Image) -> Image.Image:
+    """The photo with the subject (white in the mask) in plain grey: its background alone."""
+    grey = Image.new("RGB", photo.size, GREY)
+    return Image.composite(grey, photo.convert("RGB"), mask.convert("L").resize(photo.size))
+
+
+def sampler_draw(sampler: Sampler, batch_size: int = BATCH) -> Draw:
+    """Draw through a Sampler; the base alone is the same models with their adapters switched off."""
+
+    def draw(requests: list[SampleRequest], with_adapter: bool) -> list[Image.Image]:
+        models = [getattr(sampler.pipeline, name, None) for name in ("unet", "text_encoder", "text_encoder_2")]
+        with ExitStack() as stack:
+            for model in models if not with_adapter else ():
+                if model is not None:
+                    stack.enter_context(disabled(model))
+            return list(sampler(requests, batch_size))
+
+    return draw
+
+
+def evaluate_adapter(
+    pipeline: SubjectPipeline, adapter: str, evaluator: Evaluator, batch_size: int = BATCH, scale: float = 1.0
+) -> Evaluation:
+    """Score a loaded adapter at `scale`. Text is embedded anew for each side: adapters may sit on the text encoders."""
+    inner = pipeline.pipeline
+    pipeline.activate(((adapter, scale),))
+    with torch.no_grad():
+        sampler = Sampler(
+            inner,
+            lambda prompts: encode_text(inner, prompts),
+            pipeline.resolution_px,
+            inner.unet.device,
+            evaluator.plan.inference_steps,
+        )
+        return evaluator(sampler_draw(sampler, batch_size))

@@ -1,0 +1,161 @@
+"""What a DreamBooth user cares about, as pure functions of unit vectors.
+
+DreamBooth (Ruiz et al., "DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation", CVPR
+2023, arXiv 2208.12242, section 4.1 and 4.3) names five measures. With u·v the cosine of two unit vectors:
+
+    CLIP-I  mean over generated g and photos p of  clip(g)·clip(p)
+    DINO    the same with DINO's vectors, which tell two subjects of one class apart
+    CLIP-T  mean over generated g and its prompt t of  clip(g)·clip(t)
+    PRES    mean over pictures c of the class (no token) and photos p of  dino(c)·dino(p): lower is better, a high
+            value means that every member of the class has become the subject
+    DIV     mean distance between pictures of one prompt; the paper takes LPIPS, 1 - dino·dino stands in for it
+
+Ours besides: `drift` on prompts that have nothing to do with the subject, `copy_index` against photos learnt by heart,
+`background_leak`, and the score that picks the best checkpoint. Each function returns one value for each picture,
+so that intervals can be computed over prompts and seeds.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "CopyAlarm",
+    "background_leak",
+    "checkpoint_score",
+    "copy_alarm",
+    "copy_index",
+    "diversity",
+    "drift",
+    "joint_vectors",
+    "photo_fidelity",
+    "photo_nearness",
+    "prior_preservation",
+    "prompt_fidelity",
+    "subject_fidelity",
+]
+
+COPIED = 0.5
+"""A picture is called a copy when it is more than this share of the way from another photo to the very photo."""
+ALARM_SHARE = 0.1
+"""The alarm goes off when more than this share of the pictures are copies."""
+LONE_PHOTO_NEARNESS = 0.8
+"""Nearness assumed of photos when there is only one, and nothing to compare it with."""
+
+
+def subject_fidelity(generated: Tensor, photos: Tensor) -> Tensor:
+    """CLIP-I or DINO: generated (N, D), photos (P, D) -> (N,), mean cosine of each picture to all photos."""
+    return (generated @ photos.T).mean(1)
+
+
+def photo_fidelity(photos: Tensor) -> float:
+    """The same of the photos among themselves, no photo with itself: the paper's row "Real Images". NaN for one."""
+    similarities = photos @ photos.T
+    return float(similarities[~torch.eye(len(photos), dtype=torch.bool)].mean())
+
+
+def prompt_fidelity(generated: Tensor, texts: Tensor) -> Tensor:
+    """CLIP-T: generated (N, D) and the text of each, token left out, (N, D) -> (N,)."""
+    return (generated * texts).sum(1)
+
+
+def prior_preservation(class_pictures: Tensor, photos: Tensor) -> Tensor:
+    """PRES: DINO vectors of pictures of the bare class (N, D), of the photos (P, D) -> (N,). Lower is better."""
+    return subject_fidelity(class_pictures, photos)
+
+
+def cosine_distance(a: Tensor, b: Tensor) -> float:
+    return float(1 - a @ b)
+
+
+def diversity(
+    pictures: Sequence[Tensor],
+    groups: Sequence[Hashable],
+    distance: Callable[[Tensor, Tensor], float] = cosine_distance,
+) -> dict[Hashable, float]:
+    """DIV of each group (one prompt, say): the mean `distance` over all pairs in it. Higher is more diverse.
+
+    `pictures` are unit vectors for the cosine distance, pixels for LPIPS. Groups of one have no pair and are left out.
+    """
+    members: dict[Hashable, list[Tensor]] = {}
+    for picture, group in zip(pictures, groups, strict=True):
+        members.setdefault(group, []).append(picture)
+    pairs = {group: list(combinations(some, 2)) for group, some in members.items()}
+    return {g: sum(distance(a, b) for a, b in some) / len(some) for g, some in pairs.items() if some}
+
+
+def drift(adapted: Tensor, base: Tensor) -> Tensor:
+    """1 - cosine between adapter and base at equal prompt and seed: (N, D), (N, D) -> (N,). Zero is untouched.
+
+    The scale to read it on is `diversity` of the base: how far its own pictures are from one seed to another.
+    """
+    return 1 - (adapted * base).sum(1)
+
+
+def joint_vectors(clip: Tensor, dino: Tensor) -> Tensor:
+    """CLIP (N, C) and DINO (N, D) side by side as unit vectors (N, C + D): their cosine is the mean of both cosines.
+
+    DINO sees the subject wherever it is, CLIP sees place and light: only a copy is near a photo in both.
+    """
+    return torch.cat([clip, dino], dim=1) / 2**0.5
+
+
+def photo_nearness(photos: Tensor) -> float:
+    """How near a photo is to the nearest other one of the series: the mean over photos (P, D) of their largest cosine.
+
+    What any picture of the subject may reach without being a copy.
+    """
+    if len(photos) < 2:
+        return LONE_PHOTO_NEARNESS
+    similarities = (photos @ photos.T).fill_diagonal_(-1)
+    return float(similarities.amax(1).mean())
+
+
+def copy_index(generated: Tensor, photos: Tensor) -> Tensor:
+    """(m - r)/(1 - r) of each picture (N, D), m its largest cosine to one photo (P, D), r `photo_nearness`.
+
+    0: no nearer to a photo than the photos are to each other; 1: it is the photo. Negative: farther. (N,).
+    """
+    nearness = min(photo_nearness(photos), 0.99)  # a series of equal frames must not divide by zero
+    return ((generated @ photos.T).amax(1) - nearness) / (1 - nearness)
+
+
+@dataclass(frozen=True)
+class CopyAlarm:
+    """`share` of pictures that are copies, the `largest` index, which picture and which photo, and the verdict."""
+
+    share: float
+    largest: float
+    picture: int
+    photo: int
+    raised: bool
+
+
+def copy_alarm(generated: Tensor, photos: Tensor) -> CopyAlarm:
+    """Judge joint vectors of the generated pictures (N, D) against those of the photos (P, D)."""
+    index = copy_index(generated, photos)
+    worst = int(index.argmax())
+    share = float((index > COPIED).float().mean())
+    nearest = int((generated[worst] @ photos.T).argmax())
+    return CopyAlarm(share, float(index[worst]), worst, nearest, share > ALARM_SHARE)
+
+
+def background_leak(generated: Tensor, base: Tensor, backgrounds: Tensor) -> Tensor:
+    """How much nearer to the photos' grounds a picture is than the base's at equal prompt and seed, (N,).
+
+    CLIP vectors: generated (N, D), base (N, D), the photos with the subject painted over (P, D). Zero is no leak.
+    """
+    return subject_fidelity(generated, backgrounds) - subject_fidelity(base, backgrounds)
+
+
+def checkpoint_score(fidelity: float, prompt: float, base_prompt: float, copied: float) -> float:
+    """fidelity × prompt × no copy, in [0, 1]: what "best checkpoint" means.
+
+    `fidelity` is DINO (below 0 counts as 0); prompt is CLIP-T as a share of the base's on the same prompts, at most 1;
+    `copied` is the share of copies.
+    """
+    kept = min(prompt / base_prompt, 1.0) if base_prompt > 0 else 1.0
+    return max(fidelity, 0.0) * max(kept, 0.0) * (1 - copied)
