@@ -16,7 +16,7 @@ import gradio as gr
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import GenerationParams
 from dreambooth_moslora.ui.shelf import AdapterShelf
-from dreambooth_moslora.ui.visitors import Visitor, Visitors
+from dreambooth_moslora.ui.visitors import Visitor, Visitors, visitor_id
 
 if TYPE_CHECKING:
     from dreambooth_moslora.pipeline import SubjectPipeline
@@ -51,7 +51,7 @@ class AppContext:
         self.training = training
         self.visitors = Visitors()
         self.shelf = AdapterShelf(adapters_dir, runs_dir)
-        self._stops: dict[str, threading.Event] = {}
+        self._stops: dict[tuple[str, str], threading.Event] = {}
         self._pipeline: Future[SubjectPipeline] = Future()
         threading.Thread(target=_fulfil, args=(self._pipeline, load), name="load-base", daemon=True).start()
 
@@ -73,18 +73,23 @@ class AppContext:
     @contextmanager
     def stoppable(self, request: gr.Request) -> Iterator[Callable[[], bool]]:
         """`should_stop` of this page's work. The next work of the page gets a new one."""
-        session = str(request.session_hash)
-        stop = self._stops[session] = threading.Event()
+        page = _page_of(request)
+        stop = self._stops[page] = threading.Event()
         try:
             yield stop.is_set
         finally:
-            if self._stops.get(session) is stop:
-                del self._stops[session]
+            if self._stops.get(page) is stop:
+                del self._stops[page]
 
     def stop(self, request: gr.Request) -> None:
         """Stop this page's own work, if there is any; another page's cannot be named."""
-        if stop := self._stops.get(str(request.session_hash)):
+        if stop := self._stops.get(_page_of(request)):
             stop.set()
+
+
+def _page_of(request: gr.Request) -> tuple[str, str]:
+    """The visitor and the page: a session's name alone, which the asker chooses, opens nothing."""
+    return visitor_id(request), str(request.session_hash)
 
 
 def _fulfil(future: Future, load: Callable[[], "SubjectPipeline"]) -> None:

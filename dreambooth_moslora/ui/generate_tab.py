@@ -78,9 +78,10 @@ def _ask(ctx: AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
         upload = gr.UploadButton(
             "Upload", file_types=[".safetensors"], scale=0, min_width=88, elem_id="upload_adapter", size="md"
         )
-    about = gr.Markdown(summary.sentence() if summary else "", elem_id="about_adapter", elem_classes="faint")
-    scale = gr.Slider(0, 1.5, 1.0, step=0.05, label="Adapter scale", elem_id="scale")
-    num_images = gr.Slider(1, MAX_IMAGES, 1, step=1, label="Pictures", elem_id="num_images")
+    words = summary.sentence() if summary else ""
+    about = gr.Markdown(words, visible=bool(words), elem_id="about_adapter", elem_classes="faint")
+    scale = gr.Slider(0, 1.5, 1.0, step=0.05, label="Adapter scale", buttons=[], elem_id="scale")
+    num_images = gr.Slider(1, MAX_IMAGES, 1, step=1, label="Pictures", buttons=[], elem_id="num_images")
     with gr.Row(elem_classes="tight"):
         run = gr.Button("Generate", variant="primary", elem_id="run", scale=3)
         stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", scale=1, min_width=80)
@@ -93,8 +94,8 @@ def _settings(ctx: AppContext) -> dict[str, Any]:
     with gr.Accordion("Settings", open=True, elem_id="settings_box"):
         negative = gr.Textbox("", label="Negative prompt", lines=1, max_lines=3, elem_id="negative")
         with gr.Row():
-            steps = gr.Slider(1, 60, 25, step=1, label="Steps", min_width=130, elem_id="steps")
-            guidance = gr.Slider(1, 15, 5.0, step=0.1, label="Guidance", min_width=130, elem_id="guidance")
+            steps = gr.Slider(1, 60, 25, step=1, label="Steps", buttons=[], min_width=130, elem_id="steps")
+            guidance = gr.Slider(1, 15, 5.0, step=0.1, label="Guidance", buttons=[], min_width=130, elem_id="guidance")
         with gr.Row():
             seed = gr.Number(-1, label="Seed", info="−1 draws one", precision=0, min_width=120, elem_id="seed")
             size = gr.Dropdown(sizes, value=sizes[0][1], label="Size", info="width × height", min_width=130)
@@ -111,7 +112,9 @@ def _settings(ctx: AppContext) -> dict[str, Any]:
                     allow_custom_value=True,
                     min_width=130,
                 )
-                widgets[f"scale_{number}"] = gr.Slider(0, 1.5, 1.0, step=0.05, label=f"Scale {number}", min_width=130)
+                widgets[f"scale_{number}"] = gr.Slider(
+                    0, 1.5, 1.0, step=0.05, label=f"Scale {number}", buttons=[], min_width=130
+                )
         gr.Markdown("Or write `<lora:name:0.8>` in the prompt.", elem_classes="faint")
     return widgets | {"scheduler": scheduler}
 
@@ -130,12 +133,12 @@ def _results(ctx: AppContext) -> dict[str, Any]:
         with gr.Tab("Pictures", id="pictures"):
             parts["gallery"] = _gallery("Pictures", "gallery")
             with gr.Row(elem_classes="tight"):
-                parts["reuse"] = gr.Button("Use these settings", size="sm", elem_id="reuse")
-                parts["last_seed"] = gr.Button("Keep the seed", size="sm", elem_id="last_seed")
+                parts["reuse"] = gr.Button("Use these settings", size="sm", min_width=100, elem_id="reuse")
+                parts["last_seed"] = gr.Button("Keep the seed", size="sm", min_width=100, elem_id="last_seed")
             parts["used_seed"] = gr.Number(label="Seed used", interactive=False, elem_id="used_seed", visible="hidden")
             with gr.Accordion("Use it in code", open=False):
                 parts["code"] = gr.Code(language="python", label="Python", buttons=["copy"], elem_id="code")
-        with gr.Tab("With / without", id="compare"):
+        with gr.Tab("Compare", id="compare"):
             parts["compare"] = gr.Button("Compare at the same seed", elem_id="compare")
             parts["slider"] = gr.ImageSlider(
                 label="Without | with the adapter",
@@ -300,7 +303,8 @@ def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, button
         files = ctx.shelf.files(ctx.visitors.of(request))
         summary = summary_of(files[name]) if name in files else None
         words = summary.sentence() if summary else ""
-        return words, prompt_for(summary) if summary and not (old_prompt or "").strip() else gr.skip()
+        about = gr.Markdown(words, visible=bool(words))
+        return about, prompt_for(summary) if summary and not (old_prompt or "").strip() else gr.skip()
 
     @shown
     def upload(file: str, request: gr.Request) -> tuple:

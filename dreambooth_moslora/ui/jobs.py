@@ -6,6 +6,7 @@ stopped by a signal, upon which the trainer finishes its step and writes a check
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,8 @@ SCRIPT = Path(__file__).resolve().parents[2] / "train_dreambooth.py"
 JOB_NAME, LOG_NAME, CONFIG_NAME, METRICS_NAME = "job.json", "job.log", "job_config.json", "metrics.jsonl"
 KILL_AFTER_SEC = 30
 LOG_TAIL_LINES = 40
+RUN_NAME = re.compile(r"[^\W_][\w +-]*(\.[\w +-]+)*")
+"""Letters, digits, space and `+-_`, single dots between: no separator, no leading dot."""
 ACTIVE = ("starting", "running", "stopping")
 
 
@@ -179,15 +182,9 @@ class Jobs:
 
     def run_dir(self, name: str) -> Path:
         """Raises UserError for a name that would leave `runs_dir`."""
-        path = self.runs_dir / name
-        if (
-            not name
-            or name != Path(name).name
-            or name.startswith(".")
-            or path.resolve().parent != self.runs_dir.resolve()
-        ):
+        if not RUN_NAME.fullmatch(name):
             raise UserError(f"{name!r:.60} cannot be the name of a run")
-        return path
+        return self.runs_dir / name
 
     def all(self) -> list[Job]:
         """Newest first."""

@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import PIL.Image
-from PIL import ImageOps, UnidentifiedImageError
 
 from dreambooth_moslora.errors import UserError
 
 __all__ = ["PHOTO_TYPES", "Intake", "take_photos"]
 
 PHOTO_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".avif", ".bmp", ".tif", ".tiff"]
-FORMATS = ["JPEG", "PNG", "WEBP", "HEIF", "AVIF", "BMP", "TIFF"]
 MAX_PHOTOS = 50
 MAX_PHOTO_BYTES = 30 * 1024**2
 MAX_SIDE_PX = 4096
+MAX_PIXELS = 120 * 10**6
 
 
 @dataclass(frozen=True)
@@ -47,30 +46,35 @@ def take_photos(files: list[str], folder: Path) -> Intake:
 
 
 def clean_copy(file: Path) -> PIL.Image.Image:
-    """Pixels alone, turned upright, at most 4096 px a side. Raises UserError for anything but a sane photo."""
-    _register_heif()
+    """Pixels (and transparency) alone, upright, at most 4096 px a side. Raises UserError for anything else."""
+    from dreambooth_moslora.photo_files import UnreadableImageError, alpha_of, open_image, to_rgb
+
     if file.stat().st_size > MAX_PHOTO_BYTES:
         raise UserError(f"{file.name} is larger than {MAX_PHOTO_BYTES // 2**20} MiB")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
-            with PIL.Image.open(file, formats=FORMATS) as opened:
-                opened.draft("RGB", (MAX_SIDE_PX, MAX_SIDE_PX))
-                upright = ImageOps.exif_transpose(opened)
-                clean = PIL.Image.new(mode := "RGBA" if "A" in upright.getbands() else "RGB", upright.size)
-                clean.paste(upright.convert(mode))
-    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
-        raise UserError(f"{file.name} has too many pixels") from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{file.name} is no photo that can be read") from error
+        check_pixels(file)
+        opened = open_image(file)
+        clean, alpha = to_rgb(opened), alpha_of(opened)
+    except UnreadableImageError as error:
+        raise UserError(f"{file.name}: {error}") from error
+    if alpha is not None:
+        clean.putalpha(alpha)
     clean.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX), PIL.Image.Resampling.LANCZOS)
-    return clean
+    bare = PIL.Image.new(clean.mode, clean.size)
+    bare.paste(clean)
+    return bare
 
 
-def _register_heif() -> None:
-    """Photos of most phones are HEIC; Pillow reads them through a plug-in."""
+def check_pixels(file: Path) -> None:
+    """Raises UserError for a file whose header promises more than 120 megapixels; nothing is decoded."""
     try:
-        from pillow_heif import register_heif_opener
-    except ImportError:
-        return
-    register_heif_opener()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with PIL.Image.open(file) as image:
+                pixels = image.width * image.height
+    except PIL.Image.DecompressionBombError as error:
+        raise UserError(f"{file.name} has too many pixels") from error
+    except (OSError, ValueError, SyntaxError):
+        return  # `open_image` says in words what is wrong
+    if pixels > MAX_PIXELS:
+        raise UserError(f"{file.name} has {pixels / 1e6:.0f} megapixels; at most {MAX_PIXELS // 10**6} are read")

@@ -44,7 +44,6 @@ def theme() -> gr.themes.Base:
 
 
 HEAD = """
-<meta name="viewport" content="width=device-width, initial-scale=1">
 <script>
 addEventListener("keydown", (event) => {
   const typing = event.target.matches("input, textarea, select, [contenteditable]");
@@ -58,33 +57,42 @@ addEventListener("keydown", (event) => {
 """
 
 CSS = """
-.gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
-#top { align-items: baseline; justify-content: space-between; padding: 4px 2px 0; }
+.gradio-container { width: 100% !important; max-width: 1240px !important; margin: 0 auto !important; }
+.html-container { padding: 0 !important; }
+#top { align-items: baseline; justify-content: space-between; flex-wrap: nowrap; }
+#top > * { width: auto; flex: none; }
 #top h1 { font-size: 1.25rem; margin: 0; letter-spacing: -.01em; }
-#top .faint { text-align: right; }
 .faint, .faint p { color: var(--body-text-color-subdued); font-size: .82rem; }
 .tight { gap: 8px !important; align-items: end; }
-.icon { font-size: 1.05rem; padding: 0 !important; }
+.tight > button, .tight > .block > button { height: 42px; font-size: .95rem; font-weight: 550; padding: 0 12px; }
+.icon { font-size: 1.05rem !important; }
+.step h3 { font-size: .95rem; margin: 4px 0 -4px; }
+.remarks { margin: 6px 0 0 1.1rem; font-size: .85rem; color: var(--body-text-color-subdued); }
+button[role="tab"] { font-weight: 500; }
 
-#generate { display: grid !important; grid-template-columns: minmax(300px, 5fr) minmax(0, 8fr);
-  grid-template-areas: "ask results" "settings results"; grid-template-rows: auto 1fr; gap: 16px; }
+#generate, #train, #inspect { display: grid !important; align-items: start; gap: 16px;
+  grid-template-columns: minmax(300px, 5fr) minmax(0, 8fr); }
+#generate { grid-template-areas: "ask results" "settings results"; grid-template-rows: auto 1fr; }
 #ask { grid-area: ask; } #results { grid-area: results; } #settings { grid-area: settings; }
-#generate > div { min-width: 0 !important; width: 100%; }
+#generate > div, #train > div, #inspect > div { min-width: 0 !important; width: 100%; }
+#status, #train_status, #status .pending, #train_status .pending { opacity: 1 !important; }
+#gallery, #history { min-height: 240px; }
+#gallery .grid-wrap, #history .grid-wrap, #crops .grid-wrap, #samples .grid-wrap { max-height: none !important; }
 
 .card { border: 1px solid var(--block-border-color); border-radius: var(--radius-lg);
-  background: var(--block-background-fill); padding: 12px 14px; }
-.card.run { display: flex; gap: 14px; align-items: center; min-height: 104px; }
-.card .thumb { width: 78px; height: 78px; object-fit: cover; border-radius: var(--radius-md); flex: none;
-  image-rendering: auto; }
+  background: var(--block-background-fill); padding: 12px 14px; font-size: .92rem; }
+.card.run { display: flex; gap: 14px; align-items: center; min-height: 86px; }
+.card .thumb { width: 60px; height: 60px; object-fit: cover; border-radius: var(--radius-md); flex: none; }
 .card .words { flex: 1; min-width: 0; }
 .card .line { font-weight: 550; }
-.card .bar { height: 6px; border-radius: 3px; background: var(--neutral-200); margin: 8px 0; overflow: hidden; }
+.card .bar { height: 6px; border-radius: 3px; background: var(--neutral-200); margin: 7px 0; overflow: hidden; }
 .dark .card .bar { background: var(--neutral-700); }
 .card .bar i { display: block; height: 100%; background: var(--primary-600); transition: width .15s linear; }
-.card.notice.good { border-left: 4px solid var(--primary-600); }
-.card.notice.bad { border-left: 4px solid var(--color-red-500, #dc2626); }
-.card.notice.info { border-left: 4px solid var(--neutral-400); }
-table.facts { width: 100%; border-collapse: collapse; font-size: .9rem; }
+.card.notice { border-left-width: 4px; }
+.card.notice.good { border-left-color: var(--primary-600); }
+.card.notice.bad { border-left-color: #dc2626; }
+.card.notice.info { border-left-color: var(--neutral-400); }
+table.facts { width: 100%; border-collapse: collapse; }
 table.facts th { text-align: left; font-weight: 500; color: var(--body-text-color-subdued); width: 11rem;
   vertical-align: top; padding: 4px 12px 4px 0; }
 table.facts td { padding: 4px 0; overflow-wrap: anywhere; white-space: pre-wrap; }
@@ -92,8 +100,9 @@ pre.log { font-size: .78rem; white-space: pre-wrap; overflow-wrap: anywhere; max
 :focus-visible { outline: 2px solid var(--primary-600) !important; outline-offset: 2px; }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; animation: none !important; } }
 @media (max-width: 760px) {
-  .gradio-container { padding: 8px !important; }
-  #generate { grid-template-columns: minmax(0, 1fr); grid-template-areas: "ask" "results" "settings"; gap: 12px; }
+  .gradio-container main { padding: 12px !important; }
+  #generate, #train, #inspect { grid-template-columns: minmax(0, 1fr); gap: 12px; }
+  #generate { grid-template-areas: "ask" "results" "settings"; }
   table.facts th { width: 7.5rem; }
 }
 """

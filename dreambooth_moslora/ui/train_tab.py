@@ -44,7 +44,7 @@ def _form() -> tuple[dict[str, Any], dict[str, Any]]:
         height=130,
         elem_id="photos",
     )
-    remarks = gr.HTML(elem_id="remarks")
+    remarks = gr.HTML(visible=False, elem_id="remarks")
     crops = gr.Gallery(
         label="Crops",
         show_label=False,
@@ -63,7 +63,7 @@ def _form() -> tuple[dict[str, Any], dict[str, Any]]:
         class_word = gr.Textbox(
             label="Class word", info="what it is", placeholder="dog", min_width=110, elem_id="class_word"
         )
-    prompts = gr.HTML(elem_id="prompts")
+    prompts = gr.HTML(visible=False, elem_id="prompts")
     with gr.Accordion("Captions (optional)", open=False):
         captions = gr.Textbox(label="Captions", info="one line for each photo, in order", lines=4, elem_id="captions")
     gr.Markdown("### 3 · Run", elem_classes="step")
@@ -73,8 +73,8 @@ def _form() -> tuple[dict[str, Any], dict[str, Any]]:
     fields |= {"prior_preservation": prior, "captions": captions}
     with gr.Row(elem_classes="tight"):
         start = gr.Button("Start training", variant="primary", scale=2, elem_id="start")
-        estimate = gr.Button("Estimate the cost", scale=1, min_width=120, elem_id="estimate")
-    cost = gr.HTML(elem_id="cost")
+        estimate = gr.Button("Estimate cost", scale=1, min_width=110, elem_id="estimate")
+    cost = gr.HTML(visible=False, label="Cost", elem_id="cost")
     others = {"photos": photos, "remarks": remarks, "crops": crops, "prompts": prompts, "start": start}
     return {name: fields[name] for name in TrainForm.__dataclass_fields__}, others | {
         "estimate": estimate,
@@ -136,9 +136,9 @@ def _connect_photos(ctx: AppContext, parts: dict) -> None:
     @shown
     def review(photos: list[str] | None, request: gr.Request) -> tuple:
         if not photos:
-            return "", gr.Gallery(visible=False)
+            return gr.HTML(visible=False), gr.Gallery(visible=False)
         found = review_photos(ctx, photos, ctx.visitors.of(request))
-        return found.remarks, gr.Gallery(found.crops, visible=True)
+        return gr.HTML(found.remarks, visible=True), gr.Gallery(found.crops, visible=True)
 
     gr.on(
         [parts["photos"].upload, parts["photos"].delete, parts["photos"].clear],
@@ -151,12 +151,12 @@ def _connect_photos(ctx: AppContext, parts: dict) -> None:
 
 
 def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> None:
-    def words(token: str, class_word: str) -> str:
+    def words(token: str, class_word: str) -> gr.HTML:
         try:
             instance, class_prompt = prompts_of(token, class_word)
         except UserError:
-            return ""
-        return notice(f"Learns “{instance}”; keeps apart “{class_prompt}”.")
+            return gr.HTML(visible=False)
+        return gr.HTML(notice(f"Learns “{instance}” and tells it from “{class_prompt}”."), visible=True)
 
     @shown
     def train(photos: list[str] | None, request: gr.Request, **values) -> tuple:
@@ -167,11 +167,11 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
         return gr.Dropdown(choices=_names(jobs, visitor.id), value=job.name), notice(f"The run {job.name} is starting.")
 
     @shown
-    def estimate(photos: list[str] | None, request: gr.Request, **values) -> str:
+    def estimate(photos: list[str] | None, request: gr.Request, **values) -> gr.HTML:
         visitor = ctx.visitors.of(request)
         if photos:
             review_photos(ctx, photos, visitor)
-        return estimate_cost(ctx, jobs, TrainForm(**values), visitor)
+        return gr.HTML(estimate_cost(ctx, jobs, TrainForm(**values), visitor), visible=True)
 
     inputs = {"photos": parts["photos"], **fields}
     gr.on(

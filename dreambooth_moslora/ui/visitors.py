@@ -16,7 +16,7 @@ from typing import Any
 
 import gradio as gr
 
-__all__ = ["COOKIE", "Picture", "Visitor", "VisitorCookie", "Visitors"]
+__all__ = ["COOKIE", "Picture", "Visitor", "VisitorCookie", "Visitors", "visitor_id"]
 
 COOKIE = "moslora_visitor"
 MAX_VISITORS = 200

@@ -1,0 +1,291 @@
+"""The attack list: each is tried on the running page and must be refused."""
+
+import io
+import json
+import os
+import pickle
+import time
+import zipfile
+import zlib
+from pathlib import Path
+
+import httpx
+import numpy as np
+import PIL.Image
+import pytest
+from gradio_client import Client, handle_file
+from PIL.PngImagePlugin import PngInfo
+
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.generation import GenerationParams
+from dreambooth_moslora.ui.cards import facts_table, notice, progress_card
+from dreambooth_moslora.ui.jobs import Job, Jobs
+from dreambooth_moslora.ui.photo_uploads import take_photos
+from dreambooth_moslora.ui.shelf import AdapterShelf, clean_name
+from tests.ui_server import serve
+
+EVIL = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
+FAST = {"steps": 2, "guidance_scale": 2.0}
+
+
+@pytest.fixture(scope="module")
+def served(tiny_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("app")
+    (folder / "secret.safetensors").write_text("secret")
+    with serve(tiny_base, folder) as server:
+        yield server
+
+
+@pytest.fixture
+def client(served):
+    return Client(served.url, verbose=False)
+
+
+def refusal(client, *args, **kwargs) -> str:
+    with pytest.raises(Exception) as error:
+        client.predict(*args, **kwargs)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "../../etc/passwd", "/etc/passwd", "adapters/dog", "dog.safetensors", "dog\0"]
+)
+def test_adapter_names_are_looked_up_and_never_paths(client, name):
+    assert "here is no adapter" in refusal(client, "a dog", adapter=name, **FAST, api_name="/generate")
+    assert "here is no adapter" in refusal(
+        client, f"a dog <lora:{name}:1>", adapter="none", **FAST, api_name="/generate"
+    )
+
+
+def test_a_link_out_of_the_folder_is_not_on_the_shelf(tmp_path):
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "secret.safetensors").write_text("x")
+    (tmp_path / "adapters" / "link.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    (tmp_path / "adapters" / "own.safetensors").write_text("x")
+    assert list(AdapterShelf(tmp_path / "adapters", tmp_path / "runs").files()) == ["own"]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "", ".hidden", "/abs", "a\\b", "a\0b", "a\nb"])
+def test_run_names_cannot_leave_the_folder(tmp_path, name):
+    with pytest.raises(UserError, match="name of a run"):
+        Jobs(tmp_path).run_dir(name)
+    assert Jobs(tmp_path).run_dir("my dog-2.1") == tmp_path / "my dog-2.1"
+
+
+def png_with_recipe(path: Path, adapter: str) -> Path:
+    info = PngInfo()
+    for key, value in GenerationParams("a dog", adapters=((adapter, 1.0),)).to_png_text().items():
+        info.add_itxt(key, value)
+    PIL.Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+    return path
+
+
+def test_a_png_that_names_a_path_gives_no_file(client, tmp_path):
+    file = png_with_recipe(tmp_path / "a.png", "../secret")
+    facts = client.predict(handle_file(file), api_name="/inspect")
+    assert "../secret" in str(facts)
+    name = GenerationParams.from_png(file).adapters[0][0]
+    assert "here is no adapter" in refusal(client, "a dog", adapter=name, **FAST, api_name="/generate")
+
+
+def test_html_in_prompts_names_and_recipes_is_escaped(client, tmp_path):
+    for made in (notice(EVIL), progress_card(EVIL, EVIL, 0.5, EVIL), facts_table([(EVIL, EVIL)])):
+        assert "<script>" not in made and "<img src=x" not in made
+    assert "<script>" not in refusal(client, "a dog", adapter=EVIL, **FAST, api_name="/generate")
+    _, _, status = client.predict(EVIL, **FAST, api_name="/generate")
+    assert "<script>" not in status
+    file = png_with_recipe(tmp_path / "a.png", EVIL)
+    assert "<script>" not in str(client.predict(handle_file(file), api_name="/inspect"))
+    assert clean_name(EVIL + "../../x") == clean_name(clean_name(EVIL + "../../x")) and "<" not in clean_name(EVIL)
+
+
+class Touch:
+    """Unpickling this makes a file: proof that code ran."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("name", ["evil.safetensors", "evil.bin", "evil.pt", "evil.ckpt"])
+def test_pickled_adapters_are_refused_and_never_run(client, tmp_path, name):
+    proof = tmp_path / "ran"
+    file = tmp_path / name
+    file.write_bytes(pickle.dumps({"lora": Touch(proof)}))
+    assert refusal(client, handle_file(file), api_name="/inspect")
+    assert not proof.exists()
+
+
+def zip_bomb() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data.pkl", b"\0" * 50_000_000)
+    return buffer.getvalue()
+
+
+def pixel_bomb(side: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = side.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    )
+
+
+def header_bomb() -> bytes:
+    """A safetensors header that claims 10^18 bytes."""
+    return (10**18).to_bytes(8, "little") + b"{}"
+
+
+@pytest.mark.parametrize(
+    "name, data",
+    [
+        ("zip.safetensors", zip_bomb()),
+        ("header.safetensors", header_bomb()),
+        ("bomb.png", pixel_bomb(100_000)),
+        ("bomb2.png", pixel_bomb(12_000)),
+        ("empty.png", b""),
+        ("page.html", b"<script>alert(1)</script>"),
+    ],
+    ids=["zip", "header", "pixels", "pixels below Pillow's limit", "empty", "html"],
+)
+def test_bombs_are_refused(client, tmp_path, name, data):
+    file = tmp_path / name
+    file.write_bytes(data)
+    assert refusal(client, handle_file(file), api_name="/inspect")
+    if name.endswith(".png"):
+        with pytest.raises(UserError):
+            take_photos([str(file)], tmp_path / "photos")
+
+
+def test_photos_lose_exif_name_and_profile(tmp_path):
+    image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    exif = PIL.Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "SecretCamera"
+    exif.get_ifd(0x8825)[2] = (48.0, 8.0, 0.0)
+    file = tmp_path / "My secret holiday.jpg"
+    image.save(file, exif=exif)
+    folder = take_photos([str(file)], tmp_path / "photos").folder
+    copies = list(folder.iterdir())
+    assert [copy.name for copy in copies] == ["photo_01.png"]
+    with PIL.Image.open(copies[0]) as clean:
+        assert clean.size == (40, 60) and not clean.getexif() and not clean.info
+    assert b"Secret" not in copies[0].read_bytes()
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "../../../../etc/passwd", "README.md", "requirements.txt", ".git/config"]
+)
+def test_files_outside_are_not_served(served, path):
+    assert httpx.get(f"{served.url}gradio_api/file={path}").status_code in (403, 404)
+    assert httpx.get(f"{served.url}gradio_api/file={Path(path).resolve()}").status_code in (403, 404)
+
+
+def test_a_runs_files_and_the_visitors_folders_are_not_served(served):
+    run = served.ctx.runs_dir / "dog"
+    run.mkdir()
+    (run / "photo.png").write_bytes(b"x")
+    (served.ctx.visitors.root / "x.png").write_bytes(b"x")
+    for path in (
+        run / "photo.png",
+        served.ctx.visitors.root / "x.png",
+        served.ctx.shelf.adapters_dir / "dog.safetensors",
+    ):
+        assert httpx.get(f"{served.url}gradio_api/file={path}").status_code in (403, 404), path
+
+
+def test_a_handler_reads_no_file_that_was_not_uploaded(client, served):
+    for path in ("/etc/passwd", str(served.ctx.shelf.adapters_dir / "dog.safetensors")):
+        data = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        assert refusal(client, data, api_name="/inspect")
+
+
+def call_private(served, index: int, data: list, cookie: str = "eve") -> str:
+    """Call an event by its number, as a script would; the server's last words."""
+    headers = {"Cookie": f"moslora_visitor={cookie}"}
+    body = {"fn_index": index, "data": data, "session_hash": f"eve{index}"}
+    joined = httpx.post(f"{served.url}gradio_api/queue/join", json=body, headers=headers)
+    if not joined.is_success:
+        return joined.text
+    with httpx.stream(
+        "GET", f"{served.url}gradio_api/queue/data?session_hash=eve{index}", headers=headers, timeout=20
+    ) as lines:
+        for line in lines.iter_lines():
+            if "process_completed" in line or "unexpected_error" in line:
+                return line
+    return ""
+
+
+def foreign_run(served) -> Path:
+    """A finished run of somebody else, with a secret in each file."""
+    run = served.ctx.runs_dir / "theirs"
+    (run / "samples").mkdir(parents=True, exist_ok=True)
+    for name in ("pytorch_lora_weights.safetensors", "job.log", "samples/a.png"):
+        (run / name).write_text("TOPSECRET")
+    (run / "metrics.jsonl").write_text(json.dumps({"type": "sample", "step": 0, "files": ["a.png"]}) + "\n")
+    Job(run, "somebody-else", os.getpid(), 0.0).save()
+    return run
+
+
+def test_another_visitors_run_cannot_be_seen_stopped_resumed_or_used(client, served):
+    foreign_run(served)
+    assert "theirs" not in [row["name"] for row in client.predict(api_name="/adapters")]
+    for endpoint in ("/train_status", "/stop_training", "/resume_training"):
+        assert "you have no run" in refusal(client, "theirs", api_name=endpoint).lower()
+    assert "no adapter" in refusal(client, "a dog", adapter="theirs", **FAST, api_name="/generate")
+
+
+def test_private_events_called_directly_give_nothing_of_others(served):
+    foreign_run(served)
+    config = httpx.get(f"{served.url}config").json()
+    private = [d for d in config["dependencies"] if d["api_visibility"] == "private"]
+    assert len(private) > 10
+    for dependency in private:
+        answer = call_private(served, dependency["id"], ["theirs"] * len(dependency["inputs"]))
+        assert "TOPSECRET" not in answer and "theirs/" not in answer
+
+
+def test_a_forged_session_stops_nobody(served):
+    victim = Client(served.url, verbose=False, headers={"Cookie": "moslora_visitor=victim"})
+    job = victim.submit("a dog", steps=60, num_images=8, api_name="/generate")
+    while not job.outputs():
+        time.sleep(0.02)
+    forged = {"data": [], "session_hash": victim.session_hash}
+    for cookie in ("moslora_visitor=eve", ""):
+        httpx.post(f"{served.url}gradio_api/run/stop", json=forged, headers={"Cookie": cookie})
+    time.sleep(0.3)
+    assert not job.done()
+    victim.predict(api_name="/stop")
+    assert "Stopped" in job.result(timeout=60)[2]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_without_training_there_is_no_endpoint_to_train(tiny_base, tmp_path, training):
+    with serve(tiny_base, tmp_path, training=training) as server:
+        names = httpx.get(f"{server.url}gradio_api/info").json()["named_endpoints"]
+        assert ("/train" in names) == training
+        assert ("/estimate" in names) == training and ("/stop_training" in names) == training
+
+
+def test_a_login_is_asked_for_everywhere(tiny_base, tmp_path):
+    with serve(tiny_base, tmp_path, auth=[("ann", "secret")]) as server:
+        for path in ("config", "gradio_api/info", "gradio_api/file=/etc/passwd"):
+            assert httpx.get(f"{server.url}{path}").status_code in (401, 403), path
+        assert httpx.post(f"{server.url}gradio_api/upload", files={"files": ("a.png", b"x")}).status_code == 401
+        assert Client(server.url, auth=("ann", "secret"), verbose=False).predict(api_name="/adapters")
+
+
+def test_the_cookie_is_unreadable_for_scripts_and_not_sent_across_sites(served):
+    answer = httpx.get(served.url)
+    cookie = next(value for value in answer.headers.get_list("set-cookie") if value.startswith("moslora_visitor="))
+    assert "HttpOnly" in cookie and "SameSite=Strict" in cookie
+    assert not httpx.get(served.url, headers={"Cookie": "moslora_visitor=x"}).headers.get_list("set-cookie")
+
+
+def test_an_upload_above_the_limit_is_cut_off(tiny_base, tmp_path):
+    with serve(tiny_base, tmp_path, max_file_size="1mb") as server:
+        answer = httpx.post(f"{server.url}gradio_api/upload", files={"files": ("big.safetensors", b"x" * 3_000_000)})
+        assert answer.status_code == 413
