@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 
 __all__ = ["IMAGE_SUFFIXES", "UnreadableImageError", "alpha_of", "is_rotated", "open_image", "to_rgb"]
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000")
 """Those read as photos: no format that runs an interpreter (EPS) or fetches anything."""
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".heic", ".heif", ".hif", ".avif"}
