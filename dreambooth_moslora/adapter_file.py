@@ -7,7 +7,6 @@ holds the facts. The tensor `raw_format` makes every stock LoRA loader refuse th
 """
 
 import json
-import os
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +23,7 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.hollow import structure_of
 from dreambooth_moslora.moslora import MixedUp, MoSLoraConfig, adapter_layers, inject
+from dreambooth_moslora.rundir import atomic_write
 
 __all__ = ["COMPONENTS", "AdapterFacts", "adapter_facts", "load_raw", "read_tensors", "save_raw"]
 
@@ -188,17 +188,9 @@ def check_finite(tensors: dict[str, Tensor], owner: str) -> None:
 
 
 def write_file(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """Write to a temporary file beside it, flush to the disk, rename: the file is whole or absent."""
+    """A safetensors file, whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(save(tensors, metadata=header))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    atomic_write(path, save(tensors, metadata=header))
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

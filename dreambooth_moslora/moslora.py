@@ -12,6 +12,7 @@ there, and `MoSLoraConfig` for `peft.get_peft_model`.
 
 import hashlib
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -21,9 +22,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
-from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from torch import Tensor, nn
 
@@ -49,6 +50,9 @@ MIXERS = ("orthogonal", "identity", "kaiming", "butterfly", "none")
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")  # the paper's targets in SDXL
 
 
+SAVED_TYPE = "MOSLORA"
+
+
 def initial_mixer(kind: str, rank: int, seed: int, path: str) -> Tensor:
     """M₀ (r, r) in fp32 for the projection at `path`: the same whatever else was created before it."""
     digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
@@ -60,8 +64,6 @@ def initial_mixer(kind: str, rank: int, seed: int, path: str) -> Tensor:
         return nn.init.kaiming_uniform_(mixer, a=math.sqrt(5), generator=generator)
     if kind == "identity":
         return torch.eye(rank)
-    if rank % 2:
-        raise UserError(f"The butterfly mixer [[I, I], [I, I]] needs an even rank, not {rank} (at {path})")
     return torch.eye(rank // 2).repeat(2, 2)
 
 
@@ -101,14 +103,31 @@ class MoSLoraConfig(LoraConfig):
     mixer_seed: int = field(default=0, metadata={"help": "Seed of the random mixers."})
 
     def __post_init__(self):
-        super().__post_init__()
         if self.mixer not in MIXERS:
             raise UserError(f"mixer={self.mixer!r} is unknown; choose one of {', '.join(MIXERS)}")
-        if self.mixer != "none" and self.init_lora_weights not in (True, False, "gaussian"):
+        if self.mixer != "none":
+            self._check_goes_with_a_mixer()
+        super().__post_init__()
+
+    def _check_goes_with_a_mixer(self) -> None:
+        """Refuse what PEFT would compute from B·A without its mixer."""
+        variants = {f.name for f in fields(self) if f.metadata.get("is_lora_variant")} - {"use_dora"}
+        for name in sorted(variants | {"lora_bias"}):
+            if getattr(self, name):
+                raise UserError(f'{name} cannot be combined with a mixer; leave it out or use mixer="none"')
+        if self.init_lora_weights not in (True, False, "gaussian"):
             raise UserError(
                 f"init_lora_weights={self.init_lora_weights!r} computes B·A from the base weights, which a mixer would "
                 'change; use "gaussian" or mixer="none"'
             )
+        odd = [r for r in (self.r, *(self.rank_pattern or {}).values()) if r % 2]
+        if self.mixer == "butterfly" and odd:
+            raise UserError(f"the butterfly mixer [[I, I], [I, I]] needs even ranks, not {odd[0]}")
+
+    def to_dict(self) -> dict[str, object]:
+        """What PEFT's `save_pretrained` writes. A PEFT without this package refuses the type; as LORA it would compute
+        B·A or nothing, with a warning."""
+        return super().to_dict() | ({} if self.mixer == "none" else {"peft_type": SAVED_TYPE})
 
     def without_mixer(self) -> LoraConfig:
         """The plain LoraConfig that a folded copy of this adapter has."""
@@ -117,15 +136,10 @@ class MoSLoraConfig(LoraConfig):
 
 def _check_can_mix(layer: LoraLayer, adapter_name: str, path: str) -> None:
     """Raise UserError with the layer's name unless its lora_B is a plain matrix that PEFT only multiplies by."""
-    kind = type(layer.get_base_layer()).__name__
-    plain = type(layer.lora_B[adapter_name]) is nn.Linear if adapter_name in layer.lora_B else False
+    plain = adapter_name in layer.lora_B and type(layer.lora_B[adapter_name]) is nn.Linear
     if not plain or isinstance(layer, (MultiheadAttention, ParamWrapper)):
+        kind = type(layer.get_base_layer()).__name__
         raise UserError(f"{path} is a {kind}, which cannot carry a mixer; leave it out of target_modules")
-    if layer.lora_B[adapter_name].bias is not None:
-        raise UserError(f"{path}: lora_bias=True cannot be combined with a mixer")
-    variant = layer.lora_variant.get(adapter_name)
-    if variant is not None and not isinstance(variant, DoraLinearVariant):
-        raise UserError(f"{path}: PEFT's {type(variant).__name__} cannot be combined with a mixer; only DoRA can")
 
 
 def _mix(layer: LoraLayer, adapter_name: str, config: MoSLoraConfig, path: str) -> None:
@@ -161,6 +175,7 @@ def _teach_peft() -> None:
             self.peft_config.update(live)
 
     LoraModel._create_and_replace, LoraModel.add_weighted_adapter = create_and_mix, combine_folded
+    PEFT_TYPE_TO_CONFIG_MAPPING[SAVED_TYPE] = MoSLoraConfig  # so that PeftModel.from_pretrained finds the class
 
 
 _teach_peft()
@@ -179,7 +194,9 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
         model.set_adapter(adapter_name)
         return model
     _check_targets(model, config)
-    inject_adapter_in_model(config, model, adapter_name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        inject_adapter_in_model(config, model, adapter_name)
     cast_adapter_dtype(model, adapter_name)
     if hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = True
