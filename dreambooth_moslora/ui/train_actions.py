@@ -3,7 +3,7 @@
 import math
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,11 @@ class PhotoReview:
 
 def review_photos(ctx: AppContext, files: list[str], visitor: Visitor) -> PhotoReview:
     """Take clean copies and judge them. Raises UserError when no file is a photo."""
+    from dreambooth_moslora.photo_checks import examine
     from dreambooth_moslora.photos import find_photos
 
     intake = take_photos(files, visitor.folder / "photos")
-    report = find_photos(intake.folder, "", ctx.resolution_px)
+    report = examine(find_photos(intake.folder, "", ctx.resolution_px))
     crops = [(crop_of(photo, ctx.resolution_px), ", ".join(photo.reasons) or "good") for photo in report.photos]
     lines = [*intake.refused, *(f"{Path(skipped.path).name}: {skipped.reason}" for skipped in report.skipped)]
     lines += [f"photo {i}: {', '.join(photo.reasons)}" for i, photo in enumerate(report.photos, 1) if photo.reasons]
@@ -115,12 +116,17 @@ def watch(jobs: Jobs, job: Job, visitor: Visitor) -> Watch:
     return Watch(
         version=(job.name, state, len(metrics.events)),
         state=state,
-        status=status_card(state, metrics),
+        status=status_card(replace(state, message=without_paths(state.message, jobs)), metrics),
         loss=loss_table(metrics),
         fidelity=fidelity_table(metrics),
         samples=samples_of(job, metrics, visitor),
-        log=job.log_tail(),
+        log=without_paths(job.log_tail(), jobs),
     )
+
+
+def without_paths(text: str, jobs: Jobs) -> str:
+    """Where the runs lie on this machine is no visitor's business."""
+    return text.replace(f"{jobs.runs_dir}/", "")
 
 
 def status_card(state: JobState, metrics: Metrics) -> str:

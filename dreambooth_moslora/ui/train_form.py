@@ -67,6 +67,7 @@ class TrainForm:
         preset = preset_for(self.preset, resolution_px)
         steps = _whole(self.steps, "steps", 100_000) or preset.steps
         prior = {"class_prompt": class_prompt, "with_prior_preservation": True, "prior": "adapter_off"}
+        scored = {"evaluate_steps": max(1, steps // 5)} if base == "toy" else {}
         return {
             "pretrained_model_name_or_path": base,
             "instance_data_dir": str(photos_dir),
@@ -85,7 +86,9 @@ class TrainForm:
             "validation_steps": max(1, steps // 5),
             "checkpointing_steps": max(1, steps // 5),
             "checkpoints_total_limit": 6,
-        } | (prior if self.prior_preservation else {})
+            **scored,
+            **(prior if self.prior_preservation else {}),
+        }
 
     def write_captions(self, photos_dir: Path) -> None:
         """One line for each photo, in their order, becomes the text file beside it; empty lines are left out."""

@@ -83,7 +83,7 @@ def _form() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _more_fields() -> dict[str, Any]:
-    with gr.Accordion("More settings", open=False):
+    with gr.Accordion("More settings", open=False, elem_id="more_training"):
         run_name = gr.Textbox(label="Name of the run", placeholder="from the class word", elem_id="run_name")
         with gr.Row():
             steps = gr.Number(0, label="Steps", info="0: by length", precision=0, min_width=100, elem_id="train_steps")

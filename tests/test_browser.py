@@ -1,0 +1,218 @@
+"""The page as a person uses it, in a real Chromium, on the tiny base, with the real training program."""
+
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from dreambooth_moslora.ui.jobs import Jobs
+from tests.ui_server import serve
+
+browser_module = pytest.importorskip("tests.browser")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(browser_module.CHROMIUM is None, reason="there is no Chromium"),
+]
+visit, PATIENCE_MS = browser_module.visit, browser_module.PATIENCE_MS
+
+
+@pytest.fixture(scope="module")
+def served(tiny_base, tmp_path_factory):
+    with serve(tiny_base, tmp_path_factory.mktemp("app")) as server:
+        yield server
+        for job in Jobs(server.ctx.runs_dir).all():
+            if job.is_alive:
+                __import__("os").kill(job.pid, 9)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with browser_module.chromium() as found:
+        yield found
+
+
+@pytest.fixture
+def visited(served, browser):
+    with visit(browser, served.url) as found:
+        yield found
+        assert not found.errors, found.errors
+        assert found.hosts <= {"127.0.0.1", "localhost"}, found.hosts
+
+
+@pytest.fixture
+def page(visited):
+    return visited.page
+
+
+def set_number(page, elem_id: str, value) -> None:
+    box = page.locator(f"#{elem_id} input[type=number]").first
+    box.fill(str(value))
+    box.press("Tab")
+
+
+def wait_for_status(page, words: str, elem_id: str = "status") -> None:
+    page.wait_for_function(
+        "([id, words]) => document.getElementById(id).innerText.includes(words)", arg=[elem_id, words]
+    )
+
+
+def generate(page, prompt: str = "a photo of a sks dog", steps: int = 3, pictures: int = 1) -> None:
+    page.fill("#prompt textarea", prompt)
+    set_number(page, "steps", steps)
+    set_number(page, "num_images", pictures)
+    page.click("#run")
+
+
+def pixels_of(page, selector: str) -> np.ndarray:
+    """The picture behind an <img>, fetched as the page does."""
+    answer = page.request.get(page.locator(selector).first.get_attribute("src"))
+    return np.asarray(PIL.Image.open(io.BytesIO(answer.body())).convert("RGB"))
+
+
+def open_box(page, elem_id: str) -> None:
+    page.locator(f"#{elem_id} button.label-wrap").click()
+
+
+def test_enter_generates_and_pictures_carry_their_recipe(page, tmp_path):
+    page.fill("#prompt textarea", "a photo of a sks dog")
+    set_number(page, "steps", 3)
+    set_number(page, "num_images", 2)
+    page.press("#prompt textarea", "Enter")
+    wait_for_status(page, "2 pictures in")
+    assert page.locator("#gallery img").count() == 2
+    answer = page.request.get(page.locator("#gallery img").first.get_attribute("src"))
+    with PIL.Image.open(io.BytesIO(answer.body())) as image:
+        assert image.format == "PNG" and "dreambooth_moslora" in image.info
+
+
+def test_stop_keeps_what_is_finished_and_escape_stops_too(page):
+    for stop in (lambda: page.click("#stop"), lambda: page.keyboard.press("Escape")):
+        generate(page, steps=60, pictures=8)
+        page.wait_for_selector("#status .bar")
+        page.wait_for_selector("#stop:not([disabled])")
+        stop()
+        wait_for_status(page, "Stopped.")
+        page.wait_for_selector("#stop[disabled]")
+
+
+def test_slash_brings_the_cursor_to_the_prompt(page):
+    page.locator("h1").click()
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.closest('#prompt') !== null")
+    assert "/" not in page.input_value("#prompt textarea")
+
+
+def test_compare_shows_both_halves(page):
+    page.fill("#prompt textarea", "a photo of a sks dog")
+    set_number(page, "steps", 3)
+    page.get_by_role("tab", name="Compare", exact=True).click()
+    page.click("#compare")
+    page.wait_for_function("document.querySelectorAll('#slider img').length >= 2")
+    halves = [page.request.get(img.get_attribute("src")).body() for img in page.locator("#slider img").all()]
+    assert len(set(halves)) == 2
+
+
+def test_a_grid_is_drawn(page):
+    page.fill("#prompt textarea", "a photo of a sks dog")
+    set_number(page, "steps", 2)
+    page.get_by_role("tab", name="Grid", exact=True).click()
+    page.fill("#grid_row_values textarea, #grid_row_values input", "0, 1")
+    page.click("#draw_grid")
+    page.wait_for_selector("#sheet img")
+    assert pixels_of(page, "#sheet img").shape[1] > 3 * 64
+
+
+def test_a_dropped_png_gives_the_same_picture_again(page, tmp_path):
+    generate(page, "a sks dog in the snow", steps=4)
+    wait_for_status(page, "1 picture in")
+    src = page.locator("#gallery img").first.get_attribute("src")
+    file = tmp_path / "picture.png"
+    file.write_bytes(page.request.get(src).body())
+    before = pixels_of(page, "#gallery img")
+    page.reload()
+    page.wait_for_selector("#run")
+    open_box(page, "drop_box")
+    page.set_input_files("#drop_png input[type=file]", file)
+    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a sks dog in the snow'")
+    page.click("#run")
+    wait_for_status(page, "1 picture in")
+    assert np.array_equal(pixels_of(page, "#gallery img"), before)
+    page.get_by_role("tab", name="History", exact=True).click()
+    page.wait_for_function("document.querySelectorAll('#history img').length >= 2")
+
+
+def test_inspect_reads_a_png_and_hands_it_on(page, tmp_path):
+    generate(page, "a sks dog in space", steps=4)
+    wait_for_status(page, "1 picture in")
+    file = tmp_path / "picture.png"
+    file.write_bytes(page.request.get(page.locator("#gallery img").first.get_attribute("src")).body())
+    page.fill("#prompt textarea", "something else")
+    page.get_by_role("tab", name="Inspect", exact=True).click()
+    page.set_input_files("#inspect_file input[type=file]", file)
+    wait_for_status(page, "a sks dog in space", "inspect_facts")
+    page.click("#inspect_use")
+    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a sks dog in space'")
+    page.wait_for_selector("#run", state="visible")
+
+
+def photos_of(folder) -> list:
+    rng = np.random.default_rng(0)
+    files = []
+    for number in range(3):
+        pixels = rng.integers(0, 255, (90, 120 + 10 * number, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(folder / f"photo{number}.jpg")
+        files.append(folder / f"photo{number}.jpg")
+    return files
+
+
+def test_a_run_is_started_survives_a_reload_stops_resumes_and_is_used(page, tmp_path):
+    page.get_by_role("tab", name="Train", exact=True).click()
+    page.set_input_files("#photos input[type=file]", photos_of(tmp_path))
+    page.wait_for_function("document.querySelectorAll('#crops img').length === 3")
+    wait_for_status(page, "3 photos", "remarks")
+    page.fill("#class_word textarea, #class_word input", "dog")
+    wait_for_status(page, "a photo of a sks dog", "prompts")
+    open_box(page, "more_training")
+    set_number(page, "train_steps", 5000)
+    page.click("#start")
+    wait_for_status(page, "of 5000", "train_status")
+    page.reload()
+    page.get_by_role("tab", name="Train", exact=True).click()
+    wait_for_status(page, "of 5000", "train_status")
+    page.click("#stop_training")
+    wait_for_status(page, "Stopped; a checkpoint is written.", "train_status")
+    page.click("#resume:not([disabled])")
+    wait_for_status(page, "of 5000", "train_status")
+    page.wait_for_function("document.querySelectorAll('#samples img').length >= 1")
+    page.click("#stop_training:not([disabled])")
+    wait_for_status(page, "Stopped; a checkpoint is written.", "train_status")
+    page.click("#use_adapter")
+    page.wait_for_selector("#run", state="visible")
+    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a photo of a sks dog'")
+    set_number(page, "steps", 3)
+    page.click("#run")
+    wait_for_status(page, "1 picture in")
+
+
+def test_a_mistake_is_told_on_the_page(visited):
+    page = visited.page
+    generate(page, "a dog <lora:<b>rex</b>:1> <lora:rex:1>")
+    page.get_by_text("There is no adapter rex").wait_for()
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_phone_shows_the_whole_page_with_the_results_under_the_button(served, browser, dark):
+    with visit(browser, served.url, size=(390, 844), dark=dark) as visited:
+        page = visited.page
+        generate(page)
+        wait_for_status(page, "1 picture in")
+        tops = [page.locator(f"#{part}").bounding_box()["y"] for part in ("run", "status", "gallery", "settings")]
+        assert tops == sorted(tops)
+        for tab in ("Generate", "Train", "Inspect"):
+            page.get_by_role("tab", name=tab, exact=True).click()
+            assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, tab
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        brightness = sum(int(float(n)) for n in colour[colour.index("(") + 1 : -1].split(",")[:3])
+        assert (brightness < 200) == dark
+        assert not visited.errors
