@@ -121,7 +121,7 @@ def train(args: argparse.Namespace) -> None:
 
 def _caption(row: dict, rng: random.Random) -> str:
     """The varied caption mostly, the canonical one in three of ten draws."""
-    return row["canonical"] if rng.random() < 0.3 else row["caption"]
+    return row["canonical_caption"] if rng.random() < 0.3 else row["caption"]
 
 
 def export(weights: MasterWeights, out: Path) -> None:

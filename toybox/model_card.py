@@ -1,0 +1,116 @@
+"""Write the embedded base's model card from the logs and reports of its training.
+
+    python -m toybox.model_card --work WORK --assets assets
+
+Every figure comes from a `log.jsonl`, `report.json` or `scores.json` below WORK; what is missing there is left out.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+__all__ = ["card"]
+
+PARTS = {
+    "vae": "AutoencoderKL, factor 8, 4 latent channels",
+    "clip": "two CLIP text towers and a vision tower",
+    "unet": "UNet2DConditionModel of SDXL's topology",
+    "vit": "ViT in DINOv2's format (`assets/toy-dino`)",
+    "judge": "judge of kind, colour and place (`toybox/judge.safetensors`)",
+}
+
+INTRODUCTION = """\
+---
+license: mit
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+# toy-sdxl
+
+A StableDiffusionXLPipeline small enough to train on a laptop's CPU, and one that really draws from words: toys of 18 kinds,
+12 colours and 16 places, at 128 px. It was trained from nothing on renders of the toy world by the scripts in `toybox/`.
+
+```python
+from diffusers import StableDiffusionXLPipeline
+
+pipeline = StableDiffusionXLPipeline.from_pretrained("assets/toy-sdxl")
+pipeline("a photo of a red robot on the beach", num_inference_steps=30, guidance_scale=5.0).images[0]
+```
+"""
+
+LIMITS = """\
+## Limits
+
+It knows the toy world and nothing else: other words are read as noise, and ordinary photographs are kept only roughly by
+its VAE. Pictures are 128 px. Two toys in one picture, and patterns named for a second colour, are its weakest side.
+
+## Licence
+
+MIT, as the project. The training data are the project's own renders.
+"""
+
+
+def training_row(work: Path, part: str) -> str | None:
+    """One table row: part, steps, hours, first and last loss."""
+    path = work / part / "log.jsonl"
+    if not path.exists():
+        return None
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    hours = rows[-1]["step"] * rows[-1]["step_sec"] / 3600
+    losses = f"{rows[0]['loss']:.3f} → {rows[-1]['loss']:.3f}"
+    return f"| {PARTS[part]} | {rows[-1]['step']} | {hours:.1f} | {losses} |"
+
+
+def training_table(work: Path) -> str:
+    rows = [row for part in PARTS if (row := training_row(work, part))]
+    header = ["| part | steps | hours | training loss, first and last log |", "|---|---|---|---|"]
+    return "\n".join(["## Training", "", *header, *rows])
+
+
+def part_scores(work: Path) -> list[str]:
+    """A line for each `report.json`."""
+    lines = []
+    for part in PARTS:
+        path = work / part / "report.json"
+        if path.exists():
+            report = json.loads(path.read_text(encoding="utf-8"))
+            lines.append(f"- {PARTS[part]}: " + ", ".join(f"{k} {json.dumps(v)}" for k, v in report.items()))
+    return lines
+
+
+def generation_scores(work: Path) -> list[str]:
+    """The judge's table, and the timings."""
+    path = work / "evaluation" / "scores.json"
+    if not path.exists():
+        return []
+    scores = json.loads(path.read_text(encoding="utf-8"))
+    timings = scores.pop("timings")
+    lines = ["", "The judge's reading (share right; 30 steps, guidance 5):", ""]
+    lines += ["| prompts | pictures | kind | colour | place | all three |", "|---|---|---|---|---|---|"]
+    for prompts, by_source in scores.items():
+        for source, values in by_source.items():
+            figures = " | ".join(f"{100 * values[k]:.1f} %" for k in ("kind", "colour", "place", "all"))
+            lines.append(f"| {prompts} | {source} | {figures} |")
+    return [
+        *lines,
+        "",
+        f"On two cores: {timings['load_sec']} s to load, {timings['four_images_sec']} s for four images.",
+    ]
+
+
+def card(work: Path) -> str:
+    scores = ["## Scores", "", *part_scores(work), *generation_scores(work)]
+    return "\n\n".join([INTRODUCTION.strip(), training_table(work), "\n".join(scores), LIMITS.strip()]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--assets", type=Path, default=Path("assets"))
+    args = parser.parse_args()
+    (args.assets / "toy-sdxl" / "README.md").write_text(card(args.work), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
