@@ -128,6 +128,7 @@ def run_trainer(config: TrainConfig, stop: StopRequest) -> int:
     from dreambooth_moslora.progress import TerminalProgress
     from dreambooth_moslora.trainer import train
 
+    warn_about(config)
     progress = TerminalProgress()
     evaluator = make_evaluator(config) if config.evaluate_steps else None
     try:
@@ -137,6 +138,14 @@ def run_trainer(config: TrainConfig, stop: StopRequest) -> int:
     if is_main_process():
         print(farewell(result.run_dir, result.step, result.interrupted), file=sys.stderr)
     return INTERRUPTED if result.interrupted else DONE
+
+
+def warn_about(config: TrainConfig) -> None:
+    from dreambooth_moslora.dry_run import remarks
+
+    if is_main_process():
+        for line in remarks(config):
+            logging.getLogger(__name__).warning("note: %s", line)
 
 
 def make_evaluator(config: TrainConfig):
