@@ -28,8 +28,9 @@ pipeline_tag: text-to-image
 
 # toy-sdxl
 
-A StableDiffusionXLPipeline small enough to train on a laptop's CPU, and one that really draws from words: toys of 18 kinds,
-12 colours and 16 places, at 128 px. It was trained from nothing on renders of the toy world by the scripts in `toybox/`.
+A StableDiffusionXLPipeline small enough to train on a laptop's CPU, and one that really draws from words: toys of 18
+kinds, 12 colours and 16 places, at 128 px. It was trained from nothing on renders of the toy world by the scripts in
+`toybox/`.
 
 ```python
 from diffusers import StableDiffusionXLPipeline
@@ -42,8 +43,8 @@ pipeline("a photo of a red robot on the beach", num_inference_steps=30, guidance
 LIMITS = """\
 ## Limits
 
-It knows the toy world and nothing else: other words are read as noise, and ordinary photographs are kept only roughly by
-its VAE. Pictures are 128 px. Two toys in one picture, and patterns named for a second colour, are its weakest side.
+It knows the toy world and nothing else: other words are read as noise, and ordinary photographs are kept only roughly
+by its VAE. Pictures are 128 px. Two toys in one picture, and patterns named for a second colour, are its weakest side.
 
 ## Licence
 
