@@ -18,9 +18,8 @@ from dreambooth_moslora.base import encode_text, load_pipeline, noise_schedule
 from dreambooth_moslora.cache import TensorCache, default_cache_dir, fingerprint
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.dataset import CropRule, PhotoEncoder, PhotoStream, TextBook, TrainBatch, collate
-from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.objective import NoiseSchedule
-from dreambooth_moslora.photos import Photo, find_photos
+from dreambooth_moslora.photos import Photo, PhotoReport, find_photos
 from dreambooth_moslora.prior import ClassImages
 from dreambooth_moslora.reporting import Reporter
 from dreambooth_moslora.rundir import RunDir
@@ -85,10 +84,11 @@ def prepare(
     return Materials(pipeline, schedule, photos, instance, prior, words, dtype)
 
 
-def usable_photos(folder: Path, prompt: str, resolution_px: int) -> list[Photo]:
-    report = find_photos(folder, prompt, resolution_px)
+def usable_photos(report: PhotoReport) -> list[Photo]:
+    """Its photos; what was left out is said once, by name."""
     for skipped in report.skipped:
-        logger.warning("%s is left out: %s", skipped.path.name, skipped.reason)
+        if skipped.is_photo:
+            logger.warning("%s is left out: %s", skipped.path.name, skipped.reason)
     return report.photos
 
 
@@ -142,12 +142,9 @@ def make_class_images(
 
 def class_photos_in(folder: Path, config: TrainConfig) -> list[Photo]:
     """An empty or missing folder is no mistake here: it will be filled."""
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir():
         return []
-    try:
-        return usable_photos(folder, config.class_prompt, config.resolution)
-    except UserError:
-        return []
+    return usable_photos(find_photos(folder, config.class_prompt, config.resolution, alpha="white"))
 
 
 def prior_pipeline(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> StableDiffusionXLPipeline:

@@ -70,16 +70,18 @@ class Sampler:
 
 @contextmanager
 def sampling_mode(pipeline: StableDiffusionXLPipeline, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, the VAE on the device; everything as before afterwards."""
-    unet, vae = pipeline.unet, pipeline.vae
-    training, home = unet.training, vae.device
-    unet.eval()
-    vae.to(device)
+    """Evaluation mode (adapters may have dropout), the VAE on the device; everything as before afterwards."""
+    parts = [p for p in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2) if p is not None]
+    modes, home = [part.training for part in parts], pipeline.vae.device
+    for part in parts:
+        part.eval()
+    pipeline.vae.to(device)
     try:
         yield
     finally:
-        unet.train(training)
-        vae.to(home)
+        for part, mode in zip(parts, modes):
+            part.train(mode)
+        pipeline.vae.to(home)
 
 
 def generate_images(pipeline: StableDiffusionXLPipeline, prompt: str, seeds: list[int], resolution_px: int) -> list:

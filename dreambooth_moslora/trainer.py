@@ -4,20 +4,23 @@ train(config) -> TrainResult        see `fit` for the loop, `preparation` for wh
                                     `learner` for one step, `publication` for what it leaves
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from dreambooth_moslora.album import Album
+from dreambooth_moslora.best_step import BestStep
 from dreambooth_moslora.checkpoint import Position, find_checkpoint, read_position, save_checkpoint
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.learner import Learner, StepLosses
+from dreambooth_moslora.photos import instance_photos
 from dreambooth_moslora.preparation import StopRequestedError, prepare, usable_photos
 from dreambooth_moslora.proof import Proof
 from dreambooth_moslora.publication import Publisher
@@ -28,7 +31,15 @@ from dreambooth_moslora.startup import begin, chosen_seed, make_accelerator, ste
 
 __all__ = ["TrainResult", "train"]
 
-Evaluator = Callable[[nn.Module, int], dict[str, float]]
+logger = logging.getLogger(__name__)
+
+
+class Evaluator(Protocol):
+    """Scores at fixed seeds (`training_evaluator`): the facts of the `evaluation` event, `best` step among them."""
+
+    prompts: list[str]
+
+    def __call__(self, sampler: Sampler, step: int) -> dict: ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,7 @@ def train(
 ) -> TrainResult:
     """Run `config` to its end, or to the first step after `should_stop` says so.
 
-    Every event goes to the run folder's `metrics.jsonl` and to `on_event`. `evaluator(unet, step)` gives scores.
+    Every event goes to the run folder's `metrics.jsonl` and to `on_event`. `evaluator(sampler, step)` gives scores.
     Raises UserError for a person's mistake, and for a loss that is no longer finite.
     """
     run_dir = RunDir(config.output_dir)
@@ -79,6 +90,8 @@ def fit(run: "Training") -> TrainResult:
         run.evaluate_if_due()
         run.sample_if_due()
         run.checkpoint_if_due()
+        if run.has_stalled():
+            break
     return run.finish(interrupted=False)
 
 
@@ -99,16 +112,18 @@ class Training:
         checkpoint = find_checkpoint(run_dir, config.resume_from_checkpoint)
         position = read_position(checkpoint) if checkpoint else Position(0, chosen_seed(config, accelerator))
         self.config = config = replace(config, seed=position.seed)
-        photos = usable_photos(Path(config.instance_data_dir), config.instance_prompt, config.resolution)
+        photos = usable_photos(instance_photos(config))
         epoch_steps = steps_per_epoch(config, len(photos), accelerator.num_processes)
         self.max_train_steps = config.max_train_steps or config.num_train_epochs * epoch_steps
         begin(config, run_dir, report, position.step, self.max_train_steps)
         self.album = Album.of(config, run_dir, epoch_steps)
-        materials = prepare(config, photos, self.album.prompts, accelerator, run_dir, report, should_stop)
+        prompts = [*self.album.prompts, *(evaluator.prompts if evaluator and config.evaluate_steps else ())]
+        materials = prepare(config, photos, prompts, accelerator, run_dir, report, should_stop)
         self.learner = Learner(config, materials, accelerator, self.max_train_steps, checkpoint, position.step)
         self.sampler = Sampler(materials.pipeline, self.learner.text_cond, config.resolution, accelerator.device)
         self.publisher = Publisher(config, run_dir, materials, self.learner, self.album, self.sampler)
         self.stopwatch = Stopwatch()
+        self.best: BestStep | None = None
 
     @property
     def step(self) -> int:
@@ -156,13 +171,22 @@ class Training:
         if self.evaluator is None or not every or self.step % every or not self.accelerator.is_main_process:
             return
         self.report.phase("evaluating")
-        self.learner.train_mode(False)
-        scores = self.evaluator(self.learner.components["unet"], self.step)
-        self.publisher.scores = scores
-        self.report("evaluation", step=self.step, **scores)
+        facts = self.evaluator(self.sampler, self.step)
+        self.report("evaluation", step=self.step, **facts)
+        self.best = BestStep(**facts["best"])
+        self.publisher.note_scores(facts, self.best)
+        if self.best.step == self.step:
+            self.publisher.keep_best()
+        if line := self.best.advice(self.config.early_stopping):
+            logger.warning("step %d: %s", self.step, line)
+
+    def has_stalled(self) -> bool:
+        """Whether early stopping was asked for and is due."""
+        patience = self.config.early_stopping
+        return patience is not None and self._any_process(self.best is not None and self.best.should_stop(patience))
 
     def checkpoint_if_due(self) -> None:
-        if self.step % self.config.checkpointing_steps == 0 or self.step == self.max_train_steps:
+        if self.step % self.config.checkpointing_steps == 0:
             self.save_checkpoint()
 
     def save_checkpoint(self) -> None:
@@ -177,15 +201,17 @@ class Training:
 
     def stop_requested(self) -> bool:
         """Whether any process was told to stop: all leave after the same step."""
-        asked = self.should_stop()
+        return self._any_process(self.should_stop())
+
+    def _any_process(self, asked: bool) -> bool:
         if self.accelerator.num_processes == 1:
             return asked
         votes = torch.tensor(float(asked), device=self.accelerator.device)
         return bool(self.accelerator.reduce(votes, "sum") > 0)
 
     def finish(self, interrupted: bool) -> TrainResult:
-        """Leave a loadable adapter with its card; after an interruption a checkpoint to go on from, too."""
-        if interrupted:
+        """Leave a loadable adapter with its card, and a checkpoint, which has the raw adapter, to go on from."""
+        if self.run_dir.latest_checkpoint() != self.run_dir.checkpoint_path(self.step):
             self.save_checkpoint()
         proof = None
         if self.accelerator.is_main_process:
