@@ -10,13 +10,18 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from dreambooth_moslora.errors import UserError
 
-__all__ = ["PUBLIC_FILES", "push"]
+__all__ = ["public_files", "push"]
 
 PUBLIC_FILES = ["pytorch_lora_weights.safetensors", "*.kohya.safetensors", "README.md", "image_*.png"]
 
 
+def public_files(run_dir: Path) -> list[str]:
+    """Names of the files at the top of the run folder that may leave the machine."""
+    return sorted(p.name for p in run_dir.iterdir() if p.is_file() and any(map(p.match, PUBLIC_FILES)))
+
+
 def push(run_dir: Path, repo_id: str | None, token: str | None) -> str:
-    """Create the model repository when it is missing, upload PUBLIC_FILES; returns the repository's address.
+    """Create the model repository when it is missing, upload `public_files`; returns the repository's address.
 
     Raises UserError when the hub cannot be reached or refuses.
     """
@@ -26,7 +31,7 @@ def push(run_dir: Path, repo_id: str | None, token: str | None) -> str:
         api.upload_folder(
             repo_id=url.repo_id,
             folder_path=run_dir,
-            allow_patterns=PUBLIC_FILES,
+            allow_patterns=public_files(run_dir),
             commit_message="Upload the adapter",
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:

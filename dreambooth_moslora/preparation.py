@@ -21,6 +21,7 @@ from dreambooth_moslora.dataset import CropRule, PhotoEncoder, PhotoStream, Text
 from dreambooth_moslora.objective import NoiseSchedule
 from dreambooth_moslora.photos import Photo, PhotoReport, find_photos
 from dreambooth_moslora.prior import ClassImages
+from dreambooth_moslora.quantization import quantize
 from dreambooth_moslora.reporting import Reporter
 from dreambooth_moslora.rundir import RunDir
 from dreambooth_moslora.sampling import generate_images
@@ -68,7 +69,7 @@ def prepare(
     """Load, generate, encode. `prompts` are those to be drawn later: they are embedded while the encoders are here."""
     report.phase("loading")
     dtype = DTYPES[accelerator.mixed_precision]
-    pipeline = load_base(config, dtype)
+    pipeline = load_base(config, dtype, accelerator.device)
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
     stop_if_asked(should_stop)
     class_photos = []
@@ -92,7 +93,7 @@ def usable_photos(report: PhotoReport) -> list[Photo]:
     return report.photos
 
 
-def load_base(config: TrainConfig, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> StableDiffusionXLPipeline:
     """The VAE stays in fp32, as SDXL's own overflows in fp16, unless the person names another one."""
     pipeline = load_pipeline(
         config.pretrained_model_name_or_path,
@@ -102,8 +103,8 @@ def load_base(config: TrainConfig, dtype: torch.dtype) -> StableDiffusionXLPipel
         vae=config.pretrained_vae_model_name_or_path,
         cache_dir=config.cache_dir,
         vae_dtype=dtype if config.pretrained_vae_model_name_or_path else torch.float32,
-        quantization=config.base_quantization,
     )
+    quantize(pipeline.unet, config.base_quantization, dtype, device)
     pipeline.register_modules(image_encoder=None, feature_extractor=None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -132,7 +133,7 @@ def make_class_images(
     own = [p for p in class_photos_in(folder, config) if not images.is_ours(p.path)]
     wanted = max(0, config.num_class_images - len(own))
     if accelerator.is_main_process and wanted:
-        generator = prior_pipeline(config, pipeline).to(accelerator.device)
+        generator = prior_pipeline(config, pipeline, accelerator.device).to(accelerator.device)
         draw = lambda prompt, seeds: generate_images(generator, prompt, seeds, config.resolution)  # noqa: E731
         for _ in report.counted("class_images", images.top_up(wanted, config.sample_batch_size, draw), wanted):
             stop_if_asked(should_stop)
@@ -147,12 +148,14 @@ def class_photos_in(folder: Path, config: TrainConfig) -> list[Photo]:
     return usable_photos(find_photos(folder, config.class_prompt, config.resolution, alpha="white"))
 
 
-def prior_pipeline(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> StableDiffusionXLPipeline:
+def prior_pipeline(
+    config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device
+) -> StableDiffusionXLPipeline:
     """The base itself, or a copy in `prior_generation_precision` when that differs."""
     wanted = DTYPES.get(config.prior_generation_precision or "", pipeline.unet.dtype)
     if wanted == pipeline.unet.dtype:
         return pipeline
-    return load_base(config, wanted)
+    return load_base(config, wanted, device)
 
 
 def crop_rule(config: TrainConfig) -> CropRule:

@@ -13,9 +13,10 @@ __all__ = ["QUANTIZATIONS", "quantize"]
 QUANTIZATIONS = ("none", "nf4", "int8")
 
 
-def quantize(unet: nn.Module, kind: str, compute_dtype: torch.dtype) -> int:
-    """Replace the layers in place, quantised at once; returns how many. `kind` none does nothing.
+def quantize(unet: nn.Module, kind: str, compute_dtype: torch.dtype, device: torch.device | str | None = None) -> int:
+    """Replace the layers in place, each quantised on `device` (its own when None); returns how many.
 
+    One dense layer at a time is on the device: the whole dense model never is. `kind` none does nothing.
     Raises UserError for an unknown kind, and when bitsandbytes is not installed.
     """
     if kind not in QUANTIZATIONS:
@@ -25,12 +26,12 @@ def quantize(unet: nn.Module, kind: str, compute_dtype: torch.dtype) -> int:
     targets = [(n, m) for n, m in unet.named_modules() if type(m) is nn.Linear and "transformer_blocks" in n]
     for name, dense in targets:
         parent, _, child = name.rpartition(".")
-        setattr(unet.get_submodule(parent), child, quantized(dense, kind, compute_dtype))
+        setattr(unet.get_submodule(parent), child, quantized(dense, kind, compute_dtype, device or dense.weight.device))
     return len(targets)
 
 
-def quantized(dense: nn.Linear, kind: str, compute_dtype: torch.dtype) -> nn.Module:
-    """One layer (out, in), on the dense layer's device."""
+def quantized(dense: nn.Linear, kind: str, compute_dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    """One layer (out, in), on `device`."""
     try:
         from bitsandbytes import nn as bnb
     except ImportError as error:
@@ -43,4 +44,4 @@ def quantized(dense: nn.Linear, kind: str, compute_dtype: torch.dtype) -> nn.Mod
         layer = bnb.Linear8bitLt(*shape, has_fp16_weights=False)
         layer.weight = bnb.Int8Params(dense.weight.data, requires_grad=False, has_fp16_weights=False)
     layer.bias = dense.bias
-    return layer.to(dense.weight.device)
+    return layer.to(device)

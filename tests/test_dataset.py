@@ -1,0 +1,141 @@
+"""Encoded photos and words: each once, each with its own numbers and its own caption, whatever the order."""
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from dreambooth_moslora import base
+from dreambooth_moslora.cache import TensorCache, fingerprint
+from dreambooth_moslora.dataset import CropRule, PhotoEncoder, PhotoStream, TextBook, collate
+from dreambooth_moslora.photos import find_photos
+from tests.tiny_training import paint_photos
+
+RULE = CropRule(resolution_px=64)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_base):
+    return base.load_pipeline(tiny_base)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = paint_photos(tmp_path / "photos")
+    (folder / "1.txt").write_text("a photo of sks dog asleep")
+    return find_photos(folder, "a photo of sks dog", 64).photos
+
+
+def stream_of(photos, vae, cache, rule=RULE, **options) -> PhotoStream:
+    return PhotoStream(photos, PhotoEncoder(vae, cache, rule), 0, "instance", **options)
+
+
+def test_latents_are_those_of_the_crop(pipeline, photos):
+    view, _ = stream_of(photos[2:], pipeline.vae, TensorCache()).at(0)
+    pixels = torch.tensor(list(Image.open(photos[2].path).resize((64, 64), Image.Resampling.LANCZOS).tobytes()))
+    pixels = pixels.view(64, 64, 3).permute(2, 0, 1)[None] / 127.5 - 1
+    assert torch.allclose(view.latents, base.encode_image(pipeline.vae, pixels)[0], atol=1e-4)
+
+
+def test_every_photo_keeps_its_own_size_and_caption_whatever_the_shuffle(pipeline, photos):
+    stream = stream_of(photos, pipeline.vae, TensorCache(), repeats=2)
+    facts = {(64, 96): "a photo of sks dog", (80, 64): "a photo of sks dog asleep", (72, 72): "a photo of sks dog"}
+    batch = collate([stream.at(position) for position in range(12)], [False] * 12)
+    for ids, prompt, latents in zip(batch.time_ids, batch.prompts, batch.latents):
+        size = tuple(int(x) for x in ids[:2])
+        assert facts[size] == prompt and ids[4:].tolist() == [64, 64]
+        photo = next(p for p in photos if p.size_px == size)
+        again = [stream_of([photo], pipeline.vae, None)._plan(slot, 0) for slot in (0, 1)]
+        assert latents.shape == (4, 8, 8) and all(plan.original_size == size for plan in again)
+    assert sorted(map(tuple, batch.time_ids[:6, :2].tolist())) == sorted([(64, 96), (80, 64), (72, 72)] * 2)
+
+
+def test_a_view_is_encoded_once_and_repeats_of_one_crop_share_it(pipeline, photos):
+    cache = TensorCache()
+    stream = stream_of(photos, pipeline.vae, cache, CropRule(64, center_crop=True), repeats=3)
+    assert len(list(stream.encode_all())) == stream.view_count() == 9
+    assert cache.computed == 3
+    for position in range(30):
+        stream.at(position)
+    assert cache.computed == 3
+
+
+def test_several_crops_differ_and_are_all_used(pipeline, photos):
+    stream = stream_of(photos[:1], pipeline.vae, TensorCache(), CropRule(64, crops_per_photo=3))
+    assert stream.view_count() == 3
+    crops = {tuple(stream.at(position)[0].time_ids[2:4].tolist()) for position in range(3)}
+    assert len(crops) == 3
+    fresh = stream_of(photos[:1], pipeline.vae, None, CropRule(64, crops_per_photo=None))
+    assert len({tuple(fresh.at(position)[0].time_ids[2:4].tolist()) for position in range(12)}) > 3
+
+
+def test_a_second_run_reuses_the_disk_and_a_changed_photo_does_not(pipeline, photos, tmp_path):
+    def encode() -> int:
+        cache = TensorCache(tmp_path / "cache")
+        list(stream_of(photos, pipeline.vae, cache).encode_all())
+        return cache.computed
+
+    assert encode() == 3
+    assert encode() == 0
+    with Image.open(photos[0].path) as image:
+        changed = image.copy()
+    ImageDraw.Draw(changed).point((0, 0), fill=(1, 2, 3))
+    changed.save(photos[0].path)
+    assert encode() == 1
+
+
+def test_another_vae_or_a_damaged_file_is_encoded_anew(pipeline, photos, tmp_path):
+    cache = TensorCache(tmp_path)
+    encoder = PhotoEncoder(pipeline.vae, cache, RULE)
+    stream = PhotoStream(photos[:1], encoder, 0, "instance")
+    expected = stream.at(0)[0].latents
+    next(tmp_path.rglob("*.safetensors")).write_bytes(b"torn")
+    assert torch.equal(stream.at(0)[0].latents, expected) and cache.computed == 2
+    encoder.vae_identity = "another"
+    stream.at(0)
+    assert cache.computed == 3
+
+
+def test_fingerprints_tell_weights_apart():
+    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    assert fingerprint(first) != fingerprint(second)
+    second.load_state_dict(first.state_dict())
+    assert fingerprint(first) == fingerprint(second) != fingerprint(second.half())
+
+
+def test_a_mask_comes_along_at_the_latents_size(pipeline, tmp_path):
+    folder = paint_photos(tmp_path, count=3)
+    mask = Image.new("L", (72, 72), 0)
+    mask.paste(255, (0, 0, 36, 72))
+    mask.save(folder / "2.mask.png")
+    photos = find_photos(folder, "a photo of sks dog", 64).photos
+    stream = stream_of(photos, pipeline.vae, TensorCache())
+    views = [stream.at(position) for position in range(3)]
+    batch = collate(views, [False] * 3)
+    assert batch.mask.shape == (3, 1, 8, 8)
+    masked = next(n for n, (view, _) in enumerate(views) if view.time_ids[0] == 72)
+    assert batch.mask[masked, 0, :, :4].min() == 1 and batch.mask[masked, 0, :, 4:].max() < 0.1
+    assert all(batch.mask[n].min() == 1 for n in range(3) if n != masked)
+
+
+def test_words_are_asked_once_and_known_after_the_encoders_left(pipeline):
+    asked = []
+
+    def encode(prompts):
+        asked.extend(prompts)
+        return base.encode_text(pipeline, prompts)
+
+    words = TextBook(encode, TensorCache(), "tiny")
+    first = words(["a dog", "a cat"])
+    words.forget()
+    again = words(["a cat", "a dog", "a dog"])
+    assert asked == ["a dog", "a cat"]
+    assert torch.equal(again.embeds[0], first.embeds[1]) and torch.equal(again.pooled[2], first.pooled[0])
+    with pytest.raises(RuntimeError, match="a bird"):
+        words(["a bird"])
+
+
+def test_the_base_as_prior_doubles_the_batch_with_the_class_prompt(pipeline, photos):
+    stream = stream_of(photos, pipeline.vae, TensorCache())
+    batch = collate([stream.at(0), stream.at(1)], [False, False]).with_base_as_prior("a dog")
+    assert batch.is_prior.tolist() == [False, False, True, True]
+    assert batch.prompts[2:] == ["a dog", "a dog"] and torch.equal(batch.latents[:2], batch.latents[2:])

@@ -1,0 +1,82 @@
+"""What leaves the machine, and what a person sees: hub files, card, contact sheet, loss plot."""
+
+import numpy as np
+import pytest
+from huggingface_hub.utils import filter_repo_objects
+from PIL import Image
+
+from dreambooth_moslora.adapter_file import AdapterFacts
+from dreambooth_moslora.card import CardFacts, model_card
+from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.contact_sheet import Row, draw_contact_sheet
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.hub import public_files, push
+from dreambooth_moslora.loss_plot import draw_loss_plot, running_mean
+from dreambooth_moslora.proof import FileProof, Proof
+
+
+def card(**changes) -> str:
+    config = TrainConfig(instance_prompt='a photo of "sks": dog', learning_rate=1e-4)
+    proof = Proof("fp32", 1e-5, 560, (FileProof("a.safetensors", 3e-7, 2e-7, "unet.x", "diffusers"),))
+    facts = AdapterFacts(rank=4, alpha=4.0, base_id="owner/base", trigger_words=("sks dog",))
+    values = {"name": "dog", "step": 500, "max_train_steps": 500, "adapter": facts, "proof": proof}
+    return model_card(config, CardFacts(**{**values, "images": (("image_0.png", 'a "sks": dog'),), **changes}))
+
+
+def test_only_the_adapter_its_card_and_its_pictures_are_pushed(tmp_path):
+    public = ["README.md", "dog.kohya.safetensors", "image_0.png", "pytorch_lora_weights.safetensors"]
+    private = [
+        "contact_sheet.png",
+        "train_config.json",
+        "metrics.jsonl",
+        "train.log",
+        "samples/step_000000_0.png",
+        "class_images/class_1_00000.png",
+        "checkpoint-5/moslora_weights.safetensors",
+        "earlier_run_1/dog.kohya.safetensors",
+        "best/pytorch_lora_weights.safetensors",
+    ]
+    for name in [*public, *private]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert public_files(tmp_path) == public
+    assert list(filter_repo_objects([*public, *private], allow_patterns=public_files(tmp_path))) == public
+
+
+def test_a_push_that_cannot_be_done_says_so_in_one_line_and_keeps_the_adapter(tmp_path):
+    with pytest.raises(UserError, match="could not be pushed") as error:
+        push(tmp_path, "owner/dog", "hf_token")
+    assert "\n" not in str(error.value)
+
+
+def test_the_cards_front_matter_is_yaml_whatever_the_prompt_holds():
+    yaml = pytest.importorskip("yaml")
+    front = yaml.safe_load(card().split("---")[1])
+    assert front["base_model"] == "owner/base" and front["instance_prompt"] == 'a photo of "sks": dog'
+    assert front["widget"] == [{"text": 'a "sks": dog', "output": {"url": "image_0.png"}}]
+
+
+def test_the_card_says_how_exactly_the_files_reload_and_whether_the_run_ended():
+    assert "3.0e-07" in card() and "stopped at step" not in card()
+    assert "stopped at step 120" in card(step=120)
+
+
+def test_a_contact_sheet_has_every_row_that_has_pictures(tmp_path):
+    tile = Image.new("RGB", (40, 30), (255, 0, 0))
+    rows = [Row("photos", [tile] * 8), Row("none", []), Row("end", [tile], ("a very long prompt " * 10,))]
+    draw_contact_sheet(rows, tmp_path / "sheet.png", tile_px=64)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        reds = np.all(np.array(sheet) == (255, 0, 0), axis=-1).sum()
+    assert reds == 9 * 64 * 64
+
+
+def test_the_running_mean_starts_at_the_first_value_and_keeps_the_length():
+    assert running_mean(np.array([4.0, 2.0, 0.0, 2.0]), 2).tolist() == [4, 3, 1, 1]
+
+
+def test_a_loss_plot_is_drawn_with_and_without_prior(tmp_path):
+    steps = [{"step": n, "loss_instance": 1 / n, "loss_prior": None} for n in range(1, 30)]
+    draw_loss_plot(steps, tmp_path / "loss.png")
+    first = (tmp_path / "loss.png").read_bytes()
+    draw_loss_plot([{**step, "loss_prior": 0.5} for step in steps], tmp_path / "loss.png")
+    assert Image.open(tmp_path / "loss.png").size[0] > 500 and (tmp_path / "loss.png").read_bytes() != first

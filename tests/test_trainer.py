@@ -1,0 +1,259 @@
+"""Whole small trainings on the tiny base: what they leave, what they learn, and that every option really acts."""
+
+import json
+import math
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+
+from dreambooth_moslora import learner as learner_module
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.learner import StepLosses
+from dreambooth_moslora.rundir import RunDir
+from dreambooth_moslora.trainer import train
+from tests.tiny import save_tiny_sdxl
+from tests.tiny_training import adapter_sha256, paint_photos, tiny_config
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return paint_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture
+def run(tiny_base, photos, tmp_path):
+    """Train with changes; returns the events and the adapter's hash."""
+
+    def go(name="run", **changes):
+        events = []
+        train(tiny_config(tiny_base, photos, tmp_path / name, **changes), events.append)
+        return events, adapter_sha256(tmp_path / name)
+
+    return go
+
+
+def steps(events):
+    return [event for event in events if event["type"] == "step"]
+
+
+@pytest.fixture(scope="module")
+def shown_run(tiny_base, photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "dog"
+    events = []
+    config = tiny_config(
+        tiny_base,
+        photos,
+        folder,
+        num_validation_images=2,
+        validation_steps=2,
+        checkpointing_steps=2,
+        checkpoints_total_limit=2,
+        report_to="tensorboard",
+        hub_token="hf_secret",
+    )
+    return folder, events, train(config, events.append)
+
+
+def test_the_run_folder_is_what_the_design_says(shown_run):
+    folder, _, result = shown_run
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "pytorch_lora_weights.safetensors",
+        "dog.kohya.safetensors",
+        "README.md",
+        *(f"image_{n}.png" for n in range(6)),
+        "train_config.json",
+        "metrics.jsonl",
+        "samples",
+        "checkpoint-4",
+        "checkpoint-5",
+        "contact_sheet.png",
+        "loss.png",
+        "logs",
+    }
+    drawn = sorted(path.name for path in (folder / "samples").iterdir())
+    assert drawn == [f"step_{step:06d}_{n}.png" for step in (0, 2, 4, 5) for n in (0, 1)]
+    assert result.proof.max_relative_difference < 1e-5
+
+
+def test_the_events_tell_the_run_from_its_first_step(shown_run):
+    folder, events, _ = shown_run
+    assert json.loads(json.dumps(events)) == RunDir(folder).read_metrics()
+    assert events[0]["type"] == "start" and events[0]["max_train_steps"] == 5
+    assert [event["step"] for event in steps(events)] == [1, 2, 3, 4, 5]
+    keys = {"loss", "loss_instance", "loss_prior", "lr", "step_sec", "eta_sec", "memory_gib", "grad_norm"}
+    assert keys <= set(steps(events)[0])
+    samples = [event for event in events if event["type"] == "sample"]
+    assert [event["step"] for event in samples] == [0, 2, 4, 5]
+    assert len({tuple(event["seeds"]) for event in samples}) == 1
+    assert events[-1]["type"] == "end" and events[-1]["state"] == "done"
+
+
+def test_samples_differ_between_steps_only_by_the_adapter(shown_run):
+    folder = shown_run[0] / "samples"
+    first, last = ((folder / f"step_{step:06d}_0.png").read_bytes() for step in (0, 5))
+    assert first != last
+
+
+def test_an_untouched_pipeline_loads_the_folder_and_draws_the_last_sample(shown_run, tiny_base):
+    folder, events, _ = shown_run
+    sample = [event for event in events if event["type"] == "sample"][-1]
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_base)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(str(folder))
+    options = {"num_inference_steps": 25, "guidance_scale": 5.0, "height": 64, "width": 64}
+    generator = torch.Generator().manual_seed(sample["seeds"][0])
+    drawn = pipeline(sample["prompts"][0], generator=generator, **options).images[0]
+    saved = Image.open(folder / sample["files"][0])
+    ours, theirs = (torch.tensor(list(image.convert("RGB").tobytes())).int() for image in (saved, drawn))
+    assert (ours - theirs).abs().max() <= 2
+
+
+def test_nothing_private_is_in_what_is_shared(shown_run, photos):
+    folder, _, _ = shown_run
+    shared = [folder / "README.md", *folder.glob("*.safetensors")]
+    for path in shared:
+        content = path.read_bytes()
+        assert str(photos).encode() not in content and str(folder.parent).encode() not in content
+    for path in (folder / "train_config.json", folder / "metrics.jsonl"):
+        assert "hf_secret" not in path.read_text()
+
+
+def test_the_config_that_was_written_trains_the_same(shown_run, tmp_path):
+    from dreambooth_moslora.config import TrainConfig
+
+    folder, _, _ = shown_run
+    written = json.loads((folder / "train_config.json").read_text())
+    quiet = {"output_dir": str(tmp_path), "num_validation_images": 0, "report_to": "none"}
+    train(TrainConfig.from_dict({**written, **quiet}))
+    assert adapter_sha256(tmp_path) == adapter_sha256(folder)
+
+
+def test_the_loss_falls_on_one_photo(tiny_base, tmp_path):
+    photos = paint_photos(tmp_path / "photos", count=1)
+    config = tiny_config(
+        tiny_base, photos, tmp_path / "run", max_train_steps=60, rank=16, target_modules=("to_q", "to_v", "to_out.0"),
+        train_batch_size=4,
+    )  # fmt: skip
+    events = []
+    train(config, events.append)
+    losses = [event["loss_instance"] for event in steps(events)]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+SAME = {
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "disk cache": {"caching": "disk"},
+    "two runs": {},
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_what_only_costs_otherwise_changes_nothing(name, run, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert run("a", max_train_steps=2)[1] == run("b", max_train_steps=2, **SAME[name])[1]
+
+
+OPTIONS = {
+    "seed": {"seed": 4},
+    "rank": {"rank": 2},
+    "mixer": {"mixer": "identity"},
+    "frozen mixer": {"train_mixer": False},
+    "mixer_lr_scale": {"mixer_lr_scale": 10.0},
+    "alpha": {"lora_alpha": 8},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "dropout": {"lora_dropout": 0.5},
+    "snr_gamma": {"snr_gamma": 0.1},
+    "edm": {"do_edm_style_training": True, "snr_gamma": 5.0},
+    "bf16": {"mixed_precision": "bf16"},
+    "nf4": {"base_quantization": "nf4"},
+    "adapter_off": {"with_prior_preservation": True, "prior": "adapter_off"},
+    "text encoder": {"train_text_encoder": True},
+    "8-bit": {"use_8bit_adam": True, "rank": 128},
+    "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0},
+    "cosine": {"lr_scheduler": "cosine", "lr_warmup_steps": 1},
+    "clipping": {"max_grad_norm": 1e-6, "adam_epsilon": 1e-4},
+    "weight decay": {"adam_weight_decay": 5.0},
+    "scale_lr": {"scale_lr": True, "train_batch_size": 2},
+    "center_crop": {"center_crop": True},
+    "interpolation": {"image_interpolation_mode": "nearest"},
+}
+
+
+@pytest.fixture(scope="module")
+def plain_hash(tiny_base, photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    train(tiny_config(tiny_base, photos, folder, max_train_steps=2))
+    return adapter_sha256(folder)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_acts_and_stays_finite(name, run, plain_hash):
+    events, digest = run(max_train_steps=2, **OPTIONS[name])
+    assert all(math.isfinite(event["loss"]) for event in steps(events))
+    assert digest != plain_hash
+
+
+def test_a_v_prediction_base_is_trained_on_velocity(tmp_path, photos, plain_hash):
+    base = save_tiny_sdxl(tmp_path / "base", prediction_type="v_prediction")
+    train(tiny_config(base, photos, tmp_path / "run", max_train_steps=2))
+    assert adapter_sha256(tmp_path / "run") != plain_hash
+
+
+def test_prior_losses_are_logged_apart_and_class_images_have_a_manifest(run, tmp_path):
+    events, _ = run(with_prior_preservation=True, prior_loss_weight=0.5, max_train_steps=2)
+    for event in steps(events):
+        assert event["loss"] == pytest.approx(event["loss_instance"] + 0.5 * event["loss_prior"], rel=1e-5)
+    folder = tmp_path / "run" / "class_images"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert sorted(manifest) == sorted(path.name for path in folder.glob("*.png")) and len(manifest) == 3
+    assert {facts["prompt"] for facts in manifest.values()} == {"a photo of a dog"}
+
+
+def test_the_base_is_its_own_prior_so_the_first_prior_loss_is_zero(run):
+    events, _ = run(with_prior_preservation=True, prior="adapter_off", max_train_steps=3)
+    losses = [event["loss_prior"] for event in steps(events)]
+    assert losses[0] < 1e-9 < losses[2]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(run, monkeypatch, tmp_path):
+    step = learner_module.Learner.accumulate_gradients
+    bad = StepLosses(float("nan"), float("nan"), None)
+    monkeypatch.setattr(
+        learner_module.Learner, "accumulate_gradients", lambda self: step(self) if self.step < 2 else bad
+    )
+    with pytest.raises(UserError, match="at step 3: lower --learning_rate"):
+        run(checkpointing_steps=2)
+    events = RunDir(tmp_path / "run").read_metrics()
+    assert events[-1]["state"] == "failed" and events[-1]["step"] == 2
+    assert RunDir(tmp_path / "run").latest_checkpoint().name == "checkpoint-2"
+
+
+def test_stopping_before_the_first_step_leaves_no_adapter(tiny_base, photos, tmp_path):
+    result = train(tiny_config(tiny_base, photos, tmp_path), should_stop=lambda: True)
+    assert result.interrupted and result.step == 0 and result.proof is None
+    assert not RunDir(tmp_path).adapter_path.exists() and RunDir(tmp_path).checkpoints() == []
+
+
+def test_epochs_are_counted_as_in_diffusers_script(run):
+    assert len(steps(run(max_train_steps=None, num_train_epochs=2)[0])) == 6
+    assert len(steps(run(max_train_steps=None, train_batch_size=2, gradient_accumulation_steps=2)[0])) == 1
+
+
+def test_memory_holds_no_text_encoder_and_the_adapter_is_fp32(tiny_base, photos, tmp_path, monkeypatch):
+    seen = []
+    original = learner_module.Learner.__init__
+
+    def note(self, config, materials, *rest):
+        original(self, config, materials, *rest)
+        seen.append((materials.pipeline, self.parameters))
+
+    monkeypatch.setattr(learner_module.Learner, "__init__", note)
+    train(tiny_config(tiny_base, photos, tmp_path, mixed_precision="bf16", max_train_steps=1))
+    pipeline, parameters = seen[0]
+    assert pipeline.text_encoder is None and pipeline.text_encoder_2 is None
+    assert pipeline.unet.dtype == torch.bfloat16 and pipeline.vae.dtype == torch.float32
+    assert {p.dtype for p in parameters} == {torch.float32}
