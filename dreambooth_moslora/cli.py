@@ -172,6 +172,7 @@ def start_log(config: TrainConfig) -> None:
     """Everything that is logged goes to the run folder; warnings go to the terminal as well."""
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     terminal = logging.StreamHandler()

@@ -59,7 +59,7 @@ class TerminalProgress:
             return
         total, done = event.get("total") or 0, event.get("done") or 0
         if total <= 1:
-            if not self._training:
+            if not self._training or event["phase"] == "exporting":
                 self.close()
                 self.write(f"{title} …")
             return

@@ -1,0 +1,283 @@
+"""The settings: every flag of diffusers' script means what it means there; files under flags; mistakes in one line."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from dreambooth_moslora.command_line import parse_train_config
+from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.foreign_flags import FOREIGN_FLAGS
+
+NEEDED = [
+    "--pretrained_model_name_or_path",
+    "toy",
+    "--instance_data_dir",
+    "x",
+    "--instance_prompt",
+    "a photo of sks dog",
+]
+RECIPES = sorted((Path(__file__).parents[1] / "assets" / "configs").glob("*.toml"))
+
+DIFFUSERS_DEFAULTS = {
+    "pretrained_vae_model_name_or_path": None,
+    "revision": None,
+    "variant": None,
+    "dataset_name": None,
+    "dataset_config_name": None,
+    "cache_dir": None,
+    "image_column": "image",
+    "caption_column": None,
+    "repeats": 1,
+    "class_data_dir": None,
+    "class_prompt": None,
+    "validation_prompt": None,
+    "num_validation_images": 4,
+    "validation_epochs": 50,
+    "do_edm_style_training": False,
+    "with_prior_preservation": False,
+    "prior_loss_weight": 1.0,
+    "num_class_images": 100,
+    "output_dir": "lora-dreambooth-model",
+    "output_kohya_format": False,
+    "seed": None,
+    "resolution": 1024,
+    "center_crop": False,
+    "random_flip": False,
+    "train_text_encoder": False,
+    "train_batch_size": 4,
+    "sample_batch_size": 4,
+    "num_train_epochs": 1,
+    "max_train_steps": None,
+    "checkpointing_steps": 500,
+    "checkpoints_total_limit": None,
+    "resume_from_checkpoint": None,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+    "learning_rate": 1e-4,
+    "text_encoder_lr": 5e-6,
+    "scale_lr": False,
+    "lr_scheduler": "constant",
+    "snr_gamma": None,
+    "lr_warmup_steps": 500,
+    "lr_num_cycles": 1,
+    "lr_power": 1.0,
+    "dataloader_num_workers": 0,
+    "optimizer": "AdamW",
+    "use_8bit_adam": False,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "prodigy_beta3": None,
+    "prodigy_decouple": True,
+    "adam_weight_decay": 1e-4,
+    "adam_weight_decay_text_encoder": 1e-3,
+    "adam_epsilon": 1e-8,
+    "prodigy_use_bias_correction": True,
+    "prodigy_safeguard_warmup": True,
+    "max_grad_norm": 1.0,
+    "push_to_hub": False,
+    "hub_token": None,
+    "hub_model_id": None,
+    "logging_dir": "logs",
+    "allow_tf32": False,
+    "report_to": "tensorboard",
+    "mixed_precision": None,
+    "prior_generation_precision": None,
+    "local_rank": -1,
+    "enable_xformers_memory_efficient_attention": False,
+    "rank": 4,
+    "lora_dropout": 0.0,
+    "use_dora": False,
+    "image_interpolation_mode": "lanczos",
+}
+"""Every optional flag of train_dreambooth_lora_sdxl.py, with its default there."""
+
+EXAMPLES = {
+    "lr_scheduler": "cosine",
+    "optimizer": "prodigy",
+    "mixed_precision": "bf16",
+    "prior_generation_precision": "fp32",
+    "image_interpolation_mode": "nearest_exact",
+    "report_to": "wandb",
+    "local_rank": "0",
+    "resolution": "512",
+    "snr_gamma": "5.0",
+    "prodigy_beta3": "0.5",
+    "lora_dropout": "0.1",
+}
+MEANINGS = {"optimizer": "Prodigy"}
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+
+@pytest.mark.parametrize("name", DIFFUSERS_DEFAULTS)
+def test_diffusers_flag_has_its_default_and_takes_a_value(name):
+    default = DIFFUSERS_DEFAULTS[name]
+    config = parse_train_config(NEEDED)
+    assert getattr(config, name) == default and type(getattr(config, name)) is type(default)
+    others = NEEDED[:2] + NEEDED[4:] if name == "dataset_name" else NEEDED
+    if default is False:
+        extra = ["--class_prompt", "a dog"] if name == "with_prior_preservation" else []
+        assert getattr(parse_train_config([*others, f"--{name}", *extra]), name) is True
+        return
+    kind = type(default) if default is not None else str
+    given = EXAMPLES.get(name, {int: "7", float: "0.5", bool: "False", str: "7"}[kind])
+    found = getattr(parse_train_config([*others, f"--{name}", given]), name)
+    expected = MEANINGS.get(name, False if kind is bool else type(found)(given))
+    assert found == expected != default
+
+
+def test_the_flags_that_diffusers_requires_are_required():
+    with pytest.raises(UserError, match=r"--pretrained_model_name_or_path, --instance_prompt, --instance_data_dir"):
+        parse_train_config([])
+
+
+def test_a_command_of_diffusers_readme_is_taken_as_it_is():
+    command = """--pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0 --instance_data_dir=dog
+      --pretrained_vae_model_name_or_path=madebyollin/sdxl-vae-fp16-fix --output_dir=lora-trained-xl
+      --mixed_precision=fp16 --resolution=1024 --train_batch_size=1 --gradient_accumulation_steps=4
+      --learning_rate=1e-4 --report_to=wandb --lr_scheduler=constant --lr_warmup_steps=0 --max_train_steps=500
+      --validation_epochs=25 --seed=0 --push_to_hub --use_8bit_adam --gradient_checkpointing"""
+    words = [
+        *command.split(),
+        "--instance_prompt=a photo of sks dog",
+        "--validation_prompt=A photo of sks dog in a bucket",
+    ]
+    config = parse_train_config(words)
+    assert (config.max_train_steps, config.learning_rate, config.seed) == (500, 1e-4, 0)
+    assert config.validation_prompt == "A photo of sks dog in a bucket" and config.push_to_hub
+
+
+def test_hyphens_are_underscores_and_values_stay_as_they_are():
+    config = parse_train_config([*NEEDED, "--train-batch-size", "2", "--output-dir=my-run", "--no-train-mixer"])
+    assert (config.train_batch_size, config.output_dir, config.train_mixer) == (2, "my-run", False)
+
+
+@pytest.mark.parametrize("words", [["--no_train_mixer"], ["--train_mixer", "false"], ["--train-mixer=False"]])
+def test_a_switch_is_undone_in_three_ways(words):
+    assert parse_train_config([*NEEDED, *words]).train_mixer is False
+
+
+@pytest.mark.parametrize("words", [["to_q", "to_v"], ["to_q,to_v"], ["to_q,", "to_v"]])
+def test_names_are_listed_with_spaces_or_commas(words):
+    assert parse_train_config([*NEEDED, "--target_modules", *words]).target_modules == ("to_q", "to_v")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--train_batchsize", "1"], "did you mean --train_batch_size?"),
+        (["--learning-rte", "1"], "did you mean --learning_rate?"),
+        (["--num_steps", "1"], "unknown flag --num_steps"),
+        (["--network_dim", "8"], "use --rank"),
+        (["--crops_coords_top_left_h=0"], "each photo's own crop"),
+        (["--train_text_encoder_ti"], "new tokens"),
+        (["photo", "of"], "in quotes"),
+        (["--rank"], "expected one argument"),
+        (["--rank", "four"], "--rank 'four': expected a whole number"),
+        (["--rank", "2.5"], "expected a whole number"),
+        (["--rank", "0"], "--rank 0: must be at least 1"),
+        (["--learning_rate", "nan"], "finite"),
+        (["--adam_beta1", "2"], "at most 1"),
+        (["--lora_alpha", "0"], "more than 0"),
+        (["--mixer", "random"], "choose one of orthogonal, identity"),
+        (["--random_flip", "perhaps"], "true or false"),
+        (["--resolution", "1001"], "multiple of 8, such as 1000"),
+        (["--with_prior_preservation"], "needs --class_prompt"),
+        (["--dataset_name", "y"], "not both"),
+        (["--config", "missing.toml"], "there is no such file"),
+    ],
+)
+def test_mistakes_are_one_line_that_says_what_to_do(words, says):
+    with pytest.raises(UserError) as caught:
+        parse_train_config([*NEEDED, *words])
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_foreign_flags_are_none_of_ours():
+    assert not FOREIGN_FLAGS.keys() & {item.name for item in fields(TrainConfig)}
+
+
+def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('instance_prompt = "a photo of sks cat"\n[training]\nlearning-rate = 3e-4\nrank = 8\nseed = 1')
+    words = [
+        "--pretrained_model_name_or_path",
+        "toy",
+        "--instance_data_dir",
+        "x",
+        "--config",
+        str(recipe),
+        "--rank",
+        "2",
+    ]
+    config = parse_train_config(words)
+    assert (config.instance_prompt, config.learning_rate, config.rank, config.seed) == (
+        "a photo of sks cat",
+        3e-4,
+        2,
+        1,
+    )
+    assert config.train_batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.toml", "rank = ", "not valid TOML"),
+        ("a.json", "{", "not valid JSON"),
+        ("a.json", "[1]", "found a list"),
+        ("a.toml", "rnak = 3", "unknown setting `rnak`: did you mean `rank`?"),
+        ("a.toml", "rank = 3\n[x]\nrank = 4", "given twice"),
+        ("a.toml", 'rank = "many"', "expected a whole number"),
+        ("a.toml", "random_flip = 1", "expected true or false"),
+    ],
+)
+def test_mistakes_in_files_name_the_place(tmp_path, name, text, says):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as caught:
+        parse_train_config([*NEEDED, "--config", str(tmp_path / name)])
+    assert says in str(caught.value)
+
+
+def test_the_json_of_a_run_is_taken_back_and_holds_no_secret(tmp_path):
+    config = parse_train_config([*NEEDED, "--hub_token", "hf_secret", "--rank", "3", "--target_modules", "to_q"])
+    text = json.dumps(config.to_dict())
+    assert "hf_secret" not in text
+    (tmp_path / "train_config.json").write_text(text)
+    again = parse_train_config(["--config", str(tmp_path / "train_config.json")])
+    assert again.to_dict() == config.to_dict()
+
+
+def test_the_launcher_says_the_rank(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert parse_train_config([*NEEDED, "--local_rank", "1"]).local_rank == 3
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_parsed(path):
+    config = parse_train_config([*NEEDED, "--config", str(path)])
+    assert config.max_train_steps and config.mixer in ("orthogonal", "none")
+
+
+def test_the_recipes_that_are_promised_are_there():
+    assert {"sdxl_8gb", "sdxl_12gb", "sdxl_24gb", "paper"} <= {path.stem for path in RECIPES}
+
+
+def test_the_papers_recipe_has_the_papers_numbers():
+    config = parse_train_config([*NEEDED, "--config", str(next(p for p in RECIPES if p.stem == "paper"))])
+    assert (config.rank, config.lora_alpha, config.learning_rate, config.max_train_steps) == (4, 4.0, 1e-4, 500)
+    assert (config.train_batch_size, config.gradient_accumulation_steps, config.resolution) == (1, 4, 1024)
+    assert config.target_modules == ("to_q", "to_k", "to_v", "to_out.0") and config.mixer == "orthogonal"
+
+
+def test_a_config_cannot_be_changed_and_takes_paths(tmp_path):
+    config = TrainConfig(instance_data_dir=tmp_path, output_dir=tmp_path / "run")
+    assert config.output_dir == str(tmp_path / "run")
+    with pytest.raises(AttributeError):
+        config.rank = 5
