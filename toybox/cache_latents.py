@@ -77,8 +77,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=None, help="only the first so many images")
     args = parser.parse_args()
-    tensors = encode(Renders(args.data), AutoencoderKL.from_pretrained(args.vae))
+    tensors = encode(Renders(args.data, args.limit), AutoencoderKL.from_pretrained(args.vae))
     save_file(tensors, args.out)
     print({k: tuple(v.shape) for k, v in tensors.items()}, "std", float(tensors["latents"].float().std()))
 
