@@ -18,7 +18,7 @@ QUIET = [
     "--disable-sync",
     "--no-first-run",
 ]
-PATIENCE_MS = 180_000
+PATIENCE_MS = 240_000
 
 
 @dataclass

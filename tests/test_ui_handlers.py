@@ -1,5 +1,6 @@
 """What the page's handlers compute, without a server: forms, shelf, jobs, what is shown of a run."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -13,11 +14,12 @@ import pytest
 
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation import GenerationParams
+from dreambooth_moslora.generation import GenerationParams, Provenance, Recipe
 from dreambooth_moslora.ui.form import GenerateForm, code_snippet, size_choices
 from dreambooth_moslora.ui.generate_actions import format_seconds
 from dreambooth_moslora.ui.jobs import Job, Jobs, Metrics
 from dreambooth_moslora.ui.photo_uploads import take_photos
+from dreambooth_moslora.ui.recipes import settle
 from dreambooth_moslora.ui.serve import main, parse_login, resolution_of
 from dreambooth_moslora.ui.shelf import AdapterShelf
 from dreambooth_moslora.ui.train_actions import fidelity_table, free_run_dir, loss_table, samples_of, status_card
@@ -325,3 +327,16 @@ def test_a_page_below_a_cookie_keeps_it():
     for scope in scopes:
         asyncio.run(VisitorCookie(app)(scope, None, send))
     assert [bool(message["headers"]) for message in sent] == [True, False]
+
+
+def test_a_recipes_adapter_is_found_by_content_and_a_changed_one_is_told(tmp_path):
+    for name, content in (("renamed", b"dog"), ("cat", b"another cat")):
+        (tmp_path / name).write_bytes(content)
+    files = {name: tmp_path / name for name in ("renamed", "cat")}
+    sha = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("dog", "cat", "rex")}
+    params = GenerationParams("x", adapters=(("dog", 0.5), ("cat", 1.0), ("rex", 1.0)))
+    settled, remarks = settle(Recipe(params, Provenance("toy", tuple(sha.items())), True), files, "other")
+    assert settled.adapters == (("renamed", 0.5), ("cat", 1.0), ("rex", 1.0))
+    assert [
+        word in remark for word, remark in zip(("cat here is another", "rex is not here", "base toy"), remarks)
+    ] == [True] * 3

@@ -1,50 +1,54 @@
-"""What a run would cost: the training program itself is asked, by its `--dry_run`, before anything is spent."""
+"""What a run would cost, before anything is spent: the estimate of `--dry_run`, in a card."""
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from html import escape
-from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.context import AppContext
+from dreambooth_moslora.ui.generate_actions import format_seconds
 from dreambooth_moslora.ui.jobs import Jobs
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.visitors import Visitor
 
-__all__ = ["estimate_cost"]
+if TYPE_CHECKING:
+    from dreambooth_moslora.config import TrainConfig
 
-TIMEOUT_SEC = 300
-SHOWN_LINES = 20
+__all__ = ["estimate_cost"]
 
 
 def estimate_cost(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> str:
-    """The dry run's answer as HTML. Raises UserError with its last line when it refuses."""
-    photos = visitor.folder / "photos"
-    if not any(photos.glob("photo_*")):
+    """Steps, time, memory and disk as HTML. Raises UserError for what training would refuse."""
+    from dreambooth_moslora.base_files import base_folder
+    from dreambooth_moslora.config import TrainConfig
+    from dreambooth_moslora.dry_run import cost_lines, remarks, step_lines
+    from dreambooth_moslora.estimate import estimate, size_of_base
+    from dreambooth_moslora.steps import plan_steps
+
+    photos = visitor.photos_dir
+    count = len(list(photos.glob("photo_*.png")))
+    if not count:
         raise UserError("add some photos of your subject first")
-    if jobs.current():
-        raise UserError("a run is going on; an estimate beside it would mislead")
-    with tempfile.TemporaryDirectory(dir=visitor.folder) as scratch:
-        config = form.config(ctx.base_name, ctx.resolution_px, photos, Path(scratch) / "run")
-        answer = _ask(jobs.script, Path(scratch), config)
-    return f'<div class="card"><pre class="log">{escape(answer)}</pre></div>'
+    config = TrainConfig.from_dict(form.config(ctx.base_name, ctx.resolution_px, photos, ctx.runs_dir / "new"))
+    plan = plan_steps(config, count)
+    size = size_of_base(base_folder(config), config.target_modules)
+    cost = estimate(config, size, plan.total_steps, count)
+    lines = [
+        *step_lines(config, plan),
+        *time_line(jobs, config, plan.total_steps),
+        *cost_lines(config, cost),
+        *remarks(config),
+    ]
+    return f'<div class="card"><ul class="remarks">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul></div>'
 
 
-def _ask(script: Path, scratch: Path, config: dict) -> str:
-    file = scratch / "config.json"
-    file.write_text(json.dumps(config), encoding="utf-8")
-    command = [sys.executable, str(script), "--config", str(file), "--dry_run"]
-    environment = os.environ | {"PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT_SEC, env=environment, stdin=subprocess.DEVNULL
-        )
-    except subprocess.TimeoutExpired as error:
-        raise UserError(f"the estimate took more than {TIMEOUT_SEC // 60} minutes and was given up") from error
-    lines = [line for line in (done.stdout if done.returncode == 0 else done.stderr).splitlines() if line.strip()]
-    if done.returncode != 0:
-        raise UserError(lines[-1][:300] if lines else "the estimate failed without a word")
-    return "\n".join(lines[-SHOWN_LINES:]).replace(str(scratch), "…").replace(str(scratch.parent), "…")
+def time_line(jobs: Jobs, config: "TrainConfig", total_steps: int) -> list[str]:
+    """How long it takes at the pace of the newest run on this machine that trained the same base at this size."""
+    alike = ("pretrained_model_name_or_path", "resolution", "train_batch_size", "with_prior_preservation")
+    for job in jobs.all():
+        metrics = jobs.metrics(job)
+        earlier = metrics.last("start").get("config", {})
+        paces = [event["step_sec"] for event in metrics.of("step")[-50:] if event.get("step_sec")]
+        if paces and all(earlier.get(name) == getattr(config, name) for name in alike):
+            return [f"time: about {format_seconds(median(paces) * total_steps)}, at the pace of the last such run here"]
+    return ["time: not known before the first run here; the page shows it after a few steps"]

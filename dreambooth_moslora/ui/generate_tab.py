@@ -1,5 +1,6 @@
 """The Generate tab: a form, one result area (pictures, comparison, grid, history) and what connects them."""
 
+import html
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -8,27 +9,22 @@ from typing import Any
 import gradio as gr
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation import SCHEDULERS, GenerationParams, read_recipe
-from dreambooth_moslora.ui.cards import progress_card
+from dreambooth_moslora.generation import GenerationParams, Recipe, read_recipe
 from dreambooth_moslora.ui.context import GPU, AppContext, shown
 from dreambooth_moslora.ui.facts import prompt_for, summary_of
-from dreambooth_moslora.ui.form import MAX_IMAGES, NONE, GenerateForm, code_snippet, size_choices
+from dreambooth_moslora.ui.form import NONE, GenerateForm, code_snippet
 from dreambooth_moslora.ui.generate_actions import compare, draw_grid, make_pictures
+from dreambooth_moslora.ui.generate_widgets import (
+    AXIS_VALUES,
+    ask_widgets,
+    extra_widgets,
+    result_widgets,
+    settings_widgets,
+)
+from dreambooth_moslora.ui.recipes import settle
 from dreambooth_moslora.ui.visitors import Picture
 
 __all__ = ["GenerateTab", "build_generate_tab"]
-
-IDLE = progress_card("Ready", "Enter starts, Esc stops")
-AXIS_VALUES = {
-    "scale": "0, 0.5, 1",
-    "seed": "1, 2, 3",
-    "prompt": "",
-    "adapter": "",
-    "guidance": "2, 5, 8",
-    "steps": "5, 15, 25",
-}
-AXIS_LABELS = [("Adapter scale", "scale"), ("Seed", "seed"), ("Prompt", "prompt"), ("Adapter or checkpoint", "adapter")]
-AXIS_LABELS += [("Guidance", "guidance"), ("Steps", "steps")]
 
 
 @dataclass
@@ -44,12 +40,12 @@ class GenerateTab:
 def build_generate_tab(ctx: AppContext, page: gr.Blocks, templates: list[str]) -> GenerateTab:
     with gr.Row(elem_id="generate", equal_height=False):
         with gr.Column(elem_id="ask", min_width=280):
-            widgets, buttons = _ask(ctx)
+            widgets, buttons = ask_widgets(ctx)
         with gr.Column(elem_id="results", min_width=280):
-            results = _results(ctx)
+            results = result_widgets(ctx)
         with gr.Column(elem_id="settings", min_width=280):
-            widgets |= _settings(ctx)
-            extras = _extras(templates)
+            widgets |= settings_widgets(ctx)
+            extras = extra_widgets(templates)
     ordered = {field.name: widgets[field.name] for field in fields(GenerateForm)}
     tab = GenerateTab(ordered, [widgets[f"adapter{n}"] for n in ("", "_2", "_3")], widgets["prompt"], results["tabs"])
     _connect_runs(ctx, tab, buttons, results)
@@ -58,174 +54,51 @@ def build_generate_tab(ctx: AppContext, page: gr.Blocks, templates: list[str]) -
     return tab
 
 
-def _ask(ctx: AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What most people touch: words, adapter, scale, how many, go."""
-    names = [NONE, *ctx.shelf.files()]
-    first = names[1] if len(names) > 1 else NONE
-    summary = summary_of(ctx.shelf.files()[first]) if first != NONE else None
-    prompt = gr.Textbox(
-        label="Prompt",
-        value=prompt_for(summary) if summary else "",
-        placeholder="a photo of … in the snow",
-        lines=1,
-        max_lines=5,
-        autofocus=True,
-        elem_id="prompt",
-    )
-    with gr.Row(elem_classes="tight"):
-        adapter = gr.Dropdown(names, value=first, label="Adapter", allow_custom_value=True, elem_id="adapter", scale=4)
-        refresh = gr.Button("↻", elem_id="refresh", scale=0, min_width=44, elem_classes="icon")
-        upload = gr.UploadButton(
-            "Upload", file_types=[".safetensors"], scale=0, min_width=88, elem_id="upload_adapter", size="md"
-        )
-    words = summary.sentence() if summary else ""
-    about = gr.Markdown(words, visible=bool(words), elem_id="about_adapter", elem_classes="faint")
-    scale = gr.Slider(0, 1.5, 1.0, step=0.05, label="Adapter scale", buttons=[], elem_id="scale")
-    num_images = gr.Slider(1, MAX_IMAGES, 1, step=1, label="Pictures", buttons=[], elem_id="num_images")
-    with gr.Row(elem_classes="tight"):
-        run = gr.Button("Generate", variant="primary", elem_id="run", scale=3)
-        stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", scale=1, min_width=80)
-    widgets = {"prompt": prompt, "adapter": adapter, "scale": scale, "num_images": num_images}
-    return widgets, {"run": run, "stop": stop, "refresh": refresh, "upload": upload, "about": about}
-
-
-def _settings(ctx: AppContext) -> dict[str, Any]:
-    sizes = size_choices(ctx.resolution_px)
-    with gr.Accordion("Settings", open=True, elem_id="settings_box"):
-        negative = gr.Textbox("", label="Negative prompt", lines=1, max_lines=3, elem_id="negative")
-        with gr.Row():
-            steps = gr.Slider(1, 60, 25, step=1, label="Steps", buttons=[], min_width=130, elem_id="steps")
-            guidance = gr.Slider(1, 15, 5.0, step=0.1, label="Guidance", buttons=[], min_width=130, elem_id="guidance")
-        with gr.Row():
-            seed = gr.Number(-1, label="Seed", info="−1 draws one", precision=0, min_width=120, elem_id="seed")
-            size = gr.Dropdown(sizes, value=sizes[0][1], label="Size", info="width × height", min_width=130)
-            size.allow_custom_value = True
-        scheduler = gr.Dropdown([(label, name) for name, label in SCHEDULERS.items()], value="euler", label="Scheduler")
-    widgets = {"negative_prompt": negative, "steps": steps, "guidance_scale": guidance, "seed": seed, "size": size}
-    with gr.Accordion("More adapters", open=False):
-        for number in (2, 3):
-            with gr.Row():
-                widgets[f"adapter_{number}"] = gr.Dropdown(
-                    [NONE, *ctx.shelf.files()],
-                    value=NONE,
-                    label=f"Adapter {number}",
-                    allow_custom_value=True,
-                    min_width=130,
-                )
-                widgets[f"scale_{number}"] = gr.Slider(
-                    0, 1.5, 1.0, step=0.05, label=f"Scale {number}", buttons=[], min_width=130
-                )
-        gr.Markdown("Or write `<lora:name:0.8>` in the prompt.", elem_classes="faint")
-    return widgets | {"scheduler": scheduler}
-
-
-def _extras(templates: list[str]) -> dict[str, Any]:
-    with gr.Accordion("Prompt templates", open=False, elem_id="templates_box"):
-        template = gr.Dropdown(templates, value=None, label="Template", elem_id="template")
-    with gr.Accordion("Settings from a picture", open=False, elem_id="drop_box"):
-        dropped = gr.File(file_types=[".png"], label="Drop a PNG", height=110, elem_id="drop_png")
-    return {"template": template, "dropped": dropped}
-
-
-def _results(ctx: AppContext) -> dict[str, Any]:
-    parts: dict[str, Any] = {"status": gr.HTML(IDLE, elem_id="status", label="Status")}
-    with gr.Tabs(elem_id="result_tabs", selected="pictures") as tabs:
-        with gr.Tab("Pictures", id="pictures"):
-            parts["gallery"] = _gallery("Pictures", "gallery")
-            with gr.Row(elem_classes="tight"):
-                parts["reuse"] = gr.Button("Use these settings", size="sm", min_width=100, elem_id="reuse")
-                parts["last_seed"] = gr.Button("Keep the seed", size="sm", min_width=100, elem_id="last_seed")
-            parts["used_seed"] = gr.Number(label="Seed used", interactive=False, elem_id="used_seed", visible="hidden")
-            with gr.Accordion("Use it in code", open=False):
-                parts["code"] = gr.Code(language="python", label="Python", buttons=["copy"], elem_id="code")
-        with gr.Tab("Compare", id="compare"):
-            parts["compare"] = gr.Button("Compare at the same seed", elem_id="compare")
-            parts["slider"] = gr.ImageSlider(
-                label="Without | with the adapter",
-                type="filepath",
-                format="png",
-                interactive=False,
-                elem_id="slider",
-                buttons=["download", "fullscreen"],
-            )
-        with gr.Tab("Grid", id="grid"):
-            parts |= _grid_widgets()
-        with gr.Tab("History", id="history") as history_tab:
-            parts["history"] = _gallery("History", "history")
-            parts["reuse_history"] = gr.Button("Use these settings", size="sm", elem_id="reuse_history")
-    parts |= {"tabs": tabs, "history_tab": history_tab}
-    for name in ("shown", "selected", "selected_history"):
-        parts[name] = gr.State([] if name == "shown" else 0)
-    return parts
-
-
-def _gallery(label: str, elem_id: str) -> gr.Gallery:
-    return gr.Gallery(
-        label=label,
-        show_label=False,
-        columns=2,
-        object_fit="contain",
-        interactive=False,
-        format="png",
-        buttons=["download", "fullscreen"],
-        elem_id=elem_id,
-        height="auto",
-    )
-
-
-def _grid_widgets() -> dict[str, Any]:
-    with gr.Row():
-        down = gr.Dropdown(AXIS_LABELS, value="scale", label="Rows", min_width=120, elem_id="grid_rows")
-        down_values = gr.Textbox(AXIS_VALUES["scale"], label="Row values", min_width=120, elem_id="grid_row_values")
-    with gr.Row():
-        across = gr.Dropdown(
-            [("Nothing", NONE), *AXIS_LABELS], value="seed", label="Columns", min_width=120, elem_id="grid_columns"
-        )
-        across_values = gr.Textbox(AXIS_VALUES["seed"], label="Column values", min_width=120)
-    gr.Markdown("Commas part values; `|` parts prompts.", elem_classes="faint")
-    draw = gr.Button("Draw the grid", elem_id="draw_grid")
-    sheet = gr.Image(
-        label="Grid",
-        type="filepath",
-        format="png",
-        interactive=False,
-        buttons=["download", "fullscreen"],
-        elem_id="sheet",
-    )
-    return {
-        "down": down,
-        "down_values": down_values,
-        "across": across,
-        "across_values": across_values,
-        "draw": draw,
-        "sheet": sheet,
-    }
-
-
 def _items(pictures: tuple[Picture, ...] | list[Picture]) -> list[tuple[str, str]]:
     return [(str(picture.path), picture.caption) for picture in pictures]
 
 
 def _connect_runs(ctx: AppContext, tab: GenerateTab, buttons: dict, results: dict) -> None:
     options = dict(GPU, show_progress="minimal", show_progress_on=results["status"])
-    status, gallery, shown_state = results["status"], results["gallery"], results["shown"]
+    quiet = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+    shown_state = results["shown"]
 
     @shown
     def generate(request: gr.Request, **values) -> Iterator[tuple]:
         for frame in make_pictures(ctx, GenerateForm.of(values), request):
             seed = frame.params.seed if frame.params else gr.skip()
-            pictures = frame.pictures
-            if pictures is None:
+            if frame.pictures is None:
                 yield gr.skip(), seed, frame.status, gr.skip()
             else:
-                yield _items(pictures), seed, frame.status, list(pictures)
+                yield _items(frame.pictures), seed, frame.status, list(frame.pictures)
 
+    def stop(request: gr.Request) -> None:
+        ctx.stop(request)
+
+    starts = [buttons["run"].click, tab.prompt.submit]
+    outputs = [results["gallery"], results["used_seed"], results["status"], shown_state]
+    # The page works off the events of one trigger in order: what must happen at once comes before the long one.
+    gr.on(starts, lambda: gr.Tabs(selected="pictures"), None, results["tabs"], **quiet)
+    made = gr.on(starts, generate, inputs_kwargs=tab.fields, outputs=outputs, api_name="generate", **options)
+    made.then(lambda: 0, None, results["selected"], **quiet)
+    made.then(lambda pictures: _snippet(ctx, pictures), shown_state, results["code"], **quiet)
+    buttons["stop"].click(stop, None, None, queue=False, api_name="stop")
+    _connect_compare(ctx, tab, results, options)
+    _connect_grid(ctx, tab, results, options)
+
+
+def _connect_compare(ctx: AppContext, tab: GenerateTab, results: dict, options: dict) -> None:
     @shown
     def compare_both(request: gr.Request, **values) -> Iterator[tuple]:
         for frame in compare(ctx, GenerateForm.of(values), request):
             pair = frame.pictures and len(frame.pictures) == 2
             yield tuple(str(p.path) for p in frame.pictures) if pair else gr.skip(), frame.status
 
+    outputs = [results["slider"], results["status"]]
+    results["compare"].click(compare_both, inputs_kwargs=tab.fields, outputs=outputs, api_name="compare", **options)
+
+
+def _connect_grid(ctx: AppContext, tab: GenerateTab, results: dict, options: dict) -> None:
     @shown
     def grid(
         rows: str, row_values: str, columns: str, column_values: str, request: gr.Request, **values
@@ -234,43 +107,16 @@ def _connect_runs(ctx: AppContext, tab: GenerateTab, buttons: dict, results: dic
         for frame in draw_grid(ctx, GenerateForm.of(values), tuple(axes), request):
             yield str(frame.sheet) if frame.sheet else gr.skip(), frame.status
 
-    axis = {"rows": "down", "row_values": "down_values", "columns": "across", "column_values": "across_values"}
-    axis_widgets = {name: results[widget] for name, widget in axis.items()}
-    starts = [buttons["run"].click, tab.prompt.submit]
-    outputs = [gallery, results["used_seed"], status, shown_state]
-    made = gr.on(starts, generate, inputs_kwargs=tab.fields, outputs=outputs, api_name="generate", **options)
-    compared = results["compare"].click(
-        compare_both, inputs_kwargs=tab.fields, outputs=[results["slider"], status], api_name="compare", **options
-    )
-    drawn = results["draw"].click(
-        grid, inputs_kwargs=axis_widgets | tab.fields, outputs=[results["sheet"], status], api_name="grid", **options
-    )
-    _connect_stop(ctx, buttons, [*starts, results["compare"].click, results["draw"].click], [made, compared, drawn])
-    gr.on(starts, lambda: gr.Tabs(selected="pictures"), None, results["tabs"], queue=False, api_visibility="private")
-    made.then(lambda: 0, None, results["selected"], queue=False, api_visibility="private")
-    made.then(
-        lambda pictures: _snippet(ctx, pictures), shown_state, results["code"], queue=False, api_visibility="private"
-    )
-
     def axis_values(name: str, adapter: str, prompt: str, request: gr.Request) -> str:
         return _axis_values(ctx, name, adapter, prompt, request)
 
+    axis = {"rows": "down", "row_values": "down_values", "columns": "across", "column_values": "across_values"}
+    fields_of_grid = {name: results[widget] for name, widget in axis.items()} | tab.fields
+    outputs = [results["sheet"], results["status"]]
+    results["draw"].click(grid, inputs_kwargs=fields_of_grid, outputs=outputs, api_name="grid", **options)
     for box, values in ((results["down"], results["down_values"]), (results["across"], results["across_values"])):
         inputs = [box, tab.adapters[0], tab.prompt]
         box.input(axis_values, inputs, values, queue=False, api_visibility="private", show_progress="hidden")
-
-
-def _connect_stop(ctx: AppContext, buttons: dict, starts: list, runs: list) -> None:
-    stop = buttons["stop"]
-    quiet = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-    gr.on(starts, lambda: gr.Button(interactive=True), None, stop, **quiet)
-    for run in runs:
-        run.then(lambda: gr.Button(interactive=False), None, stop, **quiet)
-
-    def stop_own(request: gr.Request) -> None:
-        ctx.stop(request)
-
-    stop.click(stop_own, None, None, queue=False, api_name="stop")
 
 
 def _axis_values(ctx: AppContext, name: str, adapter: str, prompt: str, request: gr.Request) -> str:
@@ -341,16 +187,16 @@ def _connect_reuse(ctx: AppContext, tab: GenerateTab, results: dict, extras: dic
         return _items(list(ctx.visitors.of(request).history))
 
     @shown
-    def reuse_shown(pictures: list[Picture], index: int) -> list:
-        return to_widgets(ctx, GenerationParams.from_png(_picked(pictures, index)))
+    def reuse_shown(pictures: list[Picture], index: int, request: gr.Request) -> list:
+        return to_widgets(ctx, read_recipe(_picked(pictures, index)), request)
 
     @shown
     def reuse_history(index: int, request: gr.Request) -> list:
-        return to_widgets(ctx, GenerationParams.from_png(_picked(list(ctx.visitors.of(request).history), index)))
+        return to_widgets(ctx, read_recipe(_picked(list(ctx.visitors.of(request).history), index)), request)
 
     @shown
-    def reuse_dropped(file: str | None) -> list:
-        return to_widgets(ctx, read_recipe(file).params) if file else [gr.skip()] * len(outputs)
+    def reuse_dropped(file: str | None, request: gr.Request) -> list:
+        return to_widgets(ctx, read_recipe(file), request) if file else [gr.skip()] * len(outputs)
 
     def from_template(template: str | None, adapter: str, request: gr.Request) -> Any:
         files = ctx.shelf.files(ctx.visitors.of(request))
@@ -375,7 +221,10 @@ def _picked(pictures: list[Picture], index: int) -> Path:
     return pictures[min(max(int(index), 0), len(pictures) - 1)].path
 
 
-def to_widgets(ctx: AppContext, params: GenerationParams) -> list:
-    """The values of all fields, in order, that give `params` again."""
+def to_widgets(ctx: AppContext, recipe: Recipe, request: gr.Request) -> list:
+    """The values of all fields, in order, that give the recipe again; what cannot be met here is told."""
+    params, remarks = settle(recipe, ctx.shelf.files(ctx.visitors.of(request)), ctx.base)
+    for remark in remarks:
+        gr.Warning(html.escape(remark[:1].upper() + remark[1:], quote=False))
     form = GenerateForm.from_params(params)
     return [getattr(form, field.name) for field in fields(GenerateForm)]

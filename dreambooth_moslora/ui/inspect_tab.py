@@ -37,10 +37,10 @@ def build_inspect_tab(ctx: AppContext, tabs: gr.Tabs, generate: GenerateTab) -> 
         )
 
     @shown
-    def use_recipe(file: str | None) -> list:
+    def use_recipe(file: str | None, request: gr.Request) -> list:
         if not file:
             raise UserError("drop a PNG first")
-        return [gr.Tabs(selected="generate"), *to_widgets(ctx, read_recipe(file).params)]
+        return [gr.Tabs(selected="generate"), *to_widgets(ctx, read_recipe(file), request)]
 
     gr.on([file.upload, file.clear], inspect, file, [facts, use], api_name="inspect", queue=False)
     use.click(use_recipe, file, [tabs, *generate.fields.values()], queue=False, api_visibility="private")
@@ -71,7 +71,7 @@ def recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
 
 def adapter_facts(file: str) -> list[tuple[str, str]]:
     """The lines of `info` on any LoRA file."""
-    from dreambooth_moslora.export import describe
+    from dreambooth_moslora.describe import describe
 
     check_upload(Path(file))
     return [(name.replace("_", " ").capitalize(), words_of(value)) for name, value in describe(file).items()]

@@ -47,7 +47,7 @@ HEAD = """
 <script>
 addEventListener("keydown", (event) => {
   const typing = event.target.matches("input, textarea, select, [contenteditable]");
-  if (event.key === "Escape") document.querySelector("#stop:not([disabled])")?.click();
+  if (event.key === "Escape") document.querySelector("#stop")?.click();
   if (event.key === "/" && !typing) {
     const prompt = document.querySelector("#prompt textarea");
     if (prompt && prompt.offsetParent) { event.preventDefault(); prompt.focus(); }

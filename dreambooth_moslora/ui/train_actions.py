@@ -51,7 +51,7 @@ def review_photos(ctx: AppContext, files: list[str], visitor: Visitor) -> PhotoR
     from dreambooth_moslora.photo_checks import examine
     from dreambooth_moslora.photos import find_photos
 
-    intake = take_photos(files, visitor.folder / "photos")
+    intake = take_photos(files, visitor.photos_dir)
     report = examine(find_photos(intake.folder, "", ctx.resolution_px))
     crops = [(crop_of(photo, ctx.resolution_px), ", ".join(photo.reasons) or "good") for photo in report.photos]
     lines = [*intake.refused, *(f"{Path(skipped.path).name}: {skipped.reason}" for skipped in report.skipped)]
@@ -75,7 +75,7 @@ def start_run(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) ->
     """Check everything, move the photos into a new run folder, start the process."""
     from dreambooth_moslora.config import TrainConfig
 
-    photos = visitor.folder / "photos"
+    photos = visitor.photos_dir
     if not any(photos.glob("photo_*")):
         raise UserError("add some photos of your subject first")
     prompts_of(form.token, form.class_word)
@@ -86,7 +86,11 @@ def start_run(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) ->
     run_dir.mkdir(parents=True)
     shutil.copytree(photos, run_dir / "photos")
     form.write_captions(run_dir / "photos")
-    return jobs.start(run_dir.name, config.to_dict(), visitor.id)
+    try:
+        return jobs.start(run_dir.name, config.to_dict(), visitor.id)
+    except UserError:  # somebody was faster
+        shutil.rmtree(run_dir)
+        raise
 
 
 def free_run_dir(jobs: Jobs, form: TrainForm) -> Path:

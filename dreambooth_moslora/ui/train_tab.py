@@ -9,9 +9,11 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.cards import notice
 from dreambooth_moslora.ui.context import AppContext, shown
 from dreambooth_moslora.ui.cost import estimate_cost
+from dreambooth_moslora.ui.facts import prompt_for, summary_of
+from dreambooth_moslora.ui.form import NONE
 from dreambooth_moslora.ui.generate_tab import GenerateTab
 from dreambooth_moslora.ui.jobs import Job, Jobs
-from dreambooth_moslora.ui.photo_uploads import PHOTO_TYPES
+from dreambooth_moslora.ui.photo_uploads import PHOTO_TYPES, take_photos
 from dreambooth_moslora.ui.train_actions import Watch, lend, review_photos, start_run, watch
 from dreambooth_moslora.ui.train_form import PRESETS, TrainForm, prompts_of
 
@@ -162,7 +164,7 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
     def train(photos: list[str] | None, request: gr.Request, **values) -> tuple:
         visitor = ctx.visitors.of(request)
         if photos:
-            review_photos(ctx, photos, visitor)
+            take_photos(photos, visitor.photos_dir)
         job = start_run(ctx, jobs, TrainForm(**values), visitor)
         return gr.Dropdown(choices=_names(jobs, visitor.id), value=job.name), notice(f"The run {job.name} is starting.")
 
@@ -170,7 +172,7 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
     def estimate(photos: list[str] | None, request: gr.Request, **values) -> gr.HTML:
         visitor = ctx.visitors.of(request)
         if photos:
-            review_photos(ctx, photos, visitor)
+            take_photos(photos, visitor.photos_dir)
         return gr.HTML(estimate_cost(ctx, jobs, TrainForm(**values), visitor), visible=True)
 
     inputs = {"photos": parts["photos"], **fields}
@@ -264,8 +266,11 @@ def _connect_use(ctx: AppContext, jobs: Jobs, parts: dict, tabs: gr.Tabs, genera
     def use(run: str | None, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
         job = jobs.owned(run or "", visitor.id)
-        names = ["none", *ctx.shelf.files(visitor)]
-        return gr.Tabs(selected="generate"), gr.Dropdown(choices=names, value=job.name), ""
+        files = ctx.shelf.files(visitor)
+        if job.name not in files:
+            raise UserError(f"the run {job.name} has no adapter yet")
+        prompt = prompt_for(summary_of(files[job.name]))
+        return gr.Tabs(selected="generate"), gr.Dropdown(choices=[NONE, *files], value=job.name), prompt
 
     parts["use"].click(
         use, parts["run"], [tabs, generate.adapters[0], generate.prompt], queue=False, api_visibility="private"

@@ -41,6 +41,11 @@ class Visitor:
     history: deque[Picture] = field(default_factory=lambda: deque(maxlen=HISTORY_LENGTH))
     uploads: dict[str, Path] = field(default_factory=dict)
 
+    @property
+    def photos_dir(self) -> Path:
+        """Clean copies of the photos that were added last."""
+        return self.folder / "photos"
+
     def remember(self, picture: Picture) -> None:
         """Newest first; the file of the oldest goes when the history is full."""
         if len(self.history) == self.history.maxlen:
