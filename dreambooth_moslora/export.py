@@ -25,6 +25,7 @@ from dreambooth_moslora.adapter_file import (
     save_raw,
     write_file,
 )
+from dreambooth_moslora.describe import describe
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.kohya import kohya_header, kohya_tensors
 from dreambooth_moslora.moslora import FoldedLayer, adapter_layers, fold
@@ -40,6 +41,7 @@ __all__ = [
     "FileProof",
     "Proof",
     "adapter_facts",
+    "describe",
     "load_published",
     "load_raw",
     "publish",

@@ -1,0 +1,66 @@
+"""How large the adapter of the full SDXL UNet is: projections and parameters, counted on the structure without weights.
+
+python -m benchmarks.sdxl_structure
+"""
+
+from collections import Counter
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from dreambooth_moslora.moslora import (
+    ATTENTION_PROJECTIONS,
+    MoSLoraConfig,
+    adapter_layers,
+    adapter_parameters,
+    inject,
+    mixer_parameters,
+)
+
+RANKS = (4, 16, 64)
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "cross_attention_dim": 2048,
+}
+
+
+def sdxl_unet() -> UNet2DConditionModel:
+    """The UNet of stable-diffusion-xl-base-1.0 on the meta device: 2.57 G parameters, no memory."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(**SDXL)
+
+
+def count(rank: int) -> dict[str, float]:
+    """Projections, and millions of parameters in A and B, and in the mixers."""
+    unet = inject(sdxl_unet(), MoSLoraConfig(r=rank, lora_alpha=rank, target_modules=list(ATTENTION_PROJECTIONS)))
+    mixers = sum(p.numel() for _, p in mixer_parameters(unet))
+    every = sum(p.numel() for _, p in adapter_parameters(unet))
+    return {"projections": len(adapter_layers(unet)), "a_and_b": (every - mixers) / 1e6, "mixers": mixers / 1e6}
+
+
+def main() -> None:
+    unet = sdxl_unet()
+    print(f"SDXL UNet: {sum(p.numel() for p in unet.parameters()) / 1e9:.2f} G parameters")
+    sizes = Counter(
+        (m.in_features, m.out_features) for n, m in unet.named_modules() if n.endswith(ATTENTION_PROJECTIONS)
+    )
+    for (inputs, outputs), number in sizes.most_common():
+        print(f"{number:>5} projections {inputs:>5} → {outputs}")
+    print(f"{'rank':>5} {'projections':>12} {'A and B':>10} {'mixers':>9}")
+    for rank in RANKS:
+        row = count(rank)
+        print(f"{rank:>5} {row['projections']:>12} {row['a_and_b']:>8.2f} M {row['mixers']:>7.3f} M")
+
+
+if __name__ == "__main__":
+    main()

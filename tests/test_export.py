@@ -1,0 +1,383 @@
+"""Adapter files: raw and back, published and proved, refused when broken; and the mistakes that must not pass."""
+
+import copy
+import json
+import pickle
+import struct
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
+
+from benchmarks.fold_table import BOUND, loaded_by_diffusers, measure, output, small_unet
+from benchmarks.sdxl_structure import count
+from dreambooth_moslora import adapter_file, export, kohya, moslora, proof
+from dreambooth_moslora.adapter_file import public_base_id
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.export import (
+    PUBLISHED_NAME,
+    RAW_NAME,
+    adapter_facts,
+    load_published,
+    load_raw,
+    publish,
+    save_raw,
+)
+from dreambooth_moslora.moslora import (
+    ATTENTION_PROJECTIONS,
+    FoldedLayer,
+    MoSLoraConfig,
+    adapter_layers,
+    adapter_parameters,
+    inject,
+    set_scale,
+)
+from dreambooth_moslora.rank_reduction import reduce_rank
+from tests.test_moslora import shake
+from tests.test_moslora_models import PROJECTIONS
+from tests.tiny import tiny_text_config, tiny_unet
+
+KOHYA = "dog.kohya.safetensors"
+
+
+def text_encoders() -> dict[str, torch.nn.Module]:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(1)
+    return {
+        "text_encoder": CLIPTextModel(tiny_text_config(16, 31)),
+        "text_encoder_2": CLIPTextModelWithProjection(tiny_text_config(32, 31, projection_dim=32)),
+    }
+
+
+def live(with_text: bool = False, **options) -> dict[str, torch.nn.Module]:
+    """Components with a moved adapter. alpha differs from the rank, so that a lost alpha shows."""
+    components = {"unet": tiny_unet()} | (text_encoders() if with_text else {})
+    for name, model in components.items():
+        targets = list(ATTENTION_PROJECTIONS) if name == "unet" else PROJECTIONS
+        inject(model, MoSLoraConfig(**{"r": 4, "lora_alpha": 11, "target_modules": targets} | options))
+        shake(model)
+    return components
+
+
+def facts_of(components: dict, **more) -> export.AdapterFacts:
+    given = {"base_id": "some/base", "trigger_words": ("sks dog",), "class_word": "dog", "resolution_px": 1024}
+    return adapter_facts(components, **given | more)
+
+
+@pytest.fixture(scope="module")
+def dog(tmp_path_factory):
+    """One live adapter on all three components, its raw file and both published files."""
+    folder, components = tmp_path_factory.mktemp("dog"), live(with_text=True)
+    facts = facts_of(components)
+    save_raw(components, folder / RAW_NAME, facts)
+    return folder, components, publish(components, folder, "dog", facts)
+
+
+@pytest.mark.parametrize(
+    ("kind", "variant"),
+    [
+        ("orthogonal", "alpha ≠ r"),
+        ("orthogonal", "rank pattern"),
+        ("identity", "rsLoRA"),
+        ("kaiming", "DoRA"),
+        ("butterfly", "alpha = r"),
+        ("none", "rank pattern"),
+    ],
+)
+def test_an_untouched_diffusers_computes_the_live_output(kind, variant, tmp_path):
+    assert max(measure(kind, variant, tmp_path).values()) <= BOUND
+
+
+def test_the_proof_names_its_files_and_is_near(dog):
+    folder, _, found = dog
+    assert found.files == (PUBLISHED_NAME, KOHYA) and all((folder / f).is_file() for f in found.files)
+    assert 0 < found.max_relative_difference < 1e-6 and found.projections == 112
+    assert json.loads(json.dumps(found.to_dict()))["bound"] == 1e-5
+    assert not list(folder.glob(".*")), "scratch is left behind"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files_keep_their_bound(dtype, tmp_path):
+    components = live()
+    for _, parameter in adapter_parameters(components["unet"]):
+        parameter.data.mul_(0.01 if "up" in _ else 1.0)  # as small as after few steps: fp16 alone would underflow
+    found = publish(components, tmp_path, "dog", facts_of(components), dtype)
+    assert 1e-5 < found.max_relative_difference < proof.BOUNDS[dtype]
+    assert {t.dtype for t in load_file(tmp_path / PUBLISHED_NAME).values()} == {dtype}
+
+
+def test_the_scale_of_the_moment_is_not_published(tmp_path):
+    components = live()
+    wanted = publish(components, tmp_path / "a", "dog", facts_of(components))
+    set_scale(components["unet"], 0.1)
+    publish(components, tmp_path / "b", "dog", facts_of(components))
+    files = [load_file(tmp_path / f / PUBLISHED_NAME) for f in "ab"]
+    assert all(torch.equal(files[0][k], files[1][k]) for k in files[0])
+    assert wanted.max_relative_difference < 1e-6
+    layer = next(iter(adapter_layers(components["unet"]).values()))
+    assert layer.scaling["default"] == pytest.approx(0.1 * 11 / 4)
+
+
+def break_mixer(monkeypatch):
+    monkeypatch.setattr(moslora, "MixedUp", type("Never", (), {}))
+    monkeypatch.setattr(torch.nn.Module, "__getattr__", torch.nn.Module.__getattr__)
+
+    def without_mixer(layer, name):
+        down, up = layer.lora_A[name].weight, layer.lora_B[name].up
+        return FoldedLayer(down.detach().clone(), (layer.scaling[name] * up).detach(), None)
+
+    monkeypatch.setattr(moslora, "fold_layer", without_mixer)
+
+
+def break_alpha(monkeypatch):
+    monkeypatch.setattr(moslora, "nominal_scale", lambda layer, name: 1.0)
+
+
+def break_kohya_alpha(monkeypatch):
+    real = kohya.kohya_tensors
+
+    def wrong(*arguments):
+        return {k: 2 * t if k.endswith(".alpha") else t for k, t in real(*arguments).items()}
+
+    monkeypatch.setattr(export, "kohya_tensors", wrong)
+
+
+def swap(monkeypatch):
+    real = export.published_tensors
+
+    def wrong(*arguments):
+        def other(key):
+            return key.replace(".lora_A.", ".?.").replace(".lora_B.", ".lora_A.").replace(".?.", ".lora_B.")
+
+        return {other(k): t.T.contiguous() for k, t in real(*arguments).items()}
+
+    monkeypatch.setattr(export, "published_tensors", wrong)
+
+
+def skip_a_module(monkeypatch):
+    real = export.published_layers
+
+    def wrong(*arguments):
+        return {c: dict(list(layers.items())[:-1]) for c, layers in real(*arguments).items()}
+
+    monkeypatch.setattr(export, "published_layers", wrong)
+
+
+@pytest.mark.parametrize("mistake", [break_mixer, break_alpha, break_kohya_alpha, swap, skip_a_module])
+def test_a_mistake_in_the_export_is_caught_by_the_proof_and_nothing_is_left(mistake, monkeypatch, tmp_path):
+    components = live()
+    mistake(monkeypatch)
+    with pytest.raises(UserError, match=r"differs from the live adapter by \d|adapts other modules"):
+        publish(components, tmp_path, "dog", facts_of(components))
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_kohya_alpha_is_the_rank_and_every_module_is_there(dog):
+    folder, components, _ = dog
+    tensors = load_file(folder / KOHYA)
+    names = {key.split(".")[0] for key in tensors}
+    assert len(names) == sum(len(adapter_layers(m)) for m in components.values())
+    for name in names:
+        assert tensors[f"{name}.alpha"] == tensors[f"{name}.lora_down.weight"].shape[0] == 4
+    assert "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0" in names
+    assert "lora_te1_text_model_encoder_layers_0_self_attn_q_proj" in names
+    assert "lora_te2_text_model_encoder_layers_0_self_attn_q_proj" in names
+
+
+def test_the_kohya_header_says_what_the_tools_show(dog):
+    with safe_open(dog[0] / KOHYA, "pt") as file:
+        header = file.metadata()
+    assert header["modelspec.title"] == header["ss_output_name"] == "dog"
+    assert header["modelspec.trigger_phrase"] == "sks dog" and header["modelspec.architecture"].endswith("/lora")
+    assert header["ss_network_dim"] == header["ss_network_alpha"] == "4"
+    assert header["modelspec.resolution"] == "1024x1024"
+
+
+def test_no_file_tells_where_it_was_made(dog, tmp_path):
+    components = live()
+    facts = facts_of(components, base_id=tmp_path / "private" / "toy-sdxl")
+    assert facts.base_id == "toy-sdxl"
+    for file in (RAW_NAME, PUBLISHED_NAME, KOHYA):
+        with safe_open(dog[0] / file, "pt") as opened:
+            text = json.dumps(opened.metadata())
+        assert not any(word in text for word in ("/tmp", "/root", "/home", "ss_dataset", "ss_tag", str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [("stabilityai/sdxl-base-1.0", "stabilityai/sdxl-base-1.0"), ("toy", "toy"), ("/data/me/x", "x"), ("./me/x", "x")],
+)
+def test_public_base_id(name, public):
+    assert public_base_id(name) == public
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mixer": "kaiming", "train_mixer": False, "use_rslora": True, "lora_dropout": 0.1},
+        {"use_dora": True, "rank_pattern": {"to_k": 2}, "alpha_pattern": {"attn1.to_q": 3}},
+        {"mixer": "none"},
+    ],
+)
+def test_raw_files_come_back_bit_for_bit(options, tmp_path):
+    components = live(with_text=not options, **options)
+    save_raw(components, tmp_path / RAW_NAME, facts_of(components))
+    again = {"unet": tiny_unet()} | (text_encoders() if not options else {})
+    facts = load_raw(tmp_path / RAW_NAME, again)
+    assert facts.trigger_words == ("sks dog",) and facts.class_word == "dog" and facts.versions["peft"]
+    for name, model in components.items():
+        one, two = model.state_dict(), again[name].state_dict()
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+        pairs = zip(adapter_layers(model).values(), adapter_layers(again[name]).values(), strict=True)
+        assert all(
+            a.scaling == b.scaling and a.r == b.r and a.lora_dropout.keys() == b.lora_dropout.keys() for a, b in pairs
+        )
+        assert [n for n, p in model.named_parameters() if p.requires_grad] == [
+            n for n, p in again[name].named_parameters() if p.requires_grad
+        ]
+
+
+@pytest.mark.parametrize("mixer", ["orthogonal", "none"])
+def test_a_stock_loader_refuses_a_raw_file(mixer, tmp_path):
+    components = live(mixer=mixer)
+    save_raw(components, tmp_path / RAW_NAME, facts_of(components))
+    with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
+        loaded_by_diffusers(tiny_unet(), tmp_path / RAW_NAME)
+
+
+def spoil(folder, how: str):
+    """A broken copy of the raw file."""
+    whole, path = folder / RAW_NAME, folder / f"{how}.safetensors"
+    tensors = load_file(whole)
+    with safe_open(whole, "pt") as file:
+        header = file.metadata()
+    if how == "truncated":
+        path.write_bytes(whole.read_bytes()[:-100])
+    elif how == "pickled":
+        path.write_bytes(pickle.dumps(tensors))
+    elif how == "nan":
+        next(t for k, t in tensors.items() if k.endswith("lora_A"))[0, 0] = float("nan")
+        save_file(tensors, path, header)
+    elif how == "half":
+        save_file({k: t for k, t in tensors.items() if not k.endswith("to_q.mixer")}, path, header)
+    elif how == "headless":
+        save_file(tensors, path)
+    elif how == "published":
+        path.write_bytes((folder / PUBLISHED_NAME).read_bytes())
+    elif how == "empty":
+        path.write_bytes(struct.pack("<Q", 1 << 40))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("truncated", "truncated or no safetensors file"),
+        ("empty", "truncated or no safetensors file"),
+        ("pickled", "can run code"),
+        ("nan", "NaN or infinite values, first in"),
+        ("half", "is not whole"),
+        ("headless", "lost its header"),
+        ("published", "loads with load_lora_weights"),
+        ("absent", "there is no file"),
+    ],
+)
+def test_broken_files_get_one_clear_line(how, said, dog):
+    components = {"unet": tiny_unet()} | text_encoders()
+    with pytest.raises(UserError, match=said) as caught:
+        load_raw(spoil(dog[0], how), components)
+    assert "\n" not in str(caught.value) and not hasattr(components["unet"], "peft_config")
+
+
+def test_another_base_is_named_with_both_sizes(dog):
+    with pytest.raises(UserError, match=r"another base \(some/base\).*to_k of 16×48 \(out×in\), which is 64×64 here"):
+        load_raw(dog[0] / RAW_NAME, {"unet": small_unet()} | text_encoders())
+    with pytest.raises(UserError, match="also adapts text_encoder, text_encoder_2"):
+        load_raw(dog[0] / RAW_NAME, {"unet": tiny_unet()})
+
+
+def test_nan_and_merged_adapters_are_not_saved(tmp_path):
+    components = live()
+    layer = next(iter(adapter_layers(components["unet"]).values()))
+    layer.merge()
+    with pytest.raises(UserError, match="merged into the base"):
+        publish(components, tmp_path, "dog", facts_of(components))
+    layer.unmerge()
+    layer.lora_A["default"].weight.data[0, 0] = float("inf")
+    for action in (save_raw_to, publish_to):
+        with pytest.raises(UserError, match="NaN or infinite"):
+            action(components, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def save_raw_to(components, folder):
+    save_raw(components, folder / RAW_NAME, facts_of(components))
+
+
+def publish_to(components, folder):
+    publish(components, folder, "dog", facts_of(components))
+
+
+def test_an_adapter_that_has_not_learnt_yet_can_be_published(tmp_path):
+    unet = inject(tiny_unet(), MoSLoraConfig(r=4, lora_alpha=4, target_modules=["to_q"]))
+    assert publish({"unet": unet}, tmp_path, "dog", facts_of({"unet": unet})).max_relative_difference == 0
+
+
+def test_rank_reduction_is_the_best_there_is():
+    generator = torch.Generator().manual_seed(0)
+    up, down = torch.randn(20, 8, generator=generator), torch.randn(8, 30, generator=generator)
+    sizes = torch.linalg.svdvals(up @ down)
+    for rank in (1, 3, 8):
+        share = float(sizes[:rank].square().sum() / sizes.square().sum())
+        smaller, _, _ = reduce_rank(FoldedLayer(down, up, None), share - 1e-6)
+        assert len(smaller.down) == rank
+        error = (smaller.up @ smaller.down - up @ down).norm()
+        assert error == pytest.approx(float(sizes[rank:].square().sum().sqrt()), rel=1e-3, abs=1e-4)
+
+
+def test_keep_publishes_smaller_files_that_are_proved_too(tmp_path):
+    components = live()
+    facts = facts_of(components)
+    whole = publish(components, tmp_path / "whole", "dog", facts)
+    smaller = publish(components, tmp_path / "small", "dog", facts, keep=0.8)
+    assert smaller.rank_sum < whole.rank_sum and 0.8 <= smaller.kept < 1 and smaller.max_relative_difference < 1e-6
+    ranks = {t.shape[0] for k, t in load_file(tmp_path / "small" / PUBLISHED_NAME).items() if ".lora_A." in k}
+    assert len(ranks) > 1
+    again = load_published(tmp_path / "small")[1]
+    assert again.rank in ranks and set(again.ranks.values()) | {again.rank} == ranks
+    with pytest.raises(UserError, match=r"keep=1.5"):
+        publish(components, tmp_path / "no", "dog", facts, keep=1.5)
+
+
+def test_published_file_changes_the_pipeline_as_the_adapter_does(dog):
+    """End to end on the UNet: one alpha lost anywhere would show here, without our proof."""
+    folder, components, _ = dog
+    base = tiny_unet().eval()
+    with torch.no_grad():
+        added = {"text_embeds": torch.ones(1, 32), "time_ids": torch.ones(1, 6)}
+        arguments = (torch.ones(1, 4, 8, 8), 10, torch.ones(1, 7, 48))
+        twin = loaded_by_diffusers(copy.deepcopy(base), folder / KOHYA)
+        wanted = components["unet"].eval()(*arguments, added_cond_kwargs=added).sample
+        assert torch.allclose(twin(*arguments, added_cond_kwargs=added).sample, wanted, atol=1e-5)
+        assert not torch.allclose(base(*arguments, added_cond_kwargs=added).sample, wanted, atol=1e-3)
+
+
+def test_the_full_size_sdxl_adapter():
+    found = count(4)
+    assert found["projections"] == 560
+    assert round(found["a_and_b"], 2) == 5.81 and round(found["mixers"], 3) == 0.009
+
+
+def test_a_newer_raw_format_is_refused(tmp_path, dog):
+    tensors = load_file(dog[0] / RAW_NAME) | {"raw_format": torch.tensor([99])}
+    (tmp_path / "new.safetensors").write_bytes(save(tensors, {"moslora": "{}"}))
+    with pytest.raises(UserError, match="newer"):
+        adapter_file.read_raw(tmp_path / "new.safetensors")
+
+
+def test_the_table_measures_an_effect():
+    base = small_unet()
+    assert (output(base) - output(base)).abs().max() == 0
