@@ -27,7 +27,7 @@ from transformers import (
 from dreambooth_moslora.base import resolve_base
 from dreambooth_moslora.errors import UserError
 
-__all__ = ["CLIP", "DINO", "Clip", "Encoders", "load_encoders"]
+__all__ = ["CLIP", "DINO", "Clip", "Encoders", "load_encoders", "public_name"]
 
 CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"
 TOY_DINO = "toy-dino"

@@ -75,7 +75,22 @@ class Evaluation:
         """All scores as plain numbers, rounded: what a training run logs."""
         found = {name: round(float(table.mean()), 4) for name, table in self.tables.items()}
         copies = {"copied": round(self.alarm.share, 4), "copy_alarm": self.alarm.raised}
-        return {**found, **copies, "score": round(self.score, 4)}
+        return {**found, **self.relative(), **copies, "score": round(self.score, 4)}
+
+    def relative(self) -> dict[str, float]:
+        """Scores on their own scales: shares of the base's, of the ceiling (toy world), of the base's own spread.
+
+        pres_gain is PRES above the base's, in standard deviations of the base's pictures.
+        """
+        shares = {
+            "clip_t_of_base": ("clip_t", "clip_t_base"),
+            "dino_of_ceiling": ("dino", "dino_ceiling"),
+            "drift_of_spread": ("drift", "drift_base_spread"),
+        }
+        found = {n: self.mean(a) / self.mean(b) for n, (a, b) in shares.items() if b in self.tables and self.mean(b)}
+        if "pres_base" in self.tables and (deviation := float(self.tables["pres_base"].std())):
+            found["pres_gain"] = (self.mean("pres") - self.mean("pres_base")) / deviation
+        return {name: round(value, 4) for name, value in found.items()}
 
 
 class Evaluator:

@@ -1,0 +1,202 @@
+"""A comparison as files: `results.json`, `table.md` for a README, `report.html`, and the plots as PNG."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+
+from dreambooth_moslora import __version__, compare_plots
+from dreambooth_moslora.compare import result_path
+from dreambooth_moslora.compare_stats import (
+    ArmSummary,
+    Outcome,
+    Result,
+    outcomes,
+    rate_curves,
+    summaries,
+)
+from dreambooth_moslora.encoders import public_name
+from dreambooth_moslora.html_page import figure, page, picture, section, table
+from dreambooth_moslora.intervals import Interval
+from dreambooth_moslora.rundir import atomic_write
+from dreambooth_moslora.study import Study
+
+__all__ = ["finding", "markdown_tables", "write_comparison"]
+
+SCORES = {"dino": "DINO", "clip_t": "CLIP-T", "diversity": "DIV", "pres": "PRES", "drift": "Drift", "score": "Score"}
+RELATIVE = {
+    "dino_of_ceiling": "DINO, share of true renders'",
+    "clip_t_of_base": "CLIP-T, share of the base's",
+    "pres_gain": "PRES above the base's, in its standard deviations",
+    "drift_of_spread": "Drift, share of the base's spread",
+    "copied": "Share of copies",
+}
+DIFFERENCES = ("dino", "clip_t", "pres", "drift", "score")
+
+
+def write_comparison(study: Study, results: Sequence[Result], out: Path) -> str:
+    """Write all files of what is finished so far; returns what was found, in one sentence an arm."""
+    arms, against = summaries(results), outcomes(study, results)
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write(out / "results.json", json.dumps(results_json(study, results, arms, against), indent=1) + "\n")
+    tables = [arm_rows(arms), relative_rows(arms), outcome_rows(against)]
+    atomic_write(out / "table.md", markdown_tables(tables))
+    plots = plots_of(study, results, arms, against)
+    for name, plot in plots.items():
+        plot.savefig(out / f"{name}.png", dpi=110)
+    atomic_write(out / "report.html", report_html(study, results, out, tables, plots, against))
+    return finding(study, against)
+
+
+def results_json(study: Study, results, arms: Sequence[ArmSummary], against: Sequence[Outcome]) -> dict:
+    """Settings without paths, every cell, every arm, every difference."""
+    protocol, hidden = study.protocol, {"pretrained_model_name_or_path", "cache_dir", "output_dir", "class_data_dir"}
+    return {
+        "format": 1,
+        "version": __version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "study": {
+            "subjects": [s.name for s in study.subjects],
+            "tuning_subjects": [s.name for s in study.tuning_subjects],
+            "seeds": study.seeds,
+            "ranks": study.ranks,
+            "learning_rates": study.learning_rates,
+            "budget": study.budget,
+            "reference": study.reference,
+            "tie": study.tie,
+            "evaluation": {
+                **asdict(study.protocol),
+                "clip": public_name(protocol.clip),
+                "dino": public_name(protocol.dino),
+            },
+            "train": {name: value for name, value in study.train.items() if name not in hidden},
+            "arms": study.arms,
+        },
+        "arms": [asdict(arm) for arm in arms],
+        "against_reference": [asdict(outcome) for outcome in against],
+        "cells": [{**asdict(r.cell), "scores": r.scores, "cost": r.cost} for r in results],
+    }
+
+
+def span(interval: Interval, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    return f"{interval.mean:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
+
+
+def arm_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: scores with intervals over subjects and seeds, and what the arm costs."""
+    header = ["Arm", "Rank", "Parameters", "Learning rate", *SCORES.values(), "ms a step", "GiB"]
+    rows = [
+        [
+            arm.arm,
+            f"{arm.rank}" if arm.cost["rank"] == arm.rank else f"{arm.rank} ({arm.cost['rank']:.0f})",
+            f"{arm.cost['parameters']:,.0f}",
+            f"{arm.learning_rate:g}",
+            *(span(arm.scores[name]) if name in arm.scores else "" for name in SCORES),
+            f"{1000 * arm.cost['step_sec']:.0f}",
+            f"{arm.cost['memory_gib']:.2f}",
+        ]
+        for arm in sorted(arms, key=lambda a: a.rank)
+    ]
+    return header, rows
+
+
+def relative_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: the scores on their own scales, as far as they were measured."""
+    names = [name for name in RELATIVE if any(name in arm.scores for arm in arms)]
+    rows = [
+        [arm.arm, str(arm.rank), *(span(arm.scores[name]) if name in arm.scores else "" for name in names)]
+        for arm in sorted(arms, key=lambda a: a.rank)
+    ]
+    return ["Arm", "Rank", *(RELATIVE[name] for name in names)], rows
+
+
+def outcome_rows(against: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: paired differences, and win/tie/loss in % by subject and by prompt."""
+    header = ["Arm", "Rank", *(f"Δ {SCORES[name]}" for name in DIFFERENCES), "Subject W/T/L %", "Prompt W/T/L %"]
+    rows = [
+        [
+            o.arm,
+            str(o.rank),
+            *(span(o.differences[name], signed=True) if name in o.differences else "" for name in DIFFERENCES),
+            *(" / ".join(f"{100 * share:.0f}" for share in o.wins[name]) for name in ("dino", "clip_t")),
+        ]
+        for o in sorted(against, key=lambda o: o.rank)
+    ]
+    return header, rows
+
+
+def markdown_tables(tables: Sequence[tuple[list[str], list[list[str]]]]) -> str:
+    parts = []
+    for header, rows in tables:
+        lines = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows]]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def finding(study: Study, against: Sequence[Outcome]) -> str:
+    """What the differences in score say, without adjectives: an interval excludes zero, or it does not."""
+    if not against:
+        return f"nothing to compare yet: {study.reference} and one other arm must be complete."
+    lines = []
+    for outcome in against:
+        change = outcome.differences["score"]
+        verdict = "better" if change.low > 0 else "worse" if change.high < 0 else "no difference shown"
+        lines.append(f"{outcome.arm} r{outcome.rank} against {study.reference}: score {span(change, True)}, {verdict}")
+    count = len(against)
+    lines.append(f"{count} comparisons at 95 %: about {0.05 * count:.1f} of them would exclude zero by chance alone.")
+    return "\n".join(lines)
+
+
+def plots_of(study: Study, results, arms: Sequence[ArmSummary], against: Sequence[Outcome]) -> dict:
+    plots = {}
+    if against:
+        plots["differences"] = compare_plots.difference_plot(against, study.reference)
+        plots["wins"] = compare_plots.win_plot(against, study.reference)
+    if arms:
+        plots["trade_off"] = compare_plots.trade_off_plot(arms)
+    if curves := rate_curves(results):
+        plots["learning_rates"] = compare_plots.rate_plot(curves)
+    return plots
+
+
+def report_html(study: Study, results, out: Path, tables, plots: dict, against: Sequence[Outcome]) -> str:
+    arms, relative, differences = tables
+    parts = [
+        f'<p class="faint">{escape(protocol_line(study, results))}</p>',
+        section("What was found", *(f"<p>{escape(line)}</p>" for line in finding(study, against).splitlines())),
+        section("Arms", table(*arms), "<p class='faint'>Means over subjects and seeds, 95 % intervals.</p>"),
+        section("On their own scales", table(*relative)),
+        section(f"Against {study.reference}, pair by pair", table(*differences)),
+        *(section(name.replace("_", " ").capitalize(), figure(plot, name)) for name, plot in plots.items()),
+        section("Pictures", *strips(study, results, out)),
+    ]
+    return page("Comparison of adapters", parts)
+
+
+def protocol_line(study: Study, results: Sequence[Result]) -> str:
+    protocol = study.protocol
+    return (
+        f"{len(results)} trainings: {len(study.subjects)} subjects × {len(study.seeds)} seeds × ranks "
+        f"{', '.join(map(str, study.ranks))}; learning rate chosen for each arm and rank out of "
+        f"{', '.join(f'{rate:g}' for rate in study.learning_rates)} on {len(study.tuning_subjects)} other subjects; "
+        f"equal {study.budget}, steps, data order and noise; {protocol.num_prompts} prompts × "
+        f"{protocol.images_per_prompt} pictures."
+    )
+
+
+def strips(study: Study, results: Sequence[Result], out: Path) -> list[str]:
+    """The pictures of every arm for each subject at the first seed."""
+    parts = []
+    tested = [r.cell for r in results if r.cell.stage == "test" and r.cell.seed == study.seeds[0]]
+    for subject in study.subjects:
+        for cell in sorted((c for c in tested if c.subject == subject.name), key=lambda c: c.rank):
+            path = result_path(study, cell, out).with_suffix(".jpg")
+            if path.is_file():
+                title = f"{cell.subject}: {cell.arm}, rank {cell.rank}"
+                parts.append(f"<p class='faint'>{escape(title)}</p>{picture(Image.open(path), title, side_px=1024)}")
+    return parts

@@ -1,0 +1,116 @@
+"""A whole small study on the tiny base: trained, scored, reported, resumed."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from dreambooth_moslora.compare import budget_ranks, count_parameters, nearest_rank, projections, run_study
+from dreambooth_moslora.compare_report import write_comparison
+from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.study import Protocol, Study, StudySubject
+from tests.tiny_encoders import save_tiny_encoders
+from tests.tiny_training import paint_photos
+
+PROTOCOL = {"num_prompts": 2, "images_per_prompt": 1, "class_images": 1, "unrelated": 1, "inference_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def study(tiny_base, tmp_path_factory):
+    home = tmp_path_factory.mktemp("study")
+    clip, dino = save_tiny_encoders(home / "encoders")
+    subjects = {name: StudySubject(str(paint_photos(home / name)), "a photo of sks dog") for name in ("test", "tune")}
+    train = {"pretrained_model_name_or_path": str(tiny_base), "resolution": 64, "max_train_steps": 2}
+    return Study(
+        (subjects["test"],),
+        {"lora": {"mixer": "none"}, "mix": {"mixer": "orthogonal"}},
+        {**train, "train_batch_size": 1},
+        (subjects["tune"],),
+        seeds=(0,),
+        learning_rates=(1e-3, 1e-2),
+        protocol=Protocol(**PROTOCOL, clip=str(clip), dino=str(dino)),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(study, tmp_path_factory):
+    out, seen = tmp_path_factory.mktemp("out"), []
+    return out, run_study(study, out, 1, seen.append), seen
+
+
+def test_every_cell_is_trained_scored_and_costed(finished):
+    out, results, seen = finished
+    assert [p.error for p in seen] == [""] * 6 and [p.done for p in seen] == [1, 2, 3, 4, 1, 2]
+    assert len(results) == 6 and not any((out / "work").iterdir())
+    for result in results:
+        assert {"score", "dino", "clip_t", "pres", "drift"} <= result.scores.keys()
+        assert result.cost["step_sec"] > 0 and result.cost["parameters"] > 0
+        assert len(result.pictures["dino"]) == 2
+
+
+def test_it_goes_on_where_it_stopped(study, finished):
+    out, results, _ = finished
+    stamps = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
+    seen = []
+    assert run_study(study, out, 1, seen.append) == results and not seen
+    victim = next((out / "cells").glob("test-mix-*.json"))
+    victim.unlink()
+    again = run_study(study, out, 1, seen.append)
+    assert [p.cell.arm for p in seen] == ["mix"] and [p.done for p in seen] == [2]
+    assert [r.scores for r in again] == [r.scores for r in results]  # the same seed gives the same scores
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items() if path.stem != victim.stem)
+
+
+def test_the_report_is_one_file_without_network_or_paths(study, finished):
+    out, results, _ = finished
+    line = write_comparison(study, results, out)
+    assert "mix r4 against lora" in line
+    html, facts = (out / "report.html").read_text(), json.loads((out / "results.json").read_text())
+    assert not re.search(r"""(src|href)=["'](?!data:)""", html) and not re.search("https?:", html)
+    assert html.count("data:image/png") == 4 and html.count("data:image/jpeg") == 2
+    assert len(facts["cells"]) == 6 and facts["against_reference"][0]["arm"] == "mix"
+    for text in (html, json.dumps(facts)):
+        assert str(out.parent) not in text
+    assert (out / "table.md").read_text().startswith("| Arm | Rank |")
+
+
+def test_a_cell_that_fails_is_told_and_does_not_stop_the_others(study, tmp_path):
+    broken = replace(
+        study,
+        arms={"lora": {"mixer": "none"}, "odd": {"mixer": "butterfly"}},
+        ranks=(3,),
+        learning_rates=(1e-3,),
+        budget="rank",
+    )
+    seen = []
+    results = run_study(broken, tmp_path, 1, seen.append)
+    assert [r.cell.arm for r in results] == ["lora"]
+    assert [bool(p.error) for p in seen] == [False, True] and "even rank" in seen[1].error
+
+
+def test_equal_budget_means_the_nearest_number_of_parameters(study):
+    study = replace(study, arms={**study.arms, "frozen": {"mixer": "orthogonal", "train_mixer": False}}, ranks=(2, 16))
+    ranks = budget_ranks(study)
+    assert ranks["lora", 16] == ranks["frozen", 16] == 16 and ranks["mix", 16] < 16
+
+    def config(arm: str, rank: int) -> TrainConfig:
+        return TrainConfig.from_dict({**study.train, **study.arms[arm], "rank": rank})
+
+    widths = projections(config("lora", 16))
+    budget = count_parameters(widths, config("lora", 16), 16)
+    chosen = nearest_rank(config("mix", 16), 16)
+    gaps = {r: abs(count_parameters(widths, config("mix", 16), r) - budget) for r in range(1, 17)}
+    assert gaps[chosen] == min(gaps.values())
+
+
+def test_the_counted_parameters_are_those_that_are_trained(study, tiny_base):
+    from dreambooth_moslora.base import load_pipeline
+    from dreambooth_moslora.moslora import MoSLoraConfig, adapter_parameters, inject
+
+    for settings in ({"mixer": "orthogonal"}, {"mixer": "none"}, {"mixer": "identity", "train_mixer": False}):
+        config = TrainConfig.from_dict({**study.train, **settings, "rank": 4})
+        unet = load_pipeline(tiny_base).unet
+        inject(unet, MoSLoraConfig(r=4, lora_alpha=4, target_modules=list(config.target_modules), **settings))
+        real = sum(p.numel() for _, p in adapter_parameters(unet))
+        assert count_parameters(projections(config), config, 4) == real

@@ -1,0 +1,102 @@
+"""Scores while training: the best step is kept and named, and stopping early happens only when asked for."""
+
+import logging
+import re
+
+import pytest
+
+from dreambooth_moslora.best_step import BestStep, best_of
+from dreambooth_moslora.cli import main
+from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.pipeline import SubjectPipeline
+from dreambooth_moslora.rundir import RunDir
+from dreambooth_moslora.trainer import train
+from dreambooth_moslora.training_evaluator import TrainingEvaluator
+from tests.tiny_encoders import save_tiny_encoders, tiny_encoders
+from tests.tiny_training import adapter_sha256, paint_photos, tiny_config
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    return tiny_encoders(tmp_path_factory.mktemp("encoders"))
+
+
+def quick(config: TrainConfig, encoders) -> TrainingEvaluator:
+    evaluator = TrainingEvaluator(config, encoders)
+    evaluator.plan = evaluator.plan.smaller(2, 1, 1, 1, inference_steps=2)
+    return evaluator
+
+
+@pytest.fixture(scope="module")
+def run(tiny_base, encoders, tmp_path_factory):
+    home = tmp_path_factory.mktemp("run")
+    config = tiny_config(tiny_base, paint_photos(home / "photos"), home / "dog", max_train_steps=4, evaluate_steps=1)
+    train(config, evaluator=quick(config, encoders))
+    return config, RunDir(home / "dog")
+
+
+def test_every_evaluation_is_logged_with_its_scores_and_cost(run):
+    events = [event for event in run[1].read_metrics() if event["type"] == "evaluation"]
+    assert [event["step"] for event in events] == [1, 2, 3, 4]
+    for event in events:
+        assert {"dino", "clip_i", "clip_t", "pres", "drift", "copied", "score"} <= event.keys()
+        assert event["cost"]["pictures"] == 2 * (2 + 1 + 1) and event["cost"]["seconds"] > 0
+
+
+def test_the_best_step_is_kept_loadable_and_named_in_the_card(run, tiny_base):
+    events = [event for event in run[1].read_metrics() if event["type"] == "evaluation"]
+    best = max(events, key=lambda event: (event["score"], -event["step"]))
+    assert events[-1]["best"]["step"] == best["step"]
+    assert f"Best step: {best['step']}, score {best['score']:.3f}" in run[1].card_path.read_text()
+    assert SubjectPipeline.from_base(tiny_base).load_adapter(run[1].best_dir) == "best"
+
+
+def test_evaluating_does_not_change_what_is_learnt(run, tmp_path):
+    config = TrainConfig.from_dict({**run[0].to_dict(), "output_dir": str(tmp_path / "dog"), "evaluate_steps": None})
+    train(config)
+    assert adapter_sha256(tmp_path / "dog") == adapter_sha256(run[1].path)
+
+
+def test_a_resumed_run_remembers_the_best_step(run, tiny_base, encoders):
+    evaluator = quick(run[0], encoders)
+    events = [event for event in run[1].read_metrics() if event["type"] == "evaluation"]
+    assert evaluator._earlier(3) == [(event["step"], event["score"]) for event in events[:2]]
+
+
+def test_early_stopping_stops_only_when_asked_and_says_so(tiny_base, encoders, tmp_path, caplog):
+    photos = paint_photos(tmp_path / "photos")
+    stubborn = {"max_train_steps": 8, "evaluate_steps": 1, "learning_rate": 0.0}  # nothing ever gets better
+    for name, patience, last in (("free", None, 8), ("early", 2, 3)):
+        config = tiny_config(tiny_base, photos, tmp_path / name, early_stopping=patience, **stubborn)
+        with caplog.at_level(logging.WARNING):
+            assert train(config, evaluator=quick(config, encoders)).step == last
+        assert "the score has not risen" in caplog.text
+        assert ("stopping early" in caplog.text) == bool(patience)
+    with pytest.raises(UserError, match="--early_stopping needs --evaluate_steps"):
+        TrainConfig(early_stopping=2)
+
+
+def test_the_best_of_equal_scores_is_the_first():
+    assert best_of([(1, 0.5), (2, 0.7), (3, 0.7), (4, 0.1)]) == BestStep(2, 0.7, since=2)
+
+
+def test_the_evaluate_command_leaves_a_report_beside_the_run(run, tmp_path, capsys):
+    clip, dino = save_tiny_encoders(tmp_path)
+    few = ["--num_prompts", "2", "--images-per-prompt", "2", "--class_images", "1", "--inference_steps", "2"]
+    assert main(["evaluate", str(run[1].path), "--clip", str(clip), "--dino", str(dino), *few]) == 0
+    html = (run[1].path / "evaluation" / "report.html").read_text()
+    scores = (run[1].path / "evaluation" / "scores.json").read_text()
+    assert not re.search("https?:", html) and html.count("data:image/jpeg") == 3 + 2 * 4 + 2 + 2 * 1 + 2 * 12
+    for text in (html, scores):
+        assert str(run[1].path.parent) not in text
+    assert "dino " in capsys.readouterr().out
+
+
+def test_the_evaluate_command_asks_for_what_the_file_does_not_say(tmp_path, tiny_base, capsys):
+    from dreambooth_moslora.base import load_pipeline
+    from tests.tiny_adapters import save_diffusers_lora
+
+    file = save_diffusers_lora(load_pipeline(tiny_base).unet, tmp_path)
+    assert main(["evaluate", str(file)]) == 2
+    assert "give --base" in capsys.readouterr().err
