@@ -1,0 +1,233 @@
+"""The programs as a person starts them: exit codes, one line for a mistake, stopping, and the preview."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dreambooth_moslora.cli import COMMANDS, command, exit_code, main, train_main
+from dreambooth_moslora.rundir import RunDir
+from tests.odd_photos import picture
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "train_dreambooth.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+STOPPER = """
+import os, time
+from dreambooth_moslora.stopping import StopRequest
+with StopRequest() as stop:
+    print("ready", flush=True)
+    while not stop():
+        time.sleep(0.01)
+    print("saving", flush=True)
+    time.sleep(60 if "HANG" in os.environ else 0.3)
+print("saved", flush=True)
+"""
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(3):
+        picture().rotate(90 * number, expand=True).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--rnak", "3"], []])
+def test_help_and_mistakes_import_no_torch(words):
+    code = (
+        "import sys; from dreambooth_moslora.cli import train_main\ntry: train_main(sys.argv[1:])\nexcept SystemExit: 0"
+    )
+    code += "\nfor name in ('torch', 'diffusers', 'numpy', 'PIL'): assert name not in sys.modules, name"
+    done = subprocess.run([sys.executable, "-c", code, *words], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_describes_every_flag():
+    done = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0
+    for flag in ("--instance_data_dir", "--snr_gamma", "--mixer", "--dry_run", "--config"):
+        assert flag in done.stdout
+
+
+def test_the_overview_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out and command(name).HELP in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("run", "words", "says"),
+    [
+        (main, ["chekc"], "unknown command chekc"),
+        (main, ["check"], "the following arguments are required"),
+        (train_main, ["--rank", "0"], "missing: --pretrained_model_name_or_path"),
+        (train_main, ["--trian"], "unknown flag --trian"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(run, words, says, capsys):
+    assert run(words) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ZeroDivisionError("ours"), 1, "Traceback"),
+        (OSError(28, "No space left on device", "a.bin"), 2, "the disk is full"),
+        (PermissionError(13, "no", "/root/x"), 2, "permission denied"),
+    ],
+)
+def test_ends_have_their_codes(error, code, says, capsys):
+    assert exit_code(lambda: fail(error)) == code
+    assert says in capsys.readouterr().err
+
+
+def start_stopper(**extra):
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPER], env={**ENVIRONMENT, **extra}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"ready\n"
+    return process
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGTERM] * 4])
+def test_signals_ask_and_never_tear(signals):
+    process = start_stopper()
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.05)
+    out, err = process.communicate()
+    assert out == b"saving\nsaved\n" and process.returncode == 0
+    assert b"stopping after this step" in err
+
+
+def test_a_third_ctrl_c_leaves_at_once():
+    process = start_stopper(HANG="1")
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    assert process.wait(timeout=20) == 130
+
+
+def test_two_ctrl_c_during_training_leave_a_checkpoint_and_an_adapter(photos, tiny_base, tmp_path):
+    from safetensors import safe_open
+
+    run = RunDir(tmp_path / "run")
+    words = ["--pretrained_model_name_or_path", tiny_base, "--instance_data_dir", photos, "--output_dir", run.path]
+    words += ["--instance_prompt", "a photo of sks toy", "--resolution", "64", "--train_batch_size", "1"]
+    words += ["--max_train_steps", "100000", "--num_validation_images", "0", "--report_to", "none", "--seed", "1"]
+    process = subprocess.Popen([sys.executable, SCRIPT, *map(str, words)], env=ENVIRONMENT, stderr=subprocess.PIPE)
+    while not any(event["type"] == "step" for event in run.read_metrics()):
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.1)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    error = process.communicate()[1].decode()
+    assert process.returncode == 130 and "stopped at step" in error and "Traceback" not in error
+    (checkpoint,) = run.checkpoints()
+    with safe_open(run.adapter_path, "pt") as file:
+        assert file.keys()
+    assert run.read_metrics()[-1]["state"] == "interrupted"
+    assert f"stopped at step {checkpoint.name.removeprefix('checkpoint-')}" in error
+
+
+def test_a_bug_ends_with_1_and_its_traceback_in_the_log(photos, tmp_path, monkeypatch, capsys):
+    from dreambooth_moslora import trainer
+
+    monkeypatch.setattr(trainer, "make_accelerator", lambda *_: fail(ZeroDivisionError("unforeseen")))
+    words = ["--pretrained_model_name_or_path", "toy", "--instance_data_dir", str(photos), "--instance_prompt", "x"]
+    assert train_main([*words, "--output_dir", str(tmp_path / "run")]) == 1
+    assert "unforeseen" in (tmp_path / "run" / "train.log").read_text()
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_dry_run_prints_settings_photos_steps_and_cost_and_does_nothing(photos, tiny_base, tmp_path, capsys):
+    from diffusers import UNet2DConditionModel
+
+    (photos / "notes.md").write_text("x")
+    words = ["--pretrained_model_name_or_path", tiny_base, "--instance_data_dir", photos, "--resolution", "64"]
+    words += ["--instance_prompt", "a photo of sks toy", "--repeats", "4", "--train_batch_size", "2", "--rank", "3"]
+    words += ["--gradient_accumulation_steps", "2", "--num_train_epochs", "5", "--output_dir", tmp_path / "run"]
+    assert train_main([*map(str, words), "--dry_run", "--class_prompt", "a toy"]) == 0
+    out = capsys.readouterr().out
+    assert "rank = 3  # set" in out and 'mixer = "orthogonal"\n' in out
+    assert "0.png  128 x 96" in out and "left out: notes.md" in out
+    assert "3 photos × 4 repeats, 4 a step: 3 steps an epoch; 15 steps = 5.0 epochs" in out
+    assert "each photo is seen about 20 times" in out
+    assert "have no effect without --with_prior_preservation" in out
+    unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
+    ends = ("to_q", "to_k", "to_v", "to_out.0")
+    layers = [m for name, m in unet.named_modules() if name.endswith(ends)]
+    expected = sum(3 * (m.in_features + m.out_features) + 9 for m in layers)
+    assert f"{expected:,} parameters on {len(layers)} projections" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_arithmetic_is_that_of_the_trainer():
+    from dreambooth_moslora.config import TrainConfig
+    from dreambooth_moslora.startup import steps_per_epoch
+    from dreambooth_moslora.steps import plan_steps
+
+    for batch, accumulation, repeats, prior, processes in [(4, 1, 1, False, 1), (2, 3, 5, True, 2), (1, 4, 2, True, 1)]:
+        config = TrainConfig(
+            train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            repeats=repeats,
+            with_prior_preservation=prior,
+            class_prompt="a dog",
+            num_class_images=37,
+        )
+        assert plan_steps(config, 7, processes).steps_an_epoch == steps_per_epoch(config, 7, processes)
+
+
+def test_doctor_reads_versions_machine_and_the_vae(tiny_base, capsys):
+    assert main(["doctor", "--base", str(tiny_base), "--size", "32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["problems"] == [] and {"torch", "peft", "device", "VAE in bfloat16"} <= found["facts"].keys()
+    assert found["facts"]["VAE in float16"].startswith("off by")
+
+
+def test_doctor_names_bad_pairs_and_missing_libraries():
+    from dreambooth_moslora.versions import RANGES, bad_pairs, installed_versions, out_of_range
+
+    mine = installed_versions(tuple(RANGES))
+    assert bad_pairs(mine) == [] and out_of_range(mine) == []
+    (line,) = bad_pairs({**mine, "transformers": "5.24.1"})
+    assert "transformers 5.24.1 needs peft 0.22" in line
+    assert bad_pairs({**mine, "transformers": "5.24.0", "peft": "0.22.0"}) == []
+    assert "peft is missing" in out_of_range({**mine, "peft": None})[0]
+    assert "torch 2.3.1+cpu was not tried" in out_of_range({**mine, "torch": "2.3.1+cpu"})[0]
+
+
+def test_the_ranges_are_those_of_the_requirements():
+    from dreambooth_moslora.versions import RANGES
+
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert {f"{name}>={first},<{end}" for name, (first, end) in RANGES.items()} <= set(lines)
+
+
+def test_a_vae_that_overflows_is_found(tiny_base):
+    import torch
+
+    from dreambooth_moslora.vae_probe import load_vae_alone, probe_vae
+
+    vae = load_vae_alone(tiny_base)
+    with torch.no_grad():
+        vae.decoder.conv_in.weight.mul_(1e6)
+    (half,) = probe_vae(vae, [torch.float16], [], 32, torch.device("cpu"))
+    assert not half.finite
+    assert vae.dtype == torch.float32
