@@ -7,6 +7,7 @@ is cached). Every image, class images too, carries its own size and crop conditi
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,11 +19,14 @@ from torch import Tensor
 
 from dreambooth_moslora import base
 from dreambooth_moslora.base import TextCond
-from dreambooth_moslora.cache import TensorCache, content_key, file_digest, fingerprint
+from dreambooth_moslora.cache import TensorCache, Tensors, content_key, file_digest, fingerprint
 from dreambooth_moslora.photos import CropPlan, Photo, apply_crop, open_mask, open_rgb, plan_crop
 from dreambooth_moslora.seeding import place_of, rng
 
 __all__ = ["CropRule", "EncodedView", "PhotoEncoder", "PhotoStream", "TextBook", "TrainBatch", "collate"]
+
+Cut = tuple[Image.Image, Image.Image | None]
+"""A crop and its mask."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,13 @@ class TrainBatch:
 class PhotoEncoder:
     """Cut and encode photos once each: the VAE is asked only for what the cache does not hold."""
 
-    def __init__(self, vae: AutoencoderKL, cache: TensorCache | None, rule: CropRule):
+    def __init__(self, vae: AutoencoderKL, cache: TensorCache | None, rule: CropRule, readers: int = 0):
+        """`readers` threads open and cut photos ahead of their turn, where nothing is cached."""
         self.vae, self.cache, self.rule = vae, cache, rule
         self.vae_identity = fingerprint(vae)
         self._digests: dict[object, str] = {}
+        self._readers = ThreadPoolExecutor(readers) if readers and cache is None else None
+        self._reading: dict[tuple[Photo, CropPlan], Future[Cut]] = {}
 
     def encode(self, photo: Photo, plan: CropPlan) -> EncodedView:
         tensors = (
@@ -103,14 +110,21 @@ class PhotoEncoder:
             self._digests[path] = file_digest(path)
         return self._digests[path]
 
-    def _compute(self, photo: Photo, plan: CropPlan) -> dict[str, Tensor]:
-        image = apply_crop(open_rgb(photo), plan, self.rule.interpolation)
+    def read_ahead(self, photo: Photo, plan: CropPlan) -> None:
+        if self._readers is not None and (photo, plan) not in self._reading:
+            self._reading[photo, plan] = self._readers.submit(read_cut, photo, plan, self.rule.interpolation)
+
+    def _compute(self, photo: Photo, plan: CropPlan) -> Tensors:
+        reading = self._reading.pop((photo, plan), None)
+        image, mask = reading.result() if reading else read_cut(photo, plan, self.rule.interpolation)
         latents = base.encode_image(self.vae, pixels_of(image)[None])[0].cpu()
-        mask = open_mask(photo)
-        if mask is None:
-            return {"latents": latents}
-        cut = apply_crop(mask, plan, "bilinear")
-        return {"latents": latents, "mask": latent_mask(cut, latents.shape[-2:])}
+        return {"latents": latents} if mask is None else {"latents": latents, "mask": latent_mask(mask, latents)}
+
+
+def read_cut(photo: Photo, plan: CropPlan, interpolation: str) -> Cut:
+    """The photo's crop and its mask's, as pictures of the target size."""
+    image, mask = apply_crop(open_rgb(photo), plan, interpolation), open_mask(photo)
+    return image, None if mask is None else apply_crop(mask, plan, "bilinear")
 
 
 def pixels_of(image: Image.Image) -> Tensor:
@@ -118,10 +132,10 @@ def pixels_of(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
-def latent_mask(mask: Image.Image, size: tuple[int, int]) -> Tensor:
+def latent_mask(mask: Image.Image, latents: Tensor) -> Tensor:
     """Grey picture -> (1, h, w) in [0, 1], averaged to the latents' size; all ones when the crop missed the subject."""
     grey = torch.from_numpy(np.array(mask, dtype=np.float32))[None, None] / 255
-    small = F.adaptive_avg_pool2d(grey, size)[0]
+    small = F.adaptive_avg_pool2d(grey, latents.shape[-2:])[0]
     return small if small.max() > 0 else torch.ones_like(small)
 
 
@@ -137,10 +151,17 @@ class PhotoStream:
 
     def at(self, position: int) -> tuple[EncodedView, str]:
         """The view and the caption of the exposure at `position` >= 0."""
+        photo, plan = self._exposure(position)
+        return self.encoder.encode(photo, plan), photo.caption
+
+    def read_ahead(self, position: int) -> None:
+        """Begin to read what `at` will be asked for soon."""
+        self.encoder.read_ahead(*self._exposure(position))
+
+    def _exposure(self, position: int) -> tuple[Photo, CropPlan]:
         epoch, slot = place_of(position, len(self), self.seed, self.name)
         crops = self.encoder.rule.crops_per_photo
-        photo = self.photos[slot // self.repeats]
-        return self.encoder.encode(photo, self._plan(slot, epoch if crops is None else epoch % crops)), photo.caption
+        return self.photos[slot // self.repeats], self._plan(slot, epoch if crops is None else epoch % crops)
 
     def view_count(self) -> int:
         """Different views that can be encoded ahead; 0 when each epoch cuts anew."""

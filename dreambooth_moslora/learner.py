@@ -88,7 +88,7 @@ class Learner:
     def micro_loss(self, micro: int) -> LossParts:
         """The loss of micro-batch number `micro` of the run."""
         config, schedule, device = self.config, self.materials.schedule, self.accelerator.device
-        batch = self.materials.batch_at(micro, config.train_batch_size)
+        batch = self.materials.batch_at(micro, config.train_batch_size, micro + self.accelerator.num_processes)
         if self._base_is_prior:
             batch = batch.with_base_as_prior(config.class_prompt)
         batch = batch.to(device)

@@ -49,11 +49,16 @@ class Materials:
     words: TextBook
     dtype: torch.dtype
 
-    def batch_at(self, micro: int, size: int) -> TrainBatch:
-        """Micro-batch number `micro` of the run: `size` instance images, and as many class images if there are any."""
+    def batch_at(self, micro: int, size: int, next_micro: int) -> TrainBatch:
+        """Micro-batch number `micro` of the run: `size` instance images, and as many class images if there are any.
+
+        `next_micro` is the one that this process will ask for next.
+        """
         streams = [self.instance] if self.prior is None else [self.instance, self.prior]
-        positions = range(micro * size, (micro + 1) * size)
-        exposures = [stream.at(position) for stream in streams for position in positions]
+        exposures = [s.at(position) for s in streams for position in range(micro * size, (micro + 1) * size)]
+        for stream in streams:
+            for position in range(next_micro * size, (next_micro + 1) * size):
+                stream.read_ahead(position)
         return collate(exposures, [number >= size for number in range(len(exposures))])
 
 
@@ -75,7 +80,9 @@ def prepare(
     class_photos = []
     if uses_class_images(config):
         class_photos = make_class_images(config, pipeline, accelerator, run_dir, report, should_stop)
-    encoder = PhotoEncoder(pipeline.vae.to(accelerator.device), cache_of(config), crop_rule(config))
+    encoder = PhotoEncoder(
+        pipeline.vae.to(accelerator.device), cache_of(config), crop_rule(config), config.dataloader_num_workers
+    )
     instance = PhotoStream(photos, encoder, config.seed, "instance", config.repeats)
     prior = PhotoStream(class_photos, encoder, config.seed, "prior") if class_photos else None
     words = text_book(config, pipeline, accelerator.device)

@@ -8,6 +8,7 @@ from random import SystemRandom
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
@@ -34,6 +35,7 @@ def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
     clean_stale(run_dir.path)
     folders = ProjectConfiguration(str(run_dir.path), str(run_dir.path / config.logging_dir))
     tracker = None if config.report_to in (None, "none") else config.report_to
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     try:
         return Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_config=folders)
     except ValueError as error:

@@ -143,6 +143,11 @@ def test_the_loss_falls_on_one_photo(tiny_base, tmp_path):
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
+def test_readers_ahead_change_nothing(run):
+    options = {"caching": "off", "random_flip": True, "max_train_steps": 3}
+    assert run("a", **options)[1] == run("b", dataloader_num_workers=2, **options)[1]
+
+
 SAME = {
     "gradient checkpointing": {"gradient_checkpointing": True},
     "disk cache": {"caching": "disk"},
