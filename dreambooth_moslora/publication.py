@@ -112,6 +112,7 @@ def write_contact_sheet(run_dir: RunDir, photos: list[Photo], album: Album, cont
 
 
 def write_loss_plot(run_dir: RunDir) -> None:
-    steps = [event for event in run_dir.read_metrics() if event["type"] == "step"]
+    events = run_dir.read_metrics()
+    steps, scored = ([event for event in events if event["type"] == kind] for kind in ("step", "evaluation"))
     if steps:
-        draw_loss_plot(steps, run_dir.path / LOSS_PLOT)
+        draw_loss_plot(steps, run_dir.path / LOSS_PLOT, scored)

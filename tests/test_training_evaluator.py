@@ -4,6 +4,7 @@ import logging
 import re
 
 import pytest
+from PIL import Image
 
 from dreambooth_moslora.best_step import BestStep, best_of
 from dreambooth_moslora.cli import main
@@ -49,6 +50,8 @@ def test_the_best_step_is_kept_loadable_and_named_in_the_card(run, tiny_base):
     best = max(events, key=lambda event: (event["score"], -event["step"]))
     assert events[-1]["best"]["step"] == best["step"]
     assert f"Best step: {best['step']}, score {best['score']:.3f}" in run[1].card_path.read_text()
+    with Image.open(run[1].path / "loss.png") as plot:
+        assert plot.width > 3 * plot.height  # the fidelity plot is beside the loss plot
     assert SubjectPipeline.from_base(tiny_base).load_adapter(run[1].best_dir) == "best"
 
 
