@@ -1,0 +1,92 @@
+"""The arms of `train_step`: what is built and stepped in each process, and what each is set beside."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+__all__ = ["ARMS", "Arm"]
+
+Step = Callable[[], tuple[float, float]]  # -> (loss, gradient norm)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """`build(size, resolution_px, rank)` returns the step. `against` names the arms to divide by."""
+
+    build: Callable[[str, int, int], Step]
+    against: tuple[str, ...] = field(default=())
+    slow: bool = False
+
+
+def floor(size: str, resolution_px: int, rank: int) -> Step:
+    """The frozen UNet's forward and the gradient to its input, with the same malloc: nothing can take less."""
+    from dreambooth_moslora.memory import keep_freed_memory
+
+    keep_freed_memory()
+    import torch
+
+    from benchmarks.materials import random_materials
+
+    materials = random_materials(size, resolution_px)
+    unet, batch = materials.pipeline.unet.requires_grad_(False).train(), materials.batch_at(0, 1)
+    latents, words = batch.latents.to(materials.dtype), materials.words(batch.prompts)
+    added = {"text_embeds": words.pooled, "time_ids": batch.time_ids}
+
+    def step() -> tuple[float, float]:
+        noisy = torch.randn_like(latents).requires_grad_()
+        output = unet(noisy, torch.randint(0, 1000, (1,)), words.embeds, added_cond_kwargs=added).sample
+        loss = output.float().square().mean()
+        loss.backward()
+        return loss.item(), noisy.grad.float().norm().item()
+
+    return step
+
+
+def ours(size: str, resolution_px: int, rank: int, *, checkpointing: bool = False) -> Step:
+    """The trainer's own step (`learner.Learner`) on a random UNet: only what it reads is made by hand."""
+    from accelerate import Accelerator
+
+    from benchmarks.materials import random_materials
+    from dreambooth_moslora.config import TrainConfig
+    from dreambooth_moslora.learner import Learner
+    from dreambooth_moslora.memory import keep_freed_memory
+
+    keep_freed_memory()
+    config = TrainConfig(
+        instance_data_dir=".",
+        instance_prompt="a photo of sks dog",
+        resolution=resolution_px,
+        rank=rank,
+        train_batch_size=1,
+        gradient_checkpointing=checkpointing,
+        seed=0,
+    )
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    learner = Learner(config, random_materials(size, resolution_px), accelerator, max_train_steps=100)
+
+    def step() -> tuple[float, float]:
+        losses = learner.accumulate_gradients()
+        return losses.total, learner.update_adapter()
+
+    return step
+
+
+def diffusers(size: str, resolution_px: int, rank: int, *, checkpointing: bool = True, fp32: bool = False) -> Step:
+    from benchmarks.diffusers_style_loop import diffusers_style_step
+
+    return diffusers_style_step(size, resolution_px, rank, checkpointing, fp32)
+
+
+ARMS: dict[str, Arm] = {
+    "floor": Arm(floor),
+    "ours": Arm(
+        ours, ("floor", "diffusers", "diffusers-fp32", "diffusers-checkpointing", "diffusers-fp32-checkpointing")
+    ),
+    "ours-checkpointing": Arm(
+        partial(ours, checkpointing=True), ("diffusers-checkpointing", "diffusers-fp32-checkpointing")
+    ),
+    "diffusers": Arm(partial(diffusers, checkpointing=False), slow=True),
+    "diffusers-fp32": Arm(partial(diffusers, checkpointing=False, fp32=True), slow=True),
+    "diffusers-checkpointing": Arm(diffusers, slow=True),
+    "diffusers-fp32-checkpointing": Arm(partial(diffusers, fp32=True), slow=True),
+}

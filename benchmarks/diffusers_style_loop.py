@@ -1,0 +1,87 @@
+"""A training step as diffusers' `train_dreambooth_lora_sdxl.py` takes it, to compare with. Written from its behaviour.
+
+What that script does and costs: the VAE (fp32) and both text encoders stay in memory, the photo is encoded again in
+every step, UNet and adapter are in bf16 (the script upcasts the adapter for fp16 only) with PEFT's own casting of
+inputs, accelerate wraps the forward in autocast, AdamW has PyTorch's default settings, malloc has the system's.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from torch import nn
+
+from benchmarks.random_sdxl import random_text_encoders, random_unet, random_vae
+
+__all__ = ["diffusers_style_step"]
+
+
+@torch.no_grad()
+def embed_prompt(encoders: tuple[nn.Module, nn.Module]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text embeddings (1, 77, D) and pooled (1, P) of one prompt, once, before the loop."""
+    ids = torch.arange(77)[None]
+    outputs = [encoder(ids, output_hidden_states=True) for encoder in encoders]
+    return torch.cat([o.hidden_states[-2] for o in outputs], dim=-1), outputs[1][0]
+
+
+def loaded(size: str) -> tuple[tuple[nn.Module, nn.Module], AutoencoderKL, nn.Module]:
+    """All models loaded in fp32, as `from_pretrained` without a dtype does, then all but the VAE cast to bf16."""
+    encoders = random_text_encoders(size, torch.float32)
+    vae, unet = random_vae(size, torch.float32), random_unet(size, torch.float32)
+    for module in (*encoders, vae, unet):
+        module.requires_grad_(False)
+    for module in (unet, *encoders):
+        nn.Module.to(module, torch.bfloat16)
+    return encoders, vae, unet
+
+
+def encoded(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """The photo's latents, encoded anew in fp32 and sampled, then cast to the UNet's dtype."""
+    latents = vae.encode(pixels.to(vae.dtype)).latent_dist.sample() * vae.config.scaling_factor
+    return latents.to(torch.bfloat16)
+
+
+def diffusers_style_step(
+    size: str, resolution_px: int, rank: int, gradient_checkpointing: bool, fp32_adapter: bool = False
+) -> Callable[[], tuple[float, float]]:
+    """Build everything and return the step: () -> (loss, gradient norm)."""
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    schedule = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    encoders, vae, unet = loaded(size)
+    if gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    targets = ["to_k", "to_q", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets))
+    if fp32_adapter:
+        cast_training_params(unet)
+    embeds, pooled = embed_prompt(encoders)
+    words = {"text_embeds": pooled, "time_ids": torch.tensor([[resolution_px] * 2 + [0, 0] + [resolution_px] * 2])}
+    photo = torch.randn(1, 3, resolution_px, resolution_px).clamp(-1, 1)
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=1e-4)
+    lr_scheduler = get_scheduler("constant", optimizer)
+    unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
+    unet.train()
+
+    def step() -> tuple[float, float]:
+        latents = encoded(vae, photo)
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(0, schedule.config.num_train_timesteps, (1,))
+        noisy = schedule.add_noise(latents, noise, timesteps)
+        prediction = unet(noisy, timesteps, embeds, added_cond_kwargs=words).sample
+        loss = F.mse_loss(prediction.float(), noise.float())
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad()
+        return loss.item(), float(norm)
+
+    # The encoders stay alive for the length of the loop: the script deletes its list of them, not the models.
+    step.kept = encoders
+    return step

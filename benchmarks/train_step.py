@@ -1,0 +1,187 @@
+"""Seconds and memory of one training step, ours beside a loop as diffusers' script writes it, and beside the floor.
+
+    python -m benchmarks.train_step                 # full-size SDXL, random weights: 17 GB of memory, ten minutes
+    python -m benchmarks.train_step --quick         # a small UNet of the same topology, a minute
+    python -m benchmarks.train_step --arms floor ours --resolutions 1024 --json step.json
+
+Each arm runs in a process of its own, one after the other, so that none inherits another's memory. Batch 1.
+The floor is the frozen UNet's forward and the gradient to its input alone: no adapter, no optimizer.
+Memory is the largest resident set while stepping; what building the models took is not counted, for any arm.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.arms import ARMS
+
+__all__ = ["main", "measure"]
+
+ARM_SETTINGS = ("size", "rank", "warmup", "steps", "realtime")
+
+
+def reset_peak() -> None:
+    """Let the kernel forget the peak reached so far, so that VmHWM counts from here (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_gb() -> float:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+
+
+def page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def timed(step: Callable[[], tuple[float, float]]) -> tuple[float, float, tuple[float, float]]:
+    """Wall seconds, processor seconds of all threads, and what the step returned."""
+    start, cpu_start = time.perf_counter(), time.process_time()
+    outcome = step()
+    return time.perf_counter() - start, time.process_time() - cpu_start, outcome
+
+
+@contextmanager
+def cores_to_ourselves(wanted: bool) -> Iterator[None]:
+    """Real-time scheduling of all threads, so that other programs wait while steps are timed (Linux, root)."""
+    threads = [int(name) for name in os.listdir("/proc/self/task")] if wanted else []
+    for thread in threads:
+        os.sched_setscheduler(thread, os.SCHED_RR, os.sched_param(1))
+    try:
+        yield
+    finally:
+        for thread in threads:
+            os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
+
+
+def measure(arm: str, size: str, resolution_px: int, rank: int, warmup: int, steps: int, realtime: int) -> dict:
+    """Build the arm in this process and time its steps."""
+    import torch
+
+    torch.manual_seed(0)
+    build_start = time.perf_counter()
+    step = ARMS[arm].build(size, resolution_px, rank)
+    build_sec, loading_gb = time.perf_counter() - build_start, peak_gb()
+    for _ in range(warmup):
+        step()
+    reset_peak()
+    faults = page_faults()
+    with cores_to_ourselves(bool(realtime)):
+        runs = [timed(step) for _ in range(steps)]
+    return {
+        "arm": arm,
+        "resolution_px": resolution_px,
+        "step_sec": statistics.median(wall for wall, _, _ in runs),
+        "cpu_sec": statistics.median(cpu for _, cpu, _ in runs),
+        "step_secs": [round(wall, 3) for wall, _, _ in runs],
+        "peak_gb": round(peak_gb(), 2),
+        "page_faults_a_step": (page_faults() - faults) // steps,
+        "loading_peak_gb": round(loading_gb, 2),
+        "build_sec": round(build_sec, 1),
+        "loss": runs[-1][2][0],
+        "grad_norm": runs[-1][2][1],
+    }
+
+
+def run_apart(arm: str, resolution_px: int, options: argparse.Namespace) -> dict:
+    """`measure` in a fresh process; its one line of JSON comes back."""
+    settings = [f"--{name}={getattr(options, name)}" for name in ARM_SETTINGS]
+    command = [sys.executable, "-m", "benchmarks.train_step", f"--alone={arm}:{resolution_px}", *settings]
+    done = subprocess.run([*shlex.split(options.launcher), *command], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        return {"arm": arm, "resolution_px": resolution_px, "failed": done.returncode}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ratio(results: list[dict], key: str, arm: str, against: str, resolution_px: int) -> float | None:
+    found = {r["arm"]: r.get(key) for r in results if r["resolution_px"] == resolution_px}
+    return round(found[arm] / found[against], 3) if found.get(arm) and found.get(against) else None
+
+
+def ratios(results: list[dict], resolution_px: int) -> dict[str, dict[str, float | None]]:
+    """Each of our arms against the arms that it is fair to set it beside."""
+    table = {}
+    for name, arm in ARMS.items():
+        for other in arm.against:
+            pair = {key: ratio(results, key, name, other, resolution_px) for key in ("step_sec", "cpu_sec", "peak_gb")}
+            if any(pair.values()):
+                table[f"{name} / {other}"] = pair
+    return table
+
+
+def show(results: list[dict], resolutions: list[int]) -> None:
+    print(f"\n{'arm':28} {'px':>5} {'s a step':>9} {'cpu s':>7} {'peak GB':>8} {'faults a step':>14}  steps")
+    for r in results:
+        if "failed" in r:
+            print(f"{r['arm']:28} {r['resolution_px']:5} failed with exit code {r['failed']}")
+            continue
+        numbers = f"{r['step_sec']:9.3f} {r['cpu_sec']:7.2f} {r['peak_gb']:8.2f} {r['page_faults_a_step']:14,}"
+        print(f"{r['arm']:28} {r['resolution_px']:5} {numbers}  {r['step_secs']}")
+    for px in resolutions:
+        for pair, values in ratios(results, px).items():
+            print(f"{px} px  {pair:50} time {values['step_sec']}  cpu {values['cpu_sec']}  memory {values['peak_gb']}")
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    options.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    options.add_argument("--resolutions", nargs="+", type=int, default=[512, 1024], metavar="PX")
+    options.add_argument("--rank", type=int, default=4)
+    options.add_argument("--warmup", type=int, default=2, help="steps before the clock starts")
+    options.add_argument("--steps", type=int, default=3, help="steps that are timed; the median counts")
+    options.add_argument("--quick", action="store_true", help="a small UNet at 64 px: seconds, the ratios mean nothing")
+    options.add_argument("--realtime", type=int, default=0, help="1: other programs wait during timed steps (root)")
+    options.add_argument("--launcher", default="", help='run each arm through a command, such as "taskset -c 0,1"')
+    options.add_argument("--json", type=Path, help="write every figure here")
+    options.add_argument("--size", default="sdxl", help=argparse.SUPPRESS)
+    options.add_argument("--alone", help=argparse.SUPPRESS)
+    return options
+
+
+def facts(options: argparse.Namespace) -> dict:
+    """What the figures depend on."""
+    import torch
+
+    machine = {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    settings = {name: getattr(options, name) for name in ARM_SETTINGS}
+    return {**machine, "torch": torch.__version__, "dtype": "bfloat16", "batch": 1, **settings}
+
+
+def wanted(options: argparse.Namespace) -> list[tuple[str, int]]:
+    """(arm, resolution) pairs; diffusers' way is timed at the smallest resolution only: it takes minutes at 1024."""
+    smallest = min(options.resolutions)
+    return [(a, px) for px in options.resolutions for a in options.arms if px == smallest or not ARMS[a].slow]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    if options.alone:
+        arm, px = options.alone.split(":")
+        settings = {name: getattr(options, name) for name in ARM_SETTINGS}
+        print(json.dumps(measure(arm, resolution_px=int(px), **settings)))
+        return
+    if options.quick:
+        options.size, options.resolutions = "small", [64]
+    results = []
+    for arm, px in wanted(options):
+        results.append(run_apart(arm, px, options))
+        print(json.dumps(results[-1]), file=sys.stderr, flush=True)
+    show(results, options.resolutions)
+    if options.json:
+        tables = {str(px): ratios(results, px) for px in options.resolutions}
+        report = {"settings": facts(options), "results": results, "ratios": tables}
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
