@@ -42,11 +42,11 @@ class _AdaptedLinear(torch.autograd.Function):
         x, inner, weight, down, up = ctx.saved_tensors
         needs_x, _, _, needs_down, needs_up, _ = ctx.needs_input_grad
         grad = grad.reshape(-1, grad.shape[-1])
+        # What reads `grad` comes before W0 drives it out of the cache; (r,out) transposed is faster than (out,r).
         grad_inner = grad.mm(up)
+        grad_up = inner.t().mm(grad).to(ctx.up_dtype).mul_(ctx.scale).t() if needs_up else None
         grad_x = grad.mm(weight).addmm_(grad_inner, down).view(x.shape) if needs_x else None
         grad_down = grad_inner.t().mm(x.reshape(-1, x.shape[-1])).to(ctx.down_dtype) if needs_down else None
-        # (r,out) and then its transpose: a product with few rows is the faster of the two orders.
-        grad_up = inner.t().mm(grad).to(ctx.up_dtype).mul_(ctx.scale).t() if needs_up else None
         return grad_x, None, None, grad_down, grad_up, None
 
 
