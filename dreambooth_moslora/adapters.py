@@ -18,7 +18,7 @@ from dreambooth_moslora.base import architecture
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.proof import published_name
 
-__all__ = ["AdapterWeights", "check_fits", "find_weights", "install", "read_adapter"]
+__all__ = ["AdapterWeights", "adapter_name", "check_fits", "find_weights", "install", "read_adapter"]
 
 PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
@@ -50,12 +50,22 @@ def find_weights(path: str | Path) -> Path:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        path = path / (RAW_NAME if (path / RAW_NAME).is_file() else PUBLISHED_NAME)
+        path = path / (PUBLISHED_NAME if (path / PUBLISHED_NAME).is_file() else RAW_NAME)
     if not path.is_file():
         raise UserError(f"there is no adapter file {path}")
     if path.suffix != ".safetensors":
         raise UserError(f"{path.name} is not a .safetensors file; other formats can carry code and are not opened")
     return path
+
+
+def adapter_name(path: str | Path) -> str:
+    """`runs/dog` and the file in it are called "dog", its checkpoint "dog@500", and `cat.safetensors` "cat"."""
+    file = find_weights(path)
+    folder = file.parent.resolve()
+    if file.name not in (PUBLISHED_NAME, RAW_NAME):
+        return file.stem
+    is_checkpoint = folder.name.startswith("checkpoint-")
+    return f"{folder.parent.name}@{folder.name.removeprefix('checkpoint-')}" if is_checkpoint else folder.name
 
 
 def read_adapter(path: str | Path, pipeline: StableDiffusionXLPipeline) -> AdapterWeights:

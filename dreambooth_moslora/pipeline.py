@@ -22,7 +22,7 @@ from diffusers import (
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.adapters import check_fits, find_weights, install, read_adapter
+from dreambooth_moslora.adapters import adapter_name, check_fits, find_weights, install, read_adapter
 from dreambooth_moslora.base import default_resolution, load_pipeline
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import GenerationParams, Provenance
@@ -126,7 +126,7 @@ class SubjectPipeline:
         A file that is there already and has not changed costs nothing. Raises UserError when it is no adapter for
         this base.
         """
-        name = name or _name_of(Path(path))
+        name = name or adapter_name(path)
         stamp = _stamp(find_weights(path))
         with self._lock:
             if name in self.adapters and self.adapters[name].stamp == stamp:
@@ -299,9 +299,3 @@ def _stamp(file: Path) -> tuple[Path, int, int]:
     """Tells one state of a file from another without reading it."""
     facts = file.stat()
     return file.resolve(), facts.st_mtime_ns, facts.st_size
-
-
-def _name_of(path: Path) -> str:
-    """`runs/dog`, `runs/dog/pytorch_lora_weights.safetensors` and `dog.safetensors` are all called "dog"."""
-    file = find_weights(path)
-    return file.parent.resolve().name if file.name.startswith("pytorch_lora_weights") else file.stem

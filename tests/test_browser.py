@@ -53,7 +53,7 @@ def set_number(page, elem_id: str, value) -> None:
 
 def wait_for_status(page, words: str, elem_id: str = "status") -> None:
     page.wait_for_function(
-        "([id, words]) => document.getElementById(id).innerText.includes(words)", arg=[elem_id, words]
+        "([id, words]) => document.getElementById(id)?.innerText.includes(words)", arg=[elem_id, words]
     )
 
 

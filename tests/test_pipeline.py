@@ -9,14 +9,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.export import RAW_NAME, adapter_facts, publish, save_raw
 from dreambooth_moslora.generation import SCHEDULERS, GenerationParams, read_recipe
+from dreambooth_moslora.moslora import MoSLoraConfig, adapter_parameters, inject
 from dreambooth_moslora.pipeline import Image, Preview, Step, SubjectPipeline
 from dreambooth_moslora.previews import LatentColours, PreviewTracker, smooth_latents
 from tests.tiny import tiny_sdxl
-from tests.tiny_adapters import save_diffusers_lora, save_kohya_lora
+from tests.tiny_adapters import TARGETS, save_diffusers_lora, save_kohya_lora
 
 PARAMS = GenerationParams("a photo of a sks dog", seed=3, steps=3, guidance_scale=4.0)
 
@@ -237,3 +240,20 @@ def test_two_threads_wait_for_each_other(pipeline):
     [thread.join() for thread in threads]
     assert all(np.array_equal(image, expected[name]) for name in got for image in got[name])
     assert [len(images) for images in got.values()] == [3, 3]
+
+
+def test_a_checkpoint_of_ours_computes_what_its_published_file_computes(pipeline, tmp_path):
+    """The raw A, M, B of a checkpoint, and the folded file: the same pictures, under names that tell them apart."""
+    unet = UNet2DConditionModel.from_config(pipeline.pipeline.unet.config)
+    inject(unet, MoSLoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, mixer="kaiming"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, parameter in adapter_parameters(unet, "default"):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+    facts = adapter_facts({"unet": unet}, base_id="tiny")
+    publish({"unet": unet}, tmp_path / "rex", "rex", facts)
+    save_raw({"unet": unet}, tmp_path / "rex" / "checkpoint-20" / RAW_NAME, facts)
+    names = [pipeline.load_adapter(path) for path in (tmp_path / "rex", tmp_path / "rex" / "checkpoint-20")]
+    assert names == ["rex", "rex@20"]
+    published, raw = (picture(pipeline, adapters=((name, 1.0),)) for name in names)
+    assert not differs(published, raw) and differs(published, picture(pipeline))

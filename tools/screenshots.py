@@ -60,7 +60,7 @@ def photograph(page: Page, args: argparse.Namespace, name: str) -> None:
 
 
 def wait_for(page: Page, elem_id: str, words: str) -> None:
-    page.wait_for_function("([id, w]) => document.getElementById(id).innerText.includes(w)", arg=[elem_id, words])
+    page.wait_for_function("([id, w]) => document.getElementById(id)?.innerText.includes(w)", arg=[elem_id, words])
 
 
 def set_number(page: Page, elem_id: str, value: int) -> None:
