@@ -7,9 +7,11 @@ picture gets the same vector whatever the batch it came in.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -31,7 +33,11 @@ __all__ = ["CLIP", "DINO", "Clip", "Encoders", "load_encoders", "public_name"]
 
 CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"
 TOY_DINO = "toy-dino"
+ALEXNET = "alexnet-owt-7be5be79.pth"
 BATCH, TOKENS = 16, 77
+
+
+PictureDistance = Callable[[Image.Image, Image.Image], float]
 
 
 @dataclass(frozen=True)
@@ -69,13 +75,17 @@ class Clip:
 
 @dataclass
 class Encoders:
-    """The models and their preprocessing. `names` says which they are, without any path."""
+    """The models and their preprocessing. `names` says which they are, without any path.
+
+    `lpips`, where its weights are at hand, is the paper's distance for diversity.
+    """
 
     clip: "Clip"
     dino: nn.Module
     dino_processor: Any
     names: tuple[str, str] = ("clip", "dino")
     batch_size: int = BATCH
+    lpips: PictureDistance | None = None
 
     def clip_images(self, images: Sequence[Image.Image]) -> Tensor:
         """N pictures of any size -> unit vectors (N, P), on the CPU."""
@@ -122,7 +132,31 @@ def load_encoders(
         towers, clip_name = clip_of_model(clip or CLIP, device), public_name(clip or CLIP)
     dino = dino or (folder.parent / TOY_DINO if folder and (folder.parent / TOY_DINO).is_dir() else DINO)
     model = frozen(AutoModel, dino, device)
-    return Encoders(towers, model, loaded(AutoImageProcessor, dino), (clip_name, public_name(dino)))
+    names = (clip_name, public_name(dino))
+    lpips = None if folder else lpips_distance(device)  # AlexNet knows photographs, not toys
+    return Encoders(towers, model, loaded(AutoImageProcessor, dino), names, lpips=lpips)
+
+
+def lpips_distance(device: str | torch.device = "cpu") -> PictureDistance | None:
+    """LPIPS (Zhang et al., CVPR 2018) on AlexNet, or None where the `lpips` package or AlexNet's weights are missing.
+
+    Nothing is downloaded for it.
+    """
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
+    if find_spec("lpips") is None or not weights.is_file():
+        return None
+    from lpips import LPIPS
+
+    return picture_distance(LPIPS(net="alex", verbose=False).requires_grad_(False).eval().to(device), device)
+
+
+def picture_distance(model: nn.Module, device: str | torch.device) -> PictureDistance:
+    """A model of two pictures in [-1, 1] as a function of two pictures of one size."""
+
+    def pixels(image: Image.Image) -> Tensor:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].to(device) / 127.5 - 1
+
+    return lambda a, b: float(model(pixels(a), pixels(b)))
 
 
 def own_encoders(base: str | Path) -> Path | None:

@@ -162,8 +162,8 @@ class Evaluator:
         shape = (len(self.plan.templates), len(self.plan.seeds))
         tables = {name: values.numpy().reshape(shape) for name, values in columns.items()}
         if len(self.plan.seeds) > 1:
-            tables["diversity"] = self._diversity(subject, len(self.plan.templates))
-            tables["diversity_base"] = self._diversity(base, len(self.plan.templates))
+            tables["diversity"] = self._diversity(subject)
+            tables["diversity_base"] = self._diversity(base)
         if self.truth is not None:
             tables |= self.truth.tables(self.plan, subject.pictures, subject.dino, photos.dino)
         return tables
@@ -173,13 +173,22 @@ class Evaluator:
         shape = (len(self.plan.unrelated), len(self.plan.seeds))
         tables = {"drift": metrics.drift(unrelated.dino, base.dino).numpy().reshape(shape)}
         if len(self.plan.seeds) > 1:
-            tables["drift_base_spread"] = self._diversity(base, len(self.plan.unrelated))
+            tables["drift_base_spread"] = by_prompt(metrics.diversity(base.dino, self._prompts_of(base)))
         return tables
 
-    def _diversity(self, views: Views, prompts: int) -> np.ndarray:
-        """DIV of each prompt, (prompts, 1)."""
-        groups = [prompt for prompt in range(prompts) for _ in self.plan.seeds]
-        return np.array([list(metrics.diversity(views.dino, groups).values())]).T
+    def _diversity(self, views: Views) -> np.ndarray:
+        """DIV of each prompt, (prompts, 1): by LPIPS where it is at hand, else by DINO."""
+        groups, lpips = self._prompts_of(views), self.encoders.lpips
+        found = metrics.diversity(views.pictures, groups, lpips) if lpips else metrics.diversity(views.dino, groups)
+        return by_prompt(found)
+
+    def _prompts_of(self, views: Views) -> list[int]:
+        """The number of each picture's prompt."""
+        return [number // len(self.plan.seeds) for number in range(len(views.pictures))]
+
+
+def by_prompt(values: dict[int, float]) -> np.ndarray:
+    return np.array([list(values.values())]).T
 
 
 def score_of(tables: Tables, alarm: metrics.CopyAlarm) -> float:

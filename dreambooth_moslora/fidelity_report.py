@@ -45,6 +45,7 @@ class Subjects:
     base: str
     encoders: tuple[str, str]
     inference_steps: int
+    diversity: str = "DINO distance"
 
 
 def scores_json(found: Evaluation, about: Subjects, photo_fidelity: float) -> dict:
@@ -55,7 +56,7 @@ def scores_json(found: Evaluation, about: Subjects, photo_fidelity: float) -> di
         "version": __version__,
         "adapter": about.adapter,
         "base": about.base,
-        "encoders": dict(zip(("clip", "dino"), about.encoders)),
+        "encoders": {**dict(zip(("clip", "dino"), about.encoders)), "diversity": about.diversity},
         "subject": asdict(plan.subject),
         "protocol": {
             "prompts": len(plan.templates),
@@ -105,7 +106,7 @@ def introduction(found: Evaluation, about: Subjects) -> str:
     text = (
         f"“{words}” by the base {escape(about.base)}: {len(found.plan.templates)} prompts × {len(found.plan.seeds)} "
         f"seeds, {found.plan.inference_steps} steps each. Encoders: {escape(' and '.join(about.encoders))}. "
-        "Intervals are 95 %, over prompts and seeds."
+        f"DIV is {about.diversity}. Intervals are 95 %, over prompts and seeds."
     )
     kind = "bad" if found.alarm.raised else "good"
     alarm = (

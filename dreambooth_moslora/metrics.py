@@ -18,6 +18,7 @@ so that intervals can be computed over prompts and seeds.
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ __all__ = [
     "prompt_fidelity",
     "subject_fidelity",
 ]
+
+Picture = TypeVar("Picture")
 
 COPIED = 0.5
 """A picture is called a copy when it is more than this share of the way from another photo to the very photo."""
@@ -72,15 +75,16 @@ def cosine_distance(a: Tensor, b: Tensor) -> float:
 
 
 def diversity(
-    pictures: Sequence[Tensor],
+    pictures: Sequence[Picture],
     groups: Sequence[Hashable],
-    distance: Callable[[Tensor, Tensor], float] = cosine_distance,
+    distance: Callable[[Picture, Picture], float] = cosine_distance,
 ) -> dict[Hashable, float]:
     """DIV of each group (one prompt, say): the mean `distance` over all pairs in it. Higher is more diverse.
 
-    `pictures` are unit vectors for the cosine distance, pixels for LPIPS. Groups of one have no pair and are left out.
+    `pictures` are unit vectors for the cosine distance, the pictures themselves for LPIPS. Groups of one have no pair
+    and are left out.
     """
-    members: dict[Hashable, list[Tensor]] = {}
+    members: dict[Hashable, list[Picture]] = {}
     for picture, group in zip(pictures, groups, strict=True):
         members.setdefault(group, []).append(picture)
     pairs = {group: list(combinations(some, 2)) for group, some in members.items()}

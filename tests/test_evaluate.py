@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dreambooth_moslora.encoders import picture_distance
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluate import Evaluator, evaluate_adapter, paint_over
 from dreambooth_moslora.evaluation_plan import EvaluationPlan, plan_for
@@ -129,6 +130,18 @@ def test_copies_of_the_photos_set_off_the_alarm_and_lower_the_score(encoders, ph
     assert copies.alarm.raised and copies.alarm.share == 1 and copies.score == 0
     assert copies.mean("copy_index") == pytest.approx(1, abs=1e-3)
     assert not fresh.alarm.raised
+
+
+def test_diversity_is_by_lpips_where_it_is_at_hand_and_drift_stays_on_dino(encoders, photos):
+    def draw(requests: list[SampleRequest], on: bool) -> list[Image.Image]:
+        return stub_pictures(requests)
+
+    by_dino = Evaluator(PLAN, encoders, photos)(draw)
+    model = lambda a, b: (a - b).square().mean()  # noqa: E731 (called as LPIPS is: two pictures in [-1, 1])
+    by_pixels = Evaluator(PLAN, replace(encoders, lpips=picture_distance(model, "cpu")), photos)(draw)
+    first, second = (np.array(p, dtype=float) / 127.5 - 1 for p in by_pixels.pictures["subject"][:2])
+    assert by_pixels.tables["diversity"][0, 0] == pytest.approx(np.square(first - second).mean(), rel=1e-4)
+    assert np.array_equal(by_pixels.tables["drift_base_spread"], by_dino.tables["drift_base_spread"])
 
 
 def test_masks_give_the_background_alone_and_a_leak(encoders, photos):

@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"drawing {count} pictures …", file=sys.stderr)
     found = evaluate_adapter(pipeline, name, evaluator, args.batch_size, args.scale)
     folder = output_folder(args)
-    about = Subjects(name, pipeline.base_name, encoders.names, plan.inference_steps)
+    diversity = "LPIPS" if encoders.lpips else "DINO distance"
+    about = Subjects(name, pipeline.base_name, encoders.names, plan.inference_steps, diversity)
     write_report(folder, found, about, images, photo_fidelity(evaluator.photos.dino))
     print(summary(found))
     print(f"{folder / 'report.html'}\n{folder / 'scores.json'}")
