@@ -2,7 +2,7 @@
 
     OUT/cells/NAME-DIGEST.json   scores and costs of a cell, written whole when it is finished
     OUT/cells/NAME-DIGEST.jpg    its pictures in one strip, for the report
-    OUT/cache, OUT/work          encoded photos, and the run folder of the training that is going on
+    OUT/cache, OUT/running       encoded photos, and the run folder of the training that is going on
 
 A worker keeps the base, the encoders and each subject's base pictures in memory from one cell to the next.
 """
@@ -98,7 +98,7 @@ def run_cells(study: Study, cells: list[Cell], ranks, out: Path, jobs: int) -> I
 def run_cell(study: Study, cell: Cell, rank: int, out: Path) -> tuple[Cell, float, str]:
     """Train, score, write the result, drop the run folder."""
     started = time.monotonic()
-    work = out / "work" / f"{cell.name}-{os.getpid()}"
+    work = out / "running" / f"{cell.name}-{os.getpid()}"
     config = study.config_of(cell, rank, work)
     try:
         cost = train_cell(config, out)
