@@ -1,6 +1,7 @@
 """One HTML file that needs nothing else: styles and pictures are inside, and nothing is fetched when it is opened."""
 
 import base64
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from io import BytesIO
@@ -24,6 +25,7 @@ table { border-collapse: collapse; display: block; overflow-x: auto } th, td { p
 img { border-radius: 4px; vertical-align: top } .tiles { display: flex; flex-wrap: wrap; gap: 6px; margin: .3rem 0 }
 .tiles img { width: 128px; height: 128px; object-fit: cover } .plot img { max-width: 100%; background: #fff }
 """
+NUMERIC = re.compile(r"[-+\d., /%()\[\]e]+")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -42,11 +44,11 @@ def section(title: str, *parts: str) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Numbers are right as they come; text is escaped."""
+    """Rows of text and numbers, escaped; numbers do not wrap."""
 
     def cell(value: object) -> str:
         text = f"{value:.3f}" if isinstance(value, float) else str(value)
-        kind = ' class="number"' if text[:1].isdigit() or text[:1] in "-+" else ""
+        kind = ' class="number"' if NUMERIC.fullmatch(text) else ""
         return f"<td{kind}>{escape(text)}</td>"
 
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
