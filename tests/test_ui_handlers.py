@@ -42,6 +42,7 @@ if mode == "crash":
 stop = []
 signal.signal(signal.SIGTERM, signal.SIG_IGN if mode == "stubborn" else lambda *_: stop.append(1))
 say("start", max_train_steps=1000, config={})
+say("phase", phase=config.get("phase", "loading"), done=0, total=1)
 for step in range(1, 1001):
     say("step", step=step, loss=1.0, loss_instance=1.0, loss_prior=None, lr=1e-4, step_sec=0.05, eta_sec=9.0)
     time.sleep(0.05)
@@ -192,6 +193,13 @@ def test_resume_adds_the_checkpoint_to_the_same_run(jobs):
     wait_for(lambda: jobs.state(job).state == "done")
     config = json.loads((job.run_dir / "job_config.json").read_text())
     assert config["resume_from_checkpoint"] == "latest" and len(jobs.metrics(job).of("start")) == 2
+
+
+def test_a_step_after_a_phase_means_that_it_trains(jobs):
+    job = start(jobs, phase="sampling")
+    state = wait_for(lambda: (s := jobs.state(job)).step > 1 and s)
+    assert state.phase == "training"
+    assert f"Step {state.step} of 1000" in status_card(state, jobs.metrics(job))
 
 
 def test_a_crash_shows_its_last_words(jobs):

@@ -218,7 +218,7 @@ class Jobs:
         step = max((int(e.get("step") or 0) for e in [*metrics.of("step")[-1:], end]), default=0)
         total = int(metrics.last("start").get("max_train_steps") or 0)
         message = str(end.get("message") or "") or ("" if end or alive else _last_words(job))
-        return JobState(state, step, total, str(by_kind.get("phase", {}).get("phase", "")), message)
+        return JobState(state, step, total, _phase(events), message)
 
     def _launch(self, run_dir: Path, owner: str) -> Job:
         with self._lock:
@@ -250,8 +250,17 @@ class Jobs:
                 self._children.pop(pid, None)
 
 
+def _phase(events: list[dict[str, Any]]) -> str:
+    """What the trainer does now: a step after the last announced phase means that it trains."""
+    for event in reversed(events):
+        if event.get("type") in ("phase", "step"):
+            return str(event.get("phase", "training"))
+    return ""
+
+
 def _last_words(job: Job) -> str:
-    lines = [line for line in job.log_tail().splitlines() if line.strip()]
+    """The last line of the log that is no progress bar."""
+    lines = [line for line in job.log_tail().splitlines() if line.strip() and "%|" not in line]
     return lines[-1][:300] if lines else "the process ended without a word"
 
 
