@@ -33,10 +33,10 @@ from dreambooth_moslora.moslora import (
 BOUND = 1e-5
 VARIANTS = {
     "alpha = r": {"lora_alpha": 4},
-    "alpha ≠ r": {"lora_alpha": 11},
+    "alpha ≠ r": {"lora_alpha": 7},
     "rsLoRA": {"lora_alpha": 4, "use_rslora": True},
-    "rank pattern": {"lora_alpha": 8, "rank_pattern": {"attn2.to_k": 2, "to_v": 6}, "alpha_pattern": {"to_q": 3}},
-    "DoRA": {"lora_alpha": 8, "use_dora": True},
+    "rank pattern": {"lora_alpha": 5, "rank_pattern": {"attn2.to_k": 2, "to_v": 6}, "alpha_pattern": {"to_q": 3}},
+    "DoRA": {"lora_alpha": 6, "use_dora": True},
 }
 
 
@@ -82,7 +82,7 @@ def adapt(unet: UNet2DConditionModel, kind: str, variant: str) -> UNet2DConditio
     inject(unet, MoSLoraConfig(r=4, target_modules=list(ATTENTION_PROJECTIONS), mixer=kind, **options))
     generator = torch.Generator().manual_seed(7)
     for _, parameter in adapter_parameters(unet):
-        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        parameter.add_(0.08 * torch.randn(parameter.shape, generator=generator))
     return unet.eval()
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapter_file import (
@@ -60,6 +61,10 @@ DORA_NOTE = (
     "DoRA in kohya's form is read differently by different programs (ComfyUI divides by the norm of W alone, "
     "diffusers drops dora_scale with a warning): in diffusers use pytorch_lora_weights.safetensors"
 )
+RANKS_NOTE = (
+    "the ranks differ after the reduction, and old versions of diffusers (0.29 is known) give such projections one "
+    "scale in pytorch_lora_weights.safetensors: load the kohya file there, which is right in both"
+)
 
 
 def publish(
@@ -86,7 +91,7 @@ def publish(
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir, prefix=".proving-") as scratch:
-        written = write_published(folded, Path(scratch), name, with_ranks(facts, folded), dtype)
+        written = write_published(folded, Path(scratch), name, with_ranks(facts, folded), dtype, pad=keep == 1.0)
         proofs = tuple(prove_file(path, components, adapter_name, expected) for path in written)
         check_bound(proofs, BOUNDS[dtype], dtype)
         for path in written:
@@ -122,14 +127,14 @@ def expected_deltas(components: dict[str, nn.Module], folded: Folded, adapter_na
 
 
 def write_published(
-    folded: Folded, folder: Path, name: str, facts: AdapterFacts, dtype: torch.dtype
+    folded: Folded, folder: Path, name: str, facts: AdapterFacts, dtype: torch.dtype, *, pad: bool
 ) -> tuple[Path, Path]:
-    """Both files. The provenance is JSON under a header key of our own, which no loader reads."""
+    """Both files; `pad` gives diffusers' one a single rank. The facts are JSON under a header key of our own."""
     if dtype == torch.float16:
         folded = {c: {path: balanced(layer) for path, layer in layers.items()} for c, layers in folded.items()}
     header = {"format": "pt", "moslora": replace(facts, structures={}).to_json()}
     paths = folder / PUBLISHED_NAME, folder / f"{name}{KOHYA_SUFFIX}"
-    files = published_tensors(folded, dtype), kohya_tensors(folded, dtype)
+    files = published_tensors(padded(folded) if pad else folded, dtype), kohya_tensors(folded, dtype)
     headers = header, header | kohya_header(name, facts, folded)
     for path, tensors, head in zip(paths, files, headers, strict=True):
         check_finite(tensors, f"the adapter in {dtype}")
@@ -138,15 +143,34 @@ def write_published(
 
 
 def published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """PEFT's keys behind the component's name, which every diffusers since 0.22 reads."""
+    """PEFT's keys behind the component's name, which every diffusers since 0.22 reads.
+
+    DoRA's magnitudes stay fp32: what training changed in them is smaller than half precision's rounding.
+    """
     tensors = {}
     for component, layers in folded.items():
         for path, layer in layers.items():
             tensors[f"{component}.{path}.lora_A.weight"] = layer.down.to(dtype)
             tensors[f"{component}.{path}.lora_B.weight"] = layer.up.to(dtype)
             if layer.dora is not None:
-                tensors[f"{component}.{path}.lora_magnitude_vector.weight"] = layer.dora.to(dtype)
+                tensors[f"{component}.{path}.{magnitude_key(component)}"] = layer.dora
     return tensors
+
+
+def magnitude_key(component: str) -> str:
+    """For a UNet every diffusers adds `.weight` itself, and old ones need that; transformers' loader does not."""
+    return "lora_magnitude_vector" if component == "unet" else "lora_magnitude_vector.weight"
+
+
+def padded(folded: Folded) -> Folded:
+    """All projections at the file's largest rank, with zeros: old diffusers takes one alpha for ranks that differ."""
+    rank = max(len(layer.down) for layers in folded.values() for layer in layers.values())
+
+    def pad(layer: FoldedLayer) -> FoldedLayer:
+        missing = rank - len(layer.down)
+        return FoldedLayer(F.pad(layer.down, (0, 0, 0, missing)), F.pad(layer.up, (0, missing)), layer.dora)
+
+    return {c: {path: pad(layer) for path, layer in layers.items()} for c, layers in folded.items()}
 
 
 def balanced(layer: FoldedLayer) -> FoldedLayer:
@@ -184,8 +208,15 @@ def report(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded, re
         file_proofs=proofs,
         rank_sum=sum(len(layer.down) for layer in layers),
         kept=reduction.kept if reduction else 1.0,
-        notes=(DORA_NOTE,) if any(layer.dora is not None for layer in layers) else (),
+        notes=notes_on(layers, reduced=reduction is not None),
     )
+
+
+def notes_on(layers: list[FoldedLayer], reduced: bool) -> tuple[str, ...]:
+    """What a user of other programs, or of old ones, has to know."""
+    several_ranks = reduced and len({len(layer.down) for layer in layers}) > 1
+    has_dora = any(layer.dora is not None for layer in layers)
+    return (DORA_NOTE,) * has_dora + (RANKS_NOTE,) * several_ranks
 
 
 def load_published(path: str | Path) -> tuple[dict[str, Tensor], AdapterFacts | None]:

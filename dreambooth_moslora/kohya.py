@@ -40,7 +40,7 @@ def kohya_tensors(
             tensors[f"{name}.lora_up.weight"] = (layer.up * (len(layer.down) / alpha)).to(dtype)
             tensors[f"{name}.alpha"] = torch.tensor(float(alpha), dtype=dtype)
             if layer.dora is not None:
-                tensors[f"{name}.dora_scale"] = layer.dora.to(dtype)[:, None]
+                tensors[f"{name}.dora_scale"] = layer.dora[:, None]
     return tensors
 
 

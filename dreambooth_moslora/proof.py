@@ -4,7 +4,7 @@ diffusers' own `load_lora_weights` loads the file into a hollow copy of the adap
 memory. Two comparisons, both relative (‖file − live‖ / ‖live‖), in fp32, at scale 1:
 
 - ΔW of every projection, as PEFT computes it on either side, and DoRA's magnitudes;
-- the output change of a few projections, through PEFT's forward, on fixed inputs over a fixed random base weight.
+- the output of a few projections, through PEFT's forward, on fixed inputs.
 
 kohya files with DoRA are the exception: diffusers drops `dora_scale`, so these are read by their definition instead,
 W' = dora_scale · (W + ΔW) / ‖W + ΔW‖ per output row.
@@ -133,7 +133,11 @@ def stock_layers(path: Path, components: dict[str, nn.Module]) -> dict[str, Lora
     parts = {name: twins.get(name) for name in ("unet", "text_encoder", "text_encoder_2")}
     shell = StableDiffusionXLPipeline(vae=None, tokenizer=None, tokenizer_2=None, scheduler=None, **parts)
     with collected_warnings() as warnings:
-        shell.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=STOCK, local_files_only=True)
+        try:
+            shell.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=STOCK, local_files_only=True)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path.name} was not published: the stock loader refuses it: {reason}") from error
     # A part that the file does not adapt is announced; whether one is missing is found by comparing the layers.
     warnings = [text for text in warnings if not text.startswith("No LoRA keys associated")]
     if warnings:
@@ -188,15 +192,18 @@ def magnitude_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -
 
 
 def output_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -> float:
-    """Of y − W·x, for fixed x (16, in) and a fixed random W in the place of the base weight."""
+    """Of the layer's output for a fixed x (16, in). Over a base of zeros the output is the adapter's own effect, which
+    rounding would drown beside W·x early in training; DoRA needs a base, and its magnitudes are compared by themselves.
+    """
     device = live.lora_A[adapter_name].weight.device
-    base, x = fixed_base(live), fixed_input(live)
+    x, base = fixed_input(live), fixed_base(live)
+    if adapter_name not in live.lora_magnitude_vector:
+        nn.init.zeros_(base.weight)
     with alone(stock, STOCK, base):
-        found = stock(x) - base(x)
-    base, x = base.to(device), x.to(device)
-    with alone(live, adapter_name, base):
-        wanted = (live(x) - base(x)).float().cpu()
-    return relative_difference(found.float(), wanted)
+        found = stock(x).float()
+    with alone(live, adapter_name, base.to(device)):
+        wanted = live(x.to(device)).float().cpu()
+    return relative_difference(found, wanted)
 
 
 def fixed_base(layer: LoraLayer) -> nn.Linear:
@@ -218,19 +225,20 @@ def prove_kohya_dora(
     adapter_name: str,
     expected: dict[str, Tensor] | None,
 ) -> FileProof:
-    """Every projection's merged weight, over the fixed base, as the file defines it and as PEFT merges it."""
+    """Every projection's merged weight, over the fixed base, as the file defines it and as PEFT merges it; in fp64."""
     differences = {}
     for name, layer in live.items():
         key = kohya_name(*published_name(*name.split(".", 1)))
-        found = {part: tensors[f"{key}.{part}"].float() for part in ("lora_up.weight", "lora_down.weight", "alpha")}
-        up, down, alpha = found.values()
+        up, down, alpha, found_size = (
+            tensors[f"{key}.{part}"].double() for part in ("lora_up.weight", "lora_down.weight", "alpha", "dora_scale")
+        )
         scale = float(alpha) / len(down)
         wanted = expected[name] if expected is not None else delta(layer, adapter_name)
-        weight = fixed_base(layer).weight
-        magnitude = layer.lora_magnitude_vector[adapter_name].weight.float().cpu()[:, None]
+        weight = fixed_base(layer).weight.double()
+        magnitude = layer.lora_magnitude_vector[adapter_name].weight.double().cpu()[:, None]
         merged = [
             size * (weight + change) / (weight + change).norm(dim=1, keepdim=True)
-            for size, change in ((tensors[f"{key}.dora_scale"].float(), scale * up @ down), (magnitude, wanted))
+            for size, change in ((found_size, scale * up @ down), (magnitude, wanted.double()))
         ]
         differences[name] = relative_difference(merged[0] - weight, merged[1] - weight)
     worst = max(differences, key=differences.__getitem__)

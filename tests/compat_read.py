@@ -10,7 +10,7 @@ import transformers
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 BOUND = 1e-5
-# The old loaders drop the magnitudes of kohya's DoRA, as today's do.
+# diffusers does not read kohya's DoRA, the old one as little as today's.
 FILES = ("pytorch_lora_weights.safetensors", "compat.kohya.safetensors")
 
 
