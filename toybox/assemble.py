@@ -4,6 +4,7 @@ python -m toybox.assemble --work WORK --assets assets
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -47,14 +48,25 @@ def assemble(work: Path) -> StableDiffusionXLPipeline:
     )
 
 
+def compute_in_fp32(folder: Path) -> None:
+    """Weights stay fp16 on disk; transformers then loads them as fp32, as diffusers does with the other parts."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["dtype"] = "float32"
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     args = parser.parse_args()
-    assemble(args.work).save_pretrained(args.assets / "toy-sdxl", safe_serialization=True)
+    base = args.assets / "toy-sdxl"
+    assemble(args.work).save_pretrained(base, safe_serialization=True)
+    for name in ("text_encoder", "text_encoder_2", "image_encoder"):
+        compute_in_fp32(base / name)
     if (args.work / "vit" / "model").exists():
         shutil.copytree(args.work / "vit" / "model", args.assets / "toy-dino", dirs_exist_ok=True)
+        compute_in_fp32(args.assets / "toy-dino")
     files = [f for name in ("toy-sdxl", "toy-dino") for f in (args.assets / name).rglob("*.safetensors")]
     for file in files:
         print(f"{file.stat().st_size / 1e6:7.2f} MB  {file}")
