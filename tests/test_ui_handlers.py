@@ -135,6 +135,15 @@ def test_the_shelf_shows_a_run_to_its_owner_and_command_line_runs_to_all(tmp_pat
     assert list(shelf.files(visitor(tmp_path, OTHER))) == ["free", "free@100", "free@20"]
 
 
+def test_a_run_called_like_an_adapter_is_found_under_a_name_of_its_own(tmp_path):
+    for file in ("adapters/dog.safetensors", "runs/dog/pytorch_lora_weights.safetensors"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text(file)
+    shelf = AdapterShelf(tmp_path / "adapters", tmp_path / "runs")
+    assert list(shelf.files()) == ["dog", "dog 2"]
+    assert shelf.name_of(tmp_path / "runs" / "dog" / "pytorch_lora_weights.safetensors") == "dog 2"
+
+
 def test_an_upload_is_its_visitors_alone_and_keeps_a_free_name(tmp_path):
     shelf = AdapterShelf(tmp_path / "adapters", tmp_path / "runs")
     file = tmp_path / "my <b>dog.safetensors"

@@ -35,7 +35,7 @@ class AdapterShelf:
         for file in [*sorted(self.adapters_dir.glob("*.safetensors")), *_run_files(runs)]:
             if not _is_inside(file, self.adapters_dir) and not _is_inside(file, self.runs_dir):
                 continue
-            found.setdefault(_name_of(file), file)
+            found[free_name(_name_of(file), set(found))] = file
         return found
 
     def path(self, name: str, visitor: Visitor | None = None) -> Path:
@@ -44,6 +44,13 @@ class AdapterShelf:
         if name not in files:
             raise UserError(f"there is no adapter {name!s:.60}; choose one of: {', '.join(files) or 'none is there'}")
         return files[name]
+
+    def name_of(self, file: Path, visitor: Visitor | None = None) -> str:
+        """The name under which `file` is on the shelf. Raises UserError when it is not."""
+        for name, path in self.files(visitor).items():
+            if path == file:
+                return name
+        raise UserError("there is no adapter yet")
 
     def add_upload(self, uploaded: str | Path, visitor: Visitor) -> str:
         """Keep an uploaded file for its visitor alone; returns its name. The pipeline has checked its content."""

@@ -14,6 +14,7 @@ from dreambooth_moslora.ui.form import NONE
 from dreambooth_moslora.ui.generate_tab import GenerateTab
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.photo_uploads import PHOTO_TYPES, take_photos
+from dreambooth_moslora.ui.shelf import PUBLISHED_NAME
 from dreambooth_moslora.ui.train_actions import Watch, lend, review_photos, start_run, watch
 from dreambooth_moslora.ui.train_form import PRESETS, TrainForm, prompts_of
 
@@ -243,7 +244,7 @@ def _connect_control(
 
 def _updates(now: Watch, job: Job, visitor: Any) -> list:
     """New values of all watched widgets, in the order of `_connect_watch`."""
-    published = job.run_dir / "pytorch_lora_weights.safetensors"
+    published = job.run_dir / PUBLISHED_NAME
     ready = published.is_file() and not now.state.is_active
     file = str(lend(published, visitor, job.name)) if ready else None
     resumable = not now.state.is_active and now.state.state != "done"
@@ -266,11 +267,10 @@ def _connect_use(ctx: AppContext, jobs: Jobs, parts: dict, tabs: gr.Tabs, genera
     def use(run: str | None, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
         job = jobs.owned(run or "", visitor.id)
+        name = ctx.shelf.name_of(job.run_dir / PUBLISHED_NAME, visitor)
         files = ctx.shelf.files(visitor)
-        if job.name not in files:
-            raise UserError(f"the run {job.name} has no adapter yet")
-        prompt = prompt_for(summary_of(files[job.name]))
-        return gr.Tabs(selected="generate"), gr.Dropdown(choices=[NONE, *files], value=job.name), prompt
+        prompt = prompt_for(summary_of(files[name]))
+        return gr.Tabs(selected="generate"), gr.Dropdown(choices=[NONE, *files], value=name), prompt
 
     parts["use"].click(
         use, parts["run"], [tabs, generate.adapters[0], generate.prompt], queue=False, api_visibility="private"
