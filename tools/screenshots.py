@@ -70,6 +70,8 @@ def set_number(page: Page, elem_id: str, value: int) -> None:
 
 
 def generate(page: Page) -> None:
+    if page.locator("#adapter input").input_value() == "none":
+        raise SystemExit("assets/adapters is empty: train a sample adapter first, the page is shown with it")
     subject = page.locator("#prompt textarea").input_value().removeprefix("a photo of a ") or "red duck"
     page.fill("#prompt textarea", PROMPT.format(subject))
     set_number(page, "num_images", 4)
