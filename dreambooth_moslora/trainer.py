@@ -83,6 +83,7 @@ def fit(run: "Training") -> TrainResult:
     run.sample_if_due()
     while run.step < run.max_train_steps:
         if run.stop_requested():
+            run.require_a_step()
             return run.finish(interrupted=True)
         losses = run.accumulate_gradients()
         run.check_finite(losses)
@@ -202,6 +203,11 @@ class Training:
     def stop_requested(self) -> bool:
         """Whether any process was told to stop: all leave after the same step."""
         return self._any_process(self.should_stop())
+
+    def require_a_step(self) -> None:
+        """A run that is stopped before its first step leaves no adapter: it would be the base."""
+        if self.step == 0:
+            raise StopRequestedError
 
     def _any_process(self, asked: bool) -> bool:
         if self.accelerator.num_processes == 1:

@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the programs do: waiting threads do not spin
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 from pathlib import Path

@@ -1,6 +1,10 @@
-"""Two processes of `accelerate launch` against one process that accumulates two micro-batches."""
+"""Two processes against one process that accumulates two micro-batches.
+
+They are started by torchrun: `accelerate launch --cpu --num_processes 2` starts two only through an MPI host file.
+"""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,10 +25,14 @@ def test_two_processes_train_one_adapter_and_are_one_process_with_accumulation_t
     changes = {"max_train_steps": 4, "with_prior_preservation": True, "prior": "adapter_off"}
     both = tiny_config(tiny_base, photos, tmp_path / "both", **changes)
     (tmp_path / "config.json").write_text(json.dumps(both.to_dict()))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = Path(__file__).with_name("two_processes.py")
     done = subprocess.run(
-        [*command, str(script), str(tmp_path / "config.json")], capture_output=True, text=True, check=False
+        [*command, str(script), str(tmp_path / "config.json")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     ranks = [json.loads((tmp_path / "both" / f"rank_{rank}.json").read_text()) for rank in (0, 1)]

@@ -258,6 +258,14 @@ def test_stopping_before_the_first_step_leaves_no_adapter(tiny_base, photos, tmp
     assert not RunDir(tmp_path).adapter_path.exists() and RunDir(tmp_path).checkpoints() == []
 
 
+def test_stopping_while_the_first_samples_are_drawn_leaves_no_adapter(tiny_base, photos, tmp_path):
+    events = []
+    config = tiny_config(tiny_base, photos, tmp_path, num_validation_images=1)
+    result = train(config, events.append, lambda: any(event["type"] == "sample" for event in events))
+    assert result.interrupted and result.step == 0 and RunDir(tmp_path).checkpoints() == []
+    assert events[-1]["state"] == "interrupted"
+
+
 def test_epochs_are_counted_as_in_diffusers_script(run):
     assert len(steps(run(max_train_steps=None, num_train_epochs=2)[0])) == 6
     assert len(steps(run(max_train_steps=None, train_batch_size=2, gradient_accumulation_steps=2)[0])) == 1

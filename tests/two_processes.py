@@ -1,4 +1,4 @@
-"""Run by `accelerate launch` in test_processes.py: train, then write this process's adapter as a hash."""
+"""Run by torchrun in test_processes.py: train, then write this process's adapter as a hash."""
 
 import hashlib
 import json
