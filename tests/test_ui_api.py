@@ -173,15 +173,19 @@ def test_an_app_error_is_no_server_error(client):
 
 def test_inspect_says_what_a_picture_and_an_adapter_are(client, served):
     gallery, _, _ = client.predict("a dog in space", adapter="dog", seed=4, **FAST, api_name="/generate")
-    picture, _ = client.predict(handle_file(files_of(gallery)[0]), api_name="/inspect")
+    picture = client.predict(handle_file(files_of(gallery)[0]), api_name="/inspect")
     assert "a dog in space" in picture and served.ctx.pipeline().adapters["dog"].sha256 in picture
-    adapter, _ = client.predict(handle_file(served.ctx.shelf.path("cat")), api_name="/inspect")
+    adapter = client.predict(handle_file(served.ctx.shelf.path("cat")), api_name="/inspect")
     assert "Rank" in adapter and "4" in adapter
 
 
 def test_an_estimate_names_steps_and_memory(client, tmp_path):
     PIL.Image.effect_noise((120, 100), 80).convert("RGB").save(tmp_path / "a.png")
     cost = client.predict(
-        photos=[handle_file(tmp_path / "a.png")], token="sks", class_word="dog", steps=7, api_name="/estimate"
+        photos=[handle_file(tmp_path / "a.png")],
+        token="sks",
+        class_word="dog",
+        steps=7,
+        api_name="/estimate",
     )
     assert "7 steps" in cost and "GiB" in cost and str(tmp_path) not in cost

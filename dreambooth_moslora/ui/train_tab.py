@@ -68,7 +68,9 @@ def _form() -> tuple[dict[str, Any], dict[str, Any]]:
         )
     prompts = gr.HTML(visible=False, elem_id="prompts")
     with gr.Accordion("Captions (optional)", open=False):
-        captions = gr.Textbox(label="Captions", info="one line for each photo, in order", lines=4, elem_id="captions")
+        captions = gr.Textbox(
+            "", label="Captions", info="one line for each photo, in order", lines=4, elem_id="captions"
+        )
     gr.Markdown("### 3 · Run", elem_classes="step")
     preset = gr.Radio(list(PRESETS), value="standard", label="Length", elem_id="preset")
     prior = gr.Checkbox(False, label="Prior preservation", info="keeps the class as it was; slower", elem_id="prior")
@@ -77,7 +79,7 @@ def _form() -> tuple[dict[str, Any], dict[str, Any]]:
     with gr.Row(elem_classes="tight"):
         start = gr.Button("Start training", variant="primary", scale=2, elem_id="start")
         estimate = gr.Button("Estimate cost", scale=1, min_width=110, elem_id="estimate")
-    cost = gr.HTML(visible=False, label="Cost", elem_id="cost")
+    cost = gr.HTML("", label="Cost", elem_id="cost")
     others = {"photos": photos, "remarks": remarks, "crops": crops, "prompts": prompts, "start": start}
     return {name: fields[name] for name in TrainForm.__dataclass_fields__}, others | {
         "estimate": estimate,
@@ -87,7 +89,7 @@ def _form() -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _more_fields() -> dict[str, Any]:
     with gr.Accordion("More settings", open=False, elem_id="more_training"):
-        run_name = gr.Textbox(label="Name of the run", placeholder="from the class word", elem_id="run_name")
+        run_name = gr.Textbox("", label="Name of the run", placeholder="from the class word", elem_id="run_name")
         with gr.Row():
             steps = gr.Number(0, label="Steps", info="0: by length", precision=0, min_width=100, elem_id="train_steps")
             rank = gr.Number(0, label="Rank", info="0: by length", precision=0, min_width=100)
@@ -170,11 +172,11 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
         return gr.Dropdown(choices=_names(jobs, visitor.id), value=job.name), notice(f"The run {job.name} is starting.")
 
     @shown
-    def estimate(photos: list[str] | None, request: gr.Request, **values) -> gr.HTML:
+    def estimate(photos: list[str] | None, request: gr.Request, **values) -> str:
         visitor = ctx.visitors.of(request)
         if photos:
             take_photos(photos, visitor.photos_dir)
-        return gr.HTML(estimate_cost(ctx, jobs, TrainForm(**values), visitor), visible=True)
+        return estimate_cost(ctx, jobs, TrainForm(**values), visitor)
 
     inputs = {"photos": parts["photos"], **fields}
     gr.on(
