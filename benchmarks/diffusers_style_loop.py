@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
@@ -50,6 +51,7 @@ def diffusers_style_step(
     size: str, resolution_px: int, rank: int, gradient_checkpointing: bool, fp32_adapter: bool = False
 ) -> Callable[[], tuple[float, float]]:
     """Build everything and return the step: () -> (loss, gradient norm)."""
+    AcceleratorState._reset_state()  # this process may have had another precision
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     schedule = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     encoders, vae, unet = loaded(size)
