@@ -43,6 +43,10 @@ pipeline("a photo of a red robot on the beach", num_inference_steps=30, guidance
 LIMITS = """\
 ## Limits
 
+This is a first, short training: of 50 prompts the judge reads the place right in all pictures, the colour in 82 % and
+the kind in 16 % (`python -m toybox.evaluate_base --images 50`). It serves the tests and a quick
+try; longer training is due.
+
 It knows the toy world and nothing else: other words are read as noise, and ordinary photographs are kept only roughly
 by its VAE. Pictures are 128 px. Two toys in one picture, and patterns named for a second colour, are its weakest side.
 
