@@ -55,6 +55,14 @@ def compute_in_fp32(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def forget_origin(folder: Path) -> None:
+    """Take the folder that a part was loaded from out of every config."""
+    for path in folder.rglob("config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
@@ -64,6 +72,7 @@ def main() -> None:
     assemble(args.work).save_pretrained(base, safe_serialization=True)
     for name in ("text_encoder", "text_encoder_2", "image_encoder"):
         compute_in_fp32(base / name)
+    forget_origin(base)
     if (args.work / "vit" / "model").exists():
         shutil.copytree(args.work / "vit" / "model", args.assets / "toy-dino", dirs_exist_ok=True)
         compute_in_fp32(args.assets / "toy-dino")
