@@ -18,7 +18,6 @@ from dreambooth_moslora.generation import SCHEDULERS, GenerationParams, read_rec
 from dreambooth_moslora.moslora import MoSLoraConfig, adapter_parameters, inject
 from dreambooth_moslora.pipeline import Image, Preview, Step, SubjectPipeline
 from dreambooth_moslora.previews import LatentColours, PreviewTracker, smooth_latents
-from tests.tiny import tiny_sdxl
 from tests.tiny_adapters import TARGETS, save_diffusers_lora, save_kohya_lora
 
 PARAMS = GenerationParams("a photo of a sks dog", seed=3, steps=3, guidance_scale=4.0)
@@ -84,8 +83,8 @@ def test_the_png_gives_the_same_picture_in_a_new_process_of_the_base(pipeline, f
     assert np.array_equal(picture(fresh, recipe.params), np.asarray(image.pixels))
 
 
-def test_scale_zero_and_no_adapter_are_the_untouched_base_bit_for_bit(pipeline, tmp_path):
-    base = picture(SubjectPipeline(tiny_sdxl(tmp_path), "tiny"))
+def test_scale_zero_and_no_adapter_are_the_untouched_base_bit_for_bit(pipeline, tiny_base):
+    base = picture(SubjectPipeline.from_base(tiny_base))
     with_dog = picture(pipeline, adapters=(("dog", 1.0),))
     assert differs(base, with_dog)
     assert np.array_equal(picture(pipeline, adapters=(("dog", 0.0),)), base)
