@@ -12,7 +12,7 @@ import torch
 from toybox.captions import article, canonical_caption, caption
 from toybox.kinds import SHAPES
 from toybox.make_subjects import SUBJECTS, load, photo_scenes
-from toybox.render import render
+from toybox.render import render, toy_masks
 from toybox.render_dataset import Shard, write_shard
 from toybox.world import COLOURS, KINDS, PLACES, Scene, Toy, is_held_out, sample_scene, sample_toy
 
@@ -50,6 +50,18 @@ def test_a_picture_does_not_depend_on_its_neighbours():
     assert together.shape == (3, 32, 32, 3) and together.dtype == torch.uint8
     for scene, picture in zip(three, together):
         assert (render([scene], 32)[0].int() - picture.int()).abs().max() <= 1
+
+
+def test_masks_hold_the_pixels_that_change_with_the_toy():
+    five = [replace(s, light="day") for s in scenes(20) if len(s.toys) == 1][:5]
+    black, white = (
+        [replace(s, toys=(replace(s.toys[0], colour=c, pattern="plain"),)) for s in five] for c in ("black", "white")
+    )
+    changed = (render(black, 64).int() - render(white, 64).int()).abs().amax(-1) > 40
+    masks = toy_masks(five, 64)
+    around = torch.nn.functional.max_pool2d(masks[:, None].float(), 3, 1, 1)[:, 0] > 0
+    assert not (changed & ~around).any()
+    assert ((changed & masks).sum((1, 2)) > 0.4 * masks.sum((1, 2))).all()
 
 
 def test_scene_survives_json():

@@ -1,5 +1,7 @@
 """Encode the renders once: two latents an image (as it is or mirrored; cropped, or small) with SDXL's time ids.
 
+Beside each latent stands how much of each of its cells a toy covers, which weighs the UNet's loss.
+
     python -m toybox.cache_latents --data DATA --vae WORK/vae/model --out WORK/latents.safetensors
 
 The time ids are true: (original height, width, crop top, left, target height, width), as in SDXL (Podell et al., 2023,
@@ -14,15 +16,24 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from tqdm import tqdm
 
 from toybox.channels_last import to_channels_last
 from toybox.data import Renders, to_pixels
+from toybox.render import toy_masks
+from toybox.world import Scene
 
 __all__ = ["cropped", "small", "whole"]
 
 SIZE_PX = 128
+
+
+def with_toys(renders: Renders, indices: range) -> Tensor:
+    """fp32 (N,4,128,128): the renders' pixels in [-1, 1], and as a fourth channel 1 where a toy is, 0 elsewhere."""
+    scenes = [Scene.from_dict(renders.rows[i]["scene"]) for i in indices]
+    masks = interpolate(toy_masks(scenes)[:, None].float(), size=(SIZE_PX, SIZE_PX), mode="bilinear")
+    return torch.cat([to_pixels(renders.images(indices)), masks], dim=1)
 
 
 def _mirror(pixels: Tensor, generator: torch.Generator) -> Tensor:
@@ -30,7 +41,7 @@ def _mirror(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def whole(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
-    """(3,128,128) -> the same, perhaps mirrored, and its six time ids."""
+    """(C,128,128) -> the same, perhaps mirrored, and its six time ids."""
     original = int(torch.randint(1, 9, (), generator=generator)) * SIZE_PX
     return _mirror(pixels, generator), [original, original, 0, 0, SIZE_PX, SIZE_PX]
 
@@ -59,17 +70,26 @@ def second_view(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, lis
 
 @torch.no_grad()
 def encode(renders: Renders, vae: AutoencoderKL) -> dict[str, Tensor]:
-    """latents (2N,4,16,16) fp16, scaled; time_ids (2N,6) int16; row 2i and 2i+1 belong to image i."""
+    """latents (2N,4,16,16) fp16, scaled; time_ids (2N,6) int16; toys (2N,16,16) fp16 in [0, 1].
+
+    Rows 2i and 2i+1 belong to image i.
+    """
     vae.eval().to(dtype=torch.bfloat16, memory_format=torch.channels_last)
-    latents, ids = [], []
+    latents, toys, ids = [], [], []
     for start in tqdm(range(0, len(renders), 32), desc="encode", mininterval=10):
         generator = torch.Generator().manual_seed(start)
-        pixels = to_pixels(renders.images(range(start, min(start + 32, len(renders)))))
+        pixels = with_toys(renders, range(start, min(start + 32, len(renders))))
         views = [view(p, generator) for p in pixels for view in (whole, second_view)]
-        x = to_channels_last(torch.stack([v for v, _ in views]).clamp(-1, 1))
-        latents.append((vae.encode(x).latent_dist.mean.float() * vae.config.scaling_factor).half().contiguous())
+        x = torch.stack([v for v, _ in views])
+        mean = vae.encode(to_channels_last(x[:, :3].clamp(-1, 1))).latent_dist.mean.float()
+        latents.append((mean * vae.config.scaling_factor).half().contiguous())
+        toys.append(adaptive_avg_pool2d(x[:, 3].clamp(0, 1), latents[-1].shape[-2:]).half())
         ids += [i for _, i in views]
-    return {"latents": torch.cat(latents), "time_ids": torch.tensor(ids, dtype=torch.int16)}
+    return {
+        "latents": torch.cat(latents),
+        "toys": torch.cat(toys),
+        "time_ids": torch.tensor(ids, dtype=torch.int16),
+    }
 
 
 def main() -> None:

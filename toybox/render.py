@@ -20,7 +20,7 @@ from toybox.places import BACKDROP, LIGHT_TABLE, PLACES, SCENERY
 from toybox.trace import Herd, cross, dot, unit
 from toybox.world import Scene
 
-__all__ = ["render"]
+__all__ = ["render", "toy_masks"]
 
 HALF_VIEW = 0.32  # tangent of half the field of view
 CONTRAST = 18 / 255  # between neighbours: above it a pixel is shaded again
@@ -38,17 +38,37 @@ def render(
     `compiled` is faster for thousands of pictures: it first spends some seconds on each kind.
     """
     device = torch.device(device)
-    groups = defaultdict(list)
-    for number, scene in enumerate(scenes):
-        groups[tuple(toy.kind for toy in scene.toys)].append(number)
     pictures = torch.empty(len(scenes), size_px, size_px, 3, dtype=torch.uint8, device=device)
     at_once = max(1, GROUP * 128 * 128 // (size_px * size_px))
-    for numbers in groups.values():
+    for numbers in _same_kinds(scenes).values():
         for start in range(0, len(numbers), at_once):
             some = numbers[start : start + at_once]
             stage = Stage.of([scenes[i] for i in some], device, compiled)
             pictures[torch.tensor(some, device=device)] = _picture(stage, size_px)
     return pictures
+
+
+@torch.no_grad()
+def toy_masks(scenes: Sequence[Scene], size_px: int = 64) -> Tensor:
+    """Which pixels of `render(scenes, size_px)` show a toy: bool (N, size_px, size_px)."""
+    masks = torch.zeros(len(scenes), size_px * size_px, dtype=torch.bool)
+    for numbers in _same_kinds(scenes).values():
+        stage = Stage.of([scenes[i] for i in numbers], torch.device("cpu"), compiled=False)
+        pixels = torch.arange(len(numbers) * size_px * size_px)
+        eye, d, scene = _rays(stage, pixels, size_px, MIDDLE)
+        hit = torch.zeros(len(pixels), dtype=torch.bool)
+        for herd in stage.herds:
+            hit[herd.hit(eye, d, scene)[0]] = True
+        masks[torch.tensor(numbers)] = hit.view(len(numbers), -1)
+    return masks.view(len(scenes), size_px, size_px)
+
+
+def _same_kinds(scenes: Sequence[Scene]) -> dict[tuple[str, ...], list[int]]:
+    """Numbers of the scenes, by the kinds of toys in them."""
+    groups = defaultdict(list)
+    for number, scene in enumerate(scenes):
+        groups[tuple(toy.kind for toy in scene.toys)].append(number)
+    return groups
 
 
 @dataclass
@@ -145,13 +165,18 @@ def _shade_pixels(
 
     They are seen through a point `shift` pixels off their middles; toys are sought only where `near_toy` (R,).
     """
+    return _shade(stage, *_rays(stage, numbers, size_px, shift), near_toy.nonzero()[:, 0])
+
+
+def _rays(stage: Stage, numbers: Tensor, size_px: int, shift: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the pixels with these numbers: the eye (3, R), the ray's direction (3, R), the scene's number (R,)."""
     scene = numbers // (size_px * size_px)
     row, column = numbers // size_px % size_px, numbers % size_px
     x = (column + 0.5 + shift[0]) * (2 / size_px) - 1 - stage.offset[0][scene]
     y = 1 - (row + 0.5 + shift[1]) * (2 / size_px) - stage.offset[1][scene]
     forward, right, up = stage.axes
     d = unit(forward[:, scene] + HALF_VIEW * (x * right[:, scene] + y * up[:, scene]))
-    return _shade(stage, stage.eye[:, scene], d, scene, near_toy.nonzero()[:, 0])
+    return stage.eye[:, scene], d, scene
 
 
 def _shade(stage: Stage, o: Tensor, d: Tensor, scene: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from toybox.train_clip import augment
 from toybox.training import MasterWeights, Run, trapezoid
+from toybox.world import KINDS
 
 __all__ = ["Views", "build_vit", "nearest_neighbour_accuracy"]
 
@@ -48,12 +49,15 @@ def pixels_for_dino(images: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 class Views:
-    """images (toys, views, 128, 128, 3) uint8 and the kind of each toy (written by `render_views`)."""
+    """images (toys, views, 128, 128, 3) uint8 and the kind of each toy (written by `render_views`).
 
-    def __init__(self, folder: Path, held_back: float = 0.1):
+    The last `held_back` toys, 50 of each kind, are never trained on.
+    """
+
+    def __init__(self, folder: Path, held_back: int = 50 * len(KINDS)):
         self.images = np.load(folder / "views.npy", mmap_mode="r")
         self.kinds = np.array(json.loads((folder / "kinds.json").read_text()))
-        self.train = int(len(self.kinds) * (1 - held_back))
+        self.train = len(self.kinds) - held_back
 
     def pairs(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Two views of n different training toys, a quarter of them of one kind."""
