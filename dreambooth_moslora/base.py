@@ -260,8 +260,13 @@ def decoded(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 
 def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> NoiseSchedule:
-    """The noise levels that a base was trained with, from its scheduler's configuration. EDM bases force EDM style."""
+    """The noise levels that a base was trained with, from its scheduler's configuration. EDM bases force EDM style.
+
+    Raises UserError for a base that predicts neither noise nor velocity.
+    """
     kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind not in ("epsilon", "v_prediction"):
+        raise UserError(f"the base predicts `{kind}`: only epsilon and v_prediction bases can be trained.")
     if "EDM" in type(scheduler).__name__:
         fresh = type(scheduler).from_config(scheduler.config)
         sigmas = fresh.sigmas[: len(fresh.timesteps)]

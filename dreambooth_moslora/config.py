@@ -101,8 +101,10 @@ class TrainConfig:
     num_train_epochs: int = of_training(1, "times through all photos, when --max_train_steps is not given", low=1)
     max_train_steps: int | None = of_training(None, "optimizer steps; overrides --num_train_epochs", low=1)
     learning_rate: float = of_training(1e-4, "learning rate; 1.0 with Prodigy", low=0)
-    text_encoder_lr: float = of_training(5e-6, "learning rate of the text encoders", low=0)
-    scale_lr: bool = of_training(False, "multiply it by processes x accumulation x batch size")
+    text_encoder_lr: float = of_training(
+        5e-6, "learning rate of the text encoders; 0: the same as --learning_rate", low=0
+    )
+    scale_lr: bool = of_training(False, "multiply --learning_rate by processes x accumulation x batch size")
     lr_scheduler: str = of_training("constant", "course of the learning rate", choices=SCHEDULES)
     lr_warmup_steps: int = of_training(500, "steps of warm-up, where the schedule has one", low=0)
     lr_num_cycles: int = of_training(1, "restarts of cosine_with_restarts", low=1)
@@ -175,6 +177,10 @@ class TrainConfig:
             raise UserError("--instance_data_dir and --dataset_name: give one of them, not both.")
         if self.with_prior_preservation and not self.class_prompt:
             raise UserError('--with_prior_preservation needs --class_prompt, such as "a photo of a dog".')
+        if self.snr_gamma is not None and self.do_edm_style_training:
+            raise UserError(
+                "--snr_gamma and --do_edm_style_training: EDM weighs noise levels itself; give one of them."
+            )
         if self.early_stopping and not self.evaluate_steps:
             raise UserError("--early_stopping needs --evaluate_steps: without scores there is nothing to wait for.")
         if not self.target_modules:

@@ -100,7 +100,7 @@ class Learner:
         target = target_of(schedule, batch.latents, noise, noised.index)
         if self._base_is_prior:
             target = torch.where(batch.is_prior.view(-1, 1, 1, 1), self.base_prediction(batch, noised), target)
-        weights = snr_weights(schedule, noised.index, config.snr_gamma)
+        weights = snr_weights(schedule, noised.index, batch.is_prior, config.snr_gamma)
         prediction = self.predict(batch, noised, self.text_cond(batch.prompts))
         return loss(prediction, target, weights, batch.is_prior, config.prior_loss_weight, batch.mask)
 

@@ -114,20 +114,20 @@ def edm_denoised(schedule: NoiseSchedule, output: Tensor, noisy: Tensor, sigma: 
     return schedule.sigma_data**2 / variance * noisy + sign * c_out * output
 
 
-def snr_weights(schedule: NoiseSchedule, index: Tensor, snr_gamma: float | None) -> Tensor:
-    """Weight (B,) of each image's squared error.
+def snr_weights(schedule: NoiseSchedule, index: Tensor, is_prior: Tensor, snr_gamma: float | None) -> Tensor:
+    """Weight (B,) of each image's squared error, as diffusers' script weighs it. `index`, `is_prior` (B,).
 
-    Without `snr_gamma` noise and velocity count alike at each level, and an EDM error of x counts 1/sigma² (none for
-    EDM's own bases). With it, an error of x counts min(SNR, gamma) (Hang et al. 2023): min(SNR, gamma)/SNR for noise,
-    min(SNR, gamma)/(SNR + 1) for velocity.
+    An EDM error of x counts 1/sigma², or 1 for EDM's own bases. Else errors count alike, unless `snr_gamma` is given
+    (Hang et al. 2023): then an instance image's noise counts min(SNR, gamma)/SNR, its velocity one more than that.
     """
     snr = schedule.snr(index)
-    if snr_gamma is None:
-        return snr if schedule.style == "edm" and schedule.sigma_data is None else torch.ones_like(snr)
-    clipped = snr.clamp(max=snr_gamma)
     if schedule.style == "edm":
-        return clipped
-    return clipped / (snr if schedule.prediction_type == "epsilon" else snr + 1)
+        return snr if schedule.sigma_data is None else torch.ones_like(snr)
+    if snr_gamma is None:
+        return torch.ones_like(snr)
+    clipped = (snr_gamma / snr).clamp(max=1)  # 1 where the SNR is zero
+    weights = clipped if schedule.prediction_type == "epsilon" else clipped + 1
+    return torch.where(is_prior, 1.0, weights)
 
 
 def loss(

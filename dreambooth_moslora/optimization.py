@@ -18,13 +18,17 @@ __all__ = ["make_lr_schedule", "make_optimizer", "parameter_groups"]
 
 
 def parameter_groups(config: TrainConfig, components: dict[str, nn.Module], world_size: int = 1) -> list[dict]:
-    """Up to four optimizer groups: A and B, mixers; of the UNet, of the text encoders. Empty ones are left out."""
+    """Groups of A and B, and of mixers, for the UNet and each text encoder; empty ones are left out.
+
+    As in diffusers' script, `scale_lr` scales the UNet's rate only, and text encoders without a rate take the UNet's.
+    """
     lr_scale = config.gradient_accumulation_steps * config.train_batch_size * world_size if config.scale_lr else 1
     prodigy = config.optimizer.lower() == "prodigy"
     groups = []
     for name, module in components.items():
         is_text = name != "unet"
-        lr = lr_scale * (config.text_encoder_lr if is_text and not prodigy else config.learning_rate)
+        own_rate = config.text_encoder_lr if is_text and not prodigy else 0.0
+        lr = own_rate or lr_scale * config.learning_rate
         decay = config.adam_weight_decay_text_encoder if is_text else config.adam_weight_decay
         mixers = [p for _, p in mixer_parameters(module)]
         mixer_ids = {id(p) for p in mixers}

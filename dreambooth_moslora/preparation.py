@@ -18,6 +18,7 @@ from dreambooth_moslora.base import encode_text, load_pipeline, noise_schedule
 from dreambooth_moslora.cache import TensorCache, default_cache_dir, fingerprint
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.dataset import CropRule, PhotoEncoder, PhotoStream, TextBook, TrainBatch, collate
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.objective import NoiseSchedule
 from dreambooth_moslora.photos import Photo, PhotoReport, find_photos
 from dreambooth_moslora.prior import ClassImages
@@ -76,6 +77,7 @@ def prepare(
     dtype = DTYPES[accelerator.mixed_precision]
     pipeline = load_base(config, dtype, accelerator.device)
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
+    check_weighting(config, schedule)
     stop_if_asked(should_stop)
     class_photos = []
     if uses_class_images(config):
@@ -115,6 +117,12 @@ def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> 
     pipeline.register_modules(image_encoder=None, feature_extractor=None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def check_weighting(config: TrainConfig, schedule: NoiseSchedule) -> None:
+    """A base can be EDM's without the flag."""
+    if config.snr_gamma is not None and schedule.style == "edm":
+        raise UserError("--snr_gamma: this base was made in EDM style, which weighs noise levels itself; leave it out.")
 
 
 def uses_class_images(config: TrainConfig) -> bool:

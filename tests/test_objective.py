@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, EDMEulerScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
+from diffusers.training_utils import compute_snr
 
 from dreambooth_moslora import objective
 from dreambooth_moslora.objective import NoiseSchedule
 
 SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 INDEX = torch.tensor([3, 400, 999])
+NOBODY = torch.zeros(3, dtype=torch.bool)
 
 
 def schedule(prediction_type="epsilon", style="ddpm") -> NoiseSchedule:
@@ -30,13 +32,13 @@ def test_ddpm_noise_and_velocity_equal_diffusers(drawn):
     assert torch.allclose(velocity, SCHEDULER.get_velocity(latents, noise, INDEX), atol=1e-5)
 
 
-def parts(kind, style, drawn, gamma=None):
+def parts(kind, style, drawn):
     latents, noise, output = drawn
     plan = schedule(kind, style)
     noised = objective.corrupt(plan, latents, noise, INDEX)
     prediction = objective.prediction_of(plan, output, noised)
     target = objective.target_of(plan, latents, noise, INDEX)
-    return objective.image_errors(prediction, target, None) * objective.snr_weights(plan, INDEX, gamma)
+    return objective.image_errors(prediction, target, None) * objective.snr_weights(plan, INDEX, NOBODY, None)
 
 
 def test_edm_style_tells_the_unet_the_same(drawn):
@@ -50,14 +52,37 @@ def test_edm_style_with_epsilon_is_the_same_loss(drawn):
     assert torch.allclose(parts("epsilon", "edm", drawn), parts("epsilon", "ddpm", drawn), rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_min_snr_is_the_same_loss_in_every_parametrisation(kind, drawn):
-    assert torch.allclose(parts(kind, "edm", drawn, 5.0), parts(kind, "ddpm", drawn, 5.0), rtol=1e-3)
+@pytest.mark.parametrize(("kind", "extra"), [("epsilon", 0.0), ("v_prediction", 1.0)])
+def test_min_snr_is_that_of_diffusers_script(kind, extra, drawn):
+    """min(SNR, gamma) / SNR, and one more for velocity; the prior loss is the plain mean (arXiv 2303.09556, 3.4)."""
+    latents, noise, output = drawn
+    truth = DDPMScheduler.from_config(SCHEDULER.config, prediction_type=kind)
+    index, is_prior, gamma = torch.tensor([3, 400, 900]), torch.tensor([False, False, True]), 5.0
+    answer = noise if kind == "epsilon" else truth.get_velocity(latents, noise, index)
+    errors = (output - answer).square().mean((1, 2, 3)).tolist()
+    weights = [min(snr, gamma) / snr + extra for snr in compute_snr(truth, index).tolist()]
+    expected = (weights[0] * errors[0] + weights[1] * errors[1]) / 2
+    plan = schedule(kind)
+    target = objective.target_of(plan, latents, noise, index)
+    got = objective.loss(output, target, objective.snr_weights(plan, index, is_prior, gamma), is_prior, 0.25)
+    assert float(got.instance) == pytest.approx(expected, rel=1e-4)
+    assert float(got.prior) == pytest.approx(errors[2], rel=1e-4)
+    assert float(got.total) == pytest.approx(expected + 0.25 * errors[2], rel=1e-4)
+    assert weights[0] - extra < 0.05 and weights[1] - extra == 1
 
 
-def test_min_snr_only_lowers_the_weight_of_clean_images():
-    weights = objective.snr_weights(schedule(), INDEX, 5.0)
-    assert weights[0] < 0.05 and weights[2] == 1
+def test_edm_style_counts_an_error_of_the_latents_by_one_over_sigma_squared(drawn):
+    latents, noise, output = drawn
+    truth = EulerDiscreteScheduler.from_config(SCHEDULER.config)
+    index = torch.tensor([3, 400, 900])
+    sigmas = truth.sigmas[:-1].flip(0)[index].view(-1, 1, 1, 1)
+    clean = latents + sigmas * noise - sigmas * output
+    expected = ((clean - latents) ** 2 / sigmas**2).mean()
+    plan = schedule(style="edm")
+    noised = objective.corrupt(plan, latents, noise, index)
+    prediction, target = objective.prediction_of(plan, output, noised), objective.target_of(plan, latents, noise, index)
+    got = objective.loss(prediction, target, objective.snr_weights(plan, index, NOBODY, None), NOBODY)
+    assert float(got.total) == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_a_perfect_prediction_costs_nothing(drawn):
@@ -88,7 +113,7 @@ def test_zero_terminal_snr_stays_finite(drawn):
     noised = objective.corrupt(plan, latents, noise, index)
     assert torch.equal(noised.noisy[2], noise[2])
     assert torch.equal(objective.target_of(plan, latents, noise, index)[2], -latents[2])
-    assert objective.snr_weights(plan, index, 5.0).isfinite().all()
+    assert objective.snr_weights(plan, index, NOBODY, 5.0)[2] == 2
 
 
 def test_instance_and_prior_are_apart_and_weighted():

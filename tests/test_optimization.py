@@ -35,7 +35,12 @@ def test_a_frozen_mixer_has_no_group():
 
 def test_scale_lr_counts_accumulation_batch_and_processes():
     config = TrainConfig(scale_lr=True, train_batch_size=3, gradient_accumulation_steps=2, learning_rate=1e-4)
-    assert parameter_groups(config, components(), world_size=4)[0]["lr"] == pytest.approx(24e-4)
+    groups = {group["name"]: group["lr"] for group in parameter_groups(config, components(), world_size=4)}
+    assert groups["unet"] == pytest.approx(24e-4) and groups["text_encoder"] == 5e-6
+
+
+def test_a_text_encoder_without_a_rate_takes_that_of_the_unet():
+    assert groups_of(TrainConfig(text_encoder_lr=0, learning_rate=1e-3))["text_encoder"]["lr"] == 1e-3
 
 
 def test_prodigy_refuses_a_rate_for_the_mixer_alone():

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import EDMEulerScheduler, StableDiffusionXLPipeline
 from PIL import Image
 
 from dreambooth_moslora import learner as learner_module
@@ -187,7 +187,7 @@ OPTIONS = {
     "dora": {"use_dora": True},
     "dropout": {"lora_dropout": 0.5},
     "snr_gamma": {"snr_gamma": 0.1},
-    "edm": {"do_edm_style_training": True, "snr_gamma": 5.0},
+    "edm": {"do_edm_style_training": True},
     "bf16": {"mixed_precision": "bf16"},
     "nf4": {"base_quantization": "nf4"},
     "adapter_off": {"with_prior_preservation": True, "prior": "adapter_off"},
@@ -221,6 +221,23 @@ def test_a_v_prediction_base_is_trained_on_velocity(tmp_path, photos, plain_hash
     base = save_tiny_sdxl(tmp_path / "base", prediction_type="v_prediction")
     train(tiny_config(base, photos, tmp_path / "run", max_train_steps=2))
     assert adapter_sha256(tmp_path / "run") != plain_hash
+
+
+def test_min_snr_weighs_the_instance_loss_and_leaves_the_prior_alone(run):
+    prior = {"with_prior_preservation": True, "max_train_steps": 1, "train_batch_size": 2}
+    plain, weighted = (steps(run(name, snr_gamma=gamma, **prior)[0])[0] for name, gamma in (("a", None), ("b", 1e-3)))
+    assert weighted["loss_prior"] == plain["loss_prior"]
+    assert weighted["loss_instance"] < 0.9 * plain["loss_instance"]
+
+
+def test_min_snr_on_an_edm_base_is_refused(tmp_path, photos):
+    base = tmp_path / "base"
+    save_tiny_sdxl(base)
+    EDMEulerScheduler().save_pretrained(base / "model" / "scheduler")
+    index = base / "model" / "model_index.json"
+    index.write_text(index.read_text().replace("EulerDiscreteScheduler", "EDMEulerScheduler"))
+    with pytest.raises(UserError, match="EDM style"):
+        train(tiny_config(base / "model", photos, tmp_path / "run", snr_gamma=5.0))
 
 
 def test_prior_losses_are_logged_apart_and_class_images_have_a_manifest(run, tmp_path):
