@@ -1,0 +1,96 @@
+"""The embedded base is an ordinary SDXL pipeline: diffusers loads it, draws, edits, and adapts it without our code."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
+from PIL import Image
+
+from dreambooth_moslora import MoSLoraConfig, inject
+from dreambooth_moslora.export import adapter_facts, publish
+from toybox.make_subjects import load, photo_scenes
+from toybox.render import render
+
+ASSETS = Path(__file__).parents[1] / "assets"
+LIMIT_MB = 48
+PROMPT = "a photo of a red robot on the beach"
+
+
+@pytest.fixture(scope="module")
+def base() -> StableDiffusionXLPipeline:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(ASSETS / "toy-sdxl")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def drawn(pipeline, seed: int = 3, **arguments) -> np.ndarray:
+    generator = torch.Generator().manual_seed(seed)
+    return pipeline(PROMPT, num_inference_steps=4, generator=generator, output_type="np", **arguments).images[0]
+
+
+def test_it_draws_128_px_and_the_same_from_the_same_seed(base):
+    first = drawn(base)
+    assert first.shape == (128, 128, 3) and first.std() > 0.05
+    assert np.array_equal(first, drawn(base)) and not np.array_equal(first, drawn(base, seed=4))
+
+
+def test_its_topology_is_that_of_sdxl(base):
+    config = base.unet.config
+    assert config.down_block_types == ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
+    assert config.addition_embed_type == "text_time" and config.use_linear_projection
+    widths = base.text_encoder.config.hidden_size, base.text_encoder_2.config.hidden_size
+    assert widths[0] != widths[1] and sum(widths) == config.cross_attention_dim
+    assert base.vae_scale_factor == 8 and base.vae.config.latent_channels == 4
+
+
+def test_any_prompt_and_a_rare_token_are_accepted(base):
+    ids = base.tokenizer(["a photo of sks duck, naïve 日本 🦆"]).input_ids[0]
+    assert base.tokenizer.unk_token_id not in ids[1:-1] and len(ids) < 77
+    assert "sks" in base.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_img2img_and_inpaint_take_its_parts(base):
+    subject = load("duck")
+    photo = Image.fromarray(render(photo_scenes(subject)[:1], 128)[0].numpy())
+    edit = StableDiffusionXLImg2ImgPipeline.from_pipe(base)
+    mask = Image.new("L", photo.size)
+    mask.paste(255, (0, 0, 64, 128))
+    paint = StableDiffusionXLInpaintPipeline.from_pipe(base)
+    for pipeline, arguments in ((edit, {}), (paint, {"mask_image": mask, "height": 128, "width": 128})):
+        pipeline.set_progress_bar_config(disable=True)
+        image = drawn(pipeline, image=photo, strength=0.6, **arguments)
+        assert image.shape == (128, 128, 3)
+        assert 0.01 < np.abs(image - np.asarray(photo) / 255).mean() < 0.4
+
+
+def test_diffusers_loads_an_adapter_onto_it(tmp_path):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(ASSETS / "toy-sdxl")
+    pipeline.set_progress_bar_config(disable=True)
+    plain = drawn(pipeline)
+    config = MoSLoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
+    inject(pipeline.unet, config)
+    live = drawn(pipeline)
+    publish({"unet": pipeline.unet}, tmp_path, "x", adapter_facts({"unet": pipeline.unet}), torch.float32)
+    fresh = StableDiffusionXLPipeline.from_pretrained(ASSETS / "toy-sdxl")
+    fresh.set_progress_bar_config(disable=True)
+    fresh.load_lora_weights(tmp_path / "pytorch_lora_weights.safetensors")
+    loaded = drawn(fresh)
+    assert np.abs(live - plain).mean() > 1e-3
+    assert np.abs(loaded - live).max() < 1e-2
+
+
+def test_the_embedded_weights_stay_small_and_fp16():
+    files = sorted(f for name in ("toy-sdxl", "toy-dino") for f in (ASSETS / name).rglob("*.safetensors"))
+    assert files and sum(f.stat().st_size for f in files) < LIMIT_MB * 1e6
+    digests = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
+    assert len(set(digests)) == len(files)
+    for file in files:
+        header = file.read_bytes()[:20_000]
+        assert b'"dtype":"F16"' in header and b'"dtype":"F32"' not in header, file.name
