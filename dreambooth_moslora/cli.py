@@ -21,6 +21,7 @@ from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.rundir import RunDir
 from dreambooth_moslora.stopping import INTERRUPTED, StopRequest
+from dreambooth_moslora.threads import wait_without_spinning
 
 __all__ = ["COMMANDS", "main", "train_main"]
 
@@ -47,6 +48,7 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 def exit_code(run: Callable[[], int]) -> int:
     """Run, and turn how it ended into a line and a code."""
+    wait_without_spinning()
     try:
         return run()
     except UserError as error:
@@ -125,8 +127,6 @@ def run_training(config: TrainConfig) -> int:
 
 
 def run_trainer(config: TrainConfig, stop: StopRequest) -> int:
-    # Threads that wait by spinning made a small UNet 60 times slower wherever another program used the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from dreambooth_moslora.progress import TerminalProgress
     from dreambooth_moslora.trainer import train
 

@@ -39,6 +39,15 @@ def photos(tmp_path):
     return folder
 
 
+@pytest.mark.parametrize("program", ["dreambooth_moslora.cli", "dreambooth_moslora.ui.serve"])
+def test_every_program_lets_idle_threads_sleep(program):
+    code = f"import os; from {program} import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print(os.environ['OMP_WAIT_POLICY'])"
+    free = {k: v for k, v in ENVIRONMENT.items() if k != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=free, check=True)
+    assert done.stdout.splitlines()[-1] == "PASSIVE"
+
+
 @pytest.mark.parametrize("words", [["--help"], ["--rnak", "3"], []])
 def test_help_and_mistakes_import_no_torch(words):
     code = (

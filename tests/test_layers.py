@@ -21,6 +21,7 @@ LAYERS: list[set[str]] = [
         "generation",
         "streaming",
         "memory",
+        "threads",
         "rundir",
         "prompts",
         "contact_sheet",
