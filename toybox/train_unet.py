@@ -86,10 +86,25 @@ def drop_captions(embeds: Tensor, pooled: Tensor, generator: torch.Generator, sh
     pooled[dropped] = 0
 
 
-def min_snr_weight(schedule: DDPMScheduler, t: Tensor) -> Tensor:
-    """min(SNR, gamma) / SNR, shape (N,): equation 5 of the min-SNR paper for noise prediction."""
-    snr = compute_snr(schedule, t)
-    return snr.clamp(max=SNR_GAMMA) / snr
+class Timesteps:
+    """Draws timesteps where the loss weighs: p(t) ∝ max(w(t), 1/4), spread evenly over a batch.
+
+    w(t) = min(SNR, gamma) / SNR, equation 5 of the min-SNR paper for noise prediction; the weights that come with a
+    draw are w / p, so that the expected loss is that of uniform timesteps.
+    """
+
+    def __init__(self, schedule: DDPMScheduler):
+        snr = compute_snr(schedule, torch.arange(len(schedule.alphas_cumprod)))
+        weight = snr.clamp(max=SNR_GAMMA) / snr
+        density = weight.clamp(min=0.25)
+        self.cumulative = (density / density.sum()).cumsum(0)
+        self.weight = weight / (density / density.mean())
+
+    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Timesteps (N,), long, and their weights (N,)."""
+        level = (torch.arange(n) + torch.rand(n, generator=generator)) / n
+        t = torch.searchsorted(self.cumulative, level).clamp(max=len(self.cumulative) - 1)
+        return t, self.weight[t]
 
 
 def cell_weights(toys: Tensor) -> Tensor:
@@ -108,10 +123,11 @@ def train(args: argparse.Namespace) -> None:
     renders, cache = Renders(args.data), load_file(args.latents)
     latents, time_ids = cache["latents"], cache["time_ids"]
     towers, schedule = TextTowers(args.clip, args.tokenizer), noise_schedule()
+    timesteps = Timesteps(schedule)
     unet = build_unet()
     unet.set_attn_processor(AttnProcessor())
     use_fast_group_norm(unet)
-    weights = MasterWeights(unet, adamw_lr=args.lr, ema_decay=0.9995, muon_lr=args.muon_lr, adamw_names=("conv_out",))
+    weights = MasterWeights(unet, adamw_lr=args.lr, ema_decay=0.999)
     run = Run(args.out, weights, args.steps, save_every=500, log_every=50)
     for step in run:
         generator, rng = run.generator(step, salt=1), random.Random(step)
@@ -121,13 +137,13 @@ def train(args: argparse.Namespace) -> None:
         drop_captions(embeds, pooled, generator)
         x = latents[rows].float()
         noise = torch.randn(x.shape, generator=generator)
-        t = torch.randint(0, 1000, (len(x),), generator=generator)
+        t, weight = timesteps.draw(len(x), generator)
         noisy = to_channels_last(schedule.add_noise(x, noise, t))
         added = {"text_embeds": pooled, "time_ids": time_ids[rows].float()}
         prediction = unet(noisy, t, embeds, added_cond_kwargs=added).sample
         squared = (prediction.float() - noise).square() * cell_weights(cache["toys"][rows])
         error = squared.mean(dim=(1, 2, 3))
-        loss = (error * min_snr_weight(schedule, t)).mean()
+        loss = (error * weight).mean()
         loss.backward()
         norm = weights.step(trapezoid(step, args.steps, warmup=200))
         run.add(loss=loss, mse=error.mean(), grad_norm=norm)
@@ -155,7 +171,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--muon_lr", type=float, default=None)
     train(parser.parse_args())
 
 

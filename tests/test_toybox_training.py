@@ -1,0 +1,95 @@
+"""What the pre-training scripts rest on: unbiased timesteps, cell weights, a GroupNorm of our own, runs that resume."""
+
+import pytest
+import torch
+from diffusers.training_utils import compute_snr
+from torch import nn
+
+from toybox.channels_last import FastGroupNorm
+from toybox.dead_leaves import dead_leaves
+from toybox.train_unet import SNR_GAMMA, TOY_WEIGHT, Timesteps, cell_weights, drop_captions, noise_schedule
+from toybox.training import MasterWeights, Run, trapezoid
+
+
+def test_weighted_timesteps_expect_what_uniform_ones_with_min_snr_weights_would():
+    schedule = noise_schedule()
+    snr = compute_snr(schedule, torch.arange(1000))
+    value = torch.sin(torch.arange(1000) / 100) + 2
+    truth = float((value * snr.clamp(max=SNR_GAMMA) / snr).mean())
+    generator, timesteps = torch.Generator().manual_seed(0), Timesteps(schedule)
+    means = [float((value[t] * w).mean()) for t, w in (timesteps.draw(64, generator) for _ in range(400))]
+    assert sum(means) / len(means) == pytest.approx(truth, rel=2e-3)
+
+
+def test_a_batch_of_timesteps_covers_the_whole_schedule():
+    t, weight = Timesteps(noise_schedule()).draw(50, torch.Generator().manual_seed(1))
+    assert t.min() < 60 and t.max() > 970 and (t.diff() >= 0).all() and (weight > 0).all()
+
+
+def test_cells_of_a_toy_weigh_more_and_a_batch_weighs_one():
+    toys = torch.zeros(2, 16, 16, dtype=torch.float16)
+    toys[0, 4:8, 4:8] = 1
+    weights = cell_weights(toys)
+    assert float(weights.mean()) == pytest.approx(1)
+    assert float(weights[0, 0, 5, 5] / weights[0, 0, 0, 0]) == pytest.approx(1 + TOY_WEIGHT)
+
+
+def test_dropped_captions_are_zero_and_a_tenth():
+    embeds, pooled = torch.ones(4000, 2, 3), torch.ones(4000, 5)
+    drop_captions(embeds, pooled, torch.Generator().manual_seed(0))
+    gone = pooled.sum(1) == 0
+    assert torch.equal(gone, embeds.sum((1, 2)) == 0) and 0.08 < gone.float().mean() < 0.12
+
+
+def test_the_group_norm_and_its_gradients_are_those_of_pytorch():
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(4, 16)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(3, 16, 6, 5) + 0.5
+    cotangent = torch.randn_like(x)
+    results = []
+    for module in (norm, FastGroupNorm(norm)):
+        norm.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        y.backward(cotangent)
+        results.append((y.detach(), leaf.grad, norm.weight.grad.clone(), norm.bias.grad.clone()))
+    for theirs, ours in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def fit(out, steps: int, total: int) -> dict[str, torch.Tensor]:
+    """A small model fitted for `steps` of `total` steps; its averaged weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    weights = MasterWeights(model, muon_lr=0.01, adamw_lr=1e-2, adamw_names=("1.",), dtype=torch.float32)
+    run = Run(out, weights, total, save_every=5, log_every=5)
+    for step in run:
+        x = torch.randn(16, 8, generator=run.generator(step))
+        loss = (model(x) - x[:, :2]).square().mean()
+        loss.backward()
+        run.add(loss=loss, grad_norm=weights.step(trapezoid(step, total, warmup=2)))
+        if step + 1 == steps:
+            break
+    return weights.averaged()
+
+
+def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
+    unbroken = fit(tmp_path / "a", 20, 20)
+    fit(tmp_path / "b", 12, 20)  # saved at 10, stopped at 12
+    resumed = fit(tmp_path / "b", 20, 20)
+    assert unbroken.keys() == resumed.keys()
+    assert all(torch.equal(unbroken[k], resumed[k]) for k in unbroken)
+
+
+def test_the_rate_rises_stays_and_falls():
+    rates = [trapezoid(step, 100, warmup=10) for step in range(101)]
+    assert rates[0] == 0.1 and rates[10:60] == [1.0] * 50 and rates[100] == 0
+    assert rates[60:] == sorted(set(rates[60:]), reverse=True)
+
+
+def test_dead_leaves_repeat_from_their_seed():
+    first = dead_leaves(2, 32, seed=1)
+    assert first.shape == (2, 32, 32, 3) and (first == dead_leaves(2, 32, seed=1)).all()
+    assert (first[0] != first[1]).any()
