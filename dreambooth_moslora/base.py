@@ -19,10 +19,13 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from dreambooth_moslora.base_files import configs_beside
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.objective import NoiseSchedule
 from dreambooth_moslora.quantization import quantize
@@ -45,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 TOY = Path(__file__).resolve().parents[1] / "assets" / "toy-sdxl"
 SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SingleFileComponentError)
+"""What diffusers' converter raises for a damaged file, and for one of another model."""
 
 
 class PlannedCrop(Protocol):
@@ -150,15 +155,24 @@ def load_vae(name: str | Path, dtype: torch.dtype, cache_dir: str | Path | None)
 
 def load_single_file(path: Path, options: dict) -> StableDiffusionXLPipeline:
     """One checkpoint file. A diffusers folder of the same stem beside it supplies the configs; else the hub does."""
-    configs = path.with_suffix("")
-    local = {"config": str(configs)} if (configs / "model_index.json").is_file() else {}
+    configs = configs_beside(path)
+    local = {} if configs is None else {"config": str(configs)}
     try:
         pipeline = StableDiffusionXLPipeline.from_single_file(str(path), add_watermarker=False, **options, **local)
-    except (ValueError, KeyError) as error:
+    except (LocalEntryNotFoundError, ConnectionError) as error:
+        raise UserError(without_configs(path)) from error
+    except UNREADABLE as error:
         raise UserError(f"{path} is not an SDXL checkpoint that diffusers can read: {one_line(error)}") from error
     if path.suffix == ".safetensors":
         follow_prediction_marks(pipeline, path)
     return pipeline
+
+
+def without_configs(path: Path) -> str:
+    return (
+        f"{path} holds weights alone, and the configs that belong to them could not be fetched from the hub: go online "
+        f"once, or put the .json and tokenizer files of a diffusers folder of that model into {path.with_suffix('')}."
+    )
 
 
 def follow_prediction_marks(pipeline: StableDiffusionXLPipeline, path: Path) -> None:

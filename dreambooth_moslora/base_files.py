@@ -5,7 +5,7 @@ from pathlib import Path
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
 
-__all__ = ["base_folder"]
+__all__ = ["base_folder", "configs_beside"]
 
 TOY = Path(__file__).resolve().parents[1] / "assets" / "toy-sdxl"
 
@@ -31,3 +31,9 @@ def cached_folder(name: str, config: TrainConfig) -> Path | None:
 
     found = try_to_load_from_cache(name, "unet/config.json", cache_dir=config.cache_dir, revision=config.revision)
     return Path(found).parents[1] if isinstance(found, str) else None
+
+
+def configs_beside(checkpoint: Path) -> Path | None:
+    """The folder of the same stem beside a single-file checkpoint, if it holds a diffusers model's configs."""
+    folder = checkpoint.with_suffix("")
+    return folder if (folder / "model_index.json").is_file() else None

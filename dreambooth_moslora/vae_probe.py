@@ -8,6 +8,8 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from dreambooth_moslora.base_files import configs_beside
+
 __all__ = ["Probe", "load_vae_alone", "probe_vae"]
 
 
@@ -24,7 +26,9 @@ def load_vae_alone(source: str | Path) -> AutoencoderKL:
     """The VAE of a base, in fp32: of a diffusers folder, a hub id, or a single file."""
     path = Path(source)
     if path.is_file():
-        return AutoencoderKL.from_single_file(str(path)).eval()
+        configs = configs_beside(path)
+        local = {} if configs is None else {"config": str(configs), "subfolder": "vae"}
+        return AutoencoderKL.from_single_file(str(path), **local).eval()
     return AutoencoderKL.from_pretrained(source, subfolder="vae").eval()
 
 
