@@ -26,6 +26,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
+from peft.utils import PeftType
+from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from torch import Tensor, nn
 
 from dreambooth_moslora.errors import UserError
@@ -51,6 +53,7 @@ ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")  # the paper's targ
 
 
 SAVED_TYPE = "MOSLORA"
+MARK = (1, 1)  # the size of `lora_B.weight` in the state dict of an adapter with a mixer
 
 
 def initial_mixer(kind: str, rank: int, seed: int, path: str) -> Tensor:
@@ -67,10 +70,26 @@ def initial_mixer(kind: str, rank: int, seed: int, path: str) -> Tensor:
     return torch.eye(rank // 2).repeat(2, 2)
 
 
+class Product(Tensor):
+    """B·M, computed on each reading. Functions of PEFT that write a new B into it would change nothing: they raise."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from it is an ordinary tensor
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach().as_subclass(Tensor)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise UserError("lora_B.weight is B·M here and cannot be set; fold the adapter into a plain LoRA first")
+
+
 class MixedUp(nn.Module):
     """B·M in the place of LoRA's B: `up` (out, r) is a parameter, `mixer` (r, r) a parameter, or a buffer when frozen.
 
     A frozen mixer is a buffer because PEFT turns gradients on for every parameter of an adapter that it activates.
+    In a state dict a `weight` of one zero stands beside the two: a plain LoRA then stops at its size, where it would
+    otherwise leave B as it was and tell of unexpected keys at most.
     """
 
     def __init__(self, up: Tensor, mixer: Tensor, train_mixer: bool = True):
@@ -84,7 +103,28 @@ class MixedUp(nn.Module):
     @property
     def weight(self) -> Tensor:
         """B·M (out, r): what PEFT merges, and what a plain LoRA would call its B."""
-        return self.up @ self.mixer
+        return (self.up @ self.mixer).as_subclass(Product)
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.up.detach().new_zeros(MARK)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        plain = state_dict.pop(f"{prefix}weight", None)
+        if plain is not None and plain.shape != MARK:
+            error_msgs.append(f"{prefix}weight is a plain LoRA's B, and this adapter has a mixer")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, r) -> (…, out)."""
@@ -105,6 +145,9 @@ class MoSLoraConfig(LoraConfig):
     def __post_init__(self):
         if self.mixer not in MIXERS:
             raise UserError(f"mixer={self.mixer!r} is unknown; choose one of {', '.join(MIXERS)}")
+        for rank in (self.r, *(self.rank_pattern or {}).values()):
+            if rank < 1:
+                raise UserError(f"a rank is a whole number from 1 on, not {rank}")
         if self.mixer != "none":
             self._check_goes_with_a_mixer()
         super().__post_init__()
@@ -126,8 +169,10 @@ class MoSLoraConfig(LoraConfig):
 
     def to_dict(self) -> dict[str, object]:
         """What PEFT's `save_pretrained` writes. A PEFT without this package refuses the type; as LORA it would compute
-        B·A or nothing, with a warning."""
-        return super().to_dict() | ({} if self.mixer == "none" else {"peft_type": SAVED_TYPE})
+        B·A or nothing, with a warning. Without a mixer it is a plain LoraConfig's."""
+        if self.mixer == "none":
+            return self.without_mixer().to_dict()
+        return super().to_dict() | {"peft_type": SAVED_TYPE}
 
     def without_mixer(self) -> LoraConfig:
         """The plain LoraConfig that a folded copy of this adapter has."""
@@ -149,6 +194,7 @@ def _mix(layer: LoraLayer, adapter_name: str, config: MoSLoraConfig, path: str) 
     mixer = initial_mixer(config.mixer, plain.shape[1], config.mixer_seed, path).to(plain.device)
     mixed = MixedUp(plain.detach().float(), mixer, config.train_mixer)
     layer.lora_B[adapter_name] = mixed.requires_grad_(plain.requires_grad)
+    layer.lora_A[adapter_name].float()  # one dtype, also where PEFT is told to leave the adapter in the base's
 
 
 def _teach_peft() -> None:
@@ -176,6 +222,7 @@ def _teach_peft() -> None:
 
     LoraModel._create_and_replace, LoraModel.add_weighted_adapter = create_and_mix, combine_folded
     PEFT_TYPE_TO_CONFIG_MAPPING[SAVED_TYPE] = MoSLoraConfig  # so that PeftModel.from_pretrained finds the class
+    CONFIG_KEYS_TO_CHECK[PeftType.LORA].append("mixer")  # a plain LoRA swapped in for a mixed one would become zero
 
 
 _teach_peft()
@@ -189,11 +236,11 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
     """
     if adapter_name in getattr(model, "peft_config", {}):
         raise UserError(f"The model already has an adapter named {adapter_name!r}; delete it or choose another name")
+    _check_targets(model.get_base_model() if isinstance(model, PeftModel) else model, config)
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, config)
         model.set_adapter(adapter_name)
         return model
-    _check_targets(model, config)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
         inject_adapter_in_model(config, model, adapter_name)
@@ -207,7 +254,7 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
 
 def _check_targets(model: nn.Module, config: LoraConfig) -> None:
     """Refuse before anything is changed: nothing matches, or a match cannot carry a mixer."""
-    if config.target_modules is None:
+    if config.target_modules in (None, "all-linear"):  # PEFT finds these by itself
         return
     targets = {
         path: module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

@@ -262,6 +262,8 @@ def test_layers_can_be_copied_and_pickled():
         ("words", {}, "words is a Embedding"),
         ("nowhere", {}, "matches no module of Net"),
         ("to_q", {"lora_bias": True}, "lora_bias"),
+        ("to_q", {"r": 0}, "from 1 on, not 0"),
+        ("to_q", {"rank_pattern": {"to_k": -2}}, "from 1 on, not -2"),
         ("to_q", {"mixer": "butterfly", "r": 3}, "even ranks, not 3"),
     ],
 )
@@ -282,6 +284,20 @@ def test_a_refusal_leaves_the_model_as_it_was():
     with pytest.raises(UserError, match="conv is a Conv2d"):
         inject(net, config(target_modules=["to_q", "conv"]))
     assert not hasattr(net, "peft_config") and type(net.to_q) is nn.Linear
+
+
+def test_a_refusal_leaves_a_peft_model_as_it_was():
+    model = get_peft_model(Net(), config(), "one")
+    before = [name for name, _ in model.named_parameters()]
+    with pytest.raises(UserError, match="conv is a Conv2d"):
+        inject(model, config(target_modules=["to_q", "conv"]), "two")
+    assert [name for name, _ in model.named_parameters()] == before and list(model.peft_config) == ["one"]
+
+
+def test_a_half_precision_base_trains_where_peft_is_told_not_to_cast():
+    model = get_peft_model(Net(torch.bfloat16), config(), autocast_adapter_dtype=False)
+    model(X.bfloat16()).sum().backward()
+    assert {p.dtype for _, p in adapter_parameters(model)} == {torch.float32}
 
 
 def test_get_peft_model_refuses_too():

@@ -5,8 +5,11 @@ import copy
 import bitsandbytes as bnb
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from diffusers import StableDiffusionXLPipeline
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora.intruders import reduce_intruder_dimension
+from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 from transformers import (
     CLIPTextModel,
@@ -18,7 +21,9 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from benchmarks.fold_table import loaded_by_diffusers
 from dreambooth_moslora.diagnostics import diagnostics, summary
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.moslora import (
     ATTENTION_PROJECTIONS,
     MixedUp,
@@ -182,6 +187,60 @@ def test_a_peft_without_this_package_refuses_such_a_file(tmp_path, monkeypatch):
     monkeypatch.delitem(PEFT_TYPE_TO_CONFIG_MAPPING, "MOSLORA")  # as it is before this package is imported
     with pytest.raises(KeyError, match="MOSLORA"):
         PeftModel.from_pretrained(Net(), tmp_path)
+
+
+def plain_lora() -> PeftModel:
+    return get_peft_model(Net(), LoraConfig(r=4, target_modules=["to_q", "to_k"]))
+
+
+def test_state_dicts_with_and_without_a_mixer_never_fit_each_other():
+    mixed, again = get_peft_model(Net(), config(mixer="kaiming")), get_peft_model(Net(), config(mixer_seed=3))
+    shake(mixed)
+    state = get_peft_model_state_dict(mixed)
+    set_peft_model_state_dict(again, state)
+    pairs = zip(adapter_layers(mixed).values(), adapter_layers(again).values(), strict=True)
+    assert all(torch.equal(a.get_delta_weight("default"), b.get_delta_weight("default")) for a, b in pairs)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        set_peft_model_state_dict(plain_lora(), state)
+    with pytest.raises(RuntimeError, match="plain LoRA's B, and this adapter has a mixer"):
+        set_peft_model_state_dict(mixed, get_peft_model_state_dict(plain_lora()))
+
+
+def test_diffusers_refuses_the_unfolded_state_dict_instead_of_filling_b_with_noise(tmp_path):
+    """What diffusers' training scripts do when they save: with a mixer that must not become a LoRA file."""
+    unet = inject(tiny_unet(), config(target_modules=list(ATTENTION_PROJECTIONS)))
+    StableDiffusionXLPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(unet))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        loaded_by_diffusers(tiny_unet(), tmp_path / "pytorch_lora_weights.safetensors")
+
+
+def test_peft_functions_that_write_a_new_b_raise():
+    model = get_peft_model(Net(), config())
+    shake(model)
+    with pytest.raises(UserError, match=r"lora_B\.weight is B·M here and cannot be set"):
+        reduce_intruder_dimension(model, logging_sink=None)
+
+
+def test_adapters_are_swapped_in_place_only_for_their_like(tmp_path):
+    net = Net()
+    fresh = copy.deepcopy(net)
+    model = get_peft_model(net, config()).eval()
+    model.save_pretrained(tmp_path / "first")
+    shake(model)
+    model.save_pretrained(tmp_path / "second")
+    swapped = PeftModel.from_pretrained(fresh, tmp_path / "first").eval()
+    hotswap_adapter(swapped, tmp_path / "second", "default")
+    assert torch.equal(swapped(X), model(X))
+    plain_lora().save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="incompatible: for mixer"):
+        hotswap_adapter(swapped, tmp_path / "plain", "default")
+
+
+def test_without_a_mixer_the_saved_config_is_plain_pefts(tmp_path, recwarn):
+    get_peft_model(Net(), config(mixer="none")).save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(Net(), tmp_path)
+    assert type(again.peft_config["default"]) is LoraConfig
+    assert not [w for w in recwarn if "Unexpected keyword" in str(w.message)]
 
 
 def test_full_graph_compilation():
