@@ -6,10 +6,9 @@ with component `unet`, `text_encoder` or `text_encoder_2`. One JSON string under
 holds the facts. The tensor `raw_format` makes every stock LoRA loader refuse the file, whose B·A alone would be wrong.
 """
 
-import json
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dreambooth_moslora import __version__
+from dreambooth_moslora.adapter_facts import AdapterFacts
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.hollow import structure_of
 from dreambooth_moslora.moslora import MixedUp, MoSLoraConfig, adapter_layers, inject
@@ -32,45 +32,9 @@ RAW_FORMAT = 1
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
 
-@dataclass(frozen=True)
-class AdapterFacts:
-    """What a file says about its adapter. No path, no photo fact, nothing of the machine it was made on.
-
-    `ranks` and `alphas` name the modules (`component.path`) that differ from `rank` and `alpha`.
-    """
-
-    rank: int
-    alpha: float
-    use_rslora: bool = False
-    use_dora: bool = False
-    lora_dropout: float = 0.0
-    mixer: str = "none"
-    train_mixer: bool = True
-    mixer_seed: int = 0
-    ranks: dict[str, int] = field(default_factory=dict)
-    alphas: dict[str, float] = field(default_factory=dict)
-    base_id: str = ""
-    base_architecture: dict[str, object] = field(default_factory=dict)
-    structures: dict[str, dict[str, object]] = field(default_factory=dict)
-    trigger_words: tuple[str, ...] = ()
-    class_word: str = ""
-    resolution_px: int | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> "AdapterFacts":
-        """Raises ValueError or TypeError for anything that `to_json` does not write. Unknown facts are left out."""
-        stored = json.loads(text)
-        known = {k: v for k, v in stored.items() if k in cls.__dataclass_fields__}
-        return cls(**{**known, "trigger_words": tuple(known.get("trigger_words", ()))})
-
-
 def public_base_id(name: str | Path) -> str:
     """A hub id or `toy` as it is; of a path only its last part."""
-    text = str(name)
+    text = str(name).replace("\\", "/")  # a path of Windows, too
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith(".") and not Path(text).exists()
     return text if is_hub_id else Path(text).name
 
@@ -183,6 +147,8 @@ def raw_parts(layer: LoraLayer, adapter_name: str) -> dict[str, Tensor]:
 
 def check_finite(tensors: dict[str, Tensor], owner: str) -> None:
     for key, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.element_size() == 1:
+            tensor = tensor.float()  # eight-bit floats have no isfinite
         if not torch.isfinite(tensor).all():
             raise UserError(f"{owner} holds NaN or infinite values, first in {key}; use an earlier checkpoint")
 
@@ -216,14 +182,40 @@ def read_raw(path: str | Path) -> tuple[dict[str, Tensor], AdapterFacts]:
     name = Path(path).name
     if "raw_format" not in tensors:
         raise UserError(f"{name} holds no raw MoSLoRA weights (a published LoRA file loads with load_lora_weights)")
-    if int(tensors.pop("raw_format")) > RAW_FORMAT:
+    if tensors.pop("raw_format").flatten().tolist() != [RAW_FORMAT]:
         raise UserError(f"{name} was written by a newer dreambooth_moslora; update it")
     try:
         facts = AdapterFacts.from_json(header["moslora"])
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{name} has lost its header, which holds alpha and the mixer's kind") from None
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f": {error}" if type(error) is ValueError else ""
+        raise UserError(f"{name} has lost its header, which holds alpha and the mixer's kind{reason}") from None
+    check_whole(name, tensors, facts)
     check_finite(tensors, name)
     return tensors, facts
+
+
+def check_whole(name: str, tensors: dict[str, Tensor], facts: AdapterFacts) -> None:
+    """Every module has the matrices that the facts promise, in their sizes; nothing else is there."""
+    if not tensors:
+        raise UserError(f"{name} is broken: it holds no module")
+    for key, tensor in tensors.items():
+        if key.count(".") < 2 or key.split(".", 1)[0] not in COMPONENTS or not tensor.is_floating_point():
+            raise UserError(f"{name} is broken: {key!r:.100} is no part of an adapter")
+    for component in COMPONENTS:
+        for path, parts in component_tensors(tensors, component).items():
+            found = {part: tuple(tensor.shape) for part, tensor in parts.items()}
+            if found != expected_sizes(found, facts, f"{component}.{path}"):
+                raise UserError(f"{name} is broken: {component}.{path:.100} is not whole, or not of its rank")
+
+
+def expected_sizes(found: dict[str, tuple[int, ...]], facts: AdapterFacts, module: str) -> dict[str, tuple[int, ...]]:
+    """Part -> size, where only the module's own (in, out) is taken from what was found."""
+    rank = facts.ranks.get(module, facts.rank)
+    inputs, outputs = found.get("lora_A", (0,))[-1:], found.get("lora_B", (0,))[:1]
+    sizes = {"lora_A": (rank, *inputs), "lora_B": (*outputs, rank)}
+    if facts.mixer != "none":
+        sizes["mixer"] = (rank, rank)
+    return sizes | ({"magnitude": outputs} if facts.use_dora else {})
 
 
 def load_raw(path: str | Path, components: dict[str, nn.Module], adapter_name: str = "default") -> AdapterFacts:
@@ -262,8 +254,6 @@ def check_fits(name: str, facts: AdapterFacts, component: str, model: nn.Module,
     """Every module of the file is there, with its size; else the file is of another base."""
     made_for = f" ({facts.base_id})" if facts.base_id else ""
     for module_path, parts in modules.items():
-        if not {"lora_A", "lora_B"} <= set(parts) or ("mixer" in parts) != (facts.mixer != "none"):
-            raise UserError(f"{name} is broken: {component}.{module_path} is not whole")
         try:
             module = model.get_submodule(module_path)
         except AttributeError:

@@ -14,7 +14,7 @@ from dreambooth_moslora.adapter_file import AdapterFacts, check_finite, componen
 from dreambooth_moslora.diagnostics import Diagnosis, diagnose, diagnose_mixer, summary
 from dreambooth_moslora.errors import UserError
 
-__all__ = ["describe", "lines"]
+__all__ = ["describe", "lines", "printable"]
 
 PAIRS = {
     ".lora_A.weight": (".lora_B.weight", "PEFT keys"),
@@ -24,7 +24,13 @@ PAIRS = {
     ".lora_linear_layer.down.weight": (".lora_linear_layer.up.weight", "diffusers text encoder keys"),
 }
 """Suffix of the down matrix -> (suffix of the up matrix, what such keys are called)."""
-OTHER_KINDS = {"hada_w1": "LyCORIS LoHa", "lokr_w1": "LyCORIS LoKr", "lora_AB": "MoSLoRA reference code"}
+UNFOLDED = ".lora_B.mixer"
+OTHER_KINDS = {
+    "hada_w1": "LyCORIS LoHa",
+    "lokr_w1": "LyCORIS LoKr",
+    "lora_AB": "MoSLoRA reference code",
+    UNFOLDED: "MoSLoRA in PEFT's form, unfolded",
+}
 COMPONENT_PREFIXES = {
     "text_encoder_2": r"(lora_te2_|text_encoder_2\.)",
     "text_encoder": r"(lora_te1?_|text_encoder\.)",
@@ -112,13 +118,15 @@ def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
     pairs = []
     for key, down in tensors.items():
         suffix = next((s for s in PAIRS if key.endswith(s)), None)
-        if suffix is None:
+        if suffix is None or key.removesuffix(suffix) + UNFOLDED in tensors:
             continue
         module, (up_suffix, keys) = key.removesuffix(suffix), PAIRS[suffix]
         up = tensors.get(module + up_suffix)
-        if up is None or up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0]:
+        if up is None or up.ndim < 2 or down.ndim < 2 or not up.shape[1] == down.shape[0] > 0:
             raise UserError(f"{name} is broken: {module} has a down matrix without an up matrix of its rank")
         alpha = tensors.get(f"{module}.alpha")
+        if alpha is not None and alpha.numel() != 1:
+            raise UserError(f"{name} is broken: {module}.alpha is not one number")
         pairs.append(Pair(module, keys, down, up, None if alpha is None else float(alpha)))
     return pairs
 
@@ -168,7 +176,7 @@ def frequent_tags(header: dict[str, str], number: int = 5) -> list[str]:
         counts = Counter()
         for tags in folders.values():
             counts.update({str(tag).strip(): int(count) for tag, count in tags.items()})
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, OverflowError, RecursionError, TypeError, ValueError):
         return []
     return [tag for tag, _ in counts.most_common(number)]
 
@@ -187,7 +195,12 @@ def said_by_facts(facts: AdapterFacts) -> dict[str, object]:
 def lines(facts: dict[str, object]) -> list[str]:
     """One fact a line, for the terminal."""
     shown = {"file": facts["file"], **{k: v for k, v in facts.items() if k != "file"}}
-    return [f"{key.replace('_', ' ') + ':':<24} {as_text(key, value)}" for key, value in shown.items()]
+    return [f"{key.replace('_', ' ') + ':':<24} {printable(as_text(key, value))}" for key, value in shown.items()]
+
+
+def printable(text: str) -> str:
+    """Without what would steer the terminal: the header of a file may hold anything."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def as_text(key: str, value: object) -> str:

@@ -30,7 +30,7 @@ from dreambooth_moslora.describe import describe
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.kohya import kohya_header, kohya_tensors
 from dreambooth_moslora.moslora import FoldedLayer, adapter_layers, fold
-from dreambooth_moslora.proof import BOUNDS, FileProof, Proof, prove_file, published_name
+from dreambooth_moslora.proof import BOUNDS, FileProof, Proof, check_reduction, prove_file, published_name
 from dreambooth_moslora.rank_reduction import Reduction, reduce_layers
 
 __all__ = [
@@ -82,12 +82,18 @@ def publish(
     `keep` below 1 lowers the rank of each projection to keep that share of ‖ΔW‖². Raises UserError when a file
     differs from the adapter by more than the dtype's bound, when weights are NaN, or when the adapter is merged.
     """
+    if name in ("", ".", "..") or not name.isprintable() or Path(name).name != name:
+        raise UserError(f"{name!a} cannot be part of a file's name; give the adapter a plain name")
     check_publishable(components, dtype, adapter_name)
     folded = published_layers(components, adapter_name)
     reduction, expected = None, None
     if keep != 1.0:
+        for component, layers in folded.items():
+            for path, layer in layers.items():
+                check_finite({f"{component}.{path}.{i}": part for i, part in enumerate(layer[:2])}, "the adapter")
         folded, reduction = reduce_layers(folded, keep)
         expected = expected_deltas(components, folded, adapter_name)
+        check_reduction(components, adapter_name, expected, keep)
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir, prefix=".proving-") as scratch:

@@ -7,6 +7,7 @@ needs a few MB. This is how an export is reloaded by the stock loader while only
 import inspect
 import json
 from collections.abc import Mapping
+from importlib import import_module
 
 import torch
 from torch import nn
@@ -24,25 +25,36 @@ def structure_of(model: nn.Module) -> dict[str, object]:
     return {"class": type(model).__name__, "config": json.loads(json.dumps(values, default=str))}
 
 
+CLASSES = {
+    "UNet2DConditionModel": "diffusers",
+    "CLIPTextModel": "transformers",
+    "CLIPTextModelWithProjection": "transformers",
+}
+"""Class of an adapted model -> the library that has it. A file names the class: nothing else is ever built."""
 PRIVATE = ("name_or_path", "quantization_config", "transformers_version", "dtype", "torch_dtype")
 
 
 def hollow(structure: Mapping[str, object]) -> nn.Module:
-    """The model of a structure, hollow. Raises UserError for a class that no library has."""
-    import diffusers
-    import transformers
-
-    name, config = str(structure["class"]), dict(structure["config"])
-    with torch.device("meta"):
-        if hasattr(diffusers, name):
-            model = getattr(diffusers, name).from_config(known(getattr(diffusers, name), config))
-        elif hasattr(transformers, name):
-            kind = getattr(transformers, name)
-            model = kind(kind.config_class(**config))
-        else:
-            raise UserError(f"{name} is no model class of the installed diffusers or transformers; update them")
-    empty(model)
+    """The model of a structure, hollow. Raises UserError for what is no SDXL UNet or text encoder."""
+    name, config = structure.get("class"), structure.get("config")
+    if name not in CLASSES or not isinstance(config, dict):
+        raise UserError(f"{name!r:.60} is no part of SDXL that can be built; it has {', '.join(CLASSES)}")
+    try:
+        with torch.device("meta"):
+            model = build(str(name), config)
+        empty(model)
+    except Exception as error:  # what a constructor raises for sizes that do not go together is anything
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"the {name} that the file describes cannot be built: {reason}") from error
     return model.eval()
+
+
+def build(name: str, config: dict) -> nn.Module:
+    kind = getattr(import_module(CLASSES[name]), name)
+    if CLASSES[name] == "diffusers":
+        return kind.from_config(known(kind, config))
+    # An attention implementation may name a kernel on the hub, which is code: a file does not choose that.
+    return kind(kind.config_class(**{k: v for k, v in config.items() if "attn_implementation" not in k}))
 
 
 def known(kind: type, config: dict) -> dict:

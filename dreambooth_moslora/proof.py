@@ -27,7 +27,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.hollow import hollow, structure_of
 from dreambooth_moslora.kohya import kohya_name
 
-__all__ = ["BOUNDS", "FileProof", "Proof", "prove_file", "relative_difference"]
+__all__ = ["BOUNDS", "FileProof", "Proof", "check_reduction", "prove_file", "relative_difference"]
 
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """The largest relative difference of ΔW that rounding `up` and `down` to this dtype explains."""
@@ -116,6 +116,22 @@ def prove_file(
         outputs = max(output_difference(live[name], stock[name], adapter_name) for name in sampled(live))
     worst = max(differences, key=differences.__getitem__)
     return FileProof(path.name, differences[worst], outputs, worst, "diffusers load_lora_weights")
+
+
+@torch.no_grad()
+def check_reduction(
+    components: dict[str, nn.Module], adapter_name: str, expected: dict[str, Tensor], keep: float
+) -> None:
+    """Of every projection the reduced ΔW is still the live one but for (1 − keep) of its ‖ΔW‖²; else UserError."""
+    bound = (1 - keep) ** 0.5 + BOUNDS[torch.float32]
+    for name, layer in all_layers(components, adapter_name).items():
+        with alone(layer, adapter_name):
+            lost = relative_difference(expected[name], delta(layer, adapter_name))
+        if not lost <= bound:
+            raise UserError(
+                f"nothing was published: reduced in rank, {name} differs from the live adapter by {lost:.2e} "
+                f"(relative), and keep={keep:g} allows {bound:.2e}"
+            )
 
 
 def sampled(names: dict[str, object]) -> list[str]:

@@ -179,6 +179,28 @@ def test_a_mistake_in_the_export_is_caught_by_the_proof_and_nothing_is_left(mist
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("mistake", [break_mixer, break_alpha])
+def test_a_mistake_is_caught_beside_a_rank_reduction_too(mistake, monkeypatch, tmp_path):
+    components = live(target_modules=["attn1.to_q"])
+    mistake(monkeypatch)
+    with pytest.raises(UserError, match=r"differs from the live adapter by \d.*keep=0.99 allows 1.00e-01"):
+        publish(components, tmp_path, "dog", facts_of(components), keep=0.99)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nan_is_named_before_a_rank_reduction_stumbles_over_it(tmp_path):
+    components = live(target_modules=["attn1.to_q"])
+    next(iter(adapter_layers(components["unet"]).values())).lora_A["default"].weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="NaN or infinite"):
+        publish(components, tmp_path, "dog", facts_of(components), keep=0.9)
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "a\nb", "a\udcff"])
+def test_a_name_that_is_no_file_name_is_refused(name, tmp_path):
+    with pytest.raises(UserError, match="cannot be part of a file's name"):
+        publish(live(target_modules=["attn1.to_q"]), tmp_path, name, None)
+
+
 def test_every_kohya_alpha_is_the_rank_and_every_module_is_there(dog):
     folder, components, _ = dog
     tensors = load_file(folder / KOHYA)
@@ -212,7 +234,13 @@ def test_no_file_tells_where_it_was_made(dog, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "public"),
-    [("stabilityai/sdxl-base-1.0", "stabilityai/sdxl-base-1.0"), ("toy", "toy"), ("/data/me/x", "x"), ("./me/x", "x")],
+    [
+        ("stabilityai/sdxl-base-1.0", "stabilityai/sdxl-base-1.0"),
+        ("toy", "toy"),
+        ("/data/me/x", "x"),
+        ("./me/x", "x"),
+        ("C:\\Users\\me\\x", "x"),
+    ],
 )
 def test_public_base_id(name, public):
     assert public_base_id(name) == public

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dreambooth_moslora.cli import main
 from dreambooth_moslora.commands import export as export_command
 from dreambooth_moslora.commands import info as info_command
 from dreambooth_moslora.describe import describe
@@ -92,3 +93,33 @@ def test_a_broken_pair_is_named(tmp_path):
     save_file({"unet.a.lora_A.weight": torch.ones(2, 3)}, tmp_path / "half.safetensors")
     with pytest.raises(UserError, match=r"unet\.a has a down matrix without an up matrix"):
         describe(tmp_path / "half.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "header", "said"),
+    [
+        ({"alpha": torch.ones(2)}, {}, "alpha is not one number"),
+        ({"lora_down.weight": torch.ones(0, 3), "lora_up.weight": torch.ones(3, 0)}, {}, "without an up matrix"),
+        ({}, {"ss_tag_frequency": '{"a": {"b": Infinity}}', "modelspec.title": "\x1b[31m\nred"}, ""),
+        ({}, {"moslora": "[]"}, ""),
+        ({"dora_scale": torch.ones(2).to(torch.float8_e4m3fn)}, {}, ""),
+    ],
+)
+def test_info_of_a_hostile_file_is_calm(tensors, header, said, tmp_path, capsys):
+    pair = {"lora_down.weight": torch.ones(2, 3), "lora_up.weight": torch.ones(3, 2)}
+    save_file({f"lora_unet_x.{k}": t for k, t in (pair | tensors).items()}, tmp_path / "x.safetensors", header)
+    assert call(info_command, tmp_path / "x.safetensors") == (2 if said else 0)
+    shown = capsys.readouterr()
+    assert said in shown.err and shown.err.count("\n") <= 1 and "\x1b" not in shown.out + shown.err
+
+
+def test_info_knows_an_unfolded_file_of_peft(tmp_path):
+    unfolded = {"lora_A.weight": torch.ones(2, 3), "lora_B.up": torch.ones(3, 2), "lora_B.mixer": torch.ones(2, 2)}
+    save_file({f"base_model.model.x.{k}": t for k, t in unfolded.items()}, tmp_path / "x.safetensors")
+    assert describe(tmp_path / "x.safetensors")["kind"] == "MoSLoRA in PEFT's form, unfolded"
+
+
+def test_an_output_folder_that_is_a_file_is_one_line(checkpoint, tmp_path, capsys):
+    (tmp_path / "out").write_text("here")
+    assert main(["export", str(checkpoint), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("error: File exists")

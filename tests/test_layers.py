@@ -56,6 +56,7 @@ LAYERS: list[set[str]] = [
         "adapters",
         "previews",
         "prior",
+        "adapter_facts",
         "adapter_file",
         "describe",
         "export",

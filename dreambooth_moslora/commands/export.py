@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     components = {name: hollow(structure) for name, structure in facts.structures.items()}
     load_raw(source, components)
     before = sum(rank_sum(model) for model in components.values())
-    name = args.name or out.resolve().name
+    name = args.name or out.resolve().name or "adapter"
     proof = publish(components, out, name, facts, DTYPES[args.dtype], keep=args.keep)
     for file in proof.files:
         size = (out / file).stat().st_size / 2**20

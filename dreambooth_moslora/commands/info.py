@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     """Describe each file; a broken one is reported and the others are described all the same."""
     from pathlib import Path
 
-    from dreambooth_moslora.describe import describe, lines
+    from dreambooth_moslora.describe import describe, lines, printable
     from dreambooth_moslora.errors import UserError
     from dreambooth_moslora.export import PUBLISHED_NAME
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             facts = describe(path / PUBLISHED_NAME if path.is_dir() else path)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {' '.join(printable(str(error)).split())}", file=sys.stderr)
             failed = True
             continue
         separator = "\n" if number and not args.json else ""
