@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import os
+from collections.abc import Mapping
 from itertools import count
 from random import SystemRandom
 
@@ -24,6 +26,11 @@ __all__ = ["begin", "chosen_seed", "make_accelerator", "steps_per_epoch"]
 
 logger = logging.getLogger(__name__)
 
+ONE_PROCESS = (
+    "this is the only process: on CPUs without MPI, accelerate starts several by "
+    "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 …`"
+)
+
 
 def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
     """Device, processes and precision: from `--mixed_precision`, else from `accelerate launch`, else fp32."""
@@ -37,9 +44,18 @@ def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
     tracker = None if config.report_to in (None, "none") else config.report_to
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     try:
-        return Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_config=folders)
+        accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_config=folders)
     except ValueError as error:
         raise UserError(f"--mixed_precision {config.mixed_precision}: {' '.join(str(error).split())}") from error
+    if accelerator.num_processes == 1 and asked_for_more(os.environ):
+        logger.warning(ONE_PROCESS)
+    return accelerator
+
+
+def asked_for_more(environment: Mapping[str, str]) -> bool:
+    """`accelerate launch --cpu --num_processes 2` without MPI names a meeting point and starts one process."""
+    wants_cpu = environment.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
+    return wants_cpu and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment
 
 
 def chosen_seed(config: TrainConfig, accelerator: Accelerator) -> int:

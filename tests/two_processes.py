@@ -1,15 +1,16 @@
-"""Run by torchrun in test_processes.py: train, then write this process's adapter as a hash."""
+"""Started by `accelerate launch`: train_dreambooth.py itself, then this rank's adapter as a hash."""
 
 import hashlib
 import json
+import runpy
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-from dreambooth_moslora import trainer
-from dreambooth_moslora.config import TrainConfig
-from dreambooth_moslora.learner import Learner
+from dreambooth_moslora import trainer  # noqa: E402
+from dreambooth_moslora.learner import Learner  # noqa: E402
 
 
 class Watched(Learner):
@@ -23,10 +24,11 @@ class Watched(Learner):
 
 
 trainer.Learner = Watched
-config = TrainConfig.from_dict(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-trainer.train(config)
-learner = Watched.found[0]
-digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in learner.parameters)).hexdigest()
-facts = {"processes": learner.accelerator.num_processes, "adapter": digest}
-rank = learner.accelerator.process_index
-Path(config.output_dir, f"rank_{rank}.json").write_text(json.dumps(facts), encoding="utf-8")
+try:
+    runpy.run_path(str(ROOT / "train_dreambooth.py"), run_name="__main__")
+finally:
+    learner = Watched.found[0]
+    digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in learner.parameters)).hexdigest()
+    facts = {"processes": learner.accelerator.num_processes, "adapter": digest}
+    rank = learner.accelerator.process_index
+    Path(learner.config.output_dir, f"rank_{rank}.json").write_text(json.dumps(facts), encoding="utf-8")
