@@ -28,6 +28,7 @@ __all__ = ["COMMANDS", "main", "train_main"]
 COMMANDS = ("check", "export", "evaluate", "compare", "generate", "doctor", "info")
 DONE, OUR_BUG, MISTAKE = 0, 1, 2
 PROGRAM = "python -m dreambooth_moslora"
+FILE_MISTAKES = (errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
 OUT_OF_MEMORY = (
     "out of GPU memory: try --gradient_checkpointing, --train_batch_size 1, --mixed_precision bf16, a smaller "
     "--resolution or --base_quantization nf4; --dry_run estimates the need."
@@ -79,6 +80,8 @@ def known_trouble(error: Exception) -> str | None:
         return f"the disk is full: {error.filename or 'no space left'}; free some and resume."
     if isinstance(error, PermissionError):
         return f"permission denied: {error.filename}."
+    if isinstance(error, OSError) and error.errno in FILE_MISTAKES:
+        return f"{error.strerror}: {error.filename}."
     return None
 
 

@@ -195,10 +195,12 @@ class SubjectPipeline:
                 self._generate_one(index, params, words, clock, emit, stop)
         except StopRequested:
             return
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             torch.cuda.empty_cache()
             raise UserError(
-                f"the GPU has too little memory for {params.height_px} x {params.width_px} px; choose a smaller size"
+                f"there is too little memory for {params.height_px} x {params.width_px} px; choose a smaller size"
             ) from error
 
     def _generate_one(self, index, params, words, clock, emit, stop) -> None:
@@ -293,6 +295,11 @@ def _public_name(name: str | Path) -> str:
     """What may be written into a picture: a hub id or a bare name, never a path of this machine."""
     path = Path(name).expanduser()
     return path.resolve().name if path.exists() else str(name)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """The GPU's own kind of error, or the words of the CPU's allocator, which has none."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _stamp(file: Path) -> tuple[Path, int, int]:

@@ -94,6 +94,18 @@ def test_stop_keeps_what_is_finished_and_escape_stops_too(page):
         wait_for_status(page, "Stopped.")
 
 
+def test_a_picture_in_the_queue_is_stopped_before_its_turn(served, browser, page):
+    generate(page, steps=60, pictures=8)
+    page.wait_for_selector("#status .bar")
+    with visit(browser, served.url) as second:
+        generate(second.page, steps=60, pictures=8)
+        second.page.wait_for_function("document.querySelector('#status').innerText.includes('queue: 1/1')")
+        second.page.click("#stop")
+        second.page.wait_for_timeout(300)
+        page.click("#stop")
+        wait_for_status(second.page, "0 of 8 pictures")
+
+
 def test_slash_brings_the_cursor_to_the_prompt(page):
     page.locator("h1").click()
     page.keyboard.press("/")

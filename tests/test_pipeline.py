@@ -166,6 +166,13 @@ def test_closing_the_iterator_stops_the_work(pipeline):
     assert not [thread for thread in threading.enumerate() if thread.name == "generate"]
 
 
+def test_too_little_memory_is_told_with_the_size(pipeline, monkeypatch):
+    """An allocation beyond any machine's address space fails as a too large picture does."""
+    monkeypatch.setattr(pipeline.pipeline.unet, "forward", lambda *_, **__: torch.empty(2**50))
+    with pytest.raises(UserError, match="too little memory for 64 x 64 px"):
+        picture(pipeline)
+
+
 def test_an_unknown_adapter_names_those_there_are(pipeline):
     with pytest.raises(UserError, match=r"'rex'.*loaded are: .*dog_kohya"):
         pipeline.generate(replace(PARAMS, adapters=(("rex", 1.0),)))

@@ -117,6 +117,7 @@ def test_a_grid_is_one_png_with_its_axes(client):
         ({"prompt": "a", "num_images": 9}, "maximum value 8"),
         ({"prompt": "a", "size": "big"}, "size"),
         ({"prompt": "a", "size": "60000 x 60000"}, "60000"),
+        ({"prompt": "a", "size": "1024 x 1024"}, "at most 128 x 128 px"),
         ({"prompt": "a", "guidance_scale": 99}, "maximum value 15"),
     ],
 )

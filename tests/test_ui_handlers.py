@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import PIL.Image
 import pytest
@@ -15,6 +16,8 @@ import pytest
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import GenerationParams, Provenance, Recipe
+from dreambooth_moslora.ui.context import AppContext
+from dreambooth_moslora.ui.facts import AdapterSummary, renewed_prompt
 from dreambooth_moslora.ui.form import GenerateForm, code_snippet, size_choices
 from dreambooth_moslora.ui.generate_actions import format_seconds
 from dreambooth_moslora.ui.jobs import Job, Jobs, Metrics
@@ -162,6 +165,48 @@ def test_the_history_forgets_the_oldest_with_its_file(tmp_path):
         ann.remember(Picture(path, str(number)))
     assert ann.history[0].caption == str(HISTORY_LENGTH + 4)
     assert len(list(tmp_path.glob("*.png"))) == HISTORY_LENGTH
+
+
+def test_a_stop_counts_before_ones_turn_has_come_and_only_once(tmp_path):
+    pages = [SimpleNamespace(username=None, cookies={}, session_hash=name) for name in ("mine", "other")]
+    ctx = AppContext(
+        lambda: None,
+        base="x",
+        base_name="x",
+        resolution_px=64,
+        adapters_dir=tmp_path,
+        runs_dir=tmp_path,
+        training=False,
+    )
+    for page in pages:
+        ctx.announce(page)
+    ctx.stop(pages[0])
+    for page, stopped in zip(pages, (True, False)):
+        with ctx.stoppable(page) as should_stop:
+            assert should_stop() == stopped
+    with ctx.stoppable(pages[0]) as should_stop:
+        assert not should_stop()
+        ctx.stop(pages[0])
+        assert should_stop()
+    ctx.visitors.close()
+
+
+def test_the_snippet_names_files_as_they_lie_in_a_project(tmp_path):
+    published, raw = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
+    for file in ("adapters/cat.safetensors", f"runs/dog/{published}", f"runs/dog/checkpoint-20/{raw}"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("x")
+    paths = AdapterShelf(tmp_path / "adapters", tmp_path / "runs").public_paths()
+    assert paths == {"cat": "cat.safetensors", "dog": "runs/dog", "dog@20": "runs/dog/checkpoint-20"}
+
+
+def test_choosing_an_adapter_renews_the_prompt_only_while_nobody_has_written_in_it():
+    dog, cat, foreign = AdapterSummary("sks", "dog"), AdapterSummary("zwx", "cat"), AdapterSummary()
+    known = (dog, cat, foreign)
+    assert renewed_prompt("", dog, known) == "a photo of a sks dog"
+    assert renewed_prompt("a photo of a sks dog", cat, known) == "a photo of a zwx cat"
+    assert renewed_prompt("a photo of a sks dog in space", cat, known) == "a photo of a sks dog in space"
+    assert renewed_prompt("a photo of a sks dog", foreign, known) == "a photo of a sks dog"
 
 
 def test_a_run_survives_the_server_that_started_it(jobs):

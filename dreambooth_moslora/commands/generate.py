@@ -79,10 +79,12 @@ def _save_all(events: Iterator, folder: Path, *, only_sheet: bool) -> int:
     from dreambooth_moslora.pipeline import Image, Step
 
     folder.mkdir(parents=True, exist_ok=True)
+    clear = "\r\033[K" if sys.stderr.isatty() else ""
     for event in events:
-        if isinstance(event, Step) and sys.stderr.isatty():
-            print(f"\r{_progress(event)}", end="", file=sys.stderr, flush=True)
+        if isinstance(event, Step) and clear:
+            print(f"{clear}{_progress(event)}", end="", file=sys.stderr, flush=True)
         elif isinstance(event, Sheet) or (isinstance(event, Image) and not only_sheet):
+            print(clear, end="", file=sys.stderr, flush=True)
             stem = "grid" if only_sheet else f"image_{event.params.seed}"
             print(event.save(free_path(folder, stem)))
     return 0
@@ -90,7 +92,7 @@ def _save_all(events: Iterator, folder: Path, *, only_sheet: bool) -> int:
 
 def _progress(step) -> str:
     eta = "" if step.eta_sec != step.eta_sec else f", {step.eta_sec:.0f} s left"
-    return f"image {step.index + 1}/{step.num_images}, step {step.step}/{step.steps}{eta}   "
+    return f"image {step.index + 1}/{step.num_images}, step {step.step}/{step.steps}{eta}"
 
 
 def free_path(folder: Path, stem: str) -> Path:

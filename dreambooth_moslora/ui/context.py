@@ -5,6 +5,7 @@ import html
 import inspect
 import logging
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -25,6 +26,10 @@ __all__ = ["GPU", "AppContext", "shown"]
 
 GPU = {"concurrency_id": "gpu", "concurrency_limit": 1}
 """Options of every event that computes: one at a time, the others wait in one queue."""
+
+MAX_WAITING = 1000
+Page = tuple[str, str]
+"""Visitor and session."""
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +56,8 @@ class AppContext:
         self.training = training
         self.visitors = Visitors()
         self.shelf = AdapterShelf(adapters_dir, runs_dir)
-        self._stops: dict[tuple[str, str], threading.Event] = {}
+        self._stops: dict[Page, threading.Event] = {}
+        self._waiting: OrderedDict[Page, threading.Event] = OrderedDict()
         self._pipeline: Future[SubjectPipeline] = Future()
         threading.Thread(target=_fulfil, args=(self._pipeline, load), name="load-base", daemon=True).start()
 
@@ -70,11 +76,17 @@ class AppContext:
             self.pipeline().load_adapter(self.shelf.path(name, visitor), name)
         return params
 
+    def announce(self, request: gr.Request) -> None:
+        """This page's work is about to join the queue: from now on it can be stopped, also before its turn comes."""
+        self._waiting[_page_of(request)] = threading.Event()
+        while len(self._waiting) > MAX_WAITING:
+            self._waiting.popitem(last=False)
+
     @contextmanager
     def stoppable(self, request: gr.Request) -> Iterator[Callable[[], bool]]:
         """`should_stop` of this page's work. The next work of the page gets a new one."""
         page = _page_of(request)
-        stop = self._stops[page] = threading.Event()
+        stop = self._stops[page] = self._waiting.pop(page, None) or threading.Event()
         try:
             yield stop.is_set
         finally:
@@ -82,12 +94,13 @@ class AppContext:
                 del self._stops[page]
 
     def stop(self, request: gr.Request) -> None:
-        """Stop this page's own work, if there is any; another page's cannot be named."""
-        if stop := self._stops.get(_page_of(request)):
-            stop.set()
+        """Stop this page's own work, running or waiting, if there is any; another page's cannot be named."""
+        for works in (self._stops, self._waiting):
+            if stop := works.get(_page_of(request)):
+                stop.set()
 
 
-def _page_of(request: gr.Request) -> tuple[str, str]:
+def _page_of(request: gr.Request) -> Page:
     """The visitor and the page: a session's name alone, which the asker chooses, opens nothing."""
     return visitor_id(request), str(request.session_hash)
 

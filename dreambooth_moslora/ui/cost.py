@@ -27,7 +27,7 @@ def estimate_cost(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor
 
     photos = visitor.photos_dir
     count = len(list(photos.glob("photo_*.png")))
-    if not count:
+    if not visitor.has_photos:
         raise UserError("add some photos of your subject first")
     config = TrainConfig.from_dict(form.config(ctx.base_name, ctx.resolution_px, photos, ctx.runs_dir / "new"))
     plan = plan_steps(config, count)

@@ -1,13 +1,14 @@
 """What an adapter file says of itself, read from its header alone: no tensor is loaded, no torch imported."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["AdapterSummary", "prompt_for", "summary_of"]
+__all__ = ["AdapterSummary", "prompt_for", "renewed_prompt", "summary_of"]
 
 MAX_WORD_CHARACTERS = 80
 
@@ -67,3 +68,9 @@ def _word(value: Any) -> str:
 
 def prompt_for(summary: AdapterSummary) -> str:
     return f"a photo of a {summary.subject}" if summary.subject else ""
+
+
+def renewed_prompt(old: str, chosen: AdapterSummary, known: Iterable[AdapterSummary]) -> str:
+    """The chosen adapter's own words, unless somebody has written in the prompt that another one had filled in."""
+    untouched = {"", *map(prompt_for, known)}
+    return prompt_for(chosen) or old if (old or "").strip() in untouched else old

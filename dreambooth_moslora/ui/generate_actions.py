@@ -22,6 +22,8 @@ __all__ = ["Frame", "compare", "draw_grid", "make_pictures"]
 
 FRAME_SEC = 0.12
 """At most one update of the page in this time; finished pictures are always shown."""
+MAX_AREA = 4
+"""Of the base's own: larger pictures take much longer and repeat themselves."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def _run(
     ctx: AppContext, params: GenerationParams, request: gr.Request, axes: tuple, word: str = ""
 ) -> Iterator[Frame]:
     visitor = ctx.visitors.of(request)
+    check_size(params, ctx.resolution_px)
     if not ctx.is_ready:
         yield Frame(progress_card("Loading the base …", "only once after the start"))
     pipeline = ctx.pipeline()
@@ -78,6 +81,14 @@ def _run(
             events = pipeline.generate(params, should_stop)
         yield Frame(progress_card("Starting …", fraction=0.0), (), params)
         yield from _frames(events, visitor, params, word)
+
+
+def check_size(params: GenerationParams, resolution_px: int) -> None:
+    """Raises UserError for a picture that would hold up everybody behind it."""
+    height, width = params.height_px or resolution_px, params.width_px or resolution_px
+    if height * width > MAX_AREA * resolution_px**2:
+        side = int(MAX_AREA**0.5 * resolution_px)
+        raise UserError(f"{width} x {height} px is too large for this base; at most {side} x {side} px are drawn")
 
 
 def _load_all(ctx: AppContext, params: GenerationParams, axes: tuple, visitor: Visitor) -> GenerationParams:

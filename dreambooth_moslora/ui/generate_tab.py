@@ -11,7 +11,7 @@ import gradio as gr
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import GenerationParams, Recipe, read_recipe
 from dreambooth_moslora.ui.context import GPU, AppContext, shown
-from dreambooth_moslora.ui.facts import prompt_for, summary_of
+from dreambooth_moslora.ui.facts import renewed_prompt, summary_of
 from dreambooth_moslora.ui.form import NONE, GenerateForm, code_snippet
 from dreambooth_moslora.ui.generate_actions import compare, draw_grid, make_pictures
 from dreambooth_moslora.ui.generate_widgets import (
@@ -22,7 +22,7 @@ from dreambooth_moslora.ui.generate_widgets import (
     settings_widgets,
 )
 from dreambooth_moslora.ui.recipes import settle
-from dreambooth_moslora.ui.visitors import Picture
+from dreambooth_moslora.ui.visitors import Picture, Visitor
 
 __all__ = ["GenerateTab", "build_generate_tab"]
 
@@ -72,16 +72,24 @@ def _connect_runs(ctx: AppContext, tab: GenerateTab, buttons: dict, results: dic
             else:
                 yield _items(frame.pictures), seed, frame.status, list(frame.pictures)
 
+    def announce(request: gr.Request) -> gr.Tabs:
+        ctx.announce(request)
+        return gr.Tabs(selected="pictures")
+
     def stop(request: gr.Request) -> None:
         ctx.stop(request)
+
+    def snippet(pictures: list[Picture], request: gr.Request) -> str:
+        return _snippet(ctx, pictures, ctx.visitors.of(request))
 
     starts = [buttons["run"].click, tab.prompt.submit]
     outputs = [results["gallery"], results["used_seed"], results["status"], shown_state]
     # The page works off the events of one trigger in order: what must happen at once comes before the long one.
-    gr.on(starts, lambda: gr.Tabs(selected="pictures"), None, results["tabs"], **quiet)
+    gr.on(starts, announce, None, results["tabs"], **quiet)
+    gr.on([results["compare"].click, results["draw"].click], ctx.announce, None, None, **quiet)
     made = gr.on(starts, generate, inputs_kwargs=tab.fields, outputs=outputs, api_name="generate", **options)
     made.then(lambda: 0, None, results["selected"], **quiet)
-    made.then(lambda pictures: _snippet(ctx, pictures), shown_state, results["code"], **quiet)
+    made.then(snippet, shown_state, results["code"], **quiet)
     buttons["stop"].click(stop, None, None, queue=False, api_name="stop")
     _connect_compare(ctx, tab, results, options)
     _connect_grid(ctx, tab, results, options)
@@ -130,11 +138,11 @@ def _axis_values(ctx: AppContext, name: str, adapter: str, prompt: str, request:
     return ", ".join(["none", *(run if len(run) > 1 else names[:3])])
 
 
-def _snippet(ctx: AppContext, pictures: list[Picture]) -> str:
+def _snippet(ctx: AppContext, pictures: list[Picture], visitor: Visitor) -> str:
     if not pictures:
         return ""
     params = GenerationParams.from_png(pictures[0].path)
-    return code_snippet(params, ctx.base, {})
+    return code_snippet(params, ctx.base, ctx.shelf.public_paths(visitor))
 
 
 def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, buttons: dict) -> None:
@@ -150,7 +158,9 @@ def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, button
         summary = summary_of(files[name]) if name in files else None
         words = summary.sentence() if summary else ""
         about = gr.Markdown(words, visible=bool(words))
-        return about, prompt_for(summary) if summary and not (old_prompt or "").strip() else gr.skip()
+        if summary is None:
+            return about, gr.skip()
+        return about, renewed_prompt(old_prompt, summary, map(summary_of, files.values()))
 
     @shown
     def upload(file: str, request: gr.Request) -> tuple:

@@ -45,6 +45,10 @@ class AdapterShelf:
             raise UserError(f"there is no adapter {name!s:.60}; choose one of: {', '.join(files) or 'none is there'}")
         return files[name]
 
+    def public_paths(self, visitor: Visitor | None = None) -> dict[str, str]:
+        """Name -> what to write for the file in a program: relative, without this machine's folders."""
+        return {name: _public_path(file, self.runs_dir) for name, file in self.files(visitor).items()}
+
     def name_of(self, file: Path, visitor: Visitor | None = None) -> str:
         """The name under which `file` is on the shelf. Raises UserError when it is not."""
         for name, path in self.files(visitor).items():
@@ -112,6 +116,11 @@ def _name_of(file: Path) -> str:
     if file.name == RAW_NAME:
         return f"{clean_name(file.parent.parent.name)}@{_step_of(file.parent)}"
     return clean_name(file.parent.name if file.name == PUBLISHED_NAME else file.stem)
+
+
+def _public_path(file: Path, runs_dir: Path) -> str:
+    """`runs/dog`, `runs/dog/checkpoint-500` or `dog.safetensors`."""
+    return f"runs/{file.parent.relative_to(runs_dir)}" if file.is_relative_to(runs_dir) else file.name
 
 
 def _is_inside(file: Path, folder: Path) -> bool:

@@ -21,7 +21,7 @@ from dreambooth_moslora.ui.shelf import clean_name
 from dreambooth_moslora.ui.train_form import TrainForm, prompts_of
 from dreambooth_moslora.ui.visitors import Visitor
 
-__all__ = ["PhotoReview", "Watch", "lend", "review_photos", "start_run", "watch"]
+__all__ = ["PhotoReview", "Watch", "lend", "review_kept", "review_photos", "start_run", "watch"]
 
 PLOT_POINTS = 200
 SMOOTHING_STEPS = 25
@@ -48,13 +48,17 @@ class PhotoReview:
 
 def review_photos(ctx: AppContext, files: list[str], visitor: Visitor) -> PhotoReview:
     """Take clean copies and judge them. Raises UserError when no file is a photo."""
+    return review_kept(ctx, visitor, take_photos(files, visitor.photos_dir).refused)
+
+
+def review_kept(ctx: AppContext, visitor: Visitor, refused: tuple[str, ...] = ()) -> PhotoReview:
+    """Judge the clean copies that are there; `refused` are lines about files that were not taken."""
     from dreambooth_moslora.photo_checks import examine
     from dreambooth_moslora.photos import find_photos
 
-    intake = take_photos(files, visitor.photos_dir)
-    report = examine(find_photos(intake.folder, "", ctx.resolution_px))
+    report = examine(find_photos(visitor.photos_dir, "", ctx.resolution_px))
     crops = [(crop_of(photo, ctx.resolution_px), ", ".join(photo.reasons) or "good") for photo in report.photos]
-    lines = [*intake.refused, *(f"{Path(skipped.path).name}: {skipped.reason}" for skipped in report.skipped)]
+    lines = [*refused, *(f"{Path(skipped.path).name}: {skipped.reason}" for skipped in report.skipped)]
     lines += [f"photo {i}: {', '.join(photo.reasons)}" for i, photo in enumerate(report.photos, 1) if photo.reasons]
     words = f"{len(crops)} photo{'s' * (len(crops) != 1)}, shown as they will be cropped."
     remarks = "".join(f"<li>{escape(line)}</li>" for line in lines)
@@ -76,7 +80,7 @@ def start_run(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) ->
     from dreambooth_moslora.config import TrainConfig
 
     photos = visitor.photos_dir
-    if not any(photos.glob("photo_*")):
+    if not visitor.has_photos:
         raise UserError("add some photos of your subject first")
     prompts_of(form.token, form.class_word)
     if jobs.current():

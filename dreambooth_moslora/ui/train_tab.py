@@ -15,7 +15,15 @@ from dreambooth_moslora.ui.generate_tab import GenerateTab
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.photo_uploads import PHOTO_TYPES, take_photos
 from dreambooth_moslora.ui.shelf import PUBLISHED_NAME
-from dreambooth_moslora.ui.train_actions import Watch, lend, review_photos, start_run, watch
+from dreambooth_moslora.ui.train_actions import (
+    PhotoReview,
+    Watch,
+    lend,
+    review_kept,
+    review_photos,
+    start_run,
+    watch,
+)
 from dreambooth_moslora.ui.train_form import PRESETS, TrainForm, prompts_of
 
 __all__ = ["build_train_tab"]
@@ -31,7 +39,7 @@ def build_train_tab(ctx: AppContext, jobs: Jobs, page: gr.Blocks, tabs: gr.Tabs,
             fields, parts = _form()
         with gr.Column(elem_id="train_watch", min_width=280):
             parts |= _watch_widgets()
-    _connect_photos(ctx, parts)
+    _connect_photos(ctx, page, parts)
     _connect_start(ctx, jobs, fields, parts)
     _connect_watch(ctx, jobs, page, parts)
     _connect_use(ctx, jobs, parts, tabs, generate)
@@ -137,22 +145,34 @@ def _watch_widgets() -> dict[str, Any]:
     return dict(zip(names, values)) | {"seen": gr.State(None), "timer": gr.Timer(POLL_SEC)}
 
 
-def _connect_photos(ctx: AppContext, parts: dict) -> None:
+def _connect_photos(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
     @shown
     def review(photos: list[str] | None, request: gr.Request) -> tuple:
+        visitor = ctx.visitors.of(request)
         if not photos:
+            visitor.forget_photos()
             return gr.HTML(visible=False), gr.Gallery(visible=False)
-        found = review_photos(ctx, photos, ctx.visitors.of(request))
-        return gr.HTML(found.remarks, visible=True), gr.Gallery(found.crops, visible=True)
+        return _reviewed(review_photos(ctx, photos, visitor))
 
+    def kept(request: gr.Request) -> tuple:
+        """After a reload: the photos that a run would be started with."""
+        visitor = ctx.visitors.of(request)
+        return _reviewed(review_kept(ctx, visitor)) if visitor.has_photos else (gr.skip(), gr.skip())
+
+    shown_photos = [parts["remarks"], parts["crops"]]
+    page.load(kept, None, shown_photos, queue=False, show_progress="hidden", api_visibility="private")
     gr.on(
         [parts["photos"].upload, parts["photos"].delete, parts["photos"].clear],
         review,
         parts["photos"],
-        [parts["remarks"], parts["crops"]],
+        shown_photos,
         api_visibility="private",
         show_progress="minimal",
     )
+
+
+def _reviewed(found: PhotoReview) -> tuple:
+    return gr.HTML(found.remarks, visible=True), gr.Gallery(found.crops, visible=True)
 
 
 def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> None:

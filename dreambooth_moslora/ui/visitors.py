@@ -46,6 +46,13 @@ class Visitor:
         """Clean copies of the photos that were added last."""
         return self.folder / "photos"
 
+    @property
+    def has_photos(self) -> bool:
+        return any(self.photos_dir.glob("photo_*.png"))
+
+    def forget_photos(self) -> None:
+        shutil.rmtree(self.photos_dir, ignore_errors=True)
+
     def remember(self, picture: Picture) -> None:
         """Newest first; the file of the oldest goes when the history is full."""
         if len(self.history) == self.history.maxlen:
