@@ -49,9 +49,9 @@ def main() -> None:
         args.json.write_text(json.dumps(results, indent=1))
 
 
-def start_app(base: str, scratch: Path) -> tuple[subprocess.Popen, str]:
-    """The page on a free port, ready to answer."""
-    command = [sys.executable, str(ROOT / "app.py"), "--base", base, "--runs_dir", str(scratch / "runs")]
+def start_app(base: str, scratch: Path, *options: str) -> tuple[subprocess.Popen, str]:
+    """The page on a free port, ready to answer. `options` are more options of `app.py`."""
+    command = [sys.executable, str(ROOT / "app.py"), "--base", base, "--runs_dir", str(scratch / "runs"), *options]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "GRADIO_TEMP_DIR": str(scratch / "cache")}
     log = (scratch / "app.log").open("w+")
     server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)

@@ -1,12 +1,13 @@
 """Take the pictures of the page that the README shows: each tab, desktop and phone, light and dark.
 
-    python -m tools.screenshots [--base toy] [--subject assets/subjects/duck] [--out assets/pictures]
+    python -m tools.screenshots [--adapters_dir DIR] [--subject assets/subjects/duck] [--out assets/pictures]
 
 The page runs as a process of its own; what is seen is really done: pictures are generated, a run is trained.
 """
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
@@ -16,47 +17,48 @@ from benchmarks.concurrency import start_app
 from tests.browser import chromium, visit
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = {"desktop": (1280, 860), "phone": (390, 844)}
-PROMPT = "a photo of a {} in the snow"
-TRAINED_STEPS = 60
+SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
+SCHEMES = ("light", "dark")
+TRAINED_STEPS = 150
+COLOURS = 256
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="toy")
-    parser.add_argument("--subject", type=Path, default=ROOT / "assets" / "subjects" / "duck")
-    parser.add_argument("--class_word", default="duck")
+    parser.add_argument("--adapters_dir", type=Path, default=ROOT / "assets" / "adapters")
+    parser.add_argument("--subject", type=Path, default=ROOT / "assets" / "subjects" / "duck", help="photos to train")
+    parser.add_argument("--class_word", default="duck", help="what those photos show")
+    parser.add_argument("--place", default="in the snow", help="where the pictures are set")
+    parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=Path, default=ROOT / "assets" / "pictures")
-    parser.add_argument("--only", default="", help="desktop-light, phone-dark, …")
+    parser.add_argument("--only", nargs="+", choices=list(SCENES), default=list(SCENES))
     args = parser.parse_args()
+    if not any(args.adapters_dir.glob("*.safetensors")):
+        parser.exit(2, f"error: no adapter lies in {args.adapters_dir}; train one first, the page is shown with it\n")
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        server, url = start_app(args.base, Path(scratch))
+        server, url = start_app(args.base, Path(scratch), "--adapters_dir", str(args.adapters_dir))
         try:
-            with chromium() as browser:
-                for device, size in SIZES.items():
-                    for scheme in ("light", "dark"):
-                        if args.only in ("", f"{device}-{scheme}"):
-                            with visit(browser, url, size=size, dark=scheme == "dark") as visited:
-                                photograph(visited.page, args, f"{device}-{scheme}")
+            with chromium() as browser, visit(browser, url, size=SIZES["desktop"]) as visited:
+                photograph(visited.page, args)
         finally:
             server.terminate()
             server.wait()
 
 
-def photograph(page: Page, args: argparse.Namespace, name: str) -> None:
-    generate(page)
-    shoot(page, args.out / f"generate-{name}.png")
-    compare(page)
-    shoot(page, args.out / f"compare-{name}.png")
-    grid(page)
-    shoot(page, args.out / f"grid-{name}.png")
-    inspect(page)
-    shoot(page, args.out / f"inspect-{name}.png")
-    train(page, args)
-    shoot(page, args.out / f"train-{name}.png")
-    page.locator("#stop_training").click()
-    wait_for(page, "train_status", "Stopped")
+def photograph(page: Page, args: argparse.Namespace) -> None:
+    """Each scene is played once and then shot in both sizes and both colour schemes."""
+    for name in args.only:
+        play, devices = SCENES[name]
+        play(page, args)
+        for device in devices:
+            for scheme in SCHEMES:
+                shoot(page, args.out / f"{name}-{device}-{scheme}.png", device, scheme)
+        page.set_viewport_size(dict(zip(("width", "height"), SIZES["desktop"])))
+    if "train" in args.only:
+        page.locator("#stop_training").click()
+        wait_for(page, "train_status", "Stopped")
 
 
 def wait_for(page: Page, elem_id: str, words: str) -> None:
@@ -69,31 +71,30 @@ def set_number(page: Page, elem_id: str, value: int) -> None:
     box.press("Tab")
 
 
-def generate(page: Page) -> None:
-    if page.locator("#adapter input").input_value() == "none":
-        raise SystemExit("assets/adapters is empty: train a sample adapter first, the page is shown with it")
-    subject = page.locator("#prompt textarea").input_value().removeprefix("a photo of a ") or "red duck"
-    page.fill("#prompt textarea", PROMPT.format(subject))
+def generate(page: Page, args: argparse.Namespace) -> None:
+    prompt = page.locator("#prompt textarea").input_value()
+    page.fill("#prompt textarea", f"{prompt} {args.place}")
     set_number(page, "num_images", 4)
-    set_number(page, "seed", 7)
+    set_number(page, "seed", args.seed)
     page.click("#run")
     wait_for(page, "status", "4 pictures in")
 
 
-def compare(page: Page) -> None:
+def compare(page: Page, args: argparse.Namespace) -> None:
     tab(page, "Compare")
     page.click("#compare")
     page.wait_for_function("document.querySelectorAll('#slider img').length >= 2")
 
 
-def grid(page: Page) -> None:
+def grid(page: Page, args: argparse.Namespace) -> None:
     tab(page, "Grid")
     page.click("#draw_grid")
     page.wait_for_selector("#sheet img")
 
 
-def inspect(page: Page) -> None:
-    picture = page.request.get(page.locator("#sheet img").first.get_attribute("src")).body()
+def inspect(page: Page, args: argparse.Namespace) -> None:
+    """The last grid's picture, dropped."""
+    picture = page.request.get(page.locator("#gallery img").first.get_attribute("src")).body()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "picture.png"
         file.write_bytes(picture)
@@ -103,10 +104,12 @@ def inspect(page: Page) -> None:
 
 
 def train(page: Page, args: argparse.Namespace) -> None:
+    """A run in the middle: some losses, some samples."""
     tab(page, "Train")
     page.set_input_files("#photos input[type=file]", sorted(args.subject.glob("*.jpg")))
     wait_for(page, "remarks", "photos")
     page.fill("#class_word textarea, #class_word input", args.class_word)
+    page.locator("#prior input").check()
     page.click("#start")
     page.wait_for_function(
         "n => Number((document.getElementById('train_status').innerText.match(/Step (\\d+)/) || [])[1]) >= n",
@@ -115,23 +118,29 @@ def train(page: Page, args: argparse.Namespace) -> None:
     page.wait_for_function("document.querySelectorAll('#samples img').length >= 4")
 
 
+SCENES: dict[str, tuple[Callable[[Page, argparse.Namespace], None], tuple[str, ...]]] = {
+    "generate": (generate, ("desktop", "phone")),
+    "compare": (compare, ("desktop",)),
+    "grid": (grid, ("desktop",)),
+    "inspect": (inspect, ("desktop", "phone")),
+    "train": (train, ("desktop", "phone")),
+}
+"""Name -> how it comes about, and the devices that it is shown on."""
+
+
 def tab(page: Page, name: str) -> None:
-    """A tab by name; on a phone some hide behind the three dots."""
-    found = page.get_by_role("tab", name=name, exact=True)
-    if not found.first.is_visible():
-        page.locator("#result_tabs .overflow-menu > button").first.click()
-        page.locator("#result_tabs .overflow-dropdown button", has_text=name).click()
-        return
-    found.first.click()
+    page.get_by_role("tab", name=name, exact=True).click()
 
 
-def shoot(page: Page, path: Path) -> None:
-    """The whole page, with 256 colours: a third of the size, and no difference to the eye."""
+def shoot(page: Page, path: Path, device: str, scheme: str) -> None:
+    """The whole page, in few colours: a third of the size, and no difference to the eye."""
+    page.set_viewport_size(dict(zip(("width", "height"), SIZES[device])))
+    page.emulate_media(color_scheme=scheme)
     page.evaluate("document.activeElement?.blur(); scrollTo(0, 0)")
-    page.wait_for_timeout(600)
+    page.wait_for_timeout(800)
     page.screenshot(path=path, full_page=True)
     with Image.open(path) as image:
-        image.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
+        image.convert("RGB").quantize(COLOURS, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
     print(path)
 
 
