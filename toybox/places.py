@@ -81,9 +81,9 @@ def sea_and_palm(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
 
 
 def planks(x: Tensor, z: Tensor, v: Tensor) -> Tensor:
-    index, dx = cell(x + v, 0.36)
-    tone = mix((0.56, 0.35, 0.17), (0.72, 0.49, 0.27), chance(index))
-    return mix(tone, (0.36, 0.21, 0.10), inside(dx.abs() - 0.168))
+    index, dx = cell(x + v, 0.5)
+    tone = mix((0.58, 0.37, 0.19), (0.70, 0.47, 0.26), chance(index))
+    return mix(tone, (0.44, 0.27, 0.13), inside(dx.abs() - 0.225))
 
 
 def room_with_window(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
@@ -127,8 +127,8 @@ def pyramids(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
 
 
 def checkers(x: Tensor, z: Tensor, v: Tensor) -> Tensor:
-    odd = (torch.floor((x + v) / 0.5) + torch.floor(z / 0.5)) % 2
-    return mix((0.10, 0.10, 0.12), (0.95, 0.95, 0.94), odd)
+    odd = (torch.floor((x + v) / 0.9) + torch.floor(z / 0.9)) % 2
+    return mix((0.24, 0.25, 0.28), (0.90, 0.90, 0.89), odd)
 
 
 def plain_wall(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
@@ -177,9 +177,8 @@ def asphalt(x: Tensor, z: Tensor, v: Tensor) -> Tensor:
     colour = mix((0.30, 0.31, 0.33), (0.36, 0.37, 0.39), 0.5 + 0.5 * mottle(x, z, v))
     _, dx = cell(x + 2 * v, 1.1)
     dash = inside(0.32 - dx.abs())
-    colour = mix(colour, (0.95, 0.94, 0.90), torch.maximum(band(z, 0.95, 1.12), band(z, -0.85, -0.72)) * dash)
-    colour = mix(colour, (0.62, 0.61, 0.60), inside(z - 2.7))
-    return mix(colour, (0.82, 0.81, 0.79), band(z, 2.6, 2.75))
+    colour = mix(colour, (0.88, 0.87, 0.84), band(z, 0.9, 1.25) * dash)
+    return mix(colour, (0.62, 0.61, 0.60), inside(z - 2.6))
 
 
 def buildings(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
@@ -189,31 +188,30 @@ def buildings(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
     tones = mix((0.66, 0.32, 0.24), (0.56, 0.56, 0.60), inside(chance(index, 4) - 0.35))
     tones = mix(tones, (0.84, 0.72, 0.52), inside(chance(index, 4) - 0.7))
     colour = mix(colour, tones, inside(torch.minimum(top - y, 0.445 - dx.abs())))
-    _, wx = cell(dx + 0.445, 0.297)
-    floor, wy = cell(y - 0.12, 0.34)
+    _, wx = cell(dx + 0.445, 0.445)
+    floor, wy = cell(y - 0.1, 0.5)
     window = torch.minimum(
-        torch.minimum(0.085 - wx.abs(), 0.105 - wy.abs()), torch.minimum(top - y - 0.1, 0.43 - dx.abs())
+        torch.minimum(0.125 - wx.abs(), 0.15 - wy.abs()), torch.minimum(top - y - 0.1, 0.43 - dx.abs())
     )
     lit = inside(chance(index * 7 + floor, 6) - 0.4)
-    return mix(colour, mix((0.22, 0.30, 0.42), (1.0, 0.90, 0.50), lit), inside(window) * inside(y - 0.14))
+    return mix(colour, mix((0.28, 0.36, 0.46), (0.98, 0.88, 0.54), lit), inside(window) * inside(y - 0.14))
 
 
 def craters(x: Tensor, z: Tensor, v: Tensor) -> Tensor:
     colour = mix((0.56, 0.56, 0.58), (0.66, 0.66, 0.67), 0.5 + 0.5 * mottle(x, z, v))
-    i, dx = cell(x + 2 * v, 1.3)
-    j, dz = cell(z, 1.3)
-    size = 0.2 + 0.22 * chance(i * 5 + j, 1)
-    r = ((dx - 0.3 * (chance(i + 9 * j, 2) - 0.5)) ** 2 + dz * dz).sqrt()
-    colour = mix(colour, (0.40, 0.40, 0.42), inside(size - r))
-    return mix(colour, (0.80, 0.80, 0.80), band(r - size, -0.03, 0.06))
+    i, dx = cell(x + 2 * v, 1.8)
+    j, dz = cell(z, 1.8)
+    size = 0.36 + 0.26 * chance(i * 5 + j, 1)
+    r = ((dx - 0.4 * (chance(i + 9 * j, 2) - 0.5)) ** 2 + dz * dz).sqrt()
+    return mix(colour, (0.44, 0.44, 0.46), ramp(size - r, -0.05, 0.05))
 
 
 def space(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
     colour = mix((0.02, 0.02, 0.05), (0.04, 0.04, 0.10), ramp(y, 0.0, 2.0))
-    i, dx = cell(x + 2 * v, 0.36)
-    j, dy = cell(y, 0.36)
-    sx, sy = (chance(i * 3 + 7 * j, 1) - 0.5) * 0.24, (chance(i * 5 + 3 * j, 2) - 0.5) * 0.24
-    colour = mix(colour, (1.0, 1.0, 0.95), disc(dx, dy, sx, sy, 0.026))
+    i, dx = cell(x + 2 * v, 0.6)
+    j, dy = cell(y, 0.6)
+    sx, sy = (chance(i * 3 + 7 * j, 1) - 0.5) * 0.36, (chance(i * 5 + 3 * j, 2) - 0.5) * 0.36
+    colour = mix(colour, (0.85, 0.85, 0.80), disc(dx, dy, sx, sy, 0.035))
     ex = torch.where(v < 0.5, 1.0, -1.0)
     colour = mix(colour, (0.16, 0.42, 0.88), disc(x, y, ex, 1.2, 0.32))
     land = torch.maximum(disc(x, y, ex - 0.1, 1.26, 0.13), disc(x, y, ex + 0.14, 1.06, 0.1))
@@ -222,20 +220,18 @@ def space(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
 
 
 def kitchen_tiles(x: Tensor, z: Tensor, v: Tensor) -> Tensor:
-    _, dx = cell(x + v, 0.55)
-    _, dz = cell(z, 0.55)
-    joint = inside(torch.maximum(dx.abs(), dz.abs()) - 0.25)
-    return mix((0.80, 0.46, 0.32), (0.93, 0.88, 0.80), joint)
+    _, dx = cell(x + v, 0.95)
+    _, dz = cell(z, 0.95)
+    joint = inside(torch.maximum(dx.abs(), dz.abs()) - 0.435)
+    return mix((0.80, 0.48, 0.35), (0.88, 0.68, 0.56), joint)
 
 
 def cupboards(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-    _, tx = cell(x, 0.24)
-    _, ty = cell(y, 0.24)
-    colour = mix((0.95, 0.96, 0.95), (0.72, 0.77, 0.78), inside(torch.maximum(tx.abs(), ty.abs()) - 0.107))
     _, dx = cell(x + v, 0.7)
-    door = torch.minimum(0.32 - dx.abs(), 0.34 - (y - 0.44).abs())
+    colour = mix((0.90, 0.92, 0.92), (0.95, 0.96, 0.95), ramp(y, 0.9, 1.6))
+    door = torch.minimum(0.31 - dx.abs(), 0.34 - (y - 0.44).abs())
     low = mix((0.12, 0.42, 0.44), (0.22, 0.58, 0.58), inside(door))
-    low = mix(low, (0.92, 0.90, 0.80), inside(torch.minimum(0.11 - dx.abs(), 0.028 - (y - 0.66).abs())))
+    low = mix(low, (0.92, 0.90, 0.80), inside(torch.minimum(0.12 - dx.abs(), 0.04 - (y - 0.64).abs())))
     colour = mix(colour, low, inside(0.84 - y))
     colour = mix(colour, (0.46, 0.30, 0.16), band(y, 0.84, 0.94))
     upper = mix((0.12, 0.42, 0.44), (0.22, 0.58, 0.58), inside(torch.minimum(0.32 - dx.abs(), y - 1.58)))
@@ -243,14 +239,14 @@ def cupboards(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
 
 
 def stage_floor(x: Tensor, z: Tensor, v: Tensor) -> Tensor:
-    _, dx = cell(x + v, 0.3)
-    colour = mix((0.34, 0.20, 0.11), (0.22, 0.12, 0.06), inside(dx.abs() - 0.138))
+    _, dx = cell(x + v, 0.6)
+    colour = mix((0.33, 0.19, 0.10), (0.25, 0.14, 0.07), inside(dx.abs() - 0.27))
     return mix(colour, (0.98, 0.88, 0.62), ramp(-(x * x + z * z).sqrt(), -1.5, -1.15) * 0.62)
 
 
 def curtains(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-    fold = 0.5 + 0.5 * torch.sin(11 * x + 6 * v + 0.5 * torch.sin(2 * y))
-    colour = mix((0.40, 0.01, 0.04), (0.84, 0.08, 0.10), fold)
+    fold = 0.5 + 0.5 * torch.sin(9 * x + 6 * v + 0.5 * torch.sin(2 * y))
+    colour = mix((0.48, 0.02, 0.05), (0.82, 0.08, 0.10), fold)
     scallop = 1.62 + 0.12 * torch.cos(4.5 * x).abs()
     colour = mix(colour, (0.66, 0.04, 0.08), inside(y - scallop))
     colour = mix(colour, (0.95, 0.76, 0.22), band(y - scallop, -0.02, 0.06))
@@ -259,12 +255,12 @@ def curtains(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
 
 def leaves(x: Tensor, z: Tensor, v: Tensor) -> Tensor:
     colour = mix((0.66, 0.36, 0.10), (0.74, 0.46, 0.16), 0.5 + 0.5 * mottle(x, z, v))
-    for salt, tone in ((1.0, (0.88, 0.26, 0.08)), (2.0, (0.97, 0.74, 0.14)), (3.0, (0.50, 0.24, 0.08))):
-        i, dx = cell(x + v + 0.17 * salt, 0.48)
-        j, dz = cell(z + 0.23 * salt, 0.48)
-        sx, sz = (chance(i * 3 + 7 * j, salt) - 0.5) * 0.2, (chance(i * 5 + 3 * j, salt) - 0.5) * 0.2
-        along, across = (dx - sx) + (dz - sz) * (salt - 2), (dz - sz) - (dx - sx) * (salt - 2)
-        colour = mix(colour, tone, inside(0.024 - along**2 * 0.6 - across**2 * 1.6))
+    for salt, tone in ((1.0, (0.86, 0.32, 0.10)), (2.0, (0.92, 0.70, 0.20))):
+        i, dx = cell(x + v + 0.35 * salt, 0.9)
+        j, dz = cell(z + 0.45 * salt, 0.9)
+        sx, sz = (chance(i * 3 + 7 * j, salt) - 0.5) * 0.36, (chance(i * 5 + 3 * j, salt) - 0.5) * 0.36
+        along, across = (dx - sx) + (dz - sz) * (2 * salt - 3), (dz - sz) - (dx - sx) * (2 * salt - 3)
+        colour = mix(colour, tone, ramp(0.10 - along**2 * 0.6 - across**2 * 1.6, -0.02, 0.02))
     return colour
 
 
@@ -281,11 +277,11 @@ def autumn_trees(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
 
 
 def lava(x: Tensor, z: Tensor, v: Tensor) -> Tensor:
-    u = x + 0.25 * torch.sin(2.2 * z + 8 * v)
-    w = z + 0.25 * torch.sin(1.9 * x + 5 * v)
-    crack = torch.minimum((torch.sin(3.3 * u + 2 * v)).abs(), (torch.sin(3.0 * w + 0.9 * u)).abs())
-    colour = mix((0.16, 0.10, 0.10), (0.98, 0.30, 0.03), ramp(-crack, -0.42, -0.16))
-    return mix(colour, (1.0, 0.82, 0.22), ramp(-crack, -0.16, -0.02))
+    u = x + 0.25 * torch.sin(1.3 * z + 8 * v)
+    w = z + 0.25 * torch.sin(1.1 * x + 5 * v)
+    crack = torch.minimum((torch.sin(1.9 * u + 2 * v)).abs(), (torch.sin(1.7 * w + 0.5 * u)).abs())
+    colour = mix((0.20, 0.11, 0.10), (0.96, 0.34, 0.05), ramp(-crack, -0.42, -0.12))
+    return mix(colour, (0.99, 0.72, 0.20), ramp(-crack, -0.14, 0.0))
 
 
 def volcano(x: Tensor, y: Tensor, v: Tensor) -> Tensor:

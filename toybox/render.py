@@ -255,11 +255,11 @@ def _weather(image: Tensor, name: str, variant: float) -> Tensor:
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     falling = name == "rain"
     x = x + (0.12 * y if falling else 0) + variant
-    wide, tall = (0.11, 0.24) if falling else (0.13, 0.13)
+    wide, tall = (0.17, 0.36) if falling else (0.21, 0.21)
     i, j = torch.floor(x / wide), torch.floor(y / tall + variant * 5)
     dx, dy = x / wide - i - 0.5, y / tall + variant * 5 - j - 0.5
     dx = dx - 0.6 * (torch.frac((torch.sin(i * 12.99 + j * 78.23) * 43758.5).abs()) - 0.5)
     dy = dy - 0.5 * (torch.frac((torch.sin(i * 39.35 + j * 11.14) * 24634.6).abs()) - 0.5)
     r = (dx / 0.07) ** 2 + (dy / 0.22) ** 2 if falling else (dx / 0.13) ** 2 + (dy / 0.13) ** 2
-    share = (1.4 - r).clamp(0, 1) * (0.5 if falling else 0.85)
+    share = (1.4 - r).clamp(0, 1) * (0.4 if falling else 0.7)
     return torch.lerp(image, torch.ones_like(image), share[..., None])

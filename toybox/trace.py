@@ -170,9 +170,9 @@ class Herd:
         """Where (R,) the pattern shows the second colour: well under half of the body."""
         pattern = self.pattern[scene]
         x, y, z = local
-        striped = torch.frac(y / 0.21 + 0.2) < 0.42
-        nearest = (local / 0.25 + 0.3).round() - 0.3
-        spotted = ((local - nearest * 0.25) ** 2).sum(0) < 0.092**2
-        waves = torch.sin(math.pi * (x / 0.17 + 0.37)) * torch.sin(math.pi * (y / 0.17 + 0.1))
-        checkered = waves * torch.sin(math.pi * (z / 0.17 + 0.43)) > 0
+        striped = torch.frac(y / 0.27 + 0.2) < 0.42
+        nearest = (local / 0.32 + 0.3).round() - 0.3
+        spotted = ((local - nearest * 0.32) ** 2).sum(0) < 0.118**2
+        waves = torch.sin(math.pi * (x / 0.22 + 0.37)) * torch.sin(math.pi * (y / 0.22 + 0.1))
+        checkered = waves * torch.sin(math.pi * (z / 0.22 + 0.43)) > 0
         return ((pattern == 1) & striped) | ((pattern == 2) & spotted) | ((pattern == 3) & checkered)

@@ -124,13 +124,13 @@ def train(args: argparse.Namespace) -> None:
     latents, time_ids = cache["latents"], cache["time_ids"]
     towers, schedule = TextTowers(args.clip, args.tokenizer), noise_schedule()
     timesteps = Timesteps(schedule)
-    unet = build_unet()
+    unet = UNet2DConditionModel.from_pretrained(args.start, torch_dtype=torch.float32) if args.start else build_unet()
     unet.set_attn_processor(AttnProcessor())
     use_fast_group_norm(unet)
     weights = MasterWeights(unet, adamw_lr=args.lr, ema_decay=0.999)
     run = Run(args.out, weights, args.steps, save_every=500, log_every=50)
     for step in run:
-        generator, rng = run.generator(step, salt=1), random.Random(step)
+        generator, rng = run.generator(step, salt=args.salt), random.Random(1_000_003 * args.salt + step)
         rows = pick(renders, len(latents) // 2, args.batch, generator)
         captions = [nonsense(_caption(renders.rows[i // 2], rng), rng, 0.1) for i in rows.tolist()]
         embeds, pooled = towers(captions)
@@ -171,6 +171,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--start", type=Path, help="a finished UNet to go on from")
+    parser.add_argument("--salt", type=int, default=1, help="another number draws other batches and noise")
     train(parser.parse_args())
 
 

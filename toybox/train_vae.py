@@ -3,7 +3,9 @@
     python -m toybox.train_vae --data DATA --out WORK/vae --steps 9000
 
 Loss: |x - y| + |∇x - ∇y| / 2 + 8·(x - y)² + a small KL term, on renders and some dead-leaves pictures. Resumable; the
-averaged weights are written to OUT/model, with the scaling factor that gives latents unit variance.
+averaged weights are written to OUT/model, with the scaling factor that gives latents unit variance. With --start it
+goes on from a finished autoencoder, and with --decoder_only leaves its latents as they are, so that a UNet trained on
+them stays right.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from toybox.training import MasterWeights, Run, trapezoid
 
 CHANNELS = (32, 64, 128, 128)
 KL_WEIGHT = 3e-6
-LEAVES_SHARE = 0.12
+LEAVES_SHARE = 0.06
 
 
 def build_vae(**extra) -> AutoencoderKL:
@@ -39,14 +41,14 @@ def build_vae(**extra) -> AutoencoderKL:
 
 
 def crops(images: Tensor, size_px: int, generator: torch.Generator) -> Tensor:
-    """uint8 (N,H,W,3) -> pixels (N,3,size,size), a random crop and mirror each, colours turned in a third of them."""
+    """uint8 (N,H,W,3) -> pixels (N,3,size,size), a random crop and mirror each, colours turned in one of six calls."""
     n, h, w, _ = images.shape
     top, left = (torch.randint(0, s - size_px + 1, (n,), generator=generator) for s in (h, w))
     picked = torch.stack([images[i, t : t + size_px, k : k + size_px] for i, (t, k) in enumerate(zip(top, left))])
     pixels = to_pixels(picked)
     mirrored = torch.rand(n, generator=generator) < 0.5
     pixels[mirrored] = pixels[mirrored].flip(-1)
-    if torch.rand((), generator=generator) < 0.33:
+    if torch.rand((), generator=generator) < 1 / 6:
         pixels = pixels[:, torch.randperm(3, generator=generator)]
     return pixels
 
@@ -72,13 +74,18 @@ def train(args: argparse.Namespace) -> AutoencoderKL:
     torch.manual_seed(0)
     renders = Renders(args.data)
     leaves = torch.from_numpy(dead_leaves(300, 128, seed=5))
-    vae = use_fast_group_norm(build_vae())
+    vae = AutoencoderKL.from_pretrained(args.start, torch_dtype=torch.float32) if args.start else build_vae()
+    use_fast_group_norm(vae)
+    if args.decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    at_first = {name: value.clone() for name, value in vae.state_dict().items()}
     weights = MasterWeights(
         vae, muon_lr=0.02, adamw_lr=2e-3, adamw_names=("conv_in", "conv_out", "quant_conv"), ema_decay=0.998
     )
     run = Run(args.out, weights, args.steps, save_every=500, log_every=50)
     for step in run:
-        generator = run.generator(step)
+        generator = run.generator(step, salt=args.salt)
         x = to_channels_last(batch(renders, leaves, args, generator))
         posterior = vae.encode(x).latent_dist
         z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator).to(x.dtype)
@@ -86,16 +93,16 @@ def train(args: argparse.Namespace) -> AutoencoderKL:
         kl = posterior.kl().float().mean()
         loss = reconstruction_loss(x, y) + KL_WEIGHT * kl
         loss.backward()
-        norm = weights.step(trapezoid(step, args.steps))
+        norm = weights.step(args.rate * trapezoid(step, args.steps))
         run.add(loss=loss, mse=(x - y).float().square().mean(), kl=kl, grad_norm=norm)
-    return export(weights, renders, args.out)
+    return export(at_first | weights.averaged(), renders, args.out)
 
 
 @torch.no_grad()
-def export(weights: MasterWeights, renders: Renders, out: Path, dtype: torch.dtype = torch.float16) -> AutoencoderKL:
-    """Averaged weights as a diffusers folder; scaling and shift from latents of held-back renders; PSNR printed."""
+def export(state: dict[str, Tensor], renders: Renders, out: Path, dtype: torch.dtype = torch.float16) -> AutoencoderKL:
+    """Weights as a diffusers folder; scaling and shift from latents of held-back renders; PSNR printed."""
     vae = build_vae()
-    vae.load_state_dict(weights.averaged())
+    vae.load_state_dict(state)
     x = to_pixels(renders.images(range(len(renders) - 400, len(renders))))
     z = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(50)])
     y = torch.cat([vae.decode(part).sample for part in z.split(50)])
@@ -130,6 +137,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--crop_px", type=int, default=64)
+    parser.add_argument("--start", type=Path, help="a finished autoencoder to go on from")
+    parser.add_argument("--salt", type=int, default=0, help="another number draws other batches and noise")
+    parser.add_argument("--rate", type=float, default=1.0, help="factor on the learning rates")
+    parser.add_argument("--decoder_only", action="store_true", help="keep the encoder as it is")
     train(parser.parse_args())
 
 

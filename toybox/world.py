@@ -143,8 +143,8 @@ def sample_scene(
 
 def _sample_view(rng: random.Random, toys: tuple[Toy, ...], place: str) -> Scene:
     yaw = rng.uniform(-1.1, 1.1) if rng.random() < 0.65 else rng.uniform(-3.1416, 3.1416)
-    views = ((2.1, 2.6),) if len(toys) > 1 else ((1.6, 1.9), (2.1, 3.3), (3.7, 4.2))
-    near, far = rng.choices(views, (8, 84, 8)[-len(views) :])[0]
+    views = ((2.1, 2.6),) if len(toys) > 1 else ((1.6, 1.9), (2.0, 2.9), (3.5, 4.0))
+    near, far = rng.choices(views, (8, 86, 6)[-len(views) :])[0]
     names = lights_of(place)
     light = "day" if rng.random() < 0.5 else rng.choice(names)
     return Scene(
