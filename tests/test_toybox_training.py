@@ -5,9 +5,18 @@ import torch
 from diffusers.training_utils import compute_snr
 from torch import nn
 
+from toybox.alignment import Alignment
 from toybox.channels_last import FastGroupNorm
 from toybox.dead_leaves import dead_leaves
-from toybox.train_unet import SNR_GAMMA, TOY_WEIGHT, Timesteps, cell_weights, drop_captions, noise_schedule
+from toybox.train_unet import (
+    SNR_GAMMA,
+    TOY_WEIGHT,
+    Timesteps,
+    build_unet,
+    cell_weights,
+    drop_captions,
+    noise_schedule,
+)
 from toybox.training import MasterWeights, Run, trapezoid
 
 
@@ -32,6 +41,21 @@ def test_cells_of_a_toy_weigh_more_and_a_batch_weighs_one():
     weights = cell_weights(toys)
     assert float(weights.mean()) == pytest.approx(1)
     assert float(weights[0, 0, 5, 5] / weights[0, 0, 0, 0]) == pytest.approx(1 + TOY_WEIGHT)
+
+
+def test_alignment_teaches_the_middle_of_the_unet_and_nothing_after_it():
+    torch.manual_seed(0)
+    unet, seen = build_unet(), torch.randn(14, 160, 4, 4).half()
+    alignment = Alignment(unet, seen)
+    added = {"text_embeds": torch.randn(2, 160), "time_ids": torch.zeros(2, 6)}
+    unet(torch.randn(2, 4, 16, 16), 500, torch.randn(2, 77, 256), added_cond_kwargs=added)
+    loss = alignment.loss(seen[:2])
+    loss.backward()
+    assert 0.5 < loss.item() < 1.5
+    assert all(p.grad is not None for p in unet.mid_block.parameters()) and unet.conv_in.weight.grad is not None
+    assert all(p.grad is None for p in unet.up_blocks.parameters())
+    opposite = 2 * alignment.mean.view(-1, 1, 1) - seen[:2].float()
+    assert alignment.loss(opposite).item() == pytest.approx(2 - loss.item(), abs=1e-5)
 
 
 def test_dropped_captions_are_zero_and_a_tenth():

@@ -1,8 +1,10 @@
 """Encode the renders once: two latents an image (as it is or mirrored; cropped, or small) with SDXL's time ids.
 
-Beside each latent stands how much of each of its cells a toy covers, which weighs the UNet's loss.
+Beside each latent stands how much of each of its cells a toy covers, which weighs the UNet's loss, and what the CLIP
+vision tower sees in the picture (`toybox.alignment`).
 
-    python -m toybox.cache_latents --data DATA --vae WORK/vae/model --out WORK/latents.safetensors
+    python -m toybox.cache_latents --data DATA --vae WORK/vae/model --clip WORK/clip/model \
+        --out WORK/latents.safetensors
 
 The time ids are true: (original height, width, crop top, left, target height, width), as in SDXL (Podell et al., 2023,
 section 2.2). A whole render stands for a photo of any size from 128 to 1024 px; a crop comes from an enlarged render; a
@@ -19,8 +21,9 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from tqdm import tqdm
 
+from toybox.alignment import Sight
 from toybox.channels_last import to_channels_last
-from toybox.data import Renders, to_pixels
+from toybox.data import Renders, to_pixels, to_uint8
 from toybox.render import toy_masks
 from toybox.world import Scene
 
@@ -69,18 +72,19 @@ def second_view(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, lis
 
 
 @torch.no_grad()
-def encode(renders: Renders, vae: AutoencoderKL) -> dict[str, Tensor]:
-    """latents (2N,4,16,16) fp16, scaled; time_ids (2N,6) int16; toys (2N,16,16) fp16 in [0, 1].
+def encode(renders: Renders, vae: AutoencoderKL, sight: Sight) -> dict[str, Tensor]:
+    """latents (2N,4,16,16) fp16, scaled; time_ids (2N,6) int16; toys (2N,16,16) fp16 in [0, 1]; seen (2N,160,4,4) fp16.
 
     Rows 2i and 2i+1 belong to image i.
     """
     vae.eval().to(dtype=torch.bfloat16, memory_format=torch.channels_last)
-    latents, toys, ids = [], [], []
+    latents, toys, seen, ids = [], [], [], []
     for start in tqdm(range(0, len(renders), 32), desc="encode", mininterval=10):
         generator = torch.Generator().manual_seed(start)
         pixels = with_toys(renders, range(start, min(start + 32, len(renders))))
         views = [view(p, generator) for p in pixels for view in (whole, second_view)]
         x = torch.stack([v for v, _ in views])
+        seen.append(sight(to_uint8(x[:, :3])))
         mean = vae.encode(to_channels_last(x[:, :3].clamp(-1, 1))).latent_dist.mean.float()
         latents.append((mean * vae.config.scaling_factor).half().contiguous())
         toys.append(adaptive_avg_pool2d(x[:, 3].clamp(0, 1), latents[-1].shape[-2:]).half())
@@ -88,6 +92,7 @@ def encode(renders: Renders, vae: AutoencoderKL) -> dict[str, Tensor]:
     return {
         "latents": torch.cat(latents),
         "toys": torch.cat(toys),
+        "seen": torch.cat(seen).contiguous(),
         "time_ids": torch.tensor(ids, dtype=torch.int16),
     }
 
@@ -96,10 +101,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--clip", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=None, help="only the first so many images")
     args = parser.parse_args()
-    tensors = encode(Renders(args.data, args.limit), AutoencoderKL.from_pretrained(args.vae))
+    sight = Sight(args.clip / "image_encoder")
+    tensors = encode(Renders(args.data, args.limit), AutoencoderKL.from_pretrained(args.vae), sight)
     save_file(tensors, args.out)
     print({k: tuple(v.shape) for k, v in tensors.items()}, "std", float(tensors["latents"].float().std()))
 

@@ -2,7 +2,8 @@
 
     python -m toybox.model_card --work WORK --assets assets
 
-Every figure comes from a `log.jsonl`, `report.json` or `scores.json` below WORK; what is missing there is left out.
+Every figure comes from a `log.jsonl`, `report.json` or `scores.json` below WORK. A part that WORK does not hold was not
+trained anew: its lines stay as the card that is there has them.
 """
 
 import argparse
@@ -40,12 +41,12 @@ pipeline("a photo of a red robot on the beach", num_inference_steps=30, guidance
 ```
 """
 
+EARLIER = """\
+Each row tells a part's last training. The VAE, the UNet and the judge went on from those of a first one (2600, 3000 and
+1200 steps), which had seen an earlier version of the scenery."""
+
 LIMITS = """\
 ## Limits
-
-This is a first, short training: of 50 prompts the judge reads the place right in all pictures, the colour in 82 % and
-the kind in 16 % (`python -m toybox.evaluate_base --images 50`). It serves the tests and a quick
-try; longer training is due.
 
 It knows the toy world and nothing else: other words are read as noise, and ordinary photographs are kept only roughly
 by its VAE. Pictures are 128 px. Two toys in one picture, and patterns named for a second colour, are its weakest side.
@@ -56,29 +57,36 @@ MIT, as the project. The training data are the project's own renders.
 """
 
 
-def training_row(work: Path, part: str) -> str | None:
+def kept(old: str, start: str) -> str | None:
+    """The line of the card that is there which begins so."""
+    return next((line for line in old.splitlines() if line.startswith(start)), None)
+
+
+def training_row(work: Path, part: str, old: str) -> str | None:
     """One table row: part, steps, hours, first and last loss."""
     path = work / part / "log.jsonl"
     if not path.exists():
-        return None
+        return kept(old, f"| {PARTS[part]} | ")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     hours = rows[-1]["step"] * rows[-1]["step_sec"] / 3600
     losses = f"{rows[0]['loss']:.3f} → {rows[-1]['loss']:.3f}"
     return f"| {PARTS[part]} | {rows[-1]['step']} | {hours:.1f} | {losses} |"
 
 
-def training_table(work: Path) -> str:
-    rows = [row for part in PARTS if (row := training_row(work, part))]
+def training_table(work: Path, old: str) -> str:
+    rows = [row for part in PARTS if (row := training_row(work, part, old))]
     header = ["| part | steps | hours | training loss, first and last log |", "|---|---|---|---|"]
-    return "\n".join(["## Training", "", *header, *rows])
+    return "\n".join(["## Training", "", EARLIER, "", *header, *rows])
 
 
-def part_scores(work: Path) -> list[str]:
+def part_scores(work: Path, old: str) -> list[str]:
     """A line for each `report.json`."""
     lines = []
     for part in PARTS:
         path = work / part / "report.json"
-        if path.exists():
+        if not path.exists():
+            lines += filter(None, [kept(old, f"- {PARTS[part]}: ")])
+        else:
             report = json.loads(path.read_text(encoding="utf-8"))
             lines.append(f"- {PARTS[part]}: " + ", ".join(f"{k} {json.dumps(v)}" for k, v in report.items()))
     return lines
@@ -104,9 +112,9 @@ def generation_scores(work: Path) -> list[str]:
     ]
 
 
-def card(work: Path) -> str:
-    scores = ["## Scores", "", *part_scores(work), *generation_scores(work)]
-    return "\n\n".join([INTRODUCTION.strip(), training_table(work), "\n".join(scores), LIMITS.strip()]) + "\n"
+def card(work: Path, old: str = "") -> str:
+    scores = ["## Scores", "", *part_scores(work, old), *generation_scores(work)]
+    return "\n\n".join([INTRODUCTION.strip(), training_table(work, old), "\n".join(scores), LIMITS.strip()]) + "\n"
 
 
 def main() -> None:
@@ -114,7 +122,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     args = parser.parse_args()
-    (args.assets / "toy-sdxl" / "README.md").write_text(card(args.work), encoding="utf-8")
+    path = args.assets / "toy-sdxl" / "README.md"
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    path.write_text(card(args.work, old), encoding="utf-8")
 
 
 if __name__ == "__main__":

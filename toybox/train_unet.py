@@ -5,7 +5,8 @@
 
 Noise prediction on SDXL's schedule (scaled linear betas, 0.00085 to 0.012) with min-SNR weights (Hang et al., 2023,
 gamma 5); a tenth of the captions dropped to zero embeddings for classifier-free guidance (Ho and Salimans, 2022).
-Cells of a toy weigh four times as much as the ground's, which are many and learnt first; the optimum is the same.
+Cells of a toy weigh four times as much as the ground's, which are many and learnt first; the optimum is the same. In
+the first half the middle block also learns what the CLIP vision tower sees (`toybox.alignment`).
 """
 
 import argparse
@@ -17,9 +18,10 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import compute_snr
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from toybox.alignment import Alignment
 from toybox.build_tokenizer import load
 from toybox.channels_last import to_channels_last, use_fast_group_norm
 from toybox.data import Renders
@@ -30,6 +32,7 @@ __all__ = ["TextTowers", "build_unet", "noise_schedule"]
 
 TIME_WIDTH = 32
 SNR_GAMMA = 5.0
+ALIGNMENT_WEIGHT = 0.1
 TOY_WEIGHT = 3.0  # added to a cell's weight of 1, times the share of the cell that a toy covers
 
 
@@ -121,13 +124,16 @@ def pick(renders: Renders, count: int, batch: int, generator: torch.Generator) -
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     renders, cache = Renders(args.data), load_file(args.latents)
+    renders.rows = renders.rows[: len(cache["latents"]) // 2]
     latents, time_ids = cache["latents"], cache["time_ids"]
     towers, schedule = TextTowers(args.clip, args.tokenizer), noise_schedule()
     timesteps = Timesteps(schedule)
     unet = UNet2DConditionModel.from_pretrained(args.start, torch_dtype=torch.float32) if args.start else build_unet()
     unet.set_attn_processor(AttnProcessor())
     use_fast_group_norm(unet)
-    weights = MasterWeights(unet, adamw_lr=args.lr, ema_decay=0.999)
+    alignment = Alignment(unet, cache["seen"])
+    both = nn.ModuleDict({"unet": unet, "alignment": alignment})
+    weights = MasterWeights(both, adamw_lr=args.lr, ema_decay=0.999)
     run = Run(args.out, weights, args.steps, save_every=500, log_every=50)
     for step in run:
         generator, rng = run.generator(step, salt=args.salt), random.Random(1_000_003 * args.salt + step)
@@ -144,9 +150,10 @@ def train(args: argparse.Namespace) -> None:
         squared = (prediction.float() - noise).square() * cell_weights(cache["toys"][rows])
         error = squared.mean(dim=(1, 2, 3))
         loss = (error * weight).mean()
-        loss.backward()
+        aligned = alignment.loss(cache["seen"][rows])
+        (loss + ALIGNMENT_WEIGHT * (step < args.steps / 2) * aligned).backward()
         norm = weights.step(trapezoid(step, args.steps, warmup=200))
-        run.add(loss=loss, mse=error.mean(), grad_norm=norm)
+        run.add(loss=loss, mse=error.mean(), aligned=aligned, grad_norm=norm)
         if (step + 1) % 500 == 0:
             export(weights, args.out)
     export(weights, args.out)
@@ -160,7 +167,8 @@ def _caption(row: dict, rng: random.Random) -> str:
 def export(weights: MasterWeights, out: Path) -> None:
     """Averaged weights as a diffusers folder OUT/model, fp16."""
     unet = build_unet()
-    unet.load_state_dict(weights.averaged())
+    averaged = weights.averaged()
+    unet.load_state_dict({k.removeprefix("unet."): v for k, v in averaged.items() if k.startswith("unet.")})
     unet.half().save_pretrained(out / "model")
 
 
