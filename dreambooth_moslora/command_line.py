@@ -10,7 +10,7 @@ from dataclasses import Field, fields
 from typing import Any, NoReturn
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.config import FIELD_TYPES, TrainConfig
+from dreambooth_moslora.config import FIELD_TYPES, TrainConfig, check_each
 from dreambooth_moslora.config_fields import GROUPS, nearest
 from dreambooth_moslora.config_files import load_settings
 from dreambooth_moslora.errors import UserError
@@ -96,6 +96,7 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
     flags = vars(given)
     file = flags.pop("config")
     settings = (load_settings(file) if file else {}) | flags
+    check_each(settings)
     require(settings)
     return TrainConfig.from_dict(settings | launcher_settings())
 

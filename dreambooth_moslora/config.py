@@ -6,13 +6,13 @@ files and the web page say the same. How values get here from files and flags is
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from typing import Any
 
 from dreambooth_moslora.config_fields import check_limits, convert, field_types, grouped, nearest
 from dreambooth_moslora.errors import UserError
 
-__all__ = ["INTERPOLATIONS", "MIXERS", "TrainConfig"]
+__all__ = ["INTERPOLATIONS", "MIXERS", "TrainConfig", "check_each"]
 
 MIXERS = ("orthogonal", "identity", "kaiming", "butterfly", "none")
 INTERPOLATIONS = ("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact")
@@ -163,10 +163,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value = convert(item.name, getattr(self, item.name), FIELD_TYPES[item.name])
-            value = SPELLINGS.get(item.name, {}).get(str(value).lower(), value)
-            object.__setattr__(self, item.name, value)
-            check_limits(item, value)
+            object.__setattr__(self, item.name, checked(item, getattr(self, item.name)))
         self._check_together()
 
     def _check_together(self) -> None:
@@ -189,9 +186,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
         """Settings by name, as from a file. Raises UserError for an unknown name, with the nearest known one."""
-        for name in values:
-            if name not in FIELD_TYPES:
-                raise UserError(unknown_setting(name))
+        check_each(values)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -203,6 +198,23 @@ class TrainConfig:
 FIELD_TYPES = field_types(TrainConfig)
 SPELLINGS = {"optimizer": {"adamw": "AdamW", "prodigy": "Prodigy"}}
 """Other spellings, in lower case, of a setting's choices."""
+
+
+def checked(item: Field, value: Any) -> Any:
+    """The value of one setting, of its type and within its limits. Raises UserError."""
+    value = convert(item.name, value, FIELD_TYPES[item.name])
+    value = SPELLINGS.get(item.name, {}).get(str(value).lower(), value)
+    check_limits(item, value)
+    return value
+
+
+def check_each(values: Mapping[str, Any]) -> None:
+    """Look at settings one by one, whatever is missing beside them. Raises UserError for an unknown or wrong one."""
+    items = {item.name: item for item in fields(TrainConfig)}
+    for name, value in values.items():
+        if name not in items:
+            raise UserError(unknown_setting(name))
+        checked(items[name], value)
 
 
 def unknown_setting(name: str) -> str:

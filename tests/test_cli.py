@@ -76,8 +76,9 @@ def test_the_overview_names_every_command(capsys):
     [
         (main, ["chekc"], "unknown command chekc"),
         (main, ["check"], "the following arguments are required"),
-        (train_main, ["--rank", "0"], "missing: --pretrained_model_name_or_path"),
+        (train_main, ["--rank", "4"], "missing: --pretrained_model_name_or_path"),
         (train_main, ["--trian"], "unknown flag --trian"),
+        (train_main, ["--rank", "0"], "--rank"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(run, words, says, capsys):

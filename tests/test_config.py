@@ -245,6 +245,17 @@ def test_mistakes_in_files_name_the_place(tmp_path, name, text, says):
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("instance_data_dri = 'x'", "did you mean `instance_data_dir`"), ('rank = "big"', "expected a whole number")],
+)
+def test_a_wrong_setting_is_named_before_a_missing_one(tmp_path, text, says):
+    (tmp_path / "a.toml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        parse_train_config(["--config", str(tmp_path / "a.toml")])
+    assert says in str(caught.value)
+
+
 def test_the_json_of_a_run_is_taken_back_and_holds_no_secret(tmp_path):
     config = parse_train_config([*NEEDED, "--hub_token", "hf_secret", "--rank", "3", "--target_modules", "to_q"])
     text = json.dumps(config.to_dict())
