@@ -36,7 +36,9 @@ LIMITS: dict[str, tuple[float, float]] = {
 MAX_PROMPT_CHARACTERS = 5000
 MAX_ADAPTERS = 8
 LORA_TAG = re.compile(r"<lora:([^:<>]{1,100})(?::(-?\d+(?:\.\d+)?))?>")
-SETTING = re.compile(r'\s*([\w +/-]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+SETTING = re.compile(r'([\w+/-][\w +/-]{0,60}):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+MAX_SETTINGS_CHARACTERS = 10_000
+"""Of the line that other programs write; a longer one is cut: the text may be made to keep the pattern busy."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,7 @@ def _parse_a1111(text: str) -> GenerationParams:
     if "Steps:" not in line:
         body, line = text, ""
     prompt, _, negative = body.partition("\nNegative prompt:")
-    settings = {key.strip(): value.strip().strip('"') for key, value in SETTING.findall(line)}
+    settings = {key.strip(): value.strip().strip('"') for key, value in SETTING.findall(line[:MAX_SETTINGS_CHARACTERS])}
     prompt, tags = split_lora_tags(prompt.strip())
     values: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative.strip(), "adapters": tags}
     return GenerationParams.from_dict(values | _known_settings(settings))

@@ -10,7 +10,7 @@ from PIL import ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation import GenerationParams
+from dreambooth_moslora.generation import GenerationParams, Provenance
 from dreambooth_moslora.pipeline import Image, Preview, Step, SubjectPipeline
 
 __all__ = ["AXES", "Axis", "Sheet", "draw_sheet", "generate_grid", "parse_axis"]
@@ -29,21 +29,24 @@ class Axis:
 
     def label(self, index: int) -> str:
         value = self.values[index]
-        return str(value) if self.name == "prompt" else f"{self.name} {value}"
+        if self.name == "prompt":
+            return str(value)
+        return f"{self.name} {value:g}" if isinstance(value, float) else f"{self.name} {value}"
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """All cells in one picture. `params` are those of the call; the axes say what varied."""
+    """All cells in one picture. `params` are the first cell's; the axes say what varied; the origin is that of all."""
 
     pixels: PIL.Image.Image
     params: GenerationParams
     axes: tuple[Axis, ...]
+    provenance: Provenance
 
     def save(self, path: str | Path) -> Path:
-        """Write a PNG with the parameters that all cells share, and the axes."""
+        """Write a PNG with the first cell's recipe, the hashes of every adapter that acted, and the axes."""
         text = PngInfo()
-        for key, value in self.params.to_png_text().items():
+        for key, value in self.params.to_png_text(self.provenance).items():
             text.add_itxt(key, value)
         text.add_itxt("dreambooth_moslora_grid", json.dumps({axis.name: axis.values for axis in self.axes}))
         self.pixels.save(path, format="PNG", pnginfo=text)
@@ -110,19 +113,30 @@ def generate_grid(
     params: GenerationParams,
     axes: tuple[Axis, ...],
     should_stop: Callable[[], bool] | None = None,
+    load: Callable[[GenerationParams], GenerationParams] | None = None,
 ) -> Iterator[Step | Preview | Image | Sheet]:
-    """The events of every cell, numbered through row by row, and the Sheet last (absent when stopped)."""
-    rows = cells_of(params, axes)
-    flat = [pipeline.complete(cell) for row in rows for cell in row]
-    pictures: list[PIL.Image.Image] = []
-    for number, cell in enumerate(flat):
-        for event in pipeline.generate(cell, should_stop=should_stop):
-            yield _renumbered(event, number, len(flat))
+    """The events of every cell, numbered through row by row, and the Sheet last (absent when stopped).
+
+    `load` brings a cell's adapters into the model; it is called for all cells before the first is drawn, so that a
+    mistake in the last costs nothing, and again before each: there may be more adapters than the model holds at once.
+    """
+    load = load or pipeline.complete
+    cells = [load(cell) for row in cells_of(params, axes) for cell in row]
+    images: list[Image] = []
+    for number, cell in enumerate(cells):
+        for event in pipeline.generate(load(cell), should_stop=should_stop):
+            yield _renumbered(event, number, len(cells))
             if isinstance(event, Image):
-                pictures.append(event.pixels)
-        if len(pictures) <= number:
+                images.append(event)
+        if len(images) <= number:
             return
-    yield Sheet(_sheet_of(pictures, axes), replace(flat[0], num_images=1), axes)
+    yield Sheet(_sheet_of([image.pixels for image in images], axes), images[0].params, axes, _origin_of(images))
+
+
+def _origin_of(images: list[Image]) -> Provenance:
+    """Where all the cells came from: the first one's base and versions, and every adapter's hash."""
+    hashes = {name: sha for image in images for name, sha in image.provenance.adapter_sha256}
+    return replace(images[0].provenance, adapter_sha256=tuple(hashes.items()))
 
 
 def _renumbered(event: Step | Preview | Image, number: int, count: int) -> Step | Preview | Image:

@@ -130,6 +130,7 @@ class SubjectPipeline:
         stamp = _stamp(find_weights(path))
         with self._lock:
             if name in self.adapters and self.adapters[name].stamp == stamp:
+                self._touch(name)
                 return name
             weights = read_adapter(path, self.pipeline)
             check_fits(weights, self.pipeline, self.base_name)
@@ -187,7 +188,8 @@ class SubjectPipeline:
 
     def _generate_all(self, params: GenerationParams, emit: Callable[[Event], None], stop: Callable[[], bool]) -> None:
         try:
-            self._touch(params)
+            for name, _ in params.adapters:
+                self._touch(name)
             self.activate(params.adapters)
             words = self._encode(params)
             clock = Clock(params)
@@ -240,10 +242,9 @@ class SubjectPipeline:
             self._colours = LatentColours(self.pipeline.vae)
         return self._colours
 
-    def _touch(self, params: GenerationParams) -> None:
+    def _touch(self, name: str) -> None:
         """Mark as just used, so that `_make_room` drops others."""
-        for name, _ in params.adapters:
-            self.adapters[name] = self.adapters.pop(name)
+        self.adapters[name] = self.adapters.pop(name)
 
     def _make_room(self) -> None:
         while len({adapter.key for adapter in self.adapters.values()}) > RESIDENT_ADAPTERS:

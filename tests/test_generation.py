@@ -1,6 +1,7 @@
 """GenerationParams: limits, tags, and the way through a PNG and back."""
 
 import json
+import time
 import zlib
 
 import pytest
@@ -59,6 +60,13 @@ def test_text_of_another_program_is_understood(tmp_path):
     params = GenerationParams.from_png(write_png(tmp_path / "a.png", {"parameters": text}))
     assert (params.prompt, params.negative_prompt, params.scheduler) == ("portrait of a dog", "cat", "dpmpp_2m_karras")
     assert (params.width_px, params.height_px, params.seed, params.adapters) == (832, 1216, 99, (("rex", 0.7),))
+
+
+def test_a_line_that_is_made_to_keep_the_reader_busy_is_read_at_once(tmp_path):
+    file = write_png(tmp_path / "a.png", {"parameters": "a dog\nSteps: 3, " + " " * 900 + "!" + "x " * 50_000})
+    started = time.process_time()
+    assert GenerationParams.from_png(file).steps == 3
+    assert time.process_time() - started < 1
 
 
 def test_the_recipe_names_no_path():

@@ -44,12 +44,34 @@ def test_cells_are_where_the_sheet_says(pipeline):
     assert len(places) == 1
 
 
+def test_a_grid_may_have_more_adapters_than_the_model_holds_and_its_sheet_names_them(tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr("dreambooth_moslora.pipeline.RESIDENT_ADAPTERS", 1)
+    subject = SubjectPipeline.from_base(tiny_base)
+    names = ("dog", "cat")
+    files = {n: save_diffusers_lora(subject.pipeline.unet, tmp_path / n, seed=i) for i, n in enumerate(names)}
+    hashes = {}
+
+    def load(cell):
+        for name, _ in cell.adapters:
+            subject.load_adapter(files[name], name)
+            hashes[name] = subject.adapters[name].sha256
+        return cell
+
+    events = list(generate_grid(subject, PARAMS, (Axis("adapter", names),), load=load))
+    first, second = (np.asarray(event.pixels) for event in events if isinstance(event, Image))
+    assert not np.array_equal(first, second)
+    recipe = read_recipe(events[-1].save(tmp_path / "sheet.png"))
+    assert dict(recipe.provenance.adapter_sha256) == hashes and len(hashes) == 2
+    assert recipe.provenance.base == subject.base_name and recipe.provenance.versions
+
+
 def test_a_stopped_grid_has_no_sheet(pipeline):
     events = list(generate_grid(pipeline, PARAMS, (Axis("seed", (1, 2)),), should_stop=lambda: True))
     assert not any(isinstance(e, Sheet | Image) for e in events)
 
 
 def test_axes_are_parsed_and_applied():
+    assert [Axis("scale", (0.0, 0.5)).label(i) for i in range(2)] == ["scale 0", "scale 0.5"]
     assert parse_axis("scale=0, 0.5,1") == Axis("scale", (0.0, 0.5, 1.0))
     assert parse_axis("prompt=a mug, red|b") == Axis("prompt", ("a mug, red", "b"))
     cells = cells_of(PARAMS, (Axis("adapter", ("cat", "none")), Axis("guidance", (1.0, 7.0))))

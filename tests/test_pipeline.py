@@ -233,6 +233,14 @@ def test_the_least_used_adapter_makes_room_and_reloading_is_by_content(tiny_base
     assert not subject.adapters and not subject.pipeline.get_list_adapters().get("unet")
 
 
+def test_an_adapter_that_is_asked_for_again_does_not_make_room_for_the_next(tiny_base, files, monkeypatch):
+    monkeypatch.setattr("dreambooth_moslora.pipeline.RESIDENT_ADAPTERS", 2)
+    subject = SubjectPipeline.from_base(tiny_base)
+    for name in ("dog", "cat", "dog", "dog_kohya"):
+        subject.load_adapter(files[name], name)
+    assert list(subject.adapters) == ["dog", "dog_kohya"]
+
+
 def test_two_threads_wait_for_each_other(pipeline):
     expected = {name: picture(pipeline, adapters=((name, 1.0),)) for name in ("dog", "cat")}
     got: dict[str, list[np.ndarray]] = {"dog": [], "cat": []}

@@ -12,6 +12,7 @@ from gradio_client.exceptions import AppError
 
 from dreambooth_moslora.generation import GenerationParams, read_recipe
 from dreambooth_moslora.pipeline import Image
+from dreambooth_moslora.ui.train_form import TrainForm
 from tests.ui_server import serve
 
 FAST = {"steps": 3, "guidance_scale": 2.0}
@@ -53,6 +54,9 @@ def test_endpoints_and_arguments_keep_their_names(client):
     arguments = {name: [p["parameter_name"] for p in facts["parameters"]] for name, facts in api.items()}
     assert arguments["/generate"] == arguments["/compare"] == GENERATE_ARGUMENTS
     assert arguments["/grid"] == ["rows", "row_values", "columns", "column_values", *GENERATE_ARGUMENTS]
+    assert arguments["/train"] == arguments["/estimate"] == ["photos", *TrainForm.__dataclass_fields__]
+    assert all(arguments[name] == ["run"] for name in ("/train_status", "/stop_training", "/resume_training"))
+    assert arguments["/inspect"] == ["file"] and arguments["/adapters"] == arguments["/stop"] == []
     assert set(arguments) == {
         "/generate",
         "/compare",
@@ -88,6 +92,21 @@ def test_pictures_arrive_one_by_one(client):
     job.result(timeout=60)
     counts = [len(output[0]) for output in job.outputs() if isinstance(output[0], list)]
     assert {1, 2, 3} <= set(counts) and counts == sorted(counts)
+
+
+def test_a_preview_and_the_time_left_are_shown_while_it_draws(client):
+    job = client.submit("a sks dog", steps=60, api_name="/generate")
+    job.result(timeout=600)
+    states = [output[2] for output in job.outputs()]
+    assert any("data:image/jpeg" in state and " of 60" in state and " left" in state for state in states)
+
+
+def test_several_adapters_act_together(client):
+    gallery, _, _ = client.predict(
+        "a sks dog", adapter="dog", scale=0.5, adapter_3="cat", scale_3=0.2, **FAST, api_name="/generate"
+    )
+    recipe = read_recipe(files_of(gallery)[0])
+    assert recipe.params.adapters == (("dog", 0.5), ("cat", 0.2)) and len(recipe.provenance.adapter_sha256) == 2
 
 
 def test_a_negative_seed_is_drawn_and_told(client):

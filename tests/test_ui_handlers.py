@@ -10,8 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import gradio as gr
+import numpy as np
 import PIL.Image
+import PIL.ImageFilter
 import pytest
+from safetensors.numpy import save_file
 
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
@@ -20,12 +24,22 @@ from dreambooth_moslora.ui.context import AppContext
 from dreambooth_moslora.ui.facts import AdapterSummary, renewed_prompt
 from dreambooth_moslora.ui.form import GenerateForm, code_snippet, size_choices
 from dreambooth_moslora.ui.generate_actions import format_seconds
+from dreambooth_moslora.ui.generate_tab import _axis_values
+from dreambooth_moslora.ui.generate_widgets import ask_widgets
+from dreambooth_moslora.ui.inspect_tab import label_of, words_of
 from dreambooth_moslora.ui.jobs import Job, Jobs, Metrics
 from dreambooth_moslora.ui.photo_uploads import take_photos
 from dreambooth_moslora.ui.recipes import settle
 from dreambooth_moslora.ui.serve import main, parse_login, resolution_of
 from dreambooth_moslora.ui.shelf import AdapterShelf
-from dreambooth_moslora.ui.train_actions import fidelity_table, free_run_dir, loss_table, samples_of, status_card
+from dreambooth_moslora.ui.train_actions import (
+    fidelity_table,
+    free_run_dir,
+    loss_table,
+    review_photos,
+    samples_of,
+    status_card,
+)
 from dreambooth_moslora.ui.train_form import TrainForm, prompts_of
 from dreambooth_moslora.ui.visitors import HISTORY_LENGTH, Picture, Visitor, VisitorCookie
 
@@ -169,15 +183,7 @@ def test_the_history_forgets_the_oldest_with_its_file(tmp_path):
 
 def test_a_stop_counts_before_ones_turn_has_come_and_only_once(tmp_path):
     pages = [SimpleNamespace(username=None, cookies={}, session_hash=name) for name in ("mine", "other")]
-    ctx = AppContext(
-        lambda: None,
-        base="x",
-        base_name="x",
-        resolution_px=64,
-        adapters_dir=tmp_path,
-        runs_dir=tmp_path,
-        training=False,
-    )
+    ctx = context(tmp_path)
     for page in pages:
         ctx.announce(page)
     ctx.stop(pages[0])
@@ -303,7 +309,16 @@ def test_the_loss_plot_keeps_instance_and_prior_apart_and_a_resumed_step_once(tm
     assert list(table[table.part == "subject"].step) == [1, 2, 3]
 
 
-def test_scores_and_samples_of_a_run_are_shown_newest_first(tmp_path):
+def test_of_many_samples_the_bases_own_and_the_newest_are_shown(tmp_path):
+    (tmp_path / "samples").mkdir()
+    for step in range(40):
+        (tmp_path / "samples" / f"{step}.png").write_bytes(b"x")
+    metrics = written(tmp_path, *({"type": "sample", "step": s, "files": [f"{s}.png"]} for s in range(40)))
+    shown = [caption for _, caption in samples_of(Job(tmp_path, OWNER, 1, 0.0), metrics, visitor(tmp_path))]
+    assert shown == ["step 0", *(f"step {s}" for s in range(40 - len(shown) + 1, 40))] and len(shown) < 40
+
+
+def test_scores_and_samples_of_a_run_are_shown_step_0_first(tmp_path):
     (tmp_path / "samples").mkdir()
     for step in (0, 10):
         (tmp_path / "samples" / f"step_{step}.png").write_bytes(b"x")
@@ -311,7 +326,7 @@ def test_scores_and_samples_of_a_run_are_shown_newest_first(tmp_path):
     metrics = written(tmp_path, *events, {"type": "evaluation", "step": 10, "clip_i": 0.7, "note": "x", "time": 5})
     job, ann = Job(tmp_path, OWNER, 1, 0.0), visitor(tmp_path)
     shown = samples_of(job, metrics, ann)
-    assert [caption for _, caption in shown] == ["step 10", "step 0"]
+    assert [caption for _, caption in shown] == ["step 0", "step 10"]
     assert all(Path(path).is_relative_to(ann.folder) for path, _ in shown)
     assert fidelity_table(metrics).to_dict("records") == [{"step": 10, "score": 0.7, "measure": "clip i"}]
 
@@ -357,6 +372,122 @@ def test_a_run_gets_a_free_name_that_is_a_folder_name(jobs):
     (jobs.runs_dir / "guinea-pig").mkdir()
     assert free_run_dir(jobs, form).name == "guinea-pig-2"
     assert free_run_dir(jobs, replace(form, run_name="../../x")).parent == jobs.runs_dir
+
+
+def test_photos_are_numbered_as_they_are_taken_and_each_fault_is_told(tmp_path):
+    def noise(seed: int, side: int = 160) -> PIL.Image.Image:
+        pixels = np.random.default_rng(seed).integers(0, 255, (side, side + 8, 3), dtype=np.uint8)
+        return PIL.Image.fromarray(pixels)
+
+    turned = PIL.Image.Exif()
+    turned[0x0112] = 6
+    (tmp_path / "letter.jpg").write_text("hello")
+    noise(1).save(tmp_path / "turned.png", exif=turned)
+    noise(2).save(tmp_path / "good.png")
+    noise(2).point(lambda value: value * 9 // 10).save(tmp_path / "twin.png")
+    noise(3).filter(PIL.ImageFilter.GaussianBlur(4)).save(tmp_path / "soft.png")
+    noise(4, 20).save(tmp_path / "tiny.png")
+    names = ("letter.jpg", "turned.png", "good.png", "twin.png", "soft.png", "tiny.png")
+    ann, ctx = visitor(tmp_path), SimpleNamespace(resolution_px=64)
+    found = review_photos(ctx, [str(tmp_path / name) for name in names], ann)
+    assert [p.name for p in sorted(ann.photos_dir.iterdir())] == [f"photo_0{n}.png" for n in range(1, 6)]
+    for words in (
+        "letter.jpg: broken",
+        "photo 1: rotated",
+        "photo 3: near-duplicate of photo_02",
+        "photo 4: blurred",
+        "photo 5: too small",
+    ):
+        assert words in found.remarks, (words, found.remarks)
+    assert [caption == "good" for _, caption in found.crops] == [True, True, False, False, False]
+
+
+def test_the_log_shows_a_progress_bars_last_state_and_no_empty_lines(tmp_path):
+    job = Job(tmp_path, OWNER, 1, 0.0)
+    (tmp_path / "job.log").write_bytes(b"loading\n\n 1%|\r 50%|\r 99%|\n\r\nsaved\n")
+    assert job.log_tail() == "loading\n 99%|\nsaved"
+
+
+def context(tmp_path, load=lambda: None) -> AppContext:
+    folders = {"adapters_dir": tmp_path / "adapters", "runs_dir": tmp_path / "runs"}
+    return AppContext(load, base="x", base_name="x", resolution_px=64, training=False, **folders)
+
+
+@pytest.mark.parametrize("error, words", [(UserError("there is no base x"), "no base x"), (OSError("/home/me"), "log")])
+def test_a_base_that_does_not_load_is_told_to_the_visitor_without_the_machines_secrets(tmp_path, caplog, error, words):
+    def load():
+        raise error
+
+    ctx = context(tmp_path, load)
+    with pytest.raises(UserError, match=words) as told:
+        ctx.pipeline()
+    assert "/home" not in str(told.value)
+    assert ("Traceback" in caplog.text) == isinstance(error, OSError)
+    ctx.visitors.close()
+
+
+def write_adapter(file: Path, trigger: str) -> None:
+    facts = {"trigger_words": [trigger], "class_word": "dog", "base_id": "toy"}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"x": np.zeros(1, np.float32)}, file, metadata={"moslora": json.dumps(facts)})
+
+
+def test_the_first_prompt_has_the_trigger_words_and_the_adapters_words_are_no_markup(tmp_path):
+    ctx = context(tmp_path)
+    for trigger, prompt in (("sks", "a photo of a sks dog"), ("<b>![x](//evil/x.png)", "a photo of a <b>")):
+        write_adapter(tmp_path / "adapters" / "a.safetensors", trigger)
+        with gr.Blocks():
+            widgets, others = ask_widgets(ctx)
+        assert widgets["adapter"].value == "a" and widgets["prompt"].value.startswith(prompt)
+        assert isinstance(others["about"], gr.HTML) and "<b>" not in others["about"].value
+    ctx.visitors.close()
+
+
+def test_the_axis_of_adapters_starts_with_the_checkpoints_of_the_chosen_run(tmp_path):
+    ctx, page = context(tmp_path), SimpleNamespace(username=None, cookies={}, session_hash="page")
+    write_adapter(tmp_path / "adapters" / "cat.safetensors", "zwx")
+    for step in (20, 100):
+        write_adapter(tmp_path / "runs" / "dog" / f"checkpoint-{step}" / "moslora_weights.safetensors", "sks")
+    write_adapter(tmp_path / "runs" / "dog" / "pytorch_lora_weights.safetensors", "sks")
+    assert _axis_values(ctx, "adapter", "dog", "", page) == "none, dog@20, dog@100, dog"
+    assert _axis_values(ctx, "prompt", "dog", "a dog", page) == "a dog|"
+    ctx.visitors.close()
+
+
+@pytest.mark.parametrize(
+    "options, training",
+    [
+        ([], True),
+        (["--share"], False),
+        (["--server_name", "0.0.0.0"], False),
+        (["--server_name", "0.0.0.0", "--auth", "ann:secret"], True),
+        (["--share", "--auth", "ann:secret"], True),
+    ],
+)
+def test_on_a_public_address_training_needs_a_login(monkeypatch, capsys, options, training):
+    seen = []
+
+    def stop_here(args, *, training):
+        seen.append(training)
+        raise UserError("far enough")
+
+    monkeypatch.setattr("dreambooth_moslora.ui.serve.context_of", stop_here)
+    assert main(options) == 2 and seen == [training]
+    assert ("warning: everybody" in capsys.readouterr().err) == (not training)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1.5, True, None, "7", 10**400])
+def test_what_is_no_whole_number_is_refused_in_words(number, tmp_path):
+    with pytest.raises(UserError):
+        GenerateForm("a dog", steps=number).params()
+    if number is not None:
+        with pytest.raises(UserError, match="steps"):
+            TrainForm("sks", "dog", steps=number).config("toy", 128, tmp_path, tmp_path)
+
+
+def test_facts_have_names_that_people_read():
+    assert [label_of(n) for n in ("use_dora", "size_mib", "trigger_words")] == ["DoRA", "Size (MiB)", "Trigger words"]
+    assert [words_of(v) for v in (True, False, None, 0.25)] == ["yes", "no", "", "0.25"]
 
 
 def test_prompts_follow_from_two_words():

@@ -4,10 +4,12 @@ import io
 import json
 import os
 import pickle
+import secrets
 import time
 import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -22,6 +24,7 @@ from dreambooth_moslora.ui.cards import facts_table, notice, progress_card
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.photo_uploads import take_photos
 from dreambooth_moslora.ui.shelf import AdapterShelf, clean_name
+from dreambooth_moslora.ui.visitors import COOKIE, visitor_id
 from tests.ui_server import serve
 
 EVIL = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
@@ -157,7 +160,7 @@ def test_bombs_are_refused(client, tmp_path, name, data):
     file.write_bytes(data)
     assert refusal(client, handle_file(file), api_name="/inspect")
     if name.endswith(".png"):
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match="empty" if not data else "too many pixels|144 megapixels"):
             take_photos([str(file)], tmp_path / "photos")
 
 
@@ -177,7 +180,8 @@ def test_photos_lose_exif_name_and_profile(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", ["/etc/passwd", "../../../../etc/passwd", "README.md", "requirements.txt", ".git/config"]
+    "path",
+    ["/etc/passwd", "../../etc/passwd", "%2e%2e%2f%2e%2e%2fetc%2fpasswd", "README.md", ".git/config"],
 )
 def test_files_outside_are_not_served(served, path):
     assert httpx.get(f"{served.url}gradio_api/file={path}").status_code in (403, 404)
@@ -209,18 +213,71 @@ def test_a_handler_reads_no_file_that_was_not_uploaded(served, name):
 
 def call_private(served, index: int, data: list, cookie: str = "eve") -> str:
     """Call an event by its number, as a script would; the server's last words."""
-    headers = {"Cookie": f"moslora_visitor={cookie}"}
-    body = {"fn_index": index, "data": data, "session_hash": f"eve{index}"}
+    headers, session = {"Cookie": f"{COOKIE}={cookie}"}, secrets.token_hex(8)
+    body = {"fn_index": index, "data": data, "session_hash": session}
     joined = httpx.post(f"{served.url}gradio_api/queue/join", json=body, headers=headers)
     if not joined.is_success:
         return joined.text
     with httpx.stream(
-        "GET", f"{served.url}gradio_api/queue/data?session_hash=eve{index}", headers=headers, timeout=20
+        "GET", f"{served.url}gradio_api/queue/data?session_hash={session}", headers=headers, timeout=60
     ) as lines:
         for line in lines.iter_lines():
             if "process_completed" in line or "unexpected_error" in line:
                 return line
     return ""
+
+
+def event_of(served, elem_id: str, trigger: str) -> int:
+    """The number of the event that one widget's `trigger` starts."""
+    config = httpx.get(f"{served.url}config").json()
+    widget = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == elem_id)
+    return next(d["id"] for d in config["dependencies"] if [widget, trigger] in [list(t) for t in d["targets"]])
+
+
+def sent(served, name: str, content: bytes, cookie: str) -> str:
+    """The server's path of a file that was sent to it."""
+    headers = {"Cookie": f"{COOKIE}={cookie}"}
+    answer = httpx.post(f"{served.url}gradio_api/upload", files={"files": (name, content)}, headers=headers)
+    return answer.json()[0]
+
+
+def upload_adapter(served, name: str, content: bytes, cookie: str) -> str:
+    data = {"path": sent(served, name, content, cookie), "meta": {"_type": "gradio.FileData"}, "orig_name": name}
+    return call_private(served, event_of(served, "upload_adapter", "upload"), [data], cookie)
+
+
+def test_the_name_of_an_upload_leaves_no_folder(served, tmp_path):
+    path = Path(sent(served, "../../../evil<b>.png", b"x", "eve"))
+    assert ".." not in path.parts and "<" not in path.name
+    assert path.resolve() == path and not (path.parents[2] / path.name).exists()
+
+
+def test_an_uploaded_adapter_is_checked_and_belongs_to_its_visitor_in_grids_too(served, client, tmp_path):
+    good, proof = served.ctx.shelf.path("dog").read_bytes(), tmp_path / "ran"
+    for name, content in (("evil.safetensors", pickle.dumps(Touch(proof))), ("evil.pt", pickle.dumps(Touch(proof)))):
+        assert '"success":false' in upload_adapter(served, name, content, "ann").replace(" ", "")
+    assert not proof.exists()
+    assert '"success":true' in upload_adapter(served, "anns.safetensors", good, "ann").replace(" ", "")
+    ann = Client(served.url, verbose=False, headers={"Cookie": f"{COOKIE}=ann"})
+    tagged = ("prompt", "a dog <lora:anns:1>|a dog", "none", "", "a dog")
+    assert ann.predict(*tagged, **FAST, api_name="/grid")
+    assert "here is no adapter anns" in refusal(client, *tagged, **FAST, api_name="/grid")
+    assert "here is no adapter anns" in refusal(
+        client, "adapter", "anns", "none", "", "a dog", **FAST, api_name="/grid"
+    )
+
+
+def test_a_forged_session_shows_nobodys_pictures(served):
+    ann = Client(served.url, verbose=False, headers={"Cookie": f"{COOKIE}=ann"})
+    ann.predict("a TOPSECRET dog", **FAST, api_name="/generate")
+    asked = {"fn_index": event_of(served, "reuse", "click"), "data": [None, 0], "session_hash": ann.session_hash}
+    answers = {
+        cookie: httpx.post(
+            f"{served.url}gradio_api/run/predict", json=asked, headers={"Cookie": f"{COOKIE}={cookie}"}, timeout=60
+        ).text
+        for cookie in ("eve", "ann")
+    }
+    assert "TOPSECRET" in answers["ann"] and "TOPSECRET" not in answers["eve"]
 
 
 def foreign_run(served) -> Path:
@@ -250,6 +307,16 @@ def test_private_events_called_directly_give_nothing_of_others(served):
     for dependency in private:
         answer = call_private(served, dependency["id"], ["theirs"] * len(dependency["inputs"]))
         assert "TOPSECRET" not in answer and "theirs/" not in answer
+
+
+def test_the_owner_sees_by_a_private_event_what_others_do_not(served):
+    """The control of the test above: the event by which the page watches a run does answer."""
+    run = foreign_run(served)
+    owner = visitor_id(SimpleNamespace(cookies={COOKIE: "ann"}, session_hash=None))
+    Job(run, owner, os.getpid(), 0.0).save()
+    watch = event_of(served, "run_picker", "change")
+    assert "TOPSECRET" in call_private(served, watch, ["theirs", None], "ann")
+    assert "TOPSECRET" not in call_private(served, watch, ["theirs", None], "eve")
 
 
 def test_a_forged_session_stops_nobody(served):

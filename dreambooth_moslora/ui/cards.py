@@ -6,7 +6,7 @@ from html import escape
 
 import PIL.Image
 
-__all__ = ["facts_table", "notice", "progress_card", "thumbnail"]
+__all__ = ["facts_table", "faint", "notice", "progress_card", "thumbnail"]
 
 THUMBNAIL_PX = 384
 
@@ -30,6 +30,11 @@ def _bar(fraction: float) -> str:
 def notice(text: str, kind: str = "info") -> str:
     """`kind`: info, good or bad."""
     return f'<div class="card notice {escape(kind)}">{escape(text)}</div>'
+
+
+def faint(text: str) -> str:
+    """A small remark."""
+    return f'<div class="faint">{escape(text)}</div>'
 
 
 def facts_table(facts: list[tuple[str, str]]) -> str:

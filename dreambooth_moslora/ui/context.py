@@ -108,9 +108,12 @@ def _page_of(request: gr.Request) -> Page:
 def _fulfil(future: Future, load: Callable[[], "SubjectPipeline"]) -> None:
     try:
         future.set_result(load())
-    except Exception as error:
+    except UserError as error:
+        logger.error("The base could not be loaded: %s", error)
+        future.set_exception(error)
+    except Exception:
         logger.exception("The base could not be loaded")
-        future.set_exception(error if isinstance(error, UserError) else UserError(f"the base did not load: {error}"))
+        future.set_exception(UserError("the base could not be loaded; the server's log says why"))
 
 
 def shown(handler: Callable) -> Callable:

@@ -108,8 +108,9 @@ def size_choices(resolution_px: int) -> list[tuple[str, str]]:
 
 
 def _whole(value: Any, name: str) -> int:
-    """Browsers send 7.0 for 7."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+    """Browsers send 7.0 for 7, and a client may send NaN."""
+    is_whole = value.is_integer() if isinstance(value, float) else isinstance(value, int)
+    if isinstance(value, bool) or not is_whole:
         raise UserError(f"{name} must be a whole number, not {value!r:.30}")
     return int(value)
 

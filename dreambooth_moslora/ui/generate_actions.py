@@ -61,6 +61,7 @@ def compare(ctx: AppContext, form: GenerateForm, request: gr.Request) -> Iterato
             yield replace(frame, pictures=pictures if frame.pictures else None)
         if len(pictures) <= number:
             return
+    yield Frame(progress_card("Without and with the adapter, at the same seed", pictures[1].caption), pictures)
 
 
 def _run(
@@ -71,13 +72,13 @@ def _run(
     if not ctx.is_ready:
         yield Frame(progress_card("Loading the base …", "only once after the start"))
     pipeline = ctx.pipeline()
-    params = _load_all(ctx, params, axes, visitor)
     with ctx.stoppable(request) as should_stop:
         if axes:
             from dreambooth_moslora.grids import generate_grid
 
-            events = generate_grid(pipeline, params, axes, should_stop)
+            events = generate_grid(pipeline, params, axes, should_stop, lambda cell: ctx.load_adapters(cell, visitor))
         else:
+            params = ctx.load_adapters(params, visitor)
             events = pipeline.generate(params, should_stop)
         yield Frame(progress_card("Starting …", fraction=0.0), (), params)
         yield from _frames(events, visitor, params, word)
@@ -89,14 +90,6 @@ def check_size(params: GenerationParams, resolution_px: int) -> None:
     if height * width > MAX_AREA * resolution_px**2:
         side = int(MAX_AREA**0.5 * resolution_px)
         raise UserError(f"{width} x {height} px is too large for this base; at most {side} x {side} px are drawn")
-
-
-def _load_all(ctx: AppContext, params: GenerationParams, axes: tuple, visitor: Visitor) -> GenerationParams:
-    for axis in axes:
-        for name in axis.values if axis.name == "adapter" else ():
-            if name != "none":
-                ctx.load_adapters(replace(params, adapters=((name, 1.0),)), visitor)
-    return ctx.load_adapters(params, visitor)
 
 
 def _frames(events: Iterator, visitor: Visitor, params: GenerationParams, word: str) -> Iterator[Frame]:
@@ -116,7 +109,8 @@ def _frames(events: Iterator, visitor: Visitor, params: GenerationParams, word: 
         elif isinstance(event, Preview) and time.perf_counter() - shown_at > FRAME_SEC:
             shown_at = time.perf_counter()
             yield Frame(_status(step, word, thumbnail(event.pixels)))
-    yield Frame(_summary(pictures, total, time.perf_counter() - started), tuple(pictures), params, sheet)
+    summary = _summary(pictures, total, time.perf_counter() - started, is_grid=sheet is not None)
+    yield Frame(summary, tuple(pictures), params, sheet)
 
 
 def _keep(image: "Image", visitor: Visitor) -> Picture:
@@ -143,11 +137,12 @@ def _status(step: "Step", word: str, picture: str = "") -> str:
     return progress_card(line[:1].upper() + line[1:], left, done / step.num_images, picture)
 
 
-def _summary(pictures: list[Picture], total: int, seconds: float) -> str:
+def _summary(pictures: list[Picture], total: int, seconds: float, is_grid: bool) -> str:
     if len(pictures) < total:
         return progress_card("Stopped.", f"{len(pictures)} of {total} pictures were finished and are kept")
     plural = "s" if total != 1 else ""
-    return progress_card(f"{total} picture{plural} in {format_seconds(seconds)}", pictures[0].caption)
+    detail = pictures[0].caption if not is_grid else "they are in the history, too"
+    return progress_card(f"{total} picture{plural} in {format_seconds(seconds)}", detail)
 
 
 def format_seconds(seconds: float) -> str:

@@ -1,6 +1,7 @@
 """The Generate tab: a form, one result area (pictures, comparison, grid, history) and what connects them."""
 
 import html
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -10,6 +11,7 @@ import gradio as gr
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import GenerationParams, Recipe, read_recipe
+from dreambooth_moslora.ui.cards import faint
 from dreambooth_moslora.ui.context import GPU, AppContext, shown
 from dreambooth_moslora.ui.facts import renewed_prompt, summary_of
 from dreambooth_moslora.ui.form import NONE, GenerateForm, code_snippet
@@ -80,7 +82,8 @@ def _connect_runs(ctx: AppContext, tab: GenerateTab, buttons: dict, results: dic
         ctx.stop(request)
 
     def snippet(pictures: list[Picture], request: gr.Request) -> str:
-        return _snippet(ctx, pictures, ctx.visitors.of(request))
+        visitor = ctx.visitors.of(request)
+        return _snippet(ctx, _own(pictures, visitor), visitor)
 
     starts = [buttons["run"].click, tab.prompt.submit]
     outputs = [results["gallery"], results["used_seed"], results["status"], shown_state]
@@ -157,7 +160,7 @@ def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, button
         files = ctx.shelf.files(ctx.visitors.of(request))
         summary = summary_of(files[name]) if name in files else None
         words = summary.sentence() if summary else ""
-        about = gr.Markdown(words, visible=bool(words))
+        about = gr.HTML(faint(words), visible=bool(words))
         if summary is None:
             return about, gr.skip()
         return about, renewed_prompt(old_prompt, summary, map(summary_of, files.values()))
@@ -169,7 +172,7 @@ def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, button
         try:
             ctx.pipeline().load_adapter(visitor.uploads[name], name)
         except UserError:
-            visitor.uploads.pop(name).unlink(missing_ok=True)
+            shutil.rmtree(visitor.uploads.pop(name).parent, ignore_errors=True)
             raise
         names = [NONE, *ctx.shelf.files(visitor)]
         return gr.Dropdown(choices=names, value=name), gr.Dropdown(choices=names), gr.Dropdown(choices=names)
@@ -198,7 +201,8 @@ def _connect_reuse(ctx: AppContext, tab: GenerateTab, results: dict, extras: dic
 
     @shown
     def reuse_shown(pictures: list[Picture], index: int, request: gr.Request) -> list:
-        return to_widgets(ctx, read_recipe(_picked(pictures, index)), request)
+        own = _own(pictures, ctx.visitors.of(request))
+        return to_widgets(ctx, read_recipe(_picked(own, index)), request)
 
     @shown
     def reuse_history(index: int, request: gr.Request) -> list:
@@ -223,6 +227,11 @@ def _connect_reuse(ctx: AppContext, tab: GenerateTab, results: dict, extras: dic
     )
     extras["dropped"].upload(reuse_dropped, extras["dropped"], outputs, **quiet)
     extras["template"].input(from_template, [extras["template"], tab.adapters[0]], tab.prompt, **quiet)
+
+
+def _own(pictures: list[Picture], visitor: Visitor) -> list[Picture]:
+    """What a page remembers comes with its session's name, which anybody may write; the folder is the visitor's."""
+    return [picture for picture in pictures if picture.path.is_relative_to(visitor.folder)]
 
 
 def _picked(pictures: list[Picture], index: int) -> Path:

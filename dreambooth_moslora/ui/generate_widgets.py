@@ -5,7 +5,7 @@ from typing import Any
 import gradio as gr
 
 from dreambooth_moslora.generation import SCHEDULERS
-from dreambooth_moslora.ui.cards import progress_card
+from dreambooth_moslora.ui.cards import faint, progress_card
 from dreambooth_moslora.ui.context import AppContext
 from dreambooth_moslora.ui.facts import prompt_for, summary_of
 from dreambooth_moslora.ui.form import MAX_IMAGES, NONE, size_choices
@@ -46,7 +46,7 @@ def ask_widgets(ctx: AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
             "Upload", file_types=[".safetensors"], scale=0, min_width=88, elem_id="upload_adapter", size="md"
         )
     words = summary.sentence() if summary else ""
-    about = gr.Markdown(words, visible=bool(words), elem_id="about_adapter", elem_classes="faint")
+    about = gr.HTML(faint(words), visible=bool(words), elem_id="about_adapter", label="About the adapter")
     scale = gr.Slider(0, 1.5, 1.0, step=0.05, label="Adapter scale", buttons=[], elem_id="scale")
     num_images = gr.Slider(1, MAX_IMAGES, 1, step=1, label="Pictures", buttons=[], elem_id="num_images")
     with gr.Row(elem_classes="tight"):
@@ -61,13 +61,13 @@ def settings_widgets(ctx: AppContext) -> dict[str, Any]:
     with gr.Accordion("Settings", open=True, elem_id="settings_box"):
         negative = gr.Textbox("", label="Negative prompt", lines=1, max_lines=3, elem_id="negative")
         with gr.Row():
-            steps = gr.Slider(1, 60, 25, step=1, label="Steps", buttons=[], min_width=130, elem_id="steps")
-            guidance = gr.Slider(1, 15, 5.0, step=0.1, label="Guidance", buttons=[], min_width=130, elem_id="guidance")
+            steps = gr.Slider(1, 60, 25, step=1, label="Steps", buttons=[], min_width=160, elem_id="steps")
+            guidance = gr.Slider(1, 15, 5.0, step=0.1, label="Guidance", buttons=[], min_width=160, elem_id="guidance")
         with gr.Row():
-            seed = gr.Number(-1, label="Seed", info="−1 draws one", precision=0, min_width=120, elem_id="seed")
-            size = gr.Dropdown(sizes, value=sizes[0][1], label="Size", info="width × height", min_width=130)
-            size.allow_custom_value = True
-        scheduler = gr.Dropdown([(label, name) for name, label in SCHEDULERS.items()], value="euler", label="Scheduler")
+            seed = gr.Number(-1, label="Seed", info="−1 draws one", precision=0, min_width=160, elem_id="seed")
+            schedulers = [(label, name) for name, label in SCHEDULERS.items()]
+            scheduler = gr.Dropdown(schedulers, value="euler", label="Scheduler", info="how it steps", min_width=160)
+        size = gr.Dropdown(sizes, value=sizes[0][1], label="Size", info="width × height", allow_custom_value=True)
     widgets = {"negative_prompt": negative, "steps": steps, "guidance_scale": guidance, "seed": seed, "size": size}
     with gr.Accordion("More adapters", open=False):
         for number in (2, 3):
@@ -107,8 +107,10 @@ def result_widgets(ctx: AppContext) -> dict[str, Any]:
                 parts["code"] = gr.Code(language="python", label="Python", buttons=["copy"], elem_id="code")
         with gr.Tab("Compare", id="compare"):
             parts["compare"] = gr.Button("Compare at the same seed", elem_id="compare")
+            gr.HTML(faint("Left without, right with the adapter."))
             parts["slider"] = gr.ImageSlider(
                 label="Without | with the adapter",
+                show_label=False,
                 type="filepath",
                 format="png",
                 interactive=False,
@@ -153,6 +155,7 @@ def _grid_widgets() -> dict[str, Any]:
     draw = gr.Button("Draw the grid", elem_id="draw_grid")
     sheet = gr.Image(
         label="Grid",
+        show_label=False,
         type="filepath",
         format="png",
         interactive=False,

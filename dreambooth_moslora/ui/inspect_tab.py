@@ -14,6 +14,7 @@ from dreambooth_moslora.ui.shelf import check_upload
 
 __all__ = ["build_inspect_tab"]
 
+SPELLINGS = {"size mib": "Size (MiB)", "dora": "DoRA", "rslora": "rsLoRA", "resolution px": "Resolution (px)"}
 HINT = notice("Drop a PNG made here or elsewhere, or a .safetensors adapter.")
 
 
@@ -42,7 +43,7 @@ def build_inspect_tab(ctx: AppContext, tabs: gr.Tabs, generate: GenerateTab) -> 
             raise UserError("drop a PNG first")
         return [gr.Tabs(selected="generate"), *to_widgets(ctx, read_recipe(file), request)]
 
-    gr.on([file.upload, file.clear], inspect, file, [facts, use], api_name="inspect", queue=False)
+    gr.on([file.upload, file.clear], inspect, file, [facts, use], api_name="inspect", concurrency_limit=2)
     use.click(use_recipe, file, [tabs, *generate.fields.values()], queue=False, api_visibility="private")
 
 
@@ -74,13 +75,20 @@ def adapter_facts(file: str) -> list[tuple[str, str]]:
     from dreambooth_moslora.describe import describe
 
     check_upload(Path(file))
-    return [(name.replace("_", " ").capitalize(), words_of(value)) for name, value in describe(file).items()]
+    return [(label_of(name), words_of(value)) for name, value in describe(file).items()]
+
+
+def label_of(name: str) -> str:
+    words = name.removeprefix("use_").replace("_", " ")
+    return SPELLINGS.get(words) or words[:1].upper() + words[1:]
 
 
 def words_of(value: Any) -> str:
     """A fact in a line or a few: lists by commas, tables by lines."""
     if isinstance(value, dict):
         return "\n".join(f"{key}: {words_of(inner)}" for key, inner in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, list | tuple):
         return ", ".join(map(words_of, value))
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)

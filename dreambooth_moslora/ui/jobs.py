@@ -75,7 +75,8 @@ class Job:
                 text = file.read().decode("utf-8", errors="replace")
         except OSError:
             return ""
-        return "\n".join(line.rsplit("\r", 1)[-1] for line in text.splitlines()[-lines:])
+        shown = [line for line in text.split("\n") if line.strip()]
+        return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in shown[-lines:])
 
 
 @dataclass

@@ -20,10 +20,10 @@ MAX_PIXELS = 120 * 10**6
 
 @dataclass(frozen=True)
 class Intake:
-    """The folder of clean copies, and one line for each file that was refused."""
+    """The folder of clean copies, and one line for each file that was refused or stood otherwise."""
 
     folder: Path
-    refused: tuple[str, ...]
+    remarks: tuple[str, ...]
 
 
 def take_photos(files: list[str], folder: Path) -> Intake:
@@ -34,20 +34,27 @@ def take_photos(files: list[str], folder: Path) -> Intake:
         raise UserError(f"{len(files)} photos are too many; {MAX_PHOTOS} at most, and 4 to 10 good ones are enough")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    refused = []
-    for number, file in enumerate(files, 1):
+    remarks, taken = [], 0
+    for file in files:
         try:
-            clean_copy(Path(file)).save(folder / f"photo_{number:02d}.png")
+            clean, was_turned = clean_copy(Path(file))
         except UserError as error:
-            refused.append(str(error))
-    if len(refused) == len(files):
-        raise UserError(f"none of the files is a usable photo: {refused[0]}")
-    return Intake(folder, tuple(refused))
+            remarks.append(str(error))
+            continue
+        taken += 1
+        clean.save(folder / f"photo_{taken:02d}.png")
+        remarks += [f"photo {taken}: rotated by EXIF, stood upright"] if was_turned else []
+    if not taken:
+        raise UserError(f"none of the files is a usable photo: {remarks[0]}")
+    return Intake(folder, tuple(remarks))
 
 
-def clean_copy(file: Path) -> PIL.Image.Image:
-    """Pixels (and transparency) alone, upright, at most 4096 px a side. Raises UserError for anything else."""
-    from dreambooth_moslora.photo_files import UnreadableImageError, alpha_of, open_image, to_rgb
+def clean_copy(file: Path) -> tuple[PIL.Image.Image, bool]:
+    """Pixels (and transparency) alone, upright, at most 4096 px a side, and whether EXIF had turned them.
+
+    Raises UserError for anything else.
+    """
+    from dreambooth_moslora.photo_files import UnreadableImageError, alpha_of, is_rotated, open_image, to_rgb
 
     if file.stat().st_size > MAX_PHOTO_BYTES:
         raise UserError(f"{file.name} is larger than {MAX_PHOTO_BYTES // 2**20} MiB")
@@ -62,15 +69,18 @@ def clean_copy(file: Path) -> PIL.Image.Image:
     clean.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX), PIL.Image.Resampling.LANCZOS)
     bare = PIL.Image.new(clean.mode, clean.size)
     bare.paste(clean)
-    return bare
+    return bare, is_rotated(opened)
 
 
 def check_pixels(file: Path) -> None:
     """Raises UserError for a file whose header promises more than 120 megapixels; nothing is decoded."""
+    from dreambooth_moslora.photo_files import FORMATS, register_heif
+
+    register_heif()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with PIL.Image.open(file) as image:
+            with PIL.Image.open(file, formats=FORMATS) as image:
                 pixels = image.width * image.height
     except PIL.Image.DecompressionBombError as error:
         raise UserError(f"{file.name} has too many pixels") from error

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,8 +64,7 @@ class AdapterShelf:
         if len(visitor.uploads) >= MAX_UPLOADS:
             raise UserError(f"{MAX_UPLOADS} adapters are uploaded already; reload the page later or use the folder")
         name = free_name(clean_name(source.stem), set(self.files(visitor)))
-        target = visitor.folder / f"adapter-{len(visitor.uploads)}" / f"{name}.safetensors"
-        target.parent.mkdir()
+        target = Path(tempfile.mkdtemp(prefix="adapter-", dir=visitor.folder)) / f"{name}.safetensors"
         shutil.copyfile(source, target)
         visitor.uploads[name] = target
         return name

@@ -17,6 +17,12 @@ def theme() -> gr.themes.Base:
     ).set(
         body_background_fill="*neutral_50",
         body_background_fill_dark="*neutral_950",
+        body_text_color_subdued="*neutral_500",
+        body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_500",
+        block_info_text_color_dark="*neutral_400",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_500",
         block_background_fill="white",
         block_background_fill_dark="*neutral_900",
         block_border_width="1px",
@@ -47,12 +53,13 @@ HEAD = """
 <script>
 addEventListener("keydown", (event) => {
   const typing = event.target.matches("input, textarea, select, [contenteditable]");
-  if (event.key === "Escape") document.querySelector("#stop")?.click();
+  const closes = document.querySelector(".preview, .options") || document.fullscreenElement;
+  if (event.key === "Escape" && !closes) document.querySelector("#stop")?.click();
   if (event.key === "/" && !typing) {
     const prompt = document.querySelector("#prompt textarea");
     if (prompt && prompt.offsetParent) { event.preventDefault(); prompt.focus(); }
   }
-});
+}, true);
 </script>
 """
 
@@ -64,11 +71,15 @@ CSS = """
 #top h1 { font-size: 1.25rem; margin: 0; letter-spacing: -.01em; }
 .faint, .faint p { color: var(--body-text-color-subdued); font-size: .82rem; }
 .tight { gap: 8px !important; align-items: end; }
-.tight > button, .tight > .block > button { height: 42px; font-size: .95rem; font-weight: 550; padding: 0 12px; }
+.tight > button, .tight > .block > button { height: 42px; font-size: .95rem; font-weight: 550; padding: 0 12px;
+  white-space: nowrap; }
 .icon { font-size: 1.05rem !important; }
 .step h3 { font-size: .95rem; margin: 4px 0 -4px; }
-.remarks { margin: 6px 0 0 1.1rem; font-size: .85rem; color: var(--body-text-color-subdued); }
+.remarks { margin: 6px 0 0 !important; padding-inline-start: 1.1rem !important; font-size: .85rem;
+  color: var(--body-text-color-subdued); }
 button[role="tab"] { font-weight: 500; }
+.tab-container button.selected { color: var(--primary-700); }
+.dark .tab-container button.selected { color: var(--primary-400); }
 
 #generate, #train, #inspect { display: grid !important; align-items: start; gap: 16px;
   grid-template-columns: minmax(300px, 5fr) minmax(0, 8fr); }
@@ -77,7 +88,15 @@ button[role="tab"] { font-weight: 500; }
 #generate > div, #train > div, #inspect > div { min-width: 0 !important; width: 100%; }
 #status, #train_status, #status .pending, #train_status .pending { opacity: 1 !important; }
 #gallery, #history { min-height: 240px; }
-#gallery .grid-wrap, #history .grid-wrap, #crops .grid-wrap, #samples .grid-wrap { max-height: none !important; }
+:is(#gallery, #history, #crops, #samples) .grid-wrap { min-height: 0 !important; max-height: none !important;
+  overflow-y: auto; }
+:is(#gallery, #history, #crops, #samples) .grid-container {
+  grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; }
+#gallery .grid-container:has(> :only-child) { grid-template-columns: minmax(0, 34rem) !important;
+  justify-content: center; }
+:is(#loss, #fidelity) svg text { fill: var(--body-text-color) !important; }
+:is(#loss, #fidelity) svg :is(.role-axis-grid, .role-axis-tick) line,
+:is(#loss, #fidelity) svg path.background { stroke: var(--border-color-primary) !important; }
 
 .card { border: 1px solid var(--block-border-color); border-radius: var(--radius-lg);
   background: var(--block-background-fill); padding: 12px 14px; font-size: .92rem; }
@@ -92,11 +111,13 @@ button[role="tab"] { font-weight: 500; }
 .card.notice.good { border-left-color: var(--primary-600); }
 .card.notice.bad { border-left-color: #dc2626; }
 .card.notice.info { border-left-color: var(--neutral-400); }
-table.facts { width: 100%; border-collapse: collapse; }
+table.facts { width: 100%; border-collapse: collapse; margin: 0 !important; }
+table.facts, table.facts :is(tr, th, td) { border: 0 !important; }
+table.facts tr + tr { border-top: 1px solid var(--block-border-color) !important; }
 table.facts th { text-align: left; font-weight: 500; color: var(--body-text-color-subdued); width: 11rem;
-  vertical-align: top; padding: 4px 12px 4px 0; }
-table.facts td { padding: 4px 0; overflow-wrap: anywhere; white-space: pre-wrap; }
-pre.log { font-size: .78rem; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 320px; overflow: auto; }
+  vertical-align: top; padding: 6px 12px 6px 0 !important; }
+table.facts td { padding: 6px 0 !important; overflow-wrap: anywhere; white-space: pre-wrap; }
+footer .divider { display: none; }
 :focus-visible { outline: 2px solid var(--primary-600) !important; outline-offset: 2px; }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; animation: none !important; } }
 @media (max-width: 760px) {
@@ -104,5 +125,15 @@ pre.log { font-size: .78rem; white-space: pre-wrap; overflow-wrap: anywhere; max
   #generate, #train, #inspect { grid-template-columns: minmax(0, 1fr); gap: 12px; }
   #generate { grid-template-areas: "ask" "results" "settings"; }
   table.facts th { width: 7.5rem; }
+  .tight > button, .tight > .block > button { font-size: .88rem; padding: 0 8px; }
+  #crops .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
+  #samples .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
+  .tab-wrapper { height: 48px !important; }
+  .tab-container:not(.visually-hidden) { height: 40px !important; }
+  #result_tabs .tab-container button { padding: 0 10px !important; }
+  .head .tab-like-container { height: 36px !important; margin-bottom: 0 !important; }
+  input[type="range"] { height: 32px; }
+  input[type="range"]::-webkit-slider-thumb { width: 22px !important; height: 22px !important;
+    margin-top: -7px !important; }
 }
 """

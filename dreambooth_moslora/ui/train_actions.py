@@ -48,21 +48,22 @@ class PhotoReview:
 
 def review_photos(ctx: AppContext, files: list[str], visitor: Visitor) -> PhotoReview:
     """Take clean copies and judge them. Raises UserError when no file is a photo."""
-    return review_kept(ctx, visitor, take_photos(files, visitor.photos_dir).refused)
+    return review_kept(ctx, visitor, take_photos(files, visitor.photos_dir).remarks)
 
 
-def review_kept(ctx: AppContext, visitor: Visitor, refused: tuple[str, ...] = ()) -> PhotoReview:
-    """Judge the clean copies that are there; `refused` are lines about files that were not taken."""
+def review_kept(ctx: AppContext, visitor: Visitor, remarks: tuple[str, ...] = ()) -> PhotoReview:
+    """Judge the clean copies that are there; `remarks` are lines about the files that they came from."""
     from dreambooth_moslora.photo_checks import examine
     from dreambooth_moslora.photos import find_photos
 
     report = examine(find_photos(visitor.photos_dir, "", ctx.resolution_px))
     crops = [(crop_of(photo, ctx.resolution_px), ", ".join(photo.reasons) or "good") for photo in report.photos]
-    lines = [*refused, *(f"{Path(skipped.path).name}: {skipped.reason}" for skipped in report.skipped)]
+    lines = [*remarks, *(f"{Path(skipped.path).name}: {skipped.reason}" for skipped in report.skipped)]
     lines += [f"photo {i}: {', '.join(photo.reasons)}" for i, photo in enumerate(report.photos, 1) if photo.reasons]
     words = f"{len(crops)} photo{'s' * (len(crops) != 1)}, shown as they will be cropped."
-    remarks = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return PhotoReview(crops, f'<div class="card"><b>{words}</b><ul class="remarks">{remarks}</ul></div>')
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    listed = f'<ul class="remarks">{items}</ul>' if items else ""
+    return PhotoReview(crops, f'<div class="card"><b>{words}</b>{listed}</div>')
 
 
 def crop_of(photo: Any, resolution_px: int) -> PIL.Image.Image:
@@ -140,7 +141,7 @@ def without_paths(text: str, jobs: Jobs) -> str:
 def status_card(state: JobState, metrics: Metrics) -> str:
     """One line of state and one of numbers."""
     if state.state in ENDINGS:
-        detail = state.message or f"step {state.step} of {state.max_train_steps}"
+        detail = state.message or f"Step {state.step} of {state.max_train_steps}."
         kind = "bad" if state.state == "failed" else "good"
         return notice(f"{ENDINGS[state.state]} {detail}", kind)
     if state.state == "starting":
@@ -199,16 +200,18 @@ def _is_number(value: Any) -> bool:
 
 
 def samples_of(job: Job, metrics: Metrics, visitor: Visitor) -> list[tuple[str, str]]:
-    """The newest sample pictures, latest step first, as copies that only this visitor is lent."""
+    """The sample pictures by step, step 0 first, as copies that only this visitor is lent.
+
+    Of too many, step 0 and the newest are kept: what the base draws is the measure of the rest.
+    """
     found: dict[str, str] = {}
     for event in metrics.of("sample"):
         for name in event.get("files") or ():
             found[Path(str(name)).name] = f"step {event.get('step')}"
-    items = []
-    for name, caption in reversed(list(found.items())):
-        if (file := job.run_dir / "samples" / name).is_file() and len(items) < MAX_SAMPLES_SHOWN:
-            items.append((str(lend(file, visitor, job.name)), caption))
-    return items
+    there = [(file, caption) for name, caption in found.items() if (file := job.run_dir / "samples" / name).is_file()]
+    first = [item for item in there if item[1] == "step 0"][: MAX_SAMPLES_SHOWN // 2]
+    newest = [item for item in there if item not in first][-(MAX_SAMPLES_SHOWN - len(first)) :]
+    return [(str(lend(file, visitor, job.name)), caption) for file, caption in first + newest]
 
 
 def lend(file: Path, visitor: Visitor, run: str) -> Path:

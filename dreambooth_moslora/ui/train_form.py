@@ -100,7 +100,8 @@ class TrainForm:
 
 def _whole(value: Any, name: str, limit: int) -> int:
     value = 0 if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or not 0 <= value <= limit:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= limit or not float(value).is_integer():
         raise UserError(f"{name} must be a whole number from 0 to {limit}, not {value!r:.30}")
     return int(value)
 

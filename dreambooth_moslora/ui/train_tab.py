@@ -118,9 +118,9 @@ def _more_fields() -> dict[str, Any]:
 def _watch_widgets() -> dict[str, Any]:
     plot = {"x": "step", "height": 230, "buttons": [], "visible": False}
     with gr.Row(elem_classes="tight"):
-        run = gr.Dropdown([], value=None, label="Run", allow_custom_value=True, elem_id="run_picker", scale=2)
-        stop = gr.Button("Stop", variant="stop", interactive=False, min_width=80, scale=0, elem_id="stop_training")
-        resume = gr.Button("Resume", interactive=False, min_width=90, scale=0, elem_id="resume")
+        run = gr.Dropdown([], value=None, label="Run", allow_custom_value=True, elem_id="run_picker", min_width=110)
+        stop = gr.Button("Stop", variant="stop", interactive=False, min_width=76, scale=0, elem_id="stop_training")
+        resume = gr.Button("Resume", interactive=False, min_width=88, scale=0, elem_id="resume")
     status = gr.HTML(NO_RUN, elem_id="train_status", label="Status")
     with gr.Row(elem_classes="tight"):
         use = gr.Button("Use this adapter", variant="primary", visible=False, elem_id="use_adapter")
@@ -129,6 +129,7 @@ def _watch_widgets() -> dict[str, Any]:
     fidelity = gr.LinePlot(y="score", color="measure", title="Fidelity", elem_id="fidelity", **plot)
     samples = gr.Gallery(
         label="Samples",
+        show_label=False,
         columns=4,
         object_fit="contain",
         interactive=False,
