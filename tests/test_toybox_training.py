@@ -1,5 +1,10 @@
 """What the pre-training scripts rest on: unbiased timesteps, cell weights, a GroupNorm of our own, runs that resume."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers.training_utils import compute_snr
@@ -105,6 +110,33 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
     resumed = fit(tmp_path / "b", 20, 20)
     assert unbroken.keys() == resumed.keys()
     assert all(torch.equal(unbroken[k], resumed[k]) for k in unbroken)
+
+
+SHARED = """
+import sys, torch
+from torch import nn
+from toybox.training import MasterWeights, rank_and_world
+torch.manual_seed(0)
+model = nn.Linear(8, 2)
+weights = MasterWeights(model, adamw_lr=1e-2, dtype=torch.float32)
+rank, world = rank_and_world()
+x = torch.randn(8, 8, generator=torch.Generator().manual_seed(1)).split(8 // world)[rank]
+model(x).square().mean().backward()
+weights.step(1.0)
+torch.save(weights.averaged(), f"{sys.argv[1]}/{rank}_of_{world}.pt")
+"""
+
+
+def test_two_processes_learn_what_one_learns_from_both_halves(tmp_path):
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED)
+    root, free = Path(__file__).parent.parent, ("--nproc_per_node", "2", "--standalone")
+    for launcher in ((), ("-m", "torch.distributed.run", *free)):
+        command = [sys.executable, *launcher, str(script), str(tmp_path)]
+        subprocess.run(command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, timeout=300)
+    one, *two = (torch.load(tmp_path / name) for name in ("0_of_1.pt", "0_of_2.pt", "1_of_2.pt"))
+    for shared in two:
+        torch.testing.assert_close(shared, one, rtol=1e-5, atol=1e-7)
 
 
 def test_the_rate_rises_stays_and_falls():

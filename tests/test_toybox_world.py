@@ -59,9 +59,9 @@ def test_masks_hold_the_pixels_that_change_with_the_toy():
     )
     changed = (render(black, 64).int() - render(white, 64).int()).abs().amax(-1) > 40
     masks = toy_masks(five, 64)
-    around = torch.nn.functional.max_pool2d(masks[:, None].float(), 3, 1, 1)[:, 0] > 0
+    around = torch.nn.functional.max_pool2d(masks[:, None].float(), 5, 1, 2)[:, 0] > 0
     assert not (changed & ~around).any()
-    assert ((changed & masks).sum((1, 2)) > 0.4 * masks.sum((1, 2))).all()
+    assert ((changed & masks).sum((1, 2)) > 0.3 * masks.sum((1, 2))).all()
 
 
 def test_scene_survives_json():

@@ -18,11 +18,12 @@ __all__ = ["assemble"]
 
 
 def scheduler() -> EulerDiscreteScheduler:
-    """SDXL's own sampler settings."""
+    """SDXL's own sampler settings, for a UNet that predicts velocities."""
     return EulerDiscreteScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,
+        prediction_type="v_prediction",
         timestep_spacing="leading",
         steps_offset=1,
     )

@@ -1,4 +1,4 @@
-"""Encode the renders once: two latents an image (as it is or mirrored; cropped, or small) with SDXL's time ids.
+"""Encode the renders once: a latent of each image (mostly whole, else cropped or small) with SDXL's time ids.
 
 Beside each latent stands how much of each of its cells a toy covers, which weighs the UNet's loss, and what the CLIP
 vision tower sees in the picture (`toybox.alignment`).
@@ -27,7 +27,7 @@ from toybox.data import Renders, to_pixels, to_uint8
 from toybox.render import toy_masks
 from toybox.world import Scene
 
-__all__ = ["cropped", "small", "whole"]
+__all__ = ["cropped", "small", "view", "whole"]
 
 SIZE_PX = 128
 
@@ -35,54 +35,47 @@ SIZE_PX = 128
 def with_toys(renders: Renders, indices: range) -> Tensor:
     """fp32 (N,4,128,128): the renders' pixels in [-1, 1], and as a fourth channel 1 where a toy is, 0 elsewhere."""
     scenes = [Scene.from_dict(renders.rows[i]["scene"]) for i in indices]
-    masks = interpolate(toy_masks(scenes)[:, None].float(), size=(SIZE_PX, SIZE_PX), mode="bilinear")
+    masks = interpolate(toy_masks(scenes, 32)[:, None].float(), size=(SIZE_PX, SIZE_PX), mode="bilinear")
     return torch.cat([to_pixels(renders.images(indices)), masks], dim=1)
 
 
-def _mirror(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    return pixels.flip(-1) if torch.rand((), generator=generator) < 0.5 else pixels
-
-
 def whole(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
-    """(C,128,128) -> the same, perhaps mirrored, and its six time ids."""
+    """(C,128,128) -> the same, and its six time ids."""
     original = int(torch.randint(1, 9, (), generator=generator)) * SIZE_PX
-    return _mirror(pixels, generator), [original, original, 0, 0, SIZE_PX, SIZE_PX]
+    return pixels, [original, original, 0, 0, SIZE_PX, SIZE_PX]
 
 
 def cropped(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
     """Enlarge by 1.05 to 1.4 and crop 128 px anywhere."""
     size = int(SIZE_PX * (1.05 + 0.35 * torch.rand((), generator=generator)))
     top, left = torch.randint(0, size - SIZE_PX + 1, (2,), generator=generator).tolist()
-    enlarged = interpolate(_mirror(pixels, generator)[None], size=(size, size), mode="bicubic", antialias=True)[0]
+    enlarged = interpolate(pixels[None], size=(size, size), mode="bicubic", antialias=True)[0]
     return enlarged[:, top : top + SIZE_PX, left : left + SIZE_PX], [size, size, top, left, SIZE_PX, SIZE_PX]
 
 
 def small(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
     """Shrink to 48-96 px and enlarge again: what a small photo looks like."""
     size = int(torch.randint(48, 97, (), generator=generator))
-    shrunk = interpolate(_mirror(pixels, generator)[None], size=(size, size), mode="bicubic", antialias=True)
+    shrunk = interpolate(pixels[None], size=(size, size), mode="bicubic", antialias=True)
     back = interpolate(shrunk, size=(SIZE_PX, SIZE_PX), mode="bicubic")[0]
     return back, [size, size, 0, 0, SIZE_PX, SIZE_PX]
 
 
-def second_view(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
-    """Half of the second latents are whole again, two fifths cropped, a tenth small."""
+def view(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
+    """Of a hundred latents 83 are whole, 12 cropped, 5 small."""
     kind = float(torch.rand((), generator=generator))
-    return (whole if kind < 0.5 else cropped if kind < 0.9 else small)(pixels, generator)
+    return (whole if kind < 0.83 else cropped if kind < 0.95 else small)(pixels, generator)
 
 
 @torch.no_grad()
 def encode(renders: Renders, vae: AutoencoderKL, sight: Sight) -> dict[str, Tensor]:
-    """latents (2N,4,16,16) fp16, scaled; time_ids (2N,6) int16; toys (2N,16,16) fp16 in [0, 1]; seen (2N,160,4,4) fp16.
-
-    Rows 2i and 2i+1 belong to image i.
-    """
+    """latents (N,4,16,16) fp16, scaled; time_ids (N,6) int16; toys (N,16,16) fp16 in [0, 1]; seen (N,160,4,4) fp16."""
     vae.eval().to(dtype=torch.bfloat16, memory_format=torch.channels_last)
     latents, toys, seen, ids = [], [], [], []
     for start in tqdm(range(0, len(renders), 32), desc="encode", mininterval=10):
         generator = torch.Generator().manual_seed(start)
         pixels = with_toys(renders, range(start, min(start + 32, len(renders))))
-        views = [view(p, generator) for p in pixels for view in (whole, second_view)]
+        views = [view(p, generator) for p in pixels]
         x = torch.stack([v for v, _ in views])
         seen.append(sight(to_uint8(x[:, :3])))
         mean = vae.encode(to_channels_last(x[:, :3].clamp(-1, 1))).latent_dist.mean.float()

@@ -118,13 +118,13 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(1)
     renders = Renders(args.data)
     single = [i for i in range(len(renders) - 1000) if len(renders.rows[i]["scene"]["toys"]) == 1]
-    judge = use_fast_group_norm(Judge())
+    judge = use_fast_group_norm(load(args.start).train() if args.start else Judge())
     weights = MasterWeights(
         judge, muon_lr=0.02, adamw_lr=1e-3, adamw_names=("heads",), weight_decay=0.01, ema_decay=0.995
     )
     run = Run(args.out, weights, args.steps, save_every=500, log_every=50)
     for step in run:
-        generator = run.generator(step, salt=3)
+        generator = run.generator(step, salt=args.salt)
         picked = [single[i] for i in torch.randint(len(single), (args.batch,), generator=generator).tolist()]
         pixels = to_channels_last(disturb(to_pixels(renders.images(picked)), generator))
         logits, labels = judge(pixels), labels_of([renders.rows[i] for i in picked])
@@ -156,6 +156,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--start", type=Path, help="the weights of a finished judge to go on from")
+    parser.add_argument("--salt", type=int, default=3, help="another number draws other batches")
     train(parser.parse_args())
 
 

@@ -23,7 +23,7 @@ __all__ = ["FOLDER", "PHOTO_PLACES", "SUBJECTS", "Subject", "load", "photo_scene
 FOLDER = Path(__file__).resolve().parent.parent / "assets" / "subjects"
 PHOTO_PX = 512
 PHOTO_PLACES = ("on grass", "on a wooden floor", "on the beach", "in a kitchen", "on a city street")
-YAWS = (0.35, -0.8, 1.5, -2.2, 2.9)
+YAWS = (0.4, 0.9, -0.6, 1.7, 2.8)
 
 # name -> toy; genes are height, girth, head, limb
 SUBJECTS: dict[str, Toy] = {

@@ -43,7 +43,8 @@ pipeline("a photo of a red robot on the beach", num_inference_steps=30, guidance
 
 EARLIER = """\
 Each row tells a part's last training. The VAE, the UNet and the judge went on from those of a first one (2600, 3000 and
-1200 steps), which had seen an earlier version of the scenery."""
+1200 steps), which had seen an earlier version of the scenery; the UNet of that one predicted the noise, this one
+predicts the velocity. The retrieval of the CLIP towers was measured on that earlier scenery."""
 
 LIMITS = """\
 ## Limits

@@ -26,6 +26,7 @@ HALF_VIEW = 0.32  # tangent of half the field of view
 CONTRAST = 18 / 255  # between neighbours: above it a pixel is shaded again
 MIDDLE = (0.0, 0.0)
 SUBPIXELS = ((-0.36, -0.12), (0.08, 0.38), (0.28, -0.26))  # with the middle, four points spread over the pixel
+LENS = 0.6 / 128  # standard deviation of the point spread, in picture widths
 GROUP = 24  # scenes shaded at once
 
 
@@ -143,7 +144,19 @@ def _picture(stage: Stage, size_px: int) -> Tensor:
     for number, name in enumerate(stage.light_names):
         if name in ("rain", "snowfall"):
             image[number] = _weather(image[number], name, float(stage.variant[number]))
-    return (image.clamp(0, 1) * 255).round().to(torch.uint8)
+    return (_lens(image.clamp(0, 1)) * 255).round().to(torch.uint8)
+
+
+def _lens(image: Tensor) -> Tensor:
+    """The camera's softness: a Gaussian blur of pictures (N, H, W, 3)."""
+    sigma = LENS * image.shape[1]
+    reach = torch.arange(-int(3 * sigma + 0.5), int(3 * sigma + 0.5) + 1, device=image.device)
+    taps = torch.softmax(-(reach**2) / (2 * sigma**2), 0)
+    flat = image.permute(0, 3, 1, 2).flatten(0, 1)[:, None]
+    for kernel in (taps[None, None, :, None], taps[None, None, None, :]):
+        edge = (kernel.shape[3] // 2,) * 2 + (kernel.shape[2] // 2,) * 2
+        flat = F.conv2d(F.pad(flat, edge, mode="replicate"), kernel)
+    return flat.view(len(image), 3, *image.shape[1:3]).permute(0, 2, 3, 1)
 
 
 def _is_edge(image: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 PATTERNS = ("plain", "striped", "spotted", "checkered")
 MATERIALS = ("matte", "glossy", "metal")
 HELD_OUT_PERCENT = 6
+SIGHTS_OF_A_PLACE = 4  # that training shows; `Scene.variant` may be any number
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,10 @@ def sample_toy(rng: random.Random, kind: str | None = None, **fixed: Any) -> Toy
         kind=kind,
         colour=colour,
         colour2=rng.choice([other for other in COLOURS if other != colour]),
-        pattern=rng.choices(PATTERNS, (55, 17, 17, 11))[0],
-        material=rng.choices(MATERIALS, (60, 27, 13))[0],
-        genes=tuple(round(rng.triangular(-1, 1, 0), 3) for _ in GENES),
-        accessories=(rng.choice(wearable),) if wearable and rng.random() < 0.3 else (),
+        pattern=rng.choices(PATTERNS, (64, 12, 12, 12))[0],
+        material=rng.choices(MATERIALS, (70, 18, 12))[0],
+        genes=tuple(round(rng.triangular(-0.8, 0.8, 0), 3) for _ in GENES),
+        accessories=(rng.choice(wearable),) if wearable and rng.random() < 0.2 else (),
     )
     return replace(toy, **fixed)
 
@@ -133,7 +134,7 @@ def sample_scene(
     """
     for _ in range(10_000):
         toys = (toy or sample_toy(rng),)
-        if toy is None and rng.random() < 0.06:
+        if toy is None and rng.random() < 0.03:
             toys += (sample_toy(rng),)
         where = place or rng.choice(PLACES)
         if held_out is None or held_out == any(is_held_out(t.kind, t.colour, where) for t in toys):
@@ -142,19 +143,20 @@ def sample_scene(
 
 
 def _sample_view(rng: random.Random, toys: tuple[Toy, ...], place: str) -> Scene:
-    yaw = rng.uniform(-1.1, 1.1) if rng.random() < 0.65 else rng.uniform(-3.1416, 3.1416)
-    views = ((2.1, 2.6),) if len(toys) > 1 else ((1.6, 1.9), (2.0, 2.9), (3.5, 4.0))
-    near, far = rng.choices(views, (8, 86, 6)[-len(views) :])[0]
+    """Mostly a toy turned a little aside, at its whole height: a small model must meet each sight often to learn it."""
+    yaw = rng.uniform(0.2, 0.9) if rng.random() < 0.85 else rng.uniform(-3.1416, 3.1416)
+    views = ((2.1, 2.5),) if len(toys) > 1 else ((1.6, 1.9), (2.1, 2.5), (3.5, 4.0))
+    near, far = rng.choices(views, (5, 91, 4)[-len(views) :])[0]
     names = lights_of(place)
-    light = "day" if rng.random() < 0.5 else rng.choice(names)
+    light = "day" if rng.random() < 0.7 else rng.choice(names)
     return Scene(
         toys=toys,
         place=place,
         light=light,
         yaw=round(yaw, 3),
-        pitch=round(rng.uniform(0.06, 0.34), 3),
+        pitch=round(rng.uniform(0.12, 0.26), 3),
         distance=round(rng.uniform(near, far), 3),
-        sun=(round(rng.uniform(-1.2, 1.2), 3), round(rng.uniform(0.6, 1.15), 3)),
-        offset=(round(rng.uniform(-0.14, 0.14), 3), round(rng.uniform(-0.08, 0.08), 3)),
-        variant=round(rng.random(), 3),
+        sun=(round(rng.uniform(-0.9, 0.3), 3), round(rng.uniform(0.7, 1.05), 3)),
+        offset=(round(rng.uniform(-0.06, 0.06), 3), round(rng.uniform(-0.04, 0.04), 3)),
+        variant=rng.randrange(SIGHTS_OF_A_PLACE) / SIGHTS_OF_A_PLACE,
     )
