@@ -24,13 +24,16 @@ LOGGED = ("dino", "clip_i", "clip_t", "pres", "diversity", "drift", "background_
 
 
 class TrainingEvaluator:
-    """Called by the trainer with its sampler and step. `prompts` are to be embedded before the text encoders leave."""
+    """Called by the trainer with its sampler and step. `prompts` are to be embedded before the text encoders leave.
+
+    Raises UserError on construction, before anything is trained, when an encoder cannot be loaded.
+    """
 
     def __init__(self, config: TrainConfig, encoders: Encoders | None = None):
         self.config = config
         full = plan_for(config.pretrained_model_name_or_path, subject_of(config))
         self.plan: EvaluationPlan = full.smaller(templates=3, seeds=2, class_images=2, unrelated=1, inference_steps=20)
-        self._encoders = encoders
+        self.encoders = encoders or load_encoders(own_encoders_of(config))  # now: a missing one must not end a run
 
     @property
     def prompts(self) -> list[str]:
@@ -40,14 +43,13 @@ class TrainingEvaluator:
     def evaluator(self) -> Evaluator:
         """Encoders stay on the CPU: a dozen pictures take seconds there, and no GPU memory."""
         config = self.config
-        encoders = self._encoders or load_encoders(own_encoders_of(config))
         photos = instance_photos(config).photos
         truth = None
         if config.instance_data_dir and (Path(config.instance_data_dir) / "subject.json").is_file():
             from dreambooth_moslora.toy_truth import find_truth  # the toy world costs an import
 
-            truth = find_truth(Path(config.instance_data_dir), encoders, config.resolution)
-        return Evaluator(self.plan, encoders, [open_rgb(p) for p in photos], [open_mask(p) for p in photos], truth)
+            truth = find_truth(Path(config.instance_data_dir), self.encoders, config.resolution)
+        return Evaluator(self.plan, self.encoders, [open_rgb(p) for p in photos], [open_mask(p) for p in photos], truth)
 
     def __call__(self, sampler: Sampler, step: int) -> dict:
         """The facts of the `evaluation` event: scores as plain numbers, `best` so far, `cost` of this evaluation."""

@@ -37,6 +37,16 @@ def run(tiny_base, encoders, tmp_path_factory):
     return config, RunDir(home / "dog")
 
 
+def test_a_missing_encoder_is_told_before_anything_is_trained(tiny_base, tmp_path, monkeypatch):
+    def nowhere(*_):
+        raise UserError("the encoder cannot be loaded")
+
+    monkeypatch.setattr("dreambooth_moslora.training_evaluator.load_encoders", nowhere)
+    config = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "dog", evaluate_steps=1)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        TrainingEvaluator(config)
+
+
 def test_every_evaluation_is_logged_with_its_scores_and_cost(run):
     events = [event for event in run[1].read_metrics() if event["type"] == "evaluation"]
     assert [event["step"] for event in events] == [1, 2, 3, 4]

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dreambooth_moslora.base_files import TOY
 from dreambooth_moslora.errors import UserError
 
 __all__ = ["PRESETS", "Preset", "TrainForm", "preset_for", "prompts_of"]
 
 MAX_WORD_CHARACTERS = 60
 SMALL_BASE_PX = 256
+TOY_DINO = TOY.parent / "toy-dino"
 """Bases of at most this resolution learn in fewer, cheaper steps."""
 
 
@@ -67,7 +69,7 @@ class TrainForm:
         preset = preset_for(self.preset, resolution_px)
         steps = _whole(self.steps, "steps", 100_000) or preset.steps
         prior = {"class_prompt": class_prompt, "with_prior_preservation": True, "prior": "adapter_off"}
-        scored = {"evaluate_steps": max(1, steps // 5)} if base == "toy" else {}
+        scored = {"evaluate_steps": max(1, steps // 5)} if base == "toy" and TOY_DINO.is_dir() else {}
         return {
             "pretrained_model_name_or_path": base,
             "instance_data_dir": str(photos_dir),
