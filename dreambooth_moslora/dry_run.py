@@ -18,7 +18,7 @@ __all__ = ["describe_run", "remarks"]
 
 def describe_run(config: TrainConfig) -> str:
     """Everything that `--dry_run` prints. Raises UserError for what training would refuse of photos and base."""
-    report = examine(instance_photos(config))
+    report = examine(instance_photos(config), config.resolution)
     plan = plan_steps(config, len(report.photos), int(os.environ.get("WORLD_SIZE", "1")))
     size = size_of_base(base_folder(config), config.target_modules)
     cost = estimate(config, size, plan.total_steps, len(report.photos))

@@ -19,7 +19,7 @@ __all__ = ["examine", "likeness", "sharpness", "thumbnail"]
 
 MIN_SHARPNESS = 0.85
 MAX_LIKENESS = 0.92
-LOOK_PX = 512
+LOOK_PX, MIN_LOOK_PX = 512, 128
 TILE_PX = 16
 THUMBNAIL_PX = 16
 EDGE_PERCENTILE, SHARPEST_PERCENTILE = 80, 90
@@ -34,9 +34,12 @@ class Look:
     thumbnail: np.ndarray
 
 
-def examine(report: PhotoReport) -> PhotoReport:
-    """The same report with "blurred" and "near-duplicate" among the photos' reasons."""
-    looks = [look_at(photo) for photo in report.photos]
+def examine(report: PhotoReport, resolution_px: int = LOOK_PX) -> PhotoReport:
+    """The same report with "blurred" and "near-duplicate" among the photos' reasons.
+
+    A photo is looked at as large as the training sees it: what is lost on the way there need not be sharp.
+    """
+    looks = [look_at(photo, min(LOOK_PX, max(MIN_LOOK_PX, resolution_px))) for photo in report.photos]
     photos = [
         replace(look.photo, reasons=(*look.photo.reasons, *verdicts(look, looks[:number])))
         for number, look in enumerate(looks)
@@ -44,9 +47,9 @@ def examine(report: PhotoReport) -> PhotoReport:
     return replace(report, photos=photos)
 
 
-def look_at(photo: Photo) -> Look:
+def look_at(photo: Photo, look_px: int) -> Look:
     image = open_rgb(photo)
-    return Look(photo, sharpness(image), thumbnail(image))
+    return Look(photo, sharpness(image, look_px), thumbnail(image))
 
 
 def verdicts(look: Look, earlier: list[Look]) -> list[str]:
@@ -59,9 +62,9 @@ def verdicts(look: Look, earlier: list[Look]) -> list[str]:
     return found
 
 
-def sharpness(image: Image.Image) -> float:
-    """Steepness of the sharpest edges of an RGB picture, seen at 512 px; 0 when it has no edges at all."""
-    grey = np.asarray(shrunk(image).convert("L"), dtype=np.float32)
+def sharpness(image: Image.Image, look_px: int = LOOK_PX) -> float:
+    """Steepness of the sharpest edges of an RGB picture, seen at `look_px`; 0 when it has no edges at all."""
+    grey = np.asarray(shrunk(image, look_px).convert("L"), dtype=np.float32)
     if min(grey.shape) < TILE_PX + 2:
         return MIN_SHARPNESS  # too few pixels to tell
     inner = grey[1:-1, 1:-1]
@@ -72,8 +75,8 @@ def sharpness(image: Image.Image) -> float:
     return float(np.percentile((second / (first + 1))[edges], SHARPEST_PERCENTILE))
 
 
-def shrunk(image: Image.Image) -> Image.Image:
-    scale = LOOK_PX / min(image.size)
+def shrunk(image: Image.Image, look_px: int) -> Image.Image:
+    scale = look_px / min(image.size)
     if scale >= 1:
         return image
     size = (round(image.width * scale), round(image.height * scale))

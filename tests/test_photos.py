@@ -2,6 +2,7 @@
 
 import json
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +10,12 @@ from PIL import Image, ImageFilter
 
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.photo_checks import examine
+from dreambooth_moslora.photo_checks import MIN_SHARPNESS, examine, sharpness
 from dreambooth_moslora.photos import find_photos, instance_photos, open_mask, open_rgb
 from tests.odd_photos import CASES, QUADRANTS, SIZE_PX, make_folder, picture
 
 PROMPT = "a photo of sks toy"
+SUBJECTS = sorted((Path(__file__).parents[1] / "assets" / "subjects").iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +179,11 @@ def test_a_local_data_set_is_read_with_its_captions(tmp_path):
     assert {photo.path.read_bytes() for photo in photos} == {(source / n).read_bytes() for n in ("one.png", "two.png")}
     with pytest.raises(UserError, match=r"--caption_column word: .* Did you mean words\?"):
         instance_photos(TrainConfig(dataset_name=source, caption_column="word", cache_dir=tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda path: path.name)
+def test_a_soft_large_photo_is_sharp_enough_for_a_small_training(subject):
+    for path in sorted(subject.glob("*.jpg")):
+        image = Image.open(path).convert("RGB")
+        assert sharpness(image, 512) < MIN_SHARPNESS < sharpness(image, 128)
+        assert sharpness(image.filter(ImageFilter.GaussianBlur(6)), 128) < MIN_SHARPNESS

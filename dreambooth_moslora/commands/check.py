@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     config = config_of(args)
     folder = Path(args.folder)
     report = find_photos(folder, config.instance_prompt, config.resolution, alpha=config.alpha)
-    report = examine(report)
+    report = examine(report, config.resolution)
     picture = None if args.no_picture or not report.photos else draw(report, config, picture_path(args, folder))
     print(json.dumps(as_json(report), indent=1) if args.json else printable(as_text(report, picture)))
     if not report.photos:

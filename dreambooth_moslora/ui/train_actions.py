@@ -56,7 +56,7 @@ def review_kept(ctx: AppContext, visitor: Visitor, remarks: tuple[str, ...] = ()
     from dreambooth_moslora.photo_checks import examine
     from dreambooth_moslora.photos import find_photos
 
-    report = examine(find_photos(visitor.photos_dir, "", ctx.resolution_px))
+    report = examine(find_photos(visitor.photos_dir, "", ctx.resolution_px), ctx.resolution_px)
     crops = [(crop_of(photo, ctx.resolution_px), ", ".join(photo.reasons) or "good") for photo in report.photos]
     lines = [*remarks, *(f"{Path(skipped.path).name}: {skipped.reason}" for skipped in report.skipped)]
     lines += [f"photo {i}: {', '.join(photo.reasons)}" for i, photo in enumerate(report.photos, 1) if photo.reasons]
