@@ -97,7 +97,7 @@ def fail(error):
         (KeyboardInterrupt(), 130, "interrupted"),
         (ZeroDivisionError("ours"), 1, "Traceback"),
         (OSError(28, "No space left on device", "a.bin"), 2, "the disk is full"),
-        (PermissionError(13, "no", "/root/x"), 2, "permission denied"),
+        (PermissionError(13, "no", "/x"), 2, "permission denied"),
     ],
 )
 def test_ends_have_their_codes(error, code, says, capsys):

@@ -17,6 +17,7 @@ from dreambooth_moslora import MoSLoraConfig, inject
 from dreambooth_moslora.export import adapter_facts, publish
 from toybox.make_subjects import load, photo_scenes
 from toybox.render import render
+from toybox.train_unet import noise_schedule
 
 ASSETS = Path(__file__).parents[1] / "assets"
 LIMIT_MB = 48
@@ -48,6 +49,13 @@ def test_its_topology_is_that_of_sdxl(base):
     widths = base.text_encoder.config.hidden_size, base.text_encoder_2.config.hidden_size
     assert widths[0] != widths[1] and sum(widths) == config.cross_attention_dim
     assert base.vae_scale_factor == 8 and base.vae.config.latent_channels == 4
+
+
+def test_it_is_sampled_by_the_schedule_that_it_was_trained_on(base):
+    trained = noise_schedule().config
+    for name in ("prediction_type", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps"):
+        assert base.scheduler.config[name] == trained[name], name
+    assert trained["prediction_type"] == "v_prediction"
 
 
 def test_any_prompt_and_a_rare_token_are_accepted(base):

@@ -1,7 +1,7 @@
 """What the pre-training scripts share: fp32 master weights under a bf16 model, Muon and AdamW, EMA, resumable runs.
 
-Under `torchrun --nproc_per_node N` the processes share the work: each draws batches of its own, and their gradients are
-averaged. A small model learns faster so than with N threads in one process.
+Under `torchrun --nproc_per_node N` the processes of a script that exports from rank 0 alone (`train_unet`) share the
+work: each draws batches of its own, and their gradients are averaged.
 
 Muon (Jordan et al., 2024; `torch.optim.Muon`) orthogonalises the momentum of each weight matrix; a convolution's weight
 (out,in,k,k) takes part as (out, in·k·k).
