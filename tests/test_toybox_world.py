@@ -110,6 +110,17 @@ def test_the_toy_fills_the_frame_and_wears_its_main_colour(kind):
     assert 0.04 < share < 0.6
 
 
+@pytest.mark.parametrize("pattern", ["striped", "spotted", "checkered"])
+def test_the_main_colour_covers_more_of_a_patterned_toy_than_the_second(pattern):
+    scenes = [Scene((Toy("mug", "red", "blue", pattern),), "in the snow", yaw=yaw) for yaw in (0.2, 0.5, 0.8)]
+    pictures = render(scenes, 64).float()
+    red = (pictures[..., 0] > 2 * pictures[..., 2]) & (pictures[..., 0] > 60)
+    blue = (pictures[..., 2] > 2 * pictures[..., 0]) & (pictures[..., 2] > 60)
+    masks = toy_masks(scenes, 64)
+    main, second = (red & masks).sum((1, 2)), (blue & masks).sum((1, 2))
+    assert (second > 0.1 * main).all() and (main > second).all()
+
+
 def test_captions_name_what_is_drawn():
     rng = random.Random(2)
     for scene in scenes(200, 3):
@@ -155,3 +166,13 @@ def test_shard_is_whole_and_repeatable(tmp_path):
     rows = [json.loads(line) for line in shard.scenes.read_text().splitlines()]
     assert [set(row) for row in rows] == [{"scene", "caption", "canonical_caption"}] * 2
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_only_the_judge_is_shown_held_out_combinations(tmp_path):
+    shown = {}
+    for every in (False, True):
+        shard = Shard(tmp_path / str(every), 0, 200, 7, 2, "cpu", compiled=False, all_combinations=every)
+        shard.out.mkdir()
+        rows = [json.loads(line)["scene"] for line in write_shard(shard).scenes.read_text().splitlines()]
+        shown[every] = any(is_held_out(t["kind"], t["colour"], row["place"]) for row in rows for t in row["toys"])
+    assert shown == {False: False, True: True}

@@ -1,6 +1,7 @@
 """An independent judge of pictures: kind, main colour and place, learnt from renders alone.
 
-    python -m toybox.judge --data DATA --out WORK/judge --steps 2500      # trains toybox/judge.safetensors
+    python -m toybox.render_dataset --out TOYS --count 10000 --seed 2 --all_combinations    # once
+    python -m toybox.judge --data TOYS --out WORK/judge --steps 2500      # trains toybox/judge.safetensors
 
     from toybox import judge
     readings = judge.load().read(images)          # uint8 (N,H,W,3) -> list[Reading]

@@ -5,7 +5,7 @@
 writes shards of 1000 pictures: images_0000.npy (uint8, (1000, H, W, 3)) and scenes_0000.jsonl (one line a picture:
 the scene, a caption and the canonical caption). A shard depends on the seed and its number alone, and appears only
 when it is whole, so the command may be stopped and run again: it goes on where it was. No picture shows a held-out
-combination.
+combination, unless `--all_combinations` asks for them (for the judge, which must know what it is to find).
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Shard:
     size_px: int
     device: str
     compiled: bool = True
+    all_combinations: bool = False
 
     @property
     def images(self) -> Path:
@@ -59,7 +60,7 @@ class Shard:
 def write_shard(shard: Shard) -> Shard:
     """Render and write one shard, each file under a temporary name first."""
     rng = random.Random(f"{shard.seed}/{shard.number}")
-    scenes = [sample_scene(rng) for _ in range(shard.count)]
+    scenes = [sample_scene(rng, held_out=None if shard.all_combinations else False) for _ in range(shard.count)]
     lines = [
         json.dumps({"scene": s.to_dict(), "caption": caption(s, rng), "canonical_caption": canonical_caption(s)})
         for s in scenes
@@ -83,6 +84,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, one thread each")
     parser.add_argument("--size_px", type=int, default=128)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--all_combinations", action="store_true", help="the held-out ones too")
     return parser.parse_args()
 
 
@@ -91,7 +93,15 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     starts = range(0, args.count, SHARD)
     shards = [
-        Shard(args.out, number, min(SHARD, args.count - start), args.seed, args.size_px, args.device)
+        Shard(
+            args.out,
+            number,
+            min(SHARD, args.count - start),
+            args.seed,
+            args.size_px,
+            args.device,
+            all_combinations=args.all_combinations,
+        )
         for number, start in enumerate(starts)
     ]
     todo = [shard for shard in shards if not shard.is_done]

@@ -6,7 +6,8 @@ python -m toybox.render_views --out VIEWS --toys 4000 --views 4
 import argparse
 import json
 import random
-from multiprocessing import Pool
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,19 @@ from toybox.world import KINDS, PLACES, sample_scene, sample_toy
 __all__ = ["views_of"]
 
 
-def views_of(number: int, views: int = 4) -> tuple[str, np.ndarray]:
-    """Kind and uint8 (views, 128, 128, 3) of individual `number`, each view in another place."""
-    torch.set_num_threads(1)
-    rng = random.Random(f"individual {number}")
-    toy = sample_toy(rng, kind=KINDS[number % len(KINDS)])
-    places = rng.sample(PLACES, views)
-    return toy.kind, render([sample_scene(rng, toy, place, held_out=None) for place in places]).numpy()
+BLOCK = 8 * len(KINDS)  # toys rendered at once, eight of a kind
+
+
+def views_of(block: range, views: int = 4) -> tuple[list[str], np.ndarray]:
+    """Kinds, and uint8 (toys, views, 128, 128, 3), of the individuals of these numbers, each view in another place."""
+    toys, scenes = [], []
+    for number in block:
+        rng = random.Random(f"individual {number}")
+        toy = sample_toy(rng, kind=KINDS[number % len(KINDS)])
+        toys.append(toy)
+        scenes += [sample_scene(rng, toy, place, held_out=None) for place in rng.sample(PLACES, views)]
+    images = render(scenes, compiled=True).numpy()
+    return [toy.kind for toy in toys], images.reshape(len(toys), views, *images.shape[1:])
 
 
 def main() -> None:
@@ -36,11 +43,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    with Pool(args.workers) as pool:
-        jobs = pool.imap(views_of, range(args.toys), chunksize=8)
-        drawn = list(tqdm(jobs, total=args.toys, mininterval=10))
-    np.save(args.out / "views.npy", np.stack([images for _, images in drawn]))
-    (args.out / "kinds.json").write_text(json.dumps([kind for kind, _ in drawn]), encoding="utf-8")
+    blocks = [range(start, min(start + BLOCK, args.toys)) for start in range(0, args.toys, BLOCK)]
+    with get_context("spawn").Pool(args.workers, torch.set_num_threads, (1,)) as pool:
+        jobs = pool.imap(partial(views_of, views=args.views), blocks)
+        kinds, images = zip(*tqdm(jobs, total=len(blocks), mininterval=10))
+    np.save(args.out / "views.npy", np.concatenate(images))
+    (args.out / "kinds.json").write_text(json.dumps([kind for block in kinds for kind in block]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ which scene, hence which toy, a ray belongs. Rays that miss a toy's bounding box
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -167,12 +166,12 @@ class Herd:
         return unit((corners * torch.stack(taps)).sum(1))
 
     def _is_patterned(self, local: Tensor, scene: Tensor) -> Tensor:
-        """Where (R,) the pattern shows the second colour: well under half of the body."""
+        """Where (R,) the pattern shows the second colour: a third of the body, so that the main one is plain."""
         pattern = self.pattern[scene]
-        x, y, z = local
-        striped = torch.frac(y / 0.27 + 0.2) < 0.42
+        striped = torch.frac(local[1] / 0.27 + 0.2) < 0.33
         nearest = (local / 0.32 + 0.3).round() - 0.3
         spotted = ((local - nearest * 0.32) ** 2).sum(0) < 0.118**2
-        waves = torch.sin(math.pi * (x / 0.22 + 0.37)) * torch.sin(math.pi * (y / 0.22 + 0.1))
-        checkered = waves * torch.sin(math.pi * (z / 0.22 + 0.43)) > 0
+        cells = local / 0.22 + torch.tensor([0.37, 0.1, 0.43], device=local.device)[:, None]
+        inside = (torch.frac(cells[:2].abs()) - 0.5).abs().amax(0) < 0.42
+        checkered = inside & (cells.floor().sum(0) % 2 == 1)
         return ((pattern == 1) & striped) | ((pattern == 2) & spotted) | ((pattern == 3) & checkered)

@@ -42,7 +42,7 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "brown": (0.45, 0.25, 0.10),
     "white": (0.97, 0.97, 0.96),
     "black": (0.09, 0.09, 0.10),
-    "grey": (0.52, 0.53, 0.55),
+    "grey": (0.44, 0.45, 0.47),
 }
 PATTERNS = ("plain", "striped", "spotted", "checkered")
 MATERIALS = ("matte", "glossy", "metal")
