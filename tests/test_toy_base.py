@@ -15,6 +15,9 @@ from PIL import Image
 
 from dreambooth_moslora import MoSLoraConfig, inject
 from dreambooth_moslora.export import adapter_facts, publish
+from toybox.captions import canonical_caption
+from toybox.evaluate_base import accuracy, generate, scenes_for
+from toybox.evaluate_parts import fresh_renders, psnr_db, reconstruct, retrieval_at_1
 from toybox.make_subjects import load, photo_scenes
 from toybox.render import render
 from toybox.train_unet import noise_schedule
@@ -56,6 +59,18 @@ def test_it_is_sampled_by_the_schedule_that_it_was_trained_on(base):
     for name in ("prediction_type", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps"):
         assert base.scheduler.config[name] == trained[name], name
     assert trained["prediction_type"] == "v_prediction"
+
+
+def test_the_judge_finds_in_its_pictures_what_the_prompts_name(base):
+    scenes = scenes_for(20, held_out=False, seed=70_000)
+    right = accuracy(generate(base, [canonical_caption(scene) for scene in scenes], seed=70_000), scenes)
+    assert right["kind"] >= 0.8 and right["colour"] >= 0.7 and right["place"] >= 0.9
+
+
+def test_its_vae_keeps_renders_and_its_clip_knows_their_captions(base):
+    images, captions = fresh_renders(100, seed=1)
+    assert psnr_db(images, reconstruct(base.vae, images)).mean() > 27
+    assert retrieval_at_1(base, images, captions) > 0.8
 
 
 def test_any_prompt_and_a_rare_token_are_accepted(base):

@@ -42,9 +42,9 @@ pipeline("a photo of a red robot on the beach", num_inference_steps=30, guidance
 """
 
 EARLIER = """\
-Each row tells a part's last training. The VAE, the UNet and the judge went on from those of a first one (2600, 3000 and
-1200 steps), which had seen an earlier version of the scenery; the UNet of that one predicted the noise, this one
-predicts the velocity. The retrieval of the CLIP towers was measured on that earlier scenery."""
+Each row tells a part's last training. The VAE, the UNet and the judge went on from earlier ones, which saw earlier
+versions of the scenery and the patterns: 2600 steps of the VAE, 3000 of the UNet with noise and 5000 with velocity as
+its target, 1700 of the judge. The CLIP towers were trained once, on the first version."""
 
 LIMITS = """\
 ## Limits
@@ -90,6 +90,10 @@ def part_scores(work: Path, old: str) -> list[str]:
         else:
             report = json.loads(path.read_text(encoding="utf-8"))
             lines.append(f"- {PARTS[part]}: " + ", ".join(f"{k} {json.dumps(v)}" for k, v in report.items()))
+    path = work / "evaluation" / "parts.json"
+    if path.exists():
+        report = json.loads(path.read_text(encoding="utf-8"))
+        lines.append("- as shipped, on fresh renders: " + ", ".join(f"{k} {v}" for k, v in report.items()))
     return lines
 
 
