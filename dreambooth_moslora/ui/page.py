@@ -1,5 +1,6 @@
 """The whole page: a heading, the tabs, and how it is served."""
 
+from collections.abc import Collection
 from html import escape
 from typing import Any
 
@@ -8,6 +9,7 @@ from starlette.middleware import Middleware
 
 from dreambooth_moslora.ui.context import AppContext
 from dreambooth_moslora.ui.generate_tab import build_generate_tab
+from dreambooth_moslora.ui.hosts import OwnHosts
 from dreambooth_moslora.ui.inspect_tab import build_inspect_tab
 from dreambooth_moslora.ui.jobs import Jobs
 from dreambooth_moslora.ui.theme import CSS, HEAD, theme
@@ -40,8 +42,9 @@ def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
     return page.queue(max_size=QUEUE_LENGTH)
 
 
-def launch_options() -> dict[str, Any]:
-    """Options for `launch()` that every start of the page shares."""
+def launch_options(hosts: Collection[str] | None = None) -> dict[str, Any]:
+    """Options for `launch()` that every start of the page shares; `hosts` are the only names it answers to."""
+    guards = [Middleware(OwnHosts, hosts=frozenset(hosts))] if hosts else []
     return {
         "theme": theme(),
         "css": CSS,
@@ -49,7 +52,8 @@ def launch_options() -> dict[str, Any]:
         "footer_links": ["api"],
         "run_history": False,
         "max_file_size": MAX_UPLOAD,
-        "app_kwargs": {"middleware": [Middleware(VisitorCookie)]},
+        "app_kwargs": {"middleware": [*guards, Middleware(VisitorCookie)]},
+        "enable_monitoring": False,
         "share": False,
         "ssr_mode": False,
     }

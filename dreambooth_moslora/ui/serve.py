@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,7 +14,6 @@ __all__ = ["add_arguments", "context_of", "main"]
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_RESOLUTION_PX = 1024
-LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("runs_dir", default="runs", help="folder of training runs (default runs)")
     add("server_name", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     add("server_port", type=int, help="default: the first free one from 7860")
+    add(
+        "allowed_host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that a proxy gives this page; repeatable",
+    )
     add("share", action="store_true", help="also open a public gradio.live address")
     add("auth", action="append", metavar="NAME:PASSWORD", help="ask for a login; repeatable")
     add("inbrowser", action="store_true", help="open a browser window")
@@ -44,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def serve(args: argparse.Namespace) -> int:
+    from dreambooth_moslora.ui.hosts import LOOPBACK
+
     logins = [parse_login(text) for text in args.auth or ()]
     is_public = args.share or args.server_name not in LOOPBACK
     if is_public and not logins:
@@ -51,13 +60,14 @@ def serve(args: argparse.Namespace) -> int:
     context = context_of(args, training=bool(logins) or not is_public)
     from dreambooth_moslora.ui.page import build_app, launch_options
 
-    options = launch_options() | {
+    options = launch_options(None if is_public else LOOPBACK.union(args.allowed_host)) | {
         "server_name": args.server_name,
         "server_port": args.server_port,
         "share": args.share,
         "auth": logins or None,
         "inbrowser": args.inbrowser,
     }
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the visitors' files go with the page
     try:
         build_app(context, templates_for(args.base)).launch(**options)
     except OSError as error:

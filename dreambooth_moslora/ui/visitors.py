@@ -1,25 +1,31 @@
 """Who is asking: a random, HttpOnly cookie for each browser, and what the server keeps for its owner.
 
 A name given at login goes first, then the cookie, then the session of one page (for API clients without cookies).
+The cookie is sent with a link from another site (SameSite=Lax), or that link would make its owner a stranger.
 """
 
 import hashlib
+import os
 import secrets
 import shutil
 import tempfile
 import threading
+import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
-from http.cookies import SimpleCookie
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import psutil
+from starlette.requests import cookie_parser
 
 __all__ = ["COOKIE", "Picture", "Visitor", "VisitorCookie", "Visitors", "visitor_id"]
 
 COOKIE = "moslora_visitor"
 MAX_VISITORS = 200
+KEPT_SEC = 3600
+PREFIX = "moslora-app-"
 HISTORY_LENGTH = 48
 ONE_YEAR_SEC = 365 * 24 * 3600
 
@@ -34,17 +40,29 @@ class Picture:
 
 @dataclass
 class Visitor:
-    """`id` is a hash of the secret, fit to be written to disk. `folder` holds what is the visitor's alone."""
+    """`id` is a hash of the secret, fit to be written to disk. `root` holds what is the visitor's alone."""
 
     id: str
-    folder: Path
+    root: Path
     history: deque[Picture] = field(default_factory=lambda: deque(maxlen=HISTORY_LENGTH))
     uploads: dict[str, Path] = field(default_factory=dict)
+    seen_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def folder(self) -> Path:
+        """`root`, made when something is to be stored."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        return self.root
 
     @property
     def photos_dir(self) -> Path:
         """Clean copies of the photos that were added last."""
-        return self.folder / "photos"
+        return self.root / "photos"
+
+    @property
+    def can_be_forgotten(self) -> bool:
+        """Nothing is stored, or nobody came for an hour."""
+        return not self.root.exists() or time.monotonic() - self.seen_at > KEPT_SEC
 
     @property
     def has_photos(self) -> bool:
@@ -61,10 +79,11 @@ class Visitor:
 
 
 class Visitors:
-    """All visitors, the least recent ones forgotten with their files."""
+    """All visitors. Beyond 200 the least recent are forgotten with their files, first of all those without any."""
 
     def __init__(self) -> None:
-        self.root = Path(tempfile.mkdtemp(prefix="moslora-app-"))
+        sweep()
+        self.root = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
         self._known: OrderedDict[str, Visitor] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -72,20 +91,30 @@ class Visitors:
         identity = visitor_id(request)
         with self._lock:
             if identity not in self._known:
-                folder = self.root / secrets.token_hex(16)
-                folder.mkdir()
-                self._known[identity] = Visitor(identity, folder)
                 self._forget_old()
+                self._known[identity] = Visitor(identity, self.root / secrets.token_hex(16))
             self._known.move_to_end(identity)
-            return self._known[identity]
+            visitor = self._known[identity]
+            visitor.seen_at = time.monotonic()
+            return visitor
 
     def _forget_old(self) -> None:
-        while len(self._known) > MAX_VISITORS:
-            _, visitor = self._known.popitem(last=False)
-            shutil.rmtree(visitor.folder, ignore_errors=True)
+        spare = len(self._known) - MAX_VISITORS + 1
+        if spare <= 0:
+            return
+        for identity in [i for i, visitor in self._known.items() if visitor.can_be_forgotten][:spare]:
+            shutil.rmtree(self._known.pop(identity).root, ignore_errors=True)
 
     def close(self) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
+
+
+def sweep() -> None:
+    """Remove what servers that were killed left of their visitors."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        pid = folder.name.removeprefix(PREFIX).partition("-")[0]
+        if not (pid.isdigit() and psutil.pid_exists(int(pid))):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def visitor_id(request: gr.Request) -> str:
@@ -121,8 +150,8 @@ class VisitorCookie:
 
 def _has_cookie(scope: dict) -> bool:
     header = next((value.decode("latin1") for name, value in scope["headers"] if name == b"cookie"), "")
-    return COOKIE in SimpleCookie(header)
+    return COOKIE in cookie_parser(header)
 
 
 def _new_cookie() -> str:
-    return f"{COOKIE}={secrets.token_urlsafe(24)}; Path=/; Max-Age={ONE_YEAR_SEC}; HttpOnly; SameSite=Strict"
+    return f"{COOKIE}={secrets.token_urlsafe(24)}; Path=/; Max-Age={ONE_YEAR_SEC}; HttpOnly; SameSite=Lax"

@@ -1,0 +1,104 @@
+"""Each visitor stays who they are, keeps what is theirs, and nobody reaches the page through another site."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import pytest
+
+from dreambooth_moslora.ui.hosts import LOOPBACK
+from dreambooth_moslora.ui.page import launch_options
+from dreambooth_moslora.ui.visitors import COOKIE, KEPT_SEC, MAX_VISITORS, Visitors
+from tests.ui_server import serve
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def served(tiny_base, tmp_path_factory):
+    with serve(tiny_base, tmp_path_factory.mktemp("app")) as server:
+        yield server
+
+
+def test_the_cookie_is_unreadable_for_scripts_and_not_sent_across_sites(served):
+    answer = httpx.get(served.url)
+    cookie = next(value for value in answer.headers.get_list("set-cookie") if value.startswith("moslora_visitor="))
+    assert "HttpOnly" in cookie and "SameSite=Lax" in cookie
+
+
+@pytest.mark.parametrize("others", ["", "a/b=c; ", "bad cookie=1; ", "novalue; ", 'x={"a": 1}; '])
+def test_a_visitor_stays_the_same_whatever_other_cookies_the_host_has(served, others):
+    answer = httpx.get(served.url, headers={"Cookie": f"{others}{COOKIE}=x"})
+    assert answer.status_code == 200 and not answer.headers.get_list("set-cookie")
+
+
+def asker(secret: str) -> SimpleNamespace:
+    return SimpleNamespace(cookies={COOKIE: secret}, session_hash=None)
+
+
+def test_strangers_do_not_push_out_a_visitor_who_has_stored_something():
+    visitors = Visitors()
+    try:
+        ann = visitors.of(asker("ann"))
+        picture = ann.folder / "picture.png"
+        picture.write_bytes(b"x")
+        for number in range(3 * MAX_VISITORS):
+            visitors.of(asker(f"stranger {number}"))
+        assert visitors.of(asker("ann")) is ann and picture.exists()
+        assert len(list(visitors.root.iterdir())) == 1
+    finally:
+        visitors.close()
+
+
+def test_old_visitors_go_with_their_files(monkeypatch):
+    visitors = Visitors()
+    try:
+        ann = visitors.of(asker("ann"))
+        folder = ann.folder
+        ann.seen_at -= KEPT_SEC + 1
+        for number in range(MAX_VISITORS):
+            visitors.of(asker(f"stranger {number}"))
+        assert not folder.exists() and visitors.of(asker("ann")) is not ann
+    finally:
+        visitors.close()
+
+
+def test_a_page_on_the_loopback_answers_only_to_its_own_names(tiny_base, tmp_path):
+    with serve(tiny_base, tmp_path, **launch_options(LOOPBACK)) as server:
+        url, foreign = server.url, {"Origin": "http://evil.example"}
+        assert httpx.get(url).status_code == 200
+        assert httpx.get(url, headers={"Host": "evil.example:80"}).status_code == 421
+        sent = {"files": ("a.png", b"x")}
+        assert httpx.post(f"{url}gradio_api/upload", files=sent, headers=foreign).status_code == 403
+        own = {"Origin": url.rstrip("/")}
+        assert httpx.post(f"{url}gradio_api/upload", files=sent, headers=own).status_code == 200
+
+
+def test_nobody_reads_what_others_ask_for_from_the_monitor(served):
+    assert httpx.get(f"{served.url}monitoring/summary").status_code in (403, 404)
+    assert httpx.get(f"{served.url}monitoring").status_code in (403, 404)
+
+
+def test_a_page_that_is_terminated_leaves_no_visitors_files(tmp_path):
+    command = [sys.executable, "app.py", "--runs_dir", str(tmp_path / "runs"), "--server_port", str(free_port())]
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    (tmp_path / "moslora-app-999999999-left").mkdir()
+    app = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert any("Running on" in line for line in app.stdout)
+        assert len(list(tmp_path.glob("moslora-app-*"))) == 1
+        app.terminate()
+        assert app.wait(30) == 143
+    finally:
+        app.kill()
+    assert not list(tmp_path.glob("moslora-app-*"))
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
