@@ -21,6 +21,7 @@ from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.rundir import RunDir
 from dreambooth_moslora.stopping import INTERRUPTED, StopRequest
+from dreambooth_moslora.terminal import lasting_output
 from dreambooth_moslora.threads import wait_without_spinning
 
 __all__ = ["COMMANDS", "main", "train_main"]
@@ -48,8 +49,13 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 
 def exit_code(run: Callable[[], int]) -> int:
-    """Run, and turn how it ended into a line and a code."""
+    """Run, and turn how it ended into a line and a code. Nobody needs to read what it prints: `| head` may leave."""
     wait_without_spinning()
+    with lasting_output():
+        return code_of(run)
+
+
+def code_of(run: Callable[[], int]) -> int:
     try:
         return run()
     except UserError as error:
@@ -57,9 +63,6 @@ def exit_code(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
     except Exception as error:
         if (line := known_trouble(error)) is not None:
             return complain(line)

@@ -6,9 +6,11 @@ changes nothing; a third leaves at once, which loses the steps since the last ch
 
 import os
 import signal
-import sys
 import threading
+from contextlib import suppress
 from types import FrameType
+
+from dreambooth_moslora.terminal import STDERR
 
 __all__ = ["StopRequest"]
 
@@ -47,4 +49,5 @@ class StopRequest:
             if self._interrupts > len(MESSAGES):
                 os._exit(INTERRUPTED)
         if first or number == signal.SIGINT:
-            os.write(sys.__stderr__.fileno(), MESSAGES[max(0, self._interrupts - 1)].encode())
+            with suppress(OSError):  # nobody reads: `| tee` was stopped by the same Ctrl-C
+                os.write(STDERR, MESSAGES[max(0, self._interrupts - 1)].encode())

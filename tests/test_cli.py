@@ -132,27 +132,59 @@ def test_a_third_ctrl_c_leaves_at_once():
     assert process.wait(timeout=20) == 130
 
 
-def test_two_ctrl_c_during_training_leave_a_checkpoint_and_an_adapter(photos, tiny_base, tmp_path):
-    from safetensors import safe_open
-
-    run = RunDir(tmp_path / "run")
-    words = ["--pretrained_model_name_or_path", tiny_base, "--instance_data_dir", photos, "--output_dir", run.path]
+def start_training(photos, base, run):
+    """A training of the real script in its first steps."""
+    words = ["--pretrained_model_name_or_path", base, "--instance_data_dir", photos, "--output_dir", run.path]
     words += ["--instance_prompt", "a photo of sks toy", "--resolution", "64", "--train_batch_size", "1"]
     words += ["--max_train_steps", "100000", "--num_validation_images", "0", "--report_to", "none", "--seed", "1"]
-    process = subprocess.Popen([sys.executable, SCRIPT, *map(str, words)], env=ENVIRONMENT, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *map(str, words)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     while not any(event["type"] == "step" for event in run.read_metrics()):
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.1)
+    return process
+
+
+def check_interrupted(run):
+    """The number of the checkpoint that an interrupted run left, beside its adapter."""
+    from safetensors import safe_open
+
+    (checkpoint,) = run.checkpoints()
+    with safe_open(run.adapter_path, "pt") as file:
+        assert file.keys()
+    assert run.read_metrics()[-1]["state"] == "interrupted"
+    return checkpoint.name.removeprefix("checkpoint-")
+
+
+def test_two_ctrl_c_during_training_leave_a_checkpoint_and_an_adapter(photos, tiny_base, tmp_path):
+    run = RunDir(tmp_path / "run")
+    process = start_training(photos, tiny_base, run)
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.2)
     error = process.communicate()[1].decode()
     assert process.returncode == 130 and "stopped at step" in error and "Traceback" not in error
-    (checkpoint,) = run.checkpoints()
-    with safe_open(run.adapter_path, "pt") as file:
-        assert file.keys()
-    assert run.read_metrics()[-1]["state"] == "interrupted"
-    assert f"stopped at step {checkpoint.name.removeprefix('checkpoint-')}" in error
+    assert f"stopped at step {check_interrupted(run)}" in error
+
+
+def test_a_training_whose_readers_have_left_is_still_saved(photos, tiny_base, tmp_path):
+    """As `2>&1 | tee log` and Ctrl-C: `tee` is gone before the training is asked to stop."""
+    run = RunDir(tmp_path / "run")
+    process = start_training(photos, tiny_base, run)
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    assert int(check_interrupted(run)) > 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a POSIX shell")
+@pytest.mark.parametrize("ending", ["| true", "2>&- >&-"])
+def test_help_without_a_reader_is_no_failure(ending):
+    command = f'"{sys.executable}" "{SCRIPT}" --help {ending}'
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], env=ENVIRONMENT, capture_output=True)
+    assert done.returncode == 0 and done.stderr == b""
 
 
 def test_a_bug_ends_with_1_and_its_traceback_in_the_log(photos, tmp_path, monkeypatch, capsys):

@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
         "streaming",
         "memory",
         "threads",
+        "terminal",
         "rundir",
         "prompts",
         "contact_sheet",
