@@ -30,6 +30,8 @@ COMMANDS = ("check", "export", "evaluate", "compare", "generate", "doctor", "inf
 DONE, OUR_BUG, MISTAKE = 0, 1, 2
 PROGRAM = "python -m dreambooth_moslora"
 FILE_MISTAKES = (errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
+LONGEST_NAME_BYTES = 200
+"""Of a run: files are named by it, with a suffix, and file systems take 255."""
 OUT_OF_MEMORY = (
     "out of GPU memory: try --gradient_checkpointing, --train_batch_size 1, --mixed_precision bf16, a smaller "
     "--resolution or --base_quantization nf4; --dry_run estimates the need."
@@ -121,14 +123,14 @@ def run_training(config: TrainConfig) -> int:
         print(describe_run(config))
         return DONE
     with StopRequest() as stop:
-        start_log(config)
+        file_only = start_log(config)
         try:
             return run_trainer(config, stop)
         except UserError as error:
-            logging.getLogger(__name__).error("%s", error)
+            file_only.error("%s", error)
             raise
         except Exception:
-            logging.getLogger(__name__).error("stopped by an error", exc_info=True)
+            file_only.error("stopped by an error", exc_info=True)
             raise
 
 
@@ -176,8 +178,11 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def start_log(config: TrainConfig) -> None:
-    """Everything that is logged goes to the run folder; warnings go to the terminal as well."""
+def start_log(config: TrainConfig) -> logging.Logger:
+    """Everything that is logged goes to the run folder; warnings go to the terminal as well.
+
+    What the returned logger says goes to the run folder alone: the terminal hears of a run's end by `exit_code`.
+    """
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -186,12 +191,19 @@ def start_log(config: TrainConfig) -> None:
     terminal = logging.StreamHandler()
     terminal.setLevel(logging.WARNING)
     terminal.setFormatter(logging.Formatter("%(message)s"))
+    file = log_file(RunDir(config.output_dir)) if is_main_process() else logging.NullHandler()
+    file_only = logging.Logger(__name__)
+    file_only.addHandler(file)
     root.addHandler(terminal)
-    if is_main_process():
-        root.addHandler(log_file(RunDir(config.output_dir)))
+    root.addHandler(file)
+    return file_only
 
 
 def log_file(run_dir: RunDir) -> logging.Handler:
+    if len(os.fsencode(run_dir.name)) > LONGEST_NAME_BYTES:
+        raise UserError(
+            f"--output_dir {run_dir.path}: the name is too long; {LONGEST_NAME_BYTES} bytes are left for it."
+        )
     try:
         run_dir.path.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(run_dir.log_path, encoding="utf-8")

@@ -187,14 +187,36 @@ def test_help_without_a_reader_is_no_failure(ending):
     assert done.returncode == 0 and done.stderr == b""
 
 
-def test_a_bug_ends_with_1_and_its_traceback_in_the_log(photos, tmp_path, monkeypatch, capsys):
+def needed(base, photos, run):
+    words = ["--pretrained_model_name_or_path", base, "--instance_data_dir", photos, "--instance_prompt", "x"]
+    return [*map(str, words), "--output_dir", str(run), "--resolution", "64", "--report_to", "none"]
+
+
+def test_a_bug_ends_with_1_and_its_traceback_once_on_the_terminal_and_in_the_log(photos, tmp_path, monkeypatch, capsys):
     from dreambooth_moslora import trainer
 
     monkeypatch.setattr(trainer, "make_accelerator", lambda *_: fail(ZeroDivisionError("unforeseen")))
-    words = ["--pretrained_model_name_or_path", "toy", "--instance_data_dir", str(photos), "--instance_prompt", "x"]
-    assert train_main([*words, "--output_dir", str(tmp_path / "run")]) == 1
-    assert "unforeseen" in (tmp_path / "run" / "train.log").read_text()
-    assert "Traceback" in capsys.readouterr().err
+    assert train_main(needed("toy", photos, tmp_path / "run")) == 1
+    assert (tmp_path / "run" / "train.log").read_text().count("ZeroDivisionError: unforeseen") == 1
+    assert capsys.readouterr().err.count("ZeroDivisionError: unforeseen") == 1
+
+
+LATE_MISTAKES = {
+    "no photos": (["--instance_data_dir", "missing"], "missing: no such folder"),
+    "class_data_dir": (["--with_prior_preservation", "--class_prompt", "y", "--class_data_dir", "file"], "file"),
+    "cache_dir": (["--caching", "disk", "--cache_dir", "file"], "Not a directory: file/encoded"),
+    "long name": (["--output_dir", "n" * 250], "the name is too long"),
+}
+
+
+@pytest.mark.parametrize("name", LATE_MISTAKES)
+def test_a_mistake_that_is_found_late_is_one_line_too(name, photos, tiny_base, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("no folder")
+    words, says = LATE_MISTAKES[name]
+    assert train_main([*needed(tiny_base, photos, "run"), *words]) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line and "…" not in line and "/s]" not in line]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
 
 
 def test_dry_run_prints_settings_photos_steps_and_cost_and_does_nothing(photos, tiny_base, tmp_path, capsys):
