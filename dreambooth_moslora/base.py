@@ -22,10 +22,10 @@ from diffusers import (
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dreambooth_moslora.base_files import configs_beside
+from dreambooth_moslora.base_files import check_diffusers_folder, configs_beside, resolve_base
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.objective import NoiseSchedule
 from dreambooth_moslora.quantization import quantize
@@ -46,10 +46,10 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-TOY = Path(__file__).resolve().parents[1] / "assets" / "toy-sdxl"
-SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SingleFileComponentError)
 """What diffusers' converter raises for a damaged file, and for one of another model."""
+UNLOADABLE = (OSError, ValueError, OverflowError, RuntimeError, SafetensorError)
+"""What the loaders raise for damaged or missing parts of a folder."""
 
 
 class PlannedCrop(Protocol):
@@ -66,43 +66,6 @@ class TextCond:
 
     embeds: Tensor
     pooled: Tensor
-
-
-def resolve_base(name: str | Path) -> str | Path:
-    """`toy`, a folder, a single checkpoint file, or a hub id (returned as it is).
-
-    Raises UserError for a path that is not there, and for a folder that is no diffusers model.
-    """
-    if str(name) == "toy":
-        return existing_toy()
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise UserError(f"{path} is not a diffusers model: it has no model_index.json.")
-        return path
-    if path.is_file():
-        return single_file(path)
-    if not is_hub_id(str(name)):
-        raise UserError(f"the base {name} does not exist: give a diffusers folder, a .safetensors file or a hub id.")
-    return str(name)
-
-
-def existing_toy() -> Path:
-    if not (TOY / "model_index.json").is_file():
-        raise UserError(f"the embedded base is missing: {TOY} has no model_index.json; clone the whole repository.")
-    return TOY
-
-
-def single_file(path: Path) -> Path:
-    if path.suffix not in SINGLE_FILE_SUFFIXES:
-        raise UserError(f"{path} is neither a diffusers folder nor a .safetensors checkpoint.")
-    return path
-
-
-def is_hub_id(name: str) -> bool:
-    """`owner/model-1.0` has a dot and is an id; `owner/model.safetensors` and `./model` are paths."""
-    is_path = name.startswith((".", "~", "/")) or Path(name).suffix in SINGLE_FILE_SUFFIXES
-    return name.count("/") == 1 and not is_path
 
 
 def load_pipeline(
@@ -124,6 +87,8 @@ def load_pipeline(
     Raises UserError when the base is missing, is no SDXL model, or cannot be fetched.
     """
     source = resolve_base(name_or_path)
+    if isinstance(source, Path) and source.is_dir():
+        check_diffusers_folder(source, variant, has_vae=vae is None)
     dtype = dtype or torch.float32
     vae_dtype = vae_dtype or dtype
     options = {"dtype": dtype, "revision": revision, "cache_dir": cache_dir}
@@ -136,9 +101,12 @@ def load_pipeline(
             pipeline = StableDiffusionXLPipeline.from_pretrained(
                 source, variant=variant, add_watermarker=False, **options, **parts
             )
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except UNLOADABLE as error:
         raise UserError(f"the base model {name_or_path} cannot be loaded: {one_line(error)}") from error
     check_is_sdxl(pipeline, name_or_path)
+    check_is_whole(pipeline, name_or_path)
     if pipeline.vae.dtype != vae_dtype:
         pipeline.vae.to(vae_dtype)
     freeze(pipeline)
@@ -149,7 +117,7 @@ def load_pipeline(
 def load_vae(name: str | Path, dtype: torch.dtype, cache_dir: str | Path | None) -> AutoencoderKL:
     try:
         return AutoencoderKL.from_pretrained(name, dtype=dtype, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
+    except UNLOADABLE as error:
         raise UserError(f"the VAE {name} cannot be loaded: {one_line(error)}") from error
 
 
@@ -188,6 +156,14 @@ def check_is_sdxl(pipeline: StableDiffusionXLPipeline, name: str | Path) -> None
     unet = pipeline.unet
     if unet is None or pipeline.text_encoder_2 is None or unet.config.addition_embed_type != "text_time":
         raise UserError(f"{name} is not an SDXL base model (two text encoders and size conditioning are needed).")
+
+
+def check_is_whole(pipeline: StableDiffusionXLPipeline, name: str | Path) -> None:
+    """A weight that no file has is left without memory by the loader."""
+    for part, model in pipeline.components.items():
+        weights = model.named_parameters() if isinstance(model, nn.Module) else ()
+        if missing := next((weight for weight, value in weights if value.is_meta), None):
+            raise UserError(f"the base model {name} is not whole: the files of its {part} have no {missing}.")
 
 
 def freeze(pipeline: StableDiffusionXLPipeline) -> None:

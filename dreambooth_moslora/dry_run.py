@@ -20,7 +20,7 @@ def describe_run(config: TrainConfig) -> str:
     """Everything that `--dry_run` prints. Raises UserError for what training would refuse of photos and base."""
     report = examine(instance_photos(config), config.resolution)
     plan = plan_steps(config, len(report.photos), int(os.environ.get("WORLD_SIZE", "1")))
-    size = size_of_base(base_folder(config), config.target_modules)
+    size = size_of_base(base_folder(config), config.target_modules, config.variant)
     cost = estimate(config, size, plan.total_steps, len(report.photos))
     sections = {
         "settings": settings_lines(config),

@@ -5,12 +5,12 @@ measured once on SDXL's UNet (bf16, one image of 1024 px, CPU: 6.7 GiB, about a 
 checkpointing, plus 0.4 GiB that does not depend on the size) and taken as proportional to pixels, batch and bytes.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.weight_headers import tensor_shapes
 
 __all__ = ["BaseSize", "Estimate", "estimate", "size_of_base"]
 
@@ -22,7 +22,6 @@ ACTIVATION_GIB, CHECKPOINTED_SHARE, FIXED_GIB = 6.7, 0.33, 0.4
 DECODER_BYTES_A_PIXEL = 4300
 """Peak of the fp32 VAE's decoder beside its weights, a pixel of the picture."""
 PNG_BYTES_A_PIXEL = 1.6
-SHARD_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,12 @@ class Estimate:
         return max(self.encoding_gib, self.training_gib, self.sampling_gib)
 
 
-def size_of_base(folder: Path | None, target_modules: tuple[str, ...]) -> BaseSize:
-    """Counted from the diffusers folder of the base; SDXL's own size when there is none to look into."""
-    shapes = {part: tensor_shapes(folder / part) for part in PARTS} if folder is not None else {}
+def size_of_base(folder: Path | None, target_modules: tuple[str, ...], variant: str | None = None) -> BaseSize:
+    """Counted from the diffusers folder of the base; SDXL's own size when there is none to look into.
+
+    Raises UserError for damaged files.
+    """
+    shapes = {part: tensor_shapes(folder / part, variant) for part in PARTS} if folder is not None else {}
     if not shapes or not all(shapes.values()):
         return BaseSize()
     ends = tuple(f".{name}.weight" for name in target_modules)
@@ -67,23 +69,6 @@ def size_of_base(folder: Path | None, target_modules: tuple[str, ...]) -> BaseSi
 
 
 PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")
-
-
-def tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    """Names and shapes of the weights in a component's folder, of one precision when there are several."""
-    files = sorted(folder.glob(f"*{SHARD_SUFFIX}"))
-    plain = [file for file in files if not file.name.endswith((".fp16.safetensors", ".bf16.safetensors"))]
-    shapes: dict[str, list[int]] = {}
-    for file in plain or files:
-        header = read_header(file)
-        shapes |= {name: facts["shape"] for name, facts in header.items() if name != "__metadata__"}
-    return shapes
-
-
-def read_header(path: Path) -> dict[str, dict]:
-    """The JSON header of a safetensors file."""
-    with path.open("rb") as file:
-        return json.loads(file.read(int.from_bytes(file.read(8), "little")))
 
 
 def estimate(config: TrainConfig, size: BaseSize, total_steps: int, photo_count: int) -> Estimate:

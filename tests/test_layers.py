@@ -43,6 +43,7 @@ LAYERS: list[set[str]] = [
         "photo_dataset",
         "photo_checks",
         "base_files",
+        "weight_headers",
         "crop_picture",
         "seeding",
         "cache",

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from dreambooth_moslora import metrics
-from dreambooth_moslora.base import TOY
+from dreambooth_moslora.base_files import TOY
 from dreambooth_moslora.encoders import Encoders, load_encoders
 from dreambooth_moslora.toy_truth import other_toy
 from toybox.captions import canonical_caption
