@@ -112,8 +112,12 @@ def require(settings: dict[str, Any]) -> None:
 
 def launcher_settings() -> dict[str, int]:
     """The launcher's own word on the rank wins, as in diffusers' script."""
-    rank = os.environ.get("LOCAL_RANK", "-1")
-    return {"local_rank": int(rank)} if rank != "-1" else {}
+    said = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
+    for name, value in said.items():
+        if not value.removeprefix("-").isdecimal():
+            raise UserError(f"{name}={value} in the environment: expected a whole number, as a launcher sets it.")
+    rank = int(said.get("LOCAL_RANK", "-1"))
+    return {"local_rank": rank} if rank != -1 else {}
 
 
 def complaint(word: str) -> str:

@@ -17,6 +17,7 @@ __all__ = ["INTERPOLATIONS", "MIXERS", "TrainConfig", "check_each"]
 MIXERS = ("orthogonal", "identity", "kaiming", "butterfly", "none")
 INTERPOLATIONS = ("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "aim", "mlflow", "clearml", "dvclive", "swanlab")
 PRECISIONS = ("no", "fp16", "bf16")
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 
@@ -115,8 +116,8 @@ class TrainConfig:
 
     optimizer: str = of_optimizer("AdamW", "AdamW or Prodigy", choices=("AdamW", "Prodigy"))
     use_8bit_adam: bool = of_optimizer(False, "AdamW with 8-bit states (bitsandbytes)")
-    adam_beta1: float = of_optimizer(0.9, "beta1 of Adam and Prodigy", low=0, high=1)
-    adam_beta2: float = of_optimizer(0.999, "beta2 of Adam and Prodigy", low=0, high=1)
+    adam_beta1: float = of_optimizer(0.9, "beta1 of Adam and Prodigy", low=0, below=1)
+    adam_beta2: float = of_optimizer(0.999, "beta2 of Adam and Prodigy", low=0, below=1)
     adam_epsilon: float = of_optimizer(1e-8, "epsilon of Adam and Prodigy", low=0)
     adam_weight_decay: float = of_optimizer(1e-4, "weight decay of the UNet's adapter", low=0)
     adam_weight_decay_text_encoder: float = of_optimizer(1e-3, "weight decay of the text encoders' adapters", low=0)
@@ -154,7 +155,7 @@ class TrainConfig:
     checkpoints_total_limit: int | None = of_run(None, "checkpoints to keep", low=1)
     resume_from_checkpoint: str | None = of_run(None, 'a checkpoint folder, or "latest"')
     logging_dir: str = of_run("logs", "folder of the trackers' logs inside the run folder")
-    report_to: str = of_run("tensorboard", "tensorboard, wandb, comet_ml, trackio, all or none")
+    report_to: str = of_run("tensorboard", "where the numbers go", choices=(*TRACKERS, "all", "none"))
     dry_run: bool = of_run(False, "print what would be done, and what it would cost, and exit")
 
     push_to_hub: bool = of_hub(False, "upload the adapter and its card when done; never the photos")

@@ -37,15 +37,17 @@ def option(
     low: float | None = None,
     above: float | None = None,
     high: float | None = None,
+    below: float | None = None,
     choices: tuple[str, ...] = (),
     required: bool = False,
     secret: bool = False,
 ) -> Any:
-    """A dataclass field with its help, its bounds (low <= value <= high, value > above) and its choices.
+    """A dataclass field with its help, its bounds (low <= value <= high, above < value < below) and its choices.
 
     `required`: the command line must give it. `secret`: it is never written to a file.
     """
-    facts = {"help": help, "group": group, "low": low, "above": above, "high": high, "choices": choices}
+    bounds = {"low": low, "above": above, "high": high, "below": below}
+    facts = {"help": help, "group": group, "bounds": bounds, "choices": choices}
     return field(default=default, metadata={**facts, "required": required, "secret": secret})
 
 
@@ -130,10 +132,12 @@ def check_limits(item: Field, value: Any) -> None:
     if facts["choices"] and value not in facts["choices"]:
         raise UserError(f"--{item.name} {value}: choose one of {', '.join(facts['choices'])}.")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        _check_number(item.name, value, facts["low"], facts["above"], facts["high"])
+        _check_number(item.name, value, **facts["bounds"])
 
 
-def _check_number(name: str, value: float, low: float | None, above: float | None, high: float | None) -> None:
+def _check_number(
+    name: str, value: float, low: float | None, above: float | None, high: float | None, below: float | None
+) -> None:
     if value != value or value in (float("inf"), float("-inf")):
         raise UserError(f"--{name} {value}: must be a finite number.")
     if low is not None and value < low:
@@ -142,6 +146,8 @@ def _check_number(name: str, value: float, low: float | None, above: float | Non
         raise UserError(f"--{name} {value:g}: must be more than {above:g}.")
     if high is not None and value > high:
         raise UserError(f"--{name} {value:g}: must be at most {high:g}.")
+    if below is not None and value >= below:
+        raise UserError(f"--{name} {value:g}: must be less than {below:g}.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -15,6 +15,13 @@ def load_settings(path: Path | str) -> dict[str, Any]:
     """The file's settings by name, tables flattened: `[training] seed = 1` is `seed = 1`. Raises UserError."""
     path = Path(path)
     try:
+        return flatten(parsed(path), path)
+    except RecursionError:
+        raise UserError(f"--config {path}: it is nested too deeply.") from None
+
+
+def parsed(path: Path) -> dict[str, Any]:
+    try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: {reason_of(error)}.") from error
@@ -25,7 +32,7 @@ def load_settings(path: Path | str) -> dict[str, Any]:
         raise UserError(f"--config {path} is not valid {kind}: {error}.") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected names and values, found a {type(values).__name__}.")
-    return flatten(values, path)
+    return values
 
 
 def reason_of(error: Exception) -> str:

@@ -112,9 +112,8 @@ def subject_of(config: TrainConfig) -> Subject:
     """The token and the class word: as given, or what the instance prompt has and the class prompt lacks."""
     words = noun_of(config.instance_prompt).split()
     kind = noun_of(config.class_prompt).split() if config.class_prompt else []
-    if config.token is not None:
-        words = (config.instance_prompt.split(config.token, 1)[-1] if config.token in config.instance_prompt else "",)
-        found = Subject(config.token, noun_of(words[0].strip()))
+    if token := (config.token or "").strip():
+        found = Subject(token, noun_of(config.instance_prompt.partition(token)[2].strip()))
     elif kind and words[-len(kind) :] == kind:
         found = Subject(" ".join(words[: -len(kind)]), " ".join(kind))
     else:

@@ -183,7 +183,10 @@ def test_names_are_listed_with_spaces_or_commas(words):
         (["--rank", "2.5"], "expected a whole number"),
         (["--rank", "0"], "--rank 0: must be at least 1"),
         (["--learning_rate", "nan"], "finite"),
-        (["--adam_beta1", "2"], "at most 1"),
+        (["--adam_beta1", "1"], "--adam_beta1 1: must be less than 1"),
+        (["--adam_beta2", "1"], "less than 1"),
+        (["--lora_dropout", "1"], "at most 0.99"),
+        (["--report_to", "foo"], "--report_to foo: choose one of tensorboard, wandb"),
         (["--lora_alpha", "0"], "more than 0"),
         (["--mixer", "random"], "choose one of orthogonal, identity"),
         (["--random_flip", "perhaps"], "true or false"),
@@ -232,6 +235,8 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
         ("a.toml", "rank = ", "not valid TOML"),
         ("a.json", "{", "not valid JSON"),
         ("a.json", "[1]", "found a list"),
+        ("a.json", '{"a": ' * 100_000, "nested too deeply"),
+        ("a.toml", "a = " + "[" * 100_000, "nested too deeply"),
         ("a.toml", "rnak = 3", "unknown setting `rnak`: did you mean `rank`?"),
         ("a.toml", "rank = 3\n[x]\nrank = 4", "given twice"),
         ("a.toml", 'rank = "many"', "expected a whole number"),
@@ -268,6 +273,12 @@ def test_the_json_of_a_run_is_taken_back_and_holds_no_secret(tmp_path):
 def test_the_launcher_says_the_rank(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert parse_train_config([*NEEDED, "--local_rank", "1"]).local_rank == 3
+
+
+def test_a_launcher_that_says_no_number_is_named(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "abc")
+    with pytest.raises(UserError, match="LOCAL_RANK=abc in the environment: expected a whole number"):
+        parse_train_config(NEEDED)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -1,5 +1,7 @@
 """The token, the class word, and the templates."""
 
+from dataclasses import replace
+
 import pytest
 
 from dreambooth_moslora.config import TrainConfig
@@ -49,3 +51,8 @@ def test_samples_are_of_the_validation_prompt_or_the_instance_prompt():
     assert validation_prompts(TrainConfig(instance_prompt="sks dog")) == ("sks dog",)
     assert validation_prompts(TrainConfig(instance_prompt="sks dog", validation_prompt="v")) == ("v",)
     assert all("sks dog" in prompt for prompt in context_prompts(TrainConfig(instance_prompt="a photo of sks dog")))
+
+
+def test_an_empty_token_is_none():
+    config = TrainConfig(instance_prompt="a photo of sks dog", class_prompt="a dog")
+    assert subject_of(replace(config, token="")) == subject_of(replace(config, token=" ")) == subject_of(config)
