@@ -135,6 +135,9 @@ def run_training(config: TrainConfig) -> int:
 
 
 def run_trainer(config: TrainConfig, stop: StopRequest) -> int:
+    from dreambooth_moslora.preflight import preflight
+
+    preflight(config)
     from dreambooth_moslora.progress import TerminalProgress
     from dreambooth_moslora.trainer import train
 

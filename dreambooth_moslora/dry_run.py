@@ -5,11 +5,11 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
-from dreambooth_moslora.base_files import base_folder
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.estimate import Estimate, estimate, size_of_base
 from dreambooth_moslora.photo_checks import examine
 from dreambooth_moslora.photos import PhotoReport, instance_photos
+from dreambooth_moslora.preflight import nearest_existing, preflight
 from dreambooth_moslora.prompts import subject_of
 from dreambooth_moslora.steps import StepPlan, plan_steps
 
@@ -18,9 +18,10 @@ __all__ = ["describe_run", "remarks"]
 
 def describe_run(config: TrainConfig) -> str:
     """Everything that `--dry_run` prints. Raises UserError for what training would refuse of photos and base."""
+    folder = preflight(config)
     report = examine(instance_photos(config), config.resolution)
     plan = plan_steps(config, len(report.photos), int(os.environ.get("WORLD_SIZE", "1")))
-    size = size_of_base(base_folder(config), config.target_modules, config.variant)
+    size = size_of_base(folder, config.target_modules, config.variant)
     cost = estimate(config, size, plan.total_steps, len(report.photos))
     sections = {
         "settings": settings_lines(config),
@@ -81,10 +82,6 @@ def cost_lines(config: TrainConfig, cost: Estimate) -> list[str]:
         f"disk: {cost.disk_gib:.2f} GiB, {cost.checkpoint_gib:.3f} GiB a checkpoint; free: {free:.1f} GiB",
         *(["the disk has too little room"] if free < cost.disk_gib else []),
     ]
-
-
-def nearest_existing(path: Path) -> Path:
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
 def remarks(config: TrainConfig) -> list[str]:

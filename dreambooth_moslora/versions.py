@@ -4,7 +4,9 @@ import re
 from collections.abc import Mapping
 from importlib import metadata
 
-__all__ = ["OPTIONAL", "RANGES", "bad_pairs", "installed_versions", "out_of_range"]
+from dreambooth_moslora.errors import UserError
+
+__all__ = ["OPTIONAL", "RANGES", "bad_pairs", "installed_versions", "out_of_range", "require_tracker"]
 
 RANGES = {
     "torch": ("2.9", "3"),
@@ -58,6 +60,12 @@ def version_of(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def require_tracker(name: str) -> None:
+    """Raises UserError for a tracker whose package is missing: accelerate would log nothing, and say nothing."""
+    if name not in ("none", "all", "tensorboard") and version_of(name) is None:
+        raise UserError(f"--report_to {name}: it is not installed; pip install {name}")
 
 
 def numbers(version: str) -> tuple[int, ...]:

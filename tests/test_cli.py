@@ -205,6 +205,9 @@ LATE_MISTAKES = {
     "no photos": (["--instance_data_dir", "missing"], "missing: no such folder"),
     "class_data_dir": (["--with_prior_preservation", "--class_prompt", "y", "--class_data_dir", "file"], "file"),
     "cache_dir": (["--caching", "disk", "--cache_dir", "file"], "Not a directory: file/encoded"),
+    "logging_dir": (["--report_to", "tensorboard", "--logging_dir", "../file"], "file is a file, not a folder"),
+    "tracker": (["--report_to", "wandb"], "--report_to wandb: it is not installed; pip install wandb"),
+    "projection": (["--target_modules", "to_q", "to_out"], "no such projection; did you mean to_out.0?"),
     "long name": (["--output_dir", "n" * 250], "the name is too long"),
 }
 

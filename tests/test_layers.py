@@ -23,6 +23,7 @@ LAYERS: list[set[str]] = [
         "memory",
         "threads",
         "terminal",
+        "targets",
         "rundir",
         "prompts",
         "contact_sheet",
@@ -89,7 +90,7 @@ LAYERS: list[set[str]] = [
         "compare_report",
         "compare_plots",
     },
-    {"cli", "progress", "dry_run", "estimate", "stopping", "commands", "ui.jobs"},
+    {"cli", "preflight", "progress", "dry_run", "estimate", "stopping", "commands", "ui.jobs"},
     {"ui"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,22 @@
+"""The names of `--target_modules`: those of a UNet pass, others are answered with the nearest one."""
+
+import pytest
+
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.targets import check_targets
+
+LAYERS = ["conv_in", "down.0.attn1.to_q", "down.0.attn1.to_k", "down.0.attn1.to_out.0", "mid.proj_in"]
+
+
+@pytest.mark.parametrize("names", [("to_q", "to_out.0"), ("attn1.to_k",), ("conv_in",), ("down.0.attn1.to_q",)])
+def test_ends_of_layers_paths_pass(names):
+    check_targets(names, LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("to_foo", "did you mean to_"), ("to_out", "did you mean to_out.0"), ("o_q", "mean to_q"), ("zzz", "to_v")],
+)
+def test_a_name_that_matches_nothing_is_answered_with_a_near_one(name, says):
+    with pytest.raises(UserError, match=f"--target_modules {name}: .*{says}"):
+        check_targets(("to_q", name), LAYERS)
