@@ -209,7 +209,7 @@ def log_file(run_dir: RunDir) -> logging.Handler:
         )
     try:
         run_dir.path.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(run_dir.log_path, encoding="utf-8")
+        handler = logging.FileHandler(run_dir.log_path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"--output_dir {run_dir.path}: cannot be written: {error.strerror}.") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

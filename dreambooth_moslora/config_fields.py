@@ -104,12 +104,17 @@ def to_float(value: Any) -> float | None:
 
 
 def to_str(value: Any) -> str | None:
-    return str(value) if isinstance(value, (str, Path)) else None
+    return str(value) if isinstance(value, (str, Path)) and is_text(str(value)) else None
+
+
+def is_text(value: str) -> bool:
+    """Not so: bytes of a command line that are not UTF-8, and NUL. They cannot be written into the run's files."""
+    return "\0" not in value and value == value.encode("utf-8", "replace").decode()
 
 
 def to_words(value: Any) -> tuple[str, ...] | None:
     words = [value] if isinstance(value, str) else value
-    if not isinstance(words, (list, tuple)) or not all(isinstance(word, str) for word in words):
+    if not isinstance(words, (list, tuple)) or not all(to_str(word) is not None for word in words):
         return None
     return tuple(part.strip() for part in ",".join(words).split(",") if part.strip())
 

@@ -6,5 +6,9 @@ __all__ = ["UserError"]
 class UserError(ValueError):
     """A mistake of the person at the keyboard: its text is one line that says what was wrong and what to do.
 
-    Command-line programs print it without a traceback and exit with code 2.
+    Command-line programs print it without a traceback and exit with code 2. Bytes in it that are no text, as file
+    names may have, are spelled out.
     """
+
+    def __init__(self, text: str):
+        super().__init__(text.encode("utf-8", "backslashreplace").decode())

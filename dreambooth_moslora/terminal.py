@@ -1,4 +1,5 @@
-"""Standard output and error that never end a run: what cannot be written any more is left out.
+"""Standard output and error that never end a run: what cannot be written any more is left out, what the terminal has
+no letters for is spelled out.
 
 `train … | tee log` and Ctrl-C end `tee` first, and a terminal may be closed: the run has its folder to save, and its
 own exit code. From the first failed write on, the stream goes to nowhere.
@@ -8,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import Any, TextIO
 
 __all__ = ["STDERR", "lasting_output"]
@@ -54,4 +56,7 @@ def lasting_output() -> Iterator[None]:
 
 def lasting(stream: TextIO | None) -> LastingStream:
     """A stream that was closed from the start (`2>&-`) is None in Python."""
-    return LastingStream(stream or open(os.devnull, "w"))
+    stream = stream or open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(stream, TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+    return LastingStream(stream)

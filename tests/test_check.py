@@ -1,12 +1,18 @@
 """`python -m dreambooth_moslora check`: the JSON as promised, the picture, and the exit codes."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from dreambooth_moslora.cli import main
 from tests.odd_photos import CASES, make_folder, picture
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -43,6 +49,21 @@ def test_the_picture_shows_every_photo_and_its_crops(tmp_path, monkeypatch, caps
     with Image.open("photos_crops.png") as sheet:
         colours = {sheet.getpixel((x, sheet.height // 2)) for x in range(sheet.width)}
     assert len(colours) > 4
+
+
+def test_a_name_that_is_no_text_is_spelled_out(tmp_path):
+    """In the report, in the error line, and on a terminal that knows less than UTF-8."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "-m", "dreambooth_moslora", "check", ".", "--no_picture", "--resolution", "64"]
+    check = lambda: subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)  # noqa: E731
+    Path(os.fsdecode(bytes(tmp_path) + b"/broken\xff.png")).write_bytes(b"no picture")
+    done = check()
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
+    assert rb"broken\udcff.png (broken: not a picture" in done.stderr
+    picture().save(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.png"))
+    (tmp_path / "雪.txt").touch()
+    done = check()
+    assert done.returncode == 0 and rb"ok    caf\udce9.png" in done.stdout and rb"left  \u96ea.txt" in done.stdout
 
 
 def test_nothing_usable_exits_2_with_one_line_and_valid_json(tmp_path, capsys):

@@ -222,6 +222,15 @@ def test_a_mistake_that_is_found_late_is_one_line_too(name, photos, tiny_base, t
     assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
 
 
+def test_photos_whose_names_are_no_text_are_trained_on(photos, tiny_base, tmp_path, capfd):
+    (photos / "0.png").rename(os.fsdecode(bytes(photos) + b"/caf\xe9.png"))
+    Path(os.fsdecode(bytes(photos) + b"/broken\xff.png")).write_bytes(b"no picture")
+    words = [*needed(tiny_base, photos, tmp_path / "run"), "--max_train_steps", "1", "--train_batch_size", "1"]
+    assert train_main([*words, "--num_validation_images", "1"]) == 0
+    assert r"broken\udcff.png is left out" in capfd.readouterr().err
+    assert r"broken\udcff.png is left out" in (tmp_path / "run" / "train.log").read_text()
+
+
 def test_dry_run_prints_settings_photos_steps_and_cost_and_does_nothing(photos, tiny_base, tmp_path, capsys):
     from diffusers import UNet2DConditionModel
 

@@ -193,6 +193,10 @@ def test_names_are_listed_with_spaces_or_commas(words):
         (["--resolution", "1001"], "multiple of 8, such as 1000"),
         (["--with_prior_preservation"], "needs --class_prompt"),
         (["--dataset_name", "y"], "not both"),
+        (["--instance_prompt", "a caf\udce9"], r"--instance_prompt 'a caf\udce9': expected text"),
+        (["--output_dir", "\udcff"], r"--output_dir '\udcff': expected text"),
+        (["--target_modules", "to_\udcff"], "expected a list of names"),
+        (["--\udcff"], r"unknown flag --\udcff"),
         (["--config", "missing.toml"], "there is no such file"),
     ],
 )

@@ -53,9 +53,9 @@ def run(args: argparse.Namespace) -> int:
     report = find_photos(folder, config.instance_prompt, config.resolution, alpha=config.alpha)
     report = examine(report, config.resolution)
     picture = None if args.no_picture or not report.photos else draw(report, config, picture_path(args, folder))
-    print(json.dumps(as_json(report), indent=1) if args.json else printable(as_text(report, picture)))
+    print(json.dumps(as_json(report), indent=1) if args.json else as_text(report, picture))
     if not report.photos:
-        raise UserError(f"no usable photo in {printable(str(folder))}: {printable(summary_of_skipped(report))}")
+        raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
     if args.json and picture:
         print(f"the crops: {picture}", file=sys.stderr)
     return 0
@@ -96,11 +96,6 @@ def as_text(report: Any, picture: Path | None) -> str:
         f"{len(report.photos)} usable, {len(report.skipped)} left out, {len(report.sidecars)} captions and masks"
     )
     return "\n".join([*lines, *([f"the crops: {picture}"] if picture else [])])
-
-
-def printable(text: str) -> str:
-    """File names may hold bytes that are no text."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def draw(report: Any, config: TrainConfig, path: Path) -> Path | None:
