@@ -1,45 +1,70 @@
-"""Captions beside photos: `name.txt`, or one `metadata.jsonl` for the folder (the form of the datasets library)."""
+"""What lies beside photos: `name.txt` and `name.mask.png`, or one `metadata.jsonl` of captions for the folder.
+
+`metadata.jsonl` is in the form of the datasets library. Suffixes are known in small and capital letters.
+"""
 
 import json
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["METADATA", "Captions"]
+__all__ = ["CAPTION_SUFFIX", "MASK_SUFFIX", "METADATA", "Captions", "sidecar_of", "sidecars_of"]
 
 METADATA = "metadata.jsonl"
+CAPTION_SUFFIX, MASK_SUFFIX = ".txt", ".mask.png"
 CAPTION_KEYS = ("text", "caption", "prompt")
+
+
+def sidecar_of(path: Path) -> tuple[str, str] | None:
+    """`dog.Mask.PNG` -> ("dog", ".mask.png"); None for a file that is neither caption nor mask by its name."""
+    for suffix in (MASK_SUFFIX, CAPTION_SUFFIX):
+        if path.name.lower().endswith(suffix):
+            return path.name[: -len(suffix)], suffix
+    return None
+
+
+def sidecars_of(paths: Iterable[Path]) -> dict[tuple[str, str], Path]:
+    """{(photo's stem, suffix): file}. Of two spellings the one in small letters counts, which sorts last."""
+    return {named: path for path in sorted(paths) if (named := sidecar_of(path))}
 
 
 class Captions:
     """Captions of one folder. `complaints` are (file, reason) of what could not be read."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, sidecars: dict[tuple[str, str], Path]):
         self.complaints: list[tuple[Path, str]] = []
+        self._sidecars = sidecars
         self._by_name = self._read_metadata(folder / METADATA)
 
     def of(self, photo: Path) -> str | None:
         """The photo's own caption in one line, or None."""
-        beside = photo.with_suffix(".txt")
-        text = self._read_text(beside) if beside.is_file() else ""
+        beside = self._sidecars.get((photo.stem, CAPTION_SUFFIX))
+        text = self._caption_in(beside) if beside and beside.is_file() else ""
         return text or self._by_name.get(photo.name)
 
-    def _read_text(self, path: Path) -> str:
-        try:
-            text = one_line(path.read_text(encoding="utf-8-sig", errors="replace"))
-        except OSError as error:
-            self.complaints.append((path, f"caption not read: {error.strerror}"))
-            return ""
-        if not text:
+    def _caption_in(self, path: Path) -> str:
+        text = self._text_of(path)
+        if text is not None and not one_line(text):
             self.complaints.append((path, "empty caption: the instance prompt is used"))
-        return text
+        return one_line(text or "")
 
-    def _read_metadata(self, path: Path) -> dict[str, str]:
-        if not path.is_file():
-            return {}
+    def _text_of(self, path: Path) -> str | None:
+        """UTF-8, or UTF-16 that says so as Windows' Notepad does; None, and a complaint, for anything else."""
         try:
-            lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+            content = path.read_bytes()
+            text = content.decode("utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig")
         except OSError as error:
             self.complaints.append((path, f"captions not read: {error.strerror}"))
-            return {}
+        except UnicodeDecodeError:
+            self.complaints.append((path, "captions not read: neither UTF-8 nor UTF-16 text; save it as UTF-8"))
+        else:
+            if "\0" not in text:
+                return text
+            self.complaints.append((path, "captions not read: it is not a text file"))
+        return None
+
+    def _read_metadata(self, path: Path) -> dict[str, str]:
+        lines = ((self._text_of(path) if path.is_file() else None) or "").split("\n")
         rows = [self._row(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
         return {name: caption for name, caption in rows if name and caption}
 
@@ -55,4 +80,5 @@ class Captions:
 
 
 def one_line(text: str) -> str:
-    return " ".join(text.split())
+    """JSON can spell half a character ("\\ud83d"), which no encoder reads: it becomes a question mark."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())

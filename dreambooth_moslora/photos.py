@@ -22,7 +22,7 @@ from dreambooth_moslora.photo_files import (
     to_rgb,
     upright,
 )
-from dreambooth_moslora.photo_sidecars import METADATA, Captions
+from dreambooth_moslora.photo_sidecars import MASK_SUFFIX, METADATA, Captions, sidecar_of, sidecars_of
 
 __all__ = [
     "CropPlan",
@@ -38,7 +38,6 @@ __all__ = [
     "smallest_side_px",
 ]
 
-MASK_SUFFIX = ".mask.png"
 JUNK = {".ds_store", "thumbs.db", "desktop.ini", "manifest.json", METADATA}
 
 
@@ -116,33 +115,34 @@ def find_photos(folder: Path, instance_prompt: str, resolution_px: int, *, alpha
         paths = sorted(folder.iterdir())
     except PermissionError:
         raise UserError(f"{folder}: cannot be read (permission denied).") from None
-    reader = FolderReader(folder, instance_prompt, resolution_px, alpha)
-    return reader.read(paths)
+    reader = FolderReader(folder, paths, instance_prompt, resolution_px, alpha)
+    return reader.read()
 
 
 class FolderReader:
     """Sorts the files of one folder into photos, sidecars and the rest."""
 
-    def __init__(self, folder: Path, instance_prompt: str, resolution_px: int, alpha: str):
-        self.prompt, self.resolution_px, self.alpha = instance_prompt, resolution_px, alpha
-        self.captions = Captions(folder)
+    def __init__(self, folder: Path, paths: list[Path], instance_prompt: str, resolution_px: int, alpha: str):
+        self.paths, self.prompt, self.resolution_px, self.alpha = paths, instance_prompt, resolution_px, alpha
+        self.sidecars = sidecars_of(paths)
+        self.captions = Captions(folder, self.sidecars)
 
-    def read(self, paths: list[Path]) -> PhotoReport:
+    def read(self) -> PhotoReport:
         report = PhotoReport()
-        for path in paths:
+        for path in self.paths:
             if not is_sidecar_name(path):
                 item = self._read_one(path)
                 (report.photos if isinstance(item, Photo) else report.skipped).append(item)
         stems = {photo.path.stem for photo in report.photos}
-        for path in paths:
+        for path in self.paths:
             if is_sidecar_name(path):
                 self._sort_sidecar(path, stems, report)
         report.skipped.extend(Skipped(path, reason) for path, reason in self.captions.complaints)
         return report
 
     def _sort_sidecar(self, path: Path, stems: set[str], report: PhotoReport) -> None:
-        stem = path.name.removesuffix(MASK_SUFFIX).removesuffix(".txt")
-        if path.name == METADATA or stem in stems:
+        named = sidecar_of(path)
+        if named is None or (named[0] in stems and self.sidecars[named] == path):
             report.sidecars.append(path)
         else:
             report.skipped.append(Skipped(path, "stray: belongs to no photo"))
@@ -172,8 +172,8 @@ class FolderReader:
 
     def _mask_of(self, path: Path, image: Image.Image, reasons: list[str]) -> Path | None:
         """Where the mask is, if it can be used; why not is added to `reasons`."""
-        beside = path.with_name(path.stem + MASK_SUFFIX)
-        if beside.is_file():
+        beside = self.sidecars.get((path.stem, MASK_SUFFIX))
+        if beside and beside.is_file():
             problem = mask_problem(beside, image)
             if problem is None:
                 return beside
@@ -189,7 +189,7 @@ class FolderReader:
 
 
 def is_sidecar_name(path: Path) -> bool:
-    return path.name == METADATA or path.name.endswith((MASK_SUFFIX, ".txt"))
+    return path.name == METADATA or sidecar_of(path) is not None
 
 
 def stray_reason(path: Path) -> str | None:

@@ -122,6 +122,33 @@ def test_captions_come_from_the_text_beside_then_the_metadata_then_the_prompt(tm
     assert complaints == {("metadata.jsonl", "line"), ("d.txt", "empty")}
 
 
+def test_captions_are_read_as_notepad_saves_them_and_lines_end_only_at_line_feeds(tmp_path):
+    for name in ("a", "b", "c", "d", "e"):
+        picture().save(tmp_path / f"{name}.jpg")
+    (tmp_path / "a.txt").write_text("my sks toy, café", encoding="utf-16")
+    (tmp_path / "b.txt").write_bytes("my sks toy, café".encode("latin-1"))
+    rows = [{"file_name": "c.jpg", "text": "one\u2028two"}, {"file_name": "d.jpg", "text": "half \ud83d"}]
+    lines = [json.dumps(rows[0], ensure_ascii=False), json.dumps(rows[1]), ""]
+    (tmp_path / "metadata.jsonl").write_bytes("\r\n".join(lines).encode())
+    report = find_photos(tmp_path, PROMPT, 64)
+    assert [photo.caption for photo in report.photos] == ["my sks toy, café", PROMPT, "one two", "half ?", PROMPT]
+    assert [(item.path.name, item.reason.split(";")[0]) for item in report.skipped] == [
+        ("b.txt", "captions not read: neither UTF-8 nor UTF-16 text")
+    ]
+
+
+def test_suffixes_of_captions_and_masks_may_be_in_capitals(tmp_path):
+    picture().save(tmp_path / "1.JPG")
+    (tmp_path / "1.TXT").write_text("my sks toy")
+    Image.new("L", (128, 96), 255).save(tmp_path / "1.mask.PNG")
+    (tmp_path / "2.Txt").write_text("of no photo")
+    report = find_photos(tmp_path, PROMPT, 64)
+    (photo,) = report.photos
+    assert photo.caption == "my sks toy" and photo.mask_path == tmp_path / "1.mask.PNG"
+    assert [path.name for path in report.sidecars] == ["1.TXT", "1.mask.PNG"]
+    assert [(item.path.name, item.reason) for item in report.skipped] == [("2.Txt", "stray: belongs to no photo")]
+
+
 def test_a_mask_beside_the_photo_is_used_and_one_of_another_shape_is_refused(tmp_path):
     for name in ("a", "b", "c"):
         picture().save(tmp_path / f"{name}.jpg")
