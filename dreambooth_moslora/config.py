@@ -5,6 +5,7 @@ text, bounds and choices of each setting are in its field's metadata, so that th
 files and the web page say the same. How values get here from files and flags is `config_files` and `command_line`.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields
 from typing import Any
@@ -196,6 +197,8 @@ class TrainConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in shown.items()}
 
 
+PATH_NAMES = ("_dir", "_checkpoint", "_name_or_path")
+"""Ends of the names of settings in which `~` is the person's home: no shell has seen those in files and after `=`."""
 FIELD_TYPES = field_types(TrainConfig)
 SPELLINGS = {"optimizer": {"adamw": "AdamW", "prodigy": "Prodigy"}}
 """Other spellings, in lower case, of a setting's choices."""
@@ -206,7 +209,7 @@ def checked(item: Field, value: Any) -> Any:
     value = convert(item.name, value, FIELD_TYPES[item.name])
     value = SPELLINGS.get(item.name, {}).get(str(value).lower(), value)
     check_limits(item, value)
-    return value
+    return os.path.expanduser(value) if value and item.name.endswith(PATH_NAMES) else value
 
 
 def check_each(values: Mapping[str, Any]) -> None:

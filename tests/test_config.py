@@ -279,6 +279,21 @@ def test_the_launcher_says_the_rank(monkeypatch):
     assert parse_train_config([*NEEDED, "--local_rank", "1"]).local_rank == 3
 
 
+def test_a_tilde_is_the_persons_home_wherever_a_folder_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    (tmp_path / "r.toml").write_text('instance_data_dir = "~/photos"\ncache_dir = "~/cache"\nlogging_dir = "~/logs"')
+    words = ["--pretrained_model_name_or_path=~/base", "--instance_prompt", "~", "--config", str(tmp_path / "r.toml")]
+    config = parse_train_config([*words, "--output_dir=~/x", "--class_data_dir=~", "--resume_from_checkpoint=~/c"])
+    assert (config.instance_data_dir, config.output_dir) == ("/home/ann/photos", "/home/ann/x")
+    assert (config.cache_dir, config.class_data_dir, config.logging_dir) == (
+        "/home/ann/cache",
+        "/home/ann",
+        "/home/ann/logs",
+    )
+    assert (config.pretrained_model_name_or_path, config.instance_prompt) == ("/home/ann/base", "~")
+    assert config.resume_from_checkpoint == "/home/ann/c"
+
+
 def test_a_launcher_that_says_no_number_is_named(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "abc")
     with pytest.raises(UserError, match="LOCAL_RANK=abc in the environment: expected a whole number"):
