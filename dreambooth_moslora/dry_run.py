@@ -8,7 +8,7 @@ from pathlib import Path
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.estimate import Estimate, estimate, size_of_base
 from dreambooth_moslora.photo_checks import examine
-from dreambooth_moslora.photos import PhotoReport, instance_photos
+from dreambooth_moslora.photos import PhotoReport, photo_report
 from dreambooth_moslora.preflight import nearest_existing, preflight
 from dreambooth_moslora.prompts import subject_of
 from dreambooth_moslora.steps import StepPlan, plan_steps
@@ -19,7 +19,7 @@ __all__ = ["describe_run", "remarks"]
 def describe_run(config: TrainConfig) -> str:
     """Everything that `--dry_run` prints. Raises UserError for what training would refuse of photos and base."""
     folder = preflight(config)
-    report = examine(instance_photos(config), config.resolution)
+    report = examine(photo_report(config), config.resolution)
     plan = plan_steps(config, len(report.photos), int(os.environ.get("WORLD_SIZE", "1")))
     size = size_of_base(folder, config.target_modules, config.variant)
     cost = estimate(config, size, plan.total_steps, len(report.photos))

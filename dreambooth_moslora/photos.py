@@ -5,7 +5,9 @@ prompt. Its mask is `name.mask.png`, else its own transparency. Nothing in the f
 be used is listed with its reason.
 """
 
+import logging
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from PIL import Image, ImageChops
@@ -34,9 +36,12 @@ __all__ = [
     "instance_photos",
     "open_mask",
     "open_rgb",
+    "photo_report",
     "plan_crop",
     "smallest_side_px",
 ]
+
+logger = logging.getLogger(__name__)
 
 JUNK = {".ds_store", "thumbs.db", "desktop.ini", "manifest.json", METADATA}
 
@@ -80,6 +85,21 @@ def smallest_side_px(resolution_px: int) -> int:
 
 
 def instance_photos(config: TrainConfig) -> PhotoReport:
+    """`photo_report`, and one line in the log about files that were not meant to be photos."""
+    report = photo_report(config)
+    strays = [item for item in report.skipped if not item.is_photo and not item.path.name.startswith(".")]
+    if strays:
+        say_once(f"files not used ({len(strays)}): {summary_of_skipped(PhotoReport(skipped=strays))}")
+    return report
+
+
+@cache
+def say_once(line: str) -> None:
+    """A run may ask for its photos more than once."""
+    logger.warning("%s", line)
+
+
+def photo_report(config: TrainConfig) -> PhotoReport:
     """The photos of `--instance_data_dir` or `--dataset_name`. Raises UserError when none of them can be used."""
     if config.dataset_name:
         from dreambooth_moslora.photo_dataset import dataset_folder
