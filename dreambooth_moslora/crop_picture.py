@@ -56,7 +56,8 @@ def masked(image: Image.Image, mask: Image.Image | None) -> Image.Image:
 
 def with_frames(image: Image.Image, plans: list[CropPlan]) -> Image.Image:
     """The whole photo, small, with each crop's frame, padded to a square."""
-    small = ImageOps.contain(image, (SHOWN_PX, SHOWN_PX))
+    scale = SHOWN_PX / max(image.size)
+    small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     draw = ImageDraw.Draw(small)
     for plan in plans:
         draw.rectangle(frame_of(plan, small.size), outline=FRAME_COLOUR, width=3)
@@ -70,4 +71,5 @@ def frame_of(plan: CropPlan, shown: tuple[int, int]) -> tuple[float, float, floa
     top, left = plan.crop_top_left
     left = whole_width - width - left if plan.flip else left
     across, down = shown[0] / whole_width, shown[1] / whole_height
-    return left * across, top * down, (left + width) * across - 1, (top + height) * down - 1
+    left, right, top, bottom = left * across, (left + width) * across - 1, top * down, (top + height) * down - 1
+    return left, top, max(left, right), max(top, bottom)

@@ -51,6 +51,14 @@ def test_the_picture_shows_every_photo_and_its_crops(tmp_path, monkeypatch, caps
     assert len(colours) > 4
 
 
+@pytest.mark.parametrize(("name", "says"), [("out", "the crops: out.png"), ("out.xyz", "no picture: out.xyz: unknown")])
+def test_the_pictures_name_may_lack_its_suffix_or_have_a_foreign_one(name, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    picture(size_px=(16, 20000)).save(tmp_path / "long.png")
+    assert main(["check", ".", "--resolution", "64", "--picture", name]) == 0
+    assert says in "".join(capsys.readouterr()) and (tmp_path / "out.png").exists() == (name == "out")
+
+
 def test_a_name_that_is_no_text_is_spelled_out(tmp_path):
     """In the report, in the error line, and on a terminal that knows less than UTF-8."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"}

@@ -70,7 +70,9 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
 
 
 def picture_path(args: argparse.Namespace, folder: Path) -> Path:
-    return Path(args.picture) if args.picture else Path(f"{folder.resolve().name or 'photos'}_crops.png")
+    """A name without a suffix is a PNG."""
+    path = Path(args.picture or f"{folder.resolve().name or 'photos'}_crops.png")
+    return path if path.suffix else path.with_name(f"{path.name}.png")
 
 
 def as_json(report: Any) -> dict[str, Any]:
@@ -106,7 +108,7 @@ def draw(report: Any, config: TrainConfig, path: Path) -> Path | None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_contact_sheet(crop_rows(report.photos[:MAX_PICTURED], config), path)
-    except OSError as error:
-        print(f"no picture: {path}: {error.strerror or error}", file=sys.stderr)
+    except (OSError, ValueError) as error:  # ValueError: a suffix that is no format of pictures
+        print(f"no picture: {path}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
         return None
     return path
