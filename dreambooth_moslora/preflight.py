@@ -18,6 +18,10 @@ def preflight(config: TrainConfig) -> Path | None:
     require_tracker(config.report_to)
     if config.report_to in ("tensorboard", "all"):
         check_logging_dir(config)
+    if config.push_to_hub:
+        from dreambooth_moslora.hub import check_push
+
+        check_push(config)
     folder = base_folder(config)
     layers = [name.removesuffix(".weight") for name in unet_matrices(folder, config.variant)] if folder else []
     if layers:

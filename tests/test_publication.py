@@ -2,15 +2,17 @@
 
 import numpy as np
 import pytest
+from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
+from dreambooth_moslora import hub
 from dreambooth_moslora.adapter_file import AdapterFacts
 from dreambooth_moslora.card import CardFacts, model_card
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.contact_sheet import Row, draw_contact_sheet
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.hub import public_files, push
+from dreambooth_moslora.hub import check_push, public_files, push
 from dreambooth_moslora.loss_plot import draw_loss_plot, running_mean
 from dreambooth_moslora.proof import FileProof, Proof
 
@@ -43,10 +45,46 @@ def test_only_the_adapter_its_card_and_its_pictures_are_pushed(tmp_path):
     assert list(filter_repo_objects([*public, *private], allow_patterns=public_files(tmp_path))) == public
 
 
-def test_a_push_that_cannot_be_done_says_so_in_one_line_and_keeps_the_adapter(tmp_path):
-    with pytest.raises(UserError, match="could not be pushed") as error:
-        push(tmp_path, "owner/dog", "hf_token")
-    assert "\n" not in str(error.value)
+class Unreachable:
+    """A hub behind a network that is down, as its client tells it."""
+
+    def __init__(self, token=None):
+        pass
+
+    def create_repo(self, *_, **__):
+        raise TransportError("[Errno -3] Temporary failure\nin name resolution")
+
+    whoami = create_repo
+
+
+class TransportError(Exception):
+    """Like httpx's: no OSError."""
+
+
+def test_a_push_that_cannot_be_done_is_one_line_and_no_failure(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(hub, "HfApi", Unreachable)
+    assert push(tmp_path, "owner/dog", "hf_token") is None
+    (line,) = caplog.messages
+    assert "could not be pushed to the hub ([Errno -3] Temporary failure in name" in line and "\n" not in line
+
+
+def test_the_name_of_a_repository_is_checked_before_training_and_is_that_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "HfApi", Unreachable)
+    monkeypatch.setattr(hub, "is_offline_mode", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    check_push(TrainConfig(output_dir="."))
+    with pytest.raises(UserError, match="--hub_model_id: "):
+        check_push(TrainConfig(hub_model_id="no such/name/at all"))
+
+
+def test_a_token_that_the_hub_does_not_know_is_a_mistake_before_training(monkeypatch):
+    def refuse(*_):
+        raise LocalTokenNotFoundError("Token is required")
+
+    monkeypatch.setattr(hub, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(hub.HfApi, "whoami", refuse)
+    with pytest.raises(UserError, match="--push_to_hub: Token is required"):
+        check_push(TrainConfig())
 
 
 def test_the_cards_front_matter_is_yaml_whatever_the_prompt_holds():
