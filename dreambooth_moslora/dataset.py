@@ -150,9 +150,10 @@ class PhotoStream:
         return len(self.photos) * self.repeats
 
     def at(self, position: int) -> tuple[EncodedView, str]:
-        """The view and the caption of the exposure at `position` >= 0."""
+        """The view of the exposure at `position` >= 0, and one of its photo's captions, drawn anew each time."""
         photo, plan = self._exposure(position)
-        return self.encoder.encode(photo, plan), photo.caption
+        caption = rng(self.seed, self.name, "caption", position).choice(photo.captions)
+        return self.encoder.encode(photo, plan), caption
 
     def read_ahead(self, position: int) -> None:
         """Begin to read what `at` will be asked for soon."""

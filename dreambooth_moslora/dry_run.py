@@ -8,7 +8,7 @@ from pathlib import Path
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.estimate import Estimate, estimate, size_of_base
 from dreambooth_moslora.photo_checks import examine
-from dreambooth_moslora.photos import PhotoReport, photo_report
+from dreambooth_moslora.photos import PhotoReport, photo_report, quoted
 from dreambooth_moslora.preflight import nearest_existing, preflight
 from dreambooth_moslora.prompts import subject_of
 from dreambooth_moslora.steps import StepPlan, plan_steps
@@ -53,7 +53,7 @@ def as_toml(value: object) -> str:
 
 def photo_lines(report: PhotoReport) -> list[str]:
     lines = [
-        f"{photo.path.name}  {photo.size_px[1]} x {photo.size_px[0]}  “{photo.caption}”"
+        f"{photo.path.name}  {photo.size_px[1]} x {photo.size_px[0]}  {quoted(photo)}"
         + "".join(f"; {reason}" for reason in photo.reasons)
         for photo in report.photos
     ]

@@ -50,7 +50,7 @@ FOREIGN_FLAGS = {
     "save_model_as": "adapters are always safetensors; leave it out",
     "sample_prompts": "use --validation_prompt",
     "sample_every_n_steps": "use --validation_steps",
-    "caption_extension": "captions are name.txt beside each photo",
+    "caption_extension": "captions are the lines of name.txt beside each photo",
     "shuffle_caption": "not supported: captions are used as they are",
     "enable_bucket": "not supported: photos are cropped to squares; --crops_per_photo takes several of each",
     "min_snr_gamma": "use --snr_gamma",

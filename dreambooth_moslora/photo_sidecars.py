@@ -1,6 +1,7 @@
 """What lies beside photos: `name.txt` and `name.mask.png`, or one `metadata.jsonl` of captions for the folder.
 
-`metadata.jsonl` is in the form of the datasets library. Suffixes are known in small and capital letters.
+`metadata.jsonl` is in the form of the datasets library. Suffixes are known in small and capital letters. Each line of
+`name.txt` is a caption of its own: training draws one of them for each exposure.
 """
 
 import json
@@ -36,17 +37,19 @@ class Captions:
         self._sidecars = sidecars
         self._by_name = self._read_metadata(folder / METADATA)
 
-    def of(self, photo: Path) -> str | None:
-        """The photo's own caption in one line, or None."""
+    def of(self, photo: Path) -> tuple[str, ...]:
+        """The photo's own captions, one line each; () when it has none."""
         beside = self._sidecars.get((photo.stem, CAPTION_SUFFIX))
-        text = self._caption_in(beside) if beside and beside.is_file() else ""
-        return text or self._by_name.get(photo.name)
+        lines = self._captions_in(beside) if beside and beside.is_file() else ()
+        named = self._by_name.get(photo.name)
+        return lines or ((named,) if named else ())
 
-    def _caption_in(self, path: Path) -> str:
+    def _captions_in(self, path: Path) -> tuple[str, ...]:
         text = self._text_of(path)
-        if text is not None and not one_line(text):
+        lines = tuple(filter(None, map(one_line, (text or "").split("\n"))))
+        if text is not None and not lines:
             self.complaints.append((path, "empty caption: the instance prompt is used"))
-        return one_line(text or "")
+        return lines
 
     def _text_of(self, path: Path) -> str | None:
         """UTF-8, or UTF-16 that says so as Windows' Notepad does; None, and a complaint, for anything else."""

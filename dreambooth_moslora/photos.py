@@ -1,8 +1,8 @@
 """A person's folder of photos -> `PhotoReport`: which are learnt from, with caption and mask, and what was left out.
 
-A photo's caption is `name.txt` beside it, else its line in `metadata.jsonl` ({"file_name", "text"}), else the instance
-prompt. Its mask is `name.mask.png`, else its own transparency. Nothing in the folder can stop the program: what cannot
-be used is listed with its reason.
+A photo's captions are the lines of `name.txt` beside it, else its line in `metadata.jsonl` ({"file_name", "text"}),
+else the instance prompt. Its mask is `name.mask.png`, else its own transparency. Nothing in the folder can stop the
+program: what cannot be used is listed with its reason.
 """
 
 import logging
@@ -38,6 +38,7 @@ __all__ = [
     "open_rgb",
     "photo_report",
     "plan_crop",
+    "quoted",
     "smallest_side_px",
 ]
 
@@ -50,14 +51,20 @@ JUNK = {".ds_store", "thumbs.db", "desktop.ini", "manifest.json", METADATA}
 class Photo:
     """A usable photo. `size_px` (h, w) upright. `mask_path` is `path` itself when its transparency is the mask.
 
-    `reasons` are what a person may want to know: too small, rotated by EXIF, …; none of them forbids its use.
+    Each exposure is trained with one of the `captions`. `reasons` are what a person may want to know: too small, rotated
+    by EXIF, …; none of them forbids its use.
     """
 
     path: Path
     size_px: tuple[int, int]
-    caption: str
+    captions: tuple[str, ...]
     mask_path: Path | None = None
     reasons: tuple[str, ...] = ()
+
+
+def quoted(photo: Photo) -> str:
+    """Its captions as they are shown to a person."""
+    return " ".join(f"“{caption}”" for caption in photo.captions)
 
 
 @dataclass(frozen=True)
@@ -187,8 +194,7 @@ class FolderReader:
             times = self.resolution_px / min(height, width)
             reasons.append(f"too small for the resolution: {width} x {height} px is enlarged {times:.1f} times")
         mask_path = self._mask_of(path, image, reasons)
-        caption = self.captions.of(path)
-        return Photo(path, (height, width), caption or self.prompt, mask_path, tuple(reasons))
+        return Photo(path, (height, width), self.captions.of(path) or (self.prompt,), mask_path, tuple(reasons))
 
     def _mask_of(self, path: Path, image: Image.Image, reasons: list[str]) -> Path | None:
         """Where the mask is, if it can be used; why not is added to `reasons`."""

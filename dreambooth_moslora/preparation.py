@@ -208,7 +208,9 @@ def encode_everything(
 ) -> None:
     """Ask every question of the frozen encoders that the run will ever have."""
     streams = [stream for stream in (instance, prior) if stream is not None]
-    captions = {photo.caption for stream in streams for photo in stream.photos} | set(prompts) | {""}
+    captions = (
+        {caption for stream in streams for photo in stream.photos for caption in photo.captions} | set(prompts) | {""}
+    )
     if config.class_prompt:
         captions.add(config.class_prompt)
     views = sum(stream.view_count() for stream in streams)

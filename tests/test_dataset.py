@@ -50,6 +50,16 @@ def test_every_photo_keeps_its_own_size_and_caption_whatever_the_shuffle(pipelin
     assert sorted(map(tuple, batch.time_ids[:6, :2].tolist())) == sorted([(64, 96), (80, 64), (72, 72)] * 2)
 
 
+def test_each_exposure_draws_one_of_the_captions_the_same_every_time(pipeline, tmp_path):
+    folder = paint_photos(tmp_path / "photos")
+    (folder / "1.txt").write_text("a photo of sks dog\na photo of sks dog asleep\n")
+    photos = find_photos(folder, "a photo of a dog", 64).photos
+    two = photos[[photo.path.name for photo in photos].index("1.png")]
+    drawn = [stream_of([two], pipeline.vae, TensorCache()).at(position)[1] for position in range(20)]
+    assert drawn == [stream_of([two], pipeline.vae, TensorCache()).at(position)[1] for position in range(20)]
+    assert 4 < drawn.count("a photo of sks dog") < 16 and set(drawn) == set(two.captions)
+
+
 def test_a_view_is_encoded_once_and_repeats_of_one_crop_share_it(pipeline, photos):
     cache = TensorCache()
     stream = stream_of(photos, pipeline.vae, cache, CropRule(64, center_crop=True), repeats=3)

@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photo_checks import MIN_SHARPNESS, examine, sharpness
-from dreambooth_moslora.photos import find_photos, instance_photos, open_mask, open_rgb
+from dreambooth_moslora.photos import find_photos, instance_photos, open_mask, open_rgb, quoted
 from tests.odd_photos import CASES, QUADRANTS, SIZE_PX, make_folder, picture
 
 PROMPT = "a photo of sks toy"
@@ -112,12 +112,18 @@ def test_a_wide_gamut_photo_is_converted_and_not_reinterpreted(tmp_path):
 def test_captions_come_from_the_text_beside_then_the_metadata_then_the_prompt(tmp_path):
     for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg"):
         picture().save(tmp_path / name)
-    (tmp_path / "a.txt").write_text("\ufeffmy sks toy,\n on a table \n", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("\ufeffmy sks toy \r\n\n my sks toy, on a table \n", encoding="utf-8")
     (tmp_path / "d.txt").write_text("\n")
     rows = [{"file_name": "a.jpg", "text": "not this"}, {"file_name": "b.jpg", "text": "my sks toy in the snow"}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{broken\n")
     report = find_photos(tmp_path, PROMPT, 64)
-    assert [photo.caption for photo in report.photos] == ["my sks toy, on a table", rows[1]["text"], PROMPT, PROMPT]
+    assert [photo.captions for photo in report.photos] == [
+        ("my sks toy", "my sks toy, on a table"),
+        (rows[1]["text"],),
+        (PROMPT,),
+        (PROMPT,),
+    ]
+    assert quoted(report.photos[0]) == "“my sks toy” “my sks toy, on a table”"
     complaints = {(item.path.name, item.reason.split(" ")[0]) for item in report.skipped}
     assert complaints == {("metadata.jsonl", "line"), ("d.txt", "empty")}
 
@@ -131,7 +137,8 @@ def test_captions_are_read_as_notepad_saves_them_and_lines_end_only_at_line_feed
     lines = [json.dumps(rows[0], ensure_ascii=False), json.dumps(rows[1]), ""]
     (tmp_path / "metadata.jsonl").write_bytes("\r\n".join(lines).encode())
     report = find_photos(tmp_path, PROMPT, 64)
-    assert [photo.caption for photo in report.photos] == ["my sks toy, café", PROMPT, "one two", "half ?", PROMPT]
+    captions = [caption for photo in report.photos for caption in photo.captions]
+    assert captions == ["my sks toy, café", PROMPT, "one two", "half ?", PROMPT]
     assert [(item.path.name, item.reason.split(";")[0]) for item in report.skipped] == [
         ("b.txt", "captions not read: neither UTF-8 nor UTF-16 text")
     ]
@@ -144,7 +151,7 @@ def test_suffixes_of_captions_and_masks_may_be_in_capitals(tmp_path):
     (tmp_path / "2.Txt").write_text("of no photo")
     report = find_photos(tmp_path, PROMPT, 64)
     (photo,) = report.photos
-    assert photo.caption == "my sks toy" and photo.mask_path == tmp_path / "1.mask.PNG"
+    assert photo.captions == ("my sks toy",) and photo.mask_path == tmp_path / "1.mask.PNG"
     assert [path.name for path in report.sidecars] == ["1.TXT", "1.mask.PNG"]
     assert [(item.path.name, item.reason) for item in report.skipped] == [("2.Txt", "stray: belongs to no photo")]
 
@@ -213,7 +220,7 @@ def test_a_local_data_set_is_read_with_its_captions(tmp_path):
     (source / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = TrainConfig(dataset_name=source, caption_column="words", cache_dir=tmp_path / "cache", resolution=64)
     photos = instance_photos(config).photos
-    assert sorted(photo.caption for photo in photos) == ["first", "second"]
+    assert sorted(photo.captions for photo in photos) == [("first",), ("second",)]
     assert {photo.path.read_bytes() for photo in photos} == {(source / n).read_bytes() for n in ("one.png", "two.png")}
     with pytest.raises(UserError, match=r"--caption_column word: .* Did you mean words\?"):
         instance_photos(TrainConfig(dataset_name=source, caption_column="word", cache_dir=tmp_path / "cache"))

@@ -2,8 +2,9 @@
 
     python -m toybox.make_subjects
 
-writes assets/subjects/<name>/00.jpg … 04.jpg (512 px: other sides, places and lights) and subject.json (the toy,
-its class word and a token). The last three are hard: looks and proportions that no training picture has.
+writes assets/subjects/<name>/00.jpg … 04.jpg (512 px: other sides, places and lights), 00.txt … 04.txt (captions, one
+without the place and one with it, so that the place is not learnt as a part of the toy) and subject.json (the toy, its
+class word and a token). The last three are hard: looks and proportions that no training picture has.
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ def _write(subject: Subject) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number, picture in enumerate(render(photo_scenes(subject), PHOTO_PX)):
         Image.fromarray(picture.numpy()).save(folder / f"{number:02d}.jpg", quality=88)
+        prompt = f"a photo of a {subject.token} {subject.class_word}"
+        (folder / f"{number:02d}.txt").write_text(f"{prompt}\n{prompt} {PHOTO_PLACES[number]}\n")
     data = {"toy": subject.toy.to_dict(), "class_word": subject.class_word, "token": subject.token}
     (folder / "subject.json").write_text(json.dumps(data, indent=2) + "\n")
 

@@ -87,12 +87,14 @@ def verdict(path: Path, usable: bool, reasons: list[str], size_px: tuple[int, in
 
 
 def as_text(report: Any, picture: Path | None) -> str:
+    from dreambooth_moslora.photos import quoted
+
     lines = []
     for photo in report.photos:
         height, width = photo.size_px
         extras = [*photo.reasons, *(["has a mask"] if photo.mask_path not in (None, photo.path) else [])]
         lines.append(f"  ok    {photo.path.name}  {width} x {height}  {'; '.join(extras)}".rstrip())
-        lines.append(f"        “{photo.caption}”")
+        lines.append(f"        {quoted(photo)}")
     lines += [f"  left  {item.path.name}  {item.reason}" for item in report.skipped]
     lines.append(
         f"{len(report.photos)} usable, {len(report.skipped)} left out, {len(report.sidecars)} captions and masks"
