@@ -122,7 +122,8 @@ def check_fits(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline, bas
         model = getattr(pipeline, component, None)
         modules = dict(model.named_modules()) if model is not None else {}
         for path, (rank, inputs, outputs) in _projections(weights, component).items():
-            if inputs != _width(modules.get(path), "in") or outputs != _width(modules.get(path), "out"):
+            module = modules.get(path, modules.get(path.removeprefix("text_model.")))  # transformers 5 has dropped it
+            if inputs != _width(module, "in") or outputs != _width(module, "out"):
                 raise UserError(
                     f"{weights.file_name} was made for another base: it is for {_describe_weights(weights)}, "
                     f"and {base_name} is {_describe_base(pipeline)} (first misfit: {component}.{path}, rank {rank})"
@@ -171,8 +172,9 @@ def _projections(weights: AdapterWeights, component: str) -> dict[str, tuple[int
     part = {k.removeprefix(prefix): v for k, v in weights.tensors.items() if k.startswith(prefix)}
     if not part:
         return {}
-    convert = convert_unet_state_dict_to_peft if component == "unet" else convert_state_dict_to_peft
-    part = {_plain(key): value for key, value in convert(part).items()}
+    if not any(".lora_A." in key for key in part):
+        convert = convert_unet_state_dict_to_peft if component == "unet" else convert_state_dict_to_peft
+        part = {_plain(key): value for key, value in convert(part).items()}
     found = {}
     for key, down in part.items():
         path, is_down, _ = key.partition(".lora_A.")

@@ -1,5 +1,6 @@
 """Random LoRA files for the tiny base, in the forms that other programs write."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_t
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-__all__ = ["TARGETS", "random_lora", "save_diffusers_lora", "save_kohya_lora"]
+__all__ = ["TARGETS", "base_bytes", "random_lora", "save_diffusers_lora", "save_kohya_lora"]
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -33,3 +34,14 @@ def save_kohya_lora(unet: UNet2DConditionModel, file: Path, seed: int = 0, **opt
     state = {f"unet.{key}": value for key, value in random_lora(unet, seed, **options).items()}
     save_file(convert_state_dict_to_kohya(convert_all_state_dict_to_peft(state)), file)
     return file
+
+
+def base_bytes(pipeline: StableDiffusionXLPipeline) -> str:
+    """Of every tensor of the base, by the names that it has without PEFT."""
+    digest = hashlib.sha256()
+    for component in ("unet", "text_encoder", "text_encoder_2", "vae"):
+        tensors = getattr(pipeline, component).state_dict()
+        plain = {k.replace(".base_layer.", "."): v for k, v in tensors.items() if ".lora_" not in k}
+        for key in sorted(plain):
+            digest.update(key.encode() + plain[key].contiguous().numpy().tobytes())
+    return digest.hexdigest()
