@@ -1,40 +1,40 @@
 """Adapter files: read any LoRA file (ours, diffusers', kohya's), check that it fits the base, put it into the pipeline.
 
 file --read_adapter--> AdapterWeights --check_fits--> --install--> a PEFT adapter under its content's name
+
+A file may come from anybody. Only the matrices of a LoRA and their scales are taken from it.
 """
 
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers import StableDiffusionXLPipeline
-from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapter_file import AdapterFacts, component_tensors, read_raw
+from dreambooth_moslora.adapter_file import COMPONENTS, AdapterFacts, component_tensors, read_raw
+from dreambooth_moslora.adapter_parts import Projection, projections
+from dreambooth_moslora.adapter_scales import Part, Scales, scales
 from dreambooth_moslora.base import architecture
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.proof import published_name
 
-__all__ = ["AdapterWeights", "adapter_name", "check_fits", "find_weights", "install", "read_adapter"]
+__all__ = ["AdapterWeights", "adapter_name", "check_fits", "find_weights", "read_adapter"]
 
 PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
 """Cross-attention width of the UNet -> the family that has it."""
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+PEFT_PARTS = {"base_layer", "lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector"}
 
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """A LoRA file's content in diffusers' naming. `sha256` is the file's; `tensors` keys start with a component."""
+    """A LoRA file's content: component -> projections and scales by the base's module paths. `sha256` is the file's."""
 
     file_name: str
     sha256: str
-    tensors: dict[str, Tensor]
-    network_alphas: dict[str, float] | None
-    peft_metadata: dict | None
+    parts: dict[str, Part]
     header: dict[str, str]
 
     @property
@@ -72,12 +72,31 @@ def read_adapter(path: str | Path, pipeline: StableDiffusionXLPipeline) -> Adapt
     """Raises UserError when the file is missing, is no safetensors file or holds no LoRA that we know."""
     file = find_weights(path)
     header, keys = _read_header(file)
-    if "raw_format" in keys:
-        weights = AdapterWeights(file.name, _sha256(file), fold_raw(file), None, None, header)
-    else:
-        weights = _read_published(file, header, pipeline)
-    _check_content(weights)
-    return weights
+    content = (fold_raw(file), None, None) if "raw_format" in keys else _read_published(file, pipeline)
+    return AdapterWeights(file.name, _sha256(file), _parts(*content, file.name, pipeline), header)
+
+
+def _parts(
+    tensors: dict[str, Tensor],
+    network_alphas: dict[str, float] | None,
+    peft_metadata: object,
+    file_name: str,
+    pipeline: StableDiffusionXLPipeline,
+) -> dict[str, Part]:
+    parts = {}
+    for component, found in projections(tensors, file_name).items():
+        found_scales = scales(component, found, network_alphas, peft_metadata, file_name)
+        names = {path: _module_name(component, path, getattr(pipeline, component, None)) for path in found}
+        alphas = {names[path]: alpha for path, alpha in found_scales.alphas.items()}
+        by_name = {names[path]: projection for path, projection in found.items()}
+        parts[component] = by_name, Scales(alphas, found_scales.use_rslora)
+    return parts
+
+
+def _module_name(component: str, path: str, model: nn.Module | None) -> str:
+    """transformers 5 has dropped CLIPTextModel's `text_model.`; files have it or not."""
+    path = published_name(component, path)[1]
+    return path if component == "unet" or hasattr(model, "text_model") else path.removeprefix("text_model.")
 
 
 def fold_raw(file: Path) -> dict[str, Tensor]:
@@ -101,9 +120,10 @@ def _raw_scale(facts: AdapterFacts, path: str) -> float:
     return alpha / (rank**0.5 if facts.use_rslora else rank)
 
 
-def _read_published(file: Path, header: dict[str, str], pipeline: StableDiffusionXLPipeline) -> AdapterWeights:
+def _read_published(file: Path, pipeline: StableDiffusionXLPipeline) -> tuple[dict[str, Tensor], dict | None, object]:
+    """Tensors in diffusers' naming, kohya's alphas, and what the header holds as PEFT's settings."""
     try:
-        tensors, alphas, metadata = pipeline.lora_state_dict(
+        return pipeline.lora_state_dict(
             str(file.parent),
             weight_name=file.name,
             unet_config=pipeline.unet.config,
@@ -111,36 +131,48 @@ def _read_published(file: Path, header: dict[str, str], pipeline: StableDiffusio
             local_files_only=True,
             return_lora_metadata=True,
         )
-    except (ValueError, KeyError, IndexError, AttributeError, OSError) as error:
+    except Exception as error:  # diffusers' conversion of somebody's names may stumble anywhere
         raise UserError(f"{file.name} is not a LoRA file that diffusers can read: {_one_line(error)}") from error
-    return AdapterWeights(file.name, _sha256(file), tensors, alphas, metadata, header)
 
 
 def check_fits(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline, base_name: str) -> None:
-    """Raises UserError that names both architectures when any projection has no place of its size in the base."""
-    for component in COMPONENTS:
-        model = getattr(pipeline, component, None)
-        modules = dict(model.named_modules()) if model is not None else {}
-        for path, (rank, inputs, outputs) in _projections(weights, component).items():
-            module = modules.get(path, modules.get(path.removeprefix("text_model.")))  # transformers 5 has dropped it
-            if inputs != _width(module, "in") or outputs != _width(module, "out"):
+    """Raises UserError when any projection has no place of its size in the base; another base is told by both."""
+    for component, (found, _) in weights.parts.items():
+        layers = _layers(getattr(pipeline, component, None))
+        for path, projection in found.items():
+            layer, name = layers.get(path), f"{component}.{path}"
+            if (projection.down.shape[1], projection.up.shape[0]) != (_width(layer, "in"), _width(layer, "out")):
                 raise UserError(
                     f"{weights.file_name} was made for another base: it is for {_describe_weights(weights)}, "
-                    f"and {base_name} is {_describe_base(pipeline)} (first misfit: {component}.{path}, rank {rank})"
+                    f"and {base_name} is {_describe_base(pipeline)} "
+                    f"(first misfit: {name!r:.100}, rank {projection.rank})"
                 )
+            if wrong := _misshapen(projection, layer):
+                raise UserError(f"{weights.file_name} is broken: {name} has {wrong}")
 
 
-def install(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline) -> None:
-    """Add the adapter to the pipeline's components, under `weights.key`."""
-    options = {"adapter_name": weights.key, "metadata": weights.peft_metadata, "_pipeline": pipeline}
-    present = {key.split(".", 1)[0] for key in weights.tensors}
-    alphas = weights.network_alphas
-    if "unet" in present:
-        pipeline.load_lora_into_unet(weights.tensors, network_alphas=alphas, unet=pipeline.unet, **options)
-    for component in set(COMPONENTS[1:]) & present:
-        pipeline.load_lora_into_text_encoder(
-            weights.tensors, alphas, getattr(pipeline, component), prefix=component, **options
-        )
+def _layers(model: nn.Module | None) -> dict[str, nn.Module]:
+    """Path -> layer of the base itself, as it was before PEFT wrapped any; only what a LoRA can be put on."""
+    named = model.named_modules() if model is not None else ()
+    layers = {name: getattr(m, "base_layer", m) for name, m in named if not PEFT_PARTS & set(name.split("."))}
+    return {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear | nn.Conv2d)}
+
+
+def _misshapen(projection: Projection, layer: nn.Module) -> str:
+    """The first tensor that `layer` cannot take, in words; "" when all are right."""
+    kernel = tuple(getattr(layer, "kernel_size", ()))
+    ones, outputs = (1,) * len(kernel), _width(layer, "out")
+    shapes = {
+        "down": (projection.rank, _width(layer, "in"), *kernel),
+        "up": (outputs, projection.rank, *ones),
+        "bias": (outputs,),
+        "magnitude": (1, outputs, *ones) if kernel else (outputs,),
+    }
+    for name, shape in shapes.items():
+        tensor = getattr(projection, name)
+        if tensor is not None and tuple(tensor.shape) != shape:
+            return f"{name} {tuple(tensor.shape)} where {shape} belongs"
+    return ""
 
 
 def _read_header(file: Path) -> tuple[dict[str, str], set[str]]:
@@ -152,48 +184,8 @@ def _read_header(file: Path) -> tuple[dict[str, str], set[str]]:
         raise UserError(f"{file.name} is not a whole safetensors file: {_one_line(error)}") from error
 
 
-def _check_content(weights: AdapterWeights) -> None:
-    foreign = sorted({key.split(".", 1)[0] for key in weights.tensors} - set(COMPONENTS))
-    if foreign or not weights.tensors:
-        raise UserError(
-            f"{weights.file_name} is not an adapter for an SDXL UNet: "
-            + (f"it holds {foreign[0]!r:.60}" if foreign else "it is empty")
-        )
-    if not any(_projections(weights, component) for component in COMPONENTS):
-        raise UserError(f"{weights.file_name} holds no LoRA projection")
-    for key, tensor in weights.tensors.items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{weights.file_name} is broken: {key:.100} has NaN or infinite values")
-
-
-def _projections(weights: AdapterWeights, component: str) -> dict[str, tuple[int, int, int]]:
-    """Module path -> (rank, input width, output width) of one component's LoRA pairs."""
-    prefix = f"{component}."
-    part = {k.removeprefix(prefix): v for k, v in weights.tensors.items() if k.startswith(prefix)}
-    if not part:
-        return {}
-    if not any(".lora_A." in key for key in part):
-        convert = convert_unet_state_dict_to_peft if component == "unet" else convert_state_dict_to_peft
-        part = {_plain(key): value for key, value in convert(part).items()}
-    found = {}
-    for key, down in part.items():
-        path, is_down, _ = key.partition(".lora_A.")
-        up = part.get(key.replace(".lora_A.", ".lora_B."))
-        if is_down and (up is None or down.ndim < 2 or up.ndim < 2 or down.shape[0] != up.shape[1]):
-            raise UserError(f"{weights.file_name} is broken: {path:.100} is half there")
-        if is_down:
-            found[path] = (down.shape[0], down.shape[1], up.shape[0])
-    return found
-
-
-def _plain(key: str) -> str:
-    """Older diffusers files name the projections through `processor.to_q_lora`."""
-    return re.sub(r"\.processor\.(to_\w+?)(\.0)?_lora\.", r".\1\2.", key)
-
-
 def _width(module: nn.Module | None, side: str) -> int | None:
-    """Input or output width of a linear or convolution layer, also when PEFT has wrapped it."""
-    module = getattr(module, "base_layer", module)
+    """Input or output width of a linear or convolution layer."""
     for name in (f"{side}_features", f"{side}_channels"):
         if hasattr(module, name):
             return getattr(module, name)
@@ -201,9 +193,9 @@ def _width(module: nn.Module | None, side: str) -> int | None:
 
 
 def _describe_weights(weights: AdapterWeights) -> str:
-    projections = _projections(weights, "unet")
-    cross = {inputs for path, (_, inputs, _) in projections.items() if path.endswith("attn2.to_k")}
-    widths = {outputs for path, (_, _, outputs) in projections.items() if ".attn1." in path or ".attn2." in path}
+    found = weights.parts["unet"][0] if "unet" in weights.parts else {}
+    cross = {p.down.shape[1] for path, p in found.items() if path.endswith("attn2.to_k")}
+    widths = {p.up.shape[0] for path, p in found.items() if ".attn1." in path or ".attn2." in path}
     return _describe(max(cross, default=0), sorted(widths))
 
 
@@ -213,7 +205,7 @@ def _describe_base(pipeline: StableDiffusionXLPipeline) -> str:
 
 
 def _attention_widths(unet: nn.Module) -> set[int]:
-    return {_width(module, "out") for name, module in unet.named_modules() if name.endswith("attn1.to_q")}
+    return {_width(module, "out") for name, module in _layers(unet).items() if name.endswith("attn1.to_q")}
 
 
 def _describe(cross: int, widths: list[int]) -> str:

@@ -22,7 +22,8 @@ from diffusers import (
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.adapters import adapter_name, check_fits, find_weights, install, read_adapter
+from dreambooth_moslora.adapter_install import install
+from dreambooth_moslora.adapters import adapter_name, check_fits, find_weights, read_adapter
 from dreambooth_moslora.base import default_resolution, load_pipeline
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import GenerationParams, Provenance

@@ -1,8 +1,12 @@
 """Adapter files of honest programs: what they mean in diffusers they mean here, beside others too."""
 
+import json
+
 import numpy as np
 import pytest
+import torch
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.export import PUBLISHED_NAME, adapter_facts, publish
@@ -11,7 +15,7 @@ from dreambooth_moslora.pipeline import SubjectPipeline
 from tests.test_moslora import shake
 from tests.test_moslora_models import PROJECTIONS
 from tests.test_pipeline import differs, picture
-from tests.tiny_adapters import base_bytes, random_lora
+from tests.tiny_adapters import base_bytes, random_lora, save_kohya_lora
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +63,46 @@ def save_several_ranks(base, folder):
     return save_published(base, folder, rank_pattern={"to_k": 2, "attn1.to_v": 6}, alpha_pattern={"to_q": 3})
 
 
-HONEST = [save_published, save_kohya_of_ours, save_dora, save_several_ranks]
+def save_peft(base, folder, **options):
+    """As diffusers writes it, with PEFT's settings in the header."""
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    config = LoraConfig(r=4, lora_alpha=9, target_modules=list(ATTENTION_PROJECTIONS), **options)
+    unet.add_adapter(config)
+    generator = torch.Generator().manual_seed(0)
+    state = {k: torch.randn(v.shape, generator=generator) * 0.3 for k, v in get_peft_model_state_dict(unet).items()}
+    own = {f"unet.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    header = {"lora_adapter_metadata": json.dumps(own, default=str)}
+    save_file({f"unet.{k}": v for k, v in state.items()}, folder / "x.safetensors", header)
+    return folder / "x.safetensors"
+
+
+def save_peft_patterns(base, folder):
+    patterns = {"rank_pattern": {"to_k": 2, "attn1.to_v": 6}, "alpha_pattern": {"attn1.to_q": 3, "to_q": 5, "^no": 1}}
+    return save_peft(base, folder, use_rslora=True, **patterns)
+
+
+def save_peft_bias(base, folder):
+    return save_peft(base, folder, lora_bias=True)
+
+
+def save_kohya(base, folder):
+    """With one alpha that is not the rank."""
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    tensors = load_file(save_kohya_lora(unet, folder / "x.safetensors"))
+    save_file({k: t * 0 + 3 if k.endswith("alpha") else t for k, t in tensors.items()}, folder / "x.safetensors")
+    return folder / "x.safetensors"
+
+
+HONEST = [
+    save_published,
+    save_kohya_of_ours,
+    save_dora,
+    save_several_ranks,
+    save_peft,
+    save_peft_patterns,
+    save_peft_bias,
+    save_kohya,
+]
 
 
 @pytest.mark.parametrize("save", HONEST)
@@ -88,3 +131,19 @@ def test_an_adapter_of_the_text_encoder_alone_works_beside_others(tiny_base, sta
     assert np.array_equal(picture(subject, adapters=(("dog", 1.0),)), dog)
     fresh = loaded(SubjectPipeline.from_base(tiny_base), tmp_path / "dog.safetensors", "dog")
     assert np.array_equal(picture(fresh, adapters=(("dog", 1.0),)), dog)
+
+
+def test_every_alpha_of_a_kohya_file_counts(tiny_base, subject, tmp_path):
+    """diffusers gives all attention projections the commonest one."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
+    tensors = load_file(save_kohya_lora(unet, tmp_path / "a.safetensors"))
+    folded = {}
+    for number, key in enumerate(k for k in list(tensors) if k.endswith(".alpha")):
+        up = key.replace(".alpha", ".lora_up.weight")
+        folded |= {key: tensors[key], up: tensors[up] * 2.0 ** (number % 3)}
+        tensors[key] = tensors[key] * 2.0 ** (number % 3)
+    save_file(tensors, tmp_path / "alphas.safetensors")
+    save_file(tensors | folded, tmp_path / "folded.safetensors")
+    for name in ("alphas", "folded"):
+        subject.load_adapter(tmp_path / f"{name}.safetensors")
+    assert not differs(*(picture(subject, adapters=((name, 1.0),)) for name in ("alphas", "folded")))
