@@ -1,4 +1,4 @@
-"""Put an adapter's checked tensors into the pipeline through PEFT.
+"""Put an adapter's checked tensors into the pipeline through PEFT: wholly, or not at all.
 
 PEFT gets a configuration that is made here from the tensors: nothing of the file's own settings reaches it.
 """
@@ -13,14 +13,23 @@ from torch import Tensor
 from dreambooth_moslora.adapter_parts import Projection
 from dreambooth_moslora.adapter_scales import Scales
 from dreambooth_moslora.adapters import AdapterWeights
+from dreambooth_moslora.errors import UserError
 
 __all__ = ["install"]
 
 
 def install(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline) -> None:
-    """Add the adapter to the pipeline's components, under `weights.key`."""
-    for component, (found, scales) in weights.parts.items():
-        _load(component, found, scales, weights.key, pipeline)
+    """Add the adapter to the pipeline's components, under `weights.key`.
+
+    Raises UserError when that fails, with what was already in taken out again.
+    """
+    try:
+        for component, (found, scales) in weights.parts.items():
+            _load(component, found, scales, weights.key, pipeline)
+    except Exception as error:
+        pipeline.delete_adapters(weights.key)
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{weights.file_name} could not be put into the base: {reason}") from error
 
 
 def _load(component: str, found: dict[str, Projection], scales: Scales, key: str, pipeline) -> None:

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from dreambooth_moslora import adapter_scales
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.pipeline import SubjectPipeline
-from tests.test_honest_adapters import good_state, loaded
-from tests.test_pipeline import picture
+from tests.test_honest_adapters import good_state, loaded, save_published
+from tests.test_pipeline import differs, picture
 from tests.tiny_adapters import base_bytes
 
 QUERY = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -149,6 +149,22 @@ def test_a_refused_file_leaves_the_pictures_of_the_base_and_of_others_alone(make
         subject.load_adapter(tmp_path / "bad.safetensors")
     assert np.array_equal(picture(subject), bare)
     assert np.array_equal(picture(subject, adapters=(("good", 1.0),)), good)
+
+
+def test_a_failure_half_way_takes_out_what_was_in(tiny_base, subject, tmp_path, monkeypatch):
+    file = save_published(tiny_base, tmp_path)
+
+    def fail(*_, **__):
+        raise RuntimeError("no\nmemory")
+
+    before, bare = base_bytes(subject.pipeline), picture(subject)
+    with monkeypatch.context() as patch:
+        patch.setattr(subject.pipeline, "load_lora_into_text_encoder", fail)
+        with pytest.raises(UserError, match="could not be put into the base: no memory"):
+            subject.load_adapter(file)
+    assert not subject.adapters and not any(subject.pipeline.get_list_adapters().values())
+    assert base_bytes(subject.pipeline) == before and np.array_equal(picture(subject), bare)
+    assert differs(picture(loaded(subject, file), adapters=(("x", 1.0),)), bare)
 
 
 def test_a_file_with_more_alphas_than_any_trainer_writes_is_refused(state, subject, tmp_path, monkeypatch):
