@@ -267,6 +267,17 @@ def test_an_uploaded_adapter_is_checked_and_belongs_to_its_visitor_in_grids_too(
     )
 
 
+def test_an_upload_that_fails_in_any_way_is_not_kept(served, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("nobody thought of this")
+
+    good, shelved = served.ctx.shelf.path("dog").read_bytes(), served.ctx.visitors.root
+    with monkeypatch.context() as patch:
+        patch.setattr(served.ctx.pipeline(), "load_adapter", fail)
+        assert '"success":false' in upload_adapter(served, "lost.safetensors", good, "ida").replace(" ", "")
+    assert not list(shelved.rglob("lost.safetensors"))
+
+
 def test_a_forged_session_shows_nobodys_pictures(served):
     ann = Client(served.url, verbose=False, headers={"Cookie": f"{COOKIE}=ann"})
     ann.predict("a TOPSECRET dog", **FAST, api_name="/generate")

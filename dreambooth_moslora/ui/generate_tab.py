@@ -171,7 +171,7 @@ def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, button
         name = ctx.shelf.add_upload(file, visitor)
         try:
             ctx.pipeline().load_adapter(visitor.uploads[name], name)
-        except UserError:
+        except Exception:
             shutil.rmtree(visitor.uploads.pop(name).parent, ignore_errors=True)
             raise
         names = [NONE, *ctx.shelf.files(visitor)]
