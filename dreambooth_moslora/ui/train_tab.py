@@ -1,6 +1,5 @@
 """The Train tab: photos, words, run, watch. The run is the server's; the page only looks at it."""
 
-from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
@@ -12,24 +11,15 @@ from dreambooth_moslora.ui.cost import estimate_cost
 from dreambooth_moslora.ui.facts import prompt_for, summary_of
 from dreambooth_moslora.ui.form import NONE
 from dreambooth_moslora.ui.generate_tab import GenerateTab
-from dreambooth_moslora.ui.jobs import Job, Jobs
+from dreambooth_moslora.ui.jobs import Jobs
 from dreambooth_moslora.ui.photo_uploads import PHOTO_TYPES, take_photos
 from dreambooth_moslora.ui.shelf import PUBLISHED_NAME
-from dreambooth_moslora.ui.train_actions import (
-    PhotoReview,
-    Watch,
-    lend,
-    review_kept,
-    review_photos,
-    start_run,
-    watch,
-)
+from dreambooth_moslora.ui.train_actions import PhotoReview, review_kept, review_photos, start_run
 from dreambooth_moslora.ui.train_form import PRESETS, TrainForm, prompts_of
+from dreambooth_moslora.ui.train_watch import connect_watch, run_names, watch_widgets
 
 __all__ = ["build_train_tab"]
 
-POLL_SEC = 2.0
-NO_RUN = notice("No run yet. Add photos, choose the words, start.")
 MIXERS = ["orthogonal", "identity", "kaiming", "butterfly", "none"]
 
 
@@ -38,10 +28,10 @@ def build_train_tab(ctx: AppContext, jobs: Jobs, page: gr.Blocks, tabs: gr.Tabs,
         with gr.Column(elem_id="train_form", min_width=280):
             fields, parts = _form()
         with gr.Column(elem_id="train_watch", min_width=280):
-            parts |= _watch_widgets()
+            parts |= watch_widgets()
     _connect_photos(ctx, page, parts)
     _connect_start(ctx, jobs, fields, parts)
-    _connect_watch(ctx, jobs, page, parts)
+    connect_watch(ctx, jobs, page, parts)
     _connect_use(ctx, jobs, parts, tabs, generate)
 
 
@@ -115,37 +105,6 @@ def _more_fields() -> dict[str, Any]:
     }
 
 
-def _watch_widgets() -> dict[str, Any]:
-    plot = {"x": "step", "height": 230, "buttons": [], "visible": False}
-    with gr.Row(elem_classes="tight"):
-        run = gr.Dropdown([], value=None, label="Run", allow_custom_value=True, elem_id="run_picker", min_width=110)
-        stop = gr.Button("Stop", variant="stop", interactive=False, min_width=76, scale=0, elem_id="stop_training")
-        resume = gr.Button("Resume", interactive=False, min_width=88, scale=0, elem_id="resume")
-    status = gr.HTML(NO_RUN, elem_id="train_status", label="Status")
-    with gr.Row(elem_classes="tight"):
-        use = gr.Button("Use this adapter", variant="primary", visible=False, elem_id="use_adapter")
-        download = gr.DownloadButton("Download the adapter", visible=False, elem_id="download_adapter")
-    loss = gr.LinePlot(y="loss", color="part", title="Loss", elem_id="loss", **plot)
-    fidelity = gr.LinePlot(y="score", color="measure", title="Fidelity", elem_id="fidelity", **plot)
-    samples = gr.Gallery(
-        label="Samples",
-        show_label=False,
-        columns=4,
-        object_fit="contain",
-        interactive=False,
-        visible=False,
-        buttons=["download", "fullscreen"],
-        elem_id="samples",
-        height="auto",
-        format="png",
-    )
-    with gr.Accordion("Log", open=False, elem_id="log_box"):
-        log = gr.Code(language=None, label="Log", show_line_numbers=False, wrap_lines=True, elem_id="log", max_lines=20)
-    names = ("run", "stop", "resume", "status", "use", "download", "loss", "fidelity", "samples", "log")
-    values = (run, stop, resume, status, use, download, loss, fidelity, samples, log)
-    return dict(zip(names, values)) | {"seen": gr.State(None), "timer": gr.Timer(POLL_SEC)}
-
-
 def _connect_photos(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
     @shown
     def review(photos: list[str] | None, request: gr.Request) -> tuple:
@@ -190,7 +149,9 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
         if photos:
             take_photos(photos, visitor.photos_dir)
         job = start_run(ctx, jobs, TrainForm(**values), visitor)
-        return gr.Dropdown(choices=_names(jobs, visitor.id), value=job.name), notice(f"The run {job.name} is starting.")
+        return gr.Dropdown(choices=run_names(jobs, visitor.id), value=job.name), notice(
+            f"The run {job.name} is starting."
+        )
 
     @shown
     def estimate(photos: list[str] | None, request: gr.Request, **values) -> str:
@@ -211,78 +172,6 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
     )
     parts["start"].click(train, inputs_kwargs=inputs, outputs=[parts["run"], parts["status"]], api_name="train")
     parts["estimate"].click(estimate, inputs_kwargs=inputs, outputs=parts["cost"], api_name="estimate")
-
-
-def _names(jobs: Jobs, owner: str) -> list[str]:
-    return [job.name for job in jobs.of(owner)]
-
-
-def _connect_watch(ctx: AppContext, jobs: Jobs, page: gr.Blocks, parts: dict) -> None:
-    outputs = [
-        parts[n] for n in ("seen", "status", "stop", "resume", "use", "download", "loss", "fidelity", "samples", "log")
-    ]
-    quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-
-    def look(run: str | None, seen: tuple | None, request: gr.Request) -> list:
-        visitor = ctx.visitors.of(request)
-        try:
-            job = jobs.owned(run or "", visitor.id)
-        except UserError:
-            return [gr.skip()] * len(outputs)
-        now = watch(jobs, job, visitor)
-        return [gr.skip()] * len(outputs) if now.version == seen else _updates(now, job, visitor)
-
-    def attach(request: gr.Request) -> Any:
-        names = _names(jobs, ctx.visitors.of(request).id)
-        return gr.Dropdown(choices=names, value=names[0] if names else None)
-
-    @shown
-    def status(run: str, request: gr.Request) -> dict:
-        visitor = ctx.visitors.of(request)
-        state = jobs.state(jobs.owned(run, visitor.id))
-        return {"run": run, "state": state.state, "step": state.step, "steps": state.max_train_steps} | (
-            {"message": state.message} if state.message else {}
-        )
-
-    page.load(attach, None, parts["run"], **quiet).then(look, [parts["run"], parts["seen"]], outputs, **quiet)
-    parts["timer"].tick(look, [parts["run"], parts["seen"]], outputs, **quiet)
-    parts["run"].change(look, [parts["run"], parts["seen"]], outputs, **quiet)
-    _connect_control(ctx, parts["stop"], parts, jobs.stop, "stop_training")
-    _connect_control(ctx, parts["resume"], parts, jobs.resume, "resume_training")
-    gr.api(status, api_name="train_status")
-
-
-def _connect_control(
-    ctx: AppContext, button: gr.Button, parts: dict, action: Callable[[str, str], Job], api_name: str
-) -> None:
-    """Stop and Resume: only for a run of the visitor who asks."""
-
-    @shown
-    def control(run: str | None, request: gr.Request) -> str:
-        job = action(run or "", ctx.visitors.of(request).id)
-        return notice(f"{'Stopping' if job.stop_asked else 'Going on with'} {job.name} …")
-
-    button.click(control, parts["run"], parts["status"], queue=False, api_name=api_name)
-
-
-def _updates(now: Watch, job: Job, visitor: Any) -> list:
-    """New values of all watched widgets, in the order of `_connect_watch`."""
-    published = job.run_dir / PUBLISHED_NAME
-    ready = published.is_file() and not now.state.is_active
-    file = str(lend(published, visitor, job.name)) if ready else None
-    resumable = not now.state.is_active and now.state.state != "done"
-    return [
-        now.version,
-        now.status,
-        gr.Button(interactive=now.state.is_active),
-        gr.Button(interactive=resumable),
-        gr.Button(visible=ready),
-        gr.DownloadButton(value=file, visible=ready),
-        gr.LinePlot(now.loss, visible=len(now.loss) > 1),
-        gr.LinePlot(now.fidelity, visible=len(now.fidelity) > 1),
-        gr.Gallery(now.samples, visible=bool(now.samples)),
-        now.log,
-    ]
 
 
 def _connect_use(ctx: AppContext, jobs: Jobs, parts: dict, tabs: gr.Tabs, generate: GenerateTab) -> None:

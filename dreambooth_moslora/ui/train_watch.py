@@ -1,0 +1,121 @@
+"""The right half of the Train tab: a run as it goes, and the buttons that stop it and let it go on."""
+
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.ui.cards import notice
+from dreambooth_moslora.ui.context import AppContext, shown
+from dreambooth_moslora.ui.jobs import Job, Jobs
+from dreambooth_moslora.ui.shelf import PUBLISHED_NAME
+from dreambooth_moslora.ui.train_actions import Watch, lend, watch
+
+__all__ = ["connect_watch", "run_names", "watch_widgets"]
+
+POLL_SEC = 2.0
+NO_RUN = notice("No run yet. Add photos, choose the words, start.")
+
+
+def watch_widgets() -> dict[str, Any]:
+    plot = {"x": "step", "height": 230, "buttons": [], "visible": False}
+    with gr.Row(elem_classes="tight"):
+        run = gr.Dropdown([], value=None, label="Run", allow_custom_value=True, elem_id="run_picker", min_width=110)
+        stop = gr.Button("Stop", variant="stop", interactive=False, min_width=76, scale=0, elem_id="stop_training")
+        resume = gr.Button("Resume", interactive=False, min_width=88, scale=0, elem_id="resume")
+    status = gr.HTML(NO_RUN, elem_id="train_status", label="Status")
+    with gr.Row(elem_classes="tight"):
+        use = gr.Button("Use this adapter", variant="primary", visible=False, elem_id="use_adapter")
+        download = gr.DownloadButton("Download the adapter", visible=False, elem_id="download_adapter")
+    loss = gr.LinePlot(y="loss", color="part", title="Loss", elem_id="loss", **plot)
+    fidelity = gr.LinePlot(y="score", color="measure", title="Fidelity", elem_id="fidelity", **plot)
+    samples = gr.Gallery(
+        label="Samples",
+        show_label=False,
+        columns=4,
+        object_fit="contain",
+        interactive=False,
+        visible=False,
+        buttons=["download", "fullscreen"],
+        elem_id="samples",
+        height="auto",
+        format="png",
+    )
+    with gr.Accordion("Log", open=False, elem_id="log_box"):
+        log = gr.Code(language=None, label="Log", show_line_numbers=False, wrap_lines=True, elem_id="log", max_lines=20)
+    names = ("run", "stop", "resume", "status", "use", "download", "loss", "fidelity", "samples", "log")
+    values = (run, stop, resume, status, use, download, loss, fidelity, samples, log)
+    return dict(zip(names, values)) | {"seen": gr.State(None), "timer": gr.Timer(POLL_SEC)}
+
+
+def connect_watch(ctx: AppContext, jobs: Jobs, page: gr.Blocks, parts: dict) -> None:
+    outputs = [
+        parts[n] for n in ("seen", "status", "stop", "resume", "use", "download", "loss", "fidelity", "samples", "log")
+    ]
+    quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+
+    def look(run: str | None, seen: tuple | None, request: gr.Request) -> list:
+        visitor = ctx.visitors.of(request)
+        try:
+            job = jobs.owned(run or "", visitor.id)
+        except UserError:
+            return [gr.skip()] * len(outputs)
+        now = watch(jobs, job, visitor)
+        return [gr.skip()] * len(outputs) if now.version == seen else _updates(now, job, visitor)
+
+    def attach(request: gr.Request) -> Any:
+        names = run_names(jobs, ctx.visitors.of(request).id)
+        return gr.Dropdown(choices=names, value=names[0] if names else None)
+
+    @shown
+    def status(run: str, request: gr.Request) -> dict:
+        visitor = ctx.visitors.of(request)
+        state = jobs.state(jobs.owned(run, visitor.id))
+        return {"run": run, "state": state.state, "step": state.step, "steps": state.max_train_steps} | (
+            {"message": state.message} if state.message else {}
+        )
+
+    page.load(attach, None, parts["run"], **quiet).then(look, [parts["run"], parts["seen"]], outputs, **quiet)
+    parts["timer"].tick(look, [parts["run"], parts["seen"]], outputs, **quiet)
+    parts["run"].change(look, [parts["run"], parts["seen"]], outputs, **quiet)
+    _connect_control(ctx, parts["stop"], parts, jobs.stop, "stop_training")
+    _connect_control(ctx, parts["resume"], parts, jobs.resume, "resume_training")
+    gr.api(status, api_name="train_status")
+
+
+def _connect_control(
+    ctx: AppContext, button: gr.Button, parts: dict, action: Callable[[str, str], Job], api_name: str
+) -> None:
+    """Stop and Resume: only for a run of the visitor who asks."""
+
+    @shown
+    def control(run: str | None, request: gr.Request) -> str:
+        job = action(run or "", ctx.visitors.of(request).id)
+        return notice(f"{'Stopping' if job.stop_asked else 'Going on with'} {job.name} …")
+
+    button.click(control, parts["run"], parts["status"], queue=False, api_name=api_name)
+
+
+def _updates(now: Watch, job: Job, visitor: Any) -> list:
+    """New values of all watched widgets, in the order of `connect_watch`."""
+    published = job.run_dir / PUBLISHED_NAME
+    ready = published.is_file() and not now.state.is_active
+    file = str(lend(published, visitor, job.name)) if ready else None
+    resumable = not now.state.is_active and now.state.state != "done"
+    return [
+        now.version,
+        now.status,
+        gr.Button(interactive=now.state.is_active),
+        gr.Button(interactive=resumable),
+        gr.Button(visible=ready),
+        gr.DownloadButton(value=file, visible=ready),
+        gr.LinePlot(now.loss, visible=len(now.loss) > 1),
+        gr.LinePlot(now.fidelity, visible=len(now.fidelity) > 1),
+        gr.Gallery(now.samples, visible=bool(now.samples)),
+        now.log,
+    ]
+
+
+def run_names(jobs: Jobs, owner: str) -> list[str]:
+    return [job.name for job in jobs.of(owner)]
