@@ -5,6 +5,7 @@ import io
 import numpy as np
 import PIL.Image
 import pytest
+from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.ui.jobs import Jobs
 from tests.ui_server import serve
@@ -209,6 +210,21 @@ def test_a_mistake_is_told_on_the_page(visited):
     page = visited.page
     generate(page, "a dog <lora:<b>rex</b>:1> <lora:rex:1>")
     page.get_by_text("There is no adapter rex").wait_for()
+
+
+def test_a_picture_without_a_recipe_is_told_on_the_page_and_a_missing_adapter_remarked(page, tmp_path):
+    bare, other = tmp_path / "bare.png", tmp_path / "other.png"
+    PIL.Image.new("RGB", (8, 8)).save(bare)
+    text = PngInfo()
+    text.add_text("parameters", "a hen <lora:hen:1>\nSteps: 4, Sampler: Euler, CFG scale: 5, Seed: 1")
+    PIL.Image.new("RGB", (8, 8)).save(other, pnginfo=text)
+    open_box(page, "drop_box")
+    page.set_input_files("#drop_png input[type=file]", bare)
+    page.get_by_text("carries no generation parameters").wait_for()
+    page.get_by_role("tab", name="Inspect", exact=True).click()
+    page.set_input_files("#inspect_file input[type=file]", other)
+    page.click("#inspect_use")
+    page.get_by_text("The adapter hen is not here").wait_for()
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -22,10 +22,15 @@ from dreambooth_moslora.ui.visitors import Visitor, Visitors, visitor_id
 if TYPE_CHECKING:
     from dreambooth_moslora.pipeline import SubjectPipeline
 
-__all__ = ["GPU", "AppContext", "shown"]
+__all__ = ["AT_ONCE", "GPU", "TELLING", "AppContext", "sentence", "shown"]
 
 GPU = {"concurrency_id": "gpu", "concurrency_limit": 1}
 """Options of every event that computes: one at a time, the others wait in one queue."""
+
+AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+"""Options of small events outside the queue. The page shows no error and no remark of theirs: they have none."""
+TELLING = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+"""Options of small events with something to tell: an error or a remark comes to the page by the queue alone."""
 
 MAX_WAITING = 1000
 Page = tuple[str, str]
@@ -139,5 +144,10 @@ def shown(handler: Callable) -> Callable:
 
 
 def as_message(error: UserError) -> gr.Error:
+    return gr.Error(html.escape(sentence(error), quote=False), duration=12, print_exception=False)
+
+
+def sentence(error: Exception | str) -> str:
+    """The words of an error or a remark, with a capital at their head."""
     text = str(error)
-    return gr.Error(html.escape(text[:1].upper() + text[1:], quote=False), duration=12, print_exception=False)
+    return text[:1].upper() + text[1:]

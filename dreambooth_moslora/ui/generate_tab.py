@@ -12,7 +12,7 @@ import gradio as gr
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import GenerationParams, Recipe, read_recipe
 from dreambooth_moslora.ui.cards import faint
-from dreambooth_moslora.ui.context import GPU, AppContext, shown
+from dreambooth_moslora.ui.context import AT_ONCE, GPU, TELLING, AppContext, sentence, shown
 from dreambooth_moslora.ui.facts import renewed_prompt, summary_of
 from dreambooth_moslora.ui.form import NONE, GenerateForm, code_snippet
 from dreambooth_moslora.ui.generate_actions import compare, draw_grid, make_pictures
@@ -62,7 +62,6 @@ def _items(pictures: tuple[Picture, ...] | list[Picture]) -> list[tuple[str, str
 
 def _connect_runs(ctx: AppContext, tab: GenerateTab, buttons: dict, results: dict) -> None:
     options = dict(GPU, show_progress="minimal", show_progress_on=results["status"])
-    quiet = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
     shown_state = results["shown"]
 
     @shown
@@ -88,11 +87,11 @@ def _connect_runs(ctx: AppContext, tab: GenerateTab, buttons: dict, results: dic
     starts = [buttons["run"].click, tab.prompt.submit]
     outputs = [results["gallery"], results["used_seed"], results["status"], shown_state]
     # The page works off the events of one trigger in order: what must happen at once comes before the long one.
-    gr.on(starts, announce, None, results["tabs"], **quiet)
-    gr.on([results["compare"].click, results["draw"].click], ctx.announce, None, None, **quiet)
+    gr.on(starts, announce, None, results["tabs"], **AT_ONCE)
+    gr.on([results["compare"].click, results["draw"].click], ctx.announce, None, None, **AT_ONCE)
     made = gr.on(starts, generate, inputs_kwargs=tab.fields, outputs=outputs, api_name="generate", **options)
-    made.then(lambda: 0, None, results["selected"], **quiet)
-    made.then(snippet, shown_state, results["code"], **quiet)
+    made.then(lambda: 0, None, results["selected"], **AT_ONCE)
+    made.then(snippet, shown_state, results["code"], **AT_ONCE)
     buttons["stop"].click(stop, None, None, queue=False, api_name="stop")
     _connect_compare(ctx, tab, results, options)
     _connect_grid(ctx, tab, results, options)
@@ -127,7 +126,7 @@ def _connect_grid(ctx: AppContext, tab: GenerateTab, results: dict, options: dic
     results["draw"].click(grid, inputs_kwargs=fields_of_grid, outputs=outputs, api_name="grid", **options)
     for box, values in ((results["down"], results["down_values"]), (results["across"], results["across_values"])):
         inputs = [box, tab.adapters[0], tab.prompt]
-        box.input(axis_values, inputs, values, queue=False, api_visibility="private", show_progress="hidden")
+        box.input(axis_values, inputs, values, **AT_ONCE)
 
 
 def _axis_values(ctx: AppContext, name: str, adapter: str, prompt: str, request: gr.Request) -> str:
@@ -150,7 +149,6 @@ def _snippet(ctx: AppContext, pictures: list[Picture], visitor: Visitor) -> str:
 
 def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, buttons: dict) -> None:
     first, prompt, about = tab.adapters[0], tab.prompt, buttons["about"]
-    quiet = {"queue": False, "show_progress": "hidden"}
 
     def adapters(request: gr.Request) -> list:
         names = [NONE, *ctx.shelf.files(ctx.visitors.of(request))]
@@ -183,14 +181,13 @@ def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, button
         return [{"name": name, **asdict(summary_of(file))} for name, file in files.items()]
 
     gr.api(listed, api_name="adapters", queue=False)
-    buttons["refresh"].click(adapters, None, tab.adapters, api_visibility="private", **quiet)
-    page.load(adapters, None, tab.adapters, api_visibility="private", **quiet)
-    first.change(describe, [first, prompt], [about, prompt], api_visibility="private", **quiet)
+    buttons["refresh"].click(adapters, None, tab.adapters, **AT_ONCE)
+    page.load(adapters, None, tab.adapters, **AT_ONCE)
+    first.change(describe, [first, prompt], [about, prompt], **AT_ONCE)
     buttons["upload"].upload(upload, buttons["upload"], tab.adapters, api_visibility="private", **GPU)
 
 
 def _connect_reuse(ctx: AppContext, tab: GenerateTab, results: dict, extras: dict) -> None:
-    quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     outputs = list(tab.fields.values())
 
     def select(event: gr.SelectData) -> int:
@@ -217,16 +214,16 @@ def _connect_reuse(ctx: AppContext, tab: GenerateTab, results: dict, extras: dic
         subject = summary_of(files[adapter]).subject if adapter in files else ""
         return template.replace("{}", subject or "…") if template else gr.skip()
 
-    results["gallery"].select(select, None, results["selected"], **quiet)
-    results["history"].select(select, None, results["selected_history"], **quiet)
-    results["history_tab"].select(history, None, results["history"], **quiet)
-    results["reuse"].click(reuse_shown, [results["shown"], results["selected"]], outputs, **quiet)
-    results["reuse_history"].click(reuse_history, results["selected_history"], outputs, **quiet)
+    results["gallery"].select(select, None, results["selected"], **AT_ONCE)
+    results["history"].select(select, None, results["selected_history"], **AT_ONCE)
+    results["history_tab"].select(history, None, results["history"], **AT_ONCE)
+    results["reuse"].click(reuse_shown, [results["shown"], results["selected"]], outputs, **TELLING)
+    results["reuse_history"].click(reuse_history, results["selected_history"], outputs, **TELLING)
     results["last_seed"].click(
-        lambda seed: seed if seed is not None else gr.skip(), results["used_seed"], tab.fields["seed"], **quiet
+        lambda seed: seed if seed is not None else gr.skip(), results["used_seed"], tab.fields["seed"], **AT_ONCE
     )
-    extras["dropped"].upload(reuse_dropped, extras["dropped"], outputs, **quiet)
-    extras["template"].input(from_template, [extras["template"], tab.adapters[0]], tab.prompt, **quiet)
+    extras["dropped"].upload(reuse_dropped, extras["dropped"], outputs, **TELLING)
+    extras["template"].input(from_template, [extras["template"], tab.adapters[0]], tab.prompt, **TELLING)
 
 
 def _own(pictures: list[Picture], visitor: Visitor) -> list[Picture]:
@@ -244,6 +241,6 @@ def to_widgets(ctx: AppContext, recipe: Recipe, request: gr.Request) -> list:
     """The values of all fields, in order, that give the recipe again; what cannot be met here is told."""
     params, remarks = settle(recipe, ctx.shelf.files(ctx.visitors.of(request)), ctx.base)
     for remark in remarks:
-        gr.Warning(html.escape(remark[:1].upper() + remark[1:], quote=False))
+        gr.Warning(html.escape(sentence(remark), quote=False))
     form = GenerateForm.from_params(params)
     return [getattr(form, field.name) for field in fields(GenerateForm)]

@@ -8,7 +8,7 @@ import gradio as gr
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import SCHEDULERS, Recipe, read_recipe
 from dreambooth_moslora.ui.cards import facts_table, notice
-from dreambooth_moslora.ui.context import AppContext, shown
+from dreambooth_moslora.ui.context import TELLING, AppContext, shown
 from dreambooth_moslora.ui.generate_tab import GenerateTab, to_widgets
 from dreambooth_moslora.ui.shelf import check_upload
 
@@ -44,7 +44,7 @@ def build_inspect_tab(ctx: AppContext, tabs: gr.Tabs, generate: GenerateTab) -> 
         return [gr.Tabs(selected="generate"), *to_widgets(ctx, read_recipe(file), request)]
 
     gr.on([file.upload, file.clear], inspect, file, [facts, use], api_name="inspect", concurrency_limit=2)
-    use.click(use_recipe, file, [tabs, *generate.fields.values()], queue=False, api_visibility="private")
+    use.click(use_recipe, file, [tabs, *generate.fields.values()], **TELLING)
 
 
 def recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:

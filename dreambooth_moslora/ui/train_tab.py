@@ -6,7 +6,7 @@ import gradio as gr
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.cards import notice
-from dreambooth_moslora.ui.context import AppContext, shown
+from dreambooth_moslora.ui.context import AT_ONCE, TELLING, AppContext, shown
 from dreambooth_moslora.ui.cost import estimate_cost
 from dreambooth_moslora.ui.facts import prompt_for, summary_of
 from dreambooth_moslora.ui.form import NONE
@@ -120,7 +120,7 @@ def _connect_photos(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
         return _reviewed(review_kept(ctx, visitor)) if visitor.has_photos else (gr.skip(), gr.skip())
 
     shown_photos = [parts["remarks"], parts["crops"]]
-    page.load(kept, None, shown_photos, queue=False, show_progress="hidden", api_visibility="private")
+    page.load(kept, None, shown_photos, **AT_ONCE)
     gr.on(
         [parts["photos"].upload, parts["photos"].delete, parts["photos"].clear],
         review,
@@ -166,9 +166,7 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
         words,
         [fields["token"], fields["class_word"]],
         parts["prompts"],
-        queue=False,
-        show_progress="hidden",
-        api_visibility="private",
+        **AT_ONCE,
     )
     parts["start"].click(train, inputs_kwargs=inputs, outputs=[parts["run"], parts["status"]], api_name="train")
     parts["estimate"].click(estimate, inputs_kwargs=inputs, outputs=parts["cost"], api_name="estimate")
@@ -184,6 +182,4 @@ def _connect_use(ctx: AppContext, jobs: Jobs, parts: dict, tabs: gr.Tabs, genera
         prompt = prompt_for(summary_of(files[name]))
         return gr.Tabs(selected="generate"), gr.Dropdown(choices=[NONE, *files], value=name), prompt
 
-    parts["use"].click(
-        use, parts["run"], [tabs, generate.adapters[0], generate.prompt], queue=False, api_visibility="private"
-    )
+    parts["use"].click(use, parts["run"], [tabs, generate.adapters[0], generate.prompt], **TELLING)

@@ -7,7 +7,7 @@ import gradio as gr
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.cards import notice
-from dreambooth_moslora.ui.context import AppContext, shown
+from dreambooth_moslora.ui.context import AT_ONCE, AppContext, sentence, shown
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.shelf import PUBLISHED_NAME
 from dreambooth_moslora.ui.train_actions import Watch, lend, watch
@@ -53,7 +53,6 @@ def connect_watch(ctx: AppContext, jobs: Jobs, page: gr.Blocks, parts: dict) -> 
     outputs = [
         parts[n] for n in ("seen", "status", "stop", "resume", "use", "download", "loss", "fidelity", "samples", "log")
     ]
-    quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
     def look(run: str | None, seen: tuple | None, request: gr.Request) -> list:
         visitor = ctx.visitors.of(request)
@@ -76,9 +75,9 @@ def connect_watch(ctx: AppContext, jobs: Jobs, page: gr.Blocks, parts: dict) -> 
             {"message": state.message} if state.message else {}
         )
 
-    page.load(attach, None, parts["run"], **quiet).then(look, [parts["run"], parts["seen"]], outputs, **quiet)
-    parts["timer"].tick(look, [parts["run"], parts["seen"]], outputs, **quiet)
-    parts["run"].change(look, [parts["run"], parts["seen"]], outputs, **quiet)
+    page.load(attach, None, parts["run"], **AT_ONCE).then(look, [parts["run"], parts["seen"]], outputs, **AT_ONCE)
+    parts["timer"].tick(look, [parts["run"], parts["seen"]], outputs, **AT_ONCE)
+    parts["run"].change(look, [parts["run"], parts["seen"]], outputs, **AT_ONCE)
     _connect_control(ctx, parts["stop"], parts, jobs.stop, "stop_training")
     _connect_control(ctx, parts["resume"], parts, jobs.resume, "resume_training")
     gr.api(status, api_name="train_status")
@@ -87,14 +86,24 @@ def connect_watch(ctx: AppContext, jobs: Jobs, page: gr.Blocks, parts: dict) -> 
 def _connect_control(
     ctx: AppContext, button: gr.Button, parts: dict, action: Callable[[str, str], Job], api_name: str
 ) -> None:
-    """Stop and Resume: only for a run of the visitor who asks."""
+    """Stop and Resume: only for a run of the visitor who asks.
 
-    @shown
+    The page's own event stays out of the queue, which may be full while a run must be stopped, so a mistake is told
+    on the card.
+    """
+
     def control(run: str | None, request: gr.Request) -> str:
         job = action(run or "", ctx.visitors.of(request).id)
         return notice(f"{'Stopping' if job.stop_asked else 'Going on with'} {job.name} …")
 
-    button.click(control, parts["run"], parts["status"], queue=False, api_name=api_name)
+    def told(run: str | None, request: gr.Request) -> str:
+        try:
+            return control(run, request)
+        except UserError as error:
+            return notice(sentence(error), "bad")
+
+    button.click(told, parts["run"], parts["status"], queue=False, api_visibility="private")
+    gr.api(shown(control), api_name=api_name, queue=False)
 
 
 def _updates(now: Watch, job: Job, visitor: Any) -> list:
