@@ -93,7 +93,7 @@ LAYERS: list[set[str]] = [
         "compare_report",
         "compare_plots",
     },
-    {"cli", "preflight", "progress", "dry_run", "estimate", "stopping", "commands", "ui.jobs"},
+    {"cli", "preflight", "progress", "dry_run", "estimate", "stopping", "commands", "ui.jobs", "ui.job_metrics"},
     {"ui"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -12,13 +12,14 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.ui.job_metrics import Metrics
 
 __all__ = ["Job", "JobState", "Jobs", "Metrics"]
 
@@ -77,45 +78,6 @@ class Job:
             return ""
         shown = [line for line in text.split("\n") if line.strip()]
         return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in shown[-lines:])
-
-
-@dataclass
-class Metrics:
-    """The events of `metrics.jsonl`, read from where the last reading stopped; a half-written line waits."""
-
-    path: Path
-    events: list[dict[str, Any]] = field(default_factory=list)
-    _offset: int = 0
-
-    def refresh(self) -> "Metrics":
-        if not self.path.is_file():
-            return self
-        with self.path.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        self.events += [event for line in whole.splitlines() if (event := _parsed(line))]
-        return self
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in self.events if event.get("type") == kind]
-
-    def last(self, kind: str) -> dict[str, Any]:
-        return next((event for event in reversed(self.events) if event.get("type") == kind), {})
-
-    def since_start(self) -> list[dict[str, Any]]:
-        """Events of the last start: a resumed run has an `end` of the earlier one before it."""
-        starts = [i for i, event in enumerate(self.events) if event.get("type") == "start"]
-        return self.events[starts[-1] :] if starts else []
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None
-    return event if isinstance(event, dict) else None
 
 
 @dataclass(frozen=True)
@@ -216,7 +178,9 @@ class Jobs:
             state = "stopping" if job.stop_asked else "running" if events else "starting"
         else:
             state = end.get("state", "failed")
-        step = max((int(e.get("step") or 0) for e in [*metrics.of("step")[-1:], end]), default=0)
+        is_starting = alive and not events  # until it writes, the file is an earlier start's
+        done = [] if is_starting else [*metrics.of("step")[-1:], *events]
+        step = max((int(event.get("step") or 0) for event in done), default=0)
         total = int(metrics.last("start").get("max_train_steps") or 0)
         message = str(end.get("message") or "") or ("" if end or alive else _last_words(job))
         return JobState(state, step, total, _phase(events), message)

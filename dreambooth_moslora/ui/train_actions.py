@@ -123,7 +123,7 @@ class Watch:
 def watch(jobs: Jobs, job: Job, visitor: Visitor) -> Watch:
     state, metrics = jobs.state(job), jobs.metrics(job)
     return Watch(
-        version=(job.name, state, len(metrics.events)),
+        version=(job.name, job.created, state, len(metrics.events)),
         state=state,
         status=status_card(replace(state, message=without_paths(state.message, jobs)), metrics),
         loss=loss_table(metrics),

@@ -1,0 +1,69 @@
+"""Runs as the page sees them when something changes under it: a resumed file, a deleted folder, a killed process."""
+
+import json
+import os
+import shutil
+import time
+from dataclasses import replace
+
+import psutil
+
+from dreambooth_moslora.ui.job_metrics import Metrics
+from dreambooth_moslora.ui.jobs import Job, Jobs
+
+OWNER = "a" * 64
+
+
+def line(kind: str, step: int, when: float = 0.0, **facts) -> str:
+    return json.dumps({"type": kind, "time": when, "step": step, **facts}) + "\n"
+
+
+def replaced(path, text: str) -> None:
+    (fresh := path.with_name("fresh")).write_text(text)
+    fresh.replace(path)
+
+
+def test_a_run_that_goes_on_from_an_older_checkpoint_is_read_anew(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    steps = [line("step", step, step) for step in range(1, 383)]
+    metrics.path.write_text(line("start", 0) + "".join(steps))
+    assert metrics.refresh().last("step")["step"] == 382
+    replaced(metrics.path, line("start", 0) + "".join(steps[:200]) + line("start", 200, 500.0))
+    assert metrics.refresh().last("step")["step"] == 200 and metrics.events[-1]["type"] == "start"
+    with metrics.path.open("a") as file:
+        file.writelines(line("step", step, 500.0 + step) for step in range(201, 500))
+    assert [e["step"] for e in metrics.refresh().of("step")] == list(range(1, 500))
+
+
+def test_a_folder_that_was_deleted_and_is_used_again_starts_from_nothing(tmp_path):
+    run = tmp_path / "dog"
+    run.mkdir()
+    metrics = Metrics(run / "metrics.jsonl")
+    metrics.path.write_text(line("step", 50, 1.0))
+    assert metrics.refresh().events
+    shutil.rmtree(run)
+    assert metrics.refresh().events == []
+    run.mkdir()
+    metrics.path.write_text("".join(line("step", step, time.time()) for step in range(1, 9)))
+    assert len(metrics.refresh().events) == 8
+
+
+def test_a_file_of_the_same_length_in_the_old_ones_place_is_read_anew(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    for when in (1.0, 2.0):
+        metrics.path.write_text(line("step", 5, when))
+        assert [e["time"] for e in metrics.refresh().refresh().events] == [when]
+
+
+def test_while_it_starts_a_resumed_run_is_at_none_of_the_earlier_steps(tmp_path):
+    (run := tmp_path / "dog").mkdir()
+    job, jobs = Job(run, OWNER, os.getpid(), psutil.Process().create_time()), Jobs(tmp_path)
+    old = line("start", 0, 1.0) + line("step", 382, 2.0)
+    (run / "metrics.jsonl").write_text(old)
+    state = jobs.state(job)
+    assert (state.state, state.step) == ("starting", 0)
+    start = json.dumps({"type": "start", "time": time.time(), "max_train_steps": 400}) + "\n"
+    replaced(run / "metrics.jsonl", line("step", 200, 1.5) + start)
+    state = jobs.state(job)
+    assert (state.state, state.step) == ("running", 200)
+    assert jobs.state(replace(job, created=0.0)).state == "failed"
