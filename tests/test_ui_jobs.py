@@ -6,10 +6,13 @@ import shutil
 import time
 from dataclasses import replace
 
+import gradio as gr
 import psutil
 
 from dreambooth_moslora.ui.job_metrics import Metrics
 from dreambooth_moslora.ui.jobs import Job, Jobs
+from dreambooth_moslora.ui.train_watch import WATCHED, watched
+from dreambooth_moslora.ui.visitors import Visitor
 
 OWNER = "a" * 64
 
@@ -67,3 +70,28 @@ def test_while_it_starts_a_resumed_run_is_at_none_of_the_earlier_steps(tmp_path)
     state = jobs.state(job)
     assert (state.state, state.step) == ("running", 200)
     assert jobs.state(replace(job, created=0.0)).state == "failed"
+
+
+def visitor(tmp_path) -> Visitor:
+    (folder := tmp_path / "visitor").mkdir(exist_ok=True)
+    return Visitor(OWNER, folder)
+
+
+def values_of(updates: list) -> dict:
+    return dict(zip(WATCHED, updates))
+
+
+def test_a_run_that_is_gone_is_told_and_leaves_no_button_to_press(tmp_path):
+    jobs, ann = Jobs(tmp_path), visitor(tmp_path)
+    for name, owner in (("dog", OWNER), ("mine", OWNER), ("theirs", "b" * 64)):
+        (tmp_path / name).mkdir()
+        Job(tmp_path / name, owner, os.getpid(), psutil.Process().create_time()).save()
+    seen = values_of(watched(jobs, "dog", None, ann))
+    assert seen["stop"].interactive and values_of(watched(jobs, "dog", seen["seen"], ann))["status"] == gr.skip()
+    shutil.rmtree(tmp_path / "dog")
+    for run in ("dog", "theirs", "../dog"):
+        now = values_of(watched(jobs, run, seen["seen"], ann))
+        assert "not there any more" in now["status"] and now["run"].value is None
+        assert [value for _, value in now["run"].choices] == ["mine"]
+        assert not (now["stop"].interactive or now["resume"].interactive or now["download"]["visible"])
+    assert values_of(watched(jobs, None, None, ann))["status"] == gr.skip()

@@ -11,11 +11,14 @@ from dreambooth_moslora.ui.context import AT_ONCE, AppContext, sentence, shown
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.shelf import PUBLISHED_NAME
 from dreambooth_moslora.ui.train_actions import Watch, lend, watch
+from dreambooth_moslora.ui.visitors import Visitor
 
 __all__ = ["connect_watch", "run_names", "watch_widgets"]
 
 POLL_SEC = 2.0
 NO_RUN = notice("No run yet. Add photos, choose the words, start.")
+GONE = "This run is not there any more."
+WATCHED = ("run", "seen", "status", "stop", "resume", "use", "download", "loss", "fidelity", "samples", "log")
 
 
 def watch_widgets() -> dict[str, Any]:
@@ -50,18 +53,10 @@ def watch_widgets() -> dict[str, Any]:
 
 
 def connect_watch(ctx: AppContext, jobs: Jobs, page: gr.Blocks, parts: dict) -> None:
-    outputs = [
-        parts[n] for n in ("seen", "status", "stop", "resume", "use", "download", "loss", "fidelity", "samples", "log")
-    ]
+    outputs = [parts[name] for name in WATCHED]
 
     def look(run: str | None, seen: tuple | None, request: gr.Request) -> list:
-        visitor = ctx.visitors.of(request)
-        try:
-            job = jobs.owned(run or "", visitor.id)
-        except UserError:
-            return [gr.skip()] * len(outputs)
-        now = watch(jobs, job, visitor)
-        return [gr.skip()] * len(outputs) if now.version == seen else _updates(now, job, visitor)
+        return watched(jobs, run, seen, ctx.visitors.of(request))
 
     def attach(request: gr.Request) -> Any:
         names = run_names(jobs, ctx.visitors.of(request).id)
@@ -106,13 +101,34 @@ def _connect_control(
     gr.api(shown(control), api_name=api_name, queue=False)
 
 
-def _updates(now: Watch, job: Job, visitor: Any) -> list:
-    """New values of all watched widgets, in the order of `connect_watch`."""
+def watched(jobs: Jobs, run: str | None, seen: tuple | None, visitor: Visitor) -> list:
+    """New values of the widgets of WATCHED; all are left as they are while the run is as it was `seen`."""
+    same = [gr.skip()] * len(WATCHED)
+    if not run:
+        return same
+    try:
+        job = jobs.owned(run, visitor.id)
+    except UserError:
+        return _gone(run_names(jobs, visitor.id))
+    now = watch(jobs, job, visitor)
+    return same if now.version == seen else _updates(now, job, visitor)
+
+
+def _gone(names: list[str]) -> list:
+    """The folder of the run was deleted, or it is another's, which must look the same."""
+    nothing = gr.update(visible=False)
+    off = gr.Button(interactive=False)
+    picker = gr.Dropdown(choices=names, value=None)
+    return [picker, None, notice(GONE, "bad"), off, off, nothing, nothing, nothing, nothing, nothing, ""]
+
+
+def _updates(now: Watch, job: Job, visitor: Visitor) -> list:
     published = job.run_dir / PUBLISHED_NAME
     ready = published.is_file() and not now.state.is_active
     file = str(lend(published, visitor, job.name)) if ready else None
     resumable = not now.state.is_active and now.state.state != "done"
     return [
+        gr.skip(),
         now.version,
         now.status,
         gr.Button(interactive=now.state.is_active),
