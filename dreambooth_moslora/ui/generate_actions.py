@@ -10,8 +10,8 @@ import gradio as gr
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import GenerationParams
-from dreambooth_moslora.ui.cards import progress_card, thumbnail
-from dreambooth_moslora.ui.context import AppContext
+from dreambooth_moslora.ui.cards import notice, progress_card, thumbnail
+from dreambooth_moslora.ui.context import AppContext, sentence
 from dreambooth_moslora.ui.form import GenerateForm
 from dreambooth_moslora.ui.visitors import Picture, Visitor
 
@@ -67,6 +67,16 @@ def compare(ctx: AppContext, form: GenerateForm, request: gr.Request) -> Iterato
 def _run(
     ctx: AppContext, params: GenerationParams, request: gr.Request, axes: tuple, word: str = ""
 ) -> Iterator[Frame]:
+    """What `_drawn` yields; when it fails, the card must not go on saying that it loads or draws."""
+    try:
+        yield from _drawn(ctx, params, request, axes, word)
+    except Exception as error:
+        told = sentence(error) if isinstance(error, UserError) else "Something went wrong; the server's log says what."
+        yield Frame(notice(told, "bad"))
+        raise
+
+
+def _drawn(ctx: AppContext, params: GenerationParams, request: gr.Request, axes: tuple, word: str) -> Iterator[Frame]:
     visitor = ctx.visitors.of(request)
     check_size(params, ctx.resolution_px)
     if not ctx.is_ready:

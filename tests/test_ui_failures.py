@@ -1,0 +1,63 @@
+"""What the page says and leaves behind when something fails on the way."""
+
+from types import SimpleNamespace
+
+import PIL.Image
+import pytest
+
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.ui.context import AppContext
+from dreambooth_moslora.ui.form import GenerateForm
+from dreambooth_moslora.ui.generate_actions import compare, make_pictures
+from dreambooth_moslora.ui.visitors import Visitor
+
+OWNER = "a" * 64
+PAGE = SimpleNamespace(username=None, cookies={}, session_hash="page")
+
+
+@pytest.fixture
+def visitor(tmp_path):
+    (tmp_path / "visitor" / "photos").mkdir(parents=True)
+    PIL.Image.new("RGB", (64, 64)).save(tmp_path / "visitor" / "photos" / "photo_01.png")
+    return Visitor(OWNER, tmp_path / "visitor")
+
+
+@pytest.fixture
+def context(tmp_path):
+    made = []
+
+    def make(load=lambda: None) -> AppContext:
+        folders = {"adapters_dir": tmp_path / "adapters", "runs_dir": tmp_path / "runs"}
+        made.append(AppContext(load, base="x", base_name="x", resolution_px=64, training=True, **folders))
+        return made[-1]
+
+    yield make
+    for ctx in made:
+        ctx.visitors.close()
+
+
+def last_card(frames) -> str:
+    status = ""
+    try:
+        for frame in frames:
+            status = frame.status
+    except Exception:
+        return status
+    raise AssertionError("it did not fail")
+
+
+def breaking(params, should_stop):
+    raise RuntimeError("/secret/path")
+    yield
+
+
+@pytest.mark.parametrize("run", [make_pictures, compare])
+def test_the_card_says_what_failed_in_loading_and_drawing(context, run):
+    def no_base():
+        raise UserError("there is no base <x>")
+
+    form = GenerateForm("a dog", adapter="rex" if run is compare else "none")
+    assert "There is no base &lt;x&gt;" in last_card(run(context(no_base), form, PAGE))
+    broken = context(lambda: SimpleNamespace(generate=breaking))
+    told = last_card(make_pictures(broken, GenerateForm("a dog"), PAGE))
+    assert "server&#x27;s log" in told and "secret" not in told
