@@ -9,6 +9,9 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.context import AppContext
 from dreambooth_moslora.ui.form import GenerateForm
 from dreambooth_moslora.ui.generate_actions import compare, make_pictures
+from dreambooth_moslora.ui.jobs import Job, Jobs
+from dreambooth_moslora.ui.train_actions import start_run
+from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.visitors import Visitor
 
 OWNER = "a" * 64
@@ -61,3 +64,27 @@ def test_the_card_says_what_failed_in_loading_and_drawing(context, run):
     broken = context(lambda: SimpleNamespace(generate=breaking))
     told = last_card(make_pictures(broken, GenerateForm("a dog"), PAGE))
     assert "server&#x27;s log" in told and "secret" not in told
+
+
+@pytest.mark.parametrize("broken", ["write_captions", "start", "spawn"])
+def test_a_start_that_fails_leaves_no_photos_and_no_taken_name(context, visitor, tmp_path, monkeypatch, broken):
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    jobs = Jobs(tmp_path / "runs")
+    target = {"write_captions": (TrainForm, "write_captions"), "start": (jobs, "start"), "spawn": (jobs, "_spawn")}
+    monkeypatch.setattr(*target[broken], fail)
+    with pytest.raises(OSError, match="disk full"):
+        start_run(context(), jobs, TrainForm("sks", "dog"), visitor)
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_a_process_of_which_nothing_can_be_noted_is_ended(tmp_path, monkeypatch):
+    (script := tmp_path / "trainer.py").write_text("import time; time.sleep(60)")
+    jobs, children = Jobs(tmp_path / "runs", script), []
+    spawn = jobs._spawn
+    monkeypatch.setattr(jobs, "_spawn", lambda folder: children.append(spawn(folder)) or children[0])
+    monkeypatch.setattr(Job, "save", lambda job: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        jobs.start("dog", {}, OWNER)
+    assert children[0].wait(timeout=20) == -9

@@ -192,8 +192,12 @@ class Jobs:
                 raise UserError(f"{whose} is going on; one run at a time")
             child = self._spawn(run_dir)
             self._children[child.pid] = child
-            job = Job(run_dir, owner, child.pid, psutil.Process(child.pid).create_time())
-            job.save()
+            try:
+                job = Job(run_dir, owner, child.pid, psutil.Process(child.pid).create_time())
+                job.save()
+            except BaseException:  # a process of which nothing is noted could not be stopped
+                child.kill()
+                raise
             return job
 
     def _spawn(self, run_dir: Path) -> subprocess.Popen:

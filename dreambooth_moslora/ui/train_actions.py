@@ -89,12 +89,12 @@ def start_run(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) ->
     run_dir = free_run_dir(jobs, form)
     config = TrainConfig.from_dict(form.config(ctx.base_name, ctx.resolution_px, run_dir / "photos", run_dir))
     run_dir.mkdir(parents=True)
-    shutil.copytree(photos, run_dir / "photos")
-    form.write_captions(run_dir / "photos")
     try:
+        shutil.copytree(photos, run_dir / "photos")
+        form.write_captions(run_dir / "photos")
         return jobs.start(run_dir.name, config.to_dict(), visitor.id)
-    except UserError:  # somebody was faster
-        shutil.rmtree(run_dir)
+    except BaseException:  # also when somebody was faster: photos that nobody trains would keep the name taken
+        shutil.rmtree(run_dir, ignore_errors=True)
         raise
 
 
