@@ -1,5 +1,6 @@
 """What the page says and leaves behind when something fails on the way."""
 
+import json
 from types import SimpleNamespace
 
 import PIL.Image
@@ -10,6 +11,7 @@ from dreambooth_moslora.ui.context import AppContext
 from dreambooth_moslora.ui.form import GenerateForm
 from dreambooth_moslora.ui.generate_actions import compare, make_pictures
 from dreambooth_moslora.ui.jobs import Job, Jobs
+from dreambooth_moslora.ui.shelf import AdapterShelf
 from dreambooth_moslora.ui.train_actions import start_run
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.visitors import Visitor
@@ -88,3 +90,16 @@ def test_a_process_of_which_nothing_can_be_noted_is_ended(tmp_path, monkeypatch)
     with pytest.raises(OSError, match="disk full"):
         jobs.start("dog", {}, OWNER)
     assert children[0].wait(timeout=20) == -9
+
+
+@pytest.mark.parametrize("record", ["", "nonsense", "[]", "{}", json.dumps({"owner": OWNER, "pid": 1, "news": True})])
+def test_a_run_whose_owner_cannot_be_read_is_shown_to_nobody_else(tmp_path, record):
+    (run := tmp_path / "runs" / "dog").mkdir(parents=True)
+    (run / "pytorch_lora_weights.safetensors").write_text("x")
+    shelf = AdapterShelf(tmp_path / "adapters", tmp_path / "runs")
+    assert list(shelf.files()) == ["dog"]
+    (run / "job.json").write_text(record)
+    assert not shelf.files() and not shelf.files(Visitor("b" * 64, tmp_path))
+    (run / "job.json").unlink()
+    (run / "job.json").symlink_to(tmp_path / "nowhere")
+    assert not shelf.files()

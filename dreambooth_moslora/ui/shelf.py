@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.ui.jobs import Job
+from dreambooth_moslora.ui.jobs import JOB_NAME, Job
 from dreambooth_moslora.ui.visitors import Visitor
 
 __all__ = ["NONE", "AdapterShelf"]
@@ -91,8 +91,22 @@ def free_name(name: str, taken: set[str]) -> str:
 
 
 def _may_see(run_dir: Path, visitor: Visitor | None) -> bool:
+    """A run without `job.json` is of the command line; one whose owner cannot be read is nobody's to see."""
+    if not is_of_a_visitor(run_dir):
+        return True
     job = Job.load(run_dir)
-    return job is None or (visitor is not None and job.owner == visitor.id)
+    return job is not None and visitor is not None and job.owner == visitor.id
+
+
+def is_of_a_visitor(run_dir: Path) -> bool:
+    """Whether there is a `job.json`; when that cannot be told, it counts as there."""
+    try:
+        (run_dir / JOB_NAME).lstat()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _run_files(runs: list[Path]) -> list[Path]:
