@@ -16,7 +16,16 @@ from PIL import Image, UnidentifiedImageError
 
 from dreambooth_moslora.errors import UserError
 
-__all__ = ["SCHEDULERS", "GenerationParams", "Provenance", "Recipe", "draw_seed", "read_recipe", "split_lora_tags"]
+__all__ = [
+    "SCHEDULERS",
+    "GenerationParams",
+    "Provenance",
+    "Recipe",
+    "check_characters",
+    "draw_seed",
+    "read_recipe",
+    "split_lora_tags",
+]
 
 PNG_KEY = "dreambooth_moslora"
 FORMAT_VERSION = 1
@@ -164,6 +173,7 @@ def _png_text(path: Path) -> dict[str, str]:
 def _own_recipe(text: str) -> Recipe:
     try:
         recipe = json.loads(text)
+        json.dumps(recipe, ensure_ascii=False).encode("utf-8")  # a name may hold what is no character
         provenance = Provenance(
             str(recipe.get("base", "")),
             _string_pairs(recipe.get("adapter_sha256")),
@@ -186,8 +196,17 @@ def _check_prompts(params: GenerationParams) -> None:
             raise UserError(f"{name} must be text, not {type(text).__name__}")
         if len(text) > MAX_PROMPT_CHARACTERS:
             raise UserError(f"{name} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are allowed")
+        check_characters(text, name)
     if not params.prompt.strip():
         raise UserError("the prompt is empty; write what the picture should show")
+
+
+def check_characters(text: str, name: str) -> None:
+    """Raises UserError for a lone half of a surrogate pair: JSON can hold one, no file, page or tokenizer can."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} holds {text[error.start]!r}, which is no character; take it out") from error
 
 
 def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool) -> None:

@@ -2,13 +2,18 @@
 
 import base64
 import io
-from html import escape
+from html import escape as escape_html
 
 import PIL.Image
 
-__all__ = ["facts_table", "faint", "notice", "progress_card", "thumbnail"]
+__all__ = ["escape", "facts_table", "faint", "notice", "progress_card", "thumbnail"]
 
 THUMBNAIL_PX = 384
+
+
+def escape(text: str) -> str:
+    """No markup, and no lone surrogate, which no answer of the server can carry."""
+    return escape_html(text.encode("utf-8", "replace").decode())
 
 
 def progress_card(line: str, detail: str = "", fraction: float | None = None, picture: str = "") -> str:

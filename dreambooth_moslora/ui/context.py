@@ -148,6 +148,6 @@ def as_message(error: UserError) -> gr.Error:
 
 
 def sentence(error: Exception | str) -> str:
-    """The words of an error or a remark, with a capital at their head."""
-    text = str(error)
+    """The words of an error or a remark, with a capital at their head; they may quote what is no character."""
+    text = str(error).encode("utf-8", "replace").decode()
     return text[:1].upper() + text[1:]

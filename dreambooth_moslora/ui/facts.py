@@ -63,7 +63,9 @@ def _from_facts(facts: dict[str, Any]) -> AdapterSummary:
 
 
 def _word(value: Any) -> str:
-    return " ".join(value.split())[:MAX_WORD_CHARACTERS] if isinstance(value, str) else ""
+    if not isinstance(value, str):
+        return ""
+    return " ".join(value.encode("utf-8", "replace").decode().split())[:MAX_WORD_CHARACTERS]
 
 
 def prompt_for(summary: AdapterSummary) -> str:

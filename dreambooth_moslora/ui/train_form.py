@@ -6,6 +6,7 @@ from typing import Any
 
 from dreambooth_moslora.base_files import TOY
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.generation import check_characters
 
 __all__ = ["PRESETS", "Preset", "TrainForm", "preset_for", "prompts_of"]
 
@@ -44,6 +45,7 @@ def prompts_of(token: str, class_word: str) -> tuple[str, str]:
             raise UserError(f"{name} is missing")
         if len(word) > MAX_WORD_CHARACTERS:
             raise UserError(f"{name} is too long; one to three words are enough")
+        check_characters(word, name)
     return f"a photo of a {token} {class_word}", f"a photo of a {class_word}"
 
 
@@ -66,6 +68,7 @@ class TrainForm:
     def config(self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path) -> dict[str, Any]:
         """Values for TrainConfig under its own names; raises UserError for what makes no sense."""
         instance_prompt, class_prompt = prompts_of(self.token, self.class_word)
+        check_characters(str(self.captions or ""), "a caption")
         preset = preset_for(self.preset, resolution_px)
         steps = _whole(self.steps, "steps", 100_000) or preset.steps
         prior = {"class_prompt": class_prompt, "with_prior_preservation": True, "prior": "adapter_off"}
