@@ -374,6 +374,22 @@ def test_a_run_gets_a_free_name_that_is_a_folder_name(jobs):
     assert free_run_dir(jobs, replace(form, run_name="../../x")).parent == jobs.runs_dir
 
 
+@pytest.mark.parametrize(
+    "words, name",
+    [
+        ("-dog", "dog"),
+        ("d..g", "d.g"),
+        ("dog.", "dog"),
+        ("_ +", "run"),
+        ("Bär v2.1", "Bär-v2.1"),
+        ("a" * 59 + ".b", "a" * 59),
+        ("d@/<g", "d-g"),
+    ],
+)
+def test_any_word_names_a_run(jobs, words, name):
+    assert free_run_dir(jobs, TrainForm("sks", words)).name == name
+
+
 def test_photos_are_numbered_as_they_are_taken_and_each_fault_is_told(tmp_path):
     def noise(seed: int, side: int = 160) -> PIL.Image.Image:
         pixels = np.random.default_rng(seed).integers(0, 255, (side, side + 8, 3), dtype=np.uint8)

@@ -21,7 +21,7 @@ import psutil
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.job_metrics import Metrics
 
-__all__ = ["Job", "JobState", "Jobs", "Metrics"]
+__all__ = ["Job", "JobState", "Jobs", "Metrics", "run_name_of"]
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train_dreambooth.py"
 JOB_NAME, LOG_NAME, CONFIG_NAME, METRICS_NAME = "job.json", "job.log", "job_config.json", "metrics.jsonl"
@@ -29,6 +29,7 @@ KILL_AFTER_SEC = 30
 LOG_TAIL_LINES = 40
 RUN_NAME = re.compile(r"[^\W_][\w +-]*(\.[\w +-]+)*")
 """Letters, digits, space and `+-_`, single dots between: no separator, no leading dot."""
+MAX_RUN_NAME = 60
 ACTIVE = ("starting", "running", "stopping")
 
 
@@ -95,6 +96,12 @@ class JobState:
         return self.state in ACTIVE
 
 
+def run_name_of(text: str) -> str:
+    """What RUN_NAME takes of any words: each space and what is not allowed becomes a dash."""
+    name = re.sub(r"\.{2,}", ".", re.sub(r"[^\w.+-]+", "-", text))
+    return re.sub(r"^[\W_]+", "", name)[:MAX_RUN_NAME].rstrip(".-") or "run"
+
+
 class Jobs:
     """The runs under `runs_dir`. One process at a time; only its owner may stop it."""
 
@@ -145,7 +152,7 @@ class Jobs:
 
     def run_dir(self, name: str) -> Path:
         """Raises UserError for a name that would leave `runs_dir`."""
-        if not RUN_NAME.fullmatch(name):
+        if not isinstance(name, str) or not RUN_NAME.fullmatch(name):
             raise UserError(f"{name!r:.60} cannot be the name of a run")
         return self.runs_dir / name
 

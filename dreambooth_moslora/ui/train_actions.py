@@ -15,9 +15,8 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.cards import notice, progress_card
 from dreambooth_moslora.ui.context import AppContext
 from dreambooth_moslora.ui.generate_actions import format_seconds
-from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, Metrics
+from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, Metrics, run_name_of
 from dreambooth_moslora.ui.photo_uploads import take_photos
-from dreambooth_moslora.ui.shelf import clean_name
 from dreambooth_moslora.ui.train_form import TrainForm, prompts_of
 from dreambooth_moslora.ui.visitors import Visitor
 
@@ -100,7 +99,7 @@ def start_run(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) ->
 
 def free_run_dir(jobs: Jobs, form: TrainForm) -> Path:
     """The wanted name, or one from the class word; a number is added when it is taken."""
-    wanted = clean_name(form.run_name or form.class_word).replace(" ", "-").replace("@", "-")
+    wanted = run_name_of(str(form.run_name or form.class_word))
     number, name = 2, wanted
     while jobs.run_dir(name).exists():
         name, number = f"{wanted}-{number}", number + 1
