@@ -10,7 +10,7 @@ import gradio as gr
 import psutil
 
 from dreambooth_moslora.ui.job_metrics import Metrics
-from dreambooth_moslora.ui.jobs import Job, Jobs
+from dreambooth_moslora.ui.jobs import Job, Jobs, birth_of
 from dreambooth_moslora.ui.train_watch import WATCHED, watched
 from dreambooth_moslora.ui.visitors import Visitor
 
@@ -95,3 +95,11 @@ def test_a_run_that_is_gone_is_told_and_leaves_no_button_to_press(tmp_path):
         assert [value for _, value in now["run"].choices] == ["mine"]
         assert not (now["stop"].interactive or now["resume"].interactive or now["download"]["visible"])
     assert values_of(watched(jobs, None, None, ann))["status"] == gr.skip()
+
+
+def test_a_run_lives_on_when_the_clock_is_set_and_a_reused_number_is_not_taken_for_it(tmp_path):
+    (run := tmp_path / "dog").mkdir()
+    Job(run, OWNER, os.getpid(), created=1.0, birth=birth_of(os.getpid())).save()
+    job = Job.load(run)
+    assert job.is_alive
+    assert not replace(job, birth="another boot 1").is_alive

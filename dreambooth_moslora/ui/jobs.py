@@ -42,6 +42,7 @@ class Job:
     pid: int
     created: float
     stop_asked: float = 0.0
+    birth: str = ""
 
     @property
     def name(self) -> str:
@@ -65,7 +66,8 @@ class Job:
         """Whether the process that was started is still there (a zombie is not)."""
         try:
             process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.created) < 1.0
+            by_clock = abs(process.create_time() - self.created) < 1.0
+            same = birth_of(self.pid) == self.birth if self.birth else by_clock
             return same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False
@@ -79,6 +81,19 @@ class Job:
             return ""
         shown = [line for line in text.split("\n") if line.strip()]
         return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in shown[-lines:])
+
+
+def birth_of(pid: int) -> str:
+    """Which boot of the machine and which tick of it began the process: unlike a time, no set clock moves it.
+
+    Empty where the system does not tell.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        facts = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return f"{boot} {facts[19]}"
+    except (OSError, IndexError):
+        return ""
 
 
 @dataclass(frozen=True)
@@ -200,7 +215,7 @@ class Jobs:
             child = self._spawn(run_dir)
             self._children[child.pid] = child
             try:
-                job = Job(run_dir, owner, child.pid, psutil.Process(child.pid).create_time())
+                job = Job(run_dir, owner, child.pid, psutil.Process(child.pid).create_time(), birth=birth_of(child.pid))
                 job.save()
             except BaseException:  # a process of which nothing is noted could not be stopped
                 child.kill()
