@@ -8,9 +8,12 @@ from dataclasses import replace
 
 import gradio as gr
 import psutil
+import pytest
 
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.job_metrics import Metrics
-from dreambooth_moslora.ui.jobs import Job, Jobs, birth_of
+from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, birth_of, why_it_ended
+from dreambooth_moslora.ui.train_actions import status_card
 from dreambooth_moslora.ui.train_watch import WATCHED, watched
 from dreambooth_moslora.ui.visitors import Visitor
 
@@ -103,3 +106,47 @@ def test_a_run_lives_on_when_the_clock_is_set_and_a_reused_number_is_not_taken_f
     job = Job.load(run)
     assert job.is_alive
     assert not replace(job, birth="another boot 1").is_alive
+
+
+def ended(jobs: Jobs, job: Job) -> str:
+    deadline = time.monotonic() + 40
+    while jobs.state(job).is_active:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return jobs.state(job).message
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_killed_process_is_told_by_the_server_that_started_it_and_by_a_later_one(tmp_path, known):
+    (script := tmp_path / "trainer.py").write_text("print('loading', flush=True); import time; time.sleep(60)")
+    jobs = Jobs(tmp_path / "runs", script)
+    job = jobs.start("dog", {}, OWNER)
+    while "loading" not in job.log_tail():
+        time.sleep(0.02)
+    os.kill(job.pid, 9)
+    told = ended(jobs, job) if known else (ended(jobs, job), ended(Jobs(tmp_path / "runs"), job))[1]
+    assert "was killed" in told and "want of memory" in told and ("loading" in told) == (not known)
+    with pytest.raises(UserError, match="dog has already ended"):
+        jobs.stop("dog", OWNER)
+
+
+@pytest.mark.parametrize(
+    "code, asked, log, words",
+    [
+        (-15, 1.0, "", "stopped before training had begun"),
+        (-9, 1.0, "loading", "killed by SIGKILL."),
+        (-11, 0.0, "loading", "killed by SIGSEGV."),
+        (2, 0.0, "error: no photos", "error: no photos"),
+        (None, 0.0, "KeyError: 1", "KeyError: 1"),
+        (1, 0.0, "", "ended without a word"),
+    ],
+)
+def test_why_a_process_is_gone_is_said_as_well_as_it_is_known(tmp_path, code, asked, log, words):
+    (tmp_path / "job.log").write_text(log)
+    assert words in why_it_ended(Job(tmp_path, OWNER, 1, 0.0, asked), code)
+
+
+def test_a_run_stopped_before_its_first_step_boasts_of_no_checkpoint(tmp_path):
+    state = JobState("interrupted", 0, 100, "", "stopped before the first step")
+    assert "Stopped before the first step." in status_card(state, Metrics(tmp_path))
+    assert "checkpoint is written" in status_card(replace(state, message=""), Metrics(tmp_path))

@@ -123,6 +123,7 @@ class Jobs:
     def __init__(self, runs_dir: Path, script: Path = SCRIPT) -> None:
         self.runs_dir, self.script = runs_dir, script
         self._children: dict[int, subprocess.Popen] = {}
+        self._exits: dict[int, int] = {}
         self._metrics: dict[Path, Metrics] = {}
         self._lock = threading.Lock()
 
@@ -148,7 +149,7 @@ class Jobs:
         """First ask the trainer to end with a checkpoint; asked again after 30 s, kill it with its children."""
         job = self.owned(name, owner)
         if not job.is_alive:
-            return job
+            raise UserError(f"the run {job.name} has already ended")
         if job.stop_asked and time.time() - job.stop_asked > KILL_AFTER_SEC:
             _kill_tree(job.pid)
             return job
@@ -190,8 +191,8 @@ class Jobs:
             return self._metrics.setdefault(path, Metrics(path)).refresh()
 
     def state(self, job: Job) -> JobState:
-        self._reap()
         alive = job.is_alive  # before the metrics: what a process wrote is there when it has gone
+        self._reap()
         metrics = self.metrics(job)
         events = [event for event in metrics.since_start() if event.get("time", 0) >= job.created - 1]
         by_kind = {event.get("type"): event for event in events}
@@ -204,7 +205,7 @@ class Jobs:
         done = [] if is_starting else [*metrics.of("step")[-1:], *events]
         step = max((int(event.get("step") or 0) for event in done), default=0)
         total = int(metrics.last("start").get("max_train_steps") or 0)
-        message = str(end.get("message") or "") or ("" if end or alive else _last_words(job))
+        message = str(end.get("message") or "") or ("" if end or alive else why_it_ended(job, self._exits.get(job.pid)))
         return JobState(state, step, total, _phase(events), message)
 
     def _launch(self, run_dir: Path, owner: str) -> Job:
@@ -214,6 +215,7 @@ class Jobs:
                 raise UserError(f"{whose} is going on; one run at a time")
             child = self._spawn(run_dir)
             self._children[child.pid] = child
+            self._exits.pop(child.pid, None)
             try:
                 job = Job(run_dir, owner, child.pid, psutil.Process(child.pid).create_time(), birth=birth_of(child.pid))
                 job.save()
@@ -237,7 +239,8 @@ class Jobs:
 
     def _reap(self) -> None:
         for pid, child in list(self._children.items()):
-            if child.poll() is not None:
+            if (code := child.poll()) is not None:
+                self._exits[pid] = code
                 self._children.pop(pid, None)
 
 
@@ -249,10 +252,24 @@ def _phase(events: list[dict[str, Any]]) -> str:
     return ""
 
 
+def why_it_ended(job: Job, code: int | None) -> str:
+    """Of a process that wrote no end; `code` is its exit status, None where an earlier server started it."""
+    words = _last_words(job)
+    if code == -signal.SIGTERM and job.stop_asked:
+        return "It was stopped before training had begun."
+    if code is not None and code < 0:
+        cause = "" if job.stop_asked else ", perhaps for want of memory" if code == -signal.SIGKILL else ""
+        return f"The process was killed by {signal.Signals(-code).name}{cause}."
+    if code is None and "rror" not in words:
+        cause = "" if job.stop_asked else ", perhaps for want of memory"
+        return f"The process was killed{cause}; its last words: {words or 'none'}"
+    return words or "The process ended without a word."
+
+
 def _last_words(job: Job) -> str:
     """The last line of the log that is no progress bar."""
     lines = [line for line in job.log_tail().splitlines() if line.strip() and "%|" not in line]
-    return lines[-1][:300] if lines else "the process ended without a word"
+    return lines[-1][:300] if lines else ""
 
 
 def _kill_tree(pid: int) -> None:

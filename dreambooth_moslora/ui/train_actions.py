@@ -13,7 +13,7 @@ import PIL.Image
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.cards import notice, progress_card
-from dreambooth_moslora.ui.context import AppContext
+from dreambooth_moslora.ui.context import AppContext, sentence
 from dreambooth_moslora.ui.generate_actions import format_seconds
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, Metrics, run_name_of
 from dreambooth_moslora.ui.photo_uploads import take_photos
@@ -141,6 +141,8 @@ def status_card(state: JobState, metrics: Metrics) -> str:
     """One line of state and one of numbers."""
     if state.state in ENDINGS:
         detail = state.message or f"Step {state.step} of {state.max_train_steps}."
+        if state.state == "interrupted" and state.message:  # no checkpoint: it was stopped before the first step
+            return notice(f"{sentence(state.message)}.", "good")
         kind = "bad" if state.state == "failed" else "good"
         return notice(f"{ENDINGS[state.state]} {detail}", kind)
     if state.state == "starting":
