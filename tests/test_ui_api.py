@@ -4,6 +4,7 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import numpy as np
 import PIL.Image
 import pytest
@@ -137,13 +138,59 @@ def test_a_grid_is_one_png_with_its_axes(client):
         ({"prompt": "a", "size": "big"}, "size"),
         ({"prompt": "a", "size": "60000 x 60000"}, "60000"),
         ({"prompt": "a", "size": "1024 x 1024"}, "at most 128 x 128 px"),
-        ({"prompt": "a", "guidance_scale": 99}, "maximum value 15"),
+        ({"prompt": "a", "guidance_scale": 99}, "Guidance: Value 99 is greater than maximum value"),
+        ({"prompt": "a", "scale": None}, "Adapter scale must be a number, not None"),
+        ({"prompt": "a", "steps": "many"}, "Steps must be a number, not 'many'"),
+        ({"prompt": "a", "seed": [1]}, "Seed must be a number, not [1]"),
+        ({"prompt": "a", "size": [64, 64]}, "size [64, 64] is not understood"),
+        ({"prompt": "a", "size": 64.5}, "size 64.5 is not understood"),
     ],
 )
 def test_mistakes_are_told_in_words(client, arguments, words):
     with pytest.raises(Exception) as error:
         client.predict(**arguments, api_name="/generate")
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("endpoint", ["/train_status", "/stop_training", "/resume_training"])
+@pytest.mark.parametrize("run", [None, 5, ["dog"], {}, "../dog"])
+def test_what_is_no_name_of_a_run_is_told_in_words(client, endpoint, run):
+    with pytest.raises(AppError, match="cannot be the name of a run"):
+        client.predict(run, api_name=endpoint)
+
+
+@pytest.mark.parametrize("name, value", [("steps", "x"), ("seed", [1]), ("rank", {"a": 1})])
+def test_a_training_number_that_is_none_is_told_in_words(client, name, value):
+    with pytest.raises(AppError, match=f"{name.capitalize()} must be a number"):
+        client.predict(photos=[], token="sks", class_word="dog", **{name: value}, api_name="/estimate")
+
+
+def told(served, endpoint: str, text: str) -> str:
+    """The error after JSON that the Python client itself would not send."""
+    headers = {"Content-Type": "application/json"}
+    asked = httpx.post(f"{served.url}gradio_api/call/v2/{endpoint}", content=text, headers=headers)
+    return httpx.get(f"{served.url}gradio_api/call/{endpoint}/{asked.json()['event_id']}", timeout=60).text
+
+
+@pytest.mark.parametrize(
+    "endpoint, arguments, words",
+    [
+        ("generate", '{"prompt": "a", "seed": NaN}', "Seed must be a number, not nan"),
+        ("generate", '{"prompt": "a", "seed": Infinity}', "Seed must be a number, not inf"),
+        ("generate", '{"prompt": "a", "num_images": NaN}', "must be a whole number, not nan"),
+        ("generate", '{"prompt": "a", "adapter": "\\ud800"}', "There is no adapter ?"),
+        ("generate", '{"prompt": "a \\ud800"}', "which is no character"),
+        ("estimate", '{"photos": [], "token": "s", "class_word": "d", "rank": NaN}', "Rank must be a number"),
+        ("stop_training", '{"run": "\\ud800"}', "cannot be the name of a run"),
+    ],
+)
+def test_json_of_another_kind_is_told_in_words(served, endpoint, arguments, words):
+    assert words in told(served, endpoint, arguments)
+
+
+def test_an_emptied_seed_is_a_drawn_one(client):
+    seeds = {client.predict("a dog", seed=None, **FAST, api_name="/generate")[1] for _ in range(2)}
+    assert len(seeds) == 2 and min(seeds) >= 0
 
 
 def test_stop_ends_only_ones_own_work(served, client):

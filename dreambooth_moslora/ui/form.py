@@ -38,14 +38,14 @@ class GenerateForm:
         return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
     def params(self) -> GenerationParams:
-        """Raises UserError for what cannot be generated. A negative seed is drawn here."""
+        """Raises UserError for what cannot be generated. A negative or emptied seed is drawn here."""
         width, height = parse_size(self.size)
         if not 1 <= _whole(self.num_images, "images") <= MAX_IMAGES:
             raise UserError(f"{self.num_images} images are asked for; the page makes 1 to {MAX_IMAGES} at a time")
         return GenerationParams(
             prompt=str(self.prompt or ""),
             negative_prompt=str(self.negative_prompt or ""),
-            seed=draw_seed(_whole(self.seed, "seed")),
+            seed=draw_seed(-1 if self.seed is None else _whole(self.seed, "seed")),
             steps=_whole(self.steps, "steps"),
             guidance_scale=self.guidance_scale,
             height_px=height,
@@ -86,11 +86,11 @@ def format_size(width: int | None, height: int | None) -> str:
 
 def parse_size(text: str) -> tuple[int | None, int | None]:
     """ "832 x 1216" -> (832, 1216); empty -> the base's own size."""
-    if not (text or "").strip():
+    if text is None or text == "" or (isinstance(text, str) and not text.strip()):
         return None, None
     try:
         width, height = (int(part) for part in text.lower().replace("×", "x").split("x"))
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:  # a program may send anything but text
         raise UserError(f"the size {text!r:.30} is not understood; write it like 832 x 1216") from error
     return width, height
 

@@ -23,6 +23,7 @@ from dreambooth_moslora.ui.generate_widgets import (
     result_widgets,
     settings_widgets,
 )
+from dreambooth_moslora.ui.inputs import refuse_in_words
 from dreambooth_moslora.ui.recipes import settle
 from dreambooth_moslora.ui.visitors import Picture, Visitor
 
@@ -49,6 +50,8 @@ def build_generate_tab(ctx: AppContext, page: gr.Blocks, templates: list[str]) -
             widgets |= settings_widgets(ctx)
             extras = extra_widgets(templates)
     ordered = {field.name: widgets[field.name] for field in fields(GenerateForm)}
+    for widget in ordered.values():
+        refuse_in_words(widget)
     tab = GenerateTab(ordered, [widgets[f"adapter{n}"] for n in ("", "_2", "_3")], widgets["prompt"], results["tabs"])
     _connect_runs(ctx, tab, buttons, results)
     _connect_adapters(ctx, page, tab, buttons)

@@ -168,6 +168,8 @@ class Jobs:
 
     def run_dir(self, name: str) -> Path:
         """Raises UserError for a name that would leave `runs_dir`."""
+        if name == "":
+            raise UserError("choose a run; '' cannot be the name of a run")
         if not isinstance(name, str) or not RUN_NAME.fullmatch(name):
             raise UserError(f"{name!r:.60} cannot be the name of a run")
         return self.runs_dir / name

@@ -11,6 +11,7 @@ from dreambooth_moslora.ui.cost import estimate_cost
 from dreambooth_moslora.ui.facts import prompt_for, summary_of
 from dreambooth_moslora.ui.form import NONE
 from dreambooth_moslora.ui.generate_tab import GenerateTab
+from dreambooth_moslora.ui.inputs import refuse_in_words
 from dreambooth_moslora.ui.jobs import Jobs
 from dreambooth_moslora.ui.photo_uploads import PHOTO_TYPES, take_photos
 from dreambooth_moslora.ui.shelf import PUBLISHED_NAME
@@ -160,6 +161,8 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
             take_photos(photos, visitor.photos_dir)
         return estimate_cost(ctx, jobs, TrainForm(**values), visitor)
 
+    for widget in fields.values():
+        refuse_in_words(widget)
     inputs = {"photos": parts["photos"], **fields}
     gr.on(
         [fields["token"].change, fields["class_word"].change],

@@ -63,9 +63,9 @@ def connect_watch(ctx: AppContext, jobs: Jobs, page: gr.Blocks, parts: dict) -> 
         return gr.Dropdown(choices=names, value=names[0] if names else None)
 
     @shown
-    def status(run: str, request: gr.Request) -> dict:
+    def status(run: str | None, request: gr.Request) -> dict:
         visitor = ctx.visitors.of(request)
-        state = jobs.state(jobs.owned(run, visitor.id))
+        state = jobs.state(jobs.owned(run or "", visitor.id))
         return {"run": run, "state": state.state, "step": state.step, "steps": state.max_train_steps} | (
             {"message": state.message} if state.message else {}
         )

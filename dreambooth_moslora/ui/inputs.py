@@ -1,0 +1,26 @@
+"""Values of the wrong kind, which only a program can send: gradio itself answers them with an empty error."""
+
+import html
+
+import gradio as gr
+
+__all__ = ["refuse_in_words"]
+
+NUMBERS = (gr.Slider, gr.Number)
+
+
+def refuse_in_words(widget: gr.components.Component) -> None:
+    """From now on the widget names itself and says what it wants when it cannot take a value."""
+    own = widget.preprocess
+
+    def preprocess(value: object) -> object:
+        try:
+            return own(value)
+        except gr.Error as error:
+            words = f"{widget.label}: {error.message}"
+        except (TypeError, ValueError, OverflowError, AttributeError):
+            kind = "a number" if isinstance(widget, NUMBERS) else "text"
+            words = f"{widget.label} must be {kind}, not {value!r:.30}"
+        raise gr.Error(html.escape(words, quote=False), duration=12, print_exception=False)
+
+    widget.preprocess = preprocess
