@@ -197,13 +197,18 @@ def test_a_stop_counts_before_ones_turn_has_come_and_only_once(tmp_path):
     ctx.visitors.close()
 
 
-def test_the_snippet_names_files_as_they_lie_in_a_project(tmp_path):
+def test_the_snippet_names_files_as_they_lie_in_the_project_or_by_the_bare_name(tmp_path, monkeypatch):
     published, raw = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
     for file in ("adapters/cat.safetensors", f"runs/dog/{published}", f"runs/dog/checkpoint-20/{raw}"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("x")
-    paths = AdapterShelf(tmp_path / "adapters", tmp_path / "runs").public_paths()
-    assert paths == {"cat": "cat.safetensors", "dog": "runs/dog", "dog@20": "runs/dog/checkpoint-20"}
+    shelf = AdapterShelf(tmp_path / "adapters", tmp_path / "runs")
+    runs = {"dog": "runs/dog", "dog@20": "runs/dog/checkpoint-20"}
+    assert shelf.public_paths() == {"cat": "cat.safetensors"} | runs
+    monkeypatch.setattr("dreambooth_moslora.ui.shelf.PROJECT", tmp_path)
+    assert shelf.public_paths() == {"cat": "adapters/cat.safetensors"} | runs
+    monkeypatch.setattr("dreambooth_moslora.ui.shelf.PROJECT", tmp_path.parent)
+    assert shelf.public_paths()["dog@20"] == f"{tmp_path.name}/runs/dog/checkpoint-20"
 
 
 def test_choosing_an_adapter_renews_the_prompt_only_while_nobody_has_written_in_it():

@@ -13,6 +13,7 @@ from dreambooth_moslora.ui.visitors import Visitor
 __all__ = ["NONE", "AdapterShelf"]
 
 NONE = "none"
+PROJECT = Path(__file__).resolve().parents[2]
 PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
 MAX_UPLOAD_BYTES = 512 * 1024**2
 MAX_UPLOADS = 16
@@ -47,7 +48,7 @@ class AdapterShelf:
         return files[name]
 
     def public_paths(self, visitor: Visitor | None = None) -> dict[str, str]:
-        """Name -> what to write for the file in a program: relative, without this machine's folders."""
+        """Name -> what to write for the file in a program, relative to the project: no folder of this machine."""
         return {name: _public_path(file, self.runs_dir) for name, file in self.files(visitor).items()}
 
     def name_of(self, file: Path, visitor: Visitor | None = None) -> str:
@@ -133,8 +134,12 @@ def _name_of(file: Path) -> str:
 
 
 def _public_path(file: Path, runs_dir: Path) -> str:
-    """`runs/dog`, `runs/dog/checkpoint-500` or `dog.safetensors`."""
-    return f"runs/{file.parent.relative_to(runs_dir)}" if file.is_relative_to(runs_dir) else file.name
+    """`runs/dog`, `runs/dog/checkpoint-500` or `assets/adapters/dog.safetensors`; elsewhere the bare name."""
+    is_run = file.is_relative_to(runs_dir)
+    wanted = file.parent if is_run else file
+    if wanted.is_relative_to(PROJECT):
+        return wanted.relative_to(PROJECT).as_posix()
+    return f"runs/{wanted.relative_to(runs_dir).as_posix()}" if is_run else file.name
 
 
 def _is_inside(file: Path, folder: Path) -> bool:
