@@ -132,11 +132,15 @@ class GenerationParams:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a PNG says of itself. `exact` is False when it was read from another program's text."""
+    """What a PNG says of itself. `exact` is False when it was read from another program's text.
+
+    `remarks` are what that text asks for and nothing here can do.
+    """
 
     params: GenerationParams
     provenance: Provenance
     exact: bool
+    remarks: tuple[str, ...] = ()
 
 
 def draw_seed(seed: int) -> int:
@@ -156,7 +160,7 @@ def read_recipe(path: str | Path) -> Recipe:
     if PNG_KEY in text:
         return _own_recipe(text[PNG_KEY])
     if "parameters" in text:
-        return Recipe(_parse_a1111(text["parameters"]), Provenance(), exact=False)
+        return _parse_a1111(text["parameters"])
     raise UserError(f"{Path(path).name} carries no generation parameters; was it saved again by another program?")
 
 
@@ -253,7 +257,7 @@ def _a1111_text(params: GenerationParams, provenance: Provenance) -> str:
     return f"{params.prompt}{tags}{negative}\n{line}"
 
 
-def _parse_a1111(text: str) -> GenerationParams:
+def _parse_a1111(text: str) -> Recipe:
     """Prompt, negative prompt, tags and the settings we know; what we do not know is left at its default."""
     body, _, line = text.strip().rpartition("\n")
     if "Steps:" not in line:
@@ -262,7 +266,11 @@ def _parse_a1111(text: str) -> GenerationParams:
     settings = {key.strip(): value.strip().strip('"') for key, value in SETTING.findall(line[:MAX_SETTINGS_CHARACTERS])}
     prompt, tags = split_lora_tags(prompt.strip())
     values: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative.strip(), "adapters": tags}
-    return GenerationParams.from_dict(values | _known_settings(settings))
+    params = GenerationParams.from_dict(values | _known_settings(settings))
+    sampler = _sampler_of(settings)
+    known = not sampler or SCHEDULERS[params.scheduler] == sampler
+    remarks = () if known else (f"the sampler {sampler} is not here; {SCHEDULERS[params.scheduler]} takes its place",)
+    return Recipe(params, Provenance(), exact=False, remarks=remarks)
 
 
 def _known_settings(settings: Mapping[str, str]) -> dict[str, Any]:
@@ -276,6 +284,14 @@ def _known_settings(settings: Mapping[str, str]) -> dict[str, Any]:
             values["width_px"], values["height_px"] = (int(n) for n in settings["Size"].split("x"))
     except ValueError as error:
         raise UserError("the settings inside the PNG are damaged") from error
-    sampler = f"{settings.get('Sampler', '')} {settings.get('Schedule type', '')}".strip()
+    sampler = _sampler_of(settings)
     values["scheduler"] = next((ours for ours, theirs in SCHEDULERS.items() if theirs == sampler), "euler")
     return values
+
+
+def _sampler_of(settings: Mapping[str, str]) -> str:
+    """The sampler with its schedule as older programs name both; "Automatic" is the sampler's own schedule."""
+    sampler, schedule = settings.get("Sampler", ""), settings.get("Schedule type", "")
+    if schedule == "Automatic":
+        schedule = "Karras" if sampler == "DPM++ 2M" else ""
+    return f"{sampler} {schedule}".strip()

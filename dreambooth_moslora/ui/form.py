@@ -7,10 +7,12 @@ from typing import Any
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import GenerationParams, draw_seed
 
-__all__ = ["MAX_IMAGES", "NONE", "GenerateForm", "code_snippet", "size_choices"]
+__all__ = ["MAX_IMAGES", "NONE", "RANGES", "GenerateForm", "code_snippet", "size_choices"]
 
 NONE = "none"
 MAX_IMAGES = 8
+RANGES = {"steps": (1, 100), "guidance_scale": (0, 30), "scale": (-2, 2)}
+"""What the sliders offer: less than a program may ask for, so that the usual values are not crowded."""
 RATIOS = {"Square": (1, 1), "Portrait": (7 / 8, 9 / 8), "Tall": (13 / 16, 19 / 16)}
 
 

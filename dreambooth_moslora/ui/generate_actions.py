@@ -18,7 +18,7 @@ from dreambooth_moslora.ui.visitors import Picture, Visitor
 if TYPE_CHECKING:
     from dreambooth_moslora.pipeline import Image, Step
 
-__all__ = ["Frame", "compare", "draw_grid", "make_pictures"]
+__all__ = ["Frame", "check_size", "compare", "draw_grid", "make_pictures"]
 
 FRAME_SEC = 0.12
 """At most one update of the page in this time; finished pictures are always shown."""

@@ -24,7 +24,7 @@ from dreambooth_moslora.ui.generate_widgets import (
     settings_widgets,
 )
 from dreambooth_moslora.ui.inputs import refuse_in_words
-from dreambooth_moslora.ui.recipes import settle
+from dreambooth_moslora.ui.recipes import settle, within_reach
 from dreambooth_moslora.ui.visitors import Picture, Visitor
 
 __all__ = ["GenerateTab", "build_generate_tab"]
@@ -242,8 +242,9 @@ def _picked(pictures: list[Picture], index: int) -> Path:
 
 def to_widgets(ctx: AppContext, recipe: Recipe, request: gr.Request) -> list:
     """The values of all fields, in order, that give the recipe again; what cannot be met here is told."""
-    params, remarks = settle(recipe, ctx.shelf.files(ctx.visitors.of(request)), ctx.base)
-    for remark in remarks:
+    settled, remarks = settle(recipe, ctx.shelf.files(ctx.visitors.of(request)), ctx.base)
+    params, changes = within_reach(settled, ctx.resolution_px)
+    for remark in (*remarks, *changes):
         gr.Warning(html.escape(sentence(remark), quote=False))
     form = GenerateForm.from_params(params)
     return [getattr(form, field.name) for field in fields(GenerateForm)]

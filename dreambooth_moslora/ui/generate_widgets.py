@@ -8,7 +8,7 @@ from dreambooth_moslora.generation import SCHEDULERS
 from dreambooth_moslora.ui.cards import faint, progress_card
 from dreambooth_moslora.ui.context import AppContext
 from dreambooth_moslora.ui.facts import prompt_for, summary_of
-from dreambooth_moslora.ui.form import MAX_IMAGES, NONE, size_choices
+from dreambooth_moslora.ui.form import MAX_IMAGES, NONE, RANGES, size_choices
 
 __all__ = ["AXIS_VALUES", "ask_widgets", "extra_widgets", "result_widgets", "settings_widgets"]
 
@@ -47,7 +47,7 @@ def ask_widgets(ctx: AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     words = summary.sentence() if summary else ""
     about = gr.HTML(faint(words), visible=bool(words), elem_id="about_adapter", label="About the adapter")
-    scale = gr.Slider(0, 1.5, 1.0, step=0.05, label="Adapter scale", buttons=[], elem_id="scale")
+    scale = gr.Slider(*RANGES["scale"], 1.0, step=0.05, label="Adapter scale", buttons=[], elem_id="scale")
     num_images = gr.Slider(1, MAX_IMAGES, 1, step=1, label="Pictures", buttons=[], elem_id="num_images")
     with gr.Row(elem_classes="tight"):
         run = gr.Button("Generate", variant="primary", elem_id="run", scale=3)
@@ -61,8 +61,16 @@ def settings_widgets(ctx: AppContext) -> dict[str, Any]:
     with gr.Accordion("Settings", open=True, elem_id="settings_box"):
         negative = gr.Textbox("", label="Negative prompt", lines=1, max_lines=3, elem_id="negative")
         with gr.Row():
-            steps = gr.Slider(1, 60, 25, step=1, label="Steps", buttons=[], min_width=160, elem_id="steps")
-            guidance = gr.Slider(1, 15, 5.0, step=0.1, label="Guidance", buttons=[], min_width=160, elem_id="guidance")
+            steps = gr.Slider(*RANGES["steps"], 25, step=1, label="Steps", buttons=[], min_width=160, elem_id="steps")
+            guidance = gr.Slider(
+                *RANGES["guidance_scale"],
+                5.0,
+                step=0.1,
+                label="Guidance",
+                buttons=[],
+                min_width=160,
+                elem_id="guidance",
+            )
         with gr.Row():
             seed = gr.Number(-1, label="Seed", info="−1 draws one", precision=0, min_width=160, elem_id="seed")
             schedulers = [(label, name) for name, label in SCHEDULERS.items()]
@@ -80,7 +88,7 @@ def settings_widgets(ctx: AppContext) -> dict[str, Any]:
                     min_width=130,
                 )
                 widgets[f"scale_{number}"] = gr.Slider(
-                    0, 1.5, 1.0, step=0.05, label=f"Scale {number}", buttons=[], min_width=130
+                    *RANGES["scale"], 1.0, step=0.05, label=f"Scale {number}", buttons=[], min_width=130
                 )
         gr.Markdown("Or write `<lora:name:0.8>` in the prompt.", elem_classes="faint")
     return widgets | {"scheduler": scheduler}

@@ -8,7 +8,7 @@ import gradio as gr
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import SCHEDULERS, Recipe, read_recipe
 from dreambooth_moslora.ui.cards import facts_table, notice
-from dreambooth_moslora.ui.context import TELLING, AppContext, shown
+from dreambooth_moslora.ui.context import TELLING, AppContext, sentence, shown
 from dreambooth_moslora.ui.generate_tab import GenerateTab, to_widgets
 from dreambooth_moslora.ui.shelf import check_upload
 
@@ -66,6 +66,7 @@ def recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
         ("Scheduler", SCHEDULERS[params.scheduler]),
         ("Base", origin.base),
         ("Made with", ", ".join(f"{name} {version}" for name, version in origin.versions)),
+        ("Remarks", "\n".join(map(sentence, recipe.remarks))),
         ("Recipe", "exact" if recipe.exact else "read from another program's text"),
     ]
 

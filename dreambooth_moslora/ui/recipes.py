@@ -6,15 +6,18 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import GenerationParams, Recipe
+from dreambooth_moslora.ui.form import RANGES
+from dreambooth_moslora.ui.generate_actions import check_size
 
-__all__ = ["settle"]
+__all__ = ["settle", "within_reach"]
 
 
 def settle(recipe: Recipe, files: Mapping[str, Path], base: str) -> tuple[GenerationParams, list[str]]:
     """The parameters with the adapters' names of this shelf (`files`), and one remark for each thing that differs."""
     wanted = dict(recipe.provenance.adapter_sha256)
-    remarks = []
+    remarks = list(recipe.remarks)
     adapters = []
     for name, scale in recipe.params.adapters:
         found, remark = _find(name, wanted.get(name), files)
@@ -24,6 +27,32 @@ def settle(recipe: Recipe, files: Mapping[str, Path], base: str) -> tuple[Genera
         remarks.append(f"it was made with the base {recipe.provenance.base}; this page has {base}")
     unique = tuple(dict(adapters).items())
     return replace(recipe.params, adapters=unique), remarks
+
+
+def within_reach(params: GenerationParams, resolution_px: int) -> tuple[GenerationParams, list[str]]:
+    """The nearest parameters that the page's widgets take, and a remark for each that had to change."""
+    remarks: list[str] = []
+
+    def near(value: float, name: str, words: str) -> float:
+        low, high = RANGES[name]
+        if low <= value <= high:
+            return value
+        nearest = min(max(value, low), high)
+        remarks.append(f"{words} {value:g} is beyond what the page offers; {nearest:g} is set")
+        return nearest
+
+    params = replace(
+        params,
+        steps=near(params.steps, "steps", "the number of steps"),
+        guidance_scale=near(params.guidance_scale, "guidance_scale", "guidance"),
+        adapters=tuple((name, near(scale, "scale", f"scale of {name}:")) for name, scale in params.adapters),
+    )
+    try:
+        check_size(params, resolution_px)
+    except UserError as error:
+        remarks.append(f"{error}; the base's own size is set")
+        params = replace(params, width_px=None, height_px=None)
+    return params, remarks
 
 
 def _find(name: str, sha256: str | None, files: Mapping[str, Path]) -> tuple[str, str]:
