@@ -1,8 +1,12 @@
 """The page through gradio_client: names, arguments, streaming, stopping, several visitors."""
 
 import json
+import re
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -13,7 +17,9 @@ from gradio_client.exceptions import AppError
 
 from dreambooth_moslora.generation import GenerationParams, read_recipe
 from dreambooth_moslora.pipeline import Image
+from dreambooth_moslora.ui.jobs import Job
 from dreambooth_moslora.ui.train_form import TrainForm
+from dreambooth_moslora.ui.visitors import COOKIE, visitor_id
 from tests.ui_server import serve
 
 FAST = {"steps": 3, "guidance_scale": 2.0}
@@ -72,6 +78,34 @@ def test_endpoints_and_arguments_keep_their_names(client):
         "/resume_training",
     }
     assert all(p["parameter_has_default"] for p in api["/generate"]["parameters"])
+
+
+def test_the_readme_names_every_endpoint_with_its_arguments(client):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = [line.strip("|").split("|") for line in readme.splitlines() if line.startswith("| `/")]
+    told = {
+        name: re.findall("`([a-z_0-9]+)`", words) for names, words in rows for name in re.findall("/[a-z_]+", names)
+    }
+    told["/grid"] += told["/generate"]
+    api = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert told == {name: [p["parameter_name"] for p in facts["parameters"]] for name, facts in api.items()}
+    needed = {
+        p["parameter_name"] for facts in api.values() for p in facts["parameters"] if not p["parameter_has_default"]
+    }
+    assert needed == {"photos", "class_word", "file", "run"}
+
+
+def test_a_fixed_cookie_finds_its_run_and_its_adapter_again(served):
+    (run := served.ctx.runs_dir / "lasting").mkdir()
+    shutil.copy(served.ctx.shelf.path("dog"), run / "pytorch_lora_weights.safetensors")
+    Job(run, visitor_id(SimpleNamespace(cookies={COOKIE: "a-secret"})), 1, 0.0).save()
+    for _ in range(2):
+        mine = Client(served.url, verbose=False, headers={"Cookie": f"{COOKIE}=a-secret"})
+        assert mine.predict("lasting", api_name="/train_status")["run"] == "lasting"
+        assert "lasting" in [row["name"] for row in mine.predict(api_name="/adapters")]
+    with pytest.raises(AppError, match="no run"):
+        Client(served.url, verbose=False).predict("lasting", api_name="/train_status")
+    shutil.rmtree(run)
 
 
 def test_a_picture_is_the_pipelines_own_and_carries_its_recipe(client, served):
