@@ -7,6 +7,7 @@ import PIL.Image
 import pytest
 from PIL.PngImagePlugin import PngInfo
 
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.jobs import Jobs
 from tests.ui_server import serve
 
@@ -242,3 +243,18 @@ def test_a_phone_shows_the_whole_page_with_the_results_under_the_button(served, 
         brightness = sum(int(float(n)) for n in colour[colour.index("(") + 1 : -1].split(",")[:3])
         assert (brightness < 200) == dark
         assert not visited.errors
+
+
+def test_a_failed_load_and_a_run_that_is_gone_are_told_on_their_cards(served, page, monkeypatch):
+    def no_base():
+        raise UserError("there is no base here")
+
+    monkeypatch.setattr(served.ctx, "pipeline", no_base)
+    generate(page)
+    wait_for_status(page, "There is no base here")
+    page.get_by_role("tab", name="Train", exact=True).click()
+    page.fill("#run_picker input", "nowhere")
+    page.press("#run_picker input", "Enter")
+    wait_for_status(page, "This run is not there any more.", "train_status")
+    assert page.locator("#stop_training").is_disabled()
+    assert page.input_value("#run_picker input") == ""
