@@ -51,8 +51,8 @@ JUNK = {".ds_store", "thumbs.db", "desktop.ini", "manifest.json", METADATA}
 class Photo:
     """A usable photo. `size_px` (h, w) upright. `mask_path` is `path` itself when its transparency is the mask.
 
-    Each exposure is trained with one of the `captions`. `reasons` are what a person may want to know: too small, rotated
-    by EXIF, …; none of them forbids its use.
+    Each exposure is trained with one of the `captions`. `reasons` are what a person may want to know (too small,
+    rotated by EXIF, …); none of them forbids its use.
     """
 
     path: Path
