@@ -4,6 +4,7 @@ It is written to be shared: no path, no photo and no fact about one is in it.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -13,7 +14,10 @@ from dreambooth_moslora.best_step import BestStep
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.proof import Proof
 
-__all__ = ["CardFacts", "model_card"]
+__all__ = ["CardFacts", "is_card", "model_card", "pictures_named"]
+
+SIGNATURE = "Made with dreambooth_moslora"
+PICTURE = re.compile(r'^  output: \{url: "(image_\d+\.png)"\}$', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,19 @@ def model_card(config: TrainConfig, facts: CardFacts) -> str:
         training_table(config, facts),
         f"## Proof\n\n{facts.proof.sentence()}.",
         score_table(facts),
-        f"Made with dreambooth_moslora {__version__}.",
+        f"{SIGNATURE} {__version__}.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def is_card(text: str) -> bool:
+    """Whether `model_card` wrote the text."""
+    return SIGNATURE in text
+
+
+def pictures_named(text: str) -> set[str]:
+    """The files of a card's pictures; none for a text that is no card of ours."""
+    return set(PICTURE.findall(text)) if is_card(text) else set()
 
 
 def front_matter(config: TrainConfig, facts: CardFacts) -> str:

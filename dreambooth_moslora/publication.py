@@ -8,7 +8,7 @@ from dreambooth_moslora.adapter_file import AdapterFacts, adapter_facts
 from dreambooth_moslora.album import Album, png_bytes
 from dreambooth_moslora.base import architecture
 from dreambooth_moslora.best_step import BestStep
-from dreambooth_moslora.card import CardFacts, model_card
+from dreambooth_moslora.card import CardFacts, model_card, pictures_named
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.contact_sheet import Row, draw_contact_sheet
 from dreambooth_moslora.export import publish
@@ -90,13 +90,16 @@ def facts_of(config: TrainConfig, materials: Materials, learner: Learner) -> Ada
 def write_card(
     config: TrainConfig, run_dir: RunDir, facts: CardFacts, pictures: list[tuple[SampleRequest, Image.Image]]
 ) -> None:
-    """README.md and the pictures that it shows (request, image): image_0.png and on."""
-    for stale in run_dir.path.glob("image_*.png"):
-        stale.unlink()
+    """README.md and the pictures that it shows (request, image): image_0.png and on.
+
+    The pictures of the card before go first and the new ones come last: at no moment is there one that no card names.
+    """
+    for stale in pictures_named(run_dir.read_card() or ""):
+        (run_dir.path / stale).unlink(missing_ok=True)
     names = [(f"image_{number}.png", request.prompt) for number, (request, _) in enumerate(pictures)]
+    atomic_write(run_dir.card_path, model_card(config, replace(facts, images=tuple(names))))
     for (name, _), (_, picture) in zip(names, pictures):
         atomic_write(run_dir.path / name, png_bytes(picture))
-    atomic_write(run_dir.card_path, model_card(config, replace(facts, images=tuple(names))))
 
 
 def write_contact_sheet(run_dir: RunDir, photos: list[Photo], album: Album, contexts: list[Image.Image]) -> None:

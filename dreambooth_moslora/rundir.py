@@ -46,6 +46,12 @@ class RunDir:
     def card_path(self) -> Path:
         return self.path / "README.md"
 
+    def read_card(self) -> str | None:
+        """The text of README.md; None where there is none."""
+        if not self.card_path.is_file():
+            return None
+        return self.card_path.read_text(encoding="utf-8", errors="replace")
+
     @property
     def config_path(self) -> Path:
         return self.path / "train_config.json"

@@ -19,6 +19,7 @@ from dreambooth_moslora.best_step import BestStep
 from dreambooth_moslora.checkpoint import Position, find_checkpoint, read_position, save_checkpoint
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.folder_checks import check_folders
 from dreambooth_moslora.learner import Learner, StepLosses
 from dreambooth_moslora.photos import instance_photos
 from dreambooth_moslora.preparation import StopRequestedError, prepare, usable_photos
@@ -63,6 +64,7 @@ def train(
     Every event goes to the run folder's `metrics.jsonl` and to `on_event`. `evaluator(sampler, step)` gives scores.
     Raises UserError for a person's mistake, and for a loss that is no longer finite.
     """
+    check_folders(config)
     run_dir = RunDir(config.output_dir)
     accelerator = make_accelerator(config, run_dir)
     report = Reporter(run_dir, accelerator, on_event)

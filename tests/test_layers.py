@@ -78,6 +78,7 @@ LAYERS: list[set[str]] = [
         "hub",
         "album",
         "startup",
+        "folder_checks",
         "reporting",
         "preparation",
         "learner",

@@ -1,0 +1,53 @@
+"""What a run may not write over, asked before anything is written: photos, and files that no run of ours made."""
+
+from pathlib import Path
+
+from dreambooth_moslora.card import is_card, pictures_named
+from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.rundir import CHECKPOINT, RunDir
+
+__all__ = ["check_folders"]
+
+
+def check_folders(config: TrainConfig) -> None:
+    """Raises UserError when the run folder is no place for a run. Nothing is created."""
+    if not config.output_dir.strip():
+        raise UserError("--output_dir is empty: name a folder for the run.")
+    run_dir = RunDir(config.output_dir)
+    check_photo_folders(config, run_dir)
+    check_strangers(run_dir)
+
+
+def check_photo_folders(config: TrainConfig, run_dir: RunDir) -> None:
+    """Photos neither at the top of the run folder nor where a run replaces and moves its own files."""
+    home = run_dir.path.resolve()
+    for name in ("instance_data_dir", "class_data_dir", "dataset_name"):
+        value = getattr(config, name)
+        folder = Path(value).resolve() if value else None
+        if folder is None or not folder.is_relative_to(home):
+            continue
+        if folder == home:
+            raise UserError(f"--output_dir {config.output_dir} is the folder of --{name}: a run needs one of its own.")
+        first = folder.relative_to(home).parts[0]
+        if is_of_the_run(run_dir, first) and not (name == "class_data_dir" and first == run_dir.class_images_dir.name):
+            raise UserError(f"--{name} {value}: the run writes to {first} in its folder; keep the photos elsewhere.")
+
+
+def is_of_the_run(run_dir: RunDir, name: str) -> bool:
+    """Whether a folder of this name at the top of the run folder is the run's own."""
+    own = {path.name for path in (run_dir.samples_dir, run_dir.best_dir, run_dir.class_images_dir)}
+    return name in own or CHECKPOINT.fullmatch(name) is not None
+
+
+def check_strangers(run_dir: RunDir) -> None:
+    """A card and pictures of the names that a run gives its own, but which no run made."""
+    if not run_dir.path.is_dir():
+        return
+    card = run_dir.read_card()
+    if card is not None and not is_card(card):
+        raise UserError(f"{run_dir.card_path} was made by no run and would be overwritten: name another --output_dir.")
+    known = pictures_named(card or "")
+    for path in sorted(run_dir.path.glob("image_*.png")):
+        if path.name not in known:
+            raise UserError(f"{path} was made by no run and would be taken for its picture: name another --output_dir.")

@@ -1,0 +1,58 @@
+"""A run takes no folder in which it would harm what it did not make."""
+
+import pytest
+
+from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.folder_checks import check_folders
+from dreambooth_moslora.trainer import train
+from tests.tiny_training import paint_photos, tiny_config
+
+
+def check(output, photos="photos", **changes):
+    check_folders(TrainConfig(output_dir=str(output), instance_data_dir=str(photos), **changes))
+
+
+@pytest.mark.parametrize("output", ["", " ", ".", "../photos", "{photos}"])
+def test_neither_an_empty_name_nor_the_photo_folder_is_a_run_folder(output, tmp_path, monkeypatch):
+    photos = paint_photos(tmp_path / "photos")
+    monkeypatch.chdir(photos)
+    with pytest.raises(UserError, match="--output_dir"):
+        check(output.format(photos=photos), photos)
+
+
+@pytest.mark.parametrize("inner", ["samples", "checkpoint-5", "best/mine", "class_images"])
+def test_photos_are_not_taken_from_where_a_run_writes(inner, tmp_path):
+    with pytest.raises(UserError, match="--instance_data_dir"):
+        check(tmp_path, tmp_path / inner)
+
+
+def test_photo_folders_that_a_run_leaves_alone_may_be_near(tmp_path):
+    check(tmp_path, tmp_path / "photos", class_data_dir=str(tmp_path / "class_images"))
+    check(tmp_path / "photos" / "run", tmp_path / "photos")
+
+
+def test_a_run_is_refused_before_it_touches_the_photos(tiny_base, tmp_path):
+    photos = paint_photos(tmp_path / "photos")
+    (photos / "0.png").rename(photos / "image_0.png")
+    (photos / "README.md").write_text("my photos")
+    before = {path.name: path.read_bytes() for path in photos.iterdir()}
+    with pytest.raises(UserError, match="is the folder of --instance_data_dir"):
+        train(tiny_config(tiny_base, photos, photos))
+    assert {path.name: path.read_bytes() for path in photos.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["README.md", "image_7.png"])
+def test_a_card_or_picture_that_no_run_made_is_not_written_over(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match="was made by no run"):
+        check(tmp_path)
+
+
+def test_a_run_replaces_the_pictures_of_its_own_card_only(tiny_base, tmp_path):
+    photos, run = paint_photos(tmp_path / "photos"), tmp_path / "run"
+    drawn = {"max_train_steps": 1, "num_validation_images": 2}
+    train(tiny_config(tiny_base, photos, run, **drawn))
+    assert len(list(run.glob("image_*.png"))) == 6
+    train(tiny_config(tiny_base, photos, run, **{**drawn, "num_validation_images": 0}))
+    assert not list(run.glob("image_*.png"))
