@@ -5,7 +5,7 @@ from pathlib import Path
 from dreambooth_moslora.card import is_card, pictures_named
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.rundir import CHECKPOINT, RunDir
+from dreambooth_moslora.rundir import RunDir, checkpoint_step
 
 __all__ = ["check_folders"]
 
@@ -37,7 +37,7 @@ def check_photo_folders(config: TrainConfig, run_dir: RunDir) -> None:
 def is_of_the_run(run_dir: RunDir, name: str) -> bool:
     """Whether a folder of this name at the top of the run folder is the run's own."""
     own = {path.name for path in (run_dir.samples_dir, run_dir.best_dir, run_dir.class_images_dir)}
-    return name in own or CHECKPOINT.fullmatch(name) is not None
+    return name in own or checkpoint_step(Path(name)) is not None
 
 
 def check_strangers(run_dir: RunDir) -> None:

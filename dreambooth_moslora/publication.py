@@ -25,7 +25,6 @@ from dreambooth_moslora.sampling import Sampler, SampleRequest
 __all__ = ["Publisher"]
 
 CARD_IMAGES = 6
-CONTACT_SHEET, LOSS_PLOT = "contact_sheet.png", "loss.png"
 
 
 class Publisher:
@@ -61,9 +60,8 @@ class Publisher:
         """The adapter first: what follows is decoration, and only a finished run draws new contexts or is pushed."""
         proof = publish(self.learner.components, self.run_dir.path, self.run_dir.name, self.facts)
         contexts = self.album.draw_contexts(self.sampler) if finished else []
-        facts = CardFacts(
-            self.run_dir.name, step, max_train_steps, self.facts, proof, scores=self.scores, best=self.best
-        )
+        best = self.best if self.run_dir.best_dir.is_dir() else None
+        facts = CardFacts(self.run_dir.name, step, max_train_steps, self.facts, proof, scores=self.scores, best=best)
         drawn = list(zip(self.album.requests, self.album.latest))
         shown = [*drawn[: max(2, CARD_IMAGES - len(contexts))], *zip(self.album.contexts, contexts)]
         write_card(self.config, self.run_dir, facts, shown)
@@ -111,11 +109,11 @@ def write_contact_sheet(run_dir: RunDir, photos: list[Photo], album: Album, cont
         Row(f"Step {album.latest_step}: the same prompts, from the same noise", album.latest, captions),
         Row("New contexts", contexts, tuple(request.prompt for request in album.contexts)),
     ]
-    draw_contact_sheet(rows, run_dir.path / CONTACT_SHEET)
+    draw_contact_sheet(rows, run_dir.contact_sheet_path)
 
 
 def write_loss_plot(run_dir: RunDir) -> None:
     events = run_dir.read_metrics()
     steps, scored = ([event for event in events if event["type"] == kind] for kind in ("step", "evaluation"))
     if steps:
-        draw_loss_plot(steps, run_dir.path / LOSS_PLOT, scored)
+        draw_loss_plot(steps, run_dir.loss_plot_path, scored)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RunDir", "atomic_directory", "atomic_write", "clean_stale"]
+__all__ = ["RunDir", "atomic_directory", "atomic_write", "checkpoint_step", "clean_stale"]
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.(?P<kind>new|old)")
@@ -77,6 +77,14 @@ class RunDir:
         """The published adapter of the best evaluated step."""
         return self.path / "best"
 
+    @property
+    def contact_sheet_path(self) -> Path:
+        return self.path / "contact_sheet.png"
+
+    @property
+    def loss_plot_path(self) -> Path:
+        return self.path / "loss.png"
+
     def checkpoint_path(self, step: int) -> Path:
         return self.path / f"checkpoint-{step}"
 
@@ -85,8 +93,9 @@ class RunDir:
         if not self.path.is_dir():
             return []
         recover(self.path)
-        found = [(int(m[1]), p) for p in self.path.iterdir() if (m := CHECKPOINT.fullmatch(p.name)) and p.is_dir()]
-        return [path for _, path in sorted(found)]
+        return sorted(
+            (p for p in self.path.iterdir() if checkpoint_step(p) is not None and p.is_dir()), key=checkpoint_step
+        )
 
     def latest_checkpoint(self) -> Path | None:
         return next(reversed(self.checkpoints()), None)
@@ -112,6 +121,12 @@ class RunDir:
             return []
         lines = self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines()
         return [event for line in lines if (event := parse_event(line)) is not None]
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """The step in a checkpoint's name; None for another name."""
+    match = CHECKPOINT.fullmatch(path.name)
+    return int(match[1]) if match else None
 
 
 def finite(value: Any) -> Any:

@@ -5,7 +5,6 @@ import logging
 import math
 import os
 from collections.abc import Mapping
-from itertools import count
 from random import SystemRandom
 
 import torch
@@ -16,6 +15,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.earlier_runs import set_aside, set_later_aside
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.memory import keep_freed_memory
 from dreambooth_moslora.preparation import uses_class_images
@@ -78,23 +78,8 @@ def steps_per_epoch(config: TrainConfig, photo_count: int, num_processes: int) -
 def begin(config: TrainConfig, run_dir: RunDir, report: Reporter, step: int, max_train_steps: int) -> None:
     """The configuration as it was resolved, the first event, the trackers. A resumed run goes on in its metrics."""
     if report.accelerator.is_main_process:
-        if step == 0:
-            set_aside(run_dir)
+        set_later_aside(run_dir, step) if step else set_aside(run_dir)
         atomic_write(run_dir.config_path, json.dumps(config.to_dict(), indent=2, default=str))
     report.begin_at(step)
     report("start", max_train_steps=max_train_steps, config=config.to_dict())
     report.start_trackers(config)
-
-
-def set_aside(run_dir: RunDir) -> None:
-    """A new run in the folder of an earlier one: its checkpoints, samples and metrics go to `earlier_run_1`."""
-    checkpoints = run_dir.checkpoints()
-    if not checkpoints:
-        return
-    number = next(n for n in count(1) if not (run_dir.path / f"earlier_run_{n}").exists())
-    home = run_dir.path / f"earlier_run_{number}"
-    home.mkdir()
-    for path in [*checkpoints, run_dir.samples_dir, run_dir.metrics_path, run_dir.adapter_path, run_dir.kohya_path]:
-        if path.exists():
-            path.rename(home / path.name)
-    logger.warning("%s held an earlier run: it is in %s now.", run_dir.path, home.name)

@@ -112,7 +112,7 @@ class Training:
     ):
         self.run_dir, self.accelerator, self.report = run_dir, accelerator, report
         self.should_stop, self.evaluator = should_stop, evaluator
-        checkpoint = find_checkpoint(run_dir, config.resume_from_checkpoint)
+        self.checkpoint = checkpoint = find_checkpoint(run_dir, config.resume_from_checkpoint)
         position = read_position(checkpoint) if checkpoint else Position(0, chosen_seed(config, accelerator))
         self.config = config = replace(config, seed=position.seed)
         photos = usable_photos(instance_photos(config))
@@ -199,6 +199,7 @@ class Training:
         position = Position(self.step, self.config.seed)
         optimizer, scaler = self.learner.optimizer.optimizer, self.accelerator.scaler
         save_checkpoint(path, position, self.learner.components, self.publisher.facts, optimizer, scaler)
+        self.checkpoint = path
         self.run_dir.rotate(self.config.checkpoints_total_limit)
         self.report("checkpoint", step=self.step, path=path.name)
 
@@ -219,7 +220,8 @@ class Training:
 
     def finish(self, interrupted: bool) -> TrainResult:
         """Leave a loadable adapter with its card, and a checkpoint, which has the raw adapter, to go on from."""
-        if self.run_dir.latest_checkpoint() != self.run_dir.checkpoint_path(self.step):
+        here = self.run_dir.checkpoint_path(self.step)
+        if self.checkpoint is None or self.checkpoint.resolve() != here.resolve():  # a name alone may be another run's
             self.save_checkpoint()
         proof = None
         if self.accelerator.is_main_process:

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from dreambooth_moslora.earlier_runs import set_later_aside
 from dreambooth_moslora.rundir import RunDir
 from dreambooth_moslora.trainer import train
 from tests.tiny_training import adapter_sha256, paint_photos, tiny_config
@@ -103,3 +104,27 @@ def test_a_new_run_in_an_old_folder_sets_the_old_one_aside(tiny_base, photos, tm
 
 def test_latest_without_a_checkpoint_begins_anew(tiny_base, photos, tmp_path):
     assert train(tiny_config(tiny_base, photos, tmp_path, resume_from_checkpoint="latest")).step == 5
+
+
+def test_an_older_checkpoint_sets_the_later_ones_aside(tiny_base, photos, tmp_path):
+    def config(folder, **changes):
+        return tiny_config(tiny_base, photos, tmp_path / folder, checkpointing_steps=1, **changes)
+
+    train(config("run"))
+    limit = {"checkpoints_total_limit": 2, "learning_rate": 2e-2, "max_train_steps": 4}
+    train(config("run", resume_from_checkpoint="checkpoint-2", **limit))
+    assert [path.name for path in RunDir(tmp_path / "run").checkpoints()] == ["checkpoint-3", "checkpoint-4"]
+    aside = tmp_path / "run" / "earlier_run_1"
+    assert sorted(path.name for path in aside.iterdir()) == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
+    names = ("checkpoint-4/moslora_weights.safetensors", "checkpoint-4/optimizer.pt")
+    assert all((aside / name).read_bytes() != (tmp_path / "run" / name).read_bytes() for name in names)
+
+
+def test_a_best_step_that_will_be_done_again_goes_aside_and_an_earlier_one_stays(tmp_path):
+    run = RunDir(tmp_path)
+    run.best_dir.mkdir()
+    run.append_metrics({"type": "evaluation", "step": 4, "best": {"step": 3, "score": 1.0, "since": 1}})
+    set_later_aside(run, 3)
+    assert run.best_dir.is_dir()
+    set_later_aside(run, 2)
+    assert not run.best_dir.exists() and (tmp_path / "earlier_run_1" / "best").is_dir()

@@ -1,0 +1,53 @@
+"""What an earlier run left in the run folder and the present one does not go on from: moved to `earlier_run_1`, ….
+
+set_aside         for a new run: all that the earlier one left
+set_later_aside   for a run that goes on from a step: the earlier one's checkpoints after it, and a best step after it
+"""
+
+import logging
+from itertools import count
+from pathlib import Path
+
+from dreambooth_moslora.card import pictures_named
+from dreambooth_moslora.rundir import RunDir, checkpoint_step
+
+__all__ = ["set_aside", "set_later_aside"]
+
+logger = logging.getLogger(__name__)
+
+
+def set_aside(run_dir: RunDir) -> None:
+    """Class images stay: the new run can use them. So does the log, which goes on."""
+    if found := what_was_left(run_dir):
+        move(found, run_dir, "held an earlier run")
+
+
+def what_was_left(run_dir: RunDir) -> list[Path]:
+    """Empty when no checkpoint and no adapter is there: metrics alone are of a run that came to nothing."""
+    worth = [*run_dir.checkpoints(), *present(run_dir.adapter_path, run_dir.kohya_path)]
+    pictures = [run_dir.path / name for name in sorted(pictures_named(run_dir.read_card() or ""))]
+    others = [run_dir.best_dir, run_dir.samples_dir, run_dir.metrics_path, run_dir.config_path, run_dir.card_path]
+    return [*worth, *present(*others, *pictures, run_dir.contact_sheet_path, run_dir.loss_plot_path)] if worth else []
+
+
+def set_later_aside(run_dir: RunDir, step: int) -> None:
+    """Without it a kill, and then `latest`, would go on from the run that was abandoned."""
+    later = [path for path in reversed(run_dir.checkpoints()) if checkpoint_step(path) > step]
+    scored = [event for event in run_dir.read_metrics() if event.get("type") == "evaluation"]
+    if scored and scored[-1]["best"]["step"] > step:
+        later += present(run_dir.best_dir)
+    if later:
+        move(later, run_dir, f"held checkpoints after step {step}, from which this run goes on")
+
+
+def present(*paths: Path) -> list[Path]:
+    return [path for path in paths if path.exists()]
+
+
+def move(paths: list[Path], run_dir: RunDir, what: str) -> None:
+    number = next(n for n in count(1) if not (run_dir.path / f"earlier_run_{n}").exists())
+    home = run_dir.path / f"earlier_run_{number}"
+    home.mkdir()
+    for path in paths:
+        path.rename(home / path.name)
+    logger.warning("%s %s: moved to %s.", run_dir.path, what, home.name)
