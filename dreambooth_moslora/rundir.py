@@ -8,17 +8,19 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 __all__ = ["RunDir", "atomic_directory", "atomic_write", "checkpoint_step", "clean_stale"]
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.(?P<kind>new|old)")
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(-(?P<token>[0-9a-f]+))?\.(?P<kind>new|old)")
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     clean_stale(path.parent)
     temporary = temporary_name(path, "new")
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
@@ -204,14 +207,20 @@ def remove_directory(path: Path) -> None:
 
 
 def temporary_name(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+    return path.with_name(f".{path.name}.{os.getpid()}-{process_token(os.getpid())}.{kind}")
+
+
+@cache
+def process_token(pid: int) -> str:
+    """Tells this process from an earlier one of the same number: in containers numbers come again."""
+    return secrets.token_hex(4)
 
 
 def recover(folder: Path) -> None:
     """Give a folder its name back when a kill fell between the two renames of its replacement."""
     for path, match in temporaries(folder):
         target = folder / match["name"]
-        if match["kind"] == "old" and path.is_dir() and not target.exists() and not is_running(int(match["pid"])):
+        if match["kind"] == "old" and path.is_dir() and not target.exists() and not is_in_use(match):
             with suppress(OSError):
                 os.replace(path, target)
 
@@ -220,7 +229,7 @@ def clean_stale(folder: Path) -> None:
     """Remove what processes that no longer run left half-written in `folder`."""
     recover(folder)
     for path, match in temporaries(folder):
-        if is_running(int(match["pid"])):
+        if is_in_use(match):
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -232,10 +241,11 @@ def temporaries(folder: Path) -> list[tuple[Path, re.Match[str]]]:
     return [(path, match) for path in folder.iterdir() if (match := TEMPORARY.fullmatch(path.name))]
 
 
-def is_running(pid: int) -> bool:
-    """Whether another process of this number runs. This process cleans up after itself."""
+def is_in_use(temporary: re.Match[str]) -> bool:
+    """Whether the process that made it runs. This process cleans up after itself."""
+    pid = int(temporary["pid"])
     if pid == os.getpid():
-        return True
+        return temporary["token"] == process_token(pid)
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -120,3 +120,18 @@ def test_metrics_survive_a_torn_line_and_stay_json(tmp_path):
     assert first == {"type": "step", "loss": None, "inner": {"x": [None, 1.5]}, "path": "a"}
     assert last == {"type": "end"}
     json.loads(run.metrics_path.read_text().splitlines()[0], parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("token", ["", "-0123abcd"])
+def test_what_a_killed_process_of_our_own_number_left_is_in_nobodys_way(tmp_path, token):
+    for kind, text in (("old", "before"), ("new", "half")):
+        folder = tmp_path / f".checkpoint-7.{os.getpid()}{token}.{kind}"
+        folder.mkdir()
+        (folder / "a").write_text(text)
+    (checkpoint,) = RunDir(tmp_path).checkpoints()
+    assert (checkpoint / "a").read_text() == "before"
+    with atomic_directory(tmp_path / "checkpoint-7") as folder:
+        (folder / "a").write_text("after")
+        clean_stale(tmp_path)
+    assert (tmp_path / "checkpoint-7" / "a").read_text() == "after"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
