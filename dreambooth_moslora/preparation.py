@@ -144,23 +144,37 @@ def make_class_images(
 ) -> list[Photo]:
     """The person's own class images first, then generated ones up to `num_class_images`."""
     folder = Path(config.class_data_dir) if config.class_data_dir else run_dir.class_images_dir
-    images = ClassImages(folder, config.class_prompt, public_base_id(config.pretrained_model_name_or_path), config.seed)
-    own = [p for p in class_photos_in(folder, config) if not images.is_ours(p.path)]
-    wanted = max(0, config.num_class_images - len(own))
+    base_id = public_base_id(config.pretrained_model_name_or_path)
+    images = ClassImages(folder, config.class_prompt, base_id, config.seed, config.resolution)
+    found = [photo.path for photo in class_photos_in(folder, config)]
+    wanted = max(0, config.num_class_images - len(found) + len(images.generated(found)))
     if accelerator.is_main_process and wanted:
         generator = prior_pipeline(config, pipeline, accelerator.device).to(accelerator.device)
         draw = lambda prompt, seeds: generate_images(generator, prompt, seeds, config.resolution)  # noqa: E731
         for _ in report.counted("class_images", images.top_up(wanted, config.sample_batch_size, draw), wanted):
             stop_if_asked(should_stop)
     accelerator.wait_for_everyone()
-    return [p for p in class_photos_in(folder, config) if not images.is_stale(p.path)][: config.num_class_images]
+    return usable_class_photos(folder, config, images)
 
 
 def class_photos_in(folder: Path, config: TrainConfig) -> list[Photo]:
     """An empty or missing folder is no mistake here: it will be filled."""
     if not folder.is_dir():
         return []
-    return usable_photos(find_photos(folder, config.class_prompt, config.resolution, alpha="white"))
+    return find_photos(folder, config.class_prompt, config.resolution, alpha="white").photos
+
+
+def usable_class_photos(folder: Path, config: TrainConfig, images: ClassImages) -> list[Photo]:
+    """As many as were asked for: with fewer, the prior would be weaker than it says, and with none it would be off."""
+    found = usable_photos(find_photos(folder, config.class_prompt, config.resolution, alpha="white"))
+    stale = images.stale([photo.path for photo in found])
+    usable = [photo for photo in found if photo.path not in stale][: config.num_class_images]
+    if len(usable) < config.num_class_images:
+        raise UserError(
+            f"only {len(usable)} of {config.num_class_images} class images in {folder} can be used; "
+            "remove the broken ones, which are then made anew, or give another --class_data_dir."
+        )
+    return usable
 
 
 def prior_pipeline(

@@ -2,9 +2,15 @@
 
 import json
 
+import pytest
 from PIL import Image
 
+from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.preparation import usable_class_photos
 from dreambooth_moslora.prior import ClassImages
+from dreambooth_moslora.trainer import train
+from tests.tiny_training import paint_photos, tiny_config
 
 
 class Painter:
@@ -25,17 +31,17 @@ def top_up(images, count, batch_size=4):
 
 
 def test_missing_images_are_generated_with_a_manifest(tmp_path):
-    images = ClassImages(tmp_path / "class_images", "a dog", "toy", 7)
+    images = ClassImages(tmp_path / "class_images", "a dog", "toy", 7, 8)
     painter, counts = top_up(images, 6)
     assert counts == [4, 6] and [len(seeds) for _, seeds in painter.calls] == [4, 2]
     manifest = json.loads((images.folder / "manifest.json").read_text())
     assert sorted(manifest) == sorted(path.name for path in images.folder.glob("*.png"))
-    assert all(facts == {"prompt": "a dog", "model": "toy", "seed": facts["seed"]} for facts in manifest.values())
+    assert all(f == {"prompt": "a dog", "model": "toy", "resolution": 8, "seed": f["seed"]} for f in manifest.values())
     assert len({facts["seed"] for facts in manifest.values()}) == 6
 
 
 def test_only_what_is_missing_is_generated_and_batches_stay_whole(tmp_path):
-    images = ClassImages(tmp_path, "a dog", "toy", 7)
+    images = ClassImages(tmp_path, "a dog", "toy", 7, 8)
     top_up(images, 8)
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
     (tmp_path / images.name(5)).unlink()
@@ -47,10 +53,56 @@ def test_only_what_is_missing_is_generated_and_batches_stay_whole(tmp_path):
 
 
 def test_images_of_another_prompt_are_known_as_stale_and_a_persons_own_are_not(tmp_path):
-    dogs, cats = ClassImages(tmp_path, "a dog", "toy", 7), ClassImages(tmp_path, "a cat", "toy", 7)
+    dogs, cats = ClassImages(tmp_path, "a dog", "toy", 7, 8), ClassImages(tmp_path, "a cat", "toy", 7, 8)
     top_up(dogs, 2)
     top_up(cats, 2)
     Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
-    stale = {path.name for path in tmp_path.glob("*.png") if cats.is_stale(path)}
-    assert stale == {dogs.name(0), dogs.name(1)}
-    assert [path.name for path in tmp_path.glob("*.png") if not cats.is_ours(path)] == ["mine.png"]
+    paths = list(tmp_path.glob("*.png"))
+    assert {path.name for path in cats.stale(paths)} == {dogs.name(0), dogs.name(1)}
+    assert {path.name for path in set(paths) - cats.generated(paths)} == {"mine.png"}
+
+
+def test_images_of_another_size_are_stale_and_their_set_is_made_beside_them(tmp_path):
+    small, large = ClassImages(tmp_path, "a dog", "toy", 7, 8), ClassImages(tmp_path, "a dog", "toy", 7, 16)
+    top_up(small, 2)
+    assert large.stale(list(tmp_path.glob("*.png"))) == set(tmp_path.glob("*.png"))
+    assert len(top_up(large, 2)[0].calls) == 1 and len(list(tmp_path.glob("*.png"))) == 4
+    assert top_up(small, 2)[0].calls == []
+
+
+@pytest.mark.parametrize("damage", [b"", b"half a picture"])
+def test_a_generated_image_that_cannot_be_read_is_made_anew(tmp_path, damage):
+    images = ClassImages(tmp_path, "a dog", "toy", 7, 8)
+    top_up(images, 2)
+    whole = (tmp_path / images.name(1)).read_bytes()
+    (tmp_path / images.name(1)).write_bytes(damage)
+    top_up(images, 2)
+    assert (tmp_path / images.name(1)).read_bytes() == whole
+
+
+@pytest.mark.parametrize("text", ['{"class_', "[1, 2]", '{"a.png": 3}', ""])
+def test_a_damaged_manifest_makes_the_generated_images_stale_and_nobodys_own(tmp_path, text):
+    images = ClassImages(tmp_path, "a dog", "toy", 7, 8)
+    top_up(images, 2)
+    (tmp_path / "manifest.json").write_text(text)
+    paths = list(tmp_path.glob("*.png"))
+    assert images.generated(paths) == images.stale(paths) == set(paths)
+    assert len(top_up(images, 2)[0].calls) == 1 and images.stale(paths) == set()
+
+
+def test_too_few_usable_class_images_are_a_mistake_and_no_quiet_end_of_the_prior(tmp_path):
+    images = ClassImages(tmp_path, "a dog", "toy", 7, 8)
+    top_up(images, 2)
+    config = TrainConfig(with_prior_preservation=True, class_prompt="a dog", num_class_images=3, resolution=8)
+    with pytest.raises(UserError, match="only 2 of 3 class images"):
+        usable_class_photos(tmp_path, config, images)
+
+
+def test_a_class_folder_serves_two_resolutions(tiny_base, tmp_path):
+    photos = paint_photos(tmp_path / "photos")
+    prior = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "max_train_steps": 1}
+    for resolution in (64, 128):
+        events = []
+        train(tiny_config(tiny_base, photos, tmp_path / "run", resolution=resolution, **prior), events.append)
+        assert next(event for event in events if event["type"] == "step")["loss_prior"] > 0
+    assert len(list((tmp_path / "class").glob("*.png"))) == 6
