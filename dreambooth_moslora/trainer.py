@@ -26,6 +26,7 @@ from dreambooth_moslora.preparation import StopRequestedError, prepare, usable_p
 from dreambooth_moslora.proof import Proof
 from dreambooth_moslora.publication import Publisher
 from dreambooth_moslora.reporting import Reporter, Stopwatch, memory_gib
+from dreambooth_moslora.resumption import check_resumed
 from dreambooth_moslora.rundir import RunDir
 from dreambooth_moslora.sampling import Sampler
 from dreambooth_moslora.startup import begin, chosen_seed, make_accelerator, steps_per_epoch
@@ -114,6 +115,8 @@ class Training:
         self.should_stop, self.evaluator = should_stop, evaluator
         self.checkpoint = checkpoint = find_checkpoint(run_dir, config.resume_from_checkpoint)
         position = read_position(checkpoint) if checkpoint else Position(0, chosen_seed(config, accelerator))
+        if checkpoint:
+            check_resumed(config, checkpoint, position)
         self.config = config = replace(config, seed=position.seed)
         photos = usable_photos(instance_photos(config))
         epoch_steps = steps_per_epoch(config, len(photos), accelerator.num_processes)

@@ -78,6 +78,7 @@ LAYERS: list[set[str]] = [
         "hub",
         "album",
         "startup",
+        "resumption",
         "earlier_runs",
         "folder_checks",
         "reporting",
