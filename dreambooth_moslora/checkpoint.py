@@ -15,9 +15,17 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.export import RAW_NAME, AdapterFacts, load_raw, save_raw
-from dreambooth_moslora.rundir import RunDir, atomic_directory
+from dreambooth_moslora.rundir import RunDir, atomic_directory, is_checkpoint
 
-__all__ = ["Position", "find_checkpoint", "load_adapter", "read_position", "restore_optimizer", "save_checkpoint"]
+__all__ = [
+    "Position",
+    "damaged",
+    "find_checkpoint",
+    "load_adapter",
+    "read_position",
+    "restore_optimizer",
+    "save_checkpoint",
+]
 
 OPTIMIZER, SCALER, POSITION = "optimizer.pt", "scaler.pt", "position.json"
 
@@ -57,16 +65,35 @@ def find_checkpoint(run_dir: RunDir, wanted: str | None) -> Path | None:
     if wanted == "latest":
         return run_dir.latest_checkpoint()
     for path in (Path(wanted), run_dir.path / wanted):
-        if (path / POSITION).is_file():
+        if is_checkpoint(path):
             return path
     raise UserError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there; try `latest`.")
 
 
 def read_position(checkpoint: Path) -> Position:
     try:
-        return Position(**json.loads((checkpoint / POSITION).read_text(encoding="utf-8")))
+        position = Position(**json.loads((checkpoint / POSITION).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{checkpoint} is not a checkpoint of this program: {error}") from error
+        raise damaged(checkpoint, POSITION, error) from error
+    if any(type(value) is not int or value < 0 for value in (position.step, position.seed)):
+        raise damaged(checkpoint, POSITION, "step and seed are whole numbers")
+    return position
+
+
+def damaged(checkpoint: Path, name: str, reason: object) -> UserError:
+    text = " ".join(str(reason).split())[:120]
+    return UserError(f"{checkpoint} is damaged ({name}: {text}); resume from another checkpoint.")
+
+
+def load_states(checkpoint: Path, name: str) -> dict:
+    """What `torch.save` wrote; nothing in it can run code. Raises UserError."""
+    try:
+        states = torch.load(checkpoint / name, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and pickle raise whatever they like on damaged bytes
+        raise damaged(checkpoint, name, error) from error
+    if not isinstance(states, dict):
+        raise damaged(checkpoint, name, "no states of an optimizer")
+    return states
 
 
 def load_adapter(checkpoint: Path, components: dict[str, nn.Module]) -> AdapterFacts:
@@ -79,11 +106,14 @@ def restore_optimizer(
 ) -> None:
     """Moments as they were; learning rate and weight decay as the command line says now, at `step` of the schedule."""
     asked = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True))
+    try:
+        optimizer.load_state_dict(load_states(checkpoint, OPTIMIZER))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise damaged(checkpoint, OPTIMIZER, error) from error
     for group, fresh in zip(optimizer.param_groups, asked, strict=True):
         group.update({key: fresh[key] for key in ("name", "initial_lr", "weight_decay") if key in fresh})
     schedule.last_epoch = step
     for group, lr, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
         group["lr"] = lr * factor(step)
     if scaler is not None and (checkpoint / SCALER).is_file():
-        scaler.load_state_dict(torch.load(checkpoint / SCALER, weights_only=True))
+        scaler.load_state_dict(load_states(checkpoint, SCALER))

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from dreambooth_moslora.adapter_file import AdapterFacts
-from dreambooth_moslora.checkpoint import Position
+from dreambooth_moslora.checkpoint import Position, damaged
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.export import RAW_NAME
@@ -41,8 +41,7 @@ def trained_modules(checkpoint: Path) -> tuple[AdapterFacts, set[str]]:
             facts = AdapterFacts.from_json((file.metadata() or {})["moslora"])
             return facts, {key.rpartition(".")[0] for key in file.keys() if "." in key}  # noqa: SIM118
     except Exception as error:  # safetensors raises its own kind, the disk another, and a header may hold anything
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{checkpoint} is damaged ({RAW_NAME}: {reason}); resume from another checkpoint.") from None
+        raise damaged(checkpoint, RAW_NAME, error) from None
 
 
 def require(checkpoint: Path, name: str, there: object, asked: object) -> None:

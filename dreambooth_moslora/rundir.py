@@ -17,8 +17,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RunDir", "atomic_directory", "atomic_write", "checkpoint_step", "clean_stale"]
+__all__ = ["RunDir", "atomic_directory", "atomic_write", "checkpoint_step", "clean_stale", "is_checkpoint"]
 
+CHECKPOINT_FILES = ("position.json", "optimizer.pt", "moslora_weights.safetensors")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(-(?P<token>[0-9a-f]+))?\.(?P<kind>new|old)")
 
@@ -96,7 +97,7 @@ class RunDir:
             return []
         recover(self.path)
         return sorted(
-            (p for p in self.path.iterdir() if checkpoint_step(p) is not None and p.is_dir()), key=checkpoint_step
+            (p for p in self.path.iterdir() if checkpoint_step(p) is not None and is_checkpoint(p)), key=checkpoint_step
         )
 
     def latest_checkpoint(self) -> Path | None:
@@ -131,6 +132,11 @@ def checkpoint_step(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether nothing of a checkpoint is missing; what its files hold is seen when they are read."""
+    return all((path / name).is_file() and (path / name).stat().st_size for name in CHECKPOINT_FILES)
+
+
 def finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): finite(inner) for key, inner in value.items()}
@@ -148,11 +154,13 @@ def ends_torn(file: Any) -> bool:
 
 
 def parse_event(line: str) -> dict[str, Any] | None:
+    """None for a line that is no event of ours."""
     try:
         event = json.loads(line)
     except ValueError:
         return None
-    return event if isinstance(event, dict) else None
+    is_event = isinstance(event, dict) and isinstance(event.get("type"), str)
+    return event if is_event and isinstance(event.get("step", 0), int) else None
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:

@@ -1,8 +1,11 @@
 """Going on with other settings, or from a damaged checkpoint: one line that names it, and nothing touched."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
-from dreambooth_moslora.checkpoint import read_position
+from dreambooth_moslora.checkpoint import find_checkpoint, load_states, read_position
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.resumption import check_resumed
 from dreambooth_moslora.rundir import RunDir
@@ -57,6 +60,36 @@ def test_the_same_settings_and_an_unnamed_seed_go_on(finished):
         {"target_modules": ("to_q", "attn1.to_q")},
     ):
         check_resumed(config(**same), checkpoint, read_position(checkpoint))
+
+
+DAMAGE = {
+    "position.json": (b'{"step": "one", "seed": 3}', b"[1]", b'{"step": 1', b'{"step": true, "seed": 3}', b"{}"),
+    "optimizer.pt": (b"PK", b"no archive", None),
+    "moslora_weights.safetensors": (b"short", None),
+}
+
+
+@pytest.mark.parametrize(("name", "number"), [(name, i) for name, kinds in DAMAGE.items() for i in range(len(kinds))])
+def test_a_damaged_checkpoint_is_named_in_one_line(name, number, finished, tmp_path):
+    folder, config = finished
+    checkpoint = Path(shutil.copytree(RunDir(folder).latest_checkpoint(), tmp_path / "checkpoint-1"))
+    content = DAMAGE[name][number]
+    (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:-200] if content is None else content)
+    with pytest.raises(UserError, match=f"checkpoint-1 is damaged .{name}") as found:
+        check_resumed(config(), checkpoint, read_position(checkpoint))
+        load_states(checkpoint, "optimizer.pt")
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("missing", DAMAGE)
+def test_a_checkpoint_with_a_file_missing_is_not_the_latest_and_is_refused_by_name(missing, finished, tmp_path):
+    run = RunDir(tmp_path)
+    for step in (1, 2):
+        shutil.copytree(RunDir(finished[0]).latest_checkpoint(), run.checkpoint_path(step))
+    (run.checkpoint_path(2) / missing).unlink()
+    assert find_checkpoint(run, "latest") == run.checkpoint_path(1)
+    with pytest.raises(UserError, match="checkpoint-2: no complete checkpoint"):
+        find_checkpoint(run, "checkpoint-2")
 
 
 def test_the_trainer_asks(finished):

@@ -10,21 +10,27 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.rundir import RunDir, atomic_directory, atomic_write, clean_stale
+from dreambooth_moslora.rundir import CHECKPOINT_FILES, RunDir, atomic_directory, atomic_write, clean_stale
 
 WRITER = """
 import sys
 from pathlib import Path
-from dreambooth_moslora.rundir import atomic_directory, atomic_write
+from dreambooth_moslora.rundir import CHECKPOINT_FILES, atomic_directory, atomic_write
 root, number = Path(sys.argv[1]), 0
 print("ready", flush=True)
 while True:
     number += 1
     with atomic_directory(root / "checkpoint-5") as folder:
-        for name in "abc":
+        for name in CHECKPOINT_FILES:
             (folder / name).write_text(str(number) * 20000)
     atomic_write(root / "one.txt", str(number) * 20000)
 """
+
+
+def make_checkpoint(folder: Path, text: str = "x") -> None:
+    folder.mkdir()
+    for name in CHECKPOINT_FILES:
+        (folder / name).write_text(text)
 
 
 def test_names_are_those_of_the_design(tmp_path):
@@ -57,7 +63,7 @@ def test_a_kill_at_any_moment_leaves_whole_files_and_one_checkpoint(tmp_path, ro
     process.send_signal(signal.SIGKILL)
     process.wait()
     (checkpoint,) = RunDir(tmp_path).checkpoints()
-    texts = [(checkpoint / name).read_text() for name in "abc"]
+    texts = [(checkpoint / name).read_text() for name in CHECKPOINT_FILES]
     assert texts[0] == texts[1] == texts[2] and len(texts[0]) % 20000 == 0 and texts[0]
     whole = (tmp_path / "one.txt").read_text()
     assert whole == whole[: len(whole) // 20000] * 20000
@@ -70,10 +76,9 @@ def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path)
     ended.wait()
     for kind, text in (("old", "before"), ("new", "after")):
         folder = tmp_path / f".checkpoint-7.{ended.pid}.{kind}"
-        folder.mkdir()
-        (folder / "a").write_text(text)
+        make_checkpoint(folder, text)
     (checkpoint,) = RunDir(tmp_path).checkpoints()
-    assert (checkpoint / "a").read_text() == "before"
+    assert (checkpoint / "optimizer.pt").read_text() == "before"
 
 
 def test_what_a_running_process_writes_is_left_alone(tmp_path):
@@ -99,7 +104,10 @@ def test_checkpoints_are_ordered_by_step_and_rotated(tmp_path):
     run = RunDir(tmp_path)
     assert run.latest_checkpoint() is None
     for step in (1000, 200, 30):
-        run.checkpoint_path(step).mkdir()
+        make_checkpoint(run.checkpoint_path(step))
+    run.checkpoint_path(3000).mkdir()
+    make_checkpoint(run.checkpoint_path(2000))
+    (run.checkpoint_path(2000) / "optimizer.pt").write_bytes(b"")
     (tmp_path / "checkpoint-9000").write_text("a file")
     (tmp_path / "checkpoint-best").mkdir()
     assert [path.name for path in run.checkpoints()] == ["checkpoint-30", "checkpoint-200", "checkpoint-1000"]
@@ -126,12 +134,17 @@ def test_metrics_survive_a_torn_line_and_stay_json(tmp_path):
 def test_what_a_killed_process_of_our_own_number_left_is_in_nobodys_way(tmp_path, token):
     for kind, text in (("old", "before"), ("new", "half")):
         folder = tmp_path / f".checkpoint-7.{os.getpid()}{token}.{kind}"
-        folder.mkdir()
-        (folder / "a").write_text(text)
+        make_checkpoint(folder, text)
     (checkpoint,) = RunDir(tmp_path).checkpoints()
-    assert (checkpoint / "a").read_text() == "before"
+    assert (checkpoint / "optimizer.pt").read_text() == "before"
     with atomic_directory(tmp_path / "checkpoint-7") as folder:
         (folder / "a").write_text("after")
         clean_stale(tmp_path)
     assert (tmp_path / "checkpoint-7" / "a").read_text() == "after"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
+
+
+def test_lines_that_are_no_events_are_left_out(tmp_path):
+    run = RunDir(tmp_path)
+    run.metrics_path.write_text('{"step": 1}\n{"type": 3}\n{"type": "step", "step": "two"}\n[1]\n{"type": "end"}\n')
+    assert run.read_metrics() == [{"type": "end"}]
