@@ -32,10 +32,14 @@ OPTIMIZER, SCALER, POSITION = "optimizer.pt", "scaler.pt", "position.json"
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run is: optimizer steps done, and the seed that names every draw."""
+    """Where a run is: optimizer steps done, the seed that names every draw, and whose states are beside it.
+
+    `optimizer` (`optimizer_kind`) is None in the files of early versions.
+    """
 
     step: int
     seed: int
+    optimizer: str | None = None
 
 
 def save_checkpoint(
@@ -77,6 +81,8 @@ def read_position(checkpoint: Path) -> Position:
         raise damaged(checkpoint, POSITION, error) from error
     if any(type(value) is not int or value < 0 for value in (position.step, position.seed)):
         raise damaged(checkpoint, POSITION, "step and seed are whole numbers")
+    if not isinstance(position.optimizer, (str, type(None))):
+        raise damaged(checkpoint, POSITION, "the optimizer is a name")
     return position
 
 

@@ -14,7 +14,7 @@ from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.moslora import adapter_parameters, mixer_parameters
 
-__all__ = ["make_lr_schedule", "make_optimizer", "parameter_groups"]
+__all__ = ["make_lr_schedule", "make_optimizer", "optimizer_kind", "parameter_groups"]
 
 
 def parameter_groups(config: TrainConfig, components: dict[str, nn.Module], world_size: int = 1) -> list[dict]:
@@ -38,6 +38,11 @@ def parameter_groups(config: TrainConfig, components: dict[str, nn.Module], worl
             {"name": f"{name}.mixer", "params": mixers, "lr": lr * config.mixer_lr_scale, "weight_decay": 0.0}
         )
     return [group for group in groups if group["params"]]
+
+
+def optimizer_kind(config: TrainConfig) -> str:
+    """Optimizers of one kind read each other's states."""
+    return "AdamW8bit" if config.use_8bit_adam and config.optimizer == "AdamW" else config.optimizer
 
 
 def make_optimizer(config: TrainConfig, groups: list[dict]) -> Optimizer:

@@ -12,6 +12,7 @@ from dreambooth_moslora.checkpoint import Position, damaged
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.export import RAW_NAME
+from dreambooth_moslora.optimization import optimizer_kind
 
 __all__ = ["check_resumed", "trained_modules"]
 
@@ -19,6 +20,11 @@ __all__ = ["check_resumed", "trained_modules"]
 def check_resumed(config: TrainConfig, checkpoint: Path, position: Position) -> None:
     """Raises UserError for the first setting that the checkpoint has otherwise, and for a damaged adapter file."""
     facts, modules = trained_modules(checkpoint)
+    if position.optimizer not in (None, optimizer_kind(config)):
+        raise UserError(
+            f"{checkpoint.name} was written with {position.optimizer}; you ask for {optimizer_kind(config)}: "
+            "resume with the same optimizer, or start a new run."
+        )
     if config.seed is not None:
         require(checkpoint, "seed", position.seed, config.seed)
     require(

@@ -21,6 +21,7 @@ from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.folder_checks import check_folders
 from dreambooth_moslora.learner import Learner, StepLosses
+from dreambooth_moslora.optimization import optimizer_kind
 from dreambooth_moslora.photos import instance_photos
 from dreambooth_moslora.preparation import StopRequestedError, prepare, usable_photos
 from dreambooth_moslora.proof import Proof
@@ -199,7 +200,7 @@ class Training:
         if not self.accelerator.is_main_process:
             return
         path = self.run_dir.checkpoint_path(self.step)
-        position = Position(self.step, self.config.seed)
+        position = Position(self.step, self.config.seed, optimizer_kind(self.config))
         optimizer, scaler = self.learner.optimizer.optimizer, self.accelerator.scaler
         save_checkpoint(path, position, self.learner.components, self.publisher.facts, optimizer, scaler)
         self.checkpoint = path

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.checkpoint import find_checkpoint, load_states, read_position
+from dreambooth_moslora.checkpoint import Position, find_checkpoint, load_states, read_position
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.resumption import check_resumed
 from dreambooth_moslora.rundir import RunDir
@@ -60,6 +60,18 @@ def test_the_same_settings_and_an_unnamed_seed_go_on(finished):
         {"target_modules": ("to_q", "attn1.to_q")},
     ):
         check_resumed(config(**same), checkpoint, read_position(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"), [({"optimizer": "Prodigy"}, "Prodigy"), ({"use_8bit_adam": True}, "AdamW8bit")]
+)
+def test_another_optimizer_is_refused_by_name_and_an_early_position_file_goes_on(change, kind, finished):
+    folder, config = finished
+    checkpoint = RunDir(folder).latest_checkpoint()
+    position = read_position(checkpoint)
+    with pytest.raises(UserError, match=f"checkpoint-1 was written with AdamW; you ask for {kind}"):
+        check_resumed(config(**change), checkpoint, position)
+    check_resumed(config(), checkpoint, Position(position.step, position.seed))
 
 
 DAMAGE = {
