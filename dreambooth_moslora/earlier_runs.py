@@ -11,23 +11,27 @@ from pathlib import Path
 from dreambooth_moslora.card import pictures_named
 from dreambooth_moslora.rundir import RunDir, checkpoint_step
 
-__all__ = ["set_aside", "set_later_aside"]
+__all__ = ["holds_a_run", "set_aside", "set_later_aside"]
 
 logger = logging.getLogger(__name__)
 
 
+def holds_a_run(run_dir: RunDir) -> bool:
+    """Whether a checkpoint or an adapter is there: metrics alone are of a run that came to nothing."""
+    return bool(run_dir.checkpoints() or present(run_dir.adapter_path, run_dir.kohya_path))
+
+
 def set_aside(run_dir: RunDir) -> None:
     """Class images stay: the new run can use them. So does the log, which goes on."""
-    if found := what_was_left(run_dir):
-        move(found, run_dir, "held an earlier run")
+    if holds_a_run(run_dir):
+        move(what_was_left(run_dir), run_dir, "held an earlier run")
 
 
 def what_was_left(run_dir: RunDir) -> list[Path]:
-    """Empty when no checkpoint and no adapter is there: metrics alone are of a run that came to nothing."""
-    worth = [*run_dir.checkpoints(), *present(run_dir.adapter_path, run_dir.kohya_path)]
     pictures = [run_dir.path / name for name in sorted(pictures_named(run_dir.read_card() or ""))]
-    others = [run_dir.best_dir, run_dir.samples_dir, run_dir.metrics_path, run_dir.config_path, run_dir.card_path]
-    return [*worth, *present(*others, *pictures, run_dir.contact_sheet_path, run_dir.loss_plot_path)] if worth else []
+    weights = [*run_dir.checkpoints(), run_dir.best_dir, run_dir.adapter_path, run_dir.kohya_path]
+    facts = [run_dir.metrics_path, run_dir.config_path, run_dir.card_path, run_dir.loss_plot_path]
+    return present(*weights, *facts, *pictures, run_dir.samples_dir, run_dir.contact_sheet_path)
 
 
 def set_later_aside(run_dir: RunDir, step: int) -> None:

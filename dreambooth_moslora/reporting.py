@@ -22,18 +22,22 @@ PRIVATE_SUFFIXES = ("_dir", "_path", "_prompt", "token", "_name", "_column", "ch
 
 
 class Reporter:
-    """Call it with an event's type and facts. `on_event` gets the same dict as the file."""
+    """Call it with an event's type and facts. `on_event` gets the same dict as the file.
+
+    The file may be of an earlier run: until `begin_at` it is left alone, and events wait. `step` is where the run is.
+    """
 
     def __init__(self, run_dir: RunDir, accelerator: Accelerator, on_event: Callable[[dict], None] | None):
         self.run_dir, self.accelerator, self.on_event = run_dir, accelerator, on_event
         self.step = 0
+        self._waiting: list[dict] | None = []
 
     def __call__(self, kind: str, **facts: object) -> None:
         if not self.accelerator.is_main_process:
             return
         event = {"type": kind, "time": time.time(), **facts}
         self.step = facts.get("step", self.step)
-        self.run_dir.append_metrics(event)
+        self._write(event)
         if self.on_event is not None:
             self.on_event(event)
         if kind in ("step", "evaluation"):
@@ -54,12 +58,28 @@ class Reporter:
 
     def begin_at(self, step: int) -> None:
         """Events of steps that will be done again, and of the end that was not, leave the file."""
-        self.step = step
         if not self.accelerator.is_main_process:
             return
         known = self.run_dir.read_metrics() if step else []
         kept = [e for e in known if e.get("step", 0) <= step and e["type"] not in ("end", "export")]
         atomic_write(self.run_dir.metrics_path, "".join(json.dumps(event) + "\n" for event in kept))
+        self.release()
+
+    def release(self) -> None:
+        """Write the events that waited, and from now on each at once."""
+        waiting, self._waiting = self._waiting or [], None
+        for event in waiting:
+            self._write(event)
+
+    @property
+    def has_begun(self) -> bool:
+        return self._waiting is None
+
+    def _write(self, event: dict) -> None:
+        if self._waiting is None:
+            self.run_dir.append_metrics(event)
+        else:
+            self._waiting.append(event)
 
     def start_trackers(self, config: TrainConfig) -> None:
         """Open tensorboard and its like with the run's plain numbers."""

@@ -15,14 +15,14 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from dreambooth_moslora.config import TrainConfig
-from dreambooth_moslora.earlier_runs import set_aside, set_later_aside
+from dreambooth_moslora.earlier_runs import holds_a_run, set_aside, set_later_aside
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.memory import keep_freed_memory
 from dreambooth_moslora.preparation import uses_class_images
 from dreambooth_moslora.reporting import Reporter
 from dreambooth_moslora.rundir import RunDir, atomic_write, clean_stale
 
-__all__ = ["begin", "chosen_seed", "make_accelerator", "steps_per_epoch"]
+__all__ = ["announce", "begin", "chosen_seed", "make_accelerator", "steps_per_epoch"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +75,21 @@ def steps_per_epoch(config: TrainConfig, photo_count: int, num_processes: int) -
     return math.ceil(batches / config.gradient_accumulation_steps)
 
 
-def begin(config: TrainConfig, run_dir: RunDir, report: Reporter, step: int, max_train_steps: int) -> None:
-    """The configuration as it was resolved, the first event, the trackers. A resumed run goes on in its metrics."""
-    if report.accelerator.is_main_process:
-        set_later_aside(run_dir, step) if step else set_aside(run_dir)
-        atomic_write(run_dir.config_path, json.dumps(config.to_dict(), indent=2, default=str))
-    report.begin_at(step)
+def announce(config: TrainConfig, run_dir: RunDir, report: Reporter, step: int, max_train_steps: int) -> None:
+    """The first event. A folder without an earlier run is taken at once, so that the run can be watched."""
+    report.step = step
     report("start", max_train_steps=max_train_steps, config=config.to_dict())
-    report.start_trackers(config)
+    if step == 0 and not holds_a_run(run_dir):
+        begin(config, run_dir, report, step)
+
+
+def begin(config: TrainConfig, run_dir: RunDir, report: Reporter, step: int) -> None:
+    """Take the run folder: only now, when all is prepared, does an earlier run in it make room.
+
+    The configuration is written as it was resolved. A resumed run goes on in its metrics.
+    """
+    if report.has_begun or not report.accelerator.is_main_process:
+        return
+    set_later_aside(run_dir, step) if step else set_aside(run_dir)
+    atomic_write(run_dir.config_path, json.dumps(config.to_dict(), indent=2, default=str))
+    report.begin_at(step)

@@ -30,7 +30,7 @@ from dreambooth_moslora.reporting import Reporter, Stopwatch, memory_gib
 from dreambooth_moslora.resumption import check_resumed
 from dreambooth_moslora.rundir import RunDir
 from dreambooth_moslora.sampling import Sampler
-from dreambooth_moslora.startup import begin, chosen_seed, make_accelerator, steps_per_epoch
+from dreambooth_moslora.startup import announce, begin, chosen_seed, make_accelerator, steps_per_epoch
 
 __all__ = ["TrainResult", "train"]
 
@@ -73,8 +73,10 @@ def train(
     try:
         return fit(Training(config, run_dir, accelerator, report, should_stop or (lambda: False), evaluator))
     except StopRequestedError:
-        report("end", state="interrupted", step=0, message="stopped before the first step")
-        return TrainResult(run_dir.path, 0, True, None)
+        if report.step:  # the checkpoint is as it was, and the run goes on from it another time
+            report.release()
+        report("end", state="interrupted", step=report.step, message="stopped before a step")
+        return TrainResult(run_dir.path, report.step, True, None)
     except Exception as error:
         report("end", state="failed", step=report.step, message=str(error))
         raise
@@ -122,13 +124,15 @@ class Training:
         photos = usable_photos(instance_photos(config))
         epoch_steps = steps_per_epoch(config, len(photos), accelerator.num_processes)
         self.max_train_steps = config.max_train_steps or config.num_train_epochs * epoch_steps
-        begin(config, run_dir, report, position.step, self.max_train_steps)
+        announce(config, run_dir, report, position.step, self.max_train_steps)
         self.album = Album.of(config, run_dir, epoch_steps)
         prompts = [*self.album.prompts, *(evaluator.prompts if evaluator and config.evaluate_steps else ())]
         materials = prepare(config, photos, prompts, accelerator, run_dir, report, should_stop)
         self.learner = Learner(config, materials, accelerator, self.max_train_steps, checkpoint, position.step)
         self.sampler = Sampler(materials.pipeline, self.learner.text_cond, config.resolution, accelerator.device)
         self.publisher = Publisher(config, run_dir, materials, self.learner, self.album, self.sampler)
+        begin(config, run_dir, report, position.step)
+        report.start_trackers(config)
         self.stopwatch = Stopwatch()
         self.best: BestStep | None = None
 
