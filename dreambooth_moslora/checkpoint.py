@@ -6,6 +6,7 @@ step number is all that a run needs to go on as if it had never stopped.
 
 import json
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.export import RAW_NAME, AdapterFacts, load_raw, save_raw
-from dreambooth_moslora.rundir import RunDir, atomic_directory, is_checkpoint
+from dreambooth_moslora.rundir import RunDir, atomic_directory, atomic_write, is_checkpoint
 
 __all__ = [
     "Position",
@@ -53,10 +54,17 @@ def save_checkpoint(
     """Write the folder `path` whole, or leave what was there."""
     with atomic_directory(path) as folder:
         save_raw(components, folder / RAW_NAME, facts)
-        torch.save(optimizer.state_dict(), folder / OPTIMIZER)
+        save_states(optimizer.state_dict(), folder / OPTIMIZER)
         if scaler is not None:
-            torch.save(scaler.state_dict(), folder / SCALER)
-        (folder / POSITION).write_text(json.dumps(asdict(position)), encoding="utf-8")
+            save_states(scaler.state_dict(), folder / SCALER)
+        atomic_write(folder / POSITION, json.dumps(asdict(position)))
+
+
+def save_states(states: dict, path: Path) -> None:
+    """By way of memory: `torch.save` to a full disk raises a RuntimeError that does not say so."""
+    buffer = BytesIO()
+    torch.save(states, buffer)
+    atomic_write(path, buffer.getvalue())
 
 
 def find_checkpoint(run_dir: RunDir, wanted: str | None) -> Path | None:
