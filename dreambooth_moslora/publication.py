@@ -1,5 +1,6 @@
 """What a run leaves behind: adapter files (proved), model card and its pictures, contact sheet, loss plot, hub."""
 
+import logging
 from dataclasses import replace
 
 from PIL import Image
@@ -11,6 +12,7 @@ from dreambooth_moslora.best_step import BestStep
 from dreambooth_moslora.card import CardFacts, model_card, pictures_named
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.contact_sheet import Row, draw_contact_sheet
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.export import publish
 from dreambooth_moslora.hub import push
 from dreambooth_moslora.learner import Learner
@@ -23,6 +25,8 @@ from dreambooth_moslora.rundir import RunDir, atomic_directory, atomic_write
 from dreambooth_moslora.sampling import Sampler, SampleRequest
 
 __all__ = ["Publisher"]
+
+logger = logging.getLogger(__name__)
 
 CARD_IMAGES = 6
 
@@ -57,7 +61,10 @@ class Publisher:
             publish(self.learner.components, folder, name, self.facts)
 
     def publish(self, step: int, max_train_steps: int, finished: bool) -> Proof:
-        """The adapter first: what follows is decoration, and only a finished run draws new contexts or is pushed."""
+        """The adapter first, then its card, then the hub; the rest is decoration, which stays here.
+
+        Only a finished run draws new contexts or is pushed.
+        """
         proof = publish(self.learner.components, self.run_dir.path, self.run_dir.name, self.facts)
         contexts = self.album.draw_contexts(self.sampler) if finished else []
         best = self.best if self.run_dir.best_dir.is_dir() else None
@@ -65,11 +72,13 @@ class Publisher:
         drawn = list(zip(self.album.requests, self.album.latest))
         shown = [*drawn[: max(2, CARD_IMAGES - len(contexts))], *zip(self.album.contexts, contexts)]
         write_card(self.config, self.run_dir, facts, shown)
-        write_loss_plot(self.run_dir)
-        if drawn:
-            write_contact_sheet(self.run_dir, self.photos, self.album, contexts)
-        if finished and self.config.push_to_hub:
-            push(self.run_dir.path, self.config.hub_model_id, self.config.hub_token)
+        try:
+            if finished and self.config.push_to_hub:
+                push(self.run_dir.path, self.config.hub_model_id, self.config.hub_token)
+        finally:
+            write_loss_plot(self.run_dir)
+            if drawn:
+                write_contact_sheet(self.run_dir, self.photos, self.album, contexts)
         return proof
 
 
@@ -104,12 +113,23 @@ def write_contact_sheet(run_dir: RunDir, photos: list[Photo], album: Album, cont
     """Photos, step 0 beside the end at the same seeds, new contexts. Stays here: it shows the person's photos."""
     captions = tuple(request.prompt for request in album.requests)
     rows = [
-        Row("The photos", [open_rgb(photo) for photo in photos[:6]]),
+        Row("The photos", readable(photos[:6])),
         Row("Step 0: the base, before training", album.first(), captions),
         Row(f"Step {album.latest_step}: the same prompts, from the same noise", album.latest, captions),
         Row("New contexts", contexts, tuple(request.prompt for request in album.contexts)),
     ]
     draw_contact_sheet(rows, run_dir.contact_sheet_path)
+
+
+def readable(photos: list[Photo]) -> list[Image.Image]:
+    """Those that are still where they were when training began."""
+    found = []
+    for photo in photos:
+        try:
+            found.append(open_rgb(photo))
+        except UserError as error:
+            logger.warning("the contact sheet is without a photo: %s", error)
+    return found
 
 
 def write_loss_plot(run_dir: RunDir) -> None:
