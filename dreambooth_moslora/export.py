@@ -42,6 +42,7 @@ __all__ = [
     "FileProof",
     "Proof",
     "adapter_facts",
+    "check_name",
     "describe",
     "load_published",
     "load_raw",
@@ -53,6 +54,7 @@ __all__ = [
 RAW_NAME = "moslora_weights.safetensors"
 PUBLISHED_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_SUFFIX = ".kohya.safetensors"
+NAME_BYTES = 200
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 Folded = dict[str, dict[str, FoldedLayer]]  # component -> module path, as other programs know it -> layer
@@ -82,8 +84,7 @@ def publish(
     `keep` below 1 lowers the rank of each projection to keep that share of ‖ΔW‖². Raises UserError when a file
     differs from the adapter by more than the dtype's bound, when weights are NaN, or when the adapter is merged.
     """
-    if name in ("", ".", "..") or not name.isprintable() or Path(name).name != name:
-        raise UserError(f"{name!a} cannot be part of a file's name; give the adapter a plain name")
+    check_name(name)
     check_publishable(components, dtype, adapter_name)
     folded = published_layers(components, adapter_name)
     reduction, expected = None, None
@@ -103,6 +104,14 @@ def publish(
         for path in written:
             path.replace(out_dir / path.name)
     return report(proofs, dtype, folded, reduction)
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for a name that no file can have: suffixes, and a temporary's, go behind it."""
+    if name in ("", ".", "..") or not name.isprintable() or Path(name).name != name:
+        raise UserError(f"{name!a} cannot be part of a file's name; give the adapter a plain name")
+    if len(name.encode()) > NAME_BYTES:
+        raise UserError(f"{name[:20]}… has {len(name.encode())} bytes: an adapter's name has at most {NAME_BYTES}")
 
 
 def check_publishable(components: dict[str, nn.Module], dtype: torch.dtype, adapter_name: str) -> None:

@@ -5,16 +5,18 @@ from pathlib import Path
 from dreambooth_moslora.card import is_card, pictures_named
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.export import check_name
 from dreambooth_moslora.rundir import RunDir, checkpoint_step
 
 __all__ = ["check_folders"]
 
 
 def check_folders(config: TrainConfig) -> None:
-    """Raises UserError when the run folder is no place for a run. Nothing is created."""
+    """Raises UserError when the run folder is no place for a run, or gives the adapter no name. Nothing is created."""
     if not config.output_dir.strip():
         raise UserError("--output_dir is empty: name a folder for the run.")
     run_dir = RunDir(config.output_dir)
+    check_name(run_dir.name)
     check_photo_folders(config, run_dir)
     check_strangers(run_dir)
 

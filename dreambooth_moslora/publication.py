@@ -56,9 +56,8 @@ class Publisher:
 
     def keep_best(self) -> None:
         """`best/`: the adapter as it is now, loadable like the final one, whole or not at all."""
-        name = self.run_dir.path.name
         with atomic_directory(self.run_dir.best_dir) as folder:
-            publish(self.learner.components, folder, name, self.facts)
+            publish(self.learner.components, folder, self.run_dir.name, self.facts)
 
     def publish(self, step: int, max_train_steps: int, finished: bool) -> Proof:
         """The adapter first, then its card, then the hub; the rest is decoration, which stays here.

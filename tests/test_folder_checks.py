@@ -5,8 +5,18 @@ import pytest
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.folder_checks import check_folders
+from dreambooth_moslora.rundir import RunDir, atomic_write
 from dreambooth_moslora.trainer import train
 from tests.tiny_training import paint_photos, tiny_config
+
+
+class Always:
+    """An evaluator to whom the first step is the best."""
+
+    prompts = ()
+
+    def __call__(self, sampler, step):
+        return {"score": 1.0, "best": {"step": step, "score": 1.0, "since": 0}}
 
 
 def check(output, photos="photos", **changes):
@@ -19,6 +29,28 @@ def test_neither_an_empty_name_nor_the_photo_folder_is_a_run_folder(output, tmp_
     monkeypatch.chdir(photos)
     with pytest.raises(UserError, match="--output_dir"):
         check(output.format(photos=photos), photos)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "d" * 245, "ü" * 101])
+def test_a_folder_of_which_no_adapter_can_be_called_is_refused_before_training(name, tmp_path):
+    with pytest.raises(UserError, match="name"):
+        check(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_longest_name_leaves_room_for_every_file_and_its_temporary(tmp_path):
+    run = RunDir(tmp_path / ("d" * 200))
+    check(run.path)
+    run.path.mkdir()
+    atomic_write(run.kohya_path, b"x")
+
+
+def test_the_present_folder_lends_the_best_adapter_its_name_too(tiny_base, tmp_path, monkeypatch):
+    photos = paint_photos(tmp_path / "photos")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    train(tiny_config(tiny_base, photos, ".", max_train_steps=1, evaluate_steps=1), evaluator=Always())
+    assert (tmp_path / "here" / "best" / "here.kohya.safetensors").is_file()
 
 
 @pytest.mark.parametrize("inner", ["samples", "checkpoint-5", "best/mine", "class_images"])
