@@ -4,6 +4,7 @@ At the end come new contexts too: the subject where no photo shows it. The pictu
 run folder, so that a resumed run has them as well.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.errors import StopRequestedError
 from dreambooth_moslora.prompts import context_prompts, validation_prompts
 from dreambooth_moslora.rundir import RunDir, atomic_write
 from dreambooth_moslora.sampling import Sampler, SampleRequest
@@ -48,7 +50,10 @@ class Album:
         return bool(self.requests) and (step % self.every_steps == 0 or step == last_step)
 
     def draw(self, step: int, sampler: Sampler) -> dict[str, list]:
-        """Draw and save `samples/step_000100_0.png` …; returns the facts of the `sample` event."""
+        """Draw and save `samples/step_000100_0.png` …; returns the facts of the `sample` event.
+
+        Raises StopRequestedError as the sampler does; what was drawn until then stays.
+        """
         self.latest, self.latest_step = [], step
         for number, picture in enumerate(sampler(self.requests)):
             self.latest.append(picture)
@@ -60,7 +65,12 @@ class Album:
         }
 
     def draw_contexts(self, sampler: Sampler) -> list[Image.Image]:
-        return list(sampler(self.contexts))
+        """What there is of them, when the person asks to stop."""
+        drawn: list[Image.Image] = []
+        with suppress(StopRequestedError):
+            for picture in sampler(self.contexts):
+                drawn.append(picture)
+        return drawn
 
     def path(self, step: int, number: int) -> Path:
         return self.run_dir.samples_dir / f"step_{step:06d}_{number}.png"

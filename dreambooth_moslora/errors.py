@@ -1,6 +1,10 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""Exceptions that are no bugs: a person's mistake, and a person's wish to stop."""
 
-__all__ = ["UserError"]
+__all__ = ["StopRequestedError", "UserError"]
+
+
+class StopRequestedError(Exception):
+    """The person asked to stop: what is being done can be left, and nothing of it has to be saved."""
 
 
 class UserError(ValueError):

@@ -18,7 +18,7 @@ from dreambooth_moslora.base import encode_text, load_pipeline, noise_schedule
 from dreambooth_moslora.cache import TensorCache, default_cache_dir, fingerprint
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.dataset import CropRule, PhotoEncoder, PhotoStream, TextBook, TrainBatch, collate
-from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.objective import NoiseSchedule
 from dreambooth_moslora.photos import Photo, PhotoReport, find_photos
 from dreambooth_moslora.prior import ClassImages
@@ -27,15 +27,11 @@ from dreambooth_moslora.reporting import Reporter
 from dreambooth_moslora.rundir import RunDir
 from dreambooth_moslora.sampling import generate_images
 
-__all__ = ["Materials", "StopRequestedError", "prepare", "usable_photos"]
+__all__ = ["Materials", "prepare", "usable_photos"]
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-class StopRequestedError(Exception):
-    """The person asked to stop before the first step: there is nothing to save yet."""
 
 
 @dataclass
@@ -150,7 +146,7 @@ def make_class_images(
     wanted = max(0, config.num_class_images - len(found) + len(images.generated(found)))
     if accelerator.is_main_process and wanted:
         generator = prior_pipeline(config, pipeline, accelerator.device).to(accelerator.device)
-        draw = lambda prompt, seeds: generate_images(generator, prompt, seeds, config.resolution)  # noqa: E731
+        draw = lambda prompt, seeds: generate_images(generator, prompt, seeds, config.resolution, should_stop)  # noqa: E731
         for _ in report.counted("class_images", images.top_up(wanted, config.sample_batch_size, draw), wanted):
             stop_if_asked(should_stop)
     accelerator.wait_for_everyone()

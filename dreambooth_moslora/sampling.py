@@ -12,6 +12,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from dreambooth_moslora.base import TextCond, decode_image
+from dreambooth_moslora.errors import StopRequestedError
 
 __all__ = ["SampleRequest", "Sampler", "generate_images"]
 
@@ -29,13 +30,17 @@ class SampleRequest:
 
 @dataclass
 class Sampler:
-    """Draws requests with the pipeline's UNet as it is now. `embed` gives the words' TextCond, cached or live."""
+    """Draws requests with the pipeline's UNet as it is now. `embed` gives the words' TextCond, cached or live.
+
+    Raises StopRequestedError within a denoising step of `should_stop` saying so.
+    """
 
     pipeline: StableDiffusionXLPipeline
     embed: Callable[[list[str]], TextCond]
     resolution_px: int
     device: torch.device
     inference_steps: int = DEFAULT_INFERENCE_STEPS
+    should_stop: Callable[[], bool] = bool
 
     def __call__(self, requests: list[SampleRequest], batch_size: int = 1) -> Iterator[Image.Image]:
         """The pictures in order. Each has its own noise, whatever the batch it is drawn in."""
@@ -58,6 +63,7 @@ class Sampler:
             height=self.resolution_px,
             width=self.resolution_px,
             output_type="latent",
+            callback_on_step_end=stopper(self.should_stop),
         ).images
         return decode_image(self.pipeline.vae, latents)
 
@@ -84,9 +90,26 @@ def sampling_mode(pipeline: StableDiffusionXLPipeline, device: torch.device) -> 
         pipeline.vae.to(home)
 
 
-def generate_images(pipeline: StableDiffusionXLPipeline, prompt: str, seeds: list[int], resolution_px: int) -> list:
+def stopper(should_stop: Callable[[], bool]) -> Callable[..., dict]:
+    """What the pipeline calls after each denoising step."""
+
+    def ask(_pipeline: object, _step: int, _timestep: object, tensors: dict) -> dict:
+        if should_stop():
+            raise StopRequestedError
+        return tensors
+
+    return ask
+
+
+def generate_images(
+    pipeline: StableDiffusionXLPipeline,
+    prompt: str,
+    seeds: list[int],
+    resolution_px: int,
+    should_stop: Callable[[], bool] = bool,
+) -> list:
     """Images of one prompt by the base alone, with the pipeline's own defaults: for class images."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    size = {"height": resolution_px, "width": resolution_px}
-    latents = pipeline([prompt] * len(seeds), generator=generators, output_type="latent", **size).images
+    options = {"height": resolution_px, "width": resolution_px, "callback_on_step_end": stopper(should_stop)}
+    latents = pipeline([prompt] * len(seeds), generator=generators, output_type="latent", **options).images
     return decode_image(pipeline.vae, latents)

@@ -7,6 +7,7 @@ train(config) -> TrainResult        see `fit` for the loop, `preparation` for wh
 import logging
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -18,12 +19,12 @@ from dreambooth_moslora.album import Album
 from dreambooth_moslora.best_step import BestStep
 from dreambooth_moslora.checkpoint import Position, find_checkpoint, read_position, save_checkpoint
 from dreambooth_moslora.config import TrainConfig
-from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.folder_checks import check_folders
 from dreambooth_moslora.learner import Learner, StepLosses
 from dreambooth_moslora.optimization import optimizer_kind
 from dreambooth_moslora.photos import instance_photos
-from dreambooth_moslora.preparation import StopRequestedError, prepare, usable_photos
+from dreambooth_moslora.preparation import prepare, usable_photos
 from dreambooth_moslora.proof import Proof
 from dreambooth_moslora.publication import Publisher
 from dreambooth_moslora.reporting import Reporter, Stopwatch, memory_gib
@@ -86,6 +87,7 @@ def train(
 
 def fit(run: "Training") -> TrainResult:
     """The loop, as a checklist."""
+    run.score_if_missed()
     run.sample_if_due()
     while run.step < run.max_train_steps:
         if run.stop_requested():
@@ -129,7 +131,9 @@ class Training:
         prompts = [*self.album.prompts, *(evaluator.prompts if evaluator and config.evaluate_steps else ())]
         materials = prepare(config, photos, prompts, accelerator, run_dir, report, should_stop)
         self.learner = Learner(config, materials, accelerator, self.max_train_steps, checkpoint, position.step)
-        self.sampler = Sampler(materials.pipeline, self.learner.text_cond, config.resolution, accelerator.device)
+        self.sampler = Sampler(
+            materials.pipeline, self.learner.text_cond, config.resolution, accelerator.device, should_stop=should_stop
+        )
         self.publisher = Publisher(config, run_dir, materials, self.learner, self.album, self.sampler)
         begin(config, run_dir, report, position.step)
         report.start_trackers(config)
@@ -174,15 +178,19 @@ class Training:
         if not self.accelerator.is_main_process or not self.album.is_due(self.step, self.max_train_steps):
             return
         self.report.phase("sampling", 0, 1)
-        files = self.album.draw(self.step, self.sampler)
-        self.report("sample", step=self.step, **files)
+        with suppress(StopRequestedError):  # the loop asks next
+            files = self.album.draw(self.step, self.sampler)
+            self.report("sample", step=self.step, **files)
 
     def evaluate_if_due(self) -> None:
         every = self.config.evaluate_steps
         if self.evaluator is None or not every or self.step % every or not self.accelerator.is_main_process:
             return
         self.report.phase("evaluating")
-        facts = self.evaluator(self.sampler, self.step)
+        try:
+            facts = self.evaluator(self.sampler, self.step)
+        except StopRequestedError:  # the loop asks next
+            return
         self.report("evaluation", step=self.step, **facts)
         self.best = BestStep(**facts["best"])
         self.publisher.note_scores(facts, self.best)
@@ -190,6 +198,12 @@ class Training:
             self.publisher.keep_best()
         if line := self.best.advice(self.config.early_stopping):
             logger.warning("step %d: %s", self.step, line)
+
+    def score_if_missed(self) -> None:
+        """A run that was stopped while it scored a step does so when it goes on."""
+        scored = (event["step"] for event in self.run_dir.read_metrics() if event["type"] == "evaluation")
+        if self.step and self.step not in scored:
+            self.evaluate_if_due()
 
     def has_stalled(self) -> bool:
         """Whether early stopping was asked for and is due."""
