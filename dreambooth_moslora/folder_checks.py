@@ -23,6 +23,8 @@ def check_folders(config: TrainConfig) -> None:
 
 def check_photo_folders(config: TrainConfig, run_dir: RunDir) -> None:
     """Photos neither at the top of the run folder nor where a run replaces and moves its own files."""
+    if same_folder(config.class_data_dir, config.instance_data_dir):
+        raise UserError("--class_data_dir is the folder of --instance_data_dir: the class is not the subject.")
     home = run_dir.path.resolve()
     for name in ("instance_data_dir", "class_data_dir", "dataset_name"):
         value = getattr(config, name)
@@ -34,6 +36,10 @@ def check_photo_folders(config: TrainConfig, run_dir: RunDir) -> None:
         first = folder.relative_to(home).parts[0]
         if is_of_the_run(run_dir, first) and not (name == "class_data_dir" and first == run_dir.class_images_dir.name):
             raise UserError(f"--{name} {value}: the run writes to {first} in its folder; keep the photos elsewhere.")
+
+
+def same_folder(one: str | None, other: str | None) -> bool:
+    return bool(one and other) and Path(one).resolve() == Path(other).resolve()
 
 
 def is_of_the_run(run_dir: RunDir, name: str) -> bool:

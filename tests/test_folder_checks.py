@@ -59,6 +59,11 @@ def test_photos_are_not_taken_from_where_a_run_writes(inner, tmp_path):
         check(tmp_path, tmp_path / inner)
 
 
+def test_the_class_is_not_learnt_from_the_subjects_photos(tmp_path):
+    with pytest.raises(UserError, match="--class_data_dir is the folder of --instance_data_dir"):
+        check(tmp_path / "run", tmp_path / "photos", class_data_dir=f"{tmp_path}/x/../photos")
+
+
 def test_photo_folders_that_a_run_leaves_alone_may_be_near(tmp_path):
     check(tmp_path, tmp_path / "photos", class_data_dir=str(tmp_path / "class_images"))
     check(tmp_path / "photos" / "run", tmp_path / "photos")
