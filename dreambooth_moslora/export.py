@@ -8,7 +8,6 @@ Such a file is right without metadata, in any version of diffusers and in kohya'
 the stock loader has read it back and computed the same (`proof`).
 """
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from dreambooth_moslora.kohya import kohya_header, kohya_tensors
 from dreambooth_moslora.moslora import FoldedLayer, adapter_layers, fold
 from dreambooth_moslora.proof import BOUNDS, FileProof, Proof, check_reduction, prove_file, published_name
 from dreambooth_moslora.rank_reduction import Reduction, reduce_layers
+from dreambooth_moslora.rundir import scratch_directory
 
 __all__ = [
     "DTYPES",
@@ -97,8 +97,8 @@ def publish(
         check_reduction(components, adapter_name, expected, keep)
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir, prefix=".proving-") as scratch:
-        written = write_published(folded, Path(scratch), name, with_ranks(facts, folded), dtype, pad=keep == 1.0)
+    with scratch_directory(out_dir) as scratch:
+        written = write_published(folded, scratch, name, with_ranks(facts, folded), dtype, pad=keep == 1.0)
         proofs = tuple(prove_file(path, components, adapter_name, expected) for path in written)
         check_bound(proofs, BOUNDS[dtype], dtype)
         for path in written:

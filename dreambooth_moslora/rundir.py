@@ -17,7 +17,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RunDir", "atomic_directory", "atomic_write", "checkpoint_step", "clean_stale", "is_checkpoint"]
+__all__ = [
+    "RunDir",
+    "atomic_directory",
+    "atomic_write",
+    "checkpoint_step",
+    "clean_stale",
+    "is_checkpoint",
+    "scratch_directory",
+]
 
 CHECKPOINT_FILES = ("position.json", "optimizer.pt", "moslora_weights.safetensors")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -195,6 +203,19 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def scratch_directory(folder: Path) -> Iterator[Path]:
+    """A folder in `folder` for the length of the block. What a killed process left of its own is removed."""
+    clean_stale(folder)
+    scratch = temporary_name(folder / "scratch", "new")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def replace_directory(new: Path, path: Path) -> None:

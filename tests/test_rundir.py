@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.rundir import CHECKPOINT_FILES, RunDir, atomic_directory, atomic_write, clean_stale
+from dreambooth_moslora.rundir import (
+    CHECKPOINT_FILES,
+    RunDir,
+    atomic_directory,
+    atomic_write,
+    clean_stale,
+    scratch_directory,
+)
 
 WRITER = """
 import sys
@@ -148,3 +155,12 @@ def test_lines_that_are_no_events_are_left_out(tmp_path):
     run = RunDir(tmp_path)
     run.metrics_path.write_text('{"step": 1}\n{"type": 3}\n{"type": "step", "step": "two"}\n[1]\n{"type": "end"}\n')
     assert run.read_metrics() == [{"type": "end"}]
+
+
+def test_a_scratch_folder_goes_with_its_block_and_a_killed_one_with_the_next(tmp_path):
+    left = tmp_path / f".scratch.{os.getpid()}-0123abcd.new"
+    left.mkdir()
+    with pytest.raises(RuntimeError), scratch_directory(tmp_path) as scratch:
+        assert not left.exists() and scratch.is_dir()
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
