@@ -4,11 +4,14 @@ Single steps are noisy (each draws its own noise level): a mean runs along.
 """
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from dreambooth_moslora.rundir import atomic_write
 
 __all__ = ["draw_loss_plot", "running_mean"]
 
@@ -33,7 +36,9 @@ def draw_loss_plot(steps: list[dict], path: Path, evaluations: Sequence[dict] = 
     draw_loss(axes[0], steps)
     if evaluations:
         draw_fidelity(axes[1], evaluations)
-    figure.savefig(path, dpi=120)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    atomic_write(path, buffer.getvalue())
 
 
 def draw_fidelity(axes: Axes, evaluations: Sequence[dict]) -> None:

@@ -118,3 +118,20 @@ def test_a_loss_plot_is_drawn_with_and_without_prior(tmp_path):
     first = (tmp_path / "loss.png").read_bytes()
     draw_loss_plot([{**step, "loss_prior": 0.5} for step in steps], tmp_path / "loss.png")
     assert Image.open(tmp_path / "loss.png").size[0] > 500 and (tmp_path / "loss.png").read_bytes() != first
+
+
+@pytest.mark.parametrize("draw", ["sheet", "plot"])
+def test_a_picture_that_cannot_be_written_leaves_the_one_before(draw, tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"before")
+    monkeypatch.setattr("dreambooth_moslora.rundir.os.fsync", fail_full)
+    with pytest.raises(OSError, match="full"):
+        if draw == "sheet":
+            draw_contact_sheet([Row("photos", [Image.new("RGB", (8, 8))])], path)
+        else:
+            draw_loss_plot([{"step": 1, "loss_instance": 1.0}], path)
+    assert path.read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 1
+
+
+def fail_full(_):
+    raise OSError(28, "full")
