@@ -22,6 +22,7 @@ from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.objective import NoiseSchedule
 from dreambooth_moslora.photos import Photo, PhotoReport, find_photos
 from dreambooth_moslora.prior import ClassImages
+from dreambooth_moslora.processes import on_main
 from dreambooth_moslora.quantization import quantize
 from dreambooth_moslora.reporting import Reporter
 from dreambooth_moslora.rundir import RunDir
@@ -144,12 +145,16 @@ def make_class_images(
     images = ClassImages(folder, config.class_prompt, base_id, config.seed, config.resolution)
     found = [photo.path for photo in class_photos_in(folder, config)]
     wanted = max(0, config.num_class_images - len(found) + len(images.generated(found)))
-    if accelerator.is_main_process and wanted:
+
+    def generate() -> None:
+        if not wanted:
+            return
         generator = prior_pipeline(config, pipeline, accelerator.device).to(accelerator.device)
         draw = lambda prompt, seeds: generate_images(generator, prompt, seeds, config.resolution, should_stop)  # noqa: E731
         for _ in report.counted("class_images", images.top_up(wanted, config.sample_batch_size, draw), wanted):
             stop_if_asked(should_stop)
-    accelerator.wait_for_everyone()
+
+    on_main(accelerator, generate)
     return usable_class_photos(folder, config, images)
 
 

@@ -10,7 +10,7 @@ from random import SystemRandom
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
@@ -19,6 +19,7 @@ from dreambooth_moslora.earlier_runs import holds_a_run, set_aside, set_later_as
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.memory import keep_freed_memory
 from dreambooth_moslora.preparation import uses_class_images
+from dreambooth_moslora.processes import PATIENCE
 from dreambooth_moslora.reporting import Reporter
 from dreambooth_moslora.rundir import RunDir, atomic_write, clean_stale
 
@@ -44,7 +45,12 @@ def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
     tracker = None if config.report_to in (None, "none") else config.report_to
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     try:
-        accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_config=folders)
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=tracker,
+            project_config=folders,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
     except ValueError as error:
         raise UserError(f"--mixed_precision {config.mixed_precision}: {' '.join(str(error).split())}") from error
     if accelerator.num_processes == 1 and asked_for_more(os.environ):

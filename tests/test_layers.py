@@ -78,6 +78,7 @@ LAYERS: list[set[str]] = [
         "hub",
         "album",
         "startup",
+        "processes",
         "resumption",
         "earlier_runs",
         "folder_checks",
