@@ -30,8 +30,6 @@ COMMANDS = ("check", "export", "evaluate", "compare", "generate", "doctor", "inf
 DONE, OUR_BUG, MISTAKE = 0, 1, 2
 PROGRAM = "python -m dreambooth_moslora"
 FILE_MISTAKES = (errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
-LONGEST_NAME_BYTES = 200
-"""Of a run: files are named by it, with a suffix, and file systems take 255."""
 OUT_OF_MEMORY = (
     "out of GPU memory: try --gradient_checkpointing, --train_batch_size 1, --mixed_precision bf16, a smaller "
     "--resolution or --base_quantization nf4; --dry_run estimates the need."
@@ -122,7 +120,10 @@ def run_training(config: TrainConfig) -> int:
 
         print(describe_run(config))
         return DONE
+    from dreambooth_moslora.folder_checks import check_folders
+
     with StopRequest() as stop:
+        check_folders(config)  # before the log makes the folder, or writes into the photos'
         file_only = start_log(config)
         try:
             return run_trainer(config, stop)
@@ -203,10 +204,6 @@ def start_log(config: TrainConfig) -> logging.Logger:
 
 
 def log_file(run_dir: RunDir) -> logging.Handler:
-    if len(os.fsencode(run_dir.name)) > LONGEST_NAME_BYTES:
-        raise UserError(
-            f"--output_dir {run_dir.path}: the name is too long; {LONGEST_NAME_BYTES} bytes are left for it."
-        )
     try:
         run_dir.path.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(run_dir.log_path, encoding="utf-8", errors="backslashreplace")

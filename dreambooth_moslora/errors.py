@@ -1,6 +1,11 @@
 """Exceptions that are no bugs: a person's mistake, and a person's wish to stop."""
 
-__all__ = ["StopRequestedError", "UserError"]
+__all__ = ["StopRequestedError", "UserError", "spelled_out"]
+
+
+def spelled_out(text: str) -> str:
+    """Bytes that are no text, as file names may have, as `\\udcff`: the result can be written anywhere."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class StopRequestedError(Exception):
@@ -15,4 +20,4 @@ class UserError(ValueError):
     """
 
     def __init__(self, text: str):
-        super().__init__(text.encode("utf-8", "backslashreplace").decode())
+        super().__init__(spelled_out(text))

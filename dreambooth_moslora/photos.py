@@ -14,7 +14,7 @@ from PIL import Image, ImageChops
 
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.crops import CropPlan, apply_crop, plan_crop
-from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.photo_files import (
     IMAGE_SUFFIXES,
     UnreadableImageError,
@@ -103,7 +103,7 @@ def instance_photos(config: TrainConfig) -> PhotoReport:
 @cache
 def say_once(line: str) -> None:
     """A run may ask for its photos more than once."""
-    logger.warning("%s", line)
+    logger.warning("%s", spelled_out(line))
 
 
 def photo_report(config: TrainConfig) -> PhotoReport:

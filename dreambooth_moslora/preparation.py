@@ -18,7 +18,7 @@ from dreambooth_moslora.base import encode_text, load_pipeline, noise_schedule
 from dreambooth_moslora.cache import TensorCache, default_cache_dir, fingerprint
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.dataset import CropRule, PhotoEncoder, PhotoStream, TextBook, TrainBatch, collate
-from dreambooth_moslora.errors import StopRequestedError, UserError
+from dreambooth_moslora.errors import StopRequestedError, UserError, spelled_out
 from dreambooth_moslora.objective import NoiseSchedule
 from dreambooth_moslora.photos import Photo, PhotoReport, find_photos
 from dreambooth_moslora.prior import ClassImages
@@ -95,7 +95,7 @@ def usable_photos(report: PhotoReport) -> list[Photo]:
     """Its photos; what was left out is said once, by name."""
     for skipped in report.skipped:
         if skipped.is_photo:
-            logger.warning("%s is left out: %s", skipped.path.name, skipped.reason)
+            logger.warning("%s", spelled_out(f"{skipped.path.name} is left out: {skipped.reason}"))
     return report.photos
 
 

@@ -208,7 +208,7 @@ LATE_MISTAKES = {
     "logging_dir": (["--report_to", "tensorboard", "--logging_dir", "../file"], "file is a file, not a folder"),
     "tracker": (["--report_to", "wandb"], "--report_to wandb: it is not installed; pip install wandb"),
     "projection": (["--target_modules", "to_q", "to_out"], "no such projection; did you mean to_out.0?"),
-    "long name": (["--output_dir", "n" * 250], "the name is too long"),
+    "long name": (["--output_dir", "n" * 250], "is too long: an adapter's has at most 200 bytes"),
 }
 
 
@@ -229,6 +229,16 @@ def test_photos_whose_names_are_no_text_are_trained_on(photos, tiny_base, tmp_pa
     assert train_main([*words, "--num_validation_images", "1"]) == 0
     assert r"broken\udcff.png is left out" in capfd.readouterr().err
     assert r"broken\udcff.png is left out" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_a_refused_run_folder_stays_as_it_was(photos, tiny_base, capsys, monkeypatch):
+    before = sorted(photos.iterdir())
+    assert train_main(needed(tiny_base, photos, photos)) == 2
+    assert "a run needs one of its own" in capsys.readouterr().err
+    assert sorted(photos.iterdir()) == before
+    monkeypatch.chdir(photos)
+    assert train_main(needed(tiny_base, photos, "")) == 2
+    assert sorted(photos.iterdir()) == before
 
 
 def test_dry_run_prints_settings_photos_steps_and_cost_and_does_nothing(photos, tiny_base, tmp_path, capsys):
