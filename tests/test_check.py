@@ -51,7 +51,9 @@ def test_the_picture_shows_every_photo_and_its_crops(tmp_path, monkeypatch, caps
     assert len(colours) > 4
 
 
-@pytest.mark.parametrize(("name", "says"), [("out", "the crops: out.png"), ("out.xyz", "no picture: out.xyz: unknown")])
+@pytest.mark.parametrize(
+    ("name", "says"), [("out", "the crops: out.png"), ("out.xyz", "no picture: out.xyz: it is drawn as a PNG")]
+)
 def test_the_pictures_name_may_lack_its_suffix_or_have_a_foreign_one(name, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     picture(size_px=(16, 20000)).save(tmp_path / "long.png")

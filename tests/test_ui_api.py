@@ -212,7 +212,7 @@ def told(served, endpoint: str, text: str) -> str:
         ("generate", '{"prompt": "a", "seed": NaN}', "Seed must be a number, not nan"),
         ("generate", '{"prompt": "a", "seed": Infinity}', "Seed must be a number, not inf"),
         ("generate", '{"prompt": "a", "num_images": NaN}', "must be a whole number, not nan"),
-        ("generate", '{"prompt": "a", "adapter": "\\ud800"}', "There is no adapter ?"),
+        ("generate", '{"prompt": "a", "adapter": "\\ud800"}', "There is no adapter \\\\ud800"),
         ("generate", '{"prompt": "a \\ud800"}', "which is no character"),
         ("estimate", '{"photos": [], "token": "s", "class_word": "d", "rank": NaN}', "Rank must be a number"),
         ("stop_training", '{"run": "\\ud800"}', "cannot be the name of a run"),

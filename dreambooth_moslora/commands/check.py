@@ -108,9 +108,11 @@ def draw(report: Any, config: TrainConfig, path: Path) -> Path | None:
     from dreambooth_moslora.crop_picture import crop_rows
 
     try:
+        if path.suffix.lower() != ".png":
+            raise OSError(None, "it is drawn as a PNG; name it so")
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_contact_sheet(crop_rows(report.photos[:MAX_PICTURED], config), path)
-    except (OSError, ValueError) as error:  # ValueError: a suffix that is no format of pictures
-        print(f"no picture: {path}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+    except OSError as error:
+        print(f"no picture: {path}: {error.strerror}", file=sys.stderr)
         return None
     return path
