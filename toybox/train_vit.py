@@ -4,7 +4,7 @@
     python -m toybox.train_vit --views VIEWS --out WORK/vit --steps 3000
 
 Instance discrimination (InfoNCE between two views of the same toy: other side, other place, other light), with batches
-in which a quarter of the toys are of one kind, so that the kind alone is not enough.
+in which half of the toys are of one kind, so that the kind alone is not enough.
 """
 
 import argparse
@@ -60,11 +60,11 @@ class Views:
         self.train = len(self.kinds) - held_back
 
     def pairs(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Two views of n different training toys, a quarter of them of one kind."""
+        """Two views of n different training toys, half of them of one kind."""
         rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
         kind = rng.choice(self.kinds[: self.train])
         same = np.flatnonzero(self.kinds[: self.train] == kind)
-        hard = rng.choice(same, min(n // 4, len(same)), replace=False)
+        hard = rng.choice(same, min(n // 2, len(same)), replace=False)
         rest = rng.choice(np.setdiff1d(np.arange(self.train), hard), n - len(hard), replace=False)
         toys = np.concatenate([hard, rest])
         first, second = rng.permuted(np.tile(np.arange(self.images.shape[1]), (n, 1)), axis=1)[:, :2].T
