@@ -22,7 +22,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.rundir import RunDir
 from dreambooth_moslora.stopping import INTERRUPTED, StopRequest
 from dreambooth_moslora.terminal import lasting_output
-from dreambooth_moslora.threads import wait_without_spinning
+from dreambooth_moslora.threads import wait_briefly
 
 __all__ = ["COMMANDS", "main", "train_main"]
 
@@ -50,7 +50,7 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 def exit_code(run: Callable[[], int]) -> int:
     """Run, and turn how it ended into a line and a code. Nobody needs to read what it prints: `| head` may leave."""
-    wait_without_spinning()
+    wait_briefly()
     with lasting_output():
         return code_of(run)
 

@@ -40,12 +40,13 @@ def photos(tmp_path):
 
 
 @pytest.mark.parametrize("program", ["dreambooth_moslora.cli", "dreambooth_moslora.ui.serve"])
-def test_every_program_lets_idle_threads_sleep(program):
+@pytest.mark.parametrize(("given", "spins"), [({}, "2000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
+def test_every_program_lets_idle_threads_sleep_soon(program, given, spins):
     code = f"import os; from {program} import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
-    code += "print(os.environ['OMP_WAIT_POLICY'])"
-    free = {k: v for k, v in ENVIRONMENT.items() if k != "OMP_WAIT_POLICY"}
+    code += "print(os.environ['OMP_WAIT_POLICY'], os.environ.get('GOMP_SPINCOUNT'))"
+    free = {k: v for k, v in ENVIRONMENT.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | given
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=free, check=True)
-    assert done.stdout.splitlines()[-1] == "PASSIVE"
+    assert done.stdout.splitlines()[-1] == f"{given.get('OMP_WAIT_POLICY', 'PASSIVE')} {spins}"
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--rnak", "3"], []])

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.threads import wait_without_spinning
+from dreambooth_moslora.threads import wait_briefly
 
 __all__ = ["add_arguments", "context_of", "main"]
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    wait_without_spinning()
+    wait_briefly()
     parser = argparse.ArgumentParser(prog="app.py", description="A web page to generate with adapters and train them.")
     add_arguments(parser)
     args = parser.parse_args(argv)
