@@ -195,7 +195,8 @@ def test_a_run_is_started_survives_a_reload_stops_resumes_and_is_used(page, tmp_
     page.click("#stop_training")
     wait_for_status(page, "Stopped; a checkpoint is written.", "train_status")
     page.click("#resume:not([disabled])")
-    page.wait_for_function("document.getElementById('train_status').innerText.trim().startsWith('Step ')")
+    shown = "document.getElementById('train_status').innerText"
+    page.wait_for_function(f"{shown}.includes('of 5000') && !{shown}.includes('Stop')")
     page.wait_for_function("document.querySelectorAll('#samples img').length >= 1")
     page.click("#stop_training:not([disabled])")
     wait_for_status(page, "Stopped; a checkpoint is written.", "train_status")
