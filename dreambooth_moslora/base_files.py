@@ -103,7 +103,7 @@ def check_diffusers_folder(folder: Path, variant: str | None = None, *, has_vae:
 
 def check_component(folder: Path, variant: str | None, marks: set[str]) -> None:
     if not weight_files(folder, variant):
-        raise UserError(f"{folder} has no weights: there is no .safetensors file in it.")
+        raise UserError(f"{folder} has no weights: there is neither a .safetensors nor a .bin file in it.")
     names = tensor_shapes(folder, variant).keys()
     if names and not names & marks:
         raise UserError(f"{folder} holds weights of another model: it has no {min(marks)}, but {min(names):.80}.")

@@ -13,6 +13,7 @@ from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.export import RAW_NAME
 from dreambooth_moslora.optimization import optimizer_kind
+from dreambooth_moslora.targets import is_target, last_name
 
 __all__ = ["check_resumed", "trained_modules"]
 
@@ -69,13 +70,3 @@ def require_targets(checkpoint: Path, modules: list[str], config: TrainConfig) -
     unmet = [target for target in asked if not any(is_target(module, target) for module in modules)]
     if strange or unmet:
         require(checkpoint, "target_modules", " ".join(sorted({last_name(m) for m in modules})), " ".join(asked))
-
-
-def is_target(module: str, target: str) -> bool:
-    return module == target or module.endswith(f".{target}")
-
-
-def last_name(module: str) -> str:
-    """`to_q`, `to_out.0`: as a person names it."""
-    parts = module.split(".")
-    return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dreambooth_moslora.config_fields import nearest
 from dreambooth_moslora.errors import UserError
 
-__all__ = ["check_targets"]
+__all__ = ["check_targets", "is_target", "last_name"]
 
 
 def check_targets(targets: Iterable[str], layers: Iterable[str]) -> None:
@@ -15,10 +15,15 @@ def check_targets(targets: Iterable[str], layers: Iterable[str]) -> None:
     """
     layers = list(layers)
     for name in targets:
-        if not any(f".{layer}".endswith(f".{name}") for layer in layers):
+        if not any(is_target(layer, name) for layer in layers):
             close = nearest(name, sorted({last_name(layer) for layer in layers}))
             hint = f"did you mean {close}?" if close else "to_q, to_k, to_v and to_out.0 are those of attention."
             raise UserError(f"--target_modules {name}: the UNet has no such projection; {hint}")
+
+
+def is_target(path: str, name: str) -> bool:
+    """PEFT's rule: the path itself, or its end."""
+    return f".{path}".endswith(f".{name}")
 
 
 def last_name(path: str) -> str:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from toybox.captions import caption
 from toybox.data import to_pixels, to_uint8
+from toybox.evaluate_base import sheet
 from toybox.render import render
 from toybox.train_clip import pixels_for_clip
 from toybox.world import sample_scene
@@ -77,8 +77,8 @@ def main() -> None:
     }
     (args.out / "parts.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(scores))
-    rows = [torch.cat(list(part), dim=1) for part in (images[:8], again[:8], images[8:16], again[8:16])]
-    Image.fromarray(torch.cat(rows).numpy()).save(args.out / "reconstructions.png")
+    pairs = torch.cat([images[:8], again[:8], images[8:16], again[8:16]])
+    sheet(pairs, columns=8).save(args.out / "reconstructions.png")
 
 
 if __name__ == "__main__":
