@@ -159,7 +159,7 @@ def test_a_failure_half_way_takes_out_what_was_in(tiny_base, subject, tmp_path, 
 
     before, bare = base_bytes(subject.pipeline), picture(subject)
     with monkeypatch.context() as patch:
-        patch.setattr(subject.pipeline, "load_lora_into_text_encoder", fail)
+        patch.setattr(subject.pipeline, "load_lora_into_unet", fail)  # the text encoders come before it
         with pytest.raises(UserError, match="could not be put into the base: no memory"):
             subject.load_adapter(file)
     assert not subject.adapters and not any(subject.pipeline.get_list_adapters().values())
