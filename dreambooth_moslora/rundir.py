@@ -4,8 +4,6 @@ Everything is written beside its final name, flushed to the disk, then renamed. 
 temporaries, which begin with a dot and are removed by the next run, and never a half-written file under a real name.
 """
 
-import json
-import math
 import os
 import re
 import secrets
@@ -16,6 +14,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from dreambooth_moslora.event_lines import append_event, read_events
 
 __all__ = [
     "RunDir",
@@ -118,20 +118,13 @@ class RunDir:
                 remove_directory(path)
 
     def append_metrics(self, event: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl. Numbers that JSON does not know (NaN, infinity) become null."""
+        """Add one line to metrics.jsonl."""
         self.path.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(finite(event), ensure_ascii=False, allow_nan=False, default=str) + "\n"
-        with self.metrics_path.open("a+b") as file:
-            if ends_torn(file):
-                line = "\n" + line
-            file.write(line.encode())
+        append_event(self.metrics_path, event)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All events so far; a line torn by a kill is left out."""
-        if not self.metrics_path.is_file():
-            return []
-        lines = self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines()
-        return [event for line in lines if (event := parse_event(line)) is not None]
+        return read_events(self.metrics_path) if self.metrics_path.is_file() else []
 
 
 def checkpoint_step(path: Path) -> int | None:
@@ -143,32 +136,6 @@ def checkpoint_step(path: Path) -> int | None:
 def is_checkpoint(path: Path) -> bool:
     """Whether nothing of a checkpoint is missing; what its files hold is seen when they are read."""
     return all((path / name).is_file() and (path / name).stat().st_size for name in CHECKPOINT_FILES)
-
-
-def finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def ends_torn(file: Any) -> bool:
-    """Whether the open file's last line was cut off by a kill."""
-    if file.seek(0, os.SEEK_END) == 0:
-        return False
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) != b"\n"
-
-
-def parse_event(line: str) -> dict[str, Any] | None:
-    """None for a line that is no event of ours."""
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None
-    is_event = isinstance(event, dict) and isinstance(event.get("type"), str)
-    return event if is_event and isinstance(event.get("step", 0), int) else None
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:

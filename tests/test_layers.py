@@ -25,6 +25,7 @@ LAYERS: list[set[str]] = [
         "terminal",
         "targets",
         "rundir",
+        "event_lines",
         "prompts",
         "contact_sheet",
         "loss_plot",

@@ -1,9 +1,10 @@
 """The events of a run, read from its `metrics.jsonl` while the trainer writes it."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from dreambooth_moslora.event_lines import parse_event
 
 __all__ = ["Metrics"]
 
@@ -32,7 +33,7 @@ class Metrics:
         lines = whole.splitlines(keepends=True)
         self._offset += len(whole)
         self._last_line = lines[-1] if lines else self._last_line
-        self.events += [event for line in lines if (event := _parsed(line))]
+        self.events += [event for line in lines if (event := parse_event(line))]
         return self
 
     def _unread(self) -> bytes:
@@ -56,11 +57,3 @@ class Metrics:
         """Events of the last start: a resumed run has an `end` of the earlier one before it."""
         starts = [i for i, event in enumerate(self.events) if event.get("type") == "start"]
         return self.events[starts[-1] :] if starts else []
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None
-    return event if isinstance(event, dict) else None
