@@ -18,7 +18,7 @@ def append_event(path: Path, event: dict[str, Any]) -> None:
 
 def read_events(path: Path) -> list[dict[str, Any]]:
     """All events so far; a line torn by a kill is left out."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     return [event for line in lines if (event := parse_event(line)) is not None]
 
 

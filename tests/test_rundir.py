@@ -157,6 +157,12 @@ def test_lines_that_are_no_events_are_left_out(tmp_path):
     assert run.read_metrics() == [{"type": "end"}]
 
 
+def test_an_event_may_hold_every_kind_of_line_break(tmp_path):
+    event = {"type": "start", "instance_prompt": "a\u2028b\x85c\nd\re"}
+    RunDir(tmp_path).append_metrics(event)
+    assert RunDir(tmp_path).read_metrics() == [event]
+
+
 def test_a_scratch_folder_goes_with_its_block_and_a_killed_one_with_the_next(tmp_path):
     left = tmp_path / f".scratch.{os.getpid()}-0123abcd.new"
     left.mkdir()
