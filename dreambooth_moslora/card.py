@@ -4,20 +4,17 @@ It is written to be shared: no path, no photo and no fact about one is in it.
 """
 
 import json
-import re
 from dataclasses import dataclass
 from datetime import timedelta
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.adapter_file import AdapterFacts
 from dreambooth_moslora.best_step import BestStep
+from dreambooth_moslora.card_marks import SIGNATURE
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.proof import Proof
 
-__all__ = ["CardFacts", "is_card", "model_card", "pictures_named"]
-
-SIGNATURE = "Made with dreambooth_moslora"
-PICTURE = re.compile(r'^  output: \{url: "(image_\d+\.png)"\}$', re.MULTILINE)
+__all__ = ["CardFacts", "model_card"]
 
 
 @dataclass(frozen=True)
@@ -49,16 +46,6 @@ def model_card(config: TrainConfig, facts: CardFacts) -> str:
         f"{SIGNATURE} {__version__}.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def is_card(text: str) -> bool:
-    """Whether `model_card` wrote the text."""
-    return SIGNATURE in text
-
-
-def pictures_named(text: str) -> set[str]:
-    """The files of a card's pictures; none for a text that is no card of ours."""
-    return set(PICTURE.findall(text)) if is_card(text) else set()
 
 
 def front_matter(config: TrainConfig, facts: CardFacts) -> str:

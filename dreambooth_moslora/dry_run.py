@@ -7,17 +7,24 @@ from pathlib import Path
 
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.estimate import Estimate, estimate, size_of_base
+from dreambooth_moslora.folder_checks import check_folders, nearest_existing
 from dreambooth_moslora.photo_checks import examine
 from dreambooth_moslora.photos import PhotoReport, photo_report, quoted
-from dreambooth_moslora.preflight import nearest_existing, preflight
+from dreambooth_moslora.preflight import preflight
 from dreambooth_moslora.prompts import subject_of
+from dreambooth_moslora.rundir import RunDir
 from dreambooth_moslora.steps import StepPlan, plan_steps
 
 __all__ = ["describe_run", "remarks"]
 
 
 def describe_run(config: TrainConfig) -> str:
-    """Everything that `--dry_run` prints. Raises UserError for what training would refuse of photos and base."""
+    """Everything that `--dry_run` prints. Raises UserError for what training would refuse before it loads the base."""
+    check_folders(config)
+    if config.resume_from_checkpoint:
+        from dreambooth_moslora.resumption import resume_point
+
+        resume_point(config, RunDir(config.output_dir))
     folder = preflight(config)
     report = examine(photo_report(config), config.resolution)
     plan = plan_steps(config, len(report.photos), int(os.environ.get("WORLD_SIZE", "1")))

@@ -8,7 +8,7 @@ import logging
 from itertools import count
 from pathlib import Path
 
-from dreambooth_moslora.card import pictures_named
+from dreambooth_moslora.card_marks import pictures_named
 from dreambooth_moslora.rundir import RunDir, checkpoint_step
 
 __all__ = ["holds_a_run", "set_aside", "set_later_aside"]

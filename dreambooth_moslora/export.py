@@ -31,7 +31,7 @@ from dreambooth_moslora.kohya import kohya_header, kohya_tensors
 from dreambooth_moslora.moslora import FoldedLayer, adapter_layers, fold
 from dreambooth_moslora.proof import BOUNDS, FileProof, Proof, check_reduction, prove_file, published_name
 from dreambooth_moslora.rank_reduction import Reduction, reduce_layers
-from dreambooth_moslora.rundir import scratch_directory
+from dreambooth_moslora.rundir import check_name, scratch_directory
 
 __all__ = [
     "DTYPES",
@@ -42,7 +42,6 @@ __all__ = [
     "FileProof",
     "Proof",
     "adapter_facts",
-    "check_name",
     "describe",
     "load_published",
     "load_raw",
@@ -54,7 +53,6 @@ __all__ = [
 RAW_NAME = "moslora_weights.safetensors"
 PUBLISHED_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_SUFFIX = ".kohya.safetensors"
-NAME_BYTES = 200
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 Folded = dict[str, dict[str, FoldedLayer]]  # component -> module path, as other programs know it -> layer
@@ -104,14 +102,6 @@ def publish(
         for path in written:
             path.replace(out_dir / path.name)
     return report(proofs, dtype, folded, reduction)
-
-
-def check_name(name: str) -> None:
-    """Raises UserError for a name that no file can have: suffixes, and a temporary's, go behind it."""
-    if name in ("", ".", "..") or not name.isprintable() or Path(name).name != name:
-        raise UserError(f"{name!a} cannot be part of a file's name; give the adapter a plain name")
-    if len(name.encode()) > NAME_BYTES:
-        raise UserError(f"the name {name[:20]!r}, and so on, is too long: an adapter's has at most {NAME_BYTES} bytes")
 
 
 def check_publishable(components: dict[str, nn.Module], dtype: torch.dtype, adapter_name: str) -> None:

@@ -1,14 +1,16 @@
-"""What a run may not write over, asked before anything is written: photos, and files that no run of ours made."""
+"""Where a run may not write, asked before anything is written: over photos, over files that no run of ours made, and
+where there is no folder or no permission. No torch is needed to say so.
+"""
 
+import os
 from pathlib import Path
 
-from dreambooth_moslora.card import is_card, pictures_named
+from dreambooth_moslora.card_marks import is_card, pictures_named
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.export import check_name
-from dreambooth_moslora.rundir import RunDir, checkpoint_step
+from dreambooth_moslora.rundir import RunDir, check_name, checkpoint_step
 
-__all__ = ["check_folders"]
+__all__ = ["check_folders", "nearest_existing"]
 
 
 def check_folders(config: TrainConfig) -> None:
@@ -18,6 +20,7 @@ def check_folders(config: TrainConfig) -> None:
     run_dir = RunDir(config.output_dir)
     check_name(run_dir.name)
     check_photo_folders(config, run_dir)
+    check_places(config, run_dir)
     check_strangers(run_dir)
 
 
@@ -46,6 +49,30 @@ def is_of_the_run(run_dir: RunDir, name: str) -> bool:
     """Whether a folder of this name at the top of the run folder is the run's own."""
     own = {path.name for path in (run_dir.samples_dir, run_dir.best_dir, run_dir.class_images_dir)}
     return name in own or checkpoint_step(Path(name)) is not None
+
+
+def check_places(config: TrainConfig, run_dir: RunDir) -> None:
+    """What the run writes goes into folders, there or still to be made."""
+    places = {"output_dir": config.output_dir, "class_data_dir": config.class_data_dir, "cache_dir": config.cache_dir}
+    for name, value in places.items():
+        if value:
+            require_folder(name, value, Path(value))
+    if config.report_to in ("tensorboard", "all"):
+        require_folder("logging_dir", config.logging_dir, run_dir.path / config.logging_dir)
+    if not os.access(nearest_existing(run_dir.path), os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {config.output_dir}: cannot be written: permission denied.")
+
+
+def require_folder(name: str, value: str, path: Path) -> None:
+    found = nearest_existing(path)
+    if not found.is_dir():
+        raise UserError(f"--{name} {value}: {found} is a file, not a folder.")
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the folder that is nearest above it."""
+    path = Path(os.path.abspath(path))
+    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def check_strangers(run_dir: RunDir) -> None:

@@ -9,7 +9,8 @@ from dreambooth_moslora.adapter_file import AdapterFacts, adapter_facts
 from dreambooth_moslora.album import Album, png_bytes
 from dreambooth_moslora.base import architecture
 from dreambooth_moslora.best_step import BestStep
-from dreambooth_moslora.card import CardFacts, model_card, pictures_named
+from dreambooth_moslora.card import CardFacts, model_card
+from dreambooth_moslora.card_marks import pictures_named
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.contact_sheet import Row, draw_contact_sheet
 from dreambooth_moslora.errors import UserError

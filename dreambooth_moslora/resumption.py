@@ -8,14 +8,25 @@ from pathlib import Path
 from safetensors import safe_open
 
 from dreambooth_moslora.adapter_file import AdapterFacts
-from dreambooth_moslora.checkpoint import Position, damaged
+from dreambooth_moslora.checkpoint import Position, damaged, find_checkpoint, read_position
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.export import RAW_NAME
 from dreambooth_moslora.optimization import optimizer_kind
+from dreambooth_moslora.rundir import RunDir
 from dreambooth_moslora.targets import is_target, last_name
 
-__all__ = ["check_resumed", "trained_modules"]
+__all__ = ["check_resumed", "resume_point", "trained_modules"]
+
+
+def resume_point(config: TrainConfig, run_dir: RunDir) -> tuple[Path, Position] | None:
+    """The checkpoint to go on from and where it stands; None for a run from the beginning. Raises UserError."""
+    checkpoint = find_checkpoint(run_dir, config.resume_from_checkpoint)
+    if checkpoint is None:
+        return None
+    position = read_position(checkpoint)
+    check_resumed(config, checkpoint, position)
+    return checkpoint, position
 
 
 def check_resumed(config: TrainConfig, checkpoint: Path, position: Position) -> None:

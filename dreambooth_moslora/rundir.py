@@ -15,12 +15,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.event_lines import append_event, read_events
 
 __all__ = [
     "RunDir",
     "atomic_directory",
     "atomic_write",
+    "check_name",
     "checkpoint_step",
     "clean_stale",
     "is_checkpoint",
@@ -28,6 +30,7 @@ __all__ = [
 ]
 
 CHECKPOINT_FILES = ("position.json", "optimizer.pt", "moslora_weights.safetensors")
+NAME_BYTES = 200
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(-(?P<token>[0-9a-f]+))?\.(?P<kind>new|old)")
 
@@ -125,6 +128,14 @@ class RunDir:
     def read_metrics(self) -> list[dict[str, Any]]:
         """All events so far; a line torn by a kill is left out."""
         return read_events(self.metrics_path) if self.metrics_path.is_file() else []
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for a name that no file can have: suffixes, and a temporary's, go behind it."""
+    if name in ("", ".", "..") or not name.isprintable() or Path(name).name != name:
+        raise UserError(f"{name!a} cannot be part of a file's name; give the adapter a plain name")
+    if len(name.encode()) > NAME_BYTES:
+        raise UserError(f"the name {name[:20]!r}, and so on, is too long: an adapter's has at most {NAME_BYTES} bytes")
 
 
 def checkpoint_step(path: Path) -> int | None:

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from dreambooth_moslora.album import Album
 from dreambooth_moslora.best_step import BestStep
-from dreambooth_moslora.checkpoint import Position, find_checkpoint, read_position, save_checkpoint
+from dreambooth_moslora.checkpoint import Position, save_checkpoint
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.folder_checks import check_folders
@@ -28,7 +28,7 @@ from dreambooth_moslora.preparation import prepare, usable_photos
 from dreambooth_moslora.proof import Proof
 from dreambooth_moslora.publication import Publisher
 from dreambooth_moslora.reporting import Reporter, Stopwatch, memory_gib
-from dreambooth_moslora.resumption import check_resumed
+from dreambooth_moslora.resumption import resume_point
 from dreambooth_moslora.rundir import RunDir
 from dreambooth_moslora.sampling import Sampler
 from dreambooth_moslora.startup import announce, begin, chosen_seed, make_accelerator, steps_per_epoch
@@ -118,10 +118,8 @@ class Training:
     ):
         self.run_dir, self.accelerator, self.report = run_dir, accelerator, report
         self.should_stop, self.evaluator = should_stop, evaluator
-        self.checkpoint = checkpoint = find_checkpoint(run_dir, config.resume_from_checkpoint)
-        position = read_position(checkpoint) if checkpoint else Position(0, chosen_seed(config, accelerator))
-        if checkpoint:
-            check_resumed(config, checkpoint, position)
+        fresh = None, Position(0, chosen_seed(config, accelerator))
+        self.checkpoint, position = resume_point(config, run_dir) or fresh
         self.config = config = replace(config, seed=position.seed)
         photos = usable_photos(instance_photos(config))
         epoch_steps = steps_per_epoch(config, len(photos), accelerator.num_processes)
@@ -130,7 +128,7 @@ class Training:
         self.album = Album.of(config, run_dir, epoch_steps)
         prompts = [*self.album.prompts, *(evaluator.prompts if evaluator and config.evaluate_steps else ())]
         materials = prepare(config, photos, prompts, accelerator, run_dir, report, should_stop)
-        self.learner = Learner(config, materials, accelerator, self.max_train_steps, checkpoint, position.step)
+        self.learner = Learner(config, materials, accelerator, self.max_train_steps, self.checkpoint, position.step)
         self.sampler = Sampler(
             materials.pipeline, self.learner.text_cond, config.resolution, accelerator.device, should_stop=should_stop
         )

@@ -59,6 +59,17 @@ def test_help_and_mistakes_import_no_torch(words):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("ending", [["--dry_run"], ["--output_dir", "."]], ids=["dry run", "refused folder"])
+def test_a_dry_run_and_a_refused_folder_import_no_torch(ending, photos):
+    code = "import sys; from dreambooth_moslora.cli import train_main; print(train_main(sys.argv[1:]))"
+    code += "\nassert 'torch' not in sys.modules"
+    words = [*needed("toy", ".", "run"), *ending]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=photos, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == ("0" if ending == ["--dry_run"] else "2")
+
+
 def test_help_describes_every_flag():
     done = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0
@@ -204,21 +215,25 @@ def test_a_bug_ends_with_1_and_its_traceback_once_on_the_terminal_and_in_the_log
 
 LATE_MISTAKES = {
     "no photos": (["--instance_data_dir", "missing"], "missing: no such folder"),
-    "class_data_dir": (["--with_prior_preservation", "--class_prompt", "y", "--class_data_dir", "file"], "file"),
-    "cache_dir": (["--caching", "disk", "--cache_dir", "file"], "Not a directory: file/encoded"),
+    "run folder": (["--output_dir", "photos"], "is the folder of --instance_data_dir"),
+    "file for a folder": (["--output_dir", "file/run"], "file is a file, not a folder"),
+    "class_data_dir": (["--class_data_dir", "file"], "file is a file, not a folder"),
+    "cache_dir": (["--cache_dir", "file"], "file is a file, not a folder"),
     "logging_dir": (["--report_to", "tensorboard", "--logging_dir", "../file"], "file is a file, not a folder"),
     "tracker": (["--report_to", "wandb"], "--report_to wandb: it is not installed; pip install wandb"),
     "projection": (["--target_modules", "to_q", "to_out"], "no such projection; did you mean to_out.0?"),
+    "checkpoint": (["--resume_from_checkpoint", "checkpoint-9"], "no complete checkpoint there"),
     "long name": (["--output_dir", "n" * 250], "is too long: an adapter's has at most 200 bytes"),
 }
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry_run"]], ids=["training", "dry run"])
 @pytest.mark.parametrize("name", LATE_MISTAKES)
-def test_a_mistake_that_is_found_late_is_one_line_too(name, photos, tiny_base, tmp_path, monkeypatch, capfd):
+def test_a_mistake_that_is_found_late_is_one_line_too(name, dry, photos, tiny_base, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("no folder")
     words, says = LATE_MISTAKES[name]
-    assert train_main([*needed(tiny_base, photos, "run"), *words]) == 2
+    assert train_main([*needed(tiny_base, photos, "run"), *words, *dry]) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line and "…" not in line and "/s]" not in line]
     assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
 

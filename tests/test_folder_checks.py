@@ -1,5 +1,7 @@
 """A run takes no folder in which it would harm what it did not make."""
 
+import os
+
 import pytest
 
 from dreambooth_moslora.config import TrainConfig
@@ -84,6 +86,13 @@ def test_a_card_or_picture_that_no_run_made_is_not_written_over(name, tmp_path):
     (tmp_path / name).write_text("mine")
     with pytest.raises(UserError, match="was made by no run"):
         check(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="everything is allowed to root")
+def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
+    tmp_path.chmod(0o555)
+    with pytest.raises(UserError, match=r"--output_dir .*: cannot be written: permission denied"):
+        check(tmp_path / "a" / "b")
 
 
 def test_a_run_replaces_the_pictures_of_its_own_card_only(tiny_base, tmp_path):
