@@ -18,7 +18,7 @@ from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.earlier_runs import holds_a_run, set_aside, set_later_aside
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.memory import keep_freed_memory
-from dreambooth_moslora.preparation import uses_class_images
+from dreambooth_moslora.preparation import DTYPES, uses_class_images
 from dreambooth_moslora.processes import PATIENCE
 from dreambooth_moslora.reporting import Reporter
 from dreambooth_moslora.rundir import RunDir, atomic_write, clean_stale
@@ -52,10 +52,22 @@ def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except ValueError as error:
-        raise UserError(f"--mixed_precision {config.mixed_precision}: {' '.join(str(error).split())}") from error
+        raise UserError(refusal(config.mixed_precision, " ".join(str(error).split()))) from error
+    if accelerator.mixed_precision not in DTYPES:
+        raise UserError(
+            f"`accelerate config` or the environment asks for the precision {accelerator.mixed_precision}: give "
+            "--mixed_precision no, fp16 or bf16."
+        )
     if accelerator.num_processes == 1 and asked_for_more(os.environ):
         logger.warning(ONE_PROCESS)
     return accelerator
+
+
+def refusal(mixed_precision: str | None, said: str) -> str:
+    """What accelerate said, under the name of what asked for it: the flag, or what is set for accelerate itself."""
+    if mixed_precision is not None and "precision" in said:
+        return f"--mixed_precision {mixed_precision}: {said}"
+    return f"accelerate says: {said.rstrip('.')}; look at `accelerate config` and at ACCELERATE_… in the environment."
 
 
 def asked_for_more(environment: Mapping[str, str]) -> bool:

@@ -1,0 +1,33 @@
+"""How a run begins, and what is said when it cannot."""
+
+import pytest
+
+from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.rundir import RunDir
+from dreambooth_moslora.startup import make_accelerator, refusal
+
+REFUSED = {
+    ("ACCELERATE_MIXED_PRECISION", "fp7"): (
+        None,
+        "asks for the precision fp7: give --mixed_precision no, fp16 or bf16",
+    ),
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "two"): (
+        "bf16",
+        "^accelerate says: invalid literal for int.*'two'; look",
+    ),
+}
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_a_setting_of_accelerates_own_is_blamed_on_no_flag(setting, tmp_path, monkeypatch):
+    precision, says = REFUSED[setting]
+    monkeypatch.setenv(*setting)
+    with pytest.raises(UserError, match=says):
+        make_accelerator(TrainConfig(report_to="none", mixed_precision=precision), RunDir(tmp_path / "run"))
+
+
+def test_the_flag_is_named_where_it_is_to_blame():
+    """No machine has all the reasons; these are accelerate's words on a GPU that is too old."""
+    said = "bf16 mixed precision requires PyTorch >= 1.10 and a supported device."
+    assert refusal("bf16", said) == f"--mixed_precision bf16: {said}"
