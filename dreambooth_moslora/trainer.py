@@ -79,10 +79,19 @@ def train(
         report("end", state="interrupted", step=report.step, message="stopped before a step")
         return TrainResult(run_dir.path, report.step, True, None)
     except Exception as error:
-        report("end", state="failed", step=report.step, message=str(error))
+        with suppress(OSError):  # a full disk, for one, is said by the error itself
+            report("end", state="failed", step=report.step, message=str(error))
         raise
     finally:
+        end_trackers(accelerator)
+
+
+def end_trackers(accelerator: Accelerator) -> None:
+    """The run has ended, well or with its own error: a tracker's trouble after that hides neither."""
+    try:
         accelerator.end_training()
+    except Exception as error:  # each tracker has its own kinds
+        logger.warning("--report_to: ending it failed: %s", " ".join(f"{type(error).__name__} {error}".split()))
 
 
 def fit(run: "Training") -> TrainResult:

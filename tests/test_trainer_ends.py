@@ -1,0 +1,50 @@
+"""How a training ends when something fails after it, or while it fails."""
+
+import pytest
+from accelerate import Accelerator
+
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.learner import Learner
+from dreambooth_moslora.rundir import RunDir
+from dreambooth_moslora.trainer import train
+from tests.tiny_training import paint_photos, tiny_config
+
+
+@pytest.fixture
+def config(tiny_base, tmp_path):
+    return tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run", max_train_steps=1)
+
+
+@pytest.fixture
+def lost_tracker(monkeypatch):
+    def fail(_):
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr(Accelerator, "end_training", fail)
+
+
+def lose(*_):
+    raise UserError("the loss is nan")
+
+
+def test_a_tracker_that_fails_at_the_end_loses_no_finished_run(config, lost_tracker, caplog):
+    assert train(config).proof is not None
+    assert "--report_to: ending it failed: ConnectionError no network" in caplog.text
+
+
+def test_a_tracker_that_fails_at_the_end_hides_no_error(config, lost_tracker, monkeypatch, caplog):
+    monkeypatch.setattr(Learner, "accumulate_gradients", lose)
+    with pytest.raises(UserError, match="the loss is nan"):
+        train(config)
+    assert "ConnectionError" in caplog.text
+
+
+def test_an_end_that_cannot_be_written_hides_no_error(config, monkeypatch):
+    def full(self, event):
+        if event["type"] == "end":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Learner, "accumulate_gradients", lose)
+    monkeypatch.setattr(RunDir, "append_metrics", full)
+    with pytest.raises(UserError, match="the loss is nan"):
+        train(config)
