@@ -22,7 +22,7 @@ from dreambooth_moslora.errors import StopRequestedError, UserError, spelled_out
 from dreambooth_moslora.objective import NoiseSchedule
 from dreambooth_moslora.photos import Photo, PhotoReport, find_photos
 from dreambooth_moslora.prior import ClassImages
-from dreambooth_moslora.processes import on_main
+from dreambooth_moslora.processes import any_process, on_main
 from dreambooth_moslora.quantization import quantize
 from dreambooth_moslora.reporting import Reporter
 from dreambooth_moslora.rundir import RunDir
@@ -70,12 +70,16 @@ def prepare(
     should_stop: Callable[[], bool],
 ) -> Materials:
     """Load, generate, encode. `prompts` are those to be drawn later: they are embedded while the encoders are here."""
+
+    def stop_together() -> bool:
+        return any_process(accelerator, should_stop())
+
     report.phase("loading")
     dtype = DTYPES[accelerator.mixed_precision]
     pipeline = load_base(config, dtype, accelerator.device)
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
     check_weighting(config, schedule)
-    stop_if_asked(should_stop)
+    stop_if_asked(stop_together)
     class_photos = []
     if uses_class_images(config):
         class_photos = make_class_images(config, pipeline, accelerator, run_dir, report, should_stop)
@@ -85,7 +89,7 @@ def prepare(
     instance = PhotoStream(photos, encoder, config.seed, "instance", config.repeats)
     prior = PhotoStream(class_photos, encoder, config.seed, "prior") if class_photos else None
     words = text_book(config, pipeline, accelerator.device)
-    encode_everything(config, instance, prior, words, prompts, report, should_stop)
+    encode_everything(config, instance, prior, words, prompts, report, stop_together)
     release_encoders(config, pipeline, words, accelerator.device)
     pipeline.unet.to(accelerator.device)
     return Materials(pipeline, schedule, photos, instance, prior, words, dtype)

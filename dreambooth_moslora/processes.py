@@ -1,17 +1,26 @@
-"""Several processes in one run: work that only the main one does, while the others wait for it and for its end."""
+"""Several processes in one run: work of the main one alone, whose end is everybody's, and questions put to all."""
 
 from collections.abc import Callable
 from datetime import timedelta
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dreambooth_moslora.errors import StopRequestedError, UserError
 
-__all__ = ["PATIENCE", "on_main"]
+__all__ = ["PATIENCE", "any_process", "on_main"]
 
 PATIENCE = timedelta(days=7)
 """How long a process waits for the others: class images and pictures of a large base can take hours."""
+
+
+def any_process(accelerator: Accelerator, said: bool) -> bool:
+    """Whether one of them says yes. All have to be asked, and all get the same answer."""
+    if accelerator.num_processes == 1:
+        return said
+    votes = torch.tensor(float(said), device=accelerator.device)
+    return bool(accelerator.reduce(votes, "sum") > 0)
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], None]) -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from accelerate import Accelerator
 
 from dreambooth_moslora.album import Album
@@ -25,6 +24,7 @@ from dreambooth_moslora.learner import Learner, StepLosses
 from dreambooth_moslora.optimization import optimizer_kind
 from dreambooth_moslora.photos import instance_photos
 from dreambooth_moslora.preparation import prepare, usable_photos
+from dreambooth_moslora.processes import any_process
 from dreambooth_moslora.proof import Proof
 from dreambooth_moslora.publication import Publisher
 from dreambooth_moslora.reporting import Reporter, Stopwatch, memory_gib
@@ -215,7 +215,8 @@ class Training:
     def has_stalled(self) -> bool:
         """Whether early stopping was asked for and is due."""
         patience = self.config.early_stopping
-        return patience is not None and self._any_process(self.best is not None and self.best.should_stop(patience))
+        stalled = patience is not None and self.best is not None and self.best.should_stop(patience)
+        return patience is not None and any_process(self.accelerator, stalled)
 
     def checkpoint_if_due(self) -> None:
         if self.step % self.config.checkpointing_steps == 0:
@@ -234,18 +235,12 @@ class Training:
 
     def stop_requested(self) -> bool:
         """Whether any process was told to stop: all leave after the same step."""
-        return self._any_process(self.should_stop())
+        return any_process(self.accelerator, self.should_stop())
 
     def require_a_step(self) -> None:
         """A run that is stopped before its first step leaves no adapter: it would be the base."""
         if self.step == 0:
             raise StopRequestedError
-
-    def _any_process(self, asked: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return asked
-        votes = torch.tensor(float(asked), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(votes, "sum") > 0)
 
     def finish(self, interrupted: bool) -> TrainResult:
         """Leave a loadable adapter with its card, and a checkpoint, which has the raw adapter, to go on from."""

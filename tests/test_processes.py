@@ -6,6 +6,7 @@ unless there are MPI and a host file. Both are tried here.
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +59,37 @@ def test_launched_on_cpus_without_mpi_it_is_one_process_and_says_so(tiny_base, t
     assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes" in done.stderr
     train(tiny_config(tiny_base, photos, tmp_path / "plain", max_train_steps=1))
     assert adapter_sha256(tmp_path / "launched") == adapter_sha256(tmp_path / "plain")
+
+
+def start_rank(rank: int, port: int, config_file: Path) -> subprocess.Popen[str]:
+    """As a launcher does, but without one that would end the others with the first."""
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.stopped_process", "--config", str(config_file)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **ranks, **meeting},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def test_a_stop_that_one_process_hears_while_photos_are_encoded_ends_all(tiny_base, tmp_path):
+    config = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    port = free_port()
+    ranks = [start_rank(rank, port, tmp_path / "config.json") for rank in (0, 1)]
+    try:
+        said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [130, 130], said
+    assert "stopped before the first step" in said[0]
+    assert not RunDir(tmp_path / "run").checkpoints()

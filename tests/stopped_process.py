@@ -1,0 +1,24 @@
+"""One of several processes of a training: the second one alone hears SIGTERM while photos are encoded.
+
+Arguments are those of train_dreambooth.py; the environment is a launcher's.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+
+from dreambooth_moslora import preparation
+from dreambooth_moslora.cli import train_main
+
+encode = preparation.every_view
+
+
+def every_view(streams: list) -> Iterator:
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return encode(streams)
+
+
+preparation.every_view = every_view
+sys.exit(train_main())
