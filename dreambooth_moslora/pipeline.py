@@ -4,7 +4,6 @@ GenerationParams --generate--> Step, Preview … Image: the same pixels for the 
 """
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -25,9 +24,10 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.adapter_install import install
 from dreambooth_moslora.adapters import adapter_name, check_fits, find_weights, read_adapter
 from dreambooth_moslora.base import default_resolution, load_pipeline
-from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.denoising import Clock, Preview, Step, Watcher
+from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.generation import GenerationParams, Provenance
-from dreambooth_moslora.previews import LatentColours, PreviewTracker
+from dreambooth_moslora.previews import LatentColours
 from dreambooth_moslora.streaming import iterate
 
 __all__ = ["Event", "Image", "Preview", "Step", "SubjectPipeline"]
@@ -39,25 +39,6 @@ SCHEDULER_CLASSES: dict[str, tuple[type, dict[str, Any]]] = {
 }
 RESIDENT_ADAPTERS = 8
 """Adapters kept inside the model; the one that was used longest ago makes room."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """After denoising step `step` of `steps` (1-based) of image `index`. `eta_sec` is for all images that remain."""
-
-    index: int
-    num_images: int
-    step: int
-    steps: int
-    eta_sec: float
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What image `index` will roughly become, in its own size."""
-
-    index: int
-    pixels: PIL.Image.Image
 
 
 @dataclass(frozen=True)
@@ -90,10 +71,6 @@ class Adapter:
     sha256: str
     header: dict[str, str]
     stamp: tuple[Path, int, int]
-
-
-class StopRequested(Exception):  # noqa: N818 (a signal, not an error)
-    """Raised inside the denoising loop to leave it; never seen outside."""
 
 
 class SubjectPipeline:
@@ -196,7 +173,7 @@ class SubjectPipeline:
             clock = Clock(params)
             for index in range(params.num_images):
                 self._generate_one(index, params, words, clock, emit, stop)
-        except StopRequested:
+        except StopRequestedError:
             return
         except RuntimeError as error:
             if not _is_out_of_memory(error):
@@ -208,10 +185,10 @@ class SubjectPipeline:
 
     def _generate_one(self, index, params, words, clock, emit, stop) -> None:
         if stop():
-            raise StopRequested
+            raise StopRequestedError
         own = params.for_image(index)
         self.pipeline.scheduler = self._scheduler(own.scheduler)
-        watcher = Watcher(self, index, own, clock, emit, stop)
+        watcher = Watcher(index, own, clock, self.colours(), emit, stop)
         pixels = self.pipeline(
             **words,
             height=own.height_px,
@@ -255,42 +232,6 @@ class SubjectPipeline:
         gone = self.adapters.pop(name, None)
         if gone and gone.key != unless and gone.key not in {adapter.key for adapter in self.adapters.values()}:
             self.pipeline.delete_adapters(gone.key)
-
-
-class Clock:
-    """Time left, from the steps done so far in this call."""
-
-    def __init__(self, params: GenerationParams) -> None:
-        self.total_steps = params.steps * params.num_images
-        self.started: float | None = None
-        self.done = 0
-
-    def tick(self) -> float:
-        """Count one step; seconds that remain. The first step only starts the clock: it also pays for warming up."""
-        now = time.perf_counter()
-        self.done += 1
-        if self.started is None:
-            self.started = now
-            return float("nan")
-        return (now - self.started) / (self.done - 1) * (self.total_steps - self.done)
-
-
-class Watcher:
-    """diffusers' `callback_on_step_end`: reports, draws the preview, and leaves the loop when asked to stop."""
-
-    def __init__(self, owner: SubjectPipeline, index: int, params: GenerationParams, clock, emit, stop) -> None:
-        self.owner, self.index, self.params, self.clock, self.emit, self.stop = owner, index, params, clock, emit, stop
-        self.tracker: PreviewTracker | None = None
-
-    def __call__(self, pipeline, step: int, timestep, tensors: dict) -> dict:
-        if self.stop():
-            raise StopRequested
-        params, steps = self.params, len(pipeline.scheduler.timesteps)
-        self.emit(Step(self.index, self.clock.total_steps // params.steps, step + 1, steps, self.clock.tick()))
-        self.tracker = self.tracker or PreviewTracker(pipeline.scheduler)
-        latents = self.tracker.clean_latents(step, tensors["latents"])
-        self.emit(Preview(self.index, self.owner.colours()(latents, (params.height_px, params.width_px))))
-        return {}
 
 
 def _public_name(name: str | Path) -> str:

@@ -73,7 +73,7 @@ LAYERS: list[set[str]] = [
         "metrics",
         "encoders",
     },
-    {"dataset", "sampling", "optimization", "pipeline", "grids"},
+    {"dataset", "sampling", "optimization", "denoising", "pipeline", "grids"},
     {
         "checkpoint",
         "card",
