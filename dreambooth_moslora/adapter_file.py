@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.adapter_facts import AdapterFacts
-from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.hollow import structure_of
 from dreambooth_moslora.moslora import MixedUp, MoSLoraConfig, adapter_layers, inject
 from dreambooth_moslora.rundir import atomic_write
@@ -172,8 +172,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path.name} is truncated or no safetensors file: {reason}") from None
+        raise UserError(f"{path.name} is truncated or no safetensors file: {one_line(error)}") from None
 
 
 def read_raw(path: str | Path) -> tuple[dict[str, Tensor], AdapterFacts]:

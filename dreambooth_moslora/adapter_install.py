@@ -13,7 +13,7 @@ from torch import Tensor
 from dreambooth_moslora.adapter_parts import Projection
 from dreambooth_moslora.adapter_scales import Scales
 from dreambooth_moslora.adapters import AdapterWeights
-from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.errors import UserError, one_line
 
 __all__ = ["install"]
 
@@ -28,8 +28,7 @@ def install(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline) -> Non
             _load(component, found, scales, weights.key, pipeline)
     except Exception as error:
         pipeline.delete_adapters(weights.key)
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{weights.file_name} could not be put into the base: {reason}") from error
+        raise UserError(f"{weights.file_name} could not be put into the base: {one_line(error)}") from error
 
 
 def _load(component: str, found: dict[str, Projection], scales: Scales, key: str, pipeline) -> None:

@@ -5,7 +5,6 @@ file --read_adapter--> AdapterWeights --check_fits--> --install--> a PEFT adapte
 A file may come from anybody. Only the matrices of a LoRA and their scales are taken from it.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +16,13 @@ from dreambooth_moslora.adapter_file import COMPONENTS, AdapterFacts, component_
 from dreambooth_moslora.adapter_parts import Projection, projections
 from dreambooth_moslora.adapter_scales import Part, Scales, scales
 from dreambooth_moslora.base import architecture
-from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.cache import file_digest
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.proof import published_name
+from dreambooth_moslora.rundir import PUBLISHED_NAME, RAW_NAME
 
 __all__ = ["AdapterWeights", "adapter_name", "check_fits", "find_weights", "read_adapter"]
 
-PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
 """Cross-attention width of the UNet -> the family that has it."""
 PEFT_PARTS = {"base_layer", "lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector"}
@@ -73,7 +73,7 @@ def read_adapter(path: str | Path, pipeline: StableDiffusionXLPipeline) -> Adapt
     file = find_weights(path)
     header, keys = _read_header(file)
     content = (fold_raw(file), None, None) if "raw_format" in keys else _read_published(file, pipeline)
-    return AdapterWeights(file.name, _sha256(file), _parts(*content, file.name, pipeline), header)
+    return AdapterWeights(file.name, file_digest(file), _parts(*content, file.name, pipeline), header)
 
 
 def _parts(
@@ -132,7 +132,7 @@ def _read_published(file: Path, pipeline: StableDiffusionXLPipeline) -> tuple[di
             return_lora_metadata=True,
         )
     except Exception as error:  # diffusers' conversion of somebody's names may stumble anywhere
-        raise UserError(f"{file.name} is not a LoRA file that diffusers can read: {_one_line(error)}") from error
+        raise UserError(f"{file.name} is not a LoRA file that diffusers can read: {one_line(error)}") from error
 
 
 def check_fits(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline, base_name: str) -> None:
@@ -181,7 +181,7 @@ def _read_header(file: Path) -> tuple[dict[str, str], set[str]]:
         with safe_open(file, framework="pt") as opened:
             return dict(opened.metadata() or {}), set(opened.keys())
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file.name} is not a whole safetensors file: {_one_line(error)}") from error
+        raise UserError(f"{file.name} is not a whole safetensors file: {one_line(error)}") from error
 
 
 def _width(module: nn.Module | None, side: str) -> int | None:
@@ -212,12 +212,3 @@ def _describe(cross: int, widths: list[int]) -> str:
     family = f"{FAMILIES[cross]}, " if cross in FAMILIES else ""
     seen = f"cross-attention width {cross}" if cross else "no cross-attention"
     return f"a UNet with {family}{seen}, attention widths {', '.join(map(str, widths)) or 'unknown'}"
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -6,19 +6,19 @@ run folder, so that a resumed run has them as well.
 
 from contextlib import suppress
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
 
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import StopRequestedError
+from dreambooth_moslora.png_files import write_png
 from dreambooth_moslora.prompts import context_prompts, validation_prompts
-from dreambooth_moslora.rundir import RunDir, atomic_write
+from dreambooth_moslora.rundir import RunDir
 from dreambooth_moslora.sampling import Sampler, SampleRequest
 from dreambooth_moslora.seeding import seed_of
 
-__all__ = ["Album", "png_bytes"]
+__all__ = ["Album"]
 
 
 @dataclass
@@ -82,10 +82,4 @@ class Album:
 
     def _save(self, path: Path, picture: Image.Image) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, png_bytes(picture))
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
+        write_png(path, picture)

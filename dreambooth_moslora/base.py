@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dreambooth_moslora.base_files import check_diffusers_folder, configs_beside, resolve_base
-from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.objective import NoiseSchedule
 from dreambooth_moslora.quantization import quantize
 
@@ -104,7 +104,7 @@ def load_pipeline(
     except UserError:
         raise
     except UNLOADABLE as error:
-        raise UserError(f"the base model {name_or_path} cannot be loaded: {one_line(error)}") from error
+        raise UserError(f"the base model {name_or_path} cannot be loaded: {one_line(error, 300)}") from error
     check_is_sdxl(pipeline, name_or_path)
     check_is_whole(pipeline, name_or_path)
     if pipeline.vae.dtype != vae_dtype:
@@ -118,7 +118,7 @@ def load_vae(name: str | Path, dtype: torch.dtype, cache_dir: str | Path | None)
     try:
         return AutoencoderKL.from_pretrained(name, dtype=dtype, cache_dir=cache_dir)
     except UNLOADABLE as error:
-        raise UserError(f"the VAE {name} cannot be loaded: {one_line(error)}") from error
+        raise UserError(f"the VAE {name} cannot be loaded: {one_line(error, 300)}") from error
 
 
 def load_single_file(path: Path, options: dict) -> StableDiffusionXLPipeline:
@@ -130,7 +130,7 @@ def load_single_file(path: Path, options: dict) -> StableDiffusionXLPipeline:
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise UserError(without_configs(path)) from error
     except UNREADABLE as error:
-        raise UserError(f"{path} is not an SDXL checkpoint that diffusers can read: {one_line(error)}") from error
+        raise UserError(f"{path} is not an SDXL checkpoint that diffusers can read: {one_line(error, 300)}") from error
     if path.suffix == ".safetensors":
         follow_prediction_marks(pipeline, path)
     return pipeline
@@ -170,11 +170,6 @@ def freeze(pipeline: StableDiffusionXLPipeline) -> None:
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
-
-
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def default_resolution(pipeline: StableDiffusionXLPipeline) -> int:

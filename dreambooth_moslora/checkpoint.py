@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.export import RAW_NAME, AdapterFacts, load_raw, save_raw
 from dreambooth_moslora.rundir import RunDir, atomic_directory, atomic_write, is_checkpoint
 
@@ -95,8 +95,7 @@ def read_position(checkpoint: Path) -> Position:
 
 
 def damaged(checkpoint: Path, name: str, reason: object) -> UserError:
-    text = " ".join(str(reason).split())[:120]
-    return UserError(f"{checkpoint} is damaged ({name}: {text}); resume from another checkpoint.")
+    return UserError(f"{checkpoint} is damaged ({name}: {one_line(reason)}); resume from another checkpoint.")
 
 
 def load_states(checkpoint: Path, name: str) -> dict:

@@ -4,12 +4,11 @@ It holds the person's photos: it stays in the run folder and is never pushed any
 """
 
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from dreambooth_moslora.rundir import atomic_write
+from dreambooth_moslora.png_files import write_png
 
 __all__ = ["Row", "draw_contact_sheet"]
 
@@ -38,9 +37,7 @@ def draw_contact_sheet(rows: list[Row], path: Path, tile_px: int = 192) -> None:
     for row in rows:
         draw_row(sheet, row, top, columns, tile_px)
         top += row_height(row, columns, tile_px)
-    buffer = BytesIO()
-    sheet.save(buffer, format="PNG")
-    atomic_write(path, buffer.getvalue())
+    write_png(path, sheet)
 
 
 def font_of(tile_px: int) -> ImageFont.FreeTypeFont:

@@ -1,11 +1,17 @@
 """Exceptions that are no bugs: a person's mistake, and a person's wish to stop."""
 
-__all__ = ["StopRequestedError", "UserError", "spelled_out"]
+__all__ = ["StopRequestedError", "UserError", "one_line", "spelled_out"]
 
 
 def spelled_out(text: str) -> str:
     """Bytes that are no text, as file names may have, as `\\udcff`: the result can be written anywhere."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def one_line(error: object, most: int = 200) -> str:
+    """What another library says of its trouble, however long and on however many lines; its kind if it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 class StopRequestedError(Exception):

@@ -31,7 +31,7 @@ from dreambooth_moslora.kohya import kohya_header, kohya_tensors
 from dreambooth_moslora.moslora import FoldedLayer, adapter_layers, fold
 from dreambooth_moslora.proof import BOUNDS, FileProof, Proof, check_reduction, prove_file, published_name
 from dreambooth_moslora.rank_reduction import Reduction, reduce_layers
-from dreambooth_moslora.rundir import check_name, scratch_directory
+from dreambooth_moslora.rundir import PUBLISHED_NAME, RAW_NAME, check_name, scratch_directory
 
 __all__ = [
     "DTYPES",
@@ -50,8 +50,6 @@ __all__ = [
     "save_raw",
 ]
 
-RAW_NAME = "moslora_weights.safetensors"
-PUBLISHED_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_SUFFIX = ".kohya.safetensors"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

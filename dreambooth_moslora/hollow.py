@@ -12,7 +12,7 @@ from importlib import import_module
 import torch
 from torch import nn
 
-from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.errors import UserError, one_line
 
 __all__ = ["hollow", "structure_of"]
 
@@ -44,8 +44,7 @@ def hollow(structure: Mapping[str, object]) -> nn.Module:
             model = build(str(name), config)
         empty(model)
     except Exception as error:  # what a constructor raises for sizes that do not go together is anything
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"the {name} that the file describes cannot be built: {reason}") from error
+        raise UserError(f"the {name} that the file describes cannot be built: {one_line(error)}") from error
     return model.eval()
 
 

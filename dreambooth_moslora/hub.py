@@ -12,14 +12,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from dreambooth_moslora.config import TrainConfig
-from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.rundir import RunDir
+from dreambooth_moslora.errors import UserError, one_line
+from dreambooth_moslora.rundir import PUBLISHED_NAME, RunDir
 
 __all__ = ["check_push", "public_files", "push"]
 
 logger = logging.getLogger(__name__)
 
-PUBLIC_FILES = ["pytorch_lora_weights.safetensors", "*.kohya.safetensors", "README.md", "image_*.png"]
+PUBLIC_FILES = [PUBLISHED_NAME, "*.kohya.safetensors", "README.md", "image_*.png"]
 
 
 def public_files(run_dir: Path) -> list[str]:
@@ -64,7 +64,3 @@ def push(run_dir: Path, repo_id: str | None, token: str | None) -> str | None:
         )
         return None
     return str(url)
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

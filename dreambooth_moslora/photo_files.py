@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
+from dreambooth_moslora.errors import one_line
+
 __all__ = ["IMAGE_SUFFIXES", "UnreadableImageError", "alpha_of", "is_rotated", "open_image", "to_rgb"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000")
@@ -63,10 +65,6 @@ def check_size(image: Image.Image) -> None:
 
 def what_is_wrong(path: Path) -> str:
     return "broken: the file is empty" if path.stat().st_size == 0 else "broken: not a picture, or damaged"
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def is_rotated(image: Image.Image) -> bool:

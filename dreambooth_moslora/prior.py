@@ -9,12 +9,12 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
 
 from dreambooth_moslora.photo_files import UnreadableImageError, open_image
+from dreambooth_moslora.png_files import write_png
 from dreambooth_moslora.rundir import atomic_write
 from dreambooth_moslora.seeding import seed_of
 
@@ -92,15 +92,9 @@ class ClassImages:
         """The manifest first: an image of unknown origin would be left out."""
         entries = {**self.manifest(), self.name(index): self.facts(index)}
         atomic_write(self.folder / MANIFEST, json.dumps(entries, indent=1, sort_keys=True))
-        atomic_write(self.folder / self.name(index), png_bytes(image))
+        write_png(self.folder / self.name(index), image)
 
 
 def identity(facts: dict[str, object]) -> tuple[object, ...]:
     """What two images of one set have in common."""
     return tuple(facts.get(name) for name in ("prompt", "model", "resolution"))
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()

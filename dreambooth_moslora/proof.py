@@ -23,7 +23,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapter_file import all_layers, read_tensors
-from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.hollow import hollow, structure_of
 from dreambooth_moslora.kohya import kohya_name
 
@@ -152,8 +152,7 @@ def stock_layers(path: Path, components: dict[str, nn.Module]) -> dict[str, Lora
         try:
             shell.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=STOCK, local_files_only=True)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{path.name} was not published: the stock loader refuses it: {reason}") from error
+            raise UserError(f"{path.name} was not published: the stock loader refuses it: {one_line(error)}") from error
     # A part that the file does not adapt is announced; whether one is missing is found by comparing the layers.
     warnings = [text for text in warnings if not text.startswith("No LoRA keys associated")]
     if warnings:

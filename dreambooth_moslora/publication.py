@@ -6,7 +6,7 @@ from dataclasses import replace
 from PIL import Image
 
 from dreambooth_moslora.adapter_file import AdapterFacts, adapter_facts
-from dreambooth_moslora.album import Album, png_bytes
+from dreambooth_moslora.album import Album
 from dreambooth_moslora.base import architecture
 from dreambooth_moslora.best_step import BestStep
 from dreambooth_moslora.card import CardFacts, model_card
@@ -19,6 +19,7 @@ from dreambooth_moslora.hub import push
 from dreambooth_moslora.learner import Learner
 from dreambooth_moslora.loss_plot import draw_loss_plot
 from dreambooth_moslora.photos import Photo, open_rgb
+from dreambooth_moslora.png_files import write_png
 from dreambooth_moslora.preparation import Materials
 from dreambooth_moslora.prompts import class_word_of, trigger_words
 from dreambooth_moslora.proof import Proof
@@ -106,7 +107,7 @@ def write_card(
     names = [(f"image_{number}.png", request.prompt) for number, (request, _) in enumerate(pictures)]
     atomic_write(run_dir.card_path, model_card(config, replace(facts, images=tuple(names))))
     for (name, _), (_, picture) in zip(names, pictures):
-        atomic_write(run_dir.path / name, png_bytes(picture))
+        write_png(run_dir.path / name, picture)
 
 
 def write_contact_sheet(run_dir: RunDir, photos: list[Photo], album: Album, contexts: list[Image.Image]) -> None:

@@ -19,6 +19,8 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.event_lines import append_event, read_events
 
 __all__ = [
+    "PUBLISHED_NAME",
+    "RAW_NAME",
     "RunDir",
     "atomic_directory",
     "atomic_write",
@@ -29,7 +31,8 @@ __all__ = [
     "scratch_directory",
 ]
 
-CHECKPOINT_FILES = ("position.json", "optimizer.pt", "moslora_weights.safetensors")
+PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
+CHECKPOINT_FILES = ("position.json", "optimizer.pt", RAW_NAME)
 NAME_BYTES = 200
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(-(?P<token>[0-9a-f]+))?\.(?P<kind>new|old)")
@@ -50,7 +53,7 @@ class RunDir:
 
     @property
     def adapter_path(self) -> Path:
-        return self.path / "pytorch_lora_weights.safetensors"
+        return self.path / PUBLISHED_NAME
 
     @property
     def kohya_path(self) -> Path:

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.earlier_runs import holds_a_run, set_aside, set_later_aside
-from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.memory import keep_freed_memory
 from dreambooth_moslora.preparation import DTYPES, uses_class_images
 from dreambooth_moslora.processes import PATIENCE
@@ -52,7 +52,7 @@ def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except ValueError as error:
-        raise UserError(refusal(config.mixed_precision, " ".join(str(error).split()))) from error
+        raise UserError(refusal(config.mixed_precision, one_line(error, 300))) from error
     if accelerator.mixed_precision not in DTYPES:
         raise UserError(
             f"`accelerate config` or the environment asks for the precision {accelerator.mixed_precision}: give "

@@ -18,7 +18,7 @@ from dreambooth_moslora.album import Album
 from dreambooth_moslora.best_step import BestStep
 from dreambooth_moslora.checkpoint import Position, save_checkpoint
 from dreambooth_moslora.config import TrainConfig
-from dreambooth_moslora.errors import StopRequestedError, UserError
+from dreambooth_moslora.errors import StopRequestedError, UserError, one_line
 from dreambooth_moslora.folder_checks import check_folders
 from dreambooth_moslora.learner import Learner, StepLosses
 from dreambooth_moslora.optimization import optimizer_kind
@@ -91,7 +91,7 @@ def end_trackers(accelerator: Accelerator) -> None:
     try:
         accelerator.end_training()
     except Exception as error:  # each tracker has its own kinds
-        logger.warning("--report_to: ending it failed: %s", " ".join(f"{type(error).__name__} {error}".split()))
+        logger.warning("--report_to: ending it failed: %s", one_line(f"{type(error).__name__} {error}"))
 
 
 def fit(run: "Training") -> TrainResult:

@@ -26,6 +26,7 @@ LAYERS: list[set[str]] = [
         "targets",
         "rundir",
         "event_lines",
+        "png_files",
         "card_marks",
         "prompts",
         "contact_sheet",

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.rundir import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.ui.form import NONE
 from dreambooth_moslora.ui.jobs import JOB_NAME, Job
 from dreambooth_moslora.ui.visitors import Visitor
 
-__all__ = ["NONE", "AdapterShelf"]
+__all__ = ["AdapterShelf"]
 
-NONE = "none"
 PROJECT = Path(__file__).resolve().parents[2]
-PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
 MAX_UPLOAD_BYTES = 512 * 1024**2
 MAX_UPLOADS = 16
 UNSAFE = re.compile(r"[^\w .+-]+")

@@ -4,7 +4,9 @@ from typing import Any
 
 import gradio as gr
 
+from dreambooth_moslora.config import MIXERS
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.rundir import RunDir
 from dreambooth_moslora.ui.cards import notice
 from dreambooth_moslora.ui.context import AT_ONCE, TELLING, AppContext, shown
 from dreambooth_moslora.ui.cost import estimate_cost
@@ -14,14 +16,11 @@ from dreambooth_moslora.ui.generate_tab import GenerateTab
 from dreambooth_moslora.ui.inputs import refuse_in_words
 from dreambooth_moslora.ui.jobs import Jobs
 from dreambooth_moslora.ui.photo_uploads import PHOTO_TYPES, take_photos
-from dreambooth_moslora.ui.shelf import PUBLISHED_NAME
 from dreambooth_moslora.ui.train_actions import PhotoReview, review_kept, review_photos, start_run
 from dreambooth_moslora.ui.train_form import PRESETS, TrainForm, prompts_of
 from dreambooth_moslora.ui.train_watch import connect_watch, run_names, watch_widgets
 
 __all__ = ["build_train_tab"]
-
-MIXERS = ["orthogonal", "identity", "kaiming", "butterfly", "none"]
 
 
 def build_train_tab(ctx: AppContext, jobs: Jobs, page: gr.Blocks, tabs: gr.Tabs, generate: GenerateTab) -> None:
@@ -95,7 +94,7 @@ def _more_fields() -> dict[str, Any]:
         with gr.Row():
             learning_rate = gr.Number(0, label="Learning rate", info="0: by length", min_width=100)
             seed = gr.Number(0, label="Seed", precision=0, min_width=100)
-        mixer = gr.Dropdown(MIXERS, value="orthogonal", label="Mixer", info="“none” trains a plain LoRA")
+        mixer = gr.Dropdown(list(MIXERS), value="orthogonal", label="Mixer", info="“none” trains a plain LoRA")
     return {
         "run_name": run_name,
         "steps": steps,
@@ -180,7 +179,7 @@ def _connect_use(ctx: AppContext, jobs: Jobs, parts: dict, tabs: gr.Tabs, genera
     def use(run: str | None, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
         job = jobs.owned(run or "", visitor.id)
-        name = ctx.shelf.name_of(job.run_dir / PUBLISHED_NAME, visitor)
+        name = ctx.shelf.name_of(RunDir(job.run_dir).adapter_path, visitor)
         files = ctx.shelf.files(visitor)
         prompt = prompt_for(summary_of(files[name]))
         return gr.Tabs(selected="generate"), gr.Dropdown(choices=[NONE, *files], value=name), prompt

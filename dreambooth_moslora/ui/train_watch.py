@@ -6,10 +6,10 @@ from typing import Any
 import gradio as gr
 
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.rundir import RunDir
 from dreambooth_moslora.ui.cards import notice
 from dreambooth_moslora.ui.context import AT_ONCE, AppContext, sentence, shown
 from dreambooth_moslora.ui.jobs import Job, Jobs
-from dreambooth_moslora.ui.shelf import PUBLISHED_NAME
 from dreambooth_moslora.ui.train_actions import Watch, lend, watch
 from dreambooth_moslora.ui.visitors import Visitor
 
@@ -123,7 +123,7 @@ def _gone(names: list[str]) -> list:
 
 
 def _updates(now: Watch, job: Job, visitor: Visitor) -> list:
-    published = job.run_dir / PUBLISHED_NAME
+    published = RunDir(job.run_dir).adapter_path
     ready = published.is_file() and not now.state.is_active
     file = str(lend(published, visitor, job.name)) if ready else None
     resumable = not now.state.is_active and now.state.state != "done"
