@@ -18,7 +18,8 @@ from dreambooth_moslora.ui.jobs import Jobs
 from dreambooth_moslora.ui.photo_uploads import PHOTO_TYPES, take_photos
 from dreambooth_moslora.ui.train_actions import PhotoReview, review_kept, review_photos, start_run
 from dreambooth_moslora.ui.train_form import PRESETS, TrainForm, prompts_of
-from dreambooth_moslora.ui.train_watch import connect_watch, run_names, watch_widgets
+from dreambooth_moslora.ui.train_watch import connect_watch, picture_rows, run_names, watch_widgets
+from dreambooth_moslora.ui.visitors import Visitor
 
 __all__ = ["build_train_tab"]
 
@@ -46,18 +47,7 @@ def _form() -> tuple[dict[str, Any], dict[str, Any]]:
         elem_id="photos",
     )
     remarks = gr.HTML(visible=False, elem_id="remarks")
-    crops = gr.Gallery(
-        label="Crops",
-        show_label=False,
-        columns=4,
-        object_fit="cover",
-        interactive=False,
-        visible=False,
-        buttons=["fullscreen"],
-        elem_id="crops",
-        height="auto",
-        format="png",
-    )
+    crops = picture_rows("Crops", "crops", object_fit="cover", buttons=["fullscreen"])
     gr.Markdown("### 2 · Words", elem_classes="step")
     with gr.Row():
         token = gr.Textbox("sks", label="Token", info="a rare word", min_width=110, elem_id="token")
@@ -143,11 +133,15 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
             return gr.HTML(visible=False)
         return gr.HTML(notice(f"Learns “{instance}” and tells it from “{class_prompt}”."), visible=True)
 
-    @shown
-    def train(photos: list[str] | None, request: gr.Request, **values) -> tuple:
+    def with_photos(photos: list[str] | None, request: gr.Request) -> Visitor:
         visitor = ctx.visitors.of(request)
         if photos:
             take_photos(photos, visitor.photos_dir)
+        return visitor
+
+    @shown
+    def train(photos: list[str] | None, request: gr.Request, **values) -> tuple:
+        visitor = with_photos(photos, request)
         job = start_run(ctx, jobs, TrainForm(**values), visitor)
         return gr.Dropdown(choices=run_names(jobs, visitor.id), value=job.name), notice(
             f"The run {job.name} is starting."
@@ -155,10 +149,7 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
 
     @shown
     def estimate(photos: list[str] | None, request: gr.Request, **values) -> str:
-        visitor = ctx.visitors.of(request)
-        if photos:
-            take_photos(photos, visitor.photos_dir)
-        return estimate_cost(ctx, jobs, TrainForm(**values), visitor)
+        return estimate_cost(ctx, jobs, TrainForm(**values), with_photos(photos, request))
 
     for widget in fields.values():
         refuse_in_words(widget)

@@ -13,7 +13,7 @@ from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.train_actions import Watch, lend, watch
 from dreambooth_moslora.ui.visitors import Visitor
 
-__all__ = ["connect_watch", "run_names", "watch_widgets"]
+__all__ = ["connect_watch", "picture_rows", "run_names", "watch_widgets"]
 
 POLL_SEC = 2.0
 NO_RUN = notice("No run yet. Add photos, choose the words, start.")
@@ -33,23 +33,17 @@ def watch_widgets() -> dict[str, Any]:
         download = gr.DownloadButton("Download the adapter", visible=False, elem_id="download_adapter")
     loss = gr.LinePlot(y="loss", color="part", title="Loss", elem_id="loss", **plot)
     fidelity = gr.LinePlot(y="score", color="measure", title="Fidelity", elem_id="fidelity", **plot)
-    samples = gr.Gallery(
-        label="Samples",
-        show_label=False,
-        columns=4,
-        object_fit="contain",
-        interactive=False,
-        visible=False,
-        buttons=["download", "fullscreen"],
-        elem_id="samples",
-        height="auto",
-        format="png",
-    )
+    samples = picture_rows("Samples", "samples", object_fit="contain", buttons=["download", "fullscreen"])
     with gr.Accordion("Log", open=False, elem_id="log_box"):
         log = gr.Code(language=None, label="Log", show_line_numbers=False, wrap_lines=True, elem_id="log", max_lines=20)
-    names = ("run", "stop", "resume", "status", "use", "download", "loss", "fidelity", "samples", "log")
-    values = (run, stop, resume, status, use, download, loss, fidelity, samples, log)
-    return dict(zip(names, values)) | {"seen": gr.State(None), "timer": gr.Timer(POLL_SEC)}
+    widgets = (run, gr.State(None), status, stop, resume, use, download, loss, fidelity, samples, log)
+    return dict(zip(WATCHED, widgets)) | {"timer": gr.Timer(POLL_SEC)}
+
+
+def picture_rows(label: str, elem_id: str, **options: Any) -> gr.Gallery:
+    """Pictures in rows of four, to be looked at; not there until there are some."""
+    shape = {"columns": 4, "height": "auto", "format": "png", "visible": False, "interactive": False}
+    return gr.Gallery(label=label, show_label=False, elem_id=elem_id, **shape, **options)
 
 
 def connect_watch(ctx: AppContext, jobs: Jobs, page: gr.Blocks, parts: dict) -> None:
@@ -58,7 +52,7 @@ def connect_watch(ctx: AppContext, jobs: Jobs, page: gr.Blocks, parts: dict) -> 
     def look(run: str | None, seen: tuple | None, request: gr.Request) -> list:
         return watched(jobs, run, seen, ctx.visitors.of(request))
 
-    def attach(request: gr.Request) -> Any:
+    def attach(request: gr.Request) -> gr.Dropdown:
         names = run_names(jobs, ctx.visitors.of(request).id)
         return gr.Dropdown(choices=names, value=names[0] if names else None)
 
