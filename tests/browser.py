@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
-__all__ = ["CHROMIUM", "Visit", "chromium", "visit"]
+__all__ = ["CHROMIUM", "Visit", "chromium", "set_number", "visit"]
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = [
@@ -63,3 +63,9 @@ def visit(browser: Browser, url: str, *, size: tuple[int, int] = (1280, 900), da
 def _note_error(visited: Visit, message) -> None:
     if message.type == "error":
         visited.errors.append(message.text)
+
+
+def set_number(page: Page, elem_id: str, value: object) -> None:
+    box = page.locator(f"#{elem_id} input[type=number]").first
+    box.fill(str(value))
+    box.press("Tab")

@@ -1,6 +1,7 @@
 """Fixtures shared by the tests. No test reaches the network."""
 
 import os
+import socket
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the programs do: waiting threads do not spin
@@ -17,3 +18,38 @@ def tiny_base(tmp_path_factory) -> Path:
     from tests.tiny import save_tiny_sdxl
 
     return save_tiny_sdxl(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def subject(tiny_base):
+    """The tiny base as a SubjectPipeline without adapters."""
+    from dreambooth_moslora.pipeline import SubjectPipeline
+
+    return SubjectPipeline.from_base(tiny_base)
+
+
+@pytest.fixture(scope="module")
+def state(tiny_base):
+    """A good LoRA for the tiny base in PEFT's naming."""
+    from diffusers import UNet2DConditionModel
+
+    from tests.tiny_adapters import random_lora
+
+    unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
+    return {f"unet.{key}": value for key, value in random_lora(unet, seed=1).items()}
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    """Random encoders of fidelity (see `tests/tiny_encoders.py`)."""
+    from tests.tiny_encoders import tiny_encoders
+
+    return tiny_encoders(tmp_path_factory.mktemp("encoders"))
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of the loopback that nobody has now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageDraw
 
-__all__ = ["CASES", "Case", "QUADRANTS", "make_folder", "picture"]
+__all__ = ["CASES", "Case", "QUADRANTS", "make_folder", "picture", "png_of"]
 
 SIZE_PX = (96, 128)
 QUADRANTS = {(0, 0): (220, 30, 30), (0, 1): (30, 200, 40), (1, 0): (40, 60, 220), (1, 1): (240, 220, 60)}
@@ -106,22 +106,24 @@ def deep(dtype: type, top: float) -> Callable[[Path], object]:
     )
 
 
+def png_of(width: int, height: int, rows: bytes, *chunks: tuple[bytes, bytes], bits: int = 8) -> bytes:
+    """An RGB PNG that says of itself whatever is wanted; `rows` are its pixels, each with a 0 before it."""
+    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    whole = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(whole)
+
+
 def deep_rgb_png(path: Path) -> None:
     """A 16-bit RGB PNG, which Pillow cannot write."""
     values = np.asarray(picture(), dtype=">u2") * 257
     rows = b"".join(b"\0" + row.tobytes() for row in values)
-    header = struct.pack(">IIBBBBB", SIZE_PX[1], SIZE_PX[0], 16, 2, 0, 0, 0)
-    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    chunks = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts]
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    path.write_bytes(png_of(SIZE_PX[1], SIZE_PX[0], rows, bits=16))
 
 
 def huge_png(path: Path) -> None:
     """It says that it is 40000 × 40000: a bomb for whoever allocates that."""
-    header = struct.pack(">IIBBBBB", 40000, 40000, 8, 2, 0, 0, 0)
-    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b"")]
-    chunks = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts]
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    path.write_bytes(png_of(40000, 40000, b"\0" * 1000))
 
 
 def transparent(path: Path) -> None:

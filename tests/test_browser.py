@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(browser_module.CHROMIUM is None, reason="there is no Chromium"),
 ]
-visit, PATIENCE_MS = browser_module.visit, browser_module.PATIENCE_MS
+visit, set_number, PATIENCE_MS = browser_module.visit, browser_module.set_number, browser_module.PATIENCE_MS
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +45,6 @@ def visited(served, browser):
 @pytest.fixture
 def page(visited):
     return visited.page
-
-
-def set_number(page, elem_id: str, value) -> None:
-    box = page.locator(f"#{elem_id} input[type=number]").first
-    box.fill(str(value))
-    box.press("Tab")
 
 
 def wait_for_status(page, words: str, elem_id: str = "status") -> None:

@@ -13,7 +13,6 @@ from dreambooth_moslora.encoders import picture_distance
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluate import Evaluator, evaluate_adapter, paint_over
 from dreambooth_moslora.evaluation_plan import EvaluationPlan, plan_for
-from dreambooth_moslora.pipeline import SubjectPipeline
 from dreambooth_moslora.prompts import Subject
 from dreambooth_moslora.sampling import SampleRequest
 from dreambooth_moslora.toy_truth import find_truth, other_toy, place_in
@@ -40,18 +39,8 @@ def toy_pictures(toy: Toy, places: list[str], seed: int = 0) -> list[Image.Image
 
 
 @pytest.fixture(scope="module")
-def encoders(tmp_path_factory):
-    return tiny_encoders(tmp_path_factory.mktemp("encoders"))
-
-
-@pytest.fixture(scope="module")
 def photos():
     return toy_pictures(TOY, ["on grass", "on the beach", "in a kitchen"])
-
-
-@pytest.fixture
-def subject_pipeline(tiny_base):
-    return SubjectPipeline.from_base(tiny_base)
 
 
 def stub_pictures(requests: list[SampleRequest]) -> list[Image.Image]:
@@ -86,10 +75,10 @@ def test_a_smaller_plan_is_spread_over_the_templates():
     assert (small.seeds, small.class_images, len(small.unrelated)) == ((0,), 2, 2)
 
 
-def test_an_adapter_is_scored_in_tables_of_prompts_and_seeds(subject_pipeline, encoders, photos, tmp_path):
-    subject_pipeline.load_adapter(save_diffusers_lora(subject_pipeline.pipeline.unet, tmp_path, size=2.0), "one")
+def test_an_adapter_is_scored_in_tables_of_prompts_and_seeds(subject, encoders, photos, tmp_path):
+    subject.load_adapter(save_diffusers_lora(subject.pipeline.unet, tmp_path, size=2.0), "one")
     evaluator = Evaluator(PLAN, encoders, photos)
-    found = evaluate_adapter(subject_pipeline, "one", evaluator)
+    found = evaluate_adapter(subject, "one", evaluator)
     assert {name: t.shape for name, t in found.tables.items()} == {
         **dict.fromkeys(("dino", "clip_i", "clip_t", "dino_base", "clip_i_base", "clip_t_base", "copy_index"), (3, 2)),
         **dict.fromkeys(("diversity", "diversity_base"), (3, 1)),
@@ -102,19 +91,19 @@ def test_an_adapter_is_scored_in_tables_of_prompts_and_seeds(subject_pipeline, e
     assert len(found.pictures["subject"]) == len(found.pictures["subject_base"]) == 6
 
 
-def test_an_adapter_that_is_off_does_not_drift_and_scores_the_same_twice(subject_pipeline, encoders, photos, tmp_path):
-    subject_pipeline.load_adapter(save_diffusers_lora(subject_pipeline.pipeline.unet, tmp_path), "one")
+def test_an_adapter_that_is_off_does_not_drift_and_scores_the_same_twice(subject, encoders, photos, tmp_path):
+    subject.load_adapter(save_diffusers_lora(subject.pipeline.unet, tmp_path), "one")
     evaluator = Evaluator(PLAN, encoders, photos)
-    off, on, again = (evaluate_adapter(subject_pipeline, "one", evaluator, scale=s) for s in (0.0, 1.0, 1.0))
+    off, on, again = (evaluate_adapter(subject, "one", evaluator, scale=s) for s in (0.0, 1.0, 1.0))
     assert off.mean("drift") == pytest.approx(0, abs=1e-6)
     assert off.mean("pres") == pytest.approx(off.mean("pres_base"), abs=1e-6)
     for name, table in on.tables.items():
         assert np.array_equal(table, again.tables[name]), name
 
 
-def test_the_batch_does_not_change_the_scores(subject_pipeline, encoders, photos, tmp_path):
-    subject_pipeline.load_adapter(save_diffusers_lora(subject_pipeline.pipeline.unet, tmp_path), "one")
-    one, six = (evaluate_adapter(subject_pipeline, "one", Evaluator(PLAN, encoders, photos), n) for n in (1, 6))
+def test_the_batch_does_not_change_the_scores(subject, encoders, photos, tmp_path):
+    subject.load_adapter(save_diffusers_lora(subject.pipeline.unet, tmp_path), "one")
+    one, six = (evaluate_adapter(subject, "one", Evaluator(PLAN, encoders, photos), n) for n in (1, 6))
     for name, table in one.tables.items():
         assert np.abs(table - six.tables[name]).max() < 0.02, name
 

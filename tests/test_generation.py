@@ -16,6 +16,7 @@ from dreambooth_moslora.generation import (
     read_recipe,
     split_lora_tags,
 )
+from tests.odd_photos import png_of
 
 FULL = GenerationParams(
     prompt='a photo of a "sks" mug, <b>bold</b>\nNegative prompt: not really, Steps: 3',
@@ -128,18 +129,9 @@ def test_files_that_are_no_png_or_say_nothing_are_refused(tmp_path):
 
 
 def test_a_pixel_bomb_and_a_text_bomb_are_not_opened(tmp_path):
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
-    def png(width: int, *chunks: bytes) -> bytes:
-        header = width.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
-        return (
-            b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(chunks) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
-        )
-
-    (tmp_path / "pixels.png").write_bytes(png(100_000))
+    (tmp_path / "pixels.png").write_bytes(png_of(100_000, 100_000, b""))
     text = b"dreambooth_moslora\0\0" + zlib.compress(b" " * 200_000_000, 9)
-    (tmp_path / "text.png").write_bytes(png(8, chunk(b"zTXt", text)))
+    (tmp_path / "text.png").write_bytes(png_of(8, 8, b"", (b"zTXt", text)))
     for name in ("pixels.png", "text.png"):
         with pytest.raises(UserError):
             read_recipe(tmp_path / name)

@@ -15,23 +15,7 @@ from dreambooth_moslora.pipeline import SubjectPipeline
 from tests.test_moslora import shake
 from tests.test_moslora_models import PROJECTIONS
 from tests.test_pipeline import differs, picture
-from tests.tiny_adapters import base_bytes, random_lora, save_kohya_lora
-
-
-@pytest.fixture(scope="module")
-def state(tiny_base):
-    """A good LoRA in PEFT's naming."""
-    return good_state(tiny_base)
-
-
-@pytest.fixture
-def subject(tiny_base):
-    return SubjectPipeline.from_base(tiny_base)
-
-
-def good_state(base):
-    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
-    return {f"unet.{key}": value for key, value in random_lora(unet, seed=1).items()}
+from tests.tiny_adapters import base_bytes, save_kohya_lora
 
 
 def loaded(subject, path, name="x"):

@@ -12,23 +12,11 @@ from safetensors.torch import save_file
 
 from dreambooth_moslora import adapter_scales
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.pipeline import SubjectPipeline
-from tests.test_honest_adapters import good_state, loaded, save_published
+from tests.test_honest_adapters import loaded, save_published
 from tests.test_pipeline import differs, picture
 from tests.tiny_adapters import base_bytes
 
 QUERY = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-
-
-@pytest.fixture(scope="module")
-def state(tiny_base):
-    """A good LoRA in PEFT's naming."""
-    return good_state(tiny_base)
-
-
-@pytest.fixture
-def subject(tiny_base):
-    return SubjectPipeline.from_base(tiny_base)
 
 
 def settings(**changes) -> dict[str, str]:

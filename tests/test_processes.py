@@ -6,7 +6,6 @@ unless there are MPI and a host file. Both are tried here.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -74,17 +73,10 @@ def start_rank(rank: int, port: int, config_file: Path) -> subprocess.Popen[str]
     )
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def test_a_stop_that_one_process_hears_while_photos_are_encoded_ends_all(tiny_base, tmp_path):
+def test_a_stop_that_one_process_hears_while_photos_are_encoded_ends_all(tiny_base, tmp_path, free_port):
     config = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run")
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    port = free_port()
-    ranks = [start_rank(rank, port, tmp_path / "config.json") for rank in (0, 1)]
+    ranks = [start_rank(rank, free_port, tmp_path / "config.json") for rank in (0, 1)]
     try:
         said = [rank.communicate(timeout=120)[1] for rank in ranks]
     finally:

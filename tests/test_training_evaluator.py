@@ -14,13 +14,8 @@ from dreambooth_moslora.pipeline import SubjectPipeline
 from dreambooth_moslora.rundir import RunDir
 from dreambooth_moslora.trainer import train
 from dreambooth_moslora.training_evaluator import TrainingEvaluator
-from tests.tiny_encoders import save_tiny_encoders, tiny_encoders
+from tests.tiny_encoders import save_tiny_encoders
 from tests.tiny_training import adapter_sha256, paint_photos, tiny_config
-
-
-@pytest.fixture(scope="module")
-def encoders(tmp_path_factory):
-    return tiny_encoders(tmp_path_factory.mktemp("encoders"))
 
 
 def quick(config: TrainConfig, encoders) -> TrainingEvaluator:

@@ -7,7 +7,6 @@ import pickle
 import secrets
 import time
 import zipfile
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +24,7 @@ from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.photo_uploads import take_photos
 from dreambooth_moslora.ui.shelf import AdapterShelf, clean_name
 from dreambooth_moslora.ui.visitors import COOKIE, visitor_id
+from tests.odd_photos import png_of
 from tests.ui_server import serve
 
 EVIL = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
@@ -129,13 +129,7 @@ def zip_bomb() -> bytes:
 
 
 def pixel_bomb(side: int) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
-    header = side.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
-    )
+    return png_of(side, side, b"\0" * 100)
 
 
 def header_bomb() -> bytes:

@@ -1,7 +1,6 @@
 """Each visitor stays who they are, keeps what is theirs, and nobody reaches the page through another site."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -83,8 +82,8 @@ def test_nobody_reads_what_others_ask_for_from_the_monitor(served):
     assert httpx.get(f"{served.url}monitoring").status_code in (403, 404)
 
 
-def test_a_page_that_is_terminated_leaves_no_visitors_files(tmp_path):
-    command = [sys.executable, "app.py", "--runs_dir", str(tmp_path / "runs"), "--server_port", str(free_port())]
+def test_a_page_that_is_terminated_leaves_no_visitors_files(tmp_path, free_port):
+    command = [sys.executable, "app.py", "--runs_dir", str(tmp_path / "runs"), "--server_port", str(free_port)]
     environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
     (tmp_path / "moslora-app-999999999-left").mkdir()
     app = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
@@ -96,9 +95,3 @@ def test_a_page_that_is_terminated_leaves_no_visitors_files(tmp_path):
     finally:
         app.kill()
     assert not list(tmp_path.glob("moslora-app-*"))
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]

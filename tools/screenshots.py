@@ -14,7 +14,7 @@ from PIL import Image
 from playwright.sync_api import Page
 
 from benchmarks.concurrency import start_app
-from tests.browser import chromium, visit
+from tests.browser import chromium, set_number, visit
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
@@ -63,12 +63,6 @@ def photograph(page: Page, args: argparse.Namespace) -> None:
 
 def wait_for(page: Page, elem_id: str, words: str) -> None:
     page.wait_for_function("([id, w]) => document.getElementById(id)?.innerText.includes(w)", arg=[elem_id, words])
-
-
-def set_number(page: Page, elem_id: str, value: int) -> None:
-    box = page.locator(f"#{elem_id} input[type=number]").first
-    box.fill(str(value))
-    box.press("Tab")
 
 
 def generate(page: Page, args: argparse.Namespace) -> None:
