@@ -97,6 +97,9 @@ def remarks(config: TrainConfig) -> list[str]:
         "--class_data_dir and --class_prompt have no effect without --with_prior_preservation": (
             (config.class_data_dir or config.class_prompt) and not config.with_prior_preservation
         ),
+        "--prior has no effect without --with_prior_preservation": (
+            config.prior != "class_images" and not config.with_prior_preservation
+        ),
         "--class_data_dir has no effect with --prior adapter_off, which needs no images": (
             config.class_data_dir and config.with_prior_preservation and config.prior == "adapter_off"
         ),

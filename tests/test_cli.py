@@ -263,13 +263,14 @@ def test_dry_run_prints_settings_photos_steps_and_cost_and_does_nothing(photos, 
     words = ["--pretrained_model_name_or_path", tiny_base, "--instance_data_dir", photos, "--resolution", "64"]
     words += ["--instance_prompt", "a photo of sks toy", "--repeats", "4", "--train_batch_size", "2", "--rank", "3"]
     words += ["--gradient_accumulation_steps", "2", "--num_train_epochs", "5", "--output_dir", tmp_path / "run"]
-    assert train_main([*map(str, words), "--dry_run", "--class_prompt", "a toy"]) == 0
+    assert train_main([*map(str, words), "--dry_run", "--class_prompt", "a toy", "--prior", "adapter_off"]) == 0
     out = capsys.readouterr().out
     assert "rank = 3  # set" in out and 'mixer = "orthogonal"\n' in out
     assert "0.png  128 x 96" in out and "left out: notes.md" in out
     assert "3 photos × 4 repeats, 4 a step: 3 steps an epoch; 15 steps = 5.0 epochs" in out
     assert "each photo is seen about 20 times" in out
     assert "have no effect without --with_prior_preservation" in out
+    assert "--prior has no effect without --with_prior_preservation" in out
     unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
     ends = ("to_q", "to_k", "to_v", "to_out.0")
     layers = [m for name, m in unet.named_modules() if name.endswith(ends)]
