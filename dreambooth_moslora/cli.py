@@ -31,7 +31,7 @@ DONE, OUR_BUG, MISTAKE = 0, 1, 2
 PROGRAM = "python -m dreambooth_moslora"
 FILE_MISTAKES = (errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
 OUT_OF_MEMORY = (
-    "out of GPU memory: try --gradient_checkpointing, --train_batch_size 1, --mixed_precision bf16, a smaller "
+    "out of memory: try --gradient_checkpointing, --train_batch_size 1, --mixed_precision bf16, a smaller "
     "--resolution or --base_quantization nf4; --dry_run estimates the need."
 )
 
@@ -77,7 +77,7 @@ def complain(text: str) -> int:
 
 def known_trouble(error: Exception) -> str | None:
     """Errors of the machine that are nobody's bug, in one line."""
-    if type(error).__name__ == "OutOfMemoryError":
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error):
         return OUT_OF_MEMORY
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full: {error.filename or 'no space left'}; free some and resume."

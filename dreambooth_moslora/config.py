@@ -59,11 +59,11 @@ class TrainConfig:
     )
     token: str | None = of_photos(None, "the rare word in the instance prompt (default: found in it)")
     class_word: str | None = of_photos(None, "the kind of thing it is (default: found in the prompts)")
-    repeats: int = of_photos(1, "how often each photo counts in an epoch", low=1)
+    repeats: int = of_photos(1, "how often each photo counts in an epoch", low=1, high=10**6)
     resolution: int = of_photos(1024, "side of the square crop that is trained on, px, a multiple of 8", low=8)
     center_crop: bool = of_photos(False, "crop the middle of each photo instead of a random place")
     random_flip: bool = of_photos(False, "mirror photos at random")
-    crops_per_photo: int = of_photos(1, "different crops taken of each photo", low=1)
+    crops_per_photo: int = of_photos(1, "different crops taken of each photo", low=1, high=1000)
     image_interpolation_mode: str = of_photos("lanczos", "filter of the resizing", choices=INTERPOLATIONS)
     alpha: str = of_photos(
         "mask", "transparent photos go on white; mask: learn the opaque part only", choices=("mask", "white")
@@ -79,12 +79,12 @@ class TrainConfig:
     class_data_dir: str | None = of_prior(None, "folder with class images (default: in the run folder)")
     num_class_images: int = of_prior(100, "class images wanted; missing ones are generated", low=1)
     prior_loss_weight: float = of_prior(1.0, "weight of the prior loss", low=0)
-    sample_batch_size: int = of_prior(4, "images generated at once", low=1)
+    sample_batch_size: int = of_prior(4, "images generated at once", low=1, high=4096)
     prior_generation_precision: str | None = of_prior(
         None, "precision of that generation", choices=("no", "fp32", "fp16", "bf16")
     )
 
-    rank: int = of_adapter(4, "rank r of the adapter", low=1)
+    rank: int = of_adapter(4, "rank r of the adapter", low=1, high=4096)
     lora_alpha: float | None = of_adapter(
         None, "the adapter is scaled by alpha / rank (default: alpha = rank)", above=0
     )
@@ -97,14 +97,14 @@ class TrainConfig:
     target_modules: tuple[str, ...] = of_adapter(ATTENTION, "projections of the UNet that get an adapter")
     train_text_encoder: bool = of_adapter(False, "put adapters on both text encoders too")
 
-    seed: int | None = of_training(None, "seed of everything random", low=0)
-    train_batch_size: int = of_training(4, "photos in one forward pass, a device", low=1)
+    seed: int | None = of_training(None, "seed of everything random", low=0, high=2**63 - 1)
+    train_batch_size: int = of_training(4, "photos in one forward pass, a device", low=1, high=4096)
     gradient_accumulation_steps: int = of_training(1, "forward passes in one step", low=1)
     num_train_epochs: int = of_training(1, "times through all photos, when --max_train_steps is not given", low=1)
     max_train_steps: int | None = of_training(None, "optimizer steps; overrides --num_train_epochs", low=1)
-    learning_rate: float = of_training(1e-4, "learning rate; 1.0 with Prodigy", low=0)
+    learning_rate: float = of_training(1e-4, "learning rate; 1.0 with Prodigy", low=0, high=100)
     text_encoder_lr: float = of_training(
-        5e-6, "learning rate of the text encoders; 0: the same as --learning_rate", low=0
+        5e-6, "learning rate of the text encoders; 0: the same as --learning_rate", low=0, high=100
     )
     scale_lr: bool = of_training(False, "multiply --learning_rate by processes x accumulation x batch size")
     lr_scheduler: str = of_training("constant", "course of the learning rate", choices=SCHEDULES)
@@ -119,7 +119,7 @@ class TrainConfig:
     use_8bit_adam: bool = of_optimizer(False, "AdamW with 8-bit states (bitsandbytes)")
     adam_beta1: float = of_optimizer(0.9, "beta1 of Adam and Prodigy", low=0, below=1)
     adam_beta2: float = of_optimizer(0.999, "beta2 of Adam and Prodigy", low=0, below=1)
-    adam_epsilon: float = of_optimizer(1e-8, "epsilon of Adam and Prodigy", low=0)
+    adam_epsilon: float = of_optimizer(1e-8, "epsilon of Adam and Prodigy", above=0)
     adam_weight_decay: float = of_optimizer(1e-4, "weight decay of the UNet's adapter", low=0)
     adam_weight_decay_text_encoder: float = of_optimizer(1e-3, "weight decay of the text encoders' adapters", low=0)
     prodigy_beta3: float | None = of_optimizer(None, "Prodigy: coefficient of its step size", low=0, high=1)
@@ -136,13 +136,13 @@ class TrainConfig:
         "memory", "keep encoded photos in memory, on disk for later runs, or encode each step",
         choices=("memory", "disk", "off"),
     )  # fmt: skip
-    dataloader_num_workers: int = of_memory(0, "processes that read photos when nothing is cached", low=0)
+    dataloader_num_workers: int = of_memory(0, "processes that read photos when nothing is cached", low=0, high=1024)
     allow_tf32: bool = of_memory(False, "faster, less exact fp32 products on Nvidia GPUs")
     enable_xformers_memory_efficient_attention: bool = of_memory(False, "accepted: PyTorch's own attention is used")
     local_rank: int = of_memory(-1, "set by the launcher of several processes")
 
     validation_prompt: str | None = of_samples(None, "prompt of the sample images (default: the instance prompt)")
-    num_validation_images: int = of_samples(4, "sample images a time", low=0)
+    num_validation_images: int = of_samples(4, "sample images a time", low=0, high=1000)
     validation_epochs: int = of_samples(50, "epochs between samples", low=1)
     validation_steps: int | None = of_samples(None, "steps between samples; overrides --validation_epochs", low=1)
     evaluate_steps: int | None = of_samples(None, "steps between scores of fidelity (default: never)", low=1)

@@ -25,6 +25,9 @@ GROUPS = (
     "hub",
 )
 
+MOST = 10**9
+"""Of whole numbers that have no bound of their own: more is a slip of the keyboard."""
+
 FieldType = tuple[type, bool]
 """(bool, int, float, str or tuple; whether None is allowed). A tuple holds strings."""
 
@@ -149,6 +152,8 @@ def _check_number(
         raise UserError(f"--{name} {value:g}: must be at least {low:g}.")
     if above is not None and value <= above:
         raise UserError(f"--{name} {value:g}: must be more than {above:g}.")
+    if high is None and isinstance(value, int):
+        high = MOST
     if high is not None and value > high:
         raise UserError(f"--{name} {value:g}: must be at most {high:g}.")
     if below is not None and value >= below:

@@ -108,6 +108,7 @@ def fail(error):
         (KeyboardInterrupt(), 130, "interrupted"),
         (ZeroDivisionError("ours"), 1, "Traceback"),
         (OSError(28, "No space left on device", "a.bin"), 2, "the disk is full"),
+        (RuntimeError("alloc_cpu.cpp: DefaultCPUAllocator: can't allocate memory: 512 GB"), 2, "out of memory: try"),
         (PermissionError(13, "no", "/x"), 2, "permission denied"),
     ],
 )
