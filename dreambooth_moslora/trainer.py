@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from accelerate import Accelerator
 
 from dreambooth_moslora.album import Album
@@ -159,10 +160,13 @@ class Training:
     def check_finite(self, losses: StepLosses) -> None:
         """A loss that is NaN on one process is NaN on all, so all stop here together."""
         if not math.isfinite(losses.total):
-            raise UserError(
-                f"the loss is {losses.total} at step {self.step + 1}: lower --learning_rate, or use --mixed_precision "
-                f"bf16 instead of fp16; checkpoints up to here are in {self.run_dir.path}"
-            )
+            raise self.diverged(f"the loss is {losses.total} at step {self.step + 1}")
+
+    def diverged(self, what: str) -> UserError:
+        return UserError(
+            f"{what}: lower --learning_rate, or use --mixed_precision bf16 instead of fp16; checkpoints up to here are "
+            f"in {self.run_dir.path}"
+        )
 
     def update_adapter(self, losses: StepLosses) -> None:
         grad_norm = self.learner.update_adapter()
@@ -223,6 +227,9 @@ class Training:
             self.save_checkpoint()
 
     def save_checkpoint(self) -> None:
+        """Nothing is written of an adapter from which no run could go on: all processes, which have the same, end."""
+        if not all(bool(torch.isfinite(weights).all()) for weights in self.learner.parameters):
+            raise self.diverged(f"the adapter is not finite after step {self.step}")
         if not self.accelerator.is_main_process:
             return
         path = self.run_dir.checkpoint_path(self.step)

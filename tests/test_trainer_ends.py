@@ -1,5 +1,7 @@
 """How a training ends when something fails after it, or while it fails."""
 
+from dataclasses import replace
+
 import pytest
 from accelerate import Accelerator
 
@@ -30,6 +32,14 @@ def lose(*_):
 def test_a_tracker_that_fails_at_the_end_loses_no_finished_run(config, lost_tracker, caplog):
     assert train(config).proof is not None
     assert "--report_to: ending it failed: ConnectionError no network" in caplog.text
+
+
+def test_an_adapter_that_is_not_finite_becomes_no_checkpoint(config):
+    """The loss before the last step knows nothing of what that step does: here it overflows."""
+    config = replace(config, max_train_steps=2, checkpointing_steps=1, adam_weight_decay=1e30, learning_rate=1e2)
+    with pytest.raises(UserError, match="not finite after step 2: lower --learning_rate"):
+        train(config)
+    assert [path.name for path in RunDir(config.output_dir).checkpoints()] == ["checkpoint-1"]
 
 
 def test_a_tracker_that_fails_at_the_end_hides_no_error(config, lost_tracker, monkeypatch, caplog):
