@@ -103,7 +103,7 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
 
 def require(settings: dict[str, Any]) -> None:
     missing = [f"--{item.name}" for item in fields(TrainConfig) if item.metadata["required"]]
-    missing = [flag for flag in missing if not settings.get(flag[2:])]
+    missing = [flag for flag in missing if not str(settings.get(flag[2:], "")).strip()]
     if not settings.get("instance_data_dir") and not settings.get("dataset_name"):
         missing.append("--instance_data_dir (or --dataset_name)")
     if missing:

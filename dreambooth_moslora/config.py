@@ -182,6 +182,8 @@ class TrainConfig:
             )
         if self.early_stopping and not self.evaluate_steps:
             raise UserError("--early_stopping needs --evaluate_steps: without scores there is nothing to wait for.")
+        if self.optimizer == "Prodigy" and self.mixer != "none" and self.train_mixer and self.mixer_lr_scale != 1.0:
+            raise UserError("--optimizer Prodigy takes one learning rate for all: leave --mixer_lr_scale at 1.")
         if not self.target_modules:
             raise UserError("--target_modules is empty: name at least one projection, such as to_q.")
 

@@ -74,8 +74,6 @@ def make_prodigy(config: TrainConfig, groups: list[dict]) -> Optimizer:
         from prodigyopt import Prodigy
     except ImportError as error:
         raise UserError("--optimizer Prodigy needs prodigyopt: pip install prodigyopt.") from error
-    if len({group["lr"] for group in groups}) > 1:
-        raise UserError("--optimizer Prodigy takes one learning rate for all: leave --mixer_lr_scale at 1.")
     return Prodigy(
         groups,
         lr=groups[0]["lr"],

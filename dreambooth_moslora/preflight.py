@@ -4,8 +4,9 @@ from pathlib import Path
 
 from dreambooth_moslora.base_files import base_folder
 from dreambooth_moslora.config import TrainConfig
-from dreambooth_moslora.targets import check_targets
-from dreambooth_moslora.versions import require_tracker
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.targets import check_linear, check_targets
+from dreambooth_moslora.versions import require_packages
 from dreambooth_moslora.weight_headers import tensor_shapes
 
 __all__ = ["preflight"]
@@ -13,17 +14,22 @@ __all__ = ["preflight"]
 
 def preflight(config: TrainConfig) -> Path | None:
     """Raises UserError; returns the diffusers folder of the base, if it is on this machine."""
-    require_tracker(config.report_to)
+    require_packages(config)
+    if config.mixer == "butterfly" and config.rank % 2:
+        raise UserError(f"--mixer butterfly needs an even --rank, not {config.rank}.")
     if config.push_to_hub:
         from dreambooth_moslora.hub import check_push
 
         check_push(config)
     folder = base_folder(config)
-    layers = [name.removesuffix(".weight") for name in unet_matrices(folder, config.variant)] if folder else []
+    layers = unet_layers(folder, config.variant) if folder else {}
     if layers:
         check_targets(config.target_modules, layers)
+        check_linear(config.target_modules, (name for name, dimensions in layers.items() if dimensions == 4))
     return folder
 
 
-def unet_matrices(folder: Path, variant: str | None) -> list[str]:
-    return [name for name, shape in tensor_shapes(folder / "unet", variant).items() if len(shape) > 1]
+def unet_layers(folder: Path, variant: str | None) -> dict[str, int]:
+    """Path of each layer with a weight that is no vector -> its dimensions: 2 of a matrix, 4 of a convolution."""
+    shapes = tensor_shapes(folder / "unet", variant)
+    return {name.removesuffix(".weight"): len(shape) for name, shape in shapes.items() if len(shape) > 1}

@@ -4,9 +4,10 @@ import re
 from collections.abc import Mapping
 from importlib import metadata
 
+from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
 
-__all__ = ["OPTIONAL", "RANGES", "bad_pairs", "installed_versions", "out_of_range", "require_tracker"]
+__all__ = ["OPTIONAL", "RANGES", "bad_pairs", "installed_versions", "out_of_range", "require_packages"]
 
 RANGES = {
     "torch": ("2.9", "3"),
@@ -62,10 +63,20 @@ def version_of(name: str) -> str | None:
         return None
 
 
-def require_tracker(name: str) -> None:
-    """Raises UserError for a tracker whose package is missing: accelerate would log nothing, and say nothing."""
-    if name not in ("none", "all", "tensorboard") and version_of(name) is None:
-        raise UserError(f"--report_to {name}: it is not installed; pip install {name}")
+def require_packages(config: TrainConfig) -> None:
+    """Raises UserError for the first flag whose package is missing. Without a tracker's, accelerate would log nothing,
+    and say nothing; without the others' a run would end when its photos are encoded.
+    """
+    has_tracker = config.report_to not in ("none", "all", "tensorboard")
+    needs = (
+        (f"--report_to {config.report_to}", config.report_to, has_tracker),
+        ("--optimizer Prodigy", "prodigyopt", config.optimizer == "Prodigy"),
+        ("--use_8bit_adam", "bitsandbytes", config.use_8bit_adam and config.optimizer == "AdamW"),
+        (f"--base_quantization {config.base_quantization}", "bitsandbytes", config.base_quantization != "none"),
+    )
+    for flag, package, is_needed in needs:
+        if is_needed and version_of(package) is None:
+            raise UserError(f"{flag} needs {package}: pip install {package}.")
 
 
 def numbers(version: str) -> tuple[int, ...]:

@@ -197,6 +197,8 @@ def test_names_are_listed_with_spaces_or_commas(words):
         (["--random_flip", "perhaps"], "true or false"),
         (["--resolution", "1001"], "multiple of 8, such as 1000"),
         (["--with_prior_preservation"], "needs --class_prompt"),
+        (["--optimizer", "prodigy", "--mixer_lr_scale", "2"], "leave --mixer_lr_scale at 1"),
+        (["--instance_prompt", " "], "missing: --instance_prompt"),
         (["--dataset_name", "y"], "not both"),
         (["--instance_prompt", "a caf\udce9"], r"--instance_prompt 'a caf\udce9': expected text"),
         (["--output_dir", "\udcff"], r"--output_dir '\udcff': expected text"),

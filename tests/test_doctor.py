@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from dreambooth_moslora.cli import main
+from dreambooth_moslora.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,3 +48,25 @@ def test_a_vae_that_overflows_is_found(tiny_base):
     (half,) = probe_vae(vae, [torch.float16], [], 32, torch.device("cpu"))
     assert not half.finite
     assert vae.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {"optimizer": "Prodigy", "use_8bit_adam": True},
+            "--optimizer Prodigy needs prodigyopt: pip install prodigyopt",
+        ),
+        ({"use_8bit_adam": True}, "--use_8bit_adam needs bitsandbytes"),
+        ({"base_quantization": "nf4"}, "--base_quantization nf4 needs bitsandbytes"),
+        ({"report_to": "wandb"}, "--report_to wandb needs wandb"),
+    ],
+)
+def test_a_flag_whose_package_is_missing_is_refused_before_anything_is_loaded(settings, says, monkeypatch):
+    from dreambooth_moslora import preflight, versions
+    from dreambooth_moslora.config import TrainConfig
+
+    preflight.preflight(TrainConfig(report_to="none"))
+    monkeypatch.setattr(versions, "version_of", lambda name: None)
+    with pytest.raises(UserError, match=says):
+        preflight.preflight(TrainConfig(**{"report_to": "none"} | settings))

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from dreambooth_moslora.config import TrainConfig
-from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.moslora import MoSLoraConfig, inject
 from dreambooth_moslora.optimization import make_lr_schedule, make_optimizer, parameter_groups
 
@@ -41,12 +40,6 @@ def test_scale_lr_counts_accumulation_batch_and_processes():
 
 def test_a_text_encoder_without_a_rate_takes_that_of_the_unet():
     assert groups_of(TrainConfig(text_encoder_lr=0, learning_rate=1e-3))["text_encoder"]["lr"] == 1e-3
-
-
-def test_prodigy_refuses_a_rate_for_the_mixer_alone():
-    config = TrainConfig(optimizer="Prodigy", mixer_lr_scale=2.0)
-    with pytest.raises(UserError, match="mixer_lr_scale"):
-        make_optimizer(config, parameter_groups(config, components()))
 
 
 def test_warmup_counts_optimizer_steps():
