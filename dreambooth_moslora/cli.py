@@ -203,10 +203,21 @@ def start_log(config: TrainConfig) -> logging.Logger:
     return file_only
 
 
+class LogFile(logging.FileHandler):
+    """A log that cannot be written any more, as on a full disk, is said once: what it lacks is no traceback's worth."""
+
+    is_lost = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        if not self.is_lost:
+            print(f"note: {self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
+        self.is_lost = True
+
+
 def log_file(run_dir: RunDir) -> logging.Handler:
     try:
         run_dir.path.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(run_dir.log_path, encoding="utf-8", errors="backslashreplace")
+        handler = LogFile(run_dir.log_path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"--output_dir {run_dir.path}: cannot be written: {error.strerror}.") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
