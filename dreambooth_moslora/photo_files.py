@@ -10,7 +10,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms
 
 from dreambooth_moslora.errors import one_line
 
@@ -23,6 +23,16 @@ IMAGE_SUFFIXES = frozenset(
     | {".tif", ".tiff", ".gif", ".bmp", ".ppm", ".pgm", ".jp2"}
 )
 OPAQUE_FROM = 250
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what sets it upright."""
 
 
 class UnreadableImageError(Exception):
@@ -67,16 +77,26 @@ def what_is_wrong(path: Path) -> str:
     return "broken: the file is empty" if path.stat().st_size == 0 else "broken: not a picture, or damaged"
 
 
+def orientation(image: Image.Image) -> int:
+    """EXIF's number, 1 to 8."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF: the picture itself is fine
+        return 1
+
+
 def is_rotated(image: Image.Image) -> bool:
     """Whether the pixels lie otherwise than the picture stands (EXIF orientation)."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-    except Exception:  # damaged EXIF: the picture itself is fine
-        return False
+    return orientation(image) in TURNS
 
 
 def upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image) if is_rotated(image) else image
+    """The pixels as the picture stands; the EXIF stays behind, for to write it anew stumbles over damaged entries."""
+    if not is_rotated(image):
+        return image
+    turned = image.transpose(TURNS[orientation(image)])
+    turned.info = {key: image.info[key] for key in ("icc_profile", "transparency") if key in image.info}
+    return turned
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

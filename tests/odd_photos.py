@@ -95,6 +95,13 @@ def orientation_exif(orientation: int) -> Image.Exif:
     return exif
 
 
+def turned_with_damage(path: Path) -> None:
+    """An EXIF orientation that can be read, beside a resolution in letters, which Pillow cannot write anew."""
+    entries = struct.pack("<HHHIHH", 2, 0x0112, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x011A, 2, 4, b"abc")
+    exif = b"Exif\0\0II" + struct.pack("<HI", 42, 8) + entries + bytes(4)
+    picture().transpose(Image.Transpose.ROTATE_90).save(path, quality=95, subsampling=0, exif=exif)
+
+
 def lab(path: Path) -> None:
     to_lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
     ImageCms.profileToProfile(picture(), *to_lab, outputMode="LAB").save(path)
@@ -202,6 +209,7 @@ CASES = [
     Case("profile.png", with_profile),
     Case("bad_profile.png", saved(icc_profile=b"no profile at all")),
     Case("bad_exif.jpg", raw(jpeg(exif=b"Exif\0\0MM\0*" + b"\xff" * 40))),
+    Case("turned_damaged.jpg", turned_with_damage, says="rotated"),
     Case("animated.gif", animated),
     Case("animated.webp", animated),
     Case("jpeg_called_png.png", raw(jpeg())),
