@@ -5,8 +5,10 @@ else. Sizes are (height, width) px of the upright picture.
 """
 
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> what sets it upright."""
+TILE_PX = 1024
+"""Side of what is numbers at a time of a deep picture: all of 100 megapixels would take 2 GB."""
 
 
 class UnreadableImageError(Exception):
@@ -46,15 +50,22 @@ def register_heif() -> None:
     pillow_heif.register_heif_opener()
 
 
-def open_image(path: Path) -> Image.Image:
-    """The first frame, decoded, with the orientation still to be applied. Raises UnreadableImageError."""
+def open_image(path: Path, longest_px: int | None = None) -> Image.Image:
+    """The first frame, decoded, with the orientation still to be applied. Raises UnreadableImageError.
+
+    A side that is longer than `longest_px` is brought down to it before anything is converted, which saves memory.
+    """
     register_heif()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(path, formats=FORMATS)
             check_size(image)
+            scale = max(image.size) / longest_px if longest_px else 1
+            if scale > 1:
+                image.draft(None, tuple(max(1, int(side / scale)) for side in image.size))
             image.load()
+            image = shrunk(image, longest_px) if scale > 1 else image
     except UnreadableImageError:
         raise
     except Image.DecompressionBombError:
@@ -65,6 +76,18 @@ def open_image(path: Path) -> Image.Image:
         raise UnreadableImageError(what_is_wrong(path)) from None
     except Exception as error:  # decoders raise whatever they like on damaged bytes
         raise UnreadableImageError(f"broken: {one_line(error)}") from None
+    return image
+
+
+def shrunk(image: Image.Image, longest_px: int) -> Image.Image:
+    """Brought down to `longest_px`; colours that cannot be averaged (a palette's, deep ones) become others first."""
+    turn = orientation(image)
+    if is_deep(image):
+        image = deep_grey(image)
+    elif image.mode in ("1", "P", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    image.getexif()[ExifTags.Base.Orientation] = turn
+    image.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS)
     return image
 
 
@@ -127,7 +150,7 @@ def to_srgb(image: Image.Image, profile: bytes | None = None) -> Image.Image:
     profile = profile or image.info.get("icc_profile")
     if image.mode == "LAB":
         return by_profile(image, ImageCms.createProfile("LAB")) or image.convert("L").convert("RGB")
-    if image.mode.startswith("I") or image.mode == "F":
+    if is_deep(image):
         return deep_grey(image).convert("RGB")
     if image.mode not in ("RGB", "CMYK", "L"):
         image = image.convert("RGB")
@@ -151,10 +174,25 @@ def colour_transform(source: ImageCms.ImageCmsProfile, mode: str) -> ImageCms.Im
     return ImageCms.buildTransform(source, target, mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC)
 
 
+def is_deep(image: Image.Image) -> bool:
+    return image.mode.startswith("I") or image.mode == "F"
+
+
 def deep_grey(image: Image.Image) -> Image.Image:
     """16- and 32-bit greys -> L. Whole numbers up to 255 and 65535 keep their scale; fractions are from 0 to 1."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    top = values.max(initial=0.0)
+    top = max(values.max(initial=0.0) for _, values in tiles(image))
     deep = image.mode.startswith("I;16") or (image.mode == "I" and top > 255)
     white = 65535.0 if deep else 255.0 if image.mode == "I" or top > 1 else 1.0
-    return Image.fromarray((values / max(white, top) * 255).clip(0, 255).round().astype(np.uint8), mode="L")
+    grey = Image.new("L", image.size)
+    for corner, values in tiles(image):
+        shown = (values / max(white, top) * 255).clip(0, 255).round().astype(np.uint8)
+        grey.paste(Image.fromarray(shown, mode="L"), corner)
+    return grey
+
+
+def tiles(image: Image.Image) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
+    """((left, top), values) of all parts of a deep picture; what is no number is 0."""
+    for left, top in product(range(0, image.width, TILE_PX), range(0, image.height, TILE_PX)):
+        box = (left, top, min(left + TILE_PX, image.width), min(top + TILE_PX, image.height))
+        values = np.asarray(image.crop(box), dtype=np.float64)
+        yield (left, top), np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)

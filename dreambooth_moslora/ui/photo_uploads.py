@@ -1,6 +1,7 @@
 """Uploaded photos become clean copies: upright, RGB, without EXIF or a stranger's file name."""
 
 import shutil
+import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ MAX_PHOTOS = 50
 MAX_PHOTO_BYTES = 30 * 1024**2
 MAX_SIDE_PX = 4096
 MAX_PIXELS = 120 * 10**6
+ONE_AT_A_TIME = threading.Lock()
+"""Over all visitors: a photo of 120 megapixels takes up to a gigabyte while it is decoded."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ def take_photos(files: list[str], folder: Path) -> Intake:
     remarks, taken = [], 0
     for file in files:
         try:
-            clean, was_turned = clean_copy(Path(file))
+            with ONE_AT_A_TIME:
+                clean, was_turned = clean_copy(Path(file))
         except UserError as error:
             remarks.append(str(error))
             continue
@@ -60,13 +64,12 @@ def clean_copy(file: Path) -> tuple[PIL.Image.Image, bool]:
         raise UserError(f"{file.name} is larger than {MAX_PHOTO_BYTES // 2**20} MiB")
     try:
         check_pixels(file)
-        opened = open_image(file)
+        opened = open_image(file, MAX_SIDE_PX)
         clean, alpha = to_rgb(opened), alpha_of(opened)
     except UnreadableImageError as error:
         raise UserError(f"{file.name}: {error}") from error
     if alpha is not None:
         clean.putalpha(alpha)
-    clean.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX), PIL.Image.Resampling.LANCZOS)
     bare = PIL.Image.new(clean.mode, clean.size)
     bare.paste(clean)
     return bare, is_rotated(opened)

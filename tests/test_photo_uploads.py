@@ -1,0 +1,70 @@
+"""Taking in visitors' photos costs bounded memory, however large they are and however many come at once."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from dreambooth_moslora.ui.photo_uploads import MAX_SIDE_PX, ONE_AT_A_TIME, take_photos
+
+STATUS = Path("/proc/self/status")
+PEAK_CODE = """
+import sys
+from pathlib import Path
+from dreambooth_moslora.photo_files import open_image
+from dreambooth_moslora.ui.photo_uploads import take_photos
+
+def peak():
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+before = peak()
+take_photos([sys.argv[1]], Path(sys.argv[2]))
+print((peak() - before) // 1024)
+"""
+
+
+def deep_png(path: Path) -> None:
+    PIL.Image.fromarray(np.full((5000, 5000), 40_000, dtype=np.uint16)).save(path, compress_level=1)
+
+
+def large_jpeg(path: Path) -> None:
+    PIL.Image.new("L", (2 * MAX_SIDE_PX, 2 * MAX_SIDE_PX), 128).save(path)
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="only Linux tells a process's peak")
+@pytest.mark.parametrize("write, name", [(deep_png, "deep.png"), (large_jpeg, "large.jpg")])
+def test_a_large_photo_takes_little_more_than_its_own_pixels(tmp_path, write, name):
+    write(tmp_path / name)
+    command = [sys.executable, "-c", PEAK_CODE, str(tmp_path / name), str(tmp_path / "photos")]
+    mebibytes = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert mebibytes < 300
+    with PIL.Image.open(tmp_path / "photos" / "photo_01.png") as taken:
+        assert taken.size == (MAX_SIDE_PX, MAX_SIDE_PX)
+
+
+def test_a_large_rotated_picture_with_a_palette_stands_upright_and_keeps_its_colours(tmp_path):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    picture = PIL.Image.new("RGB", (MAX_SIDE_PX + 400, 90), "red")
+    picture.paste("blue", (0, 0, 400, 90))
+    picture.quantize(4).save(tmp_path / "a.png", exif=exif)
+    intake = take_photos([str(tmp_path / "a.png")], tmp_path / "photos")
+    assert intake.remarks == ("photo 1: rotated by EXIF, stood upright",)
+    with PIL.Image.open(tmp_path / "photos" / "photo_01.png") as taken:
+        assert taken.size[1] == MAX_SIDE_PX > taken.size[0]
+        assert (taken.getpixel((9, 9)), taken.getpixel((9, 4000))) == ((0, 0, 255), (255, 0, 0))
+
+
+def test_photos_are_taken_in_one_at_a_time(tmp_path):
+    PIL.Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    second = threading.Thread(target=take_photos, args=([str(tmp_path / "a.png")], tmp_path / "photos"))
+    with ONE_AT_A_TIME:
+        second.start()
+        second.join(0.5)
+        assert second.is_alive() and not list((tmp_path / "photos").glob("*.png"))
+    second.join(30)
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["photo_01.png"]
