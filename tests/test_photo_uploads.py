@@ -65,6 +65,30 @@ def test_photos_are_taken_in_one_at_a_time(tmp_path):
     with ONE_AT_A_TIME:
         second.start()
         second.join(0.5)
-        assert second.is_alive() and not list((tmp_path / "photos").glob("*.png"))
+        assert second.is_alive() and not list(tmp_path.rglob("photo_*.png"))
     second.join(30)
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["photo_01.png"]
+
+
+def test_two_tabs_that_send_photos_at_once_do_not_mix_them(tmp_path):
+    for colour in ("red", "blue"):
+        PIL.Image.new("RGB", (64, 64), colour).save(tmp_path / f"{colour}.png")
+    tabs = (("red", 6), ("blue", 1))
+    folder, faults = tmp_path / "photos", []
+
+    def send(colour: str, count: int) -> None:
+        try:
+            take_photos([str(tmp_path / f"{colour}.png")] * count, folder)
+        except Exception as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=send, args=tab) for tab in tabs]
+    with ONE_AT_A_TIME:
+        for thread in threads:
+            thread.start()
+            thread.join(0.2)
+    for thread in threads:
+        thread.join(30)
+    kept = [PIL.Image.open(path).getpixel((0, 0)) for path in folder.iterdir()]
+    assert not faults and kept in ([(255, 0, 0)] * 6, [(0, 0, 255)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blue.png", "photos", "red.png"]

@@ -1,6 +1,7 @@
 """Uploaded photos become clean copies: upright, RGB, without EXIF or a stranger's file name."""
 
 import shutil
+import tempfile
 import threading
 import warnings
 from dataclasses import dataclass
@@ -30,13 +31,29 @@ class Intake:
 
 
 def take_photos(files: list[str], folder: Path) -> Intake:
-    """Copy the photos into an empty `folder` as photo_01.png …; raises UserError when none is usable."""
+    """Copy the photos into an empty `folder` as photo_01.png …; raises UserError when none is usable.
+
+    The folder changes all at once: two tabs of one visitor may send theirs at the same time.
+    """
     if not files:
         raise UserError("add some photos of your subject first")
     if len(files) > MAX_PHOTOS:
         raise UserError(f"{len(files)} photos are too many; {MAX_PHOTOS} at most, and 4 to 10 good ones are enough")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
+        (new := Path(scratch) / folder.name).mkdir()
+        remarks = copy_all(files, new)
+        is_empty = not any(new.iterdir())
+        with ONE_AT_A_TIME:
+            shutil.rmtree(folder, ignore_errors=True)
+            new.rename(folder)
+    if is_empty:
+        raise UserError(f"none of the files is a usable photo: {remarks[0]}")
+    return Intake(folder, tuple(remarks))
+
+
+def copy_all(files: list[str], folder: Path) -> list[str]:
+    """Clean copies as photo_01.png …; returns the remarks."""
     remarks, taken = [], 0
     for file in files:
         try:
@@ -48,9 +65,7 @@ def take_photos(files: list[str], folder: Path) -> Intake:
         taken += 1
         clean.save(folder / f"photo_{taken:02d}.png")
         remarks += [f"photo {taken}: rotated by EXIF, stood upright"] if was_turned else []
-    if not taken:
-        raise UserError(f"none of the files is a usable photo: {remarks[0]}")
-    return Intake(folder, tuple(remarks))
+    return remarks
 
 
 def clean_copy(file: Path) -> tuple[PIL.Image.Image, bool]:

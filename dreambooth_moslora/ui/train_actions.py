@@ -16,7 +16,7 @@ from dreambooth_moslora.ui.cards import notice, progress_card
 from dreambooth_moslora.ui.context import AppContext, sentence
 from dreambooth_moslora.ui.generate_actions import format_seconds
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, Metrics, run_name_of
-from dreambooth_moslora.ui.photo_uploads import take_photos
+from dreambooth_moslora.ui.photo_uploads import ONE_AT_A_TIME, take_photos
 from dreambooth_moslora.ui.train_form import TrainForm, prompts_of
 from dreambooth_moslora.ui.visitors import Visitor
 
@@ -89,7 +89,8 @@ def start_run(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) ->
     config = TrainConfig.from_dict(form.config(ctx.base_name, ctx.resolution_px, run_dir / "photos", run_dir))
     run_dir.mkdir(parents=True)
     try:
-        shutil.copytree(photos, run_dir / "photos")
+        with ONE_AT_A_TIME:
+            shutil.copytree(photos, run_dir / "photos")
         form.write_captions(run_dir / "photos")
         return jobs.start(run_dir.name, config.to_dict(), visitor.id)
     except BaseException:  # also when somebody was faster: photos that nobody trains would keep the name taken
