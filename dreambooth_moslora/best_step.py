@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["BestStep", "best_of"]
+__all__ = ["CURVES", "BestStep", "best_of"]
+
+CURVES = {"dino": "subject", "clip_t": "prompt", "copied": "copies", "score": "score"}
+"""What makes the score, and the score: measure -> its name on a plot of the run, short enough for a phone."""
 
 STALLED_AFTER = 3
 """Evaluations without a better score after which early stopping is offered."""

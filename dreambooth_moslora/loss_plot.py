@@ -11,12 +11,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dreambooth_moslora.best_step import CURVES
 from dreambooth_moslora.rundir import atomic_write
 
 __all__ = ["draw_loss_plot", "running_mean"]
 
 COLOURS = {"loss_instance": "#2a6fdb", "loss_prior": "#d9822b"}
-FIDELITY = {"dino": "subject (DINO)", "clip_t": "prompt (CLIP-T)", "copied": "copies", "score": "score"}
 LABELS = {"loss_instance": "instance", "loss_prior": "prior"}
 
 
@@ -44,7 +44,7 @@ def draw_loss_plot(steps: list[dict], path: Path, evaluations: Sequence[dict] = 
 def draw_fidelity(axes: Axes, evaluations: Sequence[dict]) -> None:
     """Likeness, prompt, copies and the score that picks the best step, which is marked."""
     at = [event["step"] for event in evaluations]
-    for key, label in FIDELITY.items():
+    for key, label in CURVES.items():
         values = [np.nan if event.get(key) is None else event[key] for event in evaluations]
         axes.plot(at, values, "o-", markersize=3, linewidth=2 if key == "score" else 1, label=label)
     best = max(evaluations, key=lambda event: (event.get("score") or 0.0, -event["step"]))

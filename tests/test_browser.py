@@ -1,6 +1,8 @@
 """The page as a person uses it, in a real Chromium, on the tiny base, with the real training program."""
 
 import io
+import json
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -8,7 +10,8 @@ import pytest
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.ui.jobs import Jobs
+from dreambooth_moslora.ui.jobs import Job, Jobs
+from dreambooth_moslora.ui.visitors import visitor_id
 from tests.ui_server import serve
 
 browser_module = pytest.importorskip("tests.browser")
@@ -238,6 +241,36 @@ def test_a_phone_shows_the_whole_page_with_the_results_under_the_button(served, 
         brightness = sum(int(float(n)) for n in colour[colour.index("(") + 1 : -1].split(",")[:3])
         assert (brightness < 200) == dark
         assert not visited.errors
+
+
+def scored_run(served, owner: str) -> None:
+    """A run with two evaluations, whose prompt fidelity is just below a round number."""
+    (run := served.ctx.runs_dir / "scored").mkdir()
+    Job(run, owner, 1, 0.0).save()
+    scores = {"dino": 0.3, "clip_t": 0.497, "pres": 0.1, "diversity": 0.2, "drift": 0.1, "copied": 0.0, "score": 0.2}
+    events = [
+        {"type": "evaluation", "time": 1.0, "step": step} | {name: step / 120 * score for name, score in scores.items()}
+        for step in (60, 120)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def test_on_a_phone_a_plot_shows_all_its_lines_and_names_and_a_button_has_a_margin(served, browser):
+    with visit(browser, served.url, size=(390, 844)) as visited:
+        page, cookies = visited.page, {cookie["name"]: cookie["value"] for cookie in visited.context.cookies()}
+        scored_run(served, visitor_id(SimpleNamespace(cookies=cookies)))
+        page.reload()
+        page.get_by_role("tab", name="Train", exact=True).click()
+        plot = page.locator("#fidelity svg")
+        plot.locator(".mark-line path").first.wait_for(state="attached")
+        frame = plot.locator("path.background").first.bounding_box()
+        tops = [line.bounding_box()["y"] for line in plot.locator(".mark-line path").all()]
+        assert len(tops) == 4 and min(tops) > frame["y"] + 5
+        whole, legend = (page.locator(f"#fidelity {part}").first.bounding_box() for part in ("svg", ".role-legend"))
+        assert legend["x"] + legend["width"] <= whole["x"] + whole["width"]
+        words = "e => { const r = document.createRange(); r.selectNodeContents(e); return r.getBoundingClientRect().x }"
+        button = page.locator("#estimate")
+        assert button.evaluate(words) - button.bounding_box()["x"] >= 10
 
 
 def test_a_failed_load_and_a_run_that_is_gone_are_told_on_their_cards(served, page, monkeypatch):

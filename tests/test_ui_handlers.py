@@ -328,12 +328,14 @@ def test_scores_and_samples_of_a_run_are_shown_step_0_first(tmp_path):
     for step in (0, 10):
         (tmp_path / "samples" / f"step_{step}.png").write_bytes(b"x")
     events = [{"type": "sample", "step": s, "files": [f"samples/step_{s}.png", "../../etc/passwd"]} for s in (0, 10)]
-    metrics = written(tmp_path, *events, {"type": "evaluation", "step": 10, "clip_i": 0.7, "note": "x", "time": 5})
+    metrics = written(
+        tmp_path, *events, {"type": "evaluation", "step": 10, "clip_t": 0.7, "pres": 1, "note": "x", "time": 5}
+    )
     job, ann = Job(tmp_path, OWNER, 1, 0.0), visitor(tmp_path)
     shown = samples_of(job, metrics, ann)
     assert [caption for _, caption in shown] == ["step 0", "step 10"]
     assert all(Path(path).is_relative_to(ann.folder) for path, _ in shown)
-    assert fidelity_table(metrics).to_dict("records") == [{"step": 10, "score": 0.7, "measure": "clip i"}]
+    assert fidelity_table(metrics).to_dict("records") == [{"step": 10, "score": 0.7, "measure": "prompt"}]
 
 
 def test_the_training_form_makes_a_config_the_trainer_accepts(tmp_path):

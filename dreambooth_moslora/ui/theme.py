@@ -96,7 +96,7 @@ button[role="tab"] { font-weight: 500; }
   justify-content: center; }
 :is(#loss, #fidelity) svg text { fill: var(--body-text-color) !important; }
 :is(#loss, #fidelity) svg :is(.role-axis-grid, .role-axis-tick) line,
-:is(#loss, #fidelity) svg path.background { stroke: var(--border-color-primary) !important; }
+:is(#loss, #fidelity) svg path.background:not(.role-legend *) { stroke: var(--border-color-primary) !important; }
 
 .card { border: 1px solid var(--block-border-color); border-radius: var(--radius-lg);
   background: var(--block-background-fill); padding: 12px 14px; font-size: .92rem; }

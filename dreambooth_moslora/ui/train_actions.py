@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import PIL.Image
 
+from dreambooth_moslora.best_step import CURVES
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.cards import notice, progress_card
 from dreambooth_moslora.ui.context import AppContext, sentence
@@ -186,13 +187,12 @@ def loss_table(metrics: Metrics) -> pd.DataFrame:
 
 
 def fidelity_table(metrics: Metrics) -> pd.DataFrame:
-    """Columns step, score, measure, from the evaluations of the run."""
-    skip = {"type", "time", "step"}
+    """Columns step, score, measure, from the evaluations of the run: the curves of its plot file."""
     rows = [
-        {"step": event.get("step", 0), "score": value, "measure": name.replace("_", " ")}
+        {"step": event.get("step", 0), "score": event[name], "measure": label}
         for event in metrics.of("evaluation")
-        for name, value in event.items()
-        if name not in skip and _is_number(value)
+        for name, label in CURVES.items()
+        if _is_number(event.get(name))
     ]
     return pd.DataFrame(rows) if rows else pd.DataFrame({"step": [], "score": [], "measure": []})
 

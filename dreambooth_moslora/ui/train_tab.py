@@ -66,7 +66,7 @@ def _form() -> tuple[dict[str, Any], dict[str, Any]]:
     fields |= {"prior_preservation": prior, "captions": captions}
     with gr.Row(elem_classes="tight"):
         start = gr.Button("Start training", variant="primary", scale=2, elem_id="start")
-        estimate = gr.Button("Estimate cost", scale=1, min_width=110, elem_id="estimate")
+        estimate = gr.Button("Estimate cost", scale=1, min_width=132, elem_id="estimate")
     cost = gr.HTML("", label="Cost", elem_id="cost")
     others = {"photos": photos, "remarks": remarks, "crops": crops, "prompts": prompts, "start": start}
     return {name: fields[name] for name in TrainForm.__dataclass_fields__}, others | {

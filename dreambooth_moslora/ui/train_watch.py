@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
+import pandas as pd
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.rundir import RunDir
@@ -17,6 +18,7 @@ __all__ = ["connect_watch", "picture_rows", "run_names", "watch_widgets"]
 
 POLL_SEC = 2.0
 NO_RUN = notice("No run yet. Add photos, choose the words, start.")
+HEADROOM = 1.1
 GONE = "This run is not there any more."
 WATCHED = ("run", "seen", "status", "stop", "resume", "use", "download", "loss", "fidelity", "samples", "log")
 
@@ -129,11 +131,17 @@ def _updates(now: Watch, job: Job, visitor: Visitor) -> list:
         gr.Button(interactive=resumable),
         gr.Button(visible=ready),
         gr.DownloadButton(value=file, visible=ready),
-        gr.LinePlot(now.loss, visible=len(now.loss) > 1),
-        gr.LinePlot(now.fidelity, visible=len(now.fidelity) > 1),
+        _plot(now.loss, "loss"),
+        _plot(now.fidelity, "score"),
         gr.Gallery(now.samples, visible=bool(now.samples)),
         now.log,
     ]
+
+
+def _plot(table: pd.DataFrame, y: str) -> gr.LinePlot:
+    """Shown once there is a line to draw, with room above the highest: by itself the axis ends in the midst of it."""
+    low, high = (table[y].min(), table[y].max()) if len(table) else (0.0, 0.0)
+    return gr.LinePlot(table, y_lim=[min(0.0, HEADROOM * low), HEADROOM * high], visible=table.step.nunique() > 1)
 
 
 def run_names(jobs: Jobs, owner: str) -> list[str]:
