@@ -1,7 +1,7 @@
 """What an adapter file says about itself, as JSON in its header, and which values such a fact can have."""
 
 import json
-import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
@@ -59,7 +59,7 @@ def is_rank(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def is_bool(value: object) -> bool:

@@ -26,6 +26,7 @@ HOSTILE = {
     "rank 8": {"rank": 8},
     "rank in words": {"rank": "four"},
     "no scale": {"alpha": float("nan")},
+    "an endless scale": {"alpha": 10**400},
     "alphas": {"alphas": {"unet.x": "y"}},
     "mixer": {"mixer": ["orthogonal"]},
     "no mixer": {"mixer": "none"},
