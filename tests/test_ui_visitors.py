@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.hosts import LOOPBACK
 from dreambooth_moslora.ui.page import launch_options
+from dreambooth_moslora.ui.serve import parse_host
 from dreambooth_moslora.ui.visitors import COOKIE, KEPT_SEC, MAX_VISITORS, Visitors
 from tests.ui_server import serve
 
@@ -75,6 +77,13 @@ def test_a_page_on_the_loopback_answers_only_to_its_own_names(tiny_base, tmp_pat
         assert httpx.post(f"{url}gradio_api/upload", files=sent, headers=foreign).status_code == 403
         own = {"Origin": url.rstrip("/")}
         assert httpx.post(f"{url}gradio_api/upload", files=sent, headers=own).status_code == 200
+
+
+@pytest.mark.parametrize("text", ["Pictures.Example.org", "pictures.example.org:8443", "https://pictures.example.org/"])
+def test_an_allowed_host_may_be_written_as_an_address(text):
+    assert parse_host(text) == "pictures.example.org"
+    with pytest.raises(UserError, match="is no name"):
+        parse_host("https://")
 
 
 def test_nobody_reads_what_others_ask_for_from_the_monitor(served):

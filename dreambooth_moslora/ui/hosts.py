@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from starlette.responses import PlainTextResponse
 
-__all__ = ["LOOPBACK", "OwnHosts"]
+__all__ = ["LOOPBACK", "OwnHosts", "hostname"]
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")

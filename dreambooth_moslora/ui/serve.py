@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 def serve(args: argparse.Namespace) -> int:
     from dreambooth_moslora.ui.hosts import LOOPBACK
 
+    allowed = {parse_host(text) for text in args.allowed_host}
     logins = [parse_login(text) for text in args.auth or ()]
     is_public = args.share or args.server_name not in LOOPBACK
     if is_public and not logins:
@@ -60,7 +61,7 @@ def serve(args: argparse.Namespace) -> int:
     context = context_of(args, training=bool(logins) or not is_public)
     from dreambooth_moslora.ui.page import build_app, launch_options
 
-    options = launch_options(None if is_public else LOOPBACK.union(args.allowed_host)) | {
+    options = launch_options(None if is_public else LOOPBACK | allowed) | {
         "server_name": args.server_name,
         "server_port": args.server_port,
         "share": args.share,
@@ -82,6 +83,16 @@ def parse_login(text: str) -> tuple[str, str]:
     if not (name and colon and password):
         raise UserError("--auth needs NAME:PASSWORD")
     return name, password
+
+
+def parse_host(text: str) -> str:
+    """The bare name, as a browser's Host header is compared: a scheme, a port and capitals are left out."""
+    from dreambooth_moslora.ui.hosts import hostname
+
+    name = hostname(text if "//" in text else f"//{text}")
+    if not name:
+        raise UserError(f"--allowed_host {text!r:.60} is no name; write it like pictures.example.org")
+    return name
 
 
 def context_of(args: argparse.Namespace, *, training: bool):
