@@ -1,5 +1,6 @@
 """Each visitor stays who they are, keeps what is theirs, and nobody reaches the page through another site."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import httpx
 import pytest
 
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.ui.bodies import MAX_BODY_BYTES
 from dreambooth_moslora.ui.hosts import LOOPBACK
 from dreambooth_moslora.ui.page import launch_options
 from dreambooth_moslora.ui.serve import parse_host
@@ -84,6 +86,27 @@ def test_an_allowed_host_may_be_written_as_an_address(text):
     assert parse_host(text) == "pictures.example.org"
     with pytest.raises(UserError, match="is no name"):
         parse_host("https://")
+
+
+@pytest.mark.parametrize("path", ["queue/join", "run/stop", "call/stop", "run/upload"])
+def test_a_body_longer_than_any_form_is_not_taken_into_memory(served, path):
+    def parts():
+        """Sent in chunks, which promise no length."""
+        yield b'{"data": ["'
+        for _ in range(MAX_BODY_BYTES // 2**20 + 1):
+            yield b"x" * 2**20
+        yield b'"], "session_hash": "a", "fn_index": 0}'
+
+    url, headers = f"{served.url}gradio_api/{path}", {"Content-Type": "application/json"}
+    assert httpx.post(url, content=b"".join(parts()), headers=headers).status_code == 413
+    with contextlib.suppress(httpx.RemoteProtocolError, httpx.WriteError):
+        assert httpx.post(url, content=parts(), headers=headers).status_code >= 400
+    assert httpx.post(f"{served.url}gradio_api/run/stop", json={"data": []}).status_code == 200
+
+
+def test_an_upload_may_be_longer_than_a_form(served):
+    files = {"files": ("a.png", b"x" * (MAX_BODY_BYTES + 1))}
+    assert httpx.post(f"{served.url}gradio_api/upload", files=files).status_code == 200
 
 
 def test_nobody_reads_what_others_ask_for_from_the_monitor(served):

@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
+from dreambooth_moslora.ui.bodies import ShortBodies
 from dreambooth_moslora.ui.context import AppContext
 from dreambooth_moslora.ui.generate_tab import build_generate_tab
 from dreambooth_moslora.ui.hosts import OwnHosts
@@ -52,7 +53,7 @@ def launch_options(hosts: Collection[str] | None = None) -> dict[str, Any]:
         "footer_links": ["api"],
         "run_history": False,
         "max_file_size": MAX_UPLOAD,
-        "app_kwargs": {"middleware": [*guards, Middleware(VisitorCookie)]},
+        "app_kwargs": {"middleware": [*guards, Middleware(ShortBodies), Middleware(VisitorCookie)]},
         "enable_monitoring": False,
         "share": False,
         "ssr_mode": False,
