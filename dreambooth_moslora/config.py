@@ -76,6 +76,9 @@ class TrainConfig:
         choices=("class_images", "adapter_off"),
     )
     class_prompt: str | None = of_prior(None, 'the class in words: "a photo of a dog"')
+    prior_prompts: tuple[str, ...] = of_prior(
+        (), "other prompts, without commas, that adapter_off preserves too: every second image draws one of them"
+    )
     class_data_dir: str | None = of_prior(None, "folder with class images (default: in the run folder)")
     num_class_images: int = of_prior(100, "class images wanted; missing ones are generated", low=1)
     prior_loss_weight: float = of_prior(1.0, "weight of the prior loss", low=0)

@@ -65,15 +65,15 @@ class TrainBatch:
             self.latents.to(device), self.time_ids.to(device), self.is_prior.to(device), mask, self.prompts
         )
 
-    def with_base_as_prior(self, class_prompt: str) -> "TrainBatch":
-        """Twice the batch: the second half has the class prompt, and the frozen base's answer will be its target."""
+    def with_base_as_prior(self, prompts: list[str]) -> "TrainBatch":
+        """Twice the batch: the second half has these prompts (B), and the frozen base's answer will be its target."""
         size = len(self.prompts)
         return TrainBatch(
             self.latents.repeat(2, 1, 1, 1),
             self.time_ids.repeat(2, 1),
             torch.arange(2 * size) >= size,
             None if self.mask is None else torch.cat([self.mask, torch.ones_like(self.mask)]),
-            [*self.prompts, *[class_prompt] * size],
+            [*self.prompts, *prompts],
         )
 
 

@@ -100,6 +100,9 @@ def remarks(config: TrainConfig) -> list[str]:
         "--prior has no effect without --with_prior_preservation": (
             config.prior != "class_images" and not config.with_prior_preservation
         ),
+        "--prior_prompts has no effect without --with_prior_preservation --prior adapter_off": (
+            config.prior_prompts and not (config.with_prior_preservation and config.prior == "adapter_off")
+        ),
         "--class_data_dir has no effect with --prior adapter_off, which needs no images": (
             config.class_data_dir and config.with_prior_preservation and config.prior == "adapter_off"
         ),

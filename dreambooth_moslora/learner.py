@@ -25,7 +25,7 @@ from dreambooth_moslora.moslora import MoSLoraConfig, adapter_parameters, disabl
 from dreambooth_moslora.objective import LossParts, Noised, corrupt, loss, prediction_of, snr_weights, target_of
 from dreambooth_moslora.optimization import make_lr_schedule, make_optimizer, parameter_groups
 from dreambooth_moslora.preparation import Materials
-from dreambooth_moslora.seeding import generator, seed_of
+from dreambooth_moslora.seeding import generator, rng, seed_of
 
 __all__ = ["Learner", "StepLosses", "add_adapters"]
 
@@ -90,7 +90,7 @@ class Learner:
         config, schedule, device = self.config, self.materials.schedule, self.accelerator.device
         batch = self.materials.batch_at(micro, config.train_batch_size, micro + self.accelerator.num_processes)
         if self._base_is_prior:
-            batch = batch.with_base_as_prior(config.class_prompt)
+            batch = batch.with_base_as_prior(prior_prompts(config, micro))
         batch = batch.to(device)
         names = (config.seed, "micro", micro)
         torch.manual_seed(seed_of(*names, "dropout"))
@@ -119,8 +119,9 @@ class Learner:
     def base_prediction(self, batch: TrainBatch, noised: Noised) -> Tensor:
         """What the frozen base predicts: the target of the prior half (only that half is computed)."""
         prior = batch.is_prior
-        half = TrainBatch(batch.latents[prior], batch.time_ids[prior], prior[prior], None, batch.prompts[: prior.sum()])
-        cond = self.materials.words([self.config.class_prompt] * len(half.prompts))
+        prompts = [prompt for prompt, kept in zip(batch.prompts, prior) if kept]
+        half = TrainBatch(batch.latents[prior], batch.time_ids[prior], prior[prior], None, prompts)
+        cond = self.materials.words(prompts)
         inputs = Noised(noised.unet_input[prior], noised.noisy[prior], noised.timesteps[prior], noised.index[prior])
         with ExitStack() as stack:
             for module in self.components.values():
@@ -163,6 +164,14 @@ class Learner:
         total, instance, prior = values.tolist()
         has_prior = self.config.with_prior_preservation
         return StepLosses(total, instance, prior if has_prior else None)
+
+
+def prior_prompts(config: TrainConfig, micro: int) -> list[str]:
+    """What `adapter_off` preserves beside each photo of a micro-batch: the class prompt, or in every second of many
+    draws one of the others."""
+    draws = rng(config.seed, "micro", micro, "prior prompts")
+    others = config.prior_prompts or (config.class_prompt,)
+    return [draws.choice((config.class_prompt, draws.choice(others))) for _ in range(config.train_batch_size)]
 
 
 def prior_or_nan(parts: LossParts) -> Tensor:

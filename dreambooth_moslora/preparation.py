@@ -231,7 +231,7 @@ def encode_everything(
         {caption for stream in streams for photo in stream.photos for caption in photo.captions} | set(prompts) | {""}
     )
     if config.class_prompt:
-        captions.add(config.class_prompt)
+        captions |= {config.class_prompt, *config.prior_prompts}
     views = sum(stream.view_count() for stream in streams)
     counts = (number for number, _ in enumerate(every_view(streams), start=1))
     for _ in report.counted("caching", counts, views):

@@ -145,8 +145,8 @@ def test_words_are_asked_once_and_known_after_the_encoders_left(pipeline):
         words(["a bird"])
 
 
-def test_the_base_as_prior_doubles_the_batch_with_the_class_prompt(pipeline, photos):
+def test_the_base_as_prior_doubles_the_batch_with_its_own_prompts(pipeline, photos):
     stream = stream_of(photos, pipeline.vae, TensorCache())
-    batch = collate([stream.at(0), stream.at(1)], [False, False]).with_base_as_prior("a dog")
+    batch = collate([stream.at(0), stream.at(1)], [False, False]).with_base_as_prior(["a dog", "a cat"])
     assert batch.is_prior.tolist() == [False, False, True, True]
-    assert batch.prompts[2:] == ["a dog", "a dog"] and torch.equal(batch.latents[:2], batch.latents[2:])
+    assert batch.prompts[2:] == ["a dog", "a cat"] and torch.equal(batch.latents[:2], batch.latents[2:])

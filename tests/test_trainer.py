@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -254,6 +255,21 @@ def test_the_base_is_its_own_prior_so_the_first_prior_loss_is_zero(run):
     events, _ = run(with_prior_preservation=True, prior="adapter_off", max_train_steps=3)
     losses = [event["loss_prior"] for event in steps(events)]
     assert losses[0] < 1e-9 < losses[2]
+
+
+def test_other_prior_prompts_are_preserved_beside_the_class_and_each_by_its_own_answer(run):
+    others = {"prior_prompts": ("a red car in the snow", "a cup"), "train_batch_size": 4, "max_train_steps": 3}
+    events, digest = run("others", with_prior_preservation=True, prior="adapter_off", **others)
+    losses = [event["loss_prior"] for event in steps(events)]
+    assert losses[0] < 1e-9 < losses[2]
+    _, plain = run("plain", with_prior_preservation=True, prior="adapter_off", **{**others, "prior_prompts": ()})
+    assert digest != plain
+
+
+def test_every_second_prior_prompt_is_the_class_prompt(tiny_base, photos, tmp_path):
+    config = tiny_config(tiny_base, photos, tmp_path, prior_prompts=("a car", "a cup"), train_batch_size=50)
+    drawn = Counter(learner_module.prior_prompts(config, 0) + learner_module.prior_prompts(config, 1))
+    assert 35 < drawn["a photo of a dog"] < 65 and min(drawn["a car"], drawn["a cup"]) > 10 and len(drawn) == 3
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(run, monkeypatch, tmp_path):
