@@ -2,20 +2,27 @@
 
 `sdxl` is the full size (UNet 2.57 billion parameters); `small` has the same topology at a fortieth of the width, for
 tests. Weights are one random megabyte repeated, scaled by 1/sqrt(fan-in), so that no activation grows or dies.
+
+    python -m benchmarks.random_sdxl --out FOLDER
+
+writes a whole base (6.5 GB) with the toy world's tokenizer: `train_dreambooth.py` runs on it as on the real one.
 """
 
+import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-__all__ = ["SIZES", "pooled_width", "random_text_encoders", "random_unet", "random_vae", "text_width"]
+__all__ = ["SIZES", "pooled_width", "random_sdxl", "random_text_encoders", "random_unet", "random_vae", "text_width"]
 
 SIZES = ("sdxl", "small")
 WORDS = 49408  # CLIP's vocabulary
+TOKENIZER = Path(__file__).parent.parent / "assets" / "toy-sdxl" / "tokenizer"
 
 
 def text_widths(size: str) -> tuple[int, int]:
@@ -80,6 +87,15 @@ def text_config(width: int, layers: int, **options) -> CLIPTextConfig:
     return CLIPTextConfig(vocab_size=WORDS, num_hidden_layers=layers, **widths, **options)
 
 
+def random_sdxl(size: str) -> StableDiffusionXLPipeline:
+    """All of it in bf16. The tokenizer's words are fewer than the text encoders know."""
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+    first, second = random_text_encoders(size)
+    scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    vae, unet = random_vae(size, torch.bfloat16), random_unet(size)
+    return StableDiffusionXLPipeline(vae, first, second, tokenizer, tokenizer, unet, scheduler)
+
+
 def made(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
     """Build on the meta device, then fill: the modules' own initialisation of billions of numbers takes minutes."""
     with torch.device("meta"):
@@ -111,3 +127,15 @@ def repeat_into(target: torch.Tensor, noise: torch.Tensor, scale: float) -> None
     for start in range(0, flat.numel(), scaled.numel()):
         piece = flat[start : start + scaled.numel()]
         piece.copy_(scaled[: piece.numel()])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--size", choices=SIZES, default="sdxl")
+    args = parser.parse_args()
+    random_sdxl(args.size).save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()

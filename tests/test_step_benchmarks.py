@@ -9,6 +9,8 @@ import pytest
 
 from benchmarks.startup import moments
 from benchmarks.train_step import ratios
+from dreambooth_moslora.trainer import train
+from tests.tiny_training import paint_photos, tiny_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,6 +34,16 @@ def test_the_loop_in_diffusers_style_learns_with_the_adapter_in_either_dtype():
         step = diffusers_style_step("small", 64, 2, True, fp32_adapter)
         losses = [step()[0] for _ in range(2)]
         assert all(0 < loss < 100 for loss in losses) and losses[0] != losses[1]
+
+
+def test_the_trainer_takes_the_random_base(tmp_path):
+    from benchmarks.random_sdxl import random_sdxl
+
+    random_sdxl("small").save_pretrained(tmp_path / "base")
+    photos = paint_photos(tmp_path / "photos")
+    config = tiny_config(tmp_path / "base", photos, tmp_path / "run", max_train_steps=2, mixed_precision="bf16")
+    proof = train(config).proof
+    assert proof.projections > 0 and (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_ratios_pair_arms_of_one_resolution():
