@@ -1,7 +1,7 @@
 """Train the toy world's DINO: a small ViT in DINOv2's format which tells individuals of one kind apart in any place.
 
-    python -m toybox.render_views --out VIEWS --toys 4000 --views 4     # once
-    python -m toybox.train_vit --views VIEWS --out WORK/vit --steps 3000
+    python -m toybox.render_views --out VIEWS --toys 8000 --views 4     # once
+    python -m toybox.train_vit --views VIEWS --out WORK/vit --steps 4000
 
 Instance discrimination (InfoNCE between two views of the same toy: other side, other place, other light), with batches
 in which half of the toys are of one kind, so that the kind alone is not enough.
@@ -74,20 +74,21 @@ class Views:
 
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
-    views, vit = Views(args.views), build_vit()
+    views = Views(args.views)
+    vit = Dinov2Model.from_pretrained(args.start, torch_dtype=torch.float32).train() if args.start else build_vit()
     weights = MasterWeights(
         vit, muon_lr=0.01, adamw_lr=1e-3, adamw_names=("embeddings",), weight_decay=0.02, ema_decay=0.998
     )
     run = Run(args.out, weights, args.steps, save_every=500, log_every=50)
     for step in run:
-        generator = run.generator(step, salt=2)
+        generator = run.generator(step, salt=args.salt)
         first, second = (augment(v, generator) for v in views.pairs(args.batch, generator))
         pixels = pixels_for_dino(torch.cat([first, second]), torch.bfloat16)
         a, b = normalize(vit(pixels).last_hidden_state[:, 0].float(), dim=-1).chunk(2)
         logits, labels = a @ b.T / TEMPERATURE, torch.arange(len(a))
         loss = (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
         loss.backward()
-        norm = weights.step(trapezoid(step, args.steps))
+        norm = weights.step(args.rate * trapezoid(step, args.steps))
         run.add(loss=loss, right=(logits.argmax(1) == labels).float().mean(), grad_norm=norm)
     export(weights, views, args.out)
 
@@ -132,8 +133,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--views", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--start", type=Path, help="a finished ViT to go on from")
+    parser.add_argument("--salt", type=int, default=2, help="another number draws other batches")
+    parser.add_argument("--rate", type=float, default=1.0, help="factor on the learning rates")
     train(parser.parse_args())
 
 
