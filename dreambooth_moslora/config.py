@@ -115,6 +115,11 @@ class TrainConfig:
     lr_num_cycles: int = of_training(1, "restarts of cosine_with_restarts", low=1)
     lr_power: float = of_training(1.0, "power of the polynomial schedule", above=0)
     snr_gamma: float | None = of_training(None, "min-SNR weighting of the loss; 5.0 is usual", above=0)
+    timestep_bias_strategy: str = of_training(
+        "none", "which noise levels are drawn oftener: later is the noisiest", choices=("none", "earlier", "later")
+    )
+    timestep_bias_multiplier: float = of_training(1.0, "how much oftener", above=0, high=1e6)
+    timestep_bias_portion: float = of_training(0.25, "share of all noise levels that is meant", above=0, high=1)
     do_edm_style_training: bool = of_training(False, "EDM preconditioning of the loss (arXiv 2206.00364)")
     max_grad_norm: float = of_training(1.0, "gradients are clipped to this norm", above=0)
 

@@ -108,6 +108,9 @@ def remarks(config: TrainConfig) -> list[str]:
         ),
         "--use_8bit_adam has no effect with --optimizer Prodigy": config.use_8bit_adam
         and config.optimizer == "Prodigy",
+        "--timestep_bias_multiplier has no effect without --timestep_bias_strategy": (
+            config.timestep_bias_multiplier != 1 and config.timestep_bias_strategy == "none"
+        ),
         "--text_encoder_lr has no effect without --train_text_encoder": (
             config.text_encoder_lr != 5e-6 and not config.train_text_encoder
         ),

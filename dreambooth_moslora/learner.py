@@ -22,7 +22,16 @@ from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.dataset import TrainBatch
 from dreambooth_moslora.fast_lora import enable_fast_path
 from dreambooth_moslora.moslora import MoSLoraConfig, adapter_parameters, disabled, inject
-from dreambooth_moslora.objective import LossParts, Noised, corrupt, loss, prediction_of, snr_weights, target_of
+from dreambooth_moslora.objective import (
+    LossParts,
+    Noised,
+    corrupt,
+    draw_levels,
+    loss,
+    prediction_of,
+    snr_weights,
+    target_of,
+)
 from dreambooth_moslora.optimization import make_lr_schedule, make_optimizer, parameter_groups
 from dreambooth_moslora.preparation import Materials
 from dreambooth_moslora.seeding import generator, rng, seed_of
@@ -95,7 +104,8 @@ class Learner:
         names = (config.seed, "micro", micro)
         torch.manual_seed(seed_of(*names, "dropout"))
         noise = torch.randn(batch.latents.shape, generator=generator(*names, "noise")).to(device)
-        draws = torch.randint(len(schedule), (len(batch.latents),), generator=generator(*names, "level"))
+        bias = (config.timestep_bias_strategy, config.timestep_bias_multiplier, config.timestep_bias_portion)
+        draws = draw_levels(schedule, len(batch.latents), generator(*names, "level"), *bias)
         noised = corrupt(schedule, batch.latents, noise, draws.to(device))
         target = target_of(schedule, batch.latents, noise, noised.index)
         if self._base_is_prior:

@@ -15,7 +15,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["LossParts", "NoiseSchedule", "Noised", "corrupt", "loss", "prediction_of", "snr_weights", "target_of"]
+__all__ = [
+    "LossParts",
+    "NoiseSchedule",
+    "Noised",
+    "corrupt",
+    "draw_levels",
+    "loss",
+    "prediction_of",
+    "snr_weights",
+    "target_of",
+]
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,24 @@ class LossParts:
     total: Tensor
     instance: Tensor
     prior: Tensor | None
+
+
+def draw_levels(
+    schedule: NoiseSchedule,
+    count: int,
+    generator: torch.Generator,
+    strategy: str = "none",
+    multiplier: float = 1.0,
+    portion: float = 0.25,
+) -> Tensor:
+    """Indices (count,) of noise levels, all equally likely; or the noisiest `portion` of them (`later`), or the least
+    noisy one (`earlier`), `multiplier` times as likely as the others, as diffusers' `train_text_to_image_sdxl.py`."""
+    if strategy == "none":
+        return torch.randint(len(schedule), (count,), generator=generator)
+    chances = torch.ones(len(schedule))
+    order = schedule.sigmas.argsort(descending=strategy == "later")
+    chances[order[: max(1, int(portion * len(schedule)))]] = multiplier
+    return torch.multinomial(chances, count, replacement=True, generator=generator)
 
 
 def corrupt(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, index: Tensor) -> Noised:

@@ -6,6 +6,7 @@ from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
 from dreambooth_moslora import objective
+from dreambooth_moslora.base import noise_schedule
 from dreambooth_moslora.objective import NoiseSchedule
 
 SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -135,3 +136,11 @@ def test_a_mask_weighs_places_and_not_images():
     mask = torch.zeros(1, 1, 2, 2)
     mask[..., 0, 0] = 1
     assert objective.image_errors(prediction, target, mask).item() == 4
+
+
+@pytest.mark.parametrize("strategy, noisy_share", [("none", 0.25), ("later", 4 / 7), ("earlier", 1 / 7)])
+def test_biased_draws_prefer_their_portion_of_the_noise_levels(strategy, noisy_share):
+    for schedule in map(noise_schedule, (SCHEDULER, EDMEulerScheduler())):
+        draws = objective.draw_levels(schedule, 20_000, torch.Generator().manual_seed(0), strategy, 4.0, 0.25)
+        noisiest = schedule.sigmas[draws] >= schedule.sigmas.sort(descending=True).values[len(schedule) // 4 - 1]
+        assert noisiest.float().mean().item() == pytest.approx(noisy_share, abs=0.02)

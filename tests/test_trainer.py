@@ -188,6 +188,7 @@ OPTIONS = {
     "dora": {"use_dora": True},
     "dropout": {"lora_dropout": 0.5},
     "snr_gamma": {"snr_gamma": 0.1},
+    "timestep bias": {"timestep_bias_strategy": "later", "timestep_bias_multiplier": 1e3},
     "edm": {"do_edm_style_training": True},
     "bf16": {"mixed_precision": "bf16"},
     "nf4": {"base_quantization": "nf4"},
