@@ -1,29 +1,37 @@
-"""Measure the base's VAE and CLIP as they are shipped, on fresh renders; write a JSON and a picture.
+"""Measure the base's VAE, CLIP and ViT as they are shipped, on fresh renders; write a JSON and a picture.
 
     python -m toybox.evaluate_parts --base assets/toy-sdxl --out WORK/evaluation --images 500
 
 VAE: PSNR of its reconstruction in dB, pixels in [0, 1], the mean over the images and the tenth percentile. CLIP: the
-share of images whose own caption is the nearest of 100 (the image encoder against the second text encoder).
+share of images whose own caption is the nearest of 100 (the image encoder against the second text encoder). ViT: the
+share of views whose nearest other one shows the same individual, among 50 of its kind, four views of each in other
+places. Two of the 50 differ in colours, pattern, material or what they wear; among toys drawn at random some are twins
+but for their proportions (that figure is `train_vit`'s own).
 """
 
 import argparse
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from torch import Tensor
 from torch.nn.functional import normalize
+from tqdm import tqdm
+from transformers import Dinov2Model
 
 from toybox.captions import caption
 from toybox.data import to_pixels, to_uint8
 from toybox.evaluate_base import sheet
 from toybox.render import render
+from toybox.render_views import sights
 from toybox.train_clip import pixels_for_clip
-from toybox.world import sample_scene
+from toybox.train_vit import told_apart
+from toybox.world import KINDS, Toy, sample_scene, sample_toy
 
-__all__ = ["fresh_renders", "psnr_db", "reconstruct", "retrieval_at_1"]
+__all__ = ["fresh_renders", "individuals_told_apart", "unlike_toys", "psnr_db", "reconstruct", "retrieval_at_1"]
 
 
 def fresh_renders(count: int, seed: int = 0) -> tuple[Tensor, list[str]]:
@@ -59,9 +67,25 @@ def retrieval_at_1(base: StableDiffusionXLPipeline, images: Tensor, captions: li
     return float(torch.stack(right).mean())
 
 
+def unlike_toys(kind: str, count: int) -> list[Toy]:
+    """Individuals of a kind, no two of which look alike but for their proportions."""
+    rng, found = random.Random(f"unlike {kind}"), {}
+    while len(found) < count:
+        toy = sample_toy(rng, kind)
+        found.setdefault(replace(toy, genes=()), toy)
+    return list(found.values())
+
+
+def individuals_told_apart(vit: Dinov2Model, kind: str, count: int = 50, views: int = 4) -> float:
+    rng = random.Random(f"views {kind}")
+    scenes = [scene for toy in unlike_toys(kind, count) for scene in sights(rng, toy, views)]
+    return told_apart(vit, render(scenes, compiled=len(scenes) > 50), views)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=Path("assets/toy-sdxl"))
+    parser.add_argument("--dino", type=Path, default=Path("assets/toy-dino"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=int, default=500)
     args = parser.parse_args()
@@ -70,10 +94,13 @@ def main() -> None:
     images, captions = fresh_renders(args.images)
     again = reconstruct(base.vae, images)
     psnr = psnr_db(images, again)
+    vit = Dinov2Model.from_pretrained(args.dino, torch_dtype=torch.float32).eval()
+    told = [individuals_told_apart(vit, kind) for kind in tqdm(KINDS, desc="individuals")]
     scores = {
         "vae_psnr_db": round(float(psnr.mean()), 2),
         "vae_psnr_db_p10": round(float(psnr.quantile(0.1)), 2),
         "clip_retrieval_at_1_of_100": round(retrieval_at_1(base, images, captions), 4),
+        "vit_nearest_of_50_individuals": round(sum(told) / len(told), 4),
     }
     (args.out / "parts.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(scores))

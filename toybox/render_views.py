@@ -15,9 +15,9 @@ import torch
 from tqdm import tqdm
 
 from toybox.render import render
-from toybox.world import KINDS, PLACES, sample_scene, sample_toy
+from toybox.world import KINDS, PLACES, Scene, Toy, sample_scene, sample_toy
 
-__all__ = ["views_of"]
+__all__ = ["sights", "views_of"]
 
 
 BLOCK = 8 * len(KINDS)  # toys rendered at once, eight of a kind
@@ -30,9 +30,14 @@ def views_of(block: range, views: int = 4) -> tuple[list[str], np.ndarray]:
         rng = random.Random(f"individual {number}")
         toy = sample_toy(rng, kind=KINDS[number % len(KINDS)])
         toys.append(toy)
-        scenes += [sample_scene(rng, toy, place, held_out=None) for place in rng.sample(PLACES, views)]
+        scenes += sights(rng, toy, views)
     images = render(scenes, compiled=True).numpy()
     return [toy.kind for toy in toys], images.reshape(len(toys), views, *images.shape[1:])
+
+
+def sights(rng: random.Random, toy: Toy, views: int) -> list[Scene]:
+    """The toy from so many sides, each in another place and light."""
+    return [sample_scene(rng, toy, place, held_out=None) for place in rng.sample(PLACES, views)]
 
 
 def main() -> None:

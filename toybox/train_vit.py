@@ -21,7 +21,7 @@ from toybox.train_clip import augment
 from toybox.training import MasterWeights, Run, trapezoid
 from toybox.world import KINDS
 
-__all__ = ["Views", "build_vit", "nearest_neighbour_accuracy"]
+__all__ = ["Views", "build_vit", "nearest_neighbour_accuracy", "told_apart"]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TEMPERATURE = 0.07
@@ -106,11 +106,17 @@ def nearest_neighbour_accuracy(vit: Dinov2Model, views: Views, individuals: int 
         if len(toys) < 2:
             continue
         images = torch.from_numpy(np.concatenate([views.images[t] for t in toys]))
-        v = normalize(vit(pixels_for_dino(images)).last_hidden_state[:, 0], dim=-1)
-        owner = torch.arange(len(toys)).repeat_interleave(views.images.shape[1])
-        nearest = (v @ v.T).fill_diagonal_(-1).argmax(1)
-        shares.append(float((owner[nearest] == owner).float().mean()))
+        shares.append(told_apart(vit, images, views.images.shape[1]))
     return sum(shares) / len(shares)
+
+
+@torch.no_grad()
+def told_apart(vit: Dinov2Model, images: Tensor, views: int) -> float:
+    """Share of images, uint8 (toys·views, H, W, 3), whose nearest other one shows the same toy."""
+    v = normalize(vit(pixels_for_dino(images)).last_hidden_state[:, 0], dim=-1)
+    owner = torch.arange(len(images)) // views
+    nearest = (v @ v.T).fill_diagonal_(-1).argmax(1)
+    return float((owner[nearest] == owner).float().mean())
 
 
 def export(weights: MasterWeights, views: Views, out: Path) -> None:
