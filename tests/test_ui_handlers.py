@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.config_files import load_settings
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import GenerationParams, Provenance, Recipe
 from dreambooth_moslora.ui.context import AppContext
@@ -40,7 +41,7 @@ from dreambooth_moslora.ui.train_actions import (
     samples_of,
     status_card,
 )
-from dreambooth_moslora.ui.train_form import TrainForm, prompts_of
+from dreambooth_moslora.ui.train_form import QUICK_START, TrainForm, prompts_of
 from dreambooth_moslora.ui.visitors import HISTORY_LENGTH, Picture, Visitor, VisitorCookie
 
 OWNER, OTHER = "a" * 64, "b" * 64
@@ -343,6 +344,11 @@ def test_the_training_form_makes_a_config_the_trainer_accepts(tmp_path):
     config = TrainConfig.from_dict(form.config("toy", 128, tmp_path / "photos", tmp_path / "run"))
     assert (config.instance_prompt, config.class_prompt) == ("a photo of a sks dog", "a photo of a dog")
     assert config.with_prior_preservation and config.resolution == 128 and config.max_train_steps == 300
+    quick = load_settings(QUICK_START)
+    assert config.target_modules == tuple(quick["target_modules"]) and config.rank == quick["rank"]
+    assert config.prior_prompts == tuple(quick["prior_prompts"]) and config.learning_rate == quick["learning_rate"]
+    plain = replace(form, prior_preservation=False).config("toy", 128, tmp_path / "photos", tmp_path / "run")
+    assert not any(name.startswith("prior") for name in plain) and plain["target_modules"] == quick["target_modules"]
     big = TrainForm("sks", "dog", preset="quick", steps=7, rank=3).config("hub/id", 1024, tmp_path, tmp_path)
     assert (big["max_train_steps"], big["rank"], big["checkpointing_steps"]) == (7, 3, 1)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.base_files import TOY
+from dreambooth_moslora.config_files import load_settings
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import check_characters
 
@@ -12,8 +13,14 @@ __all__ = ["PRESETS", "Preset", "TrainForm", "preset_for", "prompts_of"]
 
 MAX_WORD_CHARACTERS = 60
 SMALL_BASE_PX = 256
-TOY_DINO = TOY.parent / "toy-dino"
 """Bases of at most this resolution learn in fewer, cheaper steps."""
+QUICK_START = TOY.parent / "configs" / "quickstart.toml"
+LIKE_QUICK_START = (
+    *("target_modules", "train_batch_size", "lr_scheduler", "prior_loss_weight", "prior_prompts"),
+    *("timestep_bias_strategy", "timestep_bias_multiplier", "timestep_bias_portion"),
+)
+"""What a run on the embedded base takes from the quick start."""
+TOY_DINO = TOY.parent / "toy-dino"
 
 
 @dataclass(frozen=True)
@@ -24,9 +31,9 @@ class Preset:
 
 
 PRESETS = {
-    "quick": (Preset(120, 8, 5e-4), Preset(400, 8, 2e-4)),
-    "standard": (Preset(300, 16, 5e-4), Preset(800, 16, 1e-4)),
-    "thorough": (Preset(800, 16, 3e-4), Preset(1500, 32, 1e-4)),
+    "quick": (Preset(150, 32, 2.5e-3), Preset(400, 8, 2e-4)),
+    "standard": (Preset(300, 32, 2.5e-3), Preset(800, 16, 1e-4)),
+    "thorough": (Preset(800, 32, 1.5e-3), Preset(1500, 32, 1e-4)),
 }
 """Name -> (for a small base, for SDXL)."""
 
@@ -72,7 +79,7 @@ class TrainForm:
         preset = preset_for(self.preset, resolution_px)
         steps = _whole(self.steps, "steps", 100_000) or preset.steps
         prior = {"class_prompt": class_prompt, "with_prior_preservation": True, "prior": "adapter_off"}
-        scored = {"evaluate_steps": max(1, steps // 5)} if base == "toy" and TOY_DINO.is_dir() else {}
+        own = toy_settings(steps, self.prior_preservation) if base == "toy" else {}
         return {
             "pretrained_model_name_or_path": base,
             "instance_data_dir": str(photos_dir),
@@ -91,7 +98,7 @@ class TrainForm:
             "validation_steps": max(1, steps // 5),
             "checkpointing_steps": max(1, steps // 5),
             "checkpoints_total_limit": 6,
-            **scored,
+            **own,
             **(prior if self.prior_preservation else {}),
         }
 
@@ -101,6 +108,14 @@ class TrainForm:
         for photo, line in zip(photos, str(self.captions or "").splitlines()):
             if line.strip():
                 photo.with_suffix(".txt").write_text(line.strip(), encoding="utf-8")
+
+
+def toy_settings(steps: int, prior_preservation: bool) -> dict[str, Any]:
+    """The quick start's way of learning on the embedded base, and scores along it."""
+    quick = load_settings(QUICK_START)
+    names = [name for name in LIKE_QUICK_START if prior_preservation or not name.startswith("prior")]
+    scored = {"evaluate_steps": max(1, steps // 5)} if TOY_DINO.is_dir() else {}
+    return {name: quick[name] for name in names} | scored
 
 
 def _whole(value: Any, name: str, limit: int) -> int:
