@@ -1,6 +1,7 @@
 """The embedded base is an ordinary SDXL pipeline: diffusers loads it, draws, edits, and adapts it without our code."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,24 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from PIL import Image
+from transformers import Dinov2Model
 
 from dreambooth_moslora import MoSLoraConfig, inject
 from dreambooth_moslora.export import adapter_facts, publish
 from toybox.captions import canonical_caption
 from toybox.evaluate_base import accuracy, generate, scenes_for
-from toybox.evaluate_parts import fresh_renders, psnr_db, reconstruct, retrieval_at_1
+from toybox.evaluate_parts import (
+    fresh_renders,
+    individuals_told_apart,
+    psnr_db,
+    reconstruct,
+    retrieval_at_1,
+    unlike_toys,
+)
 from toybox.make_subjects import load, photo_scenes
 from toybox.render import render
 from toybox.train_unet import noise_schedule
+from toybox.train_vit import build_vit
 
 ASSETS = Path(__file__).parents[1] / "assets"
 LIMIT_MB = 48
@@ -65,6 +75,14 @@ def test_the_judge_finds_in_its_pictures_what_the_prompts_name(base):
     scenes = scenes_for(20, held_out=False, seed=70_000)
     right = accuracy(generate(base, [canonical_caption(scene) for scene in scenes], seed=70_000), scenes)
     assert right["kind"] >= 0.8 and right["colour"] >= 0.7 and right["place"] >= 0.9
+
+
+def test_its_vit_tells_individuals_apart_and_an_untrained_one_does_not():
+    toys = unlike_toys("duck", 50)
+    assert len({replace(toy, genes=()) for toy in toys}) == 50 and {toy.kind for toy in toys} == {"duck"}
+    trained = Dinov2Model.from_pretrained(ASSETS / "toy-dino", torch_dtype=torch.float32).eval()
+    shares = [individuals_told_apart(vit, "duck", count=12) for vit in (trained, build_vit().eval())]
+    assert shares[0] > 0.9 and shares[1] < 0.5
 
 
 def test_its_vae_keeps_renders_and_its_clip_knows_their_captions(base):
