@@ -19,11 +19,11 @@ from diffusers.models import UNet2DConditionModel
 from diffusers.utils import logging
 from torch import Tensor
 
+from dreambooth_moslora.config import MIXERS
 from dreambooth_moslora.export import KOHYA_SUFFIX, PUBLISHED_NAME, adapter_facts, load_published, publish
 from dreambooth_moslora.kohya import kohya_name
 from dreambooth_moslora.moslora import (
     ATTENTION_PROJECTIONS,
-    MIXERS,
     MoSLoraConfig,
     adapter_layers,
     adapter_parameters,

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
-from dreambooth_moslora.moslora import MIXERS
+from dreambooth_moslora.config import MIXERS
 
 __all__ = ["AdapterFacts"]
 

@@ -22,7 +22,8 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.adapter_facts import AdapterFacts
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.hollow import structure_of
-from dreambooth_moslora.moslora import MixedUp, MoSLoraConfig, adapter_layers, inject
+from dreambooth_moslora.mixer import MixedUp
+from dreambooth_moslora.moslora import MoSLoraConfig, adapter_layers, inject
 from dreambooth_moslora.rundir import atomic_write
 
 __all__ = ["COMPONENTS", "AdapterFacts", "adapter_facts", "load_raw", "read_tensors", "save_raw"]

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dreambooth_moslora.moslora import MixedUp, adapter_layers, fold_layer, initial_mixer
+from dreambooth_moslora.mixer import MixedUp, initial_mixer
+from dreambooth_moslora.moslora import adapter_layers, fold_layer
 
 __all__ = ["Diagnosis", "diagnose", "diagnose_mixer", "diagnostics", "effective_rank", "product_svd", "summary"]
 

@@ -47,6 +47,35 @@ def encoders(tmp_path_factory):
     return tiny_encoders(tmp_path_factory.mktemp("encoders"))
 
 
+@pytest.fixture(scope="module")
+def dog(tmp_path_factory):
+    """One live adapter on all three components, its raw file and both published files."""
+    from dreambooth_moslora.export import RAW_NAME, publish, save_raw
+    from tests.live_adapters import facts_of, live
+
+    folder, components = tmp_path_factory.mktemp("dog"), live(with_text=True)
+    facts = facts_of(components)
+    save_raw(components, folder / RAW_NAME, facts)
+    return folder, components, publish(components, folder, "dog", facts)
+
+
+@pytest.fixture(scope="module")
+def served(tiny_base, tmp_path_factory):
+    """The page on a port of the loopback, with an adapter named dog."""
+    from tests.ui_server import serve
+
+    with serve(tiny_base, tmp_path_factory.mktemp("app")) as server:
+        yield server
+
+
+@pytest.fixture
+def client(served):
+    """A client of the page without a cookie."""
+    from gradio_client import Client
+
+    return Client(served.url, verbose=False)
+
+
 @pytest.fixture
 def free_port() -> int:
     """A port of the loopback that nobody has now."""

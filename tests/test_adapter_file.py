@@ -11,7 +11,7 @@ from dreambooth_moslora import adapter_file
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.export import RAW_NAME, save_raw
 from dreambooth_moslora.hollow import hollow, structure_of
-from tests.test_export import facts_of, live, text_encoders
+from tests.live_adapters import facts_of, live, text_encoders
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """The settings: every flag of diffusers' script means what it means there; files under flags; mistakes in one line."""
 
-import json
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
@@ -19,8 +17,6 @@ NEEDED = [
     "--instance_prompt",
     "a photo of sks dog",
 ]
-RECIPES = sorted((Path(__file__).parents[1] / "assets" / "configs").glob("*.toml"))
-
 DIFFUSERS_DEFAULTS = {
     "pretrained_vae_model_name_or_path": None,
     "revision": None,
@@ -217,70 +213,6 @@ def test_foreign_flags_are_none_of_ours():
     assert not FOREIGN_FLAGS.keys() & {item.name for item in fields(TrainConfig)}
 
 
-def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
-    recipe = tmp_path / "r.toml"
-    recipe.write_text('instance_prompt = "a photo of sks cat"\n[training]\nlearning-rate = 3e-4\nrank = 8\nseed = 1')
-    words = [
-        "--pretrained_model_name_or_path",
-        "toy",
-        "--instance_data_dir",
-        "x",
-        "--config",
-        str(recipe),
-        "--rank",
-        "2",
-    ]
-    config = parse_train_config(words)
-    assert (config.instance_prompt, config.learning_rate, config.rank, config.seed) == (
-        "a photo of sks cat",
-        3e-4,
-        2,
-        1,
-    )
-    assert config.train_batch_size == 4
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "says"),
-    [
-        ("a.toml", "rank = ", "not valid TOML"),
-        ("a.json", "{", "not valid JSON"),
-        ("a.json", "[1]", "found a list"),
-        ("a.json", '{"a": ' * 100_000, "nested too deeply"),
-        ("a.toml", "a = " + "[" * 100_000, "nested too deeply"),
-        ("a.toml", "rnak = 3", "unknown setting `rnak`: did you mean `rank`?"),
-        ("a.toml", "rank = 3\n[x]\nrank = 4", "given twice"),
-        ("a.toml", 'rank = "many"', "expected a whole number"),
-        ("a.toml", "random_flip = 1", "expected true or false"),
-    ],
-)
-def test_mistakes_in_files_name_the_place(tmp_path, name, text, says):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(UserError) as caught:
-        parse_train_config([*NEEDED, "--config", str(tmp_path / name)])
-    assert says in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [("instance_data_dri = 'x'", "did you mean `instance_data_dir`"), ('rank = "big"', "expected a whole number")],
-)
-def test_a_wrong_setting_is_named_before_a_missing_one(tmp_path, text, says):
-    (tmp_path / "a.toml").write_text(text)
-    with pytest.raises(UserError) as caught:
-        parse_train_config(["--config", str(tmp_path / "a.toml")])
-    assert says in str(caught.value)
-
-
-def test_the_json_of_a_run_is_taken_back_and_holds_no_secret(tmp_path):
-    config = parse_train_config([*NEEDED, "--hub_token", "hf_secret", "--rank", "3", "--target_modules", "to_q"])
-    text = json.dumps(config.to_dict())
-    assert "hf_secret" not in text
-    (tmp_path / "train_config.json").write_text(text)
-    again = parse_train_config(["--config", str(tmp_path / "train_config.json")])
-    assert again.to_dict() == config.to_dict()
-
-
 def test_the_launcher_says_the_rank(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert parse_train_config([*NEEDED, "--local_rank", "1"]).local_rank == 3
@@ -305,23 +237,6 @@ def test_a_launcher_that_says_no_number_is_named(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "abc")
     with pytest.raises(UserError, match="LOCAL_RANK=abc in the environment: expected a whole number"):
         parse_train_config(NEEDED)
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_is_parsed(path):
-    config = parse_train_config([*NEEDED, "--config", str(path)])
-    assert config.max_train_steps and config.mixer in ("orthogonal", "none")
-
-
-def test_the_recipes_that_are_promised_are_there():
-    assert {"sdxl_8gb", "sdxl_12gb", "sdxl_24gb", "paper"} <= {path.stem for path in RECIPES}
-
-
-def test_the_papers_recipe_has_the_papers_numbers():
-    config = parse_train_config([*NEEDED, "--config", str(next(p for p in RECIPES if p.stem == "paper"))])
-    assert (config.rank, config.lora_alpha, config.learning_rate, config.max_train_steps) == (4, 4.0, 1e-4, 500)
-    assert (config.train_batch_size, config.gradient_accumulation_steps, config.resolution) == (1, 4, 1024)
-    assert config.target_modules == ("to_q", "to_k", "to_v", "to_out.0") and config.mixer == "orthogonal"
 
 
 def test_a_config_cannot_be_changed_and_takes_paths(tmp_path):

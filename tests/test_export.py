@@ -2,30 +2,25 @@
 
 import copy
 import json
-import pickle
-import struct
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file
 
-from benchmarks.fold_table import BOUND, loaded_by_diffusers, measure, small_unet
+from benchmarks.fold_table import BOUND, loaded_by_diffusers, measure
 from benchmarks.sdxl_structure import count
-from dreambooth_moslora import adapter_file, export, kohya, moslora, proof
+from dreambooth_moslora import export, kohya, moslora, proof
 from dreambooth_moslora.adapter_file import public_base_id
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.export import (
     PUBLISHED_NAME,
     RAW_NAME,
-    adapter_facts,
     load_published,
-    load_raw,
     publish,
     save_raw,
 )
 from dreambooth_moslora.moslora import (
-    ATTENTION_PROJECTIONS,
     FoldedLayer,
     MoSLoraConfig,
     adapter_layers,
@@ -34,45 +29,10 @@ from dreambooth_moslora.moslora import (
     set_scale,
 )
 from dreambooth_moslora.rank_reduction import reduce_rank
-from tests.test_moslora import shake
-from tests.test_moslora_models import PROJECTIONS
-from tests.tiny import tiny_text_config, tiny_unet
+from tests.live_adapters import facts_of, live
+from tests.tiny import tiny_unet
 
 KOHYA = "dog.kohya.safetensors"
-
-
-def text_encoders() -> dict[str, torch.nn.Module]:
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    torch.manual_seed(1)
-    return {
-        "text_encoder": CLIPTextModel(tiny_text_config(16, 31)),
-        "text_encoder_2": CLIPTextModelWithProjection(tiny_text_config(32, 31, projection_dim=32)),
-    }
-
-
-def live(with_text: bool = False, **options) -> dict[str, torch.nn.Module]:
-    """Components with a moved adapter. alpha differs from the rank, so that a lost alpha shows."""
-    components = {"unet": tiny_unet()} | (text_encoders() if with_text else {})
-    for name, model in components.items():
-        targets = list(ATTENTION_PROJECTIONS) if name == "unet" else PROJECTIONS
-        inject(model, MoSLoraConfig(**{"r": 4, "lora_alpha": 11, "target_modules": targets} | options))
-        shake(model)
-    return components
-
-
-def facts_of(components: dict, **more) -> export.AdapterFacts:
-    given = {"base_id": "some/base", "trigger_words": ("sks dog",), "class_word": "dog", "resolution_px": 1024}
-    return adapter_facts(components, **given | more)
-
-
-@pytest.fixture(scope="module")
-def dog(tmp_path_factory):
-    """One live adapter on all three components, its raw file and both published files."""
-    folder, components = tmp_path_factory.mktemp("dog"), live(with_text=True)
-    facts = facts_of(components)
-    save_raw(components, folder / RAW_NAME, facts)
-    return folder, components, publish(components, folder, "dog", facts)
 
 
 @pytest.mark.parametrize(
@@ -246,92 +206,6 @@ def test_public_base_id(name, public):
     assert public_base_id(name) == public
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"mixer": "kaiming", "train_mixer": False, "use_rslora": True, "lora_dropout": 0.1},
-        {"use_dora": True, "rank_pattern": {"to_k": 2}, "alpha_pattern": {"attn1.to_q": 3}},
-        {"mixer": "none"},
-    ],
-)
-def test_raw_files_come_back_bit_for_bit(options, tmp_path):
-    components = live(with_text=not options, **options)
-    save_raw(components, tmp_path / RAW_NAME, facts_of(components))
-    again = {"unet": tiny_unet()} | (text_encoders() if not options else {})
-    facts = load_raw(tmp_path / RAW_NAME, again)
-    assert facts.trigger_words == ("sks dog",) and facts.class_word == "dog" and facts.versions["peft"]
-    for name, model in components.items():
-        one, two = model.state_dict(), again[name].state_dict()
-        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-        pairs = zip(adapter_layers(model).values(), adapter_layers(again[name]).values(), strict=True)
-        assert all(
-            a.scaling == b.scaling and a.r == b.r and a.lora_dropout.keys() == b.lora_dropout.keys() for a, b in pairs
-        )
-        assert [n for n, p in model.named_parameters() if p.requires_grad] == [
-            n for n, p in again[name].named_parameters() if p.requires_grad
-        ]
-
-
-@pytest.mark.parametrize("mixer", ["orthogonal", "none"])
-def test_a_stock_loader_refuses_a_raw_file(mixer, tmp_path):
-    components = live(mixer=mixer)
-    save_raw(components, tmp_path / RAW_NAME, facts_of(components))
-    with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
-        loaded_by_diffusers(tiny_unet(), tmp_path / RAW_NAME)
-
-
-def spoil(folder, how: str):
-    """A broken copy of the raw file."""
-    whole, path = folder / RAW_NAME, folder / f"{how}.safetensors"
-    tensors = load_file(whole)
-    with safe_open(whole, "pt") as file:
-        header = file.metadata()
-    if how == "truncated":
-        path.write_bytes(whole.read_bytes()[:-100])
-    elif how == "pickled":
-        path.write_bytes(pickle.dumps(tensors))
-    elif how == "nan":
-        next(t for k, t in tensors.items() if k.endswith("lora_A"))[0, 0] = float("nan")
-        save_file(tensors, path, header)
-    elif how == "half":
-        save_file({k: t for k, t in tensors.items() if not k.endswith("to_q.mixer")}, path, header)
-    elif how == "headless":
-        save_file(tensors, path)
-    elif how == "published":
-        path.write_bytes((folder / PUBLISHED_NAME).read_bytes())
-    elif how == "empty":
-        path.write_bytes(struct.pack("<Q", 1 << 40))
-    return path
-
-
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        ("truncated", "truncated or no safetensors file"),
-        ("empty", "truncated or no safetensors file"),
-        ("pickled", "can run code"),
-        ("nan", "NaN or infinite values, first in"),
-        ("half", "is not whole"),
-        ("headless", "lost its header"),
-        ("published", "loads with load_lora_weights"),
-        ("absent", "there is no file"),
-    ],
-)
-def test_broken_files_get_one_clear_line(how, said, dog):
-    components = {"unet": tiny_unet()} | text_encoders()
-    with pytest.raises(UserError, match=said) as caught:
-        load_raw(spoil(dog[0], how), components)
-    assert "\n" not in str(caught.value) and not hasattr(components["unet"], "peft_config")
-
-
-def test_another_base_is_named_with_both_sizes(dog):
-    with pytest.raises(UserError, match=r"another base \(some/base\).*to_k of 16×16 \(out×in\), which is 64×64 here"):
-        load_raw(dog[0] / RAW_NAME, {"unet": small_unet()} | text_encoders())
-    with pytest.raises(UserError, match="also adapts text_encoder, text_encoder_2"):
-        load_raw(dog[0] / RAW_NAME, {"unet": tiny_unet()})
-
-
 def test_nan_and_merged_adapters_are_not_saved(tmp_path):
     components = live()
     layer = next(iter(adapter_layers(components["unet"]).values()))
@@ -407,13 +281,6 @@ def test_the_full_size_sdxl_adapter():
     found = count(4)
     assert found["projections"] == 560
     assert round(found["a_and_b"], 2) == 5.81 and round(found["mixers"], 3) == 0.009
-
-
-def test_a_newer_raw_format_is_refused(tmp_path, dog):
-    tensors = load_file(dog[0] / RAW_NAME) | {"raw_format": torch.tensor([99])}
-    (tmp_path / "new.safetensors").write_bytes(save(tensors, {"moslora": "{}"}))
-    with pytest.raises(UserError, match="newer"):
-        adapter_file.read_raw(tmp_path / "new.safetensors")
 
 
 def test_a_file_that_the_stock_loader_refuses_is_not_published(monkeypatch, tmp_path):

@@ -13,7 +13,7 @@ from dreambooth_moslora.commands import info as info_command
 from dreambooth_moslora.describe import describe
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.export import PUBLISHED_NAME, RAW_NAME, adapter_facts, publish, save_raw
-from tests.test_export import live
+from tests.live_adapters import live
 
 
 def call(command, *arguments) -> int:

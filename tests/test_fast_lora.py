@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from dreambooth_moslora.config import MIXERS
 from dreambooth_moslora.fast_lora import (
     FastLinear,
     disable_fast_path,
@@ -13,7 +14,7 @@ from dreambooth_moslora.fast_lora import (
     slow_projections,
     slow_reason,
 )
-from dreambooth_moslora.moslora import MIXERS, MoSLoraConfig, adapter_layers, disabled, inject, set_scale
+from dreambooth_moslora.moslora import MoSLoraConfig, adapter_layers, disabled, inject, set_scale
 from tests.tiny import tiny_unet
 
 RANK = 3

@@ -37,6 +37,7 @@ LAYERS: list[set[str]] = [
         "best_step",
     },
     {
+        "mixer",
         "moslora",
         "fast_lora",
         "objective",
@@ -157,7 +158,7 @@ def test_heavy_libraries_stay_where_they_belong(path):
     }
     if not name.startswith("ui"):
         assert "gradio" not in roots
-    if name in {"moslora", "fast_lora", "objective"}:
+    if name in {"mixer", "moslora", "fast_lora", "objective"}:
         assert "diffusers" not in roots
     if RANK[layer_name(name)] == 0:
         assert not roots & {"torch", "diffusers", "transformers", "peft", "accelerate"}

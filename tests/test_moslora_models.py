@@ -24,9 +24,9 @@ from transformers import (
 from benchmarks.fold_table import loaded_by_diffusers
 from dreambooth_moslora.diagnostics import diagnostics, summary
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.mixer import MixedUp
 from dreambooth_moslora.moslora import (
     ATTENTION_PROJECTIONS,
-    MixedUp,
     MoSLoraConfig,
     adapter_layers,
     adapter_parameters,

@@ -20,7 +20,6 @@ from dreambooth_moslora.pipeline import Image
 from dreambooth_moslora.ui.jobs import Job
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.visitors import COOKIE, visitor_id
-from tests.ui_server import serve
 
 FAST = {"steps": 3, "guidance_scale": 2.0}
 GENERATE_ARGUMENTS = [
@@ -39,17 +38,6 @@ GENERATE_ARGUMENTS = [
     "num_images",
     "scheduler",
 ]
-
-
-@pytest.fixture(scope="module")
-def served(tiny_base, tmp_path_factory):
-    with serve(tiny_base, tmp_path_factory.mktemp("app")) as server:
-        yield server
-
-
-@pytest.fixture
-def client(served):
-    return Client(served.url, verbose=False)
 
 
 def files_of(gallery) -> list[str]:

@@ -21,12 +21,6 @@ from tests.ui_server import serve
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def served(tiny_base, tmp_path_factory):
-    with serve(tiny_base, tmp_path_factory.mktemp("app")) as server:
-        yield server
-
-
 def test_the_cookie_is_unreadable_for_scripts_and_not_sent_across_sites(served):
     answer = httpx.get(served.url)
     cookie = next(value for value in answer.headers.get_list("set-cookie") if value.startswith("moslora_visitor="))
