@@ -7,6 +7,7 @@
 A worker keeps the base, the encoders and each subject's base pictures in memory from one cell to the next.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,15 +19,17 @@ from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from threading import Thread
 
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from dreambooth_moslora.base import resolve_base
+from dreambooth_moslora.cache import content_key, file_digest
 from dreambooth_moslora.compare_stats import JUDGED, Result, best_rates
 from dreambooth_moslora.config import TrainConfig
-from dreambooth_moslora.encoders import Encoders, load_encoders
+from dreambooth_moslora.encoders import TOY_DINO, Encoders, load_encoders, own_encoders
 from dreambooth_moslora.evaluate import Evaluation, Evaluator, evaluate_adapter
 from dreambooth_moslora.evaluation_plan import is_toy, plan_for
 from dreambooth_moslora.hollow import hollow
@@ -41,6 +44,7 @@ from dreambooth_moslora.trainer import train
 __all__ = ["Progress", "budget_ranks", "read_results", "run_study"]
 
 STRIP_PX, STRIP_LENGTH = 128, 8
+WHOLE_BYTES, END_BYTES = 64 << 20, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,25 @@ def run_cells(study: Study, cells: list[Cell], ranks, out: Path, jobs: int) -> I
         yield from (run_cell(study, cell, ranks[cell.arm, cell.rank], out) for cell in cells)
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker, (threads, os.getpid())) as pool:
         futures = [pool.submit(run_cell, study, cell, ranks[cell.arm, cell.rank], out) for cell in cells]
         try:
             yield from (future.result() for future in as_completed(futures))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def begin_worker(threads: int, parent: int) -> None:
+    """Of `jobs` processes: its share of the cores, and an end when the one that started it is gone."""
+    torch.set_num_threads(threads)
+    Thread(target=end_with, args=(parent,), daemon=True).start()
+
+
+def end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def run_cell(study: Study, cell: Cell, rank: int, out: Path) -> tuple[Cell, float, str]:
@@ -196,7 +212,33 @@ def strip(pictures: Iterable[Image.Image]) -> Image.Image:
 
 
 def result_path(study: Study, cell: Cell, out: Path) -> Path:
-    return out / "cells" / f"{cell.name}-{study.digest(cell)}.json"
+    digest = study.digest(cell, [content_of(path) for path in materials(study, cell.subject)])
+    return out / "cells" / f"{cell.name}-{digest}.json"
+
+
+def materials(study: Study, subject: str) -> list[Path]:
+    """The files that a result depends on: photos, base and encoders. What is on the hub goes by its name."""
+    base, protocol = resolve_base(study.base), study.protocol
+    beside = [base.parent / TOY_DINO] if own_encoders(study.base) else []
+    found = [base, study.subject(subject).photos, protocol.clip, protocol.dino, *beside]
+    return [Path(path) for path in found if path and Path(path).exists()]
+
+
+@lru_cache(maxsize=64)
+def content_of(path: Path) -> str:
+    """A digest of a file, or of all files below a folder but for texts about them."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.suffix != ".md")
+    return content_key(files=[(str(file.relative_to(path)), file_mark(file)) for file in files])
+
+
+def file_mark(path: Path) -> str:
+    """The digest of a file. Of a large one its size and its end: weights stand there, and any training moves them."""
+    size = path.stat().st_size
+    if size <= WHOLE_BYTES:
+        return file_digest(path)
+    with path.open("rb") as file:
+        file.seek(-END_BYTES, os.SEEK_END)
+        return f"{size} {hashlib.sha256(file.read()).hexdigest()}"
 
 
 def read_results(study: Study, cells: Iterable[Cell], out: Path) -> list[Result]:

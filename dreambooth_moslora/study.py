@@ -13,7 +13,7 @@ that names a learning rate keeps it. A subject is a folder with `subject.json` {
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -171,9 +171,10 @@ class Study:
             own["class_prompt"] = subject.class_prompt
         return TrainConfig.from_dict({**self.train, **self.arms[cell.arm], **own})
 
-    def digest(self, cell: Cell) -> str:
-        """Changes when anything does that the cell's result depends on."""
+    def digest(self, cell: Cell, materials: Sequence[str] = ()) -> str:
+        """Changes when anything does that the cell's result depends on. `materials`: the content of its files."""
         facts = [
+            *materials,
             self.train,
             self.arms[cell.arm],
             asdict(self.protocol),

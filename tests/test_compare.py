@@ -2,11 +2,24 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
+import psutil
 import pytest
 
-from dreambooth_moslora.compare import budget_ranks, count_parameters, nearest_rank, projections, run_study
+from dreambooth_moslora.compare import (
+    budget_ranks,
+    content_of,
+    count_parameters,
+    nearest_rank,
+    projections,
+    result_path,
+    run_study,
+)
 from dreambooth_moslora.compare_report import write_comparison
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.study import Protocol, Study, StudySubject
@@ -60,6 +73,53 @@ def test_it_goes_on_where_it_stopped(study, finished):
     assert [p.cell.arm for p in seen] == ["mix"] and [p.done for p in seen] == [2]
     assert [r.scores for r in again] == [r.scores for r in results]  # the same seed gives the same scores
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items() if path.stem != victim.stem)
+
+
+def test_another_base_or_photo_is_another_cell_and_a_text_about_it_is_not(study, tiny_base, tmp_path):
+    cell = study.test_cells({("lora", 4): 1e-3, ("mix", 4): 1e-3})[0]
+    base, photos = (tmp_path / name for name in ("base", "photos"))
+    shutil.copytree(tiny_base, base)
+    shutil.copytree(study.subjects[0].photos, photos)
+    mine = replace(study.subjects[0], photos=str(photos))
+    copied = replace(study, train={**study.train, "pretrained_model_name_or_path": str(base)}, subjects=(mine,))
+    cell = replace(cell, subject="photos")
+
+    def path():
+        content_of.cache_clear()
+        return result_path(copied, cell, tmp_path)
+
+    seen = [path()]
+    (base / "README.md").write_text("a card")
+    assert path() == seen[0]
+    weights = next(base.rglob("unet/*.safetensors"))
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    seen.append(path())
+    next(photos.glob("*.png")).write_bytes(b"another photo")
+    seen.append(path())
+    assert len(set(seen)) == 3
+
+
+def test_workers_end_with_the_study_that_started_them():
+    code = (
+        "import os, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from dreambooth_moslora.compare import begin_worker\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ProcessPoolExecutor(1, get_context('spawn'), begin_worker, (1, os.getpid()))\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 600).result()\n"
+    )
+    study = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    worker = psutil.Process(int(study.stdout.readline()))
+    assert worker.is_running()
+    study.kill()
+    study.wait()
+    deadline = time.monotonic() + 20
+    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the worker goes on alone"
+        time.sleep(0.1)
 
 
 def test_the_report_is_one_file_without_network_or_paths(study, finished):
