@@ -4,6 +4,7 @@ where there is no folder or no permission. No torch is needed to say so.
 
 import os
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from dreambooth_moslora.card_marks import is_card, pictures_named
 from dreambooth_moslora.config import TrainConfig
@@ -57,16 +58,24 @@ def check_places(config: TrainConfig, run_dir: RunDir) -> None:
     for name, value in places.items():
         if value:
             require_folder(name, value, Path(value))
+            if not Path(value).exists() or name == "output_dir":
+                require_writable(name, value)
     if config.report_to in ("tensorboard", "all"):
         require_folder("logging_dir", config.logging_dir, run_dir.path / config.logging_dir)
-    if not os.access(nearest_existing(run_dir.path), os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {config.output_dir}: cannot be written: permission denied.")
 
 
 def require_folder(name: str, value: str, path: Path) -> None:
     found = nearest_existing(path)
     if not found.is_dir():
         raise UserError(f"--{name} {value}: {found} is a file, not a folder.")
+
+
+def require_writable(name: str, value: str) -> None:
+    """Tried, not asked: a file system may refuse what the permissions allow."""
+    try:
+        TemporaryFile(dir=nearest_existing(Path(value))).close()
+    except OSError as error:
+        raise UserError(f"--{name} {value}: cannot be written: {error.strerror}.") from error
 
 
 def nearest_existing(path: Path) -> Path:

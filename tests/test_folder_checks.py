@@ -1,6 +1,7 @@
 """A run takes no folder in which it would harm what it did not make."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -91,8 +92,16 @@ def test_a_card_or_picture_that_no_run_made_is_not_written_over(name, tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="everything is allowed to root")
 def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
     tmp_path.chmod(0o555)
-    with pytest.raises(UserError, match=r"--output_dir .*: cannot be written: permission denied"):
+    with pytest.raises(UserError, match=r"--output_dir .*: cannot be written: Permission denied"):
         check(tmp_path / "a" / "b")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no file system here that refuses even the administrator")
+@pytest.mark.parametrize("name", ["output_dir", "class_data_dir", "cache_dir"])
+def test_where_the_file_system_refuses_a_folder_is_said_before_training(name, tmp_path):
+    places = {"output_dir": tmp_path / "run", name: "/proc/no/such"}
+    with pytest.raises(UserError, match=rf"--{name} /proc/no/such: cannot be written"):
+        check(places.pop("output_dir"), **places)
 
 
 def test_a_run_replaces_the_pictures_of_its_own_card_only(tiny_base, tmp_path):
