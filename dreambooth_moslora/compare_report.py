@@ -33,6 +33,7 @@ RELATIVE = {
     "clip_t_of_base": "CLIP-T, share of the base's",
     "pres_gain": "PRES above the base's, in its standard deviations",
     "drift_of_spread": "Drift, share of the base's spread",
+    "class_diversity_of_base": "DIV of the bare class, share of the base's",
     "copied": "Share of copies",
 }
 DIFFERENCES = ("dino", "clip_t", "pres", "drift", "score")

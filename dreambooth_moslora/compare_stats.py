@@ -30,6 +30,7 @@ MEASURES = (
     "clip_t_of_base",
     "pres_gain",
     "drift_of_spread",
+    "class_diversity_of_base",
 )
 """What is compared. Of PRES, drift and copies, less is better."""
 JUDGED = ("dino", "clip_t")

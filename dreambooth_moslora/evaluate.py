@@ -86,6 +86,7 @@ class Evaluation:
             "clip_t_of_base": ("clip_t", "clip_t_base"),
             "dino_of_ceiling": ("dino", "dino_ceiling"),
             "drift_of_spread": ("drift", "drift_base_spread"),
+            "class_diversity_of_base": ("class_diversity", "class_diversity_base"),
         }
         found = {n: self.mean(a) / self.mean(b) for n, (a, b) in shares.items() if b in self.tables and self.mean(b)}
         if "pres_base" in self.tables and (deviation := float(self.tables["pres_base"].std())):
@@ -120,8 +121,7 @@ class Evaluator:
         unrelated = self._views(draw(plan.unrelated_requests, True)) if plan.unrelated else None
         tables = self._subject_tables(subject, base["subject"])
         if classes is not None:
-            tables["pres"] = metrics.prior_preservation(classes.dino, self.photos.dino).numpy()
-            tables["pres_base"] = metrics.prior_preservation(base["class"].dino, self.photos.dino).numpy()
+            tables |= self._class_tables(classes, base["class"])
         if unrelated is not None:
             tables |= self._drift_tables(unrelated, base["unrelated"])
         alarm = metrics.copy_alarm(subject.joint, self.photos.joint)
@@ -166,6 +166,16 @@ class Evaluator:
             tables["diversity_base"] = self._diversity(base)
         if self.truth is not None:
             tables |= self.truth.tables(self.plan, subject.pictures, subject.dino, photos.dino)
+        return tables
+
+    def _class_tables(self, classes: Views, base: Views) -> Tables:
+        """PRES, and DIV of the bare class: with its prior preserved it stays as varied as the base draws it."""
+        tables = {}
+        for end, views in (("", classes), ("_base", base)):
+            tables[f"pres{end}"] = metrics.prior_preservation(views.dino, self.photos.dino).numpy()
+            if len(views.pictures) > 1:
+                one_prompt = [0] * len(views.pictures)
+                tables[f"class_diversity{end}"] = by_prompt(metrics.diversity(views.dino, one_prompt))
         return tables
 
     def _drift_tables(self, unrelated: Views, base: Views) -> Tables:

@@ -22,6 +22,11 @@ MEASURES = {
     "clip_t": ("CLIP-T", "clip_t_base", "does the picture show what the prompt says? (token left out)"),
     "diversity": ("DIV", "diversity_base", "difference between pictures of one prompt; higher is more varied"),
     "pres": ("PRES", "pres_base", "likeness of the bare class to the subject; near the base's is good"),
+    "class_diversity": (
+        "DIV of the class",
+        "class_diversity_base",
+        "difference between pictures of the bare class, by DINO; near the base's is good",
+    ),
     "drift": (
         "Drift",
         "drift_base_spread",
@@ -77,9 +82,9 @@ def scores_json(found: Evaluation, about: Subjects, photo_fidelity: float) -> di
 
 
 def per_prompt(found: Evaluation) -> list[dict]:
-    """Means over the seeds for each prompt, of every table that has a row for each."""
-    count = len(found.plan.templates)
-    tables = {name: t for name, t in found.tables.items() if t.ndim == 2 and len(t) == count and "drift" not in name}
+    """Means over the seeds for each prompt of the subject, of every table that has a row for each."""
+    count, others = len(found.plan.templates), ("drift", "class")
+    tables = {n: t for n, t in found.tables.items() if t.ndim == 2 and len(t) == count and not n.startswith(others)}
     return [
         {"prompt": prompt, **{name: round(float(t[row].mean()), 4) for name, t in tables.items()}}
         for row, prompt in enumerate(found.plan.texts)

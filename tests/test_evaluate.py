@@ -83,12 +83,22 @@ def test_an_adapter_is_scored_in_tables_of_prompts_and_seeds(subject, encoders, 
         **dict.fromkeys(("dino", "clip_i", "clip_t", "dino_base", "clip_i_base", "clip_t_base", "copy_index"), (3, 2)),
         **dict.fromkeys(("diversity", "diversity_base"), (3, 1)),
         **dict.fromkeys(("pres", "pres_base"), (2,)),
+        **dict.fromkeys(("class_diversity", "class_diversity_base"), (1, 1)),
         "drift": (1, 2),
         "drift_base_spread": (1, 1),
     }
     assert found.mean("drift") > 1e-4  # the adapter changed what the base draws
     assert 0 <= found.score <= 1
     assert len(found.pictures["subject"]) == len(found.pictures["subject_base"]) == 6
+
+
+def test_a_class_that_has_become_one_picture_has_no_diversity(encoders, photos):
+    def draw(requests, on):
+        return [photos[0]] * len(requests) if on else stub_pictures(requests)
+
+    found = Evaluator(PLAN, encoders, photos)(draw)
+    assert found.mean("class_diversity") == pytest.approx(0, abs=1e-5) and found.mean("class_diversity_base") > 1e-3
+    assert found.means()["class_diversity_of_base"] == pytest.approx(0, abs=1e-3)
 
 
 def test_an_adapter_that_is_off_does_not_drift_and_scores_the_same_twice(subject, encoders, photos, tmp_path):
