@@ -183,7 +183,7 @@ def is_main_process() -> bool:
 
 
 def start_log(config: TrainConfig) -> logging.Logger:
-    """Everything that is logged goes to the run folder; warnings go to the terminal as well.
+    """Everything that is logged goes to the run folder; warnings go to the terminal as well, from one process of many.
 
     What the returned logger says goes to the run folder alone: the terminal hears of a run's end by `exit_code`.
     """
@@ -193,7 +193,7 @@ def start_log(config: TrainConfig) -> logging.Logger:
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     terminal = logging.StreamHandler()
-    terminal.setLevel(logging.WARNING)
+    terminal.setLevel(logging.WARNING if is_main_process() else logging.ERROR)
     terminal.setFormatter(logging.Formatter("%(message)s"))
     file = log_file(RunDir(config.output_dir)) if is_main_process() else logging.NullHandler()
     file_only = logging.Logger(__name__)

@@ -84,4 +84,5 @@ def test_a_stop_that_one_process_hears_while_photos_are_encoded_ends_all(tiny_ba
             rank.kill()
     assert [rank.returncode for rank in ranks] == [130, 130], said
     assert "stopped before the first step" in said[0]
+    assert ["said by every process" in words for words in said] == [True, False]
     assert not RunDir(tmp_path / "run").checkpoints()
