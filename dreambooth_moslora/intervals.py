@@ -2,7 +2,11 @@
 
 A score is a table with an axis for each thing that was drawn at random: prompts × seeds, or subjects × seeds. All axes
 are resampled at once, each as a whole (the crossed bootstrap of Owen, "The pigeonhole bootstrap", 2007): ten
-pictures of one bad prompt do not count as ten independent ones. A little conservative, never the other way.
+pictures of one bad prompt do not count as ten independent ones.
+
+Resampling a handful of things shows too little of their spread: with six subjects nine intervals of ten hold the truth,
+not nineteen of twenty. The interval is therefore widened to Student's t (the "expanded percentile interval" of
+Hesterberg, "What teachers should know about the bootstrap", 2015), with Satterthwaite's degrees of freedom (1946).
 """
 
 from dataclasses import dataclass
@@ -13,6 +17,9 @@ import numpy as np
 __all__ = ["Interval", "bootstrap_mean"]
 
 RESAMPLES = 4000
+NORMAL = 1.960
+DEGREES = np.array([1, 2, 3, 4, 5, 6, 8, 10, 15, 30, np.inf])
+STUDENT = np.array([12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.306, 2.228, 2.131, 2.042, NORMAL])
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Interval:
 
 
 def bootstrap_mean(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """The mean of a table of any number of axes, and its percentile interval when every axis is resampled.
+    """The mean of a table of any number of axes, and its interval when every axis is resampled.
 
     An axis of length 1 says nothing about its own spread: it adds nothing to the interval. Raises ValueError when empty
     or not finite.
@@ -45,5 +52,24 @@ def bootstrap_mean(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
     axes = ascii_lowercase[: values.ndim]
     terms = ",".join(f"R{axis}" for axis in axes)
     means = np.einsum(f"{axes},{terms}->R", values, *counts, optimize=True) if counts else np.full(resamples, values)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return Interval(float(values.mean()), float(low), float(high))
+    mean = values.mean()
+    low, high = mean + widening(values) * (np.percentile(means, (2.5, 97.5)) - mean)
+    return Interval(float(mean), float(low), float(high))
+
+
+def widening(values: np.ndarray) -> float:
+    """What a percentile interval lacks for the few things along each axis: at least 1, 1.44 for six subjects."""
+    sizes = [(axis, n) for axis, n in enumerate(values.shape) if n > 1]
+    others = [tuple(other for other in range(values.ndim) if other != axis) for axis, _ in sizes]
+    variances = np.array([values.mean(axis=o).var(ddof=1) / n for o, (_, n) in zip(others, sizes)])
+    if not variances.any():
+        return 1.0
+    counts = np.array([n for _, n in sizes])
+    degrees = variances.sum() ** 2 / (variances**2 / (counts - 1)).sum()
+    shown = (variances * (counts - 1) / counts).sum()
+    return student(degrees) / NORMAL * float(np.sqrt(variances.sum() / shown))
+
+
+def student(degrees: float) -> float:
+    """The 97.5 % point of Student's t. Between the tabulated degrees it errs to the wide side."""
+    return float(np.interp(-1 / degrees, -1 / DEGREES, STUDENT))

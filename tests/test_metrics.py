@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 from dreambooth_moslora import metrics
-from dreambooth_moslora.intervals import bootstrap_mean
+from dreambooth_moslora.intervals import bootstrap_mean, student
 
 E = torch.eye(4)
 HALF = normalize(E[0] + E[1], dim=0)  # 45 degrees between the first two axes
@@ -96,14 +96,20 @@ def test_checkpoint_score_is_the_product_and_never_rewards_more_prompt_than_the_
     assert metrics.checkpoint_score(-0.2, 0.3, 0.3, 0.0) == 0.0
 
 
-def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("shape", [(6, 1), (6, 2), (12, 10), (16, 4), (3, 2)])
+def test_intervals_hold_the_truth_about_as_often_as_they_say(shape):
+    rng, (rows, columns) = np.random.default_rng(0), shape
     hits = 0
-    for trial in range(200):
-        table = rng.normal(0, 1, (12, 1)) + rng.normal(0, 1, (1, 10)) + rng.normal(0, 1, (12, 10))
-        found = bootstrap_mean(table, resamples=300, seed=trial)
+    for trial in range(400):
+        table = rng.normal(0, 1, (rows, 1)) + rng.normal(0, 0.5, (1, columns)) * (columns > 1) + rng.normal(0, 1, shape)
+        found = bootstrap_mean(table, resamples=400, seed=trial)
         hits += found.low <= 0 <= found.high
-    assert 0.88 <= hits / 200 <= 1.0
+    assert 0.93 <= hits / 400 <= 0.999
+
+
+def test_students_t_is_as_in_the_books_and_never_too_small_between():
+    assert [student(n) for n in (1, 5, 30, np.inf)] == pytest.approx([12.706, 2.571, 2.042, 1.960])
+    assert 2.201 <= student(11) < 2.22 and 2.093 <= student(19) < 2.11
 
 
 def test_bootstrap_over_prompts_is_wider_than_if_all_pictures_were_independent():
