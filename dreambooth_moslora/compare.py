@@ -27,10 +27,10 @@ from PIL import Image
 
 from dreambooth_moslora.base import resolve_base
 from dreambooth_moslora.cache import content_key, file_digest
-from dreambooth_moslora.compare_stats import JUDGED, Result, best_rates
+from dreambooth_moslora.compare_stats import JUDGED, Result, best_rates, is_tuned
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.encoders import TOY_DINO, Encoders, load_encoders, own_encoders
-from dreambooth_moslora.evaluate import Evaluation, Evaluator, evaluate_adapter
+from dreambooth_moslora.evaluate import Evaluation, Evaluator, evaluate_adapter, truth_of
 from dreambooth_moslora.evaluation_plan import is_toy, plan_for
 from dreambooth_moslora.hollow import hollow
 from dreambooth_moslora.memory import reset_peak_memory
@@ -61,13 +61,13 @@ class Progress:
 def run_study(study: Study, out: Path, jobs: int, on_progress: Callable[[Progress], None]) -> list[Result]:
     """Tune, then test; cells whose result lies in `out` are not run again. Returns all results, failed ones left out.
 
-    A cell that fails does not stop the others; run again to try it again. No jobs: read what is finished.
+    A cell that fails does not stop the others; run again to try it again. A learning rate at which a training fails is
+    none to choose. No jobs: read what is finished.
     """
     ranks = budget_ranks(study) if jobs else {}
     finish(study, study.tuning_cells(), ranks, out, jobs, on_progress)
     tuned = read_results(study, study.tuning_cells(), out)
-    missing = len(study.tuning_cells()) - len(tuned)
-    if missing:
+    if not is_tuned(study, tuned):
         return tuned
     cells = study.test_cells(best_rates(study, tuned))
     finish(study, cells, ranks, out, jobs, on_progress)
@@ -87,11 +87,11 @@ def finish(study: Study, cells: list[Cell], ranks, out: Path, jobs: int, on_prog
 def run_cells(study: Study, cells: list[Cell], ranks, out: Path, jobs: int) -> Iterator[tuple[Cell, float, str]]:
     """(cell, seconds, error) as they end. One job runs in this process; more get processes of their own."""
     if jobs == 1 or len(cells) <= 1:
-        yield from (run_cell(study, cell, ranks[cell.arm, cell.rank], out) for cell in cells)
+        yield from (run_cell(study, cell, ranks[cell.arm, cell.rank], out, jobs) for cell in cells)
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker, (threads, os.getpid())) as pool:
-        futures = [pool.submit(run_cell, study, cell, ranks[cell.arm, cell.rank], out) for cell in cells]
+        futures = [pool.submit(run_cell, study, cell, ranks[cell.arm, cell.rank], out, jobs) for cell in cells]
         try:
             yield from (future.result() for future in as_completed(futures))
         except BaseException:
@@ -111,7 +111,7 @@ def end_with(parent: int) -> None:
     os._exit(1)
 
 
-def run_cell(study: Study, cell: Cell, rank: int, out: Path) -> tuple[Cell, float, str]:
+def run_cell(study: Study, cell: Cell, rank: int, out: Path, jobs: int) -> tuple[Cell, float, str]:
     """Train, score, write the result, drop the run folder."""
     started = time.monotonic()
     work = out / "running" / f"{cell.name}-{os.getpid()}"
@@ -126,9 +126,8 @@ def run_cell(study: Study, cell: Cell, rank: int, out: Path) -> tuple[Cell, floa
     path = result_path(study, cell, out)
     path.parent.mkdir(parents=True, exist_ok=True)
     strip(found.pictures["subject"]).save(path.with_suffix(".jpg"), quality=85)
-    result = Result(
-        cell, found.means(), per_picture(found), {**cost, "rank": rank, "evaluation_seconds": found.seconds}
-    )
+    cost |= {"rank": rank, "evaluation_seconds": found.seconds, "jobs": jobs}
+    result = Result(cell, found.means(), per_picture(found), cost)
     atomic_write(path, json.dumps(asdict(result)) + "\n")
     return cell, time.monotonic() - started, ""
 
@@ -136,10 +135,13 @@ def run_cell(study: Study, cell: Cell, rank: int, out: Path) -> tuple[Cell, floa
 def train_cell(config: TrainConfig, out: Path) -> dict[str, float]:
     """Train; seconds in all, seconds a step (median), peak memory and the number of trained parameters."""
     reset_peak_memory()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     started = time.monotonic()
     shared = {"caching": "disk", "cache_dir": str(out / "cache")}
-    if config.with_prior_preservation and not config.class_data_dir:  # generated once by each process
-        shared["class_data_dir"] = str(out / "class_images" / f"{Path(config.instance_data_dir).name}-{os.getpid()}")
+    if config.with_prior_preservation and not config.class_data_dir:  # once by each process, alike for all arms
+        own = f"{Path(config.instance_data_dir).name}-s{config.seed}-{os.getpid()}"
+        shared["class_data_dir"] = str(out / "class_images" / own)
     result = train(TrainConfig.from_dict({**config.to_dict(), **shared}))
     steps = [event for event in RunDir(result.run_dir).read_metrics() if event["type"] == "step"]
     return {
@@ -183,18 +185,16 @@ def evaluator_of(study: Study, name: str) -> Evaluator:
 def make_evaluator(study: Study, name: str) -> Evaluator:
     config = study.config_of(Cell("test", study.reference, 1, name, 0, 1.0), 1, Path("unused"))
     protocol, encoders = study.protocol, encoders_of(study.base, study.protocol.clip, study.protocol.dino)
-    plan = plan_for(study.base, subject_of(config), seeds=tuple(range(protocol.images_per_prompt))).smaller(
+    photos = instance_photos(config).photos
+    captions, seeds = [c for photo in photos for c in photo.captions], tuple(range(protocol.images_per_prompt))
+    plan = plan_for(study.base, subject_of(config), captions=captions, seeds=seeds).smaller(
         protocol.num_prompts,
         protocol.images_per_prompt,
         protocol.class_images,
         protocol.unrelated,
         protocol.inference_steps,
     )
-    photos, truth = instance_photos(config).photos, None
-    if is_toy(study.base):
-        from dreambooth_moslora.toy_truth import find_truth  # the toy world costs an import
-
-        truth = find_truth(Path(config.instance_data_dir), encoders, pipeline_of(study.base).resolution_px)
+    truth = truth_of(study.base, config.instance_data_dir, plan, encoders, pipeline_of(study.base).resolution_px)
     return Evaluator(plan, encoders, [open_rgb(p) for p in photos], [open_mask(p) for p in photos], truth)
 
 

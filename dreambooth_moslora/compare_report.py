@@ -15,11 +15,14 @@ from dreambooth_moslora.compare_stats import (
     ArmSummary,
     Outcome,
     Result,
+    of_whole_seeds,
     outcomes,
     rate_curves,
+    seeds_of,
     summaries,
 )
 from dreambooth_moslora.encoders import public_name
+from dreambooth_moslora.evaluate import RELATIVE
 from dreambooth_moslora.html_page import figure, page, picture, section, table
 from dreambooth_moslora.intervals import Interval
 from dreambooth_moslora.rundir import atomic_write
@@ -28,19 +31,12 @@ from dreambooth_moslora.study import Study
 __all__ = ["finding", "markdown_tables", "write_comparison"]
 
 SCORES = {"dino": "DINO", "clip_t": "CLIP-T", "diversity": "DIV", "pres": "PRES", "drift": "Drift", "score": "Score"}
-RELATIVE = {
-    "dino_of_ceiling": "DINO, share of true renders'",
-    "clip_t_of_base": "CLIP-T, share of the base's",
-    "pres_gain": "PRES above the base's, in its standard deviations",
-    "drift_of_spread": "Drift, share of the base's spread",
-    "class_diversity_of_base": "DIV of the bare class, share of the base's",
-    "copied": "Share of copies",
-}
 DIFFERENCES = ("dino", "clip_t", "pres", "drift", "score")
 
 
 def write_comparison(study: Study, results: Sequence[Result], out: Path) -> str:
     """Write all files of what is finished so far; returns what was found, in one sentence an arm."""
+    results = of_whole_seeds(results)
     arms, against = summaries(results), outcomes(study, results)
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "results.json", json.dumps(results_json(study, results, arms, against), indent=1) + "\n")
@@ -63,7 +59,7 @@ def results_json(study: Study, results, arms: Sequence[ArmSummary], against: Seq
         "study": {
             "subjects": [s.name for s in study.subjects],
             "tuning_subjects": [s.name for s in study.tuning_subjects],
-            "seeds": study.seeds,
+            "seeds": seeds_of(results),
             "ranks": study.ranks,
             "learning_rates": study.learning_rates,
             "budget": study.budget,
@@ -90,7 +86,9 @@ def span(interval: Interval, signed: bool = False) -> str:
 
 def arm_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: scores with intervals over subjects and seeds, and what the arm costs."""
-    header = ["Arm", "Rank", "Parameters", "Learning rate", *SCORES.values(), "ms a step", "GiB"]
+    jobs = max((int(arm.cost.get("jobs", 1)) for arm in arms), default=1)
+    pace = "ms a step" if jobs == 1 else f"ms a step, {jobs} trainings at once"
+    header = ["Arm", "Rank", "Parameters", "Learning rate", *SCORES.values(), pace, "GiB of the process"]
     rows = [
         [
             arm.arm,
@@ -160,7 +158,7 @@ def plots_of(study: Study, results, arms: Sequence[ArmSummary], against: Sequenc
         plots["wins"] = compare_plots.win_plot(against, study.reference)
     if arms:
         plots["trade_off"] = compare_plots.trade_off_plot(arms)
-    if curves := rate_curves(results):
+    if curves := rate_curves(study, results):
         plots["learning_rates"] = compare_plots.rate_plot(curves)
     return plots
 
@@ -182,7 +180,7 @@ def report_html(study: Study, results, out: Path, tables, plots: dict, against: 
 def protocol_line(study: Study, results: Sequence[Result]) -> str:
     protocol = study.protocol
     return (
-        f"{len(results)} trainings: {len(study.subjects)} subjects × {len(study.seeds)} seeds × ranks "
+        f"{len(results)} trainings: {len(study.subjects)} subjects × {len(seeds_of(results))} seeds × ranks "
         f"{', '.join(map(str, study.ranks))}; learning rate chosen for each arm and rank out of "
         f"{', '.join(f'{rate:g}' for rate in study.learning_rates)} on {len(study.tuning_subjects)} other subjects; "
         f"equal {study.budget}, steps, data order and noise; {protocol.num_prompts} prompts × "

@@ -5,7 +5,7 @@ and resampled over subjects and seeds (`intervals`). Win/tie/loss is the form of
 (arXiv 2406.11909, section 4.3), with DINO and CLIP-T in the place of the people.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +14,19 @@ import numpy as np
 from dreambooth_moslora.intervals import Interval, bootstrap_mean
 from dreambooth_moslora.study import Cell, Study
 
-__all__ = ["MEASURES", "ArmSummary", "Outcome", "Result", "best_rates", "outcomes", "rate_curves", "summaries"]
+__all__ = [
+    "MEASURES",
+    "ArmSummary",
+    "Outcome",
+    "Result",
+    "best_rates",
+    "is_tuned",
+    "of_whole_seeds",
+    "outcomes",
+    "rate_curves",
+    "seeds_of",
+    "summaries",
+]
 
 MEASURES = (
     "score",
@@ -66,23 +78,41 @@ class Outcome:
     rank: int
     differences: dict[str, Interval]
     wins: dict[str, tuple[float, float, float]]
-    net: dict[str, Interval]
 
 
 def best_rates(study: Study, results: Sequence[Result]) -> dict[tuple[str, int], float]:
     """(arm, rank) -> the learning rate with the highest mean score on the tuning subjects; the lower one at a tie."""
     only = {(arm, rank): study.rates_of(arm)[0] for arm in study.arms for rank in study.ranks}
-    curves = rate_curves(results)
+    curves = rate_curves(study, results)
     return only | {key: max(sorted(curve), key=lambda rate: curve[rate]) for key, curve in curves.items()}
 
 
-def rate_curves(results: Sequence[Result]) -> dict[tuple[str, int], dict[float, float]]:
-    """(arm, rank) -> learning rate -> mean score on the tuning subjects."""
+def rate_curves(study: Study, results: Sequence[Result]) -> dict[tuple[str, int], dict[float, float]]:
+    """(arm, rank) -> learning rate -> mean score, where all tuning subjects have one: a rate that fails is none."""
     found: dict = defaultdict(lambda: defaultdict(list))
     for result in results:
         if result.cell.stage == "tune":
             found[result.cell.arm, result.cell.rank][result.cell.learning_rate].append(result.scores["score"])
-    return {key: {rate: float(np.mean(v)) for rate, v in curve.items()} for key, curve in found.items()}
+    whole = len(study.tuning_subjects)
+    means = {k: {rate: float(np.mean(v)) for rate, v in c.items() if len(v) == whole} for k, c in found.items()}
+    return {key: curve for key, curve in means.items() if curve}
+
+
+def is_tuned(study: Study, results: Sequence[Result]) -> bool:
+    """Whether every arm and rank that has a choice of rates has at least one to choose."""
+    cells = {(cell.arm, cell.rank) for cell in study.tuning_cells()}
+    return cells <= rate_curves(study, results).keys()
+
+
+def seeds_of(results: Sequence[Result]) -> list[int]:
+    return sorted({r.cell.seed for r in results if r.cell.stage == "test"})
+
+
+def of_whole_seeds(results: Sequence[Result]) -> list[Result]:
+    """Without the seeds that have fewer cells than others: one that is still being run would leave no arm complete."""
+    counts = Counter(r.cell.seed for r in results if r.cell.stage == "test")
+    most = max(counts.values(), default=0)
+    return [r for r in results if r.cell.stage == "tune" or counts[r.cell.seed] == most]
 
 
 def tables(results: Sequence[Result], measure: str) -> dict[tuple[str, int], np.ndarray]:
@@ -122,8 +152,7 @@ def outcomes(study: Study, results: Sequence[Result]) -> list[Outcome]:
         }
         judged = {measure: duels(study, results, arm, rank, measure) for measure in JUDGED}
         wins = {m: tuple(float((signs == s).mean()) for s in (1, 0, -1)) for m, signs in judged.items()}
-        net = {m: bootstrap_mean(signs.mean(-1)) for m, signs in judged.items()}
-        found.append(Outcome(arm, rank, differences, wins, net))
+        found.append(Outcome(arm, rank, differences, wins))
     return found
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 from dreambooth_moslora import metrics
 from dreambooth_moslora.base import encode_text
 from dreambooth_moslora.encoders import Encoders
-from dreambooth_moslora.evaluation_plan import EvaluationPlan
+from dreambooth_moslora.evaluation_plan import EvaluationPlan, is_toy
 from dreambooth_moslora.intervals import Interval, bootstrap_mean
 from dreambooth_moslora.moslora import disabled
 from dreambooth_moslora.pipeline import SubjectPipeline
@@ -33,6 +34,16 @@ Draw = Callable[[list[SampleRequest], bool], list[Image.Image]]
 Tables = dict[str, np.ndarray]
 BATCH = 4
 GREY = (128, 128, 128)
+
+
+RELATIVE = {
+    "dino_of_ceiling": "DINO, share of true renders'",
+    "clip_t_of_base": "CLIP-T, share of the base's",
+    "pres_gain": "PRES above the base's, in its standard deviations",
+    "drift_of_spread": "Drift, share of the base's spread",
+    "class_diversity_of_base": "DIV of the bare class, share of the base's",
+    "copied": "Share of copies",
+}
 
 
 class Truth(Protocol):
@@ -89,7 +100,8 @@ class Evaluation:
             "class_diversity_of_base": ("class_diversity", "class_diversity_base"),
         }
         found = {n: self.mean(a) / self.mean(b) for n, (a, b) in shares.items() if b in self.tables and self.mean(b)}
-        if "pres_base" in self.tables and (deviation := float(self.tables["pres_base"].std())):
+        own = self.tables.get("pres_base", np.zeros(0))
+        if own.size > 1 and (deviation := float(own.std(ddof=1))):
             found["pres_gain"] = (self.mean("pres") - self.mean("pres_base")) / deviation
         return {name: round(value, 4) for name, value in found.items()}
 
@@ -179,11 +191,14 @@ class Evaluator:
         return tables
 
     def _drift_tables(self, unrelated: Views, base: Views) -> Tables:
-        """Drift, and the base's own spread from seed to seed as its scale."""
+        """Drift in CLIP and DINO together, and the base's own spread from seed to seed as its scale.
+
+        DINO alone looks at the thing: a duck on the beach that becomes a duck in a kitchen would not count.
+        """
         shape = (len(self.plan.unrelated), len(self.plan.seeds))
-        tables = {"drift": metrics.drift(unrelated.dino, base.dino).numpy().reshape(shape)}
+        tables = {"drift": metrics.drift(unrelated.joint, base.joint).numpy().reshape(shape)}
         if len(self.plan.seeds) > 1:
-            tables["drift_base_spread"] = by_prompt(metrics.diversity(base.dino, self._prompts_of(base)))
+            tables["drift_base_spread"] = by_prompt(metrics.diversity(base.joint, self._prompts_of(base)))
         return tables
 
     def _diversity(self, views: Views) -> np.ndarray:
@@ -210,6 +225,17 @@ def paint_over(photo: Image.Image, mask: Image.Image) -> Image.Image:
     """The photo with the subject (white in the mask) in plain grey: its background alone."""
     grey = Image.new("RGB", photo.size, GREY)
     return Image.composite(grey, photo.convert("RGB"), mask.convert("L").resize(photo.size))
+
+
+def truth_of(
+    base: str, photos_dir: str | Path | None, plan: EvaluationPlan, encoders: Encoders, size_px: int
+) -> Truth | None:
+    """The truth about a toy that the toy base draws in the toy world's places; None for everything else."""
+    if not (is_toy(base) and photos_dir):
+        return None
+    from dreambooth_moslora.toy_truth import find_truth, is_known_place  # the toy world costs an import
+
+    return find_truth(Path(photos_dir), encoders, size_px) if all(map(is_known_place, plan.templates)) else None
 
 
 def sampler_draw(sampler: Sampler, batch_size: int = BATCH) -> Draw:

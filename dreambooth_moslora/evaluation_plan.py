@@ -6,7 +6,7 @@ class      "a photo of a class"           by both           PRES: has the class 
 unrelated  other things                   by both           drift
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from dreambooth_moslora.errors import UserError
@@ -22,6 +22,7 @@ __all__ = ["TEMPLATE_SETS", "EvaluationPlan", "is_toy", "plan_for"]
 
 TEMPLATE_SETS = {"object": DREAMBOOTH_OBJECT_TEMPLATES, "live": DREAMBOOTH_LIVE_TEMPLATES, "toy": TOY_TEMPLATES}
 LIVING = {"dog", "puppy", "cat", "kitten", "animal", "pet", "horse", "bird", "person", "man", "woman", "boy", "girl"}
+LIFELESS = {"stuffed", "plush", "toy", "statue", "figurine", "figure", "sculpture", "doll"}
 UNRELATED = (
     "a bowl of fruit on a kitchen table",
     "a city street at night in the rain",
@@ -113,16 +114,33 @@ def is_toy(base: str) -> bool:
     return str(base).rstrip("/").split("/")[-1] in ("toy", "toy-sdxl")
 
 
-def plan_for(base: str, subject: Subject, templates: str = "auto", **changes) -> EvaluationPlan:
+def plan_for(
+    base: str, subject: Subject, templates: str = "auto", captions: Collection[str] = (), **changes
+) -> EvaluationPlan:
     """The full protocol for a subject: the toy world's places for `toy`, DreamBooth's 25 templates otherwise.
 
-    `templates`: a name of TEMPLATE_SETS, or "auto" (living things and objects differ). Other fields through `changes`.
+    `templates`: a name of TEMPLATE_SETS, or "auto" (living things and objects differ, and a stuffed animal is an
+    object). `captions` of the photos: what they name is left out (`unseen`). Other fields through `changes`.
     """
     if templates == "auto":
-        living = bool(set(subject.class_word.lower().split()) & LIVING)
-        templates = "toy" if is_toy(base) else "live" if living else "object"
+        templates = "toy" if is_toy(base) else "live" if is_living(subject.class_word) else "object"
     if templates not in TEMPLATE_SETS:
         raise UserError(f"prompts {templates!r}: choose one of auto, {', '.join(TEMPLATE_SETS)}, or a text file")
     others = tuple(text.format(kind) for text, kind in UNRELATED_TOYS if kind != subject.class_word)
     unrelated = others if is_toy(base) else UNRELATED
-    return EvaluationPlan(subject, TEMPLATE_SETS[templates], unrelated, **changes)
+    return EvaluationPlan(subject, unseen(TEMPLATE_SETS[templates], captions), unrelated, **changes)
+
+
+def is_living(class_word: str) -> bool:
+    words = set(class_word.lower().split())
+    return bool(words & LIVING) and not words & LIFELESS
+
+
+def unseen(templates: Sequence[str], captions: Collection[str]) -> tuple[str, ...]:
+    """The templates whose place no caption of a photo names: there a photo learnt by heart would be the best answer.
+
+    All of them when no place is left.
+    """
+    known = " | ".join(captions).lower()
+    places = {template: template.partition("{}")[2].strip().lower() for template in templates}
+    return tuple(t for t, place in places.items() if not place or place not in known) or tuple(templates)

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from dreambooth_moslora import __version__, metrics
-from dreambooth_moslora.evaluate import Evaluation
+from dreambooth_moslora.evaluate import RELATIVE, Evaluation
 from dreambooth_moslora.html_page import page, picture, pictures, section, table
 from dreambooth_moslora.rundir import atomic_write
 
@@ -95,7 +95,7 @@ def report_html(found: Evaluation, about: Subjects, photos: list[Image.Image], p
     """The page: verdict, scores, photos, every prompt by adapter and base, the nearest thing to a copy."""
     parts = [
         introduction(found, about),
-        section("Scores", score_table(found, photo_fidelity), cost(found)),
+        section("Scores", score_table(found, photo_fidelity), relative_table(found), cost(found)),
         *([section("Against the truth of the toy world", *truth_tables(found))] if "truth" in found.tables else []),
         section("The photos", pictures(photos)),
         section("Each prompt: the adapter, and the base without the subject", prompt_rows(found)),
@@ -130,6 +130,12 @@ def score_table(found: Evaluation, photo_fidelity: float) -> str:
             own = photo_fidelity if name == "dino" and not math.isnan(photo_fidelity) else ""
             rows.append((title, shown(found, name), shown(found, base) if base in found.tables else "", own, meaning))
     return table(("Measure", "Adapter", "Base", "Photos", "Meaning"), rows)
+
+
+def relative_table(found: Evaluation) -> str:
+    """The scores on their own scales, where the scale was measured."""
+    scales = {**found.relative(), "copied": found.alarm.share}
+    return table(("On its own scale", "Value"), [(RELATIVE[n], f"{v:.3f}") for n, v in scales.items()])
 
 
 def shown(found: Evaluation, name: str) -> str:

@@ -94,6 +94,8 @@ def diversity(
 def drift(adapted: Tensor, base: Tensor) -> Tensor:
     """1 - cosine between adapter and base at equal prompt and seed: (N, D), (N, D) -> (N,). Zero is untouched.
 
+    The vectors are `joint_vectors`, which see the thing and its place.
+
     The scale to read it on is `diversity` of the base: how far its own pictures are from one seed to another.
     """
     return 1 - (adapted * base).sum(1)

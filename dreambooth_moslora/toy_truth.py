@@ -17,14 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from dreambooth_moslora.encoders import Encoders
-from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluation_plan import EvaluationPlan
 from toybox import judge
 from toybox.places import PLACES
 from toybox.render import render
 from toybox.world import Scene, Toy, sample_scene, sample_toy
 
-__all__ = ["ToyTruth", "find_truth"]
+__all__ = ["ToyTruth", "find_truth", "is_known_place"]
 
 VIEWS = 3
 """True renders of each place."""
@@ -106,11 +105,12 @@ def other_toy(toy: Toy, rng: random.Random) -> Toy:
 
 
 def place_in(template: str) -> str:
-    """The toy world's place that a prompt names. Raises UserError when there is none."""
-    found = [place for place in PLACES if place in template]
-    if not found:
-        raise UserError(f"the prompt {template!r} names no place of the toy world; places are: {', '.join(PLACES)}")
-    return max(found, key=len)
+    """The toy world's place that a prompt names."""
+    return max((place for place in PLACES if place in template), key=len)
+
+
+def is_known_place(template: str) -> bool:
+    return any(place in template for place in PLACES)
 
 
 def find_truth(photos_dir: Path, encoders: Encoders, size_px: int = 128) -> ToyTruth | None:

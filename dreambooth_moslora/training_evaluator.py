@@ -11,7 +11,7 @@ from pathlib import Path
 from dreambooth_moslora.best_step import best_of
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.encoders import Encoders, load_encoders
-from dreambooth_moslora.evaluate import Evaluator, sampler_draw
+from dreambooth_moslora.evaluate import Evaluator, sampler_draw, truth_of
 from dreambooth_moslora.evaluation_plan import EvaluationPlan, is_toy, plan_for
 from dreambooth_moslora.photos import instance_photos, open_mask, open_rgb
 from dreambooth_moslora.prompts import subject_of
@@ -20,7 +20,11 @@ from dreambooth_moslora.sampling import Sampler
 
 __all__ = ["LOGGED", "TrainingEvaluator"]
 
-LOGGED = ("dino", "clip_i", "clip_t", "pres", "diversity", "drift", "background_leak", "truth", "copied", "score")
+LOGGED = (
+    *("dino", "clip_i", "clip_t", "pres", "diversity", "drift", "background_leak", "truth", "copied", "score"),
+    *("clip_t_of_base", "dino_of_ceiling", "drift_of_spread", "pres_gain"),
+)
+SEEDS = (100, 101)  # other ones than `evaluate`'s: the best step is chosen by these
 
 
 class TrainingEvaluator:
@@ -31,7 +35,9 @@ class TrainingEvaluator:
 
     def __init__(self, config: TrainConfig, encoders: Encoders | None = None):
         self.config = config
-        full = plan_for(config.pretrained_model_name_or_path, subject_of(config))
+        self.photos = instance_photos(config).photos
+        captions = [caption for photo in self.photos for caption in photo.captions]
+        full = plan_for(config.pretrained_model_name_or_path, subject_of(config), captions=captions, seeds=SEEDS)
         self.plan: EvaluationPlan = full.smaller(templates=3, seeds=2, class_images=2, unrelated=1, inference_steps=20)
         self.encoders = encoders or load_encoders(own_encoders_of(config))  # now: a missing one must not end a run
 
@@ -42,13 +48,9 @@ class TrainingEvaluator:
     @cached_property
     def evaluator(self) -> Evaluator:
         """Encoders stay on the CPU: a dozen pictures take seconds there, and no GPU memory."""
-        config = self.config
-        photos = instance_photos(config).photos
-        truth = None
-        if config.instance_data_dir and (Path(config.instance_data_dir) / "subject.json").is_file():
-            from dreambooth_moslora.toy_truth import find_truth  # the toy world costs an import
-
-            truth = find_truth(Path(config.instance_data_dir), self.encoders, config.resolution)
+        photos, config = self.photos, self.config
+        base, folder = config.pretrained_model_name_or_path, config.instance_data_dir
+        truth = truth_of(base, folder, self.plan, self.encoders, config.resolution)
         return Evaluator(self.plan, self.encoders, [open_rgb(p) for p in photos], [open_mask(p) for p in photos], truth)
 
     def __call__(self, sampler: Sampler, step: int) -> dict:

@@ -21,8 +21,9 @@ from dreambooth_moslora.compare import (
     run_study,
 )
 from dreambooth_moslora.compare_report import write_comparison
+from dreambooth_moslora.compare_stats import JUDGED, MEASURES, Result, best_rates, is_tuned
 from dreambooth_moslora.config import TrainConfig
-from dreambooth_moslora.study import Protocol, Study, StudySubject
+from dreambooth_moslora.study import Cell, Protocol, Study, StudySubject
 from tests.tiny_encoders import save_tiny_encoders
 from tests.tiny_training import paint_photos
 
@@ -147,6 +148,30 @@ def test_a_cell_that_fails_is_told_and_does_not_stop_the_others(study, tmp_path)
     results = run_study(broken, tmp_path, 1, seen.append)
     assert [r.cell.arm for r in results] == ["lora"]
     assert [bool(p.error) for p in seen] == [False, True] and "even rank" in seen[1].error
+
+
+def made(study, arm: str, stage="test", seed=0, rate=1e-3, score=0.5, subject="test") -> Result:
+    cost = {"rank": 4, "parameters": 1, "step_sec": 1, "memory_gib": 1, "jobs": 2}
+    pictures, scores = {name: [score, score] for name in JUDGED}, dict.fromkeys(MEASURES, score)
+    return Result(Cell(stage, arm, 4, subject, seed, rate), scores, pictures, cost)
+
+
+def test_a_rate_that_fails_is_not_chosen_and_does_not_hold_the_study_up(study):
+    tune = {"stage": "tune", "subject": "tune"}
+    good = [made(study, arm, rate=rate, **tune) for arm in study.arms for rate in (1e-3, 1e-2)]
+    failed = [r for r in good if not (r.cell.arm == "mix" and r.cell.learning_rate == 1e-3)]
+    assert is_tuned(study, failed) and best_rates(study, failed) == {("lora", 4): 1e-3, ("mix", 4): 1e-2}
+    assert not is_tuned(study, [r for r in good if r.cell.arm == "lora"])
+    two = replace(study, tuning_subjects=(*study.tuning_subjects, replace(study.subjects[0], photos="other")))
+    assert not is_tuned(two, good)  # a rate needs all of its subjects
+
+
+def test_a_seed_that_is_still_being_run_does_not_empty_the_report(study, tmp_path):
+    first = [made(study, arm, score=score) for arm, score in (("lora", 0.5), ("mix", 0.6))]
+    results = [*first, made(study, "mix", seed=1)]
+    assert "mix r4 against lora: score +0.100" in write_comparison(study, results, tmp_path)
+    facts = json.loads((tmp_path / "results.json").read_text())
+    assert facts["study"]["seeds"] == [0] and "2 trainings at once" in (tmp_path / "table.md").read_text()
 
 
 def test_equal_budget_means_the_nearest_number_of_parameters(study):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dreambooth_moslora.encoders import picture_distance
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.evaluate import Evaluator, evaluate_adapter, paint_over
+from dreambooth_moslora.evaluate import Evaluator, evaluate_adapter, paint_over, truth_of
 from dreambooth_moslora.evaluation_plan import EvaluationPlan, plan_for
 from dreambooth_moslora.prompts import Subject
 from dreambooth_moslora.sampling import SampleRequest
@@ -196,7 +196,36 @@ def mean_colours(pictures: list[Image.Image]) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.stack(middles), dim=-1)
 
 
-def test_a_prompt_without_a_place_of_the_toy_world_is_refused():
+def test_the_truth_is_asked_of_the_toy_base_in_places_that_it_knows_only(encoders, tmp_path):
+    (tmp_path / "subject.json").write_text(json.dumps({"toy": TOY.to_dict(), "class_word": "duck", "token": "sks"}))
     assert place_in("a photo of a {} on a checkered floor") == "on a checkered floor"
-    with pytest.raises(UserError, match="names no place"):
-        place_in("a {} wearing a santa hat")
+    elsewhere = replace(PLAN, templates=("a {} wearing a santa hat",))
+    assert truth_of("toy", tmp_path, PLAN, encoders, 64).toy == TOY
+    assert truth_of("some/base", tmp_path, PLAN, encoders, 64) is None
+    assert truth_of("toy", tmp_path, elsewhere, encoders, 64) is None
+    assert truth_of("toy", None, PLAN, encoders, 64) is None
+
+
+def test_places_that_the_captions_name_are_not_asked_for():
+    duck = Subject("sks", "duck")
+    templates = plan_for("toy", duck, captions=["a photo of a sks duck on grass", "A sks duck ON LAVA"]).templates
+    assert len(templates) == 14 and not any("on grass" in t or "on lava" in t for t in templates)
+    everywhere = plan_for("toy", duck).texts
+    assert plan_for("toy", duck, captions=everywhere).templates == plan_for("toy", duck).templates
+    assert "a red {}" in plan_for("some/base", Subject("sks", "mug"), captions=["red"]).templates  # no place
+
+
+def test_a_likeness_of_an_animal_is_a_thing():
+    alive, stuffed = (plan_for("some/base", Subject("sks", w)).templates for w in ("dog", "stuffed dog"))
+    assert alive != stuffed == plan_for("some/base", Subject("sks", "mug")).templates
+
+
+def test_drift_sees_a_change_of_place(encoders, photos):
+    """An encoder that looks at the thing alone finds none."""
+    blind = replace(encoders)
+    blind.dino_images = lambda pictures: torch.nn.functional.normalize(torch.ones(len(pictures), 4), dim=-1)
+    blind.clip_images, blind.clip_texts = small_pixels, encoders_of_length(192)
+    found = Evaluator(PLAN, blind, photos)(
+        lambda requests, on: [photos[0]] * len(requests) if on else stub_pictures(requests)
+    )
+    assert found.mean("drift") > 0.01

@@ -48,9 +48,9 @@ def positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    config, plan, photos_dir = resolve(args)
+    config = resolve(args)
     from dreambooth_moslora.encoders import load_encoders
-    from dreambooth_moslora.evaluate import Evaluator, evaluate_adapter
+    from dreambooth_moslora.evaluate import Evaluator, evaluate_adapter, truth_of
     from dreambooth_moslora.evaluation_plan import is_toy
     from dreambooth_moslora.fidelity_report import Subjects, write_report
     from dreambooth_moslora.metrics import photo_fidelity
@@ -59,12 +59,13 @@ def run(args: argparse.Namespace) -> int:
 
     base = config.pretrained_model_name_or_path
     photos = instance_photos(config).photos
+    plan = plan_of(args, base, subject_of(config), [caption for photo in photos for caption in photo.captions])
     pipeline = SubjectPipeline.from_base(base)
     name = pipeline.load_adapter(args.adapter)
     device = pipeline.pipeline.unet.device
     encoders = load_encoders(base if is_toy(base) else "", args.clip, args.dino, device)
     images = [open_rgb(photo) for photo in photos]
-    truth = truth_of(photos_dir, encoders, pipeline.resolution_px)
+    truth = truth_of(base, config.instance_data_dir, plan, encoders, pipeline.resolution_px)
     evaluator = Evaluator(plan, encoders, images, [open_mask(photo) for photo in photos], truth)
     count = 2 * (len(plan.subject_requests) + plan.class_images + len(plan.unrelated_requests))
     print(f"drawing {count} pictures …", file=sys.stderr)
@@ -78,16 +79,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def truth_of(photos_dir: Path, encoders, size_px: int):
-    """The toy world's truth, where the photos are of a toy."""
-    if not (photos_dir / "subject.json").is_file():
-        return None
-    from dreambooth_moslora.toy_truth import find_truth
-
-    return find_truth(photos_dir, encoders, size_px)
-
-
-def resolve(args: argparse.Namespace) -> tuple[TrainConfig, "EvaluationPlan", Path]:
+def resolve(args: argparse.Namespace) -> TrainConfig:
     """What to evaluate on what, from the arguments, the run folder's configuration and the file's own header."""
     known = run_config(Path(args.adapter)) or file_facts(Path(args.adapter))
     base = args.base or known.get("pretrained_model_name_or_path")
@@ -98,8 +90,7 @@ def resolve(args: argparse.Namespace) -> tuple[TrainConfig, "EvaluationPlan", Pa
             raise UserError(f"{args.adapter} does not say it: give {flag}.")
     given = {"class_word": args.class_word} if args.class_word else {}
     chosen = {"pretrained_model_name_or_path": base, "instance_prompt": prompt, "instance_data_dir": photos, **given}
-    config = TrainConfig.from_dict({**known, **chosen, "dataset_name": None})
-    return config, plan_of(args, base, subject_of(config)), Path(photos)
+    return TrainConfig.from_dict({**known, **chosen, "dataset_name": None})
 
 
 def run_config(path: Path) -> dict | None:
@@ -128,7 +119,7 @@ def file_facts(path: Path) -> dict:
     }
 
 
-def plan_of(args: argparse.Namespace, base: str, subject: Subject) -> "EvaluationPlan":
+def plan_of(args: argparse.Namespace, base: str, subject: Subject, captions: list[str]) -> "EvaluationPlan":
     from dataclasses import replace
 
     from dreambooth_moslora.evaluation_plan import plan_for, spread
@@ -138,6 +129,7 @@ def plan_of(args: argparse.Namespace, base: str, subject: Subject) -> "Evaluatio
         base,
         subject,
         "auto" if file.is_file() else args.prompts,
+        captions,
         seeds=tuple(range(args.images_per_prompt)),
         class_images=args.class_images,
         inference_steps=args.inference_steps,
