@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from toybox import render_views
 from toybox.captions import article, canonical_caption, caption
 from toybox.kinds import SHAPES
 from toybox.make_subjects import SUBJECTS, load, photo_scenes
@@ -176,3 +177,13 @@ def test_only_the_judge_is_shown_held_out_combinations(tmp_path):
         rows = [json.loads(line)["scene"] for line in write_shard(shard).scenes.read_text().splitlines()]
         shown[every] = any(is_held_out(t["kind"], t["colour"], row["place"]) for row in rows for t in row["toys"])
     assert shown == {False: False, True: True}
+
+
+def test_work_in_pieces_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    kinds, images = render_views.piece(range(3, 5), 2, tmp_path / "pieces")
+    wanted = render_views.views_of(range(3, 5), 2)
+    assert kinds == wanted[0] and (images == wanted[1]).all() and images.shape == (2, 2, 128, 128, 3)
+    monkeypatch.setattr(render_views, "views_of", lambda *_: pytest.fail("rendered twice"))
+    again = render_views.piece(range(3, 5), 2, tmp_path / "pieces")
+    assert again[0] == kinds and (again[1] == images).all()
+    assert not list(tmp_path.rglob("*.tmp"))

@@ -1,4 +1,4 @@
-"""Encode the renders once: a latent of each image (mostly whole, else cropped or small) with SDXL's time ids.
+"""Encode the renders once, resumable: a latent of each (mostly whole, else cropped or small) with SDXL's time ids.
 
 Beside each latent stands how much of each of its cells a toy covers, which weighs the UNet's loss, and what the CLIP
 vision tower sees in the picture (`toybox.alignment`).
@@ -12,6 +12,8 @@ small one was shrunk to 48-96 px first.
 """
 
 import argparse
+import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,12 +26,14 @@ from tqdm import tqdm
 from toybox.alignment import Sight
 from toybox.channels_last import to_channels_last
 from toybox.data import Renders, to_pixels, to_uint8
+from toybox.pieces import kept
 from toybox.render import toy_masks
 from toybox.world import Scene
 
 __all__ = ["cropped", "small", "view", "whole"]
 
 SIZE_PX = 128
+PIECE = 32 * 16  # images in a file while the work goes on
 
 
 def with_toys(renders: Renders, indices: range) -> Tensor:
@@ -68,13 +72,13 @@ def view(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]
 
 
 @torch.no_grad()
-def encode(renders: Renders, vae: AutoencoderKL, sight: Sight) -> dict[str, Tensor]:
+def encode(renders: Renders, numbers: range, vae: AutoencoderKL, sight: Sight) -> dict[str, Tensor]:
     """latents (N,4,16,16) fp16, scaled; time_ids (N,6) int16; toys (N,16,16) fp16 in [0, 1]; seen (N,160,4,4) fp16."""
     vae.eval().to(dtype=torch.bfloat16, memory_format=torch.channels_last)
     latents, toys, seen, ids = [], [], [], []
-    for start in tqdm(range(0, len(renders), 32), desc="encode", mininterval=10):
+    for start in range(numbers.start, numbers.stop, 32):
         generator = torch.Generator().manual_seed(start)
-        pixels = with_toys(renders, range(start, min(start + 32, len(renders))))
+        pixels = with_toys(renders, range(start, min(start + 32, numbers.stop)))
         views = [view(p, generator) for p in pixels]
         x = torch.stack([v for v, _ in views])
         seen.append(sight(to_uint8(x[:, :3])))
@@ -99,8 +103,14 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=None, help="only the first so many images")
     args = parser.parse_args()
     sight = Sight(args.clip / "image_encoder")
-    tensors = encode(Renders(args.data, args.limit), AutoencoderKL.from_pretrained(args.vae), sight)
+    renders, vae = Renders(args.data, args.limit), AutoencoderKL.from_pretrained(args.vae)
+    pieces, found = args.out.with_suffix(".pieces"), []
+    for start in tqdm(range(0, len(renders), PIECE), desc="encode"):
+        numbers = range(start, min(start + PIECE, len(renders)))
+        found.append(kept(pieces / f"{numbers.stop}.safetensors", partial(encode, renders, numbers, vae, sight)))
+    tensors = {name: torch.cat([piece[name] for piece in found]) for name in found[0]}
     save_file(tensors, args.out)
+    shutil.rmtree(pieces)
     print({k: tuple(v.shape) for k, v in tensors.items()}, "std", float(tensors["latents"].float().std()))
 
 

@@ -1,4 +1,4 @@
-"""Render individuals from several sides, in several places and lights: what the ViT learns from.
+"""Render individuals from several sides, in several places and lights: what the ViT learns from. Resumable.
 
 python -m toybox.render_views --out VIEWS --toys 8000 --views 4
 """
@@ -6,6 +6,7 @@ python -m toybox.render_views --out VIEWS --toys 8000 --views 4
 import argparse
 import json
 import random
+import shutil
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from toybox.pieces import kept
 from toybox.render import render
 from toybox.world import KINDS, PLACES, Scene, Toy, sample_scene, sample_toy
 
@@ -40,6 +42,13 @@ def sights(rng: random.Random, toy: Toy, views: int) -> list[Scene]:
     return [sample_scene(rng, toy, place, held_out=None) for place in rng.sample(PLACES, views)]
 
 
+def piece(block: range, views: int, folder: Path) -> tuple[list[str], np.ndarray]:
+    """`views_of`, kept in a file of the folder; the kinds follow from the numbers."""
+    path = folder / f"{block.start:06d}_{len(block)}_{views}.safetensors"
+    images = kept(path, lambda: {"images": torch.from_numpy(views_of(block, views)[1])})["images"]
+    return [KINDS[number % len(KINDS)] for number in block], images.numpy()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -50,9 +59,10 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     blocks = [range(start, min(start + BLOCK, args.toys)) for start in range(0, args.toys, BLOCK)]
     with get_context("spawn").Pool(args.workers, torch.set_num_threads, (1,)) as pool:
-        jobs = pool.imap(partial(views_of, views=args.views), blocks)
+        jobs = pool.imap(partial(piece, views=args.views, folder=args.out / "pieces"), blocks)
         kinds, images = zip(*tqdm(jobs, total=len(blocks), mininterval=10))
     np.save(args.out / "views.npy", np.concatenate(images))
+    shutil.rmtree(args.out / "pieces")
     (args.out / "kinds.json").write_text(json.dumps([kind for block in kinds for kind in block]), encoding="utf-8")
 
 
