@@ -2,6 +2,8 @@
 
 set_aside         for a new run: all that the earlier one left
 set_later_aside   for a run that goes on from a step: the earlier one's checkpoints after it, and a best step after it
+
+The earlier run may be another program's: what has a name that the present run will write under is kept as well.
 """
 
 import logging
@@ -18,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 def holds_a_run(run_dir: RunDir) -> bool:
     """Whether a checkpoint or an adapter is there: metrics alone are of a run that came to nothing."""
-    return bool(run_dir.checkpoints() or present(run_dir.adapter_path, run_dir.kohya_path))
+    return bool(run_dir.named_checkpoints() or present(run_dir.adapter_path, run_dir.kohya_path, run_dir.best_dir))
 
 
 def set_aside(run_dir: RunDir) -> None:
@@ -29,14 +31,14 @@ def set_aside(run_dir: RunDir) -> None:
 
 def what_was_left(run_dir: RunDir) -> list[Path]:
     pictures = [run_dir.path / name for name in sorted(pictures_named(run_dir.read_card() or ""))]
-    weights = [*run_dir.checkpoints(), run_dir.best_dir, run_dir.adapter_path, run_dir.kohya_path]
+    weights = [*run_dir.named_checkpoints(), run_dir.best_dir, run_dir.adapter_path, run_dir.kohya_path]
     facts = [run_dir.metrics_path, run_dir.config_path, run_dir.card_path, run_dir.loss_plot_path]
     return present(*weights, *facts, *pictures, run_dir.samples_dir, run_dir.contact_sheet_path)
 
 
 def set_later_aside(run_dir: RunDir, step: int) -> None:
     """Without it a kill, and then `latest`, would go on from the run that was abandoned."""
-    later = [path for path in reversed(run_dir.checkpoints()) if checkpoint_step(path) > step]
+    later = [path for path in reversed(run_dir.named_checkpoints()) if checkpoint_step(path) > step]
     scored = [event for event in run_dir.read_metrics() if event.get("type") == "evaluation"]
     if scored and scored[-1]["best"]["step"] > step:
         later += present(run_dir.best_dir)

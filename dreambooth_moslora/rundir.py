@@ -107,12 +107,14 @@ class RunDir:
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, by step."""
+        return [path for path in self.named_checkpoints() if is_checkpoint(path)]
+
+    def named_checkpoints(self) -> list[Path]:
+        """All that has a checkpoint's name, by step: complete ones, damaged ones, and those of another program."""
         if not self.path.is_dir():
             return []
         recover(self.path)
-        return sorted(
-            (p for p in self.path.iterdir() if checkpoint_step(p) is not None and is_checkpoint(p)), key=checkpoint_step
-        )
+        return sorted((p for p in self.path.iterdir() if checkpoint_step(p) is not None), key=checkpoint_step)
 
     def latest_checkpoint(self) -> Path | None:
         return next(reversed(self.checkpoints()), None)

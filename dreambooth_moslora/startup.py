@@ -5,6 +5,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from random import SystemRandom
 
 import torch
@@ -101,13 +102,15 @@ def announce(config: TrainConfig, run_dir: RunDir, report: Reporter, step: int, 
         begin(config, run_dir, report, step)
 
 
-def begin(config: TrainConfig, run_dir: RunDir, report: Reporter, step: int) -> None:
+def begin(config: TrainConfig, run_dir: RunDir, report: Reporter, step: int, checkpoint: Path | None = None) -> None:
     """Take the run folder: only now, when all is prepared, does an earlier run in it make room.
 
-    The configuration is written as it was resolved. A resumed run goes on in its metrics.
+    The configuration is written as it was resolved. A run that is resumed from a `checkpoint` in the folder goes on in
+    its metrics; to one from elsewhere, what is in the folder is another run.
     """
     if report.has_begun or not report.accelerator.is_main_process:
         return
-    set_later_aside(run_dir, step) if step else set_aside(run_dir)
+    goes_on = checkpoint is not None and checkpoint.resolve().parent == run_dir.path.resolve()
+    set_later_aside(run_dir, step) if goes_on else set_aside(run_dir)
     atomic_write(run_dir.config_path, json.dumps(config.to_dict(), indent=2, default=str))
     report.begin_at(step)

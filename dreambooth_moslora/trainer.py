@@ -143,7 +143,7 @@ class Training:
             materials.pipeline, self.learner.text_cond, config.resolution, accelerator.device, should_stop=should_stop
         )
         self.publisher = Publisher(config, run_dir, materials, self.learner, self.album, self.sampler)
-        begin(config, run_dir, report, position.step)
+        begin(config, run_dir, report, position.step, self.checkpoint)
         report.start_trackers(config)
         self.stopwatch = Stopwatch()
         self.best: BestStep | None = None

@@ -1,10 +1,12 @@
 """A mistake, or a stop, while a run is prepared leaves the earlier run in the folder as it was."""
 
+from pathlib import Path
+
 import pytest
 
 from dreambooth_moslora import trainer as trainer_module
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.rundir import RunDir
+from dreambooth_moslora.rundir import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.trainer import train
 from tests.tiny_training import paint_photos, tiny_config
 
@@ -73,3 +75,29 @@ def test_a_run_in_a_fresh_folder_can_be_watched_while_it_is_prepared(tiny_base, 
     monkeypatch.setattr(trainer_module, "prepare", look)
     train(tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run", max_train_steps=1))
     assert [event["type"] for event in seen] == ["start"]
+
+
+def of_another_program(folder):
+    """What diffusers' script leaves; returns its files' contents by name."""
+    names = ("checkpoint-2/optimizer.bin", "checkpoint-2/pytorch_lora_weights.safetensors", PUBLISHED_NAME)
+    (folder / "checkpoint-2").mkdir(parents=True)
+    for name in names:
+        (folder / name).write_bytes(name.encode())
+    return contents(folder)
+
+
+def test_what_another_program_left_under_our_names_is_set_aside(tiny_base, tmp_path):
+    photos, run = paint_photos(tmp_path / "photos"), tmp_path / "run"
+    theirs = of_another_program(run)
+    (run / PUBLISHED_NAME).unlink()
+    train(tiny_config(tiny_base, photos, run, max_train_steps=2, checkpointing_steps=2))
+    del theirs[Path(PUBLISHED_NAME)]
+    assert contents(run / "earlier_run_1") == theirs
+    assert (run / "checkpoint-2" / "position.json").is_file()
+
+
+def test_a_run_that_goes_on_from_elsewhere_takes_nothing_of_the_folder_for_its_own(finished, tmp_path):
+    source, config = finished
+    theirs = of_another_program(tmp_path / "run")
+    train(config(output_dir=str(tmp_path / "run"), resume_from_checkpoint=str(source / "checkpoint-1")))
+    assert contents(tmp_path / "run" / "earlier_run_1") == theirs
