@@ -170,9 +170,14 @@ def class_photos_in(folder: Path, config: TrainConfig) -> list[Photo]:
 
 
 def usable_class_photos(folder: Path, config: TrainConfig, images: ClassImages) -> list[Photo]:
-    """As many as were asked for: with fewer, the prior would be weaker than it says, and with none it would be off."""
+    """As many as were asked for, the person's own before generated ones.
+
+    With fewer, the prior would be weaker than it says, and with none it would be off.
+    """
     found = usable_photos(find_photos(folder, config.class_prompt, config.resolution, alpha="white"))
-    stale = images.stale([photo.path for photo in found])
+    paths = [photo.path for photo in found]
+    stale, generated = images.stale(paths), images.generated(paths)
+    found.sort(key=lambda photo: photo.path in generated)
     usable = [photo for photo in found if photo.path not in stale][: config.num_class_images]
     if len(usable) < config.num_class_images:
         raise UserError(

@@ -98,6 +98,16 @@ def test_too_few_usable_class_images_are_a_mistake_and_no_quiet_end_of_the_prior
         usable_class_photos(tmp_path, config, images)
 
 
+def test_a_persons_own_class_images_are_taken_before_generated_ones(tmp_path):
+    images = ClassImages(tmp_path, "a dog", "toy", 7, 8)
+    top_up(images, 3)
+    for number in range(2):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"dog_{number}.png")
+    config = TrainConfig(with_prior_preservation=True, class_prompt="a dog", num_class_images=3, resolution=8)
+    taken = [photo.path.name for photo in usable_class_photos(tmp_path, config, images)]
+    assert taken == ["dog_0.png", "dog_1.png", images.name(0)]
+
+
 def test_a_class_folder_serves_two_resolutions(tiny_base, tmp_path):
     photos = paint_photos(tmp_path / "photos")
     prior = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "max_train_steps": 1}
