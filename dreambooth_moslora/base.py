@@ -35,11 +35,13 @@ __all__ = [
     "TextCond",
     "architecture",
     "decode_image",
+    "decode_pixels",
     "default_resolution",
     "encode_image",
     "encode_text",
     "load_pipeline",
     "noise_schedule",
+    "pictures_of",
     "resolve_base",
     "time_ids",
 ]
@@ -224,14 +226,27 @@ def latent_statistics(vae: AutoencoderKL, device: torch.device) -> tuple[Tensor,
     return torch.tensor(mean, device=device).view(1, -1, 1, 1), torch.tensor(std, device=device).view(1, -1, 1, 1)
 
 
-@torch.no_grad()
 def decode_image(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
-    """Scaled latents (B, 4, h, w) -> B pictures of (8h, 8w) px. An fp16 VAE that overflows goes to fp32, for good."""
+    """Scaled latents (B, 4, h, w) -> B pictures of (8h, 8w) px; what is not finite is black, and said."""
+    pixels = decode_pixels(vae, latents)
+    if not pixels.isfinite().all():
+        logger.warning("A picture has values that are not finite (NaN) and is black there: use --mixed_precision bf16.")
+    return pictures_of(pixels)
+
+
+@torch.no_grad()
+def decode_pixels(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w). An fp16 VAE that overflows goes to fp32, for good."""
     pixels = decoded(vae, latents)
-    if not pixels.isfinite().all() and vae.dtype != torch.float32:
+    if not pixels.isfinite().all() and latents.isfinite().all() and vae.dtype != torch.float32:
         logger.warning("The VAE gives NaN in %s: it is used in float32 from here on.", vae.dtype)
         vae.to(torch.float32)
         pixels = decoded(vae, latents)
+    return pixels
+
+
+def pictures_of(pixels: Tensor) -> list[Image.Image]:
+    """Pixels (B, 3, H, W), about in [-1, 1] -> B pictures."""
     levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().nan_to_num().to(torch.uint8)
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels.cpu()]
 

@@ -11,8 +11,8 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from dreambooth_moslora.base import TextCond, decode_image
-from dreambooth_moslora.errors import StopRequestedError
+from dreambooth_moslora.base import TextCond, decode_image, decode_pixels, pictures_of
+from dreambooth_moslora.errors import StopRequestedError, UserError
 
 __all__ = ["SampleRequest", "Sampler", "generate_images"]
 
@@ -108,8 +108,17 @@ def generate_images(
     resolution_px: int,
     should_stop: Callable[[], bool] = bool,
 ) -> list:
-    """Images of one prompt by the base alone, with the pipeline's own defaults: for class images."""
+    """Images of one prompt by the base alone, with the pipeline's own defaults: for class images.
+
+    Raises UserError for what is not finite: as black images it would be trained on.
+    """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     options = {"height": resolution_px, "width": resolution_px, "callback_on_step_end": stopper(should_stop)}
     latents = pipeline([prompt] * len(seeds), generator=generators, output_type="latent", **options).images
-    return decode_image(pipeline.vae, latents)
+    pixels = decode_pixels(pipeline.vae, latents)
+    if not pixels.isfinite().all():
+        raise UserError(
+            "the base draws class images that are not finite (NaN): give --prior_generation_precision fp32, "
+            "or another base if it says so in fp32 too."
+        )
+    return pictures_of(pixels)

@@ -124,6 +124,14 @@ def test_decoding_undoes_the_latents_scale(pipeline):
         assert difference.abs().max() <= 1
 
 
+def test_a_picture_that_is_not_finite_is_said(tiny_base, caplog):
+    vae = StableDiffusionXLPipeline.from_pretrained(tiny_base).vae.half()
+    assert base.decode_image(vae, torch.zeros(1, 4, 8, 8)) and not caplog.text
+    (picture,) = base.decode_image(vae, torch.full((1, 4, 8, 8), float("nan")))
+    assert picture.getextrema() == ((0, 0),) * 3 and "not finite (NaN)" in caplog.text
+    assert vae.dtype == torch.float16  # it is not to blame
+
+
 def test_the_vae_can_keep_a_finer_dtype_than_the_rest(tiny_base):
     exact = StableDiffusionXLPipeline.from_pretrained(tiny_base).vae.decoder.conv_in.weight
     pipeline = base.load_pipeline(tiny_base, dtype=torch.bfloat16, vae_dtype=torch.float32)

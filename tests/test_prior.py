@@ -10,6 +10,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.preparation import usable_class_photos
 from dreambooth_moslora.prior import ClassImages
 from dreambooth_moslora.trainer import train
+from tests.tiny import tiny_sdxl
 from tests.tiny_training import paint_photos, tiny_config
 
 
@@ -106,6 +107,16 @@ def test_a_persons_own_class_images_are_taken_before_generated_ones(tmp_path):
     config = TrainConfig(with_prior_preservation=True, class_prompt="a dog", num_class_images=3, resolution=8)
     taken = [photo.path.name for photo in usable_class_photos(tmp_path, config, images)]
     assert taken == ["dog_0.png", "dog_1.png", images.name(0)]
+
+
+def test_a_base_that_draws_nan_ends_the_run_and_leaves_no_class_image(tmp_path):
+    pipeline = tiny_sdxl(tmp_path)
+    pipeline.unet.conv_out.weight.data.fill_(float("nan"))
+    pipeline.save_pretrained(tmp_path / "model")
+    changes = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class")}
+    with pytest.raises(UserError, match=r"class images that are not finite .* --prior_generation_precision fp32"):
+        train(tiny_config(tmp_path / "model", paint_photos(tmp_path / "photos"), tmp_path / "run", **changes))
+    assert not list((tmp_path / "class").iterdir())
 
 
 def test_a_class_folder_serves_two_resolutions(tiny_base, tmp_path):
