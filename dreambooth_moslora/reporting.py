@@ -4,6 +4,7 @@ Only the main process speaks. Nothing that leaves the machine through a tracker 
 """
 
 import json
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,10 +14,14 @@ import torch
 from accelerate import Accelerator
 
 from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.memory import peak_memory_gib
+from dreambooth_moslora.processes import on_main
 from dreambooth_moslora.rundir import RunDir, atomic_write
 
 __all__ = ["Reporter", "Stopwatch"]
+
+logger = logging.getLogger(__name__)
 
 PRIVATE_SUFFIXES = ("_dir", "_path", "_prompt", "token", "_name", "_column", "checkpoint")
 
@@ -82,19 +87,34 @@ class Reporter:
             self._waiting.append(event)
 
     def start_trackers(self, config: TrainConfig) -> None:
-        """Open tensorboard and its like with the run's plain numbers."""
-        if not self.accelerator.log_with:
-            return
+        """Open tensorboard and its like with the run's plain numbers. Raises UserError for one that does not open."""
         facts = {
             key: value
             for key, value in config.to_dict().items()
             if isinstance(value, (bool, int, float, str)) and not key.endswith(PRIVATE_SUFFIXES)
         }
-        self.accelerator.init_trackers("dreambooth_moslora", config=facts)
+
+        def start() -> None:
+            try:
+                self.accelerator.init_trackers("dreambooth_moslora", config=facts)
+            except Exception as error:  # each tracker has its own kinds
+                self.accelerator.trackers.clear()
+                said = one_line(f"{type(error).__name__} {error}")
+                raise UserError(f"--report_to {config.report_to} cannot start: {said}; none trains without.") from error
+
+        if self.accelerator.log_with:
+            on_main(self.accelerator, start)
 
     def _track(self, event: dict) -> None:
+        """What leaves the machine, perhaps. A tracker that fails is said, and gets no more; the run goes on."""
         numbers = {k: v for k, v in event.items() if isinstance(v, (int, float)) and k not in ("step", "time")}
-        self.accelerator.log(numbers, step=event["step"])
+        for tracker in list(self.accelerator.trackers):
+            try:
+                tracker.log(numbers, step=event["step"])
+            except Exception as error:  # each tracker has its own kinds
+                self.accelerator.trackers.remove(tracker)
+                said = one_line(f"{type(error).__name__} {error}")
+                logger.warning("--report_to: %s fails and gets no more of this run: %s", tracker.name, said)
 
 
 class Stopwatch:

@@ -135,6 +135,7 @@ class Training:
         epoch_steps = steps_per_epoch(config, len(photos), accelerator.num_processes)
         self.max_train_steps = config.max_train_steps or config.num_train_epochs * epoch_steps
         announce(config, run_dir, report, position.step, self.max_train_steps)
+        report.start_trackers(config)
         self.album = Album.of(config, run_dir, epoch_steps)
         prompts = [*self.album.prompts, *(evaluator.prompts if evaluator and config.evaluate_steps else ())]
         materials = prepare(config, photos, prompts, accelerator, run_dir, report, should_stop)
@@ -144,7 +145,6 @@ class Training:
         )
         self.publisher = Publisher(config, run_dir, materials, self.learner, self.album, self.sampler)
         begin(config, run_dir, report, position.step, self.checkpoint)
-        report.start_trackers(config)
         self.stopwatch = Stopwatch()
         self.best: BestStep | None = None
 
