@@ -5,6 +5,7 @@ step number is all that a run needs to go on as if it had never stopped.
 """
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -27,6 +28,8 @@ __all__ = [
     "restore_optimizer",
     "save_checkpoint",
 ]
+
+logger = logging.getLogger(__name__)
 
 OPTIMIZER, SCALER, POSITION = "optimizer.pt", "scaler.pt", "position.json"
 
@@ -68,18 +71,27 @@ def save_states(states: dict, path: Path) -> None:
 
 
 def find_checkpoint(run_dir: RunDir, wanted: str | None) -> Path | None:
-    """The folder to resume from: `latest` of the run (None when there is none), a path, or a name in the run.
+    """The folder to resume from: `latest` of the run (None, and a warning, if there is none), a path, or a name in it.
 
     Raises UserError when a named checkpoint is missing or incomplete.
     """
     if not wanted:
         return None
     if wanted == "latest":
-        return run_dir.latest_checkpoint()
+        latest = run_dir.latest_checkpoint()
+        if latest is None:
+            logger.warning("--resume_from_checkpoint latest: %s", nothing_to_resume(run_dir))
+        return latest
     for path in (Path(wanted), run_dir.path / wanted):
         if is_checkpoint(path):
             return path
     raise UserError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there; try `latest`.")
+
+
+def nothing_to_resume(run_dir: RunDir) -> str:
+    incomplete = ", ".join(path.name for path in run_dir.named_checkpoints())
+    there = f" ({incomplete}: not complete, or another program's)" if incomplete else ""
+    return f"no complete checkpoint in {run_dir.path}{there}; starting at step 0."
 
 
 def read_position(checkpoint: Path) -> Position:

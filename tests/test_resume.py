@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from dreambooth_moslora.dry_run import describe_run
 from dreambooth_moslora.earlier_runs import set_later_aside
 from dreambooth_moslora.rundir import RunDir
 from dreambooth_moslora.trainer import train
@@ -102,8 +103,17 @@ def test_a_new_run_in_an_old_folder_sets_the_old_one_aside(tiny_base, photos, tm
     assert [path.name for path in RunDir(tmp_path).checkpoints()] == ["checkpoint-1"]
 
 
-def test_latest_without_a_checkpoint_begins_anew(tiny_base, photos, tmp_path):
-    assert train(tiny_config(tiny_base, photos, tmp_path, resume_from_checkpoint="latest")).step == 5
+def test_latest_without_a_checkpoint_begins_anew_and_says_so(tiny_base, photos, tmp_path, caplog):
+    config = tiny_config(tiny_base, photos, tmp_path, resume_from_checkpoint="latest")
+    assert train(config).step == 5
+    assert f"latest: no complete checkpoint in {tmp_path}; starting at step 0" in caplog.text
+    assert train(config).step == 5 and caplog.text.count("starting at step 0") == 1
+
+
+def test_a_dry_run_says_that_there_is_no_checkpoint_and_names_what_is_not_complete(tiny_base, photos, tmp_path, caplog):
+    (tmp_path / "checkpoint-4").mkdir()
+    describe_run(tiny_config(tiny_base, photos, tmp_path, resume_from_checkpoint="latest"))
+    assert "(checkpoint-4: not complete, or another program's); starting at step 0" in caplog.text
 
 
 def test_an_older_checkpoint_sets_the_later_ones_aside(tiny_base, photos, tmp_path):
