@@ -164,15 +164,14 @@ class PhotoStream:
         crops = self.encoder.rule.crops_per_photo
         return self.photos[slot // self.repeats], self._plan(slot, epoch if crops is None else epoch % crops)
 
-    def view_count(self) -> int:
-        """Different views that can be encoded ahead; 0 when each epoch cuts anew."""
-        return len(self) * (self.encoder.rule.crops_per_photo or 0)
+    def view_count(self, exposures: int) -> int:
+        """Views that the first `exposures` show, before they come again; 0 when each epoch cuts anew."""
+        return min(exposures, len(self) * (self.encoder.rule.crops_per_photo or 0))
 
-    def encode_all(self) -> Iterator[EncodedView]:
-        """Every view that can be encoded ahead: this fills the cache."""
-        for slot in range(len(self)):
-            for crop in range(self.encoder.rule.crops_per_photo or 0):
-                yield self.encoder.encode(self.photos[slot // self.repeats], self._plan(slot, crop))
+    def encode_ahead(self, exposures: int) -> Iterator[EncodedView]:
+        """Each of those views once: this fills the cache."""
+        for position in range(self.view_count(exposures)):
+            yield self.encoder.encode(*self._exposure(position))
 
     def _plan(self, slot: int, crop: int) -> CropPlan:
         rule, photo = self.encoder.rule, self.photos[slot // self.repeats]

@@ -63,13 +63,17 @@ class Materials:
 def prepare(
     config: TrainConfig,
     photos: list[Photo],
+    exposures: int,
     prompts: list[str],
     accelerator: Accelerator,
     run_dir: RunDir,
     report: Reporter,
     should_stop: Callable[[], bool],
 ) -> Materials:
-    """Load, generate, encode. `prompts` are those to be drawn later: they are embedded while the encoders are here."""
+    """Load, generate, encode what the run's `exposures` will show.
+
+    `prompts` are those to be drawn later: they are embedded while the encoders are here.
+    """
 
     def stop_together() -> bool:
         return any_process(accelerator, should_stop())
@@ -89,7 +93,7 @@ def prepare(
     instance = PhotoStream(photos, encoder, config.seed, "instance", config.repeats)
     prior = PhotoStream(class_photos, encoder, config.seed, "prior") if class_photos else None
     words = text_book(config, pipeline, accelerator.device)
-    encode_everything(config, instance, prior, words, prompts, report, stop_together)
+    encode_everything(config, instance, prior, exposures, words, prompts, report, stop_together)
     release_encoders(config, pipeline, words, accelerator.device)
     pipeline.unet.to(accelerator.device)
     return Materials(pipeline, schedule, photos, instance, prior, words, dtype)
@@ -225,6 +229,7 @@ def encode_everything(
     config: TrainConfig,
     instance: PhotoStream,
     prior: PhotoStream | None,
+    exposures: int,
     words: TextBook,
     prompts: list[str],
     report: Reporter,
@@ -237,8 +242,8 @@ def encode_everything(
     )
     if config.class_prompt:
         captions |= {config.class_prompt, *config.prior_prompts}
-    views = sum(stream.view_count() for stream in streams)
-    counts = (number for number, _ in enumerate(every_view(streams), start=1))
+    views = sum(stream.view_count(exposures) for stream in streams)
+    counts = (number for number, _ in enumerate(every_view(streams, exposures), start=1))
     for _ in report.counted("caching", counts, views):
         stop_if_asked(should_stop)
     for caption in sorted(captions):
@@ -246,9 +251,9 @@ def encode_everything(
         stop_if_asked(should_stop)
 
 
-def every_view(streams: list[PhotoStream]):
+def every_view(streams: list[PhotoStream], exposures: int):
     for stream in streams:
-        yield from stream.encode_all()
+        yield from stream.encode_ahead(exposures)
 
 
 def release_encoders(

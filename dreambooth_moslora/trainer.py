@@ -138,7 +138,9 @@ class Training:
         report.start_trackers(config)
         self.album = Album.of(config, run_dir, epoch_steps)
         prompts = [*self.album.prompts, *(evaluator.prompts if evaluator and config.evaluate_steps else ())]
-        materials = prepare(config, photos, prompts, accelerator, run_dir, report, should_stop)
+        step_exposures = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+        exposures = self.max_train_steps * step_exposures
+        materials = prepare(config, photos, exposures, prompts, accelerator, run_dir, report, should_stop)
         self.learner = Learner(config, materials, accelerator, self.max_train_steps, self.checkpoint, position.step)
         self.sampler = Sampler(
             materials.pipeline, self.learner.text_cond, config.resolution, accelerator.device, should_stop=should_stop

@@ -15,11 +15,11 @@ from dreambooth_moslora.cli import train_main
 encode = preparation.every_view
 
 
-def every_view(streams: list) -> Iterator:
+def every_view(*arguments) -> Iterator:
     logging.getLogger("a library").warning("this is said by every process")
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGTERM)
-    return encode(streams)
+    return encode(*arguments)
 
 
 preparation.every_view = every_view

@@ -64,9 +64,9 @@ def test_check_shows_the_crops_that_training_takes(tmp_path):
         def encode(self, photo, plan):
             return photo.path.name, plan
 
-    trained = list(PhotoStream(photos, Recorder(), 5, "instance", 2).encode_all())
+    trained = list(PhotoStream(photos, Recorder(), 5, "instance", 2).encode_ahead(100))
     shown = [(photo.path.name, plan) for n, photo in enumerate(photos) for plan in plans_of(photo, n, config)]
-    assert shown == trained
+    assert sorted(shown, key=str) == sorted(trained, key=str) and len(shown) == 18
 
 
 def test_frames_of_mirrored_crops_lie_on_the_other_side():

@@ -63,16 +63,28 @@ def test_each_exposure_draws_one_of_the_captions_the_same_every_time(pipeline, t
 def test_a_view_is_encoded_once_and_repeats_of_one_crop_share_it(pipeline, photos):
     cache = TensorCache()
     stream = stream_of(photos, pipeline.vae, cache, CropRule(64, center_crop=True), repeats=3)
-    assert len(list(stream.encode_all())) == stream.view_count() == 9
+    assert len(list(stream.encode_ahead(100))) == stream.view_count(100) == 9
     assert cache.computed == 3
     for position in range(30):
         stream.at(position)
     assert cache.computed == 3
 
 
+@pytest.mark.parametrize("exposures", [1, 4, 6, 7, 50])
+def test_what_is_encoded_ahead_is_what_the_exposures_show_and_no_more(pipeline, photos, exposures):
+    ahead, shown = TensorCache(), TensorCache()
+    rule = CropRule(64, crops_per_photo=2)
+    assert len(list(stream_of(photos, pipeline.vae, ahead, rule).encode_ahead(exposures))) == min(exposures, 6)
+    encoded = ahead.computed
+    for position in range(exposures):
+        for cache in (ahead, shown):
+            stream_of(photos, pipeline.vae, cache, rule).at(position)
+    assert encoded == ahead.computed == shown.computed
+
+
 def test_several_crops_differ_and_are_all_used(pipeline, photos):
     stream = stream_of(photos[:1], pipeline.vae, TensorCache(), CropRule(64, crops_per_photo=3))
-    assert stream.view_count() == 3
+    assert stream.view_count(100) == 3
     crops = {tuple(stream.at(position)[0].time_ids[2:4].tolist()) for position in range(3)}
     assert len(crops) == 3
     fresh = stream_of(photos[:1], pipeline.vae, None, CropRule(64, crops_per_photo=None))
@@ -82,7 +94,7 @@ def test_several_crops_differ_and_are_all_used(pipeline, photos):
 def test_a_second_run_reuses_the_disk_and_a_changed_photo_does_not(pipeline, photos, tmp_path):
     def encode() -> int:
         cache = TensorCache(tmp_path / "cache")
-        list(stream_of(photos, pipeline.vae, cache).encode_all())
+        list(stream_of(photos, pipeline.vae, cache).encode_ahead(100))
         return cache.computed
 
     assert encode() == 3
