@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.config import FIELD_TYPES, TrainConfig, check_each
-from dreambooth_moslora.config_fields import GROUPS, nearest
+from dreambooth_moslora.config_fields import GROUPS, Prompt, nearest
 from dreambooth_moslora.config_files import load_settings
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.foreign_flags import FOREIGN_FLAGS
@@ -71,10 +71,10 @@ def add_flag(group: Any, item: Field) -> None:
     else:
         choices = item.metadata["choices"]
         metavar = "{" + ",".join(choices) + "}" if choices else METAVARS[base]
-        group.add_argument(f"--{item.name}", nargs="+" if base is tuple else None, metavar=metavar, **options)
+        group.add_argument(f"--{item.name}", nargs="+" if base in (tuple, Prompt) else None, metavar=metavar, **options)
 
 
-METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAME"}
+METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAME", Prompt: "TEXT"}
 
 
 def help_of(item: Field) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields
 from typing import Any
 
-from dreambooth_moslora.config_fields import check_limits, convert, field_types, grouped, nearest
+from dreambooth_moslora.config_fields import Prompt, check_limits, convert, field_types, grouped, nearest
 from dreambooth_moslora.errors import UserError
 
 __all__ = ["INTERPOLATIONS", "MIXERS", "TrainConfig", "check_each"]
@@ -76,8 +76,8 @@ class TrainConfig:
         choices=("class_images", "adapter_off"),
     )
     class_prompt: str | None = of_prior(None, 'the class in words: "a photo of a dog"')
-    prior_prompts: tuple[str, ...] = of_prior(
-        (), "other prompts, without commas, that adapter_off preserves too: every second image draws one of them"
+    prior_prompts: tuple[Prompt, ...] = of_prior(
+        (), "other prompts that adapter_off preserves too: every second image draws one of them"
     )
     class_data_dir: str | None = of_prior(None, "folder with class images (default: in the run folder)")
     num_class_images: int = of_prior(100, "class images wanted; missing ones are generated", low=1)

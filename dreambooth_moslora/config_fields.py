@@ -6,11 +6,11 @@ from dataclasses import Field, field, fields
 from functools import partial
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, NewType, get_args, get_type_hints
 
 from dreambooth_moslora.errors import UserError
 
-__all__ = ["GROUPS", "FieldType", "check_limits", "convert", "field_types", "grouped", "nearest", "option"]
+__all__ = ["GROUPS", "FieldType", "Prompt", "check_limits", "convert", "field_types", "grouped", "nearest", "option"]
 
 GROUPS = (
     "base model",
@@ -28,8 +28,10 @@ GROUPS = (
 MOST = 10**9
 """Of whole numbers that have no bound of their own: more is a slip of the keyboard."""
 
-FieldType = tuple[type, bool]
-"""(bool, int, float, str or tuple; whether None is allowed). A tuple holds strings."""
+Prompt = NewType("Prompt", str)
+"""Text with commas of its own: a list of prompts is not split at them, as a list of names is."""
+FieldType = tuple[Any, bool]
+"""(bool, int, float, str, tuple for names or Prompt for several prompts; whether None is allowed)."""
 
 
 def option(
@@ -70,7 +72,8 @@ def field_types(owner: type) -> dict[str, FieldType]:
 def field_type(hint: Any) -> FieldType:
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     kind = next(k for k in kinds if k is not type(None))
-    return (kind if isinstance(kind, type) and kind in (bool, int, float, str) else tuple), type(None) in kinds
+    several = Prompt if Prompt in get_args(kind) else tuple
+    return (kind if isinstance(kind, type) and kind in (bool, int, float, str) else several), type(None) in kinds
 
 
 def convert(name: str, value: Any, kind: FieldType) -> Any:
@@ -115,20 +118,26 @@ def is_text(value: str) -> bool:
     return "\0" not in value and value == value.encode("utf-8", "replace").decode()
 
 
-def to_words(value: Any) -> tuple[str, ...] | None:
-    words = [value] if isinstance(value, str) else value
-    if not isinstance(words, (list, tuple)) or not all(to_str(word) is not None for word in words):
+def to_prompts(value: Any) -> tuple[str, ...] | None:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not all(to_str(text) is not None for text in texts):
         return None
-    return tuple(part.strip() for part in ",".join(words).split(",") if part.strip())
+    return tuple(text.strip() for text in texts if text.strip())
 
 
-CONVERTERS = {bool: to_bool, int: to_int, float: to_float, str: to_str, tuple: to_words}
+def to_words(value: Any) -> tuple[str, ...] | None:
+    texts = to_prompts(value)
+    return None if texts is None else to_prompts(",".join(texts).split(","))
+
+
+CONVERTERS = {bool: to_bool, int: to_int, float: to_float, str: to_str, tuple: to_words, Prompt: to_prompts}
 EXPECTED = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
     str: "text",
     tuple: "a list of names, separated by commas",
+    Prompt: "a list of prompts",
 }
 
 

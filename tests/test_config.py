@@ -164,6 +164,14 @@ def test_names_are_listed_with_spaces_or_commas(words):
     assert parse_train_config([*NEEDED, "--target_modules", *words]).target_modules == ("to_q", "to_v")
 
 
+def test_prompts_keep_their_commas_on_the_command_line_and_in_files(tmp_path):
+    prompts = ("a red car, in the snow", "a cup")
+    assert parse_train_config([*NEEDED, "--prior_prompts", *prompts]).prior_prompts == prompts
+    (tmp_path / "a.toml").write_text(f"prior_prompts = {list(prompts)}")
+    assert parse_train_config([*NEEDED, "--config", str(tmp_path / "a.toml")]).prior_prompts == prompts
+    assert TrainConfig(prior_prompts=prompts[0]).prior_prompts == prompts[:1]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
