@@ -10,7 +10,7 @@ from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.weight_headers import check_weights, tensor_shapes, weight_files
 
-__all__ = ["base_folder", "check_diffusers_folder", "configs_beside", "resolve_base"]
+__all__ = ["base_folder", "check_diffusers_folder", "check_vae", "configs_beside", "resolve_base"]
 
 TOY = Path(__file__).resolve().parents[1] / "assets" / "toy-sdxl"
 SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
@@ -99,6 +99,16 @@ def check_diffusers_folder(folder: Path, variant: str | None = None, *, has_vae:
     for part in parts:
         if part in MARKS:
             check_component(folder / part, variant, MARKS[part])
+
+
+def check_vae(name: str) -> None:
+    """Raises UserError for a VAE of its own that is not there, or not whole; a hub's is seen when it is fetched."""
+    path = Path(name)
+    if path.is_dir():
+        read_json(path / "config.json")
+        check_component(path, None, MARKS["vae"])
+    elif path.exists() or not is_hub_id(name):
+        raise UserError(f"the VAE {name} is neither a diffusers folder that is here nor a hub id.")
 
 
 def check_component(folder: Path, variant: str | None, marks: set[str]) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dreambooth_moslora.base_files import base_folder
+from dreambooth_moslora.base_files import base_folder, check_vae
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.targets import check_linear, check_targets
@@ -21,6 +21,8 @@ def preflight(config: TrainConfig) -> Path | None:
         from dreambooth_moslora.hub import check_push
 
         check_push(config)
+    if config.pretrained_vae_model_name_or_path:
+        check_vae(config.pretrained_vae_model_name_or_path)
     folder = base_folder(config)
     layers = unet_layers(folder, config.variant) if folder else {}
     if layers:

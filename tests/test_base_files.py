@@ -13,6 +13,7 @@ from dreambooth_moslora.base_files import base_folder
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.estimate import size_of_base
+from dreambooth_moslora.preflight import preflight
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 492265168\n"
 UNET, TEXT = Path("unet/diffusion_pytorch_model.safetensors"), Path("text_encoder/model.safetensors")
@@ -97,3 +98,22 @@ def test_a_single_file_is_looked_at_too(tmp_path):
     file.write_text(POINTER)
     with pytest.raises(UserError, match="git-lfs pointer"):
         base_folder(TrainConfig(pretrained_model_name_or_path=file))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("{base}/missing", "the VAE .*missing is neither a diffusers folder"),
+        ("{base}/vae/config.json", "the VAE .*json is neither a diffusers folder"),
+        ("{base}", "config.json cannot be read"),
+        ("{base}/unet", r"another model: it has no encoder\.conv_in\.weight"),
+    ],
+)
+def test_another_vae_is_looked_at_before_a_run_and_before_a_dry_one(base, name, says):
+    def config(vae):
+        return TrainConfig(pretrained_model_name_or_path=str(base), pretrained_vae_model_name_or_path=vae)
+
+    preflight(config(str(base / "vae")))
+    preflight(config("owner/vae"))
+    with pytest.raises(UserError, match=says):
+        preflight(config(name.format(base=base)))
