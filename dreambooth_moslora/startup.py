@@ -11,7 +11,12 @@ from random import SystemRandom
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
@@ -50,6 +55,7 @@ def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
             mixed_precision=config.mixed_precision,
             log_with=tracker,
             project_config=folders,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `Learner` divides, by our flag
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except ValueError as error:

@@ -1,6 +1,7 @@
 """How a run begins, and what is said when it cannot."""
 
 import pytest
+import torch
 
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
@@ -12,10 +13,7 @@ REFUSED = {
         None,
         "asks for the precision fp7: give --mixed_precision no, fp16 or bf16",
     ),
-    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "two"): (
-        "bf16",
-        "^accelerate says: invalid literal for int.*'two'; look",
-    ),
+    ("ACCELERATE_DYNAMO_BACKEND", "two"): ("bf16", "^accelerate says: 'TWO' is not a valid DynamoBackend; look"),
 }
 
 
@@ -25,6 +23,15 @@ def test_a_setting_of_accelerates_own_is_blamed_on_no_flag(setting, tmp_path, mo
     monkeypatch.setenv(*setting)
     with pytest.raises(UserError, match=says):
         make_accelerator(TrainConfig(report_to="none", mixed_precision=precision), RunDir(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("number", ["4", "two"])
+def test_accelerates_own_accumulation_divides_no_gradient_again(number, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", number)
+    accelerator = make_accelerator(TrainConfig(report_to="none"), RunDir(tmp_path / "run"))
+    weight = torch.ones(1, requires_grad=True)
+    accelerator.backward(weight.sum())
+    assert weight.grad.item() == 1
 
 
 def test_the_flag_is_named_where_it_is_to_blame():
