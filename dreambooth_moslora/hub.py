@@ -4,6 +4,7 @@ Photos, the contact sheet (it shows them), checkpoints, class images and the con
 """
 
 import logging
+from glob import escape
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -25,6 +26,11 @@ PUBLIC_FILES = [PUBLISHED_NAME, "*.kohya.safetensors", "README.md", "image_*.png
 def public_files(run_dir: Path) -> list[str]:
     """Names of the files at the top of the run folder that may leave the machine."""
     return sorted(p.name for p in run_dir.iterdir() if p.is_file() and any(map(p.match, PUBLIC_FILES)))
+
+
+def patterns(names: list[str]) -> list[str]:
+    """What the hub's filter (fnmatch) matches to these names alone: the run's name may have brackets."""
+    return [escape(name) for name in names]
 
 
 def check_push(config: TrainConfig) -> None:
@@ -54,7 +60,7 @@ def push(run_dir: Path, repo_id: str | None, token: str | None) -> str | None:
         api.upload_folder(
             repo_id=url.repo_id,
             folder_path=run_dir,
-            allow_patterns=public_files(run_dir),
+            allow_patterns=patterns(public_files(run_dir)),
             commit_message="Upload the adapter",
         )
     except Exception as error:  # the clients raise what their HTTP library does

@@ -12,7 +12,7 @@ from dreambooth_moslora.card import CardFacts, model_card
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.contact_sheet import Row, draw_contact_sheet
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.hub import check_push, public_files, push
+from dreambooth_moslora.hub import check_push, patterns, public_files, push
 from dreambooth_moslora.loss_plot import draw_loss_plot, running_mean
 from dreambooth_moslora.proof import FileProof, Proof
 
@@ -43,6 +43,15 @@ def test_only_the_adapter_its_card_and_its_pictures_are_pushed(tmp_path):
         (tmp_path / name).touch()
     assert public_files(tmp_path) == public
     assert list(filter_repo_objects([*public, *private], allow_patterns=public_files(tmp_path))) == public
+
+
+@pytest.mark.parametrize("name", ["dog[1]", "dog]", "a*b?", "[!d]og", "dog [of mine", "{dog}"])
+def test_names_that_read_as_patterns_are_pushed_and_no_others(name, tmp_path):
+    (tmp_path / f"{name}.kohya.safetensors").touch()
+    (tmp_path / "README.md").touch()
+    others = ["dog1.kohya.safetensors", "axxbx.kohya.safetensors", "log.kohya.safetensors"]
+    found = filter_repo_objects([*public_files(tmp_path), *others], allow_patterns=patterns(public_files(tmp_path)))
+    assert list(found) == public_files(tmp_path)
 
 
 class Unreachable:
