@@ -94,7 +94,7 @@ def prepare(
     prior = PhotoStream(class_photos, encoder, config.seed, "prior") if class_photos else None
     words = text_book(config, pipeline, accelerator.device)
     encode_everything(config, instance, prior, exposures, words, prompts, report, stop_together)
-    release_encoders(config, pipeline, words, accelerator.device)
+    release_encoders(config, pipeline, words, encoder, accelerator.device)
     pipeline.unet.to(accelerator.device)
     return Materials(pipeline, schedule, photos, instance, prior, words, dtype)
 
@@ -257,14 +257,22 @@ def every_view(streams: list[PhotoStream], exposures: int):
 
 
 def release_encoders(
-    config: TrainConfig, pipeline: StableDiffusionXLPipeline, words: TextBook, device: torch.device
+    config: TrainConfig,
+    pipeline: StableDiffusionXLPipeline,
+    words: TextBook,
+    encoder: PhotoEncoder,
+    device: torch.device,
 ) -> None:
-    """Text encoders leave unless they are trained; the VAE waits on the CPU unless every step encodes."""
+    """Text encoders leave unless they are trained. The VAE leaves too; for samples and scores it waits on the CPU, and
+    it stays where every step encodes."""
     if not config.train_text_encoder:
         words.forget()
         pipeline.register_modules(text_encoder=None, text_encoder_2=None)
-    if config.caching != "off":
+    if config.caching != "off" and (config.num_validation_images or config.evaluate_steps):
         pipeline.vae.to("cpu")
+    elif config.caching != "off":
+        pipeline.register_modules(vae=None)
+        encoder.vae = None
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

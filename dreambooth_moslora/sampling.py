@@ -43,7 +43,9 @@ class Sampler:
     should_stop: Callable[[], bool] = bool
 
     def __call__(self, requests: list[SampleRequest], batch_size: int = 1) -> Iterator[Image.Image]:
-        """The pictures in order. Each has its own noise, whatever the batch it is drawn in."""
+        """The pictures in order. Each has its own noise, whatever the batch it is drawn in. None need no VAE."""
+        if not requests:
+            return
         with sampling_mode(self.pipeline, self.device):
             for start in range(0, len(requests), batch_size):
                 yield from self._draw(requests[start : start + batch_size])

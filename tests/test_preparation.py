@@ -1,0 +1,30 @@
+"""What is still in memory when training begins."""
+
+from weakref import ref
+
+import pytest
+
+from dreambooth_moslora import preparation
+from dreambooth_moslora.trainer import train
+from tests.tiny_training import paint_photos, tiny_config
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_there"), [({}, False), ({"num_validation_images": 1}, True), ({"caching": "off"}, True)]
+)
+def test_the_vae_leaves_memory_unless_it_is_needed_again(changes, is_there, tiny_base, tmp_path, monkeypatch):
+    load, loaded, seen = preparation.load_base, [], []
+
+    def load_base(*arguments):
+        pipeline = load(*arguments)
+        loaded.append(ref(pipeline.vae))
+        return pipeline
+
+    def note(event):
+        if event["type"] == "step":
+            seen.append(loaded[0]() is not None)
+
+    monkeypatch.setattr(preparation, "load_base", load_base)
+    photos = paint_photos(tmp_path / "photos")
+    train(tiny_config(tiny_base, photos, tmp_path / "run", max_train_steps=1, **changes), note)
+    assert seen == [is_there]
