@@ -18,10 +18,13 @@ MAX_CROPS = 5
 
 
 def plans_of(photo: Photo, number: int, config: TrainConfig) -> Iterator[CropPlan]:
-    """The crops of photo `number` of the folder, drawn by the same names as in training (`dataset.PhotoStream`)."""
+    """The crops of photo `number` of the folder, drawn by the same names as in training (`dataset.PhotoStream`).
+
+    They are those of the seed 0 where none is set: training draws one then.
+    """
     for slot in range(number * config.repeats, (number + 1) * config.repeats):
         for crop in range(config.crops_per_photo):
-            draws = rng(config.seed, "instance", "crop", slot, crop)
+            draws = rng(config.seed or 0, "instance", "crop", slot, crop)
             yield plan_crop(
                 photo.size_px,
                 config.resolution,

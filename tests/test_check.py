@@ -52,6 +52,20 @@ def test_the_picture_shows_every_photo_and_its_crops(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize(
+    ("flags", "is_said"),
+    [([], True), (["--center_crop", "--random_flip"], True), (["--center_crop"], False), (["--seed", "0"], False)],
+)
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_crops_that_a_training_without_a_seed_would_not_take_are_said_to_be_so(
+    flags, is_said, form, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    picture().save(tmp_path / "a.png")
+    assert main(["check", ".", "--resolution", "64", *form, *flags]) == 0
+    assert ("(of seed 0: without --seed, training draws others)" in "".join(capsys.readouterr())) == is_said
+
+
+@pytest.mark.parametrize(
     ("name", "says"), [("out", "the crops: out.png"), ("out.xyz", "no picture: out.xyz: it is drawn as a PNG")]
 )
 def test_the_pictures_name_may_lack_its_suffix_or_have_a_foreign_one(name, says, tmp_path, monkeypatch, capsys):

@@ -53,20 +53,20 @@ def run(args: argparse.Namespace) -> int:
     report = find_photos(folder, config.instance_prompt, config.resolution, alpha=config.alpha)
     report = examine(report, config.resolution)
     picture = None if args.no_picture or not report.photos else draw(report, config, picture_path(args, folder))
-    print(json.dumps(as_json(report), indent=1) if args.json else as_text(report, picture))
+    crops = crops_line(picture, config) if picture else None
+    print(json.dumps(as_json(report), indent=1) if args.json else as_text(report, crops))
     if not report.photos:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
-    if args.json and picture:
-        print(f"the crops: {picture}", file=sys.stderr)
+    if args.json and crops:
+        print(crops, file=sys.stderr)
     return 0
 
 
 def config_of(args: argparse.Namespace) -> TrainConfig:
-    """Settings of the recipe, if any, under those of the command line; an unset seed is 0."""
+    """Settings of the recipe, if any, under those of the command line."""
     recipe = load_settings(args.config) if args.config else {}
     given = {name: value for name, value in vars(args).items() if name in SETTINGS}
-    chosen = {"seed": 0} | {name: value for name, value in recipe.items() if name in SETTINGS} | given
-    return TrainConfig(**chosen)
+    return TrainConfig(**{name: value for name, value in recipe.items() if name in SETTINGS} | given)
 
 
 def picture_path(args: argparse.Namespace, folder: Path) -> Path:
@@ -86,7 +86,13 @@ def verdict(path: Path, usable: bool, reasons: list[str], size_px: tuple[int, in
     return {"path": str(path), "usable": usable, "reasons": reasons, "size_px": list(size_px) if size_px else None}
 
 
-def as_text(report: Any, picture: Path | None) -> str:
+def crops_line(picture: Path, config: TrainConfig) -> str:
+    is_drawn = config.random_flip or not config.center_crop
+    note = " (of seed 0: without --seed, training draws others)" if is_drawn and config.seed is None else ""
+    return f"the crops: {picture}{note}"
+
+
+def as_text(report: Any, crops: str | None) -> str:
     from dreambooth_moslora.photos import quoted
 
     lines = []
@@ -99,7 +105,7 @@ def as_text(report: Any, picture: Path | None) -> str:
     lines.append(
         f"{len(report.photos)} usable, {len(report.skipped)} left out, {len(report.sidecars)} captions and masks"
     )
-    return "\n".join([*lines, *([f"the crops: {picture}"] if picture else [])])
+    return "\n".join([*lines, *([crops] if crops else [])])
 
 
 def draw(report: Any, config: TrainConfig, path: Path) -> Path | None:
