@@ -164,7 +164,7 @@ class TrainConfig:
     checkpoints_total_limit: int | None = of_run(None, "checkpoints to keep", low=1)
     resume_from_checkpoint: str | None = of_run(None, 'a checkpoint folder, or "latest"')
     logging_dir: str = of_run("logs", "folder of the trackers' logs inside the run folder")
-    report_to: str = of_run("tensorboard", "where the numbers go", choices=(*TRACKERS, "all", "none"))
+    report_to: str = of_run("tensorboard", "where the numbers and the samples go", choices=(*TRACKERS, "all", "none"))
     dry_run: bool = of_run(False, "print what would be done, and what it would cost, and exit")
 
     push_to_hub: bool = of_hub(False, "upload the adapter and its card when done; never the photos")

@@ -1,6 +1,7 @@
 """What a run says while it runs: one dict an event, to `metrics.jsonl`, to the caller, and to the trackers.
 
-Only the main process speaks. Nothing that leaves the machine through a tracker holds a path or a prompt.
+Only the main process speaks. Nothing that leaves the machine through a tracker holds a path, a prompt or a photo; the
+samples, which are pictures of the subject, go to trackers that show pictures.
 """
 
 import json
@@ -10,8 +11,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from statistics import median
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from PIL import Image
 
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError, one_line
@@ -24,6 +28,8 @@ __all__ = ["Reporter", "Stopwatch"]
 logger = logging.getLogger(__name__)
 
 PRIVATE_SUFFIXES = ("_dir", "_path", "_prompt", "token", "_name", "_column", "checkpoint")
+PICTURE_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
+"""Trackers that get the samples, and how they are told that pictures are (N, height, width, RGB)."""
 
 
 class Reporter:
@@ -45,7 +51,7 @@ class Reporter:
         self._write(event)
         if self.on_event is not None:
             self.on_event(event)
-        if kind in ("step", "evaluation"):
+        if kind in ("step", "evaluation", "sample"):
             self._track(event)
 
     def phase(self, phase: str, done: int = 0, total: int = 1) -> None:
@@ -106,15 +112,26 @@ class Reporter:
             on_main(self.accelerator, start)
 
     def _track(self, event: dict) -> None:
-        """What leaves the machine, perhaps. A tracker that fails is said, and gets no more; the run goes on."""
-        numbers = {k: v for k, v in event.items() if isinstance(v, (int, float)) and k not in ("step", "time")}
+        """Numbers, and the samples where pictures are taken. A tracker that fails is said, and gets no more."""
         for tracker in list(self.accelerator.trackers):
             try:
-                tracker.log(numbers, step=event["step"])
+                if event["type"] == "sample":
+                    self._show(tracker, event)
+                else:
+                    tracker.log(numbers_of(event), step=event["step"])
             except Exception as error:  # each tracker has its own kinds
                 self.accelerator.trackers.remove(tracker)
                 said = one_line(f"{type(error).__name__} {error}")
                 logger.warning("--report_to: %s fails and gets no more of this run: %s", tracker.name, said)
+
+    def _show(self, tracker: GeneralTracker, event: dict) -> None:
+        if tracker.name in PICTURE_OPTIONS:
+            pictures = np.stack([np.asarray(Image.open(self.run_dir.path / name)) for name in event["files"]])
+            tracker.log_images({"samples": pictures}, step=event["step"], **PICTURE_OPTIONS[tracker.name])
+
+
+def numbers_of(event: dict) -> dict[str, float]:
+    return {k: v for k, v in event.items() if isinstance(v, (int, float)) and k not in ("step", "time")}
 
 
 class Stopwatch:
