@@ -24,6 +24,7 @@ from toybox.training import MasterWeights, Run, trapezoid
 CHANNELS = (32, 64, 128, 128)
 KL_WEIGHT = 3e-6
 LEAVES_SHARE = 0.06
+CANDIDATES = 3
 
 
 def build_vae(**extra) -> AutoencoderKL:
@@ -41,16 +42,27 @@ def build_vae(**extra) -> AutoencoderKL:
 
 
 def crops(images: Tensor, size_px: int, generator: torch.Generator) -> Tensor:
-    """uint8 (N,H,W,3) -> pixels (N,3,size,size), a random crop and mirror each, colours turned in one of six calls."""
+    """uint8 (N,H,W,3) -> pixels (N,3,size,size), a random crop and mirror each, colours turned in one of six calls.
+
+    The crop is the one with the most detail of `CANDIDATES`: a plain sky teaches little.
+    """
     n, h, w, _ = images.shape
-    top, left = (torch.randint(0, s - size_px + 1, (n,), generator=generator) for s in (h, w))
-    picked = torch.stack([images[i, t : t + size_px, k : k + size_px] for i, (t, k) in enumerate(zip(top, left))])
+    top, left = (torch.randint(0, s - size_px + 1, (n, CANDIDATES), generator=generator) for s in (h, w))
+    some = torch.stack([image[t : t + size_px, k : k + size_px] for image, tops, lefts in zip(images, top, left)
+                        for t, k in zip(tops, lefts)]).view(n, CANDIDATES, size_px, size_px, 3)  # fmt: skip
+    picked = some[torch.arange(n), detail(some).argmax(1)]
     pixels = to_pixels(picked)
     mirrored = torch.rand(n, generator=generator) < 0.5
     pixels[mirrored] = pixels[mirrored].flip(-1)
     if torch.rand((), generator=generator) < 1 / 6:
         pixels = pixels[:, torch.randperm(3, generator=generator)]
     return pixels
+
+
+def detail(images: Tensor) -> Tensor:
+    """Mean difference of neighbouring pixels, uint8 (...,H,W,3) -> (...)."""
+    x = images[..., ::2, ::2, 1].float()
+    return x.diff(dim=-1).abs().mean((-2, -1)) + x.diff(dim=-2).abs().mean((-2, -1))
 
 
 def reconstruction_loss(x: Tensor, y: Tensor) -> Tensor:
