@@ -1,4 +1,4 @@
-"""What is still in memory when training begins."""
+"""What is encoded before training, and what is still in memory when it begins."""
 
 from weakref import ref
 
@@ -28,3 +28,11 @@ def test_the_vae_leaves_memory_unless_it_is_needed_again(changes, is_there, tiny
     photos = paint_photos(tmp_path / "photos")
     train(tiny_config(tiny_base, photos, tmp_path / "run", max_train_steps=1, **changes), note)
     assert seen == [is_there]
+
+
+def test_only_what_the_steps_will_show_is_encoded(tiny_base, tmp_path):
+    events, photos = [], paint_photos(tmp_path / "photos")
+    size = {"max_train_steps": 1, "gradient_accumulation_steps": 2, "train_batch_size": 2}
+    prior = {"with_prior_preservation": True, "num_class_images": 5}
+    train(tiny_config(tiny_base, photos, tmp_path / "run", crops_per_photo=9, **size, **prior), events.append)
+    assert {event["total"] for event in events if event.get("phase") == "caching"} == {4 + 4}

@@ -306,7 +306,7 @@ def test_epochs_are_counted_as_in_diffusers_script(run):
 
 
 def test_memory_holds_no_text_encoder_and_the_adapter_is_fp32(tiny_base, photos, tmp_path, learners):
-    train(tiny_config(tiny_base, photos, tmp_path, mixed_precision="bf16", max_train_steps=1))
+    train(tiny_config(tiny_base, photos, tmp_path, mixed_precision="bf16", caching="off", max_train_steps=1))
     pipeline = learners[0].materials.pipeline
     assert pipeline.text_encoder is None and pipeline.text_encoder_2 is None
     assert pipeline.unet.dtype == torch.bfloat16 and pipeline.vae.dtype == torch.float32
