@@ -87,7 +87,7 @@ def test_its_vit_tells_individuals_apart_and_an_untrained_one_does_not():
 
 def test_its_vae_keeps_renders_and_its_clip_knows_their_captions(base):
     images, captions = fresh_renders(100, seed=1)
-    assert psnr_db(images, reconstruct(base.vae, images)).mean() > 27
+    assert psnr_db(images, reconstruct(base.vae, images)).mean() > 30
     assert retrieval_at_1(base, images, captions) > 0.8
 
 
