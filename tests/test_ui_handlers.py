@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import GenerationParams, Provenance, Recipe
 from dreambooth_moslora.ui.context import AppContext
-from dreambooth_moslora.ui.facts import AdapterSummary, renewed_prompt
+from dreambooth_moslora.ui.facts import AdapterSummary, renewed_prompt, summary_of
 from dreambooth_moslora.ui.form import GenerateForm, code_snippet, size_choices
 from dreambooth_moslora.ui.generate_actions import format_seconds
 from dreambooth_moslora.ui.generate_tab import _axis_values
@@ -144,6 +144,14 @@ def test_the_snippet_names_files_as_they_lie_in_the_project_or_by_the_bare_name(
     assert shelf.public_paths() == {"cat": "adapters/cat.safetensors"} | runs
     monkeypatch.setattr("dreambooth_moslora.ui.shelf.PROJECT", tmp_path.parent)
     assert shelf.public_paths()["dog@20"] == f"{tmp_path.name}/runs/dog/checkpoint-20"
+
+
+def test_an_adapter_says_its_rank_or_the_range_of_its_ranks(tmp_path):
+    for facts, said in (({"rank": 8}, "rank 8"), ({"rank": 4, "ranks": {"a": 1, "b": 23}}, "ranks 1 to 23")):
+        save_file({"x": np.zeros(1)}, tmp_path / "a.safetensors", {"moslora": json.dumps(facts)})
+        assert summary_of(tmp_path / "a.safetensors").sentence() == said
+    save_file({"x": np.zeros(1)}, tmp_path / "a.safetensors", {"moslora": json.dumps({"rank": "8", "ranks": [1]})})
+    assert summary_of(tmp_path / "a.safetensors").sentence() == ""
 
 
 def test_choosing_an_adapter_renews_the_prompt_only_while_nobody_has_written_in_it():

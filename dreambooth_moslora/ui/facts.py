@@ -20,7 +20,7 @@ class AdapterSummary:
     trigger: str = ""
     class_word: str = ""
     base: str = ""
-    rank: int | None = None
+    rank: str = ""
     mixer: str = ""
 
     @property
@@ -31,7 +31,7 @@ class AdapterSummary:
     def sentence(self) -> str:
         parts = [
             f"say “{self.subject}”" if self.subject else "",
-            f"rank {self.rank}" if self.rank else "",
+            self.rank,
             f"{self.mixer} mixer" if self.mixer and self.mixer != "none" else "",
             f"for {self.base}" if self.base else "",
         ]
@@ -52,14 +52,24 @@ def summary_of(file: Path) -> AdapterSummary:
 def _from_facts(facts: dict[str, Any]) -> AdapterSummary:
     words = facts.get("trigger_words")
     first = words[0] if isinstance(words, list) and words else ""
-    rank = facts.get("rank")
     return AdapterSummary(
         trigger=_word(first),
         class_word=_word(facts.get("class_word")),
         base=_word(facts.get("base_id")),
-        rank=rank if isinstance(rank, int) else None,
+        rank=_rank(facts),
         mixer=_word(facts.get("mixer")),
     )
+
+
+def _rank(facts: dict[str, Any]) -> str:
+    """ "rank 32", or "ranks 1 to 23" where the projections differ."""
+    each = facts.get("ranks")
+    found = [facts.get("rank"), *(each.values() if isinstance(each, dict) else ())]
+    ranks = [rank for rank in found if type(rank) is int and rank > 0]
+    if not ranks:
+        return ""
+    low, high = min(ranks), max(ranks)
+    return f"rank {low}" if low == high else f"ranks {low} to {high}"
 
 
 def _word(value: Any) -> str:
