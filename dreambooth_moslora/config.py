@@ -64,6 +64,9 @@ class TrainConfig:
     center_crop: bool = of_photos(False, "crop the middle of each photo instead of a random place")
     random_flip: bool = of_photos(False, "mirror photos at random")
     crops_per_photo: int = of_photos(1, "different crops taken of each photo", low=1, high=1000)
+    crop_zoom: float = of_photos(
+        1.0, "crops are taken up to so many times closer, at random; 1: as wide as the photo", low=1, high=4
+    )
     image_interpolation_mode: str = of_photos("lanczos", "filter of the resizing", choices=INTERPOLATIONS)
     alpha: str = of_photos(
         "mask", "transparent photos go on white; mask: learn the opaque part only", choices=("mask", "white")

@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.contact_sheet import Row
-from dreambooth_moslora.crops import CropPlan, apply_crop, plan_crop, resized_size
+from dreambooth_moslora.crops import CropPlan, apply_crop, plan_crop
 from dreambooth_moslora.photos import Photo, open_mask, open_rgb
 from dreambooth_moslora.seeding import rng
 
@@ -31,6 +31,7 @@ def plans_of(photo: Photo, number: int, config: TrainConfig) -> Iterator[CropPla
                 draws,
                 center_crop=config.center_crop,
                 random_flip=config.random_flip,
+                zoom=config.crop_zoom,
             )
 
 
@@ -69,8 +70,7 @@ def with_frames(image: Image.Image, plans: list[CropPlan]) -> Image.Image:
 
 def frame_of(plan: CropPlan, shown: tuple[int, int]) -> tuple[float, float, float, float]:
     """The crop in the picture of (width, height) `shown`; a mirrored crop lies on the other side of the photo."""
-    height, width = plan.target_size
-    whole_height, whole_width = resized_size(plan.original_size, height)
+    (height, width), (whole_height, whole_width) = plan.target_size, plan.resized
     top, left = plan.crop_top_left
     left = whole_width - width - left if plan.flip else left
     across, down = shown[0] / whole_width, shown[1] / whole_height

@@ -1,6 +1,6 @@
 """The square that training cuts out of a photo, as numbers first (`CropPlan`) and as pixels second.
 
-    photo (h, w) --resize: shorter side = r--> (h', w') --mirror?--> crop (r, r) at (top, left)
+    photo (h, w) --resize: shorter side = r·zoom--> (h', w') --mirror?--> crop (r, r) at (top, left)
 
 SDXL is told these numbers (Podell et al. 2023, arXiv 2307.01952, section 2.2), so they are data of their own.
 """
@@ -25,10 +25,11 @@ FILTERS = {
 
 @dataclass(frozen=True)
 class CropPlan:
-    """`original_size` (h, w) of the upright photo, `crop_top_left` (y, x) in the resized and mirrored one,
-    `target_size` (h, w) of the crop; px."""
+    """`original_size` (h, w) of the upright photo, `resized` (h, w) what it becomes, `crop_top_left` (y, x) in the
+    resized and mirrored one, `target_size` (h, w) of the crop; px."""
 
     original_size: tuple[int, int]
+    resized: tuple[int, int]
     crop_top_left: tuple[int, int]
     target_size: tuple[int, int]
     flip: bool
@@ -42,16 +43,26 @@ def resized_size(size_px: tuple[int, int], resolution_px: int) -> tuple[int, int
 
 
 def plan_crop(
-    size_px: tuple[int, int], resolution_px: int, rng: Random, *, center_crop: bool = False, random_flip: bool = False
+    size_px: tuple[int, int],
+    resolution_px: int,
+    rng: Random,
+    *,
+    center_crop: bool = False,
+    random_flip: bool = False,
+    zoom: float = 1.0,
 ) -> CropPlan:
-    """Where to cut a photo of `size_px` (h, w). The same three numbers are drawn whatever the flags."""
-    height, width = resized_size(size_px, resolution_px)
-    flip, down, right = rng.random(), rng.random(), rng.random()
+    """Where to cut a photo of `size_px` (h, w). The same four numbers are drawn whatever the flags.
+
+    `zoom` >= 1: the photo is enlarged by a factor drawn from [1, zoom], but never beyond its own pixels.
+    """
+    flip, down, right, closer = rng.random(), rng.random(), rng.random(), rng.random()
+    shorter = max(resolution_px, min(round(resolution_px * (1 + (zoom - 1) * closer)), min(size_px)))
+    height, width = resized_size(size_px, shorter)
     if center_crop:
         top, left = (height - resolution_px) // 2, (width - resolution_px) // 2
     else:
         top, left = int(down * (height - resolution_px + 1)), int(right * (width - resolution_px + 1))
-    return CropPlan(size_px, (top, left), (resolution_px, resolution_px), random_flip and flip < 0.5)
+    return CropPlan(size_px, (height, width), (top, left), (resolution_px, resolution_px), random_flip and flip < 0.5)
 
 
 def apply_crop(image: Image.Image, plan: CropPlan, interpolation: str = "lanczos") -> Image.Image:
@@ -60,8 +71,7 @@ def apply_crop(image: Image.Image, plan: CropPlan, interpolation: str = "lanczos
     Only the part that is kept is resampled: resizing everything first gives the same
     inside, and differs by a filter's width at the border.
     """
-    height, width = plan.target_size
-    whole_height, whole_width = resized_size(plan.original_size, height)
+    (height, width), (whole_height, whole_width) = plan.target_size, plan.resized
     top, left = plan.crop_top_left
     left = whole_width - width - left if plan.flip else left
     down, across = image.height / whole_height, image.width / whole_width

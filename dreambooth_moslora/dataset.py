@@ -31,13 +31,15 @@ Cut = tuple[Image.Image, Image.Image | None]
 
 @dataclass(frozen=True)
 class CropRule:
-    """How photos are cut: to a square of `resolution_px`, `crops_per_photo` different cuts (None: ever new ones)."""
+    """How photos are cut: to a square of `resolution_px`, `crops_per_photo` different cuts (None: ever new ones),
+    each at a size drawn between whole and `zoom` times as close."""
 
     resolution_px: int
     center_crop: bool = False
     random_flip: bool = False
     interpolation: str = "lanczos"
     crops_per_photo: int | None = 1
+    zoom: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,12 @@ class PhotoStream:
         rule, photo = self.encoder.rule, self.photos[slot // self.repeats]
         draws = rng(self.seed, self.name, "crop", slot, crop)
         return plan_crop(
-            photo.size_px, rule.resolution_px, draws, center_crop=rule.center_crop, random_flip=rule.random_flip
+            photo.size_px,
+            rule.resolution_px,
+            draws,
+            center_crop=rule.center_crop,
+            random_flip=rule.random_flip,
+            zoom=rule.zoom,
         )
 
 

@@ -208,6 +208,7 @@ def crop_rule(config: TrainConfig) -> CropRule:
         config.random_flip,
         config.image_interpolation_mode,
         None if config.caching == "off" else config.crops_per_photo,
+        config.crop_zoom,
     )
 
 

@@ -21,6 +21,7 @@ SETTINGS = (
     "center_crop",
     "random_flip",
     "crops_per_photo",
+    "crop_zoom",
     "repeats",
     "image_interpolation_mode",
     "alpha",
@@ -87,7 +88,7 @@ def verdict(path: Path, usable: bool, reasons: list[str], size_px: tuple[int, in
 
 
 def crops_line(picture: Path, config: TrainConfig) -> str:
-    is_drawn = config.random_flip or not config.center_crop
+    is_drawn = config.random_flip or config.crop_zoom > 1 or not config.center_crop
     note = " (of seed 0: without --seed, training draws others)" if is_drawn and config.seed is None else ""
     return f"the crops: {picture}{note}"
 
