@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from dreambooth_moslora.base_files import check_diffusers_folder, configs_beside, resolve_base
 from dreambooth_moslora.errors import UserError, one_line
+from dreambooth_moslora.generation import preferred_guidance
 from dreambooth_moslora.objective import NoiseSchedule
 from dreambooth_moslora.quantization import quantize
 
@@ -36,6 +37,7 @@ __all__ = [
     "architecture",
     "decode_image",
     "decode_pixels",
+    "default_guidance",
     "default_resolution",
     "encode_image",
     "encode_text",
@@ -177,6 +179,11 @@ def freeze(pipeline: StableDiffusionXLPipeline) -> None:
 def default_resolution(pipeline: StableDiffusionXLPipeline) -> int:
     """Side in pixels of the images that the UNet was made for: 1024 for SDXL, 128 for the embedded base."""
     return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+
+
+def default_guidance(pipeline: StableDiffusionXLPipeline) -> float:
+    """`preferred_guidance` of the base that was loaded."""
+    return preferred_guidance(str(pipeline.config.get("_name_or_path", "")))
 
 
 def encode_text(pipeline: StableDiffusionXLPipeline, prompts: list[str]) -> TextCond:

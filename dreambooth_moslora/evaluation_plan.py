@@ -15,10 +15,11 @@ from dreambooth_moslora.prompts import (
     DREAMBOOTH_OBJECT_TEMPLATES,
     TOY_TEMPLATES,
     Subject,
+    is_toy,
 )
 from dreambooth_moslora.sampling import SampleRequest
 
-__all__ = ["TEMPLATE_SETS", "EvaluationPlan", "is_toy", "plan_for"]
+__all__ = ["TEMPLATE_SETS", "EvaluationPlan", "plan_for"]
 
 TEMPLATE_SETS = {"object": DREAMBOOTH_OBJECT_TEMPLATES, "live": DREAMBOOTH_LIVE_TEMPLATES, "toy": TOY_TEMPLATES}
 LIVING = {"dog", "puppy", "cat", "kitten", "animal", "pet", "horse", "bird", "person", "man", "woman", "boy", "girl"}
@@ -107,11 +108,6 @@ def spread(items: Sequence[str], count: int) -> tuple[str, ...]:
     """`count` of the items at even distances, the first always."""
     count = min(count, len(items))
     return tuple(items[number * len(items) // count] for number in range(count))
-
-
-def is_toy(base: str) -> bool:
-    """Whether the base is the embedded toy world."""
-    return str(base).rstrip("/").split("/")[-1] in ("toy", "toy-sdxl")
 
 
 def plan_for(

@@ -50,6 +50,7 @@ class Subjects:
     base: str
     encoders: tuple[str, str]
     inference_steps: int
+    guidance_scale: float
     diversity: str = "DINO distance"
 
 
@@ -69,6 +70,7 @@ def scores_json(found: Evaluation, about: Subjects, photo_fidelity: float) -> di
             "class_images": plan.class_images,
             "unrelated_prompts": len(plan.unrelated),
             "inference_steps": plan.inference_steps,
+            "guidance_scale": about.guidance_scale,
             "interval": "95 %, crossed bootstrap over prompts and seeds",
         },
         "scores": {name: found.interval(name).to_dict() for name in found.tables},
@@ -110,7 +112,8 @@ def introduction(found: Evaluation, about: Subjects) -> str:
     words = escape(found.plan.subject.words)
     text = (
         f"“{words}” by the base {escape(about.base)}: {len(found.plan.templates)} prompts × {len(found.plan.seeds)} "
-        f"seeds, {found.plan.inference_steps} steps each. Encoders: {escape(' and '.join(about.encoders))}. "
+        f"seeds, {found.plan.inference_steps} steps each at guidance {about.guidance_scale:g}. "
+        f"Encoders: {escape(' and '.join(about.encoders))}. "
         f"DIV is {about.diversity}. Intervals are 95 %, over prompts and seeds."
     )
     kind = "bad" if found.alarm.raised else "good"

@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.prompts import is_toy
 
 __all__ = [
     "SCHEDULERS",
@@ -23,6 +24,7 @@ __all__ = [
     "Recipe",
     "check_characters",
     "draw_seed",
+    "preferred_guidance",
     "read_recipe",
     "split_lora_tags",
 ]
@@ -59,9 +61,16 @@ class Provenance:
     versions: tuple[tuple[str, str], ...] = ()
 
 
+def preferred_guidance(base: str) -> float:
+    """Classifier-free guidance at which a base draws best: SDXL's usual 5; the embedded base's pictures lose their
+    shapes and burn out above 3 (`python -m toybox.evaluate_base`)."""
+    return 3.0 if is_toy(base) else 5.0
+
+
 @dataclass(frozen=True)
 class GenerationParams:
-    """Everything that decides the pixels, given the base and the adapters' files. Sizes are px; None = the base's own.
+    """Everything that decides the pixels, given the base and the adapters' files. Sizes are px. Sizes and guidance that
+    are None are the base's own.
 
     Image i of `num_images` is the picture of seed `seed + i`, whatever `num_images` is. Raises UserError on a value
     that cannot be generated.
@@ -71,7 +80,7 @@ class GenerationParams:
     negative_prompt: str = ""
     seed: int = 0
     steps: int = 25
-    guidance_scale: float = 5.0
+    guidance_scale: float | None = None
     height_px: int | None = None
     width_px: int | None = None
     num_images: int = 1
@@ -214,7 +223,7 @@ def check_characters(text: str, name: str) -> None:
 
 
 def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool) -> None:
-    if value is None and name in ("height_px", "width_px"):
+    if value is None and name in ("guidance_scale", "height_px", "width_px"):
         return
     kinds = int if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds):
@@ -245,7 +254,7 @@ def _a1111_text(params: GenerationParams, provenance: Provenance) -> str:
     settings = {
         "Steps": params.steps,
         "Sampler": SCHEDULERS[params.scheduler],
-        "CFG scale": f"{params.guidance_scale:g}",
+        "CFG scale": "" if params.guidance_scale is None else f"{params.guidance_scale:g}",
         "Seed": params.seed,
         "Size": f"{params.width_px}x{params.height_px}" if params.width_px and params.height_px else "",
         "Model": provenance.base,

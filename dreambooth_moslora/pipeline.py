@@ -23,7 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from dreambooth_moslora import __version__
 from dreambooth_moslora.adapter_install import install
 from dreambooth_moslora.adapters import adapter_name, check_fits, find_weights, read_adapter
-from dreambooth_moslora.base import default_resolution, load_pipeline
+from dreambooth_moslora.base import default_guidance, default_resolution, load_pipeline
 from dreambooth_moslora.denoising import Clock, Preview, Step, Watcher
 from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.generation import GenerationParams, Provenance
@@ -141,14 +141,20 @@ class SubjectPipeline:
         return iterate(work)
 
     def complete(self, params: GenerationParams) -> GenerationParams:
-        """Tags applied, sizes filled in, adapters known. Raises UserError otherwise."""
+        """Tags applied, sizes and guidance filled in, adapters known. Raises UserError otherwise."""
         params = params.apply_tags()
         for name, _ in params.adapters:
             if name not in self.adapters:
                 known = ", ".join(self.adapters) or "none"
                 raise UserError(f"adapter {name!r:.60} is not loaded; loaded are: {known}")
         side = self.resolution_px
-        return replace(params, height_px=params.height_px or side, width_px=params.width_px or side)
+        guidance = default_guidance(self.pipeline) if params.guidance_scale is None else params.guidance_scale
+        return replace(
+            params,
+            guidance_scale=guidance,
+            height_px=params.height_px or side,
+            width_px=params.width_px or side,
+        )
 
     def activate(self, adapters: tuple[tuple[str, float], ...]) -> None:
         """Make exactly these adapters act, at these scales. Scale 0 is absence: the base computes bit for bit."""

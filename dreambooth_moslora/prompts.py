@@ -16,6 +16,7 @@ __all__ = [
     "Subject",
     "class_word_of",
     "context_prompts",
+    "is_toy",
     "subject_of",
     "trigger_words",
     "validation_prompts",
@@ -141,8 +142,12 @@ def validation_prompts(config: TrainConfig) -> tuple[str, ...]:
     return (config.validation_prompt or config.instance_prompt,)
 
 
+def is_toy(base: str) -> bool:
+    """Whether the base is the embedded toy world."""
+    return str(base).rstrip("/").split("/")[-1] in ("toy", "toy-sdxl")
+
+
 def context_prompts(config: TrainConfig) -> tuple[str, ...]:
     """New contexts for the subject, to see what the adapter can do beside the photos."""
-    toy = config.pretrained_model_name_or_path.rstrip("/").split("/")[-1] in ("toy", "toy-sdxl")
-    templates = TOY_CONTEXT_TEMPLATES if toy else CONTEXT_TEMPLATES
+    templates = TOY_CONTEXT_TEMPLATES if is_toy(config.pretrained_model_name_or_path) else CONTEXT_TEMPLATES
     return tuple(template.format(subject_of(config).words or config.instance_prompt) for template in templates)

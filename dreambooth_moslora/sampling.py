@@ -11,13 +11,12 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from dreambooth_moslora.base import TextCond, decode_image, decode_pixels, pictures_of
+from dreambooth_moslora.base import TextCond, decode_image, decode_pixels, default_guidance, pictures_of
 from dreambooth_moslora.errors import StopRequestedError, UserError
 
 __all__ = ["SampleRequest", "Sampler", "generate_images"]
 
 DEFAULT_INFERENCE_STEPS = 25
-GUIDANCE_SCALE = 5.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Sampler:
             negative_pooled_prompt_embeds=empty and empty.pooled.to(**to),
             generator=[torch.Generator().manual_seed(r.seed) for r in requests],
             num_inference_steps=self.inference_steps,
-            guidance_scale=GUIDANCE_SCALE,
+            guidance_scale=default_guidance(self.pipeline),
             height=self.resolution_px,
             width=self.resolution_px,
             output_type="latent",
@@ -110,12 +109,13 @@ def generate_images(
     resolution_px: int,
     should_stop: Callable[[], bool] = bool,
 ) -> list:
-    """Images of one prompt by the base alone, with the pipeline's own defaults: for class images.
+    """Images of one prompt by the base alone, at its own guidance and the pipeline's defaults: for class images.
 
     Raises UserError for what is not finite: as black images it would be trained on.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    options = {"height": resolution_px, "width": resolution_px, "callback_on_step_end": stopper(should_stop)}
+    options = {"height": resolution_px, "width": resolution_px, "guidance_scale": default_guidance(pipeline)}
+    options["callback_on_step_end"] = stopper(should_stop)
     latents = pipeline([prompt] * len(seeds), generator=generators, output_type="latent", **options).images
     pixels = decode_pixels(pipeline.vae, latents)
     if not pixels.isfinite().all():

@@ -43,6 +43,10 @@ def pipeline(tiny_base, files):
     return subject
 
 
+def test_guidance_that_is_not_given_is_sdxls_usual(pipeline):
+    assert pipeline.complete(replace(PARAMS, guidance_scale=None)).guidance_scale == 5.0
+
+
 def pictures(subject, params) -> list[np.ndarray]:
     return [np.asarray(event.pixels) for event in subject.generate(params) if isinstance(event, Image)]
 

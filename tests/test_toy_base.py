@@ -12,11 +12,15 @@ from diffusers import (
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
-from PIL import Image
+from PIL import Image as Picture
 from transformers import Dinov2Model
 
 from dreambooth_moslora import MoSLoraConfig, inject
+from dreambooth_moslora.base import encode_text
 from dreambooth_moslora.export import adapter_facts, publish
+from dreambooth_moslora.generation import GenerationParams
+from dreambooth_moslora.pipeline import Image, SubjectPipeline
+from dreambooth_moslora.sampling import Sampler, SampleRequest
 from toybox.captions import canonical_caption
 from toybox.evaluate_base import accuracy, generate, scenes_for
 from toybox.evaluate_parts import (
@@ -53,6 +57,18 @@ def test_it_draws_128_px_and_the_same_from_the_same_seed(base):
     first = drawn(base)
     assert first.shape == (128, 128, 3) and first.std() > 0.05
     assert np.array_equal(first, drawn(base)) and not np.array_equal(first, drawn(base, seed=4))
+
+
+def test_it_is_drawn_at_its_own_guidance_unless_another_is_asked_for(base):
+    subject = SubjectPipeline.from_base("toy")
+    asked = GenerationParams(PROMPT, seed=3, steps=4)
+    (ours,) = (event for event in subject.generate(asked) if isinstance(event, Image))
+    assert ours.params.guidance_scale == 3.0
+    assert np.abs(np.asarray(ours.pixels) / 255 - drawn(base, guidance_scale=3.0)).max() < 0.02
+    assert subject.complete(replace(asked, guidance_scale=6.0)).guidance_scale == 6.0
+    sampler = Sampler(subject.pipeline, lambda words: encode_text(subject.pipeline, words), 128, torch.device("cpu"), 4)
+    (sample,) = sampler([SampleRequest(PROMPT, 3)])
+    assert np.abs(np.asarray(sample) / 255 - drawn(base, guidance_scale=3.0)).max() < 0.02
 
 
 def test_its_topology_is_that_of_sdxl(base):
@@ -99,9 +115,9 @@ def test_any_prompt_and_a_rare_token_are_accepted(base):
 
 def test_img2img_and_inpaint_take_its_parts(base):
     subject = load("duck")
-    photo = Image.fromarray(render(photo_scenes(subject)[:1], 128)[0].numpy())
+    photo = Picture.fromarray(render(photo_scenes(subject)[:1], 128)[0].numpy())
     edit = StableDiffusionXLImg2ImgPipeline.from_pipe(base)
-    mask = Image.new("L", photo.size)
+    mask = Picture.new("L", photo.size)
     mask.paste(255, (0, 0, 64, 128))
     paint = StableDiffusionXLInpaintPipeline.from_pipe(base)
     for pipeline, arguments in ((edit, {}), (paint, {"mask_image": mask, "height": 128, "width": 128})):

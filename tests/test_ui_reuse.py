@@ -1,5 +1,7 @@
 """Settings from a picture: what the form then holds is what Generate takes, and every change is remarked."""
 
+from dataclasses import replace
+
 import gradio as gr
 import PIL.Image
 import pytest
@@ -24,9 +26,10 @@ from tests.test_ui_handlers import context
     ],
 )
 def test_settings_beyond_the_page_become_the_nearest_with_a_remark(tmp_path, params, words):
-    found, remarks = within_reach(params, 64)
+    found, remarks = within_reach(params, 64, 4.0)
     assert len(remarks) == len(words) and all(word in remark for word, remark in zip(words, remarks))
-    assert found == params or words
+    assert replace(found, guidance_scale=params.guidance_scale) == params or words
+    assert found.guidance_scale == (4.0 if params.guidance_scale is None else min(params.guidance_scale, 30))
     ctx = context(tmp_path)
     with gr.Blocks():
         widgets = ask_widgets(ctx)[0] | settings_widgets(ctx)

@@ -37,7 +37,7 @@ kinds, 12 colours and 16 places, at 128 px. It was trained from nothing on rende
 from diffusers import StableDiffusionXLPipeline
 
 pipeline = StableDiffusionXLPipeline.from_pretrained("assets/toy-sdxl")
-pipeline("a photo of a red robot on the beach", num_inference_steps=30, guidance_scale=5.0).images[0]
+pipeline("a photo of a red robot on the beach", num_inference_steps=30, guidance_scale=3.0).images[0]
 ```
 """
 
@@ -109,7 +109,7 @@ def generation_scores(work: Path) -> list[str]:
         return []
     scores = json.loads(path.read_text(encoding="utf-8"))
     timings = scores.pop("timings")
-    lines = ["", "The judge's reading (share right; 30 steps, guidance 5):", ""]
+    lines = ["", "The judge's reading (share right; 30 steps, guidance 3):", ""]
     lines += ["| prompts | pictures | kind | colour | place | all three |", "|---|---|---|---|---|---|"]
     for prompts, by_source in scores.items():
         for source, values in by_source.items():

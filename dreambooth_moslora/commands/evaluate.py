@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.prompts import Subject, subject_of
+from dreambooth_moslora.prompts import Subject, is_toy, subject_of
 from dreambooth_moslora.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ def positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     config = resolve(args)
+    from dreambooth_moslora.base import default_guidance
     from dreambooth_moslora.encoders import load_encoders
     from dreambooth_moslora.evaluate import Evaluator, evaluate_adapter, truth_of
-    from dreambooth_moslora.evaluation_plan import is_toy
     from dreambooth_moslora.fidelity_report import Subjects, write_report
     from dreambooth_moslora.metrics import photo_fidelity
     from dreambooth_moslora.photos import instance_photos, open_mask, open_rgb
@@ -72,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
     found = evaluate_adapter(pipeline, name, evaluator, args.batch_size, args.scale)
     folder = output_folder(args)
     diversity = "LPIPS" if encoders.lpips else "DINO distance"
-    about = Subjects(name, pipeline.base_name, encoders.names, plan.inference_steps, diversity)
+    about = Subjects(
+        name, pipeline.base_name, encoders.names, plan.inference_steps, default_guidance(pipeline.pipeline), diversity
+    )
     write_report(folder, found, about, images, photo_fidelity(evaluator.photos.dino))
     print(summary(found))
     print(f"{folder / 'report.html'}\n{folder / 'scores.json'}")

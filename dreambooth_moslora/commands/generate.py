@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("from_png", metavar="FILE", help="take all parameters from a PNG; other options override them")
     add("seed", type=int, help="-1 draws one (default 0); image i uses seed + i")
     add("steps", type=int, help=f"denoising steps (default {DEFAULTS['steps']})")
-    add("guidance_scale", type=float, help=f"how closely to follow the prompt (default {DEFAULTS['guidance_scale']})")
+    add("guidance_scale", type=float, help="how closely to follow the prompt (default: the base's own, 5 for SDXL)")
     add("height", type=int, help="px (default: the base's own size)")
     add("width", type=int, help="px (default: the base's own size)")
     add("num_images", type=int, help="how many, with consecutive seeds (default 1)")

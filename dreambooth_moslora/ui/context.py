@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation import GenerationParams
+from dreambooth_moslora.generation import GenerationParams, preferred_guidance
 from dreambooth_moslora.ui.shelf import AdapterShelf
 from dreambooth_moslora.ui.visitors import Visitor, Visitors, visitor_id
 
@@ -65,6 +65,11 @@ class AppContext:
         self._waiting: OrderedDict[Page, threading.Event] = OrderedDict()
         self._pipeline: Future[SubjectPipeline] = Future()
         threading.Thread(target=_fulfil, args=(self._pipeline, load), name="load-base", daemon=True).start()
+
+    @property
+    def guidance_scale(self) -> float:
+        """The base's own."""
+        return preferred_guidance(self.base_name)
 
     @property
     def is_ready(self) -> bool:

@@ -30,7 +30,7 @@ class GenerateForm:
     scale_3: float = 1.0
     seed: int = -1
     steps: int = 25
-    guidance_scale: float = 5.0
+    guidance_scale: float | None = None
     size: str = ""
     num_images: int = 1
     scheduler: str = "euler"

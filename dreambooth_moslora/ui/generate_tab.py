@@ -243,7 +243,7 @@ def _picked(pictures: list[Picture], index: int) -> Path:
 def to_widgets(ctx: AppContext, recipe: Recipe, request: gr.Request) -> list:
     """The values of all fields, in order, that give the recipe again; what cannot be met here is told."""
     settled, remarks = settle(recipe, ctx.shelf.files(ctx.visitors.of(request)), ctx.base)
-    params, changes = within_reach(settled, ctx.resolution_px)
+    params, changes = within_reach(settled, ctx.resolution_px, ctx.guidance_scale)
     for remark in (*remarks, *changes):
         gr.Warning(html.escape(sentence(remark), quote=False))
     form = GenerateForm.from_params(params)

@@ -64,7 +64,7 @@ def settings_widgets(ctx: AppContext) -> dict[str, Any]:
             steps = gr.Slider(*RANGES["steps"], 25, step=1, label="Steps", buttons=[], min_width=160, elem_id="steps")
             guidance = gr.Slider(
                 *RANGES["guidance_scale"],
-                5.0,
+                ctx.guidance_scale,
                 step=0.1,
                 label="Guidance",
                 buttons=[],

@@ -61,7 +61,7 @@ def recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
         *adapters,
         ("Seed", str(params.seed)),
         ("Steps", str(params.steps)),
-        ("Guidance", f"{params.guidance_scale:g}"),
+        ("Guidance", "" if params.guidance_scale is None else f"{params.guidance_scale:g}"),
         ("Size", size),
         ("Scheduler", SCHEDULERS[params.scheduler]),
         ("Base", origin.base),

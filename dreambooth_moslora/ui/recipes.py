@@ -29,8 +29,11 @@ def settle(recipe: Recipe, files: Mapping[str, Path], base: str) -> tuple[Genera
     return replace(recipe.params, adapters=unique), remarks
 
 
-def within_reach(params: GenerationParams, resolution_px: int) -> tuple[GenerationParams, list[str]]:
-    """The nearest parameters that the page's widgets take, and a remark for each that had to change."""
+def within_reach(params: GenerationParams, resolution_px: int, guidance: float) -> tuple[GenerationParams, list[str]]:
+    """The nearest parameters that the page's widgets take, and a remark for each that had to change.
+
+    A recipe that names no guidance gets the base's own.
+    """
     remarks: list[str] = []
 
     def near(value: float, name: str, words: str) -> float:
@@ -41,10 +44,11 @@ def within_reach(params: GenerationParams, resolution_px: int) -> tuple[Generati
         remarks.append(f"{words} {value:g} is beyond what the page offers; {nearest:g} is set")
         return nearest
 
+    wanted = guidance if params.guidance_scale is None else params.guidance_scale
     params = replace(
         params,
         steps=near(params.steps, "steps", "the number of steps"),
-        guidance_scale=near(params.guidance_scale, "guidance_scale", "guidance"),
+        guidance_scale=near(wanted, "guidance_scale", "guidance"),
         adapters=tuple((name, near(scale, "scale", f"scale of {name}:")) for name, scale in params.adapters),
     )
     try:
