@@ -10,8 +10,9 @@ import torch
 from diffusers.training_utils import compute_snr
 from torch import nn
 
+from toybox.adversary import Adversary
 from toybox.alignment import Alignment
-from toybox.channels_last import FastGroupNorm
+from toybox.channels_last import FastGroupNorm, to_channels_last
 from toybox.dead_leaves import dead_leaves
 from toybox.train_unet import (
     SNR_GAMMA,
@@ -62,6 +63,25 @@ def test_alignment_teaches_the_middle_of_the_unet_and_nothing_after_it():
     assert all(p.grad is None for p in unet.up_blocks.parameters())
     opposite = 2 * alignment.mean.view(-1, 1, 1) - seen[:2].float()
     assert alignment.loss(opposite).item() == pytest.approx(2 - loss.item(), abs=1e-5)
+
+
+def test_an_adversary_sharpens_what_squared_errors_blur():
+    torch.manual_seed(0)
+    adversary = Adversary(weight=1.0, warmup=10)
+    x = torch.randint(0, 2, (8, 1, 32, 32)).float().mul(2).sub(1).expand(8, 3, 32, 32)
+    grey = nn.Conv2d(3, 3, 1).bfloat16()
+    for _ in range(30):
+        told = adversary.step(to_channels_last(x), to_channels_last(torch.zeros_like(x)))
+    assert told < 0.5, "it tells checkers from grey"
+    y = grey(to_channels_last(0.3 * x))
+    loss = (y.float() - 0.3 * x).square().mean()
+    assert adversary.join(loss, y, grey.weight, 9) is loss, "it learns alone at first"
+    joined = adversary.join(loss, y, grey.weight, 10)
+    apart = torch.autograd.grad(joined - loss, grey.weight, retain_graph=True)[0].float().norm()
+    alone = torch.autograd.grad(loss, grey.weight, retain_graph=True)[0].float().norm()
+    assert float(apart / alone) == pytest.approx(1, abs=0.1)
+    joined.backward()
+    assert all(p.grad is None and p.requires_grad for p in adversary.network.parameters())
 
 
 def test_dropped_captions_are_zero_and_a_tenth():

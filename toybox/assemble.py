@@ -32,10 +32,12 @@ def scheduler() -> EulerDiscreteScheduler:
 def assemble(work: Path) -> StableDiffusionXLPipeline:
     """The pipeline, fp16, from the folders which the training scripts wrote below `work`."""
     clip = work / "clip" / "model"
+    decoder = work / "decoder" / "model"  # the same autoencoder, its decoder trained on
+    vae = decoder if decoder.is_dir() else work / "vae" / "model"
     half = {"dtype": torch.float16}
     tokenizer = load(work / "tokenizer")
     return StableDiffusionXLPipeline(
-        vae=AutoencoderKL.from_pretrained(work / "vae" / "model", torch_dtype=torch.float16),
+        vae=AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float16),
         text_encoder=CLIPTextModel.from_pretrained(clip / "text_encoder", **half),
         text_encoder_2=CLIPTextModelWithProjection.from_pretrained(clip / "text_encoder_2", **half),
         tokenizer=tokenizer,

@@ -5,7 +5,8 @@
 Loss: |x - y| + |∇x - ∇y| / 2 + 8·(x - y)² + a small KL term, on renders and some dead-leaves pictures. Resumable; the
 averaged weights are written to OUT/model, with the scaling factor that gives latents unit variance. With --start it
 goes on from a finished autoencoder, and with --decoder_only leaves its latents as they are, so that a UNet trained on
-them stays right.
+them stays right. With --adversarial W a discriminator has a say in it too (`toybox.adversary`): sharper, at some
+tenths of a dB.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from toybox.adversary import Adversary
 from toybox.channels_last import to_channels_last, use_fast_group_norm
 from toybox.data import Renders, to_pixels, to_uint8
 from toybox.dead_leaves import dead_leaves
@@ -95,7 +97,9 @@ def train(args: argparse.Namespace) -> AutoencoderKL:
     weights = MasterWeights(
         vae, muon_lr=0.02, adamw_lr=2e-3, adamw_names=("conv_in", "conv_out", "quant_conv"), ema_decay=0.998
     )
-    run = Run(args.out, weights, args.steps, save_every=500, log_every=50)
+    adversary = Adversary(args.adversarial) if args.adversarial else None
+    beside = {"adversary": adversary.weights} if adversary else {}
+    run = Run(args.out, weights, args.steps, save_every=500, log_every=50, beside=beside)
     for step in run:
         generator = run.generator(step, salt=args.salt)
         x = to_channels_last(batch(renders, leaves, args, generator))
@@ -104,23 +108,28 @@ def train(args: argparse.Namespace) -> AutoencoderKL:
         y = vae.decode(to_channels_last(z)).sample
         kl = posterior.kl().float().mean()
         loss = reconstruction_loss(x, y) + KL_WEIGHT * kl
+        if adversary:
+            loss = adversary.join(loss, y, vae.decoder.conv_out.weight, step)
         loss.backward()
         norm = weights.step(args.rate * trapezoid(step, args.steps))
+        if adversary:
+            run.add(adversary=adversary.step(x, y))
         run.add(loss=loss, mse=(x - y).float().square().mean(), kl=kl, grad_norm=norm)
-    return export(at_first | weights.averaged(), renders, args.out)
+    scaling = vae.config.scaling_factor if args.decoder_only else None
+    return export(at_first | weights.averaged(), renders, args.out, scaling)
 
 
 @torch.no_grad()
-def export(state: dict[str, Tensor], renders: Renders, out: Path, dtype: torch.dtype = torch.float16) -> AutoencoderKL:
-    """Weights as a diffusers folder; scaling and shift from latents of held-back renders; PSNR printed."""
+def export(state: dict[str, Tensor], renders: Renders, out: Path, scaling: float | None = None) -> AutoencoderKL:
+    """Weights as a diffusers folder; `scaling`, or the one of unit variance on held-back renders; PSNR printed."""
     vae = build_vae()
     vae.load_state_dict(state)
     x = to_pixels(renders.images(range(len(renders) - 400, len(renders))))
     z = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(50)])
     y = torch.cat([vae.decode(part).sample for part in z.split(50)])
     psnr = 10 * torch.log10(4 / (x - y.clamp(-1, 1)).square().mean(dim=(1, 2, 3)))
-    vae.register_to_config(scaling_factor=round(1 / float(z.std()), 4))
-    vae.to(dtype).save_pretrained(out / "model")
+    vae.register_to_config(scaling_factor=scaling or round(1 / float(z.std()), 4))
+    vae.half().save_pretrained(out / "model")
     report = {
         "psnr_db": round(float(psnr.mean()), 2),
         "psnr_db_p10": round(float(psnr.quantile(0.1)), 2),
@@ -153,6 +162,7 @@ def main() -> None:
     parser.add_argument("--salt", type=int, default=0, help="another number draws other batches and noise")
     parser.add_argument("--rate", type=float, default=1.0, help="factor on the learning rates")
     parser.add_argument("--decoder_only", action="store_true", help="keep the encoder as it is")
+    parser.add_argument("--adversarial", type=float, default=0.0, help="weight of the discriminator's verdict")
     train(parser.parse_args())
 
 

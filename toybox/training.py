@@ -133,10 +133,21 @@ class Run:
     """A resumable loop, `for step in run:`; its state is saved every `save_every` steps, logged every `log_every`.
 
     Everything random in a step must come from `run.generator(step)`, so that a resumed run repeats an unbroken one.
+    `beside`: weights of other networks that are trained along, by name; they are saved with the state.
     """
 
-    def __init__(self, out: Path, weights: MasterWeights, steps: int, *, save_every: int = 500, log_every: int = 50):
+    def __init__(
+        self,
+        out: Path,
+        weights: MasterWeights,
+        steps: int,
+        *,
+        save_every: int = 500,
+        log_every: int = 50,
+        beside: dict[str, MasterWeights] | None = None,
+    ):
         self.out, self.weights, self.steps = Path(out), weights, steps
+        self.beside = beside or {}
         self.rank, _ = rank_and_world()
         self.save_every, self.log_every = save_every, log_every
         self.out.mkdir(parents=True, exist_ok=True)
@@ -164,7 +175,8 @@ class Run:
         if self.rank:
             return
         temporary = self.out / "state.tmp"
-        torch.save({"step": step, "weights": self.weights.state_dict()}, temporary)
+        beside = {name: weights.state_dict() for name, weights in self.beside.items()}
+        torch.save({"step": step, "weights": self.weights.state_dict(), "beside": beside}, temporary)
         os.replace(temporary, self.out / "state.pt")
 
     def _resume(self) -> int:
@@ -173,6 +185,8 @@ class Run:
             return 0
         state = torch.load(path, weights_only=True)
         self.weights.load_state_dict(state["weights"])
+        for name, weights in self.beside.items():
+            weights.load_state_dict(state["beside"][name])
         return state["step"]
 
     def _log(self, step: int) -> None:
