@@ -1,6 +1,6 @@
 """Render individuals from several sides, in several places and lights: what the ViT learns from. Resumable.
 
-python -m toybox.render_views --out VIEWS --toys 8000 --views 4
+python -m toybox.render_views --out VIEWS --toys 14004 --views 4
 """
 
 import argparse
@@ -52,7 +52,7 @@ def piece(block: range, views: int, folder: Path) -> tuple[list[str], np.ndarray
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--toys", type=int, default=8000)
+    parser.add_argument("--toys", type=int, default=14004)
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()

@@ -1,10 +1,10 @@
 """Train the toy world's DINO: a small ViT in DINOv2's format which tells individuals of one kind apart in any place.
 
-    python -m toybox.render_views --out VIEWS --toys 8000 --views 4     # once
+    python -m toybox.render_views --out VIEWS --toys 14004 --views 4    # once
     python -m toybox.train_vit --views VIEWS --out WORK/vit --steps 4000
 
 Instance discrimination (InfoNCE between two views of the same toy: other side, other place, other light), with batches
-in which half of the toys are of one kind, so that the kind alone is not enough.
+of two kinds, so that the kind alone is not enough.
 """
 
 import argparse
@@ -60,13 +60,13 @@ class Views:
         self.train = len(self.kinds) - held_back
 
     def pairs(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Two views of n different training toys, half of them of one kind."""
+        """Two views of n different training toys: two kinds, half of each, and others where those are too few."""
         rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
-        kind = rng.choice(self.kinds[: self.train])
-        same = np.flatnonzero(self.kinds[: self.train] == kind)
-        hard = rng.choice(same, min(n // 2, len(same)), replace=False)
-        rest = rng.choice(np.setdiff1d(np.arange(self.train), hard), n - len(hard), replace=False)
-        toys = np.concatenate([hard, rest])
+        known = self.kinds[: self.train]
+        kinds = rng.choice(np.unique(known), 2, replace=False)
+        toys = np.concatenate([rng.permutation(np.flatnonzero(known == kind))[: n // 2] for kind in kinds])
+        rest = np.setdiff1d(np.arange(self.train), toys)
+        toys = np.concatenate([toys, rng.choice(rest, n - len(toys), replace=False)])
         first, second = rng.permuted(np.tile(np.arange(self.images.shape[1]), (n, 1)), axis=1)[:, :2].T
         stacks = (np.stack([self.images[t, v] for t, v in zip(toys, chosen)]) for chosen in (first, second))
         return tuple(torch.from_numpy(images) for images in stacks)
