@@ -63,8 +63,8 @@ class Provenance:
 
 def preferred_guidance(base: str) -> float:
     """Classifier-free guidance at which a base draws best: SDXL's usual 5; the embedded base's pictures lose their
-    shapes and burn out above 3 (`python -m toybox.evaluate_base`)."""
-    return 3.0 if is_toy(base) else 5.0
+    shapes and burn out at 5 (`python -m toybox.evaluate_base`)."""
+    return 2.5 if is_toy(base) else 5.0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     python -m toybox.evaluate_base --base assets/toy-sdxl --out WORK/evaluation --images 400
 
 Prompts are canonical captions of random toys, once of combinations (kind, colour, place) that training showed and once
-of others that it never showed. 30 Euler steps, guidance 3. The judge reads the generated pictures and, beside them,
+of others that it never showed. 30 Euler steps, guidance 2.5. The judge reads the generated pictures and, beside them,
 fresh renders of the same scenes.
 """
 
@@ -26,7 +26,7 @@ from toybox.world import Scene, sample_scene
 
 __all__ = ["accuracy", "generate", "scenes_for", "sheet"]
 
-STEPS, GUIDANCE = 30, 3.0
+STEPS, GUIDANCE = 30, 2.5
 
 
 def scenes_for(count: int, held_out: bool, seed: int) -> list[Scene]:
