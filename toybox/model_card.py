@@ -14,6 +14,7 @@ __all__ = ["card"]
 
 PARTS = {
     "vae": "AutoencoderKL, factor 8, 4 latent channels",
+    "decoder": "its decoder alone, beside a discriminator",
     "clip": "two CLIP text towers and a vision tower",
     "unet": "UNet2DConditionModel of SDXL's topology",
     "vit": "ViT in DINOv2's format (`assets/toy-dino`)",
@@ -37,18 +38,19 @@ kinds, 12 colours and 16 places, at 128 px. It was trained from nothing on rende
 from diffusers import StableDiffusionXLPipeline
 
 pipeline = StableDiffusionXLPipeline.from_pretrained("assets/toy-sdxl")
-pipeline("a photo of a red robot on the beach", num_inference_steps=30, guidance_scale=3.0).images[0]
+pipeline("a photo of a red robot on the beach", num_inference_steps=30, guidance_scale=2.5).images[0]
 ```
 """
 
 EARLIER = """\
 Data: renders by `toybox.render_dataset`, none of a held-out combination: 24,000 of seed 1 for the UNet, of which the
-VAE saw the first 12,000 beside 300 dead-leaves pictures; 12,000 of an earlier version for the CLIP towers; 10,000 of
-every combination, of seed 2, for the judge. The ViT learnt from 8,000 individuals in four views each.
+VAE saw the first 12,000 beside 300 dead-leaves pictures, and in the end its decoder 8,000 of seed 3; 12,000 of an
+earlier version for the CLIP towers; 10,000 of every combination, of seed 2, for the judge. The ViT learnt from 14,004
+individuals in four views each.
 
 Each row tells a part's last training. The VAE, the UNet and the judge went on from earlier ones, the first of which saw
 earlier versions of the scenery and the patterns: 5450 steps of the VAE, 3000 of the UNet with noise and 7200 with
-velocity as its target, 1700 of the judge. The ViT had 2100 steps on 3100 toys and 1200 on 7100. The CLIP towers were
+velocity as its target, 1700 of the judge. The ViT had 2100 steps on 3100 toys and 1650 on 7100. The CLIP towers were
 trained once."""
 
 LIMITS = """\
@@ -109,7 +111,7 @@ def generation_scores(work: Path) -> list[str]:
         return []
     scores = json.loads(path.read_text(encoding="utf-8"))
     timings = scores.pop("timings")
-    lines = ["", "The judge's reading (share right; 30 steps, guidance 3):", ""]
+    lines = ["", "The judge's reading (share right; 30 steps, guidance 2.5):", ""]
     lines += ["| prompts | pictures | kind | colour | place | all three |", "|---|---|---|---|---|---|"]
     for prompts, by_source in scores.items():
         for source, values in by_source.items():
