@@ -16,6 +16,7 @@ SMALL_BASE_PX = 256
 """Bases of at most this resolution learn in fewer, cheaper steps."""
 QUICK_START = TOY.parent / "configs" / "quickstart.toml"
 LIKE_QUICK_START = (
+    *("random_flip", "crops_per_photo", "crop_zoom"),
     *("target_modules", "train_batch_size", "lr_scheduler", "prior_loss_weight", "prior_prompts"),
     *("timestep_bias_strategy", "timestep_bias_multiplier", "timestep_bias_portion"),
 )
