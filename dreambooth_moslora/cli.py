@@ -51,6 +51,7 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 def exit_code(run: Callable[[], int]) -> int:
     """Run, and turn how it ended into a line and a code. Nobody needs to read what it prints: `| head` may leave."""
     wait_briefly()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # without a GPU it warns of what nobody asked it for
     with lasting_output():
         return code_of(run)
 
@@ -189,7 +190,6 @@ def start_log(config: TrainConfig) -> logging.Logger:
     """
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     terminal = logging.StreamHandler()

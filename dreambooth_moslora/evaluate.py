@@ -40,6 +40,7 @@ GREY = (128, 128, 128)
 RELATIVE = {
     "dino_of_ceiling": "DINO, share of true renders'",
     "clip_t_of_base": "CLIP-T, share of the base's",
+    "clip_t_of_ceiling": "CLIP-T, share of true renders'",
     "pres_gain": "PRES above the base's, in its standard deviations",
     "drift_of_spread": "Drift, share of the base's spread",
     "class_diversity_of_base": "DIV of the bare class, share of the base's",
@@ -96,6 +97,7 @@ class Evaluation:
         """
         shares = {
             "clip_t_of_base": ("clip_t", "clip_t_base"),
+            "clip_t_of_ceiling": ("clip_t", "clip_t_ceiling"),
             "dino_of_ceiling": ("dino", "dino_ceiling"),
             "drift_of_spread": ("drift", "drift_base_spread"),
             "class_diversity_of_base": ("class_diversity", "class_diversity_base"),

@@ -38,6 +38,7 @@ MEASURES = {
 TRUTH = {
     "truth": ("Likeness to true renders in the place", "truth_ceiling", "truth_floor"),
     "dino": ("DINO to the photos", "dino_ceiling", "dino_floor"),
+    "clip_t": ("CLIP-T", "clip_t_ceiling", "clip_t_floor"),
 }
 JUDGED = ("kind", "colour", "place")
 

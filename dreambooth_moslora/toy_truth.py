@@ -37,7 +37,7 @@ class ToyTruth:
     toy: Toy
     encoders: Encoders
     size_px: int = 128
-    _views: dict[str, Tensor] = field(default_factory=dict)
+    _views: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def tables(
         self, plan: EvaluationPlan, pictures: list[Image.Image], vectors: Tensor, photos: Tensor
@@ -46,28 +46,35 @@ class ToyTruth:
 
         dino_ceiling, dino_floor: DINO to the photos (P, D) of true renders and of other individuals, in the places
         asked for. truth: DINO of each generated picture (N, D) to true renders in its place, with its own ceiling and
-        floor. judge_*: whether the judge reads what was asked for.
+        floor. clip_t_ceiling, clip_t_floor: CLIP-T of the same renders; an unusual toy is no typical "rocket" to CLIP,
+        however true its picture. judge_*: whether the judge reads what was asked for.
         """
         places = [place_in(template) for template in plan.templates]
-        true, others = (torch.stack([self._renders(p, kind) for p in places]) for kind in ("true", "other"))
+        seen = {kind: [self._renders(place, kind) for place in places] for kind in ("true", "other")}
+        true, others = (torch.stack([dino for dino, _ in seen[kind]]) for kind in seen)
+        said = self.encoders.clip_texts(plan.texts)[:, :, None]
+        prompt = {kind: torch.stack([clip for _, clip in seen[kind]]) @ said for kind in seen}
         generated = vectors.view(len(places), len(plan.seeds), -1)
         return {
             "dino_ceiling": (true @ photos.T).mean(-1).numpy(),
             "dino_floor": (others @ photos.T).mean(-1).numpy(),
+            "clip_t_ceiling": prompt["true"][..., 0].numpy(),
+            "clip_t_floor": prompt["other"][..., 0].numpy(),
             "truth": (generated @ true.mT).mean(-1).numpy(),
             "truth_ceiling": among(true).numpy(),
             "truth_floor": (others @ true.mT).mean(-1).numpy(),
             **self._readings(places, pictures, len(plan.seeds)),
         }
 
-    def _renders(self, place: str, kind: str) -> Tensor:
-        """Vectors (VIEWS, D) of renders at a place: `true` of the subject, `other` of other individuals of its kind."""
+    def _renders(self, place: str, kind: str) -> tuple[Tensor, Tensor]:
+        """DINO and CLIP vectors (VIEWS, D) of renders at a place: `true` of the subject, `other` of its kind."""
         key = f"{kind} {place}"
         if key not in self._views:
             rng = random.Random(f"{key} {self.toy}")
             toys = [self.toy if kind == "true" else other_toy(self.toy, rng) for _ in range(VIEWS)]
             pictures = render([view(rng, toy, place) for toy in toys], self.size_px)
-            self._views[key] = self.encoders.dino_images([Image.fromarray(p.numpy()) for p in pictures])
+            images = [Image.fromarray(p.numpy()) for p in pictures]
+            self._views[key] = self.encoders.dino_images(images), self.encoders.clip_images(images)
         return self._views[key]
 
     def _readings(self, places: list[str], pictures: list[Image.Image], seeds: int) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from dreambooth_moslora.evaluate import Evaluator, evaluate_adapter, paint_over,
 from dreambooth_moslora.evaluation_plan import EvaluationPlan, plan_for
 from dreambooth_moslora.prompts import Subject
 from dreambooth_moslora.sampling import SampleRequest
-from dreambooth_moslora.toy_truth import find_truth, other_toy, place_in
+from dreambooth_moslora.toy_truth import find_truth, other_toy, place_in, view
 from tests.tiny_adapters import save_diffusers_lora
 from tests.tiny_encoders import tiny_encoders
 from toybox.render import render
@@ -174,6 +174,9 @@ def test_true_renders_score_at_the_ceiling_and_others_at_the_floor(tmp_path, pho
     good, bad = (truth.tables(PLAN, some, mean_colours(some), photo_vectors) for some in (true, other))
     assert good["truth"].mean() > bad["truth"].mean()
     assert good["truth_ceiling"].mean() > good["truth_floor"].mean()
+    renders = Image.fromarray(render([view(random.Random(f"true {places[1]} {TOY}"), TOY, places[1])], 64)[0].numpy())
+    said = encoders.clip_images([renders]) @ encoders.clip_texts(PLAN.texts).T
+    assert good["clip_t_ceiling"][1, 0] == pytest.approx(float(said[0, 1]), abs=1e-5)
     assert abs(good["truth"].mean() - good["truth_ceiling"].mean()) < abs(
         bad["truth"].mean() - good["truth_ceiling"].mean()
     )
