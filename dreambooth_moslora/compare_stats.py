@@ -40,6 +40,7 @@ MEASURES = (
     "truth",
     "dino_of_ceiling",
     "clip_t_of_base",
+    "clip_t_of_ceiling",
     "pres_gain",
     "drift_of_spread",
     "class_diversity_of_base",
