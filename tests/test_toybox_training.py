@@ -1,10 +1,13 @@
 """What the pre-training scripts rest on: unbiased timesteps, cell weights, a GroupNorm of our own, runs that resume."""
 
+import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers.training_utils import compute_snr
@@ -24,6 +27,7 @@ from toybox.train_unet import (
     noise_schedule,
 )
 from toybox.train_vae import crops
+from toybox.train_vit import Views
 from toybox.training import MasterWeights, Run, trapezoid
 
 
@@ -82,6 +86,29 @@ def test_an_adversary_sharpens_what_squared_errors_blur():
     assert float(apart / alone) == pytest.approx(1, abs=0.1)
     joined.backward()
     assert all(p.grad is None and p.requires_grad for p in adversary.network.parameters())
+
+
+def test_a_batch_of_views_shows_two_kinds_and_each_toy_from_two_sides(tmp_path):
+    kinds = ["duck", "bear", "car"] * 6
+    numbers = np.arange(18 * 4, dtype=np.uint8).reshape(18, 4, 1, 1, 1)
+    np.save(tmp_path / "views.npy", np.broadcast_to(numbers, (18, 4, 2, 2, 3)))
+    (tmp_path / "kinds.json").write_text(json.dumps(kinds))
+    views = Views(tmp_path, held_back=3)
+    first, second = (v[:, 0, 0, 0].long() for v in views.pairs(8, torch.Generator().manual_seed(0)))
+    toys = first // 4
+    assert torch.equal(toys, second // 4) and (first != second).all() and len(set(toys.tolist())) == 8
+    assert toys.max() < 15 and sorted(Counter(kinds[t] for t in toys).values()) == [4, 4]
+
+
+def test_networks_trained_beside_are_saved_and_found_again(tmp_path):
+    def weights() -> MasterWeights:
+        return MasterWeights(nn.Linear(2, 2))
+
+    main, other = weights(), weights()
+    Run(tmp_path, main, 3, beside={"other": other}).save(2)
+    again = weights()
+    assert Run(tmp_path, weights(), 3, beside={"other": again}).start == 2
+    assert all(torch.equal(a, b) for a, b in zip(again.masters, other.masters))
 
 
 def test_dropped_captions_are_zero_and_a_tenth():
