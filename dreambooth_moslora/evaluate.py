@@ -256,7 +256,12 @@ def sampler_draw(sampler: Sampler, batch_size: int = BATCH) -> Draw:
 
 
 def evaluate_adapter(
-    pipeline: SubjectPipeline, adapter: str, evaluator: Evaluator, batch_size: int = BATCH, scale: float = 1.0
+    pipeline: SubjectPipeline,
+    adapter: str,
+    evaluator: Evaluator,
+    batch_size: int = BATCH,
+    scale: float = 1.0,
+    guidance_scale: float | None = None,
 ) -> Evaluation:
     """Score a loaded adapter at `scale`. Text is embedded anew for each side: adapters may sit on the text encoders."""
     inner = pipeline.pipeline
@@ -268,5 +273,6 @@ def evaluate_adapter(
             pipeline.resolution_px,
             inner.unet.device,
             evaluator.plan.inference_steps,
+            guidance_scale=guidance_scale,
         )
         return evaluator(sampler_draw(sampler, batch_size))

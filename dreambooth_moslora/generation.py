@@ -62,8 +62,8 @@ class Provenance:
 
 
 def preferred_guidance(base: str) -> float:
-    """Classifier-free guidance at which a base draws best: SDXL's usual 5; the embedded base's pictures lose their
-    shapes and burn out at 5 (`python -m toybox.evaluate_base`)."""
+    """Classifier-free guidance that a base is drawn at: SDXL's usual 5. The embedded base's colours burn out there, and
+    adapted pictures drift further from its own (`evaluate --guidance_scale 5`)."""
     return 2.5 if is_toy(base) else 5.0
 
 

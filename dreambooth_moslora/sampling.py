@@ -31,6 +31,8 @@ class SampleRequest:
 class Sampler:
     """Draws requests with the pipeline's UNet as it is now. `embed` gives the words' TextCond, cached or live.
 
+    `guidance_scale`: None is the base's own.
+
     Raises StopRequestedError within a denoising step of `should_stop` saying so.
     """
 
@@ -40,6 +42,7 @@ class Sampler:
     device: torch.device
     inference_steps: int = DEFAULT_INFERENCE_STEPS
     should_stop: Callable[[], bool] = bool
+    guidance_scale: float | None = None
 
     def __call__(self, requests: list[SampleRequest], batch_size: int = 1) -> Iterator[Image.Image]:
         """The pictures in order. Each has its own noise, whatever the batch it is drawn in. None need no VAE."""
@@ -60,7 +63,7 @@ class Sampler:
             negative_pooled_prompt_embeds=empty and empty.pooled.to(**to),
             generator=[torch.Generator().manual_seed(r.seed) for r in requests],
             num_inference_steps=self.inference_steps,
-            guidance_scale=default_guidance(self.pipeline),
+            guidance_scale=default_guidance(self.pipeline) if self.guidance_scale is None else self.guidance_scale,
             height=self.resolution_px,
             width=self.resolution_px,
             output_type="latent",

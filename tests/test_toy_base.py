@@ -66,7 +66,11 @@ def test_it_is_drawn_at_its_own_guidance_unless_another_is_asked_for(base):
     assert ours.params.guidance_scale == 2.5
     assert np.abs(np.asarray(ours.pixels) / 255 - drawn(base, guidance_scale=2.5)).max() < 0.02
     assert subject.complete(replace(asked, guidance_scale=6.0)).guidance_scale == 6.0
-    sampler = Sampler(subject.pipeline, lambda words: encode_text(subject.pipeline, words), 128, torch.device("cpu"), 4)
+    words = lambda prompts: encode_text(subject.pipeline, prompts)  # noqa: E731
+    other = Sampler(subject.pipeline, words, 128, torch.device("cpu"), 4, guidance_scale=6.0)
+    (sample,) = other([SampleRequest(PROMPT, 3)])
+    assert np.abs(np.asarray(sample) / 255 - drawn(base, guidance_scale=6.0)).max() < 0.02
+    sampler = Sampler(subject.pipeline, words, 128, torch.device("cpu"), 4)
     (sample,) = sampler([SampleRequest(PROMPT, 3)])
     assert np.abs(np.asarray(sample) / 255 - drawn(base, guidance_scale=2.5)).max() < 0.02
 

@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--images_per_prompt", type=positive, default=4, help="seeds 0, 1, … of each (default: 4)")
     group.add_argument("--class_images", type=positive, default=16, help="pictures of the bare class (default: 16)")
     group.add_argument("--inference_steps", type=positive, default=25, help="denoising steps (default: 25)")
+    group.add_argument(
+        "--guidance_scale", type=guidance, help="how closely to follow prompts (default: the base's own)"
+    )
     group.add_argument("--scale", type=float, default=1.0, help="the adapter's strength (default: 1)")
     group.add_argument("--clip", default="", help="CLIP by hub id or folder (default: ViT-L/14, for toy its own)")
     group.add_argument("--dino", default="", help="DINOv2 by hub id or folder (default: dinov2-base, for toy its own)")
@@ -44,6 +47,12 @@ def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is too few; at least 1")
+    return number
+
+
+def guidance(text: str) -> float:
+    if not 0 <= (number := float(text)) <= 50:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; 0 to 50")
     return number
 
 
@@ -69,12 +78,11 @@ def run(args: argparse.Namespace) -> int:
     evaluator = Evaluator(plan, encoders, images, [open_mask(photo) for photo in photos], truth)
     count = 2 * (len(plan.subject_requests) + plan.class_images + len(plan.unrelated_requests))
     print(f"drawing {count} pictures …", file=sys.stderr)
-    found = evaluate_adapter(pipeline, name, evaluator, args.batch_size, args.scale)
+    followed = default_guidance(pipeline.pipeline) if args.guidance_scale is None else args.guidance_scale
+    found = evaluate_adapter(pipeline, name, evaluator, args.batch_size, args.scale, followed)
     folder = output_folder(args)
     diversity = "LPIPS" if encoders.lpips else "DINO distance"
-    about = Subjects(
-        name, pipeline.base_name, encoders.names, plan.inference_steps, default_guidance(pipeline.pipeline), diversity
-    )
+    about = Subjects(name, pipeline.base_name, encoders.names, plan.inference_steps, followed, diversity)
     write_report(folder, found, about, images, photo_fidelity(evaluator.photos.dino))
     print(summary(found))
     print(f"{folder / 'report.html'}\n{folder / 'scores.json'}")
