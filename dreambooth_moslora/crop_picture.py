@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.contact_sheet import Row
-from dreambooth_moslora.crops import CropPlan, apply_crop, plan_crop
+from dreambooth_moslora.crops import CropPlan, apply_crop, crop_rule
 from dreambooth_moslora.photos import Photo, open_mask, open_rgb
 from dreambooth_moslora.seeding import rng
 
@@ -22,17 +22,10 @@ def plans_of(photo: Photo, number: int, config: TrainConfig) -> Iterator[CropPla
 
     They are those of the seed 0 where none is set: training draws one then.
     """
+    rule = crop_rule(config)
     for slot in range(number * config.repeats, (number + 1) * config.repeats):
         for crop in range(config.crops_per_photo):
-            draws = rng(config.seed or 0, "instance", "crop", slot, crop)
-            yield plan_crop(
-                photo.size_px,
-                config.resolution,
-                draws,
-                center_crop=config.center_crop,
-                random_flip=config.random_flip,
-                zoom=config.crop_zoom,
-            )
+            yield rule.plan(photo.size_px, rng(config.seed or 0, "instance", "crop", slot, crop))
 
 
 def crop_rows(photos: list[Photo], config: TrainConfig) -> list[Row]:

@@ -10,7 +10,9 @@ from random import Random
 
 from PIL import Image, ImageOps
 
-__all__ = ["CropPlan", "apply_crop", "plan_crop", "resized_size"]
+from dreambooth_moslora.config import TrainConfig
+
+__all__ = ["CropPlan", "CropRule", "apply_crop", "crop_rule", "plan_crop", "resized_size"]
 
 FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -63,6 +65,36 @@ def plan_crop(
     else:
         top, left = int(down * (height - resolution_px + 1)), int(right * (width - resolution_px + 1))
     return CropPlan(size_px, (height, width), (top, left), (resolution_px, resolution_px), random_flip and flip < 0.5)
+
+
+@dataclass(frozen=True)
+class CropRule:
+    """How photos are cut: to a square of `resolution_px`, `crops_per_photo` different cuts (None: ever new ones),
+    each at a size drawn between whole and `zoom` times as close."""
+
+    resolution_px: int
+    center_crop: bool = False
+    random_flip: bool = False
+    interpolation: str = "lanczos"
+    crops_per_photo: int | None = 1
+    zoom: float = 1.0
+
+    def plan(self, size_px: tuple[int, int], rng: Random) -> CropPlan:
+        """Where to cut a photo of `size_px` (h, w)."""
+        flags = {"center_crop": self.center_crop, "random_flip": self.random_flip, "zoom": self.zoom}
+        return plan_crop(size_px, self.resolution_px, rng, **flags)
+
+
+def crop_rule(config: TrainConfig) -> CropRule:
+    """The rule of a run."""
+    return CropRule(
+        config.resolution,
+        config.center_crop,
+        config.random_flip,
+        config.image_interpolation_mode,
+        None if config.caching == "off" else config.crops_per_photo,
+        config.crop_zoom,
+    )
 
 
 def apply_crop(image: Image.Image, plan: CropPlan, interpolation: str = "lanczos") -> Image.Image:

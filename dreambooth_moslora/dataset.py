@@ -20,26 +20,14 @@ from torch import Tensor
 from dreambooth_moslora import base
 from dreambooth_moslora.base import TextCond
 from dreambooth_moslora.cache import TensorCache, Tensors, content_key, file_digest, fingerprint
-from dreambooth_moslora.photos import CropPlan, Photo, apply_crop, open_mask, open_rgb, plan_crop
+from dreambooth_moslora.crops import CropPlan, CropRule, apply_crop
+from dreambooth_moslora.photos import Photo, open_mask, open_rgb
 from dreambooth_moslora.seeding import place_of, rng
 
-__all__ = ["CropRule", "EncodedView", "PhotoEncoder", "PhotoStream", "TextBook", "TrainBatch", "collate"]
+__all__ = ["EncodedView", "PhotoEncoder", "PhotoStream", "TextBook", "TrainBatch", "collate"]
 
 Cut = tuple[Image.Image, Image.Image | None]
 """A crop and its mask."""
-
-
-@dataclass(frozen=True)
-class CropRule:
-    """How photos are cut: to a square of `resolution_px`, `crops_per_photo` different cuts (None: ever new ones),
-    each at a size drawn between whole and `zoom` times as close."""
-
-    resolution_px: int
-    center_crop: bool = False
-    random_flip: bool = False
-    interpolation: str = "lanczos"
-    crops_per_photo: int | None = 1
-    zoom: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -176,16 +164,8 @@ class PhotoStream:
             yield self.encoder.encode(*self._exposure(position))
 
     def _plan(self, slot: int, crop: int) -> CropPlan:
-        rule, photo = self.encoder.rule, self.photos[slot // self.repeats]
         draws = rng(self.seed, self.name, "crop", slot, crop)
-        return plan_crop(
-            photo.size_px,
-            rule.resolution_px,
-            draws,
-            center_crop=rule.center_crop,
-            random_flip=rule.random_flip,
-            zoom=rule.zoom,
-        )
+        return self.encoder.rule.plan(self.photos[slot // self.repeats].size_px, draws)
 
 
 class TextBook:

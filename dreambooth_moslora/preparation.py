@@ -17,7 +17,8 @@ from dreambooth_moslora.adapter_file import public_base_id
 from dreambooth_moslora.base import encode_text, load_pipeline, noise_schedule
 from dreambooth_moslora.cache import TensorCache, default_cache_dir, fingerprint
 from dreambooth_moslora.config import TrainConfig
-from dreambooth_moslora.dataset import CropRule, PhotoEncoder, PhotoStream, TextBook, TrainBatch, collate
+from dreambooth_moslora.crops import crop_rule
+from dreambooth_moslora.dataset import PhotoEncoder, PhotoStream, TextBook, TrainBatch, collate
 from dreambooth_moslora.errors import StopRequestedError, UserError, spelled_out
 from dreambooth_moslora.objective import NoiseSchedule
 from dreambooth_moslora.photos import Photo, PhotoReport, find_photos
@@ -199,17 +200,6 @@ def prior_pipeline(
     if wanted == pipeline.unet.dtype:
         return pipeline
     return load_base(config, wanted, device)
-
-
-def crop_rule(config: TrainConfig) -> CropRule:
-    return CropRule(
-        config.resolution,
-        config.center_crop,
-        config.random_flip,
-        config.image_interpolation_mode,
-        None if config.caching == "off" else config.crops_per_photo,
-        config.crop_zoom,
-    )
 
 
 def cache_of(config: TrainConfig) -> TensorCache | None:

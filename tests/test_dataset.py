@@ -6,8 +6,8 @@ from PIL import Image, ImageDraw
 
 from dreambooth_moslora import base
 from dreambooth_moslora.cache import TensorCache, fingerprint
-from dreambooth_moslora.crops import resized_size
-from dreambooth_moslora.dataset import CropRule, PhotoEncoder, PhotoStream, TextBook, collate
+from dreambooth_moslora.crops import CropRule, resized_size
+from dreambooth_moslora.dataset import PhotoEncoder, PhotoStream, TextBook, collate
 from dreambooth_moslora.photos import CropPlan, find_photos
 from tests.tiny_training import paint_photos
 
