@@ -189,10 +189,14 @@ def default_guidance(pipeline: StableDiffusionXLPipeline) -> float:
 def encode_text(pipeline: StableDiffusionXLPipeline, prompts: list[str]) -> TextCond:
     """Embed N prompts: penultimate hidden states of both encoders side by side, and the pooled output of the second.
 
-    Gradients reach the encoders when they are enabled: the caller says `torch.no_grad()` for frozen ones.
+    Gradients reach the encoders when they are enabled: the caller says `torch.no_grad()` for frozen ones. The empty
+    prompt is zeros where the pipeline's own unconditional is (`force_zeros_for_empty_prompt`).
     """
     device = pipeline.text_encoder_2.device
     embeds, _, pooled, _ = pipeline.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
+    if pipeline.config.force_zeros_for_empty_prompt:
+        said = torch.tensor([bool(prompt) for prompt in prompts], device=device)
+        embeds, pooled = torch.where(said[:, None, None], embeds, 0), torch.where(said[:, None], pooled, 0)
     return TextCond(embeds, pooled)
 
 

@@ -63,6 +63,16 @@ def test_text_equals_what_the_pipeline_itself_encodes(pipeline):
     assert torch.equal(cond.embeds, embeds) and torch.equal(cond.pooled, pooled)
 
 
+def test_the_empty_prompt_is_the_pipelines_own_unconditional(pipeline):
+    for force_zeros in (True, False):
+        pipeline.register_to_config(force_zeros_for_empty_prompt=force_zeros)
+        cond = base.encode_text(pipeline, ["", "a dog"])
+        embeds, nothing, pooled, pooled_nothing = pipeline.encode_prompt(["a dog"], negative_prompt=None)
+        assert torch.allclose(cond.embeds, torch.cat([nothing, embeds]), atol=1e-5)
+        assert torch.allclose(cond.pooled, torch.cat([pooled_nothing, pooled]), atol=1e-5)
+        assert bool(cond.embeds[0].any()) is not force_zeros
+
+
 def test_latents_are_the_scaled_posterior_mean(pipeline):
     pixels = torch.rand(2, 3, 64, 64) * 2 - 1
     latents = base.encode_image(pipeline.vae, pixels)
