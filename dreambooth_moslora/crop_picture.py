@@ -10,7 +10,7 @@ from dreambooth_moslora.crops import CropPlan, apply_crop, crop_rule
 from dreambooth_moslora.photos import Photo, open_mask, open_rgb
 from dreambooth_moslora.seeding import rng
 
-__all__ = ["crop_rows", "plans_of"]
+__all__ = ["crop_rows", "masked", "plans_of"]
 
 FRAME_COLOUR = (232, 64, 44)
 SHOWN_PX = 384
@@ -44,7 +44,7 @@ def crop_row(photo: Photo, number: int, config: TrainConfig) -> Row:
 
 
 def masked(image: Image.Image, mask: Image.Image | None) -> Image.Image:
-    """What the loss does not weigh, at a third of its brightness."""
+    """What the mask leaves out, at a third of its brightness."""
     if mask is None:
         return image
     dark = image.point(lambda value: value // 3)

@@ -9,7 +9,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from dreambooth_moslora.ui.photo_uploads import MAX_SIDE_PX, ONE_AT_A_TIME, take_photos
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.photos import find_photos, open_mask
+from dreambooth_moslora.ui.photo_uploads import MAX_SIDE_PX, ONE_AT_A_TIME, kept_photos, take_photos
 
 STATUS = Path("/proc/self/status")
 PEAK_CODE = """
@@ -57,6 +59,23 @@ def test_a_large_rotated_picture_with_a_palette_stands_upright_and_keeps_its_col
     with PIL.Image.open(tmp_path / "photos" / "photo_01.png") as taken:
         assert taken.size[1] == MAX_SIDE_PX > taken.size[0]
         assert (taken.getpixel((9, 9)), taken.getpixel((9, 4000))) == ((0, 0, 255), (255, 0, 0))
+
+
+def test_masks_go_with_their_photos_and_are_no_photos(tmp_path):
+    for name, colour in (("a.jpg", "red"), ("b.png", "blue")):
+        PIL.Image.new("RGB", (96, 64), colour).save(tmp_path / name)
+    for name in ("b.Mask.PNG", "c.mask.png"):
+        PIL.Image.linear_gradient("L").resize((96, 64)).save(tmp_path / name)
+    (tmp_path / "a.mask.png").write_bytes(b"no picture")
+    intake = take_photos([str(path) for path in sorted(tmp_path.iterdir())], tmp_path / "photos")
+    assert [path.name for path in kept_photos(intake.folder)] == ["photo_01.png", "photo_02.png"]
+    assert "c.mask.png: a mask of no photo that is here" in intake.remarks
+    assert any(remark.startswith("a.mask.png: ") for remark in intake.remarks) and len(intake.remarks) == 2
+    first, second = find_photos(intake.folder, "x", 64).photos
+    assert open_mask(first) is None
+    assert np.abs(np.array(open_mask(second)).mean() - 127) < 3
+    with pytest.raises(UserError, match="add some photos"):
+        take_photos([str(tmp_path / "c.mask.png")], tmp_path / "none")
 
 
 def test_photos_are_taken_in_one_at_a_time(tmp_path):

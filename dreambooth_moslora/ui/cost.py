@@ -8,6 +8,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.context import AppContext
 from dreambooth_moslora.ui.generate_actions import format_seconds
 from dreambooth_moslora.ui.jobs import Jobs
+from dreambooth_moslora.ui.photo_uploads import kept_photos
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.visitors import Visitor
 
@@ -26,7 +27,7 @@ def estimate_cost(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor
     from dreambooth_moslora.steps import plan_steps
 
     photos = visitor.photos_dir
-    count = len(list(photos.glob("photo_*.png")))
+    count = len(kept_photos(photos))
     if not visitor.has_photos:
         raise UserError("add some photos of your subject first")
     config = TrainConfig.from_dict(form.config(ctx.base_name, ctx.resolution_px, photos, ctx.runs_dir / "new"))

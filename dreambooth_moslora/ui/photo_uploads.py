@@ -1,4 +1,7 @@
-"""Uploaded photos become clean copies: upright, RGB, without EXIF or a stranger's file name."""
+"""Uploaded photos become clean copies: upright, RGB, without EXIF or a stranger's file name.
+
+`name.mask.png` among them is the mask of the photo `name`, as in a folder on the command line.
+"""
 
 import shutil
 import tempfile
@@ -11,7 +14,7 @@ import PIL.Image
 
 from dreambooth_moslora.errors import UserError
 
-__all__ = ["PHOTO_TYPES", "Intake", "take_photos"]
+__all__ = ["PHOTO_TYPES", "Intake", "kept_photos", "take_photos"]
 
 PHOTO_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".avif", ".bmp", ".tif", ".tiff"]
 MAX_PHOTOS = 50
@@ -33,16 +36,23 @@ class Intake:
 def take_photos(files: list[str], folder: Path) -> Intake:
     """Copy the photos into an empty `folder` as photo_01.png …; raises UserError when none is usable.
 
+    Their masks come along as photo_01.mask.png ….
+
     The folder changes all at once: two tabs of one visitor may send theirs at the same time.
     """
-    if not files:
+    from dreambooth_moslora.photo_sidecars import MASK_SUFFIX, sidecars_of
+
+    sidecars = sidecars_of(map(Path, files))
+    masks = {stem: file for (stem, suffix), file in sidecars.items() if suffix == MASK_SUFFIX}
+    photos = [Path(file) for file in files if not file.lower().endswith(MASK_SUFFIX)]
+    if not photos:
         raise UserError("add some photos of your subject first")
-    if len(files) > MAX_PHOTOS:
-        raise UserError(f"{len(files)} photos are too many; {MAX_PHOTOS} at most, and 4 to 10 good ones are enough")
+    if len(photos) > MAX_PHOTOS:
+        raise UserError(f"{len(photos)} photos are too many; {MAX_PHOTOS} at most, and 4 to 10 good ones are enough")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
         (new := Path(scratch) / folder.name).mkdir()
-        remarks = copy_all(files, new)
+        remarks = copy_all(photos, masks, new)
         is_empty = not any(new.iterdir())
         with ONE_AT_A_TIME:
             shutil.rmtree(folder, ignore_errors=True)
@@ -52,20 +62,39 @@ def take_photos(files: list[str], folder: Path) -> Intake:
     return Intake(folder, tuple(remarks))
 
 
-def copy_all(files: list[str], folder: Path) -> list[str]:
-    """Clean copies as photo_01.png …; returns the remarks."""
+def kept_photos(folder: Path) -> list[Path]:
+    """The clean copies in their order, without the masks."""
+    return sorted(path for path in folder.glob("photo_*.png") if "." not in path.stem)
+
+
+def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path) -> list[str]:
+    """Clean copies as photo_01.png … beside their masks (by the photo's stem); returns the remarks."""
     remarks, taken = [], 0
-    for file in files:
+    for photo in photos:
         try:
             with ONE_AT_A_TIME:
-                clean, was_turned = clean_copy(Path(file))
+                clean, was_turned = clean_copy(photo)
         except UserError as error:
             remarks.append(str(error))
             continue
         taken += 1
         clean.save(folder / f"photo_{taken:02d}.png")
         remarks += [f"photo {taken}: rotated by EXIF, stood upright"] if was_turned else []
-    return remarks
+        remarks += copy_mask(masks.get(photo.stem), folder / f"photo_{taken:02d}.mask.png")
+    stems = {photo.stem for photo in photos}
+    return remarks + [f"{mask.name}: a mask of no photo that is here" for s, mask in masks.items() if s not in stems]
+
+
+def copy_mask(mask: Path | None, target: Path) -> list[str]:
+    """A clean copy of a photo's mask; returns why not, if not."""
+    if mask is None:
+        return []
+    try:
+        with ONE_AT_A_TIME:
+            clean_copy(mask)[0].save(target)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def clean_copy(file: Path) -> tuple[PIL.Image.Image, bool]:

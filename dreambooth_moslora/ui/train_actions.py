@@ -67,13 +67,14 @@ def review_kept(ctx: AppContext, visitor: Visitor, remarks: tuple[str, ...] = ()
 
 
 def crop_of(photo: Any, resolution_px: int) -> PIL.Image.Image:
-    """The middle crop that training takes when it is told to centre."""
+    """The middle crop that training takes when it is told to centre, dark where its mask is."""
     import random
 
-    from dreambooth_moslora.photos import apply_crop, open_rgb, plan_crop
+    from dreambooth_moslora.crop_picture import masked
+    from dreambooth_moslora.photos import apply_crop, open_mask, open_rgb, plan_crop
 
     plan = plan_crop(photo.size_px, resolution_px, random.Random(0), center_crop=True, random_flip=False)
-    return apply_crop(open_rgb(photo), plan)
+    return apply_crop(masked(open_rgb(photo), open_mask(photo)), plan)
 
 
 def start_run(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> Job:

@@ -8,6 +8,7 @@ from dreambooth_moslora.base_files import TOY
 from dreambooth_moslora.config_files import load_settings
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import check_characters
+from dreambooth_moslora.ui.photo_uploads import kept_photos
 
 __all__ = ["PRESETS", "Preset", "TrainForm", "preset_for", "prompts_of"]
 
@@ -105,8 +106,7 @@ class TrainForm:
 
     def write_captions(self, photos_dir: Path) -> None:
         """One line for each photo, in their order, becomes the text file beside it; empty lines are left out."""
-        photos = sorted(photos_dir.glob("photo_*.png"))
-        for photo, line in zip(photos, str(self.captions or "").splitlines()):
+        for photo, line in zip(kept_photos(photos_dir), str(self.captions or "").splitlines()):
             if line.strip():
                 photo.with_suffix(".txt").write_text(line.strip(), encoding="utf-8")
 

@@ -20,6 +20,8 @@ import gradio as gr
 import psutil
 from starlette.requests import cookie_parser
 
+from dreambooth_moslora.ui.photo_uploads import kept_photos
+
 __all__ = ["COOKIE", "Picture", "Visitor", "VisitorCookie", "Visitors", "visitor_id"]
 
 COOKIE = "moslora_visitor"
@@ -66,7 +68,7 @@ class Visitor:
 
     @property
     def has_photos(self) -> bool:
-        return any(self.photos_dir.glob("photo_*.png"))
+        return bool(kept_photos(self.photos_dir))
 
     def forget_photos(self) -> None:
         shutil.rmtree(self.photos_dir, ignore_errors=True)
