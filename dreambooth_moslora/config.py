@@ -69,7 +69,13 @@ class TrainConfig:
     )
     image_interpolation_mode: str = of_photos("lanczos", "filter of the resizing", choices=INTERPOLATIONS)
     alpha: str = of_photos(
-        "mask", "transparent photos go on white; mask: learn the opaque part only", choices=("mask", "white")
+        "mask", "transparent photos go on white; mask: the opaque part is the subject", choices=("mask", "white")
+    )
+    unmasked_weight: float = of_photos(
+        0.2,
+        "weight in the loss of what a photo's mask leaves out; 0 leaves the subject's surroundings free",
+        low=0,
+        high=1,
     )
 
     with_prior_preservation: bool = of_prior(False, "keep what the base knows of the class while the subject is learnt")

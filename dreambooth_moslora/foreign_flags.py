@@ -54,6 +54,8 @@ FOREIGN_FLAGS = {
     "shuffle_caption": "not supported: captions are used as they are",
     "enable_bucket": "not supported: photos are cropped to squares; --crops_per_photo takes several of each",
     "min_snr_gamma": "use --snr_gamma",
+    "masked_loss": "name.mask.png beside a photo is always used, the rest by --unmasked_weight; leave it out",
+    "alpha_mask": "a photo's transparency is its mask unless --alpha white; leave it out",
     "no_half_vae": "the VAE always computes in fp32; leave it out",
     "cache_text_encoder_outputs": "text embeddings are always computed once; leave it out",
     "prior_loss_weights": "use --prior_loss_weight",

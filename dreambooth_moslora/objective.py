@@ -165,12 +165,14 @@ def loss(
     is_prior: Tensor,
     prior_loss_weight: float = 1.0,
     mask: Tensor | None = None,
+    unmasked_weight: float = 0.0,
 ) -> LossParts:
     """Mean squared error of instance and prior images apart, in fp32.
 
-    prediction, target (B, 4, h, w); weights, is_prior (B,); mask (B, 1, h, w) in [0, 1] weighs places of an image.
+    prediction, target (B, 4, h, w); weights, is_prior (B,); mask (B, 1, h, w) in [0, 1], 1 where the subject is: other
+    places of an image weigh `unmasked_weight`.
     """
-    per_image = weights * image_errors(prediction.float(), target.float(), mask)
+    per_image = weights * image_errors(prediction.float(), target.float(), mask, unmasked_weight)
     instance = per_image[~is_prior].mean()
     if not is_prior.any():
         return LossParts(instance, instance.detach(), None)
@@ -178,10 +180,10 @@ def loss(
     return LossParts(instance + prior_loss_weight * prior, instance.detach(), prior.detach())
 
 
-def image_errors(prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+def image_errors(prediction: Tensor, target: Tensor, mask: Tensor | None, unmasked_weight: float = 0.0) -> Tensor:
     """Mean squared error (B,) of each image; under a mask the weighted mean, so that a small subject counts in full."""
     errors = (prediction - target) ** 2
     if mask is None:
         return errors.flatten(1).mean(1)
-    places = mask.float().expand_as(errors)
+    places = torch.lerp(torch.full_like(mask, unmasked_weight), torch.ones_like(mask), mask).expand_as(errors)
     return (places * errors).flatten(1).sum(1) / places.flatten(1).sum(1).clamp(min=1e-6)

@@ -6,13 +6,15 @@ import json
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from toybox import render_views
 from toybox.captions import article, canonical_caption, caption
 from toybox.kinds import SHAPES
-from toybox.make_subjects import SUBJECTS, load, photo_scenes
+from toybox.make_subjects import FOLDER, SUBJECTS, load, photo_scenes
 from toybox.render import render, toy_masks
 from toybox.render_dataset import Shard, write_shard
 from toybox.world import COLOURS, KINDS, PLACES, Scene, Toy, is_held_out, sample_scene, sample_toy
@@ -153,6 +155,14 @@ def test_subjects_load_with_their_photos():
         subject = load(name)
         assert subject.toy == toy and subject.class_word == toy.kind
         assert len({scene.place for scene in photo_scenes(subject)}) == 5
+
+
+def test_subjects_have_masks_of_their_toys():
+    for name in SUBJECTS:
+        for number, mask in enumerate(toy_masks(photo_scenes(load(name)), 128)):
+            with Image.open(FOLDER / name / f"{number:02d}.mask.png") as file:
+                shipped = torch.from_numpy(np.array(file.resize((128, 128), Image.Resampling.NEAREST)))
+            assert (shipped != mask).float().mean() < 0.02 < mask.float().mean()
 
 
 def test_missing_subject_is_explained():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections import Counter
 
 import pytest
@@ -217,6 +218,25 @@ def test_every_option_acts_and_stays_finite(name, run, plain_hash):
     events, digest = run(max_train_steps=2, **OPTIONS[name])
     assert all(math.isfinite(event["loss"]) for event in steps(events))
     assert digest != plain_hash
+
+
+def test_unmasked_weight_goes_from_the_subject_alone_to_no_mask_at_all(run, photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "masked")
+    for photo in sorted(folder.glob("*.png")):
+        with Image.open(photo) as image:
+            mask = Image.new("L", image.size, 0)
+        mask.paste(255, (0, 0, mask.width // 2, mask.height))
+        mask.save(photo.with_suffix(".mask.png"))
+    plain, *masked = (
+        steps(run(name, max_train_steps=2, **settings)[0])
+        for name, settings in (
+            ("plain", {}),
+            *((f"w{w}", {"instance_data_dir": str(folder), "unmasked_weight": w}) for w in (1.0, 0.2, 0.0)),
+        )
+    )
+    everywhere, some, none = ([event["loss"] for event in events] for events in masked)
+    assert everywhere == pytest.approx([event["loss"] for event in plain], rel=1e-5)
+    assert len({losses[0] for losses in (everywhere, some, none)}) == 3
 
 
 def test_a_v_prediction_base_is_trained_on_velocity(tmp_path, photos, plain_hash):

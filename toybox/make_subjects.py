@@ -2,9 +2,10 @@
 
     python -m toybox.make_subjects
 
-writes assets/subjects/<name>/00.jpg … 04.jpg (512 px: other sides, places and lights), 00.txt … 04.txt (captions, one
-without the place and one with it, so that the place is not learnt as a part of the toy) and subject.json (the toy, its
-class word and a token). The last three are hard: looks and proportions that no training picture has.
+writes assets/subjects/<name>/00.jpg … 04.jpg (512 px: other sides, places and lights), 00.mask.png … 04.mask.png (white
+where the toy is), 00.txt … 04.txt (captions, one without the place and one with it, so that the place is not learnt as
+a part of the toy) and subject.json (the toy, its class word and a token). The last three are hard: looks and
+proportions that no training picture has.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from toybox.render import render
+from toybox.render import render, toy_masks
 from toybox.world import Scene, Toy, lights_of
 
 __all__ = ["FOLDER", "PHOTO_PLACES", "SUBJECTS", "Subject", "load", "photo_scenes"]
@@ -85,8 +86,10 @@ def photo_scenes(subject: Subject) -> list[Scene]:
 def _write(subject: Subject) -> None:
     folder = FOLDER / subject.name
     folder.mkdir(parents=True, exist_ok=True)
-    for number, picture in enumerate(render(photo_scenes(subject), PHOTO_PX)):
+    scenes = photo_scenes(subject)
+    for number, (picture, mask) in enumerate(zip(render(scenes, PHOTO_PX), toy_masks(scenes, PHOTO_PX))):
         Image.fromarray(picture.numpy()).save(folder / f"{number:02d}.jpg", quality=88)
+        Image.fromarray(mask.numpy()).save(folder / f"{number:02d}.mask.png", optimize=True)
         prompt = f"a photo of a {subject.token} {subject.class_word}"
         (folder / f"{number:02d}.txt").write_text(f"{prompt}\n{prompt} {PHOTO_PLACES[number]}\n")
     data = {"toy": subject.toy.to_dict(), "class_word": subject.class_word, "token": subject.token}
