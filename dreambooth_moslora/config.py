@@ -73,7 +73,7 @@ class TrainConfig:
     )
     unmasked_weight: float = of_photos(
         0.2,
-        "weight in the loss of what a photo's mask leaves out; 0 leaves the subject's surroundings free",
+        "weight in the loss of the surroundings that a mask (name.mask.png) leaves out; of transparency it is always 0",
         low=0,
         high=1,
     )

@@ -29,7 +29,7 @@ def plans_of(photo: Photo, number: int, config: TrainConfig) -> Iterator[CropPla
 
 
 def crop_rows(photos: list[Photo], config: TrainConfig) -> list[Row]:
-    """One row a photo: the photo with frames, then up to five crops; masks darken what is not learnt."""
+    """One row a photo: the photo with frames, then up to five crops; what masks leave out is dark."""
     return [crop_row(photo, number, config) for number, photo in enumerate(photos)]
 
 

@@ -32,7 +32,7 @@ Cut = tuple[Image.Image, Image.Image | None]
 
 @dataclass(frozen=True)
 class EncodedView:
-    """One cut of one photo: `latents` (4, h, w), `time_ids` (6,), `mask` (1, h, w) in [0, 1] or None."""
+    """One cut of one photo: `latents` (4, h, w), `time_ids` (6,), `mask` (1, h, w) weighs its places, or None."""
 
     latents: Tensor
     time_ids: Tensor
@@ -70,9 +70,16 @@ class TrainBatch:
 class PhotoEncoder:
     """Cut and encode photos once each: the VAE is asked only for what the cache does not hold."""
 
-    def __init__(self, vae: AutoencoderKL, cache: TensorCache | None, rule: CropRule, readers: int = 0):
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        cache: TensorCache | None,
+        rule: CropRule,
+        readers: int = 0,
+        unmasked_weight: float = 0.0,
+    ):
         """`readers` threads open and cut photos ahead of their turn, where nothing is cached."""
-        self.vae, self.cache, self.rule = vae, cache, rule
+        self.vae, self.cache, self.rule, self.unmasked_weight = vae, cache, rule, unmasked_weight
         self.vae_identity = fingerprint(vae)
         self._digests: dict[object, str] = {}
         self._readers = ThreadPoolExecutor(readers) if readers and cache is None else None
@@ -84,12 +91,19 @@ class PhotoEncoder:
             if self.cache is None
             else self.cache.get(self._key(photo, plan), lambda: self._compute(photo, plan))
         )
-        return EncodedView(tensors["latents"], base.time_ids(plan), tensors.get("mask"))
+        weights = self._weights(photo, tensors["subject"]) if "subject" in tensors else None
+        return EncodedView(tensors["latents"], base.time_ids(plan), weights)
+
+    def _weights(self, photo: Photo, subject: Tensor) -> Tensor:
+        """What places weigh: the subject 1, around it `unmasked_weight`, or 0 where the photo itself is transparent:
+        the white that it lies on there is nobody's surroundings."""
+        around = 0.0 if photo.mask_path == photo.path else self.unmasked_weight
+        return around + (1 - around) * subject
 
     def _key(self, photo: Photo, plan: CropPlan) -> str:
         return content_key(
             photo=self._digest(photo.path),
-            mask=photo.mask_path and self._digest(photo.mask_path),
+            subject=photo.mask_path and self._digest(photo.mask_path),
             plan=plan,
             interpolation=self.rule.interpolation,
             vae=self.vae_identity,
@@ -108,7 +122,7 @@ class PhotoEncoder:
         reading = self._reading.pop((photo, plan), None)
         image, mask = reading.result() if reading else read_cut(photo, plan, self.rule.interpolation)
         latents = base.encode_image(self.vae, pixels_of(image)[None])[0].cpu()
-        return {"latents": latents} if mask is None else {"latents": latents, "mask": latent_mask(mask, latents)}
+        return {"latents": latents} if mask is None else {"latents": latents, "subject": latent_mask(mask, latents)}
 
 
 def read_cut(photo: Photo, plan: CropPlan, interpolation: str) -> Cut:
@@ -123,10 +137,9 @@ def pixels_of(image: Image.Image) -> Tensor:
 
 
 def latent_mask(mask: Image.Image, latents: Tensor) -> Tensor:
-    """Grey picture -> (1, h, w) in [0, 1], averaged to the latents' size; all ones when the crop missed the subject."""
+    """Grey picture -> (1, h, w) in [0, 1], averaged to the latents' size."""
     grey = torch.from_numpy(np.array(mask, dtype=np.float32))[None, None] / 255
-    small = F.adaptive_avg_pool2d(grey, latents.shape[-2:])[0]
-    return small if small.max() > 0 else torch.ones_like(small)
+    return F.adaptive_avg_pool2d(grey, latents.shape[-2:])[0]
 
 
 class PhotoStream:

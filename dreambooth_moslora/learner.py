@@ -112,8 +112,7 @@ class Learner:
             target = torch.where(batch.is_prior.view(-1, 1, 1, 1), self.base_prediction(batch, noised), target)
         weights = snr_weights(schedule, noised.index, batch.is_prior, config.snr_gamma)
         prediction = self.predict(batch, noised, self.text_cond(batch.prompts))
-        masking = (batch.mask, config.unmasked_weight)
-        return loss(prediction, target, weights, batch.is_prior, config.prior_loss_weight, *masking)
+        return loss(prediction, target, weights, batch.is_prior, config.prior_loss_weight, batch.mask)
 
     def predict(self, batch: TrainBatch, noised: Noised, cond: TextCond) -> Tensor:
         """The UNet's prediction (B, 4, h, w) in fp32."""

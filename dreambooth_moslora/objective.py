@@ -165,14 +165,12 @@ def loss(
     is_prior: Tensor,
     prior_loss_weight: float = 1.0,
     mask: Tensor | None = None,
-    unmasked_weight: float = 0.0,
 ) -> LossParts:
     """Mean squared error of instance and prior images apart, in fp32.
 
-    prediction, target (B, 4, h, w); weights, is_prior (B,); mask (B, 1, h, w) in [0, 1], 1 where the subject is: other
-    places of an image weigh `unmasked_weight`.
+    prediction, target (B, 4, h, w); weights, is_prior (B,); mask (B, 1, h, w) in [0, 1] weighs places of an image.
     """
-    per_image = weights * image_errors(prediction.float(), target.float(), mask, unmasked_weight)
+    per_image = weights * image_errors(prediction.float(), target.float(), mask)
     instance = per_image[~is_prior].mean()
     if not is_prior.any():
         return LossParts(instance, instance.detach(), None)
@@ -180,10 +178,13 @@ def loss(
     return LossParts(instance + prior_loss_weight * prior, instance.detach(), prior.detach())
 
 
-def image_errors(prediction: Tensor, target: Tensor, mask: Tensor | None, unmasked_weight: float = 0.0) -> Tensor:
-    """Mean squared error (B,) of each image; under a mask the weighted mean, so that a small subject counts in full."""
+def image_errors(prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean squared error (B,) of each image; under a mask the weighted mean, so that a small subject counts in full.
+
+    The mean is taken times the mask's largest weight: an image that the subject is not in counts as its places do.
+    """
     errors = (prediction - target) ** 2
     if mask is None:
         return errors.flatten(1).mean(1)
-    places = torch.lerp(torch.full_like(mask, unmasked_weight), torch.ones_like(mask), mask).expand_as(errors)
-    return (places * errors).flatten(1).sum(1) / places.flatten(1).sum(1).clamp(min=1e-6)
+    places = mask.float().expand_as(errors).flatten(1)
+    return places.amax(1) * (places * errors.flatten(1)).sum(1) / places.sum(1).clamp(min=1e-6)

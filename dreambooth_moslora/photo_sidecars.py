@@ -1,5 +1,6 @@
 """What lies beside photos: `name.txt` and `name.mask.png`, or one `metadata.jsonl` of captions for the folder.
 
+A mask may be of any image format.
 `metadata.jsonl` is in the form of the datasets library. Suffixes are known in small and capital letters. Each line of
 `name.txt` is a caption of its own: training draws one of them for each exposure.
 """
@@ -9,18 +10,22 @@ from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable
 from pathlib import Path
 
+from dreambooth_moslora.photo_files import IMAGE_SUFFIXES
+
 __all__ = ["CAPTION_SUFFIX", "MASK_SUFFIX", "METADATA", "Captions", "sidecar_of", "sidecars_of"]
 
 METADATA = "metadata.jsonl"
-CAPTION_SUFFIX, MASK_SUFFIX = ".txt", ".mask.png"
+CAPTION_SUFFIX, MASK_SUFFIX = ".txt", ".mask"
 CAPTION_KEYS = ("text", "caption", "prompt")
 
 
 def sidecar_of(path: Path) -> tuple[str, str] | None:
-    """`dog.Mask.PNG` -> ("dog", ".mask.png"); None for a file that is neither caption nor mask by its name."""
-    for suffix in (MASK_SUFFIX, CAPTION_SUFFIX):
-        if path.name.lower().endswith(suffix):
-            return path.name[: -len(suffix)], suffix
+    """`dog.Mask.PNG` -> ("dog", ".mask"); None for a file that is neither caption nor mask by its name."""
+    if path.suffix.lower() == CAPTION_SUFFIX:
+        return path.stem, CAPTION_SUFFIX
+    inner = Path(path.stem)
+    if path.suffix.lower() in IMAGE_SUFFIXES and inner.suffix.lower() == MASK_SUFFIX:
+        return inner.stem, MASK_SUFFIX
     return None
 
 

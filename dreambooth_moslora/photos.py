@@ -33,6 +33,7 @@ __all__ = [
     "Skipped",
     "apply_crop",
     "find_photos",
+    "grey_mask",
     "instance_photos",
     "open_mask",
     "open_rgb",
@@ -246,12 +247,18 @@ def mask_problem(path: Path, photo: Image.Image) -> str | None:
 
 
 def grey_mask(image: Image.Image) -> Image.Image:
-    """White (or opaque) is learnt, black (or transparent) is not."""
+    """L, the subject white: what is bright, or what is opaque where all of that is black.
+
+    Its brightest becomes 255, so that a file of zeros and ones is a mask too.
+    """
     alpha = alpha_of(image)
     if alpha is None:
-        return to_rgb(image).convert("L")
-    grey = upright(image).convert("LA").getchannel("L")
-    return alpha if grey.getextrema()[1] == 0 else ImageChops.multiply(grey, alpha)
+        grey = to_rgb(image).convert("L")
+    else:
+        seen = ImageChops.multiply(upright(image).convert("LA").getchannel("L"), alpha)
+        grey = alpha if seen.getextrema()[1] == 0 else seen
+    brightest = max(grey.getextrema()[1], 1)
+    return grey.point([min(255, round(255 * value / brightest)) for value in range(256)])
 
 
 def open_rgb(photo: Photo) -> Image.Image:
@@ -263,7 +270,7 @@ def open_rgb(photo: Photo) -> Image.Image:
 
 
 def open_mask(photo: Photo) -> Image.Image | None:
-    """L, 255 where the photo is learnt and 0 where not; None when all of it is."""
+    """L, 255 where the subject is and 0 where it is not; None when nobody says."""
     if photo.mask_path is None:
         return None
     try:

@@ -89,7 +89,11 @@ def prepare(
     if uses_class_images(config):
         class_photos = make_class_images(config, pipeline, accelerator, run_dir, report, should_stop)
     encoder = PhotoEncoder(
-        pipeline.vae.to(accelerator.device), cache_of(config), crop_rule(config), config.dataloader_num_workers
+        pipeline.vae.to(accelerator.device),
+        cache_of(config),
+        crop_rule(config),
+        config.dataloader_num_workers,
+        config.unmasked_weight,
     )
     instance = PhotoStream(photos, encoder, config.seed, "instance", config.repeats)
     prior = PhotoStream(class_photos, encoder, config.seed, "prior") if class_photos else None
@@ -213,6 +217,8 @@ def cache_of(config: TrainConfig) -> TensorCache | None:
 def text_book(config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device) -> TextBook:
     encoders = [pipeline.text_encoder.to(device), pipeline.text_encoder_2.to(device)]
     identity = "+".join(fingerprint(encoder) for encoder in encoders)
+    if pipeline.config.force_zeros_for_empty_prompt:  # decides what "" is
+        identity += "+zeros"
     return TextBook(lambda prompts: encode_text(pipeline, prompts), cache_of(config) or TensorCache(), identity)
 
 

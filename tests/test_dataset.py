@@ -1,14 +1,18 @@
 """Encoded photos and words: each once, each with its own numbers and its own caption, whatever the order."""
 
+from random import Random
+
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
 from dreambooth_moslora import base
 from dreambooth_moslora.cache import TensorCache, fingerprint
+from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.crops import CropRule, resized_size
 from dreambooth_moslora.dataset import PhotoEncoder, PhotoStream, TextBook, collate
 from dreambooth_moslora.photos import CropPlan, find_photos
+from dreambooth_moslora.preparation import text_book
 from tests.tiny_training import paint_photos
 
 RULE = CropRule(resolution_px=64)
@@ -139,6 +143,35 @@ def test_a_mask_comes_along_at_the_latents_size(pipeline, tmp_path):
     masked = next(n for n, (view, _) in enumerate(views) if view.time_ids[0] == 72)
     assert batch.mask[masked, 0, :, :4].min() > 0.99 and batch.mask[masked, 0, :, 4:].max() < 0.1
     assert all(batch.mask[n].min() == 1 for n in range(3) if n != masked)
+
+
+def test_around_a_mask_weighs_as_told_and_around_a_transparent_photo_nothing(pipeline, tmp_path):
+    folder = paint_photos(tmp_path / "photos", count=2)
+    first, second = sorted(folder.glob("*.png"))
+    half = Image.new("L", Image.open(first).size, 0)
+    half.paste(1, (0, 0, half.width // 2, half.height))  # labels of 0 and 1
+    half.save(first.with_suffix(".mask.png"))
+    clear = Image.open(second).convert("RGBA")
+    clear.paste((0, 0, 0, 0), (0, 0, clear.width // 2, clear.height))
+    clear.save(second)
+    photos = find_photos(folder, "a photo of sks dog", 64).photos
+    cache = TensorCache(tmp_path / "cache")
+    for weight in (0.2, 0.7):
+        encoder = PhotoEncoder(pipeline.vae, cache, CropRule(64, center_crop=True), unmasked_weight=weight)
+        views = {photo.path: encoder.encode(photo, encoder.rule.plan(photo.size_px, Random(0))) for photo in photos}
+        assert views[first].mask.min().item() == pytest.approx(weight) and views[first].mask.max() == 1
+        assert (views[second].mask.min(), views[second].mask.max()) == (0, 1)
+    assert cache.computed == 2
+
+
+def test_the_empty_prompt_of_another_pipeline_is_not_found_in_the_cache(pipeline, tmp_path):
+    config = TrainConfig(caching="disk", cache_dir=str(tmp_path))
+    found = []
+    for force_zeros in (True, False):
+        pipeline.register_to_config(force_zeros_for_empty_prompt=force_zeros)
+        found.append(text_book(config, pipeline, torch.device("cpu"))([""]).embeds.abs().sum().item())
+    pipeline.register_to_config(force_zeros_for_empty_prompt=True)
+    assert found[0] == 0 < found[1]
 
 
 def test_words_are_asked_once_and_known_after_the_encoders_left(pipeline):

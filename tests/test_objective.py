@@ -138,16 +138,12 @@ def test_a_mask_weighs_places_and_not_images():
     assert objective.image_errors(prediction, target, mask).item() == 4
 
 
-def test_what_a_mask_leaves_out_weighs_as_told():
-    prediction, target = torch.zeros(2, 4, 2, 2), torch.ones(2, 4, 2, 2)
+def test_an_image_without_the_subject_counts_as_its_places_do():
+    prediction, target = torch.zeros(3, 4, 2, 2), torch.ones(3, 4, 2, 2)
     target[..., 0, 0] = 2
-    mask = torch.zeros(2, 1, 2, 2)
-    mask[0, :, 0, 0] = 1
-    mask[1, :, 0, 0] = 0.5  # half of the cell is the subject's
-    got = objective.image_errors(prediction, target, mask, 0.2)
-    assert got.tolist() == pytest.approx([(4 + 3 * 0.2) / 1.6, (0.6 * 4 + 3 * 0.2) / 1.2])
-    everywhere = objective.image_errors(prediction, target, mask, 1.0)
-    assert everywhere.tolist() == pytest.approx(objective.image_errors(prediction, target, None).tolist())
+    mask = torch.stack([torch.full((1, 2, 2), weight) for weight in (1.0, 0.2, 0.0)])
+    got = objective.image_errors(prediction, target, mask).tolist()
+    assert got == pytest.approx([7 / 4, 0.2 * 7 / 4, 0])
 
 
 @pytest.mark.parametrize("strategy, noisy_share", [("none", 0.25), ("later", 4 / 7), ("earlier", 1 / 7)])

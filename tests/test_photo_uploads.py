@@ -78,6 +78,17 @@ def test_masks_go_with_their_photos_and_are_no_photos(tmp_path):
         take_photos([str(tmp_path / "c.mask.png")], tmp_path / "none")
 
 
+def test_a_black_shape_on_nothing_is_a_mask_of_any_image_format(tmp_path):
+    PIL.Image.new("RGB", (96, 64), "red").save(tmp_path / "a.jpg")
+    shape = PIL.Image.new("RGBA", (96, 64), (255, 255, 255, 0))
+    shape.paste((0, 0, 0, 255), (0, 0, 48, 64))
+    shape.save(tmp_path / "a.mask.webp", lossless=True)
+    intake = take_photos([str(tmp_path / "a.jpg"), str(tmp_path / "a.mask.webp")], tmp_path / "photos")
+    (photo,) = find_photos(intake.folder, "x", 64).photos
+    mask = open_mask(photo)
+    assert intake.remarks == () and (mask.getpixel((9, 9)), mask.getpixel((90, 9))) == (255, 0)
+
+
 def test_photos_are_taken_in_one_at_a_time(tmp_path):
     PIL.Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     second = threading.Thread(target=take_photos, args=([str(tmp_path / "a.png")], tmp_path / "photos"))

@@ -156,6 +156,17 @@ def test_suffixes_of_captions_and_masks_may_be_in_capitals(tmp_path):
     assert [(item.path.name, item.reason) for item in report.skipped] == [("2.Txt", "stray: belongs to no photo")]
 
 
+@pytest.mark.parametrize("name, white", [("a.mask.png", 1), ("a.mask.tif", 255), ("a.mask.jpg", 130)])
+def test_a_mask_may_be_of_any_format_and_dim(tmp_path, name, white):
+    Image.new("RGB", (128, 96), "green").save(tmp_path / "a.jpg")
+    mask = Image.new("L", (128, 96), 0)
+    mask.paste(white, (0, 0, 64, 96))
+    mask.save(tmp_path / name)
+    (photo,) = find_photos(tmp_path, "x", 64).photos
+    found = open_mask(photo)
+    assert found.getpixel((9, 9)) > 250 and found.getpixel((120, 9)) < 5
+
+
 def test_a_mask_beside_the_photo_is_used_and_one_of_another_shape_is_refused(tmp_path):
     for name in ("a", "b", "c"):
         picture().save(tmp_path / f"{name}.jpg")

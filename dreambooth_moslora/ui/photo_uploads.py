@@ -40,11 +40,10 @@ def take_photos(files: list[str], folder: Path) -> Intake:
 
     The folder changes all at once: two tabs of one visitor may send theirs at the same time.
     """
-    from dreambooth_moslora.photo_sidecars import MASK_SUFFIX, sidecars_of
+    from dreambooth_moslora.photo_sidecars import sidecar_of, sidecars_of
 
-    sidecars = sidecars_of(map(Path, files))
-    masks = {stem: file for (stem, suffix), file in sidecars.items() if suffix == MASK_SUFFIX}
-    photos = [Path(file) for file in files if not file.lower().endswith(MASK_SUFFIX)]
+    masks = {stem: file for (stem, _), file in sidecars_of(map(Path, files)).items()}
+    photos = [Path(file) for file in files if sidecar_of(Path(file)) is None]
     if not photos:
         raise UserError("add some photos of your subject first")
     if len(photos) > MAX_PHOTOS:
@@ -86,14 +85,18 @@ def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path) -> list[s
 
 
 def copy_mask(mask: Path | None, target: Path) -> list[str]:
-    """A clean copy of a photo's mask; returns why not, if not."""
+    """A photo's mask as plain grey; returns why not, if not."""
+    from dreambooth_moslora.photo_files import UnreadableImageError, open_image
+    from dreambooth_moslora.photos import grey_mask
+
     if mask is None:
         return []
     try:
         with ONE_AT_A_TIME:
-            clean_copy(mask)[0].save(target)
-    except UserError as error:
-        return [str(error)]
+            check_size(mask)
+            grey_mask(open_image(mask, MAX_SIDE_PX)).save(target)
+    except (UserError, UnreadableImageError) as error:
+        return [str(error) if isinstance(error, UserError) else f"{mask.name}: {error}"]
     return []
 
 
@@ -104,10 +107,8 @@ def clean_copy(file: Path) -> tuple[PIL.Image.Image, bool]:
     """
     from dreambooth_moslora.photo_files import UnreadableImageError, alpha_of, is_rotated, open_image, to_rgb
 
-    if file.stat().st_size > MAX_PHOTO_BYTES:
-        raise UserError(f"{file.name} is larger than {MAX_PHOTO_BYTES // 2**20} MiB")
+    check_size(file)
     try:
-        check_pixels(file)
         opened = open_image(file, MAX_SIDE_PX)
         clean, alpha = to_rgb(opened), alpha_of(opened)
     except UnreadableImageError as error:
@@ -119,10 +120,12 @@ def clean_copy(file: Path) -> tuple[PIL.Image.Image, bool]:
     return bare, is_rotated(opened)
 
 
-def check_pixels(file: Path) -> None:
-    """Raises UserError for a file whose header promises more than 120 megapixels; nothing is decoded."""
+def check_size(file: Path) -> None:
+    """Raises UserError for a file above 30 MiB or of more than 120 megapixels by its header; nothing is decoded."""
     from dreambooth_moslora.photo_files import FORMATS, register_heif
 
+    if file.stat().st_size > MAX_PHOTO_BYTES:
+        raise UserError(f"{file.name} is larger than {MAX_PHOTO_BYTES // 2**20} MiB")
     register_heif()
     try:
         with warnings.catch_warnings():
