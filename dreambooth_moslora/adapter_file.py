@@ -166,8 +166,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     with path.open("rb") as file:
-        start = file.read(2)
-    if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        start = file.read(9)  # of a safetensors file the length of its header, any bytes, and the header's brace
+    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and start[8:] != b"{":
         raise UserError(f"{path.name} is a pickled file, which can run code when it is opened; use a .safetensors file")
     try:
         with safe_open(path, framework="pt") as file:

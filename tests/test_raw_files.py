@@ -115,3 +115,14 @@ def test_a_newer_raw_format_is_refused(tmp_path, dog):
     (tmp_path / "new.safetensors").write_bytes(save(tensors, {"moslora": "{}"}))
     with pytest.raises(UserError, match="newer"):
         adapter_file.read_raw(tmp_path / "new.safetensors")
+
+
+@pytest.mark.parametrize("start", [b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"])
+def test_a_header_as_long_as_a_pickles_first_bytes_is_no_pickle(start, tmp_path):
+    path, weights = tmp_path / "a.safetensors", {"a": torch.ones(3)}
+    bare = struct.unpack("<Q", save(weights, {"filler": ""})[:8])[0]
+    wanted = int.from_bytes(start, "little")
+    path.write_bytes(save(weights, {"filler": "x" * (wanted - bare)}))
+    assert path.read_bytes()[:2] == start
+    tensors, header = adapter_file.read_tensors(path)
+    assert torch.equal(tensors["a"], weights["a"]) and set(header["filler"]) == {"x"}
