@@ -41,7 +41,7 @@ from dreambooth_moslora.rundir import RunDir, atomic_write
 from dreambooth_moslora.study import Cell, Study
 from dreambooth_moslora.trainer import train
 
-__all__ = ["Progress", "budget_ranks", "read_results", "run_study"]
+__all__ = ["Progress", "budget_ranks", "read_results", "run_study", "unfinished"]
 
 STRIP_PX, STRIP_LENGTH = 128, 8
 WHOLE_BYTES, END_BYTES = 64 << 20, 1 << 20
@@ -72,6 +72,13 @@ def run_study(study: Study, out: Path, jobs: int, on_progress: Callable[[Progres
     cells = study.test_cells(best_rates(study, tuned))
     finish(study, cells, ranks, out, jobs, on_progress)
     return tuned + read_results(study, cells, out)
+
+
+def unfinished(study: Study, out: Path) -> list[Cell]:
+    """The cells whose result is not in `out`: of the comparison only those whose learning rate has been chosen."""
+    tuned = read_results(study, study.tuning_cells(), out)
+    tests = study.test_cells(best_rates(study, tuned)) if is_tuned(study, tuned) else []
+    return [cell for cell in study.tuning_cells() + tests if not result_path(study, cell, out).is_file()]
 
 
 def finish(study: Study, cells: list[Cell], ranks, out: Path, jobs: int, on_progress) -> None:

@@ -8,30 +8,38 @@ from typing import Any
 
 from dreambooth_moslora.errors import UserError
 
-__all__ = ["load_settings"]
+__all__ = ["load_settings", "read_facts", "reason_of"]
 
 
 def load_settings(path: Path | str) -> dict[str, Any]:
     """The file's settings by name, tables flattened: `[training] seed = 1` is `seed = 1`. Raises UserError."""
     path = Path(path)
     try:
-        return flatten(parsed(path), path)
+        return flatten(parsed(path, f"--config {path}"), path)
     except RecursionError:
         raise UserError(f"--config {path}: it is nested too deeply.") from None
 
 
-def parsed(path: Path) -> dict[str, Any]:
+def read_facts(path: Path) -> dict[str, Any]:
+    """What a JSON file says, by name. Raises UserError."""
+    try:
+        return parsed(path, str(path))
+    except RecursionError:
+        raise UserError(f"{path}: it is nested too deeply.") from None
+
+
+def parsed(path: Path, called: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: {reason_of(error)}.") from error
+        raise UserError(f"{called}: {reason_of(error)}.") from error
     try:
         values = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
     except ValueError as error:
         kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
-        raise UserError(f"--config {path} is not valid {kind}: {error}.") from error
+        raise UserError(f"{called} is not valid {kind}: {error}.") from error
     if not isinstance(values, dict):
-        raise UserError(f"--config {path}: expected names and values, found a {type(values).__name__}.")
+        raise UserError(f"{called}: expected names and values, found a {type(values).__name__}.")
     return values
 
 

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from dreambooth_moslora.base import resolve_base
-from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.errors import UserError, one_line
 
 __all__ = ["CLIP", "DINO", "Clip", "Encoders", "load_encoders", "public_name"]
 
@@ -132,6 +132,8 @@ def load_encoders(
         towers, clip_name = clip_of_model(clip or CLIP, device), public_name(clip or CLIP)
     dino = dino or (folder.parent / TOY_DINO if folder and (folder.parent / TOY_DINO).is_dir() else DINO)
     model = frozen(AutoModel, dino, device)
+    if model.main_input_name != "pixel_values":
+        raise UserError(f"the encoder {dino} is a {type(model).__name__}, which sees no pictures alone: name a DINOv2")
     names = (clip_name, public_name(dino))
     lpips = None if folder else lpips_distance(device)  # AlexNet knows photographs, not toys
     return Encoders(towers, model, loaded(AutoImageProcessor, dino), names, lpips=lpips)
@@ -180,17 +182,24 @@ def clip_of_model(name: str | Path, device: str | torch.device) -> Clip:
 
 
 def frozen(kind: Any, name: str | Path, device: str | torch.device) -> nn.Module:
-    return loaded(kind, name, dtype=torch.float32).requires_grad_(False).eval().to(device)
+    """A whole model. Raises UserError where transformers would make up what the files lack."""
+    model, found = loaded(kind, name, dtype=torch.float32, output_loading_info=True)
+    if lacking := sorted(found["missing_keys"]):
+        raise UserError(f"the encoder {name} is no {kind.__name__}: it has no {lacking[0]}")
+    return model.requires_grad_(False).eval().to(device)
 
 
 def loaded(kind: Any, name: str | Path, **options) -> Any:
     """`kind.from_pretrained(name)`, with one line for what goes wrong."""
     try:
         return kind.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(
             f"the encoder {name} cannot be loaded ({kind.__name__}): give a folder, or connect to the hub once"
         ) from error
+    except Exception as error:  # another model's files end in any of Python's errors
+        reason = one_line(f"{type(error).__name__} {error}")
+        raise UserError(f"the encoder {name} cannot be read as a {kind.__name__}: {reason}") from error
 
 
 def public_name(name: str | Path) -> str:

@@ -61,12 +61,12 @@ class EvaluationPlan:
     @property
     def texts(self) -> list[str]:
         """The prompts with the token left out: what CLIP-T compares with, and what the base is asked."""
-        return [template.format(self.subject.class_word or "subject") for template in self.templates]
+        return [template.replace("{}", self.subject.class_word or "subject") for template in self.templates]
 
     @property
     def subject_requests(self) -> list[SampleRequest]:
         """Prompt by prompt, all seeds of each."""
-        return self._each([template.format(self.subject.words) for template in self.templates])
+        return self._each([template.replace("{}", self.subject.words) for template in self.templates])
 
     @property
     def base_requests(self) -> list[SampleRequest]:
@@ -74,7 +74,7 @@ class EvaluationPlan:
 
     @property
     def class_requests(self) -> list[SampleRequest]:
-        prompt = self.class_template.format(self.subject.class_word or "subject")
+        prompt = self.class_template.replace("{}", self.subject.class_word or "subject")
         return [SampleRequest(prompt, 1000 + number) for number in range(self.class_images)]
 
     @property

@@ -11,7 +11,7 @@ from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.rundir import RunDir, check_name, checkpoint_step
 
-__all__ = ["check_folders", "nearest_existing"]
+__all__ = ["check_folders", "nearest_existing", "require_folder", "require_writable"]
 
 
 def check_folders(config: TrainConfig) -> None:

@@ -53,7 +53,7 @@ class Publisher:
 
     def note_scores(self, facts: dict, best: BestStep) -> None:
         """The latest scores and the best step so far, for the card."""
-        self.scores = {name: value for name, value in facts.items() if isinstance(value, float)}
+        self.scores = {name: value for name, value in facts.items() if isinstance(value, float) and name != "time"}
         self.best = best
 
     def keep_best(self) -> None:

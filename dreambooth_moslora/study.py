@@ -18,14 +18,16 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.config import TrainConfig
-from dreambooth_moslora.config_files import load_settings, reason_of
+from dreambooth_moslora.base_files import resolve_base
+from dreambooth_moslora.config import TrainConfig, check_each
+from dreambooth_moslora.config_files import load_settings, read_facts, reason_of
 from dreambooth_moslora.errors import UserError
 
 __all__ = ["Cell", "Protocol", "Study", "StudySubject", "load_study"]
 
 SECTIONS = ("study", "evaluation", "train", "arms")
 BUDGETS = ("parameters", "rank")
+LISTS = {"seeds": ((int,), 0), "ranks": ((int,), 1), "learning_rates": ((int, float), 0)}
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,13 @@ class StudySubject:
     @classmethod
     def of(cls, entry: str | Mapping[str, str]) -> "StudySubject":
         """Raises UserError when the folder is not there or does not say what its subject is called."""
-        given = {"photos": entry} if isinstance(entry, str) else dict(entry)
-        folder = Path(given.get("photos", ""))
+        given = {"photos": entry} if isinstance(entry, str) else entry
+        names = [item.name for item in fields(cls)]
+        if not isinstance(given, Mapping) or not all(n in names and isinstance(v, str) for n, v in given.items()):
+            raise UserError(f"the study's subject {entry!r}: a folder, or a table of texts, {', '.join(names)}.")
+        if not given.get("photos"):
+            raise UserError(f"the study's subject {entry!r} has no photos: name their folder.")
+        folder = Path(given["photos"])
         if not folder.is_dir():
             raise UserError(f"the study's subject {folder}: no such folder; paths start at the current directory.")
         if "instance_prompt" in given:
@@ -55,9 +62,11 @@ class StudySubject:
         facts_path = folder / "subject.json"
         if not facts_path.is_file():
             raise UserError(f"the study's subject {folder} has no subject.json: give it an instance_prompt.")
-        facts = json.loads(facts_path.read_text(encoding="utf-8"))
-        word = facts["class_word"]
-        return cls(str(folder), f"a photo of a {facts['token']} {word}", f"a photo of a {word}")
+        facts = read_facts(facts_path)
+        token, word = facts.get("token"), facts.get("class_word")
+        if not token or not word:
+            raise UserError(f"{facts_path} must name the token and the class_word, or the study an instance_prompt.")
+        return cls(str(folder), f"a photo of a {token} {word}", f"a photo of a {word}")
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,13 @@ class Protocol:
     inference_steps: int = 20
     clip: str = ""
     dino: str = ""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value, is_text = getattr(self, item.name), isinstance(item.default, str)
+            if type(value) is not type(item.default) or not (is_text or value >= 1):
+                kind = "a text" if is_text else "a whole number from 1 on"
+                raise UserError(f"the study's evaluation.{item.name} is {kind}, not {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -110,7 +126,9 @@ class Study:
         for name in ("subjects", "arms", "seeds", "ranks", "learning_rates"):
             if not getattr(self, name):
                 raise UserError(f"the study has no {name}.")
-        if self.reference not in self.arms:
+        if isinstance(self.tie, bool) or not isinstance(self.tie, (int, float)) or self.tie < 0:
+            raise UserError(f"the study's tie is a number from 0 on, not {self.tie!r}.")
+        if self.reference not in list(self.arms):
             raise UserError(f"the study's reference {self.reference!r} is none of its arms: {', '.join(self.arms)}.")
         if self.budget not in BUDGETS:
             raise UserError(f"the study's budget {self.budget!r}: choose one of {', '.join(BUDGETS)}.")
@@ -193,16 +211,39 @@ def load_study(path: Path) -> Study:
     except ValueError as error:
         raise UserError(f"--config {path} is not valid TOML: {error}.") from error
     refuse_unknown(path, "", values, SECTIONS)
-    study, protocol = dict(values.get("study", {})), values.get("evaluation", {})
+    study, protocol, shared, arms = (table(path, name, values.get(name, {})) for name in SECTIONS)
     refuse_unknown(path, "study.", study, [f.name for f in fields(Study)])
     refuse_unknown(path, "evaluation.", protocol, [f.name for f in fields(Protocol)])
-    lists = {name: tuple(study.pop(name)) for name in ("seeds", "ranks", "learning_rates") if name in study}
-    chosen = {name: tuple(map(StudySubject.of, study.pop(name, ()))) for name in ("subjects", "tuning_subjects")}
-    arms = {name: settings_of(arm) for name, arm in values.get("arms", {}).items()}
-    made = Study(arms=arms, train=values.get("train", {}), protocol=Protocol(**protocol), **chosen, **lists, **study)
+    lists = {name: numbers(path, name, study.pop(name)) for name in LISTS if name in study}
+    chosen = {name: subjects(path, name, study.pop(name, [])) for name in ("subjects", "tuning_subjects")}
+    arms = {name: settings_of(table(path, f"arms.{name}", arm)) for name, arm in arms.items()}
+    for settings in (shared, *arms.values()):
+        check_each(settings)
+    made = Study(arms=arms, train=shared, protocol=Protocol(**protocol), **chosen, **lists, **study)
+    resolve_base(made.base)
     for cell in made.test_cells({(arm, rank): made.rates_of(arm)[0] for arm in made.arms for rank in made.ranks}):
         made.config_of(cell, cell.rank, Path("run"))  # a mistake in any arm is found before the first training
     return made
+
+
+def table(path: Path, name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"--config {path}: {name} is a table of settings, [{name}], not {value!r}.")
+    return dict(value)
+
+
+def numbers(path: Path, name: str, value: Any) -> tuple:
+    kinds, low = LISTS[name]
+    if not isinstance(value, list) or not all(type(v) in kinds and v >= low for v in value):
+        kind = "numbers" if float in kinds else "whole numbers"
+        raise UserError(f"--config {path}: study.{name} is a list of {kind} from {low} on, not {value!r}.")
+    return tuple(value)
+
+
+def subjects(path: Path, name: str, value: Any) -> tuple[StudySubject, ...]:
+    if not isinstance(value, list):
+        raise UserError(f"--config {path}: study.{name} is a list of folders, not {value!r}.")
+    return tuple(map(StudySubject.of, value))
 
 
 def settings_of(arm: Mapping[str, Any]) -> dict[str, Any]:

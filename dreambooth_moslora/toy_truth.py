@@ -5,7 +5,6 @@ floor    renders of another individual of the same kind in the same place
 judge    an independent network that reads kind, colour and place off a picture
 """
 
-import json
 import random
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dreambooth_moslora.config_files import read_facts
 from dreambooth_moslora.encoders import Encoders
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluation_plan import EvaluationPlan
 from toybox import judge
 from toybox.places import PLACES
@@ -125,5 +126,10 @@ def find_truth(photos_dir: Path, encoders: Encoders, size_px: int = 128) -> ToyT
     path = Path(photos_dir) / SUBJECT_FILE
     if not path.is_file():
         return None
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    return ToyTruth(Toy.from_dict(facts["toy"]), encoders, size_px) if "toy" in facts else None
+    facts = read_facts(path)
+    if "toy" not in facts:
+        return None
+    try:
+        return ToyTruth(Toy.from_dict(facts["toy"]), encoders, size_px)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: its toy is not one of the toy world's ({type(error).__name__}: {error}).") from error

@@ -97,7 +97,7 @@ def end_trackers(accelerator: Accelerator) -> None:
 
 def fit(run: "Training") -> TrainResult:
     """The loop, as a checklist."""
-    run.score_if_missed()
+    run.recall_scores()
     run.sample_if_due()
     while run.step < run.max_train_steps:
         if run.stop_requested():
@@ -212,10 +212,12 @@ class Training:
         if line := self.best.advice(self.config.early_stopping):
             logger.warning("step %d: %s", self.step, line)
 
-    def score_if_missed(self) -> None:
-        """A run that was stopped while it scored a step does so when it goes on."""
-        scored = (event["step"] for event in self.run_dir.read_metrics() if event["type"] == "evaluation")
-        if self.step and self.step not in scored:
+    def recall_scores(self) -> None:
+        """A run that goes on has its scores in its card; one that was stopped while it scored a step does so now."""
+        scored = [event for event in self.run_dir.read_metrics() if event["type"] == "evaluation"] if self.step else []
+        if scored:
+            self.publisher.note_scores(scored[-1], BestStep(**scored[-1]["best"]))
+        if self.step and self.step not in (event["step"] for event in scored):
             self.evaluate_if_due()
 
     def has_stalled(self) -> bool:

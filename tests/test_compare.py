@@ -19,6 +19,7 @@ from dreambooth_moslora.compare import (
     projections,
     result_path,
     run_study,
+    unfinished,
 )
 from dreambooth_moslora.compare_report import write_comparison
 from dreambooth_moslora.compare_stats import JUDGED, MEASURES, Result, best_rates, is_tuned
@@ -61,6 +62,15 @@ def test_every_cell_is_trained_scored_and_costed(finished):
         assert {"score", "dino", "clip_t", "pres", "drift"} <= result.scores.keys()
         assert result.cost["step_sec"] > 0 and result.cost["parameters"] > 0
         assert len(result.pictures["dino"]) == 2
+
+
+def test_what_is_unfinished_is_known_without_training(study, finished, tmp_path):
+    assert unfinished(study, finished[0]) == []
+    assert unfinished(study, tmp_path) == study.tuning_cells()  # no rate is chosen yet
+    tuned = shutil.copytree(finished[0], tmp_path / "tuned")
+    for result in tuned.glob("cells/test-*.json"):
+        result.unlink()
+    assert {(cell.stage, cell.arm) for cell in unfinished(study, tuned)} == {("test", "lora"), ("test", "mix")}
 
 
 def test_it_goes_on_where_it_stopped(study, finished):

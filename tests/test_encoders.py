@@ -80,6 +80,13 @@ def test_an_encoder_that_is_not_there_is_one_clear_line(folders, tmp_path):
         load_encoders(clip=tmp_path / "nowhere", dino=folders[1])
 
 
+def test_another_model_is_no_encoder_with_made_up_weights(folders):
+    with pytest.raises(UserError, match="is no CLIPModel: it has no "):
+        load_encoders(clip=folders[1], dino=folders[1])
+    with pytest.raises(UserError, match="sees no pictures alone"):
+        load_encoders(clip=folders[0], dino=folders[0])
+
+
 def test_names_carry_no_path(folders):
     assert load_encoders(clip=folders[0], dino=folders[1]).names == ("clip", "dino")
 

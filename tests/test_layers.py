@@ -33,7 +33,6 @@ LAYERS: list[set[str]] = [
         "loss_plot",
         "intervals",
         "html_page",
-        "study",
         "best_step",
     },
     {
@@ -48,6 +47,7 @@ LAYERS: list[set[str]] = [
         "photo_dataset",
         "photo_checks",
         "base_files",
+        "study",
         "weight_headers",
         "crop_picture",
         "seeding",

@@ -83,6 +83,23 @@ def test_the_digest_follows_every_setting_that_matters(folders):
         (study_text().replace('["t"]', '["a"]'), "names a twice"),
         (study_text().replace('["t"]', "[]"), "need tuning_subjects"),
         (study_text().replace('"b"', '"nowhere"'), "no such folder"),
+        (study_text().replace('["t"]', "5"), "tuning_subjects is a list of folders"),
+        (study_text().replace('"b"', "5"), "a folder, or a table of texts"),
+        (study_text().replace('"b"', '{instance_prompt = "x"}'), "has no photos"),
+        (study_text().replace('"b"', '{photos = "b", clas_prompt = "x"}'), "photos, instance_prompt, class_prompt"),
+        (study_text().replace("ranks = [4]", "ranks = 4"), "ranks is a list of whole numbers from 1 on"),
+        (study_text().replace("1e-4", "'fast'"), "learning_rates is a list of numbers"),
+        (study_text("tie = 'x'"), "tie is a number"),
+        (study_text("reference = ['lora']"), "none of its arms"),
+        (study_text(arms="[arms]\nlora = 'none'"), "arms.lora is a table"),
+        (study_text(arms="[arms.lora]\nlearning_rate = 'fast'"), "learning_rate"),
+        (study_text(arms="[arms.lora]\n[evaluation]\nnum_prompts = 0"), "num_prompts is a whole number from 1 on"),
+        (study_text(arms="[arms.lora]\n[evaluation]\nclip = 3"), "clip is a text"),
+        (
+            study_text().replace("resolution", "pretrained_model_name_or_path = 'no/such/base'\nresolution"),
+            "base no/such",
+        ),
+        ("study = 5", "study is a table"),
         ("[study", "not valid TOML"),
         ("", "no subjects"),
     ],
@@ -90,6 +107,13 @@ def test_the_digest_follows_every_setting_that_matters(folders):
 def test_mistakes_are_found_before_the_first_training(folders, text, complaint):
     with pytest.raises(UserError, match=complaint):
         load_study(write(folders, text))
+
+
+@pytest.mark.parametrize("text, complaint", [("{", "not valid JSON"), ("[]", "names and values"), ("{}", "must name")])
+def test_a_damaged_subject_is_one_clear_line(folders, text, complaint):
+    (folders / "a" / "subject.json").write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        load_study(write(folders, study_text()))
 
 
 def test_a_subject_without_facts_needs_its_prompt(folders):

@@ -2,6 +2,8 @@
 
 import logging
 import re
+import shutil
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -10,7 +12,9 @@ from dreambooth_moslora.best_step import BestStep, best_of
 from dreambooth_moslora.cli import main
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.evaluation_plan import EvaluationPlan
 from dreambooth_moslora.pipeline import SubjectPipeline
+from dreambooth_moslora.prompts import Subject
 from dreambooth_moslora.rundir import RunDir
 from dreambooth_moslora.trainer import train
 from dreambooth_moslora.training_evaluator import TrainingEvaluator
@@ -72,6 +76,22 @@ def test_a_resumed_run_remembers_the_best_step(run, tiny_base, encoders):
     assert evaluator._earlier(3) == [(event["step"], event["score"]) for event in events[:2]]
 
 
+def test_the_card_of_a_resumed_run_has_the_scores_from_before(tiny_base, encoders, tmp_path):
+    photos, done = paint_photos(tmp_path / "photos"), []
+    whole, torn = (
+        tiny_config(tiny_base, photos, tmp_path / name, max_train_steps=3, evaluate_steps=2)
+        for name in ("whole", "torn")
+    )
+    train(whole, evaluator=quick(whole, encoders))
+    train(torn, done.append, lambda: any(e["type"] == "evaluation" for e in done), quick(torn, encoders))
+    train(replace(torn, resume_from_checkpoint="latest"), evaluator=quick(torn, encoders))
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("whole", "torn")]
+    for line in ("Best step: 2", "| score |"):
+        assert all(line in card for card in cards)
+    scores = [[line for line in card.splitlines() if line.startswith("| ")] for card in cards]
+    assert scores[0] == scores[1]
+
+
 def test_early_stopping_stops_only_when_asked_and_says_so(tiny_base, encoders, tmp_path, caplog):
     photos = paint_photos(tmp_path / "photos")
     stubborn = {"max_train_steps": 8, "evaluate_steps": 1, "learning_rate": 0.0}  # nothing ever gets better
@@ -99,6 +119,35 @@ def test_the_evaluate_command_leaves_a_report_beside_the_run(run, tmp_path, caps
     for text in (html, scores):
         assert str(run[1].path.parent) not in text
     assert "dino " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "spoil, flags, said",
+    [
+        (None, ["--output_dir", "{run}/train_config.json"], "is a file, not a folder"),
+        (None, ["--prompts", "{latin}"], "not a text file"),
+        (None, ["--scale", "nan"], "out of range"),
+        ("train_config.json", [], "not valid JSON"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_drawn(run, tmp_path, capsys, spoil, flags, said):
+    folder = shutil.copytree(run[1].path, tmp_path / "dog")
+    (tmp_path / "latin.txt").write_bytes("à {}".encode("latin-1"))
+    if spoil:
+        (folder / spoil).write_text("{")
+    flags = [flag.format(run=folder, latin=tmp_path / "latin.txt") for flag in flags]
+    clip, dino = save_tiny_encoders(tmp_path)
+    try:
+        code = main(["evaluate", str(folder), "--clip", str(clip), "--dino", str(dino), *flags])
+    except SystemExit as end:  # argparse's own way
+        code = end.code
+    found = capsys.readouterr()
+    assert code == 2 and said in found.err and "drawing" not in found.err
+
+
+def test_prompts_may_hold_other_braces():
+    plan = EvaluationPlan(Subject("sks", "dog"), ("a {} in {curly} beside a {}",), ())
+    assert plan.texts == ["a dog in {curly} beside a dog"]
 
 
 def test_the_evaluate_command_asks_for_what_the_file_does_not_say(tmp_path, tiny_base, capsys):

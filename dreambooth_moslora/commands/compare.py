@@ -30,9 +30,13 @@ def run(args: argparse.Namespace) -> int:
     study, out = load_study(Path(args.config)), Path(args.output_dir)
     tuning, tests = len(study.tuning_cells()), len(study.test_cells(AnyRate()))
     print(f"{tuning + tests} trainings: {tuning} to choose learning rates, {tests} to compare", file=sys.stderr)
+    from dreambooth_moslora.compare import run_study, unfinished
+
     if args.dry_run:
+        todo = unfinished(study, out)
+        print("\n".join(cell.name for cell in todo))
+        print(f"{len(todo)} of them are still to be done", file=sys.stderr)
         return 0
-    from dreambooth_moslora.compare import run_study
     from dreambooth_moslora.compare_report import write_comparison
 
     clock = Clock(args.jobs)

@@ -1,13 +1,14 @@
 """`python -m dreambooth_moslora evaluate RUN_OR_FILE --photos DIR`: report.html and scores.json of one adapter."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.config_files import read_facts, reason_of
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.folder_checks import require_folder, require_writable
 from dreambooth_moslora.prompts import Subject, is_toy, subject_of
 from dreambooth_moslora.rundir import RunDir
 
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--guidance_scale", type=guidance, help="how closely to follow prompts (default: the base's own)"
     )
-    group.add_argument("--scale", type=float, default=1.0, help="the adapter's strength (default: 1)")
+    group.add_argument("--scale", type=strength, default=1.0, help="the adapter's strength (default: 1)")
     group.add_argument("--clip", default="", help="CLIP by hub id or folder (default: ViT-L/14, for toy its own)")
     group.add_argument("--dino", default="", help="DINOv2 by hub id or folder (default: dinov2-base, for toy its own)")
     group.add_argument("--batch_size", type=positive, default=4, help="pictures drawn at once (default: 4)")
@@ -56,8 +57,14 @@ def guidance(text: str) -> float:
     return number
 
 
+def strength(text: str) -> float:
+    if not -10 <= (number := float(text)) <= 10:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; -10 to 10, and 1 is as trained")
+    return number
+
+
 def run(args: argparse.Namespace) -> int:
-    config = resolve(args)
+    config, folder = resolve(args), output_folder(args)
     from dreambooth_moslora.base import default_guidance
     from dreambooth_moslora.encoders import load_encoders
     from dreambooth_moslora.evaluate import Evaluator, evaluate_adapter, truth_of
@@ -80,7 +87,6 @@ def run(args: argparse.Namespace) -> int:
     print(f"drawing {count} pictures …", file=sys.stderr)
     followed = default_guidance(pipeline.pipeline) if args.guidance_scale is None else args.guidance_scale
     found = evaluate_adapter(pipeline, name, evaluator, args.batch_size, args.scale, followed)
-    folder = output_folder(args)
     diversity = "LPIPS" if encoders.lpips else "DINO distance"
     about = Subjects(name, pipeline.base_name, encoders.names, plan.inference_steps, followed, diversity)
     write_report(folder, found, about, images, photo_fidelity(evaluator.photos.dino))
@@ -108,7 +114,7 @@ def run_config(path: Path) -> dict | None:
     for folder in (path, path.parent):
         config = RunDir(folder).config_path
         if config.is_file():
-            return json.loads(config.read_text(encoding="utf-8"))
+            return read_facts(config)
     return None
 
 
@@ -145,16 +151,25 @@ def plan_of(args: argparse.Namespace, base: str, subject: Subject, captions: lis
         inference_steps=args.inference_steps,
     )
     if file.is_file():
-        lines = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
-        plan = replace(plan, templates=lines)
+        plan = replace(plan, templates=lines_of(file))
     return replace(plan, templates=spread(plan.templates, args.num_prompts)) if args.num_prompts else plan
 
 
+def lines_of(file: Path) -> tuple[str, ...]:
+    try:
+        return tuple(line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {file}: {reason_of(error)}.") from error
+
+
 def output_folder(args: argparse.Namespace) -> Path:
-    if args.output_dir:
-        return Path(args.output_dir)
+    """Where the report will go, asked before anything is drawn. Raises UserError when nothing can be written there."""
     path = Path(args.adapter)
-    return path / "evaluation" if path.is_dir() else path.with_name(f"{path.stem}_evaluation")
+    beside = path / "evaluation" if path.is_dir() else path.with_name(f"{path.stem}_evaluation")
+    folder = Path(args.output_dir) if args.output_dir else beside
+    require_folder("output_dir", str(folder), folder)
+    require_writable("output_dir", str(folder))
+    return folder
 
 
 def summary(found: "Evaluation") -> str:
