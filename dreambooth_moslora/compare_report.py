@@ -88,7 +88,7 @@ def arm_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: scores with intervals over subjects and seeds, and what the arm costs."""
     jobs = max((int(arm.cost.get("jobs", 1)) for arm in arms), default=1)
     pace = "ms a step" if jobs == 1 else f"ms a step, {jobs} trainings at once"
-    header = ["Arm", "Rank", "Parameters", "Learning rate", *SCORES.values(), pace, "GiB of the process"]
+    header = ["Arm", "Rank", "Parameters in the UNet", "Learning rate", *SCORES.values(), pace, "GiB of the process"]
     rows = [
         [
             arm.arm,

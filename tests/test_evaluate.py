@@ -143,6 +143,15 @@ def test_diversity_is_by_lpips_where_it_is_at_hand_and_drift_stays_on_dino(encod
     assert np.array_equal(by_pixels.tables["drift_base_spread"], by_dino.tables["drift_base_spread"])
 
 
+@pytest.mark.parametrize(
+    "text, said", [("{", "not valid JSON"), ('{"toy": {"kind": "robot"}}', "KeyError"), ('{"toy": 3}', "TypeError")]
+)
+def test_a_damaged_subject_file_is_one_clear_line(encoders, tmp_path, text, said):
+    (tmp_path / "subject.json").write_text(text)
+    with pytest.raises(UserError, match=said):
+        find_truth(tmp_path, encoders)
+
+
 def test_masks_give_the_background_alone_and_a_leak(encoders, photos):
     mask = Image.new("L", photos[0].size, 0)
     mask.paste(255, (10, 10, 30, 30))
