@@ -83,10 +83,13 @@ def test_a_black_shape_on_nothing_is_a_mask_of_any_image_format(tmp_path):
     shape = PIL.Image.new("RGBA", (96, 64), (255, 255, 255, 0))
     shape.paste((0, 0, 0, 255), (0, 0, 48, 64))
     shape.save(tmp_path / "a.mask.webp", lossless=True)
-    intake = take_photos([str(tmp_path / "a.jpg"), str(tmp_path / "a.mask.webp")], tmp_path / "photos")
+    (tmp_path / "a.txt").write_text("a caption is not taken for the mask")
+    files = [str(tmp_path / name) for name in ("a.jpg", "a.mask.webp", "a.txt")]
+    intake = take_photos(files, tmp_path / "photos")
     (photo,) = find_photos(intake.folder, "x", 64).photos
     mask = open_mask(photo)
-    assert intake.remarks == () and (mask.getpixel((9, 9)), mask.getpixel((90, 9))) == (255, 0)
+    assert len(intake.remarks) == 1 and intake.remarks[0].startswith("a.txt: ")
+    assert (mask.getpixel((9, 9)), mask.getpixel((90, 9))) == (255, 0)
 
 
 def test_photos_are_taken_in_one_at_a_time(tmp_path):

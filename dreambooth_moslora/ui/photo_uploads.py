@@ -40,10 +40,11 @@ def take_photos(files: list[str], folder: Path) -> Intake:
 
     The folder changes all at once: two tabs of one visitor may send theirs at the same time.
     """
-    from dreambooth_moslora.photo_sidecars import sidecar_of, sidecars_of
+    from dreambooth_moslora.photo_sidecars import MASK_SUFFIX, sidecar_of, sidecars_of
 
-    masks = {stem: file for (stem, _), file in sidecars_of(map(Path, files)).items()}
-    photos = [Path(file) for file in files if sidecar_of(Path(file)) is None]
+    named_masks = [file for file in map(Path, files) if (sidecar_of(file) or ("", ""))[1] == MASK_SUFFIX]
+    masks = {stem: file for (stem, _), file in sidecars_of(named_masks).items()}
+    photos = [file for file in map(Path, files) if file not in named_masks]
     if not photos:
         raise UserError("add some photos of your subject first")
     if len(photos) > MAX_PHOTOS:

@@ -67,7 +67,7 @@ def review_kept(ctx: AppContext, visitor: Visitor, remarks: tuple[str, ...] = ()
 
 
 def crop_of(photo: Any, resolution_px: int) -> PIL.Image.Image:
-    """The middle crop that training takes when it is told to centre, dark where its mask is."""
+    """The middle crop that training takes when it is told to centre, dark where its mask leaves it out."""
     import random
 
     from dreambooth_moslora.crop_picture import masked
