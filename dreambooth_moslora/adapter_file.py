@@ -2,8 +2,9 @@
 
     <component>.<module path>.lora_A (r, in)   .mixer (r, r)   .lora_B (out, r)   [.magnitude (out,) for DoRA]
 
-with component `unet`, `text_encoder` or `text_encoder_2`. One JSON string under `moslora` in the safetensors header
-holds the facts. The tensor `raw_format` makes every stock LoRA loader refuse the file, whose B·A alone would be wrong.
+with component `unet`, `text_encoder` or `text_encoder_2`; lora_A is (r, in, h, w) for a convolution. One JSON string
+under `moslora` in the safetensors header holds the facts. The tensor `raw_format` makes every stock LoRA loader refuse
+the file, whose B·A alone would be wrong.
 """
 
 import re
@@ -140,7 +141,7 @@ def raw_parts(layer: LoraLayer, adapter_name: str) -> dict[str, Tensor]:
     if isinstance(lora_b, MixedUp):
         parts |= {"mixer": lora_b.mixer, "lora_B": lora_b.up}
     else:
-        parts["lora_B"] = lora_b.weight
+        parts["lora_B"] = lora_b.weight.flatten(1)
     if adapter_name in layer.lora_magnitude_vector:
         parts["magnitude"] = layer.lora_magnitude_vector[adapter_name].weight
     return {name: tensor.detach().cpu().contiguous() for name, tensor in parts.items()}
@@ -209,9 +210,10 @@ def check_whole(name: str, tensors: dict[str, Tensor], facts: AdapterFacts) -> N
 
 
 def expected_sizes(found: dict[str, tuple[int, ...]], facts: AdapterFacts, module: str) -> dict[str, tuple[int, ...]]:
-    """Part -> size, where only the module's own (in, out) is taken from what was found."""
+    """Part -> size, where only the module's own (in, out), and a kernel's, is taken from what was found."""
     rank = facts.ranks.get(module, facts.rank)
-    inputs, outputs = found.get("lora_A", (0,))[-1:], found.get("lora_B", (0,))[:1]
+    inputs, outputs = found.get("lora_A", (0, 0))[1:], found.get("lora_B", (0,))[:1]
+    inputs = inputs if len(inputs) == 3 else inputs[-1:]  # (in, h, w) or (in,)
     sizes = {"lora_A": (rank, *inputs), "lora_B": (*outputs, rank)}
     if facts.mixer != "none":
         sizes["mixer"] = (rank, rank)
@@ -258,15 +260,25 @@ def check_fits(name: str, facts: AdapterFacts, component: str, model: nn.Module,
             module = model.get_submodule(module_path)
         except AttributeError:
             module = None
-        module = getattr(module, "base_layer", module)
-        size = (parts["lora_B"].shape[0], parts["lora_A"].shape[1])
-        here = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+        size, here = (parts["lora_B"].shape[0], *parts["lora_A"].shape[1:]), weight_size(module)
         if size != here:
-            there = f"is {here[0]}×{here[1]}" if here[0] else "does not exist"
+            there = f"is {shown(here)}" if here else "does not exist"
             raise UserError(
                 f"{name} was made for another base{made_for}: it needs {component}.{module_path} of "
-                f"{size[0]}×{size[1]} (out×in), which {there} here"
+                f"{shown(size)} (out×in), which {there} here"
             )
+
+
+def weight_size(module: nn.Module | None) -> tuple[int, ...]:
+    """(out, in) of a projection, also a quantised one, (out, in, h, w) of a convolution, () of anything else."""
+    module = getattr(module, "base_layer", module)
+    if isinstance(module, nn.Conv2d):
+        return (module.out_channels, module.in_channels, *module.kernel_size)
+    return (module.out_features, module.in_features) if hasattr(module, "out_features") else ()
+
+
+def shown(size: tuple[int, ...]) -> str:
+    return "×".join(map(str, size))
 
 
 def config_of(facts: AdapterFacts, component: str, modules: dict) -> MoSLoraConfig:
@@ -295,6 +307,6 @@ def fill(layer: LoraLayer, adapter_name: str, parts: dict[str, Tensor]) -> None:
         lora_b.up.copy_(parts["lora_B"])
         lora_b.mixer.copy_(parts["mixer"])
     else:
-        lora_b.weight.copy_(parts["lora_B"])
+        lora_b.weight.copy_(parts["lora_B"].view_as(lora_b.weight))
     if "magnitude" in parts:
         layer.lora_magnitude_vector[adapter_name].weight.copy_(parts["magnitude"])

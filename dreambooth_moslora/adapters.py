@@ -106,6 +106,7 @@ def fold_raw(file: Path) -> dict[str, Tensor]:
     for component in COMPONENTS:
         for path, parts in component_tensors(tensors, component).items():
             up = parts["lora_B"] @ parts["mixer"] if "mixer" in parts else parts["lora_B"]
+            up = up.view(*up.shape, *(1,) * (parts["lora_A"].ndim - 2))
             name = f"{component}.{published_name(component, path)[1]}"
             folded[f"{name}.lora_A.weight"] = parts["lora_A"]
             folded[f"{name}.lora_B.weight"] = up * _raw_scale(facts, f"{component}.{path}")

@@ -285,7 +285,7 @@ def projections(config: TrainConfig) -> list[tuple[int, int]]:
 
 @lru_cache(maxsize=8)
 def widths_of(base: str, targets: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
-    """(in, out) of every targeted projection of the base's UNet, from its configuration alone."""
+    """(in, out) of every targeted layer of the base's UNet, from its configuration alone; in·h·w of a convolution."""
     source = resolve_base(base)
     if isinstance(source, Path) and source.is_file():
         unet = pipeline_of(base).pipeline.unet
@@ -294,4 +294,4 @@ def widths_of(base: str, targets: tuple[str, ...]) -> tuple[tuple[int, int], ...
             {"class": "UNet2DConditionModel", "config": UNet2DConditionModel.load_config(source, subfolder="unet")}
         )
     named = [(name, m) for name, m in unet.named_modules() if any(name == t or name.endswith(f".{t}") for t in targets)]
-    return tuple((m.in_features, m.out_features) for _, m in named)
+    return tuple((m.weight[0].numel(), m.weight.shape[0]) for _, m in named)

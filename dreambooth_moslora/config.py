@@ -106,7 +106,9 @@ class TrainConfig:
     mixer: str = of_adapter("orthogonal", "start of the r x r mixer; none is plain LoRA", choices=MIXERS)
     train_mixer: bool = of_adapter(True, "learn the mixer")
     mixer_lr_scale: float = of_adapter(1.0, "the mixer's learning rate, as a multiple of the others'", low=0)
-    target_modules: tuple[str, ...] = of_adapter(ATTENTION, "projections of the UNet that get an adapter")
+    target_modules: tuple[str, ...] = of_adapter(
+        ATTENTION, "layers of the UNet that get an adapter; convolutions, such as conv1, too"
+    )
     train_text_encoder: bool = of_adapter(False, "put adapters on both text encoders too")
 
     seed: int | None = of_training(None, "seed of everything random", low=0, high=2**63 - 1)

@@ -133,10 +133,10 @@ def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
 
 @torch.no_grad()
 def geometry(pairs: list[Pair]) -> dict[str, object]:
-    """Modules by component, ranks, alphas, the scale alpha/rank, and the effective rank of the dense projections."""
+    """Modules by component, ranks, alphas, the scale alpha/rank, and the effective rank where up is a matrix."""
     ranks, alphas = Counter(p.rank for p in pairs), Counter(p.alpha for p in pairs if p.alpha is not None)
     scales = sorted({p.alpha / p.rank for p in pairs if p.alpha is not None})
-    dense = [p for p in pairs if p.down.ndim == 2 and p.up.ndim == 2]
+    dense = [p for p in pairs if p.up[0, 0].numel() == 1]
     facts: dict[str, object] = {
         "modules": dict(Counter(component_of(p.module) for p in pairs)),
         "ranks": {str(rank): number for rank, number in sorted(ranks.items())},

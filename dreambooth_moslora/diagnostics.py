@@ -55,8 +55,8 @@ def diagnose_mixer(mixer: Tensor, kind: str, seed: int, path: str) -> tuple[floa
 
 
 def diagnose(up: Tensor, down: Tensor) -> tuple[int, float]:
-    """(rank, effective rank) of up (out, r) · down (r, in)."""
-    return len(down), effective_rank(product_svd(up, down)[1])
+    """(rank, effective rank) of up (out, r) · down (r, in), or of kernels (out, r, 1, 1) · (r, in, h, w)."""
+    return len(down), effective_rank(product_svd(up.flatten(1), down.flatten(1))[1])
 
 
 @torch.no_grad()

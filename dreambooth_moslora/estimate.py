@@ -26,7 +26,10 @@ PNG_BYTES_A_PIXEL = 1.6
 
 @dataclass(frozen=True)
 class BaseSize:
-    """Numbers of parameters, and the sum of (in + out) over the projections that get an adapter, with their count."""
+    """Numbers of parameters, and the sum of (in + out) over the layers that get an adapter, with their count.
+
+    Of a convolution, in is channels times kernel: (out, in, h, w) counts in·h·w + out.
+    """
 
     unet: int = 2_567_463_684
     text_encoders: int = 123_060_480 + 694_659_840
@@ -62,10 +65,11 @@ def size_of_base(folder: Path | None, target_modules: tuple[str, ...], variant: 
     if not shapes or not all(shapes.values()):
         return BaseSize()
     ends = tuple(f".{name}.weight" for name in target_modules)
-    adapted = [shape for name, shape in shapes["unet"].items() if name.endswith(ends) and len(shape) == 2]
+    adapted = [shape for name, shape in shapes["unet"].items() if f".{name}".endswith(ends)]
     count = {part: sum(map(math.prod, found.values())) for part, found in shapes.items()}
     texts = count["text_encoder"] + count["text_encoder_2"]
-    return BaseSize(count["unet"], texts, count["vae"], sum(map(sum, adapted)), len(adapted), True)
+    widths = sum(shape[0] + math.prod(shape[1:]) for shape in adapted)
+    return BaseSize(count["unet"], texts, count["vae"], widths, len(adapted), True)
 
 
 PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")

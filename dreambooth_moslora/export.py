@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapter_file import (
@@ -120,12 +119,11 @@ def published_layers(components: dict[str, nn.Module], adapter_name: str) -> Fol
 
 
 def expected_deltas(components: dict[str, nn.Module], folded: Folded, adapter_name: str) -> dict[str, Tensor]:
-    """`component.path` -> ΔW (out, in) after the reduction, which is what the files have to hold."""
+    """`component.path` -> ΔW after the reduction, which is what the files have to hold."""
     return {
-        f"{component}.{path}": (f.up.double() @ f.down.double()).float()
+        f"{component}.{path}": folded[component][published_name(component, path)[1]].delta
         for component, model in components.items()
         for path in adapter_layers(model, adapter_name)
-        for f in [folded[component][published_name(component, path)[1]]]
     }
 
 
@@ -171,7 +169,9 @@ def padded(folded: Folded) -> Folded:
 
     def pad(layer: FoldedLayer) -> FoldedLayer:
         missing = rank - len(layer.down)
-        return FoldedLayer(F.pad(layer.down, (0, 0, 0, missing)), F.pad(layer.up, (0, missing)), layer.dora)
+        rows = layer.down.new_zeros(missing, *layer.down.shape[1:])
+        columns = layer.up.new_zeros(len(layer.up), missing, *layer.up.shape[2:])
+        return FoldedLayer(torch.cat([layer.down, rows]), torch.cat([layer.up, columns], dim=1), layer.dora)
 
     return {c: {path: pad(layer) for path, layer in layers.items()} for c, layers in folded.items()}
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dreambooth_moslora.errors import UserError
 
-__all__ = ["MixedUp", "initial_mixer"]
+__all__ = ["MixedUp", "MixedUpConv", "initial_mixer"]
 
 MARK = (1, 1)  # the size of `lora_B.weight` in the state dict of an adapter with a mixer
 
@@ -58,10 +58,14 @@ class MixedUp(nn.Module):
         else:
             self.register_buffer("mixer", mixer)
 
+    def product(self) -> Tensor:
+        """B·M, in the shape of a plain LoRA's B: (out, r)."""
+        return self.up @ self.mixer
+
     @property
     def weight(self) -> Tensor:
-        """B·M (out, r): what PEFT merges, and what a plain LoRA would call its B."""
-        return (self.up @ self.mixer).as_subclass(Product)
+        """B·M: what PEFT merges, and what a plain LoRA would call its B."""
+        return self.product().as_subclass(Product)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -86,4 +90,16 @@ class MixedUp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, r) -> (…, out)."""
-        return F.linear(x, self.up @ self.mixer)
+        return F.linear(x, self.product())
+
+
+class MixedUpConv(MixedUp):
+    """The same for a convolution, whose B is a convolution of 1×1: the parameters stay matrices."""
+
+    def product(self) -> Tensor:
+        """B·M, in the shape of a plain LoRA's B: (out, r, 1, 1)."""
+        return super().product()[:, :, None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, r, H, W) -> (N, out, H, W)."""
+        return F.conv2d(x, self.product())

@@ -2,6 +2,7 @@
 
     y = W0·x + s·B·M·A·x        W0 (out, in) frozen,  A (r, in),  M (r, r) the mixer,  B (out, r),  s = alpha/r
 
+Of a convolution W0 and A are kernels (out, in, h, w) and (r, in, h, w), and M and B mix channels, pixel by pixel.
 A starts gaussian, B at zero, so the adapter starts as a no-op whatever the mixer. B·M is itself a LoRA "up" matrix:
 every adapter folds exactly into a plain LoRA (`fold`), and M = I is LoRA.
 
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from dreambooth_moslora.config import MIXERS
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.mixer import MixedUp, initial_mixer
+from dreambooth_moslora.mixer import MixedUp, MixedUpConv, initial_mixer
 
 __all__ = [
     "ATTENTION_PROJECTIONS",
@@ -99,10 +100,22 @@ class MoSLoraConfig(LoraConfig):
 
 def _check_can_mix(layer: LoraLayer, adapter_name: str, path: str) -> None:
     """Raise UserError with the layer's name unless its lora_B is a plain matrix that PEFT only multiplies by."""
-    plain = adapter_name in layer.lora_B and type(layer.lora_B[adapter_name]) is nn.Linear
-    if not plain or isinstance(layer, (MultiheadAttention, ParamWrapper)):
-        kind = type(layer.get_base_layer()).__name__
-        raise UserError(f"{path} is a {kind}, which cannot carry a mixer; leave it out of target_modules")
+    plain = adapter_name in layer.lora_B and type(layer.lora_B[adapter_name]) in (nn.Linear, nn.Conv2d)
+    base = layer.get_base_layer()
+    if not plain or isinstance(layer, (MultiheadAttention, ParamWrapper)) or _is_odd_convolution(base):
+        raise _cannot_carry(path, base)
+
+
+def _is_odd_convolution(module: nn.Module) -> bool:
+    """Not of images, grouped, or dilated: PEFT's A would be another convolution than the base's, or M mix groups."""
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return False
+    return not (isinstance(module, nn.Conv2d) and module.groups == 1 and set(module.dilation) == {1})
+
+
+def _cannot_carry(path: str, module: nn.Module) -> UserError:
+    kind = "grouped or dilated Conv2d" if isinstance(module, nn.Conv2d) else type(module).__name__
+    return UserError(f"{path} is a {kind}, which cannot carry a mixer; leave it out of target_modules")
 
 
 def _mix(layer: LoraLayer, adapter_name: str, config: MoSLoraConfig, path: str) -> None:
@@ -110,7 +123,8 @@ def _mix(layer: LoraLayer, adapter_name: str, config: MoSLoraConfig, path: str) 
     _check_can_mix(layer, adapter_name, path)
     plain = layer.lora_B[adapter_name].weight
     mixer = initial_mixer(config.mixer, plain.shape[1], config.mixer_seed, path).to(plain.device)
-    mixed = MixedUp(plain.detach().float(), mixer, config.train_mixer)
+    kind = MixedUpConv if plain.ndim == 4 else MixedUp
+    mixed = kind(plain.detach().flatten(1).float(), mixer, config.train_mixer)
     layer.lora_B[adapter_name] = mixed.requires_grad_(plain.requires_grad)
     layer.lora_A[adapter_name].float()  # one dtype, also where PEFT is told to leave the adapter in the base's
 
@@ -181,13 +195,14 @@ def _check_targets(model: nn.Module, config: LoraConfig) -> None:
     }
     if not targets:
         raise UserError(f"target_modules={config.target_modules!r} matches no module of {type(model).__name__}")
+    for path, module in targets.items():
+        if config.use_dora and isinstance(module, nn.modules.conv._ConvNd):
+            raise UserError(f"{path} is a convolution, and DoRA is for projections; leave out the one or the other")
     if getattr(config, "mixer", "none") == "none":
         return
     for path, module in targets.items():
-        if isinstance(module, (nn.modules.conv._ConvNd, nn.Embedding, nn.MultiheadAttention)):
-            raise UserError(
-                f"{path} is a {type(module).__name__}, which cannot carry a mixer; leave it out of target_modules"
-            )
+        if isinstance(module, (nn.Embedding, nn.MultiheadAttention)) or _is_odd_convolution(module):
+            raise _cannot_carry(path, module)
 
 
 def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraLayer]:
@@ -239,9 +254,15 @@ def disabled(model: nn.Module) -> Iterator[None]:
 class FoldedLayer(NamedTuple):
     """A plain LoRA with alpha = rank: ΔW = up·down. fp32, on the CPU."""
 
-    down: Tensor  # A (r, in)
-    up: Tensor  # s·B·M (out, r)
+    down: Tensor  # A (r, in); (r, in, h, w) of a convolution
+    up: Tensor  # s·B·M (out, r); (out, r, 1, 1)
     dora: Tensor | None  # DoRA's magnitude (out,)
+
+    @property
+    def delta(self) -> Tensor:
+        """ΔW (out, in) or (out, in, h, w), computed in fp64."""
+        change = self.up.double().flatten(1) @ self.down.double().flatten(1)
+        return change.view(len(self.up), *self.down.shape[1:]).float()
 
 
 def nominal_scale(layer: LoraLayer, adapter_name: str) -> float:
@@ -255,6 +276,7 @@ def fold_layer(layer: LoraLayer, adapter_name: str) -> FoldedLayer:
     """Fold one projection in fp64."""
     down, lora_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name]
     up = lora_b.up.double() @ lora_b.mixer.double() if isinstance(lora_b, MixedUp) else lora_b.weight.double()
+    up = up.view(len(up), -1, *(1,) * (down.ndim - 2))
     dora = layer.lora_magnitude_vector[adapter_name].weight if adapter_name in layer.lora_magnitude_vector else None
     return FoldedLayer(
         down.float().cpu().clone(),

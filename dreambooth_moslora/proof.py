@@ -196,7 +196,7 @@ def alone(layer: LoraLayer, adapter_name: str, base: nn.Module | None = None) ->
 
 
 def delta(layer: LoraLayer, adapter_name: str) -> Tensor:
-    """ΔW (out, in) by PEFT, in fp32 on the CPU."""
+    """ΔW, in the shape of W, by PEFT, in fp32 on the CPU."""
     return layer.get_delta_weight(adapter_name).float().cpu()
 
 
@@ -207,7 +207,7 @@ def magnitude_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -
 
 
 def output_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -> float:
-    """Of the layer's output for a fixed x (16, in). Over a base of zeros the output is the adapter's own effect, which
+    """Of the layer's output for a fixed x. Over a base of zeros the output is the adapter's own effect, which
     rounding would drown beside W·x early in training; DoRA needs a base, and its magnitudes are compared by themselves.
     """
     device = live.lora_A[adapter_name].weight.device
@@ -221,16 +221,24 @@ def output_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -> f
     return relative_difference(found, wanted)
 
 
-def fixed_base(layer: LoraLayer) -> nn.Linear:
-    """nn.Linear with gaussian weight (out, in) of seed 0, sized so that it keeps the input's norm."""
-    base = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta").to_empty(device="cpu")
+def fixed_base(layer: LoraLayer) -> nn.Linear | nn.Conv2d:
+    """A layer of the base's kind with gaussian weights of seed 0, sized so that it keeps the input's norm."""
+    kind, options = nn.Linear, {}
+    real = layer.get_base_layer()
+    if isinstance(real, nn.Conv2d):
+        kind, options = nn.Conv2d, {name: getattr(real, name) for name in ("kernel_size", "stride", "padding")}
+    base = kind(layer.in_features, layer.out_features, bias=False, device="meta", **options).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
-    nn.init.normal_(base.weight, std=layer.in_features**-0.5, generator=generator)
+    nn.init.normal_(base.weight, std=base.weight[0].numel() ** -0.5, generator=generator)
     return base.requires_grad_(False)
 
 
 def fixed_input(layer: LoraLayer) -> Tensor:
-    return torch.randn(TOKENS, layer.in_features, generator=torch.Generator().manual_seed(1))
+    """(16, in), or 16 pixels (1, in, 4, 4) for a convolution."""
+    shape = (TOKENS, layer.in_features)
+    if isinstance(layer.get_base_layer(), nn.Conv2d):
+        shape = (1, layer.in_features, 4, TOKENS // 4)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 def prove_kohya_dora(

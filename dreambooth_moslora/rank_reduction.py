@@ -21,12 +21,13 @@ class Reduction(NamedTuple):
 
 def reduce_rank(layer: FoldedLayer, keep: float) -> tuple[FoldedLayer, float, float]:
     """The smallest-rank layer with at least `keep` of ‖ΔW‖², and both squared norms (before, after). DoRA stays."""
-    left, sizes, right = product_svd(layer.up, layer.down)
+    left, sizes, right = product_svd(layer.up.flatten(1), layer.down.flatten(1))
     energy = sizes.square().cumsum(0)
     enough = energy >= keep * energy[-1]
     rank = int(enough.nonzero()[0]) + 1
     root = sizes[:rank].sqrt()
     down, up = root[:, None] * right[:rank], left[:, :rank] * root
+    down, up = down.view(rank, *layer.down.shape[1:]), up.view(-1, rank, *layer.up.shape[2:])
     return FoldedLayer(down.float(), up.float(), layer.dora), float(energy[-1]), float(energy[rank - 1])
 
 

@@ -1,11 +1,11 @@
-"""Whether the names in `--target_modules` are those of projections in a UNet."""
+"""Whether the names in `--target_modules` are those of layers in a UNet."""
 
 from collections.abc import Iterable
 
 from dreambooth_moslora.config_fields import nearest
 from dreambooth_moslora.errors import UserError
 
-__all__ = ["check_linear", "check_targets", "is_target", "last_name"]
+__all__ = ["check_dora", "check_targets", "is_target", "last_name"]
 
 
 def check_targets(targets: Iterable[str], layers: Iterable[str]) -> None:
@@ -18,15 +18,15 @@ def check_targets(targets: Iterable[str], layers: Iterable[str]) -> None:
         if not any(is_target(layer, name) for layer in layers):
             close = nearest(name, sorted({last_name(layer) for layer in layers}))
             hint = f"did you mean {close}?" if close else "to_q, to_k, to_v and to_out.0 are those of attention."
-            raise UserError(f"--target_modules {name}: the UNet has no such projection; {hint}")
+            raise UserError(f"--target_modules {name}: the UNet has no such layer; {hint}")
 
 
-def check_linear(targets: Iterable[str], convolutions: Iterable[str]) -> None:
-    """Raises UserError for a name with which a convolution ends: adapters are matrices."""
+def check_dora(targets: Iterable[str], convolutions: Iterable[str]) -> None:
+    """Raises UserError for a name with which a convolution ends: programs differ in how they read its magnitudes."""
     convolutions = list(convolutions)
     for name in targets:
         if found := next((layer for layer in convolutions if is_target(layer, name)), None):
-            raise UserError(f"--target_modules {name}: {found} is a convolution, which takes no adapter; leave it out.")
+            raise UserError(f"--use_dora: {found} is a convolution; leave {name} out of --target_modules.")
 
 
 def is_target(path: str, name: str) -> bool:

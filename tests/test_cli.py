@@ -221,9 +221,9 @@ LATE_MISTAKES = {
     "cache_dir": (["--cache_dir", "file"], "file is a file, not a folder"),
     "logging_dir": (["--report_to", "tensorboard", "--logging_dir", "../file"], "file is a file, not a folder"),
     "tracker": (["--report_to", "wandb"], "--report_to wandb needs wandb: pip install wandb"),
-    "projection": (["--target_modules", "to_q", "to_out"], "no such projection; did you mean to_out.0?"),
+    "projection": (["--target_modules", "to_q", "to_out"], "no such layer; did you mean to_out.0?"),
     "butterfly": (["--mixer", "butterfly", "--rank", "3"], "--mixer butterfly needs an even --rank, not 3"),
-    "convolution": (["--target_modules", "conv_in"], "--target_modules conv_in: conv_in is a convolution"),
+    "convolution": (["--use_dora", "--target_modules", "conv_in"], "--use_dora: conv_in is a convolution; leave"),
     "checkpoint": (["--resume_from_checkpoint", "checkpoint-9"], "no complete checkpoint there"),
     "long name": (["--output_dir", "n" * 250], "is too long: an adapter's has at most 200 bytes"),
 }

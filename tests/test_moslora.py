@@ -27,13 +27,11 @@ MIXED = [kind for kind in MIXERS if kind != "none"]
 
 
 class Net(nn.Module):
-    """Two linear layers, a convolution and an embedding, to aim at."""
+    """Two linear layers and an embedding, to aim at."""
 
     def __init__(self, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.words = nn.Embedding(5, 12)
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.point = nn.Conv2d(3, 4, 1)
         self.to_q = nn.Linear(12, 10, dtype=dtype)
         self.to_k = nn.Linear(10, 8, bias=False, dtype=dtype)
 

@@ -15,6 +15,7 @@ KINDS = {
     "class_images": {"with_prior_preservation": True},
     "accumulation": {"gradient_accumulation_steps": 3, "train_batch_size": 2},
     "text_encoder": {"train_text_encoder": True, "with_prior_preservation": True, "prior": "adapter_off"},
+    "convolutions": {"target_modules": ("to_q", "conv1", "conv_shortcut")},
     "dropout_and_dora": {"lora_dropout": 0.3, "use_dora": True, "lr_scheduler": "cosine", "lr_warmup_steps": 2},
     "prodigy_uncached": {"optimizer": "Prodigy", "learning_rate": 1.0, "caching": "off", "crops_per_photo": 2},
     "adam_8bit_in_bf16": {

@@ -3,7 +3,7 @@
 import pytest
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.targets import check_linear, check_targets
+from dreambooth_moslora.targets import check_dora, check_targets
 
 LAYERS = ["conv_in", "down.0.attn1.to_q", "down.0.attn1.to_k", "down.0.attn1.to_out.0", "mid.proj_in"]
 
@@ -22,7 +22,7 @@ def test_a_name_that_matches_nothing_is_answered_with_a_near_one(name, says):
         check_targets(("to_q", name), LAYERS)
 
 
-def test_a_convolution_is_refused_by_its_path():
-    check_linear(("to_q",), ["conv_in"])
-    with pytest.raises(UserError, match=r"--target_modules conv1: down.0.conv1 is a convolution"):
-        check_linear(("to_q", "conv1"), ["conv_in", "down.0.conv1"])
+def test_dora_on_a_convolution_is_refused_by_its_path():
+    check_dora(("to_q",), ["conv_in"])
+    with pytest.raises(UserError, match=r"--use_dora: down.0.conv1 is a convolution; leave conv1 out of"):
+        check_dora(("to_q", "conv1"), ["conv_in", "down.0.conv1"])
