@@ -1,13 +1,19 @@
 """What an adapter file says about itself, as JSON in its header, and which values such a fact can have."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
+from dreambooth_moslora import __version__
 from dreambooth_moslora.config import MIXERS
 
-__all__ = ["AdapterFacts"]
+__all__ = ["AdapterFacts", "public_base_id", "versions"]
+
+LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -99,3 +105,20 @@ FACTS: dict[str, Callable[[object], bool]] = {
     "versions": named(is_text),
 }
 """Fact -> whether a value read from a file, which anybody may have written, can be one."""
+
+
+def public_base_id(name: str | Path) -> str:
+    """A hub id or `toy` as it is; of a path only its last part."""
+    text = str(name).replace("\\", "/")  # a path of Windows, too
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith(".") and not Path(text).exists()
+    return text if is_hub_id else Path(text).name
+
+
+def versions() -> dict[str, str]:
+    found = {"dreambooth_moslora": __version__}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

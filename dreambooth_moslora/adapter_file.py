@@ -10,7 +10,6 @@ the file, whose B·A alone would be wrong.
 import re
 from collections import Counter
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -19,8 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dreambooth_moslora import __version__
-from dreambooth_moslora.adapter_facts import AdapterFacts
+from dreambooth_moslora.adapter_facts import AdapterFacts, public_base_id, versions
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.hollow import structure_of
 from dreambooth_moslora.mixer import MixedUp
@@ -31,14 +29,6 @@ __all__ = ["COMPONENTS", "AdapterFacts", "adapter_facts", "load_raw", "read_tens
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 RAW_FORMAT = 1
-LIBRARIES = ("torch", "diffusers", "transformers", "peft")
-
-
-def public_base_id(name: str | Path) -> str:
-    """A hub id or `toy` as it is; of a path only its last part."""
-    text = str(name).replace("\\", "/")  # a path of Windows, too
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith(".") and not Path(text).exists()
-    return text if is_hub_id else Path(text).name
 
 
 def adapter_facts(
@@ -74,6 +64,13 @@ def adapter_facts(
     )
 
 
+def check_storable(components: dict[str, nn.Module], adapter_name: str) -> None:
+    """Raises UserError for DoRA on a convolution, which PEFT makes, and whose magnitudes our files do not hold."""
+    for path, layer in all_layers(components, adapter_name).items():
+        if adapter_name in layer.lora_magnitude_vector and isinstance(layer.get_base_layer(), nn.Conv2d):
+            raise UserError(f"{path} is a convolution with DoRA, which cannot be saved here")
+
+
 def check_components(components: dict[str, nn.Module]) -> None:
     unknown = sorted(set(components) - set(COMPONENTS))
     if unknown or not components:
@@ -105,21 +102,12 @@ def same_settings(configs: list) -> dict[str, object]:
     return found[0]
 
 
-def versions() -> dict[str, str]:
-    found = {"dreambooth_moslora": __version__}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def save_raw(
     components: dict[str, nn.Module], path: str | Path, facts: AdapterFacts, adapter_name: str = "default"
 ) -> None:
     """Write the live adapter, whole or not at all; the geometry in `facts` is taken from the models, not trusted."""
     check_components(components)
+    check_storable(components, adapter_name)
     live = adapter_facts(components, adapter_name)
     taken = ("rank", "alpha", "ranks", "alphas", "structures", "versions", *same_settings_names())
     facts = replace(facts, **{name: getattr(live, name) for name in taken})
@@ -213,7 +201,7 @@ def expected_sizes(found: dict[str, tuple[int, ...]], facts: AdapterFacts, modul
     """Part -> size, where only the module's own (in, out), and a kernel's, is taken from what was found."""
     rank = facts.ranks.get(module, facts.rank)
     inputs, outputs = found.get("lora_A", (0, 0))[1:], found.get("lora_B", (0,))[:1]
-    inputs = inputs if len(inputs) == 3 else inputs[-1:]  # (in, h, w) or (in,)
+    inputs = inputs if len(inputs) in (1, 3) else (0,)  # (in,) or (in, h, w)
     sizes = {"lora_A": (rank, *inputs), "lora_B": (*outputs, rank)}
     if facts.mixer != "none":
         sizes["mixer"] = (rank, rank)

@@ -294,4 +294,4 @@ def widths_of(base: str, targets: tuple[str, ...]) -> tuple[tuple[int, int], ...
             {"class": "UNet2DConditionModel", "config": UNet2DConditionModel.load_config(source, subfolder="unet")}
         )
     named = [(name, m) for name, m in unet.named_modules() if any(name == t or name.endswith(f".{t}") for t in targets)]
-    return tuple((m.weight[0].numel(), m.weight.shape[0]) for _, m in named)
+    return tuple((m.weight[0].numel(), m.weight.shape[0]) for _, m in named if getattr(m, "weight", None) is not None)

@@ -28,6 +28,7 @@ UNFOLDED = ".lora_B.mixer"
 OTHER_KINDS = {
     "hada_w1": "LyCORIS LoHa",
     "lokr_w1": "LyCORIS LoKr",
+    "lora_mid": "LyCORIS LoCon",
     "lora_AB": "MoSLoRA reference code",
     UNFOLDED: "MoSLoRA in PEFT's form, unfolded",
 }
@@ -47,6 +48,7 @@ class Pair:
     down: Tensor
     up: Tensor
     alpha: float | None
+    is_product: bool  # ΔW = up·down, flattened
 
     @property
     def rank(self) -> int:
@@ -127,16 +129,17 @@ def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
         alpha = tensors.get(f"{module}.alpha")
         if alpha is not None and alpha.numel() != 1:
             raise UserError(f"{name} is broken: {module}.alpha is not one number")
-        pairs.append(Pair(module, keys, down, up, None if alpha is None else float(alpha)))
+        is_product = all(n == 1 for n in up.shape[2:]) and f"{module}.lora_mid.weight" not in tensors
+        pairs.append(Pair(module, keys, down, up, None if alpha is None else float(alpha), is_product))
     return pairs
 
 
 @torch.no_grad()
 def geometry(pairs: list[Pair]) -> dict[str, object]:
-    """Modules by component, ranks, alphas, the scale alpha/rank, and the effective rank where up is a matrix."""
+    """Modules by component, ranks, alphas, the scale alpha/rank, and the effective rank where up·down is all."""
     ranks, alphas = Counter(p.rank for p in pairs), Counter(p.alpha for p in pairs if p.alpha is not None)
     scales = sorted({p.alpha / p.rank for p in pairs if p.alpha is not None})
-    dense = [p for p in pairs if p.up[0, 0].numel() == 1]
+    dense = [p for p in pairs if p.is_product]
     facts: dict[str, object] = {
         "modules": dict(Counter(component_of(p.module) for p in pairs)),
         "ranks": {str(rank): number for rank, number in sorted(ranks.items())},

@@ -81,9 +81,11 @@ def step_lines(config: TrainConfig, plan: StepPlan) -> list[str]:
 
 def cost_lines(config: TrainConfig, cost: Estimate) -> list[str]:
     free = shutil.disk_usage(nearest_existing(Path(config.output_dir))).free / 2**30
-    known = "counted in its files" if cost.size.is_measured else "taken to be SDXL's, as its files are not here"
+    known = "counted in its files"
+    if not cost.size.is_measured:
+        known = "taken to be SDXL's, with the adapter on attention alone, as its files are not here"
     return [
-        f"adapter: {cost.adapter_parameters:,} parameters on {cost.size.adapted_layers} projections; base: {known}",
+        f"adapter: {cost.adapter_parameters:,} parameters on {cost.size.adapted_layers} layers; base: {known}",
         f"memory: encoding {cost.encoding_gib:.2f} GiB, training {cost.training_gib:.2f} GiB, "
         f"samples {cost.sampling_gib:.2f} GiB",
         f"disk: {cost.disk_gib:.2f} GiB, {cost.checkpoint_gib:.3f} GiB a checkpoint; free: {free:.1f} GiB",

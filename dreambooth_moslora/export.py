@@ -19,6 +19,7 @@ from dreambooth_moslora.adapter_file import (
     adapter_facts,
     check_components,
     check_finite,
+    check_storable,
     load_raw,
     read_tensors,
     save_raw,
@@ -103,6 +104,7 @@ def publish(
 
 def check_publishable(components: dict[str, nn.Module], dtype: torch.dtype, adapter_name: str) -> None:
     check_components(components)
+    check_storable(components, adapter_name)
     if dtype not in BOUNDS:
         raise UserError(f"a LoRA file is written in {', '.join(DTYPES)}, not {dtype}")
     for component, model in components.items():

@@ -104,17 +104,25 @@ def _check_can_mix(layer: LoraLayer, adapter_name: str, path: str) -> None:
     base = layer.get_base_layer()
     if not plain or isinstance(layer, (MultiheadAttention, ParamWrapper)) or _is_odd_convolution(base):
         raise _cannot_carry(path, base)
+    if adapter_name in layer.lora_magnitude_vector:
+        _check_no_dora(path, base)
+
+
+def _check_no_dora(path: str, base: nn.Module) -> None:
+    if isinstance(base, nn.modules.conv._ConvNd):
+        raise UserError(f"{path} is a convolution, and DoRA is for projections; leave out the one or the other")
 
 
 def _is_odd_convolution(module: nn.Module) -> bool:
-    """Not of images, grouped, or dilated: PEFT's A would be another convolution than the base's, or M mix groups."""
+    """Where PEFT's A would be another convolution than the base's, or where M would mix groups."""
     if not isinstance(module, nn.modules.conv._ConvNd):
         return False
-    return not (isinstance(module, nn.Conv2d) and module.groups == 1 and set(module.dilation) == {1})
+    plain = module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
+    return not (isinstance(module, nn.Conv2d) and plain)
 
 
 def _cannot_carry(path: str, module: nn.Module) -> UserError:
-    kind = "grouped or dilated Conv2d" if isinstance(module, nn.Conv2d) else type(module).__name__
+    kind = "grouped, dilated or circular Conv2d" if isinstance(module, nn.Conv2d) else type(module).__name__
     return UserError(f"{path} is a {kind}, which cannot carry a mixer; leave it out of target_modules")
 
 
@@ -196,8 +204,10 @@ def _check_targets(model: nn.Module, config: LoraConfig) -> None:
     if not targets:
         raise UserError(f"target_modules={config.target_modules!r} matches no module of {type(model).__name__}")
     for path, module in targets.items():
-        if config.use_dora and isinstance(module, nn.modules.conv._ConvNd):
-            raise UserError(f"{path} is a convolution, and DoRA is for projections; leave out the one or the other")
+        if all(part.ndim < 2 for part in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+            raise UserError(f"{path} is a {type(module).__name__}, which has no matrix to adapt; leave it out")
+        if config.use_dora:
+            _check_no_dora(path, module)
     if getattr(config, "mixer", "none") == "none":
         return
     for path, module in targets.items():
@@ -279,8 +289,8 @@ def fold_layer(layer: LoraLayer, adapter_name: str) -> FoldedLayer:
     up = up.view(len(up), -1, *(1,) * (down.ndim - 2))
     dora = layer.lora_magnitude_vector[adapter_name].weight if adapter_name in layer.lora_magnitude_vector else None
     return FoldedLayer(
-        down.float().cpu().clone(),
-        (nominal_scale(layer, adapter_name) * up).float().cpu(),
+        down.float().cpu().clone(memory_format=torch.contiguous_format),
+        (nominal_scale(layer, adapter_name) * up).float().cpu().contiguous(),
         None if dora is None else dora.float().cpu().clone(),
     )
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from dreambooth_moslora.base_files import base_folder, check_vae
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.targets import check_dora, check_targets
+from dreambooth_moslora.targets import check_layers
 from dreambooth_moslora.versions import require_packages
 from dreambooth_moslora.weight_headers import tensor_shapes
 
@@ -26,9 +26,7 @@ def preflight(config: TrainConfig) -> Path | None:
     folder = base_folder(config)
     layers = unet_layers(folder, config.variant) if folder else {}
     if layers:
-        check_targets(config.target_modules, layers)
-    if config.use_dora:
-        check_dora(config.target_modules, (name for name, dimensions in layers.items() if dimensions == 4))
+        check_layers(config.target_modules, layers, config.use_dora)
     return folder
 
 

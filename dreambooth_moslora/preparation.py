@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline
+from torch import nn
 
-from dreambooth_moslora.adapter_file import public_base_id
+from dreambooth_moslora.adapter_facts import public_base_id
 from dreambooth_moslora.base import encode_text, load_pipeline, noise_schedule
 from dreambooth_moslora.cache import TensorCache, default_cache_dir, fingerprint
 from dreambooth_moslora.config import TrainConfig
@@ -28,6 +29,7 @@ from dreambooth_moslora.quantization import quantize
 from dreambooth_moslora.reporting import Reporter
 from dreambooth_moslora.rundir import RunDir
 from dreambooth_moslora.sampling import generate_images
+from dreambooth_moslora.targets import check_layers
 
 __all__ = ["Materials", "prepare", "usable_photos"]
 
@@ -84,6 +86,7 @@ def prepare(
     pipeline = load_base(config, dtype, accelerator.device)
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
     check_weighting(config, schedule)
+    check_layers(config.target_modules, layers_of(pipeline.unet), config.use_dora)
     stop_if_asked(stop_together)
     class_photos = []
     if uses_class_images(config):
@@ -133,6 +136,12 @@ def check_weighting(config: TrainConfig, schedule: NoiseSchedule) -> None:
     """A base can be EDM's without the flag."""
     if config.snr_gamma is not None and schedule.style == "edm":
         raise UserError("--snr_gamma: this base was made in EDM style, which weighs noise levels itself; leave it out.")
+
+
+def layers_of(unet: nn.Module) -> dict[str, int]:
+    """Path of each layer whose weight is no vector -> its dimensions, as `preflight` reads them from files."""
+    weights = ((path, getattr(module, "weight", None)) for path, module in unet.named_modules())
+    return {path: weight.ndim for path, weight in weights if weight is not None and weight.ndim > 1}
 
 
 def uses_class_images(config: TrainConfig) -> bool:

@@ -1,11 +1,30 @@
 """Whether the names in `--target_modules` are those of layers in a UNet."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from dreambooth_moslora.config_fields import nearest
 from dreambooth_moslora.errors import UserError
 
-__all__ = ["check_dora", "check_targets", "is_target", "last_name"]
+__all__ = ["check_layers", "check_targets", "is_target", "last_name"]
+
+
+UNREADABLE = "add_embedding."
+"""diffusers does not find these layers again in a kohya file, so that an adapter on them cannot be proved."""
+
+
+def check_layers(targets: Iterable[str], layers: Mapping[str, int], use_dora: bool) -> None:
+    """`layers` are those of `check_targets` -> dimensions of the weight: 2 of a matrix, 4 of a convolution.
+
+    Raises UserError for what no layer is called, and for layers that cannot have such an adapter.
+    """
+    targets = list(targets)
+    check_targets(targets, layers)
+    for name in targets:
+        for layer in (layer for layer in layers if is_target(layer, name)):
+            if layer.startswith(UNREADABLE):
+                raise UserError(f"--target_modules {name}: {layer} has no name in kohya's files; leave it out.")
+            if use_dora and layers[layer] > 2:
+                raise UserError(f"--use_dora: {layer} is a convolution; leave {name} out of --target_modules.")
 
 
 def check_targets(targets: Iterable[str], layers: Iterable[str]) -> None:
@@ -19,14 +38,6 @@ def check_targets(targets: Iterable[str], layers: Iterable[str]) -> None:
             close = nearest(name, sorted({last_name(layer) for layer in layers}))
             hint = f"did you mean {close}?" if close else "to_q, to_k, to_v and to_out.0 are those of attention."
             raise UserError(f"--target_modules {name}: the UNet has no such layer; {hint}")
-
-
-def check_dora(targets: Iterable[str], convolutions: Iterable[str]) -> None:
-    """Raises UserError for a name with which a convolution ends: programs differ in how they read its magnitudes."""
-    convolutions = list(convolutions)
-    for name in targets:
-        if found := next((layer for layer in convolutions if is_target(layer, name)), None):
-            raise UserError(f"--use_dora: {found} is a convolution; leave {name} out of --target_modules.")
 
 
 def is_target(path: str, name: str) -> bool:

@@ -278,7 +278,7 @@ def test_dry_run_prints_settings_photos_steps_and_cost_and_does_nothing(photos, 
     ends = ("to_q", "to_k", "to_v", "to_out.0")
     layers = [m for name, m in unet.named_modules() if name.endswith(ends)]
     expected = sum(3 * (m.in_features + m.out_features) + 9 for m in layers)
-    assert f"{expected:,} parameters on {len(layers)} projections" in out
+    assert f"{expected:,} parameters on {len(layers)} layers" in out
     assert not (tmp_path / "run").exists()
 
 

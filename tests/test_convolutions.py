@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.fold_table import BOUND, loaded_by_diffusers
-from dreambooth_moslora.adapter_file import load_raw, read_raw, save_raw
+from dreambooth_moslora.adapter_file import AdapterFacts, load_raw, read_raw, read_tensors, save_raw
 from dreambooth_moslora.adapters import fold_raw
 from dreambooth_moslora.describe import describe
 from dreambooth_moslora.diagnostics import diagnostics
@@ -28,7 +28,7 @@ PIXELS = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(2))
 
 
 class Convolutions(nn.Module):
-    """One of each kind that a UNet has, and three that it has not."""
+    """One of each kind that a UNet has, and what cannot have an adapter."""
 
     def __init__(self):
         super().__init__()
@@ -37,6 +37,8 @@ class Convolutions(nn.Module):
         self.down = nn.Conv2d(3, 6, 3, stride=2, padding=1)
         self.grouped = nn.Conv2d(4, 4, 3, groups=2)
         self.dilated = nn.Conv2d(4, 4, 3, dilation=2)
+        self.seamless = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")
+        self.norm = nn.GroupNorm(2, 4)
         self.line = nn.Conv1d(4, 4, 3)
 
 
@@ -168,8 +170,11 @@ def test_its_figures_are_those_of_the_flattened_matrix():
 @pytest.mark.parametrize(
     ("target", "options", "said"),
     [
-        ("grouped", {}, "grouped is a grouped or dilated Conv2d"),
-        ("dilated", {}, "dilated is a grouped or dilated Conv2d"),
+        ("grouped", {}, "grouped is a grouped, dilated or circular Conv2d"),
+        ("dilated", {}, "dilated is a grouped, dilated or circular Conv2d"),
+        ("seamless", {}, "seamless is a grouped, dilated or circular Conv2d"),
+        ("norm", {}, "norm is a GroupNorm, which has no matrix to adapt"),
+        ("norm", {"mixer": "none"}, "norm is a GroupNorm, which has no matrix to adapt"),
         ("line", {}, "line is a Conv1d"),
         ("wide", {"use_dora": True}, "wide is a convolution, and DoRA is for projections"),
         ("wide", {"use_dora": True, "mixer": "none"}, "wide is a convolution, and DoRA is for projections"),
@@ -185,8 +190,57 @@ def test_what_cannot_be_adapted_is_refused_and_left_as_it_was(target, options, s
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
 def test_get_peft_model_refuses_a_grouped_one_too():
-    with pytest.raises(UserError, match="grouped is a grouped or dilated Conv2d"):
+    with pytest.raises(UserError, match="grouped is a grouped, dilated or circular Conv2d"):
         get_peft_model(Convolutions(), config("grouped"))
+
+
+def test_dora_on_a_convolution_is_refused_at_peft_s_door_and_at_ours(tmp_path):
+    with pytest.raises(UserError, match="wide is a convolution, and DoRA is for projections"):
+        get_peft_model(Convolutions(), config("wide", use_dora=True))
+    unet = tiny_unet()
+    unet.add_adapter(LoraConfig(r=2, target_modules=["conv1"], use_dora=True), "default")
+    components, facts = {"unet": unet}, AdapterFacts(rank=2, alpha=2)
+    with pytest.raises(UserError, match="conv1 is a convolution with DoRA, which cannot be saved here"):
+        save_raw(components, tmp_path / RAW_NAME, facts)
+    with pytest.raises(UserError, match="conv1 is a convolution with DoRA, which cannot be saved here"):
+        publish(components, tmp_path, "dog", facts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_first_or_channels_first_is_all_the_same_to_a_file(tmp_path):
+    components = live()
+    publish(components, tmp_path / "a", "dog", facts_of(components))
+    components["unet"].to(memory_format=torch.channels_last)
+    publish(components, tmp_path / "b", "dog", facts_of(components))
+    a, b = (load_file(tmp_path / folder / PUBLISHED_NAME) for folder in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_damaged_raw_file_is_told_as_one(tmp_path):
+    components = live()
+    save_raw(components, tmp_path / RAW_NAME, facts_of(components))
+    tensors, header = read_tensors(tmp_path / RAW_NAME)
+    key = next(k for k in tensors if k.endswith("to_q.lora_A"))
+    for shape in ((4,), (4, 1, 2), (4, 1, 1, 1, 2)):
+        save_file(tensors | {key: torch.zeros(shape)}, tmp_path / "broken.safetensors", header)
+        with pytest.raises(UserError, match=r"is broken: unet.*to_q is not whole"):
+            describe(tmp_path / "broken.safetensors")
+
+
+def test_a_foreign_file_is_described_whatever_its_kernels_are(tmp_path):
+    up, down, mid = torch.eye(4)[..., None, None], torch.eye(4)[..., None, None], torch.ones(4, 4, 3, 3)
+    files = {
+        "plain": {"lora_up": up, "lora_down": down},
+        "with a middle": {"lora_up": up, "lora_down": down, "lora_mid": mid},
+        "empty": {"lora_up": up[:0], "lora_down": down},
+    }
+    for name, parts in files.items():
+        tensors = {f"lora_unet_conv_in.{part}.weight": tensor.contiguous() for part, tensor in parts.items()}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    found = {name: describe(tmp_path / f"{name}.safetensors") for name in files}
+    assert found["plain"]["effective_rank_median"] == 4 and found["plain"]["kind"] == "kohya keys"
+    assert "effective_rank_median" not in found["with a middle"] and "LoCon" in found["with a middle"]["kind"]
+    assert found["empty"]["ranks"] == {"4": 1}
 
 
 @pytest.mark.parametrize("targets", [("to_q", "to_k"), ("conv1", "conv_in", "to_q")])

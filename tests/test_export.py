@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from benchmarks.fold_table import BOUND, loaded_by_diffusers, measure
 from benchmarks.sdxl_structure import count
 from dreambooth_moslora import export, kohya, moslora, proof
-from dreambooth_moslora.adapter_file import public_base_id
+from dreambooth_moslora.adapter_facts import public_base_id
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.export import (
     PUBLISHED_NAME,

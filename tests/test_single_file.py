@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,6 +39,22 @@ def test_training_on_it_ends_with_the_adapter_of_the_folder(checkpoint, tiny_bas
     ours, truth = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("file", "folder"))
     # The weights are equal bit for bit; where they lie in memory decides the last bit of a product on some processors.
     torch.testing.assert_close(ours, truth, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"target_modules": ("to_q", "conv9")}, "--target_modules conv9: the UNet has no such layer"),
+        ({"target_modules": ("to_q", "norm1")}, "--target_modules norm1: the UNet has no such layer"),
+        ({"target_modules": ("conv1",), "use_dora": True}, "--use_dora: .*conv1 is a convolution"),
+    ],
+)
+def test_wrong_layers_are_told_before_class_images_are_drawn(changes, says, checkpoint, tmp_path):
+    config = tiny_config(checkpoint, paint_photos(tmp_path / "photos"), tmp_path / "run", **changes)
+    prior = {"with_prior_preservation": True, "class_prompt": "a photo of a dog", "prior": "class_images"}
+    with pytest.raises(UserError, match=says):
+        train(replace(config, **prior))
+    assert not (tmp_path / "run" / "class_images").exists()
 
 
 def test_a_mark_says_that_velocity_is_predicted(checkpoint, tmp_path):
