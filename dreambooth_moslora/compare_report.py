@@ -1,4 +1,4 @@
-"""A comparison as files: `results.json`, `table.md` for a README, `report.html`, and the plots as PNG."""
+"""A comparison as files: `results.json`, `table.md` for a README, `report.html`, and as PNG its plots and pictures."""
 
 import json
 import time
@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from dreambooth_moslora import __version__, compare_plots
-from dreambooth_moslora.compare import result_path
+from dreambooth_moslora.compare import STRIP_PX, result_path
 from dreambooth_moslora.compare_stats import (
     ArmSummary,
     Outcome,
@@ -21,10 +21,12 @@ from dreambooth_moslora.compare_stats import (
     seeds_of,
     summaries,
 )
+from dreambooth_moslora.contact_sheet import Row, draw_contact_sheet
 from dreambooth_moslora.encoders import public_name
 from dreambooth_moslora.evaluate import RELATIVE
 from dreambooth_moslora.html_page import figure, page, picture, section, table
 from dreambooth_moslora.intervals import Interval
+from dreambooth_moslora.photos import find_photos, open_rgb
 from dreambooth_moslora.rundir import atomic_write
 from dreambooth_moslora.study import Study
 
@@ -45,6 +47,8 @@ def write_comparison(study: Study, results: Sequence[Result], out: Path) -> str:
     plots = plots_of(study, results, arms, against)
     for name, plot in plots.items():
         plot.savefig(out / f"{name}.png", dpi=110)
+    if rows := picture_rows(study, results, out):
+        draw_contact_sheet(rows, out / "pictures.png", tile_px=STRIP_PX)
     atomic_write(out / "report.html", report_html(study, results, out, tables, plots, against))
     return finding(study, against)
 
@@ -199,3 +203,23 @@ def strips(study: Study, results: Sequence[Result], out: Path) -> list[str]:
                 title = f"{cell.subject}: {cell.arm}, rank {cell.rank}"
                 parts.append(f"<p class='faint'>{escape(title)}</p>{picture(Image.open(path), title, side_px=1024)}")
     return parts
+
+
+def picture_rows(study: Study, results: Sequence[Result], out: Path) -> list[Row]:
+    """A row a subject: its first photo, then the reference arm's pictures at the lowest rank and the first seed."""
+    rows = []
+    mine = [r.cell for r in results if r.cell.stage == "test" and r.cell.arm == study.reference]
+    for subject in study.subjects:
+        cells = [c for c in mine if c.subject == subject.name and c.seed == study.seeds[0]]
+        cell = min(cells, key=lambda c: c.rank, default=None)
+        path = cell and result_path(study, cell, out).with_suffix(".jpg")
+        if path and path.is_file():
+            photo = find_photos(Path(subject.photos), subject.instance_prompt, STRIP_PX).photos[0]
+            title = f"{subject.name}: a photo, then {cell.arm} at rank {cell.rank}"
+            rows.append(Row(title, [open_rgb(photo), *tiles(Image.open(path), study.protocol.images_per_prompt)]))
+    return rows
+
+
+def tiles(strip: Image.Image, step: int) -> list[Image.Image]:
+    """Every `step`th picture of a strip: one of each prompt."""
+    return [strip.crop((x, 0, x + STRIP_PX, STRIP_PX)) for x in range(0, strip.width, step * STRIP_PX)]
