@@ -19,7 +19,6 @@ QUICK_START = TOY.parent / "configs" / "quickstart.toml"
 LIKE_QUICK_START = (
     *("random_flip", "crops_per_photo", "crop_zoom"),
     *("target_modules", "train_batch_size", "lr_scheduler", "prior_loss_weight", "prior_prompts"),
-    *("timestep_bias_strategy", "timestep_bias_multiplier", "timestep_bias_portion"),
 )
 """What a run on the embedded base takes from the quick start."""
 TOY_DINO = TOY.parent / "toy-dino"
@@ -33,9 +32,9 @@ class Preset:
 
 
 PRESETS = {
-    "quick": (Preset(150, 32, 2.5e-3), Preset(400, 8, 2e-4)),
-    "standard": (Preset(300, 32, 2.5e-3), Preset(800, 16, 1e-4)),
-    "thorough": (Preset(800, 32, 1.5e-3), Preset(1500, 32, 1e-4)),
+    "quick": (Preset(150, 16, 2.5e-3), Preset(400, 8, 2e-4)),
+    "standard": (Preset(300, 16, 2.5e-3), Preset(800, 16, 1e-4)),
+    "thorough": (Preset(800, 16, 1.5e-3), Preset(1500, 32, 1e-4)),
 }
 """Name -> (for a small base, for SDXL)."""
 
