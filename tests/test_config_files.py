@@ -7,9 +7,12 @@ import pytest
 
 from dreambooth_moslora.command_line import parse_train_config
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.evaluation_plan import UNRELATED_TOYS
+from dreambooth_moslora.prompts import TOY_TEMPLATES
 from tests.test_config import NEEDED
 
-RECIPES = sorted((Path(__file__).parents[1] / "assets" / "configs").glob("*.toml"))
+CONFIGS = Path(__file__).parents[1] / "assets" / "configs"
+RECIPES = sorted(CONFIGS.glob("*.toml"))
 
 
 def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
@@ -91,3 +94,12 @@ def test_the_papers_recipe_has_the_papers_numbers():
     assert (config.rank, config.lora_alpha, config.learning_rate, config.max_train_steps) == (4, 4.0, 1e-4, 500)
     assert (config.train_batch_size, config.gradient_accumulation_steps, config.resolution) == (1, 4, 1024)
     assert config.target_modules == ("to_q", "to_k", "to_v", "to_out.0") and config.mixer == "orthogonal"
+
+
+@pytest.mark.parametrize("name", ["toy", "quickstart"])
+def test_a_recipe_does_not_preserve_what_drift_and_likeness_are_measured_on(name):
+    config = parse_train_config(["--config", str(CONFIGS / f"{name}.toml")])
+    words = [folder.name.rpartition("_")[2] for folder in (CONFIGS.parent / "subjects").iterdir()]
+    measured = {text.format(kind) for text, kind in UNRELATED_TOYS}
+    measured |= {template.replace("{}", word) for template in TOY_TEMPLATES for word in words}
+    assert config.prior_prompts and not measured & set(config.prior_prompts)
