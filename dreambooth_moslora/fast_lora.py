@@ -72,7 +72,7 @@ class FastLinear(LoraLinear):
 def _same_dtype(x: Tensor, weight: Tensor) -> bool:
     """Whether the base would compute in the weight's own dtype; under autocast x is cast to it, as there."""
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device) == weight.dtype
     return x.dtype == weight.dtype
 

@@ -64,8 +64,12 @@ class MixedUp(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """B·M: what PEFT merges, and what a plain LoRA would call its B."""
-        return self.product().as_subclass(Product)
+        """B·M: what PEFT merges, and what a plain LoRA would call its B.
+
+        A tensor that is of a subclass already (a fake or a distributed one) stays what it is.
+        """
+        product = self.product()
+        return product.as_subclass(Product) if type(product) is Tensor else product
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -231,6 +231,13 @@ def test_autocast_to_another_dtype_than_the_weights_goes_the_general_way():
         assert torch.equal(fast(x), general(x))
 
 
+def test_a_device_without_autocast_is_asked_for_none():
+    """`meta` is such a device: it has shapes and no numbers."""
+    model = adapted(Block()).to("meta")
+    enable_fast_path(model)
+    assert model(torch.ones(6, 12, device="meta")).shape == (6, 20)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.mixer import MixedUp, initial_mixer
@@ -117,3 +118,9 @@ def test_add_weighted_adapter_combines_the_folded_adapters(combination):
     for path, layer in adapter_layers(model, "sum").items():
         assert torch.allclose(layer.get_delta_weight("sum"), wanted[path], atol=1e-4)
     assert isinstance(model.peft_config["one"], MoSLoraConfig)
+
+
+def test_the_product_of_a_tensor_subclass_stays_of_that_subclass():
+    with FakeTensorMode():
+        mixed = MixedUp(torch.ones(5, 2), torch.ones(2, 2))
+    assert type(mixed.weight) is FakeTensor and mixed.weight.shape == (5, 2)
