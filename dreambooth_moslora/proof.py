@@ -91,7 +91,25 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
     return difference / size if size > 0 and difference == difference else float("inf")
 
 
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """Products of fp32 numbers from all their bits. Where PyTorch's settings allow it, and for convolutions they
+    do by default, a GPU since Ampere reads 10 bits of each mantissa (TF32). The settings come back afterwards.
+    """
+    backends = torch.backends
+    settings = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
+
+
 @torch.no_grad()
+@full_fp32()
 def prove_file(
     path: Path, components: dict[str, nn.Module], adapter_name: str, expected: dict[str, Tensor] | None = None
 ) -> FileProof:
@@ -119,6 +137,7 @@ def prove_file(
 
 
 @torch.no_grad()
+@full_fp32()
 def check_reduction(
     components: dict[str, nn.Module], adapter_name: str, expected: dict[str, Tensor], keep: float
 ) -> None:
