@@ -4,13 +4,19 @@ With x = x0 + σ·ε, an Euler step moves along d = ε, so two consecutive laten
 in mind: x0 = x' - σ'·d, d = (x' - x) / (σ' - σ). A linear map, fitted once to the base's own VAE, makes it colours.
 """
 
+import logging
+
 import torch
 from diffusers import AutoencoderKL
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 from torch import Tensor
 
+from dreambooth_moslora.errors import one_line
+
 __all__ = ["LatentColours", "PreviewTracker"]
+
+logger = logging.getLogger(__name__)
 
 FIT_SIDE = 32
 """Side of the latents that the map is fitted on; 1024 pixels determine its 15 numbers."""
@@ -19,15 +25,22 @@ FIT_SIDE = 32
 class LatentColours:
     """RGB = W·latent + b, fitted by least squares to what the VAE makes of smooth random latents.
 
-    Latents are as the UNet sees them: (B, 4, h, w), scaled by the VAE's factor. Pixels lie in [0, 1].
+    Latents are as the UNet sees them: (B, 4, h, w), scaled by the VAE's factor. Pixels lie in [0, 1]. Where
+    no map can be fitted to the VAE, previews are grey: they are no reason to lose the picture.
     """
 
     def __init__(self, vae: AutoencoderKL) -> None:
         latents = smooth_latents(vae.config.latent_channels)
-        with torch.no_grad():
-            pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.device, vae.dtype)).sample
-        colours = torch.nn.functional.adaptive_avg_pool2d(pixels.float().cpu(), FIT_SIDE)
-        self.weight = torch.linalg.lstsq(_with_ones(latents), _pixels_as_rows(colours)).solution
+        self.weight = torch.zeros(vae.config.latent_channels + 1, 3)
+        try:
+            colours = colours_of(vae, latents)
+        except RuntimeError as error:  # out of memory, for one
+            logger.warning("previews are grey: the VAE could not decode: %s", one_line(error))
+            return
+        if colours.isfinite().all():
+            self.weight = torch.linalg.lstsq(_with_ones(latents), _pixels_as_rows(colours)).solution
+        else:
+            logger.warning("previews are grey: the VAE gives values that are not finite (NaN)")
 
     def __call__(self, latents: Tensor, size_px: tuple[int, int]) -> Image.Image:
         """The first of `latents` (B, 4, h, w) as a picture of `size_px` (height, width)."""
@@ -60,6 +73,21 @@ class PreviewTracker:
 def _is_sigma_space(scheduler: SchedulerMixin) -> bool:
     """Euler keeps x0 + σ·ε; the others keep the variance near one, α·x0 + σ·α·ε with α = 1/sqrt(1 + σ²)."""
     return float(scheduler.init_noise_sigma) != 1.0
+
+
+@torch.no_grad()
+def colours_of(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Latents (1, C, 32, 32) -> what the VAE makes of them, (1, 3, 32, 32) about in [-1, 1].
+
+    In fp32, as the pipeline decodes: SDXL's own VAE overflows in fp16. The VAE is as it was afterwards.
+    """
+    dtype = vae.dtype
+    try:
+        vae.to(torch.float32)
+        pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.device)).sample
+    finally:
+        vae.to(dtype)
+    return torch.nn.functional.adaptive_avg_pool2d(pixels.float().cpu(), FIT_SIDE)
 
 
 def smooth_latents(channels: int, seed: int = 0) -> Tensor:
