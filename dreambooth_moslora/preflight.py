@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dreambooth_moslora.base_files import base_folder, check_vae
+from dreambooth_moslora.bf16 import check_bf16
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.targets import check_layers
@@ -15,6 +16,7 @@ __all__ = ["preflight"]
 def preflight(config: TrainConfig) -> Path | None:
     """Raises UserError; returns the diffusers folder of the base, if it is on this machine."""
     require_packages(config)
+    check_bf16(config)
     if config.mixer == "butterfly" and config.rank % 2:
         raise UserError(f"--mixer butterfly needs an even --rank, not {config.rank}.")
     if config.push_to_hub:

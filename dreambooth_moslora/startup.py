@@ -20,6 +20,7 @@ from accelerate.utils import (
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from dreambooth_moslora.bf16 import check_bf16
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.earlier_runs import holds_a_run, set_aside, set_later_aside
 from dreambooth_moslora.errors import UserError, one_line
@@ -41,6 +42,7 @@ ONE_PROCESS = (
 
 def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
     """Device, processes and precision: from `--mixed_precision`, else from `accelerate launch`, else fp32."""
+    check_bf16(config)
     keep_freed_memory()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()

@@ -53,6 +53,7 @@ LAYERS: list[set[str]] = [
         "seeding",
         "cache",
         "quantization",
+        "bf16",
         "diagnostics",
         "hollow",
         "rank_reduction",

@@ -85,7 +85,8 @@ def examine_device(found: Findings, torch) -> None:
         found.facts["device"] = (
             f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB, {torch.cuda.device_count()} of them"
         )
-        found.facts["bf16"] = "yes" if torch.cuda.is_bf16_supported() else "no: use --mixed_precision fp16"
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        found.facts["bf16"] = "yes" if has_bf16 else "no: use --mixed_precision fp16"
     elif torch.backends.mps.is_available():
         found.facts["device"] = "Apple GPU (mps)"
     else:
