@@ -10,8 +10,10 @@ from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.weight_headers import check_weights, tensor_shapes, weight_files
 
-__all__ = ["base_folder", "check_diffusers_folder", "check_vae", "configs_beside", "resolve_base"]
+__all__ = ["SMALL_BASE_PX", "base_folder", "check_diffusers_folder", "check_vae", "configs_beside", "resolve_base"]
 
+SMALL_BASE_PX = 256
+"""A base of at most this resolution, as the embedded one, needs no care with the memory of a GPU."""
 TOY = Path(__file__).resolve().parents[1] / "assets" / "toy-sdxl"
 SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
 INDEX = "model_index.json"

@@ -15,7 +15,8 @@ from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
 from dreambooth_moslora.adapter_facts import public_base_id
-from dreambooth_moslora.base import encode_text, load_pipeline, noise_schedule
+from dreambooth_moslora.base import default_resolution, encode_text, load_pipeline, noise_schedule
+from dreambooth_moslora.base_files import SMALL_BASE_PX
 from dreambooth_moslora.cache import TensorCache, default_cache_dir, fingerprint
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.crops import crop_rule
@@ -34,6 +35,11 @@ from dreambooth_moslora.targets import check_layers
 __all__ = ["Materials", "prepare", "usable_photos"]
 
 logger = logging.getLogger(__name__)
+
+FP32_ON_A_GPU = (
+    "The base trains in fp32, which takes twice the memory and several times the time: give --mixed_precision bf16 "
+    "(fp16 on a GPU older than Ampere)."
+)
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -84,6 +90,8 @@ def prepare(
     report.phase("loading")
     dtype = DTYPES[accelerator.mixed_precision]
     pipeline = load_base(config, dtype, accelerator.device)
+    if accelerator.is_main_process:
+        warn_of_fp32(pipeline, accelerator.device)
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
     check_weighting(config, schedule)
     check_layers(config.target_modules, layers_of(pipeline.unet), config.use_dora)
@@ -105,6 +113,13 @@ def prepare(
     release_encoders(config, pipeline, words, encoder, accelerator.device)
     pipeline.unet.to(accelerator.device)
     return Materials(pipeline, schedule, photos, instance, prior, words, dtype)
+
+
+def warn_of_fp32(pipeline: StableDiffusionXLPipeline, device: torch.device) -> None:
+    """One line when a base as large as SDXL would train in fp32 on a GPU, as it does when no precision is given."""
+    is_large = default_resolution(pipeline) > SMALL_BASE_PX
+    if device.type == "cuda" and is_large and pipeline.unet.dtype == torch.float32:
+        logger.warning(FP32_ON_A_GPU)
 
 
 def usable_photos(report: PhotoReport) -> list[Photo]:

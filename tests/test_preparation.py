@@ -3,8 +3,10 @@
 from weakref import ref
 
 import pytest
+import torch
 
 from dreambooth_moslora import preparation
+from dreambooth_moslora.base import load_pipeline
 from dreambooth_moslora.trainer import train
 from tests.tiny_training import paint_photos, tiny_config
 
@@ -36,3 +38,17 @@ def test_only_what_the_steps_will_show_is_encoded(tiny_base, tmp_path):
     prior = {"with_prior_preservation": True, "num_class_images": 5}
     train(tiny_config(tiny_base, photos, tmp_path / "run", crops_per_photo=9, **size, **prior), events.append)
     assert {event["total"] for event in events if event.get("phase") == "caching"} == {4 + 4}
+
+
+def test_fp32_on_a_gpu_is_warned_of_once_and_only_for_a_base_like_sdxl(tiny_base, caplog):
+    pipeline, gpu = load_pipeline(tiny_base), torch.device("cuda")
+    preparation.warn_of_fp32(pipeline, gpu)
+    pipeline.unet.register_to_config(sample_size=1024 // pipeline.vae_scale_factor)
+    preparation.warn_of_fp32(pipeline, torch.device("cpu"))
+    pipeline.unet.to(torch.bfloat16)
+    preparation.warn_of_fp32(pipeline, gpu)
+    assert "fp32" not in caplog.text
+    pipeline.unet.to(torch.float32)
+    preparation.warn_of_fp32(pipeline, gpu)
+    (line,) = [record.message for record in caplog.records if record.name == preparation.__name__]
+    assert "--mixed_precision bf16" in line and "\n" not in line
