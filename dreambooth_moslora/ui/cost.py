@@ -8,6 +8,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.context import AppContext
 from dreambooth_moslora.ui.generate_actions import format_seconds
 from dreambooth_moslora.ui.jobs import Jobs
+from dreambooth_moslora.ui.memory_choice import choice_lines
 from dreambooth_moslora.ui.photo_uploads import kept_photos
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.visitors import Visitor
@@ -38,6 +39,7 @@ def estimate_cost(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor
         *step_lines(config, plan),
         *time_line(jobs, config, plan.total_steps),
         *cost_lines(config, cost),
+        *choice_lines(config, cost),
         *remarks(config),
     ]
     return f'<div class="card"><ul class="remarks">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul></div>'

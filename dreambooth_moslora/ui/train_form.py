@@ -4,17 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.base_files import TOY
+from dreambooth_moslora.base_files import SMALL_BASE_PX, TOY
+from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.config_files import load_settings
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import check_characters
+from dreambooth_moslora.ui.memory_choice import memory_choice
 from dreambooth_moslora.ui.photo_uploads import kept_photos
 
 __all__ = ["PRESETS", "Preset", "TrainForm", "preset_for", "prompts_of"]
 
 MAX_WORD_CHARACTERS = 60
-SMALL_BASE_PX = 256
-"""Bases of at most this resolution learn in fewer, cheaper steps."""
 QUICK_START = TOY.parent / "configs" / "quickstart.toml"
 LIKE_QUICK_START = (
     *("random_flip", "crops_per_photo", "crop_zoom"),
@@ -81,7 +81,7 @@ class TrainForm:
         steps = _whole(self.steps, "steps", 100_000) or preset.steps
         prior = {"class_prompt": class_prompt, "with_prior_preservation": True, "prior": "adapter_off"}
         own = toy_settings(steps, self.prior_preservation) if base == "toy" else {}
-        return {
+        values = {
             "pretrained_model_name_or_path": base,
             "instance_data_dir": str(photos_dir),
             "output_dir": str(run_dir),
@@ -102,6 +102,8 @@ class TrainForm:
             **own,
             **(prior if self.prior_preservation else {}),
         }
+        is_small = resolution_px <= SMALL_BASE_PX
+        return values if is_small else values | memory_choice(TrainConfig.from_dict(values))
 
     def write_captions(self, photos_dir: Path) -> None:
         """One line for each photo, in their order, becomes the text file beside it; empty lines are left out."""
