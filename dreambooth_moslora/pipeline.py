@@ -37,6 +37,7 @@ SCHEDULER_CLASSES: dict[str, tuple[type, dict[str, Any]]] = {
     "dpmpp_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
     "unipc": (UniPCMultistepScheduler, {}),
 }
+CPU = torch.device("cpu")
 RESIDENT_ADAPTERS = 8
 """Adapters kept inside the model; the one that was used longest ago makes room."""
 
@@ -74,11 +75,21 @@ class Adapter:
 
 
 class SubjectPipeline:
-    """Base and adapters. One generation at a time: calls from several threads wait for each other."""
+    """Base and adapters. One generation at a time: calls from several threads wait for each other.
 
-    def __init__(self, pipeline: StableDiffusionXLPipeline, base_name: str) -> None:
+    `home` is the device that draws. While the pipeline rests it lies in the CPU's memory; `generate` ends the rest.
+    """
+
+    def __init__(
+        self,
+        pipeline: StableDiffusionXLPipeline,
+        base_name: str,
+        home: str | torch.device | None = None,
+    ) -> None:
         self.pipeline = pipeline
         self.base_name = base_name
+        self.home = torch.device(home or pipeline.device)
+        self._is_resting = pipeline.device != self.home
         self.adapters: dict[str, Adapter] = {}
         self._scheduler_config = pipeline.scheduler.config
         self._colours: LatentColours | None = None
@@ -87,12 +98,35 @@ class SubjectPipeline:
 
     @classmethod
     def from_base(
-        cls, name: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+        cls,
+        name: str | Path,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        *,
+        resting: bool = False,
     ) -> "SubjectPipeline":
-        """Load "toy", a folder, a hub id or a single file. Without `device`: the GPU, if there is one."""
+        """Load "toy", a folder, a hub id or a single file. Without `device`: the GPU, if there is one.
+
+        `resting`: nothing goes to the GPU before the first `generate`.
+        """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.float16 if torch.device(device).type == "cuda" else torch.float32)
-        return cls(load_pipeline(name, dtype=dtype, device=device), _public_name(name))
+        pipeline = load_pipeline(name, dtype=dtype, device="cpu" if resting else device)
+        return cls(pipeline, _public_name(name), device)
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether it draws on anything but the CPU."""
+        return self.home != CPU
+
+    def rest(self) -> None:
+        """Leave the GPU to others until the next `generate`. Waits for the generation that is going on."""
+        if not self.has_gpu:
+            return
+        with self._lock:
+            self._is_resting = True
+            self.pipeline.to(CPU, silence_dtype_warnings=True)
+            torch.cuda.empty_cache()
 
     @property
     def resolution_px(self) -> int:
@@ -172,6 +206,7 @@ class SubjectPipeline:
 
     def _generate_all(self, params: GenerationParams, emit: Callable[[Event], None], stop: Callable[[], bool]) -> None:
         try:
+            self._wake()
             for name, _ in params.adapters:
                 self._touch(name)
             self.activate(params.adapters)
@@ -188,6 +223,11 @@ class SubjectPipeline:
             raise UserError(
                 f"there is too little memory for {params.height_px} x {params.width_px} px; choose a smaller size"
             ) from error
+
+    def _wake(self) -> None:
+        if self._is_resting:
+            self.pipeline.to(self.home)
+            self._is_resting = False
 
     def _generate_one(self, index, params, words, clock, emit, stop) -> None:
         if stop():

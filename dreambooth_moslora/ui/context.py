@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
+from dreambooth_moslora.base_files import SMALL_BASE_PX
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import GenerationParams, preferred_guidance
+from dreambooth_moslora.ui.gpu_turns import GpuTurns
+from dreambooth_moslora.ui.jobs import Jobs
 from dreambooth_moslora.ui.shelf import AdapterShelf
 from dreambooth_moslora.ui.visitors import Visitor, Visitors, visitor_id
 
@@ -64,6 +67,9 @@ class AppContext:
         self._stops: dict[Page, threading.Event] = {}
         self._waiting: OrderedDict[Page, threading.Event] = OrderedDict()
         self._pipeline: Future[SubjectPipeline] = Future()
+        is_small = resolution_px <= SMALL_BASE_PX
+        self.turns = GpuTurns(self._pipeline, lambda: self.jobs.current() is not None, is_small=is_small)
+        self.jobs = Jobs(runs_dir, make_room=self.turns.training)
         threading.Thread(target=_fulfil, args=(self._pipeline, load), name="load-base", daemon=True).start()
 
     @property

@@ -82,7 +82,7 @@ def _drawn(ctx: AppContext, params: GenerationParams, request: gr.Request, axes:
     if not ctx.is_ready:
         yield Frame(progress_card("Loading the base …", "only once after the start"))
     pipeline = ctx.pipeline()
-    with ctx.stoppable(request) as should_stop:
+    with ctx.turns.drawing(), ctx.stoppable(request) as should_stop:
         if axes:
             from dreambooth_moslora.grids import generate_grid
 

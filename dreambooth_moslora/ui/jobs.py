@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,10 +120,18 @@ def run_name_of(text: str) -> str:
 
 
 class Jobs:
-    """The runs under `runs_dir`. One process at a time; only its owner may stop it."""
+    """The runs under `runs_dir`. One process at a time; only its owner may stop it.
 
-    def __init__(self, runs_dir: Path, script: Path = SCRIPT) -> None:
-        self.runs_dir, self.script = runs_dir, script
+    `make_room` is entered before a process is started and left when it is noted.
+    """
+
+    def __init__(
+        self,
+        runs_dir: Path,
+        script: Path = SCRIPT,
+        make_room: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        self.runs_dir, self.script, self._make_room = runs_dir, script, make_room
         self._children: dict[int, subprocess.Popen] = {}
         self._exits: dict[int, int] = {}
         self._metrics: dict[Path, Metrics] = {}
@@ -211,7 +221,7 @@ class Jobs:
         return JobState(state, step, total, _phase(events), message)
 
     def _launch(self, run_dir: Path, owner: str) -> Job:
-        with self._lock:
+        with self._make_room(), self._lock:
             if running := self.current():
                 whose = "your run " + running.name if running.owner == owner else "another visitor's run"
                 raise UserError(f"{whose} is going on; one run at a time")

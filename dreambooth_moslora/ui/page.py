@@ -12,7 +12,6 @@ from dreambooth_moslora.ui.context import AppContext
 from dreambooth_moslora.ui.generate_tab import build_generate_tab
 from dreambooth_moslora.ui.hosts import OwnHosts
 from dreambooth_moslora.ui.inspect_tab import build_inspect_tab
-from dreambooth_moslora.ui.jobs import Jobs
 from dreambooth_moslora.ui.theme import CSS, HEAD, theme
 from dreambooth_moslora.ui.train_tab import build_train_tab
 from dreambooth_moslora.ui.visitors import VisitorCookie
@@ -37,7 +36,7 @@ def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
                 generate = build_generate_tab(ctx, page, templates)
             if ctx.training:
                 with gr.Tab("Train", id="train"):
-                    build_train_tab(ctx, Jobs(ctx.runs_dir), page, tabs, generate)
+                    build_train_tab(ctx, ctx.jobs, page, tabs, generate)
             with gr.Tab("Inspect", id="inspect"):
                 build_inspect_tab(ctx, tabs, generate)
     return page.queue(max_size=QUEUE_LENGTH)

@@ -104,7 +104,7 @@ def context_of(args: argparse.Namespace, *, training: bool):
     def load():
         from dreambooth_moslora.pipeline import SubjectPipeline
 
-        return SubjectPipeline.from_base(args.base)
+        return SubjectPipeline.from_base(args.base, resting=True)
 
     from dreambooth_moslora.ui.context import AppContext
 

@@ -1,0 +1,53 @@
+"""The page's pipeline and a training run take turns on the GPU: two SDXL do not fit on most of them."""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from dreambooth_moslora.errors import UserError
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.pipeline import SubjectPipeline
+
+__all__ = ["GpuTurns"]
+
+BUSY = "the GPU is training a run; pictures can be drawn again when the run has ended or is stopped"
+
+
+class GpuTurns:
+    """The pipeline is off the GPU while `is_training()`. A small base is never moved: both fit."""
+
+    def __init__(
+        self,
+        pipeline: "Future[SubjectPipeline]",
+        is_training: Callable[[], bool],
+        *,
+        is_small: bool,
+    ) -> None:
+        self._pipeline, self._is_training, self._is_small = pipeline, is_training, is_small
+        self._lock = threading.Lock()  # no RLock: a generator may be closed by another thread
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Around all pictures of a request. Raises UserError while a run trains on the GPU that they need."""
+        if self._is_small or not self._pipeline.result().has_gpu:
+            yield
+            return
+        with self._lock:
+            if self._is_training():
+                raise UserError(BUSY)
+            yield
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Around the start of a run: waits for the pictures that are being drawn, then frees the GPU.
+
+        A pipeline that is still loading needs no move, as it is loaded beside the GPU.
+        """
+        with self._lock:
+            is_loaded = self._pipeline.done() and self._pipeline.exception() is None
+            if is_loaded and not self._is_small:
+                self._pipeline.result().rest()
+            yield
