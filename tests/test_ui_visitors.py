@@ -12,11 +12,8 @@ import pytest
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.bodies import MAX_BODY_BYTES
-from dreambooth_moslora.ui.hosts import LOOPBACK
-from dreambooth_moslora.ui.page import launch_options
 from dreambooth_moslora.ui.serve import parse_host
 from dreambooth_moslora.ui.visitors import COOKIE, KEPT_SEC, MAX_VISITORS, Visitors
-from tests.ui_server import serve
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,15 +61,14 @@ def test_old_visitors_go_with_their_files(monkeypatch):
         visitors.close()
 
 
-def test_a_page_on_the_loopback_answers_only_to_its_own_names(tiny_base, tmp_path):
-    with serve(tiny_base, tmp_path, **launch_options(LOOPBACK)) as server:
-        url, foreign = server.url, {"Origin": "http://evil.example"}
-        assert httpx.get(url).status_code == 200
-        assert httpx.get(url, headers={"Host": "evil.example:80"}).status_code == 421
-        sent = {"files": ("a.png", b"x")}
-        assert httpx.post(f"{url}gradio_api/upload", files=sent, headers=foreign).status_code == 403
-        own = {"Origin": url.rstrip("/")}
-        assert httpx.post(f"{url}gradio_api/upload", files=sent, headers=own).status_code == 200
+def test_a_page_on_the_loopback_answers_only_to_its_own_names(served):
+    url, foreign = served.url, {"Origin": "http://evil.example"}
+    assert httpx.get(url).status_code == 200
+    assert httpx.get(url, headers={"Host": "evil.example:80"}).status_code == 421
+    sent = {"files": ("a.png", b"x")}
+    assert httpx.post(f"{url}gradio_api/upload", files=sent, headers=foreign).status_code == 403
+    own = {"Origin": url.rstrip("/")}
+    assert httpx.post(f"{url}gradio_api/upload", files=sent, headers=own).status_code == 200
 
 
 @pytest.mark.parametrize("text", ["Pictures.Example.org", "pictures.example.org:8443", "https://pictures.example.org/"])

@@ -1,43 +1,104 @@
-"""A page on the loopback answers only to its own names, and takes nothing that another site's page sends it.
+"""A page on the loopback answers only to its own names, and no page answers to another site's page.
 
 Without this, any site could point a name of its own at 127.0.0.1 and use the page through a visitor's browser (DNS
-rebinding), or post files to it.
+rebinding), or read and send by the login that the browser has for it.
 """
 
+import re
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.responses import PlainTextResponse
 
-__all__ = ["LOOPBACK", "OwnHosts", "hostname"]
+__all__ = ["LOOPBACK", "OwnHosts", "hostname", "outermost"]
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+DEFAULT_PORTS = {"http": 80, "https": 443}
+HEADERS = (b"host", b"origin", b"x-forwarded-host", b"sec-fetch-site")
+FOREIGN_SITES = ("cross-site", "same-site")
+"""Values of Sec-Fetch-Site: "same-site" is another port or another name of the same domain."""
+Lifespan = Callable[[Any], AbstractAsyncContextManager]
+SAME_SITE_NONE = re.compile(rb"samesite=none", re.IGNORECASE)
 
 
 class OwnHosts:
-    """ASGI middleware: 421 for a request to a foreign name, 403 for what a foreign page posts."""
+    """ASGI middleware: 421 for a request to a foreign name, 403 for what another site's page asks or sends.
 
-    def __init__(self, app: Any, hosts: frozenset[str]) -> None:
-        self.app, self.hosts = app, hosts
+    `hosts` are the only names that the page answers to; None: to all. A page of one of the `allowed` names may
+    ask, whatever Host the proxy in front passes on. Cookies that a browser would send with another site's requests
+    become SameSite=Lax.
+    """
+
+    def __init__(self, app: Any, hosts: Collection[str] | None, allowed: Collection[str] = ()) -> None:
+        self.app, self.hosts, self.allowed = app, hosts, allowed
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        refusal = self._refusal(scope) if scope["type"] == "http" else None
-        await (refusal or self.app)(scope, receive, send)
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif refusal := self._refusal(scope):
+            await refusal(scope, receive, send)
+        else:
+            await self.app(scope, receive, _with_lax_cookies(send))
 
     def _refusal(self, scope: dict) -> PlainTextResponse | None:
-        headers = {name: value.decode("latin1") for name, value in scope["headers"] if name in (b"host", b"origin")}
-        if hostname("//" + headers.get(b"host", "")) not in self.hosts:
+        headers = {name: value.decode("latin1") for name, value in scope["headers"] if name in HEADERS}
+        host, origin = headers.get(b"host", ""), headers.get(b"origin")
+        if self.hosts is not None and hostname(f"//{host}") not in self.hosts:
             return PlainTextResponse("unknown host; start the app with --allowed_host for this name", 421)
-        origin = headers.get(b"origin")
-        if origin is not None and scope["method"] not in SAFE_METHODS and hostname(origin) not in self.hosts:
-            return PlainTextResponse("another site may not send anything here", 403)
+        if origin is not None and not self._is_own(origin, (host, headers.get(b"x-forwarded-host", host))):
+            return PlainTextResponse("another site may not ask here; a proxy needs --allowed_host", 403)
+        if scope["path"].rstrip("/") == "/logout" and headers.get(b"sec-fetch-site") in FOREIGN_SITES:
+            return PlainTextResponse("another site may not end a login", 403)
         return None
+
+    def _is_own(self, origin: str, hosts: tuple[str, ...]) -> bool:
+        """Host and X-Forwarded-Host tell the page's own name: a browser lets no other site's page write them."""
+        scheme = origin.partition("://")[0]
+        own = {_address(f"{scheme}://{host}") for host in hosts}
+        return hostname(origin) in self.allowed or _address(origin) in own - {None}
+
+
+def outermost(hosts: Collection[str] | None, allowed: Collection[str]) -> Lifespan:
+    """A lifespan that puts OwnHosts around everything else, gradio's own middleware included.
+
+    Gradio puts its own around whatever it is given, and by itself answers a foreign page's preflight.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[None]:
+        app.middleware_stack = OwnHosts(app.middleware_stack, hosts, allowed)
+        yield
+
+    return lifespan
+
+
+def _with_lax_cookies(send: Any) -> Any:
+    async def send_lax(message: dict) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [_lax(name, value) for name, value in message.get("headers", ())]
+        await send(message)
+
+    return send_lax
+
+
+def _lax(name: bytes, value: bytes) -> tuple[bytes, bytes]:
+    return name, SAME_SITE_NONE.sub(b"SameSite=Lax", value) if name.lower() == b"set-cookie" else value
 
 
 def hostname(url: str) -> str | None:
     """Lower case, without the port; None when there is none."""
     try:
         return urlsplit(url).hostname
+    except ValueError:
+        return None
+
+
+def _address(url: str) -> tuple[str, int | None] | None:
+    """Host name and port, the scheme's own where none is written; None for what is no address."""
+    try:
+        parts = urlsplit(url)
+        return (parts.hostname, parts.port or DEFAULT_PORTS.get(parts.scheme)) if parts.hostname else None
     except ValueError:
         return None

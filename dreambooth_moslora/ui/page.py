@@ -10,7 +10,7 @@ from starlette.middleware import Middleware
 from dreambooth_moslora.ui.bodies import ShortBodies
 from dreambooth_moslora.ui.context import AppContext
 from dreambooth_moslora.ui.generate_tab import build_generate_tab
-from dreambooth_moslora.ui.hosts import OwnHosts
+from dreambooth_moslora.ui.hosts import LOOPBACK, outermost
 from dreambooth_moslora.ui.inspect_tab import build_inspect_tab
 from dreambooth_moslora.ui.theme import CSS, HEAD, theme
 from dreambooth_moslora.ui.train_tab import build_train_tab
@@ -42,9 +42,12 @@ def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
     return page.queue(max_size=QUEUE_LENGTH)
 
 
-def launch_options(hosts: Collection[str] | None = None) -> dict[str, Any]:
-    """Options for `launch()` that every start of the page shares; `hosts` are the only names it answers to."""
-    guards = [Middleware(OwnHosts, hosts=frozenset(hosts))] if hosts else []
+def launch_options(allowed: Collection[str] = (), *, public: bool = False) -> dict[str, Any]:
+    """Options for `launch()` that every start of the page shares.
+
+    The page answers to the loopback's names and the `allowed` ones; a `public` one has no guard yet.
+    """
+    lifespan = {} if public else {"lifespan": outermost(LOOPBACK | set(allowed), allowed)}
     return {
         "theme": theme(),
         "css": CSS,
@@ -52,7 +55,7 @@ def launch_options(hosts: Collection[str] | None = None) -> dict[str, Any]:
         "footer_links": ["api"],
         "run_history": False,
         "max_file_size": MAX_UPLOAD,
-        "app_kwargs": {"middleware": [*guards, Middleware(ShortBodies), Middleware(VisitorCookie)]},
+        "app_kwargs": lifespan | {"middleware": [Middleware(ShortBodies), Middleware(VisitorCookie)]},
         "enable_monitoring": False,
         "share": False,
         "ssr_mode": False,

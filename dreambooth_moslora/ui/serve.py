@@ -61,7 +61,7 @@ def serve(args: argparse.Namespace) -> int:
     context = context_of(args, training=bool(logins) or not is_public)
     from dreambooth_moslora.ui.page import build_app, launch_options
 
-    options = launch_options(None if is_public else LOOPBACK | allowed) | {
+    options = launch_options(allowed, public=is_public) | {
         "server_name": args.server_name,
         "server_port": args.server_port,
         "share": args.share,
