@@ -2,6 +2,7 @@
 
 import httpx
 import pytest
+from gradio_client import Client
 
 from dreambooth_moslora.ui.page import launch_options
 from tests.ui_server import serve
@@ -22,6 +23,14 @@ def cookie_of(url: str, headers: dict) -> str:
 def proxied(tiny_base, tmp_path_factory):
     """Behind a proxy that calls the page by its public name, with a login."""
     options = launch_options({NAME}) | {"auth": [("ann", "secret")]}
+    with serve(tiny_base, tmp_path_factory.mktemp("app"), **options) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def public(tiny_base, tmp_path_factory):
+    """On an address of the network, with a login."""
+    options = launch_options(public=True) | {"server_name": "127.0.0.2", "auth": [("ann", "secret")]}
     with serve(tiny_base, tmp_path_factory.mktemp("app"), **options) as server:
         yield server
 
@@ -79,3 +88,29 @@ def test_another_program_of_this_machine_is_another_site(served):
         assert answer.status_code == 403, origin
     own = {"Origin": f"http://127.0.0.1:{port}"}
     assert httpx.post(f"{served.url}gradio_api/call/adapters", json={"data": []}, headers=own).status_code == 200
+
+
+def test_a_public_page_takes_nothing_that_another_site_sends(public):
+    own = {"Origin": public.url.rstrip("/")}
+    login = {"Cookie": cookie_of(public.url, own)}
+    assert "access-token" in login["Cookie"]
+    calls = {
+        "login": {"data": LOGIN},
+        "gradio_api/upload": {"files": {"files": ("a.png", b"x")}},
+        "gradio_api/call/adapters": {"json": {"data": []}},
+        "gradio_api/run/stop": {"json": {"data": []}},
+    }
+    for path, content in calls.items():
+        assert httpx.post(f"{public.url}{path}", headers=login | EVIL, **content).status_code == 403, path
+        assert httpx.post(f"{public.url}{path}", headers=login | own, **content).status_code == 200, path
+    for path in PATHS:
+        assert httpx.get(f"{public.url}{path}", headers=login | EVIL).status_code == 403, path
+
+
+def test_a_public_page_answers_to_any_name_that_is_also_the_origin(public):
+    for host, origin in (("example.org", "https://example.org"), ("example.org:80", "http://example.org")):
+        assert httpx.get(public.url, headers={"Host": host, "Origin": origin}).status_code == 200
+    assert httpx.get(public.url, headers={"Host": "example.org", "Origin": "https://example.org:1"}).status_code == 403
+    forwarded = {"X-Forwarded-Host": "example.org", "Origin": "https://example.org"}
+    assert httpx.get(public.url, headers=forwarded).status_code == 200
+    assert Client(public.url, auth=("ann", "secret"), verbose=False).predict(api_name="/adapters")

@@ -45,9 +45,10 @@ def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
 def launch_options(allowed: Collection[str] = (), *, public: bool = False) -> dict[str, Any]:
     """Options for `launch()` that every start of the page shares.
 
-    The page answers to the loopback's names and the `allowed` ones; a `public` one has no guard yet.
+    The page answers to the loopback's names and the `allowed` ones, a `public` one to every name; neither
+    answers to another site's page.
     """
-    lifespan = {} if public else {"lifespan": outermost(LOOPBACK | set(allowed), allowed)}
+    hosts = None if public else LOOPBACK | set(allowed)
     return {
         "theme": theme(),
         "css": CSS,
@@ -55,7 +56,10 @@ def launch_options(allowed: Collection[str] = (), *, public: bool = False) -> di
         "footer_links": ["api"],
         "run_history": False,
         "max_file_size": MAX_UPLOAD,
-        "app_kwargs": lifespan | {"middleware": [Middleware(ShortBodies), Middleware(VisitorCookie)]},
+        "app_kwargs": {
+            "middleware": [Middleware(ShortBodies), Middleware(VisitorCookie)],
+            "lifespan": outermost(hosts, allowed),
+        },
         "enable_monitoring": False,
         "share": False,
         "ssr_mode": False,
