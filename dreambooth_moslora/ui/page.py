@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from dreambooth_moslora.ui.bodies import ShortBodies
+from dreambooth_moslora.ui.bodies import MAX_UPLOAD_BYTES, ShortBodies
 from dreambooth_moslora.ui.context import AppContext
 from dreambooth_moslora.ui.generate_tab import build_generate_tab
 from dreambooth_moslora.ui.hosts import LOOPBACK, outermost
@@ -18,7 +18,6 @@ from dreambooth_moslora.ui.visitors import VisitorCookie
 
 __all__ = ["build_app", "launch_options"]
 
-MAX_UPLOAD = "512mb"
 QUEUE_LENGTH = 64
 CACHE_CHECK_SEC, CACHE_AGE_SEC = 3600, 24 * 3600
 
@@ -55,7 +54,7 @@ def launch_options(allowed: Collection[str] = (), *, public: bool = False) -> di
         "head": HEAD,
         "footer_links": ["api"],
         "run_history": False,
-        "max_file_size": MAX_UPLOAD,
+        "max_file_size": MAX_UPLOAD_BYTES,
         "app_kwargs": {
             "middleware": [Middleware(ShortBodies), Middleware(VisitorCookie)],
             "lifespan": outermost(hosts, allowed),

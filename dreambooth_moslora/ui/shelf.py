@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.rundir import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.ui.bodies import MAX_UPLOAD_BYTES
 from dreambooth_moslora.ui.form import NONE
 from dreambooth_moslora.ui.jobs import JOB_NAME, Job
 from dreambooth_moslora.ui.visitors import Visitor
@@ -15,7 +16,6 @@ from dreambooth_moslora.ui.visitors import Visitor
 __all__ = ["AdapterShelf"]
 
 PROJECT = Path(__file__).resolve().parents[2]
-MAX_UPLOAD_BYTES = 512 * 1024**2
 MAX_UPLOADS = 16
 UNSAFE = re.compile(r"[^\w .+-]+")
 
