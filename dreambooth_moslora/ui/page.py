@@ -12,13 +12,13 @@ from dreambooth_moslora.ui.context import AppContext
 from dreambooth_moslora.ui.generate_tab import build_generate_tab
 from dreambooth_moslora.ui.hosts import LOOPBACK, outermost
 from dreambooth_moslora.ui.inspect_tab import build_inspect_tab
+from dreambooth_moslora.ui.queue_limits import limit_waiting
 from dreambooth_moslora.ui.theme import CSS, HEAD, theme
 from dreambooth_moslora.ui.train_tab import build_train_tab
 from dreambooth_moslora.ui.visitors import VisitorCookie
 
 __all__ = ["build_app", "launch_options"]
 
-QUEUE_LENGTH = 64
 CACHE_CHECK_SEC, CACHE_AGE_SEC = 3600, 24 * 3600
 
 
@@ -38,7 +38,9 @@ def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
                     build_train_tab(ctx, ctx.jobs, page, tabs, generate)
             with gr.Tab("Inspect", id="inspect"):
                 build_inspect_tab(ctx, tabs, generate)
-    return page.queue(max_size=QUEUE_LENGTH)
+    page.queue(api_open=False)
+    limit_waiting(page)
+    return page
 
 
 def launch_options(allowed: Collection[str] = (), *, public: bool = False) -> dict[str, Any]:
