@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class AppContext:
-    """State of the server. `load` gives the pipeline and runs in a thread of its own from the start.
+    """State of the server. `load` gives the pipeline; it runs in a thread of its own from the start.
 
     `base` is shown to everybody; `base_name` is what the trainer is told (it may be a path of this machine).
     """
@@ -66,11 +66,11 @@ class AppContext:
         self.shelf = AdapterShelf(adapters_dir, runs_dir)
         self._stops: dict[Page, threading.Event] = {}
         self._waiting: OrderedDict[Page, threading.Event] = OrderedDict()
-        self._pipeline: Future[SubjectPipeline] = Future()
         is_small = resolution_px <= SMALL_BASE_PX
-        self.turns = GpuTurns(self._pipeline, lambda: self.jobs.current() is not None, is_small=is_small)
+        self.turns = GpuTurns(self.pipeline, self.loaded, lambda: self.jobs.current() is not None, is_small=is_small)
         self.jobs = Jobs(runs_dir, make_room=self.turns.training)
-        threading.Thread(target=_fulfil, args=(self._pipeline, load), name="load-base", daemon=True).start()
+        self._load, self._load_lock = load, threading.Lock()
+        self._pipeline = _loading(load)
 
     @property
     def guidance_scale(self) -> float:
@@ -79,11 +79,20 @@ class AppContext:
 
     @property
     def is_ready(self) -> bool:
-        return self._pipeline.done()
+        return self.loaded() is not None
+
+    def loaded(self) -> "SubjectPipeline | None":
+        """The pipeline if it is there already."""
+        loading = self._pipeline
+        return loading.result() if loading.done() and loading.exception() is None else None
 
     def pipeline(self) -> "SubjectPipeline":
-        """Waits until the base is there; raises UserError when it could not be loaded."""
-        return self._pipeline.result()
+        """Waits until the base is there; a failed load is tried again. Raises UserError when that fails."""
+        with self._load_lock:
+            if self._pipeline.done() and self._pipeline.exception() is not None:
+                self._pipeline = _loading(self._load)
+            loading = self._pipeline
+        return loading.result()
 
     def load_adapters(self, params: GenerationParams, visitor: Visitor) -> GenerationParams:
         """Apply tags, bring every adapter into the model. Raises UserError for an unknown or unfitting one."""
@@ -119,6 +128,13 @@ class AppContext:
 def _page_of(request: gr.Request) -> Page:
     """The visitor and the page: a session's name alone, which the asker chooses, opens nothing."""
     return visitor_id(request), str(request.session_hash)
+
+
+def _loading(load: Callable[[], "SubjectPipeline"]) -> "Future[SubjectPipeline]":
+    """What `load` will have returned, in a thread of its own."""
+    future: Future[SubjectPipeline] = Future()
+    threading.Thread(target=_fulfil, args=(future, load), name="load-base", daemon=True).start()
+    return future
 
 
 def _fulfil(future: Future, load: Callable[[], "SubjectPipeline"]) -> None:

@@ -13,6 +13,7 @@ from dreambooth_moslora.generation import GenerationParams
 from dreambooth_moslora.ui.cards import notice, progress_card, thumbnail
 from dreambooth_moslora.ui.context import AppContext, sentence
 from dreambooth_moslora.ui.form import GenerateForm
+from dreambooth_moslora.ui.libraries import import_libraries
 from dreambooth_moslora.ui.visitors import Picture, Visitor
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def make_pictures(ctx: AppContext, form: GenerateForm, request: gr.Request) -> I
 
 def draw_grid(ctx: AppContext, form: GenerateForm, axes: tuple[str, ...], request: gr.Request) -> Iterator[Frame]:
     """A picture for each cell, and the captioned sheet of all as the last frame."""
+    import_libraries()
     from dreambooth_moslora.grids import parse_axis
 
     yield from _run(ctx, form.params(), request, tuple(parse_axis(axis) for axis in axes))

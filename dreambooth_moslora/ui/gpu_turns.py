@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -17,22 +16,27 @@ BUSY = "the GPU is training a run; pictures can be drawn again when the run has 
 
 
 class GpuTurns:
-    """The pipeline is off the GPU while `is_training()`. A small base is never moved: both fit."""
+    """The pipeline is off the GPU while `is_training()`. A small base is never moved: both fit.
+
+    `pipeline()` waits for the base, `loaded()` does not.
+    """
 
     def __init__(
         self,
-        pipeline: "Future[SubjectPipeline]",
+        pipeline: Callable[[], "SubjectPipeline"],
+        loaded: Callable[[], "SubjectPipeline | None"],
         is_training: Callable[[], bool],
         *,
         is_small: bool,
     ) -> None:
-        self._pipeline, self._is_training, self._is_small = pipeline, is_training, is_small
+        self._pipeline, self._loaded = pipeline, loaded
+        self._is_training, self._is_small = is_training, is_small
         self._lock = threading.Lock()  # no RLock: a generator may be closed by another thread
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """Around all pictures of a request. Raises UserError while a run trains on the GPU that they need."""
-        if self._is_small or not self._pipeline.result().has_gpu:
+        if self._is_small or not self._pipeline().has_gpu:
             yield
             return
         with self._lock:
@@ -47,7 +51,7 @@ class GpuTurns:
         A pipeline that is still loading needs no move, as it is loaded beside the GPU.
         """
         with self._lock:
-            is_loaded = self._pipeline.done() and self._pipeline.exception() is None
-            if is_loaded and not self._is_small:
-                self._pipeline.result().rest()
+            pipeline = self._loaded()
+            if pipeline is not None and not self._is_small:
+                pipeline.rest()
             yield

@@ -10,6 +10,7 @@ from dreambooth_moslora.generation import SCHEDULERS, Recipe, read_recipe
 from dreambooth_moslora.ui.cards import facts_table, notice
 from dreambooth_moslora.ui.context import TELLING, AppContext, sentence, shown
 from dreambooth_moslora.ui.generate_tab import GenerateTab, to_widgets
+from dreambooth_moslora.ui.libraries import import_libraries
 from dreambooth_moslora.ui.shelf import check_upload
 
 __all__ = ["build_inspect_tab"]
@@ -73,9 +74,10 @@ def recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
 
 def adapter_facts(file: str) -> list[tuple[str, str]]:
     """The lines of `info` on any LoRA file."""
+    check_upload(Path(file))
+    import_libraries()
     from dreambooth_moslora.describe import describe
 
-    check_upload(Path(file))
     return [(label_of(name), words_of(value)) for name, value in describe(file).items()]
 
 

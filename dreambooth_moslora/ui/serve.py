@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.threads import wait_briefly
+from dreambooth_moslora.ui.libraries import import_libraries
 
 __all__ = ["add_arguments", "context_of", "main"]
 
@@ -102,6 +103,7 @@ def context_of(args: argparse.Namespace, *, training: bool):
     runs_dir.mkdir(parents=True, exist_ok=True)
 
     def load():
+        import_libraries()
         from dreambooth_moslora.pipeline import SubjectPipeline
 
         return SubjectPipeline.from_base(args.base, resting=True)
