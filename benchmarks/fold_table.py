@@ -19,8 +19,9 @@ from diffusers.models import UNet2DConditionModel
 from diffusers.utils import logging
 from torch import Tensor
 
+from dreambooth_moslora.adapter_file import adapter_facts
 from dreambooth_moslora.config import MIXERS
-from dreambooth_moslora.export import KOHYA_SUFFIX, PUBLISHED_NAME, adapter_facts, load_published, publish
+from dreambooth_moslora.export import KOHYA_SUFFIX, load_published, publish
 from dreambooth_moslora.kohya import kohya_name
 from dreambooth_moslora.moslora import (
     ATTENTION_PROJECTIONS,
@@ -29,6 +30,7 @@ from dreambooth_moslora.moslora import (
     adapter_parameters,
     inject,
 )
+from dreambooth_moslora.rundir import PUBLISHED_NAME
 
 BOUND = 1e-5
 VARIANTS = {

@@ -25,7 +25,7 @@ from dreambooth_moslora.mixer import MixedUp
 from dreambooth_moslora.moslora import MoSLoraConfig, adapter_layers, inject
 from dreambooth_moslora.rundir import atomic_write
 
-__all__ = ["COMPONENTS", "AdapterFacts", "adapter_facts", "load_raw", "read_tensors", "save_raw"]
+__all__ = ["COMPONENTS", "adapter_facts", "load_raw", "read_tensors", "save_raw"]
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 RAW_FORMAT = 1

@@ -12,7 +12,8 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapter_file import COMPONENTS, AdapterFacts, component_tensors, read_raw
+from dreambooth_moslora.adapter_facts import AdapterFacts
+from dreambooth_moslora.adapter_file import COMPONENTS, component_tensors, read_raw
 from dreambooth_moslora.adapter_parts import Projection, projections
 from dreambooth_moslora.adapter_scales import Part, Scales, scales
 from dreambooth_moslora.base import architecture

@@ -44,7 +44,6 @@ __all__ = [
     "load_pipeline",
     "noise_schedule",
     "pictures_of",
-    "resolve_base",
     "time_ids",
 ]
 

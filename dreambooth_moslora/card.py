@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.adapter_file import AdapterFacts
+from dreambooth_moslora.adapter_facts import AdapterFacts
 from dreambooth_moslora.best_step import BestStep
 from dreambooth_moslora.card_marks import SIGNATURE
 from dreambooth_moslora.config import TrainConfig

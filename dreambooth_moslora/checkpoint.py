@@ -15,9 +15,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from dreambooth_moslora.adapter_facts import AdapterFacts
+from dreambooth_moslora.adapter_file import load_raw, save_raw
 from dreambooth_moslora.errors import UserError, one_line
-from dreambooth_moslora.export import RAW_NAME, AdapterFacts, load_raw, save_raw
-from dreambooth_moslora.rundir import RunDir, atomic_directory, atomic_write, is_checkpoint
+from dreambooth_moslora.rundir import RAW_NAME, RunDir, atomic_directory, atomic_write, is_checkpoint
 
 __all__ = [
     "Position",

@@ -25,7 +25,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from dreambooth_moslora.base import resolve_base
+from dreambooth_moslora.base_files import resolve_base
 from dreambooth_moslora.cache import content_key, file_digest
 from dreambooth_moslora.compare_stats import JUDGED, Result, best_rates, is_tuned
 from dreambooth_moslora.config import TrainConfig

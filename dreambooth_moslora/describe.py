@@ -10,7 +10,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from dreambooth_moslora.adapter_file import AdapterFacts, check_finite, component_tensors, read_raw, read_tensors
+from dreambooth_moslora.adapter_facts import AdapterFacts
+from dreambooth_moslora.adapter_file import check_finite, component_tensors, read_raw, read_tensors
 from dreambooth_moslora.diagnostics import Diagnosis, diagnose, diagnose_mixer, summary
 from dreambooth_moslora.errors import UserError
 

@@ -26,7 +26,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from dreambooth_moslora.base import resolve_base
+from dreambooth_moslora.base_files import resolve_base
 from dreambooth_moslora.errors import UserError, one_line
 
 __all__ = ["CLIP", "DINO", "Clip", "Encoders", "load_encoders", "public_name"]

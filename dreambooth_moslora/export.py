@@ -14,41 +14,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dreambooth_moslora.adapter_facts import AdapterFacts
 from dreambooth_moslora.adapter_file import (
-    AdapterFacts,
-    adapter_facts,
     check_components,
     check_finite,
     check_storable,
-    load_raw,
     read_tensors,
-    save_raw,
     write_file,
 )
-from dreambooth_moslora.describe import describe
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.kohya import kohya_header, kohya_tensors
 from dreambooth_moslora.moslora import FoldedLayer, adapter_layers, fold
 from dreambooth_moslora.proof import BOUNDS, FileProof, Proof, check_reduction, prove_file, published_name
 from dreambooth_moslora.rank_reduction import Reduction, reduce_layers
-from dreambooth_moslora.rundir import PUBLISHED_NAME, RAW_NAME, check_name, scratch_directory
+from dreambooth_moslora.rundir import PUBLISHED_NAME, check_name, scratch_directory
 
-__all__ = [
-    "DTYPES",
-    "KOHYA_SUFFIX",
-    "PUBLISHED_NAME",
-    "RAW_NAME",
-    "AdapterFacts",
-    "FileProof",
-    "Proof",
-    "adapter_facts",
-    "describe",
-    "load_published",
-    "load_raw",
-    "publish",
-    "published_tensors",
-    "save_raw",
-]
+__all__ = ["DTYPES", "KOHYA_SUFFIX", "load_published", "publish", "published_tensors"]
 
 KOHYA_SUFFIX = ".kohya.safetensors"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -9,9 +9,10 @@ import PIL.Image
 from PIL import ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from dreambooth_moslora.denoising import Preview, Step
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import GenerationParams, Provenance
-from dreambooth_moslora.pipeline import Image, Preview, Step, SubjectPipeline
+from dreambooth_moslora.pipeline import Image, SubjectPipeline
 
 __all__ = ["AXES", "Axis", "Sheet", "draw_sheet", "generate_grid", "parse_axis"]
 

@@ -13,7 +13,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from dreambooth_moslora.adapter_file import AdapterFacts
+from dreambooth_moslora.adapter_facts import AdapterFacts
 from dreambooth_moslora.moslora import FoldedLayer
 
 __all__ = ["kohya_header", "kohya_name", "kohya_tensors"]

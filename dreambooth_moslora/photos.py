@@ -13,7 +13,6 @@ from pathlib import Path
 from PIL import Image, ImageChops
 
 from dreambooth_moslora.config import TrainConfig
-from dreambooth_moslora.crops import CropPlan, apply_crop, plan_crop
 from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.photo_files import (
     IMAGE_SUFFIXES,
@@ -27,18 +26,15 @@ from dreambooth_moslora.photo_files import (
 from dreambooth_moslora.photo_sidecars import MASK_SUFFIX, METADATA, Captions, sidecar_of, sidecars_of
 
 __all__ = [
-    "CropPlan",
     "Photo",
     "PhotoReport",
     "Skipped",
-    "apply_crop",
     "find_photos",
     "grey_mask",
     "instance_photos",
     "open_mask",
     "open_rgb",
     "photo_report",
-    "plan_crop",
     "quoted",
     "smallest_side_px",
 ]

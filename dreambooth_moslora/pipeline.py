@@ -30,7 +30,7 @@ from dreambooth_moslora.generation import GenerationParams, Provenance
 from dreambooth_moslora.previews import LatentColours
 from dreambooth_moslora.streaming import iterate
 
-__all__ = ["Event", "Image", "Preview", "Step", "SubjectPipeline"]
+__all__ = ["Event", "Image", "SubjectPipeline"]
 
 SCHEDULER_CLASSES: dict[str, tuple[type, dict[str, Any]]] = {
     "euler": (EulerDiscreteScheduler, {}),

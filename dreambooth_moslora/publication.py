@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from PIL import Image
 
-from dreambooth_moslora.adapter_file import AdapterFacts, adapter_facts
+from dreambooth_moslora.adapter_facts import AdapterFacts
+from dreambooth_moslora.adapter_file import adapter_facts
 from dreambooth_moslora.album import Album
 from dreambooth_moslora.base import architecture
 from dreambooth_moslora.best_step import BestStep

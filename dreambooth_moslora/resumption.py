@@ -7,13 +7,12 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from dreambooth_moslora.adapter_file import AdapterFacts
+from dreambooth_moslora.adapter_facts import AdapterFacts
 from dreambooth_moslora.checkpoint import Position, damaged, find_checkpoint, read_position
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.export import RAW_NAME
 from dreambooth_moslora.optimization import optimizer_kind
-from dreambooth_moslora.rundir import RunDir
+from dreambooth_moslora.rundir import RAW_NAME, RunDir
 from dreambooth_moslora.targets import is_target, last_name
 
 __all__ = ["check_resumed", "resume_point", "trained_modules"]

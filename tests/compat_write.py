@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.fold_table import VARIANTS, adapt, output, small_unet
-from dreambooth_moslora.export import adapter_facts, publish
+from dreambooth_moslora.adapter_file import adapter_facts
+from dreambooth_moslora.export import publish
 
 CASES = [("orthogonal", variant) for variant in VARIANTS] + [("kaiming", "alpha ≠ r"), ("none", "rank pattern")]
 

@@ -50,7 +50,9 @@ def encoders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def dog(tmp_path_factory):
     """One live adapter on all three components, its raw file and both published files."""
-    from dreambooth_moslora.export import RAW_NAME, publish, save_raw
+    from dreambooth_moslora.adapter_file import save_raw
+    from dreambooth_moslora.export import publish
+    from dreambooth_moslora.rundir import RAW_NAME
     from tests.live_adapters import facts_of, live
 
     folder, components = tmp_path_factory.mktemp("dog"), live(with_text=True)

@@ -3,9 +3,7 @@
 import torch
 
 from dreambooth_moslora import export
-from dreambooth_moslora.export import (
-    adapter_facts,
-)
+from dreambooth_moslora.adapter_file import adapter_facts
 from dreambooth_moslora.moslora import (
     ATTENTION_PROJECTIONS,
     MoSLoraConfig,

@@ -8,9 +8,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from dreambooth_moslora import adapter_file
+from dreambooth_moslora.adapter_file import save_raw
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.export import RAW_NAME, save_raw
 from dreambooth_moslora.hollow import hollow, structure_of
+from dreambooth_moslora.rundir import RAW_NAME
 from tests.live_adapters import facts_of, live, text_encoders
 
 

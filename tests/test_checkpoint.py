@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
+from dreambooth_moslora.adapter_file import adapter_facts
 from dreambooth_moslora.checkpoint import Position, save_checkpoint
-from dreambooth_moslora.export import adapter_facts
 from dreambooth_moslora.moslora import MoSLoraConfig, adapter_parameters, inject
 from dreambooth_moslora.rundir import RunDir
 from tests.tiny import tiny_unet

@@ -10,15 +10,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.fold_table import BOUND, loaded_by_diffusers
-from dreambooth_moslora.adapter_file import AdapterFacts, load_raw, read_raw, read_tensors, save_raw
+from dreambooth_moslora.adapter_facts import AdapterFacts
+from dreambooth_moslora.adapter_file import load_raw, read_raw, read_tensors, save_raw
 from dreambooth_moslora.adapters import fold_raw
 from dreambooth_moslora.describe import describe
 from dreambooth_moslora.diagnostics import diagnostics
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.estimate import size_of_base
-from dreambooth_moslora.export import PUBLISHED_NAME, RAW_NAME, publish
+from dreambooth_moslora.export import publish
 from dreambooth_moslora.kohya import kohya_name
 from dreambooth_moslora.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, fold, inject
+from dreambooth_moslora.rundir import PUBLISHED_NAME, RAW_NAME
 from tests.live_adapters import facts_of
 from tests.test_moslora import MIXERS, shake
 from tests.tiny import tiny_unet

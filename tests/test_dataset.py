@@ -9,9 +9,9 @@ from PIL import Image, ImageDraw
 from dreambooth_moslora import base
 from dreambooth_moslora.cache import TensorCache, fingerprint
 from dreambooth_moslora.config import TrainConfig
-from dreambooth_moslora.crops import CropRule, resized_size
+from dreambooth_moslora.crops import CropPlan, CropRule, resized_size
 from dreambooth_moslora.dataset import PhotoEncoder, PhotoStream, TextBook, collate
-from dreambooth_moslora.photos import CropPlan, find_photos
+from dreambooth_moslora.photos import find_photos
 from dreambooth_moslora.preparation import text_book
 from tests.tiny_training import paint_photos
 

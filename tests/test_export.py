@@ -12,14 +12,9 @@ from benchmarks.fold_table import BOUND, loaded_by_diffusers, measure
 from benchmarks.sdxl_structure import count
 from dreambooth_moslora import export, kohya, moslora, proof
 from dreambooth_moslora.adapter_facts import public_base_id
+from dreambooth_moslora.adapter_file import save_raw
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.export import (
-    PUBLISHED_NAME,
-    RAW_NAME,
-    load_published,
-    publish,
-    save_raw,
-)
+from dreambooth_moslora.export import load_published, publish
 from dreambooth_moslora.moslora import (
     FoldedLayer,
     MoSLoraConfig,
@@ -29,6 +24,7 @@ from dreambooth_moslora.moslora import (
     set_scale,
 )
 from dreambooth_moslora.rank_reduction import reduce_rank
+from dreambooth_moslora.rundir import PUBLISHED_NAME, RAW_NAME
 from tests.live_adapters import facts_of, live
 from tests.tiny import tiny_unet
 

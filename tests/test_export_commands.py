@@ -7,12 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dreambooth_moslora.adapter_file import adapter_facts, save_raw
 from dreambooth_moslora.cli import main
 from dreambooth_moslora.commands import export as export_command
 from dreambooth_moslora.commands import info as info_command
 from dreambooth_moslora.describe import describe
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.export import PUBLISHED_NAME, RAW_NAME, adapter_facts, publish, save_raw
+from dreambooth_moslora.export import publish
+from dreambooth_moslora.rundir import PUBLISHED_NAME, RAW_NAME
 from tests.live_adapters import live
 
 

@@ -8,10 +8,11 @@ import PIL.Image
 import pytest
 
 from dreambooth_moslora.commands import generate
+from dreambooth_moslora.denoising import Step
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import GenerationParams, read_recipe
 from dreambooth_moslora.grids import Axis, Sheet, cells_of, draw_sheet, generate_grid, parse_axis
-from dreambooth_moslora.pipeline import Image, Step, SubjectPipeline
+from dreambooth_moslora.pipeline import Image, SubjectPipeline
 from tests.tiny_adapters import save_diffusers_lora
 
 PARAMS = GenerationParams("a photo of a sks dog", seed=3, steps=2, guidance_scale=4.0, adapters=(("dog", 1.0),))

@@ -9,9 +9,11 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.export import PUBLISHED_NAME, adapter_facts, publish
+from dreambooth_moslora.adapter_file import adapter_facts
+from dreambooth_moslora.export import publish
 from dreambooth_moslora.moslora import ATTENTION_PROJECTIONS, MoSLoraConfig, inject
 from dreambooth_moslora.pipeline import SubjectPipeline
+from dreambooth_moslora.rundir import PUBLISHED_NAME
 from tests.test_moslora import shake
 from tests.test_moslora_models import PROJECTIONS
 from tests.test_pipeline import differs, picture

@@ -12,12 +12,15 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from dreambooth_moslora.adapter_file import adapter_facts, save_raw
+from dreambooth_moslora.denoising import Preview, Step
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.export import RAW_NAME, adapter_facts, publish, save_raw
+from dreambooth_moslora.export import publish
 from dreambooth_moslora.generation import SCHEDULERS, GenerationParams, read_recipe
 from dreambooth_moslora.moslora import MoSLoraConfig, adapter_parameters, inject
-from dreambooth_moslora.pipeline import Image, Preview, Step, SubjectPipeline
+from dreambooth_moslora.pipeline import Image, SubjectPipeline
 from dreambooth_moslora.previews import LatentColours, PreviewTracker, smooth_latents
+from dreambooth_moslora.rundir import RAW_NAME
 from tests.tiny_adapters import TARGETS, save_diffusers_lora, save_kohya_lora
 
 PARAMS = GenerationParams("a photo of a sks dog", seed=3, steps=3, guidance_scale=4.0)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from dreambooth_moslora.denoising import Preview
 from dreambooth_moslora.generation import GenerationParams
-from dreambooth_moslora.pipeline import Image, Preview, SubjectPipeline
+from dreambooth_moslora.pipeline import Image, SubjectPipeline
 from tests.tiny import tiny_sdxl
 
 PARAMS = GenerationParams("a photo of a sks dog", seed=3, steps=2, guidance_scale=4.0)

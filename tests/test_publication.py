@@ -7,7 +7,7 @@ from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
 from dreambooth_moslora import hub
-from dreambooth_moslora.adapter_file import AdapterFacts
+from dreambooth_moslora.adapter_facts import AdapterFacts
 from dreambooth_moslora.card import CardFacts, model_card
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.contact_sheet import Row, draw_contact_sheet

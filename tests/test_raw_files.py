@@ -10,16 +10,12 @@ from safetensors.torch import load_file, save, save_file
 
 from benchmarks.fold_table import loaded_by_diffusers, small_unet
 from dreambooth_moslora import adapter_file
+from dreambooth_moslora.adapter_file import load_raw, save_raw
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.export import (
-    PUBLISHED_NAME,
-    RAW_NAME,
-    load_raw,
-    save_raw,
-)
 from dreambooth_moslora.moslora import (
     adapter_layers,
 )
+from dreambooth_moslora.rundir import PUBLISHED_NAME, RAW_NAME
 from tests.live_adapters import facts_of, live, text_encoders
 from tests.tiny import tiny_unet
 

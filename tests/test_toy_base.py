@@ -16,8 +16,9 @@ from PIL import Image as Picture
 from transformers import Dinov2Model
 
 from dreambooth_moslora import MoSLoraConfig, inject
+from dreambooth_moslora.adapter_file import adapter_facts
 from dreambooth_moslora.base import encode_text
-from dreambooth_moslora.export import adapter_facts, publish
+from dreambooth_moslora.export import publish
 from dreambooth_moslora.generation import GenerationParams
 from dreambooth_moslora.pipeline import Image, SubjectPipeline
 from dreambooth_moslora.sampling import Sampler, SampleRequest

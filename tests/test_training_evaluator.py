@@ -40,7 +40,7 @@ def test_a_missing_encoder_is_told_before_anything_is_trained(tiny_base, tmp_pat
     def nowhere(*_):
         raise UserError("the encoder cannot be loaded")
 
-    monkeypatch.setattr("dreambooth_moslora.training_evaluator.load_encoders", nowhere)
+    monkeypatch.setattr("dreambooth_moslora.encoders.load_encoders", nowhere)
     config = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "dog", evaluate_steps=1)
     with pytest.raises(UserError, match="cannot be loaded"):
         TrainingEvaluator(config)

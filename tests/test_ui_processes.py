@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.ui.jobs import Job, Jobs, Metrics
+from dreambooth_moslora.ui.job_metrics import Metrics
+from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.train_actions import (
     fidelity_table,
     free_run_dir,

@@ -108,7 +108,7 @@ def memory_gib() -> float:
 def examine_vae(found: Findings, base: str, photos: str | None, size_px: int) -> None:
     import torch
 
-    from dreambooth_moslora.base import resolve_base
+    from dreambooth_moslora.base_files import resolve_base
     from dreambooth_moslora.errors import UserError
     from dreambooth_moslora.vae_probe import load_vae_alone, probe_vae
 

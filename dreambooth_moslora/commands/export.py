@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dreambooth_moslora.adapter_file import read_raw
-    from dreambooth_moslora.export import DTYPES, load_raw, publish
+    from dreambooth_moslora.adapter_file import load_raw, read_raw
+    from dreambooth_moslora.export import DTYPES, publish
     from dreambooth_moslora.hollow import hollow
 
     source, out = find_raw(Path(args.source).expanduser()), Path(args.out).expanduser()
@@ -60,8 +60,7 @@ def rank_sum(model: object) -> int:
 def find_raw(path: Path) -> Path:
     """The raw file itself, of a checkpoint folder, or of a run folder's last complete checkpoint."""
     from dreambooth_moslora.errors import UserError
-    from dreambooth_moslora.export import RAW_NAME
-    from dreambooth_moslora.rundir import RunDir
+    from dreambooth_moslora.rundir import RAW_NAME, RunDir
 
     if path.is_dir() and (path / RAW_NAME).is_file():
         return path / RAW_NAME

@@ -75,8 +75,9 @@ def _recipe_values(args: argparse.Namespace) -> dict:
 
 def _save_all(events: Iterator, folder: Path, *, only_sheet: bool) -> int:
     """Write each picture (or only the grid's sheet) under a free name and say where it went."""
+    from dreambooth_moslora.denoising import Step
     from dreambooth_moslora.grids import Sheet
-    from dreambooth_moslora.pipeline import Image, Step
+    from dreambooth_moslora.pipeline import Image
 
     folder.mkdir(parents=True, exist_ok=True)
     clear = "\r\033[K" if sys.stderr.isatty() else ""

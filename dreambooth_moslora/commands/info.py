@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
 
     from dreambooth_moslora.describe import describe, lines, printable
     from dreambooth_moslora.errors import UserError
-    from dreambooth_moslora.export import PUBLISHED_NAME
+    from dreambooth_moslora.rundir import PUBLISHED_NAME
 
     failed = False
     for number, name in enumerate(args.files):

@@ -17,7 +17,8 @@ from dreambooth_moslora.ui.libraries import import_libraries
 from dreambooth_moslora.ui.visitors import Picture, Visitor
 
 if TYPE_CHECKING:
-    from dreambooth_moslora.pipeline import Image, Step
+    from dreambooth_moslora.denoising import Step
+    from dreambooth_moslora.pipeline import Image
 
 __all__ = ["Frame", "check_size", "compare", "draw_grid", "make_pictures"]
 
@@ -105,8 +106,9 @@ def check_size(params: GenerationParams, resolution_px: int) -> None:
 
 
 def _frames(events: Iterator, visitor: Visitor, params: GenerationParams, word: str) -> Iterator[Frame]:
+    from dreambooth_moslora.denoising import Preview, Step
     from dreambooth_moslora.grids import Sheet
-    from dreambooth_moslora.pipeline import Image, Preview, Step
+    from dreambooth_moslora.pipeline import Image
 
     started = shown_at = time.perf_counter()
     step, pictures, total, sheet = None, [], params.num_images, None

@@ -23,7 +23,7 @@ import psutil
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.job_metrics import Metrics
 
-__all__ = ["Job", "JobState", "Jobs", "Metrics", "run_name_of"]
+__all__ = ["Job", "JobState", "Jobs", "run_name_of"]
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train_dreambooth.py"
 JOB_NAME, LOG_NAME, CONFIG_NAME, METRICS_NAME = "job.json", "job.log", "job_config.json", "metrics.jsonl"

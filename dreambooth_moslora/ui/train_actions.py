@@ -16,7 +16,8 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.cards import notice, progress_card
 from dreambooth_moslora.ui.context import AppContext, sentence
 from dreambooth_moslora.ui.generate_actions import format_seconds
-from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, Metrics, run_name_of
+from dreambooth_moslora.ui.job_metrics import Metrics
+from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, run_name_of
 from dreambooth_moslora.ui.photo_uploads import ONE_AT_A_TIME, take_photos
 from dreambooth_moslora.ui.train_form import TrainForm, prompts_of
 from dreambooth_moslora.ui.visitors import Visitor
@@ -71,7 +72,8 @@ def crop_of(photo: Any, resolution_px: int) -> PIL.Image.Image:
     import random
 
     from dreambooth_moslora.crop_picture import masked
-    from dreambooth_moslora.photos import apply_crop, open_mask, open_rgb, plan_crop
+    from dreambooth_moslora.crops import apply_crop, plan_crop
+    from dreambooth_moslora.photos import open_mask, open_rgb
 
     plan = plan_crop(photo.size_px, resolution_px, random.Random(0), center_crop=True, random_flip=False)
     return apply_crop(masked(open_rgb(photo), open_mask(photo)), plan)
