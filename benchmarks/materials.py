@@ -8,8 +8,9 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from benchmarks.random_sdxl import pooled_width, random_unet, text_width
-from dreambooth_moslora.base import TextCond, noise_schedule
+from dreambooth_moslora.base import TextCond
 from dreambooth_moslora.dataset import EncodedView, TrainBatch, collate
+from dreambooth_moslora.training.noise_schedule import noise_schedule
 
 __all__ = ["RandomMaterials", "random_materials"]
 

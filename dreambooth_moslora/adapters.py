@@ -17,7 +17,7 @@ from dreambooth_moslora.adapter_file import COMPONENTS, component_tensors, read_
 from dreambooth_moslora.adapter_parts import Projection, projections
 from dreambooth_moslora.adapter_scales import Part, Scales, scales
 from dreambooth_moslora.base import architecture
-from dreambooth_moslora.cache import file_digest
+from dreambooth_moslora.core.digests import file_digest
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.proof import published_name
 from dreambooth_moslora.rundir import PUBLISHED_NAME, RAW_NAME

@@ -14,8 +14,6 @@ from typing import Protocol
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDPMScheduler,
-    SchedulerMixin,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -26,9 +24,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dreambooth_moslora.base_files import check_diffusers_folder, configs_beside, resolve_base
+from dreambooth_moslora.core.toy import preferred_guidance
 from dreambooth_moslora.errors import UserError, one_line
-from dreambooth_moslora.generation import preferred_guidance
-from dreambooth_moslora.objective import NoiseSchedule
 from dreambooth_moslora.quantization import quantize
 
 __all__ = [
@@ -42,7 +39,6 @@ __all__ = [
     "encode_image",
     "encode_text",
     "load_pipeline",
-    "noise_schedule",
     "pictures_of",
     "time_ids",
 ]
@@ -267,24 +263,6 @@ def decoded(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     if statistics:
         latents = latents * statistics[1] + statistics[0]
     return vae.decode(latents.to(vae.device, vae.dtype)).sample.float()
-
-
-def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> NoiseSchedule:
-    """The noise levels that a base was trained with, from its scheduler's configuration. EDM bases force EDM style.
-
-    Raises UserError for a base that predicts neither noise nor velocity.
-    """
-    kind = scheduler.config.get("prediction_type", "epsilon")
-    if kind not in ("epsilon", "v_prediction"):
-        raise UserError(f"the base predicts `{kind}`: only epsilon and v_prediction bases can be trained.")
-    if "EDM" in type(scheduler).__name__:
-        fresh = type(scheduler).from_config(scheduler.config)
-        sigmas = fresh.sigmas[: len(fresh.timesteps)]
-        return NoiseSchedule(sigmas, fresh.timesteps, kind, "edm", scheduler.config.sigma_data)
-    alphas = DDPMScheduler.from_config(scheduler.config).alphas_cumprod
-    if edm_style:
-        alphas = alphas.clamp(min=2**-24)  # a zero-terminal-SNR base: as diffusers does, EDM needs a finite sigma
-    return NoiseSchedule.from_alphas(alphas, kind, "edm" if edm_style else "ddpm")
 
 
 def time_ids(plan: PlannedCrop) -> Tensor:

@@ -5,8 +5,6 @@ photo, crop or base is encoded anew and an unchanged one never again. Values are
 """
 
 import hashlib
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 
 from dreambooth_moslora.rundir import atomic_write
 
-__all__ = ["Tensors", "TensorCache", "content_key", "default_cache_dir", "file_digest", "fingerprint"]
+__all__ = ["TensorCache", "Tensors", "fingerprint"]
 
 Tensors = dict[str, Tensor]
 
@@ -55,21 +53,6 @@ class TensorCache:
             return
         self._path(key).parent.mkdir(parents=True, exist_ok=True)
         atomic_write(self._path(key), save({name: tensor.contiguous() for name, tensor in value.items()}))
-
-
-def default_cache_dir() -> Path:
-    """Where disk caches of all runs live: `$XDG_CACHE_HOME/dreambooth_moslora`, or `~/.cache/…`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dreambooth_moslora"
-
-
-def content_key(**facts: object) -> str:
-    """A hex key of JSON-able facts, the same in every process."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(module: nn.Module) -> str:

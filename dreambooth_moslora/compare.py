@@ -26,9 +26,10 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from dreambooth_moslora.base_files import resolve_base
-from dreambooth_moslora.cache import content_key, file_digest
 from dreambooth_moslora.compare_stats import JUDGED, Result, best_rates, is_tuned
 from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.core.digests import content_key, file_digest
+from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.encoders import TOY_DINO, Encoders, load_encoders, own_encoders
 from dreambooth_moslora.evaluate import Evaluation, Evaluator, evaluate_adapter, truth_of
 from dreambooth_moslora.evaluation_plan import plan_for
@@ -36,7 +37,7 @@ from dreambooth_moslora.hollow import hollow
 from dreambooth_moslora.memory import reset_peak_memory
 from dreambooth_moslora.photos import instance_photos, open_mask, open_rgb
 from dreambooth_moslora.pipeline import SubjectPipeline
-from dreambooth_moslora.prompts import is_toy, subject_of
+from dreambooth_moslora.prompts import subject_of
 from dreambooth_moslora.rundir import RunDir, atomic_write
 from dreambooth_moslora.study import Cell, Study
 from dreambooth_moslora.trainer import train

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dreambooth_moslora import base
 from dreambooth_moslora.base import TextCond
-from dreambooth_moslora.cache import TensorCache, Tensors, content_key, file_digest, fingerprint
+from dreambooth_moslora.cache import TensorCache, Tensors, fingerprint
+from dreambooth_moslora.core.digests import content_key, file_digest
 from dreambooth_moslora.crops import CropPlan, CropRule, apply_crop
 from dreambooth_moslora.photos import Photo, open_mask, open_rgb
 from dreambooth_moslora.seeding import place_of, rng

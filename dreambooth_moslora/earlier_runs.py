@@ -6,14 +6,17 @@ set_later_aside   for a run that goes on from a step: the earlier one's checkpoi
 The earlier run may be another program's: what has a name that the present run will write under is kept as well.
 """
 
+import json
 import logging
 from itertools import count
 from pathlib import Path
 
 from dreambooth_moslora.card_marks import pictures_named
-from dreambooth_moslora.rundir import RunDir, checkpoint_step
+from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.reporting import Reporter
+from dreambooth_moslora.rundir import RunDir, atomic_write, checkpoint_step
 
-__all__ = ["holds_a_run", "set_aside", "set_later_aside"]
+__all__ = ["announce", "begin", "holds_a_run", "set_aside", "set_later_aside"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,3 +60,25 @@ def move(paths: list[Path], run_dir: RunDir, what: str) -> None:
     for path in paths:
         path.rename(home / path.name)
     logger.warning("%s %s: moved to %s.", run_dir.path, what, home.name)
+
+
+def announce(config: TrainConfig, run_dir: RunDir, report: Reporter, step: int, max_train_steps: int) -> None:
+    """The first event. A folder without an earlier run is taken at once, so that the run can be watched."""
+    report.step = step
+    report("start", max_train_steps=max_train_steps, config=config.to_dict())
+    if step == 0 and not holds_a_run(run_dir):
+        begin(config, run_dir, report, step)
+
+
+def begin(config: TrainConfig, run_dir: RunDir, report: Reporter, step: int, checkpoint: Path | None = None) -> None:
+    """Take the run folder: only now, when all is prepared, does an earlier run in it make room.
+
+    The configuration is written as it was resolved. A run that is resumed from a `checkpoint` in the folder goes on in
+    its metrics; to one from elsewhere, what is in the folder is another run.
+    """
+    if report.has_begun or not report.accelerator.is_main_process:
+        return
+    goes_on = checkpoint is not None and checkpoint.resolve().parent == run_dir.path.resolve()
+    set_later_aside(run_dir, step) if goes_on else set_aside(run_dir)
+    atomic_write(run_dir.config_path, json.dumps(config.to_dict(), indent=2, default=str))
+    report.begin_at(step)

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from dreambooth_moslora import metrics
 from dreambooth_moslora.base import encode_text
+from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.encoders import Encoders
 from dreambooth_moslora.evaluation_plan import EvaluationPlan
 from dreambooth_moslora.intervals import Interval, bootstrap_mean
 from dreambooth_moslora.moslora import disabled
 from dreambooth_moslora.pipeline import SubjectPipeline
-from dreambooth_moslora.prompts import is_toy
 from dreambooth_moslora.sampling import Sampler, SampleRequest
 
 __all__ = ["Draw", "Evaluation", "Evaluator", "Truth", "evaluate_adapter", "sampler_draw"]

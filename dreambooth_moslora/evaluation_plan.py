@@ -9,14 +9,9 @@ unrelated  other things                   by both           drift
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+from dreambooth_moslora.core.toy import TOY_TEMPLATES, is_toy
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.prompts import (
-    DREAMBOOTH_LIVE_TEMPLATES,
-    DREAMBOOTH_OBJECT_TEMPLATES,
-    TOY_TEMPLATES,
-    Subject,
-    is_toy,
-)
+from dreambooth_moslora.prompts import DREAMBOOTH_LIVE_TEMPLATES, DREAMBOOTH_OBJECT_TEMPLATES, Subject
 from dreambooth_moslora.sampling import SampleRequest
 
 __all__ = ["TEMPLATE_SETS", "EvaluationPlan", "plan_for"]

@@ -15,7 +15,6 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.prompts import is_toy
 
 __all__ = [
     "SCHEDULERS",
@@ -24,7 +23,6 @@ __all__ = [
     "Recipe",
     "check_characters",
     "draw_seed",
-    "preferred_guidance",
     "read_recipe",
     "split_lora_tags",
 ]
@@ -35,7 +33,6 @@ MAX_SEED = 2**32 - 1
 SIZE_STEP_PX = 8
 SCHEDULERS = {"euler": "Euler", "dpmpp_2m_karras": "DPM++ 2M Karras", "unipc": "UniPC"}
 """Our name of each scheduler -> the name under which other programs know it. All three are deterministic."""
-
 LIMITS: dict[str, tuple[float, float]] = {
     "seed": (0, MAX_SEED),
     "steps": (1, 200),
@@ -59,12 +56,6 @@ class Provenance:
     base: str = ""
     adapter_sha256: tuple[tuple[str, str], ...] = ()
     versions: tuple[tuple[str, str], ...] = ()
-
-
-def preferred_guidance(base: str) -> float:
-    """Classifier-free guidance that a base is drawn at: SDXL's usual 5. The embedded base's colours burn out there, and
-    adapted pictures drift further from its own (`evaluate --guidance_scale 5`)."""
-    return 2.5 if is_toy(base) else 5.0
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def dataset_folder(config: TrainConfig) -> Path:
 
 
 def cache_root(config: TrainConfig) -> Path:
-    from dreambooth_moslora.cache import default_cache_dir
+    from dreambooth_moslora.core.digests import default_cache_dir
 
     return Path(config.cache_dir) if config.cache_dir else default_cache_dir()
 

@@ -15,10 +15,11 @@ from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
 from dreambooth_moslora.adapter_facts import public_base_id
-from dreambooth_moslora.base import default_resolution, encode_text, load_pipeline, noise_schedule
+from dreambooth_moslora.base import default_resolution, encode_text, load_pipeline
 from dreambooth_moslora.base_files import SMALL_BASE_PX
-from dreambooth_moslora.cache import TensorCache, default_cache_dir, fingerprint
+from dreambooth_moslora.cache import TensorCache, fingerprint
 from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.core.digests import default_cache_dir
 from dreambooth_moslora.crops import crop_rule
 from dreambooth_moslora.dataset import PhotoEncoder, PhotoStream, TextBook, TrainBatch, collate
 from dreambooth_moslora.errors import StopRequestedError, UserError, spelled_out
@@ -30,7 +31,10 @@ from dreambooth_moslora.quantization import quantize
 from dreambooth_moslora.reporting import Reporter
 from dreambooth_moslora.rundir import RunDir
 from dreambooth_moslora.sampling import generate_images
+from dreambooth_moslora.startup import DTYPES
+from dreambooth_moslora.steps import uses_class_images
 from dreambooth_moslora.targets import check_layers
+from dreambooth_moslora.training.noise_schedule import noise_schedule
 
 __all__ = ["Materials", "prepare", "usable_photos"]
 
@@ -40,8 +44,6 @@ FP32_ON_A_GPU = (
     "The base trains in fp32, which takes twice the memory and several times the time: give --mixed_precision bf16 "
     "(fp16 on a GPU older than Ampere)."
 )
-
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass
@@ -157,10 +159,6 @@ def layers_of(unet: nn.Module) -> dict[str, int]:
     """Path of each layer whose weight is no vector -> its dimensions, as `preflight` reads them from files."""
     weights = ((path, getattr(module, "weight", None)) for path, module in unet.named_modules())
     return {path: weight.ndim for path, weight in weights if weight is not None and weight.ndim > 1}
-
-
-def uses_class_images(config: TrainConfig) -> bool:
-    return config.with_prior_preservation and config.prior == "class_images"
 
 
 def stop_if_asked(should_stop: Callable[[], bool]) -> None:

@@ -8,15 +8,14 @@ import re
 from dataclasses import dataclass
 
 from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.core.toy import TOY_CONTEXT_TEMPLATES, is_toy
 
 __all__ = [
     "DREAMBOOTH_LIVE_TEMPLATES",
     "DREAMBOOTH_OBJECT_TEMPLATES",
-    "TOY_TEMPLATES",
     "Subject",
     "class_word_of",
     "context_prompts",
-    "is_toy",
     "subject_of",
     "trigger_words",
     "validation_prompts",
@@ -59,30 +58,8 @@ OUTFITS = (
     "in a purple wizard outfit",
 )
 LOOKS = ("red", "purple", "shiny", "wet", "cube shaped")
-TOY_PLACES = (
-    "on grass",
-    "in the snow",
-    "on the beach",
-    "on a wooden floor",
-    "on a purple rug",
-    "in the desert",
-    "on a checkered floor",
-    "in a pink room",
-    "on water",
-    "in a forest",
-    "on a city street",
-    "on the moon",
-    "in a kitchen",
-    "on a stage with red curtains",
-    "on autumn leaves",
-    "on lava",
-)
-
 DREAMBOOTH_OBJECT_TEMPLATES = (*(f"a {{}} {p}" for p in PLACES + OBJECT_PLACES), *(f"a {look} {{}}" for look in LOOKS))
 DREAMBOOTH_LIVE_TEMPLATES = (*(f"a {{}} {p}" for p in PLACES + OUTFITS), *(f"a {look} {{}}" for look in LOOKS))
-TOY_TEMPLATES = tuple(f"a photo of a {{}} {place}" for place in TOY_PLACES)
-"""One for each place that the embedded base knows."""
-
 OPENING = re.compile(r"^(?:(?:an?|the|this)\s+)?(?:photo|picture|photograph|image|painting|drawing)s?\s+of\s+", re.I)
 ARTICLE = re.compile(r"^(?:an?|the|one|my)\s+", re.I)
 CONTEXT = re.compile(r"\s(?:in|on|at|with|near|under|beside|by|over|wearing|floating|from)\s.*$|[,.;].*$", re.I)
@@ -91,9 +68,6 @@ CONTEXT_TEMPLATES = (
     "a {} in the snow",
     "a {} with a city in the background",
     "a {} in the jungle",
-)
-TOY_CONTEXT_TEMPLATES = tuple(
-    f"a photo of a {{}} {p}" for p in ("on the beach", "in the snow", "on lava", "on the moon")
 )
 
 
@@ -140,11 +114,6 @@ def trigger_words(config: TrainConfig) -> tuple[str, ...]:
 def validation_prompts(config: TrainConfig) -> tuple[str, ...]:
     """What is drawn during training at fixed seeds."""
     return (config.validation_prompt or config.instance_prompt,)
-
-
-def is_toy(base: str) -> bool:
-    """Whether the base is the embedded toy world."""
-    return str(base).rstrip("/").split("/")[-1] in ("toy", "toy-sdxl")
 
 
 def context_prompts(config: TrainConfig) -> tuple[str, ...]:

@@ -1,11 +1,9 @@
 """How a run begins: processes and precision, the seed, the arithmetic of steps, and the run folder's first files."""
 
-import json
 import logging
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from random import SystemRandom
 
 import torch
@@ -22,15 +20,13 @@ from transformers.utils import logging as transformers_logging
 
 from dreambooth_moslora.bf16 import check_bf16
 from dreambooth_moslora.config import TrainConfig
-from dreambooth_moslora.earlier_runs import holds_a_run, set_aside, set_later_aside
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.memory import keep_freed_memory
-from dreambooth_moslora.preparation import DTYPES, uses_class_images
 from dreambooth_moslora.processes import PATIENCE
-from dreambooth_moslora.reporting import Reporter
-from dreambooth_moslora.rundir import RunDir, atomic_write, clean_stale
+from dreambooth_moslora.rundir import RunDir, clean_stale
+from dreambooth_moslora.steps import uses_class_images
 
-__all__ = ["announce", "begin", "chosen_seed", "make_accelerator", "steps_per_epoch"]
+__all__ = ["chosen_seed", "make_accelerator", "steps_per_epoch"]
 
 logger = logging.getLogger(__name__)
 
@@ -102,23 +98,4 @@ def steps_per_epoch(config: TrainConfig, photo_count: int, num_processes: int) -
     return math.ceil(batches / config.gradient_accumulation_steps)
 
 
-def announce(config: TrainConfig, run_dir: RunDir, report: Reporter, step: int, max_train_steps: int) -> None:
-    """The first event. A folder without an earlier run is taken at once, so that the run can be watched."""
-    report.step = step
-    report("start", max_train_steps=max_train_steps, config=config.to_dict())
-    if step == 0 and not holds_a_run(run_dir):
-        begin(config, run_dir, report, step)
-
-
-def begin(config: TrainConfig, run_dir: RunDir, report: Reporter, step: int, checkpoint: Path | None = None) -> None:
-    """Take the run folder: only now, when all is prepared, does an earlier run in it make room.
-
-    The configuration is written as it was resolved. A run that is resumed from a `checkpoint` in the folder goes on in
-    its metrics; to one from elsewhere, what is in the folder is another run.
-    """
-    if report.has_begun or not report.accelerator.is_main_process:
-        return
-    goes_on = checkpoint is not None and checkpoint.resolve().parent == run_dir.path.resolve()
-    set_later_aside(run_dir, step) if goes_on else set_aside(run_dir)
-    atomic_write(run_dir.config_path, json.dumps(config.to_dict(), indent=2, default=str))
-    report.begin_at(step)
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

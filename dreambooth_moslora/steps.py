@@ -48,3 +48,7 @@ def plan_steps(config: TrainConfig, photo_count: int, process_count: int = 1) ->
     total = config.max_train_steps or config.num_train_epochs * steps_an_epoch
     photos_a_step = config.train_batch_size * config.gradient_accumulation_steps * process_count
     return StepPlan(photo_count, config.repeats, photos_a_step, steps_an_epoch, total)
+
+
+def uses_class_images(config: TrainConfig) -> bool:
+    return config.with_prior_preservation and config.prior == "class_images"

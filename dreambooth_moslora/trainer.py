@@ -19,6 +19,7 @@ from dreambooth_moslora.album import Album
 from dreambooth_moslora.best_step import BestStep
 from dreambooth_moslora.checkpoint import Position, save_checkpoint
 from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.earlier_runs import announce, begin
 from dreambooth_moslora.errors import StopRequestedError, UserError, one_line
 from dreambooth_moslora.folder_checks import check_folders
 from dreambooth_moslora.learner import Learner, StepLosses
@@ -32,7 +33,7 @@ from dreambooth_moslora.reporting import Reporter, Stopwatch, memory_gib
 from dreambooth_moslora.resumption import resume_point
 from dreambooth_moslora.rundir import RunDir
 from dreambooth_moslora.sampling import Sampler
-from dreambooth_moslora.startup import announce, begin, chosen_seed, make_accelerator, steps_per_epoch
+from dreambooth_moslora.startup import chosen_seed, make_accelerator, steps_per_epoch
 
 __all__ = ["TrainResult", "train"]
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from dreambooth_moslora.best_step import best_of
 from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.encoders import Encoders, load_encoders
 from dreambooth_moslora.evaluate import Evaluator, sampler_draw, truth_of
 from dreambooth_moslora.evaluation_plan import EvaluationPlan, plan_for
 from dreambooth_moslora.photos import instance_photos, open_mask, open_rgb
-from dreambooth_moslora.prompts import is_toy, subject_of
+from dreambooth_moslora.prompts import subject_of
 from dreambooth_moslora.rundir import RunDir
 from dreambooth_moslora.sampling import Sampler
 

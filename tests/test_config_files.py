@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.command_line import parse_train_config
+from dreambooth_moslora.core.toy import TOY_TEMPLATES
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluation_plan import UNRELATED_TOYS
-from dreambooth_moslora.prompts import TOY_TEMPLATES
 from tests.test_config import NEEDED
 
 CONFIGS = Path(__file__).parents[1] / "assets" / "configs"

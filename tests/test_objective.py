@@ -6,8 +6,8 @@ from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
 from dreambooth_moslora import objective
-from dreambooth_moslora.base import noise_schedule
 from dreambooth_moslora.objective import NoiseSchedule
+from dreambooth_moslora.training.noise_schedule import noise_schedule
 
 SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 INDEX = torch.tensor([3, 400, 999])

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from dreambooth_moslora.config import TrainConfig
+from dreambooth_moslora.core.toy import TOY_TEMPLATES
 from dreambooth_moslora.prompts import (
     DREAMBOOTH_LIVE_TEMPLATES,
     DREAMBOOTH_OBJECT_TEMPLATES,
-    TOY_TEMPLATES,
     context_prompts,
     subject_of,
     trigger_words,

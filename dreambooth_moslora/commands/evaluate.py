@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from dreambooth_moslora.config import TrainConfig
 from dreambooth_moslora.config_files import read_facts, reason_of
+from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.folder_checks import require_folder, require_writable
-from dreambooth_moslora.prompts import Subject, is_toy, subject_of
+from dreambooth_moslora.prompts import Subject, subject_of
 from dreambooth_moslora.rundir import RunDir
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from dreambooth_moslora.base_files import SMALL_BASE_PX
+from dreambooth_moslora.core.toy import preferred_guidance
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation import GenerationParams, preferred_guidance
+from dreambooth_moslora.generation import GenerationParams
 from dreambooth_moslora.ui.gpu_turns import GpuTurns
 from dreambooth_moslora.ui.jobs import Jobs
 from dreambooth_moslora.ui.shelf import AdapterShelf

@@ -1,0 +1,1 @@
+"""Photos become an adapter: inputs, objective, step, loop, checkpoints, and what a run leaves."""
