@@ -2,7 +2,7 @@
 
 import sys
 
-from dreambooth_moslora.cli import train_main
+from dreambooth_moslora.cli.main import train_main
 
 if __name__ == "__main__":
     sys.exit(train_main())

@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from dreambooth_moslora.moslora import MoSLoraConfig, inject
+from dreambooth_moslora.adapters.moslora import MoSLoraConfig, inject
 
 SIZES = [(1280, 1024), (640, 4096)]  # (width, tokens) of SDXL's attention projections at 1024 px
 RANKS = [4, 16, 64]

@@ -20,7 +20,7 @@ class Arm:
 
 def floor(size: str, resolution_px: int, rank: int) -> Step:
     """The frozen UNet's forward and the gradient to its input, with the same malloc: nothing can take less."""
-    from dreambooth_moslora.memory import keep_freed_memory
+    from dreambooth_moslora.core.process import keep_freed_memory
 
     keep_freed_memory()
     import torch
@@ -47,9 +47,9 @@ def ours(size: str, resolution_px: int, rank: int, *, checkpointing: bool = Fals
     from accelerate import Accelerator
 
     from benchmarks.materials import random_materials
-    from dreambooth_moslora.config import TrainConfig
-    from dreambooth_moslora.learner import Learner
-    from dreambooth_moslora.memory import keep_freed_memory
+    from dreambooth_moslora.core.config import TrainConfig
+    from dreambooth_moslora.core.process import keep_freed_memory
+    from dreambooth_moslora.training.train_step import Learner
 
     keep_freed_memory()
     config = TrainConfig(

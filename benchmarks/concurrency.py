@@ -66,7 +66,7 @@ def start_app(base: str, scratch: Path, *options: str) -> tuple[subprocess.Popen
 
 def ask(url: str, number: int, steps: int, client: Client | None = None) -> tuple[float, str]:
     """One picture of visitor `number`: (seconds until it was there, its file). Raises when it is not the asked one."""
-    from dreambooth_moslora.generation import read_recipe
+    from dreambooth_moslora.generation.params import read_recipe
 
     client = client or Client(url, verbose=False, download_files=tempfile.mkdtemp())
     started = time.perf_counter()
@@ -98,8 +98,8 @@ def crowd(url: str, args: argparse.Namespace) -> dict[str, float | int]:
 
 
 def check_pixels(base: str, files: list[str]) -> None:
-    from dreambooth_moslora.generation import GenerationParams
-    from dreambooth_moslora.pipeline import Image, SubjectPipeline
+    from dreambooth_moslora.generation.params import GenerationParams
+    from dreambooth_moslora.generation.pipeline import Image, SubjectPipeline
 
     pipeline = SubjectPipeline.from_base(base)
     for file in files:

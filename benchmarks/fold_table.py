@@ -19,18 +19,18 @@ from diffusers.models import UNet2DConditionModel
 from diffusers.utils import logging
 from torch import Tensor
 
-from dreambooth_moslora.adapter_file import adapter_facts
-from dreambooth_moslora.config import MIXERS
-from dreambooth_moslora.export import KOHYA_SUFFIX, load_published, publish
-from dreambooth_moslora.kohya import kohya_name
-from dreambooth_moslora.moslora import (
+from dreambooth_moslora.adapters.export import KOHYA_SUFFIX, load_published, publish
+from dreambooth_moslora.adapters.kohya import kohya_name
+from dreambooth_moslora.adapters.moslora import (
     ATTENTION_PROJECTIONS,
     MoSLoraConfig,
     adapter_layers,
     adapter_parameters,
     inject,
 )
-from dreambooth_moslora.rundir import PUBLISHED_NAME
+from dreambooth_moslora.adapters.raw_file import adapter_facts
+from dreambooth_moslora.core.config import MIXERS
+from dreambooth_moslora.core.run_folder import PUBLISHED_NAME
 
 BOUND = 1e-5
 VARIANTS = {

@@ -64,8 +64,8 @@ def import_sec(module: str) -> float:
 def make_adapters(base: str, scratch: Path) -> list[Path]:
     """Two random adapters of rank 16 on all attention projections, as files of another process."""
     code = (
-        "import sys; from pathlib import Path; from tests.tiny_adapters import save_diffusers_lora\n"
-        "from dreambooth_moslora.base import load_pipeline\n"
+        "import sys; from pathlib import Path; from tests.helpers.tiny_adapters import save_diffusers_lora\n"
+        "from dreambooth_moslora.base.load import load_pipeline\n"
         "unet = load_pipeline(sys.argv[1]).unet\n"
         "[save_diffusers_lora(unet, Path(sys.argv[2]) / n, seed=i, rank=16, size=0.02) for i, n in enumerate('ab')]"
     )
@@ -84,8 +84,8 @@ def first_picture_sec(base: str, adapter: Path, scratch: Path) -> float:
 
 
 def measure_switches(base: str, adapters: list[Path]) -> dict[str, tuple[float, str]]:
-    from dreambooth_moslora.generation import GenerationParams
-    from dreambooth_moslora.pipeline import Image, SubjectPipeline
+    from dreambooth_moslora.generation.params import GenerationParams
+    from dreambooth_moslora.generation.pipeline import Image, SubjectPipeline
 
     pipeline = SubjectPipeline.from_base(base)
     loads = [timed(lambda path=path: pipeline.load_adapter(path)) for path in adapters]

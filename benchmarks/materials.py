@@ -8,8 +8,8 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from benchmarks.random_sdxl import pooled_width, random_unet, text_width
-from dreambooth_moslora.base import TextCond
-from dreambooth_moslora.dataset import EncodedView, TrainBatch, collate
+from dreambooth_moslora.base.load import TextCond
+from dreambooth_moslora.training.dataset import EncodedView, TrainBatch, collate
 from dreambooth_moslora.training.noise_schedule import noise_schedule
 
 __all__ = ["RandomMaterials", "random_materials"]
@@ -17,7 +17,7 @@ __all__ = ["RandomMaterials", "random_materials"]
 
 @dataclass
 class RandomMaterials:
-    """In the place of `preparation.Materials`: the same attributes, with the caches already full."""
+    """In the place of `prepare.Materials`: the same attributes, with the caches already full."""
 
     pipeline: SimpleNamespace
     schedule: object

@@ -8,15 +8,15 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME = {
-    "UserError": "errors",
-    "TrainConfig": "config",
-    "GenerationParams": "generation",
-    "MoSLoraConfig": "moslora",
-    "inject": "moslora",
-    "fold": "moslora",
-    "SubjectPipeline": "pipeline",
-    "train": "trainer",
-    "evaluate_adapter": "evaluate",
+    "UserError": "core.errors",
+    "TrainConfig": "core.config",
+    "GenerationParams": "generation.params",
+    "MoSLoraConfig": "adapters.moslora",
+    "inject": "adapters.moslora",
+    "fold": "adapters.moslora",
+    "SubjectPipeline": "generation.pipeline",
+    "train": "training.loop",
+    "evaluate_adapter": "evaluation.evaluate",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -2,7 +2,7 @@
 
 import sys
 
-from dreambooth_moslora.cli import main
+from dreambooth_moslora.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,8 +14,8 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
-    """A diffusers folder with a random SDXL pipeline of 64 px (see `tests/tiny.py`)."""
-    from tests.tiny import save_tiny_sdxl
+    """A diffusers folder with a random SDXL pipeline of 64 px (see `tests/helpers/tiny.py`)."""
+    from tests.helpers.tiny import save_tiny_sdxl
 
     return save_tiny_sdxl(tmp_path_factory.mktemp("tiny"))
 
@@ -23,7 +23,7 @@ def tiny_base(tmp_path_factory) -> Path:
 @pytest.fixture
 def subject(tiny_base):
     """The tiny base as a SubjectPipeline without adapters."""
-    from dreambooth_moslora.pipeline import SubjectPipeline
+    from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
     return SubjectPipeline.from_base(tiny_base)
 
@@ -33,7 +33,7 @@ def state(tiny_base):
     """A good LoRA for the tiny base in PEFT's naming."""
     from diffusers import UNet2DConditionModel
 
-    from tests.tiny_adapters import random_lora
+    from tests.helpers.tiny_adapters import random_lora
 
     unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
     return {f"unet.{key}": value for key, value in random_lora(unet, seed=1).items()}
@@ -41,8 +41,8 @@ def state(tiny_base):
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
-    """Random encoders of fidelity (see `tests/tiny_encoders.py`)."""
-    from tests.tiny_encoders import tiny_encoders
+    """Random encoders of fidelity (see `tests/helpers/tiny_encoders.py`)."""
+    from tests.helpers.tiny_encoders import tiny_encoders
 
     return tiny_encoders(tmp_path_factory.mktemp("encoders"))
 
@@ -50,10 +50,10 @@ def encoders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def dog(tmp_path_factory):
     """One live adapter on all three components, its raw file and both published files."""
-    from dreambooth_moslora.adapter_file import save_raw
-    from dreambooth_moslora.export import publish
-    from dreambooth_moslora.rundir import RAW_NAME
-    from tests.live_adapters import facts_of, live
+    from dreambooth_moslora.adapters.export import publish
+    from dreambooth_moslora.adapters.raw_file import save_raw
+    from dreambooth_moslora.core.run_folder import RAW_NAME
+    from tests.helpers.live_adapters import facts_of, live
 
     folder, components = tmp_path_factory.mktemp("dog"), live(with_text=True)
     facts = facts_of(components)
@@ -64,7 +64,7 @@ def dog(tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(tiny_base, tmp_path_factory):
     """The page on a port of the loopback, with an adapter named dog."""
-    from tests.ui_server import serve
+    from tests.helpers.ui_server import serve
 
     with serve(tiny_base, tmp_path_factory.mktemp("app")) as server:
         yield server

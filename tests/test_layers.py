@@ -1,4 +1,4 @@
-"""The layers of the package are checked here, not promised: a module imports from lower layers only."""
+"""The layers of the house are checked here, not promised: a package imports only from those before it."""
 
 import ast
 import subprocess
@@ -8,144 +8,83 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "dreambooth_moslora"
-LAYERS: list[set[str]] = [
-    {
-        "errors",
-        "config",
-        "config_fields",
-        "config_files",
-        "versions",
-        "command_line",
-        "foreign_flags",
-        "steps",
-        "generation",
-        "streaming",
-        "memory",
-        "threads",
-        "terminal",
-        "targets",
-        "rundir",
-        "event_lines",
-        "png_files",
-        "card_marks",
-        "prompts",
-        "contact_sheet",
-        "loss_plot",
-        "intervals",
-        "html_page",
-        "best_step",
-    },
-    {
-        "mixer",
-        "moslora",
-        "fast_lora",
-        "objective",
-        "photos",
-        "crops",
-        "photo_files",
-        "photo_sidecars",
-        "photo_dataset",
-        "photo_checks",
-        "base_files",
-        "study",
-        "weight_headers",
-        "crop_picture",
-        "seeding",
-        "cache",
-        "quantization",
-        "bf16",
-        "diagnostics",
-        "hollow",
-        "rank_reduction",
-    },
-    {
-        "base",
-        "vae_probe",
-        "adapters",
-        "previews",
-        "prior",
-        "adapter_facts",
-        "adapter_file",
-        "adapter_parts",
-        "adapter_scales",
-        "adapter_install",
-        "describe",
-        "export",
-        "kohya",
-        "proof",
-        "metrics",
-        "encoders",
-    },
-    {"dataset", "sampling", "optimization", "denoising", "pipeline", "grids"},
-    {
-        "checkpoint",
-        "card",
-        "hub",
-        "album",
-        "startup",
-        "processes",
-        "resumption",
-        "earlier_runs",
-        "folder_checks",
-        "reporting",
-        "preparation",
-        "learner",
-        "publication",
-        "trainer",
-        "evaluate",
-        "evaluation_plan",
-        "toy_truth",
-        "training_evaluator",
-        "fidelity_report",
-        "compare",
-        "compare_stats",
-        "compare_report",
-        "compare_plots",
-    },
-    {"cli", "preflight", "progress", "dry_run", "estimate", "stopping", "commands", "ui.jobs", "ui.job_metrics"},
-    {"ui"},
-]
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-MODULES = sorted(p for p in ROOT.rglob("*.py") if p.name not in {"__init__.py", "__main__.py"})
-
-
-def layer_name(module: str) -> str:
-    """`ui.generate_tab` -> `ui`, `trainer` -> `trainer`; a package's own submodules share its layer unless listed."""
-    return module if module in RANK else module.split(".")[0]
+ORDER = ["core", "photos", "base", "adapters", "generation", "training", "evaluation", "ui", "cli"]
+APART = {("photos", "base"), ("base", "photos"), ("ui", "evaluation")}
+"""(package, package that it never imports) beside the order: siblings."""
+LIGHT = {"core"}
+"""Packages that import none of HEAVY."""
+HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate"}
+NO_DIFFUSERS = {"adapters.mixer", "adapters.moslora", "adapters.fused_linear", "training.objective"}
+MODULES = sorted(p for p in ROOT.rglob("*.py") if p.name != "__main__.py" and p.parent != ROOT)
 
 
 def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
+def package_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
 def imports_of(path: Path) -> set[str]:
-    """Package modules that a file imports anywhere, functions included."""
+    """Modules of the package that a file imports anywhere, functions included."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dreambooth_moslora"):
-            inner = node.module.removeprefix("dreambooth_moslora").lstrip(".")
-            found |= {inner} if inner else {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dreambooth_moslora."):
+            inner = node.module.removeprefix("dreambooth_moslora.")
+            modules = {f"{inner}.{alias.name}" for alias in node.names}
+            found |= {name for name in modules if is_module(name)} or {inner}
         elif isinstance(node, ast.Import):
-            found |= {a.name.removeprefix("dreambooth_moslora.") for a in node.names if "dreambooth_moslora." in a.name}
-    return found - {"__version__"}
+            names = {alias.name for alias in node.names if alias.name.startswith("dreambooth_moslora.")}
+            found |= {name.removeprefix("dreambooth_moslora.") for name in names}
+    return found
 
 
-@pytest.mark.parametrize("path", MODULES, ids=module_name)
-def test_every_module_has_a_layer(path):
-    assert layer_name(module_name(path)) in RANK
+def is_module(name: str) -> bool:
+    return (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()
 
 
-def test_imports_go_downward_or_stay_in_the_layer_without_a_cycle():
-    graph = {module_name(p): imports_of(p) for p in MODULES}
-    for name, targets in graph.items():
-        for target in targets:
-            assert RANK[layer_name(target)] <= RANK[layer_name(name)], f"{name} imports {target}, a higher layer"
-    for start in graph:
-        seen, front = set(), set(graph[start])
-        while front:
-            seen |= front
-            front = {t for m in front for t in graph.get(m, ())} - seen
-        assert start not in seen, f"{start} imports itself in a circle"
+GRAPH = {module_name(path): imports_of(path) for path in MODULES}
+
+
+def reached_from(start: str) -> set[str]:
+    """Modules that are imported by importing `start`, however far down."""
+    seen, front = set(), set(GRAPH[start])
+    while front:
+        seen |= front
+        front = {target for module in front for target in GRAPH.get(module, ())} - seen
+    return seen
+
+
+def test_the_packages_are_those_of_the_order():
+    folders = {path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file()}
+    assert folders == set(ORDER)
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_a_package_says_its_purpose_in_one_line_and_imports_nothing(package):
+    tree = ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))
+    assert len(tree.body) == 1 and "\n" not in ast.get_docstring(tree)
+
+
+@pytest.mark.parametrize("module", sorted(GRAPH))
+def test_imports_go_downward(module):
+    package = package_of(module)
+    allowed = set(ORDER[: ORDER.index(package) + 1]) - {other for one, other in APART if one == package}
+    for target in GRAPH[module]:
+        assert package_of(target) in allowed, f"{module} imports {target}"
+
+
+@pytest.mark.parametrize("module", sorted(GRAPH))
+def test_no_module_imports_itself_in_a_circle(module):
+    assert module not in reached_from(module)
+
+
+def test_the_page_never_reaches_the_training_loop():
+    """It starts the training command as a process, so that a crash there leaves the page alone."""
+    for module in GRAPH:
+        if package_of(module) == "ui":
+            assert "training.loop" not in reached_from(module), module
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
@@ -157,12 +96,17 @@ def test_heavy_libraries_stay_where_they_belong(path):
         if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.module)
         for alias in node.names
     }
-    if not name.startswith("ui"):
+    if package_of(name) != "ui":
         assert "gradio" not in roots
-    if name in {"mixer", "moslora", "fast_lora", "objective"}:
+    if name in NO_DIFFUSERS:
         assert "diffusers" not in roots
-    if RANK[layer_name(name)] == 0:
-        assert not roots & {"torch", "diffusers", "transformers", "peft", "accelerate"}
+
+
+@pytest.mark.parametrize("package", sorted(LIGHT))
+def test_light_packages_import_no_heavy_library(package):
+    modules = [f"dreambooth_moslora.{name}" for name in GRAPH if package_of(name) == package]
+    code = f"import sys, {', '.join(modules)}; print(*{HEAVY} & sys.modules.keys())"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == ""
 
 
 def test_importing_the_package_imports_no_torch():

@@ -8,10 +8,10 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from dreambooth_moslora import metrics
-from dreambooth_moslora.command_line import parse_train_config
-from dreambooth_moslora.encoders import load_encoders
-from dreambooth_moslora.trainer import train
+from dreambooth_moslora.cli.parser import parse_train_config
+from dreambooth_moslora.evaluation import metrics
+from dreambooth_moslora.evaluation.encoders import load_encoders
+from dreambooth_moslora.training.loop import train
 
 ASSETS = Path(__file__).parents[1] / "assets"
 STEPS = 80

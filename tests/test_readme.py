@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.cli import COMMANDS, command
-from dreambooth_moslora.command_line import Parser, build_train_parser, parse_train_config, underscored
-from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.cli.main import COMMANDS, command
+from dreambooth_moslora.cli.parser import Parser, build_train_parser, parse_train_config, underscored
+from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.ui import serve
 
 ROOT = Path(__file__).resolve().parents[1]

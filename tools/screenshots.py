@@ -14,7 +14,7 @@ from PIL import Image
 from playwright.sync_api import Page
 
 from benchmarks.concurrency import start_app
-from tests.browser import chromium, set_number, visit
+from tests.helpers.browser import chromium, set_number, visit
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}

@@ -5,8 +5,8 @@ from diffusers import (
     SchedulerMixin,
 )
 
-from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.objective import NoiseSchedule
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.training.objective import NoiseSchedule
 
 __all__ = ["noise_schedule"]
 

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation import GenerationParams
-from dreambooth_moslora.ui.cards import notice, progress_card, thumbnail
-from dreambooth_moslora.ui.context import AppContext, sentence
-from dreambooth_moslora.ui.form import GenerateForm
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.generation.params import GenerationParams
+from dreambooth_moslora.ui.app_state import AppContext, sentence
+from dreambooth_moslora.ui.generate_form import GenerateForm
+from dreambooth_moslora.ui.html_snippets import notice, progress_card, thumbnail
 from dreambooth_moslora.ui.libraries import import_libraries
-from dreambooth_moslora.ui.visitors import Picture, Visitor
+from dreambooth_moslora.ui.users import Picture, Visitor
 
 if TYPE_CHECKING:
-    from dreambooth_moslora.denoising import Step
-    from dreambooth_moslora.pipeline import Image
+    from dreambooth_moslora.generation.pipeline import Image
+    from dreambooth_moslora.generation.progress import Step
 
 __all__ = ["Frame", "check_size", "compare", "draw_grid", "make_pictures"]
 
@@ -46,7 +46,7 @@ def make_pictures(ctx: AppContext, form: GenerateForm, request: gr.Request) -> I
 def draw_grid(ctx: AppContext, form: GenerateForm, axes: tuple[str, ...], request: gr.Request) -> Iterator[Frame]:
     """A picture for each cell, and the captioned sheet of all as the last frame."""
     import_libraries()
-    from dreambooth_moslora.grids import parse_axis
+    from dreambooth_moslora.generation.grids import parse_axis
 
     yield from _run(ctx, form.params(), request, tuple(parse_axis(axis) for axis in axes))
 
@@ -87,7 +87,7 @@ def _drawn(ctx: AppContext, params: GenerationParams, request: gr.Request, axes:
     pipeline = ctx.pipeline()
     with ctx.turns.drawing(), ctx.stoppable(request) as should_stop:
         if axes:
-            from dreambooth_moslora.grids import generate_grid
+            from dreambooth_moslora.generation.grids import generate_grid
 
             events = generate_grid(pipeline, params, axes, should_stop, lambda cell: ctx.load_adapters(cell, visitor))
         else:
@@ -106,9 +106,9 @@ def check_size(params: GenerationParams, resolution_px: int) -> None:
 
 
 def _frames(events: Iterator, visitor: Visitor, params: GenerationParams, word: str) -> Iterator[Frame]:
-    from dreambooth_moslora.denoising import Preview, Step
-    from dreambooth_moslora.grids import Sheet
-    from dreambooth_moslora.pipeline import Image
+    from dreambooth_moslora.generation.grids import Sheet
+    from dreambooth_moslora.generation.pipeline import Image
+    from dreambooth_moslora.generation.progress import Preview, Step
 
     started = shown_at = time.perf_counter()
     step, pictures, total, sheet = None, [], params.num_images, None

@@ -9,13 +9,12 @@ from typing import Any
 
 import gradio as gr
 
-from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation import GenerationParams, Recipe, read_recipe
-from dreambooth_moslora.ui.cards import faint
-from dreambooth_moslora.ui.context import AT_ONCE, GPU, TELLING, AppContext, sentence, shown
-from dreambooth_moslora.ui.facts import renewed_prompt, summary_of
-from dreambooth_moslora.ui.form import NONE, GenerateForm, code_snippet
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.generation.params import GenerationParams, Recipe, read_recipe
+from dreambooth_moslora.ui.adapter_summary import renewed_prompt, summary_of
+from dreambooth_moslora.ui.app_state import AT_ONCE, GPU, TELLING, AppContext, sentence, shown
 from dreambooth_moslora.ui.generate_actions import compare, draw_grid, make_pictures
+from dreambooth_moslora.ui.generate_form import NONE, GenerateForm, code_snippet
 from dreambooth_moslora.ui.generate_widgets import (
     AXIS_VALUES,
     ask_widgets,
@@ -23,9 +22,10 @@ from dreambooth_moslora.ui.generate_widgets import (
     result_widgets,
     settings_widgets,
 )
-from dreambooth_moslora.ui.inputs import refuse_in_words
-from dreambooth_moslora.ui.recipes import settle, within_reach
-from dreambooth_moslora.ui.visitors import Picture, Visitor
+from dreambooth_moslora.ui.html_snippets import faint
+from dreambooth_moslora.ui.input_errors import refuse_in_words
+from dreambooth_moslora.ui.recipe_to_form import settle, within_reach
+from dreambooth_moslora.ui.users import Picture, Visitor
 
 __all__ = ["GenerateTab", "build_generate_tab"]
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import gradio as gr
 
-from dreambooth_moslora.generation import SCHEDULERS
-from dreambooth_moslora.ui.cards import faint, progress_card
-from dreambooth_moslora.ui.context import AppContext
-from dreambooth_moslora.ui.facts import prompt_for, summary_of
-from dreambooth_moslora.ui.form import MAX_IMAGES, NONE, RANGES, size_choices
+from dreambooth_moslora.generation.params import SCHEDULERS
+from dreambooth_moslora.ui.adapter_summary import prompt_for, summary_of
+from dreambooth_moslora.ui.app_state import AppContext
+from dreambooth_moslora.ui.generate_form import MAX_IMAGES, NONE, RANGES, size_choices
+from dreambooth_moslora.ui.html_snippets import faint, progress_card
 
 __all__ = ["AXIS_VALUES", "ask_widgets", "extra_widgets", "result_widgets", "settings_widgets"]
 

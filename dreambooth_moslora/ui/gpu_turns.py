@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.core.errors import UserError
 
 if TYPE_CHECKING:
-    from dreambooth_moslora.pipeline import SubjectPipeline
+    from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
 __all__ = ["GpuTurns"]
 

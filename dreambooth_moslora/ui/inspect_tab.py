@@ -5,13 +5,13 @@ from typing import Any
 
 import gradio as gr
 
-from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation import SCHEDULERS, Recipe, read_recipe
-from dreambooth_moslora.ui.cards import facts_table, notice
-from dreambooth_moslora.ui.context import TELLING, AppContext, sentence, shown
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.generation.params import SCHEDULERS, Recipe, read_recipe
+from dreambooth_moslora.ui.adapter_catalog import check_upload
+from dreambooth_moslora.ui.app_state import TELLING, AppContext, sentence, shown
 from dreambooth_moslora.ui.generate_tab import GenerateTab, to_widgets
+from dreambooth_moslora.ui.html_snippets import facts_table, notice
 from dreambooth_moslora.ui.libraries import import_libraries
-from dreambooth_moslora.ui.shelf import check_upload
 
 __all__ = ["build_inspect_tab"]
 
@@ -76,7 +76,7 @@ def adapter_facts(file: str) -> list[tuple[str, str]]:
     """The lines of `info` on any LoRA file."""
     check_upload(Path(file))
     import_libraries()
-    from dreambooth_moslora.describe import describe
+    from dreambooth_moslora.adapters.describe import describe
 
     return [(label_of(name), words_of(value)) for name, value in describe(file).items()]
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import psutil
 
-from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.ui.job_metrics import Metrics
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.event_log import Metrics
 
 __all__ = ["Job", "JobState", "Jobs", "run_name_of"]
 

@@ -13,5 +13,5 @@ _ONE_AT_A_TIME = threading.Lock()
 def import_libraries() -> None:
     """To be called before any import, inside a function of the page, of a module that needs one of them."""
     with _ONE_AT_A_TIME:
-        import dreambooth_moslora.describe
-        import dreambooth_moslora.grids  # and by it the pipeline  # noqa: F401
+        import dreambooth_moslora.adapters.describe
+        import dreambooth_moslora.generation.grids  # and by it the pipeline  # noqa: F401

@@ -3,9 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-from dreambooth_moslora.base_files import base_folder
-from dreambooth_moslora.config import TrainConfig
-from dreambooth_moslora.estimate import GIB, Estimate, estimate, size_of_base
+from dreambooth_moslora.base.locate import base_folder
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.training.estimate import GIB, Estimate, estimate, size_of_base
 
 __all__ = ["choice_lines", "memory_choice"]
 

@@ -7,15 +7,15 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from dreambooth_moslora.ui.bodies import MAX_UPLOAD_BYTES, ShortBodies
-from dreambooth_moslora.ui.context import AppContext
+from dreambooth_moslora.ui.app_state import AppContext
+from dreambooth_moslora.ui.body_limit import MAX_UPLOAD_BYTES, ShortBodies
 from dreambooth_moslora.ui.generate_tab import build_generate_tab
-from dreambooth_moslora.ui.hosts import LOOPBACK, outermost
+from dreambooth_moslora.ui.host_check import LOOPBACK, outermost
 from dreambooth_moslora.ui.inspect_tab import build_inspect_tab
 from dreambooth_moslora.ui.queue_limits import limit_waiting
 from dreambooth_moslora.ui.theme import CSS, HEAD, theme
 from dreambooth_moslora.ui.train_tab import build_train_tab
-from dreambooth_moslora.ui.visitors import VisitorCookie
+from dreambooth_moslora.ui.users import VisitorCookie
 
 __all__ = ["build_app", "launch_options"]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import PIL.Image
 
-from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.core.errors import UserError
 
 __all__ = ["PHOTO_TYPES", "Intake", "kept_photos", "take_photos"]
 
@@ -40,7 +40,7 @@ def take_photos(files: list[str], folder: Path) -> Intake:
 
     The folder changes all at once: two tabs of one visitor may send theirs at the same time.
     """
-    from dreambooth_moslora.photo_sidecars import MASK_SUFFIX, sidecar_of, sidecars_of
+    from dreambooth_moslora.photos.sidecars import MASK_SUFFIX, sidecar_of, sidecars_of
 
     named_masks = [file for file in map(Path, files) if (sidecar_of(file) or ("", ""))[1] == MASK_SUFFIX]
     masks = {stem: file for (stem, _), file in sidecars_of(named_masks).items()}
@@ -87,8 +87,8 @@ def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path) -> list[s
 
 def copy_mask(mask: Path | None, target: Path) -> list[str]:
     """A photo's mask as plain grey; returns why not, if not."""
-    from dreambooth_moslora.photo_files import UnreadableImageError, open_image
-    from dreambooth_moslora.photos import grey_mask
+    from dreambooth_moslora.photos.folder import grey_mask
+    from dreambooth_moslora.photos.image_file import UnreadableImageError, open_image
 
     if mask is None:
         return []
@@ -106,7 +106,7 @@ def clean_copy(file: Path) -> tuple[PIL.Image.Image, bool]:
 
     Raises UserError for anything else.
     """
-    from dreambooth_moslora.photo_files import UnreadableImageError, alpha_of, is_rotated, open_image, to_rgb
+    from dreambooth_moslora.photos.image_file import UnreadableImageError, alpha_of, is_rotated, open_image, to_rgb
 
     check_size(file)
     try:
@@ -123,7 +123,7 @@ def clean_copy(file: Path) -> tuple[PIL.Image.Image, bool]:
 
 def check_size(file: Path) -> None:
     """Raises UserError for a file above 30 MiB or of more than 120 megapixels by its header; nothing is decoded."""
-    from dreambooth_moslora.photo_files import FORMATS, register_heif
+    from dreambooth_moslora.photos.image_file import FORMATS, register_heif
 
     if file.stat().st_size > MAX_PHOTO_BYTES:
         raise UserError(f"{file.name} is larger than {MAX_PHOTO_BYTES // 2**20} MiB")

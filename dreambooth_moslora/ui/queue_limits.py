@@ -5,7 +5,7 @@ from typing import Any
 import fastapi
 import gradio as gr
 
-from dreambooth_moslora.ui.visitors import COOKIE, visitor_id
+from dreambooth_moslora.ui.users import COOKIE, visitor_id
 
 __all__ = ["PER_ADDRESS", "PER_VISITOR", "PLACES", "STRANGERS", "limit_waiting"]
 

@@ -7,8 +7,8 @@ import signal
 import sys
 from pathlib import Path
 
-from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.threads import wait_briefly
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.process import wait_briefly
 from dreambooth_moslora.ui.libraries import import_libraries
 
 __all__ = ["add_arguments", "context_of", "main"]
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def serve(args: argparse.Namespace) -> int:
-    from dreambooth_moslora.ui.hosts import LOOPBACK
+    from dreambooth_moslora.ui.host_check import LOOPBACK
 
     allowed = {parse_host(text) for text in args.allowed_host}
     logins = [parse_login(text) for text in args.auth or ()]
@@ -88,7 +88,7 @@ def parse_login(text: str) -> tuple[str, str]:
 
 def parse_host(text: str) -> str:
     """The bare name, as a browser's Host header is compared: a scheme, a port and capitals are left out."""
-    from dreambooth_moslora.ui.hosts import hostname
+    from dreambooth_moslora.ui.host_check import hostname
 
     name = hostname(text if "//" in text else f"//{text}")
     if not name:
@@ -104,11 +104,11 @@ def context_of(args: argparse.Namespace, *, training: bool):
 
     def load():
         import_libraries()
-        from dreambooth_moslora.pipeline import SubjectPipeline
+        from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
         return SubjectPipeline.from_base(args.base, resting=True)
 
-    from dreambooth_moslora.ui.context import AppContext
+    from dreambooth_moslora.ui.app_state import AppContext
 
     return AppContext(
         load,
@@ -139,7 +139,7 @@ def resolution_of(folder: Path | None) -> int:
 
 def templates_for(base: str) -> list[str]:
     """Prompts with `{}` for the subject: the toy world's own, or the DreamBooth paper's."""
-    from dreambooth_moslora import prompts
+    from dreambooth_moslora.core import prompts
 
     if base == "toy":
         return list(prompts.TOY_TEMPLATES)

@@ -11,16 +11,16 @@ from typing import Any
 import pandas as pd
 import PIL.Image
 
-from dreambooth_moslora.best_step import CURVES
-from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.ui.cards import notice, progress_card
-from dreambooth_moslora.ui.context import AppContext, sentence
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.event_log import Metrics
+from dreambooth_moslora.training.best_step import CURVES
+from dreambooth_moslora.ui.app_state import AppContext, sentence
 from dreambooth_moslora.ui.generate_actions import format_seconds
-from dreambooth_moslora.ui.job_metrics import Metrics
+from dreambooth_moslora.ui.html_snippets import notice, progress_card
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, run_name_of
 from dreambooth_moslora.ui.photo_uploads import ONE_AT_A_TIME, take_photos
 from dreambooth_moslora.ui.train_form import TrainForm, prompts_of
-from dreambooth_moslora.ui.visitors import Visitor
+from dreambooth_moslora.ui.users import Visitor
 
 __all__ = ["PhotoReview", "Watch", "lend", "review_kept", "review_photos", "start_run", "watch"]
 
@@ -54,8 +54,8 @@ def review_photos(ctx: AppContext, files: list[str], visitor: Visitor) -> PhotoR
 
 def review_kept(ctx: AppContext, visitor: Visitor, remarks: tuple[str, ...] = ()) -> PhotoReview:
     """Judge the clean copies that are there; `remarks` are lines about the files that they came from."""
-    from dreambooth_moslora.photo_checks import examine
-    from dreambooth_moslora.photos import find_photos
+    from dreambooth_moslora.photos.checks import examine
+    from dreambooth_moslora.photos.folder import find_photos
 
     report = examine(find_photos(visitor.photos_dir, "", ctx.resolution_px), ctx.resolution_px)
     crops = [(crop_of(photo, ctx.resolution_px), ", ".join(photo.reasons) or "good") for photo in report.photos]
@@ -71,9 +71,9 @@ def crop_of(photo: Any, resolution_px: int) -> PIL.Image.Image:
     """The middle crop that training takes when it is told to centre, dark where its mask leaves it out."""
     import random
 
-    from dreambooth_moslora.crop_picture import masked
-    from dreambooth_moslora.crops import apply_crop, plan_crop
-    from dreambooth_moslora.photos import open_mask, open_rgb
+    from dreambooth_moslora.photos.crop_preview import masked
+    from dreambooth_moslora.photos.crops import apply_crop, plan_crop
+    from dreambooth_moslora.photos.folder import open_mask, open_rgb
 
     plan = plan_crop(photo.size_px, resolution_px, random.Random(0), center_crop=True, random_flip=False)
     return apply_crop(masked(open_rgb(photo), open_mask(photo)), plan)
@@ -81,7 +81,7 @@ def crop_of(photo: Any, resolution_px: int) -> PIL.Image.Image:
 
 def start_run(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> Job:
     """Check everything, move the photos into a new run folder, start the process."""
-    from dreambooth_moslora.config import TrainConfig
+    from dreambooth_moslora.core.config import TrainConfig
 
     photos = visitor.photos_dir
     if not visitor.has_photos:

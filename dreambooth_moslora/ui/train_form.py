@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.base_files import SMALL_BASE_PX, TOY
-from dreambooth_moslora.config import TrainConfig
-from dreambooth_moslora.config_files import load_settings
-from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation import check_characters
+from dreambooth_moslora.base.locate import SMALL_BASE_PX, TOY
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config_files import load_settings
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.generation.params import check_characters
 from dreambooth_moslora.ui.memory_choice import memory_choice
 from dreambooth_moslora.ui.photo_uploads import kept_photos
 

@@ -4,22 +4,22 @@ from typing import Any
 
 import gradio as gr
 
-from dreambooth_moslora.config import MIXERS
-from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.rundir import RunDir
-from dreambooth_moslora.ui.cards import notice
-from dreambooth_moslora.ui.context import AT_ONCE, TELLING, AppContext, shown
-from dreambooth_moslora.ui.cost import estimate_cost
-from dreambooth_moslora.ui.facts import prompt_for, summary_of
-from dreambooth_moslora.ui.form import NONE
+from dreambooth_moslora.core.config import MIXERS
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.ui.adapter_summary import prompt_for, summary_of
+from dreambooth_moslora.ui.app_state import AT_ONCE, TELLING, AppContext, shown
+from dreambooth_moslora.ui.cost_estimate import estimate_cost
+from dreambooth_moslora.ui.generate_form import NONE
 from dreambooth_moslora.ui.generate_tab import GenerateTab
-from dreambooth_moslora.ui.inputs import refuse_in_words
+from dreambooth_moslora.ui.html_snippets import notice
+from dreambooth_moslora.ui.input_errors import refuse_in_words
 from dreambooth_moslora.ui.jobs import Jobs
 from dreambooth_moslora.ui.photo_uploads import PHOTO_TYPES, take_photos
 from dreambooth_moslora.ui.train_actions import PhotoReview, review_kept, review_photos, start_run
 from dreambooth_moslora.ui.train_form import PRESETS, TrainForm, prompts_of
 from dreambooth_moslora.ui.train_watch import connect_watch, picture_rows, run_names, watch_widgets
-from dreambooth_moslora.ui.visitors import Visitor
+from dreambooth_moslora.ui.users import Visitor
 
 __all__ = ["build_train_tab"]
 

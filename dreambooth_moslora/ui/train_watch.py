@@ -6,13 +6,13 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
-from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.rundir import RunDir
-from dreambooth_moslora.ui.cards import notice
-from dreambooth_moslora.ui.context import AT_ONCE, AppContext, sentence, shown
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.ui.app_state import AT_ONCE, AppContext, sentence, shown
+from dreambooth_moslora.ui.html_snippets import notice
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.train_actions import Watch, lend, watch
-from dreambooth_moslora.ui.visitors import Visitor
+from dreambooth_moslora.ui.users import Visitor
 
 __all__ = ["connect_watch", "picture_rows", "run_names", "watch_widgets"]
 

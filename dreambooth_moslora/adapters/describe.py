@@ -1,0 +1,215 @@
+"""What is this file? Kind, rank, alpha, modules, base and trigger words of any LoRA file, ours or other people's."""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from dreambooth_moslora.adapters.metadata import AdapterFacts
+from dreambooth_moslora.adapters.raw_file import check_finite, component_tensors, read_raw, read_tensors
+from dreambooth_moslora.adapters.spectrum import Diagnosis, diagnose, diagnose_mixer, summary
+from dreambooth_moslora.core.errors import UserError
+
+__all__ = ["describe", "lines", "printable"]
+
+PAIRS = {
+    ".lora_A.weight": (".lora_B.weight", "PEFT keys"),
+    ".lora_down.weight": (".lora_up.weight", "kohya keys"),
+    ".lora.down.weight": (".lora.up.weight", "diffusers keys"),
+    "_lora.down.weight": ("_lora.up.weight", "old diffusers keys"),
+    ".lora_linear_layer.down.weight": (".lora_linear_layer.up.weight", "diffusers text encoder keys"),
+}
+"""Suffix of the down matrix -> (suffix of the up matrix, what such keys are called)."""
+UNFOLDED = ".lora_B.mixer"
+OTHER_KINDS = {
+    "hada_w1": "LyCORIS LoHa",
+    "lokr_w1": "LyCORIS LoKr",
+    "lora_mid": "LyCORIS LoCon",
+    "lora_AB": "MoSLoRA reference code",
+    UNFOLDED: "MoSLoRA in PEFT's form, unfolded",
+}
+COMPONENT_PREFIXES = {
+    "text_encoder_2": r"(lora_te2_|text_encoder_2\.)",
+    "text_encoder": r"(lora_te1?_|text_encoder\.)",
+    "unet": r"(lora_unet_|unet\.)",
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One projection of a foreign or published file."""
+
+    module: str
+    keys: str
+    down: Tensor
+    up: Tensor
+    alpha: float | None
+    is_product: bool  # ΔW = up·down, flattened
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+
+def describe(path: str | Path) -> dict[str, object]:
+    """Facts of a LoRA file, JSON-able. Raises UserError for a file that is broken or holds no LoRA."""
+    path = Path(path).expanduser()
+    tensors, header = read_tensors(path)
+    facts = {"file": path.name, "size_mib": round(path.stat().st_size / 2**20, 3)}
+    facts["dtypes"] = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
+    if "raw_format" in tensors:
+        return facts | describe_raw(path)
+    check_finite({k: t for k, t in tensors.items() if t.is_floating_point()}, path.name)
+    return facts | describe_pairs(path.name, tensors, header) | said_by_header(header)
+
+
+@torch.no_grad()
+def describe_raw(path: Path) -> dict[str, object]:
+    """Our raw file: the mixer's figures too."""
+    tensors, facts = read_raw(path)
+    figures, modules = {}, Counter()
+    for component in sorted({key.split(".", 1)[0] for key in tensors}):
+        for module, parts in component_tensors(tensors, component).items():
+            modules[component] += 1
+            figures[f"{component}.{module}"] = diagnose_raw(parts, facts, module)
+    ranks = Counter(f.rank for f in figures.values())
+    return {
+        "kind": "raw MoSLoRA weights (for resuming; export it to use it elsewhere)",
+        "modules": dict(modules),
+        "ranks": {str(rank): number for rank, number in sorted(ranks.items())},
+        "alpha": facts.alpha,
+        "use_rslora": facts.use_rslora,
+        "use_dora": facts.use_dora,
+        "mixer": facts.mixer + ("" if facts.train_mixer or facts.mixer == "none" else " (frozen)"),
+        **{name: round(value, 4) for name, value in summary(figures).items()},
+        **said_by_facts(facts),
+    }
+
+
+def diagnose_raw(parts: dict[str, Tensor], facts: AdapterFacts, module: str) -> Diagnosis:
+    up, mixed = parts["lora_B"], (None, None)
+    if "mixer" in parts:
+        up = up.double() @ parts["mixer"].double()
+        mixed = diagnose_mixer(parts["mixer"], facts.mixer, facts.mixer_seed, module)
+    return Diagnosis(*diagnose(up, parts["lora_A"]), *mixed)
+
+
+def describe_pairs(name: str, tensors: dict[str, Tensor], header: dict[str, str]) -> dict[str, object]:
+    """Any plain LoRA, and a name for what we know but cannot read further."""
+    pairs = find_pairs(name, tensors)
+    others = [kind for mark, kind in OTHER_KINDS.items() if any(mark in key for key in tensors)]
+    if not pairs and not others:
+        raise UserError(f"{name} holds no LoRA that we know; its first tensor is {next(iter(tensors), 'absent')!r:.80}")
+    facts: dict[str, object] = {"kind": kind_of(pairs, others, header)}
+    if pairs:
+        facts |= geometry(pairs)
+    facts["use_dora"] = any("dora_scale" in key or "lora_magnitude_vector" in key for key in tensors)
+    return facts
+
+
+def kind_of(pairs: list[Pair], others: list[str], header: dict[str, str]) -> str:
+    kinds = others + sorted({pair.keys for pair in pairs})
+    return ("published by dreambooth_moslora, " if "moslora" in header else "") + ", ".join(kinds)
+
+
+def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
+    pairs = []
+    for key, down in tensors.items():
+        suffix = next((s for s in PAIRS if key.endswith(s)), None)
+        if suffix is None or key.removesuffix(suffix) + UNFOLDED in tensors:
+            continue
+        module, (up_suffix, keys) = key.removesuffix(suffix), PAIRS[suffix]
+        up = tensors.get(module + up_suffix)
+        if up is None or up.ndim < 2 or down.ndim < 2 or not up.shape[1] == down.shape[0] > 0:
+            raise UserError(f"{name} is broken: {module} has a down matrix without an up matrix of its rank")
+        alpha = tensors.get(f"{module}.alpha")
+        if alpha is not None and alpha.numel() != 1:
+            raise UserError(f"{name} is broken: {module}.alpha is not one number")
+        is_product = all(n == 1 for n in up.shape[2:]) and f"{module}.lora_mid.weight" not in tensors
+        pairs.append(Pair(module, keys, down, up, None if alpha is None else float(alpha), is_product))
+    return pairs
+
+
+@torch.no_grad()
+def geometry(pairs: list[Pair]) -> dict[str, object]:
+    """Modules by component, ranks, alphas, the scale alpha/rank, and the effective rank where up·down is all."""
+    ranks, alphas = Counter(p.rank for p in pairs), Counter(p.alpha for p in pairs if p.alpha is not None)
+    scales = sorted({p.alpha / p.rank for p in pairs if p.alpha is not None})
+    dense = [p for p in pairs if p.is_product]
+    facts: dict[str, object] = {
+        "modules": dict(Counter(component_of(p.module) for p in pairs)),
+        "ranks": {str(rank): number for rank, number in sorted(ranks.items())},
+        "alpha": ", ".join(f"{a:g}" for a in sorted(alphas)) if alphas else "not in the file (read as alpha = rank)",
+        "scale": ", ".join(f"{s:g}" for s in scales) if scales else "1",
+    }
+    if dense:
+        facts["effective_rank_median"] = round(median(diagnose(p.up, p.down)[1] for p in dense), 4)
+    return facts
+
+
+def component_of(module: str) -> str:
+    return next((name for name, prefix in COMPONENT_PREFIXES.items() if re.match(prefix, module)), "other")
+
+
+def said_by_header(header: dict[str, str]) -> dict[str, object]:
+    """What the header claims: ours, ModelSpec's, or kohya's."""
+    if "moslora" in header:
+        try:
+            facts = AdapterFacts.from_json(header["moslora"])
+            return {"mixer": f"{facts.mixer}, folded"} | said_by_facts(facts)
+        except (TypeError, ValueError):
+            return {"base": "unknown: the moslora header is broken"}
+    facts = {
+        "title": header.get("modelspec.title") or header.get("ss_output_name"),
+        "base": header.get("modelspec.architecture") or header.get("ss_base_model_version"),
+        "trigger_words": header.get("modelspec.trigger_phrase") or ", ".join(frequent_tags(header)),
+        "network": header.get("ss_network_module"),
+    }
+    return {key: value for key, value in facts.items() if value}
+
+
+def frequent_tags(header: dict[str, str], number: int = 5) -> list[str]:
+    """kohya's tag counts: the most frequent ones serve as trigger words."""
+    try:
+        folders = json.loads(header.get("ss_tag_frequency", "{}"))
+        counts = Counter()
+        for tags in folders.values():
+            counts.update({str(tag).strip(): int(count) for tag, count in tags.items()})
+    except (AttributeError, OverflowError, RecursionError, TypeError, ValueError):
+        return []
+    return [tag for tag, _ in counts.most_common(number)]
+
+
+def said_by_facts(facts: AdapterFacts) -> dict[str, object]:
+    said = {
+        "base": facts.base_id,
+        "trigger_words": ", ".join(facts.trigger_words),
+        "class_word": facts.class_word,
+        "resolution_px": facts.resolution_px,
+        "versions": ", ".join(f"{name} {number}" for name, number in facts.versions.items()),
+    }
+    return {key: value for key, value in said.items() if value}
+
+
+def lines(facts: dict[str, object]) -> list[str]:
+    """One fact a line, for the terminal."""
+    shown = {"file": facts["file"], **{k: v for k, v in facts.items() if k != "file"}}
+    return [f"{key.replace('_', ' ') + ':':<24} {printable(as_text(key, value))}" for key, value in shown.items()]
+
+
+def printable(text: str) -> str:
+    """Without what would steer the terminal: the header of a file may hold anything."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def as_text(key: str, value: object) -> str:
+    if key == "ranks":
+        return ", ".join(f"{rank} ({number} modules)" for rank, number in value.items())
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {number}" for name, number in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

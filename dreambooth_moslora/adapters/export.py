@@ -1,0 +1,216 @@
+"""Adapter files. What is published is always folded: ΔW = up·down with the scale baked in and alpha = rank.
+
+live adapter --fold--> FoldedLayer --reduce_layers--> --publish--> pytorch_lora_weights.safetensors   for diffusers
+                                                                   <name>.kohya.safetensors           for the others
+             --save_raw--> moslora_weights.safetensors --load_raw--> the same adapter, bit for bit
+
+Such a file is right without metadata, in any version of diffusers and in kohya's form. Nothing is published before
+the stock loader has read it back and computed the same (`proof`).
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dreambooth_moslora.adapters.kohya import kohya_header, kohya_tensors
+from dreambooth_moslora.adapters.metadata import AdapterFacts
+from dreambooth_moslora.adapters.moslora import FoldedLayer, adapter_layers, fold
+from dreambooth_moslora.adapters.proof import BOUNDS, FileProof, Proof, check_reduction, prove_file, published_name
+from dreambooth_moslora.adapters.raw_file import (
+    check_components,
+    check_finite,
+    check_storable,
+    read_tensors,
+    write_file,
+)
+from dreambooth_moslora.adapters.spectrum import Reduction, reduce_layers
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, check_name, scratch_directory
+
+__all__ = ["DTYPES", "KOHYA_SUFFIX", "load_published", "publish", "published_tensors"]
+
+KOHYA_SUFFIX = ".kohya.safetensors"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+Folded = dict[str, dict[str, FoldedLayer]]  # component -> module path, as other programs know it -> layer
+
+DORA_NOTE = (
+    "DoRA in kohya's form is read differently by different programs (ComfyUI divides by the norm of W alone, "
+    "diffusers drops dora_scale with a warning): in diffusers use pytorch_lora_weights.safetensors"
+)
+RANKS_NOTE = (
+    "the ranks differ after the reduction, and old versions of diffusers (0.29 is known) give such projections one "
+    "scale in pytorch_lora_weights.safetensors: load the kohya file there, which is right in both"
+)
+
+
+def publish(
+    components: dict[str, nn.Module],
+    out_dir: str | Path,
+    name: str,
+    facts: AdapterFacts,
+    dtype: torch.dtype = torch.float32,
+    *,
+    keep: float = 1.0,
+    adapter_name: str = "default",
+) -> Proof:
+    """Write both published files into `out_dir`, or neither: each is proved before it gets its name.
+
+    `keep` below 1 lowers the rank of each projection to keep that share of ‖ΔW‖². Raises UserError when a file
+    differs from the adapter by more than the dtype's bound, when weights are NaN, or when the adapter is merged.
+    """
+    check_name(name)
+    check_publishable(components, dtype, adapter_name)
+    folded = published_layers(components, adapter_name)
+    reduction, expected = None, None
+    if keep != 1.0:
+        for component, layers in folded.items():
+            for path, layer in layers.items():
+                check_finite({f"{component}.{path}.{i}": part for i, part in enumerate(layer[:2])}, "the adapter")
+        folded, reduction = reduce_layers(folded, keep)
+        expected = expected_deltas(components, folded, adapter_name)
+        check_reduction(components, adapter_name, expected, keep)
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with scratch_directory(out_dir) as scratch:
+        written = write_published(folded, scratch, name, with_ranks(facts, folded), dtype, pad=keep == 1.0)
+        proofs = tuple(prove_file(path, components, adapter_name, expected) for path in written)
+        check_bound(proofs, BOUNDS[dtype], dtype)
+        for path in written:
+            path.replace(out_dir / path.name)
+    return report(proofs, dtype, folded, reduction)
+
+
+def check_publishable(components: dict[str, nn.Module], dtype: torch.dtype, adapter_name: str) -> None:
+    check_components(components)
+    check_storable(components, adapter_name)
+    if dtype not in BOUNDS:
+        raise UserError(f"a LoRA file is written in {', '.join(DTYPES)}, not {dtype}")
+    for component, model in components.items():
+        for path, layer in adapter_layers(model, adapter_name).items():
+            if layer.merged:
+                raise UserError(f"{component}.{path} is merged into the base; unmerge the adapter before saving it")
+
+
+def published_layers(components: dict[str, nn.Module], adapter_name: str) -> Folded:
+    return {
+        component: {published_name(component, path)[1]: f for path, f in fold(model, adapter_name).items()}
+        for component, model in components.items()
+    }
+
+
+def expected_deltas(components: dict[str, nn.Module], folded: Folded, adapter_name: str) -> dict[str, Tensor]:
+    """`component.path` -> ΔW after the reduction, which is what the files have to hold."""
+    return {
+        f"{component}.{path}": folded[component][published_name(component, path)[1]].delta
+        for component, model in components.items()
+        for path in adapter_layers(model, adapter_name)
+    }
+
+
+def write_published(
+    folded: Folded, folder: Path, name: str, facts: AdapterFacts, dtype: torch.dtype, *, pad: bool
+) -> tuple[Path, Path]:
+    """Both files; `pad` gives diffusers' one a single rank. The facts are JSON under a header key of our own."""
+    if dtype == torch.float16:
+        folded = {c: {path: balanced(layer) for path, layer in layers.items()} for c, layers in folded.items()}
+    header = {"format": "pt", "moslora": replace(facts, structures={}).to_json()}
+    paths = folder / PUBLISHED_NAME, folder / f"{name}{KOHYA_SUFFIX}"
+    files = published_tensors(padded(folded) if pad else folded, dtype), kohya_tensors(folded, dtype)
+    headers = header, header | kohya_header(name, facts, folded)
+    for path, tensors, head in zip(paths, files, headers, strict=True):
+        check_finite(tensors, f"the adapter in {dtype}")
+        write_file(path, tensors, head)
+    return paths
+
+
+def published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """PEFT's keys behind the component's name, which every diffusers since 0.22 reads.
+
+    DoRA's magnitudes stay fp32: what training changed in them is smaller than half precision's rounding.
+    """
+    tensors = {}
+    for component, layers in folded.items():
+        for path, layer in layers.items():
+            tensors[f"{component}.{path}.lora_A.weight"] = layer.down.to(dtype)
+            tensors[f"{component}.{path}.lora_B.weight"] = layer.up.to(dtype)
+            if layer.dora is not None:
+                tensors[f"{component}.{path}.{magnitude_key(component)}"] = layer.dora
+    return tensors
+
+
+def magnitude_key(component: str) -> str:
+    """For a UNet every diffusers adds `.weight` itself, and old ones need that; transformers' loader does not."""
+    return "lora_magnitude_vector" if component == "unet" else "lora_magnitude_vector.weight"
+
+
+def padded(folded: Folded) -> Folded:
+    """All projections at the file's largest rank, with zeros: old diffusers takes one alpha for ranks that differ."""
+    rank = max(len(layer.down) for layers in folded.values() for layer in layers.values())
+
+    def pad(layer: FoldedLayer) -> FoldedLayer:
+        missing = rank - len(layer.down)
+        rows = layer.down.new_zeros(missing, *layer.down.shape[1:])
+        columns = layer.up.new_zeros(len(layer.up), missing, *layer.up.shape[2:])
+        return FoldedLayer(torch.cat([layer.down, rows]), torch.cat([layer.up, columns], dim=1), layer.dora)
+
+    return {c: {path: pad(layer) for path, layer in layers.items()} for c, layers in folded.items()}
+
+
+def balanced(layer: FoldedLayer) -> FoldedLayer:
+    """Move a power of two between up and down, exactly: an early `up` is so small that fp16 would round it away."""
+    sizes = layer.up.abs().max(), layer.down.abs().max()
+    if min(sizes) == 0:
+        return layer
+    factor = torch.exp2(((sizes[1] / sizes[0]).log2() / 2).round())
+    return FoldedLayer(layer.down / factor, layer.up * factor, layer.dora)
+
+
+def with_ranks(facts: AdapterFacts, folded: Folded) -> AdapterFacts:
+    """The facts of the folded file: its own ranks, alpha = rank, no scaling rule."""
+    ranks = {f"{c}.{path}": len(f.down) for c, layers in folded.items() for path, f in layers.items()}
+    rank = max(set(ranks.values()), key=list(ranks.values()).count)
+    others = {path: r for path, r in ranks.items() if r != rank}
+    return replace(facts, rank=rank, alpha=rank, ranks=others, alphas=others, use_rslora=False)
+
+
+def check_bound(proofs: tuple[FileProof, ...], bound: float, dtype: torch.dtype) -> None:
+    for proof in proofs:
+        if not proof.largest <= bound:
+            raise UserError(
+                f"{proof.file} was not published: reloaded by {proof.loader} it differs from the live adapter by "
+                f"{proof.largest:.2e} (relative, worst in {proof.worst}), and {dtype} explains at most {bound:.0e}"
+            )
+
+
+def report(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded, reduction: Reduction | None) -> Proof:
+    layers = [layer for c in folded.values() for layer in c.values()]
+    return Proof(
+        dtype=next(name for name, d in DTYPES.items() if d == dtype),
+        bound=BOUNDS[dtype],
+        projections=len(layers),
+        file_proofs=proofs,
+        rank_sum=sum(len(layer.down) for layer in layers),
+        kept=reduction.kept if reduction else 1.0,
+        notes=notes_on(layers, reduced=reduction is not None),
+    )
+
+
+def notes_on(layers: list[FoldedLayer], reduced: bool) -> tuple[str, ...]:
+    """What a user of other programs, or of old ones, has to know."""
+    several_ranks = reduced and len({len(layer.down) for layer in layers}) > 1
+    has_dora = any(layer.dora is not None for layer in layers)
+    return (DORA_NOTE,) * has_dora + (RANKS_NOTE,) * several_ranks
+
+
+def load_published(path: str | Path) -> tuple[dict[str, Tensor], AdapterFacts | None]:
+    """Tensors of a LoRA file as it stands, and our facts when the file is ours. Raises UserError for a broken file."""
+    path = Path(path)
+    tensors, header = read_tensors(path / PUBLISHED_NAME if path.is_dir() else path)
+    check_finite(tensors, path.name)
+    try:
+        return tensors, AdapterFacts.from_json(header["moslora"])
+    except (KeyError, TypeError, ValueError):
+        return tensors, None

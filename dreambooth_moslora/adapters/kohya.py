@@ -1,0 +1,76 @@
+"""kohya's names for an SDXL LoRA, and the header facts that ComfyUI, A1111 and InvokeAI show.
+
+    lora_unet_<path with _>.lora_down.weight (r, in)   .lora_up.weight (out, r)   .alpha = r   [.dora_scale (out, 1)]
+
+ΔW = alpha/r · up·down. Where the ranks differ, every module has the alpha of the most common rank, and `up` of the
+others carries r/alpha: diffusers loses the alphas of attention projections when a file has several.
+`lora_te1_` and `lora_te2_` are the two text encoders. Header keys: github.com/Stability-AI/ModelSpec, and `ss_*` of
+kohya's sd-scripts. Folder names, captions and tag counts, which sd-scripts also writes, stay out.
+"""
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from dreambooth_moslora.adapters.metadata import AdapterFacts
+from dreambooth_moslora.adapters.moslora import FoldedLayer
+
+__all__ = ["kohya_header", "kohya_name", "kohya_tensors"]
+
+PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+SDXL_CROSS_ATTENTION = 2048
+
+
+def kohya_name(component: str, path: str) -> str:
+    """`unet`, `mid_block.attentions.0` -> `lora_unet_mid_block_attentions_0`."""
+    return f"{PREFIXES[component]}_{path.replace('.', '_')}"
+
+
+def kohya_tensors(
+    components: dict[str, dict[str, FoldedLayer]], dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """All tensors of the file; the scale is already in `up`."""
+    alpha = most_common_rank(components)
+    tensors = {}
+    for component, layers in components.items():
+        for path, layer in layers.items():
+            name = kohya_name(component, path)
+            tensors[f"{name}.lora_down.weight"] = layer.down.to(dtype)
+            tensors[f"{name}.lora_up.weight"] = (layer.up * (len(layer.down) / alpha)).to(dtype)
+            tensors[f"{name}.alpha"] = torch.tensor(float(alpha), dtype=dtype)
+            if layer.dora is not None:
+                tensors[f"{name}.dora_scale"] = layer.dora[:, None]
+    return tensors
+
+
+def most_common_rank(components: dict[str, dict[str, FoldedLayer]]) -> int:
+    ranks = Counter(len(layer.down) for layers in components.values() for layer in layers.values())
+    return ranks.most_common(1)[0][0]
+
+
+def kohya_header(title: str, facts: AdapterFacts, components: dict[str, dict[str, FoldedLayer]]) -> dict[str, str]:
+    """Title, trigger phrase, architecture and rank; every value is a string, as safetensors wants it."""
+    ranks = {len(layer.down) for layers in components.values() for layer in layers.values()}
+    rank = str(*ranks) if len(ranks) == 1 else "Dynamic"  # sd-scripts' word for a file of several ranks
+    cross = facts.structures.get("unet", {}).get("config", {}).get("cross_attention_dim", SDXL_CROSS_ATTENTION)
+    is_sdxl = cross == SDXL_CROSS_ATTENTION
+    header = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora" if is_sdxl else f"sdxl-like-{cross}/lora",
+        "modelspec.implementation": "https://github.com/huggingface/diffusers",
+        "modelspec.title": title,
+        "modelspec.trigger_phrase": ", ".join(facts.trigger_words),
+        "ss_output_name": title,
+        "ss_sd_model_name": facts.base_id,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": str(most_common_rank(components)),
+        "ss_v2": "False",
+    }
+    if is_sdxl:
+        header["ss_base_model_version"] = "sdxl_base_v1-0"
+    if facts.resolution_px:
+        size = facts.resolution_px
+        header |= {"modelspec.resolution": f"{size}x{size}", "ss_resolution": f"({size}, {size})"}
+    return {key: value for key, value in header.items() if value}

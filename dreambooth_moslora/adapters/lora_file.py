@@ -1,0 +1,281 @@
+"""Adapter files: read any LoRA file (ours, diffusers', kohya's), check that it fits the base, put it into the pipeline.
+
+file --read_adapter--> AdapterWeights --check_fits--> --install--> a PEFT adapter under its content's name
+
+A file may come from anybody. Only the matrices of a LoRA and their scales are taken from it.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import StableDiffusionXLPipeline
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from dreambooth_moslora.adapters.lora_format import Part, Projection, Scales, projections, scales
+from dreambooth_moslora.adapters.metadata import AdapterFacts
+from dreambooth_moslora.adapters.proof import published_name
+from dreambooth_moslora.adapters.raw_file import COMPONENTS, component_tensors, read_raw
+from dreambooth_moslora.base.load import architecture
+from dreambooth_moslora.core.digests import file_digest
+from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RAW_NAME
+
+__all__ = ["AdapterWeights", "adapter_name", "check_fits", "find_weights", "install", "read_adapter"]
+
+FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
+"""Cross-attention width of the UNet -> the family that has it."""
+PEFT_PARTS = {"base_layer", "lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector"}
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """A LoRA file's content: component -> projections and scales by the base's module paths. `sha256` is the file's."""
+
+    file_name: str
+    sha256: str
+    parts: dict[str, Part]
+    header: dict[str, str]
+
+    @property
+    def key(self) -> str:
+        """The name inside PEFT: by content, so that one file under two names is loaded once."""
+        return f"sha_{self.sha256[:16]}"
+
+
+def find_weights(path: str | Path) -> Path:
+    """The safetensors file of an adapter: itself, the published one of a run, the raw one of a checkpoint.
+
+    Raises UserError when there is none, and for any format that can carry code (pickles).
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        path = path / (PUBLISHED_NAME if (path / PUBLISHED_NAME).is_file() else RAW_NAME)
+    if not path.is_file():
+        raise UserError(f"there is no adapter file {path}")
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path.name} is not a .safetensors file; other formats can carry code and are not opened")
+    return path
+
+
+def adapter_name(path: str | Path) -> str:
+    """`runs/dog` and the file in it are called "dog", its checkpoint "dog@500", and `cat.safetensors` "cat"."""
+    file = find_weights(path)
+    folder = file.parent.resolve()
+    if file.name not in (PUBLISHED_NAME, RAW_NAME):
+        return file.stem
+    is_checkpoint = folder.name.startswith("checkpoint-")
+    return f"{folder.parent.name}@{folder.name.removeprefix('checkpoint-')}" if is_checkpoint else folder.name
+
+
+def read_adapter(path: str | Path, pipeline: StableDiffusionXLPipeline) -> AdapterWeights:
+    """Raises UserError when the file is missing, is no safetensors file or holds no LoRA that we know."""
+    file = find_weights(path)
+    header, keys = _read_header(file)
+    content = (fold_raw(file), None, None) if "raw_format" in keys else _read_published(file, pipeline)
+    return AdapterWeights(file.name, file_digest(file), _parts(*content, file.name, pipeline), header)
+
+
+def _parts(
+    tensors: dict[str, Tensor],
+    network_alphas: dict[str, float] | None,
+    peft_metadata: object,
+    file_name: str,
+    pipeline: StableDiffusionXLPipeline,
+) -> dict[str, Part]:
+    parts = {}
+    for component, found in projections(tensors, file_name).items():
+        found_scales = scales(component, found, network_alphas, peft_metadata, file_name)
+        names = {path: _module_name(component, path, getattr(pipeline, component, None)) for path in found}
+        alphas = {names[path]: alpha for path, alpha in found_scales.alphas.items()}
+        by_name = {names[path]: projection for path, projection in found.items()}
+        parts[component] = by_name, Scales(alphas, found_scales.use_rslora)
+    return parts
+
+
+def _module_name(component: str, path: str, model: nn.Module | None) -> str:
+    """transformers 5 has dropped CLIPTextModel's `text_model.`; files have it or not."""
+    path = published_name(component, path)[1]
+    return path if component == "unet" or hasattr(model, "text_model") else path.removeprefix("text_model.")
+
+
+def fold_raw(file: Path) -> dict[str, Tensor]:
+    """A checkpoint's A, M, B as a plain LoRA in diffusers' naming: down = A, up = s·B·M, alpha = rank."""
+    tensors, facts = read_raw(file)
+    folded: dict[str, Tensor] = {}
+    for component in COMPONENTS:
+        for path, parts in component_tensors(tensors, component).items():
+            up = parts["lora_B"] @ parts["mixer"] if "mixer" in parts else parts["lora_B"]
+            up = up.view(*up.shape, *(1,) * (parts["lora_A"].ndim - 2))
+            name = f"{component}.{published_name(component, path)[1]}"
+            folded[f"{name}.lora_A.weight"] = parts["lora_A"]
+            folded[f"{name}.lora_B.weight"] = up * _raw_scale(facts, f"{component}.{path}")
+            if "magnitude" in parts:
+                folded[f"{name}.lora_magnitude_vector.weight"] = parts["magnitude"]
+    return folded
+
+
+def _raw_scale(facts: AdapterFacts, path: str) -> float:
+    """s = alpha / r, or alpha / sqrt(r) for rsLoRA."""
+    rank, alpha = facts.ranks.get(path, facts.rank), facts.alphas.get(path, facts.alpha)
+    return alpha / (rank**0.5 if facts.use_rslora else rank)
+
+
+def _read_published(file: Path, pipeline: StableDiffusionXLPipeline) -> tuple[dict[str, Tensor], dict | None, object]:
+    """Tensors in diffusers' naming, kohya's alphas, and what the header holds as PEFT's settings."""
+    try:
+        return pipeline.lora_state_dict(
+            str(file.parent),
+            weight_name=file.name,
+            unet_config=pipeline.unet.config,
+            use_safetensors=True,
+            local_files_only=True,
+            return_lora_metadata=True,
+        )
+    except Exception as error:  # diffusers' conversion of somebody's names may stumble anywhere
+        raise UserError(f"{file.name} is not a LoRA file that diffusers can read: {one_line(error)}") from error
+
+
+def check_fits(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline, base_name: str) -> None:
+    """Raises UserError when any projection has no place of its size in the base; another base is told by both."""
+    for component, (found, _) in weights.parts.items():
+        layers = _layers(getattr(pipeline, component, None))
+        for path, projection in found.items():
+            layer, name = layers.get(path), f"{component}.{path}"
+            if (projection.down.shape[1], projection.up.shape[0]) != (_width(layer, "in"), _width(layer, "out")):
+                raise UserError(
+                    f"{weights.file_name} was made for another base: it is for {_describe_weights(weights)}, "
+                    f"and {base_name} is {_describe_base(pipeline)} "
+                    f"(first misfit: {name!r:.100}, rank {projection.rank})"
+                )
+            if wrong := _misshapen(projection, layer):
+                raise UserError(f"{weights.file_name} is broken: {name} has {wrong}")
+
+
+def _layers(model: nn.Module | None) -> dict[str, nn.Module]:
+    """Path -> layer of the base itself, as it was before PEFT wrapped any; only what a LoRA can be put on."""
+    named = model.named_modules() if model is not None else ()
+    layers = {name: getattr(m, "base_layer", m) for name, m in named if not PEFT_PARTS & set(name.split("."))}
+    return {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear | nn.Conv2d)}
+
+
+def _misshapen(projection: Projection, layer: nn.Module) -> str:
+    """The first tensor that `layer` cannot take, in words; "" when all are right."""
+    kernel = tuple(getattr(layer, "kernel_size", ()))
+    ones, outputs = (1,) * len(kernel), _width(layer, "out")
+    shapes = {
+        "down": (projection.rank, _width(layer, "in"), *kernel),
+        "up": (outputs, projection.rank, *ones),
+        "bias": (outputs,),
+        "magnitude": (1, outputs, *ones) if kernel else (outputs,),
+    }
+    for name, shape in shapes.items():
+        tensor = getattr(projection, name)
+        if tensor is not None and tuple(tensor.shape) != shape:
+            return f"{name} {tuple(tensor.shape)} where {shape} belongs"
+    return ""
+
+
+def _read_header(file: Path) -> tuple[dict[str, str], set[str]]:
+    """The file's own metadata, and the names of its tensors."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return dict(opened.metadata() or {}), set(opened.keys())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file.name} is not a whole safetensors file: {one_line(error)}") from error
+
+
+def _width(module: nn.Module | None, side: str) -> int | None:
+    """Input or output width of a linear or convolution layer."""
+    for name in (f"{side}_features", f"{side}_channels"):
+        if hasattr(module, name):
+            return getattr(module, name)
+    return None
+
+
+def _describe_weights(weights: AdapterWeights) -> str:
+    found = weights.parts["unet"][0] if "unet" in weights.parts else {}
+    cross = {p.down.shape[1] for path, p in found.items() if path.endswith("attn2.to_k")}
+    widths = {p.up.shape[0] for path, p in found.items() if ".attn1." in path or ".attn2." in path}
+    return _describe(max(cross, default=0), sorted(widths))
+
+
+def _describe_base(pipeline: StableDiffusionXLPipeline) -> str:
+    facts = architecture(pipeline.unet)
+    return _describe(facts["cross_attention_dim"], sorted(_attention_widths(pipeline.unet)))
+
+
+def _attention_widths(unet: nn.Module) -> set[int]:
+    return {_width(module, "out") for name, module in _layers(unet).items() if name.endswith("attn1.to_q")}
+
+
+def _describe(cross: int, widths: list[int]) -> str:
+    family = f"{FAMILIES[cross]}, " if cross in FAMILIES else ""
+    seen = f"cross-attention width {cross}" if cross else "no cross-attention"
+    return f"a UNet with {family}{seen}, attention widths {', '.join(map(str, widths)) or 'unknown'}"
+
+
+def install(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline) -> None:
+    """Add the adapter to the pipeline's components, under `weights.key`.
+
+    Raises UserError when that fails, with what was already in taken out again.
+    """
+    try:
+        for component, (found, scales) in weights.parts.items():
+            _load(component, found, scales, weights.key, pipeline)
+    except Exception as error:
+        pipeline.delete_adapters(weights.key)
+        raise UserError(f"{weights.file_name} could not be put into the base: {one_line(error)}") from error
+
+
+def _load(component: str, found: dict[str, Projection], scales: Scales, key: str, pipeline) -> None:
+    config = {f"{component}.{name}": value for name, value in lora_config(found, scales).items()}
+    options = {"network_alphas": None, "adapter_name": key, "metadata": config, "_pipeline": pipeline}
+    tensors = _tensors(component, found)
+    if component == "unet":
+        pipeline.load_lora_into_unet(tensors, unet=pipeline.unet, **options)
+    else:
+        model = getattr(pipeline, component)
+        pipeline.load_lora_into_text_encoder(tensors, text_encoder=model, prefix=component, **options)
+
+
+def lora_config(found: dict[str, Projection], scales: Scales) -> dict[str, Any]:
+    """Arguments of PEFT's LoraConfig."""
+    ranks, alphas = {path: p.rank for path, p in found.items()}, scales.alphas
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": _pattern(ranks, rank),
+        "alpha_pattern": _pattern(alphas, alpha),
+        "target_modules": list(found),
+        "use_rslora": scales.use_rslora,
+        "use_dora": any(p.magnitude is not None for p in found.values()),
+        "lora_bias": any(p.bias is not None for p in found.values()),
+    }
+
+
+def _pattern(values: dict[str, float], common: float) -> dict[str, float]:
+    """One regular expression for each value but the common one: PEFT tries all of them on every module."""
+    paths: dict[float, list[str]] = {}
+    for path, value in values.items():
+        paths.setdefault(value, []).append(re.escape(path))
+    return {f"^(?:{'|'.join(names)})": value for value, names in paths.items() if value != common}
+
+
+def _tensors(component: str, found: dict[str, Projection]) -> dict[str, Tensor]:
+    """Under the names that diffusers' loader takes: PEFT's for a UNet, its own older ones for a text encoder."""
+    down, up = ("lora_A", "lora_B") if component == "unet" else ("lora_linear_layer.down", "lora_linear_layer.up")
+    tensors = {}
+    for path, projection in found.items():
+        parts = {
+            f"{down}.weight": projection.down,
+            f"{up}.weight": projection.up,
+            f"{up}.bias": projection.bias,
+            "lora_magnitude_vector.weight": projection.magnitude,
+        }
+        tensors |= {f"{component}.{path}.{name}": part for name, part in parts.items() if part is not None}
+    return tensors

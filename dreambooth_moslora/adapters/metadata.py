@@ -1,0 +1,124 @@
+"""What an adapter file says about itself, as JSON in its header, and which values such a fact can have."""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from dreambooth_moslora import __version__
+from dreambooth_moslora.core.config import MIXERS
+
+__all__ = ["AdapterFacts", "public_base_id", "versions"]
+
+LIBRARIES = ("torch", "diffusers", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What a file says about its adapter. No path, no photo fact, nothing of the machine it was made on.
+
+    `ranks` and `alphas` name the modules (`component.path`) that differ from `rank` and `alpha`.
+    """
+
+    rank: int
+    alpha: float
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_dropout: float = 0.0
+    mixer: str = "none"
+    train_mixer: bool = True
+    mixer_seed: int = 0
+    ranks: dict[str, int] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
+    base_id: str = ""
+    base_architecture: dict[str, object] = field(default_factory=dict)
+    structures: dict[str, dict[str, object]] = field(default_factory=dict)
+    trigger_words: tuple[str, ...] = ()
+    class_word: str = ""
+    resolution_px: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "AdapterFacts":
+        """Raises ValueError or TypeError for anything that `to_json` does not write. Unknown facts are left out."""
+        try:
+            stored = json.loads(text)
+        except RecursionError:
+            raise ValueError("nested too deep") from None
+        if not isinstance(stored, dict):
+            raise TypeError("the facts are an object")
+        known = {k: v for k, v in stored.items() if k in cls.__dataclass_fields__}
+        for name, value in known.items():
+            if not FACTS[name](value):
+                raise ValueError(f"{name} is {value!r:.60}")
+        return cls(**{**known, "trigger_words": tuple(known.get("trigger_words", ()))})
+
+
+def is_rank(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def is_bool(value: object) -> bool:
+    return type(value) is bool
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def named(check: Callable[[object], bool]) -> Callable[[object], bool]:
+    """Of an object whose values all pass `check`."""
+    return lambda value: isinstance(value, dict) and all(check(v) for v in value.values())
+
+
+def is_dict(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+FACTS: dict[str, Callable[[object], bool]] = {
+    "rank": is_rank,
+    "alpha": is_number,
+    "use_rslora": is_bool,
+    "use_dora": is_bool,
+    "lora_dropout": lambda value: is_number(value) and 0 <= value < 1,
+    "mixer": lambda value: value in MIXERS,
+    "train_mixer": is_bool,
+    "mixer_seed": lambda value: type(value) is int,
+    "ranks": named(is_rank),
+    "alphas": named(is_number),
+    "base_id": is_text,
+    "base_architecture": is_dict,
+    "structures": named(is_dict),
+    "trigger_words": lambda value: isinstance(value, list) and all(is_text(word) for word in value),
+    "class_word": is_text,
+    "resolution_px": lambda value: value is None or is_rank(value),
+    "versions": named(is_text),
+}
+"""Fact -> whether a value read from a file, which anybody may have written, can be one."""
+
+
+def public_base_id(name: str | Path) -> str:
+    """A hub id or `toy` as it is; of a path only its last part."""
+    text = str(name).replace("\\", "/")  # a path of Windows, too
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith(".") and not Path(text).exists()
+    return text if is_hub_id else Path(text).name
+
+
+def versions() -> dict[str, str]:
+    found = {"dreambooth_moslora": __version__}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,294 @@
+"""Proof of an export: a stock loader reads the file back, and what it computes is compared with the live adapter.
+
+diffusers' own `load_lora_weights` loads the file into a hollow copy of the adapted models, so no second UNet is in
+memory. Two comparisons, both relative (‖file − live‖ / ‖live‖), in fp32, at scale 1:
+
+- ΔW of every projection, as PEFT computes it on either side, and DoRA's magnitudes;
+- the output of a few projections, through PEFT's forward, on fixed inputs.
+
+kohya files with DoRA are the exception: diffusers drops `dora_scale`, so these are read by their definition instead,
+W' = dora_scale · (W + ΔW) / ‖W + ΔW‖ per output row.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from dreambooth_moslora.adapters.kohya import kohya_name
+from dreambooth_moslora.adapters.raw_file import all_layers, read_tensors
+from dreambooth_moslora.adapters.skeleton import hollow, structure_of
+from dreambooth_moslora.core.errors import UserError, one_line
+
+__all__ = ["BOUNDS", "FileProof", "Proof", "check_reduction", "prove_file", "relative_difference"]
+
+BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""The largest relative difference of ΔW that rounding `up` and `down` to this dtype explains."""
+SAMPLED_LAYERS = 8
+TOKENS = 16
+STOCK = "proof"
+
+
+@dataclass(frozen=True)
+class FileProof:
+    """One file against the adapter: the largest relative differences, and where ΔW's is."""
+
+    file: str
+    weights: float
+    outputs: float
+    worst: str
+    loader: str
+
+    @property
+    def largest(self) -> float:
+        return max(self.weights, self.outputs)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What `publish` wrote and how near it is. `kept` is the share of ‖ΔW‖² after rank reduction (1 without)."""
+
+    dtype: str
+    bound: float
+    projections: int
+    file_proofs: tuple[FileProof, ...]
+    rank_sum: int = 0
+    kept: float = 1.0
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(p.file for p in self.file_proofs)
+
+    @property
+    def max_relative_difference(self) -> float:
+        return max(p.largest for p in self.file_proofs)
+
+    def to_dict(self) -> dict[str, object]:
+        """For metrics.jsonl and the model card."""
+        return {**asdict(self), "files": self.files, "max_relative_difference": self.max_relative_difference}
+
+    def sentence(self) -> str:
+        """One line for a person."""
+        return (
+            f"{self.projections} projections reloaded by the stock loader: largest relative difference "
+            f"{self.max_relative_difference:.1e} (bound {self.bound:.0e} for {self.dtype})"
+        )
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖; 0 for two zeros, infinite for anything against zero, or NaN."""
+    size, difference = float(expected.norm()), float((found - expected).norm())
+    if difference == 0:
+        return 0.0
+    return difference / size if size > 0 and difference == difference else float("inf")
+
+
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """Products of fp32 numbers from all their bits. Where PyTorch's settings allow it, and for convolutions they
+    do by default, a GPU since Ampere reads 10 bits of each mantissa (TF32). The settings come back afterwards.
+    """
+    backends = torch.backends
+    settings = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
+
+
+@torch.no_grad()
+@full_fp32()
+def prove_file(
+    path: Path, components: dict[str, nn.Module], adapter_name: str, expected: dict[str, Tensor] | None = None
+) -> FileProof:
+    """Reload `path` and compare. `expected` (`component.path` -> ΔW) replaces the live ΔW after a rank reduction."""
+    live = all_layers(components, adapter_name)
+    tensors, _ = read_tensors(path)
+    if any(key.endswith(".dora_scale") for key in tensors):
+        return prove_kohya_dora(path, tensors, live, adapter_name, expected)
+    stock = stock_layers(path, components)
+    missing = sorted(set(live) ^ set(stock))
+    if missing:
+        raise UserError(f"{path.name}: the stock loader adapts other modules than the adapter does, first {missing[0]}")
+    differences = {}
+    for name, layer in live.items():
+        with alone(layer, adapter_name), alone(stock[name], STOCK):
+            wanted = delta(layer, adapter_name) if expected is None else expected[name]
+            differences[name] = relative_difference(delta(stock[name], STOCK), wanted)
+            if adapter_name in layer.lora_magnitude_vector:
+                differences[name] = max(differences[name], magnitude_difference(layer, stock[name], adapter_name))
+    outputs = 0.0
+    if expected is None:
+        outputs = max(output_difference(live[name], stock[name], adapter_name) for name in sampled(live))
+    worst = max(differences, key=differences.__getitem__)
+    return FileProof(path.name, differences[worst], outputs, worst, "diffusers load_lora_weights")
+
+
+@torch.no_grad()
+@full_fp32()
+def check_reduction(
+    components: dict[str, nn.Module], adapter_name: str, expected: dict[str, Tensor], keep: float
+) -> None:
+    """Of every projection the reduced ΔW is still the live one but for (1 − keep) of its ‖ΔW‖²; else UserError."""
+    bound = (1 - keep) ** 0.5 + BOUNDS[torch.float32]
+    for name, layer in all_layers(components, adapter_name).items():
+        with alone(layer, adapter_name):
+            lost = relative_difference(expected[name], delta(layer, adapter_name))
+        if not lost <= bound:
+            raise UserError(
+                f"nothing was published: reduced in rank, {name} differs from the live adapter by {lost:.2e} "
+                f"(relative), and keep={keep:g} allows {bound:.2e}"
+            )
+
+
+def sampled(names: dict[str, object]) -> list[str]:
+    """A few names, evenly spread, the first and the last among them."""
+    names = list(names)
+    step = max(1, (len(names) - 1) // (SAMPLED_LAYERS - 1))
+    return [*names[::step][: SAMPLED_LAYERS - 1], names[-1]]
+
+
+def stock_layers(path: Path, components: dict[str, nn.Module]) -> dict[str, LoraLayer]:
+    """The layers of an untouched diffusers pipeline that has loaded the file; a refusal or a warning is an error."""
+    if "unet" not in components:
+        raise UserError("an SDXL LoRA file is loaded through the UNet; give `unet` among the components")
+    twins = {name: hollow(structure_of(model)) for name, model in components.items()}
+    parts = {name: twins.get(name) for name in ("unet", "text_encoder", "text_encoder_2")}
+    shell = StableDiffusionXLPipeline(vae=None, tokenizer=None, tokenizer_2=None, scheduler=None, **parts)
+    with collected_warnings() as warnings:
+        try:
+            shell.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=STOCK, local_files_only=True)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{path.name} was not published: the stock loader refuses it: {one_line(error)}") from error
+    # A part that the file does not adapt is announced; whether one is missing is found by comparing the layers.
+    warnings = [text for text in warnings if not text.startswith("No LoRA keys associated")]
+    if warnings:
+        raise UserError(f"{path.name}: the stock loader complains: {' '.join(warnings[0].split())[:200]}")
+    return all_layers({n: twin for n, twin in twins.items() if hasattr(twin, "peft_config")}, STOCK)
+
+
+@contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """Warnings of the loaders about keys that they did not use, instead of lines in the user's terminal."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    before = [(log.handlers[:], log.propagate) for log in loggers]
+    for log in loggers:
+        log.handlers[:], log.propagate = [handler], False
+    try:
+        with redirect_stderr(StringIO()):  # progress bars
+            yield found
+    finally:
+        for log, (handlers, propagate) in zip(loggers, before, strict=True):
+            log.handlers[:], log.propagate = handlers, propagate
+
+
+@contextmanager
+def alone(layer: LoraLayer, adapter_name: str, base: nn.Module | None = None) -> Iterator[None]:
+    """The layer in evaluation mode with this adapter only, at its trained scale, over `base` if given."""
+    saved = layer.base_layer, layer._active_adapter, layer._disable_adapters, layer.scaling[adapter_name]
+    modes = [(module, module.training) for module in layer.modules()]
+    layer.eval()
+    layer._active_adapter, layer._disable_adapters = [adapter_name], False
+    layer.set_scale(adapter_name, 1.0)
+    layer.base_layer = base if base is not None else layer.base_layer
+    try:
+        yield
+    finally:
+        layer.base_layer, layer._active_adapter, layer._disable_adapters, layer.scaling[adapter_name] = saved
+        for module, mode in modes:
+            module.training = mode
+
+
+def delta(layer: LoraLayer, adapter_name: str) -> Tensor:
+    """ΔW, in the shape of W, by PEFT, in fp32 on the CPU."""
+    return layer.get_delta_weight(adapter_name).float().cpu()
+
+
+def magnitude_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -> float:
+    pair = live.lora_magnitude_vector[adapter_name], stock.lora_magnitude_vector[STOCK]
+    wanted, found = (module.weight.float().cpu() for module in pair)
+    return relative_difference(found, wanted)
+
+
+def output_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -> float:
+    """Of the layer's output for a fixed x. Over a base of zeros the output is the adapter's own effect, which
+    rounding would drown beside W·x early in training; DoRA needs a base, and its magnitudes are compared by themselves.
+    """
+    device = live.lora_A[adapter_name].weight.device
+    x, base = fixed_input(live), fixed_base(live)
+    if adapter_name not in live.lora_magnitude_vector:
+        nn.init.zeros_(base.weight)
+    with alone(stock, STOCK, base):
+        found = stock(x).float()
+    with alone(live, adapter_name, base.to(device)):
+        wanted = live(x.to(device)).float().cpu()
+    return relative_difference(found, wanted)
+
+
+def fixed_base(layer: LoraLayer) -> nn.Linear | nn.Conv2d:
+    """A layer of the base's kind with gaussian weights of seed 0, sized so that it keeps the input's norm."""
+    kind, options = nn.Linear, {}
+    real = layer.get_base_layer()
+    if isinstance(real, nn.Conv2d):
+        kind, options = nn.Conv2d, {name: getattr(real, name) for name in ("kernel_size", "stride", "padding")}
+    base = kind(layer.in_features, layer.out_features, bias=False, device="meta", **options).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    nn.init.normal_(base.weight, std=base.weight[0].numel() ** -0.5, generator=generator)
+    return base.requires_grad_(False)
+
+
+def fixed_input(layer: LoraLayer) -> Tensor:
+    """(16, in), or 16 pixels (1, in, 4, 4) for a convolution."""
+    shape = (TOKENS, layer.in_features)
+    if isinstance(layer.get_base_layer(), nn.Conv2d):
+        shape = (1, layer.in_features, 4, TOKENS // 4)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def prove_kohya_dora(
+    path: Path,
+    tensors: dict[str, Tensor],
+    live: dict[str, LoraLayer],
+    adapter_name: str,
+    expected: dict[str, Tensor] | None,
+) -> FileProof:
+    """Every projection's merged weight, over the fixed base, as the file defines it and as PEFT merges it; in fp64."""
+    differences = {}
+    for name, layer in live.items():
+        key = kohya_name(*published_name(*name.split(".", 1)))
+        up, down, alpha, found_size = (
+            tensors[f"{key}.{part}"].double() for part in ("lora_up.weight", "lora_down.weight", "alpha", "dora_scale")
+        )
+        scale = float(alpha) / len(down)
+        wanted = expected[name] if expected is not None else delta(layer, adapter_name)
+        weight = fixed_base(layer).weight.double()
+        magnitude = layer.lora_magnitude_vector[adapter_name].weight.double().cpu()[:, None]
+        merged = [
+            size * (weight + change) / (weight + change).norm(dim=1, keepdim=True)
+            for size, change in ((found_size, scale * up @ down), (magnitude, wanted.double()))
+        ]
+        differences[name] = relative_difference(merged[0] - weight, merged[1] - weight)
+    worst = max(differences, key=differences.__getitem__)
+    return FileProof(path.name, differences[worst], 0.0, worst, "the definition of dora_scale")
+
+
+def published_name(component: str, path: str) -> tuple[str, str]:
+    """The module path that other programs know: transformers 5 has dropped CLIPTextModel's `text_model.`."""
+    if component != "unet" and not path.startswith(("text_model.", "text_projection")):
+        return component, f"text_model.{path}"
+    return component, path

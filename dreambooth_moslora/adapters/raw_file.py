@@ -1,0 +1,300 @@
+"""The raw adapter file, for resuming and analysis: A, M and B as they are, and the facts that bring them back to life.
+
+    <component>.<module path>.lora_A (r, in)   .mixer (r, r)   .lora_B (out, r)   [.magnitude (out,) for DoRA]
+
+with component `unet`, `text_encoder` or `text_encoder_2`; lora_A is (r, in, h, w) for a convolution. One JSON string
+under `moslora` in the safetensors header holds the facts. The tensor `raw_format` makes every stock LoRA loader refuse
+the file, whose B·A alone would be wrong.
+"""
+
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from dreambooth_moslora.adapters.metadata import AdapterFacts, public_base_id, versions
+from dreambooth_moslora.adapters.mixer import MixedUp
+from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, inject
+from dreambooth_moslora.adapters.skeleton import structure_of
+from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.run_folder import atomic_write
+
+__all__ = ["COMPONENTS", "adapter_facts", "load_raw", "read_tensors", "save_raw"]
+
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+RAW_FORMAT = 1
+
+
+def adapter_facts(
+    components: dict[str, nn.Module],
+    adapter_name: str = "default",
+    *,
+    base_id: str | Path = "",
+    trigger_words: tuple[str, ...] = (),
+    class_word: str = "",
+    resolution_px: int | None = None,
+    base_architecture: dict[str, object] | None = None,
+) -> AdapterFacts:
+    """The facts of a live adapter: geometry and mixer are read from the models, the rest is given."""
+    check_components(components)
+    configs = [model.peft_config[adapter_name] for model in components.values()]
+    layers = all_layers(components, adapter_name)
+    ranks = {path: layer.r[adapter_name] for path, layer in layers.items()}
+    alphas = {path: layer.lora_alpha[adapter_name] for path, layer in layers.items()}
+    rank, alpha = most_common(ranks), most_common(alphas)
+    return AdapterFacts(
+        rank=rank,
+        alpha=alpha,
+        **same_settings(configs),
+        ranks={path: r for path, r in ranks.items() if r != rank},
+        alphas={path: a for path, a in alphas.items() if a != alpha},
+        base_id=public_base_id(base_id),
+        base_architecture=base_architecture or {},
+        structures={name: structure_of(model) for name, model in components.items()},
+        trigger_words=tuple(trigger_words),
+        class_word=class_word,
+        resolution_px=resolution_px,
+        versions=versions(),
+    )
+
+
+def check_storable(components: dict[str, nn.Module], adapter_name: str) -> None:
+    """Raises UserError for DoRA on a convolution, which PEFT makes, and whose magnitudes our files do not hold."""
+    for path, layer in all_layers(components, adapter_name).items():
+        if adapter_name in layer.lora_magnitude_vector and isinstance(layer.get_base_layer(), nn.Conv2d):
+            raise UserError(f"{path} is a convolution with DoRA, which cannot be saved here")
+
+
+def check_components(components: dict[str, nn.Module]) -> None:
+    unknown = sorted(set(components) - set(COMPONENTS))
+    if unknown or not components:
+        raise UserError(f"components are {', '.join(COMPONENTS)}, not {unknown or 'an empty dict'}")
+
+
+def all_layers(components: dict[str, nn.Module], adapter_name: str) -> dict[str, LoraLayer]:
+    """`component.path` -> layer, over all components."""
+    return {
+        f"{component}.{path}": layer
+        for component, model in components.items()
+        for path, layer in adapter_layers(model, adapter_name).items()
+    }
+
+
+def most_common(values: dict[str, float]) -> float:
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def same_settings(configs: list) -> dict[str, object]:
+    """The settings that one file has one of. Raises UserError where the components differ."""
+    defaults = {"mixer": "none", "train_mixer": True, "mixer_seed": 0}
+    names = ("use_rslora", "use_dora", "lora_dropout", *defaults)
+    found = [{name: getattr(config, name, defaults.get(name)) for name in names} for config in configs]
+    for name in names:
+        values = {settings[name] for settings in found}
+        if len(values) > 1:
+            raise UserError(f"the components of one adapter file need one {name}, but have {sorted(values)}")
+    return found[0]
+
+
+def save_raw(
+    components: dict[str, nn.Module], path: str | Path, facts: AdapterFacts, adapter_name: str = "default"
+) -> None:
+    """Write the live adapter, whole or not at all; the geometry in `facts` is taken from the models, not trusted."""
+    check_components(components)
+    check_storable(components, adapter_name)
+    live = adapter_facts(components, adapter_name)
+    taken = ("rank", "alpha", "ranks", "alphas", "structures", "versions", *same_settings_names())
+    facts = replace(facts, **{name: getattr(live, name) for name in taken})
+    tensors = {"raw_format": torch.tensor([RAW_FORMAT])}
+    for module_path, layer in all_layers(components, adapter_name).items():
+        tensors |= {f"{module_path}.{part}": t for part, t in raw_parts(layer, adapter_name).items()}
+    check_finite(tensors, "the adapter")
+    write_file(Path(path), tensors, {"moslora": facts.to_json()})
+
+
+def same_settings_names() -> tuple[str, ...]:
+    return ("use_rslora", "use_dora", "lora_dropout", "mixer", "train_mixer", "mixer_seed")
+
+
+def raw_parts(layer: LoraLayer, adapter_name: str) -> dict[str, Tensor]:
+    """The tensors of one projection, detached and on the CPU; they may share storage with the live ones."""
+    lora_b = layer.lora_B[adapter_name]
+    parts = {"lora_A": layer.lora_A[adapter_name].weight}
+    if isinstance(lora_b, MixedUp):
+        parts |= {"mixer": lora_b.mixer, "lora_B": lora_b.up}
+    else:
+        parts["lora_B"] = lora_b.weight.flatten(1)
+    if adapter_name in layer.lora_magnitude_vector:
+        parts["magnitude"] = layer.lora_magnitude_vector[adapter_name].weight
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in parts.items()}
+
+
+def check_finite(tensors: dict[str, Tensor], owner: str) -> None:
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.element_size() == 1:
+            tensor = tensor.float()  # eight-bit floats have no isfinite
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{owner} holds NaN or infinite values, first in {key}; use an earlier checkpoint")
+
+
+def write_file(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """A safetensors file, whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, save(tensors, metadata=header))
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header strings of a safetensors file. Raises UserError for anything else, pickles first."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    with path.open("rb") as file:
+        start = file.read(9)  # of a safetensors file the length of its header, any bytes, and the header's brace
+    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and start[8:] != b"{":
+        raise UserError(f"{path.name} is a pickled file, which can run code when it is opened; use a .safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path.name} is truncated or no safetensors file: {one_line(error)}") from None
+
+
+def read_raw(path: str | Path) -> tuple[dict[str, Tensor], AdapterFacts]:
+    """Tensors and facts of a raw file. Raises UserError for a published or foreign file, and for a broken one."""
+    tensors, header = read_tensors(path)
+    name = Path(path).name
+    if "raw_format" not in tensors:
+        raise UserError(f"{name} holds no raw MoSLoRA weights (a published LoRA file loads with load_lora_weights)")
+    if tensors.pop("raw_format").flatten().tolist() != [RAW_FORMAT]:
+        raise UserError(f"{name} was written by a newer dreambooth_moslora; update it")
+    try:
+        facts = AdapterFacts.from_json(header["moslora"])
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f": {error}" if type(error) is ValueError else ""
+        raise UserError(f"{name} has lost its header, which holds alpha and the mixer's kind{reason}") from None
+    check_whole(name, tensors, facts)
+    check_finite(tensors, name)
+    return tensors, facts
+
+
+def check_whole(name: str, tensors: dict[str, Tensor], facts: AdapterFacts) -> None:
+    """Every module has the matrices that the facts promise, in their sizes; nothing else is there."""
+    if not tensors:
+        raise UserError(f"{name} is broken: it holds no module")
+    for key, tensor in tensors.items():
+        if key.count(".") < 2 or key.split(".", 1)[0] not in COMPONENTS or not tensor.is_floating_point():
+            raise UserError(f"{name} is broken: {key!r:.100} is no part of an adapter")
+    for component in COMPONENTS:
+        for path, parts in component_tensors(tensors, component).items():
+            found = {part: tuple(tensor.shape) for part, tensor in parts.items()}
+            if found != expected_sizes(found, facts, f"{component}.{path}"):
+                raise UserError(f"{name} is broken: {component}.{path:.100} is not whole, or not of its rank")
+
+
+def expected_sizes(found: dict[str, tuple[int, ...]], facts: AdapterFacts, module: str) -> dict[str, tuple[int, ...]]:
+    """Part -> size, where only the module's own (in, out), and a kernel's, is taken from what was found."""
+    rank = facts.ranks.get(module, facts.rank)
+    inputs, outputs = found.get("lora_A", (0, 0))[1:], found.get("lora_B", (0,))[:1]
+    inputs = inputs if len(inputs) in (1, 3) else (0,)  # (in,) or (in, h, w)
+    sizes = {"lora_A": (rank, *inputs), "lora_B": (*outputs, rank)}
+    if facts.mixer != "none":
+        sizes["mixer"] = (rank, rank)
+    return sizes | ({"magnitude": outputs} if facts.use_dora else {})
+
+
+def load_raw(path: str | Path, components: dict[str, nn.Module], adapter_name: str = "default") -> AdapterFacts:
+    """Create the adapter of a raw file in the models, bit for bit as it was saved.
+
+    Raises UserError when the file adapts a component that is not given, or was made for another base.
+    """
+    check_components(components)
+    tensors, facts = read_raw(path)
+    wanted = {key.split(".", 1)[0] for key in tensors}
+    missing = sorted(wanted - set(components))
+    if missing:
+        raise UserError(f"{Path(path).name} also adapts {', '.join(missing)}; load the base with it")
+    by_component = {name: component_tensors(tensors, name) for name in components if name in wanted}
+    for component, modules in by_component.items():
+        check_fits(Path(path).name, facts, component, components[component], modules)
+    for component, modules in by_component.items():
+        inject(components[component], config_of(facts, component, modules), adapter_name)
+        for module_path, layer in adapter_layers(components[component], adapter_name).items():
+            fill(layer, adapter_name, modules[module_path])
+    return facts
+
+
+def component_tensors(tensors: dict[str, Tensor], component: str) -> dict[str, dict[str, Tensor]]:
+    """Module path -> part name -> tensor, for one component."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        owner, rest = key.split(".", 1)
+        if owner == component:
+            module_path, part = rest.rsplit(".", 1)
+            modules.setdefault(module_path, {})[part] = tensor
+    return modules
+
+
+def check_fits(name: str, facts: AdapterFacts, component: str, model: nn.Module, modules: dict) -> None:
+    """Every module of the file is there, with its size; else the file is of another base."""
+    made_for = f" ({facts.base_id})" if facts.base_id else ""
+    for module_path, parts in modules.items():
+        try:
+            module = model.get_submodule(module_path)
+        except AttributeError:
+            module = None
+        size, here = (parts["lora_B"].shape[0], *parts["lora_A"].shape[1:]), weight_size(module)
+        if size != here:
+            there = f"is {shown(here)}" if here else "does not exist"
+            raise UserError(
+                f"{name} was made for another base{made_for}: it needs {component}.{module_path} of "
+                f"{shown(size)} (out×in), which {there} here"
+            )
+
+
+def weight_size(module: nn.Module | None) -> tuple[int, ...]:
+    """(out, in) of a projection, also a quantised one, (out, in, h, w) of a convolution, () of anything else."""
+    module = getattr(module, "base_layer", module)
+    if isinstance(module, nn.Conv2d):
+        return (module.out_channels, module.in_channels, *module.kernel_size)
+    return (module.out_features, module.in_features) if hasattr(module, "out_features") else ()
+
+
+def shown(size: tuple[int, ...]) -> str:
+    return "×".join(map(str, size))
+
+
+def config_of(facts: AdapterFacts, component: str, modules: dict) -> MoSLoraConfig:
+    """A config that names exactly these modules, with their own ranks and alphas."""
+
+    def pattern(values: dict[str, float]) -> dict[str, float]:
+        prefix = f"{component}."
+        return {f"^{re.escape(k.removeprefix(prefix))}": v for k, v in values.items() if k.startswith(prefix)}
+
+    return MoSLoraConfig(
+        r=facts.rank,
+        lora_alpha=facts.alpha,
+        target_modules="|".join(re.escape(module_path) for module_path in modules),
+        rank_pattern=pattern(facts.ranks),
+        alpha_pattern=pattern(facts.alphas),
+        **{name: getattr(facts, name) for name in same_settings_names()},
+    )
+
+
+@torch.no_grad()
+def fill(layer: LoraLayer, adapter_name: str, parts: dict[str, Tensor]) -> None:
+    """Copy the saved tensors into the projection; `copy_` refuses another shape."""
+    lora_b = layer.lora_B[adapter_name]
+    layer.lora_A[adapter_name].weight.copy_(parts["lora_A"])
+    if isinstance(lora_b, MixedUp):
+        lora_b.up.copy_(parts["lora_B"])
+        lora_b.mixer.copy_(parts["mixer"])
+    else:
+        lora_b.weight.copy_(parts["lora_B"].view_as(lora_b.weight))
+    if "magnitude" in parts:
+        layer.lora_magnitude_vector[adapter_name].weight.copy_(parts["magnitude"])

@@ -1,0 +1,73 @@
+"""A model's structure without its weights: every parameter is one zero, seen at full size through strides of 0.
+
+Loaders, PEFT's too, treat it as an ordinary model in fp32 on the CPU, but it costs next to no memory: an SDXL UNet
+needs a few MB. This is how an export is reloaded by the stock loader while only one real UNet is in memory.
+"""
+
+import inspect
+import json
+from collections.abc import Mapping
+from importlib import import_module
+
+import torch
+from torch import nn
+
+from dreambooth_moslora.core.errors import UserError, one_line
+
+__all__ = ["hollow", "structure_of"]
+
+
+def structure_of(model: nn.Module) -> dict[str, object]:
+    """{"class", "config"} of a diffusers or transformers model, JSON-able and without file names."""
+    config = model.config
+    values = config.to_diff_dict() if hasattr(config, "to_diff_dict") else dict(config)
+    values = {k: v for k, v in values.items() if not k.startswith("_") and k not in PRIVATE}
+    return {"class": type(model).__name__, "config": json.loads(json.dumps(values, default=str))}
+
+
+CLASSES = {
+    "UNet2DConditionModel": "diffusers",
+    "CLIPTextModel": "transformers",
+    "CLIPTextModelWithProjection": "transformers",
+}
+"""Class of an adapted model -> the library that has it. A file names the class: nothing else is ever built."""
+PRIVATE = ("name_or_path", "quantization_config", "transformers_version", "dtype", "torch_dtype")
+
+
+def hollow(structure: Mapping[str, object]) -> nn.Module:
+    """The model of a structure, hollow. Raises UserError for what is no SDXL UNet or text encoder."""
+    name, config = structure.get("class"), structure.get("config")
+    if name not in CLASSES or not isinstance(config, dict):
+        raise UserError(f"{name!r:.60} is no part of SDXL that can be built; it has {', '.join(CLASSES)}")
+    try:
+        with torch.device("meta"):
+            model = build(str(name), config)
+        empty(model)
+    except Exception as error:  # what a constructor raises for sizes that do not go together is anything
+        raise UserError(f"the {name} that the file describes cannot be built: {one_line(error)}") from error
+    return model.eval()
+
+
+def build(name: str, config: dict) -> nn.Module:
+    kind = getattr(import_module(CLASSES[name]), name)
+    if CLASSES[name] == "diffusers":
+        return kind.from_config(known(kind, config))
+    # An attention implementation may name a kernel on the hub, which is code: a file does not choose that.
+    return kind(kind.config_class(**{k: v for k, v in config.items() if "attn_implementation" not in k}))
+
+
+def known(kind: type, config: dict) -> dict:
+    """The arguments that this version of the class has."""
+    names = inspect.signature(kind.__init__).parameters
+    return {key: value for key, value in config.items() if key in names}
+
+
+def empty(model: nn.Module) -> None:
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                zero = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
+                module._parameters[name] = nn.Parameter(zero, requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)

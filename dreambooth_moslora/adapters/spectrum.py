@@ -1,0 +1,132 @@
+"""What the mixer has become, projection by projection, and how much of the adapter's rank is used.
+
+drift            ‖M − M₀‖ / ‖M₀‖                                  how far the mixer has moved from its start
+condition number σ₁(M) / σ_r(M)                                   infinite for a mixer that lost a direction
+effective rank   exp(−Σ p ln p),  p = σ(B·M·A) / Σσ               Roy & Vetterli, EUSIPCO 2007
+"""
+
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dreambooth_moslora.adapters.mixer import MixedUp, initial_mixer
+from dreambooth_moslora.adapters.moslora import FoldedLayer, adapter_layers, fold_layer
+from dreambooth_moslora.core.errors import UserError
+
+__all__ = [
+    "Diagnosis",
+    "Reduction",
+    "diagnose",
+    "diagnose_mixer",
+    "diagnostics",
+    "effective_rank",
+    "product_svd",
+    "reduce_layers",
+    "reduce_rank",
+    "summary",
+]
+
+
+class Diagnosis(NamedTuple):
+    """Figures of one projection; the mixer's are None where there is no mixer."""
+
+    rank: int
+    effective_rank: float
+    drift: float | None
+    condition_number: float | None
+
+
+def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD of up (out, r) · down (r, in) in fp64, without forming the (out, in) product: U (out, r), S (r,), Vh."""
+    q_up, r_up = torch.linalg.qr(up.double())
+    q_down, r_down = torch.linalg.qr(down.double().T)
+    left, sizes, right = torch.linalg.svd(r_up @ r_down.T)
+    return q_up @ left[:, : len(sizes)], sizes, right[: len(sizes)] @ q_down.T
+
+
+def effective_rank(sizes: Tensor) -> float:
+    """Of singular values (r,); 0 for an adapter that does nothing yet."""
+    total = sizes.sum()
+    if total == 0:
+        return 0.0
+    shares = sizes[sizes > 0] / total
+    return float((-(shares * shares.log()).sum()).exp())
+
+
+def diagnose_mixer(mixer: Tensor, kind: str, seed: int, path: str) -> tuple[float, float]:
+    """(drift, condition number) of M (r, r); its start is made again from the kind, the seed and the path."""
+    start = initial_mixer(kind, len(mixer), seed, path).double()
+    mixer = mixer.detach().double().cpu()
+    sizes = torch.linalg.svdvals(mixer)
+    smallest = float(sizes[-1])
+    negligible = smallest <= len(mixer) * torch.finfo(torch.float32).eps * float(sizes[0])
+    condition = float("inf") if negligible else float(sizes[0]) / smallest
+    return float((mixer - start).norm() / start.norm()), condition
+
+
+def diagnose(up: Tensor, down: Tensor) -> tuple[int, float]:
+    """(rank, effective rank) of up (out, r) · down (r, in), or of kernels (out, r, 1, 1) · (r, in, h, w)."""
+    return len(down), effective_rank(product_svd(up.flatten(1), down.flatten(1))[1])
+
+
+@torch.no_grad()
+def diagnostics(model: nn.Module, adapter_name: str = "default") -> dict[str, Diagnosis]:
+    """Module path -> figures, for each projection of a live adapter."""
+    config, found = model.peft_config[adapter_name], {}
+    for path, layer in adapter_layers(model, adapter_name).items():
+        folded, lora_b = fold_layer(layer, adapter_name), layer.lora_B[adapter_name]
+        drift, condition = None, None
+        if isinstance(lora_b, MixedUp):
+            drift, condition = diagnose_mixer(lora_b.mixer, config.mixer, config.mixer_seed, path)
+        found[path] = Diagnosis(*diagnose(folded.up, folded.down), drift, condition)
+    return found
+
+
+def summary(figures: dict[str, Diagnosis]) -> dict[str, float]:
+    """Medians over the projections, and the largest drift: what a log line or a model card shows."""
+    drifts = [f.drift for f in figures.values() if f.drift is not None]
+    facts = {"effective_rank_median": median(f.effective_rank for f in figures.values())}
+    if drifts:
+        facts["mixer_drift_median"], facts["mixer_drift_max"] = median(drifts), max(drifts)
+        conditions = [f.condition_number for f in figures.values() if f.condition_number is not None]
+        facts["mixer_condition_median"] = median(conditions)
+    return facts
+
+
+class Reduction(NamedTuple):
+    """What a reduction did to all projections together. `kept` is the share of Σ‖ΔW‖² that is left."""
+
+    rank_before: int  # sum over the projections
+    rank_after: int
+    kept: float
+
+
+def reduce_rank(layer: FoldedLayer, keep: float) -> tuple[FoldedLayer, float, float]:
+    """The smallest-rank layer with at least `keep` of ‖ΔW‖², and both squared norms (before, after). DoRA stays."""
+    left, sizes, right = product_svd(layer.up.flatten(1), layer.down.flatten(1))
+    energy = sizes.square().cumsum(0)
+    enough = energy >= keep * energy[-1]
+    rank = int(enough.nonzero()[0]) + 1
+    root = sizes[:rank].sqrt()
+    down, up = root[:, None] * right[:rank], left[:, :rank] * root
+    down, up = down.view(rank, *layer.down.shape[1:]), up.view(-1, rank, *layer.up.shape[2:])
+    return FoldedLayer(down.float(), up.float(), layer.dora), float(energy[-1]), float(energy[rank - 1])
+
+
+@torch.no_grad()
+def reduce_layers(
+    components: dict[str, dict[str, FoldedLayer]], keep: float
+) -> tuple[dict[str, dict[str, FoldedLayer]], Reduction]:
+    """Reduce every projection of every component. Raises UserError unless 0 < keep <= 1."""
+    if not 0 < keep <= 1:
+        raise UserError(f"keep={keep} is not a share; choose a number above 0 and up to 1, such as 0.99")
+    reduced, before, after = {}, 0.0, 0.0
+    for component, layers in components.items():
+        reduced[component] = {}
+        for path, layer in layers.items():
+            reduced[component][path], energy, left = reduce_rank(layer, keep)
+            before, after = before + energy, after + left
+    ranks = [sum(len(f.down) for ls in c.values() for f in ls.values()) for c in (components, reduced)]
+    return reduced, Reduction(*ranks, after / before if before else 1.0)

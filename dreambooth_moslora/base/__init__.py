@@ -1,0 +1,1 @@
+"""A name becomes a frozen SDXL pipeline: where its files lie, how it is loaded and quantised."""

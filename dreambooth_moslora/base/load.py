@@ -1,0 +1,277 @@
+"""The base model: from its name to a pipeline, and from photos and words to what its UNet reads.
+
+name --load_pipeline--> StableDiffusionXLPipeline
+pixels (B, 3, H, W) in [-1, 1] --encode_image--> latents (B, 4, H/8, W/8), scaled as the UNet expects them
+prompts (N) --encode_text--> TextCond(embeds (N, 77, D), pooled (N, P))
+CropPlan --time_ids--> (6,): original height, width, crop top, left, target height, width in pixels
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from huggingface_hub.errors import LocalEntryNotFoundError
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from dreambooth_moslora.base.locate import check_diffusers_folder, configs_beside, resolve_base
+from dreambooth_moslora.base.quantization import quantize
+from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.toy import preferred_guidance
+
+__all__ = [
+    "PlannedCrop",
+    "TextCond",
+    "architecture",
+    "decode_image",
+    "decode_pixels",
+    "default_guidance",
+    "default_resolution",
+    "encode_image",
+    "encode_text",
+    "load_pipeline",
+    "pictures_of",
+    "time_ids",
+]
+
+logger = logging.getLogger(__name__)
+
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SingleFileComponentError)
+"""What diffusers' converter raises for a damaged file, and for one of another model."""
+UNLOADABLE = (OSError, ValueError, OverflowError, RuntimeError, SafetensorError)
+"""What the loaders raise for damaged or missing parts of a folder."""
+
+
+class PlannedCrop(Protocol):
+    """What `time_ids` needs to know of a crop; all sizes are (height, width) or (top, left) in pixels."""
+
+    original_size: tuple[int, int]
+    crop_top_left: tuple[int, int]
+    target_size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TextCond:
+    """Text conditioning of N prompts: `embeds` (N, 77, D) of both encoders, `pooled` (N, P) of the second one."""
+
+    embeds: Tensor
+    pooled: Tensor
+
+
+def load_pipeline(
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    vae: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    device: str | torch.device | None = None,
+    vae_dtype: torch.dtype | None = None,
+    quantization: str = "none",
+) -> StableDiffusionXLPipeline:
+    """Load a base in `dtype` (fp32 when None) onto `device`, every module frozen and in evaluation mode.
+
+    `vae` names another autoencoder (folder or hub id), such as one repaired for fp16; `vae_dtype` its dtype (`dtype`
+    when None); `quantization` (`nf4`, `int8`) how the UNet's weights are kept.
+    Raises UserError when the base is missing, is no SDXL model, or cannot be fetched.
+    """
+    source = resolve_base(name_or_path)
+    if isinstance(source, Path) and source.is_dir():
+        check_diffusers_folder(source, variant, has_vae=vae is None)
+    dtype = dtype or torch.float32
+    vae_dtype = vae_dtype or dtype
+    options = {"dtype": dtype, "revision": revision, "cache_dir": cache_dir}
+    try:
+        parts = {"vae": load_vae(vae, vae_dtype, cache_dir)} if vae else {}
+        if isinstance(source, Path) and source.is_file():
+            pipeline = load_single_file(source, {**options, **parts})
+        else:
+            options["dtype"] = {"default": dtype, "vae": vae_dtype}
+            pipeline = StableDiffusionXLPipeline.from_pretrained(
+                source, variant=variant, add_watermarker=False, **options, **parts
+            )
+    except UserError:
+        raise
+    except UNLOADABLE as error:
+        raise UserError(f"the base model {name_or_path} cannot be loaded: {one_line(error, 300)}") from error
+    check_is_sdxl(pipeline, name_or_path)
+    check_is_whole(pipeline, name_or_path)
+    if pipeline.vae.dtype != vae_dtype:
+        pipeline.vae.to(vae_dtype)
+    freeze(pipeline)
+    quantize(pipeline.unet, quantization, dtype)
+    return pipeline.to(device) if device is not None else pipeline
+
+
+def load_vae(name: str | Path, dtype: torch.dtype, cache_dir: str | Path | None) -> AutoencoderKL:
+    try:
+        return AutoencoderKL.from_pretrained(name, dtype=dtype, cache_dir=cache_dir)
+    except UNLOADABLE as error:
+        raise UserError(f"the VAE {name} cannot be loaded: {one_line(error, 300)}") from error
+
+
+def load_single_file(path: Path, options: dict) -> StableDiffusionXLPipeline:
+    """One checkpoint file. A diffusers folder of the same stem beside it supplies the configs; else the hub does."""
+    configs = configs_beside(path)
+    local = {} if configs is None else {"config": str(configs)}
+    try:
+        pipeline = StableDiffusionXLPipeline.from_single_file(str(path), add_watermarker=False, **options, **local)
+    except (LocalEntryNotFoundError, ConnectionError) as error:
+        raise UserError(without_configs(path)) from error
+    except UNREADABLE as error:
+        raise UserError(f"{path} is not an SDXL checkpoint that diffusers can read: {one_line(error, 300)}") from error
+    if path.suffix == ".safetensors":
+        follow_prediction_marks(pipeline, path)
+    return pipeline
+
+
+def without_configs(path: Path) -> str:
+    return (
+        f"{path} holds weights alone, and the configs that belong to them could not be fetched from the hub: go online "
+        f"once, or put the .json and tokenizer files of a diffusers folder of that model into {path.with_suffix('')}."
+    )
+
+
+def follow_prediction_marks(pipeline: StableDiffusionXLPipeline, path: Path) -> None:
+    """v-prediction checkpoints carry an empty tensor `v_pred` (and `ztsnr`), which diffusers does not read."""
+    with safe_open(path, framework="pt") as file:
+        marks = {"v_pred", "ztsnr"} & set(file.keys())
+    if "v_pred" in marks:
+        changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in marks}
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **changes)
+
+
+def check_is_sdxl(pipeline: StableDiffusionXLPipeline, name: str | Path) -> None:
+    unet = pipeline.unet
+    if unet is None or pipeline.text_encoder_2 is None or unet.config.addition_embed_type != "text_time":
+        raise UserError(f"{name} is not an SDXL base model (two text encoders and size conditioning are needed).")
+
+
+def check_is_whole(pipeline: StableDiffusionXLPipeline, name: str | Path) -> None:
+    """A weight that no file has is left without memory by the loader."""
+    for part, model in pipeline.components.items():
+        weights = model.named_parameters() if isinstance(model, nn.Module) else ()
+        if missing := next((weight for weight, value in weights if value.is_meta), None):
+            raise UserError(f"the base model {name} is not whole: the files of its {part} have no {missing}.")
+
+
+def freeze(pipeline: StableDiffusionXLPipeline) -> None:
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
+
+
+def default_resolution(pipeline: StableDiffusionXLPipeline) -> int:
+    """Side in pixels of the images that the UNet was made for: 1024 for SDXL, 128 for the embedded base."""
+    return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+
+
+def default_guidance(pipeline: StableDiffusionXLPipeline) -> float:
+    """`preferred_guidance` of the base that was loaded."""
+    return preferred_guidance(str(pipeline.config.get("_name_or_path", "")))
+
+
+def encode_text(pipeline: StableDiffusionXLPipeline, prompts: list[str]) -> TextCond:
+    """Embed N prompts: penultimate hidden states of both encoders side by side, and the pooled output of the second.
+
+    Gradients reach the encoders when they are enabled: the caller says `torch.no_grad()` for frozen ones. The empty
+    prompt is zeros where the pipeline's own unconditional is (`force_zeros_for_empty_prompt`).
+    """
+    device = pipeline.text_encoder_2.device
+    embeds, _, pooled, _ = pipeline.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
+    if pipeline.config.force_zeros_for_empty_prompt:
+        said = torch.tensor([bool(prompt) for prompt in prompts], device=device)
+        embeds, pooled = torch.where(said[:, None, None], embeds, 0), torch.where(said[:, None], pooled, 0)
+    return TextCond(embeds, pooled)
+
+
+@torch.no_grad()
+def encode_image(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8), fp32: the mean of the VAE's posterior.
+
+    An SDXL VAE in fp16 can overflow to NaN; then the VAE is turned to fp32, for good, and asked again.
+    Raises UserError when even fp32 gives no finite latents.
+    """
+    latents = posterior_mean(vae, pixels)
+    if not latents.isfinite().all() and vae.dtype != torch.float32:
+        logger.warning("The VAE gives NaN in %s: it is used in float32 from here on.", vae.dtype)
+        vae.to(torch.float32)
+        latents = posterior_mean(vae, pixels)
+    if not latents.isfinite().all():
+        raise UserError("the VAE gives NaN for a photo even in float32: its weights are broken; use another VAE.")
+    return scale_latents(vae, latents)
+
+
+def posterior_mean(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
+
+
+def scale_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """z -> scale·z, or scale·(z - mean)/std for VAEs that publish their latents' statistics (Playground v2.5)."""
+    statistics = latent_statistics(vae, latents.device)
+    if statistics:
+        latents = (latents - statistics[0]) / statistics[1]
+    return latents * vae.config.scaling_factor
+
+
+def latent_statistics(vae: AutoencoderKL, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation of each latent channel, (1, 4, 1, 1); None for most VAEs."""
+    mean, std = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
+    if mean is None or std is None:
+        return None
+    return torch.tensor(mean, device=device).view(1, -1, 1, 1), torch.tensor(std, device=device).view(1, -1, 1, 1)
+
+
+def decode_image(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
+    """Scaled latents (B, 4, h, w) -> B pictures of (8h, 8w) px; what is not finite is black, and said."""
+    pixels = decode_pixels(vae, latents)
+    if not pixels.isfinite().all():
+        logger.warning("A picture has values that are not finite (NaN) and is black there: use --mixed_precision bf16.")
+    return pictures_of(pixels)
+
+
+@torch.no_grad()
+def decode_pixels(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w). An fp16 VAE that overflows goes to fp32, for good."""
+    pixels = decoded(vae, latents)
+    if not pixels.isfinite().all() and latents.isfinite().all() and vae.dtype != torch.float32:
+        logger.warning("The VAE gives NaN in %s: it is used in float32 from here on.", vae.dtype)
+        vae.to(torch.float32)
+        pixels = decoded(vae, latents)
+    return pixels
+
+
+def pictures_of(pixels: Tensor) -> list[Image.Image]:
+    """Pixels (B, 3, H, W), about in [-1, 1] -> B pictures."""
+    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().nan_to_num().to(torch.uint8)
+    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels.cpu()]
+
+
+def decoded(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    latents = latents.float() / vae.config.scaling_factor
+    statistics = latent_statistics(vae, latents.device)
+    if statistics:
+        latents = latents * statistics[1] + statistics[0]
+    return vae.decode(latents.to(vae.device, vae.dtype)).sample.float()
+
+
+def time_ids(plan: PlannedCrop) -> Tensor:
+    """SDXL's size and crop conditioning (6,) of one image (Podell et al. 2023, section 2.2)."""
+    return torch.tensor([*plan.original_size, *plan.crop_top_left, *plan.target_size], dtype=torch.float32)
+
+
+def architecture(unet: UNet2DConditionModel) -> dict[str, object]:
+    """The shape of a UNet, JSON-able: two bases with equal shape accept each other's adapters."""
+    keys = ("in_channels", "block_out_channels", "cross_attention_dim", "transformer_layers_per_block")
+    facts = {key: unet.config[key] for key in keys}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}

@@ -1,0 +1,137 @@
+"""Where the files of a base lie on this machine, if they do, and what they say without being loaded.
+
+`--dry_run` and training look at a base with the same eyes: what the one passes, the other does not refuse.
+"""
+
+import json
+from pathlib import Path
+
+from dreambooth_moslora.base.headers import check_weights, tensor_shapes, weight_files
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import UserError
+
+__all__ = ["SMALL_BASE_PX", "base_folder", "check_diffusers_folder", "check_vae", "configs_beside", "resolve_base"]
+
+SMALL_BASE_PX = 256
+"""A base of at most this resolution, as the embedded one, needs no care with the memory of a GPU."""
+TOY = Path(__file__).resolve().parents[2] / "assets" / "toy-sdxl"
+SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
+INDEX = "model_index.json"
+CONFIGS = ("tokenizer", "tokenizer_2", "scheduler")
+TEXT_MARKS = {"text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"}
+MARKS = {
+    "unet": {"conv_in.weight"},
+    "vae": {"encoder.conv_in.weight"},
+    "text_encoder": TEXT_MARKS,
+    "text_encoder_2": TEXT_MARKS,
+}
+"""Component with weights -> a tensor that each of its kind has, under one of these names."""
+
+
+def resolve_base(name: str | Path) -> str | Path:
+    """`toy`, a folder, a single checkpoint file, or a hub id (returned as it is).
+
+    Raises UserError for a path that is not there, for a folder that is no diffusers model, and for a damaged file.
+    """
+    if str(name) == "toy":
+        return existing_toy()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / INDEX).is_file():
+            raise UserError(f"{path} is not a diffusers model: it has no {INDEX}.")
+        return path
+    if path.is_file():
+        return single_file(path)
+    if not is_hub_id(str(name)):
+        raise UserError(f"the base {name} does not exist: give a diffusers folder, a .safetensors file or a hub id.")
+    return str(name)
+
+
+def existing_toy() -> Path:
+    if not (TOY / INDEX).is_file():
+        raise UserError(f"the embedded base is missing: {TOY} has no {INDEX}; clone the whole repository.")
+    return TOY
+
+
+def single_file(path: Path) -> Path:
+    if path.suffix not in SINGLE_FILE_SUFFIXES:
+        raise UserError(f"{path} is neither a diffusers folder nor a .safetensors checkpoint.")
+    check_weights(path)
+    return path
+
+
+def is_hub_id(name: str) -> bool:
+    """`owner/model-1.0` has a dot and is an id; `owner/model.safetensors` and `./model` are paths."""
+    is_path = name.startswith((".", "~", "/")) or Path(name).suffix in SINGLE_FILE_SUFFIXES
+    return name.count("/") == 1 and not is_path
+
+
+def base_folder(config: TrainConfig) -> Path | None:
+    """The diffusers folder of the base: as named, embedded, or in the hub's cache. None for a single file or none yet.
+
+    Raises UserError for what training would refuse of it.
+    """
+    source = resolve_base(config.pretrained_model_name_or_path)
+    if isinstance(source, str):
+        return cached_folder(source, config)
+    if source.is_file():
+        return None
+    check_diffusers_folder(source, config.variant, has_vae=config.pretrained_vae_model_name_or_path is None)
+    return source
+
+
+def cached_folder(name: str, config: TrainConfig) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "unet/config.json", cache_dir=config.cache_dir, revision=config.revision)
+    return Path(found).parents[1] if isinstance(found, str) else None
+
+
+def check_diffusers_folder(folder: Path, variant: str | None = None, *, has_vae: bool = True) -> None:
+    """Raises UserError for a folder that is no whole SDXL base. `has_vae` False: it need not have a VAE of its own."""
+    index = read_json(folder / INDEX)
+    parts = [part for part in (*MARKS, *CONFIGS) if has_vae or part != "vae"]
+    for part in parts:
+        if not isinstance(index.get(part), list) or None in index[part]:
+            raise UserError(f"{folder} is not an SDXL base model: its {INDEX} names no {part}.")
+        if not any((folder / part).glob("*.json")):
+            raise UserError(f"{folder} is not a whole base model: {folder / part} is missing or has no configuration.")
+    if read_json(folder / "unet" / "config.json").get("addition_embed_type") != "text_time":
+        raise UserError(f"{folder} is not an SDXL base model: its UNet has no size conditioning (text_time).")
+    for part in parts:
+        if part in MARKS:
+            check_component(folder / part, variant, MARKS[part])
+
+
+def check_vae(name: str) -> None:
+    """Raises UserError for a VAE of its own that is not there, or not whole; a hub's is seen when it is fetched."""
+    path = Path(name)
+    if path.is_dir():
+        read_json(path / "config.json")
+        check_component(path, None, MARKS["vae"])
+    elif path.exists() or not is_hub_id(name):
+        raise UserError(f"the VAE {name} is neither a diffusers folder that is here nor a hub id.")
+
+
+def check_component(folder: Path, variant: str | None, marks: set[str]) -> None:
+    if not weight_files(folder, variant):
+        raise UserError(f"{folder} has no weights: there is neither a .safetensors nor a .bin file in it.")
+    names = tensor_shapes(folder, variant).keys()
+    if names and not names & marks:
+        raise UserError(f"{folder} holds weights of another model: it has no {min(marks)}, but {min(names):.80}.")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no names and values.")
+    return found
+
+
+def configs_beside(checkpoint: Path) -> Path | None:
+    """The folder of the same stem beside a single-file checkpoint, if it holds a diffusers model's configs."""
+    folder = checkpoint.with_suffix("")
+    return folder if (folder / INDEX).is_file() else None

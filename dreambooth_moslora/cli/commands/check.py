@@ -1,0 +1,125 @@
+"""`python -m dreambooth_moslora check DIR`: what training would make of a folder of photos, before any training."""
+
+import argparse
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from dreambooth_moslora.cli.parser import add_flag
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config_files import load_settings
+from dreambooth_moslora.core.errors import UserError
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "judge a folder of photos and show the exact crops, before any training"
+SETTINGS = (
+    "instance_prompt",
+    "resolution",
+    "center_crop",
+    "random_flip",
+    "crops_per_photo",
+    "crop_zoom",
+    "repeats",
+    "image_interpolation_mode",
+    "alpha",
+    "seed",
+)
+MAX_PICTURED = 48
+"""Photos in the picture: more than that nobody looks at."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="folder with the photos")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument(
+        "--picture", metavar="FILE", help="where the picture of the crops goes (default: NAME_crops.png)"
+    )
+    parser.add_argument("--no_picture", action="store_true", help="draw none")
+    parser.add_argument("--config", metavar="FILE", help="take the settings below from a recipe")
+    group = parser.add_argument_group("as in training")
+    for item in fields(TrainConfig):
+        if item.name in SETTINGS:
+            add_flag(group, item)
+
+
+def run(args: argparse.Namespace) -> int:
+    from dreambooth_moslora.photos.checks import examine
+    from dreambooth_moslora.photos.folder import find_photos, summary_of_skipped
+
+    config = config_of(args)
+    folder = Path(args.folder)
+    report = find_photos(folder, config.instance_prompt, config.resolution, alpha=config.alpha)
+    report = examine(report, config.resolution)
+    picture = None if args.no_picture or not report.photos else draw(report, config, picture_path(args, folder))
+    crops = crops_line(picture, config) if picture else None
+    print(json.dumps(as_json(report), indent=1) if args.json else as_text(report, crops))
+    if not report.photos:
+        raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
+    if args.json and crops:
+        print(crops, file=sys.stderr)
+    return 0
+
+
+def config_of(args: argparse.Namespace) -> TrainConfig:
+    """Settings of the recipe, if any, under those of the command line."""
+    recipe = load_settings(args.config) if args.config else {}
+    given = {name: value for name, value in vars(args).items() if name in SETTINGS}
+    return TrainConfig(**{name: value for name, value in recipe.items() if name in SETTINGS} | given)
+
+
+def picture_path(args: argparse.Namespace, folder: Path) -> Path:
+    """A name without a suffix is a PNG."""
+    path = Path(args.picture or f"{folder.resolve().name or 'photos'}_crops.png")
+    return path if path.suffix else path.with_name(f"{path.name}.png")
+
+
+def as_json(report: Any) -> dict[str, Any]:
+    """{"photos": [{"path", "usable", "reasons", "size_px": [h, w] or null}], "usable": n}, by file name."""
+    rows = [verdict(photo.path, True, list(photo.reasons), photo.size_px) for photo in report.photos]
+    rows += [verdict(item.path, False, [item.reason], item.size_px) for item in report.skipped]
+    return {"photos": sorted(rows, key=lambda row: row["path"]), "usable": len(report.photos)}
+
+
+def verdict(path: Path, usable: bool, reasons: list[str], size_px: tuple[int, int] | None) -> dict[str, Any]:
+    return {"path": str(path), "usable": usable, "reasons": reasons, "size_px": list(size_px) if size_px else None}
+
+
+def crops_line(picture: Path, config: TrainConfig) -> str:
+    is_drawn = config.random_flip or config.crop_zoom > 1 or not config.center_crop
+    note = " (of seed 0: without --seed, training draws others)" if is_drawn and config.seed is None else ""
+    return f"the crops: {picture}{note}"
+
+
+def as_text(report: Any, crops: str | None) -> str:
+    from dreambooth_moslora.photos.folder import quoted
+
+    lines = []
+    for photo in report.photos:
+        height, width = photo.size_px
+        extras = [*photo.reasons, *(["has a mask"] if photo.mask_path not in (None, photo.path) else [])]
+        lines.append(f"  ok    {photo.path.name}  {width} x {height}  {'; '.join(extras)}".rstrip())
+        lines.append(f"        {quoted(photo)}")
+    lines += [f"  left  {item.path.name}  {item.reason}" for item in report.skipped]
+    lines.append(
+        f"{len(report.photos)} usable, {len(report.skipped)} left out, {len(report.sidecars)} captions and masks"
+    )
+    return "\n".join([*lines, *([crops] if crops else [])])
+
+
+def draw(report: Any, config: TrainConfig, path: Path) -> Path | None:
+    """The picture of the crops; a place that cannot be written to is said and is no reason to stop."""
+    from dreambooth_moslora.core.pictures import draw_contact_sheet
+    from dreambooth_moslora.photos.crop_preview import crop_rows
+
+    try:
+        if path.suffix.lower() != ".png":
+            raise OSError(None, "it is drawn as a PNG; name it so")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_contact_sheet(crop_rows(report.photos[:MAX_PICTURED], config), path)
+    except OSError as error:
+        print(f"no picture: {path}: {error.strerror}", file=sys.stderr)
+        return None
+    return path

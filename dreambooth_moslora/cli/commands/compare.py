@@ -1,0 +1,71 @@
+"""`python -m dreambooth_moslora compare --config STUDY.toml`: arms × ranks × subjects × seeds at an equal budget."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dreambooth_moslora.evaluation.study import load_study
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.evaluation.study_run import Progress
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "train and score several kinds of adapter at an equal budget: tables, intervals, plots"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", required=True, help="the study: see assets/studies/mixers.toml")
+    parser.add_argument("--output_dir", metavar="DIR", default="runs/study", help="results, and where to resume from")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="trainings at once (default: 1); timings are fair only at 1"
+    )
+    parser.add_argument("--report_only", action="store_true", help="report what is finished; train nothing")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be trained, and what is done already")
+
+
+def run(args: argparse.Namespace) -> int:
+    study, out = load_study(Path(args.config)), Path(args.output_dir)
+    tuning, tests = len(study.tuning_cells()), len(study.test_cells(AnyRate()))
+    print(f"{tuning + tests} trainings: {tuning} to choose learning rates, {tests} to compare", file=sys.stderr)
+    from dreambooth_moslora.evaluation.study_run import run_study, unfinished
+
+    if args.dry_run:
+        todo = unfinished(study, out)
+        print("\n".join(cell.name for cell in todo))
+        print(f"{len(todo)} of them are still to be done", file=sys.stderr)
+        return 0
+    from dreambooth_moslora.evaluation.study_report import write_comparison
+
+    clock = Clock(args.jobs)
+    results = run_study(study, out, 0 if args.report_only else max(1, args.jobs), clock)
+    print(write_comparison(study, results, out))
+    print(out / "report.html")
+    if clock.failed:
+        print(f"{clock.failed} trainings failed; run again to try them again", file=sys.stderr)
+    return 1 if clock.failed else 0
+
+
+class AnyRate(dict):
+    """Counts need no chosen learning rate."""
+
+    def __missing__(self, key: tuple[str, int]) -> float:
+        return 0.0
+
+
+class Clock:
+    """One line a cell, with the time that remains of its stage."""
+
+    def __init__(self, jobs: int):
+        self.jobs, self.failed, self.finished, self.started = jobs, 0, 0, time.monotonic()
+
+    def __call__(self, progress: "Progress") -> None:
+        self.finished += 1
+        self.failed += bool(progress.error)
+        each = (time.monotonic() - self.started) / self.finished
+        left = each * (progress.total - progress.done)
+        end = f"FAILED: {progress.error}" if progress.error else f"{progress.seconds:.0f} s"
+        line = f"{progress.done}/{progress.total} {progress.cell.name}: {end}; about {left / 60:.0f} min left"
+        print(line, file=sys.stderr, flush=True)

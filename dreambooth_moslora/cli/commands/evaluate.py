@@ -1,0 +1,184 @@
+"""`python -m dreambooth_moslora evaluate RUN_OR_FILE --photos DIR`: report.html and scores.json of one adapter."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config_files import read_facts, reason_of
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.prompts import Subject, subject_of
+from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.toy import is_toy
+from dreambooth_moslora.training.checks import require_folder, require_writable
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.evaluation.evaluate import Evaluation
+    from dreambooth_moslora.evaluation.protocol import EvaluationPlan
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "measure how good an adapter is: report.html and scores.json"
+SUMMARY = ("dino", "clip_i", "clip_t", "clip_t_base", "pres", "pres_base", "diversity", "drift", "drift_base_spread")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", metavar="RUN_OR_FILE", help="a run folder, its best/ folder, or a LoRA file")
+    parser.add_argument("--photos", metavar="DIR", help="the real photos (default: those that the run was trained on)")
+    parser.add_argument("--base", help='base model (default: what the run or the file says; "toy" is the embedded one)')
+    parser.add_argument("--instance_prompt", help='"a photo of sks dog" (default: what the run or the file says)')
+    parser.add_argument("--class_word", help="the kind of thing it is (default: found in the prompt)")
+    parser.add_argument("--output_dir", metavar="DIR", help="where the report goes (default: evaluation/ in the run)")
+    group = parser.add_argument_group("protocol")
+    group.add_argument("--prompts", default="auto", help="auto, object, live, toy, or a text file with {} on each line")
+    group.add_argument("--num_prompts", type=positive, help="use so many of them, evenly spread (default: all)")
+    group.add_argument("--images_per_prompt", type=positive, default=4, help="seeds 0, 1, … of each (default: 4)")
+    group.add_argument("--class_images", type=positive, default=16, help="pictures of the bare class (default: 16)")
+    group.add_argument("--inference_steps", type=positive, default=25, help="denoising steps (default: 25)")
+    group.add_argument(
+        "--guidance_scale", type=guidance, help="how closely to follow prompts (default: the base's own)"
+    )
+    group.add_argument("--scale", type=strength, default=1.0, help="the adapter's strength (default: 1)")
+    group.add_argument("--clip", default="", help="CLIP by hub id or folder (default: ViT-L/14, for toy its own)")
+    group.add_argument("--dino", default="", help="DINOv2 by hub id or folder (default: dinov2-base, for toy its own)")
+    group.add_argument("--batch_size", type=positive, default=4, help="pictures drawn at once (default: 4)")
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too few; at least 1")
+    return number
+
+
+def guidance(text: str) -> float:
+    if not 0 <= (number := float(text)) <= 50:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; 0 to 50")
+    return number
+
+
+def strength(text: str) -> float:
+    if not -10 <= (number := float(text)) <= 10:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; -10 to 10, and 1 is as trained")
+    return number
+
+
+def run(args: argparse.Namespace) -> int:
+    config, folder = resolve(args), output_folder(args)
+    from dreambooth_moslora.base.load import default_guidance
+    from dreambooth_moslora.evaluation.encoders import load_encoders
+    from dreambooth_moslora.evaluation.evaluate import Evaluator, evaluate_adapter, truth_of
+    from dreambooth_moslora.evaluation.metrics import photo_fidelity
+    from dreambooth_moslora.evaluation.report import Subjects, write_report
+    from dreambooth_moslora.generation.pipeline import SubjectPipeline
+    from dreambooth_moslora.photos.folder import instance_photos, open_mask, open_rgb
+
+    base = config.pretrained_model_name_or_path
+    photos = instance_photos(config).photos
+    plan = plan_of(args, base, subject_of(config), [caption for photo in photos for caption in photo.captions])
+    pipeline = SubjectPipeline.from_base(base)
+    name = pipeline.load_adapter(args.adapter)
+    device = pipeline.pipeline.unet.device
+    encoders = load_encoders(base if is_toy(base) else "", args.clip, args.dino, device)
+    images = [open_rgb(photo) for photo in photos]
+    truth = truth_of(base, config.instance_data_dir, plan, encoders, pipeline.resolution_px)
+    evaluator = Evaluator(plan, encoders, images, [open_mask(photo) for photo in photos], truth)
+    count = 2 * (len(plan.subject_requests) + plan.class_images + len(plan.unrelated_requests))
+    print(f"drawing {count} pictures …", file=sys.stderr)
+    followed = default_guidance(pipeline.pipeline) if args.guidance_scale is None else args.guidance_scale
+    found = evaluate_adapter(pipeline, name, evaluator, args.batch_size, args.scale, followed)
+    diversity = "LPIPS" if encoders.lpips else "DINO distance"
+    about = Subjects(name, pipeline.base_name, encoders.names, plan.inference_steps, followed, diversity)
+    write_report(folder, found, about, images, photo_fidelity(evaluator.photos.dino))
+    print(summary(found))
+    print(f"{folder / 'report.html'}\n{folder / 'scores.json'}")
+    return 0
+
+
+def resolve(args: argparse.Namespace) -> TrainConfig:
+    """What to evaluate on what, from the arguments, the run folder's configuration and the file's own header."""
+    known = run_config(Path(args.adapter)) or file_facts(Path(args.adapter))
+    base = args.base or known.get("pretrained_model_name_or_path")
+    prompt = args.instance_prompt or known.get("instance_prompt")
+    photos = args.photos or known.get("instance_data_dir")
+    for value, flag in ((base, "--base"), (prompt, "--instance_prompt"), (photos, "--photos")):
+        if not value:
+            raise UserError(f"{args.adapter} does not say it: give {flag}.")
+    given = {"class_word": args.class_word} if args.class_word else {}
+    chosen = {"pretrained_model_name_or_path": base, "instance_prompt": prompt, "instance_data_dir": photos, **given}
+    return TrainConfig.from_dict({**known, **chosen, "dataset_name": None})
+
+
+def run_config(path: Path) -> dict | None:
+    """`train_config.json` of a run folder, or of the run that a file or `best/` lies in."""
+    for folder in (path, path.parent):
+        config = RunDir(folder).config_path
+        if config.is_file():
+            return read_facts(config)
+    return None
+
+
+def file_facts(path: Path) -> dict:
+    """What our files say of themselves; nothing for foreign ones."""
+    from dreambooth_moslora.adapters.export import load_published
+    from dreambooth_moslora.adapters.lora_file import find_weights
+
+    facts = load_published(find_weights(path))[1]
+    if facts is None or not facts.trigger_words:
+        return {}
+    prompt = f"a photo of {facts.trigger_words[0]}"
+    return {
+        "pretrained_model_name_or_path": "toy" if facts.base_id == "toy-sdxl" else facts.base_id,
+        "instance_prompt": prompt,
+        "class_word": facts.class_word,
+        **({"resolution": facts.resolution_px} if facts.resolution_px else {}),
+    }
+
+
+def plan_of(args: argparse.Namespace, base: str, subject: Subject, captions: list[str]) -> "EvaluationPlan":
+    from dataclasses import replace
+
+    from dreambooth_moslora.evaluation.protocol import plan_for, spread
+
+    file = Path(args.prompts)
+    plan = plan_for(
+        base,
+        subject,
+        "auto" if file.is_file() else args.prompts,
+        captions,
+        seeds=tuple(range(args.images_per_prompt)),
+        class_images=args.class_images,
+        inference_steps=args.inference_steps,
+    )
+    if file.is_file():
+        plan = replace(plan, templates=lines_of(file))
+    return replace(plan, templates=spread(plan.templates, args.num_prompts)) if args.num_prompts else plan
+
+
+def lines_of(file: Path) -> tuple[str, ...]:
+    try:
+        return tuple(line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {file}: {reason_of(error)}.") from error
+
+
+def output_folder(args: argparse.Namespace) -> Path:
+    """Where the report will go, asked before anything is drawn. Raises UserError when nothing can be written there."""
+    path = Path(args.adapter)
+    beside = path / "evaluation" if path.is_dir() else path.with_name(f"{path.stem}_evaluation")
+    folder = Path(args.output_dir) if args.output_dir else beside
+    require_folder("output_dir", str(folder), folder)
+    require_writable("output_dir", str(folder))
+    return folder
+
+
+def summary(found: "Evaluation") -> str:
+    """The scores as lines of text."""
+    lines = []
+    for name in SUMMARY:
+        if name in found.tables:
+            interval = found.interval(name)
+            lines.append(f"{name:18} {interval.mean:.3f}  [{interval.low:.3f}, {interval.high:.3f}]")
+    alarm = f"copy alarm: {found.alarm.share:.0%} of the pictures are copies" if found.alarm.raised else "no copy alarm"
+    return "\n".join([*lines, f"{'score':18} {found.score:.3f}  ({alarm})"])

@@ -1,0 +1,104 @@
+"""`python -m dreambooth_moslora generate`: pictures without a browser."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, draw_seed
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "make pictures with a base and adapters, one by one or as a captioned grid"
+DEFAULTS = {field.name: field.default for field in fields(GenerationParams)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    def add(name: str, **options) -> None:
+        hyphens = name.replace("_", "-")
+        parser.add_argument(*dict.fromkeys([f"--{name}", f"--{hyphens}"]), dest=name, **options)
+
+    add("base", default="toy", help='the base: a folder, a hub id, a .safetensors file, or "toy" (default)')
+    add("adapter", action="append", default=[], metavar="PATH[:SCALE]", help="a LoRA file or run folder; repeatable")
+    add("prompt", help="what to draw; `<lora:name:0.8>` sets an adapter's scale")
+    add("negative_prompt", help="what to keep out")
+    add("from_png", metavar="FILE", help="take all parameters from a PNG; other options override them")
+    add("seed", type=int, help="-1 draws one (default 0); image i uses seed + i")
+    add("steps", type=int, help=f"denoising steps (default {DEFAULTS['steps']})")
+    add("guidance_scale", type=float, help="how closely to follow the prompt (default: the base's own, 5 for SDXL)")
+    add("height", type=int, help="px (default: the base's own size)")
+    add("width", type=int, help="px (default: the base's own size)")
+    add("num_images", type=int, help="how many, with consecutive seeds (default 1)")
+    add("scheduler", choices=list(SCHEDULERS), help=f"default {DEFAULTS['scheduler']}")
+    add("grid", nargs="+", metavar="AXIS", help='one or two of: scale=0,0.5,1 seed=1,2 "prompt=a mug|a red mug" …')
+    add("output_dir", default="outputs", help="where the PNG files go (default outputs)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from dreambooth_moslora.generation.grids import generate_grid, parse_axis
+    from dreambooth_moslora.generation.pipeline import SubjectPipeline
+
+    axes = tuple(parse_axis(text) for text in args.grid or ())
+    adapters = [_split_scale(text) for text in args.adapter]
+    recipe = _recipe_values(args)
+    pipeline = SubjectPipeline.from_base(args.base)
+    chosen = tuple((pipeline.load_adapter(path), scale) for path, scale in adapters)
+    params = GenerationParams.from_dict(recipe | ({"adapters": chosen} if chosen else {}))
+    events = generate_grid(pipeline, params, axes) if axes else pipeline.generate(params)
+    return _save_all(events, Path(args.output_dir), only_sheet=bool(axes))
+
+
+def _split_scale(text: str) -> tuple[str, float]:
+    """`runs/dog:0.8` -> ("runs/dog", 0.8); a colon that belongs to the path is left alone."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        return (path, float(scale)) if colon and path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def _recipe_values(args: argparse.Namespace) -> dict:
+    """Parameters from `--from_png`, then those given by name. Raises UserError when there is no prompt."""
+    values = GenerationParams.from_png(args.from_png).to_dict() if args.from_png else {}
+    names = {"height": "height_px", "width": "width_px"}
+    for name in ("prompt", "negative_prompt", "steps", "guidance_scale", "height", "width", "num_images", "scheduler"):
+        if (value := getattr(args, name)) is not None:
+            values[names.get(name, name)] = value
+    if args.seed is not None:
+        values["seed"] = draw_seed(args.seed)
+    if "prompt" not in values:
+        raise UserError("say what to draw with --prompt, or give a picture with --from_png")
+    return values
+
+
+def _save_all(events: Iterator, folder: Path, *, only_sheet: bool) -> int:
+    """Write each picture (or only the grid's sheet) under a free name and say where it went."""
+    from dreambooth_moslora.generation.grids import Sheet
+    from dreambooth_moslora.generation.pipeline import Image
+    from dreambooth_moslora.generation.progress import Step
+
+    folder.mkdir(parents=True, exist_ok=True)
+    clear = "\r\033[K" if sys.stderr.isatty() else ""
+    for event in events:
+        if isinstance(event, Step) and clear:
+            print(f"{clear}{_progress(event)}", end="", file=sys.stderr, flush=True)
+        elif isinstance(event, Sheet) or (isinstance(event, Image) and not only_sheet):
+            print(clear, end="", file=sys.stderr, flush=True)
+            stem = "grid" if only_sheet else f"image_{event.params.seed}"
+            print(event.save(free_path(folder, stem)))
+    return 0
+
+
+def _progress(step) -> str:
+    eta = "" if step.eta_sec != step.eta_sec else f", {step.eta_sec:.0f} s left"
+    return f"image {step.index + 1}/{step.num_images}, step {step.step}/{step.steps}{eta}"
+
+
+def free_path(folder: Path, stem: str) -> Path:
+    """`stem`.png, or `stem`_2.png …: nothing is overwritten."""
+    path, number = folder / f"{stem}.png", 2
+    while path.exists():
+        path, number = folder / f"{stem}_{number}.png", number + 1
+    return path

@@ -1,0 +1,224 @@
+"""What the two programs do with their arguments and their ends: exit code 0, 2 (the person), 130 (stopped), 1 (us).
+
+    python train_dreambooth.py …            train_main
+    python -m dreambooth_moslora COMMAND …  main
+
+Nothing here imports torch before the arguments are known to be right: `--help` and mistakes are answered at once.
+"""
+
+import errno
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+
+from dreambooth_moslora.cli.parser import Parser, parse_train_config, underscored
+from dreambooth_moslora.cli.signals import INTERRUPTED, StopRequest
+from dreambooth_moslora.cli.streams import lasting_output
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.process import wait_briefly
+from dreambooth_moslora.core.run_folder import RunDir
+
+__all__ = ["COMMANDS", "main", "train_main"]
+
+COMMANDS = ("check", "export", "evaluate", "compare", "generate", "doctor", "info")
+DONE, OUR_BUG, MISTAKE = 0, 1, 2
+PROGRAM = "python -m dreambooth_moslora"
+FILE_MISTAKES = (errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
+OUT_OF_MEMORY = (
+    "out of memory: try --gradient_checkpointing, --train_batch_size 1, --mixed_precision bf16, a smaller "
+    "--resolution or --base_quantization nf4; --dry_run estimates the need."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m dreambooth_moslora COMMAND …`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return exit_code(lambda: run_command(argv))
+
+
+def train_main(argv: Sequence[str] | None = None) -> int:
+    """`python train_dreambooth.py …`, alone or under `accelerate launch`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return exit_code(lambda: run_training(parse_train_config(argv)))
+
+
+def exit_code(run: Callable[[], int]) -> int:
+    """Run, and turn how it ended into a line and a code. Nobody needs to read what it prints: `| head` may leave."""
+    wait_briefly()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # without a GPU it warns of what nobody asked it for
+    with lasting_output():
+        return code_of(run)
+
+
+def code_of(run: Callable[[], int]) -> int:
+    try:
+        return run()
+    except UserError as error:
+        return complain(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if (line := known_trouble(error)) is not None:
+            return complain(line)
+        traceback.print_exc()
+        return OUR_BUG
+
+
+def complain(text: str) -> int:
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    return MISTAKE
+
+
+def known_trouble(error: Exception) -> str | None:
+    """Errors of the machine that are nobody's bug, in one line."""
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error):
+        return OUT_OF_MEMORY
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full: {error.filename or 'no space left'}; free some and resume."
+    if isinstance(error, PermissionError):
+        return f"permission denied: {error.filename}."
+    if isinstance(error, OSError) and error.errno in FILE_MISTAKES:
+        return f"{error.strerror}: {error.filename}."
+    return None
+
+
+def run_command(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview())
+        return DONE if argv else MISTAKE
+    name, rest = argv[0], argv[1:]
+    if name == "train":
+        return run_training(parse_train_config(rest))
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name}: choose one of train, {', '.join(COMMANDS)}.")
+    module = command(name)
+    parser = Parser(prog=f"{PROGRAM} {name}", description=module.HELP)
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(underscored(rest)))
+
+
+def command(name: str):
+    return import_module(f"dreambooth_moslora.cli.commands.{name}")
+
+
+def overview() -> str:
+    lines = [f"usage: {PROGRAM} COMMAND …", "", "commands (each has --help):"]
+    lines.append(f"  {'train':9} teach a subject; the same as train_dreambooth.py")
+    lines += [f"  {name:9} {command(name).HELP}" for name in COMMANDS]
+    return "\n".join(lines)
+
+
+def run_training(config: TrainConfig) -> int:
+    if config.dry_run:
+        from dreambooth_moslora.training.dry_run import describe_run
+
+        print(describe_run(config))
+        return DONE
+    from dreambooth_moslora.training.checks import check_folders
+
+    with StopRequest() as stop:
+        check_folders(config)  # before the log makes the folder, or writes into the photos'
+        file_only = start_log(config)
+        try:
+            return run_trainer(config, stop)
+        except UserError as error:
+            file_only.error("%s", error)
+            raise
+        except Exception:
+            file_only.error("stopped by an error", exc_info=True)
+            raise
+
+
+def run_trainer(config: TrainConfig, stop: StopRequest) -> int:
+    from dreambooth_moslora.training.checks import preflight
+
+    preflight(config)
+    from dreambooth_moslora.cli.progress import TerminalProgress
+    from dreambooth_moslora.training.loop import train
+
+    warn_about(config)
+    progress = TerminalProgress()
+    evaluator = make_evaluator(config) if config.evaluate_steps else None
+    try:
+        result = train(config, progress, stop, evaluator)
+    finally:
+        progress.close()
+    if is_main_process():
+        print(farewell(result.run_dir, result.step, result.interrupted), file=sys.stderr)
+    return INTERRUPTED if result.interrupted else DONE
+
+
+def warn_about(config: TrainConfig) -> None:
+    from dreambooth_moslora.training.dry_run import remarks
+
+    if is_main_process():
+        for line in remarks(config):
+            logging.getLogger(__name__).warning("note: %s", line)
+
+
+def make_evaluator(config: TrainConfig):
+    from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
+
+    return TrainingEvaluator(config)
+
+
+def farewell(run_dir: Path, step: int, interrupted: bool) -> str:
+    if not interrupted:
+        return (
+            f'done: {step} steps. pipe.load_lora_weights("{run_dir}") loads the adapter; {run_dir}/README.md says more.'
+        )
+    if step == 0:
+        return "stopped before the first step: nothing was saved."
+    return f"stopped at step {step}: the adapter so far is in {run_dir}; --resume_from_checkpoint latest goes on."
+
+
+def is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def start_log(config: TrainConfig) -> logging.Logger:
+    """Everything that is logged goes to the run folder; warnings go to the terminal as well, from one process of many.
+
+    What the returned logger says goes to the run folder alone: the terminal hears of a run's end by `exit_code`.
+    """
+    logging.captureWarnings(True)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    terminal = logging.StreamHandler()
+    terminal.setLevel(logging.WARNING if is_main_process() else logging.ERROR)
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    file = log_file(RunDir(config.output_dir)) if is_main_process() else logging.NullHandler()
+    file_only = logging.Logger(__name__)
+    file_only.addHandler(file)
+    root.addHandler(terminal)
+    root.addHandler(file)
+    return file_only
+
+
+class LogFile(logging.FileHandler):
+    """A log that cannot be written any more, as on a full disk, is said once: what it lacks is no traceback's worth."""
+
+    is_lost = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        if not self.is_lost:
+            print(f"note: {self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
+        self.is_lost = True
+
+
+def log_file(run_dir: RunDir) -> logging.Handler:
+    try:
+        run_dir.path.mkdir(parents=True, exist_ok=True)
+        handler = LogFile(run_dir.log_path, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise UserError(f"--output_dir {run_dir.path}: cannot be written: {error.strerror}.") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    return handler

@@ -1,0 +1,198 @@
+"""The command line of training: a parser made from `TrainConfig`, and `defaults < --config file < flags`.
+
+Flags are spelled with underscores or hyphens. A switch may be written `--flag`, `--flag false` or `--no_flag`. Flags of
+other trainers are answered with the name that they have here.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import Field, fields
+from typing import Any, NoReturn
+
+from dreambooth_moslora import __version__
+from dreambooth_moslora.core.config import FIELD_TYPES, TrainConfig, check_each
+from dreambooth_moslora.core.config_fields import GROUPS, Prompt, nearest
+from dreambooth_moslora.core.config_files import load_settings
+from dreambooth_moslora.core.errors import UserError
+
+__all__ = ["FOREIGN_FLAGS", "Parser", "build_train_parser", "parse_train_config", "underscored"]
+
+FOREIGN_FLAGS = {
+    # earlier versions of diffusers' script, and its siblings
+    "crops_coords_top_left_h": "each photo's own crop is told to the model; there is nothing to set",
+    "crops_coords_top_left_w": "each photo's own crop is told to the model; there is nothing to set",
+    "set_grads_to_none": "gradients are always set to none; leave it out",
+    "pre_compute_text_embeddings": "frozen text encoders are always asked once only; leave it out",
+    "tokenizer_max_length": "SDXL's text encoders read 77 tokens; leave it out",
+    "text_encoder_use_attention_mask": "SDXL's text encoders take no attention mask; leave it out",
+    "class_labels_conditioning": "it belongs to other models than SDXL",
+    "skip_save_text_encoder": "text encoders are saved only as adapters; leave it out",
+    "offset_noise": "not supported: it shifts the noise away from what SDXL was trained on",
+    "noise_offset": "not supported: it shifts the noise away from what SDXL was trained on",
+    "train_text_encoder_ti": "not supported: new tokens (pivotal tuning) are not learnt; use --train_text_encoder",
+    "token_abstraction": "not supported: new tokens are not learnt; write the token into --instance_prompt",
+    "num_new_tokens_per_abstraction": "not supported: new tokens are not learnt",
+    "train_text_encoder_frac": "not supported: the text encoders are trained all along or not at all",
+    "train_text_encoder_ti_frac": "not supported: new tokens are not learnt",
+    "adam_weight_decay_text_encoder_ti": "not supported: new tokens are not learnt",
+    "use_blora": "not supported; --target_modules chooses the layers that are trained",
+    "lora_unet_blocks": "not supported; --target_modules chooses the layers that are trained",
+    "lora_layers": "use --target_modules",
+    "validation_negative_prompt": "not supported: samples are drawn without a negative prompt",
+    "validation_image": "not supported: samples are drawn from --validation_prompt",
+    "enable_npu_flash_attention": "not supported: PyTorch's own attention is used",
+    "cache_latents": "latents are always cached; --caching {memory,disk,off} says where",
+    "offload": "encoders always leave memory after the photos are encoded; leave it out",
+    "upcast_before_saving": "adapters are kept in fp32 all along; leave it out",
+    "optimizer_type": "use --optimizer {AdamW,Prodigy}",
+    "seeds": "use --seed",
+    "use_ema": "not supported: an adapter of a few photos gains nothing from averaging",
+    # kohya-ss/sd-scripts
+    "network_dim": "use --rank",
+    "network_alpha": "use --lora_alpha",
+    "network_module": "there is one kind of adapter; --mixer none makes it a plain LoRA",
+    "network_args": "use --rank, --lora_alpha, --target_modules, --use_dora",
+    "conv_dim": "use --target_modules with conv1, conv2 and others beside the projections",
+    "conv_alpha": "use --lora_alpha",
+    "network_dropout": "use --lora_dropout",
+    "network_train_unet_only": "the text encoders are frozen unless --train_text_encoder; leave it out",
+    "train_data_dir": "use --instance_data_dir",
+    "reg_data_dir": "use --class_data_dir with --with_prior_preservation",
+    "output_name": "the files are named by --output_dir",
+    "unet_lr": "use --learning_rate",
+    "max_train_epochs": "use --num_train_epochs",
+    "save_every_n_epochs": "use --checkpointing_steps",
+    "save_every_n_steps": "use --checkpointing_steps",
+    "save_precision": "the adapter is saved in its own precision; leave it out",
+    "save_model_as": "adapters are always safetensors; leave it out",
+    "sample_prompts": "use --validation_prompt",
+    "sample_every_n_steps": "use --validation_steps",
+    "caption_extension": "captions are the lines of name.txt beside each photo",
+    "shuffle_caption": "not supported: captions are used as they are",
+    "enable_bucket": "not supported: photos are cropped to squares; --crops_per_photo takes several of each",
+    "min_snr_gamma": "use --snr_gamma",
+    "masked_loss": "name.mask.png beside a photo is always used, the rest by --unmasked_weight; leave it out",
+    "alpha_mask": "a photo's transparency is its mask unless --alpha white; leave it out",
+    "no_half_vae": "the VAE always computes in fp32; leave it out",
+    "cache_text_encoder_outputs": "text embeddings are always computed once; leave it out",
+    "prior_loss_weights": "use --prior_loss_weight",
+    "xformers": "PyTorch's own memory-efficient attention is used; leave it out",
+    "sdpa": "PyTorch's own memory-efficient attention is used; leave it out",
+    "v_parameterization": "read from the base's scheduler; leave it out",
+    "max_data_loader_n_workers": "use --dataloader_num_workers",
+    "lora_rank": "use --rank",
+    "lora_r": "use --rank",
+}
+DESCRIPTION = "Teach an SDXL model one subject from a few photos, through a MoSLoRA adapter (arXiv 2406.11909)."
+EXAMPLE = """example:
+  python train_dreambooth.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \\
+    --instance_data_dir photos/dog --instance_prompt "a photo of sks dog" --output_dir runs/dog --max_train_steps 500
+  python train_dreambooth.py --config assets/configs/quickstart.toml
+
+Flags are those of diffusers' train_dreambooth_lora_sdxl.py, and more. Switches are undone by --no_SWITCH.
+Ctrl-C finishes the step and saves; --resume_from_checkpoint latest goes on."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with a person's mistakes as UserError."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": formatter, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help.")
+
+
+def underscored(argv: Sequence[str]) -> list[str]:
+    """`--train-batch-size=1` -> `--train_batch_size=1`; values stay as they are."""
+    return [spelled(word) if word.startswith("--") else word for word in argv]
+
+
+def spelled(flag: str) -> str:
+    name, equals, value = flag.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def build_train_parser() -> Parser:
+    parser = Parser(prog="train_dreambooth.py", description=DESCRIPTION, epilog=EXAMPLE)
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--config", metavar="FILE", help="settings from a .toml or .json file; flags override them")
+    for title in GROUPS:
+        group = parser.add_argument_group(title)
+        for item in fields(TrainConfig):
+            if item.metadata["group"] == title:
+                add_flag(group, item)
+    return parser
+
+
+def add_flag(group: Any, item: Field) -> None:
+    base, _ = FIELD_TYPES[item.name]
+    options: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": help_of(item)}
+    if base is bool:
+        group.add_argument(f"--{item.name}", nargs="?", const=True, metavar="true|false", **options)
+        options |= {"help": argparse.SUPPRESS}
+        group.add_argument(f"--no_{item.name}", action="store_const", const=False, **options)
+    else:
+        choices = item.metadata["choices"]
+        metavar = "{" + ",".join(choices) + "}" if choices else METAVARS[base]
+        group.add_argument(f"--{item.name}", nargs="+" if base in (tuple, Prompt) else None, metavar=metavar, **options)
+
+
+METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAME", Prompt: "TEXT"}
+
+
+def help_of(item: Field) -> str:
+    default = item.default
+    if item.metadata["required"]:
+        note = " (required)"
+    elif default is None or default is False:
+        note = ""
+    else:
+        note = f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
+    return (item.metadata["help"] + note).replace("%", "%%")
+
+
+def parse_train_config(argv: Sequence[str]) -> TrainConfig:
+    """The resolved settings of a command line. Raises UserError; exits by itself for --help and --version."""
+    given, unknown = build_train_parser().parse_known_args(underscored(argv))
+    if unknown:
+        raise UserError(complaint(unknown[0]))
+    flags = vars(given)
+    file = flags.pop("config")
+    settings = (load_settings(file) if file else {}) | flags
+    check_each(settings)
+    require(settings)
+    return TrainConfig.from_dict(settings | launcher_settings())
+
+
+def require(settings: dict[str, Any]) -> None:
+    missing = [f"--{item.name}" for item in fields(TrainConfig) if item.metadata["required"]]
+    missing = [flag for flag in missing if not str(settings.get(flag[2:], "")).strip()]
+    if not settings.get("instance_data_dir") and not settings.get("dataset_name"):
+        missing.append("--instance_data_dir (or --dataset_name)")
+    if missing:
+        raise UserError(f"missing: {', '.join(missing)}; give it as a flag or in a --config file, or see --help.")
+
+
+def launcher_settings() -> dict[str, int]:
+    """The launcher's own word on the rank wins, as in diffusers' script."""
+    said = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
+    for name, value in said.items():
+        if not value.removeprefix("-").isdecimal():
+            raise UserError(f"{name}={value} in the environment: expected a whole number, as a launcher sets it.")
+    rank = int(said.get("LOCAL_RANK", "-1"))
+    return {"local_rank": rank} if rank != -1 else {}
+
+
+def complaint(word: str) -> str:
+    """What to say about an argument that no flag takes."""
+    if not word.startswith("-"):
+        return f"`{word}` belongs to no flag: a prompt of several words goes in quotes."
+    flag = word.partition("=")[0]
+    name = flag.lstrip("-")
+    if name in FOREIGN_FLAGS:
+        return f"{flag}: {FOREIGN_FLAGS[name]}."
+    close = nearest(name.removeprefix("no_"), FIELD_TYPES)
+    return f"unknown flag {flag}" + (f": did you mean --{close}?" if close else "; see --help.")

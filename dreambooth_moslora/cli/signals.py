@@ -1,0 +1,53 @@
+"""Ctrl-C and SIGTERM as a question that the training loop asks between two steps.
+
+The handler only notes the request: nothing is ever torn, whatever is being saved. A second Ctrl-C is answered and
+changes nothing; a third leaves at once, which loses the steps since the last checkpoint and no file (see `rundir`).
+"""
+
+import os
+import signal
+import threading
+from contextlib import suppress
+from types import FrameType
+
+from dreambooth_moslora.cli.streams import STDERR
+
+__all__ = ["StopRequest"]
+
+MESSAGES = (
+    "\nstopping after this step, then saving; Ctrl-C twice more to leave at once without saving\n",
+    "\nstill finishing the step and saving; once more to leave at once\n",
+)
+INTERRUPTED = 130
+
+
+class StopRequest:
+    """Context manager. Call it to know whether the person, or the system, asked to stop."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._interrupts = 0
+        self._before: dict[int, object] = {}
+
+    def __call__(self) -> bool:
+        return self.requested
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        first, self.requested = not self.requested, True
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > len(MESSAGES):
+                os._exit(INTERRUPTED)
+        if first or number == signal.SIGINT:
+            with suppress(OSError):  # nobody reads: `| tee` was stopped by the same Ctrl-C
+                os.write(STDERR, MESSAGES[max(0, self._interrupts - 1)].encode())

@@ -1,0 +1,177 @@
+"""How one setting is described, converted and checked: the vocabulary in which `TrainConfig` is written."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import Field, field, fields
+from functools import partial
+from pathlib import Path
+from types import UnionType
+from typing import Any, NewType, get_args, get_type_hints
+
+from dreambooth_moslora.core.errors import UserError
+
+__all__ = ["GROUPS", "FieldType", "Prompt", "check_limits", "convert", "field_types", "grouped", "nearest", "option"]
+
+GROUPS = (
+    "base model",
+    "photos",
+    "prior preservation",
+    "adapter",
+    "training",
+    "optimizer",
+    "memory and speed",
+    "samples and evaluation",
+    "run folder",
+    "hub",
+)
+
+MOST = 10**9
+"""Of whole numbers that have no bound of their own: more is a slip of the keyboard."""
+
+Prompt = NewType("Prompt", str)
+"""Text with commas of its own: a list of prompts is not split at them, as a list of names is."""
+FieldType = tuple[Any, bool]
+"""(bool, int, float, str, tuple for names or Prompt for several prompts; whether None is allowed)."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+    required: bool = False,
+    secret: bool = False,
+) -> Any:
+    """A dataclass field with its help, its bounds (low <= value <= high, above < value < below) and its choices.
+
+    `required`: the command line must give it. `secret`: it is never written to a file.
+    """
+    bounds = {"low": low, "above": above, "high": high, "below": below}
+    facts = {"help": help, "group": group, "bounds": bounds, "choices": choices}
+    return field(default=default, metadata={**facts, "required": required, "secret": secret})
+
+
+def grouped(group: str) -> partial:
+    """`option` for the fields of one group of the help."""
+    if group not in GROUPS:
+        raise KeyError(group)
+    return partial(option, group=group)
+
+
+def field_types(owner: type) -> dict[str, FieldType]:
+    """The type of each field of a dataclass, by name."""
+    hints = get_type_hints(owner)
+    return {item.name: field_type(hints[item.name]) for item in fields(owner)}
+
+
+def field_type(hint: Any) -> FieldType:
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    kind = next(k for k in kinds if k is not type(None))
+    several = Prompt if Prompt in get_args(kind) else tuple
+    return (kind if isinstance(kind, type) and kind in (bool, int, float, str) else several), type(None) in kinds
+
+
+def convert(name: str, value: Any, kind: FieldType) -> Any:
+    """A value from Python, TOML, JSON or the command line as the field's type. Raises UserError."""
+    base, optional = kind
+    if value is None and optional:
+        return None
+    converted = CONVERTERS[base](value)
+    if converted is None:
+        raise UserError(f"--{name} {value!r}: expected {EXPECTED[base]}.")
+    return converted
+
+
+def to_bool(value: Any) -> bool | None:
+    words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+    return value if isinstance(value, bool) else words.get(value.lower()) if isinstance(value, str) else None
+
+
+def to_int(value: Any) -> int | None:
+    if isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+        return int(value) if isinstance(value, int) else int(number) if number.is_integer() else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def to_float(value: Any) -> float | None:
+    try:
+        return None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def to_str(value: Any) -> str | None:
+    return str(value) if isinstance(value, (str, Path)) and is_text(str(value)) else None
+
+
+def is_text(value: str) -> bool:
+    """Not so: bytes of a command line that are not UTF-8, and NUL. They cannot be written into the run's files."""
+    return "\0" not in value and value == value.encode("utf-8", "replace").decode()
+
+
+def to_prompts(value: Any) -> tuple[str, ...] | None:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not all(to_str(text) is not None for text in texts):
+        return None
+    return tuple(text.strip() for text in texts if text.strip())
+
+
+def to_words(value: Any) -> tuple[str, ...] | None:
+    texts = to_prompts(value)
+    return None if texts is None else to_prompts(",".join(texts).split(","))
+
+
+CONVERTERS = {bool: to_bool, int: to_int, float: to_float, str: to_str, tuple: to_words, Prompt: to_prompts}
+EXPECTED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple: "a list of names, separated by commas",
+    Prompt: "a list of prompts",
+}
+
+
+def check_limits(item: Field, value: Any) -> None:
+    """Raises UserError with the number that was wrong and the bound it breaks."""
+    facts = item.metadata
+    if value is None or value == item.default:
+        return
+    if facts["choices"] and value not in facts["choices"]:
+        raise UserError(f"--{item.name} {value}: choose one of {', '.join(facts['choices'])}.")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        _check_number(item.name, value, **facts["bounds"])
+
+
+def _check_number(
+    name: str, value: float, low: float | None, above: float | None, high: float | None, below: float | None
+) -> None:
+    if value != value or value in (float("inf"), float("-inf")):
+        raise UserError(f"--{name} {value}: must be a finite number.")
+    if low is not None and value < low:
+        raise UserError(f"--{name} {value:g}: must be at least {low:g}.")
+    if above is not None and value <= above:
+        raise UserError(f"--{name} {value:g}: must be more than {above:g}.")
+    if high is None and isinstance(value, int):
+        high = MOST
+    if high is not None and value > high:
+        raise UserError(f"--{name} {value:g}: must be at most {high:g}.")
+    if below is not None and value >= below:
+        raise UserError(f"--{name} {value:g}: must be less than {below:g}.")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that the person probably meant."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    containing = sorted((k for k in known if len(name) > 3 and k.startswith(name)), key=len)
+    return containing[0] if containing else close[0] if close else None

@@ -1,0 +1,59 @@
+"""Settings in files: TOML for recipes that people write, JSON for the `train_config.json` that a run leaves."""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dreambooth_moslora.core.errors import UserError
+
+__all__ = ["load_settings", "read_facts", "reason_of"]
+
+
+def load_settings(path: Path | str) -> dict[str, Any]:
+    """The file's settings by name, tables flattened: `[training] seed = 1` is `seed = 1`. Raises UserError."""
+    path = Path(path)
+    try:
+        return flatten(parsed(path, f"--config {path}"), path)
+    except RecursionError:
+        raise UserError(f"--config {path}: it is nested too deeply.") from None
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What a JSON file says, by name. Raises UserError."""
+    try:
+        return parsed(path, str(path))
+    except RecursionError:
+        raise UserError(f"{path}: it is nested too deeply.") from None
+
+
+def parsed(path: Path, called: str) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{called}: {reason_of(error)}.") from error
+    try:
+        values = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
+        raise UserError(f"{called} is not valid {kind}: {error}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{called}: expected names and values, found a {type(values).__name__}.")
+    return values
+
+
+def reason_of(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    return error.strerror if isinstance(error, OSError) and error.strerror else "it is not a text file"
+
+
+def flatten(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = flatten(value, path) if isinstance(value, dict) else {name.replace("-", "_"): value}
+        if twice := flat.keys() & inner.keys():
+            raise UserError(f"--config {path}: {', '.join(sorted(twice))} is given twice.")
+        flat |= inner
+    return flat

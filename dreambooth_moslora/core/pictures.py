@@ -1,0 +1,88 @@
+"""Pictures as PNG files, whole or not at all; and the contact sheet of a run.
+
+The sheet shows the photos, step 0 beside the end at the same seeds, and new contexts. It holds the person's photos: it
+stays in the run folder and is never pushed anywhere.
+"""
+
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from dreambooth_moslora.core.run_folder import atomic_write
+
+__all__ = ["Row", "draw_contact_sheet", "write_png"]
+
+
+def write_png(path: Path, image: Image.Image) -> None:
+    """A PNG, whatever the path's ending says. The folder must exist."""
+    buffer = BytesIO()
+    image.save(buffer, format="PNG")
+    atomic_write(path, buffer.getvalue())
+
+
+INK, FAINT, PAPER = "#1b1b1f", "#6a6a72", "#ffffff"
+GAP_PX, MARGIN_PX = 8, 20
+MAX_COLUMNS = 6
+
+
+@dataclass(frozen=True)
+class Row:
+    """A titled row; `captions`, if any, go under the pictures, one each."""
+
+    title: str
+    images: list[Image.Image]
+    captions: tuple[str, ...] = ()
+
+
+def draw_contact_sheet(rows: list[Row], path: Path, tile_px: int = 192) -> None:
+    """Write the rows that have pictures, at most six a line, as one PNG."""
+    rows = [row for row in rows if row.images]
+    columns = min(MAX_COLUMNS, max(len(row.images) for row in rows))
+    width = 2 * MARGIN_PX + columns * (tile_px + GAP_PX) - GAP_PX
+    height = 2 * MARGIN_PX + sum(row_height(row, columns, tile_px) for row in rows)
+    sheet = Image.new("RGB", (width, height), PAPER)
+    top = MARGIN_PX
+    for row in rows:
+        draw_row(sheet, row, top, columns, tile_px)
+        top += row_height(row, columns, tile_px)
+    write_png(path, sheet)
+
+
+def font_of(tile_px: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(max(11, tile_px // 14))
+
+
+def line_height(tile_px: int) -> int:
+    return font_of(tile_px).size + 8
+
+
+def row_height(row: Row, columns: int, tile_px: int) -> int:
+    lines = -(-len(row.images) // columns)
+    caption = 2 * line_height(tile_px) if row.captions else 0
+    return line_height(tile_px) + lines * (tile_px + GAP_PX + caption) + GAP_PX
+
+
+def draw_row(sheet: Image.Image, row: Row, top: int, columns: int, tile_px: int) -> None:
+    draw, font = ImageDraw.Draw(sheet), font_of(tile_px)
+    draw.text((MARGIN_PX, top), row.title, fill=INK, font=font)
+    step = tile_px + GAP_PX + (2 * line_height(tile_px) if row.captions else 0)
+    for number, image in enumerate(row.images):
+        line, column = divmod(number, columns)
+        left, y = MARGIN_PX + column * (tile_px + GAP_PX), top + line_height(tile_px) + line * step
+        sheet.paste(ImageOps.fit(image.convert("RGB"), (tile_px, tile_px)), (left, y))
+        for part, text in enumerate(two_lines(row.captions[number], font, tile_px) if row.captions else ()):
+            draw.text((left, y + tile_px + 2 + part * line_height(tile_px)), text, fill=FAINT, font=font)
+
+
+def two_lines(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> list[str]:
+    """Break at spaces into at most two lines of `width_px`; what is left over becomes an ellipsis."""
+    lines, words = [], text.split()
+    while words and len(lines) < 2:
+        count = next((n for n in range(len(words), 1, -1) if font.getlength(" ".join(words[:n])) <= width_px), 1)
+        lines.append(" ".join(words[:count]))
+        words = words[count:]
+    if words:
+        lines[-1] += " …"
+    return lines

@@ -1,0 +1,122 @@
+"""Words: the token and the class in the prompts, what to draw during training, and the evaluation templates.
+
+The DreamBooth templates are the 25 for objects and the 25 for animals of Ruiz et al. 2023 (arXiv 2208.12242,
+google/dreambooth). `{}` stands for "token class", or for the class alone.
+"""
+
+import re
+from dataclasses import dataclass
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.toy import TOY_CONTEXT_TEMPLATES, is_toy
+
+__all__ = [
+    "DREAMBOOTH_LIVE_TEMPLATES",
+    "DREAMBOOTH_OBJECT_TEMPLATES",
+    "Subject",
+    "class_word_of",
+    "context_prompts",
+    "subject_of",
+    "trigger_words",
+    "validation_prompts",
+]
+
+PLACES = (
+    "in the jungle",
+    "in the snow",
+    "on the beach",
+    "on a cobblestone street",
+    "on top of pink fabric",
+    "on top of a wooden floor",
+    "with a city in the background",
+    "with a mountain in the background",
+    "with a blue house in the background",
+    "on top of a purple rug in a forest",
+)
+OBJECT_PLACES = (
+    "with a wheat field in the background",
+    "with a tree and autumn leaves in the background",
+    "with the Eiffel Tower in the background",
+    "floating on top of water",
+    "floating in an ocean of milk",
+    "on top of green grass with sunflowers around it",
+    "on top of a mirror",
+    "on top of the sidewalk in a crowded street",
+    "on top of a dirt road",
+    "on top of a white rug",
+)
+OUTFITS = (
+    "wearing a red hat",
+    "wearing a santa hat",
+    "wearing a rainbow scarf",
+    "wearing a black top hat and a monocle",
+    "in a chef outfit",
+    "in a firefighter outfit",
+    "in a police outfit",
+    "wearing pink glasses",
+    "wearing a yellow shirt",
+    "in a purple wizard outfit",
+)
+LOOKS = ("red", "purple", "shiny", "wet", "cube shaped")
+DREAMBOOTH_OBJECT_TEMPLATES = (*(f"a {{}} {p}" for p in PLACES + OBJECT_PLACES), *(f"a {look} {{}}" for look in LOOKS))
+DREAMBOOTH_LIVE_TEMPLATES = (*(f"a {{}} {p}" for p in PLACES + OUTFITS), *(f"a {look} {{}}" for look in LOOKS))
+OPENING = re.compile(r"^(?:(?:an?|the|this)\s+)?(?:photo|picture|photograph|image|painting|drawing)s?\s+of\s+", re.I)
+ARTICLE = re.compile(r"^(?:an?|the|one|my)\s+", re.I)
+CONTEXT = re.compile(r"\s(?:in|on|at|with|near|under|beside|by|over|wearing|floating|from)\s.*$|[,.;].*$", re.I)
+CONTEXT_TEMPLATES = (
+    "a {} on the beach",
+    "a {} in the snow",
+    "a {} with a city in the background",
+    "a {} in the jungle",
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """`a photo of sks dog` -> token `sks`, class word `dog`, words `sks dog`. Each may be empty."""
+
+    token: str
+    class_word: str
+
+    @property
+    def words(self) -> str:
+        return f"{self.token} {self.class_word}".strip()
+
+
+def subject_of(config: TrainConfig) -> Subject:
+    """The token and the class word: as given, or what the instance prompt has and the class prompt lacks."""
+    words = noun_of(config.instance_prompt).split()
+    kind = noun_of(config.class_prompt).split() if config.class_prompt else []
+    if token := (config.token or "").strip():
+        found = Subject(token, noun_of(config.instance_prompt.partition(token)[2].strip()))
+    elif kind and words[-len(kind) :] == kind:
+        found = Subject(" ".join(words[: -len(kind)]), " ".join(kind))
+    else:
+        found = Subject(" ".join(words[:1]), " ".join(words[1:]))
+    return Subject(found.token, config.class_word if config.class_word is not None else found.class_word)
+
+
+def noun_of(prompt: str) -> str:
+    """`A photo of a sks dog on the beach` -> `sks dog`."""
+    return CONTEXT.sub("", ARTICLE.sub("", OPENING.sub("", prompt.strip()))).strip()
+
+
+def class_word_of(config: TrainConfig) -> str:
+    return subject_of(config).class_word
+
+
+def trigger_words(config: TrainConfig) -> tuple[str, ...]:
+    """What a prompt must contain to call the subject."""
+    words = subject_of(config).words
+    return (words,) if words else ()
+
+
+def validation_prompts(config: TrainConfig) -> tuple[str, ...]:
+    """What is drawn during training at fixed seeds."""
+    return (config.validation_prompt or config.instance_prompt,)
+
+
+def context_prompts(config: TrainConfig) -> tuple[str, ...]:
+    """New contexts for the subject, to see what the adapter can do beside the photos."""
+    templates = TOY_CONTEXT_TEMPLATES if is_toy(config.pretrained_model_name_or_path) else CONTEXT_TEMPLATES
+    return tuple(template.format(subject_of(config).words or config.instance_prompt) for template in templates)

@@ -1,0 +1,1 @@
+"""Adapters become scores: metrics, encoders, reports and studies."""

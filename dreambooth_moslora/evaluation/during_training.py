@@ -1,0 +1,78 @@
+"""Scores during training: every `--evaluate_steps`, the same few prompts and seeds, and which step was the best.
+
+The best step is the one with the highest `metrics.checkpoint_score` (fidelity × prompt × no copy). It is looked up in
+the events of the run, so a resumed run knows it too. Nothing is stopped unless `--early_stopping` asks for it.
+"""
+
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.prompts import subject_of
+from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.toy import is_toy
+from dreambooth_moslora.evaluation.encoders import Encoders, load_encoders
+from dreambooth_moslora.evaluation.evaluate import Evaluator, sampler_draw, truth_of
+from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_for
+from dreambooth_moslora.generation.sampler import Sampler
+from dreambooth_moslora.photos.folder import instance_photos, open_mask, open_rgb
+from dreambooth_moslora.training.best_step import best_of
+
+__all__ = ["LOGGED", "TrainingEvaluator"]
+
+LOGGED = (
+    *("dino", "clip_i", "clip_t", "pres", "diversity", "drift", "background_leak", "truth", "copied", "score"),
+    *("clip_t_of_base", "dino_of_ceiling", "drift_of_spread", "pres_gain"),
+)
+SEEDS = (100, 101)  # other ones than `evaluate`'s: the best step is chosen by these
+
+
+class TrainingEvaluator:
+    """Called by the trainer with its sampler and step. `prompts` are to be embedded before the text encoders leave.
+
+    Raises UserError on construction, before anything is trained, when an encoder cannot be loaded.
+    """
+
+    def __init__(self, config: TrainConfig, encoders: Encoders | None = None):
+        self.config = config
+        self.photos = instance_photos(config).photos
+        captions = [caption for photo in self.photos for caption in photo.captions]
+        full = plan_for(config.pretrained_model_name_or_path, subject_of(config), captions=captions, seeds=SEEDS)
+        self.plan: EvaluationPlan = full.smaller(templates=3, seeds=2, class_images=2, unrelated=1, inference_steps=20)
+        self.encoders = encoders or load_encoders(own_encoders_of(config))  # now: a missing one must not end a run
+
+    @property
+    def prompts(self) -> list[str]:
+        return self.plan.prompts
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """Encoders stay on the CPU: a dozen pictures take seconds there, and no GPU memory."""
+        photos, config = self.photos, self.config
+        base, folder = config.pretrained_model_name_or_path, config.instance_data_dir
+        truth = truth_of(base, folder, self.plan, self.encoders, config.resolution)
+        return Evaluator(self.plan, self.encoders, [open_rgb(p) for p in photos], [open_mask(p) for p in photos], truth)
+
+    def __call__(self, sampler: Sampler, step: int) -> dict:
+        """The facts of the `evaluation` event: scores as plain numbers, `best` so far, `cost` of this evaluation."""
+        found = self.evaluator(sampler_draw(replace(sampler, inference_steps=self.plan.inference_steps)))
+        means = found.means()
+        best = best_of([*self._earlier(step), (step, means["score"])])
+        return {
+            **{name: float(means[name]) for name in LOGGED if name in means},
+            "copy_alarm": found.alarm.raised,
+            "best": {"step": best.step, "score": best.score, "since": best.since},
+            "cost": {"seconds": round(found.seconds, 2), "pictures": sum(map(len, found.pictures.values()))},
+        }
+
+    def _earlier(self, step: int) -> list[tuple[int, float]]:
+        events = RunDir(Path(self.config.output_dir)).read_metrics()
+        scores = {e["step"]: e["score"] for e in events if e.get("type") == "evaluation" and e.get("score") is not None}
+        return sorted((at, score) for at, score in scores.items() if at < step)
+
+
+def own_encoders_of(config: TrainConfig) -> str:
+    """The base when it brings its own encoders: the toy world's CLIP knows nothing else, and CLIP knows no toys."""
+    base = config.pretrained_model_name_or_path
+    return base if is_toy(base) else ""

@@ -1,0 +1,278 @@
+"""How good is an adapter? Pictures by the adapter and by the base at equal prompts and seeds, and what they score.
+
+    draw(requests, with_adapter) -> pictures --Encoders--> vectors --metrics--> tables (prompts, seeds) -> scores
+
+`Evaluator` belongs to one subject: it draws the base's pictures once and then judges any number of adapters.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dreambooth_moslora.adapters.moslora import disabled
+from dreambooth_moslora.base.load import encode_text
+from dreambooth_moslora.core.toy import is_toy
+from dreambooth_moslora.evaluation import metrics
+from dreambooth_moslora.evaluation.encoders import Encoders
+from dreambooth_moslora.evaluation.intervals import Interval, bootstrap_mean
+from dreambooth_moslora.evaluation.protocol import EvaluationPlan
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.generation.sampler import Sampler, SampleRequest
+
+__all__ = ["Draw", "Evaluation", "Evaluator", "Truth", "evaluate_adapter", "sampler_draw"]
+
+Draw = Callable[[list[SampleRequest], bool], list[Image.Image]]
+"""(what to draw, with the adapter or by the base alone) -> pictures in order."""
+Tables = dict[str, np.ndarray]
+BATCH = 4
+GREY = (128, 128, 128)
+
+
+RELATIVE = {
+    "dino_of_ceiling": "DINO, share of true renders'",
+    "clip_t_of_base": "CLIP-T, share of the base's",
+    "clip_t_of_ceiling": "CLIP-T, share of true renders'",
+    "pres_gain": "PRES above the base's, in its standard deviations",
+    "drift_of_spread": "Drift, share of the base's spread",
+    "class_diversity_of_base": "DIV of the bare class, share of the base's",
+    "copied": "Share of copies",
+}
+
+
+class Truth(Protocol):
+    """A world that knows what the subject really looks like (`toy_truth.ToyTruth`)."""
+
+    def tables(self, plan: EvaluationPlan, pictures: list[Image.Image], vectors: Tensor, photos: Tensor) -> Tables: ...
+
+
+@dataclass(frozen=True)
+class Views:
+    """Pictures of one group of requests and their unit vectors."""
+
+    pictures: list[Image.Image]
+    clip: Tensor
+    dino: Tensor
+
+    @property
+    def joint(self) -> Tensor:
+        return metrics.joint_vectors(self.clip, self.dino)
+
+
+@dataclass
+class Evaluation:
+    """Tables of scores by name, each (prompts, seeds), (prompts, 1) or (pictures,), and the pictures behind them."""
+
+    plan: EvaluationPlan
+    tables: Tables
+    alarm: metrics.CopyAlarm
+    score: float
+    seconds: float
+    pictures: dict[str, list[Image.Image]] = field(repr=False, default_factory=dict)
+
+    def mean(self, name: str) -> float:
+        return float(self.tables[name].mean())
+
+    def interval(self, name: str) -> Interval:
+        return bootstrap_mean(self.tables[name])
+
+    def means(self) -> dict[str, float]:
+        """All scores as plain numbers, rounded: what a training run logs."""
+        found = {name: round(float(table.mean()), 4) for name, table in self.tables.items()}
+        copies = {"copied": round(self.alarm.share, 4), "copy_alarm": self.alarm.raised}
+        return {**found, **self.relative(), **copies, "score": round(self.score, 4)}
+
+    def relative(self) -> dict[str, float]:
+        """Scores on their own scales: shares of the base's, of the ceiling (toy world), of the base's own spread.
+
+        pres_gain is PRES above the base's, in standard deviations of the base's pictures.
+        """
+        shares = {
+            "clip_t_of_base": ("clip_t", "clip_t_base"),
+            "clip_t_of_ceiling": ("clip_t", "clip_t_ceiling"),
+            "dino_of_ceiling": ("dino", "dino_ceiling"),
+            "drift_of_spread": ("drift", "drift_base_spread"),
+            "class_diversity_of_base": ("class_diversity", "class_diversity_base"),
+        }
+        found = {n: self.mean(a) / self.mean(b) for n, (a, b) in shares.items() if b in self.tables and self.mean(b)}
+        own = self.tables.get("pres_base", np.zeros(0))
+        if own.size > 1 and (deviation := float(own.std(ddof=1))):
+            found["pres_gain"] = (self.mean("pres") - self.mean("pres_base")) / deviation
+        return {name: round(value, 4) for name, value in found.items()}
+
+
+class Evaluator:
+    """Judge adapters of one subject by `plan`. `masks` (white = subject) are optional, one a photo or None."""
+
+    def __init__(
+        self,
+        plan: EvaluationPlan,
+        encoders: Encoders,
+        photos: Sequence[Image.Image],
+        masks: Sequence[Image.Image | None] = (),
+        truth: Truth | None = None,
+    ):
+        self.plan, self.encoders, self.truth = plan, encoders, truth
+        self.photos = self._views(list(photos))
+        masked = [(p, m) for p, m in zip(photos, masks) if m is not None]
+        self.backgrounds = encoders.clip_images([paint_over(p, m) for p, m in masked]) if masked else None
+        self._base: dict[str, Views] | None = None
+
+    def __call__(self, draw: Draw) -> Evaluation:
+        """Draw all pictures of the plan and score them."""
+        started = time.perf_counter()
+        base = self.base_views(draw)
+        plan = self.plan
+        subject = self._views(draw(plan.subject_requests, True))
+        classes = self._views(draw(plan.class_requests, True)) if plan.class_images else None
+        unrelated = self._views(draw(plan.unrelated_requests, True)) if plan.unrelated else None
+        tables = self._subject_tables(subject, base["subject"])
+        if classes is not None:
+            tables |= self._class_tables(classes, base["class"])
+        if unrelated is not None:
+            tables |= self._drift_tables(unrelated, base["unrelated"])
+        alarm = metrics.copy_alarm(subject.joint, self.photos.joint)
+        named = {"subject": subject, "class": classes, "unrelated": unrelated}
+        pictures = {name: views.pictures for name, views in named.items() if views is not None}
+        pictures |= {f"{name}_base": views.pictures for name, views in base.items()}
+        return Evaluation(plan, tables, alarm, score_of(tables, alarm), time.perf_counter() - started, pictures)
+
+    def base_views(self, draw: Draw) -> dict[str, Views]:
+        """The base's pictures, drawn at the first call."""
+        if self._base is None:
+            plan = self.plan
+            groups = {"subject": plan.base_requests, "class": plan.class_requests, "unrelated": plan.unrelated_requests}
+            self._base = {name: self._views(draw(requests, False)) for name, requests in groups.items() if requests}
+        return self._base
+
+    @cached_property
+    def texts(self) -> Tensor:
+        """CLIP vectors of the prompts without the token, repeated for each seed: (prompts × seeds, P)."""
+        return self.encoders.clip_texts(self.plan.texts).repeat_interleave(len(self.plan.seeds), 0)
+
+    def _views(self, pictures: list[Image.Image]) -> Views:
+        return Views(pictures, self.encoders.clip_images(pictures), self.encoders.dino_images(pictures))
+
+    def _subject_tables(self, subject: Views, base: Views) -> Tables:
+        photos = self.photos
+        columns = {
+            "dino": metrics.subject_fidelity(subject.dino, photos.dino),
+            "clip_i": metrics.subject_fidelity(subject.clip, photos.clip),
+            "clip_t": metrics.prompt_fidelity(subject.clip, self.texts),
+            "dino_base": metrics.subject_fidelity(base.dino, photos.dino),
+            "clip_i_base": metrics.subject_fidelity(base.clip, photos.clip),
+            "clip_t_base": metrics.prompt_fidelity(base.clip, self.texts),
+            "copy_index": metrics.copy_index(subject.joint, photos.joint),
+        }
+        if self.backgrounds is not None:
+            columns["background_leak"] = metrics.background_leak(subject.clip, base.clip, self.backgrounds)
+        shape = (len(self.plan.templates), len(self.plan.seeds))
+        tables = {name: values.numpy().reshape(shape) for name, values in columns.items()}
+        if len(self.plan.seeds) > 1:
+            tables["diversity"] = self._diversity(subject)
+            tables["diversity_base"] = self._diversity(base)
+        if self.truth is not None:
+            tables |= self.truth.tables(self.plan, subject.pictures, subject.dino, photos.dino)
+        return tables
+
+    def _class_tables(self, classes: Views, base: Views) -> Tables:
+        """PRES, and DIV of the bare class: with its prior preserved it stays as varied as the base draws it."""
+        tables = {}
+        for end, views in (("", classes), ("_base", base)):
+            tables[f"pres{end}"] = metrics.prior_preservation(views.dino, self.photos.dino).numpy()
+            if len(views.pictures) > 1:
+                one_prompt = [0] * len(views.pictures)
+                tables[f"class_diversity{end}"] = by_prompt(metrics.diversity(views.dino, one_prompt))
+        return tables
+
+    def _drift_tables(self, unrelated: Views, base: Views) -> Tables:
+        """Drift in CLIP and DINO together, and the base's own spread from seed to seed as its scale.
+
+        DINO alone looks at the thing: a duck on the beach that becomes a duck in a kitchen would not count.
+        """
+        shape = (len(self.plan.unrelated), len(self.plan.seeds))
+        tables = {"drift": metrics.drift(unrelated.joint, base.joint).numpy().reshape(shape)}
+        if len(self.plan.seeds) > 1:
+            tables["drift_base_spread"] = by_prompt(metrics.diversity(base.joint, self._prompts_of(base)))
+        return tables
+
+    def _diversity(self, views: Views) -> np.ndarray:
+        """DIV of each prompt, (prompts, 1): by LPIPS where it is at hand, else by DINO."""
+        groups, lpips = self._prompts_of(views), self.encoders.lpips
+        found = metrics.diversity(views.pictures, groups, lpips) if lpips else metrics.diversity(views.dino, groups)
+        return by_prompt(found)
+
+    def _prompts_of(self, views: Views) -> list[int]:
+        """The number of each picture's prompt."""
+        return [number // len(self.plan.seeds) for number in range(len(views.pictures))]
+
+
+def by_prompt(values: dict[int, float]) -> np.ndarray:
+    return np.array([list(values.values())]).T
+
+
+def score_of(tables: Tables, alarm: metrics.CopyAlarm) -> float:
+    means = {name: float(tables[name].mean()) for name in ("dino", "clip_t", "clip_t_base")}
+    return metrics.checkpoint_score(means["dino"], means["clip_t"], means["clip_t_base"], alarm.share)
+
+
+def paint_over(photo: Image.Image, mask: Image.Image) -> Image.Image:
+    """The photo with the subject (white in the mask) in plain grey: its background alone."""
+    grey = Image.new("RGB", photo.size, GREY)
+    return Image.composite(grey, photo.convert("RGB"), mask.convert("L").resize(photo.size))
+
+
+def truth_of(
+    base: str, photos_dir: str | Path | None, plan: EvaluationPlan, encoders: Encoders, size_px: int
+) -> Truth | None:
+    """The truth about a toy that the toy base draws in the toy world's places; None for everything else."""
+    if not (is_toy(base) and photos_dir):
+        return None
+    from dreambooth_moslora.evaluation.toy_truth import find_truth, is_known_place  # the toy world costs an import
+
+    return find_truth(Path(photos_dir), encoders, size_px) if all(map(is_known_place, plan.templates)) else None
+
+
+def sampler_draw(sampler: Sampler, batch_size: int = BATCH) -> Draw:
+    """Draw through a Sampler; the base alone is the same models with their adapters switched off."""
+
+    def draw(requests: list[SampleRequest], with_adapter: bool) -> list[Image.Image]:
+        models = [getattr(sampler.pipeline, name, None) for name in ("unet", "text_encoder", "text_encoder_2")]
+        with ExitStack() as stack:
+            for model in models if not with_adapter else ():
+                if model is not None:
+                    stack.enter_context(disabled(model))
+            return list(sampler(requests, batch_size))
+
+    return draw
+
+
+def evaluate_adapter(
+    pipeline: SubjectPipeline,
+    adapter: str,
+    evaluator: Evaluator,
+    batch_size: int = BATCH,
+    scale: float = 1.0,
+    guidance_scale: float | None = None,
+) -> Evaluation:
+    """Score a loaded adapter at `scale`. Text is embedded anew for each side: adapters may sit on the text encoders."""
+    inner = pipeline.pipeline
+    pipeline.activate(((adapter, scale),))
+    with torch.no_grad():
+        sampler = Sampler(
+            inner,
+            lambda prompts: encode_text(inner, prompts),
+            pipeline.resolution_px,
+            inner.unet.device,
+            evaluator.plan.inference_steps,
+            guidance_scale=guidance_scale,
+        )
+        return evaluator(sampler_draw(sampler, batch_size))

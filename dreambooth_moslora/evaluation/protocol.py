@@ -1,0 +1,137 @@
+"""What is drawn to judge an adapter: fixed prompts from fixed seeds, by the adapter and by the base alone.
+
+subject    template with "token class"    by the adapter    fidelity, diversity, copies
+base       template with the class alone  by the base       what the prompt gives without the subject
+class      "a photo of a class"           by both           PRES: has the class become the subject?
+unrelated  other things                   by both           drift
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.prompts import DREAMBOOTH_LIVE_TEMPLATES, DREAMBOOTH_OBJECT_TEMPLATES, Subject
+from dreambooth_moslora.core.toy import TOY_TEMPLATES, is_toy
+from dreambooth_moslora.generation.sampler import SampleRequest
+
+__all__ = ["TEMPLATE_SETS", "EvaluationPlan", "plan_for"]
+
+TEMPLATE_SETS = {"object": DREAMBOOTH_OBJECT_TEMPLATES, "live": DREAMBOOTH_LIVE_TEMPLATES, "toy": TOY_TEMPLATES}
+LIVING = {"dog", "puppy", "cat", "kitten", "animal", "pet", "horse", "bird", "person", "man", "woman", "boy", "girl"}
+LIFELESS = {"stuffed", "plush", "toy", "statue", "figurine", "figure", "sculpture", "doll"}
+UNRELATED = (
+    "a bowl of fruit on a kitchen table",
+    "a city street at night in the rain",
+    "an old wooden boat on a mountain lake",
+    "a portrait of an old man with a beard",
+    "a field of sunflowers under a blue sky",
+    "a steam locomotive crossing a bridge",
+)
+UNRELATED_TOYS = (
+    ("a photo of a yellow {} on the beach", "duck"),
+    ("a photo of a blue {} on a city street", "car"),
+    ("a photo of a red and white striped {} in the snow", "rocket"),
+    ("a photo of a green {} on a wooden floor", "dinosaur"),
+    ("a photo of a white {} in a kitchen", "teapot"),
+    ("a photo of a purple {} in the desert", "robot"),
+)
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """Every prompt is drawn once from each seed. `templates` hold `{}` for the subject's words."""
+
+    subject: Subject
+    templates: tuple[str, ...]
+    unrelated: tuple[str, ...]
+    class_template: str = "a photo of a {}"
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
+    class_images: int = 16
+    inference_steps: int = 25
+
+    def __post_init__(self) -> None:
+        if not self.templates or not self.seeds or any("{}" not in template for template in self.templates):
+            raise UserError("an evaluation needs seeds, and prompts that hold {} for the subject's words")
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts with the token left out: what CLIP-T compares with, and what the base is asked."""
+        return [template.replace("{}", self.subject.class_word or "subject") for template in self.templates]
+
+    @property
+    def subject_requests(self) -> list[SampleRequest]:
+        """Prompt by prompt, all seeds of each."""
+        return self._each([template.replace("{}", self.subject.words) for template in self.templates])
+
+    @property
+    def base_requests(self) -> list[SampleRequest]:
+        return self._each(self.texts)
+
+    @property
+    def class_requests(self) -> list[SampleRequest]:
+        prompt = self.class_template.replace("{}", self.subject.class_word or "subject")
+        return [SampleRequest(prompt, 1000 + number) for number in range(self.class_images)]
+
+    @property
+    def unrelated_requests(self) -> list[SampleRequest]:
+        return self._each(list(self.unrelated))
+
+    @property
+    def prompts(self) -> list[str]:
+        """Every text that will be embedded."""
+        requests = self.subject_requests + self.base_requests + self.class_requests + self.unrelated_requests
+        return sorted({request.prompt for request in requests})
+
+    def _each(self, prompts: list[str]) -> list[SampleRequest]:
+        return [SampleRequest(prompt, seed) for prompt in prompts for seed in self.seeds]
+
+    def smaller(
+        self, templates: int, seeds: int, class_images: int, unrelated: int, inference_steps: int | None = None
+    ) -> "EvaluationPlan":
+        """Fewer pictures, spread evenly over the templates: for scores along the way."""
+        return replace(
+            self,
+            templates=spread(self.templates, templates),
+            seeds=self.seeds[:seeds],
+            class_images=min(class_images, self.class_images),
+            unrelated=spread(self.unrelated, unrelated),
+            inference_steps=inference_steps or self.inference_steps,
+        )
+
+
+def spread(items: Sequence[str], count: int) -> tuple[str, ...]:
+    """`count` of the items at even distances, the first always."""
+    count = min(count, len(items))
+    return tuple(items[number * len(items) // count] for number in range(count))
+
+
+def plan_for(
+    base: str, subject: Subject, templates: str = "auto", captions: Collection[str] = (), **changes
+) -> EvaluationPlan:
+    """The full protocol for a subject: the toy world's places for `toy`, DreamBooth's 25 templates otherwise.
+
+    `templates`: a name of TEMPLATE_SETS, or "auto" (living things and objects differ, and a stuffed animal is an
+    object). `captions` of the photos: what they name is left out (`unseen`). Other fields through `changes`.
+    """
+    if templates == "auto":
+        templates = "toy" if is_toy(base) else "live" if is_living(subject.class_word) else "object"
+    if templates not in TEMPLATE_SETS:
+        raise UserError(f"prompts {templates!r}: choose one of auto, {', '.join(TEMPLATE_SETS)}, or a text file")
+    others = tuple(text.format(kind) for text, kind in UNRELATED_TOYS if kind != subject.class_word)
+    unrelated = others if is_toy(base) else UNRELATED
+    return EvaluationPlan(subject, unseen(TEMPLATE_SETS[templates], captions), unrelated, **changes)
+
+
+def is_living(class_word: str) -> bool:
+    words = set(class_word.lower().split())
+    return bool(words & LIVING) and not words & LIFELESS
+
+
+def unseen(templates: Sequence[str], captions: Collection[str]) -> tuple[str, ...]:
+    """The templates whose place no caption of a photo names: there a photo learnt by heart would be the best answer.
+
+    All of them when no place is left.
+    """
+    known = " | ".join(captions).lower()
+    places = {template: template.partition("{}")[2].strip().lower() for template in templates}
+    return tuple(t for t, place in places.items() if not place or place not in known) or tuple(templates)

@@ -1,0 +1,206 @@
+"""An evaluation as files: `scores.json` for programs, `report.html` for people."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+
+from dreambooth_moslora import __version__
+from dreambooth_moslora.core.run_folder import atomic_write
+from dreambooth_moslora.evaluation import metrics
+from dreambooth_moslora.evaluation.evaluate import RELATIVE, Evaluation
+from dreambooth_moslora.evaluation.html_page import page, picture, pictures, section, table
+
+__all__ = ["Subjects", "report_html", "scores_json", "write_report"]
+
+MEASURES = {
+    # name: (title, the base's own, what it means)
+    "dino": ("DINO", "dino_base", "likeness to the photos; tells subjects of one class apart"),
+    "clip_i": ("CLIP-I", "clip_i_base", "likeness to the photos, as CLIP sees it"),
+    "clip_t": ("CLIP-T", "clip_t_base", "does the picture show what the prompt says? (token left out)"),
+    "diversity": ("DIV", "diversity_base", "difference between pictures of one prompt; higher is more varied"),
+    "pres": ("PRES", "pres_base", "likeness of the bare class to the subject; near the base's is good"),
+    "class_diversity": (
+        "DIV of the class",
+        "class_diversity_base",
+        "difference between pictures of the bare class, by DINO; near the base's is good",
+    ),
+    "drift": (
+        "Drift",
+        "drift_base_spread",
+        "change of unrelated pictures; beside it, the base's own from seed to seed",
+    ),
+    "copy_index": ("Copy index", "", "0: no nearer to a photo than the photos are to each other; 1: it is the photo"),
+    "background_leak": ("Background leak", "", "nearness to the photos' backgrounds gained over the base; 0 is none"),
+}
+TRUTH = {
+    "truth": ("Likeness to true renders in the place", "truth_ceiling", "truth_floor"),
+    "dino": ("DINO to the photos", "dino_ceiling", "dino_floor"),
+    "clip_t": ("CLIP-T", "clip_t_ceiling", "clip_t_floor"),
+}
+JUDGED = ("kind", "colour", "place")
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """What was judged, as the report names it: no path. `encoders` are the names of CLIP and DINO."""
+
+    adapter: str
+    base: str
+    encoders: tuple[str, str]
+    inference_steps: int
+    guidance_scale: float
+    diversity: str = "DINO distance"
+
+
+def scores_json(found: Evaluation, about: Subjects, photo_fidelity: float) -> dict:
+    """Everything that was measured, JSON-ready: means with 95 % intervals, and each prompt's means."""
+    plan = found.plan
+    return {
+        "format": 1,
+        "version": __version__,
+        "adapter": about.adapter,
+        "base": about.base,
+        "encoders": {**dict(zip(("clip", "dino"), about.encoders)), "diversity": about.diversity},
+        "subject": asdict(plan.subject),
+        "protocol": {
+            "prompts": len(plan.templates),
+            "seeds": list(plan.seeds),
+            "class_images": plan.class_images,
+            "unrelated_prompts": len(plan.unrelated),
+            "inference_steps": plan.inference_steps,
+            "guidance_scale": about.guidance_scale,
+            "interval": "95 %, crossed bootstrap over prompts and seeds",
+        },
+        "scores": {name: found.interval(name).to_dict() for name in found.tables},
+        "dino_of_photos": None if math.isnan(photo_fidelity) else round(photo_fidelity, 4),
+        "relative": found.relative(),
+        "copy_alarm": asdict(found.alarm),
+        "score": round(found.score, 4),
+        "per_prompt": per_prompt(found),
+        "seconds": round(found.seconds, 1),
+    }
+
+
+def per_prompt(found: Evaluation) -> list[dict]:
+    """Means over the seeds for each prompt of the subject, of every table that has a row for each."""
+    count, others = len(found.plan.templates), ("drift", "class")
+    tables = {n: t for n, t in found.tables.items() if t.ndim == 2 and len(t) == count and not n.startswith(others)}
+    return [
+        {"prompt": prompt, **{name: round(float(t[row].mean()), 4) for name, t in tables.items()}}
+        for row, prompt in enumerate(found.plan.texts)
+    ]
+
+
+def report_html(found: Evaluation, about: Subjects, photos: list[Image.Image], photo_fidelity: float) -> str:
+    """The page: verdict, scores, photos, every prompt by adapter and base, the nearest thing to a copy."""
+    parts = [
+        introduction(found, about),
+        section("Scores", score_table(found, photo_fidelity), relative_table(found), cost(found)),
+        *([section("Against the truth of the toy world", *truth_tables(found))] if "truth" in found.tables else []),
+        section("The photos", pictures(photos)),
+        section("Each prompt: the adapter, and the base without the subject", prompt_rows(found)),
+        section("Is anything copied?", copies(found, photos)),
+        *other_pictures(found),
+        section("Per prompt", prompt_table(found)),
+    ]
+    return page(f"Fidelity of {about.adapter}", parts)
+
+
+def introduction(found: Evaluation, about: Subjects) -> str:
+    words = escape(found.plan.subject.words)
+    text = (
+        f"“{words}” by the base {escape(about.base)}: {len(found.plan.templates)} prompts × {len(found.plan.seeds)} "
+        f"seeds, {found.plan.inference_steps} steps each at guidance {about.guidance_scale:g}. "
+        f"Encoders: {escape(' and '.join(about.encoders))}. "
+        f"DIV is {about.diversity}. Intervals are 95 %, over prompts and seeds."
+    )
+    kind = "bad" if found.alarm.raised else "good"
+    alarm = (
+        f"Copy alarm: {found.alarm.share:.0%} of the pictures repeat a photo."
+        if found.alarm.raised
+        else "No copy alarm: the pictures are new ones."
+    )
+    score = f"Score {found.score:.3f} = DINO × CLIP-T as a share of the base's × share of pictures that copy no photo."
+    return f'<p class="faint">{text}</p><p><b>{score}</b> <span class="{kind}">{alarm}</span></p>'
+
+
+def score_table(found: Evaluation, photo_fidelity: float) -> str:
+    rows = []
+    for name, (title, base, meaning) in MEASURES.items():
+        if name in found.tables:
+            own = photo_fidelity if name == "dino" and not math.isnan(photo_fidelity) else ""
+            rows.append((title, shown(found, name), shown(found, base) if base in found.tables else "", own, meaning))
+    return table(("Measure", "Adapter", "Base", "Photos", "Meaning"), rows)
+
+
+def relative_table(found: Evaluation) -> str:
+    """The scores on their own scales, where the scale was measured."""
+    scales = {**found.relative(), "copied": found.alarm.share}
+    return table(("On its own scale", "Value"), [(RELATIVE[n], f"{v:.3f}") for n, v in scales.items()])
+
+
+def shown(found: Evaluation, name: str) -> str:
+    interval = found.interval(name)
+    return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def cost(found: Evaluation) -> str:
+    count = sum(map(len, found.pictures.values()))
+    return f'<p class="faint">{count} pictures and their scores took {found.seconds:.0f} s.</p>'
+
+
+def truth_tables(found: Evaluation) -> list[str]:
+    rows = [(title, shown(found, n), shown(found, top), shown(found, low)) for n, (title, top, low) in TRUTH.items()]
+    header = ("Measure", "Adapter", "Ceiling: true renders", "Floor: others of the kind")
+    judged = [(n, shown(found, f"judge_{n}")) for n in JUDGED if f"judge_{n}" in found.tables]
+    return [table(header, rows), *([table(("The judge reads", "Share right"), judged)] if judged else [])]
+
+
+def prompt_rows(found: Evaluation) -> str:
+    seeds = len(found.plan.seeds)
+    rows = []
+    for row, prompt in enumerate(found.plan.texts):
+        some = slice(row * seeds, (row + 1) * seeds)
+        ours, base = found.pictures["subject"][some], found.pictures["subject_base"][some]
+        left, right = pictures(ours, f"adapter: {prompt}"), pictures(base, f"base: {prompt}")
+        rows.append(f"<tr><td>{escape(prompt)}</td><td>{left}</td><td>{right}</td></tr>")
+    return f"<table><tr><th>Prompt</th><th>Adapter</th><th>Base</th></tr>{''.join(rows)}</table>"
+
+
+def copies(found: Evaluation, photos: list[Image.Image]) -> str:
+    alarm = found.alarm
+    text = (
+        f"The picture nearest to a photo has copy index {alarm.largest:.2f}; beside it that photo. A picture counts "
+        f"as a copy above {metrics.COPIED}, the alarm goes off when more than {metrics.ALARM_SHARE:.0%} are."
+    )
+    both = picture(found.pictures["subject"][alarm.picture], "picture") + picture(photos[alarm.photo], "photo")
+    return f'<p>{text}</p><div class="tiles">{both}</div>'
+
+
+def other_pictures(found: Evaluation) -> list[str]:
+    titles = {"class": "The bare class (PRES)", "unrelated": "Unrelated prompts (drift)"}
+    return [
+        section(title, "Adapter:", pictures(found.pictures[name]), "Base:", pictures(found.pictures[f"{name}_base"]))
+        for name, title in titles.items()
+        if name in found.pictures
+    ]
+
+
+def prompt_table(found: Evaluation) -> str:
+    rows = per_prompt(found)
+    names = [n for n in rows[0] if n == "prompt" or (n in MEASURES or n == "truth" or n.startswith("judge_"))]
+    return table([n.replace("_", " ") for n in names], [[row[n] for n in names] for row in rows])
+
+
+def write_report(
+    folder: Path, found: Evaluation, about: Subjects, photos: list[Image.Image], photo_fidelity: float
+) -> None:
+    """`folder`/scores.json and `folder`/report.html, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scores = scores_json(found, about, photo_fidelity)
+    atomic_write(folder / "scores.json", json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
+    atomic_write(folder / "report.html", report_html(found, about, photos, photo_fidelity))

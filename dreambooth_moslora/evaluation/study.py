@@ -1,0 +1,259 @@
+"""A comparison as data: arms × ranks × subjects × seeds at an equal budget, read from one TOML file.
+
+    [study]       subjects, tuning_subjects, seeds, ranks, learning_rates, reference, budget, tie
+    [evaluation]  num_prompts, images_per_prompt, class_images, unrelated, inference_steps, clip, dino
+    [train]       any setting of train_dreambooth.py, the same for every arm
+    [arms.NAME]   the settings in which this arm differs, and config = "recipe.toml" for a file of them
+
+Each (arm, rank) first tries every learning rate on the tuning subjects; the best one is used on the others. An arm
+that names a learning rate keeps it. A subject is a folder with `subject.json` {"token", "class_word"}, or
+{photos = "DIR", instance_prompt = "a photo of sks dog", class_prompt = "a photo of a dog"}.
+"""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from dreambooth_moslora.base.locate import resolve_base
+from dreambooth_moslora.core.config import TrainConfig, check_each
+from dreambooth_moslora.core.config_files import load_settings, read_facts, reason_of
+from dreambooth_moslora.core.errors import UserError
+
+__all__ = ["Cell", "Protocol", "Study", "StudySubject", "load_study"]
+
+SECTIONS = ("study", "evaluation", "train", "arms")
+BUDGETS = ("parameters", "rank")
+LISTS = {"seeds": ((int,), 0), "ranks": ((int,), 1), "learning_rates": ((int, float), 0)}
+
+
+@dataclass(frozen=True)
+class StudySubject:
+    """A folder of photos, its prompt and that of its class (None: prior preservation needs it in [train]).
+
+    `name` is the folder's.
+    """
+
+    photos: str
+    instance_prompt: str
+    class_prompt: str | None = None
+
+    @property
+    def name(self) -> str:
+        return Path(self.photos).resolve().name
+
+    @classmethod
+    def of(cls, entry: str | Mapping[str, str]) -> "StudySubject":
+        """Raises UserError when the folder is not there or does not say what its subject is called."""
+        given = {"photos": entry} if isinstance(entry, str) else entry
+        names = [item.name for item in fields(cls)]
+        if not isinstance(given, Mapping) or not all(n in names and isinstance(v, str) for n, v in given.items()):
+            raise UserError(f"the study's subject {entry!r}: a folder, or a table of texts, {', '.join(names)}.")
+        if not given.get("photos"):
+            raise UserError(f"the study's subject {entry!r} has no photos: name their folder.")
+        folder = Path(given["photos"])
+        if not folder.is_dir():
+            raise UserError(f"the study's subject {folder}: no such folder; paths start at the current directory.")
+        if "instance_prompt" in given:
+            return cls(str(folder), given["instance_prompt"], given.get("class_prompt"))
+        facts_path = folder / "subject.json"
+        if not facts_path.is_file():
+            raise UserError(f"the study's subject {folder} has no subject.json: give it an instance_prompt.")
+        facts = read_facts(facts_path)
+        token, word = facts.get("token"), facts.get("class_word")
+        if not token or not word:
+            raise UserError(f"{facts_path} must name the token and the class_word, or the study an instance_prompt.")
+        return cls(str(folder), f"a photo of a {token} {word}", f"a photo of a {word}")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How each adapter is scored. `clip` and `dino`: hub ids or folders, if not the usual ones."""
+
+    num_prompts: int = 8
+    images_per_prompt: int = 1
+    class_images: int = 4
+    unrelated: int = 2
+    inference_steps: int = 20
+    clip: str = ""
+    dino: str = ""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value, is_text = getattr(self, item.name), isinstance(item.default, str)
+            if type(value) is not type(item.default) or not (is_text or value >= 1):
+                kind = "a text" if is_text else "a whole number from 1 on"
+                raise UserError(f"the study's evaluation.{item.name} is {kind}, not {value!r}.")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training and its scores. `stage` is "tune" or "test"; `rank` is nominal (see `Study.budget`)."""
+
+    stage: str
+    arm: str
+    rank: int
+    subject: str
+    seed: int
+    learning_rate: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}-{self.arm}-r{self.rank}-{self.subject}-s{self.seed}-lr{self.learning_rate:g}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """`budget`: "parameters" gives each arm the rank whose number of parameters is nearest to plain LoRA's, "rank" does
+    not. `tie`: pictures closer than this many standard deviations of the reference's are a tie."""
+
+    subjects: tuple[StudySubject, ...]
+    arms: dict[str, dict[str, Any]]
+    train: dict[str, Any]
+    tuning_subjects: tuple[StudySubject, ...] = ()
+    seeds: tuple[int, ...] = (0, 1)
+    ranks: tuple[int, ...] = (4,)
+    learning_rates: tuple[float, ...] = (1e-4,)
+    reference: str = "lora"
+    budget: str = "parameters"
+    tie: float = 0.25
+    protocol: Protocol = field(default_factory=Protocol)
+
+    def __post_init__(self) -> None:
+        for name in ("subjects", "arms", "seeds", "ranks", "learning_rates"):
+            if not getattr(self, name):
+                raise UserError(f"the study has no {name}.")
+        if isinstance(self.tie, bool) or not isinstance(self.tie, (int, float)) or self.tie < 0:
+            raise UserError(f"the study's tie is a number from 0 on, not {self.tie!r}.")
+        if self.reference not in list(self.arms):
+            raise UserError(f"the study's reference {self.reference!r} is none of its arms: {', '.join(self.arms)}.")
+        if self.budget not in BUDGETS:
+            raise UserError(f"the study's budget {self.budget!r}: choose one of {', '.join(BUDGETS)}.")
+        names = [subject.name for subject in self.subjects + self.tuning_subjects]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise UserError(f"the study names {', '.join(sorted(twice))} twice; subjects must not be used for tuning.")
+        if len(self.learning_rates) > 1 and not self.tuning_subjects:
+            raise UserError("several learning rates need tuning_subjects to choose between them.")
+
+    @property
+    def base(self) -> str:
+        return self.train.get("pretrained_model_name_or_path", "toy")
+
+    def subject(self, name: str) -> StudySubject:
+        return next(s for s in self.subjects + self.tuning_subjects if s.name == name)
+
+    def rates_of(self, arm: str) -> tuple[float, ...]:
+        """The rates to choose from: an arm that names its own learning rate keeps it."""
+        own = self.arms[arm].get("learning_rate")
+        return self.learning_rates if own is None else (float(own),)
+
+    def tuning_cells(self) -> list[Cell]:
+        """All arms that have a choice of rates, on the tuning subjects, with the first seed."""
+        return [
+            Cell("tune", arm, rank, subject.name, self.seeds[0], rate)
+            for subject in self.tuning_subjects
+            for rank in self.ranks
+            for arm in self.arms
+            for rate in self.rates_of(arm)
+            if len(self.rates_of(arm)) > 1
+        ]
+
+    def test_cells(self, chosen: Mapping[tuple[str, int], float]) -> list[Cell]:
+        """All arms on the other subjects, each at the rate chosen for (arm, rank); whole comparisons come first."""
+        return [
+            Cell("test", arm, rank, subject.name, seed, chosen[arm, rank])
+            for seed in self.seeds
+            for subject in self.subjects
+            for rank in self.ranks
+            for arm in self.arms
+        ]
+
+    def config_of(self, cell: Cell, rank: int, output_dir: Path) -> TrainConfig:
+        """What the cell trains, at its real `rank`. All that is random follows the seed: arms share order and noise."""
+        subject = self.subject(cell.subject)
+        own = {
+            "instance_data_dir": subject.photos,
+            "instance_prompt": subject.instance_prompt,
+            "output_dir": str(output_dir),
+            "rank": rank,
+            "seed": cell.seed,
+            "learning_rate": cell.learning_rate,
+            "num_validation_images": 0,
+            "report_to": "none",
+            "checkpointing_steps": 10**9,
+        }
+        if subject.class_prompt:
+            own["class_prompt"] = subject.class_prompt
+        return TrainConfig.from_dict({**self.train, **self.arms[cell.arm], **own})
+
+    def digest(self, cell: Cell, materials: Sequence[str] = ()) -> str:
+        """Changes when anything does that the cell's result depends on. `materials`: the content of its files."""
+        facts = [
+            *materials,
+            self.train,
+            self.arms[cell.arm],
+            asdict(self.protocol),
+            asdict(self.subject(cell.subject)),
+            self.budget,
+        ]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def load_study(path: Path) -> Study:
+    """Read the file. Raises UserError for whatever in it is unknown, missing or contradictory."""
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: {reason_of(error)}.") from error
+    except ValueError as error:
+        raise UserError(f"--config {path} is not valid TOML: {error}.") from error
+    refuse_unknown(path, "", values, SECTIONS)
+    study, protocol, shared, arms = (table(path, name, values.get(name, {})) for name in SECTIONS)
+    refuse_unknown(path, "study.", study, [f.name for f in fields(Study)])
+    refuse_unknown(path, "evaluation.", protocol, [f.name for f in fields(Protocol)])
+    lists = {name: numbers(path, name, study.pop(name)) for name in LISTS if name in study}
+    chosen = {name: subjects(path, name, study.pop(name, [])) for name in ("subjects", "tuning_subjects")}
+    arms = {name: settings_of(table(path, f"arms.{name}", arm)) for name, arm in arms.items()}
+    for settings in (shared, *arms.values()):
+        check_each(settings)
+    made = Study(arms=arms, train=shared, protocol=Protocol(**protocol), **chosen, **lists, **study)
+    resolve_base(made.base)
+    for cell in made.test_cells({(arm, rank): made.rates_of(arm)[0] for arm in made.arms for rank in made.ranks}):
+        made.config_of(cell, cell.rank, Path("run"))  # a mistake in any arm is found before the first training
+    return made
+
+
+def table(path: Path, name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"--config {path}: {name} is a table of settings, [{name}], not {value!r}.")
+    return dict(value)
+
+
+def numbers(path: Path, name: str, value: Any) -> tuple:
+    kinds, low = LISTS[name]
+    if not isinstance(value, list) or not all(type(v) in kinds and v >= low for v in value):
+        kind = "numbers" if float in kinds else "whole numbers"
+        raise UserError(f"--config {path}: study.{name} is a list of {kind} from {low} on, not {value!r}.")
+    return tuple(value)
+
+
+def subjects(path: Path, name: str, value: Any) -> tuple[StudySubject, ...]:
+    if not isinstance(value, list):
+        raise UserError(f"--config {path}: study.{name} is a list of folders, not {value!r}.")
+    return tuple(map(StudySubject.of, value))
+
+
+def settings_of(arm: Mapping[str, Any]) -> dict[str, Any]:
+    """`config = "recipe.toml"` brings that file's settings, under the arm's own."""
+    own = dict(arm)
+    recipe = own.pop("config", None)
+    return {**(load_settings(recipe) if recipe else {}), **own}
+
+
+def refuse_unknown(path: Path, where: str, values: Mapping[str, Any], known) -> None:
+    for name in values:
+        if name not in known:
+            raise UserError(f"--config {path}: unknown {where}{name}; known are {', '.join(known)}.")

@@ -1,0 +1,226 @@
+"""A comparison as files: `results.json`, `table.md` for a README, `report.html`, and as PNG its plots and pictures."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+
+from dreambooth_moslora import __version__
+from dreambooth_moslora.core.pictures import Row, draw_contact_sheet
+from dreambooth_moslora.core.run_folder import atomic_write
+from dreambooth_moslora.evaluation import study_plots
+from dreambooth_moslora.evaluation.encoders import public_name
+from dreambooth_moslora.evaluation.evaluate import RELATIVE
+from dreambooth_moslora.evaluation.html_page import figure, page, picture, section, table
+from dreambooth_moslora.evaluation.intervals import Interval
+from dreambooth_moslora.evaluation.study import Study
+from dreambooth_moslora.evaluation.study_run import STRIP_PX, result_path
+from dreambooth_moslora.evaluation.study_stats import (
+    ArmSummary,
+    Outcome,
+    Result,
+    of_whole_seeds,
+    outcomes,
+    rate_curves,
+    seeds_of,
+    summaries,
+)
+from dreambooth_moslora.photos.folder import find_photos, open_rgb
+
+__all__ = ["finding", "markdown_tables", "write_comparison"]
+
+SCORES = {"dino": "DINO", "clip_t": "CLIP-T", "diversity": "DIV", "pres": "PRES", "drift": "Drift", "score": "Score"}
+DIFFERENCES = ("dino", "clip_t", "pres", "drift", "score")
+
+
+def write_comparison(study: Study, results: Sequence[Result], out: Path) -> str:
+    """Write all files of what is finished so far; returns what was found, in one sentence an arm."""
+    results = of_whole_seeds(results)
+    arms, against = summaries(results), outcomes(study, results)
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write(out / "results.json", json.dumps(results_json(study, results, arms, against), indent=1) + "\n")
+    tables = [arm_rows(arms), relative_rows(arms), outcome_rows(against)]
+    atomic_write(out / "table.md", markdown_tables(tables))
+    plots = plots_of(study, results, arms, against)
+    for name, plot in plots.items():
+        plot.savefig(out / f"{name}.png", dpi=110)
+    if rows := picture_rows(study, results, out):
+        draw_contact_sheet(rows, out / "pictures.png", tile_px=STRIP_PX)
+    atomic_write(out / "report.html", report_html(study, results, out, tables, plots, against))
+    return finding(study, against)
+
+
+def results_json(study: Study, results, arms: Sequence[ArmSummary], against: Sequence[Outcome]) -> dict:
+    """Settings without paths, every cell, every arm, every difference."""
+    protocol, hidden = study.protocol, {"pretrained_model_name_or_path", "cache_dir", "output_dir", "class_data_dir"}
+    return {
+        "format": 1,
+        "version": __version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "study": {
+            "subjects": [s.name for s in study.subjects],
+            "tuning_subjects": [s.name for s in study.tuning_subjects],
+            "seeds": seeds_of(results),
+            "ranks": study.ranks,
+            "learning_rates": study.learning_rates,
+            "budget": study.budget,
+            "reference": study.reference,
+            "tie": study.tie,
+            "evaluation": {
+                **asdict(study.protocol),
+                "clip": public_name(protocol.clip),
+                "dino": public_name(protocol.dino),
+            },
+            "train": {name: value for name, value in study.train.items() if name not in hidden},
+            "arms": study.arms,
+        },
+        "arms": [asdict(arm) for arm in arms],
+        "against_reference": [asdict(outcome) for outcome in against],
+        "cells": [{**asdict(r.cell), "scores": r.scores, "cost": r.cost} for r in results],
+    }
+
+
+def span(interval: Interval, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    return f"{interval.mean:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
+
+
+def arm_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: scores with intervals over subjects and seeds, and what the arm costs."""
+    jobs = max((int(arm.cost.get("jobs", 1)) for arm in arms), default=1)
+    pace = "ms a step" if jobs == 1 else f"ms a step, {jobs} trainings at once"
+    header = ["Arm", "Rank", "Parameters in the UNet", "Learning rate", *SCORES.values(), pace, "GiB of the process"]
+    rows = [
+        [
+            arm.arm,
+            f"{arm.rank}" if arm.cost["rank"] == arm.rank else f"{arm.rank} ({arm.cost['rank']:.0f})",
+            f"{arm.cost['parameters']:,.0f}",
+            f"{arm.learning_rate:g}",
+            *(span(arm.scores[name]) if name in arm.scores else "" for name in SCORES),
+            f"{1000 * arm.cost['step_sec']:.0f}",
+            f"{arm.cost['memory_gib']:.2f}",
+        ]
+        for arm in sorted(arms, key=lambda a: a.rank)
+    ]
+    return header, rows
+
+
+def relative_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: the scores on their own scales, as far as they were measured."""
+    names = [name for name in RELATIVE if any(name in arm.scores for arm in arms)]
+    rows = [
+        [arm.arm, str(arm.rank), *(span(arm.scores[name]) if name in arm.scores else "" for name in names)]
+        for arm in sorted(arms, key=lambda a: a.rank)
+    ]
+    return ["Arm", "Rank", *(RELATIVE[name] for name in names)], rows
+
+
+def outcome_rows(against: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: paired differences, and win/tie/loss in % by subject and by prompt."""
+    header = ["Arm", "Rank", *(f"Δ {SCORES[name]}" for name in DIFFERENCES), "Subject W/T/L %", "Prompt W/T/L %"]
+    rows = [
+        [
+            o.arm,
+            str(o.rank),
+            *(span(o.differences[name], signed=True) if name in o.differences else "" for name in DIFFERENCES),
+            *(" / ".join(f"{100 * share:.0f}" for share in o.wins[name]) for name in ("dino", "clip_t")),
+        ]
+        for o in sorted(against, key=lambda o: o.rank)
+    ]
+    return header, rows
+
+
+def markdown_tables(tables: Sequence[tuple[list[str], list[list[str]]]]) -> str:
+    parts = []
+    for header, rows in tables:
+        lines = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows]]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def finding(study: Study, against: Sequence[Outcome]) -> str:
+    """What the differences in score say, without adjectives: an interval excludes zero, or it does not."""
+    if not against:
+        return f"nothing to compare yet: {study.reference} and one other arm must be complete."
+    lines = []
+    for outcome in against:
+        change = outcome.differences["score"]
+        verdict = "better" if change.low > 0 else "worse" if change.high < 0 else "no difference shown"
+        lines.append(f"{outcome.arm} r{outcome.rank} against {study.reference}: score {span(change, True)}, {verdict}")
+    count = len(against)
+    lines.append(f"{count} comparisons at 95 %: about {0.05 * count:.1f} of them would exclude zero by chance alone.")
+    return "\n".join(lines)
+
+
+def plots_of(study: Study, results, arms: Sequence[ArmSummary], against: Sequence[Outcome]) -> dict:
+    plots = {}
+    if against:
+        plots["differences"] = study_plots.difference_plot(against, study.reference)
+        plots["wins"] = study_plots.win_plot(against, study.reference)
+    if arms:
+        plots["trade_off"] = study_plots.trade_off_plot(arms)
+    if curves := rate_curves(study, results):
+        plots["learning_rates"] = study_plots.rate_plot(curves)
+    return plots
+
+
+def report_html(study: Study, results, out: Path, tables, plots: dict, against: Sequence[Outcome]) -> str:
+    arms, relative, differences = tables
+    parts = [
+        f'<p class="faint">{escape(protocol_line(study, results))}</p>',
+        section("What was found", *(f"<p>{escape(line)}</p>" for line in finding(study, against).splitlines())),
+        section("Arms", table(*arms), "<p class='faint'>Means over subjects and seeds, 95 % intervals.</p>"),
+        section("On their own scales", table(*relative)),
+        section(f"Against {study.reference}, pair by pair", table(*differences)),
+        *(section(name.replace("_", " ").capitalize(), figure(plot, name)) for name, plot in plots.items()),
+        section("Pictures", *strips(study, results, out)),
+    ]
+    return page("Comparison of adapters", parts)
+
+
+def protocol_line(study: Study, results: Sequence[Result]) -> str:
+    protocol = study.protocol
+    return (
+        f"{len(results)} trainings: {len(study.subjects)} subjects × {len(seeds_of(results))} seeds × ranks "
+        f"{', '.join(map(str, study.ranks))}; learning rate chosen for each arm and rank out of "
+        f"{', '.join(f'{rate:g}' for rate in study.learning_rates)} on {len(study.tuning_subjects)} other subjects; "
+        f"equal {study.budget}, steps, data order and noise; {protocol.num_prompts} prompts × "
+        f"{protocol.images_per_prompt} pictures."
+    )
+
+
+def strips(study: Study, results: Sequence[Result], out: Path) -> list[str]:
+    """The pictures of every arm for each subject at the first seed."""
+    parts = []
+    tested = [r.cell for r in results if r.cell.stage == "test" and r.cell.seed == study.seeds[0]]
+    for subject in study.subjects:
+        for cell in sorted((c for c in tested if c.subject == subject.name), key=lambda c: c.rank):
+            path = result_path(study, cell, out).with_suffix(".jpg")
+            if path.is_file():
+                title = f"{cell.subject}: {cell.arm}, rank {cell.rank}"
+                parts.append(f"<p class='faint'>{escape(title)}</p>{picture(Image.open(path), title, side_px=1024)}")
+    return parts
+
+
+def picture_rows(study: Study, results: Sequence[Result], out: Path) -> list[Row]:
+    """A row a subject: its first photo, then the reference arm's pictures at the lowest rank and the first seed."""
+    rows = []
+    mine = [r.cell for r in results if r.cell.stage == "test" and r.cell.arm == study.reference]
+    for subject in study.subjects:
+        cells = [c for c in mine if c.subject == subject.name and c.seed == study.seeds[0]]
+        cell = min(cells, key=lambda c: c.rank, default=None)
+        path = cell and result_path(study, cell, out).with_suffix(".jpg")
+        if path and path.is_file():
+            photo = find_photos(Path(subject.photos), subject.instance_prompt, STRIP_PX).photos[0]
+            title = f"{subject.name}: a photo, then {cell.arm} at rank {cell.rank}"
+            rows.append(Row(title, [open_rgb(photo), *tiles(Image.open(path), study.protocol.images_per_prompt)]))
+    return rows
+
+
+def tiles(strip: Image.Image, step: int) -> list[Image.Image]:
+    """Every `step`th picture of a strip: one of each prompt."""
+    return [strip.crop((x, 0, x + STRIP_PX, STRIP_PX)) for x in range(0, strip.width, step * STRIP_PX)]

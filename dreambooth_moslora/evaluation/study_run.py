@@ -1,0 +1,298 @@
+"""Run a study: train and score every cell, each once, in any number of processes; what is done stays done.
+
+    OUT/cells/NAME-DIGEST.json   scores and costs of a cell, written whole when it is finished
+    OUT/cells/NAME-DIGEST.jpg    its pictures in one strip, for the report
+    OUT/cache, OUT/running       encoded photos, and the run folder of the training that is going on
+
+A worker keeps the base, the encoders and each subject's base pictures in memory from one cell to the next.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from threading import Thread
+
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+
+from dreambooth_moslora.adapters.skeleton import hollow
+from dreambooth_moslora.base.locate import resolve_base
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.digests import content_key, file_digest
+from dreambooth_moslora.core.process import reset_peak_memory
+from dreambooth_moslora.core.prompts import subject_of
+from dreambooth_moslora.core.run_folder import RunDir, atomic_write
+from dreambooth_moslora.core.toy import is_toy
+from dreambooth_moslora.evaluation.encoders import TOY_DINO, Encoders, load_encoders, own_encoders
+from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator, evaluate_adapter, truth_of
+from dreambooth_moslora.evaluation.protocol import plan_for
+from dreambooth_moslora.evaluation.study import Cell, Study
+from dreambooth_moslora.evaluation.study_stats import JUDGED, Result, best_rates, is_tuned
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.photos.folder import instance_photos, open_mask, open_rgb
+from dreambooth_moslora.training.loop import train
+
+__all__ = ["Progress", "budget_ranks", "read_results", "run_study", "unfinished"]
+
+STRIP_PX, STRIP_LENGTH = 128, 8
+WHOLE_BYTES, END_BYTES = 64 << 20, 1 << 20
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One more cell is finished, or has failed with `error`. `done` of `total` of this stage."""
+
+    cell: Cell
+    done: int
+    total: int
+    seconds: float
+    error: str = ""
+
+
+def run_study(study: Study, out: Path, jobs: int, on_progress: Callable[[Progress], None]) -> list[Result]:
+    """Tune, then test; cells whose result lies in `out` are not run again. Returns all results, failed ones left out.
+
+    A cell that fails does not stop the others; run again to try it again. A learning rate at which a training fails is
+    none to choose. No jobs: read what is finished.
+    """
+    ranks = budget_ranks(study) if jobs else {}
+    finish(study, study.tuning_cells(), ranks, out, jobs, on_progress)
+    tuned = read_results(study, study.tuning_cells(), out)
+    if not is_tuned(study, tuned):
+        return tuned
+    cells = study.test_cells(best_rates(study, tuned))
+    finish(study, cells, ranks, out, jobs, on_progress)
+    return tuned + read_results(study, cells, out)
+
+
+def unfinished(study: Study, out: Path) -> list[Cell]:
+    """The cells whose result is not in `out`: of the comparison only those whose learning rate has been chosen."""
+    tuned = read_results(study, study.tuning_cells(), out)
+    tests = study.test_cells(best_rates(study, tuned)) if is_tuned(study, tuned) else []
+    return [cell for cell in study.tuning_cells() + tests if not result_path(study, cell, out).is_file()]
+
+
+def finish(study: Study, cells: list[Cell], ranks, out: Path, jobs: int, on_progress) -> None:
+    if not jobs:
+        return
+    todo = [cell for cell in cells if not result_path(study, cell, out).is_file()]
+    done = len(cells) - len(todo)
+    for cell, seconds, error in run_cells(study, todo, ranks, out, jobs):
+        done += not error
+        on_progress(Progress(cell, done, len(cells), seconds, error))
+
+
+def run_cells(study: Study, cells: list[Cell], ranks, out: Path, jobs: int) -> Iterator[tuple[Cell, float, str]]:
+    """(cell, seconds, error) as they end. One job runs in this process; more get processes of their own."""
+    if jobs == 1 or len(cells) <= 1:
+        yield from (run_cell(study, cell, ranks[cell.arm, cell.rank], out, jobs) for cell in cells)
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker, (threads, os.getpid())) as pool:
+        futures = [pool.submit(run_cell, study, cell, ranks[cell.arm, cell.rank], out, jobs) for cell in cells]
+        try:
+            yield from (future.result() for future in as_completed(futures))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def begin_worker(threads: int, parent: int) -> None:
+    """Of `jobs` processes: its share of the cores, and an end when the one that started it is gone."""
+    torch.set_num_threads(threads)
+    Thread(target=end_with, args=(parent,), daemon=True).start()
+
+
+def end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def run_cell(study: Study, cell: Cell, rank: int, out: Path, jobs: int) -> tuple[Cell, float, str]:
+    """Train, score, write the result, drop the run folder."""
+    started = time.monotonic()
+    work = out / "running" / f"{cell.name}-{os.getpid()}"
+    config = study.config_of(cell, rank, work)
+    try:
+        cost = train_cell(config, out)
+        found = evaluate_cell(study, cell, config, work)
+    except Exception as error:  # one cell in a hundred must not end the night's work
+        return cell, time.monotonic() - started, f"{type(error).__name__}: {error}"
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    path = result_path(study, cell, out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    strip(found.pictures["subject"]).save(path.with_suffix(".jpg"), quality=85)
+    cost |= {"rank": rank, "evaluation_seconds": found.seconds, "jobs": jobs}
+    result = Result(cell, found.means(), per_picture(found), cost)
+    atomic_write(path, json.dumps(asdict(result)) + "\n")
+    return cell, time.monotonic() - started, ""
+
+
+def train_cell(config: TrainConfig, out: Path) -> dict[str, float]:
+    """Train; seconds in all, seconds a step (median), peak memory and the number of trained parameters."""
+    reset_peak_memory()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    started = time.monotonic()
+    shared = {"caching": "disk", "cache_dir": str(out / "cache")}
+    if config.with_prior_preservation and not config.class_data_dir:  # once by each process, alike for all arms
+        own = f"{Path(config.instance_data_dir).name}-s{config.seed}-{os.getpid()}"
+        shared["class_data_dir"] = str(out / "class_images" / own)
+    result = train(TrainConfig.from_dict({**config.to_dict(), **shared}))
+    steps = [event for event in RunDir(result.run_dir).read_metrics() if event["type"] == "step"]
+    return {
+        "seconds": time.monotonic() - started,
+        "step_sec": median(event["step_sec"] for event in steps),
+        "memory_gib": max(event["memory_gib"] or 0.0 for event in steps),
+        "parameters": count_parameters(projections(config), config, config.rank),
+    }
+
+
+def evaluate_cell(study: Study, cell: Cell, config: TrainConfig, run_dir: Path) -> Evaluation:
+    pipeline = pipeline_of(study.base)
+    pipeline.load_adapter(run_dir, "cell")
+    try:
+        return evaluate_adapter(pipeline, "cell", evaluator_of(study, cell.subject), batch_size=8)
+    finally:
+        pipeline.unload_adapter("cell")
+
+
+@lru_cache(maxsize=1)
+def pipeline_of(base: str) -> SubjectPipeline:
+    return SubjectPipeline.from_base(base)
+
+
+@lru_cache(maxsize=1)
+def encoders_of(base: str, clip: str, dino: str) -> Encoders:
+    return load_encoders(base if is_toy(base) else "", clip, dino)
+
+
+EVALUATORS: dict[str, Evaluator] = {}
+"""This process's evaluators, by subject: each holds the base's pictures of its prompts."""
+
+
+def evaluator_of(study: Study, name: str) -> Evaluator:
+    key = f"{study.base} {name} {study.protocol}"
+    if key not in EVALUATORS:
+        EVALUATORS[key] = make_evaluator(study, name)
+    return EVALUATORS[key]
+
+
+def make_evaluator(study: Study, name: str) -> Evaluator:
+    config = study.config_of(Cell("test", study.reference, 1, name, 0, 1.0), 1, Path("unused"))
+    protocol, encoders = study.protocol, encoders_of(study.base, study.protocol.clip, study.protocol.dino)
+    photos = instance_photos(config).photos
+    captions, seeds = [c for photo in photos for c in photo.captions], tuple(range(protocol.images_per_prompt))
+    plan = plan_for(study.base, subject_of(config), captions=captions, seeds=seeds).smaller(
+        protocol.num_prompts,
+        protocol.images_per_prompt,
+        protocol.class_images,
+        protocol.unrelated,
+        protocol.inference_steps,
+    )
+    truth = truth_of(study.base, config.instance_data_dir, plan, encoders, pipeline_of(study.base).resolution_px)
+    return Evaluator(plan, encoders, [open_rgb(p) for p in photos], [open_mask(p) for p in photos], truth)
+
+
+def per_picture(found: Evaluation) -> dict[str, list[float]]:
+    return {name: [round(float(v), 5) for v in found.tables[name].ravel()] for name in JUDGED}
+
+
+def strip(pictures: Iterable[Image.Image]) -> Image.Image:
+    """The first pictures side by side."""
+    some = list(pictures)[:STRIP_LENGTH]
+    sheet = Image.new("RGB", (STRIP_PX * len(some), STRIP_PX))
+    for number, picture in enumerate(some):
+        sheet.paste(picture.resize((STRIP_PX, STRIP_PX)), (number * STRIP_PX, 0))
+    return sheet
+
+
+def result_path(study: Study, cell: Cell, out: Path) -> Path:
+    digest = study.digest(cell, [content_of(path) for path in materials(study, cell.subject)])
+    return out / "cells" / f"{cell.name}-{digest}.json"
+
+
+def materials(study: Study, subject: str) -> list[Path]:
+    """The files that a result depends on: photos, base and encoders. What is on the hub goes by its name."""
+    base, protocol = resolve_base(study.base), study.protocol
+    beside = [base.parent / TOY_DINO] if own_encoders(study.base) else []
+    found = [base, study.subject(subject).photos, protocol.clip, protocol.dino, *beside]
+    return [Path(path) for path in found if path and Path(path).exists()]
+
+
+@lru_cache(maxsize=64)
+def content_of(path: Path) -> str:
+    """A digest of a file, or of all files below a folder but for texts about them."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.suffix != ".md")
+    return content_key(files=[(str(file.relative_to(path)), file_mark(file)) for file in files])
+
+
+def file_mark(path: Path) -> str:
+    """The digest of a file. Of a large one its size and its end: weights stand there, and any training moves them."""
+    size = path.stat().st_size
+    if size <= WHOLE_BYTES:
+        return file_digest(path)
+    with path.open("rb") as file:
+        file.seek(-END_BYTES, os.SEEK_END)
+        return f"{size} {hashlib.sha256(file.read()).hexdigest()}"
+
+
+def read_results(study: Study, cells: Iterable[Cell], out: Path) -> list[Result]:
+    """The results of those cells that are finished."""
+    paths = [result_path(study, cell, out) for cell in cells]
+    stored = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+    return [Result(Cell(**s["cell"]), s["scores"], s["pictures"], s["cost"]) for s in stored]
+
+
+def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
+    """(arm, nominal rank) -> the rank that it trains at: see `Study.budget`."""
+    pairs = [(arm, rank) for arm in study.arms for rank in study.ranks]
+    if study.budget == "rank":
+        return {pair: pair[1] for pair in pairs}
+    subject = study.subjects[0].name
+    configs = {p: study.config_of(Cell("test", *p, subject, 0, 1.0), p[1], Path("unused")) for p in pairs}
+    return {(arm, rank): nearest_rank(configs[arm, rank], rank) for arm, rank in pairs}
+
+
+def nearest_rank(config: TrainConfig, rank: int) -> int:
+    """The rank at which the arm has as nearly as possible the parameters of a plain LoRA of `rank`."""
+    widths = projections(config)
+    budget = sum(rank * (inputs + outputs) for inputs, outputs in widths)
+    step = 2 if config.mixer == "butterfly" else 1
+    return min(range(step, rank + 1, step), key=lambda r: abs(count_parameters(widths, config, r) - budget))
+
+
+def count_parameters(widths: list[tuple[int, int]], config: TrainConfig, rank: int) -> int:
+    """Of A, B, the mixer if it is learnt, and DoRA's magnitudes, over all projections (in, out)."""
+    mixer = rank * rank if config.mixer != "none" and config.train_mixer else 0
+    return sum(rank * (i + o) + mixer + (o if config.use_dora else 0) for i, o in widths)
+
+
+def projections(config: TrainConfig) -> list[tuple[int, int]]:
+    return list(widths_of(config.pretrained_model_name_or_path, config.target_modules))
+
+
+@lru_cache(maxsize=8)
+def widths_of(base: str, targets: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    """(in, out) of every targeted layer of the base's UNet, from its configuration alone; in·h·w of a convolution."""
+    source = resolve_base(base)
+    if isinstance(source, Path) and source.is_file():
+        unet = pipeline_of(base).pipeline.unet
+    else:
+        unet = hollow(
+            {"class": "UNet2DConditionModel", "config": UNet2DConditionModel.load_config(source, subfolder="unet")}
+        )
+    named = [(name, m) for name, m in unet.named_modules() if any(name == t or name.endswith(f".{t}") for t in targets)]
+    return tuple((m.weight[0].numel(), m.weight.shape[0]) for _, m in named if getattr(m, "weight", None) is not None)

@@ -1,0 +1,174 @@
+"""What a comparison says: means of each arm, paired differences to the reference, wins, ties and losses.
+
+Two arms share subject, seed, photos, noise, prompts and the noise of every picture: differences are taken pair by pair,
+and resampled over subjects and seeds (`intervals`). Win/tie/loss is the form of the MoSLoRA paper's human study
+(arXiv 2406.11909, section 4.3), with DINO and CLIP-T in the place of the people.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dreambooth_moslora.evaluation.intervals import Interval, bootstrap_mean
+from dreambooth_moslora.evaluation.study import Cell, Study
+
+__all__ = [
+    "MEASURES",
+    "ArmSummary",
+    "Outcome",
+    "Result",
+    "best_rates",
+    "is_tuned",
+    "of_whole_seeds",
+    "outcomes",
+    "rate_curves",
+    "seeds_of",
+    "summaries",
+]
+
+MEASURES = (
+    "score",
+    "dino",
+    "clip_i",
+    "clip_t",
+    "diversity",
+    "pres",
+    "drift",
+    "copied",
+    "truth",
+    "dino_of_ceiling",
+    "clip_t_of_base",
+    "clip_t_of_ceiling",
+    "pres_gain",
+    "drift_of_spread",
+    "class_diversity_of_base",
+)
+"""What is compared. Of PRES, drift and copies, less is better."""
+JUDGED = ("dino", "clip_t")
+"""What pictures are judged by, one against one."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished cell: `scores` are means, `pictures` per-picture values (prompts × seeds,) of JUDGED."""
+
+    cell: Cell
+    scores: dict[str, float]
+    pictures: dict[str, list[float]]
+    cost: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ArmSummary:
+    """One arm at one rank over all test subjects and seeds."""
+
+    arm: str
+    rank: int
+    learning_rate: float
+    scores: dict[str, Interval]
+    cost: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One arm against the reference at one rank: paired differences, and win/tie/loss shares by measure."""
+
+    arm: str
+    rank: int
+    differences: dict[str, Interval]
+    wins: dict[str, tuple[float, float, float]]
+
+
+def best_rates(study: Study, results: Sequence[Result]) -> dict[tuple[str, int], float]:
+    """(arm, rank) -> the learning rate with the highest mean score on the tuning subjects; the lower one at a tie."""
+    only = {(arm, rank): study.rates_of(arm)[0] for arm in study.arms for rank in study.ranks}
+    curves = rate_curves(study, results)
+    return only | {key: max(sorted(curve), key=lambda rate: curve[rate]) for key, curve in curves.items()}
+
+
+def rate_curves(study: Study, results: Sequence[Result]) -> dict[tuple[str, int], dict[float, float]]:
+    """(arm, rank) -> learning rate -> mean score, where all tuning subjects have one: a rate that fails is none."""
+    found: dict = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        if result.cell.stage == "tune":
+            found[result.cell.arm, result.cell.rank][result.cell.learning_rate].append(result.scores["score"])
+    whole = len(study.tuning_subjects)
+    means = {k: {rate: float(np.mean(v)) for rate, v in c.items() if len(v) == whole} for k, c in found.items()}
+    return {key: curve for key, curve in means.items() if curve}
+
+
+def is_tuned(study: Study, results: Sequence[Result]) -> bool:
+    """Whether every arm and rank that has a choice of rates has at least one to choose."""
+    cells = {(cell.arm, cell.rank) for cell in study.tuning_cells()}
+    return cells <= rate_curves(study, results).keys()
+
+
+def seeds_of(results: Sequence[Result]) -> list[int]:
+    return sorted({r.cell.seed for r in results if r.cell.stage == "test"})
+
+
+def of_whole_seeds(results: Sequence[Result]) -> list[Result]:
+    """Without the seeds that have fewer cells than others: one that is still being run would leave no arm complete."""
+    counts = Counter(r.cell.seed for r in results if r.cell.stage == "test")
+    most = max(counts.values(), default=0)
+    return [r for r in results if r.cell.stage == "tune" or counts[r.cell.seed] == most]
+
+
+def tables(results: Sequence[Result], measure: str) -> dict[tuple[str, int], np.ndarray]:
+    """(arm, rank) -> values (subjects, seeds), for the arms whose table is complete."""
+    tested = [r for r in results if r.cell.stage == "test" and measure in r.scores]
+    subjects, seeds = (sorted({getattr(r.cell, name) for r in tested}) for name in ("subject", "seed"))
+    found = {(r.cell.arm, r.cell.rank): np.full((len(subjects), len(seeds)), np.nan) for r in tested}
+    for r in tested:
+        found[r.cell.arm, r.cell.rank][subjects.index(r.cell.subject), seeds.index(r.cell.seed)] = r.scores[measure]
+    return {key: table for key, table in found.items() if np.isfinite(table).all()}
+
+
+def summaries(results: Sequence[Result]) -> list[ArmSummary]:
+    """Every arm and rank whose cells are complete."""
+    by_measure = {measure: tables(results, measure) for measure in MEASURES}
+    found = []
+    for arm, rank in by_measure["score"]:
+        own = [r for r in results if (r.cell.stage, r.cell.arm, r.cell.rank) == ("test", arm, rank)]
+        scores = {m: bootstrap_mean(t[arm, rank]) for m, t in by_measure.items() if (arm, rank) in t}
+        cost = {name: float(np.median([r.cost[name] for r in own])) for name in own[0].cost}
+        found.append(ArmSummary(arm, rank, own[0].cell.learning_rate, scores, cost))
+    return found
+
+
+def outcomes(study: Study, results: Sequence[Result]) -> list[Outcome]:
+    """Each arm against the reference, at each rank where both are complete."""
+    by_measure = {measure: tables(results, measure) for measure in MEASURES}
+    found = []
+    for arm, rank in by_measure["score"]:
+        reference = (study.reference, rank)
+        if arm == study.reference or reference not in by_measure["score"]:
+            continue
+        differences = {
+            measure: bootstrap_mean(t[arm, rank] - t[reference])
+            for measure, t in by_measure.items()
+            if (arm, rank) in t and reference in t
+        }
+        judged = {measure: duels(study, results, arm, rank, measure) for measure in JUDGED}
+        wins = {m: tuple(float((signs == s).mean()) for s in (1, 0, -1)) for m, signs in judged.items()}
+        found.append(Outcome(arm, rank, differences, wins))
+    return found
+
+
+def duels(study: Study, results: Sequence[Result], arm: str, rank: int, measure: str) -> np.ndarray:
+    """1, 0 or -1 for each pair of pictures of equal subject, seed, prompt and noise: (subjects, seeds, pictures)."""
+    ours, theirs = (pictures(results, name, rank, measure) for name in (arm, study.reference))
+    difference, margin = ours - theirs, study.tie * theirs.std()
+    return np.where(np.abs(difference) < margin, 0, np.sign(difference)).astype(int)
+
+
+def pictures(results: Sequence[Result], arm: str, rank: int, measure: str) -> np.ndarray:
+    own: Mapping = {
+        (r.cell.subject, r.cell.seed): r.pictures[measure]
+        for r in results
+        if (r.cell.stage, r.cell.arm, r.cell.rank) == ("test", arm, rank)
+    }
+    subjects, seeds = (sorted({key[axis] for key in own}) for axis in (0, 1))
+    return np.array([[own[subject, seed] for seed in seeds] for subject in subjects])

@@ -1,0 +1,1 @@
+"""Parameters become pictures: the pipeline, its progress, and grids."""

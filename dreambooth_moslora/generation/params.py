@@ -1,0 +1,297 @@
+"""What is asked of the model for one picture, and how a PNG carries it.
+
+Every PNG we write holds two text chunks: `parameters`, the text that A1111 and its relatives read, and
+`dreambooth_moslora`, our JSON, which is exact: `GenerationParams.from_png(path)` gives the same picture again.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from dreambooth_moslora.core.errors import UserError
+
+__all__ = [
+    "SCHEDULERS",
+    "GenerationParams",
+    "Provenance",
+    "Recipe",
+    "check_characters",
+    "draw_seed",
+    "read_recipe",
+    "split_lora_tags",
+]
+
+PNG_KEY = "dreambooth_moslora"
+FORMAT_VERSION = 1
+MAX_SEED = 2**32 - 1
+SIZE_STEP_PX = 8
+SCHEDULERS = {"euler": "Euler", "dpmpp_2m_karras": "DPM++ 2M Karras", "unipc": "UniPC"}
+"""Our name of each scheduler -> the name under which other programs know it. All three are deterministic."""
+LIMITS: dict[str, tuple[float, float]] = {
+    "seed": (0, MAX_SEED),
+    "steps": (1, 200),
+    "guidance_scale": (0.0, 50.0),
+    "num_images": (1, 64),
+    "height_px": (SIZE_STEP_PX, 4096),
+    "width_px": (SIZE_STEP_PX, 4096),
+}
+MAX_PROMPT_CHARACTERS = 5000
+MAX_ADAPTERS = 8
+LORA_TAG = re.compile(r"<lora:([^:<>]{1,100})(?::(-?\d+(?:\.\d+)?))?>")
+SETTING = re.compile(r'([\w+/-][\w +/-]{0,60}):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+MAX_SETTINGS_CHARACTERS = 10_000
+"""Of the line that other programs write; a longer one is cut: the text may be made to keep the pattern busy."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Which files and programs made a picture: no paths, nothing about the photos or the machine."""
+
+    base: str = ""
+    adapter_sha256: tuple[tuple[str, str], ...] = ()
+    versions: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class GenerationParams:
+    """Everything that decides the pixels, given the base and the adapters' files. Sizes are px. Sizes and guidance that
+    are None are the base's own.
+
+    Image i of `num_images` is the picture of seed `seed + i`, whatever `num_images` is. Raises UserError on a value
+    that cannot be generated.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    steps: int = 25
+    guidance_scale: float | None = None
+    height_px: int | None = None
+    width_px: int | None = None
+    num_images: int = 1
+    adapters: tuple[tuple[str, float], ...] = field(default=())
+    scheduler: str = "euler"
+
+    def __post_init__(self) -> None:
+        _check_prompts(self)
+        for name, (low, high) in LIMITS.items():
+            _check_number(name, getattr(self, name), low, high, whole=name != "guidance_scale")
+        for name in ("height_px", "width_px"):
+            if (size := getattr(self, name)) is not None and size % SIZE_STEP_PX:
+                raise UserError(f"{name} is {size}; it must be a multiple of {SIZE_STEP_PX}")
+        if self.scheduler not in SCHEDULERS:
+            raise UserError(f"scheduler {self.scheduler!r} is unknown; choose one of {', '.join(SCHEDULERS)}")
+        object.__setattr__(self, "adapters", _checked_adapters(self.adapters))
+
+    def for_image(self, index: int) -> "GenerationParams":
+        """The parameters of image `index` alone: what its PNG carries."""
+        return replace(self, seed=(self.seed + index) % (MAX_SEED + 1), num_images=1)
+
+    def apply_tags(self) -> "GenerationParams":
+        """`<lora:name:0.8>` in the prompt becomes an adapter; a tag overrides the scale chosen elsewhere."""
+        prompt, tags = split_lora_tags(self.prompt)
+        return (
+            replace(self, prompt=prompt, adapters=tuple((dict(self.adapters) | dict(tags)).items())) if tags else self
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"adapters": [list(pair) for pair in self.adapters]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "GenerationParams":
+        """Raises UserError for an unknown name or a value of the wrong kind: the text may come from anybody's PNG."""
+        if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
+            raise UserError(f"unknown generation parameter {unknown[0]!r}")
+        if "prompt" not in values:
+            raise UserError("the recipe has no prompt")
+        return cls(**values)
+
+    def to_png_text(self, provenance: Provenance | None = None) -> dict[str, str]:
+        """Text chunks for the PNG of this one image: key -> text."""
+        provenance = provenance or Provenance()
+        recipe = {
+            "format": FORMAT_VERSION,
+            "params": self.to_dict(),
+            "base": provenance.base,
+            "adapter_sha256": dict(provenance.adapter_sha256),
+            "versions": dict(provenance.versions),
+        }
+        return {"parameters": _a1111_text(self, provenance), PNG_KEY: json.dumps(recipe, ensure_ascii=False)}
+
+    @classmethod
+    def from_png(cls, path: str | Path) -> "GenerationParams":
+        """The parameters a PNG carries, ours or an A1111-style program's. Raises UserError when it carries none."""
+        return read_recipe(path).params
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a PNG says of itself. `exact` is False when it was read from another program's text.
+
+    `remarks` are what that text asks for and nothing here can do.
+    """
+
+    params: GenerationParams
+    provenance: Provenance
+    exact: bool
+    remarks: tuple[str, ...] = ()
+
+
+def draw_seed(seed: int) -> int:
+    """`seed` itself, or a fresh one when it is negative."""
+    return secrets.randbelow(2**31) if seed < 0 else int(seed)
+
+
+def split_lora_tags(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
+    """ "a dog <lora:rex:0.8>" -> ("a dog", (("rex", 0.8),)). A tag without a number means 1."""
+    tags = tuple((name.strip(), float(scale or 1.0)) for name, scale in LORA_TAG.findall(prompt))
+    return (re.sub(r"\s{2,}", " ", LORA_TAG.sub("", prompt)).strip(), tags) if tags else (prompt, ())
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Raises UserError when the file is no PNG or carries no parameters. No pixel is decoded."""
+    text = _png_text(Path(path))
+    if PNG_KEY in text:
+        return _own_recipe(text[PNG_KEY])
+    if "parameters" in text:
+        return _parse_a1111(text["parameters"])
+    raise UserError(f"{Path(path).name} carries no generation parameters; was it saved again by another program?")
+
+
+def _png_text(path: Path) -> dict[str, str]:
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return {key: value for key, value in image.info.items() if isinstance(value, str)}
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path.name} claims far too many pixels; it is not opened") from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path.name} is not a readable PNG file") from error
+
+
+def _own_recipe(text: str) -> Recipe:
+    try:
+        recipe = json.loads(text)
+        json.dumps(recipe, ensure_ascii=False).encode("utf-8")  # a name may hold what is no character
+        provenance = Provenance(
+            str(recipe.get("base", "")),
+            _string_pairs(recipe.get("adapter_sha256")),
+            _string_pairs(recipe.get("versions")),
+        )
+        return Recipe(GenerationParams.from_dict(recipe["params"]), provenance, exact=True)
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError("the recipe inside the PNG is damaged") from error
+
+
+def _string_pairs(values: Any) -> tuple[tuple[str, str], ...]:
+    return tuple((str(key), str(value)) for key, value in (values or {}).items())
+
+
+def _check_prompts(params: GenerationParams) -> None:
+    for name in ("prompt", "negative_prompt"):
+        if not isinstance(text := getattr(params, name), str):
+            raise UserError(f"{name} must be text, not {type(text).__name__}")
+        if len(text) > MAX_PROMPT_CHARACTERS:
+            raise UserError(f"{name} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are allowed")
+        check_characters(text, name)
+    if not params.prompt.strip():
+        raise UserError("the prompt is empty; write what the picture should show")
+
+
+def check_characters(text: str, name: str) -> None:
+    """Raises UserError for a lone half of a surrogate pair: JSON can hold one, no file, page or tokenizer can."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} holds {text[error.start]!r}, which is no character; take it out") from error
+
+
+def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool) -> None:
+    if value is None and name in ("guidance_scale", "height_px", "width_px"):
+        return
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise UserError(f"{name} must be a {'whole ' if whole else ''}number, not {value!r:.40}")
+    if not low <= value <= high:
+        raise UserError(f"{name} is {value}; it must lie between {low} and {high}")
+
+
+def _checked_adapters(adapters: Any) -> tuple[tuple[str, float], ...]:
+    try:
+        pairs = tuple((name, float(scale)) for name, scale in adapters)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"adapters must be pairs of name and scale, not {adapters!r:.60}") from error
+    if len(pairs) > MAX_ADAPTERS:
+        raise UserError(f"{len(pairs)} adapters are too many; at most {MAX_ADAPTERS} can be combined")
+    for name, scale in pairs:
+        if not isinstance(name, str) or not name or not abs(scale) <= 10:
+            raise UserError(f"adapter {name!r:.60} with scale {scale} is not usable; scales lie between -10 and 10")
+    if len(dict(pairs)) != len(pairs):
+        raise UserError("an adapter is named twice; give each one scale")
+    return pairs
+
+
+def _a1111_text(params: GenerationParams, provenance: Provenance) -> str:
+    """The text other programs show and parse: prompt with tags, negative prompt, one line of settings."""
+    tags = "".join(f" <lora:{name}:{scale:g}>" for name, scale in params.adapters)
+    hashes = ", ".join(f"{name}: {sha[:12]}" for name, sha in provenance.adapter_sha256)
+    settings = {
+        "Steps": params.steps,
+        "Sampler": SCHEDULERS[params.scheduler],
+        "CFG scale": "" if params.guidance_scale is None else f"{params.guidance_scale:g}",
+        "Seed": params.seed,
+        "Size": f"{params.width_px}x{params.height_px}" if params.width_px and params.height_px else "",
+        "Model": provenance.base,
+        "Lora hashes": f'"{hashes}"' if hashes else "",
+        "Version": f"{PNG_KEY} {dict(provenance.versions).get(PNG_KEY, '')}".strip(),
+    }
+    line = ", ".join(f"{key}: {value}" for key, value in settings.items() if value != "")
+    negative = f"\nNegative prompt: {params.negative_prompt}" if params.negative_prompt else ""
+    return f"{params.prompt}{tags}{negative}\n{line}"
+
+
+def _parse_a1111(text: str) -> Recipe:
+    """Prompt, negative prompt, tags and the settings we know; what we do not know is left at its default."""
+    body, _, line = text.strip().rpartition("\n")
+    if "Steps:" not in line:
+        body, line = text, ""
+    prompt, _, negative = body.partition("\nNegative prompt:")
+    settings = {key.strip(): value.strip().strip('"') for key, value in SETTING.findall(line[:MAX_SETTINGS_CHARACTERS])}
+    prompt, tags = split_lora_tags(prompt.strip())
+    values: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative.strip(), "adapters": tags}
+    params = GenerationParams.from_dict(values | _known_settings(settings))
+    sampler = _sampler_of(settings)
+    known = not sampler or SCHEDULERS[params.scheduler] == sampler
+    remarks = () if known else (f"the sampler {sampler} is not here; {SCHEDULERS[params.scheduler]} takes its place",)
+    return Recipe(params, Provenance(), exact=False, remarks=remarks)
+
+
+def _known_settings(settings: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    names = {"Steps": ("steps", int), "Seed": ("seed", int), "CFG scale": ("guidance_scale", float)}
+    try:
+        for key, (name, kind) in names.items():
+            if key in settings:
+                values[name] = kind(settings[key])
+        if "Size" in settings:
+            values["width_px"], values["height_px"] = (int(n) for n in settings["Size"].split("x"))
+    except ValueError as error:
+        raise UserError("the settings inside the PNG are damaged") from error
+    sampler = _sampler_of(settings)
+    values["scheduler"] = next((ours for ours, theirs in SCHEDULERS.items() if theirs == sampler), "euler")
+    return values
+
+
+def _sampler_of(settings: Mapping[str, str]) -> str:
+    """The sampler with its schedule as older programs name both; "Automatic" is the sampler's own schedule."""
+    sampler, schedule = settings.get("Sampler", ""), settings.get("Schedule type", "")
+    if schedule == "Automatic":
+        schedule = "Karras" if sampler == "DPM++ 2M" else ""
+    return f"{sampler} {schedule}".strip()

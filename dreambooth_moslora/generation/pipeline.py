@@ -1,0 +1,295 @@
+"""SubjectPipeline: a base, any number of adapters with their scales, and pictures that come one by one.
+
+GenerationParams --generate--> Step, Preview … Image: the same pixels for the same parameters, whatever `num_images` is.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
+)
+from PIL.PngImagePlugin import PngInfo
+
+from dreambooth_moslora import __version__
+from dreambooth_moslora.adapters.lora_file import adapter_name, check_fits, find_weights, install, read_adapter
+from dreambooth_moslora.base.load import default_guidance, default_resolution, load_pipeline
+from dreambooth_moslora.core.errors import StopRequestedError, UserError
+from dreambooth_moslora.generation.params import GenerationParams, Provenance
+from dreambooth_moslora.generation.progress import Clock, LatentColours, Preview, Step, Watcher
+from dreambooth_moslora.generation.streaming import iterate
+
+__all__ = ["Event", "Image", "SubjectPipeline"]
+
+SCHEDULER_CLASSES: dict[str, tuple[type, dict[str, Any]]] = {
+    "euler": (EulerDiscreteScheduler, {}),
+    "dpmpp_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "unipc": (UniPCMultistepScheduler, {}),
+}
+CPU = torch.device("cpu")
+RESIDENT_ADAPTERS = 8
+"""Adapters kept inside the model; the one that was used longest ago makes room."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """Image `index`, with the parameters of this one image and where it came from."""
+
+    index: int
+    pixels: PIL.Image.Image
+    params: GenerationParams
+    provenance: Provenance
+
+    def save(self, path: str | Path) -> Path:
+        """Write a PNG that carries its recipe."""
+        text = PngInfo()
+        for key, value in self.params.to_png_text(self.provenance).items():
+            text.add_itxt(key, value)
+        self.pixels.save(path, format="PNG", pnginfo=text)
+        return Path(path)
+
+
+Event = Step | Preview | Image
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in the model. `key` is its name inside PEFT; `header` is the file's own metadata."""
+
+    name: str
+    key: str
+    sha256: str
+    header: dict[str, str]
+    stamp: tuple[Path, int, int]
+
+
+class SubjectPipeline:
+    """Base and adapters. One generation at a time: calls from several threads wait for each other.
+
+    `home` is the device that draws. While the pipeline rests it lies in the CPU's memory; `generate` ends the rest.
+    """
+
+    def __init__(
+        self,
+        pipeline: StableDiffusionXLPipeline,
+        base_name: str,
+        home: str | torch.device | None = None,
+    ) -> None:
+        self.pipeline = pipeline
+        self.base_name = base_name
+        self.home = torch.device(home or pipeline.device)
+        self._is_resting = pipeline.device != self.home
+        self.adapters: dict[str, Adapter] = {}
+        self._scheduler_config = pipeline.scheduler.config
+        self._colours: LatentColours | None = None
+        self._lock = threading.RLock()
+        pipeline.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def from_base(
+        cls,
+        name: str | Path,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        *,
+        resting: bool = False,
+    ) -> "SubjectPipeline":
+        """Load "toy", a folder, a hub id or a single file. Without `device`: the GPU, if there is one.
+
+        `resting`: nothing goes to the GPU before the first `generate`.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or (torch.float16 if torch.device(device).type == "cuda" else torch.float32)
+        pipeline = load_pipeline(name, dtype=dtype, device="cpu" if resting else device)
+        return cls(pipeline, _public_name(name), device)
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether it draws on anything but the CPU."""
+        return self.home != CPU
+
+    def rest(self) -> None:
+        """Leave the GPU to others until the next `generate`. Waits for the generation that is going on."""
+        if not self.has_gpu:
+            return
+        with self._lock:
+            self._is_resting = True
+            self.pipeline.to(CPU, silence_dtype_warnings=True)
+            torch.cuda.empty_cache()
+
+    @property
+    def resolution_px(self) -> int:
+        return default_resolution(self.pipeline)
+
+    def load_adapter(self, path: str | Path, name: str | None = None) -> str:
+        """Put an adapter file (ours, diffusers', kohya's) or a run folder into the model; returns its name.
+
+        A file that is there already and has not changed costs nothing. Raises UserError when it is no adapter for
+        this base.
+        """
+        name = name or adapter_name(path)
+        stamp = _stamp(find_weights(path))
+        with self._lock:
+            if name in self.adapters and self.adapters[name].stamp == stamp:
+                self._touch(name)
+                return name
+            weights = read_adapter(path, self.pipeline)
+            check_fits(weights, self.pipeline, self.base_name)
+            if weights.key not in {adapter.key for adapter in self.adapters.values()}:
+                install(weights, self.pipeline)
+            self._forget(name, unless=weights.key)
+            self.adapters[name] = Adapter(name, weights.key, weights.sha256, weights.header, stamp)
+            self._make_room()
+        return name
+
+    def unload_adapter(self, name: str) -> None:
+        with self._lock:
+            self._forget(name)
+
+    def generate(
+        self, params: GenerationParams, should_stop: Callable[[], bool] | None = None
+    ) -> Iterator[Step | Preview | Image]:
+        """Yield Step and Preview for each denoising step and Image for each finished picture.
+
+        Ends early when `should_stop()` is true or the iterator is closed; images already yielded stay valid.
+        Raises UserError for an adapter that is not loaded, and when memory does not suffice.
+        """
+        params = self.complete(params)
+
+        def work(emit: Callable[[Event], None], abandoned: Callable[[], bool]) -> None:
+            stop = (lambda: abandoned() or should_stop()) if should_stop else abandoned
+            with self._lock, torch.no_grad():
+                self._generate_all(params, emit, stop)
+
+        return iterate(work)
+
+    def complete(self, params: GenerationParams) -> GenerationParams:
+        """Tags applied, sizes and guidance filled in, adapters known. Raises UserError otherwise."""
+        params = params.apply_tags()
+        for name, _ in params.adapters:
+            if name not in self.adapters:
+                known = ", ".join(self.adapters) or "none"
+                raise UserError(f"adapter {name!r:.60} is not loaded; loaded are: {known}")
+        side = self.resolution_px
+        guidance = default_guidance(self.pipeline) if params.guidance_scale is None else params.guidance_scale
+        return replace(
+            params,
+            guidance_scale=guidance,
+            height_px=params.height_px or side,
+            width_px=params.width_px or side,
+        )
+
+    def activate(self, adapters: tuple[tuple[str, float], ...]) -> None:
+        """Make exactly these adapters act, at these scales. Scale 0 is absence: the base computes bit for bit."""
+        active = {self.adapters[name].key: scale for name, scale in adapters if scale != 0}
+        if active:
+            self.pipeline.enable_lora()
+            self.pipeline.set_adapters(list(active), list(active.values()))
+        elif self.adapters:
+            self.pipeline.disable_lora()
+
+    def provenance(self, params: GenerationParams) -> Provenance:
+        hashes = tuple((name, self.adapters[name].sha256) for name, _ in params.adapters)
+        versions = (("dreambooth_moslora", __version__), *((lib, version(lib)) for lib in ("diffusers", "torch")))
+        return Provenance(self.base_name, hashes, versions)
+
+    def _generate_all(self, params: GenerationParams, emit: Callable[[Event], None], stop: Callable[[], bool]) -> None:
+        try:
+            self._wake()
+            for name, _ in params.adapters:
+                self._touch(name)
+            self.activate(params.adapters)
+            words = self._encode(params)
+            clock = Clock(params)
+            for index in range(params.num_images):
+                self._generate_one(index, params, words, clock, emit, stop)
+        except StopRequestedError:
+            return
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            torch.cuda.empty_cache()
+            raise UserError(
+                f"there is too little memory for {params.height_px} x {params.width_px} px; choose a smaller size"
+            ) from error
+
+    def _wake(self) -> None:
+        if self._is_resting:
+            self.pipeline.to(self.home)
+            self._is_resting = False
+
+    def _generate_one(self, index, params, words, clock, emit, stop) -> None:
+        if stop():
+            raise StopRequestedError
+        own = params.for_image(index)
+        self.pipeline.scheduler = self._scheduler(own.scheduler)
+        watcher = Watcher(index, own, clock, self.colours(), emit, stop)
+        pixels = self.pipeline(
+            **words,
+            height=own.height_px,
+            width=own.width_px,
+            num_inference_steps=own.steps,
+            guidance_scale=own.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(own.seed),
+            callback_on_step_end=watcher,
+        ).images[0]
+        emit(Image(index, pixels, own, self.provenance(own)))
+
+    def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
+        """Text conditioning, computed once for all images of a call; the negative half only where guidance uses it."""
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        embeds = self.pipeline.encode_prompt(
+            params.prompt,
+            device=self.pipeline._execution_device,
+            negative_prompt=params.negative_prompt or None,
+            do_classifier_free_guidance=params.guidance_scale > 1,
+        )
+        return dict(zip(names, embeds))
+
+    def _scheduler(self, name: str):
+        kind, options = SCHEDULER_CLASSES[name]
+        return kind.from_config(self._scheduler_config, **options)
+
+    def colours(self) -> LatentColours:
+        if self._colours is None:
+            self._colours = LatentColours(self.pipeline.vae)
+        return self._colours
+
+    def _touch(self, name: str) -> None:
+        """Mark as just used, so that `_make_room` drops others."""
+        self.adapters[name] = self.adapters.pop(name)
+
+    def _make_room(self) -> None:
+        while len({adapter.key for adapter in self.adapters.values()}) > RESIDENT_ADAPTERS:
+            self._forget(next(iter(self.adapters)))
+
+    def _forget(self, name: str, unless: str = "") -> None:
+        gone = self.adapters.pop(name, None)
+        if gone and gone.key != unless and gone.key not in {adapter.key for adapter in self.adapters.values()}:
+            self.pipeline.delete_adapters(gone.key)
+
+
+def _public_name(name: str | Path) -> str:
+    """What may be written into a picture: a hub id or a bare name, never a path of this machine."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.exists() else str(name)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """The GPU's own kind of error, or the words of the CPU's allocator, which has none."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _stamp(file: Path) -> tuple[Path, int, int]:
+    """Tells one state of a file from another without reading it."""
+    facts = file.stat()
+    return file.resolve(), facts.st_mtime_ns, facts.st_size

@@ -1,0 +1,174 @@
+"""What happens between two denoising steps: progress, previews of the picture, and stopping.
+
+A preview is a linear map from latents to colours, fitted once to what the VAE decodes.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import PIL.Image
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from PIL import Image
+from torch import Tensor
+
+from dreambooth_moslora.core.errors import StopRequestedError, one_line
+from dreambooth_moslora.generation.params import GenerationParams
+
+__all__ = ["Clock", "LatentColours", "Preview", "PreviewTracker", "Step", "Watcher"]
+
+logger = logging.getLogger(__name__)
+
+FIT_SIDE = 32
+"""Side of the latents that the map is fitted on; 1024 pixels determine its 15 numbers."""
+
+
+class LatentColours:
+    """RGB = W·latent + b, fitted by least squares to what the VAE makes of smooth random latents.
+
+    Latents are as the UNet sees them: (B, 4, h, w), scaled by the VAE's factor. Pixels lie in [0, 1]. Where
+    no map can be fitted to the VAE, previews are grey: they are no reason to lose the picture.
+    """
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        latents = smooth_latents(vae.config.latent_channels)
+        self.weight = torch.zeros(vae.config.latent_channels + 1, 3)
+        try:
+            colours = colours_of(vae, latents)
+        except RuntimeError as error:  # out of memory, for one
+            logger.warning("previews are grey: the VAE could not decode: %s", one_line(error))
+            return
+        if colours.isfinite().all():
+            self.weight = torch.linalg.lstsq(_with_ones(latents), _pixels_as_rows(colours)).solution
+        else:
+            logger.warning("previews are grey: the VAE gives values that are not finite (NaN)")
+
+    def __call__(self, latents: Tensor, size_px: tuple[int, int]) -> Image.Image:
+        """The first of `latents` (B, 4, h, w) as a picture of `size_px` (height, width)."""
+        height, width = latents.shape[-2:]
+        rows = _with_ones(latents[:1].float().cpu()) @ self.weight
+        array = ((rows.reshape(height, width, 3) / 2 + 0.5).clamp(0, 1) * 255).byte().numpy()
+        return Image.fromarray(array).resize(size_px[::-1], Image.Resampling.BICUBIC)
+
+
+class PreviewTracker:
+    """Follows one denoising run and says after each step what the clean latents would be."""
+
+    def __init__(self, scheduler: SchedulerMixin) -> None:
+        self.sigmas = scheduler.sigmas.float().cpu()
+        self.is_unit_variance = not _is_sigma_space(scheduler)
+        self.previous: Tensor | None = None
+
+    def clean_latents(self, step: int, latents: Tensor) -> Tensor:
+        """`latents` after step `step` (0-based) -> estimate of x0, same shape."""
+        sigma, sigma_next = self.sigmas[step], self.sigmas[step + 1]
+        x = latents.float().cpu()
+        if self.is_unit_variance:
+            x = x * (1 + sigma_next**2).sqrt()
+        before, self.previous = self.previous, x
+        if before is None or sigma_next == sigma:
+            return x / (1 + sigma_next**2).sqrt()
+        return x - sigma_next * (x - before) / (sigma_next - sigma)
+
+
+def _is_sigma_space(scheduler: SchedulerMixin) -> bool:
+    """Euler keeps x0 + σ·ε; the others keep the variance near one, α·x0 + σ·α·ε with α = 1/sqrt(1 + σ²)."""
+    return float(scheduler.init_noise_sigma) != 1.0
+
+
+@torch.no_grad()
+def colours_of(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Latents (1, C, 32, 32) -> what the VAE makes of them, (1, 3, 32, 32) about in [-1, 1].
+
+    In fp32, as the pipeline decodes: SDXL's own VAE overflows in fp16. The VAE is as it was afterwards.
+    """
+    dtype = vae.dtype
+    try:
+        vae.to(torch.float32)
+        pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.device)).sample
+    finally:
+        vae.to(dtype)
+    return torch.nn.functional.adaptive_avg_pool2d(pixels.float().cpu(), FIT_SIDE)
+
+
+def smooth_latents(channels: int, seed: int = 0) -> Tensor:
+    """(1, channels, 32, 32) of unit variance whose neighbours resemble each other, as in a real picture's latents."""
+    coarse = torch.randn(1, channels, FIT_SIDE // 4, FIT_SIDE // 4, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(coarse, scale_factor=4.0, mode="nearest")
+
+
+def _pixels_as_rows(image: Tensor) -> Tensor:
+    """(1, C, h, w) -> (h·w, C)."""
+    return image[0].flatten(1).T
+
+
+def _with_ones(latents: Tensor) -> Tensor:
+    rows = _pixels_as_rows(latents)
+    return torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """After denoising step `step` of `steps` (1-based) of image `index`. `eta_sec` is for all images that remain."""
+
+    index: int
+    num_images: int
+    step: int
+    steps: int
+    eta_sec: float
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What image `index` will roughly become, in its own size."""
+
+    index: int
+    pixels: PIL.Image.Image
+
+
+class Clock:
+    """Time left, from the steps done so far in this call."""
+
+    def __init__(self, params: GenerationParams) -> None:
+        self.total_steps = params.steps * params.num_images
+        self.started: float | None = None
+        self.done = 0
+
+    def tick(self) -> float:
+        """Count one step; seconds that remain. The first step only starts the clock: it also pays for warming up."""
+        now = time.perf_counter()
+        self.done += 1
+        if self.started is None:
+            self.started = now
+            return float("nan")
+        return (now - self.started) / (self.done - 1) * (self.total_steps - self.done)
+
+
+class Watcher:
+    """diffusers' `callback_on_step_end`: reports, draws the preview, and leaves the loop when asked to stop."""
+
+    def __init__(
+        self,
+        index: int,
+        params: GenerationParams,
+        clock: Clock,
+        colours: LatentColours,
+        emit: Callable[[Step | Preview], None],
+        stop: Callable[[], bool],
+    ) -> None:
+        self.index, self.params, self.clock = index, params, clock
+        self.colours, self.emit, self.stop = colours, emit, stop
+        self.tracker: PreviewTracker | None = None
+
+    def __call__(self, pipeline: StableDiffusionXLPipeline, step: int, _timestep: object, tensors: dict) -> dict:
+        if self.stop():
+            raise StopRequestedError
+        params, steps = self.params, len(pipeline.scheduler.timesteps)
+        self.emit(Step(self.index, self.clock.total_steps // params.steps, step + 1, steps, self.clock.tick()))
+        self.tracker = self.tracker or PreviewTracker(pipeline.scheduler)
+        latents = self.tracker.clean_latents(step, tensors["latents"])
+        self.emit(Preview(self.index, self.colours(latents, (params.height_px, params.width_px))))
+        return {}

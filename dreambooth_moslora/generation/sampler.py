@@ -1,0 +1,129 @@
+"""Pictures during training: fixed prompts, fixed seeds, step 0 first, so that only the adapter differs between steps.
+
+Prompts are embedded once; the text encoders may leave memory before the first picture is drawn.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+
+from dreambooth_moslora.base.load import TextCond, decode_image, decode_pixels, default_guidance, pictures_of
+from dreambooth_moslora.core.errors import StopRequestedError, UserError
+
+__all__ = ["SampleRequest", "Sampler", "generate_images"]
+
+DEFAULT_INFERENCE_STEPS = 25
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One picture: what to draw, and from which noise."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass
+class Sampler:
+    """Draws requests with the pipeline's UNet as it is now. `embed` gives the words' TextCond, cached or live.
+
+    `guidance_scale`: None is the base's own.
+
+    Raises StopRequestedError within a denoising step of `should_stop` saying so.
+    """
+
+    pipeline: StableDiffusionXLPipeline
+    embed: Callable[[list[str]], TextCond]
+    resolution_px: int
+    device: torch.device
+    inference_steps: int = DEFAULT_INFERENCE_STEPS
+    should_stop: Callable[[], bool] = bool
+    guidance_scale: float | None = None
+
+    def __call__(self, requests: list[SampleRequest], batch_size: int = 1) -> Iterator[Image.Image]:
+        """The pictures in order. Each has its own noise, whatever the batch it is drawn in. None need no VAE."""
+        if not requests:
+            return
+        with sampling_mode(self.pipeline, self.device):
+            for start in range(0, len(requests), batch_size):
+                yield from self._draw(requests[start : start + batch_size])
+
+    @torch.no_grad()
+    def _draw(self, requests: list[SampleRequest]) -> list[Image.Image]:
+        cond, empty = (self.embed([r.prompt for r in requests]), self._negative(len(requests)))
+        to = {"device": self.device, "dtype": self.pipeline.unet.dtype}
+        latents = self.pipeline(
+            prompt_embeds=cond.embeds.to(**to),
+            pooled_prompt_embeds=cond.pooled.to(**to),
+            negative_prompt_embeds=empty and empty.embeds.to(**to),
+            negative_pooled_prompt_embeds=empty and empty.pooled.to(**to),
+            generator=[torch.Generator().manual_seed(r.seed) for r in requests],
+            num_inference_steps=self.inference_steps,
+            guidance_scale=default_guidance(self.pipeline) if self.guidance_scale is None else self.guidance_scale,
+            height=self.resolution_px,
+            width=self.resolution_px,
+            output_type="latent",
+            callback_on_step_end=stopper(self.should_stop),
+        ).images
+        return decode_image(self.pipeline.vae, latents)
+
+    def _negative(self, count: int) -> TextCond | None:
+        """SDXL's base takes zeros for the empty prompt (None lets the pipeline make them); others embed it."""
+        if self.pipeline.config.force_zeros_for_empty_prompt:
+            return None
+        return self.embed([""] * count)
+
+
+@contextmanager
+def sampling_mode(pipeline: StableDiffusionXLPipeline, device: torch.device) -> Iterator[None]:
+    """Evaluation mode (adapters may have dropout), the VAE on the device; everything as before afterwards."""
+    parts = [p for p in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2) if p is not None]
+    modes, home = [part.training for part in parts], pipeline.vae.device
+    for part in parts:
+        part.eval()
+    pipeline.vae.to(device)
+    try:
+        yield
+    finally:
+        for part, mode in zip(parts, modes):
+            part.train(mode)
+        pipeline.vae.to(home)
+
+
+def stopper(should_stop: Callable[[], bool]) -> Callable[..., dict]:
+    """What the pipeline calls after each denoising step."""
+
+    def ask(_pipeline: object, _step: int, _timestep: object, tensors: dict) -> dict:
+        if should_stop():
+            raise StopRequestedError
+        return tensors
+
+    return ask
+
+
+def generate_images(
+    pipeline: StableDiffusionXLPipeline,
+    prompt: str,
+    seeds: list[int],
+    resolution_px: int,
+    should_stop: Callable[[], bool] = bool,
+) -> list:
+    """Images of one prompt by the base alone, at its own guidance and the pipeline's defaults: for class images.
+
+    Raises UserError for what is not finite: as black images it would be trained on.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    options = {"height": resolution_px, "width": resolution_px, "guidance_scale": default_guidance(pipeline)}
+    options["callback_on_step_end"] = stopper(should_stop)
+    latents = pipeline([prompt] * len(seeds), generator=generators, output_type="latent", **options).images
+    pixels = decode_pixels(pipeline.vae, latents)
+    if not pixels.isfinite().all():
+        raise UserError(
+            "the base draws class images that are not finite (NaN): give --prior_generation_precision fp32, "
+            "or another base if it says so in fp32 too."
+        )
+    return pictures_of(pixels)

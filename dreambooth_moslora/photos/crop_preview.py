@@ -1,0 +1,71 @@
+"""The crops that training will see, drawn before it: each photo with its frames, then the squares themselves."""
+
+from collections.abc import Iterator
+
+from PIL import Image, ImageDraw, ImageOps
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.pictures import Row
+from dreambooth_moslora.core.seeding import rng
+from dreambooth_moslora.photos.crops import CropPlan, apply_crop, crop_rule
+from dreambooth_moslora.photos.folder import Photo, open_mask, open_rgb
+
+__all__ = ["crop_rows", "masked", "plans_of"]
+
+FRAME_COLOUR = (232, 64, 44)
+SHOWN_PX = 384
+MAX_CROPS = 5
+
+
+def plans_of(photo: Photo, number: int, config: TrainConfig) -> Iterator[CropPlan]:
+    """The crops of photo `number` of the folder, drawn by the same names as in training (`dataset.PhotoStream`).
+
+    They are those of the seed 0 where none is set: training draws one then.
+    """
+    rule = crop_rule(config)
+    for slot in range(number * config.repeats, (number + 1) * config.repeats):
+        for crop in range(config.crops_per_photo):
+            yield rule.plan(photo.size_px, rng(config.seed or 0, "instance", "crop", slot, crop))
+
+
+def crop_rows(photos: list[Photo], config: TrainConfig) -> list[Row]:
+    """One row a photo: the photo with frames, then up to five crops; what masks leave out is dark."""
+    return [crop_row(photo, number, config) for number, photo in enumerate(photos)]
+
+
+def crop_row(photo: Photo, number: int, config: TrainConfig) -> Row:
+    image, mask = open_rgb(photo), open_mask(photo)
+    shown = masked(image, mask)
+    plans = list(plans_of(photo, number, config))[:MAX_CROPS]
+    crops = [apply_crop(shown, plan, config.image_interpolation_mode) for plan in plans]
+    title = "; ".join([photo.path.name, *photo.reasons])
+    crops = [crop.resize((SHOWN_PX, SHOWN_PX)) for crop in crops]
+    return Row(title.encode("ascii", "replace").decode(), [with_frames(shown, plans), *crops])
+
+
+def masked(image: Image.Image, mask: Image.Image | None) -> Image.Image:
+    """What the mask leaves out, at a third of its brightness."""
+    if mask is None:
+        return image
+    dark = image.point(lambda value: value // 3)
+    return Image.composite(image, dark, mask.resize(image.size))
+
+
+def with_frames(image: Image.Image, plans: list[CropPlan]) -> Image.Image:
+    """The whole photo, small, with each crop's frame, padded to a square."""
+    scale = SHOWN_PX / max(image.size)
+    small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    draw = ImageDraw.Draw(small)
+    for plan in plans:
+        draw.rectangle(frame_of(plan, small.size), outline=FRAME_COLOUR, width=3)
+    return ImageOps.pad(small, (SHOWN_PX, SHOWN_PX), color="white")
+
+
+def frame_of(plan: CropPlan, shown: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The crop in the picture of (width, height) `shown`; a mirrored crop lies on the other side of the photo."""
+    (height, width), (whole_height, whole_width) = plan.target_size, plan.resized
+    top, left = plan.crop_top_left
+    left = whole_width - width - left if plan.flip else left
+    across, down = shown[0] / whole_width, shown[1] / whole_height
+    left, right, top, bottom = left * across, (left + width) * across - 1, top * down, (top + height) * down - 1
+    return left, top, max(left, right), max(top, bottom)

@@ -1,0 +1,113 @@
+"""The square that training cuts out of a photo, as numbers first (`CropPlan`) and as pixels second.
+
+    photo (h, w) --resize: shorter side = r·zoom--> (h', w') --mirror?--> crop (r, r) at (top, left)
+
+SDXL is told these numbers (Podell et al. 2023, arXiv 2307.01952, section 2.2), so they are data of their own.
+"""
+
+from dataclasses import dataclass
+from random import Random
+
+from PIL import Image, ImageOps
+
+from dreambooth_moslora.core.config import TrainConfig
+
+__all__ = ["CropPlan", "CropRule", "apply_crop", "crop_rule", "plan_crop", "resized_size"]
+
+FILTERS = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+    "nearest": Image.Resampling.NEAREST,
+    "nearest_exact": Image.Resampling.NEAREST,
+}
+
+
+@dataclass(frozen=True)
+class CropPlan:
+    """`original_size` (h, w) of the upright photo, `resized` (h, w) what it becomes, `crop_top_left` (y, x) in the
+    resized and mirrored one, `target_size` (h, w) of the crop; px."""
+
+    original_size: tuple[int, int]
+    resized: tuple[int, int]
+    crop_top_left: tuple[int, int]
+    target_size: tuple[int, int]
+    flip: bool
+
+
+def resized_size(size_px: tuple[int, int], resolution_px: int) -> tuple[int, int]:
+    """(h, w) after the shorter side has become `resolution_px`."""
+    shorter = min(size_px)
+    height, width = (max(resolution_px, side * resolution_px // shorter) for side in size_px)
+    return height, width
+
+
+def plan_crop(
+    size_px: tuple[int, int],
+    resolution_px: int,
+    rng: Random,
+    *,
+    center_crop: bool = False,
+    random_flip: bool = False,
+    zoom: float = 1.0,
+) -> CropPlan:
+    """Where to cut a photo of `size_px` (h, w). The same four numbers are drawn whatever the flags.
+
+    `zoom` >= 1: the photo is enlarged by a factor drawn from [1, zoom], but never beyond its own pixels.
+    """
+    flip, down, right, closer = rng.random(), rng.random(), rng.random(), rng.random()
+    shorter = max(resolution_px, min(round(resolution_px * (1 + (zoom - 1) * closer)), min(size_px)))
+    height, width = resized_size(size_px, shorter)
+    if center_crop:
+        top, left = (height - resolution_px) // 2, (width - resolution_px) // 2
+    else:
+        top, left = int(down * (height - resolution_px + 1)), int(right * (width - resolution_px + 1))
+    return CropPlan(size_px, (height, width), (top, left), (resolution_px, resolution_px), random_flip and flip < 0.5)
+
+
+@dataclass(frozen=True)
+class CropRule:
+    """How photos are cut: to a square of `resolution_px`, `crops_per_photo` different cuts (None: ever new ones),
+    each at a size drawn between whole and `zoom` times as close."""
+
+    resolution_px: int
+    center_crop: bool = False
+    random_flip: bool = False
+    interpolation: str = "lanczos"
+    crops_per_photo: int | None = 1
+    zoom: float = 1.0
+
+    def plan(self, size_px: tuple[int, int], rng: Random) -> CropPlan:
+        """Where to cut a photo of `size_px` (h, w)."""
+        flags = {"center_crop": self.center_crop, "random_flip": self.random_flip, "zoom": self.zoom}
+        return plan_crop(size_px, self.resolution_px, rng, **flags)
+
+
+def crop_rule(config: TrainConfig) -> CropRule:
+    """The rule of a run."""
+    return CropRule(
+        config.resolution,
+        config.center_crop,
+        config.random_flip,
+        config.image_interpolation_mode,
+        None if config.caching == "off" else config.crops_per_photo,
+        config.crop_zoom,
+    )
+
+
+def apply_crop(image: Image.Image, plan: CropPlan, interpolation: str = "lanczos") -> Image.Image:
+    """The pixels of the plan: an image of `target_size`. `image` is the photo, or its mask, at any scale.
+
+    Only the part that is kept is resampled: resizing everything first gives the same
+    inside, and differs by a filter's width at the border.
+    """
+    (height, width), (whole_height, whole_width) = plan.target_size, plan.resized
+    top, left = plan.crop_top_left
+    left = whole_width - width - left if plan.flip else left
+    down, across = image.height / whole_height, image.width / whole_width
+    box = (left * across, top * down, (left + width) * across, (top + height) * down)
+    box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
+    crop = image.resize((width, height), FILTERS[interpolation], box=box)
+    return ImageOps.mirror(crop) if plan.flip else crop

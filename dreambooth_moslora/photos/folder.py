@@ -1,0 +1,276 @@
+"""A person's folder of photos -> `PhotoReport`: which are learnt from, with caption and mask, and what was left out.
+
+A photo's captions are the lines of `name.txt` beside it, else its line in `metadata.jsonl` ({"file_name", "text"}),
+else the instance prompt. Its mask is `name.mask.png`, else its own transparency. Nothing in the folder can stop the
+program: what cannot be used is listed with its reason.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from PIL import Image, ImageChops
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import UserError, spelled_out
+from dreambooth_moslora.photos.image_file import (
+    IMAGE_SUFFIXES,
+    UnreadableImageError,
+    alpha_of,
+    is_rotated,
+    open_image,
+    to_rgb,
+    upright,
+)
+from dreambooth_moslora.photos.sidecars import MASK_SUFFIX, METADATA, Captions, sidecar_of, sidecars_of
+
+__all__ = [
+    "Photo",
+    "PhotoReport",
+    "Skipped",
+    "find_photos",
+    "grey_mask",
+    "instance_photos",
+    "open_mask",
+    "open_rgb",
+    "photo_report",
+    "quoted",
+    "smallest_side_px",
+]
+
+logger = logging.getLogger(__name__)
+
+JUNK = {".ds_store", "thumbs.db", "desktop.ini", "manifest.json", METADATA}
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A usable photo. `size_px` (h, w) upright. `mask_path` is `path` itself when its transparency is the mask.
+
+    Each exposure is trained with one of the `captions`. `reasons` are what a person may want to know (too small,
+    rotated by EXIF, …); none of them forbids its use.
+    """
+
+    path: Path
+    size_px: tuple[int, int]
+    captions: tuple[str, ...]
+    mask_path: Path | None = None
+    reasons: tuple[str, ...] = ()
+
+
+def quoted(photo: Photo) -> str:
+    """Its captions as they are shown to a person."""
+    return " ".join(f"“{caption}”" for caption in photo.captions)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that is not learnt from. `is_photo`: it was meant to be a photo; `size_px` is None when unreadable."""
+
+    path: Path
+    reason: str
+    is_photo: bool = False
+    size_px: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class PhotoReport:
+    """`sidecars` are the captions and masks in use."""
+
+    photos: list[Photo] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    sidecars: list[Path] = field(default_factory=list)
+
+
+def smallest_side_px(resolution_px: int) -> int:
+    """Below this a photo has nothing to teach: it would be enlarged more than eight times."""
+    return max(8, resolution_px // 8)
+
+
+def instance_photos(config: TrainConfig) -> PhotoReport:
+    """`photo_report`, and one line in the log about files that were not meant to be photos."""
+    report = photo_report(config)
+    strays = [item for item in report.skipped if not item.is_photo and not item.path.name.startswith(".")]
+    if strays:
+        say_once(f"files not used ({len(strays)}): {summary_of_skipped(PhotoReport(skipped=strays))}")
+    return report
+
+
+@cache
+def say_once(line: str) -> None:
+    """A run may ask for its photos more than once."""
+    logger.warning("%s", spelled_out(line))
+
+
+def photo_report(config: TrainConfig) -> PhotoReport:
+    """The photos of `--instance_data_dir` or `--dataset_name`. Raises UserError when none of them can be used."""
+    if config.dataset_name:
+        from dreambooth_moslora.photos.hub_dataset import dataset_folder
+
+        folder = dataset_folder(config)
+    elif config.instance_data_dir:
+        folder = Path(config.instance_data_dir)
+    else:
+        raise UserError("give the photos: --instance_data_dir FOLDER, or --dataset_name NAME.")
+    report = find_photos(folder, config.instance_prompt, config.resolution, alpha=config.alpha)
+    if not report.photos:
+        raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
+    return report
+
+
+def summary_of_skipped(report: PhotoReport) -> str:
+    """The first few reasons, in one line."""
+    if not report.skipped:
+        return "it is empty."
+    shown = [f"{item.path.name} ({item.reason})" for item in sorted(report.skipped, key=lambda s: not s.is_photo)[:3]]
+    more = len(report.skipped) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more." if more else ".")
+
+
+def find_photos(folder: Path, instance_prompt: str, resolution_px: int, *, alpha: str = "mask") -> PhotoReport:
+    """Open every file of `folder` (not of folders in it), by name. Raises UserError when it is no folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; give a folder of photos."
+        )
+    try:
+        paths = sorted(folder.iterdir())
+    except PermissionError:
+        raise UserError(f"{folder}: cannot be read (permission denied).") from None
+    reader = FolderReader(folder, paths, instance_prompt, resolution_px, alpha)
+    return reader.read()
+
+
+class FolderReader:
+    """Sorts the files of one folder into photos, sidecars and the rest."""
+
+    def __init__(self, folder: Path, paths: list[Path], instance_prompt: str, resolution_px: int, alpha: str):
+        self.paths, self.prompt, self.resolution_px, self.alpha = paths, instance_prompt, resolution_px, alpha
+        self.sidecars = sidecars_of(paths)
+        self.captions = Captions(folder, self.sidecars)
+
+    def read(self) -> PhotoReport:
+        report = PhotoReport()
+        for path in self.paths:
+            if not is_sidecar_name(path):
+                item = self._read_one(path)
+                (report.photos if isinstance(item, Photo) else report.skipped).append(item)
+        stems = {photo.path.stem for photo in report.photos}
+        for path in self.paths:
+            if is_sidecar_name(path):
+                self._sort_sidecar(path, stems, report)
+        report.skipped.extend(Skipped(path, reason) for path, reason in self.captions.complaints)
+        return report
+
+    def _sort_sidecar(self, path: Path, stems: set[str], report: PhotoReport) -> None:
+        named = sidecar_of(path)
+        if named is None or (named[0] in stems and self.sidecars[named] == path):
+            report.sidecars.append(path)
+        else:
+            report.skipped.append(Skipped(path, "stray: belongs to no photo"))
+
+    def _read_one(self, path: Path) -> Photo | Skipped:
+        claims = path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+        if reason := stray_reason(path):
+            return Skipped(path, reason)
+        try:
+            image = open_image(path)
+        except UnreadableImageError as error:
+            return Skipped(path, str(error) if claims else "stray: not a photo", is_photo=claims)
+        return self._judge(path, image)
+
+    def _judge(self, path: Path, image: Image.Image) -> Photo | Skipped:
+        height, width = upright_size(image)
+        reasons = ["rotated by EXIF: stood upright"] if is_rotated(image) else []
+        if min(height, width) < smallest_side_px(self.resolution_px):
+            reason = f"tiny: {width} x {height} px for a resolution of {self.resolution_px}"
+            return Skipped(path, reason, is_photo=True, size_px=(height, width))
+        if min(height, width) < self.resolution_px:
+            times = self.resolution_px / min(height, width)
+            reasons.append(f"too small for the resolution: {width} x {height} px is enlarged {times:.1f} times")
+        mask_path = self._mask_of(path, image, reasons)
+        return Photo(path, (height, width), self.captions.of(path) or (self.prompt,), mask_path, tuple(reasons))
+
+    def _mask_of(self, path: Path, image: Image.Image, reasons: list[str]) -> Path | None:
+        """Where the mask is, if it can be used; why not is added to `reasons`."""
+        beside = self.sidecars.get((path.stem, MASK_SUFFIX))
+        if beside and beside.is_file():
+            problem = mask_problem(beside, image)
+            if problem is None:
+                return beside
+            reasons.append(f"mask not used: {problem}")
+        transparent = alpha_of(image)
+        if transparent is None:
+            return None
+        if transparent.getextrema()[1] == 0:
+            reasons.append("entirely transparent: it is a white square")
+            return None
+        reasons.append("transparent: on white" + (", its opaque part is the mask" if self.alpha == "mask" else ""))
+        return path if self.alpha == "mask" else None
+
+
+def is_sidecar_name(path: Path) -> bool:
+    return path.name == METADATA or sidecar_of(path) is not None
+
+
+def stray_reason(path: Path) -> str | None:
+    if path.is_dir():
+        return "stray: a folder; photos inside it are not read"
+    if path.name.lower() in JUNK or path.name.startswith("."):
+        return "stray: a file of the system"
+    if not path.is_file():
+        return "stray: a link to nothing" if path.is_symlink() else "stray: not a file"
+    return None
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    turned = is_rotated(image) and image.getexif().get(0x0112, 1) >= 5
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def mask_problem(path: Path, photo: Image.Image) -> str | None:
+    """Why a mask file cannot be used with the photo, or None."""
+    try:
+        mask = grey_mask(open_image(path))
+    except UnreadableImageError as error:
+        return str(error)
+    height, width = upright_size(photo)
+    if abs(mask.width / mask.height - width / height) > 0.02 * width / height:
+        return f"its shape {mask.width} x {mask.height} is not that of the photo, {width} x {height}"
+    return "it is black everywhere" if mask.getextrema()[1] == 0 else None
+
+
+def grey_mask(image: Image.Image) -> Image.Image:
+    """L, the subject white: what is bright, or what is opaque where all of that is black.
+
+    Its brightest becomes 255, so that a file of zeros and ones is a mask too.
+    """
+    alpha = alpha_of(image)
+    if alpha is None:
+        grey = to_rgb(image).convert("L")
+    else:
+        seen = ImageChops.multiply(upright(image).convert("LA").getchannel("L"), alpha)
+        grey = alpha if seen.getextrema()[1] == 0 else seen
+    brightest = max(grey.getextrema()[1], 1)
+    return grey.point([min(255, round(255 * value / brightest)) for value in range(256)])
+
+
+def open_rgb(photo: Photo) -> Image.Image:
+    """The photo's pixels: RGB, upright, on white."""
+    try:
+        return to_rgb(open_image(photo.path))
+    except UnreadableImageError as error:
+        raise UserError(f"{photo.path}: {error}; it changed since the folder was read.") from error
+
+
+def open_mask(photo: Photo) -> Image.Image | None:
+    """L, 255 where the subject is and 0 where it is not; None when nobody says."""
+    if photo.mask_path is None:
+        return None
+    try:
+        image = open_image(photo.mask_path)
+    except UnreadableImageError as error:
+        raise UserError(f"{photo.mask_path}: {error}; it changed since the folder was read.") from error
+    return alpha_of(image) if photo.mask_path == photo.path else grey_mask(image)

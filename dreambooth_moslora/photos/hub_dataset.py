@@ -1,0 +1,89 @@
+"""`--dataset_name`: images of a data set, on the hub or local, as a folder like a person's own.
+
+The files are written as they are in the data set, byte for byte, with their captions in `metadata.jsonl`; so EXIF,
+transparency and the encoding cache work as for any folder.
+"""
+
+import json
+from collections.abc import Iterable
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config_fields import nearest
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.run_folder import atomic_directory
+from dreambooth_moslora.photos.sidecars import METADATA
+
+__all__ = ["dataset_folder"]
+
+
+def dataset_folder(config: TrainConfig) -> Path:
+    """Where the data set's images are now, named by their content. Raises UserError."""
+    table = load_images(config)
+    rows = [(image_bytes(row[config.image_column]), caption_of(row, config.caption_column)) for row in table]
+    rows = [(content, caption) for content, caption in rows if content]
+    digest = sha256(b"".join(sha256(content).digest() + (caption or "").encode() for content, caption in rows))
+    folder = cache_root(config) / "photos" / digest.hexdigest()[:16]
+    if not folder.is_dir():
+        with atomic_directory(folder) as new:
+            write_rows(new, rows)
+    return folder
+
+
+def cache_root(config: TrainConfig) -> Path:
+    from dreambooth_moslora.core.digests import default_cache_dir
+
+    return Path(config.cache_dir) if config.cache_dir else default_cache_dir()
+
+
+def load_images(config: TrainConfig) -> Iterable[dict[str, Any]]:
+    """The train split, with images left encoded."""
+    import datasets
+
+    name, column = config.dataset_name, config.image_column
+    try:
+        table = datasets.load_dataset(name, config.dataset_config_name, cache_dir=config.cache_dir, split="train")
+    except Exception as error:  # the library raises its own kinds, the hub's, and those of the file formats
+        raise UserError(f"--dataset_name {name}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    for flag, wanted in (("image_column", column), ("caption_column", config.caption_column)):
+        if wanted is not None and wanted not in table.column_names:
+            close = nearest(wanted, table.column_names)
+            hint = f" Did you mean {close}?" if close else ""
+            raise UserError(f"--{flag} {wanted}: the data set has the columns {', '.join(table.column_names)}.{hint}")
+    if not isinstance(table.features[column], datasets.Image):
+        raise UserError(f"--image_column {column}: that column of {name} holds no images.")
+    return table.cast_column(column, datasets.Image(decode=False))
+
+
+def image_bytes(cell: dict[str, Any] | None) -> bytes:
+    if not cell:
+        return b""
+    return cell["bytes"] if cell.get("bytes") else Path(cell["path"]).read_bytes()
+
+
+def caption_of(row: dict[str, Any], column: str | None) -> str | None:
+    return str(row[column]) if column is not None and row[column] is not None else None
+
+
+def write_rows(folder: Path, rows: list[tuple[bytes, str | None]]) -> None:
+    lines = []
+    for number, (content, caption) in enumerate(rows):
+        name = f"{number:05d}{suffix_of(content)}"
+        (folder / name).write_bytes(content)
+        if caption:
+            lines.append(json.dumps({"file_name": name, "text": caption}, ensure_ascii=False))
+    if lines:
+        (folder / METADATA).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def suffix_of(content: bytes) -> str:
+    from PIL import Image
+
+    try:
+        with Image.open(BytesIO(content)) as image:
+            return {"JPEG": ".jpg", "MPO": ".jpg"}.get(image.format or "", f".{(image.format or 'img').lower()}")
+    except Exception:  # the folder's reader will say what is wrong with it
+        return ".img"

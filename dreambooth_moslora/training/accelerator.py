@@ -1,0 +1,126 @@
+"""Processes and precision of a run: accelerate's Accelerator, the shared seed, and work of the main process alone."""
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from random import SystemRandom
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import StopRequestedError, UserError, one_line
+from dreambooth_moslora.core.process import keep_freed_memory
+from dreambooth_moslora.core.run_folder import RunDir, clean_stale
+from dreambooth_moslora.training.precision import check_bf16
+
+__all__ = ["PATIENCE", "any_process", "chosen_seed", "make_accelerator", "on_main"]
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = timedelta(days=7)
+"""How long a process waits for the others: class images and pictures of a large base can take hours."""
+
+
+def any_process(accelerator: Accelerator, said: bool) -> bool:
+    """Whether one of them says yes. All have to be asked, and all get the same answer."""
+    if accelerator.num_processes == 1:
+        return said
+    votes = torch.tensor(float(said), device=accelerator.device)
+    return bool(accelerator.reduce(votes, "sum") > 0)
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """Do it on the main process. A stop or an error there ends all: nobody waits for one that is gone."""
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            work()
+        except Exception as found:
+            error = found
+    if accelerator.num_processes > 1:
+        error = shared(error)
+    if error is not None:
+        raise error
+
+
+def shared(error: Exception | None) -> Exception | None:
+    """The main process's error, as the others can raise it; itself on the main process."""
+    told = [None if error is None else (isinstance(error, StopRequestedError), str(error))]
+    broadcast_object_list(told)
+    if error is not None or told[0] is None:
+        return error
+    stopped, text = told[0]
+    return StopRequestedError() if stopped else UserError(f"the main process ended: {text}")
+
+
+ONE_PROCESS = (
+    "this is the only process: on CPUs without MPI, accelerate starts several by "
+    "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 …`"
+)
+
+
+def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
+    """Device, processes and precision: from `--mixed_precision`, else from `accelerate launch`, else fp32."""
+    check_bf16(config)
+    keep_freed_memory()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    run_dir.path.mkdir(parents=True, exist_ok=True)
+    clean_stale(run_dir.path)
+    folders = ProjectConfiguration(str(run_dir.path), str(run_dir.path / config.logging_dir))
+    tracker = None if config.report_to in (None, "none") else config.report_to
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=tracker,
+            project_config=folders,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `Learner` divides, by our flag
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
+    except ValueError as error:
+        raise UserError(refusal(config.mixed_precision, one_line(error, 300))) from error
+    if accelerator.mixed_precision not in DTYPES:
+        raise UserError(
+            f"`accelerate config` or the environment asks for the precision {accelerator.mixed_precision}: give "
+            "--mixed_precision no, fp16 or bf16."
+        )
+    if accelerator.num_processes == 1 and asked_for_more(os.environ):
+        logger.warning(ONE_PROCESS)
+    return accelerator
+
+
+def refusal(mixed_precision: str | None, said: str) -> str:
+    """What accelerate said, under the name of what asked for it: the flag, or what is set for accelerate itself."""
+    if mixed_precision is not None and "precision" in said:
+        return f"--mixed_precision {mixed_precision}: {said}"
+    return f"accelerate says: {said.rstrip('.')}; look at `accelerate config` and at ACCELERATE_… in the environment."
+
+
+def asked_for_more(environment: Mapping[str, str]) -> bool:
+    """`accelerate launch --cpu --num_processes 2` without MPI names a meeting point and starts one process."""
+    wants_cpu = environment.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
+    return wants_cpu and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment
+
+
+def chosen_seed(config: TrainConfig, accelerator: Accelerator) -> int:
+    """`--seed`, or a random one that all processes share; it is written down, so that a run can be resumed."""
+    seeds = [config.seed if config.seed is not None else SystemRandom().randrange(2**31)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(seeds)
+    return seeds[0]
+
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

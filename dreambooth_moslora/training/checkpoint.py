@@ -1,0 +1,216 @@
+"""Checkpoints: the raw adapter (A, M, B), the optimizer and the position, complete or absent; and which one to resume.
+
+Neither generator states nor the data order are in them: every draw is named by (seed, step) (see `core.seeding`), so
+the step number is all that a run needs to go on as if it had never stopped.
+"""
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from dreambooth_moslora.adapters.metadata import AdapterFacts
+from dreambooth_moslora.adapters.raw_file import load_raw, save_raw
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.run_folder import RAW_NAME, RunDir, atomic_directory, atomic_write, is_checkpoint
+from dreambooth_moslora.training.checks import is_target, last_name
+from dreambooth_moslora.training.optimizer import optimizer_kind
+
+__all__ = [
+    "Position",
+    "check_resumed",
+    "damaged",
+    "find_checkpoint",
+    "load_adapter",
+    "read_position",
+    "restore_optimizer",
+    "resume_point",
+    "save_checkpoint",
+    "trained_modules",
+]
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZER, SCALER, POSITION = "optimizer.pt", "scaler.pt", "position.json"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is: optimizer steps done, the seed that names every draw, and whose states are beside it.
+
+    `optimizer` (`optimizer_kind`) is None in the files of early versions.
+    """
+
+    step: int
+    seed: int
+    optimizer: str | None = None
+
+
+def save_checkpoint(
+    path: Path,
+    position: Position,
+    components: dict[str, nn.Module],
+    facts: AdapterFacts,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler | None = None,
+) -> None:
+    """Write the folder `path` whole, or leave what was there."""
+    with atomic_directory(path) as folder:
+        save_raw(components, folder / RAW_NAME, facts)
+        save_states(optimizer.state_dict(), folder / OPTIMIZER)
+        if scaler is not None:
+            save_states(scaler.state_dict(), folder / SCALER)
+        atomic_write(folder / POSITION, json.dumps(asdict(position)))
+
+
+def save_states(states: dict, path: Path) -> None:
+    """By way of memory: `torch.save` to a full disk raises a RuntimeError that does not say so."""
+    buffer = BytesIO()
+    torch.save(states, buffer)
+    atomic_write(path, buffer.getvalue())
+
+
+def find_checkpoint(run_dir: RunDir, wanted: str | None) -> Path | None:
+    """The folder to resume from: `latest` of the run (None, and a warning, if there is none), a path, or a name in it.
+
+    Raises UserError when a named checkpoint is missing or incomplete.
+    """
+    if not wanted:
+        return None
+    if wanted == "latest":
+        latest = run_dir.latest_checkpoint()
+        if latest is None:
+            logger.warning("--resume_from_checkpoint latest: %s", nothing_to_resume(run_dir))
+        return latest
+    for path in (Path(wanted), run_dir.path / wanted):
+        if is_checkpoint(path):
+            return path
+    raise UserError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there; try `latest`.")
+
+
+def nothing_to_resume(run_dir: RunDir) -> str:
+    incomplete = ", ".join(path.name for path in run_dir.named_checkpoints())
+    there = f" ({incomplete}: not complete, or another program's)" if incomplete else ""
+    return f"no complete checkpoint in {run_dir.path}{there}; starting at step 0."
+
+
+def read_position(checkpoint: Path) -> Position:
+    try:
+        position = Position(**json.loads((checkpoint / POSITION).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise damaged(checkpoint, POSITION, error) from error
+    if any(type(value) is not int or value < 0 for value in (position.step, position.seed)):
+        raise damaged(checkpoint, POSITION, "step and seed are whole numbers")
+    if not isinstance(position.optimizer, (str, type(None))):
+        raise damaged(checkpoint, POSITION, "the optimizer is a name")
+    return position
+
+
+def damaged(checkpoint: Path, name: str, reason: object) -> UserError:
+    return UserError(f"{checkpoint} is damaged ({name}: {one_line(reason)}); resume from another checkpoint.")
+
+
+def load_states(checkpoint: Path, name: str) -> dict:
+    """What `torch.save` wrote; nothing in it can run code. Raises UserError."""
+    try:
+        states = torch.load(checkpoint / name, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and pickle raise whatever they like on damaged bytes
+        raise damaged(checkpoint, name, error) from error
+    if not isinstance(states, dict):
+        raise damaged(checkpoint, name, "no states of an optimizer")
+    return states
+
+
+def load_adapter(checkpoint: Path, components: dict[str, nn.Module]) -> AdapterFacts:
+    """Create the adapter on the components, bit for bit as it was saved."""
+    return load_raw(checkpoint / RAW_NAME, components)
+
+
+def restore_optimizer(
+    checkpoint: Path, step: int, optimizer: Optimizer, schedule: LambdaLR, scaler: torch.amp.GradScaler | None = None
+) -> None:
+    """Moments as they were; learning rate and weight decay as the command line says now, at `step` of the schedule."""
+    asked = [dict(group) for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(load_states(checkpoint, OPTIMIZER))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise damaged(checkpoint, OPTIMIZER, error) from error
+    for group, fresh in zip(optimizer.param_groups, asked, strict=True):
+        group.update({key: fresh[key] for key in ("name", "initial_lr", "weight_decay") if key in fresh})
+    schedule.last_epoch = step
+    for group, lr, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = lr * factor(step)
+    if scaler is not None and (checkpoint / SCALER).is_file():
+        scaler.load_state_dict(load_states(checkpoint, SCALER))
+
+
+def resume_point(config: TrainConfig, run_dir: RunDir) -> tuple[Path, Position] | None:
+    """The checkpoint to go on from and where it stands; None for a run from the beginning. Raises UserError."""
+    checkpoint = find_checkpoint(run_dir, config.resume_from_checkpoint)
+    if checkpoint is None:
+        return None
+    position = read_position(checkpoint)
+    check_resumed(config, checkpoint, position)
+    return checkpoint, position
+
+
+def check_resumed(config: TrainConfig, checkpoint: Path, position: Position) -> None:
+    """Raises UserError for the first setting that the checkpoint has otherwise, and for a damaged adapter file."""
+    facts, modules = trained_modules(checkpoint)
+    if position.optimizer not in (None, optimizer_kind(config)):
+        raise UserError(
+            f"{checkpoint.name} was written with {position.optimizer}; you ask for {optimizer_kind(config)}: "
+            "resume with the same optimizer, or start a new run."
+        )
+    if config.seed is not None:
+        require(checkpoint, "seed", position.seed, config.seed)
+    require(
+        checkpoint, "train_text_encoder", any(not m.startswith("unet.") for m in modules), config.train_text_encoder
+    )
+    require(checkpoint, "rank", facts.rank, config.rank)
+    require(
+        checkpoint, "lora_alpha", facts.alpha, float(config.rank if config.lora_alpha is None else config.lora_alpha)
+    )
+    names = ["use_rslora", "use_dora", "mixer", "lora_dropout"] + (["train_mixer"] if config.mixer != "none" else [])
+    for name in names:
+        require(checkpoint, name, getattr(facts, name), getattr(config, name))
+    require_targets(checkpoint, [m.removeprefix("unet.") for m in modules if m.startswith("unet.")], config)
+
+
+def trained_modules(checkpoint: Path) -> tuple[AdapterFacts, set[str]]:
+    """The facts in the adapter file's header, and the modules (`component.path`) that it adapts."""
+    try:
+        with safe_open(checkpoint / RAW_NAME, framework="pt") as file:
+            facts = AdapterFacts.from_json((file.metadata() or {})["moslora"])
+            return facts, {key.rpartition(".")[0] for key in file.keys() if "." in key}  # noqa: SIM118
+    except Exception as error:  # safetensors raises its own kind, the disk another, and a header may hold anything
+        raise damaged(checkpoint, RAW_NAME, error) from None
+
+
+def require(checkpoint: Path, name: str, there: object, asked: object) -> None:
+    if there != asked:
+        raise UserError(
+            f"--{name}: {checkpoint.name} has {shown(there)}; you ask for {shown(asked)}: "
+            "resume without it, or start a new run."
+        )
+
+
+def shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def require_targets(checkpoint: Path, modules: list[str], config: TrainConfig) -> None:
+    """Each target has its modules and each module its target, by PEFT's rule."""
+    asked = config.target_modules
+    strange = [module for module in modules if not any(is_target(module, target) for target in asked)]
+    unmet = [target for target in asked if not any(is_target(module, target) for module in modules)]
+    if strange or unmet:
+        require(checkpoint, "target_modules", " ".join(sorted({last_name(m) for m in modules})), " ".join(asked))

@@ -1,0 +1,183 @@
+"""What is checked before a run, for `--dry_run` and for training alike; nothing is loaded, and torch is not needed.
+
+folders    where a run may not write: over photos, or over files that no run of ours made
+packages   those that the settings need
+layers     whether the UNet has those that `--target_modules` names
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from dreambooth_moslora.base.headers import tensor_shapes
+from dreambooth_moslora.base.locate import base_folder, check_vae
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config_fields import nearest
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.run_folder import RunDir, check_name, checkpoint_step
+from dreambooth_moslora.core.versions import require_packages
+from dreambooth_moslora.training.model_card import is_card, pictures_named
+from dreambooth_moslora.training.precision import check_bf16
+
+__all__ = [
+    "check_folders",
+    "check_layers",
+    "check_targets",
+    "is_target",
+    "last_name",
+    "nearest_existing",
+    "preflight",
+    "require_folder",
+    "require_writable",
+]
+
+UNREADABLE = "add_embedding."
+"""diffusers does not find these layers again in a kohya file, so that an adapter on them cannot be proved."""
+
+
+def check_layers(targets: Iterable[str], layers: Mapping[str, int], use_dora: bool) -> None:
+    """`layers` are those of `check_targets` -> dimensions of the weight: 2 of a matrix, 4 of a convolution.
+
+    Raises UserError for what no layer is called, and for layers that cannot have such an adapter.
+    """
+    targets = list(targets)
+    check_targets(targets, layers)
+    for name in targets:
+        for layer in (layer for layer in layers if is_target(layer, name)):
+            if layer.startswith(UNREADABLE):
+                raise UserError(f"--target_modules {name}: {layer} has no name in kohya's files; leave it out.")
+            if use_dora and layers[layer] > 2:
+                raise UserError(f"--use_dora: {layer} is a convolution; leave {name} out of --target_modules.")
+
+
+def check_targets(targets: Iterable[str], layers: Iterable[str]) -> None:
+    """`layers` are paths of layers with weights, such as `mid_block.attentions.0.proj_in`.
+
+    Raises UserError for a name that none of them ends with, and says which one was probably meant.
+    """
+    layers = list(layers)
+    for name in targets:
+        if not any(is_target(layer, name) for layer in layers):
+            close = nearest(name, sorted({last_name(layer) for layer in layers}))
+            hint = f"did you mean {close}?" if close else "to_q, to_k, to_v and to_out.0 are those of attention."
+            raise UserError(f"--target_modules {name}: the UNet has no such layer; {hint}")
+
+
+def is_target(path: str, name: str) -> bool:
+    """PEFT's rule: the path itself, or its end."""
+    return f".{path}".endswith(f".{name}")
+
+
+def last_name(path: str) -> str:
+    """`….attn1.to_q` -> `to_q`, `….attn1.to_out.0` -> `to_out.0`."""
+    *_, parent, name = f".{path}".split(".")
+    return f"{parent}.{name}" if name.isdigit() else name
+
+
+def check_folders(config: TrainConfig) -> None:
+    """Raises UserError when the run folder is no place for a run, or gives the adapter no name. Nothing is created."""
+    if not config.output_dir.strip():
+        raise UserError("--output_dir is empty: name a folder for the run.")
+    run_dir = RunDir(config.output_dir)
+    check_name(run_dir.name)
+    check_photo_folders(config, run_dir)
+    check_places(config, run_dir)
+    check_strangers(run_dir)
+
+
+def check_photo_folders(config: TrainConfig, run_dir: RunDir) -> None:
+    """Photos neither at the top of the run folder nor where a run replaces and moves its own files."""
+    if same_folder(config.class_data_dir, config.instance_data_dir):
+        raise UserError("--class_data_dir is the folder of --instance_data_dir: the class is not the subject.")
+    home = run_dir.path.resolve()
+    for name in ("instance_data_dir", "class_data_dir", "dataset_name"):
+        value = getattr(config, name)
+        folder = Path(value).resolve() if value else None
+        if folder is None or not folder.is_relative_to(home):
+            continue
+        if folder == home:
+            raise UserError(f"--output_dir {config.output_dir} is the folder of --{name}: a run needs one of its own.")
+        first = folder.relative_to(home).parts[0]
+        if is_of_the_run(run_dir, first) and not (name == "class_data_dir" and first == run_dir.class_images_dir.name):
+            raise UserError(f"--{name} {value}: the run writes to {first} in its folder; keep the photos elsewhere.")
+
+
+def same_folder(one: str | None, other: str | None) -> bool:
+    return bool(one and other) and Path(one).resolve() == Path(other).resolve()
+
+
+def is_of_the_run(run_dir: RunDir, name: str) -> bool:
+    """Whether a folder of this name at the top of the run folder is the run's own."""
+    own = {path.name for path in (run_dir.samples_dir, run_dir.best_dir, run_dir.class_images_dir)}
+    return name in own or checkpoint_step(Path(name)) is not None
+
+
+def check_places(config: TrainConfig, run_dir: RunDir) -> None:
+    """What the run writes goes into folders, there or still to be made."""
+    places = {"output_dir": config.output_dir, "class_data_dir": config.class_data_dir, "cache_dir": config.cache_dir}
+    for name, value in places.items():
+        if value:
+            require_folder(name, value, Path(value))
+            if not Path(value).exists() or name == "output_dir":
+                require_writable(name, value)
+    if config.report_to in ("tensorboard", "all"):
+        require_folder("logging_dir", config.logging_dir, run_dir.path / config.logging_dir)
+
+
+def require_folder(name: str, value: str, path: Path) -> None:
+    found = nearest_existing(path)
+    if not found.is_dir():
+        raise UserError(f"--{name} {value}: {found} is a file, not a folder.")
+
+
+def require_writable(name: str, value: str) -> None:
+    """Tried, not asked: a file system may refuse what the permissions allow."""
+    try:
+        TemporaryFile(dir=nearest_existing(Path(value))).close()
+    except OSError as error:
+        raise UserError(f"--{name} {value}: cannot be written: {error.strerror}.") from error
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the folder that is nearest above it."""
+    path = Path(os.path.abspath(path))
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def check_strangers(run_dir: RunDir) -> None:
+    """A card and pictures of the names that a run gives its own, but which no run made."""
+    if not run_dir.path.is_dir():
+        return
+    card = run_dir.read_card()
+    if card is not None and not is_card(card):
+        raise UserError(f"{run_dir.card_path} was made by no run and would be overwritten: name another --output_dir.")
+    known = pictures_named(card or "")
+    for path in sorted(run_dir.path.glob("image_*.png")):
+        if path.name not in known:
+            raise UserError(f"{path} was made by no run and would be taken for its picture: name another --output_dir.")
+
+
+def preflight(config: TrainConfig) -> Path | None:
+    """Raises UserError; returns the diffusers folder of the base, if it is on this machine."""
+    require_packages(config)
+    check_bf16(config)
+    if config.mixer == "butterfly" and config.rank % 2:
+        raise UserError(f"--mixer butterfly needs an even --rank, not {config.rank}.")
+    if config.push_to_hub:
+        from dreambooth_moslora.training.hub import check_push
+
+        check_push(config)
+    if config.pretrained_vae_model_name_or_path:
+        check_vae(config.pretrained_vae_model_name_or_path)
+    folder = base_folder(config)
+    layers = unet_layers(folder, config.variant) if folder else {}
+    if layers:
+        check_layers(config.target_modules, layers, config.use_dora)
+    return folder
+
+
+def unet_layers(folder: Path, variant: str | None) -> dict[str, int]:
+    """Path of each layer with a weight that is no vector -> its dimensions: 2 of a matrix, 4 of a convolution."""
+    shapes = tensor_shapes(folder / "unet", variant)
+    return {name.removesuffix(".weight"): len(shape) for name, shape in shapes.items() if len(shape) > 1}

@@ -1,0 +1,226 @@
+"""Photos and captions as the endless, shuffled, seeded stream of batches that training reads.
+
+    exposure at position p  ->  (photo, repeat, crop)  ->  EncodedView  ->  TrainBatch
+
+Each epoch shuffles photos × repeats; crop number = epoch mod `crops_per_photo` (a fresh crop each epoch when nothing
+is cached). Every image, class images too, carries its own size and crop conditioning.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from dreambooth_moslora.base import load
+from dreambooth_moslora.base.load import TextCond
+from dreambooth_moslora.core.digests import content_key, file_digest
+from dreambooth_moslora.core.seeding import place_of, rng
+from dreambooth_moslora.photos.crops import CropPlan, CropRule, apply_crop
+from dreambooth_moslora.photos.folder import Photo, open_mask, open_rgb
+from dreambooth_moslora.training.encoding_cache import TensorCache, Tensors, fingerprint
+
+__all__ = ["EncodedView", "PhotoEncoder", "PhotoStream", "TextBook", "TrainBatch", "collate"]
+
+Cut = tuple[Image.Image, Image.Image | None]
+"""A crop and its mask."""
+
+
+@dataclass(frozen=True)
+class EncodedView:
+    """One cut of one photo: `latents` (4, h, w), `time_ids` (6,), `mask` (1, h, w) weighs its places, or None."""
+
+    latents: Tensor
+    time_ids: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """`latents` (B, 4, h, w), `time_ids` (B, 6), `is_prior` (B,), `mask` (B, 1, h, w) or None, `prompts` (B)."""
+
+    latents: Tensor
+    time_ids: Tensor
+    is_prior: Tensor
+    mask: Tensor | None
+    prompts: list[str]
+
+    def to(self, device: torch.device) -> "TrainBatch":
+        mask = None if self.mask is None else self.mask.to(device)
+        return TrainBatch(
+            self.latents.to(device), self.time_ids.to(device), self.is_prior.to(device), mask, self.prompts
+        )
+
+    def with_base_as_prior(self, prompts: list[str]) -> "TrainBatch":
+        """Twice the batch: the second half has these prompts (B), and the frozen base's answer will be its target."""
+        size = len(self.prompts)
+        return TrainBatch(
+            self.latents.repeat(2, 1, 1, 1),
+            self.time_ids.repeat(2, 1),
+            torch.arange(2 * size) >= size,
+            None if self.mask is None else torch.cat([self.mask, torch.ones_like(self.mask)]),
+            [*self.prompts, *prompts],
+        )
+
+
+class PhotoEncoder:
+    """Cut and encode photos once each: the VAE is asked only for what the cache does not hold."""
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        cache: TensorCache | None,
+        rule: CropRule,
+        readers: int = 0,
+        unmasked_weight: float = 0.0,
+    ):
+        """`readers` threads open and cut photos ahead of their turn, where nothing is cached."""
+        self.vae, self.cache, self.rule, self.unmasked_weight = vae, cache, rule, unmasked_weight
+        self.vae_identity = fingerprint(vae)
+        self._digests: dict[object, str] = {}
+        self._readers = ThreadPoolExecutor(readers) if readers and cache is None else None
+        self._reading: dict[tuple[Photo, CropPlan], Future[Cut]] = {}
+
+    def encode(self, photo: Photo, plan: CropPlan) -> EncodedView:
+        tensors = (
+            self._compute(photo, plan)
+            if self.cache is None
+            else self.cache.get(self._key(photo, plan), lambda: self._compute(photo, plan))
+        )
+        weights = self._weights(photo, tensors["subject"]) if "subject" in tensors else None
+        return EncodedView(tensors["latents"], load.time_ids(plan), weights)
+
+    def _weights(self, photo: Photo, subject: Tensor) -> Tensor:
+        """What places weigh: the subject 1, around it `unmasked_weight`, or 0 where the photo itself is transparent:
+        the white that it lies on there is nobody's surroundings."""
+        around = 0.0 if photo.mask_path == photo.path else self.unmasked_weight
+        return around + (1 - around) * subject
+
+    def _key(self, photo: Photo, plan: CropPlan) -> str:
+        return content_key(
+            photo=self._digest(photo.path),
+            subject=photo.mask_path and self._digest(photo.mask_path),
+            plan=plan,
+            interpolation=self.rule.interpolation,
+            vae=self.vae_identity,
+        )
+
+    def _digest(self, path) -> str:
+        if path not in self._digests:
+            self._digests[path] = file_digest(path)
+        return self._digests[path]
+
+    def read_ahead(self, photo: Photo, plan: CropPlan) -> None:
+        if self._readers is not None and (photo, plan) not in self._reading:
+            self._reading[photo, plan] = self._readers.submit(read_cut, photo, plan, self.rule.interpolation)
+
+    def _compute(self, photo: Photo, plan: CropPlan) -> Tensors:
+        reading = self._reading.pop((photo, plan), None)
+        image, mask = reading.result() if reading else read_cut(photo, plan, self.rule.interpolation)
+        latents = load.encode_image(self.vae, pixels_of(image)[None])[0].cpu()
+        return {"latents": latents} if mask is None else {"latents": latents, "subject": latent_mask(mask, latents)}
+
+
+def read_cut(photo: Photo, plan: CropPlan, interpolation: str) -> Cut:
+    """The photo's crop and its mask's, as pictures of the target size."""
+    image, mask = apply_crop(open_rgb(photo), plan, interpolation), open_mask(photo)
+    return image, None if mask is None else apply_crop(mask, plan, "bilinear")
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """RGB picture -> (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def latent_mask(mask: Image.Image, latents: Tensor) -> Tensor:
+    """Grey picture -> (1, h, w) in [0, 1], averaged to the latents' size."""
+    grey = torch.from_numpy(np.array(mask, dtype=np.float32))[None, None] / 255
+    return F.adaptive_avg_pool2d(grey, latents.shape[-2:])[0]
+
+
+class PhotoStream:
+    """The exposures of one set of photos, by position. Two streams of one run differ by `name`."""
+
+    def __init__(self, photos: Sequence[Photo], encoder: PhotoEncoder, seed: int, name: str, repeats: int = 1):
+        self.photos, self.encoder, self.seed, self.name, self.repeats = photos, encoder, seed, name, repeats
+
+    def __len__(self) -> int:
+        """Exposures in an epoch."""
+        return len(self.photos) * self.repeats
+
+    def at(self, position: int) -> tuple[EncodedView, str]:
+        """The view of the exposure at `position` >= 0, and one of its photo's captions, drawn anew each time."""
+        photo, plan = self._exposure(position)
+        caption = rng(self.seed, self.name, "caption", position).choice(photo.captions)
+        return self.encoder.encode(photo, plan), caption
+
+    def read_ahead(self, position: int) -> None:
+        """Begin to read what `at` will be asked for soon."""
+        self.encoder.read_ahead(*self._exposure(position))
+
+    def _exposure(self, position: int) -> tuple[Photo, CropPlan]:
+        epoch, slot = place_of(position, len(self), self.seed, self.name)
+        crops = self.encoder.rule.crops_per_photo
+        return self.photos[slot // self.repeats], self._plan(slot, epoch if crops is None else epoch % crops)
+
+    def view_count(self, exposures: int) -> int:
+        """Views that the first `exposures` show, before they come again; 0 when each epoch cuts anew."""
+        return min(exposures, len(self) * (self.encoder.rule.crops_per_photo or 0))
+
+    def encode_ahead(self, exposures: int) -> Iterator[EncodedView]:
+        """Each of those views once: this fills the cache."""
+        for position in range(self.view_count(exposures)):
+            yield self.encoder.encode(*self._exposure(position))
+
+    def _plan(self, slot: int, crop: int) -> CropPlan:
+        draws = rng(self.seed, self.name, "crop", slot, crop)
+        return self.encoder.rule.plan(self.photos[slot // self.repeats].size_px, draws)
+
+
+class TextBook:
+    """Prompts -> TextCond. Frozen encoders are asked once a prompt; `forget` then lets them leave memory."""
+
+    def __init__(self, encode: Callable[[list[str]], TextCond], cache: TensorCache | None, identity: str):
+        self.encode, self.cache, self.identity = encode, cache, identity
+
+    def __call__(self, prompts: Sequence[str]) -> TextCond:
+        found = [self._one(prompt) for prompt in prompts]
+        return TextCond(torch.stack([f["embeds"] for f in found]), torch.stack([f["pooled"] for f in found]))
+
+    def _one(self, prompt: str) -> dict[str, Tensor]:
+        if self.cache is None:
+            return self._compute(prompt)
+        return self.cache.get(content_key(prompt=prompt, encoders=self.identity), lambda: self._compute(prompt))
+
+    @torch.no_grad()
+    def _compute(self, prompt: str) -> dict[str, Tensor]:
+        cond = self.encode([prompt])
+        return {"embeds": cond.embeds[0].cpu(), "pooled": cond.pooled[0].cpu()}
+
+    def forget(self) -> None:
+        """Drop the encoders. A prompt that was never asked raises RuntimeError from now on."""
+
+        def gone(prompts: list[str]) -> TextCond:
+            raise RuntimeError(f"the text encoders have left memory; {prompts} was not encoded before")
+
+        self.encode = gone
+
+
+def collate(exposures: Sequence[tuple[EncodedView, str]], is_prior: Sequence[bool]) -> TrainBatch:
+    """Stack views and their captions into one batch. Views without a mask get ones beside views with one."""
+    views = [view for view, _ in exposures]
+    masks = None
+    if any(view.mask is not None for view in views):
+        masks = torch.stack([torch.ones_like(v.latents[:1]) if v.mask is None else v.mask for v in views])
+    return TrainBatch(
+        torch.stack([view.latents for view in views]),
+        torch.stack([view.time_ids for view in views]),
+        torch.tensor(list(is_prior)),
+        masks,
+        [caption for _, caption in exposures],
+    )

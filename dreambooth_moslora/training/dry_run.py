@@ -1,0 +1,134 @@
+"""`--dry_run`: the resolved settings, the photos, the arithmetic and the cost, in text, and nothing done."""
+
+import os
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.prompts import subject_of
+from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.photos.checks import examine
+from dreambooth_moslora.photos.folder import PhotoReport, photo_report, quoted
+from dreambooth_moslora.training.checks import check_folders, nearest_existing, preflight
+from dreambooth_moslora.training.estimate import Estimate, estimate, size_of_base
+from dreambooth_moslora.training.step_plan import StepPlan, plan_steps
+
+__all__ = ["describe_run", "remarks"]
+
+
+def describe_run(config: TrainConfig) -> str:
+    """Everything that `--dry_run` prints. Raises UserError for what training would refuse before it loads the base."""
+    check_folders(config)
+    if config.resume_from_checkpoint:
+        from dreambooth_moslora.training.checkpoint import resume_point
+
+        resume_point(config, RunDir(config.output_dir))
+    folder = preflight(config)
+    report = examine(photo_report(config), config.resolution)
+    plan = plan_steps(config, len(report.photos), int(os.environ.get("WORLD_SIZE", "1")))
+    size = size_of_base(folder, config.target_modules, config.variant)
+    cost = estimate(config, size, plan.total_steps, len(report.photos))
+    sections = {
+        "settings": settings_lines(config),
+        "photos": photo_lines(report),
+        "steps": step_lines(config, plan),
+        "cost (estimated)": cost_lines(config, cost),
+        "remarks": remarks(config),
+    }
+    return "\n\n".join(
+        "\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items() if lines
+    )
+
+
+def settings_lines(config: TrainConfig) -> list[str]:
+    """As TOML; what differs from the default is marked."""
+    values = config.to_dict()
+    changed = {item.name for item in fields(config) if getattr(config, item.name) != item.default}
+    shown = {name: value for name, value in values.items() if value is not None}
+    return [f"{name} = {as_toml(value)}" + ("  # set" if name in changed else "") for name, value in shown.items()]
+
+
+def as_toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return "[" + ", ".join(map(as_toml, value)) + "]" if isinstance(value, list) else repr(value)
+
+
+def photo_lines(report: PhotoReport) -> list[str]:
+    lines = [
+        f"{photo.path.name}  {photo.size_px[1]} x {photo.size_px[0]}  {quoted(photo)}"
+        + "".join(f"; {reason}" for reason in photo.reasons)
+        for photo in report.photos
+    ]
+    return lines + [f"left out: {item.path.name}  {item.reason}" for item in report.skipped]
+
+
+def step_lines(config: TrainConfig, plan: StepPlan) -> list[str]:
+    lines = [plan.sentence()]
+    if config.crops_per_photo > 1:
+        lines.append(f"{config.crops_per_photo} crops of each photo take turns, one an epoch")
+    if config.with_prior_preservation:
+        source = f"{config.num_class_images} class images" if config.prior == "class_images" else "the base's answer"
+        lines.append(f"as many prior examples beside them, from {source} to “{config.class_prompt}”")
+    subject = subject_of(config)
+    lines.append(f"token “{subject.token}”, class “{subject.class_word}”")
+    return lines
+
+
+def cost_lines(config: TrainConfig, cost: Estimate) -> list[str]:
+    free = shutil.disk_usage(nearest_existing(Path(config.output_dir))).free / 2**30
+    known = "counted in its files"
+    if not cost.size.is_measured:
+        known = "taken to be SDXL's, with the adapter on attention alone, as its files are not here"
+    return [
+        f"adapter: {cost.adapter_parameters:,} parameters on {cost.size.adapted_layers} layers; base: {known}",
+        f"memory: encoding {cost.encoding_gib:.2f} GiB, training {cost.training_gib:.2f} GiB, "
+        f"samples {cost.sampling_gib:.2f} GiB",
+        f"disk: {cost.disk_gib:.2f} GiB, {cost.checkpoint_gib:.3f} GiB a checkpoint; free: {free:.1f} GiB",
+        *(["the disk has too little room"] if free < cost.disk_gib else []),
+    ]
+
+
+def remarks(config: TrainConfig) -> list[str]:
+    """Settings that have no effect together with the others."""
+    found = {
+        "--class_data_dir and --class_prompt have no effect without --with_prior_preservation": (
+            (config.class_data_dir or config.class_prompt) and not config.with_prior_preservation
+        ),
+        "--prior has no effect without --with_prior_preservation": (
+            config.prior != "class_images" and not config.with_prior_preservation
+        ),
+        "--prior_prompts has no effect without --with_prior_preservation --prior adapter_off": (
+            config.prior_prompts and not (config.with_prior_preservation and config.prior == "adapter_off")
+        ),
+        "--class_data_dir has no effect with --prior adapter_off, which needs no images": (
+            config.class_data_dir and config.with_prior_preservation and config.prior == "adapter_off"
+        ),
+        "--use_8bit_adam has no effect with --optimizer Prodigy": config.use_8bit_adam
+        and config.optimizer == "Prodigy",
+        "--timestep_bias_multiplier has no effect without --timestep_bias_strategy": (
+            config.timestep_bias_multiplier != 1 and config.timestep_bias_strategy == "none"
+        ),
+        "--text_encoder_lr has no effect without --train_text_encoder": (
+            config.text_encoder_lr != 5e-6 and not config.train_text_encoder
+        ),
+        "Prodigy wants --learning_rate near 1.0": config.optimizer == "Prodigy" and config.learning_rate <= 0.1,
+        f"--lr_warmup_steps has no effect with --lr_scheduler {config.lr_scheduler}": (
+            config.lr_scheduler == "constant" and config.lr_warmup_steps not in (0, 500)
+        ),
+        "--enable_xformers_memory_efficient_attention: PyTorch's own attention needs as little memory and is used": (
+            config.enable_xformers_memory_efficient_attention
+        ),
+        "--dataloader_num_workers has no effect while photos are cached": (
+            config.dataloader_num_workers > 0 and config.caching != "off"
+        ),
+        "--train_mixer and --mixer_lr_scale have no effect with --mixer none": (
+            config.mixer == "none" and config.mixer_lr_scale != 1.0
+        ),
+        "--num_train_epochs has no effect with --max_train_steps": config.max_train_steps
+        and config.num_train_epochs > 1,
+    }
+    return [text for text, applies in found.items() if applies]

@@ -1,0 +1,84 @@
+"""Taking the run folder: what an earlier run left there, and the new one does not go on from: moved to `earlier_run_1`.
+
+set_aside         for a new run: all that the earlier one left
+set_later_aside   for a run that goes on from a step: the earlier one's checkpoints after it, and a best step after it
+
+The earlier run may be another program's: what has a name that the present run will write under is kept as well.
+"""
+
+import json
+import logging
+from itertools import count
+from pathlib import Path
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.run_folder import RunDir, atomic_write, checkpoint_step
+from dreambooth_moslora.training.events import Reporter
+from dreambooth_moslora.training.model_card import pictures_named
+
+__all__ = ["announce", "begin", "holds_a_run", "set_aside", "set_later_aside"]
+
+logger = logging.getLogger(__name__)
+
+
+def holds_a_run(run_dir: RunDir) -> bool:
+    """Whether a checkpoint or an adapter is there: metrics alone are of a run that came to nothing."""
+    return bool(run_dir.named_checkpoints() or present(run_dir.adapter_path, run_dir.kohya_path, run_dir.best_dir))
+
+
+def set_aside(run_dir: RunDir) -> None:
+    """Class images stay: the new run can use them. So does the log, which goes on."""
+    if holds_a_run(run_dir):
+        move(what_was_left(run_dir), run_dir, "held an earlier run")
+
+
+def what_was_left(run_dir: RunDir) -> list[Path]:
+    pictures = [run_dir.path / name for name in sorted(pictures_named(run_dir.read_card() or ""))]
+    weights = [*run_dir.named_checkpoints(), run_dir.best_dir, run_dir.adapter_path, run_dir.kohya_path]
+    facts = [run_dir.metrics_path, run_dir.config_path, run_dir.card_path, run_dir.loss_plot_path]
+    return present(*weights, *facts, *pictures, run_dir.samples_dir, run_dir.contact_sheet_path)
+
+
+def set_later_aside(run_dir: RunDir, step: int) -> None:
+    """Without it a kill, and then `latest`, would go on from the run that was abandoned."""
+    later = [path for path in reversed(run_dir.named_checkpoints()) if checkpoint_step(path) > step]
+    scored = [event for event in run_dir.read_metrics() if event.get("type") == "evaluation"]
+    if scored and scored[-1]["best"]["step"] > step:
+        later += present(run_dir.best_dir)
+    if later:
+        move(later, run_dir, f"held checkpoints after step {step}, from which this run goes on")
+
+
+def present(*paths: Path) -> list[Path]:
+    return [path for path in paths if path.exists()]
+
+
+def move(paths: list[Path], run_dir: RunDir, what: str) -> None:
+    number = next(n for n in count(1) if not (run_dir.path / f"earlier_run_{n}").exists())
+    home = run_dir.path / f"earlier_run_{number}"
+    home.mkdir()
+    for path in paths:
+        path.rename(home / path.name)
+    logger.warning("%s %s: moved to %s.", run_dir.path, what, home.name)
+
+
+def announce(config: TrainConfig, run_dir: RunDir, report: Reporter, step: int, max_train_steps: int) -> None:
+    """The first event. A folder without an earlier run is taken at once, so that the run can be watched."""
+    report.step = step
+    report("start", max_train_steps=max_train_steps, config=config.to_dict())
+    if step == 0 and not holds_a_run(run_dir):
+        begin(config, run_dir, report, step)
+
+
+def begin(config: TrainConfig, run_dir: RunDir, report: Reporter, step: int, checkpoint: Path | None = None) -> None:
+    """Take the run folder: only now, when all is prepared, does an earlier run in it make room.
+
+    The configuration is written as it was resolved. A run that is resumed from a `checkpoint` in the folder goes on in
+    its metrics; to one from elsewhere, what is in the folder is another run.
+    """
+    if report.has_begun or not report.accelerator.is_main_process:
+        return
+    goes_on = checkpoint is not None and checkpoint.resolve().parent == run_dir.path.resolve()
+    set_later_aside(run_dir, step) if goes_on else set_aside(run_dir)
+    atomic_write(run_dir.config_path, json.dumps(config.to_dict(), indent=2, default=str))
+    report.begin_at(step)

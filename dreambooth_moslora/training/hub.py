@@ -1,0 +1,72 @@
+"""Push a finished adapter to the hub, when asked: the adapter's files, the card and its pictures, nothing else.
+
+Photos, the contact sheet (it shows them), checkpoints, class images and the configuration (it holds paths) stay here.
+"""
+
+import logging
+from glob import escape
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.constants import is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RunDir
+
+__all__ = ["check_push", "public_files", "push"]
+
+logger = logging.getLogger(__name__)
+
+PUBLIC_FILES = [PUBLISHED_NAME, "*.kohya.safetensors", "README.md", "image_*.png"]
+
+
+def public_files(run_dir: Path) -> list[str]:
+    """Names of the files at the top of the run folder that may leave the machine."""
+    return sorted(p.name for p in run_dir.iterdir() if p.is_file() and any(map(p.match, PUBLIC_FILES)))
+
+
+def patterns(names: list[str]) -> list[str]:
+    """What the hub's filter (fnmatch) matches to these names alone: the run's name may have brackets."""
+    return [escape(name) for name in names]
+
+
+def check_push(config: TrainConfig) -> None:
+    """Before a training that shall be pushed at its end. Raises UserError for a wrong name, and for a token that the
+    hub does not know; a hub that cannot be asked now is no mistake."""
+    try:
+        validate_repo_id(config.hub_model_id or RunDir(config.output_dir).name)
+    except HFValidationError as error:
+        raise UserError(f"--hub_model_id: {one_line(error)}") from error
+    try:
+        if not is_offline_mode():
+            HfApi(token=config.hub_token).whoami()
+    except Exception as error:  # the clients raise what their HTTP library does
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if status == 401 or isinstance(error, LocalTokenNotFoundError):
+            raise UserError(f"--push_to_hub: {one_line(error)}") from error
+
+
+def push(run_dir: Path, repo_id: str | None, token: str | None) -> str | None:
+    """Create the model repository when it is missing, upload `public_files`; returns the repository's address.
+
+    None, and a line in the log, when the hub cannot be reached or refuses: the run is complete without it.
+    """
+    api = HfApi(token=token)
+    try:
+        url = api.create_repo(repo_id or RunDir(run_dir).name, exist_ok=True)
+        api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=run_dir,
+            allow_patterns=patterns(public_files(run_dir)),
+            commit_message="Upload the adapter",
+        )
+    except Exception as error:  # the clients raise what their HTTP library does
+        again = "--push_to_hub --resume_from_checkpoint latest tries again"
+        logger.warning(
+            "the adapter is in %s but could not be pushed to the hub (%s); %s", run_dir, one_line(error), again
+        )
+        return None
+    return str(url)

@@ -1,0 +1,67 @@
+"""The loss curve of a run as a picture, and the fidelity curve beside it.
+
+Single steps are noisy (each draws its own noise level): a mean runs along.
+"""
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dreambooth_moslora.core.run_folder import atomic_write
+from dreambooth_moslora.training.best_step import CURVES
+
+__all__ = ["draw_loss_plot", "running_mean"]
+
+COLOURS = {"loss_instance": "#2a6fdb", "loss_prior": "#d9822b"}
+LABELS = {"loss_instance": "instance", "loss_prior": "prior"}
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the last `window` values at each place (fewer at the start); the length stays."""
+    sums = np.cumsum(np.insert(values, 0, 0.0))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - window)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def draw_loss_plot(steps: list[dict], path: Path, evaluations: Sequence[dict] = ()) -> None:
+    """`steps` and `evaluations` are events of `metrics.jsonl`; fidelity is drawn beside the loss. Writes a PNG."""
+    panels = 2 if evaluations else 1
+    figure = Figure(figsize=(7 * panels, 3.5), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    draw_loss(axes[0], steps)
+    if evaluations:
+        draw_fidelity(axes[1], evaluations)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    atomic_write(path, buffer.getvalue())
+
+
+def draw_fidelity(axes: Axes, evaluations: Sequence[dict]) -> None:
+    """Likeness, prompt, copies and the score that picks the best step, which is marked."""
+    at = [event["step"] for event in evaluations]
+    for key, label in CURVES.items():
+        values = [np.nan if event.get(key) is None else event[key] for event in evaluations]
+        axes.plot(at, values, "o-", markersize=3, linewidth=2 if key == "score" else 1, label=label)
+    best = max(evaluations, key=lambda event: (event.get("score") or 0.0, -event["step"]))
+    axes.axvline(best["step"], color="#888", linestyle=":", label=f"best: step {best['step']}")
+    axes.set(xlabel="step", ylabel="score")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="small")
+
+
+def draw_loss(axes: Axes, steps: Sequence[dict]) -> None:
+    for key, colour in COLOURS.items():
+        points = [(event["step"], event[key]) for event in steps if event.get(key) is not None]
+        if points:
+            at, values = map(np.array, zip(*points))
+            axes.plot(at, values, color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(at, running_mean(values, max(5, len(values) // 20)), color=colour, label=LABELS[key])
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False)

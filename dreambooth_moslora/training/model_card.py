@@ -1,0 +1,140 @@
+"""The model card: what the adapter shows, how to load it, how it was made, and how exactly its files reload.
+
+It is written to be shared: no path, no photo and no fact about one is in it.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from dreambooth_moslora import __version__
+from dreambooth_moslora.adapters.metadata import AdapterFacts
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.training.best_step import BestStep
+
+if TYPE_CHECKING:  # it imports torch
+    from dreambooth_moslora.adapters.proof import Proof
+
+__all__ = ["SIGNATURE", "CardFacts", "is_card", "model_card", "pictures_named"]
+
+SIGNATURE = "Made with dreambooth_moslora"
+PICTURE = re.compile(r'^  output: \{url: "(image_\d+\.png)"\}$', re.MULTILINE)
+
+
+def is_card(text: str) -> bool:
+    """Whether `model_card` wrote the text."""
+    return SIGNATURE in text
+
+
+def pictures_named(text: str) -> set[str]:
+    """The files of a card's pictures; none for a text that is no card of ours."""
+    return set(PICTURE.findall(text)) if is_card(text) else set()
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card says beyond the configuration. `images`: (file name, prompt) of the pictures beside it."""
+
+    name: str
+    step: int
+    max_train_steps: int
+    adapter: AdapterFacts
+    proof: "Proof"
+    images: tuple[tuple[str, str], ...] = ()
+    seconds: float | None = None
+    scores: dict[str, float] | None = None
+    best: BestStep | None = None
+
+
+def model_card(config: TrainConfig, facts: CardFacts) -> str:
+    """The text of README.md: YAML front matter as the hub reads it, then sections."""
+    sections = [
+        front_matter(config, facts),
+        f"# {facts.name}: an SDXL adapter for “{config.instance_prompt}”",
+        introduction(config, facts),
+        gallery(facts),
+        usage(config, facts),
+        training_table(config, facts),
+        f"## Proof\n\n{facts.proof.sentence()}.",
+        score_table(facts),
+        f"{SIGNATURE} {__version__}.",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def front_matter(config: TrainConfig, facts: CardFacts) -> str:
+    """JSON values are YAML values: quoting is safe whatever a prompt holds."""
+    lines = ["---", "library_name: diffusers", "pipeline_tag: text-to-image"]
+    if "/" in facts.adapter.base_id:
+        lines.append(f"base_model: {json.dumps(facts.adapter.base_id)}")
+    lines.append(f"instance_prompt: {json.dumps(config.instance_prompt)}")
+    tags = ["text-to-image", "diffusers", "lora", "moslora", "dreambooth", "stable-diffusion-xl", "template:sd-lora"]
+    lines.append(f"tags: {json.dumps(tags)}")
+    if facts.images:
+        lines.append("widget:")
+        for file, prompt in facts.images:
+            lines += [f"- text: {json.dumps(prompt)}", f"  output: {{url: {json.dumps(file)}}}"]
+    return "\n".join([*lines, "---"])
+
+
+def introduction(config: TrainConfig, facts: CardFacts) -> str:
+    method = (
+        "a plain LoRA" if config.mixer == "none" else "a MoSLoRA adapter (arXiv 2406.11909), folded into plain LoRA"
+    )
+    words = ", ".join(f"`{word}`" for word in facts.adapter.trigger_words) or f"`{config.instance_prompt}`"
+    unfinished = "" if facts.step >= facts.max_train_steps else f" Training stopped at step {facts.step}."
+    return f"One subject, learnt from a few photos by DreamBooth, as {method}. Trigger words: {words}.{unfinished}"
+
+
+def gallery(facts: CardFacts) -> str:
+    return "\n".join(f"![{prompt}]({file})" for file, prompt in facts.images)
+
+
+def usage(config: TrainConfig, facts: CardFacts) -> str:
+    base_id = facts.adapter.base_id if "/" in facts.adapter.base_id else "path/to/the/base"
+    return f"""## Use
+
+```python
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+pipe = StableDiffusionXLPipeline.from_pretrained({base_id!r}, dtype=torch.float16).to("cuda")
+pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")
+image = pipe({config.instance_prompt!r}).images[0]
+```
+
+`{facts.name}.kohya.safetensors` is the same adapter for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI."""
+
+
+def training_table(config: TrainConfig, facts: CardFacts) -> str:
+    trained = "UNet and both text encoders" if config.train_text_encoder else "UNet"
+    prior = f"{config.prior}, weight {config.prior_loss_weight}" if config.with_prior_preservation else "none"
+    batch = f"{config.train_batch_size} × {config.gradient_accumulation_steps} accumulated"
+    rows = {
+        "Base": facts.adapter.base_id,
+        "Adapter": f"rank {facts.adapter.rank}, alpha {facts.adapter.alpha:g}, mixer {config.mixer}, {trained}",
+        "Steps": f"{facts.step} of {facts.max_train_steps}",
+        "Resolution": f"{config.resolution} px",
+        "Batch": batch,
+        "Learning rate": f"{config.learning_rate:g}, {config.lr_scheduler}, {config.optimizer}",
+        "Prior preservation": prior,
+        "Seed": config.seed,
+    }
+    if facts.seconds is not None:
+        rows["Training time"] = str(timedelta(seconds=round(facts.seconds)))
+    return "## Training\n\n| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+
+
+def score_table(facts: CardFacts) -> str:
+    if not facts.scores:
+        return ""
+    rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in facts.scores.items())
+    best = ""
+    if facts.best is not None:
+        best = (
+            f"\n\nBest step: {facts.best.step}, score {facts.best.score:.3f} (DINO × CLIP-T as a share of the base's × "
+            "share of pictures that copy no photo); that adapter is in `best/`."
+        )
+    return f"## Scores of the last evaluation\n\n| | |\n|---|---|\n{rows}{best}"

@@ -1,0 +1,101 @@
+"""What is trained, how fast, and by which optimizer: parameter groups, AdamW / 8-bit / Prodigy, learning-rate schedule.
+
+Weight decay would pull a mixer towards zero and not towards its start, so mixers are exempt. In LoRA+ terms a mixer
+belongs to B's group: `mixer_lr_scale` multiplies its learning rate.
+"""
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dreambooth_moslora.adapters.moslora import adapter_parameters, mixer_parameters
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import UserError
+
+__all__ = ["make_lr_schedule", "make_optimizer", "optimizer_kind", "parameter_groups"]
+
+
+def parameter_groups(config: TrainConfig, components: dict[str, nn.Module], world_size: int = 1) -> list[dict]:
+    """Groups of A and B, and of mixers, for the UNet and each text encoder; empty ones are left out.
+
+    As in diffusers' script, `scale_lr` scales the UNet's rate only, and text encoders without a rate take the UNet's.
+    """
+    lr_scale = config.gradient_accumulation_steps * config.train_batch_size * world_size if config.scale_lr else 1
+    prodigy = config.optimizer.lower() == "prodigy"
+    groups = []
+    for name, module in components.items():
+        is_text = name != "unet"
+        own_rate = config.text_encoder_lr if is_text and not prodigy else 0.0
+        lr = own_rate or lr_scale * config.learning_rate
+        decay = config.adam_weight_decay_text_encoder if is_text else config.adam_weight_decay
+        mixers = [p for _, p in mixer_parameters(module)]
+        mixer_ids = {id(p) for p in mixers}
+        others = [p for _, p in adapter_parameters(module) if id(p) not in mixer_ids]
+        groups.append({"name": name, "params": others, "lr": lr, "weight_decay": decay})
+        groups.append(
+            {"name": f"{name}.mixer", "params": mixers, "lr": lr * config.mixer_lr_scale, "weight_decay": 0.0}
+        )
+    return [group for group in groups if group["params"]]
+
+
+def optimizer_kind(config: TrainConfig) -> str:
+    """Optimizers of one kind read each other's states."""
+    return "AdamW8bit" if config.use_8bit_adam and config.optimizer == "AdamW" else config.optimizer
+
+
+def make_optimizer(config: TrainConfig, groups: list[dict]) -> Optimizer:
+    """AdamW by default. Raises UserError for an unknown name or an optimizer which is not installed."""
+    kind = config.optimizer.lower()
+    if kind == "prodigy":
+        return make_prodigy(config, groups)
+    if kind != "adamw":
+        raise UserError(f"--optimizer {config.optimizer} is unknown: choose AdamW or Prodigy.")
+    betas = (config.adam_beta1, config.adam_beta2)
+    # One kernel for the hundreds of small matrices: on a CPU a quarter of the time of the loop over them.
+    fused = {} if config.use_8bit_adam else {"fused": True}
+    return adamw_class(config)(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, **fused)
+
+
+def adamw_class(config: TrainConfig) -> type[Optimizer]:
+    if not config.use_8bit_adam:
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.") from error
+    return AdamW8bit
+
+
+def make_prodigy(config: TrainConfig, groups: list[dict]) -> Optimizer:
+    """Prodigy finds the learning rate by itself (Mishchenko & Defazio 2023); the given one, 1.0, multiplies it."""
+    try:
+        from prodigyopt import Prodigy
+    except ImportError as error:
+        raise UserError("--optimizer Prodigy needs prodigyopt: pip install prodigyopt.") from error
+    return Prodigy(
+        groups,
+        lr=groups[0]["lr"],
+        betas=(config.adam_beta1, config.adam_beta2),
+        beta3=config.prodigy_beta3,
+        eps=config.adam_epsilon,
+        decouple=config.prodigy_decouple,
+        use_bias_correction=config.prodigy_use_bias_correction,
+        safeguard_warmup=config.prodigy_safeguard_warmup,
+    )
+
+
+def make_lr_schedule(config: TrainConfig, optimizer: Optimizer, max_train_steps: int) -> LRScheduler:
+    """diffusers' schedules by name; counted in optimizer steps, on any number of processes."""
+    try:
+        return get_scheduler(
+            config.lr_scheduler,
+            optimizer=optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=max_train_steps,
+            num_cycles=config.lr_num_cycles,
+            power=config.lr_power,
+        )
+    except ValueError as error:
+        raise UserError(f"--lr_scheduler {config.lr_scheduler} is unknown to diffusers: {error}") from error

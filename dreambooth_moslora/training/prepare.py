@@ -1,0 +1,296 @@
+"""From a configuration to all that the training loop reads: base, encoded photos and words, adapter.
+
+photos -> base -> class images -> latents and text embeddings -> encoders leave memory -> adapter
+"""
+
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusionXLPipeline
+from torch import nn
+
+from dreambooth_moslora.adapters.metadata import public_base_id
+from dreambooth_moslora.base.load import default_resolution, encode_text, load_pipeline
+from dreambooth_moslora.base.locate import SMALL_BASE_PX
+from dreambooth_moslora.base.quantization import quantize
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.digests import default_cache_dir
+from dreambooth_moslora.core.errors import StopRequestedError, UserError, spelled_out
+from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.generation.sampler import generate_images
+from dreambooth_moslora.photos.crops import crop_rule
+from dreambooth_moslora.photos.folder import Photo, PhotoReport, find_photos
+from dreambooth_moslora.training.accelerator import DTYPES, any_process, on_main
+from dreambooth_moslora.training.checks import check_layers
+from dreambooth_moslora.training.class_images import ClassImages
+from dreambooth_moslora.training.dataset import PhotoEncoder, PhotoStream, TextBook, TrainBatch, collate
+from dreambooth_moslora.training.encoding_cache import TensorCache, fingerprint
+from dreambooth_moslora.training.events import Reporter
+from dreambooth_moslora.training.noise_schedule import noise_schedule
+from dreambooth_moslora.training.objective import NoiseSchedule
+from dreambooth_moslora.training.step_plan import uses_class_images
+
+__all__ = ["Materials", "prepare", "usable_photos"]
+
+logger = logging.getLogger(__name__)
+
+FP32_ON_A_GPU = (
+    "The base trains in fp32, which takes twice the memory and several times the time: give --mixed_precision bf16 "
+    "(fp16 on a GPU older than Ampere)."
+)
+
+
+@dataclass
+class Materials:
+    """What the loop works on. `prior` is None without class images; `words` serves frozen text encoders."""
+
+    pipeline: StableDiffusionXLPipeline
+    schedule: NoiseSchedule
+    photos: list[Photo]
+    instance: PhotoStream
+    prior: PhotoStream | None
+    words: TextBook
+    dtype: torch.dtype
+
+    def batch_at(self, micro: int, size: int, next_micro: int) -> TrainBatch:
+        """Micro-batch number `micro` of the run: `size` instance images, and as many class images if there are any.
+
+        `next_micro` is the one that this process will ask for next.
+        """
+        streams = [self.instance] if self.prior is None else [self.instance, self.prior]
+        exposures = [s.at(position) for s in streams for position in range(micro * size, (micro + 1) * size)]
+        for stream in streams:
+            for position in range(next_micro * size, (next_micro + 1) * size):
+                stream.read_ahead(position)
+        return collate(exposures, [number >= size for number in range(len(exposures))])
+
+
+def prepare(
+    config: TrainConfig,
+    photos: list[Photo],
+    exposures: int,
+    prompts: list[str],
+    accelerator: Accelerator,
+    run_dir: RunDir,
+    report: Reporter,
+    should_stop: Callable[[], bool],
+) -> Materials:
+    """Load, generate, encode what the run's `exposures` will show.
+
+    `prompts` are those to be drawn later: they are embedded while the encoders are here.
+    """
+
+    def stop_together() -> bool:
+        return any_process(accelerator, should_stop())
+
+    report.phase("loading")
+    dtype = DTYPES[accelerator.mixed_precision]
+    pipeline = load_base(config, dtype, accelerator.device)
+    if accelerator.is_main_process:
+        warn_of_fp32(pipeline, accelerator.device)
+    schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
+    check_weighting(config, schedule)
+    check_layers(config.target_modules, layers_of(pipeline.unet), config.use_dora)
+    stop_if_asked(stop_together)
+    class_photos = []
+    if uses_class_images(config):
+        class_photos = make_class_images(config, pipeline, accelerator, run_dir, report, should_stop)
+    encoder = PhotoEncoder(
+        pipeline.vae.to(accelerator.device),
+        cache_of(config),
+        crop_rule(config),
+        config.dataloader_num_workers,
+        config.unmasked_weight,
+    )
+    instance = PhotoStream(photos, encoder, config.seed, "instance", config.repeats)
+    prior = PhotoStream(class_photos, encoder, config.seed, "prior") if class_photos else None
+    words = text_book(config, pipeline, accelerator.device)
+    encode_everything(config, instance, prior, exposures, words, prompts, report, stop_together)
+    release_encoders(config, pipeline, words, encoder, accelerator.device)
+    pipeline.unet.to(accelerator.device)
+    return Materials(pipeline, schedule, photos, instance, prior, words, dtype)
+
+
+def warn_of_fp32(pipeline: StableDiffusionXLPipeline, device: torch.device) -> None:
+    """One line when a base as large as SDXL would train in fp32 on a GPU, as it does when no precision is given."""
+    is_large = default_resolution(pipeline) > SMALL_BASE_PX
+    if device.type == "cuda" and is_large and pipeline.unet.dtype == torch.float32:
+        logger.warning(FP32_ON_A_GPU)
+
+
+def usable_photos(report: PhotoReport) -> list[Photo]:
+    """Its photos; what was left out is said once, by name."""
+    for skipped in report.skipped:
+        if skipped.is_photo:
+            logger.warning("%s", spelled_out(f"{skipped.path.name} is left out: {skipped.reason}"))
+    return report.photos
+
+
+def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> StableDiffusionXLPipeline:
+    """The VAE stays in fp32, as SDXL's own overflows in fp16, unless the person names another one."""
+    pipeline = load_pipeline(
+        config.pretrained_model_name_or_path,
+        dtype=dtype,
+        variant=config.variant,
+        revision=config.revision,
+        vae=config.pretrained_vae_model_name_or_path,
+        cache_dir=config.cache_dir,
+        vae_dtype=dtype if config.pretrained_vae_model_name_or_path else torch.float32,
+    )
+    quantize(pipeline.unet, config.base_quantization, dtype, device)
+    pipeline.register_modules(image_encoder=None, feature_extractor=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def check_weighting(config: TrainConfig, schedule: NoiseSchedule) -> None:
+    """A base can be EDM's without the flag."""
+    if config.snr_gamma is not None and schedule.style == "edm":
+        raise UserError("--snr_gamma: this base was made in EDM style, which weighs noise levels itself; leave it out.")
+
+
+def layers_of(unet: nn.Module) -> dict[str, int]:
+    """Path of each layer whose weight is no vector -> its dimensions, as `preflight` reads them from files."""
+    weights = ((path, getattr(module, "weight", None)) for path, module in unet.named_modules())
+    return {path: weight.ndim for path, weight in weights if weight is not None and weight.ndim > 1}
+
+
+def stop_if_asked(should_stop: Callable[[], bool]) -> None:
+    if should_stop():
+        raise StopRequestedError
+
+
+def make_class_images(
+    config: TrainConfig,
+    pipeline: StableDiffusionXLPipeline,
+    accelerator: Accelerator,
+    run_dir: RunDir,
+    report: Reporter,
+    should_stop: Callable[[], bool],
+) -> list[Photo]:
+    """The person's own class images first, then generated ones up to `num_class_images`."""
+    folder = Path(config.class_data_dir) if config.class_data_dir else run_dir.class_images_dir
+    base_id = public_base_id(config.pretrained_model_name_or_path)
+    images = ClassImages(folder, config.class_prompt, base_id, config.seed, config.resolution)
+    found = [photo.path for photo in class_photos_in(folder, config)]
+    wanted = max(0, config.num_class_images - len(found) + len(images.generated(found)))
+
+    def generate() -> None:
+        if not wanted:
+            return
+        generator = prior_pipeline(config, pipeline, accelerator.device).to(accelerator.device)
+        draw = lambda prompt, seeds: generate_images(generator, prompt, seeds, config.resolution, should_stop)  # noqa: E731
+        for _ in report.counted("class_images", images.top_up(wanted, config.sample_batch_size, draw), wanted):
+            stop_if_asked(should_stop)
+
+    on_main(accelerator, generate)
+    return usable_class_photos(folder, config, images)
+
+
+def class_photos_in(folder: Path, config: TrainConfig) -> list[Photo]:
+    """An empty or missing folder is no mistake here: it will be filled."""
+    if not folder.is_dir():
+        return []
+    return find_photos(folder, config.class_prompt, config.resolution, alpha="white").photos
+
+
+def usable_class_photos(folder: Path, config: TrainConfig, images: ClassImages) -> list[Photo]:
+    """As many as were asked for, the person's own before generated ones.
+
+    With fewer, the prior would be weaker than it says, and with none it would be off.
+    """
+    found = usable_photos(find_photos(folder, config.class_prompt, config.resolution, alpha="white"))
+    paths = [photo.path for photo in found]
+    stale, generated = images.stale(paths), images.generated(paths)
+    found.sort(key=lambda photo: photo.path in generated)
+    usable = [photo for photo in found if photo.path not in stale][: config.num_class_images]
+    if len(usable) < config.num_class_images:
+        raise UserError(
+            f"only {len(usable)} of {config.num_class_images} class images in {folder} can be used; "
+            "remove the broken ones, which are then made anew, or give another --class_data_dir."
+        )
+    return usable
+
+
+def prior_pipeline(
+    config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device
+) -> StableDiffusionXLPipeline:
+    """The base itself, or a copy in `prior_generation_precision` when that differs."""
+    wanted = DTYPES.get(config.prior_generation_precision or "", pipeline.unet.dtype)
+    if wanted == pipeline.unet.dtype:
+        return pipeline
+    return load_base(config, wanted, device)
+
+
+def cache_of(config: TrainConfig) -> TensorCache | None:
+    if config.caching == "off":
+        return None
+    if config.caching == "memory":
+        return TensorCache()
+    return TensorCache((Path(config.cache_dir) if config.cache_dir else default_cache_dir()) / "encoded")
+
+
+def text_book(config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device) -> TextBook:
+    encoders = [pipeline.text_encoder.to(device), pipeline.text_encoder_2.to(device)]
+    identity = "+".join(fingerprint(encoder) for encoder in encoders)
+    if pipeline.config.force_zeros_for_empty_prompt:  # decides what "" is
+        identity += "+zeros"
+    return TextBook(lambda prompts: encode_text(pipeline, prompts), cache_of(config) or TensorCache(), identity)
+
+
+def encode_everything(
+    config: TrainConfig,
+    instance: PhotoStream,
+    prior: PhotoStream | None,
+    exposures: int,
+    words: TextBook,
+    prompts: list[str],
+    report: Reporter,
+    should_stop: Callable[[], bool],
+) -> None:
+    """Ask every question of the frozen encoders that the run will ever have."""
+    streams = [stream for stream in (instance, prior) if stream is not None]
+    captions = (
+        {caption for stream in streams for photo in stream.photos for caption in photo.captions} | set(prompts) | {""}
+    )
+    if config.class_prompt:
+        captions |= {config.class_prompt, *config.prior_prompts}
+    views = sum(stream.view_count(exposures) for stream in streams)
+    counts = (number for number, _ in enumerate(every_view(streams, exposures), start=1))
+    for _ in report.counted("caching", counts, views):
+        stop_if_asked(should_stop)
+    for caption in sorted(captions):
+        words([caption])
+        stop_if_asked(should_stop)
+
+
+def every_view(streams: list[PhotoStream], exposures: int):
+    for stream in streams:
+        yield from stream.encode_ahead(exposures)
+
+
+def release_encoders(
+    config: TrainConfig,
+    pipeline: StableDiffusionXLPipeline,
+    words: TextBook,
+    encoder: PhotoEncoder,
+    device: torch.device,
+) -> None:
+    """Text encoders leave unless they are trained. The VAE leaves too; for samples and scores it waits on the CPU, and
+    it stays where every step encodes."""
+    if not config.train_text_encoder:
+        words.forget()
+        pipeline.register_modules(text_encoder=None, text_encoder_2=None)
+    if config.caching != "off" and (config.num_validation_images or config.evaluate_steps):
+        pipeline.vae.to("cpu")
+    elif config.caching != "off":
+        pipeline.register_modules(vae=None)
+        encoder.vae = None
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

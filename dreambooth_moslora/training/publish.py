@@ -1,0 +1,139 @@
+"""What a run leaves behind: adapter files (proved), model card and its pictures, contact sheet, loss plot, hub."""
+
+import logging
+from dataclasses import replace
+
+from PIL import Image
+
+from dreambooth_moslora.adapters.export import publish
+from dreambooth_moslora.adapters.metadata import AdapterFacts
+from dreambooth_moslora.adapters.proof import Proof
+from dreambooth_moslora.adapters.raw_file import adapter_facts
+from dreambooth_moslora.base.load import architecture
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.pictures import Row, draw_contact_sheet, write_png
+from dreambooth_moslora.core.prompts import class_word_of, trigger_words
+from dreambooth_moslora.core.run_folder import RunDir, atomic_directory, atomic_write
+from dreambooth_moslora.generation.sampler import Sampler, SampleRequest
+from dreambooth_moslora.photos.folder import Photo, open_rgb
+from dreambooth_moslora.training.best_step import BestStep
+from dreambooth_moslora.training.hub import push
+from dreambooth_moslora.training.loss_plot import draw_loss_plot
+from dreambooth_moslora.training.model_card import CardFacts, model_card, pictures_named
+from dreambooth_moslora.training.prepare import Materials
+from dreambooth_moslora.training.samples import Album
+from dreambooth_moslora.training.train_step import Learner
+
+__all__ = ["Publisher"]
+
+logger = logging.getLogger(__name__)
+
+CARD_IMAGES = 6
+
+
+class Publisher:
+    """Publishes one run. `scores` are the latest ones of the evaluator."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_dir: RunDir,
+        materials: Materials,
+        learner: Learner,
+        album: Album,
+        sampler: Sampler,
+    ):
+        self.config, self.run_dir, self.learner = config, run_dir, learner
+        self.photos, self.album, self.sampler = materials.photos, album, sampler
+        self.facts = facts_of(config, materials, learner)
+        self.scores: dict[str, float] = {}
+        self.best: BestStep | None = None
+
+    def note_scores(self, facts: dict, best: BestStep) -> None:
+        """The latest scores and the best step so far, for the card."""
+        self.scores = {name: value for name, value in facts.items() if isinstance(value, float) and name != "time"}
+        self.best = best
+
+    def keep_best(self) -> None:
+        """`best/`: the adapter as it is now, loadable like the final one, whole or not at all."""
+        with atomic_directory(self.run_dir.best_dir) as folder:
+            publish(self.learner.components, folder, self.run_dir.name, self.facts)
+
+    def publish(self, step: int, max_train_steps: int, finished: bool) -> Proof:
+        """The adapter first, then its card, then the hub; the rest is decoration, which stays here.
+
+        Only a finished run draws new contexts or is pushed.
+        """
+        proof = publish(self.learner.components, self.run_dir.path, self.run_dir.name, self.facts)
+        contexts = self.album.draw_contexts(self.sampler) if finished else []
+        best = self.best if self.run_dir.best_dir.is_dir() else None
+        facts = CardFacts(self.run_dir.name, step, max_train_steps, self.facts, proof, scores=self.scores, best=best)
+        drawn = list(zip(self.album.requests, self.album.latest))
+        shown = [*drawn[: max(2, CARD_IMAGES - len(contexts))], *zip(self.album.contexts, contexts)]
+        write_card(self.config, self.run_dir, facts, shown)
+        try:
+            if finished and self.config.push_to_hub:
+                push(self.run_dir.path, self.config.hub_model_id, self.config.hub_token)
+        finally:
+            write_loss_plot(self.run_dir)
+            if drawn:
+                write_contact_sheet(self.run_dir, self.photos, self.album, contexts)
+        return proof
+
+
+def facts_of(config: TrainConfig, materials: Materials, learner: Learner) -> AdapterFacts:
+    """What the adapter files say about themselves."""
+    return adapter_facts(
+        learner.components,
+        base_id=config.pretrained_model_name_or_path,
+        base_architecture=architecture(materials.pipeline.unet),
+        trigger_words=trigger_words(config),
+        class_word=class_word_of(config),
+        resolution_px=config.resolution,
+    )
+
+
+def write_card(
+    config: TrainConfig, run_dir: RunDir, facts: CardFacts, pictures: list[tuple[SampleRequest, Image.Image]]
+) -> None:
+    """README.md and the pictures that it shows (request, image): image_0.png and on.
+
+    The pictures of the card before go first and the new ones come last: at no moment is there one that no card names.
+    """
+    for stale in pictures_named(run_dir.read_card() or ""):
+        (run_dir.path / stale).unlink(missing_ok=True)
+    names = [(f"image_{number}.png", request.prompt) for number, (request, _) in enumerate(pictures)]
+    atomic_write(run_dir.card_path, model_card(config, replace(facts, images=tuple(names))))
+    for (name, _), (_, picture) in zip(names, pictures):
+        write_png(run_dir.path / name, picture)
+
+
+def write_contact_sheet(run_dir: RunDir, photos: list[Photo], album: Album, contexts: list[Image.Image]) -> None:
+    """Photos, step 0 beside the end at the same seeds, new contexts. Stays here: it shows the person's photos."""
+    captions = tuple(request.prompt for request in album.requests)
+    rows = [
+        Row("The photos", readable(photos[:6])),
+        Row("Step 0: the base, before training", album.first(), captions),
+        Row(f"Step {album.latest_step}: the same prompts, from the same noise", album.latest, captions),
+        Row("New contexts", contexts, tuple(request.prompt for request in album.contexts)),
+    ]
+    draw_contact_sheet(rows, run_dir.contact_sheet_path)
+
+
+def readable(photos: list[Photo]) -> list[Image.Image]:
+    """Those that are still where they were when training began."""
+    found = []
+    for photo in photos:
+        try:
+            found.append(open_rgb(photo))
+        except UserError as error:
+            logger.warning("the contact sheet is without a photo: %s", error)
+    return found
+
+
+def write_loss_plot(run_dir: RunDir) -> None:
+    events = run_dir.read_metrics()
+    steps, scored = ([event for event in events if event["type"] == kind] for kind in ("step", "evaluation"))
+    if steps:
+        draw_loss_plot(steps, run_dir.loss_plot_path, scored)

@@ -1,0 +1,85 @@
+"""The pictures of a run: the same prompts from the same noise at step 0, along the way and at the end.
+
+At the end come new contexts too: the subject where no photo shows it. The pictures of step 0 are read back from the
+run folder, so that a resumed run has them as well.
+"""
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import StopRequestedError
+from dreambooth_moslora.core.pictures import write_png
+from dreambooth_moslora.core.prompts import context_prompts, validation_prompts
+from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.seeding import seed_of
+from dreambooth_moslora.generation.sampler import Sampler, SampleRequest
+
+__all__ = ["Album"]
+
+
+@dataclass
+class Album:
+    """`requests` are drawn at each sampling step, `contexts` once, at the end. Both are empty without a prompt."""
+
+    run_dir: RunDir
+    requests: list[SampleRequest]
+    contexts: list[SampleRequest]
+    every_steps: int
+    latest: list[Image.Image] = field(default_factory=list)
+    latest_step: int = 0
+
+    @classmethod
+    def of(cls, config: TrainConfig, run_dir: RunDir, steps_per_epoch: int) -> "Album":
+        prompts = validation_prompts(config)
+        seeds = [seed_of(config.seed, "sample", number) % 2**32 for number in range(config.num_validation_images)]
+        requests = [SampleRequest(prompt, seed) for prompt in prompts for seed in seeds]
+        contexts = [SampleRequest(p, seeds[0]) for p in context_prompts(config)] if requests else []
+        every = config.validation_steps or config.validation_epochs * steps_per_epoch
+        return cls(run_dir, requests, contexts, every)
+
+    @property
+    def prompts(self) -> list[str]:
+        """All that will ever be drawn."""
+        return sorted({request.prompt for request in [*self.requests, *self.contexts]})
+
+    def is_due(self, step: int, last_step: int) -> bool:
+        return bool(self.requests) and (step % self.every_steps == 0 or step == last_step)
+
+    def draw(self, step: int, sampler: Sampler) -> dict[str, list]:
+        """Draw and save `samples/step_000100_0.png` …; returns the facts of the `sample` event.
+
+        Raises StopRequestedError as the sampler does; what was drawn until then stays.
+        """
+        self.latest, self.latest_step = [], step
+        for number, picture in enumerate(sampler(self.requests)):
+            self.latest.append(picture)
+            self._save(self.path(step, number), picture)
+        return {
+            "files": [str(self.path(step, n).relative_to(self.run_dir.path)) for n in range(len(self.requests))],
+            "prompts": [request.prompt for request in self.requests],
+            "seeds": [request.seed for request in self.requests],
+        }
+
+    def draw_contexts(self, sampler: Sampler) -> list[Image.Image]:
+        """What there is of them, when the person asks to stop."""
+        drawn: list[Image.Image] = []
+        with suppress(StopRequestedError):
+            for picture in sampler(self.contexts):
+                drawn.append(picture)
+        return drawn
+
+    def path(self, step: int, number: int) -> Path:
+        return self.run_dir.samples_dir / f"step_{step:06d}_{number}.png"
+
+    def first(self) -> list[Image.Image]:
+        """The pictures of step 0, as far as they are there."""
+        paths = [self.path(0, number) for number in range(len(self.requests))]
+        return [Image.open(path).convert("RGB") for path in paths if path.is_file()]
+
+    def _save(self, path: Path, picture: Image.Image) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_png(path, picture)

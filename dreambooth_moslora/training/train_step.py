@@ -1,0 +1,225 @@
+"""One optimizer step: micro-batches to gradients, gradients to a better adapter.
+
+Every draw is named by (seed, what, micro-batch number), where micro-batches are counted over steps, accumulation and
+processes: one process with accumulation 2 draws what two processes draw. The gradients of the adapters, which are
+small, are averaged over processes by one all-reduce a step: no module is wrapped, so any part of the base can train.
+Adapters are fp32; the frozen base computes in its own dtype.
+"""
+
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from dreambooth_moslora.adapters.fused_linear import enable_fast_path
+from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, disabled, inject
+from dreambooth_moslora.base.load import TextCond, encode_text
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.seeding import generator, rng, seed_of
+from dreambooth_moslora.training.checkpoint import load_adapter, restore_optimizer
+from dreambooth_moslora.training.dataset import TrainBatch
+from dreambooth_moslora.training.objective import (
+    LossParts,
+    Noised,
+    corrupt,
+    draw_levels,
+    loss,
+    prediction_of,
+    snr_weights,
+    target_of,
+)
+from dreambooth_moslora.training.optimizer import make_lr_schedule, make_optimizer, parameter_groups
+from dreambooth_moslora.training.prepare import Materials
+
+__all__ = ["Learner", "StepLosses", "add_adapters"]
+
+TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """Means over the micro-batches of one step, on all processes; `prior` is None without prior preservation."""
+
+    total: float
+    instance: float
+    prior: float | None
+
+
+class Learner:
+    """The adapter, its optimizer, and the number of steps done."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        materials: Materials,
+        accelerator: Accelerator,
+        max_train_steps: int,
+        checkpoint: Path | None = None,
+        step: int = 0,
+    ):
+        self.config, self.materials, self.accelerator, self.step = config, materials, accelerator, step
+        self.components = add_adapters(config, materials, checkpoint)
+        self.parameters = [p for module in self.components.values() for _, p in adapter_parameters(module)]
+        groups = parameter_groups(config, self.components, accelerator.num_processes)
+        optimizer = make_optimizer(config, groups)
+        self.lr_schedule = make_lr_schedule(config, optimizer, max_train_steps)
+        if checkpoint is not None:
+            restore_optimizer(checkpoint, step, optimizer, self.lr_schedule, accelerator.scaler)
+        self.optimizer = accelerator.prepare(optimizer)
+
+    def accumulate_gradients(self) -> StepLosses:
+        """Forward and backward of this process's micro-batches of the step."""
+        self.train_mode()
+        self.optimizer.zero_grad(set_to_none=True)
+        count, world = self.config.gradient_accumulation_steps, self.accelerator.num_processes
+        found = []
+        for turn in range(count):
+            micro = (self.step * count + turn) * world + self.accelerator.process_index
+            parts = self.micro_loss(micro)
+            self.accelerator.backward(parts.total / count)
+            found.append(torch.stack([parts.total.detach(), parts.instance, prior_or_nan(parts)]))
+        return self._averaged(torch.stack(found).mean(0))
+
+    def update_adapter(self) -> float:
+        """Average gradients over processes, clip, step; returns the gradient's norm before clipping."""
+        self._average_gradients()
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
+        self.optimizer.step()
+        self.lr_schedule.step()
+        self.step += 1
+        return float(norm)
+
+    def micro_loss(self, micro: int) -> LossParts:
+        """The loss of micro-batch number `micro` of the run."""
+        config, schedule, device = self.config, self.materials.schedule, self.accelerator.device
+        batch = self.materials.batch_at(micro, config.train_batch_size, micro + self.accelerator.num_processes)
+        if self._base_is_prior:
+            batch = batch.with_base_as_prior(prior_prompts(config, micro))
+        batch = batch.to(device)
+        names = (config.seed, "micro", micro)
+        torch.manual_seed(seed_of(*names, "dropout"))
+        noise = torch.randn(batch.latents.shape, generator=generator(*names, "noise")).to(device)
+        bias = (config.timestep_bias_strategy, config.timestep_bias_multiplier, config.timestep_bias_portion)
+        draws = draw_levels(schedule, len(batch.latents), generator(*names, "level"), *bias)
+        noised = corrupt(schedule, batch.latents, noise, draws.to(device))
+        target = target_of(schedule, batch.latents, noise, noised.index)
+        if self._base_is_prior:
+            target = torch.where(batch.is_prior.view(-1, 1, 1, 1), self.base_prediction(batch, noised), target)
+        weights = snr_weights(schedule, noised.index, batch.is_prior, config.snr_gamma)
+        prediction = self.predict(batch, noised, self.text_cond(batch.prompts))
+        return loss(prediction, target, weights, batch.is_prior, config.prior_loss_weight, batch.mask)
+
+    def predict(self, batch: TrainBatch, noised: Noised, cond: TextCond) -> Tensor:
+        """The UNet's prediction (B, 4, h, w) in fp32."""
+        unet, to = self.materials.pipeline.unet, {"device": self.accelerator.device, "dtype": self.materials.dtype}
+        output = unet(
+            noised.unet_input.to(**to),
+            noised.timesteps,
+            encoder_hidden_states=cond.embeds.to(**to),
+            added_cond_kwargs={"text_embeds": cond.pooled.to(**to), "time_ids": batch.time_ids.to(**to)},
+        ).sample
+        return prediction_of(self.materials.schedule, output.float(), noised)
+
+    @torch.no_grad()
+    def base_prediction(self, batch: TrainBatch, noised: Noised) -> Tensor:
+        """What the frozen base predicts: the target of the prior half (only that half is computed)."""
+        prior = batch.is_prior
+        prompts = [prompt for prompt, kept in zip(batch.prompts, prior) if kept]
+        half = TrainBatch(batch.latents[prior], batch.time_ids[prior], prior[prior], None, prompts)
+        cond = self.materials.words(prompts)
+        inputs = Noised(noised.unet_input[prior], noised.noisy[prior], noised.timesteps[prior], noised.index[prior])
+        with ExitStack() as stack:
+            for module in self.components.values():
+                stack.enter_context(disabled(module))
+            answer = self.predict(half, inputs, cond)
+        target = torch.zeros_like(noised.noisy)
+        target[prior] = answer
+        return target
+
+    def text_cond(self, prompts: list[str]) -> TextCond:
+        """Cached embeddings, or live ones with gradients when the text encoders are trained."""
+        if self.config.train_text_encoder:
+            return encode_text(self.materials.pipeline, prompts)
+        return self.materials.words(prompts)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the UNet's A and B, in the next step. Prodigy's own estimate is in it."""
+        group = self.optimizer.param_groups[0]
+        return group["lr"] * group.get("d", 1.0)
+
+    def train_mode(self, training: bool = True) -> None:
+        for module in self.components.values():
+            module.train(training)
+
+    @property
+    def _base_is_prior(self) -> bool:
+        return self.config.with_prior_preservation and self.config.prior == "adapter_off"
+
+    def _average_gradients(self) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        mean = self.accelerator.reduce(parameters_to_vector(grads), "mean")
+        vector_to_parameters(mean, grads)
+
+    def _averaged(self, values: Tensor) -> StepLosses:
+        if self.accelerator.num_processes > 1:
+            values = self.accelerator.reduce(values, "mean")
+        total, instance, prior = values.tolist()
+        has_prior = self.config.with_prior_preservation
+        return StepLosses(total, instance, prior if has_prior else None)
+
+
+def prior_prompts(config: TrainConfig, micro: int) -> list[str]:
+    """What `adapter_off` preserves beside each photo of a micro-batch: the class prompt, or in every second of many
+    draws one of the others."""
+    draws = rng(config.seed, "micro", micro, "prior prompts")
+    others = config.prior_prompts or (config.class_prompt,)
+    return [draws.choice((config.class_prompt, draws.choice(others))) for _ in range(config.train_batch_size)]
+
+
+def prior_or_nan(parts: LossParts) -> Tensor:
+    return torch.full_like(parts.instance, math.nan) if parts.prior is None else parts.prior
+
+
+def add_adapters(config: TrainConfig, materials: Materials, checkpoint: Path | None) -> dict[str, nn.Module]:
+    """The modules that are trained, by diffusers' names, each with a fresh adapter or the checkpoint's."""
+    names = ["unet", "text_encoder", "text_encoder_2"] if config.train_text_encoder else ["unet"]
+    components = {name: getattr(materials.pipeline, name) for name in names}
+    if checkpoint is not None:
+        load_adapter(checkpoint, components)
+    for name, module in components.items():
+        if checkpoint is None:
+            torch.manual_seed(seed_of(config.seed, "adapter", name))
+            inject(module, adapter_config(config, name))
+        if config.gradient_checkpointing:
+            enable_gradient_checkpointing(module)
+        enable_fast_path(module)
+    return components
+
+
+def adapter_config(config: TrainConfig, component: str) -> MoSLoraConfig:
+    targets = config.target_modules if component == "unet" else TEXT_PROJECTIONS
+    return MoSLoraConfig(
+        r=config.rank,
+        lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+        target_modules=list(targets),
+        mixer=config.mixer,
+        train_mixer=config.train_mixer,
+        mixer_seed=config.seed,
+    )
+
+
+def enable_gradient_checkpointing(module: nn.Module) -> None:
+    """diffusers and transformers name it differently."""
+    name = "enable_gradient_checkpointing"
+    (getattr(module, name) if hasattr(module, name) else module.gradient_checkpointing_enable)()

@@ -1,0 +1,181 @@
+"""What all tabs share: the pipeline (loading while the page is already up), the adapters, the visitors, the stops."""
+
+import functools
+import html
+import inspect
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gradio as gr
+
+from dreambooth_moslora.base.locate import SMALL_BASE_PX
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.toy import preferred_guidance
+from dreambooth_moslora.generation.params import GenerationParams
+from dreambooth_moslora.ui.adapter_catalog import AdapterShelf
+from dreambooth_moslora.ui.gpu_turns import GpuTurns
+from dreambooth_moslora.ui.jobs import Jobs
+from dreambooth_moslora.ui.users import Visitor, Visitors, visitor_id
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.generation.pipeline import SubjectPipeline
+
+__all__ = ["AT_ONCE", "GPU", "TELLING", "AppContext", "sentence", "shown"]
+
+GPU = {"concurrency_id": "gpu", "concurrency_limit": 1}
+"""Options of every event that computes: one at a time, the others wait in one queue."""
+
+AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+"""Options of small events outside the queue. The page shows no error and no remark of theirs: they have none."""
+TELLING = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+"""Options of small events with something to tell: an error or a remark comes to the page by the queue alone."""
+
+MAX_WAITING = 1000
+Page = tuple[str, str]
+"""Visitor and session."""
+
+logger = logging.getLogger(__name__)
+
+
+class AppContext:
+    """State of the server. `load` gives the pipeline; it runs in a thread of its own from the start.
+
+    `base` is shown to everybody; `base_name` is what the trainer is told (it may be a path of this machine).
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], "SubjectPipeline"],
+        *,
+        base: str,
+        base_name: str,
+        resolution_px: int,
+        adapters_dir: Path,
+        runs_dir: Path,
+        training: bool,
+    ) -> None:
+        self.base, self.base_name, self.resolution_px = base, base_name, resolution_px
+        self.runs_dir = runs_dir
+        self.training = training
+        self.visitors = Visitors()
+        self.shelf = AdapterShelf(adapters_dir, runs_dir)
+        self._stops: dict[Page, threading.Event] = {}
+        self._waiting: OrderedDict[Page, threading.Event] = OrderedDict()
+        is_small = resolution_px <= SMALL_BASE_PX
+        self.turns = GpuTurns(self.pipeline, self.loaded, lambda: self.jobs.current() is not None, is_small=is_small)
+        self.jobs = Jobs(runs_dir, make_room=self.turns.training)
+        self._load, self._load_lock = load, threading.Lock()
+        self._pipeline = _loading(load)
+
+    @property
+    def guidance_scale(self) -> float:
+        """The base's own."""
+        return preferred_guidance(self.base_name)
+
+    @property
+    def is_ready(self) -> bool:
+        return self.loaded() is not None
+
+    def loaded(self) -> "SubjectPipeline | None":
+        """The pipeline if it is there already."""
+        loading = self._pipeline
+        return loading.result() if loading.done() and loading.exception() is None else None
+
+    def pipeline(self) -> "SubjectPipeline":
+        """Waits until the base is there; a failed load is tried again. Raises UserError when that fails."""
+        with self._load_lock:
+            if self._pipeline.done() and self._pipeline.exception() is not None:
+                self._pipeline = _loading(self._load)
+            loading = self._pipeline
+        return loading.result()
+
+    def load_adapters(self, params: GenerationParams, visitor: Visitor) -> GenerationParams:
+        """Apply tags, bring every adapter into the model. Raises UserError for an unknown or unfitting one."""
+        params = params.apply_tags()
+        for name, _ in params.adapters:
+            self.pipeline().load_adapter(self.shelf.path(name, visitor), name)
+        return params
+
+    def announce(self, request: gr.Request) -> None:
+        """This page's work is about to join the queue: from now on it can be stopped, also before its turn comes."""
+        self._waiting[_page_of(request)] = threading.Event()
+        while len(self._waiting) > MAX_WAITING:
+            self._waiting.popitem(last=False)
+
+    @contextmanager
+    def stoppable(self, request: gr.Request) -> Iterator[Callable[[], bool]]:
+        """`should_stop` of this page's work. The next work of the page gets a new one."""
+        page = _page_of(request)
+        stop = self._stops[page] = self._waiting.pop(page, None) or threading.Event()
+        try:
+            yield stop.is_set
+        finally:
+            if self._stops.get(page) is stop:
+                del self._stops[page]
+
+    def stop(self, request: gr.Request) -> None:
+        """Stop this page's own work, running or waiting, if there is any; another page's cannot be named."""
+        for works in (self._stops, self._waiting):
+            if stop := works.get(_page_of(request)):
+                stop.set()
+
+
+def _page_of(request: gr.Request) -> Page:
+    """The visitor and the page: a session's name alone, which the asker chooses, opens nothing."""
+    return visitor_id(request), str(request.session_hash)
+
+
+def _loading(load: Callable[[], "SubjectPipeline"]) -> "Future[SubjectPipeline]":
+    """What `load` will have returned, in a thread of its own."""
+    future: Future[SubjectPipeline] = Future()
+    threading.Thread(target=_fulfil, args=(future, load), name="load-base", daemon=True).start()
+    return future
+
+
+def _fulfil(future: Future, load: Callable[[], "SubjectPipeline"]) -> None:
+    try:
+        future.set_result(load())
+    except UserError as error:
+        logger.error("The base could not be loaded: %s", error)
+        future.set_exception(error)
+    except Exception:
+        logger.exception("The base could not be loaded")
+        future.set_exception(UserError("the base could not be loaded; the server's log says why"))
+
+
+def shown(handler: Callable) -> Callable:
+    """A UserError in a handler becomes a message on the page; its text is escaped, it may quote a visitor's words."""
+    if inspect.isgeneratorfunction(handler):
+
+        @functools.wraps(handler)
+        def guarded(*args, **kwargs):
+            try:
+                yield from handler(*args, **kwargs)
+            except UserError as error:
+                raise as_message(error) from error
+    else:
+
+        @functools.wraps(handler)
+        def guarded(*args, **kwargs):
+            try:
+                return handler(*args, **kwargs)
+            except UserError as error:
+                raise as_message(error) from error
+
+    return guarded
+
+
+def as_message(error: UserError) -> gr.Error:
+    return gr.Error(html.escape(sentence(error), quote=False), duration=12, print_exception=False)
+
+
+def sentence(error: Exception | str) -> str:
+    """The words of an error or a remark, with a capital at their head; they may quote what is no character."""
+    text = str(error).encode("utf-8", "replace").decode()
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,57 @@
+"""What a run would cost, before anything is spent: the estimate of `--dry_run`, in a card."""
+
+from html import escape
+from statistics import median
+from typing import TYPE_CHECKING
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.ui.app_state import AppContext
+from dreambooth_moslora.ui.generate_actions import format_seconds
+from dreambooth_moslora.ui.jobs import Jobs
+from dreambooth_moslora.ui.memory_choice import choice_lines
+from dreambooth_moslora.ui.photo_uploads import kept_photos
+from dreambooth_moslora.ui.train_form import TrainForm
+from dreambooth_moslora.ui.users import Visitor
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.core.config import TrainConfig
+
+__all__ = ["estimate_cost"]
+
+
+def estimate_cost(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> str:
+    """Steps, time, memory and disk as HTML. Raises UserError for what training would refuse."""
+    from dreambooth_moslora.base.locate import base_folder
+    from dreambooth_moslora.core.config import TrainConfig
+    from dreambooth_moslora.training.dry_run import cost_lines, remarks, step_lines
+    from dreambooth_moslora.training.estimate import estimate, size_of_base
+    from dreambooth_moslora.training.step_plan import plan_steps
+
+    photos = visitor.photos_dir
+    count = len(kept_photos(photos))
+    if not visitor.has_photos:
+        raise UserError("add some photos of your subject first")
+    config = TrainConfig.from_dict(form.config(ctx.base_name, ctx.resolution_px, photos, ctx.runs_dir / "new"))
+    plan = plan_steps(config, count)
+    size = size_of_base(base_folder(config), config.target_modules)
+    cost = estimate(config, size, plan.total_steps, count)
+    lines = [
+        *step_lines(config, plan),
+        *time_line(jobs, config, plan.total_steps),
+        *cost_lines(config, cost),
+        *choice_lines(config, cost),
+        *remarks(config),
+    ]
+    return f'<div class="card"><ul class="remarks">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul></div>'
+
+
+def time_line(jobs: Jobs, config: "TrainConfig", total_steps: int) -> list[str]:
+    """How long it takes at the pace of the newest run on this machine that trained the same base at this size."""
+    alike = ("pretrained_model_name_or_path", "resolution", "train_batch_size", "with_prior_preservation")
+    for job in jobs.all():
+        metrics = jobs.metrics(job)
+        earlier = metrics.last("start").get("config", {})
+        paces = [event["step_sec"] for event in metrics.of("step")[-50:] if event.get("step_sec")]
+        if paces and all(earlier.get(name) == getattr(config, name) for name in alike):
+            return [f"time: about {format_seconds(median(paces) * total_steps)}, at the pace of the last such run here"]
+    return ["time: not known before the first run here; the page shows it after a few steps"]

@@ -1,0 +1,121 @@
+"""The mixers themselves: how they start, what depends on them, and who is refused one."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from dreambooth_moslora.adapters.mixer import MixedUp, initial_mixer
+from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, inject
+from dreambooth_moslora.core.errors import UserError
+from tests.adapters.test_moslora import Net, config, shake
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "identity", "butterfly"])
+def test_the_mixers_start_as_they_are_named(kind):
+    mixer = initial_mixer(kind, 6, seed=1, path="a.b").double()
+    halves = torch.eye(3).repeat(2, 2).double()
+    wanted = {"orthogonal": torch.eye(6).double(), "identity": torch.eye(6).double(), "butterfly": 2 * halves}
+    assert torch.allclose(mixer @ mixer.T, wanted[kind], atol=1e-6)
+    assert (kind == "orthogonal") == (not torch.equal(mixer, mixer.round()))
+
+
+def test_kaiming_mixers_are_uniform_within_one_over_the_root_of_r():
+    mixer = initial_mixer("kaiming", 64, seed=0, path="x")
+    assert 0.95 / 8 < mixer.abs().max() <= 1 / 8
+    assert abs(mixer.std() - 1 / 8 / 3**0.5) < 0.005
+
+
+def test_mixers_depend_on_seed_and_place_and_on_nothing_else():
+    first = initial_mixer("orthogonal", 4, seed=0, path="a")
+    torch.manual_seed(77)
+    state = torch.get_rng_state()
+    assert torch.equal(first, initial_mixer("orthogonal", 4, seed=0, path="a"))
+    assert torch.equal(state, torch.get_rng_state()), "a mixer must not shift the draws of A"
+    assert not torch.equal(first, initial_mixer("orthogonal", 4, seed=1, path="a"))
+    assert not torch.equal(first, initial_mixer("orthogonal", 4, seed=0, path="b"))
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "said"),
+    [
+        ("words", {}, "words is a Embedding"),
+        ("nowhere", {}, "matches no module of Net"),
+        ("to_q", {"lora_bias": True}, "lora_bias"),
+        ("to_q", {"r": 0}, "from 1 on, not 0"),
+        ("to_q", {"rank_pattern": {"to_k": -2}}, "from 1 on, not -2"),
+        ("to_q", {"mixer": "butterfly", "r": 3}, "even ranks, not 3"),
+    ],
+)
+def test_what_cannot_carry_a_mixer_is_named(target, options, said):
+    with pytest.raises(UserError, match=said):
+        inject(
+            Net(),
+            config(
+                **{"target_modules": ["to_q", target]}
+                | ({"target_modules": [target]} if options or target == "nowhere" else {})
+                | options
+            ),
+        )
+
+
+def test_a_refusal_leaves_the_model_as_it_was():
+    net = Net()
+    with pytest.raises(UserError, match="words is a Embedding"):
+        inject(net, config(target_modules=["to_q", "words"]))
+    assert not hasattr(net, "peft_config") and type(net.to_q) is nn.Linear
+
+
+def test_a_refusal_leaves_a_peft_model_as_it_was():
+    model = get_peft_model(Net(), config(), "one")
+    before = [name for name, _ in model.named_parameters()]
+    with pytest.raises(UserError, match="words is a Embedding"):
+        inject(model, config(target_modules=["to_q", "words"]), "two")
+    assert [name for name, _ in model.named_parameters()] == before and list(model.peft_config) == ["one"]
+
+
+def test_get_peft_model_refuses_too():
+    with pytest.raises(UserError, match="words is a Embedding"):
+        get_peft_model(Net(), config(target_modules=["words"]))
+
+
+@pytest.mark.parametrize(
+    "options", [{"mixer": "random"}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}]
+)
+def test_wrong_settings_are_refused(options):
+    with pytest.raises(UserError, match="mixer"):
+        config(**options)
+
+
+@pytest.mark.parametrize("first", [LoraConfig, MoSLoraConfig])
+def test_a_second_adapter_of_a_peft_model_gets_its_mixer(first):
+    model = get_peft_model(Net(), first(r=4, target_modules=["to_q"]))
+    model.add_adapter("late", config(r=2))
+    layers = adapter_layers(model, "late")
+    assert all(isinstance(layer.lora_B["late"], MixedUp) for layer in layers.values())
+    assert {p.dtype for _, p in adapter_parameters(model, "late")} == {torch.float32}
+
+
+@pytest.mark.parametrize("combination", ["cat", "svd"])
+def test_add_weighted_adapter_combines_the_folded_adapters(combination):
+    torch.manual_seed(0)
+    model = get_peft_model(Net(), config(), "one")
+    model.add_adapter("two", config(mixer="kaiming"))
+    for seed, name in enumerate(("one", "two")):
+        shake(model, name, seed)
+    wanted = {
+        path: 0.5 * layer.get_delta_weight("one") + 2 * layer.get_delta_weight("two")
+        for path, layer in adapter_layers(model, "one").items()
+    }
+    options = {"svd_rank": 8} if combination == "svd" else {}
+    model.add_weighted_adapter(["one", "two"], [0.5, 2], "sum", combination, **options)
+    for path, layer in adapter_layers(model, "sum").items():
+        assert torch.allclose(layer.get_delta_weight("sum"), wanted[path], atol=1e-4)
+    assert isinstance(model.peft_config["one"], MoSLoraConfig)
+
+
+def test_the_product_of_a_tensor_subclass_stays_of_that_subclass():
+    with FakeTensorMode():
+        mixed = MixedUp(torch.ones(5, 2), torch.ones(2, 2))
+    assert type(mixed.weight) is FakeTensor and mixed.weight.shape == (5, 2)

@@ -1,0 +1,119 @@
+"""Damaged, foreign and half-fetched bases: `--dry_run` and training refuse the same ones, in the same line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dreambooth_moslora.base.load import load_pipeline
+from dreambooth_moslora.base.locate import base_folder
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.training.checks import preflight
+from dreambooth_moslora.training.estimate import size_of_base
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 492265168\n"
+UNET, TEXT = Path("unet/diffusion_pytorch_model.safetensors"), Path("text_encoder/model.safetensors")
+
+
+@pytest.fixture
+def base(tiny_base, tmp_path):
+    return shutil.copytree(tiny_base, tmp_path / "base")
+
+
+def rename_tensors(file):
+    save_file({f"other.{name}": value for name, value in load_file(file).items()}, file)
+
+
+def change(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def cut(file, length):
+    file.write_bytes(file.read_bytes()[:length])
+
+
+DAMAGES = {
+    "a pointer for the UNet": (lambda base: (base / UNET).write_text(POINTER), r"unet.* is a git-lfs pointer"),
+    "a pointer for a text encoder": (lambda base: (base / TEXT).write_text(POINTER), r"text_encoder.*`git lfs pull`"),
+    "half a file": (lambda base: cut(base / UNET, -1000), "cut short: "),
+    "half a header": (lambda base: cut(base / UNET, 100), "its header cannot be read"),
+    "an empty file": (lambda base: cut(base / UNET, 0), "not a safetensors file"),
+    "no UNet": (lambda base: shutil.rmtree(base / "unet"), "unet is missing"),
+    "no weights": (lambda base: (base / UNET).unlink(), "has no weights"),
+    "no tokenizer": (lambda base: shutil.rmtree(base / "tokenizer"), "tokenizer is missing"),
+    "another model's UNet": (lambda base: rename_tensors(base / UNET), r"another model: it has no conv_in\.weight"),
+    "another text encoder": (lambda base: rename_tensors(base / TEXT), "text_encoder holds weights of another model"),
+    "a broken index": (lambda base: (base / "model_index.json").write_text("{"), "model_index.json cannot be read"),
+    "no second text encoder": (
+        lambda base: change(base / "model_index.json", text_encoder_2=[None, None]),
+        "not an SDXL base model: its model_index.json names no text_encoder_2",
+    ),
+    "no size conditioning": (
+        lambda base: change(base / "unet" / "config.json", addition_embed_type=None),
+        "not an SDXL base model: its UNet",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_base_is_one_line_and_the_same_in_dry_run_and_in_training(name, base):
+    damage, says = DAMAGES[name]
+    damage(base)
+    with pytest.raises(UserError, match=says) as seen:
+        base_folder(TrainConfig(pretrained_model_name_or_path=base))
+    with pytest.raises(UserError, match=says) as loaded:
+        load_pipeline(base)
+    assert str(seen.value) == str(loaded.value) and "\n" not in str(seen.value)
+
+
+def test_a_weight_that_no_file_has_is_named(base):
+    save_file({k: v for k, v in load_file(base / UNET).items() if k != "conv_out.bias"}, base / UNET)
+    with pytest.raises(UserError, match=r"not whole: the files of its unet have no conv_out\.bias"):
+        load_pipeline(base)
+
+
+def test_what_only_the_loader_can_see_is_one_line_too(base):
+    weights = load_file(base / TEXT)
+    last = max(name for name in weights if name.endswith("layer_norm2.weight"))
+    save_file(weights | {last: torch.zeros(3, 3)}, base / TEXT)
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        load_pipeline(base)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_the_files_that_are_loaded_need_be_whole(base):
+    shutil.copy(base / UNET, base / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    whole = size_of_base(base_folder(TrainConfig(pretrained_model_name_or_path=base)), ("to_q",))
+    (base / UNET).write_text(POINTER)
+    folder = base_folder(TrainConfig(pretrained_model_name_or_path=base, variant="fp16"))
+    assert size_of_base(folder, ("to_q",), "fp16") == whole
+
+
+def test_a_single_file_is_looked_at_too(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_text(POINTER)
+    with pytest.raises(UserError, match="git-lfs pointer"):
+        base_folder(TrainConfig(pretrained_model_name_or_path=file))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("{base}/missing", "the VAE .*missing is neither a diffusers folder"),
+        ("{base}/vae/config.json", "the VAE .*json is neither a diffusers folder"),
+        ("{base}", "config.json cannot be read"),
+        ("{base}/unet", r"another model: it has no encoder\.conv_in\.weight"),
+    ],
+)
+def test_another_vae_is_looked_at_before_a_run_and_before_a_dry_one(base, name, says):
+    def config(vae):
+        return TrainConfig(pretrained_model_name_or_path=str(base), pretrained_vae_model_name_or_path=vae)
+
+    preflight(config(str(base / "vae")))
+    preflight(config("owner/vae"))
+    with pytest.raises(UserError, match=says):
+        preflight(config(name.format(base=base)))

@@ -1,0 +1,74 @@
+"""The benchmarks run, and their arithmetic is right; what they measure is not asserted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.startup import moments
+from benchmarks.train_step import ratios
+from dreambooth_moslora.training.loop import train
+from tests.helpers.tiny_training import paint_photos, tiny_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_quick_form_steps_the_trainers_own_learner(tmp_path):
+    report = tmp_path / "step.json"
+    arms = ["--arms", "ours", "--warmup", "0", "--steps", "1"]
+    command = [sys.executable, "-m", "benchmarks.train_step", "--quick", *arms, "--json", str(report)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    [result] = json.loads(report.read_text())["results"]
+    assert result["arm"] == "ours" and result["step_sec"] > 0 and result["peak_gb"] > 0, done.stderr
+    assert 0 < result["loss"] < 10 and result["grad_norm"] > 0
+    assert "peak GB" in done.stdout
+
+
+def test_the_loop_in_diffusers_style_learns_with_the_adapter_in_either_dtype():
+    from benchmarks.diffusers_style_loop import diffusers_style_step
+
+    for fp32_adapter in (False, True):
+        step = diffusers_style_step("small", 64, 2, True, fp32_adapter)
+        losses = [step()[0] for _ in range(2)]
+        assert all(0 < loss < 100 for loss in losses) and losses[0] != losses[1]
+
+
+def test_the_trainer_takes_the_random_base(tmp_path):
+    from benchmarks.random_sdxl import random_sdxl
+
+    random_sdxl("small").save_pretrained(tmp_path / "base")
+    photos = paint_photos(tmp_path / "photos")
+    config = tiny_config(tmp_path / "base", photos, tmp_path / "run", max_train_steps=2, mixed_precision="bf16")
+    proof = train(config).proof
+    assert proof.projections > 0 and (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_ratios_pair_arms_of_one_resolution():
+    results = [
+        {"arm": "floor", "resolution_px": 512, "step_sec": 4.0, "peak_gb": 7.0},
+        {"arm": "ours", "resolution_px": 512, "step_sec": 4.2, "peak_gb": 7.7},
+        {"arm": "diffusers-checkpointing", "resolution_px": 512, "step_sec": 12.0, "peak_gb": 14.0},
+        {"arm": "floor", "resolution_px": 1024, "step_sec": 1.0, "peak_gb": 1.0},
+    ]
+    table = ratios(results, 512)
+    assert table["ours / floor"] == {"step_sec": 1.05, "cpu_sec": None, "peak_gb": 1.1}
+    assert table["ours / diffusers-checkpointing"]["step_sec"] == 0.35
+    assert "ours / diffusers" not in table and ratios(results, 1024) == {}
+
+
+def test_moments_of_a_run_are_counted_from_the_command():
+    events = [
+        {"type": "phase", "phase": "loading", "time": 101.0},
+        {"type": "phase", "phase": "caching", "time": 103.0},
+        {"type": "step", "time": 106.0, "step_sec": 1.0},
+        {"type": "step", "time": 107.0, "step_sec": 1.0},
+        {"type": "phase", "phase": "exporting", "time": 107.5},
+        {"type": "end", "time": 109.0},
+    ]
+    found = moments(events, started=100.0)
+    assert found["first step"] == 6 and found["end"] == 9
+    assert found["in loading"] == 2 and found["in training"] == 2 and found["in exporting"] == 1.5
+    assert found["in caching"] == pytest.approx(2.5)

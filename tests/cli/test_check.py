@@ -1,0 +1,113 @@
+"""`python -m dreambooth_moslora check`: the JSON as promised, the picture, and the exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dreambooth_moslora.cli.main import main
+from tests.helpers.odd_photos import CASES, make_folder, picture
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return make_folder(tmp_path / "photos")
+
+
+def test_json_has_exactly_the_promised_form(folder, capsys):
+    assert main(["check", str(folder), "--json", "--resolution", "64"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"photos", "usable"}
+    assert found["usable"] == sum(row["usable"] for row in found["photos"]) == sum(case.usable for case in CASES)
+    rows = {row["path"]: row for row in found["photos"]}
+    assert all(set(row) == {"path", "usable", "reasons", "size_px"} for row in rows.values())
+    turned = rows[str(folder / "turned_6.jpg")]
+    assert turned["size_px"] == [96, 128] and "rotated by EXIF" in turned["reasons"][0]
+    assert any("near-duplicate of" in reason for reason in turned["reasons"])
+    assert rows[str(folder / "text.jpg")] == {
+        "path": str(folder / "text.jpg"),
+        "usable": False,
+        "reasons": ["broken: not a picture, or damaged"],
+        "size_px": None,
+    }
+
+
+def test_the_picture_shows_every_photo_and_its_crops(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    picture().save(tmp_path / "photos" / "a.png")
+    assert main(["check", "photos", "--resolution", "64", "--crops-per-photo", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "a.png  128 x 96" in out and "the crops: photos_crops.png" in out
+    with Image.open("photos_crops.png") as sheet:
+        colours = {sheet.getpixel((x, sheet.height // 2)) for x in range(sheet.width)}
+    assert len(colours) > 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_said"),
+    [([], True), (["--center_crop", "--random_flip"], True), (["--center_crop"], False), (["--seed", "0"], False)],
+)
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_crops_that_a_training_without_a_seed_would_not_take_are_said_to_be_so(
+    flags, is_said, form, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    picture().save(tmp_path / "a.png")
+    assert main(["check", ".", "--resolution", "64", *form, *flags]) == 0
+    assert ("(of seed 0: without --seed, training draws others)" in "".join(capsys.readouterr())) == is_said
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("out", "the crops: out.png"), ("out.xyz", "no picture: out.xyz: it is drawn as a PNG")]
+)
+def test_the_pictures_name_may_lack_its_suffix_or_have_a_foreign_one(name, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    picture(size_px=(16, 20000)).save(tmp_path / "long.png")
+    assert main(["check", ".", "--resolution", "64", "--picture", name]) == 0
+    assert says in "".join(capsys.readouterr()) and (tmp_path / "out.png").exists() == (name == "out")
+
+
+def test_a_name_that_is_no_text_is_spelled_out(tmp_path):
+    """In the report, in the error line, and on a terminal that knows less than UTF-8."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "-m", "dreambooth_moslora", "check", ".", "--no_picture", "--resolution", "64"]
+    check = lambda: subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)  # noqa: E731
+    Path(os.fsdecode(bytes(tmp_path) + b"/broken\xff.png")).write_bytes(b"no picture")
+    done = check()
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
+    assert rb"broken\udcff.png (broken: not a picture" in done.stderr
+    picture().save(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.png"))
+    (tmp_path / "雪.txt").touch()
+    done = check()
+    assert done.returncode == 0 and rb"ok    caf\udce9.png" in done.stdout and rb"left  \u96ea.txt" in done.stdout
+
+
+def test_nothing_usable_exits_2_with_one_line_and_valid_json(tmp_path, capsys):
+    (tmp_path / "a.jpg").write_bytes(b"no")
+    assert main(["check", str(tmp_path), "--json"]) == 2
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["usable"] == 0
+    assert captured.err.startswith("error: no usable photo") and captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["missing"], [], ["x", "--resolution", "7"], ["x", "--config", "missing.toml"]])
+def test_mistakes_exit_2_with_one_line(arguments, capsys):
+    assert main(["check", *arguments]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_settings_come_from_a_recipe_and_the_command_line_wins(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    picture().save(tmp_path / "a.png")
+    (tmp_path / "r.toml").write_text("resolution = 2048\ninstance_prompt = 'my toy'\nrank = 8")
+    assert main(["check", ".", "--config", "r.toml", "--no_picture"]) == 2
+    assert main(["check", ".", "--config", "r.toml", "--resolution", "64", "--no_picture"]) == 0
+    assert "“my toy”" in capsys.readouterr().out

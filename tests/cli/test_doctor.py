@@ -1,0 +1,73 @@
+"""What `doctor` says of versions, of the machine and of a base's VAE."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.core.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_doctor_reads_versions_machine_and_the_vae(tiny_base, capsys):
+    assert main(["doctor", "--base", str(tiny_base), "--size", "32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["problems"] == [] and {"torch", "peft", "device", "VAE in bfloat16"} <= found["facts"].keys()
+    assert found["facts"]["VAE in float16"].startswith("off by")
+
+
+def test_doctor_names_bad_pairs_and_missing_libraries():
+    from dreambooth_moslora.core.versions import RANGES, bad_pairs, installed_versions, out_of_range
+
+    mine = installed_versions(tuple(RANGES))
+    assert bad_pairs(mine) == [] and out_of_range(mine) == []
+    (line,) = bad_pairs({**mine, "transformers": "5.24.1"})
+    assert "transformers 5.24.1 needs peft 0.22" in line
+    assert bad_pairs({**mine, "transformers": "5.24.0", "peft": "0.22.0"}) == []
+    assert "peft is missing" in out_of_range({**mine, "peft": None})[0]
+    assert "torch 2.3.1+cpu was not tried" in out_of_range({**mine, "torch": "2.3.1+cpu"})[0]
+
+
+def test_the_ranges_are_those_of_the_requirements():
+    from dreambooth_moslora.core.versions import RANGES
+
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert {f"{name}>={first},<{end}" for name, (first, end) in RANGES.items()} <= set(lines)
+
+
+def test_a_vae_that_overflows_is_found(tiny_base):
+    import torch
+
+    from dreambooth_moslora.base.vae_probe import load_vae_alone, probe_vae
+
+    vae = load_vae_alone(tiny_base)
+    with torch.no_grad():
+        vae.decoder.conv_in.weight.mul_(1e6)
+    (half,) = probe_vae(vae, [torch.float16], [], 32, torch.device("cpu"))
+    assert not half.finite
+    assert vae.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {"optimizer": "Prodigy", "use_8bit_adam": True},
+            "--optimizer Prodigy needs prodigyopt: pip install prodigyopt",
+        ),
+        ({"use_8bit_adam": True}, "--use_8bit_adam needs bitsandbytes"),
+        ({"base_quantization": "nf4"}, "--base_quantization nf4 needs bitsandbytes"),
+        ({"report_to": "wandb"}, "--report_to wandb needs wandb"),
+    ],
+)
+def test_a_flag_whose_package_is_missing_is_refused_before_anything_is_loaded(settings, says, monkeypatch):
+    from dreambooth_moslora.core import versions
+    from dreambooth_moslora.core.config import TrainConfig
+    from dreambooth_moslora.training import checks
+
+    checks.preflight(TrainConfig(report_to="none"))
+    monkeypatch.setattr(versions, "version_of", lambda name: None)
+    with pytest.raises(UserError, match=says):
+        checks.preflight(TrainConfig(**{"report_to": "none"} | settings))

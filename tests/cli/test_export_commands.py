@@ -1,0 +1,127 @@
+"""`export` and `info` as a person calls them, on our files and on other people's."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dreambooth_moslora.adapters.describe import describe
+from dreambooth_moslora.adapters.export import publish
+from dreambooth_moslora.adapters.raw_file import adapter_facts, save_raw
+from dreambooth_moslora.cli.commands import export as export_command
+from dreambooth_moslora.cli.commands import info as info_command
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RAW_NAME
+from tests.helpers.live_adapters import live
+
+
+def call(command, *arguments) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([str(a) for a in arguments]))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "checkpoint-3"
+    folder.mkdir()
+    components = live()
+    facts = adapter_facts(components, base_id="some/base", trigger_words=("sks dog",))
+    save_raw(components, folder / RAW_NAME, facts)
+    publish(components, folder, "dog", facts)
+    return folder
+
+
+def test_export_needs_no_base_and_equals_the_file_of_the_live_adapter(checkpoint, tmp_path, capsys):
+    assert call(export_command, checkpoint, "--out", tmp_path / "dog") == 0
+    shown = capsys.readouterr().out
+    assert "largest relative difference" in shown and "dog.kohya.safetensors" in shown
+    files = load_file(checkpoint / PUBLISHED_NAME), load_file(tmp_path / "dog" / PUBLISHED_NAME)
+    assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][k], files[1][k]) for k in files[0])
+
+
+def test_export_says_what_the_rank_became(checkpoint, tmp_path, capsys):
+    assert call(export_command, checkpoint / RAW_NAME, "--out", tmp_path, "--dtype", "fp16", "--keep", "0.7") == 0
+    assert "Rank reduced: 352 to " in capsys.readouterr().out
+
+
+def test_export_of_nothing_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="holds neither"):
+        call(export_command, tmp_path, "--out", tmp_path / "out")
+    with pytest.raises(UserError, match="there is no file or folder"):
+        call(export_command, tmp_path / "absent", "--out", tmp_path / "out")
+
+
+def test_info_of_our_three_files(checkpoint, capsys):
+    assert call(info_command, "--json", *sorted(checkpoint.glob("*.safetensors"))) == 0
+    kohya, raw, published = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    for facts in (kohya, raw, published):
+        assert facts["modules"] == {"unet": 88} and facts["ranks"] == {"4": 88} and facts["base"] == "some/base"
+        assert facts["trigger_words"] == "sks dog"
+    assert raw["alpha"] == 11 and raw["mixer"] == "orthogonal" and 0 < raw["mixer_drift_median"] < 1
+    assert kohya["alpha"] == "4" and kohya["scale"] == "1" and "kohya keys" in kohya["kind"]
+    assert published["kind"] == "published by dreambooth_moslora, PEFT keys"
+    assert raw["effective_rank_median"] == published["effective_rank_median"] == kohya["effective_rank_median"]
+
+
+def test_info_of_other_peoples_files(tmp_path, capsys):
+    down, up = torch.randn(8, 16), torch.randn(16, 8)
+    kohya = {
+        "lora_te1_x.lora_down.weight": down,
+        "lora_te1_x.lora_up.weight": up,
+        "lora_te1_x.alpha": torch.tensor(2.0),
+    }
+    tags = json.dumps({"5_dog": {"sks": 12, "grass": 3}})
+    header = {"ss_base_model_version": "sdxl_base_v1-0", "ss_tag_frequency": tags}
+    save_file(kohya, tmp_path / "kohya.safetensors", header)
+    old = {"unet.a.processor.to_q_lora.down.weight": down, "unet.a.processor.to_q_lora.up.weight": up}
+    save_file(old, tmp_path / "old.safetensors")
+    save_file({"a.lokr_w1": up}, tmp_path / "lokr.safetensors")
+    facts = describe(tmp_path / "kohya.safetensors")
+    assert (facts["alpha"], facts["scale"], facts["base"]) == ("2", "0.25", "sdxl_base_v1-0")
+    assert facts["modules"] == {"text_encoder": 1} and facts["trigger_words"] == "sks, grass"
+    assert describe(tmp_path / "old.safetensors")["modules"] == {"unet": 1}
+    assert describe(tmp_path / "lokr.safetensors")["kind"] == "LyCORIS LoKr"
+    save_file({"weight": up}, tmp_path / "model.safetensors")
+    assert call(info_command, tmp_path / "model.safetensors", tmp_path / "old.safetensors") == 2
+    shown = capsys.readouterr()
+    assert "holds no LoRA that we know" in shown.err and "old diffusers keys" in shown.out
+
+
+def test_a_broken_pair_is_named(tmp_path):
+    save_file({"unet.a.lora_A.weight": torch.ones(2, 3)}, tmp_path / "half.safetensors")
+    with pytest.raises(UserError, match=r"unet\.a has a down matrix without an up matrix"):
+        describe(tmp_path / "half.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "header", "said"),
+    [
+        ({"alpha": torch.ones(2)}, {}, "alpha is not one number"),
+        ({"lora_down.weight": torch.ones(0, 3), "lora_up.weight": torch.ones(3, 0)}, {}, "without an up matrix"),
+        ({}, {"ss_tag_frequency": '{"a": {"b": Infinity}}', "modelspec.title": "\x1b[31m\nred"}, ""),
+        ({}, {"moslora": "[]"}, ""),
+        ({"dora_scale": torch.ones(2).to(torch.float8_e4m3fn)}, {}, ""),
+    ],
+)
+def test_info_of_a_hostile_file_is_calm(tensors, header, said, tmp_path, capsys):
+    pair = {"lora_down.weight": torch.ones(2, 3), "lora_up.weight": torch.ones(3, 2)}
+    save_file({f"lora_unet_x.{k}": t for k, t in (pair | tensors).items()}, tmp_path / "x.safetensors", header)
+    assert call(info_command, tmp_path / "x.safetensors") == (2 if said else 0)
+    shown = capsys.readouterr()
+    assert said in shown.err and shown.err.count("\n") <= 1 and "\x1b" not in shown.out + shown.err
+
+
+def test_info_knows_an_unfolded_file_of_peft(tmp_path):
+    unfolded = {"lora_A.weight": torch.ones(2, 3), "lora_B.up": torch.ones(3, 2), "lora_B.mixer": torch.ones(2, 2)}
+    save_file({f"base_model.model.x.{k}": t for k, t in unfolded.items()}, tmp_path / "x.safetensors")
+    assert describe(tmp_path / "x.safetensors")["kind"] == "MoSLoRA in PEFT's form, unfolded"
+
+
+def test_an_output_folder_that_is_a_file_is_one_line(checkpoint, tmp_path, capsys):
+    (tmp_path / "out").write_text("here")
+    assert main(["export", str(checkpoint), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("error: File exists")

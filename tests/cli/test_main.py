@@ -1,0 +1,298 @@
+"""The programs as a person starts them: exit codes, one line for a mistake, stopping, and the preview."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dreambooth_moslora.cli.main import COMMANDS, command, exit_code, main, train_main
+from dreambooth_moslora.core.run_folder import RunDir
+from tests.helpers.odd_photos import picture
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "train_dreambooth.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+STOPPER = """
+import os, time
+from dreambooth_moslora.cli.signals import StopRequest
+with StopRequest() as stop:
+    print("ready", flush=True)
+    while not stop():
+        time.sleep(0.01)
+    print("saving", flush=True)
+    time.sleep(60 if "HANG" in os.environ else 0.3)
+print("saved", flush=True)
+"""
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(3):
+        picture().rotate(90 * number, expand=True).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize("program", ["dreambooth_moslora.cli.main", "dreambooth_moslora.ui.serve"])
+@pytest.mark.parametrize(("given", "spins"), [({}, "2000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
+def test_every_program_lets_idle_threads_sleep_soon(program, given, spins):
+    code = f"import os; from {program} import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print(os.environ['OMP_WAIT_POLICY'], os.environ.get('GOMP_SPINCOUNT'))"
+    free = {k: v for k, v in ENVIRONMENT.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | given
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=free, check=True)
+    assert done.stdout.splitlines()[-1] == f"{given.get('OMP_WAIT_POLICY', 'PASSIVE')} {spins}"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--rnak", "3"], []])
+def test_help_and_mistakes_import_no_torch(words):
+    code = "import sys\nfrom dreambooth_moslora.cli.main import train_main\n"
+    code += "try: train_main(sys.argv[1:])\nexcept SystemExit: 0"
+    code += "\nfor name in ('torch', 'diffusers', 'numpy', 'PIL'): assert name not in sys.modules, name"
+    done = subprocess.run([sys.executable, "-c", code, *words], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("ending", [["--dry_run"], ["--output_dir", "."]], ids=["dry run", "refused folder"])
+def test_a_dry_run_and_a_refused_folder_import_no_torch(ending, photos):
+    code = "import sys; from dreambooth_moslora.cli.main import train_main; print(train_main(sys.argv[1:]))"
+    code += "\nassert 'torch' not in sys.modules"
+    words = [*needed("toy", ".", "run"), *ending]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=photos, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == ("0" if ending == ["--dry_run"] else "2")
+
+
+def test_help_describes_every_flag():
+    done = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0
+    for flag in ("--instance_data_dir", "--snr_gamma", "--mixer", "--dry_run", "--config"):
+        assert flag in done.stdout
+
+
+def test_the_overview_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out and command(name).HELP in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("run", "words", "says"),
+    [
+        (main, ["chekc"], "unknown command chekc"),
+        (main, ["check"], "the following arguments are required"),
+        (train_main, ["--rank", "4"], "missing: --pretrained_model_name_or_path"),
+        (train_main, ["--trian"], "unknown flag --trian"),
+        (train_main, ["--rank", "0"], "--rank"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(run, words, says, capsys):
+    assert run(words) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ZeroDivisionError("ours"), 1, "Traceback"),
+        (OSError(28, "No space left on device", "a.bin"), 2, "the disk is full"),
+        (RuntimeError("alloc_cpu.cpp: DefaultCPUAllocator: can't allocate memory: 512 GB"), 2, "out of memory: try"),
+        (PermissionError(13, "no", "/x"), 2, "permission denied"),
+    ],
+)
+def test_ends_have_their_codes(error, code, says, capsys):
+    assert exit_code(lambda: fail(error)) == code
+    assert says in capsys.readouterr().err
+
+
+def start_stopper(**extra):
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPER], env={**ENVIRONMENT, **extra}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"ready\n"
+    return process
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGTERM] * 4])
+def test_signals_ask_and_never_tear(signals):
+    process = start_stopper()
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.05)
+    out, err = process.communicate()
+    assert out == b"saving\nsaved\n" and process.returncode == 0
+    assert b"stopping after this step" in err
+
+
+def test_a_third_ctrl_c_leaves_at_once():
+    process = start_stopper(HANG="1")
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    assert process.wait(timeout=20) == 130
+
+
+def start_training(photos, base, run):
+    """A training of the real script in its first steps."""
+    words = ["--pretrained_model_name_or_path", base, "--instance_data_dir", photos, "--output_dir", run.path]
+    words += ["--instance_prompt", "a photo of sks toy", "--resolution", "64", "--train_batch_size", "1"]
+    words += ["--max_train_steps", "100000", "--num_validation_images", "0", "--report_to", "none", "--seed", "1"]
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *map(str, words)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    while not any(event["type"] == "step" for event in run.read_metrics()):
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.1)
+    return process
+
+
+def check_interrupted(run):
+    """The number of the checkpoint that an interrupted run left, beside its adapter."""
+    from safetensors import safe_open
+
+    (checkpoint,) = run.checkpoints()
+    with safe_open(run.adapter_path, "pt") as file:
+        assert file.keys()
+    assert run.read_metrics()[-1]["state"] == "interrupted"
+    return checkpoint.name.removeprefix("checkpoint-")
+
+
+def test_two_ctrl_c_during_training_leave_a_checkpoint_and_an_adapter(photos, tiny_base, tmp_path):
+    run = RunDir(tmp_path / "run")
+    process = start_training(photos, tiny_base, run)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    error = process.communicate()[1].decode()
+    assert process.returncode == 130 and "stopped at step" in error and "Traceback" not in error
+    assert f"stopped at step {check_interrupted(run)}" in error
+
+
+def test_a_training_whose_readers_have_left_is_still_saved(photos, tiny_base, tmp_path):
+    """As `2>&1 | tee log` and Ctrl-C: `tee` is gone before the training is asked to stop."""
+    run = RunDir(tmp_path / "run")
+    process = start_training(photos, tiny_base, run)
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    assert int(check_interrupted(run)) > 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a POSIX shell")
+@pytest.mark.parametrize("ending", ["| true", "2>&- >&-"])
+def test_help_without_a_reader_is_no_failure(ending):
+    command = f'"{sys.executable}" "{SCRIPT}" --help {ending}'
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], env=ENVIRONMENT, capture_output=True)
+    assert done.returncode == 0 and done.stderr == b""
+
+
+def needed(base, photos, run):
+    words = ["--pretrained_model_name_or_path", base, "--instance_data_dir", photos, "--instance_prompt", "x"]
+    return [*map(str, words), "--output_dir", str(run), "--resolution", "64", "--report_to", "none"]
+
+
+def test_a_bug_ends_with_1_and_its_traceback_once_on_the_terminal_and_in_the_log(photos, tmp_path, monkeypatch, capsys):
+    from dreambooth_moslora.training import loop
+
+    monkeypatch.setattr(loop, "make_accelerator", lambda *_: fail(ZeroDivisionError("unforeseen")))
+    assert train_main(needed("toy", photos, tmp_path / "run")) == 1
+    assert (tmp_path / "run" / "train.log").read_text().count("ZeroDivisionError: unforeseen") == 1
+    assert capsys.readouterr().err.count("ZeroDivisionError: unforeseen") == 1
+
+
+LATE_MISTAKES = {
+    "no photos": (["--instance_data_dir", "missing"], "missing: no such folder"),
+    "run folder": (["--output_dir", "photos"], "is the folder of --instance_data_dir"),
+    "file for a folder": (["--output_dir", "file/run"], "file is a file, not a folder"),
+    "class_data_dir": (["--class_data_dir", "file"], "file is a file, not a folder"),
+    "cache_dir": (["--cache_dir", "file"], "file is a file, not a folder"),
+    "logging_dir": (["--report_to", "tensorboard", "--logging_dir", "../file"], "file is a file, not a folder"),
+    "tracker": (["--report_to", "wandb"], "--report_to wandb needs wandb: pip install wandb"),
+    "projection": (["--target_modules", "to_q", "to_out"], "no such layer; did you mean to_out.0?"),
+    "butterfly": (["--mixer", "butterfly", "--rank", "3"], "--mixer butterfly needs an even --rank, not 3"),
+    "convolution": (["--use_dora", "--target_modules", "conv_in"], "--use_dora: conv_in is a convolution; leave"),
+    "checkpoint": (["--resume_from_checkpoint", "checkpoint-9"], "no complete checkpoint there"),
+    "long name": (["--output_dir", "n" * 250], "is too long: an adapter's has at most 200 bytes"),
+}
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry_run"]], ids=["training", "dry run"])
+@pytest.mark.parametrize("name", LATE_MISTAKES)
+def test_a_mistake_that_is_found_late_is_one_line_too(name, dry, photos, tiny_base, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("no folder")
+    words, says = LATE_MISTAKES[name]
+    assert train_main([*needed(tiny_base, photos, "run"), *words, *dry]) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line and "…" not in line and "/s]" not in line]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
+
+
+def test_photos_whose_names_are_no_text_are_trained_on(photos, tiny_base, tmp_path, capfd):
+    (photos / "0.png").rename(os.fsdecode(bytes(photos) + b"/caf\xe9.png"))
+    Path(os.fsdecode(bytes(photos) + b"/broken\xff.png")).write_bytes(b"no picture")
+    words = [*needed(tiny_base, photos, tmp_path / "run"), "--max_train_steps", "1", "--train_batch_size", "1"]
+    assert train_main([*words, "--num_validation_images", "1"]) == 0
+    assert r"broken\udcff.png is left out" in capfd.readouterr().err
+    assert r"broken\udcff.png is left out" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_a_refused_run_folder_stays_as_it_was(photos, tiny_base, capsys, monkeypatch):
+    before = sorted(photos.iterdir())
+    assert train_main(needed(tiny_base, photos, photos)) == 2
+    assert "a run needs one of its own" in capsys.readouterr().err
+    assert sorted(photos.iterdir()) == before
+    monkeypatch.chdir(photos)
+    assert train_main(needed(tiny_base, photos, "")) == 2
+    assert sorted(photos.iterdir()) == before
+
+
+def test_dry_run_prints_settings_photos_steps_and_cost_and_does_nothing(photos, tiny_base, tmp_path, capsys):
+    from diffusers import UNet2DConditionModel
+
+    (photos / "notes.md").write_text("x")
+    words = ["--pretrained_model_name_or_path", tiny_base, "--instance_data_dir", photos, "--resolution", "64"]
+    words += ["--instance_prompt", "a photo of sks toy", "--repeats", "4", "--train_batch_size", "2", "--rank", "3"]
+    words += ["--gradient_accumulation_steps", "2", "--num_train_epochs", "5", "--output_dir", tmp_path / "run"]
+    assert train_main([*map(str, words), "--dry_run", "--class_prompt", "a toy", "--prior", "adapter_off"]) == 0
+    out = capsys.readouterr().out
+    assert "rank = 3  # set" in out and 'mixer = "orthogonal"\n' in out
+    assert "0.png  128 x 96" in out and "left out: notes.md" in out
+    assert "3 photos × 4 repeats, 4 a step: 3 steps an epoch; 15 steps = 5.0 epochs" in out
+    assert "each photo is seen about 20 times" in out
+    assert "have no effect without --with_prior_preservation" in out
+    assert "--prior has no effect without --with_prior_preservation" in out
+    unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
+    ends = ("to_q", "to_k", "to_v", "to_out.0")
+    layers = [m for name, m in unet.named_modules() if name.endswith(ends)]
+    expected = sum(3 * (m.in_features + m.out_features) + 9 for m in layers)
+    assert f"{expected:,} parameters on {len(layers)} layers" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_arithmetic_is_that_of_the_trainer():
+    from dreambooth_moslora.core.config import TrainConfig
+    from dreambooth_moslora.training.accelerator import steps_per_epoch
+    from dreambooth_moslora.training.step_plan import plan_steps
+
+    for batch, accumulation, repeats, prior, processes in [(4, 1, 1, False, 1), (2, 3, 5, True, 2), (1, 4, 2, True, 1)]:
+        config = TrainConfig(
+            train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            repeats=repeats,
+            with_prior_preservation=prior,
+            class_prompt="a dog",
+            num_class_images=37,
+        )
+        assert plan_steps(config, 7, processes).steps_an_epoch == steps_per_epoch(config, 7, processes)

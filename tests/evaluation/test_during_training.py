@@ -1,0 +1,159 @@
+"""Scores while training: the best step is kept and named, and stopping early happens only when asked for."""
+
+import logging
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.prompts import Subject
+from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
+from dreambooth_moslora.evaluation.protocol import EvaluationPlan
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.training.best_step import BestStep, best_of
+from dreambooth_moslora.training.loop import train
+from tests.helpers.tiny_encoders import save_tiny_encoders
+from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
+
+
+def quick(config: TrainConfig, encoders) -> TrainingEvaluator:
+    evaluator = TrainingEvaluator(config, encoders)
+    evaluator.plan = evaluator.plan.smaller(2, 1, 1, 1, inference_steps=2)
+    return evaluator
+
+
+@pytest.fixture(scope="module")
+def run(tiny_base, encoders, tmp_path_factory):
+    home = tmp_path_factory.mktemp("run")
+    config = tiny_config(tiny_base, paint_photos(home / "photos"), home / "dog", max_train_steps=4, evaluate_steps=1)
+    train(config, evaluator=quick(config, encoders))
+    return config, RunDir(home / "dog")
+
+
+def test_a_missing_encoder_is_told_before_anything_is_trained(tiny_base, tmp_path, monkeypatch):
+    def nowhere(*_):
+        raise UserError("the encoder cannot be loaded")
+
+    monkeypatch.setattr("dreambooth_moslora.evaluation.encoders.load_encoders", nowhere)
+    config = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "dog", evaluate_steps=1)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        TrainingEvaluator(config)
+
+
+def test_every_evaluation_is_logged_with_its_scores_and_cost(run):
+    events = [event for event in run[1].read_metrics() if event["type"] == "evaluation"]
+    assert [event["step"] for event in events] == [1, 2, 3, 4]
+    for event in events:
+        assert {"dino", "clip_i", "clip_t", "pres", "drift", "copied", "score"} <= event.keys()
+        assert event["cost"]["pictures"] == 2 * (2 + 1 + 1) and event["cost"]["seconds"] > 0
+
+
+def test_the_best_step_is_kept_loadable_and_named_in_the_card(run, tiny_base):
+    events = [event for event in run[1].read_metrics() if event["type"] == "evaluation"]
+    best = max(events, key=lambda event: (event["score"], -event["step"]))
+    assert events[-1]["best"]["step"] == best["step"]
+    assert f"Best step: {best['step']}, score {best['score']:.3f}" in run[1].card_path.read_text()
+    with Image.open(run[1].path / "loss.png") as plot:
+        assert plot.width > 3 * plot.height  # the fidelity plot is beside the loss plot
+    assert SubjectPipeline.from_base(tiny_base).load_adapter(run[1].best_dir) == "best"
+
+
+def test_evaluating_does_not_change_what_is_learnt(run, tmp_path):
+    config = TrainConfig.from_dict({**run[0].to_dict(), "output_dir": str(tmp_path / "dog"), "evaluate_steps": None})
+    train(config)
+    assert adapter_sha256(tmp_path / "dog") == adapter_sha256(run[1].path)
+
+
+def test_a_resumed_run_remembers_the_best_step(run, tiny_base, encoders):
+    evaluator = quick(run[0], encoders)
+    events = [event for event in run[1].read_metrics() if event["type"] == "evaluation"]
+    assert evaluator._earlier(3) == [(event["step"], event["score"]) for event in events[:2]]
+
+
+def test_the_card_of_a_resumed_run_has_the_scores_from_before(tiny_base, encoders, tmp_path):
+    photos, done = paint_photos(tmp_path / "photos"), []
+    whole, torn = (
+        tiny_config(tiny_base, photos, tmp_path / name, max_train_steps=3, evaluate_steps=2)
+        for name in ("whole", "torn")
+    )
+    train(whole, evaluator=quick(whole, encoders))
+    train(torn, done.append, lambda: any(e["type"] == "evaluation" for e in done), quick(torn, encoders))
+    train(replace(torn, resume_from_checkpoint="latest"), evaluator=quick(torn, encoders))
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("whole", "torn")]
+    for line in ("Best step: 2", "| score |"):
+        assert all(line in card for card in cards)
+    scores = [[line for line in card.splitlines() if line.startswith("| ")] for card in cards]
+    assert scores[0] == scores[1]
+
+
+def test_early_stopping_stops_only_when_asked_and_says_so(tiny_base, encoders, tmp_path, caplog):
+    photos = paint_photos(tmp_path / "photos")
+    stubborn = {"max_train_steps": 8, "evaluate_steps": 1, "learning_rate": 0.0}  # nothing ever gets better
+    for name, patience, last in (("free", None, 8), ("early", 2, 3)):
+        config = tiny_config(tiny_base, photos, tmp_path / name, early_stopping=patience, **stubborn)
+        with caplog.at_level(logging.WARNING):
+            assert train(config, evaluator=quick(config, encoders)).step == last
+        assert "the score has not risen" in caplog.text
+        assert ("stopping early" in caplog.text) == bool(patience)
+    with pytest.raises(UserError, match="--early_stopping needs --evaluate_steps"):
+        TrainConfig(early_stopping=2)
+
+
+def test_the_best_of_equal_scores_is_the_first():
+    assert best_of([(1, 0.5), (2, 0.7), (3, 0.7), (4, 0.1)]) == BestStep(2, 0.7, since=2)
+
+
+def test_the_evaluate_command_leaves_a_report_beside_the_run(run, tmp_path, capsys):
+    clip, dino = save_tiny_encoders(tmp_path)
+    few = ["--num_prompts", "2", "--images-per-prompt", "2", "--class_images", "1", "--inference_steps", "2"]
+    assert main(["evaluate", str(run[1].path), "--clip", str(clip), "--dino", str(dino), *few]) == 0
+    html = (run[1].path / "evaluation" / "report.html").read_text()
+    scores = (run[1].path / "evaluation" / "scores.json").read_text()
+    assert not re.search("https?:", html) and html.count("data:image/jpeg") == 3 + 2 * 4 + 2 + 2 * 1 + 2 * 12
+    for text in (html, scores):
+        assert str(run[1].path.parent) not in text
+    assert "dino " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "spoil, flags, said",
+    [
+        (None, ["--output_dir", "{run}/train_config.json"], "is a file, not a folder"),
+        (None, ["--prompts", "{latin}"], "not a text file"),
+        (None, ["--scale", "nan"], "out of range"),
+        ("train_config.json", [], "not valid JSON"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_drawn(run, tmp_path, capsys, spoil, flags, said):
+    folder = shutil.copytree(run[1].path, tmp_path / "dog")
+    (tmp_path / "latin.txt").write_bytes("à {}".encode("latin-1"))
+    if spoil:
+        (folder / spoil).write_text("{")
+    flags = [flag.format(run=folder, latin=tmp_path / "latin.txt") for flag in flags]
+    clip, dino = save_tiny_encoders(tmp_path)
+    try:
+        code = main(["evaluate", str(folder), "--clip", str(clip), "--dino", str(dino), *flags])
+    except SystemExit as end:  # argparse's own way
+        code = end.code
+    found = capsys.readouterr()
+    assert code == 2 and said in found.err and "drawing" not in found.err
+
+
+def test_prompts_may_hold_other_braces():
+    plan = EvaluationPlan(Subject("sks", "dog"), ("a {} in {curly} beside a {}",), ())
+    assert plan.texts == ["a dog in {curly} beside a dog"]
+
+
+def test_the_evaluate_command_asks_for_what_the_file_does_not_say(tmp_path, tiny_base, capsys):
+    from dreambooth_moslora.base.load import load_pipeline
+    from tests.helpers.tiny_adapters import save_diffusers_lora
+
+    file = save_diffusers_lora(load_pipeline(tiny_base).unet, tmp_path)
+    assert main(["evaluate", str(file)]) == 2
+    assert "give --base" in capsys.readouterr().err

@@ -1,0 +1,145 @@
+"""Grids and the `generate` command on the tiny base."""
+
+import argparse
+from dataclasses import replace
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from dreambooth_moslora.cli.commands import generate
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.generation.grids import Axis, Sheet, cells_of, draw_sheet, generate_grid, parse_axis
+from dreambooth_moslora.generation.params import GenerationParams, read_recipe
+from dreambooth_moslora.generation.pipeline import Image, SubjectPipeline
+from dreambooth_moslora.generation.progress import Step
+from tests.helpers.tiny_adapters import save_diffusers_lora
+
+PARAMS = GenerationParams("a photo of a sks dog", seed=3, steps=2, guidance_scale=4.0, adapters=(("dog", 1.0),))
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_base, tmp_path_factory):
+    subject = SubjectPipeline.from_base(tiny_base)
+    subject.load_adapter(save_diffusers_lora(subject.pipeline.unet, tmp_path_factory.mktemp("a") / "dog", seed=1))
+    return subject
+
+
+def test_cells_are_where_the_sheet_says(pipeline):
+    axes = (Axis("scale", (0.0, 1.0)), Axis("seed", (1, 2, 3)))
+    events = list(generate_grid(pipeline, PARAMS, axes))
+    sheet = events[-1]
+    images = [e for e in events if isinstance(e, Image)]
+    assert isinstance(sheet, Sheet) and [e.index for e in images] == list(range(6))
+    assert [(e.params.adapters[0][1], e.params.seed) for e in images][3] == (1.0, 1)
+    steps = [e for e in events if isinstance(e, Step)]
+    assert steps[0].num_images == 6 and steps[-1].eta_sec == 0
+    alone = next(
+        np.asarray(e.pixels)
+        for e in pipeline.generate(replace(PARAMS, seed=2, adapters=(("dog", 0.0),)))
+        if isinstance(e, Image)
+    )
+    pixels = np.asarray(sheet.pixels)
+    windows = np.lib.stride_tricks.sliding_window_view(pixels, (64, 64, 3))[:, :, 0]
+    places = [tuple(p) for p in np.argwhere((windows == alone).all((2, 3, 4)))]
+    assert len(places) == 1
+
+
+def test_a_grid_may_have_more_adapters_than_the_model_holds_and_its_sheet_names_them(tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr("dreambooth_moslora.generation.pipeline.RESIDENT_ADAPTERS", 1)
+    subject = SubjectPipeline.from_base(tiny_base)
+    names = ("dog", "cat")
+    files = {n: save_diffusers_lora(subject.pipeline.unet, tmp_path / n, seed=i) for i, n in enumerate(names)}
+    hashes = {}
+
+    def load(cell):
+        for name, _ in cell.adapters:
+            subject.load_adapter(files[name], name)
+            hashes[name] = subject.adapters[name].sha256
+        return cell
+
+    events = list(generate_grid(subject, PARAMS, (Axis("adapter", names),), load=load))
+    first, second = (np.asarray(event.pixels) for event in events if isinstance(event, Image))
+    assert not np.array_equal(first, second)
+    recipe = read_recipe(events[-1].save(tmp_path / "sheet.png"))
+    assert dict(recipe.provenance.adapter_sha256) == hashes and len(hashes) == 2
+    assert recipe.provenance.base == subject.base_name and recipe.provenance.versions
+
+
+def test_a_stopped_grid_has_no_sheet(pipeline):
+    events = list(generate_grid(pipeline, PARAMS, (Axis("seed", (1, 2)),), should_stop=lambda: True))
+    assert not any(isinstance(e, Sheet | Image) for e in events)
+
+
+def test_axes_are_parsed_and_applied():
+    assert [Axis("scale", (0.0, 0.5)).label(i) for i in range(2)] == ["scale 0", "scale 0.5"]
+    assert parse_axis("scale=0, 0.5,1") == Axis("scale", (0.0, 0.5, 1.0))
+    assert parse_axis("prompt=a mug, red|b") == Axis("prompt", ("a mug, red", "b"))
+    cells = cells_of(PARAMS, (Axis("adapter", ("cat", "none")), Axis("guidance", (1.0, 7.0))))
+    assert [c.adapters for c in cells[0]] == [(("cat", 1.0),)] * 2 and cells[1][1].adapters == ()
+    assert cells[1][1].guidance_scale == 7.0
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ("colour=1", "colour"),
+        ("scale", "scale"),
+        ("seed=", "no values"),
+        ("seed=a", "no number"),
+        ("seed=1.5", "number"),
+    ],
+)
+def test_a_bad_axis_is_a_user_error(text, word):
+    with pytest.raises(UserError, match=word):
+        parse_axis(text)
+
+
+def test_impossible_grids_are_refused():
+    with pytest.raises(UserError, match="cells"):
+        cells_of(PARAMS, (Axis("seed", tuple(range(65))),))
+    with pytest.raises(UserError, match="different"):
+        cells_of(PARAMS, (Axis("seed", (1,)), Axis("seed", (2,))))
+    with pytest.raises(UserError, match="needs an adapter"):
+        cells_of(GenerationParams("a"), (Axis("scale", (1.0,)),))
+
+
+def test_long_captions_stay_inside_their_column():
+    picture = PIL.Image.new("RGB", (64, 64), "red")
+    sheet = draw_sheet([[picture, picture]], ["row " * 50], ["x " * 200, "short"])
+    assert sheet.width < 4 * 64 + 60
+    assert np.asarray(sheet)[:, -12:].min() == 255
+
+
+def command(tiny_base, folder, *words) -> int:
+    parser = argparse.ArgumentParser()
+    generate.add_arguments(parser)
+    args = parser.parse_args(["--base", str(tiny_base), "--output_dir", str(folder), "--steps", "2", *words])
+    return generate.run(args)
+
+
+def test_the_command_writes_pictures_that_the_command_reads_again(tiny_base, pipeline, tmp_path, capsys):
+    adapter = save_diffusers_lora(pipeline.pipeline.unet, tmp_path / "runs" / "dog", seed=1).parent
+    words = ["--adapter", f"{adapter}:0.5", "--prompt", "a sks dog", "--seed", "5", "--num-images", "2"]
+    assert command(tiny_base, tmp_path, *words) == 0
+    first, second = (tmp_path / f"image_{seed}.png" for seed in (5, 6))
+    assert capsys.readouterr().out.split() == [str(first), str(second)]
+    assert read_recipe(second).params.adapters == (("dog", 0.5),)
+    assert command(tiny_base, tmp_path, "--adapter", f"{adapter}:0.5", "--from_png", str(second)) == 0
+    again = PIL.Image.open(tmp_path / "image_6_2.png")
+    assert np.array_equal(np.asarray(again), np.asarray(PIL.Image.open(second)))
+
+
+def test_the_command_draws_a_grid(tiny_base, pipeline, tmp_path, capsys):
+    adapter = save_diffusers_lora(pipeline.pipeline.unet, tmp_path / "dog", seed=1)
+    assert (
+        command(tiny_base, tmp_path, "--adapter", str(adapter), "--prompt", "dog", "--grid", "scale=0,1", "seed=1,2")
+        == 0
+    )
+    assert [p.name for p in tmp_path.glob("*.png")] == ["grid.png"]
+    assert read_recipe(tmp_path / "grid.png").params.prompt == "dog"
+
+
+def test_the_command_needs_a_prompt(tiny_base, tmp_path):
+    with pytest.raises(UserError, match="--prompt"):
+        command(tiny_base, tmp_path)

@@ -1,0 +1,156 @@
+"""GenerationParams: limits, tags, and the way through a PNG and back."""
+
+import json
+import time
+import zlib
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.generation.params import GenerationParams, Provenance, draw_seed, read_recipe, split_lora_tags
+from tests.helpers.odd_photos import png_of
+
+FULL = GenerationParams(
+    prompt='a photo of a "sks" mug, <b>bold</b>\nNegative prompt: not really, Steps: 3',
+    negative_prompt="blur, Seed: 12",
+    seed=4294967295,
+    steps=7,
+    guidance_scale=3.25,
+    height_px=64,
+    width_px=128,
+    num_images=1,
+    adapters=(("mug", 0.8), ("style", -0.5)),
+    scheduler="unipc",
+)
+FACTS = Provenance("toy", (("mug", "ab" * 32),), (("dreambooth_moslora", "0.1.0"),))
+
+
+def write_png(path, text: dict[str, str]):
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_itxt(key, value)
+    Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+    return path
+
+
+def test_a_png_gives_back_exactly_what_was_written(tmp_path):
+    recipe = read_recipe(write_png(tmp_path / "a.png", FULL.to_png_text(FACTS)))
+    assert recipe.params == FULL and recipe.provenance == FACTS and recipe.exact
+
+
+def test_the_a1111_text_is_read_by_itself(tmp_path):
+    params = GenerationParams("a red mug", "blur, dark", 12, 20, 6.5, 64, 128, adapters=(("mug", 0.8),))
+    text = params.to_png_text(FACTS)["parameters"]
+    recipe = read_recipe(write_png(tmp_path / "a.png", {"parameters": text}))
+    assert recipe.params == params and not recipe.exact
+
+
+def test_text_of_another_program_is_understood(tmp_path):
+    text = (
+        "portrait of a dog <lora:rex:0.7>\nNegative prompt: cat\nSteps: 30, Sampler: DPM++ 2M, Schedule type: Karras, "
+        'CFG scale: 7, Seed: 99, Size: 832x1216, Model hash: 31e35c80fc, Lora hashes: "rex: 1234", Version: v1.10.0'
+    )
+    params = GenerationParams.from_png(write_png(tmp_path / "a.png", {"parameters": text}))
+    assert (params.prompt, params.negative_prompt, params.scheduler) == ("portrait of a dog", "cat", "dpmpp_2m_karras")
+    assert (params.width_px, params.height_px, params.seed, params.adapters) == (832, 1216, 99, (("rex", 0.7),))
+
+
+def test_a_line_that_is_made_to_keep_the_reader_busy_is_read_at_once(tmp_path):
+    file = write_png(tmp_path / "a.png", {"parameters": "a dog\nSteps: 3, " + " " * 900 + "!" + "x " * 50_000})
+    started = time.process_time()
+    assert GenerationParams.from_png(file).steps == 3
+    assert time.process_time() - started < 1
+
+
+def test_the_recipe_names_no_path():
+    text = json.dumps(FULL.to_png_text(FACTS))
+    assert "/" not in text.replace("</b>", "")
+
+
+@pytest.mark.parametrize(
+    "values, word",
+    [
+        ({"prompt": "  "}, "empty"),
+        ({"prompt": 3}, "text"),
+        ({"prompt": "x" * 5001}, "5001"),
+        ({"steps": 0}, "steps"),
+        ({"steps": True}, "steps"),
+        ({"seed": -1}, "seed"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"height_px": 100}, "multiple of 8"),
+        ({"width_px": 8192}, "width_px"),
+        ({"scheduler": "magic"}, "magic"),
+        ({"adapters": "abc"}, "pairs"),
+        ({"adapters": [("a", 99)]}, "99"),
+        ({"adapters": [("a", float("nan"))]}, "nan"),
+        ({"adapters": [("a", 1), ("a", 2)]}, "twice"),
+        ({"num_images": 65}, "num_images"),
+        ({"surprise": 1}, "surprise"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused_in_one_line(values, word):
+    with pytest.raises(UserError) as error:
+        GenerationParams.from_dict({"prompt": "a mug"} | values)
+    assert word in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "[]",
+        "{",
+        '{"params": []}',
+        '{"params": {"prompt": {}}}',
+        "[" * 100_000,
+        '{"params": {"prompt": "a"}, "versions": 3}',
+    ],
+    ids=["list", "half", "params list", "prompt dict", "nested", "versions number"],
+)
+def test_a_damaged_recipe_is_a_user_error(tmp_path, recipe):
+    with pytest.raises(UserError):
+        read_recipe(write_png(tmp_path / "a.png", {"dreambooth_moslora": recipe}))
+
+
+def test_files_that_are_no_png_or_say_nothing_are_refused(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.jpg")
+    (tmp_path / "text.png").write_text("hello")
+    Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
+    for name, word in (("photo.jpg", "PNG"), ("text.png", "PNG"), ("bare.png", "no generation"), ("none.png", "PNG")):
+        with pytest.raises(UserError, match=word):
+            read_recipe(tmp_path / name)
+
+
+def test_a_pixel_bomb_and_a_text_bomb_are_not_opened(tmp_path):
+    (tmp_path / "pixels.png").write_bytes(png_of(100_000, 100_000, b""))
+    text = b"dreambooth_moslora\0\0" + zlib.compress(b" " * 200_000_000, 9)
+    (tmp_path / "text.png").write_bytes(png_of(8, 8, b"", (b"zTXt", text)))
+    for name in ("pixels.png", "text.png"):
+        with pytest.raises(UserError):
+            read_recipe(tmp_path / name)
+
+
+def test_tags_become_adapters_and_leave_the_prompt():
+    assert split_lora_tags("a dog <lora:rex:0.8> in snow <lora:style>") == (
+        "a dog in snow",
+        (("rex", 0.8), ("style", 1.0)),
+    )
+    assert split_lora_tags("a  dog") == ("a  dog", ())
+    params = GenerationParams("dog <lora:rex:0.5>", adapters=(("rex", 1.0), ("b", 0.2))).apply_tags()
+    assert params.prompt == "dog" and params.adapters == (("rex", 0.5), ("b", 0.2))
+
+
+def test_a_tag_alone_is_an_empty_prompt():
+    with pytest.raises(UserError, match="empty"):
+        GenerationParams("<lora:rex>").apply_tags()
+
+
+def test_each_image_has_its_own_seed_and_counts_one():
+    images = [GenerationParams("dog", seed=4294967295, num_images=3).for_image(i) for i in range(2)]
+    assert [(p.seed, p.num_images) for p in images] == [(4294967295, 1), (0, 1)]
+
+
+def test_a_negative_seed_is_drawn():
+    assert draw_seed(7) == 7
+    assert len({draw_seed(-1) for _ in range(8)}) > 1

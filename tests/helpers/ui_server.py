@@ -1,0 +1,46 @@
+"""The page on the tiny base, served in this process on a free port of the loopback."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.ui.app_state import AppContext
+from dreambooth_moslora.ui.page import build_app, launch_options
+from tests.helpers.tiny_adapters import save_diffusers_lora
+
+__all__ = ["Served", "serve"]
+
+
+@dataclass(frozen=True)
+class Served:
+    url: str
+    ctx: AppContext
+
+
+@contextmanager
+def serve(tiny_base: Path, folder: Path, *, training: bool = True, **launch) -> Iterator[Served]:
+    """Two adapters on the shelf, "dog" and "cat"; runs go to `folder`/runs."""
+    pipeline = SubjectPipeline.from_base(tiny_base)
+    (folder / "adapters").mkdir(parents=True, exist_ok=True)
+    (folder / "runs").mkdir(exist_ok=True)
+    for seed, name in enumerate(("dog", "cat"), 1):
+        file = save_diffusers_lora(pipeline.pipeline.unet, folder / "made" / name, seed=seed)
+        file.rename(folder / "adapters" / f"{name}.safetensors")
+    ctx = AppContext(
+        lambda: pipeline,
+        base="tiny",
+        base_name=str(tiny_base),
+        resolution_px=pipeline.resolution_px,
+        adapters_dir=folder / "adapters",
+        runs_dir=folder / "runs",
+        training=training,
+    )
+    page = build_app(ctx, ["a photo of {} in the jungle", "a red {}"])
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **launch_options() | launch)
+    try:
+        yield Served(url, ctx)
+    finally:
+        page.close()
+        ctx.visitors.close()

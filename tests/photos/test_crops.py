@@ -1,0 +1,93 @@
+"""Crop plans: inside the photo, drawn evenly, equal to resizing first; and those that `check` shows are trained on."""
+
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.photos.crop_preview import frame_of, plans_of
+from dreambooth_moslora.photos.crops import FILTERS, CropPlan, apply_crop, plan_crop, resized_size
+from dreambooth_moslora.photos.folder import Photo
+
+
+def smooth(size_px, seed=0):
+    height, width = size_px
+    small = np.random.default_rng(seed).integers(0, 255, (7, 9, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("size_px", [(64, 64), (100, 333), (333, 100), (65, 64), (5000, 31)])
+def test_plans_lie_inside_the_resized_photo_and_reach_both_ends(size_px):
+    height, width = resized_size(size_px, 32)
+    assert min(height, width) == 32
+    plans = [plan_crop(size_px, 32, random.Random(seed), random_flip=True) for seed in range(400)]
+    tops, lefts = {p.crop_top_left[0] for p in plans}, {p.crop_top_left[1] for p in plans}
+    assert min(tops) <= (height - 32) * 0.02 and min(lefts) <= (width - 32) * 0.02
+    assert max(tops) <= height - 32 and max(lefts) <= width - 32
+    assert max(tops) >= (height - 32) * 0.98 - 1 and max(lefts) >= (width - 32) * 0.98 - 1
+    assert 100 < sum(p.flip for p in plans) < 300
+
+
+def test_center_crop_and_flip_change_nothing_else():
+    draws = [plan_crop((90, 64), 32, random.Random(3), random_flip=flip) for flip in (False, True)]
+    assert draws[0].crop_top_left == draws[1].crop_top_left
+    assert plan_crop((96, 64), 32, random.Random(3), center_crop=True).crop_top_left == (8, 0)
+
+
+def test_a_zoom_comes_closer_but_not_beyond_the_photos_own_pixels():
+    plans = [plan_crop((128, 128), 32, random.Random(seed), zoom=1.5) for seed in range(400)]
+    sides = [side for plan in plans for side in plan.resized]
+    assert min(sides) == 32 and max(sides) == 48 and 38 < sum(sides) / len(sides) < 42
+    assert all(0 <= edge <= plan.resized[0] - 32 for plan in plans for edge in plan.crop_top_left)
+    assert len({plan.crop_top_left for plan in plans}) > 50, "a square photo gives crops that differ"
+    assert {plan_crop((40, 40), 32, random.Random(seed), zoom=4).resized[0] for seed in range(50)} <= set(range(32, 41))
+    assert plan_crop((20, 20), 32, random.Random(0), zoom=2).resized == (32, 32)
+
+
+def test_a_zoomed_crop_shows_its_part_of_the_photo():
+    photo, plan = smooth((128, 128)), CropPlan((128, 128), (64, 64), (32, 16), (32, 32), False)
+    expected = photo.crop((32, 64, 96, 128)).resize((32, 32), Image.Resampling.LANCZOS)
+    difference = np.asarray(apply_crop(photo, plan), dtype=int) - np.asarray(expected, dtype=int)
+    assert np.abs(difference)[3:-3, 3:-3].max() <= 1
+
+
+@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_crop_is_what_resizing_everything_first_gives(name, flip):
+    photo, plan = smooth((300, 200)), CropPlan((300, 200), (75, 50), (11, 0), (50, 50), flip)
+    whole = photo.resize(tuple(reversed(resized_size((300, 200), 50))), FILTERS[name])
+    whole = whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else whole
+    expected = np.asarray(whole.crop((0, 11, 50, 61)), dtype=int)
+    assert np.abs(np.asarray(apply_crop(photo, plan, name), dtype=int) - expected)[3:-3, 3:-3].max() <= 1
+
+
+def test_a_mask_of_another_scale_is_cut_at_the_same_place():
+    photo, plan = smooth((300, 200)), plan_crop((300, 200), 40, random.Random(1))
+    cuts = [np.asarray(apply_crop(image, plan), dtype=int) for image in (photo, photo.resize((100, 150)))]
+    assert np.abs(cuts[0] - cuts[1]).mean() < 4
+
+
+def test_check_shows_the_crops_that_training_takes(tmp_path):
+    from dreambooth_moslora.photos.crops import CropRule
+    from dreambooth_moslora.training.dataset import PhotoStream
+
+    photos = [Photo(tmp_path / f"{n}.jpg", (70 + 9 * n, 120), ("x",)) for n in range(3)]
+    config = TrainConfig(resolution=32, seed=5, repeats=2, crops_per_photo=3, random_flip=True, crop_zoom=1.5)
+
+    class Recorder:
+        rule = CropRule(32, False, True, "lanczos", 3, 1.5)
+
+        def encode(self, photo, plan):
+            return photo.path.name, plan
+
+    trained = list(PhotoStream(photos, Recorder(), 5, "instance", 2).encode_ahead(100))
+    shown = [(photo.path.name, plan) for n, photo in enumerate(photos) for plan in plans_of(photo, n, config)]
+    assert sorted(shown, key=str) == sorted(trained, key=str) and len(shown) == 18
+
+
+def test_frames_of_mirrored_crops_lie_on_the_other_side():
+    plain, mirrored = (CropPlan((32, 64), (32, 64), (0, 0), (32, 32), flip) for flip in (False, True))
+    assert frame_of(plain, (64, 32)) == (0, 0, 31, 31)
+    assert frame_of(mirrored, (64, 32)) == (32, 0, 63, 31)

@@ -1,0 +1,245 @@
+"""Photos of every kind, good and bad: each gets its verdict, none ends the program, and pixels come out right."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.photos.checks import MIN_SHARPNESS, examine, sharpness
+from dreambooth_moslora.photos.folder import find_photos, instance_photos, open_mask, open_rgb, quoted
+from tests.helpers.odd_photos import CASES, QUADRANTS, SIZE_PX, make_folder, picture
+
+PROMPT = "a photo of sks toy"
+SUBJECTS = sorted((Path(__file__).parents[2] / "assets" / "subjects").iterdir())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("odd") / "photos")
+
+
+@pytest.fixture(scope="module")
+def report(folder):
+    return find_photos(folder, PROMPT, SIZE_PX[0] - 32)
+
+
+def quadrant_colours(image):
+    height, width = image.height, image.width
+    return {
+        (row, column): image.getpixel((width // 4 + column * width // 2, height // 4 + row * height // 2))
+        for row, column in QUADRANTS
+    }
+
+
+def test_the_corpus_is_large():
+    assert len({case.name for case in CASES}) == len(CASES) >= 40
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_file_gets_its_verdict(case, report):
+    usable = {photo.path.name: photo for photo in report.photos}
+    left = {item.path.name: item for item in report.skipped}
+    assert (case.name in usable) == case.usable
+    item = usable[case.name] if case.usable else left[case.name]
+    reasons = "; ".join(item.reasons) if case.usable else item.reason
+    assert item.size_px == case.size_px
+    assert case.says in reasons if case.says else not reasons
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.usable], ids=lambda case: case.name)
+def test_every_usable_file_opens_upright_in_its_colours(case, report):
+    photo = next(photo for photo in report.photos if photo.path.name == case.name)
+    image = open_rgb(photo)
+    assert (image.mode, image.height, image.width) == ("RGB", *case.size_px)
+    if case.colours:
+        for place, colour in quadrant_colours(image).items():
+            assert np.abs(np.subtract(colour, QUADRANTS[place])).max() <= 24, (place, colour)
+
+
+@pytest.mark.parametrize("name", ["deep_grey.png", "deep_grey.tif", "deep_int.tif", "float.tif", "grey.jpg"])
+def test_greys_keep_their_brightness_whatever_their_depth(name, report):
+    photo = next(photo for photo in report.photos if photo.path.name == name)
+    expected = np.asarray(picture("L").convert("RGB"), dtype=int)
+    assert np.abs(np.asarray(open_rgb(photo), dtype=int) - expected).mean() < 2
+
+
+def test_what_is_transparent_becomes_white_and_is_not_learnt(report):
+    photo = next(photo for photo in report.photos if photo.path.name == "rgba.png")
+    assert open_rgb(photo).getpixel((4, 4)) == (255, 255, 255)
+    mask = open_mask(photo)
+    assert (mask.getpixel((4, 4)), mask.getpixel((60, 60))) == (0, 255)
+
+
+def test_alpha_white_means_no_mask(folder):
+    photos = find_photos(folder, PROMPT, 64, alpha="white").photos
+    assert open_mask(next(photo for photo in photos if photo.path.name == "rgba.png")) is None
+
+
+def display_p3_profile() -> bytes:
+    """A minimal ICC profile with the primaries of Display P3 (D50-adapted) and gamma 2.2."""
+    colorants = {
+        b"rXYZ": (0.5151, 0.2412, -0.0011),
+        b"gXYZ": (0.2920, 0.6922, 0.0419),
+        b"bXYZ": (0.1571, 0.0666, 0.7841),
+        b"wtpt": (0.9642, 1.0, 0.8249),
+    }
+    fixed = {k: b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(x * 65536) for x in v)) for k, v in colorants.items()}
+    gamma = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(2.2 * 256)) + b"\0\0"
+    tags = fixed | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), gamma)
+    table, body, start = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
+    for name, content in tags.items():
+        table += name + struct.pack(">II", start + len(body), len(content))
+        body += content
+    header = struct.pack(">I4sI4s4s4s", start + len(body), b"lcms", 0x02400000, b"mntr", b"RGB ", b"XYZ ")
+    header += struct.pack(">6H4s", 2026, 1, 1, 0, 0, 0, b"acsp") + bytes(28)
+    header += struct.pack(">3i", 63190, 65536, 54061)
+    return header.ljust(128, b"\0") + table + body
+
+
+def test_a_wide_gamut_photo_is_converted_and_not_reinterpreted(tmp_path):
+    """As numbers, a colour of Display P3 is less saturated than the same colour in sRGB."""
+    Image.new("RGB", (64, 64), (200, 100, 100)).save(tmp_path / "a.png", icc_profile=display_p3_profile())
+    (photo,) = find_photos(tmp_path, PROMPT, 64).photos
+    red, green, blue = open_rgb(photo).getpixel((9, 9))
+    assert (red, green, blue) == pytest.approx((214, 96, 97), abs=4)
+
+
+def test_captions_come_from_the_text_beside_then_the_metadata_then_the_prompt(tmp_path):
+    for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg"):
+        picture().save(tmp_path / name)
+    (tmp_path / "a.txt").write_text("\ufeffmy sks toy \r\n\n my sks toy, on a table \n", encoding="utf-8")
+    (tmp_path / "d.txt").write_text("\n")
+    rows = [{"file_name": "a.jpg", "text": "not this"}, {"file_name": "b.jpg", "text": "my sks toy in the snow"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{broken\n")
+    report = find_photos(tmp_path, PROMPT, 64)
+    assert [photo.captions for photo in report.photos] == [
+        ("my sks toy", "my sks toy, on a table"),
+        (rows[1]["text"],),
+        (PROMPT,),
+        (PROMPT,),
+    ]
+    assert quoted(report.photos[0]) == "“my sks toy” “my sks toy, on a table”"
+    complaints = {(item.path.name, item.reason.split(" ")[0]) for item in report.skipped}
+    assert complaints == {("metadata.jsonl", "line"), ("d.txt", "empty")}
+
+
+def test_captions_are_read_as_notepad_saves_them_and_lines_end_only_at_line_feeds(tmp_path):
+    for name in ("a", "b", "c", "d", "e"):
+        picture().save(tmp_path / f"{name}.jpg")
+    (tmp_path / "a.txt").write_text("my sks toy, café", encoding="utf-16")
+    (tmp_path / "b.txt").write_bytes("my sks toy, café".encode("latin-1"))
+    rows = [{"file_name": "c.jpg", "text": "one\u2028two"}, {"file_name": "d.jpg", "text": "half \ud83d"}]
+    lines = [json.dumps(rows[0], ensure_ascii=False), json.dumps(rows[1]), ""]
+    (tmp_path / "metadata.jsonl").write_bytes("\r\n".join(lines).encode())
+    report = find_photos(tmp_path, PROMPT, 64)
+    captions = [caption for photo in report.photos for caption in photo.captions]
+    assert captions == ["my sks toy, café", PROMPT, "one two", "half ?", PROMPT]
+    assert [(item.path.name, item.reason.split(";")[0]) for item in report.skipped] == [
+        ("b.txt", "captions not read: neither UTF-8 nor UTF-16 text")
+    ]
+
+
+def test_suffixes_of_captions_and_masks_may_be_in_capitals(tmp_path):
+    picture().save(tmp_path / "1.JPG")
+    (tmp_path / "1.TXT").write_text("my sks toy")
+    Image.new("L", (128, 96), 255).save(tmp_path / "1.mask.PNG")
+    (tmp_path / "2.Txt").write_text("of no photo")
+    report = find_photos(tmp_path, PROMPT, 64)
+    (photo,) = report.photos
+    assert photo.captions == ("my sks toy",) and photo.mask_path == tmp_path / "1.mask.PNG"
+    assert [path.name for path in report.sidecars] == ["1.TXT", "1.mask.PNG"]
+    assert [(item.path.name, item.reason) for item in report.skipped] == [("2.Txt", "stray: belongs to no photo")]
+
+
+@pytest.mark.parametrize("name, white", [("a.mask.png", 1), ("a.mask.tif", 255), ("a.mask.jpg", 130)])
+def test_a_mask_may_be_of_any_format_and_dim(tmp_path, name, white):
+    Image.new("RGB", (128, 96), "green").save(tmp_path / "a.jpg")
+    mask = Image.new("L", (128, 96), 0)
+    mask.paste(white, (0, 0, 64, 96))
+    mask.save(tmp_path / name)
+    (photo,) = find_photos(tmp_path, "x", 64).photos
+    found = open_mask(photo)
+    assert found.getpixel((9, 9)) > 250 and found.getpixel((120, 9)) < 5
+
+
+def test_a_mask_beside_the_photo_is_used_and_one_of_another_shape_is_refused(tmp_path):
+    for name in ("a", "b", "c"):
+        picture().save(tmp_path / f"{name}.jpg")
+    mask = Image.new("L", (128, 96), 0)
+    mask.paste(255, (32, 24, 96, 72))
+    mask.save(tmp_path / "a.mask.png")
+    Image.new("L", (96, 96), 255).save(tmp_path / "b.mask.png")
+    Image.new("L", (128, 96), 0).save(tmp_path / "c.mask.png")
+    a, b, c = find_photos(tmp_path, PROMPT, 64).photos
+    assert np.array_equal(np.asarray(open_mask(a)), np.asarray(mask))
+    assert open_mask(b) is None and "mask not used: its shape" in b.reasons[0]
+    assert open_mask(c) is None and "black everywhere" in c.reasons[0]
+
+
+def test_blurred_and_nearly_equal_photos_are_named_and_others_are_not(tmp_path):
+    def scene(seed):
+        tiles = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+        return Image.fromarray(tiles).resize((300, 300), Image.Resampling.NEAREST)
+
+    first, second = scene(1), scene(2)
+    first.save(tmp_path / "a.png")
+    first.crop((4, 4, 296, 298)).save(tmp_path / "b.png")
+    second.save(tmp_path / "c.png")
+    scene(3).filter(ImageFilter.GaussianBlur(5)).save(tmp_path / "d.png")
+    verdicts = {p.path.name: "; ".join(p.reasons) for p in examine(find_photos(tmp_path, PROMPT, 64)).photos}
+    assert verdicts["a.png"] == verdicts["c.png"] == ""
+    assert verdicts["b.png"] == "near-duplicate of a.png"
+    assert verdicts["d.png"].startswith("blurred")
+
+
+def test_nothing_usable_is_one_line_that_names_the_files(tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"")
+    (tmp_path / "notes.md").write_text("x")
+    with pytest.raises(UserError, match=r"no usable photo in .*broken\.jpg \(broken: the file is empty\)"):
+        instance_photos(TrainConfig(instance_data_dir=tmp_path))
+
+
+def test_a_run_says_once_and_in_one_line_which_files_it_does_not_use(tmp_path, caplog):
+    picture().save(tmp_path / "a.png")
+    for name in ("b.md", "c.mov", "d.txt", "e.pdf", ".DS_Store"):
+        (tmp_path / name).write_text("x")
+    for _ in range(2):
+        instance_photos(TrainConfig(instance_data_dir=tmp_path, resolution=64))
+    (line,) = caplog.messages
+    assert line.startswith("files not used (4): b.md (stray: not a photo)") and line.endswith("1 more.")
+    assert ".DS_Store" not in line
+
+
+@pytest.mark.parametrize("name", ["missing", "file.jpg"])
+def test_a_folder_that_is_none_is_the_persons_mistake(tmp_path, name):
+    picture().save(tmp_path / "file.jpg")
+    with pytest.raises(UserError, match="folder"):
+        find_photos(tmp_path / name, PROMPT, 64)
+
+
+def test_a_local_data_set_is_read_with_its_captions(tmp_path):
+    source = tmp_path / "data"
+    source.mkdir()
+    picture().save(source / "one.png")
+    picture().rotate(90).save(source / "two.png")
+    rows = [{"file_name": "one.png", "words": "first"}, {"file_name": "two.png", "words": "second"}]
+    (source / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = TrainConfig(dataset_name=source, caption_column="words", cache_dir=tmp_path / "cache", resolution=64)
+    photos = instance_photos(config).photos
+    assert sorted(photo.captions for photo in photos) == [("first",), ("second",)]
+    assert {photo.path.read_bytes() for photo in photos} == {(source / n).read_bytes() for n in ("one.png", "two.png")}
+    with pytest.raises(UserError, match=r"--caption_column word: .* Did you mean words\?"):
+        instance_photos(TrainConfig(dataset_name=source, caption_column="word", cache_dir=tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda path: path.name)
+def test_a_soft_large_photo_is_sharp_enough_for_a_small_training(subject):
+    for path in sorted(subject.glob("*.jpg")):
+        image = Image.open(path).convert("RGB")
+        assert sharpness(image, 512) < MIN_SHARPNESS < sharpness(image, 128)
+        assert sharpness(image.filter(ImageFilter.GaussianBlur(6)), 128) < MIN_SHARPNESS

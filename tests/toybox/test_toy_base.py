@@ -1,0 +1,158 @@
+"""The embedded base is an ordinary SDXL pipeline: diffusers loads it, draws, edits, and adapts it without our code."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
+from PIL import Image as Picture
+from transformers import Dinov2Model
+
+from dreambooth_moslora import MoSLoraConfig, inject
+from dreambooth_moslora.adapters.export import publish
+from dreambooth_moslora.adapters.raw_file import adapter_facts
+from dreambooth_moslora.base.load import encode_text
+from dreambooth_moslora.generation.params import GenerationParams
+from dreambooth_moslora.generation.pipeline import Image, SubjectPipeline
+from dreambooth_moslora.generation.sampler import Sampler, SampleRequest
+from toybox.captions import canonical_caption
+from toybox.evaluate_base import accuracy, generate, scenes_for
+from toybox.evaluate_parts import (
+    fresh_renders,
+    individuals_told_apart,
+    psnr_db,
+    reconstruct,
+    retrieval_at_1,
+    unlike_toys,
+)
+from toybox.make_subjects import load, photo_scenes
+from toybox.render import render
+from toybox.train_unet import noise_schedule
+from toybox.train_vit import build_vit
+
+ASSETS = Path(__file__).parents[2] / "assets"
+LIMIT_MB = 48
+PROMPT = "a photo of a red robot on the beach"
+
+
+@pytest.fixture(scope="module")
+def base() -> StableDiffusionXLPipeline:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(ASSETS / "toy-sdxl")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def drawn(pipeline, seed: int = 3, **arguments) -> np.ndarray:
+    generator = torch.Generator().manual_seed(seed)
+    return pipeline(PROMPT, num_inference_steps=4, generator=generator, output_type="np", **arguments).images[0]
+
+
+def test_it_draws_128_px_and_the_same_from_the_same_seed(base):
+    first = drawn(base)
+    assert first.shape == (128, 128, 3) and first.std() > 0.05
+    assert np.array_equal(first, drawn(base)) and not np.array_equal(first, drawn(base, seed=4))
+
+
+def test_it_is_drawn_at_its_own_guidance_unless_another_is_asked_for(base):
+    subject = SubjectPipeline.from_base("toy")
+    asked = GenerationParams(PROMPT, seed=3, steps=4)
+    (ours,) = (event for event in subject.generate(asked) if isinstance(event, Image))
+    assert ours.params.guidance_scale == 2.5
+    assert np.abs(np.asarray(ours.pixels) / 255 - drawn(base, guidance_scale=2.5)).max() < 0.02
+    assert subject.complete(replace(asked, guidance_scale=6.0)).guidance_scale == 6.0
+    words = lambda prompts: encode_text(subject.pipeline, prompts)  # noqa: E731
+    other = Sampler(subject.pipeline, words, 128, torch.device("cpu"), 4, guidance_scale=6.0)
+    (sample,) = other([SampleRequest(PROMPT, 3)])
+    assert np.abs(np.asarray(sample) / 255 - drawn(base, guidance_scale=6.0)).max() < 0.02
+    sampler = Sampler(subject.pipeline, words, 128, torch.device("cpu"), 4)
+    (sample,) = sampler([SampleRequest(PROMPT, 3)])
+    assert np.abs(np.asarray(sample) / 255 - drawn(base, guidance_scale=2.5)).max() < 0.02
+
+
+def test_its_topology_is_that_of_sdxl(base):
+    config = base.unet.config
+    assert config.down_block_types == ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
+    assert config.addition_embed_type == "text_time" and config.use_linear_projection
+    widths = base.text_encoder.config.hidden_size, base.text_encoder_2.config.hidden_size
+    assert widths[0] != widths[1] and sum(widths) == config.cross_attention_dim
+    assert base.vae_scale_factor == 8 and base.vae.config.latent_channels == 4
+
+
+def test_it_is_sampled_by_the_schedule_that_it_was_trained_on(base):
+    trained = noise_schedule().config
+    for name in ("prediction_type", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps"):
+        assert base.scheduler.config[name] == trained[name], name
+    assert trained["prediction_type"] == "v_prediction"
+
+
+def test_the_judge_finds_in_its_pictures_what_the_prompts_name(base):
+    scenes = scenes_for(20, held_out=False, seed=70_000)
+    right = accuracy(generate(base, [canonical_caption(scene) for scene in scenes], seed=70_000), scenes)
+    assert right["kind"] >= 0.8 and right["colour"] >= 0.7 and right["place"] >= 0.9
+
+
+def test_its_vit_tells_individuals_apart_and_an_untrained_one_does_not():
+    toys = unlike_toys("duck", 50)
+    assert len({replace(toy, genes=()) for toy in toys}) == 50 and {toy.kind for toy in toys} == {"duck"}
+    trained = Dinov2Model.from_pretrained(ASSETS / "toy-dino", torch_dtype=torch.float32).eval()
+    shares = [individuals_told_apart(vit, "duck", count=12) for vit in (trained, build_vit().eval())]
+    assert shares[0] > 0.9 and shares[1] < 0.5
+
+
+def test_its_vae_keeps_renders_and_its_clip_knows_their_captions(base):
+    images, captions = fresh_renders(100, seed=1)
+    assert psnr_db(images, reconstruct(base.vae, images)).mean() > 30
+    assert retrieval_at_1(base, images, captions) > 0.8
+
+
+def test_any_prompt_and_a_rare_token_are_accepted(base):
+    ids = base.tokenizer(["a photo of sks duck, naïve 日本 🦆"]).input_ids[0]
+    assert base.tokenizer.unk_token_id not in ids[1:-1] and len(ids) < 77
+    assert "sks" in base.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_img2img_and_inpaint_take_its_parts(base):
+    subject = load("duck")
+    photo = Picture.fromarray(render(photo_scenes(subject)[:1], 128)[0].numpy())
+    edit = StableDiffusionXLImg2ImgPipeline.from_pipe(base)
+    mask = Picture.new("L", photo.size)
+    mask.paste(255, (0, 0, 64, 128))
+    paint = StableDiffusionXLInpaintPipeline.from_pipe(base)
+    for pipeline, arguments in ((edit, {}), (paint, {"mask_image": mask, "height": 128, "width": 128})):
+        pipeline.set_progress_bar_config(disable=True)
+        image = drawn(pipeline, image=photo, strength=0.6, **arguments)
+        assert image.shape == (128, 128, 3)
+        assert 0.01 < np.abs(image - np.asarray(photo) / 255).mean() < 0.4
+
+
+def test_diffusers_loads_an_adapter_onto_it(tmp_path):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(ASSETS / "toy-sdxl")
+    pipeline.set_progress_bar_config(disable=True)
+    plain = drawn(pipeline)
+    config = MoSLoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
+    inject(pipeline.unet, config)
+    live = drawn(pipeline)
+    publish({"unet": pipeline.unet}, tmp_path, "x", adapter_facts({"unet": pipeline.unet}), torch.float32)
+    fresh = StableDiffusionXLPipeline.from_pretrained(ASSETS / "toy-sdxl")
+    fresh.set_progress_bar_config(disable=True)
+    fresh.load_lora_weights(tmp_path / "pytorch_lora_weights.safetensors")
+    loaded = drawn(fresh)
+    assert np.abs(live - plain).mean() > 1e-3
+    assert np.abs(loaded - live).max() < 1e-2
+
+
+def test_the_embedded_weights_stay_small_and_fp16():
+    files = sorted(f for name in ("toy-sdxl", "toy-dino") for f in (ASSETS / name).rglob("*.safetensors"))
+    assert files and sum(f.stat().st_size for f in files) < LIMIT_MB * 1e6
+    digests = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
+    assert len(set(digests)) == len(files)
+    for file in files:
+        header = file.read_bytes()[:20_000]
+        assert b'"dtype":"F16"' in header and b'"dtype":"F32"' not in header, file.name

@@ -1,0 +1,129 @@
+"""Class images: topped up, with a manifest, and never those of another prompt."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.training.class_images import ClassImages
+from dreambooth_moslora.training.loop import train
+from dreambooth_moslora.training.prepare import usable_class_photos
+from tests.helpers.tiny import tiny_sdxl
+from tests.helpers.tiny_training import paint_photos, tiny_config
+
+
+class Painter:
+    """Stands where the base generates: pictures that tell their seed."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, prompt, seeds):
+        self.calls.append((prompt, tuple(seeds)))
+        return [Image.new("RGB", (8, 8), (seed % 256, seed // 256 % 256, 0)) for seed in seeds]
+
+
+def top_up(images, count, batch_size=4):
+    painter = Painter()
+    counts = list(images.top_up(count, batch_size, painter))
+    return painter, counts
+
+
+def test_missing_images_are_generated_with_a_manifest(tmp_path):
+    images = ClassImages(tmp_path / "class_images", "a dog", "toy", 7, 8)
+    painter, counts = top_up(images, 6)
+    assert counts == [4, 6] and [len(seeds) for _, seeds in painter.calls] == [4, 2]
+    manifest = json.loads((images.folder / "manifest.json").read_text())
+    assert sorted(manifest) == sorted(path.name for path in images.folder.glob("*.png"))
+    assert all(f == {"prompt": "a dog", "model": "toy", "resolution": 8, "seed": f["seed"]} for f in manifest.values())
+    assert len({facts["seed"] for facts in manifest.values()}) == 6
+
+
+def test_only_what_is_missing_is_generated_and_batches_stay_whole(tmp_path):
+    images = ClassImages(tmp_path, "a dog", "toy", 7, 8)
+    top_up(images, 8)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+    (tmp_path / images.name(5)).unlink()
+    painter, _ = top_up(images, 8)
+    assert [seeds for _, seeds in painter.calls] == [tuple(images.image_seed(i) for i in range(4, 8))]
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.png")} == before
+    assert top_up(images, 8)[0].calls == []
+    assert len(top_up(images, 10)[0].calls) == 1
+
+
+def test_images_of_another_prompt_are_known_as_stale_and_a_persons_own_are_not(tmp_path):
+    dogs, cats = ClassImages(tmp_path, "a dog", "toy", 7, 8), ClassImages(tmp_path, "a cat", "toy", 7, 8)
+    top_up(dogs, 2)
+    top_up(cats, 2)
+    Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
+    paths = list(tmp_path.glob("*.png"))
+    assert {path.name for path in cats.stale(paths)} == {dogs.name(0), dogs.name(1)}
+    assert {path.name for path in set(paths) - cats.generated(paths)} == {"mine.png"}
+
+
+def test_images_of_another_size_are_stale_and_their_set_is_made_beside_them(tmp_path):
+    small, large = ClassImages(tmp_path, "a dog", "toy", 7, 8), ClassImages(tmp_path, "a dog", "toy", 7, 16)
+    top_up(small, 2)
+    assert large.stale(list(tmp_path.glob("*.png"))) == set(tmp_path.glob("*.png"))
+    assert len(top_up(large, 2)[0].calls) == 1 and len(list(tmp_path.glob("*.png"))) == 4
+    assert top_up(small, 2)[0].calls == []
+
+
+@pytest.mark.parametrize("damage", [b"", b"half a picture"])
+def test_a_generated_image_that_cannot_be_read_is_made_anew(tmp_path, damage):
+    images = ClassImages(tmp_path, "a dog", "toy", 7, 8)
+    top_up(images, 2)
+    whole = (tmp_path / images.name(1)).read_bytes()
+    (tmp_path / images.name(1)).write_bytes(damage)
+    top_up(images, 2)
+    assert (tmp_path / images.name(1)).read_bytes() == whole
+
+
+@pytest.mark.parametrize("text", ['{"class_', "[1, 2]", '{"a.png": 3}', ""])
+def test_a_damaged_manifest_makes_the_generated_images_stale_and_nobodys_own(tmp_path, text):
+    images = ClassImages(tmp_path, "a dog", "toy", 7, 8)
+    top_up(images, 2)
+    (tmp_path / "manifest.json").write_text(text)
+    paths = list(tmp_path.glob("*.png"))
+    assert images.generated(paths) == images.stale(paths) == set(paths)
+    assert len(top_up(images, 2)[0].calls) == 1 and images.stale(paths) == set()
+
+
+def test_too_few_usable_class_images_are_a_mistake_and_no_quiet_end_of_the_prior(tmp_path):
+    images = ClassImages(tmp_path, "a dog", "toy", 7, 8)
+    top_up(images, 2)
+    config = TrainConfig(with_prior_preservation=True, class_prompt="a dog", num_class_images=3, resolution=8)
+    with pytest.raises(UserError, match="only 2 of 3 class images"):
+        usable_class_photos(tmp_path, config, images)
+
+
+def test_a_persons_own_class_images_are_taken_before_generated_ones(tmp_path):
+    images = ClassImages(tmp_path, "a dog", "toy", 7, 8)
+    top_up(images, 3)
+    for number in range(2):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"dog_{number}.png")
+    config = TrainConfig(with_prior_preservation=True, class_prompt="a dog", num_class_images=3, resolution=8)
+    taken = [photo.path.name for photo in usable_class_photos(tmp_path, config, images)]
+    assert taken == ["dog_0.png", "dog_1.png", images.name(0)]
+
+
+def test_a_base_that_draws_nan_ends_the_run_and_leaves_no_class_image(tmp_path):
+    pipeline = tiny_sdxl(tmp_path)
+    pipeline.unet.conv_out.weight.data.fill_(float("nan"))
+    pipeline.save_pretrained(tmp_path / "model")
+    changes = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class")}
+    with pytest.raises(UserError, match=r"class images that are not finite .* --prior_generation_precision fp32"):
+        train(tiny_config(tmp_path / "model", paint_photos(tmp_path / "photos"), tmp_path / "run", **changes))
+    assert not list((tmp_path / "class").iterdir())
+
+
+def test_a_class_folder_serves_two_resolutions(tiny_base, tmp_path):
+    photos = paint_photos(tmp_path / "photos")
+    prior = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "max_train_steps": 1}
+    for resolution in (64, 128):
+        events = []
+        train(tiny_config(tiny_base, photos, tmp_path / "run", resolution=resolution, **prior), events.append)
+        assert next(event for event in events if event["type"] == "step")["loss_prior"] > 0
+    assert len(list((tmp_path / "class").glob("*.png"))) == 6

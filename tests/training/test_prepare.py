@@ -1,0 +1,54 @@
+"""What is encoded before training, and what is still in memory when it begins."""
+
+from weakref import ref
+
+import pytest
+import torch
+
+from dreambooth_moslora.base.load import load_pipeline
+from dreambooth_moslora.training import prepare
+from dreambooth_moslora.training.loop import train
+from tests.helpers.tiny_training import paint_photos, tiny_config
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_there"), [({}, False), ({"num_validation_images": 1}, True), ({"caching": "off"}, True)]
+)
+def test_the_vae_leaves_memory_unless_it_is_needed_again(changes, is_there, tiny_base, tmp_path, monkeypatch):
+    load, loaded, seen = prepare.load_base, [], []
+
+    def load_base(*arguments):
+        pipeline = load(*arguments)
+        loaded.append(ref(pipeline.vae))
+        return pipeline
+
+    def note(event):
+        if event["type"] == "step":
+            seen.append(loaded[0]() is not None)
+
+    monkeypatch.setattr(prepare, "load_base", load_base)
+    photos = paint_photos(tmp_path / "photos")
+    train(tiny_config(tiny_base, photos, tmp_path / "run", max_train_steps=1, **changes), note)
+    assert seen == [is_there]
+
+
+def test_only_what_the_steps_will_show_is_encoded(tiny_base, tmp_path):
+    events, photos = [], paint_photos(tmp_path / "photos")
+    size = {"max_train_steps": 1, "gradient_accumulation_steps": 2, "train_batch_size": 2}
+    prior = {"with_prior_preservation": True, "num_class_images": 5}
+    train(tiny_config(tiny_base, photos, tmp_path / "run", crops_per_photo=9, **size, **prior), events.append)
+    assert {event["total"] for event in events if event.get("phase") == "caching"} == {4 + 4}
+
+
+def test_fp32_on_a_gpu_is_warned_of_once_and_only_for_a_base_like_sdxl(tiny_base, caplog):
+    pipeline, gpu = load_pipeline(tiny_base), torch.device("cuda")
+    prepare.warn_of_fp32(pipeline, gpu)
+    pipeline.unet.register_to_config(sample_size=1024 // pipeline.vae_scale_factor)
+    prepare.warn_of_fp32(pipeline, torch.device("cpu"))
+    pipeline.unet.to(torch.bfloat16)
+    prepare.warn_of_fp32(pipeline, gpu)
+    assert "fp32" not in caplog.text
+    pipeline.unet.to(torch.float32)
+    prepare.warn_of_fp32(pipeline, gpu)
+    (line,) = [record.message for record in caplog.records if record.name == prepare.__name__]
+    assert "--mixed_precision bf16" in line and "\n" not in line

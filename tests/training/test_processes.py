@@ -1,0 +1,88 @@
+"""`accelerate launch` with two processes, against one process that accumulates two micro-batches.
+
+On CPUs accelerate starts several processes by `--multi_gpu` with ACCELERATE_USE_CPU=true; by `--cpu` it starts one,
+unless there are MPI and a host file. Both are tried here.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.training.loop import train
+from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+
+def losses(folder: Path) -> list[float]:
+    return [event["loss"] for event in RunDir(folder).read_metrics() if event["type"] == "step"]
+
+
+def launch(config, tmp_path: Path, *flags: str, script: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    return subprocess.run(
+        [*LAUNCH, *flags, str(script), "--config", str(tmp_path / "config.json")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def test_two_processes_train_one_adapter_and_are_one_process_with_accumulation_two(tiny_base, tmp_path):
+    photos = paint_photos(tmp_path / "photos")
+    changes = {"max_train_steps": 4, "with_prior_preservation": True, "prior": "adapter_off"}
+    changes |= {"lr_scheduler": "linear", "lr_warmup_steps": 2}
+    both = tiny_config(tiny_base, photos, tmp_path / "both", **changes)
+    script = Path(__file__).parents[1] / "helpers" / "two_processes.py"
+    done = launch(both, tmp_path, "--multi_gpu", script=script, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = [json.loads((tmp_path / "both" / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
+    assert ranks[0] == ranks[1] and ranks[0]["processes"] == 2
+    train(tiny_config(tiny_base, photos, tmp_path / "one", gradient_accumulation_steps=2, **changes))
+    assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_launched_on_cpus_without_mpi_it_is_one_process_and_says_so(tiny_base, tmp_path):
+    photos = paint_photos(tmp_path / "photos")
+    config = tiny_config(tiny_base, photos, tmp_path / "launched", max_train_steps=1)
+    done = launch(config, tmp_path, "--cpu", script=ROOT / "train_dreambooth.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes" in done.stderr
+    train(tiny_config(tiny_base, photos, tmp_path / "plain", max_train_steps=1))
+    assert adapter_sha256(tmp_path / "launched") == adapter_sha256(tmp_path / "plain")
+
+
+def start_rank(rank: int, port: int, config_file: Path) -> subprocess.Popen[str]:
+    """As a launcher does, but without one that would end the others with the first."""
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.helpers.stopped_process", "--config", str(config_file)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **ranks, **meeting},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_stop_that_one_process_hears_while_photos_are_encoded_ends_all(tiny_base, tmp_path, free_port):
+    config = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    ranks = [start_rank(rank, free_port, tmp_path / "config.json") for rank in (0, 1)]
+    try:
+        said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [130, 130], said
+    assert "stopped before the first step" in said[0]
+    assert ["said by every process" in words for words in said] == [True, False]
+    assert not RunDir(tmp_path / "run").checkpoints()

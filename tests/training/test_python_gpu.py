@@ -1,0 +1,64 @@
+"""Trainings on a GPU written in Python (`tests.helpers.python_gpu`): what can be known of a GPU without one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.utils import backend_registration
+
+from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.training.loop import train
+from tests.helpers.tiny_training import paint_photos, tiny_config
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this PyTorch has no devices written in Python",
+)
+TRAININGS = {
+    "plain": {"target_modules": ["to_q", "to_k", "to_v", "to_out.0"]},
+    "bf16": {"target_modules": ["to_q", "to_k", "to_v", "to_out.0"], "mixed_precision": "bf16"},
+    "prior of the base": {"with_prior_preservation": True, "prior": "adapter_off"},
+    "class images": {"with_prior_preservation": True},
+    "convolutions": {"target_modules": ["to_q", "conv1", "ff.net.0.proj"]},
+    "text encoders, recomputed": {"train_text_encoder": True, "gradient_checkpointing": True},
+    "DoRA": {"use_dora": True},
+    "uncached": {"caching": "off", "dataloader_num_workers": 2},
+    "EDM": {"do_edm_style_training": True},
+    "min-SNR, accumulated": {"snr_gamma": 5.0, "gradient_accumulation_steps": 2},
+    "samples": {"num_validation_images": 1, "validation_steps": 2},
+}
+
+
+def run_on_device(base: Path, folder: Path, **changes) -> dict:
+    """Train two steps there; the losses of the steps, and what the last micro-batch did on the device."""
+    settings = json.dumps({"max_train_steps": 2} | changes)
+    photos = paint_photos(folder / "photos")
+    command = [sys.executable, "-m", "tests.helpers.on_python_gpu", base, photos, folder / "gpu", settings]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+def test_a_training_mixes_no_devices_and_has_the_losses_of_the_cpu(tiny_base, tmp_path, training):
+    """The losses of two steps; bf16 rounds in another order there."""
+    settings = TRAININGS[training]
+    found = run_on_device(tiny_base, tmp_path, **settings)["losses"]
+    train(tiny_config(tiny_base, tmp_path / "photos", tmp_path / "cpu", max_train_steps=2, **settings))
+    expected = [event["loss"] for event in RunDir(tmp_path / "cpu").read_metrics() if event["type"] == "step"]
+    assert found == pytest.approx(expected, rel=1e-2 if "mixed_precision" in settings else 1e-5)
+
+
+@pytest.mark.parametrize(("training", "most"), [("plain", 5), ("prior of the base", 17)])
+def test_a_micro_batch_waits_for_the_gpu_no_more_often_than_it_has_to(tiny_base, tmp_path, training, most):
+    """Each wait leaves the GPU idle until the program has handed it the next kernels."""
+    waits = run_on_device(tiny_base, tmp_path, **TRAININGS[training])["waits"]
+    assert 0 < sum(waits.values()) <= most, waits
+
+
+@pytest.mark.parametrize("changes", [{"target_modules": ["to_q", "conv1"]}, {"allow_tf32": True}])
+def test_an_adapter_is_published_from_a_gpu_that_multiplies_in_tf32(tiny_base, tmp_path, changes):
+    run_on_device(tiny_base, tmp_path, has_tf32=True, **changes)

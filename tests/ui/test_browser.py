@@ -1,0 +1,288 @@
+"""The page as a person uses it, in a real Chromium, on the tiny base, with the real training program."""
+
+import io
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import PIL.Image
+import pytest
+from PIL.PngImagePlugin import PngInfo
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.ui.jobs import Job, Jobs
+from dreambooth_moslora.ui.users import visitor_id
+from tests.helpers.ui_server import serve
+
+browser_module = pytest.importorskip("tests.helpers.browser")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(browser_module.CHROMIUM is None, reason="there is no Chromium"),
+]
+visit, set_number, PATIENCE_MS = browser_module.visit, browser_module.set_number, browser_module.PATIENCE_MS
+
+
+@pytest.fixture(scope="module")
+def served(tiny_base, tmp_path_factory):
+    with serve(tiny_base, tmp_path_factory.mktemp("app")) as server:
+        yield server
+        for job in Jobs(server.ctx.runs_dir).all():
+            if job.is_alive:
+                __import__("os").kill(job.pid, 9)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with browser_module.chromium() as found:
+        yield found
+
+
+@pytest.fixture
+def visited(served, browser):
+    with visit(browser, served.url) as found:
+        yield found
+        assert not found.errors, found.errors
+        assert found.hosts <= {"127.0.0.1", "localhost"}, found.hosts
+
+
+@pytest.fixture
+def page(visited):
+    return visited.page
+
+
+def wait_for_status(page, words: str, elem_id: str = "status") -> None:
+    page.wait_for_function(
+        "([id, words]) => document.getElementById(id)?.innerText.includes(words)", arg=[elem_id, words]
+    )
+
+
+def generate(page, prompt: str = "a photo of a sks dog", steps: int = 3, pictures: int = 1) -> None:
+    page.fill("#prompt textarea", prompt)
+    set_number(page, "steps", steps)
+    set_number(page, "num_images", pictures)
+    page.click("#run")
+
+
+def pixels_of(page, selector: str) -> np.ndarray:
+    """The picture behind an <img>, fetched as the page does."""
+    answer = page.request.get(page.locator(selector).first.get_attribute("src"))
+    return np.asarray(PIL.Image.open(io.BytesIO(answer.body())).convert("RGB"))
+
+
+def open_box(page, elem_id: str) -> None:
+    page.locator(f"#{elem_id} button.label-wrap").click()
+
+
+def test_enter_generates_and_pictures_carry_their_recipe(page, tmp_path):
+    page.fill("#prompt textarea", "a photo of a sks dog")
+    set_number(page, "steps", 3)
+    set_number(page, "num_images", 2)
+    page.press("#prompt textarea", "Enter")
+    wait_for_status(page, "2 pictures in")
+    assert page.locator("#gallery img").count() == 2
+    answer = page.request.get(page.locator("#gallery img").first.get_attribute("src"))
+    with PIL.Image.open(io.BytesIO(answer.body())) as image:
+        assert image.format == "PNG" and "dreambooth_moslora" in image.info
+
+
+def test_stop_keeps_what_is_finished_and_escape_stops_too(page):
+    for stop in (lambda: page.click("#stop"), lambda: page.keyboard.press("Escape")):
+        generate(page, steps=60, pictures=8)
+        page.wait_for_selector("#status .bar")
+        stop()
+        wait_for_status(page, "Stopped.")
+
+
+def test_a_picture_in_the_queue_is_stopped_before_its_turn(served, browser, page):
+    generate(page, steps=60, pictures=8)
+    page.wait_for_selector("#status .bar")
+    with visit(browser, served.url) as second:
+        generate(second.page, steps=60, pictures=8)
+        second.page.wait_for_function("document.querySelector('#status').innerText.includes('queue: 1/1')")
+        second.page.click("#stop")
+        second.page.wait_for_timeout(300)
+        page.click("#stop")
+        wait_for_status(second.page, "0 of 8 pictures")
+
+
+def test_slash_brings_the_cursor_to_the_prompt(page):
+    page.locator("h1").click()
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.closest('#prompt') !== null")
+    assert "/" not in page.input_value("#prompt textarea")
+
+
+def test_compare_shows_both_halves(page):
+    page.fill("#prompt textarea", "a photo of a sks dog")
+    set_number(page, "steps", 3)
+    page.get_by_role("tab", name="Compare", exact=True).click()
+    page.click("#compare")
+    page.wait_for_function("document.querySelectorAll('#slider img').length >= 2")
+    halves = [page.request.get(img.get_attribute("src")).body() for img in page.locator("#slider img").all()]
+    assert len(set(halves)) == 2
+
+
+def test_a_grid_is_drawn(page):
+    page.fill("#prompt textarea", "a photo of a sks dog")
+    set_number(page, "steps", 2)
+    page.get_by_role("tab", name="Grid", exact=True).click()
+    page.fill("#grid_row_values textarea, #grid_row_values input", "0, 1")
+    page.click("#draw_grid")
+    page.wait_for_selector("#sheet img")
+    assert pixels_of(page, "#sheet img").shape[1] > 3 * 64
+
+
+def test_a_dropped_png_gives_the_same_picture_again(page, tmp_path):
+    generate(page, "a sks dog in the snow", steps=4)
+    wait_for_status(page, "1 picture in")
+    src = page.locator("#gallery img").first.get_attribute("src")
+    file = tmp_path / "picture.png"
+    file.write_bytes(page.request.get(src).body())
+    before = pixels_of(page, "#gallery img")
+    page.reload()
+    page.wait_for_selector("#run")
+    open_box(page, "drop_box")
+    page.set_input_files("#drop_png input[type=file]", file)
+    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a sks dog in the snow'")
+    page.click("#run")
+    wait_for_status(page, "1 picture in")
+    assert np.array_equal(pixels_of(page, "#gallery img"), before)
+    page.get_by_role("tab", name="History", exact=True).click()
+    page.wait_for_function("document.querySelectorAll('#history img').length >= 2")
+
+
+def test_inspect_reads_a_png_and_hands_it_on(page, tmp_path):
+    generate(page, "a sks dog in space", steps=4)
+    wait_for_status(page, "1 picture in")
+    file = tmp_path / "picture.png"
+    file.write_bytes(page.request.get(page.locator("#gallery img").first.get_attribute("src")).body())
+    page.fill("#prompt textarea", "something else")
+    page.get_by_role("tab", name="Inspect", exact=True).click()
+    page.set_input_files("#inspect_file input[type=file]", file)
+    wait_for_status(page, "a sks dog in space", "inspect_facts")
+    page.click("#inspect_use")
+    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a sks dog in space'")
+    page.wait_for_selector("#run", state="visible")
+
+
+def photos_of(folder) -> list:
+    rng = np.random.default_rng(0)
+    files = []
+    for number in range(3):
+        pixels = rng.integers(0, 255, (90, 120 + 10 * number, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(folder / f"photo{number}.jpg")
+        files.append(folder / f"photo{number}.jpg")
+    return files
+
+
+def test_a_run_is_started_survives_a_reload_stops_resumes_and_is_used(page, tmp_path):
+    page.get_by_role("tab", name="Train", exact=True).click()
+    page.set_input_files("#photos input[type=file]", photos_of(tmp_path))
+    page.wait_for_function("document.querySelectorAll('#crops img').length === 3")
+    wait_for_status(page, "3 photos", "remarks")
+    page.fill("#class_word textarea, #class_word input", "dog")
+    wait_for_status(page, "a photo of a sks dog", "prompts")
+    open_box(page, "more_training")
+    set_number(page, "train_steps", 5000)
+    page.click("#start")
+    wait_for_status(page, "Step ", "train_status")
+    page.reload()
+    page.get_by_role("tab", name="Train", exact=True).click()
+    wait_for_status(page, "of 5000", "train_status")
+    page.click("#stop_training")
+    wait_for_status(page, "Stopped; a checkpoint is written.", "train_status")
+    page.click("#resume:not([disabled])")
+    shown = "document.getElementById('train_status').innerText"
+    page.wait_for_function(f"{shown}.includes('of 5000') && !{shown}.includes('Stop')")
+    page.wait_for_function("document.querySelectorAll('#samples img').length >= 1")
+    page.click("#stop_training:not([disabled])")
+    wait_for_status(page, "Stopped; a checkpoint is written.", "train_status")
+    page.click("#use_adapter")
+    page.wait_for_selector("#run", state="visible")
+    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a photo of a sks dog'")
+    set_number(page, "steps", 3)
+    page.click("#run")
+    wait_for_status(page, "1 picture in")
+
+
+def test_a_mistake_is_told_on_the_page(visited):
+    page = visited.page
+    generate(page, "a dog <lora:<b>rex</b>:1> <lora:rex:1>")
+    page.get_by_text("There is no adapter rex").first.wait_for()
+
+
+def test_a_picture_without_a_recipe_is_told_on_the_page_and_a_missing_adapter_remarked(page, tmp_path):
+    bare, other = tmp_path / "bare.png", tmp_path / "other.png"
+    PIL.Image.new("RGB", (8, 8)).save(bare)
+    text = PngInfo()
+    text.add_text("parameters", "a hen <lora:hen:1>\nSteps: 4, Sampler: Euler, CFG scale: 5, Seed: 1")
+    PIL.Image.new("RGB", (8, 8)).save(other, pnginfo=text)
+    open_box(page, "drop_box")
+    page.set_input_files("#drop_png input[type=file]", bare)
+    page.get_by_text("carries no generation parameters").wait_for()
+    page.get_by_role("tab", name="Inspect", exact=True).click()
+    page.set_input_files("#inspect_file input[type=file]", other)
+    page.click("#inspect_use")
+    page.get_by_text("The adapter hen is not here").wait_for()
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_phone_shows_the_whole_page_with_the_results_under_the_button(served, browser, dark):
+    with visit(browser, served.url, size=(390, 844), dark=dark) as visited:
+        page = visited.page
+        generate(page)
+        wait_for_status(page, "1 picture in")
+        tops = [page.locator(f"#{part}").bounding_box()["y"] for part in ("run", "status", "gallery", "settings")]
+        assert tops == sorted(tops)
+        for tab in ("Generate", "Train", "Inspect"):
+            page.get_by_role("tab", name=tab, exact=True).click()
+            assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, tab
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        brightness = sum(int(float(n)) for n in colour[colour.index("(") + 1 : -1].split(",")[:3])
+        assert (brightness < 200) == dark
+        assert not visited.errors
+
+
+def scored_run(served, owner: str) -> None:
+    """A run with two evaluations, whose prompt fidelity is just below a round number."""
+    (run := served.ctx.runs_dir / "scored").mkdir()
+    Job(run, owner, 1, 0.0).save()
+    scores = {"dino": 0.3, "clip_t": 0.497, "pres": 0.1, "diversity": 0.2, "drift": 0.1, "copied": 0.0, "score": 0.2}
+    events = [
+        {"type": "evaluation", "time": 1.0, "step": step} | {name: step / 120 * score for name, score in scores.items()}
+        for step in (60, 120)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def test_on_a_phone_a_plot_shows_all_its_lines_and_names_and_a_button_has_a_margin(served, browser):
+    with visit(browser, served.url, size=(390, 844)) as visited:
+        page, cookies = visited.page, {cookie["name"]: cookie["value"] for cookie in visited.context.cookies()}
+        scored_run(served, visitor_id(SimpleNamespace(cookies=cookies)))
+        page.reload()
+        page.get_by_role("tab", name="Train", exact=True).click()
+        plot = page.locator("#fidelity svg")
+        plot.locator(".mark-line path").first.wait_for(state="attached")
+        frame = plot.locator("path.background").first.bounding_box()
+        tops = [line.bounding_box()["y"] for line in plot.locator(".mark-line path").all()]
+        assert len(tops) == 4 and min(tops) > frame["y"] + 5
+        whole, legend = (page.locator(f"#fidelity {part}").first.bounding_box() for part in ("svg", ".role-legend"))
+        assert legend["x"] + legend["width"] <= whole["x"] + whole["width"]
+        words = "e => { const r = document.createRange(); r.selectNodeContents(e); return r.getBoundingClientRect().x }"
+        button = page.locator("#estimate")
+        assert button.evaluate(words) - button.bounding_box()["x"] >= 10
+
+
+def test_a_failed_load_and_a_run_that_is_gone_are_told_on_their_cards(served, page, monkeypatch):
+    def no_base():
+        raise UserError("there is no base here")
+
+    monkeypatch.setattr(served.ctx, "pipeline", no_base)
+    generate(page)
+    wait_for_status(page, "There is no base here")
+    page.get_by_role("tab", name="Train", exact=True).click()
+    page.fill("#run_picker input", "nowhere")
+    page.press("#run_picker input", "Enter")
+    wait_for_status(page, "This run is not there any more.", "train_status")
+    assert page.locator("#stop_training").is_disabled()
+    assert page.input_value("#run_picker input") == ""

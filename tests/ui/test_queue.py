@@ -1,0 +1,78 @@
+"""The queue is shared: nobody fills it alone, and what stops or lists something needs no place in it."""
+
+import threading
+import time
+
+import httpx
+import pytest
+from gradio_client import Client
+
+from dreambooth_moslora.ui.queue_limits import PER_ADDRESS, PER_VISITOR, STRANGERS
+from dreambooth_moslora.ui.users import COOKIE
+from tests.ui.test_private_events import foreign_run
+from tests.ui.test_security import refusal
+
+
+@pytest.fixture
+def busy(served, monkeypatch):
+    """Nothing that computes comes to an end until the test does."""
+    go_on, drawn = threading.Event(), served.ctx.pipeline()
+    monkeypatch.setattr(served.ctx, "pipeline", lambda: go_on.wait(60) and drawn)
+    yield served
+    go_on.set()
+    deadline = time.monotonic() + 60
+    while waiting(served) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def waiting(served) -> int:
+    return httpx.get(f"{served.url}gradio_api/queue/status").json()["queue_size"]
+
+
+def join(served, cookie: str = "", address: str = "") -> httpx.Response:
+    """Ask for a picture and go away."""
+    headers = {"Cookie": f"{COOKIE}={cookie}"} if cookie else {}
+    headers |= {"X-Forwarded-For": address} if address else {}
+    asked = {"prompt": "a dog", "steps": 1}
+    return httpx.post(f"{served.url}gradio_api/call/v2/generate", json=asked, headers=headers)
+
+
+def taken(answers: list[httpx.Response]) -> int:
+    for answer in answers:
+        assert answer.is_success or (answer.status_code == 429 and "wait" in answer.json()["detail"])
+    return sum(answer.is_success for answer in answers)
+
+
+def test_one_visitor_waits_with_a_few_jobs_and_leaves_room_for_the_others(busy):
+    assert PER_VISITOR <= taken([join(busy, "eve") for _ in range(70)]) <= PER_VISITOR + 1
+    assert join(busy, "ann").is_success
+    assert join(busy, "eve").status_code == 429
+
+
+def test_whoever_forgets_the_cookie_shares_the_places_of_an_address(busy):
+    assert STRANGERS <= taken([join(busy) for _ in range(70)]) <= STRANGERS + 1
+    assert join(busy, "ann").is_success and join(busy, address="203.0.113.7").is_success
+
+
+def test_many_cookies_at_one_address_leave_room_for_another_address(busy):
+    assert PER_ADDRESS <= taken([join(busy, f"eve{n}") for n in range(70)]) <= PER_ADDRESS + 1
+    assert join(busy, "ann", address="203.0.113.7").is_success
+
+
+def test_stopping_and_listing_need_no_place(busy):
+    for address in range(4):
+        for _ in range(30):
+            join(busy, address=f"203.0.113.{address}")
+    assert "full" in join(busy, "ann", "203.0.113.9").json()["detail"]
+    foreign_run(busy)
+    client = Client(busy.url, verbose=False, headers={"Cookie": f"{COOKIE}=ann"})
+    client.predict(api_name="/stop")
+    assert "dog" in [row["name"] for row in client.predict(api_name="/adapters")]
+    assert "you have no run" in refusal(client, "theirs", api_name="/stop_training").lower()
+
+
+def test_the_queue_cannot_be_passed_by(served):
+    url = f"{served.url}gradio_api"
+    for direct in ("run", "api"):
+        assert httpx.post(f"{url}/{direct}/inspect", json={"data": [None]}).status_code == 404
+        assert httpx.post(f"{url}/{direct}/stop", json={"data": []}).status_code == 200
