@@ -279,20 +279,3 @@ def test_dry_run_prints_settings_photos_steps_and_cost_and_does_nothing(photos, 
     expected = sum(3 * (m.in_features + m.out_features) + 9 for m in layers)
     assert f"{expected:,} parameters on {len(layers)} layers" in out
     assert not (tmp_path / "run").exists()
-
-
-def test_the_arithmetic_is_that_of_the_trainer():
-    from dreambooth_moslora.core.config import TrainConfig
-    from dreambooth_moslora.training.accelerator import steps_per_epoch
-    from dreambooth_moslora.training.step_plan import plan_steps
-
-    for batch, accumulation, repeats, prior, processes in [(4, 1, 1, False, 1), (2, 3, 5, True, 2), (1, 4, 2, True, 1)]:
-        config = TrainConfig(
-            train_batch_size=batch,
-            gradient_accumulation_steps=accumulation,
-            repeats=repeats,
-            with_prior_preservation=prior,
-            class_prompt="a dog",
-            num_class_images=37,
-        )
-        assert plan_steps(config, 7, processes).steps_an_epoch == steps_per_epoch(config, 7, processes)
