@@ -139,8 +139,8 @@ def resolution_of(folder: Path | None) -> int:
 
 def templates_for(base: str) -> list[str]:
     """Prompts with `{}` for the subject: the toy world's own, or the DreamBooth paper's."""
-    from dreambooth_moslora.core import prompts
+    from dreambooth_moslora.core import prompts, toy
 
     if base == "toy":
-        return list(prompts.TOY_TEMPLATES)
+        return list(toy.TOY_TEMPLATES)
     return [*prompts.DREAMBOOTH_OBJECT_TEMPLATES, *prompts.DREAMBOOTH_LIVE_TEMPLATES]
