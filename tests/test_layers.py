@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.house import import_graph, package_of
+
 ROOT = Path(__file__).parents[1] / "dreambooth_moslora"
 ORDER = ["core", "photos", "base", "adapters", "generation", "training", "evaluation", "ui", "cli"]
 APART = {("photos", "base"), ("base", "photos"), ("ui", "evaluation")}
@@ -22,29 +24,7 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
-def package_of(module: str) -> str:
-    return module.partition(".")[0]
-
-
-def imports_of(path: Path) -> set[str]:
-    """Modules of the package that a file imports anywhere, functions included."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dreambooth_moslora."):
-            inner = node.module.removeprefix("dreambooth_moslora.")
-            modules = {f"{inner}.{alias.name}" for alias in node.names}
-            found |= {name for name in modules if is_module(name)} or {inner}
-        elif isinstance(node, ast.Import):
-            names = {alias.name for alias in node.names if alias.name.startswith("dreambooth_moslora.")}
-            found |= {name.removeprefix("dreambooth_moslora.") for name in names}
-    return found
-
-
-def is_module(name: str) -> bool:
-    return (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()
-
-
-GRAPH = {module_name(path): imports_of(path) for path in MODULES}
+GRAPH = import_graph(ROOT)
 
 
 def reached_from(start: str) -> set[str]:
