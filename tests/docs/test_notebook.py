@@ -1,0 +1,37 @@
+"""The notebook of the three ways: its cells run one after the other on the embedded base."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOK = json.loads((ROOT / "notebooks" / "three_ways.ipynb").read_text(encoding="utf-8"))
+CODE = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+
+
+def shortened(cell: str, runs: Path) -> str:
+    """The same cell with fewer steps and a run folder of the test."""
+    return cell.replace("STEPS = 240", "STEPS = 4").replace('RUNS = Path("runs")', f"RUNS = Path({str(runs)!r})")
+
+
+def test_it_holds_programs_and_no_outputs():
+    for cell in CODE:
+        ast.parse(cell)
+    assert len(CODE) > 5
+    kept = [cell.get("outputs") or cell.get("execution_count") for cell in NOTEBOOK["cells"]]
+    assert not any(kept), "clear all outputs before you commit it"
+
+
+@pytest.mark.slow
+def test_every_cell_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT / "notebooks")
+    names: dict = {}
+    assert shortened(CODE[0], tmp_path) != CODE[0]
+    for cell in CODE:
+        exec(compile(shortened(cell, tmp_path), "three_ways.ipynb", "exec"), names)
+    assert names["STEPS"] == 4 and (tmp_path / "notebook" / "pytorch_lora_weights.safetensors").is_file()
+    assert names["checked"].returncode == 0 and len(names["pictures"]) == 2
+    assert isinstance(names["image"], Image.Image)
