@@ -1,4 +1,4 @@
-"""Every command line of the README is understood by the program it names, and every file it names is there."""
+"""What README, CONTRIBUTING and the pages of `docs/` name is there: commands, flags, files, links, programs."""
 
 import ast
 import re
@@ -14,27 +14,49 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.ui import serve
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = [path.name for path in DOCUMENTS]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`]+)`")
-FILE = re.compile(r"(?:\]\(|`)((?:assets|tests|benchmarks|toybox|tools|dreambooth_moslora|\.ci)/[^)`\s]*)")
+ROW = re.compile(rf"^\| `((?:{'|'.join(COMMANDS)})\b[^`]*)`", re.MULTILINE)
+FOLDERS = r"assets|tests|benchmarks|toybox|tools|dreambooth_moslora|notebooks|docs|\.ci"
+FILE = re.compile(rf"`((?:{FOLDERS})/[^`\s]*)`")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+OTHER_PROGRAMS = ("accelerate", "ACCELERATE", "python", "mkdocs", "pre-commit", "docker")
+MAX_WORDS = 800
 
 
-def blocks(language: str) -> list[str]:
-    return [text for kind, text in FENCED.findall(README) if kind == language]
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
-def spans() -> list[str]:
+def prose(path: Path) -> str:
+    """The text without its fenced blocks."""
+    return FENCED.sub("", read(path))
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return [text for kind, text in FENCED.findall(read(path)) if kind == language]
+
+
+def spans(path: Path) -> list[str]:
     """Code within the text; one may go over the end of a line."""
-    return [" ".join(span.split()) for span in SPAN.findall(FENCED.sub("", README))]
+    return [" ".join(span.split()) for span in SPAN.findall(prose(path))]
 
 
-def command_lines() -> list[str]:
+def command_lines(path: Path) -> list[str]:
     """Of the bash blocks, whole and without comments, and those within the text that are not shortened."""
-    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    found = [part for line in lines for part in shlex.join(shlex.split(line, comments=True)).split(" '&&' ")]
-    rows = [f"python -m dreambooth_moslora {row}" for row in re.findall(r"^\| `([a-z]+[^`]*)`", README, re.MULTILINE)]
-    return [*found, *rows, *(s for s in spans() if s.startswith("python ") and "…" not in s and "COMMAND" not in s)]
+    found = []
+    for line in "".join(blocks(path, "bash")).replace("\\\n", " ").splitlines():
+        found += shlex.join(shlex.split(line, comments=True)).split(" '&&' ")
+    rows = [f"python -m dreambooth_moslora {row}" for row in ROW.findall(read(path))]
+    inline = [s for s in spans(path) if s.startswith("python ") and "…" not in s and "COMMAND" not in s]
+    return [*filter(None, found), *rows, *inline]
+
+
+ALL_LINES = sorted({line for path in DOCUMENTS for line in command_lines(path)})
 
 
 def command_parser(name: str) -> Parser:
@@ -62,6 +84,12 @@ def understand(line: str) -> None:
         case ["python", "-m", "dreambooth_moslora", name, *words]:
             require(name in COMMANDS, name)
             command_parser(name).parse_args(underscored(words))
+        case ["python", "-m", "pytest", *words]:
+            require(all((ROOT / word).exists() for word in words if word.startswith("tests")), line)
+        case ["mkdocs", "build", "--strict"] | ["mkdocs", "serve"]:
+            require((ROOT / "mkdocs.yml").is_file(), line)
+        case ["pip", "install", "pre-commit"] | ["pre-commit", "install"]:
+            require((ROOT / ".pre-commit-config.yaml").is_file(), line)
         case ["python", "-m", module, *words]:
             found = find_spec(module)
             require(found is not None, module)
@@ -76,7 +104,7 @@ def require(holds: bool, what: str) -> None:
         raise LookupError(what)
 
 
-@pytest.mark.parametrize("line", command_lines())
+@pytest.mark.parametrize("line", ALL_LINES)
 def test_every_command_line_is_understood(line, monkeypatch):
     monkeypatch.chdir(ROOT)
     understand(line)
@@ -95,6 +123,7 @@ def test_every_command_line_is_understood(line, monkeypatch):
         "python -m benchmarks.train_steps",
         "python -m benchmarks.random_sdxl --output DIR",
         "python setup.py",
+        "python -m pytest tests/test_nothing.py",
     ],
 )
 def test_a_command_line_that_is_wrong_is_noticed(line, monkeypatch):
@@ -104,24 +133,60 @@ def test_a_command_line_that_is_wrong_is_noticed(line, monkeypatch):
 
 
 def test_the_command_lines_were_found():
-    found = command_lines()
-    assert len(found) == len(list(filter(None, found))) > 15
-    assert {name for name in COMMANDS if any(line.split()[3:4] == [name] for line in found)} == set(COMMANDS)
+    assert len(command_lines(README)) > 5 and len(ALL_LINES) > 25
+    assert {name for name in COMMANDS if any(line.split()[3:4] == [name] for line in ALL_LINES)} == set(COMMANDS)
 
 
 def test_every_flag_in_the_text_is_one_of_ours():
     parsers = [build_train_parser(), app_parser(), *map(command_parser, COMMANDS)]
     known = {flag for parser in parsers for flag in parser._option_string_actions}
-    ours = [span for span in spans() if not span.startswith(("accelerate", "ACCELERATE", "python"))]
+    ours = [span for path in DOCUMENTS for span in spans(path) if not span.startswith(OTHER_PROGRAMS)]
     named = {word for span in ours for word in span.split() if word.startswith("--")}
-    assert len(named) > 8 and named <= known
+    assert len(named) > 30 and named - known == set()
 
 
-def test_every_file_in_the_text_is_there():
-    named = FILE.findall(README)
-    assert len(named) > 8 and [name for name in named if not (ROOT / name).exists()] == []
+@pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
+def test_every_file_in_the_text_is_there(path):
+    assert [name for name in FILE.findall(read(path)) if not (ROOT / name).exists()] == []
 
 
-@pytest.mark.parametrize("text", blocks("python"))
-def test_every_program_is_python(text):
-    ast.parse(text)
+def test_files_were_found():
+    assert len({name for path in DOCUMENTS for name in FILE.findall(read(path))}) > 15
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, as GitHub and mkdocs make it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def broken_links(path: Path, text: str) -> list[str]:
+    """Links of a document to files and anchors that are not there; those to the web are left alone."""
+    broken = []
+    for link in LINK.findall(FENCED.sub("", text)):
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        if link.startswith("https://"):
+            continue
+        if not target.is_file() or (anchor and anchor not in map(slug, HEADING.findall(prose(target)))):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
+def test_every_link_leads_somewhere(path):
+    assert broken_links(path, read(path)) == []
+
+
+def test_a_broken_link_is_noticed():
+    text = "[a](docs/none.md) [b](docs/photos.md#none) [c](#none) [d](docs/photos.md#masks) ![e](assets/none.png)"
+    assert broken_links(README, text) == ["docs/none.md", "docs/photos.md#none", "#none", "assets/none.png"]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
+def test_every_program_is_python(path):
+    for text in blocks(path, "python"):
+        ast.parse(text)
+
+
+def test_the_readme_is_short():
+    assert len(read(README).split()) <= MAX_WORDS

@@ -68,9 +68,9 @@ def test_endpoints_and_arguments_keep_their_names(client):
     assert all(p["parameter_has_default"] for p in api["/generate"]["parameters"])
 
 
-def test_the_readme_names_every_endpoint_with_its_arguments(client):
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    rows = [line.strip("|").split("|") for line in readme.splitlines() if line.startswith("| `/")]
+def test_the_docs_name_every_endpoint_with_its_arguments(client):
+    page = (Path(__file__).parents[2] / "docs" / "page.md").read_text(encoding="utf-8")
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| `/")]
     told = {
         name: re.findall("`([a-z_0-9]+)`", words) for names, words in rows for name in re.findall("/[a-z_]+", names)
     }

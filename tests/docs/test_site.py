@@ -1,0 +1,52 @@
+"""The site of `docs/` builds without a warning, shows its pictures, and describes the whole public API."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dreambooth_moslora
+
+ROOT = Path(__file__).resolve().parents[2]
+API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    for name in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install -r docs/requirements.txt")
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
+    built = subprocess.run(command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True)
+    assert built.returncode == 0, built.stderr.decode()
+    return out
+
+
+def test_every_page_is_built(site):
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert {path.parent.name for path in site.glob("*/index.html")} == pages
+    assert not (site / "requirements.txt").exists()
+
+
+def test_every_picture_is_there(site):
+    shown = 0
+    for page in site.rglob("*.html"):
+        for name in re.findall(r'<img[^>]* src="([^":]+)"', page.read_text(encoding="utf-8")):
+            assert (page.parent / name).is_file(), f"{page}: {name}"
+            shown += 1
+    assert shown >= 5
+
+
+def test_the_api_page_holds_docstrings(site):
+    page = (site / "api" / "index.html").read_text(encoding="utf-8")
+    for name in set(dreambooth_moslora.__all__) - {"__version__"}:
+        assert re.search(rf'id="dreambooth_moslora\.[a-z_.]+\.{name}"', page), name
+    assert "Raises UserError" in page
+
+
+def test_the_api_page_names_what_the_package_exports():
+    named = {target.rpartition(".")[2] for target in re.findall(r"^::: (\S+)$", API, re.MULTILINE)}
+    assert named == set(dreambooth_moslora.__all__) - {"__version__"}

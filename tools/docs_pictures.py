@@ -1,0 +1,28 @@
+"""A hook of mkdocs: the pages show pictures of `assets/`, which is not below `docs/`.
+
+A page names `../assets/pictures/recipe.jpg`, which is right where the repository is browsed. For the site each picture
+is added as `assets/pictures/recipe.jpg`, and the pages' links are shortened to that.
+"""
+
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[1]
+PICTURE = re.compile(r"\]\(\.\./(assets/[^)\s]+\.(?:png|jpg))\)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add each picture that a page names and that is there; mkdocs warns of the others."""
+    texts = [page.content_string for page in files.documentation_pages()]
+    for name in sorted({name for text in texts for name in PICTURE.findall(text)}):
+        if (ROOT / name).is_file():
+            files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    return PICTURE.sub(r"](\1)", markdown)
