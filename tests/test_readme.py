@@ -1,6 +1,7 @@
 """What README, CONTRIBUTING and the pages of `docs/` name is there: commands, flags, files, links, programs."""
 
 import ast
+import json
 import re
 import shlex
 from importlib.util import find_spec
@@ -190,3 +191,9 @@ def test_every_program_is_python(path):
 
 def test_the_readme_is_short():
     assert len(read(README).split()) <= MAX_WORDS
+
+
+def test_the_container_starts_the_page_with_flags_that_it_has(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    started = re.search(r"^ENTRYPOINT (\[.*\])$", read(ROOT / "Dockerfile"), re.MULTILINE)
+    understand(shlex.join(json.loads(started[1])).replace("python3", "python"))

@@ -1,0 +1,27 @@
+# The page on a machine with an Nvidia GPU. This file was not built or run: there was no Docker daemon.
+#
+#   docker build -t dreambooth-moslora .
+#   docker run --gpus all -p 127.0.0.1:7860:7860 -v "$PWD/runs:/app/runs" -v moslora-hub:/hub dreambooth-moslora \
+#       --base stabilityai/stable-diffusion-xl-base-1.0 --auth me:a-long-password
+#
+# In a container the page listens on all addresses, so training needs the login of --auth. To train without the page:
+#
+#   docker run --gpus all -v "$PWD:/work" -v moslora-hub:/hub --entrypoint python3 dreambooth-moslora \
+#       train_dreambooth.py --config assets/configs/sdxl_12gb.toml --instance_data_dir /work/photos/dog \
+#       --instance_prompt "a photo of sks dog" --output_dir /work/runs/dog
+FROM nvidia/cuda:12.8.1-runtime-ubuntu24.04
+
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends python3 python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+RUN python3 -m venv /venv
+ENV PATH=/venv/bin:$PATH HF_HOME=/hub PYTHONUNBUFFERED=1 GRADIO_ANALYTICS_ENABLED=False
+
+WORKDIR /app
+COPY requirements.txt .
+RUN pip install --no-cache-dir -r requirements.txt
+COPY . .
+
+VOLUME ["/app/runs", "/hub"]
+EXPOSE 7860
+ENTRYPOINT ["python3", "app.py", "--server_name", "0.0.0.0", "--server_port", "7860"]
