@@ -1,7 +1,7 @@
 """A hook of mkdocs: the pages show pictures of `assets/`, which is not below `docs/`.
 
-A page names `../assets/pictures/recipe.jpg`, which is right where the repository is browsed. For the site each picture
-is added as `assets/pictures/recipe.jpg`, and the pages' links are shortened to that.
+A page names `../assets/pictures/recipe.jpg`, which is right where the repository is browsed. For the site, a
+picture is added as `assets/pictures/recipe.jpg`, and the pages' links are shortened to that.
 """
 
 import re

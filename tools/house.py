@@ -2,7 +2,8 @@
 
     python -m tools.house [--out assets/pictures/house.png]
 
-A floor is the longest way down: a package on floor 3 imports from one on floor 2. It prints the floors and the arrows.
+A floor is the longest way down: a package on floor 3 imports from one on floor 2. Floors and arrows are
+printed too.
 """
 
 import argparse
@@ -25,9 +26,10 @@ INK, FAINT, PAPER = "#1d3557", "#c3cedb", "#f1f5f9"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("--package", type=Path, default=PACKAGE, help="folder of the package to read")
-    parser.add_argument("--out", type=Path, default=OUT, help="the picture (default: assets/pictures/house.png)")
+    parser.add_argument("--out", type=Path, default=OUT, help="default: assets/pictures/house.png")
     args = parser.parse_args()
     graph = import_graph(args.package)
     print(report(graph))
@@ -73,8 +75,11 @@ def package_of(module: str) -> str:
 
 def arrows_of(graph: dict[str, set[str]]) -> Counter[tuple[str, str]]:
     """{(package, package that it imports from): imports}."""
-    pairs = [(package_of(module), package_of(target)) for module, targets in graph.items() for target in targets]
-    return Counter(pair for pair in pairs if pair[0] != pair[1])
+    arrows: Counter[tuple[str, str]] = Counter()
+    for module, targets in graph.items():
+        others = [package_of(target) for target in targets if package_of(target) != package_of(module)]
+        arrows.update((package_of(module), other) for other in others)
+    return arrows
 
 
 def floors_of(graph: dict[str, set[str]]) -> dict[str, int]:
@@ -83,7 +88,7 @@ def floors_of(graph: dict[str, set[str]]) -> dict[str, int]:
     left = {package_of(module) for module in graph}
     floors: dict[str, int] = {}
     while left:
-        ready = {name for name in left if all(target in floors for source, target in arrows if source == name)}
+        ready = {name for name in left if targets_of(name, arrows) <= floors.keys()}
         if not ready:
             raise ValueError(f"these packages import each other: {', '.join(sorted(left))}")
         level = max(floors.values(), default=0) + 1
@@ -92,18 +97,23 @@ def floors_of(graph: dict[str, set[str]]) -> dict[str, int]:
     return floors
 
 
+def targets_of(package: str, arrows: Counter[tuple[str, str]]) -> set[str]:
+    return {target for source, target in arrows if source == package}
+
+
 def report(graph: dict[str, set[str]]) -> str:
     floors, arrows = floors_of(graph), arrows_of(graph)
-    lines = [f"{len(set(floors.values()))} floors, {len(floors)} packages, {len(graph)} files, {len(arrows)} arrows"]
+    levels = len(set(floors.values()))
+    lines = [f"{levels} floors, {len(floors)} packages, {len(graph)} files, {len(arrows)} arrows"]
     for name, floor in reversed(floors.items()):
-        below = ", ".join(f"{target} ({count})" for (source, target), count in sorted(arrows.items()) if source == name)
+        below = ", ".join(f"{target} ({arrows[name, target]})" for target in sorted(targets_of(name, arrows)))
         lines.append(f"  {floor}  {name:12} imports from {below or 'no other'}")
     return "\n".join(lines)
 
 
 def is_reachable(start: str, goal: str, arrows: Counter[tuple[str, str]]) -> bool:
-    """Whether `goal` can be reached from `start` by two arrows or more: the direct one then says nothing new."""
-    front = {target for source, target in arrows if source == start and target != goal}
+    """Whether `goal` can be reached from `start` by two arrows or more, so that the direct one is no news."""
+    front = targets_of(start, arrows) - {goal}
     seen: set[str] = set()
     while front:
         seen |= front
@@ -129,7 +139,8 @@ def draw(graph: dict[str, set[str]], root: Path) -> Figure:
 
 def module_lines(graph: dict[str, set[str]], package: str) -> list[str]:
     modules = [name.partition(".")[2] for name in graph if package_of(name) == package]
-    names = [name.replace("commands.", "commands/") for name in modules if name.rpartition(".")[2] != "__init__"]
+    modules = [name for name in modules if name.rpartition(".")[2] != "__init__"]
+    names = [name.replace(".", "/") for name in modules]
     return textwrap.wrap("   ".join(names), NAMES_A_LINE, break_long_words=False)
 
 
@@ -143,8 +154,8 @@ def draw_box(axes, name: str, graph: dict[str, set[str]], root: Path, y: float, 
     axes.add_patch(FancyBboxPatch((0.1, y), 8.4, height, "round,pad=0,rounding_size=0.1", fc=PAPER, ec=INK))
     axes.text(0.25, y + height - 0.12, name, va="top", size=13, weight="bold", color=INK)
     axes.text(1.75, y + height - 0.15, purpose_of(name, root), va="top", size=8, color=INK)
-    lines = "\n".join(module_lines(graph, name))
-    axes.text(0.25, y + height - 0.47, lines, va="top", size=8, family="monospace", color="#444444", linespacing=1.4)
+    look = {"va": "top", "size": 8, "family": "monospace", "color": "#444444", "linespacing": 1.4}
+    axes.text(0.25, y + height - 0.47, "\n".join(module_lines(graph, name)), **look)
 
 
 def draw_arrows(axes, arrows: Counter[tuple[str, str]], middles: dict[str, float]) -> None:

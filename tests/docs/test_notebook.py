@@ -14,7 +14,8 @@ CODE = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type
 
 def shortened(cell: str, runs: Path) -> str:
     """The same cell with fewer steps and a run folder of the test."""
-    return cell.replace("STEPS = 240", "STEPS = 4").replace('RUNS = Path("runs")', f"RUNS = Path({str(runs)!r})")
+    cell = cell.replace("STEPS = 240", "STEPS = 4")
+    return cell.replace('RUNS = Path("runs")', f"RUNS = Path({str(runs)!r})")
 
 
 def test_it_holds_programs_and_no_outputs():
