@@ -26,7 +26,7 @@ from dreambooth_moslora.core.run_folder import RunDir
 
 __all__ = ["COMMANDS", "main", "train_main"]
 
-COMMANDS = ("check", "export", "evaluate", "compare", "generate", "doctor", "info")
+COMMANDS = ("check", "export", "evaluate", "compare", "generate", "doctor", "selftest", "info")
 DONE, OUR_BUG, MISTAKE = 0, 1, 2
 PROGRAM = "python -m dreambooth_moslora"
 FILE_MISTAKES = (errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)

@@ -1,0 +1,177 @@
+"""What this project may claim on a machine, tried there: trainings on the device beside the CPU, and their results.
+
+losses      the device's losses are the CPU's, in full precision and in half
+published   the files of the device's run are proved (`adapters.proof`)
+resumed     a run that was stopped and resumed on the device ends with the same bytes
+generated   a picture of the adapter, drawn on the device, is no single colour
+
+Each training is the training command itself in a process of its own, on the embedded base and on painted photos.
+Nothing is downloaded, and nothing leaves the folder.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageStat
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.run_folder import RunDir
+
+__all__ = ["Finding", "SelfTest"]
+
+PROGRAM = (sys.executable, "-m", "dreambooth_moslora")
+STEPS, STOPPED_AT = 6, 3
+TOLERANCE = {"no": 5e-3, "fp16": 5e-2, "bf16": 5e-2}
+"""Largest relative difference of a loss to the CPU's in fp32. TF32 convolutions, PyTorch's default, keep 10 bits."""
+FLAT_LEVELS = 2.0
+"""Standard deviation, of 255 levels, below which a picture shows nothing."""
+ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was tried: whether it holds, one line on it, and its figures by name."""
+
+    name: str
+    holds: bool
+    said: str
+    figures: dict[str, float | str] = field(default_factory=dict)
+
+
+class SelfTest:
+    """`program`, with `env` in its environment, trains and generates on the device.
+
+    `precisions` are those of `--mixed_precision` to try there; "no", which is fp32, is one of them.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        precisions: tuple[str, ...] = ("no",),
+        env: dict[str, str] | None = None,
+        program: tuple[str, ...] = PROGRAM,
+    ):
+        self.folder, self.precisions, self.env, self.program = folder, precisions, env or {}, program
+        self.photos = paint_photos(folder / "photos")
+
+    def findings(self) -> Iterator[Finding]:
+        """Each as soon as it is known. A run that ends with an error is a finding, and ends the test."""
+        try:
+            yield from self.compare_losses()
+            yield self.published()
+            yield self.resumed()
+            yield self.generated()
+        except UserError as error:
+            yield Finding("run", False, str(error))
+
+    def compare_losses(self) -> Iterator[Finding]:
+        reference = SelfTest(self.folder, env=ON_CPU)
+        expected = reference.losses(reference.train("cpu"))
+        for precision in self.precisions:
+            found = self.losses(self.train(f"device_{precision}", mixed_precision=precision))
+            far = largest_difference(found, expected)
+            holds = far <= TOLERANCE[precision]
+            said = f"{len(found)} losses in {precision_name(precision)}, at most {far:.1e} from the CPU's in fp32"
+            yield Finding(f"losses, {precision_name(precision)}", holds, said, {"relative_difference": far})
+
+    def published(self) -> Finding:
+        proof = next(e["proof"] for e in self.run("device_no").read_metrics() if e["type"] == "export")
+        far = proof["max_relative_difference"]
+        return Finding("published", True, f"both files reload to {far:.1e}", {"relative_difference": far})
+
+    def resumed(self) -> Finding:
+        self.train("resumed", max_train_steps=STOPPED_AT)
+        self.train("resumed", resume_from_checkpoint="latest")
+        whole, parts = (tensor_bytes(self.run(name).path) for name in ("device_no", "resumed"))
+        said = "the same bytes as an unbroken run" if whole == parts else "other bytes than an unbroken run"
+        return Finding("resumed", whole == parts, said)
+
+    def generated(self) -> Finding:
+        words = ["--adapter", self.run("device_no").path, "--prompt", "a photo of a sks robot", "--steps", "8"]
+        self.call("generate", ["generate", *words, "--output_dir", self.folder / "pictures"])
+        picture = next((self.folder / "pictures").glob("*.png"))
+        spread = min(ImageStat.Stat(Image.open(picture).convert("RGB")).stddev)
+        return Finding("generated", spread > FLAT_LEVELS, f"{picture.name}, {spread:.0f} levels of spread")
+
+    def run(self, name: str) -> RunDir:
+        return RunDir(self.folder / name)
+
+    def losses(self, run: RunDir) -> list[float]:
+        return [event["loss"] for event in run.read_metrics() if event["type"] == "step"]
+
+    def train(self, name: str, **changes) -> RunDir:
+        settings = {
+            "pretrained_model_name_or_path": "toy",
+            "instance_data_dir": self.photos,
+            "output_dir": self.run(name).path,
+            "instance_prompt": "a photo of a sks robot",
+            "resolution": 128,
+            "train_batch_size": 2,
+            "learning_rate": 1e-3,
+            "lr_warmup_steps": 0,
+            "max_train_steps": STEPS,
+            "num_validation_images": 0,
+            "report_to": "none",
+            "seed": 0,
+        }
+        words = [word for key, value in {**settings, **changes}.items() for word in (f"--{key}", value)]
+        self.call(name, ["train", *words])
+        return self.run(name)
+
+    def call(self, name: str, words: list) -> None:
+        """Raises UserError with the last line that the command has said."""
+        command = [*self.program, *map(str, words)]
+        done = subprocess.run(command, env=os.environ | self.env, capture_output=True, text=True, check=False)
+        (self.folder / f"{name}.log").write_text(done.stdout + done.stderr, encoding="utf-8")
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["nothing was said"]
+            raise UserError(f"{name}: exit code {done.returncode}: {lines[-1]}")
+
+
+def precision_name(precision: str) -> str:
+    return "fp32" if precision == "no" else precision
+
+
+def largest_difference(found: list[float], expected: list[float]) -> float:
+    """Relative, of the losses of the same steps; infinite where one is missing or is no number."""
+    if len(found) != len(expected):
+        return math.inf
+    differences = [abs(one - other) / abs(other) for one, other in zip(found, expected)]
+    return max(differences) if all(map(math.isfinite, differences)) else math.inf
+
+
+def tensor_bytes(run: Path) -> bytes:
+    """Those of the published adapter, without the header."""
+    content = (run / "pytorch_lora_weights.safetensors").read_bytes()
+    return content[8 + int.from_bytes(content[:8], "little") :]
+
+
+def paint_photos(folder: Path, count: int = 3, side_px: int = 160) -> Path:
+    """Photos of a disc on plain grounds. The folder is made anew."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for number in range(count):
+        photo = Image.new("RGB", (side_px, side_px), (60 * number, 140, 200 - 60 * number))
+        ImageDraw.Draw(photo).ellipse((30 + 10 * number, 40, 110 + 10 * number, 120), fill=(230, 60, 40))
+        photo.save(folder / f"{number}.png")
+    return folder
+
+
+def as_page(facts: dict[str, str], findings: list[Finding]) -> str:
+    """Markdown for a bug report: the machine, and what holds on it."""
+    lines = ["# Self-test of dreambooth_moslora", ""]
+    lines += [f"- {name}: {value}" for name, value in facts.items()]
+    lines += ["", "| tried | holds | what was found |", "|---|---|---|"]
+    lines += [f"| {found.name} | {'yes' if found.holds else '**no**'} | {found.said} |" for found in findings]
+    return "\n".join(lines) + "\n"
+
+
+def as_json(facts: dict[str, str], findings: list[Finding]) -> str:
+    return json.dumps({"machine": facts, "findings": [vars(found) for found in findings]}, indent=1)

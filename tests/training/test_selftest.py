@@ -1,0 +1,56 @@
+"""The self-test finds what it is told to find: on the CPU, on a GPU written in Python, and where a run fails."""
+
+import math
+import sys
+
+import pytest
+from torch.utils import backend_registration
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.training.selftest import Finding, SelfTest, as_page, largest_difference, tensor_bytes
+
+HAS_PYTHON_DEVICES = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+
+
+@pytest.mark.parametrize(
+    ("found", "far"),
+    [([1.0, 2.0], 0.0), ([1.0, 2.2], 0.1), ([1.0], math.inf), ([1.0, math.nan], math.inf)],
+)
+def test_losses_are_compared_step_by_step(found, far):
+    assert largest_difference(found, [1.0, 2.0]) == pytest.approx(far)
+
+
+def test_a_command_that_fails_is_told_by_its_last_line(tmp_path):
+    program = (sys.executable, "-c", "import sys; print('loading'); sys.exit('error: the GPU has gone')")
+    with pytest.raises(UserError, match="first: exit code 1: error: the GPU has gone"):
+        SelfTest(tmp_path, program=program).call("first", ["train"])
+
+
+def test_the_tensors_are_compared_without_the_header(tmp_path):
+    for name, header in (("one", b"{}"), ("other", b'{"a":1}')):
+        (tmp_path / name).mkdir()
+        content = len(header).to_bytes(8, "little") + header + b"weights"
+        (tmp_path / name / "pytorch_lora_weights.safetensors").write_bytes(content)
+    assert tensor_bytes(tmp_path / "one") == tensor_bytes(tmp_path / "other") == b"weights"
+
+
+def test_the_page_shows_what_does_not_hold():
+    page = as_page({"torch": "2.13"}, [Finding("resumed", False, "other bytes than an unbroken run")])
+    assert "| resumed | **no** | other bytes than an unbroken run |" in page and "- torch: 2.13" in page
+
+
+@pytest.mark.slow
+def test_everything_holds_on_this_cpu(tmp_path):
+    found = {finding.name: finding for finding in SelfTest(tmp_path).findings()}
+    assert list(found) == ["losses, fp32", "published", "resumed", "generated"]
+    assert all(finding.holds for finding in found.values()), found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_PYTHON_DEVICES, reason="this PyTorch has no devices written in Python")
+def test_losses_and_export_hold_on_a_gpu_written_in_python(tmp_path):
+    program = (sys.executable, "-m", "tests.helpers.python_gpu_program")
+    test = SelfTest(tmp_path, program=program)
+    (losses,) = test.compare_losses()
+    assert losses.holds and losses.figures["relative_difference"] < 1e-4
+    assert test.published().holds
