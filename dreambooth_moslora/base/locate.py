@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from dreambooth_moslora.base.headers import check_weights, tensor_shapes, weight_files
+from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 
@@ -14,7 +15,7 @@ __all__ = ["SMALL_BASE_PX", "base_folder", "check_diffusers_folder", "check_vae"
 
 SMALL_BASE_PX = 256
 """A base of at most this resolution, as the embedded one, needs no care with the memory of a GPU."""
-TOY = Path(__file__).resolve().parents[2] / "assets" / "toy-sdxl"
+TOY = assets_folder() / "toy-sdxl"
 SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
 INDEX = "model_index.json"
 CONFIGS = ("tokenizer", "tokenizer_2", "scheduler")
@@ -49,7 +50,7 @@ def resolve_base(name: str | Path) -> str | Path:
 
 def existing_toy() -> Path:
     if not (TOY / INDEX).is_file():
-        raise UserError(f"the embedded base is missing: {TOY} has no {INDEX}; clone the whole repository.")
+        raise UserError(f"the embedded base is missing: {TOY} has no {INDEX}; clone or install it again.")
     return TOY
 
 

@@ -1,7 +1,7 @@
 """What the two programs do with their arguments and their ends: exit code 0, 2 (the person), 130 (stopped), 1 (us).
 
     python train_dreambooth.py …            train_main
-    python -m dreambooth_moslora COMMAND …  main
+    python -m dreambooth_moslora COMMAND …  main, as is the installed `dreambooth-moslora COMMAND …`
 
 Nothing here imports torch before the arguments are known to be right: `--help` and mistakes are answered at once.
 """
@@ -28,7 +28,8 @@ __all__ = ["COMMANDS", "main", "train_main"]
 
 COMMANDS = ("check", "export", "evaluate", "compare", "generate", "doctor", "selftest", "info")
 DONE, OUR_BUG, MISTAKE = 0, 1, 2
-PROGRAM = "python -m dreambooth_moslora"
+INSTALLED, MODULE = "dreambooth-moslora", "python -m dreambooth_moslora"
+"""The two ways to start `main`."""
 FILE_MISTAKES = (errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
 OUT_OF_MEMORY = (
     "out of memory: try --gradient_checkpointing, --train_batch_size 1, --mixed_precision bf16, a smaller "
@@ -37,7 +38,7 @@ OUT_OF_MEMORY = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m dreambooth_moslora COMMAND …`."""
+    """`python -m dreambooth_moslora COMMAND …` or `dreambooth-moslora COMMAND …`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     return exit_code(lambda: run_command(argv))
 
@@ -95,13 +96,22 @@ def run_command(argv: list[str]) -> int:
         return DONE if argv else MISTAKE
     name, rest = argv[0], argv[1:]
     if name == "train":
-        return run_training(parse_train_config(rest))
+        return run_training(parse_train_config(rest, f"{program()} train"))
+    if name == "app":
+        from dreambooth_moslora.ui import serve
+
+        return serve.main(rest, f"{program()} app")
     if name not in COMMANDS:
-        raise UserError(f"unknown command {name}: choose one of train, {', '.join(COMMANDS)}.")
+        raise UserError(f"unknown command {name}: choose one of train, app, {', '.join(COMMANDS)}.")
     module = command(name)
-    parser = Parser(prog=f"{PROGRAM} {name}", description=module.HELP)
+    parser = Parser(prog=f"{program()} {name}", description=module.HELP)
     module.add_arguments(parser)
     return module.run(parser.parse_args(underscored(rest)))
+
+
+def program() -> str:
+    """The command that started this process, for the usage lines."""
+    return INSTALLED if Path(sys.argv[0]).stem == INSTALLED else MODULE
 
 
 def command(name: str):
@@ -109,8 +119,9 @@ def command(name: str):
 
 
 def overview() -> str:
-    lines = [f"usage: {PROGRAM} COMMAND …", "", "commands (each has --help):"]
+    lines = [f"usage: {program()} COMMAND …", "", "commands (each has --help):"]
     lines.append(f"  {'train':9} teach a subject; the same as train_dreambooth.py")
+    lines.append(f"  {'app':9} open the page in the browser; the same as app.py")
     lines += [f"  {name:9} {command(name).HELP}" for name in COMMANDS]
     return "\n".join(lines)
 

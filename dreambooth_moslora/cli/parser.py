@@ -85,10 +85,11 @@ FOREIGN_FLAGS = {
     "lora_r": "use --rank",
 }
 DESCRIPTION = "Teach an SDXL model one subject from a few photos, through a MoSLoRA adapter (arXiv 2406.11909)."
+SCRIPT = "train_dreambooth.py"
 EXAMPLE = """example:
-  python train_dreambooth.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \\
+  {command} --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \\
     --instance_data_dir photos/dog --instance_prompt "a photo of sks dog" --output_dir runs/dog --max_train_steps 500
-  python train_dreambooth.py --config assets/configs/quickstart.toml
+  {command} --config assets/configs/quickstart.toml
 
 Flags are those of diffusers' train_dreambooth_lora_sdxl.py, and more. Switches are undone by --no_SWITCH.
 Ctrl-C finishes the step and saves; --resume_from_checkpoint latest goes on."""
@@ -115,8 +116,10 @@ def spelled(flag: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def build_train_parser() -> Parser:
-    parser = Parser(prog="train_dreambooth.py", description=DESCRIPTION, epilog=EXAMPLE)
+def build_train_parser(prog: str = SCRIPT) -> Parser:
+    """`prog`: how training was started, for the usage and the examples."""
+    command = f"python {SCRIPT}" if prog == SCRIPT else prog
+    parser = Parser(prog=prog, description=DESCRIPTION, epilog=EXAMPLE.format(command=command))
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--config", metavar="FILE", help="settings from a .toml or .json file; flags override them")
     for title in GROUPS:
@@ -154,9 +157,9 @@ def help_of(item: Field) -> str:
     return (item.metadata["help"] + note).replace("%", "%%")
 
 
-def parse_train_config(argv: Sequence[str]) -> TrainConfig:
+def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> TrainConfig:
     """The resolved settings of a command line. Raises UserError; exits by itself for --help and --version."""
-    given, unknown = build_train_parser().parse_known_args(underscored(argv))
+    given, unknown = build_train_parser(prog).parse_known_args(underscored(argv))
     if unknown:
         raise UserError(complaint(unknown[0]))
     flags = vars(given)

@@ -2,7 +2,7 @@
 
 `TrainConfig` is plain data: every part of the program below the command line reads it and none changes it. The help
 text, bounds and choices of each setting are in its field's metadata, so that the command line, the configuration
-files and the web page say the same. How values get here from files and flags is `config_files` and `command_line`.
+files and the web page say the same. How values get here from files and flags is in `config_files` and `cli.parser`.
 """
 
 import os
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields
 from typing import Any
 
+from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.config_fields import Prompt, check_limits, convert, field_types, grouped, nearest
 from dreambooth_moslora.core.errors import UserError
 
@@ -230,6 +231,8 @@ def checked(item: Field, value: Any) -> Any:
     value = convert(item.name, value, FIELD_TYPES[item.name])
     value = SPELLINGS.get(item.name, {}).get(str(value).lower(), value)
     check_limits(item, value)
+    if item.name == "instance_data_dir" and value:
+        return find_asset(value)
     return os.path.expanduser(value) if value and item.name.endswith(PATH_NAMES) else value
 
 

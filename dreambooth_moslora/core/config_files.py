@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.errors import UserError
 
 __all__ = ["load_settings", "read_facts", "reason_of"]
@@ -13,7 +14,7 @@ __all__ = ["load_settings", "read_facts", "reason_of"]
 
 def load_settings(path: Path | str) -> dict[str, Any]:
     """The file's settings by name, tables flattened: `[training] seed = 1` is `seed = 1`. Raises UserError."""
-    path = Path(path)
+    path = Path(find_asset(str(path)))
     try:
         return flatten(parsed(path, f"--config {path}"), path)
     except RecursionError:

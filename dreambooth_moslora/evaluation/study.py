@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.base.locate import resolve_base
+from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.config import TrainConfig, check_each
 from dreambooth_moslora.core.config_files import load_settings, read_facts, reason_of
 from dreambooth_moslora.core.errors import UserError
@@ -54,7 +55,7 @@ class StudySubject:
             raise UserError(f"the study's subject {entry!r}: a folder, or a table of texts, {', '.join(names)}.")
         if not given.get("photos"):
             raise UserError(f"the study's subject {entry!r} has no photos: name their folder.")
-        folder = Path(given["photos"])
+        folder = Path(find_asset(given["photos"]))
         if not folder.is_dir():
             raise UserError(f"the study's subject {folder}: no such folder; paths start at the current directory.")
         if "instance_prompt" in given:

@@ -6,6 +6,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RAW_NAME
 from dreambooth_moslora.ui.body_limit import MAX_UPLOAD_BYTES
@@ -15,7 +16,7 @@ from dreambooth_moslora.ui.users import Visitor
 
 __all__ = ["AdapterShelf"]
 
-PROJECT = Path(__file__).resolve().parents[2]
+PROJECT = assets_folder().parent
 MAX_UPLOADS = 16
 UNSAFE = re.compile(r"[^\w .+-]+")
 

@@ -20,12 +20,14 @@ from typing import Any
 
 import psutil
 
+from dreambooth_moslora.core.assets import import_environment
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.event_log import Metrics
 
 __all__ = ["Job", "JobState", "Jobs", "run_name_of"]
 
-SCRIPT = Path(__file__).resolve().parents[2] / "train_dreambooth.py"
+TRAIN = ("-P", "-m", "dreambooth_moslora", "train")
+"""Arguments of Python. Nothing of the current folder is imported (-P): a `torch.py` there is a person's own."""
 JOB_NAME, LOG_NAME, CONFIG_NAME, METRICS_NAME = "job.json", "job.log", "job_config.json", "metrics.jsonl"
 KILL_AFTER_SEC = 30
 LOG_TAIL_LINES = 40
@@ -128,7 +130,7 @@ class Jobs:
     def __init__(
         self,
         runs_dir: Path,
-        script: Path = SCRIPT,
+        script: Path | None = None,
         make_room: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self.runs_dir, self.script, self._make_room = runs_dir, script, make_room
@@ -237,8 +239,9 @@ class Jobs:
             return job
 
     def _spawn(self, run_dir: Path) -> subprocess.Popen:
-        command = [sys.executable, str(self.script), "--config", str(run_dir / CONFIG_NAME)]
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        start = TRAIN if self.script is None else [str(self.script)]
+        command = [sys.executable, *start, "--config", str(run_dir / CONFIG_NAME)]
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | import_environment()
         with (run_dir / LOG_NAME).open("ab") as log:
             return subprocess.Popen(
                 command,

@@ -7,13 +7,13 @@ import signal
 import sys
 from pathlib import Path
 
+from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.process import wait_briefly
 from dreambooth_moslora.ui.libraries import import_libraries
 
 __all__ = ["add_arguments", "context_of", "main"]
 
-ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_RESOLUTION_PX = 1024
 
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), dest=name, **options)
 
     add("base", default="toy", help='a folder, a hub id, a .safetensors file, or "toy", the embedded base (default)')
-    add("adapters_dir", default=str(ROOT / "assets" / "adapters"), help="folder of .safetensors adapters to offer")
+    add("adapters_dir", default=str(assets_folder() / "adapters"), help="folder of .safetensors adapters to offer")
     add("runs_dir", default="runs", help="folder of training runs (default runs)")
     add("server_name", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     add("server_port", type=int, help="default: the first free one from 7860")
@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("inbrowser", action="store_true", help="open a browser window")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
     wait_briefly()
-    parser = argparse.ArgumentParser(prog="app.py", description="A web page to generate with adapters and train them.")
+    parser = argparse.ArgumentParser(prog=prog, description="A web page to generate with adapters and train them.")
     add_arguments(parser)
     args = parser.parse_args(argv)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -123,7 +123,7 @@ def context_of(args: argparse.Namespace, *, training: bool):
 
 def base_folder(name: str) -> Path | None:
     """The base's folder or file on this disk; None for a hub id."""
-    path = ROOT / "assets" / "toy-sdxl" if name == "toy" else Path(name).expanduser()
+    path = assets_folder() / "toy-sdxl" if name == "toy" else Path(name).expanduser()
     return path if path.exists() else None
 
 

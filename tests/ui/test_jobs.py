@@ -150,3 +150,12 @@ def test_a_run_stopped_before_its_first_step_boasts_of_no_checkpoint(tmp_path):
     state = JobState("interrupted", 0, 100, "", "stopped before the first step")
     assert "Stopped before the first step." in status_card(state, Metrics(tmp_path))
     assert "checkpoint is written" in status_card(replace(state, message=""), Metrics(tmp_path))
+
+
+def test_training_is_found_from_any_folder_and_takes_nothing_from_there(tmp_path, monkeypatch):
+    (tmp_path / "dreambooth_moslora.py").write_text("raise SystemExit('the wrong program')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    jobs = Jobs(tmp_path / "runs")
+    job = jobs.start("dog", {"pretrained_model_name_or_path": "toy"}, OWNER)
+    assert "missing: --instance_prompt" in ended(jobs, job)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.cli.parser import add_flag
+from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.config_files import load_settings
 from dreambooth_moslora.core.errors import UserError
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from dreambooth_moslora.photos.folder import find_photos, summary_of_skipped
 
     config = config_of(args)
-    folder = Path(args.folder)
+    folder = Path(find_asset(args.folder))
     report = find_photos(folder, config.instance_prompt, config.resolution, alpha=config.alpha)
     report = examine(report, config.resolution)
     picture = None if args.no_picture or not report.photos else draw(report, config, picture_path(args, folder))

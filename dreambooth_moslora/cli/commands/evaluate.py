@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.config_files import read_facts, reason_of
 from dreambooth_moslora.core.errors import UserError
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     photos = instance_photos(config).photos
     plan = plan_of(args, base, subject_of(config), [caption for photo in photos for caption in photo.captions])
     pipeline = SubjectPipeline.from_base(base)
-    name = pipeline.load_adapter(args.adapter)
+    name = pipeline.load_adapter(find_asset(args.adapter))
     device = pipeline.pipeline.unet.device
     encoders = load_encoders(base if is_toy(base) else "", args.clip, args.dino, device)
     images = [open_rgb(photo) for photo in photos]
@@ -98,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
 
 def resolve(args: argparse.Namespace) -> TrainConfig:
     """What to evaluate on what, from the arguments, the run folder's configuration and the file's own header."""
-    known = run_config(Path(args.adapter)) or file_facts(Path(args.adapter))
+    adapter = Path(find_asset(args.adapter))
+    known = run_config(adapter) or file_facts(adapter)
     base = args.base or known.get("pretrained_model_name_or_path")
     prompt = args.instance_prompt or known.get("instance_prompt")
     photos = args.photos or known.get("instance_data_dir")

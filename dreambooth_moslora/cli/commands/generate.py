@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
+from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, draw_seed
 
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     adapters = [_split_scale(text) for text in args.adapter]
     recipe = _recipe_values(args)
     pipeline = SubjectPipeline.from_base(args.base)
-    chosen = tuple((pipeline.load_adapter(path), scale) for path, scale in adapters)
+    chosen = tuple((pipeline.load_adapter(find_asset(path)), scale) for path, scale in adapters)
     params = GenerationParams.from_dict(recipe | ({"adapters": chosen} if chosen else {}))
     events = generate_grid(pipeline, params, axes) if axes else pipeline.generate(params)
     return _save_all(events, Path(args.output_dir), only_sheet=bool(axes))

@@ -21,12 +21,13 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from dreambooth_moslora.adapters.describe import describe, lines, printable
+    from dreambooth_moslora.core.assets import find_asset
     from dreambooth_moslora.core.errors import UserError
     from dreambooth_moslora.core.run_folder import PUBLISHED_NAME
 
     failed = False
     for number, name in enumerate(args.files):
-        path = Path(name).expanduser()
+        path = Path(find_asset(name))
         try:
             facts = describe(path / PUBLISHED_NAME if path.is_dir() else path)
         except UserError as error:

@@ -1,0 +1,43 @@
+"""Where the files that come with the program lie: the embedded base, sample subjects, recipes, studies, adapters.
+
+In a clone they are `assets/` beside the package; an installed wheel carries them inside the package.
+"""
+
+import os
+from pathlib import Path
+
+__all__ = ["assets_folder", "clone_folder", "find_asset", "import_environment"]
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def clone_folder() -> Path | None:
+    """The root of the repository, or None when the program was installed from a wheel."""
+    return None if (PACKAGE / "assets").is_dir() else PACKAGE.parent
+
+
+def assets_folder() -> Path:
+    """The folder of `toy-sdxl`, `toy-dino`, `adapters`, `configs`, `studies` and `subjects`."""
+    return (clone_folder() or PACKAGE) / "assets"
+
+
+def import_environment() -> dict[str, str]:
+    """What a child process needs to import this program from any folder: in a clone PYTHONPATH, else nothing."""
+    clone = clone_folder()
+    if clone is None:
+        return {}
+    inherited = os.environ.get("PYTHONPATH", "")
+    return {"PYTHONPATH": f"{clone}{os.pathsep}{inherited}" if inherited else str(clone)}
+
+
+def find_asset(path: str) -> str:
+    """A path that a person gave, with `~` resolved. `assets/…` that is not there is taken from the program's own files.
+
+    So the recipes and examples of the README work from any folder.
+    """
+    path = os.path.expanduser(path)
+    parts = Path(path).parts
+    if parts[:1] != ("assets",) or os.path.exists(path):
+        return path
+    own = assets_folder().joinpath(*parts[1:])
+    return str(own) if own.exists() else path

@@ -1,0 +1,57 @@
+"""What pyproject.toml declares is what the code imports and what requirements.txt installs."""
+
+import ast
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+NOT_DECLARED = {"lpips", "tokenizers"}
+"""The first is used where it is there; the second comes with transformers and makes the embedded base's tokenizer."""
+
+
+def ranges(lines: list[str]) -> dict[str, str]:
+    found = [Requirement(line) for line in lines]
+    return {item.name.lower().replace("_", "-"): str(item.specifier) for item in found}
+
+
+def needed() -> list[str]:
+    return PROJECT["project"]["dependencies"]
+
+
+def test_requirements_txt_holds_all_that_running_and_testing_need():
+    text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert ranges(lines) == ranges(needed() + PROJECT["project"]["optional-dependencies"]["test"])
+
+
+def test_running_needs_no_test_tool():
+    assert not ranges(needed()).keys() & {"pytest", "pytest-xdist", "playwright", "ruff", "setuptools"}
+
+
+def test_every_package_is_in_the_wheel():
+    folders = {file.parent.relative_to(ROOT) for file in (ROOT / "dreambooth_moslora").rglob("__init__.py")}
+    names = {".".join(folder.parts) for folder in folders}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == names | {"dreambooth_moslora.assets", "toybox"}
+
+
+@pytest.mark.parametrize("folder", ["dreambooth_moslora", "toybox"])
+def test_every_package_that_is_imported_is_declared(folder):
+    imported = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+            elif isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+    foreign = imported - sys.stdlib_module_names - {"dreambooth_moslora", "toybox"} - NOT_DECLARED
+    owners = packages_distributions()
+    declared = ranges(needed())
+    for name in sorted(foreign):
+        brought_by = {dist.lower().replace("_", "-") for dist in owners.get(name, [name])}
+        assert brought_by & declared.keys(), f"{name} is imported and not declared"

@@ -1,0 +1,98 @@
+"""The wheel, installed into a fresh environment: the quick start's first steps and the page from an empty folder."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS, FILES = ("dreambooth_moslora", "toybox", "assets"), ("pyproject.toml", "README.md", "LICENSE")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+FEW = ["--num_prompts", "1", "--images_per_prompt", "1", "--class_images", "2", "--inference_steps", "2"]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory) -> Path:
+    """The folder of a fresh environment's programs. Other libraries are borrowed from the present environment."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, source / name)
+    for name in FILES:
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip"]
+    build = [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)]
+    subprocess.run(build, check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "fresh")], check=True)
+    python = folder / "fresh" / "bin" / "python"
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run([*pip, "--python", str(python), "install", "-q", "--no-deps", str(wheel)], check=True)
+    (site,) = (folder / "fresh" / "lib").glob("python*/site-packages")
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+    return python.parent
+
+
+@pytest.fixture(scope="module")
+def run(programs, tmp_path_factory):
+    """A function that runs a program of that environment in one empty folder and returns what it printed."""
+    folder = tmp_path_factory.mktemp("empty")
+
+    def call(*words: str) -> str:
+        done = subprocess.run(
+            [programs / words[0], *words[1:]], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return call
+
+
+def test_the_installed_program_is_the_wheels_own(run, programs):
+    found = run("python", "-c", "import dreambooth_moslora as d, toybox as t; print(d.__file__, t.__file__, sep='\\n')")
+    assert all(Path(line).is_relative_to(programs.parent) for line in found.splitlines())
+
+
+def test_help_names_the_command_as_it_was_typed(run):
+    assert run("dreambooth-moslora", "--help").startswith("usage: dreambooth-moslora COMMAND")
+    assert "usage: dreambooth-moslora train " in run("dreambooth-moslora", "train", "--help")
+    module = ["python", "-m", "dreambooth_moslora", "app"]
+    assert run(*module, "--help").startswith(f"usage: {' '.join(module)}")
+
+
+def test_the_quick_start_trains_evaluates_and_draws(run):
+    run("dreambooth-moslora", "train", "--config", "assets/configs/quickstart.toml", "--max_train_steps", "2",
+        "--num_validation_images", "0")  # fmt: skip
+    assert "dreambooth_moslora 0.1.0" in run("dreambooth-moslora", "info", "runs/robot")
+    run("dreambooth-moslora", "evaluate", "runs/robot", *FEW)
+    assert "truth" in run("python", "-c", "print(open('runs/robot/evaluation/scores.json').read())")
+    drawn = run("dreambooth-moslora", "generate", "--adapter", "assets/adapters/duck.safetensors", "--steps", "1",
+                "--prompt", "a photo of a sks duck")  # fmt: skip
+    assert drawn.strip().endswith(".png")
+
+
+def test_the_page_opens(programs, tmp_path, free_port):
+    command = [programs / "dreambooth-moslora", "app", "--server_port", str(free_port)]
+    page = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT)
+    try:
+        assert is_answered(f"http://127.0.0.1:{free_port}/", page)
+    finally:
+        page.terminate()
+        page.wait(timeout=60)
+
+
+def is_answered(url: str, page: subprocess.Popen) -> bool:
+    deadline = time.monotonic() + 180
+    while page.poll() is None and time.monotonic() < deadline:
+        try:
+            with urlopen(url, timeout=5) as answer:
+                return answer.status == 200
+        except OSError:
+            time.sleep(0.5)
+    return False
