@@ -9,27 +9,32 @@ from typing import Any
 from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.errors import UserError
 
-__all__ = ["load_settings", "read_facts", "reason_of"]
+__all__ = ["load_settings", "read_facts", "read_tables", "reason_of"]
+
+TOO_DEEP = "it is nested too deeply"
 
 
 def load_settings(path: Path | str) -> dict[str, Any]:
     """The file's settings by name, tables flattened: `[training] seed = 1` is `seed = 1`. Raises UserError."""
-    path = Path(find_asset(str(path)))
     try:
-        return flatten(parsed(path, f"--config {path}"), path)
+        return flatten(read_tables(path), Path(path))
     except RecursionError:
-        raise UserError(f"--config {path}: it is nested too deeply.") from None
+        raise UserError(f"--config {path}: {TOO_DEEP}.") from None
+
+
+def read_tables(path: Path | str) -> dict[str, Any]:
+    """What a --config file says, tables as they are. Raises UserError."""
+    path = Path(find_asset(str(path)))
+    return parsed(path, f"--config {path}")
 
 
 def read_facts(path: Path) -> dict[str, Any]:
     """What a JSON file says, by name. Raises UserError."""
-    try:
-        return parsed(path, str(path))
-    except RecursionError:
-        raise UserError(f"{path}: it is nested too deeply.") from None
+    return parsed(path, str(path))
 
 
 def parsed(path: Path, called: str) -> dict[str, Any]:
+    """The file's names and values; `called` begins the message of the UserError that is raised for a bad file."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -39,6 +44,8 @@ def parsed(path: Path, called: str) -> dict[str, Any]:
     except ValueError as error:
         kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
         raise UserError(f"{called} is not valid {kind}: {error}.") from error
+    except RecursionError:
+        raise UserError(f"{called}: {TOO_DEEP}.") from None
     if not isinstance(values, dict):
         raise UserError(f"{called}: expected names and values, found a {type(values).__name__}.")
     return values

@@ -12,7 +12,6 @@ that names a learning rate keeps it. A subject is a folder with `subject.json` {
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 from dreambooth_moslora.base.locate import resolve_base
 from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.config import TrainConfig, check_each
-from dreambooth_moslora.core.config_files import load_settings, read_facts, reason_of
+from dreambooth_moslora.core.config_files import load_settings, read_facts, read_tables
 from dreambooth_moslora.core.errors import UserError
 
 __all__ = ["Cell", "Protocol", "Study", "StudySubject", "load_study"]
@@ -205,12 +204,7 @@ class Study:
 
 def load_study(path: Path) -> Study:
     """Read the file. Raises UserError for whatever in it is unknown, missing or contradictory."""
-    try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: {reason_of(error)}.") from error
-    except ValueError as error:
-        raise UserError(f"--config {path} is not valid TOML: {error}.") from error
+    values = read_tables(path)
     refuse_unknown(path, "", values, SECTIONS)
     study, protocol, shared, arms = (table(path, name, values.get(name, {})) for name in SECTIONS)
     refuse_unknown(path, "study.", study, [f.name for f in fields(Study)])

@@ -101,6 +101,7 @@ def test_the_digest_follows_every_setting_that_matters(folders):
         ),
         ("study = 5", "study is a table"),
         ("[study", "not valid TOML"),
+        ("study = " + "[" * 100_000, "nested too deeply"),
         ("", "no subjects"),
     ],
 )
