@@ -39,9 +39,9 @@ def cut(file, length):
 DAMAGES = {
     "a pointer for the UNet": (lambda base: (base / UNET).write_text(POINTER), r"unet.* is a git-lfs pointer"),
     "a pointer for a text encoder": (lambda base: (base / TEXT).write_text(POINTER), r"text_encoder.*`git lfs pull`"),
-    "half a file": (lambda base: cut(base / UNET, -1000), "cut short: "),
-    "half a header": (lambda base: cut(base / UNET, 100), "its header cannot be read"),
-    "an empty file": (lambda base: cut(base / UNET, 0), "not a safetensors file"),
+    "half a file": (lambda base: cut(base / UNET, -1000), r"cut short.*not fully covered\): fetch it again"),
+    "half a header": (lambda base: cut(base / UNET, 100), r"is damaged, cut short.*header"),
+    "an empty file": (lambda base: cut(base / UNET, 0), r"no safetensors file \(.*header too small"),
     "no UNet": (lambda base: shutil.rmtree(base / "unet"), "unet is missing"),
     "no weights": (lambda base: (base / UNET).unlink(), "has no weights"),
     "no tokenizer": (lambda base: shutil.rmtree(base / "tokenizer"), "tokenizer is missing"),
