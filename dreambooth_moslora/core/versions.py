@@ -1,54 +1,57 @@
 """The libraries that are installed, against what was run together and against pairs that are known to fail."""
 
-import re
+import tomllib
 from collections.abc import Mapping
 from importlib import metadata
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+from dreambooth_moslora.core.assets import clone_folder
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 
-__all__ = ["OPTIONAL", "RANGES", "bad_pairs", "installed_versions", "out_of_range", "require_packages"]
+__all__ = ["OPTIONAL", "bad_pairs", "installed_versions", "needed_ranges", "out_of_range", "require_packages"]
 
-RANGES = {
-    "torch": ("2.9", "3"),
-    "diffusers": ("0.42", "0.43"),
-    "transformers": ("5.12", "5.24"),
-    "peft": ("0.21", "0.22"),
-    "accelerate": ("1.15", "2"),
-    "safetensors": ("0.6", "1"),
-    "huggingface_hub": ("2.4", "3"),
-    "Pillow": ("12", "13"),
-    "pillow-heif": ("1.1", "2"),
-    "numpy": ("2", "3"),
-    "gradio": ("6.31", "7"),
-}
-"""First version that was run, first that was not; as in requirements.txt."""
 OPTIONAL = ("bitsandbytes", "prodigyopt", "datasets", "tensorboard", "wandb", "trackio", "torchvision")
+"""Libraries that only some settings need."""
 
 PAIRS = (
     (
-        lambda v: at_least(v, "transformers", "5.24") and below(v, "peft", "0.22"),
+        {"transformers": ">=5.24", "peft": "<0.22"},
         "transformers {transformers} needs peft 0.22: adapters on text encoders fail; "
         'pip install "transformers>=5.12,<5.24"',
     ),
     (
-        lambda v: below(v, "diffusers", "0.42") and at_least(v, "transformers", "5"),
+        {"diffusers": "<0.42", "transformers": ">=5"},
         'diffusers {diffusers} was written for transformers 4; pip install "diffusers>=0.42,<0.43"',
     ),
     (
-        lambda v: below(v, "peft", "0.17") and at_least(v, "transformers", "5"),
+        {"peft": "<0.17", "transformers": ">=5"},
         'peft {peft} does not know transformers 5; pip install "peft>=0.21,<0.22"',
     ),
+    ({"numpy": ">=2", "torch": "<2.3"}, "torch {torch} was built for numpy 1; upgrade torch"),
     (
-        lambda v: at_least(v, "numpy", "2") and below(v, "torch", "2.3"),
-        "torch {torch} was built for numpy 1; upgrade torch",
-    ),
-    (
-        lambda v: at_least(v, "huggingface_hub", "1") and below(v, "transformers", "5"),
+        {"huggingface_hub": ">=1", "transformers": "<5"},
         "transformers {transformers} needs huggingface_hub below 1; upgrade transformers",
     ),
 )
-"""(whether a pair fails, what to say and do)."""
+"""(versions that fail together, what to say and do)."""
+
+
+def needed_ranges() -> dict[str, SpecifierSet]:
+    """{library: versions that were run together}, of those that every run needs.
+
+    They are read from pyproject.toml in a clone, and from the installed package's metadata otherwise.
+    """
+    clone = clone_folder()
+    if clone is not None and (file := clone / "pyproject.toml").is_file():
+        lines = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"]
+    else:
+        lines = metadata.requires("dreambooth_moslora") or []
+    items = [Requirement(line) for line in lines]
+    return {item.name: item.specifier for item in items if item.marker is None and item.name not in OPTIONAL}
 
 
 def installed_versions(names: tuple[str, ...]) -> dict[str, str | None]:
@@ -79,35 +82,31 @@ def require_packages(config: TrainConfig) -> None:
             raise UserError(f"{flag} needs {package}: pip install {package}.")
 
 
-def numbers(version: str) -> tuple[int, ...]:
-    """`2.13.0+cpu` -> (2, 13, 0); a release candidate counts as the release."""
-    found = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(map(int, found[0].split("."))) if found else ()
+def is_within(version: str | None, versions: SpecifierSet) -> bool:
+    """Whether a version is in a range: a release candidate counts as the release, None and nonsense are in no range."""
+    try:
+        return versions.contains(Version(version or "").base_version)
+    except InvalidVersion:
+        return False
 
 
-def at_least(versions: Mapping[str, str | None], name: str, bound: str) -> bool:
-    version = versions.get(name)
-    return version is not None and numbers(version) >= numbers(bound)
-
-
-def below(versions: Mapping[str, str | None], name: str, bound: str) -> bool:
-    version = versions.get(name)
-    return version is not None and numbers(version) < numbers(bound)
-
-
-def bad_pairs(versions: Mapping[str, str | None]) -> list[str]:
+def bad_pairs(installed: Mapping[str, str | None]) -> list[str]:
     """One line for each pair that fails."""
-    known = {name: version or "" for name, version in versions.items()}
-    return [line.format(**known) for fails, line in PAIRS if fails(versions)]
+    known = {name: version or "" for name, version in installed.items()}
+    return [
+        line.format(**known)
+        for pair, line in PAIRS
+        if all(is_within(known.get(name), SpecifierSet(versions)) for name, versions in pair.items())
+    ]
 
 
-def out_of_range(versions: Mapping[str, str | None]) -> list[str]:
+def out_of_range(installed: Mapping[str, str | None]) -> list[str]:
     """One line for each needed library that is missing or was not run in this version."""
     lines = []
-    for name, (first, end) in RANGES.items():
-        version = versions.get(name)
+    for name, versions in needed_ranges().items():
+        version, wanted = installed.get(name), name + ",".join(sorted(map(str, versions), reverse=True))
         if version is None:
-            lines.append(f'{name} is missing; pip install "{name}>={first},<{end}"')
-        elif not (at_least(versions, name, first) and below(versions, name, end)):
-            lines.append(f"{name} {version} was not tried with this program; it was run with {first} up to below {end}")
+            lines.append(f'{name} is missing; pip install "{wanted}"')
+        elif not is_within(version, versions):
+            lines.append(f"{name} {version} was not tried with this program; it was run with {wanted}")
     return lines

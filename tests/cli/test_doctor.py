@@ -1,9 +1,11 @@
 """What `doctor` says of versions, of the machine and of a base's VAE."""
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core.errors import UserError
@@ -19,9 +21,9 @@ def test_doctor_reads_versions_machine_and_the_vae(tiny_base, capsys):
 
 
 def test_doctor_names_bad_pairs_and_missing_libraries():
-    from dreambooth_moslora.core.versions import RANGES, bad_pairs, installed_versions, out_of_range
+    from dreambooth_moslora.core.versions import bad_pairs, installed_versions, needed_ranges, out_of_range
 
-    mine = installed_versions(tuple(RANGES))
+    mine = installed_versions(tuple(needed_ranges()))
     assert bad_pairs(mine) == [] and out_of_range(mine) == []
     (line,) = bad_pairs({**mine, "transformers": "5.24.1"})
     assert "transformers 5.24.1 needs peft 0.22" in line
@@ -30,11 +32,25 @@ def test_doctor_names_bad_pairs_and_missing_libraries():
     assert "torch 2.3.1+cpu was not tried" in out_of_range({**mine, "torch": "2.3.1+cpu"})[0]
 
 
-def test_the_ranges_are_those_of_the_requirements():
-    from dreambooth_moslora.core.versions import RANGES
+def test_the_ranges_are_those_that_the_installation_asks_for():
+    from dreambooth_moslora.core.versions import OPTIONAL, needed_ranges
 
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    assert {f"{name}>={first},<{end}" for name, (first, end) in RANGES.items()} <= set(lines)
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    found = needed_ranges()
+    assert {"torch", "peft", "gradio"} <= found.keys() and not found.keys() & set(OPTIONAL)
+    for item in map(Requirement, wanted):
+        assert item.name in OPTIONAL or found[item.name] == item.specifier
+
+
+@pytest.mark.parametrize(
+    ("version", "tried"),
+    [("2.9", True), ("2.13.0+cpu", True), ("2.9.0rc1", True), ("3.0", False), ("2.8.9", False), ("unknown", False)],
+)
+def test_builds_and_candidates_count_as_their_release(version, tried):
+    from dreambooth_moslora.core.versions import installed_versions, needed_ranges, out_of_range
+
+    lines = out_of_range({**installed_versions(tuple(needed_ranges())), "torch": version})
+    assert [line.split()[:2] for line in lines] == ([] if tried else [["torch", version]])
 
 
 def test_a_vae_that_overflows_is_found(tiny_base):

@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from dreambooth_moslora.core.versions import OPTIONAL, RANGES, bad_pairs, installed_versions, out_of_range
+from dreambooth_moslora.core.versions import OPTIONAL, bad_pairs, installed_versions, needed_ranges, out_of_range
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -55,7 +55,7 @@ def as_text(found: Findings) -> str:
 
 
 def examine_versions(found: Findings) -> None:
-    versions = installed_versions((*RANGES, *OPTIONAL))
+    versions = installed_versions((*needed_ranges(), *OPTIONAL))
     found.facts["python"] = platform.python_version()
     found.facts |= {name: version or "-" for name, version in versions.items()}
     if sys.version_info[:2] < MIN_PYTHON:
