@@ -3,13 +3,11 @@
 name --load_pipeline--> StableDiffusionXLPipeline
 pixels (B, 3, H, W) in [-1, 1] --encode_image--> latents (B, 4, H/8, W/8), scaled as the UNet expects them
 prompts (N) --encode_text--> TextCond(embeds (N, 77, D), pooled (N, P))
-CropPlan --time_ids--> (6,): original height, width, crop top, left, target height, width in pixels
 """
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from diffusers import (
@@ -29,7 +27,6 @@ from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.toy import preferred_guidance
 
 __all__ = [
-    "PlannedCrop",
     "TextCond",
     "architecture",
     "decode_image",
@@ -40,7 +37,6 @@ __all__ = [
     "encode_text",
     "load_pipeline",
     "pictures_of",
-    "time_ids",
 ]
 
 logger = logging.getLogger(__name__)
@@ -49,14 +45,6 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SingleFi
 """What diffusers' converter raises for a damaged file, and for one of another model."""
 UNLOADABLE = (OSError, ValueError, OverflowError, RuntimeError, SafetensorError)
 """What the loaders raise for damaged or missing parts of a folder."""
-
-
-class PlannedCrop(Protocol):
-    """What `time_ids` needs to know of a crop; all sizes are (height, width) or (top, left) in pixels."""
-
-    original_size: tuple[int, int]
-    crop_top_left: tuple[int, int]
-    target_size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -263,11 +251,6 @@ def decoded(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     if statistics:
         latents = latents * statistics[1] + statistics[0]
     return vae.decode(latents.to(vae.device, vae.dtype)).sample.float()
-
-
-def time_ids(plan: PlannedCrop) -> Tensor:
-    """SDXL's size and crop conditioning (6,) of one image (Podell et al. 2023, section 2.2)."""
-    return torch.tensor([*plan.original_size, *plan.crop_top_left, *plan.target_size], dtype=torch.float32)
 
 
 def architecture(unet: UNet2DConditionModel) -> dict[str, object]:

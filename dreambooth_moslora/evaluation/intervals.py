@@ -33,10 +33,6 @@ class Interval:
     def to_dict(self, digits: int = 4) -> dict[str, float]:
         return {name: round(getattr(self, name), digits) for name in ("mean", "low", "high")}
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
 
 def bootstrap_mean(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """The mean of a table of any number of axes, and its interval when every axis is resampled.

@@ -36,6 +36,11 @@ class CropPlan:
     target_size: tuple[int, int]
     flip: bool
 
+    @property
+    def time_ids(self) -> tuple[int, ...]:
+        """SDXL's size and crop conditioning (6,): original height, width, crop top, left, target height, width; px."""
+        return *self.original_size, *self.crop_top_left, *self.target_size
+
 
 def resized_size(size_px: tuple[int, int], resolution_px: int) -> tuple[int, int]:
     """(h, w) after the shorter side has become `resolution_px`."""

@@ -93,7 +93,7 @@ class PhotoEncoder:
             else self.cache.get(self._key(photo, plan), lambda: self._compute(photo, plan))
         )
         weights = self._weights(photo, tensors["subject"]) if "subject" in tensors else None
-        return EncodedView(tensors["latents"], load.time_ids(plan), weights)
+        return EncodedView(tensors["latents"], torch.tensor(plan.time_ids, dtype=torch.float32), weights)
 
     def _weights(self, photo: Photo, subject: Tensor) -> Tensor:
         """What places weigh: the subject 1, around it `unmasked_weight`, or 0 where the photo itself is transparent:

@@ -51,10 +51,6 @@ class Estimate:
     disk_gib: float
     size: BaseSize
 
-    @property
-    def peak_gib(self) -> float:
-        return max(self.encoding_gib, self.training_gib, self.sampling_gib)
-
 
 def size_of_base(folder: Path | None, target_modules: tuple[str, ...], variant: str | None = None) -> BaseSize:
     """Counted from the diffusers folder of the base; SDXL's own size when there is none to look into.

@@ -8,6 +8,7 @@ from diffusers import StableDiffusionXLPipeline
 
 from dreambooth_moslora.base import load
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.training.noise_schedule import noise_schedule
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +114,6 @@ def test_a_broken_vae_is_refused(tiny_base):
         load.encode_image(vae, torch.rand(1, 3, 64, 64))
 
 
-def test_time_ids_are_original_crop_target():
-    plan = SimpleNamespace(original_size=(480, 640), crop_top_left=(3, 5), target_size=(64, 64))
-    assert load.time_ids(plan).tolist() == [480, 640, 3, 5, 64, 64]
-
-
 def test_architecture_tells_bases_apart(pipeline):
     facts = load.architecture(pipeline.unet)
     assert facts["block_out_channels"] == [8, 16, 32] and facts["cross_attention_dim"] == 48
@@ -161,7 +157,7 @@ def test_a_quantized_unet_answers_almost_as_the_dense_one(tiny_base, kind):
 
 
 def test_the_noise_schedule_is_the_schedulers_own(pipeline):
-    schedule = load.noise_schedule(pipeline.scheduler)
+    schedule = noise_schedule(pipeline.scheduler)
     assert len(schedule) == 1000 and (schedule.style, schedule.prediction_type) == ("ddpm", "epsilon")
     assert torch.allclose(schedule.sigmas, (1 / pipeline.scheduler.alphas_cumprod - 1).sqrt(), rtol=1e-4)
 
@@ -169,7 +165,7 @@ def test_the_noise_schedule_is_the_schedulers_own(pipeline):
 def test_an_edm_base_trains_in_edm_style():
     from diffusers import EDMEulerScheduler
 
-    schedule = load.noise_schedule(EDMEulerScheduler())
+    schedule = noise_schedule(EDMEulerScheduler())
     assert (schedule.style, schedule.sigma_data) == ("edm", 0.5) and len(schedule.sigmas) == len(schedule.timesteps)
 
 
@@ -177,5 +173,5 @@ def test_a_zero_terminal_snr_base_keeps_its_pure_noise():
     from diffusers import EulerDiscreteScheduler
 
     scheduler = EulerDiscreteScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    assert load.noise_schedule(scheduler).sigmas[-1].isinf()
-    assert load.noise_schedule(scheduler, edm_style=True).sigmas.isfinite().all()
+    assert noise_schedule(scheduler).sigmas[-1].isinf()
+    assert noise_schedule(scheduler, edm_style=True).sigmas.isfinite().all()

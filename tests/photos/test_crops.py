@@ -18,6 +18,10 @@ def smooth(size_px, seed=0):
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
+def test_time_ids_are_original_crop_target():
+    assert CropPlan((480, 640), (64, 85), (3, 5), (64, 65), False).time_ids == (480, 640, 3, 5, 64, 65)
+
+
 @pytest.mark.parametrize("size_px", [(64, 64), (100, 333), (333, 100), (65, 64), (5000, 31)])
 def test_plans_lie_inside_the_resized_photo_and_reach_both_ends(size_px):
     height, width = resized_size(size_px, 32)
