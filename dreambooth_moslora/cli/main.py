@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dreambooth_moslora.cli.parser import Parser, parse_train_config, underscored
 from dreambooth_moslora.cli.signals import INTERRUPTED, StopRequest
-from dreambooth_moslora.cli.streams import lasting_output
+from dreambooth_moslora.cli.streams import survive_broken_pipes
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.process import wait_briefly
@@ -53,7 +53,7 @@ def exit_code(run: Callable[[], int]) -> int:
     """Run, and turn how it ended into a line and a code. Nobody needs to read what it prints: `| head` may leave."""
     wait_briefly()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # without a GPU it warns of what nobody asked it for
-    with lasting_output():
+    with survive_broken_pipes():
         return code_of(run)
 
 
@@ -61,23 +61,23 @@ def code_of(run: Callable[[], int]) -> int:
     try:
         return run()
     except UserError as error:
-        return complain(str(error))
+        return print_user_error(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        if (line := known_trouble(error)) is not None:
-            return complain(line)
+        if (line := message_for_known_error(error)) is not None:
+            return print_user_error(line)
         traceback.print_exc()
         return OUR_BUG
 
 
-def complain(text: str) -> int:
+def print_user_error(text: str) -> int:
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
     return MISTAKE
 
 
-def known_trouble(error: Exception) -> str | None:
+def message_for_known_error(error: Exception) -> str | None:
     """Errors of the machine that are nobody's bug, in one line."""
     if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error):
         return OUT_OF_MEMORY
@@ -162,7 +162,7 @@ def run_trainer(config: TrainConfig, stop: StopRequest) -> int:
     finally:
         progress.close()
     if is_main_process():
-        print(farewell(result.run_dir, result.step, result.interrupted), file=sys.stderr)
+        print(closing_message(result.run_dir, result.step, result.interrupted), file=sys.stderr)
     return INTERRUPTED if result.interrupted else DONE
 
 
@@ -180,7 +180,7 @@ def make_evaluator(config: TrainConfig):
     return TrainingEvaluator(config)
 
 
-def farewell(run_dir: Path, step: int, interrupted: bool) -> str:
+def closing_message(run_dir: Path, step: int, interrupted: bool) -> str:
     if not interrupted:
         return (
             f'done: {step} steps. pipe.load_lora_weights("{run_dir}") loads the adapter; {run_dir}/README.md says more.'

@@ -161,7 +161,7 @@ def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> TrainConfig:
     """The resolved settings of a command line. Raises UserError; exits by itself for --help and --version."""
     given, unknown = build_train_parser(prog).parse_known_args(underscored(argv))
     if unknown:
-        raise UserError(complaint(unknown[0]))
+        raise UserError(unknown_flag_message(unknown[0]))
     flags = vars(given)
     file = flags.pop("config")
     settings = (load_settings(file) if file else {}) | flags
@@ -189,7 +189,7 @@ def launcher_settings() -> dict[str, int]:
     return {"local_rank": rank} if rank != -1 else {}
 
 
-def complaint(word: str) -> str:
+def unknown_flag_message(word: str) -> str:
     """What to say about an argument that no flag takes."""
     if not word.startswith("-"):
         return f"`{word}` belongs to no flag: a prompt of several words goes in quotes."

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import Any, TextIO
 
-__all__ = ["STDERR", "lasting_output"]
+__all__ = ["STDERR", "survive_broken_pipes"]
 
 STDERR = 2
 
 
-class LastingStream:
+class BreakableStream:
     """A text stream whose reader may leave."""
 
     def __init__(self, stream: TextIO):
@@ -42,10 +42,10 @@ class LastingStream:
 
 
 @contextmanager
-def lasting_output() -> Iterator[None]:
+def survive_broken_pipes() -> Iterator[None]:
     """`sys.stdout` and `sys.stderr` are lasting inside."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(lasting, before)
+    sys.stdout, sys.stderr = map(breakable, before)
     try:
         yield
     finally:
@@ -54,9 +54,9 @@ def lasting_output() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-def lasting(stream: TextIO | None) -> LastingStream:
+def breakable(stream: TextIO | None) -> BreakableStream:
     """A stream that was closed from the start (`2>&-`) is None in Python."""
     stream = stream or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(stream, TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")
-    return LastingStream(stream)
+    return BreakableStream(stream)

@@ -9,7 +9,7 @@ from typing import Any
 from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.errors import UserError
 
-__all__ = ["load_settings", "read_facts", "read_tables", "reason_of"]
+__all__ = ["load_settings", "read_json_table", "read_tables", "reason_of"]
 
 TOO_DEEP = "it is nested too deeply"
 
@@ -28,7 +28,7 @@ def read_tables(path: Path | str) -> dict[str, Any]:
     return parsed(path, f"--config {path}")
 
 
-def read_facts(path: Path) -> dict[str, Any]:
+def read_json_table(path: Path) -> dict[str, Any]:
     """What a JSON file says, by name. Raises UserError."""
     return parsed(path, str(path))
 

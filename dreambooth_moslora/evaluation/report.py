@@ -14,7 +14,7 @@ from dreambooth_moslora.evaluation import metrics
 from dreambooth_moslora.evaluation.evaluate import RELATIVE, Evaluation
 from dreambooth_moslora.evaluation.html_page import page, picture, pictures, section, table
 
-__all__ = ["Subjects", "report_html", "scores_json", "write_report"]
+__all__ = ["ReportContext", "report_html", "scores_json", "write_report"]
 
 MEASURES = {
     # name: (title, the base's own, what it means)
@@ -45,7 +45,7 @@ JUDGED = ("kind", "colour", "place")
 
 
 @dataclass(frozen=True)
-class Subjects:
+class ReportContext:
     """What was judged, as the report names it: no path. `encoders` are the names of CLIP and DINO."""
 
     adapter: str
@@ -56,7 +56,7 @@ class Subjects:
     diversity: str = "DINO distance"
 
 
-def scores_json(found: Evaluation, about: Subjects, photo_fidelity: float) -> dict:
+def scores_json(found: Evaluation, about: ReportContext, photo_fidelity: float) -> dict:
     """Everything that was measured, JSON-ready: means with 95 % intervals, and each prompt's means."""
     plan = found.plan
     return {
@@ -95,7 +95,7 @@ def per_prompt(found: Evaluation) -> list[dict]:
     ]
 
 
-def report_html(found: Evaluation, about: Subjects, photos: list[Image.Image], photo_fidelity: float) -> str:
+def report_html(found: Evaluation, about: ReportContext, photos: list[Image.Image], photo_fidelity: float) -> str:
     """The page: verdict, scores, photos, every prompt by adapter and base, the nearest thing to a copy."""
     parts = [
         introduction(found, about),
@@ -110,7 +110,7 @@ def report_html(found: Evaluation, about: Subjects, photos: list[Image.Image], p
     return page(f"Fidelity of {about.adapter}", parts)
 
 
-def introduction(found: Evaluation, about: Subjects) -> str:
+def introduction(found: Evaluation, about: ReportContext) -> str:
     words = escape(found.plan.subject.words)
     text = (
         f"“{words}” by the base {escape(about.base)}: {len(found.plan.templates)} prompts × {len(found.plan.seeds)} "
@@ -133,7 +133,8 @@ def score_table(found: Evaluation, photo_fidelity: float) -> str:
     for name, (title, base, meaning) in MEASURES.items():
         if name in found.tables:
             own = photo_fidelity if name == "dino" and not math.isnan(photo_fidelity) else ""
-            rows.append((title, shown(found, name), shown(found, base) if base in found.tables else "", own, meaning))
+            base_value = with_interval(found, base) if base in found.tables else ""
+            rows.append((title, with_interval(found, name), base_value, own, meaning))
     return table(("Measure", "Adapter", "Base", "Photos", "Meaning"), rows)
 
 
@@ -143,7 +144,7 @@ def relative_table(found: Evaluation) -> str:
     return table(("On its own scale", "Value"), [(RELATIVE[n], f"{v:.3f}") for n, v in scales.items()])
 
 
-def shown(found: Evaluation, name: str) -> str:
+def with_interval(found: Evaluation, name: str) -> str:
     interval = found.interval(name)
     return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
@@ -154,9 +155,11 @@ def cost(found: Evaluation) -> str:
 
 
 def truth_tables(found: Evaluation) -> list[str]:
-    rows = [(title, shown(found, n), shown(found, top), shown(found, low)) for n, (title, top, low) in TRUTH.items()]
+    rows = []
+    for name, (title, *ends) in TRUTH.items():
+        rows.append([title, *(with_interval(found, each) for each in (name, *ends))])
     header = ("Measure", "Adapter", "Ceiling: true renders", "Floor: others of the kind")
-    judged = [(n, shown(found, f"judge_{n}")) for n in JUDGED if f"judge_{n}" in found.tables]
+    judged = [(n, with_interval(found, f"judge_{n}")) for n in JUDGED if f"judge_{n}" in found.tables]
     return [table(header, rows), *([table(("The judge reads", "Share right"), judged)] if judged else [])]
 
 
@@ -197,7 +200,7 @@ def prompt_table(found: Evaluation) -> str:
 
 
 def write_report(
-    folder: Path, found: Evaluation, about: Subjects, photos: list[Image.Image], photo_fidelity: float
+    folder: Path, found: Evaluation, about: ReportContext, photos: list[Image.Image], photo_fidelity: float
 ) -> None:
     """`folder`/scores.json and `folder`/report.html, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)

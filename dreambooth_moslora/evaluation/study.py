@@ -20,7 +20,7 @@ from typing import Any
 from dreambooth_moslora.base.locate import resolve_base
 from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.config import TrainConfig, check_each
-from dreambooth_moslora.core.config_files import load_settings, read_facts, read_tables
+from dreambooth_moslora.core.config_files import load_settings, read_json_table, read_tables
 from dreambooth_moslora.core.errors import UserError
 
 __all__ = ["Cell", "Protocol", "Study", "StudySubject", "load_study"]
@@ -62,7 +62,7 @@ class StudySubject:
         facts_path = folder / "subject.json"
         if not facts_path.is_file():
             raise UserError(f"the study's subject {folder} has no subject.json: give it an instance_prompt.")
-        facts = read_facts(facts_path)
+        facts = read_json_table(facts_path)
         token, word = facts.get("token"), facts.get("class_word")
         if not token or not word:
             raise UserError(f"{facts_path} must name the token and the class_word, or the study an instance_prompt.")

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dreambooth_moslora.core.config_files import read_facts
+from dreambooth_moslora.core.config_files import read_json_table
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.evaluation.encoders import Encoders
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
@@ -126,7 +126,7 @@ def find_truth(photos_dir: Path, encoders: Encoders, size_px: int = 128) -> ToyT
     path = Path(photos_dir) / SUBJECT_FILE
     if not path.is_file():
         return None
-    facts = read_facts(path)
+    facts = read_json_table(path)
     if "toy" not in facts:
         return None
     try:

@@ -39,13 +39,13 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from dreambooth_moslora.evaluation.study_report import write_comparison
 
-    clock = Clock(args.jobs)
-    results = run_study(study, out, 0 if args.report_only else max(1, args.jobs), clock)
+    progress = CellProgress(args.jobs)
+    results = run_study(study, out, 0 if args.report_only else max(1, args.jobs), progress)
     print(write_comparison(study, results, out))
     print(out / "report.html")
-    if clock.failed:
-        print(f"{clock.failed} trainings failed; run again to try them again", file=sys.stderr)
-    return 1 if clock.failed else 0
+    if progress.failed:
+        print(f"{progress.failed} trainings failed; run again to try them again", file=sys.stderr)
+    return 1 if progress.failed else 0
 
 
 class AnyRate(dict):
@@ -55,7 +55,7 @@ class AnyRate(dict):
         return 0.0
 
 
-class Clock:
+class CellProgress:
     """One line a cell, with the time that remains of its stage."""
 
     def __init__(self, jobs: int):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.config_files import read_facts, reason_of
+from dreambooth_moslora.core.config_files import read_json_table, reason_of
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import Subject, subject_of
 from dreambooth_moslora.core.run_folder import RunDir
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     from dreambooth_moslora.evaluation.encoders import load_encoders
     from dreambooth_moslora.evaluation.evaluate import Evaluator, evaluate_adapter, truth_of
     from dreambooth_moslora.evaluation.metrics import photo_fidelity
-    from dreambooth_moslora.evaluation.report import Subjects, write_report
+    from dreambooth_moslora.evaluation.report import ReportContext, write_report
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
     from dreambooth_moslora.photos.folder import instance_photos, open_mask, open_rgb
 
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     followed = default_guidance(pipeline.pipeline) if args.guidance_scale is None else args.guidance_scale
     found = evaluate_adapter(pipeline, name, evaluator, args.batch_size, args.scale, followed)
     diversity = "LPIPS" if encoders.lpips else "DINO distance"
-    about = Subjects(name, pipeline.base_name, encoders.names, plan.inference_steps, followed, diversity)
+    about = ReportContext(name, pipeline.base_name, encoders.names, plan.inference_steps, followed, diversity)
     write_report(folder, found, about, images, photo_fidelity(evaluator.photos.dino))
     print(summary(found))
     print(f"{folder / 'report.html'}\n{folder / 'scores.json'}")
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
 def resolve(args: argparse.Namespace) -> TrainConfig:
     """What to evaluate on what, from the arguments, the run folder's configuration and the file's own header."""
     adapter = Path(find_asset(args.adapter))
-    known = run_config(adapter) or file_facts(adapter)
+    known = settings_of_run(adapter) or settings_of_file(adapter)
     base = args.base or known.get("pretrained_model_name_or_path")
     prompt = args.instance_prompt or known.get("instance_prompt")
     photos = args.photos or known.get("instance_data_dir")
@@ -112,16 +112,16 @@ def resolve(args: argparse.Namespace) -> TrainConfig:
     return TrainConfig.from_dict({**known, **chosen, "dataset_name": None})
 
 
-def run_config(path: Path) -> dict | None:
+def settings_of_run(path: Path) -> dict | None:
     """`train_config.json` of a run folder, or of the run that a file or `best/` lies in."""
     for folder in (path, path.parent):
         config = RunDir(folder).config_path
         if config.is_file():
-            return read_facts(config)
+            return read_json_table(config)
     return None
 
 
-def file_facts(path: Path) -> dict:
+def settings_of_file(path: Path) -> dict:
     """What our files say of themselves; nothing for foreign ones."""
     from dreambooth_moslora.adapters.export import load_published
     from dreambooth_moslora.adapters.lora_file import find_weights
