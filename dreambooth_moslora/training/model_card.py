@@ -3,10 +3,8 @@
 It is written to be shared: no path, no photo and no fact about one is in it.
 """
 
-import json
 import re
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from dreambooth_moslora import __version__
@@ -20,7 +18,8 @@ if TYPE_CHECKING:  # it imports torch
 __all__ = ["SIGNATURE", "CardFacts", "is_card", "model_card", "pictures_named"]
 
 SIGNATURE = "Made with dreambooth_moslora"
-PICTURE = re.compile(r'^  output: \{url: "(image_\d+\.png)"\}$', re.MULTILINE)
+PICTURE = re.compile(r"image_\d+\.png")
+"""Names that the trainer gives to pictures beside the card. A card that names another file is not believed."""
 
 
 def is_card(text: str) -> bool:
@@ -30,7 +29,16 @@ def is_card(text: str) -> bool:
 
 def pictures_named(text: str) -> set[str]:
     """The files of a card's pictures; none for a text that is no card of ours."""
-    return set(PICTURE.findall(text)) if is_card(text) else set()
+    if not is_card(text):
+        return set()
+    from huggingface_hub import ModelCard
+
+    try:
+        widgets = ModelCard(text).data.get("widget") or []
+        urls = [widget["output"]["url"] for widget in widgets]
+    except Exception:  # a card that a person changed may raise any of YAML's and Python's errors
+        return set()
+    return {url for url in urls if PICTURE.fullmatch(str(url))}
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,6 @@ class CardFacts:
     adapter: AdapterFacts
     proof: "Proof"
     images: tuple[tuple[str, str], ...] = ()
-    seconds: float | None = None
     scores: dict[str, float] | None = None
     best: BestStep | None = None
 
@@ -65,18 +72,20 @@ def model_card(config: TrainConfig, facts: CardFacts) -> str:
 
 
 def front_matter(config: TrainConfig, facts: CardFacts) -> str:
-    """JSON values are YAML values: quoting is safe whatever a prompt holds."""
-    lines = ["---", "library_name: diffusers", "pipeline_tag: text-to-image"]
-    if "/" in facts.adapter.base_id:
-        lines.append(f"base_model: {json.dumps(facts.adapter.base_id)}")
-    lines.append(f"instance_prompt: {json.dumps(config.instance_prompt)}")
-    tags = ["text-to-image", "diffusers", "lora", "moslora", "dreambooth", "stable-diffusion-xl", "template:sd-lora"]
-    lines.append(f"tags: {json.dumps(tags)}")
+    """The card's YAML block, as the hub reads it."""
+    from huggingface_hub import ModelCardData
+
+    known = {"base_model": facts.adapter.base_id} if "/" in facts.adapter.base_id else {}
     if facts.images:
-        lines.append("widget:")
-        for file, prompt in facts.images:
-            lines += [f"- text: {json.dumps(prompt)}", f"  output: {{url: {json.dumps(file)}}}"]
-    return "\n".join([*lines, "---"])
+        known["widget"] = [{"text": prompt, "output": {"url": file}} for file, prompt in facts.images]
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        instance_prompt=config.instance_prompt,
+        tags=["text-to-image", "diffusers", "lora", "moslora", "dreambooth", "stable-diffusion-xl", "template:sd-lora"],
+        **known,
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def introduction(config: TrainConfig, facts: CardFacts) -> str:
@@ -122,8 +131,6 @@ def training_table(config: TrainConfig, facts: CardFacts) -> str:
         "Prior preservation": prior,
         "Seed": config.seed,
     }
-    if facts.seconds is not None:
-        rows["Training time"] = str(timedelta(seconds=round(facts.seconds)))
     return "## Training\n\n| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
 
 

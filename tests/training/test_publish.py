@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
@@ -14,7 +15,7 @@ from dreambooth_moslora.core.pictures import Row, draw_contact_sheet
 from dreambooth_moslora.training import hub
 from dreambooth_moslora.training.hub import check_push, patterns, public_files, push
 from dreambooth_moslora.training.loss_plot import draw_loss_plot, running_mean
-from dreambooth_moslora.training.model_card import CardFacts, model_card
+from dreambooth_moslora.training.model_card import SIGNATURE, CardFacts, model_card, pictures_named
 
 
 def card(**changes) -> str:
@@ -97,10 +98,26 @@ def test_a_token_that_the_hub_does_not_know_is_a_mistake_before_training(monkeyp
 
 
 def test_the_cards_front_matter_is_yaml_whatever_the_prompt_holds():
-    yaml = pytest.importorskip("yaml")
-    front = yaml.safe_load(card().split("---")[1])
-    assert front["base_model"] == "owner/base" and front["instance_prompt"] == 'a photo of "sks": dog'
-    assert front["widget"] == [{"text": 'a "sks": dog', "output": {"url": "image_0.png"}}]
+    odd = 'a "sks": dog # \u2028 \x1b 🦆 \x85 ---\n---\n'
+    front = ModelCard(card(images=(("image_0.png", odd),))).data
+    assert front.base_model == "owner/base" and front.instance_prompt == 'a photo of "sks": dog'
+    assert front.widget == [{"text": odd, "output": {"url": "image_0.png"}}]
+
+
+def test_the_pictures_are_known_whoever_wrote_the_yaml():
+    text = card(images=(("image_0.png", "a dog"), ("image_1.png", "a cat")))
+    reformatted = text.replace("url: image_0.png", "{url: 'image_0.png'}").replace("output:\n    {", "output: {")
+    earlier = text.replace("output:\n    url: image_0.png", 'output: {url: "image_0.png"}')
+    assert reformatted != text != earlier
+    for form in (text, reformatted, earlier):
+        assert pictures_named(form) == {"image_0.png", "image_1.png"}
+
+
+@pytest.mark.parametrize(
+    "front", ["a: [", "- a", "widget: 5", "widget: [{output: {url: ../photos/a.png}}]", "widget: [{output: {}}]"]
+)
+def test_a_card_that_was_changed_by_hand_names_no_other_file(front):
+    assert pictures_named(f"---\n{front}\n---\n{SIGNATURE}") == set()
 
 
 def test_the_card_says_how_exactly_the_files_reload_and_whether_the_run_ended():
