@@ -16,6 +16,8 @@ from dreambooth_moslora.training.step_plan import StepPlan, plan_steps
 
 __all__ = ["describe_run", "remarks"]
 
+DEFAULTS = {item.name: item.default for item in fields(TrainConfig)}
+
 
 def describe_run(config: TrainConfig) -> str:
     """Everything that `--dry_run` prints. Raises UserError for what training would refuse before it loads the base."""
@@ -44,7 +46,7 @@ def describe_run(config: TrainConfig) -> str:
 def settings_lines(config: TrainConfig) -> list[str]:
     """As TOML; what differs from the default is marked."""
     values = config.to_dict()
-    changed = {item.name for item in fields(config) if getattr(config, item.name) != item.default}
+    changed = {name for name in DEFAULTS if differs(config, name)}
     shown = {name: value for name, value in values.items() if value is not None}
     return [f"{name} = {as_toml(value)}" + ("  # set" if name in changed else "") for name, value in shown.items()]
 
@@ -99,7 +101,7 @@ def remarks(config: TrainConfig) -> list[str]:
             (config.class_data_dir or config.class_prompt) and not config.with_prior_preservation
         ),
         "--prior has no effect without --with_prior_preservation": (
-            config.prior != "class_images" and not config.with_prior_preservation
+            differs(config, "prior") and not config.with_prior_preservation
         ),
         "--prior_prompts has no effect without --with_prior_preservation --prior adapter_off": (
             config.prior_prompts and not (config.with_prior_preservation and config.prior == "adapter_off")
@@ -110,14 +112,14 @@ def remarks(config: TrainConfig) -> list[str]:
         "--use_8bit_adam has no effect with --optimizer Prodigy": config.use_8bit_adam
         and config.optimizer == "Prodigy",
         "--timestep_bias_multiplier has no effect without --timestep_bias_strategy": (
-            config.timestep_bias_multiplier != 1 and config.timestep_bias_strategy == "none"
+            differs(config, "timestep_bias_multiplier") and config.timestep_bias_strategy == "none"
         ),
         "--text_encoder_lr has no effect without --train_text_encoder": (
-            config.text_encoder_lr != 5e-6 and not config.train_text_encoder
+            differs(config, "text_encoder_lr") and not config.train_text_encoder
         ),
         "Prodigy wants --learning_rate near 1.0": config.optimizer == "Prodigy" and config.learning_rate <= 0.1,
         f"--lr_warmup_steps has no effect with --lr_scheduler {config.lr_scheduler}": (
-            config.lr_scheduler == "constant" and config.lr_warmup_steps not in (0, 500)
+            config.lr_scheduler == "constant" and config.lr_warmup_steps and differs(config, "lr_warmup_steps")
         ),
         "--enable_xformers_memory_efficient_attention: PyTorch's own attention needs as little memory and is used": (
             config.enable_xformers_memory_efficient_attention
@@ -126,9 +128,14 @@ def remarks(config: TrainConfig) -> list[str]:
             config.dataloader_num_workers > 0 and config.caching != "off"
         ),
         "--train_mixer and --mixer_lr_scale have no effect with --mixer none": (
-            config.mixer == "none" and config.mixer_lr_scale != 1.0
+            config.mixer == "none" and differs(config, "mixer_lr_scale")
         ),
         "--num_train_epochs has no effect with --max_train_steps": config.max_train_steps
-        and config.num_train_epochs > 1,
+        and differs(config, "num_train_epochs"),
     }
     return [text for text, applies in found.items() if applies]
+
+
+def differs(config: TrainConfig, name: str) -> bool:
+    """Whether a setting has another value than its default."""
+    return getattr(config, name) != DEFAULTS[name]
