@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NOT_DECLARED = {"lpips", "tokenizers"}
-"""The first is used where it is there; the second comes with transformers and makes the embedded base's tokenizer."""
+"""The first is used where it is there; the second comes with transformers and made the base's tokenizer."""
 
 
 def ranges(lines: list[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The wheel, installed into a fresh environment: the quick start's first steps and the page from an empty folder."""
+"""The wheel in a fresh environment: the quick start's first steps and the page from an empty folder."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory) -> Path:
-    """The folder of a fresh environment's programs. Other libraries are borrowed from the present environment."""
+    """The folder of a fresh environment's programs. The libraries are those of the present environment."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     for name in FOLDERS:
@@ -55,7 +55,11 @@ def run(programs, tmp_path_factory):
 
 
 def test_the_installed_program_is_the_wheels_own(run, programs):
-    found = run("python", "-c", "import dreambooth_moslora as d, toybox as t; print(d.__file__, t.__file__, sep='\\n')")
+    found = run(
+        "python",
+        "-c",
+        "import dreambooth_moslora as d, toybox as t; print(d.__file__, t.__file__, sep='\\n')",
+    )
     assert all(Path(line).is_relative_to(programs.parent) for line in found.splitlines())
 
 

@@ -1,4 +1,4 @@
-"""Names and shapes of the tensors in safetensors files, from their headers alone: no weight is read."""
+"""Names and shapes of the tensors in safetensors files. Only the headers are read, no weights."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def tensor_shapes(folder: Path, variant: str | None = None) -> dict[str, list[in
 
 
 def check_weights(path: Path) -> None:
-    """Raises UserError for a file that stands for weights which were never fetched, or that is cut short."""
+    """Raises UserError for a git-lfs pointer, and for a file that is cut short."""
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise UserError(f"{path} is a git-lfs pointer, the weights are not here: fetch them with `git lfs pull`.")
@@ -42,9 +42,9 @@ def check_weights(path: Path) -> None:
 
 
 def shapes_in(path: Path) -> dict[str, list[int]]:
-    """{tensor's name: its shape} of a safetensors file. Raises UserError when the file is damaged or not whole."""
+    """{tensor's name: its shape} of a safetensors file. Raises UserError for a damaged file."""
     try:
         with safe_open(path, "np") as file:
-            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{path} is damaged, cut short or no safetensors file ({error}): fetch it again.") from None

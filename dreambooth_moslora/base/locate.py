@@ -1,6 +1,6 @@
 """Where the files of a base lie on this machine, if they do, and what they say without being loaded.
 
-`--dry_run` and training look at a base with the same eyes: what the one passes, the other does not refuse.
+`--dry_run` and training run the same checks: a base that passes the first is not refused by the second.
 """
 
 import json
@@ -89,7 +89,7 @@ def cached_folder(name: str, config: TrainConfig) -> Path | None:
 
 
 def check_diffusers_folder(folder: Path, variant: str | None = None, *, has_vae: bool = True) -> None:
-    """Raises UserError for a folder that is no whole SDXL base. `has_vae` False: it need not have a VAE of its own."""
+    """Raises UserError for a folder that is no complete SDXL base. With `has_vae` False it may lack a VAE."""
     index = read_json(folder / INDEX)
     parts = [part for part in (*MARKS, *CONFIGS) if has_vae or part != "vae"]
     for part in parts:
@@ -105,7 +105,7 @@ def check_diffusers_folder(folder: Path, variant: str | None = None, *, has_vae:
 
 
 def check_vae(name: str) -> None:
-    """Raises UserError for a VAE of its own that is not there, or not whole; a hub's is seen when it is fetched."""
+    """Raises UserError for a VAE folder that is missing or incomplete. A VAE on the hub is not looked at."""
     path = Path(name)
     if path.is_dir():
         read_json(path / "config.json")

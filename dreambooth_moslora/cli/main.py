@@ -1,9 +1,9 @@
-"""What the two programs do with their arguments and their ends: exit code 0, 2 (the person), 130 (stopped), 1 (us).
+"""The programs' entry points. Exit codes: 0 done, 2 a person's mistake, 130 stopped, 1 a bug of ours.
 
     python train_dreambooth.py …            train_main
     python -m dreambooth_moslora COMMAND …  main, as is the installed `dreambooth-moslora COMMAND …`
 
-Nothing here imports torch before the arguments are known to be right: `--help` and mistakes are answered at once.
+Nothing here imports torch before the arguments are checked: `--help` and mistakes are answered at once.
 """
 
 import errno
@@ -50,9 +50,9 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 
 def exit_code(run: Callable[[], int]) -> int:
-    """Run, and turn how it ended into a line and a code. Nobody needs to read what it prints: `| head` may leave."""
+    """Run, and return the exit code. An error becomes one line; a closed pipe (`| head`) ends nothing."""
     wait_briefly()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # without a GPU it warns of what nobody asked it for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns without a GPU, used or not
     with survive_broken_pipes():
         return code_of(run)
 
@@ -78,7 +78,7 @@ def print_user_error(text: str) -> int:
 
 
 def message_for_known_error(error: Exception) -> str | None:
-    """Errors of the machine that are nobody's bug, in one line."""
+    """One line for an error of the machine (memory, disk, permissions); None for any other error."""
     if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error):
         return OUT_OF_MEMORY
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -135,7 +135,7 @@ def run_training(config: TrainConfig) -> int:
     from dreambooth_moslora.training.checks import check_folders
 
     with StopRequest() as stop:
-        check_folders(config)  # before the log makes the folder, or writes into the photos'
+        check_folders(config)  # before the log file creates or writes into a folder
         file_only = start_log(config)
         try:
             return run_trainer(config, stop)
@@ -195,9 +195,9 @@ def is_main_process() -> bool:
 
 
 def start_log(config: TrainConfig) -> logging.Logger:
-    """Everything that is logged goes to the run folder; warnings go to the terminal as well, from one process of many.
+    """Send all log records to the run folder, and the main process's warnings to the terminal too.
 
-    What the returned logger says goes to the run folder alone: the terminal hears of a run's end by `exit_code`.
+    Returns a logger that writes to the run folder only: `exit_code` prints the last error on the terminal.
     """
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -215,7 +215,7 @@ def start_log(config: TrainConfig) -> logging.Logger:
 
 
 class LogFile(logging.FileHandler):
-    """A log that cannot be written any more, as on a full disk, is said once: what it lacks is no traceback's worth."""
+    """A log file that reports a failed write once, as on a full disk, and not by a traceback a record."""
 
     is_lost = False
 

@@ -1,7 +1,7 @@
 """The command line of training: a parser made from `TrainConfig`, and `defaults < --config file < flags`.
 
-Flags are spelled with underscores or hyphens. A switch may be written `--flag`, `--flag false` or `--no_flag`. Flags of
-other trainers are answered with the name that they have here.
+Flags take underscores or hyphens. A switch may be written `--flag`, `--flag false` or `--no_flag`. A flag of
+another trainer is answered with its name in this one.
 """
 
 import argparse
@@ -96,7 +96,7 @@ Ctrl-C finishes the step and saves; --resume_from_checkpoint latest goes on."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with a person's mistakes as UserError."""
+    """An ArgumentParser that raises UserError for a mistake."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         formatter = argparse.RawDescriptionHelpFormatter
@@ -158,7 +158,7 @@ def help_of(item: Field) -> str:
 
 
 def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> TrainConfig:
-    """The resolved settings of a command line. Raises UserError; exits by itself for --help and --version."""
+    """The resolved settings of a command line. Raises UserError; SystemExit for --help and --version."""
     given, unknown = build_train_parser(prog).parse_known_args(underscored(argv))
     if unknown:
         raise UserError(unknown_flag_message(unknown[0]))
@@ -180,7 +180,7 @@ def require(settings: dict[str, Any]) -> None:
 
 
 def launcher_settings() -> dict[str, int]:
-    """The launcher's own word on the rank wins, as in diffusers' script."""
+    """The launcher's LOCAL_RANK overrides --local_rank. Raises UserError for a bad number."""
     said = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
     for name, value in said.items():
         if not value.removeprefix("-").isdecimal():
@@ -190,7 +190,7 @@ def launcher_settings() -> dict[str, int]:
 
 
 def unknown_flag_message(word: str) -> str:
-    """What to say about an argument that no flag takes."""
+    """The error message for an argument that belongs to no flag."""
     if not word.startswith("-"):
         return f"`{word}` belongs to no flag: a prompt of several words goes in quotes."
     flag = word.partition("=")[0]

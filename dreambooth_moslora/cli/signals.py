@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM as a question that the training loop asks between two steps.
+"""Ctrl-C and SIGTERM as a request that the training loop reads between two steps.
 
-The handler only notes the request: nothing is ever torn, whatever is being saved. A second Ctrl-C is answered and
-changes nothing; a third leaves at once, which loses the steps since the last checkpoint and no file (see `rundir`).
+The handler only notes the request, so that no file is cut off while it is saved. A second Ctrl-C prints a
+message; a third ends the process at once. That loses the steps since the last checkpoint, but no file (see
+`run_folder`).
 """
 
 import os
@@ -22,7 +23,7 @@ INTERRUPTED = 130
 
 
 class StopRequest:
-    """Context manager. Call it to know whether the person, or the system, asked to stop."""
+    """Context manager. Calling it returns whether the person or the system asked to stop."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -49,5 +50,5 @@ class StopRequest:
             if self._interrupts > len(MESSAGES):
                 os._exit(INTERRUPTED)
         if first or number == signal.SIGINT:
-            with suppress(OSError):  # nobody reads: `| tee` was stopped by the same Ctrl-C
+            with suppress(OSError):  # the pipe is closed: the same Ctrl-C stopped `| tee`
                 os.write(STDERR, MESSAGES[max(0, self._interrupts - 1)].encode())

@@ -1,8 +1,8 @@
-"""Standard output and error that never end a run: what cannot be written any more is left out, what the terminal has
-no letters for is spelled out.
+"""Standard output and error whose failures never end a run.
 
-`train … | tee log` and Ctrl-C end `tee` first, and a terminal may be closed: the run has its folder to save, and its
-own exit code. From the first failed write on, the stream goes to nowhere.
+In `train … | tee log` Ctrl-C ends `tee` first, and a terminal may be closed; the run still has to save its
+folder and return its own exit code. After the first failed write a stream goes to the null device. Characters
+that the terminal cannot encode are written as escapes.
 """
 
 import os
@@ -18,7 +18,7 @@ STDERR = 2
 
 
 class BreakableStream:
-    """A text stream whose reader may leave."""
+    """A text stream that drops its output once a write has failed."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -43,7 +43,7 @@ class BreakableStream:
 
 @contextmanager
 def survive_broken_pipes() -> Iterator[None]:
-    """`sys.stdout` and `sys.stderr` are lasting inside."""
+    """Inside, `sys.stdout` and `sys.stderr` survive a reader that has gone."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(breakable, before)
     try:
@@ -55,7 +55,7 @@ def survive_broken_pipes() -> Iterator[None]:
 
 
 def breakable(stream: TextIO | None) -> BreakableStream:
-    """A stream that was closed from the start (`2>&-`) is None in Python."""
+    """Wrap a stream; None, which Python has for one closed from the start (`2>&-`), is the null device."""
     stream = stream or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(stream, TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")

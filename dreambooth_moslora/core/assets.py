@@ -1,4 +1,4 @@
-"""Where the files that come with the program lie: the embedded base, sample subjects, recipes, studies, adapters.
+"""Where the program's own files lie: the embedded base, sample subjects, recipes, studies, adapters.
 
 In a clone they are `assets/` beside the package; an installed wheel carries them inside the package.
 """
@@ -22,7 +22,7 @@ def assets_folder() -> Path:
 
 
 def import_environment() -> dict[str, str]:
-    """What a child process needs to import this program from any folder: in a clone PYTHONPATH, else nothing."""
+    """What lets a child process import this program from any folder: PYTHONPATH in a clone, else nothing."""
     clone = clone_folder()
     if clone is None:
         return {}
@@ -31,9 +31,9 @@ def import_environment() -> dict[str, str]:
 
 
 def find_asset(path: str) -> str:
-    """A path that a person gave, with `~` resolved. `assets/…` that is not there is taken from the program's own files.
+    """A path that a person gave, with `~` resolved.
 
-    So the recipes and examples of the README work from any folder.
+    `assets/…` that is not there is taken from the program's own files: the README's examples work from any folder.
     """
     path = os.path.expanduser(path)
     parts = Path(path).parts

@@ -66,7 +66,7 @@ class TrainConfig:
     random_flip: bool = of_photos(False, "mirror photos at random")
     crops_per_photo: int = of_photos(1, "different crops taken of each photo", low=1, high=1000)
     crop_zoom: float = of_photos(
-        1.0, "crops are taken up to so many times closer, at random; 1: as wide as the photo", low=1, high=4
+        1.0, "enlarge each crop by a random factor up to this; 1: crops are as wide as the photo", low=1, high=4
     )
     image_interpolation_mode: str = of_photos("lanczos", "filter of the resizing", choices=INTERPOLATIONS)
     alpha: str = of_photos(
@@ -220,7 +220,7 @@ class TrainConfig:
 
 
 PATH_NAMES = ("_dir", "_checkpoint", "_name_or_path")
-"""Ends of the names of settings in which `~` is the person's home: no shell has seen those in files and after `=`."""
+"""Settings whose names end so are paths: `~` is expanded, as no shell has done it in files and after `=`."""
 FIELD_TYPES = field_types(TrainConfig)
 SPELLINGS = {"optimizer": {"adamw": "AdamW", "prodigy": "Prodigy"}}
 """Other spellings, in lower case, of a setting's choices."""
@@ -237,7 +237,7 @@ def checked(item: Field, value: Any) -> Any:
 
 
 def check_each(values: Mapping[str, Any]) -> None:
-    """Look at settings one by one, whatever is missing beside them. Raises UserError for an unknown or wrong one."""
+    """Check each given setting; others may be missing. Raises UserError for a wrong name or value."""
     items = {item.name: item for item in fields(TrainConfig)}
     for name, value in values.items():
         if name not in items:

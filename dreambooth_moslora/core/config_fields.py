@@ -26,10 +26,10 @@ GROUPS = (
 )
 
 MOST = 10**9
-"""Of whole numbers that have no bound of their own: more is a slip of the keyboard."""
+"""Upper bound of whole numbers without their own bound: a larger one is a typing error."""
 
 Prompt = NewType("Prompt", str)
-"""Text with commas of its own: a list of prompts is not split at them, as a list of names is."""
+"""Text that may hold commas: a list of prompts is not split at commas, a list of names is."""
 FieldType = tuple[Any, bool]
 """(bool, int, float, str, tuple for names or Prompt for several prompts; whether None is allowed)."""
 
@@ -49,7 +49,7 @@ def option(
 ) -> Any:
     """A dataclass field with its help, its bounds (low <= value <= high, above < value < below) and its choices.
 
-    `required`: the command line must give it. `secret`: it is never written to a file.
+    A `required` setting must be given as a flag or in a file. A `secret` one is never written to a file.
     """
     bounds = {"low": low, "above": above, "high": high, "below": below}
     facts = {"help": help, "group": group, "bounds": bounds, "choices": choices}
@@ -114,7 +114,7 @@ def to_str(value: Any) -> str | None:
 
 
 def is_text(value: str) -> bool:
-    """Not so: bytes of a command line that are not UTF-8, and NUL. They cannot be written into the run's files."""
+    """False for NUL and for undecodable bytes: they cannot be written into the run's files."""
     return "\0" not in value and value == value.encode("utf-8", "replace").decode()
 
 

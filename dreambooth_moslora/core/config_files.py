@@ -34,7 +34,7 @@ def read_json_table(path: Path) -> dict[str, Any]:
 
 
 def parsed(path: Path, called: str) -> dict[str, Any]:
-    """The file's names and values; `called` begins the message of the UserError that is raised for a bad file."""
+    """The file's names and values. Raises UserError, whose message begins with `called`, for a bad file."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

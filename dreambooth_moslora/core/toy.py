@@ -1,4 +1,4 @@
-"""What the embedded base (a small SDXL of the toy world) is told apart by, and what it is drawn with."""
+"""How the embedded base (a small SDXL of the toy world) is recognised, and its prompts and guidance."""
 
 __all__ = ["TOY_TEMPLATES", "is_toy", "preferred_guidance"]
 
@@ -33,6 +33,6 @@ def is_toy(base: str) -> bool:
 
 
 def preferred_guidance(base: str) -> float:
-    """Classifier-free guidance that a base is drawn at: SDXL's usual 5. The embedded base's colours burn out there, and
+    """The default classifier-free guidance of a base: 5 for SDXL. At 5 the embedded base's colours burn out, and
     adapted pictures drift further from its own (`evaluate --guidance_scale 5`)."""
     return 2.5 if is_toy(base) else 5.0

@@ -1,4 +1,4 @@
-"""The libraries that are installed, against what was run together and against pairs that are known to fail."""
+"""Compare the installed libraries with the versions that were run together and with pairs that fail."""
 
 import tomllib
 from collections.abc import Mapping
@@ -67,8 +67,10 @@ def version_of(name: str) -> str | None:
 
 
 def require_packages(config: TrainConfig) -> None:
-    """Raises UserError for the first flag whose package is missing. Without a tracker's, accelerate would log nothing,
-    and say nothing; without the others' a run would end when its photos are encoded.
+    """Raises UserError for the first flag whose package is missing.
+
+    Accelerate silently logs nothing when a tracker is missing; without the other packages a run would fail after
+    its photos are encoded.
     """
     has_tracker = config.report_to not in ("none", "all", "tensorboard")
     needs = (
@@ -83,7 +85,7 @@ def require_packages(config: TrainConfig) -> None:
 
 
 def is_within(version: str | None, versions: SpecifierSet) -> bool:
-    """Whether a version is in a range: a release candidate counts as the release, None and nonsense are in no range."""
+    """Whether a version is in a range. A release candidate counts as its release; None is in no range."""
     try:
         return versions.contains(Version(version or "").base_version)
     except InvalidVersion:

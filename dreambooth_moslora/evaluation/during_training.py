@@ -25,7 +25,7 @@ LOGGED = (
     *("dino", "clip_i", "clip_t", "pres", "diversity", "drift", "background_leak", "truth", "copied", "score"),
     *("clip_t_of_base", "dino_of_ceiling", "drift_of_spread", "pres_gain"),
 )
-SEEDS = (100, 101)  # other ones than `evaluate`'s: the best step is chosen by these
+SEEDS = (100, 101)  # not those of `evaluate`: these choose the best step
 
 
 class TrainingEvaluator:
@@ -40,7 +40,7 @@ class TrainingEvaluator:
         captions = [caption for photo in self.photos for caption in photo.captions]
         full = plan_for(config.pretrained_model_name_or_path, subject_of(config), captions=captions, seeds=SEEDS)
         self.plan: EvaluationPlan = full.smaller(templates=3, seeds=2, class_images=2, unrelated=1, inference_steps=20)
-        self.encoders = encoders or load_encoders(own_encoders_of(config))  # now: a missing one must not end a run
+        self.encoders = encoders or load_encoders(own_encoders_of(config))  # now, not late in the run
 
     @property
     def prompts(self) -> list[str]:

@@ -75,7 +75,7 @@ class Clip:
 
 @dataclass
 class Encoders:
-    """The models and their preprocessing. `names` says which they are, without any path.
+    """The models and their preprocessing. `names` are their public names, never paths.
 
     `lpips`, where its weights are at hand, is the paper's distance for diversity.
     """
@@ -197,7 +197,7 @@ def loaded(kind: Any, name: str | Path, **options) -> Any:
         raise UserError(
             f"the encoder {name} cannot be loaded ({kind.__name__}): give a folder, or connect to the hub once"
         ) from error
-    except Exception as error:  # another model's files end in any of Python's errors
+    except Exception as error:  # files of another model may raise any error
         reason = one_line(f"{type(error).__name__} {error}")
         raise UserError(f"the encoder {name} cannot be read as a {kind.__name__}: {reason}") from error
 

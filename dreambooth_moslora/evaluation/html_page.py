@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: styles and pictures are inside, and nothing is fetched when it is opened."""
+"""Parts of a self-contained HTML file: styles and pictures are inside, and opening it fetches nothing."""
 
 import base64
 import re

@@ -128,7 +128,7 @@ def is_living(class_word: str) -> bool:
 
 
 def unseen(templates: Sequence[str], captions: Collection[str]) -> tuple[str, ...]:
-    """The templates whose place no caption of a photo names: there a photo learnt by heart would be the best answer.
+    """The templates whose place no photo's caption names: in a place of the photos a copy would score best.
 
     All of them when no place is left.
     """

@@ -1,4 +1,4 @@
-"""Run a study: train and score every cell, each once, in any number of processes; what is done stays done.
+"""Run a study: train and score each cell once, in any number of processes. Finished cells are kept.
 
     OUT/cells/NAME-DIGEST.json   scores and costs of a cell, written whole when it is finished
     OUT/cells/NAME-DIGEST.jpg    its pictures in one strip, for the report
@@ -127,7 +127,7 @@ def run_cell(study: Study, cell: Cell, rank: int, out: Path, jobs: int) -> tuple
     try:
         cost = train_cell(config, out)
         found = evaluate_cell(study, cell, config, work)
-    except Exception as error:  # one cell in a hundred must not end the night's work
+    except Exception as error:  # one failed cell must not end the study
         return cell, time.monotonic() - started, f"{type(error).__name__}: {error}"
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -225,7 +225,7 @@ def result_path(study: Study, cell: Cell, out: Path) -> Path:
 
 
 def materials(study: Study, subject: str) -> list[Path]:
-    """The files that a result depends on: photos, base and encoders. What is on the hub goes by its name."""
+    """The local files that a result depends on: photos, base and encoders. Hub models go by name."""
     base, protocol = resolve_base(study.base), study.protocol
     beside = [base.parent / TOY_DINO] if own_encoders(study.base) else []
     found = [base, study.subject(subject).photos, protocol.clip, protocol.dino, *beside]
@@ -234,13 +234,13 @@ def materials(study: Study, subject: str) -> list[Path]:
 
 @lru_cache(maxsize=64)
 def content_of(path: Path) -> str:
-    """A digest of a file, or of all files below a folder but for texts about them."""
+    """A digest of a file, or of all files below a folder except .md files."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.suffix != ".md")
     return content_key(files=[(str(file.relative_to(path)), file_mark(file)) for file in files])
 
 
 def file_mark(path: Path) -> str:
-    """The digest of a file. Of a large one its size and its end: weights stand there, and any training moves them."""
+    """The digest of a file; of a large one only of its size and last bytes, which any training changes."""
     size = path.stat().st_size
     if size <= WHOLE_BYTES:
         return file_digest(path)

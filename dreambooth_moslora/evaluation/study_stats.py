@@ -45,7 +45,7 @@ MEASURES = (
     "drift_of_spread",
     "class_diversity_of_base",
 )
-"""What is compared. Of PRES, drift and copies, less is better."""
+"""What is compared. For PRES, drift and copies, less is better."""
 JUDGED = ("dino", "clip_t")
 """What pictures are judged by, one against one."""
 

@@ -38,7 +38,7 @@ class CropPlan:
 
     @property
     def time_ids(self) -> tuple[int, ...]:
-        """SDXL's size and crop conditioning (6,): original height, width, crop top, left, target height, width; px."""
+        """SDXL's size and crop conditioning: original height, width, crop top, left, target height, width; px."""
         return *self.original_size, *self.crop_top_left, *self.target_size
 
 

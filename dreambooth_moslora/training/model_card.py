@@ -19,7 +19,7 @@ __all__ = ["SIGNATURE", "CardFacts", "is_card", "model_card", "pictures_named"]
 
 SIGNATURE = "Made with dreambooth_moslora"
 PICTURE = re.compile(r"image_\d+\.png")
-"""Names that the trainer gives to pictures beside the card. A card that names another file is not believed."""
+"""Names that the trainer gives to pictures. Other files that a card names are not believed to be ours."""
 
 
 def is_card(text: str) -> bool:

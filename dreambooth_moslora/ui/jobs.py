@@ -27,7 +27,7 @@ from dreambooth_moslora.core.event_log import Metrics
 __all__ = ["Job", "JobState", "Jobs", "run_name_of"]
 
 TRAIN = ("-P", "-m", "dreambooth_moslora", "train")
-"""Arguments of Python. Nothing of the current folder is imported (-P): a `torch.py` there is a person's own."""
+"""Arguments of Python. -P: a `torch.py` in the current folder is not imported."""
 JOB_NAME, LOG_NAME, CONFIG_NAME, METRICS_NAME = "job.json", "job.log", "job_config.json", "metrics.jsonl"
 KILL_AFTER_SEC = 30
 LOG_TAIL_LINES = 40

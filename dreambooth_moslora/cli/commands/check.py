@@ -29,7 +29,7 @@ SETTINGS = (
     "seed",
 )
 MAX_PICTURED = 48
-"""Photos in the picture: more than that nobody looks at."""
+"""Most photos in the picture of the crops."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

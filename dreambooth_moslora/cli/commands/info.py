@@ -1,4 +1,4 @@
-"""`info FILE…`: what is in a LoRA file, ours or anybody's."""
+"""`info FILE…`: what a LoRA file contains, whichever program wrote it."""
 
 import argparse
 import json
