@@ -13,6 +13,7 @@ from dreambooth_moslora.base import load
 from dreambooth_moslora.base.vae_probe import load_vae_alone
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.training.loop import train
+from dreambooth_moslora.training.noise_schedule import noise_schedule
 from tests.helpers.single_file import save_single_file
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
@@ -60,7 +61,7 @@ def test_wrong_layers_are_told_before_class_images_are_drawn(changes, says, chec
 def test_a_mark_says_that_velocity_is_predicted(checkpoint, tmp_path):
     shutil.copytree(checkpoint.with_suffix(""), tmp_path / "noob")
     save_file({**load_file(checkpoint), "v_pred": torch.zeros(0)}, tmp_path / "noob.safetensors")
-    schedule = load.noise_schedule(load.load_pipeline(tmp_path / "noob.safetensors").scheduler)
+    schedule = noise_schedule(load.load_pipeline(tmp_path / "noob.safetensors").scheduler)
     assert schedule.prediction_type == "v_prediction"
 
 
