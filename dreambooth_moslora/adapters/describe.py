@@ -10,9 +10,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.adapters.metadata import AdapterFacts
-from dreambooth_moslora.adapters.raw_file import check_finite, component_tensors, read_raw, read_tensors
-from dreambooth_moslora.adapters.spectrum import Diagnosis, diagnose, diagnose_mixer, summary
+from dreambooth_moslora.adapters.raw_file import check_finite, component_tensors, matrices_from, read_raw, read_tensors
+from dreambooth_moslora.adapters.spectrum import diagnose, effective_rank_of, summary
 from dreambooth_moslora.core.errors import UserError
 
 __all__ = ["describe", "lines", "printable"]
@@ -42,18 +43,17 @@ COMPONENT_PREFIXES = {
 
 @dataclass(frozen=True)
 class Pair:
-    """One projection of a foreign or published file."""
+    """One projection of a file that another program wrote, or that we published."""
 
     module: str
     keys: str
-    down: Tensor
-    up: Tensor
+    matrices: LowRank
     alpha: float | None
     is_product: bool  # ΔW = up·down, flattened
 
     @property
-    def rank(self) -> int:
-        return self.down.shape[0]
+    def scale(self) -> float | None:
+        return None if self.alpha is None else self.alpha / self.matrices.rank
 
 
 def describe(path: str | Path) -> dict[str, object]:
@@ -68,7 +68,6 @@ def describe(path: str | Path) -> dict[str, object]:
     return facts | describe_pairs(path.name, tensors, header) | said_by_header(header)
 
 
-@torch.no_grad()
 def describe_raw(path: Path) -> dict[str, object]:
     """Our raw file: the mixer's figures too."""
     tensors, facts = read_raw(path)
@@ -76,7 +75,8 @@ def describe_raw(path: Path) -> dict[str, object]:
     for component in sorted({key.split(".", 1)[0] for key in tensors}):
         for module, parts in component_tensors(tensors, component).items():
             modules[component] += 1
-            figures[f"{component}.{module}"] = diagnose_raw(parts, facts, module)
+            matrices = matrices_from(parts, facts, f"{component}.{module}")
+            figures[f"{component}.{module}"] = diagnose(matrices, facts.mixer, facts.mixer_seed, module)
     ranks = Counter(f.rank for f in figures.values())
     return {
         "kind": "raw MoSLoRA weights (for resuming; export it to use it elsewhere)",
@@ -89,14 +89,6 @@ def describe_raw(path: Path) -> dict[str, object]:
         **{name: round(value, 4) for name, value in summary(figures).items()},
         **said_by_facts(facts),
     }
-
-
-def diagnose_raw(parts: dict[str, Tensor], facts: AdapterFacts, module: str) -> Diagnosis:
-    up, mixed = parts["lora_B"], (None, None)
-    if "mixer" in parts:
-        up = up.double() @ parts["mixer"].double()
-        mixed = diagnose_mixer(parts["mixer"], facts.mixer, facts.mixer_seed, module)
-    return Diagnosis(*diagnose(up, parts["lora_A"]), *mixed)
 
 
 def describe_pairs(name: str, tensors: dict[str, Tensor], header: dict[str, str]) -> dict[str, object]:
@@ -131,15 +123,15 @@ def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
         if alpha is not None and alpha.numel() != 1:
             raise UserError(f"{name} is broken: {module}.alpha is not one number")
         is_product = all(n == 1 for n in up.shape[2:]) and f"{module}.lora_mid.weight" not in tensors
-        pairs.append(Pair(module, keys, down, up, None if alpha is None else float(alpha), is_product))
+        pairs.append(Pair(module, keys, LowRank(down, up), None if alpha is None else float(alpha), is_product))
     return pairs
 
 
 @torch.no_grad()
 def geometry(pairs: list[Pair]) -> dict[str, object]:
     """Modules by component, ranks, alphas, the scale alpha/rank, and the effective rank where up·down is all."""
-    ranks, alphas = Counter(p.rank for p in pairs), Counter(p.alpha for p in pairs if p.alpha is not None)
-    scales = sorted({p.alpha / p.rank for p in pairs if p.alpha is not None})
+    ranks, alphas = Counter(p.matrices.rank for p in pairs), Counter(p.alpha for p in pairs if p.alpha is not None)
+    scales = sorted({p.scale for p in pairs if p.scale is not None})
     dense = [p for p in pairs if p.is_product]
     facts: dict[str, object] = {
         "modules": dict(Counter(component_of(p.module) for p in pairs)),
@@ -148,7 +140,7 @@ def geometry(pairs: list[Pair]) -> dict[str, object]:
         "scale": ", ".join(f"{s:g}" for s in scales) if scales else "1",
     }
     if dense:
-        facts["effective_rank_median"] = round(median(diagnose(p.up, p.down)[1] for p in dense), 4)
+        facts["effective_rank_median"] = round(median(effective_rank_of(p.matrices) for p in dense), 4)
     return facts
 
 

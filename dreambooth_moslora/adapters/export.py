@@ -1,6 +1,6 @@
 """Adapter files. What is published is always folded: ΔW = up·down with the scale baked in and alpha = rank.
 
-live adapter --fold--> FoldedLayer --reduce_layers--> --publish--> pytorch_lora_weights.safetensors   for diffusers
+live adapter --fold--> LowRank --reduce_layers--> --publish--> pytorch_lora_weights.safetensors   for diffusers
                                                                    <name>.kohya.safetensors           for the others
              --save_raw--> moslora_weights.safetensors --load_raw--> the same adapter, bit for bit
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.kohya import kohya_header, kohya_tensors
+from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.adapters.metadata import AdapterFacts
-from dreambooth_moslora.adapters.moslora import FoldedLayer, adapter_layers, fold
+from dreambooth_moslora.adapters.moslora import adapter_layers, fold
 from dreambooth_moslora.adapters.proof import BOUNDS, FileProof, Proof, check_reduction, prove_file, published_name
 from dreambooth_moslora.adapters.raw_file import (
     check_components,
@@ -34,7 +35,7 @@ __all__ = ["DTYPES", "KOHYA_SUFFIX", "load_published", "publish", "published_ten
 KOHYA_SUFFIX = ".kohya.safetensors"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-Folded = dict[str, dict[str, FoldedLayer]]  # component -> module path, as other programs know it -> layer
+Folded = dict[str, dict[str, LowRank]]  # component -> module path, as other programs know it -> layer
 
 DORA_NOTE = (
     "DoRA in kohya's form is read differently by different programs (ComfyUI divides by the norm of W alone, "
@@ -68,7 +69,8 @@ def publish(
     if keep != 1.0:
         for component, layers in folded.items():
             for path, layer in layers.items():
-                check_finite({f"{component}.{path}.{i}": part for i, part in enumerate(layer[:2])}, "the adapter")
+                parts = {f"{component}.{path}.0": layer.down, f"{component}.{path}.1": layer.up}
+                check_finite(parts, "the adapter")
         folded, reduction = reduce_layers(folded, keep)
         expected = expected_deltas(components, folded, adapter_name)
         check_reduction(components, adapter_name, expected, keep)
@@ -136,8 +138,8 @@ def published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) -> dic
         for path, layer in layers.items():
             tensors[f"{component}.{path}.lora_A.weight"] = layer.down.to(dtype)
             tensors[f"{component}.{path}.lora_B.weight"] = layer.up.to(dtype)
-            if layer.dora is not None:
-                tensors[f"{component}.{path}.{magnitude_key(component)}"] = layer.dora
+            if layer.magnitude is not None:
+                tensors[f"{component}.{path}.{magnitude_key(component)}"] = layer.magnitude
     return tensors
 
 
@@ -148,29 +150,29 @@ def magnitude_key(component: str) -> str:
 
 def padded(folded: Folded) -> Folded:
     """All projections at the file's largest rank, with zeros: old diffusers takes one alpha for ranks that differ."""
-    rank = max(len(layer.down) for layers in folded.values() for layer in layers.values())
+    rank = max(layer.rank for layers in folded.values() for layer in layers.values())
 
-    def pad(layer: FoldedLayer) -> FoldedLayer:
-        missing = rank - len(layer.down)
+    def pad(layer: LowRank) -> LowRank:
+        missing = rank - layer.rank
         rows = layer.down.new_zeros(missing, *layer.down.shape[1:])
         columns = layer.up.new_zeros(len(layer.up), missing, *layer.up.shape[2:])
-        return FoldedLayer(torch.cat([layer.down, rows]), torch.cat([layer.up, columns], dim=1), layer.dora)
+        return LowRank(torch.cat([layer.down, rows]), torch.cat([layer.up, columns], dim=1), magnitude=layer.magnitude)
 
     return {c: {path: pad(layer) for path, layer in layers.items()} for c, layers in folded.items()}
 
 
-def balanced(layer: FoldedLayer) -> FoldedLayer:
+def balanced(layer: LowRank) -> LowRank:
     """Move a power of two between up and down, exactly: an early `up` is so small that fp16 would round it away."""
     sizes = layer.up.abs().max(), layer.down.abs().max()
     if min(sizes) == 0:
         return layer
     factor = torch.exp2(((sizes[1] / sizes[0]).log2() / 2).round())
-    return FoldedLayer(layer.down / factor, layer.up * factor, layer.dora)
+    return LowRank(layer.down / factor, layer.up * factor, magnitude=layer.magnitude)
 
 
 def with_ranks(facts: AdapterFacts, folded: Folded) -> AdapterFacts:
     """The facts of the folded file: its own ranks, alpha = rank, no scaling rule."""
-    ranks = {f"{c}.{path}": len(f.down) for c, layers in folded.items() for path, f in layers.items()}
+    ranks = {f"{c}.{path}": layer.rank for c, layers in folded.items() for path, layer in layers.items()}
     rank = max(set(ranks.values()), key=list(ranks.values()).count)
     others = {path: r for path, r in ranks.items() if r != rank}
     return replace(facts, rank=rank, alpha=rank, ranks=others, alphas=others, use_rslora=False)
@@ -192,16 +194,16 @@ def report(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded, re
         bound=BOUNDS[dtype],
         projections=len(layers),
         file_proofs=proofs,
-        rank_sum=sum(len(layer.down) for layer in layers),
+        rank_sum=sum(layer.rank for layer in layers),
         kept=reduction.kept if reduction else 1.0,
         notes=notes_on(layers, reduced=reduction is not None),
     )
 
 
-def notes_on(layers: list[FoldedLayer], reduced: bool) -> tuple[str, ...]:
+def notes_on(layers: list[LowRank], reduced: bool) -> tuple[str, ...]:
     """What a user of other programs, or of old ones, has to know."""
-    several_ranks = reduced and len({len(layer.down) for layer in layers}) > 1
-    has_dora = any(layer.dora is not None for layer in layers)
+    several_ranks = reduced and len({layer.rank for layer in layers}) > 1
+    has_dora = any(layer.magnitude is not None for layer in layers)
     return (DORA_NOTE,) * has_dora + (RANKS_NOTE,) * several_ranks
 
 

@@ -13,8 +13,8 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.adapters.metadata import AdapterFacts
-from dreambooth_moslora.adapters.moslora import FoldedLayer
 
 __all__ = ["kohya_header", "kohya_name", "kohya_tensors"]
 
@@ -27,9 +27,7 @@ def kohya_name(component: str, path: str) -> str:
     return f"{PREFIXES[component]}_{path.replace('.', '_')}"
 
 
-def kohya_tensors(
-    components: dict[str, dict[str, FoldedLayer]], dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
+def kohya_tensors(components: dict[str, dict[str, LowRank]], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """All tensors of the file; the scale is already in `up`."""
     alpha = most_common_rank(components)
     tensors = {}
@@ -37,21 +35,21 @@ def kohya_tensors(
         for path, layer in layers.items():
             name = kohya_name(component, path)
             tensors[f"{name}.lora_down.weight"] = layer.down.to(dtype)
-            tensors[f"{name}.lora_up.weight"] = (layer.up * (len(layer.down) / alpha)).to(dtype)
+            tensors[f"{name}.lora_up.weight"] = (layer.up * (layer.rank / alpha)).to(dtype)
             tensors[f"{name}.alpha"] = torch.tensor(float(alpha), dtype=dtype)
-            if layer.dora is not None:
-                tensors[f"{name}.dora_scale"] = layer.dora[:, None]
+            if layer.magnitude is not None:
+                tensors[f"{name}.dora_scale"] = layer.magnitude[:, None]
     return tensors
 
 
-def most_common_rank(components: dict[str, dict[str, FoldedLayer]]) -> int:
-    ranks = Counter(len(layer.down) for layers in components.values() for layer in layers.values())
+def most_common_rank(components: dict[str, dict[str, LowRank]]) -> int:
+    ranks = Counter(layer.rank for layers in components.values() for layer in layers.values())
     return ranks.most_common(1)[0][0]
 
 
-def kohya_header(title: str, facts: AdapterFacts, components: dict[str, dict[str, FoldedLayer]]) -> dict[str, str]:
+def kohya_header(title: str, facts: AdapterFacts, components: dict[str, dict[str, LowRank]]) -> dict[str, str]:
     """Title, trigger phrase, architecture and rank; every value is a string, as safetensors wants it."""
-    ranks = {len(layer.down) for layers in components.values() for layer in layers.values()}
+    ranks = {layer.rank for layers in components.values() for layer in layers.values()}
     rank = str(*ranks) if len(ranks) == 1 else "Dynamic"  # sd-scripts' word for a file of several ranks
     cross = facts.structures.get("unet", {}).get("config", {}).get("cross_attention_dim", SDXL_CROSS_ATTENTION)
     is_sdxl = cross == SDXL_CROSS_ATTENTION

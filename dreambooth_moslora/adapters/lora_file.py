@@ -15,10 +15,11 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.lora_format import Part, Projection, Scales, projections, scales
-from dreambooth_moslora.adapters.metadata import AdapterFacts
+from dreambooth_moslora.adapters.export import published_tensors
+from dreambooth_moslora.adapters.lora_format import Part, Scales, projections, scales
+from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.adapters.proof import published_name
-from dreambooth_moslora.adapters.raw_file import COMPONENTS, component_tensors, read_raw
+from dreambooth_moslora.adapters.raw_file import COMPONENTS, component_tensors, matrices_from, read_raw
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core.digests import file_digest
 from dreambooth_moslora.core.errors import UserError, one_line
@@ -103,25 +104,14 @@ def _module_name(component: str, path: str, model: nn.Module | None) -> str:
 
 
 def fold_raw(file: Path) -> dict[str, Tensor]:
-    """A checkpoint's A, M, B as a plain LoRA in diffusers' naming: down = A, up = s·B·M, alpha = rank."""
+    """A checkpoint as the tensors of a plain LoRA in diffusers' naming: down = A, up = s·B·M, alpha = rank."""
     tensors, facts = read_raw(file)
-    folded: dict[str, Tensor] = {}
+    folded: dict[str, dict[str, LowRank]] = {}
     for component in COMPONENTS:
         for path, parts in component_tensors(tensors, component).items():
-            up = parts["lora_B"] @ parts["mixer"] if "mixer" in parts else parts["lora_B"]
-            up = up.view(*up.shape, *(1,) * (parts["lora_A"].ndim - 2))
-            name = f"{component}.{published_name(component, path)[1]}"
-            folded[f"{name}.lora_A.weight"] = parts["lora_A"]
-            folded[f"{name}.lora_B.weight"] = up * _raw_scale(facts, f"{component}.{path}")
-            if "magnitude" in parts:
-                folded[f"{name}.lora_magnitude_vector.weight"] = parts["magnitude"]
-    return folded
-
-
-def _raw_scale(facts: AdapterFacts, path: str) -> float:
-    """s = alpha / r, or alpha / sqrt(r) for rsLoRA."""
-    rank, alpha = facts.ranks.get(path, facts.rank), facts.alphas.get(path, facts.alpha)
-    return alpha / (rank**0.5 if facts.use_rslora else rank)
+            layer = matrices_from(parts, facts, f"{component}.{path}").fold()
+            folded.setdefault(component, {})[published_name(component, path)[1]] = layer
+    return published_tensors(folded)
 
 
 def _read_published(file: Path, pipeline: StableDiffusionXLPipeline) -> tuple[dict[str, Tensor], dict | None, object]:
@@ -162,7 +152,7 @@ def _layers(model: nn.Module | None) -> dict[str, nn.Module]:
     return {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear | nn.Conv2d)}
 
 
-def _misshapen(projection: Projection, layer: nn.Module) -> str:
+def _misshapen(projection: LowRank, layer: nn.Module) -> str:
     """The first tensor that `layer` cannot take, in words; "" when all are right."""
     kernel = tuple(getattr(layer, "kernel_size", ()))
     ones, outputs = (1,) * len(kernel), _width(layer, "out")
@@ -231,7 +221,7 @@ def install(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline) -> Non
         raise UserError(f"{weights.file_name} could not be put into the base: {one_line(error)}") from error
 
 
-def _load(component: str, found: dict[str, Projection], scales: Scales, key: str, pipeline) -> None:
+def _load(component: str, found: dict[str, LowRank], scales: Scales, key: str, pipeline) -> None:
     config = {f"{component}.{name}": value for name, value in lora_config(found, scales).items()}
     options = {"network_alphas": None, "adapter_name": key, "metadata": config, "_pipeline": pipeline}
     tensors = _tensors(component, found)
@@ -242,7 +232,7 @@ def _load(component: str, found: dict[str, Projection], scales: Scales, key: str
         pipeline.load_lora_into_text_encoder(tensors, text_encoder=model, prefix=component, **options)
 
 
-def lora_config(found: dict[str, Projection], scales: Scales) -> dict[str, Any]:
+def lora_config(found: dict[str, LowRank], scales: Scales) -> dict[str, Any]:
     """Arguments of PEFT's LoraConfig."""
     ranks, alphas = {path: p.rank for path, p in found.items()}, scales.alphas
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -266,7 +256,7 @@ def _pattern(values: dict[str, float], common: float) -> dict[str, float]:
     return {f"^(?:{'|'.join(names)})": value for value, names in paths.items() if value != common}
 
 
-def _tensors(component: str, found: dict[str, Projection]) -> dict[str, Tensor]:
+def _tensors(component: str, found: dict[str, LowRank]) -> dict[str, Tensor]:
     """Under the names that diffusers' loader takes: PEFT's for a UNet, its own older ones for a text encoder."""
     down, up = ("lora_A", "lora_B") if component == "unet" else ("lora_linear_layer.down", "lora_linear_layer.up")
     tensors = {}

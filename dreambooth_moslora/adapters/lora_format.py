@@ -1,6 +1,6 @@
 """The parts of a LoRA file under one name each, whichever program wrote it; anything that is no such part is refused.
 
-<component>.<module path>.<part>  ->  component -> module path -> Projection
+<component>.<module path>.<part>  ->  component -> module path -> LowRank
 
 PEFT                              diffusers                          kohya, after diffusers' conversion
 to_q.lora_A.weight                to_q.lora.down.weight              processor.to_q_lora.down.weight
@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.adapters.proof import published_name
 from dreambooth_moslora.adapters.raw_file import COMPONENTS
 from dreambooth_moslora.core.errors import UserError
 
-__all__ = ["Part", "Projection", "Scales", "module_path", "projections", "scales"]
+__all__ = ["Part", "Scales", "module_path", "projections", "scales"]
 
 PEFT_KEY = re.compile(
     r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector(\.weight)?|alpha)"
@@ -44,25 +45,8 @@ TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "o
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
-@dataclass(frozen=True)
-class Projection:
-    """down (r, in), up (out, r) of a linear layer, (r, in, h, w) and (out, r, 1, 1) of a convolution.
-
-    `bias` (out,) is up's own; `magnitude` (out,) is DoRA's.
-    """
-
-    down: Tensor
-    up: Tensor
-    bias: Tensor | None = None
-    magnitude: Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-
-def projections(tensors: dict[str, Tensor], file_name: str) -> dict[str, dict[str, Projection]]:
-    """Component -> module path as the file writes it -> Projection.
+def projections(tensors: dict[str, Tensor], file_name: str) -> dict[str, dict[str, LowRank]]:
+    """Component -> module path as the file writes it -> LowRank.
 
     Raises UserError for a key that is no part of a LoRA, a matrix without its other half, and what is no finite number.
     """
@@ -99,7 +83,7 @@ def _match(key: str) -> re.Match[str] | None:
 
 
 def _place(key: str, file_name: str) -> tuple[str, str, str]:
-    """Component, module path and field of Projection."""
+    """Component, module path and field of LowRank."""
     component, _, rest = key.partition(".")
     match = _match(rest)
     if component not in COMPONENTS or match is None:
@@ -115,11 +99,11 @@ def _check_numbers(tensor: Tensor, key: str, file_name: str) -> None:
         raise UserError(f"{file_name} is broken: {key!r:.100} has NaN or infinite values")
 
 
-def _projection(parts: dict[str, Tensor], name: str, file_name: str) -> Projection:
+def _projection(parts: dict[str, Tensor], name: str, file_name: str) -> LowRank:
     down, up = parts.get("down"), parts.get("up")
     if down is None or up is None or down.ndim < 2 or up.ndim < 2 or not 0 < down.shape[0] == up.shape[1]:
         raise UserError(f"{file_name} is broken: {name!r:.100} is half there")
-    return Projection(**parts)
+    return LowRank(**parts)
 
 
 LARGEST_ALPHA = 1e6
@@ -140,13 +124,13 @@ class Scales:
     use_rslora: bool = False
 
 
-Part = tuple[dict[str, Projection], Scales]
+Part = tuple[dict[str, LowRank], Scales]
 """One component's projections by module path, and their scales."""
 
 
 def scales(
     component: str,
-    found: dict[str, Projection],
+    found: dict[str, LowRank],
     network_alphas: dict[str, float] | None,
     peft_metadata: object,
     file_name: str,
@@ -167,7 +151,7 @@ def scales(
     return result
 
 
-def _from_alphas(component: str, found: dict[str, Projection], own: dict[str, float]) -> Scales:
+def _from_alphas(component: str, found: dict[str, LowRank], own: dict[str, float]) -> Scales:
     """kohya's alphas. Without any, alpha is the rank; a projection that has none gets the commonest as in diffusers."""
     named = {module_path(component, key.removesuffix(".alpha")): value for key, value in own.items()}
     if not named:
@@ -176,7 +160,7 @@ def _from_alphas(component: str, found: dict[str, Projection], own: dict[str, fl
     return Scales({path: named.get(path, commonest) for path in found})
 
 
-def _from_settings(component: str, found: dict[str, Projection], settings: dict, file_name: str) -> Scales:
+def _from_settings(component: str, found: dict[str, LowRank], settings: dict, file_name: str) -> Scales:
     start = settings.get("init_lora_weights", True)
     if not isinstance(start, bool | str | None) or start not in PLAIN_STARTS:
         raise UserError(f"{file_name} goes with a changed base (init_lora_weights {start!r:.40}); export a plain LoRA")

@@ -1,21 +1,37 @@
-"""The mixer M of MoSLoRA (Wu, Wang, Zhao, Wong, arXiv 2406.11909): how it starts, and its place in PEFT's `lora_B`."""
+"""Mixture-of-Subspaces LoRA (MoSLoRA), Wu, Wang, Zhao, Wong, arXiv 2406.11909: the method on one page.
+
+    y = W0·x + s·B·M·A·x        W0 (out, in) frozen,  A (r, in),  M (r, r) the mixer,  B (out, r),  s = alpha/r
+
+Of a convolution, W0 and A are kernels (out, in, h, w) and (r, in, h, w); B and M mix the channels of each pixel.
+A starts gaussian and B at zero, so the adapter starts as a no-op whatever the mixer is. B·M is the B of a plain LoRA:
+every adapter folds exactly into a plain LoRA, and with M = I it is one.
+
+`MixedLowRank` is the formula. In a model, PEFT's LoRA layer computes it, with a `MixerLinear` in the place of its B.
+"""
 
 import hashlib
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.core.errors import UserError
 
-__all__ = ["MixedUp", "MixedUpConv", "initial_mixer"]
+__all__ = ["MixedLowRank", "MixerConv2d", "MixerLinear", "initial_mixer", "nominal_scale"]
 
-MARK = (1, 1)  # the size of `lora_B.weight` in the state dict of an adapter with a mixer
+PLACEHOLDER_SHAPE = (1, 1)  # of `lora_B.weight` in the state dict of an adapter with a mixer
+
+
+def nominal_scale(alpha: float, rank: int, use_rslora: bool = False) -> float:
+    """s = alpha/r, or alpha/√r for rsLoRA."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
 def initial_mixer(kind: str, rank: int, seed: int, path: str) -> Tensor:
-    """M₀ (r, r) in fp32 for the projection at `path`: the same whatever else was created before it."""
+    """M₀ (r, r) in fp32 on the CPU. It depends on the seed and the layer's path alone, not on earlier draws."""
     digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
     mixer = torch.empty(rank, rank, dtype=torch.float32, device="cpu")
@@ -25,13 +41,50 @@ def initial_mixer(kind: str, rank: int, seed: int, path: str) -> Tensor:
         return nn.init.kaiming_uniform_(mixer, a=math.sqrt(5), generator=generator)
     if kind == "identity":
         return torch.eye(rank)
-    return torch.eye(rank // 2).repeat(2, 2)
+    return torch.eye(rank // 2).repeat(2, 2)  # butterfly: [[I, I], [I, I]]
 
 
-class Product(Tensor):
-    """B·M, computed on each reading. Functions of PEFT that write a new B into it would change nothing: they raise."""
+@dataclass(frozen=True, eq=False)
+class MixedLowRank:
+    """The adapter of one layer: A `down` (r, in) or (r, in, h, w), M `mixer` (r, r), B `up` (out, r), s `scale`.
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from it is an ordinary tensor
+    `mixer` None stands for M = I, a plain LoRA. `magnitude` (out,) is DoRA's.
+    """
+
+    down: Tensor
+    mixer: Tensor | None
+    up: Tensor
+    scale: float
+    magnitude: Tensor | None = None
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """y = W0·x + s·B·M·A·x: x (…, in), W0 `weight` (out, in) -> y (…, out). Defines what the layers compute."""
+        inner = F.linear(x, self.down)
+        mixed = inner if self.mixer is None else F.linear(inner, self.mixer)
+        return F.linear(x, weight) + self.scale * F.linear(mixed, self.up)
+
+    @torch.no_grad()
+    def fold(self) -> LowRank:
+        """The plain LoRA with alpha = rank that computes the same: down = A, up = s·B·M. In fp32 on the CPU.
+
+        The product is computed in fp64 on the CPU, because Apple GPUs have no fp64.
+        """
+        up = self.up.cpu().double()
+        if self.mixer is not None:
+            up = up @ self.mixer.cpu().double()
+        up = (self.scale * up).float().view(*up.shape, *(1,) * (self.down.ndim - 2))
+        down = self.down.float().cpu().clone(memory_format=torch.contiguous_format)
+        magnitude = None if self.magnitude is None else self.magnitude.float().cpu().clone()
+        return LowRank(down, up.contiguous(), magnitude=magnitude)
+
+
+class ReadOnlyWeight(Tensor):
+    """B·M, computed at each reading. PEFT functions that assign a new B to its `data` would change nothing: they raise.
+
+    Results of operations on it are ordinary tensors.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @property
     def data(self) -> Tensor:
@@ -42,12 +95,12 @@ class Product(Tensor):
         raise UserError("lora_B.weight is B·M here and cannot be set; fold the adapter into a plain LoRA first")
 
 
-class MixedUp(nn.Module):
+class MixerLinear(nn.Module):
     """B·M in the place of LoRA's B: `up` (out, r) is a parameter, `mixer` (r, r) a parameter, or a buffer when frozen.
 
     A frozen mixer is a buffer because PEFT turns gradients on for every parameter of an adapter that it activates.
-    In a state dict a `weight` of one zero stands beside the two: a plain LoRA then stops at its size, where it would
-    otherwise leave B as it was and tell of unexpected keys at most.
+    In a state dict a `weight` of one zero stands beside the two. Loading into a plain LoRA then fails on its shape,
+    instead of silently ignoring the other keys.
     """
 
     def __init__(self, up: Tensor, mixer: Tensor, train_mixer: bool = True):
@@ -64,41 +117,27 @@ class MixedUp(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """B·M: what PEFT merges, and what a plain LoRA would call its B.
-
-        A tensor that is of a subclass already (a fake or a distributed one) stays what it is.
-        """
+        """B·M, which PEFT merges as a plain LoRA's B. A tensor subclass (fake, distributed) keeps its class."""
         product = self.product()
-        return product.as_subclass(Product) if type(product) is Tensor else product
+        return product.as_subclass(ReadOnlyWeight) if type(product) is Tensor else product
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self.up.detach().new_zeros(MARK)
+        destination[f"{prefix}weight"] = self.up.detach().new_zeros(PLACEHOLDER_SHAPE)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Tensor],
-        prefix: str,
-        local_metadata: dict,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         plain = state_dict.pop(f"{prefix}weight", None)
-        if plain is not None and plain.shape != MARK:
-            error_msgs.append(f"{prefix}weight is a plain LoRA's B, and this adapter has a mixer")
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        if plain is not None and plain.shape != PLACEHOLDER_SHAPE:
+            errors.append(f"{prefix}weight is a plain LoRA's B, and this adapter has a mixer")
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, r) -> (…, out)."""
         return F.linear(x, self.product())
 
 
-class MixedUpConv(MixedUp):
-    """The same for a convolution, whose B is a convolution of 1×1: the parameters stay matrices."""
+class MixerConv2d(MixerLinear):
+    """The same for a convolution, whose B is a 1×1 convolution. `up` and `mixer` stay matrices."""
 
     def product(self) -> Tensor:
         """B·M, in the shape of a plain LoRA's B: (out, r, 1, 1)."""

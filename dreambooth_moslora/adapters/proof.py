@@ -277,7 +277,7 @@ def prove_kohya_dora(
         scale = float(alpha) / len(down)
         wanted = expected[name] if expected is not None else delta(layer, adapter_name)
         weight = fixed_base(layer).weight.double()
-        magnitude = layer.lora_magnitude_vector[adapter_name].weight.double().cpu()[:, None]
+        magnitude = layer.lora_magnitude_vector[adapter_name].weight.cpu().double()[:, None]
         merged = [
             size * (weight + change) / (weight + change).norm(dim=1, keepdim=True)
             for size, change in ((found_size, scale * up @ down), (magnitude, wanted.double()))

@@ -19,13 +19,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.metadata import AdapterFacts, public_base_id, versions
-from dreambooth_moslora.adapters.mixer import MixedUp
-from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, inject
+from dreambooth_moslora.adapters.mixer import MixedLowRank, MixerLinear, nominal_scale
+from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, inject, matrices_of
 from dreambooth_moslora.adapters.skeleton import structure_of
 from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.run_folder import atomic_write
 
-__all__ = ["COMPONENTS", "adapter_facts", "load_raw", "read_tensors", "save_raw"]
+__all__ = ["COMPONENTS", "adapter_facts", "load_raw", "matrices_from", "read_tensors", "save_raw"]
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 RAW_FORMAT = 1
@@ -124,14 +124,9 @@ def same_settings_names() -> tuple[str, ...]:
 
 def raw_parts(layer: LoraLayer, adapter_name: str) -> dict[str, Tensor]:
     """The tensors of one projection, detached and on the CPU; they may share storage with the live ones."""
-    lora_b = layer.lora_B[adapter_name]
-    parts = {"lora_A": layer.lora_A[adapter_name].weight}
-    if isinstance(lora_b, MixedUp):
-        parts |= {"mixer": lora_b.mixer, "lora_B": lora_b.up}
-    else:
-        parts["lora_B"] = lora_b.weight.flatten(1)
-    if adapter_name in layer.lora_magnitude_vector:
-        parts["magnitude"] = layer.lora_magnitude_vector[adapter_name].weight
+    matrices = matrices_of(layer, adapter_name)
+    parts = {"lora_A": matrices.down, "mixer": matrices.mixer, "lora_B": matrices.up, "magnitude": matrices.magnitude}
+    parts = {name: tensor for name, tensor in parts.items() if tensor is not None}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in parts.items()}
 
 
@@ -240,6 +235,18 @@ def component_tensors(tensors: dict[str, Tensor], component: str) -> dict[str, d
     return modules
 
 
+def matrices_from(parts: dict[str, Tensor], facts: AdapterFacts, module: str) -> MixedLowRank:
+    """A, M, B and s of one module (`component.path`) of a raw file, from its tensors and the file's header."""
+    rank, alpha = facts.ranks.get(module, facts.rank), facts.alphas.get(module, facts.alpha)
+    return MixedLowRank(
+        down=parts["lora_A"],
+        mixer=parts.get("mixer"),
+        up=parts["lora_B"],
+        scale=nominal_scale(alpha, rank, facts.use_rslora),
+        magnitude=parts.get("magnitude"),
+    )
+
+
 def check_fits(name: str, facts: AdapterFacts, component: str, model: nn.Module, modules: dict) -> None:
     """Every module of the file is there, with its size; else the file is of another base."""
     made_for = f" ({facts.base_id})" if facts.base_id else ""
@@ -291,7 +298,7 @@ def fill(layer: LoraLayer, adapter_name: str, parts: dict[str, Tensor]) -> None:
     """Copy the saved tensors into the projection; `copy_` refuses another shape."""
     lora_b = layer.lora_B[adapter_name]
     layer.lora_A[adapter_name].weight.copy_(parts["lora_A"])
-    if isinstance(lora_b, MixedUp):
+    if isinstance(lora_b, MixerLinear):
         lora_b.up.copy_(parts["lora_B"])
         lora_b.mixer.copy_(parts["mixer"])
     else:

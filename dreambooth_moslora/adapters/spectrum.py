@@ -5,23 +5,25 @@ condition number σ₁(M) / σ_r(M)                                   infinite f
 effective rank   exp(−Σ p ln p),  p = σ(B·M·A) / Σσ               Roy & Vetterli, EUSIPCO 2007
 """
 
+from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.mixer import MixedUp, initial_mixer
-from dreambooth_moslora.adapters.moslora import FoldedLayer, adapter_layers, fold_layer
+from dreambooth_moslora.adapters.low_rank import LowRank
+from dreambooth_moslora.adapters.mixer import MixedLowRank, initial_mixer
+from dreambooth_moslora.adapters.moslora import adapter_layers, matrices_of
 from dreambooth_moslora.core.errors import UserError
 
 __all__ = [
     "Diagnosis",
     "Reduction",
     "diagnose",
-    "diagnose_mixer",
     "diagnostics",
     "effective_rank",
+    "effective_rank_of",
     "product_svd",
     "reduce_layers",
     "reduce_rank",
@@ -55,10 +57,10 @@ def effective_rank(sizes: Tensor) -> float:
     return float((-(shares * shares.log()).sum()).exp())
 
 
-def diagnose_mixer(mixer: Tensor, kind: str, seed: int, path: str) -> tuple[float, float]:
-    """(drift, condition number) of M (r, r); its start is made again from the kind, the seed and the path."""
+def mixer_figures(mixer: Tensor, kind: str, seed: int, path: str) -> tuple[float, float]:
+    """(drift, condition number) of M (r, r). Its start is made again from the kind, the seed and the path."""
     start = initial_mixer(kind, len(mixer), seed, path).double()
-    mixer = mixer.detach().double().cpu()
+    mixer = mixer.detach().cpu().double()
     sizes = torch.linalg.svdvals(mixer)
     smallest = float(sizes[-1])
     negligible = smallest <= len(mixer) * torch.finfo(torch.float32).eps * float(sizes[0])
@@ -66,22 +68,28 @@ def diagnose_mixer(mixer: Tensor, kind: str, seed: int, path: str) -> tuple[floa
     return float((mixer - start).norm() / start.norm()), condition
 
 
-def diagnose(up: Tensor, down: Tensor) -> tuple[int, float]:
-    """(rank, effective rank) of up (out, r) · down (r, in), or of kernels (out, r, 1, 1) · (r, in, h, w)."""
-    return len(down), effective_rank(product_svd(up.flatten(1), down.flatten(1))[1])
+def effective_rank_of(layer: LowRank) -> float:
+    """Of ΔW = up·down, which is not formed; of a convolution's flattened kernels."""
+    return effective_rank(product_svd(layer.up.flatten(1), layer.down.flatten(1))[1])
 
 
 @torch.no_grad()
+def diagnose(matrices: MixedLowRank, kind: str, seed: int, path: str) -> Diagnosis:
+    """Figures of the projection at `path`, whose mixer started as `kind` with `seed`. The scale s has no influence."""
+    drift, condition = None, None
+    if matrices.mixer is not None:
+        drift, condition = mixer_figures(matrices.mixer, kind, seed, path)
+    folded = replace(matrices, scale=1.0).fold()
+    return Diagnosis(folded.rank, effective_rank_of(folded), drift, condition)
+
+
 def diagnostics(model: nn.Module, adapter_name: str = "default") -> dict[str, Diagnosis]:
-    """Module path -> figures, for each projection of a live adapter."""
-    config, found = model.peft_config[adapter_name], {}
+    """Module path -> figures, for each projection of a live adapter. Raises UserError for an unknown adapter."""
+    config, figures = model.peft_config[adapter_name], {}
+    kind, seed = getattr(config, "mixer", "none"), getattr(config, "mixer_seed", 0)
     for path, layer in adapter_layers(model, adapter_name).items():
-        folded, lora_b = fold_layer(layer, adapter_name), layer.lora_B[adapter_name]
-        drift, condition = None, None
-        if isinstance(lora_b, MixedUp):
-            drift, condition = diagnose_mixer(lora_b.mixer, config.mixer, config.mixer_seed, path)
-        found[path] = Diagnosis(*diagnose(folded.up, folded.down), drift, condition)
-    return found
+        figures[path] = diagnose(matrices_of(layer, adapter_name), kind, seed, path)
+    return figures
 
 
 def summary(figures: dict[str, Diagnosis]) -> dict[str, float]:
@@ -103,7 +111,7 @@ class Reduction(NamedTuple):
     kept: float
 
 
-def reduce_rank(layer: FoldedLayer, keep: float) -> tuple[FoldedLayer, float, float]:
+def reduce_rank(layer: LowRank, keep: float) -> tuple[LowRank, float, float]:
     """The smallest-rank layer with at least `keep` of ‖ΔW‖², and both squared norms (before, after). DoRA stays."""
     left, sizes, right = product_svd(layer.up.flatten(1), layer.down.flatten(1))
     energy = sizes.square().cumsum(0)
@@ -112,13 +120,13 @@ def reduce_rank(layer: FoldedLayer, keep: float) -> tuple[FoldedLayer, float, fl
     root = sizes[:rank].sqrt()
     down, up = root[:, None] * right[:rank], left[:, :rank] * root
     down, up = down.view(rank, *layer.down.shape[1:]), up.view(-1, rank, *layer.up.shape[2:])
-    return FoldedLayer(down.float(), up.float(), layer.dora), float(energy[-1]), float(energy[rank - 1])
+    return LowRank(down.float(), up.float(), magnitude=layer.magnitude), float(energy[-1]), float(energy[rank - 1])
 
 
 @torch.no_grad()
 def reduce_layers(
-    components: dict[str, dict[str, FoldedLayer]], keep: float
-) -> tuple[dict[str, dict[str, FoldedLayer]], Reduction]:
+    components: dict[str, dict[str, LowRank]], keep: float
+) -> tuple[dict[str, dict[str, LowRank]], Reduction]:
     """Reduce every projection of every component. Raises UserError unless 0 < keep <= 1."""
     if not 0 < keep <= 1:
         raise UserError(f"keep={keep} is not a share; choose a number above 0 and up to 1, such as 0.99")
@@ -128,5 +136,5 @@ def reduce_layers(
         for path, layer in layers.items():
             reduced[component][path], energy, left = reduce_rank(layer, keep)
             before, after = before + energy, after + left
-    ranks = [sum(len(f.down) for ls in c.values() for f in ls.values()) for c in (components, reduced)]
+    ranks = [sum(f.rank for ls in c.values() for f in ls.values()) for c in (components, reduced)]
     return reduced, Reduction(*ranks, after / before if before else 1.0)

@@ -12,9 +12,9 @@ from benchmarks.fold_table import BOUND, loaded_by_diffusers, measure
 from benchmarks.sdxl_structure import count
 from dreambooth_moslora.adapters import export, kohya, moslora, proof
 from dreambooth_moslora.adapters.export import load_published, publish
+from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.adapters.metadata import public_base_id
 from dreambooth_moslora.adapters.moslora import (
-    FoldedLayer,
     MoSLoraConfig,
     adapter_layers,
     adapter_parameters,
@@ -87,13 +87,13 @@ def test_the_scale_of_the_moment_is_not_published(tmp_path):
 def break_mixer(monkeypatch):
     def without_mixer(layer, name):
         down, up = layer.lora_A[name].weight, layer.lora_B[name].up
-        return FoldedLayer(down.detach().clone(), (layer.scaling[name] * up).detach(), None)
+        return LowRank(down.detach().clone(), (layer.scaling[name] * up).detach())
 
     monkeypatch.setattr(moslora, "fold_layer", without_mixer)
 
 
 def break_alpha(monkeypatch):
-    monkeypatch.setattr(moslora, "nominal_scale", lambda layer, name: 1.0)
+    monkeypatch.setattr(moslora, "nominal_scale", lambda *_: 1.0)
 
 
 def break_kohya_alpha(monkeypatch):
@@ -235,7 +235,7 @@ def test_rank_reduction_is_the_best_there_is():
     sizes = torch.linalg.svdvals(up @ down)
     for rank in (1, 3, 8):
         share = float(sizes[:rank].square().sum() / sizes.square().sum())
-        smaller, _, _ = reduce_rank(FoldedLayer(down, up, None), share - 1e-6)
+        smaller, _, _ = reduce_rank(LowRank(down, up), share - 1e-6)
         assert len(smaller.down) == rank
         error = (smaller.up @ smaller.down - up @ down).norm()
         assert error == pytest.approx(float(sizes[rank:].square().sum().sqrt()), rel=1e-3, abs=1e-4)

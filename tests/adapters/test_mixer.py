@@ -1,12 +1,16 @@
 """The mixers themselves: how they start, what depends on them, and who is refused one."""
 
+import pickle
+import subprocess
+import sys
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from dreambooth_moslora.adapters.mixer import MixedUp, initial_mixer
+from dreambooth_moslora.adapters.mixer import MixerLinear, initial_mixer
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, inject
 from dreambooth_moslora.core.errors import UserError
 from tests.adapters.test_moslora import Net, config, shake
@@ -93,8 +97,29 @@ def test_a_second_adapter_of_a_peft_model_gets_its_mixer(first):
     model = get_peft_model(Net(), first(r=4, target_modules=["to_q"]))
     model.add_adapter("late", config(r=2))
     layers = adapter_layers(model, "late")
-    assert all(isinstance(layer.lora_B["late"], MixedUp) for layer in layers.values())
+    assert all(isinstance(layer.lora_B["late"], MixerLinear) for layer in layers.values())
     assert {p.dtype for _, p in adapter_parameters(model, "late")} == {torch.float32}
+
+
+PATCH_STATE = """
+import pickle, sys
+from peft.tuners.lora import LoraModel
+before = LoraModel._create_and_replace, LoraModel.add_weighted_adapter
+from dreambooth_moslora.adapters.moslora import MoSLoraConfig
+is_patched = lambda: before != (LoraModel._create_and_replace, LoraModel.add_weighted_adapter)
+states = [is_patched()]
+MoSLoraConfig(mixer="none")
+states.append(is_patched())
+pickle.loads(sys.stdin.buffer.read())
+print(states + [is_patched()])
+"""
+
+
+def test_peft_is_patched_only_from_the_first_config_with_a_mixer_on():
+    """A config that comes from another process counts: without the patch PEFT would make a plain LoRA of it."""
+    run = [sys.executable, "-c", PATCH_STATE]
+    said = subprocess.run(run, input=pickle.dumps(config()), stdout=subprocess.PIPE, check=True).stdout
+    assert said.decode().strip() == "[False, False, True]"
 
 
 @pytest.mark.parametrize("combination", ["cat", "svd"])
@@ -117,5 +142,5 @@ def test_add_weighted_adapter_combines_the_folded_adapters(combination):
 
 def test_the_product_of_a_tensor_subclass_stays_of_that_subclass():
     with FakeTensorMode():
-        mixed = MixedUp(torch.ones(5, 2), torch.ones(2, 2))
+        mixed = MixerLinear(torch.ones(5, 2), torch.ones(2, 2))
     assert type(mixed.weight) is FakeTensor and mixed.weight.shape == (5, 2)

@@ -16,6 +16,7 @@ from dreambooth_moslora.adapters.moslora import (
     disabled,
     fold,
     inject,
+    matrices_of,
     mixer_parameters,
     set_scale,
 )
@@ -70,6 +71,9 @@ def test_forward_is_the_formula_of_the_paper(kind, rslora):
     scale = 3 / 2 if rslora else 3 / 4
     expected = layer.base_layer(X) + scale * (((X @ a.T) @ b.mixer.T) @ b.up.T)
     assert torch.allclose(layer(X), expected, atol=1e-5)
+    matrices, weight, bias = matrices_of(layer, "default"), layer.base_layer.weight, layer.base_layer.bias
+    assert torch.allclose(matrices.forward(X, weight) + bias, expected, atol=1e-5)
+    assert torch.allclose(X @ (weight + matrices.fold().delta).T + bias, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", MIXERS)

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from benchmarks.fold_table import loaded_by_diffusers
-from dreambooth_moslora.adapters.mixer import MixedUp
+from dreambooth_moslora.adapters.mixer import MixerLinear
 from dreambooth_moslora.adapters.moslora import (
     ATTENTION_PROJECTIONS,
     MoSLoraConfig,
@@ -144,7 +144,7 @@ def test_qmoslora_on_a_4_bit_base(kind, dora):
     inject(model, MoSLoraConfig(r=4, lora_alpha=4, target_modules=targets, use_dora=dora)).train()
     layers = adapter_layers(model)
     assert all(isinstance(layer.get_base_layer(), bnb.nn.Linear4bit) for layer in layers.values())
-    assert all(isinstance(layer.lora_B["default"], MixedUp) for layer in layers.values())
+    assert all(isinstance(layer.lora_B["default"], MixerLinear) for layer in layers.values())
     shake(model)
     forward_of(model).square().sum().backward()
     for name, parameter in adapter_parameters(model):
