@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.kohya import kohya_header, kohya_tensors
 from dreambooth_moslora.adapters.low_rank import LowRank
-from dreambooth_moslora.adapters.metadata import AdapterFacts
+from dreambooth_moslora.adapters.metadata import AdapterFacts, most_common
 from dreambooth_moslora.adapters.moslora import adapter_layers, fold
 from dreambooth_moslora.adapters.proof import BOUNDS, FileProof, Proof, check_reduction, prove_file, published_name
 from dreambooth_moslora.adapters.raw_file import (
@@ -173,7 +173,7 @@ def balanced(layer: LowRank) -> LowRank:
 def with_ranks(facts: AdapterFacts, folded: Folded) -> AdapterFacts:
     """The facts of the folded file: its own ranks, alpha = rank, no scaling rule."""
     ranks = {f"{c}.{path}": layer.rank for c, layers in folded.items() for path, layer in layers.items()}
-    rank = max(set(ranks.values()), key=list(ranks.values()).count)
+    rank = most_common(ranks.values())
     others = {path: r for path, r in ranks.items() if r != rank}
     return replace(facts, rank=rank, alpha=rank, ranks=others, alphas=others, use_rslora=False)
 

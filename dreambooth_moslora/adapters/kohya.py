@@ -8,13 +8,11 @@ others carries r/alpha: diffusers loses the alphas of attention projections when
 kohya's sd-scripts. Folder names, captions and tag counts, which sd-scripts also writes, stay out.
 """
 
-from collections import Counter
-
 import torch
 from torch import Tensor
 
 from dreambooth_moslora.adapters.low_rank import LowRank
-from dreambooth_moslora.adapters.metadata import AdapterFacts
+from dreambooth_moslora.adapters.metadata import AdapterFacts, most_common
 
 __all__ = ["kohya_header", "kohya_name", "kohya_tensors"]
 
@@ -29,7 +27,7 @@ def kohya_name(component: str, path: str) -> str:
 
 def kohya_tensors(components: dict[str, dict[str, LowRank]], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """All tensors of the file; the scale is already in `up`."""
-    alpha = most_common_rank(components)
+    alpha = common_rank(components)
     tensors = {}
     for component, layers in components.items():
         for path, layer in layers.items():
@@ -42,9 +40,8 @@ def kohya_tensors(components: dict[str, dict[str, LowRank]], dtype: torch.dtype 
     return tensors
 
 
-def most_common_rank(components: dict[str, dict[str, LowRank]]) -> int:
-    ranks = Counter(layer.rank for layers in components.values() for layer in layers.values())
-    return ranks.most_common(1)[0][0]
+def common_rank(components: dict[str, dict[str, LowRank]]) -> int:
+    return most_common(layer.rank for layers in components.values() for layer in layers.values())
 
 
 def kohya_header(title: str, facts: AdapterFacts, components: dict[str, dict[str, LowRank]]) -> dict[str, str]:
@@ -63,7 +60,7 @@ def kohya_header(title: str, facts: AdapterFacts, components: dict[str, dict[str
         "ss_sd_model_name": facts.base_id,
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
-        "ss_network_alpha": str(most_common_rank(components)),
+        "ss_network_alpha": str(common_rank(components)),
         "ss_v2": "False",
     }
     if is_sdxl:

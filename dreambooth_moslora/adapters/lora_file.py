@@ -5,8 +5,6 @@ file --read_adapter--> AdapterWeights --check_fits--> --install--> a PEFT adapte
 A file may come from anybody. Only the matrices of a LoRA and their scales are taken from it.
 """
 
-import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.export import published_tensors
+from dreambooth_moslora.adapters.layers import matrix_layers, value_pattern
 from dreambooth_moslora.adapters.lora_format import Part, Scales, projections, scales
 from dreambooth_moslora.adapters.low_rank import LowRank
+from dreambooth_moslora.adapters.metadata import most_common
 from dreambooth_moslora.adapters.proof import published_name
 from dreambooth_moslora.adapters.raw_file import COMPONENTS, component_tensors, matrices_from, read_raw
 from dreambooth_moslora.base.load import architecture
@@ -29,7 +29,6 @@ __all__ = ["AdapterWeights", "adapter_name", "check_fits", "find_weights", "inst
 
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
 """Cross-attention width of the UNet -> the family that has it."""
-PEFT_PARTS = {"base_layer", "lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector"}
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,8 @@ def _read_published(file: Path, pipeline: StableDiffusionXLPipeline) -> tuple[di
 def check_fits(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline, base_name: str) -> None:
     """Raises UserError when any projection has no place of its size in the base; another base is told by both."""
     for component, (found, _) in weights.parts.items():
-        layers = _layers(getattr(pipeline, component, None))
+        model = getattr(pipeline, component, None)
+        layers = {} if model is None else matrix_layers(model)
         for path, projection in found.items():
             layer, name = layers.get(path), f"{component}.{path}"
             if (projection.down.shape[1], projection.up.shape[0]) != (_width(layer, "in"), _width(layer, "out")):
@@ -143,13 +143,6 @@ def check_fits(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline, bas
                 )
             if wrong := _misshapen(projection, layer):
                 raise UserError(f"{weights.file_name} is broken: {name} has {wrong}")
-
-
-def _layers(model: nn.Module | None) -> dict[str, nn.Module]:
-    """Path -> layer of the base itself, as it was before PEFT wrapped any; only what a LoRA can be put on."""
-    named = model.named_modules() if model is not None else ()
-    layers = {name: getattr(m, "base_layer", m) for name, m in named if not PEFT_PARTS & set(name.split("."))}
-    return {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear | nn.Conv2d)}
 
 
 def _misshapen(projection: LowRank, layer: nn.Module) -> str:
@@ -199,7 +192,7 @@ def _describe_base(pipeline: StableDiffusionXLPipeline) -> str:
 
 
 def _attention_widths(unet: nn.Module) -> set[int]:
-    return {_width(module, "out") for name, module in _layers(unet).items() if name.endswith("attn1.to_q")}
+    return {_width(module, "out") for name, module in matrix_layers(unet).items() if name.endswith("attn1.to_q")}
 
 
 def _describe(cross: int, widths: list[int]) -> str:
@@ -235,25 +228,17 @@ def _load(component: str, found: dict[str, LowRank], scales: Scales, key: str, p
 def lora_config(found: dict[str, LowRank], scales: Scales) -> dict[str, Any]:
     """Arguments of PEFT's LoraConfig."""
     ranks, alphas = {path: p.rank for path, p in found.items()}, scales.alphas
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    rank, alpha = most_common(ranks.values()), most_common(alphas.values())
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": _pattern(ranks, rank),
-        "alpha_pattern": _pattern(alphas, alpha),
+        "rank_pattern": value_pattern(ranks, rank),
+        "alpha_pattern": value_pattern(alphas, alpha),
         "target_modules": list(found),
         "use_rslora": scales.use_rslora,
         "use_dora": any(p.magnitude is not None for p in found.values()),
         "lora_bias": any(p.bias is not None for p in found.values()),
     }
-
-
-def _pattern(values: dict[str, float], common: float) -> dict[str, float]:
-    """One regular expression for each value but the common one: PEFT tries all of them on every module."""
-    paths: dict[float, list[str]] = {}
-    for path, value in values.items():
-        paths.setdefault(value, []).append(re.escape(path))
-    return {f"^(?:{'|'.join(names)})": value for value, names in paths.items() if value != common}
 
 
 def _tensors(component: str, found: dict[str, LowRank]) -> dict[str, Tensor]:

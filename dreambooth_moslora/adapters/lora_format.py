@@ -8,7 +8,6 @@ q_proj.lora_A.weight              q_proj.lora_linear_layer.down.…    to_q_lora
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dreambooth_moslora.adapters.low_rank import LowRank
+from dreambooth_moslora.adapters.metadata import most_common
 from dreambooth_moslora.adapters.proof import published_name
 from dreambooth_moslora.adapters.raw_file import COMPONENTS
 from dreambooth_moslora.core.errors import UserError
@@ -156,7 +156,7 @@ def _from_alphas(component: str, found: dict[str, LowRank], own: dict[str, float
     named = {module_path(component, key.removesuffix(".alpha")): value for key, value in own.items()}
     if not named:
         return Scales({path: projection.rank for path, projection in found.items()})
-    commonest = Counter(named.values()).most_common(1)[0][0]
+    commonest = most_common(named.values())
     return Scales({path: named.get(path, commonest) for path in found})
 
 

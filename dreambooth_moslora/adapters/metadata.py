@@ -3,7 +3,8 @@
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from dreambooth_moslora import __version__
 from dreambooth_moslora.core.config import MIXERS
 
-__all__ = ["AdapterFacts", "public_base_id", "versions"]
+__all__ = ["AdapterFacts", "most_common", "public_base_id", "versions"]
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
@@ -105,6 +106,11 @@ FACTS: dict[str, Callable[[object], bool]] = {
     "versions": named(is_text),
 }
 """Fact -> whether a value read from a file, which anybody may have written, can be one."""
+
+
+def most_common(values: Iterable[float]) -> float:
+    """The value that occurs most often, the first of several: what a file names once, for all modules but a few."""
+    return Counter(values).most_common(1)[0][0]
 
 
 def public_base_id(name: str | Path) -> str:

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import nn
 
+from dreambooth_moslora.adapters.layers import target_layers, without_wrapper
 from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.adapters.mixer import MixedLowRank, MixerLinear, nominal_scale
 from dreambooth_moslora.adapters.peft_patch import check_settings, check_targets, has_mixer, patch_peft, register
@@ -90,7 +91,8 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
     """
     if adapter_name in getattr(model, "peft_config", {}):
         raise UserError(f"The model already has an adapter named {adapter_name!r}; delete it or choose another name")
-    _check_matches(model.get_base_model() if isinstance(model, PeftModel) else model, config)
+    if config.target_modules not in (None, "all-linear"):  # PEFT finds these by itself
+        check_targets(target_layers(model, config), config, type(without_wrapper(model)).__name__)
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, config)
         model.set_adapter(adapter_name)
@@ -106,23 +108,9 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
     return model
 
 
-def _check_matches(model: nn.Module, config: LoraConfig) -> None:
-    """Raises UserError when no module matches or a match cannot have the adapter; called before anything changes."""
-    if config.target_modules in (None, "all-linear"):  # PEFT finds these by itself
-        return
-    targets = {
-        path: module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        for path, module in model.named_modules()
-        if ".base_layer" not in path and LoraModel._check_target_module_exists(config, path)
-    }
-    if not targets:
-        raise UserError(f"target_modules={config.target_modules!r} matches no module of {type(model).__name__}")
-    check_targets(targets, config)
-
-
 def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraLayer]:
     """Module path -> PEFT layer, for each projection that the adapter touches, in the model's order."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = without_wrapper(model)
     layers = {p: m for p, m in base.named_modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_A}
     if not layers:
         known = ", ".join(getattr(model, "peft_config", {})) or "none"

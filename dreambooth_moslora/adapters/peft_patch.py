@@ -108,8 +108,10 @@ def check_variants(config: LoraConfig) -> None:
         )
 
 
-def check_targets(targets: dict[str, nn.Module], config: LoraConfig) -> None:
-    """`targets` are the base's layers that get an adapter. Raises UserError for the first that cannot have this one."""
+def check_targets(targets: dict[str, nn.Module], config: LoraConfig, model_name: str) -> None:
+    """`targets`: module path -> the base's layer. Raises UserError for none, and for the first that is unsuitable."""
+    if not targets:
+        raise UserError(f"target_modules={config.target_modules!r} matches no module of {model_name}")
     for path, module in targets.items():
         if all(part.ndim < 2 for part in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
             raise UserError(f"{path} is a {type(module).__name__}, which has no matrix to adapt; leave it out")

@@ -8,7 +8,6 @@ the file, whose B·A alone would be wrong.
 """
 
 import re
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.metadata import AdapterFacts, public_base_id, versions
+from dreambooth_moslora.adapters.layers import value_pattern
+from dreambooth_moslora.adapters.metadata import AdapterFacts, most_common, public_base_id, versions
 from dreambooth_moslora.adapters.mixer import MixedLowRank, MixerLinear, nominal_scale
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, inject, matrices_of
 from dreambooth_moslora.adapters.skeleton import structure_of
@@ -47,7 +47,7 @@ def adapter_facts(
     layers = all_layers(components, adapter_name)
     ranks = {path: layer.r[adapter_name] for path, layer in layers.items()}
     alphas = {path: layer.lora_alpha[adapter_name] for path, layer in layers.items()}
-    rank, alpha = most_common(ranks), most_common(alphas)
+    rank, alpha = most_common(ranks.values()), most_common(alphas.values())
     return AdapterFacts(
         rank=rank,
         alpha=alpha,
@@ -84,10 +84,6 @@ def all_layers(components: dict[str, nn.Module], adapter_name: str) -> dict[str,
         for component, model in components.items()
         for path, layer in adapter_layers(model, adapter_name).items()
     }
-
-
-def most_common(values: dict[str, float]) -> float:
-    return Counter(values.values()).most_common(1)[0][0]
 
 
 def same_settings(configs: list) -> dict[str, object]:
@@ -279,16 +275,15 @@ def shown(size: tuple[int, ...]) -> str:
 def config_of(facts: AdapterFacts, component: str, modules: dict) -> MoSLoraConfig:
     """A config that names exactly these modules, with their own ranks and alphas."""
 
-    def pattern(values: dict[str, float]) -> dict[str, float]:
-        prefix = f"{component}."
-        return {f"^{re.escape(k.removeprefix(prefix))}": v for k, v in values.items() if k.startswith(prefix)}
-
+    prefix = f"{component}."
+    ranks = {path: facts.ranks.get(prefix + path, facts.rank) for path in modules}
+    alphas = {path: facts.alphas.get(prefix + path, facts.alpha) for path in modules}
     return MoSLoraConfig(
         r=facts.rank,
         lora_alpha=facts.alpha,
         target_modules="|".join(re.escape(module_path) for module_path in modules),
-        rank_pattern=pattern(facts.ranks),
-        alpha_pattern=pattern(facts.alphas),
+        rank_pattern=value_pattern(ranks, facts.rank),
+        alpha_pattern=value_pattern(alphas, facts.alpha),
         **{name: getattr(facts, name) for name in same_settings_names()},
     )
 

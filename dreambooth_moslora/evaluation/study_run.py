@@ -23,8 +23,10 @@ from threading import Thread
 
 import torch
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig
 from PIL import Image
 
+from dreambooth_moslora.adapters.layers import target_layers
 from dreambooth_moslora.adapters.skeleton import hollow
 from dreambooth_moslora.base.locate import resolve_base
 from dreambooth_moslora.core.config import TrainConfig
@@ -294,5 +296,6 @@ def widths_of(base: str, targets: tuple[str, ...]) -> tuple[tuple[int, int], ...
         unet = hollow(
             {"class": "UNet2DConditionModel", "config": UNet2DConditionModel.load_config(source, subfolder="unet")}
         )
-    named = [(name, m) for name, m in unet.named_modules() if any(name == t or name.endswith(f".{t}") for t in targets)]
-    return tuple((m.weight[0].numel(), m.weight.shape[0]) for _, m in named if getattr(m, "weight", None) is not None)
+    layers = target_layers(unet, LoraConfig(target_modules=list(targets))).values()
+    weights = [layer.weight for layer in layers if getattr(layer, "weight", None) is not None]
+    return tuple((weight[0].numel(), weight.shape[0]) for weight in weights)

@@ -21,7 +21,8 @@ from dreambooth_moslora.adapters.raw_file import load_raw, save_raw
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.run_folder import RAW_NAME, RunDir, atomic_directory, atomic_write, is_checkpoint
-from dreambooth_moslora.training.checks import is_target, last_name
+from dreambooth_moslora.core.targets import is_target
+from dreambooth_moslora.training.checks import last_name
 from dreambooth_moslora.training.optimizer import optimizer_kind
 
 __all__ = [

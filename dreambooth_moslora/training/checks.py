@@ -16,6 +16,7 @@ from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.config_fields import nearest
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import RunDir, check_name, checkpoint_step
+from dreambooth_moslora.core.targets import is_target
 from dreambooth_moslora.core.versions import require_packages
 from dreambooth_moslora.training.model_card import is_card, pictures_named
 from dreambooth_moslora.training.precision import check_bf16
@@ -24,7 +25,6 @@ __all__ = [
     "check_folders",
     "check_layers",
     "check_targets",
-    "is_target",
     "last_name",
     "nearest_existing",
     "preflight",
@@ -62,11 +62,6 @@ def check_targets(targets: Iterable[str], layers: Iterable[str]) -> None:
             close = nearest(name, sorted({last_name(layer) for layer in layers}))
             hint = f"did you mean {close}?" if close else "to_q, to_k, to_v and to_out.0 are those of attention."
             raise UserError(f"--target_modules {name}: the UNet has no such layer; {hint}")
-
-
-def is_target(path: str, name: str) -> bool:
-    """PEFT's rule: the path itself, or its end."""
-    return f".{path}".endswith(f".{name}")
 
 
 def last_name(path: str) -> str:

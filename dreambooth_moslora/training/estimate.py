@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dreambooth_moslora.base.headers import tensor_shapes
 from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.targets import is_target
 
 __all__ = ["BaseSize", "Estimate", "estimate", "size_of_base"]
 
@@ -60,8 +61,9 @@ def size_of_base(folder: Path | None, target_modules: tuple[str, ...], variant: 
     shapes = {part: tensor_shapes(folder / part, variant) for part in PARTS} if folder is not None else {}
     if not shapes or not all(shapes.values()):
         return BaseSize()
-    ends = tuple(f".{name}.weight" for name in target_modules)
-    adapted = [shape for name, shape in shapes["unet"].items() if f".{name}".endswith(ends)]
+    weights = {name: shape for name, shape in shapes["unet"].items() if name.endswith(".weight")}
+    layers = {name.removesuffix(".weight"): shape for name, shape in weights.items()}
+    adapted = [shape for path, shape in layers.items() if any(is_target(path, name) for name in target_modules)]
     count = {part: sum(map(math.prod, found.values())) for part, found in shapes.items()}
     texts = count["text_encoder"] + count["text_encoder_2"]
     widths = sum(shape[0] + math.prod(shape[1:]) for shape in adapted)

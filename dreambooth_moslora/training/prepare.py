@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
+from dreambooth_moslora.adapters.layers import matrix_layers
 from dreambooth_moslora.adapters.metadata import public_base_id
 from dreambooth_moslora.base.load import default_resolution, encode_text, load_pipeline
 from dreambooth_moslora.base.locate import SMALL_BASE_PX
@@ -156,8 +157,7 @@ def check_weighting(config: TrainConfig, schedule: NoiseSchedule) -> None:
 
 def layers_of(unet: nn.Module) -> dict[str, int]:
     """Path of each layer whose weight is no vector -> its dimensions, as `preflight` reads them from files."""
-    weights = ((path, getattr(module, "weight", None)) for path, module in unet.named_modules())
-    return {path: weight.ndim for path, weight in weights if weight is not None and weight.ndim > 1}
+    return {path: layer.weight.ndim for path, layer in matrix_layers(unet).items()}
 
 
 def stop_if_asked(should_stop: Callable[[], bool]) -> None:

@@ -1,0 +1,43 @@
+"""Which layers a model has, and which of them a config means."""
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from dreambooth_moslora.adapters.layers import base_modules, matrix_layers, target_layers, value_pattern
+from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, inject
+from dreambooth_moslora.core.targets import is_target
+from tests.helpers.tiny import tiny_unet
+
+TARGETS = ["to_q", "to_out.0", "conv1", "mid_block.attentions.0.proj_in", "q", "out.0", "mid_block"]
+
+
+def named(model: nn.Module) -> list[tuple[str, str]]:
+    return [(path, type(module).__name__) for path, module in base_modules(model).items()]
+
+
+def test_the_base_has_the_same_modules_with_an_adapter_as_without():
+    plain = [(path, type(module).__name__) for path, module in tiny_unet().named_modules() if path]
+    options = {"r": 2, "target_modules": ["to_q", "conv1"]}
+    wrapped = get_peft_model(inject(tiny_unet(), MoSLoraConfig(**options)), MoSLoraConfig(**options), "second")
+    assert named(tiny_unet()) == named(wrapped) == plain
+
+
+def test_matrix_layers_are_those_whose_weight_is_no_vector():
+    model = nn.ModuleDict({"line": nn.Linear(2, 3), "norm": nn.LayerNorm(2), "words": nn.Embedding(4, 2)})
+    assert list(matrix_layers(model)) == ["line", "words"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_rule_without_torch_is_pefts_own(target):
+    unet = tiny_unet()
+    asked = target_layers(unet, LoraConfig(target_modules=[target]))
+    assert list(asked) == [path for path in base_modules(unet) if is_target(path, target)]
+
+
+def test_a_pattern_gives_every_module_its_value_back():
+    ranks = {"to_q": 2, "to_k": 3, "inner.to_q": 4, "inner.to_k": 3}
+    net = nn.ModuleDict({"to_q": nn.Linear(2, 2), "to_k": nn.Linear(2, 2)})
+    net["inner"] = nn.ModuleDict({"to_q": nn.Linear(2, 2), "to_k": nn.Linear(2, 2)})
+    inject(net, MoSLoraConfig(r=3, target_modules=["to_q", "to_k"], rank_pattern=value_pattern(ranks, 3)))
+    assert {path: layer.r["default"] for path, layer in adapter_layers(net).items()} == ranks
