@@ -1,18 +1,16 @@
 """What an adapter file says about itself, as JSON in its header, and which values such a fact can have."""
 
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.core.config import MIXERS
 
-__all__ = ["AdapterFacts", "most_common", "public_base_id", "versions"]
+__all__ = ["AdapterFacts", "most_common", "versions"]
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
@@ -111,13 +109,6 @@ FACTS: dict[str, Callable[[object], bool]] = {
 def most_common(values: Iterable[float]) -> float:
     """The value that occurs most often, the first of several: what a file names once, for all modules but a few."""
     return Counter(values).most_common(1)[0][0]
-
-
-def public_base_id(name: str | Path) -> str:
-    """A hub id or `toy` as it is; of a path only its last part."""
-    text = str(name).replace("\\", "/")  # a path of Windows, too
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith(".") and not Path(text).exists()
-    return text if is_hub_id else Path(text).name
 
 
 def versions() -> dict[str, str]:

@@ -18,11 +18,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.layers import value_pattern
-from dreambooth_moslora.adapters.metadata import AdapterFacts, most_common, public_base_id, versions
+from dreambooth_moslora.adapters.metadata import AdapterFacts, most_common, versions
 from dreambooth_moslora.adapters.mixer import MixedLowRank, MixerLinear, nominal_scale
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, inject, matrices_of
 from dreambooth_moslora.adapters.skeleton import structure_of
 from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.run_folder import atomic_write
 
 __all__ = ["COMPONENTS", "adapter_facts", "load_raw", "matrices_from", "read_tensors", "save_raw"]
@@ -54,7 +55,7 @@ def adapter_facts(
         **same_settings(configs),
         ranks={path: r for path, r in ranks.items() if r != rank},
         alphas={path: a for path, a in alphas.items() if a != alpha},
-        base_id=public_base_id(base_id),
+        base_id=public_name(base_id),
         base_architecture=base_architecture or {},
         structures={name: structure_of(model) for name, model in components.items()},
         trigger_words=tuple(trigger_words),

@@ -28,8 +28,9 @@ from transformers import (
 
 from dreambooth_moslora.base.locate import resolve_base
 from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.names import public_name
 
-__all__ = ["CLIP", "DINO", "Clip", "Encoders", "load_encoders", "public_name"]
+__all__ = ["CLIP", "DINO", "Clip", "Encoders", "load_encoders"]
 
 CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"
 TOY_DINO = "toy-dino"
@@ -200,8 +201,3 @@ def loaded(kind: Any, name: str | Path, **options) -> Any:
     except Exception as error:  # files of another model may raise any error
         reason = one_line(f"{type(error).__name__} {error}")
         raise UserError(f"the encoder {name} cannot be read as a {kind.__name__}: {reason}") from error
-
-
-def public_name(name: str | Path) -> str:
-    """A hub id, or the folder's own name: never a path of this machine."""
-    return Path(name).name if Path(name).expanduser().exists() else str(name)

@@ -24,6 +24,7 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.adapters.lora_file import adapter_name, check_fits, find_weights, install, read_adapter
 from dreambooth_moslora.base.load import default_guidance, default_resolution, load_pipeline
 from dreambooth_moslora.core.errors import StopRequestedError, UserError
+from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.generation.params import GenerationParams, Provenance
 from dreambooth_moslora.generation.progress import Clock, LatentColours, Preview, Step, Watcher
 from dreambooth_moslora.generation.streaming import iterate
@@ -110,7 +111,7 @@ class SubjectPipeline:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.float16 if torch.device(device).type == "cuda" else torch.float32)
         pipeline = load_pipeline(name, dtype=dtype, device="cpu" if resting else device)
-        return cls(pipeline, _public_name(name), device)
+        return cls(pipeline, public_name(name), device)
 
     @property
     def has_gpu(self) -> bool:
@@ -276,12 +277,6 @@ class SubjectPipeline:
         gone = self.adapters.pop(name, None)
         if gone and gone.key != unless and gone.key not in {adapter.key for adapter in self.adapters.values()}:
             self.pipeline.delete_adapters(gone.key)
-
-
-def _public_name(name: str | Path) -> str:
-    """What may be written into a picture: a hub id or a bare name, never a path of this machine."""
-    path = Path(name).expanduser()
-    return path.resolve().name if path.exists() else str(name)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -8,10 +8,10 @@ The earlier run may be another program's: what has a name that the present run w
 
 import json
 import logging
-from itertools import count
 from pathlib import Path
 
 from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.names import free_name
 from dreambooth_moslora.core.run_folder import RunDir, atomic_write, checkpoint_step
 from dreambooth_moslora.training.events import Reporter
 from dreambooth_moslora.training.model_card import pictures_named
@@ -54,8 +54,7 @@ def present(*paths: Path) -> list[Path]:
 
 
 def move(paths: list[Path], run_dir: RunDir, what: str) -> None:
-    number = next(n for n in count(1) if not (run_dir.path / f"earlier_run_{n}").exists())
-    home = run_dir.path / f"earlier_run_{number}"
+    home = run_dir.path / free_name("earlier_run", lambda name: (run_dir.path / name).exists(), is_numbered=True)
     home.mkdir()
     for path in paths:
         path.rename(home / path.name)

@@ -15,13 +15,13 @@ from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
 from dreambooth_moslora.adapters.layers import matrix_layers
-from dreambooth_moslora.adapters.metadata import public_base_id
 from dreambooth_moslora.base.load import default_resolution, encode_text, load_pipeline
 from dreambooth_moslora.base.locate import SMALL_BASE_PX
 from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.digests import default_cache_dir
 from dreambooth_moslora.core.errors import StopRequestedError, UserError, spelled_out
+from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.generation.sampler import generate_images
 from dreambooth_moslora.photos.crops import crop_rule
@@ -175,7 +175,7 @@ def make_class_images(
 ) -> list[Photo]:
     """The person's own class images first, then generated ones up to `num_class_images`."""
     folder = Path(config.class_data_dir) if config.class_data_dir else run_dir.class_images_dir
-    base_id = public_base_id(config.pretrained_model_name_or_path)
+    base_id = public_name(config.pretrained_model_name_or_path)
     images = ClassImages(folder, config.class_prompt, base_id, config.seed, config.resolution)
     found = [photo.path for photo in class_photos_in(folder, config)]
     wanted = max(0, config.num_class_images - len(found) + len(images.generated(found)))

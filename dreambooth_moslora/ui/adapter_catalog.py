@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.names import free_name
 from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RAW_NAME
 from dreambooth_moslora.ui.body_limit import MAX_UPLOAD_BYTES
 from dreambooth_moslora.ui.generate_form import NONE
@@ -38,7 +39,7 @@ class AdapterShelf:
         for file in [*sorted(self.adapters_dir.glob("*.safetensors")), *_run_files(runs)]:
             if not _is_inside(file, self.adapters_dir) and not _is_inside(file, self.runs_dir):
                 continue
-            found[free_name(_name_of(file), set(found))] = file
+            found[free_name(_name_of(file), {NONE, *found}.__contains__, " ")] = file
         return found
 
     def path(self, name: str, visitor: Visitor | None = None) -> Path:
@@ -65,7 +66,7 @@ class AdapterShelf:
         check_upload(source)
         if len(visitor.uploads) >= MAX_UPLOADS:
             raise UserError(f"{MAX_UPLOADS} adapters are uploaded already; reload the page later or use the folder")
-        name = free_name(clean_name(source.stem), set(self.files(visitor)))
+        name = free_name(clean_name(source.stem), {NONE, *self.files(visitor)}.__contains__, " ")
         target = Path(tempfile.mkdtemp(prefix="adapter-", dir=visitor.folder)) / f"{name}.safetensors"
         shutil.copyfile(source, target)
         visitor.uploads[name] = target
@@ -83,13 +84,6 @@ def check_upload(source: Path) -> None:
 def clean_name(text: str) -> str:
     """What may be shown, put in a tag and used as a file name: letters, digits, space and `.+-_`."""
     return UNSAFE.sub("_", text).strip(" ._")[:60] or "adapter"
-
-
-def free_name(name: str, taken: set[str]) -> str:
-    number, candidate = 2, name
-    while candidate in taken or candidate == NONE:
-        candidate, number = f"{name} {number}", number + 1
-    return candidate
 
 
 def _may_see(run_dir: Path, visitor: Visitor | None) -> bool:

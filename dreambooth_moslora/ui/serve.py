@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.process import wait_briefly
 from dreambooth_moslora.ui.libraries import import_libraries
 
@@ -112,7 +113,7 @@ def context_of(args: argparse.Namespace, *, training: bool):
 
     return AppContext(
         load,
-        base=folder.name if folder and args.base != "toy" else str(args.base),
+        base=public_name(args.base),
         base_name=str(folder.resolve()) if folder and args.base != "toy" else str(args.base),
         resolution_px=resolution_of(folder),
         adapters_dir=Path(args.adapters_dir).expanduser().resolve(),

@@ -13,6 +13,7 @@ import PIL.Image
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.event_log import Metrics
+from dreambooth_moslora.core.names import free_name
 from dreambooth_moslora.training.best_step import CURVES
 from dreambooth_moslora.ui.app_state import AppContext, sentence
 from dreambooth_moslora.ui.generate_actions import format_seconds
@@ -105,10 +106,7 @@ def start_run(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) ->
 def free_run_dir(jobs: Jobs, form: TrainForm) -> Path:
     """The wanted name, or one from the class word; a number is added when it is taken."""
     wanted = run_name_of(str(form.run_name or form.class_word))
-    number, name = 2, wanted
-    while jobs.run_dir(name).exists():
-        name, number = f"{wanted}-{number}", number + 1
-    return jobs.run_dir(name)
+    return jobs.run_dir(free_name(wanted, lambda name: jobs.run_dir(name).exists(), "-"))
 
 
 @dataclass(frozen=True)

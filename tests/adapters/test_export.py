@@ -13,7 +13,6 @@ from benchmarks.sdxl_structure import count
 from dreambooth_moslora.adapters import export, kohya, moslora, proof
 from dreambooth_moslora.adapters.export import load_published, publish
 from dreambooth_moslora.adapters.low_rank import LowRank
-from dreambooth_moslora.adapters.metadata import public_base_id
 from dreambooth_moslora.adapters.moslora import (
     MoSLoraConfig,
     adapter_layers,
@@ -186,20 +185,6 @@ def test_no_file_tells_where_it_was_made(dog, tmp_path):
         with safe_open(dog[0] / file, "pt") as opened:
             text = json.dumps(opened.metadata())
         assert not any(word in text for word in ("/tmp", "/root", "/home", "ss_dataset", "ss_tag", str(tmp_path)))
-
-
-@pytest.mark.parametrize(
-    ("name", "public"),
-    [
-        ("stabilityai/sdxl-base-1.0", "stabilityai/sdxl-base-1.0"),
-        ("toy", "toy"),
-        ("/data/me/x", "x"),
-        ("./me/x", "x"),
-        ("C:\\Users\\me\\x", "x"),
-    ],
-)
-def test_public_base_id(name, public):
-    assert public_base_id(name) == public
 
 
 def test_nan_and_merged_adapters_are_not_saved(tmp_path):

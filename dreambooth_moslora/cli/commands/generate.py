@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.names import free_name
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, draw_seed
 
 __all__ = ["HELP", "add_arguments", "run"]
@@ -99,7 +100,4 @@ def _progress(step) -> str:
 
 def free_path(folder: Path, stem: str) -> Path:
     """`stem`.png, or `stem`_2.png …: nothing is overwritten."""
-    path, number = folder / f"{stem}.png", 2
-    while path.exists():
-        path, number = folder / f"{stem}_{number}.png", number + 1
-    return path
+    return folder / f"{free_name(stem, lambda name: (folder / f'{name}.png').exists())}.png"

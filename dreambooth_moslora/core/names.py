@@ -1,0 +1,28 @@
+"""Names that may be shown or written: of a base without its path, and of a file or folder that is still free."""
+
+import os
+import re
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+__all__ = ["free_name", "public_name"]
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def public_name(name: str | Path) -> str:
+    """A hub id or `toy` as it is; of a path, also a Windows path, only its last part: the rest is private."""
+    path = os.path.expanduser(str(name))
+    if path and os.path.exists(path):
+        return os.path.basename(os.path.abspath(path))
+    text = str(name).replace("\\", "/")
+    return text if HUB_ID.fullmatch(text) else Path(text).name
+
+
+def free_name(name: str, is_taken: Callable[[str], bool], separator: str = "_", *, is_numbered: bool = False) -> str:
+    """`name`, or the first of `name_2`, `name_3` … that is not taken; with `is_numbered`, `name_1` is the first."""
+    if not is_numbered and not is_taken(name):
+        return name
+    numbers = count(1 if is_numbered else 2)
+    return next(numbered for n in numbers if not is_taken(numbered := f"{name}{separator}{n}"))
