@@ -3,6 +3,7 @@
 - What CUDA refuses is refused: an operation on tensors of two devices, a GPU tensor as a numpy array.
 - What makes a program wait for a GPU is counted by the line that asked for it: reading a value, counting the
   true elements of a mask, copying to the host.
+- `Watch.has_fp64 = False` refuses fp64 on the device, as Apple's GPUs do.
 - `Watch.has_tf32` makes fp32 products as coarse as on a GPU since Ampere, where PyTorch's settings allow it.
 
 A process has at most one such device, and importing this module makes it. PyTorch's own thread for the device
@@ -70,6 +71,7 @@ class Watch:
 
     current: "Watch | None" = None
     has_tf32 = False
+    has_fp64 = True
 
     def __init__(self):
         self.kernels, self.copies, self.waits = 0, Counter(), Counter()
@@ -139,6 +141,8 @@ def run(function, args: tuple, kwargs: dict):
     found = function(*tree_map(raw_of, args), **tree_map(raw_of, kwargs))
     if leaves:
         return found
+    if not Watch.has_fp64:
+        refuse_fp64(name, found)
     known = {id(tensor.raw): tensor for tensor in tensors if isinstance(tensor, GpuTensor)}
     # What an operation in place gives back is the tensor that it was given.
     return tree_map(lambda value: known.get(id(value), wrapped(value)), found)
@@ -150,6 +154,12 @@ def refuse_mixed_devices(name: str, tensors: list[Tensor]) -> None:
     has_own = any(isinstance(tensor, GpuTensor) for tensor in tensors)
     if foreign and has_own and name not in COPYING | INDEXING:
         raise RuntimeError(f"{name} mixes {NAME} with the CPU: {[tuple(tensor.shape) for tensor in foreign]}")
+
+
+def refuse_fp64(name: str, found) -> None:
+    """As on Apple's GPUs."""
+    if any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in tree_flatten(found)[0]):
+        raise TypeError(f"{name}: {NAME} has no float64")
 
 
 def count(name: str, args: tuple, tensors: list[Tensor], leaves: bool) -> None:
