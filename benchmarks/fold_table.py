@@ -28,7 +28,7 @@ from dreambooth_moslora.adapters.moslora import (
     adapter_parameters,
     inject,
 )
-from dreambooth_moslora.adapters.raw_file import adapter_facts
+from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.core.config import MIXERS
 from dreambooth_moslora.core.run_folder import PUBLISHED_NAME
 
@@ -114,7 +114,7 @@ def measure(kind: str, variant: str, folder: Path) -> dict[str, float]:
     base = small_unet()
     live = adapt(copy.deepcopy(base), kind, variant)
     components = {"unet": live}
-    publish(components, folder, "table", adapter_facts(components))
+    publish(components, folder, "table", adapter_metadata(components))
     wanted = output(live)
     effect = float((wanted - output(base)).abs().max())
     kohya = folder / f"table{KOHYA_SUFFIX}"

@@ -1,4 +1,4 @@
-"""What is this file? Kind, rank, alpha, modules, base and trigger words of any LoRA file, ours or other people's."""
+"""Kind, rank, alpha, modules, base and trigger words of any LoRA file, written by us or by another program."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dreambooth_moslora.adapters.low_rank import LowRank
-from dreambooth_moslora.adapters.metadata import AdapterFacts
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.raw_file import check_finite, component_tensors, matrices_from, read_raw, read_tensors
 from dreambooth_moslora.adapters.spectrum import diagnose, effective_rank_of, summary
 from dreambooth_moslora.core.errors import UserError
@@ -57,7 +57,10 @@ class Pair:
 
 
 def describe(path: str | Path) -> dict[str, object]:
-    """Facts of a LoRA file, JSON-able. Raises UserError for a file that is broken or holds no LoRA."""
+    """What a LoRA file is and holds, JSON-able.
+
+    Raises UserError for a broken file, and for one without a LoRA.
+    """
     path = Path(path).expanduser()
     tensors, header = read_tensors(path)
     facts = {"file": path.name, "size_mib": round(path.stat().st_size / 2**20, 3)}
@@ -69,30 +72,30 @@ def describe(path: str | Path) -> dict[str, object]:
 
 
 def describe_raw(path: Path) -> dict[str, object]:
-    """Our raw file: the mixer's figures too."""
-    tensors, facts = read_raw(path)
+    """What our raw file holds, with the figures of its mixers."""
+    tensors, metadata = read_raw(path)
     figures, modules = {}, Counter()
     for component in sorted({key.split(".", 1)[0] for key in tensors}):
         for module, parts in component_tensors(tensors, component).items():
             modules[component] += 1
-            matrices = matrices_from(parts, facts, f"{component}.{module}")
-            figures[f"{component}.{module}"] = diagnose(matrices, facts.mixer, facts.mixer_seed, module)
+            matrices = matrices_from(parts, metadata, f"{component}.{module}")
+            figures[f"{component}.{module}"] = diagnose(matrices, metadata.mixer, metadata.mixer_seed, module)
     ranks = Counter(f.rank for f in figures.values())
     return {
         "kind": "raw MoSLoRA weights (for resuming; export it to use it elsewhere)",
         "modules": dict(modules),
         "ranks": {str(rank): number for rank, number in sorted(ranks.items())},
-        "alpha": facts.alpha,
-        "use_rslora": facts.use_rslora,
-        "use_dora": facts.use_dora,
-        "mixer": facts.mixer + ("" if facts.train_mixer or facts.mixer == "none" else " (frozen)"),
+        "alpha": metadata.alpha,
+        "use_rslora": metadata.use_rslora,
+        "use_dora": metadata.use_dora,
+        "mixer": metadata.mixer + ("" if metadata.train_mixer or metadata.mixer == "none" else " (frozen)"),
         **{name: round(value, 4) for name, value in summary(figures).items()},
-        **said_by_facts(facts),
+        **said_by_metadata(metadata),
     }
 
 
 def describe_pairs(name: str, tensors: dict[str, Tensor], header: dict[str, str]) -> dict[str, object]:
-    """Any plain LoRA, and a name for what we know but cannot read further."""
+    """What a plain LoRA file holds. Of other kinds of adapters only the name is given. Raises UserError."""
     pairs = find_pairs(name, tensors)
     others = [kind for mark, kind in OTHER_KINDS.items() if any(mark in key for key in tensors)]
     if not pairs and not others:
@@ -110,6 +113,10 @@ def kind_of(pairs: list[Pair], others: list[str], header: dict[str, str]) -> str
 
 
 def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
+    """The pairs of down and up matrices among a file's tensors.
+
+    Raises UserError for one without the other.
+    """
     pairs = []
     for key, down in tensors.items():
         suffix = next((s for s in PAIRS if key.endswith(s)), None)
@@ -129,7 +136,7 @@ def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
 
 @torch.no_grad()
 def geometry(pairs: list[Pair]) -> dict[str, object]:
-    """Modules by component, ranks, alphas, the scale alpha/rank, and the effective rank where up·down is all."""
+    """Modules by component, ranks, alphas, scales, and the effective rank of the pairs with ΔW = up·down."""
     ranks, alphas = Counter(p.matrices.rank for p in pairs), Counter(p.alpha for p in pairs if p.alpha is not None)
     scales = sorted({p.scale for p in pairs if p.scale is not None})
     dense = [p for p in pairs if p.is_product]
@@ -149,11 +156,11 @@ def component_of(module: str) -> str:
 
 
 def said_by_header(header: dict[str, str]) -> dict[str, object]:
-    """What the header claims: ours, ModelSpec's, or kohya's."""
+    """What the header says about the adapter, in our own keys, ModelSpec's or kohya's."""
     if "moslora" in header:
         try:
-            facts = AdapterFacts.from_json(header["moslora"])
-            return {"mixer": f"{facts.mixer}, folded"} | said_by_facts(facts)
+            metadata = AdapterMetadata.from_json(header["moslora"])
+            return {"mixer": f"{metadata.mixer}, folded"} | said_by_metadata(metadata)
         except (TypeError, ValueError):
             return {"base": "unknown: the moslora header is broken"}
     facts = {
@@ -166,7 +173,7 @@ def said_by_header(header: dict[str, str]) -> dict[str, object]:
 
 
 def frequent_tags(header: dict[str, str], number: int = 5) -> list[str]:
-    """kohya's tag counts: the most frequent ones serve as trigger words."""
+    """The most frequent tags of kohya's tag counts, which serve as trigger words."""
     try:
         folders = json.loads(header.get("ss_tag_frequency", "{}"))
         counts = Counter()
@@ -177,25 +184,25 @@ def frequent_tags(header: dict[str, str], number: int = 5) -> list[str]:
     return [tag for tag, _ in counts.most_common(number)]
 
 
-def said_by_facts(facts: AdapterFacts) -> dict[str, object]:
+def said_by_metadata(metadata: AdapterMetadata) -> dict[str, object]:
     said = {
-        "base": facts.base_id,
-        "trigger_words": ", ".join(facts.trigger_words),
-        "class_word": facts.class_word,
-        "resolution_px": facts.resolution_px,
-        "versions": ", ".join(f"{name} {number}" for name, number in facts.versions.items()),
+        "base": metadata.base_id,
+        "trigger_words": ", ".join(metadata.trigger_words),
+        "class_word": metadata.class_word,
+        "resolution_px": metadata.resolution_px,
+        "versions": ", ".join(f"{name} {number}" for name, number in metadata.versions.items()),
     }
     return {key: value for key, value in said.items() if value}
 
 
 def lines(facts: dict[str, object]) -> list[str]:
-    """One fact a line, for the terminal."""
+    """One line for each entry of `describe`, for the terminal."""
     shown = {"file": facts["file"], **{k: v for k, v in facts.items() if k != "file"}}
     return [f"{key.replace('_', ' ') + ':':<24} {printable(as_text(key, value))}" for key, value in shown.items()]
 
 
 def printable(text: str) -> str:
-    """Without what would steer the terminal: the header of a file may hold anything."""
+    """The text without control characters: the header of a file may hold some that steer the terminal."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 

@@ -1,11 +1,13 @@
-"""Adapter files. What is published is always folded: ΔW = up·down with the scale baked in and alpha = rank.
+"""Publishing an adapter.
+
+What is published is always folded: ΔW = up·down with the scale baked in and alpha = rank.
 
 live adapter --fold--> LowRank --reduce_layers--> --publish--> pytorch_lora_weights.safetensors   for diffusers
                                                                    <name>.kohya.safetensors           for the others
              --save_raw--> moslora_weights.safetensors --load_raw--> the same adapter, bit for bit
 
-Such a file is right without metadata, in any version of diffusers and in kohya's form. Nothing is published before
-the stock loader has read it back and computed the same (`proof`).
+Such a file is right without metadata, in any version of diffusers and in kohya's form. Nothing is published
+before the stock loader has read it back and computed the same (`proof`).
 """
 
 from dataclasses import replace
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.kohya import kohya_header, kohya_tensors
 from dreambooth_moslora.adapters.low_rank import LowRank
-from dreambooth_moslora.adapters.metadata import AdapterFacts, most_common
+from dreambooth_moslora.adapters.metadata import AdapterMetadata, most_common
 from dreambooth_moslora.adapters.moslora import adapter_layers, fold
 from dreambooth_moslora.adapters.proof import BOUNDS, FileProof, Proof, check_reduction, prove_file, published_name
 from dreambooth_moslora.adapters.raw_file import (
@@ -51,7 +53,7 @@ def publish(
     components: dict[str, nn.Module],
     out_dir: str | Path,
     name: str,
-    facts: AdapterFacts,
+    metadata: AdapterMetadata,
     dtype: torch.dtype = torch.float32,
     *,
     keep: float = 1.0,
@@ -59,8 +61,9 @@ def publish(
 ) -> Proof:
     """Write both published files into `out_dir`, or neither: each is proved before it gets its name.
 
-    `keep` below 1 lowers the rank of each projection to keep that share of ‖ΔW‖². Raises UserError when a file
-    differs from the adapter by more than the dtype's bound, when weights are NaN, or when the adapter is merged.
+    `keep` below 1 lowers the rank of each projection to keep that share of ‖ΔW‖². Raises UserError when a
+    file differs from the adapter by more than the dtype's bound, when weights are NaN, or when the adapter is
+    merged.
     """
     check_name(name)
     check_publishable(components, dtype, adapter_name)
@@ -77,7 +80,7 @@ def publish(
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     with scratch_directory(out_dir) as scratch:
-        written = write_published(folded, scratch, name, with_ranks(facts, folded), dtype, pad=keep == 1.0)
+        written = write_published(folded, scratch, name, with_ranks(metadata, folded), dtype, pad=keep == 1.0)
         proofs = tuple(prove_file(path, components, adapter_name, expected) for path in written)
         check_bound(proofs, BOUNDS[dtype], dtype)
         for path in written:
@@ -86,6 +89,7 @@ def publish(
 
 
 def check_publishable(components: dict[str, nn.Module], dtype: torch.dtype, adapter_name: str) -> None:
+    """Raises UserError for a merged adapter, an unknown dtype, and adapters that our files cannot hold."""
     check_components(components)
     check_storable(components, adapter_name)
     if dtype not in BOUNDS:
@@ -97,6 +101,7 @@ def check_publishable(components: dict[str, nn.Module], dtype: torch.dtype, adap
 
 
 def published_layers(components: dict[str, nn.Module], adapter_name: str) -> Folded:
+    """The folded adapter, under the module paths that other programs know."""
     return {
         component: {published_name(component, path)[1]: f for path, f in fold(model, adapter_name).items()}
         for component, model in components.items()
@@ -113,15 +118,18 @@ def expected_deltas(components: dict[str, nn.Module], folded: Folded, adapter_na
 
 
 def write_published(
-    folded: Folded, folder: Path, name: str, facts: AdapterFacts, dtype: torch.dtype, *, pad: bool
+    folded: Folded, folder: Path, name: str, metadata: AdapterMetadata, dtype: torch.dtype, *, pad: bool
 ) -> tuple[Path, Path]:
-    """Both files; `pad` gives diffusers' one a single rank. The facts are JSON under a header key of our own."""
+    """Write both files; with `pad`, diffusers' file has a single rank.
+
+    The header key `moslora` holds the metadata.
+    """
     if dtype == torch.float16:
         folded = {c: {path: balanced(layer) for path, layer in layers.items()} for c, layers in folded.items()}
-    header = {"format": "pt", "moslora": replace(facts, structures={}).to_json()}
+    header = {"format": "pt", "moslora": replace(metadata, structures={}).to_json()}
     paths = folder / PUBLISHED_NAME, folder / f"{name}{KOHYA_SUFFIX}"
     files = published_tensors(padded(folded) if pad else folded, dtype), kohya_tensors(folded, dtype)
-    headers = header, header | kohya_header(name, facts, folded)
+    headers = header, header | kohya_header(name, metadata, folded)
     for path, tensors, head in zip(paths, files, headers, strict=True):
         check_finite(tensors, f"the adapter in {dtype}")
         write_file(path, tensors, head)
@@ -144,12 +152,12 @@ def published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) -> dic
 
 
 def magnitude_key(component: str) -> str:
-    """For a UNet every diffusers adds `.weight` itself, and old ones need that; transformers' loader does not."""
+    """For a UNet every diffusers adds `.weight`, and old ones need that; transformers' loader does not."""
     return "lora_magnitude_vector" if component == "unet" else "lora_magnitude_vector.weight"
 
 
 def padded(folded: Folded) -> Folded:
-    """All projections at the file's largest rank, with zeros: old diffusers takes one alpha for ranks that differ."""
+    """All projections at the file's largest rank, with zeros: old diffusers takes one alpha for all ranks."""
     rank = max(layer.rank for layers in folded.values() for layer in layers.values())
 
     def pad(layer: LowRank) -> LowRank:
@@ -162,7 +170,7 @@ def padded(folded: Folded) -> Folded:
 
 
 def balanced(layer: LowRank) -> LowRank:
-    """Move a power of two between up and down, exactly: an early `up` is so small that fp16 would round it away."""
+    """Move a power of two between up and down, exactly: fp16 would round the small `up` of early steps to 0."""
     sizes = layer.up.abs().max(), layer.down.abs().max()
     if min(sizes) == 0:
         return layer
@@ -170,15 +178,16 @@ def balanced(layer: LowRank) -> LowRank:
     return LowRank(layer.down / factor, layer.up * factor, magnitude=layer.magnitude)
 
 
-def with_ranks(facts: AdapterFacts, folded: Folded) -> AdapterFacts:
-    """The facts of the folded file: its own ranks, alpha = rank, no scaling rule."""
+def with_ranks(metadata: AdapterMetadata, folded: Folded) -> AdapterMetadata:
+    """The metadata of the folded file: its ranks after a reduction, alpha = rank, no rsLoRA."""
     ranks = {f"{c}.{path}": layer.rank for c, layers in folded.items() for path, layer in layers.items()}
     rank = most_common(ranks.values())
     others = {path: r for path, r in ranks.items() if r != rank}
-    return replace(facts, rank=rank, alpha=rank, ranks=others, alphas=others, use_rslora=False)
+    return replace(metadata, rank=rank, alpha=rank, ranks=others, alphas=others, use_rslora=False)
 
 
 def check_bound(proofs: tuple[FileProof, ...], bound: float, dtype: torch.dtype) -> None:
+    """Raises UserError for a file that differs from the live adapter by more than `bound` (relative)."""
     for proof in proofs:
         if not proof.largest <= bound:
             raise UserError(
@@ -201,18 +210,18 @@ def report(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded, re
 
 
 def notes_on(layers: list[LowRank], reduced: bool) -> tuple[str, ...]:
-    """What a user of other programs, or of old ones, has to know."""
+    """Notes for users of other programs or old versions."""
     several_ranks = reduced and len({layer.rank for layer in layers}) > 1
     has_dora = any(layer.magnitude is not None for layer in layers)
     return (DORA_NOTE,) * has_dora + (RANKS_NOTE,) * several_ranks
 
 
-def load_published(path: str | Path) -> tuple[dict[str, Tensor], AdapterFacts | None]:
-    """Tensors of a LoRA file as it stands, and our facts when the file is ours. Raises UserError for a broken file."""
+def load_published(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetadata | None]:
+    """Tensors of a LoRA file, and its metadata when we wrote it. Raises UserError for a broken file."""
     path = Path(path)
     tensors, header = read_tensors(path / PUBLISHED_NAME if path.is_dir() else path)
     check_finite(tensors, path.name)
     try:
-        return tensors, AdapterFacts.from_json(header["moslora"])
+        return tensors, AdapterMetadata.from_json(header["moslora"])
     except (KeyError, TypeError, ValueError):
         return tensors, None

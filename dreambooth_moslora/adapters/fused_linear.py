@@ -1,15 +1,17 @@
-"""The adapted projection as one autograd node: same function as PEFT's, fewer launches and fewer saved tensors.
+"""The adapted projection as one autograd node: PEFT's function with fewer launches and fewer saved tensors.
 
     y = W0·x + b + s·U·A·x          U = B·M (out,r), or B alone for plain LoRA
     dx = W0ᵀ·g + s·Aᵀ·(Uᵀ·g)        dA = s·(Uᵀ·g)·xᵀ        dU = s·g·(A·x)ᵀ
 
-PEFT computes the branch in its own full-width tensors, in fp32 when the adapter is fp32, and autograd keeps a cast
-copy of x for each projection. Here the branch is added into the base's output in place, x is kept once as it came
-(q, k and v share it), and of the branch only A·x (n,r) is kept. Adapters stay fp32 masters; the arithmetic is in the
-base weight's dtype. The scale is folded into U: `addmm` with a factor other than 1 leaves the fast CPU kernels.
+PEFT computes the branch in its own full-width tensors, in fp32 when the adapter is fp32, and autograd keeps a
+cast copy of x for each projection. Here the branch is added into the base's output in place, x is kept once
+as it came (q, k and v share it), and of the branch only A·x (n,r) is kept. Adapters stay fp32 masters; the
+arithmetic is in the base weight's dtype. The scale is folded into U: `addmm` with a factor other than 1
+leaves the fast CPU kernels.
 
-Only a dense frozen `nn.Linear` with an adapter without dropout, DoRA or bias is switched. What can change from call to
-call (disabled, merged, several active adapters, mixed batches, autocast) sends that call to PEFT's own forward.
+Only a dense frozen `nn.Linear` with an adapter without dropout, DoRA or bias is switched. What can change
+from call to call (disabled, merged, several active adapters, mixed batches, autocast) sends that call to
+PEFT's own forward.
 """
 
 import torch
@@ -24,7 +26,7 @@ __all__ = ["FastLinear", "disable_fast_path", "enable_fast_path", "slow_projecti
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """(x (…,in), W0 (out,in), b (out) | None, A (r,in), U (out,r), s) -> y (…,out) in W0's dtype; W0, b frozen."""
+    """x (…,in), frozen W0 (out,in) and b (out) or None, A (r,in), U (out,r), s -> y (…,out) in W0's dtype."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
@@ -78,7 +80,7 @@ def _same_dtype(x: Tensor, weight: Tensor) -> bool:
 
 
 def slow_reason(layer: nn.Module, adapter_name: str = "default") -> str | None:
-    """Why this adapted layer keeps the general path, in a few words; None when the fast one computes the same."""
+    """Why this adapted layer keeps the general path, in a few words; None when it need not."""
     if type(layer) not in (LoraLinear, FastLinear):
         return f"not a dense linear layer ({type(layer).__module__}.{type(layer).__name__})"
     base = layer.base_layer

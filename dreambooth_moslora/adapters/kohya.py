@@ -1,18 +1,18 @@
-"""kohya's names for an SDXL LoRA, and the header facts that ComfyUI, A1111 and InvokeAI show.
+"""kohya's names for an SDXL LoRA, and the header metadata that ComfyUI, A1111 and InvokeAI show.
 
     lora_unet_<path with _>.lora_down.weight (r, in)   .lora_up.weight (out, r)   .alpha = r   [.dora_scale (out, 1)]
 
-ΔW = alpha/r · up·down. Where the ranks differ, every module has the alpha of the most common rank, and `up` of the
-others carries r/alpha: diffusers loses the alphas of attention projections when a file has several.
-`lora_te1_` and `lora_te2_` are the two text encoders. Header keys: github.com/Stability-AI/ModelSpec, and `ss_*` of
-kohya's sd-scripts. Folder names, captions and tag counts, which sd-scripts also writes, stay out.
+ΔW = alpha/r · up·down. Where the ranks differ, every module has the alpha of the most common rank, and `up`
+of the others carries r/alpha: diffusers loses the alphas of attention projections when a file has several.
+`lora_te1_` and `lora_te2_` are the two text encoders. Header keys: github.com/Stability-AI/ModelSpec, and
+`ss_*` of kohya's sd-scripts. Folder names, captions and tag counts, which sd-scripts also writes, stay out.
 """
 
 import torch
 from torch import Tensor
 
 from dreambooth_moslora.adapters.low_rank import LowRank
-from dreambooth_moslora.adapters.metadata import AdapterFacts, most_common
+from dreambooth_moslora.adapters.metadata import AdapterMetadata, most_common
 
 __all__ = ["kohya_header", "kohya_name", "kohya_tensors"]
 
@@ -44,20 +44,20 @@ def common_rank(components: dict[str, dict[str, LowRank]]) -> int:
     return most_common(layer.rank for layers in components.values() for layer in layers.values())
 
 
-def kohya_header(title: str, facts: AdapterFacts, components: dict[str, dict[str, LowRank]]) -> dict[str, str]:
+def kohya_header(title: str, metadata: AdapterMetadata, components: dict[str, dict[str, LowRank]]) -> dict[str, str]:
     """Title, trigger phrase, architecture and rank; every value is a string, as safetensors wants it."""
     ranks = {layer.rank for layers in components.values() for layer in layers.values()}
     rank = str(*ranks) if len(ranks) == 1 else "Dynamic"  # sd-scripts' word for a file of several ranks
-    cross = facts.structures.get("unet", {}).get("config", {}).get("cross_attention_dim", SDXL_CROSS_ATTENTION)
+    cross = metadata.structures.get("unet", {}).get("config", {}).get("cross_attention_dim", SDXL_CROSS_ATTENTION)
     is_sdxl = cross == SDXL_CROSS_ATTENTION
     header = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora" if is_sdxl else f"sdxl-like-{cross}/lora",
         "modelspec.implementation": "https://github.com/huggingface/diffusers",
         "modelspec.title": title,
-        "modelspec.trigger_phrase": ", ".join(facts.trigger_words),
+        "modelspec.trigger_phrase": ", ".join(metadata.trigger_words),
         "ss_output_name": title,
-        "ss_sd_model_name": facts.base_id,
+        "ss_sd_model_name": metadata.base_id,
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
         "ss_network_alpha": str(common_rank(components)),
@@ -65,7 +65,7 @@ def kohya_header(title: str, facts: AdapterFacts, components: dict[str, dict[str
     }
     if is_sdxl:
         header["ss_base_model_version"] = "sdxl_base_v1-0"
-    if facts.resolution_px:
-        size = facts.resolution_px
+    if metadata.resolution_px:
+        size = metadata.resolution_px
         header |= {"modelspec.resolution": f"{size}x{size}", "ss_resolution": f"({size}, {size})"}
     return {key: value for key, value in header.items() if value}

@@ -1,4 +1,4 @@
-"""Which layers a model has for an adapter, and which of them a config means: PEFT is asked, its rule is not copied."""
+"""Which layers a model has for an adapter, and which of them a config means. PEFT's own rule is asked."""
 
 import re
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ def without_wrapper(model: nn.Module) -> nn.Module:
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Module path -> module, in the model's order, as if PEFT had wrapped none; a shared module under its first path.
+    """Module path -> module, in the model's order, as if PEFT had wrapped none.
 
-    The model itself is left out.
+    A shared module is listed under its first path only, and the model itself is left out.
     """
     modules, seen = {}, set()
     for path, module in _walk(without_wrapper(model), ""):

@@ -1,4 +1,4 @@
-"""Adapter files: read any LoRA file (ours, diffusers', kohya's), check that it fits the base, put it into the pipeline.
+"""Read any LoRA file (ours, diffusers', kohya's), check that it fits the base, put it into the pipeline.
 
 file --read_adapter--> AdapterWeights --check_fits--> --install--> a PEFT adapter under its content's name
 
@@ -33,7 +33,10 @@ FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """A LoRA file's content: component -> projections and scales by the base's module paths. `sha256` is the file's."""
+    """A LoRA file's content: component -> projections and scales by the base's module paths.
+
+    `sha256` is the file's.
+    """
 
     file_name: str
     sha256: str
@@ -104,11 +107,11 @@ def _module_name(component: str, path: str, model: nn.Module | None) -> str:
 
 def fold_raw(file: Path) -> dict[str, Tensor]:
     """A checkpoint as the tensors of a plain LoRA in diffusers' naming: down = A, up = s·B·M, alpha = rank."""
-    tensors, facts = read_raw(file)
+    tensors, metadata = read_raw(file)
     folded: dict[str, dict[str, LowRank]] = {}
     for component in COMPONENTS:
         for path, parts in component_tensors(tensors, component).items():
-            layer = matrices_from(parts, facts, f"{component}.{path}").fold()
+            layer = matrices_from(parts, metadata, f"{component}.{path}").fold()
             folded.setdefault(component, {})[published_name(component, path)[1]] = layer
     return published_tensors(folded)
 
@@ -124,12 +127,12 @@ def _read_published(file: Path, pipeline: StableDiffusionXLPipeline) -> tuple[di
             local_files_only=True,
             return_lora_metadata=True,
         )
-    except Exception as error:  # diffusers' conversion of somebody's names may stumble anywhere
+    except Exception as error:  # diffusers' conversion of unknown names can raise anything
         raise UserError(f"{file.name} is not a LoRA file that diffusers can read: {one_line(error)}") from error
 
 
 def check_fits(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline, base_name: str) -> None:
-    """Raises UserError when any projection has no place of its size in the base; another base is told by both."""
+    """Raises UserError, which describes both bases, unless each pair has a layer of its size in the base."""
     for component, (found, _) in weights.parts.items():
         model = getattr(pipeline, component, None)
         layers = {} if model is None else matrix_layers(model)
@@ -146,7 +149,7 @@ def check_fits(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline, bas
 
 
 def _misshapen(projection: LowRank, layer: nn.Module) -> str:
-    """The first tensor that `layer` cannot take, in words; "" when all are right."""
+    """Names the first tensor whose shape does not suit `layer`; "" when all do."""
     kernel = tuple(getattr(layer, "kernel_size", ()))
     ones, outputs = (1,) * len(kernel), _width(layer, "out")
     shapes = {
@@ -187,8 +190,8 @@ def _describe_weights(weights: AdapterWeights) -> str:
 
 
 def _describe_base(pipeline: StableDiffusionXLPipeline) -> str:
-    facts = architecture(pipeline.unet)
-    return _describe(facts["cross_attention_dim"], sorted(_attention_widths(pipeline.unet)))
+    cross_attention_dim = architecture(pipeline.unet)["cross_attention_dim"]
+    return _describe(cross_attention_dim, sorted(_attention_widths(pipeline.unet)))
 
 
 def _attention_widths(unet: nn.Module) -> set[int]:
@@ -204,7 +207,7 @@ def _describe(cross: int, widths: list[int]) -> str:
 def install(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline) -> None:
     """Add the adapter to the pipeline's components, under `weights.key`.
 
-    Raises UserError when that fails, with what was already in taken out again.
+    Raises UserError when that fails; the components are as before then.
     """
     try:
         for component, (found, scales) in weights.parts.items():

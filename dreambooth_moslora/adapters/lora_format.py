@@ -1,4 +1,6 @@
-"""The parts of a LoRA file under one name each, whichever program wrote it; anything that is no such part is refused.
+"""The matrices and scales of a LoRA file under one set of names, whichever program wrote it.
+
+Other keys are refused.
 
 <component>.<module path>.<part>  ->  component -> module path -> LowRank
 
@@ -46,9 +48,9 @@ DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def projections(tensors: dict[str, Tensor], file_name: str) -> dict[str, dict[str, LowRank]]:
-    """Component -> module path as the file writes it -> LowRank.
+    """Component -> module path as the file writes it -> its matrices.
 
-    Raises UserError for a key that is no part of a LoRA, a matrix without its other half, and what is no finite number.
+    Raises UserError for a key that is no part of a LoRA, half a pair of matrices, and NaN or infinity.
     """
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in tensors.items():
@@ -65,9 +67,10 @@ def projections(tensors: dict[str, Tensor], file_name: str) -> dict[str, dict[st
 
 
 def module_path(component: str, key: str) -> str:
-    """The module that a key is about, without its component: `…attn1.processor.to_q_lora.down.weight` -> `…attn1.to_q`.
+    """The module path that a key of a file names, without its component:
+    `…attn1.processor.to_q_lora.down.weight` -> `…attn1.to_q`.
 
-    A key that names no part is taken for the module itself.
+    A key without a known part is taken for the module path itself.
     """
     match = _match(key)
     if match is None:
@@ -118,14 +121,14 @@ MODULE_NAME = re.compile(r"\^?\w[\w.]*")
 
 @dataclass(frozen=True)
 class Scales:
-    """Of one component: alpha per module path, and the rule."""
+    """Of one component: module path -> alpha, and whether s is alpha/√r (rsLoRA) or alpha/r."""
 
     alphas: dict[str, float]
     use_rslora: bool = False
 
 
 Part = tuple[dict[str, LowRank], Scales]
-"""One component's projections by module path, and their scales."""
+"""Module path -> matrices of one component, and their scales."""
 
 
 def scales(
@@ -135,7 +138,10 @@ def scales(
     peft_metadata: object,
     file_name: str,
 ) -> Scales:
-    """Raises UserError for settings that are no numbers, contradict the tensors or ask for another base."""
+    """The alphas of one component, from kohya's alphas or PEFT's settings in the header.
+
+    Raises UserError for settings that are not numbers, that contradict the tensors, or that change the base.
+    """
     if peft_metadata is not None and not isinstance(peft_metadata, dict):
         raise _broken(file_name, "its LoRA settings are no object")
     if peft_metadata and network_alphas:
@@ -152,12 +158,15 @@ def scales(
 
 
 def _from_alphas(component: str, found: dict[str, LowRank], own: dict[str, float]) -> Scales:
-    """kohya's alphas. Without any, alpha is the rank; a projection that has none gets the commonest as in diffusers."""
+    """From kohya's alphas. Without any, alpha is the rank.
+
+    A layer without one gets the most common, as in diffusers.
+    """
     named = {module_path(component, key.removesuffix(".alpha")): value for key, value in own.items()}
     if not named:
         return Scales({path: projection.rank for path, projection in found.items()})
-    commonest = most_common(named.values())
-    return Scales({path: named.get(path, commonest) for path in found})
+    common = most_common(named.values())
+    return Scales({path: named.get(path, common) for path in found})
 
 
 def _from_settings(component: str, found: dict[str, LowRank], settings: dict, file_name: str) -> Scales:
@@ -174,12 +183,12 @@ def _from_settings(component: str, found: dict[str, LowRank], settings: dict, fi
 
 
 def _names(component: str, path: str) -> set[str]:
-    """A text encoder's modules are called with and without `text_model.` by different versions of transformers."""
+    """Both names of a module: versions of transformers differ in the prefix `text_model.` of a text encoder."""
     return {path if component == "unet" else path.removeprefix("text_model."), published_name(component, path)[1]}
 
 
 def _finder(pattern: object, file_name: str) -> Callable[[set[str], float], float]:
-    """(names of a module, default) -> the value of the first entry that is one of them or their end, as PEFT chooses.
+    """(names of a module, default) -> value of the first entry that is a name or its end, as PEFT chooses.
 
     `^` at an entry's start: only the whole name counts.
     """

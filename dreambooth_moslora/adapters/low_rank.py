@@ -11,8 +11,8 @@ __all__ = ["LowRank"]
 class LowRank:
     """The two matrices of a plain LoRA on one layer; its scale or alpha is kept elsewhere.
 
-    `down` (r, in) and `up` (out, r), or kernels (r, in, h, w) and (out, r, 1, 1) of a convolution. `bias` (out,) is
-    added by `up`, and `magnitude` (out,) is DoRA's.
+    `down` (r, in) and `up` (out, r), or kernels (r, in, h, w) and (out, r, 1, 1) of a convolution. `bias`
+    (out,) is added by `up`, and `magnitude` (out,) is DoRA's.
     """
 
     down: Tensor

@@ -1,4 +1,4 @@
-"""What an adapter file says about itself, as JSON in its header, and which values such a fact can have."""
+"""What an adapter file says about itself, as JSON in its header, and which values are valid there."""
 
 import json
 import sys
@@ -10,14 +10,16 @@ from importlib.metadata import PackageNotFoundError, version
 from dreambooth_moslora import __version__
 from dreambooth_moslora.core.config import MIXERS
 
-__all__ = ["AdapterFacts", "most_common", "versions"]
+__all__ = ["AdapterMetadata", "most_common", "versions"]
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
 
 @dataclass(frozen=True)
-class AdapterFacts:
-    """What a file says about its adapter. No path, no photo fact, nothing of the machine it was made on.
+class AdapterMetadata:
+    """What a file says about its adapter.
+
+    It holds no path, nothing about the photos, nothing about the machine.
 
     `ranks` and `alphas` name the modules (`component.path`) that differ from `rank` and `alpha`.
     """
@@ -44,17 +46,17 @@ class AdapterFacts:
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str) -> "AdapterFacts":
-        """Raises ValueError or TypeError for anything that `to_json` does not write. Unknown facts are left out."""
+    def from_json(cls, text: str) -> "AdapterMetadata":
+        """Unknown keys are left out. Raises ValueError or TypeError for what `to_json` does not write."""
         try:
             stored = json.loads(text)
         except RecursionError:
             raise ValueError("nested too deep") from None
         if not isinstance(stored, dict):
-            raise TypeError("the facts are an object")
+            raise TypeError("the metadata is not an object")
         known = {k: v for k, v in stored.items() if k in cls.__dataclass_fields__}
         for name, value in known.items():
-            if not FACTS[name](value):
+            if not VALID[name](value):
                 raise ValueError(f"{name} is {value!r:.60}")
         return cls(**{**known, "trigger_words": tuple(known.get("trigger_words", ()))})
 
@@ -76,7 +78,7 @@ def is_text(value: object) -> bool:
 
 
 def named(check: Callable[[object], bool]) -> Callable[[object], bool]:
-    """Of an object whose values all pass `check`."""
+    """A check for an object whose values all pass `check`."""
     return lambda value: isinstance(value, dict) and all(check(v) for v in value.values())
 
 
@@ -84,7 +86,7 @@ def is_dict(value: object) -> bool:
     return isinstance(value, dict)
 
 
-FACTS: dict[str, Callable[[object], bool]] = {
+VALID: dict[str, Callable[[object], bool]] = {
     "rank": is_rank,
     "alpha": is_number,
     "use_rslora": is_bool,
@@ -103,15 +105,16 @@ FACTS: dict[str, Callable[[object], bool]] = {
     "resolution_px": lambda value: value is None or is_rank(value),
     "versions": named(is_text),
 }
-"""Fact -> whether a value read from a file, which anybody may have written, can be one."""
+"""Key -> whether a value is valid for it. The file may be written by anybody."""
 
 
 def most_common(values: Iterable[float]) -> float:
-    """The value that occurs most often, the first of several: what a file names once, for all modules but a few."""
+    """The value that occurs most often, the first of several: a file names it once for all its modules."""
     return Counter(values).most_common(1)[0][0]
 
 
 def versions() -> dict[str, str]:
+    """Name -> version of this package and the libraries that an adapter depends on."""
     found = {"dreambooth_moslora": __version__}
     for name in LIBRARIES:
         try:

@@ -2,11 +2,12 @@
 
     y = W0·x + s·B·M·A·x        W0 (out, in) frozen,  A (r, in),  M (r, r) the mixer,  B (out, r),  s = alpha/r
 
-Of a convolution, W0 and A are kernels (out, in, h, w) and (r, in, h, w); B and M mix the channels of each pixel.
-A starts gaussian and B at zero, so the adapter starts as a no-op whatever the mixer is. B·M is the B of a plain LoRA:
-every adapter folds exactly into a plain LoRA, and with M = I it is one.
+Of a convolution, W0 and A are kernels (out, in, h, w) and (r, in, h, w); B and M mix the channels of each
+pixel. A starts gaussian and B at zero, so the adapter starts as a no-op whatever the mixer is. B·M is the B
+of a plain LoRA: every adapter folds exactly into a plain LoRA, and with M = I it is one.
 
-`MixedLowRank` is the formula. In a model, PEFT's LoRA layer computes it, with a `MixerLinear` in the place of its B.
+`MixedLowRank` is the formula. In a model, PEFT's LoRA layer computes it, with a `MixerLinear` in the place of
+its B.
 """
 
 import hashlib
@@ -31,7 +32,7 @@ def nominal_scale(alpha: float, rank: int, use_rslora: bool = False) -> float:
 
 
 def initial_mixer(kind: str, rank: int, seed: int, path: str) -> Tensor:
-    """M₀ (r, r) in fp32 on the CPU. It depends on the seed and the layer's path alone, not on earlier draws."""
+    """M₀ (r, r) in fp32 on the CPU. It depends on the seed and the layer's path, not on earlier draws."""
     digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
     mixer = torch.empty(rank, rank, dtype=torch.float32, device="cpu")
@@ -46,7 +47,7 @@ def initial_mixer(kind: str, rank: int, seed: int, path: str) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class MixedLowRank:
-    """The adapter of one layer: A `down` (r, in) or (r, in, h, w), M `mixer` (r, r), B `up` (out, r), s `scale`.
+    """The adapter of one layer: A `down` (r, in) or (r, in, h, w), M `mixer` (r, r), B `up` (out, r), s.
 
     `mixer` None stands for M = I, a plain LoRA. `magnitude` (out,) is DoRA's.
     """
@@ -58,7 +59,7 @@ class MixedLowRank:
     magnitude: Tensor | None = None
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        """y = W0·x + s·B·M·A·x: x (…, in), W0 `weight` (out, in) -> y (…, out). Defines what the layers compute."""
+        """y = W0·x + s·B·M·A·x: x (…, in), W0 `weight` (out, in) -> y (…, out)."""
         inner = F.linear(x, self.down)
         mixed = inner if self.mixer is None else F.linear(inner, self.mixer)
         return F.linear(x, weight) + self.scale * F.linear(mixed, self.up)
@@ -79,9 +80,9 @@ class MixedLowRank:
 
 
 class ReadOnlyWeight(Tensor):
-    """B·M, computed at each reading. PEFT functions that assign a new B to its `data` would change nothing: they raise.
+    """B·M, computed at each reading; results of operations on it are ordinary tensors.
 
-    Results of operations on it are ordinary tensors.
+    PEFT functions that assign to its `data` would change nothing: they raise.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -96,11 +97,11 @@ class ReadOnlyWeight(Tensor):
 
 
 class MixerLinear(nn.Module):
-    """B·M in the place of LoRA's B: `up` (out, r) is a parameter, `mixer` (r, r) a parameter, or a buffer when frozen.
+    """B·M in the place of LoRA's B: `up` (out, r) is a parameter, `mixer` (r, r) a parameter or a buffer.
 
-    A frozen mixer is a buffer because PEFT turns gradients on for every parameter of an adapter that it activates.
-    In a state dict a `weight` of one zero stands beside the two. Loading into a plain LoRA then fails on its shape,
-    instead of silently ignoring the other keys.
+    A frozen mixer is a buffer, because PEFT turns gradients on for every parameter of an active adapter. In a
+    state dict a `weight` of one zero stands beside the two. Loading into a plain LoRA then fails on its
+    shape, instead of silently ignoring the other keys.
     """
 
     def __init__(self, up: Tensor, mixer: Tensor, train_mixer: bool = True):
@@ -117,7 +118,7 @@ class MixerLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """B·M, which PEFT merges as a plain LoRA's B. A tensor subclass (fake, distributed) keeps its class."""
+        """B·M, which PEFT merges as a plain LoRA's B. A fake or distributed tensor keeps its class."""
         product = self.product()
         return product.as_subclass(ReadOnlyWeight) if type(product) is Tensor else product
 

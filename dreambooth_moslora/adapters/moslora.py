@@ -1,8 +1,8 @@
-"""MoSLoRA adapters on a model: adding one, listing its layers and parameters, scaling, switching off, folding.
+"""MoSLoRA adapters on a model: add one, list its layers and parameters, scale it, switch it off, fold it.
 
-The method is in `mixer`. The mixer lives inside PEFT's `lora_B[adapter]`, so whatever PEFT does with a LoRA layer
-also works with this one: quantised bases, DoRA, merging, several adapters. There are two ways to add an adapter:
-`inject` for a model in place, and `MoSLoraConfig` for `peft.get_peft_model`.
+The method is in `mixer`. The mixer lives inside PEFT's `lora_B[adapter]`, so whatever PEFT does with a LoRA
+layer also works with this one: quantised bases, DoRA, merging, several adapters. There are two ways to add an
+adapter: `inject` for a model in place, and `MoSLoraConfig` for `peft.get_peft_model`.
 """
 
 import warnings
@@ -69,7 +69,7 @@ class MoSLoraConfig(LoraConfig):
     def to_dict(self) -> dict[str, object]:
         """What PEFT's `save_pretrained` writes: without a mixer, a plain LoraConfig's.
 
-        A PEFT without this package refuses the type MOSLORA. As type LORA it would load, and compute B·A or nothing.
+        A PEFT without this package refuses the type MOSLORA. As LORA it would load and compute a wrong ΔW.
         """
         if self.mixer == "none":
             return self.without_mixer().to_dict()
@@ -84,10 +84,10 @@ register(SAVED_TYPE, MoSLoraConfig)
 
 
 def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> nn.Module:
-    """Add an adapter to a model in place, freeze the base, make the adapter the active one. Returns the model.
+    """Add an adapter to a model in place, freeze the base, activate the adapter. Returns the model.
 
-    Adapter weights are fp32 whatever the base's dtype. Raises UserError when no module matches, when the name is
-    taken, or when a target cannot carry a mixer; the model is unchanged then.
+    Adapter weights are fp32 whatever the base's dtype. Raises UserError when no module matches, when the name
+    is taken, or when a target cannot carry a mixer; the model is unchanged then.
     """
     if adapter_name in getattr(model, "peft_config", {}):
         raise UserError(f"The model already has an adapter named {adapter_name!r}; delete it or choose another name")
@@ -119,7 +119,10 @@ def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str,
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> list[tuple[str, nn.Parameter]]:
-    """(name, parameter) of every A, B, learnt M and DoRA magnitude, in the model's order. Frozen mixers are not in."""
+    """(name, parameter) of every A, B, learnt M and DoRA magnitude, in the model's order.
+
+    Frozen mixers are not in.
+    """
     found = []
     for path, layer in adapter_layers(model, adapter_name).items():
         for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
@@ -130,7 +133,10 @@ def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> list[
 
 
 def mixer_parameters(model: nn.Module, adapter_name: str = "default") -> list[tuple[str, nn.Parameter]]:
-    """The learnt mixers among `adapter_parameters`. Weight decay would pull M to 0, not to its start: exempt them."""
+    """The learnt mixers among `adapter_parameters`.
+
+    Weight decay would pull M to 0, not to its start: exempt them.
+    """
     return [(name, p) for name, p in adapter_parameters(model, adapter_name) if name.endswith(".lora_B.mixer")]
 
 
@@ -142,7 +148,10 @@ def set_scale(model: nn.Module, scale: float, adapter_name: str = "default") -> 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """The base alone, for the length of a `with` block. Gradient flags stay as they are, unlike PEFT's own switch."""
+    """The base alone, for the length of a `with` block.
+
+    Gradient flags stay as they are, unlike PEFT's own switch.
+    """
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
@@ -155,7 +164,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def matrices_of(layer: LoraLayer, adapter_name: str) -> MixedLowRank:
-    """The live A, M, B and magnitude of one layer, not copied. s is the one it was trained with, not `set_scale`'s."""
+    """The live A, M, B and magnitude of one layer, not copied, and the s of training, not `set_scale`'s."""
     lora_b, magnitudes = layer.lora_B[adapter_name], layer.lora_magnitude_vector
     is_mixed = isinstance(lora_b, MixerLinear)
     return MixedLowRank(
@@ -173,5 +182,8 @@ def fold_layer(layer: LoraLayer, adapter_name: str) -> LowRank:
 
 
 def fold(model: nn.Module, adapter_name: str = "default") -> dict[str, LowRank]:
-    """Module path -> the plain LoRA that equals this adapter at scale 1. Raises UserError for an unknown adapter."""
+    """Module path -> the plain LoRA that equals this adapter at scale 1.
+
+    Raises UserError for an unknown adapter.
+    """
     return {path: fold_layer(layer, adapter_name) for path, layer in adapter_layers(model, adapter_name).items()}

@@ -1,8 +1,9 @@
 """What this package changes in PEFT, and what it refuses because PEFT would compute something else.
 
-`patch_peft` wraps two methods of PEFT's LoraModel. It is called when the first config with a mixer is made; until
-then, and in programs that use plain LoRA only, these methods are PEFT's own. The patch stays for the life of the
-process: `PeftModel.add_adapter` and `add_weighted_adapter` can be called at any later time, and PEFT has no hook there.
+`patch_peft` wraps two methods of PEFT's LoraModel. It is called when the first config with a mixer is made;
+until then, and in programs that use plain LoRA only, these methods are PEFT's own. The patch stays for the
+life of the process: `PeftModel.add_adapter` and `add_weighted_adapter` can be called at any later time, and
+PEFT has no hook there.
 """
 
 from dataclasses import fields
@@ -29,17 +30,17 @@ create, combine = LoraModel._create_and_replace, LoraModel.add_weighted_adapter
 def patch_peft() -> None:
     """Let PEFT's LoraModel put the config's mixer into each layer, and fold adapters before it combines them.
 
-    PEFT's registration of custom layer classes is not enough: it is not asked when a second adapter joins a layer
-    that is already wrapped, and `add_weighted_adapter` writes into `lora_B.weight`, which a mixer computes. Both
-    errors would be silent.
+    PEFT's registration of custom layer classes is not enough: it is not asked when a second adapter joins a
+    layer that is already wrapped, and `add_weighted_adapter` writes into `lora_B.weight`, which a mixer
+    computes. Both errors would be silent.
     """
     LoraModel._create_and_replace, LoraModel.add_weighted_adapter = create_and_mix, combine_folded
 
 
 def register(saved_type: str, config_class: type[LoraConfig]) -> None:
-    """Let `PeftModel.from_pretrained` find the class of a saved config, and `hotswap_adapter` compare the mixers.
+    """Let `PeftModel.from_pretrained` find a saved config's class, and `hotswap_adapter` compare mixers.
 
-    Without the second, a plain LoRA swapped in for a mixed one would become zero.
+    Otherwise a plain LoRA swapped in for a mixed one would become zero.
     """
     PEFT_TYPE_TO_CONFIG_MAPPING[saved_type] = config_class
     CONFIG_KEYS_TO_CHECK[PeftType.LORA].append("mixer")
@@ -82,7 +83,7 @@ def add_mixer(layer: LoraLayer, adapter_name: str, config: LoraConfig, path: str
 
 
 def check_settings(config: LoraConfig) -> None:
-    """Raises UserError for a rank below 1, an unknown mixer, or a setting that a mixer cannot be combined with."""
+    """Raises UserError for a rank below 1, an unknown mixer, or a setting that excludes a mixer."""
     ranks = (config.r, *(config.rank_pattern or {}).values())
     if config.mixer not in MIXERS:
         raise UserError(f"mixer={config.mixer!r} is unknown; choose one of {', '.join(MIXERS)}")
@@ -109,7 +110,7 @@ def check_variants(config: LoraConfig) -> None:
 
 
 def check_targets(targets: dict[str, nn.Module], config: LoraConfig, model_name: str) -> None:
-    """`targets`: module path -> the base's layer. Raises UserError for none, and for the first that is unsuitable."""
+    """`targets`: module path -> base layer. Raises UserError for none, and for the first unsuitable one."""
     if not targets:
         raise UserError(f"target_modules={config.target_modules!r} matches no module of {model_name}")
     for path, module in targets.items():

@@ -1,13 +1,13 @@
-"""Proof of an export: a stock loader reads the file back, and what it computes is compared with the live adapter.
+"""Proof of an export: a stock loader reads the file back, and its results are compared with the live adapter.
 
-diffusers' own `load_lora_weights` loads the file into a hollow copy of the adapted models, so no second UNet is in
-memory. Two comparisons, both relative (‖file − live‖ / ‖live‖), in fp32, at scale 1:
+diffusers' own `load_lora_weights` loads the file into an empty copy of the adapted models, so no second UNet
+is in memory. Two comparisons, both relative (‖file − live‖ / ‖live‖), in fp32, at scale 1:
 
 - ΔW of every projection, as PEFT computes it on either side, and DoRA's magnitudes;
 - the output of a few projections, through PEFT's forward, on fixed inputs.
 
-kohya files with DoRA are the exception: diffusers drops `dora_scale`, so these are read by their definition instead,
-W' = dora_scale · (W + ΔW) / ‖W + ΔW‖ per output row.
+kohya files with DoRA are the exception: diffusers drops `dora_scale`, so these are read by their definition
+instead, W' = dora_scale · (W + ΔW) / ‖W + ΔW‖ per output row.
 """
 
 import logging
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.kohya import kohya_name
 from dreambooth_moslora.adapters.raw_file import all_layers, read_tensors
-from dreambooth_moslora.adapters.skeleton import hollow, structure_of
+from dreambooth_moslora.adapters.skeleton import empty_model, model_config
 from dreambooth_moslora.core.errors import UserError, one_line
 
 __all__ = ["BOUNDS", "FileProof", "Proof", "check_reduction", "prove_file", "relative_difference"]
@@ -53,7 +53,7 @@ class FileProof:
 
 @dataclass(frozen=True)
 class Proof:
-    """What `publish` wrote and how near it is. `kept` is the share of ‖ΔW‖² after rank reduction (1 without)."""
+    """What `publish` wrote and its error. `kept` is the share of ‖ΔW‖² after rank reduction (1 without)."""
 
     dtype: str
     bound: float
@@ -93,8 +93,9 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def full_fp32() -> Iterator[None]:
-    """Products of fp32 numbers from all their bits. Where PyTorch's settings allow it, and for convolutions they
-    do by default, a GPU since Ampere reads 10 bits of each mantissa (TF32). The settings come back afterwards.
+    """Compute fp32 products in full precision, and restore PyTorch's settings afterwards.
+
+    By default a GPU since Ampere reads only 10 bits of each mantissa in convolutions (TF32).
     """
     backends = torch.backends
     settings = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
@@ -113,7 +114,7 @@ def full_fp32() -> Iterator[None]:
 def prove_file(
     path: Path, components: dict[str, nn.Module], adapter_name: str, expected: dict[str, Tensor] | None = None
 ) -> FileProof:
-    """Reload `path` and compare. `expected` (`component.path` -> ΔW) replaces the live ΔW after a rank reduction."""
+    """Reload `path` and compare: with the live ΔW, or `expected` (`component.path` -> ΔW) after a reduction."""
     live = all_layers(components, adapter_name)
     tensors, _ = read_tensors(path)
     if any(key.endswith(".dora_scale") for key in tensors):
@@ -141,7 +142,7 @@ def prove_file(
 def check_reduction(
     components: dict[str, nn.Module], adapter_name: str, expected: dict[str, Tensor], keep: float
 ) -> None:
-    """Of every projection the reduced ΔW is still the live one but for (1 − keep) of its ‖ΔW‖²; else UserError."""
+    """Raises UserError for a projection whose reduced ΔW lost more than (1 − keep) of the live ‖ΔW‖²."""
     bound = (1 - keep) ** 0.5 + BOUNDS[torch.float32]
     for name, layer in all_layers(components, adapter_name).items():
         with alone(layer, adapter_name):
@@ -161,10 +162,10 @@ def sampled(names: dict[str, object]) -> list[str]:
 
 
 def stock_layers(path: Path, components: dict[str, nn.Module]) -> dict[str, LoraLayer]:
-    """The layers of an untouched diffusers pipeline that has loaded the file; a refusal or a warning is an error."""
+    """Layers of a stock diffusers pipeline that loaded the file. Raises UserError if it refuses or warns."""
     if "unet" not in components:
         raise UserError("an SDXL LoRA file is loaded through the UNet; give `unet` among the components")
-    twins = {name: hollow(structure_of(model)) for name, model in components.items()}
+    twins = {name: empty_model(model_config(model)) for name, model in components.items()}
     parts = {name: twins.get(name) for name in ("unet", "text_encoder", "text_encoder_2")}
     shell = StableDiffusionXLPipeline(vae=None, tokenizer=None, tokenizer_2=None, scheduler=None, **parts)
     with collected_warnings() as warnings:
@@ -226,8 +227,10 @@ def magnitude_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -
 
 
 def output_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -> float:
-    """Of the layer's output for a fixed x. Over a base of zeros the output is the adapter's own effect, which
-    rounding would drown beside W·x early in training; DoRA needs a base, and its magnitudes are compared by themselves.
+    """The relative difference of the layers' outputs for a fixed x.
+
+    The base is zero, so that the output is the adapter's own effect: early in training it would vanish in
+    the rounding of W·x. DoRA needs a base, and its magnitudes are compared separately.
     """
     device = live.lora_A[adapter_name].weight.device
     x, base = fixed_input(live), fixed_base(live)
@@ -267,7 +270,7 @@ def prove_kohya_dora(
     adapter_name: str,
     expected: dict[str, Tensor] | None,
 ) -> FileProof:
-    """Every projection's merged weight, over the fixed base, as the file defines it and as PEFT merges it; in fp64."""
+    """Compare merged weights (fp64, over the fixed base), as the file defines them and as PEFT merges them."""
     differences = {}
     for name, layer in live.items():
         key = kohya_name(*published_name(*name.split(".", 1)))

@@ -1,10 +1,10 @@
-"""The raw adapter file, for resuming and analysis: A, M and B as they are, and the facts that bring them back to life.
+"""The raw adapter file, for resuming and analysis: A, M and B as they are, and the metadata to restore them.
 
     <component>.<module path>.lora_A (r, in)   .mixer (r, r)   .lora_B (out, r)   [.magnitude (out,) for DoRA]
 
-with component `unet`, `text_encoder` or `text_encoder_2`; lora_A is (r, in, h, w) for a convolution. One JSON string
-under `moslora` in the safetensors header holds the facts. The tensor `raw_format` makes every stock LoRA loader refuse
-the file, whose B·A alone would be wrong.
+with component `unet`, `text_encoder` or `text_encoder_2`; lora_A is (r, in, h, w) for a convolution. One JSON
+string under `moslora` in the safetensors header holds the metadata. The tensor `raw_format` makes every stock
+LoRA loader refuse the file, because B·A without the mixer would be wrong.
 """
 
 import re
@@ -18,21 +18,24 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.layers import value_pattern
-from dreambooth_moslora.adapters.metadata import AdapterFacts, most_common, versions
+from dreambooth_moslora.adapters.metadata import AdapterMetadata, most_common, versions
 from dreambooth_moslora.adapters.mixer import MixedLowRank, MixerLinear, nominal_scale
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, inject, matrices_of
-from dreambooth_moslora.adapters.skeleton import structure_of
+from dreambooth_moslora.adapters.skeleton import model_config
 from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.run_folder import atomic_write
 
-__all__ = ["COMPONENTS", "adapter_facts", "load_raw", "matrices_from", "read_tensors", "save_raw"]
+__all__ = ["COMPONENTS", "adapter_metadata", "load_raw", "matrices_from", "read_tensors", "save_raw"]
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+SHARED_SETTINGS = ("use_rslora", "use_dora", "lora_dropout", "mixer", "train_mixer", "mixer_seed")
+"""A file has one of each for all its components."""
+Sizes = dict[str, tuple[int, ...]]
 RAW_FORMAT = 1
 
 
-def adapter_facts(
+def adapter_metadata(
     components: dict[str, nn.Module],
     adapter_name: str = "default",
     *,
@@ -41,15 +44,18 @@ def adapter_facts(
     class_word: str = "",
     resolution_px: int | None = None,
     base_architecture: dict[str, object] | None = None,
-) -> AdapterFacts:
-    """The facts of a live adapter: geometry and mixer are read from the models, the rest is given."""
+) -> AdapterMetadata:
+    """The metadata of a live adapter: ranks, alphas and mixer from the models, the rest as given.
+
+    Raises UserError for an unknown component, and where the components have different settings.
+    """
     check_components(components)
     configs = [model.peft_config[adapter_name] for model in components.values()]
     layers = all_layers(components, adapter_name)
     ranks = {path: layer.r[adapter_name] for path, layer in layers.items()}
     alphas = {path: layer.lora_alpha[adapter_name] for path, layer in layers.items()}
     rank, alpha = most_common(ranks.values()), most_common(alphas.values())
-    return AdapterFacts(
+    return AdapterMetadata(
         rank=rank,
         alpha=alpha,
         **same_settings(configs),
@@ -57,7 +63,7 @@ def adapter_facts(
         alphas={path: a for path, a in alphas.items() if a != alpha},
         base_id=public_name(base_id),
         base_architecture=base_architecture or {},
-        structures={name: structure_of(model) for name, model in components.items()},
+        structures={name: model_config(model) for name, model in components.items()},
         trigger_words=tuple(trigger_words),
         class_word=class_word,
         resolution_px=resolution_px,
@@ -66,20 +72,21 @@ def adapter_facts(
 
 
 def check_storable(components: dict[str, nn.Module], adapter_name: str) -> None:
-    """Raises UserError for DoRA on a convolution, which PEFT makes, and whose magnitudes our files do not hold."""
+    """Raises UserError for DoRA on a convolution: PEFT can make it, but our files cannot hold its magnitudes."""
     for path, layer in all_layers(components, adapter_name).items():
         if adapter_name in layer.lora_magnitude_vector and isinstance(layer.get_base_layer(), nn.Conv2d):
             raise UserError(f"{path} is a convolution with DoRA, which cannot be saved here")
 
 
 def check_components(components: dict[str, nn.Module]) -> None:
+    """Raises UserError for an unknown component, or none."""
     unknown = sorted(set(components) - set(COMPONENTS))
     if unknown or not components:
         raise UserError(f"components are {', '.join(COMPONENTS)}, not {unknown or 'an empty dict'}")
 
 
 def all_layers(components: dict[str, nn.Module], adapter_name: str) -> dict[str, LoraLayer]:
-    """`component.path` -> layer, over all components."""
+    """`component.path` -> PEFT layer, over all components."""
     return {
         f"{component}.{path}": layer
         for component, model in components.items()
@@ -88,11 +95,10 @@ def all_layers(components: dict[str, nn.Module], adapter_name: str) -> dict[str,
 
 
 def same_settings(configs: list) -> dict[str, object]:
-    """The settings that one file has one of. Raises UserError where the components differ."""
+    """The SHARED_SETTINGS of the configs. Raises UserError where the components differ."""
     defaults = {"mixer": "none", "train_mixer": True, "mixer_seed": 0}
-    names = ("use_rslora", "use_dora", "lora_dropout", *defaults)
-    found = [{name: getattr(config, name, defaults.get(name)) for name in names} for config in configs]
-    for name in names:
+    found = [{name: getattr(config, name, defaults.get(name)) for name in SHARED_SETTINGS} for config in configs]
+    for name in SHARED_SETTINGS:
         values = {settings[name] for settings in found}
         if len(values) > 1:
             raise UserError(f"the components of one adapter file need one {name}, but have {sorted(values)}")
@@ -100,27 +106,26 @@ def same_settings(configs: list) -> dict[str, object]:
 
 
 def save_raw(
-    components: dict[str, nn.Module], path: str | Path, facts: AdapterFacts, adapter_name: str = "default"
+    components: dict[str, nn.Module], path: str | Path, metadata: AdapterMetadata, adapter_name: str = "default"
 ) -> None:
-    """Write the live adapter, whole or not at all; the geometry in `facts` is taken from the models, not trusted."""
+    """Write the live adapter, whole or not at all. Raises UserError for NaN or infinity.
+
+    Ranks, alphas and settings in `metadata` are replaced by the models' own.
+    """
     check_components(components)
     check_storable(components, adapter_name)
-    live = adapter_facts(components, adapter_name)
-    taken = ("rank", "alpha", "ranks", "alphas", "structures", "versions", *same_settings_names())
-    facts = replace(facts, **{name: getattr(live, name) for name in taken})
+    live = adapter_metadata(components, adapter_name)
+    taken = ("rank", "alpha", "ranks", "alphas", "structures", "versions", *SHARED_SETTINGS)
+    metadata = replace(metadata, **{name: getattr(live, name) for name in taken})
     tensors = {"raw_format": torch.tensor([RAW_FORMAT])}
     for module_path, layer in all_layers(components, adapter_name).items():
         tensors |= {f"{module_path}.{part}": t for part, t in raw_parts(layer, adapter_name).items()}
     check_finite(tensors, "the adapter")
-    write_file(Path(path), tensors, {"moslora": facts.to_json()})
-
-
-def same_settings_names() -> tuple[str, ...]:
-    return ("use_rslora", "use_dora", "lora_dropout", "mixer", "train_mixer", "mixer_seed")
+    write_file(Path(path), tensors, {"moslora": metadata.to_json()})
 
 
 def raw_parts(layer: LoraLayer, adapter_name: str) -> dict[str, Tensor]:
-    """The tensors of one projection, detached and on the CPU; they may share storage with the live ones."""
+    """lora_A (r, in), mixer (r, r), lora_B (out, r), magnitude (out,), not copied if they are on the CPU."""
     matrices = matrices_of(layer, adapter_name)
     parts = {"lora_A": matrices.down, "mixer": matrices.mixer, "lora_B": matrices.up, "magnitude": matrices.magnitude}
     parts = {name: tensor for name, tensor in parts.items() if tensor is not None}
@@ -128,6 +133,7 @@ def raw_parts(layer: LoraLayer, adapter_name: str) -> dict[str, Tensor]:
 
 
 def check_finite(tensors: dict[str, Tensor], owner: str) -> None:
+    """Raises UserError for NaN and infinity. `owner` begins the message."""
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.element_size() == 1:
             tensor = tensor.float()  # eight-bit floats have no isfinite
@@ -142,12 +148,12 @@ def write_file(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header strings of a safetensors file. Raises UserError for anything else, pickles first."""
+    """Tensors and header strings of a safetensors file. Raises UserError for pickles and any other file."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     with path.open("rb") as file:
-        start = file.read(9)  # of a safetensors file the length of its header, any bytes, and the header's brace
+        start = file.read(9)  # in a safetensors file: the header's length in 8 bytes, and its opening brace
     if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and start[8:] != b"{":
         raise UserError(f"{path.name} is a pickled file, which can run code when it is opened; use a .safetensors file")
     try:
@@ -157,8 +163,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path.name} is truncated or no safetensors file: {one_line(error)}") from None
 
 
-def read_raw(path: str | Path) -> tuple[dict[str, Tensor], AdapterFacts]:
-    """Tensors and facts of a raw file. Raises UserError for a published or foreign file, and for a broken one."""
+def read_raw(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetadata]:
+    """Tensors and metadata of a raw file. Raises UserError for any other file, and for a broken one."""
     tensors, header = read_tensors(path)
     name = Path(path).name
     if "raw_format" not in tensors:
@@ -166,17 +172,17 @@ def read_raw(path: str | Path) -> tuple[dict[str, Tensor], AdapterFacts]:
     if tensors.pop("raw_format").flatten().tolist() != [RAW_FORMAT]:
         raise UserError(f"{name} was written by a newer dreambooth_moslora; update it")
     try:
-        facts = AdapterFacts.from_json(header["moslora"])
+        metadata = AdapterMetadata.from_json(header["moslora"])
     except (KeyError, TypeError, ValueError) as error:
         reason = f": {error}" if type(error) is ValueError else ""
         raise UserError(f"{name} has lost its header, which holds alpha and the mixer's kind{reason}") from None
-    check_whole(name, tensors, facts)
+    check_whole(name, tensors, metadata)
     check_finite(tensors, name)
-    return tensors, facts
+    return tensors, metadata
 
 
-def check_whole(name: str, tensors: dict[str, Tensor], facts: AdapterFacts) -> None:
-    """Every module has the matrices that the facts promise, in their sizes; nothing else is there."""
+def check_whole(name: str, tensors: dict[str, Tensor], metadata: AdapterMetadata) -> None:
+    """Raises UserError unless the modules have exactly the matrices and sizes that the metadata names."""
     if not tensors:
         raise UserError(f"{name} is broken: it holds no module")
     for key, tensor in tensors.items():
@@ -185,40 +191,43 @@ def check_whole(name: str, tensors: dict[str, Tensor], facts: AdapterFacts) -> N
     for component in COMPONENTS:
         for path, parts in component_tensors(tensors, component).items():
             found = {part: tuple(tensor.shape) for part, tensor in parts.items()}
-            if found != expected_sizes(found, facts, f"{component}.{path}"):
+            if found != expected_sizes(found, metadata, f"{component}.{path}"):
                 raise UserError(f"{name} is broken: {component}.{path:.100} is not whole, or not of its rank")
 
 
-def expected_sizes(found: dict[str, tuple[int, ...]], facts: AdapterFacts, module: str) -> dict[str, tuple[int, ...]]:
-    """Part -> size, where only the module's own (in, out), and a kernel's, is taken from what was found."""
-    rank = facts.ranks.get(module, facts.rank)
+def expected_sizes(found: Sizes, metadata: AdapterMetadata, module: str) -> Sizes:
+    """Part -> size.
+
+    The ranks are those of the metadata; in, out and a kernel's size are taken from `found`.
+    """
+    rank = metadata.ranks.get(module, metadata.rank)
     inputs, outputs = found.get("lora_A", (0, 0))[1:], found.get("lora_B", (0,))[:1]
     inputs = inputs if len(inputs) in (1, 3) else (0,)  # (in,) or (in, h, w)
     sizes = {"lora_A": (rank, *inputs), "lora_B": (*outputs, rank)}
-    if facts.mixer != "none":
+    if metadata.mixer != "none":
         sizes["mixer"] = (rank, rank)
-    return sizes | ({"magnitude": outputs} if facts.use_dora else {})
+    return sizes | ({"magnitude": outputs} if metadata.use_dora else {})
 
 
-def load_raw(path: str | Path, components: dict[str, nn.Module], adapter_name: str = "default") -> AdapterFacts:
+def load_raw(path: str | Path, components: dict[str, nn.Module], adapter_name: str = "default") -> AdapterMetadata:
     """Create the adapter of a raw file in the models, bit for bit as it was saved.
 
     Raises UserError when the file adapts a component that is not given, or was made for another base.
     """
     check_components(components)
-    tensors, facts = read_raw(path)
+    tensors, metadata = read_raw(path)
     wanted = {key.split(".", 1)[0] for key in tensors}
     missing = sorted(wanted - set(components))
     if missing:
         raise UserError(f"{Path(path).name} also adapts {', '.join(missing)}; load the base with it")
     by_component = {name: component_tensors(tensors, name) for name in components if name in wanted}
     for component, modules in by_component.items():
-        check_fits(Path(path).name, facts, component, components[component], modules)
+        check_fits(Path(path).name, metadata, component, components[component], modules)
     for component, modules in by_component.items():
-        inject(components[component], config_of(facts, component, modules), adapter_name)
+        inject(components[component], config_of(metadata, component, modules), adapter_name)
         for module_path, layer in adapter_layers(components[component], adapter_name).items():
             fill(layer, adapter_name, modules[module_path])
-    return facts
+    return metadata
 
 
 def component_tensors(tensors: dict[str, Tensor], component: str) -> dict[str, dict[str, Tensor]]:
@@ -232,21 +241,21 @@ def component_tensors(tensors: dict[str, Tensor], component: str) -> dict[str, d
     return modules
 
 
-def matrices_from(parts: dict[str, Tensor], facts: AdapterFacts, module: str) -> MixedLowRank:
+def matrices_from(parts: dict[str, Tensor], metadata: AdapterMetadata, module: str) -> MixedLowRank:
     """A, M, B and s of one module (`component.path`) of a raw file, from its tensors and the file's header."""
-    rank, alpha = facts.ranks.get(module, facts.rank), facts.alphas.get(module, facts.alpha)
+    rank, alpha = metadata.ranks.get(module, metadata.rank), metadata.alphas.get(module, metadata.alpha)
     return MixedLowRank(
         down=parts["lora_A"],
         mixer=parts.get("mixer"),
         up=parts["lora_B"],
-        scale=nominal_scale(alpha, rank, facts.use_rslora),
+        scale=nominal_scale(alpha, rank, metadata.use_rslora),
         magnitude=parts.get("magnitude"),
     )
 
 
-def check_fits(name: str, facts: AdapterFacts, component: str, model: nn.Module, modules: dict) -> None:
-    """Every module of the file is there, with its size; else the file is of another base."""
-    made_for = f" ({facts.base_id})" if facts.base_id else ""
+def check_fits(name: str, metadata: AdapterMetadata, component: str, model: nn.Module, modules: dict) -> None:
+    """Raises UserError unless the model has every module of the file, in its size."""
+    made_for = f" ({metadata.base_id})" if metadata.base_id else ""
     for module_path, parts in modules.items():
         try:
             module = model.get_submodule(module_path)
@@ -254,10 +263,10 @@ def check_fits(name: str, facts: AdapterFacts, component: str, model: nn.Module,
             module = None
         size, here = (parts["lora_B"].shape[0], *parts["lora_A"].shape[1:]), weight_size(module)
         if size != here:
-            there = f"is {shown(here)}" if here else "does not exist"
+            there = f"is {size_text(here)}" if here else "does not exist"
             raise UserError(
                 f"{name} was made for another base{made_for}: it needs {component}.{module_path} of "
-                f"{shown(size)} (out×in), which {there} here"
+                f"{size_text(size)} (out×in), which {there} here"
             )
 
 
@@ -269,29 +278,28 @@ def weight_size(module: nn.Module | None) -> tuple[int, ...]:
     return (module.out_features, module.in_features) if hasattr(module, "out_features") else ()
 
 
-def shown(size: tuple[int, ...]) -> str:
+def size_text(size: tuple[int, ...]) -> str:
     return "×".join(map(str, size))
 
 
-def config_of(facts: AdapterFacts, component: str, modules: dict) -> MoSLoraConfig:
+def config_of(metadata: AdapterMetadata, component: str, modules: dict) -> MoSLoraConfig:
     """A config that names exactly these modules, with their own ranks and alphas."""
-
     prefix = f"{component}."
-    ranks = {path: facts.ranks.get(prefix + path, facts.rank) for path in modules}
-    alphas = {path: facts.alphas.get(prefix + path, facts.alpha) for path in modules}
+    ranks = {path: metadata.ranks.get(prefix + path, metadata.rank) for path in modules}
+    alphas = {path: metadata.alphas.get(prefix + path, metadata.alpha) for path in modules}
     return MoSLoraConfig(
-        r=facts.rank,
-        lora_alpha=facts.alpha,
+        r=metadata.rank,
+        lora_alpha=metadata.alpha,
         target_modules="|".join(re.escape(module_path) for module_path in modules),
-        rank_pattern=value_pattern(ranks, facts.rank),
-        alpha_pattern=value_pattern(alphas, facts.alpha),
-        **{name: getattr(facts, name) for name in same_settings_names()},
+        rank_pattern=value_pattern(ranks, metadata.rank),
+        alpha_pattern=value_pattern(alphas, metadata.alpha),
+        **{name: getattr(metadata, name) for name in SHARED_SETTINGS},
     )
 
 
 @torch.no_grad()
 def fill(layer: LoraLayer, adapter_name: str, parts: dict[str, Tensor]) -> None:
-    """Copy the saved tensors into the projection; `copy_` refuses another shape."""
+    """Copy the saved tensors into the layer, whose shapes `check_fits` has compared."""
     lora_b = layer.lora_B[adapter_name]
     layer.lora_A[adapter_name].weight.copy_(parts["lora_A"])
     if isinstance(lora_b, MixerLinear):

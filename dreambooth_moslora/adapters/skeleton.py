@@ -1,7 +1,8 @@
-"""A model's structure without its weights: every parameter is one zero, seen at full size through strides of 0.
+"""A model without its weights: every parameter is one zero, seen at full size through strides of 0.
 
-Loaders, PEFT's too, treat it as an ordinary model in fp32 on the CPU, but it costs next to no memory: an SDXL UNet
-needs a few MB. This is how an export is reloaded by the stock loader while only one real UNet is in memory.
+Loaders, PEFT's too, treat it as an ordinary model in fp32 on the CPU, but it costs next to no memory: an SDXL
+UNet needs a few MB. This is how an export is reloaded by the stock loader while only one real UNet is in
+memory.
 """
 
 import inspect
@@ -14,11 +15,11 @@ from torch import nn
 
 from dreambooth_moslora.core.errors import UserError, one_line
 
-__all__ = ["hollow", "structure_of"]
+__all__ = ["empty_model", "model_config"]
 
 
-def structure_of(model: nn.Module) -> dict[str, object]:
-    """{"class", "config"} of a diffusers or transformers model, JSON-able and without file names."""
+def model_config(model: nn.Module) -> dict[str, object]:
+    """{"class", "config"}, JSON-able and without file names; `empty_model` builds the model from it."""
     config = model.config
     values = config.to_diff_dict() if hasattr(config, "to_diff_dict") else dict(config)
     values = {k: v for k, v in values.items() if not k.startswith("_") and k not in PRIVATE}
@@ -30,20 +31,23 @@ CLASSES = {
     "CLIPTextModel": "transformers",
     "CLIPTextModelWithProjection": "transformers",
 }
-"""Class of an adapted model -> the library that has it. A file names the class: nothing else is ever built."""
+"""Class of an adapted model -> its library. A file names the class, so no other class is ever built."""
 PRIVATE = ("name_or_path", "quantization_config", "transformers_version", "dtype", "torch_dtype")
 
 
-def hollow(structure: Mapping[str, object]) -> nn.Module:
-    """The model of a structure, hollow. Raises UserError for what is no SDXL UNet or text encoder."""
-    name, config = structure.get("class"), structure.get("config")
+def empty_model(description: Mapping[str, object]) -> nn.Module:
+    """The model of a `model_config`, with zeros for weights, which take no memory.
+
+    Raises UserError for a class that is not part of SDXL, and for a config that cannot be built.
+    """
+    name, config = description.get("class"), description.get("config")
     if name not in CLASSES or not isinstance(config, dict):
         raise UserError(f"{name!r:.60} is no part of SDXL that can be built; it has {', '.join(CLASSES)}")
     try:
         with torch.device("meta"):
             model = build(str(name), config)
-        empty(model)
-    except Exception as error:  # what a constructor raises for sizes that do not go together is anything
+        fill_with_zeros(model)
+    except Exception as error:  # for sizes that contradict each other a constructor can raise anything
         raise UserError(f"the {name} that the file describes cannot be built: {one_line(error)}") from error
     return model.eval()
 
@@ -62,7 +66,8 @@ def known(kind: type, config: dict) -> dict:
     return {key: value for key, value in config.items() if key in names}
 
 
-def empty(model: nn.Module) -> None:
+def fill_with_zeros(model: nn.Module) -> None:
+    """Replace every parameter by one zero at strides of 0, in place."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:

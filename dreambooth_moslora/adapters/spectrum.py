@@ -1,4 +1,4 @@
-"""What the mixer has become, projection by projection, and how much of the adapter's rank is used.
+"""How far the mixer of each projection has moved, how much of the adapter's rank is used, and rank reduction.
 
 drift            ‖M − M₀‖ / ‖M₀‖                                  how far the mixer has moved from its start
 condition number σ₁(M) / σ_r(M)                                   infinite for a mixer that lost a direction
@@ -41,7 +41,9 @@ class Diagnosis(NamedTuple):
 
 
 def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of up (out, r) · down (r, in) in fp64, without forming the (out, in) product: U (out, r), S (r,), Vh."""
+    """Thin SVD of up (out, r) · down (r, in) in fp64, without forming the (out, in) product: U (out, r), S
+    (r,), Vh.
+    """
     q_up, r_up = torch.linalg.qr(up.double())
     q_down, r_down = torch.linalg.qr(down.double().T)
     left, sizes, right = torch.linalg.svd(r_up @ r_down.T)
@@ -75,7 +77,10 @@ def effective_rank_of(layer: LowRank) -> float:
 
 @torch.no_grad()
 def diagnose(matrices: MixedLowRank, kind: str, seed: int, path: str) -> Diagnosis:
-    """Figures of the projection at `path`, whose mixer started as `kind` with `seed`. The scale s has no influence."""
+    """Figures of the projection at `path`, whose mixer started as `kind` with `seed`.
+
+    The scale s has no influence.
+    """
     drift, condition = None, None
     if matrices.mixer is not None:
         drift, condition = mixer_figures(matrices.mixer, kind, seed, path)
@@ -84,7 +89,10 @@ def diagnose(matrices: MixedLowRank, kind: str, seed: int, path: str) -> Diagnos
 
 
 def diagnostics(model: nn.Module, adapter_name: str = "default") -> dict[str, Diagnosis]:
-    """Module path -> figures, for each projection of a live adapter. Raises UserError for an unknown adapter."""
+    """Module path -> figures, for each projection of a live adapter.
+
+    Raises UserError for an unknown adapter.
+    """
     config, figures = model.peft_config[adapter_name], {}
     kind, seed = getattr(config, "mixer", "none"), getattr(config, "mixer_seed", 0)
     for path, layer in adapter_layers(model, adapter_name).items():
@@ -93,14 +101,14 @@ def diagnostics(model: nn.Module, adapter_name: str = "default") -> dict[str, Di
 
 
 def summary(figures: dict[str, Diagnosis]) -> dict[str, float]:
-    """Medians over the projections, and the largest drift: what a log line or a model card shows."""
+    """Medians over the projections, and the largest drift, for a log line or a model card."""
     drifts = [f.drift for f in figures.values() if f.drift is not None]
-    facts = {"effective_rank_median": median(f.effective_rank for f in figures.values())}
+    medians = {"effective_rank_median": median(f.effective_rank for f in figures.values())}
     if drifts:
-        facts["mixer_drift_median"], facts["mixer_drift_max"] = median(drifts), max(drifts)
+        medians["mixer_drift_median"], medians["mixer_drift_max"] = median(drifts), max(drifts)
         conditions = [f.condition_number for f in figures.values() if f.condition_number is not None]
-        facts["mixer_condition_median"] = median(conditions)
-    return facts
+        medians["mixer_condition_median"] = median(conditions)
+    return medians
 
 
 class Reduction(NamedTuple):
@@ -112,7 +120,10 @@ class Reduction(NamedTuple):
 
 
 def reduce_rank(layer: LowRank, keep: float) -> tuple[LowRank, float, float]:
-    """The smallest-rank layer with at least `keep` of ‖ΔW‖², and both squared norms (before, after). DoRA stays."""
+    """The smallest-rank layer with at least `keep` of ‖ΔW‖², and both squared norms (before, after).
+
+    DoRA stays.
+    """
     left, sizes, right = product_svd(layer.up.flatten(1), layer.down.flatten(1))
     energy = sizes.square().cumsum(0)
     enough = energy >= keep * energy[-1]

@@ -21,7 +21,9 @@ def public_name(name: str | Path) -> str:
 
 
 def free_name(name: str, is_taken: Callable[[str], bool], separator: str = "_", *, is_numbered: bool = False) -> str:
-    """`name`, or the first of `name_2`, `name_3` … that is not taken; with `is_numbered`, `name_1` is the first."""
+    """`name`, or the first of `name_2`, `name_3` … that is not taken; with `is_numbered`, `name_1` is the
+    first.
+    """
     if not is_numbered and not is_taken(name):
         return name
     numbers = count(1 if is_numbered else 2)

@@ -1,4 +1,7 @@
-"""PEFT's rule for `target_modules`, for checks that run without torch. A test compares it with PEFT itself."""
+"""PEFT's rule for `target_modules`, for checks that run without torch.
+
+A test compares it with PEFT itself.
+"""
 
 __all__ = ["is_target"]
 

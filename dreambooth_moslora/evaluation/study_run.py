@@ -27,7 +27,7 @@ from peft import LoraConfig
 from PIL import Image
 
 from dreambooth_moslora.adapters.layers import target_layers
-from dreambooth_moslora.adapters.skeleton import hollow
+from dreambooth_moslora.adapters.skeleton import empty_model
 from dreambooth_moslora.base.locate import resolve_base
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.digests import content_key, file_digest
@@ -293,7 +293,7 @@ def widths_of(base: str, targets: tuple[str, ...]) -> tuple[tuple[int, int], ...
     if isinstance(source, Path) and source.is_file():
         unet = pipeline_of(base).pipeline.unet
     else:
-        unet = hollow(
+        unet = empty_model(
             {"class": "UNet2DConditionModel", "config": UNet2DConditionModel.load_config(source, subfolder="unet")}
         )
     layers = target_layers(unet, LoraConfig(target_modules=list(targets))).values()

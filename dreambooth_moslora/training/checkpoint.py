@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from dreambooth_moslora.adapters.metadata import AdapterFacts
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.raw_file import load_raw, save_raw
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError, one_line
@@ -59,7 +59,7 @@ def save_checkpoint(
     path: Path,
     position: Position,
     components: dict[str, nn.Module],
-    facts: AdapterFacts,
+    facts: AdapterMetadata,
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler | None = None,
 ) -> None:
@@ -130,7 +130,7 @@ def load_states(checkpoint: Path, name: str) -> dict:
     return states
 
 
-def load_adapter(checkpoint: Path, components: dict[str, nn.Module]) -> AdapterFacts:
+def load_adapter(checkpoint: Path, components: dict[str, nn.Module]) -> AdapterMetadata:
     """Create the adapter on the components, bit for bit as it was saved."""
     return load_raw(checkpoint / RAW_NAME, components)
 
@@ -186,11 +186,11 @@ def check_resumed(config: TrainConfig, checkpoint: Path, position: Position) -> 
     require_targets(checkpoint, [m.removeprefix("unet.") for m in modules if m.startswith("unet.")], config)
 
 
-def trained_modules(checkpoint: Path) -> tuple[AdapterFacts, set[str]]:
+def trained_modules(checkpoint: Path) -> tuple[AdapterMetadata, set[str]]:
     """The facts in the adapter file's header, and the modules (`component.path`) that it adapts."""
     try:
         with safe_open(checkpoint / RAW_NAME, framework="pt") as file:
-            facts = AdapterFacts.from_json((file.metadata() or {})["moslora"])
+            facts = AdapterMetadata.from_json((file.metadata() or {})["moslora"])
             return facts, {key.rpartition(".")[0] for key in file.keys() if "." in key}  # noqa: SIM118
     except Exception as error:  # safetensors raises its own kind, the disk another, and a header may hold anything
         raise damaged(checkpoint, RAW_NAME, error) from None

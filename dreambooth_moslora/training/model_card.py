@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.adapters.metadata import AdapterFacts
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.training.best_step import BestStep
 
@@ -48,7 +48,7 @@ class CardFacts:
     name: str
     step: int
     max_train_steps: int
-    adapter: AdapterFacts
+    adapter: AdapterMetadata
     proof: "Proof"
     images: tuple[tuple[str, str], ...] = ()
     scores: dict[str, float] | None = None

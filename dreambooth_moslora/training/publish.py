@@ -6,9 +6,9 @@ from dataclasses import replace
 from PIL import Image
 
 from dreambooth_moslora.adapters.export import publish
-from dreambooth_moslora.adapters.metadata import AdapterFacts
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.proof import Proof
-from dreambooth_moslora.adapters.raw_file import adapter_facts
+from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
@@ -82,9 +82,9 @@ class Publisher:
         return proof
 
 
-def facts_of(config: TrainConfig, materials: Materials, learner: Learner) -> AdapterFacts:
+def facts_of(config: TrainConfig, materials: Materials, learner: Learner) -> AdapterMetadata:
     """What the adapter files say about themselves."""
-    return adapter_facts(
+    return adapter_metadata(
         learner.components,
         base_id=config.pretrained_model_name_or_path,
         base_architecture=architecture(materials.pipeline.unet),

@@ -14,7 +14,7 @@ from dreambooth_moslora.adapters.describe import describe
 from dreambooth_moslora.adapters.export import publish
 from dreambooth_moslora.adapters.kohya import kohya_name
 from dreambooth_moslora.adapters.lora_file import fold_raw
-from dreambooth_moslora.adapters.metadata import AdapterFacts
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, fold, inject
 from dreambooth_moslora.adapters.raw_file import load_raw, read_raw, read_tensors, save_raw
 from dreambooth_moslora.adapters.spectrum import diagnostics
@@ -201,7 +201,7 @@ def test_dora_on_a_convolution_is_refused_at_peft_s_door_and_at_ours(tmp_path):
         get_peft_model(Convolutions(), config("wide", use_dora=True))
     unet = tiny_unet()
     unet.add_adapter(LoraConfig(r=2, target_modules=["conv1"], use_dora=True), "default")
-    components, facts = {"unet": unet}, AdapterFacts(rank=2, alpha=2)
+    components, facts = {"unet": unet}, AdapterMetadata(rank=2, alpha=2)
     with pytest.raises(UserError, match="conv1 is a convolution with DoRA, which cannot be saved here"):
         save_raw(components, tmp_path / RAW_NAME, facts)
     with pytest.raises(UserError, match="conv1 is a convolution with DoRA, which cannot be saved here"):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.adapters.export import publish
 from dreambooth_moslora.adapters.moslora import ATTENTION_PROJECTIONS, MoSLoraConfig, inject
-from dreambooth_moslora.adapters.raw_file import adapter_facts
+from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.core.run_folder import PUBLISHED_NAME
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from tests.adapters.test_moslora import shake
@@ -33,7 +33,7 @@ def save_published(base, folder, **options):
         targets = list(ATTENTION_PROJECTIONS) if name == "unet" else PROJECTIONS
         inject(model, MoSLoraConfig(r=4, lora_alpha=11, target_modules=targets, **options))
         shake(model)
-    publish(components, folder, "dog", adapter_facts(components, base_id="tiny"))
+    publish(components, folder, "dog", adapter_metadata(components, base_id="tiny"))
     return folder / PUBLISHED_NAME
 
 

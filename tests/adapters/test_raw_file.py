@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save
 
 from dreambooth_moslora.adapters import raw_file
 from dreambooth_moslora.adapters.raw_file import save_raw
-from dreambooth_moslora.adapters.skeleton import hollow, structure_of
+from dreambooth_moslora.adapters.skeleton import empty_model, model_config
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import RAW_NAME
 from tests.helpers.live_adapters import facts_of, live, text_encoders
@@ -93,10 +93,10 @@ def test_a_raw_file_holds_nothing_else(key, raw, tmp_path):
 )
 def test_a_structure_from_a_file_builds_parts_of_sdxl_only(structure):
     with pytest.raises(UserError, match=r"is no part of SDXL|cannot be built"):
-        hollow(structure)
+        empty_model(structure)
 
 
 def test_a_file_does_not_choose_the_attention_code():
-    config = structure_of(text_encoders()["text_encoder"])["config"]
-    model = hollow({"class": "CLIPTextModel", "config": config | {"attn_implementation": "somebody/kernel"}})
+    config = model_config(text_encoders()["text_encoder"])["config"]
+    model = empty_model({"class": "CLIPTextModel", "config": config | {"attn_implementation": "somebody/kernel"}})
     assert model.config._attn_implementation != "somebody/kernel"

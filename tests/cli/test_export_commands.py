@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.adapters.describe import describe
 from dreambooth_moslora.adapters.export import publish
-from dreambooth_moslora.adapters.raw_file import adapter_facts, save_raw
+from dreambooth_moslora.adapters.raw_file import adapter_metadata, save_raw
 from dreambooth_moslora.cli.commands import export as export_command
 from dreambooth_moslora.cli.commands import info as info_command
 from dreambooth_moslora.cli.main import main
@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "checkpoint-3"
     folder.mkdir()
     components = live()
-    facts = adapter_facts(components, base_id="some/base", trigger_words=("sks dog",))
+    facts = adapter_metadata(components, base_id="some/base", trigger_words=("sks dog",))
     save_raw(components, folder / RAW_NAME, facts)
     publish(components, folder, "dog", facts)
     return folder

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.adapters.export import publish
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject
-from dreambooth_moslora.adapters.raw_file import adapter_facts, save_raw
+from dreambooth_moslora.adapters.raw_file import adapter_metadata, save_raw
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import RAW_NAME
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, read_recipe
@@ -270,7 +270,7 @@ def test_a_checkpoint_of_ours_computes_what_its_published_file_computes(pipeline
     with torch.no_grad():
         for _, parameter in adapter_parameters(unet, "default"):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
-    facts = adapter_facts({"unet": unet}, base_id="tiny")
+    facts = adapter_metadata({"unet": unet}, base_id="tiny")
     publish({"unet": unet}, tmp_path / "rex", "rex", facts)
     save_raw({"unet": unet}, tmp_path / "rex" / "checkpoint-20" / RAW_NAME, facts)
     names = [pipeline.load_adapter(path) for path in (tmp_path / "rex", tmp_path / "rex" / "checkpoint-20")]

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.fold_table import VARIANTS, adapt, output, small_unet
 from dreambooth_moslora.adapters.export import publish
-from dreambooth_moslora.adapters.raw_file import adapter_facts
+from dreambooth_moslora.adapters.raw_file import adapter_metadata
 
 CASES = [("orthogonal", variant) for variant in VARIANTS] + [("kaiming", "alpha ≠ r"), ("none", "rank pattern")]
 
@@ -20,7 +20,7 @@ def main(folder: Path) -> None:
     for number, (kind, variant) in enumerate(CASES):
         live = adapt(copy.deepcopy(base), kind, variant)
         components = {"unet": live}
-        publish(components, folder / str(number), "compat", adapter_facts(components))
+        publish(components, folder / str(number), "compat", adapter_metadata(components))
         cases.append((f"{kind}, {variant}", str(number), output(live) - before))
     generator_check = {"weights": base.state_dict(), "config": dict(base.config), "output": before, "cases": cases}
     torch.save(generator_check, folder / "wanted.pt")

@@ -4,7 +4,7 @@ import torch
 
 from dreambooth_moslora.adapters import export
 from dreambooth_moslora.adapters.moslora import ATTENTION_PROJECTIONS, MoSLoraConfig, inject
-from dreambooth_moslora.adapters.raw_file import adapter_facts
+from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from tests.adapters.test_moslora import shake
 from tests.adapters.test_moslora_models import PROJECTIONS
 from tests.helpers.tiny import tiny_text_config, tiny_unet
@@ -30,6 +30,6 @@ def live(with_text: bool = False, **options) -> dict[str, torch.nn.Module]:
     return components
 
 
-def facts_of(components: dict, **more) -> export.AdapterFacts:
+def facts_of(components: dict, **more) -> export.AdapterMetadata:
     given = {"base_id": "some/base", "trigger_words": ("sks dog",), "class_word": "dog", "resolution_px": 1024}
-    return adapter_facts(components, **given | more)
+    return adapter_metadata(components, **given | more)

@@ -17,7 +17,7 @@ from transformers import Dinov2Model
 
 from dreambooth_moslora import MoSLoraConfig, inject
 from dreambooth_moslora.adapters.export import publish
-from dreambooth_moslora.adapters.raw_file import adapter_facts
+from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.base.load import encode_text
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import Image, SubjectPipeline
@@ -139,7 +139,7 @@ def test_diffusers_loads_an_adapter_onto_it(tmp_path):
     config = MoSLoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
     inject(pipeline.unet, config)
     live = drawn(pipeline)
-    publish({"unet": pipeline.unet}, tmp_path, "x", adapter_facts({"unet": pipeline.unet}), torch.float32)
+    publish({"unet": pipeline.unet}, tmp_path, "x", adapter_metadata({"unet": pipeline.unet}), torch.float32)
     fresh = StableDiffusionXLPipeline.from_pretrained(ASSETS / "toy-sdxl")
     fresh.set_progress_bar_config(disable=True)
     fresh.load_lora_weights(tmp_path / "pytorch_lora_weights.safetensors")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject
-from dreambooth_moslora.adapters.raw_file import adapter_facts
+from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.training.checkpoint import Position, save_checkpoint
 from tests.helpers.tiny import tiny_unet
@@ -33,7 +33,7 @@ def test_a_full_disk_is_told_as_one_and_costs_no_checkpoint(small_disk):
     unet = tiny_unet()
     inject(unet, MoSLoraConfig(r=32, target_modules=["to_q"]))
     optimizer = torch.optim.AdamW([p for _, p in adapter_parameters(unet)], lr=1e-3)
-    parts = ({"unet": unet}, adapter_facts({"unet": unet}), optimizer)
+    parts = ({"unet": unet}, adapter_metadata({"unet": unet}), optimizer)
     run = RunDir(small_disk)
     save_checkpoint(run.checkpoint_path(1), Position(1, 0), *parts)
     optimizer.zero_grad()

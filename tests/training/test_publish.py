@@ -7,7 +7,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
-from dreambooth_moslora.adapters.metadata import AdapterFacts
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.proof import FileProof, Proof
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
@@ -21,7 +21,7 @@ from dreambooth_moslora.training.model_card import SIGNATURE, CardFacts, model_c
 def card(**changes) -> str:
     config = TrainConfig(instance_prompt='a photo of "sks": dog', learning_rate=1e-4)
     proof = Proof("fp32", 1e-5, 560, (FileProof("a.safetensors", 3e-7, 2e-7, "unet.x", "diffusers"),))
-    facts = AdapterFacts(rank=4, alpha=4.0, base_id="owner/base", trigger_words=("sks dog",))
+    facts = AdapterMetadata(rank=4, alpha=4.0, base_id="owner/base", trigger_words=("sks dog",))
     values = {"name": "dog", "step": 500, "max_train_steps": 500, "adapter": facts, "proof": proof}
     return model_card(config, CardFacts(**{**values, "images": (("image_0.png", 'a "sks": dog'),), **changes}))
 

@@ -27,11 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from dreambooth_moslora.adapters.export import DTYPES, publish
     from dreambooth_moslora.adapters.raw_file import load_raw, read_raw
-    from dreambooth_moslora.adapters.skeleton import hollow
+    from dreambooth_moslora.adapters.skeleton import empty_model
 
     source, out = find_raw(Path(args.source).expanduser()), Path(args.out).expanduser()
     _, facts = read_raw(source)
-    components = {name: hollow(structure) for name, structure in facts.structures.items()}
+    components = {name: empty_model(structure) for name, structure in facts.structures.items()}
     load_raw(source, components)
     before = sum(rank_sum(model) for model in components.values())
     name = args.name or out.resolve().name or "adapter"
