@@ -17,10 +17,10 @@ from diffusers import (
 )
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub.errors import LocalEntryNotFoundError
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from dreambooth_moslora.base.decode import latent_statistics
 from dreambooth_moslora.base.locate import check_diffusers_folder, configs_beside, resolve_base
 from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.core.errors import UserError, one_line
@@ -29,14 +29,11 @@ from dreambooth_moslora.core.toy import preferred_guidance
 __all__ = [
     "TextCond",
     "architecture",
-    "decode_image",
-    "decode_pixels",
     "default_guidance",
     "default_resolution",
     "encode_image",
     "encode_text",
     "load_pipeline",
-    "pictures_of",
 ]
 
 logger = logging.getLogger(__name__)
@@ -210,47 +207,6 @@ def scale_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     if statistics:
         latents = (latents - statistics[0]) / statistics[1]
     return latents * vae.config.scaling_factor
-
-
-def latent_statistics(vae: AutoencoderKL, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """Mean and standard deviation of each latent channel, (1, 4, 1, 1); None for most VAEs."""
-    mean, std = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
-    if mean is None or std is None:
-        return None
-    return torch.tensor(mean, device=device).view(1, -1, 1, 1), torch.tensor(std, device=device).view(1, -1, 1, 1)
-
-
-def decode_image(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
-    """Scaled latents (B, 4, h, w) -> B pictures of (8h, 8w) px; what is not finite is black, and said."""
-    pixels = decode_pixels(vae, latents)
-    if not pixels.isfinite().all():
-        logger.warning("A picture has values that are not finite (NaN) and is black there: use --mixed_precision bf16.")
-    return pictures_of(pixels)
-
-
-@torch.no_grad()
-def decode_pixels(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w). An fp16 VAE that overflows goes to fp32, for good."""
-    pixels = decoded(vae, latents)
-    if not pixels.isfinite().all() and latents.isfinite().all() and vae.dtype != torch.float32:
-        logger.warning("The VAE gives NaN in %s: it is used in float32 from here on.", vae.dtype)
-        vae.to(torch.float32)
-        pixels = decoded(vae, latents)
-    return pixels
-
-
-def pictures_of(pixels: Tensor) -> list[Image.Image]:
-    """Pixels (B, 3, H, W), about in [-1, 1] -> B pictures."""
-    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().nan_to_num().to(torch.uint8)
-    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels.cpu()]
-
-
-def decoded(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    latents = latents.float() / vae.config.scaling_factor
-    statistics = latent_statistics(vae, latents.device)
-    if statistics:
-        latents = latents * statistics[1] + statistics[0]
-    return vae.decode(latents.to(vae.device, vae.dtype)).sample.float()
 
 
 def architecture(unet: UNet2DConditionModel) -> dict[str, object]:

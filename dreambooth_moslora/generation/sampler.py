@@ -11,7 +11,8 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from dreambooth_moslora.base.load import TextCond, decode_image, decode_pixels, default_guidance, pictures_of
+from dreambooth_moslora.base.decode import decode_image, decode_pixels, pictures_of
+from dreambooth_moslora.base.load import TextCond, default_guidance
 from dreambooth_moslora.core.errors import StopRequestedError, UserError
 
 __all__ = ["SampleRequest", "Sampler", "generate_images"]

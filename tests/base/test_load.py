@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from dreambooth_moslora.base import load
+from dreambooth_moslora.base import decode, load
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.training.noise_schedule import noise_schedule
 
@@ -121,7 +121,7 @@ def test_architecture_tells_bases_apart(pipeline):
 
 def test_decoding_undoes_the_latents_scale(pipeline):
     latents = torch.randn(2, 4, 8, 8) * 0.5
-    pictures = load.decode_image(pipeline.vae, latents)
+    pictures = decode.decode_image(pipeline.vae, latents)
     with torch.no_grad():
         truth = pipeline.image_processor.postprocess(pipeline.vae.decode(latents / 0.5).sample, output_type="pil")
     assert [p.size for p in pictures] == [(64, 64)] * 2
@@ -132,8 +132,8 @@ def test_decoding_undoes_the_latents_scale(pipeline):
 
 def test_a_picture_that_is_not_finite_is_said(tiny_base, caplog):
     vae = StableDiffusionXLPipeline.from_pretrained(tiny_base).vae.half()
-    assert load.decode_image(vae, torch.zeros(1, 4, 8, 8)) and not caplog.text
-    (picture,) = load.decode_image(vae, torch.full((1, 4, 8, 8), float("nan")))
+    assert decode.decode_image(vae, torch.zeros(1, 4, 8, 8)) and not caplog.text
+    (picture,) = decode.decode_image(vae, torch.full((1, 4, 8, 8), float("nan")))
     assert picture.getextrema() == ((0, 0),) * 3 and "not finite (NaN)" in caplog.text
     assert vae.dtype == torch.float16  # it is not to blame
 

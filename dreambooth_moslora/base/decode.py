@@ -1,0 +1,98 @@
+"""Latents become pictures: scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w), about in [-1, 1] -> PIL.
+
+One picture is decoded at a time: at 1024 px the fp32 decoder of SDXL needs 3 to 4 GiB for each. Where a GPU has
+less, the picture is decoded in tiles of 512 px that overlap by a quarter.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from dreambooth_moslora.base.free_memory import GIB, free_gib
+
+__all__ = ["DECODER_BYTES_A_PIXEL", "TILE_PX", "decode_image", "decode_pixels", "pictures_of", "tiled_where_short"]
+
+logger = logging.getLogger(__name__)
+
+DECODER_BYTES_A_PIXEL = 4300
+"""Peak of the fp32 decoder of SDXL's VAE beside its weights, a pixel of the picture."""
+TILE_PX = 512
+
+
+def decode_image(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
+    """Scaled latents (B, 4, h, w) -> B pictures of (8h, 8w) px; what is not finite is black, and said."""
+    pixels = decode_pixels(vae, latents)
+    if not pixels.isfinite().all():
+        logger.warning("A picture has values that are not finite (NaN) and is black there: use --mixed_precision bf16.")
+    return pictures_of(pixels)
+
+
+@torch.no_grad()
+def decode_pixels(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w). An fp16 VAE that overflows goes to fp32, for good."""
+    return torch.cat([decode_one(vae, latents[index : index + 1]) for index in range(len(latents))])
+
+
+def decode_one(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """(1, 4, h, w) -> (1, 3, 8h, 8w)."""
+    pixels = decoded(vae, latents)
+    if not pixels.isfinite().all() and latents.isfinite().all() and vae.dtype != torch.float32:
+        logger.warning("The VAE gives NaN in %s: it is used in float32 from here on.", vae.dtype)
+        vae.to(torch.float32)
+        pixels = decoded(vae, latents)
+    return pixels
+
+
+def decoded(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    latents = latents.float() / vae.config.scaling_factor
+    statistics = latent_statistics(vae, latents.device)
+    if statistics:
+        latents = latents * statistics[1] + statistics[0]
+    height, width = (side * scale_of(vae) for side in latents.shape[-2:])
+    with tiled_where_short(vae, (height, width), vae.device):
+        return vae.decode(latents.to(vae.device, vae.dtype)).sample.float()
+
+
+def latent_statistics(vae: AutoencoderKL, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation of each latent channel, (1, 4, 1, 1); None for most VAEs."""
+    mean, std = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
+    if mean is None or std is None:
+        return None
+    return torch.tensor(mean, device=device).view(1, -1, 1, 1), torch.tensor(std, device=device).view(1, -1, 1, 1)
+
+
+def scale_of(vae: AutoencoderKL) -> int:
+    """Pixels a latent: 8 for SDXL."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@contextmanager
+def tiled_where_short(vae: AutoencoderKL, size_px: tuple[int, int], device: torch.device) -> Iterator[None]:
+    """Inside, the VAE decodes in tiles if `device` has too little memory for a picture of (height, width) px at once.
+
+    A VAE without tiling decodes as it can. The VAE's own settings are back afterwards.
+    """
+    free = free_gib(device)
+    is_short = free is not None and size_px[0] * size_px[1] * DECODER_BYTES_A_PIXEL / GIB > free
+    if not is_short or not hasattr(vae, "tile_latent_min_size"):
+        yield
+        return
+    names = ("use_tiling", "tile_sample_min_size", "tile_latent_min_size")
+    before = {name: getattr(vae, name) for name in names}
+    vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = True, TILE_PX, TILE_PX // scale_of(vae)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(vae, name, value)
+
+
+def pictures_of(pixels: Tensor) -> list[Image.Image]:
+    """Pixels (B, 3, H, W), about in [-1, 1] -> B pictures."""
+    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().nan_to_num().to(torch.uint8)
+    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels.cpu()]
