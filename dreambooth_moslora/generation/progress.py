@@ -1,14 +1,15 @@
 """What happens between two denoising steps: progress, previews of the picture, and stopping.
 
-A preview is a linear map from latents to colours, fitted once to what the VAE decodes.
+A preview is a linear map from latents to colours, fitted once to what the VAE decodes. It is computed when somebody
+looks at it: copying the latents to the CPU after each step would make the GPU wait.
 """
 
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
-import PIL.Image
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -22,6 +23,8 @@ __all__ = ["Clock", "LatentColours", "Preview", "PreviewTracker", "Step", "Watch
 
 logger = logging.getLogger(__name__)
 
+PREVIEW_PX = 384
+"""The longer side of a preview, as the page shows it."""
 FIT_SIDE = 32
 """Side of the latents that the map is fitted on; 1024 pixels determine its 15 numbers."""
 
@@ -65,7 +68,7 @@ class PreviewTracker:
     def clean_latents(self, step: int, latents: Tensor) -> Tensor:
         """`latents` after step `step` (0-based) -> estimate of x0, same shape."""
         sigma, sigma_next = self.sigmas[step], self.sigmas[step + 1]
-        x = latents.float().cpu()
+        x = latents.float()
         if self.is_unit_variance:
             x = x * (1 + sigma_next**2).sqrt()
         before, self.previous = self.previous, x
@@ -123,10 +126,19 @@ class Step:
 
 @dataclass(frozen=True)
 class Preview:
-    """What image `index` will roughly become, in its own size."""
+    """What image `index` of `size_px` (height, width) will roughly become; `latents` (1, 4, h, w) are on the device."""
 
     index: int
-    pixels: PIL.Image.Image
+    latents: Tensor
+    size_px: tuple[int, int]
+    colours: LatentColours
+
+    @cached_property
+    def pixels(self) -> Image.Image:
+        """The picture, in the image's shape, its longer side at most 384 px."""
+        shrink = min(1.0, PREVIEW_PX / max(self.size_px))
+        height, width = (max(1, round(side * shrink)) for side in self.size_px)
+        return self.colours(self.latents, (height, width))
 
 
 class Clock:
@@ -148,7 +160,7 @@ class Clock:
 
 
 class Watcher:
-    """diffusers' `callback_on_step_end`: reports, draws the preview, and leaves the loop when asked to stop."""
+    """diffusers' `callback_on_step_end`: reports, offers a preview, and leaves the loop when asked to stop."""
 
     def __init__(
         self,
@@ -170,5 +182,5 @@ class Watcher:
         self.emit(Step(self.index, self.clock.total_steps // params.steps, step + 1, steps, self.clock.tick()))
         self.tracker = self.tracker or PreviewTracker(pipeline.scheduler)
         latents = self.tracker.clean_latents(step, tensors["latents"])
-        self.emit(Preview(self.index, self.colours(latents, (params.height_px, params.width_px))))
+        self.emit(Preview(self.index, latents, (params.height_px, params.width_px), self.colours))
         return {}
