@@ -33,6 +33,7 @@ __all__ = [
     "default_resolution",
     "encode_image",
     "encode_text",
+    "guidance_rescale",
     "load_pipeline",
 ]
 
@@ -42,6 +43,8 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SingleFi
 """What diffusers' converter raises for a damaged file, and for one of another model."""
 UNLOADABLE = (OSError, ValueError, OverflowError, RuntimeError, SafetensorError)
 """What the loaders raise for damaged or missing parts of a folder."""
+ZERO_SNR_RESCALE = 0.7
+"""Lin et al. 2024 (arXiv 2305.08891), section 3.4: how much of the contrast that guidance adds is taken back."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ def load_pipeline(
         raise UserError(f"the base model {name_or_path} cannot be loaded: {one_line(error, 300)}") from error
     check_is_sdxl(pipeline, name_or_path)
     check_is_whole(pipeline, name_or_path)
+    if has_zero_terminal_snr(pipeline):
+        start_at_pure_noise(pipeline)
     if pipeline.vae.dtype != vae_dtype:
         pipeline.vae.to(vae_dtype)
     freeze(pipeline)
@@ -136,6 +141,18 @@ def follow_prediction_marks(pipeline: StableDiffusionXLPipeline, path: Path) -> 
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **changes)
 
 
+def has_zero_terminal_snr(pipeline: StableDiffusionXLPipeline) -> bool:
+    """Whether the last noise level of a velocity base is pure noise."""
+    config = pipeline.scheduler.config
+    return bool(config.get("rescale_betas_zero_snr")) and config.get("prediction_type") == "v_prediction"
+
+
+def start_at_pure_noise(pipeline: StableDiffusionXLPipeline) -> None:
+    """SDXL's own spacing of timesteps (`leading`) would never use the last noise level."""
+    scheduler = pipeline.scheduler
+    pipeline.scheduler = type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
+
+
 def check_is_sdxl(pipeline: StableDiffusionXLPipeline, name: str | Path) -> None:
     unet = pipeline.unet
     if unet is None or pipeline.text_encoder_2 is None or unet.config.addition_embed_type != "text_time":
@@ -164,6 +181,11 @@ def default_resolution(pipeline: StableDiffusionXLPipeline) -> int:
 def default_guidance(pipeline: StableDiffusionXLPipeline) -> float:
     """`preferred_guidance` of the base that was loaded."""
     return preferred_guidance(str(pipeline.config.get("_name_or_path", "")))
+
+
+def guidance_rescale(pipeline: StableDiffusionXLPipeline) -> float:
+    """The pipeline's argument of this name: guidance washes out the pictures of bases with zero terminal SNR."""
+    return ZERO_SNR_RESCALE if has_zero_terminal_snr(pipeline) else 0.0
 
 
 def encode_text(pipeline: StableDiffusionXLPipeline, prompts: list[str]) -> TextCond:

@@ -22,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.adapters.lora_file import adapter_name, check_fits, find_weights, install, read_adapter
-from dreambooth_moslora.base.load import default_guidance, default_resolution, load_pipeline
+from dreambooth_moslora.base.load import default_guidance, default_resolution, guidance_rescale, load_pipeline
 from dreambooth_moslora.core.errors import StopRequestedError, UserError
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.generation.params import GenerationParams, Provenance
@@ -240,6 +240,7 @@ class SubjectPipeline:
             width=own.width_px,
             num_inference_steps=own.steps,
             guidance_scale=own.guidance_scale,
+            guidance_rescale=guidance_rescale(self.pipeline),
             generator=torch.Generator("cpu").manual_seed(own.seed),
             callback_on_step_end=watcher,
         ).images[0]

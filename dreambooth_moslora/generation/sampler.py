@@ -12,7 +12,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from dreambooth_moslora.base.decode import decode_image, decode_pixels, pictures_of
-from dreambooth_moslora.base.load import TextCond, default_guidance
+from dreambooth_moslora.base.load import TextCond, default_guidance, guidance_rescale
 from dreambooth_moslora.core.errors import StopRequestedError, UserError
 
 __all__ = ["SampleRequest", "Sampler", "generate_images"]
@@ -65,6 +65,7 @@ class Sampler:
             generator=[torch.Generator().manual_seed(r.seed) for r in requests],
             num_inference_steps=self.inference_steps,
             guidance_scale=default_guidance(self.pipeline) if self.guidance_scale is None else self.guidance_scale,
+            guidance_rescale=guidance_rescale(self.pipeline),
             height=self.resolution_px,
             width=self.resolution_px,
             output_type="latent",
@@ -119,6 +120,7 @@ def generate_images(
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     options = {"height": resolution_px, "width": resolution_px, "guidance_scale": default_guidance(pipeline)}
+    options["guidance_rescale"] = guidance_rescale(pipeline)
     options["callback_on_step_end"] = stopper(should_stop)
     latents = pipeline([prompt] * len(seeds), generator=generators, output_type="latent", **options).images
     pixels = decode_pixels(pipeline.vae, latents)

@@ -60,9 +60,11 @@ def test_wrong_layers_are_told_before_class_images_are_drawn(changes, says, chec
 
 def test_a_mark_says_that_velocity_is_predicted(checkpoint, tmp_path):
     shutil.copytree(checkpoint.with_suffix(""), tmp_path / "noob")
-    save_file({**load_file(checkpoint), "v_pred": torch.zeros(0)}, tmp_path / "noob.safetensors")
-    schedule = noise_schedule(load.load_pipeline(tmp_path / "noob.safetensors").scheduler)
-    assert schedule.prediction_type == "v_prediction"
+    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    save_file({**load_file(checkpoint), **marks}, tmp_path / "noob.safetensors")
+    scheduler = load.load_pipeline(tmp_path / "noob.safetensors").scheduler
+    assert noise_schedule(scheduler).prediction_type == "v_prediction"
+    assert scheduler.config.timestep_spacing == "trailing"
 
 
 def test_its_vae_alone_is_read_with_the_same_configs(checkpoint, tiny_base):
