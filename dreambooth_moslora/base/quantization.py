@@ -3,6 +3,8 @@
 Only the linear layers of the transformer blocks are quantised: they hold nine tenths of SDXL's UNet.
 """
 
+import logging
+
 import torch
 from torch import nn
 
@@ -11,6 +13,10 @@ from dreambooth_moslora.core.errors import UserError
 __all__ = ["QUANTIZATIONS", "quantize"]
 
 QUANTIZATIONS = ("none", "nf4", "int8")
+OUTPUTS_A_BLOCK = 32
+"""The 4-bit kernels for CPUs compute so many outputs at a time. Every width of SDXL is a multiple."""
+CAST_TO_FP16 = "MatMul8bitLt: inputs will be cast"
+"""bitsandbytes warns of it at every call in bf16, thousands of times a run."""
 
 
 def quantize(unet: nn.Module, kind: str, compute_dtype: torch.dtype, device: torch.device | str | None = None) -> int:
@@ -23,11 +29,27 @@ def quantize(unet: nn.Module, kind: str, compute_dtype: torch.dtype, device: tor
         raise UserError(f"--base_quantization {kind} is unknown: choose one of {', '.join(QUANTIZATIONS)}.")
     if kind == "none":
         return 0
-    targets = [(n, m) for n, m in unet.named_modules() if type(m) is nn.Linear and "transformer_blocks" in n]
+    if kind == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(is_worth_saying)
+    targets = [(name, module) for name, module in unet.named_modules() if is_target(name, module)]
     for name, dense in targets:
         parent, _, child = name.rpartition(".")
         setattr(unet.get_submodule(parent), child, quantized(dense, kind, compute_dtype, device or dense.weight.device))
+    setattr(unet, MARKS[kind], True)
     return len(targets)
+
+
+MARKS = {"nf4": "is_loaded_in_4bit", "int8": "is_loaded_in_8bit"}
+"""By these attributes PEFT knows that layers are bitsandbytes' and takes its own layers for them."""
+
+
+def is_worth_saying(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(CAST_TO_FP16)
+
+
+def is_target(name: str, module: nn.Module) -> bool:
+    in_block = "transformer_blocks" in name
+    return in_block and type(module) is nn.Linear and module.out_features % OUTPUTS_A_BLOCK == 0
 
 
 def quantized(dense: nn.Linear, kind: str, compute_dtype: torch.dtype, device: torch.device | str) -> nn.Module:
@@ -37,11 +59,12 @@ def quantized(dense: nn.Linear, kind: str, compute_dtype: torch.dtype, device: t
     except ImportError as error:
         raise UserError("--base_quantization needs bitsandbytes: pip install bitsandbytes.") from error
     shape = (dense.in_features, dense.out_features, dense.bias is not None)
+    options = {"device": "meta"}  # its own random weights would be thrown away
     if kind == "nf4":
-        layer = bnb.Linear4bit(*shape, compute_dtype=compute_dtype, quant_type="nf4")
+        layer = bnb.Linear4bit(*shape, compute_dtype=compute_dtype, quant_type="nf4", **options)
         layer.weight = bnb.Params4bit(dense.weight.data, requires_grad=False, quant_type="nf4")
     else:
-        layer = bnb.Linear8bitLt(*shape, has_fp16_weights=False)
+        layer = bnb.Linear8bitLt(*shape, has_fp16_weights=False, **options)
         layer.weight = bnb.Int8Params(dense.weight.data, requires_grad=False, has_fp16_weights=False)
     layer.bias = dense.bias
     return layer.to(device)
