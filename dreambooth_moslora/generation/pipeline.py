@@ -22,9 +22,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.adapters.lora_file import adapter_name, check_fits, find_weights, install, read_adapter
+from dreambooth_moslora.base.decode import tiled_where_short
 from dreambooth_moslora.base.load import default_guidance, default_resolution, guidance_rescale, load_pipeline
 from dreambooth_moslora.core.errors import StopRequestedError, UserError
 from dreambooth_moslora.core.names import public_name
+from dreambooth_moslora.generation.gpu_room import CPU, Home
 from dreambooth_moslora.generation.params import GenerationParams, Provenance
 from dreambooth_moslora.generation.progress import Clock, LatentColours, Preview, Step, Watcher
 from dreambooth_moslora.generation.streaming import iterate
@@ -36,7 +38,6 @@ SCHEDULER_CLASSES: dict[str, tuple[type, dict[str, Any]]] = {
     "dpmpp_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
     "unipc": (UniPCMultistepScheduler, {}),
 }
-CPU = torch.device("cpu")
 RESIDENT_ADAPTERS = 8
 """Adapters kept inside the model; the one that was used longest ago makes room."""
 
@@ -77,6 +78,7 @@ class SubjectPipeline:
     """Base and adapters. One generation at a time: calls from several threads wait for each other.
 
     `home` is the device that draws. While the pipeline rests it lies in the CPU's memory; `generate` ends the rest.
+    Where `home` has too little memory for all models, each visits it in its turn, and they rest between calls.
     """
 
     def __init__(
@@ -87,8 +89,7 @@ class SubjectPipeline:
     ) -> None:
         self.pipeline = pipeline
         self.base_name = base_name
-        self.home = torch.device(home or pipeline.device)
-        self._is_resting = pipeline.device != self.home
+        self.home = Home(pipeline, torch.device(home or pipeline.device))
         self.adapters: dict[str, Adapter] = {}
         self._scheduler_config = pipeline.scheduler.config
         self._colours: LatentColours | None = None
@@ -110,22 +111,22 @@ class SubjectPipeline:
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.float16 if torch.device(device).type == "cuda" else torch.float32)
-        pipeline = load_pipeline(name, dtype=dtype, device="cpu" if resting else device)
-        return cls(pipeline, public_name(name), device)
+        subject = cls(load_pipeline(name, dtype=dtype), public_name(name), device)
+        if not (resting or subject.home.is_short):
+            subject.home.enter()
+        return subject
 
     @property
     def has_gpu(self) -> bool:
         """Whether it draws on anything but the CPU."""
-        return self.home != CPU
+        return self.home.device != CPU
 
     def rest(self) -> None:
         """Leave the GPU to others until the next `generate`. Waits for the generation that is going on."""
         if not self.has_gpu:
             return
         with self._lock:
-            self._is_resting = True
-            self.pipeline.to(CPU, silence_dtype_warnings=True)
-            torch.cuda.empty_cache()
+            self.home.leave()
 
     @property
     def resolution_px(self) -> int:
@@ -205,7 +206,8 @@ class SubjectPipeline:
 
     def _generate_all(self, params: GenerationParams, emit: Callable[[Event], None], stop: Callable[[], bool]) -> None:
         try:
-            self._wake()
+            self.home.enter()
+            self.home.check_size(params.height_px, params.width_px)
             for name, _ in params.adapters:
                 self._touch(name)
             self.activate(params.adapters)
@@ -222,11 +224,8 @@ class SubjectPipeline:
             raise UserError(
                 f"there is too little memory for {params.height_px} x {params.width_px} px; choose a smaller size"
             ) from error
-
-    def _wake(self) -> None:
-        if self._is_resting:
-            self.pipeline.to(self.home)
-            self._is_resting = False
+        finally:
+            self.home.end_turns()
 
     def _generate_one(self, index, params, words, clock, emit, stop) -> None:
         if stop():
@@ -234,16 +233,17 @@ class SubjectPipeline:
         own = params.for_image(index)
         self.pipeline.scheduler = self._scheduler(own.scheduler)
         watcher = Watcher(index, own, clock, self.colours(), emit, stop)
-        pixels = self.pipeline(
-            **words,
-            height=own.height_px,
-            width=own.width_px,
-            num_inference_steps=own.steps,
-            guidance_scale=own.guidance_scale,
-            guidance_rescale=guidance_rescale(self.pipeline),
-            generator=torch.Generator("cpu").manual_seed(own.seed),
-            callback_on_step_end=watcher,
-        ).images[0]
+        with tiled_where_short(self.pipeline.vae, (own.height_px, own.width_px), self.home.device):
+            pixels = self.pipeline(
+                **words,
+                height=own.height_px,
+                width=own.width_px,
+                num_inference_steps=own.steps,
+                guidance_scale=own.guidance_scale,
+                guidance_rescale=guidance_rescale(self.pipeline),
+                generator=torch.Generator("cpu").manual_seed(own.seed),
+                callback_on_step_end=watcher,
+            ).images[0]
         emit(Image(index, pixels, own, self.provenance(own)))
 
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
@@ -263,7 +263,7 @@ class SubjectPipeline:
 
     def colours(self) -> LatentColours:
         if self._colours is None:
-            self._colours = LatentColours(self.pipeline.vae)
+            self._colours = LatentColours(self.pipeline.vae, self.pipeline._execution_device)
         return self._colours
 
     def _touch(self, name: str) -> None:

@@ -23,6 +23,7 @@ __all__ = ["Clock", "LatentColours", "Preview", "PreviewTracker", "Step", "Watch
 
 logger = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
 PREVIEW_PX = 384
 """The longer side of a preview, as the page shows it."""
 FIT_SIDE = 32
@@ -36,11 +37,11 @@ class LatentColours:
     no map can be fitted to the VAE, previews are grey: they are no reason to lose the picture.
     """
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: AutoencoderKL, device: torch.device = CPU) -> None:
         latents = smooth_latents(vae.config.latent_channels)
         self.weight = torch.zeros(vae.config.latent_channels + 1, 3)
         try:
-            colours = colours_of(vae, latents)
+            colours = colours_of(vae, latents, device)
         except RuntimeError as error:  # out of memory, for one
             logger.warning("previews are grey: the VAE could not decode: %s", one_line(error))
             return
@@ -83,15 +84,15 @@ def _is_sigma_space(scheduler: SchedulerMixin) -> bool:
 
 
 @torch.no_grad()
-def colours_of(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Latents (1, C, 32, 32) -> what the VAE makes of them, (1, 3, 32, 32) about in [-1, 1].
+def colours_of(vae: AutoencoderKL, latents: Tensor, device: torch.device) -> Tensor:
+    """Latents (1, C, 32, 32) -> what the VAE makes of them on `device`, (1, 3, 32, 32) about in [-1, 1].
 
     In fp32, as the pipeline decodes: SDXL's own VAE overflows in fp16. The VAE is as it was afterwards.
     """
     dtype = vae.dtype
     try:
         vae.to(torch.float32)
-        pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.device)).sample
+        pixels = vae.decode((latents / vae.config.scaling_factor).to(device)).sample
     finally:
         vae.to(dtype)
     return torch.nn.functional.adaptive_avg_pool2d(pixels.float().cpu(), FIT_SIDE)
