@@ -22,7 +22,8 @@ CAST_TO_FP16 = "MatMul8bitLt: inputs will be cast"
 def quantize(unet: nn.Module, kind: str, compute_dtype: torch.dtype, device: torch.device | str | None = None) -> int:
     """Replace the layers in place, each quantised on `device` (its own when None); returns how many.
 
-    One dense layer at a time is on the device: the whole dense model never is. `kind` none does nothing.
+    One dense layer at a time is on the device: the whole dense model never is. In 4 bit, each goes back to where it
+    was, so that the device is free for the encoders. `kind` none does nothing.
     Raises UserError for an unknown kind, and when bitsandbytes is not installed.
     """
     if kind not in QUANTIZATIONS:
@@ -67,4 +68,5 @@ def quantized(dense: nn.Linear, kind: str, compute_dtype: torch.dtype, device: t
         layer = bnb.Linear8bitLt(*shape, has_fp16_weights=False, **options)
         layer.weight = bnb.Int8Params(dense.weight.data, requires_grad=False, has_fp16_weights=False)
     layer.bias = dense.bias
-    return layer.to(device)
+    home = dense.weight.device if kind == "nf4" else device
+    return layer.to(device).to(home)

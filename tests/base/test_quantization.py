@@ -59,3 +59,11 @@ def test_int8_in_bf16_says_nothing_at_each_call(caplog):
     quantize(unet, "int8", torch.bfloat16)
     unet(torch.randn(3, 64, dtype=torch.bfloat16))
     assert not caplog.text
+
+
+def test_a_4_bit_layer_waits_where_the_dense_one_was(monkeypatch):
+    """The device is for the text encoders and the VAE until training begins."""
+    seen, move = [], bnb.Linear4bit.to
+    monkeypatch.setattr(bnb.Linear4bit, "to", lambda self, device: seen.append(str(device)) or move(self, device))
+    quantize(Unet(), "nf4", torch.float32, "cpu:0")
+    assert seen == ["cpu:0", "cpu"]
