@@ -13,15 +13,11 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from dreambooth_moslora.base.free_memory import GIB, free_gib
+from dreambooth_moslora.base.gpu_memory import DECODER_BYTES_A_PIXEL, GIB, TILE_PX, free_gib
 
-__all__ = ["DECODER_BYTES_A_PIXEL", "TILE_PX", "decode_image", "decode_pixels", "pictures_of", "tiled_where_short"]
+__all__ = ["decode_image", "decode_pixels", "pictures_of", "tiled_where_short"]
 
 logger = logging.getLogger(__name__)
-
-DECODER_BYTES_A_PIXEL = 4300
-"""Peak of the fp32 decoder of SDXL's VAE beside its weights, a pixel of the picture."""
-TILE_PX = 512
 
 
 def decode_image(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:

@@ -4,7 +4,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from dreambooth_moslora.base.free_memory import GIB, free_gib
+from dreambooth_moslora.base.gpu_memory import GIB, free_gib
 from dreambooth_moslora.core.errors import UserError
 
 __all__ = ["CPU", "Home", "max_pixels", "must_offload", "weights_gib"]

@@ -18,6 +18,7 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import RunDir, check_name, checkpoint_step
 from dreambooth_moslora.core.targets import is_target
 from dreambooth_moslora.core.versions import require_packages
+from dreambooth_moslora.training.estimate import check_memory
 from dreambooth_moslora.training.model_card import is_card, pictures_named
 from dreambooth_moslora.training.precision import check_bf16
 
@@ -169,6 +170,7 @@ def preflight(config: TrainConfig) -> Path | None:
     layers = unet_layers(folder, config.variant) if folder else {}
     if layers:
         check_layers(config.target_modules, layers, config.use_dora)
+    check_memory(config, folder)
     return folder
 
 

@@ -1,27 +1,40 @@
 """What a run will need, before it begins: memory while training, and room on the disk.
 
-Weights and adapters are counted exactly, from the headers of the base's files. Activations are a rule of thumb,
-measured once on SDXL's UNet (bf16, one image of 1024 px, CPU: 6.7 GiB, about a third of it with gradient
-checkpointing, plus 0.4 GiB that does not depend on the size) and taken as proportional to pixels, batch and bytes.
+Weights and adapters are counted exactly, from the headers of the base's files. What a step adds was counted on SDXL's
+UNet operation by operation (`benchmarks.gpu_memory`: bf16, images of 1024 px) and grows with pixels, images and bytes.
 """
 
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dreambooth_moslora.base.gpu_memory import DECODER_BYTES_A_PIXEL, GIB, TILE_PX
 from dreambooth_moslora.base.headers import tensor_shapes
 from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.targets import is_target
+from dreambooth_moslora.training.step_plan import uses_class_images
 
-__all__ = ["BaseSize", "Estimate", "estimate", "size_of_base"]
+__all__ = ["CONTEXT_GIB", "GIB", "BaseSize", "Estimate", "check_memory", "estimate", "size_of_base"]
 
-GIB = 2**30
-BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "nf4": 0.56, "int8": 1.05}
-TRAINING_BYTES = 16
-"""fp32 weight, gradient and two moments of Adam, a number; 8-bit Adam needs 10."""
-ACTIVATION_GIB, CHECKPOINTED_SHARE, FIXED_GIB = 6.7, 0.33, 0.4
-DECODER_BYTES_A_PIXEL = 4300
-"""Peak of the fp32 VAE's decoder beside its weights, a pixel of the picture."""
+BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
+QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.001}
+"""A number of the transformer blocks' projections, with its share of the scales; all others keep their precision."""
+TRAINING_BYTES, TRAINING_BYTES_8BIT = 16, 10
+"""fp32 weight, gradient and two moments of Adam, a number of the adapter."""
+CONTEXT_GIB = 0.5
+"""What CUDA itself takes for a process, beside its tensors."""
+STEP_GIB, STEP_GIB_A_RANK, RECOMPUTED_GIB = 5.24, 0.00102, 0.51
+"""What forward and backward keep of an image of 1024 px: without recomputation, more for each rank, and with it."""
+TEXT_GIB = 0.025
+"""The same of its text, which does not grow with the image."""
+PEFT_STEP, PEFT_RECOMPUTED = 1.4, 1.1
+"""Times as much where PEFT's own layers compute the adapter: quantised bases, DoRA, dropout."""
+DRAWING_GIB = 0.15
+"""Of the UNet without gradients, an image of 1024 px in half precision."""
+ENCODER_BYTES_A_PIXEL = 2600
+"""Peak of the fp32 VAE's encoder beside its weights."""
 PNG_BYTES_A_PIXEL = 1.6
 
 
@@ -29,10 +42,12 @@ PNG_BYTES_A_PIXEL = 1.6
 class BaseSize:
     """Numbers of parameters, and the sum of (in + out) over the layers that get an adapter, with their count.
 
-    Of a convolution, in is channels times kernel: (out, in, h, w) counts in·h·w + out.
+    `projections` are those of the UNet's parameters that are quantised when asked. Of a convolution, in is channels
+    times kernel: (out, in, h, w) counts in·h·w + out.
     """
 
     unet: int = 2_567_463_684
+    projections: int = 2_183_987_200
     text_encoders: int = 123_060_480 + 694_659_840
     vae: int = 83_653_863
     adapted_widths: int = 1_451_520
@@ -52,6 +67,10 @@ class Estimate:
     disk_gib: float
     size: BaseSize
 
+    @property
+    def peak_gib(self) -> float:
+        return max(self.encoding_gib, self.training_gib, self.sampling_gib)
+
 
 def size_of_base(folder: Path | None, target_modules: tuple[str, ...], variant: str | None = None) -> BaseSize:
     """Counted from the diffusers folder of the base; SDXL's own size when there is none to look into.
@@ -67,41 +86,88 @@ def size_of_base(folder: Path | None, target_modules: tuple[str, ...], variant: 
     count = {part: sum(map(math.prod, found.values())) for part, found in shapes.items()}
     texts = count["text_encoder"] + count["text_encoder_2"]
     widths = sum(shape[0] + math.prod(shape[1:]) for shape in adapted)
-    return BaseSize(count["unet"], texts, count["vae"], widths, len(adapted), True)
+    projections = sum(math.prod(shape) for name, shape in shapes["unet"].items() if is_projection(name, shape))
+    return BaseSize(count["unet"], projections, texts, count["vae"], widths, len(adapted), True)
+
+
+def is_projection(name: str, shape: list[int]) -> bool:
+    """As `base.quantization` chooses."""
+    return "transformer_blocks" in name and name.endswith(".weight") and len(shape) == 2 and shape[0] % 32 == 0
 
 
 PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")
 
 
 def estimate(config: TrainConfig, size: BaseSize, total_steps: int, photo_count: int) -> Estimate:
-    precision = "fp32" if config.mixed_precision in (None, "no") else config.mixed_precision
-    number = BYTES[precision]
+    """GiB on the device of each phase, and on the disk."""
+    number = BYTES[precision_of(config)]
     adapter = config.rank * size.adapted_widths
     adapter += size.adapted_layers * config.rank**2 if config.mixer != "none" else 0
-    kept = BYTES[config.base_quantization] if config.base_quantization != "none" else number
-    unet, texts, vae = size.unet * kept / GIB, size.text_encoders * number / GIB, size.vae * 4 / GIB
-    optimized = adapter * (10 if config.use_8bit_adam else TRAINING_BYTES) / GIB
+    unet, texts, vae = unet_gib(config, size), size.text_encoders * number / GIB, size.vae * 4 / GIB
+    optimized = adapter * (TRAINING_BYTES_8BIT if config.use_8bit_adam else TRAINING_BYTES) / GIB
     weights = unet + optimized + (texts if config.train_text_encoder else 0)
-    decoder = vae + config.resolution**2 * DECODER_BYTES_A_PIXEL / GIB
+    drawing = vae + max(decoder_gib(config), drawing_gib(config, size, images=2))
     checkpoint = adapter * 12 / GIB
     return Estimate(
         adapter_parameters=adapter,
-        encoding_gib=unet + texts + decoder,
-        training_gib=weights + activations_gib(config, size, number),
-        sampling_gib=weights + decoder + FIXED_GIB,
+        encoding_gib=CONTEXT_GIB + texts + vae + preparing_gib(config, size),
+        training_gib=CONTEXT_GIB + weights + step_gib(config, size, adapter),
+        sampling_gib=CONTEXT_GIB + weights + (drawing if draws_samples(config) else 0),
         checkpoint_gib=checkpoint,
         disk_gib=disk_gib(config, adapter, checkpoint, total_steps),
         size=size,
     )
 
 
-def activations_gib(config: TrainConfig, size: BaseSize, number: float) -> float:
-    """Of one forward and backward pass; a UNet narrower than SDXL's needs less, about as its width."""
-    images = config.train_batch_size * (2 if config.with_prior_preservation else 1)
+def precision_of(config: TrainConfig) -> str:
+    """As accelerate is told: by the flag, or by `accelerate launch` in the environment."""
+    return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
+
+
+def draws_samples(config: TrainConfig) -> bool:
+    return bool(config.num_validation_images or config.evaluate_steps)
+
+
+def unet_gib(config: TrainConfig, size: BaseSize) -> float:
+    number = BYTES[precision_of(config)]
+    small = QUANTIZED_BYTES.get(config.base_quantization, number)
+    return ((size.unet - size.projections) * number + size.projections * small) / GIB
+
+
+def preparing_gib(config: TrainConfig, size: BaseSize) -> float:
+    """Beside text encoders and VAE: the UNet only where it draws class images or, in int8, was made on the device."""
+    encoder = config.resolution**2 * ENCODER_BYTES_A_PIXEL / GIB
+    makes_images = uses_class_images(config)
+    is_there = makes_images or config.base_quantization == "int8"
+    drawing = drawing_gib(config, size, images=2 * config.sample_batch_size) if makes_images else 0
+    return max(encoder, drawing) + (unet_gib(config, size) if is_there else 0)
+
+
+def decoder_gib(config: TrainConfig) -> float:
+    return min(config.resolution, TILE_PX) ** 2 * DECODER_BYTES_A_PIXEL / GIB
+
+
+def drawing_gib(config: TrainConfig, size: BaseSize, images: int) -> float:
+    """Of the UNet, for images that are denoised together: each picture counts twice, with its prompt and without."""
+    return DRAWING_GIB * images * scale_of(config, size)
+
+
+def scale_of(config: TrainConfig, size: BaseSize) -> float:
+    """Against an image of 1024 px in half precision; a UNet narrower than SDXL's needs less, about as its width."""
     width = math.sqrt(size.unet / BaseSize().unet)
-    share = CHECKPOINTED_SHARE if config.gradient_checkpointing else 1.0
-    pixels = (config.resolution / 1024) ** 2
-    return FIXED_GIB * width + ACTIVATION_GIB * width * pixels * images * number / 2 * share
+    return (config.resolution / 1024) ** 2 * width * BYTES[precision_of(config)] / 2
+
+
+def step_gib(config: TrainConfig, size: BaseSize, adapter: int) -> float:
+    """Of one forward and backward pass, without weights and gradients."""
+    images = config.train_batch_size * (2 if config.with_prior_preservation else 1)
+    is_pefts = config.base_quantization != "none" or config.use_dora or config.lora_dropout > 0
+    scale = scale_of(config, size) * images
+    if config.gradient_checkpointing:
+        return RECOMPUTED_GIB * scale * (PEFT_RECOMPUTED if is_pefts else 1)
+    image = (STEP_GIB + STEP_GIB_A_RANK * config.rank * size.adapted_layers / 560) * (PEFT_STEP if is_pefts else 1)
+    casts = adapter * 2 / GIB
+    return image * scale + TEXT_GIB * images * math.sqrt(size.unet / BaseSize().unet) + casts
 
 
 def disk_gib(config: TrainConfig, adapter: int, checkpoint_gib: float, total_steps: int) -> float:
@@ -111,3 +177,73 @@ def disk_gib(config: TrainConfig, adapter: int, checkpoint_gib: float, total_ste
     made = config.with_prior_preservation and config.prior == "class_images" and not config.class_data_dir
     pictures = samples + (config.num_class_images if made else 0)
     return checkpoints * checkpoint_gib + (adapter * 8 + pictures * config.resolution**2 * PNG_BYTES_A_PIXEL) / GIB
+
+
+SMALL_GIB = 2.0
+"""What needs less fits every GPU that trains at all: the driver is not asked, and PyTorch not loaded."""
+STOCK_SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+RECIPES = (24, 16, 12, 8, 6)
+"""GB of the cards that `assets/configs/sdxl_…gb.toml` are for."""
+
+
+def check_memory(config: TrainConfig, folder: Path | None) -> None:
+    """Raises UserError for a run that needs more than the GPU has free, and names the nearest settings that fit.
+
+    `folder` is that of the base. A base of unknown size is not judged.
+    """
+    size = size_of_base(folder, config.target_modules, config.variant)
+    need = estimate(config, size, 1, 1).peak_gib
+    is_known = size.is_measured or config.pretrained_model_name_or_path == STOCK_SDXL
+    is_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
+    if need < SMALL_GIB or not is_known or is_on_cpu:
+        return
+    free = free_gib_of_gpu()
+    if free is not None and need > free:
+        raise UserError(
+            f"this run needs about {need:.1f} GiB of GPU memory and {free:.1f} GiB are free: "
+            + way_out(config, size, free)
+        )
+
+
+def free_gib_of_gpu() -> float | None:
+    """GiB for this process on its GPU, with CUDA's context, which is there once the driver was asked; None without."""
+    import torch  # not before it is needed: a dry run answers at once
+
+    if not torch.cuda.is_available():
+        return None
+    device = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.cuda.mem_get_info(device)[0] / GIB + CONTEXT_GIB
+
+
+def way_out(config: TrainConfig, size: BaseSize, free_gib: float) -> str:
+    """The person's own settings with as few changes as fit, and the recipe for such a card."""
+    for changes in plans(config):
+        cost = estimate(replace(config, **changes), size, 1, 1).peak_gib
+        if cost <= free_gib:
+            flags = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changes.items())
+            return f"give {flags} (then {cost:.1f} GiB){recipe_for(free_gib)}."
+    return f"give a smaller --resolution than {config.resolution}, or free the GPU."
+
+
+def plans(config: TrainConfig) -> list[dict[str, object]]:
+    """Changes to a run's settings, each with those before it, from the cheapest in time to the dearest."""
+    wanted = {
+        "mixed_precision": "bf16" if precision_of(config) in ("no", "fp32") else precision_of(config),
+        "gradient_checkpointing": True,
+        "train_batch_size": 1,
+        "sample_batch_size": 1,
+        "base_quantization": "nf4",
+    }
+    changes: dict[str, object] = {}
+    found = []
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            changes = {**changes, name: value}
+            found.append(changes)
+    return found
+
+
+def recipe_for(free_gib: float) -> str:
+    """Named after the card, of which a desktop and the driver take a part."""
+    fitting = next((card for card in RECIPES if card * 0.9 <= free_gib), None)
+    return f", or start from assets/configs/sdxl_{fitting}gb.toml" if fitting else ""

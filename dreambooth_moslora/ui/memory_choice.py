@@ -11,8 +11,8 @@ __all__ = ["choice_lines", "memory_choice"]
 
 AMPERE = 8
 """The first compute capability whose convolutions and matrix products know bf16."""
-CONTEXT_GIB = 0.5
-"""What CUDA itself takes for a process, beside its tensors."""
+USABLE = 0.9
+"""Of the free memory: libraries' workspaces and fragments take the rest."""
 
 
 def memory_choice(config: TrainConfig) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def memory_choice(config: TrainConfig) -> dict[str, Any]:
     precision = "bf16" if torch.cuda.get_device_capability()[0] >= AMPERE else "fp16"
     size = size_of_base(base_folder(config), config.target_modules, config.variant)
     cost = estimate(replace(config, mixed_precision=precision), size, config.max_train_steps or 1, 1)
-    is_short = cost.training_gib + CONTEXT_GIB > free
+    is_short = cost.training_gib > USABLE * free
     return {"mixed_precision": precision, "gradient_checkpointing": is_short}
 
 
@@ -40,7 +40,7 @@ def choice_lines(config: TrainConfig, cost: Estimate) -> list[str]:
     recomputed = "with" if config.gradient_checkpointing else "without"
     line = f"GPU: {free:.1f} GiB free for this run, so it trains in {config.mixed_precision}"
     lines = [f"{line}, {recomputed} gradient checkpointing"]
-    if max(cost.training_gib, cost.sampling_gib) + CONTEXT_GIB > free:
+    if cost.peak_gib > free:
         lines.append("the GPU may have too little memory even so")
     return lines
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from dreambooth_moslora.base import decode, free_memory
+from dreambooth_moslora.base import decode, gpu_memory
 
 GIB = 2**30
 
@@ -70,9 +70,9 @@ def test_tiling_that_somebody_set_is_back_afterwards(vae, monkeypatch):
     assert vae.use_tiling and vae.tile_latent_min_size == 128
 
 
-def test_free_memory_counts_what_the_allocator_keeps_for_reuse(monkeypatch):
+def test_gpu_memory_counts_what_the_allocator_keeps_for_reuse(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GIB, 8 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 4 * GIB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * GIB)
-    assert free_memory.free_gib(torch.device("cuda")) == 5.0
-    assert free_memory.free_gib(torch.device("cpu")) is None
+    assert gpu_memory.free_gib(torch.device("cuda")) == 5.0
+    assert gpu_memory.free_gib(torch.device("cpu")) is None

@@ -1,0 +1,135 @@
+"""What a training step of full-size SDXL needs on a GPU, counted on the meta device, beside what `--dry_run` says.
+
+    python -m benchmarks.gpu_memory                       # floor, ours by plan, PEFT's own layers; a minute
+    python -m benchmarks.gpu_memory --resolutions 512 1024 --ranks 16 128 --batches 1 4
+
+No GPU and no weights are needed. GiB of tensors; `total` adds weights, fp32 adapters with gradients and Adam, and 0.5
+for CUDA itself. Kernels are dispatched operations without views. What an actual card takes is in `gpu_step`.
+"""
+
+import argparse
+import gc
+import itertools
+import logging
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.meta_count import GIB, Count, Counter, bytes_of, flash_attention
+from benchmarks.sdxl_structure import sdxl_unet
+from dreambooth_moslora.core.config import TrainConfig
+
+__all__ = ["adapted_unet", "count", "counted_total_gib", "estimated_total_gib", "main", "run_config"]
+
+TEXT_WIDTH, POOLED_WIDTH, TOKENS = 2048, 1280, 77
+
+
+def run_config(resolution: int = 1024, rank: int = 16, batch: int = 1, recomputed: bool = False) -> TrainConfig:
+    return TrainConfig(
+        instance_data_dir=".",
+        instance_prompt="a photo of sks dog",
+        resolution=resolution,
+        rank=rank,
+        train_batch_size=batch,
+        gradient_checkpointing=recomputed,
+        mixed_precision="bf16",
+        num_validation_images=0,
+        seed=0,
+    )
+
+
+def adapted_unet(config: TrainConfig, *, fast: bool = True) -> nn.Module:
+    """SDXL's UNet in bf16 with the trainer's own adapters, on the meta device. `fast` False: PEFT's own layers."""
+    from dreambooth_moslora.adapters.fused_linear import disable_fast_path
+    from dreambooth_moslora.training.train_step import add_adapters
+
+    unet = sdxl_unet().to(torch.bfloat16).requires_grad_(False).train()
+    with torch.device("meta"):
+        add_adapters(config, SimpleNamespace(pipeline=SimpleNamespace(unet=unet)), None)
+    if not fast:
+        disable_fast_path(unet)
+    return unet
+
+
+def count(config: TrainConfig, unet: nn.Module) -> Count:
+    """One micro-batch, forward and backward. Gradients of adapters are not in it: they are there all the time."""
+    batch, side = config.train_batch_size, config.resolution // 8
+    trained = [weight for weight in unet.parameters() if weight.requires_grad]
+    hooks = [weight.register_post_accumulate_grad_hook(forget_gradient) for weight in trained]
+    noisy = empty(batch, 4, side, side).requires_grad_(not trained)
+    added = {"text_embeds": empty(batch, POOLED_WIDTH), "time_ids": empty(batch, 6)}
+    with Counter() as counter, flash_attention():
+        output = unet(noisy, empty(batch), empty(batch, TOKENS, TEXT_WIDTH), added_cond_kwargs=added).sample
+        loss = output.float().square().mean()
+        kept = counter.live
+        loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return Count(kept / GIB, counter.peak / GIB, counter.kernels)
+
+
+def empty(*shape: int) -> Tensor:
+    return torch.empty(*shape, device="meta", dtype=torch.bfloat16)
+
+
+def forget_gradient(weight: Tensor) -> None:
+    weight.grad = None
+
+
+def counted_total_gib(unet: nn.Module, counted: Count) -> float:
+    """Weights, gradients and Adam's two moments of the adapters, the step, CUDA's context."""
+    from dreambooth_moslora.training.estimate import CONTEXT_GIB
+
+    trained = sum(weight.numel() * 4 for weight in unet.parameters() if weight.requires_grad)
+    return (bytes_of(unet) + 3 * trained) / GIB + counted.peak_gib + CONTEXT_GIB
+
+
+def estimated_total_gib(config: TrainConfig) -> float:
+    from dreambooth_moslora.training.estimate import BaseSize, estimate
+
+    return estimate(config, BaseSize(), total_steps=100, photo_count=5).training_gib
+
+
+def floor_unet(config: TrainConfig) -> nn.Module:
+    """The frozen UNet alone: nothing can take less for a gradient to its input."""
+    return sdxl_unet().to(torch.bfloat16).requires_grad_(False).train()
+
+
+def row(name: str, config: TrainConfig, build: Callable[[TrainConfig], nn.Module], *, estimated: bool = True) -> float:
+    """Print one line; returns |estimate / count - 1|, 0 where nothing is estimated."""
+    gc.collect()
+    unet = build(config)
+    counted = count(config, unet)
+    total = counted_total_gib(unet, counted)
+    line = f"{name:34} {counted.kept_gib:6.2f} {counted.peak_gib:6.2f} {counted.kernels:8,} {total:7.2f}"
+    if not estimated:
+        print(line, flush=True)
+        return 0.0
+    told = estimated_total_gib(config)
+    print(f"{line} {told:9.2f} {told / total - 1:+10.1%}", flush=True)
+    return abs(told / total - 1)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    options.add_argument("--resolutions", nargs="+", type=int, default=[1024], metavar="PX")
+    options.add_argument("--ranks", nargs="+", type=int, default=[16], metavar="R")
+    options.add_argument("--batches", nargs="+", type=int, default=[1], metavar="N")
+    options = options.parse_args(arguments)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    print(f"{'SDXL, bf16':34} {'kept':>6} {'peak':>6} {'kernels':>8} {'total':>7} {'estimate':>9} {'deviation':>10}")
+    first = run_config(options.resolutions[0], options.ranks[0], options.batches[0])
+    row("floor: frozen, no adapter", first, floor_unet, estimated=False)
+    row("PEFT's own layers", first, lambda config: adapted_unet(config, fast=False), estimated=False)
+    deviations = []
+    for px, rank, batch in itertools.product(options.resolutions, options.ranks, options.batches):
+        for recomputed in (False, True):
+            name = f"{px} px, rank {rank}, batch {batch}" + (", recomputed" if recomputed else "")
+            deviations.append(row(name, run_config(px, rank, batch, recomputed), adapted_unet))
+    print(f"largest deviation of the estimate: {max(deviations):.1%}")
+
+
+if __name__ == "__main__":
+    main()
