@@ -72,3 +72,13 @@ def test_moments_of_a_run_are_counted_from_the_command():
     assert found["first step"] == 6 and found["end"] == 9
     assert found["in loading"] == 2 and found["in training"] == 2 and found["in exporting"] == 1.5
     assert found["in caching"] == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize("arm", ["floor", "ours", "peft", "nf4"])
+def test_the_gpu_arms_step_on_any_device(arm, capsys):
+    from benchmarks import gpu_step
+
+    words = ["--size", "small", "--resolution", "64", "--steps", "1", "--rank", "2", "--arms", arm]
+    gpu_step.main(words)
+    found = json.loads(capsys.readouterr().out)
+    assert found["arm"] == arm and 0 < found["host_sec"] <= found["step_sec"]

@@ -1,0 +1,189 @@
+"""Seconds, memory and kernels of one training step on a GPU, with random weights: nothing has to be downloaded.
+
+    python -m benchmarks.gpu_step                                  # full-size SDXL, bf16, 1024 px, batch 1
+    python -m benchmarks.gpu_step --arms ours peft --batch 2 --checkpointing
+    python -m benchmarks.gpu_step --arms ours compiled channels_last nf4
+    python -m benchmarks.gpu_step --size small --resolution 64     # on a CPU: does it run at all
+
+One line of JSON for each arm, one after the other in this process. `host_sec` is how long the program takes to hand a
+step to the GPU: where it is as long as `step_sec`, the GPU waits for the program. `reserved_gib` and 0.5 for CUDA's
+context is what `benchmarks.gpu_memory` has counted as `total`, beside workspaces and fragments.
+"""
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import nn
+
+from benchmarks.meta_count import GIB
+
+__all__ = ["ARMS", "main", "measure"]
+
+ARMS = {
+    "floor": "the frozen UNet's forward and the gradient to its input",
+    "ours": "the trainer's own step",
+    "peft": "the same, by PEFT's own layers",
+    "compiled": "ours, each transformer block compiled",
+    "channels_last": "ours, convolutions in NHWC",
+    "benchmarked": "ours, with cuDNN's own search for algorithms",
+    "nf4": "ours, the base in 4 bit",
+}
+WARM_UP = 3
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    for arm in options.arms:
+        print(json.dumps(measure(arm, options)), flush=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    arms = "; ".join(f"{name}: {what}" for name, what in ARMS.items())
+    options.add_argument("--arms", nargs="+", choices=ARMS, default=["floor", "ours", "peft"], help=arms)
+    options.add_argument("--size", default="sdxl", help=argparse.SUPPRESS)
+    options.add_argument("--resolution", type=int, default=1024)
+    options.add_argument("--batch", type=int, default=1)
+    options.add_argument("--rank", type=int, default=16)
+    options.add_argument("--steps", type=int, default=10, help="steps that are timed; the median counts")
+    options.add_argument("--checkpointing", action="store_true")
+    options.add_argument("--prior", action="store_true", help="with the frozen base's own answer as the prior")
+    return options
+
+
+def measure(arm: str, options: argparse.Namespace) -> dict:
+    """Build the arm and time its steps."""
+    from accelerate import Accelerator
+
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = arm == "benchmarked"
+    accelerator = Accelerator(mixed_precision="bf16")
+    device = accelerator.device
+    step = floor(options, device) if arm == "floor" else trainer_step(arm, options, accelerator)
+    for _ in range(WARM_UP):
+        step()
+    finish(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    runs = [timed(step, device) for _ in range(options.steps)]
+    facts = {"arm": arm, **{name: value for name, value in vars(options).items() if name != "arms"}}
+    facts["step_sec"] = round(median(whole for whole, _ in runs), 4)
+    facts["host_sec"] = round(median(host for _, host in runs), 4)
+    return facts | (card_facts(step) if device.type == "cuda" else {})
+
+
+def timed(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    """Seconds until the step is done, and until the program was free again."""
+    start = time.perf_counter()
+    step()
+    host = time.perf_counter() - start
+    finish(device)
+    return time.perf_counter() - start, host
+
+
+def finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def card_facts(step: Callable[[], None]) -> dict:
+    """Memory of the steps so far, and the kernels of one more."""
+    return {
+        "allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
+        "card": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "kernels": kernels_of(step),
+    }
+
+
+def kernels_of(step: Callable[[], None]) -> int:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.count for event in seen.key_averages())
+
+
+def floor(options: argparse.Namespace, device: torch.device) -> Callable[[], None]:
+    from benchmarks.materials import random_materials
+
+    materials = random_materials(options.size, options.resolution)
+    unet = materials.pipeline.unet.to(device).requires_grad_(False).train()
+    if options.checkpointing:
+        unet.enable_gradient_checkpointing()
+    batch = materials.batch_at(0, options.batch).to(device)
+    words = materials.words(batch.prompts)
+    embeds = words.embeds.to(device)
+    added = {"text_embeds": words.pooled.to(device), "time_ids": batch.time_ids}
+
+    def step() -> None:
+        noisy = torch.randn_like(batch.latents, dtype=torch.bfloat16).requires_grad_()
+        times = torch.randint(0, 1000, (options.batch,), device=device)
+        unet(noisy, times, embeds, added_cond_kwargs=added).sample.float().square().mean().backward()
+
+    return step
+
+
+def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable[[], None]:
+    from benchmarks.materials import random_materials
+    from dreambooth_moslora.adapters.fused_linear import disable_fast_path
+    from dreambooth_moslora.base.quantization import quantize
+    from dreambooth_moslora.training.train_step import Learner
+
+    materials = random_materials(options.size, options.resolution)
+    unet = materials.pipeline.unet.requires_grad_(False)
+    if arm == "nf4":
+        quantize(unet, "nf4", torch.bfloat16, accelerator.device)
+    unet.to(accelerator.device)
+    if arm == "channels_last":
+        unet.to(memory_format=torch.channels_last)
+    learner = Learner(run_config(options), materials, accelerator, max_train_steps=1000)
+    if arm == "peft":
+        disable_fast_path(unet)
+    if arm == "compiled":
+        compile_blocks(unet)
+
+    def step() -> None:
+        learner.accumulate_gradients()
+        learner.update_adapter()
+
+    return step
+
+
+def run_config(options: argparse.Namespace):
+    from dreambooth_moslora.core.config import TrainConfig
+
+    prior = {"with_prior_preservation": True, "prior": "adapter_off", "class_prompt": "a photo of a dog"}
+    return TrainConfig(
+        instance_data_dir=".",
+        instance_prompt="a photo of sks dog",
+        resolution=options.resolution,
+        rank=options.rank,
+        train_batch_size=options.batch,
+        gradient_checkpointing=options.checkpointing,
+        mixed_precision="bf16",
+        seed=0,
+        **(prior if options.prior else {}),
+    )
+
+
+def compile_blocks(unet: nn.Module) -> None:
+    from diffusers.models.attention import BasicTransformerBlock
+
+    for block in unet.modules():
+        if isinstance(block, BasicTransformerBlock):
+            block.compile(fullgraph=True, dynamic=False)
+
+
+if __name__ == "__main__":
+    main()
