@@ -1,10 +1,11 @@
-"""What a training step of full-size SDXL needs on a GPU, counted on the meta device, beside what `--dry_run` says.
+"""What a training step of full-size SDXL needs on a GPU, counted on the meta device, beside the estimate.
 
     python -m benchmarks.gpu_memory                       # floor, ours by plan, PEFT's own layers; a minute
     python -m benchmarks.gpu_memory --resolutions 512 1024 --ranks 16 128 --batches 1 4
 
-No GPU and no weights are needed. GiB of tensors; `total` adds weights, fp32 adapters with gradients and Adam, and 0.5
-for CUDA itself. Kernels are dispatched operations without views. What an actual card takes is in `gpu_step`.
+No GPU and no weights are needed. GiB of tensors; `total` adds weights, fp32 adapters with gradients and Adam,
+and 0.5 for CUDA itself. Kernels are dispatched operations without views. What an actual card takes is in
+`gpu_step`.
 """
 
 import argparse
@@ -41,7 +42,10 @@ def run_config(resolution: int = 1024, rank: int = 16, batch: int = 1, recompute
 
 
 def adapted_unet(config: TrainConfig, *, fast: bool = True) -> nn.Module:
-    """SDXL's UNet in bf16 with the trainer's own adapters, on the meta device. `fast` False: PEFT's own layers."""
+    """SDXL's UNet in bf16 with the trainer's own adapters, on the meta device.
+
+    `fast` False: PEFT's own layers.
+    """
     from dreambooth_moslora.adapters.fused_linear import disable_fast_path
     from dreambooth_moslora.training.train_step import add_adapters
 
@@ -54,7 +58,10 @@ def adapted_unet(config: TrainConfig, *, fast: bool = True) -> nn.Module:
 
 
 def count(config: TrainConfig, unet: nn.Module) -> Count:
-    """One micro-batch, forward and backward. Gradients of adapters are not in it: they are there all the time."""
+    """One micro-batch, forward and backward.
+
+    Gradients of adapters are not in it: they are there all the time.
+    """
     batch, side = config.train_batch_size, config.resolution // 8
     trained = [weight for weight in unet.parameters() if weight.requires_grad]
     hooks = [weight.register_post_accumulate_grad_hook(forget_gradient) for weight in trained]

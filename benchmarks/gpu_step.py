@@ -5,9 +5,10 @@
     python -m benchmarks.gpu_step --arms ours compiled channels_last nf4
     python -m benchmarks.gpu_step --size small --resolution 64     # on a CPU: does it run at all
 
-One line of JSON for each arm, one after the other in this process. `host_sec` is how long the program takes to hand a
-step to the GPU: where it is as long as `step_sec`, the GPU waits for the program. `reserved_gib` and 0.5 for CUDA's
-context is what `benchmarks.gpu_memory` has counted as `total`, beside workspaces and fragments.
+One line of JSON for each arm, one after the other in this process. `host_sec` is how long the program takes
+to hand a step to the GPU: where it is as long as `step_sec`, the GPU waits for the program. `reserved_gib`
+and 0.5 for CUDA's context is what `benchmarks.gpu_memory` has counted as `total`, beside workspaces and
+fragments.
 """
 
 import argparse

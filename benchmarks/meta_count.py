@@ -1,8 +1,8 @@
-"""Memory and kernels of a training step, counted on the meta device: shapes without numbers, no GPU and no weights.
+"""Memory and kernels of a training step, counted on the meta device: shapes without numbers, no GPU.
 
-A storage lives from the operation that made it until the last tensor on it is gone, as in the allocator of CUDA.
-Attention is that of the flash kernels, which keep queries, keys, values, the result and one number a row. Workspaces of
-cuDNN and what the allocator loses to fragments are not counted.
+A storage lives from the operation that made it until the last tensor on it is gone, as in the allocator of
+CUDA. Attention is that of the flash kernels, which keep queries, keys, values, the result and one number a
+row. Workspaces of cuDNN and what the allocator loses to fragments are not counted.
 """
 
 import weakref
@@ -26,7 +26,7 @@ VIEWS |= {"detach", "alias", "split", "chunk", "as_strided", "unbind", "reshape"
 
 @dataclass(frozen=True)
 class Count:
-    """Tensors that a step made: `kept_gib` after the forward pass, `peak_gib` at most. `kernels` that it started."""
+    """Tensors of a step: `kept_gib` after the forward pass, `peak_gib` at most. `kernels` that it started."""
 
     kept_gib: float
     peak_gib: float
@@ -81,7 +81,7 @@ def bytes_of(module: nn.Module) -> int:
 
 @contextmanager
 def flash_attention() -> Iterator[None]:
-    """`scaled_dot_product_attention` as on a GPU: on the meta device PyTorch would take the one that keeps scores."""
+    """Attention as on a GPU: on the meta device PyTorch would take the kernel that keeps all scores."""
     usual = F.scaled_dot_product_attention
 
     def flash(query: Tensor, key: Tensor, value: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, **_) -> Tensor:

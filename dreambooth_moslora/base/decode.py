@@ -1,7 +1,7 @@
 """Latents become pictures: scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w), about in [-1, 1] -> PIL.
 
-One picture is decoded at a time: at 1024 px the fp32 decoder of SDXL needs 3 to 4 GiB for each. Where a GPU has
-less, the picture is decoded in tiles of 512 px that overlap by a quarter.
+One picture is decoded at a time: at 1024 px the fp32 decoder of SDXL needs 3 to 4 GiB for each. Where a GPU
+has less, the picture is decoded in tiles of 512 px that overlap by a quarter.
 """
 
 import logging
@@ -30,7 +30,10 @@ def decode_image(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
 
 @torch.no_grad()
 def decode_pixels(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w). An fp16 VAE that overflows goes to fp32, for good."""
+    """Scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w).
+
+    An fp16 VAE that overflows goes to fp32, for good.
+    """
     return torch.cat([decode_one(vae, latents[index : index + 1]) for index in range(len(latents))])
 
 
@@ -69,7 +72,7 @@ def scale_of(vae: AutoencoderKL) -> int:
 
 @contextmanager
 def tiled_where_short(vae: AutoencoderKL, size_px: tuple[int, int], device: torch.device) -> Iterator[None]:
-    """Inside, the VAE decodes in tiles if `device` has too little memory for a picture of (height, width) px at once.
+    """Inside, the VAE decodes in tiles if `device` has too little memory for (height, width) px at once.
 
     A VAE without tiling decodes as it can. The VAE's own settings are back afterwards.
     """

@@ -1,4 +1,7 @@
-"""How much memory a GPU has left, and what decoding a picture takes of it. PyTorch is loaded when it is asked."""
+"""How much memory a GPU has left, and what decoding a picture takes of it.
+
+PyTorch is loaded when it is asked.
+"""
 
 from typing import TYPE_CHECKING
 

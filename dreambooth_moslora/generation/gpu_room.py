@@ -24,7 +24,10 @@ def weights_gib(model: DiffusionPipeline | nn.Module) -> float:
 
 
 def must_offload(free_gib: float | None, all_weights_gib: float) -> bool:
-    """Whether the models have to take turns on the device. `free_gib` None: it has all the memory that there is."""
+    """Whether the models have to take turns on the device.
+
+    `free_gib` None: it has all the memory that there is.
+    """
     return free_gib is not None and free_gib < ROOM_BESIDE_WEIGHTS * all_weights_gib
 
 

@@ -1,7 +1,8 @@
 """What a run will need, before it begins: memory while training, and room on the disk.
 
-Weights and adapters are counted exactly, from the headers of the base's files. What a step adds was counted on SDXL's
-UNet operation by operation (`benchmarks.gpu_memory`: bf16, images of 1024 px) and grows with pixels, images and bytes.
+Weights and adapters are counted exactly, from the headers of the base's files. What a step adds was counted
+on SDXL's UNet operation by operation (`benchmarks.gpu_memory`: bf16, images of 1024 px) and grows with
+pixels, images and bytes.
 """
 
 import math
@@ -20,13 +21,13 @@ __all__ = ["CONTEXT_GIB", "GIB", "BaseSize", "Estimate", "check_memory", "estima
 
 BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.001}
-"""A number of the transformer blocks' projections, with its share of the scales; all others keep their precision."""
+"""A number of the blocks' projections, with its share of the scales; all others keep their precision."""
 TRAINING_BYTES, TRAINING_BYTES_8BIT = 16, 10
 """fp32 weight, gradient and two moments of Adam, a number of the adapter."""
 CONTEXT_GIB = 0.5
 """What CUDA itself takes for a process, beside its tensors."""
 STEP_GIB, STEP_GIB_A_RANK, RECOMPUTED_GIB = 5.24, 0.00102, 0.51
-"""What forward and backward keep of an image of 1024 px: without recomputation, more for each rank, and with it."""
+"""What a step keeps of an image of 1024 px: without recomputation, more for each rank, and with it."""
 TEXT_GIB = 0.025
 """The same of its text, which does not grow with the image."""
 PEFT_STEP, PEFT_RECOMPUTED = 1.4, 1.1
@@ -42,8 +43,8 @@ PNG_BYTES_A_PIXEL = 1.6
 class BaseSize:
     """Numbers of parameters, and the sum of (in + out) over the layers that get an adapter, with their count.
 
-    `projections` are those of the UNet's parameters that are quantised when asked. Of a convolution, in is channels
-    times kernel: (out, in, h, w) counts in·h·w + out.
+    `projections` are those of the UNet's parameters that are quantised when asked. Of a convolution, in is
+    channels times kernel: (out, in, h, w) counts in·h·w + out.
     """
 
     unet: int = 2_567_463_684
@@ -135,7 +136,7 @@ def unet_gib(config: TrainConfig, size: BaseSize) -> float:
 
 
 def preparing_gib(config: TrainConfig, size: BaseSize) -> float:
-    """Beside text encoders and VAE: the UNet only where it draws class images or, in int8, was made on the device."""
+    """Beside text encoders and VAE: the UNet only where it draws class images, or was made there (int8)."""
     encoder = config.resolution**2 * ENCODER_BYTES_A_PIXEL / GIB
     makes_images = uses_class_images(config)
     is_there = makes_images or config.base_quantization == "int8"
@@ -148,7 +149,7 @@ def decoder_gib(config: TrainConfig) -> float:
 
 
 def drawing_gib(config: TrainConfig, size: BaseSize, images: int) -> float:
-    """Of the UNet, for images that are denoised together: each picture counts twice, with its prompt and without."""
+    """Of the UNet, for images that are denoised together: a picture counts twice, with and without prompt."""
     return DRAWING_GIB * images * scale_of(config, size)
 
 
@@ -206,7 +207,10 @@ def check_memory(config: TrainConfig, folder: Path | None) -> None:
 
 
 def free_gib_of_gpu() -> float | None:
-    """GiB for this process on its GPU, with CUDA's context, which is there once the driver was asked; None without."""
+    """GiB for this process on its GPU, None without one.
+
+    With CUDA's context, which is there once the driver was asked.
+    """
     import torch  # not before it is needed: a dry run answers at once
 
     if not torch.cuda.is_available():

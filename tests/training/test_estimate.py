@@ -1,4 +1,4 @@
-"""What a run is said to need: held against a count, operation by operation, and against the card before it begins."""
+"""What a run is said to need: held against a count, and against the card before anything is loaded."""
 
 import pytest
 import torch
