@@ -29,7 +29,7 @@ def floor(size: str, resolution_px: int, rank: int) -> Step:
 
     materials = random_materials(size, resolution_px)
     unet, batch = materials.pipeline.unet.requires_grad_(False).train(), materials.batch_at(0, 1)
-    latents, words = batch.latents.to(materials.dtype), materials.words(batch.prompts)
+    latents, words = batch.latents.to(materials.dtype), materials.prompt_embeds(batch.prompts)
     added = {"text_embeds": words.pooled, "time_ids": batch.time_ids}
 
     def step() -> tuple[float, float]:
@@ -43,13 +43,13 @@ def floor(size: str, resolution_px: int, rank: int) -> Step:
 
 
 def ours(size: str, resolution_px: int, rank: int, *, checkpointing: bool = False) -> Step:
-    """The trainer's own step (`learner.Learner`) on a random UNet: only what it reads is made by hand."""
+    """The trainer's own step (`train_step.TrainStep`) on a random UNet: only what it reads is made by hand."""
     from accelerate import Accelerator
 
     from benchmarks.materials import random_materials
     from dreambooth_moslora.core.config import TrainConfig
     from dreambooth_moslora.core.process import keep_freed_memory
-    from dreambooth_moslora.training.train_step import Learner
+    from dreambooth_moslora.training.train_step import TrainStep
 
     keep_freed_memory()
     config = TrainConfig(
@@ -62,11 +62,11 @@ def ours(size: str, resolution_px: int, rank: int, *, checkpointing: bool = Fals
         seed=0,
     )
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
-    learner = Learner(config, random_materials(size, resolution_px), accelerator, max_train_steps=100)
+    train_step = TrainStep(config, random_materials(size, resolution_px), accelerator, max_train_steps=100)
 
     def step() -> tuple[float, float]:
-        losses = learner.accumulate_gradients()
-        return losses.total, learner.update_adapter()
+        losses = train_step.accumulate_gradients()
+        return losses.total, train_step.update_adapter()
 
     return step
 

@@ -17,7 +17,7 @@ __all__ = ["RandomMaterials", "random_materials"]
 
 @dataclass
 class RandomMaterials:
-    """In the place of `prepare.Materials`: the same attributes, with the caches already full."""
+    """In the place of `prepare.TrainInputs`: the same attributes, with the caches already full."""
 
     pipeline: SimpleNamespace
     schedule: object
@@ -25,10 +25,10 @@ class RandomMaterials:
     cond: TextCond
     dtype: torch.dtype = torch.bfloat16
 
-    def batch_at(self, micro: int, size: int, next_micro: int = 0) -> TrainBatch:
+    def batch_at(self, micro_batch: int, size: int, next_micro_batch: int = 0) -> TrainBatch:
         return collate([(self.view, "a photo of sks dog")] * size, [False] * size)
 
-    def words(self, prompts: list[str]) -> TextCond:
+    def prompt_embeds(self, prompts: list[str]) -> TextCond:
         """(N, 77, D) and (N, P)."""
         return TextCond(repeated(self.cond.embeds, len(prompts)), repeated(self.cond.pooled, len(prompts)))
 

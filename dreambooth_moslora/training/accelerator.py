@@ -87,7 +87,7 @@ def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
             mixed_precision=config.mixed_precision,
             log_with=tracker,
             project_config=folders,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `Learner` divides, by our flag
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `TrainStep` divides, by our flag
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except ValueError as error:

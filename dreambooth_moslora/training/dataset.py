@@ -1,6 +1,6 @@
 """Photos and captions as the endless, shuffled, seeded stream of batches that training reads.
 
-    exposure at position p  ->  (photo, repeat, crop)  ->  EncodedView  ->  TrainBatch
+    sample at position p  ->  (photo, repeat, crop)  ->  EncodedView  ->  TrainBatch
 
 Each epoch shuffles photos × repeats; crop number = epoch mod `crops_per_photo` (a fresh crop each epoch when nothing
 is cached). Every image, class images too, carries its own size and crop conditioning.
@@ -25,15 +25,15 @@ from dreambooth_moslora.photos.crops import CropPlan, CropRule, apply_crop
 from dreambooth_moslora.photos.folder import Photo, open_mask, open_rgb
 from dreambooth_moslora.training.encoding_cache import TensorCache, Tensors, fingerprint
 
-__all__ = ["EncodedView", "PhotoEncoder", "PhotoStream", "TextBook", "TrainBatch", "collate"]
+__all__ = ["EncodedView", "PhotoEncoder", "PhotoStream", "PromptCache", "TrainBatch", "collate"]
 
-Cut = tuple[Image.Image, Image.Image | None]
+Crop = tuple[Image.Image, Image.Image | None]
 """A crop and its mask."""
 
 
 @dataclass(frozen=True)
 class EncodedView:
-    """One cut of one photo: `latents` (4, h, w), `time_ids` (6,), `mask` (1, h, w) weighs its places, or None."""
+    """One crop of one photo: `latents` (4, h, w), `time_ids` (6,), `mask` (1, h, w) weighs its places, or None."""
 
     latents: Tensor
     time_ids: Tensor
@@ -69,7 +69,7 @@ class TrainBatch:
 
 
 class PhotoEncoder:
-    """Cut and encode photos once each: the VAE is asked only for what the cache does not hold."""
+    """Crop and encode photos once each: the VAE is asked only for what the cache does not hold."""
 
     def __init__(
         self,
@@ -79,12 +79,12 @@ class PhotoEncoder:
         readers: int = 0,
         unmasked_weight: float = 0.0,
     ):
-        """`readers` threads open and cut photos ahead of their turn, where nothing is cached."""
+        """`readers` threads open and crop photos ahead of their turn, where nothing is cached."""
         self.vae, self.cache, self.rule, self.unmasked_weight = vae, cache, rule, unmasked_weight
         self.vae_identity = fingerprint(vae)
         self._digests: dict[object, str] = {}
         self._readers = ThreadPoolExecutor(readers) if readers and cache is None else None
-        self._reading: dict[tuple[Photo, CropPlan], Future[Cut]] = {}
+        self._reading: dict[tuple[Photo, CropPlan], Future[Crop]] = {}
 
     def encode(self, photo: Photo, plan: CropPlan) -> EncodedView:
         tensors = (
@@ -117,16 +117,16 @@ class PhotoEncoder:
 
     def read_ahead(self, photo: Photo, plan: CropPlan) -> None:
         if self._readers is not None and (photo, plan) not in self._reading:
-            self._reading[photo, plan] = self._readers.submit(read_cut, photo, plan, self.rule.interpolation)
+            self._reading[photo, plan] = self._readers.submit(load_crop, photo, plan, self.rule.interpolation)
 
     def _compute(self, photo: Photo, plan: CropPlan) -> Tensors:
         reading = self._reading.pop((photo, plan), None)
-        image, mask = reading.result() if reading else read_cut(photo, plan, self.rule.interpolation)
+        image, mask = reading.result() if reading else load_crop(photo, plan, self.rule.interpolation)
         latents = load.encode_image(self.vae, pixels_of(image)[None])[0].cpu()
         return {"latents": latents} if mask is None else {"latents": latents, "subject": latent_mask(mask, latents)}
 
 
-def read_cut(photo: Photo, plan: CropPlan, interpolation: str) -> Cut:
+def load_crop(photo: Photo, plan: CropPlan, interpolation: str) -> Crop:
     """The photo's crop and its mask's, as pictures of the target size."""
     image, mask = apply_crop(open_rgb(photo), plan, interpolation), open_mask(photo)
     return image, None if mask is None else apply_crop(mask, plan, "bilinear")
@@ -144,46 +144,46 @@ def latent_mask(mask: Image.Image, latents: Tensor) -> Tensor:
 
 
 class PhotoStream:
-    """The exposures of one set of photos, by position. Two streams of one run differ by `name`."""
+    """The samples of one set of photos, by position. Two streams of one run differ by `name`."""
 
     def __init__(self, photos: Sequence[Photo], encoder: PhotoEncoder, seed: int, name: str, repeats: int = 1):
         self.photos, self.encoder, self.seed, self.name, self.repeats = photos, encoder, seed, name, repeats
 
     def __len__(self) -> int:
-        """Exposures in an epoch."""
+        """Samples in an epoch."""
         return len(self.photos) * self.repeats
 
     def at(self, position: int) -> tuple[EncodedView, str]:
-        """The view of the exposure at `position` >= 0, and one of its photo's captions, drawn anew each time."""
-        photo, plan = self._exposure(position)
+        """The view of the sample at `position` >= 0, and one of its photo's captions, drawn anew each time."""
+        photo, plan = self._sample(position)
         caption = rng(self.seed, self.name, "caption", position).choice(photo.captions)
         return self.encoder.encode(photo, plan), caption
 
     def read_ahead(self, position: int) -> None:
         """Begin to read what `at` will be asked for soon."""
-        self.encoder.read_ahead(*self._exposure(position))
+        self.encoder.read_ahead(*self._sample(position))
 
-    def _exposure(self, position: int) -> tuple[Photo, CropPlan]:
-        epoch, slot = place_of(position, len(self), self.seed, self.name)
+    def _sample(self, position: int) -> tuple[Photo, CropPlan]:
+        epoch, index = place_of(position, len(self), self.seed, self.name)
         crops = self.encoder.rule.crops_per_photo
-        return self.photos[slot // self.repeats], self._plan(slot, epoch if crops is None else epoch % crops)
+        return self.photos[index // self.repeats], self._plan(index, epoch if crops is None else epoch % crops)
 
-    def view_count(self, exposures: int) -> int:
-        """Views that the first `exposures` show, before they come again; 0 when each epoch cuts anew."""
-        return min(exposures, len(self) * (self.encoder.rule.crops_per_photo or 0))
+    def view_count(self, sample_count: int) -> int:
+        """Views that the first `sample_count` samples show, before they come again; 0 when each epoch crops anew."""
+        return min(sample_count, len(self) * (self.encoder.rule.crops_per_photo or 0))
 
-    def encode_ahead(self, exposures: int) -> Iterator[EncodedView]:
+    def encode_ahead(self, sample_count: int) -> Iterator[EncodedView]:
         """Each of those views once: this fills the cache."""
-        for position in range(self.view_count(exposures)):
-            yield self.encoder.encode(*self._exposure(position))
+        for position in range(self.view_count(sample_count)):
+            yield self.encoder.encode(*self._sample(position))
 
-    def _plan(self, slot: int, crop: int) -> CropPlan:
-        draws = rng(self.seed, self.name, "crop", slot, crop)
-        return self.encoder.rule.plan(self.photos[slot // self.repeats].size_px, draws)
+    def _plan(self, index: int, crop: int) -> CropPlan:
+        draws = rng(self.seed, self.name, "crop", index, crop)
+        return self.encoder.rule.plan(self.photos[index // self.repeats].size_px, draws)
 
 
-class TextBook:
-    """Prompts -> TextCond. Frozen encoders are asked once a prompt; `forget` then lets them leave memory."""
+class PromptCache:
+    """Prompts -> TextCond. Frozen encoders are asked once a prompt; `release_encoders` then lets them leave memory."""
 
     def __init__(self, encode: Callable[[list[str]], TextCond], cache: TensorCache | None, identity: str):
         self.encode, self.cache, self.identity = encode, cache, identity
@@ -202,7 +202,7 @@ class TextBook:
         cond = self.encode([prompt])
         return {"embeds": cond.embeds[0].cpu(), "pooled": cond.pooled[0].cpu()}
 
-    def forget(self) -> None:
+    def release_encoders(self) -> None:
         """Drop the encoders. A prompt that was never asked raises RuntimeError from now on."""
 
         def gone(prompts: list[str]) -> TextCond:
@@ -211,9 +211,9 @@ class TextBook:
         self.encode = gone
 
 
-def collate(exposures: Sequence[tuple[EncodedView, str]], is_prior: Sequence[bool]) -> TrainBatch:
+def collate(samples: Sequence[tuple[EncodedView, str]], is_prior: Sequence[bool]) -> TrainBatch:
     """Stack views and their captions into one batch. Views without a mask get ones beside views with one."""
-    views = [view for view, _ in exposures]
+    views = [view for view, _ in samples]
     masks = None
     if any(view.mask is not None for view in views):
         masks = torch.stack([torch.ones_like(v.latents[:1]) if v.mask is None else v.mask for v in views])
@@ -222,5 +222,5 @@ def collate(exposures: Sequence[tuple[EncodedView, str]], is_prior: Sequence[boo
         torch.stack([view.time_ids for view in views]),
         torch.tensor(list(is_prior)),
         masks,
-        [caption for _, caption in exposures],
+        [caption for _, caption in samples],
     )

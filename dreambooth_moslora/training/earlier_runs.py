@@ -1,7 +1,7 @@
 """Taking the run folder: what an earlier run left there, and the new one does not go on from: moved to `earlier_run_1`.
 
-set_aside         for a new run: all that the earlier one left
-set_later_aside   for a run that goes on from a step: the earlier one's checkpoints after it, and a best step after it
+set_aside                    for a new run: all that the earlier one left
+archive_checkpoints_after    for a run that goes on from a step: later checkpoints, and a best step after it
 
 The earlier run may be another program's: what has a name that the present run will write under is kept as well.
 """
@@ -16,19 +16,19 @@ from dreambooth_moslora.core.run_folder import RunDir, atomic_write, checkpoint_
 from dreambooth_moslora.training.events import Reporter
 from dreambooth_moslora.training.model_card import pictures_named
 
-__all__ = ["announce", "begin", "holds_a_run", "set_aside", "set_later_aside"]
+__all__ = ["report_start", "claim_run_folder", "has_previous_run", "set_aside", "archive_checkpoints_after"]
 
 logger = logging.getLogger(__name__)
 
 
-def holds_a_run(run_dir: RunDir) -> bool:
+def has_previous_run(run_dir: RunDir) -> bool:
     """Whether a checkpoint or an adapter is there: metrics alone are of a run that came to nothing."""
     return bool(run_dir.named_checkpoints() or present(run_dir.adapter_path, run_dir.kohya_path, run_dir.best_dir))
 
 
 def set_aside(run_dir: RunDir) -> None:
     """Class images stay: the new run can use them. So does the log, which goes on."""
-    if holds_a_run(run_dir):
+    if has_previous_run(run_dir):
         move(what_was_left(run_dir), run_dir, "held an earlier run")
 
 
@@ -39,7 +39,7 @@ def what_was_left(run_dir: RunDir) -> list[Path]:
     return present(*weights, *facts, *pictures, run_dir.samples_dir, run_dir.contact_sheet_path)
 
 
-def set_later_aside(run_dir: RunDir, step: int) -> None:
+def archive_checkpoints_after(run_dir: RunDir, step: int) -> None:
     """Without it a kill, and then `latest`, would go on from the run that was abandoned."""
     later = [path for path in reversed(run_dir.named_checkpoints()) if checkpoint_step(path) > step]
     scored = [event for event in run_dir.read_metrics() if event.get("type") == "evaluation"]
@@ -61,15 +61,17 @@ def move(paths: list[Path], run_dir: RunDir, what: str) -> None:
     logger.warning("%s %s: moved to %s.", run_dir.path, what, home.name)
 
 
-def announce(config: TrainConfig, run_dir: RunDir, report: Reporter, step: int, max_train_steps: int) -> None:
+def report_start(config: TrainConfig, run_dir: RunDir, report: Reporter, step: int, max_train_steps: int) -> None:
     """The first event. A folder without an earlier run is taken at once, so that the run can be watched."""
     report.step = step
     report("start", max_train_steps=max_train_steps, config=config.to_dict())
-    if step == 0 and not holds_a_run(run_dir):
-        begin(config, run_dir, report, step)
+    if step == 0 and not has_previous_run(run_dir):
+        claim_run_folder(config, run_dir, report, step)
 
 
-def begin(config: TrainConfig, run_dir: RunDir, report: Reporter, step: int, checkpoint: Path | None = None) -> None:
+def claim_run_folder(
+    config: TrainConfig, run_dir: RunDir, report: Reporter, step: int, checkpoint: Path | None = None
+) -> None:
     """Take the run folder: only now, when all is prepared, does an earlier run in it make room.
 
     The configuration is written as it was resolved. A run that is resumed from a `checkpoint` in the folder goes on in
@@ -78,6 +80,6 @@ def begin(config: TrainConfig, run_dir: RunDir, report: Reporter, step: int, che
     if report.has_begun or not report.accelerator.is_main_process:
         return
     goes_on = checkpoint is not None and checkpoint.resolve().parent == run_dir.path.resolve()
-    set_later_aside(run_dir, step) if goes_on else set_aside(run_dir)
+    archive_checkpoints_after(run_dir, step) if goes_on else set_aside(run_dir)
     atomic_write(run_dir.config_path, json.dumps(config.to_dict(), indent=2, default=str))
     report.begin_at(step)

@@ -25,14 +25,14 @@ from dreambooth_moslora.training.accelerator import any_process, chosen_seed, ma
 from dreambooth_moslora.training.best_step import BestStep
 from dreambooth_moslora.training.checkpoint import Position, resume_point, save_checkpoint
 from dreambooth_moslora.training.checks import check_folders
-from dreambooth_moslora.training.earlier_runs import announce, begin
+from dreambooth_moslora.training.earlier_runs import claim_run_folder, report_start
 from dreambooth_moslora.training.events import Reporter, Stopwatch, memory_gib
 from dreambooth_moslora.training.optimizer import optimizer_kind
 from dreambooth_moslora.training.prepare import prepare, usable_photos
 from dreambooth_moslora.training.publish import Publisher
-from dreambooth_moslora.training.samples import Album
+from dreambooth_moslora.training.samples import ValidationSamples
 from dreambooth_moslora.training.step_plan import plan_steps
-from dreambooth_moslora.training.train_step import Learner, StepLosses
+from dreambooth_moslora.training.train_step import StepLosses, TrainStep
 
 __all__ = ["TrainResult", "train"]
 
@@ -134,29 +134,29 @@ class Training:
         photos = usable_photos(instance_photos(config))
         plan = plan_steps(config, len(photos), accelerator.num_processes)
         self.max_train_steps = plan.total_steps
-        announce(config, run_dir, report, position.step, self.max_train_steps)
+        report_start(config, run_dir, report, position.step, self.max_train_steps)
         report.start_trackers(config)
-        self.album = Album.of(config, run_dir, plan.steps_an_epoch)
-        prompts = [*self.album.prompts, *(evaluator.prompts if evaluator and config.evaluate_steps else ())]
-        exposures = plan.total_steps * plan.photos_a_step
-        materials = prepare(config, photos, exposures, prompts, accelerator, run_dir, report, should_stop)
-        self.learner = Learner(config, materials, accelerator, self.max_train_steps, self.checkpoint, position.step)
+        self.samples = ValidationSamples.of(config, run_dir, plan.steps_an_epoch)
+        prompts = [*self.samples.prompts, *(evaluator.prompts if evaluator and config.evaluate_steps else ())]
+        sample_count = plan.total_steps * plan.photos_a_step
+        inputs = prepare(config, photos, sample_count, prompts, accelerator, run_dir, report, should_stop)
+        self.train_step = TrainStep(config, inputs, accelerator, self.max_train_steps, self.checkpoint, position.step)
         self.sampler = Sampler(
-            materials.pipeline, self.learner.text_cond, config.resolution, accelerator.device, should_stop=should_stop
+            inputs.pipeline, self.train_step.text_cond, config.resolution, accelerator.device, should_stop=should_stop
         )
-        self.publisher = Publisher(config, run_dir, materials, self.learner, self.album, self.sampler)
-        begin(config, run_dir, report, position.step, self.checkpoint)
+        self.publisher = Publisher(config, run_dir, inputs, self.train_step, self.samples, self.sampler)
+        claim_run_folder(config, run_dir, report, position.step, self.checkpoint)
         self.stopwatch = Stopwatch()
         self.best: BestStep | None = None
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
-        return self.learner.step
+        return self.train_step.step
 
     def accumulate_gradients(self) -> StepLosses:
         self.stopwatch.restart()
-        return self.learner.accumulate_gradients()
+        return self.train_step.accumulate_gradients()
 
     def check_finite(self, losses: StepLosses) -> None:
         """A loss that is NaN on one process is NaN on all, so all stop here together."""
@@ -170,7 +170,7 @@ class Training:
         )
 
     def update_adapter(self, losses: StepLosses) -> None:
-        grad_norm = self.learner.update_adapter()
+        grad_norm = self.train_step.update_adapter()
         seconds, eta = self.stopwatch.lap(self.max_train_steps - self.step)
         self.report(
             "step",
@@ -178,7 +178,7 @@ class Training:
             loss=losses.total,
             loss_instance=losses.instance,
             loss_prior=losses.prior,
-            lr=self.learner.learning_rate,
+            lr=self.train_step.learning_rate,
             grad_norm=grad_norm,
             step_sec=seconds,
             eta_sec=eta,
@@ -187,11 +187,11 @@ class Training:
 
     def sample_if_due(self) -> None:
         """At step 0, every `validation_steps`, and at the end: the same prompts and seeds each time."""
-        if not self.accelerator.is_main_process or not self.album.is_due(self.step, self.max_train_steps):
+        if not self.accelerator.is_main_process or not self.samples.is_due(self.step, self.max_train_steps):
             return
         self.report.phase("sampling", 0, 1)
         with suppress(StopRequestedError):  # the loop asks next
-            files = self.album.draw(self.step, self.sampler)
+            files = self.samples.draw(self.step, self.sampler)
             self.report("sample", step=self.step, **files)
 
     def evaluate_if_due(self) -> None:
@@ -231,14 +231,14 @@ class Training:
 
     def save_checkpoint(self) -> None:
         """Nothing is written of an adapter from which no run could go on: all processes, which have the same, end."""
-        if not all(bool(torch.isfinite(weights).all()) for weights in self.learner.parameters):
+        if not all(bool(torch.isfinite(weights).all()) for weights in self.train_step.parameters):
             raise self.diverged(f"the adapter is not finite after step {self.step}")
         if not self.accelerator.is_main_process:
             return
         path = self.run_dir.checkpoint_path(self.step)
         position = Position(self.step, self.config.seed, optimizer_kind(self.config))
-        optimizer, scaler = self.learner.optimizer.optimizer, self.accelerator.scaler
-        save_checkpoint(path, position, self.learner.components, self.publisher.facts, optimizer, scaler)
+        optimizer, scaler = self.train_step.optimizer.optimizer, self.accelerator.scaler
+        save_checkpoint(path, position, self.train_step.components, self.publisher.facts, optimizer, scaler)
         self.checkpoint = path
         self.run_dir.rotate(self.config.checkpoints_total_limit)
         self.report("checkpoint", step=self.step, path=path.name)

@@ -1,6 +1,6 @@
-"""The training objective: corrupt latents, and compare what the UNet says with what it should say.
+"""The training objective: add noise to latents, and compare what the UNet says with what it should say.
 
-Two ways to corrupt latents x with noise n at step i of the base's schedule, a = alpha_i its cumulative product:
+Two ways to add noise n to latents x at step i of the base's schedule, a = alpha_i its cumulative product:
 
     ddpm   z = sqrt(a)·x + sqrt(1 - a)·n             the UNet predicts n, or v = sqrt(a)·n - sqrt(1 - a)·x
     edm    z = x + sigma·n,  sigma = sqrt(1/a - 1)   its output is turned into x itself (Karras et al. 2022)
@@ -18,13 +18,13 @@ from torch import Tensor
 __all__ = [
     "LossParts",
     "NoiseSchedule",
-    "Noised",
-    "corrupt",
-    "draw_levels",
+    "NoisySample",
+    "add_noise",
+    "sample_timesteps",
     "loss",
     "prediction_of",
     "snr_weights",
-    "target_of",
+    "loss_target",
 ]
 
 
@@ -63,11 +63,11 @@ class NoiseSchedule:
 
 
 @dataclass(frozen=True)
-class Noised:
-    """Corrupted latents: `unet_input` and `noisy` (B, 4, h, w), `timesteps` (B,) for the UNet, `index` (B,)."""
+class NoisySample:
+    """Noisy latents: `unet_input` and `latents` (B, 4, h, w), `timesteps` (B,) for the UNet, `index` (B,)."""
 
     unet_input: Tensor
-    noisy: Tensor
+    latents: Tensor
     timesteps: Tensor
     index: Tensor
 
@@ -81,7 +81,7 @@ class LossParts:
     prior: Tensor | None
 
 
-def draw_levels(
+def sample_timesteps(
     schedule: NoiseSchedule,
     count: int,
     generator: torch.Generator,
@@ -99,20 +99,20 @@ def draw_levels(
     return torch.multinomial(chances, count, replacement=True, generator=generator)
 
 
-def corrupt(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, index: Tensor) -> Noised:
+def add_noise(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, index: Tensor) -> NoisySample:
     """Mix latents and noise (B, 4, h, w) at noise levels `index` (B,), and scale the mix to unit variance."""
     timesteps = schedule.timesteps.to(index.device)[index]
     signal, spread = schedule.signal_and_noise(index)
     if schedule.style == "ddpm":
         noisy = signal * latents + spread * noise
-        return Noised(noisy, noisy, timesteps, index)
+        return NoisySample(noisy, noisy, timesteps, index)
     sigma = schedule.sigmas.to(index.device)[index].view(-1, 1, 1, 1)
     noisy = latents + sigma * noise
     scale = signal if schedule.sigma_data is None else (sigma**2 + schedule.sigma_data**2).rsqrt()
-    return Noised(noisy * scale, noisy, timesteps, index)
+    return NoisySample(noisy * scale, noisy, timesteps, index)
 
 
-def target_of(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, index: Tensor) -> Tensor:
+def loss_target(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, index: Tensor) -> Tensor:
     """What `prediction_of` should return, (B, 4, h, w): the noise, the velocity, or in EDM style the latents."""
     if schedule.style == "edm":
         return latents
@@ -122,16 +122,16 @@ def target_of(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, index: Te
     return signal * noise - spread * latents
 
 
-def prediction_of(schedule: NoiseSchedule, output: Tensor, noised: Noised) -> Tensor:
+def prediction_of(schedule: NoiseSchedule, output: Tensor, noisy: NoisySample) -> Tensor:
     """The UNet's output (B, 4, h, w) as it is; in EDM style, the clean latents which it implies."""
     if schedule.style == "ddpm":
         return output
-    sigma = schedule.sigmas.to(output.device)[noised.index].view(-1, 1, 1, 1)
+    sigma = schedule.sigmas.to(output.device)[noisy.index].view(-1, 1, 1, 1)
     if schedule.sigma_data is not None:
-        return edm_denoised(schedule, output, noised.noisy, sigma)
+        return edm_denoised(schedule, output, noisy.latents, sigma)
     if schedule.prediction_type == "epsilon":
-        return noised.noisy - sigma * output
-    return noised.noisy / (1 + sigma**2) - sigma * (1 + sigma**2).rsqrt() * output
+        return noisy.latents - sigma * output
+    return noisy.latents / (1 + sigma**2) - sigma * (1 + sigma**2).rsqrt() * output
 
 
 def edm_denoised(schedule: NoiseSchedule, output: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:

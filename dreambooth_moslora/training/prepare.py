@@ -1,4 +1,4 @@
-"""From a configuration to all that the training loop reads: base, encoded photos and words, adapter.
+"""From a configuration to all that the training loop reads: base, encoded photos and prompts.
 
 photos -> base -> class images -> latents and text embeddings -> encoders leave memory -> adapter
 """
@@ -29,14 +29,14 @@ from dreambooth_moslora.photos.folder import Photo, PhotoReport, find_photos
 from dreambooth_moslora.training.accelerator import DTYPES, any_process, on_main
 from dreambooth_moslora.training.checks import check_layers
 from dreambooth_moslora.training.class_images import ClassImages
-from dreambooth_moslora.training.dataset import PhotoEncoder, PhotoStream, TextBook, TrainBatch, collate
+from dreambooth_moslora.training.dataset import PhotoEncoder, PhotoStream, PromptCache, TrainBatch, collate
 from dreambooth_moslora.training.encoding_cache import TensorCache, fingerprint
 from dreambooth_moslora.training.events import Reporter
 from dreambooth_moslora.training.noise_schedule import noise_schedule
 from dreambooth_moslora.training.objective import NoiseSchedule
 from dreambooth_moslora.training.step_plan import uses_class_images
 
-__all__ = ["Materials", "prepare", "usable_photos"]
+__all__ = ["TrainInputs", "prepare", "usable_photos"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,41 +47,41 @@ FP32_ON_A_GPU = (
 
 
 @dataclass
-class Materials:
-    """What the loop works on. `prior` is None without class images; `words` serves frozen text encoders."""
+class TrainInputs:
+    """What the loop works on. `prior` is None without class images; `prompt_embeds` serves frozen text encoders."""
 
     pipeline: StableDiffusionXLPipeline
     schedule: NoiseSchedule
     photos: list[Photo]
     instance: PhotoStream
     prior: PhotoStream | None
-    words: TextBook
+    prompt_embeds: PromptCache
     dtype: torch.dtype
 
-    def batch_at(self, micro: int, size: int, next_micro: int) -> TrainBatch:
-        """Micro-batch number `micro` of the run: `size` instance images, and as many class images if there are any.
+    def batch_at(self, micro_batch: int, size: int, next_micro_batch: int) -> TrainBatch:
+        """Micro-batch number `micro_batch` of the run: `size` instance images, and as many class images, if any.
 
-        `next_micro` is the one that this process will ask for next.
+        `next_micro_batch` is the one that this process will ask for next.
         """
         streams = [self.instance] if self.prior is None else [self.instance, self.prior]
-        exposures = [s.at(position) for s in streams for position in range(micro * size, (micro + 1) * size)]
+        samples = [s.at(position) for s in streams for position in range(micro_batch * size, (micro_batch + 1) * size)]
         for stream in streams:
-            for position in range(next_micro * size, (next_micro + 1) * size):
+            for position in range(next_micro_batch * size, (next_micro_batch + 1) * size):
                 stream.read_ahead(position)
-        return collate(exposures, [number >= size for number in range(len(exposures))])
+        return collate(samples, [number >= size for number in range(len(samples))])
 
 
 def prepare(
     config: TrainConfig,
     photos: list[Photo],
-    exposures: int,
+    sample_count: int,
     prompts: list[str],
     accelerator: Accelerator,
     run_dir: RunDir,
     report: Reporter,
     should_stop: Callable[[], bool],
-) -> Materials:
-    """Load, generate, encode what the run's `exposures` will show.
+) -> TrainInputs:
+    """Load, generate, encode what the run's first `sample_count` samples show.
 
     `prompts` are those to be drawn later: they are embedded while the encoders are here.
     """
@@ -110,11 +110,11 @@ def prepare(
     )
     instance = PhotoStream(photos, encoder, config.seed, "instance", config.repeats)
     prior = PhotoStream(class_photos, encoder, config.seed, "prior") if class_photos else None
-    words = text_book(config, pipeline, accelerator.device)
-    encode_everything(config, instance, prior, exposures, words, prompts, report, stop_together)
-    release_encoders(config, pipeline, words, encoder, accelerator.device)
+    prompt_embeds = prompt_cache(config, pipeline, accelerator.device)
+    encode_everything(config, instance, prior, sample_count, prompt_embeds, prompts, report, stop_together)
+    release_encoders(config, pipeline, prompt_embeds, encoder, accelerator.device)
     pipeline.unet.to(accelerator.device)
-    return Materials(pipeline, schedule, photos, instance, prior, words, dtype)
+    return TrainInputs(pipeline, schedule, photos, instance, prior, prompt_embeds, dtype)
 
 
 def warn_of_fp32(pipeline: StableDiffusionXLPipeline, device: torch.device) -> None:
@@ -235,20 +235,20 @@ def cache_of(config: TrainConfig) -> TensorCache | None:
     return TensorCache((Path(config.cache_dir) if config.cache_dir else default_cache_dir()) / "encoded")
 
 
-def text_book(config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device) -> TextBook:
+def prompt_cache(config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device) -> PromptCache:
     encoders = [pipeline.text_encoder.to(device), pipeline.text_encoder_2.to(device)]
     identity = "+".join(fingerprint(encoder) for encoder in encoders)
     if pipeline.config.force_zeros_for_empty_prompt:  # decides what "" is
         identity += "+zeros"
-    return TextBook(lambda prompts: encode_text(pipeline, prompts), cache_of(config) or TensorCache(), identity)
+    return PromptCache(lambda prompts: encode_text(pipeline, prompts), cache_of(config) or TensorCache(), identity)
 
 
 def encode_everything(
     config: TrainConfig,
     instance: PhotoStream,
     prior: PhotoStream | None,
-    exposures: int,
-    words: TextBook,
+    sample_count: int,
+    prompt_embeds: PromptCache,
     prompts: list[str],
     report: Reporter,
     should_stop: Callable[[], bool],
@@ -260,31 +260,31 @@ def encode_everything(
     )
     if config.class_prompt:
         captions |= {config.class_prompt, *config.prior_prompts}
-    views = sum(stream.view_count(exposures) for stream in streams)
-    counts = (number for number, _ in enumerate(every_view(streams, exposures), start=1))
+    views = sum(stream.view_count(sample_count) for stream in streams)
+    counts = (number for number, _ in enumerate(every_view(streams, sample_count), start=1))
     for _ in report.counted("caching", counts, views):
         stop_if_asked(should_stop)
     for caption in sorted(captions):
-        words([caption])
+        prompt_embeds([caption])
         stop_if_asked(should_stop)
 
 
-def every_view(streams: list[PhotoStream], exposures: int):
+def every_view(streams: list[PhotoStream], sample_count: int):
     for stream in streams:
-        yield from stream.encode_ahead(exposures)
+        yield from stream.encode_ahead(sample_count)
 
 
 def release_encoders(
     config: TrainConfig,
     pipeline: StableDiffusionXLPipeline,
-    words: TextBook,
+    prompt_embeds: PromptCache,
     encoder: PhotoEncoder,
     device: torch.device,
 ) -> None:
     """Text encoders leave unless they are trained. The VAE leaves too; for samples and scores it waits on the CPU, and
     it stays where every step encodes."""
     if not config.train_text_encoder:
-        words.forget()
+        prompt_embeds.release_encoders()
         pipeline.register_modules(text_encoder=None, text_encoder_2=None)
     if config.caching != "off" and (config.num_validation_images or config.evaluate_steps):
         pipeline.vae.to("cpu")

@@ -21,9 +21,9 @@ from dreambooth_moslora.training.best_step import BestStep
 from dreambooth_moslora.training.hub import push
 from dreambooth_moslora.training.loss_plot import draw_loss_plot
 from dreambooth_moslora.training.model_card import CardFacts, model_card, pictures_named
-from dreambooth_moslora.training.prepare import Materials
-from dreambooth_moslora.training.samples import Album
-from dreambooth_moslora.training.train_step import Learner
+from dreambooth_moslora.training.prepare import TrainInputs
+from dreambooth_moslora.training.samples import ValidationSamples
+from dreambooth_moslora.training.train_step import TrainStep
 
 __all__ = ["Publisher"]
 
@@ -39,14 +39,14 @@ class Publisher:
         self,
         config: TrainConfig,
         run_dir: RunDir,
-        materials: Materials,
-        learner: Learner,
-        album: Album,
+        inputs: TrainInputs,
+        train_step: TrainStep,
+        samples: ValidationSamples,
         sampler: Sampler,
     ):
-        self.config, self.run_dir, self.learner = config, run_dir, learner
-        self.photos, self.album, self.sampler = materials.photos, album, sampler
-        self.facts = facts_of(config, materials, learner)
+        self.config, self.run_dir, self.train_step = config, run_dir, train_step
+        self.photos, self.samples, self.sampler = inputs.photos, samples, sampler
+        self.facts = facts_of(config, inputs, train_step)
         self.scores: dict[str, float] = {}
         self.best: BestStep | None = None
 
@@ -58,19 +58,19 @@ class Publisher:
     def keep_best(self) -> None:
         """`best/`: the adapter as it is now, loadable like the final one, whole or not at all."""
         with atomic_directory(self.run_dir.best_dir) as folder:
-            publish(self.learner.components, folder, self.run_dir.name, self.facts)
+            publish(self.train_step.components, folder, self.run_dir.name, self.facts)
 
     def publish(self, step: int, max_train_steps: int, finished: bool) -> Proof:
         """The adapter first, then its card, then the hub; the rest is decoration, which stays here.
 
         Only a finished run draws new contexts or is pushed.
         """
-        proof = publish(self.learner.components, self.run_dir.path, self.run_dir.name, self.facts)
-        contexts = self.album.draw_contexts(self.sampler) if finished else []
+        proof = publish(self.train_step.components, self.run_dir.path, self.run_dir.name, self.facts)
+        contexts = self.samples.draw_contexts(self.sampler) if finished else []
         best = self.best if self.run_dir.best_dir.is_dir() else None
         facts = CardFacts(self.run_dir.name, step, max_train_steps, self.facts, proof, scores=self.scores, best=best)
-        drawn = list(zip(self.album.requests, self.album.latest))
-        shown = [*drawn[: max(2, CARD_IMAGES - len(contexts))], *zip(self.album.contexts, contexts)]
+        drawn = list(zip(self.samples.requests, self.samples.latest))
+        shown = [*drawn[: max(2, CARD_IMAGES - len(contexts))], *zip(self.samples.contexts, contexts)]
         write_card(self.config, self.run_dir, facts, shown)
         try:
             if finished and self.config.push_to_hub:
@@ -78,16 +78,16 @@ class Publisher:
         finally:
             write_loss_plot(self.run_dir)
             if drawn:
-                write_contact_sheet(self.run_dir, self.photos, self.album, contexts)
+                write_contact_sheet(self.run_dir, self.photos, self.samples, contexts)
         return proof
 
 
-def facts_of(config: TrainConfig, materials: Materials, learner: Learner) -> AdapterMetadata:
+def facts_of(config: TrainConfig, inputs: TrainInputs, train_step: TrainStep) -> AdapterMetadata:
     """What the adapter files say about themselves."""
     return adapter_metadata(
-        learner.components,
+        train_step.components,
         base_id=config.pretrained_model_name_or_path,
-        base_architecture=architecture(materials.pipeline.unet),
+        base_architecture=architecture(inputs.pipeline.unet),
         trigger_words=trigger_words(config),
         class_word=class_word_of(config),
         resolution_px=config.resolution,
@@ -109,14 +109,16 @@ def write_card(
         write_png(run_dir.path / name, picture)
 
 
-def write_contact_sheet(run_dir: RunDir, photos: list[Photo], album: Album, contexts: list[Image.Image]) -> None:
+def write_contact_sheet(
+    run_dir: RunDir, photos: list[Photo], samples: ValidationSamples, contexts: list[Image.Image]
+) -> None:
     """Photos, step 0 beside the end at the same seeds, new contexts. Stays here: it shows the person's photos."""
-    captions = tuple(request.prompt for request in album.requests)
+    captions = tuple(request.prompt for request in samples.requests)
     rows = [
         Row("The photos", readable(photos[:6])),
-        Row("Step 0: the base, before training", album.first(), captions),
-        Row(f"Step {album.latest_step}: the same prompts, from the same noise", album.latest, captions),
-        Row("New contexts", contexts, tuple(request.prompt for request in album.contexts)),
+        Row("Step 0: the base, before training", samples.first(), captions),
+        Row(f"Step {samples.latest_step}: the same prompts, from the same noise", samples.latest, captions),
+        Row("New contexts", contexts, tuple(request.prompt for request in samples.contexts)),
     ]
     draw_contact_sheet(rows, run_dir.contact_sheet_path)
 

@@ -18,11 +18,11 @@ from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.core.seeding import seed_of
 from dreambooth_moslora.generation.sampler import Sampler, SampleRequest
 
-__all__ = ["Album"]
+__all__ = ["ValidationSamples"]
 
 
 @dataclass
-class Album:
+class ValidationSamples:
     """`requests` are drawn at each sampling step, `contexts` once, at the end. Both are empty without a prompt."""
 
     run_dir: RunDir
@@ -33,7 +33,7 @@ class Album:
     latest_step: int = 0
 
     @classmethod
-    def of(cls, config: TrainConfig, run_dir: RunDir, steps_per_epoch: int) -> "Album":
+    def of(cls, config: TrainConfig, run_dir: RunDir, steps_per_epoch: int) -> "ValidationSamples":
         prompts = validation_prompts(config)
         seeds = [seed_of(config.seed, "sample", number) % 2**32 for number in range(config.num_validation_images)]
         requests = [SampleRequest(prompt, seed) for prompt in prompts for seed in seeds]

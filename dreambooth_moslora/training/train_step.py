@@ -25,18 +25,18 @@ from dreambooth_moslora.training.checkpoint import load_adapter, restore_optimiz
 from dreambooth_moslora.training.dataset import TrainBatch
 from dreambooth_moslora.training.objective import (
     LossParts,
-    Noised,
-    corrupt,
-    draw_levels,
+    NoisySample,
+    add_noise,
     loss,
+    loss_target,
     prediction_of,
+    sample_timesteps,
     snr_weights,
-    target_of,
 )
 from dreambooth_moslora.training.optimizer import make_lr_schedule, make_optimizer, parameter_groups
-from dreambooth_moslora.training.prepare import Materials
+from dreambooth_moslora.training.prepare import TrainInputs
 
-__all__ = ["Learner", "StepLosses", "add_adapters"]
+__all__ = ["TrainStep", "StepLosses", "add_adapters"]
 
 TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -50,20 +50,20 @@ class StepLosses:
     prior: float | None
 
 
-class Learner:
+class TrainStep:
     """The adapter, its optimizer, and the number of steps done."""
 
     def __init__(
         self,
         config: TrainConfig,
-        materials: Materials,
+        inputs: TrainInputs,
         accelerator: Accelerator,
         max_train_steps: int,
         checkpoint: Path | None = None,
         step: int = 0,
     ):
-        self.config, self.materials, self.accelerator, self.step = config, materials, accelerator, step
-        self.components = add_adapters(config, materials, checkpoint)
+        self.config, self.inputs, self.accelerator, self.step = config, inputs, accelerator, step
+        self.components = add_adapters(config, inputs, checkpoint)
         self.parameters = [p for module in self.components.values() for _, p in adapter_parameters(module)]
         groups = parameter_groups(config, self.components, accelerator.num_processes)
         optimizer = make_optimizer(config, groups)
@@ -79,8 +79,8 @@ class Learner:
         count, world = self.config.gradient_accumulation_steps, self.accelerator.num_processes
         found = []
         for turn in range(count):
-            micro = (self.step * count + turn) * world + self.accelerator.process_index
-            parts = self.micro_loss(micro)
+            micro_batch = (self.step * count + turn) * world + self.accelerator.process_index
+            parts = self.micro_batch_loss(micro_batch)
             self.accelerator.backward(parts.total / count)
             found.append(torch.stack([parts.total.detach(), parts.instance, prior_or_nan(parts)]))
         return self._averaged(torch.stack(found).mean(0))
@@ -94,58 +94,58 @@ class Learner:
         self.step += 1
         return float(norm)
 
-    def micro_loss(self, micro: int) -> LossParts:
-        """The loss of micro-batch number `micro` of the run."""
-        config, schedule, device = self.config, self.materials.schedule, self.accelerator.device
-        batch = self.materials.batch_at(micro, config.train_batch_size, micro + self.accelerator.num_processes)
+    def micro_batch_loss(self, micro_batch: int) -> LossParts:
+        """The loss of micro-batch number `micro_batch` of the run."""
+        config, schedule, device = self.config, self.inputs.schedule, self.accelerator.device
+        batch = self.inputs.batch_at(micro_batch, config.train_batch_size, micro_batch + self.accelerator.num_processes)
         if self._base_is_prior:
-            batch = batch.with_base_as_prior(prior_prompts(config, micro))
+            batch = batch.with_base_as_prior(prior_prompts(config, micro_batch))
         batch = batch.to(device)
-        names = (config.seed, "micro", micro)
+        names = (config.seed, "micro", micro_batch)
         torch.manual_seed(seed_of(*names, "dropout"))
         noise = torch.randn(batch.latents.shape, generator=generator(*names, "noise")).to(device)
         bias = (config.timestep_bias_strategy, config.timestep_bias_multiplier, config.timestep_bias_portion)
-        draws = draw_levels(schedule, len(batch.latents), generator(*names, "level"), *bias)
-        noised = corrupt(schedule, batch.latents, noise, draws.to(device))
-        target = target_of(schedule, batch.latents, noise, noised.index)
+        draws = sample_timesteps(schedule, len(batch.latents), generator(*names, "level"), *bias)
+        noisy = add_noise(schedule, batch.latents, noise, draws.to(device))
+        target = loss_target(schedule, batch.latents, noise, noisy.index)
         if self._base_is_prior:
-            target = torch.where(batch.is_prior.view(-1, 1, 1, 1), self.base_prediction(batch, noised), target)
-        weights = snr_weights(schedule, noised.index, batch.is_prior, config.snr_gamma)
-        prediction = self.predict(batch, noised, self.text_cond(batch.prompts))
+            target = torch.where(batch.is_prior.view(-1, 1, 1, 1), self.base_prediction(batch, noisy), target)
+        weights = snr_weights(schedule, noisy.index, batch.is_prior, config.snr_gamma)
+        prediction = self.predict(batch, noisy, self.text_cond(batch.prompts))
         return loss(prediction, target, weights, batch.is_prior, config.prior_loss_weight, batch.mask)
 
-    def predict(self, batch: TrainBatch, noised: Noised, cond: TextCond) -> Tensor:
+    def predict(self, batch: TrainBatch, noisy: NoisySample, cond: TextCond) -> Tensor:
         """The UNet's prediction (B, 4, h, w) in fp32."""
-        unet, to = self.materials.pipeline.unet, {"device": self.accelerator.device, "dtype": self.materials.dtype}
+        unet, to = self.inputs.pipeline.unet, {"device": self.accelerator.device, "dtype": self.inputs.dtype}
         output = unet(
-            noised.unet_input.to(**to),
-            noised.timesteps,
+            noisy.unet_input.to(**to),
+            noisy.timesteps,
             encoder_hidden_states=cond.embeds.to(**to),
             added_cond_kwargs={"text_embeds": cond.pooled.to(**to), "time_ids": batch.time_ids.to(**to)},
         ).sample
-        return prediction_of(self.materials.schedule, output.float(), noised)
+        return prediction_of(self.inputs.schedule, output.float(), noisy)
 
     @torch.no_grad()
-    def base_prediction(self, batch: TrainBatch, noised: Noised) -> Tensor:
+    def base_prediction(self, batch: TrainBatch, noisy: NoisySample) -> Tensor:
         """What the frozen base predicts: the target of the prior half (only that half is computed)."""
         prior = batch.is_prior
         prompts = [prompt for prompt, kept in zip(batch.prompts, prior) if kept]
         half = TrainBatch(batch.latents[prior], batch.time_ids[prior], prior[prior], None, prompts)
-        cond = self.materials.words(prompts)
-        inputs = Noised(noised.unet_input[prior], noised.noisy[prior], noised.timesteps[prior], noised.index[prior])
+        cond = self.inputs.prompt_embeds(prompts)
+        inputs = NoisySample(noisy.unet_input[prior], noisy.latents[prior], noisy.timesteps[prior], noisy.index[prior])
         with ExitStack() as stack:
             for module in self.components.values():
                 stack.enter_context(disabled(module))
             answer = self.predict(half, inputs, cond)
-        target = torch.zeros_like(noised.noisy)
+        target = torch.zeros_like(noisy.latents)
         target[prior] = answer
         return target
 
     def text_cond(self, prompts: list[str]) -> TextCond:
         """Cached embeddings, or live ones with gradients when the text encoders are trained."""
         if self.config.train_text_encoder:
-            return encode_text(self.materials.pipeline, prompts)
-        return self.materials.words(prompts)
+            return encode_text(self.inputs.pipeline, prompts)
+        return self.inputs.prompt_embeds(prompts)
 
     @property
     def learning_rate(self) -> float:
@@ -176,10 +176,10 @@ class Learner:
         return StepLosses(total, instance, prior if has_prior else None)
 
 
-def prior_prompts(config: TrainConfig, micro: int) -> list[str]:
+def prior_prompts(config: TrainConfig, micro_batch: int) -> list[str]:
     """What `adapter_off` preserves beside each photo of a micro-batch: the class prompt, or in every second of many
     draws one of the others."""
-    draws = rng(config.seed, "micro", micro, "prior prompts")
+    draws = rng(config.seed, "micro", micro_batch, "prior prompts")
     others = config.prior_prompts or (config.class_prompt,)
     return [draws.choice((config.class_prompt, draws.choice(others))) for _ in range(config.train_batch_size)]
 
@@ -188,10 +188,10 @@ def prior_or_nan(parts: LossParts) -> Tensor:
     return torch.full_like(parts.instance, math.nan) if parts.prior is None else parts.prior
 
 
-def add_adapters(config: TrainConfig, materials: Materials, checkpoint: Path | None) -> dict[str, nn.Module]:
+def add_adapters(config: TrainConfig, inputs: TrainInputs, checkpoint: Path | None) -> dict[str, nn.Module]:
     """The modules that are trained, by diffusers' names, each with a fresh adapter or the checkpoint's."""
     names = ["unet", "text_encoder", "text_encoder_2"] if config.train_text_encoder else ["unet"]
-    components = {name: getattr(materials.pipeline, name) for name in names}
+    components = {name: getattr(inputs.pipeline, name) for name in names}
     if checkpoint is not None:
         load_adapter(checkpoint, components)
     for name, module in components.items():

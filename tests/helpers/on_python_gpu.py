@@ -19,7 +19,7 @@ make_accelerator = loop.make_accelerator
 watches: list[Watch] = []
 
 
-class WatchedLearner(train_step.Learner):
+class WatchedTrainStep(train_step.TrainStep):
     """Counts what each micro-batch does on the device."""
 
     def accumulate_gradients(self):
@@ -38,7 +38,7 @@ def accelerator_on_device(config, run_dir):
 
 
 def main(base: str, photos: str, output: str, changes: str) -> None:
-    loop.make_accelerator, loop.Learner = accelerator_on_device, WatchedLearner
+    loop.make_accelerator, loop.TrainStep = accelerator_on_device, WatchedTrainStep
     settings = json.loads(changes)
     Watch.has_tf32 = settings.pop("has_tf32", False)
     loop.train(tiny_config(Path(base), Path(photos), Path(output), **settings))

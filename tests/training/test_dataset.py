@@ -10,9 +10,9 @@ from dreambooth_moslora.base import load
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.photos.crops import CropPlan, CropRule, resized_size
 from dreambooth_moslora.photos.folder import find_photos
-from dreambooth_moslora.training.dataset import PhotoEncoder, PhotoStream, TextBook, collate
+from dreambooth_moslora.training.dataset import PhotoEncoder, PhotoStream, PromptCache, collate
 from dreambooth_moslora.training.encoding_cache import TensorCache, fingerprint
-from dreambooth_moslora.training.prepare import text_book
+from dreambooth_moslora.training.prepare import prompt_cache
 from tests.helpers.tiny_training import paint_photos
 
 RULE = CropRule(resolution_px=64)
@@ -169,7 +169,7 @@ def test_the_empty_prompt_of_another_pipeline_is_not_found_in_the_cache(pipeline
     found = []
     for force_zeros in (True, False):
         pipeline.register_to_config(force_zeros_for_empty_prompt=force_zeros)
-        found.append(text_book(config, pipeline, torch.device("cpu"))([""]).embeds.abs().sum().item())
+        found.append(prompt_cache(config, pipeline, torch.device("cpu"))([""]).embeds.abs().sum().item())
     pipeline.register_to_config(force_zeros_for_empty_prompt=True)
     assert found[0] == 0 < found[1]
 
@@ -181,14 +181,14 @@ def test_words_are_asked_once_and_known_after_the_encoders_left(pipeline):
         asked.extend(prompts)
         return load.encode_text(pipeline, prompts)
 
-    words = TextBook(encode, TensorCache(), "tiny")
-    first = words(["a dog", "a cat"])
-    words.forget()
-    again = words(["a cat", "a dog", "a dog"])
+    prompt_embeds = PromptCache(encode, TensorCache(), "tiny")
+    first = prompt_embeds(["a dog", "a cat"])
+    prompt_embeds.release_encoders()
+    again = prompt_embeds(["a cat", "a dog", "a dog"])
     assert asked == ["a dog", "a cat"]
     assert torch.equal(again.embeds[0], first.embeds[1]) and torch.equal(again.pooled[2], first.pooled[0])
     with pytest.raises(RuntimeError, match="a bird"):
-        words(["a bird"])
+        prompt_embeds(["a bird"])
 
 
 def test_the_base_as_prior_doubles_the_batch_with_its_own_prompts(pipeline, photos):

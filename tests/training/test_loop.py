@@ -13,7 +13,7 @@ from PIL import Image
 from dreambooth_moslora.adapters.moslora import disabled
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import RunDir
-from dreambooth_moslora.training import train_step as learner_module
+from dreambooth_moslora.training import train_step as train_step_module
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.train_step import StepLosses
 from tests.helpers.tiny import save_tiny_sdxl
@@ -135,28 +135,28 @@ def test_the_config_that_was_written_trains_the_same(shown_run, tmp_path):
 
 
 @pytest.fixture
-def learners(monkeypatch):
-    """The Learner of each training, as it was left."""
-    found, original = [], learner_module.Learner.__init__
+def train_steps(monkeypatch):
+    """The TrainStep of each training, as it was left."""
+    found, original = [], train_step_module.TrainStep.__init__
 
     def note(self, *arguments):
         original(self, *arguments)
         found.append(self)
 
-    monkeypatch.setattr(learner_module.Learner, "__init__", note)
+    monkeypatch.setattr(train_step_module.TrainStep, "__init__", note)
     return found
 
 
-def test_the_adapter_lowers_the_loss_on_equal_noise(tiny_base, tmp_path, learners):
+def test_the_adapter_lowers_the_loss_on_equal_noise(tiny_base, tmp_path, train_steps):
     photos = paint_photos(tmp_path / "photos", count=1)
     attention = ("to_q", "to_k", "to_v", "to_out.0")
     size = {"rank": 16, "train_batch_size": 4, "max_train_steps": 40, "target_modules": attention}
     train(tiny_config(tiny_base, photos, tmp_path / "run", **size))
-    learner = learners[0]
+    train_step = train_steps[0]
     with torch.no_grad():
-        trained = sum(float(learner.micro_loss(micro).total) for micro in range(1000, 1008))
-        with disabled(learner.components["unet"]):
-            untrained = sum(float(learner.micro_loss(micro).total) for micro in range(1000, 1008))
+        trained = sum(float(train_step.micro_batch_loss(n).total) for n in range(1000, 1008))
+        with disabled(train_step.components["unet"]):
+            untrained = sum(float(train_step.micro_batch_loss(n).total) for n in range(1000, 1008))
     assert trained < 0.95 * untrained  # 0.89 was seen
 
 
@@ -289,15 +289,15 @@ def test_other_prior_prompts_are_preserved_beside_the_class_and_each_by_its_own_
 
 def test_every_second_prior_prompt_is_the_class_prompt(tiny_base, photos, tmp_path):
     config = tiny_config(tiny_base, photos, tmp_path, prior_prompts=("a car", "a cup"), train_batch_size=50)
-    drawn = Counter(learner_module.prior_prompts(config, 0) + learner_module.prior_prompts(config, 1))
+    drawn = Counter(train_step_module.prior_prompts(config, 0) + train_step_module.prior_prompts(config, 1))
     assert 35 < drawn["a photo of a dog"] < 65 and min(drawn["a car"], drawn["a cup"]) > 10 and len(drawn) == 3
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(run, monkeypatch, tmp_path):
-    step = learner_module.Learner.accumulate_gradients
+    step = train_step_module.TrainStep.accumulate_gradients
     bad = StepLosses(float("nan"), float("nan"), None)
     monkeypatch.setattr(
-        learner_module.Learner, "accumulate_gradients", lambda self: step(self) if self.step < 2 else bad
+        train_step_module.TrainStep, "accumulate_gradients", lambda self: step(self) if self.step < 2 else bad
     )
     with pytest.raises(UserError, match="at step 3: lower --learning_rate"):
         run(checkpointing_steps=2)
@@ -325,9 +325,9 @@ def test_epochs_are_counted_as_in_diffusers_script(run):
     assert len(steps(run(max_train_steps=None, train_batch_size=2, gradient_accumulation_steps=2)[0])) == 1
 
 
-def test_memory_holds_no_text_encoder_and_the_adapter_is_fp32(tiny_base, photos, tmp_path, learners):
+def test_memory_holds_no_text_encoder_and_the_adapter_is_fp32(tiny_base, photos, tmp_path, train_steps):
     train(tiny_config(tiny_base, photos, tmp_path, mixed_precision="bf16", caching="off", max_train_steps=1))
-    pipeline = learners[0].materials.pipeline
+    pipeline = train_steps[0].inputs.pipeline
     assert pipeline.text_encoder is None and pipeline.text_encoder_2 is None
     assert pipeline.unet.dtype == torch.bfloat16 and pipeline.vae.dtype == torch.float32
-    assert {p.dtype for p in learners[0].parameters} == {torch.float32}
+    assert {p.dtype for p in train_steps[0].parameters} == {torch.float32}

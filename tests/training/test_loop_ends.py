@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.train_step import Learner
+from dreambooth_moslora.training.train_step import TrainStep
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 
@@ -43,7 +43,7 @@ def test_an_adapter_that_is_not_finite_becomes_no_checkpoint(config):
 
 
 def test_a_tracker_that_fails_at_the_end_hides_no_error(config, lost_tracker, monkeypatch, caplog):
-    monkeypatch.setattr(Learner, "accumulate_gradients", lose)
+    monkeypatch.setattr(TrainStep, "accumulate_gradients", lose)
     with pytest.raises(UserError, match="the loss is nan"):
         train(config)
     assert "ConnectionError" in caplog.text
@@ -54,7 +54,7 @@ def test_an_end_that_cannot_be_written_hides_no_error(config, monkeypatch):
         if event["type"] == "end":
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Learner, "accumulate_gradients", lose)
+    monkeypatch.setattr(TrainStep, "accumulate_gradients", lose)
     monkeypatch.setattr(RunDir, "append_metrics", full)
     with pytest.raises(UserError, match="the loss is nan"):
         train(config)

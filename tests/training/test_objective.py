@@ -26,25 +26,25 @@ def drawn():
 
 def test_ddpm_noise_and_velocity_equal_diffusers(drawn):
     latents, noise, _ = drawn
-    noised = objective.corrupt(schedule(), latents, noise, INDEX)
-    assert torch.allclose(noised.unet_input, SCHEDULER.add_noise(latents, noise, INDEX), atol=1e-5)
-    assert torch.equal(objective.target_of(schedule(), latents, noise, INDEX), noise)
-    velocity = objective.target_of(schedule("v_prediction"), latents, noise, INDEX)
+    noisy = objective.add_noise(schedule(), latents, noise, INDEX)
+    assert torch.allclose(noisy.unet_input, SCHEDULER.add_noise(latents, noise, INDEX), atol=1e-5)
+    assert torch.equal(objective.loss_target(schedule(), latents, noise, INDEX), noise)
+    velocity = objective.loss_target(schedule("v_prediction"), latents, noise, INDEX)
     assert torch.allclose(velocity, SCHEDULER.get_velocity(latents, noise, INDEX), atol=1e-5)
 
 
 def parts(kind, style, drawn):
     latents, noise, output = drawn
     plan = schedule(kind, style)
-    noised = objective.corrupt(plan, latents, noise, INDEX)
-    prediction = objective.prediction_of(plan, output, noised)
-    target = objective.target_of(plan, latents, noise, INDEX)
+    noisy = objective.add_noise(plan, latents, noise, INDEX)
+    prediction = objective.prediction_of(plan, output, noisy)
+    target = objective.loss_target(plan, latents, noise, INDEX)
     return objective.image_errors(prediction, target, None) * objective.snr_weights(plan, INDEX, NOBODY, None)
 
 
 def test_edm_style_tells_the_unet_the_same(drawn):
     latents, noise, _ = drawn
-    ddpm, edm = (objective.corrupt(schedule(style=s), latents, noise, INDEX) for s in ("ddpm", "edm"))
+    ddpm, edm = (objective.add_noise(schedule(style=s), latents, noise, INDEX) for s in ("ddpm", "edm"))
     assert torch.allclose(ddpm.unet_input, edm.unet_input, atol=1e-5)
     assert torch.equal(ddpm.timesteps, edm.timesteps)
 
@@ -64,7 +64,7 @@ def test_min_snr_is_that_of_diffusers_script(kind, extra, drawn):
     weights = [min(snr, gamma) / snr + extra for snr in compute_snr(truth, index).tolist()]
     expected = (weights[0] * errors[0] + weights[1] * errors[1]) / 2
     plan = schedule(kind)
-    target = objective.target_of(plan, latents, noise, index)
+    target = objective.loss_target(plan, latents, noise, index)
     got = objective.loss(output, target, objective.snr_weights(plan, index, is_prior, gamma), is_prior, 0.25)
     assert float(got.instance) == pytest.approx(expected, rel=1e-4)
     assert float(got.prior) == pytest.approx(errors[2], rel=1e-4)
@@ -80,8 +80,11 @@ def test_edm_style_counts_an_error_of_the_latents_by_one_over_sigma_squared(draw
     clean = latents + sigmas * noise - sigmas * output
     expected = ((clean - latents) ** 2 / sigmas**2).mean()
     plan = schedule(style="edm")
-    noised = objective.corrupt(plan, latents, noise, index)
-    prediction, target = objective.prediction_of(plan, output, noised), objective.target_of(plan, latents, noise, index)
+    noisy = objective.add_noise(plan, latents, noise, index)
+    prediction, target = (
+        objective.prediction_of(plan, output, noisy),
+        objective.loss_target(plan, latents, noise, index),
+    )
     got = objective.loss(prediction, target, objective.snr_weights(plan, index, NOBODY, None), NOBODY)
     assert float(got.total) == pytest.approx(float(expected), rel=1e-3)
 
@@ -89,8 +92,8 @@ def test_edm_style_counts_an_error_of_the_latents_by_one_over_sigma_squared(draw
 def test_a_perfect_prediction_costs_nothing(drawn):
     latents, noise, _ = drawn
     for kind in ("epsilon", "v_prediction"):
-        edm, answer = schedule(kind, "edm"), objective.target_of(schedule(kind), latents, noise, INDEX)
-        clean = objective.prediction_of(edm, answer, objective.corrupt(edm, latents, noise, INDEX))
+        edm, answer = schedule(kind, "edm"), objective.loss_target(schedule(kind), latents, noise, INDEX)
+        clean = objective.prediction_of(edm, answer, objective.add_noise(edm, latents, noise, INDEX))
         assert torch.allclose(clean, latents, atol=2e-4)
 
 
@@ -101,19 +104,19 @@ def test_edm_bases_are_preconditioned_as_diffusers_does(kind, drawn):
     plan = NoiseSchedule(truth.sigmas[:-1], truth.timesteps, kind, "edm", truth.config.sigma_data)
     index = torch.tensor([3, 400, 900])
     sigma = truth.sigmas[index].view(-1, 1, 1, 1)
-    noised = objective.corrupt(plan, latents, noise, index)
-    assert torch.allclose(noised.unet_input, truth.precondition_inputs(latents + sigma * noise, sigma))
+    noisy = objective.add_noise(plan, latents, noise, index)
+    assert torch.allclose(noisy.unet_input, truth.precondition_inputs(latents + sigma * noise, sigma))
     clean = truth.precondition_outputs(latents + sigma * noise, output, sigma)
-    assert torch.allclose(objective.prediction_of(plan, output, noised), clean, atol=1e-5)
+    assert torch.allclose(objective.prediction_of(plan, output, noisy), clean, atol=1e-5)
 
 
 def test_zero_terminal_snr_stays_finite(drawn):
     latents, noise, _ = drawn
     plan = NoiseSchedule.from_alphas(torch.tensor([0.9, 0.5, 0.0]), "v_prediction", "ddpm")
     index = torch.tensor([0, 1, 2])
-    noised = objective.corrupt(plan, latents, noise, index)
-    assert torch.equal(noised.noisy[2], noise[2])
-    assert torch.equal(objective.target_of(plan, latents, noise, index)[2], -latents[2])
+    noisy = objective.add_noise(plan, latents, noise, index)
+    assert torch.equal(noisy.latents[2], noise[2])
+    assert torch.equal(objective.loss_target(plan, latents, noise, index)[2], -latents[2])
     assert objective.snr_weights(plan, index, NOBODY, 5.0)[2] == 2
 
 
@@ -149,6 +152,6 @@ def test_an_image_without_the_subject_counts_as_its_places_do():
 @pytest.mark.parametrize("strategy, noisy_share", [("none", 0.25), ("later", 4 / 7), ("earlier", 1 / 7)])
 def test_biased_draws_prefer_their_portion_of_the_noise_levels(strategy, noisy_share):
     for schedule in map(noise_schedule, (SCHEDULER, EDMEulerScheduler())):
-        draws = objective.draw_levels(schedule, 20_000, torch.Generator().manual_seed(0), strategy, 4.0, 0.25)
+        draws = objective.sample_timesteps(schedule, 20_000, torch.Generator().manual_seed(0), strategy, 4.0, 0.25)
         noisiest = schedule.sigmas[draws] >= schedule.sigmas.sort(descending=True).values[len(schedule) // 4 - 1]
         assert noisiest.float().mean().item() == pytest.approx(noisy_share, abs=0.02)

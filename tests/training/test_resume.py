@@ -6,7 +6,7 @@ import pytest
 
 from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.training.dry_run import describe_run
-from dreambooth_moslora.training.earlier_runs import set_later_aside
+from dreambooth_moslora.training.earlier_runs import archive_checkpoints_after
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
@@ -135,7 +135,7 @@ def test_a_best_step_that_will_be_done_again_goes_aside_and_an_earlier_one_stays
     run = RunDir(tmp_path)
     run.best_dir.mkdir()
     run.append_metrics({"type": "evaluation", "step": 4, "best": {"step": 3, "score": 1.0, "since": 1}})
-    set_later_aside(run, 3)
+    archive_checkpoints_after(run, 3)
     assert run.best_dir.is_dir()
-    set_later_aside(run, 2)
+    archive_checkpoints_after(run, 2)
     assert not run.best_dir.exists() and (tmp_path / "earlier_run_1" / "best").is_dir()
