@@ -1,9 +1,20 @@
 """Training events as lines and bars in the terminal, with the time that remains."""
 
 import sys
-from typing import Any, TextIO
+from typing import TextIO
 
 from tqdm import tqdm
+
+from dreambooth_moslora.core.events import (
+    CheckpointSaved,
+    Event,
+    PhaseProgress,
+    RunEnded,
+    RunStarted,
+    SamplesDrawn,
+    StepDone,
+    StepEvaluated,
+)
 
 __all__ = ["TerminalProgress"]
 
@@ -20,7 +31,7 @@ PLAIN_INTERVAL_SEC = 5.0
 
 
 class TerminalProgress:
-    """Call it with each event of `trainer.train`. `stream` may be a terminal or a file."""
+    """Call it with each event of `training.loop.train`. `stream` may be a terminal or a file."""
 
     def __init__(self, stream: TextIO | None = None):
         self.stream = stream or sys.stderr
@@ -28,8 +39,8 @@ class TerminalProgress:
         self._bar: tqdm | None = None
         self._phase = ""
 
-    def __call__(self, event: dict[str, Any]) -> None:
-        handler = getattr(self, f"_on_{event['type']}", None)
+    def __call__(self, event: Event) -> None:
+        handler = getattr(self, f"_on_{event.kind}", None)
         if handler is not None:
             handler(event)
 
@@ -50,16 +61,16 @@ class TerminalProgress:
         )
         self._phase = title
 
-    def _on_start(self, event: dict[str, Any]) -> None:
-        self.total_steps = event["max_train_steps"]
+    def _on_start(self, event: RunStarted) -> None:
+        self.total_steps = event.max_train_steps
 
-    def _on_phase(self, event: dict[str, Any]) -> None:
-        title = PHASE_TITLES.get(event["phase"])
+    def _on_phase(self, event: PhaseProgress) -> None:
+        title = PHASE_TITLES.get(event.phase)
         if title is None:
             return
-        total, done = event.get("total") or 0, event.get("done") or 0
+        total, done = event.total, event.done
         if total <= 1:
-            if not self._training or event["phase"] == "exporting":
+            if not self._training or event.phase == "exporting":
                 self.close()
                 self.write(f"{title} …")
             return
@@ -71,29 +82,29 @@ class TerminalProgress:
     def _training(self) -> bool:
         return self._phase == "training"
 
-    def _on_step(self, event: dict[str, Any]) -> None:
+    def _on_step(self, event: StepDone) -> None:
         if not self._training:
-            self._open("training", self.total_steps, event["step"] - 1, "step")
-        shown = {"loss": f"{event['loss']:.4f}", "lr": f"{event['lr']:.2g}"}
-        if event.get("loss_prior") is not None:
-            shown |= {"instance": f"{event['loss_instance']:.4f}", "prior": f"{event['loss_prior']:.4f}"}
+            self._open("training", self.total_steps, event.step - 1, "step")
+        shown = {"loss": f"{event.loss:.4f}", "lr": f"{event.lr:.2g}"}
+        if event.loss_prior is not None:
+            shown |= {"instance": f"{event.loss_instance:.4f}", "prior": f"{event.loss_prior:.4f}"}
         self._bar.set_postfix(shown, refresh=False)
-        self._advance(event["step"])
+        self._advance(event.step)
 
     def _advance(self, done: int) -> None:
         self._bar.update(done - self._bar.n)
         if done >= (self._bar.total or 0):
             self.close()
 
-    def _on_checkpoint(self, event: dict[str, Any]) -> None:
-        self.write(f"step {event['step']}: checkpoint {event['path']}")
+    def _on_checkpoint(self, event: CheckpointSaved) -> None:
+        self.write(f"step {event.step}: checkpoint {event.path}")
 
-    def _on_sample(self, event: dict[str, Any]) -> None:
-        self.write(f"step {event['step']}: {len(event['files'])} sample images")
+    def _on_sample(self, event: SamplesDrawn) -> None:
+        self.write(f"step {event.step}: {len(event.files)} sample images")
 
-    def _on_evaluation(self, event: dict[str, Any]) -> None:
-        scores = {k: v for k, v in event.items() if isinstance(v, float) and k != "time"}
-        self.write(f"step {event['step']}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+    def _on_evaluation(self, event: StepEvaluated) -> None:
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in event.scores.items())
+        self.write(f"step {event.step}: {scores}")
 
-    def _on_end(self, event: dict[str, Any]) -> None:
+    def _on_end(self, event: RunEnded) -> None:
         self.close()

@@ -31,6 +31,7 @@ from dreambooth_moslora.adapters.skeleton import empty_model
 from dreambooth_moslora.base.locate import resolve_base
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.digests import content_key, file_digest
+from dreambooth_moslora.core.events import StepDone, events_of
 from dreambooth_moslora.core.process import reset_peak_memory
 from dreambooth_moslora.core.prompts import subject_of
 from dreambooth_moslora.core.run_folder import RunDir, atomic_write
@@ -153,11 +154,11 @@ def train_cell(config: TrainConfig, out: Path) -> dict[str, float]:
         own = f"{Path(config.instance_data_dir).name}-s{config.seed}-{os.getpid()}"
         shared["class_data_dir"] = str(out / "class_images" / own)
     result = train(TrainConfig.from_dict({**config.to_dict(), **shared}))
-    steps = [event for event in RunDir(result.run_dir).read_metrics() if event["type"] == "step"]
+    steps = events_of(StepDone, RunDir(result.run_dir).read_metrics())
     return {
         "seconds": time.monotonic() - started,
-        "step_sec": median(event["step_sec"] for event in steps),
-        "memory_gib": max(event["memory_gib"] or 0.0 for event in steps),
+        "step_sec": median(event.step_sec for event in steps),
+        "memory_gib": max(event.memory_gib or 0.0 for event in steps),
         "parameters": count_parameters(projections(config), config, config.rank),
     }
 

@@ -10,11 +10,11 @@ import json
 import logging
 from pathlib import Path
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.events import RunStarted, StepEvaluated, events_of
 from dreambooth_moslora.core.names import free_name
 from dreambooth_moslora.core.run_folder import RunDir, atomic_write, checkpoint_step
-from dreambooth_moslora.training.events import Reporter
 from dreambooth_moslora.training.model_card import pictures_named
+from dreambooth_moslora.training.run_context import RunContext
 
 __all__ = ["report_start", "claim_run_folder", "has_previous_run", "set_aside", "archive_checkpoints_after"]
 
@@ -42,8 +42,8 @@ def what_was_left(run_dir: RunDir) -> list[Path]:
 def archive_checkpoints_after(run_dir: RunDir, step: int) -> None:
     """Without it a kill, and then `latest`, would go on from the run that was abandoned."""
     later = [path for path in reversed(run_dir.named_checkpoints()) if checkpoint_step(path) > step]
-    scored = [event for event in run_dir.read_metrics() if event.get("type") == "evaluation"]
-    if scored and scored[-1]["best"]["step"] > step:
+    scored = events_of(StepEvaluated, run_dir.read_metrics())
+    if scored and scored[-1].best["step"] > step:
         later += present(run_dir.best_dir)
     if later:
         move(later, run_dir, f"held checkpoints after step {step}, from which this run goes on")
@@ -61,25 +61,24 @@ def move(paths: list[Path], run_dir: RunDir, what: str) -> None:
     logger.warning("%s %s: moved to %s.", run_dir.path, what, home.name)
 
 
-def report_start(config: TrainConfig, run_dir: RunDir, report: Reporter, step: int, max_train_steps: int) -> None:
+def report_start(context: RunContext, step: int, max_train_steps: int) -> None:
     """The first event. A folder without an earlier run is taken at once, so that the run can be watched."""
-    report.step = step
-    report("start", max_train_steps=max_train_steps, config=config.to_dict())
-    if step == 0 and not has_previous_run(run_dir):
-        claim_run_folder(config, run_dir, report, step)
+    context.report.step = step
+    context.report(RunStarted(max_train_steps, context.config.to_dict()))
+    if step == 0 and not has_previous_run(context.run_dir):
+        claim_run_folder(context, step)
 
 
-def claim_run_folder(
-    config: TrainConfig, run_dir: RunDir, report: Reporter, step: int, checkpoint: Path | None = None
-) -> None:
+def claim_run_folder(context: RunContext, step: int, checkpoint: Path | None = None) -> None:
     """Take the run folder: only now, when all is prepared, does an earlier run in it make room.
 
     The configuration is written as it was resolved. A run that is resumed from a `checkpoint` in the folder goes on in
     its metrics; to one from elsewhere, what is in the folder is another run.
     """
-    if report.has_begun or not report.accelerator.is_main_process:
+    run_dir, report = context.run_dir, context.report
+    if report.has_begun or not context.accelerator.is_main_process:
         return
     goes_on = checkpoint is not None and checkpoint.resolve().parent == run_dir.path.resolve()
     archive_checkpoints_after(run_dir, step) if goes_on else set_aside(run_dir)
-    atomic_write(run_dir.config_path, json.dumps(config.to_dict(), indent=2, default=str))
+    atomic_write(run_dir.config_path, json.dumps(context.config.to_dict(), indent=2, default=str))
     report.begin_at(step)

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dreambooth_moslora.core.events import StepDone, StepEvaluated
 from dreambooth_moslora.core.run_folder import atomic_write
 from dreambooth_moslora.training.best_step import CURVES
 
@@ -28,8 +29,8 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def draw_loss_plot(steps: list[dict], path: Path, evaluations: Sequence[dict] = ()) -> None:
-    """`steps` and `evaluations` are events of `metrics.jsonl`; fidelity is drawn beside the loss. Writes a PNG."""
+def draw_loss_plot(steps: Sequence[StepDone], path: Path, evaluations: Sequence[StepEvaluated] = ()) -> None:
+    """Write a PNG: the loss, and fidelity beside it when there are evaluations."""
     panels = 2 if evaluations else 1
     figure = Figure(figsize=(7 * panels, 3.5), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
@@ -41,22 +42,22 @@ def draw_loss_plot(steps: list[dict], path: Path, evaluations: Sequence[dict] = 
     atomic_write(path, buffer.getvalue())
 
 
-def draw_fidelity(axes: Axes, evaluations: Sequence[dict]) -> None:
+def draw_fidelity(axes: Axes, evaluations: Sequence[StepEvaluated]) -> None:
     """Likeness, prompt, copies and the score that picks the best step, which is marked."""
-    at = [event["step"] for event in evaluations]
+    at = [event.step for event in evaluations]
     for key, label in CURVES.items():
-        values = [np.nan if event.get(key) is None else event[key] for event in evaluations]
+        values = [event.scores.get(key, np.nan) for event in evaluations]
         axes.plot(at, values, "o-", markersize=3, linewidth=2 if key == "score" else 1, label=label)
-    best = max(evaluations, key=lambda event: (event.get("score") or 0.0, -event["step"]))
-    axes.axvline(best["step"], color="#888", linestyle=":", label=f"best: step {best['step']}")
+    best = max(evaluations, key=lambda event: (event.scores.get("score", 0.0), -event.step))
+    axes.axvline(best.step, color="#888", linestyle=":", label=f"best: step {best.step}")
     axes.set(xlabel="step", ylabel="score")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize="small")
 
 
-def draw_loss(axes: Axes, steps: Sequence[dict]) -> None:
+def draw_loss(axes: Axes, steps: Sequence[StepDone]) -> None:
     for key, colour in COLOURS.items():
-        points = [(event["step"], event[key]) for event in steps if event.get(key) is not None]
+        points = [(event.step, getattr(event, key)) for event in steps if getattr(event, key) is not None]
         if points:
             at, values = map(np.array, zip(*points))
             axes.plot(at, values, color=colour, alpha=0.25, linewidth=0.8)

@@ -5,12 +5,10 @@ photos -> base -> class images -> latents and text embeddings -> encoders leave 
 
 import gc
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
@@ -22,18 +20,17 @@ from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.digests import default_cache_dir
 from dreambooth_moslora.core.errors import StopRequestedError, UserError, spelled_out
 from dreambooth_moslora.core.names import public_name
-from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.generation.sampler import generate_images
 from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.folder import Photo, PhotoReport, find_photos
-from dreambooth_moslora.training.accelerator import DTYPES, any_process, on_main
+from dreambooth_moslora.training.accelerator import DTYPES, on_main
 from dreambooth_moslora.training.checks import check_layers
 from dreambooth_moslora.training.class_images import ClassImages
 from dreambooth_moslora.training.dataset import PhotoEncoder, PhotoStream, PromptCache, TrainBatch, collate
 from dreambooth_moslora.training.encoding_cache import TensorCache, fingerprint
-from dreambooth_moslora.training.events import Reporter
 from dreambooth_moslora.training.noise_schedule import noise_schedule
 from dreambooth_moslora.training.objective import NoiseSchedule
+from dreambooth_moslora.training.run_context import RunContext
 from dreambooth_moslora.training.step_plan import uses_class_images
 
 __all__ = ["TrainInputs", "prepare", "usable_photos"]
@@ -71,38 +68,24 @@ class TrainInputs:
         return collate(samples, [number >= size for number in range(len(samples))])
 
 
-def prepare(
-    config: TrainConfig,
-    photos: list[Photo],
-    sample_count: int,
-    prompts: list[str],
-    accelerator: Accelerator,
-    run_dir: RunDir,
-    report: Reporter,
-    should_stop: Callable[[], bool],
-) -> TrainInputs:
+def prepare(context: RunContext, photos: list[Photo], sample_count: int, prompts: list[str]) -> TrainInputs:
     """Load, generate, encode what the run's first `sample_count` samples show.
 
     `prompts` are those to be drawn later: they are embedded while the encoders are here.
     """
-
-    def stop_together() -> bool:
-        return any_process(accelerator, should_stop())
-
-    report.phase("loading")
-    dtype = DTYPES[accelerator.mixed_precision]
-    pipeline = load_base(config, dtype, accelerator.device)
-    if accelerator.is_main_process:
-        warn_of_fp32(pipeline, accelerator.device)
+    config, device = context.config, context.accelerator.device
+    context.report.phase("loading")
+    dtype = DTYPES[context.accelerator.mixed_precision]
+    pipeline = load_base(config, dtype, device)
+    if context.accelerator.is_main_process:
+        warn_of_fp32(pipeline, device)
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
     check_weighting(config, schedule)
     check_layers(config.target_modules, layers_of(pipeline.unet), config.use_dora)
-    stop_if_asked(stop_together)
-    class_photos = []
-    if uses_class_images(config):
-        class_photos = make_class_images(config, pipeline, accelerator, run_dir, report, should_stop)
+    context.stop_if_asked()
+    class_photos = make_class_images(context, pipeline) if uses_class_images(config) else []
     encoder = PhotoEncoder(
-        pipeline.vae.to(accelerator.device),
+        pipeline.vae.to(device),
         cache_of(config),
         crop_rule(config),
         config.dataloader_num_workers,
@@ -110,10 +93,12 @@ def prepare(
     )
     instance = PhotoStream(photos, encoder, config.seed, "instance", config.repeats)
     prior = PhotoStream(class_photos, encoder, config.seed, "prior") if class_photos else None
-    prompt_embeds = prompt_cache(config, pipeline, accelerator.device)
-    encode_everything(config, instance, prior, sample_count, prompt_embeds, prompts, report, stop_together)
-    release_encoders(config, pipeline, prompt_embeds, encoder, accelerator.device)
-    pipeline.unet.to(accelerator.device)
+    prompt_embeds = prompt_cache(config, pipeline, device)
+    streams = [stream for stream in (instance, prior) if stream is not None]
+    encode_photos(context, streams, sample_count)
+    encode_prompts(context, streams, prompt_embeds, prompts)
+    release_encoders(config, pipeline, prompt_embeds, encoder, device)
+    pipeline.unet.to(device)
     return TrainInputs(pipeline, schedule, photos, instance, prior, prompt_embeds, dtype)
 
 
@@ -160,21 +145,10 @@ def layers_of(unet: nn.Module) -> dict[str, int]:
     return {path: layer.weight.ndim for path, layer in matrix_layers(unet).items()}
 
 
-def stop_if_asked(should_stop: Callable[[], bool]) -> None:
-    if should_stop():
-        raise StopRequestedError
-
-
-def make_class_images(
-    config: TrainConfig,
-    pipeline: StableDiffusionXLPipeline,
-    accelerator: Accelerator,
-    run_dir: RunDir,
-    report: Reporter,
-    should_stop: Callable[[], bool],
-) -> list[Photo]:
+def make_class_images(context: RunContext, pipeline: StableDiffusionXLPipeline) -> list[Photo]:
     """The person's own class images first, then generated ones up to `num_class_images`."""
-    folder = Path(config.class_data_dir) if config.class_data_dir else run_dir.class_images_dir
+    config, device, should_stop = context.config, context.accelerator.device, context.should_stop
+    folder = Path(config.class_data_dir) if config.class_data_dir else context.run_dir.class_images_dir
     base_id = public_name(config.pretrained_model_name_or_path)
     images = ClassImages(folder, config.class_prompt, base_id, config.seed, config.resolution)
     found = [photo.path for photo in class_photos_in(folder, config)]
@@ -183,12 +157,14 @@ def make_class_images(
     def generate() -> None:
         if not wanted:
             return
-        generator = prior_pipeline(config, pipeline, accelerator.device).to(accelerator.device)
+        generator = prior_pipeline(config, pipeline, device).to(device)
         draw = lambda prompt, seeds: generate_images(generator, prompt, seeds, config.resolution, should_stop)  # noqa: E731
-        for _ in report.counted("class_images", images.top_up(wanted, config.sample_batch_size, draw), wanted):
-            stop_if_asked(should_stop)
+        pictures = images.top_up(wanted, config.sample_batch_size, draw)
+        for _ in context.report.counted("class_images", pictures, wanted):
+            if should_stop():  # this process alone draws: the others wait in `on_main`
+                raise StopRequestedError
 
-    on_main(accelerator, generate)
+    on_main(context.accelerator, generate)
     return usable_class_photos(folder, config, images)
 
 
@@ -243,30 +219,27 @@ def prompt_cache(config: TrainConfig, pipeline: StableDiffusionXLPipeline, devic
     return PromptCache(lambda prompts: encode_text(pipeline, prompts), cache_of(config) or TensorCache(), identity)
 
 
-def encode_everything(
-    config: TrainConfig,
-    instance: PhotoStream,
-    prior: PhotoStream | None,
-    sample_count: int,
-    prompt_embeds: PromptCache,
-    prompts: list[str],
-    report: Reporter,
-    should_stop: Callable[[], bool],
+def encode_photos(context: RunContext, streams: list[PhotoStream], sample_count: int) -> None:
+    """Ask the VAE for every crop that the run will show."""
+    total = sum(stream.view_count(sample_count) for stream in streams)
+    counts = (number for number, _ in enumerate(every_view(streams, sample_count), start=1))
+    for _ in context.report.counted("caching", counts, total):
+        context.stop_if_asked()
+
+
+def encode_prompts(
+    context: RunContext, streams: list[PhotoStream], prompt_embeds: PromptCache, prompts: list[str]
 ) -> None:
-    """Ask every question of the frozen encoders that the run will ever have."""
-    streams = [stream for stream in (instance, prior) if stream is not None]
-    captions = (
-        {caption for stream in streams for photo in stream.photos for caption in photo.captions} | set(prompts) | {""}
-    )
+    """Ask the text encoders for every caption and prompt that the run will have."""
+    config = context.config
+    captions = {*prompts, ""}
+    for stream in streams:
+        captions.update(caption for photo in stream.photos for caption in photo.captions)
     if config.class_prompt:
         captions |= {config.class_prompt, *config.prior_prompts}
-    views = sum(stream.view_count(sample_count) for stream in streams)
-    counts = (number for number, _ in enumerate(every_view(streams, sample_count), start=1))
-    for _ in report.counted("caching", counts, views):
-        stop_if_asked(should_stop)
     for caption in sorted(captions):
         prompt_embeds([caption])
-        stop_if_asked(should_stop)
+        context.stop_if_asked()
 
 
 def every_view(streams: list[PhotoStream], sample_count: int):

@@ -12,6 +12,7 @@ from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.events import StepDone, StepEvaluated, events_of
 from dreambooth_moslora.core.pictures import Row, draw_contact_sheet, write_png
 from dreambooth_moslora.core.prompts import class_word_of, trigger_words
 from dreambooth_moslora.core.run_folder import RunDir, atomic_directory, atomic_write
@@ -50,10 +51,9 @@ class Publisher:
         self.scores: dict[str, float] = {}
         self.best: BestStep | None = None
 
-    def note_scores(self, facts: dict, best: BestStep) -> None:
+    def note_scores(self, scores: dict[str, float], best: BestStep) -> None:
         """The latest scores and the best step so far, for the card."""
-        self.scores = {name: value for name, value in facts.items() if isinstance(value, float) and name != "time"}
-        self.best = best
+        self.scores, self.best = scores, best
 
     def keep_best(self) -> None:
         """`best/`: the adapter as it is now, loadable like the final one, whole or not at all."""
@@ -135,7 +135,7 @@ def readable(photos: list[Photo]) -> list[Image.Image]:
 
 
 def write_loss_plot(run_dir: RunDir) -> None:
-    events = run_dir.read_metrics()
-    steps, scored = ([event for event in events if event["type"] == kind] for kind in ("step", "evaluation"))
+    records = run_dir.read_metrics()
+    steps, scored = events_of(StepDone, records), events_of(StepEvaluated, records)
     if steps:
         draw_loss_plot(steps, run_dir.loss_plot_path, scored)

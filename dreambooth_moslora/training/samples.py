@@ -12,6 +12,7 @@ from PIL import Image
 
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import StopRequestedError
+from dreambooth_moslora.core.events import SamplesDrawn
 from dreambooth_moslora.core.pictures import write_png
 from dreambooth_moslora.core.prompts import context_prompts, validation_prompts
 from dreambooth_moslora.core.run_folder import RunDir
@@ -49,8 +50,8 @@ class ValidationSamples:
     def is_due(self, step: int, last_step: int) -> bool:
         return bool(self.requests) and (step % self.every_steps == 0 or step == last_step)
 
-    def draw(self, step: int, sampler: Sampler) -> dict[str, list]:
-        """Draw and save `samples/step_000100_0.png` …; returns the facts of the `sample` event.
+    def draw(self, step: int, sampler: Sampler) -> SamplesDrawn:
+        """Draw and save `samples/step_000100_0.png` …; returns their event.
 
         Raises StopRequestedError as the sampler does; what was drawn until then stays.
         """
@@ -58,11 +59,9 @@ class ValidationSamples:
         for number, picture in enumerate(sampler(self.requests)):
             self.latest.append(picture)
             self._save(self.path(step, number), picture)
-        return {
-            "files": [str(self.path(step, n).relative_to(self.run_dir.path)) for n in range(len(self.requests))],
-            "prompts": [request.prompt for request in self.requests],
-            "seeds": [request.seed for request in self.requests],
-        }
+        files = [str(self.path(step, n).relative_to(self.run_dir.path)) for n in range(len(self.requests))]
+        prompts = [request.prompt for request in self.requests]
+        return SamplesDrawn(step, files, prompts, [request.seed for request in self.requests])
 
     def draw_contexts(self, sampler: Sampler) -> list[Image.Image]:
         """What there is of them, when the person asks to stop."""

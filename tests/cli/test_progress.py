@@ -3,6 +3,7 @@
 import io
 
 from dreambooth_moslora.cli.progress import TerminalProgress
+from dreambooth_moslora.core.events import RunStarted, StepDone
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
@@ -30,7 +31,7 @@ def test_a_run_shows_its_phases_the_time_left_and_both_losses(tiny_base, tmp_pat
 def test_a_resumed_run_counts_from_its_step():
     stream = io.StringIO()
     progress = TerminalProgress(stream)
-    progress({"type": "start", "max_train_steps": 100})
-    progress({"type": "step", "step": 41, "loss": 1.0, "lr": 1e-4})
+    progress(RunStarted(100))
+    progress(StepDone(41, loss=1.0, lr=1e-4))
     progress.close()
     assert "41/100" in stream.getvalue() and "0/100" not in stream.getvalue().replace("40/100", "")

@@ -83,7 +83,7 @@ def test_the_card_of_a_resumed_run_has_the_scores_from_before(tiny_base, encoder
         for name in ("whole", "torn")
     )
     train(whole, evaluator=quick(whole, encoders))
-    train(torn, done.append, lambda: any(e["type"] == "evaluation" for e in done), quick(torn, encoders))
+    train(torn, done.append, lambda: any(e.kind == "evaluation" for e in done), quick(torn, encoders))
     train(replace(torn, resume_from_checkpoint="latest"), evaluator=quick(torn, encoders))
     cards = [(tmp_path / name / "README.md").read_text() for name in ("whole", "torn")]
     for line in ("Best step: 2", "| score |"):

@@ -125,5 +125,5 @@ def test_a_class_folder_serves_two_resolutions(tiny_base, tmp_path):
     for resolution in (64, 128):
         events = []
         train(tiny_config(tiny_base, photos, tmp_path / "run", resolution=resolution, **prior), events.append)
-        assert next(event for event in events if event["type"] == "step")["loss_prior"] > 0
+        assert next(event for event in events if event.kind == "step").loss_prior > 0
     assert len(list((tmp_path / "class").glob("*.png"))) == 6

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dreambooth_moslora.adapters.moslora import disabled
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.events import StepDone, record_of
 from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.training import train_step as train_step_module
 from dreambooth_moslora.training.loop import train
@@ -38,7 +39,7 @@ def run(tiny_base, photos, tmp_path):
 
 
 def steps(events):
-    return [event for event in events if event["type"] == "step"]
+    return [event for event in events if isinstance(event, StepDone)]
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +84,15 @@ def test_the_run_folder_is_what_the_design_says(shown_run):
 
 def test_the_events_tell_the_run_from_its_first_step(shown_run):
     folder, events, _ = shown_run
-    assert json.loads(json.dumps(events)) == RunDir(folder).read_metrics()
-    assert events[0]["type"] == "start" and events[0]["max_train_steps"] == 5
-    assert [event["step"] for event in steps(events)] == [1, 2, 3, 4, 5]
+    assert json.loads(json.dumps([record_of(event) for event in events])) == RunDir(folder).read_metrics()
+    assert events[0].kind == "start" and events[0].max_train_steps == 5
+    assert [event.step for event in steps(events)] == [1, 2, 3, 4, 5]
     keys = {"loss", "loss_instance", "loss_prior", "lr", "step_sec", "eta_sec", "memory_gib", "grad_norm"}
-    assert keys <= set(steps(events)[0])
-    samples = [event for event in events if event["type"] == "sample"]
-    assert [event["step"] for event in samples] == [0, 2, 4, 5]
-    assert len({tuple(event["seeds"]) for event in samples}) == 1
-    assert events[-1]["type"] == "end" and events[-1]["state"] == "done"
+    assert keys <= set(record_of(steps(events)[0]))
+    samples = [event for event in events if event.kind == "sample"]
+    assert [event.step for event in samples] == [0, 2, 4, 5]
+    assert len({tuple(event.seeds) for event in samples}) == 1
+    assert events[-1].kind == "end" and events[-1].state == "done"
 
 
 def test_samples_differ_between_steps_only_by_the_adapter(shown_run):
@@ -102,14 +103,14 @@ def test_samples_differ_between_steps_only_by_the_adapter(shown_run):
 
 def test_an_untouched_pipeline_loads_the_folder_and_draws_the_last_sample(shown_run, tiny_base):
     folder, events, _ = shown_run
-    sample = [event for event in events if event["type"] == "sample"][-1]
+    sample = [event for event in events if event.kind == "sample"][-1]
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_base)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(str(folder))
     options = {"num_inference_steps": 25, "guidance_scale": 5.0, "height": 64, "width": 64}
-    generator = torch.Generator().manual_seed(sample["seeds"][0])
-    drawn = pipeline(sample["prompts"][0], generator=generator, **options).images[0]
-    saved = Image.open(folder / sample["files"][0])
+    generator = torch.Generator().manual_seed(sample.seeds[0])
+    drawn = pipeline(sample.prompts[0], generator=generator, **options).images[0]
+    saved = Image.open(folder / sample.files[0])
     ours, theirs = (torch.tensor(list(image.convert("RGB").tobytes())).int() for image in (saved, drawn))
     assert (ours - theirs).abs().max() <= 2
 
@@ -216,7 +217,7 @@ def plain_hash(tiny_base, photos, tmp_path_factory):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_acts_and_stays_finite(name, run, plain_hash):
     events, digest = run(max_train_steps=2, **OPTIONS[name])
-    assert all(math.isfinite(event["loss"]) for event in steps(events))
+    assert all(math.isfinite(event.loss) for event in steps(events))
     assert digest != plain_hash
 
 
@@ -234,8 +235,8 @@ def test_unmasked_weight_goes_from_the_subject_alone_to_no_mask_at_all(run, phot
             *((f"w{w}", {"instance_data_dir": str(folder), "unmasked_weight": w}) for w in (1.0, 0.2, 0.0)),
         )
     )
-    everywhere, some, none = ([event["loss"] for event in events] for events in masked)
-    assert everywhere == pytest.approx([event["loss"] for event in plain], rel=1e-5)
+    everywhere, some, none = ([event.loss for event in events] for events in masked)
+    assert everywhere == pytest.approx([event.loss for event in plain], rel=1e-5)
     assert len({losses[0] for losses in (everywhere, some, none)}) == 3
 
 
@@ -248,8 +249,8 @@ def test_a_v_prediction_base_is_trained_on_velocity(tmp_path, photos, plain_hash
 def test_min_snr_weighs_the_instance_loss_and_leaves_the_prior_alone(run):
     prior = {"with_prior_preservation": True, "max_train_steps": 1, "train_batch_size": 2}
     plain, weighted = (steps(run(name, snr_gamma=gamma, **prior)[0])[0] for name, gamma in (("a", None), ("b", 1e-3)))
-    assert weighted["loss_prior"] == plain["loss_prior"]
-    assert weighted["loss_instance"] < 0.9 * plain["loss_instance"]
+    assert weighted.loss_prior == plain.loss_prior
+    assert weighted.loss_instance < 0.9 * plain.loss_instance
 
 
 def test_min_snr_on_an_edm_base_is_refused(tmp_path, photos):
@@ -265,7 +266,7 @@ def test_min_snr_on_an_edm_base_is_refused(tmp_path, photos):
 def test_prior_losses_are_logged_apart_and_class_images_have_a_manifest(run, tmp_path):
     events, _ = run(with_prior_preservation=True, prior_loss_weight=0.5, max_train_steps=2)
     for event in steps(events):
-        assert event["loss"] == pytest.approx(event["loss_instance"] + 0.5 * event["loss_prior"], rel=1e-5)
+        assert event.loss == pytest.approx(event.loss_instance + 0.5 * event.loss_prior, rel=1e-5)
     folder = tmp_path / "run" / "class_images"
     manifest = json.loads((folder / "manifest.json").read_text())
     assert sorted(manifest) == sorted(path.name for path in folder.glob("*.png")) and len(manifest) == 3
@@ -274,14 +275,14 @@ def test_prior_losses_are_logged_apart_and_class_images_have_a_manifest(run, tmp
 
 def test_the_base_is_its_own_prior_so_the_first_prior_loss_is_zero(run):
     events, _ = run(with_prior_preservation=True, prior="adapter_off", max_train_steps=3)
-    losses = [event["loss_prior"] for event in steps(events)]
+    losses = [event.loss_prior for event in steps(events)]
     assert losses[0] < 1e-9 < losses[2]
 
 
 def test_other_prior_prompts_are_preserved_beside_the_class_and_each_by_its_own_answer(run):
     others = {"prior_prompts": ("a red car in the snow", "a cup"), "train_batch_size": 4, "max_train_steps": 3}
     events, digest = run("others", with_prior_preservation=True, prior="adapter_off", **others)
-    losses = [event["loss_prior"] for event in steps(events)]
+    losses = [event.loss_prior for event in steps(events)]
     assert losses[0] < 1e-9 < losses[2]
     _, plain = run("plain", with_prior_preservation=True, prior="adapter_off", **{**others, "prior_prompts": ()})
     assert digest != plain
@@ -315,9 +316,9 @@ def test_stopping_before_the_first_step_leaves_no_adapter(tiny_base, photos, tmp
 def test_stopping_while_the_first_samples_are_drawn_leaves_no_adapter(tiny_base, photos, tmp_path):
     events = []
     config = tiny_config(tiny_base, photos, tmp_path, num_validation_images=1)
-    result = train(config, events.append, lambda: any(event["type"] == "sample" for event in events))
+    result = train(config, events.append, lambda: any(event.kind == "sample" for event in events))
     assert result.interrupted and result.step == 0 and RunDir(tmp_path).checkpoints() == []
-    assert events[-1]["state"] == "interrupted"
+    assert events[-1].state == "interrupted"
 
 
 def test_epochs_are_counted_as_in_diffusers_script(run):

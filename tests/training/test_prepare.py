@@ -23,7 +23,7 @@ def test_the_vae_leaves_memory_unless_it_is_needed_again(changes, is_there, tiny
         return pipeline
 
     def note(event):
-        if event["type"] == "step":
+        if event.kind == "step":
             seen.append(loaded[0]() is not None)
 
     monkeypatch.setattr(prepare, "load_base", load_base)
@@ -37,7 +37,7 @@ def test_only_what_the_steps_will_show_is_encoded(tiny_base, tmp_path):
     size = {"max_train_steps": 1, "gradient_accumulation_steps": 2, "train_batch_size": 2}
     prior = {"with_prior_preservation": True, "num_class_images": 5}
     train(tiny_config(tiny_base, photos, tmp_path / "run", crops_per_photo=9, **size, **prior), events.append)
-    assert {event["total"] for event in events if event.get("phase") == "caching"} == {4 + 4}
+    assert {event.total for event in events if getattr(event, "phase", "") == "caching"} == {4 + 4}
 
 
 def test_fp32_on_a_gpu_is_warned_of_once_and_only_for_a_base_like_sdxl(tiny_base, caplog):

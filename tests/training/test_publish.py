@@ -1,5 +1,7 @@
 """What leaves the machine, and what a person sees: hub files, card, contact sheet, loss plot."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
@@ -11,6 +13,7 @@ from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.proof import FileProof, Proof
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.events import StepDone
 from dreambooth_moslora.core.pictures import Row, draw_contact_sheet
 from dreambooth_moslora.training import hub
 from dreambooth_moslora.training.hub import check_push, patterns, public_files, push
@@ -139,10 +142,10 @@ def test_the_running_mean_starts_at_the_first_value_and_keeps_the_length():
 
 
 def test_a_loss_plot_is_drawn_with_and_without_prior(tmp_path):
-    steps = [{"step": n, "loss_instance": 1 / n, "loss_prior": None} for n in range(1, 30)]
+    steps = [StepDone(n, loss_instance=1 / n) for n in range(1, 30)]
     draw_loss_plot(steps, tmp_path / "loss.png")
     first = (tmp_path / "loss.png").read_bytes()
-    draw_loss_plot([{**step, "loss_prior": 0.5} for step in steps], tmp_path / "loss.png")
+    draw_loss_plot([replace(step, loss_prior=0.5) for step in steps], tmp_path / "loss.png")
     assert Image.open(tmp_path / "loss.png").size[0] > 500 and (tmp_path / "loss.png").read_bytes() != first
 
 
@@ -155,7 +158,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_one_before(draw, tmp_path, 
         if draw == "sheet":
             draw_contact_sheet([Row("photos", [Image.new("RGB", (8, 8))])], path)
         else:
-            draw_loss_plot([{"step": 1, "loss_instance": 1.0}], path)
+            draw_loss_plot([StepDone(1, loss_instance=1.0)], path)
     assert path.read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 1
 
 

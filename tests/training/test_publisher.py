@@ -15,11 +15,11 @@ def test_photos_that_were_moved_in_training_cost_their_place_on_the_sheet_only(t
 
     def note(event):
         events.append(event)
-        if event["type"] == "step":
+        if event.kind == "step":
             shutil.rmtree(photos, ignore_errors=True)
 
     train(tiny_config(tiny_base, photos, tmp_path / "run", max_train_steps=1, num_validation_images=1), note)
-    assert events[-1]["state"] == "done" and (tmp_path / "run" / "contact_sheet.png").is_file()
+    assert events[-1].state == "done" and (tmp_path / "run" / "contact_sheet.png").is_file()
     assert caplog.text.count("the contact sheet is without a photo") == 3
 
 

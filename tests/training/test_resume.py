@@ -36,7 +36,7 @@ def photos(tmp_path_factory):
 def stop_at(step: int):
     """(should_stop, on_event): the second hears the events, the first says so once `step` is done."""
     done = []
-    return (lambda: step in done), (lambda event: done.append(event.get("step") if event["type"] == "step" else None))
+    return (lambda: step in done), (lambda event: done.append(event.step if event.kind == "step" else None))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -26,7 +26,7 @@ def test_a_tracker_that_cannot_start_is_a_mistake_before_anything_is_loaded(conf
     events = []
     with pytest.raises(UserError, match=r"--report_to tensorboard cannot start: FileExistsError .*; none trains"):
         train(config(), events.append)
-    assert [event["type"] for event in events] == ["start", "end"] and not caplog.text
+    assert [event.kind for event in events] == ["start", "end"] and not caplog.text
 
 
 def test_a_tracker_that_fails_on_the_way_is_said_once_and_the_run_goes_on(config, monkeypatch, caplog):

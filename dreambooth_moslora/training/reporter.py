@@ -1,4 +1,4 @@
-"""What a run says while it runs: one dict an event, to `metrics.jsonl`, to the caller, and to the trackers.
+"""What a run says while it runs: each event to `metrics.jsonl`, to the caller, and to the trackers.
 
 Only the main process speaks. Nothing that leaves the machine through a tracker holds a path, a prompt or a photo; the
 samples, which are pictures of the subject, go to trackers that show pictures.
@@ -19,6 +19,16 @@ from PIL import Image
 
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.events import (
+    AdapterExported,
+    Event,
+    PhaseProgress,
+    RunEnded,
+    SamplesDrawn,
+    StepDone,
+    StepEvaluated,
+    record_of,
+)
 from dreambooth_moslora.core.process import peak_memory_gib
 from dreambooth_moslora.core.run_folder import RunDir, atomic_write
 from dreambooth_moslora.training.accelerator import on_main
@@ -28,34 +38,35 @@ __all__ = ["Reporter", "Stopwatch"]
 logger = logging.getLogger(__name__)
 
 PRIVATE_SUFFIXES = ("_dir", "_path", "_prompt", "token", "_name", "_column", "checkpoint")
+TRACKED = (StepDone, StepEvaluated, SamplesDrawn)
+ENDINGS = (RunEnded.kind, AdapterExported.kind)
 PICTURE_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 """Trackers that get the samples, and how they are told that pictures are (N, height, width, RGB)."""
 
 
 class Reporter:
-    """Call it with an event's type and facts. `on_event` gets the same dict as the file.
+    """Call it with each event. `on_event` gets the event that the file gets.
 
     The file may be of an earlier run: until `begin_at` it is left alone, and events wait. `step` is where the run is.
     """
 
-    def __init__(self, run_dir: RunDir, accelerator: Accelerator, on_event: Callable[[dict], None] | None):
+    def __init__(self, run_dir: RunDir, accelerator: Accelerator, on_event: Callable[[Event], None] | None):
         self.run_dir, self.accelerator, self.on_event = run_dir, accelerator, on_event
         self.step = 0
-        self._waiting: list[dict] | None = []
+        self._waiting: list[Event] | None = []
 
-    def __call__(self, kind: str, **facts: object) -> None:
+    def __call__(self, event: Event) -> None:
         if not self.accelerator.is_main_process:
             return
-        event = {"type": kind, "time": time.time(), **facts}
-        self.step = facts.get("step", self.step)
+        self.step = getattr(event, "step", self.step)
         self._write(event)
         if self.on_event is not None:
             self.on_event(event)
-        if kind in ("step", "evaluation", "sample"):
+        if isinstance(event, TRACKED):
             self._track(event)
 
     def phase(self, phase: str, done: int = 0, total: int = 1) -> None:
-        self("phase", phase=phase, done=done, total=total)
+        self(PhaseProgress(phase, done, total))
 
     def counted(self, phase: str, counts: Iterable[int], total: int) -> Iterator[int]:
         """Report each count of a phase as it comes, at most four a second, the first and the last always."""
@@ -72,7 +83,7 @@ class Reporter:
         if not self.accelerator.is_main_process:
             return
         known = self.run_dir.read_metrics() if step else []
-        kept = [e for e in known if e.get("step", 0) <= step and e["type"] not in ("end", "export")]
+        kept = [e for e in known if e.get("step", 0) <= step and e["type"] not in ENDINGS]
         atomic_write(self.run_dir.metrics_path, "".join(json.dumps(event) + "\n" for event in kept))
         self.release()
 
@@ -86,9 +97,9 @@ class Reporter:
     def has_begun(self) -> bool:
         return self._waiting is None
 
-    def _write(self, event: dict) -> None:
+    def _write(self, event: Event) -> None:
         if self._waiting is None:
-            self.run_dir.append_metrics(event)
+            self.run_dir.append_metrics(record_of(event))
         else:
             self._waiting.append(event)
 
@@ -111,27 +122,28 @@ class Reporter:
         if self.accelerator.log_with:
             on_main(self.accelerator, start)
 
-    def _track(self, event: dict) -> None:
+    def _track(self, event: StepDone | StepEvaluated | SamplesDrawn) -> None:
         """Numbers, and the samples where pictures are taken. A tracker that fails is said, and gets no more."""
         for tracker in list(self.accelerator.trackers):
             try:
-                if event["type"] == "sample":
+                if isinstance(event, SamplesDrawn):
                     self._show(tracker, event)
                 else:
-                    tracker.log(numbers_of(event), step=event["step"])
+                    tracker.log(numbers_of(event), step=event.step)
             except Exception as error:  # each tracker has its own kinds
                 self.accelerator.trackers.remove(tracker)
                 said = one_line(f"{type(error).__name__} {error}")
                 logger.warning("--report_to: %s fails and gets no more of this run: %s", tracker.name, said)
 
-    def _show(self, tracker: GeneralTracker, event: dict) -> None:
+    def _show(self, tracker: GeneralTracker, event: SamplesDrawn) -> None:
         if tracker.name in PICTURE_OPTIONS:
-            pictures = np.stack([np.asarray(Image.open(self.run_dir.path / name)) for name in event["files"]])
-            tracker.log_images({"samples": pictures}, step=event["step"], **PICTURE_OPTIONS[tracker.name])
+            pictures = np.stack([np.asarray(Image.open(self.run_dir.path / name)) for name in event.files])
+            tracker.log_images({"samples": pictures}, step=event.step, **PICTURE_OPTIONS[tracker.name])
 
 
-def numbers_of(event: dict) -> dict[str, float]:
-    return {k: v for k, v in event.items() if isinstance(v, (int, float)) and k not in ("step", "time")}
+def numbers_of(event: Event) -> dict[str, float]:
+    record = record_of(event)
+    return {k: v for k, v in record.items() if isinstance(v, (int, float)) and k not in ("step", "time")}
 
 
 class Stopwatch:

@@ -1,0 +1,145 @@
+"""What a run says of itself, one frozen dataclass an event; `metrics.jsonl` holds each as one line.
+
+    RunStarted  PhaseProgress*  (StepDone  SamplesDrawn?  StepEvaluated?  CheckpointSaved?)*  AdapterExported  RunEnded
+
+`record_of` makes the line's dict, `events_of` finds the events of one type in the lines again.
+"""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
+
+__all__ = [
+    "AdapterExported",
+    "CheckpointSaved",
+    "Event",
+    "PhaseProgress",
+    "RunEnded",
+    "RunStarted",
+    "SamplesDrawn",
+    "StepDone",
+    "StepEvaluated",
+    "event_of",
+    "events_of",
+    "record_of",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """`kind` is its `type` on disk; `time` is in seconds since 1970."""
+
+    kind: ClassVar[str]
+    time: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    kind: ClassVar[str] = "start"
+    max_train_steps: int
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PhaseProgress(Event):
+    """`done` of `total` things of a phase, such as `loading`, `caching` or `exporting`."""
+
+    kind: ClassVar[str] = "phase"
+    phase: str
+    done: int = 0
+    total: int = 1
+
+
+@dataclass(frozen=True)
+class StepDone(Event):
+    """One optimizer step. None stands for what does not exist (no prior) or is not finite."""
+
+    kind: ClassVar[str] = "step"
+    step: int
+    loss: float | None = None
+    loss_instance: float | None = None
+    loss_prior: float | None = None
+    lr: float | None = None
+    grad_norm: float | None = None
+    step_sec: float | None = None
+    eta_sec: float | None = None
+    memory_gib: float | None = None
+
+
+@dataclass(frozen=True)
+class SamplesDrawn(Event):
+    """Pictures `files`, relative to the run folder, each with its prompt and seed."""
+
+    kind: ClassVar[str] = "sample"
+    step: int
+    files: list[str]
+    prompts: list[str]
+    seeds: list[int]
+
+
+@dataclass(frozen=True)
+class StepEvaluated(Event):
+    """`scores` by name (each a key of its own on disk), the `best` step so far, and what the evaluation cost."""
+
+    kind: ClassVar[str] = "evaluation"
+    step: int
+    scores: dict[str, float] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    copy_alarm: bool = False
+    cost: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CheckpointSaved(Event):
+    kind: ClassVar[str] = "checkpoint"
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class AdapterExported(Event):
+    kind: ClassVar[str] = "export"
+    files: list[str]
+    proof: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunEnded(Event):
+    """`state` is `done`, `interrupted` or `failed`."""
+
+    kind: ClassVar[str] = "end"
+    state: str
+    step: int
+    message: str = ""
+
+
+KINDS: dict[str, type[Event]] = {kind.kind: kind for kind in Event.__subclasses__()}
+E = TypeVar("E", bound=Event)
+
+
+def record_of(event: Event) -> dict[str, Any]:
+    """The event as one line's dict."""
+    values = asdict(event)
+    moment = values.pop("time")
+    return {"type": event.kind, "time": moment} | values.pop("scores", {}) | values
+
+
+def event_of(record: Mapping[str, Any]) -> Event | None:
+    """The event of one line; None for another program's line, or one that lacks what its type must have."""
+    kind = KINDS.get(str(record.get("type")))
+    if kind is None:
+        return None
+    names = {item.name for item in fields(kind)}
+    values = {name: value for name, value in record.items() if name in names}
+    if kind is StepEvaluated:
+        values["scores"] = {k: v for k, v in record.items() if isinstance(v, float) and k not in names}
+    try:
+        return kind(**values)
+    except TypeError:  # a field is missing
+        return None
+
+
+def events_of(kind: type[E], records: Iterable[Mapping[str, Any]]) -> list[E]:
+    """The events of one type among the lines, in their order."""
+    return [event for record in records if isinstance(event := event_of(record), kind)]

@@ -1,0 +1,192 @@
+"""A run while it trains: what the loop in `loop.fit` checks off, one method a line of it."""
+
+import logging
+import math
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from dreambooth_moslora.adapters.proof import Proof
+from dreambooth_moslora.core.errors import StopRequestedError, UserError
+from dreambooth_moslora.core.events import (
+    AdapterExported,
+    CheckpointSaved,
+    RunEnded,
+    StepDone,
+    StepEvaluated,
+    event_of,
+    events_of,
+)
+from dreambooth_moslora.generation.sampler import Sampler
+from dreambooth_moslora.training.accelerator import any_process
+from dreambooth_moslora.training.best_step import BestStep
+from dreambooth_moslora.training.checkpoint import Position, save_checkpoint
+from dreambooth_moslora.training.optimizer import optimizer_kind
+from dreambooth_moslora.training.publish import Publisher
+from dreambooth_moslora.training.reporter import Stopwatch, memory_gib
+from dreambooth_moslora.training.run_context import RunContext
+from dreambooth_moslora.training.samples import ValidationSamples
+from dreambooth_moslora.training.train_step import StepLosses, TrainStep
+
+__all__ = ["StepScorer", "TrainResult", "Training"]
+
+logger = logging.getLogger(__name__)
+
+
+class StepScorer(Protocol):
+    """Scores at fixed seeds (`evaluation.during_training`), the `best` step so far among them."""
+
+    prompts: list[str]
+
+    def __call__(self, sampler: Sampler, step: int) -> dict: ...
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """`step` optimizer steps are in the adapter of `run_dir`; `proof` says how exactly its files load elsewhere."""
+
+    run_dir: Path
+    step: int
+    interrupted: bool
+    proof: Proof | None
+
+
+@dataclass
+class Training:
+    """A run that is set up. `checkpoint` is the newest that it wrote or went on from."""
+
+    context: RunContext
+    max_train_steps: int
+    train_step: TrainStep
+    samples: ValidationSamples
+    sampler: Sampler
+    publisher: Publisher
+    evaluator: StepScorer | None
+    checkpoint: Path | None
+    best: BestStep | None = None
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+
+    def __post_init__(self):
+        self.config, self.run_dir = self.context.config, self.context.run_dir
+        self.accelerator, self.report = self.context.accelerator, self.context.report
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.train_step.step
+
+    def accumulate_gradients(self) -> StepLosses:
+        self.stopwatch.restart()
+        return self.train_step.accumulate_gradients()
+
+    def check_finite(self, losses: StepLosses) -> None:
+        """A loss that is NaN on one process is NaN on all, so all stop here together."""
+        if not math.isfinite(losses.total):
+            raise self.diverged(f"the loss is {losses.total} at step {self.step + 1}")
+
+    def diverged(self, what: str) -> UserError:
+        return UserError(
+            f"{what}: lower --learning_rate, or use --mixed_precision bf16 instead of fp16; "
+            f"checkpoints up to here are in {self.run_dir.path}"
+        )
+
+    def update_adapter(self, losses: StepLosses) -> None:
+        grad_norm = self.train_step.update_adapter()
+        seconds, eta = self.stopwatch.lap(self.max_train_steps - self.step)
+        self.report(
+            StepDone(
+                step=self.step,
+                loss=losses.total,
+                loss_instance=losses.instance,
+                loss_prior=losses.prior,
+                lr=self.train_step.learning_rate,
+                grad_norm=grad_norm,
+                step_sec=seconds,
+                eta_sec=eta,
+                memory_gib=memory_gib(self.accelerator.device),
+            )
+        )
+
+    def sample_if_due(self) -> None:
+        """At step 0, every `validation_steps`, and at the end: the same prompts and seeds each time."""
+        if not self.accelerator.is_main_process or not self.samples.is_due(self.step, self.max_train_steps):
+            return
+        self.report.phase("sampling", 0, 1)
+        with suppress(StopRequestedError):  # the loop asks next
+            self.report(self.samples.draw(self.step, self.sampler))
+
+    def evaluate_if_due(self) -> None:
+        every = self.config.evaluate_steps
+        if self.evaluator is None or not every or self.step % every or not self.accelerator.is_main_process:
+            return
+        self.report.phase("evaluating")
+        try:
+            scores = self.evaluator(self.sampler, self.step)
+        except StopRequestedError:  # the loop asks next
+            return
+        found = event_of({"type": StepEvaluated.kind, "step": self.step, **scores})
+        self.report(found)
+        self.best = BestStep(**found.best)
+        self.publisher.note_scores(found.scores, self.best)
+        if self.best.step == self.step:
+            self.publisher.keep_best()
+        if line := self.best.advice(self.config.early_stopping):
+            logger.warning("step %d: %s", self.step, line)
+
+    def recall_scores(self) -> None:
+        """A run that goes on has its scores in its card. One that was stopped while it scored a step does so now."""
+        scored = events_of(StepEvaluated, self.run_dir.read_metrics()) if self.step else []
+        if scored:
+            self.publisher.note_scores(scored[-1].scores, BestStep(**scored[-1].best))
+        if self.step and self.step not in (event.step for event in scored):
+            self.evaluate_if_due()
+
+    def has_stalled(self) -> bool:
+        """Whether early stopping was asked for and is due."""
+        patience = self.config.early_stopping
+        stalled = patience is not None and self.best is not None and self.best.should_stop(patience)
+        return patience is not None and any_process(self.accelerator, stalled)
+
+    def checkpoint_if_due(self) -> None:
+        if self.step % self.config.checkpointing_steps == 0:
+            self.save_checkpoint()
+
+    def save_checkpoint(self) -> None:
+        """Nothing is written of an adapter from which no run could go on: all processes, which have the same, end."""
+        if not all(bool(torch.isfinite(weights).all()) for weights in self.train_step.parameters):
+            raise self.diverged(f"the adapter is not finite after step {self.step}")
+        if not self.accelerator.is_main_process:
+            return
+        path = self.run_dir.checkpoint_path(self.step)
+        position = Position(self.step, self.config.seed, optimizer_kind(self.config))
+        optimizer, scaler = self.train_step.optimizer.optimizer, self.accelerator.scaler
+        save_checkpoint(path, position, self.train_step.components, self.publisher.facts, optimizer, scaler)
+        self.checkpoint = path
+        self.run_dir.rotate(self.config.checkpoints_total_limit)
+        self.report(CheckpointSaved(self.step, path.name))
+
+    def stop_requested(self) -> bool:
+        """Whether any process was told to stop: all leave after the same step."""
+        return self.context.stop_requested()
+
+    def require_a_step(self) -> None:
+        """A run that is stopped before its first step leaves no adapter: it would be the base."""
+        if self.step == 0:
+            raise StopRequestedError
+
+    def finish(self, interrupted: bool) -> TrainResult:
+        """Leave a loadable adapter with its card, and a checkpoint, which has the raw adapter, to go on from."""
+        here = self.run_dir.checkpoint_path(self.step)
+        if self.checkpoint is None or self.checkpoint.resolve() != here.resolve():  # not another run's of that name
+            self.save_checkpoint()
+        proof = None
+        if self.accelerator.is_main_process:
+            self.report.phase("exporting")
+            proof = self.publisher.publish(self.step, self.max_train_steps, finished=not interrupted)
+            self.report(AdapterExported(list(proof.files), proof.to_dict()))
+            self.report(RunEnded("interrupted" if interrupted else "done", self.step))
+        self.accelerator.wait_for_everyone()
+        return TrainResult(self.run_dir.path, self.step, interrupted, proof)

@@ -1,0 +1,34 @@
+"""What every part of a run shares: settings, folder, processes, and whom to tell and to ask."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import StopRequestedError
+from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.training.accelerator import any_process
+from dreambooth_moslora.training.reporter import Reporter
+
+__all__ = ["RunContext"]
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """`should_stop` says whether this process was told to stop."""
+
+    config: TrainConfig
+    run_dir: RunDir
+    accelerator: Accelerator
+    report: Reporter
+    should_stop: Callable[[], bool]
+
+    def stop_requested(self) -> bool:
+        """Whether any process was told to stop: all ask at the same places and get the same answer."""
+        return any_process(self.accelerator, self.should_stop())
+
+    def stop_if_asked(self) -> None:
+        """Raises StopRequestedError, on all processes together."""
+        if self.stop_requested():
+            raise StopRequestedError
