@@ -26,7 +26,7 @@ class RandomMaterials:
     dtype: torch.dtype = torch.bfloat16
 
     def batch_at(self, micro_batch: int, size: int, next_micro_batch: int = 0) -> TrainBatch:
-        return collate([(self.view, "a photo of sks dog")] * size, [False] * size)
+        return collate([(self.view, "a photo of sks dog")] * size, size)
 
     def prompt_embeds(self, prompts: list[str]) -> TextCond:
         """(N, 77, D) and (N, P)."""

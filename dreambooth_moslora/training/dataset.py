@@ -25,7 +25,7 @@ from dreambooth_moslora.photos.crops import CropPlan, CropRule, apply_crop
 from dreambooth_moslora.photos.folder import Photo, open_mask, open_rgb
 from dreambooth_moslora.training.encoding_cache import TensorCache, Tensors, fingerprint
 
-__all__ = ["EncodedView", "PhotoEncoder", "PhotoStream", "PromptCache", "TrainBatch", "collate"]
+__all__ = ["EncodedView", "PhotoEncoder", "PhotoStream", "PromptCache", "TrainBatch", "collate", "move_together"]
 
 Crop = tuple[Image.Image, Image.Image | None]
 """A crop and its mask."""
@@ -42,19 +42,16 @@ class EncodedView:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """`latents` (B, 4, h, w), `time_ids` (B, 6), `is_prior` (B,), `mask` (B, 1, h, w) or None, `prompts` (B)."""
+    """`latents` (B, 4, h, w), `time_ids` (B, 6), `mask` (B, 1, h, w) or None, `prompts` (B), all on the CPU.
+
+    The first `instance_count` images are the subject's, the others are prior images.
+    """
 
     latents: Tensor
     time_ids: Tensor
-    is_prior: Tensor
+    instance_count: int
     mask: Tensor | None
     prompts: list[str]
-
-    def to(self, device: torch.device) -> "TrainBatch":
-        mask = None if self.mask is None else self.mask.to(device)
-        return TrainBatch(
-            self.latents.to(device), self.time_ids.to(device), self.is_prior.to(device), mask, self.prompts
-        )
 
     def with_base_as_prior(self, prompts: list[str]) -> "TrainBatch":
         """Twice the batch: the second half has these prompts (B), and the frozen base's answer will be its target."""
@@ -62,7 +59,7 @@ class TrainBatch:
         return TrainBatch(
             self.latents.repeat(2, 1, 1, 1),
             self.time_ids.repeat(2, 1),
-            torch.arange(2 * size) >= size,
+            size,
             None if self.mask is None else torch.cat([self.mask, torch.ones_like(self.mask)]),
             [*self.prompts, *prompts],
         )
@@ -211,8 +208,11 @@ class PromptCache:
         self.encode = gone
 
 
-def collate(samples: Sequence[tuple[EncodedView, str]], is_prior: Sequence[bool]) -> TrainBatch:
-    """Stack views and their captions into one batch. Views without a mask get ones beside views with one."""
+def collate(samples: Sequence[tuple[EncodedView, str]], instance_count: int) -> TrainBatch:
+    """Stack views and their captions, the subject's first, into one batch.
+
+    Views without a mask get ones beside views with one.
+    """
     views = [view for view, _ in samples]
     masks = None
     if any(view.mask is not None for view in views):
@@ -220,7 +220,26 @@ def collate(samples: Sequence[tuple[EncodedView, str]], is_prior: Sequence[bool]
     return TrainBatch(
         torch.stack([view.latents for view in views]),
         torch.stack([view.time_ids for view in views]),
-        torch.tensor(list(is_prior)),
+        instance_count,
         masks,
         [caption for _, caption in samples],
     )
+
+
+def move_together(tensors: dict[str, Tensor | None], device: torch.device) -> dict[str, Tensor | None]:
+    """The CPU tensors on `device`, by one transfer that nothing waits for; None stays None.
+
+    They travel as fp32 numbers, which holds whole numbers up to 2**24 and all halves exactly.
+    """
+    if device.type == "cpu":
+        return tensors
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    buffer = torch.cat([tensor.reshape(-1).float() for tensor in given.values()])
+    if device.type == "cuda":
+        buffer = buffer.pin_memory()
+    parts = buffer.to(device, non_blocking=True).split([tensor.numel() for tensor in given.values()])
+    moved = {
+        name: part.view(tensor.shape).to(tensor.dtype)
+        for part, (name, tensor) in zip(parts, given.items(), strict=True)
+    }
+    return tensors | moved

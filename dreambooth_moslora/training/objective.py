@@ -10,7 +10,7 @@ With prior preservation (Ruiz et al. 2022) a batch holds instance and prior imag
     total = instance + prior_loss_weight · prior
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,15 +51,19 @@ class NoiseSchedule:
     def __len__(self) -> int:
         return len(self.sigmas)
 
+    def to(self, device: torch.device) -> "NoiseSchedule":
+        """With its tables on `device`, where the indices into them must be too."""
+        return replace(self, sigmas=self.sigmas.to(device), timesteps=self.timesteps.to(device))
+
     def signal_and_noise(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha) and sqrt(1 - alpha) at `index` (B,), each (B, 1, 1, 1); 0 and 1 where sigma is infinite."""
-        sigma = self.sigmas.to(index.device)[index].view(-1, 1, 1, 1)
+        sigma = self.sigmas[index].view(-1, 1, 1, 1)
         signal = (1 + sigma**2).rsqrt()
         return signal, torch.where(sigma.isinf(), torch.ones_like(sigma), sigma * signal)
 
     def snr(self, index: Tensor) -> Tensor:
         """Signal-to-noise ratio (B,): alpha / (1 - alpha) = 1 / sigma²."""
-        return self.sigmas.to(index.device)[index] ** -2
+        return self.sigmas[index] ** -2
 
 
 @dataclass(frozen=True)
@@ -101,12 +105,12 @@ def sample_timesteps(
 
 def add_noise(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, index: Tensor) -> NoisySample:
     """Mix latents and noise (B, 4, h, w) at noise levels `index` (B,), and scale the mix to unit variance."""
-    timesteps = schedule.timesteps.to(index.device)[index]
+    timesteps = schedule.timesteps[index]
     signal, spread = schedule.signal_and_noise(index)
     if schedule.style == "ddpm":
         noisy = signal * latents + spread * noise
         return NoisySample(noisy, noisy, timesteps, index)
-    sigma = schedule.sigmas.to(index.device)[index].view(-1, 1, 1, 1)
+    sigma = schedule.sigmas[index].view(-1, 1, 1, 1)
     noisy = latents + sigma * noise
     scale = signal if schedule.sigma_data is None else (sigma**2 + schedule.sigma_data**2).rsqrt()
     return NoisySample(noisy * scale, noisy, timesteps, index)
@@ -126,7 +130,7 @@ def prediction_of(schedule: NoiseSchedule, output: Tensor, noisy: NoisySample) -
     """The UNet's output (B, 4, h, w) as it is; in EDM style, the clean latents which it implies."""
     if schedule.style == "ddpm":
         return output
-    sigma = schedule.sigmas.to(output.device)[noisy.index].view(-1, 1, 1, 1)
+    sigma = schedule.sigmas[noisy.index].view(-1, 1, 1, 1)
     if schedule.sigma_data is not None:
         return edm_denoised(schedule, output, noisy.latents, sigma)
     if schedule.prediction_type == "epsilon":
@@ -142,8 +146,8 @@ def edm_denoised(schedule: NoiseSchedule, output: Tensor, noisy: Tensor, sigma: 
     return schedule.sigma_data**2 / variance * noisy + sign * c_out * output
 
 
-def snr_weights(schedule: NoiseSchedule, index: Tensor, is_prior: Tensor, snr_gamma: float | None) -> Tensor:
-    """Weight (B,) of each image's squared error, as diffusers' script weighs it. `index`, `is_prior` (B,).
+def snr_weights(schedule: NoiseSchedule, index: Tensor, instance_count: int, snr_gamma: float | None) -> Tensor:
+    """Weight (B,) of each image's squared error, as diffusers' script weighs it: `index` (B,), instance images first.
 
     An EDM error of x counts 1/sigma², or 1 for EDM's own bases. Else errors count alike, unless `snr_gamma` is given
     (Hang et al. 2023): then an instance image's noise counts min(SNR, gamma)/SNR, its velocity one more than that.
@@ -155,26 +159,27 @@ def snr_weights(schedule: NoiseSchedule, index: Tensor, is_prior: Tensor, snr_ga
         return torch.ones_like(snr)
     clipped = (snr_gamma / snr).clamp(max=1)  # 1 where the SNR is zero
     weights = clipped if schedule.prediction_type == "epsilon" else clipped + 1
-    return torch.where(is_prior, 1.0, weights)
+    return torch.cat([weights[:instance_count], torch.ones_like(weights[instance_count:])])
 
 
 def loss(
     prediction: Tensor,
     target: Tensor,
     weights: Tensor,
-    is_prior: Tensor,
+    instance_count: int,
     prior_loss_weight: float = 1.0,
     mask: Tensor | None = None,
 ) -> LossParts:
     """Mean squared error of instance and prior images apart, in fp32.
 
-    prediction, target (B, 4, h, w); weights, is_prior (B,); mask (B, 1, h, w) in [0, 1] weighs places of an image.
+    prediction, target (B, 4, h, w); weights (B,); mask (B, 1, h, w) in [0, 1] weighs places of an image.
+    The first `instance_count` images are the subject's, the others are prior images.
     """
     per_image = weights * image_errors(prediction.float(), target.float(), mask)
-    instance = per_image[~is_prior].mean()
-    if not is_prior.any():
+    instance = per_image[:instance_count].mean()
+    if len(per_image) == instance_count:
         return LossParts(instance, instance.detach(), None)
-    prior = per_image[is_prior].mean()
+    prior = per_image[instance_count:].mean()
     return LossParts(instance + prior_loss_weight * prior, instance.detach(), prior.detach())
 
 

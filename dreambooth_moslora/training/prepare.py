@@ -65,7 +65,7 @@ class TrainInputs:
         for stream in streams:
             for position in range(next_micro_batch * size, (next_micro_batch + 1) * size):
                 stream.read_ahead(position)
-        return collate(samples, [number >= size for number in range(len(samples))])
+        return collate(samples, size)
 
 
 def prepare(context: RunContext, photos: list[Photo], sample_count: int, prompts: list[str]) -> TrainInputs:

@@ -22,7 +22,7 @@ from dreambooth_moslora.base.load import TextCond, encode_text
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.seeding import generator, rng, seed_of
 from dreambooth_moslora.training.checkpoint import load_adapter, restore_optimizer
-from dreambooth_moslora.training.dataset import TrainBatch
+from dreambooth_moslora.training.dataset import TrainBatch, move_together
 from dreambooth_moslora.training.objective import (
     LossParts,
     NoisySample,
@@ -71,6 +71,7 @@ class TrainStep:
         if checkpoint is not None:
             restore_optimizer(checkpoint, step, optimizer, self.lr_schedule, accelerator.scaler)
         self.optimizer = accelerator.prepare(optimizer)
+        self.schedule = inputs.schedule.to(accelerator.device)
 
     def accumulate_gradients(self) -> StepLosses:
         """Forward and backward of this process's micro-batches of the step."""
@@ -86,60 +87,87 @@ class TrainStep:
         return self._averaged(torch.stack(found).mean(0))
 
     def update_adapter(self) -> float:
-        """Average gradients over processes, clip, step; returns the gradient's norm before clipping."""
+        """Average gradients over processes, clip, step; returns the gradient's norm before clipping.
+
+        A norm that is not finite counts as no step: fp16's scaler then moves nothing and takes a smaller scale.
+        """
         self._average_gradients()
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
         self.optimizer.step()
-        self.lr_schedule.step()
-        self.step += 1
-        return float(norm)
+        norm = float(norm)
+        if math.isfinite(norm):
+            self.lr_schedule.step()
+            self.step += 1
+        return norm
 
     def micro_batch_loss(self, micro_batch: int) -> LossParts:
         """The loss of micro-batch number `micro_batch` of the run."""
-        config, schedule, device = self.config, self.inputs.schedule, self.accelerator.device
-        batch = self.inputs.batch_at(micro_batch, config.train_batch_size, micro_batch + self.accelerator.num_processes)
+        config, schedule = self.config, self.schedule
+        batch = self.batch_at(micro_batch)
+        torch.manual_seed(seed_of(config.seed, "micro", micro_batch, "dropout"))
+        on_device = move_together(self.drawn_for(batch, micro_batch), self.accelerator.device)
+        latents, noise = on_device["latents"], on_device["noise"]
+        noisy = add_noise(schedule, latents, noise, on_device["index"])
+        target = loss_target(schedule, latents, noise, noisy.index)
         if self._base_is_prior:
-            batch = batch.with_base_as_prior(prior_prompts(config, micro_batch))
-        batch = batch.to(device)
-        names = (config.seed, "micro", micro_batch)
-        torch.manual_seed(seed_of(*names, "dropout"))
-        noise = torch.randn(batch.latents.shape, generator=generator(*names, "noise")).to(device)
-        bias = (config.timestep_bias_strategy, config.timestep_bias_multiplier, config.timestep_bias_portion)
-        draws = sample_timesteps(schedule, len(batch.latents), generator(*names, "level"), *bias)
-        noisy = add_noise(schedule, batch.latents, noise, draws.to(device))
-        target = loss_target(schedule, batch.latents, noise, noisy.index)
-        if self._base_is_prior:
-            target = torch.where(batch.is_prior.view(-1, 1, 1, 1), self.base_prediction(batch, noisy), target)
-        weights = snr_weights(schedule, noisy.index, batch.is_prior, config.snr_gamma)
-        prediction = self.predict(batch, noisy, self.text_cond(batch.prompts))
-        return loss(prediction, target, weights, batch.is_prior, config.prior_loss_weight, batch.mask)
+            answer = self.base_prediction(batch, noisy, on_device)
+            target = torch.cat([target[: batch.instance_count], answer])
+        weights = snr_weights(schedule, noisy.index, batch.instance_count, config.snr_gamma)
+        cond = self.text_cond(batch.prompts) if config.train_text_encoder else cond_of(on_device)
+        prediction = self.predict(noisy, cond, on_device["time_ids"])
+        mask = on_device["mask"]
+        return loss(prediction, target, weights, batch.instance_count, config.prior_loss_weight, mask)
 
-    def predict(self, batch: TrainBatch, noisy: NoisySample, cond: TextCond) -> Tensor:
-        """The UNet's prediction (B, 4, h, w) in fp32."""
+    def batch_at(self, micro_batch: int) -> TrainBatch:
+        """Micro-batch number `micro_batch`, with its second half where the frozen base is the prior."""
+        following = micro_batch + self.accelerator.num_processes
+        batch = self.inputs.batch_at(micro_batch, self.config.train_batch_size, following)
+        return batch.with_base_as_prior(prior_prompts(self.config, micro_batch)) if self._base_is_prior else batch
+
+    def drawn_for(self, batch: TrainBatch, micro_batch: int) -> dict[str, Tensor | None]:
+        """All that the device needs of a micro-batch, on the CPU: with noise, noise levels `index` (B,), and text."""
+        config, names = self.config, (self.config.seed, "micro", micro_batch)
+        bias = (config.timestep_bias_strategy, config.timestep_bias_multiplier, config.timestep_bias_portion)
+        levels = generator(*names, "level")
+        drawn = {
+            "latents": batch.latents,
+            "time_ids": batch.time_ids,
+            "mask": batch.mask,
+            "noise": torch.randn(batch.latents.shape, generator=generator(*names, "noise")),
+            "index": sample_timesteps(self.inputs.schedule, len(batch.latents), levels, *bias),
+        }
+        if not config.train_text_encoder:
+            cond = self.inputs.prompt_embeds(batch.prompts)
+            drawn |= {"embeds": cond.embeds, "pooled": cond.pooled}
+        return drawn
+
+    def predict(self, noisy: NoisySample, cond: TextCond, time_ids: Tensor) -> Tensor:
+        """The UNet's prediction (B, 4, h, w) in fp32.
+
+        `time_ids` (B, 6) stay in fp32: in bf16 a size of 1365 would be one of 1368.
+        """
         unet, to = self.inputs.pipeline.unet, {"device": self.accelerator.device, "dtype": self.inputs.dtype}
         output = unet(
             noisy.unet_input.to(**to),
             noisy.timesteps,
             encoder_hidden_states=cond.embeds.to(**to),
-            added_cond_kwargs={"text_embeds": cond.pooled.to(**to), "time_ids": batch.time_ids.to(**to)},
+            added_cond_kwargs={"text_embeds": cond.pooled.to(**to), "time_ids": time_ids},
         ).sample
-        return prediction_of(self.inputs.schedule, output.float(), noisy)
+        return prediction_of(self.schedule, output.float(), noisy)
 
     @torch.no_grad()
-    def base_prediction(self, batch: TrainBatch, noisy: NoisySample) -> Tensor:
-        """What the frozen base predicts: the target of the prior half (only that half is computed)."""
-        prior = batch.is_prior
-        prompts = [prompt for prompt, kept in zip(batch.prompts, prior) if kept]
-        half = TrainBatch(batch.latents[prior], batch.time_ids[prior], prior[prior], None, prompts)
-        cond = self.inputs.prompt_embeds(prompts)
-        inputs = NoisySample(noisy.unet_input[prior], noisy.latents[prior], noisy.timesteps[prior], noisy.index[prior])
+    def base_prediction(self, batch: TrainBatch, noisy: NoisySample, on_device: dict[str, Tensor | None]) -> Tensor:
+        """What the frozen base predicts (B/2, 4, h, w) for the prior half: that half's target."""
+        half = slice(batch.instance_count, None)
+        if self.config.train_text_encoder:
+            cond = self.inputs.prompt_embeds(batch.prompts[half])  # of the encoders before training
+        else:
+            cond = TextCond(on_device["embeds"][half], on_device["pooled"][half])
+        prior = NoisySample(noisy.unet_input[half], noisy.latents[half], noisy.timesteps[half], noisy.index[half])
         with ExitStack() as stack:
             for module in self.components.values():
                 stack.enter_context(disabled(module))
-            answer = self.predict(half, inputs, cond)
-        target = torch.zeros_like(noisy.latents)
-        target[prior] = answer
-        return target
+            return self.predict(prior, cond, on_device["time_ids"][half])
 
     def text_cond(self, prompts: list[str]) -> TextCond:
         """Cached embeddings, or live ones with gradients when the text encoders are trained."""
@@ -174,6 +202,10 @@ class TrainStep:
         total, instance, prior = values.tolist()
         has_prior = self.config.with_prior_preservation
         return StepLosses(total, instance, prior if has_prior else None)
+
+
+def cond_of(on_device: dict[str, Tensor | None]) -> TextCond:
+    return TextCond(on_device["embeds"], on_device["pooled"])
 
 
 def prior_prompts(config: TrainConfig, micro_batch: int) -> list[str]:

@@ -44,7 +44,7 @@ def test_latents_are_those_of_the_crop(pipeline, photos):
 def test_every_photo_keeps_its_own_size_and_caption_whatever_the_shuffle(pipeline, photos):
     stream = stream_of(photos, pipeline.vae, TensorCache(), repeats=2)
     facts = {(64, 96): "a photo of sks dog", (80, 64): "a photo of sks dog asleep", (72, 72): "a photo of sks dog"}
-    batch = collate([stream.at(position) for position in range(12)], [False] * 12)
+    batch = collate([stream.at(position) for position in range(12)], 12)
     for ids, prompt, latents in zip(batch.time_ids, batch.prompts, batch.latents):
         size = tuple(int(x) for x in ids[:2])
         assert facts[size] == prompt and ids[4:].tolist() == [64, 64]
@@ -138,7 +138,7 @@ def test_a_mask_comes_along_at_the_latents_size(pipeline, tmp_path):
     photos = find_photos(folder, "a photo of sks dog", 64).photos
     stream = stream_of(photos, pipeline.vae, TensorCache())
     views = [stream.at(position) for position in range(3)]
-    batch = collate(views, [False] * 3)
+    batch = collate(views, 3)
     assert batch.mask.shape == (3, 1, 8, 8)
     masked = next(n for n, (view, _) in enumerate(views) if view.time_ids[0] == 72)
     assert batch.mask[masked, 0, :, :4].min() > 0.99 and batch.mask[masked, 0, :, 4:].max() < 0.1
@@ -193,6 +193,6 @@ def test_words_are_asked_once_and_known_after_the_encoders_left(pipeline):
 
 def test_the_base_as_prior_doubles_the_batch_with_its_own_prompts(pipeline, photos):
     stream = stream_of(photos, pipeline.vae, TensorCache())
-    batch = collate([stream.at(0), stream.at(1)], [False, False]).with_base_as_prior(["a dog", "a cat"])
-    assert batch.is_prior.tolist() == [False, False, True, True]
+    batch = collate([stream.at(0), stream.at(1)], 2).with_base_as_prior(["a dog", "a cat"])
+    assert batch.instance_count == 2 and len(batch.latents) == 4
     assert batch.prompts[2:] == ["a dog", "a cat"] and torch.equal(batch.latents[:2], batch.latents[2:])

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from diffusers import EDMEulerScheduler, StableDiffusionXLPipeline
+from diffusers import EDMEulerScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
 from dreambooth_moslora.adapters.moslora import disabled
@@ -332,3 +332,18 @@ def test_memory_holds_no_text_encoder_and_the_adapter_is_fp32(tiny_base, photos,
     assert pipeline.text_encoder is None and pipeline.text_encoder_2 is None
     assert pipeline.unet.dtype == torch.bfloat16 and pipeline.vae.dtype == torch.float32
     assert {p.dtype for p in train_steps[0].parameters} == {torch.float32}
+
+
+def test_sizes_reach_a_bf16_base_unrounded(tiny_base, tmp_path, monkeypatch):
+    """bf16 has eight bits: a photo of 1365 px would be one of 1368."""
+    photos, seen, forward = tmp_path / "photos", [], UNet2DConditionModel.forward
+    photos.mkdir()
+    Image.new("RGB", (1365, 683)).save(photos / "wide.png")
+
+    def look(self, *arguments, added_cond_kwargs, **options):
+        seen.append(added_cond_kwargs["time_ids"])
+        return forward(self, *arguments, added_cond_kwargs=added_cond_kwargs, **options)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", look)
+    train(tiny_config(tiny_base, photos, tmp_path / "run", mixed_precision="bf16", max_train_steps=1))
+    assert seen[0][0, :2].tolist() == [683, 1365]

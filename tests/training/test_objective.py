@@ -11,7 +11,7 @@ from dreambooth_moslora.training.objective import NoiseSchedule
 
 SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 INDEX = torch.tensor([3, 400, 999])
-NOBODY = torch.zeros(3, dtype=torch.bool)
+ALL = 3  # of the drawn images are the subject's
 
 
 def schedule(prediction_type="epsilon", style="ddpm") -> NoiseSchedule:
@@ -39,7 +39,7 @@ def parts(kind, style, drawn):
     noisy = objective.add_noise(plan, latents, noise, INDEX)
     prediction = objective.prediction_of(plan, output, noisy)
     target = objective.loss_target(plan, latents, noise, INDEX)
-    return objective.image_errors(prediction, target, None) * objective.snr_weights(plan, INDEX, NOBODY, None)
+    return objective.image_errors(prediction, target, None) * objective.snr_weights(plan, INDEX, ALL, None)
 
 
 def test_edm_style_tells_the_unet_the_same(drawn):
@@ -58,14 +58,14 @@ def test_min_snr_is_that_of_diffusers_script(kind, extra, drawn):
     """min(SNR, gamma) / SNR, and one more for velocity; the prior loss is the plain mean (arXiv 2303.09556, 3.4)."""
     latents, noise, output = drawn
     truth = DDPMScheduler.from_config(SCHEDULER.config, prediction_type=kind)
-    index, is_prior, gamma = torch.tensor([3, 400, 900]), torch.tensor([False, False, True]), 5.0
+    index, subjects, gamma = torch.tensor([3, 400, 900]), 2, 5.0
     answer = noise if kind == "epsilon" else truth.get_velocity(latents, noise, index)
     errors = (output - answer).square().mean((1, 2, 3)).tolist()
     weights = [min(snr, gamma) / snr + extra for snr in compute_snr(truth, index).tolist()]
     expected = (weights[0] * errors[0] + weights[1] * errors[1]) / 2
     plan = schedule(kind)
     target = objective.loss_target(plan, latents, noise, index)
-    got = objective.loss(output, target, objective.snr_weights(plan, index, is_prior, gamma), is_prior, 0.25)
+    got = objective.loss(output, target, objective.snr_weights(plan, index, subjects, gamma), subjects, 0.25)
     assert float(got.instance) == pytest.approx(expected, rel=1e-4)
     assert float(got.prior) == pytest.approx(errors[2], rel=1e-4)
     assert float(got.total) == pytest.approx(expected + 0.25 * errors[2], rel=1e-4)
@@ -85,7 +85,7 @@ def test_edm_style_counts_an_error_of_the_latents_by_one_over_sigma_squared(draw
         objective.prediction_of(plan, output, noisy),
         objective.loss_target(plan, latents, noise, index),
     )
-    got = objective.loss(prediction, target, objective.snr_weights(plan, index, NOBODY, None), NOBODY)
+    got = objective.loss(prediction, target, objective.snr_weights(plan, index, ALL, None), ALL)
     assert float(got.total) == pytest.approx(float(expected), rel=1e-3)
 
 
@@ -117,19 +117,18 @@ def test_zero_terminal_snr_stays_finite(drawn):
     noisy = objective.add_noise(plan, latents, noise, index)
     assert torch.equal(noisy.latents[2], noise[2])
     assert torch.equal(objective.loss_target(plan, latents, noise, index)[2], -latents[2])
-    assert objective.snr_weights(plan, index, NOBODY, 5.0)[2] == 2
+    assert objective.snr_weights(plan, index, ALL, 5.0)[2] == 2
 
 
 def test_instance_and_prior_are_apart_and_weighted():
     prediction, target = torch.zeros(4, 4, 2, 2), torch.ones(4, 4, 2, 2)
     target[2:] = 3
-    is_prior = torch.tensor([False, False, True, True])
-    got = objective.loss(prediction, target, torch.ones(4), is_prior, prior_loss_weight=0.5)
+    got = objective.loss(prediction, target, torch.ones(4), instance_count=2, prior_loss_weight=0.5)
     assert (got.instance, got.prior, got.total) == (1, 9, 5.5)
 
 
 def test_without_prior_images_the_total_is_the_instance_loss():
-    got = objective.loss(torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2), torch.ones(1), torch.tensor([False]))
+    got = objective.loss(torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2), torch.ones(1), 1)
     assert got.prior is None and got.total == got.instance == 1
 
 
