@@ -53,7 +53,10 @@ class PhaseProgress(Event):
 
 @dataclass(frozen=True)
 class StepDone(Event):
-    """One optimizer step. None stands for what does not exist (no prior) or is not finite."""
+    """One optimizer step. None stands for what does not exist (no prior) or is not finite.
+
+    `skipped`: fp16 overflowed, nothing moved, and the step will be done again with a smaller scale.
+    """
 
     kind: ClassVar[str] = "step"
     step: int
@@ -65,6 +68,7 @@ class StepDone(Event):
     step_sec: float | None = None
     eta_sec: float | None = None
     memory_gib: float | None = None
+    skipped: bool = False
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,8 @@ def fit(run: Training) -> TrainResult:
             return run.finish(interrupted=True)
         losses = run.accumulate_gradients()
         run.check_finite(losses)
-        run.update_adapter(losses)
+        if not run.update_adapter(losses):
+            continue
         run.evaluate_if_due()
         run.sample_if_due()
         run.checkpoint_if_due()

@@ -3,7 +3,6 @@
 photos -> base -> class images -> latents and text embeddings -> encoders leave memory -> adapter
 """
 
-import gc
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from dreambooth_moslora.training.dataset import PhotoEncoder, PhotoStream, Promp
 from dreambooth_moslora.training.encoding_cache import TensorCache, fingerprint
 from dreambooth_moslora.training.noise_schedule import noise_schedule
 from dreambooth_moslora.training.objective import NoiseSchedule
+from dreambooth_moslora.training.reporter import free_unused_memory
 from dreambooth_moslora.training.run_context import RunContext
 from dreambooth_moslora.training.step_plan import uses_class_images
 
@@ -264,6 +264,4 @@ def release_encoders(
     elif config.caching != "off":
         pipeline.register_modules(vae=None)
         encoder.vae = None
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_unused_memory(device)

@@ -4,6 +4,7 @@ Only the main process speaks. Nothing that leaves the machine through a tracker 
 samples, which are pictures of the subject, go to trackers that show pictures.
 """
 
+import gc
 import json
 import logging
 import time
@@ -33,7 +34,7 @@ from dreambooth_moslora.core.process import peak_memory_gib
 from dreambooth_moslora.core.run_folder import RunDir, atomic_write
 from dreambooth_moslora.training.accelerator import on_main
 
-__all__ = ["Reporter", "Stopwatch"]
+__all__ = ["Reporter", "Stopwatch", "free_unused_memory", "memory_gib"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ class Reporter:
     def __call__(self, event: Event) -> None:
         if not self.accelerator.is_main_process:
             return
-        self.step = getattr(event, "step", self.step)
+        if not getattr(event, "skipped", False):
+            self.step = getattr(event, "step", self.step)
         self._write(event)
         if self.on_event is not None:
             self.on_event(event)
@@ -164,8 +166,15 @@ class Stopwatch:
         return seconds, median(self._seconds) * remaining_steps
 
 
-def memory_gib(device: torch.device) -> float | None:
-    """Peak memory so far: of the GPU, or of the process on a CPU."""
+def free_unused_memory(device: torch.device) -> None:
+    """Give back the GPU memory of pictures: the blocks of a decode fit no training step."""
+    gc.collect()
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        torch.cuda.empty_cache()
+
+
+def memory_gib(device: torch.device) -> float | None:
+    """Peak memory so far: what PyTorch has reserved of the GPU, or the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
     return peak_memory_gib()

@@ -26,7 +26,7 @@ from dreambooth_moslora.training.best_step import BestStep
 from dreambooth_moslora.training.checkpoint import Position, save_checkpoint
 from dreambooth_moslora.training.optimizer import optimizer_kind
 from dreambooth_moslora.training.publish import Publisher
-from dreambooth_moslora.training.reporter import Stopwatch, memory_gib
+from dreambooth_moslora.training.reporter import Stopwatch, free_unused_memory, memory_gib
 from dreambooth_moslora.training.run_context import RunContext
 from dreambooth_moslora.training.samples import ValidationSamples
 from dreambooth_moslora.training.train_step import StepLosses, TrainStep
@@ -34,6 +34,9 @@ from dreambooth_moslora.training.train_step import StepLosses, TrainStep
 __all__ = ["StepScorer", "TrainResult", "Training"]
 
 logger = logging.getLogger(__name__)
+
+MOST_SKIPPED = 20
+"""Steps that fp16 may skip in a row: its scale has then fallen by a million, and the gradient is the trouble."""
 
 
 class StepScorer(Protocol):
@@ -67,6 +70,7 @@ class Training:
     evaluator: StepScorer | None
     checkpoint: Path | None
     best: BestStep | None = None
+    skipped_in_a_row: int = 0
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     def __post_init__(self):
@@ -93,21 +97,30 @@ class Training:
             f"checkpoints up to here are in {self.run_dir.path}"
         )
 
-    def update_adapter(self, losses: StepLosses) -> None:
+    def update_adapter(self, losses: StepLosses) -> bool:
+        """One optimizer step. False when fp16 overflowed: nothing has moved, and the step is to be done again."""
+        attempted = self.step + 1
         grad_norm = self.train_step.update_adapter()
+        skipped = not math.isfinite(grad_norm)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        self.report(self.step_event(attempted, losses, None if skipped else grad_norm, skipped))
+        if skipped and (self.accelerator.scaler is None or self.skipped_in_a_row >= MOST_SKIPPED):
+            raise self.diverged(f"the gradient is {grad_norm} at step {attempted}")
+        return not skipped
+
+    def step_event(self, step: int, losses: StepLosses, grad_norm: float | None, skipped: bool) -> StepDone:
         seconds, eta = self.stopwatch.lap(self.max_train_steps - self.step)
-        self.report(
-            StepDone(
-                step=self.step,
-                loss=losses.total,
-                loss_instance=losses.instance,
-                loss_prior=losses.prior,
-                lr=self.train_step.learning_rate,
-                grad_norm=grad_norm,
-                step_sec=seconds,
-                eta_sec=eta,
-                memory_gib=memory_gib(self.accelerator.device),
-            )
+        return StepDone(
+            step=step,
+            loss=losses.total,
+            loss_instance=losses.instance,
+            loss_prior=losses.prior,
+            lr=self.train_step.learning_rate,
+            grad_norm=grad_norm,
+            step_sec=seconds,
+            eta_sec=eta,
+            memory_gib=memory_gib(self.accelerator.device),
+            skipped=skipped,
         )
 
     def sample_if_due(self) -> None:
@@ -117,6 +130,7 @@ class Training:
         self.report.phase("sampling", 0, 1)
         with suppress(StopRequestedError):  # the loop asks next
             self.report(self.samples.draw(self.step, self.sampler))
+        free_unused_memory(self.accelerator.device)
 
     def evaluate_if_due(self) -> None:
         every = self.config.evaluate_steps
@@ -127,6 +141,8 @@ class Training:
             scores = self.evaluator(self.sampler, self.step)
         except StopRequestedError:  # the loop asks next
             return
+        finally:
+            free_unused_memory(self.accelerator.device)
         found = event_of({"type": StepEvaluated.kind, "step": self.step, **scores})
         self.report(found)
         self.best = BestStep(**found.best)

@@ -34,12 +34,17 @@ def test_a_tracker_that_fails_at_the_end_loses_no_finished_run(config, lost_trac
     assert "--report_to: ending it failed: ConnectionError no network" in caplog.text
 
 
-def test_an_adapter_that_is_not_finite_becomes_no_checkpoint(config):
-    """The loss before the last step knows nothing of what that step does: here it overflows."""
-    config = replace(config, max_train_steps=2, checkpointing_steps=1, adam_weight_decay=1e30, learning_rate=1e2)
-    with pytest.raises(UserError, match="not finite after step 2: lower --learning_rate"):
+@pytest.mark.parametrize(
+    ("weight_decay", "says", "kept"),
+    [(1e38, "the adapter is not finite after step 1", []), (1e30, "the gradient is nan at step 2", ["checkpoint-1"])],
+)
+def test_an_adapter_that_is_not_finite_becomes_no_checkpoint(weight_decay, says, kept, config):
+    """The loss before a step knows nothing of what that step does: here it overflows."""
+    sizes = {"adam_weight_decay": weight_decay, "learning_rate": 1e2}
+    config = replace(config, max_train_steps=2, checkpointing_steps=1, **sizes)
+    with pytest.raises(UserError, match=f"{says}: lower --learning_rate"):
         train(config)
-    assert [path.name for path in RunDir(config.output_dir).checkpoints()] == ["checkpoint-1"]
+    assert [path.name for path in RunDir(config.output_dir).checkpoints()] == kept
 
 
 def test_a_tracker_that_fails_at_the_end_hides_no_error(config, lost_tracker, monkeypatch, caplog):
