@@ -21,7 +21,7 @@ from dreambooth_moslora.cli.signals import INTERRUPTED, StopRequest
 from dreambooth_moslora.cli.streams import survive_broken_pipes
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.process import wait_briefly
+from dreambooth_moslora.core.process import set_environment_defaults
 from dreambooth_moslora.core.run_folder import RunDir
 
 __all__ = ["COMMANDS", "main", "train_main"]
@@ -51,7 +51,7 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 def exit_code(run: Callable[[], int]) -> int:
     """Run, and return the exit code. An error becomes one line; a closed pipe (`| head`) ends nothing."""
-    wait_briefly()
+    set_environment_defaults()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns without a GPU, used or not
     with survive_broken_pipes():
         return code_of(run)

@@ -4,22 +4,29 @@ A step on CPU allocates and frees gigabytes of activations. By default glibc map
 gives it back when it is freed, so that every step faults its pages in again, 4 KiB at a time. With no `mmap` for large
 blocks and no trimming, the second step finds the first one's pages; in pages of 2 MiB the processor looks them up
 faster. Together that is a fifth of a step's time at SDXL's size. Sources: mallopt(3), madvise(2).
+DREAMBOOTH_KEEP_MEMORY=0 in the environment leaves malloc as it is.
 """
 
 import ctypes
 import os
 import sys
 
-__all__ = ["keep_freed_memory", "peak_memory_gib", "wait_briefly"]
+__all__ = ["KEEP_MEMORY", "keep_freed_memory", "peak_memory_gib", "set_environment_defaults"]
 
 # From <malloc.h> and <sys/mman.h>.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 MADV_HUGEPAGE = 14
 
+KEEP_MEMORY = "DREAMBOOTH_KEEP_MEMORY"
+"""Environment variable; 0 turns `keep_freed_memory` off."""
+
 
 def keep_freed_memory() -> bool:
-    """Set it for this process, for allocations from now on; False where there is no glibc to ask (not an error)."""
-    if not sys.platform.startswith("linux"):
+    """Set it for this process, for allocations from now on.
+
+    False where there is no glibc to ask, or where KEEP_MEMORY is 0 (neither is an error).
+    """
+    if not sys.platform.startswith("linux") or os.environ.get(KEEP_MEMORY) == "0":
         return False
     try:
         libc = ctypes.CDLL(None)
@@ -68,6 +75,21 @@ def reset_peak_memory() -> bool:
 
 
 SPINS = "2000"
+
+
+def set_environment_defaults() -> None:
+    """What libraries read from the environment when they are imported: call it before torch is."""
+    wait_briefly()
+    avoid_fragmentation()
+
+
+def avoid_fragmentation() -> None:
+    """Let PyTorch grow its blocks of GPU memory, so that pictures between two steps leave no holes.
+
+    A person's own settings, under the new name or the old one, are left alone.
+    """
+    if sys.platform.startswith("linux") and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def wait_briefly() -> None:

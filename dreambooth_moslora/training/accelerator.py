@@ -64,6 +64,13 @@ def shared(error: Exception | None) -> Exception | None:
     return StopRequestedError() if stopped else UserError(f"the main process ended: {text}")
 
 
+SHARDING = {
+    "FSDP": "ACCELERATE_USE_FSDP",
+    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
+    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
+}
+"""What accelerate calls it -> the variable by which it is asked for."""
+
 ONE_PROCESS = (
     "this is the only process: on CPUs without MPI, accelerate starts several by "
     "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 …`"
@@ -73,7 +80,7 @@ ONE_PROCESS = (
 def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
     """Device, processes and precision: from `--mixed_precision`, else from `accelerate launch`, else fp32."""
     check_bf16(config)
-    keep_freed_memory()
+    refuse_sharding(os.environ)
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
@@ -97,9 +104,31 @@ def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
             f"`accelerate config` or the environment asks for the precision {accelerator.mixed_precision}: give "
             "--mixed_precision no, fp16 or bf16."
         )
+    check_world_size(os.environ, accelerator.num_processes)
     if accelerator.num_processes == 1 and asked_for_more(os.environ):
         logger.warning(ONE_PROCESS)
+    if accelerator.device.type == "cpu":  # beside a GPU, the weights that went there would stay in memory here
+        keep_freed_memory()
     return accelerator
+
+
+def refuse_sharding(environment: Mapping[str, str]) -> None:
+    """Raises UserError when `accelerate config` or `launch` asks to shard the model."""
+    for name, variable in SHARDING.items():
+        if environment.get(variable, "false").lower() in ("true", "1"):
+            raise UserError(
+                f"accelerate is set to {name}: adapters need no sharding; use accelerate launch --multi_gpu."
+            )
+
+
+def check_world_size(environment: Mapping[str, str], num_processes: int) -> None:
+    """Raises UserError when a launcher started processes that accelerate does not join: each would write the run."""
+    started = environment.get("WORLD_SIZE", "")
+    if started.isdigit() and int(started) != num_processes:
+        raise UserError(
+            f"{started} processes were started (WORLD_SIZE) and accelerate joins {num_processes}: "
+            "use accelerate launch --multi_gpu, or start one process."
+        )
 
 
 def refusal(mixed_precision: str | None, said: str) -> str:

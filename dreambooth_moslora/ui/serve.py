@@ -10,7 +10,7 @@ from pathlib import Path
 from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import public_name
-from dreambooth_moslora.core.process import wait_briefly
+from dreambooth_moslora.core.process import set_environment_defaults
 from dreambooth_moslora.ui.libraries import import_libraries
 
 __all__ = ["add_arguments", "context_of", "main"]
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
-    wait_briefly()
+    set_environment_defaults()
     parser = argparse.ArgumentParser(prog=prog, description="A web page to generate with adapters and train them.")
     add_arguments(parser)
     args = parser.parse_args(argv)

@@ -1,12 +1,13 @@
 """`keep_freed_memory` is measured from inside a process of its own: page faults of rounds of the same allocations."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.core.process import peak_memory_gib
+from dreambooth_moslora.core.process import KEEP_MEMORY, keep_freed_memory, peak_memory_gib
 
 ROUNDS = """
 import resource, sys
@@ -34,6 +35,33 @@ def page_faults(mode: str) -> int:
 def test_freed_memory_is_found_again_by_the_next_round():
     """Three rounds of 160 MiB are 120 thousand pages; with the memory kept they fault in almost none."""
     assert page_faults("keep") * 20 < page_faults("default")
+
+
+def test_keeping_memory_can_be_turned_off(monkeypatch):
+    monkeypatch.setenv(KEEP_MEMORY, "0")
+    assert not keep_freed_memory()
+
+
+ALLOCATOR = """
+import os
+from dreambooth_moslora.core.process import set_environment_defaults
+set_environment_defaults()
+print(os.environ.get("PYTORCH_ALLOC_CONF"))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere PyTorch has no such blocks")
+@pytest.mark.parametrize(
+    ("own", "used"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "None"),
+    ],
+)
+def test_gpu_memory_grows_without_holes_unless_a_person_chose_otherwise(own, used):
+    plain = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
+    assert subprocess.check_output([sys.executable, "-c", ALLOCATOR], text=True, env=plain | own).strip() == used
 
 
 HUGE = """
