@@ -6,7 +6,7 @@ train(config) -> TrainResult        `set_up` is what comes before the loop, `fit
 
 import logging
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from dreambooth_moslora.core.events import Event, RunEnded
 from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.generation.sampler import Sampler
 from dreambooth_moslora.photos.folder import instance_photos
-from dreambooth_moslora.training.accelerator import chosen_seed, make_accelerator
+from dreambooth_moslora.training.accelerator import chosen_seed, make_accelerator, on_main
 from dreambooth_moslora.training.checkpoint import Position, resume_point
 from dreambooth_moslora.training.checks import check_folders
 from dreambooth_moslora.training.earlier_runs import claim_run_folder, report_start
@@ -27,6 +27,7 @@ from dreambooth_moslora.training.publish import Publisher
 from dreambooth_moslora.training.reporter import Reporter
 from dreambooth_moslora.training.run import StepScorer, Training, TrainResult
 from dreambooth_moslora.training.run_context import RunContext
+from dreambooth_moslora.training.run_lock import locked
 from dreambooth_moslora.training.samples import ValidationSamples
 from dreambooth_moslora.training.step_plan import plan_steps
 from dreambooth_moslora.training.train_step import TrainStep
@@ -52,19 +53,20 @@ def train(
     accelerator = make_accelerator(config, run_dir)
     report = Reporter(run_dir, accelerator, on_event)
     context = RunContext(config, run_dir, accelerator, report, should_stop or (lambda: False))
-    try:
-        return fit(set_up(context, evaluator))
-    except StopRequestedError:
-        if report.step:  # the checkpoint is as it was, and the run goes on from it another time
-            report.release()
-        report(RunEnded("interrupted", report.step, "stopped before a step"))
-        return TrainResult(run_dir.path, report.step, True, None)
-    except Exception as error:
-        with suppress(OSError):  # a full disk, for one, is said by the error itself
-            report(RunEnded("failed", report.step, str(error)))
-        raise
-    finally:
-        end_trackers(accelerator)
+    with ExitStack() as stack:
+        stack.callback(end_trackers, accelerator)
+        on_main(accelerator, lambda: stack.enter_context(locked(run_dir.path)))
+        try:
+            return fit(set_up(context, evaluator))
+        except StopRequestedError:
+            if report.step:  # the checkpoint is as it was, and the run goes on from it another time
+                report.release()
+            report(RunEnded("interrupted", report.step, "stopped before a step"))
+            return TrainResult(run_dir.path, report.step, True, None)
+        except Exception as error:
+            with suppress(OSError):  # a full disk, for one, is said by the error itself
+                report(RunEnded("failed", report.step, str(error)))
+            raise
 
 
 def set_up(context: RunContext, evaluator: StepScorer | None) -> Training:
