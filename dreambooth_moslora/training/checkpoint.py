@@ -6,7 +6,7 @@ the step number is all that a run needs to go on as if it had never stopped.
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -19,11 +19,20 @@ from torch.optim.lr_scheduler import LambdaLR
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.raw_file import load_raw, save_raw
 from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.digests import content_key, file_digest
 from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.core.run_folder import RAW_NAME, RunDir, atomic_directory, atomic_write, is_checkpoint
+from dreambooth_moslora.core.run_folder import (
+    RAW_NAME,
+    RunDir,
+    atomic_directory,
+    atomic_write,
+    checkpoint_step,
+    is_checkpoint,
+)
 from dreambooth_moslora.core.targets import is_target
 from dreambooth_moslora.training.checks import last_name
 from dreambooth_moslora.training.optimizer import optimizer_kind
+from dreambooth_moslora.training.optimizer_states import checked_states
 
 __all__ = [
     "Position",
@@ -47,12 +56,14 @@ OPTIMIZER, SCALER, POSITION = "optimizer.pt", "scaler.pt", "position.json"
 class Position:
     """Where a run is: optimizer steps done, the seed that names every draw, and whose states are beside it.
 
-    `optimizer` (`optimizer_kind`) is None in the files of early versions.
+    `digest` is of this and of the files beside it (`digest_of`): parts of two checkpoints make none, and a changed
+    one is seen. `optimizer` (`optimizer_kind`) and `digest` are None in the files of early versions.
     """
 
     step: int
     seed: int
     optimizer: str | None = None
+    digest: str | None = None
 
 
 def save_checkpoint(
@@ -69,7 +80,26 @@ def save_checkpoint(
         save_states(optimizer.state_dict(), folder / OPTIMIZER)
         if scaler is not None:
             save_states(scaler.state_dict(), folder / SCALER)
+        position = replace(position, digest=digest_of(folder, position))
         atomic_write(folder / POSITION, json.dumps(asdict(position)))
+
+
+def digest_of(checkpoint: Path, position: Position) -> str:
+    """SHA-256 of the position and of the bytes of all parts."""
+    parts = [path for name in (RAW_NAME, OPTIMIZER, SCALER) if (path := checkpoint / name).is_file()]
+    files = {path.name: file_digest(path) for path in parts}
+    return content_key(step=position.step, seed=position.seed, optimizer=position.optimizer, files=files)
+
+
+def check_whole(checkpoint: Path) -> Position:
+    """Where the checkpoint stands. Raises UserError when its parts were changed, or are not of one checkpoint."""
+    position = read_position(checkpoint)
+    named = checkpoint_step(checkpoint)
+    if named is not None and named != position.step:
+        raise damaged(checkpoint, POSITION, f"it is of step {position.step}")
+    if position.digest is not None and position.digest != digest_of(checkpoint, position):
+        raise damaged(checkpoint, POSITION, "the files beside it were changed, or are of another checkpoint")
+    return position
 
 
 def save_states(states: dict, path: Path) -> None:
@@ -87,7 +117,7 @@ def find_checkpoint(run_dir: RunDir, wanted: str | None) -> Path | None:
     if not wanted:
         return None
     if wanted == "latest":
-        latest = run_dir.latest_checkpoint()
+        latest = newest_whole(run_dir)
         if latest is None:
             logger.warning("--resume_from_checkpoint latest: %s", nothing_to_resume(run_dir))
         return latest
@@ -95,6 +125,18 @@ def find_checkpoint(run_dir: RunDir, wanted: str | None) -> Path | None:
         if is_checkpoint(path):
             return path
     raise UserError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there; try `latest`.")
+
+
+def newest_whole(run_dir: RunDir) -> Path | None:
+    """The newest checkpoint that is not damaged. Each damaged one is said."""
+    for checkpoint in reversed(run_dir.checkpoints()):
+        try:
+            check_whole(checkpoint)
+        except UserError as error:
+            logger.warning("--resume_from_checkpoint latest passes by %s: %s", checkpoint.name, error)
+        else:
+            return checkpoint
+    return None
 
 
 def nothing_to_resume(run_dir: RunDir) -> str:
@@ -110,8 +152,8 @@ def read_position(checkpoint: Path) -> Position:
         raise damaged(checkpoint, POSITION, error) from error
     if any(type(value) is not int or value < 0 for value in (position.step, position.seed)):
         raise damaged(checkpoint, POSITION, "step and seed are whole numbers")
-    if not isinstance(position.optimizer, (str, type(None))):
-        raise damaged(checkpoint, POSITION, "the optimizer is a name")
+    if not all(isinstance(value, (str, type(None))) for value in (position.optimizer, position.digest)):
+        raise damaged(checkpoint, POSITION, "optimizer and digest are words")
     return position
 
 
@@ -138,14 +180,16 @@ def load_adapter(checkpoint: Path, components: dict[str, nn.Module]) -> AdapterM
 def restore_optimizer(
     checkpoint: Path, step: int, optimizer: Optimizer, schedule: LambdaLR, scaler: torch.amp.GradScaler | None = None
 ) -> None:
-    """Moments as they were; learning rate and weight decay as the command line says now, at `step` of the schedule."""
-    asked = [dict(group) for group in optimizer.param_groups]
+    """Moments as they were; all settings as the command line says now, at `step` of the schedule.
+
+    Raises UserError for states that are not this optimizer's at that step.
+    """
+    exact = isinstance(optimizer, torch.optim.AdamW) and scaler is None  # early versions counted what fp16 skipped
+    states = load_states(checkpoint, OPTIMIZER)
     try:
-        optimizer.load_state_dict(load_states(checkpoint, OPTIMIZER))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        optimizer.load_state_dict(checked_states(states, optimizer, step, exact))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise damaged(checkpoint, OPTIMIZER, error) from error
-    for group, fresh in zip(optimizer.param_groups, asked, strict=True):
-        group.update({key: fresh[key] for key in ("name", "initial_lr", "weight_decay") if key in fresh})
     schedule.last_epoch = step
     for group, lr, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
         group["lr"] = lr * factor(step)
@@ -158,7 +202,7 @@ def resume_point(config: TrainConfig, run_dir: RunDir) -> tuple[Path, Position] 
     checkpoint = find_checkpoint(run_dir, config.resume_from_checkpoint)
     if checkpoint is None:
         return None
-    position = read_position(checkpoint)
+    position = check_whole(checkpoint)
     check_resumed(config, checkpoint, position)
     return checkpoint, position
 

@@ -1,15 +1,25 @@
 """Going on with other settings, or from a damaged checkpoint: one line that names it, and nothing touched."""
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import RunDir
-from dreambooth_moslora.training.checkpoint import Position, check_resumed, find_checkpoint, load_states, read_position
+from dreambooth_moslora.training.checkpoint import (
+    Position,
+    check_resumed,
+    check_whole,
+    find_checkpoint,
+    load_states,
+    read_position,
+)
 from dreambooth_moslora.training.loop import train
-from tests.helpers.tiny_training import paint_photos, tiny_config
+from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +116,103 @@ def test_a_checkpoint_with_a_file_missing_is_not_the_latest_and_is_refused_by_na
 def test_the_trainer_asks(finished):
     with pytest.raises(UserError, match="--rank"):
         train(finished[1](rank=2, resume_from_checkpoint="latest"))
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A run with two checkpoints, to be damaged, and its configuration."""
+    own = replace(finished[1](), output_dir=str(tmp_path / "run"), max_train_steps=4, checkpointing_steps=2)
+    train(own)
+    return RunDir(tmp_path / "run"), own
+
+
+def exp_avg(states, value):
+    states["state"][0]["exp_avg"] = value(states["state"][0]["exp_avg"])
+
+
+def going_on(checkpoint):
+    return {"resume_from_checkpoint": str(checkpoint), "max_train_steps": 2}
+
+
+STATES = {
+    "a moment of another shape": (lambda s: exp_avg(s, lambda m: torch.ones(3)), "exp_avg is"),
+    "a moment of another type": (lambda s: exp_avg(s, lambda m: m.half()), "exp_avg is no tensor"),
+    "a moment that is NaN": (lambda s: exp_avg(s, lambda m: m * float("nan")), "exp_avg is not finite"),
+    "no moment": (lambda s: s["state"][0].pop("exp_avg"), "states are"),
+    "too many steps": (lambda s: s["state"][0].update(step=torch.tensor(1e9)), "it has taken"),
+    "steps as a vector": (lambda s: s["state"][0].update(step=torch.ones(4)), "it has taken"),
+    "another parameter": (lambda s: s["state"].update({999: s["state"][0]}), "no parameter 999"),
+    "a group less": (lambda s: s["param_groups"].pop(), "groups"),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_states_that_are_not_the_optimizers_are_refused_before_they_are_used(name, finished, tmp_path):
+    """A file without a digest is of an early version: its states are checked all the same."""
+    folder, config = finished
+    change, says = STATES[name]
+    checkpoint = Path(shutil.copytree(RunDir(folder).latest_checkpoint(), tmp_path / "checkpoint-1"))
+    states = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    change(states)
+    torch.save(states, checkpoint / "optimizer.pt")
+    position = json.loads((checkpoint / "position.json").read_text())
+    (checkpoint / "position.json").write_text(json.dumps({**position, "digest": None}))
+    with pytest.raises(UserError, match=f"checkpoint-1 is damaged .optimizer.pt: .*{says}"):
+        train(replace(config(), output_dir=str(tmp_path / "run"), **going_on(checkpoint)))
+
+
+def test_settings_in_the_states_give_way_to_those_of_the_command_line(finished, tmp_path):
+    folder, config = finished
+    hashes = []
+    for name, change in (("as it was", {}), ("changed", {"maximize": True, "eps": "large", "betas": (0.0, 0.0)})):
+        checkpoint = Path(shutil.copytree(RunDir(folder).latest_checkpoint(), tmp_path / name / "checkpoint-1"))
+        states = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+        states["param_groups"][0] |= change
+        torch.save(states, checkpoint / "optimizer.pt")
+        (checkpoint / "position.json").write_text('{"step": 1, "seed": 3}')
+        output = tmp_path / f"{name} run"
+        train(replace(config(), output_dir=str(output), **going_on(checkpoint)))
+        hashes.append(adapter_sha256(output))
+    assert hashes[0] == hashes[1]
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def change_step(run, step):
+    path = run.checkpoint_path(4) / "position.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "step": step}))
+
+
+DAMAGES = {
+    "a bit of the optimizer": lambda run: flipped(run.checkpoint_path(4) / "optimizer.pt"),
+    "a bit of the adapter": lambda run: flipped(run.checkpoint_path(4) / "moslora_weights.safetensors"),
+    "another checkpoint's optimizer": lambda run: shutil.copy(
+        run.checkpoint_path(2) / "optimizer.pt", run.checkpoint_path(4)
+    ),
+    "another checkpoint's position": lambda run: shutil.copy(
+        run.checkpoint_path(2) / "position.json", run.checkpoint_path(4)
+    ),
+    "a step far away": lambda run: change_step(run, 10**9),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_latest_passes_by_a_checkpoint_that_was_changed_and_says_so(name, run, caplog):
+    run_dir, _ = run
+    DAMAGES[name](run_dir)
+    assert find_checkpoint(run_dir, "latest") == run_dir.checkpoint_path(2)
+    assert "latest passes by checkpoint-4" in caplog.text
+    with pytest.raises(UserError, match="checkpoint-4 is damaged"):
+        check_whole(run_dir.checkpoint_path(4))
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint_to_the_same_adapter(run):
+    run_dir, config = run
+    before = adapter_sha256(run_dir.path)
+    flipped(run_dir.checkpoint_path(4) / "optimizer.pt")
+    assert train(replace(config, resume_from_checkpoint="latest")).step == 4
+    assert adapter_sha256(run_dir.path) == before
