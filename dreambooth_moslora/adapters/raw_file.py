@@ -7,6 +7,7 @@ string under `moslora` in the safetensors header holds the metadata. The tensor 
 LoRA loader refuse the file, because B·A without the mixer would be wrong.
 """
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -144,7 +145,18 @@ def check_finite(tensors: dict[str, Tensor], owner: str) -> None:
 def write_file(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
     """A safetensors file, whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, save(tensors, metadata=header))
+    atomic_write(path, with_sorted_metadata(save(tensors, metadata=header)))
+
+
+def with_sorted_metadata(content: bytes) -> bytes:
+    """The safetensors file with its metadata in the order of their names: the library writes them in a random one,
+    so that files of equal adapters would have different hashes."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

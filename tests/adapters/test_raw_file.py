@@ -100,3 +100,12 @@ def test_a_file_does_not_choose_the_attention_code():
     config = model_config(text_encoders()["text_encoder"])["config"]
     model = empty_model({"class": "CLIPTextModel", "config": config | {"attn_implementation": "somebody/kernel"}})
     assert model.config._attn_implementation != "somebody/kernel"
+
+
+def test_equal_files_have_equal_bytes_whatever_the_order_of_their_metadata(tmp_path):
+    names = [f"name {number}" for number in range(8)]
+    for path, order in ((tmp_path / "a", names), (tmp_path / "b", names[::-1])):
+        raw_file.write_file(path, {"x": torch.arange(3.0), "y": torch.ones(2, 2)}, {name: "ü\n" for name in order})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    tensors, header = raw_file.read_tensors(tmp_path / "a")
+    assert tensors["x"].tolist() == [0, 1, 2] and list(tensors) == ["x", "y"] and header["name 7"] == "ü\n"
