@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that the training loop reads between two steps.
+"""Ctrl-C, SIGTERM and a closed terminal (SIGHUP) as a request that the loop reads between two steps.
 
 The handler only notes the request, so that no file is cut off while it is saved. A second Ctrl-C prints a
 message; a third ends the process at once. That loses the steps since the last checkpoint, but no file (see
@@ -35,7 +35,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in signals_to_hear():
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -52,3 +52,11 @@ class StopRequest:
         if first or number == signal.SIGINT:
             with suppress(OSError):  # the pipe is closed: the same Ctrl-C stopped `| tee`
                 os.write(STDERR, MESSAGES[max(0, self._interrupts - 1)].encode())
+
+
+def signals_to_hear() -> list[int]:
+    """Under `nohup` a closed terminal, which Windows does not know, stops nothing."""
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is None or signal.getsignal(hangup) == signal.SIG_IGN:
+        return [signal.SIGINT, signal.SIGTERM]
+    return [signal.SIGINT, signal.SIGTERM, hangup]

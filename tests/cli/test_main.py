@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.cli.main import COMMANDS, command, exit_code, main, train_main
+from dreambooth_moslora.cli.signals import StopRequest
 from dreambooth_moslora.core.run_folder import RunDir
 from tests.helpers.odd_photos import picture
 
@@ -124,7 +125,10 @@ def start_stopper(**extra):
     return process
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGTERM] * 4])
+SIGNALS = [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGTERM] * 4, [signal.SIGHUP]]
+
+
+@pytest.mark.parametrize("signals", SIGNALS)
 def test_signals_ask_and_never_tear(signals):
     process = start_stopper()
     for number in signals:
@@ -133,6 +137,17 @@ def test_signals_ask_and_never_tear(signals):
     out, err = process.communicate()
     assert out == b"saving\nsaved\n" and process.returncode == 0
     assert b"stopping after this step" in err
+
+
+def test_a_closed_terminal_stops_nothing_under_nohup():
+    """`nohup` has SIGHUP ignored before the program starts."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_third_ctrl_c_leaves_at_once():
