@@ -7,12 +7,14 @@ from collections import Counter
 
 import pytest
 import torch
-from diffusers import EDMEulerScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, EDMEulerScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file
 
 from dreambooth_moslora.adapters.moslora import disabled
+from dreambooth_moslora.adapters.raw_file import read_raw
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.events import StepDone, record_of
+from dreambooth_moslora.core.events import StepDone, events_of, record_of
 from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.training import train_step as train_step_module
 from dreambooth_moslora.training.loop import train
@@ -54,6 +56,7 @@ def shown_run(tiny_base, photos, tmp_path_factory):
         validation_steps=2,
         checkpointing_steps=2,
         checkpoints_total_limit=2,
+        learning_rate=0.3,  # so that a sample shows it
         report_to="tensorboard",
         hub_token="hf_secret",
     )
@@ -95,24 +98,27 @@ def test_the_events_tell_the_run_from_its_first_step(shown_run):
     assert events[-1].kind == "end" and events[-1].state == "done"
 
 
-def test_samples_differ_between_steps_only_by_the_adapter(shown_run):
-    folder = shown_run[0] / "samples"
-    first, last = ((folder / f"step_{step:06d}_0.png").read_bytes() for step in (0, 5))
-    assert first != last
-
-
-def test_an_untouched_pipeline_loads_the_folder_and_draws_the_last_sample(shown_run, tiny_base):
+@pytest.mark.parametrize(("step", "with_adapter"), [(0, False), (5, True)])
+def test_samples_differ_between_steps_only_by_the_adapter(step, with_adapter, shown_run, tiny_base):
+    """An untouched pipeline draws the first ones as it is, and the last ones once it has loaded the folder."""
     folder, events, _ = shown_run
-    sample = [event for event in events if event.kind == "sample"][-1]
+    sample = next(event for event in events if event.kind == "sample" and event.step == step)
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_base)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(str(folder))
+    if with_adapter:
+        pipeline.load_lora_weights(str(folder))
     options = {"num_inference_steps": 25, "guidance_scale": 5.0, "height": 64, "width": 64}
     generator = torch.Generator().manual_seed(sample.seeds[0])
     drawn = pipeline(sample.prompts[0], generator=generator, **options).images[0]
-    saved = Image.open(folder / sample.files[0])
-    ours, theirs = (torch.tensor(list(image.convert("RGB").tobytes())).int() for image in (saved, drawn))
-    assert (ours - theirs).abs().max() <= 2
+    assert difference(Image.open(folder / sample.files[0]), drawn) <= 2
+    other = Image.open(folder / "samples" / f"step_{5 - step:06d}_0.png")
+    assert difference(other, drawn) > 2
+
+
+def difference(one: Image.Image, other: Image.Image) -> int:
+    """The largest, in levels of 256."""
+    ours, theirs = (torch.tensor(list(image.convert("RGB").tobytes())).int() for image in (one, other))
+    return int((ours - theirs).abs().max())
 
 
 def test_nothing_private_is_in_what_is_shared(shown_run, photos):
@@ -179,46 +185,123 @@ def test_what_only_costs_otherwise_changes_nothing(name, run, monkeypatch, tmp_p
     assert run("a", max_train_steps=2)[1] == run("b", max_train_steps=2, **SAME[name])[1]
 
 
+def test_two_runs_leave_the_same_bytes_in_every_adapter_file(run, tmp_path):
+    for name in ("a", "b"):
+        run(f"{name}/dog", max_train_steps=2)
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.safetensors"))
+    assert len(files) == 3
+    for path in files:
+        assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes(), path
+
+
+class Left:
+    """What a run of two steps left: its steps, the raw adapter's tensors by their last name, the optimizer's states."""
+
+    def __init__(self, folder):
+        run_dir = RunDir(folder)
+        self.steps = events_of(StepDone, run_dir.read_metrics())
+        self.loss = self.steps[0].loss
+        checkpoint = run_dir.latest_checkpoint()
+        tensors = load_file(checkpoint / "moslora_weights.safetensors")
+        self.modules = {name.split(".")[0] for name in tensors if "." in name}
+        self.kinds = {name.rpartition(".")[2] for name in tensors}
+        self.tensors = {
+            kind: torch.cat([t.flatten() for name, t in tensors.items() if name.endswith(f".{kind}")])
+            for kind in self.kinds
+            if any(name.endswith(f".{kind}") for name in tensors)
+        }
+        self.facts = read_raw(checkpoint / "moslora_weights.safetensors")[1]
+        self.states = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+        self.is_orthogonal = all(
+            torch.allclose(t @ t.T, torch.eye(len(t)), atol=1e-5) for n, t in tensors.items() if n.endswith(".mixer")
+        )
+
+    def size(self, kind):
+        return float(self.tensors[kind].norm())
+
+
+def is_rounded(left, plain):
+    return left.loss != plain.loss and left.loss == pytest.approx(plain.loss, rel=0.05)
+
+
 OPTIONS = {
-    "seed": {"seed": 4},
-    "rank": {"rank": 2},
-    "mixer": {"mixer": "identity"},
-    "frozen mixer": {"train_mixer": False},
-    "mixer_lr_scale": {"mixer_lr_scale": 10.0},
-    "alpha": {"lora_alpha": 8},
-    "rslora": {"use_rslora": True},
-    "dora": {"use_dora": True},
-    "dropout": {"lora_dropout": 0.5},
-    "snr_gamma": {"snr_gamma": 0.1},
-    "timestep bias": {"timestep_bias_strategy": "later", "timestep_bias_multiplier": 1e3},
-    "edm": {"do_edm_style_training": True},
-    "bf16": {"mixed_precision": "bf16"},
-    "nf4": {"base_quantization": "nf4"},
-    "adapter_off": {"with_prior_preservation": True, "prior": "adapter_off"},
-    "text encoder": {"train_text_encoder": True},
-    "8-bit": {"use_8bit_adam": True, "rank": 128},
-    "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0},
-    "cosine": {"lr_scheduler": "cosine", "lr_warmup_steps": 1},
-    "clipping": {"max_grad_norm": 1e-6, "adam_epsilon": 1e-4},
-    "weight decay": {"adam_weight_decay": 5.0},
-    "scale_lr": {"scale_lr": True, "train_batch_size": 2},
-    "center_crop": {"center_crop": True},
-    "interpolation": {"image_interpolation_mode": "nearest"},
+    "seed": ({"seed": 4}, lambda left, plain: left.loss != plain.loss),
+    "rank": ({"rank": 2}, lambda left, plain: 2 * len(left.tensors["lora_A"]) == len(plain.tensors["lora_A"])),
+    "mixer": ({"mixer": "identity"}, lambda left, plain: left.facts.mixer == "identity"),
+    "frozen mixer": ({"train_mixer": False}, lambda left, plain: left.is_orthogonal and not plain.is_orthogonal),
+    "mixer_lr_scale": (
+        {"mixer_lr_scale": 10.0},
+        lambda left, plain: not torch.allclose(left.tensors["mixer"], plain.tensors["mixer"], atol=0.02),
+    ),
+    "alpha": ({"lora_alpha": 8}, lambda left, plain: left.facts.alpha == 8 and left.loss == plain.loss),
+    "rslora": ({"use_rslora": True}, lambda left, plain: left.facts.use_rslora and left.loss == plain.loss),
+    "dora": ({"use_dora": True}, lambda left, plain: left.kinds > plain.kinds),
+    "dropout": (
+        {"lora_dropout": 0.5},  # nothing to drop while B is zero
+        lambda left, plain: left.loss == plain.loss and left.steps[1].loss != plain.steps[1].loss,
+    ),
+    "snr_gamma": ({"snr_gamma": 1e-3}, lambda left, plain: left.loss < plain.loss),
+    "timestep bias": (
+        {"timestep_bias_strategy": "later", "timestep_bias_multiplier": 1e3},
+        lambda left, plain: left.loss != plain.loss,
+    ),
+    "edm": ({"do_edm_style_training": True}, lambda left, plain: left.loss != plain.loss),
+    "bf16": ({"mixed_precision": "bf16"}, is_rounded),
+    "nf4": ({"base_quantization": "nf4"}, is_rounded),
+    "adapter_off": (
+        {"with_prior_preservation": True, "prior": "adapter_off"},
+        lambda left, plain: left.steps[1].loss_prior > 0 and plain.steps[1].loss_prior is None,
+    ),
+    "text encoder": (
+        {"train_text_encoder": True},
+        lambda left, plain: left.modules - plain.modules == {"text_encoder", "text_encoder_2"},
+    ),
+    "8-bit": (
+        {"use_8bit_adam": True, "rank": 128},
+        lambda left, plain: any("__bnb_optimizer_quant_state__" in s for s in left.states["state"].values()),
+    ),
+    "prodigy": (
+        {"optimizer": "prodigy", "learning_rate": 1.0},
+        lambda left, plain: left.states["param_groups"][0]["d"] > 0 and "d" not in plain.states["param_groups"][0],
+    ),
+    "cosine": (
+        {"lr_scheduler": "cosine", "lr_warmup_steps": 1},
+        lambda left, plain: left.steps[1].lr < left.steps[0].lr == plain.steps[0].lr,
+    ),
+    "clipping": (
+        {"max_grad_norm": 1e-6, "adam_epsilon": 1e-4},
+        lambda left, plain: (
+            left.size("lora_B") < plain.size("lora_B") / 10 and left.steps[0].grad_norm == plain.steps[0].grad_norm
+        ),
+    ),
+    "weight decay": ({"adam_weight_decay": 5.0}, lambda left, plain: left.size("lora_A") < 0.97 * plain.size("lora_A")),
+    "scale_lr": (
+        {"scale_lr": True, "train_batch_size": 2},
+        lambda left, plain: left.steps[0].lr == 2 * plain.steps[0].lr,
+    ),
+    "center_crop": ({"center_crop": True}, lambda left, plain: left.loss != plain.loss),
+    "interpolation": (
+        {"image_interpolation_mode": "nearest"},  # the first photo has the size already
+        lambda left, plain: left.steps[1].loss != plain.steps[1].loss,
+    ),
 }
+"""Changes, and what they must show beside the run without them."""
 
 
 @pytest.fixture(scope="module")
-def plain_hash(tiny_base, photos, tmp_path_factory):
+def plain_run(tiny_base, photos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
     train(tiny_config(tiny_base, photos, folder, max_train_steps=2))
-    return adapter_sha256(folder)
+    return Left(folder)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_acts_and_stays_finite(name, run, plain_hash):
-    events, digest = run(max_train_steps=2, **OPTIONS[name])
-    assert all(math.isfinite(event.loss) for event in steps(events))
-    assert digest != plain_hash
+def test_every_option_acts_as_its_name_says_and_stays_finite(name, run, plain_run, tmp_path):
+    changes, acts = OPTIONS[name]
+    run(max_train_steps=2, **changes)
+    left = Left(tmp_path / "run")
+    assert all(math.isfinite(step.loss) for step in left.steps)
+    assert acts(left, plain_run)
 
 
 def test_unmasked_weight_goes_from_the_subject_alone_to_no_mask_at_all(run, photos, tmp_path):
@@ -240,10 +323,15 @@ def test_unmasked_weight_goes_from_the_subject_alone_to_no_mask_at_all(run, phot
     assert len({losses[0] for losses in (everywhere, some, none)}) == 3
 
 
-def test_a_v_prediction_base_is_trained_on_velocity(tmp_path, photos, plain_hash):
-    base = save_tiny_sdxl(tmp_path / "base", prediction_type="v_prediction")
+def test_a_v_prediction_base_is_trained_on_velocity(tmp_path, photos, monkeypatch):
+    base, noised, targets = save_tiny_sdxl(tmp_path / "base", prediction_type="v_prediction"), [], []
+    add_noise, loss = train_step_module.add_noise, train_step_module.loss
+    monkeypatch.setattr(train_step_module, "add_noise", lambda *given: noised.append(given) or add_noise(*given))
+    monkeypatch.setattr(train_step_module, "loss", lambda *given: targets.append(given[1]) or loss(*given))
     train(tiny_config(base, photos, tmp_path / "run", max_train_steps=2))
-    assert adapter_sha256(tmp_path / "run") != plain_hash
+    scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
+    for (_, latents, noise, index), target in zip(noised, targets, strict=True):
+        torch.testing.assert_close(target, scheduler.get_velocity(latents, noise, index), atol=1e-5, rtol=1e-4)
 
 
 def test_min_snr_weighs_the_instance_loss_and_leaves_the_prior_alone(run):
