@@ -1,6 +1,8 @@
 """What a run says of itself, one frozen dataclass an event; `metrics.jsonl` holds each as one line.
 
-    RunStarted  PhaseProgress*  (StepDone  SamplesDrawn?  StepEvaluated?  CheckpointSaved?)*  AdapterExported  RunEnded
+    RunStarted  PhaseProgress*
+    (StepDone  SamplesDrawn?  StepEvaluated?  CheckpointSaved?)*
+    AdapterExported  RunEnded
 
 `record_of` makes the line's dict, `events_of` finds the events of one type in the lines again.
 """
@@ -84,7 +86,7 @@ class SamplesDrawn(Event):
 
 @dataclass(frozen=True)
 class StepEvaluated(Event):
-    """`scores` by name (each a key of its own on disk), the `best` step so far, and what the evaluation cost."""
+    """`scores` by name (each a key of its own on disk), the `best` step so far, the evaluation's `cost`."""
 
     kind: ClassVar[str] = "evaluation"
     step: int

@@ -107,7 +107,7 @@ def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
     check_world_size(os.environ, accelerator.num_processes)
     if accelerator.num_processes == 1 and asked_for_more(os.environ):
         logger.warning(ONE_PROCESS)
-    if accelerator.device.type == "cpu":  # beside a GPU, the weights that went there would stay in memory here
+    if accelerator.device.type == "cpu":  # what went to a GPU must leave this memory
         keep_freed_memory()
     return accelerator
 
@@ -122,7 +122,7 @@ def refuse_sharding(environment: Mapping[str, str]) -> None:
 
 
 def check_world_size(environment: Mapping[str, str], num_processes: int) -> None:
-    """Raises UserError when a launcher started processes that accelerate does not join: each would write the run."""
+    """Raises UserError when a launcher started processes that accelerate does not join."""
     started = environment.get("WORLD_SIZE", "")
     if started.isdigit() and int(started) != num_processes:
         raise UserError(

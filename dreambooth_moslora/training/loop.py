@@ -1,7 +1,7 @@
 """The training loop: a photo folder becomes a proved adapter, and any moment of it can be stopped and resumed.
 
-train(config) -> TrainResult        `set_up` is what comes before the loop, `fit` is the loop; what the loop calls is in
-                                    `run`, one step in `train_step`, what a run leaves in `publish`
+train(config) -> TrainResult        `set_up` is what comes before the loop, `fit` is the loop;
+                                    what the loop calls is in `run`, what a run leaves in `publish`
 """
 
 import logging
@@ -117,7 +117,7 @@ def fit(run: Training) -> TrainResult:
 
 
 def find_start(context: RunContext) -> tuple[RunContext, Path | None, int]:
-    """The context with the seed of the run, the checkpoint to go on from (None for a fresh run), and its step."""
+    """The context with the seed of the run, the checkpoint to go on from (None: a fresh run), and its step."""
     fresh = None, Position(0, chosen_seed(context.config, context.accelerator))
     checkpoint, position = resume_point(context.config, context.run_dir) or fresh
     return replace(context, config=replace(context.config, seed=position.seed)), checkpoint, position.step

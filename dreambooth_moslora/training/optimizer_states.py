@@ -1,7 +1,7 @@
 """The optimizer's states in a checkpoint, checked before PyTorch's kernels read them.
 
-A kernel trusts the shape and type of a moment: one of another size would be read and written beyond its end. What is
-right is not written down here. A twin of the optimizer makes one step, and its states are the pattern.
+A kernel trusts the shape and type of a moment: a smaller one would be read and written beyond its end.
+The pattern of right states is not written down here: a twin of the optimizer makes one step and shows it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ NOT_SET = "p0"
 def checked_states(states: Mapping[str, Any], optimizer: Optimizer, step: int, exact: bool) -> dict[str, Any]:
     """The states to load at `step`, in groups as the optimizer has them now.
 
-    `exact`: each parameter has taken all steps; else at most as many. Raises ValueError for what does not fit.
+    `exact`: each parameter has taken all steps; else at most as many. Raises ValueError for what is wrong.
     """
     pattern = pattern_of(optimizer)
     groups = optimizer.state_dict()["param_groups"]

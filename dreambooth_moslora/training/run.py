@@ -36,7 +36,7 @@ __all__ = ["StepScorer", "TrainResult", "Training"]
 logger = logging.getLogger(__name__)
 
 MOST_SKIPPED = 20
-"""Steps that fp16 may skip in a row: its scale has then fallen by a million, and the gradient is the trouble."""
+"""Steps that fp16 may skip in a row. By then its scale has fallen a million times."""
 
 
 class StepScorer(Protocol):
@@ -98,7 +98,7 @@ class Training:
         )
 
     def update_adapter(self, losses: StepLosses) -> bool:
-        """One optimizer step. False when fp16 overflowed: nothing has moved, and the step is to be done again."""
+        """One optimizer step. False when fp16 overflowed: nothing has moved, and the step is done again."""
         attempted = self.step + 1
         grad_norm = self.train_step.update_adapter()
         skipped = not math.isfinite(grad_norm)
@@ -153,7 +153,7 @@ class Training:
             logger.warning("step %d: %s", self.step, line)
 
     def recall_scores(self) -> None:
-        """A run that goes on has its scores in its card. One that was stopped while it scored a step does so now."""
+        """Give a run that goes on its earlier scores; score the step at which it was stopped, if nobody did."""
         scored = events_of(StepEvaluated, self.run_dir.read_metrics()) if self.step else []
         if scored:
             self.publisher.note_scores(scored[-1].scores, BestStep(**scored[-1].best))
@@ -171,7 +171,7 @@ class Training:
             self.save_checkpoint()
 
     def save_checkpoint(self) -> None:
-        """Nothing is written of an adapter from which no run could go on: all processes, which have the same, end."""
+        """Write a checkpoint. Raises UserError, on all processes, for an adapter that is not finite."""
         if not all(bool(torch.isfinite(weights).all()) for weights in self.train_step.parameters):
             raise self.diverged(f"the adapter is not finite after step {self.step}")
         if not self.accelerator.is_main_process:
@@ -194,9 +194,9 @@ class Training:
             raise StopRequestedError
 
     def finish(self, interrupted: bool) -> TrainResult:
-        """Leave a loadable adapter with its card, and a checkpoint, which has the raw adapter, to go on from."""
+        """Leave a loadable adapter with its card, and a checkpoint with the raw adapter to go on from."""
         here = self.run_dir.checkpoint_path(self.step)
-        if self.checkpoint is None or self.checkpoint.resolve() != here.resolve():  # not another run's of that name
+        if self.checkpoint is None or self.checkpoint.resolve() != here.resolve():
             self.save_checkpoint()
         proof = None
         if self.accelerator.is_main_process:

@@ -1,6 +1,7 @@
-"""One run at a time in a run folder: a file with the process and the machine that hold it, locked while they run.
+"""One run at a time in a run folder: a locked file names the process and the machine that hold it.
 
-The system lets go of the lock when the process ends, however it ends: a file that a killed run left holds nobody up.
+The system lets go of the lock when the process ends, however it ends. So a file that a killed run left
+holds nobody up.
 """
 
 import os
@@ -24,7 +25,7 @@ LOCK_NAME = "run.lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`, which exists, for the length of the block. Raises UserError when another run holds it."""
+    """Hold the existing `folder` for the length of the block. Raises UserError when another run holds it."""
     path = folder / LOCK_NAME
     file = take(path)
     try:
@@ -39,7 +40,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def take(path: Path) -> BinaryIO:
-    """The open and locked file of that name; the one that was opened may have been removed by its owner's end."""
+    """The file of that name, open and locked. An owner that ends meanwhile removes it: then it is made anew."""
     while True:
         file = path.open("a+b")
         try:

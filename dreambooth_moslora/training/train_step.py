@@ -89,7 +89,7 @@ class TrainStep:
     def update_adapter(self) -> float:
         """Average gradients over processes, clip, step; returns the gradient's norm before clipping.
 
-        A norm that is not finite counts as no step: fp16's scaler then moves nothing and takes a smaller scale.
+        A norm that is not finite is no step: fp16's scaler then moves nothing and takes a smaller scale.
         """
         self._average_gradients()
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
@@ -125,7 +125,7 @@ class TrainStep:
         return batch.with_base_as_prior(prior_prompts(self.config, micro_batch)) if self._base_is_prior else batch
 
     def drawn_for(self, batch: TrainBatch, micro_batch: int) -> dict[str, Tensor | None]:
-        """All that the device needs of a micro-batch, on the CPU: with noise, noise levels `index` (B,), and text."""
+        """What the device needs of a micro-batch, on the CPU: with noise, noise levels `index` (B,), and text."""
         config, names = self.config, (self.config.seed, "micro", micro_batch)
         bias = (config.timestep_bias_strategy, config.timestep_bias_multiplier, config.timestep_bias_portion)
         levels = generator(*names, "level")
