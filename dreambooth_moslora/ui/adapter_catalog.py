@@ -15,7 +15,7 @@ from dreambooth_moslora.ui.generate_form import NONE
 from dreambooth_moslora.ui.jobs import JOB_NAME, Job
 from dreambooth_moslora.ui.users import Visitor
 
-__all__ = ["AdapterShelf"]
+__all__ = ["AdapterCatalog"]
 
 PROJECT = assets_folder().parent
 MAX_UPLOADS = 16
@@ -23,7 +23,7 @@ UNSAFE = re.compile(r"[^\w .+-]+")
 
 
 @dataclass(frozen=True)
-class AdapterShelf:
+class AdapterCatalog:
     """Finds adapters in `adapters_dir` (safetensors files) and `runs_dir` (finished runs and their checkpoints)."""
 
     adapters_dir: Path

@@ -18,7 +18,7 @@ from dreambooth_moslora.base.locate import SMALL_BASE_PX
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.toy import preferred_guidance
 from dreambooth_moslora.generation.params import GenerationParams
-from dreambooth_moslora.ui.adapter_catalog import AdapterShelf
+from dreambooth_moslora.ui.adapter_catalog import AdapterCatalog
 from dreambooth_moslora.ui.gpu_turns import GpuTurns
 from dreambooth_moslora.ui.jobs import Jobs
 from dreambooth_moslora.ui.users import Visitor, Visitors, visitor_id
@@ -26,7 +26,7 @@ from dreambooth_moslora.ui.users import Visitor, Visitors, visitor_id
 if TYPE_CHECKING:
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
-__all__ = ["AT_ONCE", "GPU", "TELLING", "AppContext", "sentence", "shown"]
+__all__ = ["AT_ONCE", "GPU", "TELLING", "AppContext", "as_gradio_error", "sentence"]
 
 GPU = {"concurrency_id": "gpu", "concurrency_limit": 1}
 """Options of every event that computes: one at a time, the others wait in one queue."""
@@ -64,7 +64,7 @@ class AppContext:
         self.runs_dir = runs_dir
         self.training = training
         self.visitors = Visitors()
-        self.shelf = AdapterShelf(adapters_dir, runs_dir)
+        self.catalog = AdapterCatalog(adapters_dir, runs_dir)
         self._stops: dict[Page, threading.Event] = {}
         self._waiting: OrderedDict[Page, threading.Event] = OrderedDict()
         is_small = resolution_px <= SMALL_BASE_PX
@@ -99,7 +99,7 @@ class AppContext:
         """Apply tags, bring every adapter into the model. Raises UserError for an unknown or unfitting one."""
         params = params.apply_tags()
         for name, _ in params.adapters:
-            self.pipeline().load_adapter(self.shelf.path(name, visitor), name)
+            self.pipeline().load_adapter(self.catalog.path(name, visitor), name)
         return params
 
     def announce(self, request: gr.Request) -> None:
@@ -149,7 +149,7 @@ def _fulfil(future: Future, load: Callable[[], "SubjectPipeline"]) -> None:
         future.set_exception(UserError("the base could not be loaded; the server's log says why"))
 
 
-def shown(handler: Callable) -> Callable:
+def as_gradio_error(handler: Callable) -> Callable:
     """A UserError in a handler becomes a message on the page; its text is escaped, it may quote a visitor's words."""
     if inspect.isgeneratorfunction(handler):
 

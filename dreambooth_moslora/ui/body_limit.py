@@ -7,7 +7,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.formparsers import MultiPartException
 from starlette.responses import PlainTextResponse
 
-__all__ = ["MAX_BODY_BYTES", "MAX_UPLOAD_BYTES", "ShortBodies"]
+__all__ = ["MAX_BODY_BYTES", "MAX_UPLOAD_BYTES", "BodySizeLimit"]
 
 UPLOAD = "/gradio_api/upload"
 MAX_BODY_BYTES = 4 * 1024**2
@@ -16,7 +16,7 @@ MAX_UPLOAD_BYTES = 512 * 1024**2
 """Of all files of one upload together, and so of one."""
 
 
-class ShortBodies:
+class BodySizeLimit:
     """ASGI middleware: 413 for a body that says it is longer; one that is longer without a word is cut off.
 
     An upload may be MAX_UPLOAD_BYTES longer: by its files. When it ends early its files are deleted.

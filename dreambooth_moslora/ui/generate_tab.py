@@ -12,7 +12,7 @@ import gradio as gr
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams, Recipe, read_recipe
 from dreambooth_moslora.ui.adapter_summary import renewed_prompt, summary_of
-from dreambooth_moslora.ui.app_state import AT_ONCE, GPU, TELLING, AppContext, sentence, shown
+from dreambooth_moslora.ui.app_state import AT_ONCE, GPU, TELLING, AppContext, as_gradio_error, sentence
 from dreambooth_moslora.ui.generate_actions import compare, draw_grid, make_pictures
 from dreambooth_moslora.ui.generate_form import NONE, GenerateForm, code_snippet
 from dreambooth_moslora.ui.generate_widgets import (
@@ -23,8 +23,8 @@ from dreambooth_moslora.ui.generate_widgets import (
     settings_widgets,
 )
 from dreambooth_moslora.ui.html_snippets import faint
-from dreambooth_moslora.ui.input_errors import refuse_in_words
-from dreambooth_moslora.ui.recipe_to_form import settle, within_reach
+from dreambooth_moslora.ui.input_errors import explain_bad_values
+from dreambooth_moslora.ui.recipe_to_form import clamp_to_widgets, match_adapters
 from dreambooth_moslora.ui.users import Picture, Visitor
 
 __all__ = ["GenerateTab", "build_generate_tab"]
@@ -51,7 +51,7 @@ def build_generate_tab(ctx: AppContext, page: gr.Blocks, templates: list[str]) -
             extras = extra_widgets(templates)
     ordered = {field.name: widgets[field.name] for field in fields(GenerateForm)}
     for widget in ordered.values():
-        refuse_in_words(widget)
+        explain_bad_values(widget)
     tab = GenerateTab(ordered, [widgets[f"adapter{n}"] for n in ("", "_2", "_3")], widgets["prompt"], results["tabs"])
     _connect_runs(ctx, tab, buttons, results)
     _connect_adapters(ctx, page, tab, buttons)
@@ -67,7 +67,7 @@ def _connect_runs(ctx: AppContext, tab: GenerateTab, buttons: dict, results: dic
     options = dict(GPU, show_progress="minimal", show_progress_on=results["status"])
     shown_state = results["shown"]
 
-    @shown
+    @as_gradio_error
     def generate(request: gr.Request, **values) -> Iterator[tuple]:
         for frame in make_pictures(ctx, GenerateForm.of(values), request):
             seed = frame.params.seed if frame.params else gr.skip()
@@ -101,7 +101,7 @@ def _connect_runs(ctx: AppContext, tab: GenerateTab, buttons: dict, results: dic
 
 
 def _connect_compare(ctx: AppContext, tab: GenerateTab, results: dict, options: dict) -> None:
-    @shown
+    @as_gradio_error
     def compare_both(request: gr.Request, **values) -> Iterator[tuple]:
         for frame in compare(ctx, GenerateForm.of(values), request):
             pair = frame.pictures and len(frame.pictures) == 2
@@ -112,7 +112,7 @@ def _connect_compare(ctx: AppContext, tab: GenerateTab, results: dict, options: 
 
 
 def _connect_grid(ctx: AppContext, tab: GenerateTab, results: dict, options: dict) -> None:
-    @shown
+    @as_gradio_error
     def grid(
         rows: str, row_values: str, columns: str, column_values: str, request: gr.Request, **values
     ) -> Iterator[tuple]:
@@ -138,7 +138,7 @@ def _axis_values(ctx: AppContext, name: str, adapter: str, prompt: str, request:
         return f"{prompt}|"
     if name != "adapter":
         return AXIS_VALUES.get(name, "")
-    names = list(ctx.shelf.files(ctx.visitors.of(request)))
+    names = list(ctx.catalog.files(ctx.visitors.of(request)))
     run = [n for n in reversed(names) if n.split("@")[0] == str(adapter).split("@")[0]]
     return ", ".join(["none", *(run if len(run) > 1 else names[:3])])
 
@@ -147,18 +147,18 @@ def _snippet(ctx: AppContext, pictures: list[Picture], visitor: Visitor) -> str:
     if not pictures:
         return ""
     params = GenerationParams.from_png(pictures[0].path)
-    return code_snippet(params, ctx.base, ctx.shelf.public_paths(visitor))
+    return code_snippet(params, ctx.base, ctx.catalog.public_paths(visitor))
 
 
 def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, buttons: dict) -> None:
     first, prompt, about = tab.adapters[0], tab.prompt, buttons["about"]
 
     def adapters(request: gr.Request) -> list:
-        names = [NONE, *ctx.shelf.files(ctx.visitors.of(request))]
+        names = [NONE, *ctx.catalog.files(ctx.visitors.of(request))]
         return [gr.Dropdown(choices=names)] * len(tab.adapters)
 
     def describe(name: str, old_prompt: str, request: gr.Request) -> tuple:
-        files = ctx.shelf.files(ctx.visitors.of(request))
+        files = ctx.catalog.files(ctx.visitors.of(request))
         summary = summary_of(files[name]) if name in files else None
         words = summary.sentence() if summary else ""
         about = gr.HTML(faint(words), visible=bool(words))
@@ -166,21 +166,21 @@ def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, button
             return about, gr.skip()
         return about, renewed_prompt(old_prompt, summary, map(summary_of, files.values()))
 
-    @shown
+    @as_gradio_error
     def upload(file: str, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
-        name = ctx.shelf.add_upload(file, visitor)
+        name = ctx.catalog.add_upload(file, visitor)
         try:
             ctx.pipeline().load_adapter(visitor.uploads[name], name)
         except Exception:
             shutil.rmtree(visitor.uploads.pop(name).parent, ignore_errors=True)
             raise
-        names = [NONE, *ctx.shelf.files(visitor)]
+        names = [NONE, *ctx.catalog.files(visitor)]
         return gr.Dropdown(choices=names, value=name), gr.Dropdown(choices=names), gr.Dropdown(choices=names)
 
     def listed(request: gr.Request) -> list[dict]:
         """Name and facts of every adapter that the asker may use."""
-        files = ctx.shelf.files(ctx.visitors.of(request))
+        files = ctx.catalog.files(ctx.visitors.of(request))
         return [{"name": name, **asdict(summary_of(file))} for name, file in files.items()]
 
     gr.api(listed, api_name="adapters", queue=False)
@@ -199,21 +199,21 @@ def _connect_reuse(ctx: AppContext, tab: GenerateTab, results: dict, extras: dic
     def history(request: gr.Request) -> list:
         return _items(list(ctx.visitors.of(request).history))
 
-    @shown
+    @as_gradio_error
     def reuse_shown(pictures: list[Picture], index: int, request: gr.Request) -> list:
         own = _own(pictures, ctx.visitors.of(request))
         return to_widgets(ctx, read_recipe(_picked(own, index)), request)
 
-    @shown
+    @as_gradio_error
     def reuse_history(index: int, request: gr.Request) -> list:
         return to_widgets(ctx, read_recipe(_picked(list(ctx.visitors.of(request).history), index)), request)
 
-    @shown
+    @as_gradio_error
     def reuse_dropped(file: str | None, request: gr.Request) -> list:
         return to_widgets(ctx, read_recipe(file), request) if file else [gr.skip()] * len(outputs)
 
     def from_template(template: str | None, adapter: str, request: gr.Request) -> Any:
-        files = ctx.shelf.files(ctx.visitors.of(request))
+        files = ctx.catalog.files(ctx.visitors.of(request))
         subject = summary_of(files[adapter]).subject if adapter in files else ""
         return template.replace("{}", subject or "…") if template else gr.skip()
 
@@ -242,8 +242,8 @@ def _picked(pictures: list[Picture], index: int) -> Path:
 
 def to_widgets(ctx: AppContext, recipe: Recipe, request: gr.Request) -> list:
     """The values of all fields, in order, that give the recipe again; what cannot be met here is told."""
-    settled, remarks = settle(recipe, ctx.shelf.files(ctx.visitors.of(request)), ctx.base)
-    params, changes = within_reach(settled, ctx.resolution_px, ctx.guidance_scale)
+    settled, remarks = match_adapters(recipe, ctx.catalog.files(ctx.visitors.of(request)), ctx.base)
+    params, changes = clamp_to_widgets(settled, ctx.resolution_px, ctx.guidance_scale)
     for remark in (*remarks, *changes):
         gr.Warning(html.escape(sentence(remark), quote=False))
     form = GenerateForm.from_params(params)

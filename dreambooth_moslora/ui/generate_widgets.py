@@ -27,9 +27,9 @@ AXIS_LABELS += [("Guidance", "guidance"), ("Steps", "steps")]
 
 def ask_widgets(ctx: AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
     """What most people touch: words, adapter, scale, how many, go."""
-    names = [NONE, *ctx.shelf.files()]
+    names = [NONE, *ctx.catalog.files()]
     first = names[1] if len(names) > 1 else NONE
-    summary = summary_of(ctx.shelf.files()[first]) if first != NONE else None
+    summary = summary_of(ctx.catalog.files()[first]) if first != NONE else None
     prompt = gr.Textbox(
         label="Prompt",
         value=prompt_for(summary) if summary else "",
@@ -81,7 +81,7 @@ def settings_widgets(ctx: AppContext) -> dict[str, Any]:
         for number in (2, 3):
             with gr.Row():
                 widgets[f"adapter_{number}"] = gr.Dropdown(
-                    [NONE, *ctx.shelf.files()],
+                    [NONE, *ctx.catalog.files()],
                     value=NONE,
                     label=f"Adapter {number}",
                     allow_custom_value=True,

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from starlette.responses import PlainTextResponse
 
-__all__ = ["LOOPBACK", "OwnHosts", "hostname", "outermost"]
+__all__ = ["LOOPBACK", "TrustedHosts", "hostname", "outermost"]
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -23,7 +23,7 @@ Lifespan = Callable[[Any], AbstractAsyncContextManager]
 SAME_SITE_NONE = re.compile(rb"samesite=none", re.IGNORECASE)
 
 
-class OwnHosts:
+class TrustedHosts:
     """ASGI middleware: 421 for a request to a foreign name, 403 for what another site's page asks or sends.
 
     `hosts` are the only names that the page answers to; None: to all. A page of one of the `allowed` names may
@@ -61,14 +61,14 @@ class OwnHosts:
 
 
 def outermost(hosts: Collection[str] | None, allowed: Collection[str]) -> Lifespan:
-    """A lifespan that puts OwnHosts around everything else, gradio's own middleware included.
+    """A lifespan that puts TrustedHosts around everything else, gradio's own middleware included.
 
     Gradio puts its own around whatever it is given, and by itself answers a foreign page's preflight.
     """
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
-        app.middleware_stack = OwnHosts(app.middleware_stack, hosts, allowed)
+        app.middleware_stack = TrustedHosts(app.middleware_stack, hosts, allowed)
         yield
 
     return lifespan

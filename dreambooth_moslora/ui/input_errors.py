@@ -4,12 +4,12 @@ import html
 
 import gradio as gr
 
-__all__ = ["refuse_in_words"]
+__all__ = ["explain_bad_values"]
 
 NUMBERS = (gr.Slider, gr.Number)
 
 
-def refuse_in_words(widget: gr.components.Component) -> None:
+def explain_bad_values(widget: gr.components.Component) -> None:
     """From now on the widget names itself and says what it wants when it cannot take a value."""
     own = widget.preprocess
 

@@ -8,7 +8,7 @@ import gradio as gr
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.generation.params import SCHEDULERS, Recipe, read_recipe
 from dreambooth_moslora.ui.adapter_catalog import check_upload
-from dreambooth_moslora.ui.app_state import TELLING, AppContext, sentence, shown
+from dreambooth_moslora.ui.app_state import TELLING, AppContext, as_gradio_error, sentence
 from dreambooth_moslora.ui.generate_tab import GenerateTab, to_widgets
 from dreambooth_moslora.ui.html_snippets import facts_table, notice
 from dreambooth_moslora.ui.libraries import import_libraries
@@ -29,7 +29,7 @@ def build_inspect_tab(ctx: AppContext, tabs: gr.Tabs, generate: GenerateTab) -> 
         with gr.Column(min_width=280, scale=3):
             facts = gr.HTML(HINT, elem_id="inspect_facts", label="Facts")
 
-    @shown
+    @as_gradio_error
     def inspect(file: str | None) -> tuple:
         if not file:
             return HINT, gr.Button(visible=False)
@@ -38,7 +38,7 @@ def build_inspect_tab(ctx: AppContext, tabs: gr.Tabs, generate: GenerateTab) -> 
             visible=is_picture
         )
 
-    @shown
+    @as_gradio_error
     def use_recipe(file: str | None, request: gr.Request) -> list:
         if not file:
             raise UserError("drop a PNG first")

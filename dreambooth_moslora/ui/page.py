@@ -8,7 +8,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from dreambooth_moslora.ui.app_state import AppContext
-from dreambooth_moslora.ui.body_limit import MAX_UPLOAD_BYTES, ShortBodies
+from dreambooth_moslora.ui.body_limit import MAX_UPLOAD_BYTES, BodySizeLimit
 from dreambooth_moslora.ui.generate_tab import build_generate_tab
 from dreambooth_moslora.ui.host_check import LOOPBACK, outermost
 from dreambooth_moslora.ui.inspect_tab import build_inspect_tab
@@ -58,7 +58,7 @@ def launch_options(allowed: Collection[str] = (), *, public: bool = False) -> di
         "run_history": False,
         "max_file_size": MAX_UPLOAD_BYTES,
         "app_kwargs": {
-            "middleware": [Middleware(ShortBodies), Middleware(VisitorCookie)],
+            "middleware": [Middleware(BodySizeLimit), Middleware(VisitorCookie)],
             "lifespan": outermost(hosts, allowed),
         },
         "enable_monitoring": False,

@@ -11,10 +11,10 @@ from dreambooth_moslora.generation.params import GenerationParams, Recipe
 from dreambooth_moslora.ui.generate_actions import check_size
 from dreambooth_moslora.ui.generate_form import RANGES
 
-__all__ = ["settle", "within_reach"]
+__all__ = ["match_adapters", "clamp_to_widgets"]
 
 
-def settle(recipe: Recipe, files: Mapping[str, Path], base: str) -> tuple[GenerationParams, list[str]]:
+def match_adapters(recipe: Recipe, files: Mapping[str, Path], base: str) -> tuple[GenerationParams, list[str]]:
     """The parameters with the adapters' names of this shelf (`files`), and one remark for each thing that differs."""
     wanted = dict(recipe.provenance.adapter_sha256)
     remarks = list(recipe.remarks)
@@ -29,7 +29,9 @@ def settle(recipe: Recipe, files: Mapping[str, Path], base: str) -> tuple[Genera
     return replace(recipe.params, adapters=unique), remarks
 
 
-def within_reach(params: GenerationParams, resolution_px: int, guidance: float) -> tuple[GenerationParams, list[str]]:
+def clamp_to_widgets(
+    params: GenerationParams, resolution_px: int, guidance: float
+) -> tuple[GenerationParams, list[str]]:
     """The nearest parameters that the page's widgets take, and a remark for each that had to change.
 
     A recipe that names no guidance gets the base's own.

@@ -23,7 +23,7 @@ from dreambooth_moslora.ui.photo_uploads import ONE_AT_A_TIME, take_photos
 from dreambooth_moslora.ui.train_form import TrainForm, prompts_of
 from dreambooth_moslora.ui.users import Visitor
 
-__all__ = ["PhotoReview", "Watch", "lend", "review_kept", "review_photos", "start_run", "watch"]
+__all__ = ["PhotoReview", "Watch", "link_into_user_folder", "review_kept", "review_photos", "start_run", "watch"]
 
 PLOT_POINTS = 200
 SMOOTHING_STEPS = 25
@@ -214,10 +214,10 @@ def samples_of(job: Job, metrics: Metrics, visitor: Visitor) -> list[tuple[str, 
     there = [(file, caption) for name, caption in found.items() if (file := job.run_dir / "samples" / name).is_file()]
     first = [item for item in there if item[1] == "step 0"][: MAX_SAMPLES_SHOWN // 2]
     newest = [item for item in there if item not in first][-(MAX_SAMPLES_SHOWN - len(first)) :]
-    return [(str(lend(file, visitor, job.name)), caption) for file, caption in first + newest]
+    return [(str(link_into_user_folder(file, visitor, job.name)), caption) for file, caption in first + newest]
 
 
-def lend(file: Path, visitor: Visitor, run: str) -> Path:
+def link_into_user_folder(file: Path, visitor: Visitor, run: str) -> Path:
     """The file inside the visitor's own folder (a hard link where possible): what gradio may serve to this visitor."""
     target = visitor.folder / "runs" / run / file.name
     if target.exists() and target.stat().st_mtime_ns == file.stat().st_mtime_ns:

@@ -8,12 +8,12 @@ from dreambooth_moslora.core.config import MIXERS
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.ui.adapter_summary import prompt_for, summary_of
-from dreambooth_moslora.ui.app_state import AT_ONCE, TELLING, AppContext, shown
+from dreambooth_moslora.ui.app_state import AT_ONCE, TELLING, AppContext, as_gradio_error
 from dreambooth_moslora.ui.cost_estimate import estimate_cost
 from dreambooth_moslora.ui.generate_form import NONE
 from dreambooth_moslora.ui.generate_tab import GenerateTab
 from dreambooth_moslora.ui.html_snippets import notice
-from dreambooth_moslora.ui.input_errors import refuse_in_words
+from dreambooth_moslora.ui.input_errors import explain_bad_values
 from dreambooth_moslora.ui.jobs import Jobs
 from dreambooth_moslora.ui.photo_uploads import PHOTO_TYPES, take_photos
 from dreambooth_moslora.ui.train_actions import PhotoReview, review_kept, review_photos, start_run
@@ -96,7 +96,7 @@ def _more_fields() -> dict[str, Any]:
 
 
 def _connect_photos(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
-    @shown
+    @as_gradio_error
     def review(photos: list[str] | None, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
         if not photos:
@@ -139,7 +139,7 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
             take_photos(photos, visitor.photos_dir)
         return visitor
 
-    @shown
+    @as_gradio_error
     def train(photos: list[str] | None, request: gr.Request, **values) -> tuple:
         visitor = with_photos(photos, request)
         job = start_run(ctx, jobs, TrainForm(**values), visitor)
@@ -147,12 +147,12 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
             f"The run {job.name} is starting."
         )
 
-    @shown
+    @as_gradio_error
     def estimate(photos: list[str] | None, request: gr.Request, **values) -> str:
         return estimate_cost(ctx, jobs, TrainForm(**values), with_photos(photos, request))
 
     for widget in fields.values():
-        refuse_in_words(widget)
+        explain_bad_values(widget)
     inputs = {"photos": parts["photos"], **fields}
     gr.on(
         [fields["token"].change, fields["class_word"].change],
@@ -166,12 +166,12 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
 
 
 def _connect_use(ctx: AppContext, jobs: Jobs, parts: dict, tabs: gr.Tabs, generate: GenerateTab) -> None:
-    @shown
+    @as_gradio_error
     def use(run: str | None, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
         job = jobs.owned(run or "", visitor.id)
-        name = ctx.shelf.name_of(RunDir(job.run_dir).adapter_path, visitor)
-        files = ctx.shelf.files(visitor)
+        name = ctx.catalog.name_of(RunDir(job.run_dir).adapter_path, visitor)
+        files = ctx.catalog.files(visitor)
         prompt = prompt_for(summary_of(files[name]))
         return gr.Tabs(selected="generate"), gr.Dropdown(choices=[NONE, *files], value=name), prompt
 

@@ -8,10 +8,10 @@ import pandas as pd
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import RunDir
-from dreambooth_moslora.ui.app_state import AT_ONCE, AppContext, sentence, shown
+from dreambooth_moslora.ui.app_state import AT_ONCE, AppContext, as_gradio_error, sentence
 from dreambooth_moslora.ui.html_snippets import notice
 from dreambooth_moslora.ui.jobs import Job, Jobs
-from dreambooth_moslora.ui.train_actions import Watch, lend, watch
+from dreambooth_moslora.ui.train_actions import Watch, link_into_user_folder, watch
 from dreambooth_moslora.ui.users import Visitor
 
 __all__ = ["connect_watch", "picture_rows", "run_names", "watch_widgets"]
@@ -58,7 +58,7 @@ def connect_watch(ctx: AppContext, jobs: Jobs, page: gr.Blocks, parts: dict) -> 
         names = run_names(jobs, ctx.visitors.of(request).id)
         return gr.Dropdown(choices=names, value=names[0] if names else None)
 
-    @shown
+    @as_gradio_error
     def status(run: str | None, request: gr.Request) -> dict:
         visitor = ctx.visitors.of(request)
         state = jobs.state(jobs.owned(run or "", visitor.id))
@@ -94,7 +94,7 @@ def _connect_control(
             return notice(sentence(error), "bad")
 
     button.click(told, parts["run"], parts["status"], queue=False, api_visibility="private")
-    gr.api(shown(control), api_name=api_name, queue=False)
+    gr.api(as_gradio_error(control), api_name=api_name, queue=False)
 
 
 def watched(jobs: Jobs, run: str | None, seen: tuple | None, visitor: Visitor) -> list:
@@ -121,7 +121,7 @@ def _gone(names: list[str]) -> list:
 def _updates(now: Watch, job: Job, visitor: Visitor) -> list:
     published = RunDir(job.run_dir).adapter_path
     ready = published.is_file() and not now.state.is_active
-    file = str(lend(published, visitor, job.name)) if ready else None
+    file = str(link_into_user_folder(published, visitor, job.name)) if ready else None
     resumable = not now.state.is_active and now.state.state != "done"
     return [
         gr.skip(),

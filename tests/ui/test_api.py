@@ -85,7 +85,7 @@ def test_the_docs_name_every_endpoint_with_its_arguments(client):
 
 def test_a_fixed_cookie_finds_its_run_and_its_adapter_again(served):
     (run := served.ctx.runs_dir / "lasting").mkdir()
-    shutil.copy(served.ctx.shelf.path("dog"), run / "pytorch_lora_weights.safetensors")
+    shutil.copy(served.ctx.catalog.path("dog"), run / "pytorch_lora_weights.safetensors")
     Job(run, visitor_id(SimpleNamespace(cookies={COOKIE: "a-secret"})), 1, 0.0).save()
     for _ in range(2):
         mine = Client(served.url, verbose=False, headers={"Cookie": f"{COOKIE}=a-secret"})
@@ -264,7 +264,7 @@ def test_inspect_says_what_a_picture_and_an_adapter_are(client, served):
     gallery, _, _ = client.predict("a dog in space", adapter="dog", seed=4, **FAST, api_name="/generate")
     picture = client.predict(handle_file(files_of(gallery)[0]), api_name="/inspect")
     assert "a dog in space" in picture and served.ctx.pipeline().adapters["dog"].sha256 in picture
-    adapter = client.predict(handle_file(served.ctx.shelf.path("cat")), api_name="/inspect")
+    adapter = client.predict(handle_file(served.ctx.catalog.path("cat")), api_name="/inspect")
     assert "Rank" in adapter and "4" in adapter
 
 

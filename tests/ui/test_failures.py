@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.ui.adapter_catalog import AdapterShelf
+from dreambooth_moslora.ui.adapter_catalog import AdapterCatalog
 from dreambooth_moslora.ui.app_state import AppContext
 from dreambooth_moslora.ui.generate_actions import compare, make_pictures
 from dreambooth_moslora.ui.generate_form import GenerateForm
@@ -96,7 +96,7 @@ def test_a_process_of_which_nothing_can_be_noted_is_ended(tmp_path, monkeypatch)
 def test_a_run_whose_owner_cannot_be_read_is_shown_to_nobody_else(tmp_path, record):
     (run := tmp_path / "runs" / "dog").mkdir(parents=True)
     (run / "pytorch_lora_weights.safetensors").write_text("x")
-    shelf = AdapterShelf(tmp_path / "adapters", tmp_path / "runs")
+    shelf = AdapterCatalog(tmp_path / "adapters", tmp_path / "runs")
     assert list(shelf.files()) == ["dog"]
     (run / "job.json").write_text(record)
     assert not shelf.files() and not shelf.files(Visitor("b" * 64, tmp_path))

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams, Provenance, Recipe
-from dreambooth_moslora.ui.adapter_catalog import AdapterShelf
+from dreambooth_moslora.ui.adapter_catalog import AdapterCatalog
 from dreambooth_moslora.ui.adapter_summary import AdapterSummary, renewed_prompt, summary_of
 from dreambooth_moslora.ui.app_state import AppContext
 from dreambooth_moslora.ui.generate_actions import format_seconds
@@ -21,7 +21,7 @@ from dreambooth_moslora.ui.generate_tab import _axis_values
 from dreambooth_moslora.ui.generate_widgets import ask_widgets
 from dreambooth_moslora.ui.inspect_tab import label_of, words_of
 from dreambooth_moslora.ui.jobs import Job
-from dreambooth_moslora.ui.recipe_to_form import settle
+from dreambooth_moslora.ui.recipe_to_form import match_adapters
 from dreambooth_moslora.ui.serve import main, parse_login, resolution_of
 from dreambooth_moslora.ui.users import HISTORY_LENGTH, Picture, Visitor, VisitorCookie
 
@@ -82,7 +82,7 @@ def test_the_shelf_shows_a_run_to_its_owner_and_command_line_runs_to_all(tmp_pat
         (tmp_path / "runs" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "runs" / file).write_text("x")
     Job(tmp_path / "runs" / "mine", OWNER, 1, 0.0).save()
-    shelf = AdapterShelf(tmp_path / "adapters", tmp_path / "runs")
+    shelf = AdapterCatalog(tmp_path / "adapters", tmp_path / "runs")
     assert set(shelf.files(visitor(tmp_path))) == {"mine", "free", "free@100", "free@20"}
     assert list(shelf.files(visitor(tmp_path, OTHER))) == ["free", "free@100", "free@20"]
 
@@ -91,13 +91,13 @@ def test_a_run_called_like_an_adapter_is_found_under_a_name_of_its_own(tmp_path)
     for file in ("adapters/dog.safetensors", "runs/dog/pytorch_lora_weights.safetensors"):
         (tmp_path / file).parent.mkdir(parents=True)
         (tmp_path / file).write_text(file)
-    shelf = AdapterShelf(tmp_path / "adapters", tmp_path / "runs")
+    shelf = AdapterCatalog(tmp_path / "adapters", tmp_path / "runs")
     assert list(shelf.files()) == ["dog", "dog 2"]
     assert shelf.name_of(tmp_path / "runs" / "dog" / "pytorch_lora_weights.safetensors") == "dog 2"
 
 
 def test_an_upload_is_its_visitors_alone_and_keeps_a_free_name(tmp_path):
-    shelf = AdapterShelf(tmp_path / "adapters", tmp_path / "runs")
+    shelf = AdapterCatalog(tmp_path / "adapters", tmp_path / "runs")
     file = tmp_path / "my <b>dog.safetensors"
     file.write_bytes(b"x")
     ann, bob = visitor(tmp_path), visitor(tmp_path, OTHER)
@@ -137,7 +137,7 @@ def test_the_snippet_names_files_as_they_lie_in_the_project_or_by_the_bare_name(
     for file in ("adapters/cat.safetensors", f"runs/dog/{published}", f"runs/dog/checkpoint-20/{raw}"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("x")
-    shelf = AdapterShelf(tmp_path / "adapters", tmp_path / "runs")
+    shelf = AdapterCatalog(tmp_path / "adapters", tmp_path / "runs")
     runs = {"dog": "runs/dog", "dog@20": "runs/dog/checkpoint-20"}
     assert shelf.public_paths() == {"cat": "cat.safetensors"} | runs
     monkeypatch.setattr("dreambooth_moslora.ui.adapter_catalog.PROJECT", tmp_path)
@@ -270,7 +270,7 @@ def test_a_recipes_adapter_is_found_by_content_and_a_changed_one_is_told(tmp_pat
     files = {name: tmp_path / name for name in ("renamed", "cat")}
     sha = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("dog", "cat", "rex")}
     params = GenerationParams("x", adapters=(("dog", 0.5), ("cat", 1.0), ("rex", 1.0)))
-    settled, remarks = settle(Recipe(params, Provenance("toy", tuple(sha.items())), True), files, "other")
+    settled, remarks = match_adapters(Recipe(params, Provenance("toy", tuple(sha.items())), True), files, "other")
     assert settled.adapters == (("renamed", 0.5), ("cat", 1.0), ("rex", 1.0))
     assert [
         word in remark for word, remark in zip(("cat here is another", "rex is not here", "base toy"), remarks)

@@ -58,7 +58,7 @@ def test_the_name_of_an_upload_leaves_no_folder(served, tmp_path):
 
 
 def test_an_uploaded_adapter_is_checked_and_belongs_to_its_visitor_in_grids_too(served, client, tmp_path):
-    good, proof = served.ctx.shelf.path("dog").read_bytes(), tmp_path / "ran"
+    good, proof = served.ctx.catalog.path("dog").read_bytes(), tmp_path / "ran"
     for name, content in (("evil.safetensors", pickle.dumps(Touch(proof))), ("evil.pt", pickle.dumps(Touch(proof)))):
         assert '"success":false' in upload_adapter(served, name, content, "ann").replace(" ", "")
     assert not proof.exists()
@@ -76,7 +76,7 @@ def test_an_upload_that_fails_in_any_way_is_not_kept(served, monkeypatch):
     def fail(*_):
         raise RuntimeError("nobody thought of this")
 
-    good, shelved = served.ctx.shelf.path("dog").read_bytes(), served.ctx.visitors.root
+    good, shelved = served.ctx.catalog.path("dog").read_bytes(), served.ctx.visitors.root
     with monkeypatch.context() as patch:
         patch.setattr(served.ctx.pipeline(), "load_adapter", fail)
         assert '"success":false' in upload_adapter(served, "lost.safetensors", good, "ida").replace(" ", "")

@@ -11,7 +11,7 @@ from dreambooth_moslora.generation.params import GenerationParams, read_recipe
 from dreambooth_moslora.ui.generate_actions import check_size
 from dreambooth_moslora.ui.generate_form import RANGES, GenerateForm
 from dreambooth_moslora.ui.generate_widgets import ask_widgets, settings_widgets
-from dreambooth_moslora.ui.recipe_to_form import settle, within_reach
+from dreambooth_moslora.ui.recipe_to_form import clamp_to_widgets, match_adapters
 from tests.ui.test_handlers import context
 
 
@@ -26,7 +26,7 @@ from tests.ui.test_handlers import context
     ],
 )
 def test_settings_beyond_the_page_become_the_nearest_with_a_remark(tmp_path, params, words):
-    found, remarks = within_reach(params, 64, 4.0)
+    found, remarks = clamp_to_widgets(params, 64, 4.0)
     assert len(remarks) == len(words) and all(word in remark for word, remark in zip(words, remarks))
     assert replace(found, guidance_scale=params.guidance_scale) == params or words
     assert found.guidance_scale == (4.0 if params.guidance_scale is None else min(params.guidance_scale, 30))
@@ -54,5 +54,5 @@ def test_a_sampler_that_is_not_here_is_remarked(tmp_path, sampler, ours, remark)
     text = PngInfo()
     text.add_text("parameters", f"a hen\nSteps: 4, Sampler: {sampler}, CFG scale: 5, Seed: 1")
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=text)
-    params, remarks = settle(read_recipe(tmp_path / "a.png"), {}, "toy")
+    params, remarks = match_adapters(read_recipe(tmp_path / "a.png"), {}, "toy")
     assert params.scheduler == ours and remarks == ([remark] if remark else [])

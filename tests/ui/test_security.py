@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams
-from dreambooth_moslora.ui.adapter_catalog import AdapterShelf, clean_name
+from dreambooth_moslora.ui.adapter_catalog import AdapterCatalog, clean_name
 from dreambooth_moslora.ui.html_snippets import facts_table, notice, progress_card
 from dreambooth_moslora.ui.jobs import Jobs
 from dreambooth_moslora.ui.photo_uploads import take_photos
@@ -55,7 +55,7 @@ def test_a_link_out_of_the_folder_is_not_on_the_shelf(tmp_path):
     (tmp_path / "secret.safetensors").write_text("x")
     (tmp_path / "adapters" / "link.safetensors").symlink_to(tmp_path / "secret.safetensors")
     (tmp_path / "adapters" / "own.safetensors").write_text("x")
-    assert list(AdapterShelf(tmp_path / "adapters", tmp_path / "runs").files()) == ["own"]
+    assert list(AdapterCatalog(tmp_path / "adapters", tmp_path / "runs").files()) == ["own"]
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "", ".hidden", "/abs", "a\\b", "a\0b", "a\nb"])
@@ -180,7 +180,7 @@ def test_a_runs_files_and_the_visitors_folders_are_not_served(served):
     for path in (
         run / "photo.png",
         served.ctx.visitors.root / "x.png",
-        served.ctx.shelf.adapters_dir / "dog.safetensors",
+        served.ctx.catalog.adapters_dir / "dog.safetensors",
     ):
         assert httpx.get(f"{served.url}gradio_api/file={path}").status_code in (403, 404), path
 
@@ -188,7 +188,7 @@ def test_a_runs_files_and_the_visitors_folders_are_not_served(served):
 @pytest.mark.parametrize("name", ["/etc/passwd", "dog.safetensors"])
 def test_a_handler_reads_no_file_that_was_not_uploaded(served, name):
     """The request is posted by hand: gradio's own client would upload the file first, which is allowed."""
-    path = name if name.startswith("/") else str(served.ctx.shelf.adapters_dir / name)
+    path = name if name.startswith("/") else str(served.ctx.catalog.adapters_dir / name)
     data = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}
     asked = httpx.post(f"{served.url}gradio_api/call/inspect", json=data)
     answer = httpx.get(f"{served.url}gradio_api/call/inspect/{asked.json()['event_id']}", timeout=20).text
