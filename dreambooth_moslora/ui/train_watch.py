@@ -51,8 +51,9 @@ def picture_rows(label: str, elem_id: str, **options: Any) -> gr.Gallery:
 def connect_watch(ctx: AppContext, jobs: Jobs, page: gr.Blocks, parts: dict) -> None:
     outputs = [parts[name] for name in WATCHED]
 
-    def look(run: str | None, seen: tuple | None, request: gr.Request) -> list:
-        return watched(jobs, run, seen, ctx.visitors.of(request))
+    def look(run: str | None, seen: tuple | None, request: gr.Request) -> dict:
+        changes = watched(jobs, run, seen, ctx.visitors.of(request)) or {"seen": gr.skip()}
+        return {parts[name]: value for name, value in changes.items()}
 
     def attach(request: gr.Request) -> gr.Dropdown:
         names = run_names(jobs, ctx.visitors.of(request).id)
@@ -97,45 +98,48 @@ def _connect_control(
     gr.api(as_gradio_error(control), api_name=api_name, queue=False)
 
 
-def watched(jobs: Jobs, run: str | None, seen: tuple | None, visitor: Visitor) -> list:
-    """New values of the widgets of WATCHED; all are left as they are while the run is as it was `seen`."""
-    same = [gr.skip()] * len(WATCHED)
+def watched(jobs: Jobs, run: str | None, seen: tuple | None, visitor: Visitor) -> dict[str, Any]:
+    """New values of widgets of WATCHED by their names; none while the run is as it was `seen`."""
     if not run:
-        return same
+        return {}
     try:
         job = jobs.owned(run, visitor.id)
     except UserError:
         return _gone(run_names(jobs, visitor.id))
     now = watch(jobs, job, visitor)
-    return same if now.version == seen else _updates(now, job, visitor)
+    return {} if now.version == seen else _updates(now, job, visitor)
 
 
-def _gone(names: list[str]) -> list:
+def _gone(names: list[str]) -> dict[str, Any]:
     """The folder of the run was deleted, or it is another's, which must look the same."""
-    nothing = gr.update(visible=False)
-    off = gr.Button(interactive=False)
-    picker = gr.Dropdown(choices=names, value=None)
-    return [picker, None, notice(GONE, "bad"), off, off, nothing, nothing, nothing, nothing, nothing, ""]
+    hidden = ("use", "download", "loss", "fidelity", "samples")
+    return {
+        "run": gr.Dropdown(choices=names, value=None),
+        "seen": None,
+        "status": notice(GONE, "bad"),
+        "stop": gr.Button(interactive=False),
+        "resume": gr.Button(interactive=False),
+        "log": "",
+    } | {name: gr.update(visible=False) for name in hidden}
 
 
-def _updates(now: Watch, job: Job, visitor: Visitor) -> list:
+def _updates(now: Watch, job: Job, visitor: Visitor) -> dict[str, Any]:
     published = RunDir(job.run_dir).adapter_path
     ready = published.is_file() and not now.state.is_active
     file = str(link_into_user_folder(published, visitor, job.name)) if ready else None
     resumable = not now.state.is_active and now.state.state != "done"
-    return [
-        gr.skip(),
-        now.version,
-        now.status,
-        gr.Button(interactive=now.state.is_active),
-        gr.Button(interactive=resumable),
-        gr.Button(visible=ready),
-        gr.DownloadButton(value=file, visible=ready),
-        _plot(now.loss, "loss"),
-        _plot(now.fidelity, "score"),
-        gr.Gallery(now.samples, visible=bool(now.samples)),
-        now.log,
-    ]
+    return {
+        "seen": now.version,
+        "status": now.status,
+        "stop": gr.Button(interactive=now.state.is_active),
+        "resume": gr.Button(interactive=resumable),
+        "use": gr.Button(visible=ready),
+        "download": gr.DownloadButton(value=file, visible=ready),
+        "loss": _plot(now.loss, "loss"),
+        "fidelity": _plot(now.fidelity, "score"),
+        "samples": gr.Gallery(now.samples, visible=bool(now.samples)),
+        "log": now.log,
+    }
 
 
 def _plot(table: pd.DataFrame, y: str) -> gr.LinePlot:
