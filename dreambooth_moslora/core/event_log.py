@@ -43,7 +43,7 @@ def parse_event(line: str | bytes) -> dict[str, Any] | None:
     """None for a line that is no event of ours."""
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     is_event = isinstance(event, dict) and isinstance(event.get("type"), str)
     return event if is_event and isinstance(event.get("step", 0), int) else None

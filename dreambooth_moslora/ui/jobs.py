@@ -22,7 +22,7 @@ import psutil
 
 from dreambooth_moslora.core.assets import import_environment
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.event_log import Metrics
+from dreambooth_moslora.ui.run_events import RunEvents, phase_of
 
 __all__ = ["Job", "JobState", "Jobs", "run_name_of"]
 
@@ -60,10 +60,14 @@ class Job:
 
     @classmethod
     def load(cls, run_dir: Path) -> "Job | None":
+        """None where there is no record, or none that can be read."""
         try:
-            return cls(run_dir, **json.loads((run_dir / JOB_NAME).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            job = cls(run_dir, **json.loads((run_dir / JOB_NAME).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
+        texts, numbers = (job.owner, job.birth), (job.created, job.stop_asked)
+        is_sound = isinstance(job.pid, int) and all(isinstance(text, str) for text in texts)
+        return job if is_sound and all(isinstance(number, int | float) for number in numbers) else None
 
     @property
     def is_alive(self) -> bool:
@@ -136,7 +140,7 @@ class Jobs:
         self.runs_dir, self.script, self._make_room = runs_dir, script, make_room
         self._children: dict[int, subprocess.Popen] = {}
         self._exits: dict[int, int] = {}
-        self._metrics: dict[Path, Metrics] = {}
+        self._metrics: dict[Path, RunEvents] = {}
         self._lock = threading.Lock()
 
     def start(self, name: str, config: dict[str, Any], owner: str) -> Job:
@@ -151,10 +155,8 @@ class Jobs:
         job = self.owned(name, owner)
         if job.is_alive:
             raise UserError(f"the run {job.name} is still going on")
-        config = json.loads((job.run_dir / CONFIG_NAME).read_text(encoding="utf-8"))
-        (job.run_dir / CONFIG_NAME).write_text(
-            json.dumps(config | {"resume_from_checkpoint": "latest"}, indent=1), encoding="utf-8"
-        )
+        config = _settings_of(job) | {"resume_from_checkpoint": "latest"}
+        (job.run_dir / CONFIG_NAME).write_text(json.dumps(config, indent=1), encoding="utf-8")
         return self._launch(job.run_dir, owner)
 
     def stop(self, name: str, owner: str) -> Job:
@@ -199,10 +201,10 @@ class Jobs:
         self._reap()
         return next((job for job in self.all() if job.is_alive), None)
 
-    def metrics(self, job: Job) -> Metrics:
+    def metrics(self, job: Job) -> RunEvents:
         with self._lock:
             path = job.run_dir / METRICS_NAME
-            return self._metrics.setdefault(path, Metrics(path)).refresh()
+            return self._metrics.setdefault(path, RunEvents(path)).refresh()
 
     def state(self, job: Job) -> JobState:
         alive = job.is_alive  # before the metrics: what a process wrote is there when it has gone
@@ -220,7 +222,7 @@ class Jobs:
         step = max((int(event.get("step") or 0) for event in done), default=0)
         total = int(metrics.last("start").get("max_train_steps") or 0)
         message = str(end.get("message") or "") or ("" if end or alive else why_it_ended(job, self._exits.get(job.pid)))
-        return JobState(state, step, total, _phase(events), message)
+        return JobState(state, step, total, phase_of(events), message)
 
     def _launch(self, run_dir: Path, owner: str) -> Job:
         with self._make_room(), self._lock:
@@ -259,12 +261,14 @@ class Jobs:
                 self._children.pop(pid, None)
 
 
-def _phase(events: list[dict[str, Any]]) -> str:
-    """What the trainer does now: a step after the last announced phase means that it trains."""
-    for event in reversed(events):
-        if event.get("type") in ("phase", "step"):
-            return str(event.get("phase", "training"))
-    return ""
+def _settings_of(job: Job) -> dict[str, Any]:
+    try:
+        settings = json.loads((job.run_dir / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"the settings of the run {job.name} cannot be read, so it cannot go on; start a new one")
+    return settings
 
 
 def why_it_ended(job: Job, code: int | None) -> str:
