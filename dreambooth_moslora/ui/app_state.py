@@ -1,5 +1,6 @@
 """What all tabs share: the pipeline (loading while the page is already up), the adapters, the visitors, the stops."""
 
+import errno
 import functools
 import html
 import inspect
@@ -26,7 +27,7 @@ from dreambooth_moslora.ui.users import Visitor, Visitors, visitor_id
 if TYPE_CHECKING:
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
-__all__ = ["AT_ONCE", "GPU", "TELLING", "AppContext", "as_gradio_error", "sentence"]
+__all__ = ["AT_ONCE", "GPU", "TELLING", "AppContext", "as_gradio_error", "as_user_error", "sentence"]
 
 GPU = {"concurrency_id": "gpu", "concurrency_limit": 1}
 """Options of every event that computes: one at a time, the others wait in one queue."""
@@ -37,6 +38,7 @@ TELLING = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility
 """Options of small events with something to tell: an error or a remark comes to the page by the queue alone."""
 
 MAX_WAITING = 1000
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Page = tuple[str, str]
 """Visitor and session."""
 
@@ -150,29 +152,42 @@ def _fulfil(future: Future, load: Callable[[], "SubjectPipeline"]) -> None:
 
 
 def as_gradio_error(handler: Callable) -> Callable:
-    """A UserError in a handler becomes a message on the page; its text is escaped, it may quote a visitor's words."""
+    """What goes wrong in a handler becomes a message on the page (`as_user_error`), escaped: it may quote a visitor."""
     if inspect.isgeneratorfunction(handler):
 
         @functools.wraps(handler)
         def guarded(*args, **kwargs):
             try:
                 yield from handler(*args, **kwargs)
-            except UserError as error:
-                raise as_message(error) from error
+            except Exception as error:
+                raise _as_message(error) from error
     else:
 
         @functools.wraps(handler)
         def guarded(*args, **kwargs):
             try:
                 return handler(*args, **kwargs)
-            except UserError as error:
-                raise as_message(error) from error
+            except Exception as error:
+                raise _as_message(error) from error
 
     return guarded
 
 
-def as_message(error: UserError) -> gr.Error:
-    return gr.Error(html.escape(sentence(error), quote=False), duration=12, print_exception=False)
+def _as_message(error: Exception) -> gr.Error:
+    if isinstance(error, gr.Error):
+        return error
+    words = html.escape(sentence(as_user_error(error)), quote=False)
+    return gr.Error(words, duration=12, print_exception=False)
+
+
+def as_user_error(error: Exception) -> UserError:
+    """A person's mistake as it is; a full disk in words; anything else is ours, and only the log says what it is."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return UserError("the server's disk is full; free some space and try again")
+    logger.error("A handler of the page failed", exc_info=error)
+    return UserError("something went wrong; the server's log says what")
 
 
 def sentence(error: Exception | str) -> str:

@@ -10,7 +10,7 @@ import gradio as gr
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams
-from dreambooth_moslora.ui.app_state import AppContext, sentence
+from dreambooth_moslora.ui.app_state import AppContext, as_user_error, sentence
 from dreambooth_moslora.ui.generate_form import GenerateForm
 from dreambooth_moslora.ui.html_snippets import notice, progress_card, thumbnail
 from dreambooth_moslora.ui.libraries import import_libraries
@@ -74,9 +74,9 @@ def _run(
     try:
         yield from _drawn(ctx, params, request, axes, word)
     except Exception as error:
-        told = sentence(error) if isinstance(error, UserError) else "Something went wrong; the server's log says what."
-        yield Frame(notice(told, "bad"))
-        raise
+        told = as_user_error(error)
+        yield Frame(notice(sentence(told), "bad"))
+        raise told from error
 
 
 def _drawn(ctx: AppContext, params: GenerationParams, request: gr.Request, axes: tuple, word: str) -> Iterator[Frame]:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,7 @@ class Jobs:
         self.runs_dir, self.script, self._make_room = runs_dir, script, make_room
         self._children: dict[int, subprocess.Popen] = {}
         self._exits: dict[int, int] = {}
+        self._asked: dict[int, float] = {}  # process -> when it was asked to stop
         self._metrics: dict[Path, RunEvents] = {}
         self._lock = threading.Lock()
 
@@ -168,9 +169,10 @@ class Jobs:
             _kill_tree(job.pid)
             return job
         if not job.stop_asked:
-            job = replace(job, stop_asked=time.time())
-            job.save()
             os.kill(job.pid, signal.SIGTERM)
+            job = replace(job, stop_asked=self._asked.setdefault(job.pid, time.time()))
+            with suppress(OSError):  # a full disk: this server remembers
+                job.save()
         return job
 
     def owned(self, name: str, owner: str) -> Job:
@@ -178,7 +180,7 @@ class Jobs:
         job = Job.load(self.run_dir(name))
         if job is None or job.owner != owner:
             raise UserError(f"you have no run called {name!r:.60}")
-        return job
+        return replace(job, stop_asked=job.stop_asked or self._asked.get(job.pid, 0.0))
 
     def run_dir(self, name: str) -> Path:
         """Raises UserError for a name that would leave `runs_dir`."""
@@ -232,6 +234,7 @@ class Jobs:
             child = self._spawn(run_dir)
             self._children[child.pid] = child
             self._exits.pop(child.pid, None)
+            self._asked.pop(child.pid, None)
             try:
                 job = Job(run_dir, owner, child.pid, psutil.Process(child.pid).create_time(), birth=birth_of(child.pid))
                 job.save()

@@ -8,7 +8,7 @@ import pandas as pd
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import RunDir
-from dreambooth_moslora.ui.app_state import AT_ONCE, AppContext, as_gradio_error, sentence
+from dreambooth_moslora.ui.app_state import AT_ONCE, AppContext, as_gradio_error, as_user_error, sentence
 from dreambooth_moslora.ui.html_snippets import notice
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.train_actions import Watch, link_into_user_folder, watch
@@ -91,8 +91,8 @@ def _connect_control(
     def told(run: str | None, request: gr.Request) -> str:
         try:
             return control(run, request)
-        except UserError as error:
-            return notice(sentence(error), "bad")
+        except Exception as error:
+            return notice(sentence(as_user_error(error)), "bad")
 
     button.click(told, parts["run"], parts["status"], queue=False, api_visibility="private")
     gr.api(as_gradio_error(control), api_name=api_name, queue=False)
