@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from statistics import median
 
@@ -14,7 +15,7 @@ from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.raw_file import check_finite, component_tensors, matrices_from, read_raw, read_tensors
 from dreambooth_moslora.adapters.spectrum import diagnose, effective_rank_of, summary
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.errors import UserError, one_line
 
 __all__ = ["describe", "lines", "printable"]
 
@@ -67,8 +68,12 @@ def describe(path: str | Path) -> dict[str, object]:
     facts["dtypes"] = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
     if "raw_format" in tensors:
         return facts | describe_raw(path)
-    check_finite({k: t for k, t in tensors.items() if t.is_floating_point()}, path.name)
-    return facts | describe_pairs(path.name, tensors, header) | said_by_header(header)
+    try:
+        check_finite({k: t for k, t in tensors.items() if t.is_floating_point()}, path.name)
+        facts |= describe_pairs(path.name, tensors, header)
+    except RuntimeError as error:  # torch has no such operation for these numbers, or they are too large for it
+        raise UserError(f"{path.name} is broken: {one_line(error)}") from error
+    return facts | said_by_header(header)
 
 
 def describe_raw(path: Path) -> dict[str, object]:
@@ -118,6 +123,7 @@ def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
     Raises UserError for one without the other.
     """
     pairs = []
+    check_halves(name, tensors)
     for key, down in tensors.items():
         suffix = next((s for s in PAIRS if key.endswith(s)), None)
         if suffix is None or key.removesuffix(suffix) + UNFOLDED in tensors:
@@ -126,12 +132,22 @@ def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
         up = tensors.get(module + up_suffix)
         if up is None or up.ndim < 2 or down.ndim < 2 or not up.shape[1] == down.shape[0] > 0:
             raise UserError(f"{name} is broken: {module} has a down matrix without an up matrix of its rank")
+        if not isfinite(float(down.double().norm() * up.double().norm())):
+            raise UserError(f"{name} is broken: {module} has values too large to be multiplied")
         alpha = tensors.get(f"{module}.alpha")
         if alpha is not None and alpha.numel() != 1:
             raise UserError(f"{name} is broken: {module}.alpha is not one number")
         is_product = all(n == 1 for n in up.shape[2:]) and f"{module}.lora_mid.weight" not in tensors
         pairs.append(Pair(module, keys, LowRank(down, up), None if alpha is None else float(alpha), is_product))
     return pairs
+
+
+def check_halves(name: str, tensors: dict[str, Tensor]) -> None:
+    """Raises UserError for an up matrix whose down matrix is not there."""
+    for down_suffix, (up_suffix, _) in PAIRS.items():
+        modules = [key.removesuffix(up_suffix) for key in tensors if key.endswith(up_suffix)]
+        if alone := [module for module in modules if module + down_suffix not in tensors]:
+            raise UserError(f"{name} is broken: {alone[0]:.100} has an up matrix without a down matrix")
 
 
 @torch.no_grad()
