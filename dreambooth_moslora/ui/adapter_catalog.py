@@ -10,7 +10,7 @@ from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import free_name
 from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RAW_NAME
-from dreambooth_moslora.ui.body_limit import MAX_UPLOAD_BYTES
+from dreambooth_moslora.ui.adapter_check import check_upload
 from dreambooth_moslora.ui.generate_form import NONE
 from dreambooth_moslora.ui.jobs import JOB_NAME, Job
 from dreambooth_moslora.ui.users import Visitor
@@ -37,7 +37,7 @@ class AdapterCatalog:
         found = dict(visitor.uploads) if visitor else {}
         runs = [folder for folder in self.runs_dir.glob("*/") if _may_see(folder, visitor)]
         for file in [*sorted(self.adapters_dir.glob("*.safetensors")), *_run_files(runs)]:
-            if not _is_inside(file, self.adapters_dir) and not _is_inside(file, self.runs_dir):
+            if not _is_file_inside(file, (self.adapters_dir, self.runs_dir)):
                 continue
             found[free_name(_name_of(file), {NONE, *found}.__contains__, " ")] = file
         return found
@@ -71,14 +71,6 @@ class AdapterCatalog:
         shutil.copyfile(source, target)
         visitor.uploads[name] = target
         return name
-
-
-def check_upload(source: Path) -> None:
-    """Raises UserError for anything but a safetensors file of a sane size."""
-    if source.suffix != ".safetensors":
-        raise UserError(f"{source.name} is not a .safetensors file; other formats can carry code and are not opened")
-    if (size := source.stat().st_size) > MAX_UPLOAD_BYTES:
-        raise UserError(f"{source.name} has {size / 2**20:.0f} MiB; at most {MAX_UPLOAD_BYTES // 2**20} are taken")
 
 
 def clean_name(text: str) -> str:
@@ -137,6 +129,10 @@ def _public_path(file: Path, runs_dir: Path) -> str:
     return f"runs/{wanted.relative_to(runs_dir).as_posix()}" if is_run else file.name
 
 
-def _is_inside(file: Path, folder: Path) -> bool:
-    """Also after following links: a link out of the folder is not on the shelf."""
-    return file.resolve().is_relative_to(folder.resolve())
+def _is_file_inside(file: Path, folders: tuple[Path, ...]) -> bool:
+    """Also after following links: a link out of the folders, or in a circle, is not on the shelf, nor is a pipe."""
+    try:
+        place = file.resolve(strict=True)
+        return place.is_file() and any(place.is_relative_to(folder.resolve()) for folder in folders)
+    except (OSError, RuntimeError):
+        return False

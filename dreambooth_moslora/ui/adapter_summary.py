@@ -3,10 +3,14 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+
+from dreambooth_moslora.ui.adapter_check import check_header
 
 __all__ = ["AdapterSummary", "prompt_for", "renewed_prompt", "summary_of"]
 
@@ -41,6 +45,16 @@ class AdapterSummary:
 def summary_of(file: Path) -> AdapterSummary:
     """Never raises for a readable or unreadable file: a header is a hint, loading is the check."""
     try:
+        facts = file.stat()
+        return _read(file, facts.st_mtime_ns, facts.st_size) if S_ISREG(facts.st_mode) else AdapterSummary()
+    except OSError:
+        return AdapterSummary()
+
+
+@lru_cache(maxsize=1024)
+def _read(file: Path, mtime_ns: int, size: int) -> AdapterSummary:
+    try:
+        check_header(file)
         with safe_open(file, framework="numpy") as opened:
             header = opened.metadata() or {}
         facts = json.loads(header.get("moslora", "{}"))

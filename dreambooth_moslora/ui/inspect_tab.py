@@ -7,7 +7,7 @@ import gradio as gr
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.generation.params import SCHEDULERS, Recipe, read_recipe
-from dreambooth_moslora.ui.adapter_catalog import check_upload
+from dreambooth_moslora.ui.adapter_check import check_upload
 from dreambooth_moslora.ui.app_state import TELLING, AppContext, as_gradio_error, sentence
 from dreambooth_moslora.ui.generate_tab import GenerateTab, to_widgets
 from dreambooth_moslora.ui.html_snippets import facts_table, notice
