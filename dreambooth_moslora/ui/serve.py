@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from dreambooth_moslora.core.assets import assets_folder
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.process import set_environment_defaults
 from dreambooth_moslora.ui.libraries import import_libraries
@@ -16,6 +16,7 @@ from dreambooth_moslora.ui.libraries import import_libraries
 __all__ = ["add_arguments", "context_of", "main"]
 
 DEFAULT_RESOLUTION_PX = 1024
+MAX_PORT = 65535
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +56,8 @@ def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
 def serve(args: argparse.Namespace) -> int:
     from dreambooth_moslora.ui.host_check import LOOPBACK
 
+    if args.server_port is not None and not 1 <= args.server_port <= MAX_PORT:
+        raise UserError(f"--server_port {args.server_port} is no port; choose one from 1 to {MAX_PORT}")
     allowed = {parse_host(text) for text in args.allowed_host}
     logins = [parse_login(text) for text in args.auth or ()]
     is_public = args.share or args.server_name not in LOOPBACK
@@ -100,8 +103,7 @@ def parse_host(text: str) -> str:
 def context_of(args: argparse.Namespace, *, training: bool):
     """Start loading the base and say what the page needs to know before it is there."""
     folder = base_folder(args.base)
-    runs_dir = Path(args.runs_dir).expanduser().resolve()
-    runs_dir.mkdir(parents=True, exist_ok=True)
+    runs_dir = runs_folder(args.runs_dir)
 
     def load():
         import_libraries()
@@ -120,6 +122,16 @@ def context_of(args: argparse.Namespace, *, training: bool):
         runs_dir=runs_dir,
         training=training,
     )
+
+
+def runs_folder(text: str) -> Path:
+    """The folder, made if need be. Raises UserError where none can be."""
+    try:
+        folder = Path(text).expanduser().resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"--runs_dir {text} cannot be a folder: {one_line(error)}") from error
 
 
 def base_folder(name: str) -> Path | None:
