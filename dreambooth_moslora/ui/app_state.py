@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from dreambooth_moslora.base.locate import SMALL_BASE_PX
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.toy import preferred_guidance
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.ui.adapter_catalog import AdapterCatalog
@@ -38,6 +38,7 @@ TELLING = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility
 """Options of small events with something to tell: an error or a remark comes to the page by the queue alone."""
 
 MAX_WAITING = 1000
+MAX_SENTENCE = 300
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Page = tuple[str, str]
 """Visitor and session."""
@@ -192,5 +193,5 @@ def as_user_error(error: Exception) -> UserError:
 
 def sentence(error: Exception | str) -> str:
     """The words of an error or a remark, with a capital at their head; they may quote what is no character."""
-    text = str(error).encode("utf-8", "replace").decode()
+    text = one_line(error, MAX_SENTENCE).encode("utf-8", "replace").decode()
     return text[:1].upper() + text[1:]

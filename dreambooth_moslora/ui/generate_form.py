@@ -42,6 +42,9 @@ class GenerateForm:
     def params(self) -> GenerationParams:
         """Raises UserError for what cannot be generated. A negative or emptied seed is drawn here."""
         width, height = parse_size(self.size)
+        for name in ("adapter", "adapter_2", "adapter_3", "scheduler"):
+            if not isinstance(word := getattr(self, name) or "", str):
+                raise UserError(f"{name} must be a name, not {word!r:.30}")
         if not 1 <= _whole(self.num_images, "images") <= MAX_IMAGES:
             raise UserError(f"{self.num_images} images are asked for; the page makes 1 to {MAX_IMAGES} at a time")
         return GenerationParams(
@@ -54,7 +57,7 @@ class GenerateForm:
             width_px=width,
             num_images=_whole(self.num_images, "images"),
             adapters=self._adapters(),
-            scheduler=self.scheduler,
+            scheduler=str(self.scheduler or ""),
         )
 
     def _adapters(self) -> tuple[tuple[str, float], ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.generation.params import GenerationParams, Recipe, read_recipe
+from dreambooth_moslora.generation.params import GenerationParams, Recipe
 from dreambooth_moslora.ui.adapter_summary import renewed_prompt, summary_of
 from dreambooth_moslora.ui.app_state import AT_ONCE, GPU, TELLING, AppContext, as_gradio_error, sentence
 from dreambooth_moslora.ui.generate_actions import compare, draw_grid, make_pictures
@@ -24,7 +24,7 @@ from dreambooth_moslora.ui.generate_widgets import (
 )
 from dreambooth_moslora.ui.html_snippets import faint
 from dreambooth_moslora.ui.input_errors import explain_bad_values
-from dreambooth_moslora.ui.recipe_to_form import clamp_to_widgets, match_adapters
+from dreambooth_moslora.ui.recipe_to_form import clamp_to_widgets, match_adapters, recipe_of
 from dreambooth_moslora.ui.users import Picture, Visitor
 
 __all__ = ["GenerateTab", "build_generate_tab"]
@@ -202,15 +202,15 @@ def _connect_reuse(ctx: AppContext, tab: GenerateTab, results: dict, extras: dic
     @as_gradio_error
     def reuse_shown(pictures: list[Picture], index: int, request: gr.Request) -> list:
         own = _own(pictures, ctx.visitors.of(request))
-        return to_widgets(ctx, read_recipe(_picked(own, index)), request)
+        return to_widgets(ctx, recipe_of(_picked(own, index)), request)
 
     @as_gradio_error
     def reuse_history(index: int, request: gr.Request) -> list:
-        return to_widgets(ctx, read_recipe(_picked(list(ctx.visitors.of(request).history), index)), request)
+        return to_widgets(ctx, recipe_of(_picked(list(ctx.visitors.of(request).history), index)), request)
 
     @as_gradio_error
     def reuse_dropped(file: str | None, request: gr.Request) -> list:
-        return to_widgets(ctx, read_recipe(file), request) if file else [gr.skip()] * len(outputs)
+        return to_widgets(ctx, recipe_of(file), request) if file else [gr.skip()] * len(outputs)
 
     def from_template(template: str | None, adapter: str, request: gr.Request) -> Any:
         files = ctx.catalog.files(ctx.visitors.of(request))

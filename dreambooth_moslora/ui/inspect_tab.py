@@ -6,12 +6,13 @@ from typing import Any
 import gradio as gr
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.generation.params import SCHEDULERS, Recipe, read_recipe
+from dreambooth_moslora.generation.params import SCHEDULERS, Recipe
 from dreambooth_moslora.ui.adapter_check import check_upload
 from dreambooth_moslora.ui.app_state import TELLING, AppContext, as_gradio_error, sentence
 from dreambooth_moslora.ui.generate_tab import GenerateTab, to_widgets
 from dreambooth_moslora.ui.html_snippets import facts_table, notice
 from dreambooth_moslora.ui.libraries import import_libraries
+from dreambooth_moslora.ui.recipe_to_form import recipe_of
 
 __all__ = ["build_inspect_tab"]
 
@@ -34,7 +35,7 @@ def build_inspect_tab(ctx: AppContext, tabs: gr.Tabs, generate: GenerateTab) -> 
         if not file:
             return HINT, gr.Button(visible=False)
         is_picture = Path(file).suffix.lower() != ".safetensors"
-        return facts_table(recipe_facts(read_recipe(file)) if is_picture else adapter_facts(file)), gr.Button(
+        return facts_table(recipe_facts(recipe_of(file)) if is_picture else adapter_facts(file)), gr.Button(
             visible=is_picture
         )
 
@@ -42,7 +43,7 @@ def build_inspect_tab(ctx: AppContext, tabs: gr.Tabs, generate: GenerateTab) -> 
     def use_recipe(file: str | None, request: gr.Request) -> list:
         if not file:
             raise UserError("drop a PNG first")
-        return [gr.Tabs(selected="generate"), *to_widgets(ctx, read_recipe(file), request)]
+        return [gr.Tabs(selected="generate"), *to_widgets(ctx, recipe_of(file), request)]
 
     gr.on([file.upload, file.clear], inspect, file, [facts, use], api_name="inspect", concurrency_limit=2)
     use.click(use_recipe, file, [tabs, *generate.fields.values()], **TELLING)

@@ -7,11 +7,21 @@ from functools import lru_cache
 from pathlib import Path
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.generation.params import GenerationParams, Recipe
+from dreambooth_moslora.generation.params import GenerationParams, Recipe, read_recipe
 from dreambooth_moslora.ui.generate_actions import check_size
 from dreambooth_moslora.ui.generate_form import RANGES
 
-__all__ = ["match_adapters", "clamp_to_widgets"]
+__all__ = ["clamp_to_widgets", "match_adapters", "recipe_of"]
+
+
+def recipe_of(file: str | Path) -> Recipe:
+    """The recipe of anybody's PNG. Raises UserError for one that is damaged, or that holds endless numbers."""
+    try:
+        return read_recipe(file)
+    except UserError:
+        raise
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise UserError("the recipe inside the PNG is damaged") from error
 
 
 def match_adapters(recipe: Recipe, files: Mapping[str, Path], base: str) -> tuple[GenerationParams, list[str]]:

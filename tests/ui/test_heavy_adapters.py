@@ -44,10 +44,10 @@ def test_millions_of_names_are_refused_before_they_are_parsed(tmp_path):
     assert time.perf_counter() - began < 1
 
 
-@pytest.mark.parametrize("shapes", [[(8000, 1280), (1280, 8000)], [(320, 1280)] * 320], ids=["one of a high rank", "many"])
-def test_ranks_that_take_minutes_to_measure_are_refused(tmp_path, shapes):
-    with pytest.raises(UserError, match="ranks are too high"):
-        adapter_facts(str(with_ranks(tmp_path / "high.safetensors", *shapes)))
+def test_ranks_that_take_minutes_to_measure_are_refused(tmp_path):
+    for shapes in ([(8000, 1280), (1280, 8000)], [(320, 1280)] * 320):
+        with pytest.raises(UserError, match="ranks are too high"):
+            adapter_facts(str(with_ranks(tmp_path / "high.safetensors", *shapes)))
 
 
 def test_a_large_adapter_of_a_usual_rank_is_taken(tmp_path):

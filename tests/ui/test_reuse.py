@@ -1,5 +1,6 @@
 """Settings from a picture: what the form then holds is what Generate takes, and every change is remarked."""
 
+import json
 from dataclasses import replace
 
 import gradio as gr
@@ -7,11 +8,13 @@ import PIL.Image
 import pytest
 from PIL.PngImagePlugin import PngInfo
 
+from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams, read_recipe
+from dreambooth_moslora.ui.app_state import as_gradio_error
 from dreambooth_moslora.ui.generate_actions import check_size
 from dreambooth_moslora.ui.generate_form import RANGES, GenerateForm
 from dreambooth_moslora.ui.generate_widgets import ask_widgets, settings_widgets
-from dreambooth_moslora.ui.recipe_to_form import clamp_to_widgets, match_adapters
+from dreambooth_moslora.ui.recipe_to_form import clamp_to_widgets, match_adapters, recipe_of
 from tests.ui.test_handlers import context
 
 
@@ -56,3 +59,34 @@ def test_a_sampler_that_is_not_here_is_remarked(tmp_path, sampler, ours, remark)
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=text)
     params, remarks = match_adapters(read_recipe(tmp_path / "a.png"), {}, "toy")
     assert params.scheduler == ours and remarks == ([remark] if remark else [])
+
+
+ODD_RECIPES = {
+    "an endless scale": {"prompt": "a dog", "adapters": [["a", 10**400]]},
+    "an endless name": {"prompt": "a dog", "x" * 3_000_000: 1},
+    "an endless number": {"prompt": "a dog", "steps": 10**400},
+    "an endless scheduler": {"prompt": "a dog", "scheduler": "x" * 3_000_000},
+    "a list for a scheduler": {"prompt": "a dog", "scheduler": []},
+}
+
+
+@pytest.mark.parametrize("kind", ODD_RECIPES)
+def test_a_recipe_with_endless_or_odd_values_is_refused_in_a_short_line(tmp_path, kind):
+    info = PngInfo()
+    info.add_text("dreambooth_moslora", json.dumps({"params": ODD_RECIPES[kind]}), zip=True)
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    with pytest.raises(gr.Error) as told:
+        as_gradio_error(recipe_of)(tmp_path / "a.png")
+    assert len(told.value.message) < 400 and "server's log" not in told.value.message
+
+
+@pytest.mark.parametrize("scheduler", [[], ["euler"], {}, 5, None])
+def test_a_scheduler_that_is_no_word_is_told(scheduler):
+    with pytest.raises(UserError, match="scheduler"):
+        GenerateForm("a dog", scheduler=scheduler).params()
+
+
+@pytest.mark.parametrize("adapter", [["dog"], {"a": 1}, 5])
+def test_an_adapter_that_is_no_word_is_told(adapter):
+    with pytest.raises(UserError, match="adapter"):
+        GenerateForm("a dog", adapter=adapter).params()
