@@ -12,7 +12,7 @@ from dreambooth_moslora.ui.body_limit import MAX_UPLOAD_BYTES, BodySizeLimit
 from dreambooth_moslora.ui.generate_tab import build_generate_tab
 from dreambooth_moslora.ui.host_check import LOOPBACK, outermost
 from dreambooth_moslora.ui.inspect_tab import build_inspect_tab
-from dreambooth_moslora.ui.queue_limits import limit_waiting
+from dreambooth_moslora.ui.queue_limits import drop_unheard, limit_waiting
 from dreambooth_moslora.ui.theme import CSS, HEAD, theme
 from dreambooth_moslora.ui.train_tab import build_train_tab
 from dreambooth_moslora.ui.users import VisitorCookie
@@ -40,6 +40,7 @@ def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
                 build_inspect_tab(ctx, tabs, generate)
     page.queue(api_open=False)
     limit_waiting(page)
+    drop_unheard(page)
     return page
 
 

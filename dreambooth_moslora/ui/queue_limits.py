@@ -1,13 +1,16 @@
-"""Nobody fills the queue alone, and what only stops or lists something never waits for a place in it."""
+"""Nobody fills the queue alone, work that nobody listens to ends, and what stops or lists something needs no place."""
 
+import time
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import fastapi
 import gradio as gr
+from gradio.server_messages import ProcessCompletedMessage
 
 from dreambooth_moslora.ui.users import COOKIE, visitor_id
 
-__all__ = ["PER_ADDRESS", "PER_VISITOR", "PLACES", "STRANGERS", "limit_waiting"]
+__all__ = ["PER_ADDRESS", "PER_VISITOR", "PLACES", "STRANGERS", "UNHEARD_SEC", "drop_unheard", "limit_waiting"]
 
 PLACES = 64
 PER_VISITOR = 8
@@ -16,6 +19,8 @@ STRANGERS = 24
 PER_ADDRESS = 48
 """A cookie can be made up, too."""
 TOO_MANY = "{} jobs from here are waiting already; wait until one is done, or stop it"
+UNHEARD_SEC = 30.0
+UNHEARD = "the work was left, as nobody listened to it"
 FULL = "the queue is full; try again in a while"
 
 
@@ -38,6 +43,26 @@ def limit_waiting(page: gr.Blocks) -> None:
         return await push(body, request, username)
 
     queue.push = limited_push
+
+
+def drop_unheard(page: gr.Blocks) -> None:
+    """Let the queue of `page` leave a job whose messages nobody has fetched for 30 s.
+
+    Gradio itself leaves the work of a listener who goes away, but not of one who never came.
+    """
+    queue, heard = page._queue, WeakKeyDictionary()
+    send = queue.send_message
+
+    def send_if_heard(event: Any, message: Any) -> None:
+        unread = queue.pending_messages_per_session.get(event.session_hash)
+        if unread is None or unread.empty():
+            heard[event] = time.monotonic()
+        send(event, message)
+        if time.monotonic() - heard.setdefault(event, time.monotonic()) > UNHEARD_SEC and event.alive:
+            send(event, ProcessCompletedMessage(output={"error": UNHEARD}, success=False, title="Left"))
+            event.alive = False
+
+    queue.send_message = send_if_heard
 
 
 def _compete(one: Any, other: Any) -> bool:
