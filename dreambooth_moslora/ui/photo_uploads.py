@@ -21,6 +21,8 @@ MAX_PHOTOS = 50
 MAX_PHOTO_BYTES = 30 * 1024**2
 MAX_SIDE_PX = 4096
 MAX_PIXELS = 120 * 10**6
+MAX_PIXELS_TOGETHER = 600 * 10**6
+"""Of all files of a request: 50 photos of 12 megapixels. A core takes about 30 megapixels a second."""
 ONE_AT_A_TIME = threading.Lock()
 """Over all visitors: a photo of 120 megapixels takes up to a gigabyte while it is decoded."""
 
@@ -49,6 +51,7 @@ def take_photos(files: list[str], folder: Path) -> Intake:
         raise UserError("add some photos of your subject first")
     if len(photos) > MAX_PHOTOS:
         raise UserError(f"{len(photos)} photos are too many; {MAX_PHOTOS} at most, and 4 to 10 good ones are enough")
+    check_sum([*photos, *masks.values()])
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
         (new := Path(scratch) / folder.name).mkdir()
@@ -121,21 +124,33 @@ def clean_copy(file: Path) -> tuple[PIL.Image.Image, bool]:
     return bare, is_rotated(opened)
 
 
+def check_sum(files: list[Path]) -> None:
+    """Raises UserError for files of too many pixels together: all visitors' photos are taken in one at a time."""
+    pixels = sum(pixels_of(file) for file in files)
+    if pixels > MAX_PIXELS_TOGETHER:
+        most = MAX_PIXELS_TOGETHER // 10**6
+        raise UserError(f"the photos have {pixels / 1e6:.0f} megapixels together; at most {most} are taken at a time")
+
+
 def check_size(file: Path) -> None:
     """Raises UserError for a file above 30 MiB or of more than 120 megapixels by its header; nothing is decoded."""
-    from dreambooth_moslora.photos.image_file import FORMATS, register_heif
-
     if file.stat().st_size > MAX_PHOTO_BYTES:
         raise UserError(f"{file.name} is larger than {MAX_PHOTO_BYTES // 2**20} MiB")
+    if (pixels := pixels_of(file)) > MAX_PIXELS:
+        raise UserError(f"{file.name} has {pixels / 1e6:.0f} megapixels; at most {MAX_PIXELS // 10**6} are read")
+
+
+def pixels_of(file: Path) -> int:
+    """By the file's header; 0 for what is no image, of which `open_image` says in words what is wrong."""
+    from dreambooth_moslora.photos.image_file import FORMATS, register_heif
+
     register_heif()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with PIL.Image.open(file, formats=FORMATS) as image:
-                pixels = image.width * image.height
+                return image.width * image.height
     except PIL.Image.DecompressionBombError as error:
         raise UserError(f"{file.name} has too many pixels") from error
     except (OSError, ValueError, SyntaxError):
-        return  # `open_image` says in words what is wrong
-    if pixels > MAX_PIXELS:
-        raise UserError(f"{file.name} has {pixels / 1e6:.0f} megapixels; at most {MAX_PIXELS // 10**6} are read")
+        return 0

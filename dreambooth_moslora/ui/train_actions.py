@@ -92,7 +92,10 @@ def start_run(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) ->
         raise UserError("another run is going on; one run at a time")
     run_dir = free_run_dir(jobs, form)
     config = TrainConfig.from_dict(form.config(ctx.base_name, ctx.resolution_px, run_dir / "photos", run_dir))
-    run_dir.mkdir(parents=True)
+    try:
+        run_dir.mkdir(parents=True)
+    except FileExistsError as error:
+        raise UserError("another run is just being started; one run at a time") from error
     try:
         with ONE_AT_A_TIME:
             shutil.copytree(photos, run_dir / "photos")

@@ -23,6 +23,9 @@ from dreambooth_moslora.ui.users import Visitor
 
 __all__ = ["build_train_tab"]
 
+TAKING_PHOTOS = {"concurrency_limit": 4}
+"""Options of events that take in photos: the visitors take turns photo by photo (`photo_uploads.ONE_AT_A_TIME`)."""
+
 
 def build_train_tab(ctx: AppContext, jobs: Jobs, page: gr.Blocks, tabs: gr.Tabs, generate: GenerateTab) -> None:
     with gr.Row(elem_id="train", equal_height=False):
@@ -118,6 +121,7 @@ def _connect_photos(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
         shown_photos,
         api_visibility="private",
         show_progress="minimal",
+        **TAKING_PHOTOS,
     )
 
 
@@ -161,8 +165,9 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
         parts["prompts"],
         **AT_ONCE,
     )
-    parts["start"].click(train, inputs_kwargs=inputs, outputs=[parts["run"], parts["status"]], api_name="train")
-    parts["estimate"].click(estimate, inputs_kwargs=inputs, outputs=parts["cost"], api_name="estimate")
+    started = [parts["run"], parts["status"]]
+    parts["start"].click(train, inputs_kwargs=inputs, outputs=started, api_name="train", **TAKING_PHOTOS)
+    parts["estimate"].click(estimate, inputs_kwargs=inputs, outputs=parts["cost"], api_name="estimate", **TAKING_PHOTOS)
 
 
 def _connect_use(ctx: AppContext, jobs: Jobs, parts: dict, tabs: gr.Tabs, generate: GenerateTab) -> None:

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import gradio as gr
+
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.ui.app_state import AppContext
 from dreambooth_moslora.ui.page import build_app, launch_options
@@ -17,6 +19,7 @@ __all__ = ["Served", "serve"]
 class Served:
     url: str
     ctx: AppContext
+    page: gr.Blocks
 
 
 @contextmanager
@@ -40,7 +43,7 @@ def serve(tiny_base: Path, folder: Path, *, training: bool = True, **launch) -> 
     page = build_app(ctx, ["a photo of {} in the jungle", "a red {}"])
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **launch_options() | launch)
     try:
-        yield Served(url, ctx)
+        yield Served(url, ctx, page)
     finally:
         page.close()
         ctx.visitors.close()

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -125,3 +126,35 @@ def test_two_tabs_that_send_photos_at_once_do_not_mix_them(tmp_path):
     kept = [PIL.Image.open(path).getpixel((0, 0)) for path in folder.iterdir()]
     assert not faults and kept in ([(255, 0, 0)] * 6, [(0, 0, 255)])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["blue.png", "photos", "red.png"]
+
+
+def flat_png(path: Path, side: int) -> str:
+    PIL.Image.new("1", (side, side)).save(path)
+    return str(path)
+
+
+def test_photos_of_too_many_pixels_together_are_refused_before_any_is_decoded(tmp_path):
+    files = [flat_png(tmp_path / f"{number}.png", 10_000) for number in range(7)]
+    started = time.perf_counter()
+    with pytest.raises(UserError, match="700 megapixels together"):
+        take_photos(files, tmp_path / "photos")
+    assert time.perf_counter() - started < 1
+
+
+def test_one_photo_need_not_wait_for_another_visitors_many(tmp_path):
+    """They take turns photo by photo."""
+    many = [flat_png(tmp_path / f"{number}.png", 5000) for number in range(12)]
+    small = flat_png(tmp_path / "small.png", 64)
+    slow = threading.Thread(target=take_photos, args=(many, tmp_path / "a" / "photos"))
+    slow.start()
+    while not list(tmp_path.glob("a/*/photos/photo_*.png")):
+        time.sleep(0.01)
+    take_photos([small], tmp_path / "b" / "photos")
+    assert slow.is_alive()
+    slow.join(120)
+
+
+def test_estimate_and_train_do_not_wait_for_each_other(served):
+    fns = {fn.api_name: fn for fn in served.page.fns.values()}
+    limits = [fns[name].concurrency_limit for name in ("estimate", "train")]
+    assert min(limits) > 1
