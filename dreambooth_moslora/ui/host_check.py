@@ -19,6 +19,8 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 HEADERS = (b"host", b"origin", b"x-forwarded-host", b"sec-fetch-site")
 FOREIGN_SITES = ("cross-site", "same-site")
 """Values of Sec-Fetch-Site: "same-site" is another port or another name of the same domain."""
+OF_ANSWERS = (b"connection", b"content-type", b"content-length", b"cache-control")
+"""Headers that an answer may have in common with its request."""
 Lifespan = Callable[[Any], AbstractAsyncContextManager]
 SAME_SITE_NONE = re.compile(rb"samesite=none", re.IGNORECASE)
 
@@ -40,7 +42,12 @@ class TrustedHosts:
         elif refusal := self._refusal(scope):
             await refusal(scope, receive, send)
         else:
-            await self.app(scope, receive, _with_lax_cookies(send))
+            named = [(name, value) for name, value in scope["headers"] if self._may_pass(name, value)]
+            await self.app(scope | {"headers": named}, receive, _cleaned(send, scope["headers"]))
+
+    def _may_pass(self, name: bytes, value: bytes) -> bool:
+        """X-Forwarded-Host goes into addresses that gradio gives to everybody: only known names."""
+        return name != b"x-forwarded-host" or hostname(f"//{value.decode('latin1')}") in self.allowed
 
     def _refusal(self, scope: dict) -> PlainTextResponse | None:
         headers = {name: value.decode("latin1") for name, value in scope["headers"] if name in HEADERS}
@@ -74,13 +81,19 @@ def outermost(hosts: Collection[str] | None, allowed: Collection[str]) -> Lifesp
     return lifespan
 
 
-def _with_lax_cookies(send: Any) -> Any:
-    async def send_lax(message: dict) -> None:
+def _cleaned(send: Any, asked: list[tuple[bytes, bytes]]) -> Any:
+    """`send` with lax cookies, and without the request's own headers: gradio repeats them to whoever asks for a part
+    of a file, the cookie that no script may read among them.
+    """
+    own = {(name.lower(), value) for name, value in asked if name.lower() not in OF_ANSWERS}
+
+    async def send_cleaned(message: dict) -> None:
         if message["type"] == "http.response.start":
-            message["headers"] = [_lax(name, value) for name, value in message.get("headers", ())]
+            headers = [_lax(name, value) for name, value in message.get("headers", ())]
+            message["headers"] = [header for header in headers if (header[0].lower(), header[1]) not in own]
         await send(message)
 
-    return send_lax
+    return send_cleaned
 
 
 def _lax(name: bytes, value: bytes) -> tuple[bytes, bytes]:

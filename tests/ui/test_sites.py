@@ -114,3 +114,22 @@ def test_a_public_page_answers_to_any_name_that_is_also_the_origin(public):
     forwarded = {"X-Forwarded-Host": "example.org", "Origin": "https://example.org"}
     assert httpx.get(public.url, headers=forwarded).status_code == 200
     assert Client(public.url, auth=("ann", "secret"), verbose=False).predict(api_name="/adapters")
+
+
+def test_a_forwarded_name_is_believed_only_when_it_is_allowed(proxied, served):
+    evil, mine = {"X-Forwarded-Host": "evil.example"}, {"X-Forwarded-Host": NAME, "Host": NAME}
+    assert "evil.example" not in httpx.get(f"{served.url}gradio_api/info?all_endpoints=", headers=evil).text
+    for path in ("config", "gradio_api/info?all_endpoints=", ""):
+        assert "evil.example" not in httpx.get(f"{served.url}{path}", headers=evil).text, path
+    login = {"Cookie": cookie_of(proxied.url, mine)}
+    assert httpx.get(f"{proxied.url}config", headers=mine | login).json()["root"].endswith(f"//{NAME}")
+    for odd in ("evil.example:port", "[", ""):
+        assert httpx.get(f"{served.url}config", headers={"X-Forwarded-Host": odd}).status_code == 200
+
+
+def test_a_part_of_a_file_comes_without_the_visitors_cookie(served):
+    mine = {"Cookie": "moslora_visitor=secret", "Range": "bytes=0-1"}
+    path = httpx.post(f"{served.url}gradio_api/upload", files={"files": ("a.png", b"abc")}, headers=mine).json()[0]
+    answer = httpx.get(f"{served.url}gradio_api/file={path}", headers=mine)
+    assert (answer.status_code, answer.content) == (206, b"ab")
+    assert "secret" not in str(answer.headers) and "host" not in answer.headers and "range" not in answer.headers
