@@ -7,7 +7,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.formparsers import MultiPartException
 from starlette.responses import PlainTextResponse
 
-__all__ = ["MAX_BODY_BYTES", "MAX_UPLOAD_BYTES", "BodySizeLimit"]
+__all__ = ["MAX_BODY_BYTES", "MAX_UPLOAD_BYTES", "UPLOAD", "BodySizeLimit", "header_of", "promised_bytes"]
 
 UPLOAD = "/gradio_api/upload"
 MAX_BODY_BYTES = 4 * 1024**2
@@ -30,18 +30,18 @@ class BodySizeLimit:
             await self.app(scope, receive, send)
             return
         is_upload = scope["path"] == UPLOAD
-        if _promised_bytes(scope) > MAX_BODY_BYTES + MAX_UPLOAD_BYTES * is_upload:
+        if promised_bytes(scope) > MAX_BODY_BYTES + MAX_UPLOAD_BYTES * is_upload:
             await PlainTextResponse("too long; files are sent to /upload", 413)(scope, receive, send)
         else:
             await self.app(scope, _watched(receive, scope) if is_upload else _counted(receive), send)
 
 
-def _header(scope: dict, wanted: bytes) -> bytes:
+def header_of(scope: dict, wanted: bytes) -> bytes:
     return next((value for name, value in scope["headers"] if name == wanted), b"")
 
 
-def _promised_bytes(scope: dict) -> int:
-    promised = _header(scope, b"content-length")
+def promised_bytes(scope: dict) -> int:
+    promised = header_of(scope, b"content-length")
     return int(promised) if promised.isdigit() else 0
 
 
@@ -63,7 +63,7 @@ def _watched(receive: Any, scope: dict) -> Any:
 
     That is the error at which gradio deletes what it has written so far.
     """
-    taken, meter, is_open = 0, _FieldMeter(_header(scope, b"content-type")), True
+    taken, meter, is_open = 0, _FieldMeter(header_of(scope, b"content-type")), True
 
     async def watched() -> dict:
         nonlocal taken, is_open

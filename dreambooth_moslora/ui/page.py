@@ -15,10 +15,12 @@ from dreambooth_moslora.ui.inspect_tab import build_inspect_tab
 from dreambooth_moslora.ui.queue_limits import drop_unheard, limit_waiting
 from dreambooth_moslora.ui.theme import CSS, HEAD, theme
 from dreambooth_moslora.ui.train_tab import build_train_tab
+from dreambooth_moslora.ui.upload_quota import UploadQuota
 from dreambooth_moslora.ui.users import VisitorCookie
 
 __all__ = ["build_app", "launch_options"]
 
+LAYERS = (BodySizeLimit, UploadQuota, VisitorCookie)
 CACHE_CHECK_SEC, CACHE_AGE_SEC = 3600, 24 * 3600
 
 
@@ -59,7 +61,7 @@ def launch_options(allowed: Collection[str] = (), *, public: bool = False) -> di
         "run_history": False,
         "max_file_size": MAX_UPLOAD_BYTES,
         "app_kwargs": {
-            "middleware": [Middleware(BodySizeLimit), Middleware(VisitorCookie)],
+            "middleware": [Middleware(layer) for layer in LAYERS],
             "lifespan": outermost(hosts, allowed),
         },
         "enable_monitoring": False,

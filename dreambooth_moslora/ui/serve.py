@@ -64,6 +64,7 @@ def serve(args: argparse.Namespace) -> int:
     if is_public and not logins:
         print("warning: everybody who finds this address can use it; training is off without --auth", file=sys.stderr)
     context = context_of(args, training=bool(logins) or not is_public)
+    os.environ["GRADIO_TEMP_DIR"] = str(context.visitors.root / "gradio")  # its uploads go with the visitors' files
     from dreambooth_moslora.ui.page import build_app, launch_options
 
     options = launch_options(allowed, public=is_public) | {

@@ -85,7 +85,8 @@ class Visitors:
 
     def __init__(self) -> None:
         sweep()
-        self.root = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
+        home().mkdir(parents=True, exist_ok=True)
+        self.root = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=home())).resolve()
         self._known: OrderedDict[str, Visitor] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -111,9 +112,14 @@ class Visitors:
         shutil.rmtree(self.root, ignore_errors=True)
 
 
+def home() -> Path:
+    """Where the folders of all servers lie."""
+    return Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())
+
+
 def sweep() -> None:
     """Remove what servers that were killed left of their visitors."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+    for folder in home().glob(f"{PREFIX}*"):
         pid = folder.name.removeprefix(PREFIX).partition("-")[0]
         if not (pid.isdigit() and psutil.pid_exists(int(pid))):
             shutil.rmtree(folder, ignore_errors=True)
