@@ -12,6 +12,7 @@ from dreambooth_moslora.ui.body_limit import MAX_UPLOAD_BYTES, BodySizeLimit
 from dreambooth_moslora.ui.generate_tab import build_generate_tab
 from dreambooth_moslora.ui.host_check import LOOPBACK, outermost
 from dreambooth_moslora.ui.inspect_tab import build_inspect_tab
+from dreambooth_moslora.ui.login_limit import LoginLimit
 from dreambooth_moslora.ui.queue_limits import drop_unheard, limit_waiting
 from dreambooth_moslora.ui.theme import CSS, HEAD, theme
 from dreambooth_moslora.ui.train_tab import build_train_tab
@@ -20,7 +21,7 @@ from dreambooth_moslora.ui.users import VisitorCookie
 
 __all__ = ["build_app", "launch_options"]
 
-LAYERS = (BodySizeLimit, UploadQuota, VisitorCookie)
+LAYERS = (BodySizeLimit, UploadQuota, LoginLimit, VisitorCookie)
 CACHE_CHECK_SEC, CACHE_AGE_SEC = 3600, 24 * 3600
 
 
