@@ -5,6 +5,7 @@ import functools
 import html
 import inspect
 import logging
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -73,8 +74,9 @@ class AppContext:
         is_small = resolution_px <= SMALL_BASE_PX
         self.turns = GpuTurns(self.pipeline, self.loaded, lambda: self.jobs.current() is not None, is_small=is_small)
         self.jobs = Jobs(runs_dir, make_room=self.turns.training)
+        self.jobs.public_names |= {f"{adapters_dir}/": ""} | ({base_name: base} if os.sep in base_name else {})
         self._load, self._load_lock = load, threading.Lock()
-        self._pipeline = _loading(load)
+        self._pipeline = _loading(load, self.jobs.told)
 
     @property
     def guidance_scale(self) -> float:
@@ -94,7 +96,7 @@ class AppContext:
         """Waits until the base is there; a failed load is tried again. Raises UserError when that fails."""
         with self._load_lock:
             if self._pipeline.done() and self._pipeline.exception() is not None:
-                self._pipeline = _loading(self._load)
+                self._pipeline = _loading(self._load, self.jobs.told)
             loading = self._pipeline
         return loading.result()
 
@@ -134,19 +136,19 @@ def _page_of(request: gr.Request) -> Page:
     return visitor_id(request), str(request.session_hash)
 
 
-def _loading(load: Callable[[], "SubjectPipeline"]) -> "Future[SubjectPipeline]":
+def _loading(load: Callable[[], "SubjectPipeline"], told: Callable[[str], str]) -> "Future[SubjectPipeline]":
     """What `load` will have returned, in a thread of its own."""
     future: Future[SubjectPipeline] = Future()
-    threading.Thread(target=_fulfil, args=(future, load), name="load-base", daemon=True).start()
+    threading.Thread(target=_fulfil, args=(future, load, told), name="load-base", daemon=True).start()
     return future
 
 
-def _fulfil(future: Future, load: Callable[[], "SubjectPipeline"]) -> None:
+def _fulfil(future: Future, load: Callable[[], "SubjectPipeline"], told: Callable[[str], str]) -> None:
     try:
         future.set_result(load())
     except UserError as error:
         logger.error("The base could not be loaded: %s", error)
-        future.set_exception(error)
+        future.set_exception(UserError(told(str(error))))
     except Exception:
         logger.exception("The base could not be loaded")
         future.set_exception(UserError("the base could not be loaded; the server's log says why"))

@@ -21,6 +21,15 @@ __all__ = ["estimate_cost"]
 
 def estimate_cost(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> str:
     """Steps, time, memory and disk as HTML. Raises UserError for what training would refuse."""
+    try:
+        lines = _lines(ctx, jobs, form, visitor)
+    except UserError as error:
+        raise UserError(jobs.told(str(error))) from error
+    items = "".join(f"<li>{escape(jobs.told(line))}</li>" for line in lines)
+    return f'<div class="card"><ul class="remarks">{items}</ul></div>'
+
+
+def _lines(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> list[str]:
     from dreambooth_moslora.base.locate import base_folder
     from dreambooth_moslora.core.config import TrainConfig
     from dreambooth_moslora.training.dry_run import cost_lines, remarks, step_lines
@@ -35,14 +44,13 @@ def estimate_cost(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor
     plan = plan_steps(config, count)
     size = size_of_base(base_folder(config), config.target_modules)
     cost = estimate(config, size, plan.total_steps, count)
-    lines = [
+    return [
         *step_lines(config, plan),
         *time_line(jobs, config, plan.total_steps),
         *cost_lines(config, cost),
         *choice_lines(config, cost),
         *remarks(config),
     ]
-    return f'<div class="card"><ul class="remarks">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul></div>'
 
 
 def time_line(jobs: Jobs, config: "TrainConfig", total_steps: int) -> list[str]:

@@ -138,11 +138,18 @@ class Jobs:
         make_room: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self.runs_dir, self.script, self._make_room = runs_dir, script, make_room
+        self.public_names = {f"{runs_dir}/": ""}  # what may stand in a message -> what a visitor reads
         self._children: dict[int, subprocess.Popen] = {}
         self._exits: dict[int, int] = {}
         self._asked: dict[int, float] = {}  # process -> when it was asked to stop
         self._metrics: dict[Path, RunEvents] = {}
         self._lock = threading.Lock()
+
+    def told(self, text: str) -> str:
+        """Without the folders of this machine, which are no visitor's business."""
+        for place, name in self.public_names.items():
+            text = text.replace(place, name)
+        return text
 
     def start(self, name: str, config: dict[str, Any], owner: str) -> Job:
         """Start training into `runs_dir`/`name`. Raises UserError while another run is going on."""

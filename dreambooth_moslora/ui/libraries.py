@@ -3,11 +3,14 @@
 They import each other in circles: two threads that begin at different places find half-made modules.
 """
 
+import logging
 import threading
 
 __all__ = ["import_libraries"]
 
 _ONE_AT_A_TIME = threading.Lock()
+TELLS_PROMPTS = "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl"
+"""Whose warning repeats the end of a prompt that is too long."""
 
 
 def import_libraries() -> None:
@@ -15,3 +18,9 @@ def import_libraries() -> None:
     with _ONE_AT_A_TIME:
         import dreambooth_moslora.adapters.describe
         import dreambooth_moslora.generation.grids  # and by it the pipeline  # noqa: F401
+
+        logging.getLogger(TELLS_PROMPTS).addFilter(_tells_no_prompt)
+
+
+def _tells_no_prompt(record: logging.LogRecord) -> bool:
+    return "your input was truncated" not in str(record.msg)

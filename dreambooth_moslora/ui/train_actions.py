@@ -130,17 +130,12 @@ def watch(jobs: Jobs, job: Job, visitor: Visitor) -> Watch:
     return Watch(
         version=(job.name, job.created, state, len(metrics.events)),
         state=state,
-        status=status_card(replace(state, message=without_paths(state.message, jobs)), metrics),
+        status=status_card(replace(state, message=jobs.told(state.message)), metrics),
         loss=loss_table(metrics),
         fidelity=fidelity_table(metrics),
         samples=samples_of(job, metrics, visitor),
-        log=without_paths(job.log_tail(), jobs),
+        log=jobs.told(job.log_tail()),
     )
-
-
-def without_paths(text: str, jobs: Jobs) -> str:
-    """Where the runs lie on this machine is no visitor's business."""
-    return text.replace(f"{jobs.runs_dir}/", "")
 
 
 def status_card(state: JobState, metrics: Metrics) -> str:

@@ -14,7 +14,7 @@ from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.train_actions import Watch, link_into_user_folder, watch
 from dreambooth_moslora.ui.users import Visitor
 
-__all__ = ["connect_watch", "picture_rows", "run_names", "watch_widgets"]
+__all__ = ["connect_watch", "picture_rows", "run_names", "status_of", "watch_widgets"]
 
 POLL_SEC = 2.0
 NO_RUN = notice("No run yet. Add photos, choose the words, start.")
@@ -61,11 +61,7 @@ def connect_watch(ctx: AppContext, jobs: Jobs, page: gr.Blocks, parts: dict) -> 
 
     @as_gradio_error
     def status(run: str | None, request: gr.Request) -> dict:
-        visitor = ctx.visitors.of(request)
-        state = jobs.state(jobs.owned(run or "", visitor.id))
-        return {"run": run, "state": state.state, "step": state.step, "steps": state.max_train_steps} | (
-            {"message": state.message} if state.message else {}
-        )
+        return status_of(jobs, jobs.owned(run or "", ctx.visitors.of(request).id))
 
     page.load(attach, None, parts["run"], **AT_ONCE).then(look, [parts["run"], parts["seen"]], outputs, **AT_ONCE)
     parts["timer"].tick(look, [parts["run"], parts["seen"]], outputs, **AT_ONCE)
@@ -73,6 +69,13 @@ def connect_watch(ctx: AppContext, jobs: Jobs, page: gr.Blocks, parts: dict) -> 
     _connect_control(ctx, parts["stop"], parts, jobs.stop, "stop_training")
     _connect_control(ctx, parts["resume"], parts, jobs.resume, "resume_training")
     gr.api(status, api_name="train_status")
+
+
+def status_of(jobs: Jobs, job: Job) -> dict[str, Any]:
+    """A run's state for a program."""
+    state = jobs.state(job)
+    facts = {"run": job.name, "state": state.state, "step": state.step, "steps": state.max_train_steps}
+    return facts | ({"message": jobs.told(state.message)} if state.message else {})
 
 
 def _connect_control(
