@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import PIL.Image
@@ -20,8 +20,12 @@ from dreambooth_moslora.ui.generate_actions import format_seconds
 from dreambooth_moslora.ui.html_snippets import notice, progress_card
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, run_name_of
 from dreambooth_moslora.ui.photo_uploads import ONE_AT_A_TIME, take_photos
-from dreambooth_moslora.ui.train_form import TrainForm, prompts_of
+from dreambooth_moslora.ui.train_form import TrainForm, crop_config, prompts_of
 from dreambooth_moslora.ui.users import Visitor
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.core.config import TrainConfig
+    from dreambooth_moslora.photos.folder import Photo
 
 __all__ = ["PhotoReview", "Watch", "link_into_user_folder", "review_kept", "review_photos", "start_run", "watch"]
 
@@ -48,36 +52,43 @@ class PhotoReview:
     remarks: str
 
 
-def review_photos(ctx: AppContext, files: list[str], visitor: Visitor) -> PhotoReview:
+def review_photos(ctx: AppContext, files: list[str], visitor: Visitor, seed: int = 0) -> PhotoReview:
     """Take clean copies and judge them. Raises UserError when no file is a photo."""
-    return review_kept(ctx, visitor, take_photos(files, visitor.photos_dir).remarks)
+    return review_kept(ctx, visitor, take_photos(files, visitor.photos_dir).remarks, seed)
 
 
-def review_kept(ctx: AppContext, visitor: Visitor, remarks: tuple[str, ...] = ()) -> PhotoReview:
-    """Judge the clean copies that are there; `remarks` are lines about the files that they came from."""
+def review_kept(ctx: AppContext, visitor: Visitor, remarks: tuple[str, ...] = (), seed: int = 0) -> PhotoReview:
+    """Judge the clean copies that are there; `remarks` are lines about the files that they came from.
+
+    Each is shown by the first crop that a run with this `seed` takes of it.
+    """
     from dreambooth_moslora.photos.checks import examine
     from dreambooth_moslora.photos.folder import find_photos
 
+    config = crop_config(ctx.base_name, ctx.resolution_px, visitor.photos_dir, seed)
     report = examine(find_photos(visitor.photos_dir, "", ctx.resolution_px), ctx.resolution_px)
-    crops = [(crop_of(photo, ctx.resolution_px), ", ".join(photo.reasons) or "good") for photo in report.photos]
+    crops = [
+        (first_crop(photo, number, config), ", ".join(photo.reasons) or "good")
+        for number, photo in enumerate(report.photos)
+    ]
     lines = [*remarks, *(f"{Path(skipped.path).name}: {skipped.reason}" for skipped in report.skipped)]
     lines += [f"photo {i}: {', '.join(photo.reasons)}" for i, photo in enumerate(report.photos, 1) if photo.reasons]
-    words = f"{len(crops)} photo{'s' * (len(crops) != 1)}, shown as they will be cropped."
+    each = config.crops_per_photo
+    how = "shown as they will be cropped" if each == 1 else f"each shown by the first of its {each} crops"
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     listed = f'<ul class="remarks">{items}</ul>' if items else ""
+    words = f"{len(crops)} photo{'s' * (len(crops) != 1)}, {how}."
     return PhotoReview(crops, f'<div class="card"><b>{words}</b>{listed}</div>')
 
 
-def crop_of(photo: Any, resolution_px: int) -> PIL.Image.Image:
-    """The middle crop that training takes when it is told to centre, dark where its mask leaves it out."""
-    import random
-
-    from dreambooth_moslora.photos.crop_preview import masked
-    from dreambooth_moslora.photos.crops import apply_crop, plan_crop
+def first_crop(photo: "Photo", number: int, config: "TrainConfig") -> PIL.Image.Image:
+    """Of photo `number` of the folder, as training takes it; dark where its mask leaves it out."""
+    from dreambooth_moslora.photos.crop_preview import masked, plans_of
+    from dreambooth_moslora.photos.crops import apply_crop
     from dreambooth_moslora.photos.folder import open_mask, open_rgb
 
-    plan = plan_crop(photo.size_px, resolution_px, random.Random(0), center_crop=True, random_flip=False)
-    return apply_crop(masked(open_rgb(photo), open_mask(photo)), plan)
+    plan = next(plans_of(photo, number, config))
+    return apply_crop(masked(open_rgb(photo), open_mask(photo)), plan, config.image_interpolation_mode)
 
 
 def start_run(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> Job:

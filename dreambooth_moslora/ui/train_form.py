@@ -12,7 +12,7 @@ from dreambooth_moslora.generation.params import check_characters
 from dreambooth_moslora.ui.memory_choice import memory_choice
 from dreambooth_moslora.ui.photo_uploads import kept_photos
 
-__all__ = ["PRESETS", "Preset", "TrainForm", "preset_for", "prompts_of"]
+__all__ = ["PRESETS", "Preset", "TrainForm", "crop_config", "preset_for", "prompts_of"]
 
 MAX_WORD_CHARACTERS = 60
 QUICK_START = TOY.parent / "configs" / "quickstart.toml"
@@ -110,6 +110,21 @@ class TrainForm:
         for photo, line in zip(kept_photos(photos_dir), str(self.captions or "").splitlines()):
             if line.strip():
                 photo.with_suffix(".txt").write_text(line.strip(), encoding="utf-8")
+
+
+def crop_config(base: str, resolution_px: int, photos_dir: Path, seed: Any = 0) -> TrainConfig:
+    """What decides the crops of a run from this form, as `TrainForm.config` has it; the words are not asked for."""
+    own = toy_settings(1, prior_preservation=False) if base == "toy" else {}
+    return TrainConfig.from_dict(
+        {
+            "pretrained_model_name_or_path": base,
+            "instance_data_dir": str(photos_dir),
+            "instance_prompt": "a photo",
+            "resolution": resolution_px,
+            "seed": _whole(seed, "seed", 2**32 - 1),
+            **own,
+        }
+    )
 
 
 def toy_settings(steps: int, prior_preservation: bool) -> dict[str, Any]:

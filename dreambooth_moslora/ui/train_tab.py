@@ -12,7 +12,7 @@ from dreambooth_moslora.ui.app_state import AT_ONCE, TELLING, AppContext, as_gra
 from dreambooth_moslora.ui.cost_estimate import estimate_cost
 from dreambooth_moslora.ui.generate_form import NONE
 from dreambooth_moslora.ui.generate_tab import GenerateTab
-from dreambooth_moslora.ui.html_snippets import notice
+from dreambooth_moslora.ui.html_snippets import faint, notice
 from dreambooth_moslora.ui.input_errors import explain_bad_values
 from dreambooth_moslora.ui.jobs import Jobs
 from dreambooth_moslora.ui.photo_uploads import PHOTO_TYPES, take_photos
@@ -23,6 +23,7 @@ from dreambooth_moslora.ui.users import Visitor
 
 __all__ = ["build_train_tab"]
 
+ABOUT_MASKS = "A mask goes along as name.mask.png beside name.jpg: only what is white in it is learned."
 TAKING_PHOTOS = {"concurrency_limit": 4}
 """Options of events that take in photos: the visitors take turns photo by photo (`photo_uploads.ONE_AT_A_TIME`)."""
 
@@ -33,7 +34,7 @@ def build_train_tab(ctx: AppContext, jobs: Jobs, page: gr.Blocks, tabs: gr.Tabs,
             fields, parts = _form()
         with gr.Column(elem_id="train_watch", min_width=280):
             parts |= watch_widgets()
-    _connect_photos(ctx, page, parts)
+    _connect_photos(ctx, page, parts, fields["seed"])
     _connect_start(ctx, jobs, fields, parts)
     connect_watch(ctx, jobs, page, parts)
     _connect_use(ctx, jobs, parts, tabs, generate)
@@ -49,6 +50,7 @@ def _form() -> tuple[dict[str, Any], dict[str, Any]]:
         height=130,
         elem_id="photos",
     )
+    gr.HTML(faint(ABOUT_MASKS))
     remarks = gr.HTML(visible=False, elem_id="remarks")
     crops = picture_rows("Crops", "crops", object_fit="cover", buttons=["fullscreen"])
     gr.Markdown("### 2 · Words", elem_classes="step")
@@ -98,26 +100,28 @@ def _more_fields() -> dict[str, Any]:
     }
 
 
-def _connect_photos(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
+def _connect_photos(ctx: AppContext, page: gr.Blocks, parts: dict, seed: gr.Number) -> None:
     @as_gradio_error
-    def review(photos: list[str] | None, request: gr.Request) -> tuple:
+    def review(photos: list[str] | None, seed: int, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
         if not photos:
             visitor.forget_photos()
             return gr.HTML(visible=False), gr.Gallery(visible=False)
-        return _reviewed(review_photos(ctx, photos, visitor))
+        return _reviewed(review_photos(ctx, photos, visitor, seed))
 
-    def kept(request: gr.Request) -> tuple:
-        """After a reload: the photos that a run would be started with."""
+    @as_gradio_error
+    def kept(seed: int, request: gr.Request) -> tuple:
+        """After a reload, or with another seed: the photos that a run would be started with."""
         visitor = ctx.visitors.of(request)
-        return _reviewed(review_kept(ctx, visitor)) if visitor.has_photos else (gr.skip(), gr.skip())
+        return _reviewed(review_kept(ctx, visitor, seed=seed)) if visitor.has_photos else (gr.skip(), gr.skip())
 
     shown_photos = [parts["remarks"], parts["crops"]]
-    page.load(kept, None, shown_photos, **AT_ONCE)
+    page.load(kept, seed, shown_photos, **AT_ONCE)
+    seed.blur(kept, seed, shown_photos, **TELLING)
     gr.on(
         [parts["photos"].upload, parts["photos"].delete, parts["photos"].clear],
         review,
-        parts["photos"],
+        [parts["photos"], seed],
         shown_photos,
         api_visibility="private",
         show_progress="minimal",

@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import numpy as np
 import PIL.Image
 import pytest
@@ -158,3 +159,7 @@ def test_estimate_and_train_do_not_wait_for_each_other(served):
     fns = {fn.api_name: fn for fn in served.page.fns.values()}
     limits = [fns[name].concurrency_limit for name in ("estimate", "train")]
     assert min(limits) > 1
+
+
+def test_the_page_says_how_a_mask_goes_along(served):
+    assert "name.mask.png" in httpx.get(f"{served.url}config").text

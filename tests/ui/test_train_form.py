@@ -1,5 +1,6 @@
 """The page's training form: the config that it makes, the photos and captions that it takes."""
 
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,6 +12,9 @@ import pytest
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.config_files import load_settings
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.photos.crop_preview import plans_of
+from dreambooth_moslora.photos.crops import apply_crop, plan_crop
+from dreambooth_moslora.photos.folder import find_photos, open_rgb
 from dreambooth_moslora.ui.generate_form import GenerateForm
 from dreambooth_moslora.ui.photo_uploads import take_photos
 from dreambooth_moslora.ui.train_actions import (
@@ -74,7 +78,7 @@ def test_photos_are_numbered_as_they_are_taken_and_each_fault_is_told(tmp_path):
     noise(3).filter(PIL.ImageFilter.GaussianBlur(4)).save(tmp_path / "soft.png")
     noise(4, 20).save(tmp_path / "tiny.png")
     names = ("letter.jpg", "turned.png", "good.png", "twin.png", "soft.png", "tiny.png")
-    ann, ctx = visitor(tmp_path), SimpleNamespace(resolution_px=64)
+    ann, ctx = visitor(tmp_path), SimpleNamespace(resolution_px=64, base_name="some/base")
     found = review_photos(ctx, [str(tmp_path / name) for name in names], ann)
     assert [p.name for p in sorted(ann.photos_dir.iterdir())] == [f"photo_0{n}.png" for n in range(1, 6)]
     for words in (
@@ -99,3 +103,19 @@ def test_what_is_no_whole_number_is_refused_in_words(number, tmp_path):
 
 def test_prompts_follow_from_two_words():
     assert prompts_of(" sks ", "guinea  pig") == ("a photo of a sks guinea pig", "a photo of a guinea pig")
+
+
+@pytest.mark.parametrize("base, seed", [("toy", 0), ("toy", 7), ("some/base", 7)])
+def test_the_crops_shown_are_those_of_the_very_run(tmp_path, base, seed):
+    x, y = np.meshgrid(np.arange(400) % 256, np.arange(200))
+    PIL.Image.fromarray(np.stack([x, y, x], 2).astype(np.uint8)).save(tmp_path / "wide.png")
+    ann, ctx = visitor(tmp_path), SimpleNamespace(resolution_px=128, base_name=base)
+    found = review_photos(ctx, [str(tmp_path / "wide.png")], ann, seed)
+    config = TrainConfig.from_dict(TrainForm("sks", "dog", seed=seed).config(base, 128, ann.photos_dir, tmp_path))
+    (photo,) = find_photos(ann.photos_dir, "", 128).photos
+    plan = next(plans_of(photo, 0, config))
+    shown = np.asarray(found.crops[0][0])
+    assert np.array_equal(shown, np.asarray(apply_crop(open_rgb(photo), plan)))
+    centre = plan_crop(photo.size_px, 128, random.Random(0), center_crop=True)
+    assert not np.array_equal(shown, np.asarray(apply_crop(open_rgb(photo), centre)))
+    assert ("first of its 8 crops" in found.remarks) == (base == "toy")
