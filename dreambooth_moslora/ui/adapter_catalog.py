@@ -9,7 +9,7 @@ from pathlib import Path
 from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import free_name
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RAW_NAME, RunDir
 from dreambooth_moslora.ui.adapter_check import check_upload
 from dreambooth_moslora.ui.generate_form import NONE
 from dreambooth_moslora.ui.jobs import JOB_NAME, Job
@@ -39,7 +39,7 @@ class AdapterCatalog:
         for file in [*sorted(self.adapters_dir.glob("*.safetensors")), *_run_files(runs)]:
             if not _is_file_inside(file, (self.adapters_dir, self.runs_dir)):
                 continue
-            found[free_name(_name_of(file), {NONE, *found}.__contains__, " ")] = file
+            found[free_name(_name_of(file, self.runs_dir), {NONE, *found}.__contains__, " ")] = file
         return found
 
     def path(self, name: str, visitor: Visitor | None = None) -> Path:
@@ -98,10 +98,12 @@ def is_of_a_visitor(run_dir: Path) -> bool:
 
 
 def _run_files(runs: list[Path]) -> list[Path]:
-    """Newest run first, then checkpoints, each run's from the last to the first."""
-    finished = [file for run in runs if (file := run / PUBLISHED_NAME).is_file()]
+    """Newest run first, each beside its best step, then checkpoints, each run's from the last to the first."""
+    places = [place for run in runs for place in (RunDir(run).adapter_path, RunDir(run).best_dir / PUBLISHED_NAME)]
+    finished = [file for file in places if file.is_file()]
     checkpoints = [file for run in runs for file in run.glob(f"checkpoint-*/{RAW_NAME}")]
-    finished.sort(key=lambda file: -file.stat().st_mtime)
+    newest = {run: RunDir(run).adapter_path.stat().st_mtime for run in runs if RunDir(run).adapter_path.is_file()}
+    finished.sort(key=lambda file: -max(newest.get(run, 0.0) for run in (file.parent, file.parent.parent)))
     return [*finished, *sorted(checkpoints, key=_checkpoint_order)]
 
 
@@ -114,10 +116,14 @@ def _step_of(checkpoint: Path) -> int:
     return int(digits) if digits.isdigit() else 0
 
 
-def _name_of(file: Path) -> str:
+def _name_of(file: Path, runs_dir: Path) -> str:
+    """`dog`, `dog@500` for a checkpoint, `dog@best` for the best step of a run."""
     if file.name == RAW_NAME:
         return f"{clean_name(file.parent.parent.name)}@{_step_of(file.parent)}"
-    return clean_name(file.parent.name if file.name == PUBLISHED_NAME else file.stem)
+    if file.name != PUBLISHED_NAME:
+        return clean_name(file.stem)
+    is_best = file.parent.name == "best" and file.parent.parent != runs_dir
+    return f"{clean_name(file.parent.parent.name)}@best" if is_best else clean_name(file.parent.name)
 
 
 def _public_path(file: Path, runs_dir: Path) -> str:

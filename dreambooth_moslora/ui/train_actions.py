@@ -14,6 +14,7 @@ import PIL.Image
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.event_log import Metrics
 from dreambooth_moslora.core.names import free_name
+from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.training.best_step import CURVES
 from dreambooth_moslora.ui.app_state import AppContext, sentence
 from dreambooth_moslora.ui.generate_actions import format_seconds
@@ -141,7 +142,7 @@ def watch(jobs: Jobs, job: Job, visitor: Visitor) -> Watch:
     return Watch(
         version=(job.name, job.created, state, len(metrics.events)),
         state=state,
-        status=status_card(replace(state, message=jobs.told(state.message)), metrics),
+        status=status_card(replace(state, message=jobs.told(state.message)), metrics, best_of(job, metrics)),
         loss=loss_table(metrics),
         fidelity=fidelity_table(metrics),
         samples=samples_of(job, metrics, visitor),
@@ -149,14 +150,21 @@ def watch(jobs: Jobs, job: Job, visitor: Visitor) -> Watch:
     )
 
 
-def status_card(state: JobState, metrics: Metrics) -> str:
+def best_of(job: Job, metrics: Metrics) -> str:
+    """Which step scored best, and under which name its adapter is on the shelf; "" where nothing was scored."""
+    best = metrics.last("evaluation").get("best")
+    is_kept = (RunDir(job.run_dir).best_dir / PUBLISHED_NAME).is_file()
+    return f" The best was step {best.get('step')}: {job.name}@best." if isinstance(best, dict) and is_kept else ""
+
+
+def status_card(state: JobState, metrics: Metrics, best: str = "") -> str:
     """One line of state and one of numbers."""
     if state.state in ENDINGS:
         detail = state.message or f"Step {state.step} of {state.max_train_steps}."
         if state.state == "interrupted" and state.message:  # no checkpoint: it was stopped before the first step
             return notice(f"{sentence(state.message)}.", "good")
         kind = "bad" if state.state == "failed" else "good"
-        return notice(f"{ENDINGS[state.state]} {detail}", kind)
+        return notice(f"{ENDINGS[state.state]} {detail}{best}", kind)
     if state.state == "starting":
         return progress_card("Starting …", "loading the libraries", 0.0)
     last, phase = metrics.last("step"), metrics.last("phase")

@@ -1,6 +1,7 @@
 """The right half of the Train tab: a run as it goes, and the buttons that stop it and let it go on."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -20,7 +21,20 @@ POLL_SEC = 2.0
 NO_RUN = notice("No run yet. Add photos, choose the words, start.")
 HEADROOM = 1.1
 GONE = "This run is not there any more."
-WATCHED = ("run", "seen", "status", "stop", "resume", "use", "download", "loss", "fidelity", "samples", "log")
+WATCHED = (
+    "run",
+    "seen",
+    "status",
+    "stop",
+    "resume",
+    "use",
+    "download",
+    "download_kohya",
+    "loss",
+    "fidelity",
+    "samples",
+    "log",
+)
 
 
 def watch_widgets() -> dict[str, Any]:
@@ -33,12 +47,13 @@ def watch_widgets() -> dict[str, Any]:
     with gr.Row(elem_classes="tight"):
         use = gr.Button("Use this adapter", variant="primary", visible=False, elem_id="use_adapter")
         download = gr.DownloadButton("Download the adapter", visible=False, elem_id="download_adapter")
+        kohya = gr.DownloadButton("… for ComfyUI, A1111", visible=False, elem_id="download_kohya")
     loss = gr.LinePlot(y="loss", color="part", title="Loss", elem_id="loss", **plot)
     fidelity = gr.LinePlot(y="score", color="measure", title="Fidelity", elem_id="fidelity", **plot)
     samples = picture_rows("Samples", "samples", object_fit="contain", buttons=["download", "fullscreen"])
     with gr.Accordion("Log", open=False, elem_id="log_box"):
         log = gr.Code(language=None, label="Log", show_line_numbers=False, wrap_lines=True, elem_id="log", max_lines=20)
-    widgets = (run, gr.State(None), status, stop, resume, use, download, loss, fidelity, samples, log)
+    widgets = (run, gr.State(None), status, stop, resume, use, download, kohya, loss, fidelity, samples, log)
     return dict(zip(WATCHED, widgets)) | {"timer": gr.Timer(POLL_SEC)}
 
 
@@ -115,7 +130,7 @@ def watched(jobs: Jobs, run: str | None, seen: tuple | None, visitor: Visitor) -
 
 def _gone(names: list[str]) -> dict[str, Any]:
     """The folder of the run was deleted, or it is another's, which must look the same."""
-    hidden = ("use", "download", "loss", "fidelity", "samples")
+    hidden = ("use", "download", "download_kohya", "loss", "fidelity", "samples")
     return {
         "run": gr.Dropdown(choices=names, value=None),
         "seen": None,
@@ -127,9 +142,8 @@ def _gone(names: list[str]) -> dict[str, Any]:
 
 
 def _updates(now: Watch, job: Job, visitor: Visitor) -> dict[str, Any]:
-    published = RunDir(job.run_dir).adapter_path
-    ready = published.is_file() and not now.state.is_active
-    file = str(link_into_user_folder(published, visitor, job.name)) if ready else None
+    run_dir = RunDir(job.run_dir)
+    ready = run_dir.adapter_path.is_file() and not now.state.is_active
     resumable = not now.state.is_active and now.state.state != "done"
     return {
         "seen": now.version,
@@ -137,12 +151,19 @@ def _updates(now: Watch, job: Job, visitor: Visitor) -> dict[str, Any]:
         "stop": gr.Button(interactive=now.state.is_active),
         "resume": gr.Button(interactive=resumable),
         "use": gr.Button(visible=ready),
-        "download": gr.DownloadButton(value=file, visible=ready),
+        "download": _download(run_dir.adapter_path, ready, job, visitor),
+        "download_kohya": _download(run_dir.kohya_path, ready and run_dir.kohya_path.is_file(), job, visitor),
         "loss": _plot(now.loss, "loss"),
         "fidelity": _plot(now.fidelity, "score"),
         "samples": gr.Gallery(now.samples, visible=bool(now.samples)),
         "log": now.log,
     }
+
+
+def _download(file: Path, ready: bool, job: Job, visitor: Visitor) -> gr.DownloadButton:
+    return gr.DownloadButton(
+        value=str(link_into_user_folder(file, visitor, job.name)) if ready else None, visible=ready
+    )
 
 
 def _plot(table: pd.DataFrame, y: str) -> gr.LinePlot:
