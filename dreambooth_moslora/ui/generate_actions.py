@@ -111,12 +111,13 @@ def _frames(events: Iterator, visitor: Visitor, params: GenerationParams, word: 
     from dreambooth_moslora.generation.progress import Preview, Step
 
     started = shown_at = time.perf_counter()
-    step, pictures, total, sheet = None, [], params.num_images, None
+    step, pictures, total, sheet, black = None, [], params.num_images, None, 0
     for event in events:
         if isinstance(event, Step):
             step, total = event, event.num_images
         elif isinstance(event, Image):
             pictures.append(_keep(event, visitor))
+            black += event.pixels.getbbox() is None
             yield Frame(_status(step, word), tuple(pictures))
         elif isinstance(event, Sheet):
             sheet = _keep_sheet(event, visitor)
@@ -124,7 +125,7 @@ def _frames(events: Iterator, visitor: Visitor, params: GenerationParams, word: 
             shown_at = time.perf_counter()
             yield Frame(_status(step, word, thumbnail(event.pixels)))
     summary = _summary(pictures, total, time.perf_counter() - started, is_grid=sheet is not None)
-    yield Frame(summary, tuple(pictures), params, sheet)
+    yield Frame(notice(_of_black(black), "bad") if black else summary, tuple(pictures), params, sheet)
 
 
 def _keep(image: "Image", visitor: Visitor) -> Picture:
@@ -157,6 +158,12 @@ def _summary(pictures: list[Picture], total: int, seconds: float, is_grid: bool)
     plural = "s" if total != 1 else ""
     detail = pictures[0].caption if not is_grid else "they are in the history, too"
     return progress_card(f"{total} picture{plural} in {format_seconds(seconds)}", detail)
+
+
+def _of_black(count: int) -> str:
+    """Numbers that are too large for the model end as black pixels, without an error."""
+    which = "1 of them is" if count == 1 else f"{count} of them are"
+    return f"The pictures are done, but {which} black: an adapter's values or its scale are too large for this base."
 
 
 def format_seconds(seconds: float) -> str:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import PIL.Image
 import pytest
+from safetensors.torch import save_file
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.ui.adapter_catalog import AdapterCatalog
@@ -103,3 +104,14 @@ def test_a_run_whose_owner_cannot_be_read_is_shown_to_nobody_else(tmp_path, reco
     (run / "job.json").unlink()
     (run / "job.json").symlink_to(tmp_path / "nowhere")
     assert not shelf.files()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_black_picture_is_explained(context, subject, state, tmp_path):
+    """Values that overflow inside the model end as black pixels, without an error."""
+    (tmp_path / "adapters").mkdir()
+    save_file({key: value * 1e30 for key, value in state.items()}, tmp_path / "adapters" / "huge.safetensors")
+    page = context(lambda: subject)
+    for adapter, is_black in (("huge", True), ("none", False)):
+        frames = list(make_pictures(page, GenerateForm("a dog", adapter=adapter, steps=1, size="64 x 64"), PAGE))
+        assert ("1 of them is black: an adapter" in frames[-1].status.replace("&#x27;", "'")) == is_black
