@@ -22,6 +22,7 @@ import psutil
 
 from dreambooth_moslora.core.assets import import_environment
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.ui.job_endings import why_it_ended
 from dreambooth_moslora.ui.run_events import RunEvents, phase_of
 
 __all__ = ["Job", "JobState", "Jobs", "run_name_of"]
@@ -219,13 +220,13 @@ class Jobs:
         alive = job.is_alive  # before the metrics: what a process wrote is there when it has gone
         self._reap()
         metrics = self.metrics(job)
-        events = [event for event in metrics.since_start() if event.get("time", 0) >= job.created - 1]
+        events = [event for event in metrics.since_start() if (event.get("time") or 0) >= job.created - 1]
         by_kind = {event.get("type"): event for event in events}
         end = by_kind.get("end", {})
         if alive:
             state = "stopping" if job.stop_asked else "running" if events else "starting"
         else:
-            state = end.get("state", "failed")
+            state = end.get("state") or "failed"
         is_starting = alive and not events  # until it writes, the file is an earlier start's
         done = [] if is_starting else [*metrics.of("step")[-1:], *events]
         step = max((int(event.get("step") or 0) for event in done), default=0)
@@ -279,26 +280,6 @@ def _settings_of(job: Job) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"the settings of the run {job.name} cannot be read, so it cannot go on; start a new one")
     return settings
-
-
-def why_it_ended(job: Job, code: int | None) -> str:
-    """Of a process that wrote no end; `code` is its exit status, None where an earlier server started it."""
-    words = _last_words(job)
-    if code == -signal.SIGTERM and job.stop_asked:
-        return "It was stopped before training had begun."
-    if code is not None and code < 0:
-        cause = "" if job.stop_asked else ", perhaps for want of memory" if code == -signal.SIGKILL else ""
-        return f"The process was killed by {signal.Signals(-code).name}{cause}."
-    if code is None and "rror" not in words:
-        cause = "" if job.stop_asked else ", perhaps for want of memory"
-        return f"The process was killed{cause}; its last words: {words or 'none'}"
-    return words or "The process ended without a word."
-
-
-def _last_words(job: Job) -> str:
-    """The last line of the log that is no progress bar."""
-    lines = [line for line in job.log_tail().splitlines() if line.strip() and "%|" not in line]
-    return lines[-1][:300] if lines else ""
 
 
 def _kill_tree(pid: int) -> None:

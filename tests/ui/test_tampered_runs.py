@@ -35,6 +35,7 @@ EVENTS = {
     "odd steps": [{"type": "step", "step": 3, "loss": "low", "eta_sec": [], "step_sec": "x", "memory_gib": "y"}],
     "odd samples": [{"type": "sample", "step": 0, "files": 7}, {"type": "sample", "files": [[1]]}],
     "odd end": [{"type": "end", "state": ["x"], "message": {"a": 1}, "time": 1e18}],
+    "nulls": [{"type": "start", "time": None}, {"type": "end", "state": None, "message": None, "time": None}],
     "no steps": [{"type": "step"}, {"type": "evaluation", "clip_t": 0.5}],
 }
 
