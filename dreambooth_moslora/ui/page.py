@@ -14,6 +14,7 @@ from dreambooth_moslora.ui.host_check import LOOPBACK, outermost
 from dreambooth_moslora.ui.inspect_tab import build_inspect_tab
 from dreambooth_moslora.ui.login_limit import LoginLimit
 from dreambooth_moslora.ui.queue_limits import drop_unheard, limit_waiting
+from dreambooth_moslora.ui.session_guard import SessionGuard, note_sessions
 from dreambooth_moslora.ui.theme import CSS, HEAD, theme
 from dreambooth_moslora.ui.train_tab import build_train_tab
 from dreambooth_moslora.ui.upload_quota import UploadQuota
@@ -21,7 +22,7 @@ from dreambooth_moslora.ui.users import VisitorCookie
 
 __all__ = ["build_app", "launch_options"]
 
-LAYERS = (BodySizeLimit, UploadQuota, LoginLimit, VisitorCookie)
+LAYERS = (BodySizeLimit, UploadQuota, LoginLimit, SessionGuard, VisitorCookie)
 CACHE_CHECK_SEC, CACHE_AGE_SEC = 3600, 24 * 3600
 
 
@@ -44,6 +45,7 @@ def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
     page.queue(api_open=False)
     limit_waiting(page)
     drop_unheard(page)
+    note_sessions(page)
     return page
 
 

@@ -1,0 +1,86 @@
+"""A session's name stands in addresses, so it is no secret: another browser reads and ends nothing by it."""
+
+import json
+from collections import OrderedDict
+from typing import Any
+from urllib.parse import parse_qs
+
+import gradio as gr
+from starlette.requests import cookie_parser
+from starlette.responses import PlainTextResponse
+
+from dreambooth_moslora.ui.body_limit import header_of
+from dreambooth_moslora.ui.users import COOKIE
+
+__all__ = ["SessionGuard", "note_sessions"]
+
+STREAM, CANCEL, LINK = "/gradio_api/queue/data", "/gradio_api/cancel", "/gradio_api/deep_link"
+MAX_SESSIONS = 10_000
+REFUSED = "this session is another browser's"
+_owners: OrderedDict[str, str] = OrderedDict()
+"""Session -> the cookie of the browser that began it. Names are random: servers of one process may share it."""
+
+
+def note_sessions(page: gr.Blocks) -> None:
+    """Note at each job that joins the queue of `page` whose session it is."""
+    queue = page._queue
+    push = queue.push
+
+    async def noted_push(body: Any, request: Any, username: str | None) -> tuple:
+        if body.session_hash and (cookie := request.cookies.get(COOKIE)):
+            _owners.setdefault(body.session_hash, cookie)
+            while len(_owners) > MAX_SESSIONS:
+                _owners.popitem(last=False)
+        return await push(body, request, username)
+
+    queue.push = noted_push
+
+
+class SessionGuard:
+    """ASGI middleware: 403 for the stream or the end of another's session, and for a link to any."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+        path, session = scope["path"].rstrip("/") if scope["type"] == "http" else "", ""
+        if path == CANCEL:
+            body = await _whole(receive)
+            session, receive = _session_in(body), _again(body, receive)
+        elif path == STREAM:
+            session = parse_qs(scope["query_string"].decode("latin1")).get("session_hash", [""])[0]
+        if path == LINK or _owners.get(session, _cookie_of(scope)) != _cookie_of(scope):
+            await PlainTextResponse(REFUSED, 403)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
+def _cookie_of(scope: dict) -> str:
+    return cookie_parser(header_of(scope, b"cookie").decode("latin1")).get(COOKIE, "") if "headers" in scope else ""
+
+
+async def _whole(receive: Any) -> bytes:
+    """The body, whose length BodySizeLimit bounds."""
+    body, is_open = bytearray(), True
+    while is_open:
+        message = await receive()
+        body += message.get("body", b"")
+        is_open = message.get("more_body", False)
+    return bytes(body)
+
+
+def _again(body: bytes, receive: Any) -> Any:
+    """`receive` that begins with the body that has been read."""
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replayed() -> dict:
+        return messages.pop() if messages else await receive()
+
+    return replayed
+
+
+def _session_in(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["session_hash"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return ""
