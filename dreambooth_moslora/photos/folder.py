@@ -22,6 +22,7 @@ from dreambooth_moslora.photos.image_file import (
     open_image,
     to_rgb,
     upright,
+    upright_size,
 )
 from dreambooth_moslora.photos.sidecars import MASK_SUFFIX, METADATA, Captions, sidecar_of, sidecars_of
 
@@ -223,11 +224,6 @@ def stray_reason(path: Path) -> str | None:
     if not path.is_file():
         return "stray: a link to nothing" if path.is_symlink() else "stray: not a file"
     return None
-
-
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    turned = is_rotated(image) and image.getexif().get(0x0112, 1) >= 5
-    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def mask_problem(path: Path, photo: Image.Image) -> str | None:

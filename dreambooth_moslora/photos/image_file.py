@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageCms
 
 from dreambooth_moslora.core.errors import one_line
 
-__all__ = ["IMAGE_SUFFIXES", "UnreadableImageError", "alpha_of", "is_rotated", "open_image", "to_rgb"]
+__all__ = ["IMAGE_SUFFIXES", "UnreadableImageError", "alpha_of", "is_rotated", "open_image", "to_rgb", "upright_size"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000")
 """Those read as photos: no format that runs an interpreter (EPS) or fetches anything."""
@@ -111,6 +111,12 @@ def orientation(image: Image.Image) -> int:
 def is_rotated(image: Image.Image) -> bool:
     """Whether the pixels lie otherwise than the picture stands (EXIF orientation)."""
     return orientation(image) in TURNS
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) of the picture as it stands: EXIF orientations from 5 on lay it on its side."""
+    turned = is_rotated(image) and orientation(image) >= 5
+    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def upright(image: Image.Image) -> Image.Image:
