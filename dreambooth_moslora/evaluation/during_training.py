@@ -16,7 +16,9 @@ from dreambooth_moslora.evaluation.encoders import Encoders, load_encoders
 from dreambooth_moslora.evaluation.evaluate import Evaluator, sampler_draw, truth_of
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_for
 from dreambooth_moslora.generation.sampler import Sampler
-from dreambooth_moslora.photos.folder import instance_photos, open_mask, open_rgb
+from dreambooth_moslora.photos.folder import instance_photos
+from dreambooth_moslora.photos.masks import open_mask
+from dreambooth_moslora.photos.photo import open_rgb
 from dreambooth_moslora.training.best_step import best_of
 
 __all__ = ["LOGGED", "TrainingEvaluator"]

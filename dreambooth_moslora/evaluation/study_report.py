@@ -29,7 +29,8 @@ from dreambooth_moslora.evaluation.study_stats import (
     seeds_of,
     summaries,
 )
-from dreambooth_moslora.photos.folder import find_photos, open_rgb
+from dreambooth_moslora.photos.folder import find_photos
+from dreambooth_moslora.photos.photo import open_rgb
 
 __all__ = ["finding", "markdown_tables", "write_comparison"]
 

@@ -42,7 +42,9 @@ from dreambooth_moslora.evaluation.protocol import plan_for
 from dreambooth_moslora.evaluation.study import Cell, Study
 from dreambooth_moslora.evaluation.study_stats import JUDGED, Result, best_rates, is_tuned
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.photos.folder import instance_photos, open_mask, open_rgb
+from dreambooth_moslora.photos.folder import instance_photos
+from dreambooth_moslora.photos.masks import open_mask
+from dreambooth_moslora.photos.photo import open_rgb
 from dreambooth_moslora.training.loop import train
 
 __all__ = ["Progress", "budget_ranks", "read_results", "run_study", "unfinished"]

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from dreambooth_moslora.photos.folder import Photo, PhotoReport, open_rgb
+from dreambooth_moslora.photos.folder import PhotoReport
+from dreambooth_moslora.photos.photo import Photo, open_rgb
 
 __all__ = ["examine", "likeness", "sharpness", "thumbnail"]
 

@@ -8,7 +8,8 @@ from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.pictures import Row
 from dreambooth_moslora.core.seeding import rng
 from dreambooth_moslora.photos.crops import CropPlan, apply_crop, crop_rule
-from dreambooth_moslora.photos.folder import Photo, open_mask, open_rgb
+from dreambooth_moslora.photos.masks import open_mask
+from dreambooth_moslora.photos.photo import Photo, open_rgb
 
 __all__ = ["crop_rows", "masked", "plans_of"]
 

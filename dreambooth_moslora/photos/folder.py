@@ -1,8 +1,8 @@
-"""A person's folder of photos -> `PhotoReport`: which are learnt from, with caption and mask, and what was left out.
+"""A person's folder of photos -> `PhotoReport`: which are learnt from and which files were left out.
 
-A photo's captions are the lines of `name.txt` beside it, else its line in `metadata.jsonl` ({"file_name", "text"}),
-else the instance prompt. Its mask is `name.mask.png`, else its own transparency. Nothing in the folder can stop the
-program: what cannot be used is listed with its reason.
+A photo's captions are the lines of `name.txt` beside it, else its line in `metadata.jsonl` ({"file_name",
+"text"}), else the instance prompt; `masks` finds its mask. Nothing in the folder can stop the program: what
+cannot be used is listed with its reason.
 """
 
 import logging
@@ -10,59 +10,33 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from PIL import Image, ImageChops
+from PIL import Image
 
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError, spelled_out
 from dreambooth_moslora.photos.image_file import (
     IMAGE_SUFFIXES,
     UnreadableImageError,
-    alpha_of,
     is_rotated,
     open_image,
-    to_rgb,
-    upright,
     upright_size,
 )
+from dreambooth_moslora.photos.masks import find_mask
+from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.photos.sidecars import MASK_SUFFIX, METADATA, Captions, sidecar_of, sidecars_of
 
 __all__ = [
-    "Photo",
     "PhotoReport",
     "Skipped",
     "find_photos",
-    "grey_mask",
     "instance_photos",
-    "open_mask",
-    "open_rgb",
     "photo_report",
-    "quoted",
     "smallest_side_px",
 ]
 
 logger = logging.getLogger(__name__)
 
 JUNK = {".ds_store", "thumbs.db", "desktop.ini", "manifest.json", METADATA}
-
-
-@dataclass(frozen=True)
-class Photo:
-    """A usable photo. `size_px` (h, w) upright. `mask_path` is `path` itself when its transparency is the mask.
-
-    Each exposure is trained with one of the `captions`. `reasons` are what a person may want to know (too small,
-    rotated by EXIF, …); none of them forbids its use.
-    """
-
-    path: Path
-    size_px: tuple[int, int]
-    captions: tuple[str, ...]
-    mask_path: Path | None = None
-    reasons: tuple[str, ...] = ()
-
-
-def quoted(photo: Photo) -> str:
-    """Its captions as they are shown to a person."""
-    return " ".join(f"“{caption}”" for caption in photo.captions)
 
 
 @dataclass(frozen=True)
@@ -191,25 +165,10 @@ class FolderReader:
         if min(height, width) < self.resolution_px:
             times = self.resolution_px / min(height, width)
             reasons.append(f"too small for the resolution: {width} x {height} px is enlarged {times:.1f} times")
-        mask_path = self._mask_of(path, image, reasons)
-        return Photo(path, (height, width), self.captions.of(path) or (self.prompt,), mask_path, tuple(reasons))
-
-    def _mask_of(self, path: Path, image: Image.Image, reasons: list[str]) -> Path | None:
-        """Where the mask is, if it can be used; why not is added to `reasons`."""
         beside = self.sidecars.get((path.stem, MASK_SUFFIX))
-        if beside and beside.is_file():
-            problem = mask_problem(beside, image)
-            if problem is None:
-                return beside
-            reasons.append(f"mask not used: {problem}")
-        transparent = alpha_of(image)
-        if transparent is None:
-            return None
-        if transparent.getextrema()[1] == 0:
-            reasons.append("entirely transparent: it is a white square")
-            return None
-        reasons.append("transparent: on white" + (", its opaque part is the mask" if self.alpha == "mask" else ""))
-        return path if self.alpha == "mask" else None
+        mask_path, remarks = find_mask(path, image, beside, alpha_is_mask=self.alpha == "mask")
+        captions = self.captions.of(path) or (self.prompt,)
+        return Photo(path, (height, width), captions, mask_path, (*reasons, *remarks))
 
 
 def is_sidecar_name(path: Path) -> bool:
@@ -224,49 +183,3 @@ def stray_reason(path: Path) -> str | None:
     if not path.is_file():
         return "stray: a link to nothing" if path.is_symlink() else "stray: not a file"
     return None
-
-
-def mask_problem(path: Path, photo: Image.Image) -> str | None:
-    """Why a mask file cannot be used with the photo, or None."""
-    try:
-        mask = grey_mask(open_image(path))
-    except UnreadableImageError as error:
-        return str(error)
-    height, width = upright_size(photo)
-    if abs(mask.width / mask.height - width / height) > 0.02 * width / height:
-        return f"its shape {mask.width} x {mask.height} is not that of the photo, {width} x {height}"
-    return "it is black everywhere" if mask.getextrema()[1] == 0 else None
-
-
-def grey_mask(image: Image.Image) -> Image.Image:
-    """L, the subject white: what is bright, or what is opaque where all of that is black.
-
-    Its brightest becomes 255, so that a file of zeros and ones is a mask too.
-    """
-    alpha = alpha_of(image)
-    if alpha is None:
-        grey = to_rgb(image).convert("L")
-    else:
-        seen = ImageChops.multiply(upright(image).convert("LA").getchannel("L"), alpha)
-        grey = alpha if seen.getextrema()[1] == 0 else seen
-    brightest = max(grey.getextrema()[1], 1)
-    return grey.point([min(255, round(255 * value / brightest)) for value in range(256)])
-
-
-def open_rgb(photo: Photo) -> Image.Image:
-    """The photo's pixels: RGB, upright, on white."""
-    try:
-        return to_rgb(open_image(photo.path))
-    except UnreadableImageError as error:
-        raise UserError(f"{photo.path}: {error}; it changed since the folder was read.") from error
-
-
-def open_mask(photo: Photo) -> Image.Image | None:
-    """L, 255 where the subject is and 0 where it is not; None when nobody says."""
-    if photo.mask_path is None:
-        return None
-    try:
-        image = open_image(photo.mask_path)
-    except UnreadableImageError as error:
-        raise UserError(f"{photo.mask_path}: {error}; it changed since the folder was read.") from error
-    return alpha_of(image) if photo.mask_path == photo.path else grey_mask(image)

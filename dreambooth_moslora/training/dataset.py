@@ -22,7 +22,8 @@ from dreambooth_moslora.base.load import TextCond
 from dreambooth_moslora.core.digests import content_key, file_digest
 from dreambooth_moslora.core.seeding import place_of, rng
 from dreambooth_moslora.photos.crops import CropPlan, CropRule, apply_crop
-from dreambooth_moslora.photos.folder import Photo, open_mask, open_rgb
+from dreambooth_moslora.photos.masks import open_mask
+from dreambooth_moslora.photos.photo import Photo, open_rgb
 from dreambooth_moslora.training.encoding_cache import TensorCache, Tensors, fingerprint
 
 __all__ = ["EncodedView", "PhotoEncoder", "PhotoStream", "PromptCache", "TrainBatch", "collate", "move_together"]

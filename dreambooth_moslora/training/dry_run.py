@@ -9,7 +9,8 @@ from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.prompts import subject_of
 from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.photos.checks import examine
-from dreambooth_moslora.photos.folder import PhotoReport, photo_report, quoted
+from dreambooth_moslora.photos.folder import PhotoReport, photo_report
+from dreambooth_moslora.photos.photo import quoted
 from dreambooth_moslora.training.checks import check_folders, nearest_existing, preflight
 from dreambooth_moslora.training.estimate import Estimate, estimate, size_of_base
 from dreambooth_moslora.training.step_plan import StepPlan, plan_steps

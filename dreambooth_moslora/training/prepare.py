@@ -21,7 +21,8 @@ from dreambooth_moslora.core.errors import StopRequestedError, UserError, spelle
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.generation.sampler import generate_images
 from dreambooth_moslora.photos.crops import crop_rule
-from dreambooth_moslora.photos.folder import Photo, PhotoReport, find_photos
+from dreambooth_moslora.photos.folder import PhotoReport, find_photos
+from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.training.accelerator import DTYPES, on_main
 from dreambooth_moslora.training.checks import check_layers
 from dreambooth_moslora.training.class_images import ClassImages

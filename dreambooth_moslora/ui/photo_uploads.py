@@ -90,8 +90,8 @@ def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path) -> list[s
 
 def copy_mask(mask: Path | None, target: Path) -> list[str]:
     """A photo's mask as plain grey; returns why not, if not."""
-    from dreambooth_moslora.photos.folder import grey_mask
     from dreambooth_moslora.photos.image_file import UnreadableImageError, open_image
+    from dreambooth_moslora.photos.masks import grey_mask
 
     if mask is None:
         return []

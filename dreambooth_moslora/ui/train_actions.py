@@ -26,7 +26,7 @@ from dreambooth_moslora.ui.users import Visitor
 
 if TYPE_CHECKING:
     from dreambooth_moslora.core.config import TrainConfig
-    from dreambooth_moslora.photos.folder import Photo
+    from dreambooth_moslora.photos.photo import Photo
 
 __all__ = ["PhotoReview", "Watch", "link_into_user_folder", "review_kept", "review_photos", "start_run", "watch"]
 
@@ -86,7 +86,8 @@ def first_crop(photo: "Photo", number: int, config: "TrainConfig") -> PIL.Image.
     """Of photo `number` of the folder, as training takes it; dark where its mask leaves it out."""
     from dreambooth_moslora.photos.crop_preview import masked, plans_of
     from dreambooth_moslora.photos.crops import apply_crop
-    from dreambooth_moslora.photos.folder import open_mask, open_rgb
+    from dreambooth_moslora.photos.masks import open_mask
+    from dreambooth_moslora.photos.photo import open_rgb
 
     plan = next(plans_of(photo, number, config))
     return apply_crop(masked(open_rgb(photo), open_mask(photo)), plan, config.image_interpolation_mode)

@@ -9,7 +9,7 @@ from PIL import Image
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.photos.crop_preview import frame_of, plans_of
 from dreambooth_moslora.photos.crops import FILTERS, CropPlan, apply_crop, plan_crop, resized_size
-from dreambooth_moslora.photos.folder import Photo
+from dreambooth_moslora.photos.photo import Photo
 
 
 def smooth(size_px, seed=0):

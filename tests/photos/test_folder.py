@@ -11,7 +11,8 @@ from PIL import Image, ImageFilter
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.photos.checks import MIN_SHARPNESS, examine, sharpness
-from dreambooth_moslora.photos.folder import find_photos, instance_photos, open_mask, open_rgb, quoted
+from dreambooth_moslora.photos.folder import find_photos, instance_photos
+from dreambooth_moslora.photos.photo import open_rgb, quoted
 from tests.helpers.odd_photos import CASES, QUADRANTS, SIZE_PX, make_folder, picture
 
 PROMPT = "a photo of sks toy"
@@ -66,18 +67,6 @@ def test_greys_keep_their_brightness_whatever_their_depth(name, report):
     photo = next(photo for photo in report.photos if photo.path.name == name)
     expected = np.asarray(picture("L").convert("RGB"), dtype=int)
     assert np.abs(np.asarray(open_rgb(photo), dtype=int) - expected).mean() < 2
-
-
-def test_what_is_transparent_becomes_white_and_is_not_learnt(report):
-    photo = next(photo for photo in report.photos if photo.path.name == "rgba.png")
-    assert open_rgb(photo).getpixel((4, 4)) == (255, 255, 255)
-    mask = open_mask(photo)
-    assert (mask.getpixel((4, 4)), mask.getpixel((60, 60))) == (0, 255)
-
-
-def test_alpha_white_means_no_mask(folder):
-    photos = find_photos(folder, PROMPT, 64, alpha="white").photos
-    assert open_mask(next(photo for photo in photos if photo.path.name == "rgba.png")) is None
 
 
 def display_p3_profile() -> bytes:
@@ -154,31 +143,6 @@ def test_suffixes_of_captions_and_masks_may_be_in_capitals(tmp_path):
     assert photo.captions == ("my sks toy",) and photo.mask_path == tmp_path / "1.mask.PNG"
     assert [path.name for path in report.sidecars] == ["1.TXT", "1.mask.PNG"]
     assert [(item.path.name, item.reason) for item in report.skipped] == [("2.Txt", "stray: belongs to no photo")]
-
-
-@pytest.mark.parametrize("name, white", [("a.mask.png", 1), ("a.mask.tif", 255), ("a.mask.jpg", 130)])
-def test_a_mask_may_be_of_any_format_and_dim(tmp_path, name, white):
-    Image.new("RGB", (128, 96), "green").save(tmp_path / "a.jpg")
-    mask = Image.new("L", (128, 96), 0)
-    mask.paste(white, (0, 0, 64, 96))
-    mask.save(tmp_path / name)
-    (photo,) = find_photos(tmp_path, "x", 64).photos
-    found = open_mask(photo)
-    assert found.getpixel((9, 9)) > 250 and found.getpixel((120, 9)) < 5
-
-
-def test_a_mask_beside_the_photo_is_used_and_one_of_another_shape_is_refused(tmp_path):
-    for name in ("a", "b", "c"):
-        picture().save(tmp_path / f"{name}.jpg")
-    mask = Image.new("L", (128, 96), 0)
-    mask.paste(255, (32, 24, 96, 72))
-    mask.save(tmp_path / "a.mask.png")
-    Image.new("L", (96, 96), 255).save(tmp_path / "b.mask.png")
-    Image.new("L", (128, 96), 0).save(tmp_path / "c.mask.png")
-    a, b, c = find_photos(tmp_path, PROMPT, 64).photos
-    assert np.array_equal(np.asarray(open_mask(a)), np.asarray(mask))
-    assert open_mask(b) is None and "mask not used: its shape" in b.reasons[0]
-    assert open_mask(c) is None and "black everywhere" in c.reasons[0]
 
 
 def test_blurred_and_nearly_equal_photos_are_named_and_others_are_not(tmp_path):

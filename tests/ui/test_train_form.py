@@ -14,7 +14,8 @@ from dreambooth_moslora.core.config_files import load_settings
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.photos.crop_preview import plans_of
 from dreambooth_moslora.photos.crops import apply_crop, plan_crop
-from dreambooth_moslora.photos.folder import find_photos, open_rgb
+from dreambooth_moslora.photos.folder import find_photos
+from dreambooth_moslora.photos.photo import open_rgb
 from dreambooth_moslora.ui.generate_form import GenerateForm
 from dreambooth_moslora.ui.photo_uploads import take_photos
 from dreambooth_moslora.ui.train_actions import (

@@ -95,7 +95,7 @@ def crops_line(picture: Path, config: TrainConfig) -> str:
 
 
 def as_text(report: Any, crops: str | None) -> str:
-    from dreambooth_moslora.photos.folder import quoted
+    from dreambooth_moslora.photos.photo import quoted
 
     lines = []
     for photo in report.photos:

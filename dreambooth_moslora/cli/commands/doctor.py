@@ -131,6 +131,7 @@ def examine_vae(found: Findings, base: str, photos: str | None, size_px: int) ->
 def open_photos(folder: str | None) -> list:
     if folder is None:
         return []
-    from dreambooth_moslora.photos.folder import find_photos, open_rgb
+    from dreambooth_moslora.photos.folder import find_photos
+    from dreambooth_moslora.photos.photo import open_rgb
 
     return [open_rgb(photo) for photo in find_photos(Path(folder), "", 64).photos[:8]]

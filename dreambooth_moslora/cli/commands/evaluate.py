@@ -73,7 +73,9 @@ def run(args: argparse.Namespace) -> int:
     from dreambooth_moslora.evaluation.metrics import photo_fidelity
     from dreambooth_moslora.evaluation.report import ReportContext, write_report
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
-    from dreambooth_moslora.photos.folder import instance_photos, open_mask, open_rgb
+    from dreambooth_moslora.photos.folder import instance_photos
+    from dreambooth_moslora.photos.masks import open_mask
+    from dreambooth_moslora.photos.photo import open_rgb
 
     base = config.pretrained_model_name_or_path
     photos = instance_photos(config).photos
