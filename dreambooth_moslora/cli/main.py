@@ -150,11 +150,11 @@ def run_training(config: TrainConfig) -> int:
 def run_trainer(config: TrainConfig, stop: StopRequest) -> int:
     from dreambooth_moslora.training.checks import preflight
 
-    preflight(config)
+    base = preflight(config)
     from dreambooth_moslora.cli.progress import TerminalProgress
     from dreambooth_moslora.training.loop import train
 
-    warn_about(config)
+    warn_about(config, base)
     progress = TerminalProgress()
     evaluator = make_evaluator(config) if config.evaluate_steps else None
     try:
@@ -166,11 +166,11 @@ def run_trainer(config: TrainConfig, stop: StopRequest) -> int:
     return INTERRUPTED if result.interrupted else DONE
 
 
-def warn_about(config: TrainConfig) -> None:
-    from dreambooth_moslora.training.dry_run import remarks
+def warn_about(config: TrainConfig, base: Path | None) -> None:
+    from dreambooth_moslora.training.advice import advice_before_run
 
     if is_main_process():
-        for line in remarks(config):
+        for line in advice_before_run(config, base):
             logging.getLogger(__name__).warning("note: %s", line)
 
 

@@ -1,9 +1,6 @@
-"""`--dry_run`: the resolved settings, the photos, the arithmetic and the cost, in text, and nothing done."""
+"""`--dry_run`: the resolved settings, the photos, the steps, the cost and advice. Nothing is done."""
 
 import os
-import shutil
-from dataclasses import fields
-from pathlib import Path
 
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.prompts import subject_of
@@ -11,13 +8,12 @@ from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.photos.checks import examine
 from dreambooth_moslora.photos.folder import PhotoReport, photo_report
 from dreambooth_moslora.photos.photo import quoted
-from dreambooth_moslora.training.checks import check_folders, nearest_existing, preflight
+from dreambooth_moslora.training.advice import DEFAULTS, advice, differs, free_disk_gib
+from dreambooth_moslora.training.checks import check_folders, preflight
 from dreambooth_moslora.training.estimate import Estimate, estimate, size_of_base
 from dreambooth_moslora.training.step_plan import StepPlan, plan_steps
 
-__all__ = ["describe_run", "remarks"]
-
-DEFAULTS = {item.name: item.default for item in fields(TrainConfig)}
+__all__ = ["cost_lines", "describe_run", "step_lines"]
 
 
 def describe_run(config: TrainConfig) -> str:
@@ -37,7 +33,7 @@ def describe_run(config: TrainConfig) -> str:
         "photos": photo_lines(report),
         "steps": step_lines(config, plan),
         "cost (estimated)": cost_lines(config, cost),
-        "remarks": remarks(config),
+        "remarks": advice(config, cost),
     }
     return "\n\n".join(
         "\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items() if lines
@@ -82,7 +78,6 @@ def step_lines(config: TrainConfig, plan: StepPlan) -> list[str]:
 
 
 def cost_lines(config: TrainConfig, cost: Estimate) -> list[str]:
-    free = shutil.disk_usage(nearest_existing(Path(config.output_dir))).free / 2**30
     known = "counted in its files"
     if not cost.size.is_measured:
         known = "taken to be SDXL's, with the adapter on attention alone, as its files are not here"
@@ -90,53 +85,6 @@ def cost_lines(config: TrainConfig, cost: Estimate) -> list[str]:
         f"adapter: {cost.adapter_parameters:,} parameters on {cost.size.adapted_layers} layers; base: {known}",
         f"memory: encoding {cost.encoding_gib:.2f} GiB, training {cost.training_gib:.2f} GiB, "
         f"samples {cost.sampling_gib:.2f} GiB",
-        f"disk: {cost.disk_gib:.2f} GiB, {cost.checkpoint_gib:.3f} GiB a checkpoint; free: {free:.1f} GiB",
-        *(["the disk has too little room"] if free < cost.disk_gib else []),
+        f"disk: {cost.disk_gib:.2f} GiB, {cost.checkpoint_gib:.3f} GiB a checkpoint; "
+        f"free: {free_disk_gib(config):.1f} GiB",
     ]
-
-
-def remarks(config: TrainConfig) -> list[str]:
-    """Settings that have no effect together with the others."""
-    found = {
-        "--class_data_dir and --class_prompt have no effect without --with_prior_preservation": (
-            (config.class_data_dir or config.class_prompt) and not config.with_prior_preservation
-        ),
-        "--prior has no effect without --with_prior_preservation": (
-            differs(config, "prior") and not config.with_prior_preservation
-        ),
-        "--prior_prompts has no effect without --with_prior_preservation --prior adapter_off": (
-            config.prior_prompts and not (config.with_prior_preservation and config.prior == "adapter_off")
-        ),
-        "--class_data_dir has no effect with --prior adapter_off, which needs no images": (
-            config.class_data_dir and config.with_prior_preservation and config.prior == "adapter_off"
-        ),
-        "--use_8bit_adam has no effect with --optimizer Prodigy": config.use_8bit_adam
-        and config.optimizer == "Prodigy",
-        "--timestep_bias_multiplier has no effect without --timestep_bias_strategy": (
-            differs(config, "timestep_bias_multiplier") and config.timestep_bias_strategy == "none"
-        ),
-        "--text_encoder_lr has no effect without --train_text_encoder": (
-            differs(config, "text_encoder_lr") and not config.train_text_encoder
-        ),
-        "Prodigy wants --learning_rate near 1.0": config.optimizer == "Prodigy" and config.learning_rate <= 0.1,
-        f"--lr_warmup_steps has no effect with --lr_scheduler {config.lr_scheduler}": (
-            config.lr_scheduler == "constant" and config.lr_warmup_steps and differs(config, "lr_warmup_steps")
-        ),
-        "--enable_xformers_memory_efficient_attention: PyTorch's own attention needs as little memory and is used": (
-            config.enable_xformers_memory_efficient_attention
-        ),
-        "--dataloader_num_workers has no effect while photos are cached": (
-            config.dataloader_num_workers > 0 and config.caching != "off"
-        ),
-        "--train_mixer and --mixer_lr_scale have no effect with --mixer none": (
-            config.mixer == "none" and differs(config, "mixer_lr_scale")
-        ),
-        "--num_train_epochs has no effect with --max_train_steps": config.max_train_steps
-        and differs(config, "num_train_epochs"),
-    }
-    return [text for text, applies in found.items() if applies]
-
-
-def differs(config: TrainConfig, name: str) -> bool:
-    """Whether a setting has another value than its default."""
-    return getattr(config, name) != DEFAULTS[name]

@@ -32,7 +32,8 @@ def estimate_cost(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor
 def _lines(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> list[str]:
     from dreambooth_moslora.base.locate import base_folder
     from dreambooth_moslora.core.config import TrainConfig
-    from dreambooth_moslora.training.dry_run import cost_lines, remarks, step_lines
+    from dreambooth_moslora.training.advice import advice
+    from dreambooth_moslora.training.dry_run import cost_lines, step_lines
     from dreambooth_moslora.training.estimate import estimate, size_of_base
     from dreambooth_moslora.training.step_plan import plan_steps
 
@@ -49,7 +50,7 @@ def _lines(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> li
         *time_line(jobs, config, plan.total_steps),
         *cost_lines(config, cost),
         *choice_lines(config, cost),
-        *remarks(config),
+        *advice(config, cost),
     ]
 
 

@@ -5,8 +5,10 @@ import os
 
 import pytest
 
-from dreambooth_moslora.cli.main import log_file
+from dreambooth_moslora.cli.main import log_file, run_trainer
+from dreambooth_moslora.cli.signals import INTERRUPTED
 from dreambooth_moslora.core.run_folder import RunDir
+from tests.helpers.tiny_training import paint_photos, tiny_config
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is full")
@@ -18,3 +20,10 @@ def test_a_log_on_a_full_disk_is_said_once_and_without_a_traceback(tmp_path, cap
     logger.warning("two")
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith("note: ") and "No space left on device" in said
+
+
+def test_a_run_warns_of_a_disk_that_cannot_hold_it(tiny_base, tmp_path, caplog):
+    endless = {"max_train_steps": 10**9, "checkpointing_steps": 1}
+    config = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run", **endless)
+    assert run_trainer(config, stop=lambda: True) == INTERRUPTED
+    assert [line for line in caplog.messages if line.startswith("note: the disk has too little room")]

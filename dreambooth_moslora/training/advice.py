@@ -1,0 +1,94 @@
+"""Advice before a run: settings without effect, and a disk with too little room.
+
+A dry run, a real run and the page give it. What forbids a run is in `checks`.
+"""
+
+import os
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.photos.folder import photo_report
+from dreambooth_moslora.training.checks import nearest_existing
+from dreambooth_moslora.training.estimate import GIB, Estimate, estimate, size_of_base
+from dreambooth_moslora.training.step_plan import plan_steps
+
+__all__ = ["DEFAULTS", "advice", "advice_before_run", "differs", "free_disk_gib", "settings_without_effect"]
+
+DEFAULTS = {item.name: item.default for item in fields(TrainConfig)}
+
+
+def advice(config: TrainConfig, cost: Estimate) -> list[str]:
+    """Lines for the person; none of them forbids the run."""
+    return [*settings_without_effect(config), *disk_advice(config, cost)]
+
+
+def advice_before_run(config: TrainConfig, base: Path | None) -> list[str]:
+    """`advice` for a run that begins; `base` is the base's folder.
+
+    The photos are read only where their number decides the steps. Raises UserError when none can be used.
+    """
+    photo_count = 1 if config.max_train_steps else len(photo_report(config).photos)
+    steps = plan_steps(config, photo_count, int(os.environ.get("WORLD_SIZE", "1"))).total_steps
+    size = size_of_base(base, config.target_modules, config.variant)
+    return advice(config, estimate(config, size, steps, photo_count))
+
+
+def disk_advice(config: TrainConfig, cost: Estimate) -> list[str]:
+    free = free_disk_gib(config)
+    if free >= cost.disk_gib:
+        return []
+    return [f"the disk has too little room: the run writes {cost.disk_gib:.2f} GiB, {free:.1f} GiB are free"]
+
+
+def free_disk_gib(config: TrainConfig) -> float:
+    """GiB free where the run folder is or will be."""
+    return shutil.disk_usage(nearest_existing(Path(config.output_dir))).free / GIB
+
+
+def settings_without_effect(config: TrainConfig) -> list[str]:
+    """Those that have no effect together with the others, one line each."""
+    found = {
+        "--class_data_dir and --class_prompt have no effect without --with_prior_preservation": (
+            (config.class_data_dir or config.class_prompt) and not config.with_prior_preservation
+        ),
+        "--prior has no effect without --with_prior_preservation": (
+            differs(config, "prior") and not config.with_prior_preservation
+        ),
+        "--prior_prompts has no effect without --with_prior_preservation --prior adapter_off": (
+            config.prior_prompts and not (config.with_prior_preservation and config.prior == "adapter_off")
+        ),
+        "--class_data_dir has no effect with --prior adapter_off, which needs no images": (
+            config.class_data_dir and config.with_prior_preservation and config.prior == "adapter_off"
+        ),
+        "--use_8bit_adam has no effect with --optimizer Prodigy": config.use_8bit_adam
+        and config.optimizer == "Prodigy",
+        "--timestep_bias_multiplier has no effect without --timestep_bias_strategy": (
+            differs(config, "timestep_bias_multiplier") and config.timestep_bias_strategy == "none"
+        ),
+        "--text_encoder_lr has no effect without --train_text_encoder": (
+            differs(config, "text_encoder_lr") and not config.train_text_encoder
+        ),
+        "Prodigy wants --learning_rate near 1.0": config.optimizer == "Prodigy" and config.learning_rate <= 0.1,
+        f"--lr_warmup_steps has no effect with --lr_scheduler {config.lr_scheduler}": (
+            config.lr_scheduler == "constant" and config.lr_warmup_steps and differs(config, "lr_warmup_steps")
+        ),
+        "--enable_xformers_memory_efficient_attention: PyTorch's own attention needs as little memory and is used": (
+            config.enable_xformers_memory_efficient_attention
+        ),
+        "--dataloader_num_workers has no effect while photos are cached": (
+            config.dataloader_num_workers > 0 and config.caching != "off"
+        ),
+        "--train_mixer and --mixer_lr_scale have no effect with --mixer none": (
+            config.mixer == "none" and differs(config, "mixer_lr_scale")
+        ),
+        "--num_train_epochs has no effect with --max_train_steps": config.max_train_steps
+        and differs(config, "num_train_epochs"),
+    }
+    return [text for text, applies in found.items() if applies]
+
+
+def differs(config: TrainConfig, name: str) -> bool:
+    """Whether a setting has another value than its default."""
+    return getattr(config, name) != DEFAULTS[name]

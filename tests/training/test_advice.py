@@ -1,0 +1,31 @@
+"""What is advised before a run: settings that have no effect together."""
+
+import pytest
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.training import advice
+from dreambooth_moslora.training.advice import settings_without_effect
+
+
+def test_defaults_draw_no_advice_alone_or_beside_a_setting_that_switches_them_off():
+    assert settings_without_effect(TrainConfig()) == []
+    switched_off = TrainConfig(mixer="none", max_train_steps=3, optimizer="Prodigy", learning_rate=1.0)
+    assert settings_without_effect(switched_off) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"prior": "adapter_off"}, "--prior "),
+        ({"timestep_bias_multiplier": 2.0}, "--timestep_bias_multiplier "),
+        ({"text_encoder_lr": 1e-5}, "--text_encoder_lr "),
+        ({"lr_warmup_steps": 10}, "--lr_warmup_steps "),
+        ({"mixer": "none", "mixer_lr_scale": 2.0}, "--train_mixer and --mixer_lr_scale "),
+        ({"num_train_epochs": 3, "max_train_steps": 10}, "--num_train_epochs "),
+    ],
+)
+def test_a_setting_without_effect_is_named_once(settings, names, monkeypatch):
+    (line,) = settings_without_effect(TrainConfig(**settings))
+    assert line.startswith(names)
+    monkeypatch.setattr(advice, "DEFAULTS", advice.DEFAULTS | settings)  # the default: nobody set it
+    assert settings_without_effect(TrainConfig(**settings)) == []
