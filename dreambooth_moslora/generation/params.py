@@ -15,9 +15,9 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.generation.schedulers import SCHEDULERS, scheduler_of_title
 
 __all__ = [
-    "SCHEDULERS",
     "GenerationParams",
     "Provenance",
     "Recipe",
@@ -31,8 +31,6 @@ PNG_KEY = "dreambooth_moslora"
 FORMAT_VERSION = 1
 MAX_SEED = 2**32 - 1
 SIZE_STEP_PX = 8
-SCHEDULERS = {"euler": "Euler", "dpmpp_2m_karras": "DPM++ 2M Karras", "unipc": "UniPC"}
-"""Our name of each scheduler -> the name under which other programs know it. All three are deterministic."""
 LIMITS: dict[str, tuple[float, float]] = {
     "seed": (0, MAX_SEED),
     "steps": (1, 200),
@@ -244,7 +242,7 @@ def _a1111_text(params: GenerationParams, provenance: Provenance) -> str:
     hashes = ", ".join(f"{name}: {sha[:12]}" for name, sha in provenance.adapter_sha256)
     settings = {
         "Steps": params.steps,
-        "Sampler": SCHEDULERS[params.scheduler],
+        "Sampler": SCHEDULERS[params.scheduler].title,
         "CFG scale": "" if params.guidance_scale is None else f"{params.guidance_scale:g}",
         "Seed": params.seed,
         "Size": f"{params.width_px}x{params.height_px}" if params.width_px and params.height_px else "",
@@ -268,8 +266,9 @@ def _parse_a1111(text: str) -> Recipe:
     values: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative.strip(), "adapters": tags}
     params = GenerationParams.from_dict(values | _known_settings(settings))
     sampler = _sampler_of(settings)
-    known = not sampler or SCHEDULERS[params.scheduler] == sampler
-    remarks = () if known else (f"the sampler {sampler} is not here; {SCHEDULERS[params.scheduler]} takes its place",)
+    ours = SCHEDULERS[params.scheduler].title
+    known = sampler in ("", ours)
+    remarks = () if known else (f"the sampler {sampler} is not here; {ours} takes its place",)
     return Recipe(params, Provenance(), exact=False, remarks=remarks)
 
 
@@ -284,8 +283,7 @@ def _known_settings(settings: Mapping[str, str]) -> dict[str, Any]:
             values["width_px"], values["height_px"] = (int(n) for n in settings["Size"].split("x"))
     except ValueError as error:
         raise UserError("the settings inside the PNG are damaged") from error
-    sampler = _sampler_of(settings)
-    values["scheduler"] = next((ours for ours, theirs in SCHEDULERS.items() if theirs == sampler), "euler")
+    values["scheduler"] = scheduler_of_title(_sampler_of(settings)) or "euler"
     return values
 
 

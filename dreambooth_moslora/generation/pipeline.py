@@ -8,16 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import PIL.Image
 import torch
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionXLPipeline,
-    UniPCMultistepScheduler,
-)
+from diffusers import StableDiffusionXLPipeline
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora import __version__
@@ -29,15 +23,11 @@ from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.generation.gpu_room import CPU, Home
 from dreambooth_moslora.generation.params import GenerationParams, Provenance
 from dreambooth_moslora.generation.progress import Clock, LatentColours, Preview, Step, Watcher
+from dreambooth_moslora.generation.schedulers import make_scheduler
 from dreambooth_moslora.generation.streaming import iterate
 
 __all__ = ["Event", "Image", "SubjectPipeline"]
 
-SCHEDULER_CLASSES: dict[str, tuple[type, dict[str, Any]]] = {
-    "euler": (EulerDiscreteScheduler, {}),
-    "dpmpp_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
-    "unipc": (UniPCMultistepScheduler, {}),
-}
 RESIDENT_ADAPTERS = 8
 """Adapters kept inside the model; the one that was used longest ago makes room."""
 
@@ -258,8 +248,7 @@ class SubjectPipeline:
         return dict(zip(names, embeds))
 
     def _scheduler(self, name: str):
-        kind, options = SCHEDULER_CLASSES[name]
-        return kind.from_config(self._scheduler_config, **options)
+        return make_scheduler(name, self._scheduler_config)
 
     def colours(self) -> LatentColours:
         if self._colours is None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import gradio as gr
 
-from dreambooth_moslora.generation.params import SCHEDULERS
+from dreambooth_moslora.generation.schedulers import SCHEDULERS
 from dreambooth_moslora.ui.adapter_summary import prompt_for, summary_of
 from dreambooth_moslora.ui.app_state import AppContext
 from dreambooth_moslora.ui.generate_form import MAX_IMAGES, NONE, RANGES, size_choices
@@ -73,7 +73,7 @@ def settings_widgets(ctx: AppContext) -> dict[str, Any]:
             )
         with gr.Row():
             seed = gr.Number(-1, label="Seed", info="−1 draws one", precision=0, min_width=160, elem_id="seed")
-            schedulers = [(label, name) for name, label in SCHEDULERS.items()]
+            schedulers = [(scheduler.title, name) for name, scheduler in SCHEDULERS.items()]
             scheduler = gr.Dropdown(schedulers, value="euler", label="Scheduler", info="how it steps", min_width=160)
         size = gr.Dropdown(sizes, value=sizes[0][1], label="Size", info="width × height", allow_custom_value=True)
     widgets = {"negative_prompt": negative, "steps": steps, "guidance_scale": guidance, "seed": seed, "size": size}

@@ -6,7 +6,8 @@ from typing import Any
 import gradio as gr
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.generation.params import SCHEDULERS, Recipe
+from dreambooth_moslora.generation.params import Recipe
+from dreambooth_moslora.generation.schedulers import SCHEDULERS
 from dreambooth_moslora.ui.adapter_check import check_upload
 from dreambooth_moslora.ui.app_state import TELLING, AppContext, as_gradio_error, sentence
 from dreambooth_moslora.ui.generate_tab import GenerateTab, to_widgets
@@ -65,7 +66,7 @@ def recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
         ("Steps", str(params.steps)),
         ("Guidance", "" if params.guidance_scale is None else f"{params.guidance_scale:g}"),
         ("Size", size),
-        ("Scheduler", SCHEDULERS[params.scheduler]),
+        ("Scheduler", SCHEDULERS[params.scheduler].title),
         ("Base", origin.base),
         ("Made with", ", ".join(f"{name} {version}" for name, version in origin.versions)),
         ("Remarks", "\n".join(map(sentence, recipe.remarks))),

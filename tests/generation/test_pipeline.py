@@ -17,9 +17,10 @@ from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameter
 from dreambooth_moslora.adapters.raw_file import adapter_metadata, save_raw
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import RAW_NAME
-from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, read_recipe
+from dreambooth_moslora.generation.params import GenerationParams, read_recipe
 from dreambooth_moslora.generation.pipeline import Image, SubjectPipeline
 from dreambooth_moslora.generation.progress import LatentColours, Preview, PreviewTracker, Step, smooth_latents
+from dreambooth_moslora.generation.schedulers import SCHEDULERS
 from tests.helpers.tiny_adapters import TARGETS, save_diffusers_lora, save_kohya_lora
 
 PARAMS = GenerationParams("a photo of a sks dog", seed=3, steps=3, guidance_scale=4.0)

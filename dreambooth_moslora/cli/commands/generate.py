@@ -9,7 +9,8 @@ from pathlib import Path
 from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import free_name
-from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, draw_seed
+from dreambooth_moslora.generation.params import GenerationParams, draw_seed
+from dreambooth_moslora.generation.schedulers import SCHEDULERS
 
 __all__ = ["HELP", "add_arguments", "run"]
 
