@@ -15,7 +15,7 @@ from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.evaluation.encoders import Encoders, load_encoders
 from dreambooth_moslora.evaluation.evaluate import Evaluator, sampler_draw, truth_of
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_for
-from dreambooth_moslora.generation.sampler import Sampler
+from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.photos.folder import instance_photos
 from dreambooth_moslora.photos.masks import open_mask
 from dreambooth_moslora.photos.photo import open_rgb

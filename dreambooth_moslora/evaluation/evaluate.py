@@ -25,8 +25,8 @@ from dreambooth_moslora.evaluation import metrics
 from dreambooth_moslora.evaluation.encoders import Encoders
 from dreambooth_moslora.evaluation.intervals import Interval, bootstrap_mean
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
+from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.generation.sampler import Sampler, SampleRequest
 
 __all__ = ["Draw", "Evaluation", "Evaluator", "Truth", "evaluate_adapter", "sampler_draw"]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import DREAMBOOTH_LIVE_TEMPLATES, DREAMBOOTH_OBJECT_TEMPLATES, Subject
 from dreambooth_moslora.core.toy import TOY_TEMPLATES, is_toy
-from dreambooth_moslora.generation.sampler import SampleRequest
+from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 
 __all__ = ["TEMPLATE_SETS", "EvaluationPlan", "plan_for"]
 

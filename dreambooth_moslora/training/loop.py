@@ -16,7 +16,7 @@ from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import StopRequestedError, one_line
 from dreambooth_moslora.core.events import Event, RunEnded
 from dreambooth_moslora.core.run_folder import RunDir
-from dreambooth_moslora.generation.sampler import Sampler
+from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.photos.folder import instance_photos
 from dreambooth_moslora.training.accelerator import chosen_seed, make_accelerator, on_main
 from dreambooth_moslora.training.checkpoint import Position, resume_point

@@ -19,7 +19,7 @@ from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.digests import default_cache_dir
 from dreambooth_moslora.core.errors import StopRequestedError, UserError, spelled_out
 from dreambooth_moslora.core.names import public_name
-from dreambooth_moslora.generation.sampler import generate_images
+from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.folder import PhotoReport, find_photos
 from dreambooth_moslora.photos.photo import Photo

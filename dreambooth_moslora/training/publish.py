@@ -16,7 +16,7 @@ from dreambooth_moslora.core.events import StepDone, StepEvaluated, events_of
 from dreambooth_moslora.core.pictures import Row, draw_contact_sheet, write_png
 from dreambooth_moslora.core.prompts import class_word_of, trigger_words
 from dreambooth_moslora.core.run_folder import RunDir, atomic_directory, atomic_write
-from dreambooth_moslora.generation.sampler import Sampler, SampleRequest
+from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.photos.photo import Photo, open_rgb
 from dreambooth_moslora.training.best_step import BestStep
 from dreambooth_moslora.training.hub import push

@@ -20,7 +20,7 @@ from dreambooth_moslora.core.events import (
     event_of,
     events_of,
 )
-from dreambooth_moslora.generation.sampler import Sampler
+from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.training.accelerator import any_process
 from dreambooth_moslora.training.best_step import BestStep
 from dreambooth_moslora.training.checkpoint import Position, save_checkpoint

@@ -17,7 +17,7 @@ from dreambooth_moslora.core.pictures import write_png
 from dreambooth_moslora.core.prompts import context_prompts, validation_prompts
 from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.core.seeding import seed_of
-from dreambooth_moslora.generation.sampler import Sampler, SampleRequest
+from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 
 __all__ = ["ValidationSamples"]
 

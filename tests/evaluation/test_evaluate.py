@@ -15,7 +15,7 @@ from dreambooth_moslora.evaluation.encoders import picture_distance
 from dreambooth_moslora.evaluation.evaluate import Evaluator, evaluate_adapter, paint_over, truth_of
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_for
 from dreambooth_moslora.evaluation.toy_truth import find_truth, other_toy, place_in, view
-from dreambooth_moslora.generation.sampler import SampleRequest
+from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_encoders import tiny_encoders
 from toybox.render import render

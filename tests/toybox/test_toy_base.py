@@ -19,9 +19,9 @@ from dreambooth_moslora import MoSLoraConfig, inject
 from dreambooth_moslora.adapters.export import publish
 from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.base.load import encode_text
+from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import Image, SubjectPipeline
-from dreambooth_moslora.generation.sampler import Sampler, SampleRequest
 from toybox.captions import canonical_caption
 from toybox.evaluate_base import accuracy, generate, scenes_for
 from toybox.evaluate_parts import (

@@ -4,7 +4,7 @@ import pytest
 
 from dreambooth_moslora.core.errors import StopRequestedError
 from dreambooth_moslora.core.run_folder import RunDir
-from dreambooth_moslora.generation.sampler import stopper
+from dreambooth_moslora.generation.fixed_seeds import stopper
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 

@@ -1,6 +1,7 @@
-"""Pictures during training: fixed prompts, fixed seeds, step 0 first, so that only the adapter differs between steps.
+"""Pictures that a run draws at fixed seeds: training's samples, evaluation's pictures, class images.
 
-Prompts are embedded once; the text encoders may leave memory before the first picture is drawn.
+The same prompt and seed give the same noise at every step, so that only the adapter differs. Prompts are
+embedded once; the text encoders may leave memory before the first picture is drawn.
 """
 
 from collections.abc import Callable, Iterator
