@@ -15,7 +15,9 @@ from dreambooth_moslora.ui.inspect_tab import build_inspect_tab
 from dreambooth_moslora.ui.login_limit import LoginLimit
 from dreambooth_moslora.ui.queue_limits import drop_unheard, limit_waiting
 from dreambooth_moslora.ui.session_guard import SessionGuard, note_sessions
-from dreambooth_moslora.ui.theme import CSS, HEAD, theme
+from dreambooth_moslora.ui.shortcuts import HEAD
+from dreambooth_moslora.ui.style import CSS
+from dreambooth_moslora.ui.theme import theme
 from dreambooth_moslora.ui.train_tab import build_train_tab
 from dreambooth_moslora.ui.upload_quota import UploadQuota
 from dreambooth_moslora.ui.users import VisitorCookie
