@@ -25,6 +25,7 @@ from dreambooth_moslora.photos.crops import CropPlan, CropRule, apply_crop
 from dreambooth_moslora.photos.masks import open_mask
 from dreambooth_moslora.photos.photo import Photo, open_rgb
 from dreambooth_moslora.training.encoding_cache import TensorCache, Tensors, fingerprint
+from dreambooth_moslora.training.step_plan import samples_an_epoch
 
 __all__ = ["EncodedView", "PhotoEncoder", "PhotoStream", "PromptCache", "TrainBatch", "collate", "move_together"]
 
@@ -149,7 +150,7 @@ class PhotoStream:
 
     def __len__(self) -> int:
         """Samples in an epoch."""
-        return len(self.photos) * self.repeats
+        return samples_an_epoch(len(self.photos), self.repeats)
 
     def at(self, position: int) -> tuple[EncodedView, str]:
         """The view of the sample at `position` >= 0, and one of its photo's captions, drawn anew each time."""

@@ -1,7 +1,7 @@
 """The arithmetic of a run: photos, repeats, batches and epochs into optimizer steps, and how often a photo is seen.
 
-exposures an epoch = photos × repeats, or the class images when there are more of those
-steps an epoch = ⌈⌈exposures / (batch × processes)⌉ / accumulation⌉        as diffusers' script counts
+samples an epoch = photos × repeats, or the class images when there are more of those
+steps an epoch = ⌈⌈samples / (batch × processes)⌉ / accumulation⌉        as diffusers' script counts
 exposures of a photo = steps × accumulation × batch × processes / photos
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dreambooth_moslora.core.config import TrainConfig
 
-__all__ = ["StepPlan", "plan_steps"]
+__all__ = ["StepPlan", "plan_steps", "samples_an_epoch", "uses_class_images"]
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,19 @@ class StepPlan:
 
 def plan_steps(config: TrainConfig, photo_count: int, process_count: int = 1) -> StepPlan:
     """Raises ZeroDivisionError for no photos: `photos.instance_photos` has refused that before."""
-    exposures = photo_count * config.repeats
+    samples = samples_an_epoch(photo_count, config.repeats)
     if uses_class_images(config):
-        exposures = max(exposures, config.num_class_images)
-    batches = math.ceil(exposures / (config.train_batch_size * process_count))
+        samples = max(samples, config.num_class_images)
+    batches = math.ceil(samples / (config.train_batch_size * process_count))
     steps_an_epoch = math.ceil(batches / config.gradient_accumulation_steps)
     total = config.max_train_steps or config.num_train_epochs * steps_an_epoch
     photos_a_step = config.train_batch_size * config.gradient_accumulation_steps * process_count
     return StepPlan(photo_count, config.repeats, photos_a_step, steps_an_epoch, total)
+
+
+def samples_an_epoch(photo_count: int, repeats: int) -> int:
+    """Of one set of photos: how often an epoch shows one of them."""
+    return photo_count * repeats
 
 
 def uses_class_images(config: TrainConfig) -> bool:
