@@ -79,7 +79,7 @@ def set_up(context: RunContext, evaluator: StepScorer | None) -> Training:
     photos = usable_photos(instance_photos(config))
     plan = plan_steps(config, len(photos), context.accelerator.num_processes)
     report_start(context, step, plan.total_steps)
-    report.start_trackers(config)
+    report.trackers.start(config)
     samples = ValidationSamples.of(config, context.run_dir, plan.steps_an_epoch)
     prompts = [*samples.prompts, *(evaluator.prompts if evaluator and config.evaluate_steps else ())]
     inputs = prepare(context, photos, plan.total_steps * plan.photos_a_step, prompts)
