@@ -156,6 +156,27 @@ def test_files_were_found():
     assert len({name for path in DOCUMENTS for name in FILE.findall(read(path))}) > 15
 
 
+PLACE = re.compile(r"^\| [^|]+ \| `(\w+)` \| (.*) \|$", re.MULTILINE)
+"""A row of the table "where to put what": its package and its files."""
+
+
+def missing_places(text: str) -> list[str]:
+    """Files of the table that its package does not have; what is in brackets may name others."""
+    missing = []
+    for package, files in PLACE.findall(text):
+        for name in SPAN.findall(re.sub(r"\(.*?\)", "", files)):
+            pattern = name.rstrip("/") if name.endswith("/") else f"{name}.py"
+            if not list((ROOT / "dreambooth_moslora").glob(f"{package}/{pattern}")):
+                missing.append(f"{package}/{name}")
+    return missing
+
+
+def test_where_to_put_what_names_files_that_are_there():
+    text = read(ROOT / "CONTRIBUTING.md")
+    assert len(PLACE.findall(text)) > 12 and missing_places(text) == []
+    assert missing_places("| masks | `photos` | `masks`, `none` (why) |") == ["photos/none"]
+
+
 def slug(heading: str) -> str:
     """The anchor of a heading, as GitHub and mkdocs make it."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
