@@ -163,7 +163,7 @@ def as_gradio_error(handler: Callable) -> Callable:
             try:
                 yield from handler(*args, **kwargs)
             except Exception as error:
-                raise _as_message(error) from error
+                raise as_message(error) from error
     else:
 
         @functools.wraps(handler)
@@ -171,12 +171,12 @@ def as_gradio_error(handler: Callable) -> Callable:
             try:
                 return handler(*args, **kwargs)
             except Exception as error:
-                raise _as_message(error) from error
+                raise as_message(error) from error
 
     return guarded
 
 
-def _as_message(error: Exception) -> gr.Error:
+def as_message(error: Exception) -> gr.Error:
     if isinstance(error, gr.Error):
         return error
     words = html.escape(sentence(as_user_error(error)), quote=False)
