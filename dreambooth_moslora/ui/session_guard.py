@@ -5,6 +5,7 @@ from collections import OrderedDict
 from typing import Any
 from urllib.parse import parse_qs
 
+import fastapi
 import gradio as gr
 from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse
@@ -22,18 +23,26 @@ _owners: OrderedDict[str, str] = OrderedDict()
 
 
 def note_sessions(page: gr.Blocks) -> None:
-    """Note at each job that joins the queue of `page` whose session it is."""
+    """Let the queue of `page` note whose each session is; 403 for a job in another's."""
     queue = page._queue
     push = queue.push
 
     async def noted_push(body: Any, request: Any, username: str | None) -> tuple:
-        if body.session_hash and (cookie := request.cookies.get(COOKIE)):
-            _owners.setdefault(body.session_hash, cookie)
-            while len(_owners) > MAX_SESSIONS:
-                _owners.popitem(last=False)
+        if body.session_hash:
+            cookie = request.cookies.get(COOKIE, "")
+            if _owners.get(body.session_hash, cookie) != cookie:
+                raise fastapi.HTTPException(403, REFUSED)
+            _note(body.session_hash, cookie)
         return await push(body, request, username)
 
     queue.push = noted_push
+
+
+def _note(session: str, cookie: str) -> None:
+    if cookie:
+        _owners.setdefault(session, cookie)
+    while len(_owners) > MAX_SESSIONS:
+        _owners.popitem(last=False)
 
 
 class SessionGuard:
