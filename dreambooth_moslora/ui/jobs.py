@@ -231,8 +231,11 @@ class Jobs:
         done = [] if is_starting else [*metrics.of("step")[-1:], *events]
         step = max((int(event.get("step") or 0) for event in done), default=0)
         total = int(metrics.last("start").get("max_train_steps") or 0)
-        message = str(end.get("message") or "") or ("" if end or alive else why_it_ended(job, self._exits.get(job.pid)))
+        message = str(end.get("message") or "") or ("" if end or alive else self._why_it_ended(job))
         return JobState(state, step, total, phase_of(events), message)
+
+    def _why_it_ended(self, job: Job) -> str:
+        return why_it_ended(self._exits.get(job.pid), job.log_tail(), was_asked=bool(job.stop_asked))
 
     def _launch(self, run_dir: Path, owner: str) -> Job:
         with self._make_room(), self._lock:

@@ -137,9 +137,8 @@ def test_a_killed_process_is_told_by_the_server_that_started_it_and_by_a_later_o
         (1, 0.0, "", "ended without a word"),
     ],
 )
-def test_why_a_process_is_gone_is_said_as_well_as_it_is_known(tmp_path, code, asked, log, words):
-    (tmp_path / "job.log").write_text(log)
-    assert words in why_it_ended(Job(tmp_path, OWNER, 1, 0.0, asked), code)
+def test_why_a_process_is_gone_is_said_as_well_as_it_is_known(code, asked, log, words):
+    assert words in why_it_ended(code, log, was_asked=bool(asked))
 
 
 def test_a_run_stopped_before_its_first_step_boasts_of_no_checkpoint(tmp_path):
