@@ -19,7 +19,7 @@ from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.photos.folder import instance_photos
 from dreambooth_moslora.photos.masks import open_mask
 from dreambooth_moslora.photos.photo import open_rgb
-from dreambooth_moslora.training.best_step import best_of
+from dreambooth_moslora.training.results.best_step import best_of
 
 __all__ = ["LOGGED", "TrainingEvaluator"]
 

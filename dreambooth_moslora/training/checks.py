@@ -19,8 +19,8 @@ from dreambooth_moslora.core.run_folder import RunDir, check_name, checkpoint_st
 from dreambooth_moslora.core.targets import is_target
 from dreambooth_moslora.core.versions import require_packages
 from dreambooth_moslora.training.estimate import check_memory
-from dreambooth_moslora.training.model_card import is_card, pictures_named
 from dreambooth_moslora.training.precision import check_bf16
+from dreambooth_moslora.training.results.model_card import is_card, pictures_named
 
 __all__ = [
     "check_folders",
@@ -161,7 +161,7 @@ def preflight(config: TrainConfig) -> Path | None:
     if config.mixer == "butterfly" and config.rank % 2:
         raise UserError(f"--mixer butterfly needs an even --rank, not {config.rank}.")
     if config.push_to_hub:
-        from dreambooth_moslora.training.hub import check_push
+        from dreambooth_moslora.training.results.hub import check_push
 
         check_push(config)
     if config.pretrained_vae_model_name_or_path:

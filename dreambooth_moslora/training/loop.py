@@ -23,12 +23,12 @@ from dreambooth_moslora.training.checkpoint import Position, resume_point
 from dreambooth_moslora.training.checks import check_folders
 from dreambooth_moslora.training.earlier_runs import claim_run_folder, report_start
 from dreambooth_moslora.training.prepare import prepare, usable_photos
-from dreambooth_moslora.training.publish import Publisher
 from dreambooth_moslora.training.reporter import Reporter
+from dreambooth_moslora.training.results.publish import Publisher
+from dreambooth_moslora.training.results.samples import ValidationSamples
 from dreambooth_moslora.training.run import StepScorer, Training, TrainResult
 from dreambooth_moslora.training.run_context import RunContext
 from dreambooth_moslora.training.run_lock import locked
-from dreambooth_moslora.training.samples import ValidationSamples
 from dreambooth_moslora.training.step_plan import plan_steps
 from dreambooth_moslora.training.train_step import TrainStep
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from dreambooth_moslora.core.events import AdapterExported, Event, PhaseProgress, RunEnded, record_of
 from dreambooth_moslora.core.process import peak_memory_gib
 from dreambooth_moslora.core.run_folder import RunDir, atomic_write
-from dreambooth_moslora.training.trackers import TRACKED, Trackers
+from dreambooth_moslora.training.results.trackers import TRACKED, Trackers
 
 __all__ = ["Reporter", "Stopwatch", "free_unused_memory", "memory_gib"]
 

@@ -12,8 +12,8 @@ from dreambooth_moslora.core.names import free_name
 from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RAW_NAME, RunDir
 from dreambooth_moslora.ui.adapter_check import check_upload
 from dreambooth_moslora.ui.generate_form import NONE
-from dreambooth_moslora.ui.jobs import JOB_NAME, Job
-from dreambooth_moslora.ui.users import Visitor
+from dreambooth_moslora.ui.server.users import Visitor
+from dreambooth_moslora.ui.training.jobs import JOB_NAME, Job
 
 __all__ = ["AdapterCatalog"]
 

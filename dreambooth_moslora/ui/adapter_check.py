@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.ui.body_limit import MAX_UPLOAD_BYTES
+from dreambooth_moslora.ui.server.body_limit import MAX_UPLOAD_BYTES
 
 __all__ = ["check_header", "check_upload"]
 

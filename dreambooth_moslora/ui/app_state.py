@@ -21,9 +21,9 @@ from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.toy import preferred_guidance
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.ui.adapter_catalog import AdapterCatalog
-from dreambooth_moslora.ui.gpu_turns import GpuTurns
-from dreambooth_moslora.ui.jobs import Jobs
-from dreambooth_moslora.ui.users import Visitor, Visitors, visitor_id
+from dreambooth_moslora.ui.server.users import Visitor, Visitors, visitor_id
+from dreambooth_moslora.ui.training.gpu_turns import GpuTurns
+from dreambooth_moslora.ui.training.jobs import Jobs
 
 if TYPE_CHECKING:
     from dreambooth_moslora.generation.pipeline import SubjectPipeline

@@ -13,8 +13,8 @@ from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.ui.app_state import AppContext, as_user_error, sentence
 from dreambooth_moslora.ui.generate_form import GenerateForm
 from dreambooth_moslora.ui.html_snippets import notice, progress_card, thumbnail
-from dreambooth_moslora.ui.libraries import import_libraries
-from dreambooth_moslora.ui.users import Picture, Visitor
+from dreambooth_moslora.ui.server.libraries import import_libraries
+from dreambooth_moslora.ui.server.users import Picture, Visitor
 
 if TYPE_CHECKING:
     from dreambooth_moslora.generation.pipeline import Image

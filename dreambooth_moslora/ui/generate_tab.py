@@ -25,7 +25,7 @@ from dreambooth_moslora.ui.generate_widgets import (
 from dreambooth_moslora.ui.html_snippets import faint
 from dreambooth_moslora.ui.input_errors import explain_bad_values
 from dreambooth_moslora.ui.recipe_to_form import clamp_to_widgets, match_adapters, recipe_of
-from dreambooth_moslora.ui.users import Picture, Visitor
+from dreambooth_moslora.ui.server.users import Picture, Visitor
 
 __all__ = ["GenerateTab", "build_generate_tab"]
 

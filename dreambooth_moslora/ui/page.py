@@ -8,19 +8,19 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from dreambooth_moslora.ui.app_state import AppContext
-from dreambooth_moslora.ui.body_limit import MAX_UPLOAD_BYTES, BodySizeLimit
 from dreambooth_moslora.ui.generate_tab import build_generate_tab
-from dreambooth_moslora.ui.host_check import LOOPBACK, outermost
 from dreambooth_moslora.ui.inspect_tab import build_inspect_tab
-from dreambooth_moslora.ui.login_limit import LoginLimit
-from dreambooth_moslora.ui.queue_limits import drop_unheard, limit_waiting
-from dreambooth_moslora.ui.session_guard import SessionGuard, note_sessions
+from dreambooth_moslora.ui.server.body_limit import MAX_UPLOAD_BYTES, BodySizeLimit
+from dreambooth_moslora.ui.server.host_check import LOOPBACK, outermost
+from dreambooth_moslora.ui.server.login_limit import LoginLimit
+from dreambooth_moslora.ui.server.queue_limits import drop_unheard, limit_waiting
+from dreambooth_moslora.ui.server.session_guard import SessionGuard, note_sessions
+from dreambooth_moslora.ui.server.upload_quota import UploadQuota
+from dreambooth_moslora.ui.server.users import VisitorCookie
 from dreambooth_moslora.ui.shortcuts import HEAD
 from dreambooth_moslora.ui.style import CSS
 from dreambooth_moslora.ui.theme import theme
 from dreambooth_moslora.ui.train_tab import build_train_tab
-from dreambooth_moslora.ui.upload_quota import UploadQuota
-from dreambooth_moslora.ui.users import VisitorCookie
 
 __all__ = ["build_app", "launch_options"]
 

@@ -11,7 +11,7 @@ from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.process import set_environment_defaults
-from dreambooth_moslora.ui.libraries import import_libraries
+from dreambooth_moslora.ui.server.libraries import import_libraries
 
 __all__ = ["add_arguments", "context_of", "main"]
 
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
 
 
 def serve(args: argparse.Namespace) -> int:
-    from dreambooth_moslora.ui.host_check import LOOPBACK
+    from dreambooth_moslora.ui.server.host_check import LOOPBACK
 
     if args.server_port is not None and not 1 <= args.server_port <= MAX_PORT:
         raise UserError(f"--server_port {args.server_port} is no port; choose one from 1 to {MAX_PORT}")
@@ -93,7 +93,7 @@ def parse_login(text: str) -> tuple[str, str]:
 
 def parse_host(text: str) -> str:
     """The bare name, as a browser's Host header is compared: a scheme, a port and capitals are left out."""
-    from dreambooth_moslora.ui.host_check import hostname
+    from dreambooth_moslora.ui.server.host_check import hostname
 
     name = hostname(text if "//" in text else f"//{text}")
     if not name:

@@ -15,14 +15,14 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.event_log import Metrics
 from dreambooth_moslora.core.names import free_name
 from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RunDir
-from dreambooth_moslora.training.best_step import CURVES
+from dreambooth_moslora.training.results.best_step import CURVES
 from dreambooth_moslora.ui.app_state import AppContext, sentence
 from dreambooth_moslora.ui.generate_actions import format_seconds
 from dreambooth_moslora.ui.html_snippets import notice, progress_card
-from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, run_name_of
 from dreambooth_moslora.ui.photo_uploads import ONE_AT_A_TIME, take_photos
+from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train_form import TrainForm, crop_config, prompts_of
-from dreambooth_moslora.ui.users import Visitor
+from dreambooth_moslora.ui.training.jobs import Job, Jobs, JobState, run_name_of
 
 if TYPE_CHECKING:
     from dreambooth_moslora.core.config import TrainConfig

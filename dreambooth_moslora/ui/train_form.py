@@ -9,8 +9,8 @@ from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.config_files import load_settings
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.generation.params import check_characters
-from dreambooth_moslora.ui.memory_choice import memory_choice
 from dreambooth_moslora.ui.photo_uploads import kept_photos
+from dreambooth_moslora.ui.training.memory_choice import memory_choice
 
 __all__ = ["PRESETS", "Preset", "TrainForm", "crop_config", "preset_for", "prompts_of"]
 

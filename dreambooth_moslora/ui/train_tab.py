@@ -9,17 +9,17 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.ui.adapter_summary import prompt_for, summary_of
 from dreambooth_moslora.ui.app_state import AT_ONCE, TELLING, AppContext, as_gradio_error
-from dreambooth_moslora.ui.cost_estimate import estimate_cost
 from dreambooth_moslora.ui.generate_form import NONE
 from dreambooth_moslora.ui.generate_tab import GenerateTab
 from dreambooth_moslora.ui.html_snippets import faint, notice
 from dreambooth_moslora.ui.input_errors import explain_bad_values
-from dreambooth_moslora.ui.jobs import Jobs
 from dreambooth_moslora.ui.photo_uploads import PHOTO_TYPES, take_photos
+from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train_actions import PhotoReview, review_kept, review_photos, start_run
 from dreambooth_moslora.ui.train_form import PRESETS, TrainForm, prompts_of
 from dreambooth_moslora.ui.train_watch import connect_watch, picture_rows, run_names, watch_widgets
-from dreambooth_moslora.ui.users import Visitor
+from dreambooth_moslora.ui.training.cost_estimate import estimate_cost
+from dreambooth_moslora.ui.training.jobs import Jobs
 
 __all__ = ["build_train_tab"]
 

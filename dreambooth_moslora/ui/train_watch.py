@@ -11,9 +11,9 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.ui.app_state import AT_ONCE, AppContext, as_gradio_error, as_user_error, sentence
 from dreambooth_moslora.ui.html_snippets import notice
-from dreambooth_moslora.ui.jobs import Job, Jobs
+from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train_actions import Watch, link_into_user_folder, watch
-from dreambooth_moslora.ui.users import Visitor
+from dreambooth_moslora.ui.training.jobs import Job, Jobs
 
 __all__ = ["connect_watch", "picture_rows", "run_names", "status_of", "watch_widgets"]
 

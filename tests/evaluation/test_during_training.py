@@ -16,8 +16,8 @@ from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.training.best_step import BestStep, best_of
 from dreambooth_moslora.training.loop import train
+from dreambooth_moslora.training.results.best_step import BestStep, best_of
 from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 

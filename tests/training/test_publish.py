@@ -15,10 +15,10 @@ from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.events import StepDone
 from dreambooth_moslora.core.pictures import Row, draw_contact_sheet
-from dreambooth_moslora.training import hub
-from dreambooth_moslora.training.hub import check_push, patterns, public_files, push
-from dreambooth_moslora.training.loss_plot import draw_loss_plot, running_mean
-from dreambooth_moslora.training.model_card import SIGNATURE, CardFacts, model_card, pictures_named
+from dreambooth_moslora.training.results import hub
+from dreambooth_moslora.training.results.hub import check_push, patterns, public_files, push
+from dreambooth_moslora.training.results.loss_plot import draw_loss_plot, running_mean
+from dreambooth_moslora.training.results.model_card import SIGNATURE, CardFacts, model_card, pictures_named
 
 
 def card(**changes) -> str:

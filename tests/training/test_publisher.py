@@ -5,8 +5,8 @@ import shutil
 import pytest
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.training import publish
 from dreambooth_moslora.training.loop import train
+from dreambooth_moslora.training.results import publish
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 

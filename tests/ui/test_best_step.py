@@ -7,8 +7,8 @@ import psutil
 import pytest
 
 from dreambooth_moslora.ui.adapter_catalog import AdapterCatalog
-from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.train_watch import watched
+from dreambooth_moslora.ui.training.jobs import Job, Jobs
 from tests.ui.test_handlers import OWNER, visitor
 
 PUBLISHED = "pytorch_lora_weights.safetensors"

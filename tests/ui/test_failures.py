@@ -12,10 +12,10 @@ from dreambooth_moslora.ui.adapter_catalog import AdapterCatalog
 from dreambooth_moslora.ui.app_state import AppContext
 from dreambooth_moslora.ui.generate_actions import compare, make_pictures
 from dreambooth_moslora.ui.generate_form import GenerateForm
-from dreambooth_moslora.ui.jobs import Job, Jobs
+from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train_actions import start_run
 from dreambooth_moslora.ui.train_form import TrainForm
-from dreambooth_moslora.ui.users import Visitor
+from dreambooth_moslora.ui.training.jobs import Job, Jobs
 
 OWNER = "a" * 64
 PAGE = SimpleNamespace(username=None, cookies={}, session_hash="page")

@@ -9,7 +9,7 @@ import pytest
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.ui.app_state import as_gradio_error
-from dreambooth_moslora.ui.jobs import Jobs
+from dreambooth_moslora.ui.training.jobs import Jobs
 from tests.ui.test_handlers import OWNER
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a file that is always full")
@@ -39,7 +39,7 @@ def test_a_stop_that_is_not_noted_is_remembered_until_the_run_may_be_killed(tmp_
     jobs, job = running(tmp_path, STUBBORN)
     jobs.stop("dog", OWNER)
     assert jobs.owned("dog", OWNER).stop_asked and job.is_alive
-    monkeypatch.setattr("dreambooth_moslora.ui.jobs.KILL_AFTER_SEC", 0)
+    monkeypatch.setattr("dreambooth_moslora.ui.training.jobs.KILL_AFTER_SEC", 0)
     jobs.stop("dog", OWNER)
     assert jobs._children[job.pid].wait(timeout=20) == -signal.SIGKILL
 

@@ -14,7 +14,7 @@ from dreambooth_moslora.generation.pipeline import Image, SubjectPipeline
 from dreambooth_moslora.ui.app_state import AppContext
 from dreambooth_moslora.ui.generate_actions import make_pictures
 from dreambooth_moslora.ui.generate_form import GenerateForm
-from dreambooth_moslora.ui.jobs import Jobs
+from dreambooth_moslora.ui.training.jobs import Jobs
 
 OWNER = "a" * 64
 PAGE = SimpleNamespace(username=None, cookies={}, session_hash="page")

@@ -20,10 +20,10 @@ from dreambooth_moslora.ui.generate_form import GenerateForm, code_snippet, size
 from dreambooth_moslora.ui.generate_tab import _axis_values
 from dreambooth_moslora.ui.generate_widgets import ask_widgets
 from dreambooth_moslora.ui.inspect_tab import label_of, words_of
-from dreambooth_moslora.ui.jobs import Job
 from dreambooth_moslora.ui.recipe_to_form import match_adapters
 from dreambooth_moslora.ui.serve import main, parse_login, resolution_of
-from dreambooth_moslora.ui.users import HISTORY_LENGTH, Picture, Visitor, VisitorCookie
+from dreambooth_moslora.ui.server.users import HISTORY_LENGTH, Picture, Visitor, VisitorCookie
+from dreambooth_moslora.ui.training.jobs import Job
 
 OWNER, OTHER = "a" * 64, "b" * 64
 

@@ -9,11 +9,11 @@ import pytest
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.ui.app_state import AppContext
-from dreambooth_moslora.ui.cost_estimate import estimate_cost
-from dreambooth_moslora.ui.jobs import Job
-from dreambooth_moslora.ui.libraries import TELLS_PROMPTS, import_libraries
+from dreambooth_moslora.ui.server.libraries import TELLS_PROMPTS, import_libraries
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.train_watch import status_of, watched
+from dreambooth_moslora.ui.training.cost_estimate import estimate_cost
+from dreambooth_moslora.ui.training.jobs import Job
 from tests.ui.test_handlers import OWNER, visitor
 
 

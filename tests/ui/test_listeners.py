@@ -6,7 +6,7 @@ import httpx
 import pytest
 from gradio_client import Client
 
-from dreambooth_moslora.ui import queue_limits
+from dreambooth_moslora.ui.server import queue_limits
 from tests.ui.test_queue import waiting
 
 LONG = {"prompt": "a dog", "steps": 100, "num_images": 8}

@@ -3,8 +3,8 @@
 import httpx
 import pytest
 
-from dreambooth_moslora.ui import login_limit
-from dreambooth_moslora.ui.login_limit import PER_ADDRESS
+from dreambooth_moslora.ui.server import login_limit
+from dreambooth_moslora.ui.server.login_limit import PER_ADDRESS
 from tests.helpers.ui_server import serve
 
 

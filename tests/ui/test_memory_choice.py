@@ -6,10 +6,10 @@ import torch
 
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.ui.app_state import AppContext
-from dreambooth_moslora.ui.cost_estimate import estimate_cost
-from dreambooth_moslora.ui.jobs import Jobs
+from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train_form import TrainForm
-from dreambooth_moslora.ui.users import Visitor
+from dreambooth_moslora.ui.training.cost_estimate import estimate_cost
+from dreambooth_moslora.ui.training.jobs import Jobs
 
 GIB = 2**30
 

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import httpx
 from gradio_client import Client
 
-from dreambooth_moslora.ui.jobs import Job
-from dreambooth_moslora.ui.users import COOKIE, visitor_id
+from dreambooth_moslora.ui.server.users import COOKIE, visitor_id
+from dreambooth_moslora.ui.training.jobs import Job
 from tests.ui.test_security import FAST, Touch, refusal
 
 

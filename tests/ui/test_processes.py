@@ -12,7 +12,6 @@ import pytest
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.event_log import Metrics
-from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.train_actions import (
     fidelity_table,
     free_run_dir,
@@ -21,6 +20,7 @@ from dreambooth_moslora.ui.train_actions import (
     status_card,
 )
 from dreambooth_moslora.ui.train_form import TrainForm
+from dreambooth_moslora.ui.training.jobs import Job, Jobs
 from tests.ui.test_handlers import OTHER, OWNER, visitor
 
 TRAINER = '''
@@ -74,7 +74,7 @@ def wait_for(condition, seconds: float = 40.0):
 def test_a_run_survives_the_server_that_started_it(jobs):
     """Another process starts the run and is gone; this one finds it, watches it and stops it."""
     code = (
-        "import sys; from pathlib import Path; from dreambooth_moslora.ui.jobs import Jobs\n"
+        "import sys; from pathlib import Path; from dreambooth_moslora.ui.training.jobs import Jobs\n"
         f"jobs = Jobs(Path({str(jobs.runs_dir)!r}), Path({str(jobs.script)!r}))\n"
         f"jobs.start('dog', {{'mode': 'good', 'output_dir': {str(jobs.runs_dir / 'dog')!r}}}, {OWNER!r})"
     )
@@ -130,7 +130,7 @@ def test_a_process_that_will_not_stop_is_killed_at_the_second_asking(jobs, monke
     wait_for(lambda: jobs.state(job).step)
     stopping = jobs.stop("dog", OWNER)
     assert jobs.state(stopping).state == "stopping" and stopping.is_alive
-    monkeypatch.setattr("dreambooth_moslora.ui.jobs.KILL_AFTER_SEC", 0)
+    monkeypatch.setattr("dreambooth_moslora.ui.training.jobs.KILL_AFTER_SEC", 0)
     jobs.stop("dog", OWNER)
     wait_for(lambda: not job.is_alive)
     assert jobs.state(jobs.owned("dog", OWNER)).state == "failed"

@@ -7,8 +7,8 @@ import httpx
 import pytest
 from gradio_client import Client
 
-from dreambooth_moslora.ui.queue_limits import PER_ADDRESS, PER_VISITOR, STRANGERS
-from dreambooth_moslora.ui.users import COOKIE
+from dreambooth_moslora.ui.server.queue_limits import PER_ADDRESS, PER_VISITOR, STRANGERS
+from dreambooth_moslora.ui.server.users import COOKIE
 from tests.ui.test_private_events import foreign_run
 from tests.ui.test_security import refusal
 

@@ -17,8 +17,8 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.ui.adapter_catalog import AdapterCatalog, clean_name
 from dreambooth_moslora.ui.html_snippets import facts_table, notice, progress_card
-from dreambooth_moslora.ui.jobs import Jobs
 from dreambooth_moslora.ui.photo_uploads import take_photos
+from dreambooth_moslora.ui.training.jobs import Jobs
 from tests.helpers.odd_photos import png_of
 from tests.helpers.ui_server import serve
 

@@ -4,7 +4,7 @@ import secrets
 
 import httpx
 
-from dreambooth_moslora.ui.users import COOKIE
+from dreambooth_moslora.ui.server.users import COOKIE
 from tests.ui.test_private_events import event_of
 
 

@@ -7,8 +7,8 @@ import psutil
 import pytest
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.train_watch import watched
+from dreambooth_moslora.ui.training.jobs import Job, Jobs
 from tests.ui.test_handlers import OWNER, visitor
 
 DEEP = "[" * 100_000

@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from dreambooth_moslora.ui import upload_quota
-from dreambooth_moslora.ui.users import COOKIE
+from dreambooth_moslora.ui.server import upload_quota
+from dreambooth_moslora.ui.server.users import COOKIE
 from tests.helpers.ui_server import serve
 
 MIB = 2**20
@@ -85,7 +85,7 @@ def test_nothing_that_a_visitor_sent_outlives_the_server(tmp_path, free_port, nu
         page.wait(timeout=60)
     if number == signal.SIGKILL:
         assert uploaded.is_file()
-        code = "from dreambooth_moslora.ui.users import Visitors; Visitors().close()"
+        code = "from dreambooth_moslora.ui.server.users import Visitors; Visitors().close()"
         subprocess.run([sys.executable, "-c", code], env=environment, check=True)
     assert not [path for path in (tmp_path / "tmp").rglob("*") if path.is_file()]
 

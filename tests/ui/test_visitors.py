@@ -11,9 +11,9 @@ import httpx
 import pytest
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.ui.body_limit import MAX_BODY_BYTES
 from dreambooth_moslora.ui.serve import parse_host
-from dreambooth_moslora.ui.users import COOKIE, KEPT_SEC, MAX_VISITORS, Visitors
+from dreambooth_moslora.ui.server.body_limit import MAX_BODY_BYTES
+from dreambooth_moslora.ui.server.users import COOKIE, KEPT_SEC, MAX_VISITORS, Visitors
 
 ROOT = Path(__file__).parents[2]
 

@@ -22,8 +22,8 @@ import psutil
 
 from dreambooth_moslora.core.assets import import_environment
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.ui.job_endings import why_it_ended
-from dreambooth_moslora.ui.run_events import RunEvents, phase_of
+from dreambooth_moslora.ui.training.job_endings import why_it_ended
+from dreambooth_moslora.ui.training.run_events import RunEvents, phase_of
 
 __all__ = ["Job", "JobState", "Jobs", "run_name_of"]
 

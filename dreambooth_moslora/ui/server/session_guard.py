@@ -10,8 +10,8 @@ import gradio as gr
 from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse
 
-from dreambooth_moslora.ui.body_limit import header_of
-from dreambooth_moslora.ui.users import COOKIE
+from dreambooth_moslora.ui.server.body_limit import header_of
+from dreambooth_moslora.ui.server.users import COOKIE
 
 __all__ = ["SessionGuard", "note_sessions"]
 

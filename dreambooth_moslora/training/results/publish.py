@@ -18,12 +18,12 @@ from dreambooth_moslora.core.prompts import class_word_of, trigger_words
 from dreambooth_moslora.core.run_folder import RunDir, atomic_directory, atomic_write
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.photos.photo import Photo, open_rgb
-from dreambooth_moslora.training.best_step import BestStep
-from dreambooth_moslora.training.hub import push
-from dreambooth_moslora.training.loss_plot import draw_loss_plot
-from dreambooth_moslora.training.model_card import CardFacts, model_card, pictures_named
 from dreambooth_moslora.training.prepare import TrainInputs
-from dreambooth_moslora.training.samples import ValidationSamples
+from dreambooth_moslora.training.results.best_step import BestStep
+from dreambooth_moslora.training.results.hub import push
+from dreambooth_moslora.training.results.loss_plot import draw_loss_plot
+from dreambooth_moslora.training.results.model_card import CardFacts, model_card, pictures_named
+from dreambooth_moslora.training.results.samples import ValidationSamples
 from dreambooth_moslora.training.train_step import TrainStep
 
 __all__ = ["Publisher"]

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from dreambooth_moslora.core.events import StepDone, StepEvaluated
 from dreambooth_moslora.core.run_folder import atomic_write
-from dreambooth_moslora.training.best_step import CURVES
+from dreambooth_moslora.training.results.best_step import CURVES
 
 __all__ = ["draw_loss_plot", "running_mean"]
 

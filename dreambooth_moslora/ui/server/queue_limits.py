@@ -8,7 +8,7 @@ import fastapi
 import gradio as gr
 from gradio.server_messages import ProcessCompletedMessage
 
-from dreambooth_moslora.ui.users import COOKIE, visitor_id
+from dreambooth_moslora.ui.server.users import COOKIE, visitor_id
 
 __all__ = ["PER_ADDRESS", "PER_VISITOR", "PLACES", "STRANGERS", "UNHEARD_SEC", "drop_unheard", "limit_waiting"]
 

@@ -11,8 +11,8 @@ from gradio.utils import get_upload_folder
 from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse
 
-from dreambooth_moslora.ui.body_limit import UPLOAD, header_of, promised_bytes
-from dreambooth_moslora.ui.users import COOKIE
+from dreambooth_moslora.ui.server.body_limit import UPLOAD, header_of, promised_bytes
+from dreambooth_moslora.ui.server.users import COOKIE
 
 __all__ = ["DISK_RESERVE_BYTES", "MAX_BYTES_EACH", "UploadQuota"]
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.ui.app_state import AppContext
 from dreambooth_moslora.ui.generate_actions import format_seconds
-from dreambooth_moslora.ui.jobs import Jobs
-from dreambooth_moslora.ui.memory_choice import choice_lines
 from dreambooth_moslora.ui.photo_uploads import kept_photos
+from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train_form import TrainForm
-from dreambooth_moslora.ui.users import Visitor
+from dreambooth_moslora.ui.training.jobs import Jobs
+from dreambooth_moslora.ui.training.memory_choice import choice_lines
 
 if TYPE_CHECKING:
     from dreambooth_moslora.core.config import TrainConfig

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dreambooth_moslora import __version__
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.training.best_step import BestStep
+from dreambooth_moslora.training.results.best_step import BestStep
 
 if TYPE_CHECKING:  # it imports torch
     from dreambooth_moslora.adapters.proof import Proof
