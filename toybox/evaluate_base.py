@@ -4,7 +4,8 @@
 
 Prompts are canonical captions of random toys, once of combinations (kind, colour, place) that training showed and once
 of others that it never showed. 30 Euler steps, guidance 2.5. The judge reads the generated pictures and, beside them,
-fresh renders of the same scenes.
+fresh renders of the same scenes; `toybox.swd` says how far the two are apart in detail and contrast, which the judge
+overlooks.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from toybox import judge
 from toybox.captions import canonical_caption
 from toybox.data import to_uint8
 from toybox.render import render
+from toybox.swd import distances
 from toybox.world import Scene, sample_scene
 
 __all__ = ["accuracy", "generate", "scenes_for", "sheet"]
@@ -87,19 +89,22 @@ def timings(base: Path) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=Path("assets/toy-sdxl"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=int, default=400)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     scores = {"timings": timings(args.base)}
     pipeline = StableDiffusionXLPipeline.from_pretrained(args.base)
     for name, held_out, seed in (("seen combinations", False, 0), ("held-out combinations", True, 50_000)):
         scenes = scenes_for(args.images, held_out, seed)
-        images = generate(pipeline, [canonical_caption(s) for s in scenes], seed)
-        scores[name] = {"generated": accuracy(images, scenes), "renders": accuracy(render(scenes), scenes)}
+        images, renders = generate(pipeline, [canonical_caption(s) for s in scenes], seed), render(scenes)
+        scores[name] = {
+            "generated": accuracy(images, scenes) | {"swd": distances(images, renders)},
+            "renders": accuracy(renders, scenes),
+        }
         sheet(images[:100]).save(args.out / f"sheet_{'held_out' if held_out else 'seen'}.png")
         print(name, json.dumps(scores[name]), flush=True)
     (args.out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")

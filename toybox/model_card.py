@@ -120,8 +120,20 @@ def generation_scores(work: Path) -> list[str]:
     return [
         *lines,
         "",
+        *distance_lines(scores),
+        "",
         f"On two cores: {timings['load_sec']} s to load, {timings['four_images_sec']} s for four images.",
     ]
+
+
+def distance_lines(scores: dict) -> list[str]:
+    """Of each kind of prompt, how far generated pictures are from renders of the same scenes (`toybox.swd`)."""
+    lines = []
+    for prompts, by_source in scores.items():
+        if by_level := by_source["generated"].get("swd"):
+            figures = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in by_level.items())
+            lines.append(f"Sliced Wasserstein distance to renders, {prompts}: {figures}.")
+    return lines
 
 
 def card(work: Path, old: str = "") -> str:
