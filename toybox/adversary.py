@@ -40,9 +40,9 @@ class Adversary:
     """The discriminator with its own optimizer. It learns alone for `warmup` steps; then its pull on the decoder's last
     layer is `weight` times that of the reconstruction loss (Esser et al., 2021, equation 7)."""
 
-    def __init__(self, weight: float, warmup: int = 100):
+    def __init__(self, weight: float, warmup: int = 100, device: str = "cpu"):
         self.weight, self.warmup = weight, warmup
-        self.network = use_fast_group_norm(build_discriminator())
+        self.network = use_fast_group_norm(build_discriminator()).to(device)
         self.weights = MasterWeights(self.network, adamw_lr=5e-4)
 
     def join(self, loss: Tensor, y: Tensor, last: Tensor, step: int) -> Tensor:

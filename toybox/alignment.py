@@ -22,15 +22,17 @@ CELLS = 4  # the middle block's height and width
 class Sight:
     """The frozen vision tower: pictures -> what it sees in each of 4×4 cells."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.bfloat16):
-        self.tower = CLIPVisionModelWithProjection.from_pretrained(folder).eval().to(dtype)
-        self.dtype = dtype
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"):
+        self.tower = CLIPVisionModelWithProjection.from_pretrained(folder).eval().to(device, dtype)
+        self.dtype, self.device = dtype, device
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (N,128,128,3) -> fp16 (N,160,4,4), the last layer's input."""
-        states = self.tower(pixels_for_clip(images, self.dtype), output_hidden_states=True).hidden_states[-2]
-        patches = states[:, 1:].float()
+        states = self.tower(
+            pixels_for_clip(images, self.dtype).to(self.device), output_hidden_states=True
+        ).hidden_states[-2]
+        patches = states[:, 1:].float().cpu()
         side = round(patches.shape[1] ** 0.5)
         return adaptive_avg_pool2d(patches.mT.unflatten(2, (side, side)), CELLS).half().contiguous()
 
@@ -54,5 +56,5 @@ class Alignment(nn.Module):
     def loss(self, seen: Tensor) -> Tensor:
         """1 minus the mean cosine between the projected state and `seen` (N,C,4,4), standardised."""
         found = self.projection(self.state.flatten(2).mT).float()
-        wanted = (seen.flatten(2).mT.float() - self.mean) / self.std
+        wanted = (seen.flatten(2).mT.float() - self.mean.to(seen.device)) / self.std.to(seen.device)
         return 1 - cosine_similarity(found, wanted, dim=-1).mean()

@@ -66,11 +66,11 @@ def forget_origin(folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--assets", type=Path, default=Path("assets"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     base = args.assets / "toy-sdxl"
     assemble(args.work).save_pretrained(base, safe_serialization=True)
     for name in ("text_encoder", "text_encoder_2", "image_encoder"):

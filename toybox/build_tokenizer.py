@@ -77,11 +77,11 @@ def load(folder: Path) -> CLIPTokenizer:
     )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     tokenizer = build([row["caption"] for row in Renders(args.data).rows], args.out)
     print(len(tokenizer), "tokens;", tokenizer.tokenize("a photo of a sks red robot on the beach, naïve 熊"))
 

@@ -74,7 +74,7 @@ def view(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]
 @torch.no_grad()
 def encode(renders: Renders, numbers: range, vae: AutoencoderKL, sight: Sight) -> dict[str, Tensor]:
     """latents (N,4,16,16) fp16, scaled; time_ids (N,6) int16; toys (N,16,16) fp16 in [0, 1]; seen (N,160,4,4) fp16."""
-    vae.eval().to(dtype=torch.bfloat16, memory_format=torch.channels_last)
+    vae.eval().to(sight.device, dtype=torch.bfloat16, memory_format=torch.channels_last)
     latents, toys, seen, ids = [], [], [], []
     for start in range(numbers.start, numbers.stop, 32):
         generator = torch.Generator().manual_seed(start)
@@ -82,7 +82,7 @@ def encode(renders: Renders, numbers: range, vae: AutoencoderKL, sight: Sight) -
         views = [view(p, generator) for p in pixels]
         x = torch.stack([v for v, _ in views])
         seen.append(sight(to_uint8(x[:, :3])))
-        mean = vae.encode(to_channels_last(x[:, :3].clamp(-1, 1))).latent_dist.mean.float()
+        mean = vae.encode(to_channels_last(x[:, :3].clamp(-1, 1)).to(sight.device)).latent_dist.mean.float().cpu()
         latents.append((mean * vae.config.scaling_factor).half().contiguous())
         toys.append(adaptive_avg_pool2d(x[:, 3].clamp(0, 1), latents[-1].shape[-2:]).half())
         ids += [i for _, i in views]
@@ -94,15 +94,16 @@ def encode(renders: Renders, numbers: range, vae: AutoencoderKL, sight: Sight) -
     }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--clip", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=None, help="only the first so many images")
-    args = parser.parse_args()
-    sight = Sight(args.clip / "image_encoder")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    sight = Sight(args.clip / "image_encoder", device=args.device)
     renders, vae = Renders(args.data, args.limit), AutoencoderKL.from_pretrained(args.vae)
     pieces, found = args.out.with_suffix(".pieces"), []
     for start in tqdm(range(0, len(renders), PIECE), desc="encode"):

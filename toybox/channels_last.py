@@ -29,7 +29,7 @@ class _GroupNorm(torch.autograd.Function):
         groups = mean.shape[1]
         flat = x.permute(0, 2, 3, 1).reshape(n, h * w, c)
         g = grad.permute(0, 2, 3, 1).reshape(n, h * w, c)
-        ones = torch.ones(n, 1, h * w, dtype=x.dtype)
+        ones = torch.ones(n, 1, h * w, dtype=x.dtype, device=x.device)
         sum_g = torch.bmm(ones, g).float()[:, 0]
         sum_gx = torch.bmm(ones, g * flat).float()[:, 0]
         mu, rs, wf = _per_channel(mean, c), _per_channel(rstd, c), weight.float()

@@ -24,7 +24,7 @@ from torch.nn.functional import avg_pool2d, cross_entropy, interpolate
 
 from toybox.channels_last import to_channels_last, use_fast_group_norm
 from toybox.data import Renders, to_pixels
-from toybox.training import MasterWeights, Run, trapezoid
+from toybox.training import MasterWeights, Run
 from toybox.world import COLOURS, KINDS, PLACES
 
 __all__ = ["Judge", "Reading", "load"]
@@ -123,7 +123,7 @@ def train(args: argparse.Namespace) -> None:
     weights = MasterWeights(
         judge, muon_lr=0.02, adamw_lr=1e-3, adamw_names=("heads",), weight_decay=0.01, ema_decay=0.995
     )
-    run = Run(args.out, weights, args.steps, save_every=500, log_every=50)
+    run = Run(args.out, weights, args.steps, minutes=args.minutes, save_every=500, log_every=50)
     for step in run:
         generator = run.generator(step, salt=args.salt)
         picked = [single[i] for i in torch.randint(len(single), (args.batch,), generator=generator).tolist()]
@@ -131,7 +131,7 @@ def train(args: argparse.Namespace) -> None:
         logits, labels = judge(pixels), labels_of([renders.rows[i] for i in picked])
         loss = torch.stack([cross_entropy(logits[name], labels[name]) for name in LABELS]).sum()
         loss.backward()
-        norm = weights.step(trapezoid(step, args.steps))
+        norm = weights.step(run.rate(step))
         right = {name: (logits[name].argmax(1) == labels[name]).float().mean() for name in LABELS}
         run.add(loss=loss, **right, grad_norm=norm)
     export(weights, renders, args.out)
@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--minutes", type=float, help="stop, and let the rates fall, by the clock")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--start", type=Path, help="the weights of a finished judge to go on from")
     parser.add_argument("--salt", type=int, default=3, help="another number draws other batches")

@@ -76,7 +76,7 @@ def write_shard(shard: Shard) -> Shard:
     return shard
 
 
-def _parse() -> argparse.Namespace:
+def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
     parser.add_argument("--count", type=int, default=30_000, help="pictures in all")
@@ -85,11 +85,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--size_px", type=int, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--all_combinations", action="store_true", help="the held-out ones too")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = _parse()
+def main(argv: list[str] | None = None) -> None:
+    args = _parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     starts = range(0, args.count, SHARD)
     shards = [
@@ -106,8 +106,14 @@ def main() -> None:
     ]
     todo = [shard for shard in shards if not shard.is_done]
     print(f"{len(shards) - len(todo)} of {len(shards)} shards are there already", flush=True)
+    if todo:
+        write_all(todo, args.workers)
+    (args.out / "all.json").write_text(json.dumps({"count": args.count, "seed": args.seed}) + "\n")
+
+
+def write_all(todo: list[Shard], workers: int) -> None:
     began = time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(args.workers, torch.set_num_threads, (1,)) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
         for done, shard in enumerate(pool.imap_unordered(write_shard, todo), 1):
             minutes = (time.monotonic() - began) / 60
             left = minutes / done * (len(todo) - done)

@@ -26,7 +26,7 @@ from transformers import (
 
 from toybox.build_tokenizer import load
 from toybox.data import Renders
-from toybox.training import MasterWeights, Run, trapezoid
+from toybox.training import MasterWeights, Run
 
 __all__ = ["PROJECTION", "ClipTowers", "nonsense", "pixels_for_clip"]
 
@@ -101,7 +101,7 @@ class ClipTowers(nn.Module):
 
     def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         image = self.encode_images(pixels)
-        labels = torch.arange(len(ids))
+        labels = torch.arange(len(ids), device=ids.device)
         losses, right = [], []
         for text, log_scale in zip(self.encode_texts(ids), self.log_scale.float()):
             logits = log_scale.clamp(max=4.6).exp() * image @ text.T
@@ -122,7 +122,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     renders, tokenizer = Renders(args.data), load(args.tokenizer)
-    towers = ClipTowers(len(tokenizer))
+    towers = ClipTowers(len(tokenizer)).to(args.device)
     weights = MasterWeights(
         towers,
         muon_lr=0.01,
@@ -131,16 +131,16 @@ def train(args: argparse.Namespace) -> None:
         weight_decay=0.02,
         ema_decay=0.998,
     )
-    run = Run(args.out, weights, args.steps, save_every=500, log_every=50)
+    run = Run(args.out, weights, args.steps, minutes=args.minutes, save_every=500, log_every=50)
     for step in run:
         generator, rng = run.generator(step), random.Random(step)
         picked = renders.sample(args.batch, generator)
         texts = [nonsense(renders.rows[i]["caption"], rng) for i in picked.tolist()]
         ids = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").input_ids
         pixels = pixels_for_clip(augment(renders.images(picked), generator), torch.bfloat16)
-        loss, right = towers(pixels, ids)
+        loss, right = towers(pixels.to(args.device), ids.to(args.device))
         loss.backward()
-        norm = weights.step(trapezoid(step, args.steps))
+        norm = weights.step(run.rate(step))
         run.add(loss=loss, right_1=right[0], right_2=right[1], grad_norm=norm)
     export(weights, renders, tokenizer, args.out)
 
@@ -178,14 +178,16 @@ def export(weights: MasterWeights, renders: Renders, tokenizer, out: Path) -> No
     print(report)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--minutes", type=float, help="stop, and let the rates fall, by the clock")
     parser.add_argument("--batch", type=int, default=256)
-    train(parser.parse_args())
+    parser.add_argument("--device", default="cpu")
+    train(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

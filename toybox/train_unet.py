@@ -7,10 +7,12 @@ Velocity prediction (Salimans and Ho, 2022) on SDXL's schedule (scaled linear be
 prediction hardly weighs the noisiest steps, where it is decided which toy is drawn, and needs far longer to learn them.
 A tenth of the captions is dropped to zero embeddings for classifier-free guidance (Ho and Salimans, 2022).
 Cells of a toy weigh four times as much as the ground's, which are many and learnt first; the optimum is the same. In
-the first half the middle block also learns what the CLIP vision tower sees (`toybox.alignment`).
+the first half the middle block also learns what the CLIP vision tower sees (`toybox.alignment`), unless the run goes on
+from a finished UNet, which knows it already. Such a UNet learns its prediction without a caption from its own with one.
 """
 
 import argparse
+import json
 import random
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from toybox.build_tokenizer import load
 from toybox.channels_last import to_channels_last, use_fast_group_norm
 from toybox.data import Renders
 from toybox.train_clip import PROJECTION, nonsense
-from toybox.training import MasterWeights, Run, trapezoid
+from toybox.training import MasterWeights, Run
 
 __all__ = ["TextTowers", "build_unet", "noise_schedule"]
 
@@ -65,10 +67,11 @@ def noise_schedule() -> DDPMScheduler:
 class TextTowers:
     """Both frozen text towers: captions -> (embeds (N,77,256), pooled (N,160)), as SDXL takes them."""
 
-    def __init__(self, clip: Path, tokenizer: Path, dtype: torch.dtype = torch.bfloat16):
+    def __init__(self, clip: Path, tokenizer: Path, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"):
         self.tokenizer = load(tokenizer)
-        self.first = CLIPTextModel.from_pretrained(clip / "text_encoder").eval().to(dtype)
-        self.second = CLIPTextModelWithProjection.from_pretrained(clip / "text_encoder_2").eval().to(dtype)
+        self.device = device
+        self.first = CLIPTextModel.from_pretrained(clip / "text_encoder").eval().to(device, dtype)
+        self.second = CLIPTextModelWithProjection.from_pretrained(clip / "text_encoder_2").eval().to(device, dtype)
         self._known: dict[str, tuple[Tensor, Tensor]] = {}  # 40 kB a caption
 
     def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
@@ -81,16 +84,34 @@ class TextTowers:
     @torch.no_grad()
     def _encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         ids = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        ids = ids.to(self.device)
         first = self.first(ids, output_hidden_states=True)
         second = self.second(ids, output_hidden_states=True)
         return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
 
 
-def drop_captions(embeds: Tensor, pooled: Tensor, generator: torch.Generator, share: float = 0.1) -> None:
-    """Set a share of the conditions to zero, as the pipeline does for a missing negative prompt. In place."""
-    dropped = torch.rand(len(embeds), generator=generator) < share
+def drop_captions(embeds: Tensor, pooled: Tensor, generator: torch.Generator, share: float = 0.1) -> Tensor:
+    """Set a share of the conditions to zero, as the pipeline does for a missing negative prompt. In place.
+
+    Which ones is returned, bool (N,).
+    """
+    dropped = (torch.rand(len(embeds), generator=generator) < share).to(embeds.device)
     embeds[dropped] = 0
     pooled[dropped] = 0
+    return dropped
+
+
+@torch.no_grad()
+def captioned_velocity(
+    unet: UNet2DConditionModel, noisy: Tensor, t: Tensor, embeds: Tensor, pooled: Tensor, time_ids: Tensor
+) -> Tensor:
+    """What the UNet predicts with the captions, (N,4,H,W) fp32: a target for its prediction without.
+
+    The expectation of both targets is the same, if the UNet is right; this one has far less noise. Guidance multiplies
+    the difference between the two predictions, and with it their errors.
+    """
+    added = {"text_embeds": pooled, "time_ids": time_ids}
+    return unet(noisy, t, embeds, added_cond_kwargs=added).sample.float()
 
 
 class Timesteps:
@@ -100,9 +121,9 @@ class Timesteps:
     texture, do not take the most of it. The weights that come with a draw are w / p.
     """
 
-    def __init__(self, schedule: DDPMScheduler):
+    def __init__(self, schedule: DDPMScheduler, gamma: float = SNR_GAMMA):
         snr = compute_snr(schedule, torch.arange(len(schedule.alphas_cumprod)))
-        weight = snr.clamp(max=SNR_GAMMA) / snr
+        weight = snr.clamp(max=gamma) / snr
         density = weight.clamp(min=0.25)
         self.cumulative = (density / density.sum()).cumsum(0)
         self.weight = weight / (density / density.mean())
@@ -123,39 +144,42 @@ def cell_weights(toys: Tensor) -> Tensor:
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     renders, cache = Renders(args.data), load_file(args.latents)
-    latents, time_ids = cache["latents"], cache["time_ids"]
-    towers, schedule = TextTowers(args.clip, args.tokenizer), noise_schedule()
-    timesteps = Timesteps(schedule)
+    towers, schedule = TextTowers(args.clip, args.tokenizer, device=args.device), noise_schedule()
+    timesteps = Timesteps(schedule, args.snr_gamma)
     unet = UNet2DConditionModel.from_pretrained(args.start, torch_dtype=torch.float32) if args.start else build_unet()
-    unet.set_attn_processor(AttnProcessor())
+    unet.train().set_attn_processor(AttnProcessor())
     use_fast_group_norm(unet)
     alignment = Alignment(unet, cache["seen"])
-    both = nn.ModuleDict({"unet": unet, "alignment": alignment})
-    weights = MasterWeights(both, adamw_lr=args.lr, ema_decay=0.999)
-    run = Run(args.out, weights, args.steps, save_every=500, log_every=50)
+    both = nn.ModuleDict({"unet": unet, "alignment": alignment}).to(args.device)
+    weights = MasterWeights(both, adamw_lr=args.lr, ema_decay=args.ema_decay)
+    run = Run(args.out, weights, args.steps, minutes=args.minutes, save_every=100, log_every=50)
     for step in run:
         generator = run.generator(step, salt=args.salt)
         rng = random.Random(generator.initial_seed())
-        rows = torch.randint(len(latents) - HELD_BACK, (args.batch,), generator=generator)
+        rows = torch.randint(len(cache["latents"]) - HELD_BACK, (args.batch,), generator=generator)
         captions = [nonsense(_caption(renders.rows[i], rng), rng, 0.1) for i in rows.tolist()]
-        embeds, pooled = towers(captions)
-        drop_captions(embeds, pooled, generator)
-        x = latents[rows].float()
-        noise = torch.randn(x.shape, generator=generator)
-        t, weight = timesteps.draw(len(x), generator)
+        conditions = towers(captions)
+        embeds, pooled = (c.clone() for c in conditions)
+        dropped = drop_captions(embeds, pooled, generator, args.drop)
+        some = {name: values[rows].to(args.device) for name, values in cache.items()}
+        x = some["latents"].float()
+        noise = torch.randn(x.shape, generator=generator).to(args.device)
+        t, weight = (v.to(args.device) for v in timesteps.draw(len(x), generator))
         noisy = to_channels_last(schedule.add_noise(x, noise, t))
-        added = {"text_embeds": pooled, "time_ids": time_ids[rows].float()}
-        prediction = unet(noisy, t, embeds, added_cond_kwargs=added).sample
+        added = {"text_embeds": pooled, "time_ids": some["time_ids"].float()}
         velocity = schedule.get_velocity(x, noise, t)
-        squared = (prediction.float() - velocity).square() * cell_weights(cache["toys"][rows])
+        if args.start and dropped.any():
+            said = [v[dropped] for v in (noisy, t, *conditions, added["time_ids"])]
+            velocity[dropped] = captioned_velocity(unet, *said)
+        prediction = unet(noisy, t, embeds, added_cond_kwargs=added).sample
+        squared = (prediction.float() - velocity).square() * cell_weights(some["toys"])
         error = squared.mean(dim=(1, 2, 3))
         loss = (error * weight).mean()
-        aligned = alignment.loss(cache["seen"][rows])
-        (loss + ALIGNMENT_WEIGHT * (step < args.steps / 2) * aligned).backward()
-        norm = weights.step(trapezoid(step, args.steps, warmup=200))
+        aligned = alignment.loss(some["seen"])
+        share = 0 if args.start or run.progress > 0.5 else ALIGNMENT_WEIGHT
+        (loss + share * aligned).backward()
+        norm = weights.step(run.rate(step, warmup=200, decay=args.decay))
         run.add(loss=loss, mse=error.mean(), aligned=aligned, grad_norm=norm)
-        if (step + 1) % 500 == 0 and run.rank == 0:
-            export(weights, args.out)
     if run.rank == 0:
         export(weights, args.out)
 
@@ -171,18 +195,26 @@ def export(weights: MasterWeights, out: Path) -> None:
     averaged = weights.averaged()
     unet.load_state_dict({k.removeprefix("unet."): v for k, v in averaged.items() if k.startswith("unet.")})
     unet.half().save_pretrained(out / "model")
+    report = {"parameters": sum(p.numel() for p in unet.parameters())}
+    (out / "report.json").write_text(json.dumps(report) + "\n", encoding="utf-8")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("data", "latents", "clip", "tokenizer", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--minutes", type=float, help="stop, and let the rates fall, by the clock")
     parser.add_argument("--batch", type=int, default=32, help="of each process")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--drop", type=float, default=0.1, help="share of captions that are dropped, for guidance")
+    parser.add_argument("--decay", type=float, default=0.4, help="last share of the run, in which the rate falls to 0")
+    parser.add_argument("--ema_decay", type=float, default=0.999, help="of the averaged weights, which are exported")
+    parser.add_argument("--snr_gamma", type=float, default=SNR_GAMMA, help="a larger one weighs fine detail more")
     parser.add_argument("--start", type=Path, help="a finished UNet to go on from")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--salt", type=int, default=1, help="another number draws other batches and noise")
-    train(parser.parse_args())
+    train(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from toybox.train_clip import augment
-from toybox.training import MasterWeights, Run, trapezoid
+from toybox.training import MasterWeights, Run
 from toybox.world import KINDS
 
 __all__ = ["Views", "build_vit", "nearest_neighbour_accuracy", "told_apart"]
@@ -79,7 +79,7 @@ def train(args: argparse.Namespace) -> None:
     weights = MasterWeights(
         vit, muon_lr=0.01, adamw_lr=1e-3, adamw_names=("embeddings",), weight_decay=0.02, ema_decay=0.998
     )
-    run = Run(args.out, weights, args.steps, save_every=500, log_every=50)
+    run = Run(args.out, weights, args.steps, minutes=args.minutes, save_every=500, log_every=50)
     for step in run:
         generator = run.generator(step, salt=args.salt)
         first, second = (augment(v, generator) for v in views.pairs(args.batch, generator))
@@ -88,7 +88,7 @@ def train(args: argparse.Namespace) -> None:
         logits, labels = a @ b.T / TEMPERATURE, torch.arange(len(a))
         loss = (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
         loss.backward()
-        norm = weights.step(args.rate * trapezoid(step, args.steps))
+        norm = weights.step(args.rate * run.rate(step))
         run.add(loss=loss, right=(logits.argmax(1) == labels).float().mean(), grad_norm=norm)
     export(weights, views, args.out)
 
@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--views", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--minutes", type=float, help="stop, and let the rates fall, by the clock")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--start", type=Path, help="a finished ViT to go on from")
     parser.add_argument("--salt", type=int, default=2, help="another number draws other batches")

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["MasterWeights", "Run", "trapezoid"]
+__all__ = ["MasterWeights", "Run"]
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -40,9 +40,13 @@ def average(gradients: list[Tensor]) -> None:
             gradient.copy_(mean.view_as(gradient))
 
 
-def trapezoid(step: int, steps: int, warmup: int = 50, decay: float = 0.4) -> float:
-    """Rate factor in [0, 1]: linear rise over `warmup` steps, flat, linear fall to 0 over the last `decay` share."""
-    return min(1.0, (step + 1) / warmup, (steps - step) / max(1.0, decay * steps))
+def from_first(number: float) -> float:
+    """The first process's number, in every process."""
+    _, world = rank_and_world()
+    shared = torch.tensor(number, dtype=torch.float64)
+    if world > 1:
+        dist.broadcast(shared, src=0)
+    return float(shared)
 
 
 class MasterWeights:
@@ -132,7 +136,9 @@ class MasterWeights:
 class Run:
     """A resumable loop, `for step in run:`; its state is saved every `save_every` steps, logged every `log_every`.
 
-    Everything random in a step must come from `run.generator(step)`, so that a resumed run repeats an unbroken one.
+    It ends after `steps`, or earlier after `minutes` of training, in one piece or in several: the state knows how long
+    the pieces before took. Everything random in a step must come from `run.generator(step)`, so that a resumed run
+    repeats an unbroken one (as far as its rates follow the steps and not the clock).
     `beside`: weights of other networks that are trained along, by name; they are saved with the state.
     """
 
@@ -142,16 +148,18 @@ class Run:
         weights: MasterWeights,
         steps: int,
         *,
+        minutes: float | None = None,
         save_every: int = 500,
         log_every: int = 50,
         beside: dict[str, MasterWeights] | None = None,
     ):
-        self.out, self.weights, self.steps = Path(out), weights, steps
+        self.out, self.weights, self.steps, self.minutes = Path(out), weights, steps, minutes
         self.beside = beside or {}
         self.rank, _ = rank_and_world()
         self.save_every, self.log_every = save_every, log_every
         self.out.mkdir(parents=True, exist_ok=True)
-        self.start = self._resume()
+        self.start, self.sec_before = self._resume()
+        self.progress, self.clock = 0.0, time.monotonic()
         self.sums: dict[str, float] = {}
 
     def generator(self, step: int, salt: int = 0) -> torch.Generator:
@@ -159,12 +167,30 @@ class Run:
 
     def __iter__(self) -> Iterator[int]:
         self.clock = time.monotonic()
-        for step in range(self.start, self.steps):
+        step = self.start
+        self.progress = self._progress(step)
+        while self.progress < 1:
             yield step
-            if (step + 1) % self.log_every == 0:
-                self._log(step + 1)
-            if (step + 1) % self.save_every == 0 or step + 1 == self.steps:
-                self.save(step + 1)
+            step += 1
+            self.progress = self._progress(step)
+            if step % self.log_every == 0:
+                self._log(step)
+            if step % self.save_every == 0 or self.progress >= 1:
+                self.save(step)
+
+    def rate(self, step: int, warmup: int = 50, decay: float = 0.4) -> float:
+        """Factor in [0, 1]: linear rise over `warmup` steps, flat, linear fall to 0 over the last `decay` share."""
+        return min(1.0, (step + 1) / warmup, (1 - self.progress) / decay)
+
+    def _sec(self) -> float:
+        return self.sec_before + time.monotonic() - self.clock
+
+    def _progress(self, step: int) -> float:
+        """Share of the run that is done, by its steps or by the first process's clock."""
+        share = step / self.steps
+        if self.minutes is not None:
+            share = max(share, from_first(self._sec() / (60 * self.minutes)))
+        return share
 
     def add(self, **figures: float) -> None:
         for name, value in figures.items():
@@ -176,25 +202,28 @@ class Run:
             return
         temporary = self.out / "state.tmp"
         beside = {name: weights.state_dict() for name, weights in self.beside.items()}
-        torch.save({"step": step, "weights": self.weights.state_dict(), "beside": beside}, temporary)
+        state = {"step": step, "sec": self._sec(), "weights": self.weights.state_dict(), "beside": beside}
+        torch.save(state, temporary)
         os.replace(temporary, self.out / "state.pt")
 
-    def _resume(self) -> int:
+    def _resume(self) -> tuple[int, float]:
+        """Steps and seconds that are done already."""
         path = self.out / "state.pt"
         if not path.exists():
-            return 0
+            return 0, 0.0
         state = torch.load(path, weights_only=True)
         self.weights.load_state_dict(state["weights"])
         for name, weights in self.beside.items():
             weights.load_state_dict(state["beside"][name])
-        return state["step"]
+        return state["step"], state["sec"]
 
     def _log(self, step: int) -> None:
-        sec = (time.monotonic() - self.clock) / (step - self.start)
+        sec = self._sec() / step
         row = {"step": step, **{k: round(v, 5) for k, v in self.sums.items()}, "step_sec": round(sec, 4)}
         self.sums = {}
         if self.rank:
             return
         with (self.out / "log.jsonl").open("a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
-        print(*(f"{k} {v}" for k, v in row.items()), f"ETA {(self.steps - step) * sec / 60:.0f} min", flush=True)
+        left = self._sec() * (1 / self.progress - 1)
+        print(*(f"{k} {v}" for k, v in row.items()), f"ETA {left / 60:.0f} min", flush=True)

@@ -13,6 +13,7 @@ import torch
 from diffusers.training_utils import compute_snr
 from torch import nn
 
+from toybox import training
 from toybox.adversary import Adversary
 from toybox.alignment import Alignment
 from toybox.channels_last import FastGroupNorm, to_channels_last
@@ -28,7 +29,7 @@ from toybox.train_unet import (
 )
 from toybox.train_vae import crops
 from toybox.train_vit import Views
-from toybox.training import MasterWeights, Run, trapezoid
+from toybox.training import MasterWeights, Run
 
 
 def test_weighted_timesteps_expect_what_uniform_ones_with_min_snr_weights_would():
@@ -146,7 +147,7 @@ def fit(out, steps: int, total: int) -> dict[str, torch.Tensor]:
         x = torch.randn(16, 8, generator=run.generator(step))
         loss = (model(x) - x[:, :2]).square().mean()
         loss.backward()
-        run.add(loss=loss, grad_norm=weights.step(trapezoid(step, total, warmup=2)))
+        run.add(loss=loss, grad_norm=weights.step(run.rate(step, warmup=2)))
         if step + 1 == steps:
             break
     return weights.averaged()
@@ -187,10 +188,37 @@ def test_two_processes_learn_what_one_learns_from_both_halves(tmp_path):
         torch.testing.assert_close(shared, one, rtol=1e-5, atol=1e-7)
 
 
-def test_the_rate_rises_stays_and_falls():
-    rates = [trapezoid(step, 100, warmup=10) for step in range(101)]
-    assert rates[0] == 0.1 and rates[10:60] == [1.0] * 50 and rates[100] == 0
+def test_the_rate_rises_stays_and_falls(tmp_path):
+    run = Run(tmp_path, MasterWeights(nn.Linear(2, 2)), 100, save_every=1000, log_every=1000)
+    rates = [run.rate(step, warmup=10) for step in run] + [run.rate(100)]
+    assert rates[0] == 0.1 and rates[10:61] == [1.0] * 51 and rates[100] == 0
     assert rates[60:] == sorted(set(rates[60:]), reverse=True)
+
+
+def steps_by_the_clock(out: Path, clock: list[float], stop_after: int | None = None) -> list[tuple[int, float]]:
+    """Steps of ten seconds each, with their rates, in a run of two minutes."""
+    run = Run(out, MasterWeights(nn.Linear(2, 2)), 10**6, minutes=2, save_every=1, log_every=1000)
+    done = []
+    for step in run:
+        done.append((step, run.rate(step, warmup=1)))
+        clock[0] += 10
+        if len(done) == stop_after:
+            break
+    return done
+
+
+def test_a_run_of_minutes_ends_by_the_clock_of_all_its_pieces(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
+    unbroken = steps_by_the_clock(tmp_path / "a", clock)
+    assert [step for step, _ in unbroken] == list(range(12))
+    assert [rate for _, rate in unbroken[-3:]] == pytest.approx([0.25 / 0.4, 2 / 12 / 0.4, 1 / 12 / 0.4])
+    first = steps_by_the_clock(tmp_path / "b", clock, stop_after=5)
+    clock[0] += 3600
+    second = steps_by_the_clock(tmp_path / "b", clock)
+    assert [step for step, _ in second] == list(range(4, 12)), "the step that was not saved is made again"
+    assert first[:4] + second == unbroken
+    assert steps_by_the_clock(tmp_path / "b", clock) == []
 
 
 def test_dead_leaves_repeat_from_their_seed():

@@ -1,0 +1,131 @@
+"""From renders to the assembled base in one command, which may be stopped at any time and run again.
+
+    python -m toybox.pretrain --minutes 120 --device cpu --work WORK
+
+It calls the scripts of this folder one after the other, each with its share of the minutes. What is finished
+below WORK is not made again, and what was begun goes on: training states are saved every 100 steps, renders
+and latents in pieces. So `timeout 600 python -m toybox.pretrain …` may be repeated until it says where the
+base is, by default in WORK/assets. The minutes are those of training, and of rendering on two cores; encoding
+and assembling come on top. The judge and the ViT, which measure the base and are no part of it, have scripts
+of their own (see `toybox/README.md`).
+"""
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from toybox import (
+    assemble,
+    build_tokenizer,
+    cache_latents,
+    estimate_latents,
+    render_dataset,
+    train_clip,
+    train_unet,
+    train_vae,
+)
+from toybox.train_unet import HELD_BACK
+
+__all__ = ["Plan", "Stage", "pretrain", "stages"]
+
+RENDERS_PER_MINUTE = 200  # of --minutes: two cores need about a fifth of the time for them
+FEWEST_RENDERS = 2 * HELD_BACK
+MOST_ESTIMATES = 2000
+SHARES = {"vae": 0.3, "clip": 0.08, "unet": 0.34, "decoder": 0.08}  # of the minutes; the rest is for the renders
+FINE_TUNE = ("--decoder_only", "--adversarial", "0.3", "--rate", "0.4", "--salt", "21")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the command line asks for. `renders` and `steps` make a trial run shorter."""
+
+    work: Path
+    assets: Path
+    minutes: float
+    device: str = "cpu"
+    renders: int | None = None
+    steps: int = 10**6
+
+    @property
+    def count(self) -> int:
+        return self.renders or max(FEWEST_RENDERS, round(RENDERS_PER_MINUTE * self.minutes))
+
+    def training(self, name: str) -> list[str]:
+        """Arguments of a training script: its output, length and device."""
+        minutes = str(SHARES[name] * self.minutes)
+        length = ["--steps", str(self.steps), "--minutes", minutes]
+        return ["--out", str(self.work / name), *length, "--device", self.device]
+
+    def at(self, **paths: str) -> list[str]:
+        """Arguments that name files and folders below the work folder."""
+        words = []
+        for name, path in paths.items():
+            words += [f"--{name}", str(self.work / path)]
+        return words
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A script's main function, its arguments, and the file that it writes last, which says that it is done."""
+
+    name: str
+    run: Callable[[list[str]], None]
+    arguments: list[str]
+    result: Path
+
+
+def stages(plan: Plan) -> list[Stage]:
+    """All stages, in their order."""
+    towers = {"clip": "clip/model", "tokenizer": "tokenizer"}
+    known = {"data": "toys", "latents": "latents.safetensors"}
+    workers = os.cpu_count() if plan.device == "cpu" else 1
+    rendering = ["--count", str(plan.count), "--device", plan.device, "--workers", str(workers)]
+    of_clip = plan.at(data="toys", tokenizer="tokenizer") + plan.training("clip")
+    of_latents = plan.at(data="toys", vae="vae/model", clip="clip/model", out="latents.safetensors")
+    of_latents += ["--device", plan.device]
+    of_unet = [*plan.at(**known, **towers), "--batch", "64", *plan.training("unet")]
+    of_estimates = plan.at(**known, **towers, unet="unet/model", out="estimates.safetensors")
+    of_estimates += ["--count", str(min(MOST_ESTIMATES, plan.count - HELD_BACK)), "--device", plan.device]
+    of_decoder = plan.at(data="toys", start="vae/model", estimates="estimates.safetensors")
+    rows = [
+        ("renders", render_dataset, plan.at(out="toys") + rendering, "toys/all.json"),
+        ("tokenizer", build_tokenizer, plan.at(data="toys", out="tokenizer"), "tokenizer/tokenizer_config.json"),
+        ("vae", train_vae, plan.at(data="toys") + plan.training("vae"), "vae/report.json"),
+        ("clip", train_clip, of_clip, "clip/report.json"),
+        ("latents", cache_latents, of_latents, "latents.safetensors"),
+        ("unet", train_unet, of_unet, "unet/report.json"),
+        ("estimates", estimate_latents, of_estimates, "estimates.safetensors"),
+        ("decoder", train_vae, [*of_decoder, *FINE_TUNE, *plan.training("decoder")], "decoder/report.json"),
+    ]
+    return [Stage(name, script.main, arguments, plan.work / result) for name, script, arguments, result in rows]
+
+
+def pretrain(plan: Plan) -> Path:
+    """Run what is not finished yet, then assemble; the folder of the base is returned."""
+    for stage in stages(plan):
+        if stage.result.exists():
+            print(f"{stage.name}: finished before", flush=True)
+        else:
+            print(f"{stage.name}: begins", flush=True)
+            stage.run(stage.arguments)
+    assemble.main(["--work", str(plan.work), "--assets", str(plan.assets)])
+    return plan.assets / "toy-sdxl"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, required=True, help="of training, in all pieces together")
+    parser.add_argument("--work", type=Path, required=True, help="folder for everything on the way")
+    parser.add_argument("--assets", type=Path, help="folder in which toy-sdxl is written (default: WORK/assets)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--renders", type=int, help="how many (default: 200 a minute, 2000 at least)")
+    parser.add_argument("--steps", type=int, default=10**6, help="end each training after so many, for a trial")
+    args = parser.parse_args(argv)
+    plan = Plan(args.work, args.assets or args.work / "assets", args.minutes, args.device, args.renders, args.steps)
+    print("the base is in", pretrain(plan))
+
+
+if __name__ == "__main__":
+    main()
