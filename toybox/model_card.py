@@ -59,6 +59,10 @@ LIMITS = """\
 It knows the toy world and nothing else: other words are read as noise, and ordinary photographs are kept only roughly
 by its VAE. Pictures are 128 px. Two toys in one picture, and patterns named for a second colour, are its weakest side.
 
+Its shapes are soft and their edges smear: over 192 captions the sliced Wasserstein distance of its pictures to renders
+of the same scenes is 53 (by detail, 128 to 16 px: 54, 27, 78, 55), that of its VAE's reconstructions 22. Contrast of
+details of 4 to 8 px is 9 % above the renders' at guidance 2.5, and 8 % below it without guidance.
+
 ## Licence
 
 MIT, as the project. The training data are the project's own renders.
