@@ -156,7 +156,7 @@ def test_files_were_found():
     assert len({name for path in DOCUMENTS for name in FILE.findall(read(path))}) > 15
 
 
-PLACE = re.compile(r"^\| [^|]+ \| `(\w+)` \| (.*) \|$", re.MULTILINE)
+PLACE = re.compile(r"^\| [^|]+ \| `([\w/]+)` \| (.*) \|$", re.MULTILINE)
 """A row of the table "where to put what": its package and its files."""
 
 
