@@ -139,7 +139,7 @@ def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable
     from benchmarks.materials import random_materials
     from dreambooth_moslora.adapters.fused_linear import disable_fast_path
     from dreambooth_moslora.base.quantization import quantize
-    from dreambooth_moslora.training.train_step import Learner
+    from dreambooth_moslora.training.train_step import TrainStep
 
     materials = random_materials(options.size, options.resolution)
     unet = materials.pipeline.unet.requires_grad_(False)
@@ -148,15 +148,15 @@ def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable
     unet.to(accelerator.device)
     if arm == "channels_last":
         unet.to(memory_format=torch.channels_last)
-    learner = Learner(run_config(options), materials, accelerator, max_train_steps=1000)
+    train_step = TrainStep(run_config(options), materials, accelerator, max_train_steps=1000)
     if arm == "peft":
         disable_fast_path(unet)
     if arm == "compiled":
         compile_blocks(unet)
 
     def step() -> None:
-        learner.accumulate_gradients()
-        learner.update_adapter()
+        train_step.accumulate_gradients()
+        train_step.update_adapter()
 
     return step
 
