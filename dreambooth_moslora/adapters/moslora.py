@@ -7,7 +7,7 @@ adapter: `inject` for a model in place, and `MoSLoraConfig` for `peft.get_peft_m
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
 
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
@@ -31,9 +31,11 @@ __all__ = [
     "fold",
     "fold_layer",
     "inject",
+    "lora_layers",
     "matrices_of",
     "mixer_parameters",
     "set_scale",
+    "switched_off",
 ]
 
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")  # the paper's targets in SDXL
@@ -146,13 +148,22 @@ def set_scale(model: nn.Module, scale: float, adapter_name: str = "default") -> 
         layer.set_scale(adapter_name, scale)
 
 
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
+def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    """Every layer with adapters, of whatever name."""
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def disabled(model: nn.Module) -> AbstractContextManager[None]:
     """The base alone, for the length of a `with` block.
 
     Gradient flags stay as they are, unlike PEFT's own switch.
     """
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    return switched_off(lora_layers(model))
+
+
+@contextmanager
+def switched_off(layers: list[LoraLayer]) -> Iterator[None]:
+    """`disabled` for layers that are known: to find them walks over thousands of modules."""
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True

@@ -7,7 +7,6 @@ Adapters are fp32; the frozen base computes in its own dtype.
 """
 
 import math
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from dreambooth_moslora.adapters.fused_linear import enable_fast_path
-from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, disabled, inject
+from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject, lora_layers, switched_off
 from dreambooth_moslora.base.load import TextCond, encode_text
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.seeding import generator, rng, seed_of
@@ -65,6 +64,7 @@ class TrainStep:
         self.config, self.inputs, self.accelerator, self.step = config, inputs, accelerator, step
         self.components = add_adapters(config, inputs, checkpoint)
         self.parameters = [p for module in self.components.values() for _, p in adapter_parameters(module)]
+        self.lora_layers = [layer for module in self.components.values() for layer in lora_layers(module)]
         groups = parameter_groups(config, self.components, accelerator.num_processes)
         optimizer = make_optimizer(config, groups)
         self.lr_schedule = make_lr_schedule(config, optimizer, max_train_steps)
@@ -164,9 +164,7 @@ class TrainStep:
         else:
             cond = TextCond(on_device["embeds"][half], on_device["pooled"][half])
         prior = NoisySample(noisy.unet_input[half], noisy.latents[half], noisy.timesteps[half], noisy.index[half])
-        with ExitStack() as stack:
-            for module in self.components.values():
-                stack.enter_context(disabled(module))
+        with switched_off(self.lora_layers):
             return self.predict(prior, cond, on_device["time_ids"][half])
 
     def text_cond(self, prompts: list[str]) -> TextCond:
@@ -182,8 +180,10 @@ class TrainStep:
         return group["lr"] * group.get("d", 1.0)
 
     def train_mode(self, training: bool = True) -> None:
+        """A walk over thousands of modules, so it is left out where the mode is right already."""
         for module in self.components.values():
-            module.train(training)
+            if module.training != training:
+                module.train(training)
 
     @property
     def _base_is_prior(self) -> bool:
