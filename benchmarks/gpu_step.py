@@ -122,13 +122,13 @@ def floor(options: argparse.Namespace, device: torch.device) -> Callable[[], Non
     unet = materials.pipeline.unet.to(device).requires_grad_(False).train()
     if options.checkpointing:
         unet.enable_gradient_checkpointing()
-    batch = materials.batch_at(0, options.batch).to(device)
-    words = materials.words(batch.prompts)
+    batch = materials.batch_at(0, options.batch)
+    words = materials.prompt_embeds(batch.prompts)
     embeds = words.embeds.to(device)
-    added = {"text_embeds": words.pooled.to(device), "time_ids": batch.time_ids}
+    added = {"text_embeds": words.pooled.to(device), "time_ids": batch.time_ids.to(device)}
 
     def step() -> None:
-        noisy = torch.randn_like(batch.latents, dtype=torch.bfloat16).requires_grad_()
+        noisy = torch.randn_like(batch.latents, device=device, dtype=torch.bfloat16).requires_grad_()
         times = torch.randint(0, 1000, (options.batch,), device=device)
         unet(noisy, times, embeds, added_cond_kwargs=added).sample.float().square().mean().backward()
 
