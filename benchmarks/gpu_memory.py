@@ -3,9 +3,9 @@
     python -m benchmarks.gpu_memory                       # floor, ours by plan, PEFT's own layers; a minute
     python -m benchmarks.gpu_memory --resolutions 512 1024 --ranks 16 128 --batches 1 4
 
-No GPU and no weights are needed. GiB of tensors; `total` adds weights, fp32 adapters with gradients and Adam,
-and 0.5 for CUDA itself. Kernels are dispatched operations without views. What an actual card takes is in
-`gpu_step`.
+No GPU and no weights are needed. GiB of tensors; a step ends with the adapters' gradients. `total` adds weights,
+fp32 adapters, Adam, and 0.5 for CUDA itself. Kernels are dispatched operations without views. What an actual
+card takes is in `gpu_step`.
 """
 
 import argparse
@@ -58,22 +58,21 @@ def adapted_unet(config: TrainConfig, *, fast: bool = True) -> nn.Module:
 
 
 def count(config: TrainConfig, unet: nn.Module) -> Count:
-    """One micro-batch, forward and backward.
+    """One step of one micro-batch: copies of the adapter, forward, backward, its gradients; without the optimizer."""
+    from dreambooth_moslora.adapters.working_copies import WorkingCopies
 
-    Gradients of adapters are not in it: they are there all the time.
-    """
     batch, side = config.train_batch_size, config.resolution // 8
     trained = [weight for weight in unet.parameters() if weight.requires_grad]
-    hooks = [weight.register_post_accumulate_grad_hook(forget_gradient) for weight in trained]
+    copies = WorkingCopies(unet)
     noisy = empty(batch, 4, side, side).requires_grad_(not trained)
     added = {"text_embeds": empty(batch, POOLED_WIDTH), "time_ids": empty(batch, 6)}
-    with Counter() as counter, flash_attention():
+    with Counter() as counter, flash_attention(), copies.for_one_step() as step:
         output = unet(noisy, empty(batch), empty(batch, TOKENS, TEXT_WIDTH), added_cond_kwargs=added).sample
         loss = output.float().square().mean()
         kept = counter.live
         loss.backward()
-    for hook in hooks:
-        hook.remove()
+        step.collect()
+    unet.zero_grad(set_to_none=True)
     return Count(kept / GIB, counter.peak / GIB, counter.kernels)
 
 
@@ -81,16 +80,12 @@ def empty(*shape: int) -> Tensor:
     return torch.empty(*shape, device="meta", dtype=torch.bfloat16)
 
 
-def forget_gradient(weight: Tensor) -> None:
-    weight.grad = None
-
-
 def counted_total_gib(unet: nn.Module, counted: Count) -> float:
-    """Weights, gradients and Adam's two moments of the adapters, the step, CUDA's context."""
+    """Weights, Adam's two moments of the adapters, the step with its gradients, CUDA's context."""
     from dreambooth_moslora.training.estimate import CONTEXT_GIB
 
     trained = sum(weight.numel() * 4 for weight in unet.parameters() if weight.requires_grad)
-    return (bytes_of(unet) + 3 * trained) / GIB + counted.peak_gib + CONTEXT_GIB
+    return (bytes_of(unet) + 2 * trained) / GIB + counted.peak_gib + CONTEXT_GIB
 
 
 def estimated_total_gib(config: TrainConfig) -> float:

@@ -1,18 +1,22 @@
 """The adapted projection as one autograd node: PEFT's function with fewer launches and fewer saved tensors.
 
-    y = W0·x + b + s·U·A·x          U = B·M (out,r), or B alone for plain LoRA
-    dx = W0ᵀ·g + s·Aᵀ·(Uᵀ·g)        dA = s·(Uᵀ·g)·xᵀ        dU = s·g·(A·x)ᵀ
+    y = W0·x + U·A·x                U = s·B·M (out,r), or s·B for plain LoRA
+    dx = W0ᵀ·g + Aᵀ·(Uᵀ·g)          dA = (Uᵀ·g)·xᵀ          dU = g·(A·x)ᵀ
 
 PEFT computes the branch in its own full-width tensors, in fp32 when the adapter is fp32, and autograd keeps a
 cast copy of x for each projection. Here the branch is added into the base's output in place, x is kept once
 as it came (q, k and v share it), and of the branch only A·x (n,r) is kept. Adapters stay fp32 masters; the
-arithmetic is in the base weight's dtype. The scale is folded into U: `addmm` with a factor other than 1
-leaves the fast CPU kernels.
+arithmetic is in the base weight's dtype, on A and Uᵀ in that dtype. During a training step they are the
+layer's `working` copies, which `working_copies` makes once; any other call makes its own. The scale is folded
+into U: `addmm` with a factor other than 1 leaves the fast CPU kernels.
 
 Only a dense frozen `nn.Linear` with an adapter without dropout, DoRA or bias is switched. What can change
 from call to call (disabled, merged, several active adapters, mixed batches, autocast) sends that call to
 PEFT's own forward.
 """
+
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -24,17 +28,18 @@ from dreambooth_moslora.adapters.moslora import adapter_layers
 
 __all__ = ["FastLinear", "disable_fast_path", "enable_fast_path", "slow_projections", "slow_reason"]
 
+Copies = tuple[Tensor, Tensor]
+"""A (r,in) and Uᵀ (r,out) of one layer, in the base's dtype."""
+
 
 class _AdaptedLinear(torch.autograd.Function):
-    """x (…,in), frozen W0 (out,in) and b (out) or None, A (r,in), U (out,r), s -> y (…,out) in W0's dtype."""
+    """x (…,in), frozen W0 (out,in) and b (out) or None, A (r,in), Uᵀ (r,out), all of one dtype -> y (…,out)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        ctx.scale, ctx.down_dtype, ctx.up_dtype = scale, down.dtype, up.dtype
-        down, up = down.to(weight.dtype), (up if scale == 1 else up * scale).to(weight.dtype)
         inner = rows.mm(down.t())
-        result = F.linear(rows, weight, bias).addmm_(inner, up.t())
+        result = F.linear(rows, weight, bias).addmm_(inner, up)
         ctx.save_for_backward(x, inner, weight, down, up)
         return result.view(*x.shape[:-1], -1)
 
@@ -42,26 +47,38 @@ class _AdaptedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, inner, weight, down, up = ctx.saved_tensors
-        needs_x, _, _, needs_down, needs_up, _ = ctx.needs_input_grad
+        needs_x, _, _, needs_down, needs_up = ctx.needs_input_grad
         grad = grad.reshape(-1, grad.shape[-1])
-        # What reads `grad` comes before W0 drives it out of the cache; (r,out) transposed is faster than (out,r).
-        grad_inner = grad.mm(up)
-        grad_up = inner.t().mm(grad).to(ctx.up_dtype).mul_(ctx.scale).t() if needs_up else None
+        # What reads `grad` comes before W0 drives it out of the cache.
+        grad_inner = grad.mm(up.t())
+        grad_up = inner.t().mm(grad) if needs_up else None
         grad_x = grad.mm(weight).addmm_(grad_inner, down).view(x.shape) if needs_x else None
-        grad_down = grad_inner.t().mm(x.reshape(-1, x.shape[-1])).to(ctx.down_dtype) if needs_down else None
-        return grad_x, None, None, grad_down, grad_up, None
+        grad_down = grad_inner.t().mm(x.reshape(-1, x.shape[-1])) if needs_down else None
+        return grad_x, None, None, grad_down, grad_up
 
 
 class FastLinear(LoraLinear):
     """PEFT's LoRA layer whose forward takes the short way whenever it is the same function."""
 
+    working: Mapping[str, Copies] = MappingProxyType({})
+    """Adapter name -> its working copies, while a training step lends them (`working_copies`)."""
+
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        name = self._only_adapter()
-        if args or kwargs or name is None or slow_reason(self, name) or not _same_dtype(x, self.base_layer.weight):
+        name, base = self._only_adapter(), self.base_layer
+        if args or kwargs or name is None or not _same_dtype(x, base.weight):
             return super().forward(x, *args, **kwargs)
-        base = self.base_layer
-        down, up = self.lora_A[name].weight, self.lora_B[name].weight
-        return _AdaptedLinear.apply(x.to(base.weight.dtype), base.weight, base.bias, down, up, self.scaling[name])
+        copies = self.working.get(name)
+        if copies is None:
+            if slow_reason(self, name):
+                return super().forward(x)
+            copies = self._own_copies(name)
+        return _AdaptedLinear.apply(x.to(base.weight.dtype), base.weight, base.bias, *copies)
+
+    def _own_copies(self, name: str) -> Copies:
+        """Of the weights as they are now; gradients reach the fp32 masters."""
+        dtype, scale = self.base_layer.weight.dtype, self.scaling[name]
+        up = self.lora_B[name].weight
+        return self.lora_A[name].weight.to(dtype), (up if scale == 1 else up * scale).to(dtype).t()
 
     def _only_adapter(self) -> str | None:
         """The one adapter that this call applies, or None where the general path has to decide."""

@@ -3,7 +3,7 @@
 Every draw is named by (seed, what, micro-batch number), where micro-batches are counted over steps, accumulation and
 processes: one process with accumulation 2 draws what two processes draw. The gradients of the adapters, which are
 small, are averaged over processes by one all-reduce a step: no module is wrapped, so any part of the base can train.
-Adapters are fp32; the frozen base computes in its own dtype.
+Adapters are fp32; the frozen base computes in its own dtype, with copies of the adapter made once a step.
 """
 
 import math
@@ -17,6 +17,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from dreambooth_moslora.adapters.fused_linear import enable_fast_path
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject, lora_layers, switched_off
+from dreambooth_moslora.adapters.working_copies import WorkingCopies
 from dreambooth_moslora.base.load import TextCond, encode_text
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.seeding import generator, rng, seed_of
@@ -64,6 +65,7 @@ class TrainStep:
         self.config, self.inputs, self.accelerator, self.step = config, inputs, accelerator, step
         self.components = add_adapters(config, inputs, checkpoint)
         self.parameters = [p for module in self.components.values() for _, p in adapter_parameters(module)]
+        self.copies = WorkingCopies(*self.components.values())
         self.lora_layers = [layer for module in self.components.values() for layer in lora_layers(module)]
         groups = parameter_groups(config, self.components, accelerator.num_processes)
         optimizer = make_optimizer(config, groups)
@@ -79,11 +81,13 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         count, world = self.config.gradient_accumulation_steps, self.accelerator.num_processes
         found = []
-        for turn in range(count):
-            micro_batch = (self.step * count + turn) * world + self.accelerator.process_index
-            parts = self.micro_batch_loss(micro_batch)
-            self.accelerator.backward(parts.total / count)
-            found.append(torch.stack([parts.total.detach(), parts.instance, prior_or_nan(parts)]))
+        with self.copies.for_one_step() as copies:
+            for turn in range(count):
+                micro_batch = (self.step * count + turn) * world + self.accelerator.process_index
+                parts = self.micro_batch_loss(micro_batch)
+                self.accelerator.backward(parts.total / count)
+                copies.collect()
+                found.append(torch.stack([parts.total.detach(), parts.instance, prior_or_nan(parts)]))
         return self._averaged(torch.stack(found).mean(0))
 
     def update_adapter(self) -> float:

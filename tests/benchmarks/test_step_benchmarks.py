@@ -82,3 +82,13 @@ def test_the_gpu_arms_step_on_any_device(arm, capsys):
     gpu_step.main(words)
     found = json.loads(capsys.readouterr().out)
     assert found["arm"] == arm and 0 < found["host_sec"] <= found["step_sec"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recomputed", "kernels"), [(False, 7_000), (True, 9_700)])
+def test_a_step_of_full_size_sdxl_starts_few_kernels(recomputed, kernels):
+    """It was 11,410 and 15,724 with the products and casts of the adapter made at each call."""
+    from benchmarks.gpu_memory import adapted_unet, count, run_config
+
+    config = run_config(recomputed=recomputed)
+    assert count(config, adapted_unet(config)).kernels <= kernels
