@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "train_dreambooth.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 STOPPER = """
-import os, time
+import os, signal, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started by nohup
 from dreambooth_moslora.cli.signals import StopRequest
 with StopRequest() as stop:
     print("ready", flush=True)
@@ -134,7 +135,7 @@ def test_signals_ask_and_never_tear(signals):
     for number in signals:
         process.send_signal(number)
         time.sleep(0.05)
-    out, err = process.communicate()
+    out, err = process.communicate(timeout=60)
     assert out == b"saving\nsaved\n" and process.returncode == 0
     assert b"stopping after this step" in err
 
