@@ -30,6 +30,8 @@ from dreambooth_moslora.evaluation.study_stats import JUDGED, MEASURES, Result, 
 from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_training import paint_photos
 
+pytestmark = pytest.mark.slow
+
 PROTOCOL = {"num_prompts": 2, "images_per_prompt": 1, "class_images": 1, "unrelated": 1, "inference_steps": 2}
 
 

@@ -31,6 +31,8 @@ from toybox.train_vae import crops
 from toybox.train_vit import Views
 from toybox.training import MasterWeights, Run
 
+pytestmark = pytest.mark.slow
+
 
 def test_weighted_timesteps_expect_what_uniform_ones_with_min_snr_weights_would():
     schedule = noise_schedule()

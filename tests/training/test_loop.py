@@ -295,6 +295,7 @@ def plain_run(tiny_base, photos, tmp_path_factory):
     return Left(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_acts_as_its_name_says_and_stays_finite(name, run, plain_run, tmp_path):
     changes, acts = OPTIONS[name]

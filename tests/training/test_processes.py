@@ -16,6 +16,8 @@ from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]

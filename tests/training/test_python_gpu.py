@@ -32,6 +32,10 @@ TRAININGS = {
 }
 
 
+def slow_but_the_first(name: str):
+    return name if name == "plain" else pytest.param(name, marks=pytest.mark.slow)
+
+
 def run_on_device(base: Path, folder: Path, **changes) -> dict:
     """Train two steps there; the losses of the steps, and what the last micro-batch did on the device."""
     settings = json.dumps({"max_train_steps": 2} | changes)
@@ -42,7 +46,7 @@ def run_on_device(base: Path, folder: Path, **changes) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("training", [slow_but_the_first(name) for name in TRAININGS])
 def test_a_training_mixes_no_devices_and_has_the_losses_of_the_cpu(tiny_base, tmp_path, training):
     """The losses of two steps; bf16 rounds in another order there."""
     settings = TRAININGS[training]

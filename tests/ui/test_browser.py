@@ -16,6 +16,7 @@ from tests.helpers.ui_server import serve
 
 browser_module = pytest.importorskip("tests.helpers.browser")
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.browser,
     pytest.mark.skipif(browser_module.CHROMIUM is None, reason="there is no Chromium"),
 ]
