@@ -1,6 +1,7 @@
 """Grids and the `generate` command on the tiny base."""
 
 import argparse
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -128,6 +129,54 @@ def test_the_command_writes_pictures_that_the_command_reads_again(tiny_base, pip
     assert command(tiny_base, tmp_path, "--adapter", f"{adapter}:0.5", "--from_png", str(second)) == 0
     again = PIL.Image.open(tmp_path / "image_6_2.png")
     assert np.array_equal(np.asarray(again), np.asarray(PIL.Image.open(second)))
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny_base, pipeline, tmp_path_factory):
+    """A folder with `runs/dog` and the picture that it drew at scale 0.6."""
+    folder = tmp_path_factory.mktemp("drawn")
+    adapter = save_diffusers_lora(pipeline.pipeline.unet, folder / "runs" / "dog", seed=1).parent
+    assert command(tiny_base, folder, "--adapter", f"{adapter}:0.6", "--prompt", "a sks dog") == 0
+    return folder
+
+
+def is_drawn_again(tiny_base, drawn, folder, *words) -> bool:
+    first = drawn / "image_0.png"
+    assert command(tiny_base, folder, "--from_png", str(first), *words) == 0
+    return np.array_equal(np.asarray(PIL.Image.open(folder / "image_0.png")), np.asarray(PIL.Image.open(first)))
+
+
+@pytest.mark.parametrize("words", [("--adapter", "runs/dog"), ("--adapter", "dog"), ()])
+def test_a_picture_is_drawn_again_at_its_own_scale(words, tiny_base, drawn, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(drawn)
+    assert is_drawn_again(tiny_base, drawn, tmp_path, *words)
+    assert "note" not in capsys.readouterr().err
+
+
+def test_a_pictures_adapter_is_found_by_its_content_under_another_name(tiny_base, drawn, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(drawn / "runs" / "dog", tmp_path / "runs" / "rex")
+    monkeypatch.chdir(tmp_path)
+    assert is_drawn_again(tiny_base, drawn, tmp_path)
+    assert is_drawn_again(tiny_base, drawn, tmp_path / "given", "--adapter", "runs/rex")
+
+
+def test_another_file_of_the_pictures_adapter_keeps_the_scale_and_is_said(
+    tiny_base, pipeline, drawn, tmp_path, monkeypatch, capsys
+):
+    save_diffusers_lora(pipeline.pipeline.unet, tmp_path / "runs" / "dog", seed=2)
+    monkeypatch.chdir(tmp_path)
+    assert not is_drawn_again(tiny_base, drawn, tmp_path, "--adapter", "runs/dog")
+    assert "note: the adapter dog is another file than the one that made the picture" in capsys.readouterr().err
+    assert read_recipe(tmp_path / "image_0.png").params.adapters == (("dog", 0.6),)
+    with pytest.raises(UserError, match=r"runs/dog/pytorch_lora_weights\.safetensors has its name"):
+        command(tiny_base, tmp_path, "--from_png", str(drawn / "image_0.png"))
+
+
+def test_a_missing_adapter_of_the_picture_is_named_in_one_line(tiny_base, drawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"the picture's adapter 'dog' \(sha256 \w{12}\) is not in runs/.*--adapter"):
+        command(tiny_base, tmp_path, "--from_png", str(drawn / "image_0.png"))
 
 
 def test_the_command_draws_a_grid(tiny_base, pipeline, tmp_path, capsys):

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import free_name
-from dreambooth_moslora.generation.params import GenerationParams, draw_seed
+from dreambooth_moslora.generation.params import GenerationParams, Recipe, draw_seed, read_recipe
 from dreambooth_moslora.generation.schedulers import SCHEDULERS
 
 __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "make pictures with a base and adapters, one by one or as a captioned grid"
+ADAPTER_HELP = "a LoRA file or run folder; repeatable; without SCALE it is 1, or that of --from_png"
 DEFAULTS = {field.name: field.default for field in fields(GenerationParams)}
 
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(*dict.fromkeys([f"--{name}", f"--{hyphens}"]), dest=name, **options)
 
     add("base", default="toy", help='the base: a folder, a hub id, a .safetensors file, or "toy" (default)')
-    add("adapter", action="append", default=[], metavar="PATH[:SCALE]", help="a LoRA file or run folder; repeatable")
+    add("adapter", action="append", default=[], metavar="PATH[:SCALE]", help=ADAPTER_HELP)
     add("prompt", help="what to draw; `<lora:name:0.8>` sets an adapter's scale")
     add("negative_prompt", help="what to keep out")
     add("from_png", metavar="FILE", help="take all parameters from a PNG; other options override them")
@@ -44,27 +44,40 @@ def run(args: argparse.Namespace) -> int:
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
     axes = tuple(parse_axis(text) for text in args.grid or ())
-    adapters = [_split_scale(text) for text in args.adapter]
-    recipe = _recipe_values(args)
+    recipe = read_recipe(args.from_png) if args.from_png else None
+    values = _recipe_values(args, recipe)
+    adapters = _adapter_files(args, recipe)
     pipeline = SubjectPipeline.from_base(args.base)
-    chosen = tuple((pipeline.load_adapter(find_asset(path)), scale) for path, scale in adapters)
-    params = GenerationParams.from_dict(recipe | ({"adapters": chosen} if chosen else {}))
+    chosen = tuple((pipeline.load_adapter(item.file, item.name), item.scale) for item in adapters)
+    params = GenerationParams.from_dict(values | {"adapters": chosen})
     events = generate_grid(pipeline, params, axes) if axes else pipeline.generate(params)
     return _save_all(events, Path(args.output_dir), only_sheet=bool(axes))
 
 
-def _split_scale(text: str) -> tuple[str, float]:
-    """`runs/dog:0.8` -> ("runs/dog", 0.8); a colon that belongs to the path is left alone."""
+def _adapter_files(args: argparse.Namespace, recipe: Recipe | None) -> list:
+    """Those of `--adapter`, else those of the picture. Raises UserError for a missing one."""
+    from dreambooth_moslora.generation.picture_adapters import adapters_of_picture, given_adapters
+
+    if recipe and not args.adapter:
+        return adapters_of_picture(recipe)
+    found = given_adapters([_split_scale(text) for text in args.adapter], recipe)
+    for note in filter(None, (item.note for item in found)):
+        print(f"note: {note}", file=sys.stderr)
+    return found
+
+
+def _split_scale(text: str) -> tuple[str, float | None]:
+    """`runs/dog:0.8` -> ("runs/dog", 0.8); a colon that belongs to the path is left alone. None: no scale is given."""
     path, colon, scale = text.rpartition(":")
     try:
-        return (path, float(scale)) if colon and path else (text, 1.0)
+        return (path, float(scale)) if colon and path else (text, None)
     except ValueError:
-        return text, 1.0
+        return text, None
 
 
-def _recipe_values(args: argparse.Namespace) -> dict:
-    """Parameters from `--from_png`, then those given by name. Raises UserError when there is no prompt."""
-    values = GenerationParams.from_png(args.from_png).to_dict() if args.from_png else {}
+def _recipe_values(args: argparse.Namespace, recipe: Recipe | None) -> dict:
+    """Parameters of the picture, then those given by name. Raises UserError when there is no prompt."""
+    values = recipe.params.to_dict() if recipe else {}
     names = {"height": "height_px", "width": "width_px"}
     for name in ("prompt", "negative_prompt", "steps", "guidance_scale", "height", "width", "num_images", "scheduler"):
         if (value := getattr(args, name)) is not None:
