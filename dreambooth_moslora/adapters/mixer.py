@@ -32,7 +32,10 @@ def nominal_scale(alpha: float, rank: int, use_rslora: bool = False) -> float:
 
 
 def initial_mixer(kind: str, rank: int, seed: int, path: str) -> Tensor:
-    """M₀ (r, r) in fp32 on the CPU. It depends on the seed and the layer's path, not on earlier draws."""
+    """M₀ (r, r) in fp32 on the CPU. It depends on the seed and the layer's path, not on earlier draws.
+
+    Raises ValueError for an unknown kind.
+    """
     digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
     mixer = torch.empty(rank, rank, dtype=torch.float32, device="cpu")
@@ -42,7 +45,9 @@ def initial_mixer(kind: str, rank: int, seed: int, path: str) -> Tensor:
         return nn.init.kaiming_uniform_(mixer, a=math.sqrt(5), generator=generator)
     if kind == "identity":
         return torch.eye(rank)
-    return torch.eye(rank // 2).repeat(2, 2)  # butterfly: [[I, I], [I, I]]
+    if kind == "butterfly":
+        return torch.eye(rank // 2).repeat(2, 2)  # [[I, I], [I, I]]
+    raise ValueError(f"there is no mixer {kind!r}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,6 +25,11 @@ def test_the_mixers_start_as_they_are_named(kind):
     assert (kind == "orthogonal") == (not torch.equal(mixer, mixer.round()))
 
 
+def test_a_mixer_of_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="'random'"):
+        initial_mixer("random", 6, seed=0, path="x")
+
+
 def test_kaiming_mixers_are_uniform_within_one_over_the_root_of_r():
     mixer = initial_mixer("kaiming", 64, seed=0, path="x")
     assert 0.95 / 8 < mixer.abs().max() <= 1 / 8
