@@ -164,10 +164,17 @@ def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> TrainConfig:
         raise UserError(unknown_flag_message(unknown[0]))
     flags = vars(given)
     file = flags.pop("config")
-    settings = (load_settings(file) if file else {}) | flags
+    settings = overridden(load_settings(file) if file else {}, flags)
     check_each(settings)
     require(settings)
     return TrainConfig.from_dict(settings | launcher_settings())
+
+
+def overridden(settings: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """A file's settings under those of flags. Of the two that set the steps, the flag's displaces the file's."""
+    steps = ("max_train_steps", "exposures_per_photo")
+    gone = steps if any(name in flags for name in steps) else ()
+    return {name: value for name, value in settings.items() if name not in gone} | flags
 
 
 def require(settings: dict[str, Any]) -> None:

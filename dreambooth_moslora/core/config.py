@@ -117,6 +117,9 @@ class TrainConfig:
     gradient_accumulation_steps: int = of_training(1, "forward passes in one step", low=1)
     num_train_epochs: int = of_training(1, "times through all photos, when --max_train_steps is not given", low=1)
     max_train_steps: int | None = of_training(None, "optimizer steps; overrides --num_train_epochs", low=1)
+    exposures_per_photo: int | None = of_training(
+        None, "instead of --max_train_steps: how often the run shows each photo", low=1
+    )
     learning_rate: float = of_training(1e-4, "learning rate; 1.0 with Prodigy", low=0, high=100)
     text_encoder_lr: float = of_training(
         5e-6, "learning rate of the text encoders; 0: the same as --learning_rate", low=0, high=100
@@ -200,6 +203,8 @@ class TrainConfig:
             raise UserError(
                 "--snr_gamma and --do_edm_style_training: EDM weighs noise levels itself; give one of them."
             )
+        if self.exposures_per_photo and self.max_train_steps:
+            raise UserError("--exposures_per_photo and --max_train_steps: each sets the steps; give one of them.")
         if self.early_stopping and not self.evaluate_steps:
             raise UserError("--early_stopping needs --evaluate_steps: without scores there is nothing to wait for.")
         if self.optimizer == "Prodigy" and self.mixer != "none" and self.train_mixer and self.mixer_lr_scale != 1.0:

@@ -1,4 +1,4 @@
-"""Advice before a run: settings without effect, and a disk with too little room.
+"""Advice before a run: settings without effect, few exposures, and a disk with too little room.
 
 A dry run, a real run and the page give it. What forbids a run is in `checks`.
 """
@@ -12,27 +12,44 @@ from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.training.checks import nearest_existing
 from dreambooth_moslora.training.estimate import GIB, Estimate, estimate, size_of_base
-from dreambooth_moslora.training.step_plan import plan_steps
+from dreambooth_moslora.training.step_plan import StepPlan, plan_steps
 
-__all__ = ["DEFAULTS", "advice", "advice_before_run", "differs", "free_disk_gib", "settings_without_effect"]
+__all__ = [
+    "DEFAULTS",
+    "advice",
+    "advice_before_run",
+    "differs",
+    "exposure_advice",
+    "free_disk_gib",
+    "settings_without_effect",
+]
 
+FEW_EXPOSURES = 20
+"""Of a photo: below it, hardly anything of a subject is learnt."""
 DEFAULTS = {item.name: item.default for item in fields(TrainConfig)}
 
 
-def advice(config: TrainConfig, cost: Estimate) -> list[str]:
+def advice(config: TrainConfig, cost: Estimate, plan: StepPlan) -> list[str]:
     """Lines for the person; none of them forbids the run."""
-    return [*settings_without_effect(config), *disk_advice(config, cost)]
+    return [*settings_without_effect(config), *exposure_advice(plan), *disk_advice(config, cost)]
 
 
 def advice_before_run(config: TrainConfig, base: Path | None) -> list[str]:
     """`advice` for a run that begins; `base` is the base's folder.
 
-    The photos are read only where their number decides the steps. Raises UserError when none can be used.
+    Raises UserError when no photo can be used.
     """
-    photo_count = 1 if config.max_train_steps else len(photo_report(config).photos)
-    steps = plan_steps(config, photo_count, int(os.environ.get("WORLD_SIZE", "1"))).total_steps
+    photo_count = len(photo_report(config).photos)
+    plan = plan_steps(config, photo_count, int(os.environ.get("WORLD_SIZE", "1")))
     size = size_of_base(base, config.target_modules, config.variant)
-    return advice(config, estimate(config, size, steps, photo_count))
+    return advice(config, estimate(config, size, plan.total_steps, photo_count), plan)
+
+
+def exposure_advice(plan: StepPlan) -> list[str]:
+    if plan.exposures_a_photo >= FEW_EXPOSURES:
+        return []
+    seen = f"each photo is seen about {plan.exposures_a_photo:.0f} times"
+    return [f"{seen}, and a subject takes 100 or more: set --exposures_per_photo or --max_train_steps"]
 
 
 def disk_advice(config: TrainConfig, cost: Estimate) -> list[str]:
@@ -83,8 +100,9 @@ def settings_without_effect(config: TrainConfig) -> list[str]:
         "--train_mixer and --mixer_lr_scale have no effect with --mixer none": (
             config.mixer == "none" and differs(config, "mixer_lr_scale")
         ),
-        "--num_train_epochs has no effect with --max_train_steps": config.max_train_steps
-        and differs(config, "num_train_epochs"),
+        "--num_train_epochs has no effect with --max_train_steps or --exposures_per_photo": (
+            (config.max_train_steps or config.exposures_per_photo) and differs(config, "num_train_epochs")
+        ),
     }
     return [text for text, applies in found.items() if applies]
 

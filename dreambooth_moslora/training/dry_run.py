@@ -33,7 +33,7 @@ def describe_run(config: TrainConfig) -> str:
         "photos": photo_lines(report),
         "steps": step_lines(config, plan),
         "cost (estimated)": cost_lines(config, cost),
-        "remarks": advice(config, cost),
+        "remarks": advice(config, cost, plan),
     }
     return "\n\n".join(
         "\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items() if lines

@@ -45,8 +45,10 @@ def plan_steps(config: TrainConfig, photo_count: int, process_count: int = 1) ->
         samples = max(samples, config.num_class_images)
     batches = math.ceil(samples / (config.train_batch_size * process_count))
     steps_an_epoch = math.ceil(batches / config.gradient_accumulation_steps)
-    total = config.max_train_steps or config.num_train_epochs * steps_an_epoch
     photos_a_step = config.train_batch_size * config.gradient_accumulation_steps * process_count
+    total = config.max_train_steps or config.num_train_epochs * steps_an_epoch
+    if config.exposures_per_photo:
+        total = math.ceil(config.exposures_per_photo * photo_count / photos_a_step)
     return StepPlan(photo_count, config.repeats, photos_a_step, steps_an_epoch, total)
 
 

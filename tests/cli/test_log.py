@@ -11,6 +11,13 @@ from dreambooth_moslora.core.run_folder import RunDir
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 
+def test_a_run_of_few_exposures_says_so_before_it_begins(tiny_base, tmp_path, caplog):
+    config = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run", max_train_steps=2)
+    assert run_trainer(config, stop=lambda: True) == INTERRUPTED
+    (line,) = [line for line in caplog.messages if "--exposures_per_photo" in line]
+    assert line.startswith("note: each photo is seen about ")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is full")
 def test_a_log_on_a_full_disk_is_said_once_and_without_a_traceback(tmp_path, capsys):
     (tmp_path / "train.log").symlink_to("/dev/full")

@@ -250,6 +250,7 @@ def test_a_mistake_that_is_found_late_is_one_line_too(name, dry, photos, tiny_ba
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("no folder")
     words, says = LATE_MISTAKES[name]
+    words = [*words, "--exposures_per_photo", "100"]  # enough that no note stands beside the error
     assert train_main([*needed(tiny_base, photos, "run"), *words, *dry]) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line and "…" not in line and "/s]" not in line]
     assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
@@ -286,12 +287,15 @@ def test_dry_run_prints_settings_photos_steps_and_cost_and_does_nothing(photos, 
     assert "rank = 3  # set" in out and 'mixer = "orthogonal"\n' in out
     assert "0.png  128 x 96" in out and "left out: notes.md" in out
     assert "3 photos × 4 repeats, 4 a step: 3 steps an epoch; 15 steps = 5.0 epochs" in out
-    assert "each photo is seen about 20 times" in out
+    assert "each photo is seen about 20 times" in out and "--exposures_per_photo" not in out
     assert "have no effect without --with_prior_preservation" in out
     assert "--prior has no effect without --with_prior_preservation" in out
+    assert "--exposures_per_photo" not in out
     unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
     ends = ("to_q", "to_k", "to_v", "to_out.0")
     layers = [m for name, m in unet.named_modules() if name.endswith(ends)]
     expected = sum(3 * (m.in_features + m.out_features) + 9 for m in layers)
     assert f"{expected:,} parameters on {len(layers)} layers" in out
     assert not (tmp_path / "run").exists()
+    assert train_main([*map(str, words), "--dry_run", "--num_train_epochs", "1"]) == 0
+    assert "set --exposures_per_photo" in capsys.readouterr().out

@@ -201,6 +201,8 @@ def test_prompts_keep_their_commas_on_the_command_line_and_in_files(tmp_path):
         (["--resolution", "1001"], "multiple of 8, such as 1000"),
         (["--with_prior_preservation"], "needs --class_prompt"),
         (["--optimizer", "prodigy", "--mixer_lr_scale", "2"], "leave --mixer_lr_scale at 1"),
+        (["--exposures_per_photo", "50", "--max_train_steps", "9"], "--exposures_per_photo and --max_train_steps: "),
+        (["--exposures_per_photo", "0"], "--exposures_per_photo 0: must be at least 1"),
         (["--instance_prompt", " "], "missing: --instance_prompt"),
         (["--dataset_name", "y"], "not both"),
         (["--instance_prompt", "a caf\udce9"], r"--instance_prompt 'a caf\udce9': expected text"),

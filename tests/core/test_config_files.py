@@ -79,6 +79,20 @@ def test_the_json_of_a_run_is_taken_back_and_holds_no_secret(tmp_path):
     assert again.to_dict() == config.to_dict()
 
 
+@pytest.mark.parametrize(
+    ("text", "flags", "wanted"),
+    [
+        ("[training]\nexposures_per_photo = 60", [], (60, None)),
+        ("exposures_per_photo = 60", ["--max_train_steps", "9"], (None, 9)),
+        ("max_train_steps = 9", ["--exposures_per_photo", "60"], (60, None)),
+    ],
+)
+def test_a_file_may_set_exposures_and_a_flag_for_the_steps_overrides_it(tmp_path, text, flags, wanted):
+    (tmp_path / "a.toml").write_text(text)
+    config = parse_train_config([*NEEDED, "--config", str(tmp_path / "a.toml"), *flags])
+    assert (config.exposures_per_photo, config.max_train_steps) == wanted
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_parsed(path):
     config = parse_train_config([*NEEDED, "--config", str(path)])

@@ -4,13 +4,21 @@ import pytest
 
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.training import advice
-from dreambooth_moslora.training.advice import settings_without_effect
+from dreambooth_moslora.training.advice import exposure_advice, settings_without_effect
+from dreambooth_moslora.training.step_plan import plan_steps
 
 
 def test_defaults_draw_no_advice_alone_or_beside_a_setting_that_switches_them_off():
     assert settings_without_effect(TrainConfig()) == []
     switched_off = TrainConfig(mixer="none", max_train_steps=3, optimizer="Prodigy", learning_rate=1.0)
     assert settings_without_effect(switched_off) == []
+
+
+def test_too_few_exposures_are_said_with_the_flag_that_sets_them():
+    (line,) = exposure_advice(plan_steps(TrainConfig(), 5))
+    assert "about 2 times" in line and "--exposures_per_photo" in line
+    assert exposure_advice(plan_steps(TrainConfig(exposures_per_photo=19, train_batch_size=1), 5))
+    assert exposure_advice(plan_steps(TrainConfig(exposures_per_photo=20), 5)) == []
 
 
 @pytest.mark.parametrize(
@@ -22,6 +30,7 @@ def test_defaults_draw_no_advice_alone_or_beside_a_setting_that_switches_them_of
         ({"lr_warmup_steps": 10}, "--lr_warmup_steps "),
         ({"mixer": "none", "mixer_lr_scale": 2.0}, "--train_mixer and --mixer_lr_scale "),
         ({"num_train_epochs": 3, "max_train_steps": 10}, "--num_train_epochs "),
+        ({"num_train_epochs": 3, "exposures_per_photo": 10}, "--num_train_epochs "),
     ],
 )
 def test_a_setting_without_effect_is_named_once(settings, names, monkeypatch):

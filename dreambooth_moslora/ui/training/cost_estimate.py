@@ -50,7 +50,7 @@ def _lines(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> li
         *time_line(jobs, config, plan.total_steps),
         *cost_lines(config, cost),
         *choice_lines(config, cost),
-        *advice(config, cost),
+        *advice(config, cost, plan),
     ]
 
 
