@@ -13,7 +13,7 @@ from typing import Any
 
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.config_fields import nearest
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.run_folder import atomic_directory
 from dreambooth_moslora.photos.sidecars import METADATA
 
@@ -23,7 +23,8 @@ __all__ = ["dataset_folder"]
 def dataset_folder(config: TrainConfig) -> Path:
     """Where the data set's images are now, named by their content. Raises UserError."""
     table = load_images(config)
-    rows = [(image_bytes(row[config.image_column]), caption_of(row, config.caption_column)) for row in table]
+    own = own_folders(config)
+    rows = [(image_bytes(row[config.image_column], own), caption_of(row, config.caption_column)) for row in table]
     rows = [(content, caption) for content, caption in rows if content]
     digest = sha256(b"".join(sha256(content).digest() + (caption or "").encode() for content, caption in rows))
     folder = cache_root(config) / "photos" / digest.hexdigest()[:16]
@@ -58,10 +59,29 @@ def load_images(config: TrainConfig) -> Iterable[dict[str, Any]]:
     return table.cast_column(column, datasets.Image(decode=False))
 
 
-def image_bytes(cell: dict[str, Any] | None) -> bytes:
+def own_folders(config: TrainConfig) -> list[Path]:
+    """Where files of the data set may lie: in itself, if it is local, and where the library keeps downloads."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    caches = [config.cache_dir or datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH]
+    local = [config.dataset_name] if Path(config.dataset_name).is_dir() else []
+    return [Path(folder).resolve() for folder in (*local, *caches, HF_HUB_CACHE)]
+
+
+def image_bytes(cell: dict[str, Any] | None, own: list[Path]) -> bytes:
+    """The image's file; none for an empty cell. Raises UserError for a path outside the folders `own`.
+
+    A table of somebody else may name any file of this machine.
+    """
     if not cell:
         return b""
-    return cell["bytes"] if cell.get("bytes") else Path(cell["path"]).read_bytes()
+    if cell.get("bytes"):
+        return cell["bytes"]
+    path = Path(cell["path"]).resolve()
+    if not any(path.is_relative_to(folder) for folder in own):
+        raise UserError(f"--dataset_name: it names {one_line(cell['path'])}, which is no file of the data set.")
+    return path.read_bytes()
 
 
 def caption_of(row: dict[str, Any], column: str | None) -> str | None:

@@ -4,6 +4,7 @@ import json
 import struct
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
@@ -199,6 +200,21 @@ def test_a_local_data_set_is_read_with_its_captions(tmp_path):
     assert {photo.path.read_bytes() for photo in photos} == {(source / n).read_bytes() for n in ("one.png", "two.png")}
     with pytest.raises(UserError, match=r"--caption_column word: .* Did you mean words\?"):
         instance_photos(TrainConfig(dataset_name=source, caption_column="word", cache_dir=tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("named", ["{outside}/secret.png", "../secret.png", "linked.png"])
+def test_a_data_set_that_names_a_file_outside_itself_is_refused(named, tmp_path):
+    source = tmp_path / "data"
+    source.mkdir()
+    picture().save(tmp_path / "secret.png")
+    (source / "linked.png").symlink_to(tmp_path / "secret.png")
+    path = source / named.format(outside=tmp_path)
+    features = datasets.Features({"image": datasets.Image()})
+    table = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": str(path)}]}, features)
+    table.to_parquet(source / "train.parquet")
+    with pytest.raises(UserError, match=r"is no file of the data set"):
+        instance_photos(TrainConfig(dataset_name=source, cache_dir=tmp_path / "cache"))
+    assert not (tmp_path / "cache" / "photos").exists()
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda path: path.name)
