@@ -75,11 +75,19 @@ def check_folders(config: TrainConfig) -> None:
     """Raises UserError when the run folder is no place for a run, or gives the adapter no name. Nothing is created."""
     if not config.output_dir.strip():
         raise UserError("--output_dir is empty: name a folder for the run.")
+    check_home(config.output_dir)
     run_dir = RunDir(config.output_dir)
     check_name(run_dir.name)
     check_photo_folders(config, run_dir)
     check_places(config, run_dir)
     check_strangers(run_dir)
+
+
+def check_home(output_dir: str) -> None:
+    """A run fills its folder with files: neither the root of the machine nor a person's home."""
+    place = Path(output_dir).resolve()
+    if place in (Path(place.anchor), Path(os.path.expanduser("~")).resolve()):
+        raise UserError(f"--output_dir {output_dir} is {place} itself: name a folder of the run's own.")
 
 
 def check_photo_folders(config: TrainConfig, run_dir: RunDir) -> None:

@@ -34,6 +34,15 @@ def test_neither_an_empty_name_nor_the_photo_folder_is_a_run_folder(output, tmp_
         check(output.format(photos=photos), photos)
 
 
+@pytest.mark.parametrize("output", ["/", "//", "~", "{home}/.", "{home}/photos/.."])
+def test_neither_the_root_nor_the_home_is_a_run_folder(output, tmp_path, monkeypatch):
+    paint_photos(tmp_path / "photos")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match=r"--output_dir .* itself: name a folder of the run's own"):
+        check(output.format(home=tmp_path))
+    check(tmp_path / "run")
+
+
 @pytest.mark.parametrize("name", ["a\nb", "d" * 245, "ü" * 101])
 def test_a_folder_of_which_no_adapter_can_be_called_is_refused_before_training(name, tmp_path):
     with pytest.raises(UserError, match="name"):
