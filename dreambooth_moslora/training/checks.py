@@ -5,6 +5,7 @@ packages   those that the settings need
 layers     whether the UNet has those that `--target_modules` names
 """
 
+import errno
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -75,12 +76,24 @@ def check_folders(config: TrainConfig) -> None:
     """Raises UserError when the run folder is no place for a run, or gives the adapter no name. Nothing is created."""
     if not config.output_dir.strip():
         raise UserError("--output_dir is empty: name a folder for the run.")
+    refuse_circles(config)
     check_home(config.output_dir)
     run_dir = RunDir(config.output_dir)
     check_name(run_dir.name)
     check_photo_folders(config, run_dir)
     check_places(config, run_dir)
     check_strangers(run_dir)
+
+
+def refuse_circles(config: TrainConfig) -> None:
+    """A link that leads back to itself is no folder."""
+    for name in ("output_dir", "instance_data_dir", "class_data_dir", "dataset_name", "cache_dir"):
+        value = getattr(config, name)
+        try:
+            os.stat(value or ".")
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise UserError(f"--{name} {value}: it is a link that leads back to itself.") from error
 
 
 def check_home(output_dir: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dreambooth_moslora.cli.main import train_main
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import RunDir, atomic_write
@@ -41,6 +42,18 @@ def test_neither_the_root_nor_the_home_is_a_run_folder(output, tmp_path, monkeyp
     with pytest.raises(UserError, match=r"--output_dir .* itself: name a folder of the run's own"):
         check(output.format(home=tmp_path))
     check(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["output_dir", "instance_data_dir", "class_data_dir", "dataset_name"])
+@pytest.mark.parametrize("inner", ["", "/inner"])
+def test_a_link_to_itself_is_one_line(name, inner, tmp_path, capsys):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    settings = {"output_dir": tmp_path / "run", "pretrained_model_name_or_path": "toy", "instance_prompt": "a sks dog"}
+    settings |= {} if name == "dataset_name" else {"instance_data_dir": tmp_path}
+    settings[name] = f"{tmp_path}/loop{inner}"
+    assert train_main([word for key, value in settings.items() for word in (f"--{key}", str(value))]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"--{name}" in error and "leads back to itself" in error
 
 
 @pytest.mark.parametrize("name", ["a\nb", "d" * 245, "ü" * 101])
