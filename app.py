@@ -2,7 +2,11 @@
 
 import sys
 
-from dreambooth_moslora.ui.serve import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from dreambooth_moslora.ui.serve import main
+
+        sys.exit(main())
+    except KeyboardInterrupt:  # also while the imports above run
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -2,7 +2,11 @@
 
 import sys
 
-from dreambooth_moslora.cli.main import train_main
-
 if __name__ == "__main__":
-    sys.exit(train_main())
+    try:
+        from dreambooth_moslora.cli.main import train_main
+
+        sys.exit(train_main())
+    except KeyboardInterrupt:  # also while the imports above run
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

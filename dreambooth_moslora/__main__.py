@@ -1,8 +1,18 @@
-"""`python -m dreambooth_moslora COMMAND …`."""
+"""`python -m dreambooth_moslora COMMAND …`, and the installed `dreambooth-moslora COMMAND …`."""
 
 import sys
 
-from dreambooth_moslora.cli.main import main
+
+def main() -> int:
+    """Run the command line; Ctrl-C while it is imported ends as one in a command does."""
+    try:
+        from dreambooth_moslora.cli.main import main as run
+
+        return run()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -118,6 +118,24 @@ def test_ends_have_their_codes(error, code, says, capsys):
     assert says in capsys.readouterr().err
 
 
+INTERRUPTER = """
+import os, signal, sys
+class Interrupter:
+    def find_spec(self, name, *_):
+        if name == "dreambooth_moslora.core.errors":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupter())
+"""
+
+
+@pytest.mark.parametrize("program", [[SCRIPT], [ROOT / "app.py"], ["-m", "dreambooth_moslora"]], ids=lambda p: p[-1])
+def test_ctrl_c_during_the_imports_is_one_word(program, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTER)
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run([sys.executable, *program, "--help"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "")
+
+
 def start_stopper(**extra):
     process = subprocess.Popen(
         [sys.executable, "-c", STOPPER], env={**ENVIRONMENT, **extra}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
