@@ -31,6 +31,11 @@ DONE, OUR_BUG, MISTAKE = 0, 1, 2
 INSTALLED, MODULE = "dreambooth-moslora", "python -m dreambooth_moslora"
 """The two ways to start `main`."""
 FILE_MISTAKES = (errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
+NO_ROOM = {
+    errno.ENOSPC: "the disk is full{place}; free some and resume.",
+    errno.EDQUOT: "your quota of the disk is used up{place}; free some and resume.",
+    errno.EFBIG: "a file would be larger than the system allows{place}; raise the limit (`ulimit -f`) and resume.",
+}
 OUT_OF_MEMORY = (
     "out of memory: try --gradient_checkpointing, --train_batch_size 1, --mixed_precision bf16, a smaller "
     "--resolution or --base_quantization nf4; --dry_run estimates the need."
@@ -81,8 +86,8 @@ def message_for_known_error(error: Exception) -> str | None:
     """One line for an error of the machine (memory, disk, permissions); None for any other error."""
     if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error):
         return OUT_OF_MEMORY
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full: {error.filename or 'no space left'}; free some and resume."
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return NO_ROOM[error.errno].format(place=f": {error.filename}" if error.filename else "")
     if isinstance(error, PermissionError):
         return f"permission denied: {error.filename}."
     if isinstance(error, OSError) and error.errno in FILE_MISTAKES:

@@ -1,6 +1,8 @@
 """The programs as a person starts them: exit codes, one line for a mistake, stopping, and the preview."""
 
+import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -109,6 +111,8 @@ def fail(error):
         (KeyboardInterrupt(), 130, "interrupted"),
         (ZeroDivisionError("ours"), 1, "Traceback"),
         (OSError(28, "No space left on device", "a.bin"), 2, "the disk is full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 2, "your quota of the disk is used up; free some"),
+        (OSError(errno.EFBIG, "File too large", "a.bin"), 2, "larger than the system allows: a.bin; raise the limit"),
         (RuntimeError("alloc_cpu.cpp: DefaultCPUAllocator: can't allocate memory: 512 GB"), 2, "out of memory: try"),
         (PermissionError(13, "no", "/x"), 2, "permission denied"),
     ],
@@ -134,6 +138,19 @@ def test_ctrl_c_during_the_imports_is_one_word(program, tmp_path):
     environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     done = subprocess.run([sys.executable, *program, "--help"], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "")
+
+
+def limit_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def test_a_run_that_may_write_no_large_file_ends_in_one_line(photos, tiny_base, tmp_path):
+    words = needed(tiny_base, photos, str(tmp_path / "run"))
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *words], env=ENVIRONMENT, capture_output=True, text=True, preexec_fn=limit_files
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: a file would be larger than the system allows" in done.stderr
 
 
 def start_stopper(**extra):
