@@ -15,6 +15,7 @@ from dreambooth_moslora.base.headers import tensor_shapes
 from dreambooth_moslora.base.locate import base_folder, check_vae
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.config_fields import nearest
+from dreambooth_moslora.core.digests import default_cache_dir
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import RunDir, check_name, checkpoint_step
 from dreambooth_moslora.core.targets import is_target
@@ -132,11 +133,13 @@ def is_of_the_run(run_dir: RunDir, name: str) -> bool:
 
 def check_places(config: TrainConfig, run_dir: RunDir) -> None:
     """What the run writes goes into folders, there or still to be made."""
-    places = {"output_dir": config.output_dir, "class_data_dir": config.class_data_dir, "cache_dir": config.cache_dir}
+    is_kept = config.caching == "disk" or config.dataset_name is not None
+    cache = config.cache_dir or (str(default_cache_dir()) if is_kept else None)
+    places = {"output_dir": config.output_dir, "class_data_dir": config.class_data_dir, "cache_dir": cache}
     for name, value in places.items():
         if value:
             require_folder(name, value, Path(value))
-            if not Path(value).exists() or name == "output_dir":
+            if not Path(value).exists() or name == "output_dir" or (name == "cache_dir" and is_kept):
                 require_writable(name, value)
     if config.report_to in ("tensorboard", "all"):
         require_folder("logging_dir", config.logging_dir, run_dir.path / config.logging_dir)

@@ -56,6 +56,18 @@ def test_a_link_to_itself_is_one_line(name, inner, tmp_path, capsys):
     assert error.count("\n") == 1 and f"--{name}" in error and "leads back to itself" in error
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="only Linux has a folder that nobody can write to")
+@pytest.mark.parametrize("cache", ["/proc/nope", "/proc", "{file}"])
+def test_a_default_cache_that_cannot_be_used_is_said_before_training(cache, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", cache.format(file=tmp_path / "file"))
+    check(tmp_path / "run", paint_photos(tmp_path / "photos"))
+    with pytest.raises(UserError, match=r"--cache_dir .* (cannot be written|is a file, not a folder)"):
+        check(tmp_path / "run", tmp_path / "photos", caching="disk")
+    with pytest.raises(UserError, match="--cache_dir /proc: cannot be written"):
+        check(tmp_path / "run", tmp_path / "photos", caching="disk", cache_dir="/proc")
+
+
 @pytest.mark.parametrize("name", ["a\nb", "d" * 245, "ü" * 101])
 def test_a_folder_of_which_no_adapter_can_be_called_is_refused_before_training(name, tmp_path):
     with pytest.raises(UserError, match="name"):
