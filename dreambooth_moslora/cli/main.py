@@ -20,7 +20,7 @@ from dreambooth_moslora.cli.parser import Parser, parse_train_config, underscore
 from dreambooth_moslora.cli.signals import INTERRUPTED, StopRequest
 from dreambooth_moslora.cli.streams import survive_broken_pipes
 from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.errors import UserError, shortened
 from dreambooth_moslora.core.process import set_environment_defaults
 from dreambooth_moslora.core.run_folder import RunDir
 
@@ -78,7 +78,7 @@ def code_of(run: Callable[[], int]) -> int:
 
 
 def print_user_error(text: str) -> int:
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    print(f"error: {shortened(' '.join(text.split()))}", file=sys.stderr)
     return MISTAKE
 
 

@@ -105,7 +105,7 @@ def to_int(value: Any) -> int | None:
 def to_float(value: Any) -> float | None:
     try:
         return None if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

@@ -1,6 +1,9 @@
 """Exceptions that are no bugs: a person's mistake, and a person's wish to stop."""
 
-__all__ = ["StopRequestedError", "UserError", "one_line", "spelled_out"]
+__all__ = ["StopRequestedError", "UserError", "one_line", "shortened", "spelled_out"]
+
+MOST_LETTERS = 1000
+"""Of one message: a value of a hundred thousand letters is not shown whole."""
 
 
 def spelled_out(text: str) -> str:
@@ -14,6 +17,12 @@ def one_line(error: object, most: int = 200) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def shortened(text: str) -> str:
+    """A long message without its middle: it begins with what is wrong and ends with what to do."""
+    half = MOST_LETTERS // 2
+    return text if len(text) <= MOST_LETTERS else f"{text[:half]} … {text[-half:]}"
+
+
 class StopRequestedError(Exception):
     """The person asked to stop: what is being done can be left, and nothing of it has to be saved."""
 
@@ -22,8 +31,8 @@ class UserError(ValueError):
     """A mistake of the person at the keyboard: its text is one line that says what was wrong and what to do.
 
     Command-line programs print it without a traceback and exit with code 2. Bytes in it that are no text, as file
-    names may have, are spelled out.
+    names may have, are spelled out, and the middle of a very long text is left out.
     """
 
     def __init__(self, text: str):
-        super().__init__(spelled_out(text))
+        super().__init__(shortened(spelled_out(text)))

@@ -1,11 +1,15 @@
 """Settings in files: below the flags, above the defaults, with mistakes named; and the recipes that are shipped."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from dreambooth_moslora.cli.main import train_main
 from dreambooth_moslora.cli.parser import parse_train_config
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config_files import load_settings
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.toy import TOY_TEMPLATES
 from dreambooth_moslora.evaluation.protocol import UNRELATED_TOYS
@@ -13,6 +17,7 @@ from tests.core.test_config import NEEDED
 
 CONFIGS = Path(__file__).parents[2] / "assets" / "configs"
 RECIPES = sorted(CONFIGS.glob("*.toml"))
+LONG = "x" * 100_000
 
 
 def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
@@ -36,6 +41,24 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
         1,
     )
     assert config.train_batch_size == 4
+
+
+@pytest.mark.parametrize("item", fields(TrainConfig), ids=lambda item: item.name)
+def test_a_number_of_400_digits_is_one_short_line_or_no_number(item, tmp_path):
+    (tmp_path / "a.toml").write_text(f"{item.name} = 1{'0' * 400}")
+    with pytest.raises(UserError, match=f"--{item.name} 10000.*: expected "):
+        TrainConfig.from_dict(load_settings(tmp_path / "a.toml"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--rank", LONG], ["--mixer", LONG], [f"--{LONG}"], [LONG], ["--config", LONG], ["--output_dir", LONG]],
+    ids=lambda words: words[0][:12],
+)
+def test_a_very_long_value_is_not_shown_whole(words, capsys):
+    assert train_main([*NEEDED, *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and 20 < len(error) < 1100
 
 
 @pytest.mark.parametrize(
