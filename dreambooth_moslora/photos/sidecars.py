@@ -81,7 +81,7 @@ class Captions:
             row = json.loads(line)
             name = Path(str(row["file_name"])).name
             caption = next((row[key] for key in CAPTION_KEYS if isinstance(row.get(key), str)), "")
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             self.complaints.append((path, f'line {number} is not {{"file_name": …, "text": …}}'))
             return "", ""
         return name, one_line(caption)

@@ -148,7 +148,7 @@ def nothing_to_resume(run_dir: RunDir) -> str:
 def read_position(checkpoint: Path) -> Position:
     try:
         position = Position(**json.loads((checkpoint / POSITION).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise damaged(checkpoint, POSITION, error) from error
     if any(type(value) is not int or value < 0 for value in (position.step, position.seed)):
         raise damaged(checkpoint, POSITION, "step and seed are whole numbers")

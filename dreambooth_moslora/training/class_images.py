@@ -46,7 +46,7 @@ class ClassImages:
         """File name -> {prompt, seed, model, resolution} of every generated image; a damaged file knows none."""
         try:
             entries = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return {}
         entries = entries if isinstance(entries, dict) else {}
         return {name: facts for name, facts in entries.items() if isinstance(facts, dict)}

@@ -118,6 +118,16 @@ def test_captions_come_from_the_text_beside_then_the_metadata_then_the_prompt(tm
     assert complaints == {("metadata.jsonl", "line"), ("d.txt", "empty")}
 
 
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"file_name": ' * 100_000], ids=["list", "table"])
+def test_a_metadata_line_that_is_nested_too_deeply_is_left_out(line, tmp_path):
+    picture().save(tmp_path / "a.jpg")
+    rows = [line, json.dumps({"file_name": "a.jpg", "text": "my sks toy"})]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    report = find_photos(tmp_path, PROMPT, 64)
+    assert report.photos[0].captions == ("my sks toy",)
+    assert [item.reason.split(" is ")[0] for item in report.skipped] == ["line 1"]
+
+
 def test_captions_are_read_as_notepad_saves_them_and_lines_end_only_at_line_feeds(tmp_path):
     for name in ("a", "b", "c", "d", "e"):
         picture().save(tmp_path / f"{name}.jpg")

@@ -81,7 +81,7 @@ def test_a_generated_image_that_cannot_be_read_is_made_anew(tmp_path, damage):
     assert (tmp_path / images.name(1)).read_bytes() == whole
 
 
-@pytest.mark.parametrize("text", ['{"class_', "[1, 2]", '{"a.png": 3}', ""])
+@pytest.mark.parametrize("text", ['{"class_', "[1, 2]", '{"a.png": 3}', "", "[" * 100_000], ids=lambda t: t[:8])
 def test_a_damaged_manifest_makes_the_generated_images_stale_and_nobodys_own(tmp_path, text):
     images = ClassImages(tmp_path, "a dog", "toy", 7, 8)
     top_up(images, 2)

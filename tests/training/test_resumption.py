@@ -84,7 +84,14 @@ def test_another_optimizer_is_refused_by_name_and_an_early_position_file_goes_on
 
 
 DAMAGE = {
-    "position.json": (b'{"step": "one", "seed": 3}', b"[1]", b'{"step": 1', b'{"step": true, "seed": 3}', b"{}"),
+    "position.json": (
+        b'{"step": "one", "seed": 3}',
+        b"[1]",
+        b'{"step": 1',
+        b'{"step": true, "seed": 3}',
+        b"{}",
+        b"[" * 100_000,
+    ),
     "optimizer.pt": (b"PK", b"no archive", None),
     "moslora_weights.safetensors": (b"short", None),
 }
