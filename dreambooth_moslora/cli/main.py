@@ -20,7 +20,7 @@ from dreambooth_moslora.cli.parser import Parser, parse_train_config, underscore
 from dreambooth_moslora.cli.signals import INTERRUPTED, StopRequest
 from dreambooth_moslora.cli.streams import survive_broken_pipes
 from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.errors import UserError, shortened
+from dreambooth_moslora.core.errors import UserError, shortened, spelled_out
 from dreambooth_moslora.core.process import set_environment_defaults
 from dreambooth_moslora.core.run_folder import RunDir
 
@@ -78,7 +78,7 @@ def code_of(run: Callable[[], int]) -> int:
 
 
 def print_user_error(text: str) -> int:
-    print(f"error: {shortened(' '.join(text.split()))}", file=sys.stderr)
+    print(f"error: {shortened(spelled_out(' '.join(text.split())))}", file=sys.stderr)
     return MISTAKE
 
 
@@ -135,7 +135,7 @@ def run_training(config: TrainConfig) -> int:
     if config.dry_run:
         from dreambooth_moslora.training.dry_run import describe_run
 
-        print(describe_run(config))
+        print(spelled_out(describe_run(config)))
         return DONE
     from dreambooth_moslora.training.checks import check_folders
 
@@ -210,13 +210,20 @@ def start_log(config: TrainConfig) -> logging.Logger:
     root.setLevel(logging.INFO)
     terminal = logging.StreamHandler()
     terminal.setLevel(logging.WARNING if is_main_process() else logging.ERROR)
-    terminal.setFormatter(logging.Formatter("%(message)s"))
+    terminal.setFormatter(SpelledOut("%(message)s"))
     file = log_file(RunDir(config.output_dir)) if is_main_process() else logging.NullHandler()
     file_only = logging.Logger(__name__)
     file_only.addHandler(file)
     root.addHandler(terminal)
     root.addHandler(file)
     return file_only
+
+
+class SpelledOut(logging.Formatter):
+    """A name of a file in a record sends no control characters to the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return spelled_out(super().format(record))
 
 
 class LogFile(logging.FileHandler):
@@ -236,5 +243,5 @@ def log_file(run_dir: RunDir) -> logging.Handler:
         handler = LogFile(run_dir.log_path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"--output_dir {run_dir.path}: cannot be written: {error.strerror}.") from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(SpelledOut("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     return handler

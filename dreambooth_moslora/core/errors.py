@@ -1,14 +1,20 @@
 """Exceptions that are no bugs: a person's mistake, and a person's wish to stop."""
 
+import re
+
 __all__ = ["StopRequestedError", "UserError", "one_line", "shortened", "spelled_out"]
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 MOST_LETTERS = 1000
 """Of one message: a value of a hundred thousand letters is not shown whole."""
 
 
 def spelled_out(text: str) -> str:
-    """Bytes that are no text, as file names may have, as `\\udcff`: the result can be written anywhere."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    """Bytes that are no text, as file names may have, as `\\udcff`, and control characters as `\\x1b`.
+
+    The result can be written anywhere and changes no terminal. Line feeds and tabs stay.
+    """
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text.encode("utf-8", "backslashreplace").decode())
 
 
 def one_line(error: object, most: int = 200) -> str:

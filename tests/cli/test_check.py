@@ -90,6 +90,24 @@ def test_a_name_that_is_no_text_is_spelled_out(tmp_path):
     assert done.returncode == 0 and rb"ok    caf\udce9.png" in done.stdout and rb"left  \u96ea.txt" in done.stdout
 
 
+def test_control_characters_of_names_and_captions_never_reach_the_terminal(tmp_path, tiny_base):
+    hostile = "a\x1b[31m\x9b31m\r\x7f"
+    picture().save(tmp_path / f"{hostile}.jpg")
+    (tmp_path / f"{hostile}.txt").write_text(hostile)
+    (tmp_path / f"{hostile}.md").touch()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    small = ["--resolution", "64"]
+    train = ["--pretrained_model_name_or_path", tiny_base, "--instance_data_dir", tmp_path, *small, "--rank", "1"]
+    train += ["--instance_prompt", "a sks dog", "--output_dir", tmp_path / "run", "--report_to", "none"]
+    train += ["--max_train_steps", "1", "--num_validation_images", "0"]
+    program = [sys.executable, "-m", "dreambooth_moslora"]
+    for words in (["check", tmp_path, "--no_picture", *small], ["train", *train, "--dry_run"], ["train", *train]):
+        done = subprocess.run([*program, *map(str, words)], env=environment, capture_output=True)
+        shown = (done.stdout + done.stderr).decode()
+        assert done.returncode == 0 and "a\\x1b[31m\\x9b31m\\x0d\\x7f" in shown
+        assert "[31m" not in shown.replace("\\x1b[31m", "") and not {"\x7f", "\x9b"} & set(shown)
+
+
 def test_nothing_usable_exits_2_with_one_line_and_valid_json(tmp_path, capsys):
     (tmp_path / "a.jpg").write_bytes(b"no")
     assert main(["check", str(tmp_path), "--json"]) == 2

@@ -11,7 +11,7 @@ from dreambooth_moslora.cli.parser import add_flag
 from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.config_files import load_settings
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.errors import UserError, spelled_out
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -56,11 +56,11 @@ def run(args: argparse.Namespace) -> int:
     report = examine(report, config.resolution)
     picture = None if args.no_picture or not report.photos else draw(report, config, picture_path(args, folder))
     crops = crops_line(picture, config) if picture else None
-    print(json.dumps(as_json(report), indent=1) if args.json else as_text(report, crops))
+    print(json.dumps(as_json(report), indent=1) if args.json else spelled_out(as_text(report, crops)))
     if not report.photos:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
     if args.json and crops:
-        print(crops, file=sys.stderr)
+        print(spelled_out(crops), file=sys.stderr)
     return 0
 
 
@@ -121,6 +121,6 @@ def draw(report: Any, config: TrainConfig, path: Path) -> Path | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_contact_sheet(crop_rows(report.photos[:MAX_PICTURED], config), path)
     except OSError as error:
-        print(f"no picture: {path}: {error.strerror}", file=sys.stderr)
+        print(spelled_out(f"no picture: {path}: {error.strerror}"), file=sys.stderr)
         return None
     return path
