@@ -1,10 +1,12 @@
 """What the frozen encoders make, kept under a key of its content: in memory, on disk, or not at all.
 
 The key holds everything that the value depends on (the file's bytes, the crop, the encoder's weights), so a changed
-photo, crop or base is encoded anew and an unchanged one never again. Values are dicts of tensors.
+photo, crop or base is encoded anew and an unchanged one never again. Values are dicts of tensors. On disk the digest of
+the tensors stands in the file's header: what does not agree with it is encoded anew.
 """
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from dreambooth_moslora.core.run_folder import atomic_write
 __all__ = ["TensorCache", "Tensors", "fingerprint"]
 
 Tensors = dict[str, Tensor]
+DIGEST = "sha256"
 
 
 class TensorCache:
@@ -41,18 +44,36 @@ class TensorCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def _read(self, key: str) -> Tensors | None:
-        """A file that was damaged from outside counts as missing."""
+        """A file that was damaged from outside, or that holds nothing, counts as missing."""
         try:
-            return load(self._path(key).read_bytes())
+            content = self._path(key).read_bytes()
+            tensors = load(content)
         except (FileNotFoundError, SafetensorError):
             return None
+        return tensors if tensors and digest_in(content) == digest_of(tensors) else None
 
     def _keep(self, key: str, value: Tensors) -> None:
         if self.folder is None:
             self._memory[key] = value
             return
         self._path(key).parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(self._path(key), save({name: tensor.contiguous() for name, tensor in value.items()}))
+        tensors = {name: tensor.contiguous() for name, tensor in value.items()}
+        atomic_write(self._path(key), save(tensors, metadata={DIGEST: digest_of(tensors)}))
+
+
+def digest_of(tensors: Tensors) -> str:
+    """SHA-256 of the names, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def digest_in(content: bytes) -> str | None:
+    """What the header of a valid safetensors file says."""
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]).get("__metadata__", {}).get(DIGEST)
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -5,6 +5,8 @@ from random import Random
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save
 
 from dreambooth_moslora.base import load
 from dreambooth_moslora.core.config import TrainConfig
@@ -109,6 +111,30 @@ def test_a_second_run_reuses_the_disk_and_a_changed_photo_does_not(pipeline, pho
     ImageDraw.Draw(changed).point((0, 0), fill=(1, 2, 3))
     changed.save(photos[0].path)
     assert encode() == 1
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+DAMAGES = {
+    "empty": lambda content: save({}),
+    "without a digest": lambda content: save(load_tensors(content)),
+    "another value": lambda content: save({name: tensor + 1 for name, tensor in load_tensors(content).items()}),
+    "one bit of the last tensor": lambda content: flipped(content, len(content) - 1),
+    "one bit of a name": lambda content: flipped(content, content.index(b"latents")),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_changed_or_empty_entry_of_the_disk_cache_is_computed_anew(name, pipeline, photos, tmp_path):
+    cache = TensorCache(tmp_path / "cache")
+    stream = stream_of(photos[:1], pipeline.vae, cache)
+    expected = stream.at(0)[0].latents
+    (path,) = tmp_path.rglob("*.safetensors")
+    path.write_bytes(DAMAGES[name](path.read_bytes()))
+    assert torch.equal(stream.at(0)[0].latents, expected) and cache.computed == 2
+    assert torch.equal(stream.at(0)[0].latents, expected) and cache.computed == 2
 
 
 def test_another_vae_or_a_damaged_file_is_encoded_anew(pipeline, photos, tmp_path):
