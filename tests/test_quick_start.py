@@ -38,6 +38,7 @@ def drawn(pipeline: StableDiffusionXLPipeline, prompt: str, count: int) -> torch
     return load_encoders("toy").dino_images(pictures)
 
 
+@pytest.mark.slow
 def test_the_subject_is_learnt_and_its_class_stays_varied(run_dir):
     photos = [Image.open(path).convert("RGB") for path in sorted((ASSETS / "subjects" / "robot").glob("*.jpg"))]
     wanted = load_encoders("toy").dino_images(photos)

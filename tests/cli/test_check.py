@@ -90,6 +90,7 @@ def test_a_name_that_is_no_text_is_spelled_out(tmp_path):
     assert done.returncode == 0 and rb"ok    caf\udce9.png" in done.stdout and rb"left  \u96ea.txt" in done.stdout
 
 
+@pytest.mark.slow
 def test_control_characters_of_names_and_captions_never_reach_the_terminal(tmp_path, tiny_base):
     hostile = "a\x1b[31m\x9b31m\r\x7f"
     picture().save(tmp_path / f"{hostile}.jpg")

@@ -144,6 +144,7 @@ def limit_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
+@pytest.mark.slow
 def test_a_run_that_may_write_no_large_file_ends_in_one_line(photos, tiny_base, tmp_path):
     words = needed(tiny_base, photos, str(tmp_path / "run"))
     done = subprocess.run(
@@ -219,6 +220,7 @@ def check_interrupted(run):
     return checkpoint.name.removeprefix("checkpoint-")
 
 
+@pytest.mark.slow
 def test_two_ctrl_c_during_training_leave_a_checkpoint_and_an_adapter(photos, tiny_base, tmp_path):
     run = RunDir(tmp_path / "run")
     process = start_training(photos, tiny_base, run)
@@ -230,6 +232,7 @@ def test_two_ctrl_c_during_training_leave_a_checkpoint_and_an_adapter(photos, ti
     assert f"stopped at step {check_interrupted(run)}" in error
 
 
+@pytest.mark.slow
 def test_a_training_whose_readers_have_left_is_still_saved(photos, tiny_base, tmp_path):
     """As `2>&1 | tee log` and Ctrl-C: `tee` is gone before the training is asked to stop."""
     run = RunDir(tmp_path / "run")
@@ -291,6 +294,7 @@ def test_a_mistake_that_is_found_late_is_one_line_too(name, dry, photos, tiny_ba
     assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
 
 
+@pytest.mark.slow
 def test_photos_whose_names_are_no_text_are_trained_on(photos, tiny_base, tmp_path, capfd):
     (photos / "0.png").rename(os.fsdecode(bytes(photos) + b"/caf\xe9.png"))
     Path(os.fsdecode(bytes(photos) + b"/broken\xff.png")).write_bytes(b"no picture")

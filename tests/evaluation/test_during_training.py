@@ -92,6 +92,7 @@ def test_the_card_of_a_resumed_run_has_the_scores_from_before(tiny_base, encoder
     assert scores[0] == scores[1]
 
 
+@pytest.mark.slow
 def test_early_stopping_stops_only_when_asked_and_says_so(tiny_base, encoders, tmp_path, caplog):
     photos = paint_photos(tmp_path / "photos")
     stubborn = {"max_train_steps": 8, "evaluate_steps": 1, "learning_rate": 0.0}  # nothing ever gets better

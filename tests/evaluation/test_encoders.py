@@ -125,6 +125,7 @@ def full_size(tmp_path_factory) -> tuple[Encoders, nn.Module, nn.Module]:
     return encoders, *towers
 
 
+@pytest.mark.slow
 def test_full_size_architectures_agree_with_transformers_and_do_not_depend_on_the_batch(full_size):
     encoders, vision, text_tower = full_size
     some, clip = pictures()[:2], encoders.clip

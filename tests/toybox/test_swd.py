@@ -39,6 +39,7 @@ def test_the_levels_of_a_pyramid_add_up_to_the_picture():
     torch.testing.assert_close(rest, pictures)
 
 
+@pytest.mark.slow
 def test_noise_is_farther_from_renders_than_other_renders_are(renders):
     references, others = renders
     noise = torch.randint(0, 256, references.shape, generator=torch.Generator().manual_seed(0)).byte()

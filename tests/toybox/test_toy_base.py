@@ -92,6 +92,7 @@ def test_it_is_sampled_by_the_schedule_that_it_was_trained_on(base):
     assert trained["prediction_type"] == "v_prediction"
 
 
+@pytest.mark.slow
 def test_the_judge_finds_in_its_pictures_what_the_prompts_name(base):
     scenes = scenes_for(20, held_out=False, seed=70_000)
     right = accuracy(generate(base, [canonical_caption(scene) for scene in scenes], seed=70_000), scenes)
@@ -106,6 +107,7 @@ def test_its_vit_tells_individuals_apart_and_an_untrained_one_does_not():
     assert shares[0] > 0.9 and shares[1] < 0.5
 
 
+@pytest.mark.slow
 def test_its_vae_keeps_renders_and_its_clip_knows_their_captions(base):
     images, captions = fresh_renders(100, seed=1)
     assert psnr_db(images, reconstruct(base.vae, images)).mean() > 30

@@ -179,6 +179,7 @@ def test_shard_is_whole_and_repeatable(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_only_the_judge_is_shown_held_out_combinations(tmp_path):
     shown = {}
     for every in (False, True):
@@ -189,6 +190,7 @@ def test_only_the_judge_is_shown_held_out_combinations(tmp_path):
     assert shown == {False: False, True: True}
 
 
+@pytest.mark.slow
 def test_work_in_pieces_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     kinds, images = render_views.piece(range(3, 5), 2, tmp_path / "pieces")
     wanted = render_views.views_of(range(3, 5), 2)

@@ -138,6 +138,7 @@ def test_where_the_file_system_refuses_a_folder_is_said_before_training(name, tm
         check(places.pop("output_dir"), **places)
 
 
+@pytest.mark.slow
 def test_a_run_replaces_the_pictures_of_its_own_card_only(tiny_base, tmp_path):
     photos, run = paint_photos(tmp_path / "photos"), tmp_path / "run"
     drawn = {"max_train_steps": 1, "num_validation_images": 2}

@@ -23,6 +23,7 @@ def pretend(monkeypatch, name: str, major: int, minor: int) -> None:
         "get_device_name": lambda device=None: name,
         "get_device_capability": lambda device=None: (major, minor),
         "get_device_properties": lambda device=None: facts,
+        "mem_get_info": lambda device=None: (80 * 2**30, 80 * 2**30),
         "_check_bf16_tensor_supported": lambda device: True,  # by emulation
     }
     for function, answer in answers.items():

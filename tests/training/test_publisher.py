@@ -10,6 +10,7 @@ from dreambooth_moslora.training.results import publish
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 
+@pytest.mark.slow
 def test_photos_that_were_moved_in_training_cost_their_place_on_the_sheet_only(tiny_base, tmp_path, caplog):
     photos, events = paint_photos(tmp_path / "photos"), []
 

@@ -56,6 +56,7 @@ def test_a_training_mixes_no_devices_and_has_the_losses_of_the_cpu(tiny_base, tm
     assert found == pytest.approx(expected, rel=1e-2 if "mixed_precision" in settings else 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", ["plain", "prior of the base", "class images", "min-SNR, accumulated"])
 def test_a_step_waits_for_the_gpu_once_and_sends_each_micro_batch_at_once(tiny_base, tmp_path, training):
     """Each wait leaves the GPU idle until the program has handed it the next kernels: the loss alone is read."""
@@ -65,6 +66,7 @@ def test_a_step_waits_for_the_gpu_once_and_sends_each_micro_batch_at_once(tiny_b
     assert sum(found["copies"].values()) == settings.get("gradient_accumulation_steps", 1), found["copies"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"target_modules": ["to_q", "conv1"]}, {"allow_tf32": True}])
 def test_an_adapter_is_published_from_a_gpu_that_multiplies_in_tf32(tiny_base, tmp_path, changes):
     run_on_device(tiny_base, tmp_path, has_tf32=True, **changes)

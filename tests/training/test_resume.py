@@ -39,7 +39,7 @@ def stop_at(step: int):
     return (lambda: step in done), (lambda event: done.append(event.step if event.kind == "step" else None))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [k if k == "plain" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
 def test_interrupted_and_resumed_equals_unbroken(kind, tiny_base, photos, tmp_path):
     def config(**changes):
         return tiny_config(tiny_base, photos, tmp_path / "run", max_train_steps=4, **KINDS[kind], **changes)

@@ -30,6 +30,7 @@ def test_a_stop_in_the_first_pictures_is_heard_before_they_are_all_drawn(config,
     assert [path.name for path in samples.iterdir()] == ["step_000000_0.png"]
 
 
+@pytest.mark.slow
 def test_a_stop_in_later_pictures_saves_the_step_and_they_are_drawn_when_the_run_goes_on(config, tmp_path):
     run = RunDir(tmp_path / "run")
     result = train(config(), should_stop=(run.samples_dir / "step_000002_0.png").exists)

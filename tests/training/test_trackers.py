@@ -44,6 +44,7 @@ def test_a_tracker_that_fails_on_the_way_is_said_once_and_the_run_goes_on(config
     assert caplog.text.count("tensorboard fails and gets no more of this run: ConnectionError no network") == 1
 
 
+@pytest.mark.slow
 def test_the_samples_go_to_tensorboard_as_they_are_and_without_their_prompts(config, tmp_path):
     train(config(num_validation_images=2, validation_steps=2))
     logs = EventAccumulator(str(tmp_path / "run" / "logs" / "dreambooth_moslora")).Reload()

@@ -41,6 +41,7 @@ print(json.dumps({"mine": imports.count(threading.get_ident()), "all": len(impor
 '''
 
 
+@pytest.mark.slow
 def test_an_adapter_inspected_while_the_base_loads_shares_no_import_with_it(tiny_base, subject, tmp_path):
     adapter = save_diffusers_lora(subject.pipeline.unet, tmp_path / "made", seed=1)
     adapter = adapter.rename(tmp_path / "dog.safetensors")

@@ -143,6 +143,7 @@ def test_photos_of_too_many_pixels_together_are_refused_before_any_is_decoded(tm
     assert time.perf_counter() - started < 1
 
 
+@pytest.mark.slow
 def test_one_photo_need_not_wait_for_another_visitors_many(tmp_path):
     """They take turns photo by photo."""
     many = [flat_png(tmp_path / f"{number}.png", 5000) for number in range(12)]

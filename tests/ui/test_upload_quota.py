@@ -69,6 +69,7 @@ def test_an_upload_that_would_fill_the_disk_is_refused(served, monkeypatch):
     assert answer.status_code == 507 and "disk" in answer.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_that_a_visitor_sent_outlives_the_server(tmp_path, free_port, number):
     """After a kill the next start clears it away."""
