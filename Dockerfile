@@ -1,4 +1,4 @@
-# The page on a machine with an Nvidia GPU. This file was not built or run: there was no Docker daemon.
+# The page on a machine with an Nvidia GPU. It has not been built or run yet.
 #
 #   docker build -t dreambooth-moslora .
 #   docker run --gpus all -p 127.0.0.1:7860:7860 -v "$PWD/runs:/app/runs" -v moslora-hub:/hub dreambooth-moslora \
@@ -6,9 +6,9 @@
 #
 # In a container the page listens on all addresses, so training needs the login of --auth. To train without the page:
 #
-#   docker run --gpus all -v "$PWD:/work" -v moslora-hub:/hub --entrypoint python3 dreambooth-moslora \
-#       train_dreambooth.py --config assets/configs/sdxl_12gb.toml --instance_data_dir /work/photos/dog \
-#       --instance_prompt "a photo of sks dog" --output_dir /work/runs/dog
+#   docker run --gpus all -v "$PWD:/data" -v moslora-hub:/hub --entrypoint python3 dreambooth-moslora \
+#       train_dreambooth.py --config assets/configs/sdxl_12gb.toml --instance_data_dir /data/photos/dog \
+#       --instance_prompt "a photo of sks dog" --output_dir /data/runs/dog
 FROM nvidia/cuda:12.8.1-runtime-ubuntu24.04
 
 RUN apt-get update \
