@@ -19,6 +19,7 @@ QUIET = [
     "--no-first-run",
 ]
 PATIENCE_MS = 240_000
+SETTLE_MS = 150
 
 
 @dataclass
@@ -66,6 +67,12 @@ def _note_error(visited: Visit, message) -> None:
 
 
 def set_number(page: Page, elem_id: str, value: object) -> None:
+    """Type a number into a field until it stays there: a box that was just opened sets its fields once more."""
     box = page.locator(f"#{elem_id} input[type=number]").first
-    box.fill(str(value))
-    box.press("Tab")
+    for _ in range(20):
+        box.fill(str(value))
+        box.press("Tab")
+        page.wait_for_timeout(SETTLE_MS)
+        if float(box.input_value() or "nan") == float(str(value)):
+            return
+    raise AssertionError(f"{elem_id} did not keep {value}")

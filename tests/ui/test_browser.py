@@ -186,7 +186,7 @@ def test_a_run_is_started_survives_a_reload_stops_resumes_and_is_used(page, tmp_
     open_box(page, "more_training")
     set_number(page, "train_steps", 5000)
     page.click("#start")
-    wait_for_status(page, "Step ", "train_status")
+    wait_for_status(page, "of 5000", "train_status")
     page.reload()
     page.get_by_role("tab", name="Train", exact=True).click()
     wait_for_status(page, "of 5000", "train_status")
