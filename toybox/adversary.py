@@ -1,10 +1,10 @@
 """A patch discriminator beside the autoencoder (Isola et al., 2017; Rombach et al., 2022, appendix G).
 
 Squared errors blur what a latent does not settle: an eye of three pixels, the far squares of a checkerboard. The
-discriminator says of each patch whether it is a render or a reconstruction, and the decoder learns to draw what passes.
+discriminator says of each patch whether it is a render or drawn, and the decoder learns to draw what passes.
 
-    adversary = Adversary(weight=0.3, warmup=100)
-    loss = adversary.join(loss, y, decoder.conv_out.weight, step)
+    adversary = Adversary(weight=0.3)
+    loss = loss + adversary.verdict(loss, y, decoder.conv_out.weight)
     adversary.step(x, y)
 """
 
@@ -37,26 +37,24 @@ def build_discriminator() -> nn.Sequential:
 
 
 class Adversary:
-    """The discriminator with its own optimizer. It learns alone for `warmup` steps; then its pull on the decoder's last
-    layer is `weight` times that of the reconstruction loss (Esser et al., 2021, equation 7)."""
+    """The discriminator with its own optimizer. Its pull on the decoder's last layer is `weight` times that of the
+    other losses (Esser et al., 2021, equation 7)."""
 
-    def __init__(self, weight: float, warmup: int = 100, device: str = "cpu"):
-        self.weight, self.warmup = weight, warmup
+    def __init__(self, weight: float, device: str = "cpu"):
+        self.weight = weight
         self.network = use_fast_group_norm(build_discriminator()).to(device)
-        self.weights = MasterWeights(self.network, adamw_lr=5e-4)
+        self.weights = MasterWeights(self.network, adamw_lr=1e-3, muon_lr=0.02)
 
-    def join(self, loss: Tensor, y: Tensor, last: Tensor, step: int) -> Tensor:
-        """The loss with the verdict on reconstructions y (N,3,H,W) added; `last` is the decoder's last weight."""
-        if step < self.warmup:
-            return loss
+    def verdict(self, loss: Tensor, y: Tensor, last: Tensor) -> Tensor:
+        """What to add to the loss for drawn pictures y (N,3,H,W); `last` is the decoder's last weight."""
         self.network.requires_grad_(False)
-        verdict = -self.network(y).float().mean()
+        doubt = -self.network(y).float().mean()
         self.network.requires_grad_(True)
-        pulls = [torch.autograd.grad(part, last, retain_graph=True)[0].float().norm() for part in (loss, verdict)]
-        return loss + self.weight * (pulls[0] / (pulls[1] + 1e-4)).clamp(max=1e4) * verdict
+        pulls = [torch.autograd.grad(part, last, retain_graph=True)[0].float().norm() for part in (loss, doubt)]
+        return self.weight * (pulls[0] / (pulls[1] + 1e-4)).clamp(max=1e4) * doubt
 
     def step(self, x: Tensor, y: Tensor, rate: float = 1.0) -> float:
-        """Learn to tell renders x from reconstructions y by the hinge loss (Lim and Ye, 2017), which is returned."""
+        """Learn to tell renders x from drawn pictures y by the hinge loss (Lim and Ye, 2017), which is returned."""
         logits = self.network(to_channels_last(torch.cat([x, y.detach()]))).float()
         real, drawn = logits.chunk(2)
         loss = (relu(1 - real).mean() + relu(1 + drawn).mean()) / 2

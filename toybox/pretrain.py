@@ -20,8 +20,9 @@ from toybox import (
     assemble,
     build_tokenizer,
     cache_latents,
-    estimate_latents,
     render_dataset,
+    sample_latents,
+    sharpen_decoder,
     train_clip,
     train_unet,
     train_vae,
@@ -32,9 +33,8 @@ __all__ = ["Plan", "Stage", "pretrain", "stages"]
 
 RENDERS_PER_MINUTE = 200  # of --minutes: two cores need about a fifth of the time for them
 FEWEST_RENDERS = 2 * HELD_BACK
-MOST_ESTIMATES = 2000
+MOST_SAMPLES = 2000
 SHARES = {"vae": 0.3, "clip": 0.08, "unet": 0.34, "decoder": 0.08}  # of the minutes; the rest is for the renders
-FINE_TUNE = ("--decoder_only", "--adversarial", "0.3", "--rate", "0.4", "--salt", "21")
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ def stages(plan: Plan) -> list[Stage]:
     of_latents = plan.at(data="toys", vae="vae/model", clip="clip/model", out="latents.safetensors")
     of_latents += ["--device", plan.device]
     of_unet = [*plan.at(**known, **towers), "--batch", "64", *plan.training("unet")]
-    of_estimates = plan.at(**known, **towers, unet="unet/model", out="estimates.safetensors")
-    of_estimates += ["--count", str(min(MOST_ESTIMATES, plan.count - HELD_BACK)), "--device", plan.device]
-    of_decoder = plan.at(data="toys", start="vae/model", estimates="estimates.safetensors")
+    of_samples = plan.at(data="toys", unet="unet/model", out="samples.safetensors", **towers)
+    of_samples += ["--count", str(min(MOST_SAMPLES, plan.count)), "--device", plan.device]
+    of_decoder = plan.at(data="toys", start="vae/model", samples="samples.safetensors") + plan.training("decoder")
     rows = [
         ("renders", render_dataset, plan.at(out="toys") + rendering, "toys/all.json"),
         ("tokenizer", build_tokenizer, plan.at(data="toys", out="tokenizer"), "tokenizer/tokenizer_config.json"),
@@ -96,8 +96,8 @@ def stages(plan: Plan) -> list[Stage]:
         ("clip", train_clip, of_clip, "clip/report.json"),
         ("latents", cache_latents, of_latents, "latents.safetensors"),
         ("unet", train_unet, of_unet, "unet/report.json"),
-        ("estimates", estimate_latents, of_estimates, "estimates.safetensors"),
-        ("decoder", train_vae, [*of_decoder, *FINE_TUNE, *plan.training("decoder")], "decoder/report.json"),
+        ("samples", sample_latents, of_samples, "samples.safetensors"),
+        ("decoder", sharpen_decoder, of_decoder, "decoder/report.json"),
     ]
     return [Stage(name, script.main, arguments, plan.work / result) for name, script, arguments, result in rows]
 

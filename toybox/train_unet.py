@@ -36,6 +36,7 @@ __all__ = ["TextTowers", "build_unet", "noise_schedule"]
 TIME_WIDTH = 32
 SNR_GAMMA = 5.0
 ALIGNMENT_WEIGHT = 0.1
+ENDS = ("conv_in", "conv_out", "time_embedding", "add_embedding", "alignment")  # left to AdamW
 HELD_BACK = 1000  # images at the end, never drawn
 TOY_WEIGHT = 3.0  # added to a cell's weight of 1, times the share of the cell that a toy covers
 
@@ -151,7 +152,7 @@ def train(args: argparse.Namespace) -> None:
     use_fast_group_norm(unet)
     alignment = Alignment(unet, cache["seen"])
     both = nn.ModuleDict({"unet": unet, "alignment": alignment}).to(args.device)
-    weights = MasterWeights(both, adamw_lr=args.lr, ema_decay=args.ema_decay)
+    weights = MasterWeights(both, adamw_lr=args.lr, muon_lr=args.muon_lr, adamw_names=ENDS, ema_decay=args.ema_decay)
     run = Run(args.out, weights, args.steps, minutes=args.minutes, save_every=100, log_every=50)
     for step in run:
         generator = run.generator(step, salt=args.salt)
@@ -207,6 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="stop, and let the rates fall, by the clock")
     parser.add_argument("--batch", type=int, default=32, help="of each process")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--muon_lr", type=float, help="of the weight matrices, by Muon instead of AdamW")
     parser.add_argument("--drop", type=float, default=0.1, help="share of captions that are dropped, for guidance")
     parser.add_argument("--decay", type=float, default=0.4, help="last share of the run, in which the rate falls to 0")
     parser.add_argument("--ema_decay", type=float, default=0.999, help="of the averaged weights, which are exported")

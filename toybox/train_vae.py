@@ -4,10 +4,7 @@
 
 Loss: |x - y| + |∇x - ∇y| / 2 + 8·(x - y)² + a small KL term, on renders and some dead-leaves pictures. Resumable; the
 averaged weights are written to OUT/model, with the scaling factor that gives latents unit variance. With --start it
-goes on from a finished autoencoder, and with --decoder_only leaves its latents as they are, so that a UNet trained on
-them stays right. With --adversarial W a discriminator has a say in it too (`toybox.adversary`): sharper, at some
-tenths of a dB. With --estimates half of a batch is decoded from the UNet's own versions of the latents
-(`toybox.estimate_latents`), and the decoder learns to draw cleanly from what the UNet gets wrong.
+goes on from a finished autoencoder. Once there is a UNet, `toybox.sharpen_decoder` finishes the decoder.
 """
 
 import argparse
@@ -16,10 +13,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file
 from torch import Tensor
 
-from toybox.adversary import Adversary
 from toybox.channels_last import to_channels_last, use_fast_group_norm
 from toybox.data import Renders, to_pixels, to_uint8
 from toybox.dead_leaves import dead_leaves
@@ -29,6 +24,14 @@ CHANNELS = (32, 64, 128, 128)
 KL_WEIGHT = 3e-6
 LEAVES_SHARE = 0.06
 CANDIDATES = 3
+CHECKED = 400  # held-back renders, of which PSNR is told
+RATES = {
+    "muon_lr": 0.02,
+    "adamw_lr": 2e-3,
+    "adamw_names": ("conv_in", "conv_out", "quant_conv"),
+    "ema_decay": 0.998,
+}
+"""Of `MasterWeights`."""
 
 
 def build_vae(**extra) -> AutoencoderKL:
@@ -86,65 +89,25 @@ def batch(renders: Renders, leaves: Tensor, count: int, crop_px: int, generator:
     return torch.cat([crops(images, crop_px, generator), crops(extra, crop_px, generator)])
 
 
-def estimated(
-    estimates: dict[str, Tensor], renders: Renders, count: int, crop_px: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Crops of renders (N,3,P,P), and of the UNet's versions of their latents the same places (N,4,P/8,P/8), scaled."""
-    picked = torch.randint(len(estimates["rows"]), (count,), generator=generator)
-    images, latents = renders.images(estimates["rows"][picked]), estimates["latents"][picked].float()
-    cells = crop_px // 8
-    x, z = [], []
-    for image, latent in zip(images, latents):
-        top, left = torch.randint(0, latent.shape[-1] - cells + 1, (2,), generator=generator).tolist()
-        x.append(image[8 * top : 8 * top + crop_px, 8 * left : 8 * left + crop_px])
-        z.append(latent[:, top : top + cells, left : left + cells])
-    return to_pixels(torch.stack(x)), torch.stack(z)
-
-
 def train(args: argparse.Namespace) -> AutoencoderKL:
     torch.manual_seed(0)
     renders = Renders(args.data)
     leaves = torch.from_numpy(dead_leaves(300, 128, seed=5))
-    estimates = load_file(args.estimates) if args.estimates else None
-    n_estimated = args.batch // 2 if estimates else 0
     vae = AutoencoderKL.from_pretrained(args.start, torch_dtype=torch.float32) if args.start else build_vae()
-    use_fast_group_norm(vae)
-    if args.decoder_only:
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
-    at_first = {name: value.clone() for name, value in vae.state_dict().items()}
-    weights = MasterWeights(
-        vae.to(args.device),
-        muon_lr=0.02,
-        adamw_lr=2e-3,
-        adamw_names=("conv_in", "conv_out", "quant_conv"),
-        ema_decay=0.998,
-    )
-    adversary = Adversary(args.adversarial, device=args.device) if args.adversarial else None
-    beside = {"adversary": adversary.weights} if adversary else {}
-    run = Run(args.out, weights, args.steps, minutes=args.minutes, save_every=100, log_every=50, beside=beside)
+    weights = MasterWeights(use_fast_group_norm(vae).to(args.device), **RATES)
+    run = Run(args.out, weights, args.steps, minutes=args.minutes, save_every=100, log_every=50)
     for step in run:
         generator = run.generator(step, salt=args.salt)
-        x = batch(renders, leaves, args.batch - n_estimated, args.crop_px, generator)
-        x = to_channels_last(x.to(args.device))
+        x = to_channels_last(batch(renders, leaves, args.batch, args.crop_px, generator).to(args.device))
         posterior = vae.encode(x).latent_dist
         z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator).to(x)
-        if estimates:
-            known, guessed = estimated(estimates, renders, n_estimated, args.crop_px, generator)
-            x = torch.cat([x, to_channels_last(known).to(args.device)])
-            z = torch.cat([z, (guessed / vae.config.scaling_factor).to(z)])
         y = vae.decode(to_channels_last(z)).sample
         kl = posterior.kl().float().mean()
         loss = reconstruction_loss(x, y) + KL_WEIGHT * kl
-        if adversary:
-            loss = adversary.join(loss, y, vae.decoder.conv_out.weight, step)
         loss.backward()
         norm = weights.step(args.rate * run.rate(step))
-        if adversary:
-            run.add(adversary=adversary.step(x, y))
         run.add(loss=loss, mse=(x - y).float().square().mean(), kl=kl, grad_norm=norm)
-    scaling = vae.config.scaling_factor if args.decoder_only else None
-    return export(at_first | weights.averaged(), renders, args.out, scaling)
+    return export(weights.averaged(), renders, args.out)
 
 
 @torch.no_grad()
@@ -152,7 +115,7 @@ def export(state: dict[str, Tensor], renders: Renders, out: Path, scaling: float
     """Weights as a diffusers folder; `scaling`, or the one of unit variance on held-back renders; PSNR printed."""
     vae = build_vae()
     vae.load_state_dict(state)
-    x = to_pixels(renders.images(range(len(renders) - 400, len(renders))))
+    x = to_pixels(renders.images(range(len(renders) - CHECKED, len(renders))))
     z = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(50)])
     y = torch.cat([vae.decode(part).sample for part in z.split(50)])
     psnr = 10 * torch.log10(4 / (x - y.clamp(-1, 1)).square().mean(dim=(1, 2, 3)))
@@ -190,10 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--start", type=Path, help="a finished autoencoder to go on from")
     parser.add_argument("--salt", type=int, default=0, help="another number draws other batches and noise")
     parser.add_argument("--rate", type=float, default=1.0, help="factor on the learning rates")
-    parser.add_argument("--decoder_only", action="store_true", help="keep the encoder as it is")
-    parser.add_argument("--estimates", type=Path, help="the UNet's versions of latents of DATA, for half of a batch")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--adversarial", type=float, default=0.0, help="weight of the discriminator's verdict")
     train(parser.parse_args(argv))
 
 

@@ -3,19 +3,19 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from toybox import assemble, pretrain, render_dataset, train_clip, train_unet, train_vae
+from toybox import assemble, pretrain, render_dataset, sharpen_decoder, train_clip, train_unet, train_vae
 from toybox.assemble import scheduler
-from toybox.build_tokenizer import build
 from toybox.data import Renders
-from toybox.estimate_latents import is_whole, resample, start_steps
 from toybox.pretrain import Plan, Stage, stages
 from toybox.render_dataset import Shard, write_shard
-from toybox.train_vae import estimated
+from toybox.sample_latents import draw
+from toybox.sharpen_decoder import some_renders, some_samples
 
 BASE = Path(__file__).parents[2] / "assets" / "toy-sdxl"
 
@@ -49,7 +49,7 @@ def test_a_stopped_pretraining_goes_on_with_the_stage_that_was_not_finished(tmp_
 
 def test_each_script_takes_the_arguments_of_its_stage(tmp_path, monkeypatch):
     taken: list[argparse.Namespace] = []
-    for script in (train_vae, train_clip, train_unet):
+    for script in (train_vae, train_clip, train_unet, sharpen_decoder):
         monkeypatch.setattr(script, "train", taken.append)
     shards = []
     monkeypatch.setattr(render_dataset, "write_all", lambda todo, workers: shards.extend(todo))
@@ -59,7 +59,7 @@ def test_each_script_takes_the_arguments_of_its_stage(tmp_path, monkeypatch):
     vae, clip, unet, decoder = taken
     assert sum(shard.count for shard in shards) == 20_000
     assert [t.minutes for t in taken] == pytest.approx([30, 8, 34, 8]) and {t.steps for t in taken} == {7}
-    assert decoder.decoder_only and not vae.decoder_only and decoder.start == vae.out / "model"
+    assert decoder.start == vae.out / "model" and decoder.samples == by_name["samples"].result
     assert unet.clip == clip.out / "model" and unet.latents == by_name["latents"].result
 
 
@@ -86,60 +86,38 @@ class Perfect(nn.Module):
         return argparse.Namespace(sample=velocity)
 
 
-def test_a_perfect_unet_finds_the_latents_again_from_any_noise():
-    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    conditions, time_ids = (torch.zeros(2, 77, 8), torch.zeros(2, 8)), torch.zeros(2, 6)
+def test_a_perfect_unet_draws_its_latents_from_any_noise():
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     for seed in range(3):
-        found = resample(Perfect(latents), latents, conditions, time_ids, torch.Generator().manual_seed(seed))
+        noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+        found = draw(Perfect(latents), noise, torch.zeros(2, 77, 8), torch.zeros(2, 8))
         torch.testing.assert_close(found, latents, rtol=0, atol=1e-3)
 
 
-def test_noise_starts_between_its_bounds():
-    sampler = scheduler()
-    sampler.set_timesteps(30)
-    levels = sampler.sigmas[start_steps(sampler)]
-    assert len(levels) > 5 and levels.min() >= 0.15 and levels.max() <= 1.5
-
-
-def test_only_a_whole_render_counts_as_one():
-    assert is_whole(torch.tensor([384, 384, 0, 0, 128, 128]))
-    assert not is_whole(torch.tensor([150, 150, 3, 0, 128, 128])), "a crop"
-    assert not is_whole(torch.tensor([64, 64, 0, 0, 128, 128])), "a small photo"
-
-
-def test_estimates_and_renders_are_cropped_alike(tmp_path):
+def test_samples_and_renders_are_cropped_at_the_same_place(tmp_path):
     """Latents that hold the render's own mean in each cell stay those of the crop."""
-    write_shard(Shard(tmp_path, 0, 4, 1, 128, "cpu", compiled=False))
+    write_shard(Shard(tmp_path, 0, 1, 1, 128, "cpu", compiled=False))
     renders = Renders(tmp_path)
-    means = renders.images(range(4)).permute(0, 3, 1, 2).float().unflatten(2, (16, 8)).unflatten(4, (16, 8))
+    means = renders.images(range(1)).permute(0, 3, 1, 2).float().unflatten(2, (16, 8)).unflatten(4, (16, 8))
     latents = means.mean(dim=(3, 5)).div(127.5).sub(1)
-    estimates = {"rows": torch.arange(4), "latents": latents}
-    x, z = estimated(estimates, renders, 6, 64, torch.Generator().manual_seed(0))
-    assert x.shape == (6, 3, 64, 64)
-    again = nn.functional.avg_pool2d(x, 8)
-    torch.testing.assert_close(again, z, rtol=0, atol=1e-4)
+    renders.sample = lambda count, generator: torch.randint(1, (count,), generator=generator)
+    x = nn.functional.avg_pool2d(some_renders(renders, 3, 64, torch.Generator().manual_seed(2)), 8)
+    z = some_samples(latents, 3, 64, torch.Generator().manual_seed(2))
+    torch.testing.assert_close(x, z, rtol=0, atol=1e-4)
 
 
-@pytest.mark.skipif(not (BASE / "unet").is_dir(), reason="the embedded base is not in this checkout")
-def test_a_finished_unet_goes_on_by_the_clock_from_where_it_stood(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_unet, "HELD_BACK", 0)
-    data = tmp_path / "toys"
+@pytest.mark.slow
+def test_sharpening_moves_the_decoder_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(sharpen_decoder, "WARMUP", 1)
+    monkeypatch.setattr(train_vae, "CHECKED", 16)
+    data, samples = tmp_path / "toys", tmp_path / "samples.safetensors"
     data.mkdir()
-    write_shard(Shard(data, 0, 4, 1, 16, "cpu", compiled=False))
-    build([row["caption"] for row in Renders(data).rows], tmp_path / "tokenizer")
-    cache = {
-        "latents": torch.randn(4, 4, 16, 16).half(),
-        "toys": torch.rand(4, 16, 16).half(),
-        "seen": torch.randn(4, 160, 4, 4).half(),
-        "time_ids": torch.full((4, 6), 128, dtype=torch.int16),
-    }
-    save_file(cache, tmp_path / "latents.safetensors")
-    folders = {"data": data, "latents": tmp_path / "latents.safetensors", "clip": BASE}
-    folders |= {"tokenizer": tmp_path / "tokenizer", "out": tmp_path / "unet", "start": BASE / "unet"}
-    words = [word for name, path in folders.items() for word in (f"--{name}", str(path))]
-    train_unet.main([*words, "--steps", "2", "--batch", "4", "--drop", "0.5"])
-    before, after = (
-        load_file(p / "diffusion_pytorch_model.safetensors") for p in (BASE / "unet", tmp_path / "unet/model")
-    )
-    moved = [float((after[k].float() - v.float()).abs().max()) for k, v in before.items()]
-    assert before.keys() == after.keys() and 0 < max(moved) < 0.01
+    np.save(data / "images_0000.npy", np.random.default_rng(0).integers(0, 255, (1004, 128, 128, 3), np.uint8))
+    (data / "scenes_0000.jsonl").write_text("{}\n" * 1004)
+    save_file({"latents": torch.randn(4, 4, 16, 16).half()}, samples)
+    arguments = ["--data", data, "--samples", samples, "--start", BASE / "vae", "--out", tmp_path / "out"]
+    sharpen_decoder.main([*map(str, arguments), "--steps", "3", "--batch", "4"])
+    before = load_file(BASE / "vae" / "diffusion_pytorch_model.safetensors")
+    after = load_file(tmp_path / "out" / "model" / "diffusion_pytorch_model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith(("decoder.", "post_quant_conv.")) for name in moved)
