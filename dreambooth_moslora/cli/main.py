@@ -20,7 +20,7 @@ from dreambooth_moslora.cli.parser import Parser, parse_train_config, underscore
 from dreambooth_moslora.cli.signals import INTERRUPTED, StopRequest
 from dreambooth_moslora.cli.streams import survive_broken_pipes
 from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.errors import UserError, shortened, spelled_out
+from dreambooth_moslora.core.errors import UserError, is_out_of_memory, shortened, spelled_out
 from dreambooth_moslora.core.process import set_environment_defaults
 from dreambooth_moslora.core.run_folder import RunDir
 
@@ -84,7 +84,7 @@ def print_user_error(text: str) -> int:
 
 def message_for_known_error(error: Exception) -> str | None:
     """One line for an error of the machine (memory, disk, permissions); None for any other error."""
-    if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return OUT_OF_MEMORY
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return NO_ROOM[error.errno].format(place=f": {error.filename}" if error.filename else "")

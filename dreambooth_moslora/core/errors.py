@@ -2,9 +2,13 @@
 
 import re
 
-__all__ = ["StopRequestedError", "UserError", "one_line", "shortened", "spelled_out"]
+__all__ = ["StopRequestedError", "UserError", "is_out_of_memory", "one_line", "shortened", "spelled_out"]
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+NO_MEMORY = re.compile(
+    r"can't allocate memory|CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)"
+)
+"""What the CPU's allocator says, and CUDA's libraries when not even their workspace fits."""
 MOST_LETTERS = 1000
 """Of one message: a value of a hundred thousand letters is not shown whole."""
 
@@ -27,6 +31,11 @@ def shortened(text: str) -> str:
     """A long message without its middle: it begins with what is wrong and ends with what to do."""
     half = MOST_LETTERS // 2
     return text if len(text) <= MOST_LETTERS else f"{text[:half]} … {text[-half:]}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the machine or of its GPU."""
+    return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or bool(NO_MEMORY.search(str(error)))
 
 
 class StopRequestedError(Exception):

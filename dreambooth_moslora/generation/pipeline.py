@@ -18,7 +18,7 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.adapters.lora_file import adapter_name, check_fits, find_weights, install, read_adapter
 from dreambooth_moslora.base.decode import tiled_where_short
 from dreambooth_moslora.base.load import default_guidance, default_resolution, guidance_rescale, load_pipeline
-from dreambooth_moslora.core.errors import StopRequestedError, UserError
+from dreambooth_moslora.core.errors import StopRequestedError, UserError, is_out_of_memory
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.generation.gpu_room import CPU, Home
 from dreambooth_moslora.generation.params import GenerationParams, Provenance
@@ -208,7 +208,7 @@ class SubjectPipeline:
         except StopRequestedError:
             return
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             torch.cuda.empty_cache()
             raise UserError(
@@ -267,11 +267,6 @@ class SubjectPipeline:
         gone = self.adapters.pop(name, None)
         if gone and gone.key != unless and gone.key not in {adapter.key for adapter in self.adapters.values()}:
             self.pipeline.delete_adapters(gone.key)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """The GPU's own kind of error, or the words of the CPU's allocator, which has none."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _stamp(file: Path) -> tuple[Path, int, int]:

@@ -114,6 +114,13 @@ def fail(error):
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 2, "your quota of the disk is used up; free some"),
         (OSError(errno.EFBIG, "File too large", "a.bin"), 2, "larger than the system allows: a.bin; raise the limit"),
         (RuntimeError("alloc_cpu.cpp: DefaultCPUAllocator: can't allocate memory: 512 GB"), 2, "out of memory: try"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            2,
+            "out of memory: try",
+        ),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), 2, "out of memory: try"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_BAD_PARAM"), 1, "Traceback"),
         (PermissionError(13, "no", "/x"), 2, "permission denied"),
     ],
 )
