@@ -9,6 +9,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from importlib import import_module
+from math import prod
 
 import torch
 from torch import nn
@@ -32,6 +33,9 @@ CLASSES = {
     "CLIPTextModelWithProjection": "transformers",
 }
 """Class of an adapted model -> its library. A file names the class, so no other class is ever built."""
+MOST_LAYERS = 2000
+"""Of all blocks together, if each were as deep as the deepest. SDXL's UNet has 60, its text encoders have 12 and 32."""
+DEPTHS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")
 PRIVATE = ("name_or_path", "quantization_config", "transformers_version", "dtype", "torch_dtype")
 
 
@@ -43,6 +47,8 @@ def empty_model(description: Mapping[str, object]) -> nn.Module:
     name, config = description.get("class"), description.get("config")
     if name not in CLASSES or not isinstance(config, dict):
         raise UserError(f"{name!r:.60} is no part of SDXL that can be built; it has {', '.join(CLASSES)}")
+    if layers_in(config) > MOST_LAYERS:
+        raise UserError(f"the {name} that the file describes has more than {MOST_LAYERS} layers: it is no part of SDXL")
     try:
         with torch.device("meta"):
             model = build(str(name), config)
@@ -50,6 +56,19 @@ def empty_model(description: Mapping[str, object]) -> nn.Module:
     except Exception as error:  # for sizes that contradict each other a constructor can raise anything
         raise UserError(f"the {name} that the file describes cannot be built: {one_line(error)}") from error
     return model.eval()
+
+
+def layers_in(config: dict) -> int:
+    """The most layers that a model of this config can have; unreadable numbers are left to the constructor."""
+    blocks = config.get("down_block_types")
+    return (len(blocks) if isinstance(blocks, list) else 1) * prod(deepest(config.get(name)) for name in DEPTHS)
+
+
+def deepest(depths: object) -> int:
+    """The largest of a number, or of a list of them, nested or not; 1 for anything else."""
+    if isinstance(depths, list):
+        return max(map(deepest, depths), default=1)
+    return max(1, depths) if isinstance(depths, int) else 1
 
 
 def build(name: str, config: dict) -> nn.Module:

@@ -13,6 +13,7 @@ from dreambooth_moslora.adapters.skeleton import empty_model, model_config
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import RAW_NAME
 from tests.helpers.live_adapters import facts_of, live, text_encoders
+from tests.helpers.tiny import tiny_unet
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,22 @@ def test_a_raw_file_holds_nothing_else(key, raw, tmp_path):
 def test_a_structure_from_a_file_builds_parts_of_sdxl_only(structure):
     with pytest.raises(UserError, match=r"is no part of SDXL|cannot be built"):
         empty_model(structure)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("UNet2DConditionModel", {"layers_per_block": 3000}),
+        ("UNet2DConditionModel", {"layers_per_block": [1, 1, 60], "transformer_layers_per_block": [[9], 1, 900]}),
+        ("UNet2DConditionModel", {"down_block_types": ["DownBlock2D"] * 3000}),
+        ("CLIPTextModel", {"num_hidden_layers": 10**400}),
+    ],
+)
+def test_a_file_does_not_have_us_build_for_minutes(name, changes, monkeypatch):
+    monkeypatch.setattr("dreambooth_moslora.adapters.skeleton.build", lambda *_: pytest.fail("it is built"))
+    model = tiny_unet() if name.startswith("UNet") else text_encoders()["text_encoder"]
+    with pytest.raises(UserError, match="more than 2000 layers"):
+        empty_model({"class": name, "config": model_config(model)["config"] | changes})
 
 
 def test_a_file_does_not_choose_the_attention_code():
