@@ -1,5 +1,6 @@
 """The page on the tiny base, served in this process on a free port of the loopback."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,9 +11,20 @@ import gradio as gr
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.ui.app_state import AppContext
 from dreambooth_moslora.ui.page import build_app, launch_options
+from dreambooth_moslora.ui.server.users import COOKIE
 from tests.helpers.tiny_adapters import save_diffusers_lora
 
-__all__ = ["Served", "serve"]
+__all__ = ["Served", "cookie_of", "secret_of", "serve"]
+
+
+def secret_of(name: str) -> str:
+    """The secret of the visitor whom a test calls by `name`."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def cookie_of(name: str) -> dict[str, str]:
+    """The headers of that visitor's browser."""
+    return {"Cookie": f"{COOKIE}={secret_of(name)}"}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from dreambooth_moslora.generation.pipeline import Image
 from dreambooth_moslora.ui.server.users import COOKIE, visitor_id
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.training.jobs import Job
+from tests.helpers.ui_server import cookie_of, secret_of
 
 FAST = {"steps": 3, "guidance_scale": 2.0}
 GENERATE_ARGUMENTS = [
@@ -86,9 +87,9 @@ def test_the_docs_name_every_endpoint_with_its_arguments(client):
 def test_a_fixed_cookie_finds_its_run_and_its_adapter_again(served):
     (run := served.ctx.runs_dir / "lasting").mkdir()
     shutil.copy(served.ctx.catalog.path("dog"), run / "pytorch_lora_weights.safetensors")
-    Job(run, visitor_id(SimpleNamespace(cookies={COOKIE: "a-secret"})), 1, 0.0).save()
+    Job(run, visitor_id(SimpleNamespace(cookies={COOKIE: secret_of("a-secret")})), 1, 0.0).save()
     for _ in range(2):
-        mine = Client(served.url, verbose=False, headers={"Cookie": f"{COOKIE}=a-secret"})
+        mine = Client(served.url, verbose=False, headers=cookie_of("a-secret"))
         assert mine.predict("lasting", api_name="/train_status")["run"] == "lasting"
         assert "lasting" in [row["name"] for row in mine.predict(api_name="/adapters")]
     with pytest.raises(AppError, match="no run"):
@@ -245,7 +246,7 @@ def test_the_list_of_adapters_is_an_endpoint(client):
 
 def test_a_history_belongs_to_one_cookie(served):
     for cookie in ("first", "second", "first"):
-        client = Client(served.url, verbose=False, headers={"Cookie": f"moslora_visitor={cookie}"})
+        client = Client(served.url, verbose=False, headers=cookie_of(cookie))
         client.predict(f"a dog of {cookie}", **FAST, api_name="/generate")
     histories = {
         GenerationParams.from_png(visitor.history[0].path).prompt: len(visitor.history)

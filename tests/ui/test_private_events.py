@@ -13,12 +13,13 @@ from gradio_client import Client
 
 from dreambooth_moslora.ui.server.users import COOKIE, visitor_id
 from dreambooth_moslora.ui.training.jobs import Job
+from tests.helpers.ui_server import cookie_of, secret_of
 from tests.ui.test_security import FAST, Touch, refusal
 
 
 def call_private(served, index: int, data: list, cookie: str = "eve", session: str = "") -> str:
     """Call an event by its number, as a script would; the server's last words."""
-    headers, session = {"Cookie": f"{COOKIE}={cookie}"}, session or secrets.token_hex(8)
+    headers, session = cookie_of(cookie), session or secrets.token_hex(8)
     body = {"fn_index": index, "data": data, "session_hash": session}
     joined = httpx.post(f"{served.url}gradio_api/queue/join", json=body, headers=headers)
     if not joined.is_success:
@@ -41,7 +42,7 @@ def event_of(served, elem_id: str, trigger: str) -> int:
 
 def sent(served, name: str, content: bytes, cookie: str) -> str:
     """The server's path of a file that was sent to it."""
-    headers = {"Cookie": f"{COOKIE}={cookie}"}
+    headers = cookie_of(cookie)
     answer = httpx.post(f"{served.url}gradio_api/upload", files={"files": (name, content)}, headers=headers)
     return answer.json()[0]
 
@@ -63,7 +64,7 @@ def test_an_uploaded_adapter_is_checked_and_belongs_to_its_visitor_in_grids_too(
         assert '"success":false' in upload_adapter(served, name, content, "ann").replace(" ", "")
     assert not proof.exists()
     assert '"success":true' in upload_adapter(served, "anns.safetensors", good, "ann").replace(" ", "")
-    ann = Client(served.url, verbose=False, headers={"Cookie": f"{COOKIE}=ann"})
+    ann = Client(served.url, verbose=False, headers=cookie_of("ann"))
     tagged = ("prompt", "a dog <lora:anns:1>|a dog", "none", "", "a dog")
     assert ann.predict(*tagged, **FAST, api_name="/grid")
     assert "here is no adapter anns" in refusal(client, *tagged, **FAST, api_name="/grid")
@@ -84,7 +85,7 @@ def test_an_upload_that_fails_in_any_way_is_not_kept(served, monkeypatch):
 
 
 def test_a_forged_session_shows_nobodys_pictures(served):
-    ann = Client(served.url, verbose=False, headers={"Cookie": f"{COOKIE}=ann"})
+    ann = Client(served.url, verbose=False, headers=cookie_of("ann"))
     ann.predict("a TOPSECRET dog", **FAST, api_name="/generate")
     event = event_of(served, "reuse", "click")
     answers = {cookie: call_private(served, event, [None, 0], cookie, ann.session_hash) for cookie in ("eve", "ann")}
@@ -123,7 +124,7 @@ def test_private_events_called_directly_give_nothing_of_others(served):
 def test_the_owner_sees_by_a_private_event_what_others_do_not(served):
     """The control of the test above: the event by which the page watches a run does answer."""
     run = foreign_run(served)
-    owner = visitor_id(SimpleNamespace(cookies={COOKIE: "ann"}, session_hash=None))
+    owner = visitor_id(SimpleNamespace(cookies={COOKIE: secret_of("ann")}, session_hash=None))
     Job(run, owner, os.getpid(), 0.0).save()
     watch = event_of(served, "run_picker", "change")
     assert "TOPSECRET" in call_private(served, watch, ["theirs", None], "ann")
@@ -131,13 +132,13 @@ def test_the_owner_sees_by_a_private_event_what_others_do_not(served):
 
 
 def test_a_forged_session_stops_nobody(served):
-    victim = Client(served.url, verbose=False, headers={"Cookie": "moslora_visitor=victim"})
+    victim = Client(served.url, verbose=False, headers=cookie_of("victim"))
     job = victim.submit("a dog", steps=60, num_images=8, api_name="/generate")
     while not job.outputs():
         time.sleep(0.02)
     forged = {"data": [], "session_hash": victim.session_hash}
-    for cookie in ("moslora_visitor=eve", ""):
-        httpx.post(f"{served.url}gradio_api/run/stop", json=forged, headers={"Cookie": cookie})
+    for headers in (cookie_of("eve"), {}):
+        httpx.post(f"{served.url}gradio_api/run/stop", json=forged, headers=headers)
     time.sleep(0.3)
     assert not job.done()
     victim.predict(api_name="/stop")

@@ -8,7 +8,7 @@ import pytest
 from gradio_client import Client
 
 from dreambooth_moslora.ui.server.queue_limits import PER_ADDRESS, PER_VISITOR, STRANGERS
-from dreambooth_moslora.ui.server.users import COOKIE
+from tests.helpers.ui_server import cookie_of
 from tests.ui.test_private_events import foreign_run
 from tests.ui.test_security import refusal
 
@@ -31,7 +31,7 @@ def waiting(served) -> int:
 
 def join(served, cookie: str = "", address: str = "") -> httpx.Response:
     """Ask for a picture and go away."""
-    headers = {"Cookie": f"{COOKIE}={cookie}"} if cookie else {}
+    headers = cookie_of(cookie) if cookie else {}
     headers |= {"X-Forwarded-For": address} if address else {}
     asked = {"prompt": "a dog", "steps": 1}
     return httpx.post(f"{served.url}gradio_api/call/v2/generate", json=asked, headers=headers)
@@ -65,7 +65,7 @@ def test_stopping_and_listing_need_no_place(busy):
             join(busy, address=f"203.0.113.{address}")
     assert "full" in join(busy, "ann", "203.0.113.9").json()["detail"]
     foreign_run(busy)
-    client = Client(busy.url, verbose=False, headers={"Cookie": f"{COOKIE}=ann"})
+    client = Client(busy.url, verbose=False, headers=cookie_of("ann"))
     client.predict(api_name="/stop")
     assert "dog" in [row["name"] for row in client.predict(api_name="/adapters")]
     assert "you have no run" in refusal(client, "theirs", api_name="/stop_training").lower()

@@ -4,18 +4,14 @@ import secrets
 
 import httpx
 
-from dreambooth_moslora.ui.server.users import COOKIE
+from tests.helpers.ui_server import cookie_of
 from tests.ui.test_private_events import event_of
-
-
-def by(cookie: str) -> dict:
-    return {"Cookie": f"{COOKIE}={cookie}"}
 
 
 def joined(served, session: str) -> str:
     """Ann starts something that is done at once."""
     body = {"fn_index": event_of(served, "refresh", "click"), "data": [], "session_hash": session}
-    answer = httpx.post(f"{served.url}gradio_api/queue/join", json=body, headers=by("ann"))
+    answer = httpx.post(f"{served.url}gradio_api/queue/join", json=body, headers=cookie_of("ann"))
     return answer.raise_for_status().json()["event_id"]
 
 
@@ -24,11 +20,13 @@ def test_anothers_stream_is_neither_read_nor_cut_off(served):
     event = joined(served, session)
     stream = f"{served.url}gradio_api/queue/data?session_hash={session}"
     cancel = {"session_hash": session, "fn_index": 0, "event_id": event}
-    for headers in (by("eve"), {}):
+    for headers in (cookie_of("eve"), {}):
         assert httpx.get(stream, headers=headers).status_code == 403
         assert httpx.post(f"{served.url}gradio_api/cancel", json=cancel, headers=headers).status_code == 403
-    assert "process_completed" in httpx.get(stream, headers=by("ann"), timeout=20).text
-    assert httpx.post(f"{served.url}gradio_api/cancel", json=cancel, headers=by("ann")).json() == {"success": True}
+    assert "process_completed" in httpx.get(stream, headers=cookie_of("ann"), timeout=20).text
+    assert httpx.post(f"{served.url}gradio_api/cancel", json=cancel, headers=cookie_of("ann")).json() == {
+        "success": True
+    }
 
 
 def test_a_session_without_a_cookie_is_whoevers_who_knows_its_name(served):
@@ -40,4 +38,4 @@ def test_a_session_without_a_cookie_is_whoevers_who_knows_its_name(served):
 
 def test_no_session_is_turned_into_a_link(served):
     link = f"{served.url}gradio_api/deep_link?session_hash={secrets.token_hex(8)}"
-    assert httpx.get(link, headers=by("eve")).status_code == 403
+    assert httpx.get(link, headers=cookie_of("eve")).status_code == 403

@@ -12,8 +12,7 @@ import httpx
 import pytest
 
 from dreambooth_moslora.ui.server import upload_quota
-from dreambooth_moslora.ui.server.users import COOKIE
-from tests.helpers.ui_server import serve
+from tests.helpers.ui_server import cookie_of, serve
 
 MIB = 2**20
 
@@ -29,7 +28,7 @@ def served(tiny_base, tmp_path_factory):
 def sent(served, visitor: str, content: bytes = b"") -> Path:
     """A file of one MiB, of its own content if none is given."""
     files = {"files": ("a.png", content or secrets.token_bytes(MIB))}
-    answer = httpx.post(f"{served.url}gradio_api/upload", files=files, headers={"Cookie": f"{COOKIE}={visitor}"})
+    answer = httpx.post(f"{served.url}gradio_api/upload", files=files, headers=cookie_of(visitor))
     return Path(answer.raise_for_status().json()[0])
 
 

@@ -13,7 +13,8 @@ import pytest
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.ui.serve import parse_host
 from dreambooth_moslora.ui.server.body_limit import MAX_BODY_BYTES
-from dreambooth_moslora.ui.server.users import COOKIE, KEPT_SEC, MAX_VISITORS, Visitors
+from dreambooth_moslora.ui.server.users import COOKIE, KEPT_SEC, MAX_VISITORS, Visitors, visitor_id
+from tests.helpers.ui_server import secret_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,12 +27,21 @@ def test_the_cookie_is_unreadable_for_scripts_and_not_sent_across_sites(served):
 
 @pytest.mark.parametrize("others", ["", "a/b=c; ", "bad cookie=1; ", "novalue; ", 'x={"a": 1}; '])
 def test_a_visitor_stays_the_same_whatever_other_cookies_the_host_has(served, others):
-    answer = httpx.get(served.url, headers={"Cookie": f"{others}{COOKIE}=x"})
+    answer = httpx.get(served.url, headers={"Cookie": f"{others}{COOKIE}={secret_of('x')}"})
     assert answer.status_code == 200 and not answer.headers.get_list("set-cookie")
 
 
+@pytest.mark.parametrize("weak", ["", "a-long-secret-of-mine", "0" * 64, "ab" * 20])
+def test_a_cookie_that_others_may_guess_counts_as_none(served, weak):
+    answer = httpx.get(served.url, headers={"Cookie": f"{COOKIE}={weak}"})
+    assert COOKIE in answer.headers["set-cookie"]
+    one, other = (SimpleNamespace(cookies={COOKIE: weak}, session_hash=name) for name in "ab")
+    assert visitor_id(one) != visitor_id(other)
+    assert visitor_id(asker("x")) == visitor_id(asker("x"))
+
+
 def asker(secret: str) -> SimpleNamespace:
-    return SimpleNamespace(cookies={COOKIE: secret}, session_hash=None)
+    return SimpleNamespace(cookies={COOKIE: secret_of(secret)}, session_hash=None)
 
 
 def test_strangers_do_not_push_out_a_visitor_who_has_stored_something():

@@ -8,7 +8,7 @@ import fastapi
 import gradio as gr
 from gradio.server_messages import ProcessCompletedMessage
 
-from dreambooth_moslora.ui.server.users import COOKIE, visitor_id
+from dreambooth_moslora.ui.server.users import secret_in, visitor_id
 
 __all__ = ["PER_ADDRESS", "PER_VISITOR", "PLACES", "STRANGERS", "UNHEARD_SEC", "drop_unheard", "limit_waiting"]
 
@@ -88,6 +88,6 @@ def _shares(asker: gr.Request) -> dict[tuple[str, str], int]:
     """Everything that a job of this asker counts against, with the number of jobs that may wait there."""
     address = asker.client.host if asker.client else ""
     shares = {("visitor", visitor_id(asker)): PER_VISITOR, ("address", address): PER_ADDRESS}
-    if not (asker.username or asker.cookies.get(COOKIE)):
+    if not (asker.username or secret_in(asker.cookies)):
         shares["strangers", address] = STRANGERS
     return shares

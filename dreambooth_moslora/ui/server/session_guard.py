@@ -11,7 +11,7 @@ from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse
 
 from dreambooth_moslora.ui.server.body_limit import header_of
-from dreambooth_moslora.ui.server.users import COOKIE
+from dreambooth_moslora.ui.server.users import secret_in
 
 __all__ = ["SessionGuard", "note_sessions"]
 
@@ -29,7 +29,7 @@ def note_sessions(page: gr.Blocks) -> None:
 
     async def noted_push(body: Any, request: Any, username: str | None) -> tuple:
         if body.session_hash:
-            cookie = request.cookies.get(COOKIE, "")
+            cookie = secret_in(request.cookies)
             if _owners.get(body.session_hash, cookie) != cookie:
                 raise fastapi.HTTPException(403, REFUSED)
             _note(body.session_hash, cookie)
@@ -65,7 +65,7 @@ class SessionGuard:
 
 
 def _cookie_of(scope: dict) -> str:
-    return cookie_parser(header_of(scope, b"cookie").decode("latin1")).get(COOKIE, "") if "headers" in scope else ""
+    return secret_in(cookie_parser(header_of(scope, b"cookie").decode("latin1"))) if "headers" in scope else ""
 
 
 async def _whole(receive: Any) -> bytes:

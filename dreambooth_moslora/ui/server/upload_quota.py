@@ -12,7 +12,7 @@ from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse
 
 from dreambooth_moslora.ui.server.body_limit import UPLOAD, header_of, promised_bytes
-from dreambooth_moslora.ui.server.users import COOKIE
+from dreambooth_moslora.ui.server.users import secret_in
 
 __all__ = ["DISK_RESERVE_BYTES", "MAX_BYTES_EACH", "UploadQuota"]
 
@@ -80,5 +80,5 @@ def _paths_in(answer: bytearray) -> list[Path]:
 
 def _owner_of(scope: dict) -> str:
     """By the cookie, else by the address: an upload names no session."""
-    cookie = cookie_parser(header_of(scope, b"cookie").decode("latin1")).get(COOKIE)
+    cookie = secret_in(cookie_parser(header_of(scope, b"cookie").decode("latin1")))
     return f"cookie:{cookie}" if cookie else f"address:{(scope.get('client') or ('',))[0]}"

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from starlette.requests import cookie_parser
 
 from dreambooth_moslora.ui.photo_uploads import kept_photos
 
-__all__ = ["COOKIE", "Picture", "Visitor", "VisitorCookie", "Visitors", "visitor_id"]
+__all__ = ["COOKIE", "Picture", "Visitor", "VisitorCookie", "Visitors", "secret_in", "visitor_id"]
 
 COOKIE = "moslora_visitor"
+SHORTEST_SECRET, FEWEST_LETTERS = 32, 10
+"""A cookie with fewer characters, or with fewer different ones, can be guessed: it counts as none."""
 MAX_VISITORS = 200
 KEPT_SEC = 3600
 PREFIX = "moslora-app-"
@@ -127,14 +130,19 @@ def sweep() -> None:
 
 def visitor_id(request: gr.Request) -> str:
     """Hash of what identifies the asker; two askers share it only if they share the secret."""
-    cookies = getattr(request, "cookies", None) or {}
     if name := getattr(request, "username", None):
         secret = f"name:{name}"
-    elif cookie := cookies.get(COOKIE):
+    elif cookie := secret_in(getattr(request, "cookies", None) or {}):
         secret = f"cookie:{cookie}"
     else:
         secret = f"session:{request.session_hash or secrets.token_hex(16)}"
     return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def secret_in(cookies: Mapping[str, str]) -> str:
+    """The visitor's secret; empty where there is none, or one that others may guess."""
+    secret = cookies.get(COOKIE, "")
+    return secret if len(secret) >= SHORTEST_SECRET and len(set(secret)) >= FEWEST_LETTERS else ""
 
 
 class VisitorCookie:
@@ -158,7 +166,7 @@ class VisitorCookie:
 
 def _has_cookie(scope: dict) -> bool:
     header = next((value.decode("latin1") for name, value in scope["headers"] if name == b"cookie"), "")
-    return COOKIE in cookie_parser(header)
+    return bool(secret_in(cookie_parser(header)))
 
 
 def _new_cookie() -> str:
