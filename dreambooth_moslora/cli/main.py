@@ -30,11 +30,17 @@ COMMANDS = ("check", "export", "evaluate", "compare", "generate", "doctor", "sel
 DONE, OUR_BUG, MISTAKE = 0, 1, 2
 INSTALLED, MODULE = "dreambooth-moslora", "python -m dreambooth_moslora"
 """The two ways to start `main`."""
-FILE_MISTAKES = (errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
-NO_ROOM = {
+FILE_MISTAKES = (
+    *(errno.EBUSY, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR),
+    *(errno.ENOTEMPTY, errno.EROFS, errno.ESTALE),
+)
+SYSTEM_ERRORS = {
     errno.ENOSPC: "the disk is full{place}; free some and resume.",
     errno.EDQUOT: "your quota of the disk is used up{place}; free some and resume.",
     errno.EFBIG: "a file would be larger than the system allows{place}; raise the limit (`ulimit -f`) and resume.",
+    errno.EIO: "the disk could not be read or written{place} (input/output error); look after it, then resume.",
+    errno.EMFILE: "too many files are open{place}; raise the limit (`ulimit -n`) and resume.",
+    errno.ENFILE: "the system has too many open files{place}; close some programs and resume.",
 }
 OUT_OF_MEMORY = (
     "out of memory: try --gradient_checkpointing, --train_batch_size 1, --mixed_precision bf16, a smaller "
@@ -86,11 +92,11 @@ def message_for_known_error(error: Exception) -> str | None:
     """One line for an error of the machine (memory, disk, permissions); None for any other error."""
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
-    if isinstance(error, OSError) and error.errno in NO_ROOM:
-        return NO_ROOM[error.errno].format(place=f": {error.filename}" if error.filename else "")
+    if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
+        return SYSTEM_ERRORS[error.errno].format(place=f": {error.filename}" if error.filename else "")
     if isinstance(error, PermissionError):
         return f"permission denied: {error.filename}."
-    if isinstance(error, OSError) and error.errno in FILE_MISTAKES:
+    if isinstance(error, OSError) and error.errno in FILE_MISTAKES and error.filename:
         return f"{error.strerror}: {error.filename}."
     return None
 

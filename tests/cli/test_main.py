@@ -113,6 +113,9 @@ def fail(error):
         (OSError(28, "No space left on device", "a.bin"), 2, "the disk is full"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 2, "your quota of the disk is used up; free some"),
         (OSError(errno.EFBIG, "File too large", "a.bin"), 2, "larger than the system allows: a.bin; raise the limit"),
+        (OSError(errno.EIO, "Input/output error"), 2, "the disk could not be read or written (input/output error)"),
+        (OSError(errno.EMFILE, "Too many open files", "a.bin"), 2, "too many files are open: a.bin; raise the limit"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.png"), 2, "No such file or directory: a.png"),
         (RuntimeError("alloc_cpu.cpp: DefaultCPUAllocator: can't allocate memory: 512 GB"), 2, "out of memory: try"),
         (
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
