@@ -20,6 +20,7 @@ from torch import Tensor
 from dreambooth_moslora.base import load
 from dreambooth_moslora.base.load import TextCond
 from dreambooth_moslora.core.digests import content_key, file_digest
+from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.seeding import place_of, rng
 from dreambooth_moslora.photos.crops import CropPlan, CropRule, apply_crop
 from dreambooth_moslora.photos.masks import open_mask
@@ -89,7 +90,7 @@ class PhotoEncoder:
         tensors = (
             self._compute(photo, plan)
             if self.cache is None
-            else self.cache.get(self._key(photo, plan), lambda: self._compute(photo, plan))
+            else self.cache.get(self._key(photo, plan), lambda: self._compute_unchanged(photo, plan))
         )
         weights = self._weights(photo, tensors["subject"]) if "subject" in tensors else None
         return EncodedView(tensors["latents"], torch.tensor(plan.time_ids, dtype=torch.float32), weights)
@@ -113,6 +114,14 @@ class PhotoEncoder:
         if path not in self._digests:
             self._digests[path] = file_digest(path)
         return self._digests[path]
+
+    def _compute_unchanged(self, photo: Photo, plan: CropPlan) -> Tensors:
+        """Raises UserError for a photo that is not the one of the key any more: it would be kept under another's."""
+        tensors = self._compute(photo, plan)
+        for path in filter(None, (photo.path, photo.mask_path)):
+            if file_digest(path) != self._digest(path):
+                raise UserError(f"{path} was changed while it was read; start again.")
+        return tensors
 
     def read_ahead(self, photo: Photo, plan: CropPlan) -> None:
         if self._readers is not None and (photo, plan) not in self._reading:

@@ -44,11 +44,11 @@ class TensorCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def _read(self, key: str) -> Tensors | None:
-        """A file that was damaged from outside, or that holds nothing, counts as missing."""
+        """A file that was damaged, that holds nothing, or that the disk cannot read, counts as missing."""
         try:
             content = self._path(key).read_bytes()
             tensors = load(content)
-        except (FileNotFoundError, SafetensorError):
+        except (OSError, SafetensorError):
             return None
         return tensors if tensors and digest_in(content) == digest_of(tensors) else None
 

@@ -10,6 +10,7 @@ from safetensors.torch import save
 
 from dreambooth_moslora.base import load
 from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.photos.crops import CropPlan, CropRule, resized_size
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.training.dataset import PhotoEncoder, PhotoStream, PromptCache, collate
@@ -137,6 +138,19 @@ def test_a_changed_or_empty_entry_of_the_disk_cache_is_computed_anew(name, pipel
     assert torch.equal(stream.at(0)[0].latents, expected) and cache.computed == 2
 
 
+def test_a_photo_that_is_exchanged_while_it_is_read_is_not_kept_under_the_name_of_the_old_one(
+    pipeline, photos, tmp_path
+):
+    photo = photos[0]
+    encoder = PhotoEncoder(pipeline.vae, TensorCache(tmp_path / "cache"), RULE)
+    stream = PhotoStream([photo], encoder, 0, "instance")
+    encoder._digest(photo.path)
+    Image.new("RGB", photo.size_px[::-1], "red").save(photo.path)
+    with pytest.raises(UserError, match="was changed while it was read"):
+        stream.at(0)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
 def test_another_vae_or_a_damaged_file_is_encoded_anew(pipeline, photos, tmp_path):
     cache = TensorCache(tmp_path)
     encoder = PhotoEncoder(pipeline.vae, cache, RULE)
@@ -147,6 +161,16 @@ def test_another_vae_or_a_damaged_file_is_encoded_anew(pipeline, photos, tmp_pat
     encoder.vae_identity = "another"
     stream.at(0)
     assert cache.computed == 3
+
+
+def test_an_entry_that_the_disk_does_not_give_is_encoded_anew(pipeline, photos, tmp_path):
+    cache = TensorCache(tmp_path / "cache")
+    stream = stream_of(photos[:1], pipeline.vae, cache)
+    expected = stream.at(0)[0].latents
+    (path,) = tmp_path.rglob("*.safetensors")
+    path.unlink()
+    path.symlink_to(path.name)
+    assert torch.equal(stream.at(0)[0].latents, expected) and cache.computed == 2
 
 
 def test_fingerprints_tell_weights_apart():
