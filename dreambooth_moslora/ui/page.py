@@ -13,7 +13,7 @@ from dreambooth_moslora.ui.inspect_tab import build_inspect_tab
 from dreambooth_moslora.ui.server.body_limit import MAX_UPLOAD_BYTES, BodySizeLimit
 from dreambooth_moslora.ui.server.host_check import LOOPBACK, outermost
 from dreambooth_moslora.ui.server.login_limit import LoginLimit
-from dreambooth_moslora.ui.server.queue_limits import drop_unheard, limit_waiting
+from dreambooth_moslora.ui.server.queue_limits import govern
 from dreambooth_moslora.ui.server.session_guard import SessionGuard, note_sessions
 from dreambooth_moslora.ui.server.upload_quota import UploadQuota
 from dreambooth_moslora.ui.server.users import VisitorCookie
@@ -45,8 +45,7 @@ def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
             with gr.Tab("Inspect", id="inspect"):
                 build_inspect_tab(ctx, tabs, generate)
     page.queue(api_open=False)
-    limit_waiting(page)
-    drop_unheard(page)
+    govern(page)
     note_sessions(page)
     return page
 

@@ -7,7 +7,7 @@ import httpx
 import pytest
 from gradio_client import Client
 
-from dreambooth_moslora.ui.server.queue_limits import PER_ADDRESS, PER_VISITOR, STRANGERS
+from dreambooth_moslora.ui.server.queue_limits import PER_VISITOR, STRANGERS, in_rotation
 from tests.helpers.ui_server import cookie_of
 from tests.ui.test_private_events import foreign_run
 from tests.ui.test_security import refusal
@@ -51,11 +51,11 @@ def test_one_visitor_waits_with_a_few_jobs_and_leaves_room_for_the_others(busy):
 
 def test_whoever_forgets_the_cookie_shares_the_places_of_an_address(busy):
     assert STRANGERS <= taken([join(busy) for _ in range(70)]) <= STRANGERS + 1
-    assert join(busy, "ann").is_success and join(busy, address="203.0.113.7").is_success
+    assert join(busy, address="203.0.113.7").is_success
 
 
 def test_many_cookies_at_one_address_leave_room_for_another_address(busy):
-    assert PER_ADDRESS <= taken([join(busy, f"eve{n}") for n in range(70)]) <= PER_ADDRESS + 1
+    assert STRANGERS <= taken([join(busy, f"eve{n}") for n in range(70)]) <= STRANGERS + 1
     assert join(busy, "ann", address="203.0.113.7").is_success
 
 
@@ -76,3 +76,56 @@ def test_the_queue_cannot_be_passed_by(served):
     for direct in ("run", "api"):
         assert httpx.post(f"{url}/{direct}/inspect", json={"data": [None]}).status_code == 404
         assert httpx.post(f"{url}/{direct}/stop", json={"data": []}).status_code == 200
+
+
+def test_visitors_take_turns_however_many_jobs_each_has_waiting():
+    served: dict[str, int] = {}
+    waiting, drawn = [("eve", n) for n in range(4)] + [("ann", 0), ("bob", 0), ("ann", 1)], []
+    while waiting:
+        waiting = in_rotation(waiting, [owner for owner, _ in waiting], served)
+        drawn.append(waiting.pop(0))
+        served[drawn[-1][0]] = len(drawn)
+        if len(drawn) == 3:
+            waiting.append(("bob", 1))
+    assert [owner for owner, _ in drawn] == ["eve", "ann", "bob", "eve", "ann", "bob", "eve", "eve"]
+    assert [number for owner, number in drawn if owner == "eve"] == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_visitor_who_comes_later_is_not_behind_all_jobs_of_another(served, monkeypatch):
+    drawn, honest, gate = [], served.ctx.load_adapters, threading.Event()
+
+    def noted(params, visitor):
+        gate.wait(60)
+        drawn.append(params.prompt)
+        return honest(params, visitor)
+
+    monkeypatch.setattr(served.ctx, "load_adapters", noted)
+    ann, eve = (Client(served.url, verbose=False, headers=cookie_of(name)) for name in ("ann", "eve"))
+    gate.set()
+    for client in (ann, eve):
+        client.predict("first", steps=1, api_name="/generate")
+    gate.clear()
+    jobs = [eve.submit(f"eve {n}", steps=1, api_name="/generate") for n in range(4)]
+    while waiting(served) < 3:
+        time.sleep(0.02)
+    jobs.append(ann.submit("ann", steps=1, api_name="/generate"))
+    while waiting(served) < 4:
+        time.sleep(0.02)
+    gate.set()
+    for job in jobs:
+        job.result(timeout=120)
+    assert [prompt.partition(" ")[0] for prompt in drawn[2:]] == ["eve", "ann", "eve", "eve", "eve"]
+
+
+@pytest.mark.slow
+def test_made_up_cookies_leave_places_at_their_address_to_those_who_had_a_turn(served, monkeypatch):
+    ann = Client(served.url, verbose=False, headers=cookie_of("ann"))
+    ann.predict("a dog", steps=1, api_name="/generate")
+    go_on, drawn = threading.Event(), served.ctx.pipeline()
+    monkeypatch.setattr(served.ctx, "pipeline", lambda: go_on.wait(60) and drawn)
+    try:
+        assert STRANGERS <= taken([join(served, f"made up {n}") for n in range(70)]) <= STRANGERS + 1
+        assert join(served, "ann").is_success
+    finally:
+        go_on.set()

@@ -1,6 +1,12 @@
-"""Nobody fills the queue alone, work that nobody listens to ends, and what stops or lists something needs no place."""
+"""Nobody fills the queue alone, visitors take turns, and work that nobody listens to ends.
+
+What stops or lists something needs no place.
+"""
 
 import time
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -8,23 +14,83 @@ import fastapi
 import gradio as gr
 from gradio.server_messages import ProcessCompletedMessage
 
-from dreambooth_moslora.ui.server.users import secret_in, visitor_id
+from dreambooth_moslora.ui.server.users import visitor_id
 
-__all__ = ["PER_ADDRESS", "PER_VISITOR", "PLACES", "STRANGERS", "UNHEARD_SEC", "drop_unheard", "limit_waiting"]
+__all__ = ["PER_ADDRESS", "PER_VISITOR", "PLACES", "STRANGERS", "UNHEARD_SEC", "govern", "in_rotation"]
 
 PLACES = 64
 PER_VISITOR = 8
 STRANGERS = 24
-"""Of all who send neither a login nor a cookie from one address: each of their jobs may look like a new visitor."""
+"""Of all at one address whose turn has never come: a cookie can be made up, so each job may look like a new visitor."""
 PER_ADDRESS = 48
-"""A cookie can be made up, too."""
+"""Of all at one address without a login."""
+MOST_REMEMBERED = 10_000
 TOO_MANY = "{} jobs from here are waiting already; wait until one is done, or stop it"
 UNHEARD_SEC = 30.0
 UNHEARD = "the work was left, as nobody listened to it"
 FULL = "the queue is full; try again in a while"
 
 
-def limit_waiting(page: gr.Blocks) -> None:
+def govern(page: gr.Blocks) -> None:
+    """Give the queue of `page` its limits and its order."""
+    served: OrderedDict[str, int] = OrderedDict()
+    take_turns(page, served)
+    limit_waiting(page, served)
+    drop_unheard(page)
+
+
+def take_turns(page: gr.Blocks, served: OrderedDict[str, int]) -> None:
+    """Let the queue of `page` serve the visitors in rotation, however many jobs each has waiting.
+
+    `served` is filled: visitor -> the number of the last turn. Those at one address whose turn has never come
+    share one, or made-up cookies would always be first.
+    """
+    queue = page._queue
+    push, take, numbers = queue.push, queue.get_events, count(1)
+
+    def order(jobs: list) -> None:
+        jobs[:] = in_rotation(jobs, [_turn_of(_asker_of(event), served) for event in jobs], served)
+
+    async def push_in_order(*arguments: Any) -> tuple:
+        answer = await push(*arguments)
+        for lane in queue.event_queue_per_concurrency_id.values():
+            order(lane.queue)
+        return answer
+
+    def take_next() -> tuple | None:
+        if taken := take():
+            events, _, lane = taken
+            for asker in map(_asker_of, events):
+                for name in {_turn_of(asker, served), visitor_id(asker)}:
+                    served[name] = next(numbers)
+                    served.move_to_end(name)
+            while len(served) > MOST_REMEMBERED:
+                served.popitem(last=False)
+            order(queue.event_queue_per_concurrency_id[lane].queue)
+        return taken
+
+    queue.push, queue.get_events = push_in_order, take_next
+
+
+def in_rotation(jobs: list, owners: list[str], served: Mapping[str, int]) -> list:
+    """Everybody's first job, then everybody's second, and on; in a round, whose last turn is longest ago goes first."""
+    earlier, ranks = Counter(), []
+    for number, owner in enumerate(owners):
+        ranks.append((earlier[owner], served.get(owner, 0), number))
+        earlier[owner] += 1
+    return [jobs[number] for _, _, number in sorted(ranks)]
+
+
+def _turn_of(asker: gr.Request, served: Mapping[str, int]) -> str:
+    visitor = visitor_id(asker)
+    return visitor if asker.username or visitor in served else f"strangers at {_address_of(asker)}"
+
+
+def _address_of(asker: gr.Request) -> str:
+    return asker.client.host if asker.client else ""
+
+
+def limit_waiting(page: gr.Blocks, served: Mapping[str, int]) -> None:
     """Let the queue of `page`, itself without a limit, refuse what would be too many waiting jobs.
 
     429 for a visitor who has too many, 503 when all places are taken. An event that is declared with queue=False,
@@ -37,7 +103,8 @@ def limit_waiting(page: gr.Blocks) -> None:
         function = page.fns.get(body.fn_index)
         if function is not None:
             rivals = [event for event in _waiting(queue) if _compete(event.fn, function)]
-            _refuse_more(rivals, gr.Request(request, username=username, session_hash=body.session_hash))
+            asker = gr.Request(request, username=username, session_hash=body.session_hash)
+            _refuse_more(rivals, asker, served)
             if len(rivals) >= PLACES:
                 return False, FULL, "queue_full"
         return await push(body, request, username)
@@ -73,9 +140,9 @@ def _waiting(queue: Any) -> list:
     return [event for events in queue.event_queue_per_concurrency_id.values() for event in events.queue]
 
 
-def _refuse_more(rivals: list, asker: gr.Request) -> None:
-    shares = [_shares(_asker_of(event)) for event in rivals]
-    for share, limit in _shares(asker).items():
+def _refuse_more(rivals: list, asker: gr.Request, served: Mapping[str, int]) -> None:
+    shares = [_shares(_asker_of(event), served) for event in rivals]
+    for share, limit in _shares(asker, served).items():
         if sum(share in others for others in shares) >= limit:
             raise fastapi.HTTPException(429, TOO_MANY.format(limit))
 
@@ -84,10 +151,12 @@ def _asker_of(event: Any) -> gr.Request:
     return gr.Request(event.request, username=event.username, session_hash=event.session_hash)
 
 
-def _shares(asker: gr.Request) -> dict[tuple[str, str], int]:
+def _shares(asker: gr.Request, served: Mapping[str, int]) -> dict[tuple[str, str], int]:
     """Everything that a job of this asker counts against, with the number of jobs that may wait there."""
-    address = asker.client.host if asker.client else ""
-    shares = {("visitor", visitor_id(asker)): PER_VISITOR, ("address", address): PER_ADDRESS}
-    if not (asker.username or secret_in(asker.cookies)):
-        shares["strangers", address] = STRANGERS
+    visitor, address = visitor_id(asker), _address_of(asker)
+    shares = {("visitor", visitor): PER_VISITOR}
+    if not asker.username:
+        shares["address", address] = PER_ADDRESS
+        if visitor not in served:
+            shares["strangers", address] = STRANGERS
     return shares
