@@ -13,7 +13,7 @@ import pytest
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.ui.serve import parse_host
 from dreambooth_moslora.ui.server.body_limit import MAX_BODY_BYTES
-from dreambooth_moslora.ui.server.users import COOKIE, KEPT_SEC, MAX_VISITORS, Visitors, visitor_id
+from dreambooth_moslora.ui.server.users import COOKIE, KEPT_SEC, LONGEST_KEPT_SEC, MAX_VISITORS, Visitors, visitor_id
 from tests.helpers.ui_server import secret_of
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +67,19 @@ def test_old_visitors_go_with_their_files(monkeypatch):
         for number in range(MAX_VISITORS):
             visitors.of(asker(f"stranger {number}"))
         assert not folder.exists() and visitors.of(asker("ann")) is not ann
+    finally:
+        visitors.close()
+
+
+def test_whoever_has_not_come_for_a_week_goes_with_all_files():
+    visitors = Visitors()
+    try:
+        ann, bob = visitors.of(asker("ann")), visitors.of(asker("bob"))
+        folders = [ann.folder, bob.folder]
+        ann.seen_at -= LONGEST_KEPT_SEC + 1
+        bob.seen_at -= LONGEST_KEPT_SEC - 60
+        assert visitors.of(asker("bob")) is bob and [folder.exists() for folder in folders] == [False, True]
+        assert visitors.of(asker("ann")) is not ann
     finally:
         visitors.close()
 

@@ -30,6 +30,7 @@ SHORTEST_SECRET, FEWEST_LETTERS = 32, 10
 """A cookie with fewer characters, or with fewer different ones, can be guessed: it counts as none."""
 MAX_VISITORS = 200
 KEPT_SEC = 3600
+LONGEST_KEPT_SEC = 7 * 24 * 3600
 PREFIX = "moslora-app-"
 HISTORY_LENGTH = 48
 ONE_YEAR_SEC = 365 * 24 * 3600
@@ -84,7 +85,10 @@ class Visitor:
 
 
 class Visitors:
-    """All visitors. Beyond 200 the least recent are forgotten with their files, first of all those without any."""
+    """All visitors. Who has not come for a week is forgotten with all files.
+
+    Beyond 200 the least recent are, too, first of all those without files.
+    """
 
     def __init__(self) -> None:
         sweep()
@@ -96,6 +100,7 @@ class Visitors:
     def of(self, request: gr.Request) -> Visitor:
         identity = visitor_id(request)
         with self._lock:
+            self._forget_long_gone()
             if identity not in self._known:
                 self._forget_old()
                 self._known[identity] = Visitor(identity, self.root / secrets.token_hex(16))
@@ -103,6 +108,12 @@ class Visitors:
             visitor = self._known[identity]
             visitor.seen_at = time.monotonic()
             return visitor
+
+    def _forget_long_gone(self) -> None:
+        """The first is whoever came longest ago."""
+        end = time.monotonic() - LONGEST_KEPT_SEC
+        while self._known and next(iter(self._known.values())).seen_at < end:
+            shutil.rmtree(self._known.popitem(last=False)[1].root, ignore_errors=True)
 
     def _forget_old(self) -> None:
         spare = len(self._known) - MAX_VISITORS + 1
