@@ -1,20 +1,31 @@
-"""A few kills of `tests/helpers/kill_resume.py`, which a person runs with thirty."""
+"""A few kills of `benchmarks/faults.py`, which a person runs with a thousand faults of all kinds."""
 
-import os
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="needs Linux and cc"),
+]
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks")
-def test_every_resume_after_a_kill_ends_equal():
-    script = Path(__file__).parents[1] / "helpers" / "kill_resume.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--kills", "4", "--seed", "2"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 kills" in done.stdout and "ended equal" in done.stdout
+def faults(out: Path, count: int) -> subprocess.CompletedProcess:
+    words = ["--kinds", "kill", "--variants", "class images", "--seed", "2"]
+    command = [sys.executable, "-m", "benchmarks.faults", "--faults", str(count), "--out", str(out), *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_every_resume_after_a_kill_ends_equal_and_the_faults_go_on_where_they_were(tmp_path):
+    for count in (2, 4):
+        done = faults(tmp_path, count)
+        assert done.returncode == 0, done.stdout + done.stderr
+        records = [json.loads(line) for line in (tmp_path / "faults.jsonl").read_text().splitlines()]
+        assert [record["number"] for record in records] == list(range(count))
+    assert all(record["codes"] in ([-9], [0]) for record in records)
+    assert "| **all** | 4 |" in done.stdout

@@ -1,0 +1,100 @@
+"""Damage to files that are there: cut, flipped, emptied, gone, filled with zeros or with something else."""
+
+import random
+import shutil
+from pathlib import Path
+
+__all__ = ["PARTS", "damage", "files_of", "harm_photo"]
+
+PARTS = {
+    "checkpoint": "dog/checkpoint-2/*",
+    "cache": "cache/**/*.safetensors",
+    "class image": "dog/class_images/*.png",
+    "manifest of class images": "dog/class_images/manifest.json",
+    "published files": "dog/*.safetensors",
+    "metrics and configuration": "dog/*.json*",
+    "card and pictures": "dog/*.[Rmp][En][Ag]*",
+    "samples": "dog/samples/*",
+}
+"""Kind -> pattern in a home with a run that was stopped after two steps."""
+
+
+def files_of(home: Path, kind: str) -> list[Path]:
+    return sorted(path for path in home.glob(PARTS[kind]) if path.is_file())
+
+
+def damage(path: Path, rng: random.Random) -> str:
+    """Do one of these to the file; returns which."""
+    name, harm = rng.choice(list(HARMS.items()))
+    harm(path, rng)
+    return name
+
+
+def cut(path: Path, rng: random.Random) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: rng.randrange(max(1, len(content)))])
+
+
+def flip(path: Path, rng: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+def fill_with_zeros(path: Path, rng: random.Random) -> None:
+    """What a file system may leave of a file that was written just before the power went."""
+    content = path.read_bytes()
+    kept = rng.randrange(max(1, len(content)))
+    path.write_bytes(content[:kept] + bytes(len(content) - kept))
+
+
+def fill_with_noise(path: Path, rng: random.Random) -> None:
+    path.write_bytes(rng.randbytes(rng.randrange(2000)))
+
+
+def lengthen(path: Path, rng: random.Random) -> None:
+    path.write_bytes(path.read_bytes() + rng.randbytes(1 + rng.randrange(100)))
+
+
+def remove(path: Path, _: random.Random) -> None:
+    path.unlink()
+
+
+def empty(path: Path, _: random.Random) -> None:
+    path.write_bytes(b"")
+
+
+def make_loop(path: Path, _: random.Random) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+HARMS = {
+    "cut": cut,
+    "bit flipped": flip,
+    "bit flipped ": flip,
+    "zeros": fill_with_zeros,
+    "noise": fill_with_noise,
+    "longer": lengthen,
+    "gone": remove,
+    "empty": empty,
+    "link to itself": make_loop,
+}
+
+
+def harm_photo(home: Path, rng: random.Random) -> str:
+    """One photo is damaged or exchanged, or all are gone; a sidecar or another photo may come instead."""
+    photos = sorted((home / "photos").glob("*.png"))
+    photo = rng.choice(photos)
+    choice = rng.choice(("damage", "damage", "exchange", "caption", "more", "all"))
+    if choice == "damage":
+        return f"{damage(photo, rng)} {photo.name}"
+    if choice == "exchange":
+        shutil.copyfile(rng.choice(photos), photo)
+    elif choice == "caption":
+        photo.with_suffix(".txt").write_text("a photo of sks dog on the moon")
+    elif choice == "more":
+        shutil.copyfile(photo, photo.with_name("more.png"))
+    else:
+        shutil.rmtree(home / "photos")
+    return f"{choice} {photo.name}"

@@ -1,0 +1,318 @@
+"""The kinds of fault that `faults` injects. Each is a function of a trial: it makes one run go wrong.
+
+What it leaves in the trial's home must be such that the same command, given again, ends as an unbroken run.
+"""
+
+import errno
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from benchmarks.fault_damage import PARTS, damage, files_of, harm_photo
+from benchmarks.fault_runs import CUT, FAIL, KILL, NAME, PATIENCE_SEC, ROOT, STEPS, TORN, Ended
+from benchmarks.fault_trial import Trial, aim, an_operation, armed
+from dreambooth_moslora.core.run_folder import RunDir
+
+__all__ = ["KINDS"]
+
+
+def kill_at_a_moment(trial: Trial) -> None:
+    trial.fresh()
+    run = trial.start()
+    if not run.is_over_within(trial.moment()):
+        os.kill(run.pid, signal.SIGKILL)
+        trial.killed = True
+    trial.end(run)
+    trial.row = f"kill -9 at a random moment: {trial.reached()}"
+
+
+def kill_at_an_operation(trial: Trial) -> None:
+    """Exactly before a file operation, or in the middle of a write."""
+    trial.fresh()
+    number, phase = an_operation(trial)
+    mode = trial.rng.choice((KILL, TORN)) if trial.reference.trace[number - 1][0] == "write" else KILL
+    trial.killed = True
+    trial.run(armed(trial, mode, number))
+    trial.row = f"kill -9 at a file operation: {phase}"
+
+
+def stop(trial: Trial) -> None:
+    trial.fresh()
+    run, number = trial.start(), trial.rng.choice((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+    if not run.is_over_within(trial.moment()):
+        os.kill(run.pid, number)
+        trial.killed = True  # as it does before there is a handler
+    trial.end(run)
+    trial.row = f"{number.name} at a random moment"
+
+
+def full_disk(trial: Trial) -> None:
+    """From some write on there is room for nothing."""
+    trial.fresh()
+    number, phase = an_operation(trial)
+    trial.run(armed(trial, FAIL, number, errno.ENOSPC, sticky=True))
+    trial.row = f"disk full from the n-th operation on: {phase}"
+
+
+REFUSALS = {
+    "write": (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG),
+    "read": (errno.EIO,),
+    "create": (errno.EACCES, errno.EIO, errno.ENOSPC, errno.EMFILE, errno.EROFS),
+    "open": (errno.EACCES, errno.EIO, errno.EMFILE),
+    "fsync": (errno.EIO, errno.ENOSPC),
+    "rename": (errno.EACCES, errno.EIO, errno.ENOSPC),
+    "mkdir": (errno.EACCES, errno.EIO, errno.ENOSPC, errno.EROFS),
+}
+
+
+def error_at_an_operation(trial: Trial) -> None:
+    """One file operation fails, once."""
+    trial.fresh()
+    number, _ = an_operation(trial)
+    operation = trial.reference.trace[number - 1][0]
+    error = trial.rng.choice(REFUSALS.get(operation, (errno.EACCES, errno.EIO)))
+    trial.run(armed(trial, FAIL, number, error))
+    trial.row = f"{errno.errorcode[error]} at a file operation"
+
+
+def short_operation(trial: Trial) -> None:
+    """A write or a read does half of what it was asked for."""
+    trial.fresh()
+    numbers = [n for n, (kind, _) in enumerate(trial.reference.trace, 1) if kind in ("write", "read")]
+    trial.run(armed(trial, CUT, aim(trial, trial.rng.choice(numbers))))
+    trial.row = "a short write or read"
+
+
+def damaged_part(kind: str, trial: Trial) -> None:
+    """A file of a stopped run is damaged before it goes on."""
+    trial.half()
+    files = files_of(trial.home, kind)
+    if not files:
+        trial.row = f"damaged: {kind}: none in this run"
+        return
+    for path in trial.rng.sample(files, min(len(files), trial.rng.choice((1, 1, 2)))):
+        trial.detail += f" {damage(path, trial.rng)} {path.relative_to(trial.home)}"
+    trial.row = f"damaged: {kind}"
+
+
+def mixed_checkpoints(trial: Trial) -> None:
+    """A part of the newest checkpoint is that of the one before."""
+    trial.half()
+    older, newest = RunDir(trial.home / NAME).checkpoints()
+    part = trial.rng.choice(sorted(path.name for path in newest.iterdir()))
+    shutil.copyfile(older / part, newest / part)
+    trial.row, trial.detail = "damaged: a checkpoint with a part of another", part
+
+
+def photo_while_caching(trial: Trial) -> None:
+    """It is changed or gone at any moment, comes back, and the run begins anew beside the same cache."""
+    trial.fresh()
+    run = trial.start()
+    run.is_over_within(trial.moment())
+    trial.detail = harm_photo(trial.home, trial.rng)
+    trial.ended.append(run.wait())  # what it publishes may well be that of other photos
+    restore_photos(trial)
+    shutil.rmtree(trial.home / NAME)
+    trial.row = "photo changed or gone at a random moment"
+
+
+def photo_while_training(trial: Trial) -> None:
+    """All photos have been encoded by then."""
+    if trial.variant == "uncached":
+        trial.variant = next(iter(trial.workshop.references))
+    trial.fresh()
+    run = trial.start()
+    metrics = trial.home / NAME / "metrics.jsonl"
+    while not run.is_over_within(0.01):
+        if metrics.is_file() and '"type": "step"' in metrics.read_text():
+            break
+    trial.detail = harm_photo(trial.home, trial.rng)
+    trial.end(run)
+    restore_photos(trial)
+    trial.row = "photo changed or gone after the caching"
+
+
+def restore_photos(trial: Trial) -> None:
+    shutil.rmtree(trial.home / "photos", ignore_errors=True)
+    shutil.copytree(trial.workshop.photos, trial.home / "photos")
+
+
+def nan(trial: Trial) -> None:
+    """A weight becomes NaN before a step's loss, or after it."""
+    trial.fresh()
+    step, before = trial.rng.randrange(STEPS), trial.rng.random() < 0.5
+    trial.run(partial(poison, step, before))
+    trial.row, trial.detail = "NaN in a step", f"step {step} {'before' if before else 'after'} the loss"
+
+
+def poison(step: int, before_the_loss: bool) -> None:
+    """In a forked child."""
+    import torch
+
+    from dreambooth_moslora.training.run import Training
+
+    honest = Training.accumulate_gradients
+
+    def accumulate(run: Training) -> object:
+        losses = None if before_the_loss else honest(run)
+        if run.step == step:
+            with torch.no_grad():
+                run.train_step.parameters[0].view(-1)[0] = float("nan")
+        return honest(run) if losses is None else losses
+
+    Training.accumulate_gradients = accumulate
+
+
+def wrong_clock(trial: Trial) -> None:
+    trial.fresh()
+    at, shift = (
+        trial.rng.randint(1, 300),
+        trial.rng.choice((-1, 1)) * trial.rng.choice((1, 3600, 10**6, 10**9)),
+    )
+    trial.run(lambda: trial.workshop.shim.clock(at, shift))
+    trial.row, trial.detail = "the clock jumps", f"{shift} s"
+
+
+LOCALES = (
+    {"LC_ALL": "C"},
+    {"LC_ALL": "POSIX", "PYTHONUTF8": "0"},
+    {"LANG": "tr_TR.UTF-8"},
+    {"LC_ALL": "xx_YY.odd"},
+)
+ENCODINGS = (
+    {},
+    {"PYTHONIOENCODING": "ascii"},
+    {"PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "LC_ALL": "C"},
+)
+
+
+def odd_locale(trial: Trial) -> None:
+    """In a process of its own: Python reads it at the start."""
+    trial.name = f"{trial.name} {odd_name(trial.rng)}"
+    trial.fresh()
+    words = trial.rng.choice(LOCALES) | trial.rng.choice(ENCODINGS)
+    command = [
+        sys.executable,
+        ROOT / "train_dreambooth.py",
+        *trial.workshop.arguments(trial.home, "uncached"),
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, **words}, capture_output=True, timeout=PATIENCE_SEC, check=False, cwd=ROOT
+    )
+    trial.note(Ended(done.returncode, (done.stdout + done.stderr).decode(errors="replace"), 0.0))
+    trial.row, trial.detail = "odd locale and path", str(words)
+
+
+NAMES = (
+    *("with space", "ünï 犬", "new\nline", "tab\t", "'single \"double", "-dash", "--seed=2", "a" * 180, "😀"),
+    *(
+        "%s {} %(x)d",
+        "\x1b[31mred",
+        "#hash?query&more",
+        "C:\\back",
+        "~",
+        "$HOME",
+        "*",
+        "[ab]",
+        "\udcff\udcfe",
+    ),
+    *("e\u0301", " ", "...", ";ls"),
+)
+
+
+def odd_name(rng: random.Random) -> str:
+    return rng.choice(NAMES)
+
+
+def odd_path(trial: Trial) -> None:
+    """The run is killed there, too."""
+    trial.name = f"{trial.name} {odd_name(trial.rng)}"
+    trial.fresh()
+    number, _ = an_operation(trial)
+    trial.killed = True
+    trial.run(armed(trial, KILL, number))
+    trial.row = "odd path"
+
+
+def two_runs(trial: Trial) -> None:
+    trial.fresh()
+    first = trial.start()
+    first.is_over_within(trial.moment())
+    second = trial.start(log="log 2")
+    if trial.rng.random() < 0.5 and not first.is_over_within(trial.moment() / 2):
+        os.kill(first.pid, signal.SIGKILL)
+        trial.killed = True
+    trial.end(first)
+    trial.end(second)
+    trial.row = "two runs on one folder"
+
+
+def limit(kind: str, trial: Trial) -> None:
+    """`setrlimit` in the child."""
+    trial.fresh()
+    size = {"file size": (500, 60_000), "open files": (3, 40), "memory": (10**6, 3 * 10**8)}[kind]
+    amount = trial.rng.randint(*size)
+    trial.run(partial(set_limit, kind, amount))
+    trial.row, trial.detail = f"limit of {kind}", str(amount)
+
+
+def set_limit(kind: str, amount: int) -> None:
+    what = {
+        "file size": resource.RLIMIT_FSIZE,
+        "open files": resource.RLIMIT_NOFILE,
+        "memory": resource.RLIMIT_AS,
+    }
+    if kind == "memory":
+        amount += int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    if kind == "open files":
+        amount += len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(what[kind], (amount, resource.getrlimit(what[kind])[1]))
+
+
+def folder_gone(trial: Trial) -> None:
+    """Somebody removes what the run is about to use."""
+    trial.fresh()
+    run = trial.start()
+    run.is_over_within(trial.moment())
+    checkpoint = f"{NAME}/checkpoint-{trial.rng.randint(1, STEPS)}"
+    name = trial.rng.choice((NAME, f"{NAME}/class_images", "cache", checkpoint))
+    shutil.rmtree(trial.home / name, ignore_errors=True)
+    trial.end(run)
+    trial.row, trial.detail = "a folder removed at a random moment", name
+
+
+def damaged_base(trial: Trial) -> None:
+    """Shortened files of the base; it comes back before the run goes on."""
+    trial.half()
+    base = shutil.copytree(trial.workshop.base, trial.home / "base")
+    path = trial.rng.choice(sorted(p for p in base.rglob("*") if p.is_file() and p.name != "README.md"))
+    path.write_bytes(path.read_bytes()[: trial.rng.randrange(max(1, path.stat().st_size))])
+    trial.ended.append(trial.start(pretrained_model_name_or_path=base).wait())
+    shutil.rmtree(trial.home / NAME)
+    trial.row, trial.detail = "damaged: the base", str(path.relative_to(base))
+
+
+KINDS: tuple[Callable[[Trial], None], ...] = (
+    *(kill_at_a_moment, kill_at_an_operation) * 4,
+    *(stop, full_disk, error_at_an_operation, error_at_an_operation) * 2,
+    *(partial(damaged_part, kind) for kind in PARTS),
+    *(
+        short_operation,
+        mixed_checkpoints,
+        photo_while_caching,
+        photo_while_training,
+        nan,
+        wrong_clock,
+        odd_path,
+    ),
+    *(partial(limit, kind) for kind in ("file size", "open files", "memory")),
+    *(two_runs, folder_gone, damaged_base, odd_locale),
+)
+"""Taken in turn."""

@@ -1,0 +1,307 @@
+"""Short real trainings for `faults`: forked from a process that has imported everything, known by SHA-256.
+
+A run's home is a folder with `photos/`, `cache/` and the run folder `dog/`. Everything of the training is real;
+class images take four denoising steps instead of fifty, and the encoders of scores are small random ones. Linux.
+"""
+
+import ctypes
+import importlib
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from threading import RLock
+
+from tqdm import tqdm
+
+from dreambooth_moslora.core.digests import file_digest
+from dreambooth_moslora.core.run_folder import PUBLISHED_NAME
+
+__all__ = [
+    "COUNT",
+    "CUT",
+    "FAIL",
+    "KILL",
+    "NAME",
+    "STEPS",
+    "TORN",
+    "VARIANTS",
+    "Ended",
+    "Run",
+    "Shim",
+    "Workshop",
+]
+
+ROOT = Path(__file__).resolve().parents[1]
+NAME, STEPS, HALF = "dog", 4, 2
+PATIENCE_SEC = 120.0
+COUNT, FAIL, CUT, KILL, TORN = 1, 2, 3, 4, 5
+"""What the shim does at the chosen file operation."""
+
+COMMON = {
+    "instance_prompt": "a photo of sks dog",
+    "resolution": 64,
+    "train_batch_size": 1,
+    "max_train_steps": STEPS,
+    "checkpointing_steps": 1,
+    "checkpoints_total_limit": 2,
+    "num_validation_images": 0,
+    "learning_rate": 1e-2,
+    "seed": 1,
+    "report_to": "none",
+    "target_modules": "to_q",
+    "resume_from_checkpoint": "latest",
+}
+CLASS = {"with_prior_preservation": "true", "class_prompt": "a photo of a dog"}
+VARIANTS = {
+    "class images": {**CLASS, "num_class_images": 2, "sample_batch_size": 1, "caching": "disk"},
+    "text encoders": {**CLASS, "prior": "adapter_off", "train_text_encoder": "true", "caching": "disk"},
+    "scored": {"evaluate_steps": 2, "num_validation_images": 1, "validation_steps": 2, "caching": "disk"},
+    "uncached": {"caching": "off", "random_flip": "true"},
+}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """`code` is negative for a signal, and None for a run that had to be killed because it hung."""
+
+    code: int | None
+    text: str
+    seconds: float
+
+
+class Shim:
+    """The preloaded library (`fault_shim.c`), as one armed child sees it."""
+
+    def __init__(self, library: Path):
+        self.path, self.library = library, ctypes.CDLL(str(library))
+
+    def arm(self, mode: int, at: int, error: int, sticky: bool, below: Path, trace: Path | None = None) -> None:
+        names = [os.fsencode(below), os.fsencode(trace or "")]
+        self.library.fault_arm(mode, ctypes.c_long(at), error, int(sticky), *names)
+
+    def clock(self, at: int, shift_sec: int) -> None:
+        """From the `at`-th look at the wall clock on it is wrong by `shift_sec`."""
+        self.library.fault_clock(ctypes.c_long(at), ctypes.c_long(shift_sec))
+
+
+def build_shim(folder: Path) -> Path:
+    """Compile it with `cc`."""
+    library, source = folder / "fault_shim.so", Path(__file__).with_name("fault_shim.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
+@dataclass
+class Run:
+    """A training under way. `log` has what it writes to the terminal."""
+
+    pid: int
+    log: Path
+    begun: float = field(default_factory=time.monotonic)
+
+    def is_over_within(self, seconds: float) -> bool:
+        """Wait that long at most. A run that is over stays to be waited for."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                return True
+            time.sleep(0.005)
+        return False
+
+    def wait(self) -> Ended:
+        in_time = self.is_over_within(PATIENCE_SEC)
+        if not in_time:
+            os.kill(self.pid, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        return Ended(code if in_time else None, text, time.monotonic() - self.begun)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What unbroken runs of a variant leave.
+
+    `final` has the digests of the published files, `steps` those of the adapter after each step, `best` that of
+    the best step's; `trace` has (operation, path in the home) of each file operation in order.
+    """
+
+    final: dict[str, str]
+    steps: set[str]
+    best: str | None
+    trace: list[tuple[str, str]]
+    seconds: float
+
+
+class Workshop:
+    """Makes homes, starts runs in them, and knows how unbroken ones end."""
+
+    def __init__(self, folder: Path, shim: Shim):
+        from tests.helpers.tiny import save_tiny_sdxl
+        from tests.helpers.tiny_training import paint_photos
+
+        self.folder, self.shim = folder, shim
+        self.base, self.photos = save_tiny_sdxl(folder / "base"), paint_photos(folder / "photos")
+        self.references: dict[str, Reference] = {}
+        self.halves: dict[str, Path] = {}
+
+    def prepare(self, variants: list[str]) -> None:
+        """Import what a run imports, and run each variant unbroken."""
+        make_light(self.folder)
+        self.run_unbroken(self.home("warm"), "scored", before=partial(note_modules, self.folder / "modules"))
+        for name in (self.folder / "modules").read_text().split():
+            import_quietly(name)
+        freeze_memory()
+        for variant in variants:
+            self.references[variant] = self.make_reference(variant)
+            self.halves[variant] = self.make_half(variant)
+
+    def home(self, name: str) -> Path:
+        """A new home with its own photos."""
+        home = self.folder / name
+        shutil.copytree(self.photos, home / "photos")
+        return home
+
+    def half_home(self, name: str, variant: str) -> Path:
+        """A home with a run that was stopped after two of its four steps."""
+        return Path(shutil.copytree(self.halves[variant], self.folder / name))
+
+    def arguments(self, home: Path, variant: str, **changes: object) -> list[str]:
+        """The command line of a run in `home`."""
+        flags = {"pretrained_model_name_or_path": self.base, "instance_data_dir": home / "photos"}
+        flags |= {
+            "cache_dir": home / "cache",
+            "output_dir": home / NAME,
+            **COMMON,
+            **VARIANTS[variant],
+            **changes,
+        }
+        plain = [f"--{flag}={value}" for flag, value in flags.items() if value != "true"]
+        return [*plain, *(f"--{flag}" for flag, value in flags.items() if value == "true")]
+
+    def start(
+        self,
+        home: Path,
+        variant: str,
+        before: Callable[[], object] = bool,
+        log: str = "log",
+        **changes: object,
+    ) -> Run:
+        """A process of `train_dreambooth.py`. `before` is called in it first."""
+        path, arguments = home / f"{log}.txt", self.arguments(home, variant, **changes)
+        pid = os.fork()
+        if not pid:
+            become_training(arguments, path, before)
+        return Run(pid, path)
+
+    def run_unbroken(self, home: Path, variant: str, **options: object) -> Ended:
+        ended = self.start(home, variant, **options).wait()
+        if ended.code:
+            raise SystemExit(f"an unbroken run ({variant}) failed with {ended.code}:\n{ended.text}")
+        return ended
+
+    def make_reference(self, variant: str) -> Reference:
+        steps = set()
+        for step in range(1, STEPS + 1):
+            home = self.home(f"{variant} {step}")
+            trace = home / "trace.txt"
+            count = partial(self.shim.arm, COUNT, 0, 0, False, home, trace)
+            ended = self.run_unbroken(home, variant, before=count, max_train_steps=step)
+            steps.add(file_digest(home / NAME / PUBLISHED_NAME))
+        operations = [line.split("\t") for line in trace.read_text().splitlines()]
+        known = [(kind, os.path.relpath(path, home)) for kind, path in operations]
+        return Reference(published(home), steps, best(home), known, ended.seconds)
+
+    def make_half(self, variant: str) -> Path:
+        home = self.home(f"{variant} half")
+        ended = self.start(home, variant, before=stop_at_half).wait()
+        if ended.code != 130:
+            raise SystemExit(f"a run ({variant}) that was to stop ended with {ended.code}:\n{ended.text}")
+        return home
+
+
+def published(home: Path) -> dict[str, str]:
+    """Name -> SHA-256 of the adapter files that are there."""
+    names = (PUBLISHED_NAME, f"{NAME}.kohya.safetensors")
+    return {name: file_digest(home / NAME / name) for name in names if (home / NAME / name).is_file()}
+
+
+def best(home: Path) -> str | None:
+    path = home / NAME / "best" / PUBLISHED_NAME
+    return file_digest(path) if path.is_file() else None
+
+
+def become_training(arguments: list[str], log: Path, before: Callable[[], object]) -> None:
+    """The rest of this forked process is a training, exactly as a person starts it."""
+    code = 1
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        tqdm.set_lock(RLock())  # its own is shared by all processes, and one that is killed may hold it
+        sys.argv = ["train_dreambooth.py", *arguments]
+        before()
+        runpy.run_path(str(ROOT / "train_dreambooth.py"), run_name="__main__")
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def stop_at_half() -> None:
+    """In a forked child: the person stops the run after two steps."""
+    from dreambooth_moslora.training.run import Training
+
+    Training.stop_requested = lambda run: run.step >= HALF
+
+
+def make_light(folder: Path) -> None:
+    """Fewer denoising steps and small encoders, in this process and its children."""
+    from diffusers import StableDiffusionXLPipeline
+
+    from dreambooth_moslora.evaluation import during_training
+    from tests.helpers.tiny_encoders import tiny_encoders
+
+    encoders, drawn = tiny_encoders(folder / "encoders"), StableDiffusionXLPipeline.__call__
+    during_training.load_encoders = lambda *_: encoders
+
+    def draw(self: StableDiffusionXLPipeline, *args: object, **options: object) -> object:
+        return drawn(self, *args, **{**options, "num_inference_steps": 4})
+
+    StableDiffusionXLPipeline.__call__ = draw
+
+
+def note_modules(path: Path) -> None:
+    """In a forked child: write at its end which modules it has imported."""
+    leave = os._exit
+
+    def note_and_leave(code: int) -> None:
+        path.write_text("\n".join(sys.modules))
+        leave(code)
+
+    os._exit = note_and_leave
+
+
+def import_quietly(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except Exception:  # a module that another one has made, and that has no file
+        return
+
+
+def freeze_memory() -> None:
+    """What is here now is not looked at by the children's garbage collection."""
+    import gc
+
+    gc.collect()
+    gc.freeze()

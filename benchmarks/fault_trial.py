@@ -1,0 +1,105 @@
+"""One fault: a home, the runs in it, and the file operation of an unbroken run at which it strikes."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from benchmarks.fault_runs import NAME, Ended, Reference, Run, Workshop, published
+from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RunDir
+
+__all__ = ["Trial", "aim", "an_operation", "armed"]
+
+
+@dataclass
+class Trial:
+    """One fault. `row` is its line in the table, `detail` what exactly was done, `ended` each run until now.
+
+    `killed`: the harness ended a run itself. `wrong` names published files that no unbroken run leaves.
+    """
+
+    workshop: Workshop
+    name: str
+    variant: str
+    rng: random.Random
+    row: str = ""
+    detail: str = ""
+    killed: bool = False
+    ended: list[Ended] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    home: Path = Path()
+
+    def fresh(self) -> None:
+        self.home = self.workshop.home(self.name)
+
+    def half(self) -> None:
+        """A run that was stopped after two of its four steps."""
+        self.home = self.workshop.half_home(self.name, self.variant)
+
+    @property
+    def reference(self) -> Reference:
+        return self.workshop.references[self.variant]
+
+    def start(self, before: Callable[[], object] = bool, **options: object) -> Run:
+        return self.workshop.start(self.home, self.variant, before, **options)
+
+    def end(self, run: Run) -> None:
+        self.note(run.wait())
+
+    def note(self, ended: Ended) -> None:
+        """Remember how a run ended, and look at what it has published."""
+        self.ended.append(ended)
+        found = published(self.home)
+        if found.get(PUBLISHED_NAME) not in {None, *self.reference.steps}:
+            self.wrong.append(PUBLISHED_NAME)
+        if ended.code == 0 and found != self.reference.final:
+            self.wrong.append("after the end")
+
+    def run(self, before: Callable[[], object] = bool, **options: object) -> None:
+        self.end(self.start(before, **options))
+
+    def moment(self) -> float:
+        """A random second of a run's life."""
+        return self.rng.uniform(0, 1.1 * self.reference.seconds)
+
+    def reached(self) -> str:
+        """The phase of the last event in the run folder."""
+        events = RunDir(self.home / NAME).read_metrics()
+        last = events[-1] if events else {"type": "before the first event"}
+        return str(last.get("phase", last["type"]))
+
+
+PHASES = {
+    "photos": ("photos",),
+    "caching": ("cache",),
+    "class images": ("class_images",),
+    "checkpoint": ("checkpoint-",),
+    "best": ("best",),
+    "samples": ("samples",),
+    "log": ("metrics.jsonl", "train.log", "train_config.json", "run.lock"),
+    "publication": ("",),
+}
+
+
+def phase_of(path: str) -> str:
+    return next(phase for phase, marks in PHASES.items() if any(mark in path for mark in marks))
+
+
+def an_operation(trial: Trial) -> tuple[int, str]:
+    """(number, phase): first a phase, then one of its operations: short phases have their share."""
+    phases: dict[str, list[int]] = {}
+    for number, (_, path) in enumerate(trial.reference.trace, 1):
+        phases.setdefault(phase_of(path), []).append(number)
+    phase = trial.rng.choice(sorted(phases))
+    return aim(trial, trial.rng.choice(phases[phase])), phase
+
+
+def aim(trial: Trial, number: int) -> int:
+    kind, path = trial.reference.trace[number - 1]
+    trial.detail = f"operation {number}, {kind} {path}"
+    return number
+
+
+def armed(trial: Trial, mode: int, number: int, error: int = 0, sticky: bool = False) -> Callable[[], None]:
+    return partial(trial.workshop.shim.arm, mode, number, error, sticky, trial.home)

@@ -1,0 +1,167 @@
+"""Faults in short real trainings: each run is broken once, resumed, and compared with one left alone.
+
+    python -m benchmarks.faults [--faults 1000] [--out runs/faults] [--jobs 2] [--seed 0] [--kinds kill,disk]
+
+It can be left running, stopped with Ctrl-C, and started again: what is in `OUT/faults.jsonl` is not done again.
+The table says of each kind how many were tried, how many of the broken runs ended well all the same, and how many
+  lost        did not end as the unbroken run when the same command was given again
+  wrong       published a file that no unbroken run publishes
+  traceback   showed a traceback, crashed, or hung, where one line is due
+The homes of those stay in `OUT/kept`. Linux, with a C compiler.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from benchmarks.fault_kinds import KINDS
+from benchmarks.fault_runs import VARIANTS, Shim, Workshop, best, build_shim, published
+from benchmarks.fault_trial import Trial
+
+PRELOADED = "DREAMBOOTH_FAULT_SHIM"
+SIGNALS = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+FLAWS = ("lost", "wrong", "traceback")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=1000)
+    parser.add_argument("--out", type=Path, default=Path("runs/faults"))
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at once")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", default="", help="only those with one of these words in their name")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="of the training")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if PRELOADED not in os.environ:
+        restart_preloaded()
+    with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
+        workshop = Workshop(Path(scratch), Shim(Path(os.environ[PRELOADED])))
+        workshop.prepare(args.variants.split(","))
+        inject(workshop, args)
+    records = read_records(args.out)
+    print(table(records))
+    return int(any(record[flaw] for record in records for flaw in FLAWS))
+
+
+def restart_preloaded() -> None:
+    """This same command, with the shim in front of the C library and one thread a training."""
+    shim = build_shim(Path(tempfile.mkdtemp(prefix="fault-shim-")))
+    words = {PRELOADED: str(shim), "LD_PRELOAD": str(shim), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    os.execve(sys.executable, [sys.executable, "-m", "benchmarks.faults", *sys.argv[1:]], os.environ | words)
+
+
+def inject(workshop: Workshop, args: argparse.Namespace) -> None:
+    """Share the faults that are not done among `jobs` forked processes."""
+    done = {record["number"] for record in read_records(args.out)}
+    todo = [number for number in range(args.faults) if number not in done]
+    workers = [fork_worker(workshop, todo[job :: args.jobs], args) for job in range(args.jobs)]
+    codes = [os.waitpid(pid, 0)[1] for pid in workers]
+    if any(codes):
+        raise SystemExit("a worker failed")
+
+
+def fork_worker(workshop: Workshop, numbers: list[int], args: argparse.Namespace) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        for number in numbers:
+            record = one_fault(workshop, number, args)
+            with (args.out / "faults.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        code = 0
+    except BaseException as error:  # a forked process returns to nobody
+        print(f"fault {number}: {type(error).__name__} {error}", file=sys.stderr)
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def one_fault(workshop: Workshop, number: int, args: argparse.Namespace) -> dict:
+    """Break a run, give the same command again, and compare."""
+    kinds = [kind for kind in KINDS if not args.kinds or any(w in str(kind) for w in args.kinds.split(","))]
+    rng, begun = random.Random(f"{args.seed} {number}"), time.monotonic()
+    variants = list(workshop.references)
+    [variant] = rng.choices(variants, [1 if name == "scored" else 4 for name in variants])  # that one is slow
+    trial = Trial(workshop, f"fault {number}", variant, rng)
+    kinds[number % len(kinds)](trial)
+    went_on = [ended.code for ended in trial.ended]
+    trial.run()
+    record = {
+        "number": number,
+        "row": trial.row,
+        "variant": trial.variant,
+        "detail": trial.detail,
+        "codes": went_on,
+    }
+    record |= {"lost": reason_lost(trial), "wrong": " ".join(trial.wrong), "traceback": ugly(trial)}
+    record["seconds"] = round(time.monotonic() - begun, 1)
+    if any(record[flaw] for flaw in FLAWS):
+        print(json.dumps(record), flush=True)
+        keep(trial, args.out / "kept" / str(number))
+    shutil.rmtree(trial.home, ignore_errors=True)
+    return record
+
+
+def reason_lost(trial: Trial) -> str:
+    """Why the last run is not as an unbroken one; empty if it is."""
+    last = trial.ended[-1]
+    if last.code != 0:
+        return f"code {last.code}: {last.text[-300:]}"
+    if published(trial.home) != trial.reference.final:
+        return "other bytes"
+    scores_known = "metrics" not in trial.row
+    return "another best step" if scores_known and best(trial.home) != trial.reference.best else ""
+
+
+def ugly(trial: Trial) -> str:
+    """A run that ended with more than a line."""
+    for ended in trial.ended:
+        is_ours = trial.killed and ended.code in SIGNALS
+        if "Traceback (most recent call last)" in ended.text:
+            return ended.text[-600:]
+        if ended.code not in (0, 2, 130) and not is_ours:
+            return f"code {ended.code}: {ended.text[-300:]}"
+    return ""
+
+
+def keep(trial: Trial, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, ended in enumerate(trial.ended):
+        (folder / f"run {number}.txt").write_text(ended.text, encoding="utf-8")
+    shutil.copytree(trial.home, folder / "home", dirs_exist_ok=True, symlinks=True)
+
+
+def read_records(out: Path) -> list[dict]:
+    path = out / "faults.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def table(records: list[dict]) -> str:
+    """Markdown."""
+    rows = defaultdict(list)
+    for record in records:
+        rows[record["row"]].append(record)
+    lines = ["| fault | tried | ended well at once | lost | wrong | traceback |", "|---|---|---|---|---|---|"]
+    lines += [line(row, found) for row, found in sorted(rows.items())]
+    return "\n".join([*lines, line("**all**", records)])
+
+
+def line(row: str, records: list[dict]) -> str:
+    well = sum(not any(record["codes"]) for record in records)
+    flaws = [sum(bool(record[flaw]) for record in records) for flaw in FLAWS]
+    return f"| {' | '.join(map(str, [row, len(records), well, *flaws]))} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
