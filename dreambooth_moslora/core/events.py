@@ -10,7 +10,8 @@
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 __all__ = [
     "AdapterExported",
@@ -132,7 +133,7 @@ def record_of(event: Event) -> dict[str, Any]:
 
 
 def event_of(record: Mapping[str, Any]) -> Event | None:
-    """The event of one line; None for another program's line, or one that lacks what its type must have."""
+    """The event of one line; None for another program's line, or one with a field missing or of a wrong type."""
     kind = KINDS.get(str(record.get("type")))
     if kind is None:
         return None
@@ -141,9 +142,27 @@ def event_of(record: Mapping[str, Any]) -> Event | None:
     if kind is StepEvaluated:
         values["scores"] = {k: v for k, v in record.items() if isinstance(v, float) and k not in names}
     try:
-        return kind(**values)
+        event = kind(**values)
     except TypeError:  # a field is missing
         return None
+    is_whole = all(fits(getattr(event, item.name), item.type) for item in fields(kind)) and best_fits(event)
+    return event if is_whole else None
+
+
+def fits(value: object, kind: Any) -> bool:
+    """Whether a value that JSON gave is of the annotated type; a whole number is a fraction, too."""
+    kinds = [get_origin(one) or one for one in (get_args(kind) if isinstance(kind, UnionType) else [kind])]
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, tuple(kinds)) or (float in kinds and isinstance(value, int))
+
+
+def best_fits(event: Event) -> bool:
+    """Whether the `best` step of an evaluation is whole."""
+    wanted = {"step": int, "score": float, "since": int}
+    if not isinstance(event, StepEvaluated):
+        return True
+    return event.best.keys() == wanted.keys() and all(fits(event.best[name], kind) for name, kind in wanted.items())
 
 
 def events_of(kind: type[E], records: Iterable[Mapping[str, Any]]) -> list[E]:

@@ -1,5 +1,7 @@
 """Events as lines of `metrics.jsonl`, and back."""
 
+from unittest.mock import ANY
+
 import pytest
 
 from dreambooth_moslora.core.events import (
@@ -36,6 +38,34 @@ def test_an_event_is_the_same_when_its_line_is_read_again(event):
 def test_the_scores_of_an_evaluation_are_keys_of_its_line():
     record = record_of(EVENTS[4])
     assert record["type"] == "evaluation" and record["dino"] == 0.5 and "scores" not in record
+
+
+BEST = {"step": 2, "score": 0.5, "since": 0}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"type": "step", "step": True},
+        {"type": "step", "step": "2"},
+        {"type": "step", "step": 2, "loss": "0.5"},
+        {"type": "step", "step": 2, "lr": [1]},
+        {"type": "sample", "step": 2, "files": "a.png", "prompts": [], "seeds": []},
+        {"type": "evaluation", "step": 2, "dino": 0.5},
+        {"type": "evaluation", "step": 2, "best": 3},
+        {"type": "evaluation", "step": 2, "best": {"stdp": 2, "score": 0.5, "since": 0}},
+        {"type": "evaluation", "step": 2, "best": BEST | {"score": None}},
+        {"type": "evaluation", "step": 2, "best": BEST | {"more": 1}},
+        {"type": "step", "step": 2, "time": "yesterday"},
+    ],
+)
+def test_a_line_whose_letters_were_changed_is_no_event(line):
+    assert event_of(line) is None
+
+
+def test_a_whole_number_is_a_fraction_too_and_what_is_not_finite_is_null():
+    assert event_of({"type": "step", "step": 2, "loss": 1, "lr": None}) == StepDone(2, loss=1, lr=None, time=ANY)
+    assert event_of({"type": "evaluation", "step": 2, "best": BEST}).best == BEST
 
 
 def test_lines_of_another_program_are_no_events():
