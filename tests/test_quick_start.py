@@ -23,8 +23,8 @@ def run_dir(tmp_path_factory):
     return train(
         replace(
             config,
-            instance_data_dir=str(ASSETS / "subjects" / "robot"),
-            output_dir=str(tmp_path_factory.mktemp("runs") / "robot"),
+            instance_data_dir=str(ASSETS / "subjects" / "rocket"),
+            output_dir=str(tmp_path_factory.mktemp("runs") / "rocket"),
             max_train_steps=STEPS,
             num_validation_images=0,
         )
@@ -40,11 +40,11 @@ def drawn(pipeline: StableDiffusionXLPipeline, prompt: str, count: int) -> torch
 
 @pytest.mark.slow
 def test_the_subject_is_learnt_and_its_class_stays_varied(run_dir):
-    photos = [Image.open(path).convert("RGB") for path in sorted((ASSETS / "subjects" / "robot").glob("*.jpg"))]
+    photos = [Image.open(path).convert("RGB") for path in sorted((ASSETS / "subjects" / "rocket").glob("*.jpg"))]
     wanted = load_encoders("toy").dino_images(photos)
     pipeline = StableDiffusionXLPipeline.from_pretrained(ASSETS / "toy-sdxl")
     pipeline.set_progress_bar_config(disable=True)
-    words = {"subject": "a photo of a sks robot in a forest", "class": "a photo of a robot"}
+    words = {"subject": "a photo of a sks rocket in a forest", "class": "a photo of a rocket"}
     before = {name: drawn(pipeline, prompt, 6) for name, prompt in words.items()}
     pipeline.load_lora_weights(run_dir)
     after = {name: drawn(pipeline, prompt, 6) for name, prompt in words.items()}

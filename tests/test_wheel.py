@@ -73,11 +73,11 @@ def test_help_names_the_command_as_it_was_typed(run):
 def test_the_quick_start_trains_evaluates_and_draws(run):
     run("dreambooth-moslora", "train", "--config", "assets/configs/quickstart.toml", "--max_train_steps", "2",
         "--num_validation_images", "0")  # fmt: skip
-    assert "dreambooth_moslora 0.1.0" in run("dreambooth-moslora", "info", "runs/robot")
-    run("dreambooth-moslora", "evaluate", "runs/robot", *FEW)
-    assert "truth" in run("python", "-c", "print(open('runs/robot/evaluation/scores.json').read())")
-    drawn = run("dreambooth-moslora", "generate", "--adapter", "assets/adapters/duck.safetensors", "--steps", "1",
-                "--prompt", "a photo of a sks duck")  # fmt: skip
+    assert "dreambooth_moslora 0.1.0" in run("dreambooth-moslora", "info", "runs/rocket")
+    run("dreambooth-moslora", "evaluate", "runs/rocket", *FEW)
+    assert "truth" in run("python", "-c", "print(open('runs/rocket/evaluation/scores.json').read())")
+    drawn = run("dreambooth-moslora", "generate", "--adapter", "assets/adapters/rocket.safetensors", "--steps", "1",
+                "--prompt", "a photo of a sks rocket")  # fmt: skip
     assert drawn.strip().endswith(".png")
 
 

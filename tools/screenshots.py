@@ -1,6 +1,6 @@
 """Take the pictures of the page that the README shows: each tab, desktop and phone, light and dark.
 
-    python -m tools.screenshots [--adapters_dir DIR] [--subject assets/subjects/robot] [--out assets/pictures]
+    python -m tools.screenshots [--adapters_dir DIR] [--subject assets/subjects/rocket] [--out assets/pictures]
 
 The page runs as a process of its own; what is seen is really done: pictures are generated, a run is trained.
 """
@@ -27,8 +27,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="toy")
     parser.add_argument("--adapters_dir", type=Path, default=ROOT / "assets" / "adapters")
-    parser.add_argument("--subject", type=Path, default=ROOT / "assets" / "subjects" / "robot", help="photos to train")
-    parser.add_argument("--class_word", default="robot", help="what those photos show")
+    parser.add_argument("--subject", type=Path, default=ROOT / "assets" / "subjects" / "rocket", help="photos to train")
+    parser.add_argument("--class_word", default="rocket", help="what those photos show")
     parser.add_argument("--place", default="in the snow", help="where the pictures are set")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=Path, default=ROOT / "assets" / "pictures")

@@ -138,11 +138,11 @@ def test_a_small_base_stays_and_draws_beside_a_run(tmp_path):
 
 
 def test_an_adapter_that_is_loaded_at_rest_draws_as_one_loaded_awake():
-    params = GenerationParams("a sks duck", adapters=(("duck", 1.0),), seed=3, steps=2)
+    params = GenerationParams("a sks rocket", adapters=(("rocket", 1.0),), seed=3, steps=2)
     drawn = []
     for rests in (False, True):
         subject = SubjectPipeline.from_base("toy", device=OTHER_DEVICE, resting=rests)
-        subject.load_adapter("assets/adapters/duck.safetensors", "duck")
+        subject.load_adapter("assets/adapters/rocket.safetensors", "rocket")
         images = [event for event in subject.generate(params) if isinstance(event, Image)]
         drawn.append(images[0].pixels.tobytes())
     assert drawn[0] == drawn[1]
