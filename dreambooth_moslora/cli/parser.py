@@ -56,6 +56,8 @@ FOREIGN_FLAGS = {
     "conv_dim": "use --target_modules with conv1, conv2 and others beside the projections",
     "conv_alpha": "use --lora_alpha",
     "network_dropout": "use --lora_dropout",
+    "network_weights": "use --init_adapter",
+    "dim_from_weights": "a file of another rank is converted to --rank; leave it out",
     "network_train_unet_only": "the text encoders are frozen unless --train_text_encoder; leave it out",
     "train_data_dir": "use --instance_data_dir",
     "reg_data_dir": "use --class_data_dir with --with_prior_preservation",
@@ -81,6 +83,7 @@ FOREIGN_FLAGS = {
     "sdpa": "PyTorch's own memory-efficient attention is used; leave it out",
     "v_parameterization": "read from the base's scheduler; leave it out",
     "max_data_loader_n_workers": "use --dataloader_num_workers",
+    "init_lora": "use --init_adapter",
     "lora_rank": "use --rank",
     "lora_r": "use --rank",
 }

@@ -111,6 +111,9 @@ class TrainConfig:
         ATTENTION, "layers of the UNet that get an adapter; convolutions, such as conv1, too"
     )
     train_text_encoder: bool = of_adapter(False, "put adapters on both text encoders too")
+    init_adapter: str | None = of_adapter(
+        None, "begin with an existing adapter: a LoRA file of any program and rank, or a run folder"
+    )
 
     seed: int | None = of_training(None, "seed of everything random", low=0, high=2**63 - 1)
     train_batch_size: int = of_training(4, "photos in one forward pass, a device", low=1, high=4096)
@@ -209,6 +212,8 @@ class TrainConfig:
             raise UserError("--early_stopping needs --evaluate_steps: without scores there is nothing to wait for.")
         if self.optimizer == "Prodigy" and self.mixer != "none" and self.train_mixer and self.mixer_lr_scale != 1.0:
             raise UserError("--optimizer Prodigy takes one learning rate for all: leave --mixer_lr_scale at 1.")
+        if self.init_adapter and self.mixer == "butterfly":
+            raise UserError("--init_adapter: the butterfly mixer has no inverse; give another --mixer.")
         if not self.target_modules:
             raise UserError("--target_modules is empty: name at least one projection, such as to_q.")
 
@@ -224,7 +229,7 @@ class TrainConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in shown.items()}
 
 
-PATH_NAMES = ("_dir", "_checkpoint", "_name_or_path")
+PATH_NAMES = ("_dir", "_checkpoint", "_name_or_path", "_adapter")
 """Settings whose names end so are paths: `~` is expanded, as no shell has done it in files and after `=`."""
 FIELD_TYPES = field_types(TrainConfig)
 SPELLINGS = {"optimizer": {"adamw": "AdamW", "prodigy": "Prodigy"}}

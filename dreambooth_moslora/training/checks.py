@@ -188,6 +188,8 @@ def preflight(config: TrainConfig) -> Path | None:
         from dreambooth_moslora.training.results.hub import check_push
 
         check_push(config)
+    if config.init_adapter and not config.resume_from_checkpoint and not Path(config.init_adapter).exists():
+        raise UserError(f"--init_adapter {config.init_adapter}: there is no such file or folder.")
     if config.pretrained_vae_model_name_or_path:
         check_vae(config.pretrained_vae_model_name_or_path)
     folder = base_folder(config)

@@ -12,6 +12,8 @@ from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
 from dreambooth_moslora.adapters.layers import matrix_layers
+from dreambooth_moslora.adapters.lora_file import AdapterWeights
+from dreambooth_moslora.adapters.start import read_start
 from dreambooth_moslora.base.load import default_resolution, encode_text, load_pipeline
 from dreambooth_moslora.base.locate import SMALL_BASE_PX
 from dreambooth_moslora.base.quantization import quantize
@@ -46,7 +48,10 @@ FP32_ON_A_GPU = (
 
 @dataclass
 class TrainInputs:
-    """What the loop works on. `prior` is None without class images; `prompt_embeds` serves frozen text encoders."""
+    """What the loop works on. `prior` is None without class images; `prompt_embeds` serves frozen text encoders.
+
+    `start` is the file that a fresh adapter begins with, or None.
+    """
 
     pipeline: StableDiffusionXLPipeline
     schedule: NoiseSchedule
@@ -55,6 +60,7 @@ class TrainInputs:
     prior: PhotoStream | None
     prompt_embeds: PromptCache
     dtype: torch.dtype
+    start: AdapterWeights | None = None
 
     def batch_at(self, micro_batch: int, size: int, next_micro_batch: int) -> TrainBatch:
         """Micro-batch number `micro_batch` of the run: `size` instance images, and as many class images, if any.
@@ -69,10 +75,13 @@ class TrainInputs:
         return collate(samples, size)
 
 
-def prepare(context: RunContext, photos: list[Photo], sample_count: int, prompts: list[str]) -> TrainInputs:
+def prepare(
+    context: RunContext, photos: list[Photo], sample_count: int, prompts: list[str], is_fresh: bool = True
+) -> TrainInputs:
     """Load, generate, encode what the run's first `sample_count` samples show.
 
-    `prompts` are those to be drawn later: they are embedded while the encoders are here.
+    `prompts` are those to be drawn later: they are embedded while the encoders are here. A run that is not `is_fresh`
+    has its own adapter to go on from.
     """
     config, device = context.config, context.accelerator.device
     context.report.phase("loading")
@@ -83,6 +92,7 @@ def prepare(context: RunContext, photos: list[Photo], sample_count: int, prompts
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
     check_weighting(config, schedule)
     check_layers(config.target_modules, layers_of(pipeline.unet), config.use_dora)
+    start = read_start_of(config, pipeline) if is_fresh else None
     context.stop_if_asked()
     class_photos = make_class_images(context, pipeline) if uses_class_images(config) else []
     encoder = PhotoEncoder(
@@ -100,7 +110,13 @@ def prepare(context: RunContext, photos: list[Photo], sample_count: int, prompts
     encode_prompts(context, streams, prompt_embeds, prompts)
     release_encoders(config, pipeline, prompt_embeds, encoder, device)
     pipeline.unet.to(device)
-    return TrainInputs(pipeline, schedule, photos, instance, prior, prompt_embeds, dtype)
+    return TrainInputs(pipeline, schedule, photos, instance, prior, prompt_embeds, dtype, start)
+
+
+def read_start_of(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> AdapterWeights | None:
+    if config.init_adapter is None:
+        return None
+    return read_start(config.init_adapter, pipeline, config.pretrained_model_name_or_path, config.use_dora)
 
 
 def warn_of_fp32(pipeline: StableDiffusionXLPipeline, device: torch.device) -> None:

@@ -6,6 +6,7 @@ small, are averaged over processes by one all-reduce a step: no module is wrappe
 Adapters are fp32; the frozen base computes in its own dtype, with copies of the adapter made once a step.
 """
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from dreambooth_moslora.adapters.fused_linear import enable_fast_path
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject, lora_layers, switched_off
+from dreambooth_moslora.adapters.start import begin_with
 from dreambooth_moslora.adapters.working_copies import WorkingCopies
 from dreambooth_moslora.base.load import TextCond, encode_text
 from dreambooth_moslora.core.config import TrainConfig
@@ -37,6 +39,8 @@ from dreambooth_moslora.training.optimizer import make_lr_schedule, make_optimiz
 from dreambooth_moslora.training.prepare import TrainInputs
 
 __all__ = ["TrainStep", "StepLosses", "add_adapters"]
+
+logger = logging.getLogger(__name__)
 
 TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -225,7 +229,8 @@ def prior_or_nan(parts: LossParts) -> Tensor:
 
 
 def add_adapters(config: TrainConfig, inputs: TrainInputs, checkpoint: Path | None) -> dict[str, nn.Module]:
-    """The modules that are trained, by diffusers' names, each with a fresh adapter or the checkpoint's."""
+    """The modules that are trained, by diffusers' names, each with the checkpoint's adapter or a fresh one, which
+    begins with the file `inputs.start`, if any."""
     names = ["unet", "text_encoder", "text_encoder_2"] if config.train_text_encoder else ["unet"]
     components = {name: getattr(inputs.pipeline, name) for name in names}
     if checkpoint is not None:
@@ -234,6 +239,10 @@ def add_adapters(config: TrainConfig, inputs: TrainInputs, checkpoint: Path | No
         if checkpoint is None:
             torch.manual_seed(seed_of(config.seed, "adapter", name))
             inject(module, adapter_config(config, name))
+    if checkpoint is None and inputs.start is not None:
+        logger.warning("%s", begin_with(inputs.start, components).sentence())
+        inputs.start = None  # its tensors are needed no more
+    for module in components.values():
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(module)
         enable_fast_path(module)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dreambooth_moslora import __version__
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.training.results.best_step import BestStep
 
 if TYPE_CHECKING:  # it imports torch
@@ -121,8 +122,10 @@ def training_table(config: TrainConfig, facts: CardFacts) -> str:
     trained = "UNet and both text encoders" if config.train_text_encoder else "UNet"
     prior = f"{config.prior}, weight {config.prior_loss_weight}" if config.with_prior_preservation else "none"
     batch = f"{config.train_batch_size} × {config.gradient_accumulation_steps} accumulated"
+    start = {"Began with": public_name(config.init_adapter)} if config.init_adapter else {}
     rows = {
         "Base": facts.adapter.base_id,
+        **start,
         "Adapter": f"rank {facts.adapter.rank}, alpha {facts.adapter.alpha:g}, mixer {config.mixer}, {trained}",
         "Steps": f"{facts.step} of {facts.max_train_steps}",
         "Resolution": f"{config.resolution} px",

@@ -13,6 +13,7 @@ from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.events import StepDone, StepEvaluated, events_of
+from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.pictures import Row, draw_contact_sheet, write_png
 from dreambooth_moslora.core.prompts import class_word_of, trigger_words
 from dreambooth_moslora.core.run_folder import RunDir, atomic_directory, atomic_write
@@ -78,7 +79,8 @@ class Publisher:
         finally:
             write_loss_plot(self.run_dir)
             if drawn:
-                write_contact_sheet(self.run_dir, self.photos, self.samples, contexts)
+                start = self.config.init_adapter and f"adapter {public_name(self.config.init_adapter)}"
+                write_contact_sheet(self.run_dir, self.photos, self.samples, contexts, start or "base")
         return proof
 
 
@@ -110,13 +112,14 @@ def write_card(
 
 
 def write_contact_sheet(
-    run_dir: RunDir, photos: list[Photo], samples: ValidationSamples, contexts: list[Image.Image]
+    run_dir: RunDir, photos: list[Photo], samples: ValidationSamples, contexts: list[Image.Image], start: str
 ) -> None:
-    """Photos, step 0 beside the end at the same seeds, new contexts. Stays here: it shows the person's photos."""
+    """Photos, step 0 (of which `start` is the model) beside the end at the same seeds, new contexts. Stays here: it
+    shows the person's photos."""
     captions = tuple(request.prompt for request in samples.requests)
     rows = [
         Row("The photos", readable(photos[:6])),
-        Row("Step 0: the base, before training", samples.first(), captions),
+        Row(f"Step 0: the {start}, before training", samples.first(), captions),
         Row(f"Step {samples.latest_step}: the same prompts, from the same noise", samples.latest, captions),
         Row("New contexts", contexts, tuple(request.prompt for request in samples.contexts)),
     ]

@@ -1,0 +1,175 @@
+"""Begin with the update of an existing LoRA file, whichever program wrote it.
+
+    ΔW of the file = s·B·M₀·A        A := down,  M := M₀ as the run starts it,  B := up·M₀⁻¹ / s
+
+A file of lower rank fills the first rows of A, and the others stay as they started; a file of higher rank is
+reduced by SVD. Before the first step, each layer's ΔW as PEFT computes it is compared with the file's.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from dreambooth_moslora.adapters.lora_file import AdapterWeights, check_fits, find_weights, read_adapter
+from dreambooth_moslora.adapters.low_rank import LowRank
+from dreambooth_moslora.adapters.mixer import nominal_scale
+from dreambooth_moslora.adapters.moslora import matrices_of
+from dreambooth_moslora.adapters.proof import alone, delta, full_fp32, relative_difference
+from dreambooth_moslora.adapters.raw_file import all_layers, fill
+from dreambooth_moslora.adapters.spectrum import product_svd
+from dreambooth_moslora.core.errors import UserError
+
+__all__ = ["Start", "begin_with", "read_start"]
+
+BOUND, BOUND_KAIMING = 1e-5, 1e-3
+"""Of a layer's deviation: fp32's rounding, and its product with a badly conditioned mixer."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run began with. `deviation` is the largest relative difference of ΔW from the file's update.
+
+    `kept` is the share of the file's Σ‖ΔW‖² that the run's ranks hold; `anew` and `left_out` are layers,
+    `component.path`.
+    """
+
+    file_name: str
+    layers: int
+    deviation: float
+    kept: float
+    anew: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    def sentence(self) -> str:
+        """One line for a person."""
+        parts = [f"{self.layers} layers go on from it, largest relative deviation {self.deviation:.1e}"]
+        if self.kept < 1:
+            parts.append(f"the lower rank keeps {self.kept:.2%} of its squared norm")
+        if self.anew:
+            parts.append(f"{shortened(self.anew)} not in the file: they begin anew")
+        if self.left_out:
+            parts.append(f"{shortened(self.left_out)} of the file not trained here: they are left out")
+        return f"--init_adapter {self.file_name}: {'; '.join(parts)}."
+
+
+def shortened(names: tuple[str, ...]) -> str:
+    more = ", …" if len(names) > 1 else ""
+    return f"{len(names)} layers ({names[0]}{more}) are"
+
+
+def read_start(
+    path: str | Path,
+    pipeline: StableDiffusionXLPipeline,
+    base_name: str,
+    use_dora: bool,
+) -> AdapterWeights:
+    """The file, whose layers are the base's.
+
+    Raises UserError for one that an adapter of the run cannot go on from.
+    """
+    try:
+        file = find_weights(path)
+        weights = read_adapter(file, pipeline)
+        check_fits(weights, pipeline, base_name)
+        with safe_open(file, framework="pt") as opened:
+            keys = list(opened.keys())
+    except UserError as error:
+        raise UserError(f"--init_adapter: {error}") from error
+    check_kind(weights, keys, use_dora)
+    return weights
+
+
+def check_kind(weights: AdapterWeights, keys: Iterable[str], use_dora: bool) -> None:
+    """Raises UserError for what an adapter of the run has no place for."""
+    name = f"--init_adapter {weights.file_name}"
+    found = [projection for projections, _ in weights.parts.values() for projection in projections.values()]
+    if any(key.endswith(".dora_scale") for key in keys):
+        raise UserError(f"{name}: programs read DoRA in kohya's form differently; give the diffusers file.")
+    if any(projection.bias is not None for projection in found):
+        raise UserError(f"{name}: its layers have biases, which this adapter has not.")
+    has_dora = any(projection.magnitude is not None for projection in found)
+    if has_dora != use_dora:
+        what = "it holds DoRA: give --use_dora" if has_dora else "it holds no DoRA: leave --use_dora out"
+        raise UserError(f"{name}: {what}.")
+
+
+@torch.no_grad()
+@full_fp32()
+def begin_with(weights: AdapterWeights, components: dict[str, nn.Module], adapter_name: str = "default") -> Start:
+    """Give a fresh adapter the file's update, prove it, and say what was done.
+
+    Raises UserError when no layer is in both, and when a ΔW differs by more than rounding explains.
+    """
+    live, update = all_layers(components, adapter_name), updates_in(weights)
+    common = [path for path in live if path in update]
+    if not common:
+        first = f"it holds {min(update)}, the run trains {min(live)}"
+        raise UserError(f"--init_adapter {weights.file_name}: no layer of it is trained here ({first}).")
+    figures = {path: begin_layer(live[path], adapter_name, *update[path]) for path in common}
+    before, kept = (sum(figure[place] for figure in figures.values()) for place in (1, 2))
+    worst = max(common, key=lambda path: figures[path][0])
+    start = Start(
+        weights.file_name,
+        len(common),
+        figures[worst][0],
+        kept / before if before else 1.0,
+        tuple(path for path in live if path not in update),
+        tuple(path for path in update if path not in live),
+    )
+    kinds = {getattr(model.peft_config[adapter_name], "mixer", "none") for model in components.values()}
+    bound = BOUND_KAIMING if "kaiming" in kinds else BOUND
+    if not start.deviation <= bound:
+        raise UserError(
+            f"--init_adapter {weights.file_name}: {worst} would begin {start.deviation:.1e} (relative) away "
+            f"from the file, and rounding explains {bound:.0e}: give --mixer orthogonal, which is exact."
+        )
+    return start
+
+
+def updates_in(weights: AdapterWeights) -> dict[str, tuple[LowRank, float]]:
+    """`component.path` -> the file's matrices and their scale."""
+    updates = {}
+    for component, (found, scales) in weights.parts.items():
+        for path, projection in found.items():
+            scale = nominal_scale(scales.alphas[path], projection.rank, scales.use_rslora)
+            updates[f"{component}.{path}"] = projection, scale
+    return updates
+
+
+def begin_layer(layer: LoraLayer, adapter_name: str, projection: LowRank, scale: float) -> tuple[float, float, float]:
+    """(relative difference of the layer's ΔW from the update in its rank, ‖ΔW‖² of the file, what is kept of it)."""
+    own = matrices_of(layer, adapter_name)
+    wanted, before, kept = of_rank(projection, scale, own.down)
+    up = wanted.up / own.scale
+    if own.mixer is not None:
+        up = torch.linalg.solve(own.mixer.cpu().double(), up, left=False)
+    parts = {"lora_A": wanted.down.view(own.down.shape), "lora_B": up, "mixer": own.mixer}
+    if projection.magnitude is not None:
+        parts["magnitude"] = projection.magnitude.flatten()
+    fill(layer, adapter_name, parts)
+    with alone(layer, adapter_name):
+        found = delta(layer, adapter_name)
+    return relative_difference(found.flatten(1), wanted.delta), before, kept
+
+
+def of_rank(projection: LowRank, scale: float, own: Tensor) -> tuple[LowRank, float, float]:
+    """The update in the rank of the layer's `own` A (r, …), flattened, in fp64; ‖ΔW‖² before and after."""
+    down, up = projection.down.double().flatten(1), scale * projection.up.double().flatten(1)
+    used = (down != 0).any(1) | (up != 0).any(0)  # rows that are zero on both sides would never learn
+    down, up, rank = down[used], up[:, used], len(own)
+    if len(down) > rank:
+        left, sizes, right = product_svd(up, down)
+        before, kept = float(sizes.square().sum()), float(sizes[:rank].square().sum())
+        root = sizes[:rank].sqrt()
+        down, up = root[:, None] * right[:rank], left[:, :rank] * root
+    else:
+        before = kept = float(((up.T @ up) * (down @ down.T)).sum())
+    own = own.detach().cpu().double().flatten(1)
+    missing = up.new_zeros(len(up), rank - len(down))
+    return LowRank(torch.cat([down, own[len(down) :]]), torch.cat([up, missing], dim=1)), before, kept
