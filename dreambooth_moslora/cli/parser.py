@@ -36,8 +36,8 @@ FOREIGN_FLAGS = {
     "train_text_encoder_frac": "not supported: the text encoders are trained all along or not at all",
     "train_text_encoder_ti_frac": "not supported: new tokens are not learnt",
     "adam_weight_decay_text_encoder_ti": "not supported: new tokens are not learnt",
-    "use_blora": "not supported; --target_modules chooses the layers that are trained",
-    "lora_unet_blocks": "not supported; --target_modules chooses the layers that are trained",
+    "use_blora": "use --target_modules blora_content blora_style",
+    "lora_unet_blocks": "use --target_modules, which takes the same names of blocks",
     "lora_layers": "use --target_modules",
     "validation_negative_prompt": "not supported: samples are drawn without a negative prompt",
     "validation_image": "not supported: samples are drawn from --validation_prompt",
@@ -52,9 +52,12 @@ FOREIGN_FLAGS = {
     "network_dim": "use --rank",
     "network_alpha": "use --lora_alpha",
     "network_module": "there is one kind of adapter; --mixer none makes it a plain LoRA",
-    "network_args": "use --rank, --lora_alpha, --target_modules, --use_dora",
-    "conv_dim": "use --target_modules with conv1, conv2 and others beside the projections",
-    "conv_alpha": "use --lora_alpha",
+    "network_args": "use --rank, --lora_alpha, --rank_pattern, --alpha_pattern, --target_modules, --use_dora",
+    "conv_dim": "use --target_modules with *conv* beside the projections, and --rank_pattern *conv*=N",
+    "conv_alpha": "use --alpha_pattern *conv*=N",
+    "block_dims": "use --rank_pattern, such as down_blocks.2.*=8",
+    "block_alphas": "use --alpha_pattern, such as down_blocks.2.*=4",
+    "network_reg_dims": "use --rank_pattern, such as down_blocks.2.*=8",
     "network_dropout": "use --lora_dropout",
     "network_weights": "use --init_adapter",
     "dim_from_weights": "a file of another rank is converted to --rank; leave it out",
@@ -153,7 +156,7 @@ def help_of(item: Field) -> str:
     default = item.default
     if item.metadata["required"]:
         note = " (required)"
-    elif default is None or default is False:
+    elif default is None or default is False or default == ():
         note = ""
     else:
         note = f" (default: {' '.join(default) if isinstance(default, tuple) else default})"

@@ -13,6 +13,7 @@ from typing import Any
 from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.config_fields import Prompt, check_limits, convert, field_types, grouped, nearest
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.targets import ATTENTION, parse_pattern
 
 __all__ = ["INTERPOLATIONS", "MIXERS", "TrainConfig", "check_each"]
 
@@ -21,7 +22,6 @@ INTERPOLATIONS = ("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest",
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "aim", "mlflow", "clearml", "dvclive", "swanlab")
 PRECISIONS = ("no", "fp16", "bf16")
-ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 
 of_base = grouped("base model")
 of_photos = grouped("photos")
@@ -99,8 +99,12 @@ class TrainConfig:
 
     rank: int = of_adapter(4, "rank r of the adapter", low=1, high=4096)
     lora_alpha: float | None = of_adapter(
-        None, "the adapter is scaled by alpha / rank (default: alpha = rank)", above=0
+        None, "the adapter is scaled by alpha / rank (default: alpha = rank, of each layer)", above=0
     )
+    rank_pattern: tuple[str, ...] = of_adapter(
+        (), "other ranks of some of the UNet's layers, NAME=N: to_k=8, down_blocks.2.*=16; the first that fits counts"
+    )
+    alpha_pattern: tuple[str, ...] = of_adapter((), "other alphas of some of the UNet's layers, in the same way")
     use_rslora: bool = of_adapter(False, "scale by alpha / sqrt(rank)")
     lora_dropout: float = of_adapter(0.0, "dropout in front of the adapter", low=0, high=0.99)
     use_dora: bool = of_adapter(False, "learn the weights' magnitudes too (DoRA)")
@@ -108,7 +112,9 @@ class TrainConfig:
     train_mixer: bool = of_adapter(True, "learn the mixer")
     mixer_lr_scale: float = of_adapter(1.0, "the mixer's learning rate, as a multiple of the others'", low=0)
     target_modules: tuple[str, ...] = of_adapter(
-        ATTENTION, "layers of the UNet that get an adapter; convolutions, such as conv1, too"
+        ATTENTION,
+        "layers of the UNet that get an adapter, by the end of their path (to_q, conv1), with * (down_blocks.2.*), or "
+        "a block whose attention is meant (up_blocks.0.attentions.1, mid_block, blora_content, blora_style)",
     )
     train_text_encoder: bool = of_adapter(False, "put adapters on both text encoders too")
     init_adapter: str | None = of_adapter(
@@ -214,6 +220,9 @@ class TrainConfig:
             raise UserError("--optimizer Prodigy takes one learning rate for all: leave --mixer_lr_scale at 1.")
         if self.init_adapter and self.mixer == "butterfly":
             raise UserError("--init_adapter: the butterfly mixer has no inverse; give another --mixer.")
+        for name in ("rank_pattern", "alpha_pattern"):
+            for text in getattr(self, name):
+                parse_pattern(name, text)
         if not self.target_modules:
             raise UserError("--target_modules is empty: name at least one projection, such as to_q.")
 

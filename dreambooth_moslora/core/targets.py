@@ -1,11 +1,66 @@
-"""PEFT's rule for `target_modules`, for checks that run without torch.
+"""Names of layers in `--target_modules`, `--rank_pattern` and `--alpha_pattern`, for code that runs without torch.
 
-A test compares it with PEFT itself.
+    to_q, attn1.to_q          layers whose path ends so: PEFT's own rule
+    up_blocks.0.attentions.1  a block: the projections of attention in it, as in B-LoRA and diffusers' scripts
+    down_blocks.2.*, *conv1   `*` stands for anything: every layer whose path, or end of it, is like that
+    blora_style               another name of a block
+
+In a pattern a block stands for all its layers that have an adapter. `unet.` before a name is left out.
 """
 
-__all__ = ["is_target"]
+import math
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from dreambooth_moslora.core.errors import UserError
+
+__all__ = ["ATTENTION", "BLOCKS", "full_name", "is_meant", "is_target", "parse_pattern", "pattern_value"]
+
+ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
+BLOCKS = {"blora_content": "up_blocks.0.attentions.0", "blora_style": "up_blocks.0.attentions.1"}
+"""B-LoRA (Frenkel et al. 2024, arXiv 2403.14572): the blocks of SDXL that hold content and style."""
+PATTERN = re.compile(r"\s*(?P<name>[^=:\s]+)\s*[=:]\s*(?P<value>\S+)\s*")
 
 
 def is_target(path: str, name: str) -> bool:
-    """Whether the layer at `path` is meant by `name`: it is the path itself, or its end after a dot."""
+    """Whether the layer at `path` gets an adapter by `name` in `--target_modules`."""
+    name = full_name(name)
+    return is_like(path, name) or (path.startswith(f"{name}.") and any(is_like(path, end) for end in ATTENTION))
+
+
+def is_meant(path: str, name: str) -> bool:
+    """Whether the layer at `path` has the value of `name` in a pattern."""
+    name = full_name(name)
+    return is_like(path, name) or path.startswith(f"{name}.")
+
+
+def full_name(name: str) -> str:
+    return BLOCKS.get(name, name.removeprefix("unet."))
+
+
+def is_like(path: str, name: str) -> bool:
+    """The path itself, or its end after a dot, is called so."""
+    if "*" in name:
+        return fnmatchcase(path, name) or fnmatchcase(path, f"*.{name}")
     return f".{path}".endswith(f".{name}")
+
+
+def parse_pattern(flag: str, text: str) -> tuple[str, float]:
+    """`down_blocks.2.*=8`, or with a colon -> the name and its value: a rank is whole. Raises UserError."""
+    match = PATTERN.fullmatch(text)
+    try:
+        value = float(match["value"]) if match else math.nan
+    except ValueError:
+        value = math.nan
+    is_rank = flag == "rank_pattern"
+    if match is None or not 0 < value <= 1e6 or (is_rank and not (value.is_integer() and value <= 4096)):
+        kind = "a whole number from 1 to 4096" if is_rank else "a number above 0"
+        raise UserError(f"--{flag} {text}: expected a layer's name and {kind}, such as down_blocks.2.*=8.")
+    return match["name"], value
+
+
+def pattern_value(patterns: Iterable[str], flag: str, path: str) -> float | None:
+    """Of the first pattern that means the layer; None when none does."""
+    values = (parse_pattern(flag, text) for text in patterns)
+    return next((value for name, value in values if is_meant(path, name)), None)

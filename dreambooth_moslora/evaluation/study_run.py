@@ -23,10 +23,9 @@ from threading import Thread
 
 import torch
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig
 from PIL import Image
 
-from dreambooth_moslora.adapters.layers import target_layers
+from dreambooth_moslora.adapters.layers import matrix_layers
 from dreambooth_moslora.adapters.skeleton import empty_model
 from dreambooth_moslora.base.locate import resolve_base
 from dreambooth_moslora.core.config import TrainConfig
@@ -35,6 +34,7 @@ from dreambooth_moslora.core.events import StepDone, events_of
 from dreambooth_moslora.core.process import reset_peak_memory
 from dreambooth_moslora.core.prompts import subject_of
 from dreambooth_moslora.core.run_folder import RunDir, atomic_write
+from dreambooth_moslora.core.targets import is_target
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.evaluation.encoders import TOY_DINO, Encoders, load_encoders, own_encoders
 from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator, evaluate_adapter, truth_of
@@ -299,6 +299,6 @@ def widths_of(base: str, targets: tuple[str, ...]) -> tuple[tuple[int, int], ...
         unet = empty_model(
             {"class": "UNet2DConditionModel", "config": UNet2DConditionModel.load_config(source, subfolder="unet")}
         )
-    layers = target_layers(unet, LoraConfig(target_modules=list(targets))).values()
-    weights = [layer.weight for layer in layers if getattr(layer, "weight", None) is not None]
+    layers = matrix_layers(unet).items()
+    weights = [layer.weight for path, layer in layers if any(is_target(path, name) for name in targets)]
     return tuple((weight[0].numel(), weight.shape[0]) for weight in weights)

@@ -31,6 +31,7 @@ from dreambooth_moslora.core.run_folder import (
 )
 from dreambooth_moslora.core.targets import is_target
 from dreambooth_moslora.training.checks import last_name
+from dreambooth_moslora.training.layer_sizes import rank_and_alpha
 from dreambooth_moslora.training.optimizer import optimizer_kind
 from dreambooth_moslora.training.optimizer_states import checked_states
 
@@ -220,14 +221,21 @@ def check_resumed(config: TrainConfig, checkpoint: Path, position: Position) -> 
     require(
         checkpoint, "train_text_encoder", any(not m.startswith("unet.") for m in modules), config.train_text_encoder
     )
-    require(checkpoint, "rank", facts.rank, config.rank)
-    require(
-        checkpoint, "lora_alpha", facts.alpha, float(config.rank if config.lora_alpha is None else config.lora_alpha)
-    )
+    require_sizes(checkpoint, facts, modules, config)
     names = ["use_rslora", "use_dora", "mixer", "lora_dropout"] + (["train_mixer"] if config.mixer != "none" else [])
     for name in names:
         require(checkpoint, name, getattr(facts, name), getattr(config, name))
     require_targets(checkpoint, [m.removeprefix("unet.") for m in modules if m.startswith("unet.")], config)
+
+
+def require_sizes(checkpoint: Path, facts: AdapterMetadata, modules: set[str], config: TrainConfig) -> None:
+    """Each module has the rank and the alpha that the patterns, or the settings for all, give it."""
+    for module in sorted(modules):
+        rank, alpha = rank_and_alpha(config, *module.split(".", 1))
+        name = "rank_pattern" if config.rank_pattern else "rank"
+        require(checkpoint, name, facts.ranks.get(module, facts.rank), rank)
+        name = "alpha_pattern" if config.alpha_pattern else "lora_alpha"
+        require(checkpoint, name, facts.alphas.get(module, facts.alpha), alpha)
 
 
 def trained_modules(checkpoint: Path) -> tuple[AdapterMetadata, set[str]]:

@@ -18,7 +18,7 @@ from dreambooth_moslora.core.config_fields import nearest
 from dreambooth_moslora.core.digests import default_cache_dir
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import RunDir, check_name, checkpoint_step
-from dreambooth_moslora.core.targets import is_target
+from dreambooth_moslora.core.targets import full_name, is_meant, is_target, parse_pattern
 from dreambooth_moslora.core.versions import require_packages
 from dreambooth_moslora.training.estimate import check_memory
 from dreambooth_moslora.training.precision import check_bf16
@@ -27,6 +27,7 @@ from dreambooth_moslora.training.results.model_card import is_card, pictures_nam
 __all__ = [
     "check_folders",
     "check_layers",
+    "check_patterns",
     "check_targets",
     "last_name",
     "nearest_existing",
@@ -57,14 +58,34 @@ def check_layers(targets: Iterable[str], layers: Mapping[str, int], use_dora: bo
 def check_targets(targets: Iterable[str], layers: Iterable[str]) -> None:
     """`layers` are paths of layers with weights, such as `mid_block.attentions.0.proj_in`.
 
-    Raises UserError for a name that none of them ends with, and says which one was probably meant.
+    Raises UserError for a name that means none of them, and says which one was probably meant.
     """
     layers = list(layers)
     for name in targets:
         if not any(is_target(layer, name) for layer in layers):
-            close = nearest(name, sorted({last_name(layer) for layer in layers}))
+            close = nearest(full_name(name), names_in(layers, blocks="." in name))
             hint = f"did you mean {close}?" if close else "to_q, to_k, to_v and to_out.0 are those of attention."
             raise UserError(f"--target_modules {name}: the UNet has no such layer; {hint}")
+
+
+def names_in(layers: Iterable[str], blocks: bool) -> list[str]:
+    """The last names of the layers, or the paths of the blocks that hold them."""
+    if not blocks:
+        return sorted({last_name(layer) for layer in layers})
+    parents = {".".join(layer.split(".")[:end]) for layer in layers for end in range(1, layer.count(".") + 1)}
+    return sorted(parents | set(layers))
+
+
+def check_patterns(config: TrainConfig, layers: Iterable[str]) -> None:
+    """Raises UserError for a pattern that means no layer with an adapter. `layers` are all of the UNet's."""
+    adapted = [layer for layer in layers if any(is_target(layer, name) for name in config.target_modules)]
+    for flag in ("rank_pattern", "alpha_pattern"):
+        for text in getattr(config, flag):
+            name = parse_pattern(flag, text)[0]
+            if not any(is_meant(layer, name) for layer in adapted):
+                close = nearest(full_name(name), names_in(adapted, blocks="." in name))
+                hint = f"did you mean {close}?" if close else "--target_modules says which have one."
+                raise UserError(f"--{flag} {text}: no layer with an adapter is called so; {hint}")
 
 
 def last_name(path: str) -> str:
@@ -182,8 +203,9 @@ def preflight(config: TrainConfig) -> Path | None:
     """Raises UserError; returns the diffusers folder of the base, if it is on this machine."""
     require_packages(config)
     check_bf16(config)
-    if config.mixer == "butterfly" and config.rank % 2:
-        raise UserError(f"--mixer butterfly needs an even --rank, not {config.rank}.")
+    ranks = [config.rank, *(int(parse_pattern("rank_pattern", text)[1]) for text in config.rank_pattern)]
+    if config.mixer == "butterfly" and (odd := [rank for rank in ranks if rank % 2]):
+        raise UserError(f"--mixer butterfly needs an even --rank, not {odd[0]}.")
     if config.push_to_hub:
         from dreambooth_moslora.training.results.hub import check_push
 
@@ -196,6 +218,7 @@ def preflight(config: TrainConfig) -> Path | None:
     layers = unet_layers(folder, config.variant) if folder else {}
     if layers:
         check_layers(config.target_modules, layers, config.use_dora)
+        check_patterns(config, layers)
     check_memory(config, folder)
     return folder
 

@@ -15,6 +15,7 @@ from dreambooth_moslora.base.headers import tensor_shapes
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.targets import is_target
+from dreambooth_moslora.training.layer_sizes import rank_and_alpha
 from dreambooth_moslora.training.step_plan import uses_class_images
 
 __all__ = ["CONTEXT_GIB", "GIB", "BaseSize", "Estimate", "check_memory", "estimate", "size_of_base"]
@@ -54,6 +55,8 @@ class BaseSize:
     adapted_widths: int = 1_451_520
     adapted_layers: int = 560
     is_measured: bool = False
+    widths: tuple[tuple[str, int], ...] = ()
+    """Path and in + out of each layer that gets an adapter, where they are known."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +84,15 @@ def size_of_base(folder: Path | None, target_modules: tuple[str, ...], variant: 
     shapes = {part: tensor_shapes(folder / part, variant) for part in PARTS} if folder is not None else {}
     if not shapes or not all(shapes.values()):
         return BaseSize()
-    weights = {name: shape for name, shape in shapes["unet"].items() if name.endswith(".weight")}
+    weights = {name: shape for name, shape in shapes["unet"].items() if name.endswith(".weight") and len(shape) > 1}
     layers = {name.removesuffix(".weight"): shape for name, shape in weights.items()}
-    adapted = [shape for path, shape in layers.items() if any(is_target(path, name) for name in target_modules)]
+    adapted = {path: shape for path, shape in layers.items() if any(is_target(path, t) for t in target_modules)}
     count = {part: sum(map(math.prod, found.values())) for part, found in shapes.items()}
     texts = count["text_encoder"] + count["text_encoder_2"]
-    widths = sum(shape[0] + math.prod(shape[1:]) for shape in adapted)
+    widths = tuple((path, shape[0] + math.prod(shape[1:])) for path, shape in adapted.items())
+    total = sum(width for _, width in widths)
     projections = sum(math.prod(shape) for name, shape in shapes["unet"].items() if is_projection(name, shape))
-    return BaseSize(count["unet"], projections, texts, count["vae"], widths, len(adapted), True)
+    return BaseSize(count["unet"], projections, texts, count["vae"], total, len(widths), True, widths)
 
 
 def is_projection(name: str, shape: list[int]) -> bool:
@@ -102,8 +106,7 @@ PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")
 def estimate(config: TrainConfig, size: BaseSize, total_steps: int, photo_count: int) -> Estimate:
     """GiB on the device of each phase, and on the disk."""
     number = BYTES[precision_of(config)]
-    adapter = config.rank * size.adapted_widths
-    adapter += size.adapted_layers * config.rank**2 if config.mixer != "none" else 0
+    adapter = adapter_parameters(config, size)
     unet, texts, vae = unet_gib(config, size), size.text_encoders * number / GIB, size.vae * 4 / GIB
     optimized = adapter * (TRAINING_BYTES_8BIT if config.use_8bit_adam else TRAINING_BYTES) / GIB
     weights = unet + optimized + (texts if config.train_text_encoder else 0)
@@ -118,6 +121,15 @@ def estimate(config: TrainConfig, size: BaseSize, total_steps: int, photo_count:
         disk_gib=disk_gib(config, adapter, checkpoint, total_steps),
         size=size,
     )
+
+
+def adapter_parameters(config: TrainConfig, size: BaseSize) -> int:
+    """Numbers in A, B and the mixers. Without the layers' paths, patterns are not counted."""
+    layers = [(rank_and_alpha(config, "unet", path)[0], width) for path, width in size.widths]
+    if not layers:
+        layers = [(config.rank, size.adapted_widths / max(1, size.adapted_layers))] * size.adapted_layers
+    mixers = sum(rank**2 for rank, _ in layers) if config.mixer != "none" else 0
+    return round(sum(rank * width for rank, width in layers)) + mixers
 
 
 def precision_of(config: TrainConfig) -> str:
@@ -166,7 +178,8 @@ def step_gib(config: TrainConfig, size: BaseSize, adapter: int) -> float:
     scale = scale_of(config, size) * images
     if config.gradient_checkpointing:
         return RECOMPUTED_GIB * scale * (PEFT_RECOMPUTED if is_pefts else 1)
-    image = (STEP_GIB + STEP_GIB_A_RANK * config.rank * size.adapted_layers / 560) * (PEFT_STEP if is_pefts else 1)
+    rank = adapter * config.rank / max(1, adapter_parameters(replace(config, rank_pattern=()), size))  # on average
+    image = (STEP_GIB + STEP_GIB_A_RANK * rank * size.adapted_layers / 560) * (PEFT_STEP if is_pefts else 1)
     casts = adapter * 2 / GIB
     return image * scale + TEXT_GIB * images * math.sqrt(size.unet / BaseSize().unet) + casts
 

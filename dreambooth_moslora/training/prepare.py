@@ -26,7 +26,7 @@ from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.folder import PhotoReport, find_photos
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.training.accelerator import DTYPES, on_main
-from dreambooth_moslora.training.checks import check_layers
+from dreambooth_moslora.training.checks import check_layers, check_patterns
 from dreambooth_moslora.training.class_images import ClassImages
 from dreambooth_moslora.training.dataset import PhotoEncoder, PhotoStream, PromptCache, TrainBatch, collate
 from dreambooth_moslora.training.encoding_cache import TensorCache, fingerprint
@@ -91,7 +91,9 @@ def prepare(
         warn_of_fp32(pipeline, device)
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
     check_weighting(config, schedule)
-    check_layers(config.target_modules, layers_of(pipeline.unet), config.use_dora)
+    layers = layers_of(pipeline.unet)
+    check_layers(config.target_modules, layers, config.use_dora)
+    check_patterns(config, layers)
     start = read_start_of(config, pipeline) if is_fresh else None
     context.stop_if_asked()
     class_photos = make_class_images(context, pipeline) if uses_class_images(config) else []

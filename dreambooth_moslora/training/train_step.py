@@ -8,6 +8,7 @@ Adapters are fp32; the frozen base computes in its own dtype, with copies of the
 
 import logging
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +18,25 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from dreambooth_moslora.adapters.fused_linear import enable_fast_path
-from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject, lora_layers, switched_off
+from dreambooth_moslora.adapters.layers import matrix_layers, value_pattern
+from dreambooth_moslora.adapters.moslora import (
+    MoSLoraConfig,
+    adapter_layers,
+    adapter_parameters,
+    inject,
+    lora_layers,
+    switched_off,
+)
 from dreambooth_moslora.adapters.start import begin_with
 from dreambooth_moslora.adapters.working_copies import WorkingCopies
 from dreambooth_moslora.base.load import TextCond, encode_text
 from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.seeding import generator, rng, seed_of
+from dreambooth_moslora.core.targets import is_target
 from dreambooth_moslora.training.checkpoint import load_adapter, restore_optimizer
 from dreambooth_moslora.training.dataset import TrainBatch, move_together
+from dreambooth_moslora.training.layer_sizes import rank_and_alpha
 from dreambooth_moslora.training.objective import (
     LossParts,
     NoisySample,
@@ -235,10 +247,11 @@ def add_adapters(config: TrainConfig, inputs: TrainInputs, checkpoint: Path | No
     components = {name: getattr(inputs.pipeline, name) for name in names}
     if checkpoint is not None:
         load_adapter(checkpoint, components)
+        check_same_layers(config, checkpoint, components)
     for name, module in components.items():
         if checkpoint is None:
             torch.manual_seed(seed_of(config.seed, "adapter", name))
-            inject(module, adapter_config(config, name))
+            inject(module, adapter_config(config, name, target_paths(config, name, module)))
     if checkpoint is None and inputs.start is not None:
         logger.warning("%s", begin_with(inputs.start, components).sentence())
         inputs.start = None  # its tensors are needed no more
@@ -249,15 +262,36 @@ def add_adapters(config: TrainConfig, inputs: TrainInputs, checkpoint: Path | No
     return components
 
 
-def adapter_config(config: TrainConfig, component: str) -> MoSLoraConfig:
+def target_paths(config: TrainConfig, component: str, module: nn.Module) -> list[str]:
+    """The layers of the component that get an adapter."""
     targets = config.target_modules if component == "unet" else TEXT_PROJECTIONS
+    return [path for path in matrix_layers(module) if any(is_target(path, name) for name in targets)]
+
+
+def check_same_layers(config: TrainConfig, checkpoint: Path, components: dict[str, nn.Module]) -> None:
+    """Raises UserError when the checkpoint has an adapter on other layers than a fresh run would have."""
+    for name, module in components.items():
+        differing = set(adapter_layers(module)) ^ set(target_paths(config, name, module))
+        if differing:
+            raise UserError(
+                f"--target_modules: {checkpoint.name} was trained on other layers, first {min(differing)}: "
+                "resume with the same, or start a new run."
+            )
+
+
+def adapter_config(config: TrainConfig, component: str, paths: list[str]) -> MoSLoraConfig:
+    """PEFT's settings for exactly these layers, each with its own rank and alpha."""
+    sizes = {path: rank_and_alpha(config, component, path) for path in paths}
+    rank, alpha = config.rank, config.rank if config.lora_alpha is None else config.lora_alpha
     return MoSLoraConfig(
-        r=config.rank,
-        lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern=value_pattern({path: r for path, (r, _) in sizes.items()}, rank),
+        alpha_pattern=value_pattern({path: a for path, (_, a) in sizes.items()}, alpha),
         lora_dropout=config.lora_dropout,
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
-        target_modules=list(targets),
+        target_modules="|".join(map(re.escape, paths)),
         mixer=config.mixer,
         train_mixer=config.train_mixer,
         mixer_seed=config.seed,

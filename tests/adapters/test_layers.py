@@ -9,7 +9,7 @@ from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, i
 from dreambooth_moslora.core.targets import is_target
 from tests.helpers.tiny import tiny_unet
 
-TARGETS = ["to_q", "to_out.0", "conv1", "mid_block.attentions.0.proj_in", "q", "out.0", "mid_block"]
+TARGETS = ["to_q", "to_out.0", "conv1", "mid_block.attentions.0.proj_in", "q", "out.0"]
 
 
 def named(model: nn.Module) -> list[tuple[str, str]]:
@@ -33,6 +33,24 @@ def test_the_rule_without_torch_is_pefts_own(target):
     unet = tiny_unet()
     asked = target_layers(unet, LoraConfig(target_modules=[target]))
     assert list(asked) == [path for path in base_modules(unet) if is_target(path, target)]
+
+
+BLOCK_NAMES = {
+    "mid_block": lambda path: path.startswith("mid_block.") and path.endswith(("to_q", "to_k", "to_v", "to_out.0")),
+    "blora_style": lambda path: "up_blocks.0.attentions.1." in path and ".to_" in path and not path.endswith("to_out"),
+    "unet.up_blocks.0.attentions.1": lambda path: is_target(path, "blora_style"),
+    "down_blocks.1.*": lambda path: path.startswith("down_blocks.1."),
+    "*conv1": lambda path: path.endswith(".conv1"),
+    "attn1.*": lambda path: ".attn1." in path,
+    "down_blocks.*.to_q": lambda path: path.startswith("down_blocks.") and path.endswith(".to_q"),
+}
+
+
+@pytest.mark.parametrize("name", BLOCK_NAMES)
+def test_blocks_and_patterns_name_layers_too(name):
+    paths = list(matrix_layers(tiny_unet()))
+    found = [path for path in paths if is_target(path, name)]
+    assert found and found == [path for path in paths if BLOCK_NAMES[name](path)]
 
 
 def test_a_pattern_gives_every_module_its_value_back():

@@ -123,10 +123,12 @@ def training_table(config: TrainConfig, facts: CardFacts) -> str:
     prior = f"{config.prior}, weight {config.prior_loss_weight}" if config.with_prior_preservation else "none"
     batch = f"{config.train_batch_size} × {config.gradient_accumulation_steps} accumulated"
     start = {"Began with": public_name(config.init_adapter)} if config.init_adapter else {}
+    ranks = sorted({facts.adapter.rank, *facts.adapter.ranks.values()})
+    rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     rows = {
         "Base": facts.adapter.base_id,
         **start,
-        "Adapter": f"rank {facts.adapter.rank}, alpha {facts.adapter.alpha:g}, mixer {config.mixer}, {trained}",
+        "Adapter": f"rank {rank}, alpha {facts.adapter.alpha:g}, mixer {config.mixer}, {trained}",
         "Steps": f"{facts.step} of {facts.max_train_steps}",
         "Resolution": f"{config.resolution} px",
         "Batch": batch,
