@@ -60,6 +60,13 @@ class TrainConfig:
     )
     token: str | None = of_photos(None, "the rare word in the instance prompt (default: found in it)")
     class_word: str | None = of_photos(None, "the kind of thing it is (default: found in the prompts)")
+    caption_prefix: str | None = of_photos(None, "words before each photo's own captions; the instance prompt stays")
+    caption_suffix: str | None = of_photos(None, "words behind each photo's own captions")
+    shuffle_caption: bool = of_photos(False, "show the tags of a caption, between commas, in changing orders")
+    keep_tokens: int = of_photos(0, "tags at a caption's start that --shuffle_caption leaves in place", low=0)
+    caption_dropout: float = of_photos(
+        0.0, "share of exposures with an empty caption, of photos and not of class images", low=0, high=1
+    )
     repeats: int = of_photos(1, "how often each photo counts in an epoch", low=1, high=10**6)
     resolution: int = of_photos(1024, "side of the square crop that is trained on, px, a multiple of 8", low=8)
     center_crop: bool = of_photos(False, "crop the middle of each photo instead of a random place")

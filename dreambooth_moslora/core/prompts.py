@@ -16,6 +16,7 @@ __all__ = [
     "Subject",
     "class_word_of",
     "context_prompts",
+    "joined",
     "subject_of",
     "trigger_words",
     "validation_prompts",
@@ -109,6 +110,11 @@ def trigger_words(config: TrainConfig) -> tuple[str, ...]:
     """What a prompt must contain to call the subject."""
     words = subject_of(config).words
     return (words,) if words else ()
+
+
+def joined(*parts: str) -> str:
+    """Parts of a caption with a space between them, but before a comma."""
+    return " ".join(filter(None, parts)).replace(" ,", ",")
 
 
 def validation_prompts(config: TrainConfig) -> tuple[str, ...]:

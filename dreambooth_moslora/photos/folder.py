@@ -6,7 +6,7 @@ cannot be used is listed with its reason.
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from PIL import Image
 
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError, spelled_out
+from dreambooth_moslora.core.prompts import joined
 from dreambooth_moslora.photos.image_file import (
     IMAGE_SUFFIXES,
     UnreadableImageError,
@@ -89,9 +90,20 @@ def photo_report(config: TrainConfig) -> PhotoReport:
     else:
         raise UserError("give the photos: --instance_data_dir FOLDER, or --dataset_name NAME.")
     report = find_photos(folder, config.instance_prompt, config.resolution, alpha=config.alpha)
+    report = replace(report, photos=[replace(photo, captions=framed(config, photo)) for photo in report.photos])
     if not report.photos:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
     return report
+
+
+def framed(config: TrainConfig, photo: Photo) -> tuple[str, ...]:
+    """The photo's own captions with prefix and suffix; the instance prompt as it is."""
+    prefix, suffix = ((end or "").strip() for end in (config.caption_prefix, config.caption_suffix))
+    found = []
+    for caption in photo.captions:
+        is_own = caption != config.instance_prompt
+        found.append(joined(prefix, caption, suffix) if is_own else caption)
+    return tuple(found)
 
 
 def summary_of_skipped(report: PhotoReport) -> str:

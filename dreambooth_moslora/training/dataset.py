@@ -154,17 +154,30 @@ def latent_mask(mask: Image.Image, latents: Tensor) -> Tensor:
 class PhotoStream:
     """The samples of one set of photos, by position. Two streams of one run differ by `name`."""
 
-    def __init__(self, photos: Sequence[Photo], encoder: PhotoEncoder, seed: int, name: str, repeats: int = 1):
+    def __init__(
+        self,
+        photos: Sequence[Photo],
+        encoder: PhotoEncoder,
+        seed: int,
+        name: str,
+        repeats: int = 1,
+        caption_dropout: float = 0.0,
+    ):
         self.photos, self.encoder, self.seed, self.name, self.repeats = photos, encoder, seed, name, repeats
+        self.caption_dropout = caption_dropout
 
     def __len__(self) -> int:
         """Samples in an epoch."""
         return samples_an_epoch(len(self.photos), self.repeats)
 
     def at(self, position: int) -> tuple[EncodedView, str]:
-        """The view of the sample at `position` >= 0, and one of its photo's captions, drawn anew each time."""
+        """The view of the sample at `position` >= 0, and one of its photo's captions, drawn anew each time.
+
+        In a share `caption_dropout` of the positions the caption is empty.
+        """
         photo, plan = self._sample(position)
-        caption = rng(self.seed, self.name, "caption", position).choice(photo.captions)
+        is_dropped = rng(self.seed, self.name, "caption dropout", position).random() < self.caption_dropout
+        caption = "" if is_dropped else rng(self.seed, self.name, "caption", position).choice(photo.captions)
         return self.encoder.encode(photo, plan), caption
 
     def read_ahead(self, position: int) -> None:

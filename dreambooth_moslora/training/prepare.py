@@ -4,7 +4,7 @@ photos -> base -> class images -> latents and text embeddings -> encoders leave 
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.folder import PhotoReport, find_photos
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.training.accelerator import DTYPES, on_main
+from dreambooth_moslora.training.captions import shuffled_captions
 from dreambooth_moslora.training.checks import check_layers, check_patterns
 from dreambooth_moslora.training.class_images import ClassImages
 from dreambooth_moslora.training.dataset import PhotoEncoder, PhotoStream, PromptCache, TrainBatch, collate
@@ -104,7 +105,8 @@ def prepare(
         config.dataloader_num_workers,
         config.unmasked_weight,
     )
-    instance = PhotoStream(photos, encoder, config.seed, "instance", config.repeats)
+    shuffled = [replace(photo, captions=shuffled_captions(config, photo.captions)) for photo in photos]
+    instance = PhotoStream(shuffled, encoder, config.seed, "instance", config.repeats, config.caption_dropout)
     prior = PhotoStream(class_photos, encoder, config.seed, "prior") if class_photos else None
     prompt_embeds = prompt_cache(config, pipeline, device)
     streams = [stream for stream in (instance, prior) if stream is not None]

@@ -13,6 +13,12 @@ from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_confi
 KINDS = {
     "plain": {"random_flip": True},
     "class_images": {"with_prior_preservation": True},
+    "captions": {
+        "instance_prompt": "sks dog, red, round, on grass",
+        "shuffle_caption": True,
+        "keep_tokens": 1,
+        "caption_dropout": 0.4,
+    },
     "accumulation": {"gradient_accumulation_steps": 3, "train_batch_size": 2},
     "text_encoder": {"train_text_encoder": True, "with_prior_preservation": True, "prior": "adapter_off"},
     "convolutions": {"target_modules": ("to_q", "conv1", "conv_shortcut")},

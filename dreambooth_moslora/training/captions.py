@@ -1,0 +1,35 @@
+"""A caption's tags in several orders, as image boards' tags have none.
+
+    prefix  sks dog, red collar, on grass, side view  suffix        --keep_tokens 1 leaves `sks dog` where it is
+
+Each caption has a fixed number of orders, named by the run's seed: so frozen text encoders are asked once for each, and
+a resumed run and several processes show what an unbroken run of one process shows.
+"""
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.prompts import joined
+from dreambooth_moslora.core.seeding import rng
+
+__all__ = ["shuffled_captions"]
+
+ORDERS = 16
+"""Of each caption, the written one among them."""
+
+
+def shuffled_captions(config: TrainConfig, captions: tuple[str, ...]) -> tuple[str, ...]:
+    """The captions as they are, or each in ORDERS orders of its tags, so that each is drawn as often as before."""
+    if not config.shuffle_caption:
+        return captions
+    return tuple(reordered(config, caption, number) for caption in captions for number in range(ORDERS))
+
+
+def reordered(config: TrainConfig, caption: str, number: int) -> str:
+    """Order `number` of a caption; 0 is the written one. Prefix, suffix and the first `keep_tokens` tags stay."""
+    if number == 0:
+        return caption
+    prefix, suffix = ((end or "").strip() for end in (config.caption_prefix, config.caption_suffix))
+    head, tail = prefix if caption.startswith(prefix) else "", suffix if caption.endswith(suffix) else ""
+    tags = [tag.strip() for tag in caption[len(head) : len(caption) - len(tail)].split(",") if tag.strip()]
+    kept, others = tags[: config.keep_tokens], tags[config.keep_tokens :]
+    rng(config.seed, "tags", caption, number).shuffle(others)
+    return joined(head, ", ".join([*kept, *others]), tail)
