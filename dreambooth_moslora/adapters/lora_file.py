@@ -65,12 +65,13 @@ def find_weights(path: str | Path) -> Path:
 
 
 def adapter_name(path: str | Path) -> str:
-    """`runs/dog` and the file in it are called "dog", its checkpoint "dog@500", and `cat.safetensors` "cat"."""
+    """`runs/dog` and the file in it are called "dog", its checkpoints "dog@500" and "dog@last", and `cat.safetensors`
+    "cat"."""
     file = find_weights(path)
     folder = file.parent.resolve()
     if file.name not in (PUBLISHED_NAME, RAW_NAME):
         return file.stem
-    is_checkpoint = folder.name.startswith("checkpoint-")
+    is_checkpoint = folder.name.startswith("checkpoint-") or (folder.name == "last" and file.name == RAW_NAME)
     return f"{folder.parent.name}@{folder.name.removeprefix('checkpoint-')}" if is_checkpoint else folder.name
 
 

@@ -192,7 +192,7 @@ class TrainConfig:
     output_dir: str = of_run("lora-dreambooth-model", "the run folder")
     output_kohya_format: bool = of_run(False, "accepted: the file for ComfyUI and A1111 is always written")
     checkpointing_steps: int = of_run(500, "steps between checkpoints", low=1)
-    checkpoints_total_limit: int | None = of_run(None, "checkpoints to keep", low=1)
+    checkpoints_total_limit: int | None = of_run(None, "numbered checkpoints to keep", low=1)
     resume_from_checkpoint: str | None = of_run(None, 'a checkpoint folder, or "latest"')
     logging_dir: str = of_run("logs", "folder of the trackers' logs inside the run folder")
     report_to: str = of_run("tensorboard", "where the numbers and the samples go", choices=(*TRACKERS, "all", "none"))

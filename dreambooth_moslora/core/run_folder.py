@@ -4,6 +4,7 @@ Everything is written beside its final name, flushed to the disk, then renamed. 
 temporaries, which begin with a dot and are removed by the next run, and never a half-written file under a real name.
 """
 
+import json
 import os
 import re
 import secrets
@@ -28,7 +29,9 @@ __all__ = [
     "checkpoint_step",
     "clean_stale",
     "is_checkpoint",
+    "remove_directory",
     "scratch_directory",
+    "step_of",
 ]
 
 PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
@@ -105,8 +108,13 @@ class RunDir:
     def checkpoint_path(self, step: int) -> Path:
         return self.path / f"checkpoint-{step}"
 
+    @property
+    def last_dir(self) -> Path:
+        """The checkpoint of a run's end, where that is no multiple of `--checkpointing_steps`."""
+        return self.path / "last"
+
     def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, by step."""
+        """Complete checkpoints, by step, `last` among them."""
         return [path for path in self.named_checkpoints() if is_checkpoint(path)]
 
     def named_checkpoints(self) -> list[Path]:
@@ -114,15 +122,17 @@ class RunDir:
         if not self.path.is_dir():
             return []
         recover(self.path)
-        return sorted((p for p in self.path.iterdir() if checkpoint_step(p) is not None), key=checkpoint_step)
+        named = [p for p in self.path.iterdir() if checkpoint_step(p) is not None or p == self.last_dir]
+        return sorted(named, key=step_of)
 
     def latest_checkpoint(self) -> Path | None:
         return next(reversed(self.checkpoints()), None)
 
     def rotate(self, limit: int | None) -> None:
-        """Keep the newest `limit` checkpoints; None keeps all."""
+        """Keep the newest `limit` numbered checkpoints; None keeps all."""
         if limit is not None:
-            for path in self.checkpoints()[: -max(1, limit)]:
+            numbered = [path for path in self.checkpoints() if path != self.last_dir]
+            for path in numbered[: -max(1, limit)]:
                 remove_directory(path)
 
     def append_metrics(self, event: dict[str, Any]) -> None:
@@ -147,6 +157,17 @@ def checkpoint_step(path: Path) -> int | None:
     """The step in a checkpoint's name; None for another name."""
     match = CHECKPOINT.fullmatch(path.name)
     return int(match[1]) if match else None
+
+
+def step_of(path: Path) -> int:
+    """Of a checkpoint, by its name or, of `last`, by what its position says; -1 where that is damaged."""
+    named = checkpoint_step(path)
+    if named is not None:
+        return named
+    try:
+        return int(json.loads((path / CHECKPOINT_FILES[0]).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return -1
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dreambooth_moslora.core.events import RunStarted, StepEvaluated, events_of
 from dreambooth_moslora.core.names import free_name
-from dreambooth_moslora.core.run_folder import RunDir, atomic_write, checkpoint_step
+from dreambooth_moslora.core.run_folder import RunDir, atomic_write, step_of
 from dreambooth_moslora.training.results.model_card import pictures_named
 from dreambooth_moslora.training.run_context import RunContext
 
@@ -41,7 +41,7 @@ def what_was_left(run_dir: RunDir) -> list[Path]:
 
 def archive_checkpoints_after(run_dir: RunDir, step: int) -> None:
     """Without it a kill, and then `latest`, would go on from the run that was abandoned."""
-    later = [path for path in reversed(run_dir.named_checkpoints()) if checkpoint_step(path) > step]
+    later = [path for path in reversed(run_dir.named_checkpoints()) if step_of(path) > step]
     scored = events_of(StepEvaluated, run_dir.read_metrics())
     if scored and scored[-1].best["step"] > step:
         later += present(run_dir.best_dir)

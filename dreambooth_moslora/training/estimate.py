@@ -185,8 +185,8 @@ def step_gib(config: TrainConfig, size: BaseSize, adapter: int) -> float:
 
 
 def disk_gib(config: TrainConfig, adapter: int, checkpoint_gib: float, total_steps: int) -> float:
-    checkpoints = math.ceil(total_steps / config.checkpointing_steps)
-    checkpoints = min(checkpoints, config.checkpoints_total_limit or checkpoints)
+    checkpoints, rest = divmod(total_steps, config.checkpointing_steps)
+    checkpoints = min(checkpoints, config.checkpoints_total_limit or checkpoints) + (rest > 0)
     samples = config.num_validation_images * (2 + total_steps // (config.validation_steps or max(1, total_steps)))
     made = config.with_prior_preservation and config.prior == "class_images" and not config.class_data_dir
     pictures = samples + (config.num_class_images if made else 0)

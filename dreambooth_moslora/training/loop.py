@@ -82,7 +82,7 @@ def set_up(context: RunContext, evaluator: StepScorer | None) -> Training:
     report.trackers.start(config)
     samples = ValidationSamples.of(config, context.run_dir, plan.steps_an_epoch)
     prompts = [*samples.prompts, *(evaluator.prompts if evaluator and config.evaluate_steps else ())]
-    inputs = prepare(context, photos, plan.total_steps * plan.photos_a_step, prompts, is_fresh=checkpoint is None)
+    inputs = prepare(context, photos, plan.total_steps * plan.photos_a_step, prompts, checkpoint is None)
     train_step = TrainStep(config, inputs, context.accelerator, plan.total_steps, checkpoint, step)
     sampler = Sampler(
         inputs.pipeline,

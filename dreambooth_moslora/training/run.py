@@ -20,6 +20,7 @@ from dreambooth_moslora.core.events import (
     event_of,
     events_of,
 )
+from dreambooth_moslora.core.run_folder import remove_directory
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.training.accelerator import any_process
 from dreambooth_moslora.training.checkpoint import Position, save_checkpoint
@@ -59,7 +60,7 @@ class TrainResult:
 
 @dataclass
 class Training:
-    """A run that is set up. `checkpoint` is the newest that it wrote or went on from."""
+    """A run that is set up. `checkpoint` is the newest that it wrote or went on from, `checkpoint_step` its step."""
 
     context: RunContext
     max_train_steps: int
@@ -76,6 +77,7 @@ class Training:
     def __post_init__(self):
         self.config, self.run_dir = self.context.config, self.context.run_dir
         self.accelerator, self.report = self.context.accelerator, self.context.report
+        self.checkpoint_step = self.step
 
     @property
     def step(self) -> int:
@@ -168,19 +170,21 @@ class Training:
 
     def checkpoint_if_due(self) -> None:
         if self.step % self.config.checkpointing_steps == 0:
-            self.save_checkpoint()
+            self.save_checkpoint(self.run_dir.checkpoint_path(self.step))
 
-    def save_checkpoint(self) -> None:
-        """Write a checkpoint. Raises UserError, on all processes, for an adapter that is not finite."""
+    def save_checkpoint(self, path: Path) -> None:
+        """Write a checkpoint; an older `last` goes. Raises UserError, on all processes, for an adapter that is not
+        finite."""
         if not all(bool(torch.isfinite(weights).all()) for weights in self.train_step.parameters):
             raise self.diverged(f"the adapter is not finite after step {self.step}")
         if not self.accelerator.is_main_process:
             return
-        path = self.run_dir.checkpoint_path(self.step)
         position = Position(self.step, self.config.seed, optimizer_kind(self.config))
         optimizer, scaler = self.train_step.optimizer.optimizer, self.accelerator.scaler
         save_checkpoint(path, position, self.train_step.components, self.publisher.facts, optimizer, scaler)
-        self.checkpoint = path
+        self.checkpoint, self.checkpoint_step = path, self.step
+        if path != self.run_dir.last_dir and self.run_dir.last_dir.is_dir():
+            remove_directory(self.run_dir.last_dir)
         self.run_dir.rotate(self.config.checkpoints_total_limit)
         self.report(CheckpointSaved(self.step, path.name))
 
@@ -194,10 +198,16 @@ class Training:
             raise StopRequestedError
 
     def finish(self, interrupted: bool) -> TrainResult:
-        """Leave a loadable adapter with its card, and a checkpoint with the raw adapter to go on from."""
-        here = self.run_dir.checkpoint_path(self.step)
-        if self.checkpoint is None or self.checkpoint.resolve() != here.resolve():
-            self.save_checkpoint()
+        """Leave a loadable adapter with its card, and a checkpoint with the raw adapter to go on from.
+
+        It is called `last`, unless the step is one of `--checkpointing_steps`: as in diffusers' script, numbered
+        checkpoints are of those alone.
+        """
+        is_due = self.step % self.config.checkpointing_steps == 0
+        here = self.run_dir.checkpoint_path(self.step) if is_due else self.run_dir.last_dir
+        is_there = self.checkpoint is not None and self.checkpoint.resolve() == here.resolve()
+        if not is_there or self.checkpoint_step != self.step:
+            self.save_checkpoint(here)
         proof = None
         if self.accelerator.is_main_process:
             self.report.phase("exporting")

@@ -13,7 +13,7 @@ import pytest
 
 from dreambooth_moslora.cli.main import COMMANDS, command, exit_code, main, train_main
 from dreambooth_moslora.cli.signals import StopRequest
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_folder import RunDir, step_of
 from tests.helpers.odd_photos import picture
 
 ROOT = Path(__file__).parents[2]
@@ -227,7 +227,8 @@ def check_interrupted(run):
     with safe_open(run.adapter_path, "pt") as file:
         assert file.keys()
     assert run.read_metrics()[-1]["state"] == "interrupted"
-    return checkpoint.name.removeprefix("checkpoint-")
+    assert checkpoint.name == "last"
+    return str(step_of(checkpoint))
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def steps_of(folder) -> list[dict]:
 
 
 def adapter(folder) -> dict[str, torch.Tensor]:
-    return load_file(RunDir(folder).checkpoint_path(3) / "moslora_weights.safetensors")
+    return load_file(RunDir(folder).latest_checkpoint() / "moslora_weights.safetensors")
 
 
 def test_a_step_that_overflows_is_done_again_and_neither_counts_nor_moves_the_schedule(tiny_base, tmp_path, scaled):

@@ -34,7 +34,9 @@ EXPECTED = {
 def config(tiny_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sizes")
     photos = paint_photos(folder / "photos")
-    return lambda **changes: tiny_config(tiny_base, photos, folder / "run", **SIZES | {"max_train_steps": 2} | changes)
+    return lambda **changes: tiny_config(
+        tiny_base, photos, folder / "run", **SIZES | {"max_train_steps": 2, "checkpointing_steps": 2} | changes
+    )
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.training.checkpoint import find_checkpoint
 from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.earlier_runs import archive_checkpoints_after
 from dreambooth_moslora.training.loop import train
@@ -58,7 +59,7 @@ def test_interrupted_and_resumed_equals_unbroken(kind, tiny_base, photos, tmp_pa
         result = train(config(resume_from_checkpoint="latest"), on_event, should_stop)
         assert result.interrupted and result.step == step
         assert adapter_sha256(tmp_path / "run") != unbroken
-        assert RunDir(tmp_path / "run").latest_checkpoint().name == f"checkpoint-{step}"
+        assert RunDir(tmp_path / "run").latest_checkpoint().name == "last"
     result = train(config(resume_from_checkpoint="latest"))
     assert not result.interrupted and result.step == 4
     assert adapter_sha256(tmp_path / "run") == unbroken
@@ -107,7 +108,7 @@ def test_a_new_run_in_an_old_folder_sets_the_old_one_aside(tiny_base, photos, tm
     old = adapter_sha256(tmp_path)
     train(tiny_config(tiny_base, photos, tmp_path, max_train_steps=1))
     assert adapter_sha256(tmp_path / "earlier_run_1") == old
-    assert [path.name for path in RunDir(tmp_path).checkpoints()] == ["checkpoint-1"]
+    assert [path.name for path in RunDir(tmp_path).checkpoints()] == ["last"]
 
 
 def test_latest_without_a_checkpoint_begins_anew_and_says_so(tiny_base, photos, tmp_path, caplog):
@@ -135,6 +136,43 @@ def test_an_older_checkpoint_sets_the_later_ones_aside(tiny_base, photos, tmp_pa
     assert sorted(path.name for path in aside.iterdir()) == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
     names = ("checkpoint-4/moslora_weights.safetensors", "checkpoint-4/optimizer.pt")
     assert all((aside / name).read_bytes() != (tmp_path / "run" / name).read_bytes() for name in names)
+
+
+def names_of(folder):
+    return [path.name for path in RunDir(folder).checkpoints()]
+
+
+def test_numbered_checkpoints_are_those_of_diffusers_script_and_the_end_is_called_last(tiny_base, photos, tmp_path):
+    """Multiples of `--checkpointing_steps`, the newest `--checkpoints_total_limit` of them."""
+
+    def go(steps, **changes):
+        every = {"checkpointing_steps": 2, "checkpoints_total_limit": 2, "max_train_steps": steps}
+        train(tiny_config(tiny_base, photos, tmp_path / "run", **every | changes))
+
+    should_stop, on_event = stop_at(3)
+    every = {"checkpointing_steps": 2, "checkpoints_total_limit": 2, "max_train_steps": 7}
+    train(tiny_config(tiny_base, photos, tmp_path / "run", **every), on_event, should_stop)
+    assert names_of(tmp_path / "run") == ["checkpoint-2", "last"]
+    go(7, resume_from_checkpoint="latest")
+    assert names_of(tmp_path / "run") == ["checkpoint-4", "checkpoint-6", "last"]
+    seven = adapter_sha256(tmp_path / "run")
+    go(8, resume_from_checkpoint="latest")
+    assert names_of(tmp_path / "run") == ["checkpoint-6", "checkpoint-8"]
+    steps = [e["step"] for e in RunDir(tmp_path / "run").read_metrics() if e["type"] == "step"]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+    go(7, resume_from_checkpoint="checkpoint-6")
+    assert names_of(tmp_path / "run") == ["checkpoint-6", "last"] and adapter_sha256(tmp_path / "run") == seven
+    go(7, resume_from_checkpoint="checkpoint-6")
+    assert (tmp_path / "run" / "earlier_run_2" / "last" / "position.json").is_file()
+
+
+def test_latest_passes_by_a_damaged_last(tiny_base, photos, tmp_path, caplog):
+    train(tiny_config(tiny_base, photos, tmp_path, max_train_steps=3, checkpointing_steps=2))
+    (tmp_path / "last" / "position.json").write_text("{}")
+    run = RunDir(tmp_path)
+    assert find_checkpoint(run, "latest") == run.checkpoint_path(2)
+    (tmp_path / "last" / "optimizer.pt").unlink()
+    assert run.checkpoints() == [run.checkpoint_path(2)]
 
 
 def test_a_best_step_that_will_be_done_again_goes_aside_and_an_earlier_one_stays(tmp_path):

@@ -29,7 +29,9 @@ def finished(tiny_base, tmp_path_factory):
     photos = paint_photos(folder / "photos")
 
     def config(**changes):
-        return tiny_config(tiny_base, photos, folder / "run", max_train_steps=1, **changes)
+        return tiny_config(
+            tiny_base, photos, folder / "run", **{"max_train_steps": 1, "checkpointing_steps": 1} | changes
+        )
 
     train(config())
     return folder / "run", config
