@@ -75,7 +75,7 @@ class TerminalProgress:
                 self.write(f"{title} …")
             return
         if self._phase != title:
-            self._open(title, total, done, "image")
+            self._open(title, total, done, "step" if event.phase == "sampling" else "image")
         self._advance(done)
 
     @property

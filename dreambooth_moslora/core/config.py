@@ -181,7 +181,9 @@ class TrainConfig:
     local_rank: int = of_memory(-1, "set by the launcher of several processes")
 
     validation_prompt: str | None = of_samples(None, "prompt of the sample images (default: the instance prompt)")
-    num_validation_images: int = of_samples(4, "sample images a time", low=0, high=1000)
+    num_validation_images: int | None = of_samples(
+        None, "sample images a time (default: 4; none on a CPU with a base as large as SDXL)", low=0, high=1000
+    )
     validation_epochs: int = of_samples(50, "epochs between samples", low=1)
     validation_steps: int | None = of_samples(None, "steps between samples; overrides --validation_epochs", low=1)
     evaluate_steps: int | None = of_samples(None, "steps between scores of fidelity (default: never)", low=1)
@@ -232,6 +234,11 @@ class TrainConfig:
                 parse_pattern(name, text)
         if not self.target_modules:
             raise UserError("--target_modules is empty: name at least one projection, such as to_q.")
+
+    @property
+    def sample_count(self) -> int:
+        """Sample images a time, unless `loop.set_up` leaves them out."""
+        return 4 if self.num_validation_images is None else self.num_validation_images
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":

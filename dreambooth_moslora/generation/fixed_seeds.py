@@ -33,7 +33,7 @@ class SampleRequest:
 class Sampler:
     """Draws requests with the pipeline's UNet as it is now. `embed` gives the words' TextCond, cached or live.
 
-    `guidance_scale`: None is the base's own.
+    `guidance_scale`: None is the base's own. `on_step` is called after each denoising step.
 
     Raises StopRequestedError within a denoising step of `should_stop` saying so.
     """
@@ -45,6 +45,7 @@ class Sampler:
     inference_steps: int = DEFAULT_INFERENCE_STEPS
     should_stop: Callable[[], bool] = bool
     guidance_scale: float | None = None
+    on_step: Callable[[], object] = bool
 
     def __call__(self, requests: list[SampleRequest], batch_size: int = 1) -> Iterator[Image.Image]:
         """The pictures in order. Each has its own noise, whatever the batch it is drawn in. None need no VAE."""
@@ -70,7 +71,7 @@ class Sampler:
             height=self.resolution_px,
             width=self.resolution_px,
             output_type="latent",
-            callback_on_step_end=stopper(self.should_stop),
+            callback_on_step_end=stopper(self.should_stop, self.on_step),
         ).images
         return decode_image(self.pipeline.vae, latents)
 
@@ -97,10 +98,11 @@ def sampling_mode(pipeline: StableDiffusionXLPipeline, device: torch.device) -> 
         pipeline.vae.to(home)
 
 
-def stopper(should_stop: Callable[[], bool]) -> Callable[..., dict]:
+def stopper(should_stop: Callable[[], bool], on_step: Callable[[], object] = bool) -> Callable[..., dict]:
     """What the pipeline calls after each denoising step."""
 
     def ask(_pipeline: object, _step: int, _timestep: object, tensors: dict) -> dict:
+        on_step()
         if should_stop():
             raise StopRequestedError
         return tensors

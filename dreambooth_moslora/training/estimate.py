@@ -138,7 +138,7 @@ def precision_of(config: TrainConfig) -> str:
 
 
 def draws_samples(config: TrainConfig) -> bool:
-    return bool(config.num_validation_images or config.evaluate_steps)
+    return bool(config.sample_count or config.evaluate_steps)
 
 
 def unet_gib(config: TrainConfig, size: BaseSize) -> float:
@@ -187,7 +187,7 @@ def step_gib(config: TrainConfig, size: BaseSize, adapter: int) -> float:
 def disk_gib(config: TrainConfig, adapter: int, checkpoint_gib: float, total_steps: int) -> float:
     checkpoints, rest = divmod(total_steps, config.checkpointing_steps)
     checkpoints = min(checkpoints, config.checkpoints_total_limit or checkpoints) + (rest > 0)
-    samples = config.num_validation_images * (2 + total_steps // (config.validation_steps or max(1, total_steps)))
+    samples = config.sample_count * (2 + total_steps // (config.validation_steps or max(1, total_steps)))
     made = config.with_prior_preservation and config.prior == "class_images" and not config.class_data_dir
     pictures = samples + (config.num_class_images if made else 0)
     return checkpoints * checkpoint_gib + (adapter * 8 + pictures * config.resolution**2 * PNG_BYTES_A_PIXEL) / GIB

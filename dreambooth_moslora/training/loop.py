@@ -22,7 +22,7 @@ from dreambooth_moslora.training.accelerator import chosen_seed, make_accelerato
 from dreambooth_moslora.training.checkpoint import Position, resume_point
 from dreambooth_moslora.training.checks import check_folders
 from dreambooth_moslora.training.earlier_runs import claim_run_folder, report_start
-from dreambooth_moslora.training.prepare import prepare, usable_photos
+from dreambooth_moslora.training.prepare import prepare, too_slow_for_samples, usable_photos
 from dreambooth_moslora.training.reporter import Reporter
 from dreambooth_moslora.training.results.publish import Publisher
 from dreambooth_moslora.training.results.samples import ValidationSamples
@@ -35,6 +35,11 @@ from dreambooth_moslora.training.train_step import TrainStep
 __all__ = ["TrainResult", "train"]
 
 logger = logging.getLogger(__name__)
+
+NO_SAMPLES = (
+    "No sample images are drawn: on a CPU each takes minutes with a base of this size. "
+    "--num_validation_images 4 draws them all the same."
+)
 
 
 def train(
@@ -83,6 +88,9 @@ def set_up(context: RunContext, evaluator: StepScorer | None) -> Training:
     samples = ValidationSamples.of(config, context.run_dir, plan.steps_an_epoch)
     prompts = [*samples.prompts, *(evaluator.prompts if evaluator and config.evaluate_steps else ())]
     inputs = prepare(context, photos, plan.total_steps * plan.photos_a_step, prompts, checkpoint is None)
+    if too_slow_for_samples(config, inputs.pipeline, context.accelerator.device):
+        samples.leave_out()
+        logger.warning(NO_SAMPLES)
     train_step = TrainStep(config, inputs, context.accelerator, plan.total_steps, checkpoint, step)
     sampler = Sampler(
         inputs.pipeline,

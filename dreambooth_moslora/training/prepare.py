@@ -37,7 +37,7 @@ from dreambooth_moslora.training.reporter import free_unused_memory
 from dreambooth_moslora.training.run_context import RunContext
 from dreambooth_moslora.training.step_plan import uses_class_images
 
-__all__ = ["TrainInputs", "prepare", "usable_photos"]
+__all__ = ["TrainInputs", "prepare", "too_slow_for_samples", "usable_photos"]
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +128,13 @@ def warn_of_fp32(pipeline: StableDiffusionXLPipeline, device: torch.device) -> N
     is_large = default_resolution(pipeline) > SMALL_BASE_PX
     if device.type == "cuda" and is_large and pipeline.unet.dtype == torch.float32:
         logger.warning(FP32_ON_A_GPU)
+
+
+def too_slow_for_samples(config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device) -> bool:
+    """Whether sample images would take minutes each, on a CPU with a large base, and nobody has asked for them."""
+    asked = (config.num_validation_images, config.validation_prompt, config.validation_steps)
+    is_large = default_resolution(pipeline) > SMALL_BASE_PX
+    return device.type == "cpu" and is_large and all(setting is None for setting in asked)
 
 
 def usable_photos(report: PhotoReport) -> list[Photo]:
@@ -280,7 +287,7 @@ def release_encoders(
     if not config.train_text_encoder:
         prompt_embeds.release_encoders()
         pipeline.register_modules(text_encoder=None, text_encoder_2=None)
-    if config.caching != "off" and (config.num_validation_images or config.evaluate_steps):
+    if config.caching != "off" and (config.sample_count or config.evaluate_steps):
         pipeline.vae.to("cpu")
     elif config.caching != "off":
         pipeline.register_modules(vae=None)

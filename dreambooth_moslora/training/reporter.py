@@ -59,6 +59,11 @@ class Reporter:
                 last = time.monotonic()
             yield done
 
+    def counter(self, phase: str, total: int) -> Callable[[], object]:
+        """`counted` for what is no loop: to be called at each count."""
+        counts = self.counted(phase, range(1, total + 1), total)
+        return lambda: next(counts, None)
+
     def begin_at(self, step: int) -> None:
         """Events of steps that will be done again, and of the end that was not, leave the file."""
         if not self.accelerator.is_main_process:

@@ -3,7 +3,7 @@
 import logging
 import math
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -126,12 +126,19 @@ class Training:
         )
 
     def sample_if_due(self) -> None:
-        """At step 0, every `validation_steps`, and at the end: the same prompts and seeds each time."""
+        """At step 0, every `validation_steps`, and at the end: the same prompts and seeds each time.
+
+        Before the first step they may be what the person waits for: each of their denoising steps is reported.
+        """
         if not self.accelerator.is_main_process or not self.samples.is_due(self.step, self.max_train_steps):
             return
         self.report.phase("sampling", 0, 1)
+        sampler = self.sampler
+        if self.step == 0:
+            total = len(self.samples.requests) * sampler.inference_steps
+            sampler = replace(sampler, on_step=self.report.counter("sampling", total))
         with suppress(StopRequestedError):  # the loop asks next
-            self.report(self.samples.draw(self.step, self.sampler))
+            self.report(self.samples.draw(self.step, sampler))
         free_unused_memory(self.accelerator.device)
 
     def evaluate_if_due(self) -> None:

@@ -36,11 +36,15 @@ class ValidationSamples:
     @classmethod
     def of(cls, config: TrainConfig, run_dir: RunDir, steps_per_epoch: int) -> "ValidationSamples":
         prompts = validation_prompts(config)
-        seeds = [seed_of(config.seed, "sample", number) % 2**32 for number in range(config.num_validation_images)]
+        seeds = [seed_of(config.seed, "sample", number) % 2**32 for number in range(config.sample_count)]
         requests = [SampleRequest(prompt, seed) for prompt in prompts for seed in seeds]
         contexts = [SampleRequest(p, seeds[0]) for p in context_prompts(config)] if requests else []
         every = config.validation_steps or config.validation_epochs * steps_per_epoch
         return cls(run_dir, requests, contexts, every)
+
+    def leave_out(self) -> None:
+        """Draw nothing."""
+        self.requests, self.contexts = [], []
 
     @property
     def prompts(self) -> list[str]:
