@@ -69,6 +69,12 @@ class TrainConfig:
     )
     repeats: int = of_photos(1, "how often each photo counts in an epoch", low=1, high=10**6)
     resolution: int = of_photos(1024, "side of the square crop that is trained on, px, a multiple of 8", low=8)
+    enable_bucket: bool = of_photos(
+        False, "crop each photo to a rectangle of its own shape and of the square's area, instead of to the square"
+    )
+    bucket_reso_steps: int | None = of_photos(
+        None, "sides of such rectangles are multiples of this, px (default: 64; 8 up to a resolution of 256)", low=8
+    )
     center_crop: bool = of_photos(False, "crop the middle of each photo instead of a random place")
     random_flip: bool = of_photos(False, "mirror photos at random")
     crops_per_photo: int = of_photos(1, "different crops taken of each photo", low=1, high=1000)
@@ -213,6 +219,12 @@ class TrainConfig:
         if self.resolution % 8:
             lower = self.resolution // 8 * 8
             raise UserError(f"--resolution {self.resolution}: must be a multiple of 8, such as {lower or 8}.")
+        if (self.bucket_reso_steps or 8) % 8:
+            raise UserError(f"--bucket_reso_steps {self.bucket_reso_steps}: must be a multiple of 8, such as 64.")
+        if self.enable_bucket and self.with_prior_preservation and self.prior == "class_images":
+            raise UserError(
+                "--enable_bucket needs --prior adapter_off, which takes every shape: class images are square."
+            )
         if self.instance_data_dir and self.dataset_name:
             raise UserError("--instance_data_dir and --dataset_name: give one of them, not both.")
         if self.with_prior_preservation and not self.class_prompt:

@@ -40,7 +40,7 @@ def crop_row(photo: Photo, number: int, config: TrainConfig) -> Row:
     plans = list(plans_of(photo, number, config))[:MAX_CROPS]
     crops = [apply_crop(shown, plan, config.image_interpolation_mode) for plan in plans]
     title = "; ".join([photo.path.name, *photo.reasons])
-    crops = [crop.resize((SHOWN_PX, SHOWN_PX)) for crop in crops]
+    crops = [ImageOps.pad(crop, (SHOWN_PX, SHOWN_PX), color="white") for crop in crops]
     return Row(title.encode("ascii", "replace").decode(), [with_frames(shown, plans), *crops])
 
 

@@ -2,9 +2,11 @@
 
     photo (h, w) --resize: shorter side = r·zoom--> (h', w') --mirror?--> crop (r, r) at (top, left)
 
+With `--enable_bucket` it is a rectangle of about the same area, in the shape that is nearest to the photo's.
 SDXL is told these numbers (Podell et al. 2023, arXiv 2307.01952, section 2.2), so they are data of their own.
 """
 
+import math
 from dataclasses import dataclass
 from random import Random
 
@@ -12,7 +14,7 @@ from PIL import Image, ImageOps
 
 from dreambooth_moslora.core.config import TrainConfig
 
-__all__ = ["CropPlan", "CropRule", "apply_crop", "crop_rule", "plan_crop", "resized_size"]
+__all__ = ["CropPlan", "CropRule", "apply_crop", "bucket_of", "crop_rule", "plan_crop", "resized_size"]
 
 FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -42,40 +44,64 @@ class CropPlan:
         return *self.original_size, *self.crop_top_left, *self.target_size
 
 
-def resized_size(size_px: tuple[int, int], resolution_px: int) -> tuple[int, int]:
-    """(h, w) after the shorter side has become `resolution_px`."""
-    shorter = min(size_px)
-    height, width = (max(resolution_px, side * resolution_px // shorter) for side in size_px)
-    return height, width
+def resized_size(size_px: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """(h, w) of the photo after it was made as small as covers `target` (h, w)."""
+    (height, width), (least_height, least_width) = size_px, target
+    if least_height * width >= least_width * height:
+        return least_height, max(least_width, width * least_height // height)
+    return max(least_height, height * least_width // width), least_width
+
+
+def bucket_of(size_px: tuple[int, int], resolution_px: int, step_px: int) -> tuple[int, int]:
+    """(h, w), multiples of `step_px`, of at most the square's area, in the shape nearest to that of `size_px`.
+
+    The sides lie between half and twice `resolution_px`; of two shapes as near, the larger counts.
+    """
+    sides = range(step_px * math.ceil(resolution_px / 2 / step_px), 2 * resolution_px + 1, step_px)
+    tall = [(side, min(resolution_px**2 // side, 2 * resolution_px) // step_px * step_px) for side in sides]
+    shapes = {shape for height, width in tall for shape in ((height, width), (width, height)) if width}
+    ratio = size_px[0] / size_px[1]
+    return min(sorted(shapes), key=lambda s: (round(abs(math.log(s[0] / s[1] / ratio)), 6), -s[0] * s[1]))
 
 
 def plan_crop(
     size_px: tuple[int, int],
-    resolution_px: int,
+    target: tuple[int, int],
     rng: Random,
     *,
     center_crop: bool = False,
     random_flip: bool = False,
     zoom: float = 1.0,
 ) -> CropPlan:
-    """Where to cut a photo of `size_px` (h, w). The same four numbers are drawn whatever the flags.
+    """Where to cut `target` (h, w) out of a photo of `size_px` (h, w). The same four numbers are drawn whatever the
+    flags.
 
     `zoom` >= 1: the photo is enlarged by a factor drawn from [1, zoom], but never beyond its own pixels.
     """
     flip, down, right, closer = rng.random(), rng.random(), rng.random(), rng.random()
-    shorter = max(resolution_px, min(round(resolution_px * (1 + (zoom - 1) * closer)), min(size_px)))
-    height, width = resized_size(size_px, shorter)
+    side, shorter = min(target), zoomed_side(size_px, target, 1 + (zoom - 1) * closer)
+    height, width = resized_size(size_px, (target[0] * shorter // side, target[1] * shorter // side))
     if center_crop:
-        top, left = (height - resolution_px) // 2, (width - resolution_px) // 2
+        top, left = (height - target[0]) // 2, (width - target[1]) // 2
     else:
-        top, left = int(down * (height - resolution_px + 1)), int(right * (width - resolution_px + 1))
-    return CropPlan(size_px, (height, width), (top, left), (resolution_px, resolution_px), random_flip and flip < 0.5)
+        top, left = int(down * (height - target[0] + 1)), int(right * (width - target[1] + 1))
+    return CropPlan(size_px, (height, width), (top, left), target, random_flip and flip < 0.5)
+
+
+def zoomed_side(size_px: tuple[int, int], target: tuple[int, int], times: float) -> int:
+    """What the shorter side of `target` is enlarged to, up to the photo's own pixels."""
+    side = min(target)
+    own = min(size_px[0] * side // target[0], size_px[1] * side // target[1])
+    return max(side, min(round(side * times), own))
 
 
 @dataclass(frozen=True)
 class CropRule:
     """How photos are cut: to a square of `resolution_px`, `crops_per_photo` different cuts (None: ever new ones),
-    each at a size drawn between whole and `zoom` times as close."""
+    each at a size drawn between whole and `zoom` times as close.
+
+    With `bucket_step_px`, to the rectangle of `bucket_of` instead of the square.
+    """
 
     resolution_px: int
     center_crop: bool = False
@@ -83,11 +109,18 @@ class CropRule:
     interpolation: str = "lanczos"
     crops_per_photo: int | None = 1
     zoom: float = 1.0
+    bucket_step_px: int | None = None
+
+    def target(self, size_px: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) of the crops of a photo of `size_px` (h, w)."""
+        if self.bucket_step_px is None:
+            return self.resolution_px, self.resolution_px
+        return bucket_of(size_px, self.resolution_px, self.bucket_step_px)
 
     def plan(self, size_px: tuple[int, int], rng: Random) -> CropPlan:
         """Where to cut a photo of `size_px` (h, w)."""
         flags = {"center_crop": self.center_crop, "random_flip": self.random_flip, "zoom": self.zoom}
-        return plan_crop(size_px, self.resolution_px, rng, **flags)
+        return plan_crop(size_px, self.target(size_px), rng, **flags)
 
 
 def crop_rule(config: TrainConfig) -> CropRule:
@@ -99,6 +132,7 @@ def crop_rule(config: TrainConfig) -> CropRule:
         config.image_interpolation_mode,
         None if config.caching == "off" else config.crops_per_photo,
         config.crop_zoom,
+        (config.bucket_reso_steps or (64 if config.resolution > 256 else 8)) if config.enable_bucket else None,
     )
 
 

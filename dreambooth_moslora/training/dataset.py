@@ -6,9 +6,11 @@ Each epoch shuffles photos × repeats; crop number = epoch mod `crops_per_photo`
 is cached). Every image, class images too, carries its own size and crop conditioning.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -162,9 +164,14 @@ class PhotoStream:
         name: str,
         repeats: int = 1,
         caption_dropout: float = 0.0,
+        batch_size: int = 1,
     ):
+        """Each `batch_size` samples from a multiple of it on have crops of one size."""
         self.photos, self.encoder, self.seed, self.name, self.repeats = photos, encoder, seed, name, repeats
-        self.caption_dropout = caption_dropout
+        self.caption_dropout, self.batch_size = caption_dropout, batch_size
+        self.groups: dict[tuple[int, int], list[int]] = {}
+        for slot in range(len(self)):
+            self.groups.setdefault(encoder.rule.target(photos[slot // repeats].size_px), []).append(slot)
 
     def __len__(self) -> int:
         """Samples in an epoch."""
@@ -185,22 +192,61 @@ class PhotoStream:
         self.encoder.read_ahead(*self._sample(position))
 
     def _sample(self, position: int) -> tuple[Photo, CropPlan]:
-        epoch, index = place_of(position, len(self), self.seed, self.name)
+        index, crop = self._view(position)
+        return self.photos[index // self.repeats], self._plan(index, crop)
+
+    @property
+    def is_one_size(self) -> bool:
+        """Whether batches need no care."""
+        return len(self.groups) == 1 or self.batch_size == 1
+
+    def _view(self, position: int) -> tuple[int, int]:
+        """(slot, number of its crop)."""
+        plain = self.is_one_size
+        place = place_of(position, len(self), self.seed, self.name) if plain else self._grouped_place(position)
         crops = self.encoder.rule.crops_per_photo
-        return self.photos[index // self.repeats], self._plan(index, epoch if crops is None else epoch % crops)
+        return place[1], place[0] if crops is None else place[0] % crops
+
+    def _grouped_place(self, position: int) -> tuple[int, int]:
+        """(epoch of its group, slot). In a round of as many batches as there are slots, each group has as many batches
+        as it has slots: so each slot is shown `batch_size` times, whatever the size of its group."""
+        batch, place = divmod(position, self.batch_size)
+        turn, number = divmod(batch, len(self))
+        order = batch_order(tuple((key, len(slots)) for key, slots in self.groups.items()), self.seed, self.name, turn)
+        key = order[number]
+        slots = self.groups[key]
+        batches_before = turn * len(slots) + order[:number].count(key)
+        epoch, found = place_of(batches_before * self.batch_size + place, len(slots), self.seed, self.name, key)
+        return epoch, slots[found]
 
     def view_count(self, sample_count: int) -> int:
         """Views that the first `sample_count` samples show, before they come again; 0 when each epoch crops anew."""
-        return min(sample_count, len(self) * (self.encoder.rule.crops_per_photo or 0))
+        return len(self._first_positions(sample_count))
 
     def encode_ahead(self, sample_count: int) -> Iterator[EncodedView]:
         """Each of those views once: this fills the cache."""
-        for position in range(self.view_count(sample_count)):
+        for position in self._first_positions(sample_count):
             yield self.encoder.encode(*self._sample(position))
+
+    def _first_positions(self, sample_count: int) -> list[int]:
+        """The position of each view among the first samples; by the bound, every view has been shown."""
+        crops = self.encoder.rule.crops_per_photo or 0
+        turns = crops if self.is_one_size else self.batch_size * math.ceil(crops / self.batch_size)
+        views: dict[tuple[int, int], int] = {}
+        for position in range(min(sample_count, len(self) * turns)):
+            views.setdefault(self._view(position), position)
+        return list(views.values())
 
     def _plan(self, index: int, crop: int) -> CropPlan:
         draws = rng(self.seed, self.name, "crop", index, crop)
         return self.encoder.rule.plan(self.photos[index // self.repeats].size_px, draws)
+
+
+@lru_cache(maxsize=64)
+def batch_order(groups: tuple[tuple[object, int], ...], *names: object) -> tuple[object, ...]:
+    """Each group's key as often as its count says, shuffled."""
+    keys = [key for key, count in groups for _ in range(count)]
+    return tuple(rng("batches", *names).sample(keys, len(keys)))
 
 
 class PromptCache:

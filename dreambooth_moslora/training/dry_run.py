@@ -1,13 +1,15 @@
 """`--dry_run`: the resolved settings, the photos, the steps, the cost and advice. Nothing is done."""
 
 import os
+from collections import Counter
 
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.prompts import subject_of
 from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.photos.checks import examine
+from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.folder import PhotoReport, photo_report
-from dreambooth_moslora.photos.photo import quoted
+from dreambooth_moslora.photos.photo import Photo, quoted
 from dreambooth_moslora.training.advice import DEFAULTS, advice, differs, free_disk_gib
 from dreambooth_moslora.training.checks import check_folders, preflight
 from dreambooth_moslora.training.estimate import Estimate, estimate, size_of_base
@@ -30,7 +32,7 @@ def describe_run(config: TrainConfig) -> str:
     cost = estimate(config, size, plan.total_steps, len(report.photos))
     sections = {
         "settings": settings_lines(config),
-        "photos": photo_lines(report),
+        "photos": photo_lines(report) + bucket_lines(config, report.photos),
         "steps": step_lines(config, plan),
         "cost (estimated)": cost_lines(config, cost),
         "remarks": advice(config, cost, plan),
@@ -63,6 +65,14 @@ def photo_lines(report: PhotoReport) -> list[str]:
         for photo in report.photos
     ]
     return lines + [f"left out: {item.path.name}  {item.reason}" for item in report.skipped]
+
+
+def bucket_lines(config: TrainConfig, photos: list[Photo]) -> list[str]:
+    """With `--enable_bucket`, how many photos are cropped to which size."""
+    rule = crop_rule(config)
+    counts = Counter(rule.target(photo.size_px) for photo in photos)
+    sizes = [f"{width} x {height} px ({count})" for (height, width), count in counts.most_common()]
+    return [f"cropped to {', '.join(sizes)}"] if config.enable_bucket else []
 
 
 def step_lines(config: TrainConfig, plan: StepPlan) -> list[str]:

@@ -106,7 +106,8 @@ def prepare(
         config.unmasked_weight,
     )
     shuffled = [replace(photo, captions=shuffled_captions(config, photo.captions)) for photo in photos]
-    instance = PhotoStream(shuffled, encoder, config.seed, "instance", config.repeats, config.caption_dropout)
+    varied = (config.caption_dropout, config.train_batch_size)
+    instance = PhotoStream(shuffled, encoder, config.seed, "instance", config.repeats, *varied)
     prior = PhotoStream(class_photos, encoder, config.seed, "prior") if class_photos else None
     prompt_embeds = prompt_cache(config, pipeline, device)
     streams = [stream for stream in (instance, prior) if stream is not None]

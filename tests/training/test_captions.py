@@ -27,6 +27,10 @@ class Nothing:
         crops_per_photo = 1
 
         @staticmethod
+        def target(size_px):
+            return size_px
+
+        @staticmethod
         def plan(size_px, draws):
             return None
 

@@ -52,7 +52,7 @@ def test_every_photo_keeps_its_own_size_and_caption_whatever_the_shuffle(pipelin
         size = tuple(int(x) for x in ids[:2])
         assert facts[size] == prompt and ids[4:].tolist() == [64, 64]
         photo = next(p for p in photos if p.size_px == size)
-        plan = CropPlan(size, resized_size(size, 64), tuple(int(x) for x in ids[2:4]), (64, 64), False)
+        plan = CropPlan(size, resized_size(size, (64, 64)), tuple(int(x) for x in ids[2:4]), (64, 64), False)
         alone = PhotoEncoder(pipeline.vae, None, RULE).encode(photo, plan)
         assert torch.equal(alone.latents, latents)
     assert sorted(map(tuple, batch.time_ids[:6, :2].tolist())) == sorted([(64, 96), (80, 64), (72, 72)] * 2)

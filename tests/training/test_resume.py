@@ -20,6 +20,7 @@ KINDS = {
         "keep_tokens": 1,
         "caption_dropout": 0.4,
     },
+    "buckets": {"enable_bucket": True, "train_batch_size": 2, "crops_per_photo": 2, "caching": "disk"},
     "accumulation": {"gradient_accumulation_steps": 3, "train_batch_size": 2},
     "text_encoder": {"train_text_encoder": True, "with_prior_preservation": True, "prior": "adapter_off"},
     "convolutions": {"target_modules": ("to_q", "conv1", "conv_shortcut")},

@@ -117,6 +117,6 @@ def test_the_crops_shown_are_those_of_the_very_run(tmp_path, base, seed):
     plan = next(plans_of(photo, 0, config))
     shown = np.asarray(found.crops[0][0])
     assert np.array_equal(shown, np.asarray(apply_crop(open_rgb(photo), plan)))
-    centre = plan_crop(photo.size_px, 128, random.Random(0), center_crop=True)
+    centre = plan_crop(photo.size_px, (128, 128), random.Random(0), center_crop=True)
     assert not np.array_equal(shown, np.asarray(apply_crop(open_rgb(photo), centre)))
     assert ("first of its 8 crops" in found.remarks) == (base == "toy")
