@@ -26,8 +26,10 @@ from dreambooth_moslora.core.run_folder import RunDir
 
 __all__ = ["COMMANDS", "main", "train_main"]
 
-COMMANDS = ("check", "export", "evaluate", "compare", "generate", "doctor", "selftest", "info")
+COMMANDS = ("check", "export", "evaluate", "explain", "compare", "generate", "doctor", "selftest", "info")
 DONE, OUR_BUG, MISTAKE = 0, 1, 2
+MOST_ADVICE = 3
+"""Lines at the end of a scored run; the command `explain` says all."""
 INSTALLED, MODULE = "dreambooth-moslora", "python -m dreambooth_moslora"
 """The two ways to start `main`."""
 FILE_MISTAKES = (
@@ -174,6 +176,8 @@ def run_trainer(config: TrainConfig, stop: StopRequest) -> int:
         progress.close()
     if is_main_process():
         print(closing_message(result.run_dir, result.step, result.interrupted), file=sys.stderr)
+        for line in advice_on(result.run_dir, result.interrupted):
+            print(f"try next: {spelled_out(line)}", file=sys.stderr)
     return INTERRUPTED if result.interrupted else DONE
 
 
@@ -199,6 +203,15 @@ def closing_message(run_dir: Path, step: int, interrupted: bool) -> str:
     if step == 0:
         return "stopped before the first step: nothing was saved."
     return f"stopped at step {step}: the adapter so far is in {run_dir}; --resume_from_checkpoint latest goes on."
+
+
+def advice_on(run_dir: Path, interrupted: bool) -> list[str]:
+    """The weightiest of what `explain` advises on a run that was scored and has ended."""
+    from dreambooth_moslora.training.results.explain import advice_after
+    from dreambooth_moslora.training.results.figures import figures_of
+
+    figures = None if interrupted else figures_of(RunDir(run_dir))
+    return advice_after(figures)[:MOST_ADVICE] if figures and figures.scores else []
 
 
 def is_main_process() -> bool:

@@ -87,7 +87,10 @@ class SamplesDrawn(Event):
 
 @dataclass(frozen=True)
 class StepEvaluated(Event):
-    """`scores` by name (each a key of its own on disk), the `best` step so far, the evaluation's `cost`."""
+    """`scores` by name (each a key of its own on disk), the `best` step so far, the evaluation's `cost`.
+
+    `photos`: their `count`, and their `nearness` to each other.
+    """
 
     kind: ClassVar[str] = "evaluation"
     step: int
@@ -95,6 +98,7 @@ class StepEvaluated(Event):
     best: dict[str, Any] = field(default_factory=dict)
     copy_alarm: bool = False
     cost: dict[str, float] = field(default_factory=dict)
+    photos: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,15 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
+
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.prompts import subject_of
 from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.evaluation.encoders import Encoders, load_encoders
 from dreambooth_moslora.evaluation.evaluate import Evaluator, sampler_draw, truth_of
+from dreambooth_moslora.evaluation.metrics import photo_nearness
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_for
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.photos.folder import instance_photos
@@ -25,7 +28,7 @@ __all__ = ["LOGGED", "TrainingEvaluator"]
 
 LOGGED = (
     *("dino", "clip_i", "clip_t", "pres", "diversity", "drift", "background_leak", "truth", "copied", "score"),
-    *("clip_t_of_base", "dino_of_ceiling", "drift_of_spread", "pres_gain"),
+    *("clip_t_of_base", "dino_of_ceiling", "drift_of_spread", "pres_gain", "dino_base", "pres_base"),
 )
 SEEDS = (100, 101)  # not those of `evaluate`: these choose the best step
 
@@ -64,6 +67,7 @@ class TrainingEvaluator:
         return {
             **{name: float(means[name]) for name in LOGGED if name in means},
             "copy_alarm": found.alarm.raised,
+            "photos": photo_facts(self.evaluator.photos.joint),
             "best": {"step": best.step, "score": best.score, "since": best.since},
             "cost": {"seconds": round(found.seconds, 2), "pictures": sum(map(len, found.pictures.values()))},
         }
@@ -72,6 +76,12 @@ class TrainingEvaluator:
         events = RunDir(Path(self.config.output_dir)).read_metrics()
         scores = {e["step"]: e["score"] for e in events if e.get("type") == "evaluation" and e.get("score") is not None}
         return sorted((at, score) for at, score in scores.items() if at < step)
+
+
+def photo_facts(photos: Tensor) -> dict[str, float]:
+    """How many photos there are, by their joint vectors (P, D), and how near each is to the next one; 1: the same."""
+    nearness = {"nearness": round(photo_nearness(photos), 4)} if len(photos) > 1 else {}
+    return {"count": len(photos), **nearness}
 
 
 def own_encoders_of(config: TrainConfig) -> str:

@@ -12,7 +12,7 @@ from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.training.checks import nearest_existing
 from dreambooth_moslora.training.estimate import GIB, Estimate, estimate, size_of_base
-from dreambooth_moslora.training.step_plan import StepPlan, plan_steps
+from dreambooth_moslora.training.step_plan import FEW_EXPOSURES, StepPlan, plan_steps
 
 __all__ = [
     "DEFAULTS",
@@ -24,8 +24,6 @@ __all__ = [
     "settings_without_effect",
 ]
 
-FEW_EXPOSURES = 20
-"""Of a photo: below it, hardly anything of a subject is learnt."""
 DEFAULTS = {item.name: item.default for item in fields(TrainConfig)}
 
 

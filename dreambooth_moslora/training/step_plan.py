@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 from dreambooth_moslora.core.config import TrainConfig
 
-__all__ = ["StepPlan", "plan_steps", "samples_an_epoch", "uses_class_images"]
+__all__ = ["FEW_EXPOSURES", "StepPlan", "plan_steps", "samples_an_epoch", "uses_class_images"]
+
+FEW_EXPOSURES = 20
+"""Of a photo: below it, hardly anything of a subject is learnt."""
 
 
 @dataclass(frozen=True)

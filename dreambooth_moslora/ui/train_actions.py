@@ -16,9 +16,11 @@ from dreambooth_moslora.core.event_log import Metrics
 from dreambooth_moslora.core.names import free_name
 from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.training.results.best_step import CURVES
+from dreambooth_moslora.training.results.explain import advice_after
+from dreambooth_moslora.training.results.figures import figures_from, known_config
 from dreambooth_moslora.ui.app_state import AppContext, sentence
 from dreambooth_moslora.ui.generate_actions import format_seconds
-from dreambooth_moslora.ui.html_snippets import notice, progress_card
+from dreambooth_moslora.ui.html_snippets import faint, notice, progress_card
 from dreambooth_moslora.ui.photo_uploads import ONE_AT_A_TIME, take_photos
 from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train_form import TrainForm, crop_config, prompts_of
@@ -33,6 +35,7 @@ __all__ = ["PhotoReview", "Watch", "link_into_user_folder", "review_kept", "revi
 PLOT_POINTS = 200
 SMOOTHING_STEPS = 25
 MAX_SAMPLES_SHOWN = 24
+MOST_ADVICE = 3
 PHASES = {
     "loading": "Loading the base",
     "class_images": "Making class images",
@@ -143,7 +146,8 @@ def watch(jobs: Jobs, job: Job, visitor: Visitor) -> Watch:
     return Watch(
         version=(job.name, job.created, state, len(metrics.events)),
         state=state,
-        status=status_card(replace(state, message=jobs.told(state.message)), metrics, best_of(job, metrics)),
+        status=status_card(replace(state, message=jobs.told(state.message)), metrics, best_of(job, metrics))
+        + (advice_card(metrics) if state.state == "done" else ""),
         loss=loss_table(metrics),
         fidelity=fidelity_table(metrics),
         samples=samples_of(job, metrics, visitor),
@@ -156,6 +160,16 @@ def best_of(job: Job, metrics: Metrics) -> str:
     best = metrics.last("evaluation").get("best")
     is_kept = (RunDir(job.run_dir).best_dir / PUBLISHED_NAME).is_file()
     return f" The best was step {best.get('step')}: {job.name}@best." if isinstance(best, dict) and is_kept else ""
+
+
+def advice_card(metrics: Metrics) -> str:
+    """What to try after a scored run, the weightiest first; "" for other runs, and for one whose events are damaged."""
+    try:
+        config = known_config(metrics.last("start").get("config") or {})
+    except UserError:
+        return ""
+    figures = figures_from(metrics.events, config)
+    return "".join(faint(f"Try next: {line}.") for line in advice_after(figures)[:MOST_ADVICE] if figures.scores)
 
 
 def status_card(state: JobState, metrics: Metrics, best: str = "") -> str:

@@ -48,6 +48,7 @@ def test_a_run_called_best_is_a_run(tmp_path):
 def test_the_card_names_the_best_step_and_both_files_are_offered(run, tmp_path):
     now = watched(Jobs(tmp_path / "runs"), "dog", None, visitor(tmp_path))
     assert "step 20" in now["status"] and "dog@best" in now["status"]
+    assert "Try next: the score fell from 0.50 at step 20" in now["status"]
     assert now["download"].visible and now["download_kohya"].visible
     values = [str(now[name].value) for name in ("download", "download_kohya")]
     assert PUBLISHED in values[0] and "dog.kohya.safetensors" in values[1]
@@ -58,3 +59,4 @@ def test_a_run_without_scores_or_a_kohya_file_offers_neither(run, tmp_path):
     (run / "metrics.jsonl").write_text(json.dumps({"type": "end", "state": "done", "time": 1e12}) + "\n")
     now = watched(Jobs(tmp_path / "runs"), "dog", None, visitor(tmp_path))
     assert now["download"].visible and not now["download_kohya"].visible and "@best" not in now["status"]
+    assert "Try next" not in now["status"]

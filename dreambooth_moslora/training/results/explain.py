@@ -1,0 +1,194 @@
+"""What a run's figures mean, and which flag to try next: one rule, one pure function, one sentence.
+
+    figures_of(run folder) -> Figures --RULES--> sentences, the weightiest first
+
+Thresholds come from the twelve trainings of `assets/studies/recipe` (six subjects with prior preservation,
+which are well learnt, and six without, whose class became the subject), and from runs of the embedded base
+made to have a fault.
+"""
+
+import math
+import re
+from collections.abc import Callable
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.prompts import class_word_of
+from dreambooth_moslora.training.results.figures import Figures
+from dreambooth_moslora.training.step_plan import FEW_EXPOSURES
+
+__all__ = ["RULES", "advice_after", "meanings"]
+
+USUAL_EXPOSURES = 200
+"""Of a photo: the recipes show each of five photos 192 to 400 times."""
+SKIPPED_SHARE = 0.05
+"""fp16 skips a few steps while it finds its scale; a larger share of them is lost training time."""
+RISE_LEFT = 0.1
+"""Of all likeness gained: when the last third of a run brought more than this, more steps would bring some.
+In the quick start it brings 0.05."""
+SCORE_LOST = 0.03
+"""Since the best step: a score from six pictures differs by about as much from one evaluation to the next."""
+CLASS_MOVED = 1 / 3
+"""Of the way from the base's class pictures to the subject: below 0 in well learnt runs, 0.96 to 1.2
+without prior preservation."""
+DRIFTED = 1.5
+"""Of the base's own spread from seed to seed: 0.4 to 1.3 in well learnt runs, 1.6 to 2.2 without prior
+preservation."""
+PROMPT_KEPT = 0.75
+"""Of the base's CLIP-T: 0.79 to 1.06 in runs that show the place asked for, below 0.3 where it is another.
+`background_leak` alone cannot tell: it is -0.13 to 0.41 in runs whose places are all right."""
+LEAK = 0.05
+"""Worth naming beside a lost prompt."""
+FEW_PHOTOS = 3
+ALIKE = 0.9
+"""Mean cosine of each photo to the nearest other one: 0.65 to 0.75 of the samples' photos, 1 of equal frames."""
+BROKEN = re.compile(r"the (?:loss|gradient) is \S+ at step \d+|the adapter is not finite after step \d+")
+
+
+def broke_off(run: Figures) -> str | None:
+    if run.state != "failed" or not (found := BROKEN.search(run.message)):
+        return None
+    lower = f"--learning_rate {run.config.learning_rate / 3:.1g} (it was {run.config.learning_rate:g})"
+    other = ", or --mixed_precision bf16" if run.config.mixed_precision == "fp16" else ""
+    return f"{found[0]}: try {lower}{other}"
+
+
+def overflowed(run: Figures) -> str | None:
+    if run.skipped <= SKIPPED_SHARE * (run.step + run.skipped) or run.skipped < 5:
+        return None
+    return f"fp16 overflowed in {run.skipped} steps, which were done again: try --mixed_precision bf16"
+
+
+def seen_too_rarely(run: Figures) -> str | None:
+    if run.exposures is None or run.exposures >= FEW_EXPOSURES:
+        return None
+    seen = f"each photo was shown {run.exposures:.0f} times, and a subject takes 100 or more"
+    return f"{seen}: try --exposures_per_photo {USUAL_EXPOSURES}"
+
+
+def nothing_scored(run: Figures) -> str | None:
+    if run.scores or run.state == "failed":
+        return None
+    every = max(1, run.step // 5)
+    return f"nothing was scored: the command `evaluate` does it now, --evaluate_steps {every} during the next run"
+
+
+def copies_photos(run: Figures) -> str | None:
+    if not run.copy_alarm:
+        return None
+    fewer = f"--max_train_steps {max(1, run.step * 2 // 3)}"
+    more = f"--crops_per_photo {max(8, 2 * run.config.crops_per_photo)}"
+    return f"{run.scores.get('copied', 0.0):.0%} of the pictures repeat a photo: try {more}, or fewer steps ({fewer})"
+
+
+def lost_the_prompt(run: Figures) -> str | None:
+    kept = run.scores.get("clip_t_of_base")
+    if kept is None or kept >= PROMPT_KEPT:
+        return None
+    leak = run.scores.get("background_leak")
+    if leak is None:
+        measured, remedy = "", "add masks (name.mask.png beside each photo) and captions that name the surroundings"
+    else:
+        measured = f", leak {leak:.2f}" if leak > LEAK else ""
+        lower = "--unmasked_weight 0" if run.config.unmasked_weight else "--max_train_steps " + str(run.step * 2 // 3)
+        remedy = f"try {lower}, and captions that name the surroundings"
+    return f"the photos' surroundings came along (CLIP-T is {kept:.2f} of the base's{measured}): {remedy}"
+
+
+def class_became_subject(run: Figures) -> str | None:
+    moved = run.class_moved
+    if moved is None or moved <= CLASS_MOVED:
+        return None
+    word = class_word_of(run.config) or "thing"
+    text = f"every {word} turns into yours (PRES went {min(moved, 1.0):.0%} of the way): try"
+    return f"{text} {prior_remedy(run.config, word)}"
+
+
+def prior_remedy(config: TrainConfig, word: str) -> str:
+    if config.with_prior_preservation:
+        return f"--prior_loss_weight {2 * config.prior_loss_weight or 1:g}"
+    prompt = config.class_prompt or f"a photo of a {word}"
+    return f'--with_prior_preservation --prior adapter_off --class_prompt "{prompt}"'
+
+
+def drifted(run: Figures) -> str | None:
+    spread = run.scores.get("drift_of_spread")
+    if spread is None or spread <= DRIFTED or class_became_subject(run):  # the same remedy, said once
+        return None
+    word = class_word_of(run.config) or "thing"
+    has_prior = run.config.with_prior_preservation and run.config.prior == "adapter_off"
+    remedy = prior_remedy(run.config, word) if not has_prior or run.config.prior_prompts else "--prior_prompts"
+    return f"pictures of other things changed, {spread:.1f} times what a new seed changes: try {remedy}"
+
+
+def past_its_best(run: Figures) -> str | None:
+    if len(run.score) < 2:
+        return None
+    (last, score), (step, best) = run.score[-1], max(run.score, key=lambda pair: (pair[1], -pair[0]))
+    if best - score <= SCORE_LOST:
+        return None
+    return (
+        f"the score fell from {best:.2f} at step {step} to {score:.2f} at step {last}: use best/, or try "
+        f"--max_train_steps {step}"
+    )
+
+
+def still_rising(run: Figures) -> str | None:
+    """The last third of the run against all of it."""
+    start = run.scores.get("dino_base")
+    if start is None or len(run.likeness) < 3 or run.copy_alarm:
+        return None
+    last, end = run.likeness[-1]
+    earlier_ones = [pair for pair in run.likeness if pair[0] <= last * 2 / 3] or run.likeness[:1]
+    before, earlier = earlier_ones[-1]
+    gained = end - start
+    if gained <= 0 or end - earlier <= RISE_LEFT * gained:
+        return None
+    more = math.ceil(0.15 * (run.exposures or USUAL_EXPOSURES)) * 10
+    return (
+        f"likeness still rose at the end (DINO {earlier:.2f} at step {before}, {end:.2f} at step {last}): try "
+        f"--exposures_per_photo {more}"
+    )
+
+
+def photos_are_few(run: Figures) -> str | None:
+    if run.photos is None or run.photos >= FEW_PHOTOS:
+        return None
+    plural = "s" * (run.photos != 1)
+    return f"{run.photos} photo{plural}: a subject takes 3 to 10, in several places and from several sides"
+
+
+def photos_are_alike(run: Figures) -> str | None:
+    if run.nearness is None or run.nearness <= ALIKE:
+        return None
+    return (
+        f"the photos are nearly one picture (likeness among them {run.nearness:.2f}): add some in other places, or try "
+        f"--crops_per_photo {max(8, 2 * run.config.crops_per_photo)} --crop_zoom 1.3"
+    )
+
+
+RULES: tuple[Callable[[Figures], str | None], ...] = (
+    *(broke_off, overflowed, seen_too_rarely, nothing_scored, copies_photos, lost_the_prompt, class_became_subject),
+    *(drifted, past_its_best, still_rising, photos_are_few, photos_are_alike),
+)
+"""In the order in which their sentences are worth reading."""
+
+
+def advice_after(run: Figures) -> list[str]:
+    """What to try next, one sentence a rule that applies."""
+    return [sentence for rule in RULES if (sentence := rule(run))]
+
+
+def meanings(run: Figures) -> list[str]:
+    """The latest scores in plain words, one line each."""
+    scores, moved = run.scores, run.class_moved
+    word = class_word_of(run.config) or "thing"
+    lines = {
+        "dino": "likeness to the photos (DINO) {dino:.2f}; the base's own pictures have {dino_base:.2f}",
+        "clip_t_of_base": "agreement with the prompt (CLIP-T) {clip_t_of_base:.2f} of the base's",
+        "copied": "copies of a photo: {copied:.0%} of the pictures",
+        "drift_of_spread": "pictures of other things changed by {drift_of_spread:.2f} of what a new seed changes",
+        "score": "score {score:.3f}: likeness × prompt × no copy",
+    }
+    known = {"dino_base": math.nan, **scores}
+    said = [text.format_map(known) for name, text in lines.items() if name in scores]
+    return said + ([f"a bare {word} went {max(moved, 0):.0%} of the way to yours (PRES)"] if moved is not None else [])

@@ -1,0 +1,162 @@
+"""Each rule of `explain`: figures with the fault it is for, and runs of the embedded base made to have it."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dreambooth_moslora.cli.main import main, train_main
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.training.results.explain import RULES, advice_after
+from dreambooth_moslora.training.results.figures import Figures, figures_from, figures_of
+from tests.helpers.tiny_training import paint_photos, tiny_config
+
+ASSETS = Path(__file__).parents[2] / "assets"
+CONFIG = TrainConfig(instance_prompt="a photo of sks dog", train_batch_size=4, mixed_precision="fp16")
+SCORES = dict(
+    dino=0.7, dino_base=0.1, pres=0.12, pres_base=0.1, clip_t_of_base=0.95,
+    drift_of_spread=0.7, copied=0.0, score=0.66, background_leak=0.02,
+)  # fmt: skip
+GOOD = Figures(
+    config=CONFIG,
+    state="done",
+    step=240,
+    photos=5,
+    nearness=0.7,
+    scores=SCORES,
+    likeness=((80, 0.66), (160, 0.69), (240, 0.7)),
+    score=((80, 0.62), (160, 0.67), (240, 0.66)),
+)
+
+
+def with_scores(**changes) -> Figures:
+    return replace(GOOD, scores=SCORES | changes)
+
+
+PRIOR = replace(CONFIG, with_prior_preservation=True, class_prompt="a photo of a dog")
+FAULTS = {
+    "broke_off": (
+        replace(GOOD, state="failed", message="the loss is nan at step 7: lower --learning_rate"),
+        ["the loss is nan at step 7", "--learning_rate 3e-05", "--mixed_precision bf16"],
+    ),
+    "overflowed": (replace(GOOD, skipped=20), ["in 20 steps", "--mixed_precision bf16"]),
+    "seen_too_rarely": (replace(GOOD, step=10), ["shown 8 times", "--exposures_per_photo 200"]),
+    "nothing_scored": (replace(GOOD, scores={}), ["`evaluate`", "--evaluate_steps 48"]),
+    "copies_photos": (
+        replace(with_scores(copied=0.3), copy_alarm=True),
+        ["30%", "--crops_per_photo 8", "--max_train_steps 160"],
+    ),
+    "lost_the_prompt": (
+        with_scores(clip_t_of_base=0.6, background_leak=0.12),
+        ["0.60", "leak 0.12", "--unmasked_weight 0"],
+    ),
+    "class_became_subject": (with_scores(pres=0.5), ["every dog", "67%", "--with_prior_preservation"]),
+    "drifted": (with_scores(drift_of_spread=1.8), ["1.8 times", "--with_prior_preservation"]),
+    "past_its_best": (
+        replace(GOOD, score=((120, 0.67), (240, 0.55))),
+        ["0.67 at step 120", "best/", "--max_train_steps 120"],
+    ),
+    "still_rising": (
+        replace(GOOD, likeness=((80, 0.3), (160, 0.5), (240, 0.7))),
+        ["0.50 at step 160", "0.70 at step 240", "--exposures_per_photo 290"],
+    ),
+    "photos_are_few": (replace(GOOD, photos=1), ["1 photo:", "3 to 10"]),
+    "photos_are_alike": (replace(GOOD, nearness=0.97), ["0.97", "--crops_per_photo 8 --crop_zoom 1.3"]),
+}
+
+
+def test_every_rule_has_a_fault_here():
+    assert list(FAULTS) == [rule.__name__ for rule in RULES]
+
+
+def test_nothing_is_said_of_good_figures():
+    assert advice_after(GOOD) == []
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_named_alone_with_figure_and_flag(name):
+    run, words = FAULTS[name]
+    (sentence,) = advice_after(run)
+    assert all(word in sentence for word in words), sentence
+    assert "\n" not in sentence
+
+
+def test_a_run_that_has_the_remedy_gets_the_next_one():
+    (more,) = advice_after(replace(with_scores(pres=0.5), config=PRIOR))
+    assert "--prior_loss_weight 2" in more
+    (prompts,) = advice_after(replace(with_scores(drift_of_spread=1.8), config=replace(PRIOR, prior="adapter_off")))
+    assert prompts.endswith("--prior_prompts")
+    unmasked = {name: value for name, value in SCORES.items() if name != "background_leak"}
+    (masks,) = advice_after(replace(GOOD, scores=unmasked | {"clip_t_of_base": 0.6}))
+    assert "add masks" in masks and "leak" not in masks
+
+
+def test_what_is_not_a_number_is_passed_over():
+    odd = {"type": "evaluation", "step": 3, "dino": "high", "score": None, "photos": 7, "copied": float("nan")}
+    assert figures_from([odd, {"type": "step"}, {"type": "end", "state": None}], CONFIG).scores == {}
+
+
+def test_a_later_report_of_evaluate_is_taken(tmp_path):
+    run = RunDir(tmp_path)
+    run.config_path.write_text(json.dumps({**CONFIG.to_dict(), "setting_of_tomorrow": 1}))
+    run.append_metrics({"type": "evaluation", "step": 3, "dino": 0.5, "photos": {"count": 4, "nearness": 0.7}})
+    assert figures_of(run).scores["dino"] == 0.5 and figures_of(run).photos == 4
+    (tmp_path / "evaluation").mkdir()
+    report = {"scores": {"dino": {"mean": 0.6}}, "relative": {"drift_of_spread": 1.7}, "score": 0.4}
+    (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(report | {"copy_alarm": {"raised": True}}))
+    found = figures_of(run)
+    assert found.scores == {"dino": 0.6, "drift_of_spread": 1.7, "score": 0.4} and found.copy_alarm
+
+
+def test_the_command_reads_a_real_run_and_says_how_to_score_it(tiny_base, tmp_path, capsys):
+    from dreambooth_moslora.training.loop import train
+
+    train(tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "dog", max_train_steps=2))
+    assert main(["explain", str(tmp_path / "dog")]) == 0
+    out = capsys.readouterr().out
+    assert "it ended after 2 steps; each of 3 photos was shown 1 times" in out
+    assert "--exposures_per_photo" in out and "nothing was scored" in out
+
+
+def test_a_folder_without_a_run_is_one_line(tmp_path, capsys):
+    assert main(["explain", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def faulty_run(folder: Path, *flags: str) -> RunDir:
+    """A short run of the quick start."""
+    recipe = ["--config", "assets/configs/quickstart.toml", "--num_validation_images", "0"]
+    assert train_main([*recipe, "--output_dir", str(folder), *flags]) == 0
+    return RunDir(folder)
+
+
+@pytest.mark.slow
+def test_without_prior_preservation_the_class_is_said_to_become_the_subject(tmp_path, capfd):
+    run = faulty_run(tmp_path / "robot", "--no_with_prior_preservation", "--max_train_steps=60", "--evaluate_steps=60")
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("try next: ")]
+    assert any("every robot turns into yours" in line and "--with_prior_preservation" in line for line in said)
+    assert 1 <= len(said) <= 3
+    assert main(["explain", str(run.path)]) == 0
+    assert "a bare robot went " in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_frames_of_one_film_are_said_to_be_alike(tmp_path, capfd):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(3):
+        shutil.copy(ASSETS / "subjects" / "robot" / "00.jpg", photos / f"{number}.jpg")
+    flags = ["--instance_data_dir", str(photos), "--max_train_steps=30", "--evaluate_steps=10"]
+    run = faulty_run(tmp_path / "robot", *flags)
+    said = advice_after(figures_of(run))
+    assert any("nearly one picture" in line for line in said), said
+
+
+@pytest.mark.slow
+def test_a_run_that_ends_early_is_told_that_likeness_still_rose(tmp_path):
+    run = faulty_run(tmp_path / "robot", "--max_train_steps=30", "--evaluate_steps=10", "--lr_scheduler=constant")
+    said = advice_after(figures_of(run))
+    assert any("likeness still rose" in line and "--exposures_per_photo" in line for line in said), said
