@@ -21,7 +21,8 @@ class AdapterMetadata:
 
     It holds no path, nothing about the photos, nothing about the machine.
 
-    `ranks` and `alphas` name the modules (`component.path`) that differ from `rank` and `alpha`.
+    `ranks` and `alphas` name the modules (`component.path`) that differ from `rank` and `alpha`. `best_scale` and
+    `usable_scales` (lowest, highest) are there when they were looked for.
     """
 
     rank: int
@@ -41,9 +42,14 @@ class AdapterMetadata:
     class_word: str = ""
     resolution_px: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    best_scale: float | None = None
+    usable_scales: tuple[float, ...] = ()
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        """Without scales that nobody looked for: such a file is as it was before there were any."""
+        facts = asdict(self)
+        missing = [name for name in ("best_scale", "usable_scales") if not facts[name]]
+        return json.dumps({name: value for name, value in facts.items() if name not in missing}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "AdapterMetadata":
@@ -58,7 +64,7 @@ class AdapterMetadata:
         for name, value in known.items():
             if not VALID[name](value):
                 raise ValueError(f"{name} is {value!r:.60}")
-        return cls(**{**known, "trigger_words": tuple(known.get("trigger_words", ()))})
+        return cls(**{**known, **{name: tuple(known.get(name, ())) for name in ("trigger_words", "usable_scales")}})
 
 
 def is_rank(value: object) -> bool:
@@ -104,6 +110,8 @@ VALID: dict[str, Callable[[object], bool]] = {
     "class_word": is_text,
     "resolution_px": lambda value: value is None or is_rank(value),
     "versions": named(is_text),
+    "best_scale": lambda value: value is None or is_number(value),
+    "usable_scales": lambda value: isinstance(value, list) and len(value) in (0, 2) and all(map(is_number, value)),
 }
 """Key -> whether a value is valid for it. The file may be written by anybody."""
 

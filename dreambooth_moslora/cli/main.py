@@ -19,7 +19,7 @@ from pathlib import Path
 from dreambooth_moslora.cli.parser import Parser, parse_train_config, underscored
 from dreambooth_moslora.cli.signals import INTERRUPTED, StopRequest
 from dreambooth_moslora.cli.streams import survive_broken_pipes
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config import TrainConfig, is_scored
 from dreambooth_moslora.core.errors import UserError, is_out_of_memory, shortened, spelled_out
 from dreambooth_moslora.core.process import set_environment_defaults
 from dreambooth_moslora.core.run_folder import RunDir
@@ -169,7 +169,7 @@ def run_trainer(config: TrainConfig, stop: StopRequest) -> int:
 
     warn_about(config, base)
     progress = TerminalProgress()
-    evaluator = make_evaluator(config) if config.evaluate_steps else None
+    evaluator = make_evaluator(config) if is_scored(config) else None
     try:
         result = train(config, progress, stop, evaluator)
     finally:

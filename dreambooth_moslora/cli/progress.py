@@ -12,6 +12,7 @@ from dreambooth_moslora.core.events import (
     RunEnded,
     RunStarted,
     SamplesDrawn,
+    ScaleFound,
     StepDone,
     StepEvaluated,
 )
@@ -105,6 +106,9 @@ class TerminalProgress:
     def _on_evaluation(self, event: StepEvaluated) -> None:
         scores = ", ".join(f"{name} {value:.3f}" for name, value in event.scores.items())
         self.write(f"step {event.step}: {scores}")
+
+    def _on_scale(self, event: ScaleFound) -> None:
+        self.write(f"best scale: {event.best:g}, usable from {event.low:g} to {event.high:g}")
 
     def _on_end(self, event: RunEnded) -> None:
         self.close()

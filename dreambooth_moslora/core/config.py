@@ -15,7 +15,7 @@ from dreambooth_moslora.core.config_fields import Prompt, check_limits, convert,
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.targets import ATTENTION, parse_pattern
 
-__all__ = ["INTERPOLATIONS", "MIXERS", "TrainConfig", "check_each"]
+__all__ = ["INTERPOLATIONS", "MIXERS", "TrainConfig", "check_each", "is_scored"]
 
 MIXERS = ("orthogonal", "identity", "kaiming", "butterfly", "none")
 INTERPOLATIONS = ("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact")
@@ -193,6 +193,9 @@ class TrainConfig:
     validation_epochs: int = of_samples(50, "epochs between samples", low=1)
     validation_steps: int | None = of_samples(None, "steps between samples; overrides --validation_epochs", low=1)
     evaluate_steps: int | None = of_samples(None, "steps between scores of fidelity (default: never)", low=1)
+    find_scale: bool = of_samples(
+        False, "at the end, score the adapter at several scales; the best goes into its header and card"
+    )
     early_stopping: int | None = of_samples(
         None, "stop when the score has not risen for this many evaluations (default: only say so)", low=1
     )
@@ -262,6 +265,11 @@ class TrainConfig:
         """JSON-ready values of all settings but the secret ones. `from_dict` takes it back."""
         shown = {item.name: getattr(self, item.name) for item in fields(self) if not item.metadata["secret"]}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in shown.items()}
+
+
+def is_scored(config: TrainConfig) -> bool:
+    """Whether the run draws pictures to score them."""
+    return bool(config.evaluate_steps or config.find_scale)
 
 
 PATH_NAMES = ("_dir", "_checkpoint", "_name_or_path", "_adapter")

@@ -2,7 +2,7 @@
 
     RunStarted  PhaseProgress*
     (StepDone  SamplesDrawn?  StepEvaluated?  CheckpointSaved?)*
-    AdapterExported  RunEnded
+    ScaleFound?  AdapterExported  RunEnded
 
 `record_of` makes the line's dict, `events_of` finds the events of one type in the lines again.
 """
@@ -21,6 +21,7 @@ __all__ = [
     "RunEnded",
     "RunStarted",
     "SamplesDrawn",
+    "ScaleFound",
     "StepDone",
     "StepEvaluated",
     "event_of",
@@ -99,6 +100,17 @@ class StepEvaluated(Event):
     copy_alarm: bool = False
     cost: dict[str, float] = field(default_factory=dict)
     photos: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ScaleFound(Event):
+    """The adapter's `best` scale, and the usable ones from `low` to `high`; the score `by_scale`."""
+
+    kind: ClassVar[str] = "scale"
+    best: float
+    low: float
+    high: float
+    by_scale: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from dreambooth_moslora.adapters.moslora import set_scale
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.prompts import subject_of
 from dreambooth_moslora.core.run_folder import RunDir
@@ -22,6 +23,7 @@ from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.photos.folder import instance_photos
 from dreambooth_moslora.photos.masks import open_mask
 from dreambooth_moslora.photos.photo import open_rgb
+from dreambooth_moslora.training.results.best_scale import SCALES, ScaleChoice, choose_scale
 from dreambooth_moslora.training.results.best_step import best_of
 
 __all__ = ["LOGGED", "TrainingEvaluator"]
@@ -71,6 +73,22 @@ class TrainingEvaluator:
             "best": {"step": best.step, "score": best.score, "since": best.since},
             "cost": {"seconds": round(found.seconds, 2), "pictures": sum(map(len, found.pictures.values()))},
         }
+
+    def find_scale(self, sampler: Sampler, components: dict[str, nn.Module]) -> ScaleChoice | None:
+        """Scores the live adapter at several scales; afterwards it is as trained."""
+        draw = sampler_draw(replace(sampler, inference_steps=self.plan.inference_steps))
+
+        def score(scale: float) -> float:
+            for model in components.values():
+                set_scale(model, scale)
+            return of_subject(draw).score
+
+        of_subject = self.evaluator.of_subject()
+        try:
+            return choose_scale({scale: score(scale) for scale in SCALES})
+        finally:
+            for model in components.values():
+                set_scale(model, 1.0)
 
     def _earlier(self, step: int) -> list[tuple[int, float]]:
         events = RunDir(Path(self.config.output_dir)).read_metrics()

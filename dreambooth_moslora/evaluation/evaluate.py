@@ -8,7 +8,8 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -144,6 +145,12 @@ class Evaluator:
         pictures = {name: views.pictures for name, views in named.items() if views is not None}
         pictures |= {f"{name}_base": views.pictures for name, views in base.items()}
         return Evaluation(plan, tables, alarm, score_of(tables, alarm), time.perf_counter() - started, pictures)
+
+    def of_subject(self) -> "Evaluator":
+        """The same, of the subject's pictures alone: all that the score needs."""
+        smaller = copy(self)
+        smaller.plan = replace(self.plan, class_images=0, unrelated=())
+        return smaller
 
     def base_views(self, draw: Draw) -> dict[str, Views]:
         """The base's pictures, drawn at the first call."""

@@ -13,6 +13,7 @@ from dreambooth_moslora.core.run_folder import atomic_write
 from dreambooth_moslora.evaluation import metrics
 from dreambooth_moslora.evaluation.evaluate import RELATIVE, Evaluation
 from dreambooth_moslora.evaluation.html_page import page, picture, pictures, section, table
+from dreambooth_moslora.training.results.best_scale import ScaleChoice
 
 __all__ = ["ReportContext", "report_html", "scores_json", "write_report"]
 
@@ -46,7 +47,10 @@ JUDGED = ("kind", "colour", "place")
 
 @dataclass(frozen=True)
 class ReportContext:
-    """What was judged, as the report names it: no path. `encoders` are the names of CLIP and DINO."""
+    """What was judged, as the report names it: no path. `encoders` are the names of CLIP and DINO.
+
+    `scale`: what --sweep_scale found.
+    """
 
     adapter: str
     base: str
@@ -54,6 +58,7 @@ class ReportContext:
     inference_steps: int
     guidance_scale: float
     diversity: str = "DINO distance"
+    scale: ScaleChoice | None = None
 
 
 def scores_json(found: Evaluation, about: ReportContext, photo_fidelity: float) -> dict:
@@ -80,6 +85,7 @@ def scores_json(found: Evaluation, about: ReportContext, photo_fidelity: float) 
         "relative": found.relative(),
         "copy_alarm": asdict(found.alarm),
         "score": round(found.score, 4),
+        **({"scale": asdict(about.scale)} if about.scale else {}),
         "per_prompt": per_prompt(found),
         "seconds": round(found.seconds, 1),
     }
@@ -100,6 +106,7 @@ def report_html(found: Evaluation, about: ReportContext, photos: list[Image.Imag
     parts = [
         introduction(found, about),
         section("Scores", score_table(found, photo_fidelity), relative_table(found), cost(found)),
+        *([section("Strength", f"<p>{escape(about.scale.sentence())}.</p>")] if about.scale else []),
         *([section("Against the truth of the toy world", *truth_tables(found))] if "truth" in found.tables else []),
         section("The photos", pictures(photos)),
         section("Each prompt: the adapter, and the base without the subject", prompt_rows(found)),

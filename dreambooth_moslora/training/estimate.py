@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dreambooth_moslora.base.gpu_memory import DECODER_BYTES_A_PIXEL, GIB, TILE_PX
 from dreambooth_moslora.base.headers import tensor_shapes
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config import TrainConfig, is_scored
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.targets import is_target
 from dreambooth_moslora.training.layer_sizes import rank_and_alpha
@@ -138,7 +138,7 @@ def precision_of(config: TrainConfig) -> str:
 
 
 def draws_samples(config: TrainConfig) -> bool:
-    return bool(config.sample_count or config.evaluate_steps)
+    return bool(config.sample_count or is_scored(config))
 
 
 def unet_gib(config: TrainConfig, size: BaseSize) -> float:

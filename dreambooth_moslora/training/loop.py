@@ -12,7 +12,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config import TrainConfig, is_scored
 from dreambooth_moslora.core.errors import StopRequestedError, one_line
 from dreambooth_moslora.core.events import Event, RunEnded
 from dreambooth_moslora.core.run_folder import RunDir
@@ -86,7 +86,7 @@ def set_up(context: RunContext, evaluator: StepScorer | None) -> Training:
     report_start(context, step, plan.total_steps)
     report.trackers.start(config)
     samples = ValidationSamples.of(config, context.run_dir, plan.steps_an_epoch)
-    prompts = [*samples.prompts, *(evaluator.prompts if evaluator and config.evaluate_steps else ())]
+    prompts = [*samples.prompts, *(evaluator.prompts if evaluator and is_scored(config) else ())]
     inputs = prepare(context, photos, plan.total_steps * plan.photos_a_step, prompts, checkpoint is None)
     if too_slow_for_samples(config, inputs.pipeline, context.accelerator.device):
         samples.leave_out()

@@ -17,7 +17,7 @@ from dreambooth_moslora.adapters.start import read_start
 from dreambooth_moslora.base.load import default_resolution, encode_text, load_pipeline
 from dreambooth_moslora.base.locate import SMALL_BASE_PX
 from dreambooth_moslora.base.quantization import quantize
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config import TrainConfig, is_scored
 from dreambooth_moslora.core.digests import default_cache_dir
 from dreambooth_moslora.core.errors import StopRequestedError, UserError, spelled_out
 from dreambooth_moslora.core.names import public_name
@@ -288,7 +288,7 @@ def release_encoders(
     if not config.train_text_encoder:
         prompt_embeds.release_encoders()
         pipeline.register_modules(text_encoder=None, text_encoder_2=None)
-    if config.caching != "off" and (config.sample_count or config.evaluate_steps):
+    if config.caching != "off" and (config.sample_count or is_scored(config)):
         pipeline.vae.to("cpu")
     elif config.caching != "off":
         pipeline.register_modules(vae=None)

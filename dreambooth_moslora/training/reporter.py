@@ -13,14 +13,21 @@ from statistics import median
 import torch
 from accelerate import Accelerator
 
-from dreambooth_moslora.core.events import AdapterExported, Event, PhaseProgress, RunEnded, record_of
+from dreambooth_moslora.core.events import (
+    AdapterExported,
+    Event,
+    PhaseProgress,
+    RunEnded,
+    ScaleFound,
+    record_of,
+)
 from dreambooth_moslora.core.process import peak_memory_gib
 from dreambooth_moslora.core.run_folder import RunDir, atomic_write
 from dreambooth_moslora.training.results.trackers import TRACKED, Trackers
 
 __all__ = ["Reporter", "Stopwatch", "free_unused_memory", "memory_gib"]
 
-ENDINGS = (RunEnded.kind, AdapterExported.kind)
+ENDINGS = (RunEnded.kind, AdapterExported.kind, ScaleFound.kind)
 
 
 class Reporter:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from dreambooth_moslora.adapters.proof import Proof
 from dreambooth_moslora.core.errors import StopRequestedError, UserError
@@ -15,6 +16,7 @@ from dreambooth_moslora.core.events import (
     AdapterExported,
     CheckpointSaved,
     RunEnded,
+    ScaleFound,
     StepDone,
     StepEvaluated,
     event_of,
@@ -26,6 +28,7 @@ from dreambooth_moslora.training.accelerator import any_process
 from dreambooth_moslora.training.checkpoint import Position, save_checkpoint
 from dreambooth_moslora.training.optimizer import optimizer_kind
 from dreambooth_moslora.training.reporter import Stopwatch, free_unused_memory, memory_gib
+from dreambooth_moslora.training.results.best_scale import ScaleChoice
 from dreambooth_moslora.training.results.best_step import BestStep
 from dreambooth_moslora.training.results.publish import Publisher
 from dreambooth_moslora.training.results.samples import ValidationSamples
@@ -46,6 +49,8 @@ class StepScorer(Protocol):
     prompts: list[str]
 
     def __call__(self, sampler: Sampler, step: int) -> dict: ...
+
+    def find_scale(self, sampler: Sampler, components: dict[str, nn.Module]) -> ScaleChoice | None: ...
 
 
 @dataclass(frozen=True)
@@ -199,6 +204,21 @@ class Training:
         """Whether any process was told to stop: all leave after the same step."""
         return self.context.stop_requested()
 
+    def find_scale(self) -> None:
+        """The strength that the finished adapter wants, for its header and card; a stop leaves it unknown."""
+        if self.evaluator is None:
+            return
+        self.report.phase("evaluating")
+        with suppress(StopRequestedError):
+            found = self.evaluator.find_scale(self.sampler, self.train_step.components)
+            if found is not None:
+                by_scale = {f"{scale:g}": score for scale, score in found.scores.items()}
+                self.report(ScaleFound(found.best, found.low, found.high, by_scale))
+                self.publisher.note_scale(found)
+            if found is not None and self.best is not None and self.best.step == self.step:
+                self.publisher.keep_best()
+        free_unused_memory(self.accelerator.device)
+
     def require_a_step(self) -> None:
         """A run that is stopped before its first step leaves no adapter: it would be the base."""
         if self.step == 0:
@@ -217,6 +237,8 @@ class Training:
             self.save_checkpoint(here)
         proof = None
         if self.accelerator.is_main_process:
+            if self.config.find_scale and not interrupted:
+                self.find_scale()
             self.report.phase("exporting")
             proof = self.publisher.publish(self.step, self.max_train_steps, finished=not interrupted)
             self.report(AdapterExported(list(proof.files), proof.to_dict()))

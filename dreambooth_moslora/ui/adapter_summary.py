@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dreambooth_moslora.ui.adapter_check import check_header
+from dreambooth_moslora.ui.generate_form import RANGES
 
 __all__ = ["AdapterSummary", "prompt_for", "renewed_prompt", "summary_of"]
 
@@ -19,13 +20,14 @@ MAX_WORD_CHARACTERS = 80
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """Empty where the file says nothing (an adapter of another program)."""
+    """Empty where the file says nothing (an adapter of another program). `scale`: the strength that it wants."""
 
     trigger: str = ""
     class_word: str = ""
     base: str = ""
     rank: str = ""
     mixer: str = ""
+    scale: float = 1.0
 
     @property
     def subject(self) -> str:
@@ -38,6 +40,7 @@ class AdapterSummary:
             self.rank,
             f"{self.mixer} mixer" if self.mixer and self.mixer != "none" else "",
             f"for {self.base}" if self.base else "",
+            f"best at scale {self.scale:g}" if self.scale != 1 else "",
         ]
         return " · ".join(part for part in parts if part)
 
@@ -72,7 +75,15 @@ def _from_facts(facts: dict[str, Any]) -> AdapterSummary:
         base=_word(facts.get("base_id")),
         rank=_rank(facts),
         mixer=_word(facts.get("mixer")),
+        scale=_scale(facts.get("best_scale")),
     )
+
+
+def _scale(value: Any) -> float:
+    """As the header says, within what the slider offers; 1 without."""
+    low, high = RANGES["scale"]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and low <= value <= high else 1.0
 
 
 def _rank(facts: dict[str, Any]) -> str:

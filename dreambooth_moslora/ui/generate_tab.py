@@ -166,6 +166,11 @@ def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, button
             return about, gr.skip()
         return about, renewed_prompt(old_prompt, summary, map(summary_of, files.values()))
 
+    def preset(name: str, request: gr.Request) -> float:
+        """The strength that the chosen file wants; not for one that a picture's settings bring, with their own."""
+        files = ctx.catalog.files(ctx.visitors.of(request))
+        return summary_of(files[name]).scale if name in files else 1.0
+
     @as_gradio_error
     def upload(file: str, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
@@ -187,7 +192,9 @@ def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, button
     buttons["refresh"].click(adapters, None, tab.adapters, **AT_ONCE)
     page.load(adapters, None, tab.adapters, **AT_ONCE)
     first.change(describe, [first, prompt], [about, prompt], **AT_ONCE)
-    buttons["upload"].upload(upload, buttons["upload"], tab.adapters, api_visibility="private", **GPU)
+    first.input(preset, first, tab.fields["scale"], **AT_ONCE)
+    uploaded = buttons["upload"].upload(upload, buttons["upload"], tab.adapters, api_visibility="private", **GPU)
+    uploaded.then(preset, first, tab.fields["scale"], **AT_ONCE)
 
 
 def _connect_reuse(ctx: AppContext, tab: GenerateTab, results: dict, extras: dict) -> None:

@@ -47,7 +47,8 @@ def ask_widgets(ctx: AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     words = summary.sentence() if summary else ""
     about = gr.HTML(faint(words), visible=bool(words), elem_id="about_adapter", label="About the adapter")
-    scale = gr.Slider(*RANGES["scale"], 1.0, step=0.05, label="Adapter scale", buttons=[], elem_id="scale")
+    preset = summary.scale if summary else 1.0
+    scale = gr.Slider(*RANGES["scale"], preset, step=0.05, label="Adapter scale", buttons=[], elem_id="scale")
     num_images = gr.Slider(1, MAX_IMAGES, 1, step=1, label="Pictures", buttons=[], elem_id="num_images")
     with gr.Row(elem_classes="tight"):
         run = gr.Button("Generate", variant="primary", elem_id="run", scale=3)

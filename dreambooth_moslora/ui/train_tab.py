@@ -181,7 +181,9 @@ def _connect_use(ctx: AppContext, jobs: Jobs, parts: dict, tabs: gr.Tabs, genera
         job = jobs.owned(run or "", visitor.id)
         name = ctx.catalog.name_of(RunDir(job.run_dir).adapter_path, visitor)
         files = ctx.catalog.files(visitor)
-        prompt = prompt_for(summary_of(files[name]))
-        return gr.Tabs(selected="generate"), gr.Dropdown(choices=[NONE, *files], value=name), prompt
+        summary = summary_of(files[name])
+        chosen = gr.Dropdown(choices=[NONE, *files], value=name)
+        return gr.Tabs(selected="generate"), chosen, prompt_for(summary), summary.scale
 
-    parts["use"].click(use, parts["run"], [tabs, generate.adapters[0], generate.prompt], **TELLING)
+    shown = [tabs, generate.adapters[0], generate.prompt, generate.fields["scale"]]
+    parts["use"].click(use, parts["run"], shown, **TELLING)

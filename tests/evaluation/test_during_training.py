@@ -1,5 +1,6 @@
 """Scores while training: the best step is kept and named, and stopping early happens only when asked for."""
 
+import json
 import logging
 import re
 import shutil
@@ -8,6 +9,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
+from dreambooth_moslora.adapters.export import load_published
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
@@ -31,7 +33,8 @@ def quick(config: TrainConfig, encoders) -> TrainingEvaluator:
 @pytest.fixture(scope="module")
 def run(tiny_base, encoders, tmp_path_factory):
     home = tmp_path_factory.mktemp("run")
-    config = tiny_config(tiny_base, paint_photos(home / "photos"), home / "dog", max_train_steps=4, evaluate_steps=1)
+    scored = {"max_train_steps": 4, "evaluate_steps": 1, "find_scale": True}
+    config = tiny_config(tiny_base, paint_photos(home / "photos"), home / "dog", **scored)
     train(config, evaluator=quick(config, encoders))
     return config, RunDir(home / "dog")
 
@@ -64,8 +67,21 @@ def test_the_best_step_is_kept_loadable_and_named_in_the_card(run, tiny_base):
     assert SubjectPipeline.from_base(tiny_base).load_adapter(run[1].best_dir) == "best"
 
 
+def test_the_scale_that_scores_best_is_in_the_files_and_the_card_without_private_facts(run):
+    (event,) = [event for event in run[1].read_metrics() if event["type"] == "scale"]
+    assert set(event["by_scale"]) == {"0.4", "0.6", "0.8", "1", "1.2"}
+    assert len(set(event["by_scale"].values())) > 1  # the pictures did change
+    for file in (run[1].adapter_path, run[1].kohya_path):
+        facts = load_published(file)[1]
+        assert facts.best_scale == event["best"] and facts.usable_scales == (event["low"], event["high"])
+        assert str(run[1].path.parent) not in facts.to_json()
+    assert f"Scale {event['best']:g} scored best" in run[1].card_path.read_text()
+
+
 def test_evaluating_does_not_change_what_is_learnt(run, tmp_path):
-    config = TrainConfig.from_dict({**run[0].to_dict(), "output_dir": str(tmp_path / "dog"), "evaluate_steps": None})
+    config = TrainConfig.from_dict(
+        {**run[0].to_dict(), "output_dir": str(tmp_path / "dog"), "evaluate_steps": None, "find_scale": False}
+    )
     train(config)
     assert adapter_sha256(tmp_path / "dog") == adapter_sha256(run[1].path)
 
@@ -113,13 +129,18 @@ def test_the_best_of_equal_scores_is_the_first():
 def test_the_evaluate_command_leaves_a_report_beside_the_run(run, tmp_path, capsys):
     clip, dino = save_tiny_encoders(tmp_path)
     few = ["--num_prompts", "2", "--images-per-prompt", "2", "--class_images", "1", "--inference_steps", "2"]
-    assert main(["evaluate", str(run[1].path), "--clip", str(clip), "--dino", str(dino), *few]) == 0
+    before = adapter_sha256(run[1].path)
+    assert main(["evaluate", str(run[1].path), "--clip", str(clip), "--dino", str(dino), *few, "--sweep_scale"]) == 0
     html = (run[1].path / "evaluation" / "report.html").read_text()
     scores = (run[1].path / "evaluation" / "scores.json").read_text()
     assert not re.search("https?:", html) and html.count("data:image/jpeg") == 3 + 2 * 4 + 2 + 2 * 1 + 2 * 12
     for text in (html, scores):
         assert str(run[1].path.parent) not in text
-    assert "dino " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "dino " in out and "; written into pytorch_lora_weights.safetensors, dog.kohya.safetensors, README.md" in out
+    found = json.loads(scores)["scale"]
+    assert load_published(run[1].adapter_path)[1].best_scale == found["best"]
+    assert adapter_sha256(run[1].path) == before and "best scale is" in html
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.config_files import read_json_table, reason_of
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import Subject, subject_of
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_folder import RunDir, atomic_write
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.training.checks import require_folder, require_writable
+from dreambooth_moslora.training.results.best_scale import SCALES, ScaleChoice, choose_scale
+from dreambooth_moslora.training.results.model_card import is_card, with_strength
 
 if TYPE_CHECKING:
     from dreambooth_moslora.evaluation.evaluate import Evaluation
@@ -41,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance_scale", type=guidance, help="how closely to follow prompts (default: the base's own)"
     )
     group.add_argument("--scale", type=strength, default=1.0, help="the adapter's strength (default: 1)")
+    group.add_argument(
+        "--sweep_scale",
+        action="store_true",
+        help="score it at scales 0.4 to 1.2 too, and write the best into the header of our files and into the card",
+    )
     group.add_argument("--clip", default="", help="CLIP by hub id or folder (default: ViT-L/14, for toy its own)")
     group.add_argument("--dino", default="", help="DINOv2 by hub id or folder (default: dinov2-base, for toy its own)")
     group.add_argument("--batch_size", type=positive, default=4, help="pictures drawn at once (default: 4)")
@@ -87,16 +94,45 @@ def run(args: argparse.Namespace) -> int:
     images = [open_rgb(photo) for photo in photos]
     truth = truth_of(base, config.instance_data_dir, plan, encoders, pipeline.resolution_px)
     evaluator = Evaluator(plan, encoders, images, [open_mask(photo) for photo in photos], truth)
-    count = 2 * (len(plan.subject_requests) + plan.class_images + len(plan.unrelated_requests))
-    print(f"drawing {count} pictures …", file=sys.stderr)
+    print(f"drawing {picture_count(plan, args.sweep_scale)} pictures …", file=sys.stderr)
     followed = default_guidance(pipeline.pipeline) if args.guidance_scale is None else args.guidance_scale
     found = evaluate_adapter(pipeline, name, evaluator, args.batch_size, args.scale, followed)
+    choice = None
+    if args.sweep_scale:
+        subject = evaluator.of_subject()
+        others = {s: evaluate_adapter(pipeline, name, subject, args.batch_size, s, followed).score for s in SCALES}
+        choice = choose_scale(others)
     diversity = "LPIPS" if encoders.lpips else "DINO distance"
-    about = ReportContext(name, pipeline.base_name, encoders.names, plan.inference_steps, followed, diversity)
+    about = ReportContext(name, pipeline.base_name, encoders.names, plan.inference_steps, followed, diversity, choice)
     write_report(folder, found, about, images, photo_fidelity(evaluator.photos.dino))
     print(summary(found))
+    if args.sweep_scale:
+        print(note_strength(Path(find_asset(args.adapter)), choice))
     print(f"{folder / 'report.html'}\n{folder / 'scores.json'}")
     return 0
+
+
+def picture_count(plan: "EvaluationPlan", sweeps: bool) -> int:
+    """How many are drawn: by the adapter and by the base, and by the adapter at each scale."""
+    swept = len(SCALES) * len(plan.subject_requests) if sweeps else 0
+    return 2 * (len(plan.subject_requests) + plan.class_images + len(plan.unrelated_requests)) + swept
+
+
+def note_strength(path: Path, choice: ScaleChoice | None) -> str:
+    """Write what the sweep found into the adapter's files and card; returns the line that says so."""
+    from dreambooth_moslora.adapters.scale_note import note_scale
+
+    if choice is None:
+        return "no scale shows the subject, so none is recommended"
+    run_dir = RunDir(path if path.is_dir() else path.parent)
+    files = [run_dir.adapter_path, *run_dir.path.glob("*.kohya.safetensors")] if path.is_dir() else [path]
+    usable = (choice.low, choice.high)
+    noted = [file.name for file in files if file.is_file() and note_scale(file, choice.best, usable)]
+    card = run_dir.read_card() if path.is_dir() and noted else None
+    if card is not None and is_card(card):
+        atomic_write(run_dir.card_path, with_strength(card, choice.best, usable))
+        noted.append(run_dir.card_path.name)
+    return f"{choice.sentence()}; written into {', '.join(noted) or 'no file, as none is one that we published'}"
 
 
 def resolve(args: argparse.Namespace) -> TrainConfig:

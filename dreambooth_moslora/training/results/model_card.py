@@ -16,9 +16,10 @@ from dreambooth_moslora.training.results.best_step import BestStep
 if TYPE_CHECKING:  # it imports torch
     from dreambooth_moslora.adapters.proof import Proof
 
-__all__ = ["SIGNATURE", "CardFacts", "is_card", "model_card", "pictures_named"]
+__all__ = ["SIGNATURE", "CardFacts", "is_card", "model_card", "pictures_named", "with_strength"]
 
 SIGNATURE = "Made with dreambooth_moslora"
+STRENGTH = "## Strength"
 PICTURE = re.compile(r"image_\d+\.png")
 """Names that the trainer gives to pictures. Other files that a card names are not believed to be ours."""
 
@@ -64,6 +65,7 @@ def model_card(config: TrainConfig, facts: CardFacts) -> str:
         introduction(config, facts),
         gallery(facts),
         usage(config, facts),
+        strength(facts.adapter.best_scale, facts.adapter.usable_scales),
         training_table(config, facts),
         f"## Proof\n\n{facts.proof.sentence()}.",
         score_table(facts),
@@ -116,6 +118,21 @@ image = pipe({config.instance_prompt!r}).images[0]
 ```
 
 `{facts.name}.kohya.safetensors` is the same adapter for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI."""
+
+
+def strength(best: float | None, usable: tuple[float, ...]) -> str:
+    """Which scale to load the adapter at; "" when nobody looked for it."""
+    if best is None:
+        return ""
+    around = f"; from {usable[0]:g} to {usable[-1]:g} the score stays near it" if len(set(usable)) > 1 else ""
+    how = f"`pipe(…, cross_attention_kwargs={{'scale': {best:g}}})`"
+    return f"{STRENGTH}\n\nScale {best:g} scored best{around}. In diffusers: {how}."
+
+
+def with_strength(text: str, best: float, usable: tuple[float, float]) -> str:
+    """A card of ours with `strength` in the place of an earlier one, or before the table of the training."""
+    kept = re.sub(rf"{STRENGTH}\n\n[^\n]*\n\n", "", text)
+    return kept.replace("## Training\n", f"{strength(best, usable)}\n\n## Training\n", 1)
 
 
 def training_table(config: TrainConfig, facts: CardFacts) -> str:

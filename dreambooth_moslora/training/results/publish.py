@@ -20,6 +20,7 @@ from dreambooth_moslora.core.run_folder import RunDir, atomic_directory, atomic_
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.photos.photo import Photo, open_rgb
 from dreambooth_moslora.training.prepare import TrainInputs
+from dreambooth_moslora.training.results.best_scale import ScaleChoice
 from dreambooth_moslora.training.results.best_step import BestStep
 from dreambooth_moslora.training.results.hub import push
 from dreambooth_moslora.training.results.loss_plot import draw_loss_plot
@@ -55,6 +56,10 @@ class Publisher:
     def note_scores(self, scores: dict[str, float], best: BestStep) -> None:
         """The latest scores and the best step so far, for the card."""
         self.scores, self.best = scores, best
+
+    def note_scale(self, found: ScaleChoice) -> None:
+        """What the published files and the card say of the adapter's strength."""
+        self.facts = replace(self.facts, best_scale=found.best, usable_scales=(found.low, found.high))
 
     def keep_best(self) -> None:
         """`best/`: the adapter as it is now, loadable like the final one, whole or not at all."""

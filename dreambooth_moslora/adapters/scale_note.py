@@ -1,0 +1,26 @@
+"""Writing an adapter's best scale into a published file that is there already. Its tensors stay as they are."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.raw_file import read_tensors, write_file
+
+__all__ = ["note_scale"]
+
+
+def note_scale(path: Path, best: float, usable: tuple[float, float]) -> bool:
+    """Whether the file at `path` is one that we published: only such a file has the header for it.
+
+    Raises UserError for a broken file, OSError where it cannot be written.
+    """
+    tensors, header = read_tensors(path)
+    try:
+        facts = AdapterMetadata.from_json(header["moslora"])
+    except (KeyError, TypeError, ValueError):
+        return False
+    if "raw_format" in tensors:
+        return False
+    facts = replace(facts, best_scale=best, usable_scales=usable)
+    write_file(path, tensors, header | {"moslora": facts.to_json()})
+    return True

@@ -1,0 +1,43 @@
+"""Which strength of a finished adapter scores best, and between which others the score stays near it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["SCALES", "ScaleChoice", "choose_scale"]
+
+SCALES = (0.4, 0.6, 0.8, 1.0, 1.2)
+"""Below, hardly any subject is left; above, pictures burn. 1 is as trained."""
+EQUAL = 0.99
+"""Scores of this share of the best one are as good: then the scale nearest to 1 is taken."""
+USABLE = 0.95
+"""Of the best score: what is still worth choosing, to keep more of the prompt or of the subject."""
+
+
+@dataclass(frozen=True)
+class ScaleChoice:
+    """The `best` scale, the usable range around it, and the `scores` (scale -> score) behind both."""
+
+    best: float
+    low: float
+    high: float
+    scores: dict[float, float]
+
+    def sentence(self) -> str:
+        around = f"usable from {self.low:g} to {self.high:g}" if self.low < self.high else "no other comes near it"
+        tried = ", ".join(f"{scale:g}: {score:.3f}" for scale, score in self.scores.items())
+        return f"the adapter's best scale is {self.best:g}, {around} (scores {tried})"
+
+
+def choose_scale(scores: Mapping[float, float]) -> ScaleChoice | None:
+    """From scale -> score. None when no scale shows the subject, so that none can be recommended."""
+    highest = max(scores.values())
+    if highest <= 0:
+        return None
+    best = min((s for s in scores if scores[s] >= EQUAL * highest), key=lambda s: abs(s - 1))
+    usable = [best]
+    for side in (sorted(s for s in scores if s > best), sorted((s for s in scores if s < best), reverse=True)):
+        for scale in side:
+            if scores[scale] < USABLE * highest:
+                break
+            usable.append(scale)
+    return ScaleChoice(best, min(usable), max(usable), dict(sorted(scores.items())))
