@@ -78,8 +78,8 @@ def understand(line: str) -> None:
     match shlex.split(line):
         case ["pip", "install", "-r", file]:
             require((ROOT / file).is_file(), file)
-        case ["python", "train_dreambooth.py", *words]:
-            parse_train_config(words)
+        case ["python", "train_dreambooth.py", *words] | ["python", "-m", "dreambooth_moslora", "train", *words]:
+            parse_train_config(["assets/subjects/robot" if word == "photos/dog" else word for word in words])
         case ["python", "app.py", *words]:
             app_parser().parse_args(words)
         case ["python", "-m", "dreambooth_moslora", name, *words]:

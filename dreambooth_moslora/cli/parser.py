@@ -6,15 +6,19 @@ another trainer is answered with its name in this one.
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.core.config import FIELD_TYPES, TrainConfig, check_each
+from dreambooth_moslora.cli.one_word import choose, leading_words
+from dreambooth_moslora.core.assets import find_asset
+from dreambooth_moslora.core.config import FIELD_TYPES, TrainConfig, check_each, checked_setting
 from dreambooth_moslora.core.config_fields import GROUPS, Prompt, nearest
 from dreambooth_moslora.core.config_files import load_settings
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.errors import UserError, spelled_out
 
 __all__ = ["FOREIGN_FLAGS", "Parser", "build_train_parser", "parse_train_config", "underscored"]
 
@@ -100,9 +104,16 @@ FOREIGN_FLAGS = {
     "lora_rank": "use --rank",
     "lora_r": "use --rank",
 }
+SAID_BY_WORDS = (
+    *("instance_data_dir", "dataset_name", "instance_prompt", "class_prompt", "token", "class_word"),
+    "output_dir",
+)
+"""Settings of a --config file that a folder and a word on the command line replace."""
 DESCRIPTION = "Teach an SDXL model one subject from a few photos, through a MoSLoRA adapter (arXiv 2406.11909)."
 SCRIPT = "train_dreambooth.py"
-EXAMPLE = """example:
+EXAMPLE = """examples:
+  {command} photos/dog dog
+      a folder and a word: the rest is chosen by the machine and said, and any flag below changes it
   {command} --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \\
     --instance_data_dir photos/dog --instance_prompt "a photo of sks dog" --output_dir runs/dog --max_train_steps 500
   {command} --config assets/configs/quickstart.toml
@@ -175,15 +186,32 @@ def help_of(item: Field) -> str:
 
 def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> TrainConfig:
     """The resolved settings of a command line. Raises UserError; SystemExit for --help and --version."""
-    given, unknown = build_train_parser(prog).parse_known_args(underscored(argv))
+    words, rest = leading_words(underscored(argv))
+    given, unknown = build_train_parser(prog).parse_known_args(rest)
+    if not words and len(unknown) == 2 and Path(find_asset(unknown[0])).is_dir():  # behind the flags
+        words, unknown = unknown, []
     if unknown:
         raise UserError(unknown_flag_message(unknown[0]))
     flags = vars(given)
     file = flags.pop("config")
-    settings = overridden(load_settings(file) if file else {}, flags)
+    recipe = load_settings(file) if file else {}
+    if words:  # they stand for these, as flags would
+        recipe = {name: value for name, value in recipe.items() if name not in SAID_BY_WORDS}
+    settings = overridden(recipe, flags)
     check_each(settings)
+    settings = with_choices(words, settings, has_recipe=bool(file)) if words else settings
     require(settings)
     return TrainConfig.from_dict(settings | launcher_settings())
+
+
+def with_choices(words: list[str], settings: dict[str, Any], *, has_recipe: bool) -> dict[str, Any]:
+    """The settings and what is chosen beside them for a folder and a word; each choice is a line on the terminal."""
+    given = {name: checked_setting(name, value) for name, value in settings.items()}
+    choices = choose(words, given, has_recipe=has_recipe)
+    if os.environ.get("RANK", "0") == "0":
+        for line in choices.lines:
+            print(spelled_out(line), file=sys.stderr)
+    return choices.all
 
 
 def overridden(settings: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dreambooth_moslora.core.config_fields import Prompt, check_limits, convert,
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.targets import ATTENTION, parse_pattern
 
-__all__ = ["INTERPOLATIONS", "MIXERS", "TrainConfig", "check_each", "is_scored"]
+__all__ = ["INTERPOLATIONS", "MIXERS", "TrainConfig", "check_each", "checked_setting", "is_scored"]
 
 MIXERS = ("orthogonal", "identity", "kaiming", "butterfly", "none")
 INTERPOLATIONS = ("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact")
@@ -287,6 +287,11 @@ def checked(item: Field, value: Any) -> Any:
     if item.name == "instance_data_dir" and value:
         return find_asset(value)
     return os.path.expanduser(value) if value and item.name.endswith(PATH_NAMES) else value
+
+
+def checked_setting(name: str, value: Any) -> Any:
+    """A given setting as the configuration will hold it. Raises UserError for a wrong value."""
+    return checked(TrainConfig.__dataclass_fields__[name], value)
 
 
 def check_each(values: Mapping[str, Any]) -> None:

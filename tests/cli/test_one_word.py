@@ -1,0 +1,138 @@
+"""`train photos/dog dog`: what is chosen for a folder and a word, what is said of it, and that flags win."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dreambooth_moslora.cli import one_word
+from dreambooth_moslora.cli.main import main, train_main
+from dreambooth_moslora.cli.one_word import recipe_gb
+from dreambooth_moslora.cli.parser import build_train_parser, parse_train_config
+from dreambooth_moslora.core.config_files import load_settings
+from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.training.estimate import RECIPES, STOCK_SDXL, BaseSize, estimate
+from dreambooth_moslora.training.step_plan import plan_steps
+from tests.helpers.tiny_training import paint_photos
+
+CONFIGS = Path(__file__).parents[2] / "assets" / "configs"
+TOYS = ["assets/subjects/bear", "bear"]
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch) -> list[str]:
+    """A folder of ordinary photos, and a word; the current folder is where `runs` goes."""
+    monkeypatch.chdir(tmp_path)
+    for path in paint_photos(tmp_path / "dog", 5).iterdir():
+        Image.open(path).resize((256, 256)).save(path)
+    return ["dog", "dog"]
+
+
+def test_a_toy_is_trained_as_the_recipe_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = parse_train_config(TOYS)
+    toy = load_settings(CONFIGS / "toy.toml")
+    own = {"instance_data_dir", "output_dir", "instance_prompt", "class_prompt", "max_train_steps"}
+    assert {name: config.to_dict()[name] for name in toy.keys() - own} == {n: toy[n] for n in toy.keys() - own}
+    assert plan_steps(config, 5).total_steps == toy["max_train_steps"]
+    assert (config.instance_prompt, config.class_prompt) == ("a photo of a sks bear", "a photo of a bear")
+    assert config.output_dir == "runs/bear" and (config.evaluate_steps, config.find_scale) == (120, True)
+    said = capsys.readouterr().err
+    flags = set(re.findall(r"--(\w+)", said))
+    assert len(flags) > 8 and flags <= {f.lstrip("-") for f in build_train_parser()._option_string_actions}
+    assert "photos: 5, 5 with a mask" in said and "steps: 480, which show each photo 384 times" in said
+
+
+@pytest.mark.parametrize("place", [lambda words, flags: words + flags, lambda words, flags: flags + words])
+def test_flags_win_before_and_behind_and_are_not_said_to_be_chosen(photos, capsys, place):
+    flags = ["--pretrained_model_name_or_path", "toy", "--output_dir", "mine", "--max_train_steps=7", "--rank", "3"]
+    config = parse_train_config(place(photos, [*flags, "--no_with_prior_preservation"]))
+    assert (config.output_dir, config.max_train_steps, config.rank) == ("mine", 7, 3)
+    assert config.exposures_per_photo is None and not config.with_prior_preservation and not config.prior_prompts
+    said = capsys.readouterr().err
+    assert not re.search("^(output|base|steps|the class)", said, re.MULTILINE) and "recipe: " in said
+
+
+def test_a_config_file_takes_the_place_of_the_recipe_and_words_that_of_its_subject(photos):
+    config = parse_train_config([*photos, "--config", str(CONFIGS / "quickstart.toml")])
+    assert (config.max_train_steps, config.crops_per_photo, config.learning_rate) == (240, 8, 2.5e-3)
+    assert (config.instance_data_dir, config.output_dir) == ("dog", "runs/dog")
+    assert config.class_prompt == "a photo of a dog" and config.token is None
+
+
+def test_photos_without_a_gpu_get_the_embedded_base_and_are_told_so(photos, monkeypatch, capsys):
+    monkeypatch.setattr(one_word, "gpu_gib", lambda: None)
+    assert parse_train_config(photos).pretrained_model_name_or_path == "toy"
+    assert "the embedded base knows toys alone (--pretrained_model_name_or_path)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gb", RECIPES)
+def test_on_a_gpu_the_recipe_for_its_memory_is_taken_and_fits(photos, monkeypatch, gb):
+    monkeypatch.setattr(one_word, "gpu_gib", lambda: 0.95 * gb)
+    config = parse_train_config(photos)
+    recipe = load_settings(CONFIGS / f"sdxl_{gb}gb.toml")
+    assert config.pretrained_model_name_or_path == STOCK_SDXL and config.rank == recipe["rank"]
+    assert config.with_prior_preservation and config.prior == "adapter_off" and config.evaluate_steps is None
+    assert plan_steps(config, 5).total_steps == recipe["max_train_steps"]
+    assert estimate(config, BaseSize(), 400, 5).peak_gib <= 0.95 * gb
+
+
+def test_recipes_by_memory():
+    assert [recipe_gb(free) for free in (None, 2.0, 7.3, 11.0, 80.0)] == [12, 6, 8, 12, 24]
+
+
+def test_another_base_than_stock_sdxl_is_not_asked_for_fp16_files(photos, tmp_path):
+    config = parse_train_config([*photos, "--pretrained_model_name_or_path", "someone/another-xl"])
+    assert config.variant is None and config.mixed_precision == "bf16"
+
+
+def test_a_taken_name_is_left_alone_and_a_run_that_goes_on_takes_the_latest(photos, monkeypatch):
+    assert parse_train_config(photos).output_dir == "runs/dog"
+    for name in ("dog", "dog_2", "dogs"):
+        (Path("runs") / name).mkdir(parents=True)
+    assert parse_train_config(photos).output_dir == "runs/dog_3"
+    assert parse_train_config([*photos, "--resume_from_checkpoint", "latest"]).output_dir == "runs/dog_2"
+    monkeypatch.setenv("WORLD_SIZE", "2")  # each process would find another free name
+    assert parse_train_config(photos).output_dir == "runs/dog"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere", "dog"], "nowhere: there is no such folder"),
+        (["dog/0.png", "dog"], "it is a file"),
+        (["dog"], "dog: say in one word what it shows"),
+        (["dog", " "], "say in one word"),
+        (["dog", "dog/0.png"], "say in one word"),
+        (["dog", "stuffed", "animal"], "`animal` belongs to no flag"),
+        (["empty", "dog"], "no usable photo"),
+        (["dog", "dog", "--instance_data_dir", "dog"], "give the folder of photos once"),
+        (["dog", "dog", "--rank", "much"], "--rank 'much'"),
+        (["--instance_prompt", "a", "sks", "dog"], "belongs to no flag"),
+    ],
+)
+def test_a_mistake_is_one_line(photos, capsys, words, said):
+    Path("empty").mkdir()
+    for run in (train_main, lambda argv: main(["train", *argv])):
+        assert run(words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+
+
+def test_the_help_shows_it_first(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert "dreambooth_moslora train photos/dog dog" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_one_word_trains_scores_finds_the_scale_and_explains(tmp_path, monkeypatch, capfd):
+    shutil.copytree(CONFIGS.parent / "subjects" / "bear", tmp_path / "bear")
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "bear", "bear", "--exposures_per_photo=16", "--num_validation_images=0"]) == 0
+    run = RunDir(Path("runs/bear"))
+    kinds = {event["type"] for event in run.read_metrics()}
+    assert {"evaluation", "scale", "export", "end"} <= kinds and run.best_dir.is_dir()
+    assert "try next: each photo was shown 16 times" in capfd.readouterr().err
