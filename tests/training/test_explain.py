@@ -149,7 +149,7 @@ def test_frames_of_one_film_are_said_to_be_alike(tmp_path, capfd):
     photos.mkdir()
     for number in range(3):
         shutil.copy(ASSETS / "subjects" / "robot" / "00.jpg", photos / f"{number}.jpg")
-    flags = ["--instance_data_dir", str(photos), "--max_train_steps=30", "--evaluate_steps=10"]
+    flags = ["--instance_data_dir", str(photos), "--max_train_steps=4", "--evaluate_steps=4"]
     run = faulty_run(tmp_path / "robot", *flags)
     said = advice_after(figures_of(run))
     assert any("nearly one picture" in line for line in said), said
