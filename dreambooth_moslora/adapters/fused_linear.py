@@ -24,6 +24,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dreambooth_moslora.adapters.joint_linear import LentTogether
 from dreambooth_moslora.adapters.moslora import adapter_layers
 
 __all__ = ["FastLinear", "disable_fast_path", "enable_fast_path", "slow_projections", "slow_reason"]
@@ -60,14 +61,18 @@ class _AdaptedLinear(torch.autograd.Function):
 class FastLinear(LoraLinear):
     """PEFT's LoRA layer whose forward takes the short way whenever it is the same function."""
 
-    working: Mapping[str, Copies] = MappingProxyType({})
-    """Adapter name -> its working copies, while a training step lends them (`working_copies`)."""
+    working: Mapping[str, Copies | tuple[LentTogether, int]] = MappingProxyType({})
+    """Adapter name -> its working copies, while a training step lends them (`working_copies`). Projections of one
+    input have theirs together, each with its place among them."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         name, base = self._only_adapter(), self.base_layer
         if args or kwargs or name is None or not _same_dtype(x, base.weight):
             return super().forward(x, *args, **kwargs)
         copies = self.working.get(name)
+        if copies is not None and isinstance(copies[0], LentTogether):
+            together, place = copies
+            return together.output(place, x)
         if copies is None:
             if slow_reason(self, name):
                 return super().forward(x)

@@ -6,6 +6,7 @@ The copies are leaves of autograd. Micro-batches and recomputation read the same
 summed in fp32 over the micro-batches; at the end of the step they become those of A, B and M, which the
 optimizer and the average over processes see as ever. Layers whose matrices have equal shapes form one batch,
 so all of this takes a few dozen kernels for a UNet. U is held as Uᵀ (r,out): so is its gradient computed.
+Layers with one input share their copies (`joint_linear`).
 """
 
 from collections.abc import Iterator
@@ -16,17 +17,38 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.fused_linear import FastLinear, slow_reason
+from dreambooth_moslora.adapters.joint_linear import JointWeights, LentTogether, projections_of_one_input
 from dreambooth_moslora.adapters.mixer import MixerLinear
 
 __all__ = ["WorkingCopies"]
 
+Unit = FastLinear | JointWeights
+"""A layer that computes alone, or several that compute together."""
+
 
 class WorkingCopies:
-    """The copies of every `FastLinear` of `models`. Layers on the general path are left alone."""
+    """The copies of every `FastLinear` of `models`. Layers on the general path are left alone.
 
-    def __init__(self, *models: nn.Module, adapter_name: str = "default"):
+    `joint`: whether projections of one input are computed together. None: everywhere but on a CPU, which gains
+    nothing by fewer kernels and would copy weights that it has only mapped from a file.
+    """
+
+    def __init__(self, *models: nn.Module, adapter_name: str = "default", joint: bool | None = None):
         self.adapter_name = adapter_name
-        self.layers = [layer for model in models for layer in model.modules() if type(layer) is FastLinear]
+        modules = [module for model in models for module in model.modules()]
+        self.layers = [layer for layer in modules if type(layer) is FastLinear]
+        groups = [layers for layers in map(self._joinable, modules) if layers and joins(layers, joint)]
+        self.joints = [JointWeights(layers) for layers in groups]
+
+    def _joinable(self, module: nn.Module) -> tuple[FastLinear, ...]:
+        """Those layers of an attention that have one input and are alike but for their numbers; two at least."""
+        layers = tuple(layer for layer in projections_of_one_input(module) if self._is_fast(layer))
+        kinds = {kind_of(layer, self.adapter_name) for layer in layers}
+        has_bias = any(layer.base_layer.bias is not None for layer in layers)
+        return layers if len(layers) > 1 and len(kinds) == 1 and not has_bias else ()
+
+    def _is_fast(self, layer: nn.Module) -> bool:
+        return type(layer) is FastLinear and slow_reason(layer, self.adapter_name) is None
 
     @contextmanager
     def for_one_step(self) -> Iterator["StepCopies"]:
@@ -35,7 +57,7 @@ class WorkingCopies:
         `collect` is due after each backward pass. The gradients are where the optimizer looks for them when the
         block has ended without an error.
         """
-        step = StepCopies([Batch(layers, self.adapter_name) for layers in self._alike()])
+        step = StepCopies([Batch(units, self.adapter_name) for units in self._alike()])
         try:
             yield step
         finally:
@@ -44,12 +66,16 @@ class WorkingCopies:
         for batch in step.batches:
             batch.hand_over()
 
-    def _alike(self) -> list[list[FastLinear]]:
-        """Layers in groups of one shape, dtype, device, scale and kind of mixer."""
-        groups: dict[tuple, list[FastLinear]] = {}
-        for layer in self.layers:
-            if type(layer) is FastLinear and slow_reason(layer, self.adapter_name) is None:
-                groups.setdefault(kind_of(layer, self.adapter_name), []).append(layer)
+    def _alike(self) -> list[list[Unit]]:
+        """Units of one number of layers, of one shape, dtype, device, scale and kind of mixer."""
+        self.joints = [joint for joint in self.joints if joint.are_shared()]
+        together = [joint for joint in self.joints if all(map(self._is_fast, joint.layers))]
+        joined = {layer for joint in together for layer in joint.layers}
+        alone = [layer for layer in self.layers if layer not in joined and self._is_fast(layer)]
+        groups: dict[tuple, list[Unit]] = {}
+        for unit in (*together, *alone):
+            layers = layers_of(unit)
+            groups.setdefault((len(layers), kind_of(layers[0], self.adapter_name)), []).append(unit)
         return list(groups.values())
 
 
@@ -65,6 +91,14 @@ class StepCopies:
             batch.collect()
 
 
+def layers_of(unit: Unit) -> tuple[FastLinear, ...]:
+    return unit.layers if isinstance(unit, JointWeights) else (unit,)
+
+
+def joins(layers: tuple[FastLinear, ...], wanted: bool | None) -> bool:
+    return layers[0].base_layer.weight.device.type != "cpu" if wanted is None else wanted
+
+
 def kind_of(layer: FastLinear, name: str) -> tuple:
     lora_b, weight = layer.lora_B[name], layer.base_layer.weight
     learns = isinstance(lora_b, MixerLinear) and lora_b.mixer.requires_grad
@@ -73,10 +107,12 @@ def kind_of(layer: FastLinear, name: str) -> tuple:
 
 
 class Batch:
-    """n layers alike: A (n,r,in), B (n,out,r) and M (n,r,r), copied to A and Uᵀ (n,r,out)."""
+    """n units alike of k layers each: A (nk,r,in), B (nk,out,r) and M (nk,r,r), copied to A and Uᵀ (nk,r,out)."""
 
-    def __init__(self, layers: list[FastLinear], adapter_name: str):
-        self.layers, parts = layers, [layer.lora_B[adapter_name] for layer in layers]
+    def __init__(self, units: list[Unit], adapter_name: str):
+        self.layers = layers = [layer for unit in units for layer in layers_of(unit)]
+        self.count = len(layers) // len(units)
+        parts = [layer.lora_B[adapter_name] for layer in layers]
         self.scale = layers[0].scaling[adapter_name]
         self.downs = [layer.lora_A[adapter_name].weight for layer in layers]
         self.is_mixed = isinstance(parts[0], MixerLinear)
@@ -86,11 +122,14 @@ class Batch:
         self.up_sum: Tensor | None = None
         self.reached: set[int] = set()  # an unused layer's gradient is None, not zero: the optimizer passes it by
         self.copies = self._make()
-        for layer, copies in zip(layers, self.copies, strict=True):
-            layer.working = {adapter_name: copies}
+        for unit, copies in zip(units, self.copies, strict=True):
+            together = LentTogether(unit, *copies) if isinstance(unit, JointWeights) else None
+            for place, layer in enumerate(layers_of(unit)):
+                layer.working = {adapter_name: copies if together is None else (together, place)}
 
     @torch.no_grad()
     def _make(self) -> list[tuple[Tensor, Tensor]]:
+        """Leaves of each unit: A (r,in) and Uᵀ (r,out), or A (k·r,in) and Uᵀ (k,r,out)."""
         dtype = self.layers[0].base_layer.weight.dtype
         up = torch.stack(self.ups).mT
         if self.is_mixed:
@@ -98,7 +137,9 @@ class Batch:
         if self.scale != 1:
             up = up * self.scale
         down, up = torch.stack(self.downs).to(dtype), up.to(dtype).contiguous()
-        return [(leaf(down[i]), leaf(up[i])) for i in range(len(self.layers))]
+        if self.count > 1:
+            down, up = down.view(-1, self.count * down.shape[1], down.shape[2]), up.unflatten(0, (-1, self.count))
+        return [(leaf(down[i]), leaf(up[i])) for i in range(len(down))]
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -106,9 +147,9 @@ class Batch:
         reached = {i for i, (_, up) in enumerate(self.copies) if up.grad is not None}
         if not reached:
             return
-        self.reached |= reached
-        dtype = self.downs[0].dtype
-        sums = [gradients_of(leaves).to(dtype) for leaves in zip(*self.copies, strict=True)]
+        self.reached |= {i * self.count + k for i in reached for k in range(self.count)}
+        dtype, one = self.downs[0].dtype, (len(self.layers), len(self.downs[0]), -1)
+        sums = [gradients_of(leaves).to(dtype).view(one) for leaves in zip(*self.copies, strict=True)]
         if self.up_sum is None:
             self.down_sum, self.up_sum = sums
         else:

@@ -32,6 +32,7 @@ FACTORS = {
     "aten::addmm": (1, 2),
     "aten::addmm_": (1, 2),
     "aten::baddbmm": (1, 2),
+    "aten::baddbmm_": (1, 2),
     "aten::convolution": (0, 1),
     "aten::convolution_backward": (0, 1, 2),
 }

@@ -1,0 +1,119 @@
+"""Adapted projections of one input as one autograd node: q, k and v of self-attention, k and v of cross-attention.
+
+    [q k v] = x·Wᵀ + (x·Aᵀ)·diag(Uqᵀ, Ukᵀ, Uvᵀ)        W = [Wq; Wk; Wv] frozen,  A = [Aq; Ak; Av],  U = s·B·M
+
+Three kernels for k projections where each alone takes three. The block diagonal is never built: it is a batch
+of k products, on columns of the wide tensors. W is one buffer, of which the layers' own weights become views,
+so the base takes no more memory than before and each layer can still be called alone.
+"""
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+__all__ = ["JointWeights", "LentTogether", "projections_of_one_input"]
+
+
+class _JointLinear(torch.autograd.Function):
+    """x (…,in), frozen W (k·out,in), A (k·r,in), Uᵀ (k,r,out), all of one dtype -> k tensors (…,out)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+        rows, count = x.reshape(-1, x.shape[-1]), len(up)
+        inner = rows.mm(down.t())
+        result = add_blocks(F.linear(rows, weight), inner, up)
+        ctx.save_for_backward(x, inner, weight, down, up)
+        return result.view(*x.shape[:-1], -1).chunk(count, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner, weight, down, up = ctx.saved_tensors
+        count, needs_x = len(up), ctx.needs_input_grad[0]
+        grad = torch.cat(grads, -1).view(len(inner), -1)
+        grad_inner = add_blocks(None, grad, up.mT)
+        grad_up = parts(inner, count).mT.bmm(parts(grad, count))
+        grad_x = grad.mm(weight).addmm_(grad_inner, down).view(x.shape) if needs_x else None
+        return grad_x, None, grad_inner.t().mm(x.reshape(-1, x.shape[-1])), grad_up
+
+
+def parts(wide: Tensor, count: int) -> Tensor:
+    """(n, count·width) -> a view (count, n, width) of its columns."""
+    return wide.unflatten(-1, (count, -1)).transpose(0, 1)
+
+
+def add_blocks(wide: Tensor | None, x: Tensor, blocks: Tensor) -> Tensor:
+    """`wide` (n,k·w), changed in place, or zero for None, plus x (n,k·v) times the diagonal of `blocks` (k,v,w)."""
+    count = len(blocks)
+    if torch.compiler.is_compiling():  # it fuses by itself, and cannot follow a change through such a view
+        product = parts(x, count).bmm(blocks).transpose(0, 1).flatten(1)
+        return product if wide is None else wide + product
+    beta = 0 if wide is None else 1
+    if wide is None:
+        wide = torch.empty(len(x), count * blocks.shape[-1], dtype=x.dtype, device=x.device)
+    parts(wide, count).baddbmm_(parts(x, count), blocks, beta=beta)
+    return wide
+
+
+class JointWeights:
+    """The frozen weights of layers with one input, below one another in one buffer of their own size.
+
+    W (k·out,in), k = the number of `layers`.
+    """
+
+    def __init__(self, layers: tuple[LoraLinear, ...]):
+        self.layers = layers
+        self.weight = torch.cat([layer.base_layer.weight.detach() for layer in layers])
+        for layer, view in zip(layers, self.weight.chunk(len(layers)), strict=True):
+            layer.base_layer.weight = nn.Parameter(view, requires_grad=False)
+
+    def are_shared(self) -> bool:
+        """False once a layer has been moved, cast or given other weights."""
+        weights = [layer.base_layer.weight for layer in self.layers]
+        places = [(view.data_ptr(), view.dtype) for view in self.weight.chunk(len(weights))]
+        return places == [(weight.data_ptr(), weight.dtype) for weight in weights]
+
+
+class LentTogether:
+    """The working copies of layers with one input, for one step: A (k·r,in) and Uᵀ (k,r,out), leaves of autograd.
+
+    The first layer that is called computes all of them. The others' results wait until they are asked for with
+    the same input.
+    """
+
+    def __init__(self, joint: JointWeights, down: Tensor, up: Tensor):
+        self.joint, self.down, self.up = joint, down, up
+        self._input: tuple | None = None
+        self._waiting: list[Tensor | None] = []
+
+    def output(self, place: int, x: Tensor) -> Tensor:
+        """y (…,out) of the layer at `place` for x (…,in)."""
+        if not self._is_waiting_for(x) or self._waiting[place] is None:
+            weight = self.joint.weight
+            found = _JointLinear.apply(x.to(weight.dtype), weight, self.down, self.up)
+            self._input, self._waiting = (x, torch.is_grad_enabled()), list(found)
+        result, self._waiting[place] = self._waiting[place], None
+        if all(other is None for other in self._waiting):
+            self._input = None
+        return result
+
+    def _is_waiting_for(self, x: Tensor) -> bool:
+        """Whether x is the very tensor of the call before, to be differentiated alike.
+
+        Changing it in place in between is an error of autograd, which has kept it.
+        """
+        return self._input is not None and self._input[0] is x and self._input[1] == torch.is_grad_enabled()
+
+
+def projections_of_one_input(attention: nn.Module) -> list[nn.Module]:
+    """What diffusers' attention projects from one tensor: to_q, to_k, to_v, or the last two in cross-attention.
+
+    Empty for any other module.
+    """
+    is_cross = getattr(attention, "is_cross_attention", None)
+    if is_cross is None:
+        return []
+    names = ("to_k", "to_v") if is_cross else ("to_q", "to_k", "to_v")
+    return [layer for layer in (getattr(attention, name, None) for name in names) if layer is not None]
