@@ -134,6 +134,7 @@ def test_ends_have_their_codes(error, code, says, capsys):
 
 INTERRUPTER = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
 class Interrupter:
     def find_spec(self, name, *_):
         if name == "dreambooth_moslora.core.errors":
