@@ -28,8 +28,6 @@ __all__ = ["COMMANDS", "main", "train_main"]
 
 COMMANDS = ("check", "export", "evaluate", "explain", "compare", "generate", "doctor", "selftest", "info")
 DONE, OUR_BUG, MISTAKE = 0, 1, 2
-MOST_ADVICE = 3
-"""Lines at the end of a scored run; the command `explain` says all."""
 INSTALLED, MODULE = "dreambooth-moslora", "python -m dreambooth_moslora"
 """The two ways to start `main`."""
 FILE_MISTAKES = (
@@ -207,11 +205,10 @@ def closing_message(run_dir: Path, step: int, interrupted: bool) -> str:
 
 def advice_on(run_dir: Path, interrupted: bool) -> list[str]:
     """The weightiest of what `explain` advises on a run that was scored and has ended."""
-    from dreambooth_moslora.training.results.explain import advice_after
+    from dreambooth_moslora.training.results.explain import closing_advice
     from dreambooth_moslora.training.results.figures import figures_of
 
-    figures = None if interrupted else figures_of(RunDir(run_dir))
-    return advice_after(figures)[:MOST_ADVICE] if figures and figures.scores else []
+    return [] if interrupted else closing_advice(figures_of(RunDir(run_dir)))
 
 
 def is_main_process() -> bool:

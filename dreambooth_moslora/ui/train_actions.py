@@ -16,7 +16,7 @@ from dreambooth_moslora.core.event_log import Metrics
 from dreambooth_moslora.core.names import free_name
 from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.training.results.best_step import CURVES
-from dreambooth_moslora.training.results.explain import advice_after
+from dreambooth_moslora.training.results.explain import closing_advice
 from dreambooth_moslora.training.results.figures import figures_from, known_config
 from dreambooth_moslora.ui.app_state import AppContext, sentence
 from dreambooth_moslora.ui.generate_actions import format_seconds
@@ -35,7 +35,6 @@ __all__ = ["PhotoReview", "Watch", "link_into_user_folder", "review_kept", "revi
 PLOT_POINTS = 200
 SMOOTHING_STEPS = 25
 MAX_SAMPLES_SHOWN = 24
-MOST_ADVICE = 3
 PHASES = {
     "loading": "Loading the base",
     "class_images": "Making class images",
@@ -168,8 +167,7 @@ def advice_card(metrics: Metrics) -> str:
         config = known_config(metrics.last("start").get("config") or {})
     except UserError:
         return ""
-    figures = figures_from(metrics.events, config)
-    return "".join(faint(f"Try next: {line}.") for line in advice_after(figures)[:MOST_ADVICE] if figures.scores)
+    return "".join(faint(f"Try next: {line}.") for line in closing_advice(figures_from(metrics.events, config)))
 
 
 def status_card(state: JobState, metrics: Metrics, best: str = "") -> str:

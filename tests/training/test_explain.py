@@ -10,7 +10,7 @@ import pytest
 from dreambooth_moslora.cli.main import main, train_main
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.run_folder import RunDir
-from dreambooth_moslora.training.results.explain import RULES, advice_after
+from dreambooth_moslora.training.results.explain import NOTHING, RULES, advice_after, closing_advice
 from dreambooth_moslora.training.results.figures import Figures, figures_from, figures_of
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
@@ -73,7 +73,13 @@ def test_every_rule_has_a_fault_here():
 
 
 def test_nothing_is_said_of_good_figures():
-    assert advice_after(GOOD) == []
+    assert advice_after(GOOD) == [] and closing_advice(GOOD) == [NOTHING]
+
+
+def test_a_run_ends_with_three_lines_at_most_and_with_none_when_nobody_scored_it():
+    bad = replace(with_scores(pres=0.5, copied=0.3, clip_t_of_base=0.6), copy_alarm=True, nearness=0.97)
+    assert closing_advice(bad) == advice_after(bad)[:3] and len(advice_after(bad)) == 4
+    assert closing_advice(replace(GOOD, scores={})) == []
 
 
 @pytest.mark.parametrize("name", FAULTS)

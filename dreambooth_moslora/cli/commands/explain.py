@@ -20,11 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from dreambooth_moslora.core.run_folder import RunDir
-    from dreambooth_moslora.training.results.explain import advice_after, meanings
+    from dreambooth_moslora.training.results.explain import NOTHING, advice_after, meanings
     from dreambooth_moslora.training.results.figures import figures_of
 
     found = figures_of(RunDir(args.run))
-    advice = advice_after(found) or ["nothing: no figure stands out"]
+    advice = advice_after(found) or [NOTHING]
     parts = {"": [summary(found)], "what the figures mean": meanings(found), "what to try next": advice}
     for title, lines in parts.items():
         if title and lines:

@@ -16,8 +16,10 @@ from dreambooth_moslora.core.prompts import class_word_of
 from dreambooth_moslora.training.results.figures import Figures
 from dreambooth_moslora.training.step_plan import FEW_EXPOSURES
 
-__all__ = ["RULES", "advice_after", "meanings"]
+__all__ = ["NOTHING", "RULES", "advice_after", "closing_advice", "meanings"]
 
+MOST_LINES = 3
+NOTHING = "nothing: no figure stands out"
 USUAL_EXPOSURES = 200
 """Of a photo: the recipes show each of five photos 192 to 400 times."""
 SKIPPED_SHARE = 0.05
@@ -176,6 +178,11 @@ RULES: tuple[Callable[[Figures], str | None], ...] = (
 def advice_after(run: Figures) -> list[str]:
     """What to try next, one sentence a rule that applies."""
     return [sentence for rule in RULES if (sentence := rule(run))]
+
+
+def closing_advice(run: Figures) -> list[str]:
+    """One to three lines for the end of a run, the weightiest first; none for a run that nobody scored."""
+    return (advice_after(run)[:MOST_LINES] or [NOTHING]) if run.scores else []
 
 
 def meanings(run: Figures) -> list[str]:
