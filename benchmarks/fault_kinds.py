@@ -56,7 +56,7 @@ def stop(trial: Trial) -> None:
 def full_disk(trial: Trial) -> None:
     """From some write on there is room for nothing."""
     trial.fresh()
-    number, phase = an_operation(trial)
+    number, phase = an_operation(trial, ("write", "create", "mkdir", "fsync"))
     trial.run(armed(trial, FAIL, number, errno.ENOSPC, sticky=True))
     trial.row = f"disk full from the n-th operation on: {phase}"
 
@@ -76,8 +76,9 @@ def error_at_an_operation(trial: Trial) -> None:
     """One file operation fails, once."""
     trial.fresh()
     number, _ = an_operation(trial)
-    operation = trial.reference.trace[number - 1][0]
-    error = trial.rng.choice(REFUSALS.get(operation, (errno.EACCES, errno.EIO)))
+    operation, path = trial.reference.trace[number - 1]
+    errors = REFUSALS.get(operation, (errno.EACCES, errno.EIO))
+    error = errno.EIO if path.startswith("photos") else trial.rng.choice(errors)  # without EACCES: it is left out
     trial.run(armed(trial, FAIL, number, error))
     trial.row = f"{errno.errorcode[error]} at a file operation"
 
@@ -193,6 +194,15 @@ ENCODINGS = (
 )
 
 
+LIGHT_TRAINING = """
+import runpy, sys
+from pathlib import Path
+from benchmarks.fault_runs import make_light
+make_light(Path(sys.argv.pop(1)))
+runpy.run_path("train_dreambooth.py", run_name="__main__")
+"""
+
+
 def odd_locale(trial: Trial) -> None:
     """In a process of its own: Python reads it at the start."""
     trial.name = f"{trial.name} {odd_name(trial.rng)}"
@@ -257,7 +267,7 @@ def two_runs(trial: Trial) -> None:
 def limit(kind: str, trial: Trial) -> None:
     """`setrlimit` in the child."""
     trial.fresh()
-    size = {"file size": (500, 60_000), "open files": (3, 40), "memory": (10**6, 3 * 10**8)}[kind]
+    size = {"file size": (500, 60_000), "open files": (1, 20), "memory": (10**5, 10**8)}[kind]
     amount = trial.rng.randint(*size)
     trial.run(partial(set_limit, kind, amount))
     trial.row, trial.detail = f"limit of {kind}", str(amount)

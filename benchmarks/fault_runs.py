@@ -42,7 +42,7 @@ __all__ = [
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME, STEPS, HALF = "dog", 4, 2
-PATIENCE_SEC = 120.0
+PATIENCE_SEC = 300.0
 COUNT, FAIL, CUT, KILL, TORN = 1, 2, 3, 4, 5
 """What the shim does at the chosen file operation."""
 

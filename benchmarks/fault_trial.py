@@ -86,10 +86,12 @@ def phase_of(path: str) -> str:
     return next(phase for phase, marks in PHASES.items() if any(mark in path for mark in marks))
 
 
-def an_operation(trial: Trial) -> tuple[int, str]:
+def an_operation(trial: Trial, kinds: tuple[str, ...] = ()) -> tuple[int, str]:
     """(number, phase): first a phase, then one of its operations: short phases have their share."""
     phases: dict[str, list[int]] = {}
-    for number, (_, path) in enumerate(trial.reference.trace, 1):
+    for number, (kind, path) in enumerate(trial.reference.trace, 1):
+        if kinds and kind not in kinds:
+            continue
         phases.setdefault(phase_of(path), []).append(number)
     phase = trial.rng.choice(sorted(phases))
     return aim(trial, trial.rng.choice(phases[phase])), phase

@@ -4,6 +4,7 @@ Orientation (EXIF), colour profile, transparency, CMYK, Lab, palettes, greys and
 else. Sizes are (height, width) px of the upright picture.
 """
 
+import errno
 import warnings
 from collections.abc import Iterator
 from functools import cache
@@ -39,6 +40,10 @@ TILE_PX = 1024
 """Side of what is numbers at a time of a deep picture: all of 100 megapixels would take 2 GB."""
 
 
+OF_THE_MACHINE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+"""What says nothing about the picture: next time it can be read, and would be trained on."""
+
+
 class UnreadableImageError(Exception):
     """The file is no picture that can be read; the text says why, without the file's name."""
 
@@ -51,7 +56,9 @@ def register_heif() -> None:
 
 
 def open_image(path: Path, longest_px: int | None = None) -> Image.Image:
-    """The first frame, decoded, with the orientation still to be applied. Raises UnreadableImageError.
+    """The first frame, decoded, with the orientation still to be applied.
+
+    Raises UnreadableImageError, and OSError when the machine fails.
 
     A side that is longer than `longest_px` is brought down to it before anything is converted, which saves memory.
     """
@@ -75,6 +82,8 @@ def open_image(path: Path, longest_px: int | None = None) -> Image.Image:
     except Image.UnidentifiedImageError:
         raise UnreadableImageError(what_is_wrong(path)) from None
     except Exception as error:  # decoders raise whatever they like on damaged bytes
+        if getattr(error, "errno", None) in OF_THE_MACHINE:
+            raise
         raise UnreadableImageError(f"broken: {one_line(error)}") from None
     return image
 

@@ -15,6 +15,7 @@ from dreambooth_moslora.photos.checks import MIN_SHARPNESS, examine, sharpness
 from dreambooth_moslora.photos.folder import find_photos, instance_photos
 from dreambooth_moslora.photos.photo import open_rgb, quoted
 from tests.helpers.odd_photos import CASES, QUADRANTS, SIZE_PX, make_folder, picture
+from tests.helpers.tiny_training import paint_photos
 
 PROMPT = "a photo of sks toy"
 SUBJECTS = sorted((Path(__file__).parents[2] / "assets" / "subjects").iterdir())
@@ -233,3 +234,11 @@ def test_a_soft_large_photo_is_sharp_enough_for_a_small_training(subject):
         image = Image.open(path).convert("RGB")
         assert sharpness(image, 512) < MIN_SHARPNESS < sharpness(image, 128)
         assert sharpness(image.filter(ImageFilter.GaussianBlur(6)), 128) < MIN_SHARPNESS
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").is_file(), reason="a file that gives an input/output error")
+def test_a_photo_that_the_disk_does_not_give_is_not_left_out_but_ends_the_run(tmp_path):
+    folder = paint_photos(tmp_path / "photos", 2)
+    (folder / "z.png").symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match="Input/output error"):
+        find_photos(folder, "a photo of sks dog", 64)
