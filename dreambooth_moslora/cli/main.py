@@ -96,8 +96,8 @@ def message_for_known_error(error: Exception) -> str | None:
         return SYSTEM_ERRORS[error.errno].format(place=f": {error.filename}" if error.filename else "")
     if isinstance(error, PermissionError):
         return f"permission denied: {error.filename}."
-    if isinstance(error, OSError) and error.errno in FILE_MISTAKES and error.filename:
-        return f"{error.strerror}: {error.filename}."
+    if isinstance(error, OSError) and error.errno in FILE_MISTAKES:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ', while a file was written'}."
     return None
 
 
