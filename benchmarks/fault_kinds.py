@@ -208,11 +208,8 @@ def odd_locale(trial: Trial) -> None:
     trial.name = f"{trial.name} {odd_name(trial.rng)}"
     trial.fresh()
     words = trial.rng.choice(LOCALES) | trial.rng.choice(ENCODINGS)
-    command = [
-        sys.executable,
-        ROOT / "train_dreambooth.py",
-        *trial.workshop.arguments(trial.home, "uncached"),
-    ]
+    command = [sys.executable, "-c", LIGHT_TRAINING, trial.home / "light"]
+    command += trial.workshop.arguments(trial.home, trial.variant)
     done = subprocess.run(
         command, env={**os.environ, **words}, capture_output=True, timeout=PATIENCE_SEC, check=False, cwd=ROOT
     )
