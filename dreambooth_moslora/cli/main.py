@@ -40,6 +40,7 @@ SYSTEM_ERRORS = {
     errno.EFBIG: "a file would be larger than the system allows{place}; raise the limit (`ulimit -f`) and resume.",
     errno.EIO: "the disk could not be read or written{place} (input/output error); look after it, then resume.",
     errno.EMFILE: "too many files are open{place}; raise the limit (`ulimit -n`) and resume.",
+    errno.ENOMEM: "the system has no memory left{place}; close some programs and resume.",
     errno.ENFILE: "the system has too many open files{place}; close some programs and resume.",
 }
 OUT_OF_MEMORY = (
@@ -95,7 +96,7 @@ def message_for_known_error(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
         return SYSTEM_ERRORS[error.errno].format(place=f": {error.filename}" if error.filename else "")
     if isinstance(error, PermissionError):
-        return f"permission denied: {error.filename}."
+        return f"permission denied{f': {error.filename}' if error.filename else ', while a file was written'}."
     if isinstance(error, OSError) and error.errno in FILE_MISTAKES:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ', while a file was written'}."
     return None

@@ -115,6 +115,8 @@ def fail(error):
         (OSError(errno.EFBIG, "File too large", "a.bin"), 2, "larger than the system allows: a.bin; raise the limit"),
         (OSError(errno.EIO, "Input/output error"), 2, "the disk could not be read or written (input/output error)"),
         (OSError(errno.EMFILE, "Too many open files", "a.bin"), 2, "too many files are open: a.bin; raise the limit"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, "the system has no memory left; close some programs"),
+        (PermissionError(errno.EPERM, "Operation not permitted"), 2, "permission denied, while a file was written."),
         (OSError(errno.EROFS, "Read-only file system"), 2, "Read-only file system, while a file was written."),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.png"), 2, "No such file or directory: a.png"),
         (RuntimeError("alloc_cpu.cpp: DefaultCPUAllocator: can't allocate memory: 512 GB"), 2, "out of memory: try"),
