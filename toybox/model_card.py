@@ -18,6 +18,7 @@ PARTS = {
     "clip": "two CLIP text towers and a vision tower",
     "unet": "UNet2DConditionModel of SDXL's topology",
     "vit": "ViT in DINOv2's format (`assets/toy-dino`)",
+    "segmenter": "segmentation net (`assets/toy-segmenter`)",
     "judge": "judge of kind, colour and place (`toybox/judge.safetensors`)",
 }
 

@@ -17,7 +17,7 @@ def clone_folder() -> Path | None:
 
 
 def assets_folder() -> Path:
-    """The folder of `toy-sdxl`, `toy-dino`, `adapters`, `configs`, `studies` and `subjects`."""
+    """The folder of `toy-sdxl`, `toy-dino`, `toy-segmenter`, `adapters`, `configs`, `studies` and `subjects`."""
     return (clone_folder() or PACKAGE) / "assets"
 
 
