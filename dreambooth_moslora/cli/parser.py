@@ -91,7 +91,7 @@ FOREIGN_FLAGS = {
     "bucket_no_upscale": "not supported: a small photo is enlarged to the area of --resolution",
     "aspect_ratio_buckets": "use --enable_bucket, which finds the sizes by itself",
     "min_snr_gamma": "use --snr_gamma",
-    "masked_loss": "name.mask.png beside a photo is always used, the rest by --unmasked_weight; leave it out",
+    "masked_loss": "name.mask.png beside a photo is always used, and --masks auto makes what is missing; leave it out",
     "alpha_mask": "a photo's transparency is its mask unless --alpha white; leave it out",
     "no_half_vae": "the VAE always computes in fp32; leave it out",
     "cache_text_encoder_outputs": "text embeddings are always computed once; leave it out",
@@ -102,6 +102,7 @@ FOREIGN_FLAGS = {
     "max_data_loader_n_workers": "use --dataloader_num_workers",
     "init_lora": "use --init_adapter",
     "lora_rank": "use --rank",
+    "use_face_segmentation_condition": "use --masks auto --mask_prompt face",
     "lora_r": "use --rank",
 }
 SAID_BY_WORDS = (

@@ -91,6 +91,15 @@ class TrainConfig:
         low=0,
         high=1,
     )
+    masks: str = of_photos(
+        "given",
+        "given: those beside the photos; auto: photos without one get a mask made before training, in the run folder",
+        choices=("given", "auto"),
+    )
+    mask_model: str | None = of_photos(
+        None, "CLIPSeg that makes masks: hub id or folder (default: CIDAS/clipseg-rd64-refined; the toy's own net)"
+    )
+    mask_prompt: str | None = of_photos(None, "what CLIPSeg looks for in the photos (default: the class word)")
 
     with_prior_preservation: bool = of_prior(False, "keep what the base knows of the class while the subject is learnt")
     prior: str = of_prior(

@@ -93,6 +93,11 @@ class RunDir:
         return self.path / "class_images"
 
     @property
+    def masks_dir(self) -> Path:
+        """Masks made by `--masks auto`."""
+        return self.path / "masks"
+
+    @property
     def best_dir(self) -> Path:
         """The published adapter of the best evaluated step."""
         return self.path / "best"

@@ -56,7 +56,8 @@ class TrainingEvaluator:
     @cached_property
     def evaluator(self) -> Evaluator:
         """Encoders stay on the CPU: a dozen pictures take seconds there, and no GPU memory."""
-        photos, config = self.photos, self.config
+        config = self.config
+        photos = instance_photos(config).photos  # with the masks that the run has made meanwhile
         base, folder = config.pretrained_model_name_or_path, config.instance_data_dir
         truth = truth_of(base, folder, self.plan, self.encoders, config.resolution)
         return Evaluator(self.plan, self.encoders, [open_rgb(p) for p in photos], [open_mask(p) for p in photos], truth)

@@ -15,6 +15,7 @@ from PIL import Image
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError, spelled_out
 from dreambooth_moslora.core.prompts import joined
+from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.photos.image_file import (
     IMAGE_SUFFIXES,
     UnreadableImageError,
@@ -22,7 +23,7 @@ from dreambooth_moslora.photos.image_file import (
     open_image,
     upright_size,
 )
-from dreambooth_moslora.photos.masks import find_mask
+from dreambooth_moslora.photos.masks import find_mask, with_kept_masks
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.photos.sidecars import MASK_SUFFIX, METADATA, Captions, sidecar_of, sidecars_of
 
@@ -93,6 +94,8 @@ def photo_report(config: TrainConfig) -> PhotoReport:
     report = replace(report, photos=[replace(photo, captions=framed(config, photo)) for photo in report.photos])
     if not report.photos:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
+    if config.masks == "auto":
+        return replace(report, photos=with_kept_masks(report.photos, RunDir(config.output_dir).masks_dir))
     return report
 
 

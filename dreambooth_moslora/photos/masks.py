@@ -1,13 +1,19 @@
-"""Masks: which file is a photo's mask, whether it can be used, and its pixels (white on the subject).
+"""Masks: which file is a photo's mask, whether it can be used, its pixels (white on the subject), and who makes one.
 
-A photo's mask is `name.mask.png` beside it, else its own transparency.
+A photo's mask is `name.mask.png` beside it, else its own transparency, else what `mask_making` kept in a run folder.
 """
 
+import os
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image, ImageChops
 
+from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.prompts import class_word_of
+from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.photos.image_file import (
     UnreadableImageError,
     alpha_of,
@@ -18,7 +24,20 @@ from dreambooth_moslora.photos.image_file import (
 )
 from dreambooth_moslora.photos.photo import Photo
 
-__all__ = ["find_mask", "grey_mask", "mask_problem", "open_mask"]
+__all__ = [
+    "CLIPSEG",
+    "TOY_SEGMENTER",
+    "find_mask",
+    "grey_mask",
+    "kept_path",
+    "mask_problem",
+    "open_mask",
+    "segmenter_name",
+    "sought_word",
+    "with_kept_masks",
+]
+
+CLIPSEG, TOY_SEGMENTER = "CIDAS/clipseg-rd64-refined", "toy-segmenter"
 
 
 def find_mask(
@@ -79,3 +98,39 @@ def open_mask(photo: Photo) -> Image.Image | None:
     except UnreadableImageError as error:
         raise UserError(f"{photo.mask_path}: {error}; it changed since the folder was read.") from error
     return alpha_of(image) if photo.mask_path == photo.path else grey_mask(image)
+
+
+def kept_path(photo: Photo, folder: Path) -> Path:
+    """Two photos `dog.jpg` and `dog.png` have two masks."""
+    return folder / f"{photo.path.name}.mask.png"
+
+
+def with_kept_masks(photos: Iterable[Photo], folder: Path) -> list[Photo]:
+    """The photos, those without a mask with the one that training made, where it fits."""
+    return [with_kept_mask(photo, kept_path(photo, folder)) for photo in photos]
+
+
+def with_kept_mask(photo: Photo, path: Path) -> Photo:
+    if photo.mask_path is not None or not path.is_file() or mask_problem(path, open_image(photo.path)):
+        return photo
+    return replace(photo, mask_path=path)
+
+
+def segmenter_name(config: TrainConfig) -> str:
+    """Of `--mask_model`: the embedded base has its own, every other base CLIPSeg."""
+    if config.mask_model:
+        return os.path.expanduser(config.mask_model)
+    return TOY_SEGMENTER if is_toy(config.pretrained_model_name_or_path) else CLIPSEG
+
+
+def sought_word(config: TrainConfig) -> str:
+    """What CLIPSeg looks for: `--mask_prompt`, else the class word; "" for the toy world's net, which needs none.
+
+    Raises UserError when nobody says it.
+    """
+    if segmenter_name(config) == TOY_SEGMENTER:
+        return ""
+    word = config.mask_prompt or class_word_of(config)
+    if not word:
+        raise UserError('masks: no word says what the subject is; give --mask_prompt, such as "dog".')
+    return word

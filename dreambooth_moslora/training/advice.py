@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.training.checks import nearest_existing
 from dreambooth_moslora.training.estimate import GIB, Estimate, estimate, size_of_base
@@ -64,6 +65,7 @@ def free_disk_gib(config: TrainConfig) -> float:
 
 def settings_without_effect(config: TrainConfig) -> list[str]:
     """Those that have no effect together with the others, one line each."""
+    base = config.pretrained_model_name_or_path
     found = {
         "--class_data_dir and --class_prompt have no effect without --with_prior_preservation": (
             (config.class_data_dir or config.class_prompt) and not config.with_prior_preservation
@@ -98,6 +100,12 @@ def settings_without_effect(config: TrainConfig) -> list[str]:
         ),
         "--train_mixer and --mixer_lr_scale have no effect with --mixer none": (
             config.mixer == "none" and differs(config, "mixer_lr_scale")
+        ),
+        "--mask_model and --mask_prompt have no effect without --masks auto": (
+            (config.mask_model or config.mask_prompt) and config.masks != "auto"
+        ),
+        "--mask_prompt has no effect with the embedded base's own net; --mask_model names a CLIPSeg": (
+            config.masks == "auto" and config.mask_prompt and not config.mask_model and is_toy(base)
         ),
         "--num_train_epochs has no effect with --max_train_steps or --exposures_per_photo": (
             (config.max_train_steps or config.exposures_per_photo) and differs(config, "num_train_epochs")

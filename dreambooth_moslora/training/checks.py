@@ -148,7 +148,8 @@ def same_folder(one: str | None, other: str | None) -> bool:
 
 def is_of_the_run(run_dir: RunDir, name: str) -> bool:
     """Whether a folder of this name at the top of the run folder is the run's own."""
-    own = {path.name for path in (run_dir.samples_dir, run_dir.best_dir, run_dir.last_dir, run_dir.class_images_dir)}
+    folders = (run_dir.samples_dir, run_dir.best_dir, run_dir.last_dir, run_dir.class_images_dir, run_dir.masks_dir)
+    own = {path.name for path in folders}
     return name in own or checkpoint_step(Path(name)) is not None
 
 

@@ -4,11 +4,13 @@ import os
 from collections import Counter
 
 from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.prompts import subject_of
 from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.photos.checks import examine
 from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.folder import PhotoReport, photo_report
+from dreambooth_moslora.photos.masks import segmenter_name, sought_word
 from dreambooth_moslora.photos.photo import Photo, quoted
 from dreambooth_moslora.training.advice import DEFAULTS, advice, differs, free_disk_gib
 from dreambooth_moslora.training.checks import check_folders, preflight
@@ -32,7 +34,7 @@ def describe_run(config: TrainConfig) -> str:
     cost = estimate(config, size, plan.total_steps, len(report.photos))
     sections = {
         "settings": settings_lines(config),
-        "photos": photo_lines(report) + bucket_lines(config, report.photos),
+        "photos": [*photo_lines(report), *bucket_lines(config, report.photos), *mask_lines(config, report)],
         "steps": step_lines(config, plan),
         "cost (estimated)": cost_lines(config, cost),
         "remarks": advice(config, cost, plan),
@@ -73,6 +75,16 @@ def bucket_lines(config: TrainConfig, photos: list[Photo]) -> list[str]:
     counts = Counter(rule.target(photo.size_px) for photo in photos)
     sizes = [f"{width} x {height} px ({count})" for (height, width), count in counts.most_common()]
     return [f"cropped to {', '.join(sizes)}"] if config.enable_bucket else []
+
+
+def mask_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
+    """What `--masks auto` would do. Raises UserError when nobody says what to look for."""
+    bare = sum(photo.mask_path is None for photo in report.photos)
+    if config.masks != "auto" or not bare:
+        return []
+    word = sought_word(config)
+    sought = f", looking for “{word}”" if word else ""
+    return [f"masks: {bare} photos have none; {public_name(segmenter_name(config))} makes them before training{sought}"]
 
 
 def step_lines(config: TrainConfig, plan: StepPlan) -> list[str]:

@@ -29,6 +29,7 @@ from dreambooth_moslora.training.results.samples import ValidationSamples
 from dreambooth_moslora.training.run import StepScorer, Training, TrainResult
 from dreambooth_moslora.training.run_context import RunContext
 from dreambooth_moslora.training.run_lock import locked
+from dreambooth_moslora.training.run_masks import masked_photos
 from dreambooth_moslora.training.step_plan import plan_steps
 from dreambooth_moslora.training.train_step import TrainStep
 
@@ -84,6 +85,7 @@ def set_up(context: RunContext, evaluator: StepScorer | None) -> Training:
     photos = usable_photos(instance_photos(config))
     plan = plan_steps(config, len(photos), context.accelerator.num_processes)
     report_start(context, step, plan.total_steps)
+    photos = masked_photos(context, photos)
     report.trackers.start(config)
     samples = ValidationSamples.of(config, context.run_dir, plan.steps_an_epoch)
     prompts = [*samples.prompts, *(evaluator.prompts if evaluator and is_scored(config) else ())]

@@ -90,7 +90,7 @@ def test_the_present_folder_lends_the_best_adapter_its_name_too(tiny_base, tmp_p
     assert (tmp_path / "here" / "best" / "here.kohya.safetensors").is_file()
 
 
-@pytest.mark.parametrize("inner", ["samples", "checkpoint-5", "best/mine", "class_images"])
+@pytest.mark.parametrize("inner", ["samples", "checkpoint-5", "best/mine", "class_images", "masks"])
 def test_photos_are_not_taken_from_where_a_run_writes(inner, tmp_path):
     with pytest.raises(UserError, match="--instance_data_dir"):
         check(tmp_path, tmp_path / inner)

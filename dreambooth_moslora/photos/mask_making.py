@@ -1,0 +1,115 @@
+"""Masks made for photos that have none, by a `Segmenter`; what a person put there is never touched.
+
+beside the photos    `name.mask.png`, as a person would write it (`check --make_masks`)
+in a run folder      `masks/dog.jpg.mask.png` (`--masks auto`); its header says from which photo, model and word
+                     it was made, so that a run that goes on makes none again
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+
+from dreambooth_moslora.core.digests import content_key, file_digest
+from dreambooth_moslora.core.run_folder import atomic_write
+from dreambooth_moslora.photos.image_file import UnreadableImageError, open_image
+from dreambooth_moslora.photos.masks import kept_path
+from dreambooth_moslora.photos.photo import Photo, open_rgb
+from dreambooth_moslora.photos.segmenters import Segmenter
+
+__all__ = ["MadeMask", "make_beside", "make_kept", "quality_warning"]
+
+KEY = "made-from"
+SMALLEST_SHARE, LARGEST_SHARE = 0.005, 0.9
+"""Of the photo: a mask outside these is probably wrong."""
+MOST_PIECES = 3
+LOOK_PX = 64
+SPECK = 0.02
+"""A piece below this share of the mask is not counted."""
+
+
+@dataclass(frozen=True)
+class MadeMask:
+    """What became of one photo: `path` is its mask if one was made, `remark` what a person should know."""
+
+    photo: Photo
+    path: Path | None
+    remark: str = ""
+
+
+def make_beside(photos: Iterable[Photo], segmenter: Segmenter) -> Iterator[MadeMask]:
+    """Write `name.mask.png` beside each photo without a mask, one after the other. Raises OSError."""
+    for photo in photos:
+        target = photo.path.with_name(f"{photo.path.stem}.mask.png")
+        if photo.mask_path is not None:
+            yield MadeMask(photo, None, "it has a mask, which stays")
+        elif target.exists():
+            yield MadeMask(photo, None, f"{target.name} is there, though it cannot be used; it stays")
+        else:
+            yield make(photo, target, segmenter)
+
+
+def make_kept(photos: Iterable[Photo], segmenter: Segmenter, folder: Path) -> Iterator[MadeMask]:
+    """As `make_beside`, into `folder`: what was made before of the same photo, model and word is kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for photo in photos:
+        key = content_key(photo=file_digest(photo.path), model=segmenter.name, word=segmenter.word)
+        target = kept_path(photo, folder)
+        is_made = made_from(target) == key
+        yield MadeMask(photo, target) if is_made else make(photo, target, segmenter, key)
+
+
+def make(photo: Photo, target: Path, segmenter: Segmenter, key: str = "") -> MadeMask:
+    mask = segmenter.mask(open_rgb(photo))
+    if mask.getextrema()[1] == 0:
+        target.unlink(missing_ok=True)  # of another word
+        sought = f"“{segmenter.word}”" if segmenter.word else "the subject"
+        return MadeMask(photo, None, f"empty: {sought} was not found, so no mask is written")
+    write_mask(target, mask, key)
+    return MadeMask(photo, target, quality_warning(mask))
+
+
+def write_mask(path: Path, mask: Image.Image, key: str) -> None:
+    facts = PngInfo()
+    if key:
+        facts.add_text(KEY, key)
+    buffer = BytesIO()
+    mask.convert("1").save(buffer, format="PNG", pnginfo=facts, optimize=True)
+    atomic_write(path, buffer.getvalue())
+
+
+def made_from(path: Path) -> str | None:
+    """The key in the header of a mask; None where there is none."""
+    try:
+        return open_image(path).info.get(KEY) if path.is_file() else None
+    except UnreadableImageError:
+        return None
+
+
+def quality_warning(mask: Image.Image) -> str:
+    """What looks wrong with a mask (L, not black everywhere), in words; "" when nothing does."""
+    share = float((np.asarray(mask) > 127).mean())
+    if share < SMALLEST_SHARE:
+        return f"nearly empty: {share:.1%} of the photo"
+    if share > LARGEST_SHARE:
+        return f"nearly the whole picture: {share:.0%} of the photo"
+    pieces = pieces_of(mask)
+    return f"in {pieces} pieces: look whether all are the subject" if pieces > MOST_PIECES else ""
+
+
+def pieces_of(mask: Image.Image) -> int:
+    """How many connected pieces a mask has, specks left out."""
+    small = mask.resize((LOOK_PX, LOOK_PX), Image.Resampling.BOX).point(lambda value: 255 * (value > 127))
+    white = np.asarray(small) > 0
+    whole, count = white.sum(), 0
+    while white.any():
+        row, column = np.argwhere(white)[0]
+        ImageDraw.floodfill(small, (int(column), int(row)), 0)
+        left = np.asarray(small) > 0
+        count += int(white.sum() - left.sum() >= SPECK * whole)
+        white = left
+    return count

@@ -1,0 +1,107 @@
+"""Models that find the subject in a photo: CLIPSeg by a word, and the toy world's own net for the embedded base.
+
+CLIPSeg (Lüddecke and Ecker, CVPR 2022) reads a word and a picture; its weights come from the hub once. Both give
+a probability for each pixel. What is at least half as probable as the most probable pixel belongs to the mask: how
+certain CLIPSeg is depends on the word more than the subject's outline does. Always fp32.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub.errors import HFValidationError
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from dreambooth_moslora.core.assets import assets_folder
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.names import public_name
+from dreambooth_moslora.photos.masks import TOY_SEGMENTER, segmenter_name, sought_word
+
+__all__ = ["Segmenter", "best_device", "load_segmenter"]
+
+LEAST_PEAK = 0.2
+"""Below it, the model has not found the subject anywhere."""
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """`name` is its public name, `word` what it looks for ("" for toys).
+
+    `probabilities` takes an RGB picture (width, height) and gives fp32 (height, width) in [0, 1], on the CPU.
+    """
+
+    name: str
+    word: str
+    probabilities: Callable[[Image.Image], Tensor]
+
+    def mask(self, image: Image.Image) -> Image.Image:
+        """L of the picture's size: 255 where the subject is, 0 elsewhere; all 0 when it was not found."""
+        found = self.probabilities(image)
+        peak = float(found.max())
+        white = found >= peak / 2 if peak >= LEAST_PEAK else torch.zeros_like(found, dtype=torch.bool)
+        return Image.fromarray(white.numpy().astype(np.uint8) * 255)
+
+
+def best_device() -> torch.device:
+    """The GPU of this machine, if it has one."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def load_segmenter(config: TrainConfig, device: torch.device | str = "cpu") -> Segmenter:
+    """The model of `--mask_model`; it is read when the first mask is asked for, and leaves memory with the Segmenter.
+
+    Raises UserError without a word; asking for a mask does when the model is not there or is of another kind.
+    """
+    name, word = segmenter_name(config), sought_word(config)
+    finder = cache(lambda: toy_finder(device) if name == TOY_SEGMENTER else clipseg_finder(name, word, device))
+    return Segmenter(public_name(name), word, lambda image: finder()(image))
+
+
+def toy_finder(device: torch.device | str) -> Callable[[Image.Image], Tensor]:
+    from toybox import segmenter
+
+    net = segmenter.load(assets_folder() / TOY_SEGMENTER).to(device)
+
+    def find(image: Image.Image) -> Tensor:
+        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+        return net.logits(pixels[None].to(device))[0].sigmoid().cpu()
+
+    return find
+
+
+def clipseg_finder(name: str, word: str, device: torch.device | str) -> Callable[[Image.Image], Tensor]:
+    from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
+
+    processor = loaded(CLIPSegProcessor, name)
+    model, found = loaded(CLIPSegForImageSegmentation, name, dtype=torch.float32, output_loading_info=True)
+    if lacking := sorted(found["missing_keys"]):
+        raise UserError(f"--mask_model {name} is no CLIPSeg: it has no {lacking[0]}")
+    model = model.requires_grad_(False).eval().to(device)
+
+    def find(image: Image.Image) -> Tensor:
+        inputs = processor(text=[word], images=[image], padding=True, truncation=True, return_tensors="pt")
+        logits = model(**inputs.to(device)).logits
+        size = (image.height, image.width)
+        found = logits.view(1, 1, *logits.shape[-2:]).sigmoid()
+        return interpolate(found, size=size, mode="bilinear")[0, 0].cpu()
+
+    return find
+
+
+def loaded(kind: Any, name: str, **options: Any) -> nn.Module | Any:
+    """`kind.from_pretrained(name)`, with one line for what goes wrong. No code of the repository is run."""
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, HFValidationError) as error:
+        raise UserError(
+            f"--mask_model {name} is not here and cannot be fetched: connect to the hub once, or name a folder"
+        ) from error
+    except Exception as error:  # files of another model may raise any error
+        reason = one_line(f"{type(error).__name__} {error}")
+        raise UserError(f"--mask_model {name} cannot be read as a CLIPSeg: {reason}") from error

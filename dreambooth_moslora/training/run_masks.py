@@ -1,0 +1,51 @@
+"""`--masks auto`: photos without a mask get one before the base is loaded; the segmenter leaves memory first."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from dreambooth_moslora.core.errors import StopRequestedError, spelled_out
+from dreambooth_moslora.photos.mask_making import MadeMask, make_kept
+from dreambooth_moslora.photos.masks import kept_path, with_kept_masks
+from dreambooth_moslora.photos.photo import Photo
+from dreambooth_moslora.photos.segmenters import load_segmenter
+from dreambooth_moslora.training.accelerator import on_main
+from dreambooth_moslora.training.reporter import free_unused_memory
+from dreambooth_moslora.training.run_context import RunContext
+
+__all__ = ["masked_photos"]
+
+logger = logging.getLogger(__name__)
+
+
+def masked_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
+    """The photos, those without a mask with the one in the run folder, which is made where it is missing.
+
+    Raises UserError when the segmenter is not there, and StopRequestedError.
+    """
+    if context.config.masks != "auto":
+        return photos
+    folder = context.run_dir.masks_dir
+    own = [replace(photo, mask_path=None) if photo.mask_path == kept_path(photo, folder) else photo for photo in photos]
+    bare = [photo for photo in own if photo.mask_path is None]
+    if bare:
+        on_main(context.accelerator, lambda: make_masks(context, bare))
+        free_unused_memory(context.accelerator.device)
+    return with_kept_masks(own, folder)
+
+
+def make_masks(context: RunContext, photos: list[Photo]) -> None:
+    """Into the run folder; this process alone does it: the others wait in `on_main`."""
+    segmenter = load_segmenter(context.config, context.accelerator.device)
+    made = make_kept(photos, segmenter, context.run_dir.masks_dir)
+    for _ in context.report.counted("masks", said(made), len(photos)):
+        if context.should_stop():
+            raise StopRequestedError
+
+
+def said(made: Iterable[MadeMask]) -> Iterator[int]:
+    """The number of each mask; what a person should know of it goes to the log."""
+    for number, mask in enumerate(made, start=1):
+        if mask.remark:
+            logger.warning("%s", spelled_out(f"the mask of {mask.photo.path.name}: {mask.remark}"))
+        yield number
