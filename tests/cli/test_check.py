@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -130,3 +131,35 @@ def test_settings_come_from_a_recipe_and_the_command_line_wins(tmp_path, monkeyp
     assert main(["check", ".", "--config", "r.toml", "--no_picture"]) == 2
     assert main(["check", ".", "--config", "r.toml", "--resolution", "64", "--no_picture"]) == 0
     assert "“my toy”" in capsys.readouterr().out
+
+
+def test_masks_are_made_beside_the_photos_of_a_toy_and_darken_the_crops(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "duck").mkdir()
+    for name in ("00.jpg", "01.jpg", "01.mask.png"):
+        shutil.copy(ROOT / "assets" / "subjects" / "duck" / name, tmp_path / "duck" / name)
+    own = (tmp_path / "duck" / "01.mask.png").read_bytes()
+    command = ["check", "duck", "--resolution", "128", "--make_masks", "--pretrained_model_name_or_path", "toy"]
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert "00.jpg  00.mask.png is written\n" in captured.err and "01.jpg  it has a mask, which stays" in captured.err
+    assert captured.out.count("has a mask") == 2
+    assert (tmp_path / "duck" / "01.mask.png").read_bytes() == own
+    made = (tmp_path / "duck" / "00.mask.png").read_bytes()
+    assert main(command) == 0 and (tmp_path / "duck" / "00.mask.png").read_bytes() == made
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], 'give --mask_prompt, such as "dog"'),
+        (["--mask_prompt", "dog"], "--mask_model CIDAS/clipseg-rd64-refined is not here and cannot be fetched"),
+        (["--instance_prompt", "a sks dog", "--mask_model", "/nowhere"], "--mask_model /nowhere is not here"),
+    ],
+)
+def test_what_masks_lack_is_one_line(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    picture().save(tmp_path / "a.png")
+    assert main(["check", ".", "--resolution", "64", "--make_masks", *words]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1 and not list(tmp_path.glob("*.mask.png"))

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dreambooth_moslora.core.errors import UserError, spelled_out
 __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "judge a folder of photos and show the exact crops, before any training"
+BASE = "pretrained_model_name_or_path"
 SETTINGS = (
     "instance_prompt",
     "resolution",
@@ -27,7 +29,12 @@ SETTINGS = (
     "image_interpolation_mode",
     "alpha",
     "seed",
+    BASE,
+    "mask_model",
+    "mask_prompt",
 )
+UNSAID = {BASE: "stabilityai/stable-diffusion-xl-base-1.0"}
+"""The base where none is named: the photos are taken for photographs."""
 MAX_PICTURED = 48
 """Most photos in the picture of the crops."""
 
@@ -39,11 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--picture", metavar="FILE", help="where the picture of the crops goes (default: NAME_crops.png)"
     )
     parser.add_argument("--no_picture", action="store_true", help="draw none")
+    parser.add_argument("--make_masks", action="store_true", help="write name.mask.png beside photos without a mask")
     parser.add_argument("--config", metavar="FILE", help="take the settings below from a recipe")
     group = parser.add_argument_group("as in training")
     for item in fields(TrainConfig):
-        if item.name in SETTINGS:
+        if item.name in SETTINGS and item.name != BASE:
             add_flag(group, item)
+    about_base = 'the base to be trained: "toy" has its own model of masks, for any other CLIPSeg makes them'
+    group.add_argument(f"--{BASE}", metavar="TEXT", default=argparse.SUPPRESS, help=about_base)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +62,11 @@ def run(args: argparse.Namespace) -> int:
 
     config = config_of(args)
     folder = Path(find_asset(args.folder))
-    report = find_photos(folder, config.instance_prompt, config.resolution, alpha=config.alpha)
+    find = partial(find_photos, folder, config.instance_prompt, config.resolution, alpha=config.alpha)
+    report = find()
+    if args.make_masks:
+        make_masks(report.photos, config)
+        report = find()
     report = examine(report, config.resolution)
     picture = None if args.no_picture or not report.photos else draw(report, config, picture_path(args, folder))
     crops = crops_line(picture, config) if picture else None
@@ -68,7 +82,24 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
     """Settings of the recipe, if any, under those of the command line."""
     recipe = load_settings(args.config) if args.config else {}
     given = {name: value for name, value in vars(args).items() if name in SETTINGS}
-    return TrainConfig(**{name: value for name, value in recipe.items() if name in SETTINGS} | given)
+    known = {name: value for name, value in recipe.items() if name in SETTINGS} | given
+    if "instance_prompt" not in known:
+        known["class_word"] = ""  # the default prompt's `object` is no word to look for
+    return TrainConfig(**UNSAID | known)
+
+
+def make_masks(photos: list[Any], config: TrainConfig) -> None:
+    """Beside the photos; one line of each on stderr."""
+    from dreambooth_moslora.photos.mask_making import make_beside
+    from dreambooth_moslora.photos.segmenters import best_device, load_segmenter
+
+    try:
+        for made in make_beside(photos, load_segmenter(config, best_device())):
+            done = f"{made.path.name} is written" if made.path else ""
+            line = "; ".join(filter(None, [done, made.remark]))
+            print(spelled_out(f"  mask  {made.photo.path.name}  {line}"), file=sys.stderr)
+    except OSError as error:
+        raise UserError(f"--make_masks: a mask cannot be written: {error.strerror}") from error
 
 
 def picture_path(args: argparse.Namespace, folder: Path) -> Path:
