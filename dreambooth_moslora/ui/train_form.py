@@ -72,6 +72,7 @@ class TrainForm:
     steps: int = 0
     mixer: str = "orthogonal"
     seed: int = 0
+    make_masks: bool = False
 
     def config(self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path) -> dict[str, Any]:
         """Values for TrainConfig under its own names; raises UserError for what makes no sense."""
@@ -96,6 +97,7 @@ class TrainForm:
             "lr_warmup_steps": 0,
             "mixer": self.mixer,
             "seed": _whole(self.seed, "seed", 2**32 - 1),
+            "masks": "auto" if self.make_masks else "given",
             "validation_steps": max(1, steps // 5),
             "checkpointing_steps": max(1, steps // 5),
             "checkpoints_total_limit": 6,

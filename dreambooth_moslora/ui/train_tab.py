@@ -51,6 +51,9 @@ def _form() -> tuple[dict[str, Any], dict[str, Any]]:
         elem_id="photos",
     )
     gr.HTML(faint(ABOUT_MASKS))
+    make_masks = gr.Checkbox(
+        False, label="Make masks", info="finds the subject in photos that have none", elem_id="make_masks"
+    )
     remarks = gr.HTML(visible=False, elem_id="remarks")
     crops = picture_rows("Crops", "crops", object_fit="cover", buttons=["fullscreen"])
     gr.Markdown("### 2 · Words", elem_classes="step")
@@ -68,7 +71,7 @@ def _form() -> tuple[dict[str, Any], dict[str, Any]]:
     preset = gr.Radio(list(PRESETS), value="standard", label="Length", elem_id="preset")
     prior = gr.Checkbox(False, label="Prior preservation", info="keeps the class as it was; slower", elem_id="prior")
     fields = {"token": token, "class_word": class_word, **_more_fields(), "preset": preset}
-    fields |= {"prior_preservation": prior, "captions": captions}
+    fields |= {"prior_preservation": prior, "captions": captions, "make_masks": make_masks}
     with gr.Row(elem_classes="tight"):
         start = gr.Button("Start training", variant="primary", scale=2, elem_id="start")
         estimate = gr.Button("Estimate cost", scale=1, min_width=132, elem_id="estimate")

@@ -39,6 +39,12 @@ def test_the_training_form_makes_a_config_the_trainer_accepts(tmp_path):
     assert (big["max_train_steps"], big["rank"], big["checkpointing_steps"]) == (7, 3, 1)
 
 
+def test_masks_are_made_where_the_form_says_so(tmp_path):
+    for make_masks, masks in ((True, "auto"), (False, "given")):
+        form = TrainForm("sks", "dog", make_masks=make_masks)
+        assert TrainConfig.from_dict(form.config("toy", 128, tmp_path / "photos", tmp_path)).masks == masks
+
+
 @pytest.mark.parametrize(
     "form, word",
     [
