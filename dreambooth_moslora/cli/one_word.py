@@ -194,11 +194,21 @@ def choose_steps(choices: Choices, exposures: int) -> None:
     if not is_given:
         choices.settings["exposures_per_photo"] = exposures
     photos, steps = photos_and_steps(choices)
-    masks = sum(photo.mask_path is not None for photo in photos)
-    choices.lines.insert(0, f"photos: {len(photos)}, {masks} with a mask (name.mask.png beside each)")
+    choose_masks(choices, photos)
     if not is_given:
         line = f"steps: {steps}, which show each photo {exposures} times"
         choices.lines.append(f"{line} (--exposures_per_photo, --max_train_steps)")
+
+
+def choose_masks(choices: Choices, photos: list["Photo"]) -> None:
+    """The embedded base has a segmenter of its own; SDXL's is a download, which nobody asked for."""
+    masked = sum(photo.mask_path is not None for photo in photos)
+    choices.lines.insert(0, f"photos: {len(photos)}, {masked} with a mask (name.mask.png beside each)")
+    bare = len(photos) - masked
+    if bare and is_toy(choices.all["pretrained_model_name_or_path"]):
+        choices.add(f"masks: made for the {bare} without one", "masks", masks="auto")
+    elif bare and "masks" not in choices.given:
+        choices.lines.append("masks: made for none, as CLIPSeg comes from the hub (--masks auto)")
 
 
 def photos_and_steps(choices: Choices) -> tuple[list["Photo"], int]:

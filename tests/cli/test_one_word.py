@@ -45,6 +45,16 @@ def test_a_toy_is_trained_as_the_recipe_says(tmp_path, monkeypatch, capsys):
     assert "photos: 5, 5 with a mask" in said and "steps: 480, which show each photo 384 times" in said
 
 
+def test_photos_without_masks_get_them_where_nothing_is_fetched_for_it(photos, capsys):
+    toy = ["--pretrained_model_name_or_path", "toy"]
+    assert parse_train_config([*photos, *toy]).masks == "auto"
+    assert "masks: made for the 5 without one (--masks)" in capsys.readouterr().err
+    assert parse_train_config([*photos, *toy, "--masks", "given"]).masks == "given"
+    assert "masks: " not in capsys.readouterr().err
+    assert parse_train_config([*photos, "--pretrained_model_name_or_path", STOCK_SDXL]).masks == "given"
+    assert "masks: made for none, as CLIPSeg comes from the hub (--masks auto)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("place", [lambda words, flags: words + flags, lambda words, flags: flags + words])
 def test_flags_win_before_and_behind_and_are_not_said_to_be_chosen(photos, capsys, place):
     flags = ["--pretrained_model_name_or_path", "toy", "--output_dir", "mine", "--max_train_steps=7", "--rank", "3"]
