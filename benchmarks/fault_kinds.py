@@ -93,11 +93,11 @@ def short_operation(trial: Trial) -> None:
 
 def damaged_part(kind: str, trial: Trial) -> None:
     """A file of a stopped run is damaged before it goes on."""
+    halves = trial.workshop.halves
+    having = [variant for variant, home in halves.items() if files_of(home, kind)]
+    trial.variant = trial.variant if trial.variant in having or not having else trial.rng.choice(having)
     trial.half()
     files = files_of(trial.home, kind)
-    if not files:
-        trial.row = f"damaged: {kind}: none in this run"
-        return
     for path in trial.rng.sample(files, min(len(files), trial.rng.choice((1, 1, 2)))):
         trial.detail += f" {damage(path, trial.rng)} {path.relative_to(trial.home)}"
     trial.row = f"damaged: {kind}"
