@@ -1,29 +1,27 @@
 """The Train tab: photos, words, run, watch. The run is the server's; the page only looks at it."""
 
-from typing import Any
 
 import gradio as gr
 
-from dreambooth_moslora.core.config import MIXERS
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.ui.adapter_summary import prompt_for, summary_of
 from dreambooth_moslora.ui.app_state import AT_ONCE, TELLING, AppContext, as_gradio_error
 from dreambooth_moslora.ui.generate_form import NONE
 from dreambooth_moslora.ui.generate_tab import GenerateTab
-from dreambooth_moslora.ui.html_snippets import faint, notice
+from dreambooth_moslora.ui.html_snippets import notice
 from dreambooth_moslora.ui.input_errors import explain_bad_values
-from dreambooth_moslora.ui.photo_uploads import PHOTO_TYPES, take_photos
+from dreambooth_moslora.ui.photo_uploads import take_photos
 from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train_actions import PhotoReview, review_kept, review_photos, start_run
-from dreambooth_moslora.ui.train_form import PRESETS, TrainForm, prompts_of
-from dreambooth_moslora.ui.train_watch import connect_watch, picture_rows, run_names, watch_widgets
+from dreambooth_moslora.ui.train_form import TrainForm, prompts_of
+from dreambooth_moslora.ui.train_watch import connect_watch, run_names, watch_widgets
+from dreambooth_moslora.ui.train_widgets import train_widgets
 from dreambooth_moslora.ui.training.cost_estimate import estimate_cost
 from dreambooth_moslora.ui.training.jobs import Jobs
 
 __all__ = ["build_train_tab"]
 
-ABOUT_MASKS = "A mask goes along as name.mask.png beside name.jpg: only what is white in it is learned."
 TAKING_PHOTOS = {"concurrency_limit": 4}
 """Options of events that take in photos: the visitors take turns photo by photo (`photo_uploads.ONE_AT_A_TIME`)."""
 
@@ -31,76 +29,13 @@ TAKING_PHOTOS = {"concurrency_limit": 4}
 def build_train_tab(ctx: AppContext, jobs: Jobs, page: gr.Blocks, tabs: gr.Tabs, generate: GenerateTab) -> None:
     with gr.Row(elem_id="train", equal_height=False):
         with gr.Column(elem_id="train_form", min_width=280):
-            fields, parts = _form()
+            fields, parts = train_widgets()
         with gr.Column(elem_id="train_watch", min_width=280):
             parts |= watch_widgets()
     _connect_photos(ctx, page, parts, fields["seed"])
     _connect_start(ctx, jobs, fields, parts)
     connect_watch(ctx, jobs, page, parts)
     _connect_use(ctx, jobs, parts, tabs, generate)
-
-
-def _form() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields under the names of TrainForm, and the other widgets."""
-    gr.Markdown("### 1 · Photos", elem_classes="step")
-    photos = gr.File(
-        file_count="multiple",
-        file_types=PHOTO_TYPES,
-        label="4 to 10 photos of one subject",
-        height=130,
-        elem_id="photos",
-    )
-    gr.HTML(faint(ABOUT_MASKS))
-    make_masks = gr.Checkbox(
-        False, label="Make masks", info="finds the subject in photos that have none", elem_id="make_masks"
-    )
-    remarks = gr.HTML(visible=False, elem_id="remarks")
-    crops = picture_rows("Crops", "crops", object_fit="cover", buttons=["fullscreen"])
-    gr.Markdown("### 2 · Words", elem_classes="step")
-    with gr.Row():
-        token = gr.Textbox("sks", label="Token", info="a rare word", min_width=110, elem_id="token")
-        class_word = gr.Textbox(
-            label="Class word", info="what it is", placeholder="dog", min_width=110, elem_id="class_word"
-        )
-    prompts = gr.HTML(visible=False, elem_id="prompts")
-    with gr.Accordion("Captions (optional)", open=False):
-        captions = gr.Textbox(
-            "", label="Captions", info="one line for each photo, in order", lines=4, elem_id="captions"
-        )
-    gr.Markdown("### 3 · Run", elem_classes="step")
-    preset = gr.Radio(list(PRESETS), value="standard", label="Length", elem_id="preset")
-    prior = gr.Checkbox(False, label="Prior preservation", info="keeps the class as it was; slower", elem_id="prior")
-    fields = {"token": token, "class_word": class_word, **_more_fields(), "preset": preset}
-    fields |= {"prior_preservation": prior, "captions": captions, "make_masks": make_masks}
-    with gr.Row(elem_classes="tight"):
-        start = gr.Button("Start training", variant="primary", scale=2, elem_id="start")
-        estimate = gr.Button("Estimate cost", scale=1, min_width=132, elem_id="estimate")
-    cost = gr.HTML("", label="Cost", elem_id="cost")
-    others = {"photos": photos, "remarks": remarks, "crops": crops, "prompts": prompts, "start": start}
-    return {name: fields[name] for name in TrainForm.__dataclass_fields__}, others | {
-        "estimate": estimate,
-        "cost": cost,
-    }
-
-
-def _more_fields() -> dict[str, Any]:
-    with gr.Accordion("More settings", open=False, elem_id="more_training"):
-        run_name = gr.Textbox("", label="Name of the run", placeholder="from the class word", elem_id="run_name")
-        with gr.Row():
-            steps = gr.Number(0, label="Steps", info="0: by length", precision=0, min_width=100, elem_id="train_steps")
-            rank = gr.Number(0, label="Rank", info="0: by length", precision=0, min_width=100)
-        with gr.Row():
-            learning_rate = gr.Number(0, label="Learning rate", info="0: by length", min_width=100)
-            seed = gr.Number(0, label="Seed", precision=0, min_width=100)
-        mixer = gr.Dropdown(list(MIXERS), value="orthogonal", label="Mixer", info="“none” trains a plain LoRA")
-    return {
-        "run_name": run_name,
-        "steps": steps,
-        "rank": rank,
-        "learning_rate": learning_rate,
-        "seed": seed,
-        "mixer": mixer,
-    }
 
 
 def _connect_photos(ctx: AppContext, page: gr.Blocks, parts: dict, seed: gr.Number) -> None:
