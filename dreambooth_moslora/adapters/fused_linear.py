@@ -10,12 +10,13 @@ arithmetic is in the base weight's dtype, on A and Uᵀ in that dtype. During a 
 layer's `working` copies, which `working_copies` makes once; any other call makes its own. The scale is folded
 into U: `addmm` with a factor other than 1 leaves the fast CPU kernels.
 
-Only a dense frozen `nn.Linear` with an adapter without dropout, DoRA or bias is switched. What can change
-from call to call (disabled, merged, several active adapters, mixed batches, autocast) sends that call to
-PEFT's own forward.
+Only a frozen `nn.Linear`, dense or in 4 bit, with an adapter without dropout, DoRA or bias is switched. A W0 in
+4 bit is made dense for dx alone, one layer at a time. What can change from call to call (disabled, merged, several
+active adapters, mixed batches, autocast) sends that call to PEFT's own forward.
 """
 
 from collections.abc import Mapping
+from functools import cache
 from types import MappingProxyType
 
 import torch
@@ -27,20 +28,33 @@ from torch.autograd.function import once_differentiable
 from dreambooth_moslora.adapters.joint_linear import LentTogether
 from dreambooth_moslora.adapters.moslora import adapter_layers
 
-__all__ = ["FastLinear", "disable_fast_path", "enable_fast_path", "slow_projections", "slow_reason"]
+__all__ = [
+    "FastLinear",
+    "ShortWay",
+    "compute_dtype",
+    "disable_fast_path",
+    "enable_fast_path",
+    "slow_projections",
+    "slow_reason",
+]
 
 Copies = tuple[Tensor, Tensor]
 """A (r,in) and Uᵀ (r,out) of one layer, in the base's dtype."""
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """x (…,in), frozen W0 (out,in) and b (out) or None, A (r,in), Uᵀ (r,out), all of one dtype -> y (…,out)."""
+    """x (…,in), frozen W0 (out,in) and b (out) or None, A (r,in), Uᵀ (r,out), all of one dtype -> y (…,out).
+
+    `packed` is bitsandbytes' description of a W0 in 4 bit, None for a dense one.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, packed, down: Tensor, up: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         inner = rows.mm(down.t())
-        result = F.linear(rows, weight, bias).addmm_(inner, up)
+        result = F.linear(rows, weight, bias) if packed is None else linear_4bit(rows, weight, bias, packed)
+        result.addmm_(inner, up)
+        ctx.packed = packed
         ctx.save_for_backward(x, inner, weight, down, up)
         return result.view(*x.shape[:-1], -1)
 
@@ -48,17 +62,31 @@ class _AdaptedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, inner, weight, down, up = ctx.saved_tensors
-        needs_x, _, _, needs_down, needs_up = ctx.needs_input_grad
+        needs_x, _, _, _, needs_down, needs_up = ctx.needs_input_grad
         grad = grad.reshape(-1, grad.shape[-1])
         # What reads `grad` comes before W0 drives it out of the cache.
         grad_inner = grad.mm(up.t())
         grad_up = inner.t().mm(grad) if needs_up else None
+        if ctx.packed is not None and needs_x:
+            weight = dense_weight(weight, ctx.packed).to(grad.dtype)
         grad_x = grad.mm(weight).addmm_(grad_inner, down).view(x.shape) if needs_x else None
         grad_down = grad_inner.t().mm(x.reshape(-1, x.shape[-1])) if needs_down else None
-        return grad_x, None, None, grad_down, grad_up
+        return grad_x, None, None, None, grad_down, grad_up
 
 
-class FastLinear(LoraLinear):
+def linear_4bit(x: Tensor, weight: Tensor, bias: Tensor | None, packed) -> Tensor:
+    from bitsandbytes import matmul_4bit
+
+    return matmul_4bit(x, weight, bias=bias, quant_state=packed)
+
+
+def dense_weight(weight: Tensor, packed) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight, packed)
+
+
+class ShortWay:
     """PEFT's LoRA layer whose forward takes the short way whenever it is the same function."""
 
     working: Mapping[str, Copies | tuple[LentTogether, int]] = MappingProxyType({})
@@ -67,7 +95,7 @@ class FastLinear(LoraLinear):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         name, base = self._only_adapter(), self.base_layer
-        if args or kwargs or name is None or not _same_dtype(x, base.weight):
+        if args or kwargs or name is None or not _same_dtype(x, compute_dtype(base)):
             return super().forward(x, *args, **kwargs)
         copies = self.working.get(name)
         if copies is not None and isinstance(copies[0], LentTogether):
@@ -77,11 +105,12 @@ class FastLinear(LoraLinear):
             if slow_reason(self, name):
                 return super().forward(x)
             copies = self._own_copies(name)
-        return _AdaptedLinear.apply(x.to(base.weight.dtype), base.weight, base.bias, *copies)
+        packed = getattr(base.weight, "quant_state", None)
+        return _AdaptedLinear.apply(x.to(compute_dtype(base)), base.weight, base.bias, packed, *copies)
 
     def _own_copies(self, name: str) -> Copies:
         """Of the weights as they are now; gradients reach the fp32 masters."""
-        dtype, scale = self.base_layer.weight.dtype, self.scaling[name]
+        dtype, scale = compute_dtype(self.base_layer), self.scaling[name]
         up = self.lora_B[name].weight
         return self.lora_A[name].weight.to(dtype), (up if scale == 1 else up * scale).to(dtype).t()
 
@@ -93,21 +122,46 @@ class FastLinear(LoraLinear):
         return names[0] if len(names) == 1 else None
 
 
-def _same_dtype(x: Tensor, weight: Tensor) -> bool:
-    """Whether the base would compute in the weight's own dtype; under autocast x is cast to it, as there."""
+class FastLinear(ShortWay, LoraLinear):
+    """The short way over a dense base."""
+
+
+@cache
+def fast_class(kind: type) -> type | None:
+    """The layer that takes the short way where PEFT's layer of class `kind` is; None where there is none."""
+    if kind is LoraLinear or issubclass(kind, ShortWay):
+        return FastLinear if kind is LoraLinear else kind
+    is_4bit = (kind.__module__, kind.__name__) == ("peft.tuners.lora.bnb", "Linear4bit")
+    return type("FastLinear4bit", (ShortWay, kind), {}) if is_4bit else None
+
+
+def is_frozen_linear(base: nn.Module) -> bool:
+    """Dense, or in 4 bit as bitsandbytes packs it for training; on CPUs it has another form for inference."""
+    packed = getattr(getattr(base, "weight", None), "quant_state", None)
+    is_4bit = type(base).__name__ == "Linear4bit" and packed is not None and base.compute_type_is_set
+    return type(base) is nn.Linear or (is_4bit and not getattr(packed, "packing_format_for_cpu", False))
+
+
+def compute_dtype(base: nn.Module) -> torch.dtype:
+    """Of the products with the frozen weight: bitsandbytes' layers have one, others compute in the weight's own."""
+    return getattr(base, "compute_dtype", base.weight.dtype)
+
+
+def _same_dtype(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the base would compute in its own `dtype`; under autocast x is cast to it, as there."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device) == weight.dtype
-    return x.dtype == weight.dtype
+        return torch.get_autocast_dtype(device) == dtype
+    return x.dtype == dtype
 
 
 def slow_reason(layer: nn.Module, adapter_name: str = "default") -> str | None:
     """Why this adapted layer keeps the general path, in a few words; None when it need not."""
-    if type(layer) not in (LoraLinear, FastLinear):
-        return f"not a dense linear layer ({type(layer).__module__}.{type(layer).__name__})"
+    if fast_class(type(layer)) is None:
+        return f"not a linear layer ({type(layer).__module__}.{type(layer).__name__})"
     base = layer.base_layer
-    if type(base) is not nn.Linear:
-        return f"the base layer is not a dense nn.Linear ({type(base).__name__})"
+    if not is_frozen_linear(base):
+        return f"the base layer is no nn.Linear, dense or in 4 bit ({type(base).__name__})"
     if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
         return "the base layer carries hooks (offloading, for one)"
     if adapter_name in layer.lora_variant:
@@ -128,15 +182,15 @@ def enable_fast_path(model: nn.Module, adapter_name: str = "default") -> int:
     """
     switched = [m for m in adapter_layers(model, adapter_name).values() if slow_reason(m, adapter_name) is None]
     for layer in switched:
-        layer.__class__ = FastLinear
+        layer.__class__ = fast_class(type(layer))
     return len(switched)
 
 
 def disable_fast_path(model: nn.Module) -> None:
     """Give every layer back to PEFT's own forward."""
     for layer in model.modules():
-        if type(layer) is FastLinear:
-            layer.__class__ = LoraLinear
+        if isinstance(layer, ShortWay):
+            layer.__class__ = type(layer).__bases__[1]
 
 
 def slow_projections(model: nn.Module, adapter_name: str = "default") -> dict[str, str]:

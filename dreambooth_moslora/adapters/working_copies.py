@@ -16,18 +16,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.fused_linear import FastLinear, slow_reason
+from dreambooth_moslora.adapters.fused_linear import ShortWay, compute_dtype, slow_reason
 from dreambooth_moslora.adapters.joint_linear import JointWeights, LentTogether, projections_of_one_input
 from dreambooth_moslora.adapters.mixer import MixerLinear
 
 __all__ = ["WorkingCopies"]
 
-Unit = FastLinear | JointWeights
+Unit = ShortWay | JointWeights
 """A layer that computes alone, or several that compute together."""
 
 
 class WorkingCopies:
-    """The copies of every `FastLinear` of `models`. Layers on the general path are left alone.
+    """The copies of every `ShortWay` of `models`. Layers on the general path are left alone.
 
     `joint`: whether projections of one input are computed together. None: everywhere but on a CPU, which gains
     nothing by fewer kernels and would copy weights that it has only mapped from a file.
@@ -36,19 +36,19 @@ class WorkingCopies:
     def __init__(self, *models: nn.Module, adapter_name: str = "default", joint: bool | None = None):
         self.adapter_name = adapter_name
         modules = [module for model in models for module in model.modules()]
-        self.layers = [layer for layer in modules if type(layer) is FastLinear]
+        self.layers = [layer for layer in modules if isinstance(layer, ShortWay)]
         groups = [layers for layers in map(self._joinable, modules) if layers and joins(layers, joint)]
         self.joints = [JointWeights(layers) for layers in groups]
 
-    def _joinable(self, module: nn.Module) -> tuple[FastLinear, ...]:
+    def _joinable(self, module: nn.Module) -> tuple[ShortWay, ...]:
         """Those layers of an attention that have one input and are alike but for their numbers; two at least."""
         layers = tuple(layer for layer in projections_of_one_input(module) if self._is_fast(layer))
         kinds = {kind_of(layer, self.adapter_name) for layer in layers}
-        has_bias = any(layer.base_layer.bias is not None for layer in layers)
-        return layers if len(layers) > 1 and len(kinds) == 1 and not has_bias else ()
+        are_matrices = all(type(base) is nn.Linear and base.bias is None for base in (one.base_layer for one in layers))
+        return layers if len(layers) > 1 and len(kinds) == 1 and are_matrices else ()
 
     def _is_fast(self, layer: nn.Module) -> bool:
-        return type(layer) is FastLinear and slow_reason(layer, self.adapter_name) is None
+        return isinstance(layer, ShortWay) and slow_reason(layer, self.adapter_name) is None
 
     @contextmanager
     def for_one_step(self) -> Iterator["StepCopies"]:
@@ -91,19 +91,19 @@ class StepCopies:
             batch.collect()
 
 
-def layers_of(unit: Unit) -> tuple[FastLinear, ...]:
+def layers_of(unit: Unit) -> tuple[ShortWay, ...]:
     return unit.layers if isinstance(unit, JointWeights) else (unit,)
 
 
-def joins(layers: tuple[FastLinear, ...], wanted: bool | None) -> bool:
+def joins(layers: tuple[ShortWay, ...], wanted: bool | None) -> bool:
     return layers[0].base_layer.weight.device.type != "cpu" if wanted is None else wanted
 
 
-def kind_of(layer: FastLinear, name: str) -> tuple:
-    lora_b, weight = layer.lora_B[name], layer.base_layer.weight
+def kind_of(layer: ShortWay, name: str) -> tuple:
+    lora_b, base = layer.lora_B[name], layer.base_layer
     learns = isinstance(lora_b, MixerLinear) and lora_b.mixer.requires_grad
-    sizes = layer.lora_A[name].weight.shape, weight.shape[0], layer.scaling[name]
-    return sizes, weight.dtype, weight.device, type(lora_b), learns
+    sizes = layer.lora_A[name].weight.shape, base.out_features, layer.scaling[name]
+    return sizes, compute_dtype(base), base.weight.device, type(lora_b), learns
 
 
 class Batch:
@@ -130,7 +130,7 @@ class Batch:
     @torch.no_grad()
     def _make(self) -> list[tuple[Tensor, Tensor]]:
         """Leaves of each unit: A (r,in) and Uᵀ (r,out), or A (k·r,in) and Uᵀ (k,r,out)."""
-        dtype = self.layers[0].base_layer.weight.dtype
+        dtype = compute_dtype(self.layers[0].base_layer)
         up = torch.stack(self.ups).mT
         if self.is_mixed:
             up = torch.stack(self.mixers).mT.bmm(up)

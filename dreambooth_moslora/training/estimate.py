@@ -32,7 +32,7 @@ STEP_GIB, STEP_GIB_A_RANK, RECOMPUTED_GIB = 5.24, 0.00102, 0.51
 TEXT_GIB = 0.025
 """The same of its text, which does not grow with the image."""
 PEFT_STEP, PEFT_RECOMPUTED = 1.4, 1.1
-"""Times as much where PEFT's own layers compute the adapter: quantised bases, DoRA, dropout."""
+"""Times as much where PEFT's own layers compute the adapter: a base in 8 bit, DoRA, dropout."""
 DRAWING_GIB = 0.15
 """Of the UNet without gradients, an image of 1024 px in half precision."""
 ENCODER_BYTES_A_PIXEL = 2600
@@ -174,7 +174,7 @@ def scale_of(config: TrainConfig, size: BaseSize) -> float:
 def step_gib(config: TrainConfig, size: BaseSize, adapter: int) -> float:
     """Of one forward and backward pass, without weights and gradients."""
     images = config.train_batch_size * (2 if config.with_prior_preservation else 1)
-    is_pefts = config.base_quantization != "none" or config.use_dora or config.lora_dropout > 0
+    is_pefts = config.base_quantization == "int8" or config.use_dora or config.lora_dropout > 0
     scale = scale_of(config, size) * images
     if config.gradient_checkpointing:
         return RECOMPUTED_GIB * scale * (PEFT_RECOMPUTED if is_pefts else 1)

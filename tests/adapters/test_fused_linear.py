@@ -1,6 +1,7 @@
 """The fast path is PEFT's own forward, cheaper: each equality is checked against the general path or against fp64."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,12 +9,15 @@ from torch import nn
 
 from dreambooth_moslora.adapters.fused_linear import (
     FastLinear,
+    compute_dtype,
     disable_fast_path,
     enable_fast_path,
     slow_projections,
     slow_reason,
 )
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, disabled, inject, set_scale
+from dreambooth_moslora.adapters.working_copies import WorkingCopies
+from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.core.config import MIXERS
 from tests.helpers.tiny import tiny_unet
 
@@ -263,14 +267,44 @@ def test_a_convolution_a_trained_base_and_a_hooked_base_are_reported():
     assert [word in text for word, text in zip(["Conv2d", "trained", "hooks"], reasons)] == [True] * 3
 
 
-def test_a_quantised_base_is_reported():
-    class Quantised(nn.Linear):
-        """Stands where bitsandbytes' Linear4bit does: a subclass of nn.Linear whose weight is packed."""
+def quantised(kind: str, dtype: torch.dtype) -> nn.Module:
+    """Two adapted projections of widths that bitsandbytes takes, named as the quantisation wants them."""
+    torch.manual_seed(0)
+    block = Block()
+    block.to_q, block.to_k = nn.Linear(64, 96), nn.Linear(64, 96, bias=False)
+    model = nn.ModuleDict({"transformer_blocks": block}).to(dtype).requires_grad_(False).train()
+    quantize(model, kind, dtype)
+    return adapted(model)
 
-    model = Block()
-    model.to_k = Quantised(12, 20)
-    model = adapted(model)
-    assert enable_fast_path(model) == 1 and "Quantised" in slow_projections(model)["to_k"]
+
+def quantised_loss(model: nn.Module) -> torch.Tensor:
+    """Of bf16 or fp32 inputs, through x itself too: the first projection's input needs a gradient."""
+    block = model["transformer_blocks"]
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1)).to(compute_dtype(block.to_q.base_layer))
+    first = block.to_q(x)[:, :64].tanh()
+    return (block.to_k(first) * block.to_q(first)).float().square().sum()
+
+
+@pytest.mark.parametrize("on_copies", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_a_base_in_4_bit_gives_the_same_gradients(dtype, tolerance, on_copies):
+    general = quantised("nf4", dtype)
+    fast = copy.deepcopy(general)
+    assert enable_fast_path(fast) == 2 and not slow_projections(fast)
+    expected = gradients(general, quantised_loss)
+    with WorkingCopies(fast).for_one_step() if on_copies else nullcontext() as step:
+        quantised_loss(fast).backward()
+        if on_copies:
+            step.collect()
+    assert_same({n: p.grad for n, p in fast.named_parameters() if p.requires_grad}, expected, tolerance)
+    disable_fast_path(fast)
+    assert torch.equal(quantised_loss(fast), quantised_loss(general))
+
+
+def test_a_base_in_8_bit_is_left_alone_and_reported():
+    model = quantised("int8", torch.float32)
+    assert enable_fast_path(model) == 0
+    assert all("Linear8bitLt" in reason for reason in slow_projections(model).values())
 
 
 def test_it_can_be_switched_off_and_leaves_the_state_dict_alone():

@@ -9,6 +9,7 @@ from torch import nn
 
 from dreambooth_moslora.adapters.fused_linear import enable_fast_path
 from dreambooth_moslora.adapters.working_copies import WorkingCopies
+from dreambooth_moslora.base.quantization import quantize
 from tests.adapters.test_fused_linear import adapted, assert_same, unet_loss
 from tests.adapters.test_working_copies import given, plain_step
 from tests.helpers.tiny import tiny_unet
@@ -142,6 +143,14 @@ def test_it_is_for_devices_where_kernels_count():
     enable_fast_path(model)
     assert not WorkingCopies(model).joints
     assert [len(joint.layers) for joint in WorkingCopies(model.to("meta")).joints] == [3, 2]
+
+
+def test_weights_in_4_bit_stay_apart():
+    """Packed numbers cannot be put below one another."""
+    model = nn.ModuleDict({"transformer_blocks": Attention(64, heads=2, dim_head=32)}).requires_grad_(False)
+    assert quantize(model, "nf4", torch.float32) == 4
+    assert enable_fast_path(adapted(model)) == 4
+    assert not WorkingCopies(model, joint=True).joints
 
 
 @pytest.mark.slow
