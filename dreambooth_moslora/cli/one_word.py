@@ -112,8 +112,7 @@ def gpu_gib() -> float | None:
     """Free memory of the GPU that a run would use; None without one."""
     from dreambooth_moslora.training.estimate import free_gib_of_gpu
 
-    is_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
-    return None if is_on_cpu else free_gib_of_gpu()
+    return free_gib_of_gpu()
 
 
 def choose_recipe(choices: Choices) -> int:

@@ -181,6 +181,11 @@ class TrainConfig:
     prodigy_use_bias_correction: bool = of_optimizer(True, "Prodigy: bias correction")
     prodigy_safeguard_warmup: bool = of_optimizer(True, "Prodigy: no lr in the denominator of D, for warm-ups")
 
+    memory: str | None = of_memory(
+        None,
+        "one word for the next flags: full, recompute, nf4, or auto, the first that fits the GPU",
+        choices=("auto", "full", "recompute", "nf4"),
+    )
     mixed_precision: str | None = of_memory(
         None, "precision of the frozen base (default: what `accelerate config` says)", choices=PRECISIONS
     )

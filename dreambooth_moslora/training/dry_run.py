@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 
+from dreambooth_moslora.base.locate import base_folder
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.prompts import subject_of
@@ -15,6 +16,7 @@ from dreambooth_moslora.photos.photo import Photo, quoted
 from dreambooth_moslora.training.advice import DEFAULTS, advice, differs, free_disk_gib
 from dreambooth_moslora.training.checks import check_folders, preflight
 from dreambooth_moslora.training.estimate import Estimate, estimate, size_of_base
+from dreambooth_moslora.training.memory_plan import plan_lines, planned
 from dreambooth_moslora.training.step_plan import StepPlan, plan_steps
 
 __all__ = ["cost_lines", "describe_run", "step_lines"]
@@ -27,6 +29,7 @@ def describe_run(config: TrainConfig) -> str:
         from dreambooth_moslora.training.checkpoint import resume_point
 
         resume_point(config, RunDir(config.output_dir))
+    config = planned(config, base_folder(config))
     folder = preflight(config)
     report = examine(photo_report(config), config.resolution)
     plan = plan_steps(config, len(report.photos), int(os.environ.get("WORLD_SIZE", "1")))
@@ -36,7 +39,7 @@ def describe_run(config: TrainConfig) -> str:
         "settings": settings_lines(config),
         "photos": [*photo_lines(report), *bucket_lines(config, report.photos), *mask_lines(config, report)],
         "steps": step_lines(config, plan),
-        "cost (estimated)": cost_lines(config, cost),
+        "cost (estimated)": [*cost_lines(config, cost), *plan_lines(config, size)],
         "remarks": advice(config, cost, plan),
     }
     return "\n\n".join(

@@ -208,8 +208,7 @@ def check_memory(config: TrainConfig, folder: Path | None) -> None:
     size = size_of_base(folder, config.target_modules, config.variant)
     need = estimate(config, size, 1, 1).peak_gib
     is_known = size.is_measured or config.pretrained_model_name_or_path == STOCK_SDXL
-    is_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
-    if need < SMALL_GIB or not is_known or is_on_cpu:
+    if need < SMALL_GIB or not is_known:
         return
     free = free_gib_of_gpu()
     if free is not None and need > free:
@@ -220,10 +219,12 @@ def check_memory(config: TrainConfig, folder: Path | None) -> None:
 
 
 def free_gib_of_gpu() -> float | None:
-    """GiB for this process on its GPU, None without one.
+    """GiB for this process on its GPU; None without one, and where accelerate is told to use the CPU.
 
     With CUDA's context, which is there once the driver was asked.
     """
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
+        return None
     import torch  # not before it is needed: a dry run answers at once
 
     if not torch.cuda.is_available():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from dreambooth_moslora.base.locate import base_folder
 from dreambooth_moslora.core.config import TrainConfig, is_scored
 from dreambooth_moslora.core.errors import StopRequestedError, one_line
 from dreambooth_moslora.core.events import Event, RunEnded
@@ -22,6 +23,7 @@ from dreambooth_moslora.training.accelerator import chosen_seed, make_accelerato
 from dreambooth_moslora.training.checkpoint import Position, resume_point
 from dreambooth_moslora.training.checks import check_folders
 from dreambooth_moslora.training.earlier_runs import claim_run_folder, report_start
+from dreambooth_moslora.training.memory_plan import planned
 from dreambooth_moslora.training.prepare import prepare, too_slow_for_samples, usable_photos
 from dreambooth_moslora.training.reporter import Reporter
 from dreambooth_moslora.training.results.publish import Publisher
@@ -55,6 +57,7 @@ def train(
     Raises UserError for a person's mistake, and for a loss that is no longer finite.
     """
     check_folders(config)
+    config = planned(config, base_folder(config))
     run_dir = RunDir(config.output_dir)
     accelerator = make_accelerator(config, run_dir)
     report = Reporter(run_dir, accelerator, on_event)

@@ -1,6 +1,5 @@
 """The Train tab: photos, words, run, watch. The run is the server's; the page only looks at it."""
 
-
 import gradio as gr
 
 from dreambooth_moslora.core.errors import UserError

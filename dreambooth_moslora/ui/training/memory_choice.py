@@ -6,13 +6,9 @@ from typing import Any
 from dreambooth_moslora.base.locate import base_folder
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.training.estimate import GIB, Estimate, estimate, size_of_base
+from dreambooth_moslora.training.memory_plan import USABLE, half_precision
 
 __all__ = ["choice_lines", "memory_choice"]
-
-AMPERE = 8
-"""The first compute capability whose convolutions and matrix products know bf16."""
-USABLE = 0.9
-"""Of the free memory: libraries' workspaces and fragments take the rest."""
 
 
 def memory_choice(config: TrainConfig) -> dict[str, Any]:
@@ -20,12 +16,10 @@ def memory_choice(config: TrainConfig) -> dict[str, Any]:
 
     Half precision always, as fp32 is slower and larger; gradient checkpointing where the estimate needs it.
     """
-    import torch
-
     free = free_gib()
     if free is None:
         return {}
-    precision = "bf16" if torch.cuda.get_device_capability()[0] >= AMPERE else "fp16"
+    precision = half_precision()
     size = size_of_base(base_folder(config), config.target_modules, config.variant)
     cost = estimate(replace(config, mixed_precision=precision), size, config.max_train_steps or 1, 1)
     is_short = cost.training_gib > USABLE * free

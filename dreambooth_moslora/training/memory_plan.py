@@ -1,0 +1,102 @@
+"""`--memory`: one word for precision, recomputation and quantisation.
+
+full        nothing is recomputed
+recompute   activations are recomputed in the backward pass (--gradient_checkpointing)
+nf4         and the frozen UNet is kept in 4 bit (--base_quantization nf4)
+auto        the first of these that fits the GPU's free memory; full without a GPU
+
+A word only adds to the flags that were given. On a GPU it also chooses half precision where none was named.
+"""
+
+import json
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.training.estimate import BaseSize, estimate, free_gib_of_gpu, precision_of, size_of_base
+
+__all__ = ["PLANS", "USABLE", "half_precision", "plan_lines", "planned"]
+
+PLANS: dict[str, dict[str, object]] = {
+    "full": {},
+    "recompute": {"gradient_checkpointing": True},
+    "nf4": {"gradient_checkpointing": True, "base_quantization": "nf4"},
+}
+"""From the fastest to the leanest."""
+CHOSEN = ("mixed_precision", "gradient_checkpointing", "base_quantization")
+USABLE = 0.9
+"""Of the free memory: libraries' workspaces and fragments take the rest."""
+AMPERE = 8
+"""The first compute capability whose convolutions and matrix products know bf16."""
+
+
+def planned(config: TrainConfig, folder: Path | None) -> TrainConfig:
+    """`config` with the settings of its `--memory`; itself where none is asked for. `folder` is the base's.
+
+    A run that goes on keeps what it began with: another plan would end with other bytes.
+    """
+    if config.memory is None:
+        return config
+    if config.resume_from_checkpoint and (before := settings_before(config)):
+        return replace(config, **before)
+    free = free_gib_of_gpu()
+    config = in_half_precision(config) if free is not None else config
+    size = size_of_base(folder, config.target_modules, config.variant)
+    name = config.memory if config.memory != "auto" else fitting(config, size, free)
+    return with_plan(config, name)
+
+
+def settings_before(config: TrainConfig) -> dict[str, object]:
+    try:
+        saved = json.loads(RunDir(config.output_dir).config_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {name: saved[name] for name in CHOSEN if name in saved} if isinstance(saved, dict) else {}
+
+
+def in_half_precision(config: TrainConfig) -> TrainConfig:
+    return config if precision_of(config) != "no" else replace(config, mixed_precision=half_precision())
+
+
+def half_precision() -> str:
+    """bf16 where the GPU has it, else fp16."""
+    import torch
+
+    return "bf16" if torch.cuda.get_device_capability()[0] >= AMPERE else "fp16"
+
+
+def with_plan(config: TrainConfig, name: str) -> TrainConfig:
+    """What the person asked for stays: int8 is not made nf4, and recomputation is not taken back."""
+    changes = dict(PLANS[name])
+    if config.base_quantization != "none":
+        changes.pop("base_quantization", None)
+    return replace(config, **changes)
+
+
+def fitting(config: TrainConfig, size: BaseSize, free_gib: float | None) -> str:
+    """The name of the first plan that fits; of the leanest possible where none does, which is refused later."""
+    if free_gib is None:
+        return "full"
+    for name, cost in costs(config, size).items():
+        if cost <= USABLE * free_gib:
+            return name
+    return list(costs(config, size))[-1]
+
+
+def costs(config: TrainConfig, size: BaseSize) -> dict[str, float]:
+    """Plan -> GiB at its peak. nf4 only where bitsandbytes is installed."""
+    names = [name for name in PLANS if name != "nf4" or find_spec("bitsandbytes")]
+    return {name: estimate(with_plan(config, name), size, 1, 1).peak_gib for name in names}
+
+
+def plan_lines(config: TrainConfig, size: BaseSize) -> list[str]:
+    """For `--dry_run`: what each plan would need, beside what the GPU has free."""
+    free = free_gib_of_gpu() if config.memory else None
+    if config.memory is None:
+        return []
+    bare = replace(config, gradient_checkpointing=False, base_quantization="none")
+    needs = ", ".join(f"{name} {cost:.1f} GiB" for name, cost in costs(bare, size).items())
+    has = "there is no GPU here" if free is None else f"{free:.1f} GiB are free"
+    return [f"memory plans: {needs}; {has} (--memory {config.memory})"]

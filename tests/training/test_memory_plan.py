@@ -1,0 +1,81 @@
+"""`--memory`: which plan fits a card, what stays as the person said, and that a resumed run keeps its plan."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dreambooth_moslora.cli.main import train_main
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.training import memory_plan
+from dreambooth_moslora.training.estimate import BaseSize, estimate
+from dreambooth_moslora.training.memory_plan import USABLE, planned
+
+GIB = 2**30
+SDXL = TrainConfig(train_batch_size=1, resolution=1024, rank=16, memory="auto")
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Pretend that there is a GPU with so much free; bitsandbytes is there."""
+
+    def put(free_gib: float, capability: int = 8) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (capability, 0))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *device: (int(free_gib * GIB), 80 * GIB))
+
+    monkeypatch.setattr(memory_plan, "find_spec", lambda name: True)
+    return put
+
+
+def chosen(config: TrainConfig) -> tuple:
+    return config.mixed_precision, config.gradient_checkpointing, config.base_quantization
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "capability", "settings"),
+    [
+        (23.0, 8, ("bf16", False, "none")),
+        (23.0, 7, ("fp16", False, "none")),
+        (9.0, 8, ("bf16", True, "none")),
+        (5.5, 8, ("bf16", True, "nf4")),
+    ],
+)
+def test_the_first_plan_that_fits_is_taken(card, free_gib, capability, settings):
+    card(free_gib, capability)
+    found = planned(SDXL, None)
+    assert chosen(found) == settings
+    assert estimate(found, BaseSize(), 1, 1).peak_gib <= USABLE * (free_gib + 0.5)
+    assert planned(found, None) == found
+
+
+def test_what_was_given_stays(card):
+    card(23.0)
+    given = replace(SDXL, mixed_precision="fp16", gradient_checkpointing=True, base_quantization="int8")
+    assert chosen(planned(given, None)) == ("fp16", True, "int8")
+    assert chosen(planned(replace(given, memory="nf4"), None)) == ("fp16", True, "int8")
+    plain = replace(SDXL, memory=None)
+    assert planned(plain, None) is plain
+
+
+def test_without_a_gpu_nothing_is_chosen_for_it(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert chosen(planned(SDXL, None)) == (None, False, "none")
+    assert chosen(planned(replace(SDXL, memory="recompute"), None)) == (None, True, "none")
+
+
+def test_a_run_that_goes_on_keeps_its_plan_on_another_card(card, tmp_path):
+    card(9.0)
+    begun = planned(replace(SDXL, output_dir=str(tmp_path)), None)
+    (tmp_path / "train_config.json").write_text(json.dumps(begun.to_dict()))
+    card(80.0)
+    resumed = planned(replace(SDXL, output_dir=str(tmp_path), resume_from_checkpoint="latest"), None)
+    assert chosen(resumed) == ("bf16", True, "none")
+
+
+def test_a_dry_run_says_what_each_plan_needs(capsys):
+    assert train_main(["--config", "assets/configs/quickstart.toml", "--dry_run", "--memory", "recompute"]) == 0
+    said = capsys.readouterr().out
+    assert "gradient_checkpointing = true" in said and "memory plans: full 0." in said
+    assert "(--memory recompute)" in said
