@@ -1,11 +1,13 @@
 """Ctrl-C while pictures are drawn: heard between two denoising steps, and made up for when the run goes on."""
 
 import pytest
+from PIL import Image
 
 from dreambooth_moslora.core.errors import StopRequestedError
 from dreambooth_moslora.core.run_folder import RunDir
-from dreambooth_moslora.generation.fixed_seeds import stopper
+from dreambooth_moslora.generation.fixed_seeds import SampleRequest, stopper
 from dreambooth_moslora.training.loop import train
+from dreambooth_moslora.training.results.samples import ValidationSamples
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 
@@ -61,3 +63,12 @@ def test_a_step_that_was_not_scored_is_scored_when_the_run_goes_on(config, tmp_p
     assert train(config(resume_from_checkpoint="latest", **plain), evaluator=evaluator).step == 3
     assert evaluator.asked == [2, 2]
     assert [e["step"] for e in RunDir(tmp_path / "run").read_metrics() if e["type"] == "evaluation"] == [2]
+
+
+@pytest.mark.parametrize("damage", [b"", b"x", None])
+def test_a_damaged_picture_of_step_0_is_left_out_of_the_contact_sheet(damage, tmp_path):
+    samples = ValidationSamples(RunDir(tmp_path), [SampleRequest("a dog", seed) for seed in range(2)], [], 1)
+    samples._save(samples.path(0, 0), Image.new("RGB", (8, 8), "red"))
+    samples._save(samples.path(0, 1), Image.new("RGB", (8, 8), "blue"))
+    samples.path(0, 0).unlink() if damage is None else samples.path(0, 0).write_bytes(damage)
+    assert [picture.getpixel((0, 0)) for picture in samples.first()] == [(0, 0, 255)]

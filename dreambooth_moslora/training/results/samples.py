@@ -18,6 +18,7 @@ from dreambooth_moslora.core.prompts import context_prompts, validation_prompts
 from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.core.seeding import seed_of
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
+from dreambooth_moslora.photos.image_file import UnreadableImageError, open_image, to_rgb
 
 __all__ = ["ValidationSamples"]
 
@@ -79,9 +80,12 @@ class ValidationSamples:
         return self.run_dir.samples_dir / f"step_{step:06d}_{number}.png"
 
     def first(self) -> list[Image.Image]:
-        """The pictures of step 0, as far as they are there."""
-        paths = [self.path(0, number) for number in range(len(self.requests))]
-        return [Image.open(path).convert("RGB") for path in paths if path.is_file()]
+        """The pictures of step 0, as far as they are there and can be read."""
+        found = []
+        for number in range(len(self.requests)):
+            with suppress(UnreadableImageError, FileNotFoundError):
+                found.append(to_rgb(open_image(self.path(0, number))))
+        return found
 
     def _save(self, path: Path, picture: Image.Image) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
