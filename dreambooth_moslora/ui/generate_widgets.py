@@ -160,7 +160,7 @@ def _grid_widgets() -> dict[str, Any]:
             [("Nothing", NONE), *AXIS_LABELS], value="seed", label="Columns", min_width=120, elem_id="grid_columns"
         )
         across_values = gr.Textbox(AXIS_VALUES["seed"], label="Column values", min_width=120)
-    gr.Markdown("Commas part values; `|` parts prompts.", elem_classes="faint")
+    gr.Markdown("Commas separate values; `|` separates prompts.", elem_classes="faint")
     draw = gr.Button("Draw the grid", elem_id="draw_grid")
     sheet = gr.Image(
         label="Grid",

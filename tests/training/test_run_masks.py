@@ -41,6 +41,7 @@ def auto(tiny_base, photos, tmp_path):
     return tiny_config(tiny_base, photos, tmp_path / "run", **settings)
 
 
+@pytest.mark.slow
 def test_masks_are_made_weigh_the_loss_and_leave_the_photos_alone(auto, photos, tmp_path, asked, found_everywhere):
     before = sorted(path.name for path in photos.iterdir())
     train(auto)
