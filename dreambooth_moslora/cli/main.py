@@ -160,11 +160,10 @@ def run_training(config: TrainConfig) -> int:
 
 
 def run_trainer(config: TrainConfig, stop: StopRequest) -> int:
-    from dreambooth_moslora.base.locate import base_folder
     from dreambooth_moslora.training.checks import preflight
     from dreambooth_moslora.training.memory_plan import planned
 
-    config = planned(config, base_folder(config))
+    config = planned(config)
     base = preflight(config)
     from dreambooth_moslora.cli.progress import TerminalProgress
     from dreambooth_moslora.training.loop import train

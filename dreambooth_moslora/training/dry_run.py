@@ -3,7 +3,6 @@
 import os
 from collections import Counter
 
-from dreambooth_moslora.base.locate import base_folder
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.prompts import subject_of
@@ -29,7 +28,7 @@ def describe_run(config: TrainConfig) -> str:
         from dreambooth_moslora.training.checkpoint import resume_point
 
         resume_point(config, RunDir(config.output_dir))
-    config = planned(config, base_folder(config))
+    config = planned(config)
     folder = preflight(config)
     report = examine(photo_report(config), config.resolution)
     plan = plan_steps(config, len(report.photos), int(os.environ.get("WORLD_SIZE", "1")))

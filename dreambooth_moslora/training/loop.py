@@ -12,7 +12,6 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from dreambooth_moslora.base.locate import base_folder
 from dreambooth_moslora.core.config import TrainConfig, is_scored
 from dreambooth_moslora.core.errors import StopRequestedError, one_line
 from dreambooth_moslora.core.events import Event, RunEnded
@@ -57,7 +56,7 @@ def train(
     Raises UserError for a person's mistake, and for a loss that is no longer finite.
     """
     check_folders(config)
-    config = planned(config, base_folder(config))
+    config = planned(config)
     run_dir = RunDir(config.output_dir)
     accelerator = make_accelerator(config, run_dir)
     report = Reporter(run_dir, accelerator, on_event)

@@ -11,8 +11,8 @@ A word only adds to the flags that were given. On a GPU it also chooses half pre
 import json
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
+from dreambooth_moslora.base.locate import base_folder
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.training.estimate import BaseSize, estimate, free_gib_of_gpu, precision_of, size_of_base
@@ -32,10 +32,11 @@ AMPERE = 8
 """The first compute capability whose convolutions and matrix products know bf16."""
 
 
-def planned(config: TrainConfig, folder: Path | None) -> TrainConfig:
-    """`config` with the settings of its `--memory`; itself where none is asked for. `folder` is the base's.
+def planned(config: TrainConfig) -> TrainConfig:
+    """`config` with the settings of its `--memory`; itself where none is asked for.
 
-    A run that goes on keeps what it began with: another plan would end with other bytes.
+    A run that goes on keeps what it began with: another plan would end with other bytes. Raises UserError for a
+    base that is not there.
     """
     if config.memory is None:
         return config
@@ -43,7 +44,7 @@ def planned(config: TrainConfig, folder: Path | None) -> TrainConfig:
         return replace(config, **before)
     free = free_gib_of_gpu()
     config = in_half_precision(config) if free is not None else config
-    size = size_of_base(folder, config.target_modules, config.variant)
+    size = size_of_base(base_folder(config), config.target_modules, config.variant)
     name = config.memory if config.memory != "auto" else fitting(config, size, free)
     return with_plan(config, name)
 

@@ -9,11 +9,13 @@ import torch
 from dreambooth_moslora.cli.main import train_main
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.training import memory_plan
-from dreambooth_moslora.training.estimate import BaseSize, estimate
+from dreambooth_moslora.training.estimate import STOCK_SDXL, BaseSize, estimate
 from dreambooth_moslora.training.memory_plan import USABLE, planned
 
 GIB = 2**30
-SDXL = TrainConfig(train_batch_size=1, resolution=1024, rank=16, memory="auto")
+SDXL = TrainConfig(
+    pretrained_model_name_or_path=STOCK_SDXL, train_batch_size=1, resolution=1024, rank=16, memory="auto"
+)
 
 
 @pytest.fixture
@@ -44,33 +46,33 @@ def chosen(config: TrainConfig) -> tuple:
 )
 def test_the_first_plan_that_fits_is_taken(card, free_gib, capability, settings):
     card(free_gib, capability)
-    found = planned(SDXL, None)
+    found = planned(SDXL)
     assert chosen(found) == settings
     assert estimate(found, BaseSize(), 1, 1).peak_gib <= USABLE * (free_gib + 0.5)
-    assert planned(found, None) == found
+    assert planned(found) == found
 
 
 def test_what_was_given_stays(card):
     card(23.0)
     given = replace(SDXL, mixed_precision="fp16", gradient_checkpointing=True, base_quantization="int8")
-    assert chosen(planned(given, None)) == ("fp16", True, "int8")
-    assert chosen(planned(replace(given, memory="nf4"), None)) == ("fp16", True, "int8")
+    assert chosen(planned(given)) == ("fp16", True, "int8")
+    assert chosen(planned(replace(given, memory="nf4"))) == ("fp16", True, "int8")
     plain = replace(SDXL, memory=None)
-    assert planned(plain, None) is plain
+    assert planned(plain) is plain
 
 
 def test_without_a_gpu_nothing_is_chosen_for_it(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert chosen(planned(SDXL, None)) == (None, False, "none")
-    assert chosen(planned(replace(SDXL, memory="recompute"), None)) == (None, True, "none")
+    assert chosen(planned(SDXL)) == (None, False, "none")
+    assert chosen(planned(replace(SDXL, memory="recompute"))) == (None, True, "none")
 
 
 def test_a_run_that_goes_on_keeps_its_plan_on_another_card(card, tmp_path):
     card(9.0)
-    begun = planned(replace(SDXL, output_dir=str(tmp_path)), None)
+    begun = planned(replace(SDXL, output_dir=str(tmp_path)))
     (tmp_path / "train_config.json").write_text(json.dumps(begun.to_dict()))
     card(80.0)
-    resumed = planned(replace(SDXL, output_dir=str(tmp_path), resume_from_checkpoint="latest"), None)
+    resumed = planned(replace(SDXL, output_dir=str(tmp_path), resume_from_checkpoint="latest"))
     assert chosen(resumed) == ("bf16", True, "none")
 
 
