@@ -30,6 +30,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "mixer"), [("dora", "kaiming"), ("plain", "none")])
 def test_an_adapter_on_a_device_without_fp64_folds_as_on_the_cpu(variant, mixer):
     run = [sys.executable, "-c", FOLD, variant, mixer]

@@ -33,6 +33,7 @@ def test_it_is_the_same_model_as_the_folder(part, checkpoint, tiny_base):
     assert all(torch.equal(ours[name], truth[name]) for name in truth)
 
 
+@pytest.mark.slow
 def test_training_on_it_ends_with_the_adapter_of_the_folder(checkpoint, tiny_base, tmp_path):
     photos = paint_photos(tmp_path / "photos")
     for name, model in (("file", checkpoint), ("folder", tiny_base)):

@@ -2,12 +2,15 @@
 
 import io
 
+import pytest
+
 from dreambooth_moslora.cli.progress import TerminalProgress
 from dreambooth_moslora.core.events import RunStarted, StepDone
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 
+@pytest.mark.slow
 def test_a_run_shows_its_phases_the_time_left_and_both_losses(tiny_base, tmp_path):
     config = tiny_config(
         tiny_base,

@@ -92,6 +92,7 @@ def test_a_resumed_run_remembers_the_best_step(run, tiny_base, encoders):
     assert evaluator._earlier(3) == [(event["step"], event["score"]) for event in events[:2]]
 
 
+@pytest.mark.slow
 def test_the_card_of_a_resumed_run_has_the_scores_from_before(tiny_base, encoders, tmp_path):
     photos, done = paint_photos(tmp_path / "photos"), []
     whole, torn = (

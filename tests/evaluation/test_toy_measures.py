@@ -54,6 +54,7 @@ def test_the_same_individual_in_other_places_is_nearer_to_the_photos_than_others
     assert same.mean() > others.mean() + 0.2
 
 
+@pytest.mark.slow
 def test_shuffled_prompts_lower_clip_t(encoders):
     rng = random.Random(0)
     scenes = [sample_scene(rng) for _ in range(40)]

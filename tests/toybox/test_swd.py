@@ -48,6 +48,7 @@ def test_noise_is_farther_from_renders_than_other_renders_are(renders):
     assert far["mean"] > 2 * near["mean"] and far["64_px"] > 3 * near["64_px"]
 
 
+@pytest.mark.slow
 def test_blur_shows_at_the_finest_level_and_not_at_the_coarsest(renders):
     references, _ = renders
     same, smeared = distances(references, references), distances(blurred(references), references)

@@ -99,6 +99,7 @@ def test_the_judge_finds_in_its_pictures_what_the_prompts_name(base):
     assert right["kind"] >= 0.8 and right["colour"] >= 0.7 and right["place"] >= 0.9
 
 
+@pytest.mark.slow
 def test_its_vit_tells_individuals_apart_and_an_untrained_one_does_not():
     toys = unlike_toys("duck", 50)
     assert len({replace(toy, genes=()) for toy in toys}) == 50 and {toy.kind for toy in toys} == {"duck"}

@@ -119,6 +119,7 @@ def test_a_base_that_draws_nan_ends_the_run_and_leaves_no_class_image(tmp_path):
     assert not list((tmp_path / "class").iterdir())
 
 
+@pytest.mark.slow
 def test_a_class_folder_serves_two_resolutions(tiny_base, tmp_path):
     photos = paint_photos(tmp_path / "photos")
     prior = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "max_train_steps": 1}

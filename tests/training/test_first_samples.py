@@ -50,6 +50,7 @@ def test_only_the_default_is_left_out(asked, device, px, is_slow, subject, tmp_p
     assert too_slow_for_samples(config, subject.pipeline, torch.device(device)) == is_slow
 
 
+@pytest.mark.slow
 def test_the_first_samples_show_their_steps_and_the_time_left(tiny_base, tmp_path):
     screen, events = io.StringIO(), []
     progress = TerminalProgress(screen)

@@ -11,6 +11,7 @@ from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "is_there"), [({}, False), ({"num_validation_images": 1}, True), ({"caching": "off"}, True)]
 )
@@ -32,6 +33,7 @@ def test_the_vae_leaves_memory_unless_it_is_needed_again(changes, is_there, tiny
     assert seen == [is_there]
 
 
+@pytest.mark.slow
 def test_only_what_the_steps_will_show_is_encoded(tiny_base, tmp_path):
     events, photos = [], paint_photos(tmp_path / "photos")
     size = {"max_train_steps": 1, "gradient_accumulation_steps": 2, "train_batch_size": 2}

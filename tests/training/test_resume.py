@@ -66,6 +66,7 @@ def test_interrupted_and_resumed_equals_unbroken(kind, tiny_base, photos, tmp_pa
     assert adapter_sha256(tmp_path / "run") == unbroken
 
 
+@pytest.mark.slow
 def test_the_metrics_of_a_resumed_run_have_each_step_once(tiny_base, photos, tmp_path):
     should_stop, on_event = stop_at(2)
     train(tiny_config(tiny_base, photos, tmp_path), on_event, should_stop)
@@ -75,6 +76,7 @@ def test_the_metrics_of_a_resumed_run_have_each_step_once(tiny_base, photos, tmp
     assert [e["state"] for e in events if e["type"] == "end"] == ["done"]
 
 
+@pytest.mark.slow
 def test_a_run_without_a_seed_is_resumed_with_the_seed_it_drew(tiny_base, photos, tmp_path):
     def config(**changes):
         return tiny_config(tiny_base, photos, tmp_path / "run", **changes)
@@ -89,6 +91,7 @@ def test_a_run_without_a_seed_is_resumed_with_the_seed_it_drew(tiny_base, photos
     assert adapter_sha256(tmp_path / "run") == resumed
 
 
+@pytest.mark.slow
 def test_a_new_learning_rate_holds_after_resuming(tiny_base, photos, tmp_path):
     should_stop, on_event = stop_at(2)
     train(tiny_config(tiny_base, photos, tmp_path), on_event, should_stop)
@@ -97,6 +100,7 @@ def test_a_new_learning_rate_holds_after_resuming(tiny_base, photos, tmp_path):
     assert rates == [1e-2, 1e-2, 5e-3, 5e-3, 5e-3]
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_trained_further(tiny_base, photos, tmp_path):
     train(tiny_config(tiny_base, photos, tmp_path / "a", max_train_steps=3))
     train(tiny_config(tiny_base, photos, tmp_path / "a", resume_from_checkpoint="latest"))
@@ -125,6 +129,7 @@ def test_a_dry_run_says_that_there_is_no_checkpoint_and_names_what_is_not_comple
     assert "(checkpoint-4: not complete, or another program's); starting at step 0" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_sets_the_later_ones_aside(tiny_base, photos, tmp_path):
     def config(folder, **changes):
         return tiny_config(tiny_base, photos, tmp_path / folder, checkpointing_steps=1, **changes)
@@ -143,6 +148,7 @@ def names_of(folder):
     return [path.name for path in RunDir(folder).checkpoints()]
 
 
+@pytest.mark.slow
 def test_numbered_checkpoints_are_those_of_diffusers_script_and_the_end_is_called_last(tiny_base, photos, tmp_path):
     """Multiples of `--checkpointing_steps`, the newest `--checkpoints_total_limit` of them."""
 

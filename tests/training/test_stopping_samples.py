@@ -57,6 +57,7 @@ class Interrupted:
         return {"score": 1.0, "best": {"step": step, "score": 1.0, "since": 0}}
 
 
+@pytest.mark.slow
 def test_a_step_that_was_not_scored_is_scored_when_the_run_goes_on(config, tmp_path):
     evaluator, plain = Interrupted(), {"num_validation_images": 0, "evaluate_steps": 2}
     train(config(**plain), evaluator=evaluator, should_stop=lambda: bool(evaluator.asked))
