@@ -238,6 +238,8 @@ class TrainConfig:
             raise UserError(f"--resolution {self.resolution}: must be a multiple of 8, such as {lower or 8}.")
         if (self.bucket_reso_steps or 8) % 8:
             raise UserError(f"--bucket_reso_steps {self.bucket_reso_steps}: must be a multiple of 8, such as 64.")
+        if self.enable_bucket and (step := self.bucket_reso_steps or 8) > self.resolution:
+            raise UserError(f"--bucket_reso_steps {step}: must be at most --resolution {self.resolution}.")
         if self.enable_bucket and self.with_prior_preservation and self.prior == "class_images":
             raise UserError(
                 "--enable_bucket needs --prior adapter_off, which takes every shape: class images are square."

@@ -118,6 +118,14 @@ def test_a_dry_run_names_the_sizes_and_class_images_are_refused(tiny_base, tmp_p
         TrainConfig(bucket_reso_steps=20)
 
 
+def test_a_step_that_leaves_no_rectangle_is_refused():
+    with pytest.raises(UserError, match=r"--bucket_reso_steps 72: must be at most --resolution 64"):
+        TrainConfig(enable_bucket=True, bucket_reso_steps=72, resolution=64)
+    for step in range(8, 72, 8):
+        height, width = bucket_of((300, 200), 64, step)
+        assert 0 < height * width <= 64**2
+
+
 @pytest.mark.slow
 def test_a_training_sees_every_size_with_its_own_numbers(tiny_base, tmp_path, monkeypatch):
     seen, batch_at = [], TrainStep.batch_at
