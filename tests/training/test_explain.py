@@ -103,6 +103,8 @@ def test_a_run_that_has_the_remedy_gets_the_next_one():
 def test_what_is_not_a_number_is_passed_over():
     odd = {"type": "evaluation", "step": 3, "dino": "high", "score": None, "photos": 7, "copied": float("nan")}
     assert figures_from([odd, {"type": "step"}, {"type": "end", "state": None}], CONFIG).scores == {}
+    huge = {"type": "evaluation", "step": 3, "dino": 10**400, "photos": {"count": 10**400}}
+    assert figures_from([huge], CONFIG).scores == {} and figures_from([huge], CONFIG).photos is None
 
 
 def test_a_later_report_of_evaluate_is_taken(tmp_path):
@@ -129,7 +131,10 @@ def test_the_command_reads_a_real_run_and_says_how_to_score_it(tiny_base, tmp_pa
 
 def test_a_folder_without_a_run_is_one_line(tmp_path, capsys):
     assert main(["explain", str(tmp_path)]) == 2
-    assert "holds no run" in capsys.readouterr().err
+    assert "holds no run: train_config.json is not there" in capsys.readouterr().err
+    RunDir(tmp_path).config_path.write_text(json.dumps(CONFIG.to_dict()))
+    assert main(["explain", str(tmp_path)]) == 2
+    assert "holds no run: metrics.jsonl is not there" in capsys.readouterr().err
 
 
 def faulty_run(folder: Path, *flags: str) -> RunDir:

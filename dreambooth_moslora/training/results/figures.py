@@ -1,6 +1,6 @@
 """The figures of a run, read from its folder: events, configuration, and the report of `evaluate`."""
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -91,8 +91,8 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def number(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if is_number else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and abs(value) <= sys.float_info.max else None
 
 
 def figures_of(run_dir: RunDir) -> Figures:
@@ -100,8 +100,9 @@ def figures_of(run_dir: RunDir) -> Figures:
 
     Raises UserError where no run is.
     """
-    if not run_dir.metrics_path.is_file() or not run_dir.config_path.is_file():
-        raise UserError(f"{run_dir.path} holds no run: train_config.json and metrics.jsonl are not there.")
+    for path in (run_dir.config_path, run_dir.metrics_path):
+        if not path.is_file():
+            raise UserError(f"{run_dir.path} holds no run: {path.name} is not there.")
     config = known_config(read_json_table(run_dir.config_path))
     found = figures_from(run_dir.read_metrics(), config, count_photos(config))
     return with_report(found, run_dir)
