@@ -214,7 +214,7 @@ def photos_and_steps(choices: Choices) -> tuple[list["Photo"], int]:
     from dreambooth_moslora.photos.folder import photo_report
     from dreambooth_moslora.training.step_plan import plan_steps
 
-    config = TrainConfig.from_dict(choices.all)
+    config = TrainConfig.from_dict(choices.all | {"early_stopping": None})  # the scores it needs are chosen later
     photos = photo_report(config).photos
     return photos, plan_steps(config, len(photos), int(os.environ.get("WORLD_SIZE", "1"))).total_steps
 

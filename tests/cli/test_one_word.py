@@ -65,6 +65,11 @@ def test_flags_win_before_and_behind_and_are_not_said_to_be_chosen(photos, capsy
     assert not re.search("^(output|base|steps|the class)", said, re.MULTILINE) and "recipe: " in said
 
 
+def test_early_stopping_waits_for_the_scores_that_are_chosen():
+    config = parse_train_config([*TOYS, "--early_stopping", "2"])
+    assert (config.early_stopping, config.evaluate_steps) == (2, 120)
+
+
 def test_a_config_file_takes_the_place_of_the_recipe_and_words_that_of_its_subject(photos):
     config = parse_train_config([*photos, "--config", str(CONFIGS / "quickstart.toml")])
     assert (config.max_train_steps, config.crops_per_photo, config.learning_rate) == (240, 8, 2.5e-3)
