@@ -5,6 +5,7 @@ in a run folder      `masks/dog.jpg.mask.png` (`--masks auto`); its header says 
                      it was made, so that a run that goes on makes none again
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -43,10 +44,14 @@ class MadeMask:
 
 def make_beside(photos: Iterable[Photo], segmenter: Segmenter) -> Iterator[MadeMask]:
     """Write `name.mask.png` beside each photo without a mask, one after the other. Raises OSError."""
+    photos = list(photos)
+    named = Counter(photo.path.stem for photo in photos)
     for photo in photos:
         target = photo.path.with_name(f"{photo.path.stem}.mask.png")
         if photo.mask_path is not None:
             yield MadeMask(photo, None, "it has a mask, which stays")
+        elif named[photo.path.stem] > 1:
+            yield MadeMask(photo, None, f"another photo has the name {photo.path.stem} too: rename one of them")
         elif target.exists():
             yield MadeMask(photo, None, f"{target.name} is there, though it cannot be used; it stays")
         else:

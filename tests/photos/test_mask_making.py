@@ -50,6 +50,14 @@ def test_masks_go_beside_photos_that_have_none_and_a_persons_own_stay(tmp_path):
     assert mask.shape == (96, 128) and (mask[:, :64] == 255).all() and (mask[:, 64:] == 0).all()
 
 
+def test_photos_that_would_share_a_mask_get_none(tmp_path):
+    for name in ("a.jpg", "a.png", "b.jpg"):
+        picture().save(tmp_path / name)
+    made = list(make_beside(photos_in(tmp_path), half()))
+    assert [mask.path and mask.path.name for mask in made] == [None, None, "b.mask.png"]
+    assert [mask.remark for mask in made[:2]] == ["another photo has the name a too: rename one of them"] * 2
+
+
 def test_a_photo_that_is_turned_by_exif_gets_an_upright_mask(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
