@@ -27,7 +27,8 @@ def reordered(config: TrainConfig, caption: str, number: int) -> str:
     """Order `number` of a caption; 0 is the written one. Prefix, suffix and the first `keep_tokens` tags stay."""
     if number == 0:
         return caption
-    prefix, suffix = ((end or "").strip() for end in (config.caption_prefix, config.caption_suffix))
+    ends = (config.caption_prefix, config.caption_suffix) if caption != config.instance_prompt else ("", "")
+    prefix, suffix = (joined((end or "").strip()) for end in ends)
     head, tail = prefix if caption.startswith(prefix) else "", suffix if caption.endswith(suffix) else ""
     tags = [tag.strip() for tag in caption[len(head) : len(caption) - len(tail)].split(",") if tag.strip()]
     kept, others = tags[: config.keep_tokens], tags[config.keep_tokens :]

@@ -75,6 +75,19 @@ def test_prefix_and_suffix_stay_whatever_is_shuffled():
     assert all(c.startswith("sks dog, ") and c.endswith(", in the style of a photo") for c in found[:ORDERS])
 
 
+def test_an_instance_prompt_has_no_prefix_that_could_be_taken_from_it():
+    prompt = {"instance_prompt": "sks dog", "caption_prefix": "sks dog", "caption_suffix": "sks dog"}
+    assert set(shuffled_captions(config(shuffle_caption=True, **prompt), ("sks dog",))) == {"sks dog"}
+
+
+def test_a_prefix_with_a_space_before_its_comma_stays_in_front(tmp_path):
+    photos = paint_photos(tmp_path, count=1)
+    (photos / "0.txt").write_text("red, blue, green\n")
+    spaced = config(instance_data_dir=str(photos), resolution=64, shuffle_caption=True, caption_prefix="sks dog ,")
+    (photo,) = photo_report(spaced).photos
+    assert all(caption.startswith("sks dog, ") for caption in shuffled_captions(spaced, photo.captions))
+
+
 def test_orders_are_named_by_the_seed():
     orders = [shuffled_captions(config(shuffle_caption=True, seed=seed), (TAGS,)) for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
