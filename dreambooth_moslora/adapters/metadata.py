@@ -19,7 +19,8 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 class AdapterMetadata:
     """What a file says about its adapter.
 
-    It holds no path, nothing about the photos, nothing about the machine.
+    It holds no path, nothing about the photos, nothing about the machine. `recipe`: the run's settings of
+    `core.recipe`, which `--like` takes.
 
     `ranks` and `alphas` name the modules (`component.path`) that differ from `rank` and `alpha`. `best_scale` and
     `usable_scales` (lowest, highest) are there when they were looked for.
@@ -44,11 +45,12 @@ class AdapterMetadata:
     versions: dict[str, str] = field(default_factory=dict)
     best_scale: float | None = None
     usable_scales: tuple[float, ...] = ()
+    recipe: dict[str, object] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Without scales that nobody looked for: such a file is as it was before there were any."""
+        """Without a recipe and scales where there are none: such a file is as it was before there were any."""
         facts = asdict(self)
-        missing = [name for name in ("best_scale", "usable_scales") if not facts[name]]
+        missing = [name for name in ("best_scale", "usable_scales", "recipe") if not facts[name]]
         return json.dumps({name: value for name, value in facts.items() if name not in missing}, sort_keys=True)
 
     @classmethod
@@ -112,6 +114,7 @@ VALID: dict[str, Callable[[object], bool]] = {
     "versions": named(is_text),
     "best_scale": lambda value: value is None or is_number(value),
     "usable_scales": lambda value: isinstance(value, list) and len(value) in (0, 2) and all(map(is_number, value)),
+    "recipe": is_dict,
 }
 """Key -> whether a value is valid for it. The file may be written by anybody."""
 

@@ -1,4 +1,4 @@
-"""The command line of training: a parser made from `TrainConfig`, and `defaults < --config file < flags`.
+"""The command line of training: a parser made from `TrainConfig`; defaults < --like < --config file < flags.
 
 Flags take underscores or hyphens. A switch may be written `--flag`, `--flag false` or `--no_flag`. A flag of
 another trainer is answered with its name in this one.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dreambooth_moslora import __version__
+from dreambooth_moslora.cli.like import settings_like
 from dreambooth_moslora.cli.one_word import choose, leading_words
 from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.config import FIELD_TYPES, TrainConfig, check_each, checked_setting
@@ -150,6 +151,8 @@ def build_train_parser(prog: str = SCRIPT) -> Parser:
     parser = Parser(prog=prog, description=DESCRIPTION, epilog=EXAMPLE.format(command=command))
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--config", metavar="FILE", help="settings from a .toml or .json file; flags override them")
+    about_like = "settings that a published adapter tells, ours or kohya's; flags and --config override them"
+    parser.add_argument("--like", metavar="FILE", help=about_like)
     for title in GROUPS:
         group = parser.add_argument_group(title)
         for item in fields(TrainConfig):
@@ -194,13 +197,19 @@ def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> TrainConfig:
     if unknown:
         raise UserError(unknown_flag_message(unknown[0]))
     flags = vars(given)
-    file = flags.pop("config")
+    file, like = flags.pop("config"), flags.pop("like")
     recipe = load_settings(file) if file else {}
+    like_of_file = recipe.pop("like", None)
+    like = like or like_of_file
     if words:  # they stand for these, as flags would
         recipe = {name: value for name, value in recipe.items() if name not in SAID_BY_WORDS}
     settings = overridden(recipe, flags)
     check_each(settings)
-    settings = with_choices(words, settings, has_recipe=bool(file)) if words else settings
+    if like:
+        taken, lines = settings_like(str(like), settings)
+        settings = taken | settings
+        say(lines)
+    settings = with_choices(words, settings, has_recipe=bool(file or like)) if words else settings
     require(settings)
     return TrainConfig.from_dict(settings | launcher_settings())
 
@@ -209,10 +218,15 @@ def with_choices(words: list[str], settings: dict[str, Any], *, has_recipe: bool
     """The settings and what is chosen beside them for a folder and a word; each choice is a line on the terminal."""
     given = {name: checked_setting(name, value) for name, value in settings.items()}
     choices = choose(words, given, has_recipe=has_recipe)
-    if os.environ.get("RANK", "0") == "0":
-        for line in choices.lines:
-            print(spelled_out(line), file=sys.stderr)
+    say(choices.lines)
     return choices.all
+
+
+def say(lines: list[str]) -> None:
+    """On the terminal; of several processes, only the first."""
+    if os.environ.get("RANK", "0") == "0":
+        for line in lines:
+            print(spelled_out(line), file=sys.stderr)
 
 
 def overridden(settings: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from dreambooth_moslora.core.events import StepDone, StepEvaluated, events_of
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.pictures import Row, draw_contact_sheet, write_png
 from dreambooth_moslora.core.prompts import class_word_of, trigger_words
+from dreambooth_moslora.core.recipe import recipe_of
 from dreambooth_moslora.core.run_folder import RunDir, atomic_directory, atomic_write
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.photos.photo import Photo, open_rgb
@@ -91,7 +92,7 @@ class Publisher:
 
 def facts_of(config: TrainConfig, inputs: TrainInputs, train_step: TrainStep) -> AdapterMetadata:
     """What the adapter files say about themselves."""
-    return adapter_metadata(
+    facts = adapter_metadata(
         train_step.components,
         base_id=config.pretrained_model_name_or_path,
         base_architecture=architecture(inputs.pipeline.unet),
@@ -99,6 +100,7 @@ def facts_of(config: TrainConfig, inputs: TrainInputs, train_step: TrainStep) ->
         class_word=class_word_of(config),
         resolution_px=config.resolution,
     )
+    return replace(facts, recipe=recipe_of(config))
 
 
 def write_card(

@@ -1,0 +1,168 @@
+"""`--like FILE`: the settings that a published adapter file tells in its header, ours or kohya's (`ss_*`).
+
+    header --recipe_in--> values --checked_recipe--> settings, and what is wrong
+
+Anybody may have written the header: only settings of `core.recipe` are taken, and each is checked. Flags and a
+--config file win.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from dreambooth_moslora.core.config import checked_setting
+from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.recipe import checked_recipe
+from dreambooth_moslora.core.run_folder import PUBLISHED_NAME
+
+__all__ = ["settings_like"]
+
+UNSET = ("", "None", "{}", "[]")
+OFF = (*UNSET, "False", "0", "0.0")
+FACT = re.compile(
+    r"ss_(sd_|new_sd_|vae_|new_vae_|session_|training_|output_name|dataset|bucket_info|reg_dataset|tag_freq"
+    r"|v2$|base_model_version|steps$|epoch$|num_(train|reg)_images|num_batches|network_module|cache_latents"
+    r"|lowram|full_fp16|max_token_length|total_batch_size)"
+)
+"""Keys of kohya's that tell facts, not settings."""
+STEPS = ("max_train_steps", "exposures_per_photo")
+REPLACED = {
+    **dict.fromkeys((*STEPS, "num_train_epochs"), STEPS),
+    "do_edm_style_training": ("snr_gamma",),
+    "memory": ("mixed_precision", "gradient_checkpointing", "base_quantization"),
+}
+"""A given setting -> those of the file's that it displaces."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a header tells: values by our names, and kohya's keys that have no meaning here."""
+
+    values: dict[str, Any]
+    meaningless: list[str]
+
+
+def settings_like(path: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The settings of the file's recipe that are not `given`, and lines about them.
+
+    Raises UserError for a file without a recipe, or that is no safetensors file.
+    """
+    found = recipe_in(header_of(path), path)
+    settings, wrong = checked_recipe(found.values)
+    if not settings:
+        raise UserError(f"--like {path}: none of its settings is valid: {one_line('; '.join(wrong))}.")
+    gone = set()
+    for setting, names in REPLACED.items():
+        if setting in given and checked_setting(setting, given[setting]):
+            gone |= set(names)
+    settings = {name: value for name, value in settings.items() if name not in gone | given.keys()}
+    lines = [f"settings like {Path(path).name}: {len(settings)} (--like; flags and --config win)"]
+    if found.meaningless:
+        lines.append(f"without meaning here: {one_line(', '.join(found.meaningless), 600)}")
+    if wrong:
+        lines.append(f"not taken, as they are wrong: {one_line('; '.join(wrong), 600)}")
+    return settings, lines
+
+
+def header_of(path: str) -> dict[str, str]:
+    """The header's strings; of a run folder, its published file's. Raises UserError."""
+    file = Path(os.path.expanduser(path))
+    try:
+        file = file / PUBLISHED_NAME if file.is_dir() else file
+        if not file.is_file():
+            raise UserError(f"--like {path}: there is no such file.")
+        with safe_open(file, framework="np") as opened:
+            return dict(opened.metadata() or {})
+    except UserError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"--like {path}: it is no safetensors file, or damaged: {one_line(error)}.") from None
+
+
+def recipe_in(header: Mapping[str, str], path: str) -> Found:
+    """Our recipe, else kohya's settings. Raises UserError for a file with neither."""
+    try:
+        facts = json.loads(header.get("moslora", "{}"))
+    except (ValueError, RecursionError):
+        facts = {}
+    ours = facts.get("recipe") if isinstance(facts, dict) else None
+    found = Found(ours, []) if isinstance(ours, dict) else from_kohya(header)
+    if not found.values:
+        raise UserError(f"--like {path}: its header holds no recipe, neither ours nor kohya's (ss_*).")
+    return found
+
+
+def from_kohya(header: Mapping[str, str]) -> Found:
+    """Our values of the `ss_*` keys that have one."""
+    values, meaningless = {}, []
+    for key in sorted(key for key in header if key.startswith("ss_") and not FACT.match(key)):
+        text = header[key].strip()
+        if key in KOHYA and text not in UNSET:
+            values |= KOHYA[key](text)
+        elif key not in KOHYA and text not in OFF:
+            meaningless.append(key)
+    if "(" in header.get("ss_optimizer", "").removesuffix("()"):
+        meaningless.append("the arguments in ss_optimizer")
+    return Found(values, meaningless)
+
+
+def named(name: str) -> Callable[[str], dict[str, Any]]:
+    return lambda text: {name: text}
+
+
+def side_of(text: str) -> dict[str, Any]:
+    """`(1024, 1024)` -> 1024; what is no square is given on, to be called wrong."""
+    sides = re.findall(r"\d{1,9}", text)
+    return {"resolution": sides[0] if len(set(sides)) == 1 else text}
+
+
+def optimizer_of(text: str) -> dict[str, Any]:
+    """`bitsandbytes.optim.adamw.AdamW8bit(weight_decay=0.1)` -> AdamW with 8-bit states."""
+    name = text.partition("(")[0].rpartition(".")[2]
+    if name.lower() == "adamw8bit":
+        return {"optimizer": "AdamW", "use_8bit_adam": True}
+    return {"optimizer": name}
+
+
+def first_number(text: str) -> dict[str, Any]:
+    """Both text encoders have one rate here: `[5e-05, 1e-05]` -> 5e-05."""
+    return {"text_encoder_lr": text.strip("[]").partition(",")[0]}
+
+
+KOHYA: dict[str, Callable[[str], dict[str, Any]]] = {
+    "ss_network_dim": named("rank"),
+    "ss_network_alpha": named("lora_alpha"),
+    "ss_network_dropout": named("lora_dropout"),
+    "ss_learning_rate": named("learning_rate"),
+    "ss_unet_lr": named("learning_rate"),  # sorted behind ss_learning_rate, it wins
+    "ss_text_encoder_lr": first_number,
+    "ss_max_train_steps": named("max_train_steps"),
+    "ss_num_epochs": named("num_train_epochs"),
+    "ss_lr_scheduler": named("lr_scheduler"),
+    "ss_lr_warmup_steps": named("lr_warmup_steps"),
+    "ss_optimizer": optimizer_of,
+    "ss_batch_size": named("train_batch_size"),
+    "ss_train_batch_size": named("train_batch_size"),
+    "ss_batch_size_per_device": named("train_batch_size"),
+    "ss_gradient_accumulation_steps": named("gradient_accumulation_steps"),
+    "ss_gradient_checkpointing": named("gradient_checkpointing"),
+    "ss_max_grad_norm": named("max_grad_norm"),
+    "ss_min_snr_gamma": named("snr_gamma"),
+    "ss_prior_loss_weight": named("prior_loss_weight"),
+    "ss_resolution": side_of,
+    "ss_enable_bucket": named("enable_bucket"),
+    "ss_bucket_reso_steps": named("bucket_reso_steps"),
+    "ss_seed": named("seed"),
+    "ss_mixed_precision": named("mixed_precision"),
+    "ss_flip_aug": named("random_flip"),
+    "ss_shuffle_caption": named("shuffle_caption"),
+    "ss_keep_tokens": named("keep_tokens"),
+    "ss_caption_dropout_rate": named("caption_dropout"),
+}
+"""kohya's key -> what it says here. The values are not checked yet."""

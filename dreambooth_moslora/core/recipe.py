@@ -1,0 +1,62 @@
+"""The recipe of a run: those of its settings that an adapter file tells everybody.
+
+Numbers, switches, choices and names of layers. Paths, prompts, words and what is the machine's own stay out.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import UserError, one_line
+
+__all__ = ["RECIPE", "checked_recipe", "recipe_of"]
+
+LAYERS = ("target_modules", "rank_pattern", "alpha_pattern")
+RECIPE = (
+    *("shuffle_caption", "keep_tokens", "caption_dropout", "repeats", "resolution"),
+    *("enable_bucket", "bucket_reso_steps", "center_crop", "random_flip", "crops_per_photo"),
+    *("crop_zoom", "image_interpolation_mode", "alpha", "unmasked_weight", "masks"),
+    *("with_prior_preservation", "prior", "num_class_images", "prior_loss_weight", "rank"),
+    *("lora_alpha", "use_rslora", "lora_dropout", "use_dora", "mixer", "train_mixer"),
+    *("mixer_lr_scale", "train_text_encoder", *LAYERS, "seed", "train_batch_size"),
+    *("gradient_accumulation_steps", "num_train_epochs", "max_train_steps"),
+    *("exposures_per_photo", "learning_rate", "text_encoder_lr", "scale_lr", "lr_scheduler"),
+    *("lr_warmup_steps", "lr_num_cycles", "lr_power", "snr_gamma", "timestep_bias_strategy"),
+    *("timestep_bias_multiplier", "timestep_bias_portion", "do_edm_style_training"),
+    *("max_grad_norm", "optimizer", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("adam_weight_decay", "adam_weight_decay_text_encoder", "prodigy_beta3", "prodigy_decouple"),
+    *("prodigy_use_bias_correction", "prodigy_safeguard_warmup", "mixed_precision"),
+    *("base_quantization", "gradient_checkpointing"),
+)
+"""Names of settings. A new one goes here only if it can hold no text of the person's."""
+LAYER = re.compile(r"[A-Za-z0-9_.*\[\]?-]{1,100}([=:][0-9.e+]{1,20})?")
+
+
+def recipe_of(config: TrainConfig) -> dict[str, Any]:
+    """JSON-ready values of the settings in RECIPE that are set."""
+    settings = config.to_dict()
+    for name in LAYERS:
+        settings[name] = [text for text in settings[name] if LAYER.fullmatch(text)]
+    return {name: settings[name] for name in RECIPE if settings[name] is not None}
+
+
+def checked_recipe(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The settings that are in RECIPE and valid, converted; and what is wrong with each of the others."""
+    taken, wrong = {}, []
+    for name, value in values.items():
+        try:
+            taken[name] = checked_alone(name, value)
+        except UserError as error:
+            wrong.append(one_line(str(error).rstrip("."), 100))
+    return taken, wrong
+
+
+def checked_alone(name: str, value: Any) -> Any:
+    """Raises UserError for a name that is not in RECIPE, and for a value that no configuration can have."""
+    if name not in RECIPE:
+        raise UserError(f"`{name:.40}` is no setting of a recipe")
+    found = getattr(TrainConfig(class_prompt="a class", **{name: value}), name)
+    if name in LAYERS and not all(LAYER.fullmatch(text) for text in found):
+        raise UserError(f"--{name} names no layers")
+    return found
