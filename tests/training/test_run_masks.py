@@ -1,9 +1,12 @@
 """`--masks auto`: masks are made in the run folder before training, once, and the photos' folder stays as it is."""
 
+import argparse
+import shutil
 from dataclasses import replace
 
 import pytest
 
+from dreambooth_moslora.cli.commands import evaluate
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.masks import open_mask
@@ -89,3 +92,19 @@ def test_a_dry_run_says_what_would_be_made_and_advice_what_has_no_effect(tiny_ba
     given = tiny_config(tiny_base, photos, tmp_path / "run", mask_prompt="dog")
     assert not mask_lines(given, photo_report(given))
     assert any("without --masks auto" in line for line in settings_without_effect(given))
+
+
+def test_evaluate_takes_a_moved_runs_masks_and_none_of_them_for_other_photos(auto, photos, tmp_path, found_everywhere):
+    train(auto)
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    (tmp_path / "run").rename(moved)
+    shutil.copytree(photos, other)
+
+    def masked(*flags: str) -> list[bool]:
+        parser = argparse.ArgumentParser()
+        evaluate.add_arguments(parser)
+        config = evaluate.resolve(parser.parse_args([str(moved), *flags]))
+        return [photo.mask_path is not None for photo in photo_report(config).photos]
+
+    assert masked() == [True, True]
+    assert masked("--photos", str(other)) == [False, False]

@@ -147,6 +147,8 @@ def resolve(args: argparse.Namespace) -> TrainConfig:
             raise UserError(f"{args.adapter} does not say it: give {flag}.")
     given = {"class_word": args.class_word} if args.class_word else {}
     chosen = {"pretrained_model_name_or_path": base, "instance_prompt": prompt, "instance_data_dir": photos, **given}
+    if args.photos:
+        chosen["masks"] = "given"  # those that the run made are of its own photos
     return TrainConfig.from_dict({**known, **chosen, "dataset_name": None})
 
 
@@ -155,7 +157,7 @@ def settings_of_run(path: Path) -> dict | None:
     for folder in (path, path.parent):
         config = RunDir(folder).config_path
         if config.is_file():
-            return read_json_table(config)
+            return read_json_table(config) | {"output_dir": str(folder)}  # it may have been moved
     return None
 
 
