@@ -11,9 +11,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
+from dreambooth_moslora.adapters.init_adapter import read_start
 from dreambooth_moslora.adapters.layers import matrix_layers
 from dreambooth_moslora.adapters.lora_file import AdapterWeights
-from dreambooth_moslora.adapters.start import read_start
 from dreambooth_moslora.base.load import default_resolution, encode_text, load_pipeline
 from dreambooth_moslora.base.locate import SMALL_BASE_PX
 from dreambooth_moslora.base.quantization import quantize
@@ -26,7 +26,7 @@ from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.folder import PhotoReport, find_photos
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.training.accelerator import DTYPES, on_main
-from dreambooth_moslora.training.captions import shuffled_captions
+from dreambooth_moslora.training.caption_orders import shuffled_captions
 from dreambooth_moslora.training.checks import check_layers, check_patterns
 from dreambooth_moslora.training.class_images import ClassImages
 from dreambooth_moslora.training.dataset import PhotoEncoder, PhotoStream, PromptCache, TrainBatch, collate

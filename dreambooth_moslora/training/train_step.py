@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from dreambooth_moslora.adapters.fused_linear import enable_fast_path
+from dreambooth_moslora.adapters.init_adapter import begin_with
 from dreambooth_moslora.adapters.layers import matrix_layers, value_pattern
 from dreambooth_moslora.adapters.moslora import (
     MoSLoraConfig,
@@ -27,7 +28,6 @@ from dreambooth_moslora.adapters.moslora import (
     lora_layers,
     switched_off,
 )
-from dreambooth_moslora.adapters.start import begin_with
 from dreambooth_moslora.adapters.working_copies import WorkingCopies
 from dreambooth_moslora.base.load import TextCond, encode_text
 from dreambooth_moslora.core.config import TrainConfig

@@ -9,7 +9,7 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.training.advice import settings_without_effect
-from dreambooth_moslora.training.captions import ORDERS, shuffled_captions
+from dreambooth_moslora.training.caption_orders import ORDERS, shuffled_captions
 from dreambooth_moslora.training.dataset import PhotoStream
 from tests.helpers.tiny_training import paint_photos
 
