@@ -88,6 +88,9 @@ def settings_without_effect(config: TrainConfig) -> list[str]:
             differs(config, "text_encoder_lr") and not config.train_text_encoder
         ),
         "Prodigy wants --learning_rate near 1.0": config.optimizer == "Prodigy" and config.learning_rate <= 0.1,
+        "--bucket_reso_steps has no effect without --enable_bucket": (
+            config.bucket_reso_steps and not config.enable_bucket
+        ),
         "--keep_tokens has no effect without --shuffle_caption": config.keep_tokens and not config.shuffle_caption,
         f"--lr_warmup_steps has no effect with --lr_scheduler {config.lr_scheduler}": (
             config.lr_scheduler == "constant" and config.lr_warmup_steps and differs(config, "lr_warmup_steps")

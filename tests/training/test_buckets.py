@@ -13,6 +13,7 @@ from dreambooth_moslora.core.seeding import place_of
 from dreambooth_moslora.photos.crop_preview import plans_of
 from dreambooth_moslora.photos.crops import CropRule, bucket_of, crop_rule, plan_crop
 from dreambooth_moslora.photos.photo import Photo
+from dreambooth_moslora.training.advice import settings_without_effect
 from dreambooth_moslora.training.dataset import PhotoStream
 from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.loop import train
@@ -121,6 +122,8 @@ def test_a_dry_run_names_the_sizes_and_class_images_are_refused(tiny_base, tmp_p
 def test_a_step_that_leaves_no_rectangle_is_refused():
     with pytest.raises(UserError, match=r"--bucket_reso_steps 72: must be at most --resolution 64"):
         TrainConfig(enable_bucket=True, bucket_reso_steps=72, resolution=64)
+    idle = TrainConfig(bucket_reso_steps=72, resolution=64)
+    assert "--bucket_reso_steps has no effect without --enable_bucket" in settings_without_effect(idle)
     for step in range(8, 72, 8):
         height, width = bucket_of((300, 200), 64, step)
         assert 0 < height * width <= 64**2
