@@ -51,7 +51,7 @@ def adapted_unet(config: TrainConfig, *, fast: bool = True) -> nn.Module:
 
     unet = sdxl_unet().to(torch.bfloat16).requires_grad_(False).train()
     with torch.device("meta"):
-        add_adapters(config, SimpleNamespace(pipeline=SimpleNamespace(unet=unet)), None)
+        add_adapters(config, SimpleNamespace(pipeline=SimpleNamespace(unet=unet), start=None), None)
     if not fast:
         disable_fast_path(unet)
     return unet

@@ -86,9 +86,9 @@ def test_a_card_names_the_strength_once():
 @pytest.mark.slow
 def test_the_embedded_base_wants_more_than_a_weak_scale(tmp_path):
     recipe = ["--config", "assets/configs/quickstart.toml", "--num_validation_images", "0"]
-    assert train_main([*recipe, "--max_train_steps=40", "--find_scale", "--output_dir", str(tmp_path / "robot")]) == 0
-    (event,) = [e for e in RunDir(tmp_path / "robot").read_metrics() if e["type"] == "scale"]
+    assert train_main([*recipe, "--max_train_steps=40", "--find_scale", "--output_dir", str(tmp_path / "rocket")]) == 0
+    (event,) = [e for e in RunDir(tmp_path / "rocket").read_metrics() if e["type"] == "scale"]
     scores = {float(scale): score for scale, score in event["by_scale"].items()}
     assert event["low"] <= event["best"] <= event["high"] and event["best"] > 0.4
-    assert scores[event["best"]] >= 0.99 * max(scores.values()) > 2 * scores[0.4]
-    assert header_of(RunDir(tmp_path / "robot").adapter_path).best_scale == event["best"]
+    assert scores[event["best"]] >= 0.99 * max(scores.values()) > 1.3 * scores[0.4]
+    assert header_of(RunDir(tmp_path / "rocket").adapter_path).best_scale == event["best"]

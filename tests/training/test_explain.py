@@ -146,12 +146,12 @@ def faulty_run(folder: Path, *flags: str) -> RunDir:
 
 @pytest.mark.slow
 def test_without_prior_preservation_the_class_is_said_to_become_the_subject(tmp_path, capfd):
-    run = faulty_run(tmp_path / "robot", "--no_with_prior_preservation", "--max_train_steps=60", "--evaluate_steps=60")
+    run = faulty_run(tmp_path / "rocket", "--no_with_prior_preservation", "--max_train_steps=60", "--evaluate_steps=60")
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("try next: ")]
-    assert any("every robot turns into yours" in line and "--with_prior_preservation" in line for line in said)
+    assert any("every rocket turns into yours" in line and "--with_prior_preservation" in line for line in said)
     assert 1 <= len(said) <= 3
     assert main(["explain", str(run.path)]) == 0
-    assert "a bare robot went " in capfd.readouterr().out
+    assert "a bare rocket went " in capfd.readouterr().out
 
 
 @pytest.mark.slow
@@ -159,15 +159,15 @@ def test_frames_of_one_film_are_said_to_be_alike(tmp_path, capfd):
     photos = tmp_path / "photos"
     photos.mkdir()
     for number in range(3):
-        shutil.copy(ASSETS / "subjects" / "robot" / "00.jpg", photos / f"{number}.jpg")
+        shutil.copy(ASSETS / "subjects" / "rocket" / "00.jpg", photos / f"{number}.jpg")
     flags = ["--instance_data_dir", str(photos), "--max_train_steps=4", "--evaluate_steps=4"]
-    run = faulty_run(tmp_path / "robot", *flags)
+    run = faulty_run(tmp_path / "rocket", *flags)
     said = advice_after(figures_of(run))
     assert any("nearly one picture" in line for line in said), said
 
 
 @pytest.mark.slow
 def test_a_run_that_ends_early_is_told_that_likeness_still_rose(tmp_path):
-    run = faulty_run(tmp_path / "robot", "--max_train_steps=30", "--evaluate_steps=10", "--lr_scheduler=constant")
+    run = faulty_run(tmp_path / "rocket", "--max_train_steps=30", "--evaluate_steps=10", "--lr_scheduler=constant")
     said = advice_after(figures_of(run))
     assert any("likeness still rose" in line and "--exposures_per_photo" in line for line in said), said
