@@ -270,9 +270,16 @@ class PromptCache:
         return {"embeds": cond.embeds[0].cpu(), "pooled": cond.pooled[0].cpu()}
 
     def release_encoders(self) -> None:
-        """Drop the encoders. A prompt that was never asked raises RuntimeError from now on."""
+        """Drop the encoders. A prompt that was never asked raises RuntimeError from now on, and UserError one whose
+        file in the disk cache cannot be read any more."""
+        is_on_disk = self.cache is not None and self.cache.folder is not None
 
         def gone(prompts: list[str]) -> TextCond:
+            if is_on_disk:
+                raise UserError(
+                    f"{self.cache.folder}: the encoding of {prompts[0]!r:.60} cannot be read any more, and the text "
+                    "encoders have left memory; resume the run, which encodes it anew."
+                )
             raise RuntimeError(f"the text encoders have left memory; {prompts} was not encoded before")
 
         self.encode = gone

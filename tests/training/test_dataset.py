@@ -246,3 +246,16 @@ def test_the_base_as_prior_doubles_the_batch_with_its_own_prompts(pipeline, phot
     batch = collate([stream.at(0), stream.at(1)], 2).with_base_as_prior(["a dog", "a cat"])
     assert batch.instance_count == 2 and len(batch.latents) == 4
     assert batch.prompts[2:] == ["a dog", "a cat"] and torch.equal(batch.latents[:2], batch.latents[2:])
+
+
+def test_a_prompt_whose_file_the_disk_does_not_give_any_more_ends_the_run_in_one_line(tmp_path):
+    prompt_embeds = PromptCache(
+        lambda prompts: load.TextCond(torch.ones(1, 77, 8), torch.ones(1, 8)), TensorCache(tmp_path), "tiny"
+    )
+    prompt_embeds(["a photo of a dog"])
+    prompt_embeds.release_encoders()
+    assert prompt_embeds(["a photo of a dog"]).pooled.shape == (1, 8)
+    for path in tmp_path.rglob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"'a photo of a dog' cannot be read any more.*resume the run"):
+        prompt_embeds(["a photo of a dog"])
