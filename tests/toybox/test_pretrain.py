@@ -78,8 +78,10 @@ class Perfect(nn.Module):
     def __init__(self, latents: torch.Tensor):
         super().__init__()
         self.latents, self.alphas = latents, scheduler().alphas_cumprod
+        self.spreads: list[float] = []  # of what it is shown
 
     def forward(self, x, t, embeds, added_cond_kwargs):
+        self.spreads.append(float(x.float().std()))
         alpha = self.alphas[int(t)]
         noise = (x.float() - alpha.sqrt() * self.latents.repeat(2, 1, 1, 1)) / (1 - alpha).sqrt()
         velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * self.latents.repeat(2, 1, 1, 1)
@@ -90,8 +92,10 @@ def test_a_perfect_unet_draws_its_latents_from_any_noise():
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     for seed in range(3):
         noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
-        found = draw(Perfect(latents), noise, torch.zeros(2, 77, 8), torch.zeros(2, 8))
+        unet = Perfect(latents)
+        found = draw(unet, noise, torch.zeros(2, 77, 8), torch.zeros(2, 8))
         torch.testing.assert_close(found, latents, rtol=0, atol=1e-3)
+        assert unet.spreads[0] == pytest.approx(float(noise.std()), rel=0.02), "it begins with noise alone"
 
 
 def test_samples_and_renders_are_cropped_at_the_same_place(tmp_path):
