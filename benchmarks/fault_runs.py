@@ -203,9 +203,19 @@ class Workshop:
         return Run(pid, path)
 
     def run_unbroken(self, home: Path, variant: str, **options: object) -> Ended:
-        ended = self.start(home, variant, **options).wait()
-        if ended.code:
-            raise SystemExit(f"an unbroken run ({variant}) failed with {ended.code}:\n{ended.text}")
+        return self.run_until(STEPS, home, variant, **options)
+
+    def run_until(self, step: int, home: Path, variant: str, before: Callable[[], object] = bool) -> Ended:
+        """A run that the person stops after `step`, if that is not its last: its file says of how many steps."""
+
+        def both() -> None:
+            before()
+            if step < STEPS:
+                stop_at(step)
+
+        ended, due = self.start(home, variant, before=both).wait(), 130 if step < STEPS else 0
+        if ended.code != due:
+            raise SystemExit(f"a run ({variant}) until step {step} ended with {ended.code}:\n{ended.text}")
         return ended
 
     def make_reference(self, variant: str) -> Reference:
@@ -214,7 +224,7 @@ class Workshop:
             home = self.home(f"{variant} {step}")
             trace = home / "trace.txt"
             count = partial(self.shim.arm, COUNT, 0, 0, False, home, trace)
-            ended = self.run_unbroken(home, variant, before=count, max_train_steps=step)
+            ended = self.run_until(step, home, variant, before=count)
             steps.add(file_digest(home / NAME / PUBLISHED_NAME))
         operations = [line.split("\t") for line in trace.read_text().splitlines()]
         known = [(kind, os.path.relpath(path, home)) for kind, path in operations]
@@ -222,9 +232,7 @@ class Workshop:
 
     def make_half(self, variant: str) -> Path:
         home = self.home(f"{variant} half")
-        ended = self.start(home, variant, before=stop_at_half).wait()
-        if ended.code != 130:
-            raise SystemExit(f"a run ({variant}) that was to stop ended with {ended.code}:\n{ended.text}")
+        self.run_until(HALF, home, variant)
         return home
 
 
@@ -258,11 +266,11 @@ def become_training(arguments: list[str], log: Path, before: Callable[[], object
         os._exit(code)
 
 
-def stop_at_half() -> None:
-    """In a forked child: the person stops the run after two steps."""
+def stop_at(step: int) -> None:
+    """In a forked child: the person stops the run after `step` steps."""
     from dreambooth_moslora.training.run import Training
 
-    Training.stop_requested = lambda run: run.step >= HALF
+    Training.stop_requested = lambda run: run.step >= step
 
 
 def make_light(folder: Path) -> None:
