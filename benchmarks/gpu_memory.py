@@ -82,14 +82,14 @@ def empty(*shape: int) -> Tensor:
 
 def counted_total_gib(unet: nn.Module, counted: Count) -> float:
     """Weights, Adam's two moments of the adapters, the step with its gradients, CUDA's context."""
-    from dreambooth_moslora.training.estimate import CONTEXT_GIB
+    from dreambooth_moslora.training.planning.estimate import CONTEXT_GIB
 
     trained = sum(weight.numel() * 4 for weight in unet.parameters() if weight.requires_grad)
     return (bytes_of(unet) + 2 * trained) / GIB + counted.peak_gib + CONTEXT_GIB
 
 
 def estimated_total_gib(config: TrainConfig) -> float:
-    from dreambooth_moslora.training.estimate import BaseSize, estimate
+    from dreambooth_moslora.training.planning.estimate import BaseSize, estimate
 
     return estimate(config, BaseSize(), total_steps=100, photo_count=5).training_gib
 

@@ -140,11 +140,11 @@ def overview() -> str:
 
 def run_training(config: TrainConfig) -> int:
     if config.dry_run:
-        from dreambooth_moslora.training.dry_run import describe_run
+        from dreambooth_moslora.training.planning.dry_run import describe_run
 
         print(spelled_out(describe_run(config)))
         return DONE
-    from dreambooth_moslora.training.checks import check_folders
+    from dreambooth_moslora.training.planning.checks import check_folders
 
     with StopRequest() as stop:
         check_folders(config)  # before the log file creates or writes into a folder
@@ -160,8 +160,8 @@ def run_training(config: TrainConfig) -> int:
 
 
 def run_trainer(config: TrainConfig, stop: StopRequest) -> int:
-    from dreambooth_moslora.training.checks import preflight
-    from dreambooth_moslora.training.memory_plan import planned
+    from dreambooth_moslora.training.planning.checks import preflight
+    from dreambooth_moslora.training.planning.memory_plan import planned
 
     config = planned(config)
     base = preflight(config)
@@ -183,7 +183,7 @@ def run_trainer(config: TrainConfig, stop: StopRequest) -> int:
 
 
 def warn_about(config: TrainConfig, base: Path | None) -> None:
-    from dreambooth_moslora.training.advice import advice_before_run
+    from dreambooth_moslora.training.planning.advice import advice_before_run
 
     if is_main_process():
         for line in advice_before_run(config, base):

@@ -99,7 +99,7 @@ def folder_and_word(words: list[str]) -> tuple[Path, str]:
 
 
 def choose_base(choices: Choices, folder: Path) -> None:
-    from dreambooth_moslora.training.estimate import STOCK_SDXL
+    from dreambooth_moslora.training.planning.estimate import STOCK_SDXL
 
     is_of_toys = (folder / "subject.json").is_file()
     base = "toy" if is_of_toys or gpu_gib() is None else STOCK_SDXL
@@ -110,7 +110,7 @@ def choose_base(choices: Choices, folder: Path) -> None:
 
 def gpu_gib() -> float | None:
     """Free memory of the GPU that a run would use; None without one."""
-    from dreambooth_moslora.training.estimate import free_gib_of_gpu
+    from dreambooth_moslora.training.planning.estimate import free_gib_of_gpu
 
     return free_gib_of_gpu()
 
@@ -137,7 +137,7 @@ def choose_recipe(choices: Choices) -> int:
 
 def recipe_gb(free: float | None) -> int:
     """A recipe takes at most nine tenths of its card. Without a GPU, the one that is usual."""
-    from dreambooth_moslora.training.estimate import RECIPES
+    from dreambooth_moslora.training.planning.estimate import RECIPES
 
     return 12 if free is None else max((gb for gb in RECIPES if 0.9 * gb <= free), default=min(RECIPES))
 
@@ -146,7 +146,7 @@ def for_base_and_card(base: str, recipe: str) -> dict[str, Any]:
     """What SDXL's recipes leave to the person: a base without fp16 files, an old GPU, and the class kept too."""
     import torch
 
-    from dreambooth_moslora.training.estimate import STOCK_SDXL
+    from dreambooth_moslora.training.planning.estimate import STOCK_SDXL
 
     changes: dict[str, Any] = {}
     if base != STOCK_SDXL:
@@ -212,7 +212,7 @@ def choose_masks(choices: Choices, photos: list["Photo"]) -> None:
 
 def photos_and_steps(choices: Choices) -> tuple[list["Photo"], int]:
     from dreambooth_moslora.photos.folder import photo_report
-    from dreambooth_moslora.training.step_plan import plan_steps
+    from dreambooth_moslora.training.planning.step_plan import plan_steps
 
     config = TrainConfig.from_dict(choices.all | {"early_stopping": None})  # the scores it needs are chosen later
     photos = photo_report(config).photos

@@ -22,7 +22,7 @@ from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import StopRequestedError, UserError, one_line
 from dreambooth_moslora.core.process import keep_freed_memory
 from dreambooth_moslora.core.run_folder import RunDir, clean_stale
-from dreambooth_moslora.training.precision import check_bf16
+from dreambooth_moslora.training.planning.precision import check_bf16
 
 __all__ = ["PATIENCE", "any_process", "chosen_seed", "make_accelerator", "on_main"]
 

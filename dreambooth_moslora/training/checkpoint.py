@@ -30,10 +30,10 @@ from dreambooth_moslora.core.run_folder import (
     is_checkpoint,
 )
 from dreambooth_moslora.core.targets import is_target
-from dreambooth_moslora.training.checks import last_name
-from dreambooth_moslora.training.layer_sizes import rank_and_alpha
 from dreambooth_moslora.training.optimizer import optimizer_kind
 from dreambooth_moslora.training.optimizer_states import checked_states
+from dreambooth_moslora.training.planning.checks import last_name
+from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha
 
 __all__ = [
     "Position",

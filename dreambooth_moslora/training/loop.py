@@ -20,9 +20,11 @@ from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.photos.folder import instance_photos
 from dreambooth_moslora.training.accelerator import chosen_seed, make_accelerator, on_main
 from dreambooth_moslora.training.checkpoint import Position, resume_point
-from dreambooth_moslora.training.checks import check_folders
 from dreambooth_moslora.training.earlier_runs import claim_run_folder, report_start
-from dreambooth_moslora.training.memory_plan import planned
+from dreambooth_moslora.training.inputs.run_masks import masked_photos
+from dreambooth_moslora.training.planning.checks import check_folders
+from dreambooth_moslora.training.planning.memory_plan import planned
+from dreambooth_moslora.training.planning.step_plan import plan_steps
 from dreambooth_moslora.training.prepare import prepare, too_slow_for_samples, usable_photos
 from dreambooth_moslora.training.reporter import Reporter
 from dreambooth_moslora.training.results.publish import Publisher
@@ -30,8 +32,6 @@ from dreambooth_moslora.training.results.samples import ValidationSamples
 from dreambooth_moslora.training.run import StepScorer, Training, TrainResult
 from dreambooth_moslora.training.run_context import RunContext
 from dreambooth_moslora.training.run_lock import locked
-from dreambooth_moslora.training.run_masks import masked_photos
-from dreambooth_moslora.training.step_plan import plan_steps
 from dreambooth_moslora.training.train_step import TrainStep
 
 __all__ = ["TrainResult", "train"]

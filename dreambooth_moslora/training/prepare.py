@@ -26,16 +26,16 @@ from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.folder import PhotoReport, find_photos
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.training.accelerator import DTYPES, on_main
-from dreambooth_moslora.training.caption_orders import shuffled_captions
-from dreambooth_moslora.training.checks import check_layers, check_patterns
-from dreambooth_moslora.training.class_images import ClassImages
-from dreambooth_moslora.training.dataset import PhotoEncoder, PhotoStream, PromptCache, TrainBatch, collate
-from dreambooth_moslora.training.encoding_cache import TensorCache, fingerprint
+from dreambooth_moslora.training.inputs.caption_orders import shuffled_captions
+from dreambooth_moslora.training.inputs.class_images import ClassImages
+from dreambooth_moslora.training.inputs.dataset import PhotoEncoder, PhotoStream, PromptCache, TrainBatch, collate
+from dreambooth_moslora.training.inputs.encoding_cache import TensorCache, fingerprint
 from dreambooth_moslora.training.noise_schedule import noise_schedule
 from dreambooth_moslora.training.objective import NoiseSchedule
+from dreambooth_moslora.training.planning.checks import check_layers, check_patterns
+from dreambooth_moslora.training.planning.step_plan import uses_class_images
 from dreambooth_moslora.training.reporter import free_unused_memory
 from dreambooth_moslora.training.run_context import RunContext
-from dreambooth_moslora.training.step_plan import uses_class_images
 
 __all__ = ["TrainInputs", "prepare", "too_slow_for_samples", "usable_photos"]
 

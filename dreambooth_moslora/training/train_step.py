@@ -35,8 +35,7 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.seeding import generator, rng, seed_of
 from dreambooth_moslora.core.targets import is_target
 from dreambooth_moslora.training.checkpoint import load_adapter, restore_optimizer
-from dreambooth_moslora.training.dataset import TrainBatch, move_together
-from dreambooth_moslora.training.layer_sizes import rank_and_alpha
+from dreambooth_moslora.training.inputs.dataset import TrainBatch, move_together
 from dreambooth_moslora.training.objective import (
     LossParts,
     NoisySample,
@@ -48,6 +47,7 @@ from dreambooth_moslora.training.objective import (
     snr_weights,
 )
 from dreambooth_moslora.training.optimizer import make_lr_schedule, make_optimizer, parameter_groups
+from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha
 from dreambooth_moslora.training.prepare import TrainInputs
 
 __all__ = ["TrainStep", "StepLosses", "add_adapters"]

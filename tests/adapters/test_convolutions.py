@@ -20,7 +20,7 @@ from dreambooth_moslora.adapters.raw_file import load_raw, read_raw, read_tensor
 from dreambooth_moslora.adapters.spectrum import diagnostics
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RAW_NAME
-from dreambooth_moslora.training.estimate import size_of_base
+from dreambooth_moslora.training.planning.estimate import size_of_base
 from tests.adapters.test_moslora import MIXERS, shake
 from tests.helpers.live_adapters import facts_of
 from tests.helpers.tiny import tiny_unet

@@ -13,8 +13,8 @@ from dreambooth_moslora.cli.one_word import recipe_gb
 from dreambooth_moslora.cli.parser import build_train_parser, parse_train_config
 from dreambooth_moslora.core.config_files import load_settings
 from dreambooth_moslora.core.run_folder import RunDir
-from dreambooth_moslora.training.estimate import RECIPES, STOCK_SDXL, BaseSize, estimate
-from dreambooth_moslora.training.step_plan import plan_steps
+from dreambooth_moslora.training.planning.estimate import RECIPES, STOCK_SDXL, BaseSize, estimate
+from dreambooth_moslora.training.planning.step_plan import plan_steps
 from tests.helpers.tiny_training import paint_photos
 
 CONFIGS = Path(__file__).parents[2] / "assets" / "configs"

@@ -3,9 +3,9 @@
 import pytest
 
 from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.training import advice
-from dreambooth_moslora.training.advice import exposure_advice, settings_without_effect
-from dreambooth_moslora.training.step_plan import plan_steps
+from dreambooth_moslora.training.planning import advice
+from dreambooth_moslora.training.planning.advice import exposure_advice, settings_without_effect
+from dreambooth_moslora.training.planning.step_plan import plan_steps
 
 
 def test_defaults_draw_no_advice_alone_or_beside_a_setting_that_switches_them_off():

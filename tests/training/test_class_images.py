@@ -7,7 +7,7 @@ from PIL import Image
 
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.training.class_images import ClassImages
+from dreambooth_moslora.training.inputs.class_images import ClassImages
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.prepare import usable_class_photos
 from tests.helpers.tiny import tiny_sdxl

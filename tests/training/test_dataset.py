@@ -13,8 +13,8 @@ from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.photos.crops import CropPlan, CropRule, resized_size
 from dreambooth_moslora.photos.folder import find_photos
-from dreambooth_moslora.training.dataset import PhotoEncoder, PhotoStream, PromptCache, collate
-from dreambooth_moslora.training.encoding_cache import TensorCache, fingerprint
+from dreambooth_moslora.training.inputs.dataset import PhotoEncoder, PhotoStream, PromptCache, collate
+from dreambooth_moslora.training.inputs.encoding_cache import TensorCache, fingerprint
 from dreambooth_moslora.training.prepare import prompt_cache
 from tests.helpers.tiny_training import paint_photos
 

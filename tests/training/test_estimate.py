@@ -6,8 +6,8 @@ import torch
 from benchmarks.gpu_memory import adapted_unet, count, counted_total_gib, estimated_total_gib, run_config
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.training.checks import preflight
-from dreambooth_moslora.training.estimate import BaseSize, estimate, size_of_base
+from dreambooth_moslora.training.planning.checks import preflight
+from dreambooth_moslora.training.planning.estimate import BaseSize, estimate, size_of_base
 
 GIB = 2**30
 SDXL = {

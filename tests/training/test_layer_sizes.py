@@ -10,9 +10,9 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.core.targets import parse_pattern
 from dreambooth_moslora.training.checkpoint import check_resumed, read_position
-from dreambooth_moslora.training.dry_run import describe_run
-from dreambooth_moslora.training.layer_sizes import rank_and_alpha
 from dreambooth_moslora.training.loop import train
+from dreambooth_moslora.training.planning.dry_run import describe_run
+from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 SIZES = {

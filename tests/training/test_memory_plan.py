@@ -8,9 +8,9 @@ import torch
 
 from dreambooth_moslora.cli.main import train_main
 from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.training import memory_plan
-from dreambooth_moslora.training.estimate import STOCK_SDXL, BaseSize, estimate
-from dreambooth_moslora.training.memory_plan import USABLE, planned
+from dreambooth_moslora.training.planning import memory_plan
+from dreambooth_moslora.training.planning.estimate import STOCK_SDXL, BaseSize, estimate
+from dreambooth_moslora.training.planning.memory_plan import USABLE, planned
 
 GIB = 2**30
 SDXL = TrainConfig(

@@ -10,7 +10,7 @@ from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.training.accelerator import make_accelerator
-from dreambooth_moslora.training.checks import preflight
+from dreambooth_moslora.training.planning.checks import preflight
 
 
 def pretend(monkeypatch, name: str, major: int, minor: int) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.config_files import load_settings
-from dreambooth_moslora.training.estimate import RECIPES, BaseSize, estimate
+from dreambooth_moslora.training.planning.estimate import RECIPES, BaseSize, estimate
 
 CONFIGS = Path(__file__).parents[2] / "assets" / "configs"
 SUBJECT = {"instance_data_dir": ".", "instance_prompt": "a photo of sks dog"}

@@ -11,9 +11,9 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.masks import open_mask
 from dreambooth_moslora.photos.segmenters import Segmenter
-from dreambooth_moslora.training.advice import settings_without_effect
-from dreambooth_moslora.training.dry_run import mask_lines
 from dreambooth_moslora.training.loop import train
+from dreambooth_moslora.training.planning.advice import settings_without_effect
+from dreambooth_moslora.training.planning.dry_run import mask_lines
 from tests.helpers.tiny_clipseg import save_tiny_clipseg
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 

@@ -3,7 +3,7 @@
 import pytest
 
 from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.training.step_plan import plan_steps
+from dreambooth_moslora.training.planning.step_plan import plan_steps
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import Subject, subject_of
 from dreambooth_moslora.core.run_folder import RunDir, atomic_write
 from dreambooth_moslora.core.toy import is_toy
-from dreambooth_moslora.training.checks import require_folder, require_writable
+from dreambooth_moslora.training.planning.checks import require_folder, require_writable
 from dreambooth_moslora.training.results.best_scale import SCALES, ScaleChoice, choose_scale
 from dreambooth_moslora.training.results.model_card import is_card, with_strength
 

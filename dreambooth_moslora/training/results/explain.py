@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.prompts import class_word_of
+from dreambooth_moslora.training.planning.step_plan import FEW_EXPOSURES
 from dreambooth_moslora.training.results.figures import Figures
-from dreambooth_moslora.training.step_plan import FEW_EXPOSURES
 
 __all__ = ["NOTHING", "RULES", "advice_after", "closing_advice", "meanings"]
 

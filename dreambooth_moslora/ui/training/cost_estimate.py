@@ -32,10 +32,10 @@ def estimate_cost(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor
 def _lines(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> list[str]:
     from dreambooth_moslora.base.locate import base_folder
     from dreambooth_moslora.core.config import TrainConfig
-    from dreambooth_moslora.training.advice import advice
-    from dreambooth_moslora.training.dry_run import cost_lines, step_lines
-    from dreambooth_moslora.training.estimate import estimate, size_of_base
-    from dreambooth_moslora.training.step_plan import plan_steps
+    from dreambooth_moslora.training.planning.advice import advice
+    from dreambooth_moslora.training.planning.dry_run import cost_lines, step_lines
+    from dreambooth_moslora.training.planning.estimate import estimate, size_of_base
+    from dreambooth_moslora.training.planning.step_plan import plan_steps
 
     photos = visitor.photos_dir
     count = len(kept_photos(photos))

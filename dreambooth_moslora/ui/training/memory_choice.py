@@ -5,8 +5,8 @@ from typing import Any
 
 from dreambooth_moslora.base.locate import base_folder
 from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.training.estimate import GIB, Estimate, estimate, size_of_base
-from dreambooth_moslora.training.memory_plan import USABLE, half_precision
+from dreambooth_moslora.training.planning.estimate import GIB, Estimate, estimate, size_of_base
+from dreambooth_moslora.training.planning.memory_plan import USABLE, half_precision
 
 __all__ = ["choice_lines", "memory_choice"]
 

@@ -20,8 +20,8 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import RunDir, check_name, checkpoint_step
 from dreambooth_moslora.core.targets import full_name, is_meant, is_target, parse_pattern
 from dreambooth_moslora.core.versions import require_packages
-from dreambooth_moslora.training.estimate import check_memory
-from dreambooth_moslora.training.precision import check_bf16
+from dreambooth_moslora.training.planning.estimate import check_memory
+from dreambooth_moslora.training.planning.precision import check_bf16
 from dreambooth_moslora.training.results.model_card import is_card, pictures_named
 
 __all__ = [

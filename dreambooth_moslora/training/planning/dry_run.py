@@ -12,11 +12,11 @@ from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.folder import PhotoReport, photo_report
 from dreambooth_moslora.photos.masks import segmenter_name, sought_word
 from dreambooth_moslora.photos.photo import Photo, quoted
-from dreambooth_moslora.training.advice import DEFAULTS, advice, differs, free_disk_gib
-from dreambooth_moslora.training.checks import check_folders, preflight
-from dreambooth_moslora.training.estimate import Estimate, estimate, size_of_base
-from dreambooth_moslora.training.memory_plan import plan_lines, planned
-from dreambooth_moslora.training.step_plan import StepPlan, plan_steps
+from dreambooth_moslora.training.planning.advice import DEFAULTS, advice, differs, free_disk_gib
+from dreambooth_moslora.training.planning.checks import check_folders, preflight
+from dreambooth_moslora.training.planning.estimate import Estimate, estimate, size_of_base
+from dreambooth_moslora.training.planning.memory_plan import plan_lines, planned
+from dreambooth_moslora.training.planning.step_plan import StepPlan, plan_steps
 
 __all__ = ["cost_lines", "describe_run", "step_lines"]
 

@@ -15,7 +15,13 @@ from importlib.util import find_spec
 from dreambooth_moslora.base.locate import base_folder
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.run_folder import RunDir
-from dreambooth_moslora.training.estimate import BaseSize, estimate, free_gib_of_gpu, precision_of, size_of_base
+from dreambooth_moslora.training.planning.estimate import (
+    BaseSize,
+    estimate,
+    free_gib_of_gpu,
+    precision_of,
+    size_of_base,
+)
 
 __all__ = ["PLANS", "USABLE", "half_precision", "plan_lines", "planned"]
 

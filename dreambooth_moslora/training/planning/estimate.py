@@ -15,8 +15,8 @@ from dreambooth_moslora.base.headers import tensor_shapes
 from dreambooth_moslora.core.config import TrainConfig, is_scored
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.targets import is_target
-from dreambooth_moslora.training.layer_sizes import rank_and_alpha
-from dreambooth_moslora.training.step_plan import uses_class_images
+from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha
+from dreambooth_moslora.training.planning.step_plan import uses_class_images
 
 __all__ = ["CONTEXT_GIB", "GIB", "BaseSize", "Estimate", "check_memory", "estimate", "size_of_base"]
 

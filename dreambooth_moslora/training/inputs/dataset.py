@@ -27,8 +27,8 @@ from dreambooth_moslora.core.seeding import place_of, rng
 from dreambooth_moslora.photos.crops import CropPlan, CropRule, apply_crop
 from dreambooth_moslora.photos.masks import open_mask
 from dreambooth_moslora.photos.photo import Photo, open_rgb
-from dreambooth_moslora.training.encoding_cache import TensorCache, Tensors, fingerprint
-from dreambooth_moslora.training.step_plan import samples_an_epoch
+from dreambooth_moslora.training.inputs.encoding_cache import TensorCache, Tensors, fingerprint
+from dreambooth_moslora.training.planning.step_plan import samples_an_epoch
 
 __all__ = ["EncodedView", "PhotoEncoder", "PhotoStream", "PromptCache", "TrainBatch", "collate", "move_together"]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.photos.folder import photo_report
-from dreambooth_moslora.training.checks import nearest_existing
-from dreambooth_moslora.training.estimate import GIB, Estimate, estimate, size_of_base
-from dreambooth_moslora.training.step_plan import FEW_EXPOSURES, StepPlan, plan_steps
+from dreambooth_moslora.training.planning.checks import nearest_existing
+from dreambooth_moslora.training.planning.estimate import GIB, Estimate, estimate, size_of_base
+from dreambooth_moslora.training.planning.step_plan import FEW_EXPOSURES, StepPlan, plan_steps
 
 __all__ = [
     "DEFAULTS",

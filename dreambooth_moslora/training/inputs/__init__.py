@@ -1,0 +1,1 @@
+"""What the steps learn from: photos, captions, masks and class images, encoded once."""
