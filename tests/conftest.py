@@ -1,5 +1,6 @@
 """Fixtures shared by the tests. No test reaches the network."""
 
+import logging
 import os
 import socket
 
@@ -12,6 +13,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def only_its_own_log():
+    """A program that ran in this process has left its handlers, with a terminal that is closed by then."""
+    root = logging.getLogger()
+    before, level = set(root.handlers), root.level
+    yield
+    root.setLevel(level)
+    for handler in set(root.handlers) - before:
+        root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")
