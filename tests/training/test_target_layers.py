@@ -35,3 +35,5 @@ def test_a_layer_that_other_programs_could_not_read_again_is_refused():
     check_layers(("time_embedding.linear_1",), layers, use_dora=False)
     with pytest.raises(UserError, match=r"linear_1: add_embedding.linear_1 has no name in kohya's files"):
         check_layers(("linear_1",), layers, use_dora=False)
+    with pytest.raises(UserError, match=r"kohya's files; name the blocks: down_blocks\.\*"):
+        check_layers(("*",), layers, use_dora=False)

@@ -50,9 +50,13 @@ def check_layers(targets: Iterable[str], layers: Mapping[str, int], use_dora: bo
     for name in targets:
         for layer in (layer for layer in layers if is_target(layer, name)):
             if layer.startswith(UNREADABLE):
-                raise UserError(f"--target_modules {name}: {layer} has no name in kohya's files; leave it out.")
+                raise UserError(f"--target_modules {name}: {layer} has no name in kohya's files; {instead_of(name)}.")
             if use_dora and layers[layer] > 2:
                 raise UserError(f"--use_dora: {layer} is a convolution; leave {name} out of --target_modules.")
+
+
+def instead_of(name: str) -> str:
+    return "name the blocks: down_blocks.* mid_block.* up_blocks.*" if "*" in name else "leave it out"
 
 
 def check_targets(targets: Iterable[str], layers: Iterable[str]) -> None:
