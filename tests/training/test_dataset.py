@@ -259,3 +259,14 @@ def test_a_prompt_whose_file_the_disk_does_not_give_any_more_ends_the_run_in_one
         path.unlink()
     with pytest.raises(UserError, match=r"'a photo of a dog' cannot be read any more.*resume the run"):
         prompt_embeds(["a photo of a dog"])
+
+
+def test_a_photo_whose_file_the_disk_does_not_give_any_more_ends_the_run_in_one_line(pipeline, photos, tmp_path):
+    stream = stream_of(photos[:1], pipeline.vae, TensorCache(tmp_path / "cache"))
+    list(stream.encode_ahead(1))
+    stream.encoder.vae = None
+    assert stream.at(0)[0].latents.shape == (4, 8, 8)
+    for path in (tmp_path / "cache").rglob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"photo.*0\.png cannot be read any more.*resume the run"):
+        stream.at(0)

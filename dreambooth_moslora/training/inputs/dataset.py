@@ -118,7 +118,13 @@ class PhotoEncoder:
         return self._digests[path]
 
     def _compute_unchanged(self, photo: Photo, plan: CropPlan) -> Tensors:
-        """Raises UserError for a photo that is not the one of the key any more: it would be kept under another's."""
+        """Raises UserError for a photo that is not the one of the key any more: it would be kept under another's. And
+        for one whose file in the disk cache cannot be read any more when the VAE has left memory."""
+        if self.vae is None:
+            raise UserError(
+                f"{self.cache.folder}: the encoding of {photo.path} cannot be read any more, and the VAE has left "
+                "memory; resume the run, which encodes it anew."
+            )
         tensors = self._compute(photo, plan)
         for path in filter(None, (photo.path, photo.mask_path)):
             if file_digest(path) != self._digest(path):
