@@ -12,14 +12,18 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from dreambooth_moslora.core.run_folder import atomic_write
 
-__all__ = ["Row", "draw_contact_sheet", "write_png"]
+__all__ = ["Row", "draw_contact_sheet", "png_bytes", "write_png"]
 
 
 def write_png(path: Path, image: Image.Image) -> None:
     """A PNG, whatever the path's ending says. The folder must exist."""
+    atomic_write(path, png_bytes(image))
+
+
+def png_bytes(image: Image.Image) -> bytes:
     buffer = BytesIO()
     image.save(buffer, format="PNG")
-    atomic_write(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 INK, FAINT, PAPER = "#1b1b1f", "#6a6a72", "#ffffff"

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.digests import file_digest
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.training.inputs.class_images import ClassImages
 from dreambooth_moslora.training.loop import train
@@ -37,7 +38,9 @@ def test_missing_images_are_generated_with_a_manifest(tmp_path):
     assert counts == [4, 6] and [len(seeds) for _, seeds in painter.calls] == [4, 2]
     manifest = json.loads((images.folder / "manifest.json").read_text())
     assert sorted(manifest) == sorted(path.name for path in images.folder.glob("*.png"))
-    assert all(f == {"prompt": "a dog", "model": "toy", "resolution": 8, "seed": f["seed"]} for f in manifest.values())
+    for name, facts in manifest.items():
+        made = {"prompt": "a dog", "model": "toy", "resolution": 8, "sha256": file_digest(images.folder / name)}
+        assert facts == made | {"seed": facts["seed"]}
     assert len({facts["seed"] for facts in manifest.values()}) == 6
 
 
@@ -79,6 +82,68 @@ def test_a_generated_image_that_cannot_be_read_is_made_anew(tmp_path, damage):
     (tmp_path / images.name(1)).write_bytes(damage)
     top_up(images, 2)
     assert (tmp_path / images.name(1)).read_bytes() == whole
+
+
+def test_a_generated_image_that_opens_with_other_pixels_is_drawn_again_and_said_once(tmp_path, caplog):
+    images = ClassImages(tmp_path, "a dog", "toy", 7, 8)
+    top_up(images, 4, batch_size=2)
+    assert caplog.text == ""
+    path = tmp_path / images.name(1)
+    whole = path.read_bytes()
+    Image.new("RGB", (8, 8), "grey").save(path)
+    changed = path.read_bytes()
+    assert len(top_up(images, 4, batch_size=2)[0].calls) == 1 and path.read_bytes() == whole
+    (record,) = caplog.records
+    assert images.name(1) in record.message and images.name(0) not in record.message and "\n" not in record.message
+    (kept,) = (tmp_path / "changed").iterdir()
+    assert kept.read_bytes() == changed, "a person may have painted in it"
+    config = TrainConfig(with_prior_preservation=True, class_prompt="a dog", num_class_images=4, resolution=8)
+    taken = [photo.path.name for photo in usable_class_photos(tmp_path, config, images)]
+    assert taken == [images.name(index) for index in range(4)]
+    assert top_up(images, 4, batch_size=2)[0].calls == []
+
+
+def test_class_images_of_another_seed_and_of_a_manifest_without_digests_serve_as_they_did(tmp_path):
+    top_up(ClassImages(tmp_path, "a dog", "toy", 7, 8), 2)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    for facts in manifest.values():
+        del facts["sha256"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert top_up(ClassImages(tmp_path, "a dog", "toy", 8, 8), 2)[0].calls == []
+
+
+def test_an_image_of_another_runs_seed_is_drawn_again_with_that_seed(tmp_path):
+    first = ClassImages(tmp_path, "a dog", "toy", 7, 8)
+    top_up(first, 2)
+    path = tmp_path / first.name(1)
+    whole = path.read_bytes()
+    path.write_bytes(b"")
+    top_up(ClassImages(tmp_path, "a dog", "toy", 8, 8), 2)
+    assert path.read_bytes() == whole
+
+
+def test_a_manifest_with_one_bit_flipped_ends_with_the_same_images(tmp_path):
+    images = ClassImages(tmp_path, "a dog", "toy", 7, 8)
+    top_up(images, 2)
+    Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+    whole = (tmp_path / "manifest.json").read_bytes()
+    for place in range(0, 8 * len(whole), 101):
+        content = bytearray(whole)
+        content[place // 8] ^= 1 << place % 8
+        (tmp_path / "manifest.json").write_bytes(content)
+        top_up(images, 2)
+        assert images.stale([tmp_path / name for name in before]) == set(), bytes(content)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.png")} == before
+    assert not (tmp_path / "changed").exists()
+
+
+def test_a_manifest_that_is_a_link_to_itself_is_made_anew(tmp_path):
+    images = ClassImages(tmp_path, "a dog", "toy", 7, 8)
+    top_up(images, 2)
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "manifest.json").symlink_to("manifest.json")
+    assert len(top_up(images, 2)[0].calls) == 1 and len(images.manifest()) == 2
 
 
 @pytest.mark.parametrize("text", ['{"class_', "[1, 2]", '{"a.png": 3}', "", "[" * 100_000], ids=lambda t: t[:8])

@@ -1,11 +1,16 @@
 """Class images for prior preservation (Ruiz et al. 2022, section 3.3): what the base already knows of the class.
 
 A folder is topped up to the asked number with images of the class prompt. `manifest.json` beside them says of each
-what made it: prompt, seed, model, size. Images that a person put there count and come first; generated ones of another
-prompt, model or size stay where they are and are left out.
+what made it: prompt, seed, model, size, and the digest of its file. Images that a person put there count and come
+first; generated ones of another prompt, model or size stay where they are and are left out. A generated one whose file
+or whose line in the manifest is damaged is drawn again.
 """
 
+import errno
+import hashlib
 import json
+import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,15 +18,20 @@ from pathlib import Path
 
 from PIL import Image
 
-from dreambooth_moslora.core.pictures import write_png
+from dreambooth_moslora.core.digests import file_digest
+from dreambooth_moslora.core.errors import spelled_out
+from dreambooth_moslora.core.pictures import png_bytes
 from dreambooth_moslora.core.run_folder import atomic_write
 from dreambooth_moslora.core.seeding import seed_of
 from dreambooth_moslora.photos.image_file import UnreadableImageError, open_image
 
 __all__ = ["ClassImages"]
 
+logger = logging.getLogger(__name__)
+
 Generate = Callable[[str, list[int]], list[Image.Image]]
-MANIFEST = "manifest.json"
+MANIFEST, DIGEST = "manifest.json", "sha256"
+DAMAGED = "{path} is not as it was made: it, and every other class image that is not, is drawn again."
 GENERATED = re.compile(r"class_[0-9a-f]{8}_\d{5}\.png")
 
 
@@ -43,17 +53,24 @@ class ClassImages:
         return seed_of(self.seed, "class_image", index) % 2**32
 
     def manifest(self) -> dict[str, dict]:
-        """File name -> {prompt, seed, model, resolution} of every generated image; a damaged file knows none."""
+        """File name -> {prompt, seed, model, resolution, sha256} of every generated image; a damaged file knows none.
+
+        Manifests of earlier versions have no sha256.
+        """
         try:
             entries = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError, RecursionError):
+            return {}
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
             return {}
         entries = entries if isinstance(entries, dict) else {}
         return {name: facts for name, facts in entries.items() if isinstance(facts, dict)}
 
     def stale(self, paths: list[Path]) -> set[Path]:
         """Those that were generated, but for another prompt, model or size, or nobody knows for which."""
-        known, wanted = self.manifest(), identity(self.facts(0))
+        known, wanted = self.manifest(), identity(self.facts())
         return {path for path in self.generated(paths) if identity(known.get(path.name, {})) != wanted}
 
     def generated(self, paths: list[Path]) -> set[Path]:
@@ -68,31 +85,59 @@ class ClassImages:
         and a run that was killed here has to end as an unbroken one.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        is_said = False
         for start in range(0, count, batch_size):
-            indices = range(start, min(start + batch_size, count))
-            known = self.manifest()
-            if not all(known.get(self.name(i)) and self._is_usable(i) for i in indices):
-                images = generate(self.prompt, [self.image_seed(i) for i in indices])
-                for index, image in zip(indices, images):
-                    self._write(index, image)
+            known, indices = self.manifest(), range(start, min(start + batch_size, count))
+            missing = [index for index in indices if not self._is_as_made(index, known)]
+            damaged = [index for index in missing if os.path.lexists(self.folder / self.name(index))]
+            if damaged and not is_said:
+                is_said = True
+                logger.warning("%s", spelled_out(DAMAGED.format(path=self.folder / self.name(damaged[0]))))
+            if missing:
+                seeds = [self._known_seed(index, known) for index in indices]
+                for index, seed, image in zip(indices, seeds, generate(self.prompt, seeds)):
+                    self._write(index, seed, image, index in damaged)
             yield indices[-1] + 1
 
-    def facts(self, index: int) -> dict[str, object]:
-        size = {"resolution": self.resolution_px}
-        return {"prompt": self.prompt, "seed": self.image_seed(index), "model": self.model, **size}
+    def facts(self) -> dict[str, object]:
+        """What all images of this set have in common."""
+        return {"prompt": self.prompt, "model": self.model, "resolution": self.resolution_px}
 
-    def _is_usable(self, index: int) -> bool:
-        """Whether the file is there, opens, and has the size that it was generated in."""
+    def _is_as_made(self, index: int, known: dict[str, dict]) -> bool:
+        """Whether the file is there, opens, has the size that it was generated in, and is the one of the manifest."""
+        path, made = self.folder / self.name(index), known.get(self.name(index), {})
         try:
-            return open_image(self.folder / self.name(index)).size == (self.resolution_px, self.resolution_px)
+            fits = open_image(path).size == (self.resolution_px, self.resolution_px)
         except UnreadableImageError:
             return False
+        return fits and identity(made) == identity(self.facts()) and made.get(DIGEST) in (None, file_digest(path))
 
-    def _write(self, index: int, image: Image.Image) -> None:
+    def _known_seed(self, index: int, known: dict[str, dict]) -> int:
+        """That of the manifest: another run may have drawn the image."""
+        seed = known.get(self.name(index), {}).get("seed")
+        return seed if type(seed) is int and 0 <= seed < 2**32 else self.image_seed(index)
+
+    def _write(self, index: int, seed: int, image: Image.Image, is_damaged: bool) -> None:
         """The manifest first: an image of unknown origin would be left out."""
-        entries = {**self.manifest(), self.name(index): self.facts(index)}
+        path, content = self.folder / self.name(index), png_bytes(image)
+        facts = {**self.facts(), "seed": seed, DIGEST: hashlib.sha256(content).hexdigest()}
+        entries = {**self.manifest(), path.name: facts}
+        if is_damaged:
+            keep_a_persons_work(path, facts[DIGEST])
         atomic_write(self.folder / MANIFEST, json.dumps(entries, indent=1, sort_keys=True))
-        write_png(self.folder / self.name(index), image)
+        atomic_write(path, content)
+
+
+def keep_a_persons_work(path: Path, digest: str) -> None:
+    """A picture that opens and is not the one of `digest` may have been painted in: it moves to a folder beside."""
+    try:
+        open_image(path)
+    except UnreadableImageError:
+        return
+    if (found := file_digest(path)) != digest:
+        kept = path.parent / "changed"
+        kept.mkdir(exist_ok=True)
+        os.replace(path, kept / f"{path.stem}_{found[:8]}.png")
 
 
 def identity(facts: dict[str, object]) -> tuple[object, ...]:
