@@ -34,7 +34,9 @@ FACT = re.compile(
 STEPS = ("max_train_steps", "exposures_per_photo")
 REPLACED = {
     **dict.fromkeys((*STEPS, "num_train_epochs"), STEPS),
-    "do_edm_style_training": ("snr_gamma",),
+    "do_edm_style_training": ("snr_gamma", "debiased_estimation_loss", "loss_type"),
+    "snr_gamma": ("debiased_estimation_loss",),
+    "debiased_estimation_loss": ("snr_gamma",),
     "memory": ("mixed_precision", "gradient_checkpointing", "base_quantization"),
 }
 """A given setting -> those of the file's that it displaces."""
@@ -154,6 +156,11 @@ KOHYA: dict[str, Callable[[str], dict[str, Any]]] = {
     "ss_gradient_checkpointing": named("gradient_checkpointing"),
     "ss_max_grad_norm": named("max_grad_norm"),
     "ss_min_snr_gamma": named("snr_gamma"),
+    "ss_noise_offset": named("noise_offset"),
+    "ss_loss_type": named("loss_type"),
+    "ss_huber_c": named("huber_c"),
+    "ss_huber_schedule": named("huber_schedule"),
+    "ss_debiased_estimation": named("debiased_estimation_loss"),
     "ss_prior_loss_weight": named("prior_loss_weight"),
     "ss_resolution": side_of,
     "ss_enable_bucket": named("enable_bucket"),

@@ -15,11 +15,12 @@ from dreambooth_moslora.core.config_fields import Prompt, check_limits, convert,
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.targets import ATTENTION, parse_pattern
 
-__all__ = ["INTERPOLATIONS", "MIXERS", "TrainConfig", "check_each", "checked_setting", "is_scored"]
+__all__ = ["INTERPOLATIONS", "MIXERS", "TrainConfig", "check_each", "checked_setting", "is_scored", "weighting_flags"]
 
 MIXERS = ("orthogonal", "identity", "kaiming", "butterfly", "none")
 INTERPOLATIONS = ("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+LOSS_TYPES = ("l2", "huber", "smooth_l1")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "aim", "mlflow", "clearml", "dvclive", "swanlab")
 PRECISIONS = ("no", "fp16", "bf16")
 
@@ -161,6 +162,21 @@ class TrainConfig:
     lr_num_cycles: int = of_training(1, "restarts of cosine_with_restarts", low=1)
     lr_power: float = of_training(1.0, "power of the polynomial schedule", above=0)
     snr_gamma: float | None = of_training(None, "min-SNR weighting of the loss; 5.0 is usual", above=0)
+    debiased_estimation_loss: bool = of_training(False, "weigh errors by 1/sqrt(SNR), in the place of --snr_gamma")
+    noise_offset: float = of_training(
+        0.0, "shift the noise of each channel as a whole by draws of this deviation, for very dark or bright pictures",
+        low=0, high=1,
+    )  # fmt: skip
+    loss_type: str = of_training(
+        "l2", "error of a place: its square, or one that large differences count less in", choices=LOSS_TYPES
+    )
+    huber_c: float = of_training(
+        0.1, "width beyond which a difference is large, for huber and smooth_l1", above=0, high=1
+    )
+    huber_schedule: str = of_training(
+        "snr", "that width by noise level: the same for all, or wider where there is less noise",
+        choices=("constant", "exponential", "snr"),
+    )  # fmt: skip
     timestep_bias_strategy: str = of_training(
         "none", "which noise levels are drawn oftener: later is the noisiest", choices=("none", "earlier", "later")
     )
@@ -248,10 +264,10 @@ class TrainConfig:
             raise UserError("--instance_data_dir and --dataset_name: give one of them, not both.")
         if self.with_prior_preservation and not self.class_prompt:
             raise UserError('--with_prior_preservation needs --class_prompt, such as "a photo of a dog".')
-        if self.snr_gamma is not None and self.do_edm_style_training:
-            raise UserError(
-                "--snr_gamma and --do_edm_style_training: EDM weighs noise levels itself; give one of them."
-            )
+        for flag in weighting_flags(self) if self.do_edm_style_training else ():
+            raise UserError(f"{flag} and --do_edm_style_training: EDM weighs noise levels itself; give one of them.")
+        if self.snr_gamma is not None and self.debiased_estimation_loss:
+            raise UserError("--snr_gamma and --debiased_estimation_loss: each weighs noise levels; give one of them.")
         if self.exposures_per_photo and self.max_train_steps:
             raise UserError("--exposures_per_photo and --max_train_steps: each sets the steps; give one of them.")
         if self.early_stopping and not self.evaluate_steps:
@@ -281,6 +297,16 @@ class TrainConfig:
         """JSON-ready values of all settings but the secret ones. `from_dict` takes it back."""
         shown = {item.name: getattr(self, item.name) for item in fields(self) if not item.metadata["secret"]}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in shown.items()}
+
+
+def weighting_flags(config: TrainConfig) -> list[str]:
+    """The given flags that suit only errors of noise or velocity, and not EDM's of the latents."""
+    given = {
+        "--snr_gamma": config.snr_gamma is not None,
+        "--debiased_estimation_loss": config.debiased_estimation_loss,
+        f"--loss_type {config.loss_type}": config.loss_type != "l2",
+    }
+    return [flag for flag, is_given in given.items() if is_given]
 
 
 def is_scored(config: TrainConfig) -> bool:

@@ -29,7 +29,10 @@ RECIPE = (
     *("prodigy_use_bias_correction", "prodigy_safeguard_warmup", "mixed_precision"),
     *("base_quantization", "gradient_checkpointing"),
 )
-"""Names of settings. A new one goes here only if it can hold no text of the person's."""
+"""Names of settings. A new one goes here, or below, only if it can hold no text of the person's."""
+TOLD_IF_CHANGED = ("noise_offset", "loss_type", "huber_c", "huber_schedule", "debiased_estimation_loss")
+"""Later ones, told only where they differ from the default: the files of runs without them keep their bytes."""
+DEFAULTS = TrainConfig().to_dict()
 LAYER = re.compile(r"[A-Za-z0-9_.*\[\]?-]{1,100}([=:][0-9.e+]{1,20})?")
 
 
@@ -38,7 +41,8 @@ def recipe_of(config: TrainConfig) -> dict[str, Any]:
     settings = config.to_dict()
     for name in LAYERS:
         settings[name] = [text for text in settings[name] if LAYER.fullmatch(text)]
-    return {name: settings[name] for name in RECIPE if settings[name] is not None}
+    changed = [name for name in TOLD_IF_CHANGED if settings[name] != DEFAULTS[name]]
+    return {name: settings[name] for name in (*RECIPE, *changed) if settings[name] is not None}
 
 
 def checked_recipe(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -54,7 +58,7 @@ def checked_recipe(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
 
 def checked_alone(name: str, value: Any) -> Any:
     """Raises UserError for a name that is not in RECIPE, and for a value that no configuration can have."""
-    if name not in RECIPE:
+    if name not in (*RECIPE, *TOLD_IF_CHANGED):
         raise UserError(f"`{name:.40}` is no setting of a recipe")
     found = getattr(TrainConfig(class_prompt="a class", **{name: value}), name)
     if name in LAYERS and not all(LAYER.fullmatch(text) for text in found):

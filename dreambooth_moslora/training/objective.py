@@ -8,9 +8,15 @@ Two ways to add noise n to latents x at step i of the base's schedule, a = alpha
 With prior preservation (Ruiz et al. 2022) a batch holds instance and prior images:
 
     total = instance + prior_loss_weight · prior
+
+The error of a place is the square of its difference d, or one that grows like |d| beyond a width c (`--loss_type`):
+
+    huber      2c·(sqrt(d² + c²) - c)       smooth_l1  2·(sqrt(d² + c²) - c)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,13 +25,21 @@ __all__ = [
     "LossParts",
     "NoiseSchedule",
     "NoisySample",
+    "Pointwise",
     "add_noise",
+    "debiased_weights",
+    "offset_noise",
+    "pointwise_error",
     "sample_timesteps",
     "loss",
     "prediction_of",
     "snr_weights",
     "loss_target",
 ]
+
+
+Pointwise = Callable[[Tensor], Tensor]
+"""Differences (B, 4, h, w) -> the error of each place."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +117,17 @@ def sample_timesteps(
     return torch.multinomial(chances, count, replacement=True, generator=generator)
 
 
+def offset_noise(noise: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Noise (B, C, h, w) with one more draw for each channel as a whole, of standard deviation `strength`.
+
+    Then brightness and colour of the whole picture are noised, and so learnt (Guttenberg 2023, "Diffusion with Offset
+    Noise"; kohya's and diffusers' `--noise_offset`). A strength of 0 draws nothing.
+    """
+    if strength == 0:
+        return noise
+    return noise + strength * torch.randn(*noise.shape[:2], 1, 1, generator=generator)
+
+
 def add_noise(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, index: Tensor) -> NoisySample:
     """Mix latents and noise (B, 4, h, w) at noise levels `index` (B,), and scale the mix to unit variance."""
     timesteps = schedule.timesteps[index]
@@ -162,6 +187,41 @@ def snr_weights(schedule: NoiseSchedule, index: Tensor, instance_count: int, snr
     return torch.cat([weights[:instance_count], torch.ones_like(weights[instance_count:])])
 
 
+def debiased_weights(schedule: NoiseSchedule, index: Tensor) -> Tensor:
+    """Weight (B,) of each image's error: 1/sqrt(SNR) of noise, 1/(SNR + 1) of velocity, the SNR counted up to 1000.
+
+    An error of the noise is then one of the latents that it implies, up to a power (Yu et al. 2023, "Debias the
+    Training of Diffusion Models", arXiv 2310.08442; as kohya's `--debiased_estimation_loss` it is for all images).
+    """
+    snr = schedule.snr(index).clamp(max=1000)
+    return snr.rsqrt() if schedule.prediction_type == "epsilon" else 1 / (snr + 1)
+
+
+def pointwise_error(
+    schedule: NoiseSchedule, index: Tensor, loss_type: str = "l2", huber_c: float = 0.1, huber_schedule: str = "snr"
+) -> Pointwise:
+    """The error of `loss_type` (`l2`, `huber`, `smooth_l1`), with a width c of its own for each image's `index` (B,).
+
+    With C = `huber_c` at step t of T: `constant` c = C; `exponential` c = C^(t/T), 1 where there is no noise;
+    `snr` c = C + (1 - C)/(1 + sigma)² (kabachuha 2024, "scheduled Huber loss" in diffusers and kohya's sd-scripts,
+    after arXiv 2403.16728).
+    """
+    if loss_type == "l2":
+        return torch.square
+    if huber_schedule == "constant":
+        width = torch.full_like(schedule.sigmas[index], huber_c)
+    elif huber_schedule == "exponential":
+        width = huber_c ** (index / len(schedule))
+    else:
+        width = huber_c + (1 - huber_c) * (1 + schedule.sigmas[index]) ** -2
+    width = width.view(-1, 1, 1, 1)
+    return partial(huber_error, width=width, factor=2 * width if loss_type == "huber" else 2)
+
+
+def huber_error(difference: Tensor, width: Tensor, factor: Tensor | float) -> Tensor:
+    return factor * ((difference**2 + width**2).sqrt() - width)
+
+
 def loss(
     prediction: Tensor,
     target: Tensor,
@@ -169,13 +229,14 @@ def loss(
     instance_count: int,
     prior_loss_weight: float = 1.0,
     mask: Tensor | None = None,
+    pointwise: Pointwise = torch.square,
 ) -> LossParts:
-    """Mean squared error of instance and prior images apart, in fp32.
+    """Mean error of instance and prior images apart, in fp32.
 
     prediction, target (B, 4, h, w); weights (B,); mask (B, 1, h, w) in [0, 1] weighs places of an image.
     The first `instance_count` images are the subject's, the others are prior images.
     """
-    per_image = weights * image_errors(prediction.float(), target.float(), mask)
+    per_image = weights * image_errors(prediction.float(), target.float(), mask, pointwise)
     instance = per_image[:instance_count].mean()
     if len(per_image) == instance_count:
         return LossParts(instance, instance.detach(), None)
@@ -183,12 +244,14 @@ def loss(
     return LossParts(instance + prior_loss_weight * prior, instance.detach(), prior.detach())
 
 
-def image_errors(prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean squared error (B,) of each image; under a mask the weighted mean, so that a small subject counts in full.
+def image_errors(
+    prediction: Tensor, target: Tensor, mask: Tensor | None, pointwise: Pointwise = torch.square
+) -> Tensor:
+    """Mean error (B,) of each image; under a mask the weighted mean, so that a small subject counts in full.
 
     The mean is taken times the mask's largest weight: an image that the subject is not in counts as its places do.
     """
-    errors = (prediction - target) ** 2
+    errors = pointwise(prediction - target)
     if mask is None:
         return errors.flatten(1).mean(1)
     places = mask.float().expand_as(errors).flatten(1)

@@ -17,7 +17,7 @@ from dreambooth_moslora.adapters.lora_file import AdapterWeights
 from dreambooth_moslora.base.load import default_resolution, encode_text, load_pipeline
 from dreambooth_moslora.base.locate import SMALL_BASE_PX
 from dreambooth_moslora.base.quantization import quantize
-from dreambooth_moslora.core.config import TrainConfig, is_scored
+from dreambooth_moslora.core.config import TrainConfig, is_scored, weighting_flags
 from dreambooth_moslora.core.digests import default_cache_dir
 from dreambooth_moslora.core.errors import StopRequestedError, UserError, spelled_out
 from dreambooth_moslora.core.names import public_name
@@ -165,8 +165,8 @@ def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> 
 
 def check_weighting(config: TrainConfig, schedule: NoiseSchedule) -> None:
     """A base can be EDM's without the flag."""
-    if config.snr_gamma is not None and schedule.style == "edm":
-        raise UserError("--snr_gamma: this base was made in EDM style, which weighs noise levels itself; leave it out.")
+    for flag in weighting_flags(config) if schedule.style == "edm" else ():
+        raise UserError(f"{flag}: this base was made in EDM style, which weighs noise levels itself; leave it out.")
 
 
 def layers_of(unet: nn.Module) -> dict[str, int]:

@@ -40,8 +40,11 @@ from dreambooth_moslora.training.objective import (
     LossParts,
     NoisySample,
     add_noise,
+    debiased_weights,
     loss,
     loss_target,
+    offset_noise,
+    pointwise_error,
     prediction_of,
     sample_timesteps,
     snr_weights,
@@ -133,10 +136,13 @@ class TrainStep:
             answer = self.base_prediction(batch, noisy, on_device)
             target = torch.cat([target[: batch.instance_count], answer])
         weights = snr_weights(schedule, noisy.index, batch.instance_count, config.snr_gamma)
+        if config.debiased_estimation_loss:
+            weights = debiased_weights(schedule, noisy.index)
+        error = pointwise_error(schedule, noisy.index, config.loss_type, config.huber_c, config.huber_schedule)
         cond = self.text_cond(batch.prompts) if config.train_text_encoder else cond_of(on_device)
         prediction = self.predict(noisy, cond, on_device["time_ids"])
         mask = on_device["mask"]
-        return loss(prediction, target, weights, batch.instance_count, config.prior_loss_weight, mask)
+        return loss(prediction, target, weights, batch.instance_count, config.prior_loss_weight, mask, error)
 
     def batch_at(self, micro_batch: int) -> TrainBatch:
         """Micro-batch number `micro_batch`, with its second half where the frozen base is the prior."""
@@ -148,12 +154,15 @@ class TrainStep:
         """What the device needs of a micro-batch, on the CPU: with noise, noise levels `index` (B,), and text."""
         config, names = self.config, (self.config.seed, "micro", micro_batch)
         bias = (config.timestep_bias_strategy, config.timestep_bias_multiplier, config.timestep_bias_portion)
-        levels = generator(*names, "level")
+        levels, noise = (
+            generator(*names, "level"),
+            torch.randn(batch.latents.shape, generator=generator(*names, "noise")),
+        )
         drawn = {
             "latents": batch.latents,
             "time_ids": batch.time_ids,
             "mask": batch.mask,
-            "noise": torch.randn(batch.latents.shape, generator=generator(*names, "noise")),
+            "noise": offset_noise(noise, config.noise_offset, generator(*names, "noise offset")),
             "index": sample_timesteps(self.inputs.schedule, len(batch.latents), levels, *bias),
         }
         if not config.train_text_encoder:

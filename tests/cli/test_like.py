@@ -13,7 +13,7 @@ from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.cli.main import main, train_main
 from dreambooth_moslora.cli.parser import parse_train_config
 from dreambooth_moslora.core.config import FIELD_TYPES, TrainConfig
-from dreambooth_moslora.core.recipe import LAYERS, RECIPE, recipe_of
+from dreambooth_moslora.core.recipe import LAYERS, RECIPE, TOLD_IF_CHANGED, recipe_of
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
@@ -35,6 +35,7 @@ KOHYA = {
     "ss_mixed_precision": "bf16",
     "ss_gradient_checkpointing": "True",
     "ss_noise_offset": "0.05",
+    "ss_loss_type": "smooth_l1",
     "ss_clip_skip": "2",
     "ss_network_dropout": "None",
     "ss_multires_noise_iterations": "None",
@@ -56,6 +57,8 @@ OF_KOHYA = {
     "seed": 42,
     "mixed_precision": "bf16",
     "gradient_checkpointing": True,
+    "noise_offset": 0.05,
+    "loss_type": "smooth_l1",
 }
 
 
@@ -102,9 +105,10 @@ def test_a_training_tells_its_settings_and_another_takes_them(tiny_base, tmp_pat
 
 def test_a_recipe_holds_numbers_switches_choices_and_layers():
     items = {item.name: item for item in fields(TrainConfig)}
-    for name in set(RECIPE) - set(LAYERS):
+    for name in {*RECIPE, *TOLD_IF_CHANGED} - set(LAYERS):
         assert FIELD_TYPES[name][0] in (bool, int, float) or items[name].metadata["choices"], name
-    assert len(set(RECIPE)) == len(RECIPE)
+    assert len({*RECIPE, *TOLD_IF_CHANGED}) == len(RECIPE) + len(TOLD_IF_CHANGED)
+    assert recipe_of(TrainConfig(loss_type="huber")) == recipe_of(TrainConfig()) | {"loss_type": "huber"}
     assert recipe_of(TrainConfig(target_modules=("to_q", "/home/alice", "two words")))["target_modules"] == ["to_q"]
 
 
@@ -113,7 +117,7 @@ def test_a_header_of_kohya(file_of, capsys):
     assert {**OF_KOHYA, **differing(config)} == OF_KOHYA and {n: getattr(config, n) for n in OF_KOHYA} == OF_KOHYA
     taken, meaningless = capsys.readouterr().err.splitlines()
     assert taken == f"settings like a.safetensors: {len(OF_KOHYA)} (--like; flags and --config win)"
-    assert meaningless.endswith(": ss_clip_skip, ss_noise_offset, the arguments in ss_optimizer")
+    assert meaningless.endswith(": ss_clip_skip, the arguments in ss_optimizer")
 
 
 def test_flags_and_files_win(file_of, tmp_path):
@@ -167,7 +171,7 @@ def test_what_is_wrong_in_a_header_is_named_and_left_out(file_of, capsys):
     ("header", "said"),
     [
         ({}, "holds no recipe"),
-        ({"ss_v2": "False", "ss_sd_model_name": "x", "ss_noise_offset": "0.1"}, "holds no recipe"),
+        ({"ss_v2": "False", "ss_sd_model_name": "x", "ss_clip_skip": "2"}, "holds no recipe"),
         ({"moslora": "[" * 100_000}, "holds no recipe"),
         ({"moslora": "[1]"}, "holds no recipe"),
         ({"moslora": '{"recipe": [1]}'}, "holds no recipe"),

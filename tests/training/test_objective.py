@@ -1,5 +1,7 @@
 """The objective against diffusers' schedulers and against itself in another parametrisation."""
 
+import math
+
 import pytest
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
@@ -154,3 +156,46 @@ def test_biased_draws_prefer_their_portion_of_the_noise_levels(strategy, noisy_s
         draws = objective.sample_timesteps(schedule, 20_000, torch.Generator().manual_seed(0), strategy, 4.0, 0.25)
         noisiest = schedule.sigmas[draws] >= schedule.sigmas.sort(descending=True).values[len(schedule) // 4 - 1]
         assert noisiest.float().mean().item() == pytest.approx(noisy_share, abs=0.02)
+
+
+def test_debiased_weights_turn_an_error_of_the_noise_into_one_of_the_latents():
+    """1/sqrt(SNR), and 1/(SNR + 1) for velocity; kohya counts the SNR up to 1000."""
+    index = torch.tensor([0, 400, 999])
+    snr = compute_snr(SCHEDULER, index).clamp(max=1000)
+    assert objective.debiased_weights(schedule(), index).tolist() == pytest.approx(snr.rsqrt().tolist(), rel=1e-4)
+    velocity = objective.debiased_weights(schedule("v_prediction"), index)
+    assert velocity.tolist() == pytest.approx((1 / (snr + 1)).tolist(), rel=1e-4) and snr[0] == 1000
+
+
+def test_offset_noise_shifts_whole_channels_and_draws_nothing_without_strength():
+    noise, seed = torch.randn(500, 4, 8, 8), torch.Generator().manual_seed(1)
+    assert objective.offset_noise(noise, 0.0, seed) is noise
+    shift = objective.offset_noise(noise, 0.3, seed) - noise
+    assert shift.std((2, 3)).max() < 1e-6 and shift.std().item() == pytest.approx(0.3, rel=0.1)
+
+
+WIDTHS = {
+    "constant": lambda sigma, t: 0.2,
+    "exponential": lambda sigma, t: math.exp(math.log(0.2) / 1000 * t),
+    "snr": lambda sigma, t: (1 - 0.2) / (1 + sigma) ** 2 + 0.2,
+}
+
+
+@pytest.mark.parametrize("kind", ["huber", "smooth_l1"])
+@pytest.mark.parametrize("course", WIDTHS)
+def test_huber_losses_are_those_of_sd_scripts(kind, course, drawn):
+    """As `conditional_loss` there, for each image's own noise level: a square near zero, a slope of two (c) far off."""
+    target, _, output = drawn
+    plan = schedule()
+    got = objective.image_errors(output, target, None, objective.pointwise_error(plan, INDEX, kind, 0.2, course))
+    for number, step in enumerate(INDEX.tolist()):
+        c = WIDTHS[course](plan.sigmas[step].item(), step)
+        rounded = (((output[number] - target[number]) ** 2 + c**2) ** 0.5 - c) * (2 * c if kind == "huber" else 2)
+        assert got[number].item() == pytest.approx(rounded.mean().item(), rel=1e-4)
+
+
+def test_an_ordinary_loss_is_the_squared_error_bit_for_bit(drawn):
+    target, _, output = drawn
+    plain = objective.image_errors(output, target, None)
+    assert torch.equal(plain, ((output - target) ** 2).flatten(1).mean(1))
+    assert objective.pointwise_error(schedule(), INDEX) is torch.square
