@@ -51,7 +51,7 @@ FOREIGN_FLAGS = {
     "upcast_before_saving": "adapters are kept in fp32 all along; leave it out",
     "optimizer_type": "use --optimizer {AdamW,Prodigy}",
     "seeds": "use --seed",
-    "use_ema": "not supported: an adapter of a few photos gains nothing from averaging",
+    "ema_max_decay": "use --ema_decay",
     # kohya-ss/sd-scripts
     "network_dim": "use --rank",
     "network_alpha": "use --lora_alpha",

@@ -184,6 +184,10 @@ class TrainConfig:
     timestep_bias_portion: float = of_training(0.25, "share of all noise levels that is meant", above=0, high=1)
     do_edm_style_training: bool = of_training(False, "EDM preconditioning of the loss (arXiv 2206.00364)")
     max_grad_norm: float = of_training(1.0, "gradients are clipped to this norm", above=0)
+    use_ema: bool = of_training(False, "publish, score and sample the adapter's average over the steps (EMA)")
+    ema_decay: float = of_training(
+        0.9999, "what the average keeps at each step, at most; fewer early on", low=0, below=1
+    )
 
     optimizer: str = of_optimizer("AdamW", "AdamW or Prodigy", choices=("AdamW", "Prodigy"))
     use_8bit_adam: bool = of_optimizer(False, "AdamW with 8-bit states (bitsandbytes)")

@@ -30,7 +30,10 @@ RECIPE = (
     *("base_quantization", "gradient_checkpointing"),
 )
 """Names of settings. A new one goes here, or below, only if it can hold no text of the person's."""
-TOLD_IF_CHANGED = ("noise_offset", "loss_type", "huber_c", "huber_schedule", "debiased_estimation_loss")
+TOLD_IF_CHANGED = (
+    *("noise_offset", "loss_type", "huber_c", "huber_schedule", "debiased_estimation_loss"),
+    *("use_ema", "ema_decay"),
+)
 """Later ones, told only where they differ from the default: the files of runs without them keep their bytes."""
 DEFAULTS = TrainConfig().to_dict()
 LAYER = re.compile(r"[A-Za-z0-9_.*\[\]?-]{1,100}([=:][0-9.e+]{1,20})?")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -30,8 +30,9 @@ from dreambooth_moslora.core.run_folder import (
     is_checkpoint,
 )
 from dreambooth_moslora.core.targets import is_target
+from dreambooth_moslora.training.averages import put
 from dreambooth_moslora.training.optimizer import optimizer_kind
-from dreambooth_moslora.training.optimizer_states import checked_states
+from dreambooth_moslora.training.optimizer_states import check_tensor, checked_states
 from dreambooth_moslora.training.planning.checks import last_name
 from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha
 
@@ -43,6 +44,7 @@ __all__ = [
     "load_adapter",
     "read_position",
     "restore_optimizer",
+    "restore_weights",
     "resume_point",
     "save_checkpoint",
     "trained_modules",
@@ -51,6 +53,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 OPTIMIZER, SCALER, POSITION = "optimizer.pt", "scaler.pt", "position.json"
+WEIGHTS = "weights.pt"
+"""Of a run with an average, which is then the checkpoint's adapter: the weights from which its steps go on."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +78,23 @@ def save_checkpoint(
     facts: AdapterMetadata,
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler | None = None,
+    weights: list[Tensor] | None = None,
 ) -> None:
-    """Write the folder `path` whole, or leave what was there."""
+    """Write the folder `path` whole, or leave what was there. `weights` are those of WEIGHTS, if any."""
     with atomic_directory(path) as folder:
         save_raw(components, folder / RAW_NAME, facts)
         save_states(optimizer.state_dict(), folder / OPTIMIZER)
         if scaler is not None:
             save_states(scaler.state_dict(), folder / SCALER)
+        if weights is not None:
+            save_states({"weights": [weight.cpu() for weight in weights]}, folder / WEIGHTS)
         position = replace(position, digest=digest_of(folder, position))
         atomic_write(folder / POSITION, json.dumps(asdict(position)))
 
 
 def digest_of(checkpoint: Path, position: Position) -> str:
     """SHA-256 of the position and of the bytes of all parts."""
-    parts = [path for name in (RAW_NAME, OPTIMIZER, SCALER) if (path := checkpoint / name).is_file()]
+    parts = [path for name in (RAW_NAME, OPTIMIZER, SCALER, WEIGHTS) if (path := checkpoint / name).is_file()]
     files = {path.name: file_digest(path) for path in parts}
     return content_key(step=position.step, seed=position.seed, optimizer=position.optimizer, files=files)
 
@@ -198,6 +205,18 @@ def restore_optimizer(
         scaler.load_state_dict(load_states(checkpoint, SCALER))
 
 
+def restore_weights(checkpoint: Path, parameters: list[nn.Parameter]) -> None:
+    """What the steps go on from, in the place of the average. Raises UserError for weights that are not finite or of
+    another adapter."""
+    try:
+        weights = load_states(checkpoint, WEIGHTS)["weights"]
+        for number, (weight, parameter) in enumerate(zip(weights, parameters, strict=True)):
+            check_tensor(f"weight {number}", weight, parameter)
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(checkpoint, WEIGHTS, error) from error
+    put(weights, parameters)
+
+
 def resume_point(config: TrainConfig, run_dir: RunDir) -> tuple[Path, Position] | None:
     """The checkpoint to go on from and where it stands; None for a run from the beginning. Raises UserError."""
     checkpoint = find_checkpoint(run_dir, config.resume_from_checkpoint)
@@ -222,6 +241,7 @@ def check_resumed(config: TrainConfig, checkpoint: Path, position: Position) -> 
         checkpoint, "train_text_encoder", any(not m.startswith("unet.") for m in modules), config.train_text_encoder
     )
     require_sizes(checkpoint, facts, modules, config)
+    require(checkpoint, "use_ema", (checkpoint / WEIGHTS).is_file(), config.use_ema)
     names = ["use_rslora", "use_dora", "mixer", "lora_dropout"] + (["train_mixer"] if config.mixer != "none" else [])
     for name in names:
         require(checkpoint, name, getattr(facts, name), getattr(config, name))

@@ -25,6 +25,7 @@ from dreambooth_moslora.core.events import (
 from dreambooth_moslora.core.run_folder import remove_directory
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.training.accelerator import any_process
+from dreambooth_moslora.training.averages import copies
 from dreambooth_moslora.training.checkpoint import Position, save_checkpoint
 from dreambooth_moslora.training.optimizer import optimizer_kind
 from dreambooth_moslora.training.reporter import Stopwatch, free_unused_memory, memory_gib
@@ -142,7 +143,7 @@ class Training:
         if self.step == 0:
             total = len(self.samples.requests) * sampler.inference_steps
             sampler = replace(sampler, on_step=self.report.counter("sampling", total))
-        with suppress(StopRequestedError):  # the loop asks next
+        with suppress(StopRequestedError), self.train_step.averaged():  # the loop asks next
             self.report(self.samples.draw(self.step, sampler))
         free_unused_memory(self.accelerator.device)
 
@@ -152,7 +153,8 @@ class Training:
             return
         self.report.phase("evaluating")
         try:
-            scores = self.evaluator(self.sampler, self.step)
+            with self.train_step.averaged():
+                scores = self.evaluator(self.sampler, self.step)
         except StopRequestedError:  # the loop asks next
             return
         finally:
@@ -162,7 +164,8 @@ class Training:
         self.best = BestStep(**found.best)
         self.publisher.note_scores(found.scores, self.best)
         if self.best.step == self.step:
-            self.publisher.keep_best()
+            with self.train_step.averaged():
+                self.publisher.keep_best()
         if line := self.best.advice(self.config.early_stopping):
             logger.warning("step %d: %s", self.step, line)
 
@@ -193,7 +196,10 @@ class Training:
             return
         position = Position(self.step, self.config.seed, optimizer_kind(self.config))
         optimizer, scaler = self.train_step.optimizer.optimizer, self.accelerator.scaler
-        save_checkpoint(path, position, self.train_step.components, self.publisher.facts, optimizer, scaler)
+        parts = position, self.train_step.components, self.publisher.facts, optimizer, scaler
+        own = copies(self.train_step.parameters) if self.train_step.average is not None else None
+        with self.train_step.averaged():
+            save_checkpoint(path, *parts, own)
         self.checkpoint, self.checkpoint_step = path, self.step
         if path != self.run_dir.last_dir and self.run_dir.last_dir.is_dir():
             remove_directory(self.run_dir.last_dir)
@@ -237,10 +243,11 @@ class Training:
             self.save_checkpoint(here)
         proof = None
         if self.accelerator.is_main_process:
-            if self.config.find_scale and not interrupted:
-                self.find_scale()
-            self.report.phase("exporting")
-            proof = self.publisher.publish(self.step, self.max_train_steps, finished=not interrupted)
+            with self.train_step.averaged():
+                if self.config.find_scale and not interrupted:
+                    self.find_scale()
+                self.report.phase("exporting")
+                proof = self.publisher.publish(self.step, self.max_train_steps, finished=not interrupted)
             self.report(AdapterExported(list(proof.files), proof.to_dict()))
             self.report(RunEnded("interrupted" if interrupted else "done", self.step))
         self.accelerator.wait_for_everyone()

@@ -9,6 +9,7 @@ Adapters are fp32; the frozen base computes in its own dtype, with copies of the
 import logging
 import math
 import re
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,8 @@ from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.seeding import generator, rng, seed_of
 from dreambooth_moslora.core.targets import is_target
-from dreambooth_moslora.training.checkpoint import load_adapter, restore_optimizer
+from dreambooth_moslora.training.averages import Average, MovingAverage, lent
+from dreambooth_moslora.training.checkpoint import load_adapter, restore_optimizer, restore_weights
 from dreambooth_moslora.training.inputs.dataset import TrainBatch, move_together
 from dreambooth_moslora.training.objective import (
     LossParts,
@@ -89,8 +91,11 @@ class TrainStep:
         groups = parameter_groups(config, self.components, accelerator.num_processes)
         optimizer = make_optimizer(config, groups)
         self.lr_schedule = make_lr_schedule(config, optimizer, max_train_steps)
+        self.average = average_of(config, self.parameters)
         if checkpoint is not None:
             restore_optimizer(checkpoint, step, optimizer, self.lr_schedule, accelerator.scaler)
+        if checkpoint is not None and self.average is not None:
+            restore_weights(checkpoint, self.parameters)
         self.optimizer = accelerator.prepare(optimizer)
         self.schedule = inputs.schedule.to(accelerator.device)
 
@@ -121,7 +126,13 @@ class TrainStep:
         if math.isfinite(norm):
             self.lr_schedule.step()
             self.step += 1
+            if self.average is not None:
+                self.average.update(self.step)
         return norm
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The adapter as it is published, scored and sampled, for the length of a `with` block."""
+        return lent(self.average, self.parameters)
 
     def micro_batch_loss(self, micro_batch: int) -> LossParts:
         """The loss of micro-batch number `micro_batch` of the run."""
@@ -231,6 +242,11 @@ class TrainStep:
         total, instance, prior = values.tolist()
         has_prior = self.config.with_prior_preservation
         return StepLosses(total, instance, prior if has_prior else None)
+
+
+def average_of(config: TrainConfig, parameters: list[nn.Parameter]) -> Average | None:
+    """None: the adapter is what its steps have made of it."""
+    return MovingAverage(parameters, config.ema_decay) if config.use_ema else None
 
 
 def cond_of(on_device: dict[str, Tensor | None]) -> TextCond:

@@ -70,6 +70,10 @@ def settings_without_effect(config: TrainConfig) -> list[str]:
         "--class_data_dir and --class_prompt have no effect without --with_prior_preservation": (
             (config.class_data_dir or config.class_prompt) and not config.with_prior_preservation
         ),
+        "--ema_decay has no effect without --use_ema": differs(config, "ema_decay") and not config.use_ema,
+        "--huber_c and --huber_schedule have no effect without --loss_type huber or smooth_l1": (
+            (differs(config, "huber_c") or differs(config, "huber_schedule")) and config.loss_type == "l2"
+        ),
         "--prior has no effect without --with_prior_preservation": (
             differs(config, "prior") and not config.with_prior_preservation
         ),

@@ -25,6 +25,8 @@ QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.001}
 """A number of the blocks' projections, with its share of the scales; all others keep their precision."""
 TRAINING_BYTES, TRAINING_BYTES_8BIT = 16, 10
 """fp32 weight, gradient and two moments of Adam, a number of the adapter."""
+AVERAGE_BYTES = 4
+"""More with `--use_ema`."""
 CONTEXT_GIB = 0.5
 """What CUDA itself takes for a process, beside its tensors."""
 STEP_GIB, STEP_GIB_A_RANK, RECOMPUTED_GIB = 5.24, 0.00102, 0.51
@@ -108,10 +110,11 @@ def estimate(config: TrainConfig, size: BaseSize, total_steps: int, photo_count:
     number = BYTES[precision_of(config)]
     adapter = adapter_parameters(config, size)
     unet, texts, vae = unet_gib(config, size), size.text_encoders * number / GIB, size.vae * 4 / GIB
-    optimized = adapter * (TRAINING_BYTES_8BIT if config.use_8bit_adam else TRAINING_BYTES) / GIB
+    bytes_each = TRAINING_BYTES_8BIT if config.use_8bit_adam else TRAINING_BYTES
+    optimized = adapter * (bytes_each + AVERAGE_BYTES * config.use_ema) / GIB
     weights = unet + optimized + (texts if config.train_text_encoder else 0)
     drawing = vae + max(decoder_gib(config), drawing_gib(config, size, images=2))
-    checkpoint = adapter * 12 / GIB
+    checkpoint = adapter * (12 + AVERAGE_BYTES * config.use_ema) / GIB
     return Estimate(
         adapter_parameters=adapter,
         encoding_gib=CONTEXT_GIB + texts + vae + preparing_gib(config, size),
