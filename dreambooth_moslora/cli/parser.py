@@ -77,6 +77,7 @@ FOREIGN_FLAGS = {
     "save_model_as": "adapters are always safetensors; leave it out",
     "sample_prompts": "use --validation_prompt",
     "sample_every_n_steps": "use --validation_steps",
+    "caption_strategy": "captions are name.txt, metadata.jsonl or the instance prompt; --captions auto makes them",
     "caption_extension": "captions are the lines of name.txt beside each photo",
     "caption_dropout_rate": "use --caption_dropout",
     "caption_dropout_probability": "use --caption_dropout",

@@ -21,6 +21,7 @@ __all__ = ["TerminalProgress"]
 
 PHASE_TITLES = {
     "loading": "loading the base",
+    "captions": "captions",
     "masks": "masks",
     "class_images": "class images",
     "caching": "encoding photos",

@@ -63,6 +63,16 @@ class TrainConfig:
     class_word: str | None = of_photos(None, "the kind of thing it is (default: found in the prompts)")
     caption_prefix: str | None = of_photos(None, "words before each photo's own captions; the instance prompt stays")
     caption_suffix: str | None = of_photos(None, "words behind each photo's own captions")
+    captions: str = of_photos(
+        "given",
+        "given: those beside the photos; auto: photos without one get one made before training, in the run folder",
+        choices=("given", "auto"),
+    )
+    caption_model: str | None = of_photos(
+        None,
+        "vision-language model that makes captions: hub id or folder (default: Qwen/Qwen3-VL-2B-Instruct; the toy's "
+        "own CLIP)",
+    )
     shuffle_caption: bool = of_photos(False, "show the tags of a caption, between commas, in changing orders")
     keep_tokens: int = of_photos(0, "tags at a caption's start that --shuffle_caption leaves in place", low=0)
     caption_dropout: float = of_photos(

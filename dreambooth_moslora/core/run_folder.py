@@ -98,6 +98,11 @@ class RunDir:
         return self.path / "masks"
 
     @property
+    def captions_path(self) -> Path:
+        """Captions made by `--captions auto`."""
+        return self.path / "captions.json"
+
+    @property
     def best_dir(self) -> Path:
         """The published adapter of the best evaluated step."""
         return self.path / "best"

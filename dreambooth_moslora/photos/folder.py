@@ -1,8 +1,8 @@
 """A person's folder of photos -> `PhotoReport`: which are learnt from and which files were left out.
 
-A photo's captions are the lines of `name.txt` beside it, else its line in `metadata.jsonl` ({"file_name",
-"text"}), else the instance prompt; `masks` finds its mask. Nothing in the folder can stop the program: what
-cannot be used is listed with its reason.
+A photo's captions are the lines of `name.txt` beside it, else its line in `metadata.jsonl` ({"file_name", "text"}),
+else what `caption_making` kept in a run folder, else the instance prompt; `masks` finds its mask. Nothing in the
+folder can stop the program: what cannot be used is listed with its reason.
 """
 
 import logging
@@ -25,7 +25,15 @@ from dreambooth_moslora.photos.image_file import (
 )
 from dreambooth_moslora.photos.masks import find_mask, with_kept_masks
 from dreambooth_moslora.photos.photo import Photo
-from dreambooth_moslora.photos.sidecars import MASK_SUFFIX, METADATA, Captions, sidecar_of, sidecars_of
+from dreambooth_moslora.photos.sidecars import (
+    MADE_CAPTIONS,
+    MASK_SUFFIX,
+    METADATA,
+    Captions,
+    kept_captions,
+    sidecar_of,
+    sidecars_of,
+)
 
 __all__ = [
     "PhotoReport",
@@ -34,6 +42,7 @@ __all__ = [
     "instance_photos",
     "photo_report",
     "smallest_side_px",
+    "with_kept_captions",
 ]
 
 logger = logging.getLogger(__name__)
@@ -94,9 +103,23 @@ def photo_report(config: TrainConfig) -> PhotoReport:
     report = replace(report, photos=[replace(photo, captions=framed(config, photo)) for photo in report.photos])
     if not report.photos:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
+    if config.captions == "auto":
+        report = replace(report, photos=with_kept_captions(config, report.photos))
     if config.masks == "auto":
         return replace(report, photos=with_kept_masks(report.photos, RunDir(config.output_dir).masks_dir))
     return report
+
+
+def with_kept_captions(config: TrainConfig, photos: list[Photo]) -> list[Photo]:
+    """The photos, those without a caption of their own with the one that training made."""
+    kept, found = kept_captions(RunDir(config.output_dir).captions_path), []
+    for photo in photos:
+        made = None if photo.is_captioned else kept.get(photo.path.name)
+        if made is not None:
+            photo = replace(photo, captions=(made["caption"],))
+            photo = replace(photo, captions=framed(config, photo))
+        found.append(photo)
+    return found
 
 
 def framed(config: TrainConfig, photo: Photo) -> tuple[str, ...]:
@@ -144,7 +167,7 @@ class FolderReader:
     def read(self) -> PhotoReport:
         report = PhotoReport()
         for path in self.paths:
-            if not is_sidecar_name(path):
+            if not is_sidecar_name(path) and path.name != MADE_CAPTIONS:
                 item = self._read_one(path)
                 (report.photos if isinstance(item, Photo) else report.skipped).append(item)
         stems = {photo.path.stem for photo in report.photos}
@@ -182,8 +205,8 @@ class FolderReader:
             reasons.append(f"too small for the resolution: {width} x {height} px is enlarged {times:.1f} times")
         beside = self.sidecars.get((path.stem, MASK_SUFFIX))
         mask_path, remarks = find_mask(path, image, beside, alpha_is_mask=self.alpha == "mask")
-        captions = self.captions.of(path) or (self.prompt,)
-        return Photo(path, (height, width), captions, mask_path, (*reasons, *remarks))
+        own = self.captions.of(path)
+        return Photo(path, (height, width), own or (self.prompt,), mask_path, (*reasons, *remarks), bool(own))
 
 
 def is_sidecar_name(path: Path) -> bool:

@@ -15,8 +15,8 @@ __all__ = ["Photo", "open_rgb", "quoted"]
 class Photo:
     """A usable photo. `size_px` (h, w) upright. `mask_path` is `path` where transparency is the mask.
 
-    Each exposure is trained with one of the `captions`. `reasons` are what a person may want to know
-    (too small, rotated by EXIF, …); none of them forbids its use.
+    Each exposure is trained with one of the `captions`; `is_captioned` when a person wrote them. `reasons` are what a
+    person may want to know (too small, rotated by EXIF, …); none of them forbids its use.
     """
 
     path: Path
@@ -24,6 +24,7 @@ class Photo:
     captions: tuple[str, ...]
     mask_path: Path | None = None
     reasons: tuple[str, ...] = ()
+    is_captioned: bool = False
 
 
 def quoted(photo: Photo) -> str:

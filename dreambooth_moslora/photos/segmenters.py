@@ -23,7 +23,7 @@ from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.photos.masks import TOY_SEGMENTER, segmenter_name, sought_word
 
-__all__ = ["Segmenter", "best_device", "load_segmenter"]
+__all__ = ["Segmenter", "best_device", "load_segmenter", "loaded"]
 
 LEAST_PEAK = 0.2
 """Below it, the model has not found the subject anywhere."""
@@ -78,8 +78,10 @@ def toy_finder(device: torch.device | str) -> Callable[[Image.Image], Tensor]:
 def clipseg_finder(name: str, word: str, device: torch.device | str) -> Callable[[Image.Image], Tensor]:
     from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
-    processor = loaded(CLIPSegProcessor, name)
-    model, found = loaded(CLIPSegForImageSegmentation, name, dtype=torch.float32, output_loading_info=True)
+    about = {"flag": "--mask_model", "what": "CLIPSeg"}
+    processor = loaded(CLIPSegProcessor, name, **about)
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, found = loaded(CLIPSegForImageSegmentation, name, **about, **options)
     if lacking := sorted(found["missing_keys"]):
         raise UserError(f"--mask_model {name} is no CLIPSeg: it has no {lacking[0]}")
     model = model.requires_grad_(False).eval().to(device)
@@ -94,14 +96,14 @@ def clipseg_finder(name: str, word: str, device: torch.device | str) -> Callable
     return find
 
 
-def loaded(kind: Any, name: str, **options: Any) -> nn.Module | Any:
-    """`kind.from_pretrained(name)`, with one line for what goes wrong. No code of the repository is run."""
+def loaded(kind: Any, name: str, *, flag: str, what: str, **options: Any) -> nn.Module | Any:
+    """`kind.from_pretrained(name)`; what goes wrong is one line about the `flag`. No code of the repository is run."""
     try:
         return kind.from_pretrained(name, **options)
     except (OSError, HFValidationError) as error:
         raise UserError(
-            f"--mask_model {name} is not here and cannot be fetched: connect to the hub once, or name a folder"
+            f"{flag} {name} is not here and cannot be fetched: connect to the hub once, or name a folder"
         ) from error
     except Exception as error:  # files of another model may raise any error
         reason = one_line(f"{type(error).__name__} {error}")
-        raise UserError(f"--mask_model {name} cannot be read as a CLIPSeg: {reason}") from error
+        raise UserError(f"{flag} {name} cannot be read as a {what}: {reason}") from error

@@ -12,9 +12,18 @@ from pathlib import Path
 
 from dreambooth_moslora.photos.image_file import IMAGE_SUFFIXES
 
-__all__ = ["CAPTION_SUFFIX", "MASK_SUFFIX", "METADATA", "Captions", "sidecar_of", "sidecars_of"]
+__all__ = [
+    "CAPTION_SUFFIX",
+    "MADE_CAPTIONS",
+    "MASK_SUFFIX",
+    "METADATA",
+    "Captions",
+    "kept_captions",
+    "sidecar_of",
+    "sidecars_of",
+]
 
-METADATA = "metadata.jsonl"
+METADATA, MADE_CAPTIONS = "metadata.jsonl", ".made_captions.json"
 CAPTION_SUFFIX, MASK_SUFFIX = ".txt", ".mask"
 CAPTION_KEYS = ("text", "caption", "prompt")
 
@@ -85,6 +94,21 @@ class Captions:
             self.complaints.append((path, f'line {number} is not {{"file_name": …, "text": …}}'))
             return "", ""
         return name, one_line(caption)
+
+
+def kept_captions(path: Path) -> dict[str, dict[str, str]]:
+    """{photo's file name: {"caption", "made_from"}} of captions that were made; a damaged file knows none."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    entries = entries if isinstance(entries, dict) else {}
+    known = {}
+    for name, facts in entries.items():
+        texts = [facts.get(key) for key in ("caption", "made_from")] if isinstance(facts, dict) else []
+        if texts and all(isinstance(text, str) and text for text in texts):
+            known[name] = {"caption": one_line(texts[0]), "made_from": texts[1]}
+    return known
 
 
 def one_line(text: str) -> str:

@@ -21,6 +21,7 @@ from dreambooth_moslora.photos.folder import instance_photos
 from dreambooth_moslora.training.accelerator import chosen_seed, make_accelerator, on_main
 from dreambooth_moslora.training.checkpoint import Position, resume_point
 from dreambooth_moslora.training.earlier_runs import claim_run_folder, report_start
+from dreambooth_moslora.training.inputs.run_captions import captioned_photos
 from dreambooth_moslora.training.inputs.run_masks import masked_photos
 from dreambooth_moslora.training.planning.checks import check_folders
 from dreambooth_moslora.training.planning.memory_plan import planned
@@ -87,7 +88,7 @@ def set_up(context: RunContext, evaluator: StepScorer | None) -> Training:
     photos = usable_photos(instance_photos(config))
     plan = plan_steps(config, len(photos), context.accelerator.num_processes)
     report_start(context, step, plan.total_steps)
-    photos = masked_photos(context, photos)
+    photos = masked_photos(context, captioned_photos(context, photos))
     report.trackers.start(config)
     samples = ValidationSamples.of(config, context.run_dir, plan.steps_an_epoch)
     prompts = [*samples.prompts, *(evaluator.prompts if evaluator and is_scored(config) else ())]

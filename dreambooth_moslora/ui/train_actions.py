@@ -37,6 +37,7 @@ SMOOTHING_STEPS = 25
 MAX_SAMPLES_SHOWN = 24
 PHASES = {
     "loading": "Loading the base",
+    "captions": "Writing captions",
     "masks": "Making masks",
     "class_images": "Making class images",
     "caching": "Looking at the photos once",

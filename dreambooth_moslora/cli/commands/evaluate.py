@@ -148,7 +148,7 @@ def resolve(args: argparse.Namespace) -> TrainConfig:
     given = {"class_word": args.class_word} if args.class_word else {}
     chosen = {"pretrained_model_name_or_path": base, "instance_prompt": prompt, "instance_data_dir": photos, **given}
     if args.photos:
-        chosen["masks"] = "given"  # those that the run made are of its own photos
+        chosen |= {"masks": "given", "captions": "given"}  # those that the run made are of its own photos
     return TrainConfig.from_dict({**known, **chosen, "dataset_name": None})
 
 

@@ -108,6 +108,7 @@ def settings_without_effect(config: TrainConfig) -> list[str]:
         "--train_mixer and --mixer_lr_scale have no effect with --mixer none": (
             config.mixer == "none" and differs(config, "mixer_lr_scale")
         ),
+        "--caption_model has no effect without --captions auto": config.caption_model and config.captions != "auto",
         "--mask_model and --mask_prompt have no effect without --masks auto": (
             (config.mask_model or config.mask_prompt) and config.masks != "auto"
         ),

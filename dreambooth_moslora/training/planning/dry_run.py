@@ -7,6 +7,7 @@ from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.prompts import subject_of
 from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.photos.captioners import load_captioner
 from dreambooth_moslora.photos.checks import examine
 from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.folder import PhotoReport, photo_report
@@ -36,7 +37,7 @@ def describe_run(config: TrainConfig) -> str:
     cost = estimate(config, size, plan.total_steps, len(report.photos))
     sections = {
         "settings": settings_lines(config),
-        "photos": [*photo_lines(report), *bucket_lines(config, report.photos), *mask_lines(config, report)],
+        "photos": [*photo_lines(report), *bucket_lines(config, report.photos), *made_lines(config, report)],
         "steps": step_lines(config, plan),
         "cost (estimated)": [*cost_lines(config, cost), *plan_lines(config, size)],
         "remarks": advice(config, cost, plan),
@@ -77,6 +78,19 @@ def bucket_lines(config: TrainConfig, photos: list[Photo]) -> list[str]:
     counts = Counter(rule.target(photo.size_px) for photo in photos)
     sizes = [f"{width} x {height} px ({count})" for (height, width), count in counts.most_common()]
     return [f"cropped to {', '.join(sizes)}"] if config.enable_bucket else []
+
+
+def made_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
+    return [*caption_lines(config, report), *mask_lines(config, report)]
+
+
+def caption_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
+    """What `--captions auto` would do. Raises UserError when nobody says what the photos show."""
+    bare = sum(not photo.is_captioned for photo in report.photos)
+    if config.captions != "auto" or not bare:
+        return []
+    captioner = load_captioner(config)
+    return [f"captions: {bare} photos have none of their own; {captioner.name} makes them before training"]
 
 
 def mask_lines(config: TrainConfig, report: PhotoReport) -> list[str]:

@@ -1,0 +1,104 @@
+"""Captions made for photos that have none, by a `Captioner`; what a person wrote is never touched.
+
+beside the photos    `dog.txt`, as a person would write it (the command `caption`). `.made_captions.json` says which
+                     were made: one that a person has changed since is the person's own
+in a run folder      `captions.json` (`--captions auto`); it says from which photo, model and words each was made, so
+                     that a run that goes on makes none again
+
+Both files: {"dog.jpg": {"caption": "a photo of a sks dog on the beach", "made_from": key}}.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dreambooth_moslora.core.digests import content_key, file_digest
+from dreambooth_moslora.core.prompts import joined
+from dreambooth_moslora.core.run_folder import atomic_write
+from dreambooth_moslora.photos.captioners import Captioner
+from dreambooth_moslora.photos.photo import Photo, open_rgb
+from dreambooth_moslora.photos.sidecars import CAPTION_SUFFIX, MADE_CAPTIONS, kept_captions
+
+__all__ = ["MadeCaption", "make_beside", "make_kept"]
+
+
+@dataclass(frozen=True)
+class MadeCaption:
+    """What became of one photo: its new `caption`, None when none was made; `remark` is why."""
+
+    photo: Photo
+    caption: str | None
+    remark: str = ""
+
+
+def make_beside(
+    photos: Iterable[Photo], captioner: Captioner, prompt: str, *, anew: bool = False
+) -> Iterator[MadeCaption]:
+    """Write `name.txt` beside each photo without a caption: `prompt` and the surroundings. Raises OSError.
+
+    With `anew`, captions that were made before and that nobody has changed are made again.
+    """
+    photos = list(photos)
+    named = Counter(photo.path.stem for photo in photos)
+    for photo in photos:
+        target = photo.path.with_suffix(CAPTION_SUFFIX)
+        is_old = was_made(photo, target)
+        if is_old and not anew:
+            yield MadeCaption(photo, None, "it has a made caption, which stays (--overwrite_made makes it anew)")
+        elif not is_old and photo.is_captioned:
+            yield MadeCaption(photo, None, "it has a caption, which stays")
+        elif not is_old and target.exists():
+            yield MadeCaption(photo, None, f"{target.name} is there, though it cannot be used; it stays")
+        elif named[photo.path.stem] > 1:
+            yield MadeCaption(photo, None, f"another photo has the name {photo.path.stem} too: rename one of them")
+        else:
+            yield make_one_beside(photo, target, captioner, prompt)
+
+
+def was_made(photo: Photo, target: Path) -> bool:
+    """Whether the file is the very caption that was made."""
+    made = kept_captions(target.with_name(MADE_CAPTIONS)).get(photo.path.name)
+    try:
+        return made is not None and target.read_text(encoding="utf-8").strip() == made["caption"]
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def make_one_beside(photo: Photo, target: Path, captioner: Captioner, prompt: str) -> MadeCaption:
+    made = make(photo, captioner, prompt)
+    if made.caption is not None:
+        note(target.with_name(MADE_CAPTIONS), photo, made.caption, key_of(photo, captioner, prompt))
+        atomic_write(target, f"{made.caption}\n")
+    return made
+
+
+def make_kept(photos: Iterable[Photo], captioner: Captioner, prompt: str, path: Path) -> Iterator[MadeCaption]:
+    """As `make_beside`, into the file `path`: what was made before of the same photo, model and words is kept."""
+    for photo in photos:
+        key, old = key_of(photo, captioner, prompt), kept_captions(path).get(photo.path.name)
+        if old and old["made_from"] == key:
+            yield MadeCaption(photo, old["caption"])
+        else:
+            made = make(photo, captioner, prompt)
+            note(path, photo, made.caption or prompt, key)
+            yield made
+
+
+def key_of(photo: Photo, captioner: Captioner, prompt: str) -> str:
+    return content_key(photo=file_digest(photo.path), model=captioner.name, word=captioner.word, prompt=prompt)
+
+
+def make(photo: Photo, captioner: Captioner, prompt: str) -> MadeCaption:
+    found = captioner.surroundings(open_rgb(photo))
+    if not found:
+        return MadeCaption(photo, None, "the model says nothing, so no caption is written")
+    return MadeCaption(photo, joined(prompt, found))
+
+
+def note(path: Path, photo: Photo, caption: str, key: str) -> None:
+    """Add one photo's caption to those in the file."""
+    known = kept_captions(path) | {photo.path.name: {"caption": caption, "made_from": key}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, json.dumps(known, indent=1, sort_keys=True, ensure_ascii=False))

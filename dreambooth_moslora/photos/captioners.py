@@ -1,0 +1,124 @@
+"""Models that say what surrounds the subject of a photo, and not the subject: what a caption is to hold.
+
+For photographs an instruction-tuned vision-language model of transformers answers (Qwen3-VL 2B: Apache 2.0, no code of
+its own; any model that `AutoModelForImageTextToText` loads, with a chat template, will do). It has to go on from
+"A photo of a dog", so that its answer is what stands behind those words in a caption. The embedded base reads place and
+light by its own CLIP. Without a model at work, nothing here imports torch: a dry run asks for its name.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from dreambooth_moslora.core.assets import assets_folder
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.names import public_name
+from dreambooth_moslora.core.prompts import class_word_of
+from dreambooth_moslora.core.toy import is_toy
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Captioner", "captioner_name", "load_captioner"]
+
+QWEN, TOY_CLIP = "Qwen/Qwen3-VL-2B-Instruct", "toy-sdxl"
+QUESTION = (
+    "Write the end of a caption: in at most twenty words, where the {word} is, what is around it, the light and the "
+    "side from which it is seen. Say nothing about how the {word} itself looks."
+)
+START = "A photo of a {word}"
+SEEN_PX, MOST_TOKENS, MOST_WORDS = 768, 60, 30
+"""Longer side of the photo that the model sees; length of its answer, and of what is taken of it: SDXL reads 77 tokens,
+the instance prompt among them."""
+
+
+@dataclass(frozen=True)
+class Captioner:
+    """`name` is the model's public name, `word` what the photos show.
+
+    `surroundings` takes an RGB picture and gives words such as "on the beach at sunset"; "" when it finds none.
+    """
+
+    name: str
+    word: str
+    surroundings: Callable[[Image.Image], str]
+
+
+def captioner_name(config: TrainConfig) -> str:
+    """Of `--caption_model`: the embedded base has its own CLIP, every other base Qwen3-VL."""
+    if config.caption_model:
+        return os.path.expanduser(config.caption_model)
+    return TOY_CLIP if is_toy(config.pretrained_model_name_or_path) else QWEN
+
+
+def load_captioner(config: TrainConfig, device: "torch.device | str" = "cpu") -> Captioner:
+    """The model of `--caption_model`; it is read when the first caption is asked for.
+
+    Raises UserError without a class word; asking for a caption does when the model is not there or of another kind.
+    """
+    name, word = captioner_name(config), class_word_of(config)
+    if not word and name == TOY_CLIP:
+        word = "toy"
+    if not word:
+        raise UserError('captions: no word says what the photos show; name it behind the rare word, as in "sks dog".')
+    reader = cache(lambda: toy_reader(word, device) if name == TOY_CLIP else chat_reader(name, word, device))
+    return Captioner(public_name(name), word, lambda image: reader()(image))
+
+
+def toy_reader(word: str, device: "torch.device | str") -> Callable[[Image.Image], str]:
+    from toybox import surroundings
+
+    reader = surroundings.load(assets_folder() / TOY_CLIP, device)
+    return lambda image: surroundings.phrase(*reader.read(image, word))
+
+
+def chat_reader(name: str, word: str, device: "torch.device | str") -> Callable[[Image.Image], str]:
+    """Greedy, so that the same photo gets the same words; bf16 on a GPU, fp32 on a CPU."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from dreambooth_moslora.photos.segmenters import loaded
+
+    about = {"flag": "--caption_model", "what": "vision-language model", "trust_remote_code": False}
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    processor = loaded(AutoProcessor, name, **about)
+    if not getattr(processor, "chat_template", None):
+        raise UserError(f"--caption_model {name} has no chat template: name a model that follows instructions")
+    model, found = loaded(
+        AutoModelForImageTextToText, name, **about, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    if lacking := sorted(found["missing_keys"]):
+        raise UserError(f"--caption_model {name}: its files lack {lacking[0]}")
+    model = model.requires_grad_(False).eval().to(device)
+
+    def read(image: Image.Image) -> str:
+        inputs = processor.apply_chat_template(
+            conversation(image, word), continue_final_message=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ).to(model.device, dtype)
+        found = model.generate(**inputs, max_new_tokens=MOST_TOKENS, do_sample=False)
+        return surroundings_in(processor.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    return read
+
+
+def conversation(image: Image.Image, word: str) -> list[dict[str, Any]]:
+    """The question about a picture, and the beginning of its answer."""
+    small = image.copy()
+    small.thumbnail((SEEN_PX, SEEN_PX))
+    asked = [{"type": "image", "image": small}, {"type": "text", "text": QUESTION.format(word=word)}]
+    begun = [{"type": "text", "text": START.format(word=word)}]
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": begun}]
+
+
+def surroundings_in(answer: str) -> str:
+    """The first sentence of an answer that goes on from START, without its full stop; "" when there is none."""
+    sentence = re.split(r"[.!?](?:\s|$)|\n", answer.strip(), maxsplit=1)[0]
+    printable = "".join(letter for letter in sentence if letter.isprintable())
+    words = printable.strip(" \"'“”,;:").split()[:MOST_WORDS]
+    return " ".join(words).rstrip(",;:")

@@ -1,0 +1,48 @@
+"""`--captions auto`: photos without a caption get one before the base is loaded; the model leaves memory first."""
+
+import logging
+from collections.abc import Iterable, Iterator
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import StopRequestedError, spelled_out
+from dreambooth_moslora.photos.caption_making import MadeCaption, make_kept
+from dreambooth_moslora.photos.captioners import load_captioner
+from dreambooth_moslora.photos.folder import with_kept_captions
+from dreambooth_moslora.photos.photo import Photo
+from dreambooth_moslora.training.accelerator import on_main
+from dreambooth_moslora.training.reporter import free_unused_memory
+from dreambooth_moslora.training.run_context import RunContext
+
+__all__ = ["captioned_photos"]
+
+logger = logging.getLogger(__name__)
+
+
+def captioned_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
+    """The photos, those without a caption with the one in the run folder, which is made where it is missing.
+
+    Raises UserError when the model is not there, and StopRequestedError.
+    """
+    bare = [photo for photo in photos if not photo.is_captioned]
+    if context.config.captions != "auto" or not bare:
+        return photos
+    on_main(context.accelerator, lambda: make_captions(context, bare))
+    free_unused_memory(context.accelerator.device)
+    return with_kept_captions(context.config, photos)
+
+
+def make_captions(context: RunContext, photos: list[Photo]) -> None:
+    """Into the run folder; this process alone does it: the others wait in `on_main`."""
+    config: TrainConfig = context.config
+    captioner = load_captioner(config, context.accelerator.device)
+    made = make_kept(photos, captioner, config.instance_prompt, context.run_dir.captions_path)
+    for _ in context.report.counted("captions", said(made), len(photos)):
+        if context.should_stop():
+            raise StopRequestedError
+
+
+def said(made: Iterable[MadeCaption]) -> Iterator[int]:
+    """The number of each caption, which goes to the log: a person reads them there and in `captions.json`."""
+    for number, found in enumerate(made, start=1):
+        logger.info("%s", spelled_out(f"{found.photo.path.name}: {found.caption or found.remark}"))
+        yield number
