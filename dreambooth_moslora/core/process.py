@@ -1,4 +1,4 @@
-"""The process itself: how its threads wait, how its memory is kept, and how much it has taken.
+"""The process itself: how its threads wait, how its memory is kept, how much it has taken, whose child it is.
 
 A step on CPU allocates and frees gigabytes of activations. By default glibc maps each large block from the kernel and
 gives it back when it is freed, so that every step faults its pages in again, 4 KiB at a time. With no `mmap` for large
@@ -10,8 +10,11 @@ DREAMBOOTH_KEEP_MEMORY=0 in the environment leaves malloc as it is.
 import ctypes
 import os
 import sys
+import time
+from collections.abc import Callable
+from threading import Thread
 
-__all__ = ["KEEP_MEMORY", "keep_freed_memory", "peak_memory_gib", "set_environment_defaults"]
+__all__ = ["KEEP_MEMORY", "keep_freed_memory", "peak_memory_gib", "set_environment_defaults", "when_orphaned"]
 
 # From <malloc.h> and <sys/mman.h>.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -102,3 +105,14 @@ def wait_briefly() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def when_orphaned(parent: int, then: Callable[[], object]) -> None:
+    """Call `then` in a thread as soon as process `parent`, which started this one, is gone."""
+
+    def wait() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        then()
+
+    Thread(target=wait, daemon=True).start()

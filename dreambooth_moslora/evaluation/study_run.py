@@ -15,11 +15,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from threading import Thread
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -31,7 +30,7 @@ from dreambooth_moslora.base.locate import resolve_base
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.digests import content_key, file_digest
 from dreambooth_moslora.core.events import StepDone, events_of
-from dreambooth_moslora.core.process import reset_peak_memory
+from dreambooth_moslora.core.process import reset_peak_memory, when_orphaned
 from dreambooth_moslora.core.prompts import subject_of
 from dreambooth_moslora.core.run_folder import RunDir, atomic_write
 from dreambooth_moslora.core.targets import is_target
@@ -115,13 +114,7 @@ def run_cells(study: Study, cells: list[Cell], ranks, out: Path, jobs: int) -> I
 def begin_worker(threads: int, parent: int) -> None:
     """Of `jobs` processes: its share of the cores, and an end when the one that started it is gone."""
     torch.set_num_threads(threads)
-    Thread(target=end_with, args=(parent,), daemon=True).start()
-
-
-def end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+    when_orphaned(parent, partial(os._exit, 1))
 
 
 def run_cell(study: Study, cell: Cell, rank: int, out: Path, jobs: int) -> tuple[Cell, float, str]:

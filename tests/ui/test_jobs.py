@@ -11,10 +11,10 @@ import pytest
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.event_log import Metrics
+from dreambooth_moslora.core.job_endings import why_it_ended
 from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train_actions import status_card
 from dreambooth_moslora.ui.train_watch import watched
-from dreambooth_moslora.ui.training.job_endings import why_it_ended
 from dreambooth_moslora.ui.training.jobs import Job, Jobs, JobState, birth_of
 
 OWNER = "a" * 64

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,18 +19,15 @@ from typing import Any
 
 import psutil
 
-from dreambooth_moslora.core.assets import import_environment
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.ui.training.job_endings import why_it_ended
+from dreambooth_moslora.core.job_endings import why_it_ended
+from dreambooth_moslora.core.training_process import CONFIG_NAME, TRAIN, log_tail, start_training, write_settings
 from dreambooth_moslora.ui.training.run_events import RunEvents, phase_of
 
 __all__ = ["Job", "JobState", "Jobs", "run_name_of"]
 
-TRAIN = ("-P", "-m", "dreambooth_moslora", "train")
-"""Arguments of Python. -P: a `torch.py` in the current folder is not imported."""
-JOB_NAME, LOG_NAME, CONFIG_NAME, METRICS_NAME = "job.json", "job.log", "job_config.json", "metrics.jsonl"
+JOB_NAME, METRICS_NAME = "job.json", "metrics.jsonl"
 KILL_AFTER_SEC = 30
-LOG_TAIL_LINES = 40
 RUN_NAME = re.compile(r"[^\W_][\w +-]*(\.[\w +-]+)*")
 """Letters, digits, space and `+-_`, single dots between: no separator, no leading dot."""
 MAX_RUN_NAME = 60
@@ -81,15 +77,8 @@ class Job:
         except psutil.Error:
             return False
 
-    def log_tail(self, lines: int = LOG_TAIL_LINES) -> str:
-        try:
-            with (self.run_dir / LOG_NAME).open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - 64 * 1024))
-                text = file.read().decode("utf-8", errors="replace")
-        except OSError:
-            return ""
-        shown = [line for line in text.split("\n") if line.strip()]
-        return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in shown[-lines:])
+    def log_tail(self) -> str:
+        return log_tail(self.run_dir)
 
 
 def birth_of(pid: int) -> str:
@@ -156,7 +145,7 @@ class Jobs:
         """Start training into `runs_dir`/`name`. Raises UserError while another run is going on."""
         run_dir = self.run_dir(name)
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / CONFIG_NAME).write_text(json.dumps(config, indent=1), encoding="utf-8")
+        write_settings(run_dir, config)
         return self._launch(run_dir, owner)
 
     def resume(self, name: str, owner: str) -> Job:
@@ -165,7 +154,7 @@ class Jobs:
         if job.is_alive:
             raise UserError(f"the run {job.name} is still going on")
         config = _settings_of(job) | {"resume_from_checkpoint": "latest"}
-        (job.run_dir / CONFIG_NAME).write_text(json.dumps(config, indent=1), encoding="utf-8")
+        write_settings(job.run_dir, config)
         return self._launch(job.run_dir, owner)
 
     def stop(self, name: str, owner: str) -> Job:
@@ -255,18 +244,7 @@ class Jobs:
             return job
 
     def _spawn(self, run_dir: Path) -> subprocess.Popen:
-        start = TRAIN if self.script is None else [str(self.script)]
-        command = [sys.executable, *start, "--config", str(run_dir / CONFIG_NAME)]
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | import_environment()
-        with (run_dir / LOG_NAME).open("ab") as log:
-            return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
+        return start_training(run_dir, TRAIN if self.script is None else [str(self.script)])
 
     def _reap(self) -> None:
         for pid, child in list(self._children.items()):
