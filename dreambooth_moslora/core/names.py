@@ -1,4 +1,6 @@
-"""Names that may be shown or written: of a base without its path, and of a file or folder that is still free."""
+"""Names that may be shown or written: of a base without its path, of a file or folder that is still free, and of the
+encoders that score pictures.
+"""
 
 import os
 import re
@@ -6,7 +8,10 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
-__all__ = ["free_name", "public_name"]
+__all__ = ["CLIP", "DINO", "free_name", "public_name"]
+
+CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"
+"""Hub ids of the encoders that score pictures of SDXL."""
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 

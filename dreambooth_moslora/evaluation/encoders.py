@@ -28,11 +28,10 @@ from transformers import (
 
 from dreambooth_moslora.base.locate import resolve_base
 from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.core.names import public_name
+from dreambooth_moslora.core.names import CLIP, DINO, public_name
 
-__all__ = ["CLIP", "DINO", "Clip", "Encoders", "load_encoders"]
+__all__ = ["Clip", "Encoders", "load_encoders"]
 
-CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"
 TOY_DINO = "toy-dino"
 ALEXNET = "alexnet-owt-7be5be79.pth"
 BATCH, TOKENS = 16, 77

@@ -9,10 +9,11 @@ from PIL import Image
 
 from dreambooth_moslora.cli import one_word
 from dreambooth_moslora.cli.main import main, train_main
-from dreambooth_moslora.cli.one_word import recipe_gb
 from dreambooth_moslora.cli.parser import build_train_parser, parse_train_config
 from dreambooth_moslora.core.config_files import load_settings
+from dreambooth_moslora.core.names import CLIP, DINO
 from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.training.planning.choices import recipe_gb
 from dreambooth_moslora.training.planning.estimate import RECIPES, STOCK_SDXL, BaseSize, estimate
 from dreambooth_moslora.training.planning.step_plan import plan_steps
 from tests.helpers.tiny_training import paint_photos
@@ -92,6 +93,26 @@ def test_on_a_gpu_the_recipe_for_its_memory_is_taken_and_fits(photos, monkeypatc
     assert config.with_prior_preservation and config.prior == "adapter_off" and config.evaluate_steps is None
     assert plan_steps(config, 5).total_steps == recipe["max_train_steps"]
     assert estimate(config, BaseSize(), 400, 5).peak_gib <= 0.95 * gb
+
+
+def test_a_word_of_memory_takes_the_place_of_the_recipes_own_plan(photos, monkeypatch):
+    monkeypatch.setattr(one_word, "gpu_gib", lambda: 7.0)
+    nf4, full = parse_train_config(photos), parse_train_config([*photos, "--memory", "full"])
+    assert (nf4.base_quantization, nf4.gradient_checkpointing) == ("nf4", True)
+    assert (full.base_quantization, full.gradient_checkpointing, full.mixed_precision) == ("none", False, "bf16")
+
+
+def test_sdxl_is_scored_where_both_encoders_are_here(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    sdxl = [*photos, "--pretrained_model_name_or_path", STOCK_SDXL]
+    for name, steps in ((CLIP, None), (DINO, 100)):
+        folder = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("abc")
+        (folder / "snapshots" / "abc").mkdir(parents=True)
+        (folder / "snapshots" / "abc" / "model.safetensors").write_bytes(b"")
+        assert parse_train_config(sdxl).evaluate_steps == steps
+        assert ("scores: none" in capsys.readouterr().err) == (steps is None)
 
 
 def test_recipes_by_memory():

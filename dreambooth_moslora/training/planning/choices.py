@@ -1,0 +1,180 @@
+"""What is chosen for a run of which only photos and a word are known: the same on the command line and on the page.
+
+    what was given --choose_…--> settings + lines      what was given always wins
+
+The base decides the recipe of `assets/configs`; on a GPU, its free memory decides which of SDXL's.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dreambooth_moslora.core.assets import assets_folder
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config_files import load_settings
+from dreambooth_moslora.core.names import CLIP, DINO
+from dreambooth_moslora.core.toy import is_toy
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.photos.photo import Photo
+
+__all__ = [
+    "Choices",
+    "choose_recipe",
+    "choose_scores",
+    "choose_steps",
+    "choose_words",
+    "encoders_are_here",
+    "recipe_settings",
+    "steps_of",
+]
+
+TOKEN = "sks"
+PHOTOS_OF_A_RECIPE = 5
+"""A recipe's steps are for so many photos: they say how often each is shown."""
+OWN = (
+    *("pretrained_model_name_or_path", "instance_data_dir", "output_dir", "instance_prompt", "class_prompt"),
+    "max_train_steps",
+)
+"""What a recipe names that is another run's, or is chosen here."""
+OF_MEMORY = ("gradient_checkpointing", "base_quantization")
+"""What a word of `--memory` decides instead of the recipe."""
+
+
+@dataclass
+class Choices:
+    """Settings that nobody gave, and for each choice what is said of it, with the flags that change it."""
+
+    given: Mapping[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    said: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+
+    def add(self, words: str, *flags: str, **settings: Any) -> None:
+        """Nothing is said when all of it was given, nor without `words`."""
+        chosen = {name: value for name, value in settings.items() if name not in self.given}
+        self.settings |= chosen
+        if chosen and words:
+            self.say(words, *flags)
+
+    def say(self, words: str, *flags: str) -> None:
+        self.said.append((words, flags))
+
+    @property
+    def lines(self) -> list[str]:
+        """As the terminal shows them."""
+        found = []
+        for words, flags in self.said:
+            named = ", ".join(f"--{flag}" for flag in flags)
+            found.append(f"{words} ({named})" if flags else words)
+        return found
+
+    @property
+    def all(self) -> dict[str, Any]:
+        return self.settings | dict(self.given)
+
+
+def choose_recipe(choices: Choices, free_gib: float | None) -> int:
+    """`free_gib` of the GPU, None without one. Returns how often the recipe's steps show each photo."""
+    base, memory = choices.all["pretrained_model_name_or_path"], choices.given.get("memory")
+    name, recipe = recipe_settings(base, free_gib)
+    photos_a_step = recipe["train_batch_size"] * recipe.get("gradient_accumulation_steps", 1)
+    exposures = recipe["max_train_steps"] * photos_a_step // PHOTOS_OF_A_RECIPE
+    left_out = {*OWN, *(OF_MEMORY if memory not in (None, "auto") else ())}
+    recipe = {key: value for key, value in recipe.items() if key not in left_out}
+    if choices.given.get("do_edm_style_training"):
+        recipe.pop("snr_gamma", None)
+    if choices.given.get("with_prior_preservation") is False:
+        recipe = {key: value for key, value in recipe.items() if "prior" not in key}
+    with_memory = "" if is_toy(base) or free_gib is None else f" for {free_gib:.0f} GiB of free GPU memory"
+    choices.add(f"recipe: assets/configs/{name}{with_memory}", "config", **recipe)
+    return exposures
+
+
+def recipe_settings(base: str, free_gib: float | None) -> tuple[str, dict[str, Any]]:
+    """The file of `assets/configs` for this base and GPU, and its settings for them."""
+    if is_toy(base):
+        return "toy.toml", load_settings(assets_folder() / "configs" / "toy.toml")
+    name = f"sdxl_{recipe_gb(free_gib)}gb.toml"
+    return name, load_settings(assets_folder() / "configs" / name) | for_base_and_card(base, name)
+
+
+def recipe_gb(free: float | None) -> int:
+    """A recipe takes at most nine tenths of its card. Without a GPU, the one that is usual."""
+    from dreambooth_moslora.training.planning.estimate import RECIPES
+
+    return 12 if free is None else max((gb for gb in RECIPES if 0.9 * gb <= free), default=min(RECIPES))
+
+
+def for_base_and_card(base: str, recipe: str) -> dict[str, Any]:
+    """What SDXL's recipes leave to the person: a base without fp16 files, an old GPU, and the class kept too."""
+    import torch
+
+    from dreambooth_moslora.training.planning.estimate import STOCK_SDXL
+    from dreambooth_moslora.training.planning.memory_plan import half_precision
+
+    changes: dict[str, Any] = {}
+    if base != STOCK_SDXL:
+        changes["variant"] = None
+    if recipe == "sdxl_16gb.toml":
+        changes["gradient_checkpointing"] = True
+    if torch.cuda.is_available():
+        changes["mixed_precision"] = half_precision()
+    return changes
+
+
+def choose_words(choices: Choices, word: str) -> None:
+    """The prompts. Unless it was refused, the class is kept as the frozen base draws it."""
+    token = choices.given.get("token") or TOKEN
+    prompt, of_class = f"a photo of a {token} {word}", f"a photo of a {word}"
+    choices.add(f"words: “{prompt}”", "instance_prompt", "token", instance_prompt=prompt)
+    if choices.given.get("with_prior_preservation") is not False:
+        line = f"the class: “{of_class}” stays as the base draws it"
+        choices.add(line, "no_with_prior_preservation", with_prior_preservation=True)
+        choices.add("", class_prompt=of_class, prior="adapter_off")
+
+
+def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> None:
+    """So many that each photo is shown `exposures` times, unless the steps were given; and masks."""
+    is_given = choices.given.keys() & {"max_train_steps", "num_train_epochs", "exposures_per_photo"}
+    if not is_given:
+        choices.settings["exposures_per_photo"] = exposures
+    choose_masks(choices, photos)
+    if not is_given:
+        line = f"steps: {steps_of(choices, len(photos))}, which show each photo {exposures} times"
+        choices.say(line, "exposures_per_photo", "max_train_steps")
+
+
+def choose_masks(choices: Choices, photos: list["Photo"]) -> None:
+    """The embedded base has a segmenter of its own; SDXL's is a download, which nobody asked for."""
+    masked = sum(photo.mask_path is not None for photo in photos)
+    choices.said.insert(0, (f"photos: {len(photos)}, {masked} with a mask (name.mask.png beside each)", ()))
+    bare = len(photos) - masked
+    if bare and is_toy(choices.all["pretrained_model_name_or_path"]):
+        choices.add(f"masks: made for the {bare} without one", "masks", masks="auto")
+    elif bare and "masks" not in choices.given:
+        choices.say("masks: made for none, as CLIPSeg comes from the hub", "masks auto")
+
+
+def steps_of(choices: Choices, photo_count: int) -> int:
+    from dreambooth_moslora.training.planning.step_plan import plan_steps
+
+    config = TrainConfig.from_dict(choices.all | {"early_stopping": None})  # the scores it needs are chosen later
+    return plan_steps(config, photo_count, int(os.environ.get("WORLD_SIZE", "1"))).total_steps
+
+
+def choose_scores(choices: Choices, photo_count: int) -> None:
+    """The embedded base has its own encoders; SDXL's are used where they are, as nobody asked for a download."""
+    if encoders_are_here(choices.all["pretrained_model_name_or_path"]):
+        every = max(1, steps_of(choices, photo_count) // 4)
+        line = f"scores: every {every} steps, the best in best/, and the best scale at the end"
+        choices.add(line, "evaluate_steps", "no_find_scale", evaluate_steps=every, find_scale=True)
+    elif not choices.given.get("evaluate_steps"):
+        choices.say("scores: none, as they take CLIP and DINOv2 from the hub", "evaluate_steps", "find_scale")
+
+
+def encoders_are_here(base: str) -> bool:
+    """Whether a run can be scored without a download: by the embedded base's own encoders, or those in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return is_toy(base) or all(isinstance(try_to_load_from_cache(n, "model.safetensors"), str) for n in (CLIP, DINO))
