@@ -7,8 +7,9 @@ __all__ = ["StopRequestedError", "UserError", "is_out_of_memory", "one_line", "s
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 NO_MEMORY = re.compile(
     r"can't allocate memory|CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)"
+    r"|could not create a (primitive|memory object)$"
 )
-"""What the CPU's allocator says, and CUDA's libraries when not even their workspace fits."""
+"""What the CPU's allocator says, CUDA's libraries when not even their workspace fits, and oneDNN."""
 MOST_LETTERS = 1000
 """Of one message: a value of a hundred thousand letters is not shown whole."""
 
@@ -35,7 +36,8 @@ def shortened(text: str) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of the machine or of its GPU."""
-    return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or bool(NO_MEMORY.search(str(error)))
+    is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_named or bool(NO_MEMORY.search(str(error)))
 
 
 class StopRequestedError(Exception):

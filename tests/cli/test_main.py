@@ -120,6 +120,9 @@ def fail(error):
         (OSError(errno.EROFS, "Read-only file system"), 2, "Read-only file system, while a file was written."),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.png"), 2, "No such file or directory: a.png"),
         (RuntimeError("alloc_cpu.cpp: DefaultCPUAllocator: can't allocate memory: 512 GB"), 2, "out of memory: try"),
+        (RuntimeError("could not create a primitive"), 2, "out of memory: try"),
+        (type("_ArrayMemoryError", (MemoryError,), {})("numpy's"), 2, "out of memory: try"),
+        (RuntimeError("could not create a primitive descriptor for the sum primitive."), 1, "Traceback"),
         (
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
             2,
