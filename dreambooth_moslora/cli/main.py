@@ -26,7 +26,10 @@ from dreambooth_moslora.core.run_folder import RunDir
 
 __all__ = ["COMMANDS", "main", "train_main"]
 
-COMMANDS = ("check", "caption", "export", "evaluate", "explain", "compare", "generate", "doctor", "selftest", "info")
+COMMANDS = (
+    *("check", "caption", "export", "evaluate", "explain", "compare", "generate", "verify", "doctor", "selftest"),
+    "info",
+)
 DONE, OUR_BUG, MISTAKE = 0, 1, 2
 INSTALLED, MODULE = "dreambooth-moslora", "python -m dreambooth_moslora"
 """The two ways to start `main`."""

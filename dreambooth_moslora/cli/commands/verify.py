@@ -1,0 +1,178 @@
+"""`python -m dreambooth_moslora verify FILE --photos DIR`: train anew by a file's own recipe, and compare the files.
+
+A published file tells the settings of its run (`core.recipe`), its base's name and its trigger words, and nothing
+private. What it does not tell, such as the prompts, is taken from flags, else from --config, else guessed.
+"""
+
+import argparse
+import re
+import sys
+import tempfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dreambooth_moslora.cli.parser import add_flag
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config_files import load_settings
+from dreambooth_moslora.core.digests import file_digest
+from dreambooth_moslora.core.errors import UserError, one_line, spelled_out
+from dreambooth_moslora.core.recipe import checked_recipe
+from dreambooth_moslora.core.run_folder import PUBLISHED_NAME
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.adapters.metadata import AdapterMetadata
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "train anew by the recipe in a published file, and say whether the same file comes out"
+SAME, DIFFERENT, STOPPED = 0, 1, 130
+UNTOLD = (
+    *("pretrained_model_name_or_path", "revision", "variant", "pretrained_vae_model_name_or_path"),
+    *("instance_prompt", "token", "class_word", "caption_prefix", "caption_suffix", "caption_model"),
+    *("mask_model", "mask_prompt", "class_prompt", "prior_prompts", "class_data_dir", "init_adapter"),
+)
+"""Settings that change what is learnt, and that no file tells."""
+QUIET = {"num_validation_images": 0, "report_to": "none", "checkpointing_steps": 10**9}
+"""Of the run: no step depends on them."""
+TITLE = re.compile(r"\w[\w.-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A published file: what its header says, the run's name, and which of a run's two files it is."""
+
+    path: Path
+    facts: "AdapterMetadata"
+    recipe: dict[str, Any]
+    title: str
+    is_kohya: bool
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a published adapter of ours, in either form, or a run folder")
+    parser.add_argument("--photos", metavar="DIR", required=True, help="the photos that it was trained on")
+    about_step = "the file is of this step of its run: one in best/, or of a run that was stopped"
+    parser.add_argument("--step", type=int, metavar="N", help=about_step)
+    about_config = "take from a recipe what the file does not tell: the settings below"
+    parser.add_argument("--config", metavar="FILE", help=about_config)
+    group = parser.add_argument_group("as in training (default: from the file's words, “a photo of a sks dog”)")
+    for item in fields(TrainConfig):
+        if item.name in UNTOLD:
+            add_flag(group, item)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0 for the same weights, 1 for others, 130 when the person stops it."""
+    receipt = read_receipt(args.file)
+    if args.step is not None and args.step < 1:
+        raise UserError(f"--step {args.step}: steps count from 1.")
+    with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
+        config = config_of(args, receipt, Path(scratch) / receipt.title)
+        for line in versions_apart(receipt):
+            print(spelled_out(f"note: {line}; the weights may differ"), file=sys.stderr)
+        if not retrain(config, args.step):
+            print("stopped before it was known", file=sys.stderr)
+            return STOPPED
+        made = Path(config.output_dir) / (f"{receipt.title}.kohya.safetensors" if receipt.is_kohya else PUBLISHED_NAME)
+        return answer(receipt, made, config)
+
+
+def read_receipt(path: str) -> Receipt:
+    """Raises UserError for a file that is not published by this program, or whose recipe is not known here."""
+    from dreambooth_moslora.adapters.metadata import AdapterMetadata
+    from dreambooth_moslora.adapters.raw_file import read_tensors
+
+    file = Path(path).expanduser()
+    file = file / PUBLISHED_NAME if file.is_dir() else file
+    if not file.is_file():
+        raise UserError(f"{path}: there is no such file.")
+    tensors, header = read_tensors(file)
+    try:
+        facts = AdapterMetadata.from_json(header.get("moslora", ""))
+    except (TypeError, ValueError):
+        raise UserError(f"{path}: this program did not publish it, or the header is damaged.") from None
+    recipe, wrong = checked_recipe(facts.recipe)
+    if wrong:
+        raise UserError(f"{path}: of its recipe, some is not known here: {one_line('; '.join(wrong))}.")
+    if "seed" not in recipe or "raw_format" in tensors:
+        raise UserError(f"{path}: it holds no recipe; a file that a whole run published does.")
+    title = header.get("modelspec.title", "")
+    return Receipt(file, facts, recipe, title if TITLE.fullmatch(title) else "run", "modelspec.title" in header)
+
+
+def config_of(args: argparse.Namespace, receipt: Receipt, output_dir: Path) -> TrainConfig:
+    """The run that makes the file again. Raises UserError."""
+    facts, guessed = receipt.facts, {}
+    if facts.base_id:
+        guessed["pretrained_model_name_or_path"] = facts.base_id
+    if facts.trigger_words:
+        guessed["instance_prompt"] = f"a photo of a {facts.trigger_words[0]}"
+    if facts.class_word and receipt.recipe.get("with_prior_preservation"):
+        guessed["class_prompt"] = f"a photo of a {facts.class_word}"
+    given = {name: value for name, value in vars(args).items() if name in UNTOLD}
+    of_file = load_settings(args.config) if args.config else {}
+    told = {name: value for name, value in of_file.items() if name in UNTOLD}
+    own = {"instance_data_dir": args.photos, "output_dir": str(output_dir)}
+    settings = guessed | told | receipt.recipe | given | QUIET | own
+    for name in ("pretrained_model_name_or_path", "instance_prompt"):
+        if not settings.get(name):
+            raise UserError(f"{args.file} does not say it: give --{name}.")
+    return TrainConfig.from_dict(settings)
+
+
+def versions_apart(receipt: Receipt) -> list[str]:
+    from dreambooth_moslora.adapters.metadata import versions
+
+    there, here = receipt.facts.versions, versions()
+    names = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+    return [f"{name} {here.get(name, 'none')} here, {there.get(name, 'none')} in the file" for name in names]
+
+
+def retrain(config: TrainConfig, step: int | None) -> bool:
+    """Whether the run came to its end, or to `step`."""
+    from dreambooth_moslora.cli.progress import TerminalProgress
+    from dreambooth_moslora.cli.signals import StopRequest
+    from dreambooth_moslora.core.events import StepDone
+    from dreambooth_moslora.training.loop import train
+    from dreambooth_moslora.training.planning.checks import preflight
+    from dreambooth_moslora.training.planning.memory_plan import planned
+
+    preflight(planned(config))
+    progress, done = TerminalProgress(), [0]
+
+    def on_event(event: Any) -> None:
+        done[0] = event.step if isinstance(event, StepDone) else done[0]
+        progress(event)
+
+    with StopRequest() as stop:
+        try:
+            result = train(config, on_event, lambda: stop() or done[0] == step)
+        finally:
+            progress.close()
+    if step is not None and result.step != step and not stop():
+        raise UserError(f"--step {step}: the run has {result.step} steps.")
+    return not stop()
+
+
+def answer(receipt: Receipt, made: Path, config: TrainConfig) -> int:
+    """Print it, and return the exit code."""
+    from dreambooth_moslora.adapters.file_difference import difference_of
+
+    digest, digest_made = file_digest(receipt.path), file_digest(made)
+    if digest == digest_made:
+        print(f"equal: the same file, sha256 {digest}")
+        return SAME
+    found = difference_of(receipt.path, made)
+    if not found.count:
+        names = ", ".join(found.header) or "the order of its parts"
+        print(spelled_out(f"equal: the weights are the same, bit for bit; the header differs in {names}"))
+        return SAME
+    print(f"differs: sha256 {digest} of the file, {digest_made} of the one that training gave")
+    lines = [f"{found.count} of {found.total} tensors differ, the first: {found.first}", *versions_apart(receipt)]
+    values = {name: getattr(config, name) for name in UNTOLD}
+    taken = [f"{name} = {value!r}" for name, value in values.items() if value]
+    lines.append(f"not told by the file, and taken: {', '.join(taken)}")
+    for line in lines:
+        print(spelled_out(f"  {line}"))
+    return DIFFERENT

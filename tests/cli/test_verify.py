@@ -1,0 +1,104 @@
+"""`verify`: a run's published file comes out again of its own recipe and photos, and of nothing else."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.raw_file import read_tensors, write_file
+from dreambooth_moslora.adapters.scale_note import note_scale
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.core.events import StepDone
+from dreambooth_moslora.training.loop import train
+from tests.helpers.tiny_training import paint_photos, tiny_config
+
+WEIGHTS = {"weight": numpy.zeros((1, 1), dtype=numpy.float32)}
+PUBLISHED, KOHYA = "pytorch_lora_weights.safetensors", "dog.kohya.safetensors"
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base, tmp_path_factory):
+    """(the settings of a run that has ended, what its file does not tell as words of the command line)."""
+    folder = tmp_path_factory.mktemp("verify")
+    photos = paint_photos(folder / "photos", 2)
+    settings = {"max_train_steps": 3, "target_modules": ("to_q", "to_k"), "with_prior_preservation": True}
+    config = tiny_config(tiny_base, photos, folder / "dog", prior="adapter_off", **settings)
+    train(config)
+    untold = ["--pretrained_model_name_or_path", str(tiny_base), "--instance_prompt", "a photo of sks dog"]
+    return config, untold
+
+
+@pytest.mark.slow
+def test_a_run_and_a_stopped_one_come_out_again(trained, tmp_path, capsys):
+    config, untold = trained
+    run, photos, done = config.output_dir, config.instance_data_dir, []
+    assert main(["verify", str(run), "--photos", str(photos), *untold]) == 0
+    assert capsys.readouterr().out.startswith("equal: the same file, sha256 ")
+    train(
+        replace(config, output_dir=str(tmp_path / "dog")),
+        lambda event: done.extend([event] * isinstance(event, StepDone)),
+        lambda: len(done) == 2,
+    )
+    shutil.move(tmp_path / "dog" / KOHYA, tmp_path / "renamed.safetensors")
+    note_scale(tmp_path / "renamed.safetensors", 0.8, (0.6, 1.0))
+    command = ["verify", str(tmp_path / "renamed.safetensors"), "--photos", str(photos), *untold]
+    assert main([*command, "--step", "2"]) == 0
+    said = capsys.readouterr().out
+    assert said == "equal: the weights are the same, bit for bit; the header differs in best_scale, usable_scales\n"
+
+
+@pytest.mark.slow
+def test_other_photos_give_another_file(trained, tmp_path, capsys):
+    config, untold = trained
+    others = tmp_path / "others"
+    shutil.copytree(config.instance_data_dir, others)
+    Image.new("RGB", (72, 72), "red").save(others / "1.png")
+    tensors, header = read_tensors(Path(config.output_dir) / PUBLISHED)
+    facts = json.loads(header["moslora"])
+    facts["versions"]["torch"] = "0.0.1"
+    write_file(tmp_path / "old.safetensors", tensors, header | {"moslora": json.dumps(facts)})
+    assert main(["verify", str(tmp_path / "old.safetensors"), "--photos", str(others), *untold]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith("differs: sha256 ") and "the first: unet." in captured.out
+    assert "here, 0.0.1 in the file" in captured.out and "note: torch" in captured.err
+    assert "instance_prompt = 'a photo of sks dog'" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        (None, "there is no such file"),
+        ({}, "this program did not publish it"),
+        ({"moslora": "{}"}, "this program did not publish it"),
+        ({"moslora": AdapterMetadata(rank=4, alpha=4).to_json()}, "it holds no recipe"),
+        ({"moslora": AdapterMetadata(rank=4, alpha=4, recipe={"seed": 1, "x": 2}).to_json()}, "not known here"),
+        ({"moslora": AdapterMetadata(rank=4, alpha=4, recipe={"seed": 1}).to_json()}, "give --pretrained_model"),
+        (
+            {"moslora": AdapterMetadata(rank=4, alpha=4, recipe={"seed": 1}, base_id="toy").to_json()},
+            "give --instance_prompt",
+        ),
+        (
+            {
+                "moslora": AdapterMetadata(
+                    rank=4, alpha=4, recipe={"seed": 1}, base_id="gone", trigger_words=("sks dog",)
+                ).to_json()
+            },
+            "gone",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_verified_is_one_line(tmp_path, monkeypatch, capsys, header, says):
+    monkeypatch.chdir(tmp_path)
+    paint_photos(tmp_path / "dog", 1)
+    if header is not None:
+        save_file(WEIGHTS, "a.safetensors", metadata=header)
+    assert main(["verify", "a.safetensors", "--photos", "dog"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and says in error
+    assert header is None or load_file("a.safetensors").keys() == WEIGHTS.keys()
