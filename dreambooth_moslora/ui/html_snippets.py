@@ -6,7 +6,7 @@ from html import escape as escape_html
 
 import PIL.Image
 
-__all__ = ["escape", "facts_table", "faint", "notice", "progress_card", "thumbnail"]
+__all__ = ["escape", "facts_table", "faint", "notice", "progress_card", "remarks_card", "thumbnail"]
 
 THUMBNAIL_PX = 384
 
@@ -40,6 +40,14 @@ def notice(text: str, kind: str = "info") -> str:
 def faint(text: str) -> str:
     """A small remark."""
     return f'<div class="faint">{escape(text)}</div>'
+
+
+def remarks_card(lines: list[str], title: str = "") -> str:
+    """A list under a title; "" of nothing."""
+    heading = f"<b>{escape(title)}</b>" if title else ""
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    listed = f'<ul class="remarks">{items}</ul>' if items else ""
+    return f'<div class="card">{heading}{listed}</div>' if title or lines else ""
 
 
 def facts_table(facts: list[tuple[str, str]]) -> str:

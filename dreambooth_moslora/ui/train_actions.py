@@ -4,7 +4,6 @@ import math
 import os
 import shutil
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from dreambooth_moslora.training.results.explain import closing_advice
 from dreambooth_moslora.training.results.figures import figures_from, known_config
 from dreambooth_moslora.ui.app_state import AppContext, sentence
 from dreambooth_moslora.ui.generate_actions import format_seconds
-from dreambooth_moslora.ui.html_snippets import faint, notice, progress_card
+from dreambooth_moslora.ui.html_snippets import faint, notice, progress_card, remarks_card
 from dreambooth_moslora.ui.photo_uploads import ONE_AT_A_TIME, take_photos
 from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train_form import TrainForm, crop_config, prompts_of
@@ -80,10 +79,7 @@ def review_kept(ctx: AppContext, visitor: Visitor, remarks: tuple[str, ...] = ()
     lines += [f"photo {i}: {', '.join(photo.reasons)}" for i, photo in enumerate(report.photos, 1) if photo.reasons]
     each = config.crops_per_photo
     how = "shown as they will be cropped" if each == 1 else f"each shown by the first of its {each} crops"
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    listed = f'<ul class="remarks">{items}</ul>' if items else ""
-    words = f"{len(crops)} photo{'s' * (len(crops) != 1)}, {how}."
-    return PhotoReview(crops, f'<div class="card"><b>{words}</b>{listed}</div>')
+    return PhotoReview(crops, remarks_card(lines, f"{len(crops)} photo{'s' * (len(crops) != 1)}, {how}."))
 
 
 def first_crop(photo: "Photo", number: int, config: "TrainConfig") -> PIL.Image.Image:
@@ -97,8 +93,11 @@ def first_crop(photo: "Photo", number: int, config: "TrainConfig") -> PIL.Image.
     return apply_crop(masked(open_rgb(photo), open_mask(photo)), plan, config.image_interpolation_mode)
 
 
-def start_run(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> Job:
-    """Check everything, move the photos into a new run folder, start the process."""
+def start_run(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> tuple[Job, str]:
+    """Check everything, move the photos into a new run folder, start the process.
+
+    Returns the run, and what was chosen for it as HTML.
+    """
     from dreambooth_moslora.core.config import TrainConfig
 
     photos = visitor.photos_dir
@@ -108,7 +107,8 @@ def start_run(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) ->
     if jobs.current():
         raise UserError("another run is going on; one run at a time")
     run_dir = free_run_dir(jobs, form)
-    config = TrainConfig.from_dict(form.config(ctx.base_name, ctx.resolution_px, run_dir / "photos", run_dir))
+    choices = form.choices(ctx.base_name, ctx.resolution_px, photos, run_dir)
+    config = TrainConfig.from_dict(choices.all | {"instance_data_dir": str(run_dir / "photos")})
     try:
         run_dir.mkdir(parents=True)
     except FileExistsError as error:
@@ -117,10 +117,11 @@ def start_run(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) ->
         with ONE_AT_A_TIME:
             shutil.copytree(photos, run_dir / "photos")
         form.write_captions(run_dir / "photos")
-        return jobs.start(run_dir.name, config.to_dict(), visitor.id)
+        job = jobs.start(run_dir.name, config.to_dict(), visitor.id)
     except BaseException:  # also when somebody was faster: photos that nobody trains would keep the name taken
         shutil.rmtree(run_dir, ignore_errors=True)
         raise
+    return job, remarks_card([words for words, _ in choices.said], "Chosen; “More settings” changes it.")
 
 
 def free_run_dir(jobs: Jobs, form: TrainForm) -> Path:

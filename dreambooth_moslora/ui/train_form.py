@@ -1,48 +1,37 @@
-"""The training form as a value: few words and numbers, to a TrainConfig."""
+"""The training form as a value: few words and numbers, to the settings that `train FOLDER WORD` would choose."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dreambooth_moslora.base.locate import SMALL_BASE_PX, TOY
 from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.config_files import load_settings
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.generation.params import check_characters
+from dreambooth_moslora.training.planning.choices import (
+    TOKEN,
+    Choices,
+    choose_recipe,
+    choose_scores,
+    choose_steps,
+    choose_words,
+    encoders_are_here,
+    recipe_settings,
+)
 from dreambooth_moslora.ui.photo_uploads import kept_photos
-from dreambooth_moslora.ui.training.memory_choice import memory_choice
+from dreambooth_moslora.ui.training.memory_choice import free_gib
 
-__all__ = ["PRESETS", "Preset", "TrainForm", "crop_config", "preset_for", "prompts_of"]
+if TYPE_CHECKING:
+    from dreambooth_moslora.photos.photo import Photo
+
+__all__ = ["MEMORY_WORDS", "PRESETS", "PRIORS", "TrainForm", "crop_config", "prompts_of"]
 
 MAX_WORD_CHARACTERS = 60
-QUICK_START = TOY.parent / "configs" / "quickstart.toml"
-LIKE_QUICK_START = (
-    *("random_flip", "crops_per_photo", "crop_zoom"),
-    *("target_modules", "train_batch_size", "lr_scheduler", "prior_loss_weight", "prior_prompts"),
-)
-"""What a run on the embedded base takes from the quick start."""
-TOY_DINO = TOY.parent / "toy-dino"
-
-
-@dataclass(frozen=True)
-class Preset:
-    steps: int
-    rank: int
-    learning_rate: float
-
-
-PRESETS = {
-    "quick": (Preset(150, 16, 2.5e-3), Preset(400, 8, 2e-4)),
-    "standard": (Preset(300, 16, 2.5e-3), Preset(800, 16, 1e-4)),
-    "thorough": (Preset(800, 16, 1.5e-3), Preset(1500, 32, 1e-4)),
-}
-"""Name -> (for a small base, for SDXL)."""
-
-
-def preset_for(name: str, resolution_px: int) -> Preset:
-    if name not in PRESETS:
-        raise UserError(f"there is no preset {name!r:.30}; choose {', '.join(PRESETS)}")
-    return PRESETS[name][resolution_px > SMALL_BASE_PX]
+PRESETS = {"quick": 0.5, "standard": 1.0, "thorough": 2.0}
+"""Name -> how often each photo is shown, as a multiple of what the recipe says."""
+MEMORY_WORDS = ("auto", "full", "recompute", "nf4")
+PRIORS = ("adapter_off", "class_images")
 
 
 def prompts_of(token: str, class_word: str) -> tuple[str, str]:
@@ -59,53 +48,77 @@ def prompts_of(token: str, class_word: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class TrainForm:
-    """Names of the fields are the API's argument names. 0 in a number means: as the preset says."""
+    """Names of the fields are the API's argument names. 0 in a number, and None, mean: as the recipe has it."""
 
     token: str
     class_word: str
     run_name: str = ""
     preset: str = "standard"
-    prior_preservation: bool = False
+    prior_preservation: bool = True
     captions: str = ""
     rank: int = 0
     learning_rate: float = 0.0
     steps: int = 0
     mixer: str = "orthogonal"
     seed: int = 0
-    make_masks: bool = False
+    make_masks: bool | None = None
+    memory: str = "auto"
+    prior: str = "adapter_off"
+    prior_weight: float = 0.0
+    unmasked_weight: float = 0.2
+    scores: bool | None = None
+
+    def choices(self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path) -> Choices:
+        """What the command would choose for these photos and this word. Raises UserError for what makes no sense."""
+        given = self.given(base, resolution_px, photos_dir, run_dir)
+        share, wants_scores = PRESETS[_one_of(PRESETS, self.preset, "preset")], _switch(self.scores, "scores")
+        is_usual = wants_scores == encoders_are_here(base)
+        choices = Choices(given)
+        exposures = choose_recipe(choices, free_for(base))
+        choose_words(choices, " ".join(str(self.class_word).split()))
+        photos = usable_photos(photos_dir, resolution_px)
+        choose_steps(choices, round(share * exposures), photos)
+        choose_scores(choices, len(photos), None if is_usual else wants_scores)
+        return choices
 
     def config(self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path) -> dict[str, Any]:
-        """Values for TrainConfig under its own names; raises UserError for what makes no sense."""
-        instance_prompt, class_prompt = prompts_of(self.token, self.class_word)
+        """All settings, for TrainConfig."""
+        return self.choices(base, resolution_px, photos_dir, run_dir).all
+
+    def given(self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path) -> dict[str, Any]:
+        """What the form itself says, under the names of TrainConfig. Raises UserError."""
+        prompts_of(self.token, self.class_word)
         check_characters(str(self.captions or ""), "a caption")
-        preset = preset_for(self.preset, resolution_px)
-        steps = _whole(self.steps, "steps", 100_000) or preset.steps
-        prior = {"class_prompt": class_prompt, "with_prior_preservation": True, "prior": "adapter_off"}
-        own = toy_settings(steps, self.prior_preservation) if base == "toy" else {}
-        values = {
+        token, makes_masks = " ".join(str(self.token).split()), _switch(self.make_masks, "make_masks")
+        is_usual = makes_masks in (None, is_toy(base))
+        memory = _one_of(MEMORY_WORDS, self.memory, "memory")
+        numbers = {
+            "token": token if token != TOKEN else "",
+            "rank": _whole(self.rank, "rank", 256),
+            "learning_rate": _number(self.learning_rate, "learning rate", 10),
+            "max_train_steps": _whole(self.steps, "steps", 100_000),
+            "memory": "" if is_toy(base) else memory,
+            "masks": "" if is_usual else "auto" if makes_masks else "given",
+        }
+        return {
             "pretrained_model_name_or_path": base,
+            "variant": None,  # the files that the page itself has loaded
             "instance_data_dir": str(photos_dir),
             "output_dir": str(run_dir),
-            "instance_prompt": instance_prompt,
-            "validation_prompt": instance_prompt,
-            "num_validation_images": 2,
             "resolution": resolution_px,
-            "rank": _whole(self.rank, "rank", 256) or preset.rank,
-            "learning_rate": _positive(self.learning_rate, "learning rate") or preset.learning_rate,
-            "max_train_steps": steps,
-            "train_batch_size": 1,
-            "lr_warmup_steps": 0,
             "mixer": self.mixer,
             "seed": _whole(self.seed, "seed", 2**32 - 1),
-            "masks": "auto" if self.make_masks else "given",
-            "validation_steps": max(1, steps // 5),
-            "checkpointing_steps": max(1, steps // 5),
-            "checkpoints_total_limit": 6,
-            **own,
-            **(prior if self.prior_preservation else {}),
+            "unmasked_weight": _number(self.unmasked_weight, "weight outside the mask", 1),
+            **{name: value for name, value in numbers.items() if value},
+            **self.prior_given(),
         }
-        is_small = resolution_px <= SMALL_BASE_PX
-        return values if is_small else values | memory_choice(TrainConfig.from_dict(values))
+
+    def prior_given(self) -> dict[str, Any]:
+        prior = _one_of(PRIORS, self.prior, "prior")
+        weight = _number(self.prior_weight, "prior weight", 100)
+        if not self.prior_preservation:
+            return {"with_prior_preservation": False}
+        return ({"prior": prior} if prior != PRIORS[0] else {}) | ({"prior_loss_weight": weight} if weight else {})
 
     def write_captions(self, photos_dir: Path) -> None:
         """One line for each photo, in their order, becomes the text file beside it; empty lines are left out."""
@@ -114,27 +127,31 @@ class TrainForm:
                 photo.with_suffix(".txt").write_text(line.strip(), encoding="utf-8")
 
 
+def free_for(base: str) -> float | None:
+    """GiB that decide the recipe: of the GPU; none are asked for by the embedded base."""
+    return None if is_toy(base) else free_gib()
+
+
+def usable_photos(photos_dir: Path, resolution_px: int) -> list["Photo"]:
+    from dreambooth_moslora.photos.folder import find_photos
+
+    photos = find_photos(photos_dir, "", resolution_px).photos
+    if not photos:
+        raise UserError("none of the photos can be used; what is wrong with each stands below them")
+    return photos
+
+
 def crop_config(base: str, resolution_px: int, photos_dir: Path, seed: Any = 0) -> TrainConfig:
-    """What decides the crops of a run from this form, as `TrainForm.config` has it; the words are not asked for."""
-    own = toy_settings(1, prior_preservation=False) if base == "toy" else {}
-    return TrainConfig.from_dict(
-        {
-            "pretrained_model_name_or_path": base,
-            "instance_data_dir": str(photos_dir),
-            "instance_prompt": "a photo",
-            "resolution": resolution_px,
-            "seed": _whole(seed, "seed", 2**32 - 1),
-            **own,
-        }
-    )
-
-
-def toy_settings(steps: int, prior_preservation: bool) -> dict[str, Any]:
-    """The quick start's way of learning on the embedded base, and scores along it."""
-    quick = load_settings(QUICK_START)
-    names = [name for name in LIKE_QUICK_START if prior_preservation or not name.startswith("prior")]
-    scored = {"evaluate_steps": max(1, steps // 5)} if TOY_DINO.is_dir() else {}
-    return {name: quick[name] for name in names} | scored
+    """What decides the crops of a run from this form, as `TrainForm.choices` has it; the words are not asked for."""
+    _, recipe = recipe_settings(base, free_for(base))
+    own = {
+        "pretrained_model_name_or_path": base,
+        "instance_data_dir": str(photos_dir),
+        "instance_prompt": "a photo",
+        "resolution": resolution_px,
+        "seed": _whole(seed, "seed", 2**32 - 1),
+    }
+    return TrainConfig.from_dict(recipe | own)
 
 
 def _whole(value: Any, name: str, limit: int) -> int:
@@ -145,8 +162,20 @@ def _whole(value: Any, name: str, limit: int) -> int:
     return int(value)
 
 
-def _positive(value: Any, name: str) -> float:
+def _number(value: Any, name: str, limit: float) -> float:
     value = 0.0 if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 10:
-        raise UserError(f"the {name} must be a number from 0 to 10, not {value!r:.30}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= limit:
+        raise UserError(f"the {name} must be a number from 0 to {limit}, not {value!r:.30}")
     return float(value)
+
+
+def _switch(value: Any, name: str) -> bool | None:
+    if value not in (True, False, None):
+        raise UserError(f"{name} must be true or false, not {value!r:.30}")
+    return value
+
+
+def _one_of(names: Collection[str], value: Any, kind: str) -> str:
+    if not isinstance(value, str) or value not in names:
+        raise UserError(f"there is no {kind} {value!r:.30}; choose {', '.join(names)}")
+    return value

@@ -1,4 +1,4 @@
-"""The Train tab: photos, words, run, watch. The run is the server's; the page only looks at it."""
+"""The Train tab: photos, a word, a button, watch. The run is the server's; the page only looks at it."""
 
 import gradio as gr
 
@@ -28,7 +28,7 @@ TAKING_PHOTOS = {"concurrency_limit": 4}
 def build_train_tab(ctx: AppContext, jobs: Jobs, page: gr.Blocks, tabs: gr.Tabs, generate: GenerateTab) -> None:
     with gr.Row(elem_id="train", equal_height=False):
         with gr.Column(elem_id="train_form", min_width=280):
-            fields, parts = train_widgets()
+            fields, parts = train_widgets(ctx.base_name)
         with gr.Column(elem_id="train_watch", min_width=280):
             parts |= watch_widgets()
     _connect_photos(ctx, page, parts, fields["seed"])
@@ -87,10 +87,9 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
     @as_gradio_error
     def train(photos: list[str] | None, request: gr.Request, **values) -> tuple:
         visitor = with_photos(photos, request)
-        job = start_run(ctx, jobs, TrainForm(**values), visitor)
-        return gr.Dropdown(choices=run_names(jobs, visitor.id), value=job.name), notice(
-            f"The run {job.name} is starting."
-        )
+        job, chosen = start_run(ctx, jobs, TrainForm(**values), visitor)
+        names = gr.Dropdown(choices=run_names(jobs, visitor.id), value=job.name)
+        return names, notice(f"The run {job.name} is starting."), chosen
 
     @as_gradio_error
     def estimate(photos: list[str] | None, request: gr.Request, **values) -> str:
@@ -106,7 +105,9 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
         parts["prompts"],
         **AT_ONCE,
     )
-    started = [parts["run"], parts["status"]]
+    chosen = gr.State("")  # what a program does not see: `/train` answers with two values
+    started = [parts["run"], parts["status"], chosen]
+    chosen.change(lambda card: card, chosen, parts["cost"], **AT_ONCE)
     parts["start"].click(train, inputs_kwargs=inputs, outputs=started, api_name="train", **TAKING_PHOTOS)
     parts["estimate"].click(estimate, inputs_kwargs=inputs, outputs=parts["cost"], api_name="estimate", **TAKING_PHOTOS)
 

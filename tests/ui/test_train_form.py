@@ -1,7 +1,6 @@
 """The page's training form: the config that it makes, the photos and captions that it takes."""
 
 import random
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,28 +20,61 @@ from dreambooth_moslora.ui.photo_uploads import take_photos
 from dreambooth_moslora.ui.train_actions import (
     review_photos,
 )
-from dreambooth_moslora.ui.train_form import QUICK_START, TrainForm, prompts_of
+from dreambooth_moslora.ui.train_form import TrainForm, prompts_of
 from tests.ui.test_handlers import visitor
 
 
-def test_the_training_form_makes_a_config_the_trainer_accepts(tmp_path):
-    form = TrainForm("sks", "dog", prior_preservation=True, captions="one\n\nthree")
-    config = TrainConfig.from_dict(form.config("toy", 128, tmp_path / "photos", tmp_path / "run"))
+@pytest.fixture
+def photos(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in (1, 2):
+        PIL.Image.effect_noise((128, 128), 80).convert("RGB").save(tmp_path / "photos" / f"photo_0{number}.png")
+    return tmp_path / "photos"
+
+
+def config_of(photos, base: str = "toy", **form) -> TrainConfig:
+    form = TrainForm("sks", "dog", **form)
+    return TrainConfig.from_dict(form.config(base, 128, photos, photos.parent / "run"))
+
+
+def test_the_form_alone_begins_with_the_recipe(photos):
+    config, toy = config_of(photos), load_settings("assets/configs/toy.toml")
     assert (config.instance_prompt, config.class_prompt) == ("a photo of a sks dog", "a photo of a dog")
-    assert config.with_prior_preservation and config.resolution == 128 and config.max_train_steps == 300
-    quick = load_settings(QUICK_START)
-    assert config.target_modules == tuple(quick["target_modules"]) and config.rank == quick["rank"]
-    assert config.prior_prompts == tuple(quick["prior_prompts"]) and config.learning_rate == quick["learning_rate"]
-    plain = replace(form, prior_preservation=False).config("toy", 128, tmp_path / "photos", tmp_path / "run")
-    assert not any(name.startswith("prior") for name in plain) and plain["target_modules"] == quick["target_modules"]
-    big = TrainForm("sks", "dog", preset="quick", steps=7, rank=3).config("hub/id", 1024, tmp_path, tmp_path)
-    assert (big["max_train_steps"], big["rank"], big["checkpointing_steps"]) == (7, 3, 1)
+    for name in ("target_modules", "prior_prompts", "rank", "learning_rate", "crops_per_photo", "prior_loss_weight"):
+        assert getattr(config, name) == (tuple(toy[name]) if isinstance(toy[name], list) else toy[name]), name
+    assert (config.exposures_per_photo, config.max_train_steps, config.masks) == (384, None, "auto")
 
 
-def test_masks_are_made_where_the_form_says_so(tmp_path):
-    for make_masks, masks in ((True, "auto"), (False, "given")):
-        form = TrainForm("sks", "dog", make_masks=make_masks)
-        assert TrainConfig.from_dict(form.config("toy", 128, tmp_path / "photos", tmp_path)).masks == masks
+def test_each_setting_of_the_form_arrives_in_the_config(photos):
+    form = {"steps": 7, "rank": 3, "learning_rate": 0.5, "mixer": "none", "seed": 9, "unmasked_weight": 0}
+    config = config_of(photos, **form)
+    assert (config.max_train_steps, config.exposures_per_photo, config.evaluate_steps) == (7, None, 1)
+    assert (config.rank, config.learning_rate, config.mixer, config.seed, config.unmasked_weight) == (
+        3,
+        0.5,
+        "none",
+        9,
+        0,
+    )
+    for preset, exposures in (("quick", 192), ("thorough", 768)):
+        assert config_of(photos, preset=preset).exposures_per_photo == exposures
+    held = config_of(photos, prior="class_images", prior_weight=4)
+    assert (held.with_prior_preservation, held.prior, held.prior_loss_weight) == (True, "class_images", 4)
+    free = config_of(photos, prior_preservation=False, prior="class_images", prior_weight=4)
+    assert (free.with_prior_preservation, free.class_prompt, free.prior_prompts) == (False, None, ())
+    assert config_of(photos).token is None
+
+
+@pytest.mark.parametrize("base, usual", [("toy", True), ("owner/sdxl", False)])
+def test_masks_and_scores_are_chosen_by_the_base_unless_the_form_says_so(photos, monkeypatch, base, usual):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(photos.parent))
+    for value in (None, True, False):
+        config = config_of(photos, base, make_masks=value, scores=value)
+        wanted = usual if value is None else value
+        assert (config.masks == "auto", bool(config.evaluate_steps), config.find_scale) == (wanted,) * 3
+        said = dict(TrainForm("sks", "dog", make_masks=value, scores=value).choices(base, 128, photos, photos).said)
+        reasons = {words.partition(":")[0] for words in said}
+        assert ("masks" in reasons) == (wanted == usual) and ("scores" in reasons) == (wanted or not usual)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +87,15 @@ def test_masks_are_made_where_the_form_says_so(tmp_path):
         (TrainForm("sks", "dog", steps=-1), "steps"),
         (TrainForm("sks", "dog", learning_rate=11), "learning rate"),
         (TrainForm("sks", "dog", rank=1.5), "rank"),
+        (TrainForm("sks", "dog", memory="little"), "there is no memory 'little'"),
+        (TrainForm("sks", "dog", memory=None), "there is no memory None"),
+        (TrainForm("sks", "dog", prior=["x"]), "there is no prior"),
+        (TrainForm("sks", "dog", prior_weight=101), "prior weight"),
+        (TrainForm("sks", "dog", unmasked_weight=1.01), "weight outside the mask"),
+        (TrainForm("sks", "dog", unmasked_weight=float("nan")), "weight outside the mask"),
+        (TrainForm("sks", "dog", scores="yes"), "scores must be true or false"),
+        (TrainForm("sks", "dog", make_masks=[]), "make_masks must be true or false"),
+        (TrainForm("sks", "dog"), "none of the photos can be used"),
     ],
 )
 def test_a_form_that_makes_no_sense_is_refused_in_words(form, word, tmp_path):
@@ -125,4 +166,4 @@ def test_the_crops_shown_are_those_of_the_very_run(tmp_path, base, seed):
     assert np.array_equal(shown, np.asarray(apply_crop(open_rgb(photo), plan)))
     centre = plan_crop(photo.size_px, (128, 128), random.Random(0), center_crop=True)
     assert not np.array_equal(shown, np.asarray(apply_crop(open_rgb(photo), centre)))
-    assert ("first of its 8 crops" in found.remarks) == (base == "toy")
+    assert ("first of its 12 crops" in found.remarks) == (base == "toy")

@@ -163,13 +163,16 @@ def steps_of(choices: Choices, photo_count: int) -> int:
     return plan_steps(config, photo_count, int(os.environ.get("WORLD_SIZE", "1"))).total_steps
 
 
-def choose_scores(choices: Choices, photo_count: int) -> None:
-    """The embedded base has its own encoders; SDXL's are used where they are, as nobody asked for a download."""
-    if encoders_are_here(choices.all["pretrained_model_name_or_path"]):
+def choose_scores(choices: Choices, photo_count: int, is_wanted: bool | None = None) -> None:
+    """The embedded base has its own encoders; SDXL's are used where they are, as nobody asked for a download.
+
+    `is_wanted`: somebody did, or wants no scores.
+    """
+    if encoders_are_here(choices.all["pretrained_model_name_or_path"]) if is_wanted is None else is_wanted:
         every = max(1, steps_of(choices, photo_count) // 4)
         line = f"scores: every {every} steps, the best in best/, and the best scale at the end"
         choices.add(line, "evaluate_steps", "no_find_scale", evaluate_steps=every, find_scale=True)
-    elif not choices.given.get("evaluate_steps"):
+    elif is_wanted is None and not choices.given.get("evaluate_steps"):
         choices.say("scores: none, as they take CLIP and DINOv2 from the hub", "evaluate_steps", "find_scale")
 
 

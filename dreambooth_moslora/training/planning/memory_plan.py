@@ -38,8 +38,10 @@ AMPERE = 8
 """The first compute capability whose convolutions and matrix products know bf16."""
 
 
-def planned(config: TrainConfig) -> TrainConfig:
+def planned(config: TrainConfig, free_gib: float | None = None) -> TrainConfig:
     """`config` with the settings of its `--memory`; itself where none is asked for.
+
+    `free_gib` of the GPU, where another process than this one will train.
 
     A run that goes on keeps what it began with: another plan would end with other bytes. Raises UserError for a
     base that is not there.
@@ -48,7 +50,7 @@ def planned(config: TrainConfig) -> TrainConfig:
         return config
     if config.resume_from_checkpoint and (before := settings_before(config)):
         return replace(config, **before)
-    free = free_gib_of_gpu()
+    free = free_gib_of_gpu() if free_gib is None else free_gib
     config = in_half_precision(config) if free is not None else config
     size = size_of_base(base_folder(config), config.target_modules, config.variant)
     name = config.memory if config.memory != "auto" else fitting(config, size, free)

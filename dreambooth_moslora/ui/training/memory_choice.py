@@ -1,42 +1,25 @@
-"""Precision and gradient checkpointing of the page's runs, chosen by the GPU that they will run on."""
+"""What a GPU of this machine has free for a run of the page, and what is said of it."""
 
-from dataclasses import replace
-from typing import Any
-
-from dreambooth_moslora.base.locate import base_folder
 from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.training.planning.estimate import GIB, Estimate, estimate, size_of_base
-from dreambooth_moslora.training.planning.memory_plan import USABLE, half_precision
+from dreambooth_moslora.training.planning.estimate import GIB, Estimate
 
-__all__ = ["choice_lines", "memory_choice"]
+__all__ = ["card_lines", "free_gib"]
 
 
-def memory_choice(config: TrainConfig) -> dict[str, Any]:
-    """The settings that let `config` train on this machine's GPU; none where there is no GPU.
+def card_lines(config: TrainConfig, cost: Estimate) -> list[str]:
+    """On what the run will train and how, for the cost estimate; `config` with its memory plan."""
+    import torch
 
-    Half precision always, as fp32 is slower and larger; gradient checkpointing where the estimate needs it.
-    """
     free = free_gib()
     if free is None:
-        return {}
-    precision = half_precision()
-    size = size_of_base(base_folder(config), config.target_modules, config.variant)
-    cost = estimate(replace(config, mixed_precision=precision), size, config.max_train_steps or 1, 1)
-    is_short = cost.training_gib > USABLE * free
-    return {"mixed_precision": precision, "gradient_checkpointing": is_short}
-
-
-def choice_lines(config: TrainConfig, cost: Estimate) -> list[str]:
-    """What was chosen and why, for the cost estimate; nothing where nothing was chosen."""
-    free = free_gib() if config.mixed_precision else None
-    if free is None:
-        return []
-    recomputed = "with" if config.gradient_checkpointing else "without"
-    line = f"GPU: {free:.1f} GiB free for this run, so it trains in {config.mixed_precision}"
-    lines = [f"{line}, {recomputed} gradient checkpointing"]
-    if cost.peak_gib > free:
-        lines.append("the GPU may have too little memory even so")
-    return lines
+        return ["GPU: none is here, so it trains on the CPU"]
+    line = f"GPU: {torch.cuda.get_device_name()}, {free:.1f} GiB free for this run"
+    if config.mixed_precision:
+        recomputed = "with" if config.gradient_checkpointing else "without"
+        line += f", so it trains in {config.mixed_precision}, {recomputed} gradient checkpointing"
+    if config.base_quantization != "none":
+        line += f", the base in {config.base_quantization}"
+    return [line, *(["the GPU may have too little memory even so"] if cost.peak_gib > free else [])]
 
 
 def free_gib() -> float | None:
