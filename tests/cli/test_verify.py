@@ -13,7 +13,9 @@ from safetensors.numpy import load_file, save_file
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.raw_file import read_tensors, write_file
 from dreambooth_moslora.adapters.scale_note import note_scale
+from dreambooth_moslora.cli.commands import verify
 from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.cli.parser import Parser
 from dreambooth_moslora.core.events import StepDone
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
@@ -68,6 +70,28 @@ def test_other_photos_give_another_file(trained, tmp_path, capsys):
     assert captured.out.startswith("differs: sha256 ") and "the first: unet." in captured.out
     assert "here, 0.0.1 in the file" in captured.out and "note: torch" in captured.err
     assert "instance_prompt = 'a photo of sks dog'" in captured.out
+
+
+def test_words_come_from_flags_then_from_a_recipe_of_the_same_subject_then_from_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = {"base_id": "toy", "trigger_words": ("sks dog",), "class_word": "dog"}
+    recipe = {"seed": 1, "rank": 8, "with_prior_preservation": True}
+    save_file(WEIGHTS, "a.safetensors", metadata={"moslora": AdapterMetadata(4, 4, recipe=recipe, **words).to_json()})
+    cat = 'instance_prompt = "a sks cat"\nclass_prompt = "a cat"\nprior_prompts = ["a cup, red"]\nrank = 2\n'
+    Path("cat.toml").write_text(cat)
+    Path("dog.toml").write_text(cat.replace("cat", "dog"))
+
+    def config(*flags: str):
+        parser = Parser()
+        verify.add_arguments(parser)
+        args = parser.parse_args(["a.safetensors", "--photos", "photos", *flags])
+        return verify.config_of(args, verify.read_receipt(args.file), tmp_path / "run")
+
+    alone, cats, dogs = config(), config("--config", "cat.toml"), config("--config", "dog.toml")
+    assert (alone.instance_prompt, alone.class_prompt, alone.rank) == ("a photo of a sks dog", "a photo of a dog", 8)
+    assert cats == replace(alone, prior_prompts=("a cup, red",))
+    assert dogs == replace(cats, instance_prompt="a sks dog", class_prompt="a dog")
+    assert config("--config", "dog.toml", "--instance_prompt", "my sks dog").instance_prompt == "my sks dog"
 
 
 @pytest.mark.parametrize(

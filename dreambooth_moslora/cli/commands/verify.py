@@ -33,6 +33,8 @@ UNTOLD = (
     *("mask_model", "mask_prompt", "class_prompt", "prior_prompts", "class_data_dir", "init_adapter"),
 )
 """Settings that change what is learnt, and that no file tells."""
+WORDS = ("instance_prompt", "class_prompt", "token", "class_word")
+"""Of a --config file: not taken where they are another subject's."""
 QUIET = {"num_validation_images": 0, "report_to": "none", "checkpointing_steps": 10**9}
 """Of the run: no step depends on them."""
 TITLE = re.compile(r"\w[\w.-]{0,99}")
@@ -113,6 +115,8 @@ def config_of(args: argparse.Namespace, receipt: Receipt, output_dir: Path) -> T
     given = {name: value for name, value in vars(args).items() if name in UNTOLD}
     of_file = load_settings(args.config) if args.config else {}
     told = {name: value for name, value in of_file.items() if name in UNTOLD}
+    if not all(words in str(told.get("instance_prompt")) for words in facts.trigger_words):
+        told = {name: value for name, value in told.items() if name not in WORDS}
     own = {"instance_data_dir": args.photos, "output_dir": str(output_dir)}
     settings = guessed | told | receipt.recipe | given | QUIET | own
     for name in ("pretrained_model_name_or_path", "instance_prompt"):
