@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_step                                  # full-size SDXL, bf16, 1024 px, batch 1
     python -m benchmarks.gpu_step --arms ours peft --batch 2 --checkpointing
-    python -m benchmarks.gpu_step --arms ours compiled channels_last nf4
+    python -m benchmarks.gpu_step --arms ours compiled benchmarked nf4
     python -m benchmarks.gpu_step --size small --resolution 64     # on a CPU: does it run at all
 
 One line of JSON for each arm, one after the other in this process. `host_sec` is how long the program takes
@@ -19,7 +19,6 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from torch import nn
 
 from benchmarks.meta_count import GIB
 
@@ -29,8 +28,7 @@ ARMS = {
     "floor": "the frozen UNet's forward and the gradient to its input",
     "ours": "the trainer's own step",
     "peft": "the same, by PEFT's own layers",
-    "compiled": "ours, each transformer block compiled",
-    "channels_last": "ours, convolutions in NHWC",
+    "compiled": "ours, with --compile on",
     "benchmarked": "ours, with cuDNN's own search for algorithms",
     "nf4": "ours, the base in 4 bit",
 }
@@ -146,13 +144,10 @@ def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable
     if arm == "nf4":
         quantize(unet, "nf4", torch.bfloat16, accelerator.device)
     unet.to(accelerator.device)
-    if arm == "channels_last":
-        unet.to(memory_format=torch.channels_last)
-    train_step = TrainStep(run_config(options), materials, accelerator, max_train_steps=1000)
+    config = run_config(options, "on" if arm == "compiled" else "off")
+    train_step = TrainStep(config, materials, accelerator, max_train_steps=WARM_UP + options.steps)
     if arm == "peft":
         disable_fast_path(unet)
-    if arm == "compiled":
-        compile_blocks(unet)
 
     def step() -> None:
         train_step.accumulate_gradients()
@@ -161,7 +156,7 @@ def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable
     return step
 
 
-def run_config(options: argparse.Namespace):
+def run_config(options: argparse.Namespace, compiled: str):
     from dreambooth_moslora.core.config import TrainConfig
 
     prior = {"with_prior_preservation": True, "prior": "adapter_off", "class_prompt": "a photo of a dog"}
@@ -174,16 +169,9 @@ def run_config(options: argparse.Namespace):
         gradient_checkpointing=options.checkpointing,
         mixed_precision="bf16",
         seed=0,
+        compile=compiled,
         **(prior if options.prior else {}),
     )
-
-
-def compile_blocks(unet: nn.Module) -> None:
-    from diffusers.models.attention import BasicTransformerBlock
-
-    for block in unet.modules():
-        if isinstance(block, BasicTransformerBlock):
-            block.compile(fullgraph=True, dynamic=False)
 
 
 if __name__ == "__main__":

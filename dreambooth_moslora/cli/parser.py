@@ -101,6 +101,8 @@ FOREIGN_FLAGS = {
     "cache_text_encoder_outputs": "text embeddings are always computed once; leave it out",
     "prior_loss_weights": "use --prior_loss_weight",
     "xformers": "PyTorch's own memory-efficient attention is used; leave it out",
+    "torch_compile": "use --compile on",
+    "dynamo_backend": "use --compile on",
     "sdpa": "PyTorch's own memory-efficient attention is used; leave it out",
     "v_parameterization": "read from the base's scheduler; leave it out",
     "max_data_loader_n_workers": "use --dataloader_num_workers",

@@ -227,6 +227,10 @@ class TrainConfig:
     )  # fmt: skip
     dataloader_num_workers: int = of_memory(0, "processes that read photos when nothing is cached", low=0, high=1024)
     allow_tf32: bool = of_memory(False, "faster, less exact fp32 products on Nvidia GPUs")
+    compile: str = of_memory(
+        "auto", "compile the UNet's transformer blocks (torch.compile): auto on a GPU where the run is long enough",
+        choices=("auto", "on", "off"),
+    )  # fmt: skip
     enable_xformers_memory_efficient_attention: bool = of_memory(False, "accepted: PyTorch's own attention is used")
     local_rank: int = of_memory(-1, "set by the launcher of several processes")
 

@@ -9,7 +9,8 @@ Adapters are fp32; the frozen base computes in its own dtype, with copies of the
 import logging
 import math
 import re
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from dreambooth_moslora.core.seeding import generator, rng, seed_of
 from dreambooth_moslora.core.targets import is_target
 from dreambooth_moslora.training.averages import Average, MovingAverage, lent
 from dreambooth_moslora.training.checkpoint import load_adapter, restore_optimizer, restore_weights
+from dreambooth_moslora.training.compiled_blocks import CompiledBlocks
 from dreambooth_moslora.training.inputs.dataset import TrainBatch, move_together
 from dreambooth_moslora.training.objective import (
     LossParts,
@@ -53,6 +55,7 @@ from dreambooth_moslora.training.objective import (
 )
 from dreambooth_moslora.training.optimizer import make_lr_schedule, make_optimizer, parameter_groups
 from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha
+from dreambooth_moslora.training.planning.speed import Speed, speed_of
 from dreambooth_moslora.training.prepare import TrainInputs
 
 __all__ = ["TrainStep", "StepLosses", "add_adapters"]
@@ -84,7 +87,12 @@ class TrainStep:
         step: int = 0,
     ):
         self.config, self.inputs, self.accelerator, self.step = config, inputs, accelerator, step
+        speed = speed_of(config, accelerator.device.type, max_train_steps - step)
+        make_convolutions_fast(inputs.pipeline.unet, speed)
         self.components = add_adapters(config, inputs, checkpoint)
+        self.compiled = CompiledBlocks(inputs.pipeline.unet) if speed.compiled else None
+        if accelerator.is_main_process and (speed.compiled or speed.channels_last):
+            logger.warning("%s", speed.sentence())
         self.parameters = [p for module in self.components.values() for _, p in adapter_parameters(module)]
         self.copies = WorkingCopies(*self.components.values())
         self.lora_layers = [layer for module in self.components.values() for layer in lora_layers(module)]
@@ -100,7 +108,16 @@ class TrainStep:
         self.schedule = inputs.schedule.to(accelerator.device)
 
     def accumulate_gradients(self) -> StepLosses:
-        """Forward and backward of this process's micro-batches of the step."""
+        """Forward and backward of this process's micro-batches of the step; where compiling fails, again without."""
+        if self.compiled is None:
+            return self._accumulate()
+        try:
+            return self._accumulate()
+        except Exception as error:  # compilers and what they call raise what they like
+            self.compiled.give_up(error)
+        return self._accumulate()
+
+    def _accumulate(self) -> StepLosses:
         self.train_mode()
         self.optimizer.zero_grad(set_to_none=True)
         count, world = self.config.gradient_accumulation_steps, self.accelerator.num_processes
@@ -130,9 +147,12 @@ class TrainStep:
                 self.average.update(self.step)
         return norm
 
-    def averaged(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
         """The adapter as it is published, scored and sampled, for the length of a `with` block."""
-        return lent(self.average, self.parameters)
+        pause = self.compiled.paused() if self.compiled is not None else nullcontext()
+        with pause, lent(self.average, self.parameters):
+            yield
 
     def micro_batch_loss(self, micro_batch: int) -> LossParts:
         """The loss of micro-batch number `micro_batch` of the run."""
@@ -242,6 +262,15 @@ class TrainStep:
         total, instance, prior = values.tolist()
         has_prior = self.config.with_prior_preservation
         return StepLosses(total, instance, prior if has_prior else None)
+
+
+def make_convolutions_fast(unet: nn.Module, speed: Speed) -> None:
+    """Before there are adapters, whose tensors are saved as they lie."""
+    if speed.searches:
+        torch.backends.cudnn.benchmark = True
+    for module in unet.modules() if speed.channels_last else ():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
 
 
 def average_of(config: TrainConfig, parameters: list[nn.Parameter]) -> Average | None:

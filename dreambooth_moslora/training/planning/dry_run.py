@@ -17,6 +17,7 @@ from dreambooth_moslora.training.planning.advice import DEFAULTS, advice, differ
 from dreambooth_moslora.training.planning.checks import check_folders, preflight
 from dreambooth_moslora.training.planning.estimate import Estimate, estimate, size_of_base
 from dreambooth_moslora.training.planning.memory_plan import plan_lines, planned
+from dreambooth_moslora.training.planning.speed import speed_here
 from dreambooth_moslora.training.planning.step_plan import StepPlan, plan_steps
 
 __all__ = ["cost_lines", "describe_run", "step_lines"]
@@ -39,7 +40,7 @@ def describe_run(config: TrainConfig) -> str:
         "settings": settings_lines(config),
         "photos": [*photo_lines(report), *bucket_lines(config, report.photos), *made_lines(config, report)],
         "steps": step_lines(config, plan),
-        "cost (estimated)": [*cost_lines(config, cost), *plan_lines(config, size)],
+        "cost (estimated)": [*cost_lines(config, cost), *plan_lines(config, size), speed_line(config, plan)],
         "remarks": advice(config, cost, plan),
     }
     return "\n\n".join(
@@ -113,6 +114,10 @@ def step_lines(config: TrainConfig, plan: StepPlan) -> list[str]:
     subject = subject_of(config)
     lines.append(f"token “{subject.token}”, class “{subject.class_word}”")
     return lines
+
+
+def speed_line(config: TrainConfig, plan: StepPlan) -> str:
+    return f"speed: {speed_here(config, plan.total_steps).sentence()}"
 
 
 def cost_lines(config: TrainConfig, cost: Estimate) -> list[str]:

@@ -1,0 +1,61 @@
+"""What makes the steps of a run faster on a GPU without changing them but for rounding, and whether it pays.
+
+blocks compiled    `torch.compile` of the UNet's transformer blocks, each kind once (`--compile`)
+channels last      convolutions in NHWC, as tensor cores take them
+cuDNN's search     each convolution's fastest algorithm, tried at its first call: sizes must be fixed
+
+On a CPU nothing of it is on unless `--compile on` asks for the first.
+"""
+
+from dataclasses import dataclass
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.training.planning.estimate import free_gib_of_gpu
+
+__all__ = ["WORTH_IMAGES", "Speed", "speed_here", "speed_of"]
+
+WORTH_IMAGES = 1000
+"""Forward and backward passes of one image of 1024 px from which compiling pays. Not measured here: others report about
+a minute to compile blocks one by one, and a tenth of a second saved an image."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What is on, and `images`: those of 1024 px that the run still has to pass through the UNet, a process."""
+
+    compiled: bool
+    channels_last: bool
+    searches: bool
+    images: float
+
+    def sentence(self) -> str:
+        length = f"the work of {self.images:.0f} images of 1024 px; on a GPU it pays from {WORTH_IMAGES} on"
+        parts = [f"transformer blocks {'' if self.compiled else 'not '}compiled ({length})"]
+        parts += ["convolutions channels-last"] * self.channels_last + ["cuDNN searches algorithms"] * self.searches
+        return ", ".join(parts)
+
+
+def speed_of(config: TrainConfig, device_type: str, steps: int) -> Speed:
+    """For `steps` optimizer steps on a device of this type. A base in 4 or 8 bit is never compiled by `auto`."""
+    images = images_of(config, steps)
+    is_cuda = device_type == "cuda"
+    pays = is_cuda and images >= WORTH_IMAGES
+    by_itself = config.compile == "auto" and pays and config.base_quantization == "none"
+    return Speed(
+        compiled=config.compile == "on" or by_itself,
+        channels_last=is_cuda,
+        searches=pays and not config.enable_bucket,
+        images=images,
+    )
+
+
+def speed_here(config: TrainConfig, steps: int) -> Speed:
+    """For a dry run: a GPU is looked for only where it makes a difference."""
+    is_long = images_of(config, steps) >= WORTH_IMAGES
+    return speed_of(config, "cuda" if is_long and free_gib_of_gpu() is not None else "cpu", steps)
+
+
+def images_of(config: TrainConfig, steps: int) -> float:
+    copies = 2 if config.with_prior_preservation else 1
+    images = steps * config.gradient_accumulation_steps * config.train_batch_size * copies
+    return images * (config.resolution / 1024) ** 2
