@@ -51,7 +51,7 @@ def test_every_package_that_is_imported_is_declared(folder):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
     foreign = imported - sys.stdlib_module_names - {"dreambooth_moslora", "toybox"} - NOT_DECLARED
     owners = packages_distributions()
-    declared = ranges(needed())
+    declared = ranges(needed() + PROJECT["project"]["optional-dependencies"]["optimizers"])
     for name in sorted(foreign):
         brought_by = {dist.lower().replace("_", "-") for dist in owners.get(name, [name])}
         assert brought_by & declared.keys(), f"{name} is imported and not declared"

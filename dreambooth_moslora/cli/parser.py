@@ -16,7 +16,7 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.cli.like import settings_like
 from dreambooth_moslora.cli.one_word import choose, leading_words
 from dreambooth_moslora.core.assets import find_asset
-from dreambooth_moslora.core.config import FIELD_TYPES, TrainConfig, check_each, checked_setting
+from dreambooth_moslora.core.config import FIELD_TYPES, OPTIMIZERS, TrainConfig, check_each, checked_setting
 from dreambooth_moslora.core.config_fields import GROUPS, Prompt, nearest
 from dreambooth_moslora.core.config_files import load_settings
 from dreambooth_moslora.core.errors import UserError, spelled_out
@@ -49,7 +49,9 @@ FOREIGN_FLAGS = {
     "cache_latents": "latents are always cached; --caching {memory,disk,off} says where",
     "offload": "encoders always leave memory after the photos are encoded; leave it out",
     "upcast_before_saving": "adapters are kept in fp32 all along; leave it out",
-    "optimizer_type": "use --optimizer {AdamW,Prodigy}",
+    "optimizer_type": f"use --optimizer {{{','.join(OPTIMIZERS)}}}",
+    "optimizer_args": "use --adam_beta1, --adam_weight_decay and their like, one flag each",
+    "optimizer_schedulefree_wrapper": "use --optimizer AdamWScheduleFree",
     "seeds": "use --seed",
     "ema_max_decay": "use --ema_decay",
     # kohya-ss/sd-scripts

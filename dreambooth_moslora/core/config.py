@@ -15,11 +15,23 @@ from dreambooth_moslora.core.config_fields import Prompt, check_limits, convert,
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.targets import ATTENTION, parse_pattern
 
-__all__ = ["INTERPOLATIONS", "MIXERS", "TrainConfig", "check_each", "checked_setting", "is_scored", "weighting_flags"]
+__all__ = [
+    "INTERPOLATIONS",
+    "MIXERS",
+    "OPTIMIZERS",
+    "SCHEDULE_FREE",
+    "TrainConfig",
+    "check_each",
+    "checked_setting",
+    "is_scored",
+    "weighting_flags",
+]
 
 MIXERS = ("orthogonal", "identity", "kaiming", "butterfly", "none")
 INTERPOLATIONS = ("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+SCHEDULE_FREE = "AdamWScheduleFree"
+OPTIMIZERS = ("AdamW", "Prodigy", SCHEDULE_FREE, "Adafactor")
 LOSS_TYPES = ("l2", "huber", "smooth_l1")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "aim", "mlflow", "clearml", "dvclive", "swanlab")
 PRECISIONS = ("no", "fp16", "bf16")
@@ -199,7 +211,10 @@ class TrainConfig:
         0.9999, "what the average keeps at each step, at most; fewer early on", low=0, below=1
     )
 
-    optimizer: str = of_optimizer("AdamW", "AdamW or Prodigy", choices=("AdamW", "Prodigy"))
+    optimizer: str = of_optimizer(
+        "AdamW", "Prodigy finds its rate, AdamWScheduleFree needs no schedule, Adafactor is without momentum",
+        choices=OPTIMIZERS,
+    )  # fmt: skip
     use_8bit_adam: bool = of_optimizer(False, "AdamW with 8-bit states (bitsandbytes)")
     adam_beta1: float = of_optimizer(0.9, "beta1 of Adam and Prodigy", low=0, below=1)
     adam_beta2: float = of_optimizer(0.999, "beta2 of Adam and Prodigy", low=0, below=1)
@@ -292,6 +307,9 @@ class TrainConfig:
             raise UserError("--early_stopping needs --evaluate_steps: without scores there is nothing to wait for.")
         if self.optimizer == "Prodigy" and self.mixer != "none" and self.train_mixer and self.mixer_lr_scale != 1.0:
             raise UserError("--optimizer Prodigy takes one learning rate for all: leave --mixer_lr_scale at 1.")
+        if self.optimizer == SCHEDULE_FREE and (self.use_ema or not self.adam_beta1):
+            flag = "--use_ema" if self.use_ema else "--adam_beta1 0"
+            raise UserError(f"--optimizer {SCHEDULE_FREE} averages its steps itself: leave out {flag}.")
         if self.init_adapter and self.mixer == "butterfly":
             raise UserError("--init_adapter: the butterfly mixer has no inverse; give another --mixer.")
         for name in ("rank_pattern", "alpha_pattern"):
@@ -335,7 +353,7 @@ def is_scored(config: TrainConfig) -> bool:
 PATH_NAMES = ("_dir", "_checkpoint", "_name_or_path", "_adapter")
 """Settings whose names end so are paths: `~` is expanded, as no shell has done it in files and after `=`."""
 FIELD_TYPES = field_types(TrainConfig)
-SPELLINGS = {"optimizer": {"adamw": "AdamW", "prodigy": "Prodigy"}}
+SPELLINGS = {"optimizer": {name.lower(): name for name in OPTIMIZERS} | {"schedulefree": SCHEDULE_FREE}}
 """Other spellings, in lower case, of a setting's choices."""
 
 

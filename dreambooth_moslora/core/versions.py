@@ -9,12 +9,12 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from dreambooth_moslora.core.assets import clone_folder
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config import SCHEDULE_FREE, TrainConfig
 from dreambooth_moslora.core.errors import UserError
 
 __all__ = ["OPTIONAL", "bad_pairs", "installed_versions", "needed_ranges", "out_of_range", "require_packages"]
 
-OPTIONAL = ("bitsandbytes", "prodigyopt", "datasets", "tensorboard", "wandb", "trackio", "torchvision")
+OPTIONAL = ("bitsandbytes", "prodigyopt", "schedulefree", "datasets", "tensorboard", "wandb", "trackio", "torchvision")
 """Libraries that only some settings need."""
 
 PAIRS = (
@@ -76,6 +76,7 @@ def require_packages(config: TrainConfig) -> None:
     needs = (
         (f"--report_to {config.report_to}", config.report_to, has_tracker),
         ("--optimizer Prodigy", "prodigyopt", config.optimizer == "Prodigy"),
+        (f"--optimizer {SCHEDULE_FREE}", "schedulefree", config.optimizer == SCHEDULE_FREE),
         ("--use_8bit_adam", "bitsandbytes", config.use_8bit_adam and config.optimizer == "AdamW"),
         (f"--base_quantization {config.base_quantization}", "bitsandbytes", config.base_quantization != "none"),
     )

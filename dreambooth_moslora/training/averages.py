@@ -1,6 +1,7 @@
 """The average of the adapter over its steps: with one, it is the average that is published, scored and sampled.
 
     exponential (`--use_ema`)   m = d·m + (1 - d)·w after each step, d = min(decay, (1 + n)/(10 + n)) of diffusers
+    schedule-free               x of Defazio et al. 2024 (arXiv 2405.15682), which that optimizer keeps by itself
 
 The steps themselves go on from the weights w. A checkpoint holds both: the average as its adapter, for everybody who
 loads it, and the weights beside it.
@@ -12,8 +13,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-__all__ = ["Average", "MovingAverage", "copies", "lent", "put"]
+__all__ = ["Average", "MovingAverage", "ScheduleFreeAverage", "copies", "lent", "put"]
 
 
 class Average(Protocol):
@@ -44,6 +46,23 @@ class MovingAverage:
 
     def values(self) -> list[Tensor]:
         return self._mean
+
+
+class ScheduleFreeAverage:
+    """x of the schedule-free optimizer, whose parameters are y = (1 - beta1)·z + beta1·x while it trains."""
+
+    def __init__(self, parameters: list[nn.Parameter], optimizer: Optimizer):
+        self.parameters, self.optimizer = parameters, optimizer
+
+    def update(self, step: int) -> None:
+        """The optimizer does it."""
+
+    @torch.no_grad()
+    def values(self) -> list[Tensor]:
+        """A parameter that took no step has no z: it is its own average."""
+        beta1 = self.optimizer.param_groups[0]["betas"][0]
+        ahead = [self.optimizer.state[p].get("z", p) for p in self.parameters]
+        return [y.lerp(z, 1 - 1 / beta1) for y, z in zip(self.parameters, ahead, strict=True)]
 
 
 @contextmanager

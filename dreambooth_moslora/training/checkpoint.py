@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.raw_file import load_raw, save_raw
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config import SCHEDULE_FREE, TrainConfig
 from dreambooth_moslora.core.digests import content_key, file_digest
 from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.run_folder import (
@@ -241,7 +241,8 @@ def check_resumed(config: TrainConfig, checkpoint: Path, position: Position) -> 
         checkpoint, "train_text_encoder", any(not m.startswith("unet.") for m in modules), config.train_text_encoder
     )
     require_sizes(checkpoint, facts, modules, config)
-    require(checkpoint, "use_ema", (checkpoint / WEIGHTS).is_file(), config.use_ema)
+    if config.optimizer != SCHEDULE_FREE:
+        require(checkpoint, "use_ema", (checkpoint / WEIGHTS).is_file(), config.use_ema)
     names = ["use_rslora", "use_dora", "mixer", "lora_dropout"] + (["train_mixer"] if config.mixer != "none" else [])
     for name in names:
         require(checkpoint, name, getattr(facts, name), getattr(config, name))

@@ -1,4 +1,8 @@
-"""What is trained, how fast, and by which optimizer: parameter groups, AdamW / 8-bit / Prodigy, learning-rate schedule.
+"""What is trained, how fast, and by which optimizer: parameter groups, the optimizers, learning-rate schedule.
+
+Offered beside AdamW (also in 8 bit) and Prodigy: schedule-free AdamW, which needs no course of the learning rate, and
+Adafactor, whose settings many recipes for other trainers are written in. Those that only save memory are not: all
+states of Adam are a third of a GiB for SDXL at rank 16.
 
 Weight decay would pull a mixer towards zero and not towards its start, so mixers are exempt. In LoRA+ terms a mixer
 belongs to B's group: `mixer_lr_scale` multiplies its learning rate.
@@ -11,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dreambooth_moslora.adapters.moslora import adapter_parameters, mixer_parameters
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config import OPTIMIZERS, SCHEDULE_FREE, TrainConfig
 from dreambooth_moslora.core.errors import UserError
 
 __all__ = ["make_lr_schedule", "make_optimizer", "optimizer_kind", "parameter_groups"]
@@ -50,8 +54,12 @@ def make_optimizer(config: TrainConfig, groups: list[dict]) -> Optimizer:
     kind = config.optimizer.lower()
     if kind == "prodigy":
         return make_prodigy(config, groups)
+    if kind == "adafactor":
+        return make_adafactor(groups)
+    if kind == SCHEDULE_FREE.lower():
+        return make_schedule_free(config, groups)
     if kind != "adamw":
-        raise UserError(f"--optimizer {config.optimizer} is unknown: choose AdamW or Prodigy.")
+        raise UserError(f"--optimizer {config.optimizer} is unknown: choose {', '.join(OPTIMIZERS)}.")
     betas = (config.adam_beta1, config.adam_beta2)
     # One kernel for the hundreds of small matrices: on a CPU a quarter of the time of the loop over them.
     fused = {} if config.use_8bit_adam else {"fused": True}
@@ -84,6 +92,31 @@ def make_prodigy(config: TrainConfig, groups: list[dict]) -> Optimizer:
         use_bias_correction=config.prodigy_use_bias_correction,
         safeguard_warmup=config.prodigy_safeguard_warmup,
     )
+
+
+def make_schedule_free(config: TrainConfig, groups: list[dict]) -> Optimizer:
+    """AdamW whose steps average themselves (Defazio et al. 2024, arXiv 2405.15682): a constant rate suits it.
+
+    The average is what is published (`averages`).
+    """
+    try:
+        from schedulefree import AdamWScheduleFree
+    except ImportError as error:
+        raise UserError(f"--optimizer {SCHEDULE_FREE} needs schedulefree: pip install schedulefree.") from error
+    betas = (config.adam_beta1, config.adam_beta2)
+    optimizer = AdamWScheduleFree(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon)
+    optimizer.train()
+    return optimizer
+
+
+def make_adafactor(groups: list[dict]) -> Optimizer:
+    """Adafactor (Shazeer & Stern 2018) at the given learning rate, neither relative nor scaled by the weights' size.
+
+    In kohya's words `scale_parameter=False relative_step=False warmup_init=False`. It has no momentum.
+    """
+    from transformers.optimization import Adafactor
+
+    return Adafactor(groups, lr=groups[0]["lr"], scale_parameter=False, relative_step=False)
 
 
 def make_lr_schedule(config: TrainConfig, optimizer: Optimizer, max_train_steps: int) -> LRScheduler:

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 __all__ = ["checked_states"]
 
-RUNNING = ("d", "d_max", "d_numerator", "d_denom", "d_hat", "k")
-"""What Prodigy learns of a group; all else in a group is what the command line says now."""
+RUNNING = ("d", "d_max", "d_numerator", "d_denom", "d_hat", "k", "weight_sum", "lr_max")
+"""What Prodigy and schedule-free AdamW learn of a group; all else in a group is what the command line says now."""
 NOT_SET = "p0"
 """Prodigy's start of a weight; of a weight that started at zero it keeps a single number."""
 

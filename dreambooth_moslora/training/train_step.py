@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.optim import Optimizer
 
 from dreambooth_moslora.adapters.fused_linear import enable_fast_path
 from dreambooth_moslora.adapters.init_adapter import begin_with
@@ -32,11 +33,11 @@ from dreambooth_moslora.adapters.moslora import (
 )
 from dreambooth_moslora.adapters.working_copies import WorkingCopies
 from dreambooth_moslora.base.load import TextCond, encode_text
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config import SCHEDULE_FREE, TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.seeding import generator, rng, seed_of
 from dreambooth_moslora.core.targets import is_target
-from dreambooth_moslora.training.averages import Average, MovingAverage, lent
+from dreambooth_moslora.training.averages import Average, MovingAverage, ScheduleFreeAverage, lent
 from dreambooth_moslora.training.checkpoint import load_adapter, restore_optimizer, restore_weights
 from dreambooth_moslora.training.compiled_blocks import CompiledBlocks
 from dreambooth_moslora.training.inputs.dataset import TrainBatch, move_together
@@ -99,7 +100,7 @@ class TrainStep:
         groups = parameter_groups(config, self.components, accelerator.num_processes)
         optimizer = make_optimizer(config, groups)
         self.lr_schedule = make_lr_schedule(config, optimizer, max_train_steps)
-        self.average = average_of(config, self.parameters)
+        self.average = average_of(config, self.parameters, optimizer)
         if checkpoint is not None:
             restore_optimizer(checkpoint, step, optimizer, self.lr_schedule, accelerator.scaler)
         if checkpoint is not None and self.average is not None:
@@ -273,8 +274,10 @@ def make_convolutions_fast(unet: nn.Module, speed: Speed) -> None:
             module.to(memory_format=torch.channels_last)
 
 
-def average_of(config: TrainConfig, parameters: list[nn.Parameter]) -> Average | None:
+def average_of(config: TrainConfig, parameters: list[nn.Parameter], optimizer: Optimizer) -> Average | None:
     """None: the adapter is what its steps have made of it."""
+    if config.optimizer == SCHEDULE_FREE:
+        return ScheduleFreeAverage(parameters, optimizer)
     return MovingAverage(parameters, config.ema_decay) if config.use_ema else None
 
 

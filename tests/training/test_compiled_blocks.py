@@ -62,7 +62,7 @@ def losses_of(tiny_base, tmp_path):
     def run(name: str, **changes) -> list[float]:
         events = []
         torch._dynamo.reset()
-        train(tiny_config(tiny_base, photos, tmp_path / name, **{"max_train_steps": 3, **changes}), events.append)
+        train(tiny_config(tiny_base, photos, tmp_path / name, **{"max_train_steps": 2, **changes}), events.append)
         return [event.loss for event in events if isinstance(event, StepDone)]
 
     return run

@@ -1,10 +1,14 @@
 """Parameter groups: who is trained how fast, and what does not decay."""
 
+import sys
+
 import pytest
 import torch
 
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, inject
 from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.training.averages import ScheduleFreeAverage
 from dreambooth_moslora.training.optimizer import make_lr_schedule, make_optimizer, parameter_groups
 
 
@@ -52,3 +56,45 @@ def test_warmup_counts_optimizer_steps():
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx([0, 0.5, 1, 0.5, 0])
+
+
+def stepped(config, module_groups, count=3):
+    """The first group's parameters after some steps with gradients of one, and the optimizer."""
+    optimizer = make_optimizer(config, module_groups)
+    for _ in range(count):
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    return module_groups[0]["params"], optimizer
+
+
+def test_adafactor_steps_by_the_given_rate_whatever_the_size_of_the_weights():
+    groups = parameter_groups(TrainConfig(adam_weight_decay=0, learning_rate=1e-2), components())
+    before = [weight.detach().clone() for weight in groups[0]["params"]]
+    after, _ = stepped(TrainConfig(optimizer="adafactor"), groups)
+    for old, new in zip(before, after, strict=True):
+        assert torch.allclose(old - new, torch.full_like(new, 3e-2), rtol=1e-3)
+
+
+def test_the_schedule_free_average_is_what_the_library_evaluates():
+    pytest.importorskip("schedulefree")
+    groups = parameter_groups(TrainConfig(learning_rate=1e-2), components())
+    config = TrainConfig(optimizer="schedulefree")
+    weights, optimizer = stepped(config, groups)
+    ours = [value.clone() for value in ScheduleFreeAverage(weights, optimizer).values()]
+    assert not any(torch.equal(one, weight) for one, weight in zip(ours, weights))
+    optimizer.eval()
+    assert all(torch.equal(one, weight) for one, weight in zip(ours, weights))
+
+
+def test_a_library_that_is_missing_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "schedulefree", None)
+    with pytest.raises(UserError, match="AdamWScheduleFree needs schedulefree: pip install schedulefree"):
+        make_optimizer(TrainConfig(optimizer="AdamWScheduleFree"), [])
+
+
+@pytest.mark.parametrize("change", [{"use_ema": True}, {"adam_beta1": 0.0}], ids=str)
+def test_what_has_an_average_takes_no_other(change):
+    with pytest.raises(UserError, match="averages its steps itself"):
+        TrainConfig(optimizer="AdamWScheduleFree", **change)

@@ -26,6 +26,8 @@ KINDS = {
     "convolutions": {"target_modules": ("to_q", "conv1", "conv_shortcut")},
     "dropout_and_dora": {"lora_dropout": 0.3, "use_dora": True, "lr_scheduler": "cosine", "lr_warmup_steps": 2},
     "prodigy_uncached": {"optimizer": "Prodigy", "learning_rate": 1.0, "caching": "off", "crops_per_photo": 2},
+    "adafactor": {"optimizer": "Adafactor", "target_modules": ("to_q", "conv1")},
+    "schedule_free": {"optimizer": "AdamWScheduleFree", "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2},
     "adam_8bit_in_bf16": {
         "use_8bit_adam": True,
         "rank": 128,
@@ -52,6 +54,8 @@ def test_interrupted_and_resumed_equals_unbroken(kind, tiny_base, photos, tmp_pa
     def config(**changes):
         return tiny_config(tiny_base, photos, tmp_path / "run", max_train_steps=4, **KINDS[kind], **changes)
 
+    if kind == "schedule_free":
+        pytest.importorskip("schedulefree")
     train(config())
     unbroken = adapter_sha256(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")

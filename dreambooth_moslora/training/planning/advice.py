@@ -8,7 +8,7 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config import SCHEDULE_FREE, TrainConfig
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.training.planning.checks import nearest_existing
@@ -83,8 +83,12 @@ def settings_without_effect(config: TrainConfig) -> list[str]:
         "--class_data_dir has no effect with --prior adapter_off, which needs no images": (
             config.class_data_dir and config.with_prior_preservation and config.prior == "adapter_off"
         ),
-        "--use_8bit_adam has no effect with --optimizer Prodigy": config.use_8bit_adam
-        and config.optimizer == "Prodigy",
+        f"--use_8bit_adam has no effect with --optimizer {config.optimizer}": (
+            config.use_8bit_adam and config.optimizer != "AdamW"
+        ),
+        f"--optimizer {SCHEDULE_FREE} wants --lr_scheduler constant or constant_with_warmup": (
+            config.optimizer == SCHEDULE_FREE and not config.lr_scheduler.startswith("constant")
+        ),
         "--timestep_bias_multiplier has no effect without --timestep_bias_strategy": (
             differs(config, "timestep_bias_multiplier") and config.timestep_bias_strategy == "none"
         ),
