@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.new_tokens import KEYS, read_tokens
 from dreambooth_moslora.adapters.raw_file import check_finite, component_tensors, matrices_from, read_raw, read_tensors
 from dreambooth_moslora.adapters.spectrum import diagnose, effective_rank_of, summary
 from dreambooth_moslora.core.errors import UserError, one_line
@@ -65,6 +66,8 @@ def describe(path: str | Path) -> dict[str, object]:
     path = Path(path).expanduser()
     tensors, header = read_tensors(path)
     facts = {"file": path.name, "size_mib": round(path.stat().st_size / 2**20, 3)}
+    if set(tensors) == set(KEYS.values()):
+        return facts | describe_tokens(path)
     facts["dtypes"] = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
     if "raw_format" in tensors:
         return facts | describe_raw(path)
@@ -74,6 +77,13 @@ def describe(path: str | Path) -> dict[str, object]:
     except RuntimeError as error:  # torch has no such operation for these numbers, or they are too large for it
         raise UserError(f"{path.name} is broken: {one_line(error)}") from error
     return facts | said_by_header(header)
+
+
+def describe_tokens(path: Path) -> dict[str, object]:
+    """What our file of new tokens holds."""
+    tokens = read_tokens(path)
+    widths = {KEYS[part]: rows.shape[1] for part, rows in tokens.rows.items()}
+    return {"kind": "new tokens of SDXL's text encoders", "word": tokens.word, "tokens": tokens.count, "widths": widths}
 
 
 def describe_raw(path: Path) -> dict[str, object]:
@@ -207,10 +217,15 @@ def said_by_metadata(metadata: AdapterMetadata) -> dict[str, object]:
         "class_word": metadata.class_word,
         "resolution_px": metadata.resolution_px,
         "best_scale": metadata.best_scale,
+        "new_tokens": said_of_tokens(metadata.tokens),
         "usable_scales": " to ".join(f"{scale:g}" for scale in metadata.usable_scales),
         "versions": ", ".join(f"{name} {number}" for name, number in metadata.versions.items()),
     }
     return {key: value for key, value in said.items() if value}
+
+
+def said_of_tokens(note: dict[str, object]) -> str:
+    return f"{note['count']} for the word {note['word']}, in {note['file']}" if note else ""
 
 
 def lines(facts: dict[str, object]) -> list[str]:

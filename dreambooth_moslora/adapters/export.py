@@ -4,12 +4,14 @@ What is published is always folded: ΔW = up·down with the scale baked in and a
 
 live adapter --fold--> LowRank --reduce_layers--> --publish--> pytorch_lora_weights.safetensors   for diffusers
                                                                    <name>.kohya.safetensors           for the others
+                                                               [<name>_emb.safetensors            new tokens]
              --save_raw--> moslora_weights.safetensors --load_raw--> the same adapter, bit for bit
 
 Such a file is right without metadata, in any version of diffusers and in kohya's form. Nothing is published
 before the stock loader has read it back and computed the same (`proof`).
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from dreambooth_moslora.adapters.kohya import kohya_header, kohya_tensors
 from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, most_common
 from dreambooth_moslora.adapters.moslora import adapter_layers, fold
+from dreambooth_moslora.adapters.new_tokens import NewTokens, write_tokens
 from dreambooth_moslora.adapters.proof import BOUNDS, FileProof, Proof, check_reduction, prove_file, published_name
 from dreambooth_moslora.adapters.raw_file import (
     check_components,
@@ -30,9 +33,9 @@ from dreambooth_moslora.adapters.raw_file import (
 )
 from dreambooth_moslora.adapters.spectrum import Reduction, reduce_layers
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, check_name, scratch_directory
+from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, TOKENS_SUFFIX, check_name, scratch_directory
 
-__all__ = ["DTYPES", "KOHYA_SUFFIX", "load_published", "publish", "published_tensors"]
+__all__ = ["DTYPES", "KOHYA_SUFFIX", "load_published", "publish", "published_tensors", "with_tokens"]
 
 KOHYA_SUFFIX = ".kohya.safetensors"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -58,8 +61,12 @@ def publish(
     *,
     keep: float = 1.0,
     adapter_name: str = "default",
+    tokens: NewTokens | None = None,
+    prove: Callable[[Path], FileProof] | None = None,
 ) -> Proof:
     """Write both published files into `out_dir`, or neither: each is proved before it gets its name.
+
+    New `tokens` go with them, in a file that the headers of both name; `prove` proves it.
 
     `keep` below 1 lowers the rank of each projection to keep that share of ‖ΔW‖². Raises UserError when a
     file differs from the adapter by more than the dtype's bound, when weights are NaN, or when the adapter is
@@ -79,13 +86,24 @@ def publish(
         check_reduction(components, adapter_name, expected, keep)
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
+    metadata = with_tokens(metadata, name, tokens)
     with scratch_directory(out_dir) as scratch:
         written = write_published(folded, scratch, name, with_ranks(metadata, folded), dtype, pad=keep == 1.0)
         proofs = tuple(prove_file(path, components, adapter_name, expected) for path in written)
+        if tokens is not None:
+            path = scratch / f"{name}{TOKENS_SUFFIX}"
+            write_tokens(path, tokens)
+            written = path, *written
+            proofs += (prove(path),) if prove else ()
         check_bound(proofs, BOUNDS[dtype], dtype)
         for path in written:
             path.replace(out_dir / path.name)
     return report(proofs, dtype, folded, reduction)
+
+
+def with_tokens(metadata: AdapterMetadata, name: str, tokens: NewTokens | None) -> AdapterMetadata:
+    """The metadata of an adapter that is published as `name` with these tokens, or without any."""
+    return replace(metadata, tokens=tokens.note(f"{name}{TOKENS_SUFFIX}") if tokens else {})
 
 
 def check_publishable(components: dict[str, nn.Module], dtype: torch.dtype, adapter_name: str) -> None:

@@ -20,6 +20,7 @@ from dreambooth_moslora.adapters.lora_file import AdapterWeights, check_fits, fi
 from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.adapters.mixer import nominal_scale
 from dreambooth_moslora.adapters.moslora import matrices_of
+from dreambooth_moslora.adapters.new_tokens import note_in
 from dreambooth_moslora.adapters.proof import alone, delta, full_fp32, relative_difference
 from dreambooth_moslora.adapters.raw_file import all_layers, fill
 from dreambooth_moslora.adapters.spectrum import product_svd
@@ -88,6 +89,8 @@ def read_start(
 def check_kind(weights: AdapterWeights, keys: Iterable[str], use_dora: bool) -> None:
     """Raises UserError for what an adapter of the run has no place for."""
     name = f"--init_adapter {weights.file_name}"
+    if (note := note_in(weights.header)) is not None:
+        raise UserError(f"{name}: it was learnt with new tokens for {note['word']!r:.40}, which no run begins with.")
     found = [projection for projections, _ in weights.parts.values() for projection in projections.values()]
     if any(key.endswith(".dora_scale") for key in keys):
         raise UserError(f"{name}: programs read DoRA in kohya's form differently; give the diffusers file.")

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import PurePath
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.core.config import MIXERS
@@ -23,7 +24,8 @@ class AdapterMetadata:
     `core.recipe`, which `--like` takes.
 
     `ranks` and `alphas` name the modules (`component.path`) that differ from `rank` and `alpha`. `best_scale` and
-    `usable_scales` (lowest, highest) are there when they were looked for.
+    `usable_scales` (lowest, highest) are there when they were looked for. `tokens`: what `NewTokens.note` says of the
+    file of new tokens that belongs to the adapter.
     """
 
     rank: int
@@ -46,11 +48,12 @@ class AdapterMetadata:
     best_scale: float | None = None
     usable_scales: tuple[float, ...] = ()
     recipe: dict[str, object] = field(default_factory=dict)
+    tokens: dict[str, object] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Without a recipe and scales where there are none: such a file is as it was before there were any."""
+        """Without a recipe, scales and tokens where there are none: such a file is as it was before there were any."""
         facts = asdict(self)
-        missing = [name for name in ("best_scale", "usable_scales", "recipe") if not facts[name]]
+        missing = [name for name in ("best_scale", "usable_scales", "recipe", "tokens") if not facts[name]]
         return json.dumps({name: value for name, value in facts.items() if name not in missing}, sort_keys=True)
 
     @classmethod
@@ -94,6 +97,17 @@ def is_dict(value: object) -> bool:
     return isinstance(value, dict)
 
 
+def is_token_note(value: object) -> bool:
+    """Its file is a plain name: a header may be written by anybody, and what it names is opened."""
+    if value == {}:
+        return True
+    is_known = isinstance(value, dict) and value.keys() == {"word", "count", "file", "sha256"}
+    texts = [value[name] for name in ("word", "file", "sha256")] if is_known else [None]
+    if not all(map(is_text, texts)) or not is_rank(value["count"]):
+        return False
+    return value["word"].strip() != "" and PurePath(value["file"]).name == value["file"] != ""
+
+
 VALID: dict[str, Callable[[object], bool]] = {
     "rank": is_rank,
     "alpha": is_number,
@@ -115,6 +129,7 @@ VALID: dict[str, Callable[[object], bool]] = {
     "best_scale": lambda value: value is None or is_number(value),
     "usable_scales": lambda value: isinstance(value, list) and len(value) in (0, 2) and all(map(is_number, value)),
     "recipe": is_dict,
+    "tokens": is_token_note,
 }
 """Key -> whether a value is valid for it. The file may be written by anybody."""
 

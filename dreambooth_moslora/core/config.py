@@ -162,6 +162,19 @@ class TrainConfig:
         "a block whose attention is meant (up_blocks.0.attentions.1, mid_block, blora_content, blora_style)",
     )
     train_text_encoder: bool = of_adapter(False, "put adapters on both text encoders too")
+    train_text_encoder_ti: bool = of_adapter(
+        False, "learn new tokens in both text encoders beside the adapter (pivotal tuning), at --text_encoder_lr"
+    )
+    train_text_encoder_ti_frac: float = of_adapter(
+        0.5, "share of the steps in which the tokens are learnt; after it they stay as they are", above=0, high=1
+    )
+    token_abstraction: str | None = of_adapter(
+        None, "the word of the prompts that the tokens stand for (default: TOK, or the instance prompt's rare word)"
+    )
+    num_new_tokens_per_abstraction: int = of_adapter(2, "how many tokens the word stands for", low=1, high=32)
+    initializer_concept: str | None = of_adapter(
+        None, "words that the tokens begin as, as many as those have (default: random, of the usual size)"
+    )
     init_adapter: str | None = of_adapter(
         None, "begin with an existing adapter: a LoRA file of any program and rank, or a run folder"
     )
@@ -310,6 +323,8 @@ class TrainConfig:
         if self.optimizer == SCHEDULE_FREE and (self.use_ema or not self.adam_beta1):
             flag = "--use_ema" if self.use_ema else "--adam_beta1 0"
             raise UserError(f"--optimizer {SCHEDULE_FREE} averages its steps itself: leave out {flag}.")
+        if self.train_text_encoder and self.train_text_encoder_ti:
+            raise UserError("--train_text_encoder and --train_text_encoder_ti: train adapters or new tokens; give one.")
         if self.init_adapter and self.mixer == "butterfly":
             raise UserError("--init_adapter: the butterfly mixer has no inverse; give another --mixer.")
         for name in ("rank_pattern", "alpha_pattern"):
@@ -317,6 +332,11 @@ class TrainConfig:
                 parse_pattern(name, text)
         if not self.target_modules:
             raise UserError("--target_modules is empty: name at least one projection, such as to_q.")
+
+    @property
+    def keeps_text_encoders(self) -> bool:
+        """Whether training itself asks them, so that they stay in memory."""
+        return self.train_text_encoder or self.train_text_encoder_ti
 
     @property
     def sample_count(self) -> int:

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.toy import TOY_CONTEXT_TEMPLATES, is_toy
 
 __all__ = [
@@ -17,9 +18,11 @@ __all__ = [
     "class_word_of",
     "context_prompts",
     "joined",
+    "learnt_word",
     "subject_of",
     "trigger_words",
     "validation_prompts",
+    "word_pattern",
 ]
 
 PLACES = (
@@ -64,6 +67,8 @@ DREAMBOOTH_LIVE_TEMPLATES = (*(f"a {{}} {p}" for p in PLACES + OUTFITS), *(f"a {
 OPENING = re.compile(r"^(?:(?:an?|the|this)\s+)?(?:photo|picture|photograph|image|painting|drawing)s?\s+of\s+", re.I)
 ARTICLE = re.compile(r"^(?:an?|the|one|my)\s+", re.I)
 CONTEXT = re.compile(r"\s(?:in|on|at|with|near|under|beside|by|over|wearing|floating|from)\s.*$|[,.;].*$", re.I)
+USUAL_WORD = "TOK"
+"""diffusers' scripts write it where new tokens are meant."""
 CONTEXT_TEMPLATES = (
     "a {} on the beach",
     "a {} in the snow",
@@ -110,6 +115,31 @@ def trigger_words(config: TrainConfig) -> tuple[str, ...]:
     """What a prompt must contain to call the subject."""
     words = subject_of(config).words
     return (words,) if words else ()
+
+
+def word_pattern(word: str) -> re.Pattern:
+    """Where the word stands by itself in a prompt."""
+    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)")
+
+
+def learnt_word(config: TrainConfig) -> str | None:
+    """What the new tokens of the run stand for in prompts; None for a run that learns none.
+
+    Raises UserError unless the subject has the word and its class has not.
+    """
+    if not config.train_text_encoder_ti:
+        return None
+    usual = USUAL_WORD if word_pattern(USUAL_WORD).search(config.instance_prompt) else subject_of(config).token
+    word = (config.token_abstraction or usual).strip()
+    if "," in word:
+        raise UserError(f"--token_abstraction {word}: one word is learnt; give one.")
+    pattern = word_pattern(word)
+    if not word or not pattern.search(config.instance_prompt):
+        raise UserError(f"--token_abstraction: the instance prompt has no word {word or USUAL_WORD!r} to be learnt.")
+    for prompt in (config.class_prompt or "", *config.prior_prompts):
+        if pattern.search(prompt):
+            raise UserError(f"--token_abstraction {word}: it is in a prompt of the class too, {prompt!r:.60}.")
+    return word
 
 
 def joined(*parts: str) -> str:

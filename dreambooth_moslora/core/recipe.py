@@ -33,6 +33,7 @@ RECIPE = (
 TOLD_IF_CHANGED = (
     *("noise_offset", "loss_type", "huber_c", "huber_schedule", "debiased_estimation_loss"),
     *("use_ema", "ema_decay", "captions"),
+    *("train_text_encoder_ti", "train_text_encoder_ti_frac", "num_new_tokens_per_abstraction"),
 )
 """Later ones, told only where they differ from the default: the files of runs without them keep their bytes."""
 DEFAULTS = TrainConfig().to_dict()

@@ -23,6 +23,8 @@ __all__ = [
     "PUBLISHED_NAME",
     "RAW_NAME",
     "RunDir",
+    "TOKENS_NAME",
+    "TOKENS_SUFFIX",
     "atomic_directory",
     "atomic_write",
     "check_name",
@@ -35,6 +37,9 @@ __all__ = [
 ]
 
 PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
+TOKENS_SUFFIX = "_emb.safetensors"
+TOKENS_NAME = f"moslora{TOKENS_SUFFIX}"
+"""Of the file of new tokens: behind a run's name, and in a checkpoint."""
 CHECKPOINT_FILES = ("position.json", "optimizer.pt", RAW_NAME)
 NAME_BYTES = 200
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -61,6 +66,11 @@ class RunDir:
     @property
     def kohya_path(self) -> Path:
         return self.path / f"{self.name}.kohya.safetensors"
+
+    @property
+    def tokens_path(self) -> Path:
+        """New tokens of both text encoders, where the run learnt some."""
+        return self.path / f"{self.name}{TOKENS_SUFFIX}"
 
     @property
     def card_path(self) -> Path:

@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.adapters.lora_file import adapter_name, check_fits, find_weights, install, read_adapter
+from dreambooth_moslora.adapters.new_tokens import AttachedTokens, NewTokens, tokens_beside
 from dreambooth_moslora.base.decode import tiled_where_short
 from dreambooth_moslora.base.load import default_guidance, default_resolution, guidance_rescale, load_pipeline
 from dreambooth_moslora.core.errors import StopRequestedError, UserError, is_out_of_memory
@@ -55,12 +56,14 @@ Event = Step | Preview | Image
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter in the model. `key` is its name inside PEFT; `header` is the file's own metadata."""
+    """An adapter in the model. `key` is its name inside PEFT; `header` is the file's own metadata, and `tokens` are
+    those of the file that it names."""
 
     name: str
     key: str
     sha256: str
     header: dict[str, str]
+    tokens: NewTokens | None
     stamp: tuple[Path, int, int]
 
 
@@ -82,6 +85,7 @@ class SubjectPipeline:
         self.home = Home(pipeline, torch.device(home or pipeline.device))
         self.adapters: dict[str, Adapter] = {}
         self._scheduler_config = pipeline.scheduler.config
+        self._tokens: AttachedTokens | None = None
         self._colours: LatentColours | None = None
         self._lock = threading.RLock()
         pipeline.set_progress_bar_config(disable=True)
@@ -125,8 +129,8 @@ class SubjectPipeline:
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
         """Put an adapter file (ours, diffusers', kohya's) or a run folder into the model; returns its name.
 
-        A file that is there already and has not changed costs nothing. Raises UserError when it is no adapter for
-        this base.
+        A file that is there already and has not changed costs nothing. New tokens come from the file beside it that
+        its header names. Raises UserError when it is no adapter for this base, or has another one's tokens.
         """
         name = name or adapter_name(path)
         stamp = _stamp(find_weights(path))
@@ -136,10 +140,11 @@ class SubjectPipeline:
                 return name
             weights = read_adapter(path, self.pipeline)
             check_fits(weights, self.pipeline, self.base_name)
+            tokens = tokens_beside(find_weights(path), weights.header)
             if weights.key not in {adapter.key for adapter in self.adapters.values()}:
                 install(weights, self.pipeline)
             self._forget(name, unless=weights.key)
-            self.adapters[name] = Adapter(name, weights.key, weights.sha256, weights.header, stamp)
+            self.adapters[name] = Adapter(name, weights.key, weights.sha256, weights.header, tokens, stamp)
             self._make_room()
         return name
 
@@ -188,6 +193,16 @@ class SubjectPipeline:
             self.pipeline.set_adapters(list(active), list(active.values()))
         elif self.adapters:
             self.pipeline.disable_lora()
+        self._use_tokens([self.adapters[name].tokens for name, scale in adapters if scale != 0])
+
+    def _use_tokens(self, several: list[NewTokens | None]) -> None:
+        """Exactly these tokens are known to the text encoders."""
+        wanted = [tokens for tokens in several if tokens is not None]
+        if self._tokens is not None:
+            self._tokens.detach()
+            self._tokens = None
+        if wanted:
+            self._tokens = AttachedTokens(self.pipeline, wanted)
 
     def provenance(self, params: GenerationParams) -> Provenance:
         hashes = tuple((name, self.adapters[name].sha256) for name, _ in params.adapters)

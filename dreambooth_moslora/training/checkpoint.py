@@ -17,12 +17,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.new_tokens import NewTokens, write_tokens
 from dreambooth_moslora.adapters.raw_file import load_raw, save_raw
 from dreambooth_moslora.core.config import SCHEDULE_FREE, TrainConfig
 from dreambooth_moslora.core.digests import content_key, file_digest
 from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.prompts import learnt_word
 from dreambooth_moslora.core.run_folder import (
     RAW_NAME,
+    TOKENS_NAME,
     RunDir,
     atomic_directory,
     atomic_write,
@@ -79,9 +82,13 @@ def save_checkpoint(
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler | None = None,
     weights: list[Tensor] | None = None,
+    tokens: NewTokens | None = None,
 ) -> None:
     """Write the folder `path` whole, or leave what was there. `weights` are those of WEIGHTS, if any."""
     with atomic_directory(path) as folder:
+        if tokens is not None:
+            write_tokens(folder / TOKENS_NAME, tokens)
+            facts = replace(facts, tokens=tokens.note(TOKENS_NAME))
         save_raw(components, folder / RAW_NAME, facts)
         save_states(optimizer.state_dict(), folder / OPTIMIZER)
         if scaler is not None:
@@ -94,7 +101,8 @@ def save_checkpoint(
 
 def digest_of(checkpoint: Path, position: Position) -> str:
     """SHA-256 of the position and of the bytes of all parts."""
-    parts = [path for name in (RAW_NAME, OPTIMIZER, SCALER, WEIGHTS) if (path := checkpoint / name).is_file()]
+    names = (RAW_NAME, OPTIMIZER, SCALER, WEIGHTS, TOKENS_NAME)
+    parts = [path for name in names if (path := checkpoint / name).is_file()]
     files = {path.name: file_digest(path) for path in parts}
     return content_key(step=position.step, seed=position.seed, optimizer=position.optimizer, files=files)
 
@@ -240,6 +248,9 @@ def check_resumed(config: TrainConfig, checkpoint: Path, position: Position) -> 
     require(
         checkpoint, "train_text_encoder", any(not m.startswith("unet.") for m in modules), config.train_text_encoder
     )
+    require(checkpoint, "train_text_encoder_ti", bool(facts.tokens), config.train_text_encoder_ti)
+    if facts.tokens:
+        require_tokens(checkpoint, facts, config)
     require_sizes(checkpoint, facts, modules, config)
     if config.optimizer != SCHEDULE_FREE:
         require(checkpoint, "use_ema", (checkpoint / WEIGHTS).is_file(), config.use_ema)
@@ -247,6 +258,15 @@ def check_resumed(config: TrainConfig, checkpoint: Path, position: Position) -> 
     for name in names:
         require(checkpoint, name, getattr(facts, name), getattr(config, name))
     require_targets(checkpoint, [m.removeprefix("unet.") for m in modules if m.startswith("unet.")], config)
+
+
+def require_tokens(checkpoint: Path, facts: AdapterMetadata, config: TrainConfig) -> None:
+    require(checkpoint, "token_abstraction", facts.tokens["word"], learnt_word(config))
+    if not config.initializer_concept:
+        asked = config.num_new_tokens_per_abstraction
+        require(checkpoint, "num_new_tokens_per_abstraction", facts.tokens["count"], asked)
+    if not (checkpoint / TOKENS_NAME).is_file():
+        raise damaged(checkpoint, TOKENS_NAME, "it is missing")
 
 
 def require_sizes(checkpoint: Path, facts: AdapterMetadata, modules: set[str], config: TrainConfig) -> None:

@@ -8,6 +8,8 @@ Weight decay would pull a mixer towards zero and not towards its start, so mixer
 belongs to B's group: `mixer_lr_scale` multiplies its learning rate.
 """
 
+from collections.abc import Sequence
+
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
@@ -21,18 +23,21 @@ from dreambooth_moslora.core.errors import UserError
 __all__ = ["make_lr_schedule", "make_optimizer", "optimizer_kind", "parameter_groups"]
 
 
-def parameter_groups(config: TrainConfig, components: dict[str, nn.Module], world_size: int = 1) -> list[dict]:
-    """Groups of A and B, and of mixers, for the UNet and each text encoder; empty ones are left out.
+def parameter_groups(
+    config: TrainConfig, components: dict[str, nn.Module], world_size: int = 1, tokens: Sequence[nn.Parameter] = ()
+) -> list[dict]:
+    """Groups of A and B, and of mixers, for the UNet and each text encoder, then new tokens; empty ones are left out.
 
     As in diffusers' script, `scale_lr` scales the UNet's rate only, and text encoders without a rate take the UNet's.
     """
     lr_scale = config.gradient_accumulation_steps * config.train_batch_size * world_size if config.scale_lr else 1
     prodigy = config.optimizer.lower() == "prodigy"
     groups = []
+    unet_lr = lr_scale * config.learning_rate
+    text_lr = unet_lr if prodigy else config.text_encoder_lr or unet_lr
     for name, module in components.items():
         is_text = name != "unet"
-        own_rate = config.text_encoder_lr if is_text and not prodigy else 0.0
-        lr = own_rate or lr_scale * config.learning_rate
+        lr = text_lr if is_text else unet_lr
         decay = config.adam_weight_decay_text_encoder if is_text else config.adam_weight_decay
         mixers = [p for _, p in mixer_parameters(module)]
         mixer_ids = {id(p) for p in mixers}
@@ -41,6 +46,7 @@ def parameter_groups(config: TrainConfig, components: dict[str, nn.Module], worl
         groups.append(
             {"name": f"{name}.mixer", "params": mixers, "lr": lr * config.mixer_lr_scale, "weight_decay": 0.0}
         )
+    groups.append({"name": "tokens", "params": list(tokens), "lr": text_lr, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
 
 

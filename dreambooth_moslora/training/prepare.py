@@ -21,6 +21,7 @@ from dreambooth_moslora.core.config import TrainConfig, is_scored, weighting_fla
 from dreambooth_moslora.core.digests import default_cache_dir
 from dreambooth_moslora.core.errors import StopRequestedError, UserError, spelled_out
 from dreambooth_moslora.core.names import public_name
+from dreambooth_moslora.core.prompts import learnt_word, word_pattern
 from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.folder import PhotoReport, find_photos
@@ -266,8 +267,10 @@ def encode_prompts(
         captions.update(caption for photo in stream.photos for caption in photo.captions)
     if config.class_prompt:
         captions |= {config.class_prompt, *config.prior_prompts}
+    word = learnt_word(config)
     for caption in sorted(captions):
-        prompt_embeds([caption])
+        if word is None or not word_pattern(word).search(caption):
+            prompt_embeds([caption])
         context.stop_if_asked()
 
 
@@ -285,7 +288,7 @@ def release_encoders(
 ) -> None:
     """Text encoders leave unless they are trained. The VAE leaves too; for samples and scores it waits on the CPU, and
     it stays where every step encodes."""
-    if not config.train_text_encoder:
+    if not config.keeps_text_encoders:
         prompt_embeds.release_encoders()
         pipeline.register_modules(text_encoder=None, text_encoder_2=None)
     if config.caching != "off" and (config.sample_count or is_scored(config)):

@@ -198,8 +198,9 @@ class Training:
         optimizer, scaler = self.train_step.optimizer.optimizer, self.accelerator.scaler
         parts = position, self.train_step.components, self.publisher.facts, optimizer, scaler
         own = copies(self.train_step.parameters) if self.train_step.average is not None else None
+        learnt = self.train_step.learnt
         with self.train_step.averaged():
-            save_checkpoint(path, *parts, own)
+            save_checkpoint(path, *parts, own, learnt and learnt.tokens)
         self.checkpoint, self.checkpoint_step = path, self.step
         if path != self.run_dir.last_dir and self.run_dir.last_dir.is_dir():
             remove_directory(self.run_dir.last_dir)

@@ -55,6 +55,7 @@ from dreambooth_moslora.training.objective import (
     snr_weights,
 )
 from dreambooth_moslora.training.optimizer import make_lr_schedule, make_optimizer, parameter_groups
+from dreambooth_moslora.training.pivotal import LearntTokens, hold_last_group
 from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha
 from dreambooth_moslora.training.planning.speed import Speed, speed_of
 from dreambooth_moslora.training.prepare import TrainInputs
@@ -97,10 +98,15 @@ class TrainStep:
         self.parameters = [p for module in self.components.values() for _, p in adapter_parameters(module)]
         self.copies = WorkingCopies(*self.components.values())
         self.lora_layers = [layer for module in self.components.values() for layer in lora_layers(module)]
-        groups = parameter_groups(config, self.components, accelerator.num_processes)
+        self.learnt = learn_tokens(config, inputs, max_train_steps, checkpoint)
+        tokens = self.learnt.parameters if self.learnt else []
+        self.parameters += tokens
+        groups = parameter_groups(config, self.components, accelerator.num_processes, tokens)
         optimizer = make_optimizer(config, groups)
         self.lr_schedule = make_lr_schedule(config, optimizer, max_train_steps)
         self.average = average_of(config, self.parameters, optimizer)
+        if self.learnt:
+            hold_last_group(self.lr_schedule, self.learnt.pivot)
         if checkpoint is not None:
             restore_optimizer(checkpoint, step, optimizer, self.lr_schedule, accelerator.scaler)
         if checkpoint is not None and self.average is not None:
@@ -137,6 +143,8 @@ class TrainStep:
 
         A norm that is not finite is no step: fp16's scaler then moves nothing and takes a smaller scale.
         """
+        if self.learnt:
+            self.learnt.fill_gradients()
         self._average_gradients()
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
         self.optimizer.step()
@@ -171,7 +179,7 @@ class TrainStep:
         if config.debiased_estimation_loss:
             weights = debiased_weights(schedule, noisy.index)
         error = pointwise_error(schedule, noisy.index, config.loss_type, config.huber_c, config.huber_schedule)
-        cond = self.text_cond(batch.prompts) if config.train_text_encoder else cond_of(on_device)
+        cond = self.text_cond(batch.prompts) if config.keeps_text_encoders else cond_of(on_device)
         prediction = self.predict(noisy, cond, on_device["time_ids"])
         mask = on_device["mask"]
         return loss(prediction, target, weights, batch.instance_count, config.prior_loss_weight, mask, error)
@@ -197,7 +205,7 @@ class TrainStep:
             "noise": offset_noise(noise, config.noise_offset, generator(*names, "noise offset")),
             "index": sample_timesteps(self.inputs.schedule, len(batch.latents), levels, *bias),
         }
-        if not config.train_text_encoder:
+        if not config.keeps_text_encoders:
             cond = self.inputs.prompt_embeds(batch.prompts)
             drawn |= {"embeds": cond.embeds, "pooled": cond.pooled}
         return drawn
@@ -220,7 +228,7 @@ class TrainStep:
     def base_prediction(self, batch: TrainBatch, noisy: NoisySample, on_device: dict[str, Tensor | None]) -> Tensor:
         """What the frozen base predicts (B/2, 4, h, w) for the prior half: that half's target."""
         half = slice(batch.instance_count, None)
-        if self.config.train_text_encoder:
+        if self.config.keeps_text_encoders:
             cond = self.inputs.prompt_embeds(batch.prompts[half])  # of the encoders before training
         else:
             cond = TextCond(on_device["embeds"][half], on_device["pooled"][half])
@@ -229,7 +237,9 @@ class TrainStep:
             return self.predict(prior, cond, on_device["time_ids"][half])
 
     def text_cond(self, prompts: list[str]) -> TextCond:
-        """Cached embeddings, or live ones with gradients when the text encoders are trained."""
+        """Cached embeddings, or live ones with gradients when the text encoders or new tokens are trained."""
+        if self.learnt:
+            return self.learnt.text_cond(prompts, self.step)
         if self.config.train_text_encoder:
             return encode_text(self.inputs.pipeline, prompts)
         return self.inputs.prompt_embeds(prompts)
@@ -279,6 +289,15 @@ def average_of(config: TrainConfig, parameters: list[nn.Parameter], optimizer: O
     if config.optimizer == SCHEDULE_FREE:
         return ScheduleFreeAverage(parameters, optimizer)
     return MovingAverage(parameters, config.ema_decay) if config.use_ema else None
+
+
+def learn_tokens(
+    config: TrainConfig, inputs: TrainInputs, total_steps: int, checkpoint: Path | None
+) -> LearntTokens | None:
+    """The new tokens of the run, at work in its pipeline."""
+    if not config.train_text_encoder_ti:
+        return None
+    return LearntTokens(config, inputs.pipeline, inputs.prompt_embeds, total_steps, checkpoint)
 
 
 def cond_of(on_device: dict[str, Tensor | None]) -> TextCond:

@@ -9,7 +9,7 @@ from pathlib import Path
 from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import free_name
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RAW_NAME, RunDir
+from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RAW_NAME, TOKENS_SUFFIX, RunDir
 from dreambooth_moslora.ui.adapter_check import check_upload
 from dreambooth_moslora.ui.generate_form import NONE
 from dreambooth_moslora.ui.server.users import Visitor
@@ -37,6 +37,8 @@ class AdapterCatalog:
         found = dict(visitor.uploads) if visitor else {}
         runs = [folder for folder in self.runs_dir.glob("*/") if _may_see(folder, visitor)]
         for file in [*sorted(self.adapters_dir.glob("*.safetensors")), *_run_files(runs)]:
+            if file.name.endswith(TOKENS_SUFFIX):  # it belongs to an adapter
+                continue
             if not _is_file_inside(file, (self.adapters_dir, self.runs_dir)):
                 continue
             found[free_name(_name_of(file, self.runs_dir), {NONE, *found}.__contains__, " ")] = file

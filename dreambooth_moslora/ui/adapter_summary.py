@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from stat import S_ISREG
@@ -20,7 +20,8 @@ MAX_WORD_CHARACTERS = 80
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """Empty where the file says nothing (an adapter of another program). `scale`: the strength that it wants."""
+    """Empty where the file says nothing (an adapter of another program). `scale`: the strength that it wants; `tokens`:
+    a file of new tokens that belongs beside it and is not there."""
 
     trigger: str = ""
     class_word: str = ""
@@ -28,6 +29,7 @@ class AdapterSummary:
     rank: str = ""
     mixer: str = ""
     scale: float = 1.0
+    tokens: str = ""
 
     @property
     def subject(self) -> str:
@@ -41,6 +43,7 @@ class AdapterSummary:
             f"{self.mixer} mixer" if self.mixer and self.mixer != "none" else "",
             f"for {self.base}" if self.base else "",
             f"best at scale {self.scale:g}" if self.scale != 1 else "",
+            f"its new tokens are missing: {self.tokens} belongs beside it" if self.tokens else "",
         ]
         return " · ".join(part for part in parts if part)
 
@@ -49,7 +52,8 @@ def summary_of(file: Path) -> AdapterSummary:
     """Never raises for a readable or unreadable file: a header is a hint, loading is the check."""
     try:
         facts = file.stat()
-        return _read(file, facts.st_mtime_ns, facts.st_size) if S_ISREG(facts.st_mode) else AdapterSummary()
+        found = _read(file, facts.st_mtime_ns, facts.st_size) if S_ISREG(facts.st_mode) else AdapterSummary()
+        return replace(found, tokens="") if found.tokens and (file.parent / found.tokens).is_file() else found
     except OSError:
         return AdapterSummary()
 
@@ -76,6 +80,7 @@ def _from_facts(facts: dict[str, Any]) -> AdapterSummary:
         rank=_rank(facts),
         mixer=_word(facts.get("mixer")),
         scale=_scale(facts.get("best_scale")),
+        tokens=_tokens(facts.get("tokens")),
     )
 
 
@@ -84,6 +89,12 @@ def _scale(value: Any) -> float:
     low, high = RANGES["scale"]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and low <= value <= high else 1.0
+
+
+def _tokens(note: Any) -> str:
+    """The name of their file."""
+    name = _word(note.get("file")) if isinstance(note, dict) else ""
+    return name if Path(name).name == name else ""
 
 
 def _rank(facts: dict[str, Any]) -> str:

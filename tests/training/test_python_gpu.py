@@ -24,6 +24,7 @@ TRAININGS = {
     "class images": {"with_prior_preservation": True},
     "convolutions": {"target_modules": ["to_q", "conv1", "ff.net.0.proj"]},
     "text encoders, recomputed": {"train_text_encoder": True, "gradient_checkpointing": True},
+    "new tokens, bf16": {"train_text_encoder_ti": True, "mixed_precision": "bf16"},
     "DoRA": {"use_dora": True},
     "uncached": {"caching": "off", "dataloader_num_workers": 2},
     "EDM": {"do_edm_style_training": True},

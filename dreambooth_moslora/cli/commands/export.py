@@ -26,8 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from dreambooth_moslora.adapters.export import DTYPES, publish
+    from dreambooth_moslora.adapters.new_tokens import tokens_beside
     from dreambooth_moslora.adapters.raw_file import load_raw, read_raw
     from dreambooth_moslora.adapters.skeleton import empty_model
+    from dreambooth_moslora.core.run_folder import TOKENS_SUFFIX
 
     source, out = find_raw(Path(args.source).expanduser()), Path(args.out).expanduser()
     _, facts = read_raw(source)
@@ -35,8 +37,9 @@ def run(args: argparse.Namespace) -> int:
     load_raw(source, components)
     before = sum(rank_sum(model) for model in components.values())
     name = args.name or out.resolve().name or "adapter"
-    proof = publish(components, out, name, facts, DTYPES[args.dtype], keep=args.keep)
-    for file in proof.files:
+    tokens = tokens_beside(source, {"moslora": facts.to_json()})
+    proof = publish(components, out, name, facts, DTYPES[args.dtype], keep=args.keep, tokens=tokens)
+    for file in [*proof.files, *([f"{name}{TOKENS_SUFFIX}"] if tokens else [])]:
         size = (out / file).stat().st_size / 2**20
         print(f"{out / file}  {size:.2f} MiB")
     print(f"{proof.sentence()}.")

@@ -25,6 +25,9 @@ __all__ = [
     "settings_without_effect",
 ]
 
+PIVOTAL = (
+    *("train_text_encoder_ti_frac", "token_abstraction", "num_new_tokens_per_abstraction", "initializer_concept"),
+)
 DEFAULTS = {item.name: item.default for item in fields(TrainConfig)}
 
 
@@ -92,8 +95,17 @@ def settings_without_effect(config: TrainConfig) -> list[str]:
         "--timestep_bias_multiplier has no effect without --timestep_bias_strategy": (
             differs(config, "timestep_bias_multiplier") and config.timestep_bias_strategy == "none"
         ),
-        "--text_encoder_lr has no effect without --train_text_encoder": (
-            differs(config, "text_encoder_lr") and not config.train_text_encoder
+        "--text_encoder_lr has no effect without --train_text_encoder or --train_text_encoder_ti": (
+            differs(config, "text_encoder_lr") and not config.keeps_text_encoders
+        ),
+        **{
+            f"--{name} has no effect without --train_text_encoder_ti": (
+                differs(config, name) and not config.train_text_encoder_ti
+            )
+            for name in PIVOTAL
+        },
+        "--num_new_tokens_per_abstraction has no effect with --initializer_concept, whose words say how many": (
+            differs(config, "num_new_tokens_per_abstraction") and config.initializer_concept
         ),
         "Prodigy wants --learning_rate near 1.0": config.optimizer == "Prodigy" and config.learning_rate <= 0.1,
         "--bucket_reso_steps has no effect without --enable_bucket": (

@@ -17,6 +17,7 @@ from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.config_fields import nearest
 from dreambooth_moslora.core.digests import default_cache_dir
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.prompts import learnt_word
 from dreambooth_moslora.core.run_folder import RunDir, check_name, checkpoint_step
 from dreambooth_moslora.core.targets import full_name, is_meant, is_target, parse_pattern
 from dreambooth_moslora.core.versions import require_packages
@@ -208,6 +209,7 @@ def preflight(config: TrainConfig) -> Path | None:
     """Raises UserError; returns the diffusers folder of the base, if it is on this machine."""
     require_packages(config)
     check_bf16(config)
+    learnt_word(config)
     ranks = [config.rank, *(int(parse_pattern("rank_pattern", text)[1]) for text in config.rank_pattern)]
     if config.mixer == "butterfly" and (odd := [rank for rank in ranks if rank % 2]):
         raise UserError(f"--mixer butterfly needs an even --rank, not {odd[0]}.")

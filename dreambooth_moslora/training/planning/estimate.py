@@ -112,7 +112,7 @@ def estimate(config: TrainConfig, size: BaseSize, total_steps: int, photo_count:
     unet, texts, vae = unet_gib(config, size), size.text_encoders * number / GIB, size.vae * 4 / GIB
     bytes_each = TRAINING_BYTES_8BIT if config.use_8bit_adam else TRAINING_BYTES
     optimized = adapter * (bytes_each + AVERAGE_BYTES * config.use_ema) / GIB
-    weights = unet + optimized + (texts if config.train_text_encoder else 0)
+    weights = unet + optimized + (texts if config.keeps_text_encoders else 0)
     drawing = vae + max(decoder_gib(config), drawing_gib(config, size, images=2))
     checkpoint = adapter * (12 + AVERAGE_BYTES * config.use_ema) / GIB
     return Estimate(

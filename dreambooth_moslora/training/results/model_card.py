@@ -11,6 +11,7 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.names import public_name
+from dreambooth_moslora.core.prompts import word_pattern
 from dreambooth_moslora.training.results.best_step import BestStep
 
 if TYPE_CHECKING:  # it imports torch
@@ -114,10 +115,42 @@ from diffusers import StableDiffusionXLPipeline
 
 pipe = StableDiffusionXLPipeline.from_pretrained({base_id!r}, dtype=torch.float16).to("cuda")
 pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")
-image = pipe({config.instance_prompt!r}).images[0]
+{token_lines(facts.adapter.tokens)}image = pipe({spelled(config.instance_prompt, facts.adapter.tokens)!r}).images[0]
 ```
 
-`{facts.name}.kohya.safetensors` is the same adapter for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI."""
+`{facts.name}.kohya.safetensors` is the same adapter for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI.\
+{about_tokens(facts.adapter.tokens)}"""
+
+
+def token_lines(note: dict) -> str:
+    """The lines of the snippet that load new tokens."""
+    if not note:
+        return ""
+    file, names = note["file"], [f"<s{number}>" for number in range(note["count"])]
+    return f"""
+from safetensors.torch import load_file
+
+new, names = load_file("path/to/this/folder/{file}"), {names}
+pipe.load_textual_inversion(new["clip_l"], token=names, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
+pipe.load_textual_inversion(new["clip_g"], token=names, text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2)
+"""
+
+
+def spelled(prompt: str, note: dict) -> str:
+    """The prompt with its word spelled out in new tokens, if any."""
+    tokens = "".join(f"<s{number}>" for number in range(note["count"])) if note else ""
+    return word_pattern(note["word"]).sub(tokens, prompt) if note else prompt
+
+
+def about_tokens(note: dict) -> str:
+    if not note:
+        return ""
+    stem = note["file"].removesuffix(".safetensors")
+    return (
+        f"\n\nThe word “{note['word']}” stands for {note['count']} new tokens, which are in `{note['file']}` and "
+        f"belong to the adapter: in ComfyUI write `embedding:{stem}` in its place, in AUTOMATIC1111 `{stem}`, with "
+        "the file in their folder of embeddings."
+    )
 
 
 def strength(best: float | None, usable: tuple[float, ...]) -> str:

@@ -2,11 +2,13 @@
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 from PIL import Image
 
-from dreambooth_moslora.adapters.export import publish
+from dreambooth_moslora.adapters.export import publish, with_tokens
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.new_tokens import prove_tokens
 from dreambooth_moslora.adapters.proof import Proof
 from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.base.load import architecture
@@ -50,6 +52,7 @@ class Publisher:
     ):
         self.config, self.run_dir, self.train_step = config, run_dir, train_step
         self.photos, self.samples, self.sampler = inputs.photos, samples, sampler
+        self.learnt = train_step.learnt
         self.facts = facts_of(config, inputs, train_step)
         self.scores: dict[str, float] = {}
         self.best: BestStep | None = None
@@ -65,17 +68,18 @@ class Publisher:
     def keep_best(self) -> None:
         """`best/`: the adapter as it is now, loadable like the final one, whole or not at all."""
         with atomic_directory(self.run_dir.best_dir) as folder:
-            publish(self.train_step.components, folder, self.run_dir.name, self.facts)
+            self._publish_to(folder)
 
     def publish(self, step: int, max_train_steps: int, finished: bool) -> Proof:
         """The adapter first, then its card, then the hub; the rest is decoration, which stays here.
 
         Only a finished run draws new contexts or is pushed.
         """
-        proof = publish(self.train_step.components, self.run_dir.path, self.run_dir.name, self.facts)
+        proof = self._publish_to(self.run_dir.path)
         contexts = self.samples.draw_contexts(self.sampler) if finished else []
         best = self.best if self.run_dir.best_dir.is_dir() else None
-        facts = CardFacts(self.run_dir.name, step, max_train_steps, self.facts, proof, scores=self.scores, best=best)
+        adapter = with_tokens(self.facts, self.run_dir.name, self.learnt and self.learnt.tokens)
+        facts = CardFacts(self.run_dir.name, step, max_train_steps, adapter, proof, scores=self.scores, best=best)
         drawn = list(zip(self.samples.requests, self.samples.latest))
         shown = [*drawn[: max(2, CARD_IMAGES - len(contexts))], *zip(self.samples.contexts, contexts)]
         write_card(self.config, self.run_dir, facts, shown)
@@ -88,6 +92,14 @@ class Publisher:
                 start = self.config.init_adapter and f"adapter {public_name(self.config.init_adapter)}"
                 write_contact_sheet(self.run_dir, self.photos, self.samples, contexts, start or "base")
         return proof
+
+    def _publish_to(self, folder: Path) -> Proof:
+        components, name = self.train_step.components, self.run_dir.name
+        if self.learnt is None:
+            return publish(components, folder, name, self.facts)
+        attached, prompts = self.learnt.attached, [self.config.instance_prompt]
+        prove = lambda path: prove_tokens(path, attached, prompts)  # noqa: E731
+        return publish(components, folder, name, self.facts, tokens=self.learnt.tokens, prove=prove)
 
 
 def facts_of(config: TrainConfig, inputs: TrainInputs, train_step: TrainStep) -> AdapterMetadata:

@@ -1,0 +1,248 @@
+"""New tokens: rows of both text encoders' tables of embeddings, which were learnt beside an adapter.
+
+    NewTokens --attach--> both tokenizers know <s0> <s1> …, both encoders look their rows up, a word stands for them
+              --write_tokens--> NAME_emb.safetensors: clip_l (n, D), clip_g (n, D2), fp32
+
+Such a file is read by diffusers' `load_textual_inversion`, ComfyUI and A1111. The encoders' own tables stay as they
+are. The header of the adapter beside it names the file and its digest.
+"""
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.proof import FileProof, collected_warnings, relative_difference
+from dreambooth_moslora.adapters.raw_file import check_finite, read_tensors, with_sorted_metadata
+from dreambooth_moslora.base.load import encode_text
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.prompts import word_pattern
+from dreambooth_moslora.core.run_folder import atomic_write
+
+__all__ = [
+    "KEYS",
+    "TOKENIZERS",
+    "AttachedTokens",
+    "NewTokens",
+    "note_in",
+    "prove_tokens",
+    "read_tokens",
+    "tokens_beside",
+    "write_tokens",
+]
+
+logger = logging.getLogger(__name__)
+
+KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+"""Component -> its tensor in the file."""
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+WORD, MOST = "moslora_word", 75
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """`rows`: component -> (n, D). In prompts `word` stands for all of them."""
+
+    word: str
+    rows: Mapping[str, Tensor]
+
+    @property
+    def count(self) -> int:
+        return len(next(iter(self.rows.values())))
+
+    @property
+    def content(self) -> bytes:
+        """The file's bytes: equal tokens have equal ones."""
+        tensors = {KEYS[part]: rows.detach().float().cpu().contiguous() for part, rows in self.rows.items()}
+        check_finite(tensors, "the new tokens")
+        return with_sorted_metadata(save(tensors, {"format": "pt", WORD: self.word}))
+
+    def note(self, file_name: str) -> dict[str, object]:
+        """What the header of the adapter says of them."""
+        digest = hashlib.sha256(self.content).hexdigest()
+        return {"word": self.word, "count": self.count, "file": file_name, "sha256": digest}
+
+
+class TableWithRows(nn.Module):
+    """A frozen table of embeddings and `rows` of one's own, whose token ids begin at `first`."""
+
+    def __init__(self, table: nn.Module, rows: Tensor, first: int):
+        super().__init__()
+        self.table, self.first = table, first
+        own = rows if isinstance(rows, nn.Parameter) else nn.Parameter(rows, requires_grad=False)
+        self.own = nn.ParameterList([own])  # behind the table's: a model's first weight tells its dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen table's: its dtype and device are asked for."""
+        return self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found = self.table(ids.clamp(max=self.first - 1))
+        own = F.embedding((ids - self.first).clamp(min=0), self.own[0]).to(found.dtype)
+        return torch.where((ids >= self.first)[..., None], own, found)
+
+
+class AttachedTokens:
+    """New tokens at work in a pipeline, until `detach`: `encode_prompt` and all that calls it know their words."""
+
+    def __init__(self, pipeline: StableDiffusionXLPipeline, several: Sequence[NewTokens]):
+        """Raises UserError for two of one word, and for rows that are not as wide as the base's."""
+        words = [tokens.word for tokens in several]
+        if twice := next((word for word in words if words.count(word) > 1), None):
+            raise UserError(f"two adapters have learnt tokens for the word {twice!r:.40}: use one of them at a time")
+        self.pipeline, self.several = pipeline, tuple(several)
+        self.spellings = spellings_of(several)
+        self._tokenizers = {part: getattr(pipeline, name) for part, name in TOKENIZERS.items()}
+        self._tables = {part: getattr(pipeline, part).get_input_embeddings() for part in KEYS}
+        self.attach()
+
+    def attach(self) -> None:
+        for part in KEYS:
+            check_width(part, self.several, self._tables[part])
+        for part in KEYS:
+            self._extend(part)
+        self.pipeline.maybe_convert_prompt = self.spelled  # where diffusers spells textual inversions out
+
+    def detach(self) -> None:
+        """The pipeline is as it was before."""
+        vars(self.pipeline).pop("maybe_convert_prompt", None)
+        for part, name in TOKENIZERS.items():
+            setattr(self.pipeline, name, self._tokenizers[part])
+            getattr(self.pipeline, part).set_input_embeddings(self._tables[part])
+
+    def is_in(self, prompt: str) -> bool:
+        """Whether the prompt has one of the words, or spells one out."""
+        return any(pattern.search(prompt) or spelt in prompt for pattern, spelt in self.spellings)
+
+    def spelled(self, prompt: str | list[str], tokenizer: object = None) -> str | list[str]:
+        """Prompts with each word spelled out in its tokens."""
+        if isinstance(prompt, list):
+            return [self.spelled(text) for text in prompt]
+        for pattern, spelt in self.spellings:
+            prompt = pattern.sub(spelt, prompt)
+        return prompt
+
+    def _extend(self, part: str) -> None:
+        tokenizer = deepcopy(self._tokenizers[part])
+        first, names = len(tokenizer), names_of(sum(tokens.count for tokens in self.several))
+        if tokenizer.add_tokens(names) != len(names):
+            raise UserError(f"the base's own tokenizer has {names[0]} already: new tokens cannot be learnt on it")
+        setattr(self.pipeline, TOKENIZERS[part], tokenizer)
+        table, parts = self._tables[part], [tokens.rows[part] for tokens in self.several]
+        rows = parts[0] if len(parts) == 1 else torch.cat([rows.to(table.weight.device) for rows in parts])
+        rows = rows if isinstance(rows, nn.Parameter) else rows.to(table.weight.device)
+        getattr(self.pipeline, part).set_input_embeddings(TableWithRows(table, rows, first))
+
+
+def names_of(count: int) -> list[str]:
+    """As diffusers' scripts call new tokens."""
+    return [f"<s{number}>" for number in range(count)]
+
+
+def spellings_of(several: Sequence[NewTokens]) -> list[tuple[re.Pattern, str]]:
+    names = iter(names_of(sum(tokens.count for tokens in several)))
+    return [(word_pattern(t.word), "".join(next(names) for _ in range(t.count))) for t in several]
+
+
+def check_width(part: str, several: Sequence[NewTokens], table: nn.Module) -> None:
+    for tokens in several:
+        if tokens.rows[part].shape[1] != table.weight.shape[1]:
+            raise UserError(f"the tokens of {tokens.word!r:.40} were learnt on another base than this one")
+
+
+def write_tokens(path: Path, tokens: NewTokens) -> None:
+    atomic_write(path, tokens.content)
+
+
+def read_tokens(path: Path) -> NewTokens:
+    """Raises UserError for any other file."""
+    tensors, header = read_tensors(path)
+    check_finite(tensors, path.name)
+    rows = {part: tensors.get(key) for part, key in KEYS.items()}
+    shapes = [tuple(found.shape) for found in rows.values() if found is not None and found.is_floating_point()]
+    if len(tensors) != 2 or len({shape[0] for shape in shapes if len(shape) == 2 and min(shape)}) != 1:
+        raise UserError(f"{path.name} holds no new tokens: clip_l and clip_g, as many rows in each")
+    if len(shapes) != 2 or not header.get(WORD, "").strip():
+        raise UserError(f"{path.name} holds no new tokens of ours: its header does not say for which word they are")
+    if shapes[0][0] > MOST:
+        raise UserError(f"{path.name} holds {shapes[0][0]} new tokens for a word, and a prompt has room for {MOST}")
+    return NewTokens(header[WORD], {part: found.float() for part, found in rows.items()})
+
+
+def tokens_beside(adapter: Path, header: Mapping[str, str]) -> NewTokens | None:
+    """The tokens that the adapter file's header names, from the file beside it; None when it names none.
+
+    None, and a line in the log, when the file is not there. Raises UserError for another file than the one named.
+    """
+    note = note_in(header)
+    if note is None:
+        return None
+    path = adapter.parent / note["file"]
+    if not path.is_file():
+        logger.warning(
+            "%s knows %r by new tokens, and their file %s is not beside it: the word means nothing without it",
+            adapter.name, note["word"], path.name,
+        )  # fmt: skip
+        return None
+    if hashlib.sha256(path.read_bytes()).hexdigest() != note["sha256"]:
+        raise UserError(f"{path.name} is not the file of new tokens that belongs to {adapter.name}: copy both again")
+    return read_tokens(path)
+
+
+def note_in(header: Mapping[str, str]) -> dict | None:
+    """What `NewTokens.note` wrote into the header of an adapter."""
+    try:
+        return AdapterMetadata.from_json(header["moslora"]).tokens or None
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+@torch.no_grad()
+def prove_tokens(path: Path, attached: AttachedTokens, prompts: Sequence[str]) -> FileProof:
+    """Load the file through diffusers' own loader into the same encoders, and compare rows and encoded prompts."""
+    found, tokens = read_tokens(path), attached.several[0]
+    rows = {KEYS[p]: relative_difference(found.rows[p], r.detach().float().cpu()) for p, r in tokens.rows.items()}
+    live = encode_text(attached.pipeline, list(prompts))
+    with stock_loaded(path, attached) as pipeline:
+        stock = encode_text(pipeline, attached.spelled(list(prompts)))
+    pairs = (stock.embeds, live.embeds), (stock.pooled, live.pooled)
+    outputs = max(relative_difference(there.float().cpu(), here.float().cpu()) for there, here in pairs)
+    worst = max(rows, key=rows.__getitem__)
+    return FileProof(path.name, rows[worst], outputs, worst, "diffusers' load_textual_inversion")
+
+
+@contextmanager
+def stock_loaded(path: Path, attached: AttachedTokens) -> Iterator[StableDiffusionXLPipeline]:
+    """The pipeline with the file as diffusers loads it; afterwards the tokens are attached again."""
+    pipeline, (tensors, _) = attached.pipeline, read_tensors(path)
+    sizes = {part: getattr(pipeline, part).config.vocab_size for part in KEYS}
+    attached.detach()
+    try:
+        with collected_warnings():
+            for part, key in KEYS.items():
+                load_stock(pipeline, part, tensors[key])
+        yield pipeline
+    finally:
+        attached.detach()
+        for part, size in sizes.items():
+            getattr(pipeline, part).config.vocab_size = size
+        attached.attach()
+
+
+def load_stock(pipeline: StableDiffusionXLPipeline, part: str, rows: Tensor) -> None:
+    """As the card says, but into a tokenizer of its own."""
+    setattr(pipeline, TOKENIZERS[part], deepcopy(getattr(pipeline, TOKENIZERS[part])))
+    parts = {"text_encoder": getattr(pipeline, part), "tokenizer": getattr(pipeline, TOKENIZERS[part])}
+    pipeline.load_textual_inversion(rows, token=names_of(len(rows)), **parts)

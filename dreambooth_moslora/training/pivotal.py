@@ -1,0 +1,90 @@
+"""Pivotal tuning: new tokens are learnt beside the adapter up to a step, the pivot, and stay as they are after it.
+
+Only the new rows are parameters; the encoders and their tables are frozen. Up to the pivot the prompts with the word
+are encoded at each step, after it once.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from dreambooth_moslora.adapters.new_tokens import KEYS, TOKENIZERS, AttachedTokens, NewTokens, read_tokens
+from dreambooth_moslora.base.load import TextCond, encode_text
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.prompts import learnt_word
+from dreambooth_moslora.core.run_folder import TOKENS_NAME
+from dreambooth_moslora.core.seeding import generator
+from dreambooth_moslora.training.inputs.dataset import PromptCache
+from dreambooth_moslora.training.inputs.encoding_cache import TensorCache
+
+__all__ = ["LearntTokens", "hold_last_group"]
+
+
+class LearntTokens:
+    """The tokens of a run. `cached` encodes the prompts without the word; `pivot` is the first step they rest in."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        pipeline: StableDiffusionXLPipeline,
+        cached: PromptCache,
+        total_steps: int,
+        checkpoint: Path | None,
+    ):
+        self.pipeline, self.cached = pipeline, cached
+        self.pivot = max(1, round(config.train_text_encoder_ti_frac * total_steps))
+        started = read_tokens(checkpoint / TOKENS_NAME) if checkpoint else fresh_tokens(config, pipeline)
+        device = pipeline.text_encoder.device
+        rows = {part: nn.Parameter(found.float().to(device)) for part, found in started.rows.items()}
+        self.tokens = NewTokens(started.word, rows)
+        self.attached = AttachedTokens(pipeline, [self.tokens])
+        self._encoded = PromptCache(lambda prompts: encode_text(pipeline, prompts), TensorCache(), "")
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.tokens.rows.values())
+
+    def fill_gradients(self) -> None:
+        """Zeros where no prompt had the word: all processes average, and every step counts, the same parameters."""
+        for rows in self.parameters:
+            if rows.grad is None:
+                rows.grad = torch.zeros_like(rows)
+
+    def text_cond(self, prompts: list[str], step: int) -> TextCond:
+        """Of the prompts at `step`, with gradients to the new rows before the pivot."""
+        mine = [prompt for prompt in dict.fromkeys(prompts) if self.attached.is_in(prompt)]
+        others = [prompt for prompt in dict.fromkeys(prompts) if prompt not in mine]
+        encode = self._encoded if step >= self.pivot else lambda texts: encode_text(self.pipeline, texts)
+        found = {}
+        for group, ask in ((mine, encode), (others, self.cached)):
+            cond = ask(group) if group else None
+            found |= {prompt: (cond.embeds[n], cond.pooled[n]) for n, prompt in enumerate(group)}
+        device = self.parameters[0].device
+        embeds, pooled = zip(*(found[prompt] for prompt in prompts))
+        return TextCond(torch.stack([e.to(device) for e in embeds]), torch.stack([p.to(device) for p in pooled]))
+
+
+def fresh_tokens(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> NewTokens:
+    """Rows of the concept's words, or random ones of the table's standard deviation. Raises UserError."""
+    rows = {}
+    for part in KEYS:
+        table = getattr(pipeline, part).get_input_embeddings().weight.detach().float().cpu()
+        if config.initializer_concept:
+            ids = getattr(pipeline, TOKENIZERS[part])(config.initializer_concept, add_special_tokens=False).input_ids
+            rows[part] = table[ids].clone()
+        else:
+            shape = config.num_new_tokens_per_abstraction, table.shape[1]
+            rows[part] = torch.randn(shape, generator=generator(config.seed, "new tokens", part)) * table.std()
+    if len({len(found) for found in rows.values()}) != 1 or not len(rows["text_encoder"]):
+        raise UserError(f"--initializer_concept {config.initializer_concept}: the tokenizers make no such words of it.")
+    return NewTokens(learnt_word(config), rows)
+
+
+def hold_last_group(schedule: LambdaLR, pivot: int) -> None:
+    """From step `pivot` on, the optimizer's last group has a learning rate of 0."""
+    course = schedule.lr_lambdas[-1]
+    schedule.lr_lambdas[-1] = lambda step: course(step) if step < pivot else 0.0
