@@ -242,7 +242,11 @@ def stock_loaded(path: Path, attached: AttachedTokens) -> Iterator[StableDiffusi
 
 
 def load_stock(pipeline: StableDiffusionXLPipeline, part: str, rows: Tensor) -> None:
-    """As the card says, but into a tokenizer of its own."""
+    """As the card says, but into copies of the tokenizer and, on the CPU, of the table, which grows where it is."""
     setattr(pipeline, TOKENIZERS[part], deepcopy(getattr(pipeline, TOKENIZERS[part])))
-    parts = {"text_encoder": getattr(pipeline, part), "tokenizer": getattr(pipeline, TOKENIZERS[part])}
-    pipeline.load_textual_inversion(rows, token=names_of(len(rows)), **parts)
+    encoder, tokenizer = getattr(pipeline, part), getattr(pipeline, TOKENIZERS[part])
+    table = encoder.get_input_embeddings().weight
+    copied = nn.Embedding.from_pretrained(table.detach().cpu().clone())
+    encoder.set_input_embeddings(copied)
+    pipeline.load_textual_inversion(rows, token=names_of(len(rows)), text_encoder=encoder, tokenizer=tokenizer)
+    encoder.get_input_embeddings().to(table.device)

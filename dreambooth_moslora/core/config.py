@@ -325,6 +325,8 @@ class TrainConfig:
             raise UserError(f"--optimizer {SCHEDULE_FREE} averages its steps itself: leave out {flag}.")
         if self.train_text_encoder and self.train_text_encoder_ti:
             raise UserError("--train_text_encoder and --train_text_encoder_ti: train adapters or new tokens; give one.")
+        if self.optimizer == SCHEDULE_FREE and self.train_text_encoder_ti:
+            raise UserError(f"--optimizer {SCHEDULE_FREE} averages the adapter alone: give AdamW with new tokens.")
         if self.init_adapter and self.mixer == "butterfly":
             raise UserError("--init_adapter: the butterfly mixer has no inverse; give another --mixer.")
         for name in ("rank_pattern", "alpha_pattern"):

@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.adapters.lora_file import adapter_name, check_fits, find_weights, install, read_adapter
-from dreambooth_moslora.adapters.new_tokens import AttachedTokens, NewTokens, tokens_beside
+from dreambooth_moslora.adapters.new_tokens import AttachedTokens, NewTokens, note_in, tokens_beside
 from dreambooth_moslora.base.decode import tiled_where_short
 from dreambooth_moslora.base.load import default_guidance, default_resolution, guidance_rescale, load_pipeline
 from dreambooth_moslora.core.errors import StopRequestedError, UserError, is_out_of_memory
@@ -65,6 +65,10 @@ class Adapter:
     header: dict[str, str]
     tokens: NewTokens | None
     stamp: tuple[Path, int, int]
+
+    @property
+    def lacks_tokens(self) -> bool:
+        return self.tokens is None and note_in(self.header) is not None
 
 
 class SubjectPipeline:
@@ -135,7 +139,7 @@ class SubjectPipeline:
         name = name or adapter_name(path)
         stamp = _stamp(find_weights(path))
         with self._lock:
-            if name in self.adapters and self.adapters[name].stamp == stamp:
+            if name in self.adapters and self.adapters[name].stamp == stamp and not self.adapters[name].lacks_tokens:
                 self._touch(name)
                 return name
             weights = read_adapter(path, self.pipeline)

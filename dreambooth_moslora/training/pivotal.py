@@ -4,12 +4,13 @@ Only the new rows are parameters; the encoders and their tables are frozen. Up t
 are encoded at each step, after it once.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from dreambooth_moslora.adapters.new_tokens import KEYS, TOKENIZERS, AttachedTokens, NewTokens, read_tokens
 from dreambooth_moslora.base.load import TextCond, encode_text
@@ -21,7 +22,7 @@ from dreambooth_moslora.core.seeding import generator
 from dreambooth_moslora.training.inputs.dataset import PromptCache
 from dreambooth_moslora.training.inputs.encoding_cache import TensorCache
 
-__all__ = ["LearntTokens", "hold_last_group"]
+__all__ = ["LearntTokens"]
 
 
 class LearntTokens:
@@ -54,6 +55,15 @@ class LearntTokens:
             if rows.grad is None:
                 rows.grad = torch.zeros_like(rows)
 
+    @contextmanager
+    def at_rest(self, step: int) -> Iterator[None]:
+        """From the pivot on, what the optimizer does to the rows in this block is undone: Prodigy moves even a group
+        whose learning rate is 0."""
+        kept = [rows.detach().clone() for rows in self.parameters] if step >= self.pivot else []
+        yield
+        for rows, before in zip(self.parameters, kept):
+            rows.data.copy_(before)
+
     def text_cond(self, prompts: list[str], step: int) -> TextCond:
         """Of the prompts at `step`, with gradients to the new rows before the pivot."""
         mine = [prompt for prompt in dict.fromkeys(prompts) if self.attached.is_in(prompt)]
@@ -82,9 +92,3 @@ def fresh_tokens(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> Ne
     if len({len(found) for found in rows.values()}) != 1 or not len(rows["text_encoder"]):
         raise UserError(f"--initializer_concept {config.initializer_concept}: the tokenizers make no such words of it.")
     return NewTokens(learnt_word(config), rows)
-
-
-def hold_last_group(schedule: LambdaLR, pivot: int) -> None:
-    """From step `pivot` on, the optimizer's last group has a learning rate of 0."""
-    course = schedule.lr_lambdas[-1]
-    schedule.lr_lambdas[-1] = lambda step: course(step) if step < pivot else 0.0

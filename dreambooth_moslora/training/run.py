@@ -190,7 +190,7 @@ class Training:
     def save_checkpoint(self, path: Path) -> None:
         """Write a checkpoint; an older `last` goes. Raises UserError, on all processes, for an adapter that is not
         finite."""
-        if not all(bool(torch.isfinite(weights).all()) for weights in self.train_step.parameters):
+        if not all(bool(torch.isfinite(weights).all()) for weights in self.train_step.trained):
             raise self.diverged(f"the adapter is not finite after step {self.step}")
         if not self.accelerator.is_main_process:
             return

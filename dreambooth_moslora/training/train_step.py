@@ -55,7 +55,7 @@ from dreambooth_moslora.training.objective import (
     snr_weights,
 )
 from dreambooth_moslora.training.optimizer import make_lr_schedule, make_optimizer, parameter_groups
-from dreambooth_moslora.training.pivotal import LearntTokens, hold_last_group
+from dreambooth_moslora.training.pivotal import LearntTokens
 from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha
 from dreambooth_moslora.training.planning.speed import Speed, speed_of
 from dreambooth_moslora.training.prepare import TrainInputs
@@ -77,7 +77,7 @@ class StepLosses:
 
 
 class TrainStep:
-    """The adapter, its optimizer, and the number of steps done."""
+    """The adapter, its optimizer, and the number of steps done. `parameters` are the adapter's, `trained` are all."""
 
     def __init__(
         self,
@@ -100,13 +100,11 @@ class TrainStep:
         self.lora_layers = [layer for module in self.components.values() for layer in lora_layers(module)]
         self.learnt = learn_tokens(config, inputs, max_train_steps, checkpoint)
         tokens = self.learnt.parameters if self.learnt else []
-        self.parameters += tokens
+        self.trained = [*self.parameters, *tokens]
         groups = parameter_groups(config, self.components, accelerator.num_processes, tokens)
         optimizer = make_optimizer(config, groups)
         self.lr_schedule = make_lr_schedule(config, optimizer, max_train_steps)
         self.average = average_of(config, self.parameters, optimizer)
-        if self.learnt:
-            hold_last_group(self.lr_schedule, self.learnt.pivot)
         if checkpoint is not None:
             restore_optimizer(checkpoint, step, optimizer, self.lr_schedule, accelerator.scaler)
         if checkpoint is not None and self.average is not None:
@@ -146,8 +144,9 @@ class TrainStep:
         if self.learnt:
             self.learnt.fill_gradients()
         self._average_gradients()
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
-        self.optimizer.step()
+        norm = self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm or math.inf)
+        with self.learnt.at_rest(self.step) if self.learnt else nullcontext():
+            self.optimizer.step()
         norm = float(norm)
         if math.isfinite(norm):
             self.lr_schedule.step()
@@ -263,7 +262,7 @@ class TrainStep:
     def _average_gradients(self) -> None:
         if self.accelerator.num_processes == 1:
             return
-        grads = [p.grad for p in self.parameters if p.grad is not None]
+        grads = [p.grad for p in self.trained if p.grad is not None]
         mean = self.accelerator.reduce(parameters_to_vector(grads), "mean")
         vector_to_parameters(mean, grads)
 

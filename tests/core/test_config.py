@@ -181,6 +181,7 @@ def test_prompts_keep_their_commas_on_the_command_line_and_in_files(tmp_path):
         (["--network_dim", "8"], "use --rank"),
         (["--crops_coords_top_left_h=0"], "each photo's own crop"),
         (["--train_text_encoder_ti", "--train_text_encoder"], "give one"),
+        (["--train_text_encoder_ti", "--optimizer", "AdamWScheduleFree"], "give AdamW with new tokens"),
         (["--placeholder_token", "<dog>"], "--token_abstraction"),
         (["--init_word", "dog"], "--initializer_concept"),
         (["photo", "of"], "in quotes"),

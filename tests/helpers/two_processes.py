@@ -28,7 +28,7 @@ try:
     runpy.run_path(str(ROOT / "train_dreambooth.py"), run_name="__main__")
 finally:
     train_step = Watched.found[0]
-    digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in train_step.parameters)).hexdigest()
+    digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in train_step.trained)).hexdigest()
     facts = {"processes": train_step.accelerator.num_processes, "adapter": digest}
     rank = train_step.accelerator.process_index
     Path(train_step.config.output_dir, f"rank_{rank}.json").write_text(json.dumps(facts), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,16 +11,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.new_tokens import AttachedTokens, NewTokens, note_in, read_tokens
+from dreambooth_moslora.adapters.new_tokens import AttachedTokens, NewTokens, note_in, prove_tokens, read_tokens
 from dreambooth_moslora.base.load import encode_text, load_pipeline
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import learnt_word
 from dreambooth_moslora.core.run_folder import RunDir
-from dreambooth_moslora.generation.params import GenerationParams
-from dreambooth_moslora.generation.pipeline import Image, SubjectPipeline
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.pivotal import fresh_tokens
+from dreambooth_moslora.training.optimizer import make_optimizer, parameter_groups
+from dreambooth_moslora.training.pivotal import LearntTokens, fresh_tokens
 from dreambooth_moslora.training.results.hub import public_files
 from dreambooth_moslora.ui.adapter_catalog import AdapterCatalog
 from dreambooth_moslora.ui.adapter_summary import summary_of
@@ -120,27 +121,67 @@ def test_the_file_is_proved_and_named_by_the_adapters_header(run):
         assert (note["word"], note["count"], note["file"]) == ("sks", 2, "dog_emb.safetensors")
 
 
-def picture(pipeline, name, prompt=PROMPT, scale=1.0):
-    adapters = ((name, scale),) if name else ()
-    params = GenerationParams(prompt, adapters=adapters, steps=2, seed=1)
-    return next(e.pixels for e in pipeline.generate(params) if isinstance(e, Image))
+def test_the_proof_leaves_the_encoders_tables_as_they_are(run, base):
+    pipeline, path = load_pipeline(base), RunDir(run.output_dir).tokens_path
+    parts = pipeline.text_encoder, pipeline.text_encoder_2
+    before = [part.get_input_embeddings().weight.clone() for part in parts]
+    attached = AttachedTokens(pipeline, [read_tokens(path)])
+    assert prove_tokens(path, attached, [PROMPT]).largest == 0.0
+    assert all(torch.equal(part.get_input_embeddings().weight, kept) for part, kept in zip(parts, before))
+    assert encode_text(pipeline, [PROMPT]).embeds.isfinite().all() and len(pipeline.tokenizer) == len(before[0]) + 2
+
+
+def test_after_the_pivot_no_optimizer_moves_the_rows(base, photos, tmp_path):
+    """Prodigy moves even groups whose learning rate is 0."""
+    config = config_in(base, photos, tmp_path, optimizer="Prodigy", learning_rate=1.0)
+    learnt = LearntTokens(config, load_pipeline(base), None, 4, None)
+    optimizer = make_optimizer(config, parameter_groups(config, {}, 1, learnt.parameters))
+    rows = learnt.parameters[0]
+    seen = [rows.detach().clone()]
+    for step in range(4):
+        learnt.fill_gradients()
+        rows.grad += step < 2
+        with learnt.at_rest(step):
+            optimizer.step()
+        seen.append(rows.detach().clone())
+        optimizer.zero_grad()
+    moved = [not torch.equal(one, other) for one, other in pairwise(seen)]
+    assert moved == [True, True, False, False]
+
+
+def words(pipeline, name, scale=1.0):
+    """The encoded prompt while the adapter acts."""
+    pipeline.activate(((name, scale),))
+    return encode_text(pipeline.pipeline, [PROMPT]).embeds
 
 
 def test_the_subject_pipeline_takes_tokens_by_itself_and_refuses_others(run, base, tmp_path, caplog):
     folder = RunDir(run.output_dir)
     pipeline = SubjectPipeline.from_base(base)
-    whole = picture(pipeline, pipeline.load_adapter(folder.path))
-    without = tmp_path / "alone.safetensors"
-    without.write_bytes(folder.adapter_path.read_bytes())
-    alone = picture(pipeline, pipeline.load_adapter(without))
-    assert whole.tobytes() != alone.tobytes() and "dog_emb.safetensors is not beside it" in caplog.text
-    assert picture(pipeline, "dog").tobytes() == whole.tobytes()
-    assert picture(pipeline, "dog", scale=0.0).tobytes() == picture(SubjectPipeline.from_base(base), None).tobytes()
-    last = pipeline.load_adapter(folder.checkpoint_path(5))
-    assert picture(pipeline, last).tobytes() == whole.tobytes()
+    plain = encode_text(pipeline.pipeline, [PROMPT]).embeds
+    whole = words(pipeline, pipeline.load_adapter(folder.path))
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes(folder.adapter_path.read_bytes())
+    assert torch.equal(words(pipeline, pipeline.load_adapter(alone)), plain) and not torch.equal(whole, plain)
+    assert "dog_emb.safetensors is not beside it" in caplog.text
+    (tmp_path / "dog_emb.safetensors").write_bytes(folder.tokens_path.read_bytes())
+    assert torch.equal(words(pipeline, pipeline.load_adapter(alone)), whole)
+    assert torch.equal(words(pipeline, "dog", scale=0.0), plain)
+    assert torch.equal(words(pipeline, pipeline.load_adapter(folder.checkpoint_path(5))), whole)
     (tmp_path / "dog_emb.safetensors").write_bytes((folder.checkpoint_path(1) / "moslora_emb.safetensors").read_bytes())
     with pytest.raises(UserError, match="not the file of new tokens that belongs to other"):
-        pipeline.load_adapter(without.rename(tmp_path / "other.safetensors"))
+        pipeline.load_adapter(alone.rename(tmp_path / "other.safetensors"))
+
+
+@pytest.mark.slow
+def test_generate_draws_with_the_tokens_and_finds_them_again_by_its_picture(run, base, tmp_path):
+    draw = ["generate", "--base", str(base), "--steps", "2", "--adapter", run.output_dir, "--output_dir"]
+    assert main([*draw, str(tmp_path / "one"), "--prompt", PROMPT]) == 0
+    png = next((tmp_path / "one").glob("*.png"))
+    assert main([*draw, str(tmp_path / "two"), "--from_png", str(png)]) == 0
+    assert main([*draw, str(tmp_path / "three"), "--prompt", "a photo of skz dog"]) == 0
+    first, again, other = (next((tmp_path / n).glob("*.png")) for n in ("one", "two", "three"))
+    assert first.read_bytes() == again.read_bytes() != other.read_bytes()
 
 
 def test_export_info_and_the_page_know_the_tokens_file(run, tmp_path, capsys):
@@ -187,9 +228,12 @@ def test_two_adapters_of_one_word_are_refused_together(run, base):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 3])
-def test_a_resumed_run_ends_with_the_same_bytes(run, base, photos, tmp_path, step):
-    """Resumed before the pivot and after it."""
+@pytest.mark.parametrize(("step", "changes"), [(1, {}), (3, {"use_ema": True})])
+def test_a_resumed_run_ends_with_the_same_bytes(run, tmp_path, step, changes):
+    """Resumed before the pivot, and after it with the average of an adapter, of which the tokens are no part."""
+    if changes:
+        run = replace(run, output_dir=str(tmp_path / "first" / "dog"), **changes)
+        train(run)
     first = RunDir(run.output_dir)
     again = replace(run, output_dir=str(tmp_path / "dog"), resume_from_checkpoint=str(first.checkpoint_path(step)))
     train(again)
