@@ -1,6 +1,7 @@
 """Pivotal tuning: only the new rows move, and what is published is what was learnt, wherever it is read."""
 
 import json
+from argparse import ArgumentParser
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.new_tokens import AttachedTokens, NewTokens, note_in, prove_tokens, read_tokens
 from dreambooth_moslora.base.load import encode_text, load_pipeline
+from dreambooth_moslora.cli.commands import verify
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import learnt_word
@@ -196,6 +198,14 @@ def test_export_info_and_the_page_know_the_tokens_file(run, tmp_path, capsys):
     assert summary_of(kohya).tokens == "" and "dog_emb.safetensors" in public_files(tmp_path)
     (tmp_path / "dog_emb.safetensors").unlink()
     assert "dog_emb.safetensors belongs beside it" in summary_of(kohya).sentence()
+
+
+def test_verify_learns_the_word_that_the_header_names(run, photos, tmp_path):
+    parser = ArgumentParser()
+    verify.add_arguments(parser)
+    args = parser.parse_args([run.output_dir, "--photos", str(photos), "--initializer_concept", "th"])
+    config = verify.config_of(args, verify.read_receipt(run.output_dir), tmp_path / "run")
+    assert config.train_text_encoder_ti and learnt_word(config) == "sks" and config.initializer_concept == "th"
 
 
 @pytest.mark.parametrize(

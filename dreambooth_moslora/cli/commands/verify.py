@@ -31,6 +31,7 @@ UNTOLD = (
     *("pretrained_model_name_or_path", "revision", "variant", "pretrained_vae_model_name_or_path"),
     *("instance_prompt", "token", "class_word", "caption_prefix", "caption_suffix", "caption_model"),
     *("mask_model", "mask_prompt", "class_prompt", "prior_prompts", "class_data_dir", "init_adapter"),
+    *("token_abstraction", "initializer_concept"),
 )
 """Settings that change what is learnt, and that no file tells."""
 WORDS = ("instance_prompt", "class_prompt", "token", "class_word")
@@ -112,6 +113,8 @@ def config_of(args: argparse.Namespace, receipt: Receipt, output_dir: Path) -> T
         guessed["instance_prompt"] = f"a photo of a {facts.trigger_words[0]}"
     if facts.class_word and receipt.recipe.get("with_prior_preservation"):
         guessed["class_prompt"] = f"a photo of a {facts.class_word}"
+    if facts.tokens:
+        guessed["token_abstraction"] = facts.tokens["word"]
     given = {name: value for name, value in vars(args).items() if name in UNTOLD}
     of_file = load_settings(args.config) if args.config else {}
     told = {name: value for name, value in of_file.items() if name in UNTOLD}
