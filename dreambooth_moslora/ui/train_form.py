@@ -67,6 +67,7 @@ class TrainForm:
     prior_weight: float = 0.0
     unmasked_weight: float = 0.2
     scores: bool | None = None
+    make_captions: bool = False
 
     def choices(self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path) -> Choices:
         """What the command would choose for these photos and this word. Raises UserError for what makes no sense."""
@@ -99,6 +100,7 @@ class TrainForm:
             "max_train_steps": _whole(self.steps, "steps", 100_000),
             "memory": "" if is_toy(base) else memory,
             "masks": "" if is_usual else "auto" if makes_masks else "given",
+            "captions": "auto" if _switch(self.make_captions, "make_captions") else "",
         }
         return {
             "pretrained_model_name_or_path": base,

@@ -16,6 +16,7 @@ __all__ = ["train_widgets"]
 
 ABOUT_MASKS = "A mask goes along as name.mask.png beside name.jpg: only what is white in it is learned."
 FINDS_SUBJECT = "finds the subject in photos that have none"
+SAYS_PLACE = "says the surroundings of photos that have no line"
 FROM_HUB = "; {} from the hub once"
 PRIOR_LABELS = [("the base's own answer", "adapter_off"), ("class images, made first", "class_images")]
 NARROW = {"min_width": 110}
@@ -42,20 +43,22 @@ def train_widgets(base: str) -> tuple[dict[str, Any], dict[str, Any]]:
         estimate = gr.Button("Estimate cost", scale=1, min_width=132, elem_id="estimate")
     cost = gr.HTML("", label="Cost", elem_id="cost")
     with gr.Accordion("More settings", open=False, elem_id="more_training"):
-        more = word_fields() | class_fields() | mask_fields(base) | adapter_fields(base)
+        more = word_fields(base) | class_fields() | mask_fields(base) | adapter_fields(base)
     fields = {"class_word": class_word, **more}
     others = {"photos": photos, "remarks": remarks, "crops": crops, "prompts": prompts}
     others |= {"start": start, "estimate": estimate, "cost": cost}
     return {name: fields[name] for name in TrainForm.__dataclass_fields__}, others
 
 
-def word_fields() -> dict[str, Any]:
+def word_fields(base: str) -> dict[str, Any]:
     with gr.Row():
         token = gr.Textbox(TOKEN, label="Token", info="a rare word", elem_id="token", **NARROW)
         run_name = gr.Textbox("", label="Name of the run", info="empty: the class word", elem_id="run_name", **NARROW)
     captions = gr.Textbox(
         "", label="Captions", info="one line for each photo, in order; may be left out", lines=2, elem_id="captions"
     )
+    fetched = "" if is_toy(base) else FROM_HUB.format("Qwen3-VL comes")
+    make_captions = gr.Checkbox(False, label="Write captions", info=SAYS_PLACE + fetched, elem_id="make_captions")
     preset = gr.Radio(
         list(PRESETS), value="standard", label="Length", info="half, once, twice the recipe's", elem_id="preset"
     )
@@ -66,6 +69,7 @@ def word_fields() -> dict[str, Any]:
         "token": token,
         "run_name": run_name,
         "captions": captions,
+        "make_captions": make_captions,
         "preset": preset,
         "steps": steps,
         "seed": seed,

@@ -95,12 +95,18 @@ def test_masks_and_scores_are_chosen_by_the_base_unless_the_form_says_so(photos,
         (TrainForm("sks", "dog", unmasked_weight=float("nan")), "weight outside the mask"),
         (TrainForm("sks", "dog", scores="yes"), "scores must be true or false"),
         (TrainForm("sks", "dog", make_masks=[]), "make_masks must be true or false"),
+        (TrainForm("sks", "dog", make_captions="on"), "make_captions must be true or false"),
         (TrainForm("sks", "dog"), "none of the photos can be used"),
     ],
 )
 def test_a_form_that_makes_no_sense_is_refused_in_words(form, word, tmp_path):
     with pytest.raises(UserError, match=word):
         form.config("toy", 128, tmp_path, tmp_path)
+
+
+def test_captions_are_made_where_the_form_says_so(photos):
+    assert [config_of(photos, make_captions=made).captions for made in (False, True)] == ["given", "auto"]
+    assert TrainForm("sks", "dog").make_captions is False
 
 
 def test_captions_lie_beside_their_photos(tmp_path):
