@@ -197,6 +197,7 @@ class Workshop:
     ) -> Run:
         """A process of `train_dreambooth.py`. `before` is called in it first."""
         path, arguments = home / f"{log}.txt", self.arguments(home, variant, **changes)
+        path.touch()  # the run may be killed before it opens its log
         pid = os.fork()
         if not pid:
             become_training(arguments, path, before)

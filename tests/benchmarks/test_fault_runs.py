@@ -1,0 +1,19 @@
+"""What `benchmarks/faults.py` relies on, without a training."""
+
+import os
+import signal
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the faults are injected on Linux")
+
+
+def test_a_run_that_is_killed_before_its_first_word_has_an_empty_log(tmp_path, monkeypatch):
+    from benchmarks import fault_runs
+
+    workshop = object.__new__(fault_runs.Workshop)
+    workshop.base = tmp_path
+    monkeypatch.setattr(fault_runs, "become_training", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    ended = workshop.start(tmp_path, "uncached").wait()
+    assert (ended.code, ended.text) == (-signal.SIGKILL, "")
