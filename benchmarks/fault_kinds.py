@@ -204,11 +204,12 @@ runpy.run_path("train_dreambooth.py", run_name="__main__")
 
 
 def odd_locale(trial: Trial) -> None:
-    """In a process of its own: Python reads it at the start."""
+    """In a process of its own: Python reads it at the start. Its small encoders stay on a plain path."""
+    light = trial.workshop.folder / f"{trial.name} light"
     trial.name = f"{trial.name} {odd_name(trial.rng)}"
     trial.fresh()
     words = trial.rng.choice(LOCALES) | trial.rng.choice(ENCODINGS)
-    command = [sys.executable, "-c", LIGHT_TRAINING, trial.home / "light"]
+    command = [sys.executable, "-c", LIGHT_TRAINING, light]
     command += trial.workshop.arguments(trial.home, trial.variant)
     done = subprocess.run(
         command, env={**os.environ, **words}, capture_output=True, timeout=PATIENCE_SEC, check=False, cwd=ROOT
