@@ -163,7 +163,9 @@ class TrainConfig:
     )
     train_text_encoder: bool = of_adapter(False, "put adapters on both text encoders too")
     train_text_encoder_ti: bool = of_adapter(
-        False, "learn new tokens in both text encoders beside the adapter (pivotal tuning), at --text_encoder_lr"
+        False,
+        "learn new tokens in both text encoders beside the adapter (pivotal tuning), at --text_encoder_lr; on the "
+        "embedded base likeness did not rise",
     )
     train_text_encoder_ti_frac: float = of_adapter(
         0.5, "share of the steps in which the tokens are learnt; after it they stay as they are", above=0, high=1
