@@ -103,7 +103,6 @@ def train(page: Page, args: argparse.Namespace) -> None:
     page.set_input_files("#photos input[type=file]", sorted(args.subject.glob("*.jpg")))
     wait_for(page, "remarks", "photos")
     page.fill("#class_word textarea, #class_word input", args.class_word)
-    page.locator("#prior input").check()
     page.click("#start")
     page.wait_for_function(
         "n => Number((document.getElementById('train_status').innerText.match(/Step (\\d+)/) || [])[1]) >= n",

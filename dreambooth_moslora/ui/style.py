@@ -70,6 +70,7 @@ footer .divider { display: none; }
 :focus-visible { outline: 2px solid var(--primary-600) !important; outline-offset: 2px; }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; animation: none !important; } }
 @media (max-width: 760px) {
+  #top { flex-wrap: wrap; }
   .gradio-container main { padding: 12px !important; }
   #generate, #train, #inspect { grid-template-columns: minmax(0, 1fr); gap: 12px; }
   #generate { grid-template-areas: "ask" "results" "settings"; }

@@ -18,7 +18,7 @@ from dreambooth_moslora.ui.training.jobs import Job, Jobs
 __all__ = ["connect_watch", "picture_rows", "run_names", "status_of", "watch_widgets"]
 
 POLL_SEC = 2.0
-NO_RUN = notice("No run yet. Add photos, choose the words, start.")
+NO_RUN = notice("No run yet. Add photos, say what they show, start.")
 HEADROOM = 1.1
 GONE = "This run is not there any more."
 WATCHED = (

@@ -18,7 +18,7 @@ ABOUT_MASKS = "A mask goes along as name.mask.png beside name.jpg: only what is 
 FINDS_SUBJECT = "finds the subject in photos that have none"
 SAYS_PLACE = "says the surroundings of photos that have no line"
 FROM_HUB = "; {} from the hub once"
-PRIOR_LABELS = [("the base's own answer", "adapter_off"), ("class images, made first", "class_images")]
+PRIOR_LABELS = [("the base", "adapter_off"), ("class images", "class_images")]
 NARROW = {"min_width": 110}
 
 
@@ -53,7 +53,7 @@ def train_widgets(base: str) -> tuple[dict[str, Any], dict[str, Any]]:
 def word_fields(base: str) -> dict[str, Any]:
     with gr.Row():
         token = gr.Textbox(TOKEN, label="Token", info="a rare word", elem_id="token", **NARROW)
-        run_name = gr.Textbox("", label="Name of the run", info="empty: the class word", elem_id="run_name", **NARROW)
+        run_name = gr.Textbox("", label="Name of the run", info="may be empty", elem_id="run_name", **NARROW)
     captions = gr.Textbox(
         "", label="Captions", info="one line for each photo, in order; may be left out", lines=2, elem_id="captions"
     )
@@ -84,9 +84,7 @@ def class_fields() -> dict[str, Any]:
         source = gr.Dropdown(
             PRIOR_LABELS, value="adapter_off", label="Kept by", info="what it is held to", elem_id="prior_by", **NARROW
         )
-        weight = gr.Number(
-            0, label="Prior weight", info="0: by recipe; more keeps more", elem_id="prior_weight", **NARROW
-        )
+        weight = gr.Number(0, label="Prior weight", info="0: by recipe", elem_id="prior_weight", **NARROW)
     return {"prior_preservation": prior, "prior": source, "prior_weight": weight}
 
 
@@ -116,13 +114,13 @@ def adapter_fields(base: str) -> dict[str, Any]:
         learning_rate = gr.Number(0, label="Learning rate", info="0: by recipe", elem_id="learning_rate", **NARROW)
     with gr.Row():
         mixer = gr.Dropdown(
-            list(MIXERS), value="orthogonal", label="Mixer", info="“none”: a plain LoRA", elem_id="mixer", **NARROW
+            list(MIXERS), value="orthogonal", label="Mixer", info="“none”: LoRA", elem_id="mixer", **NARROW
         )
         memory = gr.Dropdown(
             list(MEMORY_WORDS),
             value="auto",
             label="Memory",
-            info="auto: by the GPU; nf4 needs least",
+            info="nf4 needs least",
             visible=not is_toy(base),
             elem_id="memory",
             **NARROW,

@@ -269,6 +269,37 @@ def test_inspect_says_what_a_picture_and_an_adapter_are(client, served):
     assert "Rank" in adapter and "4" in adapter
 
 
+def test_a_run_answers_with_its_name_and_state_and_takes_what_is_not_said_from_the_recipe(
+    client, served, tmp_path, monkeypatch
+):
+    started: list[dict] = []
+    run_of = lambda name, config, owner: started.append(config) or Job(tmp_path / name, owner, 1, 0.0)  # noqa: E731
+    monkeypatch.setattr(served.ctx.jobs, "start", run_of)
+    PIL.Image.effect_noise((120, 100), 80).convert("RGB").save(tmp_path / "a.png")
+    run, status = client.predict(photos=[handle_file(tmp_path / "a.png")], class_word="hen", api_name="/train")
+    shutil.rmtree(served.ctx.runs_dir / "hen")
+    assert run["value"] == "hen" and "is starting" in status
+    assert (started[0]["rank"], started[0]["prior"], started[0]["exposures_per_photo"]) == (16, "adapter_off", 320)
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("memory", "little", "Memory: Value: little is not in the list of choices"),
+        ("prior", [1], "Kept by"),
+        ("prior_weight", "x", "The prior weight must be a number"),
+        ("unmasked_weight", 7, "Weight outside the mask: Value 7 is greater than maximum"),
+        ("scores", "perhaps", "Scores must be true or false"),
+        ("make_masks", 5, "Make_masks must be true or false"),
+    ],
+)
+def test_a_training_setting_that_is_none_is_told_in_words(client, tmp_path, name, value, words):
+    PIL.Image.effect_noise((120, 100), 80).convert("RGB").save(tmp_path / "a.png")
+    with pytest.raises(AppError) as error:
+        client.predict(photos=[handle_file(tmp_path / "a.png")], class_word="x", **{name: value}, api_name="/estimate")
+    assert words in str(error.value)
+
+
 def test_an_estimate_names_steps_and_memory(client, tmp_path):
     PIL.Image.effect_noise((120, 100), 80).convert("RGB").save(tmp_path / "a.png")
     cost = client.predict(

@@ -206,6 +206,51 @@ def test_a_run_is_started_survives_a_reload_stops_resumes_and_is_used(page, tmp_
     wait_for_status(page, "1 picture in")
 
 
+def choose(page, elem_id: str, option: str) -> None:
+    page.click(f"#{elem_id} input")
+    page.get_by_role("option", name=option, exact=True).click()
+
+
+@pytest.mark.parametrize("size", [(1280, 900), (390, 844)])
+def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(served, browser, tmp_path, monkeypatch, size):
+    configs: list[dict] = []
+
+    def start(name: str, config: dict, owner: str) -> Job:
+        configs.append(config)
+        return Job(served.ctx.runs_dir / name, owner, 1, 0.0)
+
+    monkeypatch.setattr(served.ctx.jobs, "start", start)
+    with visit(browser, served.url, size=size) as visited:
+        page = visited.page
+        page.get_by_role("tab", name="Train", exact=True).click()
+        page.set_input_files("#photos input[type=file]", photos_of(tmp_path))
+        wait_for_status(page, "3 photos", "remarks")
+        page.fill("#class_word textarea, #class_word input", "dog")
+        assert not page.locator("#token").is_visible()
+        page.click("#start")
+        wait_for_status(page, "masks: made for none, as CLIPSeg comes from the hub", "cost")
+        assert "recipe: assets/configs/sdxl_" in page.inner_text("#cost")
+        open_box(page, "more_training")
+        page.locator("#scores input").check()
+        page.locator("#make_masks input").check()
+        choose(page, "prior_by", "class images")
+        choose(page, "memory", "recompute")
+        set_number(page, "prior_weight", 3)
+        set_number(page, "unmasked_weight", 0.5)
+        page.click("#start")
+        wait_for_status(page, "scores: every 60 steps", "cost")
+        boxes = [box.bounding_box() for box in page.locator("#more_training .block").all() if box.is_visible()]
+        assert len(boxes) > 14 and all(b["x"] >= 0 and b["x"] + b["width"] <= size[0] for b in boxes)
+        assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+        assert not visited.errors
+    wanted = {"memory": "recompute", "prior": "class_images", "prior_loss_weight": 3, "masks": "auto"}
+    wanted |= {"unmasked_weight": 0.5, "evaluate_steps": 60, "find_scale": True}
+    wanted["gradient_checkpointing"] = False  # the plan's word says it when the run begins
+    before, after = configs
+    assert {name for name in after if before[name] != after[name]} == {*wanted, "output_dir", "instance_data_dir"}
+    assert {name: after[name] for name in wanted} == wanted
+
+
 def test_a_mistake_is_told_on_the_page(visited):
     page = visited.page
     generate(page, "a dog <lora:<b>rex</b>:1> <lora:rex:1>")
