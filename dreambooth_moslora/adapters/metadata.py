@@ -23,6 +23,7 @@ class AdapterMetadata:
     It holds no path, nothing about the photos, nothing about the machine. `recipe`: the run's settings of
     `core.recipe`, which `--like` takes.
 
+    `subject_prompts`: what calls each of several subjects; empty for one.
     `ranks` and `alphas` name the modules (`component.path`) that differ from `rank` and `alpha`. `best_scale` and
     `usable_scales` (lowest, highest) are there when they were looked for. `tokens`: what `NewTokens.note` says of the
     file of new tokens that belongs to the adapter.
@@ -49,11 +50,13 @@ class AdapterMetadata:
     usable_scales: tuple[float, ...] = ()
     recipe: dict[str, object] = field(default_factory=dict)
     tokens: dict[str, object] = field(default_factory=dict)
+    subject_prompts: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """Without a recipe, scales and tokens where there are none: such a file is as it was before there were any."""
         facts = asdict(self)
-        missing = [name for name in ("best_scale", "usable_scales", "recipe", "tokens") if not facts[name]]
+        later = ("best_scale", "usable_scales", "recipe", "tokens", "subject_prompts")
+        missing = [name for name in later if not facts[name]]
         return json.dumps({name: value for name, value in facts.items() if name not in missing}, sort_keys=True)
 
     @classmethod
@@ -69,7 +72,8 @@ class AdapterMetadata:
         for name, value in known.items():
             if not VALID[name](value):
                 raise ValueError(f"{name} is {value!r:.60}")
-        return cls(**{**known, **{name: tuple(known.get(name, ())) for name in ("trigger_words", "usable_scales")}})
+        lists = ("trigger_words", "usable_scales", "subject_prompts")
+        return cls(**{**known, **{name: tuple(known.get(name, ())) for name in lists}})
 
 
 def is_rank(value: object) -> bool:
@@ -123,6 +127,7 @@ VALID: dict[str, Callable[[object], bool]] = {
     "base_architecture": is_dict,
     "structures": named(is_dict),
     "trigger_words": lambda value: isinstance(value, list) and all(is_text(word) for word in value),
+    "subject_prompts": lambda value: isinstance(value, list) and all(is_text(prompt) for prompt in value),
     "class_word": is_text,
     "resolution_px": lambda value: value is None or is_rank(value),
     "versions": named(is_text),

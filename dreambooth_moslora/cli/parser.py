@@ -20,6 +20,7 @@ from dreambooth_moslora.core.config import FIELD_TYPES, OPTIMIZERS, TrainConfig,
 from dreambooth_moslora.core.config_fields import GROUPS, Prompt, nearest
 from dreambooth_moslora.core.config_files import load_settings
 from dreambooth_moslora.core.errors import UserError, spelled_out
+from dreambooth_moslora.core.subject_tables import SAID_BY_SUBJECTS, SubjectTable
 
 __all__ = ["FOREIGN_FLAGS", "Parser", "build_train_parser", "parse_train_config", "underscored"]
 
@@ -54,6 +55,8 @@ FOREIGN_FLAGS = {
     "optimizer_schedulefree_wrapper": "use --optimizer AdamWScheduleFree",
     "seeds": "use --seed",
     "ema_max_decay": "use --ema_decay",
+    "concepts_list": "use --subjects, which takes the same file",
+    "concept_list": "use --subjects, which takes the same file",
     # kohya-ss/sd-scripts
     "network_dim": "use --rank",
     "network_alpha": "use --lora_alpha",
@@ -71,7 +74,8 @@ FOREIGN_FLAGS = {
     "network_weights": "use --init_adapter",
     "dim_from_weights": "a file of another rank is converted to --rank; leave it out",
     "network_train_unet_only": "the text encoders are frozen unless --train_text_encoder; leave it out",
-    "train_data_dir": "use --instance_data_dir",
+    "train_data_dir": "use --instance_data_dir, or --subjects where each folder in it is another subject",
+    "dataset_config": "use --subjects, or [[subjects]] tables in a --config file",
     "reg_data_dir": "use --class_data_dir with --with_prior_preservation",
     "output_name": "the files are named by --output_dir",
     "unet_lr": "use --learning_rate",
@@ -118,7 +122,7 @@ FOREIGN_FLAGS = {
 }
 SAID_BY_WORDS = (
     *("instance_data_dir", "dataset_name", "instance_prompt", "class_prompt", "token", "class_word"),
-    "output_dir",
+    *("output_dir", "subjects"),
 )
 """Settings of a --config file that a folder and a word on the command line replace."""
 DESCRIPTION = "Teach an SDXL model one subject from a few photos, through a MoSLoRA adapter (arXiv 2406.11909)."
@@ -184,7 +188,7 @@ def add_flag(group: Any, item: Field) -> None:
         group.add_argument(f"--{item.name}", nargs="+" if base in (tuple, Prompt) else None, metavar=metavar, **options)
 
 
-METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAME", Prompt: "TEXT"}
+METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAME", Prompt: "TEXT", SubjectTable: "DIR"}
 
 
 def help_of(item: Field) -> str:
@@ -240,16 +244,23 @@ def say(lines: list[str]) -> None:
 
 
 def overridden(settings: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """A file's settings under those of flags. Of the two that set the steps, the flag's displaces the file's."""
+    """A file's settings under those of flags. Of the two that set the steps, the flag's displaces the file's; so do
+    several subjects the file's one, and one the file's several."""
     steps = ("max_train_steps", "exposures_per_photo")
     gone = steps if any(name in flags for name in steps) else ()
+    if "subjects" in flags:
+        gone += SAID_BY_SUBJECTS
+    elif flags.keys() & {"instance_data_dir", "dataset_name"}:
+        gone += ("subjects",)
     return {name: value for name, value in settings.items() if name not in gone} | flags
 
 
 def require(settings: dict[str, Any]) -> None:
     missing = [f"--{item.name}" for item in fields(TrainConfig) if item.metadata["required"]]
     missing = [flag for flag in missing if not str(settings.get(flag[2:], "")).strip()]
-    if not settings.get("instance_data_dir") and not settings.get("dataset_name"):
+    if settings.get("subjects"):
+        missing = [flag for flag in missing if flag != "--instance_prompt"]
+    elif not settings.get("instance_data_dir") and not settings.get("dataset_name"):
         missing.append("--instance_data_dir (or --dataset_name)")
     if missing:
         raise UserError(f"missing: {', '.join(missing)}; give it as a flag or in a --config file, or see --help.")

@@ -13,6 +13,7 @@ from typing import Any
 from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.config_fields import Prompt, check_limits, convert, field_types, grouped, nearest
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.subject_tables import SubjectTable, check_subjects
 from dreambooth_moslora.core.targets import ATTENTION, parse_pattern
 
 __all__ = [
@@ -70,6 +71,9 @@ class TrainConfig:
     caption_column: str | None = of_photos(None, "column of --dataset_name that holds the captions")
     instance_prompt: str = of_photos(
         "a photo of sks object", 'the subject in words, with its rare token: "a photo of sks dog"', required=True
+    )
+    subjects: tuple[SubjectTable, ...] = of_photos(
+        (), "several subjects in one run: a folder with a folder of each (`sks dog`), a .json list, or in TOML tables"
     )
     token: str | None = of_photos(None, "the rare word in the instance prompt (default: found in it)")
     class_word: str | None = of_photos(None, "the kind of thing it is (default: found in the prompts)")
@@ -310,7 +314,9 @@ class TrainConfig:
             )
         if self.instance_data_dir and self.dataset_name:
             raise UserError("--instance_data_dir and --dataset_name: give one of them, not both.")
-        if self.with_prior_preservation and not self.class_prompt:
+        if self.subjects:
+            check_subjects(self)
+        elif self.with_prior_preservation and not self.class_prompt:
             raise UserError('--with_prior_preservation needs --class_prompt, such as "a photo of a dog".')
         for flag in weighting_flags(self) if self.do_edm_style_training else ():
             raise UserError(f"{flag} and --do_edm_style_training: EDM weighs noise levels itself; give one of them.")
@@ -356,7 +362,13 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values of all settings but the secret ones. `from_dict` takes it back."""
         shown = {item.name: getattr(self, item.name) for item in fields(self) if not item.metadata["secret"]}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in shown.items()}
+        return {name: plain(value) for name, value in shown.items()}
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [item.to_dict() if isinstance(item, SubjectTable) else item for item in value]
+    return value
 
 
 def weighting_flags(config: TrainConfig) -> list[str]:

@@ -9,6 +9,7 @@ from types import UnionType
 from typing import Any, NewType, get_args, get_type_hints
 
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.subject_tables import SubjectTable, to_tables
 
 __all__ = ["GROUPS", "FieldType", "Prompt", "check_limits", "convert", "field_types", "grouped", "nearest", "option"]
 
@@ -31,7 +32,7 @@ MOST = 10**9
 Prompt = NewType("Prompt", str)
 """Text that may hold commas: a list of prompts is not split at commas, a list of names is."""
 FieldType = tuple[Any, bool]
-"""(bool, int, float, str, tuple for names or Prompt for several prompts; whether None is allowed)."""
+"""(bool, int, float, str, tuple for names, Prompt or SubjectTable for several of them; whether None is allowed)."""
 
 
 def option(
@@ -72,7 +73,7 @@ def field_types(owner: type) -> dict[str, FieldType]:
 def field_type(hint: Any) -> FieldType:
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     kind = next(k for k in kinds if k is not type(None))
-    several = Prompt if Prompt in get_args(kind) else tuple
+    several = next((item for item in (Prompt, SubjectTable) if item in get_args(kind)), tuple)
     return (kind if isinstance(kind, type) and kind in (bool, int, float, str) else several), type(None) in kinds
 
 
@@ -130,7 +131,9 @@ def to_words(value: Any) -> tuple[str, ...] | None:
     return None if texts is None else to_prompts(",".join(texts).split(","))
 
 
-CONVERTERS = {bool: to_bool, int: to_int, float: to_float, str: to_str, tuple: to_words, Prompt: to_prompts}
+CONVERTERS = {bool: to_bool, int: to_int, float: to_float, str: to_str, tuple: to_words, Prompt: to_prompts} | {
+    SubjectTable: to_tables
+}
 EXPECTED = {
     bool: "true or false",
     int: "a whole number",
@@ -138,6 +141,7 @@ EXPECTED = {
     str: "text",
     tuple: "a list of names, separated by commas",
     Prompt: "a list of prompts",
+    SubjectTable: "a folder of folders, a JSON file, or [[subjects]] tables",
 }
 
 

@@ -6,20 +6,24 @@ google/dreambooth). `{}` stands for "token class", or for the class alone.
 
 import re
 from dataclasses import dataclass
+from itertools import combinations, islice
 
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.core.toy import TOY_CONTEXT_TEMPLATES, is_toy
 
 __all__ = [
     "DREAMBOOTH_LIVE_TEMPLATES",
     "DREAMBOOTH_OBJECT_TEMPLATES",
+    "MOST_PAIRS",
     "Subject",
     "class_word_of",
     "context_prompts",
     "joined",
     "learnt_word",
     "subject_of",
+    "together_prompts",
     "trigger_words",
     "validation_prompts",
     "word_pattern",
@@ -76,6 +80,9 @@ CONTEXT_TEMPLATES = (
     "a {} in the jungle",
 )
 
+MOST_PAIRS = 6
+"""Of subjects that are drawn together."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -90,7 +97,8 @@ class Subject:
 
 
 def subject_of(config: TrainConfig) -> Subject:
-    """The token and the class word: as given, or what the instance prompt has and the class prompt lacks."""
+    """The token and the class word of a run's one subject: as given, or what the instance prompt has and the class
+    prompt lacks."""
     words = noun_of(config.instance_prompt).split()
     kind = noun_of(config.class_prompt).split() if config.class_prompt else []
     if token := (config.token or "").strip():
@@ -108,13 +116,14 @@ def noun_of(prompt: str) -> str:
 
 
 def class_word_of(config: TrainConfig) -> str:
-    return subject_of(config).class_word
+    """Of several subjects, the first one's."""
+    return subject_of(each_subject(config)[0]).class_word
 
 
 def trigger_words(config: TrainConfig) -> tuple[str, ...]:
-    """What a prompt must contain to call the subject."""
-    words = subject_of(config).words
-    return (words,) if words else ()
+    """What a prompt must contain to call each subject."""
+    found = (subject_of(subject).words for subject in each_subject(config))
+    return tuple(words for words in found if words)
 
 
 def word_pattern(word: str) -> re.Pattern:
@@ -129,6 +138,7 @@ def learnt_word(config: TrainConfig) -> str | None:
     """
     if not config.train_text_encoder_ti:
         return None
+    config = each_subject(config)[0]  # several cannot have new tokens
     usual = USUAL_WORD if word_pattern(USUAL_WORD).search(config.instance_prompt) else subject_of(config).token
     word = (config.token_abstraction or usual).strip()
     if "," in word:
@@ -149,10 +159,17 @@ def joined(*parts: str) -> str:
 
 def validation_prompts(config: TrainConfig) -> tuple[str, ...]:
     """What is drawn during training at fixed seeds."""
-    return (config.validation_prompt or config.instance_prompt,)
+    return tuple(dict.fromkeys(one.validation_prompt or one.instance_prompt for one in each_subject(config)))
 
 
 def context_prompts(config: TrainConfig) -> tuple[str, ...]:
-    """New contexts for the subject, to see what the adapter can do beside the photos."""
+    """New contexts for each subject, to see what the adapter can do beside the photos; then two in one prompt."""
     templates = TOY_CONTEXT_TEMPLATES if is_toy(config.pretrained_model_name_or_path) else CONTEXT_TEMPLATES
-    return tuple(template.format(subject_of(config).words or config.instance_prompt) for template in templates)
+    names = [subject_of(one).words or one.instance_prompt for one in each_subject(config)]
+    return (*(template.format(name) for name in names for template in templates), *together_prompts(config))
+
+
+def together_prompts(config: TrainConfig) -> tuple[str, ...]:
+    """Two subjects in one prompt, of the first MOST_PAIRS pairs; none for one subject."""
+    pairs = combinations(trigger_words(config), 2)
+    return tuple(f"a photo of a {one} and a {other}" for one, other in islice(pairs, MOST_PAIRS))

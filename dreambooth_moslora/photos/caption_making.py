@@ -77,7 +77,7 @@ def make_one_beside(photo: Photo, target: Path, captioner: Captioner, prompt: st
 def make_kept(photos: Iterable[Photo], captioner: Captioner, prompt: str, path: Path) -> Iterator[MadeCaption]:
     """As `make_beside`, into the file `path`: what was made before of the same photo, model and words is kept."""
     for photo in photos:
-        key, old = key_of(photo, captioner, prompt), kept_captions(path).get(photo.path.name)
+        key, old = key_of(photo, captioner, prompt), kept_captions(path).get(photo.kept_name)
         if old and old["made_from"] == key:
             yield MadeCaption(photo, old["caption"])
         else:
@@ -99,6 +99,6 @@ def make(photo: Photo, captioner: Captioner, prompt: str) -> MadeCaption:
 
 def note(path: Path, photo: Photo, caption: str, key: str) -> None:
     """Add one photo's caption to those in the file."""
-    known = kept_captions(path) | {photo.path.name: {"caption": caption, "made_from": key}}
+    known = kept_captions(path) | {photo.kept_name: {"caption": caption, "made_from": key}}
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(known, indent=1, sort_keys=True, ensure_ascii=False))

@@ -16,6 +16,7 @@ from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError, spelled_out
 from dreambooth_moslora.core.prompts import joined
 from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.photos.image_file import (
     IMAGE_SUFFIXES,
     UnreadableImageError,
@@ -90,7 +91,18 @@ def say_once(line: str) -> None:
 
 
 def photo_report(config: TrainConfig) -> PhotoReport:
-    """The photos of `--instance_data_dir` or `--dataset_name`. Raises UserError when none of them can be used."""
+    """The photos of all subjects, numbered by subject. Raises UserError for a subject of which none can be used."""
+    found = PhotoReport()
+    for number, subject in enumerate(each_subject(config)):
+        report = report_of(subject, number)
+        found.photos.extend(report.photos)
+        found.skipped.extend(report.skipped)
+        found.sidecars.extend(report.sidecars)
+    return found
+
+
+def report_of(config: TrainConfig, number: int) -> PhotoReport:
+    """The photos of `--instance_data_dir` or `--dataset_name`, as those of subject `number`."""
     if config.dataset_name:
         from dreambooth_moslora.photos.hub_dataset import dataset_folder
 
@@ -100,7 +112,8 @@ def photo_report(config: TrainConfig) -> PhotoReport:
     else:
         raise UserError("give the photos: --instance_data_dir FOLDER, or --dataset_name NAME.")
     report = find_photos(folder, config.instance_prompt, config.resolution, alpha=config.alpha)
-    report = replace(report, photos=[replace(photo, captions=framed(config, photo)) for photo in report.photos])
+    photos = [replace(photo, captions=framed(config, photo), subject=number) for photo in report.photos]
+    report = replace(report, photos=photos)
     if not report.photos:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
     if config.captions == "auto":
@@ -114,7 +127,7 @@ def with_kept_captions(config: TrainConfig, photos: list[Photo]) -> list[Photo]:
     """The photos, those without a caption of their own with the one that training made."""
     kept, found = kept_captions(RunDir(config.output_dir).captions_path), []
     for photo in photos:
-        made = None if photo.is_captioned else kept.get(photo.path.name)
+        made = None if photo.is_captioned else kept.get(photo.kept_name)
         if made is not None:
             photo = replace(photo, captions=(made["caption"],))
             photo = replace(photo, captions=framed(config, photo))

@@ -60,10 +60,10 @@ def make_beside(photos: Iterable[Photo], segmenter: Segmenter) -> Iterator[MadeM
 
 def make_kept(photos: Iterable[Photo], segmenter: Segmenter, folder: Path) -> Iterator[MadeMask]:
     """As `make_beside`, into `folder`: what was made before of the same photo, model and word is kept."""
-    folder.mkdir(parents=True, exist_ok=True)
     for photo in photos:
         key = content_key(photo=file_digest(photo.path), model=segmenter.name, word=segmenter.word)
         target = kept_path(photo, folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
         is_made = made_from(target) == key
         yield MadeMask(photo, target) if is_made else make(photo, target, segmenter, key)
 

@@ -102,7 +102,7 @@ def open_mask(photo: Photo) -> Image.Image | None:
 
 def kept_path(photo: Photo, folder: Path) -> Path:
     """Two photos `dog.jpg` and `dog.png` have two masks."""
-    return folder / f"{photo.path.name}.mask.png"
+    return folder / f"{photo.kept_name}.mask.png"
 
 
 def with_kept_masks(photos: Iterable[Photo], folder: Path) -> list[Photo]:

@@ -1,5 +1,7 @@
 """One usable photo: where it lies, its captions and its mask, and its pixels."""
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +10,7 @@ from PIL import Image
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.photos.image_file import UnreadableImageError, open_image, to_rgb
 
-__all__ = ["Photo", "open_rgb", "quoted"]
+__all__ = ["Photo", "counts_of", "open_rgb", "quoted"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,8 @@ class Photo:
     """A usable photo. `size_px` (h, w) upright. `mask_path` is `path` where transparency is the mask.
 
     Each exposure is trained with one of the `captions`; `is_captioned` when a person wrote them. `reasons` are what a
-    person may want to know (too small, rotated by EXIF, …); none of them forbids its use.
+    person may want to know (too small, rotated by EXIF, …); none of them forbids its use. `subject`: number of the
+    run's subject, from 0.
     """
 
     path: Path
@@ -25,6 +28,17 @@ class Photo:
     mask_path: Path | None = None
     reasons: tuple[str, ...] = ()
     is_captioned: bool = False
+    subject: int = 0
+
+    @property
+    def kept_name(self) -> str:
+        """Under which a run folder keeps what was made for it: those of further subjects lie in `1/` and so on."""
+        return f"{self.subject}/{self.path.name}" if self.subject else self.path.name
+
+
+def counts_of(photos: Iterable[Photo]) -> list[int]:
+    """How many photos each subject has."""
+    return [count for _, count in sorted(Counter(photo.subject for photo in photos).items())]
 
 
 def quoted(photo: Photo) -> str:

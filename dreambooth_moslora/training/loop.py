@@ -18,6 +18,7 @@ from dreambooth_moslora.core.events import Event, RunEnded
 from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.photos.folder import instance_photos
+from dreambooth_moslora.photos.photo import counts_of
 from dreambooth_moslora.training.accelerator import chosen_seed, make_accelerator, on_main
 from dreambooth_moslora.training.checkpoint import Position, resume_point
 from dreambooth_moslora.training.earlier_runs import claim_run_folder, report_start
@@ -86,7 +87,7 @@ def set_up(context: RunContext, evaluator: StepScorer | None) -> Training:
     context, checkpoint, step = find_start(context)
     config, report = context.config, context.report
     photos = usable_photos(instance_photos(config))
-    plan = plan_steps(config, len(photos), context.accelerator.num_processes)
+    plan = plan_steps(config, counts_of(photos), context.accelerator.num_processes)
     report_start(context, step, plan.total_steps)
     photos = masked_photos(context, captioned_photos(context, photos))
     report.trackers.start(config)

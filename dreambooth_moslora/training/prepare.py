@@ -22,15 +22,16 @@ from dreambooth_moslora.core.digests import default_cache_dir
 from dreambooth_moslora.core.errors import StopRequestedError, UserError, spelled_out
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.prompts import learnt_word, word_pattern
+from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.folder import PhotoReport, find_photos
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.training.accelerator import DTYPES, on_main
-from dreambooth_moslora.training.inputs.caption_orders import shuffled_captions
 from dreambooth_moslora.training.inputs.class_images import ClassImages
-from dreambooth_moslora.training.inputs.dataset import PhotoEncoder, PhotoStream, PromptCache, TrainBatch, collate
+from dreambooth_moslora.training.inputs.dataset import PhotoEncoder, PromptCache, TrainBatch, collate
 from dreambooth_moslora.training.inputs.encoding_cache import TensorCache, fingerprint
+from dreambooth_moslora.training.inputs.subject_streams import SubjectStreams, instance_streams, prior_streams
 from dreambooth_moslora.training.noise_schedule import noise_schedule
 from dreambooth_moslora.training.objective import NoiseSchedule
 from dreambooth_moslora.training.planning.checks import check_layers, check_patterns
@@ -58,8 +59,8 @@ class TrainInputs:
     pipeline: StableDiffusionXLPipeline
     schedule: NoiseSchedule
     photos: list[Photo]
-    instance: PhotoStream
-    prior: PhotoStream | None
+    instance: SubjectStreams
+    prior: SubjectStreams | None
     prompt_embeds: PromptCache
     dtype: torch.dtype
     start: AdapterWeights | None = None
@@ -98,7 +99,7 @@ def prepare(
     check_patterns(config, layers)
     start = read_start_of(config, pipeline) if is_fresh else None
     context.stop_if_asked()
-    class_photos = make_class_images(context, pipeline) if uses_class_images(config) else []
+    class_photos = class_photos_of_each(context, pipeline) if uses_class_images(config) else []
     encoder = PhotoEncoder(
         pipeline.vae.to(device),
         cache_of(config),
@@ -106,10 +107,8 @@ def prepare(
         config.dataloader_num_workers,
         config.unmasked_weight,
     )
-    shuffled = [replace(photo, captions=shuffled_captions(config, photo.captions)) for photo in photos]
-    varied = (config.caption_dropout, config.train_batch_size)
-    instance = PhotoStream(shuffled, encoder, config.seed, "instance", config.repeats, *varied)
-    prior = PhotoStream(class_photos, encoder, config.seed, "prior") if class_photos else None
+    instance = instance_streams(config, photos, encoder)
+    prior = prior_streams(config, class_photos, encoder, instance.run) if class_photos else None
     prompt_embeds = prompt_cache(config, pipeline, device)
     streams = [stream for stream in (instance, prior) if stream is not None]
     encode_photos(context, streams, sample_count)
@@ -134,7 +133,8 @@ def warn_of_fp32(pipeline: StableDiffusionXLPipeline, device: torch.device) -> N
 
 def too_slow_for_samples(config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device) -> bool:
     """Whether sample images would take minutes each, on a CPU with a large base, and nobody has asked for them."""
-    asked = (config.num_validation_images, config.validation_prompt, config.validation_steps)
+    prompts = [subject.validation_prompt for subject in each_subject(config)]
+    asked = (config.num_validation_images, *prompts, config.validation_steps)
     is_large = default_resolution(pipeline) > SMALL_BASE_PX
     return device.type == "cpu" and is_large and all(setting is None for setting in asked)
 
@@ -173,6 +173,17 @@ def check_weighting(config: TrainConfig, schedule: NoiseSchedule) -> None:
 def layers_of(unet: nn.Module) -> dict[str, int]:
     """Path of each layer whose weight is no vector -> its dimensions, as `preflight` reads them from files."""
     return {path: layer.weight.ndim for path, layer in matrix_layers(unet).items()}
+
+
+def class_photos_of_each(context: RunContext, pipeline: StableDiffusionXLPipeline) -> list[list[Photo]]:
+    """The class images of each subject; those of one class are the same, and made once."""
+    found: dict[tuple[str, str | None], list[Photo]] = {}
+    subjects = each_subject(context.config)
+    for subject in subjects:
+        key = subject.class_prompt, subject.class_data_dir
+        if key not in found:
+            found[key] = make_class_images(replace(context, config=subject), pipeline)
+    return [found[subject.class_prompt, subject.class_data_dir] for subject in subjects]
 
 
 def make_class_images(context: RunContext, pipeline: StableDiffusionXLPipeline) -> list[Photo]:
@@ -249,7 +260,7 @@ def prompt_cache(config: TrainConfig, pipeline: StableDiffusionXLPipeline, devic
     return PromptCache(lambda prompts: encode_text(pipeline, prompts), cache_of(config) or TensorCache(), identity)
 
 
-def encode_photos(context: RunContext, streams: list[PhotoStream], sample_count: int) -> None:
+def encode_photos(context: RunContext, streams: list[SubjectStreams], sample_count: int) -> None:
     """Ask the VAE for every crop that the run will show."""
     total = sum(stream.view_count(sample_count) for stream in streams)
     counts = (number for number, _ in enumerate(every_view(streams, sample_count), start=1))
@@ -258,15 +269,15 @@ def encode_photos(context: RunContext, streams: list[PhotoStream], sample_count:
 
 
 def encode_prompts(
-    context: RunContext, streams: list[PhotoStream], prompt_embeds: PromptCache, prompts: list[str]
+    context: RunContext, streams: list[SubjectStreams], prompt_embeds: PromptCache, prompts: list[str]
 ) -> None:
     """Ask the text encoders for every caption and prompt that the run will have."""
     config = context.config
     captions = {*prompts, ""}
     for stream in streams:
         captions.update(caption for photo in stream.photos for caption in photo.captions)
-    if config.class_prompt:
-        captions |= {config.class_prompt, *config.prior_prompts}
+    for subject in each_subject(config):
+        captions |= {subject.class_prompt, *config.prior_prompts} if subject.class_prompt else set()
     word = learnt_word(config)
     for caption in sorted(captions):
         if word is None or not word_pattern(word).search(caption):
@@ -274,7 +285,7 @@ def encode_prompts(
         context.stop_if_asked()
 
 
-def every_view(streams: list[PhotoStream], sample_count: int):
+def every_view(streams: list[SubjectStreams], sample_count: int):
     for stream in streams:
         yield from stream.encode_ahead(sample_count)
 

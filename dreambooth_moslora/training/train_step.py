@@ -36,6 +36,7 @@ from dreambooth_moslora.base.load import TextCond, encode_text
 from dreambooth_moslora.core.config import SCHEDULE_FREE, TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.seeding import generator, rng, seed_of
+from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.core.targets import is_target
 from dreambooth_moslora.training.averages import Average, MovingAverage, ScheduleFreeAverage, lent
 from dreambooth_moslora.training.checkpoint import load_adapter, restore_optimizer, restore_weights
@@ -91,6 +92,7 @@ class TrainStep:
         self.config, self.inputs, self.accelerator, self.step = config, inputs, accelerator, step
         speed = speed_of(config, accelerator.device.type, max_train_steps - step)
         make_convolutions_fast(inputs.pipeline.unet, speed)
+        self.class_prompts = [subject.class_prompt for subject in each_subject(config)]
         self.components = add_adapters(config, inputs, checkpoint)
         self.compiled = CompiledBlocks(inputs.pipeline.unet) if speed.compiled else None
         if accelerator.is_main_process and (speed.compiled or speed.channels_last):
@@ -187,7 +189,12 @@ class TrainStep:
         """Micro-batch number `micro_batch`, with its second half where the frozen base is the prior."""
         following = micro_batch + self.accelerator.num_processes
         batch = self.inputs.batch_at(micro_batch, self.config.train_batch_size, following)
-        return batch.with_base_as_prior(prior_prompts(self.config, micro_batch)) if self._base_is_prior else batch
+        if not self._base_is_prior:
+            return batch
+        size = self.config.train_batch_size
+        shown = [self.inputs.instance.subject_at(micro_batch * size + place) for place in range(size)]
+        classes = [self.class_prompts[number] for number in shown]
+        return batch.with_base_as_prior(prior_prompts(self.config, classes, micro_batch))
 
     def drawn_for(self, batch: TrainBatch, micro_batch: int) -> dict[str, Tensor | None]:
         """What the device needs of a micro-batch, on the CPU: with noise, noise levels `index` (B,), and text."""
@@ -303,12 +310,11 @@ def cond_of(on_device: dict[str, Tensor | None]) -> TextCond:
     return TextCond(on_device["embeds"], on_device["pooled"])
 
 
-def prior_prompts(config: TrainConfig, micro_batch: int) -> list[str]:
-    """What `adapter_off` preserves beside each photo of a micro-batch: the class prompt, or in every second of many
-    draws one of the others."""
+def prior_prompts(config: TrainConfig, classes: list[str], micro_batch: int) -> list[str]:
+    """What `adapter_off` preserves beside each photo of a micro-batch: the prompt of its class, or in every second of
+    many draws one of the others."""
     draws = rng(config.seed, "micro", micro_batch, "prior prompts")
-    others = config.prior_prompts or (config.class_prompt,)
-    return [draws.choice((config.class_prompt, draws.choice(others))) for _ in range(config.train_batch_size)]
+    return [draws.choice((of_class, draws.choice(config.prior_prompts or (of_class,)))) for of_class in classes]
 
 
 def prior_or_nan(parts: LossParts) -> Tensor:

@@ -379,8 +379,9 @@ def test_other_prior_prompts_are_preserved_beside_the_class_and_each_by_its_own_
 
 
 def test_every_second_prior_prompt_is_the_class_prompt(tiny_base, photos, tmp_path):
-    config = tiny_config(tiny_base, photos, tmp_path, prior_prompts=("a car", "a cup"), train_batch_size=50)
-    drawn = Counter(train_step_module.prior_prompts(config, 0) + train_step_module.prior_prompts(config, 1))
+    config = tiny_config(tiny_base, photos, tmp_path, prior_prompts=("a car", "a cup"))
+    classes = [config.class_prompt] * 50
+    drawn = Counter(prompt for turn in (0, 1) for prompt in train_step_module.prior_prompts(config, classes, turn))
     assert 35 < drawn["a photo of a dog"] < 65 and min(drawn["a car"], drawn["a cup"]) > 10 and len(drawn) == 3
 
 

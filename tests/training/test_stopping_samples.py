@@ -72,4 +72,4 @@ def test_a_damaged_picture_of_step_0_is_left_out_of_the_contact_sheet(damage, tm
     samples._save(samples.path(0, 0), Image.new("RGB", (8, 8), "red"))
     samples._save(samples.path(0, 1), Image.new("RGB", (8, 8), "blue"))
     samples.path(0, 0).unlink() if damage is None else samples.path(0, 0).write_bytes(damage)
-    assert [picture.getpixel((0, 0)) for picture in samples.first()] == [(0, 0, 255)]
+    assert [picture.getpixel((0, 0)) for picture in samples.first(range(2))] == [(0, 0, 255)]

@@ -3,8 +3,8 @@
 import logging
 from collections.abc import Iterable, Iterator
 
-from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import StopRequestedError, spelled_out
+from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.photos.caption_making import MadeCaption, make_kept
 from dreambooth_moslora.photos.captioners import load_captioner
 from dreambooth_moslora.photos.folder import with_kept_captions
@@ -28,17 +28,26 @@ def captioned_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
         return photos
     on_main(context.accelerator, lambda: make_captions(context, bare))
     free_unused_memory(context.accelerator.device)
-    return with_kept_captions(context.config, photos)
+    found = []
+    for number, subject in enumerate(each_subject(context.config)):
+        found += with_kept_captions(subject, [photo for photo in photos if photo.subject == number])
+    return found
 
 
 def make_captions(context: RunContext, photos: list[Photo]) -> None:
     """Into the run folder; this process alone does it: the others wait in `on_main`."""
-    config: TrainConfig = context.config
-    captioner = load_captioner(config, context.accelerator.device)
-    made = make_kept(photos, captioner, config.instance_prompt, context.run_dir.captions_path)
+    made = captions_of_each(context, photos)
     for _ in context.report.counted("captions", said(made), len(photos)):
         if context.should_stop():
             raise StopRequestedError
+
+
+def captions_of_each(context: RunContext, photos: list[Photo]) -> Iterator[MadeCaption]:
+    """Each subject's with its own words."""
+    for number, subject in enumerate(each_subject(context.config)):
+        if own := [photo for photo in photos if photo.subject == number]:
+            captioner = load_captioner(subject, context.accelerator.device)
+            yield from make_kept(own, captioner, subject.instance_prompt, context.run_dir.captions_path)
 
 
 def said(made: Iterable[MadeCaption]) -> Iterator[int]:

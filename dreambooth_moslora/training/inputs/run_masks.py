@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from dreambooth_moslora.core.errors import StopRequestedError, spelled_out
+from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.photos.mask_making import MadeMask, make_kept
 from dreambooth_moslora.photos.masks import kept_path, with_kept_masks
 from dreambooth_moslora.photos.photo import Photo
@@ -36,11 +37,18 @@ def masked_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
 
 def make_masks(context: RunContext, photos: list[Photo]) -> None:
     """Into the run folder; this process alone does it: the others wait in `on_main`."""
-    segmenter = load_segmenter(context.config, context.accelerator.device)
-    made = make_kept(photos, segmenter, context.run_dir.masks_dir)
+    made = masks_of_each(context, photos)
     for _ in context.report.counted("masks", said(made), len(photos)):
         if context.should_stop():
             raise StopRequestedError
+
+
+def masks_of_each(context: RunContext, photos: list[Photo]) -> Iterator[MadeMask]:
+    """Each subject's by its own word."""
+    for number, subject in enumerate(each_subject(context.config)):
+        if own := [photo for photo in photos if photo.subject == number]:
+            segmenter = load_segmenter(subject, context.accelerator.device)
+            yield from make_kept(own, segmenter, context.run_dir.masks_dir)
 
 
 def said(made: Iterable[MadeMask]) -> Iterator[int]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from dreambooth_moslora.core.config import SCHEDULE_FREE, TrainConfig
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.photos.folder import photo_report
+from dreambooth_moslora.photos.photo import counts_of
 from dreambooth_moslora.training.planning.checks import nearest_existing
 from dreambooth_moslora.training.planning.estimate import GIB, Estimate, estimate, size_of_base
 from dreambooth_moslora.training.planning.step_plan import FEW_EXPOSURES, StepPlan, plan_steps
@@ -41,10 +42,10 @@ def advice_before_run(config: TrainConfig, base: Path | None) -> list[str]:
 
     Raises UserError when no photo can be used.
     """
-    photo_count = len(photo_report(config).photos)
-    plan = plan_steps(config, photo_count, int(os.environ.get("WORLD_SIZE", "1")))
+    photos = photo_report(config).photos
+    plan = plan_steps(config, counts_of(photos), int(os.environ.get("WORLD_SIZE", "1")))
     size = size_of_base(base, config.target_modules, config.variant)
-    return advice(config, estimate(config, size, plan.total_steps, photo_count), plan)
+    return advice(config, estimate(config, size, plan.total_steps, len(photos)), plan)
 
 
 def exposure_advice(plan: StepPlan) -> list[str]:

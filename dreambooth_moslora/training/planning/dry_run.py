@@ -7,12 +7,13 @@ from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.prompts import subject_of
 from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.photos.captioners import load_captioner
 from dreambooth_moslora.photos.checks import examine
 from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.folder import PhotoReport, photo_report
 from dreambooth_moslora.photos.masks import segmenter_name, sought_word
-from dreambooth_moslora.photos.photo import Photo, quoted
+from dreambooth_moslora.photos.photo import Photo, counts_of, quoted
 from dreambooth_moslora.training.planning.advice import DEFAULTS, advice, differs, free_disk_gib
 from dreambooth_moslora.training.planning.checks import check_folders, preflight
 from dreambooth_moslora.training.planning.estimate import Estimate, estimate, size_of_base
@@ -33,7 +34,7 @@ def describe_run(config: TrainConfig) -> str:
     config = planned(config)
     folder = preflight(config)
     report = examine(photo_report(config), config.resolution)
-    plan = plan_steps(config, len(report.photos), int(os.environ.get("WORLD_SIZE", "1")))
+    plan = plan_steps(config, counts_of(report.photos), int(os.environ.get("WORLD_SIZE", "1")))
     size = size_of_base(folder, config.target_modules, config.variant)
     cost = estimate(config, size, plan.total_steps, len(report.photos))
     sections = {
@@ -61,6 +62,8 @@ def as_toml(value: object) -> str:
         return str(value).lower()
     if isinstance(value, str):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {as_toml(one)}" for name, one in value.items()) + "}"
     return "[" + ", ".join(map(as_toml, value)) + "]" if isinstance(value, list) else repr(value)
 
 
@@ -90,29 +93,36 @@ def caption_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
     bare = sum(not photo.is_captioned for photo in report.photos)
     if config.captions != "auto" or not bare:
         return []
-    captioner = load_captioner(config)
+    captioner = load_captioner(each_subject(config)[0])
     return [f"captions: {bare} photos have none of their own; {captioner.name} makes them before training"]
 
 
 def mask_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
     """What `--masks auto` would do. Raises UserError when nobody says what to look for."""
-    bare = sum(photo.mask_path is None for photo in report.photos)
+    bare = [photo for photo in report.photos if photo.mask_path is None]
     if config.masks != "auto" or not bare:
         return []
-    word = sought_word(config)
-    sought = f", looking for “{word}”" if word else ""
-    return [f"masks: {bare} photos have none; {public_name(segmenter_name(config))} makes them before training{sought}"]
+    subjects = each_subject(config)
+    words = dict.fromkeys(sought_word(subjects[photo.subject]) for photo in bare)
+    sought = f", looking for {', '.join(f'“{word}”' for word in words)}" if any(words) else ""
+    name = public_name(segmenter_name(config))
+    return [f"masks: {len(bare)} photos have none; {name} makes them before training{sought}"]
 
 
 def step_lines(config: TrainConfig, plan: StepPlan) -> list[str]:
     lines = [plan.sentence()]
     if config.crops_per_photo > 1:
         lines.append(f"{config.crops_per_photo} crops of each photo take turns, one an epoch")
+    subjects = each_subject(config)
     if config.with_prior_preservation:
         source = f"{config.num_class_images} class images" if config.prior == "class_images" else "the base's answer"
-        lines.append(f"as many prior examples beside them, from {source} to “{config.class_prompt}”")
-    subject = subject_of(config)
-    lines.append(f"token “{subject.token}”, class “{subject.class_word}”")
+        prompts = ", ".join(f"“{prompt}”" for prompt in dict.fromkeys(one.class_prompt for one in subjects))
+        lines.append(f"as many prior examples beside them, from {source} to {prompts}")
+    for one, count in zip(subjects, plan.photo_counts):
+        subject = subject_of(one)
+        words = f"token “{subject.token}”, class “{subject.class_word}”"
+        seen = f", {count} photos seen about {plan.exposures_a_subject / count:.0f} times each"
+        lines.append(f"“{one.instance_prompt}”: {words}{seen}" if config.subjects else words)
     return lines
 
 

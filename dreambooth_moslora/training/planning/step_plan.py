@@ -3,9 +3,13 @@
 samples an epoch = photos × repeats, or the class images when there are more of those
 steps an epoch = ⌈⌈samples / (batch × processes)⌉ / accumulation⌉        as diffusers' script counts
 exposures of a photo = steps × accumulation × batch × processes / photos
+
+Several subjects are shown equally often. Each counts as if it had as many photos as the one with the most: an epoch
+shows all photos of that one, and those of the others oftener.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dreambooth_moslora.core.config import TrainConfig
@@ -18,7 +22,9 @@ FEW_EXPOSURES = 20
 
 @dataclass(frozen=True)
 class StepPlan:
-    photo_count: int
+    """`photo_counts` are those of each subject."""
+
+    photo_counts: tuple[int, ...]
     repeats: int
     photos_a_step: int
     steps_an_epoch: int
@@ -29,20 +35,34 @@ class StepPlan:
         return self.total_steps / self.steps_an_epoch
 
     @property
+    def exposures_a_subject(self) -> float:
+        return self.total_steps * self.photos_a_step / len(self.photo_counts)
+
+    @property
     def exposures_a_photo(self) -> float:
-        return self.total_steps * self.photos_a_step / self.photo_count
+        """Of the subject with the most photos."""
+        return self.exposures_a_subject / max(self.photo_counts)
 
     def sentence(self) -> str:
         """All of it in one line."""
+        several = len(self.photo_counts) > 1
+        counted = f"{len(self.photo_counts)} subjects, {' + '.join(map(str, self.photo_counts))} photos"
+        seen = f"each photo is seen about {self.exposures_a_photo:.0f} times"
         return (
-            f"{self.photo_count} photos × {self.repeats} repeats, {self.photos_a_step} a step: "
+            f"{counted if several else f'{self.photo_counts[0]} photos'} × {self.repeats} repeats, "
+            f"{self.photos_a_step} a step: "
             f"{self.steps_an_epoch} steps an epoch; {self.total_steps} steps = {self.epochs:.1f} epochs; "
-            f"each photo is seen about {self.exposures_a_photo:.0f} times"
+            + (f"each subject is seen about {self.exposures_a_subject:.0f} times" if several else seen)
         )
 
 
-def plan_steps(config: TrainConfig, photo_count: int, process_count: int = 1) -> StepPlan:
-    """Raises ZeroDivisionError for no photos: `photos.instance_photos` has refused that before."""
+def plan_steps(config: TrainConfig, photos: int | Sequence[int], process_count: int = 1) -> StepPlan:
+    """`photos`: how many there are, or how many of each subject.
+
+    Raises ZeroDivisionError for no photos: `photos.instance_photos` has refused that before.
+    """
+    counts = (photos,) if isinstance(photos, int) else tuple(photos)
+    photo_count = len(counts) * max(counts)
     samples = samples_an_epoch(photo_count, config.repeats)
     if uses_class_images(config):
         samples = max(samples, config.num_class_images)
@@ -52,7 +72,7 @@ def plan_steps(config: TrainConfig, photo_count: int, process_count: int = 1) ->
     total = config.max_train_steps or config.num_train_epochs * steps_an_epoch
     if config.exposures_per_photo:
         total = math.ceil(config.exposures_per_photo * photo_count / photos_a_step)
-    return StepPlan(photo_count, config.repeats, photos_a_step, steps_an_epoch, total)
+    return StepPlan(counts, config.repeats, photos_a_step, steps_an_epoch, total)
 
 
 def samples_an_epoch(photo_count: int, repeats: int) -> int:

@@ -12,6 +12,7 @@ from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.prompts import word_pattern
+from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.training.results.best_step import BestStep
 
 if TYPE_CHECKING:  # it imports torch
@@ -62,7 +63,7 @@ def model_card(config: TrainConfig, facts: CardFacts) -> str:
     """The text of README.md: YAML front matter as the hub reads it, then sections."""
     sections = [
         front_matter(config, facts),
-        f"# {facts.name}: an SDXL adapter for “{config.instance_prompt}”",
+        f"# {facts.name}: an SDXL adapter for {' and '.join(f'“{prompt}”' for prompt in prompts_of(config))}",
         introduction(config, facts),
         gallery(facts),
         usage(config, facts),
@@ -85,7 +86,7 @@ def front_matter(config: TrainConfig, facts: CardFacts) -> str:
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        instance_prompt=config.instance_prompt,
+        instance_prompt=", ".join(prompts_of(config)),
         tags=["text-to-image", "diffusers", "lora", "moslora", "dreambooth", "stable-diffusion-xl", "template:sd-lora"],
         **known,
     )
@@ -96,9 +97,16 @@ def introduction(config: TrainConfig, facts: CardFacts) -> str:
     method = (
         "a plain LoRA" if config.mixer == "none" else "a MoSLoRA adapter (arXiv 2406.11909), folded into plain LoRA"
     )
-    words = ", ".join(f"`{word}`" for word in facts.adapter.trigger_words) or f"`{config.instance_prompt}`"
+    prompts = prompts_of(config)
+    words = ", ".join(f"`{word}`" for word in facts.adapter.trigger_words or prompts)
+    count = "One subject" if len(prompts) == 1 else f"{len(prompts)} subjects"
     unfinished = "" if facts.step >= facts.max_train_steps else f" Training stopped at step {facts.step}."
-    return f"One subject, learnt from a few photos by DreamBooth, as {method}. Trigger words: {words}.{unfinished}"
+    return f"{count}, learnt from a few photos by DreamBooth, as {method}. Trigger words: {words}.{unfinished}"
+
+
+def prompts_of(config: TrainConfig) -> list[str]:
+    """The instance prompt of each subject."""
+    return [subject.instance_prompt for subject in each_subject(config)]
 
 
 def gallery(facts: CardFacts) -> str:
@@ -115,7 +123,7 @@ from diffusers import StableDiffusionXLPipeline
 
 pipe = StableDiffusionXLPipeline.from_pretrained({base_id!r}, dtype=torch.float16).to("cuda")
 pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")
-{token_lines(facts.adapter.tokens)}image = pipe({spelled(config.instance_prompt, facts.adapter.tokens)!r}).images[0]
+{token_lines(facts.adapter.tokens)}image = pipe({spelled(prompts_of(config)[0], facts.adapter.tokens)!r}).images[0]
 ```
 
 `{facts.name}.kohya.safetensors` is the same adapter for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI.\

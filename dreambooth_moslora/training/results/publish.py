@@ -17,9 +17,16 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.events import StepDone, StepEvaluated, events_of
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.pictures import Row, draw_contact_sheet, write_png
-from dreambooth_moslora.core.prompts import class_word_of, trigger_words
+from dreambooth_moslora.core.prompts import (
+    class_word_of,
+    context_prompts,
+    together_prompts,
+    trigger_words,
+    validation_prompts,
+)
 from dreambooth_moslora.core.recipe import recipe_of
 from dreambooth_moslora.core.run_folder import RunDir, atomic_directory, atomic_write
+from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.photos.photo import Photo, open_rgb
 from dreambooth_moslora.training.prepare import TrainInputs
@@ -81,8 +88,7 @@ class Publisher:
         adapter = with_tokens(self.facts, self.run_dir.name, self.learnt and self.learnt.tokens)
         facts = CardFacts(self.run_dir.name, step, max_train_steps, adapter, proof, scores=self.scores, best=best)
         drawn = list(zip(self.samples.requests, self.samples.latest))
-        shown = [*drawn[: max(2, CARD_IMAGES - len(contexts))], *zip(self.samples.contexts, contexts)]
-        write_card(self.config, self.run_dir, facts, shown)
+        write_card(self.config, self.run_dir, facts, card_pictures(self.config, drawn, self.samples, contexts))
         try:
             if finished and self.config.push_to_hub:
                 push(self.run_dir.path, self.config.hub_model_id, self.config.hub_token)
@@ -90,7 +96,8 @@ class Publisher:
             write_loss_plot(self.run_dir)
             if drawn:
                 start = self.config.init_adapter and f"adapter {public_name(self.config.init_adapter)}"
-                write_contact_sheet(self.run_dir, self.photos, self.samples, contexts, start or "base")
+                rows = sheet_rows(self.config, self.photos, self.samples, contexts, start or "base")
+                draw_contact_sheet(rows, self.run_dir.contact_sheet_path)
         return proof
 
     def _publish_to(self, folder: Path) -> Proof:
@@ -112,7 +119,23 @@ def facts_of(config: TrainConfig, inputs: TrainInputs, train_step: TrainStep) ->
         class_word=class_word_of(config),
         resolution_px=config.resolution,
     )
-    return replace(facts, recipe=recipe_of(config))
+    prompts = tuple(one.instance_prompt for one in each_subject(config)) if len(config.subjects) > 1 else ()
+    return replace(facts, recipe=recipe_of(config), subject_prompts=prompts)
+
+
+def card_pictures(
+    config: TrainConfig,
+    drawn: list[tuple[SampleRequest, Image.Image]],
+    samples: ValidationSamples,
+    contexts: list[Image.Image],
+) -> list[tuple[SampleRequest, Image.Image]]:
+    """A few of one subject; of several, one of each, and those of two in one prompt."""
+    new = list(zip(samples.contexts, contexts))
+    if len(config.subjects) < 2:
+        return [*drawn[: max(2, CARD_IMAGES - len(new))], *new]
+    first_of_each = {request.prompt: (request, picture) for request, picture in reversed(drawn)}
+    pairs = together_prompts(config)
+    return [*reversed(first_of_each.values()), *(shown for shown in new if shown[0].prompt in pairs)]
 
 
 def write_card(
@@ -130,19 +153,34 @@ def write_card(
         write_png(run_dir.path / name, picture)
 
 
-def write_contact_sheet(
-    run_dir: RunDir, photos: list[Photo], samples: ValidationSamples, contexts: list[Image.Image], start: str
-) -> None:
-    """Photos, step 0 (of which `start` is the model) beside the end at the same seeds, new contexts. Stays here: it
-    shows the person's photos."""
-    captions = tuple(request.prompt for request in samples.requests)
-    rows = [
-        Row("The photos", readable(photos[:6])),
-        Row(f"Step 0: the {start}, before training", samples.first(), captions),
-        Row(f"Step {samples.latest_step}: the same prompts, from the same noise", samples.latest, captions),
-        Row("New contexts", contexts, tuple(request.prompt for request in samples.contexts)),
-    ]
-    draw_contact_sheet(rows, run_dir.contact_sheet_path)
+def sheet_rows(
+    config: TrainConfig, photos: list[Photo], samples: ValidationSamples, contexts: list[Image.Image], start: str
+) -> list[Row]:
+    """The contact sheet, subject by subject: photos, step 0 (of which `start` is the model) beside the end at the
+    same seeds, new contexts; then two subjects in one prompt. It stays here, as it shows the person's photos."""
+    rows = []
+    new = list(zip(samples.contexts, contexts))
+    for number, subject in enumerate(each_subject(config)):
+        own = [photo for photo in photos if photo.subject == number]
+        name = f" of “{subject.instance_prompt}”" if config.subjects else ""
+        drawn = [n for n, request in enumerate(samples.requests) if request.prompt in validation_prompts(subject)]
+        captions = tuple(samples.requests[n].prompt for n in drawn)
+        rows += [
+            Row(f"The photos{name}", readable(own[:6])),
+            Row(f"Step 0: the {start}, before training", samples.first(drawn), captions),
+            Row(
+                f"Step {samples.latest_step}: the same prompts, from the same noise",
+                [samples.latest[n] for n in drawn],
+                captions,
+            ),
+            row_of("New contexts", [shown for shown in new if shown[0].prompt in context_prompts(subject)]),
+        ]
+    pairs = together_prompts(config)
+    return [*rows, row_of("Two subjects in one prompt", [shown for shown in new if shown[0].prompt in pairs])]
+
+
+def row_of(title: str, shown: list[tuple[SampleRequest, Image.Image]]) -> Row:
+    return Row(title, [picture for _, picture in shown], tuple(request.prompt for request, _ in shown))
 
 
 def readable(photos: list[Photo]) -> list[Image.Image]:

@@ -4,6 +4,7 @@ At the end come new contexts too: the subject where no photo shows it. The pictu
 run folder, so that a resumed run has them as well.
 """
 
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,10 +80,10 @@ class ValidationSamples:
     def path(self, step: int, number: int) -> Path:
         return self.run_dir.samples_dir / f"step_{step:06d}_{number}.png"
 
-    def first(self) -> list[Image.Image]:
-        """The pictures of step 0, as far as they are there and can be read."""
+    def first(self, numbers: Iterable[int]) -> list[Image.Image]:
+        """The pictures of step 0 of these requests, as far as they are there and can be read."""
         found = []
-        for number in range(len(self.requests)):
+        for number in numbers:
             with suppress(UnreadableImageError, FileNotFoundError):
                 found.append(to_rgb(open_image(self.path(0, number))))
         return found

@@ -1,0 +1,146 @@
+"""Several subjects in one run: the table of each, from TOML, JSON or a folder of folders, and its own configuration.
+
+    [[subjects]]                               --subjects photos
+    instance_data_dir = "photos/duck"          photos/sks duck/      "a photo of a sks duck", of "a photo of a duck"
+    instance_prompt = "a photo of sks duck"    photos/sks duck.txt   or these lines: its prompt, its class prompt
+
+What a table does not say is as the run's other settings say it. A run without tables has one subject, its own.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dreambooth_moslora.core.assets import find_asset
+from dreambooth_moslora.core.errors import UserError
+
+__all__ = ["SAID_BY_SUBJECTS", "SubjectTable", "check_subjects", "each_subject", "to_tables"]
+
+Config = TypeVar("Config")
+"""`core.config.TrainConfig`, which is above this file."""
+SAID_BY_SUBJECTS = (
+    *("instance_data_dir", "dataset_name", "instance_prompt", "class_prompt", "class_data_dir"),
+    *("validation_prompt", "token", "class_word", "mask_prompt"),
+)
+"""Settings of a file that `--subjects` on the command line replaces."""
+COUNTED = re.compile(r"^\d+_")
+"""kohya's `10_sks duck`: each subject is shown as often as any other here, so that the count says nothing."""
+
+
+@dataclass(frozen=True)
+class SubjectTable:
+    """The settings in which one subject differs from the run; None where it does not."""
+
+    instance_data_dir: str | None = None
+    instance_prompt: str | None = None
+    class_prompt: str | None = None
+    class_data_dir: str | None = None
+    validation_prompt: str | None = None
+    token: str | None = None
+    class_word: str | None = None
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
+    mask_prompt: str | None = None
+
+    def to_dict(self) -> dict[str, str]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def to_tables(value: Any) -> tuple[SubjectTable, ...] | None:
+    """The tables of a folder, a JSON file or a list; None for anything else. Raises UserError."""
+    if isinstance(value, (str, Path)):
+        path = Path(find_asset(str(value)))
+        return to_tables(tables_in(path)) if path.suffix.lower() == ".json" else tables_of_folder(path)
+    if not isinstance(value, (list, tuple)) or not all(isinstance(one, (Mapping, SubjectTable)) for one in value):
+        return None
+    return tuple(one if isinstance(one, SubjectTable) else table_of(one) for one in value)
+
+
+def table_of(values: Mapping[str, Any]) -> SubjectTable:
+    known = [item.name for item in fields(SubjectTable)]
+    if unknown := sorted(map(str, values.keys() - set(known))):
+        raise UserError(f"--subjects: a subject has no setting `{unknown[0]}`; it may have {', '.join(known)}.")
+    return SubjectTable(**values)
+
+
+def tables_in(path: Path) -> Any:
+    """What a JSON file says: a list of tables, as others' --concepts_list."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"--subjects {path}: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--subjects {path} is not valid JSON: {error}.") from error
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise UserError(f"--subjects {path}: expected a list of subjects, each with its settings.")
+    return found
+
+
+def tables_of_folder(folder: Path) -> tuple[SubjectTable, ...]:
+    """A subject of each folder in `folder`, by name."""
+    if not folder.is_dir():
+        raise UserError(f"--subjects {folder}: {'not a folder' if folder.exists() else 'no such folder or file'}.")
+    try:
+        folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"--subjects {folder}: {error.strerror}.") from error
+    if not folders:
+        raise UserError(f"--subjects {folder}: there is no folder in it; each subject has one, such as `sks dog`.")
+    return tuple(SubjectTable(str(path), *prompts_of(path)) for path in folders)
+
+
+def prompts_of(folder: Path) -> tuple[str, ...]:
+    """(instance prompt, class prompt): the lines of `name.txt` beside the folder, else its name."""
+    file = folder.with_name(f"{folder.name}.txt")
+    if file.is_file():
+        try:
+            lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--subjects: {file} is not a text file.") from error
+        if len(lines) not in (1, 2):
+            raise UserError(f"--subjects: {file} needs one line, the prompt of the subject, or two, then its class.")
+        return tuple(lines)
+    token, *kind = COUNTED.sub("", folder.name).replace("_", " ").split() or [folder.name]
+    noun = " ".join(kind)
+    return (f"a photo of a {token} {noun}", f"a photo of a {noun}") if kind else (f"a photo of {token}",)
+
+
+def each_subject(config: Config) -> list[Config]:
+    """The configuration of each subject alone; of a run without tables, its own."""
+    return [replace(config, subjects=(), **table.to_dict()) for table in config.subjects] or [config]
+
+
+def check_subjects(config: Config) -> None:
+    """Raises UserError for tables that say too little, and for two subjects that cannot be told apart."""
+    defaults = {item.name: item.default for item in fields(config)}
+    for name in ("instance_data_dir", "dataset_name", "instance_prompt"):
+        if getattr(config, name) != defaults[name]:
+            raise UserError(f"--subjects and --{name}: each subject names its own; give one of the two.")
+    if config.train_text_encoder_ti and len(config.subjects) > 1:
+        raise UserError("--train_text_encoder_ti learns the word of one subject; leave it out with several --subjects.")
+    found = [checked_subject(config, number) for number in range(len(config.subjects))]
+    for name in ("instance_data_dir", "instance_prompt"):
+        values = [getattr(one, name) for one in found]
+        value, count = Counter(map(os.path.normpath, values) if name.endswith("_dir") else values).most_common(1)[0]
+        if count > 1:
+            raise UserError(f"--subjects: {count} of them have the {name} {value!r}; each needs its own.")
+    classes: dict[str, str | None] = {}
+    for one in found:
+        if one.class_data_dir and classes.setdefault(one.class_data_dir, one.class_prompt) != one.class_prompt:
+            raise UserError(f"--class_data_dir {one.class_data_dir}: two classes cannot share it.")
+
+
+def checked_subject(config: Config, number: int) -> Config:
+    table = config.subjects[number]
+    for name in ("instance_data_dir", "instance_prompt"):
+        if not str(getattr(table, name) or "").strip():
+            raise UserError(f"--subjects: number {number + 1} has no {name}.")
+    try:
+        return replace(config, subjects=(), **table.to_dict())
+    except UserError as error:
+        raise UserError(f"subject {number + 1} ({table.instance_data_dir}): {error}") from error

@@ -1,0 +1,86 @@
+"""The streams of several subjects as one, in which each subject is shown equally often, whatever its number of photos.
+
+    position p  ->  round p div k, subject (in an order drawn anew each round)  ->  that subject's stream at the round
+
+A position alone says which sample it is: a resumed run and several processes show what an unbroken run of one shows.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.seeding import place_of
+from dreambooth_moslora.core.subject_tables import each_subject
+from dreambooth_moslora.photos.photo import Photo
+from dreambooth_moslora.training.inputs.caption_orders import shuffled_captions
+from dreambooth_moslora.training.inputs.dataset import EncodedView, PhotoEncoder, PhotoStream
+
+__all__ = ["SubjectStreams", "instance_streams", "prior_streams"]
+
+
+class SubjectStreams:
+    """One stream of each subject, in turns. `run` samples in a row are of one subject; with one stream it is that."""
+
+    def __init__(self, streams: Sequence[PhotoStream], seed: int, run: int = 1):
+        self.streams, self.seed, self.run = streams, seed, run
+
+    @property
+    def photos(self) -> list[Photo]:
+        return [photo for stream in self.streams for photo in stream.photos]
+
+    def subject_at(self, position: int) -> int:
+        """The number of the subject that the sample at `position` shows."""
+        return self._place(position)[0]
+
+    def at(self, position: int) -> tuple[EncodedView, str]:
+        """As `PhotoStream.at`."""
+        number, place = self._place(position)
+        return self.streams[number].at(place)
+
+    def read_ahead(self, position: int) -> None:
+        number, place = self._place(position)
+        self.streams[number].read_ahead(place)
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """(number of the stream, position in it)."""
+        turn, offset = divmod(position, self.run)
+        round_, number = place_of(turn, len(self.streams), self.seed, "subjects")
+        return number, round_ * self.run + offset
+
+    def view_count(self, sample_count: int) -> int:
+        return sum(stream.view_count(self._share(sample_count)) for stream in self.streams)
+
+    def encode_ahead(self, sample_count: int) -> Iterator[EncodedView]:
+        """Each view that the first `sample_count` samples show, once."""
+        for stream in self.streams:
+            yield from stream.encode_ahead(self._share(sample_count))
+
+    def _share(self, sample_count: int) -> int:
+        """Of each stream: its samples in so many whole rounds."""
+        in_a_round = len(self.streams) * self.run
+        return -(-sample_count // in_a_round) * self.run if len(self.streams) > 1 else sample_count
+
+
+def instance_streams(config: TrainConfig, photos: list[Photo], encoder: PhotoEncoder) -> SubjectStreams:
+    """In batches of one size, a batch shows one subject."""
+    streams = []
+    for number, subject in enumerate(each_subject(config)):
+        own = [photo for photo in photos if photo.subject == number]
+        shuffled = [replace(photo, captions=shuffled_captions(subject, photo.captions)) for photo in own]
+        varied = (config.repeats, config.caption_dropout, config.train_batch_size)
+        streams.append(PhotoStream(shuffled, encoder, config.seed, name_of("instance", number), *varied))
+    return SubjectStreams(streams, config.seed, config.train_batch_size if config.enable_bucket else 1)
+
+
+def prior_streams(
+    config: TrainConfig, class_photos: list[list[Photo]], encoder: PhotoEncoder, run: int
+) -> SubjectStreams:
+    """Beside each sample of a subject, one of its class."""
+    names = [name_of("prior", number) for number in range(len(class_photos))]
+    streams = [PhotoStream(photos, encoder, config.seed, name) for name, photos in zip(names, class_photos)]
+    return SubjectStreams(streams, config.seed, run)
+
+
+def name_of(stream: str, number: int) -> str:
+    """The first subject's are those of a run that has no other."""
+    return f"{stream} {number}" if number else stream
