@@ -1,5 +1,7 @@
 """Scores during training: every `--evaluate_steps`, the same few prompts and seeds, and which step was the best.
 
+Of several subjects, each is drawn and scored alone, and the scores are the means over them.
+
 The best step is the one with the highest `metrics.checkpoint_score` (fidelity × prompt × no copy). It is looked up in
 the events of the run, so a resumed run knows it too. Nothing is stopped unless `--early_stopping` asks for it.
 """
@@ -8,21 +10,23 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.moslora import set_scale
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.prompts import subject_of
 from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.evaluation.encoders import Encoders, load_encoders
-from dreambooth_moslora.evaluation.evaluate import Evaluator, sampler_draw, truth_of
+from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator, sampler_draw
 from dreambooth_moslora.evaluation.metrics import photo_nearness
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_for
+from dreambooth_moslora.evaluation.subjects import evaluators_of, photos_by_subject, pooled
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.photos.folder import instance_photos
-from dreambooth_moslora.photos.masks import open_mask
-from dreambooth_moslora.photos.photo import open_rgb
+from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.training.results.best_scale import SCALES, ScaleChoice, choose_scale
 from dreambooth_moslora.training.results.best_step import best_of
 
@@ -30,7 +34,7 @@ __all__ = ["LOGGED", "TrainingEvaluator"]
 
 LOGGED = (
     *("dino", "clip_i", "clip_t", "pres", "diversity", "drift", "background_leak", "truth", "copied", "score"),
-    *("clip_t_of_base", "dino_of_ceiling", "drift_of_spread", "pres_gain", "dino_base", "pres_base"),
+    *("clip_t_of_base", "dino_of_ceiling", "drift_of_spread", "pres_gain", "dino_base", "pres_base", "confusion"),
 )
 SEEDS = (100, 101)  # not those of `evaluate`: these choose the best step
 
@@ -43,48 +47,48 @@ class TrainingEvaluator:
 
     def __init__(self, config: TrainConfig, encoders: Encoders | None = None):
         self.config = config
-        self.photos = instance_photos(config).photos
-        captions = [caption for photo in self.photos for caption in photo.captions]
-        full = plan_for(config.pretrained_model_name_or_path, subject_of(config), captions=captions, seeds=SEEDS)
-        self.plan: EvaluationPlan = full.smaller(templates=3, seeds=2, class_images=2, unrelated=1, inference_steps=20)
+        self.subjects = each_subject(config)
+        photos = photos_by_subject(instance_photos(config).photos, len(self.subjects))
+        self.plans = [plan_of(subject, own) for subject, own in zip(self.subjects, photos)]
         self.encoders = encoders or load_encoders(own_encoders_of(config))  # now, not late in the run
 
     @property
     def prompts(self) -> list[str]:
-        return self.plan.prompts
+        return sorted({prompt for plan in self.plans for prompt in plan.prompts})
 
     @cached_property
-    def evaluator(self) -> Evaluator:
+    def evaluators(self) -> list[Evaluator]:
         """Encoders stay on the CPU: a dozen pictures take seconds there, and no GPU memory."""
-        config = self.config
-        photos = instance_photos(config).photos  # with the masks that the run has made meanwhile
-        base, folder = config.pretrained_model_name_or_path, config.instance_data_dir
-        truth = truth_of(base, folder, self.plan, self.encoders, config.resolution)
-        return Evaluator(self.plan, self.encoders, [open_rgb(p) for p in photos], [open_mask(p) for p in photos], truth)
+        photos = instance_photos(self.config).photos  # with the masks that the run has made meanwhile
+        return evaluators_of(self.subjects, photos, self.plans, self.encoders, self.config.resolution)
 
     def __call__(self, sampler: Sampler, step: int) -> dict:
         """The facts of the `evaluation` event: scores as plain numbers, `best` so far, `cost` of this evaluation."""
-        found = self.evaluator(sampler_draw(replace(sampler, inference_steps=self.plan.inference_steps)))
+        draw = sampler_draw(replace(sampler, inference_steps=self.plans[0].inference_steps))
+        of_each = [evaluator(draw) for evaluator in self.evaluators]
+        found = pooled(of_each)
         means = found.means()
+        photos = torch.cat([evaluator.photos.joint for evaluator in self.evaluators])
         best = best_of([*self._earlier(step), (step, means["score"])])
         return {
             **{name: float(means[name]) for name in LOGGED if name in means},
+            **of_subjects(of_each),
             "copy_alarm": found.alarm.raised,
-            "photos": photo_facts(self.evaluator.photos.joint),
+            "photos": photo_facts(photos),
             "best": {"step": best.step, "score": best.score, "since": best.since},
             "cost": {"seconds": round(found.seconds, 2), "pictures": sum(map(len, found.pictures.values()))},
         }
 
     def find_scale(self, sampler: Sampler, components: dict[str, nn.Module]) -> ScaleChoice | None:
         """Scores the live adapter at several scales; afterwards it is as trained."""
-        draw = sampler_draw(replace(sampler, inference_steps=self.plan.inference_steps))
+        draw = sampler_draw(replace(sampler, inference_steps=self.plans[0].inference_steps))
 
         def score(scale: float) -> float:
             for model in components.values():
                 set_scale(model, scale)
-            return of_subject(draw).score
+            return pooled([one(draw) for one in of_subject]).score
 
-        of_subject = self.evaluator.of_subject()
+        of_subject = [evaluator.of_subject() for evaluator in self.evaluators]
         try:
             return choose_scale({scale: score(scale) for scale in SCALES})
         finally:
@@ -95,6 +99,19 @@ class TrainingEvaluator:
         events = RunDir(Path(self.config.output_dir)).read_metrics()
         scores = {e["step"]: e["score"] for e in events if e.get("type") == "evaluation" and e.get("score") is not None}
         return sorted((at, score) for at, score in scores.items() if at < step)
+
+
+def plan_of(subject: TrainConfig, photos: list[Photo]) -> EvaluationPlan:
+    captions = [caption for photo in photos for caption in photo.captions]
+    full = plan_for(subject.pretrained_model_name_or_path, subject_of(subject), captions=captions, seeds=SEEDS)
+    return full.smaller(templates=3, seeds=2, class_images=2, unrelated=1, inference_steps=20)
+
+
+def of_subjects(found: list[Evaluation]) -> dict[str, float]:
+    """`dino_subject_1` and so on, of several; by number, as trackers are told no words of the person's."""
+    if len(found) == 1:
+        return {}
+    return {f"dino_subject_{number}": round(one.mean("dino"), 4) for number, one in enumerate(found, start=1)}
 
 
 def photo_facts(photos: Tensor) -> dict[str, float]:

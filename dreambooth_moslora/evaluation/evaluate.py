@@ -111,7 +111,10 @@ class Evaluation:
 
 
 class Evaluator:
-    """Judge adapters of one subject by `plan`. `masks` (white = subject) are optional, one a photo or None."""
+    """Judge adapters of one subject by `plan`. `masks` (white = subject) are optional, one a photo or None.
+
+    `rivals`: words of the adapter's other subjects -> DINO vectors of their photos (`subjects.evaluators_of`).
+    """
 
     def __init__(
         self,
@@ -124,6 +127,7 @@ class Evaluator:
         self.plan, self.encoders, self.truth = plan, encoders, truth
         self.photos = self._views(list(photos))
         masked = [(p, m) for p, m in zip(photos, masks) if m is not None]
+        self.rivals: dict[str, Tensor] = {}
         self.backgrounds = encoders.clip_images([paint_over(p, m) for p, m in masked]) if masked else None
         self._base: dict[str, Views] | None = None
 
@@ -181,8 +185,15 @@ class Evaluator:
         }
         if self.backgrounds is not None:
             columns["background_leak"] = metrics.background_leak(subject.clip, base.clip, self.backgrounds)
+        for words, others in self.rivals.items():
+            columns[f"dino_to {words}"] = metrics.subject_fidelity(subject.dino, others)
+            columns[f"confusion_with {words}"] = metrics.confusion(subject.dino, photos.dino, others)
+            columns[f"confusion_with {words}_base"] = metrics.confusion(base.dino, photos.dino, others)
         shape = (len(self.plan.templates), len(self.plan.seeds))
         tables = {name: values.numpy().reshape(shape) for name, values in columns.items()}
+        if self.rivals:
+            for end in ("", "_base"):
+                tables[f"confusion{end}"] = np.mean([tables[f"confusion_with {w}{end}"] for w in self.rivals], axis=0)
         if len(self.plan.seeds) > 1:
             tables["diversity"] = self._diversity(subject)
             tables["diversity_base"] = self._diversity(base)

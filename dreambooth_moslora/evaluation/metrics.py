@@ -11,8 +11,8 @@ DreamBooth (Ruiz et al., "DreamBooth: Fine Tuning Text-to-Image Diffusion Models
     DIV     mean distance between pictures of one prompt; the paper takes LPIPS, 1 - dino·dino stands in for it
 
 Ours besides: `drift` on prompts that have nothing to do with the subject, `copy_index` against photos learnt by heart,
-`background_leak`, and the score that picks the best checkpoint. Each function returns one value for each picture,
-so that intervals can be computed over prompts and seeds.
+`background_leak`, `confusion` of two subjects of one adapter, and the score that picks the best checkpoint. Each
+function returns one value for each picture, so that intervals can be computed over prompts and seeds.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -27,6 +27,7 @@ __all__ = [
     "CopyAlarm",
     "background_leak",
     "checkpoint_score",
+    "confusion",
     "copy_alarm",
     "copy_index",
     "diversity",
@@ -155,6 +156,22 @@ def background_leak(generated: Tensor, base: Tensor, backgrounds: Tensor) -> Ten
     CLIP vectors: generated (N, D), base (N, D), the photos with the subject painted over (P, D). Zero is no leak.
     """
     return subject_fidelity(generated, backgrounds) - subject_fidelity(base, backgrounds)
+
+
+def confusion(generated: Tensor, own: Tensor, other: Tensor) -> Tensor:
+    """How far pictures of a subject went from its own photos to another subject's: (N, D), (P, D), (Q, D) -> (N,).
+
+        confusion(g) = (m_own - m(g)) / (m_own - m_other)        m(g) = mean cos(g, own) - mean cos(g, other)
+
+    m_own and m_other are m of the own photos and of the other's, each mean without the photo itself. 0: told apart as
+    the photos are; 1: as if the other had been asked for; 1/2: as near to the one as to the other, or to neither.
+    Below 0: told apart better than the photos. One photo alone is taken to be LONE_PHOTO_NEARNESS near to itself.
+    """
+    alike = float((own @ other.T).mean())
+    within = [LONE_PHOTO_NEARNESS if len(photos) < 2 else photo_fidelity(photos) for photos in (own, other)]
+    margin = subject_fidelity(generated, own) - subject_fidelity(generated, other)
+    apart = max(sum(within) - 2 * alike, 0.01)  # two series of the same thing must not divide by zero
+    return (within[0] - alike - margin) / apart
 
 
 def checkpoint_score(fidelity: float, prompt: float, base_prompt: float, copied: float) -> float:

@@ -35,6 +35,11 @@ MEASURES = {
         "change of unrelated pictures; beside it, the base's own from seed to seed",
     ),
     "copy_index": ("Copy index", "", "0: no nearer to a photo than the photos are to each other; 1: it is the photo"),
+    "confusion": (
+        "Confusion",
+        "confusion_base",
+        "with the adapter's other subjects; 0: told apart as the photos are, 1: as if the other had been asked for",
+    ),
     "background_leak": ("Background leak", "", "nearness to the photos' backgrounds gained over the base; 0 is none"),
 }
 TRUTH = {

@@ -26,7 +26,7 @@ from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_confi
 
 def quick(config: TrainConfig, encoders) -> TrainingEvaluator:
     evaluator = TrainingEvaluator(config, encoders)
-    evaluator.plan = evaluator.plan.smaller(2, 1, 1, 1, inference_steps=2)
+    evaluator.plans = [plan.smaller(2, 1, 1, 1, inference_steps=2) for plan in evaluator.plans]
     return evaluator
 
 

@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,19 +13,26 @@ from dreambooth_moslora.core.config_files import read_json_table, reason_of
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import Subject, subject_of
 from dreambooth_moslora.core.run_folder import RunDir, atomic_write
+from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.training.planning.checks import require_folder, require_writable
 from dreambooth_moslora.training.results.best_scale import SCALES, ScaleChoice, choose_scale
 from dreambooth_moslora.training.results.model_card import is_card, with_strength
 
 if TYPE_CHECKING:
-    from dreambooth_moslora.evaluation.evaluate import Evaluation
+    from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator
     from dreambooth_moslora.evaluation.protocol import EvaluationPlan
+    from dreambooth_moslora.evaluation.report import ReportContext
+    from dreambooth_moslora.evaluation.subjects import Together
+    from dreambooth_moslora.photos.photo import Photo
 
 __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "measure how good an adapter is: report.html and scores.json"
-SUMMARY = ("dino", "clip_i", "clip_t", "clip_t_base", "pres", "pres_base", "diversity", "drift", "drift_base_spread")
+SUMMARY = (
+    *("dino", "clip_i", "clip_t", "clip_t_base", "pres", "pres_base", "diversity", "drift", "drift_base_spread"),
+    *("confusion", "confusion_base"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,40 +85,59 @@ def run(args: argparse.Namespace) -> int:
     config, folder = resolve(args), output_folder(args)
     from dreambooth_moslora.base.load import default_guidance
     from dreambooth_moslora.evaluation.encoders import load_encoders
-    from dreambooth_moslora.evaluation.evaluate import Evaluator, evaluate_adapter, truth_of
-    from dreambooth_moslora.evaluation.metrics import photo_fidelity
-    from dreambooth_moslora.evaluation.report import ReportContext, write_report
+    from dreambooth_moslora.evaluation.evaluate import evaluate_adapter
+    from dreambooth_moslora.evaluation.report import ReportContext
+    from dreambooth_moslora.evaluation.subjects import evaluators_of, pairs_of, pooled
+    from dreambooth_moslora.evaluation.subjects_report import confusion_lines
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
     from dreambooth_moslora.photos.folder import instance_photos
-    from dreambooth_moslora.photos.masks import open_mask
-    from dreambooth_moslora.photos.photo import open_rgb
 
-    base = config.pretrained_model_name_or_path
+    base, subjects = config.pretrained_model_name_or_path, each_subject(config)
     photos = instance_photos(config).photos
-    plan = plan_of(args, base, subject_of(config), [caption for photo in photos for caption in photo.captions])
+    plans = plans_of(args, subjects, photos)
     pipeline = SubjectPipeline.from_base(base)
     name = pipeline.load_adapter(find_asset(args.adapter))
     device = pipeline.pipeline.unet.device
     encoders = load_encoders(base if is_toy(base) else "", args.clip, args.dino, device)
-    images = [open_rgb(photo) for photo in photos]
-    truth = truth_of(base, config.instance_data_dir, plan, encoders, pipeline.resolution_px)
-    evaluator = Evaluator(plan, encoders, images, [open_mask(photo) for photo in photos], truth)
-    print(f"drawing {picture_count(plan, args.sweep_scale)} pictures …", file=sys.stderr)
+    evaluators = evaluators_of(subjects, photos, plans, encoders, pipeline.resolution_px)
+    pairs = pairs_of(evaluators)
+    count = sum(picture_count(plan, args.sweep_scale) for plan in plans)
+    print(f"drawing {count + sum(2 * pair.picture_count for pair in pairs)} pictures …", file=sys.stderr)
     followed = default_guidance(pipeline.pipeline) if args.guidance_scale is None else args.guidance_scale
-    found = evaluate_adapter(pipeline, name, evaluator, args.batch_size, args.scale, followed)
+    judge = partial(evaluate_adapter, pipeline, name, batch_size=args.batch_size, guidance_scale=followed)
+    found = [judge(evaluator, scale=args.scale) for evaluator in evaluators]
     choice = None
     if args.sweep_scale:
-        subject = evaluator.of_subject()
-        others = {s: evaluate_adapter(pipeline, name, subject, args.batch_size, s, followed).score for s in SCALES}
-        choice = choose_scale(others)
+        smaller = [evaluator.of_subject() for evaluator in evaluators]
+        choice = choose_scale({s: pooled([judge(one, scale=s) for one in smaller]).score for s in SCALES})
     diversity = "LPIPS" if encoders.lpips else "DINO distance"
-    about = ReportContext(name, pipeline.base_name, encoders.names, plan.inference_steps, followed, diversity, choice)
-    write_report(folder, found, about, images, photo_fidelity(evaluator.photos.dino))
-    print(summary(found))
+    steps = plans[0].inference_steps
+    about = ReportContext(name, pipeline.base_name, encoders.names, steps, followed, diversity, choice)
+    write(folder, evaluators, found, [judge(pair, scale=args.scale) for pair in pairs], about)
+    print("\n".join([summary(pooled(found)), *confusion_lines(found)]))
     if args.sweep_scale:
         print(note_strength(Path(find_asset(args.adapter)), choice))
     print(f"{folder / 'report.html'}\n{folder / 'scores.json'}")
     return 0
+
+
+def write(
+    folder: Path,
+    evaluators: Sequence["Evaluator"],
+    found: Sequence["Evaluation"],
+    together: Sequence["Together"],
+    about: "ReportContext",
+) -> None:
+    """The report of one subject, or those of several."""
+    from dreambooth_moslora.evaluation.metrics import photo_fidelity
+    from dreambooth_moslora.evaluation.report import write_report
+    from dreambooth_moslora.evaluation.subjects_report import write_subject_reports
+
+    if len(found) > 1:
+        write_subject_reports(folder, evaluators, found, together, about)
+        return
+    photos = evaluators[0].photos
+    write_report(folder, found[0], about, photos.pictures, photo_fidelity(photos.dino))
 
 
 def picture_count(plan: "EvaluationPlan", sweeps: bool) -> int:
@@ -138,7 +166,9 @@ def note_strength(path: Path, choice: ScaleChoice | None) -> str:
 def resolve(args: argparse.Namespace) -> TrainConfig:
     """What to evaluate on what, from the arguments, the run folder's configuration and the file's own header."""
     adapter = Path(find_asset(args.adapter))
-    known = settings_of_run(adapter) or settings_of_file(adapter)
+    known = of_one_subject(settings_of_run(adapter) or settings_of_file(adapter), args)
+    if known.get("subjects"):
+        return TrainConfig.from_dict(known | ({"pretrained_model_name_or_path": args.base} if args.base else {}))
     base = args.base or known.get("pretrained_model_name_or_path")
     prompt = args.instance_prompt or known.get("instance_prompt")
     photos = args.photos or known.get("instance_data_dir")
@@ -150,6 +180,16 @@ def resolve(args: argparse.Namespace) -> TrainConfig:
     if args.photos:
         chosen |= {"masks": "given", "captions": "given"}  # those that the run made are of its own photos
     return TrainConfig.from_dict({**known, **chosen, "dataset_name": None})
+
+
+def of_one_subject(known: dict, args: argparse.Namespace) -> dict:
+    """Where flags speak of one subject: the settings of the one that --instance_prompt names. Raises UserError."""
+    if not known.get("subjects") or not (args.photos or args.instance_prompt or args.class_word):
+        return known
+    named = {one.instance_prompt: one for one in each_subject(TrainConfig.from_dict(known))}
+    if args.instance_prompt not in named:
+        raise UserError(f"--instance_prompt: it has several subjects; name one of {', '.join(map(repr, named))}.")
+    return named[args.instance_prompt].to_dict()
 
 
 def settings_of_run(path: Path) -> dict | None:
@@ -169,13 +209,30 @@ def settings_of_file(path: Path) -> dict:
     facts = load_published(find_weights(path))[1]
     if facts is None or not facts.trigger_words:
         return {}
+    if facts.subject_prompts:  # which of them is meant, the person says
+        return {"pretrained_model_name_or_path": base_of(facts.base_id)}
     prompt = f"a photo of {facts.trigger_words[0]}"
     return {
-        "pretrained_model_name_or_path": "toy" if facts.base_id == "toy-sdxl" else facts.base_id,
+        "pretrained_model_name_or_path": base_of(facts.base_id),
         "instance_prompt": prompt,
         "class_word": facts.class_word,
         **({"resolution": facts.resolution_px} if facts.resolution_px else {}),
     }
+
+
+def base_of(base_id: str) -> str:
+    return "toy" if base_id == "toy-sdxl" else base_id
+
+
+def plans_of(
+    args: argparse.Namespace, subjects: Sequence[TrainConfig], photos: Sequence["Photo"]
+) -> list["EvaluationPlan"]:
+    """One for each subject; what its photos' captions name is left out."""
+    captions: list[list[str]] = [[] for _ in subjects]
+    for photo in photos:
+        captions[photo.subject].extend(photo.captions)
+    base = subjects[0].pretrained_model_name_or_path
+    return [plan_of(args, base, subject_of(one), said) for one, said in zip(subjects, captions)]
 
 
 def plan_of(args: argparse.Namespace, base: str, subject: Subject, captions: list[str]) -> "EvaluationPlan":

@@ -19,6 +19,7 @@ from dreambooth_moslora.core.digests import default_cache_dir
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import learnt_word
 from dreambooth_moslora.core.run_folder import RunDir, check_name, checkpoint_step
+from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.core.targets import full_name, is_meant, is_target, parse_pattern
 from dreambooth_moslora.core.versions import require_packages
 from dreambooth_moslora.training.planning.estimate import check_memory
@@ -103,12 +104,14 @@ def check_folders(config: TrainConfig) -> None:
     """Raises UserError when the run folder is no place for a run, or gives the adapter no name. Nothing is created."""
     if not config.output_dir.strip():
         raise UserError("--output_dir is empty: name a folder for the run.")
-    refuse_circles(config)
+    for subject in each_subject(config):
+        refuse_circles(subject)
     check_home(config.output_dir)
     run_dir = RunDir(config.output_dir)
     check_name(run_dir.name)
-    check_photo_folders(config, run_dir)
-    check_places(config, run_dir)
+    for subject in each_subject(config):
+        check_photo_folders(subject, run_dir)
+        check_places(subject, run_dir)
     check_strangers(run_dir)
 
 
