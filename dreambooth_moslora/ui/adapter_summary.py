@@ -16,12 +16,13 @@ from dreambooth_moslora.ui.generate_form import RANGES
 __all__ = ["AdapterSummary", "prompt_for", "renewed_prompt", "summary_of"]
 
 MAX_WORD_CHARACTERS = 80
+MOST_OTHERS = 8
 
 
 @dataclass(frozen=True)
 class AdapterSummary:
     """Empty where the file says nothing (an adapter of another program). `scale`: the strength that it wants; `tokens`:
-    a file of new tokens that belongs beside it and is not there."""
+    a file of new tokens that belongs beside it and is not there; `others`: the words of its further subjects."""
 
     trigger: str = ""
     class_word: str = ""
@@ -30,6 +31,7 @@ class AdapterSummary:
     mixer: str = ""
     scale: float = 1.0
     tokens: str = ""
+    others: tuple[str, ...] = ()
 
     @property
     def subject(self) -> str:
@@ -38,7 +40,7 @@ class AdapterSummary:
 
     def sentence(self) -> str:
         parts = [
-            f"say “{self.subject}”" if self.subject else "",
+            f"say {' or '.join(f'“{words}”' for words in (self.subject, *self.others))}" if self.subject else "",
             self.rank,
             f"{self.mixer} mixer" if self.mixer and self.mixer != "none" else "",
             f"for {self.base}" if self.base else "",
@@ -72,7 +74,7 @@ def _read(file: Path, mtime_ns: int, size: int) -> AdapterSummary:
 
 def _from_facts(facts: dict[str, Any]) -> AdapterSummary:
     words = facts.get("trigger_words")
-    first = words[0] if isinstance(words, list) and words else ""
+    first, *others = words if isinstance(words, list) and words else [""]
     return AdapterSummary(
         trigger=_word(first),
         class_word=_word(facts.get("class_word")),
@@ -81,6 +83,7 @@ def _from_facts(facts: dict[str, Any]) -> AdapterSummary:
         mixer=_word(facts.get("mixer")),
         scale=_scale(facts.get("best_scale")),
         tokens=_tokens(facts.get("tokens")),
+        others=tuple(filter(None, map(_word, others[:MOST_OTHERS]))),
     )
 
 

@@ -17,6 +17,7 @@ from dreambooth_moslora.training.inputs.dataset import PhotoStream
 from dreambooth_moslora.training.inputs.subject_streams import SubjectStreams, instance_streams
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.planning.dry_run import describe_run
+from dreambooth_moslora.training.planning.estimate import BaseSize, estimate
 from dreambooth_moslora.training.planning.step_plan import plan_steps
 from dreambooth_moslora.training.train_step import TrainStep
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
@@ -109,6 +110,15 @@ def test_a_dry_run_lists_the_subjects_and_how_often_each_is_seen(several):
     assert "“a photo of sks dog”: token “sks”, class “dog”, 3 photos seen about 10 times each" in said
     assert "“a photo of zwx cat”: token “zwx”, class “cat”, 1 photos seen about 30 times each" in said
     assert "class images to “a photo of a dog”, “a photo of a cat”" in said
+
+
+def test_the_disk_is_estimated_for_the_class_images_and_samples_of_each(several, tables):
+    settings = {"with_prior_preservation": True, "num_class_images": 100_000, "max_train_steps": 1}
+    one, two = (
+        estimate(config, BaseSize(), 1, 4).disk_gib
+        for config in (several(subjects=tables[:1], **settings), several(**settings))
+    )
+    assert two / one > 1.5
 
 
 @pytest.mark.slow

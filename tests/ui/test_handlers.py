@@ -154,6 +154,13 @@ def test_an_adapter_says_its_rank_or_the_range_of_its_ranks(tmp_path):
     assert summary_of(tmp_path / "a.safetensors").sentence() == ""
 
 
+def test_an_adapter_of_several_subjects_says_the_words_of_each(tmp_path):
+    facts = {"trigger_words": ["sks duck", "zwx rocket", 3], "class_word": "duck"}
+    save_file({"x": np.zeros(1)}, tmp_path / "a.safetensors", {"moslora": json.dumps(facts)})
+    found = summary_of(tmp_path / "a.safetensors")
+    assert found.sentence() == "say “sks duck” or “zwx rocket”" and found.subject == "sks duck"
+
+
 def test_choosing_an_adapter_renews_the_prompt_only_while_nobody_has_written_in_it():
     dog, cat, foreign = AdapterSummary("sks", "dog"), AdapterSummary("zwx", "cat"), AdapterSummary()
     known = (dog, cat, foreign)

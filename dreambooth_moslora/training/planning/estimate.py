@@ -14,6 +14,7 @@ from dreambooth_moslora.base.gpu_memory import DECODER_BYTES_A_PIXEL, GIB, TILE_
 from dreambooth_moslora.base.headers import tensor_shapes
 from dreambooth_moslora.core.config import TrainConfig, is_scored
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.core.targets import is_target
 from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha
 from dreambooth_moslora.training.planning.step_plan import uses_class_images
@@ -190,9 +191,11 @@ def step_gib(config: TrainConfig, size: BaseSize, adapter: int) -> float:
 def disk_gib(config: TrainConfig, adapter: int, checkpoint_gib: float, total_steps: int) -> float:
     checkpoints, rest = divmod(total_steps, config.checkpointing_steps)
     checkpoints = min(checkpoints, config.checkpoints_total_limit or checkpoints) + (rest > 0)
-    samples = config.sample_count * (2 + total_steps // (config.validation_steps or max(1, total_steps)))
-    made = config.with_prior_preservation and config.prior == "class_images" and not config.class_data_dir
-    pictures = samples + (config.num_class_images if made else 0)
+    subjects = each_subject(config)
+    times = 2 + total_steps // (config.validation_steps or max(1, total_steps))
+    samples = len(subjects) * config.sample_count * times
+    classes = {one.class_prompt for one in subjects if uses_class_images(one) and not one.class_data_dir}
+    pictures = samples + len(classes) * config.num_class_images
     return checkpoints * checkpoint_gib + (adapter * 8 + pictures * config.resolution**2 * PNG_BYTES_A_PIXEL) / GIB
 
 
