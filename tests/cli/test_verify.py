@@ -101,6 +101,10 @@ def test_words_come_from_flags_then_from_a_recipe_of_the_same_subject_then_from_
         ({}, "this program did not publish it"),
         ({"moslora": "{}"}, "this program did not publish it"),
         ({"moslora": AdapterMetadata(rank=4, alpha=4).to_json()}, "it holds no recipe"),
+        (
+            {"moslora": AdapterMetadata(rank=4, alpha=4, recipe={"seed": 1}, subject_prompts=("a", "b")).to_json()},
+            "2 subjects",
+        ),
         ({"moslora": AdapterMetadata(rank=4, alpha=4, recipe={"seed": 1, "x": 2}).to_json()}, "not known here"),
         ({"moslora": AdapterMetadata(rank=4, alpha=4, recipe={"seed": 1}).to_json()}, "give --pretrained_model"),
         (

@@ -100,6 +100,8 @@ def read_receipt(path: str) -> Receipt:
         raise UserError(f"{path}: of its recipe, some is not known here: {one_line('; '.join(wrong))}.")
     if "seed" not in recipe or "raw_format" in tensors:
         raise UserError(f"{path}: it holds no recipe; a file that a whole run published does.")
+    if subjects := len(facts.subject_prompts):
+        raise UserError(f"{path}: it was trained on {subjects} subjects; train --like it with --subjects, and compare.")
     title = header.get("modelspec.title", "")
     return Receipt(file, facts, recipe, title if TITLE.fullmatch(title) else "run", "modelspec.title" in header)
 
