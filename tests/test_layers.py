@@ -10,8 +10,8 @@ import pytest
 from tools.house import import_graph, package_of
 
 ROOT = Path(__file__).parents[1] / "dreambooth_moslora"
-ORDER = ["core", "photos", "base", "adapters", "generation", "training", "evaluation", "ui", "cli"]
-APART = {("photos", "base"), ("base", "photos"), ("ui", "evaluation")}
+ORDER = ["core", "photos", "base", "adapters", "generation", "training", "evaluation", "fleet", "ui", "cli"]
+APART = {("photos", "base"), ("base", "photos"), ("ui", "evaluation"), ("ui", "fleet")}
 """(package, package that it never imports) beside the order: siblings."""
 LIGHT = {"core"}
 """Packages that import none of HEAVY."""

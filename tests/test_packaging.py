@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NOT_DECLARED = {"lpips", "tokenizers"}
 """The first is used where it is there; the second comes with transformers and made the base's tokenizer."""
+EXTRAS = {"fleet": "ray"}
+"""Package of the program -> what it alone may import, and the extra of its name brings."""
 
 
 def ranges(lines: list[str]) -> dict[str, str]:
@@ -44,14 +46,20 @@ def test_every_package_is_in_the_wheel():
 def test_every_package_that_is_imported_is_declared(folder):
     imported = set()
     for path in (ROOT / folder).rglob("*.py"):
+        extra = EXTRAS.get(path.parent.name)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module:
                 imported.add(node.module.partition(".")[0])
             elif isinstance(node, ast.Import):
-                imported |= {alias.name.partition(".")[0] for alias in node.names}
+                imported |= {name for alias in node.names if (name := alias.name.partition(".")[0]) != extra}
     foreign = imported - sys.stdlib_module_names - {"dreambooth_moslora", "toybox"} - NOT_DECLARED
     owners = packages_distributions()
     declared = ranges(needed() + PROJECT["project"]["optional-dependencies"]["optimizers"])
     for name in sorted(foreign):
         brought_by = {dist.lower().replace("_", "-") for dist in owners.get(name, [name])}
         assert brought_by & declared.keys(), f"{name} is imported and not declared"
+
+
+def test_each_extra_brings_what_its_package_imports():
+    for package, library in EXTRAS.items():
+        assert library in ranges(PROJECT["project"]["optional-dependencies"][package])

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shlex
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -78,6 +79,9 @@ def understand(line: str) -> None:
     match shlex.split(line):
         case ["pip", "install", "-r", file]:
             require((ROOT / file).is_file(), file)
+        case ["pip", "install", name] if name.startswith("dreambooth_moslora["):
+            extras = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
+            require(name.partition("[")[2].rstrip("]") in extras, line)
         case ["python", "train_dreambooth.py", *words] | ["python", "-m", "dreambooth_moslora", "train", *words]:
             parse_train_config(["assets/subjects/robot" if word == "photos/dog" else word for word in words])
         case ["python", "app.py", *words]:
@@ -116,6 +120,7 @@ def test_every_command_line_is_understood(line, monkeypatch):
     "line",
     [
         "pip install -r requirement.txt",
+        'pip install "dreambooth_moslora[fleets]"',
         "python train_dreambooth.py --config assets/configs/quickstart.toml --max_steps 4",
         "python train_dreambooth.py --config assets/configs/none.toml",
         "python app.py --port 7860",

@@ -27,8 +27,8 @@ from dreambooth_moslora.core.run_folder import RunDir
 __all__ = ["COMMANDS", "main", "train_main"]
 
 COMMANDS = (
-    *("check", "caption", "export", "evaluate", "explain", "compare", "generate", "verify", "doctor", "selftest"),
-    "info",
+    *("check", "caption", "export", "evaluate", "explain", "compare", "fleet", "generate", "verify", "doctor"),
+    *("selftest", "info"),
 )
 DONE, OUR_BUG, MISTAKE = 0, 1, 2
 INSTALLED, MODULE = "dreambooth-moslora", "python -m dreambooth_moslora"

@@ -7,7 +7,7 @@ another trainer is answered with its name in this one.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +22,15 @@ from dreambooth_moslora.core.config_files import load_settings
 from dreambooth_moslora.core.errors import UserError, spelled_out
 from dreambooth_moslora.core.subject_tables import SAID_BY_SUBJECTS, SubjectTable
 
-__all__ = ["FOREIGN_FLAGS", "Parser", "build_train_parser", "parse_train_config", "underscored"]
+__all__ = [
+    "FOREIGN_FLAGS",
+    "Parser",
+    "add_training_flags",
+    "build_train_parser",
+    "parse_train_config",
+    "settings_of",
+    "underscored",
+]
 
 FOREIGN_FLAGS = {
     # earlier versions of diffusers' script, and its siblings
@@ -139,13 +147,18 @@ Ctrl-C finishes the step and saves; --resume_from_checkpoint latest goes on."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError for a mistake."""
+    """An ArgumentParser that raises UserError for a mistake. `is_of_training`: it takes the settings of a run."""
+
+    is_of_training = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(*args, **{"allow_abbrev": False, "formatter_class": formatter, **kwargs})
 
     def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if self.is_of_training and unknown != message:
+            raise UserError(unknown_flag_message(unknown.split()[0]))
         raise UserError(f"{message}; see {self.prog} --help.")
 
 
@@ -164,6 +177,16 @@ def build_train_parser(prog: str = SCRIPT) -> Parser:
     command = f"python {SCRIPT}" if prog == SCRIPT else prog
     parser = Parser(prog=prog, description=DESCRIPTION, epilog=EXAMPLE.format(command=command))
     parser.add_argument("--version", action="version", version=__version__)
+    add_training_flags(parser)
+    return parser
+
+
+def add_training_flags(parser: "Parser", hidden: Collection[str] = ()) -> None:
+    """`--config`, `--like`, and a flag for each setting; what was not given is not in the result.
+
+    `hidden` ones are not in the help: the command answers them itself.
+    """
+    parser.is_of_training = True
     parser.add_argument("--config", metavar="FILE", help="settings from a .toml or .json file; flags override them")
     about_like = "settings that a published adapter tells, ours or kohya's; flags and --config override them"
     parser.add_argument("--like", metavar="FILE", help=about_like)
@@ -171,13 +194,13 @@ def build_train_parser(prog: str = SCRIPT) -> Parser:
         group = parser.add_argument_group(title)
         for item in fields(TrainConfig):
             if item.metadata["group"] == title:
-                add_flag(group, item)
-    return parser
+                add_flag(group, item, is_hidden=item.name in hidden)
 
 
-def add_flag(group: Any, item: Field) -> None:
+def add_flag(group: Any, item: Field, *, is_hidden: bool = False) -> None:
     base, _ = FIELD_TYPES[item.name]
-    options: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": help_of(item)}
+    about = argparse.SUPPRESS if is_hidden else help_of(item)
+    options: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": about}
     if base is bool:
         group.add_argument(f"--{item.name}", nargs="?", const=True, metavar="true|false", **options)
         options |= {"help": argparse.SUPPRESS}
@@ -211,11 +234,23 @@ def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> TrainConfig:
     if unknown:
         raise UserError(unknown_flag_message(unknown[0]))
     flags = vars(given)
+    settings, has_recipe = settings_of(flags, without_words=bool(words))  # words stand for these, as flags would
+    settings = with_choices(words, settings, has_recipe=has_recipe) if words else settings
+    require(settings)
+    return TrainConfig.from_dict(settings | launcher_settings())
+
+
+def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[dict[str, Any], bool]:
+    """Of parsed flags, and of the files that --config and --like name; and whether there is such a file.
+
+    `without_words`: what a --config file says of its own subject is left out (SAID_BY_WORDS). Raises UserError.
+    """
+    flags = dict(flags)
     file, like = flags.pop("config"), flags.pop("like")
     recipe = load_settings(file) if file else {}
     like_of_file = recipe.pop("like", None)
     like = like or like_of_file
-    if words:  # they stand for these, as flags would
+    if without_words:
         recipe = {name: value for name, value in recipe.items() if name not in SAID_BY_WORDS}
     settings = overridden(recipe, flags)
     check_each(settings)
@@ -223,9 +258,7 @@ def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> TrainConfig:
         taken, lines = settings_like(str(like), settings)
         settings = taken | settings
         say(lines)
-    settings = with_choices(words, settings, has_recipe=bool(file or like)) if words else settings
-    require(settings)
-    return TrainConfig.from_dict(settings | launcher_settings())
+    return settings, bool(file or like)
 
 
 def with_choices(words: list[str], settings: dict[str, Any], *, has_recipe: bool) -> dict[str, Any]:

@@ -26,11 +26,15 @@ def write_settings(run_dir: Path, settings: Mapping[str, Any]) -> None:
 
 
 def start_training(
-    run_dir: Path, start: Sequence[str] = TRAIN, environment: Mapping[str, str] | None = None
+    run_dir: Path,
+    start: Sequence[str] = TRAIN,
+    environment: Mapping[str, str] | None = None,
+    folder: str | None = None,
 ) -> subprocess.Popen:
-    """Train by the settings in the run folder. `environment` is beside this process's own.
+    """Train by the settings in the run folder, whose paths begin at `folder` (None: here).
 
-    It is in a session of its own: a Ctrl-C in this terminal does not reach it.
+    `environment` is beside this process's own. It is in a session of its own: a Ctrl-C in this terminal does not
+    reach it.
     """
     command = [sys.executable, *start, "--config", str(run_dir / CONFIG_NAME)]
     own = {"PYTHONUNBUFFERED": "1", **import_environment(), **(environment or {})}
@@ -41,6 +45,7 @@ def start_training(
             stdout=log,
             stderr=subprocess.STDOUT,
             env=os.environ | own,
+            cwd=folder,
             start_new_session=True,
         )
 

@@ -24,10 +24,13 @@ LOCK_NAME = "run.lock"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the existing `folder` for the length of the block. Raises UserError when another run holds it."""
+def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
+    """Hold the existing `folder`, which `flag` names, for the length of the block.
+
+    Raises UserError when another run holds it.
+    """
     path = folder / LOCK_NAME
-    file = take(path)
+    file = take(path, flag)
     try:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -39,7 +42,7 @@ def locked(folder: Path) -> Iterator[None]:
         file.close()
 
 
-def take(path: Path) -> BinaryIO:
+def take(path: Path, flag: str) -> BinaryIO:
     """The file of that name, open and locked. An owner that ends meanwhile removes it: then it is made anew."""
     while True:
         file = path.open("a+b")
@@ -54,7 +57,7 @@ def take(path: Path) -> BinaryIO:
             owner = file.read(200).decode(errors="replace").strip() or "another process"
             file.close()
             raise UserError(
-                f"--output_dir {path.parent}: {owner} is training there; wait for its end, or name another folder."
+                f"{flag} {path.parent}: {owner} is training there; wait for its end, or name another folder."
             ) from None
         file.close()
 

@@ -16,7 +16,7 @@ from dreambooth_moslora.core.prompts import class_word_of
 from dreambooth_moslora.training.planning.step_plan import FEW_EXPOSURES
 from dreambooth_moslora.training.results.figures import Figures
 
-__all__ = ["NOTHING", "RULES", "advice_after", "closing_advice", "meanings"]
+__all__ = ["NOTHING", "RULES", "advice_after", "alarms_of", "closing_advice", "meanings"]
 
 MOST_LINES = 3
 NOTHING = "nothing: no figure stands out"
@@ -178,6 +178,11 @@ RULES: tuple[Callable[[Figures], str | None], ...] = (
 def advice_after(run: Figures) -> list[str]:
     """What to try next, one sentence a rule that applies."""
     return [sentence for rule in RULES if (sentence := rule(run))]
+
+
+def alarms_of(run: Figures) -> list[str]:
+    """The same without the remark that nobody scored the run: what a person should look at."""
+    return [sentence for rule in RULES if rule is not nothing_scored and (sentence := rule(run))]
 
 
 def closing_advice(run: Figures) -> list[str]:

@@ -10,7 +10,7 @@ from dreambooth_moslora.core.config_files import read_json_table
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import RunDir
 
-__all__ = ["Figures", "figures_from", "figures_of", "known_config"]
+__all__ = ["Figures", "figures_from", "figures_of", "known_config", "with_report"]
 
 LEAST_LIKENESS = 0.1
 """Gained over the base: below it there is no way from the class to the subject to speak of."""

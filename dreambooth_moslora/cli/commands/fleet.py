@@ -1,0 +1,156 @@
+"""`python -m dreambooth_moslora fleet SUBJECTS --out DIR`: a training for each of many subjects, on many machines."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dreambooth_moslora.cli.parser import add_training_flags, settings_of
+from dreambooth_moslora.cli.signals import INTERRUPTED, StopRequest
+from dreambooth_moslora.core.errors import UserError, spelled_out
+from dreambooth_moslora.fleet.subjects import REFUSED, read_subjects
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.fleet.run import Ending
+
+__all__ = ["HELP", "add_arguments", "add_cluster_flags", "run"]
+
+HELP = "train many subjects on many machines (Ray); `fleet status DIR` says how they stand"
+OWN_FLAGS = ("words", "out", "ray_address", "per_gpu", "cpus")
+EPILOG = """examples:
+  fleet photos/pets --out runs/pets --config assets/configs/sdxl_24gb.toml
+      a folder of folders with photos, each with its subject.json {"token", "class_word"}
+  fleet pets.csv --out /shared/pets --config assets/configs/sdxl_24gb.toml --ray_address auto
+      a list with the columns folder, token, class, and any setting, on the cluster that this machine belongs to
+  fleet status runs/pets"""
+REMOTE = ("s3://", "gs://", "hf://", "http://", "https://")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    about = "a folder of subject folders, or a .toml, .csv or .jsonl list; or: status DIR"
+    parser.add_argument("words", metavar="SUBJECTS", nargs="+", help=about)
+    parser.add_argument("--out", metavar="DIR", help="a run folder for each subject; shared by all machines")
+    add_cluster_flags(parser)
+    add_training_flags(parser, hidden=REFUSED)
+
+
+def add_cluster_flags(parser: argparse.ArgumentParser, of_one: str = "this machine alone") -> None:
+    about = f'the Ray cluster: "auto", HOST:PORT or ray://HOST:PORT (default: {of_one})'
+    parser.add_argument("--ray_address", metavar="ADDRESS", help=about)
+    parser.add_argument(
+        "--per_gpu", metavar="N", type=int, help="trainings at once on a GPU (default: as many as the estimate lets)"
+    )
+    parser.add_argument("--cpus", metavar="N", type=int, default=1, help="cores and threads of a training (default: 1)")
+
+
+def check_shares(args: argparse.Namespace) -> None:
+    """Raises UserError for a share of a machine that is none."""
+    for name in ("per_gpu", "cpus"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1.")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.words[0] == "status" and len(args.words) == 2:
+        return show_status(Path(args.words[1]))
+    if len(args.words) > 1:
+        raise UserError(f"`{args.words[1]}` belongs to no flag: give one folder or list of subjects, or `status DIR`.")
+    check_places(args.words[0], args.out)
+    check_shares(args)
+    flags = {name: value for name, value in vars(args).items() if name not in OWN_FLAGS}
+    is_dry = flags.pop("dry_run", False)  # of the fleet, not of each run
+    shared, _ = settings_of(flags, without_words=True)
+    if not shared.get("pretrained_model_name_or_path"):
+        raise UserError("missing: --pretrained_model_name_or_path; give it as a flag or in a --config file.")
+    from dreambooth_moslora.fleet.run import missing
+
+    out = Path(args.out).resolve()
+    subjects = read_subjects(Path(args.words[0]), shared, out)
+    todo = missing(out, subjects)
+    line = f"{len(subjects)} subjects: {len(subjects) - len(todo)} are done, {len(todo)} are to be trained"
+    print(line, file=sys.stderr)
+    if is_dry:
+        lines = [subject.name + (f": {subject.error}" if subject.error else "") for subject, _ in todo]
+        print(spelled_out("\n".join(lines)))
+        return 0
+    return train_all(subjects, todo, out, args)
+
+
+def check_places(source: str, out: str | None) -> None:
+    if not out:
+        raise UserError("missing: --out, the folder of all run folders.")
+    for flag, place in {"--out": out, "SUBJECTS": source}.items():
+        if place.startswith(REMOTE):
+            raise UserError(f"{flag} {place}: a fleet needs a folder; mount the bucket on all machines, and name that.")
+
+
+def train_all(subjects: list, todo: list, out: Path, args: argparse.Namespace) -> int:
+    from dreambooth_moslora.fleet.cluster import connected, gpu_memory_gib, largest_node_gib
+    from dreambooth_moslora.fleet.run import begin_fleet, run_fleet
+    from dreambooth_moslora.fleet.sizing import Machines
+
+    begin_fleet(out, subjects)
+    progress = FleetProgress(len(subjects), len(todo))
+    if todo:
+        with connected(args.ray_address), StopRequest() as stop:
+            machines = Machines(gpu_memory_gib(), largest_node_gib(), args.per_gpu, args.cpus)
+            run_fleet(todo, out, machines, progress, stop)
+    return close(out, progress)
+
+
+def close(out: Path, progress: "FleetProgress") -> int:
+    """The index, and the exit code: 0 all done, 1 some failed, 130 stopped."""
+    from dreambooth_moslora.fleet.index import write_index
+    from dreambooth_moslora.fleet.status import rows_of
+
+    print(write_index(out, rows_of(out)))
+    if progress.failed:
+        print(f"{progress.failed} subjects failed; run again to try them again", file=sys.stderr)
+    if progress.left > progress.failed:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    return 1 if progress.failed else 0
+
+
+def show_status(out: Path) -> int:
+    from dreambooth_moslora.fleet.index import write_index
+    from dreambooth_moslora.fleet.status import rows_of, status_lines
+
+    rows = rows_of(out)
+    print(spelled_out("\n".join(status_lines(rows))))
+    print(write_index(out, rows))
+    return 0
+
+
+class FleetProgress:
+    """One line a subject, with the time that remains and what was spent."""
+
+    def __init__(self, total: int, todo: int, clock: Callable[[], float] = time.monotonic):
+        self.total, self.left, self.failed = total, todo, 0
+        self.clock, self.started, self.ended = clock, clock(), 0
+        self.hours: dict[str, float] = {}
+
+    def __call__(self, ending: "Ending") -> None:
+        record = ending.record
+        if ending.is_again:
+            self.say(f"{ending.name}: {record.message}; it goes on elsewhere")
+            return
+        self.ended += 1
+        self.left -= record.state == "done"
+        self.failed += record.state == "failed"
+        self.hours[record.unit] = self.hours.get(record.unit, 0.0) + record.hours
+        end = f"{record.seconds:.0f} s" if record.state == "done" else f"{record.state}: {record.message}"
+        end = end.replace("failed: ", "FAILED: ").removesuffix(": ")
+        each = (self.clock() - self.started) / self.ended
+        rest = each * (self.left - self.failed) / 60
+        spent = ", ".join(f"{hours:.2f} {unit}-hours" for unit, hours in self.hours.items())
+        self.say(
+            f"{self.total - self.left}/{self.total} {ending.name}: {end}; about {rest:.0f} min left, {spent} spent"
+        )
+
+    def say(self, line: str) -> None:
+        print(spelled_out(line), file=sys.stderr, flush=True)

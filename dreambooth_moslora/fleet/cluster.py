@@ -1,0 +1,203 @@
+"""Ray, as far as this program uses it: joining or starting a cluster, and running tasks on it in a bounded window.
+
+A task is a function of a module and its arguments. One that raises, or whose machine is lost too often, becomes a
+`Lost` for the caller to see; no other task notices.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from dreambooth_moslora.core.assets import import_environment
+from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.versions import installed_versions
+
+__all__ = ["Lost", "Resources", "Task", "connected", "gpu_memory_gib", "largest_node_gib", "room_for", "run_tasks"]
+
+GIB = 2**30
+INSTALL = 'pip install "dreambooth_moslora[fleet]"'
+OBJECT_STORE_BYTES = 100 * 2**20
+"""The least that Ray takes: tasks hand over names and numbers."""
+EMBEDDED = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # also on Linux: one machine alone, which listens on the loopback
+    "RAY_enable_metrics_collection": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",  # tasks are what this machine is for: they have the priority of this process
+}
+WINDOW = 64
+"""Tasks that Ray holds beside those that run: enough to keep a cluster busy and to make it grow."""
+WAIT_SEC = 1.0
+GPU_TASK = {"num_cpus": 0, "num_gpus": 0.01}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one task: cores, GPUs (also a part of one) and memory of the machine, GiB."""
+
+    cpus: float = 1
+    gpus: float = 0.0
+    memory_gib: float = 0.0
+
+
+@dataclass(frozen=True)
+class Task:
+    key: Any
+    arguments: tuple
+    resources: Resources = Resources()
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A task without a result: the error of its function, or what became of its machine."""
+
+    reason: str
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Ray for the length of the block: of this machine alone without an address, else the cluster there.
+
+    Raises UserError where Ray is not installed or no cluster answers.
+    """
+    os.environ.update({name: value for name, value in EMBEDDED.items() if address is None or "USAGE" in name})
+    if installed_versions(("ray",))["ray"] is None:
+        raise UserError(f"fleets need Ray: {INSTALL}.")
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    if address is None:
+        os.environ.update(import_environment())
+        options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    else:
+        options |= {"address": address, "runtime_env": {"env_vars": import_environment()}}
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = "on this machine" if address is None else f"at --ray_address {address}"
+        raise UserError(f"Ray cannot be reached {where}: {one_line(error)}.") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run_tasks(
+    function: Callable,
+    tasks: Iterable[Task],
+    *,
+    retries: int = 5,
+    window: int | None = None,
+    should_stop: Callable[[], bool] = bool,
+    on_retry: Callable[[Task, str], None] = lambda task, reason: None,
+) -> Iterator[tuple[Task, Any]]:
+    """(task, what the function returned or `Lost`), as they end.
+
+    At most `window` are given to Ray at once, so that ten thousand take no more memory here than a hundred. A task
+    whose worker or machine is lost is begun again `retries` times, wherever there is room. After `should_stop` no
+    task is begun; those that run are waited for.
+    """
+    import ray
+
+    remote = ray.remote(max_retries=0, max_calls=0)(function)
+    source, running, lost = iter(tasks), {}, Counter()
+    while True:
+        most = window or window_of_cluster()
+        while len(running) < most and not should_stop():
+            task = next(source, None)
+            if task is None:
+                break
+            running[submit(remote, task)] = task
+        if not running:
+            return
+        for reference in ended(running):
+            task = running.pop(reference)
+            result, is_machines = result_of(reference)
+            if is_machines and lost[task.key] < retries and not should_stop():
+                lost[task.key] += 1
+                on_retry(task, result.reason)
+                running[submit(remote, task)] = task
+            else:
+                lost.pop(task.key, None)
+                yield task, result
+
+
+def submit(remote: Any, task: Task) -> Any:
+    needs = task.resources
+    options: dict[str, Any] = {"num_cpus": needs.cpus}
+    if needs.gpus:
+        options["num_gpus"] = needs.gpus
+    if needs.memory_gib:
+        options["memory"] = int(needs.memory_gib * GIB)
+    return remote.options(**options).remote(*task.arguments)
+
+
+def ended(running: dict) -> list:
+    """Those that have ended, after waiting a moment for the first."""
+    import ray
+
+    first, _ = ray.wait(list(running), timeout=WAIT_SEC)
+    return ray.wait(list(running), num_returns=len(running), timeout=0)[0] if first else []
+
+
+def result_of(reference: Any) -> tuple[Any, bool]:
+    """Its result or `Lost`, and whether it was lost by its worker or machine and not by itself."""
+    import ray
+
+    try:
+        return ray.get(reference), False
+    except ray.exceptions.RayTaskError as error:
+        return Lost(one_line(f"{type(error.cause).__name__}: {error.cause}")), False
+    except ray.exceptions.RayError as error:
+        return Lost(LOST_BY.get(type(error).__name__, one_line(error))), True
+
+
+LOST_BY = {
+    "WorkerCrashedError": "its worker was killed",
+    "NodeDiedError": "its machine was lost",
+    "OutOfMemoryError": "its machine ran out of memory",
+    "LocalRayletDiedError": "its machine was lost",
+}
+
+
+def window_of_cluster() -> int:
+    import ray
+
+    return WINDOW + int(ray.cluster_resources().get("CPU", 0))
+
+
+def largest_node_gib() -> float:
+    """Memory for tasks of the largest machine that is there."""
+    import ray
+
+    return max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0) / GIB
+
+
+def room_for(resources: Resources) -> int:
+    """How many such tasks the machines that are there take at once; at least 1."""
+    import ray
+
+    count = 0
+    for node in ray.nodes():
+        has = node["Resources"] if node["Alive"] else {}
+        wants = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_gib * GIB}
+        count += int(min(has.get(name, 0) / amount for name, amount in wants.items() if amount))
+    return max(1, count)
+
+
+def gpu_memory_gib() -> float | None:
+    """Of one GPU of the cluster; they are taken to be alike. None where there is none."""
+    import ray
+
+    if not ray.cluster_resources().get("GPU"):
+        return None
+    return ray.get(ray.remote(**GPU_TASK)(own_gpu_gib).remote())
+
+
+def own_gpu_gib() -> float:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory / GIB

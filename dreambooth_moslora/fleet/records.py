@@ -1,0 +1,88 @@
+"""What a fleet writes down: its list of subjects, and in each run folder how far that one is.
+
+OUT/fleet.json          the names of its subjects
+OUT/NAME/fleet.json     a `Record`: written when a training begins and when it has ended
+OUT/fleet.stop          while it is there, every training ends at a checkpoint and none begins
+OUT/index.html          all of it for a person
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from dreambooth_moslora.core.config_files import read_json_table
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.events import fits
+from dreambooth_moslora.core.run_folder import RunDir, atomic_write
+
+__all__ = [
+    "INDEX_NAME",
+    "Record",
+    "is_finished",
+    "read_names",
+    "read_record",
+    "stop_path",
+    "write_names",
+    "write_record",
+]
+
+FLEET_NAME, INDEX_NAME, STOP_NAME = "fleet.json", "index.html", "fleet.stop"
+
+
+@dataclass(frozen=True)
+class Record:
+    """`state`: running, done, interrupted, failed. `mark` is of the settings and photos (`subjects.mark_of`).
+
+    `seconds` are of all its trainings, `hours` the same times the `unit` (GPU or CPU) that they held; `starts`
+    counts them. What a lost machine did not live to write is not in them.
+    """
+
+    state: str
+    mark: str = ""
+    message: str = ""
+    seconds: float = 0.0
+    hours: float = 0.0
+    unit: str = "CPU"
+    starts: int = 0
+    machine: str = ""
+
+
+def read_record(run_dir: Path) -> Record | None:
+    """None where there is none, or none that can be read."""
+    try:
+        values = read_json_table(run_dir / FLEET_NAME)
+        record = Record(**values)
+    except (UserError, TypeError):
+        return None
+    return record if all(fits(getattr(record, item.name), item.type) for item in fields(record)) else None
+
+
+def write_record(run_dir: Path, record: Record) -> None:
+    atomic_write(run_dir / FLEET_NAME, json.dumps(asdict(record)) + "\n")
+
+
+def is_finished(run_dir: Path, mark: str) -> bool:
+    """Whether this very run is done, and its adapter there."""
+    record = read_record(run_dir)
+    is_done = record is not None and record.state == "done" and record.mark == mark
+    return is_done and RunDir(run_dir).adapter_path.is_file()
+
+
+def stop_path(out: Path) -> Path:
+    return out / STOP_NAME
+
+
+def write_names(out: Path, names: Sequence[str]) -> None:
+    atomic_write(out / FLEET_NAME, json.dumps({"subjects": list(names)}) + "\n")
+
+
+def read_names(out: Path) -> list[str]:
+    """Raises UserError where no fleet is."""
+    path = out / FLEET_NAME
+    if not path.is_file():
+        raise UserError(f"{out} holds no fleet: {FLEET_NAME} is not there.")
+    names = read_json_table(path).get("subjects")
+    if not isinstance(names, list) or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise UserError(f"{path} is damaged: it names no subjects.")
+    return names

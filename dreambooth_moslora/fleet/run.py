@@ -1,0 +1,122 @@
+"""A fleet from its list to its end: what is missing is trained, each subject on its own, and all is written down."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.fleet.cluster import Lost, Task, run_tasks
+from dreambooth_moslora.fleet.records import (
+    Record,
+    is_finished,
+    read_record,
+    stop_path,
+    write_names,
+    write_record,
+)
+from dreambooth_moslora.fleet.sizing import Machines, plan_name
+from dreambooth_moslora.fleet.subjects import Subject, mark_of
+from dreambooth_moslora.fleet.worker import Job, train_subject
+from dreambooth_moslora.training.run_lock import locked
+
+__all__ = ["Ending", "begin_fleet", "missing", "run_fleet"]
+
+NOT_SHARED = "{name} was trained elsewhere and is not here: --out must be a folder that all machines share"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A subject has ended as `record` says, or its machine was lost (`is_again`) and it begins elsewhere."""
+
+    name: str
+    record: Record
+    is_again: bool = False
+
+
+def begin_fleet(out: Path, subjects: Sequence[Subject]) -> None:
+    """Write down who is in it. Raises UserError for a place that is no folder of this machine."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_names(out, [subject.name for subject in subjects])
+    stop_path(out).unlink(missing_ok=True)
+
+
+def missing(out: Path, subjects: Sequence[Subject]) -> list[tuple[Subject, str]]:
+    """The subjects that are not done with these settings and photos, each with its mark; empty for a mistake in it."""
+    found = []
+    for subject in subjects:
+        try:
+            mark = "" if subject.error else mark_of(subject.settings)
+        except (OSError, UserError) as error:
+            subject, mark = replace(subject, error=str(error)), ""
+        if not mark or not is_finished(out / subject.name, mark):
+            found.append((subject, mark))
+    return found
+
+
+def run_fleet(
+    todo: Sequence[tuple[Subject, str]],
+    out: Path,
+    machines: Machines,
+    on_end: Callable[[Ending], None],
+    should_stop: Callable[[], bool] = bool,
+    train: Callable[[Job], Record] = train_subject,
+) -> None:
+    """Train all of `todo` (of `missing`) on the cluster that is connected; each ends with an `Ending`.
+
+    `train` is what a worker does. Raises UserError while another fleet holds `out`.
+    """
+
+    def stop() -> bool:
+        if should_stop():
+            stop_path(out).touch()
+        return stop_path(out).exists()
+
+    def again(task: Task, reason: str) -> None:
+        on_end(Ending(task.key, Record("running", message=reason), is_again=True))
+
+    with locked(out, "--out"):
+        try:
+            tasks = tasks_of(todo, out, machines, on_end)
+            for task, result in run_tasks(train, tasks, should_stop=stop, on_retry=again):
+                on_end(Ending(task.key, checked(out / task.key, result)))
+        finally:
+            stop_path(out).unlink(missing_ok=True)
+
+
+def tasks_of(
+    todo: Sequence[tuple[Subject, str]], out: Path, machines: Machines, on_end: Callable[[Ending], None]
+) -> Iterator[Task]:
+    """One by one, as there is room for them; a subject that cannot be trained ends here."""
+    for subject, mark in todo:
+        try:
+            if subject.error:
+                raise UserError(subject.error)
+            config = TrainConfig.from_dict(subject.settings)
+            needs = machines.resources_for(config)
+        except UserError as error:
+            on_end(Ending(subject.name, failed(out / subject.name, str(error))))
+            continue
+        plan = plan_name(config, machines.gpu_gib)
+        settings = {**subject.settings, **({"memory": plan} if plan else {})}
+        job = Job(str(out / subject.name), settings, mark, machines.cpus, needs.gpus, os.getcwd())
+        yield Task(subject.name, (job,), needs)
+
+
+def checked(run_dir: Path, result: Record | Lost) -> Record:
+    """What a worker answers, as far as it is true here."""
+    if isinstance(result, Lost):
+        return failed(run_dir, result.reason)
+    if result.state == "done" and not RunDir(run_dir).adapter_path.is_file():
+        return failed(run_dir, NOT_SHARED.format(name=run_dir.name))
+    return result
+
+
+def failed(run_dir: Path, reason: str) -> Record:
+    """Written for a subject that has no worker to write it."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    record = replace(read_record(run_dir) or Record("failed"), state="failed", message=reason)
+    write_record(run_dir, record)
+    return record

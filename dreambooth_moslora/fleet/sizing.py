@@ -1,0 +1,53 @@
+"""What one training takes of a machine, by the estimate of `--dry_run`: a part of a GPU, or cores and memory."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from dreambooth_moslora.base.locate import base_folder
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.fleet.cluster import Resources
+from dreambooth_moslora.training.planning.estimate import BaseSize, estimate, size_of_base
+from dreambooth_moslora.training.planning.memory_plan import USABLE, fitting, with_plan
+
+__all__ = ["Machines", "plan_name"]
+
+PROCESS_GIB = 0.5
+"""Of the libraries, beside the estimate's tensors."""
+
+
+@dataclass(frozen=True)
+class Machines:
+    """`gpu_gib` of one GPU (None: the fleet trains on CPUs) and memory of the largest machine; what the person said:
+    `per_gpu` trainings a GPU (None: as many as fit) and `cpus` cores of each."""
+
+    gpu_gib: float | None
+    node_gib: float
+    per_gpu: int | None = None
+    cpus: int = 1
+
+    def resources_for(self, config: TrainConfig) -> Resources:
+        """Never more than there is: what does not fit says so itself. Raises UserError for a base that is damaged."""
+        need = estimate(with_plan(config, plan_name(config, self.gpu_gib) or "full"), base_size(config), 1, 1).peak_gib
+        if self.gpu_gib is None:
+            return Resources(self.cpus, memory_gib=min(need + PROCESS_GIB, self.node_gib))
+        count = self.per_gpu or max(1, int(USABLE * self.gpu_gib / need))
+        return Resources(self.cpus, gpus=int(10_000 / count) / 10_000)
+
+
+def plan_name(config: TrainConfig, gpu_gib: float | None) -> str | None:
+    """What `--memory` means on these machines, the same on all of them; None where it was not asked for."""
+    if config.memory != "auto":
+        return config.memory
+    return fitting(config, base_size(config), gpu_gib)
+
+
+def base_size(config: TrainConfig) -> BaseSize:
+    named = ("pretrained_model_name_or_path", "revision", "variant", "cache_dir", "target_modules")
+    return size_of(tuple((name, getattr(config, name)) for name in named))
+
+
+@lru_cache(maxsize=32)
+def size_of(named: tuple[tuple[str, object], ...]) -> BaseSize:
+    """Of the base that these settings name; its files are opened once."""
+    config = replace(TrainConfig(), **dict(named))
+    return size_of_base(base_folder(config), config.target_modules, config.variant)

@@ -1,0 +1,166 @@
+"""Who is to be taught: a folder of subject folders, or a list of them, becomes one run's settings each.
+
+    SUBJECTS/NAME/*.jpg           a folder: `subject.json` {"token", "class_word"} in each says what it shows
+    [[subjects]] folder = "…"     a TOML list; a CSV file has a column a name, a JSONL file a line a subject
+
+A list's names are `folder`, `token`, `class`, `name` (of the run folder; else the folder's), and any setting of
+training. Settings: shared < what the subject says. A subject that cannot be trained keeps its reason, and holds
+no other up.
+"""
+
+import csv
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dreambooth_moslora.core.assets import find_asset
+from dreambooth_moslora.core.config import TrainConfig, check_each
+from dreambooth_moslora.core.config_files import read_json_table, reason_of
+from dreambooth_moslora.core.digests import content_key
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.run_folder import check_name
+
+__all__ = ["REFUSED", "Subject", "mark_of", "read_subjects"]
+
+TOKEN = "sks"
+OWN = ("folder", "token", "class", "class_word", "name")
+GIVEN = "a fleet says this itself to each of its runs; leave it out"
+REFUSED = {
+    **dict.fromkeys(("instance_data_dir", "dataset_name", "output_dir", "resume_from_checkpoint"), GIVEN),
+    "hub_token": "it would lie in every run's folder; log in on the machines (`hf auth login`)",
+}
+"""Settings that no subject has, and why."""
+PLACES = ("instance_data_dir", "output_dir")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One run to be: `name` is its run folder's; `settings` are the training's. `error`: why it cannot be trained."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+
+def read_subjects(source: Path, shared: Mapping[str, Any], out: Path) -> list[Subject]:
+    """In the order of the list, or by name. `shared`: settings of all; run folders lie in `out`.
+
+    Raises UserError for a list that cannot be read, for none in it, and for two of one name.
+    """
+    refuse({name: value for name, value in shared.items() if value})
+    if shared.get("hub_model_id"):
+        raise UserError("--hub_model_id: the subjects would overwrite each other; name it in each one's row.")
+    source = Path(find_asset(str(source)))
+    subjects = [subject_of_row(row, shared, out) for row in rows_of(source)]
+    if not subjects:
+        raise UserError(f"{source}: no subject is in it.")
+    names = [subject.name for subject in subjects]
+    if twice := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
+        raise UserError(f"{source}: {twice[0]} is there twice; give one of them another name.")
+    return subjects
+
+
+def refuse(settings: Mapping[str, Any]) -> None:
+    if found := [name for name in settings if name in REFUSED]:
+        raise UserError(f"--{found[0]}: {REFUSED[found[0]]}.")
+
+
+def rows_of(source: Path) -> list[dict[str, Any]]:
+    if source.is_dir():
+        folders = sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return [{"folder": str(path)} for path in folders]
+    reader = READERS.get(source.suffix.lower())
+    if reader is None:
+        raise UserError(f"{source}: give a folder of subject folders, or a .toml, .csv or .jsonl list of them.")
+    try:
+        return list(reader(source.read_text(encoding="utf-8-sig")))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{source}: {reason_of(error)}.") from error
+    except (ValueError, csv.Error, RecursionError) as error:
+        raise UserError(f"{source}: is no list of subjects: {error}.") from error
+
+
+def rows_of_toml(text: str) -> list[dict[str, Any]]:
+    values = tomllib.loads(text)
+    if set(values) != {"subjects"} or not isinstance(values["subjects"], list):
+        raise ValueError("it has [[subjects]] tables and nothing else")
+    return [as_row(row) for row in values["subjects"]]
+
+
+def rows_of_csv(text: str) -> Iterator[dict[str, Any]]:
+    """An empty cell says nothing."""
+    for row in csv.DictReader(text.splitlines(), strict=True):
+        if None in row:
+            raise ValueError(f"a line has more cells than the first: {row[None][0]!r}")
+        yield {name.strip(): value for name, value in row.items() if value}
+
+
+def rows_of_jsonl(text: str) -> Iterator[dict[str, Any]]:
+    for line in text.splitlines():
+        if line.strip():
+            yield as_row(json.loads(line))
+
+
+READERS = {".toml": rows_of_toml, ".csv": rows_of_csv, ".jsonl": rows_of_jsonl}
+
+
+def as_row(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r:.60} is no table of names and values")
+    return value
+
+
+def subject_of_row(row: Mapping[str, Any], shared: Mapping[str, Any], out: Path) -> Subject:
+    """A mistake in it becomes the subject's `error`; only one without a usable name raises UserError."""
+    row = {name.replace("-", "_"): value for name, value in row.items()}
+    folder = row.get("folder")
+    if not isinstance(folder, str) or not folder:
+        raise UserError(f"a subject has no folder: {row!r:.80}.")
+    photos = Path(find_asset(folder))
+    name = str(row.get("name") or photos.resolve().name)
+    check_name(name)
+    if name.startswith("."):
+        raise UserError(f"{name!r} cannot be the name of a subject: it begins with a dot.")
+    try:
+        return Subject(name, settings_of(row, photos, shared, out / name))
+    except UserError as error:
+        return Subject(name, error=str(error))
+
+
+def settings_of(row: Mapping[str, Any], photos: Path, shared: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+    """Raises UserError for what no run can have."""
+    own = {name: value for name, value in row.items() if name not in OWN}
+    refuse(own)
+    check_each(own)
+    if not photos.is_dir():
+        raise UserError(f"{photos}: {'not a folder' if photos.exists() else 'no such folder'}.")
+    settings = {**shared, **words_of(row, photos, shared), **own}
+    if not settings.get("instance_prompt"):
+        raise UserError(f"{photos} does not say what it shows: give its class, a subject.json, or --instance_prompt.")
+    settings |= {"instance_data_dir": str(photos.resolve()), "output_dir": str(run_dir)}
+    TrainConfig.from_dict(settings)
+    return settings
+
+
+def words_of(row: Mapping[str, Any], photos: Path, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """Its two prompts, by its class in the list or in subject.json; none where neither names one."""
+    facts = read_json_table(photos / "subject.json") if (photos / "subject.json").is_file() else {}
+    word = row.get("class") or row.get("class_word") or facts.get("class_word")
+    if not word:
+        return {}
+    token = row.get("token") or facts.get("token") or shared.get("token") or TOKEN
+    return {"instance_prompt": f"a photo of a {token} {word}", "class_prompt": f"a photo of a {word}"}
+
+
+def mark_of(settings: Mapping[str, Any]) -> str:
+    """Changes with the settings, and with the names and sizes of the photos' files: then the run is another one.
+
+    Where photos and run folder lie is not in it.
+    """
+    files = sorted(Path(settings["instance_data_dir"]).iterdir())
+    sizes = [(path.name, path.stat().st_size) for path in files if path.is_file()]
+    values = TrainConfig.from_dict(settings).to_dict()
+    return content_key(settings={name: values[name] for name in values if name not in PLACES}, files=sizes)

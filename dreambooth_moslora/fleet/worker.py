@@ -1,0 +1,138 @@
+"""One subject on one machine: the training command as a process, watched to its end, whatever that is.
+
+It goes on from the newest checkpoint of the run folder, so that a lost machine costs the steps since then. Nothing
+here imports torch: a worker is small and starts at once.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.job_endings import why_it_ended
+from dreambooth_moslora.core.training_process import log_tail, start_training, write_settings
+from dreambooth_moslora.fleet.records import Record, is_finished, read_record, stop_path, write_record
+from dreambooth_moslora.training.run_lock import locked
+
+__all__ = ["Job", "train_subject"]
+
+DONE, MISTAKE, INTERRUPTED, ERROR = 0, 2, 130, "error: "
+POLL_SEC = 0.2
+HELD_SEC = 120.0
+"""How long a training whose worker is gone may take for its last step and checkpoint."""
+KILLED_MOST = 3
+"""Times that a killed training is started again on one machine."""
+GUARDED = ("-P", "-m", "dreambooth_moslora.fleet.guarded")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs: `settings` of the run, its `mark`, and its share of a machine.
+
+    `folder`: where the paths in the settings begin, if it is on that machine.
+    """
+
+    run_dir: str
+    settings: Mapping[str, Any]
+    mark: str
+    cpus: int = 1
+    gpus: float = 0.0
+    folder: str = ""
+
+
+def train_subject(job: Job) -> Record:
+    """Train it to its end, or until the fleet is told to stop; the record is in the run folder, too."""
+    run_dir = Path(job.run_dir)
+    if is_finished(run_dir, job.mark):  # its machine was lost after that
+        return read_record(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        wait_until_free(run_dir)
+    except UserError as error:
+        return ended(job, "failed", str(error))
+    for _ in range(KILLED_MOST):
+        if stop_path(run_dir.parent).exists():
+            return ended(job, "interrupted", "stopped before it began")
+        code = train_once(job, run_dir)
+        if code >= 0:
+            break
+    return judged(job, run_dir, code)
+
+
+def wait_until_free(run_dir: Path) -> None:
+    """Until the training of a lost worker has let the folder go. Raises UserError when it does not."""
+    end = time.monotonic() + HELD_SEC
+    while True:
+        try:
+            with locked(run_dir):
+                return
+        except UserError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(POLL_SEC)
+
+
+def train_once(job: Job, run_dir: Path) -> int:
+    """The exit status: negative for a signal. The record counts the time."""
+    before = read_record(run_dir)
+    goes_on = before is not None and before.mark == job.mark
+    begun = replace(before if goes_on else Record("running", job.mark), state="running", message="", unit=unit_of(job))
+    begun = replace(begun, starts=begun.starts + 1, machine=socket.gethostname())
+    write_record(run_dir, begun)
+    write_settings(run_dir, {**job.settings, **({"resume_from_checkpoint": "latest"} if goes_on else {})})
+    started = time.monotonic()
+    code = watch(start(job, run_dir), stop_path(run_dir.parent))
+    seconds = time.monotonic() - started
+    hours = seconds / 3600 * (job.gpus or job.cpus)
+    write_record(run_dir, replace(begun, seconds=begun.seconds + seconds, hours=begun.hours + hours))
+    return code
+
+
+def unit_of(job: Job) -> str:
+    return "GPU" if job.gpus else "CPU"
+
+
+def start(job: Job, run_dir: Path) -> subprocess.Popen:
+    """As many threads as cores: on CPUs, another number of threads ends with other bytes."""
+    folder = job.folder if os.path.isdir(job.folder) else None
+    return start_training(run_dir, (*GUARDED, str(os.getpid()), "train"), {"OMP_NUM_THREADS": str(job.cpus)}, folder)
+
+
+def watch(process: subprocess.Popen, stop: Path) -> int:
+    """Wait for its end; ask it once to end with a checkpoint when the fleet stops, or when this task is cancelled."""
+    is_asked = False
+    try:
+        while process.poll() is None:
+            if not is_asked and stop.exists():
+                process.send_signal(signal.SIGTERM)
+                is_asked = True
+            time.sleep(POLL_SEC)
+        return process.returncode
+    except BaseException:
+        process.send_signal(signal.SIGTERM)
+        raise
+
+
+def judged(job: Job, run_dir: Path, code: int) -> Record:
+    was_asked = stop_path(run_dir.parent).exists()
+    if code == DONE:
+        return ended(job, "done")
+    if code == INTERRUPTED or (was_asked and code == -signal.SIGTERM):
+        return ended(job, "interrupted")
+    log = log_tail(run_dir)
+    errors = [line.removeprefix(ERROR) for line in log.splitlines() if line.startswith(ERROR)]
+    is_told = code == MISTAKE and errors
+    return ended(job, "failed", errors[-1] if is_told else why_it_ended(code, log, was_asked=was_asked))
+
+
+def ended(job: Job, state: str, message: str = "") -> Record:
+    run_dir = Path(job.run_dir)
+    record = replace(read_record(run_dir) or Record(state), state=state, message=message)
+    write_record(run_dir, record)
+    return record
