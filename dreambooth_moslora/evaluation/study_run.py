@@ -10,6 +10,7 @@ A worker keeps the base, the encoders and each subject's base pictures in memory
 import hashlib
 import json
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -46,7 +47,7 @@ from dreambooth_moslora.photos.masks import open_mask
 from dreambooth_moslora.photos.photo import open_rgb
 from dreambooth_moslora.training.loop import train
 
-__all__ = ["Progress", "budget_ranks", "read_results", "run_study", "unfinished"]
+__all__ = ["Progress", "budget_ranks", "read_results", "run_cell", "run_cells", "run_study", "unfinished"]
 
 STRIP_PX, STRIP_LENGTH = 128, 8
 WHOLE_BYTES, END_BYTES = 64 << 20, 1 << 20
@@ -63,19 +64,21 @@ class Progress:
     error: str = ""
 
 
-def run_study(study: Study, out: Path, jobs: int, on_progress: Callable[[Progress], None]) -> list[Result]:
+def run_study(
+    study: Study, out: Path, jobs: int, on_progress: Callable[[Progress], None], runner: Callable | None = None
+) -> list[Result]:
     """Tune, then test; cells whose result lies in `out` are not run again. Returns all results, failed ones left out.
 
     A cell that fails does not stop the others; run again to try it again. A learning rate at which a training fails is
-    none to choose. No jobs: read what is finished.
+    none to choose. No jobs: read what is finished. `runner` runs the cells as `run_cells` does, elsewhere.
     """
-    ranks = budget_ranks(study) if jobs else {}
-    finish(study, study.tuning_cells(), ranks, out, jobs, on_progress)
+    ranks, runner = budget_ranks(study) if jobs else {}, runner or run_cells
+    finish(study, study.tuning_cells(), ranks, out, jobs, on_progress, runner)
     tuned = read_results(study, study.tuning_cells(), out)
     if not is_tuned(study, tuned):
         return tuned
     cells = study.test_cells(best_rates(study, tuned))
-    finish(study, cells, ranks, out, jobs, on_progress)
+    finish(study, cells, ranks, out, jobs, on_progress, runner)
     return tuned + read_results(study, cells, out)
 
 
@@ -86,12 +89,12 @@ def unfinished(study: Study, out: Path) -> list[Cell]:
     return [cell for cell in study.tuning_cells() + tests if not result_path(study, cell, out).is_file()]
 
 
-def finish(study: Study, cells: list[Cell], ranks, out: Path, jobs: int, on_progress) -> None:
+def finish(study: Study, cells: list[Cell], ranks, out: Path, jobs: int, on_progress, runner) -> None:
     if not jobs:
         return
     todo = [cell for cell in cells if not result_path(study, cell, out).is_file()]
     done = len(cells) - len(todo)
-    for cell, seconds, error in run_cells(study, todo, ranks, out, jobs):
+    for cell, seconds, error in runner(study, todo, ranks, out, jobs):
         done += not error
         on_progress(Progress(cell, done, len(cells), seconds, error))
 
@@ -146,7 +149,7 @@ def train_cell(config: TrainConfig, out: Path) -> dict[str, float]:
     started = time.monotonic()
     shared = {"caching": "disk", "cache_dir": str(out / "cache")}
     if config.with_prior_preservation and not config.class_data_dir:  # once by each process, alike for all arms
-        own = f"{Path(config.instance_data_dir).name}-s{config.seed}-{os.getpid()}"
+        own = f"{Path(config.instance_data_dir).name}-s{config.seed}-{platform.node()}-{os.getpid()}"
         shared["class_data_dir"] = str(out / "class_images" / own)
     result = train(TrainConfig.from_dict({**config.to_dict(), **shared}))
     steps = events_of(StepDone, RunDir(result.run_dir).read_metrics())

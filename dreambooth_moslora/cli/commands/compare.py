@@ -6,10 +6,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreambooth_moslora.evaluation.study import load_study
+from dreambooth_moslora.cli.commands.fleet import add_cluster_flags, check_shares
+from dreambooth_moslora.evaluation.study import Study, load_study
 
 if TYPE_CHECKING:
     from dreambooth_moslora.evaluation.study_run import Progress
+    from dreambooth_moslora.evaluation.study_stats import Result
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -20,13 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", required=True, help="the study: see assets/studies/mixers.toml")
     parser.add_argument("--output_dir", metavar="DIR", default="runs/study", help="results, and where to resume from")
     parser.add_argument(
-        "--jobs", type=int, default=1, help="trainings at once (default: 1); timings are fair only at 1"
+        "--jobs", type=int, help="trainings at once (default: 1, or what a cluster takes); timings are fair only at 1"
     )
+    add_cluster_flags(parser, of_one="no Ray, and processes of this machine")
     parser.add_argument("--report_only", action="store_true", help="report what is finished; train nothing")
     parser.add_argument("--dry_run", action="store_true", help="say what would be trained, and what is done already")
 
 
 def run(args: argparse.Namespace) -> int:
+    check_shares(args)
     study, out = load_study(Path(args.config)), Path(args.output_dir)
     tuning, tests = len(study.tuning_cells()), len(study.test_cells(AnyRate()))
     print(f"{tuning + tests} trainings: {tuning} to choose learning rates, {tests} to compare", file=sys.stderr)
@@ -39,13 +43,27 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from dreambooth_moslora.evaluation.study_report import write_comparison
 
-    progress = CellProgress(args.jobs)
-    results = run_study(study, out, 0 if args.report_only else max(1, args.jobs), progress)
+    progress = CellProgress()
+    if args.ray_address and not args.report_only:
+        results = run_on_cluster(study, out, progress, args)
+    else:
+        results = run_study(study, out, 0 if args.report_only else max(1, args.jobs or 1), progress)
     print(write_comparison(study, results, out))
     print(out / "report.html")
     if progress.failed:
         print(f"{progress.failed} trainings failed; run again to try them again", file=sys.stderr)
     return 1 if progress.failed else 0
+
+
+def run_on_cluster(study: Study, out: Path, progress: "CellProgress", args: argparse.Namespace) -> list["Result"]:
+    from dreambooth_moslora.evaluation.study_run import run_study
+    from dreambooth_moslora.fleet.cells import CellRunner
+    from dreambooth_moslora.fleet.cluster import connected, gpu_memory_gib, largest_node_gib
+    from dreambooth_moslora.fleet.sizing import Machines
+
+    with connected(args.ray_address):
+        machines = Machines(gpu_memory_gib(), largest_node_gib(), args.per_gpu, args.cpus)
+        return run_study(study, out.resolve(), max(1, args.jobs or 1), progress, CellRunner(machines, args.jobs))
 
 
 class AnyRate(dict):
@@ -58,8 +76,8 @@ class AnyRate(dict):
 class CellProgress:
     """One line a cell, with the time that remains of its stage."""
 
-    def __init__(self, jobs: int):
-        self.jobs, self.failed, self.finished, self.started = jobs, 0, 0, time.monotonic()
+    def __init__(self):
+        self.failed, self.finished, self.started = 0, 0, time.monotonic()
 
     def __call__(self, progress: "Progress") -> None:
         self.finished += 1
