@@ -15,7 +15,18 @@ from dreambooth_moslora.core.assets import import_environment
 from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.versions import installed_versions
 
-__all__ = ["Lost", "Resources", "Task", "connected", "gpu_memory_gib", "largest_node_gib", "room_for", "run_tasks"]
+__all__ = [
+    "EMBEDDED",
+    "INSTALL",
+    "Lost",
+    "Resources",
+    "Task",
+    "connected",
+    "gpu_memory_gib",
+    "largest_node_gib",
+    "room_for",
+    "run_tasks",
+]
 
 GIB = 2**30
 INSTALL = 'pip install "dreambooth_moslora[fleet]"'
@@ -30,7 +41,7 @@ EMBEDDED = {
 }
 WINDOW = 64
 """Tasks that Ray holds beside those that run: enough to keep a cluster busy and to make it grow."""
-WAIT_SEC = 1.0
+WAIT_SEC = 0.5
 GPU_TASK = {"num_cpus": 0, "num_gpus": 0.01}
 
 
@@ -71,7 +82,7 @@ def connected(address: str | None) -> Iterator[None]:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address is None:
         os.environ.update(import_environment())
-        options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        options |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     else:
         options |= {"address": address, "runtime_env": {"env_vars": import_environment()}}
     try:

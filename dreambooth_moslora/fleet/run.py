@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from dreambooth_moslora.fleet.subjects import Subject, mark_of
 from dreambooth_moslora.fleet.worker import Job, train_subject
 from dreambooth_moslora.training.run_lock import locked
 
-__all__ = ["Ending", "begin_fleet", "missing", "run_fleet"]
+__all__ = ["Ending", "begun", "missing", "run_fleet"]
 
 NOT_SHARED = "{name} was trained elsewhere and is not here: --out must be a folder that all machines share"
 
@@ -36,11 +37,20 @@ class Ending:
     is_again: bool = False
 
 
-def begin_fleet(out: Path, subjects: Sequence[Subject]) -> None:
-    """Write down who is in it. Raises UserError for a place that is no folder of this machine."""
+@contextmanager
+def begun(out: Path, subjects: Sequence[Subject]) -> Iterator[None]:
+    """Hold the folder of a fleet for the length of the block, and write down who is in it.
+
+    Raises UserError while another fleet holds it.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    write_names(out, [subject.name for subject in subjects])
-    stop_path(out).unlink(missing_ok=True)
+    with locked(out, "--out"):
+        write_names(out, [subject.name for subject in subjects])
+        stop_path(out).unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            stop_path(out).unlink(missing_ok=True)
 
 
 def missing(out: Path, subjects: Sequence[Subject]) -> list[tuple[Subject, str]]:
@@ -66,7 +76,7 @@ def run_fleet(
 ) -> None:
     """Train all of `todo` (of `missing`) on the cluster that is connected; each ends with an `Ending`.
 
-    `train` is what a worker does. Raises UserError while another fleet holds `out`.
+    The fleet has `begun` in `out`. `train` is what a worker does.
     """
 
     def stop() -> bool:
@@ -77,13 +87,9 @@ def run_fleet(
     def again(task: Task, reason: str) -> None:
         on_end(Ending(task.key, Record("running", message=reason), is_again=True))
 
-    with locked(out, "--out"):
-        try:
-            tasks = tasks_of(todo, out, machines, on_end)
-            for task, result in run_tasks(train, tasks, should_stop=stop, on_retry=again):
-                on_end(Ending(task.key, checked(out / task.key, result)))
-        finally:
-            stop_path(out).unlink(missing_ok=True)
+    tasks = tasks_of(todo, out, machines, on_end)
+    for task, result in run_tasks(train, tasks, should_stop=stop, on_retry=again):
+        on_end(Ending(task.key, checked(out / task.key, result)))
 
 
 def tasks_of(

@@ -23,7 +23,7 @@ from dreambooth_moslora.core.digests import content_key
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import check_name
 
-__all__ = ["REFUSED", "Subject", "mark_of", "read_subjects"]
+__all__ = ["PLACES", "REFUSED", "Subject", "mark_of", "read_subjects"]
 
 TOKEN = "sks"
 OWN = ("folder", "token", "class", "class_word", "name")
@@ -34,6 +34,7 @@ REFUSED = {
 }
 """Settings that no subject has, and why."""
 PLACES = ("instance_data_dir", "output_dir")
+"""Settings that say where a run is, and not what it is."""
 
 
 @dataclass(frozen=True)

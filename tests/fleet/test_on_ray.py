@@ -4,23 +4,29 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
+from dreambooth_moslora.core.versions import installed_versions
 from dreambooth_moslora.evaluation.study import Protocol, Study, StudySubject
 from dreambooth_moslora.fleet.cells import CellRunner
-from dreambooth_moslora.fleet.cluster import Lost, Task, connected, largest_node_gib, run_tasks
-from dreambooth_moslora.fleet.records import stop_path
-from dreambooth_moslora.fleet.run import begin_fleet, missing, run_fleet
+from dreambooth_moslora.fleet.cluster import INSTALL, Lost, Task, connected, largest_node_gib, run_tasks
+from dreambooth_moslora.fleet.records import read_record, stop_path
+from dreambooth_moslora.fleet.run import Ending, begun, missing, run_fleet
 from dreambooth_moslora.fleet.sizing import Machines
-from dreambooth_moslora.fleet.subjects import read_subjects
+from dreambooth_moslora.fleet.subjects import PLACES, read_subjects
 from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
-pytest.importorskip("ray", reason='Ray is not installed: pip install "dreambooth_moslora[fleet]"')
-pytestmark = pytest.mark.slow
+# Not importorskip: Ray reads the environment, which says that it listens on the loopback, when it is imported.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(installed_versions(("ray",))["ray"] is None, reason=f"Ray is not installed: {INSTALL}"),
+]
+GUARDED = "dreambooth_moslora.fleet.guarded"
 
 
 @pytest.fixture(scope="module")
@@ -31,41 +37,49 @@ def machines():
             yield Machines(None, largest_node_gib())
 
 
-def kill_worker_once(out: Path) -> None:
-    """The worker of the first training that has made a step, as a lost machine would."""
-    while not list(out.glob("*/checkpoint-1")):
+def kill_a_worker(out: Path) -> None:
+    """The first that trains, as a lost machine would go; its training is left an orphan."""
+    while True:
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if GUARDED in words and words[-1].startswith((str(out / "rex"), str(out / "tom"))):
+                psutil.Process(int(words[words.index(GUARDED) + 1])).kill()
+                return
         time.sleep(0.05)
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        if "dreambooth_moslora.fleet.guarded" in words and str(out) in " ".join(words):
-            psutil.Process(int(words[words.index("dreambooth_moslora.fleet.guarded") + 1])).kill()
-            return
 
 
-def test_a_fleet_loses_nothing_with_a_worker_and_ends_equal_to_trainings_without_ray(machines, tiny_base, tmp_path):
+def test_a_fleet_that_is_stopped_and_loses_a_worker_ends_equal_to_trainings_without_ray(machines, tiny_base, tmp_path):
     from dreambooth_moslora.training.loop import train
 
-    out, photos = tmp_path / "out", tmp_path / "photos"
+    out, photos, steps = tmp_path / "out", tmp_path / "photos", 100
+    for name, count in (("rex", 2), ("tom", 3), ("void", 0)):
+        paint_photos(photos / name, count)
+    config = tiny_config(tiny_base, photos / "rex", out, max_train_steps=steps, checkpointing_steps=1)
+    shared = {name: value for name, value in config.to_dict().items() if name not in PLACES}
+    subjects = read_subjects(photos, {**shared, "checkpoints_total_limit": 2}, out)
+    stopped = ended(out, subjects, machines, lambda: bool(list(out.glob("*/checkpoint-[3-9]"))))
+    assert "interrupted" in stopped.values() and not stop_path(out).exists()
+    threading.Thread(target=kill_a_worker, args=(out,), daemon=True).start()
+    states = ended(out, subjects, machines, bool)
+    assert states == {"rex": "done", "tom": "done", "void": "failed", "again": "running"}
+    assert "no usable photo" in read_record(out / "void").message
+    assert sum(read_record(out / name).starts for name in ("rex", "tom")) >= 4
     for name in ("rex", "tom"):
-        paint_photos(photos / name, count=2 + len(name) % 2)
-    (photos / "empty").mkdir()
-    config = tiny_config(tiny_base, photos / "rex", out, max_train_steps=6, checkpointing_steps=1)
-    own = ("instance_data_dir", "output_dir")
-    shared = {name: value for name, value in config.to_dict().items() if name not in own}
-    subjects, endings = read_subjects(photos, shared, out), []
-    begin_fleet(out, subjects)
-    killer = threading.Thread(target=kill_worker_once, args=(out,), daemon=True)
-    killer.start()
-    run_fleet(missing(out, subjects), out, machines, endings.append)
-    assert sum(ending.is_again for ending in endings) == 1
-    states = {ending.name: ending.record for ending in endings if not ending.is_again}
-    assert {name: record.state for name, record in states.items()} == {"empty": "failed", "rex": "done", "tom": "done"}
-    assert "no usable photo" in states["empty"].message and states["rex"].starts + states["tom"].starts == 3
-    for name in ("rex", "tom"):
-        alone = tiny_config(tiny_base, photos / name, tmp_path / "alone" / name, max_train_steps=6)
-        train(alone)
+        train(tiny_config(tiny_base, photos / name, tmp_path / "alone" / name, max_train_steps=steps))
         assert adapter_sha256(out / name) == adapter_sha256(tmp_path / "alone" / name)
-    assert [subject.name for subject, _ in missing(out, subjects)] == ["empty"] and not stop_path(out).exists()
+    assert [subject.name for subject, _ in missing(out, subjects)] == ["void"]
+
+
+def ended(out: Path, subjects: list, machines: Machines, should_stop: Callable[[], bool]) -> dict[str, str]:
+    """{subject: its state}; `again` is one whose worker was lost."""
+    states = {}
+
+    def note(ending: Ending) -> None:
+        states["again" if ending.is_again else ending.name] = ending.record.state
+
+    with begun(out, subjects):
+        run_fleet(missing(out, subjects), out, machines, note, should_stop)
+    return states
 
 
 def fail(kind: str) -> str:

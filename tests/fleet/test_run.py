@@ -7,9 +7,10 @@ import pytest
 
 from dreambooth_moslora.cli.commands.fleet import FleetProgress
 from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.fleet.cluster import Lost
-from dreambooth_moslora.fleet.records import Record, read_record
-from dreambooth_moslora.fleet.run import Ending, checked, tasks_of
+from dreambooth_moslora.fleet.records import Record, read_names, read_record, stop_path
+from dreambooth_moslora.fleet.run import Ending, begun, checked, tasks_of
 from dreambooth_moslora.fleet.sizing import PROCESS_GIB, Machines
 from dreambooth_moslora.fleet.subjects import Subject
 from dreambooth_moslora.training.planning.estimate import BaseSize, estimate
@@ -67,3 +68,14 @@ def test_the_progress_tells_time_cost_and_failures(capsys):
     assert lines[0] == "2/5 rex: 59 s; about 3 min left, 0.50 GPU-hours spent"
     assert lines[1] == "tom: its machine was lost; it goes on elsewhere"
     assert lines[2].startswith("2/5 tom: FAILED: no photo; about 2 min left") and progress.failed == 1
+
+
+def test_one_fleet_at_a_time_holds_a_folder_and_begins_without_an_old_stop(tmp_path):
+    stop_path(tmp_path).touch()
+    with begun(tmp_path, [Subject("rex")]):
+        assert read_names(tmp_path) == ["rex"] and not stop_path(tmp_path).exists()
+        stop_path(tmp_path).touch()
+        with pytest.raises(UserError, match=r"--out .* is training there"), begun(tmp_path, []):
+            pass
+        assert read_names(tmp_path) == ["rex"] and stop_path(tmp_path).exists()
+    assert not stop_path(tmp_path).exists()

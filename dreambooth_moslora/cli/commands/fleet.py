@@ -90,16 +90,16 @@ def check_places(source: str, out: str | None) -> None:
 
 def train_all(subjects: list, todo: list, out: Path, args: argparse.Namespace) -> int:
     from dreambooth_moslora.fleet.cluster import connected, gpu_memory_gib, largest_node_gib
-    from dreambooth_moslora.fleet.run import begin_fleet, run_fleet
+    from dreambooth_moslora.fleet.run import begun, run_fleet
     from dreambooth_moslora.fleet.sizing import Machines
 
-    begin_fleet(out, subjects)
     progress = FleetProgress(len(subjects), len(todo))
-    if todo:
-        with connected(args.ray_address), StopRequest() as stop:
-            machines = Machines(gpu_memory_gib(), largest_node_gib(), args.per_gpu, args.cpus)
-            run_fleet(todo, out, machines, progress, stop)
-    return close(out, progress)
+    with begun(out, subjects):
+        if todo:
+            with connected(args.ray_address), StopRequest() as stop:
+                machines = Machines(gpu_memory_gib(), largest_node_gib(), args.per_gpu, args.cpus)
+                run_fleet(todo, out, machines, progress, stop)
+        return close(out, progress)
 
 
 def close(out: Path, progress: "FleetProgress") -> int:
