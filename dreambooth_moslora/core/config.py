@@ -81,7 +81,8 @@ class TrainConfig:
     caption_suffix: str | None = of_photos(None, "words behind each photo's own captions")
     captions: str = of_photos(
         "given",
-        "given: those beside the photos; auto: photos without one get one made before training, in the run folder",
+        "given: those beside the photos; auto: photos without one get one made before training, in the run folder "
+        "(no gain was shown on two toys)",
         choices=("given", "auto"),
     )
     caption_model: str | None = of_photos(
