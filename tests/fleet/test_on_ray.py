@@ -54,6 +54,7 @@ def test_a_fleet_that_is_stopped_and_loses_a_worker_ends_equal_to_trainings_with
     out, photos, steps = tmp_path / "out", tmp_path / "photos", 100
     for name, count in (("rex", 2), ("tom", 3), ("void", 0)):
         paint_photos(photos / name, count)
+    (photos / "void" / "subject.json").write_text("{")
     config = tiny_config(tiny_base, photos / "rex", out, max_train_steps=steps, checkpointing_steps=1)
     shared = {name: value for name, value in config.to_dict().items() if name not in PLACES}
     subjects = read_subjects(photos, {**shared, "checkpoints_total_limit": 2}, out)
@@ -62,7 +63,7 @@ def test_a_fleet_that_is_stopped_and_loses_a_worker_ends_equal_to_trainings_with
     threading.Thread(target=kill_a_worker, args=(out,), daemon=True).start()
     states = ended(out, subjects, machines, bool)
     assert states == {"rex": "done", "tom": "done", "void": "failed", "again": "running"}
-    assert "no usable photo" in read_record(out / "void").message
+    assert "not valid JSON" in read_record(out / "void").message
     assert sum(read_record(out / name).starts for name in ("rex", "tom")) >= 4
     for name in ("rex", "tom"):
         train(tiny_config(tiny_base, photos / name, tmp_path / "alone" / name, max_train_steps=steps))
