@@ -29,7 +29,7 @@ TOKEN = "sks"
 OWN = ("folder", "token", "class", "class_word", "name")
 GIVEN = "a fleet says this itself to each of its runs; leave it out"
 REFUSED = {
-    **dict.fromkeys(("instance_data_dir", "dataset_name", "output_dir", "resume_from_checkpoint"), GIVEN),
+    **dict.fromkeys(("instance_data_dir", "dataset_name", "subjects", "output_dir", "resume_from_checkpoint"), GIVEN),
     "hub_token": "it would lie in every run's folder; log in on the machines (`hf auth login`)",
 }
 """Settings that no subject has, and why."""

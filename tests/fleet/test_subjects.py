@@ -97,7 +97,7 @@ def test_a_list_that_is_wrong_is_one_line(name, text, says, pets):
     assert says in str(caught.value)
 
 
-@pytest.mark.parametrize("setting", ["output_dir", "instance_data_dir", "hub_token", "hub_model_id"])
+@pytest.mark.parametrize("setting", ["output_dir", "subjects", "hub_token", "hub_model_id"])
 def test_what_a_fleet_says_itself_is_refused(setting, pets):
     with pytest.raises(UserError, match=f"--{setting}"):
         read(pets, **{setting: "x"})
