@@ -157,20 +157,21 @@ def sheet_rows(
     config: TrainConfig, photos: list[Photo], samples: ValidationSamples, contexts: list[Image.Image], start: str
 ) -> list[Row]:
     """The contact sheet, subject by subject: photos, step 0 (of which `start` is the model) beside the end at the
-    same seeds, new contexts; then two subjects in one prompt. It stays here, as it shows the person's photos."""
+    same seeds, as far as it was drawn, new contexts; then two subjects in one prompt. It stays here, as it shows the
+    person's photos."""
     rows = []
     new = list(zip(samples.contexts, contexts))
     for number, subject in enumerate(each_subject(config)):
         own = [photo for photo in photos if photo.subject == number]
         name = f" of “{subject.instance_prompt}”" if config.subjects else ""
-        drawn = [n for n, request in enumerate(samples.requests) if request.prompt in validation_prompts(subject)]
-        captions = tuple(samples.requests[n].prompt for n in drawn)
+        asked = [n for n, request in enumerate(samples.requests) if request.prompt in validation_prompts(subject)]
+        captions = tuple(samples.requests[n].prompt for n in asked)
         rows += [
             Row(f"The photos{name}", readable(own[:6])),
-            Row(f"Step 0: the {start}, before training", samples.first(drawn), captions),
+            Row(f"Step 0: the {start}, before training", samples.first(asked), captions),
             Row(
                 f"Step {samples.latest_step}: the same prompts, from the same noise",
-                [samples.latest[n] for n in drawn],
+                [samples.latest[n] for n in asked if n < len(samples.latest)],
                 captions,
             ),
             row_of("New contexts", [shown for shown in new if shown[0].prompt in context_prompts(subject)]),
