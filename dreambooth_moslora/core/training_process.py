@@ -30,11 +30,12 @@ def start_training(
     start: Sequence[str] = TRAIN,
     environment: Mapping[str, str] | None = None,
     folder: str | None = None,
+    inherits: Sequence[int] = (),
 ) -> subprocess.Popen:
     """Train by the settings in the run folder, whose paths begin at `folder` (None: here).
 
-    `environment` is beside this process's own. It is in a session of its own: a Ctrl-C in this terminal does not
-    reach it.
+    `environment` is beside this process's own, `inherits` are open files that it keeps. It is in a session of its own:
+    a Ctrl-C in this terminal does not reach it.
     """
     command = [sys.executable, *start, "--config", str(run_dir / CONFIG_NAME)]
     own = {"PYTHONUNBUFFERED": "1", **import_environment(), **(environment or {})}
@@ -47,6 +48,7 @@ def start_training(
             env=os.environ | own,
             cwd=folder,
             start_new_session=True,
+            pass_fds=inherits,
         )
 
 

@@ -10,20 +10,24 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.job_endings import why_it_ended
 from dreambooth_moslora.core.training_process import log_tail, start_training, write_settings
 from dreambooth_moslora.fleet.records import Record, is_finished, read_record, stop_path, write_record
-from dreambooth_moslora.training.run_lock import locked
+from dreambooth_moslora.training.run_lock import locked, take
 
 __all__ = ["Job", "train_subject"]
 
 DONE, MISTAKE, INTERRUPTED, ERROR = 0, 2, 130, "error: "
 POLL_SEC = 0.2
+HOLD_NAME = ".worker.lock"
+"""Locked by the worker, and inherited by its training: held from before the training's start to its end, whether the
+worker lives or not."""
 HELD_SEC = 120.0
 """How long a training whose worker is gone may take for its last step and checkpoint."""
 KILLED_MOST = 3
@@ -53,32 +57,47 @@ def train_subject(job: Job) -> Record:
         return read_record(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        wait_until_free(run_dir)
+        hold = held(run_dir)
     except UserError as error:
         return ended(job, "failed", str(error))
-    for _ in range(KILLED_MOST):
-        if stop_path(run_dir.parent).exists():
-            return ended(job, "interrupted", "stopped before it began")
-        code = train_once(job, run_dir)
-        if code >= 0:
-            break
-    return judged(job, run_dir, code)
+    try:
+        return train_to_an_end(job, run_dir, hold)
+    finally:
+        with suppress(OSError):
+            (run_dir / HOLD_NAME).unlink()
+        hold.close()
 
 
-def wait_until_free(run_dir: Path) -> None:
-    """Until the training of a lost worker has let the folder go. Raises UserError when it does not."""
+def held(run_dir: Path) -> BinaryIO:
+    """The folder's hold, once the training of a lost worker has let it go. Raises UserError when it does not."""
     end = time.monotonic() + HELD_SEC
     while True:
         try:
-            with locked(run_dir):
-                return
+            hold = take(run_dir / HOLD_NAME, "--out")
+            try:
+                with locked(run_dir):  # no training that was started without a fleet
+                    return hold
+            except UserError:
+                hold.close()
+                raise
         except UserError:
             if time.monotonic() > end:
                 raise
         time.sleep(POLL_SEC)
 
 
-def train_once(job: Job, run_dir: Path) -> int:
+def train_to_an_end(job: Job, run_dir: Path, hold: BinaryIO) -> Record:
+    """A training that is killed goes on from its newest checkpoint, a few times."""
+    for _ in range(KILLED_MOST):
+        if stop_path(run_dir.parent).exists():
+            return ended(job, "interrupted", "stopped before it began")
+        code = train_once(job, run_dir, hold)
+        if code >= 0:
+            break
+    return judged(job, run_dir, code)
+
+
+def train_once(job: Job, run_dir: Path, hold: BinaryIO) -> int:
     """The exit status: negative for a signal. The record counts the time."""
     before = read_record(run_dir)
     goes_on = before is not None and before.mark == job.mark
@@ -87,7 +106,7 @@ def train_once(job: Job, run_dir: Path) -> int:
     write_record(run_dir, begun)
     write_settings(run_dir, {**job.settings, **({"resume_from_checkpoint": "latest"} if goes_on else {})})
     started = time.monotonic()
-    code = watch(start(job, run_dir), stop_path(run_dir.parent))
+    code = watch(start(job, run_dir, hold), stop_path(run_dir.parent))
     seconds = time.monotonic() - started
     hours = seconds / 3600 * (job.gpus or job.cpus)
     write_record(run_dir, replace(begun, seconds=begun.seconds + seconds, hours=begun.hours + hours))
@@ -98,10 +117,11 @@ def unit_of(job: Job) -> str:
     return "GPU" if job.gpus else "CPU"
 
 
-def start(job: Job, run_dir: Path) -> subprocess.Popen:
+def start(job: Job, run_dir: Path, hold: BinaryIO) -> subprocess.Popen:
     """As many threads as cores: on CPUs, another number of threads ends with other bytes."""
     folder = job.folder if os.path.isdir(job.folder) else None
-    return start_training(run_dir, (*GUARDED, str(os.getpid()), "train"), {"OMP_NUM_THREADS": str(job.cpus)}, folder)
+    threads, command = {"OMP_NUM_THREADS": str(job.cpus)}, (*GUARDED, str(os.getpid()), "train")
+    return start_training(run_dir, command, threads, folder, inherits=(hold.fileno(),))
 
 
 def watch(process: subprocess.Popen, stop: Path) -> int:

@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows: the file says who is there, and nobody is held up
     fcntl = None
 
-__all__ = ["LOCK_NAME", "locked"]
+__all__ = ["LOCK_NAME", "locked", "take"]
 
 LOCK_NAME = "run.lock"
 
@@ -43,7 +43,10 @@ def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
 
 
 def take(path: Path, flag: str) -> BinaryIO:
-    """The file of that name, open and locked. An owner that ends meanwhile removes it: then it is made anew."""
+    """The file of that name, open and locked. An owner that ends meanwhile removes it: then it is made anew.
+
+    Raises UserError when another process holds it.
+    """
     while True:
         file = path.open("a+b")
         try:

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.training_process import write_settings
 from dreambooth_moslora.fleet import worker
 from dreambooth_moslora.fleet.records import Record, read_record, stop_path, write_record
 from dreambooth_moslora.fleet.worker import Job, judged, train_subject
-from dreambooth_moslora.training.run_lock import locked
+from dreambooth_moslora.training.run_lock import locked, take
 
 
 def job_in(folder: Path, **settings) -> Job:
@@ -34,6 +36,18 @@ def test_a_folder_that_another_training_holds_is_waited_for_and_then_a_failure(t
     with locked(tmp_path / "rex"):
         record = train_subject(job_in(tmp_path))
     assert record.state == "failed" and "is training there" in record.message
+
+
+def test_a_training_holds_its_folder_from_before_its_start_and_without_its_worker(tmp_path):
+    job, run = job_in(tmp_path, rank=0), tmp_path / "rex"
+    run.mkdir()
+    write_settings(run, job.settings)
+    with worker.held(run) as hold:
+        training = worker.start(job, run, hold)
+    with pytest.raises(UserError, match="is training there"):
+        take(run / worker.HOLD_NAME, "--out")
+    training.wait()
+    take(run / worker.HOLD_NAME, "--out").close()
 
 
 @pytest.mark.parametrize(
