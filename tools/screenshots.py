@@ -19,7 +19,7 @@ from tests.helpers.browser import chromium, set_number, visit
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
 SCHEMES = ("light", "dark")
-TRAINED_STEPS = 150
+TRAINED_STEPS = 250
 COLOURS = 256
 
 

@@ -36,10 +36,12 @@ def test_a_toy_is_trained_as_the_recipe_says(tmp_path, monkeypatch, capsys):
     config = parse_train_config(TOYS)
     toy = load_settings(CONFIGS / "toy.toml")
     own = {"instance_data_dir", "output_dir", "instance_prompt", "class_prompt", "max_train_steps"}
+    own |= {"validation_steps"}  # pictures come with the scores
     assert {name: config.to_dict()[name] for name in toy.keys() - own} == {n: toy[n] for n in toy.keys() - own}
     assert plan_steps(config, 5).total_steps == toy["max_train_steps"]
     assert (config.instance_prompt, config.class_prompt) == ("a photo of a sks bear", "a photo of a bear")
     assert config.output_dir == "runs/bear" and (config.evaluate_steps, config.find_scale) == (120, True)
+    assert config.validation_steps == 120
     said = capsys.readouterr().err
     flags = set(re.findall(r"--(\w+)", said))
     assert len(flags) > 8 and flags <= {f.lstrip("-") for f in build_train_parser()._option_string_actions}

@@ -51,7 +51,7 @@ def kill_a_worker(out: Path) -> None:
 def test_a_fleet_that_is_stopped_and_loses_a_worker_ends_equal_to_trainings_without_ray(machines, tiny_base, tmp_path):
     from dreambooth_moslora.training.loop import train
 
-    out, photos, steps = tmp_path / "out", tmp_path / "photos", 100
+    out, photos, steps = tmp_path / "out", tmp_path / "photos", 40
     for name, count in (("rex", 2), ("tom", 3), ("void", 0)):
         paint_photos(photos / name, count)
     (photos / "void" / "subject.json").write_text("{")

@@ -170,8 +170,9 @@ def choose_scores(choices: Choices, photo_count: int, is_wanted: bool | None = N
     """
     if encoders_are_here(choices.all["pretrained_model_name_or_path"]) if is_wanted is None else is_wanted:
         every = max(1, steps_of(choices, photo_count) // 4)
-        line = f"scores: every {every} steps, the best in best/, and the best scale at the end"
-        choices.add(line, "evaluate_steps", "no_find_scale", evaluate_steps=every, find_scale=True)
+        line = f"scores: every {every} steps, beside pictures, the best in best/, and the best scale at the end"
+        wanted = {"evaluate_steps": every, "validation_steps": every, "find_scale": True}
+        choices.add(line, "evaluate_steps", "no_find_scale", **wanted)
     elif is_wanted is None and not choices.given.get("evaluate_steps"):
         choices.say("scores: none, as they take CLIP and DINOv2 from the hub", "evaluate_steps", "find_scale")
 
