@@ -79,7 +79,7 @@ def understand(line: str) -> None:
     match shlex.split(line):
         case ["pip", "install", "-r", file]:
             require((ROOT / file).is_file(), file)
-        case ["pip", "install", name] if name.startswith("dreambooth_moslora["):
+        case ["pip", "install", name] if name.startswith(".["):
             extras = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
             require(name.partition("[")[2].rstrip("]") in extras, line)
         case ["python", "train_dreambooth.py", *words] | ["python", "-m", "dreambooth_moslora", "train", *words]:
@@ -120,7 +120,7 @@ def test_every_command_line_is_understood(line, monkeypatch):
     "line",
     [
         "pip install -r requirement.txt",
-        'pip install "dreambooth_moslora[fleets]"',
+        'pip install ".[fleets]"',
         "python train_dreambooth.py --config assets/configs/quickstart.toml --max_steps 4",
         "python train_dreambooth.py --config assets/configs/none.toml",
         "python app.py --port 7860",

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 GIB = 2**30
-INSTALL = 'pip install "dreambooth_moslora[fleet]"'
+INSTALL = 'pip install "ray[default]>=2.50,<3"'
 OBJECT_STORE_BYTES = 100 * 2**20
 """The least that Ray takes: tasks hand over names and numbers."""
 EMBEDDED = {
