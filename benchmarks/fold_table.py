@@ -29,7 +29,7 @@ from dreambooth_moslora.adapters.moslora import (
     inject,
 )
 from dreambooth_moslora.adapters.raw_file import adapter_metadata
-from dreambooth_moslora.core.config import MIXERS
+from dreambooth_moslora.core.config_training import MIXERS
 from dreambooth_moslora.core.run_folder import PUBLISHED_NAME
 
 BOUND = 1e-5

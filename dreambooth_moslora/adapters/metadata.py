@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePath
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.core.config import MIXERS
+from dreambooth_moslora.core.config_training import MIXERS
 
 __all__ = ["AdapterMetadata", "most_common", "versions"]
 

@@ -19,7 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.new_tokens import NewTokens, write_tokens
 from dreambooth_moslora.adapters.raw_file import load_raw, save_raw
-from dreambooth_moslora.core.config import SCHEDULE_FREE, TrainConfig
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config_training import SCHEDULE_FREE
 from dreambooth_moslora.core.digests import content_key, file_digest
 from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.prompts import learnt_word

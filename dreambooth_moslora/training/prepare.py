@@ -17,7 +17,8 @@ from dreambooth_moslora.adapters.lora_file import AdapterWeights
 from dreambooth_moslora.base.load import default_resolution, encode_text, load_pipeline
 from dreambooth_moslora.base.locate import SMALL_BASE_PX
 from dreambooth_moslora.base.quantization import quantize
-from dreambooth_moslora.core.config import TrainConfig, is_scored, weighting_flags
+from dreambooth_moslora.core.config import TrainConfig, is_scored
+from dreambooth_moslora.core.config_checks import weighting_flags
 from dreambooth_moslora.core.digests import default_cache_dir
 from dreambooth_moslora.core.errors import StopRequestedError, UserError, spelled_out
 from dreambooth_moslora.core.names import public_name

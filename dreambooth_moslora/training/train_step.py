@@ -33,7 +33,8 @@ from dreambooth_moslora.adapters.moslora import (
 )
 from dreambooth_moslora.adapters.working_copies import WorkingCopies
 from dreambooth_moslora.base.load import TextCond, encode_text
-from dreambooth_moslora.core.config import SCHEDULE_FREE, TrainConfig
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config_training import SCHEDULE_FREE
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.seeding import generator, rng, seed_of
 from dreambooth_moslora.core.subject_tables import each_subject

@@ -1,0 +1,62 @@
+"""What the settings must say together: each rule is one sentence, and names the flags that contradict."""
+
+from dreambooth_moslora.core.config_run import RunSettings
+from dreambooth_moslora.core.config_training import SCHEDULE_FREE
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.subject_tables import check_subjects
+from dreambooth_moslora.core.targets import parse_pattern
+
+__all__ = ["check_together", "weighting_flags"]
+
+
+def check_together(config: RunSettings) -> None:
+    """Raises UserError for the first settings that contradict each other."""
+    if config.resolution % 8:
+        lower = config.resolution // 8 * 8
+        raise UserError(f"--resolution {config.resolution}: must be a multiple of 8, such as {lower or 8}.")
+    if (config.bucket_reso_steps or 8) % 8:
+        raise UserError(f"--bucket_reso_steps {config.bucket_reso_steps}: must be a multiple of 8, such as 64.")
+    if config.enable_bucket and (step := config.bucket_reso_steps or 8) > config.resolution:
+        raise UserError(f"--bucket_reso_steps {step}: must be at most --resolution {config.resolution}.")
+    if config.enable_bucket and config.with_prior_preservation and config.prior == "class_images":
+        raise UserError("--enable_bucket needs --prior adapter_off, which takes every shape: class images are square.")
+    if config.instance_data_dir and config.dataset_name:
+        raise UserError("--instance_data_dir and --dataset_name: give one of them, not both.")
+    if config.subjects:
+        check_subjects(config)
+    elif config.with_prior_preservation and not config.class_prompt:
+        raise UserError('--with_prior_preservation needs --class_prompt, such as "a photo of a dog".')
+    for flag in weighting_flags(config) if config.do_edm_style_training else ():
+        raise UserError(f"{flag} and --do_edm_style_training: EDM weighs noise levels itself; give one of them.")
+    if config.snr_gamma is not None and config.debiased_estimation_loss:
+        raise UserError("--snr_gamma and --debiased_estimation_loss: each weighs noise levels; give one of them.")
+    if config.exposures_per_photo and config.max_train_steps:
+        raise UserError("--exposures_per_photo and --max_train_steps: each sets the steps; give one of them.")
+    if config.early_stopping and not config.evaluate_steps:
+        raise UserError("--early_stopping needs --evaluate_steps: without scores there is nothing to wait for.")
+    if config.optimizer == "Prodigy" and config.mixer != "none" and config.train_mixer and config.mixer_lr_scale != 1.0:
+        raise UserError("--optimizer Prodigy takes one learning rate for all: leave --mixer_lr_scale at 1.")
+    if config.optimizer == SCHEDULE_FREE and (config.use_ema or not config.adam_beta1):
+        flag = "--use_ema" if config.use_ema else "--adam_beta1 0"
+        raise UserError(f"--optimizer {SCHEDULE_FREE} averages its steps itself: leave out {flag}.")
+    if config.train_text_encoder and config.train_text_encoder_ti:
+        raise UserError("--train_text_encoder and --train_text_encoder_ti: train adapters or new tokens; give one.")
+    if config.optimizer == SCHEDULE_FREE and config.train_text_encoder_ti:
+        raise UserError(f"--optimizer {SCHEDULE_FREE} averages the adapter alone: give AdamW with new tokens.")
+    if config.init_adapter and config.mixer == "butterfly":
+        raise UserError("--init_adapter: the butterfly mixer has no inverse; give another --mixer.")
+    for name in ("rank_pattern", "alpha_pattern"):
+        for text in getattr(config, name):
+            parse_pattern(name, text)
+    if not config.target_modules:
+        raise UserError("--target_modules is empty: name at least one projection, such as to_q.")
+
+
+def weighting_flags(config: RunSettings) -> list[str]:
+    """The given flags that suit only errors of noise or velocity, and not EDM's of the latents."""
+    given = {
+        "--snr_gamma": config.snr_gamma is not None,
+        "--debiased_estimation_loss": config.debiased_estimation_loss,
+        f"--loss_type {config.loss_type}": config.loss_type != "l2",
+    }
+    return [flag for flag, is_given in given.items() if is_given]
