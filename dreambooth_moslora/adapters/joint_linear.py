@@ -17,12 +17,12 @@ __all__ = ["JointWeights", "LentTogether", "projections_of_one_input"]
 
 
 class _JointLinear(torch.autograd.Function):
-    """x (…,in), frozen W (k·out,in), A (k·r,in), Uᵀ (k,r,out), all of one dtype -> k tensors (…,out)."""
+    """x (…,in), frozen W (k·out,in), A (k,r,in), Uᵀ (k,r,out), all of one dtype -> k tensors (…,out)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
         rows, count = x.reshape(-1, x.shape[-1]), len(up)
-        inner = rows.mm(down.t())
+        inner = rows.mm(down.flatten(0, 1).t())
         result = add_blocks(F.linear(rows, weight), inner, up)
         ctx.save_for_backward(x, inner, weight, down, up)
         return result.view(*x.shape[:-1], -1).chunk(count, -1)
@@ -35,8 +35,8 @@ class _JointLinear(torch.autograd.Function):
         grad = torch.cat(grads, -1).view(len(inner), -1)
         grad_inner = add_blocks(None, grad, up.mT)
         grad_up = parts(inner, count).mT.bmm(parts(grad, count))
-        grad_x = grad.mm(weight).addmm_(grad_inner, down).view(x.shape) if needs_x else None
-        return grad_x, None, grad_inner.t().mm(x.reshape(-1, x.shape[-1])), grad_up
+        grad_x = grad.mm(weight).addmm_(grad_inner, down.flatten(0, 1)).view(x.shape) if needs_x else None
+        return grad_x, None, grad_inner.t().mm(x.reshape(-1, x.shape[-1])).view(down.shape), grad_up
 
 
 def parts(wide: Tensor, count: int) -> Tensor:
@@ -69,6 +69,16 @@ class JointWeights:
         for layer, view in zip(layers, self.weight.chunk(len(layers)), strict=True):
             layer.base_layer.weight = nn.Parameter(view, requires_grad=False)
 
+    def lend(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
+        """Let the layers compute together with these copies, A (k,r,in) and Uᵀ (k,r,out)."""
+        together = LentTogether(self, down, up)
+        for place, layer in enumerate(self.layers):
+            layer.working = {adapter_name: (together, place)}
+
+    def take_back(self) -> None:
+        for layer in self.layers:
+            del layer.working
+
     def are_shared(self) -> bool:
         """False once a layer has been moved, cast or given other weights."""
         weights = [layer.base_layer.weight for layer in self.layers]
@@ -77,7 +87,7 @@ class JointWeights:
 
 
 class LentTogether:
-    """The working copies of layers with one input, for one step: A (k·r,in) and Uᵀ (k,r,out), leaves of autograd.
+    """The working copies of layers with one input, for one step: A (k,r,in) and Uᵀ (k,r,out), leaves of autograd.
 
     The first layer that is called computes all of them. The others' results wait until they are asked for with
     the same input.

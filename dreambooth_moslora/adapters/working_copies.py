@@ -9,21 +9,30 @@ so all of this takes a few dozen kernels for a UNet. U is held as Uᵀ (r,out): 
 Layers with one input share their copies (`joint_linear`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.fused_linear import ShortWay, compute_dtype, slow_reason
-from dreambooth_moslora.adapters.joint_linear import JointWeights, LentTogether, projections_of_one_input
+from dreambooth_moslora.adapters.joint_linear import JointWeights, projections_of_one_input
 from dreambooth_moslora.adapters.mixer import MixerLinear
 
-__all__ = ["WorkingCopies"]
+__all__ = ["Batch", "StepCopies", "Unit", "WorkingCopies", "alike"]
 
-Unit = ShortWay | JointWeights
-"""A layer that computes alone, or several that compute together."""
+
+class Unit(Protocol):
+    """Layers that compute together: a projection alone, those of one input, or one projection of several models."""
+
+    layers: tuple[ShortWay, ...]
+
+    def lend(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
+        """Compute with these copies from now on: A (r,in) and Uᵀ (r,out), or of k layers (k,r,in) and (k,r,out)."""
+
+    def take_back(self) -> None: ...
 
 
 class WorkingCopies:
@@ -57,26 +66,36 @@ class WorkingCopies:
         `collect` is due after each backward pass. The gradients are where the optimizer looks for them when the
         block has ended without an error.
         """
-        step = StepCopies([Batch(units, self.adapter_name) for units in self._alike()])
-        try:
+        with StepCopies.of(self._units(), self.adapter_name).lent() as step:
             yield step
-        finally:
-            for batch in step.batches:
-                batch.take_back()
-        for batch in step.batches:
-            batch.hand_over()
 
-    def _alike(self) -> list[list[Unit]]:
-        """Units of one number of layers, of one shape, dtype, device, scale and kind of mixer."""
+    def _units(self) -> list[Unit]:
         self.joints = [joint for joint in self.joints if joint.are_shared()]
         together = [joint for joint in self.joints if all(map(self._is_fast, joint.layers))]
         joined = {layer for joint in together for layer in joint.layers}
-        alone = [layer for layer in self.layers if layer not in joined and self._is_fast(layer)]
-        groups: dict[tuple, list[Unit]] = {}
-        for unit in (*together, *alone):
-            layers = layers_of(unit)
-            groups.setdefault((len(layers), kind_of(layers[0], self.adapter_name)), []).append(unit)
-        return list(groups.values())
+        alone = [Alone(layer) for layer in self.layers if layer not in joined and self._is_fast(layer)]
+        return [*together, *alone]
+
+
+class Alone:
+    """A layer that computes alone."""
+
+    def __init__(self, layer: ShortWay):
+        self.layers = (layer,)
+
+    def lend(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
+        self.layers[0].working = {adapter_name: (down, up)}
+
+    def take_back(self) -> None:
+        del self.layers[0].working
+
+
+def alike(units: Iterable[Unit], adapter_name: str) -> list[list[Unit]]:
+    """In lists of one number of layers, of one shape, dtype, device, scale and kind of mixer."""
+    groups: dict[tuple, list[Unit]] = {}
+    for unit in units:
+        groups.setdefault((len(unit.layers), kind_of(unit.layers[0], adapter_name)), []).append(unit)
+    return list(groups.values())
 
 
 @dataclass(frozen=True)
@@ -85,14 +104,25 @@ class StepCopies:
 
     batches: list["Batch"]
 
+    @classmethod
+    def of(cls, units: Iterable[Unit], adapter_name: str) -> "StepCopies":
+        return cls([Batch(found, adapter_name) for found in alike(units, adapter_name)])
+
+    @contextmanager
+    def lent(self) -> Iterator["StepCopies"]:
+        """For the length of a `with` block; the gradients are handed over when it has ended without an error."""
+        try:
+            yield self
+        finally:
+            for batch in self.batches:
+                batch.take_back()
+        for batch in self.batches:
+            batch.hand_over()
+
     def collect(self) -> None:
         """Add the gradients of the backward pass that has just ended, and forget them."""
         for batch in self.batches:
             batch.collect()
-
-
-def layers_of(unit: Unit) -> tuple[ShortWay, ...]:
-    return unit.layers if isinstance(unit, JointWeights) else (unit,)
 
 
 def joins(layers: tuple[ShortWay, ...], wanted: bool | None) -> bool:
@@ -110,7 +140,8 @@ class Batch:
     """n units alike of k layers each: A (nk,r,in), B (nk,out,r) and M (nk,r,r), copied to A and Uᵀ (nk,r,out)."""
 
     def __init__(self, units: list[Unit], adapter_name: str):
-        self.layers = layers = [layer for unit in units for layer in layers_of(unit)]
+        self.units = units
+        self.layers = layers = [layer for unit in units for layer in unit.layers]
         self.count = len(layers) // len(units)
         parts = [layer.lora_B[adapter_name] for layer in layers]
         self.scale = layers[0].scaling[adapter_name]
@@ -122,14 +153,12 @@ class Batch:
         self.up_sum: Tensor | None = None
         self.reached: set[int] = set()  # an unused layer's gradient is None, not zero: the optimizer passes it by
         self.copies = self._make()
-        for unit, copies in zip(units, self.copies, strict=True):
-            together = LentTogether(unit, *copies) if isinstance(unit, JointWeights) else None
-            for place, layer in enumerate(layers_of(unit)):
-                layer.working = {adapter_name: copies if together is None else (together, place)}
+        for unit, (down, up) in zip(units, self.copies, strict=True):
+            unit.lend(adapter_name, down, up)
 
     @torch.no_grad()
     def _make(self) -> list[tuple[Tensor, Tensor]]:
-        """Leaves of each unit: A (r,in) and Uᵀ (r,out), or A (k·r,in) and Uᵀ (k,r,out)."""
+        """Leaves of each unit: A (r,in) and Uᵀ (r,out), or A (k,r,in) and Uᵀ (k,r,out)."""
         dtype = compute_dtype(self.layers[0].base_layer)
         up = torch.stack(self.ups).mT
         if self.is_mixed:
@@ -138,7 +167,7 @@ class Batch:
             up = up * self.scale
         down, up = torch.stack(self.downs).to(dtype), up.to(dtype).contiguous()
         if self.count > 1:
-            down, up = down.view(-1, self.count * down.shape[1], down.shape[2]), up.unflatten(0, (-1, self.count))
+            down, up = (copies.unflatten(0, (-1, self.count)) for copies in (down, up))
         return [(leaf(down[i]), leaf(up[i])) for i in range(len(down))]
 
     @torch.no_grad()
@@ -179,8 +208,8 @@ class Batch:
             weight.grad = grad if weight.grad is None else weight.grad + grad
 
     def take_back(self) -> None:
-        for layer in self.layers:
-            del layer.working
+        for unit in self.units:
+            unit.take_back()
         self.copies.clear()
 
 
