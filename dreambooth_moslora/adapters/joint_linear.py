@@ -7,13 +7,15 @@ of k products, on columns of the wide tensors. W is one buffer, of which the lay
 so the base takes no more memory than before and each layer can still be called alone.
 """
 
+from collections.abc import Container, Sequence
+
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["JointWeights", "LentTogether", "projections_of_one_input"]
+__all__ = ["JointWeights", "LentTogether", "lay_together", "projections_of_one_input"]
 
 
 class _JointLinear(torch.autograd.Function):
@@ -65,9 +67,7 @@ class JointWeights:
 
     def __init__(self, layers: tuple[LoraLinear, ...]):
         self.layers = layers
-        self.weight = torch.cat([layer.base_layer.weight.detach() for layer in layers])
-        for layer, view in zip(layers, self.weight.chunk(len(layers)), strict=True):
-            layer.base_layer.weight = nn.Parameter(view, requires_grad=False)
+        self.weight = laid_together([layer.base_layer for layer in layers])
 
     def lend(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
         """Let the layers compute together with these copies, A (k,r,in) and Uᵀ (k,r,out)."""
@@ -84,6 +84,34 @@ class JointWeights:
         weights = [layer.base_layer.weight for layer in self.layers]
         places = [(view.data_ptr(), view.dtype) for view in self.weight.chunk(len(weights))]
         return places == [(weight.data_ptr(), weight.dtype) for weight in weights]
+
+
+def laid_together(linears: Sequence[nn.Linear]) -> Tensor:
+    """One buffer (k·out,in) with the frozen weights (out,in) below one another, of which each becomes a view.
+
+    Where they lie so already, as models that share their weights have it, nothing is copied.
+    """
+    weights = [linear.weight.detach() for linear in linears]
+    first, step = weights[0], weights[0].nbytes
+    has_storage = first.device.type != "meta" and all(weight.is_contiguous() for weight in weights)
+    ends = [weight.data_ptr() - number * step for number, weight in enumerate(weights)]
+    storages = {weight.untyped_storage().data_ptr() for weight in weights}
+    if has_storage and len(storages) == 1 and set(ends) == {first.data_ptr()}:
+        return first.as_strided((len(weights) * len(first), first.shape[1]), first.stride())
+    whole = torch.cat(weights)
+    for linear, view in zip(linears, whole.chunk(len(weights)), strict=True):
+        linear.weight = nn.Parameter(view, requires_grad=False)
+    return whole
+
+
+def lay_together(model: nn.Module, adapted: Container[str]) -> None:
+    """Do so with the `adapted` projections (paths) that models which share the weights will compute jointly."""
+    for path, module in model.named_modules():
+        names = {layer: name for name, layer in module.named_children()}
+        layers = [x for x in projections_of_one_input(module) if f"{path}.{names[x]}" in adapted]
+        kinds = {(type(x), x.weight.shape, x.weight.dtype) for x in layers}
+        if len(layers) > 1 and len(kinds) == 1 and all(type(x) is nn.Linear and x.bias is None for x in layers):
+            laid_together(layers)
 
 
 class LentTogether:

@@ -8,6 +8,8 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from dreambooth_moslora.adapters.fused_linear import enable_fast_path
+from dreambooth_moslora.adapters.joint_linear import lay_together
+from dreambooth_moslora.adapters.stacked_adapters import twin
 from dreambooth_moslora.adapters.working_copies import WorkingCopies
 from dreambooth_moslora.base.quantization import quantize
 from tests.adapters.test_fused_linear import adapted, assert_same, unet_loss
@@ -88,6 +90,18 @@ def test_weights_of_one_buffer_take_no_more_memory_and_are_the_same():
     assert copies.joints and storage_bytes(model) == size
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_models_that_share_their_weights_share_the_buffer():
+    base = tiny_unet()
+    lay_together(base, [path for path, _ in base.named_modules() if path.endswith(("to_q", "to_v"))])
+    size = storage_bytes(base)
+    models = [adapted(twin(base), target_modules=["to_q", "to_v"]) for _ in range(2)]
+    for model in models:
+        enable_fast_path(model)
+        assert WorkingCopies(model, joint=True).joints
+    frozen = [p for model in models for p in model.parameters() if not p.requires_grad]
+    assert sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in frozen}.values()) == size
 
 
 def test_layers_alone_and_in_another_order_are_right_too():
