@@ -2,10 +2,11 @@
 
 train(config) -> TrainResult        `set_up` is what comes before the loop, `fit` is the loop;
                                     what the loop calls is in `run`, what a run leaves in `publish`
+training(config)                    the same, step by step, for whoever makes the gradients (`together`)
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,16 +28,16 @@ from dreambooth_moslora.training.inputs.run_masks import masked_photos
 from dreambooth_moslora.training.planning.checks import check_folders
 from dreambooth_moslora.training.planning.memory_plan import planned
 from dreambooth_moslora.training.planning.step_plan import plan_steps
-from dreambooth_moslora.training.prepare import prepare, too_slow_for_samples, usable_photos
+from dreambooth_moslora.training.prepare import LoadBase, prepare, too_slow_for_samples, usable_photos
 from dreambooth_moslora.training.reporter import Reporter
 from dreambooth_moslora.training.results.publish import Publisher
 from dreambooth_moslora.training.results.samples import ValidationSamples
 from dreambooth_moslora.training.run import StepScorer, Training, TrainResult
 from dreambooth_moslora.training.run_context import RunContext
 from dreambooth_moslora.training.run_lock import locked
-from dreambooth_moslora.training.train_step import TrainStep
+from dreambooth_moslora.training.train_step import StepLosses, TrainStep
 
-__all__ = ["TrainResult", "train"]
+__all__ = ["Steps", "TrainResult", "advanced", "train", "training"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,37 @@ def train(
     Every event goes to the run folder's `metrics.jsonl` and to `on_event`. `evaluator(sampler, step)` gives scores.
     Raises UserError for a person's mistake, and for a loss that is no longer finite.
     """
+    steps = training(config, on_event, should_stop, evaluator)
+    try:
+        run = next(steps)
+        while True:
+            run = advanced(steps, run.accumulate_gradients)
+    except StopIteration as end:
+        return end.value
+
+
+Steps = Generator[Training, StepLosses, TrainResult]
+"""A run that waits at each step for the gradients of the next: it yields itself and is sent the step's losses."""
+
+
+def advanced(steps: Steps, accumulate: Callable[[], StepLosses]) -> Training:
+    """The run, waiting for its next gradients, once it has those that `accumulate` makes. An error there is the run's
+    own. Raises StopIteration with its result at its end."""
+    try:
+        losses = accumulate()
+    except BaseException as error:
+        return steps.throw(error)
+    return steps.send(losses)
+
+
+def training(
+    config: TrainConfig,
+    on_event: Callable[[Event], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    evaluator: StepScorer | None = None,
+    load: LoadBase | None = None,
+) -> Steps:
+    """`train`, step by step: whoever runs it makes the gradients. `load` gives the base."""
     check_folders(config)
     config = planned(config)
     run_dir = RunDir(config.output_dir)
@@ -67,7 +99,7 @@ def train(
         stack.callback(end_trackers, accelerator)
         on_main(accelerator, lambda: stack.enter_context(locked(run_dir.path)))
         try:
-            return fit(set_up(context, evaluator))
+            return (yield from fit(set_up(context, evaluator, load)))
         except StopRequestedError:
             if report.step:  # the checkpoint is as it was, and the run goes on from it another time
                 report.release()
@@ -79,8 +111,8 @@ def train(
             raise
 
 
-def set_up(context: RunContext, evaluator: StepScorer | None) -> Training:
-    """All that comes before the first step; it may draw class images for hours.
+def set_up(context: RunContext, evaluator: StepScorer | None, load: LoadBase | None = None) -> Training:
+    """All that comes before the first step; it may draw class images for hours. `load` gives the base.
 
     Raises UserError, and StopRequestedError when the person has had enough.
     """
@@ -93,7 +125,7 @@ def set_up(context: RunContext, evaluator: StepScorer | None) -> Training:
     report.trackers.start(config)
     samples = ValidationSamples.of(config, context.run_dir, plan.steps_an_epoch)
     prompts = [*samples.prompts, *(evaluator.prompts if evaluator and is_scored(config) else ())]
-    inputs = prepare(context, photos, plan.total_steps * plan.photos_a_step, prompts, checkpoint is None)
+    inputs = prepare(context, photos, plan.total_steps * plan.photos_a_step, prompts, checkpoint is None, load)
     if too_slow_for_samples(config, inputs.pipeline, context.accelerator.device):
         samples.leave_out()
         logger.warning(NO_SAMPLES)
@@ -110,7 +142,7 @@ def set_up(context: RunContext, evaluator: StepScorer | None) -> Training:
     return Training(context, plan.total_steps, train_step, samples, sampler, publisher, evaluator, checkpoint)
 
 
-def fit(run: Training) -> TrainResult:
+def fit(run: Training) -> Steps:
     """The loop, as a checklist."""
     run.recall_scores()
     run.sample_if_due()
@@ -118,7 +150,7 @@ def fit(run: Training) -> TrainResult:
         if run.stop_requested():
             run.require_a_step()
             return run.finish(interrupted=True)
-        losses = run.accumulate_gradients()
+        losses = yield run
         run.check_finite(losses)
         if not run.update_adapter(losses):
             continue

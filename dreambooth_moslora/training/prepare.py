@@ -4,6 +4,7 @@ photos -> base -> class images -> latents and text embeddings -> encoders leave 
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,7 +41,7 @@ from dreambooth_moslora.training.planning.step_plan import uses_class_images
 from dreambooth_moslora.training.reporter import free_unused_memory
 from dreambooth_moslora.training.run_context import RunContext
 
-__all__ = ["TrainInputs", "prepare", "too_slow_for_samples", "usable_photos"]
+__all__ = ["LoadBase", "TrainInputs", "load_base", "prepare", "too_slow_for_samples", "usable_photos"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,9 @@ FP32_ON_A_GPU = (
     "The base trains in fp32, which takes twice the memory and several times the time: give --mixed_precision bf16 "
     "(fp16 on a GPU older than Ampere)."
 )
+
+
+LoadBase = Callable[[TrainConfig, torch.dtype, torch.device], StableDiffusionXLPipeline]
 
 
 @dataclass
@@ -80,17 +84,22 @@ class TrainInputs:
 
 
 def prepare(
-    context: RunContext, photos: list[Photo], sample_count: int, prompts: list[str], is_fresh: bool = True
+    context: RunContext,
+    photos: list[Photo],
+    sample_count: int,
+    prompts: list[str],
+    is_fresh: bool = True,
+    load: LoadBase | None = None,
 ) -> TrainInputs:
     """Load, generate, encode what the run's first `sample_count` samples show.
 
     `prompts` are those to be drawn later: they are embedded while the encoders are here. A run that is not `is_fresh`
-    has its own adapter to go on from.
+    has its own adapter to go on from. `load` gives the base; `load_base` by default.
     """
     config, device = context.config, context.accelerator.device
     context.report.phase("loading")
     dtype = DTYPES[context.accelerator.mixed_precision]
-    pipeline = load_base(config, dtype, device)
+    pipeline = (load or load_base)(config, dtype, device)
     if context.accelerator.is_main_process:
         warn_of_fp32(pipeline, device)
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,9 +43,9 @@ from dreambooth_moslora.training.averages import Average, MovingAverage, Schedul
 from dreambooth_moslora.training.checkpoint import load_adapter, restore_optimizer, restore_weights
 from dreambooth_moslora.training.compiled_blocks import CompiledBlocks
 from dreambooth_moslora.training.inputs.dataset import TrainBatch, move_together
+from dreambooth_moslora.training.micro_batch import MicroBatch, UNetRows
 from dreambooth_moslora.training.objective import (
     LossParts,
-    NoisySample,
     add_noise,
     debiased_weights,
     loss,
@@ -62,7 +62,7 @@ from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha
 from dreambooth_moslora.training.planning.speed import Speed, speed_of
 from dreambooth_moslora.training.prepare import TrainInputs
 
-__all__ = ["TrainStep", "StepLosses", "add_adapters"]
+__all__ = ["StepLosses", "TrainStep", "add_adapters", "numbers_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -126,18 +126,25 @@ class TrainStep:
         return self._accumulate()
 
     def _accumulate(self) -> StepLosses:
-        self.train_mode()
-        self.optimizer.zero_grad(set_to_none=True)
-        count, world = self.config.gradient_accumulation_steps, self.accelerator.num_processes
-        found = []
+        self.begin()
+        count, found = self.config.gradient_accumulation_steps, []
         with self.copies.for_one_step() as copies:
             for turn in range(count):
-                micro_batch = (self.step * count + turn) * world + self.accelerator.process_index
-                parts = self.micro_batch_loss(micro_batch)
+                parts = self.micro_batch_loss(self.number_of(turn))
                 self.accelerator.backward(parts.total / count)
                 copies.collect()
-                found.append(torch.stack([parts.total.detach(), parts.instance, prior_or_nan(parts)]))
-        return self._averaged(torch.stack(found).mean(0))
+                found.append(numbers_of(parts))
+        return self.mean_of(found)
+
+    def begin(self) -> None:
+        """A step with no gradients yet."""
+        self.train_mode()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def number_of(self, turn: int) -> int:
+        """Of this process's micro-batch of the step, counted over the run."""
+        count, world = self.config.gradient_accumulation_steps, self.accelerator.num_processes
+        return (self.step * count + turn) * world + self.accelerator.process_index
 
     def update_adapter(self) -> float:
         """Average gradients over processes, clip, step; returns the gradient's norm before clipping.
@@ -167,30 +174,36 @@ class TrainStep:
 
     def micro_batch_loss(self, micro_batch: int) -> LossParts:
         """The loss of micro-batch number `micro_batch` of the run."""
-        config, schedule = self.config, self.schedule
+        micro = self.micro_batch(micro_batch)
+        answer = self.base_prediction(self.prior_rows(micro)) if self.base_is_prior else None
+        return self.loss_of(micro, self.predict(micro.rows), answer)
+
+    def micro_batch(self, micro_batch: int) -> MicroBatch:
+        """Micro-batch number `micro_batch` of the run: all that the UNet and the loss read, on the device."""
         batch = self.batch_at(micro_batch)
-        torch.manual_seed(seed_of(config.seed, "micro", micro_batch, "dropout"))
+        torch.manual_seed(seed_of(self.config.seed, "micro", micro_batch, "dropout"))
         on_device = move_together(self.drawn_for(batch, micro_batch), self.accelerator.device)
-        latents, noise = on_device["latents"], on_device["noise"]
-        noisy = add_noise(schedule, latents, noise, on_device["index"])
-        target = loss_target(schedule, latents, noise, noisy.index)
-        if self._base_is_prior:
-            answer = self.base_prediction(batch, noisy, on_device)
-            target = torch.cat([target[: batch.instance_count], answer])
-        weights = snr_weights(schedule, noisy.index, batch.instance_count, config.snr_gamma)
+        noisy = add_noise(self.schedule, on_device["latents"], on_device["noise"], on_device["index"])
+        target = loss_target(self.schedule, on_device["latents"], on_device["noise"], noisy.index)
+        cond = self.text_cond(batch.prompts) if self.config.keeps_text_encoders else cond_of(on_device)
+        return MicroBatch(batch, UNetRows(noisy, cond, on_device["time_ids"]), target, on_device["mask"])
+
+    def loss_of(self, micro: MicroBatch, prediction: Tensor, answer: Tensor | None) -> LossParts:
+        """Of the UNet's `prediction` (B, 4, h, w); `answer` is the frozen base's to the prior half, where that is the
+        target."""
+        config, schedule, index, count = self.config, self.schedule, micro.rows.noisy.index, micro.batch.instance_count
+        target = micro.target if answer is None else torch.cat([micro.target[:count], answer])
+        weights = snr_weights(schedule, index, count, config.snr_gamma)
         if config.debiased_estimation_loss:
-            weights = debiased_weights(schedule, noisy.index)
-        error = pointwise_error(schedule, noisy.index, config.loss_type, config.huber_c, config.huber_schedule)
-        cond = self.text_cond(batch.prompts) if config.keeps_text_encoders else cond_of(on_device)
-        prediction = self.predict(noisy, cond, on_device["time_ids"])
-        mask = on_device["mask"]
-        return loss(prediction, target, weights, batch.instance_count, config.prior_loss_weight, mask, error)
+            weights = debiased_weights(schedule, index)
+        error = pointwise_error(schedule, index, config.loss_type, config.huber_c, config.huber_schedule)
+        return loss(prediction, target, weights, count, config.prior_loss_weight, micro.mask, error)
 
     def batch_at(self, micro_batch: int) -> TrainBatch:
         """Micro-batch number `micro_batch`, with its second half where the frozen base is the prior."""
         following = micro_batch + self.accelerator.num_processes
         batch = self.inputs.batch_at(micro_batch, self.config.train_batch_size, following)
-        if not self._base_is_prior:
+        if not self.base_is_prior:
             return batch
         size = self.config.train_batch_size
         shown = [self.inputs.instance.subject_at(micro_batch * size + place) for place in range(size)]
@@ -217,31 +230,33 @@ class TrainStep:
             drawn |= {"embeds": cond.embeds, "pooled": cond.pooled}
         return drawn
 
-    def predict(self, noisy: NoisySample, cond: TextCond, time_ids: Tensor) -> Tensor:
+    def predict(self, rows: UNetRows) -> Tensor:
         """The UNet's prediction (B, 4, h, w) in fp32.
 
         `time_ids` (B, 6) stay in fp32: in bf16 a size of 1365 would be one of 1368.
         """
         unet, to = self.inputs.pipeline.unet, {"device": self.accelerator.device, "dtype": self.inputs.dtype}
         output = unet(
-            noisy.unet_input.to(**to),
-            noisy.timesteps,
-            encoder_hidden_states=cond.embeds.to(**to),
-            added_cond_kwargs={"text_embeds": cond.pooled.to(**to), "time_ids": time_ids},
+            rows.noisy.unet_input.to(**to),
+            rows.noisy.timesteps,
+            encoder_hidden_states=rows.cond.embeds.to(**to),
+            added_cond_kwargs={"text_embeds": rows.cond.pooled.to(**to), "time_ids": rows.time_ids},
         ).sample
-        return prediction_of(self.schedule, output.float(), noisy)
+        return prediction_of(self.schedule, output.float(), rows.noisy)
+
+    def prior_rows(self, micro: MicroBatch) -> UNetRows:
+        """The prior half, with text of the encoders as they were before training."""
+        count = micro.batch.instance_count
+        rows = micro.rows.after(count)
+        if self.config.keeps_text_encoders:
+            return replace(rows, cond=self.inputs.prompt_embeds(micro.batch.prompts[count:]))
+        return rows
 
     @torch.no_grad()
-    def base_prediction(self, batch: TrainBatch, noisy: NoisySample, on_device: dict[str, Tensor | None]) -> Tensor:
+    def base_prediction(self, rows: UNetRows) -> Tensor:
         """What the frozen base predicts (B/2, 4, h, w) for the prior half: that half's target."""
-        half = slice(batch.instance_count, None)
-        if self.config.keeps_text_encoders:
-            cond = self.inputs.prompt_embeds(batch.prompts[half])  # of the encoders before training
-        else:
-            cond = TextCond(on_device["embeds"][half], on_device["pooled"][half])
-        prior = NoisySample(noisy.unet_input[half], noisy.latents[half], noisy.timesteps[half], noisy.index[half])
         with switched_off(self.lora_layers):
-            return self.predict(prior, cond, on_device["time_ids"][half])
+            return self.predict(rows)
 
     def text_cond(self, prompts: list[str]) -> TextCond:
         """Cached embeddings, or live ones with gradients when the text encoders or new tokens are trained."""
@@ -264,7 +279,7 @@ class TrainStep:
                 module.train(training)
 
     @property
-    def _base_is_prior(self) -> bool:
+    def base_is_prior(self) -> bool:
         return self.config.with_prior_preservation and self.config.prior == "adapter_off"
 
     def _average_gradients(self) -> None:
@@ -274,7 +289,9 @@ class TrainStep:
         mean = self.accelerator.reduce(parameters_to_vector(grads), "mean")
         vector_to_parameters(mean, grads)
 
-    def _averaged(self, values: Tensor) -> StepLosses:
+    def mean_of(self, found: list[Tensor]) -> StepLosses:
+        """Over the micro-batches of a step (`numbers_of` each), on all processes."""
+        values = torch.stack(found).mean(0)
         if self.accelerator.num_processes > 1:
             values = self.accelerator.reduce(values, "mean")
         total, instance, prior = values.tolist()
@@ -318,8 +335,10 @@ def prior_prompts(config: TrainConfig, classes: list[str], micro_batch: int) -> 
     return [draws.choice((of_class, draws.choice(config.prior_prompts or (of_class,)))) for of_class in classes]
 
 
-def prior_or_nan(parts: LossParts) -> Tensor:
-    return torch.full_like(parts.instance, math.nan) if parts.prior is None else parts.prior
+def numbers_of(parts: LossParts) -> Tensor:
+    """Total, instance and prior loss (3,), the last one NaN where there is none."""
+    prior = torch.full_like(parts.instance, math.nan) if parts.prior is None else parts.prior
+    return torch.stack([parts.total.detach(), parts.instance, prior])
 
 
 def add_adapters(config: TrainConfig, inputs: TrainInputs, checkpoint: Path | None) -> dict[str, nn.Module]:

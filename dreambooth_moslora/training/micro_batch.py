@@ -1,0 +1,51 @@
+"""A micro-batch on the device: what the UNet reads of it, row by row, and what the loss compares with."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dreambooth_moslora.base.load import TextCond
+from dreambooth_moslora.training.inputs.dataset import TrainBatch
+from dreambooth_moslora.training.objective import NoisySample
+
+__all__ = ["MicroBatch", "UNetRows"]
+
+
+@dataclass(frozen=True)
+class UNetRows:
+    """B images for the UNet: noisy latents, text, and sizes and crops `time_ids` (B, 6)."""
+
+    noisy: NoisySample
+    cond: TextCond
+    time_ids: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence["UNetRows"]) -> "UNetRows":
+        """The rows of one after those of the other."""
+        tensors = map(torch.cat, zip(*(part.tensors() for part in parts), strict=True))
+        return cls.of(*tensors)
+
+    def after(self, count: int) -> "UNetRows":
+        """Without the first `count`."""
+        return self.of(*(tensor[count:] for tensor in self.tensors()))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        noisy, cond = self.noisy, self.cond
+        return noisy.unet_input, noisy.latents, noisy.timesteps, noisy.index, cond.embeds, cond.pooled, self.time_ids
+
+    @classmethod
+    def of(cls, *tensors: Tensor) -> "UNetRows":
+        return cls(NoisySample(*tensors[:4]), TextCond(*tensors[4:6]), tensors[6])
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """`target` (B, 4, h, w) of all rows, but for the frozen base's answers where these are the prior's; `mask`
+    (B, 1, h, w) or None."""
+
+    batch: TrainBatch
+    rows: UNetRows
+    target: Tensor
+    mask: Tensor | None

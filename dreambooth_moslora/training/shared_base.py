@@ -1,0 +1,43 @@
+"""One base in memory for several runs: each gets a pipeline whose UNet has its own modules and the same weights."""
+
+import copy
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from dreambooth_moslora.adapters.joint_linear import lay_together
+from dreambooth_moslora.adapters.stacked_adapters import twin
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.training.prepare import LoadBase, load_base
+from dreambooth_moslora.training.train_step import target_paths
+
+__all__ = ["SharedBase"]
+
+
+class SharedBase:
+    """Stands for `prepare.load_base` of runs that name the same base, precision and layers.
+
+    The UNet is on the device from the beginning. The encoders and the VAE, which the runs need in turn, are lent.
+    """
+
+    def __init__(self, load: LoadBase = load_base):
+        self._load = load
+        self._pipeline: StableDiffusionXLPipeline | None = None
+
+    def __call__(self, config: TrainConfig, dtype: torch.dtype, device: torch.device) -> StableDiffusionXLPipeline:
+        """The pipeline of one run. Its adapter and what it takes out of the pipeline concern no other."""
+        if self._pipeline is None:
+            pipeline = self._load(config, dtype, device)
+            pipeline.unet.to(device)
+            if device.type != "cpu":
+                lay_together(pipeline.unet, target_paths(config, "unet", pipeline.unet))
+            self._pipeline = pipeline
+        own = copy.copy(self._pipeline)
+        own.register_modules(unet=twin(self._pipeline.unet), scheduler=copy.deepcopy(self._pipeline.scheduler))
+        return own
+
+    def rest(self) -> None:
+        """Take the encoders and the VAE off the device, until a run moves them there."""
+        if self._pipeline is not None:
+            for part in (self._pipeline.text_encoder, self._pipeline.text_encoder_2, self._pipeline.vae):
+                part.to("cpu")

@@ -1,0 +1,222 @@
+"""Several runs at once on one base in one process: each step, one micro-batch of each goes through the UNet together.
+
+Everything else is each run's own, and as if it were alone: seed, noise, photos, loss, optimizer, events, checkpoints,
+pictures and publication. So a run can be resumed alone or beside others. What is not the same to the last bit is
+rounding: a product of more rows sums in another order.
+
+    waiting -> begun (alone: base, class images, encoding) -> steps, together -> ended; the next takes the place
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dreambooth_moslora.adapters.stacked_adapters import StackedAdapters
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.events import Event
+from dreambooth_moslora.training.loop import Steps, TrainResult, advanced, training
+from dreambooth_moslora.training.micro_batch import MicroBatch, UNetRows
+from dreambooth_moslora.training.objective import LossParts
+from dreambooth_moslora.training.run import StepScorer, Training
+from dreambooth_moslora.training.shared_base import SharedBase
+from dreambooth_moslora.training.train_step import StepLosses, TrainStep, numbers_of
+
+__all__ = ["Member", "accumulate_together", "needs_to_be_alone", "shared_settings", "train_together"]
+
+ALIKE_GROUPS = ("base model", "adapter", "memory and speed")
+ALIKE = (
+    *("resolution", "with_prior_preservation", "prior", "train_batch_size", "gradient_accumulation_steps"),
+    "do_edm_style_training",
+)
+OWN = ("init_adapter", "mixer_lr_scale", "dataloader_num_workers")
+"""Of the groups of ALIKE_GROUPS, and yet each run's own."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run to be: its settings, whom it tells and asks, and what makes its evaluator when it begins."""
+
+    config: TrainConfig
+    on_event: Callable[[Event], None] | None = None
+    should_stop: Callable[[], bool] | None = None
+    make_evaluator: Callable[[TrainConfig], StepScorer | None] = lambda config: None
+
+
+@dataclass
+class Course:
+    """A member under way. `steps` goes on to its next step, where `run` waits."""
+
+    member: Member
+    steps: Steps
+    run: Training
+
+
+def needs_to_be_alone(config: TrainConfig) -> str | None:
+    """The flag for which no other run can share its steps, None where all can."""
+    reasons = {
+        "--train_text_encoder": config.train_text_encoder,
+        "--train_text_encoder_ti": config.train_text_encoder_ti,
+        "--use_dora": config.use_dora,
+        "--lora_dropout": config.lora_dropout > 0,
+        "--enable_bucket": config.enable_bucket,
+        "--caching off": config.caching == "off",
+        "--base_quantization int8": config.base_quantization == "int8",
+        "--compile on": config.compile == "on",
+    }
+    return next((flag for flag, is_given in reasons.items() if is_given), None)
+
+
+def shared_settings(config: TrainConfig) -> tuple[object, ...]:
+    """The settings in which runs must be alike to share their steps."""
+    found = [f.name for f in fields(config) if f.metadata["group"] in ALIKE_GROUPS and f.name not in OWN]
+    return tuple(getattr(config, name) for name in (*found, *ALIKE))
+
+
+def train_together(
+    members: Iterable[Member],
+    most: int,
+    on_end: Callable[[Member, TrainResult | Exception], None],
+) -> None:
+    """Train all of `members`, at most so many at once. As one ends, well or by its own error, the next begins.
+
+    They have the same `shared_settings` and none `needs_to_be_alone`. `on_end` hears of each.
+    """
+    base, waiting, under_way = SharedBase(), iter(members), []
+    stack = Stack()
+    try:
+        while True:
+            while len(under_way) < most and (member := next(waiting, None)) is not None:
+                begin(member, base, under_way, on_end)
+            if not under_way:
+                return
+            under_way = advance(under_way, stack, on_end)
+    finally:
+        for course in under_way:
+            course.steps.close()
+
+
+def begin(member: Member, base: SharedBase, under_way: list[Course], on_end: Callable) -> None:
+    """All that comes before its first step, alone."""
+    config = replace(member.config, compile="off")  # a graph would be of one number of runs
+    try:
+        evaluator = member.make_evaluator(config)
+        steps = training(config, member.on_event, member.should_stop, evaluator, base)
+        under_way.append(Course(member, steps, next(steps)))
+    except StopIteration as end:
+        on_end(member, end.value)
+    except Exception as error:
+        on_end(member, error)
+    base.rest()
+
+
+def advance(under_way: list[Course], stack: "Stack", on_end: Callable) -> list[Course]:
+    """One step of each; those that go on."""
+    outcomes = losses_of([course.run for course in under_way], stack)
+    going = []
+    for course, outcome in zip(under_way, outcomes, strict=True):
+        try:
+            course.run = advanced(course.steps, outcome)
+            going.append(course)
+        except StopIteration as end:
+            on_end(course.member, end.value)
+        except Exception as error:
+            on_end(course.member, error)
+    return going
+
+
+def losses_of(runs: Sequence[Training], stack: "Stack") -> list[Callable[[], StepLosses]]:
+    """For each run what gives its losses or raises. An error in drawing a micro-batch is the run's own, one in the
+    common passes is that of all."""
+    outcomes: dict[int, Callable[[], StepLosses]] = {}
+    drawn: list[tuple[Training, list[MicroBatch]]] = []
+    for run in runs if len(runs) > 1 else ():
+        try:
+            drawn.append((run, draw(run)))
+        except Exception as error:
+            outcomes[id(run)] = raising(error)
+    ready = [run for run, _ in drawn]
+    if len(ready) > 1:
+        try:
+            found = accumulate_together(
+                [run.train_step for run in ready], [micros for _, micros in drawn], stack.of(ready)
+            )
+            outcomes |= {id(run): partial(given, losses) for run, losses in zip(ready, found, strict=True)}
+        except Exception as error:
+            outcomes |= dict.fromkeys(map(id, ready), raising(error))
+    else:
+        stack.forget()
+    return [outcomes.get(id(run), run.accumulate_gradients) for run in runs]
+
+
+def draw(run: Training) -> list[MicroBatch]:
+    """The micro-batches of the run's next step."""
+    run.stopwatch.restart()
+    step = run.train_step
+    step.begin()
+    return [step.micro_batch(step.number_of(turn)) for turn in range(step.config.gradient_accumulation_steps)]
+
+
+def given(losses: StepLosses) -> StepLosses:
+    return losses
+
+
+def raising(error: Exception) -> Callable[[], StepLosses]:
+    def fail() -> StepLosses:
+        raise error
+
+    return fail
+
+
+class Stack:
+    """The adapters of the runs that are under way, found anew when these change."""
+
+    def __init__(self):
+        self._runs: list[Training] = []
+        self._adapters: StackedAdapters | None = None
+
+    def of(self, runs: Sequence[Training]) -> StackedAdapters:
+        if self._adapters is None or self._runs != list(runs):
+            self._runs = list(runs)
+            self._adapters = StackedAdapters([run.train_step.components["unet"] for run in runs])
+        return self._adapters
+
+    def forget(self) -> None:
+        """Keep no run that may have ended in memory."""
+        self._runs, self._adapters = [], None
+
+
+def accumulate_together(
+    steps: Sequence[TrainStep], drawn: Sequence[Sequence[MicroBatch]], adapters: StackedAdapters
+) -> list[StepLosses]:
+    """The gradients of each one's next step, from the micro-batches `drawn` for each: as many for all."""
+    turns, found = list(zip(*drawn, strict=True)), []
+    with adapters.for_one_step() as copies:
+        for micros in turns:
+            parts = losses_together(steps, micros)
+            pairs = zip(steps, parts, strict=True)
+            sum(scaled(step, part.total / len(turns)) for step, part in pairs).backward()
+            copies.collect()
+            found.append([numbers_of(part) for part in parts])
+    return [step.mean_of(list(numbers)) for step, numbers in zip(steps, zip(*found, strict=True), strict=True)]
+
+
+def losses_together(steps: Sequence[TrainStep], micros: Sequence[MicroBatch]) -> list[LossParts]:
+    """Each one's own loss, of its own rows."""
+    first, answers = steps[0], [None] * len(steps)
+    if first.base_is_prior:
+        answers = predictions(first.base_prediction, [s.prior_rows(m) for s, m in zip(steps, micros, strict=True)])
+    found = predictions(first.predict, [micro.rows for micro in micros])
+    return [step.loss_of(*own) for step, *own in zip(steps, micros, found, answers, strict=True)]
+
+
+def predictions(predict: Callable[[UNetRows], Tensor], parts: Sequence[UNetRows]) -> list[Tensor]:
+    return list(predict(UNetRows.joined(parts)).split([len(part.time_ids) for part in parts]))
+
+
+def scaled(step: TrainStep, loss: Tensor) -> Tensor:
+    """As fp16 wants it: each run has a scale of its own."""
+    scaler: torch.amp.GradScaler | None = step.accelerator.scaler
+    return loss if scaler is None else scaler.scale(loss)

@@ -1,0 +1,135 @@
+"""Runs that share their steps end with the adapters that each gets alone, to rounding; and each keeps to itself."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RunDir
+from dreambooth_moslora.training.loop import train
+from dreambooth_moslora.training.run import TrainResult
+from dreambooth_moslora.training.together import Member, needs_to_be_alone, shared_settings, train_together
+from dreambooth_moslora.training.train_step import TrainStep
+from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
+from tests.training.test_resume import stop_at
+
+RATE, STEPS = 1e-3, (2, 4, 3)
+"""The first ends early, and the third joins when it has."""
+HARD = {
+    "target_modules": ("to_q", "to_k", "conv1"),
+    "with_prior_preservation": True,
+    "prior": "adapter_off",
+    "gradient_accumulation_steps": 2,
+}
+
+
+def configs(base: Path, photos: Path, out: Path, **changes) -> list[TrainConfig]:
+    """Three runs that differ in photos, seed, length and optimizer."""
+    own = [{"max_train_steps": steps, "seed": number} for number, steps in enumerate(STEPS)]
+    own[1] |= {"lr_scheduler": "cosine", "lr_warmup_steps": 1, "random_flip": True}
+    own[2] |= {"snr_gamma": 5.0, "use_ema": True}
+    return [
+        tiny_config(
+            base,
+            paint_photos(photos / str(number), number + 2),
+            out / str(number),
+            **{"learning_rate": RATE, **one, **changes},
+        )
+        for number, one in enumerate(own)
+    ]
+
+
+def together(runs: list[TrainConfig], most: int, *options: tuple) -> dict[str, TrainResult | Exception]:
+    """What each ended with, by its folder's name."""
+    ended = {}
+    members = [Member(config, *own) for config, own in zip(runs, options or [()] * len(runs), strict=True)]
+    train_together(members, most, lambda member, result: ended.update({Path(member.config.output_dir).name: result}))
+    return ended
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    first, second = load_file(one / PUBLISHED_NAME), load_file(other / PUBLISHED_NAME)
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def test_each_adapter_is_that_of_its_run_alone_to_rounding(tiny_base, tmp_path):
+    """Adam moves a number by up to the learning rate a step whatever its gradient's size: where the gradient is mostly
+    rounding, so is that step. So the bound is a part of the rate."""
+    alone = configs(tiny_base, tmp_path / "photos", tmp_path / "alone", **HARD)
+    for config in alone:
+        train(config)
+    shared = configs(tiny_base, tmp_path / "photos", tmp_path / "shared", **HARD)
+    ended = together(shared, most=2)
+    assert list(ended) == ["0", "2", "1"] or list(ended) == ["0", "1", "2"]
+    for config, other in zip(alone, shared, strict=True):
+        one, two = RunDir(config.output_dir), RunDir(other.output_dir)
+        assert ended[two.path.name].step == config.max_train_steps
+        assert largest_difference(one.path, two.path) < RATE / 20
+        losses = [[e["loss"] for e in run.read_metrics() if e["type"] == "step"] for run in (one, two)]
+        assert len(losses[0]) == config.max_train_steps and losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed_together_is_the_same_bytes_and_alone_to_rounding(tiny_base, tmp_path):
+    def pair(out: str, **changes) -> list[TrainConfig]:
+        return configs(tiny_base, tmp_path / "photos", tmp_path / out, max_train_steps=4, **changes)[:2]
+
+    together(pair("unbroken"), most=2)
+    for out in ("again", "apart"):
+        ended = together(pair(out), 2, *(stop_at(2)[::-1] for _ in range(2)))
+        assert [(result.interrupted, result.step) for result in ended.values()] == [(True, 2)] * 2
+    together(pair("again", resume_from_checkpoint="latest"), most=2)
+    for config in pair("apart", resume_from_checkpoint="latest"):
+        train(config)
+    for name in ("0", "1"):
+        assert adapter_sha256(tmp_path / "again" / name) == adapter_sha256(tmp_path / "unbroken" / name)
+        assert largest_difference(tmp_path / "apart" / name, tmp_path / "unbroken" / name) < RATE / 20
+
+
+@pytest.mark.slow
+def test_a_bad_run_ends_alone(tiny_base, tmp_path, monkeypatch):
+    """One without photos, one whose loss is not finite, one whose micro-batch cannot be had: the fourth goes on."""
+    runs = configs(tiny_base, tmp_path / "photos", tmp_path / "out", max_train_steps=3)
+    runs.append(replace(runs[0], output_dir=str(tmp_path / "out" / "3"), instance_data_dir=str(tmp_path / "none")))
+    loss_of, micro_batch = TrainStep.loss_of, TrainStep.micro_batch
+
+    def not_finite(self, *arguments):
+        parts = loss_of(self, *arguments)
+        return replace(parts, total=parts.total * torch.nan) if self.config.seed == 1 and self.step == 1 else parts
+
+    def gone(self, number):
+        if self.config.seed == 2 and self.step == 2:
+            raise UserError("its encoding cannot be read any more")
+        return micro_batch(self, number)
+
+    monkeypatch.setattr(TrainStep, "loss_of", not_finite)
+    monkeypatch.setattr(TrainStep, "micro_batch", gone)
+    ended = together(runs, most=4)
+    assert ended["0"].step == 3 and ended["0"].proof is not None
+    assert "no such folder" in str(ended["3"]) and "the loss is nan at step 2" in str(ended["1"])
+    assert "cannot be read any more" in str(ended["2"])
+    assert [e["state"] for e in RunDir(runs[2].output_dir).read_metrics() if e["type"] == "end"] == ["failed"]
+    monkeypatch.undo()
+    train(replace(runs[0], output_dir=str(tmp_path / "alone")))
+    assert largest_difference(tmp_path / "alone", tmp_path / "out" / "0") < RATE / 20
+
+
+def test_what_cannot_share_its_steps_is_named(tiny_base, tmp_path):
+    config = configs(tiny_base, tmp_path / "photos", tmp_path)[0]
+    assert needs_to_be_alone(config) is None
+    flags = {"train_text_encoder": True, "use_dora": True, "lora_dropout": 0.1, "enable_bucket": True, "caching": "off"}
+    for name, value in flags.items():
+        assert f"--{name}" in needs_to_be_alone(replace(config, **{name: value}))
+
+
+def test_runs_share_their_steps_where_what_the_unet_computes_has_one_shape(tiny_base, tmp_path):
+    config = configs(tiny_base, tmp_path / "photos", tmp_path)[0]
+    for name, value in {"rank": 8, "train_batch_size": 2, "resolution": 128, "mixer": "none"}.items():
+        assert shared_settings(replace(config, **{name: value})) != shared_settings(config)
+    own = {"seed": 5, "learning_rate": 1.0, "max_train_steps": 9, "optimizer": "Prodigy", "instance_prompt": "x"}
+    assert shared_settings(replace(config, **own)) == shared_settings(config)
