@@ -87,7 +87,7 @@ def connected(address: str | None) -> Iterator[None]:
         options |= {"address": address, "runtime_env": {"env_vars": import_environment()}}
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         where = "on this machine" if address is None else f"at --ray_address {address}"
         raise UserError(f"Ray cannot be reached {where}: {one_line(error)}.") from error
     try:

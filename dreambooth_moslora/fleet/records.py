@@ -17,8 +17,10 @@ from dreambooth_moslora.core.events import fits
 from dreambooth_moslora.core.run_folder import RunDir, atomic_write
 
 __all__ = [
+    "FLEET_NAME",
     "INDEX_NAME",
     "Record",
+    "STOP_NAME",
     "is_finished",
     "read_names",
     "read_record",

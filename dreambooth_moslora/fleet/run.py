@@ -23,7 +23,7 @@ from dreambooth_moslora.fleet.subjects import Subject, mark_of
 from dreambooth_moslora.fleet.worker import Job, train_subject
 from dreambooth_moslora.training.run_lock import locked
 
-__all__ = ["Ending", "begun", "missing", "run_fleet"]
+__all__ = ["Ending", "begun", "checked", "missing", "run_fleet"]
 
 NOT_SHARED = "{name} was trained elsewhere and is not here: --out must be a folder that all machines share"
 
@@ -73,10 +73,13 @@ def run_fleet(
     on_end: Callable[[Ending], None],
     should_stop: Callable[[], bool] = bool,
     train: Callable[[Job], Record] = train_subject,
+    check: Callable[[Path, Record | Lost], Record] | None = None,
+    url: str = "",
 ) -> None:
     """Train all of `todo` (of `missing`) on the cluster that is connected; each ends with an `Ending`.
 
-    The fleet has `begun` in `out`. `train` is what a worker does.
+    The fleet has `begun` in `out`. `train` is what a worker does, `check` makes what it answers true here
+    (`checked`). `url`: what `out` is a view of, if the run folders are behind a URL (`remote_output`).
     """
 
     def stop() -> bool:
@@ -87,13 +90,17 @@ def run_fleet(
     def again(task: Task, reason: str) -> None:
         on_end(Ending(task.key, Record("running", message=reason), is_again=True))
 
-    tasks = tasks_of(todo, out, machines, on_end)
+    tasks = tasks_of(todo, out, machines, on_end, url)
     for task, result in run_tasks(train, tasks, should_stop=stop, on_retry=again):
-        on_end(Ending(task.key, checked(out / task.key, result)))
+        on_end(Ending(task.key, (check or checked)(out / task.key, result)))
 
 
 def tasks_of(
-    todo: Sequence[tuple[Subject, str]], out: Path, machines: Machines, on_end: Callable[[Ending], None]
+    todo: Sequence[tuple[Subject, str]],
+    out: Path,
+    machines: Machines,
+    on_end: Callable[[Ending], None],
+    url: str = "",
 ) -> Iterator[Task]:
     """One by one, as there is room for them; a subject that cannot be trained ends here."""
     for subject, mark in todo:
@@ -107,7 +114,8 @@ def tasks_of(
             continue
         plan = plan_name(config, machines.gpu_gib)
         settings = {**subject.settings, **({"memory": plan} if plan else {})}
-        job = Job(str(out / subject.name), settings, mark, machines.cpus, needs.gpus, os.getcwd())
+        there = f"{url}/{subject.name}" if url else ""
+        job = Job(str(out / subject.name), settings, mark, machines.cpus, needs.gpus, os.getcwd(), there)
         yield Task(subject.name, (job,), needs)
 
 

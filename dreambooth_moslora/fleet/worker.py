@@ -21,7 +21,7 @@ from dreambooth_moslora.core.training_process import log_tail, start_training, w
 from dreambooth_moslora.fleet.records import Record, is_finished, read_record, stop_path, write_record
 from dreambooth_moslora.training.run_lock import locked, take
 
-__all__ = ["Job", "train_subject"]
+__all__ = ["HOLD_NAME", "Job", "held", "train_subject"]
 
 DONE, MISTAKE, INTERRUPTED, ERROR = 0, 2, 130, "error: "
 POLL_SEC = 0.2
@@ -39,7 +39,8 @@ GUARDED = ("-P", "-m", "dreambooth_moslora.fleet.guarded")
 class Job:
     """What a worker needs: `settings` of the run, its `mark`, and its share of a machine.
 
-    `folder`: where the paths in the settings begin, if it is on that machine.
+    `folder`: where the paths in the settings begin, if it is on that machine. `url`: where the run folder is, if that
+    is behind a URL (`remote_output`); only the name of `run_dir` counts then.
     """
 
     run_dir: str
@@ -48,6 +49,7 @@ class Job:
     cpus: int = 1
     gpus: float = 0.0
     folder: str = ""
+    url: str = ""
 
 
 def train_subject(job: Job) -> Record:

@@ -2,8 +2,10 @@
 
 import argparse
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ from dreambooth_moslora.core.errors import UserError, spelled_out
 from dreambooth_moslora.fleet.subjects import REFUSED, read_subjects
 
 if TYPE_CHECKING:
+    from dreambooth_moslora.fleet.remote_output import RemoteFleet
     from dreambooth_moslora.fleet.run import Ending
 
 __all__ = ["HELP", "add_arguments", "add_cluster_flags", "run"]
@@ -25,14 +28,17 @@ EPILOG = """examples:
   fleet pets.csv --out /shared/pets --config assets/configs/sdxl_24gb.toml --ray_address auto
       a list with the columns folder, token, class, and any setting, on the cluster that this machine belongs to
   fleet status runs/pets"""
-REMOTE = ("s3://", "gs://", "hf://", "http://", "https://")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     about = "a folder of subject folders, or a .toml, .csv or .jsonl list; or: status DIR"
     parser.add_argument("words", metavar="SUBJECTS", nargs="+", help=about)
-    parser.add_argument("--out", metavar="DIR", help="a run folder for each subject; shared by all machines")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="a run folder for each subject: a folder shared by all machines, or a URL such as s3://BUCKET/PATH",
+    )
     add_cluster_flags(parser)
     add_training_flags(parser, hidden=REFUSED)
 
@@ -56,7 +62,7 @@ def check_shares(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.words[0] == "status" and len(args.words) == 2:
-        return show_status(Path(args.words[1]))
+        return show_status(args.words[1])
     if len(args.words) > 1:
         raise UserError(f"`{args.words[1]}` belongs to no flag: give one folder or list of subjects, or `status DIR`.")
     check_places(args.words[0], args.out)
@@ -68,46 +74,69 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("missing: --pretrained_model_name_or_path; give it as a flag or in a --config file.")
     from dreambooth_moslora.fleet.run import missing
 
-    out = Path(args.out).resolve()
-    subjects = read_subjects(Path(args.words[0]), shared, out)
-    todo = missing(out, subjects)
-    line = f"{len(subjects)} subjects: {len(subjects) - len(todo)} are done, {len(todo)} are to be trained"
-    print(line, file=sys.stderr)
-    if is_dry:
-        lines = [subject.name + (f": {subject.error}" if subject.error else "") for subject, _ in todo]
-        print(spelled_out("\n".join(lines)))
-        return 0
-    return train_all(subjects, todo, out, args)
+    with opened(args.out) as (out, remote):
+        subjects = read_subjects(Path(args.words[0]), shared, out)
+        if remote:
+            remote.fetch([subject.name for subject in subjects])
+        todo = missing(out, subjects)
+        line = f"{len(subjects)} subjects: {len(subjects) - len(todo)} are done, {len(todo)} are to be trained"
+        print(line, file=sys.stderr)
+        if is_dry:
+            lines = [subject.name + (f": {subject.error}" if subject.error else "") for subject, _ in todo]
+            print(spelled_out("\n".join(lines)))
+            return 0
+        return train_all(subjects, todo, out, args, remote)
 
 
 def check_places(source: str, out: str | None) -> None:
     if not out:
         raise UserError("missing: --out, the folder of all run folders.")
-    for flag, place in {"--out": out, "SUBJECTS": source}.items():
-        if place.startswith(REMOTE):
-            raise UserError(f"{flag} {place}: a fleet needs a folder; mount the bucket on all machines, and name that.")
+    if "://" in source:
+        raise UserError(
+            f"SUBJECTS {source}: photos are read from a folder; mount the bucket on all machines, and name that."
+        )
 
 
-def train_all(subjects: list, todo: list, out: Path, args: argparse.Namespace) -> int:
+@contextmanager
+def opened(place: str) -> "Iterator[tuple[Path, RemoteFleet | None]]":
+    """A fleet's folder. Of a URL, a view of what is there, and the fleet behind it. Raises UserError."""
+    from dreambooth_moslora.fleet.bucket import Bucket, is_url, local_path
+
+    place = local_path(place) or place
+    if not is_url(place):
+        yield Path(place).resolve(), None
+        return
+    from dreambooth_moslora.fleet.remote_output import RemoteFleet
+
+    bucket = Bucket(place)
+    with tempfile.TemporaryDirectory(prefix="fleet-") as view:
+        yield Path(view).resolve(), RemoteFleet(bucket, Path(view).resolve())
+
+
+def train_all(
+    subjects: list, todo: list, out: Path, args: argparse.Namespace, remote: "RemoteFleet | None" = None
+) -> int:
     from dreambooth_moslora.fleet.cluster import connected, gpu_memory_gib, largest_node_gib
     from dreambooth_moslora.fleet.run import begun, run_fleet
     from dreambooth_moslora.fleet.sizing import Machines
 
     progress = FleetProgress(len(subjects), len(todo))
-    with begun(out, subjects):
+    with begun(out, subjects), remote.begun() if remote else nullcontext():
         if todo:
             with connected(args.ray_address), StopRequest() as stop:
                 machines = Machines(gpu_memory_gib(), largest_node_gib(), args.per_gpu, args.cpus)
-                run_fleet(todo, out, machines, progress, stop)
-        return close(out, progress)
+                run = remote.run if remote else run_fleet
+                run(todo, out, machines, progress, stop)
+        return close(out, progress, remote)
 
 
-def close(out: Path, progress: "FleetProgress") -> int:
+def close(out: Path, progress: "FleetProgress", remote: "RemoteFleet | None") -> int:
     """The index, and the exit code: 0 all done, 1 some failed, 130 stopped."""
     from dreambooth_moslora.fleet.index import write_index
     from dreambooth_moslora.fleet.status import rows_of
 
-    print(write_index(out, rows_of(out)))
+    index = write_index(out, rows_of(out))
+    print(remote.publish() if remote else index)
     if progress.failed:
         print(f"{progress.failed} subjects failed; run again to try them again", file=sys.stderr)
     if progress.left > progress.failed:
@@ -116,13 +145,17 @@ def close(out: Path, progress: "FleetProgress") -> int:
     return 1 if progress.failed else 0
 
 
-def show_status(out: Path) -> int:
+def show_status(place: str) -> int:
     from dreambooth_moslora.fleet.index import write_index
     from dreambooth_moslora.fleet.status import rows_of, status_lines
 
-    rows = rows_of(out)
-    print(spelled_out("\n".join(status_lines(rows))))
-    print(write_index(out, rows))
+    with opened(place) as (out, remote):
+        if remote:
+            remote.fetch_all()
+        rows = rows_of(out)
+        print(spelled_out("\n".join(status_lines(rows))))
+        index = write_index(out, rows)
+        print(remote.publish() if remote else index)
     return 0
 
 

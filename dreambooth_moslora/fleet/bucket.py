@@ -1,0 +1,106 @@
+"""Files behind a URL that fsspec knows (`s3://`, `gs://`, `memory://`, …): tried again, and one line where it fails."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from dreambooth_moslora.core.errors import UserError, one_line
+
+__all__ = ["Bucket", "at_once", "is_url", "local_path"]
+
+T = TypeVar("T")
+TRIES, FIRST_WAIT_SEC = 6, 0.5
+"""The waits double: a service that is away for a quarter of a minute is waited for."""
+AT_ONCE = 8
+EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}
+"""Of this program, and what each installs."""
+DENIED = "access denied ({}); look at the credentials, and at what they may do there"
+
+
+def is_url(place: str) -> bool:
+    return "://" in place
+
+
+def local_path(url: str) -> str | None:
+    """What a `file://` URL names; None for another."""
+    scheme, _, path = url.partition("://")
+    return path if scheme in ("file", "local") else None
+
+
+class Bucket:
+    """A folder behind `url`. All names are relative to it, with slashes.
+
+    Raises UserError where a library is missing; so does each method, for what still fails when tried again.
+    """
+
+    def __init__(self, url: str):
+        from fsspec.core import url_to_fs
+
+        self.url = url.rstrip("/")
+        scheme = self.url.partition("://")[0]
+        try:
+            self.files, root = url_to_fs(self.url)
+        except ImportError as error:
+            library = EXTRAS.get(scheme)
+            how = f"it is the extra `{scheme}`: pip install {library}" if library else one_line(error)
+            raise UserError(f"{url}: a library for {scheme}:// is missing; {how}.") from error
+        except Exception as error:  # of a file system of any maker
+            raise UserError(f"{url}: {one_line(error)}.") from error
+        self.root = root.rstrip("/")
+
+    def __truediv__(self, name: str) -> "Bucket":
+        return Bucket(f"{self.url}/{name}")
+
+    def read(self, name: str) -> bytes | None:
+        """None where no such file is."""
+        return self.tried(name, lambda path: self.files.cat_file(path), absent=None)
+
+    def exists(self, name: str) -> bool:
+        return self.tried(name, self.files.exists)
+
+    def write(self, name: str, content: bytes) -> None:
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(content)
+            file.flush()
+            self.upload(Path(file.name), name)
+
+    def upload(self, source: Path, name: str) -> None:
+        """Raises FileNotFoundError when `source` is gone meanwhile."""
+        self.tried(name, lambda path: self.files.put_file(str(source), path), source=source)
+
+    def download(self, name: str, target: Path) -> bool:
+        """Whether it was there."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return self.tried(name, lambda path: self.files.get_file(path, str(target)) or True, absent=False)
+
+    def remove(self, name: str) -> None:
+        self.tried(name, self.files.rm_file, absent=None)
+
+    def tried(self, name: str, action: Callable[[str], T], source: Path | None = None, **absent: T) -> T:
+        """What `action` returns of the whole path, or `absent` where there is no such file."""
+        for wait in range(TRIES):
+            try:
+                self.files.invalidate_cache()
+                return action(f"{self.root}/{name}")
+            except PermissionError as error:
+                raise UserError(f"{self.url}/{name}: {DENIED.format(one_line(error))}.") from error
+            except FileNotFoundError as error:
+                if source is not None and not source.exists():
+                    raise
+                if "absent" in absent:
+                    return absent["absent"]
+                raise UserError(f"{self.url}: not there: {one_line(error)}.") from error
+            except Exception as error:  # the network's and the service's, of any library
+                if wait == TRIES - 1:
+                    raise UserError(f"{self.url}/{name}: {one_line(error)}, {TRIES} times.") from error
+            time.sleep(FIRST_WAIT_SEC * 2**wait)
+        raise AssertionError
+
+
+def at_once(function: Callable[..., T], items: Iterable) -> list[T]:
+    """Of each item, in their order. Raises what the first to fail raises, after all have ended."""
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        return list(threads.map(function, items))

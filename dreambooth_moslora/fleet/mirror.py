@@ -1,0 +1,136 @@
+"""A run folder and its like in a bucket, made equal by one that writes at a time.
+
+URL/NAME/…               the files of a run folder, under their names
+URL/NAME/manifest.json   which of them belong together, by SHA-256, and who writes them: written last
+
+A file that the manifest does not name, or names with other bytes, is not taken: half of an upload is none. Who
+begins writes the manifest in his own name; one who finds another's there was taken for lost, and writes no more.
+"""
+
+import json
+import shutil
+import stat
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+
+from dreambooth_moslora.core.digests import file_digest
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.run_folder import RunDir, checkpoint_step
+from dreambooth_moslora.core.training_process import CONFIG_NAME, LOG_NAME
+from dreambooth_moslora.fleet.bucket import Bucket, at_once
+from dreambooth_moslora.fleet.records import FLEET_NAME
+from dreambooth_moslora.training.run_lock import LOCK_NAME
+
+__all__ = ["MANIFEST", "Manifest", "Mirror", "SupersededError", "read_manifest"]
+
+MANIFEST = "manifest.json"
+GROWING = {FLEET_NAME, CONFIG_NAME, LOG_NAME, "metrics.jsonl", "train.log"}
+"""Of one moment or of another: taken also when they are newer than the manifest."""
+
+
+class SupersededError(UserError):
+    """Another machine writes this run folder now."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`writer`: of all files; `files`: SHA-256 of each, in hex."""
+
+    writer: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_manifest(bucket: Bucket) -> Manifest:
+    """Of a run folder; an empty one where there is none, or none that can be read. Raises UserError of the bucket."""
+    try:
+        manifest = Manifest(**json.loads(bucket.read(MANIFEST) or b"{}"))
+        if isinstance(manifest.writer, str) and all(map(is_plain, manifest.files, manifest.files.values())):
+            return manifest
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        pass
+    return Manifest()
+
+
+def is_plain(name: str, digest: object) -> bool:
+    """Whether a name stays within the folder: a bucket may be written by others."""
+    path = PurePosixPath(name)
+    return isinstance(digest, str) and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+class Mirror:
+    """`folder` of this machine and `bucket`, the same run folder. One process uses it, one call at a time."""
+
+    def __init__(self, bucket: Bucket, folder: Path):
+        self.bucket, self.folder, self.writer = bucket, folder, uuid.uuid4().hex
+        self.there: Mapping[str, str] = {}
+        self.digests: dict[str, tuple[tuple, str]] = {}
+
+    def pull(self) -> None:
+        """The folder becomes what is whole in the bucket: a checkpoint with a bad file is left out."""
+        manifest = read_manifest(self.bucket)
+        names = list(manifest.files)
+        is_good = dict(zip(names, at_once(lambda name: self.fetch(name, manifest.files[name]), names)))
+        self.there = {name: manifest.files[name] if good else "" for name, good in is_good.items()}
+        for name in (name for name, good in is_good.items() if not good):
+            top = self.folder / PurePosixPath(name).parts[0]
+            if checkpoint_step(top) is not None or top == RunDir(self.folder).last_dir:
+                shutil.rmtree(top, ignore_errors=True)
+            elif name not in GROWING:
+                (self.folder / name).unlink(missing_ok=True)
+
+    def fetch(self, name: str, digest: str) -> bool:
+        """Whether it has come with these bytes."""
+        target = self.folder / name
+        return self.bucket.download(name, target) and file_digest(target) == digest
+
+    def claim(self) -> None:
+        """From now on this process writes, and nobody who did before."""
+        self.there = self.there or read_manifest(self.bucket).files
+        self.write_manifest({name: digest for name, digest in self.there.items() if digest})
+
+    def push(self) -> None:
+        """The bucket becomes what the folder is now. Raises SupersededError, and UserError of the bucket."""
+        if read_manifest(self.bucket).writer != self.writer:
+            raise SupersededError(f"{self.bucket.url}: another machine goes on with it.")
+        digests = self.local_digests()
+        changed = [name for name, digest in digests.items() if digest != self.there.get(name)]
+        at_once(self.send, [name for name in changed if name != FLEET_NAME])
+        if FLEET_NAME in changed:  # "done" is not there before the adapter is
+            self.send(FLEET_NAME)
+        files = {name: digest for name, digest in digests.items() if name in GROWING or self.digest(name) == digest}
+        gone = [name for name in self.there if name not in digests]
+        self.write_manifest(files)
+        self.there = files
+        at_once(self.bucket.remove, gone)
+
+    def send(self, name: str) -> None:
+        with suppress(FileNotFoundError):  # a checkpoint that was removed meanwhile: the next push tells it
+            self.bucket.upload(self.folder / name, name)
+
+    def local_digests(self) -> dict[str, str]:
+        """Of all files that stay; temporaries and locks do not."""
+        found = {}
+        for path in sorted(self.folder.rglob("*")):
+            name = path.relative_to(self.folder)
+            if name.parts[-1] != LOCK_NAME and not any(part.startswith(".") for part in name.parts):
+                found[name.as_posix()] = self.digest(name.as_posix())
+        return {name: digest for name, digest in found.items() if digest is not None}
+
+    def digest(self, name: str) -> str | None:
+        """Of the file's bytes, which are read again when it has changed; None when there is no such file."""
+        path = self.folder / name
+        try:
+            info = path.lstat()
+            stamp = (info.st_size, info.st_mtime_ns, info.st_ino)
+            known = self.digests.get(name)
+            if stat.S_ISREG(info.st_mode) and (known is None or known[0] != stamp):
+                known = self.digests[name] = (stamp, file_digest(path))
+        except OSError:
+            return None
+        return known[1] if known and stat.S_ISREG(info.st_mode) else None
+
+    def write_manifest(self, files: Mapping[str, str]) -> None:
+        self.bucket.write(MANIFEST, json.dumps(asdict(Manifest(self.writer, files)), indent=1).encode())

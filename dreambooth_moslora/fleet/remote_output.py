@@ -1,0 +1,232 @@
+"""A fleet whose `--out` is a URL: each worker trains in a folder of its machine, which is mirrored in the bucket.
+
+The driver has a folder, too, with what it needs of each run (`VIEWED`): a fleet's code works on folders alone.
+"""
+
+import os
+import shutil
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dreambooth_moslora.core.digests import content_key
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RunDir
+from dreambooth_moslora.core.training_process import CONFIG_NAME
+from dreambooth_moslora.fleet.bucket import Bucket, at_once
+from dreambooth_moslora.fleet.cluster import Lost
+from dreambooth_moslora.fleet.mirror import Mirror, SupersededError, read_manifest
+from dreambooth_moslora.fleet.records import (
+    FLEET_NAME,
+    INDEX_NAME,
+    STOP_NAME,
+    Record,
+    read_names,
+    read_record,
+    stop_path,
+    write_record,
+)
+from dreambooth_moslora.fleet.run import Ending, checked, run_fleet
+from dreambooth_moslora.fleet.sizing import Machines
+from dreambooth_moslora.fleet.subjects import Subject
+from dreambooth_moslora.fleet.worker import HOLD_NAME, Job, held, train_subject
+
+__all__ = ["RemoteFleet", "mirrored", "train_in_bucket"]
+
+VIEWED = (FLEET_NAME, CONFIG_NAME, "metrics.jsonl", "contact_sheet.png")
+POLL_SEC, LOOK_SEC, LEAST_OFTEN_SEC = 0.5, 5.0, 60.0
+"""How often a worker looks for a new checkpoint, asks whether the fleet stops, and tells how far it is."""
+UNSENT = ".unsent"
+"""In a folder whose last files the bucket did not take: the writer whose manifest they belong behind."""
+
+
+def train_in_bucket(job: Job, train: Callable[[Job], Record] = train_subject) -> Record:
+    """Train the subject of `job.url` in a folder of this machine; at the end, its files are in the bucket."""
+    try:
+        with mirrored(job) as here:
+            record = train(here)
+    except UserError as error:
+        return Record("failed", job.mark, str(error))
+    return record
+
+
+@contextmanager
+def mirrored(job: Job) -> Iterator[Job]:
+    """The same job in a folder of this machine. It begins as what is whole in the bucket, which gets what it becomes.
+
+    Raises UserError when the bucket cannot be read, or does not take the end; the folder then stays for the next try.
+    """
+    home = scratch_home(job.url)
+    folder = home / Path(job.run_dir).name
+    folder.mkdir(parents=True, exist_ok=True)
+    (home / STOP_NAME).unlink(missing_ok=True)
+    mirror = Mirror(Bucket(job.url), folder)
+    with held(folder):  # until the training of a lost worker has let go
+        begin(mirror, job.mark)
+    done = threading.Event()
+    keeper = threading.Thread(target=keep, args=(mirror, Bucket(job.url.rpartition("/")[0]), done), daemon=True)
+    keeper.start()
+    try:
+        yield replace(job, run_dir=str(folder), settings={**job.settings, "output_dir": str(folder)})
+    finally:
+        done.set()
+        keeper.join()
+    finish(mirror)
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def scratch_home(url: str) -> Path:
+    """A folder of this person alone. Raises UserError where another has made it."""
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    home = Path(tempfile.gettempdir()) / f"dreambooth_moslora-{user}"
+    home.mkdir(mode=0o700, exist_ok=True)
+    info = home.lstat()
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != user:
+        raise UserError(f"{home} is another's; set TMPDIR to a folder of your own.")
+    return home / content_key(url=url)[:16]
+
+
+def begin(mirror: Mirror, mark: str) -> None:
+    """The bucket's files, or those here that it did not take at the last try, if nobody went on since then."""
+    unsent = mirror.folder / UNSENT
+    record = read_record(mirror.folder)
+    is_ours = record is not None and record.mark == mark and unsent.is_file()
+    if not is_ours or unsent.read_text() != read_manifest(mirror.bucket).writer:
+        for path in mirror.folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != HOLD_NAME:
+                path.unlink()
+        mirror.pull()
+    unsent.unlink(missing_ok=True)
+    mirror.claim()
+
+
+def finish(mirror: Mirror) -> None:
+    try:
+        mirror.push()
+    except SupersededError:
+        raise
+    except UserError as error:
+        (mirror.folder / UNSENT).write_text(mirror.writer)
+        raise UserError(
+            f"{error} The run is whole in {mirror.folder}; the same command sends it from there."
+        ) from error
+
+
+def keep(mirror: Mirror, fleet: Bucket, done: threading.Event) -> None:
+    """Until `done`: send each new checkpoint, and hand a wish to stop on. What fails is tried again later."""
+    sent: tuple = ()
+    sent_at = looked_at = float("-inf")
+    while not done.wait(POLL_SEC):
+        now = time.monotonic()
+        try:
+            checkpoints = tuple((path.name, path.stat().st_mtime_ns) for path in RunDir(mirror.folder).checkpoints())
+            if checkpoints != sent or now - sent_at > LEAST_OFTEN_SEC:
+                push_or_stop(mirror)
+                sent, sent_at = checkpoints, now
+            if now - looked_at > LOOK_SEC:
+                looked_at = now
+                if fleet.exists(STOP_NAME):
+                    stop_here(mirror)
+        except (UserError, OSError):
+            done.wait(LOOK_SEC)
+
+
+def push_or_stop(mirror: Mirror) -> None:
+    try:
+        mirror.push()
+    except SupersededError:
+        stop_here(mirror)
+
+
+def stop_here(mirror: Mirror) -> None:
+    """Ask the training to end with a checkpoint: the folder above is of this run alone."""
+    (mirror.folder.parent / STOP_NAME).touch()
+
+
+@dataclass(frozen=True)
+class RemoteFleet:
+    """The driver's side: `view` is a folder of this machine that looks like the fleet behind `bucket`."""
+
+    bucket: Bucket
+    view: Path
+
+    def fetch(self, names: Sequence[str]) -> None:
+        """What is there of these subjects now. Large files are there by their name alone."""
+        at_once(self.fetch_one, names)
+
+    def fetch_one(self, name: str) -> None:
+        bucket, folder = self.bucket / name, self.view / name
+        folder.mkdir(parents=True, exist_ok=True)
+        files = read_manifest(bucket).files
+        for viewed in VIEWED:
+            if viewed == FLEET_NAME or viewed in files:
+                bucket.download(viewed, folder / viewed)
+        if PUBLISHED_NAME in files:
+            (folder / PUBLISHED_NAME).touch()
+
+    def fetch_all(self) -> None:
+        """Raises UserError where no fleet is."""
+        self.bucket.download(FLEET_NAME, self.view / FLEET_NAME)
+        try:
+            names = read_names(self.view)
+        except UserError as error:
+            raise UserError(str(error).replace(str(self.view), self.bucket.url)) from error
+        self.fetch(names)
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """What `run.begun` has written is in the bucket, too, for the length of the block."""
+        self.bucket.write(FLEET_NAME, (self.view / FLEET_NAME).read_bytes())
+        self.bucket.remove(STOP_NAME)
+        try:
+            yield
+        finally:
+            self.bucket.remove(STOP_NAME)
+
+    def check(self, run_dir: Path, result: Record | Lost) -> Record:
+        """As `run.checked`, of what is in the bucket; where it cannot be read, what the worker says is believed."""
+        with suppress(UserError):
+            self.fetch([run_dir.name])
+            result = checked(run_dir, result)
+        record = Record("failed", message=result.reason) if isinstance(result, Lost) else result
+        if record != read_record(run_dir):
+            write_record(run_dir, record)
+        return record
+
+    def run(
+        self,
+        todo: Sequence[tuple[Subject, str]],
+        view: Path,
+        machines: Machines,
+        on_end: Callable[[Ending], None],
+        should_stop: Callable[[], bool] = bool,
+    ) -> None:
+        """As `run.run_fleet`, whose workers leave all in the bucket. A failure that no worker lived to write, and a
+        wish to stop, are written there, too."""
+
+        def note(ending: Ending) -> None:
+            if ending.record.state == "failed":
+                record = (view / ending.name / FLEET_NAME).read_bytes()
+                with suppress(UserError):
+                    (self.bucket / ending.name).write(FLEET_NAME, record)
+            on_end(ending)
+
+        def stop() -> bool:
+            if should_stop() and not stop_path(view).exists():
+                self.bucket.write(STOP_NAME, b"\n")
+                stop_path(view).touch()
+            return stop_path(view).exists()
+
+        run_fleet(todo, view, machines, note, stop, train_in_bucket, self.check, self.bucket.url)
+
+    def publish(self) -> str:
+        """The index in the bucket; returns its URL."""
+        self.bucket.write(INDEX_NAME, (self.view / INDEX_NAME).read_bytes())
+        return f"{self.bucket.url}/{INDEX_NAME}"

@@ -1,0 +1,266 @@
+"""Run folders behind a URL: whole or not taken, tried again, and nothing lost when the bucket is away."""
+
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.fleet import bucket as bucket_module
+from dreambooth_moslora.fleet import remote_output
+from dreambooth_moslora.fleet.bucket import TRIES, Bucket
+from dreambooth_moslora.fleet.mirror import Mirror, SupersededError, read_manifest
+from dreambooth_moslora.fleet.records import Record, is_finished, read_record, write_names, write_record
+from dreambooth_moslora.fleet.remote_output import RemoteFleet, train_in_bucket
+from dreambooth_moslora.fleet.worker import Job
+from tests.fleet.test_status import START, STEP, subject
+from tests.helpers.flaky_bucket import FlakyBucket
+
+FLEET = "flaky://bucket/fleet"
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path, monkeypatch):
+    FlakyBucket.forget()
+    monkeypatch.setattr(bucket_module, "FIRST_WAIT_SEC", 0.001)
+    monkeypatch.setattr(remote_output, "POLL_SEC", 0.02)
+    monkeypatch.setattr(remote_output, "LOOK_SEC", 0.05)
+    machine(tmp_path / "one", monkeypatch)
+    return FlakyBucket
+
+
+def machine(folder: Path, monkeypatch) -> None:
+    """From now on this process has the scratch folders of another machine."""
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+
+
+def mirror_in(folder: Path) -> Mirror:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Mirror(Bucket(f"{FLEET}/rex"), folder)
+
+
+def checkpoint(run: Path, step: int, text: str = "bytes") -> Path:
+    path = RunDir(run).checkpoint_path(step)
+    path.mkdir(parents=True)
+    for name in ("position.json", "optimizer.pt", "moslora_weights.safetensors"):
+        (path / name).write_text(f"{name} {step} {text}")
+    return path
+
+
+def steps_in(run: Path) -> list[str]:
+    return [path.name for path in RunDir(run).checkpoints()]
+
+
+def pushed(folder: Path, *steps: int) -> Mirror:
+    mirror = mirror_in(folder)
+    mirror.claim()
+    for step in steps:
+        checkpoint(folder, step)
+    (folder / "metrics.jsonl").write_text("1\n")
+    mirror.push()
+    return mirror
+
+
+def test_a_folder_comes_back_as_it_was_and_locks_and_temporaries_stay(tmp_path):
+    mirror = pushed(tmp_path / "a", 1, 2)
+    for name in ("run.lock", ".worker.lock", ".checkpoint-3.17-ab.new"):
+        (mirror.folder / name).write_text("x")
+    mirror.push()
+    other = mirror_in(tmp_path / "b")
+    other.pull()
+    names = sorted(str(path.relative_to(other.folder)) for path in other.folder.rglob("*") if path.is_file())
+    assert (
+        len(names) == 7 and names[-1] == "metrics.jsonl" and steps_in(other.folder) == ["checkpoint-1", "checkpoint-2"]
+    )
+    assert all((other.folder / name).read_bytes() == (mirror.folder / name).read_bytes() for name in names)
+
+
+def test_what_is_equal_is_not_sent_again_and_what_is_gone_here_goes_there(tmp_path, store):
+    mirror = pushed(tmp_path / "a", 1, 2)
+    RunDir(mirror.folder).rotate(1)
+    store.sent.clear()
+    mirror.push()
+    assert [path.rpartition("/")[2] for path in store.sent] == ["manifest.json"]
+    assert not any("checkpoint-1" in path for path in store.store) and any(
+        "checkpoint-2" in path for path in store.store
+    )
+
+
+def test_half_of_an_upload_is_not_taken_and_the_next_push_completes_it(tmp_path, store):
+    mirror = pushed(tmp_path / "a", 1)
+
+    def fail(path: str) -> None:
+        if path.endswith("checkpoint-2/optimizer.pt"):
+            raise ConnectionError("reset by peer")
+
+    store.fault = staticmethod(fail)
+    checkpoint(mirror.folder, 2)
+    (mirror.folder / "metrics.jsonl").write_text("1\n2\n")
+    with pytest.raises(UserError, match=rf"optimizer.pt: reset by peer, {TRIES} times"):
+        mirror.push()
+    assert any("checkpoint-2/position.json" in path for path in store.store)
+    other = mirror_in(tmp_path / "b")
+    other.pull()
+    assert steps_in(other.folder) == ["checkpoint-1"] and (other.folder / "metrics.jsonl").read_text() == "1\n2\n"
+    store.fault = staticmethod(lambda path: None)
+    mirror.push()
+    third = mirror_in(tmp_path / "c")
+    third.pull()
+    assert steps_in(third.folder) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_checkpoint_with_a_flipped_byte_is_left_out_whole_and_mended(tmp_path, store):
+    pushed(tmp_path / "a", 1, 2)
+    Bucket(f"{FLEET}/rex").write("checkpoint-2/optimizer.pt", b"optimizer.pt 2 bytez")
+    other = mirror_in(tmp_path / "b")
+    other.pull()
+    assert steps_in(other.folder) == ["checkpoint-1"] and not (other.folder / "checkpoint-2").exists()
+    other.claim()
+    checkpoint(other.folder, 2)
+    other.push()
+    third = mirror_in(tmp_path / "c")
+    third.pull()
+    assert steps_in(third.folder) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_what_fails_for_a_moment_is_tried_again(tmp_path, store):
+    tries: Counter = Counter()
+
+    def fail_twice(path: str) -> None:
+        tries[path] += 1
+        if tries[path] < 3:
+            raise TimeoutError("slow down")
+
+    store.fault = staticmethod(fail_twice)
+    mirror = pushed(tmp_path / "a", 1)
+    assert "checkpoint-1/optimizer.pt" in read_manifest(mirror.bucket).files
+
+
+def test_one_who_was_taken_for_lost_writes_no_more(tmp_path, store):
+    lost = pushed(tmp_path / "a", 1)
+    other = mirror_in(tmp_path / "b")
+    other.pull()
+    other.claim()
+    checkpoint(lost.folder, 2)
+    before = dict(store.store)
+    with pytest.raises(SupersededError):
+        lost.push()
+    assert store.store == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"writer": 3}', '{"files": {"../../evil": "0"}}', '{"files": {"/evil": "0"}}', '{"files": {"a": 1}}'],
+)
+def test_a_manifest_of_somebody_else_names_no_file_outside(text, tmp_path):
+    bucket = Bucket(f"{FLEET}/rex")
+    bucket.write("manifest.json", text.encode())
+    assert not read_manifest(bucket).files
+
+
+def training(steps: range, goes_on: bool = False):
+    """What a worker does in its folder: a checkpoint a step, then the adapter; or it waits to be stopped."""
+
+    def train(job: Job) -> Record:
+        run = Path(job.run_dir)
+        assert job.settings["output_dir"] == str(run)
+        for step in steps:
+            checkpoint(run, step)
+            while f"checkpoint-{step}/position.json" not in read_manifest(Bucket(job.url)).files:
+                time.sleep(0.01)
+        while goes_on and not (run.parent / "fleet.stop").exists():
+            time.sleep(0.01)
+        if not goes_on:
+            (run / "pytorch_lora_weights.safetensors").write_text("adapter")
+        write_record(run, record := Record("interrupted" if goes_on else "done", job.mark))
+        return record
+
+    return train
+
+
+JOB = Job("/anywhere/rex", {}, "mark", url=f"{FLEET}/rex")
+
+
+def test_a_run_that_is_stopped_goes_on_elsewhere_and_leaves_nothing_on_the_machine(tmp_path, monkeypatch):
+    Bucket(FLEET).write("fleet.stop", b"\n")
+    assert train_in_bucket(JOB, training(range(1, 3), goes_on=True)).state == "interrupted"
+    Bucket(FLEET).remove("fleet.stop")
+    assert not list(tmp_path.glob("one/*/*"))
+    machine(tmp_path / "two", monkeypatch)
+    seen = []
+
+    def go_on(job: Job) -> Record:
+        seen.extend(steps_in(Path(job.run_dir)))
+        assert read_record(Path(job.run_dir)).state == "interrupted"
+        return training(range(3, 4))(job)
+
+    assert train_in_bucket(JOB, go_on).state == "done" and seen == ["checkpoint-1", "checkpoint-2"]
+    (tmp_path / "view").mkdir()
+    RemoteFleet(Bucket(FLEET), tmp_path / "view").fetch(["rex"])
+    assert is_finished(tmp_path / "view" / "rex", "mark") and not is_finished(tmp_path / "view" / "rex", "other")
+
+
+def test_what_the_bucket_did_not_take_at_the_end_is_sent_by_the_next_try(tmp_path, store):
+    def fail(path: str) -> None:
+        if path.endswith(".safetensors") and "checkpoint" not in path:
+            raise ConnectionError("no route to host")
+
+    store.fault = staticmethod(fail)
+    record = train_in_bucket(JOB, training(range(1, 2)))
+    assert record.state == "failed" and "no route to host" in record.message and "is whole in" in record.message
+    store.fault = staticmethod(lambda path: None)
+
+    def find(job: Job) -> Record:
+        assert is_finished(Path(job.run_dir), "mark")
+        return read_record(Path(job.run_dir))
+
+    assert train_in_bucket(JOB, find).state == "done"
+    assert "pytorch_lora_weights.safetensors" in read_manifest(Bucket(JOB.url)).files
+
+
+def test_status_reads_the_bucket_and_leaves_the_index_there(tmp_path, capsys, store):
+    out = tmp_path / "out"
+    out.mkdir()
+    run = subject(out, "rex", Record("failed", "m", message="no usable photo"), START, STEP)
+    mirror = mirror_in(run)
+    mirror.claim()
+    mirror.push()
+    write_names(out, ["rex", "tom"])
+    Bucket(FLEET).write("fleet.json", (out / "fleet.json").read_bytes())
+    assert main(["fleet", "status", FLEET]) == 0
+    shown = capsys.readouterr().out
+    assert "2 subjects: 1 failed, 1 waiting" in shown and "rex: failed, step 4 of 9: no usable photo" in shown
+    assert shown.endswith(f"{FLEET}/index.html\n") and b"no usable photo" in Bucket(FLEET).read("index.html")
+
+
+def denied(path: str) -> None:
+    raise PermissionError("Access Denied")
+
+
+@pytest.mark.parametrize(
+    ("place", "fault", "says"),
+    [
+        (FLEET, denied, "access denied (Access Denied); look at the credentials"),
+        (FLEET, print, "flaky://bucket/fleet holds no fleet"),
+        ("gs://bucket/fleet", print, "pip install gcsfs"),
+        ("nothing://bucket", print, "Protocol not known: nothing"),
+    ],
+)
+def test_a_mistake_is_one_line(place, fault, says, store, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    store.fault = staticmethod(fault)
+    assert main(["fleet", "status", place]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_a_file_url_is_a_folder(tmp_path, capsys):
+    write_names(tmp_path, ["rex"])
+    assert main(["fleet", "status", f"file://{tmp_path}"]) == 0
+    assert (tmp_path / "index.html").is_file()

@@ -1,0 +1,97 @@
+"""A fleet on Ray with a server that speaks S3: a worker and its training are killed, uploads fail, no byte differs."""
+
+import importlib.util
+import json
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.core.run_folder import PUBLISHED_NAME
+from dreambooth_moslora.fleet.bucket import Bucket
+from dreambooth_moslora.fleet.mirror import read_manifest
+from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
+
+NEEDED = ("ray", "s3fs", "moto", "flask", "flask_cors")
+MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")]
+GUARDED, STEPS = "dreambooth_moslora.fleet.guarded", 40
+TOLD = (
+    "pretrained_model_name_or_path",
+    "resolution",
+    "target_modules",
+    "train_batch_size",
+    "max_train_steps",
+    "learning_rate",
+    "num_validation_images",
+    "report_to",
+    "seed",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+)
+
+
+@pytest.fixture
+def s3(tmp_path, monkeypatch):
+    from tests.helpers.s3_server import s3_server
+
+    # Ray's sockets lie there: their paths are short.
+    with s3_server(every=7) as address, tempfile.TemporaryDirectory(prefix="s3-") as scratch:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        monkeypatch.setenv("TMPDIR", scratch)
+        monkeypatch.setattr(tempfile, "tempdir", scratch)
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        Bucket("s3://fleets").files.mkdir("fleets")
+        yield "s3://fleets/toys"
+
+
+def lose_the_machine(url: str, killed: list) -> None:
+    """When the bucket has a checkpoint of rex: its training and its worker are gone at once."""
+    while not (found := trainings_of("rex")):
+        time.sleep(0.1)
+    worker = psutil.Process(int(found[0].cmdline()[found[0].cmdline().index(GUARDED) + 1]))
+    while not any(name.startswith("checkpoint-") for name in read_manifest(Bucket(url)).files):
+        time.sleep(0.1)
+    for process in (found[0], worker):
+        process.kill()
+    killed.append(worker.pid)
+
+
+def trainings_of(name: str) -> list[psutil.Process]:
+    running = [(process, process.info["cmdline"] or [""]) for process in psutil.process_iter(["cmdline"])]
+    return [process for process, words in running if GUARDED in words and words[-1].endswith(f"{name}/job_config.json")]
+
+
+def test_a_fleet_in_a_bucket_that_loses_a_machine_ends_equal_to_trainings_without_it(s3, tiny_base, tmp_path, capsys):
+    from dreambooth_moslora.training.loop import train
+
+    photos, killed = tmp_path / "photos", []
+    paint_photos(photos / "rex", 2)
+    (photos / "void").mkdir()
+    often = {"checkpointing_steps": 1, "checkpoints_total_limit": 2}
+    config = tiny_config(tiny_base, photos / "rex", tmp_path, max_train_steps=STEPS, **often)
+    text = "".join(f"{name} = {json.dumps(getattr(config, name))}\n" for name in TOLD)
+    (tmp_path / "fleet.toml").write_text(text)
+    command = ["fleet", str(photos), "--out", s3, "--config", str(tmp_path / "fleet.toml")]
+    command += ["--instance_prompt", config.instance_prompt]
+    threading.Thread(target=lose_the_machine, args=(f"{s3}/rex", killed), daemon=True).start()
+    assert main(command) == 1
+    told = capsys.readouterr()
+    assert "rex: its worker was killed; it goes on elsewhere" in told.err and "void: FAILED" in told.err
+    assert killed and told.out.endswith(f"{s3}/index.html\n")
+    (tmp_path / "got").mkdir()
+    assert Bucket(f"{s3}/rex").download(PUBLISHED_NAME, tmp_path / "got" / PUBLISHED_NAME)
+    train(tiny_config(tiny_base, photos / "rex", tmp_path / "alone" / "rex", max_train_steps=STEPS))
+    assert adapter_sha256(tmp_path / "got") == adapter_sha256(tmp_path / "alone" / "rex")
+    assert not list(Path(tempfile.gettempdir()).glob("dreambooth_moslora-*/*"))
+    assert main(["fleet", "status", s3]) == 0
+    assert "2 subjects: 1 failed, 1 done" in capsys.readouterr().out
+    assert main(["fleet", "status", "s3://nowhere/toys"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

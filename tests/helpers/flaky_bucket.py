@@ -1,0 +1,46 @@
+"""An object store in this process's memory that fails when a test says so: `flaky://NAME`."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import fsspec
+from fsspec.implementations.memory import MemoryFileSystem
+
+__all__ = ["FlakyBucket"]
+
+
+class FlakyBucket(MemoryFileSystem):
+    """`fault` is asked before each upload and each download, by the file's path; what it raises is the failure."""
+
+    protocol = "flaky"
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+    fault: ClassVar[Callable[[str], None]] = print
+    sent: ClassVar[list[str]] = []
+
+    @classmethod
+    def forget(cls) -> None:
+        cls.store.clear()
+        cls.pseudo_dirs[:] = [""]
+        cls.sent.clear()
+        cls.fault = staticmethod(lambda path: None)
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("flaky://", "memory://"))
+
+    def put_file(self, lpath, rpath, **options):
+        type(self).fault(rpath)
+        super().put_file(lpath, rpath, **options)
+        self.sent.append(rpath)
+
+    def get_file(self, rpath, lpath, **options):
+        type(self).fault(rpath)
+        super().get_file(rpath, lpath, **options)
+
+    def cat_file(self, path, **options):
+        type(self).fault(path)
+        return super().cat_file(path, **options)
+
+
+fsspec.register_implementation("flaky", FlakyBucket, clobber=True)
