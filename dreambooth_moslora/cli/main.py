@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from dreambooth_moslora.cli.parser import Parser, parse_train_config, underscored
+from dreambooth_moslora.cli.parser import SCRIPT, Parser, parse_training, underscored
 from dreambooth_moslora.cli.signals import INTERRUPTED, StopRequest
 from dreambooth_moslora.cli.streams import survive_broken_pipes
 from dreambooth_moslora.core.config import TrainConfig, is_scored
@@ -27,8 +27,8 @@ from dreambooth_moslora.core.run_folder import RunDir
 __all__ = ["COMMANDS", "main", "train_main"]
 
 COMMANDS = (
-    *("check", "caption", "export", "evaluate", "explain", "compare", "fleet", "generate", "verify", "doctor"),
-    *("selftest", "info"),
+    *("check", "caption", "export", "evaluate", "explain", "compare", "queue", "fleet", "generate", "verify"),
+    *("doctor", "selftest", "info"),
 )
 DONE, OUR_BUG, MISTAKE = 0, 1, 2
 INSTALLED, MODULE = "dreambooth-moslora", "python -m dreambooth_moslora"
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train_main(argv: Sequence[str] | None = None) -> int:
     """`python train_dreambooth.py …`, alone or under `accelerate launch`."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    return exit_code(lambda: run_training(parse_train_config(argv)))
+    return exit_code(lambda: train_or_queue(argv))
 
 
 def exit_code(run: Callable[[], int]) -> int:
@@ -111,7 +111,7 @@ def run_command(argv: list[str]) -> int:
         return DONE if argv else MISTAKE
     name, rest = argv[0], argv[1:]
     if name == "train":
-        return run_training(parse_train_config(rest, f"{program()} train"))
+        return train_or_queue(rest, f"{program()} train")
     if name == "app":
         from dreambooth_moslora.ui import serve
 
@@ -139,6 +139,14 @@ def overview() -> str:
     lines.append(f"  {'app':9} open the page in the browser; the same as app.py")
     lines += [f"  {name:9} {command(name).HELP}" for name in COMMANDS]
     return "\n".join(lines)
+
+
+def train_or_queue(argv: list[str], prog: str = SCRIPT) -> int:
+    config, is_queued = parse_training(argv, prog)
+    if not is_queued or config.dry_run:
+        return run_training(config)
+    print(spelled_out(command("queue").enqueue(config, argv)))
+    return DONE
 
 
 def run_training(config: TrainConfig) -> int:

@@ -41,10 +41,10 @@ def leading_words(argv: list[str]) -> tuple[list[str], list[str]]:
     return argv[:count], argv[count:]
 
 
-def choose(words: list[str], given: Mapping[str, Any], *, has_recipe: bool = False) -> Choices:
+def choose(words: list[str], given: Mapping[str, Any], *, has_recipe: bool = False, is_queued: bool = False) -> Choices:
     """All settings for the photos and the class in `words`. `given`: settings by flag or file, which win.
 
-    `has_recipe`: the file among them takes the recipe's place.
+    `has_recipe`: the file among them takes the recipe's place. `is_queued`: the run has the whole GPU when it begins.
 
     Raises UserError for a missing folder or word, and for a folder without photos.
     """
@@ -53,7 +53,7 @@ def choose(words: list[str], given: Mapping[str, Any], *, has_recipe: bool = Fal
         raise UserError(f"{words[0]} and --instance_data_dir: give the folder of photos once.")
     choices = Choices(given, {"instance_data_dir": str(folder)})
     choose_base(choices, folder)
-    free_gib = None if is_toy(choices.all["pretrained_model_name_or_path"]) else gpu_gib()
+    free_gib = None if is_toy(choices.all["pretrained_model_name_or_path"]) else gpu_gib(is_later=is_queued)
     exposures = USUAL_EXPOSURES if has_recipe else choose_recipe(choices, free_gib)
     choose_words(choices, word)
     choose_output(choices, word)
@@ -85,11 +85,11 @@ def choose_base(choices: Choices, folder: Path) -> None:
     choices.add(f"base: {said}", "pretrained_model_name_or_path", pretrained_model_name_or_path=base)
 
 
-def gpu_gib() -> float | None:
-    """Free memory of the GPU that a run would use; None without one."""
+def gpu_gib(*, is_later: bool = False) -> float | None:
+    """Free memory of the GPU that a run would use, now or when the others have ended; None without one."""
     from dreambooth_moslora.training.planning.estimate import free_gib_of_gpu
 
-    return free_gib_of_gpu()
+    return free_gib_of_gpu(is_later=is_later)
 
 
 def choose_output(choices: Choices, word: str) -> None:

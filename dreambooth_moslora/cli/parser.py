@@ -29,6 +29,7 @@ __all__ = [
     "add_training_flags",
     "build_train_parser",
     "parse_train_config",
+    "parse_training",
     "settings_of",
     "underscored",
 ]
@@ -178,6 +179,10 @@ def build_train_parser(prog: str = SCRIPT) -> Parser:
     command = f"python {SCRIPT}" if prog == SCRIPT else prog
     parser = Parser(prog=prog, description=DESCRIPTION, epilog=EXAMPLE.format(command=command))
     parser.add_argument("--version", action="version", version=__version__)
+    about = (
+        "put the run at the end of the queue beside its --output_dir and return; `queue start` or the page trains it"
+    )
+    parser.add_argument("--queue", action="store_true", help=about)
     add_training_flags(parser)
     return parser
 
@@ -228,6 +233,11 @@ def help_of(item: Field) -> str:
 
 def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> TrainConfig:
     """The resolved settings of a command line. Raises UserError; SystemExit for --help and --version."""
+    return parse_training(argv, prog)[0]
+
+
+def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> tuple[TrainConfig, bool]:
+    """As `parse_train_config`, and whether the run shall wait in the queue."""
     words, rest = leading_words(underscored(argv))
     given, unknown = build_train_parser(prog).parse_known_args(rest)
     if not words and len(unknown) == 2 and Path(find_asset(unknown[0])).is_dir():  # behind the flags
@@ -235,10 +245,11 @@ def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> TrainConfig:
     if unknown:
         raise UserError(unknown_flag_message(unknown[0]))
     flags = vars(given)
+    is_queued = flags.pop("queue")
     settings, has_recipe = settings_of(flags, without_words=bool(words))  # words stand for these, as flags would
-    settings = with_choices(words, settings, has_recipe=has_recipe) if words else settings
+    settings = with_choices(words, settings, has_recipe=has_recipe, is_queued=is_queued) if words else settings
     require(settings)
-    return TrainConfig.from_dict(settings | launcher_settings())
+    return TrainConfig.from_dict(settings | launcher_settings()), is_queued
 
 
 def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[dict[str, Any], bool]:
@@ -262,10 +273,12 @@ def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[
     return settings, bool(file or like)
 
 
-def with_choices(words: list[str], settings: dict[str, Any], *, has_recipe: bool) -> dict[str, Any]:
+def with_choices(
+    words: list[str], settings: dict[str, Any], *, has_recipe: bool, is_queued: bool = False
+) -> dict[str, Any]:
     """The settings and what is chosen beside them for a folder and a word; each choice is a line on the terminal."""
     given = {name: checked_setting(name, value) for name, value in settings.items()}
-    choices = choose(words, given, has_recipe=has_recipe)
+    choices = choose(words, given, has_recipe=has_recipe, is_queued=is_queued)
     say(choices.lines)
     return choices.all
 

@@ -2,7 +2,12 @@
 
 import signal
 
-__all__ = ["why_it_ended"]
+__all__ = ["was_killed", "why_it_ended"]
+
+
+def was_killed(code: int | None, log_tail: str) -> bool:
+    """Whether a signal ended a process that wrote no end; where nobody knows its exit status, by its last words."""
+    return code < 0 if code is not None else "rror" not in _last_words(log_tail)
 
 
 def why_it_ended(code: int | None, log_tail: str, *, was_asked: bool) -> str:
@@ -13,7 +18,7 @@ def why_it_ended(code: int | None, log_tail: str, *, was_asked: bool) -> str:
     if code is not None and code < 0:
         cause = "" if was_asked else ", perhaps for want of memory" if code == -signal.SIGKILL else ""
         return f"The process was killed by {signal.Signals(-code).name}{cause}."
-    if code is None and "rror" not in words:
+    if code is None and was_killed(code, log_tail):
         cause = "" if was_asked else ", perhaps for want of memory"
         return f"The process was killed{cause}; its last words: {words or 'none'}"
     return words or "The process ended without a word."

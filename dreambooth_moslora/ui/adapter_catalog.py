@@ -10,6 +10,7 @@ from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import free_name
 from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RAW_NAME, TOKENS_SUFFIX, RunDir
+from dreambooth_moslora.training.run_queue import COMMAND_LINE
 from dreambooth_moslora.ui.adapter_check import check_upload
 from dreambooth_moslora.ui.generate_form import NONE
 from dreambooth_moslora.ui.server.users import Visitor
@@ -81,11 +82,13 @@ def clean_name(text: str) -> str:
 
 
 def _may_see(run_dir: Path, visitor: Visitor | None) -> bool:
-    """A run without `job.json` is of the command line; one whose owner cannot be read is nobody's to see."""
+    """A run without `job.json`, or without an owner, is of the command line; one whose owner cannot be read is nobody's
+    to see.
+    """
     if not is_of_a_visitor(run_dir):
         return True
     job = Job.load(run_dir)
-    return job is not None and visitor is not None and job.owner == visitor.id
+    return job is not None and (job.owner == COMMAND_LINE or (visitor is not None and job.owner == visitor.id))
 
 
 def is_of_a_visitor(run_dir: Path) -> bool:

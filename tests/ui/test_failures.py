@@ -86,7 +86,7 @@ def test_a_process_of_which_nothing_can_be_noted_is_ended(tmp_path, monkeypatch)
     (script := tmp_path / "trainer.py").write_text("import time; time.sleep(60)")
     jobs, children = Jobs(tmp_path / "runs", script), []
     spawn = jobs._spawn
-    monkeypatch.setattr(jobs, "_spawn", lambda folder: children.append(spawn(folder)) or children[0])
+    monkeypatch.setattr(jobs, "_spawn", lambda *place: children.append(spawn(*place)) or children[0])
     monkeypatch.setattr(Job, "save", lambda job: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         jobs.start("dog", {}, OWNER)

@@ -69,7 +69,7 @@ def test_the_pages_base_is_off_the_gpu_while_a_run_trains_and_draws_the_same_aft
     picture(ctx)
     assert moves == [OTHER_DEVICE]
     seen, spawn = [], jobs._spawn
-    jobs._spawn = lambda folder: (seen.append(list(moves)), spawn(folder))[1]
+    jobs._spawn = lambda *place: (seen.append(list(moves)), spawn(*place))[1]
     jobs.start("dog", {}, OWNER)
     assert seen == [[OTHER_DEVICE, "cpu"]]
     with pytest.raises(UserError, match="the GPU is training a run; pictures can be drawn again when"):

@@ -30,6 +30,7 @@ __all__ = [
     "check_folders",
     "check_layers",
     "check_patterns",
+    "check_settings",
     "check_targets",
     "last_name",
     "nearest_existing",
@@ -210,6 +211,13 @@ def check_strangers(run_dir: RunDir) -> None:
 
 def preflight(config: TrainConfig) -> Path | None:
     """Raises UserError; returns the diffusers folder of the base, if it is on this machine."""
+    folder = check_settings(config)
+    check_memory(config, folder)
+    return folder
+
+
+def check_settings(config: TrainConfig) -> Path | None:
+    """What does not depend on the memory that is free now: all of `preflight` for a run that will begin later."""
     require_packages(config)
     check_bf16(config)
     learnt_word(config)
@@ -229,7 +237,6 @@ def preflight(config: TrainConfig) -> Path | None:
     if layers:
         check_layers(config.target_modules, layers, config.use_dora)
         check_patterns(config, layers)
-    check_memory(config, folder)
     return folder
 
 

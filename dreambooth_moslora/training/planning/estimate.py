@@ -224,10 +224,11 @@ def check_memory(config: TrainConfig, folder: Path | None) -> None:
         )
 
 
-def free_gib_of_gpu() -> float | None:
+def free_gib_of_gpu(*, is_later: bool = False) -> float | None:
     """GiB for this process on its GPU; None without one, and where accelerate is told to use the CPU.
 
-    With CUDA's context, which is there once the driver was asked.
+    With CUDA's context, which is there once the driver was asked. `is_later`: of the whole GPU, for a run that waits
+    until the others have ended.
     """
     if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
         return None
@@ -236,7 +237,8 @@ def free_gib_of_gpu() -> float | None:
     if not torch.cuda.is_available():
         return None
     device = int(os.environ.get("LOCAL_RANK", "0"))
-    return torch.cuda.mem_get_info(device)[0] / GIB + CONTEXT_GIB
+    free, whole = torch.cuda.mem_get_info(device)
+    return whole / GIB if is_later else free / GIB + CONTEXT_GIB
 
 
 def way_out(config: TrainConfig, size: BaseSize, free_gib: float) -> str:

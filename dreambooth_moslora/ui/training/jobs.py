@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.job_endings import why_it_ended
+from dreambooth_moslora.core.job_endings import was_killed, why_it_ended
 from dreambooth_moslora.core.training_process import CONFIG_NAME, TRAIN, log_tail, start_training, write_settings
 from dreambooth_moslora.ui.training.run_events import RunEvents, phase_of
 
@@ -36,7 +36,10 @@ ACTIVE = ("starting", "running", "stopping")
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its folder, its owner (`Visitor.id`) and its process, told apart from a later one of the same number."""
+    """One run: its folder, its owner (`Visitor.id`) and its process, told apart from a later one of the same number.
+
+    `folder`: where the paths in its settings begin, if it is not where the server was started.
+    """
 
     run_dir: Path
     owner: str
@@ -44,6 +47,7 @@ class Job:
     created: float
     stop_asked: float = 0.0
     birth: str = ""
+    folder: str = ""
 
     @property
     def name(self) -> str:
@@ -62,7 +66,7 @@ class Job:
             job = cls(run_dir, **json.loads((run_dir / JOB_NAME).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, RecursionError):
             return None
-        texts, numbers = (job.owner, job.birth), (job.created, job.stop_asked)
+        texts, numbers = (job.owner, job.birth, job.folder), (job.created, job.stop_asked)
         is_sound = isinstance(job.pid, int) and all(isinstance(text, str) for text in texts)
         return job if is_sound and all(isinstance(number, int | float) for number in numbers) else None
 
@@ -141,12 +145,12 @@ class Jobs:
             text = text.replace(place, name)
         return text
 
-    def start(self, name: str, config: dict[str, Any], owner: str) -> Job:
+    def start(self, name: str, config: dict[str, Any], owner: str, folder: str = "") -> Job:
         """Start training into `runs_dir`/`name`. Raises UserError while another run is going on."""
         run_dir = self.run_dir(name)
         run_dir.mkdir(parents=True, exist_ok=True)
         write_settings(run_dir, config)
-        return self._launch(run_dir, owner)
+        return self._launch(run_dir, owner, folder)
 
     def resume(self, name: str, owner: str) -> Job:
         """Go on from the last checkpoint. Raises UserError when the run is another's or is going on."""
@@ -155,7 +159,7 @@ class Jobs:
             raise UserError(f"the run {job.name} is still going on")
         config = _settings_of(job) | {"resume_from_checkpoint": "latest"}
         write_settings(job.run_dir, config)
-        return self._launch(job.run_dir, owner)
+        return self._launch(job.run_dir, owner, job.folder)
 
     def stop(self, name: str, owner: str) -> Job:
         """First ask the trainer to end with a checkpoint; asked again after 30 s, kill it with its children."""
@@ -209,7 +213,7 @@ class Jobs:
         alive = job.is_alive  # before the metrics: what a process wrote is there when it has gone
         self._reap()
         metrics = self.metrics(job)
-        events = [event for event in metrics.since_start() if (event.get("time") or 0) >= job.created - 1]
+        events = self._events_of(job)
         by_kind = {event.get("type"): event for event in events}
         end = by_kind.get("end", {})
         if alive:
@@ -223,28 +227,43 @@ class Jobs:
         message = str(end.get("message") or "") or ("" if end or alive else self._why_it_ended(job))
         return JobState(state, step, total, phase_of(events), message)
 
+    def was_cut_off(self, job: Job) -> bool:
+        """Whether it ended neither by itself nor by its owner's wish: it was killed, or stopped with its machine."""
+        if job.is_alive or job.stop_asked or job.pid in self._asked:
+            return False
+        self._reap()
+        ends = [event.get("state") for event in self._events_of(job) if event.get("type") == "end"]
+        return ends[-1] == "interrupted" if ends else was_killed(self._exits.get(job.pid), job.log_tail())
+
+    def _events_of(self, job: Job) -> list[dict[str, Any]]:
+        """Those of its last start."""
+        events = self.metrics(job).since_start()
+        return [event for event in events if (event.get("time") or 0) >= job.created - 1]
+
     def _why_it_ended(self, job: Job) -> str:
         return why_it_ended(self._exits.get(job.pid), job.log_tail(), was_asked=bool(job.stop_asked))
 
-    def _launch(self, run_dir: Path, owner: str) -> Job:
+    def _launch(self, run_dir: Path, owner: str, folder: str) -> Job:
         with self._make_room(), self._lock:
             if running := self.current():
                 whose = "your run " + running.name if running.owner == owner else "another visitor's run"
                 raise UserError(f"{whose} is going on; one run at a time")
-            child = self._spawn(run_dir)
+            child = self._spawn(run_dir, folder)
             self._children[child.pid] = child
             self._exits.pop(child.pid, None)
             self._asked.pop(child.pid, None)
             try:
-                job = Job(run_dir, owner, child.pid, psutil.Process(child.pid).create_time(), birth=birth_of(child.pid))
+                created, birth = psutil.Process(child.pid).create_time(), birth_of(child.pid)
+                job = Job(run_dir, owner, child.pid, created, birth=birth, folder=folder)
                 job.save()
             except BaseException:  # a process of which nothing is noted could not be stopped
                 child.kill()
                 raise
             return job
 
-    def _spawn(self, run_dir: Path) -> subprocess.Popen:
-        return start_training(run_dir, TRAIN if self.script is None else [str(self.script)])
+    def _spawn(self, run_dir: Path, folder: str) -> subprocess.Popen:
+        command = TRAIN if self.script is None else [str(self.script)]
+        return start_training(run_dir, command, folder=folder or None)
 
     def _reap(self) -> None:
         for pid, child in list(self._children.items()):

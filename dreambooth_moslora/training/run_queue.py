@@ -1,0 +1,205 @@
+"""Runs that wait for their turn, in the folder `.queue` of the folder of runs: each a file, there whole or not at all.
+
+    waiting/NAME.json    a run that waits, with all its settings; order.json names those that were moved
+    started/NAME.json    the run whose turn has come, until it has ended
+    ended.jsonl          one line for each that has ended, and how
+
+Whoever wants to run the next one holds `turn` meanwhile, so that no two processes do.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.event_log import append_event, read_events
+from dreambooth_moslora.core.run_folder import RunDir, atomic_write, clean_stale
+from dreambooth_moslora.training.run_lock import take
+
+__all__ = ["COMMAND_LINE", "PLACES", "QUEUE_NAME", "QueuedRun", "RunQueue"]
+
+QUEUE_NAME = ".queue"
+COMMAND_LINE = ""
+"""Owner of a run that was added by the command; of others it is the page's visitor."""
+PLACES = ("up", "down", "first", "last")
+HELD_SEC, POLL_SEC = 30.0, 0.02
+
+
+@dataclass(frozen=True)
+class QueuedRun:
+    """`settings` are whole and checked; their paths begin at `folder`. Without any, the file could not be read.
+
+    `argv`: the words of the command. `is_new`: its run folder was made for it. `queued` and `started` are times (s),
+    `killed` counts the times that it was killed since its last checkpoint.
+    """
+
+    name: str
+    owner: str = COMMAND_LINE
+    folder: str = ""
+    argv: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    is_new: bool = False
+    queued: float = 0.0
+    started: float = 0.0
+    killed: int = 0
+
+    @classmethod
+    def load(cls, path: Path) -> "QueuedRun":
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            run = cls(**facts | {"argv": tuple(map(str, facts["argv"]))})
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return cls(path.stem)
+        kinds = vars(cls("")).items()
+        is_sound = all(isinstance(getattr(run, name), type(default)) for name, default in kinds)
+        return run if is_sound and run.name == path.stem else cls(path.stem)
+
+
+class RunQueue:
+    """The queue of the runs in `runs_dir`. Nothing is created until something is added."""
+
+    def __init__(self, runs_dir: Path) -> None:
+        self.runs_dir = runs_dir
+        self.folder = runs_dir / QUEUE_NAME
+        self.ended_path = self.folder / "ended.jsonl"
+
+    def add(self, run: QueuedRun) -> int:
+        """At the end; returns its place, from 1. Raises UserError where a run of that name is in the queue."""
+        with self._held():
+            if run.name in (found.name for found in [*self.waiting(), *self.started()]):
+                raise UserError(f"the run {run.name} is in the queue already")
+            self._write("waiting", run)
+            return [found.name for found in self.waiting()].index(run.name) + 1
+
+    def waiting(self) -> list[QueuedRun]:
+        """In their order."""
+        moved = {name: number for number, name in enumerate(self._order())}
+        return sorted(self._all("waiting"), key=lambda run: (moved.get(run.name, len(moved)), run.queued, run.name))
+
+    def started(self) -> list[QueuedRun]:
+        """One, or none."""
+        return sorted(self._all("started"), key=lambda run: run.started)
+
+    def move(self, name: str, place: str, owner: str | None = None) -> None:
+        """`place` is one of PLACES, or a number from 1. With an `owner`, only among the places of that owner's runs.
+
+        Raises UserError for what does not wait, and for what is no place.
+        """
+        with self._held():
+            order = [run.name for run in self.waiting()]
+            own = [run.name for run in self.waiting() if owner is None or run.owner == owner]
+            slots = [order.index(one) for one in own]
+            for slot, one in zip(slots, with_place(own, name, place)):
+                order[slot] = one
+            atomic_write(self.folder / "order.json", json.dumps(order))
+
+    def remove(self, name: str, owner: str | None = None) -> QueuedRun:
+        """Take it out, and its run folder if nothing was trained there. Raises UserError for what does not wait."""
+        with self._held():
+            run = next((run for run in self.waiting() if run.name == name and owner in (None, run.owner)), None)
+            if run is None:
+                raise UserError(not_waiting(name))
+            self._path("waiting", name).unlink()
+        run_dir = RunDir(self.runs_dir / name)
+        if run.is_new and not run_dir.metrics_path.exists():
+            shutil.rmtree(run_dir.path, ignore_errors=True)
+        return run
+
+    @contextmanager
+    def turn(self) -> Iterator[bool]:
+        """Whether this process may start or end runs of the queue, for the length of the block."""
+        if not self.folder.is_dir():
+            yield False
+            return
+        try:
+            lock = take(self.folder / "turn.lock", "--runs_dir")
+        except UserError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.close()
+
+    def claim(self) -> QueuedRun | None:
+        """The first of the waiting, which waits no more."""
+        with self._held():
+            run = next(iter(self.waiting()), None)
+            if run is not None:
+                (self.folder / "started").mkdir(exist_ok=True)
+                os.replace(self._path("waiting", run.name), self._path("started", run.name))
+            return run
+
+    def note(self, run: QueuedRun) -> None:
+        """Keep what has changed of a run whose turn it is."""
+        self._write("started", run)
+
+    def end(self, run: QueuedRun, state: str, message: str) -> None:
+        """`state`: done, interrupted or failed."""
+        facts = {"type": "ended", "time": time.time(), "name": run.name, "owner": run.owner, "state": state}
+        append_event(self.ended_path, facts | {"message": message})
+        self._path("started", run.name).unlink(missing_ok=True)
+
+    def ended(self) -> list[dict[str, Any]]:
+        return read_events(self.ended_path) if self.ended_path.is_file() else []
+
+    def _all(self, kind: str) -> list[QueuedRun]:
+        paths = [path for path in (self.folder / kind).glob("*.json") if not path.name.startswith(".")]
+        return [QueuedRun.load(path) for path in paths]
+
+    def _path(self, kind: str, name: str) -> Path:
+        return self.folder / kind / f"{name}.json"
+
+    def _write(self, kind: str, run: QueuedRun) -> None:
+        path = self._path(kind, run.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clean_stale(path.parent)
+        atomic_write(path, json.dumps(asdict(run), indent=1))
+
+    def _order(self) -> list[str]:
+        try:
+            found = json.loads((self.folder / "order.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return []
+        return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """While the order or the number of the waiting changes: a moment each time."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        end = time.monotonic() + HELD_SEC
+        while True:
+            with suppress(UserError):
+                lock = take(self.folder / "order.lock", "--runs_dir")
+                break
+            if time.monotonic() > end:
+                raise UserError(f"{self.folder}: another process is changing the queue and does not end")
+            time.sleep(POLL_SEC)
+        try:
+            yield
+        finally:
+            lock.close()
+
+
+def with_place(names: Sequence[str], name: str, place: str) -> list[str]:
+    """The names with `name` at its new place. Raises UserError for a name that is not there, and for no place."""
+    if name not in names:
+        raise UserError(not_waiting(name))
+    rest, now = [one for one in names if one != name], list(names).index(name)
+    if place.isdecimal() and int(place) > 0:
+        index = int(place) - 1
+    elif place in PLACES:
+        index = {"up": max(0, now - 1), "down": now + 1, "first": 0, "last": len(rest)}[place]
+    else:
+        raise UserError(f"{place!r:.20} is no place in the queue: {', '.join(PLACES)}, or a number from 1")
+    return [*rest[:index], name, *rest[index:]]
+
+
+def not_waiting(name: str) -> str:
+    return f"no run called {name!r:.60} waits in the queue"
