@@ -24,6 +24,7 @@ from dreambooth_moslora.ui.adapter_catalog import AdapterCatalog
 from dreambooth_moslora.ui.server.users import Visitor, Visitors, visitor_id
 from dreambooth_moslora.ui.training.gpu_turns import GpuTurns
 from dreambooth_moslora.ui.training.jobs import Jobs
+from dreambooth_moslora.ui.training.queue_turns import QueueTurns
 
 if TYPE_CHECKING:
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
@@ -74,6 +75,7 @@ class AppContext:
         is_small = resolution_px <= SMALL_BASE_PX
         self.turns = GpuTurns(self.pipeline, self.loaded, lambda: self.jobs.current() is not None, is_small=is_small)
         self.jobs = Jobs(runs_dir, make_room=self.turns.training)
+        self.queue = QueueTurns(self.jobs)
         self.jobs.public_names |= {f"{adapters_dir}/": ""} | ({base_name: base} if os.sep in base_name else {})
         self._load, self._load_lock = load, threading.Lock()
         self._pipeline = _loading(load, self.jobs.told)

@@ -29,7 +29,9 @@ CACHE_CHECK_SEC, CACHE_AGE_SEC = 3600, 24 * 3600
 
 
 def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
-    """The page as a Blocks with its queue. The training tab exists only where `ctx.training` allows it."""
+    """The page as a Blocks with its queue. The training tab exists only where `ctx.training` allows it, and trains the
+    runs that wait.
+    """
     with gr.Blocks(
         title="dreambooth_moslora", analytics_enabled=False, delete_cache=(CACHE_CHECK_SEC, CACHE_AGE_SEC)
     ) as page:
@@ -47,6 +49,8 @@ def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
     page.queue(api_open=False)
     govern(page)
     note_sessions(page)
+    if ctx.training:
+        ctx.queue.in_background()
     return page
 
 

@@ -46,6 +46,9 @@ button[role="tab"] { font-weight: 500; }
 :is(#loss, #fidelity) svg :is(.role-axis-grid, .role-axis-tick) line,
 :is(#loss, #fidelity) svg path.background:not(.role-legend *) { stroke: var(--border-color-primary) !important; }
 
+#queued .wrap { flex-direction: column; }
+#queued label { width: 100%; }
+
 .card { border: 1px solid var(--block-border-color); border-radius: var(--radius-lg);
   background: var(--block-background-fill); padding: 12px 14px; font-size: .92rem; }
 .card.run { display: flex; gap: 14px; align-items: center; min-height: 86px; }

@@ -1,4 +1,4 @@
-"""What the Train tab does: take photos, show them as they will be cropped, start a run, and say how it goes."""
+"""What the Train tab does: take photos, show them as they will be cropped, and say how a run goes."""
 
 import math
 import os
@@ -12,7 +12,6 @@ import PIL.Image
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.event_log import Metrics
-from dreambooth_moslora.core.names import free_name
 from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.training.results.best_step import CURVES
 from dreambooth_moslora.training.results.explain import closing_advice
@@ -20,16 +19,16 @@ from dreambooth_moslora.training.results.figures import figures_from, known_conf
 from dreambooth_moslora.ui.app_state import AppContext, sentence
 from dreambooth_moslora.ui.generate_actions import format_seconds
 from dreambooth_moslora.ui.html_snippets import faint, notice, progress_card, remarks_card
-from dreambooth_moslora.ui.photo_uploads import ONE_AT_A_TIME, take_photos
+from dreambooth_moslora.ui.photo_uploads import take_photos
 from dreambooth_moslora.ui.server.users import Visitor
-from dreambooth_moslora.ui.train_form import TrainForm, crop_config, prompts_of
-from dreambooth_moslora.ui.training.jobs import Job, Jobs, JobState, run_name_of
+from dreambooth_moslora.ui.train_form import crop_config
+from dreambooth_moslora.ui.training.jobs import Job, Jobs, JobState
 
 if TYPE_CHECKING:
     from dreambooth_moslora.core.config import TrainConfig
     from dreambooth_moslora.photos.photo import Photo
 
-__all__ = ["PhotoReview", "Watch", "link_into_user_folder", "review_kept", "review_photos", "start_run", "watch"]
+__all__ = ["PhotoReview", "Watch", "link_into_user_folder", "review_kept", "review_photos", "watch"]
 
 PLOT_POINTS = 200
 SMOOTHING_STEPS = 25
@@ -91,43 +90,6 @@ def first_crop(photo: "Photo", number: int, config: "TrainConfig") -> PIL.Image.
 
     plan = next(plans_of(photo, number, config))
     return apply_crop(masked(open_rgb(photo), open_mask(photo)), plan, config.image_interpolation_mode)
-
-
-def start_run(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> tuple[Job, str]:
-    """Check everything, move the photos into a new run folder, start the process.
-
-    Returns the run, and what was chosen for it as HTML.
-    """
-    from dreambooth_moslora.core.config import TrainConfig
-
-    photos = visitor.photos_dir
-    if not visitor.has_photos:
-        raise UserError("add some photos of your subject first")
-    prompts_of(form.token, form.class_word)
-    if jobs.current():
-        raise UserError("another run is going on; one run at a time")
-    run_dir = free_run_dir(jobs, form)
-    choices = form.choices(ctx.base_name, ctx.resolution_px, photos, run_dir)
-    config = TrainConfig.from_dict(choices.all | {"instance_data_dir": str(run_dir / "photos")})
-    try:
-        run_dir.mkdir(parents=True)
-    except FileExistsError as error:
-        raise UserError("another run is just being started; one run at a time") from error
-    try:
-        with ONE_AT_A_TIME:
-            shutil.copytree(photos, run_dir / "photos")
-        form.write_captions(run_dir / "photos")
-        job = jobs.start(run_dir.name, config.to_dict(), visitor.id)
-    except BaseException:  # also when somebody was faster: photos that nobody trains would keep the name taken
-        shutil.rmtree(run_dir, ignore_errors=True)
-        raise
-    return job, remarks_card([words for words, _ in choices.said], "Chosen; “More settings” changes it.")
-
-
-def free_run_dir(jobs: Jobs, form: TrainForm) -> Path:
-    """The wanted name, or one from the class word; a number is added when it is taken."""
-    wanted = run_name_of(str(form.run_name or form.class_word))
-    return jobs.run_dir(free_name(wanted, lambda name: jobs.run_dir(name).exists(), "-"))
 
 
 @dataclass(frozen=True)

@@ -69,13 +69,15 @@ class TrainForm:
     scores: bool | None = None
     make_captions: bool = False
 
-    def choices(self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path) -> Choices:
+    def choices(
+        self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path, *, is_queued: bool = False
+    ) -> Choices:
         """What the command would choose for these photos and this word. Raises UserError for what makes no sense."""
         given = self.given(base, resolution_px, photos_dir, run_dir)
         share, wants_scores = PRESETS[_one_of(PRESETS, self.preset, "preset")], _switch(self.scores, "scores")
         is_usual = wants_scores == encoders_are_here(base)
         choices = Choices(given)
-        exposures = choose_recipe(choices, free_for(base))
+        exposures = choose_recipe(choices, free_for(base, is_later=is_queued))
         choose_words(choices, " ".join(str(self.class_word).split()))
         photos = usable_photos(photos_dir, resolution_px)
         choose_steps(choices, round(share * exposures), photos)
@@ -129,9 +131,9 @@ class TrainForm:
                 photo.with_suffix(".txt").write_text(line.strip(), encoding="utf-8")
 
 
-def free_for(base: str) -> float | None:
+def free_for(base: str, *, is_later: bool = False) -> float | None:
     """GiB that decide the recipe: of the GPU; none are asked for by the embedded base."""
-    return None if is_toy(base) else free_gib()
+    return None if is_toy(base) else free_gib(is_later=is_later)
 
 
 def usable_photos(photos_dir: Path, resolution_px: int) -> list["Photo"]:

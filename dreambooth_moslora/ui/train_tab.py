@@ -12,8 +12,10 @@ from dreambooth_moslora.ui.html_snippets import notice
 from dreambooth_moslora.ui.input_errors import explain_bad_values
 from dreambooth_moslora.ui.photo_uploads import take_photos
 from dreambooth_moslora.ui.server.users import Visitor
-from dreambooth_moslora.ui.train_actions import PhotoReview, review_kept, review_photos, start_run
+from dreambooth_moslora.ui.train_actions import PhotoReview, review_kept, review_photos
 from dreambooth_moslora.ui.train_form import TrainForm, prompts_of
+from dreambooth_moslora.ui.train_queue import connect_queue, queue_widgets
+from dreambooth_moslora.ui.train_start import add_to_queue, start_run
 from dreambooth_moslora.ui.train_watch import connect_watch, run_names, watch_widgets
 from dreambooth_moslora.ui.train_widgets import train_widgets
 from dreambooth_moslora.ui.training.cost_estimate import estimate_cost
@@ -30,10 +32,11 @@ def build_train_tab(ctx: AppContext, jobs: Jobs, page: gr.Blocks, tabs: gr.Tabs,
         with gr.Column(elem_id="train_form", min_width=280):
             fields, parts = train_widgets(ctx.base_name)
         with gr.Column(elem_id="train_watch", min_width=280):
-            parts |= watch_widgets()
+            parts |= watch_widgets(queue_widgets)
     _connect_photos(ctx, page, parts, fields["seed"])
     _connect_start(ctx, jobs, fields, parts)
     connect_watch(ctx, jobs, page, parts)
+    connect_queue(ctx, jobs, page, parts)
     _connect_use(ctx, jobs, parts, tabs, generate)
 
 
@@ -92,6 +95,11 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
         return names, notice(f"The run {job.name} is starting."), chosen
 
     @as_gradio_error
+    def queue(photos: list[str] | None, request: gr.Request, **values) -> str:
+        visitor = with_photos(photos, request)
+        return add_to_queue(ctx, jobs, TrainForm(**values), visitor)[1]
+
+    @as_gradio_error
     def estimate(photos: list[str] | None, request: gr.Request, **values) -> str:
         return estimate_cost(ctx, jobs, TrainForm(**values), with_photos(photos, request))
 
@@ -109,6 +117,7 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
     started = [parts["run"], parts["status"], chosen]
     chosen.change(lambda card: card, chosen, parts["cost"], **AT_ONCE)
     parts["start"].click(train, inputs_kwargs=inputs, outputs=started, api_name="train", **TAKING_PHOTOS)
+    parts["queue"].click(queue, inputs_kwargs=inputs, outputs=parts["cost"], api_name="add_to_queue", **TAKING_PHOTOS)
     parts["estimate"].click(estimate, inputs_kwargs=inputs, outputs=parts["cost"], api_name="estimate", **TAKING_PHOTOS)
 
 

@@ -37,13 +37,15 @@ WATCHED = (
 )
 
 
-def watch_widgets() -> dict[str, Any]:
+def watch_widgets(below_status: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """`below_status` makes the widgets that stand there."""
     plot = {"x": "step", "height": 230, "buttons": [], "visible": False}
     with gr.Row(elem_classes="tight"):
         run = gr.Dropdown([], value=None, label="Run", allow_custom_value=True, elem_id="run_picker", min_width=110)
         stop = gr.Button("Stop", variant="stop", interactive=False, min_width=76, scale=0, elem_id="stop_training")
         resume = gr.Button("Resume", interactive=False, min_width=88, scale=0, elem_id="resume")
     status = gr.HTML(NO_RUN, elem_id="train_status", label="Status")
+    waiting = below_status()
     with gr.Row(elem_classes="tight"):
         use = gr.Button("Use this adapter", variant="primary", visible=False, elem_id="use_adapter")
         download = gr.DownloadButton("Download the adapter", visible=False, elem_id="download_adapter")
@@ -54,7 +56,7 @@ def watch_widgets() -> dict[str, Any]:
     with gr.Accordion("Log", open=False, elem_id="log_box"):
         log = gr.Code(language=None, label="Log", show_line_numbers=False, wrap_lines=True, elem_id="log", max_lines=20)
     widgets = (run, gr.State(None), status, stop, resume, use, download, kohya, loss, fidelity, samples, log)
-    return dict(zip(WATCHED, widgets)) | {"timer": gr.Timer(POLL_SEC)}
+    return waiting | dict(zip(WATCHED, widgets)) | {"timer": gr.Timer(POLL_SEC)}
 
 
 def picture_rows(label: str, elem_id: str, **options: Any) -> gr.Gallery:

@@ -39,14 +39,16 @@ def train_widgets(base: str) -> tuple[dict[str, Any], dict[str, Any]]:
     class_word = gr.Textbox(label="What the photos show", placeholder="dog", elem_id="class_word")
     prompts = gr.HTML(visible=False, elem_id="prompts")
     with gr.Row(elem_classes="tight"):
-        start = gr.Button("Start training", variant="primary", scale=2, elem_id="start")
-        estimate = gr.Button("Estimate cost", scale=1, min_width=132, elem_id="estimate")
+        start = gr.Button("Start training", variant="primary", elem_id="start")
+    with gr.Row(elem_classes="tight"):
+        queue = gr.Button("Add to queue", min_width=132, elem_id="add_to_queue")
+        estimate = gr.Button("Estimate cost", min_width=132, elem_id="estimate")
     cost = gr.HTML("", label="Cost", elem_id="cost")
     with gr.Accordion("More settings", open=False, elem_id="more_training"):
         more = word_fields(base) | class_fields() | mask_fields(base) | adapter_fields(base)
     fields = {"class_word": class_word, **more}
     others = {"photos": photos, "remarks": remarks, "crops": crops, "prompts": prompts}
-    others |= {"start": start, "estimate": estimate, "cost": cost}
+    others |= {"start": start, "queue": queue, "estimate": estimate, "cost": cost}
     return {name: fields[name] for name in TrainForm.__dataclass_fields__}, others
 
 

@@ -50,9 +50,13 @@ def test_endpoints_and_arguments_keep_their_names(client):
     arguments = {name: [p["parameter_name"] for p in facts["parameters"]] for name, facts in api.items()}
     assert arguments["/generate"] == arguments["/compare"] == GENERATE_ARGUMENTS
     assert arguments["/grid"] == ["rows", "row_values", "columns", "column_values", *GENERATE_ARGUMENTS]
-    assert arguments["/train"] == arguments["/estimate"] == ["photos", *TrainForm.__dataclass_fields__]
+    with_photos = ["photos", *TrainForm.__dataclass_fields__]
+    assert arguments["/train"] == arguments["/estimate"] == arguments["/add_to_queue"] == with_photos
+    assert (arguments["/move_in_queue"], arguments["/remove_from_queue"]) == (["run", "place"], ["run"])
     assert all(arguments[name] == ["run"] for name in ("/train_status", "/stop_training", "/resume_training"))
-    assert arguments["/inspect"] == ["file"] and arguments["/adapters"] == arguments["/stop"] == []
+    assert (
+        arguments["/inspect"] == ["file"] and arguments["/adapters"] == arguments["/stop"] == arguments["/queue"] == []
+    )
     assert set(arguments) == {
         "/generate",
         "/compare",
@@ -62,6 +66,10 @@ def test_endpoints_and_arguments_keep_their_names(client):
         "/inspect",
         "/train",
         "/estimate",
+        "/add_to_queue",
+        "/queue",
+        "/move_in_queue",
+        "/remove_from_queue",
         "/train_status",
         "/stop_training",
         "/resume_training",

@@ -206,6 +206,41 @@ def test_a_run_is_started_survives_a_reload_stops_resumes_and_is_used(page, tmp_
     wait_for_status(page, "1 picture in")
 
 
+def fits(page) -> bool:
+    """Nothing stands out at the right, however narrow the page."""
+    return page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+
+
+def test_runs_wait_are_moved_and_removed_and_the_next_begins_when_one_ends(served, page, tmp_path):
+    page.get_by_role("tab", name="Train", exact=True).click()
+    page.set_input_files("#photos input[type=file]", photos_of(tmp_path))
+    open_box(page, "more_training")
+    set_number(page, "train_steps", 5000)
+    assert not page.locator("#queue_box").is_visible()
+    for word in ("first", "second", "third", "fourth"):
+        page.fill("#class_word textarea, #class_word input", word)
+        page.click("#add_to_queue")
+        wait_for_status(page, f"{word} waits, number", "cost")
+    wait_for_status(page, "of 5000", "train_status")
+    assert page.input_value("#run_picker input") == "first"
+    page.wait_for_function("document.querySelectorAll('#queued label').length === 3")
+    page.locator("#queued label", has_text="third").click()
+    page.click("#queue_up")
+    wait_for_status(page, "1 · third · 5000 steps\n2 · second", "queued")
+    page.locator("#queued label", has_text="second").click()
+    page.click("#queue_remove")
+    wait_for_status(page, "1 · third · 5000 steps\n2 · fourth", "queued")
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert fits(page) and page.locator("#queue_down").is_visible()
+    page.click("#stop_training:not([disabled])")
+    page.wait_for_function("document.querySelector('#run_picker input').value === 'third'")
+    wait_for_status(page, "of 5000", "train_status")
+    served.ctx.queue.queue.remove("fourth")
+    page.wait_for_selector("#queue_box", state="hidden")
+    page.click("#stop_training:not([disabled])")
+    wait_for_status(page, "Stop", "train_status")
+
+
 def choose(page, elem_id: str, option: str) -> None:
     page.click(f"#{elem_id} input")
     page.get_by_role("option", name=option, exact=True).click()

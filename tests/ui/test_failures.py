@@ -13,8 +13,8 @@ from dreambooth_moslora.ui.app_state import AppContext
 from dreambooth_moslora.ui.generate_actions import compare, make_pictures
 from dreambooth_moslora.ui.generate_form import GenerateForm
 from dreambooth_moslora.ui.server.users import Visitor
-from dreambooth_moslora.ui.train_actions import start_run
 from dreambooth_moslora.ui.train_form import TrainForm
+from dreambooth_moslora.ui.train_start import start_run
 from dreambooth_moslora.ui.training.jobs import Job, Jobs
 
 OWNER = "a" * 64

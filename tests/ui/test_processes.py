@@ -14,12 +14,12 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.event_log import Metrics
 from dreambooth_moslora.ui.train_actions import (
     fidelity_table,
-    free_run_dir,
     loss_table,
     samples_of,
     status_card,
 )
 from dreambooth_moslora.ui.train_form import TrainForm
+from dreambooth_moslora.ui.train_start import free_run_dir
 from dreambooth_moslora.ui.training.jobs import Job, Jobs
 from tests.ui.test_handlers import OTHER, OWNER, visitor
 

@@ -22,13 +22,14 @@ def card_lines(config: TrainConfig, cost: Estimate) -> list[str]:
     return [line, *(["the GPU may have too little memory even so"] if cost.peak_gib > free else [])]
 
 
-def free_gib() -> float | None:
+def free_gib(*, is_later: bool = False) -> float | None:
     """GiB for a run on the GPU: what is free, and what this process gives back when the run begins.
 
-    None where there is no GPU.
+    None where there is no GPU. `is_later`: of the whole GPU, for a run that waits until the others have ended.
     """
     import torch
 
     if not torch.cuda.is_available():
         return None
-    return (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / GIB
+    free, whole = torch.cuda.mem_get_info()
+    return (whole if is_later else free + torch.cuda.memory_reserved()) / GIB
