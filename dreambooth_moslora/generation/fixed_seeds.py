@@ -114,22 +114,23 @@ def generate_images(
     pipeline: StableDiffusionXLPipeline,
     prompt: str,
     seeds: list[int],
-    resolution_px: int,
+    size_px: tuple[int, int],
     should_stop: Callable[[], bool] = bool,
-) -> list:
-    """Images of one prompt by the base alone, at its own guidance and the pipeline's defaults: for class images.
+) -> list[Image.Image]:
+    """Images (h, w) = `size_px` of one prompt by the base alone, at its own guidance and the pipeline's defaults: for
+    class images and scenes.
 
     Raises UserError for what is not finite: as black images it would be trained on.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    options = {"height": resolution_px, "width": resolution_px, "guidance_scale": default_guidance(pipeline)}
+    options = {"height": size_px[0], "width": size_px[1], "guidance_scale": default_guidance(pipeline)}
     options["guidance_rescale"] = guidance_rescale(pipeline)
     options["callback_on_step_end"] = stopper(should_stop)
     latents = pipeline([prompt] * len(seeds), generator=generators, output_type="latent", **options).images
     pixels = decode_pixels(pipeline.vae, latents)
     if not pixels.isfinite().all():
         raise UserError(
-            "the base draws class images that are not finite (NaN): give --prior_generation_precision fp32, "
+            "the base draws pictures that are not finite (NaN): give --prior_generation_precision fp32, "
             "or another base if it says so in fp32 too."
         )
     return pictures_of(pixels)

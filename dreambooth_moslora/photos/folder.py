@@ -43,6 +43,7 @@ __all__ = [
     "instance_photos",
     "photo_report",
     "smallest_side_px",
+    "usable_photos",
     "with_kept_captions",
 ]
 
@@ -82,6 +83,14 @@ def instance_photos(config: TrainConfig) -> PhotoReport:
     if strays:
         say_once(f"files not used ({len(strays)}): {summary_of_skipped(PhotoReport(skipped=strays))}")
     return report
+
+
+def usable_photos(report: PhotoReport) -> list[Photo]:
+    """Its photos; what was left out is said once, by name."""
+    for skipped in report.skipped:
+        if skipped.is_photo:
+            logger.warning("%s", spelled_out(f"{skipped.path.name} is left out: {skipped.reason}"))
+    return report.photos
 
 
 @cache

@@ -3,9 +3,7 @@
 photos -> base -> class images -> latents and text embeddings -> encoders leave memory -> adapter
 """
 
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,24 +13,21 @@ from torch import nn
 from dreambooth_moslora.adapters.init_adapter import read_start
 from dreambooth_moslora.adapters.layers import matrix_layers
 from dreambooth_moslora.adapters.lora_file import AdapterWeights
-from dreambooth_moslora.base.load import default_resolution, encode_text, load_pipeline
+from dreambooth_moslora.base.load import default_resolution, encode_text
 from dreambooth_moslora.base.locate import SMALL_BASE_PX
-from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.core.config import TrainConfig, is_scored
 from dreambooth_moslora.core.config_checks import weighting_flags
 from dreambooth_moslora.core.digests import default_cache_dir
-from dreambooth_moslora.core.errors import StopRequestedError, UserError, spelled_out
-from dreambooth_moslora.core.names import public_name
+from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import learnt_word, word_pattern
 from dreambooth_moslora.core.subject_tables import each_subject
-from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.photos.crops import crop_rule
-from dreambooth_moslora.photos.folder import PhotoReport, find_photos
 from dreambooth_moslora.photos.photo import Photo
-from dreambooth_moslora.training.accelerator import DTYPES, on_main
-from dreambooth_moslora.training.inputs.class_images import ClassImages
+from dreambooth_moslora.training.accelerator import DTYPES
+from dreambooth_moslora.training.frozen_base import LoadBase, load_base, warn_of_fp32
 from dreambooth_moslora.training.inputs.dataset import PhotoEncoder, PromptCache, TrainBatch, collate
 from dreambooth_moslora.training.inputs.encoding_cache import TensorCache, fingerprint
+from dreambooth_moslora.training.inputs.run_class_images import class_photos_of_each
 from dreambooth_moslora.training.inputs.subject_streams import SubjectStreams, instance_streams, prior_streams
 from dreambooth_moslora.training.noise_schedule import noise_schedule
 from dreambooth_moslora.training.objective import NoiseSchedule
@@ -41,17 +36,7 @@ from dreambooth_moslora.training.planning.step_plan import uses_class_images
 from dreambooth_moslora.training.reporter import free_unused_memory
 from dreambooth_moslora.training.run_context import RunContext
 
-__all__ = ["LoadBase", "TrainInputs", "load_base", "prepare", "too_slow_for_samples", "usable_photos"]
-
-logger = logging.getLogger(__name__)
-
-FP32_ON_A_GPU = (
-    "The base trains in fp32, which takes twice the memory and several times the time: give --mixed_precision bf16 "
-    "(fp16 on a GPU older than Ampere)."
-)
-
-
-LoadBase = Callable[[TrainConfig, torch.dtype, torch.device], StableDiffusionXLPipeline]
+__all__ = ["TrainInputs", "prepare", "too_slow_for_samples"]
 
 
 @dataclass
@@ -134,44 +119,12 @@ def read_start_of(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> A
     return read_start(config.init_adapter, pipeline, config.pretrained_model_name_or_path, config.use_dora)
 
 
-def warn_of_fp32(pipeline: StableDiffusionXLPipeline, device: torch.device) -> None:
-    """One line when a base as large as SDXL would train in fp32 on a GPU, as it does when no precision is given."""
-    is_large = default_resolution(pipeline) > SMALL_BASE_PX
-    if device.type == "cuda" and is_large and pipeline.unet.dtype == torch.float32:
-        logger.warning(FP32_ON_A_GPU)
-
-
 def too_slow_for_samples(config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device) -> bool:
     """Whether sample images would take minutes each, on a CPU with a large base, and nobody has asked for them."""
     prompts = [subject.validation_prompt for subject in each_subject(config)]
     asked = (config.num_validation_images, *prompts, config.validation_steps)
     is_large = default_resolution(pipeline) > SMALL_BASE_PX
     return device.type == "cpu" and is_large and all(setting is None for setting in asked)
-
-
-def usable_photos(report: PhotoReport) -> list[Photo]:
-    """Its photos; what was left out is said once, by name."""
-    for skipped in report.skipped:
-        if skipped.is_photo:
-            logger.warning("%s", spelled_out(f"{skipped.path.name} is left out: {skipped.reason}"))
-    return report.photos
-
-
-def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> StableDiffusionXLPipeline:
-    """The VAE stays in fp32, as SDXL's own overflows in fp16, unless the person names another one."""
-    pipeline = load_pipeline(
-        config.pretrained_model_name_or_path,
-        dtype=dtype,
-        variant=config.variant,
-        revision=config.revision,
-        vae=config.pretrained_vae_model_name_or_path,
-        cache_dir=config.cache_dir,
-        vae_dtype=dtype if config.pretrained_vae_model_name_or_path else torch.float32,
-    )
-    quantize(pipeline.unet, config.base_quantization, dtype, device)
-    pipeline.register_modules(image_encoder=None, feature_extractor=None)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def check_weighting(config: TrainConfig, schedule: NoiseSchedule) -> None:
@@ -183,75 +136,6 @@ def check_weighting(config: TrainConfig, schedule: NoiseSchedule) -> None:
 def layers_of(unet: nn.Module) -> dict[str, int]:
     """Path of each layer whose weight is no vector -> its dimensions, as `preflight` reads them from files."""
     return {path: layer.weight.ndim for path, layer in matrix_layers(unet).items()}
-
-
-def class_photos_of_each(context: RunContext, pipeline: StableDiffusionXLPipeline) -> list[list[Photo]]:
-    """The class images of each subject; those of one class are the same, and made once."""
-    found: dict[tuple[str, str | None], list[Photo]] = {}
-    subjects = each_subject(context.config)
-    for subject in subjects:
-        key = subject.class_prompt, subject.class_data_dir
-        if key not in found:
-            found[key] = make_class_images(replace(context, config=subject), pipeline)
-    return [found[subject.class_prompt, subject.class_data_dir] for subject in subjects]
-
-
-def make_class_images(context: RunContext, pipeline: StableDiffusionXLPipeline) -> list[Photo]:
-    """The person's own class images first, then generated ones up to `num_class_images`."""
-    config, device, should_stop = context.config, context.accelerator.device, context.should_stop
-    folder = Path(config.class_data_dir) if config.class_data_dir else context.run_dir.class_images_dir
-    base_id = public_name(config.pretrained_model_name_or_path)
-    images = ClassImages(folder, config.class_prompt, base_id, config.seed, config.resolution)
-    found = [photo.path for photo in class_photos_in(folder, config)]
-    wanted = max(0, config.num_class_images - len(found) + len(images.generated(found)))
-
-    def generate() -> None:
-        if not wanted:
-            return
-        generator = prior_pipeline(config, pipeline, device).to(device)
-        draw = lambda prompt, seeds: generate_images(generator, prompt, seeds, config.resolution, should_stop)  # noqa: E731
-        pictures = images.top_up(wanted, config.sample_batch_size, draw)
-        for _ in context.report.counted("class_images", pictures, wanted):
-            if should_stop():  # this process alone draws: the others wait in `on_main`
-                raise StopRequestedError
-
-    on_main(context.accelerator, generate)
-    return usable_class_photos(folder, config, images)
-
-
-def class_photos_in(folder: Path, config: TrainConfig) -> list[Photo]:
-    """An empty or missing folder is no mistake here: it will be filled."""
-    if not folder.is_dir():
-        return []
-    return find_photos(folder, config.class_prompt, config.resolution, alpha="white").photos
-
-
-def usable_class_photos(folder: Path, config: TrainConfig, images: ClassImages) -> list[Photo]:
-    """As many as were asked for, the person's own before generated ones.
-
-    With fewer, the prior would be weaker than it says, and with none it would be off.
-    """
-    found = usable_photos(find_photos(folder, config.class_prompt, config.resolution, alpha="white"))
-    paths = [photo.path for photo in found]
-    stale, generated = images.stale(paths), images.generated(paths)
-    found.sort(key=lambda photo: photo.path in generated)
-    usable = [photo for photo in found if photo.path not in stale][: config.num_class_images]
-    if len(usable) < config.num_class_images:
-        raise UserError(
-            f"only {len(usable)} of {config.num_class_images} class images in {folder} can be used; "
-            "remove the broken ones, which are then made anew, or give another --class_data_dir."
-        )
-    return usable
-
-
-def prior_pipeline(
-    config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device
-) -> StableDiffusionXLPipeline:
-    """The base itself, or a copy in `prior_generation_precision` when that differs."""
-    wanted = DTYPES.get(config.prior_generation_precision or "", pipeline.unet.dtype)
-    if wanted == pipeline.unet.dtype:
-        return pipeline
-    return load_base(config, wanted, device)
 
 
 def cache_of(config: TrainConfig) -> TensorCache | None:

@@ -8,14 +8,14 @@ from diffusers import StableDiffusionXLPipeline
 from dreambooth_moslora.adapters.joint_linear import lay_together
 from dreambooth_moslora.adapters.stacked_adapters import twin
 from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.training.prepare import LoadBase, load_base
+from dreambooth_moslora.training.frozen_base import LoadBase, load_base
 from dreambooth_moslora.training.train_step import target_paths
 
 __all__ = ["SharedBase"]
 
 
 class SharedBase:
-    """Stands for `prepare.load_base` of runs that name the same base, precision and layers.
+    """Stands for `frozen_base.load_base` of runs that name the same base, precision and layers.
 
     The UNet is on the device from the beginning. The encoders and the VAE, which the runs need in turn, are lent.
     """

@@ -44,7 +44,7 @@ def test_the_rescaling_of_guidance_reaches_every_picture(zero_snr_base, monkeypa
     pipeline = load_pipeline(zero_snr_base)
     pipeline.set_progress_bar_config(disable=True)
     [*_, event] = SubjectPipeline(pipeline, "tiny").generate(PARAMS)
-    [drawn] = generate_images(pipeline, "a dog", [1], 64)
+    [drawn] = generate_images(pipeline, "a dog", [1], (64, 64))
     assert asked == [0.7, 0.7]
     assert isinstance(event, Image) and np.asarray(event.pixels).std() > 0 and np.asarray(drawn).std() > 0
 

@@ -9,8 +9,8 @@ from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.digests import file_digest
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.training.inputs.class_images import ClassImages
+from dreambooth_moslora.training.inputs.run_class_images import usable_class_photos
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.prepare import usable_class_photos
 from tests.helpers.tiny import tiny_sdxl
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
@@ -179,7 +179,7 @@ def test_a_base_that_draws_nan_ends_the_run_and_leaves_no_class_image(tmp_path):
     pipeline.unet.conv_out.weight.data.fill_(float("nan"))
     pipeline.save_pretrained(tmp_path / "model")
     changes = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class")}
-    with pytest.raises(UserError, match=r"class images that are not finite .* --prior_generation_precision fp32"):
+    with pytest.raises(UserError, match=r"pictures that are not finite .* --prior_generation_precision fp32"):
         train(tiny_config(tmp_path / "model", paint_photos(tmp_path / "photos"), tmp_path / "run", **changes))
     assert not list((tmp_path / "class").iterdir())
 

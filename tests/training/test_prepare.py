@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dreambooth_moslora.base.load import load_pipeline
-from dreambooth_moslora.training import prepare
+from dreambooth_moslora.training import frozen_base, prepare
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
@@ -44,13 +44,13 @@ def test_only_what_the_steps_will_show_is_encoded(tiny_base, tmp_path):
 
 def test_fp32_on_a_gpu_is_warned_of_once_and_only_for_a_base_like_sdxl(tiny_base, caplog):
     pipeline, gpu = load_pipeline(tiny_base), torch.device("cuda")
-    prepare.warn_of_fp32(pipeline, gpu)
+    frozen_base.warn_of_fp32(pipeline, gpu)
     pipeline.unet.register_to_config(sample_size=1024 // pipeline.vae_scale_factor)
-    prepare.warn_of_fp32(pipeline, torch.device("cpu"))
+    frozen_base.warn_of_fp32(pipeline, torch.device("cpu"))
     pipeline.unet.to(torch.bfloat16)
-    prepare.warn_of_fp32(pipeline, gpu)
+    frozen_base.warn_of_fp32(pipeline, gpu)
     assert "fp32" not in caplog.text
     pipeline.unet.to(torch.float32)
-    prepare.warn_of_fp32(pipeline, gpu)
-    (line,) = [record.message for record in caplog.records if record.name == prepare.__name__]
+    frozen_base.warn_of_fp32(pipeline, gpu)
+    (line,) = [record.message for record in caplog.records if record.name == frozen_base.__name__]
     assert "--mixed_precision bf16" in line and "\n" not in line
