@@ -11,7 +11,7 @@ from itertools import combinations, islice
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.subject_tables import each_subject
-from dreambooth_moslora.core.toy import TOY_CONTEXT_TEMPLATES, is_toy
+from dreambooth_moslora.core.toy import TOY_CONTEXT_TEMPLATES, TOY_SCENES, is_toy, toy_scene
 
 __all__ = [
     "DREAMBOOTH_LIVE_TEMPLATES",
@@ -22,6 +22,9 @@ __all__ = [
     "context_prompts",
     "joined",
     "learnt_word",
+    "placed",
+    "scene_places",
+    "scene_prompt",
     "subject_of",
     "together_prompts",
     "trigger_words",
@@ -79,6 +82,19 @@ CONTEXT_TEMPLATES = (
     "a {} with a city in the background",
     "a {} in the jungle",
 )
+
+SCENES = (
+    "in a garden",
+    "on a lawn in the evening sun",
+    "on a gravel road",
+    "in a living room",
+    "on a kitchen floor",
+    "in an office",
+    "beside a lake",
+    "on a balcony",
+)
+"""Places for new backgrounds, none of which DreamBooth's templates name."""
+SCENE = "an empty place {}, wide angle photo"
 
 MOST_PAIRS = 6
 """Of subjects that are drawn together."""
@@ -150,6 +166,24 @@ def learnt_word(config: TrainConfig) -> str | None:
         if pattern.search(prompt):
             raise UserError(f"--token_abstraction {word}: it is in a prompt of the class too, {prompt!r:.60}.")
     return word
+
+
+def scene_places(config: TrainConfig) -> tuple[str, ...]:
+    """Where `--new_backgrounds` puts the subjects of a run; none without it."""
+    if not config.new_backgrounds:
+        return ()
+    usual = tuple(TOY_SCENES) if is_toy(config.pretrained_model_name_or_path) else SCENES
+    return config.background_scenes or usual
+
+
+def scene_prompt(base: str, place: str) -> str:
+    """What the base is asked for to draw the place and, as far as it can, nothing in it."""
+    return toy_scene(place) if is_toy(base) else SCENE.format(place)
+
+
+def placed(prompt: str, place: str) -> str:
+    """`a photo of sks dog on grass`, `in a garden` -> `a photo of sks dog in a garden`."""
+    return joined(CONTEXT.sub("", prompt.strip()), place)
 
 
 def joined(*parts: str) -> str:

@@ -1,6 +1,6 @@
 """How the embedded base (a small SDXL of the toy world) is recognised, and its prompts and guidance."""
 
-__all__ = ["TOY_TEMPLATES", "is_toy", "preferred_guidance"]
+__all__ = ["TOY_SCENES", "TOY_TEMPLATES", "is_toy", "preferred_guidance", "toy_scene"]
 
 TOY_PLACES = (
     "on grass",
@@ -25,6 +25,24 @@ TOY_TEMPLATES = tuple(f"a photo of a {{}} {place}" for place in TOY_PLACES)
 TOY_CONTEXT_TEMPLATES = tuple(
     f"a photo of a {{}} {p}" for p in ("on the beach", "in the snow", "on lava", "on the moon")
 )
+
+TOY_SCENES = {
+    "in the desert": "an orange",
+    "in a forest": "a green",
+    "on a checkered floor": "a white",
+    "on autumn leaves": "an orange",
+    "in a pink room": "a pink",
+    "on a stage with red curtains": "a brown",
+}
+"""Places for new backgrounds, and their colour; the other places are left to judge by."""
+
+
+def toy_scene(place: str) -> str:
+    """The embedded base draws no place without a toy: of all, it draws this one smallest, and the subject covers it.
+
+    In the colour of the place, what looks out from behind the subject is not seen.
+    """
+    return f"a distant view of {TOY_SCENES.get(place, 'a')} mug {place}"
 
 
 def is_toy(base: str) -> bool:

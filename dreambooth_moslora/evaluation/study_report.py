@@ -34,8 +34,16 @@ from dreambooth_moslora.photos.photo import open_rgb
 
 __all__ = ["finding", "markdown_tables", "write_comparison"]
 
-SCORES = {"dino": "DINO", "clip_t": "CLIP-T", "diversity": "DIV", "pres": "PRES", "drift": "Drift", "score": "Score"}
-DIFFERENCES = ("dino", "clip_t", "pres", "drift", "score")
+SCORES = {
+    "dino": "DINO",
+    "clip_t": "CLIP-T",
+    "diversity": "DIV",
+    "pres": "PRES",
+    "drift": "Drift",
+    "background_leak": "Leak",
+    "score": "Score",
+}
+DIFFERENCES = ("dino", "clip_t", "pres", "drift", "background_leak", "score")
 
 
 def write_comparison(study: Study, results: Sequence[Result], out: Path) -> str:

@@ -32,7 +32,7 @@ from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.digests import content_key, file_digest
 from dreambooth_moslora.core.events import StepDone, events_of
 from dreambooth_moslora.core.process import reset_peak_memory, when_orphaned
-from dreambooth_moslora.core.prompts import subject_of
+from dreambooth_moslora.core.prompts import scene_places, subject_of
 from dreambooth_moslora.core.run_folder import RunDir, atomic_write
 from dreambooth_moslora.core.targets import is_target
 from dreambooth_moslora.core.toy import is_toy
@@ -196,6 +196,8 @@ def make_evaluator(study: Study, name: str) -> Evaluator:
     protocol, encoders = study.protocol, encoders_of(study.base, study.protocol.clip, study.protocol.dino)
     photos = instance_photos(config).photos
     captions, seeds = [c for photo in photos for c in photo.captions], tuple(range(protocol.images_per_prompt))
+    for arm in study.arms:  # all are judged in places that none was trained in
+        captions += scene_places(study.config_of(Cell("test", arm, 1, name, 0, 1.0), 1, Path("unused")))
     plan = plan_for(study.base, subject_of(config), captions=captions, seeds=seeds).smaller(
         protocol.num_prompts,
         protocol.images_per_prompt,

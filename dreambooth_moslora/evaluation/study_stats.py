@@ -36,6 +36,7 @@ MEASURES = (
     "diversity",
     "pres",
     "drift",
+    "background_leak",
     "copied",
     "truth",
     "dino_of_ceiling",

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from dreambooth_moslora.core.config import TrainConfig
 
-__all__ = ["CropPlan", "CropRule", "apply_crop", "bucket_of", "crop_rule", "plan_crop", "resized_size"]
+__all__ = ["CropPlan", "CropRule", "apply_crop", "bucket_of", "bucket_step", "crop_rule", "plan_crop", "resized_size"]
 
 FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -123,6 +123,11 @@ class CropRule:
         return plan_crop(size_px, self.target(size_px), rng, **flags)
 
 
+def bucket_step(config: TrainConfig) -> int:
+    """What the sides of rectangles are multiples of, px."""
+    return config.bucket_reso_steps or (64 if config.resolution > 256 else 8)
+
+
 def crop_rule(config: TrainConfig) -> CropRule:
     """The rule of a run."""
     return CropRule(
@@ -132,7 +137,7 @@ def crop_rule(config: TrainConfig) -> CropRule:
         config.image_interpolation_mode,
         None if config.caching == "off" else config.crops_per_photo,
         config.crop_zoom,
-        (config.bucket_reso_steps or (64 if config.resolution > 256 else 8)) if config.enable_bucket else None,
+        bucket_step(config) if config.enable_bucket else None,
     )
 
 

@@ -22,7 +22,7 @@ from dreambooth_moslora.photos.masks import kept_path
 from dreambooth_moslora.photos.photo import Photo, open_rgb
 from dreambooth_moslora.photos.segmenters import Segmenter
 
-__all__ = ["MadeMask", "make_beside", "make_kept", "quality_warning"]
+__all__ = ["MadeMask", "made_from", "make_beside", "make_kept", "marked_png", "quality_warning"]
 
 KEY = "made-from"
 SMALLEST_SHARE, LARGEST_SHARE = 0.005, 0.9
@@ -79,16 +79,21 @@ def make(photo: Photo, target: Path, segmenter: Segmenter, key: str = "") -> Mad
 
 
 def write_mask(path: Path, mask: Image.Image, key: str) -> None:
+    atomic_write(path, marked_png(mask.convert("1"), key))
+
+
+def marked_png(image: Image.Image, key: str) -> bytes:
+    """A PNG; `key`, if any, goes into its header, where `made_from` finds it."""
     facts = PngInfo()
     if key:
         facts.add_text(KEY, key)
     buffer = BytesIO()
-    mask.convert("1").save(buffer, format="PNG", pnginfo=facts, optimize=True)
-    atomic_write(path, buffer.getvalue())
+    image.save(buffer, format="PNG", pnginfo=facts, optimize=True)
+    return buffer.getvalue()
 
 
 def made_from(path: Path) -> str | None:
-    """The key in the header of a mask; None where there is none."""
+    """The key in the header of a picture; None where there is none."""
     try:
         return open_image(path).info.get(KEY) if path.is_file() else None
     except UnreadableImageError:

@@ -24,6 +24,7 @@ from dreambooth_moslora.training.accelerator import chosen_seed, make_accelerato
 from dreambooth_moslora.training.checkpoint import Position, resume_point
 from dreambooth_moslora.training.earlier_runs import claim_run_folder, report_start
 from dreambooth_moslora.training.frozen_base import LoadBase
+from dreambooth_moslora.training.inputs.run_backgrounds import check_masks
 from dreambooth_moslora.training.inputs.run_captions import captioned_photos
 from dreambooth_moslora.training.inputs.run_masks import masked_photos
 from dreambooth_moslora.training.planning.checks import check_folders
@@ -123,6 +124,7 @@ def set_up(context: RunContext, evaluator: StepScorer | None, load: LoadBase | N
     plan = plan_steps(config, counts_of(photos), context.accelerator.num_processes)
     report_start(context, step, plan.total_steps)
     photos = masked_photos(context, captioned_photos(context, photos))
+    check_masks(config, photos)
     report.trackers.start(config)
     samples = ValidationSamples.of(config, context.run_dir, plan.steps_an_epoch)
     prompts = [*samples.prompts, *(evaluator.prompts if evaluator and is_scored(config) else ())]

@@ -27,6 +27,7 @@ from dreambooth_moslora.training.accelerator import DTYPES
 from dreambooth_moslora.training.frozen_base import LoadBase, load_base, warn_of_fp32
 from dreambooth_moslora.training.inputs.dataset import PhotoEncoder, PromptCache, TrainBatch, collate
 from dreambooth_moslora.training.inputs.encoding_cache import TensorCache, fingerprint
+from dreambooth_moslora.training.inputs.run_backgrounds import with_new_backgrounds
 from dreambooth_moslora.training.inputs.run_class_images import class_photos_of_each
 from dreambooth_moslora.training.inputs.subject_streams import SubjectStreams, instance_streams, prior_streams
 from dreambooth_moslora.training.noise_schedule import noise_schedule
@@ -102,7 +103,7 @@ def prepare(
         config.dataloader_num_workers,
         config.unmasked_weight,
     )
-    instance = instance_streams(config, photos, encoder)
+    instance = instance_streams(config, with_new_backgrounds(context, pipeline, photos), encoder)
     prior = prior_streams(config, class_photos, encoder, instance.run) if class_photos else None
     prompt_embeds = prompt_cache(config, pipeline, device)
     streams = [stream for stream in (instance, prior) if stream is not None]

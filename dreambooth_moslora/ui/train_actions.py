@@ -38,6 +38,7 @@ PHASES = {
     "captions": "Writing captions",
     "masks": "Making masks",
     "class_images": "Making class images",
+    "backgrounds": "Drawing new backgrounds",
     "caching": "Looking at the photos once",
     "training": "Training",
     "sampling": "Drawing samples",

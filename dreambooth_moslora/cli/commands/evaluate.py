@@ -11,7 +11,7 @@ from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.config_files import read_json_table, reason_of
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.prompts import Subject, subject_of
+from dreambooth_moslora.core.prompts import Subject, scene_places, subject_of
 from dreambooth_moslora.core.run_folder import RunDir, atomic_write
 from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.core.toy import is_toy
@@ -227,8 +227,8 @@ def base_of(base_id: str) -> str:
 def plans_of(
     args: argparse.Namespace, subjects: Sequence[TrainConfig], photos: Sequence["Photo"]
 ) -> list["EvaluationPlan"]:
-    """One for each subject; what its photos' captions name is left out."""
-    captions: list[list[str]] = [[] for _ in subjects]
+    """One for each subject; the places that its photos' captions name, and those of new backgrounds, are left out."""
+    captions = [[*scene_places(one)] for one in subjects]
     for photo in photos:
         captions[photo.subject].extend(photo.captions)
     base = subjects[0].pretrained_model_name_or_path

@@ -122,7 +122,7 @@ def estimate(config: TrainConfig, size: BaseSize, total_steps: int, photo_count:
         training_gib=CONTEXT_GIB + weights + step_gib(config, size, adapter),
         sampling_gib=CONTEXT_GIB + weights + (drawing if draws_samples(config) else 0),
         checkpoint_gib=checkpoint,
-        disk_gib=disk_gib(config, adapter, checkpoint, total_steps),
+        disk_gib=disk_gib(config, adapter, checkpoint, total_steps, photo_count),
         size=size,
     )
 
@@ -152,11 +152,11 @@ def unet_gib(config: TrainConfig, size: BaseSize) -> float:
 
 
 def preparing_gib(config: TrainConfig, size: BaseSize) -> float:
-    """Beside text encoders and VAE: the UNet only where it draws class images, or was made there (int8)."""
+    """Beside text encoders and VAE: the UNet only where it draws, or was made there (int8)."""
     encoder = config.resolution**2 * ENCODER_BYTES_A_PIXEL / GIB
-    makes_images = uses_class_images(config)
-    is_there = makes_images or config.base_quantization == "int8"
-    drawing = drawing_gib(config, size, images=2 * config.sample_batch_size) if makes_images else 0
+    at_once = config.sample_batch_size if uses_class_images(config) else min(1, config.new_backgrounds)
+    is_there = at_once or config.base_quantization == "int8"
+    drawing = drawing_gib(config, size, images=2 * at_once)
     return max(encoder, drawing) + (unet_gib(config, size) if is_there else 0)
 
 
@@ -188,14 +188,14 @@ def step_gib(config: TrainConfig, size: BaseSize, adapter: int) -> float:
     return image * scale + TEXT_GIB * images * math.sqrt(size.unet / BaseSize().unet) + casts
 
 
-def disk_gib(config: TrainConfig, adapter: int, checkpoint_gib: float, total_steps: int) -> float:
+def disk_gib(config: TrainConfig, adapter: int, checkpoint_gib: float, total_steps: int, photo_count: int) -> float:
     checkpoints, rest = divmod(total_steps, config.checkpointing_steps)
     checkpoints = min(checkpoints, config.checkpoints_total_limit or checkpoints) + (rest > 0)
     subjects = each_subject(config)
     times = 2 + total_steps // (config.validation_steps or max(1, total_steps))
     samples = len(subjects) * config.sample_count * times
     classes = {one.class_prompt for one in subjects if uses_class_images(one) and not one.class_data_dir}
-    pictures = samples + len(classes) * config.num_class_images
+    pictures = samples + len(classes) * config.num_class_images + photo_count * config.new_backgrounds
     return checkpoints * checkpoint_gib + (adapter * 8 + pictures * config.resolution**2 * PNG_BYTES_A_PIXEL) / GIB
 
 

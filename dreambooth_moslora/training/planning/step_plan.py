@@ -1,6 +1,6 @@
 """The arithmetic of a run: photos, repeats, batches and epochs into optimizer steps, and how often a photo is seen.
 
-samples an epoch = photos × repeats, or the class images when there are more of those
+samples an epoch = photos × repeats × (1 + new backgrounds), or the class images when there are more of those
 steps an epoch = ⌈⌈samples / (batch × processes)⌉ / accumulation⌉        as diffusers' script counts
 exposures of a photo = steps × accumulation × batch × processes / photos
 
@@ -63,7 +63,7 @@ def plan_steps(config: TrainConfig, photos: int | Sequence[int], process_count: 
     """
     counts = (photos,) if isinstance(photos, int) else tuple(photos)
     photo_count = len(counts) * max(counts)
-    samples = samples_an_epoch(photo_count, config.repeats)
+    samples = samples_an_epoch(photo_count, config.repeats) * (1 + config.new_backgrounds)
     if uses_class_images(config):
         samples = max(samples, config.num_class_images)
     batches = math.ceil(samples / (config.train_batch_size * process_count))
