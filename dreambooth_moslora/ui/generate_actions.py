@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.generation.limits import check_size
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.ui.app_state import AppContext, as_user_error, sentence
 from dreambooth_moslora.ui.generate_form import GenerateForm
@@ -20,12 +21,10 @@ if TYPE_CHECKING:
     from dreambooth_moslora.generation.pipeline import Image
     from dreambooth_moslora.generation.progress import Step
 
-__all__ = ["Frame", "check_size", "compare", "draw_grid", "make_pictures"]
+__all__ = ["Frame", "compare", "draw_grid", "make_pictures"]
 
 FRAME_SEC = 0.12
 """At most one update of the page in this time; finished pictures are always shown."""
-MAX_AREA = 4
-"""Of the base's own: larger pictures take much longer and repeat themselves."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +94,6 @@ def _drawn(ctx: AppContext, params: GenerationParams, request: gr.Request, axes:
             events = pipeline.generate(params, should_stop)
         yield Frame(progress_card("Starting …", fraction=0.0), (), params)
         yield from _frames(events, visitor, params, word)
-
-
-def check_size(params: GenerationParams, resolution_px: int) -> None:
-    """Raises UserError for a picture that would hold up everybody behind it."""
-    height, width = params.height_px or resolution_px, params.width_px or resolution_px
-    if height * width > MAX_AREA * resolution_px**2:
-        side = int(MAX_AREA**0.5 * resolution_px)
-        raise UserError(f"{width} x {height} px is too large for this base; at most {side} x {side} px are drawn")
 
 
 def _frames(events: Iterator, visitor: Visitor, params: GenerationParams, word: str) -> Iterator[Frame]:

@@ -4,14 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from dreambooth_moslora.core.adapter_files import NONE
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.generation.limits import MAX_STEPS
 from dreambooth_moslora.generation.params import GenerationParams, draw_seed
 
 __all__ = ["MAX_IMAGES", "NONE", "RANGES", "GenerateForm", "code_snippet", "size_choices"]
 
-NONE = "none"
 MAX_IMAGES = 8
-RANGES = {"steps": (1, 100), "guidance_scale": (0, 30), "scale": (-2, 2)}
+RANGES = {"steps": (1, MAX_STEPS), "guidance_scale": (0, 30), "scale": (-2, 2)}
 """What the sliders offer: less than a program may ask for, so that the usual values are not crowded."""
 RATIOS = {"Square": (1, 1), "Portrait": (7 / 8, 9 / 8), "Tall": (13 / 16, 19 / 16)}
 

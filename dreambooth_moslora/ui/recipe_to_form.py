@@ -7,8 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.generation.limits import check_size
 from dreambooth_moslora.generation.params import GenerationParams, Recipe, read_recipe
-from dreambooth_moslora.ui.generate_actions import check_size
 from dreambooth_moslora.ui.generate_form import RANGES
 
 __all__ = ["clamp_to_widgets", "match_adapters", "recipe_of"]

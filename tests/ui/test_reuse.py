@@ -9,9 +9,9 @@ import pytest
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.generation.limits import check_size
 from dreambooth_moslora.generation.params import GenerationParams, read_recipe
 from dreambooth_moslora.ui.app_state import as_gradio_error
-from dreambooth_moslora.ui.generate_actions import check_size
 from dreambooth_moslora.ui.generate_form import RANGES, GenerateForm
 from dreambooth_moslora.ui.generate_widgets import ask_widgets, settings_widgets
 from dreambooth_moslora.ui.recipe_to_form import clamp_to_widgets, match_adapters, recipe_of

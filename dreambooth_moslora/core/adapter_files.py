@@ -1,0 +1,69 @@
+"""Adapter files in folders of adapters and of runs, by the names under which a person chooses them."""
+
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from dreambooth_moslora.core.names import free_name
+from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RAW_NAME, TOKENS_SUFFIX, RunDir
+
+__all__ = ["NONE", "clean_name", "files_by_name", "run_files"]
+
+NONE = "none"
+"""The choice of no adapter: no file is called so."""
+UNSAFE = re.compile(r"[^\w .+-]+")
+
+
+def files_by_name(files: Iterable[Path], folders: Collection[Path], taken: Collection[str] = ()) -> dict[str, Path]:
+    """Name -> file, in order; a name that is `taken` gets a number.
+
+    Files of new tokens belong to an adapter and are left out, as is what leads out of `folders`.
+    """
+    found: dict[str, Path] = {}
+    for file in files:
+        if not file.name.endswith(TOKENS_SUFFIX) and is_file_inside(file, folders):
+            found[free_name(name_of(file, folders), {NONE, *taken, *found}.__contains__, " ")] = file
+    return found
+
+
+def run_files(runs: Collection[Path]) -> list[Path]:
+    """Newest run first, each beside its best step, then checkpoints, each run's from the last to the first."""
+    places = [place for run in runs for place in (RunDir(run).adapter_path, RunDir(run).best_dir / PUBLISHED_NAME)]
+    finished = [file for file in places if file.is_file()]
+    checkpoints = [file for run in runs for file in run.glob(f"checkpoint-*/{RAW_NAME}")]
+    newest = {run: RunDir(run).adapter_path.stat().st_mtime for run in runs if RunDir(run).adapter_path.is_file()}
+    finished.sort(key=lambda file: -max(newest.get(run, 0.0) for run in (file.parent, file.parent.parent)))
+    return [*finished, *sorted(checkpoints, key=checkpoint_order)]
+
+
+def checkpoint_order(file: Path) -> tuple[str, int]:
+    return file.parent.parent.name, -step_of(file.parent)
+
+
+def step_of(checkpoint: Path) -> int:
+    digits = checkpoint.name.removeprefix("checkpoint-")
+    return int(digits) if digits.isdigit() else 0
+
+
+def name_of(file: Path, folders: Collection[Path]) -> str:
+    """`dog`, `dog@500` for a checkpoint, `dog@best` for the best step of a run."""
+    if file.name == RAW_NAME:
+        return f"{clean_name(file.parent.parent.name)}@{step_of(file.parent)}"
+    if file.name != PUBLISHED_NAME:
+        return clean_name(file.stem)
+    is_best = file.parent.name == "best" and file.parent.parent not in folders
+    return f"{clean_name(file.parent.parent.name)}@best" if is_best else clean_name(file.parent.name)
+
+
+def clean_name(text: str) -> str:
+    """What may be shown, put in a tag and used as a file name: letters, digits, space and `.+-_`."""
+    return UNSAFE.sub("_", text).strip(" ._")[:60] or "adapter"
+
+
+def is_file_inside(file: Path, folders: Collection[Path]) -> bool:
+    """Also after following links: a link out of the folders, or in a circle, does not count, nor does a pipe."""
+    try:
+        place = file.resolve(strict=True)
+        return place.is_file() and any(place.is_relative_to(folder.resolve()) for folder in folders)
+    except (OSError, RuntimeError):
+        return False
