@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 
 import PIL.Image
@@ -30,7 +31,7 @@ from dreambooth_moslora.generation.streaming import iterate
 __all__ = ["Event", "Image", "SubjectPipeline"]
 
 RESIDENT_ADAPTERS = 8
-"""Adapters kept inside the model; the one that was used longest ago makes room."""
+"""Adapters kept inside the model, where nothing else is said; the one that was used longest ago makes room."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,20 @@ class Image:
 
     def save(self, path: str | Path) -> Path:
         """Write a PNG that carries its recipe."""
+        self._write(path)
+        return Path(path)
+
+    def png(self) -> bytes:
+        """The bytes of that file."""
+        file = BytesIO()
+        self._write(file)
+        return file.getvalue()
+
+    def _write(self, target: str | Path | BytesIO) -> None:
         text = PngInfo()
         for key, value in self.params.to_png_text(self.provenance).items():
             text.add_itxt(key, value)
-        self.pixels.save(path, format="PNG", pnginfo=text)
-        return Path(path)
+        self.pixels.save(target, format="PNG", pnginfo=text)
 
 
 Event = Step | Preview | Image
@@ -84,6 +94,7 @@ class SubjectPipeline:
         base_name: str,
         home: str | torch.device | None = None,
     ) -> None:
+        self.resident_adapters = RESIDENT_ADAPTERS
         self.pipeline = pipeline
         self.base_name = base_name
         self.home = Home(pipeline, torch.device(home or pipeline.device))
@@ -172,6 +183,18 @@ class SubjectPipeline:
                 self._generate_all(params, emit, stop)
 
         return iterate(work)
+
+    def draw(self, params: GenerationParams, should_stop: Callable[[], bool] = bool) -> list[Image]:
+        """The finished pictures of `generate`, drawn in the calling thread: fewer than asked for after a stop."""
+        params, images = self.complete(params), []
+
+        def keep(event: Event) -> None:
+            if isinstance(event, Image):
+                images.append(event)
+
+        with self._lock, torch.no_grad():
+            self._generate_all(params, keep, should_stop)
+        return images
 
     def complete(self, params: GenerationParams) -> GenerationParams:
         """Tags applied, sizes and guidance filled in, adapters known. Raises UserError otherwise."""
@@ -279,7 +302,7 @@ class SubjectPipeline:
         self.adapters[name] = self.adapters.pop(name)
 
     def _make_room(self) -> None:
-        while len({adapter.key for adapter in self.adapters.values()}) > RESIDENT_ADAPTERS:
+        while len({adapter.key for adapter in self.adapters.values()}) > self.resident_adapters:
             self._forget(next(iter(self.adapters)))
 
     def _forget(self, name: str, unless: str = "") -> None:

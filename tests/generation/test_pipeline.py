@@ -278,3 +278,12 @@ def test_a_checkpoint_of_ours_computes_what_its_published_file_computes(pipeline
     assert names == ["rex", "rex@20"]
     published, raw = (picture(pipeline, adapters=((name, 1.0),)) for name in names)
     assert not differs(published, raw) and differs(published, picture(pipeline))
+
+
+def test_drawn_in_the_calling_thread_a_picture_is_the_same_file(subject, tmp_path):
+    params = GenerationParams("a photo of a dog", seed=3, steps=2, num_images=2)
+    streamed = [event for event in subject.generate(params) if hasattr(event, "save")]
+    drawn = subject.draw(params)
+    assert [image.png() for image in drawn] == [image.png() for image in streamed]
+    assert drawn[1].save(tmp_path / "one.png").read_bytes() == drawn[1].png()
+    assert subject.draw(params, lambda: True) == []
