@@ -10,8 +10,11 @@ import pytest
 from tools.house import import_graph, package_of
 
 ROOT = Path(__file__).parents[1] / "dreambooth_moslora"
-ORDER = ["core", "photos", "base", "adapters", "generation", "training", "evaluation", "fleet", "ui", "cli"]
-APART = {("photos", "base"), ("base", "photos"), ("ui", "evaluation"), ("ui", "fleet")}
+ORDER = ["core", "photos", "base", "adapters", "generation", "training", "evaluation", "fleet", "serving", "ui", "cli"]
+APART = {
+    *(("photos", "base"), ("base", "photos"), ("ui", "evaluation"), ("ui", "fleet")),
+    *(("serving", "training"), ("serving", "evaluation"), ("serving", "fleet")),
+}
 """(package, package that it never imports) beside the order: siblings."""
 LIGHT = {"core"}
 """Packages that import none of HEAVY."""

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NOT_DECLARED = {"lpips", "tokenizers"}
 """The first is used where it is there; the second comes with transformers and made the base's tokenizer."""
-EXTRAS = {"fleet": "ray"}
-"""Package of the program -> what it alone may import, and the extra of its name brings."""
+EXTRAS = {"fleet": ("fleet", {"ray"}), "serving": ("serve", {"ray", "prometheus_client", "fsspec"})}
+"""Package of the program -> the extra that brings what it alone may import."""
 
 
 def ranges(lines: list[str]) -> dict[str, str]:
@@ -46,12 +46,12 @@ def test_every_package_is_in_the_wheel():
 def test_every_package_that_is_imported_is_declared(folder):
     imported = set()
     for path in (ROOT / folder).rglob("*.py"):
-        extra = EXTRAS.get(path.parent.name)
+        extra = EXTRAS.get(path.parent.name, ("", set()))[1]
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module:
-                imported.add(node.module.partition(".")[0])
+                imported |= {node.module.partition(".")[0]} - extra
             elif isinstance(node, ast.Import):
-                imported |= {name for alias in node.names if (name := alias.name.partition(".")[0]) != extra}
+                imported |= {alias.name.partition(".")[0] for alias in node.names} - extra
     foreign = imported - sys.stdlib_module_names - {"dreambooth_moslora", "toybox"} - NOT_DECLARED
     owners = packages_distributions()
     declared = ranges(needed() + PROJECT["project"]["optional-dependencies"]["optimizers"])
@@ -61,5 +61,6 @@ def test_every_package_that_is_imported_is_declared(folder):
 
 
 def test_each_extra_brings_what_its_package_imports():
-    for package, library in EXTRAS.items():
-        assert library in ranges(PROJECT["project"]["optional-dependencies"][package])
+    for extra, libraries in EXTRAS.values():
+        brought = ranges(PROJECT["project"]["optional-dependencies"][extra])
+        assert {library.replace("_", "-") for library in libraries} <= brought.keys()

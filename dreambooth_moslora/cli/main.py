@@ -27,7 +27,7 @@ from dreambooth_moslora.core.run_folder import RunDir
 __all__ = ["COMMANDS", "main", "train_main"]
 
 COMMANDS = (
-    *("check", "caption", "export", "evaluate", "explain", "compare", "queue", "fleet", "generate", "verify"),
+    *("check", "caption", "export", "evaluate", "explain", "compare", "queue", "fleet", "generate", "serve", "verify"),
     *("doctor", "selftest", "info"),
 )
 DONE, OUR_BUG, MISTAKE = 0, 1, 2

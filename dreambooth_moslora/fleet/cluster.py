@@ -23,6 +23,7 @@ __all__ = [
     "Task",
     "connected",
     "gpu_memory_gib",
+    "has_gpus",
     "largest_node_gib",
     "room_for",
     "run_tasks",
@@ -203,9 +204,15 @@ def gpu_memory_gib() -> float | None:
     """Of one GPU of the cluster; they are taken to be alike. None where there is none."""
     import ray
 
-    if not ray.cluster_resources().get("GPU"):
+    if not has_gpus():
         return None
     return ray.get(ray.remote(**GPU_TASK)(own_gpu_gib).remote())
+
+
+def has_gpus() -> bool:
+    import ray
+
+    return bool(ray.cluster_resources().get("GPU"))
 
 
 def own_gpu_gib() -> float:

@@ -1,0 +1,181 @@
+"""The adapters that are served: files of folders or of a bucket, by name. No name is ever joined to a path.
+
+A folder or bucket is listed again when its list is older than a moment, so that new files are seen without a restart;
+a file that changed has another version.
+"""
+
+import hashlib
+import shutil
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from threading import Lock
+from typing import Any, Protocol
+
+from dreambooth_moslora.core.adapter_files import files_by_name, name_of, run_files
+from dreambooth_moslora.core.digests import file_digest
+from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, TOKENS_SUFFIX
+from dreambooth_moslora.serving.orders import AdapterRef, RefusedError
+
+__all__ = ["Bucket", "Catalogue", "Folders", "open_catalogue"]
+
+FOLDER_SEC, BUCKET_SEC = 0.5, 10.0
+"""Age at which a list is made again."""
+MOST_FETCHED = 64
+"""Files of a bucket that a replica keeps on its disk."""
+
+
+class Catalogue(Protocol):
+    def names(self) -> list[str]: ...
+
+    def find(self, name: str) -> AdapterRef:
+        """Raises RefusedError (404) for a name that is not there."""
+
+    def local(self, ref: AdapterRef) -> Path:
+        """The file on this machine."""
+
+
+def open_catalogue(places: Sequence[str]) -> Catalogue:
+    """Of folders, or of one bucket (`s3://…`, `gs://…`, any URL that fsspec knows). Raises UserError."""
+    urls = [place for place in places if "://" in place]
+    if urls and len(places) > 1:
+        raise UserError("--adapters takes several folders or one bucket.")
+    if urls:
+        return Bucket(urls[0])
+    folders = [Path(place).expanduser() for place in places]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"--adapters {folder}: there is no such folder.")
+    return Folders([folder.resolve() for folder in folders])
+
+
+class Folders:
+    """`.safetensors` files, finished runs, their best steps and checkpoints. Versions are digests of the content."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.folders = list(folders)
+        self._listed, self._files = float("-inf"), {}
+        self._digests: dict[tuple, str] = {}
+        self._lock = Lock()
+
+    def names(self) -> list[str]:
+        return list(self._list())
+
+    def find(self, name: str) -> AdapterRef:
+        file = self._list().get(name)
+        try:
+            if file is not None:
+                return AdapterRef(name, str(file), self._digest(file))
+        except FileNotFoundError:
+            pass
+        raise unknown(name)
+
+    def local(self, ref: AdapterRef) -> Path:
+        return Path(ref.place)
+
+    def _list(self) -> dict[str, Path]:
+        with self._lock:
+            if time.monotonic() - self._listed > FOLDER_SEC:
+                self._files = files_by_name(self._walk(), self.folders)
+                self._listed = time.monotonic()
+            return self._files
+
+    def _walk(self) -> list[Path]:
+        files: list[Path] = []
+        for folder in self.folders:
+            own = [file for file in sorted(folder.glob("*.safetensors")) if file.name != PUBLISHED_NAME]
+            files += [*own, *run_files([folder, *folder.glob("*/")])]
+        return files
+
+    def _digest(self, file: Path) -> str:
+        """Read again when anything about the file has changed, also its inode or the time of that change."""
+        facts = file.stat()
+        stamp = (file, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+        if stamp not in self._digests:
+            self._digests = {old: digest for old, digest in self._digests.items() if old[0] != file}
+            self._digests[stamp] = file_digest(file)
+        return self._digests[stamp]
+
+
+class Bucket:
+    """The same in a bucket; versions are what the bucket tells of a file (ETag, size, time)."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            import fsspec
+
+            self.files, self.root = fsspec.core.url_to_fs(url)
+            self.root = self.root.rstrip("/")
+            self.files.ls(self.root)
+        except (ImportError, OSError, ValueError) as error:
+            raise UserError(f"--adapters {url}: cannot be listed: {one_line(error)}.") from error
+        self._listed, self._refs = float("-inf"), {}
+        self._companions: dict[str, list[str]] = {}
+        self._fetched: OrderedDict[str, Path] = OrderedDict()
+        self._lock = Lock()
+        self._folder = tempfile.TemporaryDirectory(prefix="served-adapters-")
+
+    def names(self) -> list[str]:
+        return list(self._list())
+
+    def find(self, name: str) -> AdapterRef:
+        ref = self._list().get(name)
+        if ref is None:
+            raise unknown(name)
+        return ref
+
+    def local(self, ref: AdapterRef) -> Path:
+        with self._lock:
+            if ref.key in self._fetched:
+                self._fetched.move_to_end(ref.key)
+            else:
+                self._fetched[ref.key] = self._fetch(ref)
+            while len(self._fetched) > MOST_FETCHED:
+                shutil.rmtree(self._fetched.popitem(last=False)[1].parent, ignore_errors=True)
+            return self._fetched[ref.key]
+
+    def _fetch(self, ref: AdapterRef) -> Path:
+        folder = Path(self._folder.name) / hashlib.sha256(ref.key.encode()).hexdigest()
+        folder.mkdir(exist_ok=True)
+        place = PurePosixPath(ref.place)
+        try:
+            for beside in self.files.ls(str(place.parent), detail=False):
+                if str(beside).endswith(TOKENS_SUFFIX):
+                    self.files.get_file(beside, folder / PurePosixPath(beside).name)
+            self.files.get_file(ref.place, folder / place.name)
+        except FileNotFoundError as error:
+            raise unknown(ref.name) from error
+        except OSError as error:
+            raise RefusedError(503, f"the adapter {ref.name} cannot be fetched now: {one_line(error)}", 5) from error
+        return folder / place.name
+
+    def _list(self) -> dict[str, AdapterRef]:
+        with self._lock:
+            if time.monotonic() - self._listed > BUCKET_SEC:
+                try:
+                    self._refs = self._ask()
+                except OSError as error:
+                    raise RefusedError(503, f"the adapters cannot be listed now: {one_line(error)}", 5) from error
+                self._listed = time.monotonic()
+            return self._refs
+
+    def _ask(self) -> dict[str, AdapterRef]:
+        self.files.invalidate_cache(self.root)
+        found: dict[str, AdapterRef] = {}
+        for path, facts in sorted(self.files.find(self.root, maxdepth=2, detail=True).items()):
+            if path.endswith(".safetensors") and not path.endswith(TOKENS_SUFFIX):
+                name = name_of(Path(path), [Path(self.root)])
+                found.setdefault(name, AdapterRef(name, path, version_of(facts)))
+        return found
+
+
+def version_of(facts: dict[str, Any]) -> str:
+    told = sorted((str(key), str(value)) for key, value in facts.items())
+    return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+def unknown(name: str) -> RefusedError:
+    return RefusedError(404, f"there is no adapter {name!s:.60}; GET /adapters lists those that are")

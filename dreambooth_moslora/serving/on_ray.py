@@ -1,0 +1,140 @@
+"""The service on Ray Serve: one front, and replicas that hold the base. Nothing else imports Ray Serve.
+
+Ray reads its environment when it is imported: import this module after `fleet.cluster.connected`.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.serving.access import Access
+from dreambooth_moslora.serving.catalogue import open_catalogue
+from dreambooth_moslora.serving.front import Front, build_front
+from dreambooth_moslora.serving.orders import Drawn, Order, RefusedError
+from dreambooth_moslora.serving.settings import ServeSettings
+
+__all__ = ["APP_NAME", "application", "build", "listening"]
+
+APP_NAME = "dreambooth_moslora"
+LOST = (BackPressureError, DeploymentUnavailableError, RayActorError)
+QUIET = {"enable_access_log": False, "log_level": "WARNING"}
+"""Prompts and addresses of clients are nobody's business."""
+STOP_SEC = 5.0
+"""For the pictures that are being drawn when the service ends."""
+
+
+def replica_class(settings: ServeSettings) -> type:
+    """The decorator of `load` takes a number that the settings tell."""
+
+    class Replica:
+        """A base on one device. Ray Serve's router sends an adapter's orders to where it is, while there is room."""
+
+        def __init__(self) -> None:
+            import torch
+
+            from dreambooth_moslora.generation.pipeline import SubjectPipeline
+            from dreambooth_moslora.serving.drawer import Drawer
+
+            torch.set_num_threads(settings.threads)
+            pipeline = SubjectPipeline.from_base(settings.pretrained_model_name_or_path)
+            pipeline.resident_adapters = settings.resident_adapters
+            catalogue = open_catalogue(settings.adapters)
+            name = serve.get_replica_context().replica_id.unique_id
+            self.drawer = Drawer(pipeline, catalogue, name=name, batch=settings.batch, load=self.load)
+
+        @serve.multiplexed(max_num_models_per_replica=settings.resident_adapters)
+        async def load(self, key: str) -> str:
+            return await self.drawer.load_now(key)
+
+        async def draw(self, order: Order) -> Drawn | UserError:
+            """Refusals are returned: what is raised, Ray would wrap and log with a traceback."""
+            try:
+                return await self.drawer.draw(order)
+            except UserError as error:
+                return error
+
+        async def facts(self) -> dict[str, Any]:
+            pipeline = self.drawer.pipeline
+            return {"base": pipeline.base_name, "resolution_px": pipeline.resolution_px}
+
+    return Replica
+
+
+def application(settings: ServeSettings) -> serve.Application:
+    """The front with its replicas. There is one front: it counts who waits."""
+    share = {"num_gpus": 1 / settings.per_gpu} if settings.per_gpu else {"num_gpus": 0}
+    waiting = max(2 * settings.batch, -(-settings.max_waiting // settings.replicas))
+    common = {"logging_config": QUIET, "graceful_shutdown_wait_loop_s": 0.5, "graceful_shutdown_timeout_s": STOP_SEC}
+    replica = serve.deployment(
+        replica_class(settings),
+        name="Replica",
+        num_replicas=settings.replicas,
+        ray_actor_options={"num_cpus": 0, **share},
+        max_ongoing_requests=waiting,
+        **common,
+    )
+
+    def front_app() -> Any:
+        handle = serve.get_deployment_handle("Replica", APP_NAME)
+        access = Access(settings.tokens)
+        catalogue = open_catalogue(settings.adapters)
+        front = Front(
+            lambda order: drawn_by(handle, order),
+            handle.facts.remote,
+            catalogue,
+            access,
+            settings.max_waiting,
+            settings.request_timeout,
+        )
+        return build_front(front)
+
+    front = serve.deployment(
+        serve.ingress(front_app)(),
+        name="Front",
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=2 * settings.max_waiting + 64,
+        **common,
+    )
+    return front.bind(replica.bind())
+
+
+async def drawn_by(handle: Any, order: Order) -> Drawn:
+    """By the replica that Ray Serve chooses. An order that nobody waits for any more is taken back."""
+    key = order.adapters[0].key if order.adapters else ""
+    response = handle.options(multiplexed_model_id=key).draw.remote(order)
+    try:
+        result = await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
+    except LOST as error:
+        raise RefusedError(503, "a replica was lost; ask again", 5) from error
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+@contextmanager
+def listening(settings: ServeSettings) -> Iterator[None]:
+    """The service answers for the length of the block. Raises UserError when it cannot start."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=QUIET)
+    try:
+        serve.run(application(settings), name=APP_NAME, route_prefix="/", logging_config=QUIET)
+        yield
+    except RuntimeError as error:
+        raise UserError(f"the service cannot start: {one_line(error)}.") from error
+    finally:
+        serve.shutdown()
+
+
+def build(values: dict[str, Any]) -> serve.Application:
+    """For a Serve config file: `import_path: dreambooth_moslora.serving.on_ray:build`, `args:` the settings."""
+    return application(ServeSettings.from_dict(values))

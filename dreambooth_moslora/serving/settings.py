@@ -1,0 +1,75 @@
+"""Everything that decides how a service runs, from the command line or from a Serve config file."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.serving.access import LOOPBACK, check_token
+
+__all__ = ["TOKEN_VARIABLE", "ServeSettings", "tokens_of"]
+
+TOKEN_VARIABLE = "DREAMBOOTH_TOKEN"
+"""Environment variable that holds a token, so that no list of processes shows it."""
+RANGES = {
+    "port": (1, 65535),
+    "replicas": (1, 1024),
+    "max_waiting": (1, 100_000),
+    "batch": (1, 1024),
+    "resident_adapters": (1, 1024),
+    "threads": (1, 1024),
+    "per_gpu": (1, 64),
+    "request_timeout": (1, 86400),
+}
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """`threads`: of a replica on a CPU; `per_gpu`: replicas on one GPU, None without GPUs. Seconds and counts.
+
+    Raises UserError for a value out of its range, and for an open address without a token.
+    """
+
+    adapters: tuple[str, ...]
+    pretrained_model_name_or_path: str = "toy"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    replicas: int = 1
+    tokens: tuple[str, ...] = ()
+    max_waiting: int = 64
+    request_timeout: int = 120
+    batch: int = 8
+    resident_adapters: int = 8
+    threads: int = 1
+    per_gpu: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.adapters:
+            raise UserError("missing: --adapters, a folder or bucket of adapters.")
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or not low <= value <= high):
+                raise UserError(f"--{name} {value}: must be a whole number from {low} to {high}.")
+        for token in self.tokens:
+            check_token(token)
+        if self.host not in LOOPBACK and not self.tokens:
+            raise UserError(
+                f"--host {self.host} can be reached from other machines: give --token, or set {TOKEN_VARIABLE}."
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ServeSettings":
+        """Of a Serve config file, whose proxies listen on all addresses. Raises UserError for an unknown name."""
+        if unknown := sorted(set(values) - {field.name for field in fields(cls)}):
+            raise UserError(f"unknown setting {unknown[0]!r}.")
+        places = values.get("adapters", ())
+        adapters = (places,) if isinstance(places, str) else tuple(places)
+        tokens = tokens_of(values.get("tokens", ()))
+        return cls(**{"host": "0.0.0.0", **values, "adapters": adapters, "tokens": tokens})
+
+
+def tokens_of(given: Any) -> tuple[str, ...]:
+    """Those that are given, and that of the environment."""
+    own = os.environ.get(TOKEN_VARIABLE)
+    return (*(given or ()), *([own] if own else ()))
