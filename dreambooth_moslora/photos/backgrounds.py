@@ -23,7 +23,7 @@ from dreambooth_moslora.core.seeding import place_of, seed_of
 from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.photos.crops import bucket_of, bucket_step, resized_size
 from dreambooth_moslora.photos.folder import framed
-from dreambooth_moslora.photos.mask_making import made_from, marked_png
+from dreambooth_moslora.photos.made_pictures import made_from, marked_png
 from dreambooth_moslora.photos.masks import open_mask
 from dreambooth_moslora.photos.photo import Photo, open_rgb
 

@@ -8,23 +8,20 @@ in a run folder      `masks/dog.jpg.mask.png` (`--masks auto`); its header says 
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.core.digests import content_key, file_digest
 from dreambooth_moslora.core.run_folder import atomic_write
-from dreambooth_moslora.photos.image_file import UnreadableImageError, open_image
+from dreambooth_moslora.photos.made_pictures import made_from, marked_png
 from dreambooth_moslora.photos.masks import kept_path
 from dreambooth_moslora.photos.photo import Photo, open_rgb
 from dreambooth_moslora.photos.segmenters import Segmenter
 
-__all__ = ["MadeMask", "made_from", "make_beside", "make_kept", "marked_png", "quality_warning"]
+__all__ = ["MadeMask", "make_beside", "make_kept", "quality_warning"]
 
-KEY = "made-from"
 SMALLEST_SHARE, LARGEST_SHARE = 0.005, 0.9
 """Of the photo: a mask outside these is probably wrong."""
 MOST_PIECES = 3
@@ -80,24 +77,6 @@ def make(photo: Photo, target: Path, segmenter: Segmenter, key: str = "") -> Mad
 
 def write_mask(path: Path, mask: Image.Image, key: str) -> None:
     atomic_write(path, marked_png(mask.convert("1"), key))
-
-
-def marked_png(image: Image.Image, key: str) -> bytes:
-    """A PNG; `key`, if any, goes into its header, where `made_from` finds it."""
-    facts = PngInfo()
-    if key:
-        facts.add_text(KEY, key)
-    buffer = BytesIO()
-    image.save(buffer, format="PNG", pnginfo=facts, optimize=True)
-    return buffer.getvalue()
-
-
-def made_from(path: Path) -> str | None:
-    """The key in the header of a picture; None where there is none."""
-    try:
-        return open_image(path).info.get(KEY) if path.is_file() else None
-    except UnreadableImageError:
-        return None
 
 
 def quality_warning(mask: Image.Image) -> str:
