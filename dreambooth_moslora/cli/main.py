@@ -30,6 +30,8 @@ COMMANDS = (
     *("check", "caption", "export", "evaluate", "explain", "compare", "queue", "fleet", "generate", "serve", "verify"),
     *("doctor", "selftest", "info"),
 )
+TOGETHER = "together"
+"""What a fleet's worker starts for several subjects; nobody has to know it."""
 DONE, OUR_BUG, MISTAKE = 0, 1, 2
 INSTALLED, MODULE = "dreambooth-moslora", "python -m dreambooth_moslora"
 """The two ways to start `main`."""
@@ -116,7 +118,7 @@ def run_command(argv: list[str]) -> int:
         from dreambooth_moslora.ui import serve
 
         return serve.main(rest, f"{program()} app")
-    if name not in COMMANDS:
+    if name not in (*COMMANDS, TOGETHER):
         raise UserError(f"unknown command {name}: choose one of train, app, {', '.join(COMMANDS)}.")
     module = command(name)
     parser = Parser(prog=f"{program()} {name}", description=module.HELP)

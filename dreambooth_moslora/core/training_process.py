@@ -13,7 +13,7 @@ from typing import Any
 
 from dreambooth_moslora.core.assets import import_environment
 
-__all__ = ["CONFIG_NAME", "LOG_NAME", "TRAIN", "log_tail", "start_training", "write_settings"]
+__all__ = ["CONFIG_NAME", "LOG_NAME", "TRAIN", "log_tail", "start_logged", "start_training", "write_settings"]
 
 CONFIG_NAME, LOG_NAME = "job_config.json", "job.log"
 TRAIN = ("-P", "-m", "dreambooth_moslora", "train")
@@ -37,11 +37,21 @@ def start_training(
     `environment` is beside this process's own, `inherits` are open files that it keeps. It is in a session of its own:
     a Ctrl-C in this terminal does not reach it.
     """
-    command = [sys.executable, *start, "--config", str(run_dir / CONFIG_NAME)]
+    return start_logged(run_dir, (*start, "--config", str(run_dir / CONFIG_NAME)), environment, folder, inherits)
+
+
+def start_logged(
+    run_dir: Path,
+    arguments: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    folder: str | None = None,
+    inherits: Sequence[int] = (),
+) -> subprocess.Popen:
+    """Python with these arguments, in the same way; what it writes to the terminal goes to the log in `run_dir`."""
     own = {"PYTHONUNBUFFERED": "1", **import_environment(), **(environment or {})}
     with (run_dir / LOG_NAME).open("ab") as log:
         return subprocess.Popen(
-            command,
+            [sys.executable, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

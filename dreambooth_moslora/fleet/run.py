@@ -9,7 +9,9 @@ from pathlib import Path
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import RunDir
-from dreambooth_moslora.fleet.cluster import Lost, Task, run_tasks
+from dreambooth_moslora.fleet.cluster import Lost, Task, room_for, run_tasks
+from dreambooth_moslora.fleet.group import Group, train_work
+from dreambooth_moslora.fleet.grouping import GroupsUnderWay, grouped, names_of
 from dreambooth_moslora.fleet.records import (
     Record,
     is_finished,
@@ -20,7 +22,7 @@ from dreambooth_moslora.fleet.records import (
 )
 from dreambooth_moslora.fleet.sizing import Machines, plan_name
 from dreambooth_moslora.fleet.subjects import Subject, mark_of
-from dreambooth_moslora.fleet.worker import Job, train_subject
+from dreambooth_moslora.fleet.worker import Job
 from dreambooth_moslora.training.run_lock import locked
 
 __all__ = ["Ending", "begun", "checked", "missing", "run_fleet"]
@@ -72,7 +74,7 @@ def run_fleet(
     machines: Machines,
     on_end: Callable[[Ending], None],
     should_stop: Callable[[], bool] = bool,
-    train: Callable[[Job], Record] = train_subject,
+    train: Callable[[Job | Group], Record | list[Record]] = train_work,
     check: Callable[[Path, Record | Lost], Record] | None = None,
     url: str = "",
 ) -> None:
@@ -82,17 +84,25 @@ def run_fleet(
     (`checked`). `url`: what `out` is a view of, if the run folders are behind a URL (`remote_output`).
     """
 
+    def tell(name: str, result: Record | Lost) -> None:
+        on_end(Ending(name, (check or checked)(out / name, result)))
+
+    groups = GroupsUnderWay(tell)
+
     def stop() -> bool:
+        groups.look()
         if should_stop():
             stop_path(out).touch()
         return stop_path(out).exists()
 
     def again(task: Task, reason: str) -> None:
-        on_end(Ending(task.key, Record("running", message=reason), is_again=True))
+        for name in names_of(task):
+            on_end(Ending(name, Record("running", message=reason), is_again=True))
 
-    tasks = tasks_of(todo, out, machines, on_end, url)
-    for task, result in run_tasks(train, tasks, should_stop=stop, on_retry=again):
-        on_end(Ending(task.key, (check or checked)(out / task.key, result)))
+    tasks = grouped(tasks_of(todo, out, machines, on_end, url), machines, len(todo), room_for)
+    for task, result in run_tasks(train, groups.noted(tasks), should_stop=stop, on_retry=again):
+        for name, found in groups.untold(task, result):
+            tell(name, found)
 
 
 def tasks_of(

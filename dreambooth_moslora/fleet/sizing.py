@@ -6,7 +6,7 @@ from functools import lru_cache
 from dreambooth_moslora.base.locate import base_folder
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.fleet.cluster import Resources
-from dreambooth_moslora.training.planning.estimate import BaseSize, estimate, size_of_base
+from dreambooth_moslora.training.planning.estimate import GIB, TRAINING_BYTES, BaseSize, estimate, size_of_base
 from dreambooth_moslora.training.planning.memory_plan import USABLE, fitting, with_plan
 
 __all__ = ["Machines", "plan_name"]
@@ -32,6 +32,25 @@ class Machines:
             return Resources(self.cpus, memory_gib=min(need + PROCESS_GIB, self.node_gib))
         count = self.per_gpu or max(1, int(USABLE * self.gpu_gib / need))
         return Resources(self.cpus, gpus=int(10_000 / count) / 10_000)
+
+    def at_once(self, config: TrainConfig) -> int:
+        """How many such trainings one process has: `per_gpu`, or as many of these as fit the GPU. Raises UserError."""
+        count = self.per_gpu or 1
+        while self.gpu_gib is not None and count > 1 and group_gib(config, count) > USABLE * self.gpu_gib:
+            count -= 1
+        return count
+
+    def resources_for_group(self, config: TrainConfig, at_once: int) -> Resources:
+        """Of so many such trainings in one process: a whole GPU, or cores and memory. Raises UserError."""
+        if self.gpu_gib is not None:
+            return Resources(self.cpus, gpus=1.0)
+        return Resources(self.cpus, memory_gib=min(group_gib(config, at_once) + PROCESS_GIB, self.node_gib))
+
+
+def group_gib(config: TrainConfig, count: int) -> float:
+    """Of one base with so many adapters, and a step of all their rows."""
+    of_all = estimate(replace(config, train_batch_size=config.train_batch_size * count), base_size(config), 1, 1)
+    return of_all.peak_gib + (count - 1) * of_all.adapter_parameters * TRAINING_BYTES / GIB
 
 
 def plan_name(config: TrainConfig, gpu_gib: float | None) -> str | None:

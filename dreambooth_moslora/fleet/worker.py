@@ -9,19 +9,31 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.job_endings import why_it_ended
-from dreambooth_moslora.core.training_process import log_tail, start_training, write_settings
+from dreambooth_moslora.core.training_process import CONFIG_NAME, log_tail, start_logged, write_settings
 from dreambooth_moslora.fleet.records import Record, is_finished, read_record, stop_path, write_record
 from dreambooth_moslora.training.run_lock import locked, take
 
-__all__ = ["HOLD_NAME", "Job", "held", "train_subject"]
+__all__ = [
+    "HOLD_NAME",
+    "KILLED_MOST",
+    "Job",
+    "ended",
+    "goes_on",
+    "held",
+    "held_for_training",
+    "start_guarded",
+    "train_subject",
+    "unit_of",
+    "watch",
+]
 
 DONE, MISTAKE, INTERRUPTED, ERROR = 0, 2, 130, "error: "
 POLL_SEC = 0.2
@@ -59,11 +71,18 @@ def train_subject(job: Job) -> Record:
         return read_record(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        hold = held(run_dir)
+        with held_for_training(run_dir) as hold:
+            return train_to_an_end(job, run_dir, hold)
     except UserError as error:
         return ended(job, "failed", str(error))
+
+
+@contextmanager
+def held_for_training(run_dir: Path) -> Iterator[BinaryIO]:
+    """`held`, for the length of the block. Raises UserError."""
+    hold = held(run_dir)
     try:
-        return train_to_an_end(job, run_dir, hold)
+        yield hold
     finally:
         with suppress(OSError):
             (run_dir / HOLD_NAME).unlink()
@@ -102,11 +121,11 @@ def train_to_an_end(job: Job, run_dir: Path, hold: BinaryIO) -> Record:
 def train_once(job: Job, run_dir: Path, hold: BinaryIO) -> int:
     """The exit status: negative for a signal. The record counts the time."""
     before = read_record(run_dir)
-    goes_on = before is not None and before.mark == job.mark
-    begun = replace(before if goes_on else Record("running", job.mark), state="running", message="", unit=unit_of(job))
+    is_known = goes_on(before, job)
+    begun = replace(before if is_known else Record("running", job.mark), state="running", message="", unit=unit_of(job))
     begun = replace(begun, starts=begun.starts + 1, machine=socket.gethostname())
     write_record(run_dir, begun)
-    write_settings(run_dir, {**job.settings, **({"resume_from_checkpoint": "latest"} if goes_on else {})})
+    write_settings(run_dir, {**job.settings, **({"resume_from_checkpoint": "latest"} if is_known else {})})
     started = time.monotonic()
     code = watch(start(job, run_dir, hold), stop_path(run_dir.parent))
     seconds = time.monotonic() - started
@@ -115,15 +134,27 @@ def train_once(job: Job, run_dir: Path, hold: BinaryIO) -> int:
     return code
 
 
+def goes_on(before: Record | None, job: Job) -> bool:
+    """Whether the record is of a training of this very run."""
+    return before is not None and before.mark == job.mark and before.starts > 0
+
+
 def unit_of(job: Job) -> str:
     return "GPU" if job.gpus else "CPU"
 
 
 def start(job: Job, run_dir: Path, hold: BinaryIO) -> subprocess.Popen:
-    """As many threads as cores: on CPUs, another number of threads ends with other bytes."""
+    return start_guarded(job, ("train", "--config", str(run_dir / CONFIG_NAME)), (hold.fileno(),))
+
+
+def start_guarded(job: Job, words: Sequence[str], holds: Sequence[int]) -> subprocess.Popen:
+    """A command of this program that keeps `holds` and does not outlive this process; its log is in the run folder.
+
+    As many threads as cores: on CPUs, another number of threads ends with other bytes.
+    """
     folder = job.folder if os.path.isdir(job.folder) else None
-    threads, command = {"OMP_NUM_THREADS": str(job.cpus)}, (*GUARDED, str(os.getpid()), "train")
-    return start_training(run_dir, command, threads, folder, inherits=(hold.fileno(),))
+    threads, command = {"OMP_NUM_THREADS": str(job.cpus)}, (*GUARDED, str(os.getpid()), *words)
+    return start_logged(Path(job.run_dir), command, threads, folder, inherits=holds)
 
 
 def watch(process: subprocess.Popen, stop: Path) -> int:

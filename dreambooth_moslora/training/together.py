@@ -8,7 +8,8 @@ rounding: a product of more rows sums in another order.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -24,25 +25,21 @@ from dreambooth_moslora.training.run import StepScorer, Training
 from dreambooth_moslora.training.shared_base import SharedBase
 from dreambooth_moslora.training.train_step import StepLosses, TrainStep, numbers_of
 
-__all__ = ["Member", "accumulate_together", "needs_to_be_alone", "shared_settings", "train_together"]
-
-ALIKE_GROUPS = ("base model", "adapter", "memory and speed")
-ALIKE = (
-    *("resolution", "with_prior_preservation", "prior", "train_batch_size", "gradient_accumulation_steps"),
-    "do_edm_style_training",
-)
-OWN = ("init_adapter", "mixer_lr_scale", "dataloader_num_workers")
-"""Of the groups of ALIKE_GROUPS, and yet each run's own."""
+__all__ = ["Member", "accumulate_together", "train_together"]
 
 
 @dataclass(frozen=True)
 class Member:
-    """A run to be: its settings, whom it tells and asks, and what makes its evaluator when it begins."""
+    """A run to be: its settings, whom it tells and asks, and what makes its evaluator when it begins.
+
+    Whatever it does by itself, it does `within` such a block: who logs for it, for one.
+    """
 
     config: TrainConfig
     on_event: Callable[[Event], None] | None = None
     should_stop: Callable[[], bool] | None = None
     make_evaluator: Callable[[TrainConfig], StepScorer | None] = lambda config: None
+    within: Callable[[], AbstractContextManager] = nullcontext
 
 
 @dataclass
@@ -54,27 +51,6 @@ class Course:
     run: Training
 
 
-def needs_to_be_alone(config: TrainConfig) -> str | None:
-    """The flag for which no other run can share its steps, None where all can."""
-    reasons = {
-        "--train_text_encoder": config.train_text_encoder,
-        "--train_text_encoder_ti": config.train_text_encoder_ti,
-        "--use_dora": config.use_dora,
-        "--lora_dropout": config.lora_dropout > 0,
-        "--enable_bucket": config.enable_bucket,
-        "--caching off": config.caching == "off",
-        "--base_quantization int8": config.base_quantization == "int8",
-        "--compile on": config.compile == "on",
-    }
-    return next((flag for flag, is_given in reasons.items() if is_given), None)
-
-
-def shared_settings(config: TrainConfig) -> tuple[object, ...]:
-    """The settings in which runs must be alike to share their steps."""
-    found = [f.name for f in fields(config) if f.metadata["group"] in ALIKE_GROUPS and f.name not in OWN]
-    return tuple(getattr(config, name) for name in (*found, *ALIKE))
-
-
 def train_together(
     members: Iterable[Member],
     most: int,
@@ -82,7 +58,7 @@ def train_together(
 ) -> None:
     """Train all of `members`, at most so many at once. As one ends, well or by its own error, the next begins.
 
-    They have the same `shared_settings` and none `needs_to_be_alone`. `on_end` hears of each.
+    They have the same `shared_settings` and none `needs_to_be_alone` (`planning.sharing`). `on_end` hears of each.
     """
     base, waiting, under_way = SharedBase(), iter(members), []
     stack = Stack()
@@ -102,9 +78,10 @@ def begin(member: Member, base: SharedBase, under_way: list[Course], on_end: Cal
     """All that comes before its first step, alone."""
     config = replace(member.config, compile="off")  # a graph would be of one number of runs
     try:
-        evaluator = member.make_evaluator(config)
-        steps = training(config, member.on_event, member.should_stop, evaluator, base)
-        under_way.append(Course(member, steps, next(steps)))
+        with member.within():
+            evaluator = member.make_evaluator(config)
+            steps = training(config, member.on_event, member.should_stop, evaluator, base)
+            under_way.append(Course(member, steps, next(steps)))
     except StopIteration as end:
         on_end(member, end.value)
     except Exception as error:
@@ -118,7 +95,8 @@ def advance(under_way: list[Course], stack: "Stack", on_end: Callable) -> list[C
     going = []
     for course, outcome in zip(under_way, outcomes, strict=True):
         try:
-            course.run = advanced(course.steps, outcome)
+            with course.member.within():
+                course.run = advanced(course.steps, outcome)
             going.append(course)
         except StopIteration as end:
             on_end(course.member, end.value)

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -19,7 +20,7 @@ from dreambooth_moslora.fleet.run import Ending, begun, missing, run_fleet
 from dreambooth_moslora.fleet.sizing import Machines
 from dreambooth_moslora.fleet.subjects import PLACES, read_subjects
 from tests.helpers.tiny_encoders import save_tiny_encoders
-from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
+from tests.helpers.tiny_training import adapter_sha256, largest_difference, paint_photos, tiny_config
 
 # Not importorskip: Ray reads the environment, which says that it listens on the loopback, when it is imported.
 pytestmark = [
@@ -69,6 +70,22 @@ def test_a_fleet_that_is_stopped_and_loses_a_worker_ends_equal_to_trainings_with
         train(tiny_config(tiny_base, photos / name, tmp_path / "alone" / name, max_train_steps=steps))
         assert adapter_sha256(out / name) == adapter_sha256(tmp_path / "alone" / name)
     assert [subject.name for subject, _ in missing(out, subjects)] == ["void"]
+
+
+def test_a_fleet_of_several_subjects_a_process_trains_each_as_alone(machines, tiny_base, tmp_path):
+    from dreambooth_moslora.training.loop import train
+
+    out, photos = tmp_path / "out", tmp_path / "photos"
+    for count, name in enumerate(("rex", "tom", "zoe"), start=2):
+        paint_photos(photos / name, count)
+    config = tiny_config(tiny_base, photos / "rex", out, max_train_steps=3, learning_rate=1e-3)
+    shared = {name: value for name, value in config.to_dict().items() if name not in PLACES}
+    subjects = read_subjects(photos, shared, out)
+    states = ended(out, subjects, replace(machines, per_gpu=2), bool)
+    assert states == {"rex": "done", "tom": "done", "zoe": "done"} and not missing(out, subjects)
+    for name in states:
+        alone = train(replace(config, instance_data_dir=str(photos / name), output_dir=str(tmp_path / "alone" / name)))
+        assert largest_difference(out / name, alone.run_dir) < config.learning_rate / 20
 
 
 def ended(out: Path, subjects: list, machines: Machines, should_stop: Callable[[], bool]) -> dict[str, str]:

@@ -104,6 +104,10 @@ def test_a_damaged_record_is_none(text, tmp_path):
         (["pets", "--out", "x", "--pretrained_model_name_or_path", "toy", "--output_dir", "y"], "--output_dir"),
         (["pets", "--out", "x", "--per_gpu", "0"], "--per_gpu"),
         (["pets", "--out", "x", "--cpus", "0"], "--cpus"),
+        (
+            ["pets", "--out", "memory://x", "--per_gpu", "2", "--pretrained_model_name_or_path", "toy"],
+            "--per_gpu 2: subjects that share a process need an --out that is a folder",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(words, says, capsys):

@@ -4,10 +4,12 @@ import hashlib
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 
 from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.run_folder import PUBLISHED_NAME
 
-__all__ = ["adapter_sha256", "paint_photos", "tiny_config"]
+__all__ = ["adapter_sha256", "largest_difference", "paint_photos", "tiny_config"]
 
 SIZES = ((96, 64), (64, 80), (72, 72))
 
@@ -49,3 +51,10 @@ def adapter_sha256(run_dir: Path) -> str:
     content = (run_dir / "pytorch_lora_weights.safetensors").read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     return hashlib.sha256(content[start:]).hexdigest()
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Of two runs' published adapters, number by number."""
+    first, second = load_file(one / PUBLISHED_NAME), load_file(other / PUBLISHED_NAME)
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RunDir
+from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.training.loop import train
+from dreambooth_moslora.training.planning.sharing import needs_to_be_alone, shared_settings
 from dreambooth_moslora.training.run import TrainResult
-from dreambooth_moslora.training.together import Member, needs_to_be_alone, shared_settings, train_together
+from dreambooth_moslora.training.together import Member, train_together
 from dreambooth_moslora.training.train_step import TrainStep
-from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
+from tests.helpers.tiny_training import adapter_sha256, largest_difference, paint_photos, tiny_config
 from tests.training.test_resume import stop_at
 
 RATE, STEPS = 1e-3, (2, 4, 3)
@@ -49,12 +49,6 @@ def together(runs: list[TrainConfig], most: int, *options: tuple) -> dict[str, T
     members = [Member(config, *own) for config, own in zip(runs, options or [()] * len(runs), strict=True)]
     train_together(members, most, lambda member, result: ended.update({Path(member.config.output_dir).name: result}))
     return ended
-
-
-def largest_difference(one: Path, other: Path) -> float:
-    first, second = load_file(one / PUBLISHED_NAME), load_file(other / PUBLISHED_NAME)
-    assert first.keys() == second.keys()
-    return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
 def test_each_adapter_is_that_of_its_run_alone_to_rounding(tiny_base, tmp_path):

@@ -39,16 +39,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="a run folder for each subject: a folder shared by all machines, or a URL such as s3://BUCKET/PATH",
     )
-    add_cluster_flags(parser)
+    per_gpu = "subjects that one process trains at once on one base (default: a process each, as many as fit a GPU)"
+    add_cluster_flags(parser, per_gpu=per_gpu)
     add_training_flags(parser, hidden=REFUSED)
 
 
-def add_cluster_flags(parser: argparse.ArgumentParser, of_one: str = "this machine alone") -> None:
+def add_cluster_flags(
+    parser: argparse.ArgumentParser,
+    of_one: str = "this machine alone",
+    per_gpu: str = "trainings at once on a GPU (default: as many as the estimate lets)",
+) -> None:
     about = f'the Ray cluster: "auto", HOST:PORT or ray://HOST:PORT (default: {of_one})'
     parser.add_argument("--ray_address", metavar="ADDRESS", help=about)
-    parser.add_argument(
-        "--per_gpu", metavar="N", type=int, help="trainings at once on a GPU (default: as many as the estimate lets)"
-    )
+    parser.add_argument("--per_gpu", metavar="N", type=int, help=per_gpu)
     parser.add_argument("--cpus", metavar="N", type=int, default=1, help="cores and threads of a training (default: 1)")
 
 
@@ -75,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
     from dreambooth_moslora.fleet.run import missing
 
     with opened(args.out) as (out, remote):
+        if remote and (args.per_gpu or 1) > 1:
+            raise UserError(f"--per_gpu {args.per_gpu}: subjects that share a process need an --out that is a folder.")
         subjects = read_subjects(Path(args.words[0]), shared, out)
         if remote:
             remote.fetch([subject.name for subject in subjects])

@@ -19,7 +19,7 @@ from dreambooth_moslora.core.targets import is_target
 from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha
 from dreambooth_moslora.training.planning.step_plan import uses_class_images
 
-__all__ = ["CONTEXT_GIB", "GIB", "BaseSize", "Estimate", "check_memory", "estimate", "size_of_base"]
+__all__ = ["CONTEXT_GIB", "GIB", "TRAINING_BYTES", "BaseSize", "Estimate", "check_memory", "estimate", "size_of_base"]
 
 BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.001}

@@ -1,0 +1,112 @@
+"""Which subjects of a fleet share a process (`--per_gpu N`), and who of them has ended before the others.
+
+A task of the cluster is a subject, or with `--per_gpu` a group: its key is the name, or the names.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.fleet.cluster import Lost, Resources, Task
+from dreambooth_moslora.fleet.group import Group
+from dreambooth_moslora.fleet.records import Record, is_finished, read_record
+from dreambooth_moslora.fleet.sizing import Machines
+from dreambooth_moslora.fleet.worker import Job
+from dreambooth_moslora.training.planning.sharing import needs_to_be_alone, shared_settings
+
+__all__ = ["GroupsUnderWay", "grouped", "names_of", "results_of"]
+
+MOST_ROUNDS = 8
+LOOK_SEC = 2.0
+
+
+def names_of(task: Task) -> tuple[str, ...]:
+    """Of its subjects."""
+    return (task.key,) if isinstance(task.key, str) else task.key
+
+
+def grouped(tasks: Iterable[Task], machines: Machines, total: int, room: Callable[[Resources], int]) -> Iterator[Task]:
+    """With `--per_gpu N`, subjects that can share their steps as one task of several, which a process trains N at once.
+
+    A task has a machine's share of the `total`, and at most MOST_ROUNDS times N: then not too much hangs on one.
+    """
+    if (machines.per_gpu or 1) < 2:
+        yield from tasks
+        return
+    waiting: dict[tuple, list[Task]] = {}
+    sizes: dict[tuple, int] = {}
+    for task in tasks:
+        config = TrainConfig.from_dict(task.arguments[0].settings)
+        at_once = 1 if needs_to_be_alone(config) else machines.at_once(config)
+        if at_once == 1:
+            yield task
+            continue
+        kind = shared_settings(config)
+        if kind not in sizes:
+            share = -(-total // room(machines.resources_for_group(config, at_once)))
+            sizes[kind] = min(MOST_ROUNDS * at_once, share)
+        found = waiting.setdefault(kind, [])
+        found.append(task)
+        if len(found) == sizes[kind]:
+            yield as_group(waiting.pop(kind), machines)
+    yield from (as_group(found, machines) for found in waiting.values())
+
+
+def as_group(tasks: Sequence[Task], machines: Machines) -> Task:
+    if len(tasks) == 1:
+        return tasks[0]
+    config = TrainConfig.from_dict(tasks[0].arguments[0].settings)
+    at_once = min(machines.at_once(config), len(tasks))
+    needs = machines.resources_for_group(config, at_once)
+    jobs = tuple(replace(task.arguments[0], gpus=needs.gpus) for task in tasks)
+    return Task(tuple(task.key for task in tasks), (Group(jobs, at_once),), needs)
+
+
+def results_of(task: Task, result: Record | list[Record] | Lost) -> list[Record | Lost]:
+    """One a subject. Of a group that was lost, some may have been done before."""
+    (work,) = task.arguments
+    if isinstance(result, list):
+        return result
+    jobs = work.jobs if isinstance(work, Group) else ()
+    return [read_record(Path(j.run_dir)) if is_finished(Path(j.run_dir), j.mark) else result for j in jobs] or [result]
+
+
+class GroupsUnderWay:
+    """Tells of each subject of a group as it ends: the group's task returns when the last one has."""
+
+    def __init__(self, tell: Callable[[str, Record], None]):
+        self.tell, self._looked = tell, time.monotonic()
+        self._before: dict[str, tuple[Job, Record | None]] = {}
+
+    def noted(self, tasks: Iterable[Task]) -> Iterator[Task]:
+        """The same tasks, with their groups' records as they are before."""
+        for task in tasks:
+            (work,) = task.arguments
+            for name, job in zip(task.key, work.jobs, strict=True) if isinstance(work, Group) else ():
+                self._before[name] = job, read_record(Path(job.run_dir))
+            yield task
+
+    def look(self) -> None:
+        """Now and then, in the records of those under way."""
+        if time.monotonic() - self._looked < LOOK_SEC:
+            return
+        self._looked = time.monotonic()
+        for name, (job, before) in list(self._before.items()):
+            record = read_record(Path(job.run_dir))
+            if (
+                record is not None
+                and record != before
+                and record.mark == job.mark
+                and record.state in ("done", "failed")
+            ):
+                del self._before[name]
+                self.tell(name, record)
+
+    def untold(self, task: Task, result: Record | list[Record] | Lost) -> list[tuple[str, Record | Lost]]:
+        """How those of a task ended of whom nobody has been told."""
+        found = list(zip(names_of(task), results_of(task, result), strict=True))
+        if isinstance(task.arguments[0], Group):
+            found = [(name, record) for name, record in found if self._before.pop(name, None) is not None]
+        return found
