@@ -18,8 +18,6 @@ def check_together(config: RunSettings) -> None:
         raise UserError(f"--bucket_reso_steps {config.bucket_reso_steps}: must be a multiple of 8, such as 64.")
     if config.enable_bucket and (step := config.bucket_reso_steps or 8) > config.resolution:
         raise UserError(f"--bucket_reso_steps {step}: must be at most --resolution {config.resolution}.")
-    if config.enable_bucket and config.with_prior_preservation and config.prior == "class_images":
-        raise UserError("--enable_bucket needs --prior adapter_off, which takes every shape: class images are square.")
     if config.instance_data_dir and config.dataset_name:
         raise UserError("--instance_data_dir and --dataset_name: give one of them, not both.")
     if config.subjects:

@@ -7,6 +7,7 @@ SDXL is told these numbers (Podell et al. 2023, arXiv 2307.01952, section 2.2), 
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 
@@ -14,7 +15,17 @@ from PIL import Image, ImageOps
 
 from dreambooth_moslora.core.config import TrainConfig
 
-__all__ = ["CropPlan", "CropRule", "apply_crop", "bucket_of", "bucket_step", "crop_rule", "plan_crop", "resized_size"]
+__all__ = [
+    "CropPlan",
+    "CropRule",
+    "apply_crop",
+    "bucket_of",
+    "bucket_step",
+    "crop_rule",
+    "nearest_shape",
+    "plan_crop",
+    "resized_size",
+]
 
 FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -62,6 +73,12 @@ def bucket_of(size_px: tuple[int, int], resolution_px: int, step_px: int) -> tup
     shapes = {shape for height, width in tall for shape in ((height, width), (width, height)) if width}
     ratio = size_px[0] / size_px[1]
     return min(sorted(shapes), key=lambda s: (round(abs(math.log(s[0] / s[1] / ratio)), 6), -s[0] * s[1]))
+
+
+def nearest_shape(size_px: tuple[int, int], shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Of `shapes` (h, w), the one nearest to that of `size_px` (h, w)."""
+    ratio = size_px[0] / size_px[1]
+    return min(sorted(shapes), key=lambda shape: abs(math.log(shape[0] / shape[1] / ratio)))
 
 
 def plan_crop(
@@ -117,10 +134,10 @@ class CropRule:
             return self.resolution_px, self.resolution_px
         return bucket_of(size_px, self.resolution_px, self.bucket_step_px)
 
-    def plan(self, size_px: tuple[int, int], rng: Random) -> CropPlan:
-        """Where to cut a photo of `size_px` (h, w)."""
+    def plan(self, size_px: tuple[int, int], rng: Random, target: tuple[int, int] | None = None) -> CropPlan:
+        """Where to cut `target` (h, w), its own where none is given, out of a photo of `size_px` (h, w)."""
         flags = {"center_crop": self.center_crop, "random_flip": self.random_flip, "zoom": self.zoom}
-        return plan_crop(size_px, self.target(size_px), rng, **flags)
+        return plan_crop(size_px, target or self.target(size_px), rng, **flags)
 
 
 def bucket_step(config: TrainConfig) -> int:

@@ -95,7 +95,8 @@ def prepare(
     check_patterns(config, layers)
     start = read_start_of(config, pipeline) if is_fresh else None
     context.stop_if_asked()
-    class_photos = class_photos_of_each(context, pipeline) if uses_class_images(config) else []
+    shown = with_new_backgrounds(context, pipeline, photos)
+    class_photos = class_photos_of_each(context, pipeline, shown) if uses_class_images(config) else []
     encoder = PhotoEncoder(
         pipeline.vae.to(device),
         cache_of(config),
@@ -103,8 +104,8 @@ def prepare(
         config.dataloader_num_workers,
         config.unmasked_weight,
     )
-    instance = instance_streams(config, with_new_backgrounds(context, pipeline, photos), encoder)
-    prior = prior_streams(config, class_photos, encoder, instance.run) if class_photos else None
+    instance = instance_streams(config, shown, encoder)
+    prior = prior_streams(config, class_photos, encoder, instance) if class_photos else None
     prompt_embeds = prompt_cache(config, pipeline, device)
     streams = [stream for stream in (instance, prior) if stream is not None]
     encode_photos(context, streams, sample_count)

@@ -2,9 +2,11 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
@@ -109,12 +111,12 @@ def test_the_crop_picture_shows_them(tmp_path):
     assert crop_rule(config) == BUCKETS and shown == {plan for _, plan in views(stream(2), 100)}
 
 
-def test_a_dry_run_names_the_sizes_and_class_images_are_refused(tiny_base, tmp_path):
+def test_a_dry_run_names_the_sizes_and_a_wrong_step_is_refused(tiny_base, tmp_path):
     photos = paint_photos(tmp_path / "photos")
     config = tiny_config(tiny_base, photos, tmp_path / "run", enable_bucket=True, bucket_reso_steps=16)
     assert "cropped to 64 x 64 px (2), 80 x 48 px (1)" in describe_run(config)
-    with pytest.raises(UserError, match="--enable_bucket needs --prior adapter_off"):
-        TrainConfig(enable_bucket=True, with_prior_preservation=True, class_prompt="a dog")
+    prior = {"with_prior_preservation": True, "num_class_images": 10}
+    assert "in the same proportion: 64 x 64 px (7), 80 x 48 px (3)" in describe_run(replace(config, **prior))
     with pytest.raises(UserError, match="--bucket_reso_steps 20: must be a multiple of 8"):
         TrainConfig(bucket_reso_steps=20)
 
@@ -129,11 +131,30 @@ def test_a_step_that_leaves_no_rectangle_is_refused():
         assert 0 < height * width <= 64**2
 
 
+@pytest.mark.parametrize("rule", [BUCKETS, CropRule(64, crops_per_photo=None, bucket_step_px=8)])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_class_images_have_the_size_of_what_they_stand_beside(rule, batch_size):
+    shown = stream(batch_size, rule)
+    shapes = [(64, 64), (48, 80), (80, 48), (80, 48), (50, 50)]  # none like that of (64, 80)
+    photos = [Photo(number, size, ("x",)) for number, size in enumerate(shapes)]
+    prior = PhotoStream(photos, Numbers(rule), 3, "prior", beside=shown)
+    pairs = list(zip(views(shown, 300), views(prior, 300), strict=True))
+    assert all(plan.target_size == other.target_size for (_, plan), (_, other) in pairs)
+    assert {photo for _, (photo, _) in pairs} == set(range(5))
+    for height, width in ((48, 80), (80, 48)):
+        whole = {photo for _, (photo, plan) in pairs if plan.target_size == (height, width)}
+        assert whole <= {number for number, shape in enumerate(shapes) if shape == (height, width)}
+    ahead = list(prior.encode_ahead(300))
+    assert set(ahead) == (set(views(prior, 300)) if rule.crops_per_photo else set())
+    assert len(ahead) == prior.view_count(300)
+
+
 @pytest.mark.slow
-def test_a_training_sees_every_size_with_its_own_numbers(tiny_base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("prior", ["adapter_off", "class_images"])
+def test_a_training_sees_every_size_with_its_own_numbers(prior, tiny_base, tmp_path, monkeypatch):
     seen, batch_at = [], TrainStep.batch_at
     monkeypatch.setattr(TrainStep, "batch_at", lambda *words: seen.append(batch_at(*words)) or seen[-1])
-    options = {"enable_bucket": True, "with_prior_preservation": True, "prior": "adapter_off", "train_batch_size": 2}
+    options = {"enable_bucket": True, "with_prior_preservation": True, "prior": prior, "train_batch_size": 2}
     events = []
     photos = paint_photos(tmp_path / "photos")
     train(tiny_config(tiny_base, photos, tmp_path / "run", max_train_steps=6, **options), events.append)
@@ -143,3 +164,6 @@ def test_a_training_sees_every_size_with_its_own_numbers(tiny_base, tmp_path, mo
         height, width = (8 * side for side in batch.latents.shape[-2:])
         assert torch.equal(batch.time_ids[:, 4:], torch.tensor([[height, width]] * 4, dtype=torch.float32))
     assert len([event for event in events if isinstance(event, StepDone)]) == 6
+    made = sorted((tmp_path / "run" / "class_images").glob("*.png"))
+    assert {Image.open(path).size for path in made} == ({(80, 48), (56, 72), (64, 64)} if made else set())
+    assert len(made) == (3 if prior == "class_images" else 0)

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from dreambooth_moslora.core.run_folder import atomic_write
 from dreambooth_moslora.core.seeding import seed_of
 from dreambooth_moslora.photos.image_file import UnreadableImageError, open_image
 
-__all__ = ["ClassImages"]
+__all__ = ["ClassImages", "shares"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,16 +37,22 @@ GENERATED = re.compile(r"class_[0-9a-f]{8}_\d{5}\.png")
 
 @dataclass(frozen=True)
 class ClassImages:
-    """The class images of one prompt, one base and one size in `folder`; `model` names the base without any path."""
+    """The class images of one prompt, one base and one size (h, w) in `folder`; `model` names the base without path."""
 
     folder: Path
     prompt: str
     model: str
     seed: int
-    resolution_px: int
+    size_px: tuple[int, int]
+
+    @property
+    def resolution(self) -> int | str:
+        """As the manifest says it: the side of a square, else width x height."""
+        height, width = self.size_px
+        return height if height == width else f"{width}x{height}"
 
     def name(self, index: int) -> str:
-        tag = seed_of(self.prompt, self.model, self.resolution_px) % 16**8
+        tag = seed_of(self.prompt, self.model, self.resolution) % 16**8
         return f"class_{tag:08x}_{index:05d}.png"
 
     def image_seed(self, index: int) -> int:
@@ -101,13 +107,13 @@ class ClassImages:
 
     def facts(self) -> dict[str, object]:
         """What all images of this set have in common."""
-        return {"prompt": self.prompt, "model": self.model, "resolution": self.resolution_px}
+        return {"prompt": self.prompt, "model": self.model, "resolution": self.resolution}
 
     def _is_as_made(self, index: int, known: dict[str, dict]) -> bool:
         """Whether the file is there, opens, has the size that it was generated in, and is the one of the manifest."""
         path, made = self.folder / self.name(index), known.get(self.name(index), {})
         try:
-            fits = open_image(path).size == (self.resolution_px, self.resolution_px)
+            fits = open_image(path).size == self.size_px[::-1]
         except UnreadableImageError:
             return False
         return fits and identity(made) == identity(self.facts()) and made.get(DIGEST) in (None, file_digest(path))
@@ -126,6 +132,16 @@ class ClassImages:
             keep_a_persons_work(path, facts[DIGEST])
         atomic_write(self.folder / MANIFEST, json.dumps(entries, indent=1, sort_keys=True))
         atomic_write(path, content)
+
+
+def shares(sizes: Mapping[tuple[int, int], int], total: int) -> dict[tuple[int, int], int]:
+    """`total` class images in the proportion of the photos of each size (h, w); of each at least one, if that many are
+    wanted. Each further one goes where most is lacking."""
+    exact = {size: total * count / sum(sizes.values()) for size, count in sorted(sizes.items())}
+    found = dict.fromkeys(exact, int(total >= len(exact)))
+    for _ in range(total - sum(found.values())):
+        found[max(exact, key=lambda size: exact[size] - found[size])] += 1
+    return found
 
 
 def keep_a_persons_work(path: Path, digest: str) -> None:

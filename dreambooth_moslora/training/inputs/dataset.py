@@ -24,7 +24,7 @@ from dreambooth_moslora.base.load import TextCond
 from dreambooth_moslora.core.digests import content_key, file_digest
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.seeding import place_of, rng
-from dreambooth_moslora.photos.crops import CropPlan, CropRule, apply_crop
+from dreambooth_moslora.photos.crops import CropPlan, CropRule, apply_crop, nearest_shape
 from dreambooth_moslora.photos.masks import open_mask
 from dreambooth_moslora.photos.photo import Photo, open_rgb
 from dreambooth_moslora.training.inputs.encoding_cache import TensorCache, Tensors, fingerprint
@@ -34,6 +34,10 @@ __all__ = ["EncodedView", "PhotoEncoder", "PhotoStream", "PromptCache", "TrainBa
 
 Crop = tuple[Image.Image, Image.Image | None]
 """A crop and its mask."""
+Size = tuple[int, int]
+"""(h, w) in px."""
+View = tuple[int, int, Size]
+"""(slot: photo times repeats, number of its crop, size of the crop)."""
 
 
 @dataclass(frozen=True)
@@ -171,13 +175,17 @@ class PhotoStream:
         repeats: int = 1,
         caption_dropout: float = 0.0,
         batch_size: int = 1,
+        beside: "PhotoStream | None" = None,
     ):
-        """Each `batch_size` samples from a multiple of it on have crops of one size."""
+        """Each `batch_size` samples from a multiple of it on have crops of one size; all have the size of the sample
+        of the stream `beside`, if any, at their position."""
         self.photos, self.encoder, self.seed, self.name, self.repeats = photos, encoder, seed, name, repeats
-        self.caption_dropout, self.batch_size = caption_dropout, batch_size
-        self.groups: dict[tuple[int, int], list[int]] = {}
+        self.caption_dropout, self.batch_size, self.beside = caption_dropout, batch_size, beside
+        self.groups: dict[Size, list[int]] = {size: [] for size in beside.groups} if beside else {}
         for slot in range(len(self)):
-            self.groups.setdefault(encoder.rule.target(photos[slot // repeats].size_px), []).append(slot)
+            size_px = photos[slot // repeats].size_px
+            target = nearest_shape(size_px, beside.groups) if beside else encoder.rule.target(size_px)
+            self.groups.setdefault(target, []).append(slot)
 
     def __len__(self) -> int:
         """Samples in an epoch."""
@@ -198,20 +206,38 @@ class PhotoStream:
         self.encoder.read_ahead(*self._sample(position))
 
     def _sample(self, position: int) -> tuple[Photo, CropPlan]:
-        index, crop = self._view(position)
-        return self.photos[index // self.repeats], self._plan(index, crop)
+        slot, crop, target = self._view(position)
+        return self.photos[slot // self.repeats], self._plan(slot, crop, target)
 
     @property
     def is_one_size(self) -> bool:
         """Whether batches need no care."""
         return len(self.groups) == 1 or self.batch_size == 1
 
-    def _view(self, position: int) -> tuple[int, int]:
-        """(slot, number of its crop)."""
-        plain = self.is_one_size
-        place = place_of(position, len(self), self.seed, self.name) if plain else self._grouped_place(position)
+    def _view(self, position: int) -> View:
+        target = None
+        if self.beside is not None:
+            target = self.beside.size_at(position)
+            epoch, slot = self._place_in(target, position)
+        elif self.is_one_size:
+            epoch, slot = place_of(position, len(self), self.seed, self.name)
+        else:
+            epoch, slot = self._grouped_place(position)
         crops = self.encoder.rule.crops_per_photo
-        return place[1], place[0] if crops is None else place[0] % crops
+        return slot, epoch if crops is None else epoch % crops, target or self._size_of(slot)
+
+    def size_at(self, position: int) -> Size:
+        """(h, w) of the crop at `position`."""
+        return self._view(position)[2]
+
+    def _size_of(self, slot: int) -> Size:
+        return self.encoder.rule.target(self.photos[slot // self.repeats].size_px)
+
+    def _place_in(self, size: Size, position: int) -> tuple[int, int]:
+        """(epoch, slot) among those of one size; where there are none, among all."""
+        slots = self.groups[size] or range(len(self))
+        epoch, found = place_of(position, len(slots), self.seed, self.name, size)
+        return epoch, slots[found]
 
     def _grouped_place(self, position: int) -> tuple[int, int]:
         """(epoch of its group, slot). In a round of as many batches as there are slots, each group has as many batches
@@ -222,8 +248,7 @@ class PhotoStream:
         key = order[number]
         slots = self.groups[key]
         batches_before = turn * len(slots) + order[:number].count(key)
-        epoch, found = place_of(batches_before * self.batch_size + place, len(slots), self.seed, self.name, key)
-        return epoch, slots[found]
+        return self._place_in(key, batches_before * self.batch_size + place)
 
     def view_count(self, sample_count: int) -> int:
         """Views that the first `sample_count` samples show, before they come again; 0 when each epoch crops anew."""
@@ -238,14 +263,15 @@ class PhotoStream:
         """The position of each view among the first samples; by the bound, every view has been shown."""
         crops = self.encoder.rule.crops_per_photo or 0
         turns = crops if self.is_one_size else self.batch_size * math.ceil(crops / self.batch_size)
-        views: dict[tuple[int, int], int] = {}
-        for position in range(min(sample_count, len(self) * turns)):
+        bound = len(self) * turns if self.beside is None else sample_count * (crops > 0)
+        views: dict[View, int] = {}
+        for position in range(min(sample_count, bound)):
             views.setdefault(self._view(position), position)
         return list(views.values())
 
-    def _plan(self, index: int, crop: int) -> CropPlan:
-        draws = rng(self.seed, self.name, "crop", index, crop)
-        return self.encoder.rule.plan(self.photos[index // self.repeats].size_px, draws)
+    def _plan(self, slot: int, crop: int, target: Size) -> CropPlan:
+        draws = rng(self.seed, self.name, "crop", slot, crop)
+        return self.encoder.rule.plan(self.photos[slot // self.repeats].size_px, draws, target)
 
 
 @lru_cache(maxsize=64)

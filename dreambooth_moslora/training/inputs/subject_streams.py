@@ -73,12 +73,14 @@ def instance_streams(config: TrainConfig, photos: list[Photo], encoder: PhotoEnc
 
 
 def prior_streams(
-    config: TrainConfig, class_photos: list[list[Photo]], encoder: PhotoEncoder, run: int
+    config: TrainConfig, class_photos: list[list[Photo]], encoder: PhotoEncoder, instance: SubjectStreams
 ) -> SubjectStreams:
-    """Beside each sample of a subject, one of its class."""
-    names = [name_of("prior", number) for number in range(len(class_photos))]
-    streams = [PhotoStream(photos, encoder, config.seed, name) for name, photos in zip(names, class_photos)]
-    return SubjectStreams(streams, config.seed, run)
+    """Beside each sample of a subject, one of its class, of the same size."""
+    streams = []
+    for number, (photos, own) in enumerate(zip(class_photos, instance.streams, strict=True)):
+        beside = own if config.enable_bucket else None
+        streams.append(PhotoStream(photos, encoder, config.seed, name_of("prior", number), beside=beside))
+    return SubjectStreams(streams, config.seed, instance.run)
 
 
 def name_of(stream: str, number: int) -> str:

@@ -16,12 +16,13 @@ from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.folder import PhotoReport, photo_report
 from dreambooth_moslora.photos.masks import segmenter_name, sought_word
 from dreambooth_moslora.photos.photo import Photo, counts_of, quoted
+from dreambooth_moslora.training.inputs.class_images import shares
 from dreambooth_moslora.training.planning.advice import DEFAULTS, advice, differs, free_disk_gib
 from dreambooth_moslora.training.planning.checks import check_folders, preflight
 from dreambooth_moslora.training.planning.estimate import Estimate, estimate, size_of_base
 from dreambooth_moslora.training.planning.memory_plan import plan_lines, planned
 from dreambooth_moslora.training.planning.speed import speed_here
-from dreambooth_moslora.training.planning.step_plan import StepPlan, plan_steps
+from dreambooth_moslora.training.planning.step_plan import StepPlan, plan_steps, uses_class_images
 
 __all__ = ["cost_lines", "describe_run", "step_lines"]
 
@@ -79,11 +80,21 @@ def photo_lines(report: PhotoReport) -> list[str]:
 
 
 def bucket_lines(config: TrainConfig, photos: list[Photo]) -> list[str]:
-    """With `--enable_bucket`, how many photos are cropped to which size."""
+    """With `--enable_bucket`, how many photos are cropped, and class images drawn, to which size."""
+    if not config.enable_bucket:
+        return []
     rule = crop_rule(config)
     counts = Counter(rule.target(photo.size_px) for photo in photos)
-    sizes = [f"{width} x {height} px ({count})" for (height, width), count in counts.most_common()]
-    return [f"cropped to {', '.join(sizes)}"] if config.enable_bucket else []
+    found = [f"cropped to {sizes_in_words(counts)}"]
+    if uses_class_images(config):
+        drawn = Counter(shares(counts, config.num_class_images))
+        found.append(f"class images, where none are given, in the same proportion: {sizes_in_words(drawn)}")
+    return found
+
+
+def sizes_in_words(counts: Counter[tuple[int, int]]) -> str:
+    """The most frequent first."""
+    return ", ".join(f"{width} x {height} px ({count})" for (height, width), count in counts.most_common())
 
 
 def made_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
