@@ -15,6 +15,7 @@ from dreambooth_moslora.ui.server.host_check import LOOPBACK, outermost
 from dreambooth_moslora.ui.server.login_limit import LoginLimit
 from dreambooth_moslora.ui.server.queue_limits import govern
 from dreambooth_moslora.ui.server.session_guard import SessionGuard, note_sessions
+from dreambooth_moslora.ui.server.unknown_names import UnknownNames
 from dreambooth_moslora.ui.server.upload_quota import UploadQuota
 from dreambooth_moslora.ui.server.users import VisitorCookie
 from dreambooth_moslora.ui.shortcuts import HEAD
@@ -24,7 +25,7 @@ from dreambooth_moslora.ui.train_tab import build_train_tab
 
 __all__ = ["build_app", "launch_options"]
 
-LAYERS = (BodySizeLimit, UploadQuota, LoginLimit, SessionGuard, VisitorCookie)
+LAYERS = (BodySizeLimit, UploadQuota, LoginLimit, SessionGuard, VisitorCookie, UnknownNames)
 CACHE_CHECK_SEC, CACHE_AGE_SEC = 3600, 24 * 3600
 
 

@@ -46,8 +46,11 @@ class TrustedHosts:
             await self.app(scope | {"headers": named}, receive, _cleaned(send, scope["headers"]))
 
     def _may_pass(self, name: bytes, value: bytes) -> bool:
-        """X-Forwarded-Host goes into addresses that gradio gives to everybody: only known names."""
-        return name != b"x-forwarded-host" or hostname(f"//{value.decode('latin1')}") in self.allowed
+        """X-Forwarded-Host goes into addresses that gradio gives to everybody: only known names, and real ports."""
+        if name != b"x-forwarded-host":
+            return True
+        address = f"//{value.decode('latin1')}"
+        return hostname(address) in self.allowed and _address(address) is not None
 
     def _refusal(self, scope: dict) -> PlainTextResponse | None:
         headers = {name: value.decode("latin1") for name, value in scope["headers"] if name in HEADERS}

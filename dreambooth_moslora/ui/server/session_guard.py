@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse
 from dreambooth_moslora.ui.server.body_limit import header_of
 from dreambooth_moslora.ui.server.users import secret_in
 
-__all__ = ["SessionGuard", "note_sessions"]
+__all__ = ["STREAM", "SessionGuard", "body_again", "note_sessions", "whole_body"]
 
 STREAM, CANCEL, LINK = "/gradio_api/queue/data", "/gradio_api/cancel", "/gradio_api/deep_link"
 MAX_SESSIONS = 10_000
@@ -54,8 +54,8 @@ class SessionGuard:
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         path, session = scope["path"].rstrip("/") if scope["type"] == "http" else "", ""
         if path == CANCEL:
-            body = await _whole(receive)
-            session, receive = _session_in(body), _again(body, receive)
+            body = await whole_body(receive)
+            session, receive = _session_in(body), body_again(body, receive)
         elif path == STREAM:
             session = parse_qs(scope["query_string"].decode("latin1")).get("session_hash", [""])[0]
         if path == LINK or _owners.get(session, _cookie_of(scope)) != _cookie_of(scope):
@@ -68,7 +68,7 @@ def _cookie_of(scope: dict) -> str:
     return secret_in(cookie_parser(header_of(scope, b"cookie").decode("latin1"))) if "headers" in scope else ""
 
 
-async def _whole(receive: Any) -> bytes:
+async def whole_body(receive: Any) -> bytes:
     """The body, whose length BodySizeLimit bounds."""
     body, is_open = bytearray(), True
     while is_open:
@@ -78,7 +78,7 @@ async def _whole(receive: Any) -> bytes:
     return bytes(body)
 
 
-def _again(body: bytes, receive: Any) -> Any:
+def body_again(body: bytes, receive: Any) -> Any:
     """`receive` that begins with the body that has been read."""
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
