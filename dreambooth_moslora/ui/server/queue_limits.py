@@ -4,8 +4,8 @@ What stops or lists something needs no place.
 """
 
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections import Counter, OrderedDict, deque
+from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,6 +24,9 @@ STRANGERS = 24
 """Of all at one address whose turn has never come: a cookie can be made up, so each job may look like a new visitor."""
 PER_ADDRESS = 48
 """Of all at one address without a login."""
+TURNS_TOGETHER = 4
+"""Of all at one address without a login, between two turns of somebody else: many cookies that have had a turn each may
+still be one visitor's."""
 MOST_REMEMBERED = 10_000
 TOO_MANY = "{} jobs from here are waiting already; wait until one is done, or stop it"
 UNHEARD_SEC = 30.0
@@ -45,11 +48,13 @@ def take_turns(page: gr.Blocks, served: OrderedDict[str, int]) -> None:
     `served` is filled: visitor -> the number of the last turn. Those at one address whose turn has never come
     share one, or made-up cookies would always be first.
     """
-    queue = page._queue
+    queue, places = page._queue, OrderedDict()
     push, take, numbers = queue.push, queue.get_events, count(1)
 
     def order(jobs: list) -> None:
-        jobs[:] = in_rotation(jobs, [_turn_of(_asker_of(event), served) for event in jobs], served)
+        askers = [_asker_of(event) for event in jobs]
+        last = [_last_turn(asker, served, places) for asker in askers]
+        jobs[:] = in_rotation(jobs, [_turn_of(asker, served) for asker in askers], last)
 
     async def push_in_order(*arguments: Any) -> tuple:
         answer = await push(*arguments)
@@ -61,24 +66,39 @@ def take_turns(page: gr.Blocks, served: OrderedDict[str, int]) -> None:
         if taken := take():
             events, _, lane = taken
             for asker in map(_asker_of, events):
-                for name in {_turn_of(asker, served), visitor_id(asker)}:
-                    served[name] = next(numbers)
-                    served.move_to_end(name)
-            while len(served) > MOST_REMEMBERED:
-                served.popitem(last=False)
+                _note_turn(asker, next(numbers), served, places)
             order(queue.event_queue_per_concurrency_id[lane].queue)
         return taken
 
     queue.push, queue.get_events = push_in_order, take_next
 
 
-def in_rotation(jobs: list, owners: list[str], served: Mapping[str, int]) -> list:
+def in_rotation(jobs: list, owners: list[str], last_turns: Sequence[int]) -> list:
     """Everybody's first job, then everybody's second, and on; in a round, whose last turn is longest ago goes first."""
     earlier, ranks = Counter(), []
-    for number, owner in enumerate(owners):
-        ranks.append((earlier[owner], served.get(owner, 0), number))
+    for number, (owner, last) in enumerate(zip(owners, last_turns, strict=True)):
+        ranks.append((earlier[owner], last, number))
         earlier[owner] += 1
     return [jobs[number] for _, _, number in sorted(ranks)]
+
+
+def _note_turn(asker: gr.Request, number: int, served: OrderedDict[str, int], places: OrderedDict[str, deque]) -> None:
+    for name in {_turn_of(asker, served), visitor_id(asker)}:
+        served[name] = number
+        served.move_to_end(name)
+    if not asker.username:
+        places.setdefault(_address_of(asker), deque(maxlen=TURNS_TOGETHER)).append(number)
+        places.move_to_end(_address_of(asker))
+    for remembered in (served, places):
+        while len(remembered) > MOST_REMEMBERED:
+            remembered.popitem(last=False)
+
+
+def _last_turn(asker: gr.Request, served: Mapping[str, int], places: Mapping[str, deque]) -> int:
+    """The number of the asker's own last turn, or of the one that was TURNS_TOGETHER ago at the address; 0: none."""
+    own = served.get(_turn_of(asker, served), 0)
+    turns = () if asker.username else places.get(_address_of(asker), ())
+    return max(own, turns[0]) if len(turns) == TURNS_TOGETHER else own
 
 
 def _turn_of(asker: gr.Request, served: Mapping[str, int]) -> str:
