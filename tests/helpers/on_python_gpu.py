@@ -1,11 +1,15 @@
-"""Started by `test_python_gpu` in a process of its own: trains on the device, prints what it saw as JSON.
+"""Started by `test_python_gpu` in a process of its own: trains on the device what each line of JSON asks for.
 
-python -m tests.helpers.on_python_gpu BASE PHOTOS OUTPUT CHANGES
+python -m tests.helpers.on_python_gpu
+
+One line in, {"base", "photos", "output", "changes"}; one line out, what was seen, or {"error"}.
 """
 
+import contextlib
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from accelerate.state import AcceleratorState, PartialState
@@ -30,29 +34,34 @@ class WatchedTrainStep(train_step.TrainStep):
 
 
 def accelerator_on_device(config, run_dir):
-    """accelerate knows no such device: it is told."""
+    """accelerate knows no such device: it is told, each time."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = make_accelerator(config, run_dir)
     for state in (AcceleratorState, PartialState):
         state._shared_state["device"] = DEVICE
     return accelerator
 
 
-def main(base: str, photos: str, output: str, changes: str) -> None:
-    loop.make_accelerator, loop.TrainStep = accelerator_on_device, WatchedTrainStep
-    settings = json.loads(changes)
-    Watch.has_tf32 = settings.pop("has_tf32", False)
-    loop.train(tiny_config(Path(base), Path(photos), Path(output), **settings))
+def trained(base: str, photos: str, output: str, changes: dict) -> dict:
+    """The losses of the steps, and what the last micro-batch did on the device."""
+    Watch.has_tf32 = changes.pop("has_tf32", False)
+    watches.clear()
+    loop.train(tiny_config(Path(base), Path(photos), Path(output), **changes))
     losses = [event["loss"] for event in RunDir(Path(output)).read_metrics() if event["type"] == "step"]
     last = watches[-1]
-    print(json.dumps({"losses": losses, "waits": last.waits, "copies": last.copies, "kernels": last.kernels}))
+    return {"losses": losses, "waits": last.waits, "copies": last.copies, "kernels": last.kernels}
 
 
-code = 0
-try:
-    main(*sys.argv[1:])
-except BaseException as error:
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    code = 1
-sys.stdout.flush()
-sys.stderr.flush()
-os._exit(code)  # PyTorch's thread for the device would abort the process
+def main() -> None:
+    loop.make_accelerator, loop.TrainStep = accelerator_on_device, WatchedTrainStep
+    for line in sys.stdin:
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                answer = trained(**json.loads(line))
+        except BaseException:
+            answer = {"error": traceback.format_exc()}
+        print(json.dumps(answer), flush=True)
+
+
+main()
+os._exit(0)  # PyTorch's thread for the device would abort the process

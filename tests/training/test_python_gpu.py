@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from torch.utils import backend_registration
@@ -41,21 +42,44 @@ def slow_but_the_first(name: str):
     return name if name == "plain" else pytest.param(name, marks=pytest.mark.slow)
 
 
-def run_on_device(base: Path, folder: Path, **changes) -> dict:
-    """Train two steps there; the losses of the steps, and what the last micro-batch did on the device."""
-    settings = json.dumps({"max_train_steps": 2} | changes)
-    photos = paint_photos(folder / "photos")
-    command = [sys.executable, "-m", "tests.helpers.on_python_gpu", base, photos, folder / "gpu", settings]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture(scope="module")
+def device(tmp_path_factory):
+    """A process with such a GPU: starting one costs more than a training."""
+    log = tmp_path_factory.mktemp("device") / "stderr.txt"
+    command = [sys.executable, "-m", "tests.helpers.on_python_gpu"]
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(command, cwd=ROOT, stdin=PIPE, stdout=PIPE, stderr=errors, text=True) as process,
+    ):
+        yield process, log
+
+
+@pytest.fixture
+def run_on_device(device, tiny_base, tmp_path):
+    """A function that trains two steps there: the losses of the steps, and what the last micro-batch did."""
+    process, log = device
+
+    def run(**changes) -> dict:
+        words = {"base": str(tiny_base), "photos": str(paint_photos(tmp_path / "photos"))}
+        words |= {"output": str(tmp_path / "gpu"), "changes": {"max_train_steps": 2} | changes}
+        process.stdin.write(json.dumps(words) + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        assert answer, f"the process ended: {log.read_text()[-3000:]}"
+        found = json.loads(answer)
+        assert "error" not in found, found["error"]
+        return found
+
+    return run
 
 
 @pytest.mark.parametrize("training", [slow_but_the_first(name) for name in TRAININGS])
-def test_a_training_mixes_no_devices_has_the_losses_of_the_cpu_and_waits_once_a_step(tiny_base, tmp_path, training):
+def test_a_training_mixes_no_devices_has_the_losses_of_the_cpu_and_waits_once_a_step(
+    run_on_device, tiny_base, tmp_path, training
+):
     """The losses of two steps; bf16 rounds in another order there."""
     settings = TRAININGS[training]
-    found = run_on_device(tiny_base, tmp_path, **settings)
+    found = run_on_device(**settings)
     train(tiny_config(tiny_base, tmp_path / "photos", tmp_path / "cpu", max_train_steps=2, **settings))
     expected = [event["loss"] for event in RunDir(tmp_path / "cpu").read_metrics() if event["type"] == "step"]
     assert found["losses"] == pytest.approx(expected, rel=1e-2 if "mixed_precision" in settings else 1e-5)
@@ -66,5 +90,5 @@ def test_a_training_mixes_no_devices_has_the_losses_of_the_cpu_and_waits_once_a_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"target_modules": ["to_q", "conv1"]}, {"allow_tf32": True}])
-def test_an_adapter_is_published_from_a_gpu_that_multiplies_in_tf32(tiny_base, tmp_path, changes):
-    run_on_device(tiny_base, tmp_path, has_tf32=True, **changes)
+def test_an_adapter_is_published_from_a_gpu_that_multiplies_in_tf32(run_on_device, changes):
+    run_on_device(has_tf32=True, **changes)
