@@ -24,6 +24,7 @@ __all__ = [
     "check_characters",
     "draw_seed",
     "read_recipe",
+    "recipe_in",
     "split_lora_tags",
 ]
 
@@ -154,12 +155,16 @@ def split_lora_tags(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
 
 def read_recipe(path: str | Path) -> Recipe:
     """Raises UserError when the file is no PNG or carries no parameters. No pixel is decoded."""
-    text = _png_text(Path(path))
+    return recipe_in(_png_text(Path(path)), Path(path).name)
+
+
+def recipe_in(text: Mapping[str, str], name: str) -> Recipe:
+    """Of the text chunks of the PNG that a person knows by `name`. Raises UserError when they hold no parameters."""
     if PNG_KEY in text:
         return _own_recipe(text[PNG_KEY])
     if "parameters" in text:
         return _parse_a1111(text["parameters"])
-    raise UserError(f"{Path(path).name} carries no generation parameters; was it saved again by another program?")
+    raise UserError(f"{name} carries no generation parameters; was it saved again by another program?")
 
 
 def _png_text(path: Path) -> dict[str, str]:

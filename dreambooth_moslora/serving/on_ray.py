@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from dreambooth_moslora.core.errors import UserError, one_line
@@ -125,14 +125,19 @@ async def drawn_by(handle: Any, order: Order) -> Drawn:
 def listening(settings: ServeSettings) -> Iterator[None]:
     """The service answers for the length of the block. Raises UserError when it cannot start."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=QUIET)
     try:
-        serve.run(application(settings), name=APP_NAME, route_prefix="/", logging_config=QUIET)
+        start(settings)
         yield
-    except RuntimeError as error:
-        raise UserError(f"the service cannot start: {one_line(error)}.") from error
     finally:
         serve.shutdown()
+
+
+def start(settings: ServeSettings) -> None:
+    try:
+        serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=QUIET)
+        serve.run(application(settings), name=APP_NAME, route_prefix="/", logging_config=QUIET)
+    except (RuntimeError, TimeoutError, RayError) as error:
+        raise UserError(f"the service cannot start: {one_line(error)}.") from error
 
 
 def build(values: dict[str, Any]) -> serve.Application:

@@ -8,10 +8,12 @@ from typing import Any
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.serving.access import LOOPBACK, check_token
 
-__all__ = ["TOKEN_VARIABLE", "ServeSettings", "tokens_of"]
+__all__ = ["PATIENCE", "TOKEN_VARIABLE", "ServeSettings", "tokens_of"]
 
 TOKEN_VARIABLE = "DREAMBOOTH_TOKEN"
 """Environment variable that holds a token, so that no list of processes shows it."""
+PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60"}
+"""Environment of Ray Serve before it starts: on a busy machine its five seconds end its proxy again and again."""
 RANGES = {
     "port": (1, 65535),
     "replicas": (1, 1024),

@@ -11,6 +11,8 @@ from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.process import set_environment_defaults
+from dreambooth_moslora.serving.client import RemotePipeline, Service
+from dreambooth_moslora.serving.settings import TOKEN_VARIABLE
 from dreambooth_moslora.ui.server.libraries import import_libraries
 
 __all__ = ["add_arguments", "context_of", "main"]
@@ -37,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("share", action="store_true", help="also open a public gradio.live address")
     add("auth", action="append", metavar="NAME:PASSWORD", help="ask for a login; repeatable")
+    add("backend", metavar="URL", help="draw by `dreambooth_moslora serve` there, with the same base and adapters")
+    add("backend_token", help=f"its token (default: that of {TOKEN_VARIABLE} in the environment)")
     add("inbrowser", action="store_true", help="open a browser window")
 
 
@@ -106,8 +110,12 @@ def context_of(args: argparse.Namespace, *, training: bool):
     folder = base_folder(args.base)
     runs_dir = runs_folder(args.runs_dir)
 
+    service = backend_of(args)
+
     def load():
         import_libraries()
+        if service is not None:
+            return RemotePipeline(service, public_name(args.base))
         from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
         return SubjectPipeline.from_base(args.base, resting=True)
@@ -123,6 +131,13 @@ def context_of(args: argparse.Namespace, *, training: bool):
         runs_dir=runs_dir,
         training=training,
     )
+
+
+def backend_of(args: argparse.Namespace) -> Service | None:
+    """The service that draws, if one is named. Raises UserError for what is no address."""
+    if not args.backend:
+        return None
+    return Service(args.backend, args.backend_token or os.environ.get(TOKEN_VARIABLE))
 
 
 def runs_folder(text: str) -> Path:

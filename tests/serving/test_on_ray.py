@@ -12,7 +12,7 @@ import torch
 from dreambooth_moslora.cli.commands.serve import INSTALL, has_ray_serve
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.serving.settings import ServeSettings
+from dreambooth_moslora.serving.settings import PATIENCE, ServeSettings
 from tests.helpers.tiny_adapters import save_diffusers_lora
 
 pytestmark = [
@@ -29,7 +29,13 @@ def base(tiny_base) -> SubjectPipeline:
 
 
 @pytest.fixture(scope="module")
-def service(base, tiny_base, tmp_path_factory):
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def service(base, tiny_base, tmp_path_factory, monkeypatch_module):
     """An httpx client of it, and the folder of its adapters."""
     from dreambooth_moslora.fleet.cluster import connected
 
@@ -47,6 +53,8 @@ def service(base, tiny_base, tmp_path_factory):
         resident_adapters=2,
         threads=torch.get_num_threads(),
     )
+    for name, value in PATIENCE.items():
+        monkeypatch_module.setenv(name, value)
     with connected(None):
         from dreambooth_moslora.serving.on_ray import listening
 

@@ -1,6 +1,7 @@
 """`python -m dreambooth_moslora serve --adapters DIR`: pictures over HTTP, drawn by replicas on Ray Serve."""
 
 import argparse
+import os
 import signal
 import socket
 import sys
@@ -10,7 +11,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.serving.settings import TOKEN_VARIABLE, ServeSettings, tokens_of
+from dreambooth_moslora.serving.settings import PATIENCE, TOKEN_VARIABLE, ServeSettings, tokens_of
 
 __all__ = ["HELP", "INSTALL", "add_arguments", "has_ray_serve", "run"]
 
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         check_port(settings.host, settings.port)
     say(f"{count} adapters; loading {settings.pretrained_model_name_or_path}, {settings.replicas} times …")
     started = time.monotonic()
+    os.environ.update(PATIENCE | os.environ)
     with connected(args.ray_address):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         from dreambooth_moslora.serving.on_ray import listening

@@ -1,0 +1,89 @@
+"""The files of deploy/: what can be known without the machines they are for."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dreambooth_moslora.cli.commands.serve import add_arguments
+from dreambooth_moslora.cli.parser import Parser, underscored
+from dreambooth_moslora.serving.settings import ServeSettings
+from dreambooth_moslora.ui import serve as page
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "deploy").iterdir())
+TOKEN = "correct-horse-battery"
+yaml = pytest.importorskip("yaml")
+
+
+@pytest.fixture(autouse=True)
+def token(monkeypatch):
+    monkeypatch.setenv("DREAMBOOTH_TOKEN", TOKEN)
+
+
+def settings_of(words: list[str]) -> ServeSettings:
+    """What `serve` would start with. Raises UserError."""
+    from dreambooth_moslora.cli.commands.serve import settings_of
+
+    parser = Parser(prog="serve")
+    add_arguments(parser)
+    return settings_of(parser.parse_args(underscored(words)))
+
+
+def content(name: str) -> dict:
+    return yaml.safe_load((ROOT / "deploy" / name).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_each_file_says_first_what_was_run_and_what_was_not(path):
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#!")]
+    assert re.match(r"# (Not run|Run): .*\.", lines[0]), lines[0]
+
+
+def test_all_four_ways_are_there():
+    assert [path.name for path in FILES] == ["compose.yaml", "rayservice.yaml", "runpod.sh", "skypilot.yaml"]
+
+
+def test_compose_starts_the_service_and_the_page_that_draws_by_it():
+    services = content("compose.yaml")["services"]
+    command, first = services["serve"]["command"], services["serve"]["entrypoint"]
+    assert first == ["python3", "-m", "dreambooth_moslora"] and command[0] == "serve"
+    settings = settings_of(command[1:])
+    assert settings.tokens == (TOKEN,)
+    parser = Parser(prog="app.py")
+    page.add_arguments(parser)
+    args = parser.parse_args(services["page"]["command"])
+    assert args.backend == f"http://serve:{settings.port}" and args.base == settings.pretrained_model_name_or_path
+    assert args.auth and services["page"]["ports"] == ["127.0.0.1:7860:7860"] and "ports" not in services["serve"]
+    build = services["serve"]["build"]["args"]
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    assert all(f"ARG {name}" in text and f"${{{name}}}" in text for name in build)
+
+
+def test_the_manifest_of_kuberay_names_a_builder_and_settings_that_it_takes():
+    spec = content("rayservice.yaml")["spec"]
+    config = yaml.safe_load(spec["serveConfigV2"])
+    (application,) = config["applications"]
+    module, _, name = application["import_path"].partition(":")
+    text = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+    assert f"def {name}(" in text
+    settings = ServeSettings.from_dict(application["args"])
+    workers = spec["rayClusterConfig"]["workerGroupSpecs"][0]
+    assert settings.tokens == (TOKEN,) and settings.replicas == workers["replicas"] * settings.per_gpu
+    assert application["name"] in text  # the front looks its replicas up under this name
+
+
+def test_skypilot_and_runpod_start_a_service_that_takes_their_command():
+    scripts = {"skypilot.yaml": content("skypilot.yaml")["run"], "runpod.sh": (ROOT / "deploy/runpod.sh").read_text()}
+    for name, script in scripts.items():
+        lines = [shlex.split(line) for line in script.splitlines() if "dreambooth_moslora serve" in line]
+        (words,) = [line for line in lines if line[:1] == ["python"]]
+        settings = settings_of(words[words.index("serve") + 1 :])
+        assert settings.host == "0.0.0.0" and settings.tokens == (TOKEN,), name
+    assert content("skypilot.yaml")["resources"]["ports"] == settings.port
+
+
+def test_the_shell_script_is_one():
+    assert subprocess.run(["bash", "-n", ROOT / "deploy" / "runpod.sh"], check=False).returncode == 0
