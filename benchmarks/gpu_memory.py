@@ -41,15 +41,15 @@ def run_config(resolution: int = 1024, rank: int = 16, batch: int = 1, recompute
     )
 
 
-def adapted_unet(config: TrainConfig, *, fast: bool = True) -> nn.Module:
-    """SDXL's UNet in bf16 with the trainer's own adapters, on the meta device.
+def adapted_unet(config: TrainConfig, *, fast: bool = True, unet: nn.Module | None = None) -> nn.Module:
+    """SDXL's UNet in bf16, or a given one, with the trainer's own adapters, on the meta device.
 
     `fast` False: PEFT's own layers.
     """
     from dreambooth_moslora.adapters.fused_linear import disable_fast_path
     from dreambooth_moslora.training.train_step import add_adapters
 
-    unet = sdxl_unet().to(torch.bfloat16).requires_grad_(False).train()
+    unet = unet or sdxl_unet().to(torch.bfloat16).requires_grad_(False).train()
     with torch.device("meta"):
         add_adapters(config, SimpleNamespace(pipeline=SimpleNamespace(unet=unet), start=None), None)
     if not fast:

@@ -48,6 +48,14 @@ def test_the_trainer_takes_the_random_base(tmp_path):
     assert proof.projections > 0 and (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
 
 
+def test_subjects_on_one_base_are_timed():
+    from benchmarks.batched_adapters import trained
+
+    figures = trained("small", count=2, steps=4)
+    assert figures["count"] == 2 and figures["an_hour"] == pytest.approx(2 * 3600 / (480 * figures["step_sec"]))
+    assert figures["cpu_sec"] > 0 and figures["peak_gib"] > 0
+
+
 def test_ratios_pair_arms_of_one_resolution():
     results = [
         {"arm": "floor", "resolution_px": 512, "step_sec": 4.0, "peak_gb": 7.0},
