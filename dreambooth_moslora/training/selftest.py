@@ -4,6 +4,7 @@ losses      the device's losses are the CPU's, in full precision and in half
 published   the files of the device's run are proved (`adapters.proof`)
 resumed     a run that was stopped and resumed on the device ends with the same bytes
 generated   a picture of the adapter, drawn on the device, is no single colour
+step        seconds and memory of a step of full-size SDXL with random weights, beside the floor, where memory allows
 
 Each training is the training command itself in a process of its own, on the embedded base and on painted photos.
 Nothing is downloaded, and nothing leaves the folder.
@@ -21,8 +22,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageStat
 
+from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.training.planning.estimate import BaseSize
+from dreambooth_moslora.training.planning.memory_plan import USABLE, costs
 
 __all__ = ["Finding", "SelfTest"]
 
@@ -32,6 +36,9 @@ TOLERANCE = {"no": 5e-3, "fp16": 5e-2, "bf16": 5e-2}
 """Largest relative difference of a loss to the CPU's in fp32. TF32 convolutions, PyTorch's default, keep 10 bits."""
 FLAT_LEVELS = 2.0
 """Standard deviation, of 255 levels, below which a picture shows nothing."""
+FULL_PX, CPU_PX = 1024, 512
+STEP_PLANS = ("full", "recompute")
+STEP_SEC = 600
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -48,7 +55,8 @@ class Finding:
 class SelfTest:
     """`program`, with `env` in its environment, trains and generates on the device.
 
-    `precisions` are those of `--mixed_precision` to try there; "no", which is fp32, is one of them.
+    `precisions` are those of `--mixed_precision` to try there; "no", which is fp32, is one of them. `free_gib` of the
+    device: what a step of full-size SDXL may take; None leaves it out.
     """
 
     def __init__(
@@ -57,8 +65,10 @@ class SelfTest:
         precisions: tuple[str, ...] = ("no",),
         env: dict[str, str] | None = None,
         program: tuple[str, ...] = PROGRAM,
+        free_gib: float | None = None,
     ):
         self.folder, self.precisions, self.env, self.program = folder, precisions, env or {}, program
+        self.free_gib = free_gib
         self.photos = paint_photos(folder / "photos")
 
     def findings(self) -> Iterator[Finding]:
@@ -68,6 +78,8 @@ class SelfTest:
             yield self.published()
             yield self.resumed()
             yield self.generated()
+            if self.free_gib is not None:
+                yield self.step(self.free_gib)
         except UserError as error:
             yield Finding("run", False, str(error))
 
@@ -100,6 +112,27 @@ class SelfTest:
         spread = min(ImageStat.Stat(Image.open(picture).convert("RGB")).stddev)
         return Finding("generated", spread > FLAT_LEVELS, f"{picture.name}, {spread:.0f} levels of spread")
 
+    def step(self, free_gib: float, size: str = "sdxl") -> Finding:
+        """In a process of its own, by the fastest plan that fits. That memory or time is short is no fault."""
+        is_gpu = self.env != ON_CPU
+        px = FULL_PX if is_gpu else CPU_PX
+        config = TrainConfig(resolution=px, train_batch_size=1, rank=16, mixed_precision="bf16")
+        needs = costs(config, BaseSize())
+        listed = ", ".join(f"{name} {gib:.1f} GiB" for name, gib in needs.items())
+        told = f"--memory at {px} px needs {listed}"
+        plan = next((name for name in STEP_PLANS if needs[name] <= USABLE * free_gib), None)
+        if plan is None or (is_gpu and "bf16" not in self.precisions):
+            why = f"{free_gib:.1f} GiB are free" if plan is None else "it is in bf16"
+            return Finding("step", True, f"left out: {why}; {told}", needs)
+        words = ["--size", size, "--resolution", str(px), *(["--gradient_checkpointing"] if plan != "full" else [])]
+        command = [sys.executable, "-m", "dreambooth_moslora.training.step_measure", *words]
+        try:
+            found = json.loads(self.called("step", command, STEP_SEC).splitlines()[-1])
+        except subprocess.TimeoutExpired:
+            return Finding("step", True, f"left out: four steps take longer than {STEP_SEC} s here; {told}", needs)
+        said = "{step_sec:.2f} s at {} px, the floor {floor_sec:.2f} s, peak {peak_gib:.1f} GiB ({}); {}"
+        return Finding("step", True, said.format(px, plan, told, **found), {**found, **needs})
+
     def run(self, name: str) -> RunDir:
         return RunDir(self.folder / name)
 
@@ -127,12 +160,19 @@ class SelfTest:
 
     def call(self, name: str, words: list) -> None:
         """Raises UserError with the last line that the command has said."""
-        command = [*self.program, *map(str, words)]
-        done = subprocess.run(command, env=os.environ | self.env, capture_output=True, text=True, check=False)
+        self.called(name, [*self.program, *map(str, words)])
+
+    def called(self, name: str, command: list[str], timeout_sec: float | None = None) -> str:
+        """What it printed."""
+        environment = os.environ | self.env
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=timeout_sec
+        )
         (self.folder / f"{name}.log").write_text(done.stdout + done.stderr, encoding="utf-8")
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["nothing was said"]
             raise UserError(f"{name}: exit code {done.returncode}: {lines[-1]}")
+        return done.stdout
 
 
 def precision_name(precision: str) -> str:

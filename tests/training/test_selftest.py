@@ -7,7 +7,7 @@ import pytest
 from torch.utils import backend_registration
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.training.selftest import Finding, SelfTest, as_page, largest_difference, tensor_bytes
+from dreambooth_moslora.training.selftest import ON_CPU, Finding, SelfTest, as_page, largest_difference, tensor_bytes
 
 HAS_PYTHON_DEVICES = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 
@@ -37,6 +37,19 @@ def test_the_tensors_are_compared_without_the_header(tmp_path):
 def test_the_page_shows_what_does_not_hold():
     page = as_page({"torch": "2.13"}, [Finding("resumed", False, "other bytes than an unbroken run")])
     assert "| resumed | **no** | other bytes than an unbroken run |" in page and "- torch: 2.13" in page
+
+
+def test_a_step_of_full_size_is_left_out_where_memory_is_short(tmp_path):
+    found = SelfTest(tmp_path, env=ON_CPU).step(4.0)
+    assert found.holds and found.said.startswith("left out: 4.0 GiB are free; --memory at 512 px needs full ")
+    assert found.figures["full"] > found.figures["recompute"] > found.figures["nf4"] > 0
+
+
+@pytest.mark.slow
+def test_a_step_is_measured_beside_the_floor_in_a_process_of_its_own(tmp_path):
+    found = SelfTest(tmp_path, env=ON_CPU).step(99.0, size="small")
+    assert found.holds and "(full); --memory at 512 px needs" in found.said, found
+    assert found.figures["floor_sec"] > 0 and found.figures["step_sec"] > 0 and 0 < found.figures["peak_gib"] < 8
 
 
 @pytest.mark.slow

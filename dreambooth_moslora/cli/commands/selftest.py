@@ -29,7 +29,8 @@ def run(args: argparse.Namespace) -> int:
     examine_versions(machine)
     examine_machine(machine)
     facts = machine.facts | {"tried": device}
-    test = SelfTest(folder, precisions_of(device), env=ON_CPU if device == "cpu" else {})
+    env = ON_CPU if device == "cpu" else {}
+    test = SelfTest(folder, precisions_of(device), env=env, free_gib=free_gib_of(device))
     found, start = [], time.monotonic()
     for finding in test.findings():
         print(f"{'ok  ' if finding.holds else 'FAIL'}  {finding.name:14} {finding.said}", flush=True)
@@ -49,6 +50,15 @@ def chosen_device(asked: str | None) -> str:
     if asked == "cuda" and not has_gpu:
         raise UserError("--device cuda: this torch sees no GPU; `doctor` says why.")
     return asked or ("cuda" if has_gpu else "cpu")
+
+
+def free_gib_of(device: str) -> float:
+    import psutil
+
+    from dreambooth_moslora.training.planning.estimate import GIB, free_gib_of_gpu
+
+    free = free_gib_of_gpu() if device == "cuda" else None
+    return psutil.virtual_memory().available / GIB if free is None else free
 
 
 def precisions_of(device: str) -> tuple[str, ...]:

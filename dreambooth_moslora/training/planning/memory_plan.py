@@ -23,7 +23,7 @@ from dreambooth_moslora.training.planning.estimate import (
     size_of_base,
 )
 
-__all__ = ["PLANS", "USABLE", "half_precision", "plan_lines", "planned"]
+__all__ = ["PLANS", "USABLE", "costs", "half_precision", "plan_lines", "planned"]
 
 PLANS: dict[str, dict[str, object]] = {
     "full": {},

@@ -7,8 +7,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from benchmarks.random_sdxl import pooled_width, random_unet, text_width
 from dreambooth_moslora.base.load import TextCond
+from dreambooth_moslora.base.random_unet import pooled_width, random_unet, text_width
 from dreambooth_moslora.training.inputs.dataset import EncodedView, TrainBatch, collate
 from dreambooth_moslora.training.noise_schedule import noise_schedule
 
