@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1] / "dreambooth_moslora"
 ORDER = ["core", "photos", "base", "adapters", "generation", "training", "evaluation", "fleet", "serving", "ui", "cli"]
 APART = {
     *(("photos", "base"), ("base", "photos"), ("ui", "evaluation"), ("ui", "fleet")),
-    *(("serving", "training"), ("serving", "evaluation"), ("serving", "fleet")),
+    *(("serving", "training"), ("serving", "evaluation")),
 }
 """(package, package that it never imports) beside the order: siblings."""
 LIGHT = {"core"}

@@ -5,6 +5,7 @@ a file that changed has another version.
 """
 
 import hashlib
+import logging
 import shutil
 import tempfile
 import time
@@ -16,11 +17,14 @@ from typing import Any, Protocol
 
 from dreambooth_moslora.core.adapter_files import files_by_name, name_of, run_files
 from dreambooth_moslora.core.digests import file_digest
-from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, TOKENS_SUFFIX
+from dreambooth_moslora.fleet.bucket import Bucket
 from dreambooth_moslora.serving.orders import AdapterRef, RefusedError
 
-__all__ = ["Bucket", "Catalogue", "Folders", "open_catalogue"]
+__all__ = ["BucketFolder", "Catalogue", "Folders", "open_catalogue"]
+
+logger = logging.getLogger(__name__)
 
 FOLDER_SEC, BUCKET_SEC = 0.5, 10.0
 """Age at which a list is made again."""
@@ -44,7 +48,10 @@ def open_catalogue(places: Sequence[str]) -> Catalogue:
     if urls and len(places) > 1:
         raise UserError("--adapters takes several folders or one bucket.")
     if urls:
-        return Bucket(urls[0])
+        try:
+            return BucketFolder(urls[0])
+        except UserError as error:
+            raise UserError(f"--adapters {error}") from error
     folders = [Path(place).expanduser() for place in places]
     for folder in folders:
         if not folder.is_dir():
@@ -100,20 +107,14 @@ class Folders:
         return self._digests[stamp]
 
 
-class Bucket:
+class BucketFolder:
     """The same in a bucket; versions are what the bucket tells of a file (ETag, size, time)."""
 
     def __init__(self, url: str) -> None:
-        try:
-            import fsspec
-
-            self.files, self.root = fsspec.core.url_to_fs(url)
-            self.root = self.root.rstrip("/")
-            self.files.ls(self.root)
-        except (ImportError, OSError, ValueError) as error:
-            raise UserError(f"--adapters {url}: cannot be listed: {one_line(error)}.") from error
-        self._listed, self._refs = float("-inf"), {}
-        self._companions: dict[str, list[str]] = {}
+        self.bucket = Bucket(url)
+        self._listed, self._refs = time.monotonic(), self._ask()
+        if not self._refs:  # a name that is mistyped lists as empty
+            raise UserError(f"{url}: holds no .safetensors file.")
         self._fetched: OrderedDict[str, Path] = OrderedDict()
         self._lock = Lock()
         self._folder = tempfile.TemporaryDirectory(prefix="served-adapters-")
@@ -138,38 +139,43 @@ class Bucket:
             return self._fetched[ref.key]
 
     def _fetch(self, ref: AdapterRef) -> Path:
+        """With the files of new tokens beside it."""
         folder = Path(self._folder.name) / hashlib.sha256(ref.key.encode()).hexdigest()
-        folder.mkdir(exist_ok=True)
         place = PurePosixPath(ref.place)
         try:
-            for beside in self.files.ls(str(place.parent), detail=False):
-                if str(beside).endswith(TOKENS_SUFFIX):
-                    self.files.get_file(beside, folder / PurePosixPath(beside).name)
-            self.files.get_file(ref.place, folder / place.name)
-        except FileNotFoundError as error:
-            raise unknown(ref.name) from error
-        except OSError as error:
-            raise RefusedError(503, f"the adapter {ref.name} cannot be fetched now: {one_line(error)}", 5) from error
+            beside = [path for path in self._paths() if PurePosixPath(path).parent == place.parent]
+            for path in [*(path for path in beside if path.endswith(TOKENS_SUFFIX)), ref.place]:
+                if not self.bucket.download(path, folder / PurePosixPath(path).name) and path == ref.place:
+                    raise unknown(ref.name)
+        except RefusedError:
+            raise
+        except UserError as error:
+            raise RefusedError(503, f"the adapter {ref.name} cannot be fetched now", 5) from error
         return folder / place.name
 
     def _list(self) -> dict[str, AdapterRef]:
+        """The last list stands while the bucket is away."""
         with self._lock:
             if time.monotonic() - self._listed > BUCKET_SEC:
                 try:
                     self._refs = self._ask()
-                except OSError as error:
-                    raise RefusedError(503, f"the adapters cannot be listed now: {one_line(error)}", 5) from error
+                except UserError as error:
+                    logger.warning("%s", error)
                 self._listed = time.monotonic()
             return self._refs
 
     def _ask(self) -> dict[str, AdapterRef]:
-        self.files.invalidate_cache(self.root)
         found: dict[str, AdapterRef] = {}
-        for path, facts in sorted(self.files.find(self.root, maxdepth=2, detail=True).items()):
+        for path, facts in sorted(self._paths().items()):
             if path.endswith(".safetensors") and not path.endswith(TOKENS_SUFFIX):
-                name = name_of(Path(path), [Path(self.root)])
+                name = name_of(Path("/", path), [Path("/")])
                 found.setdefault(name, AdapterRef(name, path, version_of(facts)))
         return found
+
+    def _paths(self) -> dict[str, dict]:
+        """Relative to the bucket's folder. Raises UserError where it cannot be listed."""
+        files = self.bucket.tried("", lambda path: self.bucket.files.find(path, maxdepth=2, detail=True))
+        return {path.removeprefix(self.bucket.root).lstrip("/"): facts for path, facts in files.items()}
 
 
 def version_of(facts: dict[str, Any]) -> str:

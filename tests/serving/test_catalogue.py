@@ -1,7 +1,6 @@
 """The adapters that are served: by name, and as they are now."""
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -85,15 +84,23 @@ def test_a_bucket_is_served_like_a_folder(folder):
         catalogue.find("emu")
 
 
-def test_a_bucket_that_is_away_is_said_to_be(folder):
+def test_a_bucket_that_is_away_is_said_to_be(folder, monkeypatch):
+    def away(*_, **__):
+        raise ConnectionError("no network")
+
     catalogue = open_catalogue([f"file://{folder}"])
     cat = catalogue.find("cat")
-    shutil.rmtree(folder)
-    with pytest.raises(RefusedError):
+    monkeypatch.setattr("dreambooth_moslora.fleet.bucket.TRIES", 1)
+    monkeypatch.setattr(catalogue.bucket, "url", "s3://away")
+    monkeypatch.setattr(catalogue.bucket.files, "find", away)
+    assert catalogue.find("cat") == cat
+    with pytest.raises(RefusedError) as error:
         catalogue.local(cat)
+    assert error.value.status == 503 and error.value.retry_sec
 
 
 @pytest.mark.parametrize("places", [["/no/such/folder"], ["file:///no/such/folder"], ["a://b", "c"], ["nosuch://b"]])
-def test_a_place_that_cannot_be_served_is_a_persons_mistake(places):
+def test_a_place_that_cannot_be_served_is_a_persons_mistake(places, monkeypatch):
+    monkeypatch.setattr("dreambooth_moslora.fleet.bucket.TRIES", 1)
     with pytest.raises(UserError, match="--adapters"):
         open_catalogue(places)
