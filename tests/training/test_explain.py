@@ -37,6 +37,13 @@ def with_scores(**changes) -> Figures:
 
 
 PRIOR = replace(CONFIG, with_prior_preservation=True, class_prompt="a photo of a dog")
+TWO = {
+    "instance_prompt": TrainConfig().instance_prompt,
+    "subjects": (
+        {"instance_data_dir": "dogs", "instance_prompt": "a photo of sks dog"},
+        {"instance_data_dir": "cats", "instance_prompt": "a photo of sks cat"},
+    ),
+}
 FAULTS = {
     "broke_off": (
         replace(GOOD, state="failed", message="the loss is nan at step 7: lower --learning_rate"),
@@ -55,6 +62,10 @@ FAULTS = {
     ),
     "class_became_subject": (with_scores(pres=0.5), ["every dog", "67%", "--with_prior_preservation"]),
     "drifted": (with_scores(drift_of_spread=1.8), ["1.8 times", "--with_prior_preservation"]),
+    "confused_subjects": (
+        replace(with_scores(confusion=0.42), config=replace(CONFIG, **TWO)),
+        ["confusion 0.42", "--exposures_per_photo 290", "another rare word"],
+    ),
     "past_its_best": (
         replace(GOOD, score=((120, 0.67), (240, 0.55))),
         ["0.67 at step 120", "best/", "--max_train_steps 120"],
@@ -152,6 +163,16 @@ def test_without_prior_preservation_the_class_is_said_to_become_the_subject(tmp_
     assert 1 <= len(said) <= 3
     assert main(["explain", str(run.path)]) == 0
     assert "a bare rocket went " in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_subjects_that_were_hardly_learnt_are_said_to_be_taken_for_each_other(tmp_path):
+    recipe = ["--config", "assets/configs/two_subjects.toml", "--num_validation_images", "0"]
+    flags = ["--max_train_steps=2", "--evaluate_steps=2", "--crops_per_photo=1", "--output_dir", str(tmp_path / "two")]
+    assert train_main([*recipe, *flags]) == 0
+    found = figures_of(RunDir(tmp_path / "two"))
+    said = advice_after(found)
+    assert any(f"confusion {found.scores['confusion']:.2f}" in line for line in said), said
 
 
 @pytest.mark.slow

@@ -40,6 +40,8 @@ PROMPT_KEPT = 0.75
 `background_leak` alone cannot tell: it is -0.13 to 0.41 in runs whose places are all right."""
 LEAK = 0.05
 """Worth naming beside a lost prompt."""
+CONFUSED = 0.25
+"""Of the way from one subject to the other: 0.03 to 0.07 in a run of two that learnt well, about 1/2 of the base."""
 FEW_PHOTOS = 3
 ALIKE = 0.9
 """Mean cosine of each photo to the nearest other one: 0.65 to 0.75 of the samples' photos, 1 of equal frames."""
@@ -122,6 +124,15 @@ def drifted(run: Figures) -> str | None:
     return f"pictures of other things changed, {spread:.1f} times what a new seed changes: try {remedy}"
 
 
+def confused_subjects(run: Figures) -> str | None:
+    confusion = run.scores.get("confusion")
+    if confusion is None or confusion <= CONFUSED or len(run.config.subjects) < 2:
+        return None
+    more = math.ceil(0.15 * (run.exposures or USUAL_EXPOSURES)) * 10
+    text = f"subjects are taken for each other (confusion {confusion:.2f}; 0: told apart as their photos are): try"
+    return f"{text} --exposures_per_photo {max(more, USUAL_EXPOSURES)}, and another rare word for each subject"
+
+
 def past_its_best(run: Figures) -> str | None:
     if len(run.score) < 2:
         return None
@@ -170,7 +181,7 @@ def photos_are_alike(run: Figures) -> str | None:
 
 RULES: tuple[Callable[[Figures], str | None], ...] = (
     *(broke_off, overflowed, seen_too_rarely, nothing_scored, copies_photos, lost_the_prompt, class_became_subject),
-    *(drifted, past_its_best, still_rising, photos_are_few, photos_are_alike),
+    *(drifted, confused_subjects, past_its_best, still_rising, photos_are_few, photos_are_alike),
 )
 """In the order in which their sentences are worth reading."""
 
