@@ -1,14 +1,15 @@
 """Which layers a model has for an adapter, and which of them a config means. PEFT's own rule is asked."""
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-__all__ = ["base_modules", "matrix_layers", "target_layers", "value_pattern", "without_wrapper"]
+__all__ = ["base_modules", "matrix_layers", "narrowest_sides", "target_layers", "value_pattern", "without_wrapper"]
 
 
 def without_wrapper(model: nn.Module) -> nn.Module:
@@ -62,3 +63,14 @@ def value_pattern(values: dict[str, float], common: float) -> dict[str, float]:
     for path, value in values.items():
         paths.setdefault(value, []).append(re.escape(path))
     return {f"^(?:{'|'.join(names)})": value for value, names in paths.items() if value != common}
+
+
+def narrowest_sides(layers: Mapping[str, nn.Module]) -> dict[str, int]:
+    """The fewer of each layer's inputs and outputs; a convolution's inputs count once for each place of its kernel."""
+    found = {}
+    for path, layer in layers.items():
+        if isinstance(layer, nn.Conv2d):
+            found[path] = min(layer.out_channels, layer.in_channels * math.prod(layer.kernel_size))
+        else:
+            found[path] = min(layer.out_features, layer.in_features)
+    return found

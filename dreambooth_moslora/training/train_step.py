@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from dreambooth_moslora.adapters.fused_linear import enable_fast_path
 from dreambooth_moslora.adapters.init_adapter import begin_with
-from dreambooth_moslora.adapters.layers import matrix_layers, value_pattern
+from dreambooth_moslora.adapters.layers import matrix_layers, narrowest_sides, value_pattern
 from dreambooth_moslora.adapters.moslora import (
     MoSLoraConfig,
     adapter_layers,
@@ -58,7 +58,7 @@ from dreambooth_moslora.training.objective import (
 )
 from dreambooth_moslora.training.optimizer import make_lr_schedule, make_optimizer, parameter_groups
 from dreambooth_moslora.training.pivotal import LearntTokens
-from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha
+from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha, ranks_in_vain
 from dreambooth_moslora.training.planning.speed import Speed, speed_of
 from dreambooth_moslora.training.prepare import TrainInputs
 
@@ -351,8 +351,11 @@ def add_adapters(config: TrainConfig, inputs: TrainInputs, checkpoint: Path | No
         check_same_layers(config, checkpoint, components)
     for name, module in components.items():
         if checkpoint is None:
+            paths, layers = target_paths(config, name, module), matrix_layers(module)
+            if line := ranks_in_vain(config, name, narrowest_sides({path: layers[path] for path in paths})):
+                logger.warning("%s", line)
             torch.manual_seed(seed_of(config.seed, "adapter", name))
-            inject(module, adapter_config(config, name, target_paths(config, name, module)))
+            inject(module, adapter_config(config, name, paths))
     if checkpoint is None and inputs.start is not None:
         logger.warning("%s", begin_with(inputs.start, components).sentence())
         inputs.start = None  # its tensors are needed no more

@@ -1,9 +1,11 @@
 """The rank and the alpha of each layer: those of all, or what `--rank_pattern` and `--alpha_pattern` give it."""
 
+from collections.abc import Mapping
+
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.targets import pattern_value
 
-__all__ = ["rank_and_alpha"]
+__all__ = ["ranks_in_vain", "rank_and_alpha"]
 
 
 def rank_and_alpha(config: TrainConfig, component: str, path: str) -> tuple[int, float]:
@@ -12,3 +14,13 @@ def rank_and_alpha(config: TrainConfig, component: str, path: str) -> tuple[int,
     rank = pattern_value(config.rank_pattern if is_unet else (), "rank_pattern", path) or config.rank
     alpha = pattern_value(config.alpha_pattern if is_unet else (), "alpha_pattern", path) or config.lora_alpha
     return int(rank), float(alpha or rank)
+
+
+def ranks_in_vain(config: TrainConfig, component: str, narrowest: Mapping[str, int]) -> str | None:
+    """One line when the rank of a layer is above the fewer of its inputs and outputs, `narrowest` by path."""
+    ranks = {path: rank_and_alpha(config, component, path)[0] for path in narrowest}
+    wide = [path for path, rank in ranks.items() if rank > narrowest[path]]
+    if not wide:
+        return None
+    first = f"{wide[0]} has rank {ranks[wide[0]]} and {narrowest[wide[0]]} inputs or outputs"
+    return f"A rank above the number of a layer's inputs or outputs adds nothing: {first} ({len(wide)} such layers)."
