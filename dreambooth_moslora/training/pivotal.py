@@ -43,6 +43,7 @@ class LearntTokens:
         rows = {part: nn.Parameter(found.float().to(device)) for part, found in started.rows.items()}
         self.tokens = NewTokens(started.word, rows)
         self.attached = AttachedTokens(pipeline, [self.tokens])
+        self.is_averaged = False
         self._encoded = PromptCache(lambda prompts: encode_text(pipeline, prompts), TensorCache(), "")
 
     @property
@@ -64,11 +65,21 @@ class LearntTokens:
         for rows, before in zip(self.parameters, kept):
             rows.data.copy_(before)
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """While the rows hold their average, nothing that was encoded with their own values counts, nor is kept."""
+        self.is_averaged = True
+        try:
+            yield
+        finally:
+            self.is_averaged = False
+
     def text_cond(self, prompts: list[str], step: int) -> TextCond:
         """Of the prompts at `step`, with gradients to the new rows before the pivot."""
         mine = [prompt for prompt in dict.fromkeys(prompts) if self.attached.is_in(prompt)]
         others = [prompt for prompt in dict.fromkeys(prompts) if prompt not in mine]
-        encode = self._encoded if step >= self.pivot else lambda texts: encode_text(self.pipeline, texts)
+        is_at_rest = step >= self.pivot and not self.is_averaged
+        encode = self._encoded if is_at_rest else lambda texts: encode_text(self.pipeline, texts)
         found = {}
         for group, ask in ((mine, encode), (others, self.cached)):
             cond = ask(group) if group else None

@@ -197,7 +197,7 @@ class Training:
         position = Position(self.step, self.config.seed, optimizer_kind(self.config))
         optimizer, scaler = self.train_step.optimizer.optimizer, self.accelerator.scaler
         parts = position, self.train_step.components, self.publisher.facts, optimizer, scaler
-        own = copies(self.train_step.parameters) if self.train_step.average is not None else None
+        own = copies(self.train_step.trained) if self.train_step.average is not None else None
         learnt = self.train_step.learnt
         with self.train_step.averaged():
             save_checkpoint(path, *parts, own, learnt and learnt.tokens)

@@ -107,11 +107,11 @@ class TrainStep:
         groups = parameter_groups(config, self.components, accelerator.num_processes, tokens)
         optimizer = make_optimizer(config, groups)
         self.lr_schedule = make_lr_schedule(config, optimizer, max_train_steps)
-        self.average = average_of(config, self.parameters, optimizer)
+        self.average = average_of(config, self.trained, optimizer)
         if checkpoint is not None:
             restore_optimizer(checkpoint, step, optimizer, self.lr_schedule, accelerator.scaler)
         if checkpoint is not None and self.average is not None:
-            restore_weights(checkpoint, self.parameters)
+            restore_weights(checkpoint, self.trained)
         self.optimizer = accelerator.prepare(optimizer)
         self.schedule = inputs.schedule.to(accelerator.device)
 
@@ -169,7 +169,8 @@ class TrainStep:
     def averaged(self) -> Iterator[None]:
         """The adapter as it is published, scored and sampled, for the length of a `with` block."""
         pause = self.compiled.paused() if self.compiled is not None else nullcontext()
-        with pause, lent(self.average, self.parameters):
+        apart = self.learnt.averaged() if self.learnt and self.average is not None else nullcontext()
+        with pause, apart, lent(self.average, self.trained):
             yield
 
     def micro_batch_loss(self, micro_batch: int) -> LossParts:

@@ -240,7 +240,7 @@ def test_two_adapters_of_one_word_are_refused_together(run, base):
 @pytest.mark.slow
 @pytest.mark.parametrize(("step", "changes"), [(1, {}), (3, {"use_ema": True})])
 def test_a_resumed_run_ends_with_the_same_bytes(run, tmp_path, step, changes):
-    """Resumed before the pivot, and after it with the average of an adapter, of which the tokens are no part."""
+    """Resumed before the pivot, and after it with the average of adapter and tokens."""
     if changes:
         run = replace(run, output_dir=str(tmp_path / "first" / "dog"), **changes)
         train(run)
@@ -249,6 +249,24 @@ def test_a_resumed_run_ends_with_the_same_bytes(run, tmp_path, step, changes):
     train(again)
     for path in (first.adapter_path, first.kohya_path, first.tokens_path):
         assert (tmp_path / "dog" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
+def test_the_tokens_that_are_published_are_averaged_as_the_adapter_is(run, tmp_path):
+    """At rest after the second step, the rows stay as they are while their average goes on towards them."""
+    averaged = replace(run, output_dir=str(tmp_path / "dog"), use_ema=True)
+    train(averaged)
+    checkpoint = RunDir(averaged.output_dir).checkpoint_path(5)
+    weights = torch.load(checkpoint / "weights.pt", weights_only=True)["weights"]
+    own = [rows_at(run, step) for step in range(1, 6)]
+    for name, published in rows_at(averaged, 5).items():
+        mean = own[0][name]
+        for step in range(1, 5):
+            decay = (1 + step) / (10 + step)
+            mean = decay * mean + (1 - decay) * own[step][name]
+        torch.testing.assert_close(published, mean)
+        assert not torch.equal(published, own[4][name])
+        assert any(torch.equal(weight, own[4][name]) for weight in weights)
 
 
 @pytest.mark.parametrize(
