@@ -14,7 +14,14 @@ import time
 from collections.abc import Callable
 from threading import Thread
 
-__all__ = ["KEEP_MEMORY", "keep_freed_memory", "peak_memory_gib", "set_environment_defaults", "when_orphaned"]
+__all__ = [
+    "KEEP_MEMORY",
+    "give_freed_memory_back",
+    "keep_freed_memory",
+    "peak_memory_gib",
+    "set_environment_defaults",
+    "when_orphaned",
+]
 
 # From <malloc.h> and <sys/mman.h>.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -39,6 +46,15 @@ def keep_freed_memory() -> bool:
     if kept:
         ask_for_huge_pages(libc)
     return kept
+
+
+def give_freed_memory_back() -> None:
+    """What was freed so far goes back to the system, also after `keep_freed_memory`: a phase of a run is over, and the
+    next one needs less. malloc_trim(3); nothing happens where there is no glibc."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return
 
 
 def ask_for_huge_pages(libc: ctypes.CDLL) -> None:

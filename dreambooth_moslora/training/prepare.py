@@ -19,6 +19,7 @@ from dreambooth_moslora.core.config import TrainConfig, is_scored
 from dreambooth_moslora.core.config_checks import weighting_flags
 from dreambooth_moslora.core.digests import default_cache_dir
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.process import give_freed_memory_back
 from dreambooth_moslora.core.prompts import learnt_word, word_pattern
 from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.photos.crops import crop_rule
@@ -111,6 +112,7 @@ def prepare(
     encode_photos(context, streams, sample_count)
     encode_prompts(context, streams, prompt_embeds, prompts)
     release_encoders(config, pipeline, prompt_embeds, encoder, device)
+    give_freed_memory_back()
     pipeline.unet.to(device)
     return TrainInputs(pipeline, schedule, photos, instance, prior, prompt_embeds, dtype, start)
 

@@ -96,3 +96,30 @@ def test_the_peak_counts_what_was_held():
         pytest.skip("no getrusage here")
     block = bytearray(b"1" * (300 << 20))
     assert peak_memory_gib() > 0.25 and len(block)
+
+
+PHASE = """
+import psutil
+from dreambooth_moslora.core.process import give_freed_memory_back, keep_freed_memory
+import torch
+if not keep_freed_memory():
+    print("no glibc")
+    raise SystemExit
+resident = psutil.Process().memory_info
+blocks = [torch.ones(5_000_000) for _ in range(10)]
+stays = torch.ones(1000)
+full = resident().rss
+del blocks
+kept = resident().rss
+give_freed_memory_back()
+print(full, kept, resident().rss)
+"""
+
+
+def test_a_phase_that_is_over_gives_its_memory_back():
+    """Kept until then; 10 blocks of 20 MB, below one that stays."""
+    printed = subprocess.check_output([sys.executable, "-c", PHASE], text=True).strip()
+    if printed == "no glibc":
+        pytest.skip(printed)
+    full, kept, left = map(int, printed.split())
+    assert full - kept < 20e6 and kept - left > 150e6
