@@ -8,7 +8,6 @@ Adapters are fp32; the frozen base computes in its own dtype, with copies of the
 
 import logging
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,14 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import Optimizer
 
-from dreambooth_moslora.adapters.fused_linear import enable_fast_path
-from dreambooth_moslora.adapters.init_adapter import begin_with
-from dreambooth_moslora.adapters.layers import matrix_layers, narrowest_sides, value_pattern
 from dreambooth_moslora.adapters.moslora import (
-    MoSLoraConfig,
-    adapter_layers,
     adapter_parameters,
-    inject,
     lora_layers,
     switched_off,
 )
@@ -35,12 +28,11 @@ from dreambooth_moslora.adapters.working_copies import WorkingCopies
 from dreambooth_moslora.base.load import TextCond, encode_text
 from dreambooth_moslora.core.config import TrainConfig
 from dreambooth_moslora.core.config_training import SCHEDULE_FREE
-from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.seeding import generator, rng, seed_of
 from dreambooth_moslora.core.subject_tables import each_subject
-from dreambooth_moslora.core.targets import is_target
+from dreambooth_moslora.training.add_adapters import add_adapters
 from dreambooth_moslora.training.averages import Average, MovingAverage, ScheduleFreeAverage, lent
-from dreambooth_moslora.training.checkpoint import load_adapter, restore_optimizer, restore_weights
+from dreambooth_moslora.training.checkpoint import restore_optimizer, restore_weights
 from dreambooth_moslora.training.compiled_blocks import CompiledBlocks
 from dreambooth_moslora.training.inputs.dataset import TrainBatch, move_together
 from dreambooth_moslora.training.micro_batch import MicroBatch, UNetRows
@@ -58,15 +50,12 @@ from dreambooth_moslora.training.objective import (
 )
 from dreambooth_moslora.training.optimizer import make_lr_schedule, make_optimizer, parameter_groups
 from dreambooth_moslora.training.pivotal import LearntTokens
-from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha, ranks_in_vain
 from dreambooth_moslora.training.planning.speed import Speed, speed_of
 from dreambooth_moslora.training.prepare import TrainInputs
 
-__all__ = ["StepLosses", "TrainStep", "add_adapters", "numbers_of"]
+__all__ = ["StepLosses", "TrainStep", "numbers_of"]
 
 logger = logging.getLogger(__name__)
-
-TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 @dataclass(frozen=True)
@@ -340,70 +329,3 @@ def numbers_of(parts: LossParts) -> Tensor:
     """Total, instance and prior loss (3,), the last one NaN where there is none."""
     prior = torch.full_like(parts.instance, math.nan) if parts.prior is None else parts.prior
     return torch.stack([parts.total.detach(), parts.instance, prior])
-
-
-def add_adapters(config: TrainConfig, inputs: TrainInputs, checkpoint: Path | None) -> dict[str, nn.Module]:
-    """The modules that are trained, by diffusers' names, each with the checkpoint's adapter or a fresh one, which
-    begins with the file `inputs.start`, if any."""
-    names = ["unet", "text_encoder", "text_encoder_2"] if config.train_text_encoder else ["unet"]
-    components = {name: getattr(inputs.pipeline, name) for name in names}
-    if checkpoint is not None:
-        load_adapter(checkpoint, components)
-        check_same_layers(config, checkpoint, components)
-    for name, module in components.items():
-        if checkpoint is None:
-            paths, layers = target_paths(config, name, module), matrix_layers(module)
-            if line := ranks_in_vain(config, name, narrowest_sides({path: layers[path] for path in paths})):
-                logger.warning("%s", line)
-            torch.manual_seed(seed_of(config.seed, "adapter", name))
-            inject(module, adapter_config(config, name, paths))
-    if checkpoint is None and inputs.start is not None:
-        logger.warning("%s", begin_with(inputs.start, components).sentence())
-        inputs.start = None  # its tensors are needed no more
-    for module in components.values():
-        if config.gradient_checkpointing:
-            enable_gradient_checkpointing(module)
-        enable_fast_path(module)
-    return components
-
-
-def target_paths(config: TrainConfig, component: str, module: nn.Module) -> list[str]:
-    """The layers of the component that get an adapter."""
-    targets = config.target_modules if component == "unet" else TEXT_PROJECTIONS
-    return [path for path in matrix_layers(module) if any(is_target(path, name) for name in targets)]
-
-
-def check_same_layers(config: TrainConfig, checkpoint: Path, components: dict[str, nn.Module]) -> None:
-    """Raises UserError when the checkpoint has an adapter on other layers than a fresh run would have."""
-    for name, module in components.items():
-        differing = set(adapter_layers(module)) ^ set(target_paths(config, name, module))
-        if differing:
-            raise UserError(
-                f"--target_modules: {checkpoint.name} was trained on other layers, first {min(differing)}: "
-                "resume with the same, or start a new run."
-            )
-
-
-def adapter_config(config: TrainConfig, component: str, paths: list[str]) -> MoSLoraConfig:
-    """PEFT's settings for exactly these layers, each with its own rank and alpha."""
-    sizes = {path: rank_and_alpha(config, component, path) for path in paths}
-    rank, alpha = config.rank, config.rank if config.lora_alpha is None else config.lora_alpha
-    return MoSLoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        rank_pattern=value_pattern({path: r for path, (r, _) in sizes.items()}, rank),
-        alpha_pattern=value_pattern({path: a for path, (_, a) in sizes.items()}, alpha),
-        lora_dropout=config.lora_dropout,
-        use_dora=config.use_dora,
-        use_rslora=config.use_rslora,
-        target_modules="|".join(map(re.escape, paths)),
-        mixer=config.mixer,
-        train_mixer=config.train_mixer,
-        mixer_seed=config.seed,
-    )
-
-
-def enable_gradient_checkpointing(module: nn.Module) -> None:
-    """diffusers and transformers name it differently."""
-    name = "enable_gradient_checkpointing"
-    (getattr(module, name) if hasattr(module, name) else module.gradient_checkpointing_enable)()

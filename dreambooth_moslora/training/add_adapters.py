@@ -1,0 +1,93 @@
+"""Which layers of the base get an adapter, and the adapters themselves: fresh, of a file, or of a checkpoint."""
+
+import logging
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dreambooth_moslora.adapters.fused_linear import enable_fast_path
+from dreambooth_moslora.adapters.init_adapter import begin_with
+from dreambooth_moslora.adapters.layers import matrix_layers, narrowest_sides, value_pattern
+from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, inject
+from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.seeding import seed_of
+from dreambooth_moslora.core.targets import is_target
+from dreambooth_moslora.training.checkpoint import load_adapter
+from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha, ranks_in_vain
+from dreambooth_moslora.training.prepare import TrainInputs
+
+__all__ = ["add_adapters", "target_paths"]
+
+logger = logging.getLogger(__name__)
+
+TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def add_adapters(config: TrainConfig, inputs: TrainInputs, checkpoint: Path | None) -> dict[str, nn.Module]:
+    """The modules that are trained, by diffusers' names, each with the checkpoint's adapter or a fresh one, which
+    begins with the file `inputs.start`, if any."""
+    names = ["unet", "text_encoder", "text_encoder_2"] if config.train_text_encoder else ["unet"]
+    components = {name: getattr(inputs.pipeline, name) for name in names}
+    if checkpoint is not None:
+        load_adapter(checkpoint, components)
+        check_same_layers(config, checkpoint, components)
+    for name, module in components.items():
+        if checkpoint is None:
+            paths, layers = target_paths(config, name, module), matrix_layers(module)
+            if line := ranks_in_vain(config, name, narrowest_sides({path: layers[path] for path in paths})):
+                logger.warning("%s", line)
+            torch.manual_seed(seed_of(config.seed, "adapter", name))
+            inject(module, adapter_config(config, name, paths))
+    if checkpoint is None and inputs.start is not None:
+        logger.warning("%s", begin_with(inputs.start, components).sentence())
+        inputs.start = None  # its tensors are needed no more
+    for module in components.values():
+        if config.gradient_checkpointing:
+            enable_gradient_checkpointing(module)
+        enable_fast_path(module)
+    return components
+
+
+def target_paths(config: TrainConfig, component: str, module: nn.Module) -> list[str]:
+    """The layers of the component that get an adapter."""
+    targets = config.target_modules if component == "unet" else TEXT_PROJECTIONS
+    return [path for path in matrix_layers(module) if any(is_target(path, name) for name in targets)]
+
+
+def check_same_layers(config: TrainConfig, checkpoint: Path, components: dict[str, nn.Module]) -> None:
+    """Raises UserError when the checkpoint has an adapter on other layers than a fresh run would have."""
+    for name, module in components.items():
+        differing = set(adapter_layers(module)) ^ set(target_paths(config, name, module))
+        if differing:
+            raise UserError(
+                f"--target_modules: {checkpoint.name} was trained on other layers, first {min(differing)}: "
+                "resume with the same, or start a new run."
+            )
+
+
+def adapter_config(config: TrainConfig, component: str, paths: list[str]) -> MoSLoraConfig:
+    """PEFT's settings for exactly these layers, each with its own rank and alpha."""
+    sizes = {path: rank_and_alpha(config, component, path) for path in paths}
+    rank, alpha = config.rank, config.rank if config.lora_alpha is None else config.lora_alpha
+    return MoSLoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern=value_pattern({path: r for path, (r, _) in sizes.items()}, rank),
+        alpha_pattern=value_pattern({path: a for path, (_, a) in sizes.items()}, alpha),
+        lora_dropout=config.lora_dropout,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+        target_modules="|".join(map(re.escape, paths)),
+        mixer=config.mixer,
+        train_mixer=config.train_mixer,
+        mixer_seed=config.seed,
+    )
+
+
+def enable_gradient_checkpointing(module: nn.Module) -> None:
+    """diffusers and transformers name it differently."""
+    name = "enable_gradient_checkpointing"
+    (getattr(module, name) if hasattr(module, name) else module.gradient_checkpointing_enable)()
