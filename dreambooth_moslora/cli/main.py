@@ -21,7 +21,7 @@ from dreambooth_moslora.cli.signals import INTERRUPTED, StopRequest
 from dreambooth_moslora.cli.streams import survive_broken_pipes
 from dreambooth_moslora.core.config import TrainConfig, is_scored
 from dreambooth_moslora.core.errors import UserError, is_out_of_memory, shortened, spelled_out
-from dreambooth_moslora.core.process import set_environment_defaults
+from dreambooth_moslora.core.process import set_environment_defaults, uncollected
 from dreambooth_moslora.core.run_folder import RunDir
 
 __all__ = ["COMMANDS", "main", "train_main"]
@@ -179,7 +179,9 @@ def run_trainer(config: TrainConfig, stop: StopRequest) -> int:
     config = planned(config)
     base = preflight(config)
     from dreambooth_moslora.cli.progress import TerminalProgress
-    from dreambooth_moslora.training.loop import train
+
+    with uncollected():
+        from dreambooth_moslora.training.loop import train
 
     warn_about(config, base)
     progress = TerminalProgress()

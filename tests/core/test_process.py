@@ -1,5 +1,6 @@
 """`keep_freed_memory` is measured from inside a process of its own: page faults of rounds of the same allocations."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.core.process import KEEP_MEMORY, keep_freed_memory, peak_memory_gib
+from dreambooth_moslora.core.process import KEEP_MEMORY, keep_freed_memory, peak_memory_gib, uncollected
 
 ROUNDS = """
 import resource, sys
@@ -123,3 +124,12 @@ def test_a_phase_that_is_over_gives_its_memory_back():
         pytest.skip(printed)
     full, kept, left = map(int, printed.split())
     assert full - kept < 20e6 and kept - left > 150e6
+
+
+def test_what_is_imported_at_once_is_not_looked_at_by_the_collector():
+    frozen, rounds = gc.get_freeze_count(), gc.get_stats()[0]["collections"]
+    with pytest.raises(ImportError), uncollected():
+        kept = [[] for _ in range(10_000)]
+        assert gc.get_stats()[0]["collections"] <= rounds + 1
+        raise ImportError
+    assert gc.isenabled() and gc.get_freeze_count() >= frozen + len(kept)
