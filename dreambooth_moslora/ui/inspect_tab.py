@@ -47,7 +47,8 @@ def build_inspect_tab(ctx: AppContext, tabs: gr.Tabs, generate: GenerateTab) -> 
         return [gr.Tabs(selected="generate"), *to_widgets(ctx, recipe_of(file), request)]
 
     gr.on([file.upload, file.clear], inspect, file, [facts, use], api_name="inspect", concurrency_limit=2)
-    use.click(use_recipe, file, [tabs, *generate.fields.values()], **TELLING)
+    filled = [tabs, *generate.fields.values()]
+    use.click(use_recipe, file, filled, show_progress_on=[*generate.fields.values()], **TELLING)
 
 
 def recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from dreambooth_moslora.training.results.figures import figures_from, known_conf
 from dreambooth_moslora.ui.app_state import AppContext, sentence
 from dreambooth_moslora.ui.generate_actions import format_seconds
 from dreambooth_moslora.ui.html_snippets import faint, notice, progress_card, remarks_card
-from dreambooth_moslora.ui.photo_uploads import take_photos
+from dreambooth_moslora.ui.mask_corrections import take_with_masks
 from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train_form import crop_config
 from dreambooth_moslora.ui.training.jobs import Job, Jobs, JobState
@@ -58,7 +58,7 @@ class PhotoReview:
 
 def review_photos(ctx: AppContext, files: list[str], visitor: Visitor, seed: int = 0) -> PhotoReview:
     """Take clean copies and judge them. Raises UserError when no file is a photo."""
-    return review_kept(ctx, visitor, take_photos(files, visitor.photos_dir).remarks, seed)
+    return review_kept(ctx, visitor, take_with_masks(files, visitor).remarks, seed)
 
 
 def review_kept(ctx: AppContext, visitor: Visitor, remarks: tuple[str, ...] = (), seed: int = 0) -> PhotoReview:

@@ -10,10 +10,11 @@ from dreambooth_moslora.ui.generate_form import NONE
 from dreambooth_moslora.ui.generate_tab import GenerateTab
 from dreambooth_moslora.ui.html_snippets import notice
 from dreambooth_moslora.ui.input_errors import explain_bad_values
-from dreambooth_moslora.ui.photo_uploads import take_photos
+from dreambooth_moslora.ui.mask_corrections import take_with_masks
 from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train_actions import PhotoReview, review_kept, review_photos
 from dreambooth_moslora.ui.train_form import TrainForm, prompts_of
+from dreambooth_moslora.ui.train_masks import connect_masks
 from dreambooth_moslora.ui.train_queue import connect_queue, queue_widgets
 from dreambooth_moslora.ui.train_start import add_to_queue, start_run
 from dreambooth_moslora.ui.train_watch import connect_watch, run_names, watch_widgets
@@ -35,6 +36,7 @@ def build_train_tab(ctx: AppContext, jobs: Jobs, page: gr.Blocks, tabs: gr.Tabs,
             parts |= watch_widgets(queue_widgets)
     _connect_photos(ctx, page, parts, fields["seed"])
     _connect_start(ctx, jobs, fields, parts)
+    connect_masks(ctx, fields, parts)
     connect_watch(ctx, jobs, page, parts)
     connect_queue(ctx, jobs, page, parts)
     _connect_use(ctx, jobs, parts, tabs, generate)
@@ -84,7 +86,7 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
     def with_photos(photos: list[str] | None, request: gr.Request) -> Visitor:
         visitor = ctx.visitors.of(request)
         if photos:
-            take_photos(photos, visitor.photos_dir)
+            take_with_masks(photos, visitor)
         return visitor
 
     @as_gradio_error
@@ -133,4 +135,4 @@ def _connect_use(ctx: AppContext, jobs: Jobs, parts: dict, tabs: gr.Tabs, genera
         return gr.Tabs(selected="generate"), chosen, prompt_for(summary), summary.scale
 
     shown = [tabs, generate.adapters[0], generate.prompt, generate.fields["scale"]]
-    parts["use"].click(use, parts["run"], shown, **TELLING)
+    parts["use"].click(use, parts["run"], shown, show_progress_on=generate.prompt, **TELLING)

@@ -10,6 +10,7 @@ from dreambooth_moslora.training.planning.choices import TOKEN, encoders_are_her
 from dreambooth_moslora.ui.html_snippets import faint
 from dreambooth_moslora.ui.photo_uploads import PHOTO_TYPES
 from dreambooth_moslora.ui.train_form import MEMORY_WORDS, PRESETS, TrainForm
+from dreambooth_moslora.ui.train_masks import mask_widgets
 from dreambooth_moslora.ui.train_watch import picture_rows
 
 __all__ = ["train_widgets"]
@@ -45,11 +46,13 @@ def train_widgets(base: str) -> tuple[dict[str, Any], dict[str, Any]]:
         estimate = gr.Button("Estimate cost", min_width=132, elem_id="estimate")
     cost = gr.HTML("", label="Cost", elem_id="cost")
     with gr.Accordion("More settings", open=False, elem_id="more_training"):
-        more = word_fields(base) | class_fields() | mask_fields(base) | adapter_fields(base)
+        more = word_fields(base) | class_fields() | mask_fields(base)
+        masks = mask_widgets()
+        more |= adapter_fields(base)
     fields = {"class_word": class_word, **more}
     others = {"photos": photos, "remarks": remarks, "crops": crops, "prompts": prompts}
     others |= {"start": start, "queue": queue, "estimate": estimate, "cost": cost}
-    return {name: fields[name] for name in TrainForm.__dataclass_fields__}, others
+    return {name: fields[name] for name in TrainForm.__dataclass_fields__}, others | masks
 
 
 def word_fields(base: str) -> dict[str, Any]:

@@ -241,6 +241,41 @@ def test_runs_wait_are_moved_and_removed_and_the_next_begins_when_one_ends(serve
     wait_for_status(page, "Stop", "train_status")
 
 
+@pytest.mark.parametrize("size", [(1280, 900), (390, 844)])
+def test_a_mask_is_shown_and_corrected_with_the_brush(served, browser, tmp_path, size):
+    with visit(browser, served.url, size=size) as visited:
+        page = visited.page
+        page.get_by_role("tab", name="Train", exact=True).click()
+        page.set_input_files("#photos input[type=file]", photos_of(tmp_path))
+        page.wait_for_function("document.querySelectorAll('#crops img').length === 3")
+        before = pixels_of(page, "#crops img")
+        page.fill("#class_word textarea, #class_word input", "dog")
+        open_box(page, "more_training")
+        page.click("#show_masks")
+        wait_for_status(page, "photo 3: no mask", "mask_remarks")
+        page.locator("#masks img").first.click()
+        canvas = page.locator("#mask_editor canvas").last
+        canvas.wait_for()
+        page.wait_for_timeout(1500)
+        canvas.scroll_into_view_if_needed()
+        box = canvas.bounding_box()
+        middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        page.mouse.move(*middle)
+        page.mouse.down()
+        page.mouse.move(middle[0] + 20, middle[1], steps=5)
+        page.mouse.up()
+        page.click("#keep_mask")
+        page.wait_for_selector("#mask_box", state="hidden")
+        page.wait_for_function("!document.getElementById('mask_remarks').innerText.includes('photo 1')")
+        (cookie,) = [c["value"] for c in visited.context.cookies() if c["name"] == "moslora_visitor"]
+        ann = served.ctx.visitors.of(SimpleNamespace(cookies={"moslora_visitor": cookie}))
+        with PIL.Image.open(ann.photos_dir / "photo_01.mask.png") as mask:
+            share = np.asarray(mask).mean()
+            assert mask.size == (120, 90) and 0.005 < share < 0.6
+        assert not np.array_equal(before, pixels_of(page, "#crops img"))
+        assert fits(page) and not visited.errors
+
+
 def choose(page, elem_id: str, option: str) -> None:
     page.click(f"#{elem_id} input")
     page.get_by_role("option", name=option, exact=True).click()

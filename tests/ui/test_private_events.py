@@ -143,3 +143,24 @@ def test_a_forged_session_stops_nobody(served):
     assert not job.done()
     victim.predict(api_name="/stop")
     assert "Stopped" in job.result(timeout=60)[2]
+
+
+def test_the_page_asks_the_mask_editor_for_its_picture_only_when_it_is_kept(served):
+    """gradio asks all that lies in a component with a progress for their values, at each tick of the page's timers."""
+    config = served.page.get_config_file()
+    names = {c["id"]: c["props"].get("elem_id") for c in config["components"]}
+    parents: dict[int, int] = {}
+
+    def walk(node: dict) -> None:
+        for child in node.get("children", ()):
+            parents[child["id"]] = node["id"]
+            walk(child)
+
+    walk(config["layout"])
+    place = next(number for number, name in names.items() if name == "mask_editor")
+    around = {place}
+    while place in parents:
+        around.add(place := parents[place])
+    for event in config["dependencies"]:
+        shown = set(event["show_progress_on"] or event["outputs"])
+        assert not shown & around, (event["targets"], [names.get(number) for number in shown & around])
