@@ -1,0 +1,84 @@
+"""The one-word command on sample subjects: `train assets/subjects/bear bear`, no flag tuned, and what it makes.
+
+    python -m benchmarks.one_word [--subjects bear rocket] [--out runs/one_word] [--json one_word.json]
+
+Each subject is trained by the command as a person types it, in its own process, and scored by `evaluate` as
+`assets/studies/recipe.toml` scores: 8 prompts, 2 seeds. Likeness is a share of what true renders have, drift one of
+the base's spread from seed to seed; the interval is over the subjects. A subject that is in `--out` is not run again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dreambooth_moslora.evaluation.intervals import bootstrap_mean
+
+__all__ = ["main", "table"]
+
+SUBJECTS = ("bear", "rocket", "long_eared_rabbit", "train", "tall_cactus", "big_headed_dinosaur")
+"""Those of the recipe's study."""
+PHOTOS = Path("assets/subjects")
+PROTOCOL = ["--num_prompts", "8", "--images_per_prompt", "2", "--class_images", "12", "--inference_steps", "20"]
+COLUMNS = {"likeness": "likeness, of the ceiling", "drift": "drift, of the base's spread", "seconds": "training, s"}
+RECIPE = 0.957
+"""Likeness of the recipe on these subjects (docs/method.md)."""
+
+
+def run_command(*arguments: str, flags: Sequence[str] = ()) -> None:
+    """`python -m dreambooth_moslora …`; raises CalledProcessError when it fails."""
+    subprocess.run([sys.executable, "-m", "dreambooth_moslora", *arguments, *flags], check=True)
+
+
+def measured(subject: str, out: Path, flags: Sequence[str]) -> dict[str, float]:
+    """Likeness, drift, and seconds of the training, of one subject."""
+    run, facts = out / subject, json.loads((PHOTOS / subject / "subject.json").read_text(encoding="utf-8"))
+    kept = out / f"{subject}.json"
+    if kept.is_file():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    started = time.perf_counter()
+    folder = ["--output_dir", str(run)]
+    run_command("train", str(PHOTOS / subject), facts["class_word"], *folder, flags=flags)
+    seconds = time.perf_counter() - started
+    run_command("evaluate", str(run), *PROTOCOL)
+    relative = json.loads((run / "evaluation" / "scores.json").read_text(encoding="utf-8"))["relative"]
+    found = {"likeness": relative["dino_of_ceiling"], "drift": relative["drift_of_spread"], "seconds": round(seconds)}
+    kept.write_text(json.dumps(found), encoding="utf-8")
+    return found
+
+
+def table(found: dict[str, dict[str, float]]) -> str:
+    """A row a subject, and of several the mean with its 95 % interval over them; as Markdown."""
+    lines = [f"| subject | {' | '.join(COLUMNS.values())} |", f"|{'---|' * (1 + len(COLUMNS))}"]
+    for subject, row in found.items():
+        lines.append(f"| {subject} | {row['likeness']:.3f} | {row['drift']:.3f} | {row['seconds']:.0f} |")
+    if len(found) > 1:
+        means = [bootstrap_mean(np.array([row[name] for row in found.values()])) for name in ("likeness", "drift")]
+        cells = [f"{mean.mean:.3f} [{mean.low:.3f}, {mean.high:.3f}]" for mean in means]
+        seconds = np.mean([row["seconds"] for row in found.values()])
+        lines.append(f"| mean | {' | '.join(cells)} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=SUBJECTS)
+    parser.add_argument("--out", type=Path, default=Path("runs/one_word"))
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="flags for `train`, at the end")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    found = {subject: measured(subject, args.out, args.flags) for subject in args.subjects}
+    print(table(found))
+    print(f"the recipe on all six: likeness {RECIPE}")
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
