@@ -31,6 +31,7 @@ class PhotoSettings:
     dataset_config_name: str | None = of_photos(None, "configuration of --dataset_name")
     image_column: str = of_photos("image", "column of --dataset_name that holds the images")
     caption_column: str | None = of_photos(None, "column of --dataset_name that holds the captions")
+    leave_out: tuple[Prompt, ...] = of_photos((), "file names of photos that are not learnt from")
     instance_prompt: str = of_photos(
         "a photo of sks object", 'the subject in words, with its rare token: "a photo of sks dog"', required=True
     )

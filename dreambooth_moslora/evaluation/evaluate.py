@@ -78,6 +78,8 @@ class Evaluation:
     score: float
     seconds: float
     pictures: dict[str, list[Image.Image]] = field(repr=False, default_factory=dict)
+    by_photo: Tables = field(repr=False, default_factory=dict)
+    """Likeness of each picture to each photo and, with masks, nearness to its background above the base's, (N, P)."""
 
     def mean(self, name: str) -> float:
         return float(self.tables[name].mean())
@@ -148,7 +150,14 @@ class Evaluator:
         named = {"subject": subject, "class": classes, "unrelated": unrelated}
         pictures = {name: views.pictures for name, views in named.items() if views is not None}
         pictures |= {f"{name}_base": views.pictures for name, views in base.items()}
-        return Evaluation(plan, tables, alarm, score_of(tables, alarm), time.perf_counter() - started, pictures)
+        seconds, by_photo = time.perf_counter() - started, self._by_photo(subject, base["subject"])
+        return Evaluation(plan, tables, alarm, score_of(tables, alarm), seconds, pictures, by_photo)
+
+    def _by_photo(self, subject: Views, base: Views) -> Tables:
+        tables = {"likeness": (subject.dino @ self.photos.dino.T).numpy()}
+        if self.backgrounds is not None and len(self.backgrounds) == len(self.photos.dino):
+            tables["leak"] = ((subject.clip - base.clip) @ self.backgrounds.T).numpy()
+        return tables
 
     def of_subject(self) -> "Evaluator":
         """The same, of the subject's pictures alone: all that the score needs."""

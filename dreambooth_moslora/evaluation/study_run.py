@@ -210,7 +210,10 @@ def make_evaluator(study: Study, name: str) -> Evaluator:
 
 
 def per_picture(found: Evaluation) -> dict[str, list[float]]:
-    return {name: [round(float(v), 5) for v in found.tables[name].ravel()] for name in JUDGED}
+    """Of what pictures are judged by; and the pictures' mean likeness to each photo, and leak of each."""
+    judged = {name: [round(float(v), 5) for v in found.tables[name].ravel()] for name in JUDGED}
+    means = {f"{name}_by_photo": table.mean(0) for name, table in found.by_photo.items()}
+    return judged | {name: [round(float(v), 5) for v in values] for name, values in means.items()}
 
 
 def strip(pictures: Iterable[Image.Image]) -> Image.Image:

@@ -6,6 +6,7 @@ folder can stop the program: what cannot be used is listed with its reason.
 """
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -103,11 +104,24 @@ def photo_report(config: TrainConfig) -> PhotoReport:
     """The photos of all subjects, numbered by subject. Raises UserError for a subject of which none can be used."""
     found = PhotoReport()
     for number, subject in enumerate(each_subject(config)):
-        report = report_of(subject, number)
+        report = without(report_of(subject, number), config.leave_out)
         found.photos.extend(report.photos)
         found.skipped.extend(report.skipped)
         found.sidecars.extend(report.sidecars)
+    named = {item.path.name for item in found.skipped}
+    if unknown := [name for name in config.leave_out if name not in named]:
+        raise UserError(f"--leave_out {unknown[0]}: there is no such photo.")
     return found
+
+
+def without(report: PhotoReport, names: Collection[str]) -> PhotoReport:
+    """The photos of these names are left out. Raises UserError when none stays."""
+    photos = [photo for photo in report.photos if photo.path.name not in names]
+    if not photos:
+        raise UserError("--leave_out leaves no photo; name fewer.")
+    gone = [photo for photo in report.photos if photo.path.name in names]
+    chosen = [Skipped(photo.path, "left out by --leave_out", False, photo.size_px) for photo in gone]
+    return replace(report, photos=photos, skipped=[*report.skipped, *chosen])
 
 
 def report_of(config: TrainConfig, number: int) -> PhotoReport:

@@ -242,3 +242,15 @@ def test_a_photo_that_the_disk_does_not_give_is_not_left_out_but_ends_the_run(tm
     (folder / "z.png").symlink_to("/proc/self/mem")
     with pytest.raises(OSError, match="Input/output error"):
         find_photos(folder, "a photo of sks dog", 64)
+
+
+def test_photos_are_left_out_by_name(tmp_path):
+    folder = str(paint_photos(tmp_path / "photos"))
+    config = TrainConfig(instance_data_dir=folder, resolution=64, leave_out=("1.png",))
+    report = instance_photos(config)
+    assert [photo.path.name for photo in report.photos] == ["0.png", "2.png"]
+    assert [(item.path.name, item.reason) for item in report.skipped] == [("1.png", "left out by --leave_out")]
+    with pytest.raises(UserError, match=r"--leave_out 7\.png: there is no such photo"):
+        instance_photos(TrainConfig(instance_data_dir=folder, resolution=64, leave_out=("7.png",)))
+    with pytest.raises(UserError, match="--leave_out leaves no photo"):
+        instance_photos(TrainConfig(instance_data_dir=folder, resolution=64, leave_out=("0.png", "1.png", "2.png")))

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dreambooth_moslora.cli.leave_one_out import USUAL_STEPS, leave_one_out, short_run
 from dreambooth_moslora.cli.parser import add_flag
 from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.config import TrainConfig
@@ -47,6 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no_picture", action="store_true", help="draw none")
     parser.add_argument("--make_masks", action="store_true", help="write name.mask.png beside photos without a mask")
+    parser.add_argument(
+        "--leave_one_out",
+        metavar="STEPS",
+        type=int,
+        nargs="?",
+        const=USUAL_STEPS,
+        help="find the photo that hurts: train shortly with all and without each, STEPS steps (default: %(const)s)",
+    )
     parser.add_argument("--config", metavar="FILE", help="take the settings below from a recipe")
     group = parser.add_argument_group("as in training")
     for item in fields(TrainConfig):
@@ -73,9 +82,20 @@ def run(args: argparse.Namespace) -> int:
     print(json.dumps(as_json(report), indent=1) if args.json else spelled_out(as_text(report, crops)))
     if not report.photos:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
+    if args.leave_one_out is not None:
+        print(spelled_out(without_each(args, folder, [photo.path.name for photo in report.photos])))
     if args.json and crops:
         print(spelled_out(crops), file=sys.stderr)
     return 0
+
+
+def without_each(args: argparse.Namespace, folder: Path, names: list[str]) -> str:
+    """What `--leave_one_out` finds. Raises UserError."""
+    if args.leave_one_out < 1 or args.json:
+        raise UserError("--leave_one_out takes a number of steps from 1 on, and no --json.")
+    given = {name: value for name, value in vars(args).items() if name in SETTINGS}
+    config = short_run(folder, args.config, given, UNSAID[BASE], args.leave_one_out)
+    return leave_one_out(config, names, Path(f"{folder.resolve().name or 'photos'}_leave_one_out"))
 
 
 def config_of(args: argparse.Namespace) -> TrainConfig:
