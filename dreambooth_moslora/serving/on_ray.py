@@ -30,7 +30,17 @@ STOP_SEC = 5.0
 """For the pictures that are being drawn when the service ends."""
 
 
-def replica_class(settings: ServeSettings) -> type:
+def keep_on_loopback() -> None:
+    """Ray Serve opens a port of each replica for the others, on all addresses and without a token. This process opens
+    its own on the loopback from now on. Call it when a replica starts.
+    """
+    from grpc.aio._server import Server
+
+    add_port = Server.add_insecure_port
+    Server.add_insecure_port = lambda self, address: add_port(self, address.replace("[::]", "127.0.0.1"))
+
+
+def replica_class(settings: ServeSettings, *, alone: bool) -> type:
     """The decorator of `load` takes a number that the settings tell."""
 
     class Replica:
@@ -39,6 +49,8 @@ def replica_class(settings: ServeSettings) -> type:
         def __init__(self) -> None:
             import torch
 
+            if alone:
+                keep_on_loopback()
             from dreambooth_moslora.generation.pipeline import SubjectPipeline
             from dreambooth_moslora.serving.drawer import Drawer
 
@@ -67,13 +79,13 @@ def replica_class(settings: ServeSettings) -> type:
     return Replica
 
 
-def application(settings: ServeSettings) -> serve.Application:
-    """The front with its replicas. There is one front: it counts who waits."""
+def application(settings: ServeSettings, *, alone: bool = False) -> serve.Application:
+    """The front with its replicas; `alone`: all on this machine. There is one front: it counts who waits."""
     share = {"num_gpus": 1 / settings.per_gpu} if settings.per_gpu else {"num_gpus": 0}
     waiting = max(2 * settings.batch, -(-settings.max_waiting // settings.replicas))
     common = {"logging_config": QUIET, "graceful_shutdown_wait_loop_s": 0.5, "graceful_shutdown_timeout_s": STOP_SEC}
     replica = serve.deployment(
-        replica_class(settings),
+        replica_class(settings, alone=alone),
         name="Replica",
         num_replicas=settings.replicas,
         ray_actor_options={"num_cpus": 0, **share},
@@ -82,6 +94,8 @@ def application(settings: ServeSettings) -> serve.Application:
     )
 
     def front_app() -> Any:
+        if alone:
+            keep_on_loopback()
         handle = serve.get_deployment_handle("Replica", APP_NAME)
         access = Access(settings.tokens)
         catalogue = open_catalogue(settings.adapters)
@@ -122,20 +136,22 @@ async def drawn_by(handle: Any, order: Order) -> Drawn:
 
 
 @contextmanager
-def listening(settings: ServeSettings) -> Iterator[None]:
-    """The service answers for the length of the block. Raises UserError when it cannot start."""
+def listening(settings: ServeSettings, *, alone: bool) -> Iterator[None]:
+    """The service answers for the length of the block. `alone`: on a Ray of this machine only, which no other reaches
+    but by `settings.host`. Raises UserError when it cannot start.
+    """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
-        start(settings)
+        start(settings, alone=alone)
         yield
     finally:
         serve.shutdown()
 
 
-def start(settings: ServeSettings) -> None:
+def start(settings: ServeSettings, *, alone: bool) -> None:
     try:
         serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=QUIET)
-        serve.run(application(settings), name=APP_NAME, route_prefix="/", logging_config=QUIET)
+        serve.run(application(settings, alone=alone), name=APP_NAME, route_prefix="/", logging_config=QUIET)
     except (RuntimeError, TimeoutError, RayError) as error:
         raise UserError(f"the service cannot start: {one_line(error)}.") from error
 

@@ -3,6 +3,7 @@
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_address
 
 import httpx
 import psutil
@@ -60,7 +61,7 @@ def service(base, tiny_base, tmp_path_factory, monkeypatch_module):
 
         bearer = {"Authorization": f"Bearer {TOKEN}"}
         with (
-            listening(settings),
+            listening(settings, alone=True),
             httpx.Client(
                 base_url=f"http://127.0.0.1:{settings.port}", headers=bearer, timeout=120, trust_env=False
             ) as client,
@@ -95,6 +96,14 @@ def test_many_at_once_get_the_pictures_of_generate(service, base):
         assert answer.content == expected(base, shelf, *pair)
     assert "dreambooth_pictures_total 9.0" in client.get("/metrics").text
     assert client.get("/healthz").json()["resolution_px"] == base.resolution_px
+
+
+def test_nothing_listens_but_on_the_loopback(service):
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        found += [(c.laddr.ip, process.cmdline()) for c in process.net_connections("inet") if c.status == "LISTEN"]
+    assert len([1 for _, words in found if "Replica" in words[0]]) >= 3, found
+    assert all(ip_address(address.removeprefix("::ffff:")).is_loopback for address, _ in found), found
 
 
 def test_mistakes_strangers_and_a_full_queue_are_answered_in_json(service):

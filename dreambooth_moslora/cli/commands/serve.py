@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         from dreambooth_moslora.serving.on_ray import listening
 
         per_gpu = (settings.per_gpu or 1) if has_gpus() else None
-        with listening(replace(settings, per_gpu=per_gpu)):
+        with listening(replace(settings, per_gpu=per_gpu), alone=args.ray_address is None):
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
             say(f"ready after {time.monotonic() - started:.0f} s: http://{host}:{settings.port} (Ctrl-C ends it)")
             threading.Event().wait()
