@@ -113,6 +113,12 @@ class GpuTensor(Tensor):
     def __repr__(self, **_):
         return f"GpuTensor{tuple(self.shape)}"
 
+    def data_ptr(self):
+        return self.raw.data_ptr()
+
+    def untyped_storage(self):
+        return self.raw.untyped_storage()
+
     def tolist(self):
         return self.cpu().tolist()
 
