@@ -16,6 +16,7 @@ from dreambooth_moslora.adapters.scale_note import note_scale
 from dreambooth_moslora.cli.commands import verify
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.parser import Parser
+from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.events import StepDone
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
@@ -130,3 +131,19 @@ def test_a_file_that_cannot_be_verified_is_one_line(tmp_path, monkeypatch, capsy
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and says in error
     assert header is None or load_file("a.safetensors").keys() == WEIGHTS.keys()
+
+
+@pytest.mark.parametrize("base", ["evil/model", "photos/base", "stabilityai/stable-diffusion-xl-base-1.0"])
+def test_a_base_that_a_strangers_file_names_is_loaded_only_if_the_person_names_it(tmp_path, monkeypatch, base):
+    monkeypatch.chdir(tmp_path)
+    Path(base).mkdir(parents=True)
+    facts = AdapterMetadata(4, 4, recipe={"seed": 1}, base_id=base, trigger_words=("sks dog",))
+    save_file(WEIGHTS, "a.safetensors", metadata={"moslora": facts.to_json()})
+    parser = Parser()
+    verify.add_arguments(parser)
+    command = ["a.safetensors", "--photos", "dog"]
+    receipt = verify.read_receipt("a.safetensors")
+    with pytest.raises(UserError, match=f"give --pretrained_model_name_or_path; the file says '{base}'"):
+        verify.config_of(parser.parse_args(command), receipt, tmp_path / "run")
+    args = parser.parse_args([*command, "--pretrained_model_name_or_path", base])
+    assert verify.config_of(args, receipt, tmp_path / "run").pretrained_model_name_or_path == base

@@ -38,6 +38,8 @@ WORDS = ("instance_prompt", "class_prompt", "token", "class_word")
 """Of a --config file: not taken where they are another subject's."""
 QUIET = {"num_validation_images": 0, "report_to": "none", "checkpointing_steps": 10**9}
 """Of the run: no step depends on them."""
+KNOWN_BASES = ("toy", "stabilityai/stable-diffusion-xl-base-1.0")
+"""Loaded because a file names them. A stranger's file may name any folder or hub id: others the person must name."""
 TITLE = re.compile(r"\w[\w.-]{0,99}")
 
 
@@ -109,7 +111,7 @@ def read_receipt(path: str) -> Receipt:
 def config_of(args: argparse.Namespace, receipt: Receipt, output_dir: Path) -> TrainConfig:
     """The run that makes the file again. Raises UserError."""
     facts, guessed = receipt.facts, {}
-    if facts.base_id:
+    if facts.base_id in KNOWN_BASES and not Path(facts.base_id).exists():
         guessed["pretrained_model_name_or_path"] = facts.base_id
     if facts.trigger_words:
         guessed["instance_prompt"] = f"a photo of a {facts.trigger_words[0]}"
@@ -126,7 +128,8 @@ def config_of(args: argparse.Namespace, receipt: Receipt, output_dir: Path) -> T
     settings = guessed | told | receipt.recipe | given | QUIET | own
     for name in ("pretrained_model_name_or_path", "instance_prompt"):
         if not settings.get(name):
-            raise UserError(f"{args.file} does not say it: give --{name}.")
+            said = f"; the file says {facts.base_id!r:.80}" if facts.base_id and name != "instance_prompt" else ""
+            raise UserError(f"{args.file}: give --{name}{said}.")
     return TrainConfig.from_dict(settings)
 
 
