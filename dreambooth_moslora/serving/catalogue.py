@@ -65,7 +65,7 @@ class Folders:
     def __init__(self, folders: Sequence[Path]) -> None:
         self.folders = list(folders)
         self._listed, self._files = float("-inf"), {}
-        self._digests: dict[tuple, str] = {}
+        self._digests: dict[Path, tuple[tuple, str]] = {}
         self._lock = Lock()
 
     def names(self) -> list[str]:
@@ -76,8 +76,8 @@ class Folders:
         try:
             if file is not None:
                 return AdapterRef(name, str(file), self._digest(file))
-        except FileNotFoundError:
-            pass
+        except OSError as error:  # taken away, or no longer a file that can be read
+            logger.warning("The adapter %s cannot be read: %s", name, error)
         raise unknown(name)
 
     def local(self, ref: AdapterRef) -> Path:
@@ -100,11 +100,14 @@ class Folders:
     def _digest(self, file: Path) -> str:
         """Read again when anything about the file has changed, also its inode or the time of that change."""
         facts = file.stat()
-        stamp = (file, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
-        if stamp not in self._digests:
-            self._digests = {old: digest for old, digest in self._digests.items() if old[0] != file}
-            self._digests[stamp] = file_digest(file)
-        return self._digests[stamp]
+        stamp = (facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+        with self._lock:
+            known = self._digests.get(file)
+        if known is None or known[0] != stamp:
+            known = (stamp, file_digest(file))
+            with self._lock:
+                self._digests[file] = known
+        return known[1]
 
 
 class BucketFolder:

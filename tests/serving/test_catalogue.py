@@ -1,6 +1,8 @@
 """The adapters that are served: by name, and as they are now."""
 
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,33 @@ def test_a_link_out_of_the_folder_is_not_served(folder, tmp_path):
     (tmp_path / "secret.safetensors").write_bytes(b"secret")
     (folder / "link.safetensors").symlink_to(tmp_path / "secret.safetensors")
     assert "link" not in open_catalogue([str(folder)]).names()
+
+
+def test_many_at_once_look_files_up(folder, monkeypatch):
+    for number in range(400):
+        (folder / f"a{number}.safetensors").write_bytes(b"%d" % number)
+    catalogue = open_catalogue([str(folder)])
+    monkeypatch.setattr(catalogue_module, "FOLDER_SEC", 60.0)
+    names = catalogue.names()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(catalogue.find, names))
+    finally:
+        sys.setswitchinterval(interval)
+    assert [ref.name for ref in found] == names
+
+
+@pytest.mark.parametrize("put", [Path.mkdir, lambda path: path.symlink_to(path.name)])
+def test_what_became_no_file_since_the_list_is_unknown(folder, monkeypatch, put):
+    monkeypatch.setattr(catalogue_module, "FOLDER_SEC", 60.0)
+    catalogue = open_catalogue([str(folder)])
+    assert "dog" in catalogue.names()
+    (folder / "dog.safetensors").unlink()
+    put(folder / "dog.safetensors")
+    with pytest.raises(RefusedError, match="dog"):
+        catalogue.find("dog")
 
 
 def test_a_new_file_is_seen_and_a_changed_one_has_another_version(folder):
