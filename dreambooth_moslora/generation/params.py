@@ -84,8 +84,8 @@ class GenerationParams:
         for name in ("height_px", "width_px"):
             if (size := getattr(self, name)) is not None and size % SIZE_STEP_PX:
                 raise UserError(f"{name} is {size}; it must be a multiple of {SIZE_STEP_PX}")
-        if self.scheduler not in SCHEDULERS:
-            raise UserError(f"scheduler {self.scheduler!r} is unknown; choose one of {', '.join(SCHEDULERS)}")
+        if not isinstance(self.scheduler, str) or self.scheduler not in SCHEDULERS:
+            raise UserError(f"scheduler {self.scheduler!r:.60} is unknown; choose one of {', '.join(SCHEDULERS)}")
         object.__setattr__(self, "adapters", _checked_adapters(self.adapters))
 
     def for_image(self, index: int) -> "GenerationParams":

@@ -27,7 +27,8 @@ from dreambooth_moslora.serving.telemetry import CONTENT_TYPE, Telemetry
 
 __all__ = ["Front", "build_front"]
 
-HEALTH_SEC = 10.0
+HEALTH_SEC, BODY_SEC = 10.0, 10.0
+"""For a replica to say how it is, and for a body to arrive: one that trickles would hold a place in the queue."""
 MOST_RETRY_SEC = 60
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,12 @@ class Front:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise RefusedError(415, "send JSON, with the header `Content-Type: application/json`")
-        order = parse_order(await body_of(request))
+        try:
+            async with asyncio.timeout(BODY_SEC):
+                body = await body_of(request)
+        except TimeoutError as error:
+            raise RefusedError(408, "the body did not arrive in time; send it at once") from error
+        order = parse_order(body)
         names = [name for name, _ in order.params.adapters]
         refs = tuple([await asyncio.to_thread(self.catalogue.find, name) for name in names])
         rest = self.request_timeout_sec - (time.monotonic() - started)
@@ -142,7 +148,9 @@ def build_front(front: Front) -> Starlette:
         *(Route(f"/{name}", guarded(getattr(front, name))) for name in ("adapters", "healthz", "metrics")),
     ]
     handlers = {UserError: refused, HTTPException: no_such_path, Exception: failed}
-    return Starlette(routes=routes, exception_handlers=handlers)
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    app.router.redirect_slashes = False  # it would answer before anybody is asked for a token, with any Host's name
+    return app
 
 
 async def refused(request: Request, error: UserError) -> Response:

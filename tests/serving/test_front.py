@@ -15,6 +15,7 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.serving import catalogue as catalogue_module
+from dreambooth_moslora.serving import front as front_module
 from dreambooth_moslora.serving.access import Access
 from dreambooth_moslora.serving.catalogue import open_catalogue
 from dreambooth_moslora.serving.drawer import Drawer
@@ -145,9 +146,9 @@ def test_a_changed_file_is_loaded_again_and_a_wrong_one_refused(open_shop, base,
 
 
 def test_a_persons_mistake_is_one_line_of_json(shop):
-    wrong = [order("wolf"), order(prompt=""), order(steps=0), order(height_px=512, width_px=512)]
+    wrong = [order("wolf"), order(prompt=""), order(scheduler=[]), order(steps=0), order(height_px=512, width_px=512)]
     answers = shop.ask(*wrong)
-    assert [answer.status_code for answer in answers] == [404, 400, 400, 400]
+    assert [answer.status_code for answer in answers] == [404, 400, 400, 400, 400]
     assert all(list(answer.json()) == ["error"] and "\n" not in answer.json()["error"] for answer in answers)
 
 
@@ -168,6 +169,21 @@ def test_what_is_no_order_is_refused(shop):
         ]
 
     assert shop.run(others) == [415, 413, 413, 405, 404]
+
+
+def test_a_body_that_trickles_gives_its_place_up(shop, monkeypatch):
+    monkeypatch.setattr(front_module, "BODY_SEC", 0.05)
+
+    async def trickling():
+        for _ in range(20):
+            yield b" "
+            await asyncio.sleep(0.05)
+
+    async def ask(client: httpx.AsyncClient) -> int:
+        json_type = {"Content-Type": "application/json"}
+        return (await client.post("/generate", content=trickling(), headers=json_type)).status_code
+
+    assert shop.run(ask) == 408 and shop.front.inside == 0
 
 
 def test_more_than_may_wait_are_told_when_to_come_back(open_shop):
@@ -194,6 +210,7 @@ def test_a_token_opens_everything_but_health_which_is_open(open_shop):
         assert shop.get(path).status_code == shop.get(path, Authorization=f"Basic {TOKEN}").status_code == 401
         assert shop.get(path, Authorization=f"Bearer {TOKEN}x").headers["www-authenticate"] == "Bearer"
         assert shop.get(path, **bearer).status_code == 200
+    assert shop.get("/adapters/", Host="evil.example").status_code == 404
     assert shop.get("/healthz").json() == {"status": "ok", "base": shop.drawer.pipeline.base_name}
     assert shop.ask(order())[0].status_code == 401
     assert shop.ask(order("wolf"), **bearer)[0].status_code == 404
