@@ -40,11 +40,15 @@ class Service:
             parts = urlsplit(url if "//" in url else f"http://{url}")
             self.kind = {"http": HTTPConnection, "https": HTTPSConnection}[parts.scheme]
             self.host, self.port, self.folder = parts.hostname, parts.port, parts.path.rstrip("/")
+            (self.host or "").encode("idna")
+            self.folder.encode("ascii")
         except (KeyError, ValueError):
             self.host = None
         if not self.host:
             raise UserError(f"--backend {url!s:.80} is no address; write it like http://127.0.0.1:8000")
         self.shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+        if token and not (token.isascii() and token.isprintable()):
+            raise UserError("--backend_token: a token has printable ASCII characters only")
         self.token, self.timeout_sec = token, timeout_sec
 
     def get(self, path: str) -> dict[str, Any]:
@@ -58,8 +62,9 @@ class Service:
         headers = {"Content-Type": "application/json"}
         if self.token:
             headers["Authorization"] = f"Bearer {self.token}"
-        connection = self.kind(self.host, self.port, timeout=self.timeout_sec)
+        connection = None
         try:
+            connection = self.kind(self.host, self.port, timeout=self.timeout_sec)
             connection.request(method, self.folder + path, body, headers)
             answer = connection.getresponse()
             status, data = answer.status, answer.read(MAX_ANSWER_BYTES)
@@ -68,7 +73,8 @@ class Service:
                 f"the backend {self.shown} cannot be reached ({one_line(error)}); start it, or leave --backend out"
             ) from error
         finally:
-            connection.close()
+            if connection is not None:
+                connection.close()
         if status == 200:
             return data
         raise UserError(f"the backend {self.shown} answers: {self._reason(data, status)}")
@@ -97,7 +103,9 @@ class RemotePipeline:
         """Raises UserError when the service is away, or draws with another base."""
         self.service = service
         facts = service.get("/healthz")
-        self.base_name, self.resolution_px = str(facts.get("base")), int(facts.get("resolution_px") or 0)
+        self.base_name, self.resolution_px = str(facts.get("base")), facts.get("resolution_px") or 0
+        if type(self.resolution_px) is not int:
+            raise UserError(f"{service.shown} is no service of `dreambooth_moslora serve`")
         if self.base_name != base_name:
             raise UserError(f"the backend draws with {self.base_name:.60}, the page with {base_name}: name one base")
         self._digests: dict[str, str] = {}
@@ -118,7 +126,8 @@ class RemotePipeline:
         with self._lock:
             if self._stamps.get(name) != stamp:
                 self._digests[name], self._stamps[name] = file_digest(file), stamp
-        if name not in self.service.get("/adapters").get("adapters", ()):
+        names = self.service.get("/adapters").get("adapters")
+        if not isinstance(names, list) or name not in names:
             raise UserError(f"the backend has no adapter {name!r:.60}; put its file into a folder of its --adapters")
         return name
 

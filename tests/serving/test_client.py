@@ -96,10 +96,44 @@ def test_a_wrong_token_another_base_and_another_program_are_told(place, base):
         RemotePipeline(Service(f"{place.url}/below", TOKEN), base.base_name)
 
 
-@pytest.mark.parametrize("url", ["ftp://x", "http://", "http://x:port", "//", "http://[::1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://x",
+        "http://",
+        "http://x:port",
+        "//",
+        "http://[::1",
+        "http://a..b",
+        "http://a/\u00fc",
+        "http://" + "a" * 300,
+    ],
+)
 def test_what_is_no_address_is_a_persons_mistake(url):
     with pytest.raises(UserError, match="--backend"):
         Service(url)
+
+
+@pytest.mark.parametrize("token", ["a\nX: y", "\u043a\u043b\u044e\u0447"])
+def test_a_token_that_no_header_can_hold_is_a_persons_mistake(token):
+    with pytest.raises(UserError, match="--backend_token"):
+        Service("http://127.0.0.1", token)
+
+
+@pytest.mark.parametrize("size", ["x", [1], float("inf"), True])
+def test_a_size_that_is_none_is_told(monkeypatch, size):
+    service = Service("http://127.0.0.1")
+    monkeypatch.setattr(service, "get", lambda path: {"base": "tiny", "resolution_px": size})
+    with pytest.raises(UserError, match="no service"):
+        RemotePipeline(service, "tiny")
+
+
+def test_a_list_of_adapters_that_is_none_is_told(monkeypatch, tmp_path):
+    service = Service("http://127.0.0.1")
+    monkeypatch.setattr(service, "get", lambda path: {"base": "tiny", "resolution_px": 64, "adapters": 5})
+    (tmp_path / "dog.safetensors").write_bytes(b"dog")
+    with pytest.raises(UserError, match="has no adapter 'dog'"):
+        RemotePipeline(service, "tiny").load_adapter(tmp_path / "dog.safetensors", "dog")
 
 
 def test_a_backend_that_is_away_is_one_line_without_the_token(free_port):
