@@ -192,8 +192,8 @@ def with_place(names: Sequence[str], name: str, place: str) -> list[str]:
     if name not in names:
         raise UserError(not_waiting(name))
     rest, now = [one for one in names if one != name], list(names).index(name)
-    if place.isdecimal() and int(place) > 0:
-        index = int(place) - 1
+    if place.isdecimal() and int(place[:9]) > 0:
+        index = int(place[:9]) - 1
     elif place in PLACES:
         index = {"up": max(0, now - 1), "down": now + 1, "first": 0, "last": len(rest)}[place]
     else:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -71,6 +72,8 @@ def test_the_order_is_on_the_disk_and_each_owner_changes_only_the_own_places(tmp
         ("d", "up", None, "abdc"),
         ("b", "3", None, "adbc"),
         ("a", "last", None, "dbca"),
+        ("b", "9" * 5000, None, "dcab"),
+        ("b", "2", None, "dbca"),
     ):
         queue.move(name, place, owner)
         assert "".join(names(RunQueue(tmp_path))) == order
@@ -114,6 +117,14 @@ def test_runs_are_trained_in_their_order_and_a_bad_one_fails_alone(jobs):  # noq
     assert "/no/such/folder" in words["gone"]
     started = {name: starts_of(turns.queue, name)[0]["time"] for name in ("dog", "cat")}
     assert started["dog"] < started["cat"]
+
+
+def test_a_run_whose_folder_is_no_path_fails_alone(jobs):  # noqa: F811
+    turns = QueueTurns(jobs)
+    run = added(turns.queue, "bad")
+    turns.queue._write("waiting", replace(run, folder="a\0b"))
+    added(turns.queue, "good")
+    assert trained(turns) == {"bad": "failed", "good": "done"}
 
 
 def test_two_processes_never_start_the_same_run(jobs):  # noqa: F811

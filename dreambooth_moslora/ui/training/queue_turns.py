@@ -93,7 +93,7 @@ class QueueTurns:
         self.queue.note(replace(run, started=time.time()))
         try:
             self.jobs.start(run.name, settings, run.owner, run.folder)
-        except (OSError, UserError) as error:
+        except (OSError, ValueError) as error:  # UserError is one, and so is a path that none can be
             if not self.jobs.current():  # else somebody was faster, and it is started later
                 self.queue.end(run, "failed", one_line(error))
 
