@@ -47,6 +47,13 @@ def test_a_foreign_site_reads_nothing_by_a_visitors_login(proxied, origin):
     assert httpx.get(f"{proxied.url}gradio_api/token", headers=mine).json()["user"] == "ann"
 
 
+def test_no_foreign_site_shows_the_page_in_a_frame(proxied):
+    for path in ("", "login", "nothing"):
+        assert httpx.get(f"{proxied.url}{path}", headers={"Host": NAME}).headers["content-security-policy"] == (
+            "frame-ancestors 'self'"
+        )
+
+
 def test_a_foreign_site_is_refused_before_it_asks(proxied):
     asked = {"Host": NAME, "Access-Control-Request-Method": "POST"} | EVIL
     answer = httpx.options(f"{proxied.url}gradio_api/queue/join", headers=asked)

@@ -21,6 +21,8 @@ FOREIGN_SITES = ("cross-site", "same-site")
 """Values of Sec-Fetch-Site: "same-site" is another port or another name of the same domain."""
 OF_ANSWERS = (b"connection", b"content-type", b"content-length", b"cache-control")
 """Headers that an answer may have in common with its request."""
+FRAMES = (b"content-security-policy", b"frame-ancestors 'self'")
+"""No other site shows the page in a frame, where a person would click without seeing on what."""
 Lifespan = Callable[[Any], AbstractAsyncContextManager]
 SAME_SITE_NONE = re.compile(rb"samesite=none", re.IGNORECASE)
 
@@ -94,6 +96,7 @@ def _cleaned(send: Any, asked: list[tuple[bytes, bytes]]) -> Any:
         if message["type"] == "http.response.start":
             headers = [_lax(name, value) for name, value in message.get("headers", ())]
             message["headers"] = [header for header in headers if (header[0].lower(), header[1]) not in own]
+            message["headers"].append(FRAMES)
         await send(message)
 
     return send_cleaned
