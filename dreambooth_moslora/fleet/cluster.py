@@ -38,6 +38,7 @@ EMBEDDED = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # also on Linux: one machine alone, which listens on the loopback
     "RAY_enable_metrics_collection": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AUTH_MODE": "token",  # Ray Serve's replicas take pickles on all addresses: only from who has Ray's token
     "RAY_worker_niceness": "0",  # tasks are what this machine is for: they have the priority of this process
 }
 WINDOW = 64

@@ -56,6 +56,7 @@ def service(base, tiny_base, tmp_path_factory, monkeypatch_module):
     )
     for name, value in PATIENCE.items():
         monkeypatch_module.setenv(name, value)
+    monkeypatch_module.setenv("RAY_AUTH_MODE", "disabled")  # whatever the person has set
     with connected(None):
         from dreambooth_moslora.serving.on_ray import listening
 
@@ -115,6 +116,21 @@ def test_mistakes_strangers_and_a_full_queue_are_answered_in_json(service):
         answers = list(clients.map(lambda seed: draw(client, "dog", seed, steps=20), range(32)))
     codes = {answer.status_code for answer in answers}
     assert codes == {200, 503} and all("retry-after" in a.headers for a in answers if a.status_code == 503)
+
+
+def test_a_replicas_own_port_takes_no_pickle_of_a_stranger(service):
+    """Ray Serve opens it on all addresses."""
+    import grpc
+    from ray.serve.generated import serve_pb2, serve_pb2_grpc
+
+    found = [one for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN and one.pid]
+    ports = {one.laddr.port for one in found if one.laddr.ip == "::" and "Serve" in psutil.Process(one.pid).name()}
+    assert ports
+    for port in ports:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as error:
+            asked = serve_pb2.ASGIRequest(pickled_request_metadata=b"no pickle")
+            serve_pb2_grpc.ASGIServiceStub(channel).HandleRequest(asked, timeout=20)
+        assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_a_replica_that_is_killed_loses_no_other_picture(service, base):
