@@ -8,5 +8,5 @@ cd /workspace/dreambooth_moslora
 export HF_HOME=/workspace/hub
 python -m venv --system-site-packages /workspace/venv
 source /workspace/venv/bin/activate
-pip install -q -r requirements.txt "ray[serve]>=2.50,<3"
+pip install -q -r requirements.txt "ray[serve]>=2.60,<3"
 python -m dreambooth_moslora serve --adapters /workspace/adapters --host 0.0.0.0 --port 8000 --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0

@@ -31,7 +31,7 @@ class Nothing:
             return size_px
 
         @staticmethod
-        def plan(size_px, draws):
+        def plan(size_px, draws, target):
             return None
 
     def encode(self, photo, plan):

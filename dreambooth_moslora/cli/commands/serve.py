@@ -20,7 +20,7 @@ EPILOG = """example:
   serve --adapters runs/pets --replicas 2
   curl http://127.0.0.1:8000/generate -H 'Content-Type: application/json' \\
       -d '{"prompt": "a photo of sks dog", "adapter": "rex", "seed": 1}' -o rex.png"""
-INSTALL = 'pip install "ray[serve]>=2.50,<3"'
+INSTALL = 'pip install "ray[serve]>=2.60,<3"'
 FIELDS = ServeSettings.__dataclass_fields__
 
 
