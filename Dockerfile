@@ -19,7 +19,7 @@ ENV PATH=/venv/bin:$PATH HF_HOME=/hub PYTHONUNBUFFERED=1 GRADIO_ANALYTICS_ENABLE
 
 WORKDIR /app
 COPY requirements.txt .
-# What else to install: "ray[serve]>=2.50,<3" for the service (deploy/compose.yaml).
+# What else to install: "ray[serve]>=2.60,<3" for the service (deploy/compose.yaml).
 ARG EXTRAS=""
 RUN pip install --no-cache-dir -r requirements.txt ${EXTRAS:+"${EXTRAS}"}
 COPY . .

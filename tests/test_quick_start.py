@@ -14,7 +14,7 @@ from dreambooth_moslora.evaluation.encoders import load_encoders
 from dreambooth_moslora.training.loop import train
 
 ASSETS = Path(__file__).parents[1] / "assets"
-STEPS = 80
+STEPS = 40
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def run_dir(tmp_path_factory):
 def drawn(pipeline: StableDiffusionXLPipeline, prompt: str, count: int) -> torch.Tensor:
     """DINO vectors of so many pictures from fixed seeds."""
     seeds = [torch.Generator().manual_seed(seed) for seed in range(count)]
-    pictures = pipeline([prompt] * count, num_inference_steps=12, guidance_scale=2.5, generator=seeds).images
+    pictures = pipeline([prompt] * count, num_inference_steps=8, guidance_scale=2.5, generator=seeds).images
     return load_encoders("toy").dino_images(pictures)
 
 
@@ -45,10 +45,10 @@ def test_the_subject_is_learnt_and_its_class_stays_varied(run_dir):
     pipeline = StableDiffusionXLPipeline.from_pretrained(ASSETS / "toy-sdxl")
     pipeline.set_progress_bar_config(disable=True)
     words = {"subject": "a photo of a sks rocket in a forest", "class": "a photo of a rocket"}
-    before = {name: drawn(pipeline, prompt, 6) for name, prompt in words.items()}
+    before = {name: drawn(pipeline, prompt, 5) for name, prompt in words.items()}
     pipeline.load_lora_weights(run_dir)
-    after = {name: drawn(pipeline, prompt, 6) for name, prompt in words.items()}
+    after = {name: drawn(pipeline, prompt, 5) for name, prompt in words.items()}
     likeness = [float(metrics.subject_fidelity(some["subject"], wanted).mean()) for some in (before, after)]
-    variety = [metrics.diversity(some["class"], [0] * 6)[0] for some in (before, after)]
-    assert likeness[1] > likeness[0] + 0.06  # 0.068 after 50 steps
+    variety = [metrics.diversity(some["class"], [0] * 5)[0] for some in (before, after)]
+    assert likeness[1] > likeness[0] + 0.08  # 0.19 was seen
     assert variety[1] > 0.75 * variety[0]

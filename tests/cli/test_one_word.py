@@ -1,7 +1,6 @@
 """`train photos/dog dog`: what is chosen for a folder and a word, what is said of it, and that flags win."""
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from dreambooth_moslora.cli.main import main, train_main
 from dreambooth_moslora.cli.parser import build_train_parser, parse_train_config
 from dreambooth_moslora.core.config_files import load_settings
 from dreambooth_moslora.core.names import CLIP, DINO
-from dreambooth_moslora.core.run_folder import RunDir
 from dreambooth_moslora.training.planning.choices import recipe_gb
 from dreambooth_moslora.training.planning.estimate import RECIPES, STOCK_SDXL, BaseSize, estimate
 from dreambooth_moslora.training.planning.step_plan import plan_steps
@@ -163,15 +161,3 @@ def test_the_help_shows_it_first(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     assert "dreambooth_moslora train photos/dog dog" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_one_word_trains_scores_finds_the_scale_and_explains(tmp_path, monkeypatch, capfd):
-    shutil.copytree(CONFIGS.parent / "subjects" / "robot", tmp_path / "robot")
-    monkeypatch.chdir(tmp_path)
-    few = ["--exposures_per_photo=4", "--crops_per_photo=1", "--evaluate_steps=5", "--num_validation_images=0"]
-    assert main(["train", "robot", "robot", *few]) == 0
-    run = RunDir(Path("runs/robot"))
-    kinds = {event["type"] for event in run.read_metrics()}
-    assert {"evaluation", "scale", "export", "end"} <= kinds and run.best_dir.is_dir()
-    assert "try next: each photo was shown 4 times" in capfd.readouterr().err

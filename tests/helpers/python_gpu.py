@@ -113,6 +113,10 @@ class GpuTensor(Tensor):
     def __repr__(self, **_):
         return f"GpuTensor{tuple(self.shape)}"
 
+    def __reduce_ex__(self, protocol):
+        """Saved as the CPU tensor that it is, and read as one: `torch.save` knows no such device."""
+        return self.raw.__reduce_ex__(protocol)
+
     def data_ptr(self):
         return self.raw.data_ptr()
 

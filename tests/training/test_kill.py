@@ -1,4 +1,4 @@
-"""A few kills of `benchmarks/faults.py`, which a person runs with a thousand faults of all kinds."""
+"""Two kills of `benchmarks/faults.py`: `.ci/run` tries thirty faults of all kinds, and a person a thousand."""
 
 import json
 import shutil
@@ -22,10 +22,10 @@ def faults(out: Path, count: int) -> subprocess.CompletedProcess:
 
 
 def test_every_resume_after_a_kill_ends_equal_and_the_faults_go_on_where_they_were(tmp_path):
-    for count in (2, 4):
+    for count in (1, 2):
         done = faults(tmp_path, count)
         assert done.returncode == 0, done.stdout + done.stderr
         records = [json.loads(line) for line in (tmp_path / "faults.jsonl").read_text().splitlines()]
         assert [record["number"] for record in records] == list(range(count))
     assert all(record["codes"] in ([-9], [0]) for record in records)
-    assert "| **all** | 4 |" in done.stdout
+    assert "| **all** | 2 |" in done.stdout

@@ -7,7 +7,15 @@ import pytest
 from torch.utils import backend_registration
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.training.selftest import ON_CPU, Finding, SelfTest, as_page, largest_difference, tensor_bytes
+from dreambooth_moslora.training.selftest import (
+    ON_CPU,
+    PROGRAM,
+    Finding,
+    SelfTest,
+    as_page,
+    largest_difference,
+    tensor_bytes,
+)
 
 HAS_PYTHON_DEVICES = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 
@@ -53,17 +61,10 @@ def test_a_step_is_measured_beside_the_floor_in_a_process_of_its_own(tmp_path):
 
 
 @pytest.mark.slow
-def test_everything_holds_on_this_cpu(tmp_path):
-    found = {finding.name: finding for finding in SelfTest(tmp_path).findings()}
+def test_everything_holds_on_a_gpu_written_in_python_or_on_this_cpu(tmp_path):
+    """Beside one training on the CPU. The picture is drawn on the CPU in both cases."""
+    program = (sys.executable, "-m", "tests.helpers.python_gpu_program") if HAS_PYTHON_DEVICES else PROGRAM
+    found = {finding.name: finding for finding in SelfTest(tmp_path, program=program).findings()}
     assert list(found) == ["losses, fp32", "published", "resumed", "generated"]
     assert all(finding.holds for finding in found.values()), found
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not HAS_PYTHON_DEVICES, reason="this PyTorch has no devices written in Python")
-def test_losses_and_export_hold_on_a_gpu_written_in_python(tmp_path):
-    program = (sys.executable, "-m", "tests.helpers.python_gpu_program")
-    test = SelfTest(tmp_path, program=program)
-    (losses,) = test.compare_losses()
-    assert losses.holds and losses.figures["relative_difference"] < 1e-4
-    assert test.published().holds
+    assert found["losses, fp32"].figures["relative_difference"] < 1e-4

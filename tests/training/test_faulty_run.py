@@ -1,0 +1,61 @@
+"""`train rocket rocket` on the embedded base, made to have two faults: what is chosen, scored, said, and recommended.
+
+Nothing preserves the class, and the run ends while likeness rises.
+"""
+
+import io
+import re
+import shutil
+from contextlib import chdir, redirect_stderr
+
+import pytest
+from safetensors import safe_open
+
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.core.assets import find_asset
+from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.training.results.explain import advice_after
+from dreambooth_moslora.training.results.figures import figures_of
+from tests.helpers.few_pictures import few_pictures
+
+pytestmark = pytest.mark.slow
+FAULTS = ("--no_with_prior_preservation", "--max_train_steps=12", "--evaluate_steps=4", "--lr_scheduler=constant")
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory) -> tuple[RunDir, str]:
+    """The run, and what its command said."""
+    home, said = tmp_path_factory.mktemp("home"), io.StringIO()
+    shutil.copytree(find_asset("assets/subjects/rocket"), home / "rocket")
+    with chdir(home), redirect_stderr(said), few_pictures(templates=2, class_images=2):
+        assert main(["train", "rocket", "rocket", *FAULTS, "--num_validation_images=0"]) == 0
+    return RunDir(home / "runs" / "rocket"), said.getvalue()
+
+
+def test_one_word_trains_scores_finds_the_scale_and_explains(ended):
+    run, said = ended
+    kinds = {event["type"] for event in run.read_metrics()}
+    assert {"evaluation", "scale", "export", "end"} <= kinds and run.best_dir.is_dir()
+    assert 1 <= said.count("try next: ") <= 3
+
+
+def test_the_class_is_said_to_become_the_subject(ended, capsys):
+    run, said = ended
+    assert re.search("try next: every rocket turns into yours.* --with_prior_preservation", said)
+    assert main(["explain", str(run.path)]) == 0
+    assert "a bare rocket went " in capsys.readouterr().out
+
+
+def test_likeness_is_said_to_have_risen_still(ended):
+    said = advice_after(figures_of(ended[0]))
+    assert any("likeness still rose" in line and "--exposures_per_photo" in line for line in said), said
+
+
+def test_the_adapter_wants_more_than_a_weak_scale(ended):
+    (event,) = [event for event in ended[0].read_metrics() if event["type"] == "scale"]
+    scores = {float(scale): score for scale, score in event["by_scale"].items()}
+    assert event["low"] <= event["best"] <= event["high"] and event["best"] > 0.4
+    assert scores[event["best"]] >= 0.99 * max(scores.values()) > 1.3 * scores[0.4]
+    with safe_open(ended[0].adapter_path, framework="pt") as file:
+        assert AdapterMetadata.from_json(file.metadata()["moslora"]).best_scale == event["best"]
