@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NOT_DECLARED = {"lpips", "tokenizers"}
 """The first is used where it is there; the second comes with transformers and made the base's tokenizer."""
-EXTRAS = {"fleet": ("fleet", {"ray"}), "serving": ("serve", {"ray", "prometheus_client"})}
+EXTRAS = {"fleet": ("fleet", {"ray"}), "serving": ("serve", {"ray", "prometheus_client", "grpc"})}
 """Package of the program -> the extra that brings what it alone may import."""
 
 
@@ -61,6 +61,7 @@ def test_every_package_that_is_imported_is_declared(folder):
 
 
 def test_each_extra_brings_what_its_package_imports():
+    names = {"grpc": "grpcio"}
     for extra, libraries in EXTRAS.values():
         brought = ranges(PROJECT["project"]["optional-dependencies"][extra])
-        assert {library.replace("_", "-") for library in libraries} <= brought.keys()
+        assert {names.get(library, library.replace("_", "-")) for library in libraries} <= brought.keys()
