@@ -28,12 +28,14 @@ SHORT = {
 
 
 def short_run(folder: Path, config_file: str | None, given: dict[str, Any], base: str, steps: int) -> TrainConfig:
-    """The recipe of the file, else of the base and the GPU, with `steps`; `given` wins. Raises UserError when nobody
-    says what the photos show."""
+    """The recipe of the file, else of the base and the GPU, with `steps`; `given` wins. `base` is the one where nobody
+    names another and the photos are no toys'. Raises UserError when nobody says what the photos show."""
     from dreambooth_moslora.training.planning.estimate import free_gib_of_gpu
 
-    base = "toy" if (folder / "subject.json").is_file() and "pretrained_model_name_or_path" not in given else base
-    recipe = load_settings(config_file) if config_file else recipe_settings(base, free_gib_of_gpu())[1]
+    file = load_settings(config_file) if config_file else {}
+    usual = "toy" if (folder / "subject.json").is_file() else base
+    base = (file | given).get("pretrained_model_name_or_path", usual)
+    recipe = file or recipe_settings(base, free_gib_of_gpu())[1]
     if "instance_prompt" not in given and not config_file:
         subject = StudySubject.of(str(folder))
         recipe |= {"instance_prompt": subject.instance_prompt, "class_prompt": subject.class_prompt}

@@ -97,6 +97,9 @@ def test_the_short_run_is_the_recipes_with_the_steps_asked_for_and_a_persons_wor
     given = {"instance_prompt": "a photo of sks toy", "pretrained_model_name_or_path": "toy"}
     own = short_run(folder, None, given, "", 5)
     assert own.instance_prompt == "a photo of sks toy" and not own.with_prior_preservation
+    assert own.resolution == config.resolution == 128 and own.learning_rate == config.learning_rate
+    quick = short_run(folder, str(ROOT / "assets/configs/quickstart.toml"), {}, "", 5)
+    assert quick.pretrained_model_name_or_path == "toy" and quick.prior_loss_weight == 5.0
 
 
 def test_the_command_refuses_what_it_cannot_do(tmp_path, monkeypatch, capsys):
