@@ -1,6 +1,7 @@
 """Twenty visitors at once, then two hundred pictures in a row: waiting times, right pictures, memory.
 
     python -m benchmarks.concurrency [--base toy] [--clients 20] [--pictures 200] [--json FILE]
+    python -m benchmarks.concurrency --minutes 60    # visitors who generate, compare, upload, train and stop
 
 `app.py` runs as a process of its own. Every client asks for its own prompt and seed; the answer's recipe must name
 them, and its pixels must be those that a pipeline in this process draws from that recipe.
@@ -23,6 +24,8 @@ import PIL.Image
 import psutil
 from gradio_client import Client
 
+from benchmarks.visitors import hour
+
 ROOT = Path(__file__).resolve().parents[1]
 CHECKED = 3
 """Answers whose pixels are drawn again here; the recipes of all are compared."""
@@ -34,12 +37,16 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--pictures", type=int, default=200)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--minutes", type=float, help="let the visitors do all that the page offers, for so long")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         server, url = start_app(args.base, Path(scratch))
         try:
-            results = crowd(url, args) | marathon(url, server, args)
+            if args.minutes:
+                results = hour(url, server.pid, args.clients, args.minutes, args.steps)
+            else:
+                results = crowd(url, args) | marathon(url, server, args)
         finally:
             server.terminate()
             server.wait()

@@ -219,7 +219,7 @@ class Jobs:
         if alive:
             state = "stopping" if job.stop_asked else "running" if events else "starting"
         else:
-            state = end.get("state") or "failed"
+            state = end.get("state") or ("stopped" if job.stop_asked else "failed")
         is_starting = alive and not events  # until it writes, the file is an earlier start's
         done = [] if is_starting else [*metrics.of("step")[-1:], *events]
         step = max((int(event.get("step") or 0) for event in done), default=0)
