@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from benchmarks.startup import moments
 from benchmarks.train_step import ratios
@@ -88,6 +89,7 @@ def test_moments_of_a_run_are_counted_from_the_command():
 def test_the_gpu_arms_step_on_any_device(arm, capsys):
     from benchmarks import gpu_step
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test here may have had another precision
     words = ["--size", "small", "--resolution", "64", "--steps", "1", "--rank", "2", "--arms", arm]
     gpu_step.main(words)
     found = json.loads(capsys.readouterr().out)
