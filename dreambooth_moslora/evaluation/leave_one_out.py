@@ -1,5 +1,7 @@
 """Which photo hurts? A short run with all photos and one without each, at equal steps, prompts, seeds and noise.
 
+Runs without a photo differ in its turns alone, which the others take (`subject_streams.taking_turns`).
+
 With L(run, j) the mean DINO cosine of a run's pictures to photo j, the effect of photo i on likeness is
 
     mean over j ≠ i of L(all, j)  -  mean over j ≠ i of L(without i, j)
@@ -15,6 +17,7 @@ out (Bonferroni's correction).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -97,6 +100,7 @@ def intervals_of(means: np.ndarray) -> list[Interval]:
     return found
 
 
+@cache
 def student_point(degrees: int, tail: float) -> float:
     """What Student's t of so many degrees of freedom exceeds with the probability `tail`.
 

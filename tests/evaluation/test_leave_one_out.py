@@ -119,15 +119,15 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_photo_of_another_subject_among_those_of_one_is_named(tmp_path):
-    """Four photos of the bear and one of the rocket, called a bear."""
+    """Five photos of the bear and one of the rocket, called a bear."""
     subjects, photos = ROOT / "assets/subjects", tmp_path / "photos"
     photos.mkdir()
-    for number, source in enumerate(["bear/00", "bear/01", "bear/02", "rocket/02", "bear/04"]):
+    for number, source in enumerate(["bear/00", "bear/01", "bear/02", "bear/03", "rocket/02", "bear/04"]):
         for end in (".jpg", ".mask.png"):
             shutil.copy(subjects / f"{source}{end}", photos / f"{number}{end}")
     given = {"instance_prompt": "a photo of a sks bear", "pretrained_model_name_or_path": "toy"}
-    config = replace(short_run(photos, None, given, "", 24), crops_per_photo=2, train_batch_size=2)
-    names = [f"{number}.jpg" for number in range(5)]
-    study = study_without_each(config, names, Protocol(2, 2, 1, 1, 8))
+    config = replace(short_run(photos, None, given, "", 60), crops_per_photo=2, train_batch_size=2)
+    names = [f"{number}.jpg" for number in range(6)]
+    study = study_without_each(config, names, Protocol(3, 2, 1, 1, 8))
     effects = effects_of(names, run_study(study, tmp_path / "out", 1, print))
-    assert [effect.name for effect in effects if effect.hurts] == ["3.jpg"], table_of(effects)
+    assert [effect.name for effect in effects if effect.hurts] == ["4.jpg"], table_of(effects)

@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -180,3 +181,19 @@ def test_the_made_captions_of_each_subject_do_not_meet(several):
     captions = [photo.captions for photo in photo_report(config).photos]
     assert captions[0] == ("caption of 0",) and captions[3] == ("caption of 1",)
     assert captions[1] == ("a photo of sks dog",)
+
+
+def test_the_others_take_the_turns_of_a_photo_that_is_left_out_and_all_else_stays():
+    photos = [Photo(Path(f"{number}.png"), (64, 64), ("x",)) for number in range(4)]
+
+    def shown(left_out: str) -> list:
+        config = TrainConfig(seed=3, leave_out=(left_out,))
+        kept = [photo for photo in photos if photo.path.name != left_out]
+        stream = instance_streams(config, kept, Numbers(SQUARES))
+        return [stream.at(position)[0] for position in range(12 * 5)]
+
+    first, last = shown("0.png"), shown("3.png")
+    assert set(Counter(path.name for path, _ in first).values()) == {20}
+    differing = [(one, other) for one, other in zip(first, last, strict=True) if one[0] != other[0]]
+    assert len(differing) == 30, "the turns of the first and of the last, which are a quarter each"
+    assert all(one[0].name == "3.png" or other[0].name == "0.png" for one, other in differing)

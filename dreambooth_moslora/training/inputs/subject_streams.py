@@ -65,11 +65,23 @@ def instance_streams(config: TrainConfig, photos: list[Photo], encoder: PhotoEnc
     """In batches of one size, a batch shows one subject."""
     streams = []
     for number, subject in enumerate(each_subject(config)):
-        own = [photo for photo in photos if photo.subject == number]
+        own = taking_turns([photo for photo in photos if photo.subject == number], config)
         shuffled = [replace(photo, captions=shuffled_captions(subject, photo.captions)) for photo in own]
         varied = (config.repeats, config.caption_dropout, config.train_batch_size)
         streams.append(PhotoStream(shuffled, encoder, config.seed, name_of("instance", number), *varied))
     return SubjectStreams(streams, config.seed, config.train_batch_size if config.enable_bucket else 1)
+
+
+def taking_turns(photos: list[Photo], config: TrainConfig) -> list[Photo]:
+    """Where photos are left out by name, the others take their turns, each as often as any other.
+
+    A run without one photo then differs from a run without another in those turns alone: order, crops and noise of all
+    others are the same. Of several subjects nobody knows whose photo a name was.
+    """
+    if not config.leave_out or config.subjects:
+        return photos
+    named = {photo.path.name: [photo] * len(photos) for photo in photos} | dict.fromkeys(config.leave_out, photos)
+    return [photo for name in sorted(named) for photo in named[name]]
 
 
 def prior_streams(
