@@ -126,6 +126,19 @@ def test_a_killed_process_is_told_by_the_server_that_started_it_and_by_a_later_o
         jobs.stop("dog", OWNER)
 
 
+def test_a_run_that_is_stopped_while_it_starts_has_not_failed(tmp_path):
+    (script := tmp_path / "trainer.py").write_text("print('loading', flush=True); import time; time.sleep(60)")
+    jobs = Jobs(tmp_path / "runs", script)
+    job = jobs.start("dog", {}, OWNER)
+    while "loading" not in job.log_tail():
+        time.sleep(0.02)
+    job = jobs.stop("dog", OWNER)
+    assert "stopped before training had begun" in ended(jobs, job)
+    state = jobs.state(jobs.owned("dog", OWNER))
+    assert state.state == "interrupted" and not state.is_active
+    assert "It was stopped before training had begun." in status_card(state, Metrics(tmp_path))
+
+
 @pytest.mark.parametrize(
     "code, asked, log, words",
     [

@@ -219,13 +219,17 @@ class Jobs:
         if alive:
             state = "stopping" if job.stop_asked else "running" if events else "starting"
         else:
-            state = end.get("state") or ("stopped" if job.stop_asked else "failed")
+            state = end.get("state") or ("interrupted" if self._was_stopped_early(job) else "failed")
         is_starting = alive and not events  # until it writes, the file is an earlier start's
         done = [] if is_starting else [*metrics.of("step")[-1:], *events]
         step = max((int(event.get("step") or 0) for event in done), default=0)
         total = int(metrics.last("start").get("max_train_steps") or 0)
         message = str(end.get("message") or "") or ("" if end or alive else self._why_it_ended(job))
         return JobState(state, step, total, phase_of(events), message)
+
+    def _was_stopped_early(self, job: Job) -> bool:
+        """Whether its owner stopped it before it could write an end."""
+        return bool(job.stop_asked) and self._exits.get(job.pid) == -signal.SIGTERM
 
     def was_cut_off(self, job: Job) -> bool:
         """Whether it ended neither by itself nor by its owner's wish: it was killed, or stopped with its machine."""
