@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME
+from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.fleet.bucket import Bucket
 from dreambooth_moslora.fleet.mirror import read_manifest
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
@@ -53,9 +53,16 @@ def s3(tmp_path, monkeypatch):
 
 
 def lose_the_machine(url: str, killed: list) -> None:
-    """When the bucket has a checkpoint of rex: its training and its worker are gone at once."""
+    """When the bucket has a checkpoint of rex: its training and its worker are gone at once.
+
+    The training is held at its first checkpoints: it might end before the bucket has one.
+    """
     while not (found := trainings_of("rex")):
         time.sleep(0.1)
+    run_dir = Path(found[0].cmdline()[-1]).parent
+    while not RunDir(run_dir).checkpoints():
+        time.sleep(0.01)
+    found[0].suspend()
     worker = psutil.Process(int(found[0].cmdline()[found[0].cmdline().index(GUARDED) + 1]))
     while not any(name.startswith("checkpoint-") for name in read_manifest(Bucket(url)).files):
         time.sleep(0.1)
