@@ -77,6 +77,7 @@ def test_each_subject_of_a_group_is_told_once_as_it_ends(tmp_path, monkeypatch):
     told = []
     groups = GroupsUnderWay(lambda name, record: told.append((name, record.state)))
     assert list(groups.noted([task])) == [task]
+    write_record(tmp_path / "b", Record("done", "of other settings", starts=1))
     groups.look()
     assert not told
     write_record(tmp_path / "b", done := Record("done", "m", starts=1))
@@ -103,6 +104,13 @@ def kill_at_a_checkpoint(out: Path) -> None:
     for child in psutil.Process().children(recursive=True):
         if "together" in child.cmdline():
             os.kill(child.pid, signal.SIGKILL)
+
+
+def test_a_group_that_ends_by_an_error_of_its_own_is_not_started_again(tmp_path, monkeypatch):
+    codes = []
+    monkeypatch.setattr("dreambooth_moslora.fleet.group.train_once", lambda *_: codes.append(1) or 1)
+    records = train_group(Group((Job(str(tmp_path / "out" / "a"), {}, "m"),), at_once=1))
+    assert codes == [1] and [record.state for record in records] == ["failed"]
 
 
 @pytest.mark.slow

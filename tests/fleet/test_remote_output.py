@@ -1,5 +1,6 @@
 """Run folders behind a URL: whole or not taken, tried again, and nothing lost when the bucket is away."""
 
+import shutil
 import sys
 import tempfile
 import time
@@ -222,6 +223,39 @@ def test_what_the_bucket_did_not_take_at_the_end_is_sent_by_the_next_try(tmp_pat
 
     assert train_in_bucket(JOB, find).state == "done"
     assert "pytorch_lora_weights.safetensors" in read_manifest(Bucket(JOB.url)).files
+
+
+def test_what_another_machine_did_since_then_is_not_undone_by_an_unsent_end(tmp_path, monkeypatch, store):
+    def fail(path: str) -> None:
+        if path.endswith(".safetensors") and "checkpoint" not in path:
+            raise ConnectionError("no route to host")
+
+    store.fault = staticmethod(fail)
+    assert train_in_bucket(JOB, training(range(1, 2))).state == "failed"
+    store.fault = staticmethod(lambda path: None)
+    machine(tmp_path / "two", monkeypatch)
+    assert train_in_bucket(JOB, training(range(2, 4))).state == "done"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "one"))
+
+    def find(job: Job) -> Record:
+        assert steps_in(Path(job.run_dir)) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+        return read_record(Path(job.run_dir))
+
+    assert train_in_bucket(JOB, find).state == "done"
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_sent_is_passed_over(tmp_path, store):
+    mirror = mirror_in(tmp_path / "a")
+    mirror.claim()
+    gone = [checkpoint(mirror.folder, 1), checkpoint(mirror.folder, 2)][0]
+
+    def remove(path: str) -> None:
+        if "checkpoint-1" in path:
+            shutil.rmtree(gone, ignore_errors=True)
+
+    store.fault = staticmethod(remove)
+    mirror.push()
+    assert {name.split("/")[0] for name in read_manifest(mirror.bucket).files} == {"checkpoint-2"}
 
 
 def test_status_reads_the_bucket_and_leaves_the_index_there(tmp_path, capsys, store):
