@@ -198,9 +198,13 @@ class Workshop:
         """A process of `train_dreambooth.py`. `before` is called in it first."""
         path, arguments = home / f"{log}.txt", self.arguments(home, variant, **changes)
         path.touch()  # the run may be killed before it opens its log
-        pid = os.fork()
-        if not pid:
-            become_training(arguments, path, before)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            pid = os.fork()
+            if not pid:
+                become_training(arguments, path, before)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return Run(pid, path)
 
     def run_unbroken(self, home: Path, variant: str, **options: object) -> Ended:
@@ -258,6 +262,7 @@ def become_training(arguments: list[str], log: Path, before: Callable[[], object
         tqdm.set_lock(RLock())  # its own is shared by all processes, and one that is killed may hold it
         sys.argv = ["train_dreambooth.py", *arguments]
         before()
+        end_if_interrupted()
         runpy.run_path(str(ROOT / "train_dreambooth.py"), run_name="__main__")
     except SystemExit as end:
         code = int(end.code or 0)
@@ -265,6 +270,14 @@ def become_training(arguments: list[str], log: Path, before: Callable[[], object
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def end_if_interrupted() -> None:
+    """A Ctrl-C that came before the script's first line was held until here: no program could have answered it."""
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def stop_at(step: int) -> None:

@@ -17,3 +17,13 @@ def test_a_run_that_is_killed_before_its_first_word_has_an_empty_log(tmp_path, m
     monkeypatch.setattr(fault_runs, "become_training", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     ended = workshop.start(tmp_path, "uncached").wait()
     assert (ended.code, ended.text) == (-signal.SIGKILL, "")
+
+
+def test_a_ctrl_c_before_the_scripts_first_line_is_no_fault_of_the_program(monkeypatch, tmp_path):
+    from benchmarks import fault_runs
+
+    workshop = object.__new__(fault_runs.Workshop)
+    monkeypatch.setattr(fault_runs.Workshop, "arguments", lambda *_, **__: ["--help"])
+    run = workshop.start(tmp_path, "any", before=lambda: os.kill(os.getpid(), signal.SIGINT))
+    ended = run.wait()
+    assert ended.code == 130 and "Traceback" not in ended.text
