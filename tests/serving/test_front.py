@@ -128,6 +128,18 @@ def test_pictures_are_those_of_generate_byte_for_byte_whatever_they_are_drawn_wi
     assert shop.front.telemetry.batch._sum.get() > len(orders)  # some were drawn in batches
 
 
+def test_an_adapter_that_the_routers_cache_believes_loaded_is_loaded(shop, base, shelf, tmp_path):
+    """Ray Serve's cache does not see that the model has let go of an adapter for another."""
+
+    async def believed(_key: str) -> None:
+        return None
+
+    shop.drawer._load = believed
+    for name in (*NAMES, "dog"):
+        (answer,) = shop.ask(order(name))
+        assert answer.content == of_generate(base, shelf, order(name), tmp_path / "one.png")
+
+
 def test_a_changed_file_is_loaded_again_and_a_wrong_one_refused(open_shop, base, shelf, tmp_path):
     shelf = Path(copytree(shelf, tmp_path / "shelf"))
     shop = open_shop(shelf)
