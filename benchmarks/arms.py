@@ -46,7 +46,7 @@ def ours(size: str, resolution_px: int, rank: int, *, checkpointing: bool = Fals
     """The trainer's own step (`train_step.TrainStep`) on a random UNet: only what it reads is made by hand."""
     from accelerate import Accelerator
 
-    from dreambooth_moslora.core.config import TrainConfig
+    from dreambooth_moslora.core.config.train_config import TrainConfig
     from dreambooth_moslora.core.process import keep_freed_memory
     from dreambooth_moslora.training.random_materials import random_materials
     from dreambooth_moslora.training.train_step import TrainStep

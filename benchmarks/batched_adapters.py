@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 
 __all__ = ["main"]
 
@@ -78,7 +78,7 @@ def trained(kind: str, count: int, steps: int) -> dict:
 
     set_environment_defaults()
     logging.basicConfig(level=logging.ERROR)
-    from dreambooth_moslora.core.events import Event
+    from dreambooth_moslora.core.run_files.events import Event
     from dreambooth_moslora.training.together import Member, train_together
 
     laps: list[tuple[float, float]] = []
@@ -109,7 +109,7 @@ def trained(kind: str, count: int, steps: int) -> dict:
 
 
 def configs(kind: str, count: int, steps: int, out: Path) -> Iterator[TrainConfig]:
-    from dreambooth_moslora.core.config_files import load_settings
+    from dreambooth_moslora.core.config.files import load_settings
     from dreambooth_moslora.fleet.subjects import read_subjects
 
     own = ("instance_data_dir", "output_dir", "instance_prompt", "class_prompt")

@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.fault_damage import PARTS, damage, files_of, harm_photo
 from benchmarks.fault_runs import CUT, FAIL, KILL, NAME, PATIENCE_SEC, ROOT, STEPS, TORN, Ended
 from benchmarks.fault_trial import Trial, aim, an_operation, armed
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 
 __all__ = ["KINDS"]
 

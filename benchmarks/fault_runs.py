@@ -23,7 +23,7 @@ from threading import RLock
 from tqdm import tqdm
 
 from dreambooth_moslora.core.digests import file_digest
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME
+from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME
 
 __all__ = [
     "COUNT",

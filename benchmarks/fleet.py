@@ -23,7 +23,7 @@ from statistics import median
 import psutil
 
 from dreambooth_moslora.core.digests import file_digest
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME
+from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME
 from dreambooth_moslora.fleet.cluster import EMBEDDED, connected, largest_node_gib
 from dreambooth_moslora.fleet.records import Record, write_record
 from dreambooth_moslora.fleet.run import Ending, begun, missing, run_fleet
@@ -153,7 +153,7 @@ def digest(run_dir: Path) -> str:
 
 def alone(home: Path, settings: dict) -> Path:
     """The same training in this process."""
-    from dreambooth_moslora.core.config import TrainConfig
+    from dreambooth_moslora.core.config.train_config import TrainConfig
     from dreambooth_moslora.training.loop import train
 
     run_dir = home / Path(settings["output_dir"]).name

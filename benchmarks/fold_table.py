@@ -29,8 +29,8 @@ from dreambooth_moslora.adapters.moslora import (
     inject,
 )
 from dreambooth_moslora.adapters.raw_file import adapter_metadata
-from dreambooth_moslora.core.config_training import MIXERS
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME
+from dreambooth_moslora.core.config.training_settings import MIXERS
+from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME
 
 BOUND = 1e-5
 VARIANTS = {

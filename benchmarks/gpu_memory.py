@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.meta_count import GIB, Count, Counter, bytes_of, flash_attention
 from benchmarks.sdxl_structure import sdxl_unet
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 
 __all__ = ["adapted_unet", "count", "counted_total_gib", "estimated_total_gib", "main", "run_config"]
 

@@ -157,7 +157,7 @@ def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable
 
 
 def run_config(options: argparse.Namespace, compiled: str):
-    from dreambooth_moslora.core.config import TrainConfig
+    from dreambooth_moslora.core.config.train_config import TrainConfig
 
     prior = {"with_prior_preservation": True, "prior": "adapter_off", "class_prompt": "a photo of a dog"}
     return TrainConfig(

@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "UserError": "core.errors",
-    "TrainConfig": "core.config",
+    "TrainConfig": "core.config.train_config",
     "GenerationParams": "generation.params",
     "MoSLoraConfig": "adapters.moslora",
     "inject": "adapters.moslora",

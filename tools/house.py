@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def import_graph(root: Path) -> dict[str, set[str]]:
-    """{module: modules of the package that it imports anywhere, functions included}, such as "core.config".
+    """{module: modules of the package that it imports anywhere, functions included}, such as "core.config.fields".
 
     `__init__.py` and `__main__.py` at the top of `root` are left out: they are the doors of the house.
     """

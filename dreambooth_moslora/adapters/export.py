@@ -33,7 +33,7 @@ from dreambooth_moslora.adapters.raw_file import (
 )
 from dreambooth_moslora.adapters.spectrum import Reduction, reduce_layers
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, TOKENS_SUFFIX, check_name, scratch_directory
+from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, TOKENS_SUFFIX, check_name, scratch_directory
 
 __all__ = ["DTYPES", "KOHYA_SUFFIX", "load_published", "publish", "published_tensors", "with_tokens"]
 

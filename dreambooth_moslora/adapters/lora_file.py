@@ -23,7 +23,7 @@ from dreambooth_moslora.adapters.raw_file import COMPONENTS, component_tensors, 
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core.digests import file_digest
 from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RAW_NAME
 
 __all__ = ["AdapterWeights", "adapter_name", "check_fits", "find_weights", "install", "read_adapter"]
 

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePath
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.core.config_training import MIXERS
+from dreambooth_moslora.core.config.training_settings import MIXERS
 
 __all__ = ["AdapterMetadata", "most_common", "versions"]
 
@@ -21,7 +21,7 @@ class AdapterMetadata:
     """What a file says about its adapter.
 
     It holds no path, nothing about the photos, nothing about the machine. `recipe`: the run's settings of
-    `core.recipe`, which `--like` takes.
+    `core.config.recipe`, which `--like` takes.
 
     `subject_prompts`: what calls each of several subjects; empty for one.
     `ranks` and `alphas` name the modules (`component.path`) that differ from `rank` and `alpha`. `best_scale` and

@@ -19,7 +19,7 @@ from dreambooth_moslora.adapters.layers import target_layers, without_wrapper
 from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.adapters.mixer import MixedLowRank, MixerLinear, nominal_scale
 from dreambooth_moslora.adapters.peft_patch import check_settings, check_targets, has_mixer, patch_peft, register
-from dreambooth_moslora.core.config_training import MIXERS
+from dreambooth_moslora.core.config.training_settings import MIXERS
 from dreambooth_moslora.core.errors import UserError
 
 __all__ = [

@@ -28,7 +28,7 @@ from dreambooth_moslora.adapters.raw_file import check_finite, read_tensors, wit
 from dreambooth_moslora.base.load import encode_text
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import word_pattern
-from dreambooth_moslora.core.run_folder import atomic_write
+from dreambooth_moslora.core.run_files.run_folder import atomic_write
 
 __all__ = [
     "KEYS",

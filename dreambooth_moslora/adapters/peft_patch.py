@@ -18,7 +18,7 @@ from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from torch import nn
 
 from dreambooth_moslora.adapters.mixer import MixerConv2d, MixerLinear, initial_mixer
-from dreambooth_moslora.core.config_training import MIXERS
+from dreambooth_moslora.core.config.training_settings import MIXERS
 from dreambooth_moslora.core.errors import UserError
 
 __all__ = ["check_settings", "check_targets", "has_mixer", "patch_peft", "register"]

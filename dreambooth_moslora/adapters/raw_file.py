@@ -25,7 +25,7 @@ from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, i
 from dreambooth_moslora.adapters.skeleton import model_config
 from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.names import public_name
-from dreambooth_moslora.core.run_folder import atomic_write
+from dreambooth_moslora.core.run_files.run_folder import atomic_write
 
 __all__ = ["COMPONENTS", "adapter_metadata", "load_raw", "matrices_from", "read_tensors", "save_raw"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dreambooth_moslora.base.headers import check_weights, tensor_shapes, weight_files
 from dreambooth_moslora.core.assets import assets_folder
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 
 __all__ = ["SMALL_BASE_PX", "base_folder", "check_diffusers_folder", "check_vae", "configs_beside", "resolve_base"]

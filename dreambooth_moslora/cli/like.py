@@ -2,7 +2,7 @@
 
     header --recipe_in--> values --checked_recipe--> settings, and what is wrong
 
-Anybody may have written the header: only settings of `core.recipe` are taken, and each is checked. Flags and a
+Anybody may have written the header: only settings of `core.config.recipe` are taken, and each is checked. Flags and a
 --config file win.
 """
 
@@ -16,10 +16,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dreambooth_moslora.core.config import checked_setting
+from dreambooth_moslora.core.config.recipe import checked_recipe
+from dreambooth_moslora.core.config.train_config import checked_setting
 from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.core.recipe import checked_recipe
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME
+from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME
 
 __all__ = ["settings_like"]
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from dreambooth_moslora.cli.parser import SCRIPT, Parser, parse_training, underscored
 from dreambooth_moslora.cli.signals import INTERRUPTED, StopRequest
 from dreambooth_moslora.cli.streams import survive_broken_pipes
-from dreambooth_moslora.core.config import TrainConfig, is_scored
+from dreambooth_moslora.core.config.train_config import TrainConfig, is_scored
 from dreambooth_moslora.core.errors import UserError, is_out_of_memory, shortened, spelled_out
 from dreambooth_moslora.core.process import set_environment_defaults, uncollected
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 
 __all__ = ["COMMANDS", "main", "train_main"]
 

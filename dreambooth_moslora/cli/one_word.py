@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.core.assets import find_asset
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import free_name
 from dreambooth_moslora.core.toy import is_toy

@@ -16,12 +16,12 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.cli.like import settings_like
 from dreambooth_moslora.cli.one_word import choose, leading_words
 from dreambooth_moslora.core.assets import find_asset
-from dreambooth_moslora.core.config import FIELD_TYPES, TrainConfig, check_each, checked_setting
-from dreambooth_moslora.core.config_fields import GROUPS, Prompt, nearest
-from dreambooth_moslora.core.config_files import load_settings
-from dreambooth_moslora.core.config_training import OPTIMIZERS
+from dreambooth_moslora.core.config.fields import GROUPS, Prompt, nearest
+from dreambooth_moslora.core.config.files import load_settings
+from dreambooth_moslora.core.config.subject_tables import SAID_BY_SUBJECTS, SubjectTable
+from dreambooth_moslora.core.config.train_config import FIELD_TYPES, TrainConfig, check_each, checked_setting
+from dreambooth_moslora.core.config.training_settings import OPTIMIZERS
 from dreambooth_moslora.core.errors import UserError, spelled_out
-from dreambooth_moslora.core.subject_tables import SAID_BY_SUBJECTS, SubjectTable
 
 __all__ = [
     "FOREIGN_FLAGS",

@@ -5,7 +5,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from dreambooth_moslora.core.events import (
+from dreambooth_moslora.core.run_files.events import (
     CheckpointSaved,
     Event,
     PhaseProgress,

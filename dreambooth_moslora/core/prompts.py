@@ -8,9 +8,9 @@ import re
 from dataclasses import dataclass
 from itertools import combinations, islice
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.subject_tables import each_subject
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.core.toy import TOY_CONTEXT_TEMPLATES, TOY_SCENES, is_toy, toy_scene
 
 __all__ = [

@@ -9,8 +9,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from dreambooth_moslora.core.assets import clone_folder
-from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.config_training import SCHEDULE_FREE
+from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.config.training_settings import SCHEDULE_FREE
 from dreambooth_moslora.core.errors import UserError
 
 __all__ = ["OPTIONAL", "bad_pairs", "installed_versions", "needed_ranges", "out_of_range", "require_packages"]

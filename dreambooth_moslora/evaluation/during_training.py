@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.moslora import set_scale
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.subject_tables import each_subject
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.prompts import scene_places, subject_of
-from dreambooth_moslora.core.run_folder import RunDir
-from dreambooth_moslora.core.subject_tables import each_subject
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.evaluation.encoders import Encoders, load_encoders
 from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator, sampler_draw

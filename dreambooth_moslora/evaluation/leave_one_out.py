@@ -22,7 +22,7 @@ from functools import cache
 import numpy as np
 from matplotlib.figure import Figure
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.evaluation.intervals import Interval
 from dreambooth_moslora.evaluation.study import Protocol, Study, StudySubject

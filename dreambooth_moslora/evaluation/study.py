@@ -19,8 +19,8 @@ from typing import Any
 
 from dreambooth_moslora.base.locate import resolve_base
 from dreambooth_moslora.core.assets import find_asset
-from dreambooth_moslora.core.config import TrainConfig, check_each
-from dreambooth_moslora.core.config_files import load_settings, read_json_table, read_tables
+from dreambooth_moslora.core.config.files import load_settings, read_json_table, read_tables
+from dreambooth_moslora.core.config.train_config import TrainConfig, check_each
 from dreambooth_moslora.core.errors import UserError
 
 __all__ = ["Cell", "Protocol", "Study", "StudySubject", "load_study"]

@@ -12,7 +12,7 @@ from PIL import Image
 from dreambooth_moslora import __version__
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.pictures import Row, draw_contact_sheet
-from dreambooth_moslora.core.run_folder import atomic_write
+from dreambooth_moslora.core.run_files.run_folder import atomic_write
 from dreambooth_moslora.evaluation import study_plots
 from dreambooth_moslora.evaluation.evaluate import RELATIVE
 from dreambooth_moslora.evaluation.html_page import figure, page, picture, section, table

@@ -12,7 +12,7 @@ from itertools import combinations
 import numpy as np
 from PIL import Image
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.prompts import MOST_PAIRS
 from dreambooth_moslora.evaluation import metrics
 from dreambooth_moslora.evaluation.encoders import Encoders

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dreambooth_moslora.core.config_files import read_json_table
+from dreambooth_moslora.core.config.files import read_json_table
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.evaluation.encoders import Encoders
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.job_endings import why_it_ended
-from dreambooth_moslora.core.training_process import log_tail, write_settings
+from dreambooth_moslora.core.run_files.job_endings import why_it_ended
+from dreambooth_moslora.core.run_files.training_process import log_tail, write_settings
 from dreambooth_moslora.fleet.records import Record, is_finished, read_record, stop_path, write_record
 from dreambooth_moslora.fleet.worker import (
     KILLED_MOST,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.fleet.cluster import Lost, Resources, Task
 from dreambooth_moslora.fleet.group import Group
 from dreambooth_moslora.fleet.records import Record, is_finished, read_record

@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath
 
 from dreambooth_moslora.core.digests import file_digest
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import RunDir, checkpoint_step
-from dreambooth_moslora.core.training_process import CONFIG_NAME, LOG_NAME
+from dreambooth_moslora.core.run_files.run_folder import RunDir, checkpoint_step
+from dreambooth_moslora.core.run_files.training_process import CONFIG_NAME, LOG_NAME
 from dreambooth_moslora.fleet.bucket import Bucket, at_once
 from dreambooth_moslora.fleet.records import FLEET_NAME
 from dreambooth_moslora.training.run_lock import LOCK_NAME

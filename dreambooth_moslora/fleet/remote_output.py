@@ -16,8 +16,8 @@ from pathlib import Path
 
 from dreambooth_moslora.core.digests import content_key
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RunDir
-from dreambooth_moslora.core.training_process import CONFIG_NAME
+from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RunDir
+from dreambooth_moslora.core.run_files.training_process import CONFIG_NAME
 from dreambooth_moslora.fleet.bucket import Bucket, at_once
 from dreambooth_moslora.fleet.cluster import Lost
 from dreambooth_moslora.fleet.mirror import Mirror, SupersededError, read_manifest

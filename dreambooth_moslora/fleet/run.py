@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.fleet.cluster import Lost, Task, room_for, run_tasks
 from dreambooth_moslora.fleet.group import Group, train_work
 from dreambooth_moslora.fleet.grouping import GroupsUnderWay, grouped, names_of

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from dreambooth_moslora.base.locate import base_folder
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.fleet.cluster import Resources
 from dreambooth_moslora.training.planning.estimate import GIB, TRAINING_BYTES, BaseSize, estimate, size_of_base
 from dreambooth_moslora.training.planning.memory_plan import USABLE, fitting, with_plan

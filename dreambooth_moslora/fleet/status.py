@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.config_files import read_json_table
+from dreambooth_moslora.core.config.files import read_json_table
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import RunDir
-from dreambooth_moslora.core.training_process import CONFIG_NAME
+from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.core.run_files.training_process import CONFIG_NAME
 from dreambooth_moslora.fleet.records import Record, read_names, read_record
 from dreambooth_moslora.training.results.explain import alarms_of
 from dreambooth_moslora.training.results.figures import figures_from, known_config, with_report

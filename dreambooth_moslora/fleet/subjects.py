@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.core.assets import find_asset
-from dreambooth_moslora.core.config import TrainConfig, check_each
-from dreambooth_moslora.core.config_files import read_json_table, reason_of
+from dreambooth_moslora.core.config.files import read_json_table, reason_of
+from dreambooth_moslora.core.config.train_config import TrainConfig, check_each
 from dreambooth_moslora.core.digests import content_key
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import check_name
+from dreambooth_moslora.core.run_files.run_folder import check_name
 
 __all__ = ["PLACES", "REFUSED", "Subject", "mark_of", "read_subjects"]
 

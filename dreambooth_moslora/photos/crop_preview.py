@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from PIL import Image, ImageDraw, ImageOps
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.pictures import Row
 from dreambooth_moslora.core.seeding import rng
 from dreambooth_moslora.photos.crops import CropPlan, apply_crop, crop_rule

@@ -13,7 +13,7 @@ from random import Random
 
 from PIL import Image, ImageOps
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 
 __all__ = [
     "CropPlan",

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.subject_tables import each_subject
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError, spelled_out
 from dreambooth_moslora.core.prompts import joined
-from dreambooth_moslora.core.run_folder import RunDir
-from dreambooth_moslora.core.subject_tables import each_subject
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.photos.image_file import (
     IMAGE_SUFFIXES,
     UnreadableImageError,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from dreambooth_moslora.core.assets import assets_folder
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.photos.masks import TOY_SEGMENTER, segmenter_name, sought_word

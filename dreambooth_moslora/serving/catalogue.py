@@ -15,10 +15,10 @@ from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import Any, Protocol
 
-from dreambooth_moslora.core.adapter_files import files_by_name, name_of, run_files
 from dreambooth_moslora.core.digests import file_digest
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, TOKENS_SUFFIX
+from dreambooth_moslora.core.run_files.adapter_files import files_by_name, name_of, run_files
+from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, TOKENS_SUFFIX
 from dreambooth_moslora.fleet.bucket import Bucket
 from dreambooth_moslora.serving.orders import AdapterRef, RefusedError
 

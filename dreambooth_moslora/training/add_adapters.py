@@ -11,10 +11,10 @@ from dreambooth_moslora.adapters.fused_linear import enable_fast_path
 from dreambooth_moslora.adapters.init_adapter import begin_with
 from dreambooth_moslora.adapters.layers import matrix_layers, narrowest_sides, value_pattern
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, inject
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.targets import is_target
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.seeding import seed_of
-from dreambooth_moslora.core.targets import is_target
 from dreambooth_moslora.training.checkpoint import load_adapter
 from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha, ranks_in_vain
 from dreambooth_moslora.training.prepare import TrainInputs

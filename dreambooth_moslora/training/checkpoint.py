@@ -19,12 +19,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.new_tokens import NewTokens, write_tokens
 from dreambooth_moslora.adapters.raw_file import load_raw, save_raw
-from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.config_training import SCHEDULE_FREE
+from dreambooth_moslora.core.config.targets import is_target
+from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.config.training_settings import SCHEDULE_FREE
 from dreambooth_moslora.core.digests import content_key, file_digest
 from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.prompts import learnt_word
-from dreambooth_moslora.core.run_folder import (
+from dreambooth_moslora.core.run_files.run_folder import (
     RAW_NAME,
     TOKENS_NAME,
     RunDir,
@@ -33,7 +34,6 @@ from dreambooth_moslora.core.run_folder import (
     checkpoint_step,
     is_checkpoint,
 )
-from dreambooth_moslora.core.targets import is_target
 from dreambooth_moslora.training.averages import put
 from dreambooth_moslora.training.optimizer import optimizer_kind
 from dreambooth_moslora.training.optimizer_states import check_tensor, checked_states

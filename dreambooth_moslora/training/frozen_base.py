@@ -9,7 +9,7 @@ from diffusers import StableDiffusionXLPipeline
 from dreambooth_moslora.base.load import default_resolution, load_pipeline
 from dreambooth_moslora.base.locate import SMALL_BASE_PX
 from dreambooth_moslora.base.quantization import quantize
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.training.accelerator import DTYPES
 
 __all__ = ["LoadBase", "drawing_pipeline", "load_base", "warn_of_fp32"]

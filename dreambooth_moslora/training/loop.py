@@ -13,10 +13,10 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from dreambooth_moslora.core.config import TrainConfig, is_scored
+from dreambooth_moslora.core.config.train_config import TrainConfig, is_scored
 from dreambooth_moslora.core.errors import StopRequestedError, one_line
-from dreambooth_moslora.core.events import Event, RunEnded
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_files.events import Event, RunEnded
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.photos.folder import instance_photos, usable_photos
 from dreambooth_moslora.photos.photo import counts_of

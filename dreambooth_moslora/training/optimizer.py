@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dreambooth_moslora.adapters.moslora import adapter_parameters, mixer_parameters
-from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.config_training import OPTIMIZERS, SCHEDULE_FREE
+from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.config.training_settings import OPTIMIZERS, SCHEDULE_FREE
 from dreambooth_moslora.core.errors import UserError
 
 __all__ = ["make_lr_schedule", "make_optimizer", "optimizer_kind", "parameter_groups"]

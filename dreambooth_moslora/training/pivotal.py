@@ -14,10 +14,10 @@ from torch import nn
 
 from dreambooth_moslora.adapters.new_tokens import KEYS, TOKENIZERS, AttachedTokens, NewTokens, read_tokens
 from dreambooth_moslora.base.load import TextCond, encode_text
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import learnt_word
-from dreambooth_moslora.core.run_folder import TOKENS_NAME
+from dreambooth_moslora.core.run_files.run_folder import TOKENS_NAME
 from dreambooth_moslora.core.seeding import generator
 from dreambooth_moslora.training.inputs.dataset import PromptCache
 from dreambooth_moslora.training.inputs.encoding_cache import TensorCache

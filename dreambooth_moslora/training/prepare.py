@@ -15,13 +15,13 @@ from dreambooth_moslora.adapters.layers import matrix_layers
 from dreambooth_moslora.adapters.lora_file import AdapterWeights
 from dreambooth_moslora.base.load import default_resolution, encode_text
 from dreambooth_moslora.base.locate import SMALL_BASE_PX
-from dreambooth_moslora.core.config import TrainConfig, is_scored
-from dreambooth_moslora.core.config_checks import weighting_flags
+from dreambooth_moslora.core.config.checks import weighting_flags
+from dreambooth_moslora.core.config.subject_tables import each_subject
+from dreambooth_moslora.core.config.train_config import TrainConfig, is_scored
 from dreambooth_moslora.core.digests import default_cache_dir
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.process import give_freed_memory_back
 from dreambooth_moslora.core.prompts import learnt_word, word_pattern
-from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.training.accelerator import DTYPES

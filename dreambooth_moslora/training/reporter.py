@@ -13,7 +13,8 @@ from statistics import median
 import torch
 from accelerate import Accelerator
 
-from dreambooth_moslora.core.events import (
+from dreambooth_moslora.core.process import peak_memory_gib
+from dreambooth_moslora.core.run_files.events import (
     AdapterExported,
     Event,
     PhaseProgress,
@@ -21,8 +22,7 @@ from dreambooth_moslora.core.events import (
     ScaleFound,
     record_of,
 )
-from dreambooth_moslora.core.process import peak_memory_gib
-from dreambooth_moslora.core.run_folder import RunDir, atomic_write
+from dreambooth_moslora.core.run_files.run_folder import RunDir, atomic_write
 from dreambooth_moslora.training.results.trackers import TRACKED, Trackers
 
 __all__ = ["Reporter", "Stopwatch", "free_unused_memory", "memory_gib"]

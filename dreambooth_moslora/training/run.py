@@ -12,7 +12,7 @@ from torch import nn
 
 from dreambooth_moslora.adapters.proof import Proof
 from dreambooth_moslora.core.errors import StopRequestedError, UserError
-from dreambooth_moslora.core.events import (
+from dreambooth_moslora.core.run_files.events import (
     AdapterExported,
     CheckpointSaved,
     RunEnded,
@@ -22,7 +22,7 @@ from dreambooth_moslora.core.events import (
     event_of,
     events_of,
 )
-from dreambooth_moslora.core.run_folder import remove_directory
+from dreambooth_moslora.core.run_files.run_folder import remove_directory
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.training.accelerator import any_process
 from dreambooth_moslora.training.averages import copies

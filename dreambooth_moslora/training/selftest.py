@@ -22,9 +22,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageStat
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.planning.estimate import BaseSize
 from dreambooth_moslora.training.planning.memory_plan import USABLE, costs
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from dreambooth_moslora.base.random_unet import SIZES
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.process import keep_freed_memory, peak_memory_gib
 from dreambooth_moslora.training.random_materials import RandomMaterials, random_materials
 

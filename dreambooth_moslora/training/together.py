@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dreambooth_moslora.adapters.stacked_adapters import StackedAdapters
-from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.events import Event
+from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.run_files.events import Event
 from dreambooth_moslora.training.loop import Steps, TrainResult, advanced, training
 from dreambooth_moslora.training.micro_batch import MicroBatch, UNetRows
 from dreambooth_moslora.training.objective import LossParts

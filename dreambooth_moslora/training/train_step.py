@@ -26,10 +26,10 @@ from dreambooth_moslora.adapters.moslora import (
 )
 from dreambooth_moslora.adapters.working_copies import WorkingCopies
 from dreambooth_moslora.base.load import TextCond, encode_text
-from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.config_training import SCHEDULE_FREE
+from dreambooth_moslora.core.config.subject_tables import each_subject
+from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.config.training_settings import SCHEDULE_FREE
 from dreambooth_moslora.core.seeding import generator, rng, seed_of
-from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.training.add_adapters import add_adapters
 from dreambooth_moslora.training.averages import Average, MovingAverage, ScheduleFreeAverage, lent
 from dreambooth_moslora.training.checkpoint import restore_optimizer, restore_weights

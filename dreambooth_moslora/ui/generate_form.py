@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dreambooth_moslora.core.adapter_files import NONE
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.run_files.adapter_files import NONE
 from dreambooth_moslora.generation.limits import MAX_STEPS
 from dreambooth_moslora.generation.params import GenerationParams, draw_seed
 

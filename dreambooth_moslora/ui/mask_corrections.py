@@ -19,7 +19,7 @@ from dreambooth_moslora.ui.photo_uploads import ONE_AT_A_TIME, Intake, kept_phot
 from dreambooth_moslora.ui.server.users import Visitor
 
 if TYPE_CHECKING:
-    from dreambooth_moslora.core.config import TrainConfig
+    from dreambooth_moslora.core.config.train_config import TrainConfig
     from dreambooth_moslora.photos.photo import Photo
 
 __all__ = [

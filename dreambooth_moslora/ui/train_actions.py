@@ -11,8 +11,8 @@ import pandas as pd
 import PIL.Image
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.event_log import Metrics
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RunDir
+from dreambooth_moslora.core.run_files.event_log import Metrics
+from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.training.results.best_step import CURVES
 from dreambooth_moslora.training.results.explain import closing_advice
 from dreambooth_moslora.training.results.figures import figures_from, known_config
@@ -25,7 +25,7 @@ from dreambooth_moslora.ui.train_form import crop_config
 from dreambooth_moslora.ui.training.jobs import Job, Jobs, JobState
 
 if TYPE_CHECKING:
-    from dreambooth_moslora.core.config import TrainConfig
+    from dreambooth_moslora.core.config.train_config import TrainConfig
     from dreambooth_moslora.photos.photo import Photo
 
 __all__ = ["PhotoReview", "Watch", "link_into_user_folder", "review_kept", "review_photos", "watch"]

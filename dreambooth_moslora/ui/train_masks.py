@@ -23,7 +23,7 @@ from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.train_watch import picture_rows
 
 if TYPE_CHECKING:
-    from dreambooth_moslora.core.config import TrainConfig
+    from dreambooth_moslora.core.config.train_config import TrainConfig
 
 __all__ = ["connect_masks", "mask_widgets"]
 
@@ -66,7 +66,7 @@ def connect_masks(ctx: AppContext, fields: dict, parts: dict) -> None:
     corrected = [*shown, parts["remarks"], parts["crops"]]
 
     def settings(visitor: Visitor, values: dict) -> "TrainConfig":
-        from dreambooth_moslora.core.config import TrainConfig
+        from dreambooth_moslora.core.config.train_config import TrainConfig
 
         if not visitor.has_photos:
             raise UserError("add some photos of your subject first")

@@ -61,7 +61,7 @@ def prepared(
     ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor, *, is_queued: bool = False
 ) -> Iterator[Prepared]:
     """The folder goes again when the block fails: photos that nobody trains would keep the name taken."""
-    from dreambooth_moslora.core.config import TrainConfig
+    from dreambooth_moslora.core.config.train_config import TrainConfig
 
     photos = visitor.photos_dir
     if not visitor.has_photos:

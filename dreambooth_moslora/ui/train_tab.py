@@ -3,7 +3,7 @@
 import gradio as gr
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.ui.adapter_summary import prompt_for, summary_of
 from dreambooth_moslora.ui.app_state import AT_ONCE, TELLING, AppContext, as_gradio_error
 from dreambooth_moslora.ui.generate_form import NONE

@@ -8,7 +8,7 @@ import gradio as gr
 import pandas as pd
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.ui.app_state import AT_ONCE, AppContext, as_gradio_error, as_user_error, sentence
 from dreambooth_moslora.ui.html_snippets import notice
 from dreambooth_moslora.ui.server.users import Visitor

@@ -4,7 +4,7 @@ from typing import Any
 
 import gradio as gr
 
-from dreambooth_moslora.core.config_training import MIXERS
+from dreambooth_moslora.core.config.training_settings import MIXERS
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.training.planning.choices import TOKEN, encoders_are_here
 from dreambooth_moslora.ui.html_snippets import faint

@@ -19,7 +19,7 @@ from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, a
 from dreambooth_moslora.adapters.raw_file import load_raw, read_raw, read_tensors, save_raw
 from dreambooth_moslora.adapters.spectrum import diagnostics
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RAW_NAME
 from dreambooth_moslora.training.planning.estimate import size_of_base
 from tests.adapters.test_moslora import MIXERS, shake
 from tests.helpers.live_adapters import facts_of

@@ -23,7 +23,7 @@ from dreambooth_moslora.adapters.moslora import (
 from dreambooth_moslora.adapters.raw_file import save_raw
 from dreambooth_moslora.adapters.spectrum import reduce_rank
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RAW_NAME
 from tests.helpers.live_adapters import facts_of, live
 from tests.helpers.tiny import tiny_unet
 

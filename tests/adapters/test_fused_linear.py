@@ -18,7 +18,7 @@ from dreambooth_moslora.adapters.fused_linear import (
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, disabled, inject, set_scale
 from dreambooth_moslora.adapters.working_copies import WorkingCopies
 from dreambooth_moslora.base.quantization import quantize
-from dreambooth_moslora.core.config_training import MIXERS
+from dreambooth_moslora.core.config.training_settings import MIXERS
 from tests.helpers.tiny import tiny_unet
 
 RANK = 3

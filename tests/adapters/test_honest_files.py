@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from dreambooth_moslora.adapters.export import publish
 from dreambooth_moslora.adapters.moslora import ATTENTION_PROJECTIONS, MoSLoraConfig, inject
 from dreambooth_moslora.adapters.raw_file import adapter_metadata
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME
+from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from tests.adapters.test_moslora import shake
 from tests.adapters.test_moslora_models import PROJECTIONS

@@ -10,9 +10,9 @@ from dreambooth_moslora.adapters.lora_file import read_adapter
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, fold, inject
 from dreambooth_moslora.adapters.proof import relative_difference
 from dreambooth_moslora.adapters.raw_file import save_raw
-from dreambooth_moslora.core.config_training import MIXERS
+from dreambooth_moslora.core.config.training_settings import MIXERS
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RAW_NAME
 from tests.adapters.test_moslora import shake
 from tests.helpers.live_adapters import facts_of
 from tests.helpers.tiny import tiny_sdxl, tiny_unet

@@ -20,7 +20,7 @@ from dreambooth_moslora.adapters.moslora import (
     mixer_parameters,
     set_scale,
 )
-from dreambooth_moslora.core.config_training import MIXERS
+from dreambooth_moslora.core.config.training_settings import MIXERS
 from dreambooth_moslora.core.errors import UserError
 from tests.helpers.tiny import tiny_unet
 

@@ -11,7 +11,7 @@ from dreambooth_moslora.adapters import raw_file
 from dreambooth_moslora.adapters.raw_file import save_raw
 from dreambooth_moslora.adapters.skeleton import empty_model, model_config
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import RAW_NAME
+from dreambooth_moslora.core.run_files.run_folder import RAW_NAME
 from tests.helpers.live_adapters import facts_of, live, text_encoders
 from tests.helpers.tiny import tiny_unet
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.base.load import load_pipeline
 from dreambooth_moslora.base.locate import base_folder
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.training.planning.checks import preflight
 from dreambooth_moslora.training.planning.estimate import size_of_base

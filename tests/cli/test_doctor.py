@@ -80,7 +80,7 @@ def test_a_vae_that_overflows_is_found(tiny_base):
 )
 def test_a_flag_whose_package_is_missing_is_refused_before_anything_is_loaded(settings, says, monkeypatch):
     from dreambooth_moslora.core import versions
-    from dreambooth_moslora.core.config import TrainConfig
+    from dreambooth_moslora.core.config.train_config import TrainConfig
     from dreambooth_moslora.training.planning import checks
 
     checks.preflight(TrainConfig(report_to="none"))

@@ -14,7 +14,7 @@ from dreambooth_moslora.cli.commands import export as export_command
 from dreambooth_moslora.cli.commands import info as info_command
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RAW_NAME
 from tests.helpers.live_adapters import live
 
 

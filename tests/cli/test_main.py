@@ -13,7 +13,7 @@ import pytest
 
 from dreambooth_moslora.cli.main import COMMANDS, command, exit_code, main, train_main
 from dreambooth_moslora.cli.signals import StopRequest
-from dreambooth_moslora.core.run_folder import RunDir, step_of
+from dreambooth_moslora.core.run_files.run_folder import RunDir, step_of
 from tests.helpers.odd_photos import picture
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from PIL import Image
 from dreambooth_moslora.cli import one_word
 from dreambooth_moslora.cli.main import main, train_main
 from dreambooth_moslora.cli.parser import build_train_parser, parse_train_config
-from dreambooth_moslora.core.config_files import load_settings
+from dreambooth_moslora.core.config.files import load_settings
 from dreambooth_moslora.core.names import CLIP, DINO
 from dreambooth_moslora.training.planning.choices import recipe_gb
 from dreambooth_moslora.training.planning.estimate import RECIPES, STOCK_SDXL, BaseSize, estimate

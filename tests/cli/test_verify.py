@@ -17,7 +17,7 @@ from dreambooth_moslora.cli.commands import verify
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.parser import Parser
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.events import StepDone
+from dreambooth_moslora.core.run_files.events import StepDone
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.prompts import (
     DREAMBOOTH_LIVE_TEMPLATES,
     DREAMBOOTH_OBJECT_TEMPLATES,

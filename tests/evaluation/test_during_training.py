@@ -11,10 +11,10 @@ from PIL import Image
 
 from dreambooth_moslora.adapters.export import load_published
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import Subject
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
 from dreambooth_moslora.generation.pipeline import SubjectPipeline

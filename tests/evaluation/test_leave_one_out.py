@@ -9,7 +9,7 @@ import pytest
 
 from dreambooth_moslora.cli.leave_one_out import short_run
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.evaluation.intervals import DEGREES, STUDENT
 from dreambooth_moslora.evaluation.leave_one_out import (

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from PIL import Image, ImageChops, ImageOps, ImageStat
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.evaluation.study import Cell, Protocol, Study, StudySubject
 from dreambooth_moslora.evaluation.study_report import write_comparison
 from dreambooth_moslora.evaluation.study_run import (

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.evaluation import metrics
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 from dreambooth_moslora.evaluation.encoders import load_encoders

@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.run_folder import RunDir
-from dreambooth_moslora.core.training_process import CONFIG_NAME
+from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.core.run_files.training_process import CONFIG_NAME
 from dreambooth_moslora.fleet.cluster import Lost, Resources, Task
 from dreambooth_moslora.fleet.group import Group, train_group
 from dreambooth_moslora.fleet.grouping import GroupsUnderWay, grouped, results_of

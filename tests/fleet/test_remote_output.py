@@ -11,7 +11,7 @@ import pytest
 
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.fleet import bucket as bucket_module
 from dreambooth_moslora.fleet import remote_output
 from dreambooth_moslora.fleet.bucket import TRIES, Bucket

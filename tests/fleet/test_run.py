@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from dreambooth_moslora.cli.commands.fleet import FleetProgress
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.fleet.cluster import Lost
 from dreambooth_moslora.fleet.records import Record, read_names, read_record, stop_path

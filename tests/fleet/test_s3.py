@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RunDir
+from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.fleet.bucket import Bucket
 from dreambooth_moslora.fleet.mirror import read_manifest
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME
+from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME
 from dreambooth_moslora.fleet.records import Record, write_record
 from dreambooth_moslora.fleet.run import missing
 from dreambooth_moslora.fleet.subjects import mark_of, read_subjects

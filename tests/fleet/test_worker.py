@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.training_process import write_settings
+from dreambooth_moslora.core.run_files.training_process import write_settings
 from dreambooth_moslora.fleet import worker
 from dreambooth_moslora.fleet.records import Record, read_record, stop_path, write_record
 from dreambooth_moslora.fleet.worker import Job, judged, train_subject

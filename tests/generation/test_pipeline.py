@@ -16,7 +16,7 @@ from dreambooth_moslora.adapters.export import publish
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject
 from dreambooth_moslora.adapters.raw_file import adapter_metadata, save_raw
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import RAW_NAME
+from dreambooth_moslora.core.run_files.run_folder import RAW_NAME
 from dreambooth_moslora.generation.params import GenerationParams, read_recipe
 from dreambooth_moslora.generation.pipeline import Image, SubjectPipeline
 from dreambooth_moslora.generation.progress import LatentColours, Preview, PreviewTracker, Step, smooth_latents

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.photos.caption_making import make_beside, make_kept
 from dreambooth_moslora.photos.captioners import Captioner
 from dreambooth_moslora.photos.folder import find_photos, photo_report

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoProcessor
 
 from dreambooth_moslora.core.assets import assets_folder, find_asset
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.photos.captioners import conversation, load_captioner, surroundings_in
 from dreambooth_moslora.photos.image_file import open_image

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.photos.crop_preview import frame_of, plans_of
 from dreambooth_moslora.photos.crops import FILTERS, CropPlan, apply_crop, plan_crop, resized_size
 from dreambooth_moslora.photos.photo import Photo

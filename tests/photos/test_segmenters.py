@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from dreambooth_moslora.core.assets import find_asset
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.photos.image_file import open_image
 from dreambooth_moslora.photos.masks import CLIPSEG, grey_mask, sought_word

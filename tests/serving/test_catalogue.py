@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RAW_NAME
 from dreambooth_moslora.serving import catalogue as catalogue_module
 from dreambooth_moslora.serving.catalogue import open_catalogue
 from dreambooth_moslora.serving.orders import RefusedError

@@ -4,9 +4,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training import accelerator as accelerator_module
 from dreambooth_moslora.training.accelerator import make_accelerator, refusal
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.events import StepDone
+from dreambooth_moslora.core.run_files.events import StepDone
 from dreambooth_moslora.core.seeding import place_of
 from dreambooth_moslora.photos.crop_preview import plans_of
 from dreambooth_moslora.photos.crops import CropRule, bucket_of, crop_rule, plan_crop

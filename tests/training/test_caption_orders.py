@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.photo import Photo

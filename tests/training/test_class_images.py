@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.digests import file_digest
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.training.inputs.class_images import ClassImages, shares

@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 from torch._inductor import config as inductor
 
-from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.events import StepDone
+from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.run_files.events import StepDone
 from dreambooth_moslora.training import compiled_blocks, train_step
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.planning.dry_run import describe_run

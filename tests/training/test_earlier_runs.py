@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RunDir
+from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.training import loop as trainer_module
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from dreambooth_moslora.cli.main import main, train_main
-from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 from dreambooth_moslora.training.results.explain import NOTHING, RULES, advice_after, closing_advice
 from dreambooth_moslora.training.results.figures import Figures, figures_from, figures_of

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dreambooth_moslora.cli.progress import TerminalProgress
-from dreambooth_moslora.core.events import PhaseProgress, SamplesDrawn
+from dreambooth_moslora.core.run_files.events import PhaseProgress, SamplesDrawn
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.prepare import too_slow_for_samples
 from tests.helpers.tiny import tiny_sdxl

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training import loop
 from tests.helpers.tiny_training import paint_photos, tiny_config
 

@@ -6,7 +6,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.planning.checks import preflight
 from tests.helpers.tiny_adapters import save_diffusers_lora

@@ -6,9 +6,9 @@ from safetensors.torch import load_file
 from dreambooth_moslora.adapters.raw_file import read_raw
 from dreambooth_moslora.cli.main import train_main
 from dreambooth_moslora.cli.parser import parse_train_config
+from dreambooth_moslora.core.config.targets import parse_pattern
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import RunDir
-from dreambooth_moslora.core.targets import parse_pattern
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.checkpoint import check_resumed, read_position
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.planning.dry_run import describe_run

@@ -2,9 +2,9 @@
 
 import pytest
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.events import StepDone
+from dreambooth_moslora.core.run_files.events import StepDone
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 

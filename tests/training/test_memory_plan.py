@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dreambooth_moslora.cli.main import train_main
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.training.planning import memory_plan
 from dreambooth_moslora.training.planning.estimate import STOCK_SDXL, BaseSize, estimate
 from dreambooth_moslora.training.planning.memory_plan import USABLE, planned

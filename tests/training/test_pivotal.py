@@ -18,7 +18,7 @@ from dreambooth_moslora.cli.commands import verify
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import learnt_word
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.optimizer import make_optimizer, parameter_groups

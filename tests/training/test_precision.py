@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.accelerator import make_accelerator
 from dreambooth_moslora.training.planning.checks import preflight
 

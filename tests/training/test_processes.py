@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 

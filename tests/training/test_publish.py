@@ -11,10 +11,10 @@ from PIL import Image
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.proof import FileProof, Proof
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.events import StepDone
 from dreambooth_moslora.core.pictures import Row, draw_contact_sheet
+from dreambooth_moslora.core.run_files.events import StepDone
 from dreambooth_moslora.training.results import hub
 from dreambooth_moslora.training.results.hub import check_push, patterns, public_files, push
 from dreambooth_moslora.training.results.loss_plot import draw_loss_plot, running_mean
@@ -153,7 +153,7 @@ def test_a_loss_plot_is_drawn_with_and_without_prior(tmp_path):
 def test_a_picture_that_cannot_be_written_leaves_the_one_before(draw, tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_bytes(b"before")
-    monkeypatch.setattr("dreambooth_moslora.core.run_folder.os.fsync", fail_full)
+    monkeypatch.setattr("dreambooth_moslora.core.run_files.run_folder.os.fsync", fail_full)
     with pytest.raises(OSError, match="full"):
         if draw == "sheet":
             draw_contact_sheet([Row("photos", [Image.new("RGB", (8, 8))])], path)

@@ -9,7 +9,7 @@ from subprocess import PIPE
 import pytest
 from torch.utils import backend_registration
 
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.config_files import load_settings
+from dreambooth_moslora.core.config.files import load_settings
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.training.planning.estimate import RECIPES, BaseSize, estimate
 
 CONFIGS = Path(__file__).parents[2] / "assets" / "configs"

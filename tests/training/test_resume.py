@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.checkpoint import find_checkpoint
 from dreambooth_moslora.training.earlier_runs import archive_checkpoints_after
 from dreambooth_moslora.training.loop import train

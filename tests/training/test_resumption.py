@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.checkpoint import (
     Position,
     check_resumed,

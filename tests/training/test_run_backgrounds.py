@@ -7,7 +7,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageStat
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import placed, scene_places
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.photos.backgrounds import new_backgrounds
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.training.inputs import run_backgrounds

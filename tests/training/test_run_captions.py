@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from dreambooth_moslora.core.config.recipe import recipe_of
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.recipe import recipe_of
 from dreambooth_moslora.photos.captioners import Captioner
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.training.loop import train

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.training.planning.step_plan import plan_steps
 
 

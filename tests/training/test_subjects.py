@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.adapters.export import load_published
-from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.photos.caption_making import note
 from dreambooth_moslora.photos.crops import CropRule
 from dreambooth_moslora.photos.folder import photo_report

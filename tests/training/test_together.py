@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.planning.sharing import needs_to_be_alone, shared_settings
 from dreambooth_moslora.training.run import TrainResult

@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.event_log import Metrics
-from dreambooth_moslora.core.job_endings import why_it_ended
+from dreambooth_moslora.core.run_files.event_log import Metrics
+from dreambooth_moslora.core.run_files.job_endings import why_it_ended
 from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train_actions import status_card
 from dreambooth_moslora.ui.train_watch import watched

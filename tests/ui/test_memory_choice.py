@@ -6,8 +6,8 @@ import torch
 
 from dreambooth_moslora.cli import one_word
 from dreambooth_moslora.cli.parser import parse_train_config
-from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.config_files import load_settings
+from dreambooth_moslora.core.config.files import load_settings
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.training.planning.estimate import RECIPES, BaseSize, estimate
 from dreambooth_moslora.training.planning.memory_plan import planned
 from dreambooth_moslora.training.planning.step_plan import plan_steps

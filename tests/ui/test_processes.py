@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.event_log import Metrics
+from dreambooth_moslora.core.run_files.event_log import Metrics
 from dreambooth_moslora.ui.train_actions import (
     fidelity_table,
     loss_table,

@@ -13,8 +13,8 @@ import pytest
 from gradio_client import Client, handle_file
 from PIL.PngImagePlugin import PngInfo
 
-from dreambooth_moslora.core.adapter_files import clean_name
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.run_files.adapter_files import clean_name
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.ui.adapter_catalog import AdapterCatalog
 from dreambooth_moslora.ui.html_snippets import facts_table, notice, progress_card

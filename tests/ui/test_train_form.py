@@ -8,8 +8,8 @@ import PIL.Image
 import PIL.ImageFilter
 import pytest
 
-from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.config_files import load_settings
+from dreambooth_moslora.core.config.files import load_settings
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.photos.crop_preview import plans_of
 from dreambooth_moslora.photos.crops import apply_crop, plan_crop

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from dreambooth_moslora.core.assets import find_asset
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError, spelled_out
 
 __all__ = ["HELP", "add_arguments", "run"]

@@ -11,8 +11,8 @@ from typing import Any
 from dreambooth_moslora.cli.leave_one_out import USUAL_STEPS, leave_one_out, short_run
 from dreambooth_moslora.cli.parser import add_flag
 from dreambooth_moslora.core.assets import find_asset
-from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.config_files import load_settings
+from dreambooth_moslora.core.config.files import load_settings
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError, spelled_out
 
 __all__ = ["HELP", "add_arguments", "run"]

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dreambooth_moslora.core.run_folder import RunDir
+    from dreambooth_moslora.core.run_files.run_folder import RunDir
     from dreambooth_moslora.training.results.explain import NOTHING, advice_after, meanings
     from dreambooth_moslora.training.results.figures import figures_of
 

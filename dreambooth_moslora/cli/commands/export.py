@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from dreambooth_moslora.adapters.new_tokens import tokens_beside
     from dreambooth_moslora.adapters.raw_file import load_raw, read_raw
     from dreambooth_moslora.adapters.skeleton import empty_model
-    from dreambooth_moslora.core.run_folder import TOKENS_SUFFIX
+    from dreambooth_moslora.core.run_files.run_folder import TOKENS_SUFFIX
 
     source, out = find_raw(Path(args.source).expanduser()), Path(args.out).expanduser()
     _, facts = read_raw(source)
@@ -63,7 +63,7 @@ def rank_sum(model: object) -> int:
 def find_raw(path: Path) -> Path:
     """The raw file itself, of a checkpoint folder, or of a run folder's last complete checkpoint."""
     from dreambooth_moslora.core.errors import UserError
-    from dreambooth_moslora.core.run_folder import RAW_NAME, RunDir
+    from dreambooth_moslora.core.run_files.run_folder import RAW_NAME, RunDir
 
     if path.is_dir() and (path / RAW_NAME).is_file():
         return path / RAW_NAME

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     from dreambooth_moslora.adapters.describe import describe, lines, printable
     from dreambooth_moslora.core.assets import find_asset
     from dreambooth_moslora.core.errors import UserError
-    from dreambooth_moslora.core.run_folder import PUBLISHED_NAME
+    from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME
 
     failed = False
     for number, name in enumerate(args.files):

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import atomic_write
+from dreambooth_moslora.core.run_files.run_folder import atomic_write
 
 __all__ = ["HELP", "add_arguments", "run"]
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from dreambooth_moslora.cli.main import make_evaluator, message_for_known_error, start_log, warn_about
 from dreambooth_moslora.cli.signals import INTERRUPTED, StopRequest
-from dreambooth_moslora.core.config import TrainConfig, is_scored
-from dreambooth_moslora.core.config_files import read_json_table
+from dreambooth_moslora.core.config.files import read_json_table
+from dreambooth_moslora.core.config.train_config import TrainConfig, is_scored
 from dreambooth_moslora.core.errors import UserError, shortened, spelled_out
-from dreambooth_moslora.core.training_process import CONFIG_NAME
+from dreambooth_moslora.core.run_files.training_process import CONFIG_NAME
 from dreambooth_moslora.fleet.records import Record, read_record, write_record
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """`python -m dreambooth_moslora verify FILE --photos DIR`: train anew by a file's own recipe, and compare the files.
 
-A published file tells the settings of its run (`core.recipe`), its base's name and its trigger words, and nothing
-private. What it does not tell, such as the prompts, is taken from flags, else from --config, else guessed.
+A published file tells the settings of its run (`core.config.recipe`), its base's name and its trigger words. It tells
+nothing private. What it does not tell, such as the prompts, is taken from flags, else from --config, else guessed.
 """
 
 import argparse
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.cli.parser import add_flag
-from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.config_files import load_settings
+from dreambooth_moslora.core.config.files import load_settings
+from dreambooth_moslora.core.config.recipe import checked_recipe
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.digests import file_digest
 from dreambooth_moslora.core.errors import UserError, one_line, spelled_out
-from dreambooth_moslora.core.recipe import checked_recipe
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME
+from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME
 
 if TYPE_CHECKING:
     from dreambooth_moslora.adapters.metadata import AdapterMetadata
@@ -145,7 +145,7 @@ def retrain(config: TrainConfig, step: int | None) -> bool:
     """Whether the run came to its end, or to `step`."""
     from dreambooth_moslora.cli.progress import TerminalProgress
     from dreambooth_moslora.cli.signals import StopRequest
-    from dreambooth_moslora.core.events import StepDone
+    from dreambooth_moslora.core.run_files.events import StepDone
     from dreambooth_moslora.training.loop import train
     from dreambooth_moslora.training.planning.checks import preflight
     from dreambooth_moslora.training.planning.memory_plan import planned

@@ -6,7 +6,7 @@ Each caption has a fixed number of orders, named by the run's seed: so frozen te
 a resumed run and several processes show what an unbroken run of one process shows.
 """
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.prompts import joined
 from dreambooth_moslora.core.seeding import rng
 

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 from diffusers import StableDiffusionXLPipeline
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.subject_tables import each_subject
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import StopRequestedError, UserError
 from dreambooth_moslora.core.pictures import draw_contact_sheet
-from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.photos.backgrounds import NO_MASKS, NewBackground, background_rows, new_backgrounds
 from dreambooth_moslora.photos.photo import Photo

@@ -3,8 +3,8 @@
 import logging
 from collections.abc import Iterable, Iterator
 
+from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.errors import StopRequestedError, spelled_out
-from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.photos.caption_making import MadeCaption, make_kept
 from dreambooth_moslora.photos.captioners import load_captioner
 from dreambooth_moslora.photos.folder import with_kept_captions

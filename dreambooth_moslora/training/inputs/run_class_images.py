@@ -8,10 +8,10 @@ from pathlib import Path
 
 from diffusers import StableDiffusionXLPipeline
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.subject_tables import each_subject
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import StopRequestedError, UserError
 from dreambooth_moslora.core.names import public_name
-from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.folder import find_photos, usable_photos

@@ -4,8 +4,8 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.errors import StopRequestedError, spelled_out
-from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.photos.mask_making import MadeMask, make_kept
 from dreambooth_moslora.photos.masks import kept_path, with_kept_masks
 from dreambooth_moslora.photos.photo import Photo

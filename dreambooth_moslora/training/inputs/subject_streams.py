@@ -8,9 +8,9 @@ A position alone says which sample it is: a resumed run and several processes sh
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.subject_tables import each_subject
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.seeding import place_of
-from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.training.inputs.caption_orders import shuffled_captions
 from dreambooth_moslora.training.inputs.dataset import EncodedView, PhotoEncoder, PhotoStream

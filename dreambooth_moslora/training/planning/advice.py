@@ -8,8 +8,8 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
-from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.config_training import SCHEDULE_FREE
+from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.config.training_settings import SCHEDULE_FREE
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.photo import counts_of

@@ -13,14 +13,14 @@ from tempfile import TemporaryFile
 
 from dreambooth_moslora.base.headers import tensor_shapes
 from dreambooth_moslora.base.locate import base_folder, check_vae
-from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.config_fields import nearest
+from dreambooth_moslora.core.config.fields import nearest
+from dreambooth_moslora.core.config.subject_tables import each_subject
+from dreambooth_moslora.core.config.targets import full_name, is_meant, is_target, parse_pattern
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.digests import default_cache_dir
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import learnt_word
-from dreambooth_moslora.core.run_folder import RunDir, check_name, checkpoint_step
-from dreambooth_moslora.core.subject_tables import each_subject
-from dreambooth_moslora.core.targets import full_name, is_meant, is_target, parse_pattern
+from dreambooth_moslora.core.run_files.run_folder import RunDir, check_name, checkpoint_step
 from dreambooth_moslora.core.versions import require_packages
 from dreambooth_moslora.training.planning.estimate import check_memory
 from dreambooth_moslora.training.planning.precision import check_bf16

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.core.assets import assets_folder
-from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.config_files import load_settings
+from dreambooth_moslora.core.config.files import load_settings
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.names import CLIP, DINO
 from dreambooth_moslora.core.toy import is_toy
 

@@ -3,12 +3,12 @@
 import os
 from collections import Counter
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.subject_tables import each_subject
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.prompts import scene_places, subject_of
-from dreambooth_moslora.core.run_folder import RunDir
-from dreambooth_moslora.core.subject_tables import each_subject
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.photos.backgrounds import NO_MASKS
 from dreambooth_moslora.photos.captioners import load_captioner
 from dreambooth_moslora.photos.checks import examine

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from dreambooth_moslora.base.gpu_memory import DECODER_BYTES_A_PIXEL, GIB, TILE_PX
 from dreambooth_moslora.base.headers import tensor_shapes
-from dreambooth_moslora.core.config import TrainConfig, is_scored
+from dreambooth_moslora.core.config.subject_tables import each_subject
+from dreambooth_moslora.core.config.targets import is_target
+from dreambooth_moslora.core.config.train_config import TrainConfig, is_scored
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.subject_tables import each_subject
-from dreambooth_moslora.core.targets import is_target
 from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha
 from dreambooth_moslora.training.planning.step_plan import uses_class_images
 

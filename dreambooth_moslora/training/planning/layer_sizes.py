@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.targets import pattern_value
+from dreambooth_moslora.core.config.targets import pattern_value
+from dreambooth_moslora.core.config.train_config import TrainConfig
 
 __all__ = ["ranks_in_vain", "rank_and_alpha"]
 

@@ -13,8 +13,8 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from dreambooth_moslora.base.locate import base_folder
-from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.planning.estimate import (
     BaseSize,
     estimate,

@@ -6,7 +6,7 @@ so that a training would fail at its first step, or crawl.
 
 import os
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 
 __all__ = ["check_bf16"]

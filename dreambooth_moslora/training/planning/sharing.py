@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 
 __all__ = ["needs_to_be_alone", "shared_settings"]
 

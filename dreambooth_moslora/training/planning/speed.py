@@ -9,7 +9,7 @@ On a CPU nothing of it is on unless `--compile on` asks for the first.
 
 from dataclasses import dataclass
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.training.planning.estimate import free_gib_of_gpu
 
 __all__ = ["WORTH_IMAGES", "Speed", "speed_here", "speed_of"]

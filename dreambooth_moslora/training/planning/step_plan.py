@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 
 __all__ = ["FEW_EXPOSURES", "StepPlan", "plan_steps", "samples_an_epoch", "uses_class_images"]
 

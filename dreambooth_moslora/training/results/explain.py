@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.prompts import class_word_of
 from dreambooth_moslora.training.planning.step_plan import FEW_EXPOSURES
 from dreambooth_moslora.training.results.figures import Figures

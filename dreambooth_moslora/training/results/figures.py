@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dreambooth_moslora.core.config import FIELD_TYPES, TrainConfig
-from dreambooth_moslora.core.config_files import read_json_table
+from dreambooth_moslora.core.config.files import read_json_table
+from dreambooth_moslora.core.config.train_config import FIELD_TYPES, TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 
 __all__ = ["Figures", "figures_from", "figures_of", "known_config", "with_report"]
 

@@ -12,9 +12,9 @@ from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, TOKENS_SUFFIX, RunDir
+from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, TOKENS_SUFFIX, RunDir
 
 __all__ = ["check_push", "public_files", "push"]
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.subject_tables import each_subject
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.prompts import word_pattern
-from dreambooth_moslora.core.subject_tables import each_subject
 from dreambooth_moslora.training.results.best_step import BestStep
 
 if TYPE_CHECKING:  # it imports torch

@@ -12,9 +12,10 @@ from dreambooth_moslora.adapters.new_tokens import prove_tokens
 from dreambooth_moslora.adapters.proof import Proof
 from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.base.load import architecture
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.recipe import recipe_of
+from dreambooth_moslora.core.config.subject_tables import each_subject
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.events import StepDone, StepEvaluated, events_of
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.pictures import Row, draw_contact_sheet, write_png
 from dreambooth_moslora.core.prompts import (
@@ -24,9 +25,8 @@ from dreambooth_moslora.core.prompts import (
     trigger_words,
     validation_prompts,
 )
-from dreambooth_moslora.core.recipe import recipe_of
-from dreambooth_moslora.core.run_folder import RunDir, atomic_directory, atomic_write
-from dreambooth_moslora.core.subject_tables import each_subject
+from dreambooth_moslora.core.run_files.events import StepDone, StepEvaluated, events_of
+from dreambooth_moslora.core.run_files.run_folder import RunDir, atomic_directory, atomic_write
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.photos.photo import Photo, open_rgb
 from dreambooth_moslora.training.prepare import TrainInputs

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import StopRequestedError
-from dreambooth_moslora.core.events import SamplesDrawn
 from dreambooth_moslora.core.pictures import write_png
 from dreambooth_moslora.core.prompts import context_prompts, validation_prompts
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_files.events import SamplesDrawn
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.core.seeding import seed_of
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.photos.image_file import UnreadableImageError, open_image, to_rgb

@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from PIL import Image
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.core.events import Event, SamplesDrawn, StepDone, StepEvaluated, record_of
-from dreambooth_moslora.core.run_folder import RunDir
+from dreambooth_moslora.core.run_files.events import Event, SamplesDrawn, StepDone, StepEvaluated, record_of
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.accelerator import on_main
 
 __all__ = ["TRACKED", "Trackers"]

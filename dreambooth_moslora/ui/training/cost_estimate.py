@@ -14,7 +14,7 @@ from dreambooth_moslora.ui.training.jobs import Jobs
 from dreambooth_moslora.ui.training.memory_choice import card_lines, free_gib
 
 if TYPE_CHECKING:
-    from dreambooth_moslora.core.config import TrainConfig
+    from dreambooth_moslora.core.config.train_config import TrainConfig
 
 __all__ = ["estimate_cost"]
 
@@ -30,7 +30,7 @@ def estimate_cost(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor
 
 def _lines(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> list[str]:
     from dreambooth_moslora.base.locate import base_folder
-    from dreambooth_moslora.core.config import TrainConfig
+    from dreambooth_moslora.core.config.train_config import TrainConfig
     from dreambooth_moslora.training.planning.advice import advice
     from dreambooth_moslora.training.planning.dry_run import cost_lines, step_lines
     from dreambooth_moslora.training.planning.estimate import estimate, size_of_base

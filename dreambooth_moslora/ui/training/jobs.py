@@ -20,8 +20,14 @@ from typing import Any
 import psutil
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.job_endings import was_killed, why_it_ended
-from dreambooth_moslora.core.training_process import CONFIG_NAME, TRAIN, log_tail, start_training, write_settings
+from dreambooth_moslora.core.run_files.job_endings import was_killed, why_it_ended
+from dreambooth_moslora.core.run_files.training_process import (
+    CONFIG_NAME,
+    TRAIN,
+    log_tail,
+    start_training,
+    write_settings,
+)
 from dreambooth_moslora.ui.training.run_events import RunEvents, phase_of
 
 __all__ = ["Job", "JobState", "Jobs", "run_name_of"]

@@ -1,6 +1,6 @@
 """What a GPU of this machine has free for a run of the page, and what is said of it."""
 
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.training.planning.estimate import GIB, Estimate
 
 __all__ = ["card_lines", "free_gib"]

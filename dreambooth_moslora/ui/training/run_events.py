@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dreambooth_moslora.core.event_log import Metrics
+from dreambooth_moslora.core.run_files.event_log import Metrics
 
 __all__ = ["RunEvents", "phase_of"]
 

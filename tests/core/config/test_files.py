@@ -8,14 +8,14 @@ import pytest
 
 from dreambooth_moslora.cli.main import train_main
 from dreambooth_moslora.cli.parser import parse_train_config
-from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.config_files import load_settings
+from dreambooth_moslora.core.config.files import load_settings
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.toy import TOY_TEMPLATES
 from dreambooth_moslora.evaluation.protocol import UNRELATED_TOYS
-from tests.core.test_config import NEEDED
+from tests.core.config.test_train_config import NEEDED
 
-CONFIGS = Path(__file__).parents[2] / "assets" / "configs"
+CONFIGS = Path(__file__).parents[3] / "assets" / "configs"
 RECIPES = sorted(CONFIGS.glob("*.toml"))
 LONG = "x" * 100_000
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.core.run_folder import (
+from dreambooth_moslora.core.run_files.run_folder import (
     CHECKPOINT_FILES,
     RunDir,
     atomic_directory,
@@ -22,7 +22,7 @@ from dreambooth_moslora.core.run_folder import (
 WRITER = """
 import sys
 from pathlib import Path
-from dreambooth_moslora.core.run_folder import CHECKPOINT_FILES, atomic_directory, atomic_write
+from dreambooth_moslora.core.run_files.run_folder import CHECKPOINT_FILES, atomic_directory, atomic_write
 root, number = Path(sys.argv[1]), 0
 print("ready", flush=True)
 while True:

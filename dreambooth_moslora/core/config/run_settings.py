@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from dreambooth_moslora.core.config_fields import grouped
-from dreambooth_moslora.core.config_training import TrainingSettings
+from dreambooth_moslora.core.config.fields import grouped
+from dreambooth_moslora.core.config.training_settings import TrainingSettings
 
 __all__ = ["RunSettings"]
 

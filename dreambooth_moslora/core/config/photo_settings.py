@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from dreambooth_moslora.core.config_fields import Prompt, grouped
-from dreambooth_moslora.core.subject_tables import SubjectTable
+from dreambooth_moslora.core.config.fields import Prompt, grouped
+from dreambooth_moslora.core.config.subject_tables import SubjectTable
 
 __all__ = ["PhotoSettings"]
 

@@ -4,7 +4,7 @@ from unittest.mock import ANY
 
 import pytest
 
-from dreambooth_moslora.core.events import (
+from dreambooth_moslora.core.run_files.events import (
     AdapterExported,
     CheckpointSaved,
     PhaseProgress,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.event_log import append_event, read_events
+from dreambooth_moslora.core.run_files.event_log import append_event, read_events
 
 __all__ = [
     "PUBLISHED_NAME",

@@ -2,8 +2,8 @@
 
 `TrainConfig` is plain data: every part of the program below the command line reads it and none changes it. The help
 text, bounds and choices of each setting are in its field's metadata, so that the command line, the configuration
-files and the web page say the same. The fields stand in `config_photos`, `config_training` and `config_run`, the rules
-between them in `config_checks`. How values get here from files and flags is in `config_files` and `cli.parser`.
+files and the web page say the same. The fields stand in `photo_settings`, `training_settings` and `run_settings`, the
+rules between them in `checks`. How values get here from files and flags is in `files` and `cli.parser`.
 """
 
 import os
@@ -12,12 +12,12 @@ from dataclasses import Field, dataclass, fields
 from typing import Any
 
 from dreambooth_moslora.core.assets import find_asset
-from dreambooth_moslora.core.config_checks import check_together
-from dreambooth_moslora.core.config_fields import check_limits, convert, field_types, nearest
-from dreambooth_moslora.core.config_run import RunSettings
-from dreambooth_moslora.core.config_training import OPTIMIZERS, SCHEDULE_FREE
+from dreambooth_moslora.core.config.checks import check_together
+from dreambooth_moslora.core.config.fields import check_limits, convert, field_types, nearest
+from dreambooth_moslora.core.config.run_settings import RunSettings
+from dreambooth_moslora.core.config.subject_tables import SubjectTable
+from dreambooth_moslora.core.config.training_settings import OPTIMIZERS, SCHEDULE_FREE
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.subject_tables import SubjectTable
 
 __all__ = ["FIELD_TYPES", "TrainConfig", "check_each", "checked_setting", "is_scored"]
 

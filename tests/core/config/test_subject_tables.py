@@ -5,10 +5,10 @@ import json
 import pytest
 
 from dreambooth_moslora.cli.parser import parse_train_config
-from dreambooth_moslora.core.config import TrainConfig
+from dreambooth_moslora.core.config.subject_tables import each_subject
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import context_prompts, trigger_words, validation_prompts
-from dreambooth_moslora.core.subject_tables import each_subject
 
 BASE = ["--pretrained_model_name_or_path", "toy"]
 DUCK = {"instance_data_dir": "a", "instance_prompt": "a photo of a sks duck", "class_prompt": "a photo of a duck"}

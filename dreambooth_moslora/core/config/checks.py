@@ -1,10 +1,10 @@
 """What the settings must say together: each rule is one sentence, and names the flags that contradict."""
 
-from dreambooth_moslora.core.config_run import RunSettings
-from dreambooth_moslora.core.config_training import SCHEDULE_FREE
+from dreambooth_moslora.core.config.run_settings import RunSettings
+from dreambooth_moslora.core.config.subject_tables import check_subjects
+from dreambooth_moslora.core.config.targets import parse_pattern
+from dreambooth_moslora.core.config.training_settings import SCHEDULE_FREE
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.subject_tables import check_subjects
-from dreambooth_moslora.core.targets import parse_pattern
 
 __all__ = ["check_together", "weighting_flags"]
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from dreambooth_moslora.core.names import free_name
-from dreambooth_moslora.core.run_folder import PUBLISHED_NAME, RAW_NAME, TOKENS_SUFFIX, RunDir
+from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RAW_NAME, TOKENS_SUFFIX, RunDir
 
 __all__ = ["NONE", "clean_name", "files_by_name", "run_files"]
 

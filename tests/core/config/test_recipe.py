@@ -1,7 +1,7 @@
 """What a published file tells of its run's settings."""
 
-from dreambooth_moslora.core.config import TrainConfig
-from dreambooth_moslora.core.recipe import RECIPE, TOLD_IF_CHANGED, recipe_of
+from dreambooth_moslora.core.config.recipe import RECIPE, TOLD_IF_CHANGED, recipe_of
+from dreambooth_moslora.core.config.train_config import TrainConfig
 
 
 def test_later_settings_are_told_only_where_they_were_changed():

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NewType, get_args, get_type_hints
 
+from dreambooth_moslora.core.config.subject_tables import SubjectTable, to_tables
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.subject_tables import SubjectTable, to_tables
 
 __all__ = ["GROUPS", "FieldType", "Prompt", "check_limits", "convert", "field_types", "grouped", "nearest", "option"]
 

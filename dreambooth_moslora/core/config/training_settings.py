@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from dreambooth_moslora.core.config_fields import grouped
-from dreambooth_moslora.core.config_photos import PhotoSettings
-from dreambooth_moslora.core.targets import ATTENTION
+from dreambooth_moslora.core.config.fields import grouped
+from dreambooth_moslora.core.config.photo_settings import PhotoSettings
+from dreambooth_moslora.core.config.targets import ATTENTION
 
 __all__ = ["MIXERS", "OPTIMIZERS", "SCHEDULE_FREE", "TrainingSettings"]
 
