@@ -25,7 +25,7 @@ def floor(size: str, resolution_px: int, rank: int) -> Step:
     keep_freed_memory()
     import torch
 
-    from dreambooth_moslora.training.random_materials import random_materials
+    from dreambooth_moslora.training.machine.random_materials import random_materials
 
     materials = random_materials(size, resolution_px)
     unet, batch = materials.pipeline.unet.requires_grad_(False).train(), materials.batch_at(0, 1)
@@ -48,8 +48,8 @@ def ours(size: str, resolution_px: int, rank: int, *, checkpointing: bool = Fals
 
     from dreambooth_moslora.core.config.train_config import TrainConfig
     from dreambooth_moslora.core.process import keep_freed_memory
-    from dreambooth_moslora.training.random_materials import random_materials
-    from dreambooth_moslora.training.train_step import TrainStep
+    from dreambooth_moslora.training.machine.random_materials import random_materials
+    from dreambooth_moslora.training.step.train_step import TrainStep
 
     keep_freed_memory()
     config = TrainConfig(

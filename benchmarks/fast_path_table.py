@@ -26,7 +26,7 @@ from dreambooth_moslora.adapters.fused_linear import enable_fast_path
 from dreambooth_moslora.adapters.moslora import ATTENTION_PROJECTIONS, MoSLoraConfig, adapter_parameters, inject
 from dreambooth_moslora.adapters.working_copies import WorkingCopies
 from dreambooth_moslora.base.quantization import quantize
-from dreambooth_moslora.training import compiled_blocks
+from dreambooth_moslora.training.step import compiled_blocks
 
 __all__ = ["BASES", "HOW", "TARGETS", "adapted", "compare"]
 

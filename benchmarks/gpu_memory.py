@@ -47,7 +47,7 @@ def adapted_unet(config: TrainConfig, *, fast: bool = True, unet: nn.Module | No
     `fast` False: PEFT's own layers.
     """
     from dreambooth_moslora.adapters.fused_linear import disable_fast_path
-    from dreambooth_moslora.training.add_adapters import add_adapters
+    from dreambooth_moslora.training.step.add_adapters import add_adapters
 
     unet = unet or sdxl_unet().to(torch.bfloat16).requires_grad_(False).train()
     with torch.device("meta"):

@@ -114,7 +114,7 @@ def kernels_of(step: Callable[[], None]) -> int:
 
 
 def floor(options: argparse.Namespace, device: torch.device) -> Callable[[], None]:
-    from dreambooth_moslora.training.random_materials import random_materials
+    from dreambooth_moslora.training.machine.random_materials import random_materials
 
     materials = random_materials(options.size, options.resolution)
     unet = materials.pipeline.unet.to(device).requires_grad_(False).train()
@@ -136,8 +136,8 @@ def floor(options: argparse.Namespace, device: torch.device) -> Callable[[], Non
 def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable[[], None]:
     from dreambooth_moslora.adapters.fused_linear import disable_fast_path
     from dreambooth_moslora.base.quantization import quantize
-    from dreambooth_moslora.training.random_materials import random_materials
-    from dreambooth_moslora.training.train_step import TrainStep
+    from dreambooth_moslora.training.machine.random_materials import random_materials
+    from dreambooth_moslora.training.step.train_step import TrainStep
 
     materials = random_materials(options.size, options.resolution)
     unet = materials.pipeline.unet.requires_grad_(False)

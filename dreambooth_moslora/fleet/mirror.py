@@ -22,7 +22,7 @@ from dreambooth_moslora.core.run_files.run_folder import RunDir, checkpoint_step
 from dreambooth_moslora.core.run_files.training_process import CONFIG_NAME, LOG_NAME
 from dreambooth_moslora.fleet.bucket import Bucket, at_once
 from dreambooth_moslora.fleet.records import FLEET_NAME
-from dreambooth_moslora.training.run_lock import LOCK_NAME
+from dreambooth_moslora.training.run_folders.run_lock import LOCK_NAME
 
 __all__ = ["MANIFEST", "Manifest", "Mirror", "SupersededError", "read_manifest"]
 

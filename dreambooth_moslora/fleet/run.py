@@ -23,7 +23,7 @@ from dreambooth_moslora.fleet.records import (
 from dreambooth_moslora.fleet.sizing import Machines, plan_name
 from dreambooth_moslora.fleet.subjects import Subject, mark_of
 from dreambooth_moslora.fleet.worker import Job
-from dreambooth_moslora.training.run_lock import locked
+from dreambooth_moslora.training.run_folders.run_lock import locked
 
 __all__ = ["Ending", "begun", "checked", "missing", "run_fleet"]
 

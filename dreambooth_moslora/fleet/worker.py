@@ -19,7 +19,7 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.job_endings import why_it_ended
 from dreambooth_moslora.core.run_files.training_process import CONFIG_NAME, log_tail, start_logged, write_settings
 from dreambooth_moslora.fleet.records import Record, is_finished, read_record, stop_path, write_record
-from dreambooth_moslora.training.run_lock import locked, take
+from dreambooth_moslora.training.run_folders.run_lock import locked, take
 
 __all__ = [
     "HOLD_NAME",

@@ -34,11 +34,11 @@ from dreambooth_moslora.core.run_files.run_folder import (
     checkpoint_step,
     is_checkpoint,
 )
-from dreambooth_moslora.training.averages import put
-from dreambooth_moslora.training.optimizer import optimizer_kind
-from dreambooth_moslora.training.optimizer_states import check_tensor, checked_states
 from dreambooth_moslora.training.planning.checks import last_name
 from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha
+from dreambooth_moslora.training.step.averages import put
+from dreambooth_moslora.training.step.optimizer import optimizer_kind
+from dreambooth_moslora.training.step.optimizer_states import check_tensor, checked_states
 
 __all__ = [
     "Position",

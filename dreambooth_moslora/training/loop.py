@@ -22,7 +22,6 @@ from dreambooth_moslora.photos.folder import instance_photos, usable_photos
 from dreambooth_moslora.photos.photo import counts_of
 from dreambooth_moslora.training.accelerator import chosen_seed, make_accelerator, on_main
 from dreambooth_moslora.training.checkpoint import Position, resume_point
-from dreambooth_moslora.training.earlier_runs import claim_run_folder, report_start
 from dreambooth_moslora.training.frozen_base import LoadBase
 from dreambooth_moslora.training.inputs.run_backgrounds import check_masks
 from dreambooth_moslora.training.inputs.run_captions import captioned_photos
@@ -36,8 +35,9 @@ from dreambooth_moslora.training.results.publish import Publisher
 from dreambooth_moslora.training.results.samples import ValidationSamples
 from dreambooth_moslora.training.run import StepScorer, Training, TrainResult
 from dreambooth_moslora.training.run_context import RunContext
-from dreambooth_moslora.training.run_lock import locked
-from dreambooth_moslora.training.train_step import StepLosses, TrainStep
+from dreambooth_moslora.training.run_folders.earlier_runs import claim_run_folder, report_start
+from dreambooth_moslora.training.run_folders.run_lock import locked
+from dreambooth_moslora.training.step.train_step import StepLosses, TrainStep
 
 __all__ = ["Steps", "TrainResult", "advanced", "train", "training"]
 

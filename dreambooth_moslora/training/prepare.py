@@ -31,12 +31,12 @@ from dreambooth_moslora.training.inputs.encoding_cache import TensorCache, finge
 from dreambooth_moslora.training.inputs.run_backgrounds import with_new_backgrounds
 from dreambooth_moslora.training.inputs.run_class_images import class_photos_of_each
 from dreambooth_moslora.training.inputs.subject_streams import SubjectStreams, instance_streams, prior_streams
-from dreambooth_moslora.training.noise_schedule import noise_schedule
-from dreambooth_moslora.training.objective import NoiseSchedule
 from dreambooth_moslora.training.planning.checks import check_layers, check_patterns
 from dreambooth_moslora.training.planning.step_plan import uses_class_images
 from dreambooth_moslora.training.reporter import free_unused_memory
 from dreambooth_moslora.training.run_context import RunContext
+from dreambooth_moslora.training.step.noise_schedule import noise_schedule
+from dreambooth_moslora.training.step.objective import NoiseSchedule
 
 __all__ = ["TrainInputs", "prepare", "too_slow_for_samples"]
 

@@ -25,16 +25,16 @@ from dreambooth_moslora.core.run_files.events import (
 from dreambooth_moslora.core.run_files.run_folder import remove_directory
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.training.accelerator import any_process
-from dreambooth_moslora.training.averages import copies
 from dreambooth_moslora.training.checkpoint import Position, save_checkpoint
-from dreambooth_moslora.training.optimizer import optimizer_kind
 from dreambooth_moslora.training.reporter import Stopwatch, free_unused_memory, memory_gib
 from dreambooth_moslora.training.results.best_scale import ScaleChoice
 from dreambooth_moslora.training.results.best_step import BestStep
 from dreambooth_moslora.training.results.publish import Publisher
 from dreambooth_moslora.training.results.samples import ValidationSamples
 from dreambooth_moslora.training.run_context import RunContext
-from dreambooth_moslora.training.train_step import StepLosses, TrainStep
+from dreambooth_moslora.training.step.averages import copies
+from dreambooth_moslora.training.step.optimizer import optimizer_kind
+from dreambooth_moslora.training.step.train_step import StepLosses, TrainStep
 
 __all__ = ["StepScorer", "TrainResult", "Training"]
 

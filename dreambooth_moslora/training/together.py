@@ -19,11 +19,11 @@ from dreambooth_moslora.adapters.stacked_adapters import StackedAdapters
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.run_files.events import Event
 from dreambooth_moslora.training.loop import Steps, TrainResult, advanced, training
-from dreambooth_moslora.training.micro_batch import MicroBatch, UNetRows
-from dreambooth_moslora.training.objective import LossParts
 from dreambooth_moslora.training.run import StepScorer, Training
 from dreambooth_moslora.training.shared_base import SharedBase
-from dreambooth_moslora.training.train_step import StepLosses, TrainStep, numbers_of
+from dreambooth_moslora.training.step.micro_batch import MicroBatch, UNetRows
+from dreambooth_moslora.training.step.objective import LossParts
+from dreambooth_moslora.training.step.train_step import StepLosses, TrainStep, numbers_of
 
 __all__ = ["Member", "accumulate_together", "train_together"]
 

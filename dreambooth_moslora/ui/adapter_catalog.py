@@ -9,7 +9,7 @@ from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import free_name
 from dreambooth_moslora.core.run_files.adapter_files import NONE, clean_name, files_by_name, run_files
-from dreambooth_moslora.training.run_queue import COMMAND_LINE
+from dreambooth_moslora.training.run_folders.run_queue import COMMAND_LINE
 from dreambooth_moslora.ui.adapter_check import check_upload
 from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.training.jobs import JOB_NAME, Job

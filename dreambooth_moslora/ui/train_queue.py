@@ -4,7 +4,7 @@ from typing import Any
 
 import gradio as gr
 
-from dreambooth_moslora.training.run_queue import COMMAND_LINE, QueuedRun
+from dreambooth_moslora.training.run_folders.run_queue import COMMAND_LINE, QueuedRun
 from dreambooth_moslora.ui.app_state import AT_ONCE, TELLING, AppContext, as_gradio_error
 from dreambooth_moslora.ui.html_snippets import faint
 from dreambooth_moslora.ui.server.users import Visitor

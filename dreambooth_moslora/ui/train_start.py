@@ -10,7 +10,7 @@ from typing import Any
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import free_name
-from dreambooth_moslora.training.run_queue import QueuedRun
+from dreambooth_moslora.training.run_folders.run_queue import QueuedRun
 from dreambooth_moslora.ui.app_state import AppContext
 from dreambooth_moslora.ui.html_snippets import remarks_card
 from dreambooth_moslora.ui.photo_uploads import ONE_AT_A_TIME

@@ -9,7 +9,7 @@ import pytest
 from dreambooth_moslora.cli import one_word
 from dreambooth_moslora.cli.commands import queue as command
 from dreambooth_moslora.cli.main import main, train_main
-from dreambooth_moslora.training.run_queue import RunQueue
+from dreambooth_moslora.training.run_folders.run_queue import RunQueue
 from dreambooth_moslora.ui.training import jobs as page_jobs
 from tests.helpers.tiny_training import paint_photos
 

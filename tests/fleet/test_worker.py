@@ -9,7 +9,7 @@ from dreambooth_moslora.core.run_files.training_process import write_settings
 from dreambooth_moslora.fleet import worker
 from dreambooth_moslora.fleet.records import Record, read_record, stop_path, write_record
 from dreambooth_moslora.fleet.worker import Job, judged, train_subject
-from dreambooth_moslora.training.run_lock import locked, take
+from dreambooth_moslora.training.run_folders.run_lock import locked, take
 
 
 def job_in(folder: Path, **settings) -> Job:

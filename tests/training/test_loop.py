@@ -16,9 +16,9 @@ from dreambooth_moslora.adapters.raw_file import read_raw
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.events import StepDone, events_of, record_of
 from dreambooth_moslora.core.run_files.run_folder import RunDir
-from dreambooth_moslora.training import train_step as train_step_module
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.train_step import StepLosses
+from dreambooth_moslora.training.step import train_step as train_step_module
+from dreambooth_moslora.training.step.train_step import StepLosses
 from tests.helpers.tiny import save_tiny_sdxl
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 

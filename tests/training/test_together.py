@@ -12,8 +12,8 @@ from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.planning.sharing import needs_to_be_alone, shared_settings
 from dreambooth_moslora.training.run import TrainResult
+from dreambooth_moslora.training.step.train_step import TrainStep
 from dreambooth_moslora.training.together import Member, train_together
-from dreambooth_moslora.training.train_step import TrainStep
 from tests.helpers.tiny_training import adapter_sha256, largest_difference, paint_photos, tiny_config
 from tests.training.test_resume import stop_at
 

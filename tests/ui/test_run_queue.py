@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.training.run_lock import locked
-from dreambooth_moslora.training.run_queue import QueuedRun, RunQueue
+from dreambooth_moslora.training.run_folders.run_lock import locked
+from dreambooth_moslora.training.run_folders.run_queue import QueuedRun, RunQueue
 from dreambooth_moslora.ui.training.jobs import Jobs
 from dreambooth_moslora.ui.training.queue_turns import KILLED_MOST, QueueTurns
 from tests.ui.test_handlers import OTHER, OWNER

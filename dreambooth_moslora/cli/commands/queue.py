@@ -67,7 +67,7 @@ def enqueue(config: TrainConfig, argv: list[str]) -> str:
     """Check the run and add it; the line to print. Raises UserError for what training would refuse."""
     from dreambooth_moslora.photos.folder import photo_report
     from dreambooth_moslora.training.planning.checks import check_folders, check_settings
-    from dreambooth_moslora.training.run_queue import QueuedRun, RunQueue
+    from dreambooth_moslora.training.run_folders.run_queue import QueuedRun, RunQueue
     from dreambooth_moslora.ui.training.jobs import Jobs
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit code 2 when something does not hold. Writes selftest.json, and selftest.md for a bug report."""
     from dreambooth_moslora.cli.commands.doctor import Findings, examine_machine, examine_versions
-    from dreambooth_moslora.training.selftest import ON_CPU, SelfTest, as_json, as_page
+    from dreambooth_moslora.training.machine.selftest import ON_CPU, SelfTest, as_json, as_page
 
     device = chosen_device(args.device)
     folder = Path(args.output_dir)

@@ -36,7 +36,7 @@ from dreambooth_moslora.training.results.hub import push
 from dreambooth_moslora.training.results.loss_plot import draw_loss_plot
 from dreambooth_moslora.training.results.model_card import CardFacts, model_card, pictures_named
 from dreambooth_moslora.training.results.samples import ValidationSamples
-from dreambooth_moslora.training.train_step import TrainStep
+from dreambooth_moslora.training.step.train_step import TrainStep
 
 __all__ = ["Publisher"]
 

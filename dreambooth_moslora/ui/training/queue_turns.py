@@ -13,8 +13,8 @@ from pathlib import Path
 
 from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.run_files.run_folder import RunDir
-from dreambooth_moslora.training.run_lock import locked
-from dreambooth_moslora.training.run_queue import QueuedRun, RunQueue
+from dreambooth_moslora.training.run_folders.run_lock import locked
+from dreambooth_moslora.training.run_folders.run_queue import QueuedRun, RunQueue
 from dreambooth_moslora.ui.training.jobs import Job, Jobs
 
 __all__ = ["QueueTurns"]

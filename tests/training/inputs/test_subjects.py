@@ -20,9 +20,9 @@ from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.planning.dry_run import describe_run
 from dreambooth_moslora.training.planning.estimate import BaseSize, estimate
 from dreambooth_moslora.training.planning.step_plan import plan_steps
-from dreambooth_moslora.training.train_step import TrainStep
+from dreambooth_moslora.training.step.train_step import TrainStep
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
-from tests.training.test_buckets import BUCKETS, SIZES, Numbers
+from tests.training.inputs.test_buckets import BUCKETS, SIZES, Numbers
 
 DOG = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog"}
 SQUARES = CropRule(64)

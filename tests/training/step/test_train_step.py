@@ -10,7 +10,7 @@ from torch import nn
 from dreambooth_moslora.adapters.working_copies import WorkingCopies
 from dreambooth_moslora.core.errors import StopRequestedError
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.train_step import TrainStep
+from dreambooth_moslora.training.step.train_step import TrainStep
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 PRIOR = {"with_prior_preservation": True, "prior": "adapter_off"}

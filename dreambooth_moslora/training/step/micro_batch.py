@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dreambooth_moslora.base.load import TextCond
 from dreambooth_moslora.training.inputs.dataset import TrainBatch
-from dreambooth_moslora.training.objective import NoisySample
+from dreambooth_moslora.training.step.objective import NoisySample
 
 __all__ = ["MicroBatch", "UNetRows"]
 

@@ -1,4 +1,6 @@
-"""`python -m dreambooth_moslora.training.step_measure`: seconds and memory of a step of full-size SDXL, random weights.
+"""Seconds and memory of a step of full-size SDXL with random weights.
+
+    python -m dreambooth_moslora.training.machine.step_measure
 
 Prints one line of JSON: `floor_sec` (the frozen UNet's forward and the gradient to its input), `step_sec` (the
 trainer's own step, the adapter's update included), and `peak_gib` of the process, or of its tensors on a GPU. Each is
@@ -15,7 +17,7 @@ import torch
 from dreambooth_moslora.base.random_unet import SIZES
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.process import keep_freed_memory, peak_memory_gib
-from dreambooth_moslora.training.random_materials import RandomMaterials, random_materials
+from dreambooth_moslora.training.machine.random_materials import RandomMaterials, random_materials
 
 __all__ = ["measure"]
 
@@ -26,7 +28,7 @@ def measure(size: str, config: TrainConfig) -> dict[str, float]:
     """Of a batch as `config` says, in bf16, on the device that accelerate finds."""
     from accelerate import Accelerator
 
-    from dreambooth_moslora.training.train_step import TrainStep
+    from dreambooth_moslora.training.step.train_step import TrainStep
 
     accelerator = Accelerator(mixed_precision="bf16")
     materials = random_materials(size, config.resolution)

@@ -7,9 +7,9 @@ import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
-from dreambooth_moslora.training import objective
-from dreambooth_moslora.training.noise_schedule import noise_schedule
-from dreambooth_moslora.training.objective import NoiseSchedule
+from dreambooth_moslora.training.step import objective
+from dreambooth_moslora.training.step.noise_schedule import noise_schedule
+from dreambooth_moslora.training.step.objective import NoiseSchedule
 
 SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 INDEX = torch.tensor([3, 400, 999])

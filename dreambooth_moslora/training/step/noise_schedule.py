@@ -6,7 +6,7 @@ from diffusers import (
 )
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.training.objective import NoiseSchedule
+from dreambooth_moslora.training.step.objective import NoiseSchedule
 
 __all__ = ["noise_schedule"]
 

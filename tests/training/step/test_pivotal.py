@@ -21,9 +21,9 @@ from dreambooth_moslora.core.prompts import learnt_word
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.optimizer import make_optimizer, parameter_groups
-from dreambooth_moslora.training.pivotal import LearntTokens, fresh_tokens
 from dreambooth_moslora.training.results.hub import public_files
+from dreambooth_moslora.training.step.optimizer import make_optimizer, parameter_groups
+from dreambooth_moslora.training.step.pivotal import LearntTokens, fresh_tokens
 from dreambooth_moslora.ui.adapter_catalog import AdapterCatalog
 from dreambooth_moslora.ui.adapter_summary import summary_of
 from tests.helpers.tiny import save_tiny_sdxl

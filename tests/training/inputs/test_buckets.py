@@ -19,7 +19,7 @@ from dreambooth_moslora.training.inputs.dataset import PhotoStream
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.planning.advice import settings_without_effect
 from dreambooth_moslora.training.planning.dry_run import describe_run
-from dreambooth_moslora.training.train_step import TrainStep
+from dreambooth_moslora.training.step.train_step import TrainStep
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 SIZES = [(96, 64), (64, 80), (72, 72), (90, 60), (70, 71), (300, 200), (64, 64)]

@@ -9,10 +9,10 @@ from torch._inductor import config as inductor
 
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.run_files.events import StepDone
-from dreambooth_moslora.training import compiled_blocks, train_step
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.planning.dry_run import describe_run
 from dreambooth_moslora.training.planning.speed import speed_of
+from dreambooth_moslora.training.step import compiled_blocks, train_step
 from tests.helpers.tiny import tiny_unet
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 

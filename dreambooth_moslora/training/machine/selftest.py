@@ -125,7 +125,7 @@ class SelfTest:
             why = f"{free_gib:.1f} GiB are free" if plan is None else "it is in bf16"
             return Finding("step", True, f"left out: {why}; {told}", needs)
         words = ["--size", size, "--resolution", str(px), *(["--gradient_checkpointing"] if plan != "full" else [])]
-        command = [sys.executable, "-m", "dreambooth_moslora.training.step_measure", *words]
+        command = [sys.executable, "-m", "dreambooth_moslora.training.machine.step_measure", *words]
         try:
             found = json.loads(self.called("step", command, STEP_SEC).splitlines()[-1])
         except subprocess.TimeoutExpired:

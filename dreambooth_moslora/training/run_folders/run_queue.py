@@ -20,7 +20,7 @@ from typing import Any
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.event_log import append_event, read_events
 from dreambooth_moslora.core.run_files.run_folder import RunDir, atomic_write, clean_stale
-from dreambooth_moslora.training.run_lock import take
+from dreambooth_moslora.training.run_folders.run_lock import take
 
 __all__ = ["COMMAND_LINE", "PLACES", "QUEUE_NAME", "QueuedRun", "RunQueue"]
 

@@ -30,13 +30,15 @@ from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.config.training_settings import SCHEDULE_FREE
 from dreambooth_moslora.core.seeding import generator, rng, seed_of
-from dreambooth_moslora.training.add_adapters import add_adapters
-from dreambooth_moslora.training.averages import Average, MovingAverage, ScheduleFreeAverage, lent
 from dreambooth_moslora.training.checkpoint import restore_optimizer, restore_weights
-from dreambooth_moslora.training.compiled_blocks import CompiledBlocks
 from dreambooth_moslora.training.inputs.dataset import TrainBatch, move_together
-from dreambooth_moslora.training.micro_batch import MicroBatch, UNetRows
-from dreambooth_moslora.training.objective import (
+from dreambooth_moslora.training.planning.speed import Speed, speed_of
+from dreambooth_moslora.training.prepare import TrainInputs
+from dreambooth_moslora.training.step.add_adapters import add_adapters
+from dreambooth_moslora.training.step.averages import Average, MovingAverage, ScheduleFreeAverage, lent
+from dreambooth_moslora.training.step.compiled_blocks import CompiledBlocks
+from dreambooth_moslora.training.step.micro_batch import MicroBatch, UNetRows
+from dreambooth_moslora.training.step.objective import (
     LossParts,
     add_noise,
     debiased_weights,
@@ -48,10 +50,8 @@ from dreambooth_moslora.training.objective import (
     sample_timesteps,
     snr_weights,
 )
-from dreambooth_moslora.training.optimizer import make_lr_schedule, make_optimizer, parameter_groups
-from dreambooth_moslora.training.pivotal import LearntTokens
-from dreambooth_moslora.training.planning.speed import Speed, speed_of
-from dreambooth_moslora.training.prepare import TrainInputs
+from dreambooth_moslora.training.step.optimizer import make_lr_schedule, make_optimizer, parameter_groups
+from dreambooth_moslora.training.step.pivotal import LearntTokens
 
 __all__ = ["StepLosses", "TrainStep", "numbers_of"]
 

@@ -8,8 +8,8 @@ import torch
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, inject
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.training.averages import ScheduleFreeAverage
-from dreambooth_moslora.training.optimizer import make_lr_schedule, make_optimizer, parameter_groups
+from dreambooth_moslora.training.step.averages import ScheduleFreeAverage
+from dreambooth_moslora.training.step.optimizer import make_lr_schedule, make_optimizer, parameter_groups
 
 
 def components(**extra):

@@ -9,13 +9,13 @@ import pytest
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.run_lock import LOCK_NAME, locked
+from dreambooth_moslora.training.run_folders.run_lock import LOCK_NAME, locked
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 HOLD = """
 import sys
 from pathlib import Path
-from dreambooth_moslora.training.run_lock import locked
+from dreambooth_moslora.training.run_folders.run_lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -7,7 +7,7 @@ import pytest
 from torch.utils import backend_registration
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.training.selftest import (
+from dreambooth_moslora.training.machine.selftest import (
     ON_CPU,
     PROGRAM,
     Finding,

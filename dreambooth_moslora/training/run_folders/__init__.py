@@ -1,0 +1,1 @@
+"""Which run may write in a run folder: the lock, the queue, and what earlier runs left there."""

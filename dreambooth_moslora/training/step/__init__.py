@@ -1,0 +1,1 @@
+"""One optimizer step: noise, loss, gradients, optimizer, averages, and the adapters that it trains."""
