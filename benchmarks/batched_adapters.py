@@ -143,8 +143,8 @@ def counted(config: TrainConfig, count: int) -> tuple[int, int, float]:
     from benchmarks.gpu_memory import POOLED_WIDTH, TEXT_WIDTH, TOKENS, adapted_unet, counted_total_gib, empty
     from benchmarks.meta_count import GIB, Count, Counter, flash_attention
     from benchmarks.sdxl_structure import sdxl_unet
-    from dreambooth_moslora.adapters.stacked_adapters import StackedAdapters, twin
-    from dreambooth_moslora.adapters.working_copies import WorkingCopies
+    from dreambooth_moslora.adapters.fused.stacked_adapters import StackedAdapters, twin
+    from dreambooth_moslora.adapters.fused.working_copies import WorkingCopies
 
     base = sdxl_unet().to(torch.bfloat16).requires_grad_(False).train()
     models = [adapted_unet(config, unet=twin(base)) for _ in range(count)]

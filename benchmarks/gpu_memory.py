@@ -46,7 +46,7 @@ def adapted_unet(config: TrainConfig, *, fast: bool = True, unet: nn.Module | No
 
     `fast` False: PEFT's own layers.
     """
-    from dreambooth_moslora.adapters.fused_linear import disable_fast_path
+    from dreambooth_moslora.adapters.fused.fused_linear import disable_fast_path
     from dreambooth_moslora.training.step.add_adapters import add_adapters
 
     unet = unet or sdxl_unet().to(torch.bfloat16).requires_grad_(False).train()
@@ -59,7 +59,7 @@ def adapted_unet(config: TrainConfig, *, fast: bool = True, unet: nn.Module | No
 
 def count(config: TrainConfig, unet: nn.Module) -> Count:
     """One step of one micro-batch: copies of the adapter, forward, backward, its gradients; without the optimizer."""
-    from dreambooth_moslora.adapters.working_copies import WorkingCopies
+    from dreambooth_moslora.adapters.fused.working_copies import WorkingCopies
 
     batch, side = config.train_batch_size, config.resolution // 8
     trained = [weight for weight in unet.parameters() if weight.requires_grad]

@@ -134,7 +134,7 @@ def floor(options: argparse.Namespace, device: torch.device) -> Callable[[], Non
 
 
 def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable[[], None]:
-    from dreambooth_moslora.adapters.fused_linear import disable_fast_path
+    from dreambooth_moslora.adapters.fused.fused_linear import disable_fast_path
     from dreambooth_moslora.base.quantization import quantize
     from dreambooth_moslora.training.machine.random_materials import random_materials
     from dreambooth_moslora.training.step.train_step import TrainStep

@@ -19,7 +19,7 @@ APART = {
 LIGHT = {"core"}
 """Packages that import none of HEAVY."""
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate"}
-NO_DIFFUSERS = {"adapters.mixer", "adapters.moslora", "adapters.fused_linear", "training.step.objective"}
+NO_DIFFUSERS = {"adapters.mixer", "adapters.moslora", "adapters.fused.fused_linear", "training.step.objective"}
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p.name != "__main__.py" and p.parent != ROOT)
 
 

@@ -16,13 +16,13 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.lora_file import AdapterWeights, check_fits, find_weights, read_adapter
+from dreambooth_moslora.adapters.files.lora_file import AdapterWeights, check_fits, find_weights, read_adapter
+from dreambooth_moslora.adapters.files.proof import alone, delta, full_fp32, relative_difference
+from dreambooth_moslora.adapters.files.raw_file import all_layers, fill
 from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.adapters.mixer import nominal_scale
 from dreambooth_moslora.adapters.moslora import matrices_of
 from dreambooth_moslora.adapters.new_tokens import note_in
-from dreambooth_moslora.adapters.proof import alone, delta, full_fp32, relative_difference
-from dreambooth_moslora.adapters.raw_file import all_layers, fill
 from dreambooth_moslora.adapters.spectrum import product_svd
 from dreambooth_moslora.core.errors import UserError
 

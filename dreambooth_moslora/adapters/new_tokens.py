@@ -22,9 +22,9 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.proof import FileProof, collected_warnings, relative_difference
-from dreambooth_moslora.adapters.raw_file import check_finite, read_tensors, with_sorted_metadata
+from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.files.proof import FileProof, collected_warnings, relative_difference
+from dreambooth_moslora.adapters.files.raw_file import check_finite, read_tensors, with_sorted_metadata
 from dreambooth_moslora.base.load import encode_text
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import word_pattern

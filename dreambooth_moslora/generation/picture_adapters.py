@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreambooth_moslora.adapters.lora_file import adapter_name, find_weights
+from dreambooth_moslora.adapters.files.lora_file import adapter_name, find_weights
 from dreambooth_moslora.core.assets import assets_folder, find_asset
 from dreambooth_moslora.core.digests import file_digest
 from dreambooth_moslora.core.errors import UserError

@@ -16,7 +16,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.adapters.lora_file import adapter_name, check_fits, find_weights, install, read_adapter
+from dreambooth_moslora.adapters.files.lora_file import adapter_name, check_fits, find_weights, install, read_adapter
 from dreambooth_moslora.adapters.new_tokens import AttachedTokens, NewTokens, note_in, tokens_beside
 from dreambooth_moslora.base.decode import tiled_where_short
 from dreambooth_moslora.base.load import default_guidance, default_resolution, guidance_rescale, load_pipeline

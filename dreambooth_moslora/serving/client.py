@@ -117,7 +117,7 @@ class RemotePipeline:
 
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
         """Note which file `name` is. Raises UserError when the service has no adapter of that name."""
-        from dreambooth_moslora.adapters.lora_file import adapter_name, find_weights
+        from dreambooth_moslora.adapters.files.lora_file import adapter_name, find_weights
 
         file = find_weights(path)
         name = name or adapter_name(file)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.files.raw_file import load_raw, save_raw
 from dreambooth_moslora.adapters.new_tokens import NewTokens, write_tokens
-from dreambooth_moslora.adapters.raw_file import load_raw, save_raw
 from dreambooth_moslora.core.config.targets import is_target
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.config.training_settings import SCHEDULE_FREE

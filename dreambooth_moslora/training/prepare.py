@@ -10,9 +10,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
+from dreambooth_moslora.adapters.files.lora_file import AdapterWeights
 from dreambooth_moslora.adapters.init_adapter import read_start
 from dreambooth_moslora.adapters.layers import matrix_layers
-from dreambooth_moslora.adapters.lora_file import AdapterWeights
 from dreambooth_moslora.base.load import default_resolution, encode_text
 from dreambooth_moslora.base.locate import SMALL_BASE_PX
 from dreambooth_moslora.core.config.checks import weighting_flags

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from dreambooth_moslora.adapters.proof import Proof
+from dreambooth_moslora.adapters.files.proof import Proof
 from dreambooth_moslora.core.errors import StopRequestedError, UserError
 from dreambooth_moslora.core.run_files.events import (
     AdapterExported,

@@ -5,8 +5,8 @@ import copy
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from dreambooth_moslora.adapters.joint_linear import lay_together
-from dreambooth_moslora.adapters.stacked_adapters import twin
+from dreambooth_moslora.adapters.fused.joint_linear import lay_together
+from dreambooth_moslora.adapters.fused.stacked_adapters import twin
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.training.frozen_base import LoadBase, load_base
 from dreambooth_moslora.training.step.add_adapters import target_paths

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dreambooth_moslora.adapters.stacked_adapters import StackedAdapters
+from dreambooth_moslora.adapters.fused.stacked_adapters import StackedAdapters
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.run_files.events import Event
 from dreambooth_moslora.training.loop import Steps, TrainResult, advanced, training

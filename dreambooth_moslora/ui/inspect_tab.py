@@ -79,7 +79,7 @@ def adapter_facts(file: str) -> list[tuple[str, str]]:
     """The lines of `info` on any LoRA file."""
     check_upload(Path(file))
     import_libraries()
-    from dreambooth_moslora.adapters.describe import describe
+    from dreambooth_moslora.adapters.files.describe import describe
 
     return [(label_of(name), words_of(value)) for name, value in describe(file).items()]
 

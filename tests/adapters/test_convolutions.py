@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.fold_table import BOUND, loaded_by_diffusers
-from dreambooth_moslora.adapters.describe import describe
-from dreambooth_moslora.adapters.export import publish
-from dreambooth_moslora.adapters.kohya import kohya_name
-from dreambooth_moslora.adapters.lora_file import fold_raw
-from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.files.describe import describe
+from dreambooth_moslora.adapters.files.export import publish
+from dreambooth_moslora.adapters.files.kohya import kohya_name
+from dreambooth_moslora.adapters.files.lora_file import fold_raw
+from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.files.raw_file import load_raw, read_raw, read_tensors, save_raw
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, fold, inject
-from dreambooth_moslora.adapters.raw_file import load_raw, read_raw, read_tensors, save_raw
 from dreambooth_moslora.adapters.spectrum import diagnostics
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RAW_NAME

@@ -4,12 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.adapters.export import publish
+from dreambooth_moslora.adapters.files.export import publish
+from dreambooth_moslora.adapters.files.lora_file import read_adapter
+from dreambooth_moslora.adapters.files.proof import relative_difference
+from dreambooth_moslora.adapters.files.raw_file import save_raw
 from dreambooth_moslora.adapters.init_adapter import begin_with, read_start
-from dreambooth_moslora.adapters.lora_file import read_adapter
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, fold, inject
-from dreambooth_moslora.adapters.proof import relative_difference
-from dreambooth_moslora.adapters.raw_file import save_raw
 from dreambooth_moslora.core.config.training_settings import MIXERS
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RAW_NAME

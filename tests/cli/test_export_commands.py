@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.adapters.describe import describe
-from dreambooth_moslora.adapters.export import publish
-from dreambooth_moslora.adapters.raw_file import adapter_metadata, save_raw
+from dreambooth_moslora.adapters.files.describe import describe
+from dreambooth_moslora.adapters.files.export import publish
+from dreambooth_moslora.adapters.files.raw_file import adapter_metadata, save_raw
 from dreambooth_moslora.cli.commands import export as export_command
 from dreambooth_moslora.cli.commands import info as info_command
 from dreambooth_moslora.cli.main import main

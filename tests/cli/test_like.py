@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
 from dreambooth_moslora.cli.main import main, train_main
 from dreambooth_moslora.cli.parser import parse_train_config
 from dreambooth_moslora.core.config.recipe import LAYERS, RECIPE, TOLD_IF_CHANGED, recipe_of

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from dreambooth_moslora.adapters.export import load_published
+from dreambooth_moslora.adapters.files.export import load_published
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dreambooth_moslora.adapters.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.raw_file import read_tensors
-from dreambooth_moslora.adapters.scale_note import note_scale
+from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.files.raw_file import read_tensors
+from dreambooth_moslora.adapters.files.scale_note import note_scale
 from dreambooth_moslora.training.results.best_scale import choose_scale
 from dreambooth_moslora.training.results.model_card import with_strength
 from dreambooth_moslora.ui.adapter_summary import summary_of

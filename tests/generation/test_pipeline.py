@@ -12,9 +12,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.adapters.export import publish
+from dreambooth_moslora.adapters.files.export import publish
+from dreambooth_moslora.adapters.files.raw_file import adapter_metadata, save_raw
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject
-from dreambooth_moslora.adapters.raw_file import adapter_metadata, save_raw
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.run_folder import RAW_NAME
 from dreambooth_moslora.generation.params import GenerationParams, read_recipe

@@ -11,7 +11,7 @@ from contextlib import chdir, redirect_stderr
 import pytest
 from safetensors import safe_open
 
-from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.run_files.run_folder import RunDir

@@ -11,8 +11,8 @@ from diffusers import DDPMScheduler, EDMEulerScheduler, StableDiffusionXLPipelin
 from PIL import Image
 from safetensors.torch import load_file
 
+from dreambooth_moslora.adapters.files.raw_file import read_raw
 from dreambooth_moslora.adapters.moslora import disabled
-from dreambooth_moslora.adapters.raw_file import read_raw
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.events import StepDone, events_of, record_of
 from dreambooth_moslora.core.run_files.run_folder import RunDir

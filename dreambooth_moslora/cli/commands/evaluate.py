@@ -148,7 +148,7 @@ def picture_count(plan: "EvaluationPlan", sweeps: bool) -> int:
 
 def note_strength(path: Path, choice: ScaleChoice | None) -> str:
     """Write what the sweep found into the adapter's files and card; returns the line that says so."""
-    from dreambooth_moslora.adapters.scale_note import note_scale
+    from dreambooth_moslora.adapters.files.scale_note import note_scale
 
     if choice is None:
         return "no scale shows the subject, so none is recommended"
@@ -203,8 +203,8 @@ def settings_of_run(path: Path) -> dict | None:
 
 def settings_of_file(path: Path) -> dict:
     """What our files say of themselves; nothing for foreign ones."""
-    from dreambooth_moslora.adapters.export import load_published
-    from dreambooth_moslora.adapters.lora_file import find_weights
+    from dreambooth_moslora.adapters.files.export import load_published
+    from dreambooth_moslora.adapters.files.lora_file import find_weights
 
     facts = load_published(find_weights(path))[1]
     if facts is None or not facts.trigger_words:

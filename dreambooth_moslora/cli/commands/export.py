@@ -25,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dreambooth_moslora.adapters.export import DTYPES, publish
+    from dreambooth_moslora.adapters.files.export import DTYPES, publish
+    from dreambooth_moslora.adapters.files.raw_file import load_raw, read_raw
     from dreambooth_moslora.adapters.new_tokens import tokens_beside
-    from dreambooth_moslora.adapters.raw_file import load_raw, read_raw
     from dreambooth_moslora.adapters.skeleton import empty_model
     from dreambooth_moslora.core.run_files.run_folder import TOKENS_SUFFIX
 

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     """Describe each file; a broken one is reported and the others are described all the same."""
     from pathlib import Path
 
-    from dreambooth_moslora.adapters.describe import describe, lines, printable
+    from dreambooth_moslora.adapters.files.describe import describe, lines, printable
     from dreambooth_moslora.core.assets import find_asset
     from dreambooth_moslora.core.errors import UserError
     from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME

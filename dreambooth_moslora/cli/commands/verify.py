@@ -21,7 +21,7 @@ from dreambooth_moslora.core.errors import UserError, one_line, spelled_out
 from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME
 
 if TYPE_CHECKING:
-    from dreambooth_moslora.adapters.metadata import AdapterMetadata
+    from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
 
 def read_receipt(path: str) -> Receipt:
     """Raises UserError for a file that is not published by this program, or whose recipe is not known here."""
-    from dreambooth_moslora.adapters.metadata import AdapterMetadata
-    from dreambooth_moslora.adapters.raw_file import read_tensors
+    from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
+    from dreambooth_moslora.adapters.files.raw_file import read_tensors
 
     file = Path(path).expanduser()
     file = file / PUBLISHED_NAME if file.is_dir() else file
@@ -134,7 +134,7 @@ def config_of(args: argparse.Namespace, receipt: Receipt, output_dir: Path) -> T
 
 
 def versions_apart(receipt: Receipt) -> list[str]:
-    from dreambooth_moslora.adapters.metadata import versions
+    from dreambooth_moslora.adapters.files.metadata import versions
 
     there, here = receipt.facts.versions, versions()
     names = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
@@ -169,7 +169,7 @@ def retrain(config: TrainConfig, step: int | None) -> bool:
 
 def answer(receipt: Receipt, made: Path, config: TrainConfig) -> int:
     """Print it, and return the exit code."""
-    from dreambooth_moslora.adapters.file_difference import difference_of
+    from dreambooth_moslora.adapters.files.file_difference import difference_of
 
     digest, digest_made = file_digest(receipt.path), file_digest(made)
     if digest == digest_made:

@@ -1,7 +1,7 @@
 """What this project may claim on a machine, tried there: trainings on the device beside the CPU, and their results.
 
 losses      the device's losses are the CPU's, in full precision and in half
-published   the files of the device's run are proved (`adapters.proof`)
+published   the files of the device's run are proved (`adapters.files.proof`)
 resumed     a run that was stopped and resumed on the device ends with the same bytes
 generated   a picture of the adapter, drawn on the device, is no single colour
 step        seconds and memory of a step of full-size SDXL with random weights, beside the floor, where memory allows

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.names import public_name
@@ -16,7 +16,7 @@ from dreambooth_moslora.core.prompts import word_pattern
 from dreambooth_moslora.training.results.best_step import BestStep
 
 if TYPE_CHECKING:  # it imports torch
-    from dreambooth_moslora.adapters.proof import Proof
+    from dreambooth_moslora.adapters.files.proof import Proof
 
 __all__ = ["SIGNATURE", "CardFacts", "is_card", "model_card", "pictures_named", "with_strength"]
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from dreambooth_moslora.adapters.export import publish, with_tokens
-from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.files.export import publish, with_tokens
+from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.files.proof import Proof
+from dreambooth_moslora.adapters.files.raw_file import adapter_metadata
 from dreambooth_moslora.adapters.new_tokens import prove_tokens
-from dreambooth_moslora.adapters.proof import Proof
-from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core.config.recipe import recipe_of
 from dreambooth_moslora.core.config.subject_tables import each_subject

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dreambooth_moslora.adapters.fused_linear import enable_fast_path
+from dreambooth_moslora.adapters.fused.fused_linear import enable_fast_path
 from dreambooth_moslora.adapters.init_adapter import begin_with
 from dreambooth_moslora.adapters.layers import matrix_layers, narrowest_sides, value_pattern
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, inject

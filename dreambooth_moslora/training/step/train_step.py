@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import Optimizer
 
+from dreambooth_moslora.adapters.fused.working_copies import WorkingCopies
 from dreambooth_moslora.adapters.moslora import (
     adapter_parameters,
     lora_layers,
     switched_off,
 )
-from dreambooth_moslora.adapters.working_copies import WorkingCopies
 from dreambooth_moslora.base.load import TextCond, encode_text
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.train_config import TrainConfig

@@ -16,7 +16,7 @@ TELLS_PROMPTS = "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusi
 def import_libraries() -> None:
     """To be called before any import, inside a function of the page, of a module that needs one of them."""
     with _ONE_AT_A_TIME:
-        import dreambooth_moslora.adapters.describe
+        import dreambooth_moslora.adapters.files.describe
         import dreambooth_moslora.generation.grids  # and by it the pipeline  # noqa: F401
 
         logging.getLogger(TELLS_PROMPTS).addFilter(_tells_no_prompt)

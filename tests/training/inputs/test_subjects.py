@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.adapters.export import load_published
+from dreambooth_moslora.adapters.files.export import load_published
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.photos.caption_making import note

@@ -3,7 +3,7 @@
 import pytest
 from safetensors.torch import load_file
 
-from dreambooth_moslora.adapters.raw_file import read_raw
+from dreambooth_moslora.adapters.files.raw_file import read_raw
 from dreambooth_moslora.cli.main import train_main
 from dreambooth_moslora.cli.parser import parse_train_config
 from dreambooth_moslora.core.config.targets import parse_pattern

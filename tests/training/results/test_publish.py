@@ -9,8 +9,8 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
-from dreambooth_moslora.adapters.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.proof import FileProof, Proof
+from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.files.proof import FileProof, Proof
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.pictures import Row, draw_contact_sheet

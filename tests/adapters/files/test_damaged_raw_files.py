@@ -9,9 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 from benchmarks.fold_table import loaded_by_diffusers, small_unet
-from dreambooth_moslora.adapters import raw_file
+from dreambooth_moslora.adapters.files import raw_file
+from dreambooth_moslora.adapters.files.raw_file import load_raw, save_raw
 from dreambooth_moslora.adapters.moslora import adapter_layers
-from dreambooth_moslora.adapters.raw_file import load_raw, save_raw
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RAW_NAME
 from tests.helpers.live_adapters import facts_of, live, text_encoders

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dreambooth_moslora.adapters import lora_format
+from dreambooth_moslora.adapters.files import lora_format
 from dreambooth_moslora.core.errors import UserError
-from tests.adapters.test_honest_files import loaded, save_published
+from tests.adapters.files.test_honest_files import loaded, save_published
 from tests.generation.test_pipeline import differs, picture
 from tests.helpers.tiny_adapters import base_bytes
 

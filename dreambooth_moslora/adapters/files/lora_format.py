@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dreambooth_moslora.adapters.files.metadata import most_common
+from dreambooth_moslora.adapters.files.proof import published_name
+from dreambooth_moslora.adapters.files.raw_file import COMPONENTS
 from dreambooth_moslora.adapters.low_rank import LowRank
-from dreambooth_moslora.adapters.metadata import most_common
-from dreambooth_moslora.adapters.proof import published_name
-from dreambooth_moslora.adapters.raw_file import COMPONENTS
 from dreambooth_moslora.core.errors import UserError
 
 __all__ = ["Part", "Scales", "module_path", "projections", "scales"]

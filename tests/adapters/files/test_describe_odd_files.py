@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dreambooth_moslora.adapters.describe import describe
+from dreambooth_moslora.adapters.files.describe import describe
 from dreambooth_moslora.core.errors import UserError
 
 NAME = "lora_unet_mid_block_attentions_0_proj_in"

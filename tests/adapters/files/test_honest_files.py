@@ -9,9 +9,9 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.adapters.export import publish
+from dreambooth_moslora.adapters.files.export import publish
+from dreambooth_moslora.adapters.files.raw_file import adapter_metadata
 from dreambooth_moslora.adapters.moslora import ATTENTION_PROJECTIONS, MoSLoraConfig, inject
-from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from tests.adapters.test_moslora import shake

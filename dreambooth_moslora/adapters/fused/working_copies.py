@@ -17,8 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.fused_linear import ShortWay, compute_dtype, slow_reason
-from dreambooth_moslora.adapters.joint_linear import JointWeights, projections_of_one_input
+from dreambooth_moslora.adapters.fused.fused_linear import ShortWay, compute_dtype, slow_reason
+from dreambooth_moslora.adapters.fused.joint_linear import JointWeights, projections_of_one_input
 from dreambooth_moslora.adapters.mixer import MixerLinear
 
 __all__ = ["Batch", "StepCopies", "Unit", "WorkingCopies", "alike"]

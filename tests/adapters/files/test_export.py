@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 
 from benchmarks.fold_table import BOUND, loaded_by_diffusers, measure
 from benchmarks.sdxl_structure import count
-from dreambooth_moslora.adapters import export, kohya, moslora, proof
-from dreambooth_moslora.adapters.export import load_published, publish
+from dreambooth_moslora.adapters import moslora
+from dreambooth_moslora.adapters.files import export, kohya, proof
+from dreambooth_moslora.adapters.files.export import load_published, publish
+from dreambooth_moslora.adapters.files.raw_file import save_raw
 from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.adapters.moslora import (
     MoSLoraConfig,
@@ -20,7 +22,6 @@ from dreambooth_moslora.adapters.moslora import (
     inject,
     set_scale,
 )
-from dreambooth_moslora.adapters.raw_file import save_raw
 from dreambooth_moslora.adapters.spectrum import reduce_rank
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RAW_NAME

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from dreambooth_moslora.adapters.files.metadata import AdapterMetadata, most_common, versions
 from dreambooth_moslora.adapters.layers import value_pattern
-from dreambooth_moslora.adapters.metadata import AdapterMetadata, most_common, versions
 from dreambooth_moslora.adapters.mixer import MixedLowRank, MixerLinear, nominal_scale
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, inject, matrices_of
 from dreambooth_moslora.adapters.skeleton import model_config

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dreambooth_moslora.adapters.file_difference import difference_of
+from dreambooth_moslora.adapters.files.file_difference import difference_of
 from dreambooth_moslora.core.errors import UserError
 
 TENSORS = {"a": torch.arange(4.0), "b": torch.zeros(2, 3), "s": torch.tensor(1.0)}

@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from dreambooth_moslora.adapters import raw_file
-from dreambooth_moslora.adapters.raw_file import save_raw
+from dreambooth_moslora.adapters.files import raw_file
+from dreambooth_moslora.adapters.files.raw_file import save_raw
 from dreambooth_moslora.adapters.skeleton import empty_model, model_config
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.run_folder import RAW_NAME

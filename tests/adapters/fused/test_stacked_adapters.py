@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.fused_linear import enable_fast_path
+from dreambooth_moslora.adapters.fused.fused_linear import enable_fast_path
+from dreambooth_moslora.adapters.fused.stacked_adapters import StackedAdapters, twin
+from dreambooth_moslora.adapters.fused.working_copies import WorkingCopies
 from dreambooth_moslora.adapters.moslora import adapter_layers, disabled
-from dreambooth_moslora.adapters.stacked_adapters import StackedAdapters, twin
-from dreambooth_moslora.adapters.working_copies import WorkingCopies
 from dreambooth_moslora.base.quantization import quantize
-from tests.adapters.test_fused_linear import Block, adapted, assert_same, randomize
-from tests.adapters.test_working_copies import KINDS, given
+from tests.adapters.fused.test_fused_linear import Block, adapted, assert_same, randomize
+from tests.adapters.fused.test_working_copies import KINDS, given
 from tests.helpers.tiny import tiny_unet
 
 COUNT, ROWS = 3, 2

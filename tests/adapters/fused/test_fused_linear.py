@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dreambooth_moslora.adapters.fused_linear import (
+from dreambooth_moslora.adapters.fused.fused_linear import (
     FastLinear,
     compute_dtype,
     disable_fast_path,
@@ -15,8 +15,8 @@ from dreambooth_moslora.adapters.fused_linear import (
     slow_projections,
     slow_reason,
 )
+from dreambooth_moslora.adapters.fused.working_copies import WorkingCopies
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, disabled, inject, set_scale
-from dreambooth_moslora.adapters.working_copies import WorkingCopies
 from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.core.config.training_settings import MIXERS
 from tests.helpers.tiny import tiny_unet

@@ -18,19 +18,26 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.kohya import kohya_header, kohya_tensors
-from dreambooth_moslora.adapters.low_rank import LowRank
-from dreambooth_moslora.adapters.metadata import AdapterMetadata, most_common
-from dreambooth_moslora.adapters.moslora import adapter_layers, fold
-from dreambooth_moslora.adapters.new_tokens import NewTokens, write_tokens
-from dreambooth_moslora.adapters.proof import BOUNDS, FileProof, Proof, check_reduction, prove_file, published_name
-from dreambooth_moslora.adapters.raw_file import (
+from dreambooth_moslora.adapters.files.kohya import kohya_header, kohya_tensors
+from dreambooth_moslora.adapters.files.metadata import AdapterMetadata, most_common
+from dreambooth_moslora.adapters.files.proof import (
+    BOUNDS,
+    FileProof,
+    Proof,
+    check_reduction,
+    prove_file,
+    published_name,
+)
+from dreambooth_moslora.adapters.files.raw_file import (
     check_components,
     check_finite,
     check_storable,
     read_tensors,
     write_file,
 )
+from dreambooth_moslora.adapters.low_rank import LowRank
+from dreambooth_moslora.adapters.moslora import adapter_layers, fold
+from dreambooth_moslora.adapters.new_tokens import NewTokens, write_tokens
 from dreambooth_moslora.adapters.spectrum import Reduction, reduce_layers
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, TOKENS_SUFFIX, check_name, scratch_directory

@@ -25,7 +25,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dreambooth_moslora.adapters.joint_linear import LentTogether
+from dreambooth_moslora.adapters.fused.joint_linear import LentTogether
 from dreambooth_moslora.adapters.moslora import adapter_layers
 
 __all__ = [

@@ -7,13 +7,13 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from dreambooth_moslora.adapters.fused_linear import enable_fast_path
-from dreambooth_moslora.adapters.joint_linear import lay_together
-from dreambooth_moslora.adapters.stacked_adapters import twin
-from dreambooth_moslora.adapters.working_copies import WorkingCopies
+from dreambooth_moslora.adapters.fused.fused_linear import enable_fast_path
+from dreambooth_moslora.adapters.fused.joint_linear import lay_together
+from dreambooth_moslora.adapters.fused.stacked_adapters import twin
+from dreambooth_moslora.adapters.fused.working_copies import WorkingCopies
 from dreambooth_moslora.base.quantization import quantize
-from tests.adapters.test_fused_linear import adapted, assert_same, unet_loss
-from tests.adapters.test_working_copies import given, plain_step
+from tests.adapters.fused.test_fused_linear import adapted, assert_same, unet_loss
+from tests.adapters.fused.test_working_copies import given, plain_step
 from tests.helpers.tiny import tiny_unet
 
 WORDS = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(3))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dreambooth_moslora.adapters import proof
-from dreambooth_moslora.adapters.export import publish
+from dreambooth_moslora.adapters.files import proof
+from dreambooth_moslora.adapters.files.export import publish
 from dreambooth_moslora.core.errors import UserError
 from tests.helpers.live_adapters import facts_of, live
 

@@ -13,13 +13,13 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.export import published_tensors
+from dreambooth_moslora.adapters.files.export import published_tensors
+from dreambooth_moslora.adapters.files.lora_format import Part, Scales, projections, scales
+from dreambooth_moslora.adapters.files.metadata import most_common
+from dreambooth_moslora.adapters.files.proof import published_name
+from dreambooth_moslora.adapters.files.raw_file import COMPONENTS, component_tensors, matrices_from, read_raw
 from dreambooth_moslora.adapters.layers import matrix_layers, value_pattern
-from dreambooth_moslora.adapters.lora_format import Part, Scales, projections, scales
 from dreambooth_moslora.adapters.low_rank import LowRank
-from dreambooth_moslora.adapters.metadata import most_common
-from dreambooth_moslora.adapters.proof import published_name
-from dreambooth_moslora.adapters.raw_file import COMPONENTS, component_tensors, matrices_from, read_raw
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core.digests import file_digest
 from dreambooth_moslora.core.errors import UserError, one_line

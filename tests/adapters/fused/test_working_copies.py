@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from dreambooth_moslora.adapters.fused_linear import disable_fast_path, enable_fast_path
+from dreambooth_moslora.adapters.fused.fused_linear import disable_fast_path, enable_fast_path
+from dreambooth_moslora.adapters.fused.working_copies import WorkingCopies
 from dreambooth_moslora.adapters.mixer import MixerLinear
 from dreambooth_moslora.adapters.moslora import adapter_layers, disabled
-from dreambooth_moslora.adapters.working_copies import WorkingCopies
-from tests.adapters.test_fused_linear import Block, adapted, assert_same, unet_loss
+from tests.adapters.fused.test_fused_linear import Block, adapted, assert_same, unet_loss
 from tests.helpers.tiny import tiny_unet
 
 KINDS = {

@@ -11,10 +11,16 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.files.raw_file import (
+    check_finite,
+    component_tensors,
+    matrices_from,
+    read_raw,
+    read_tensors,
+)
 from dreambooth_moslora.adapters.low_rank import LowRank
-from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.new_tokens import KEYS, read_tokens
-from dreambooth_moslora.adapters.raw_file import check_finite, component_tensors, matrices_from, read_raw, read_tensors
 from dreambooth_moslora.adapters.spectrum import diagnose, effective_rank_of, summary
 from dreambooth_moslora.core.errors import UserError, one_line
 

@@ -11,8 +11,8 @@ of the others carries r/alpha: diffusers loses the alphas of attention projectio
 import torch
 from torch import Tensor
 
+from dreambooth_moslora.adapters.files.metadata import AdapterMetadata, most_common
 from dreambooth_moslora.adapters.low_rank import LowRank
-from dreambooth_moslora.adapters.metadata import AdapterMetadata, most_common
 
 __all__ = ["kohya_header", "kohya_name", "kohya_tensors"]
 
