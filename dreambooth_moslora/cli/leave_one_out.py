@@ -9,7 +9,7 @@ from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.run_folder import atomic_write
 from dreambooth_moslora.core.toy import is_toy
-from dreambooth_moslora.evaluation.study import StudySubject
+from dreambooth_moslora.evaluation.studies.study import StudySubject
 from dreambooth_moslora.training.planning.choices import recipe_settings
 
 __all__ = ["USUAL_STEPS", "leave_one_out", "short_run"]
@@ -56,7 +56,7 @@ def leave_one_out(config: TrainConfig, names: list[str], out: Path) -> str:
         table_of,
         verdict,
     )
-    from dreambooth_moslora.evaluation.study_run import run_study
+    from dreambooth_moslora.evaluation.studies.run import run_study
 
     study = study_without_each(config, names)
     progress = CellProgress()

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreambooth_moslora.evaluation.study import Cell, Study
-from dreambooth_moslora.evaluation.study_run import run_cell
+from dreambooth_moslora.evaluation.studies.run import run_cell
+from dreambooth_moslora.evaluation.studies.study import Cell, Study
 from dreambooth_moslora.fleet.cluster import Lost, Task, room_for, run_tasks
 from dreambooth_moslora.fleet.sizing import Machines
 
@@ -16,7 +16,7 @@ __all__ = ["CellRunner"]
 
 @dataclass(frozen=True)
 class CellRunner:
-    """Stands for `study_run.run_cells`: as many cells at once as `machines` take, or at most `jobs`.
+    """Stands for `studies.run.run_cells`: as many cells at once as `machines` take, or at most `jobs`.
 
     `run` is what a worker does with a cell.
     """

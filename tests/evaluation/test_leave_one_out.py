@@ -21,9 +21,9 @@ from dreambooth_moslora.evaluation.leave_one_out import (
     table_of,
     verdict,
 )
-from dreambooth_moslora.evaluation.study import Cell, Protocol
-from dreambooth_moslora.evaluation.study_run import run_study
-from dreambooth_moslora.evaluation.study_stats import Result
+from dreambooth_moslora.evaluation.studies.run import run_study
+from dreambooth_moslora.evaluation.studies.stats import Result
+from dreambooth_moslora.evaluation.studies.study import Cell, Protocol
 
 ROOT = Path(__file__).parents[2]
 NAMES = [f"{number}.jpg" for number in range(6)]

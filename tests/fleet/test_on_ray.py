@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from dreambooth_moslora.core.versions import installed_versions
-from dreambooth_moslora.evaluation.study import Protocol, Study, StudySubject
+from dreambooth_moslora.evaluation.studies.study import Protocol, Study, StudySubject
 from dreambooth_moslora.fleet.cells import CellRunner
 from dreambooth_moslora.fleet.cluster import INSTALL, Lost, Task, connected, largest_node_gib, run_tasks
 from dreambooth_moslora.fleet.records import read_record, stop_path
@@ -120,7 +120,7 @@ def test_a_task_that_raises_or_always_kills_its_worker_stops_no_other(machines):
 
 
 def test_a_study_has_the_same_results_on_ray(machines, tiny_base, tmp_path):
-    from dreambooth_moslora.evaluation.study_run import run_study
+    from dreambooth_moslora.evaluation.studies.run import run_study
 
     clip, dino = save_tiny_encoders(tmp_path / "encoders")
     subject = StudySubject(str(paint_photos(tmp_path / "dog")), "a photo of sks dog")

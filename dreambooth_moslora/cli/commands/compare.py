@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreambooth_moslora.cli.commands.fleet import add_cluster_flags, check_shares
-from dreambooth_moslora.evaluation.study import Study, load_study
+from dreambooth_moslora.evaluation.studies.study import Study, load_study
 
 if TYPE_CHECKING:
-    from dreambooth_moslora.evaluation.study_run import Progress
-    from dreambooth_moslora.evaluation.study_stats import Result
+    from dreambooth_moslora.evaluation.studies.run import Progress
+    from dreambooth_moslora.evaluation.studies.stats import Result
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -34,14 +34,14 @@ def run(args: argparse.Namespace) -> int:
     study, out = load_study(Path(args.config)), Path(args.output_dir)
     tuning, tests = len(study.tuning_cells()), len(study.test_cells(AnyRate()))
     print(f"{tuning + tests} trainings: {tuning} to choose learning rates, {tests} to compare", file=sys.stderr)
-    from dreambooth_moslora.evaluation.study_run import run_study, unfinished
+    from dreambooth_moslora.evaluation.studies.run import run_study, unfinished
 
     if args.dry_run:
         todo = unfinished(study, out)
         print("\n".join(cell.name for cell in todo))
         print(f"{len(todo)} of them are still to be done", file=sys.stderr)
         return 0
-    from dreambooth_moslora.evaluation.study_report import write_comparison
+    from dreambooth_moslora.evaluation.studies.report import write_comparison
 
     progress = CellProgress()
     if args.ray_address and not args.report_only:
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_on_cluster(study: Study, out: Path, progress: "CellProgress", args: argparse.Namespace) -> list["Result"]:
-    from dreambooth_moslora.evaluation.study_run import run_study
+    from dreambooth_moslora.evaluation.studies.run import run_study
     from dreambooth_moslora.fleet.cells import CellRunner
     from dreambooth_moslora.fleet.cluster import connected, gpu_memory_gib, largest_node_gib
     from dreambooth_moslora.fleet.sizing import Machines

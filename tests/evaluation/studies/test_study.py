@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.evaluation.study import Cell, Study, StudySubject, load_study
-from dreambooth_moslora.evaluation.study_stats import Result, best_rates, outcomes, summaries
+from dreambooth_moslora.evaluation.studies.stats import Result, best_rates, outcomes, summaries
+from dreambooth_moslora.evaluation.studies.study import Cell, Study, StudySubject, load_study
 
-MIXERS = Path(__file__).parents[2] / "assets" / "studies" / "mixers.toml"
+MIXERS = Path(__file__).parents[3] / "assets" / "studies" / "mixers.toml"
 
 
 @pytest.fixture

@@ -13,13 +13,12 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.pictures import Row, draw_contact_sheet
 from dreambooth_moslora.core.run_files.run_folder import atomic_write
-from dreambooth_moslora.evaluation import study_plots
 from dreambooth_moslora.evaluation.evaluate import RELATIVE
 from dreambooth_moslora.evaluation.html_page import figure, page, picture, section, table
 from dreambooth_moslora.evaluation.intervals import Interval
-from dreambooth_moslora.evaluation.study import Study
-from dreambooth_moslora.evaluation.study_run import STRIP_PX, result_path
-from dreambooth_moslora.evaluation.study_stats import (
+from dreambooth_moslora.evaluation.studies import plots as study_plots
+from dreambooth_moslora.evaluation.studies.run import STRIP_PX, result_path
+from dreambooth_moslora.evaluation.studies.stats import (
     ArmSummary,
     Outcome,
     Result,
@@ -29,6 +28,7 @@ from dreambooth_moslora.evaluation.study_stats import (
     seeds_of,
     summaries,
 )
+from dreambooth_moslora.evaluation.studies.study import Study
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo import open_rgb
 

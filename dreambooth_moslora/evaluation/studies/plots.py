@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from dreambooth_moslora.evaluation.study_stats import ArmSummary, Outcome
+from dreambooth_moslora.evaluation.studies.stats import ArmSummary, Outcome
 
 __all__ = ["difference_plot", "rate_plot", "trade_off_plot", "win_plot"]
 

@@ -39,8 +39,8 @@ from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.evaluation.encoders import TOY_DINO, Encoders, load_encoders, own_encoders
 from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator, evaluate_adapter, truth_of
 from dreambooth_moslora.evaluation.protocol import plan_for
-from dreambooth_moslora.evaluation.study import Cell, Study
-from dreambooth_moslora.evaluation.study_stats import JUDGED, Result, best_rates, is_tuned
+from dreambooth_moslora.evaluation.studies.stats import JUDGED, Result, best_rates, is_tuned
+from dreambooth_moslora.evaluation.studies.study import Cell, Study
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.photos.folder import instance_photos
 from dreambooth_moslora.photos.masks import open_mask

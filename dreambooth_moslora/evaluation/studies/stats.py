@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dreambooth_moslora.evaluation.intervals import Interval, bootstrap_mean
-from dreambooth_moslora.evaluation.study import Cell, Study
+from dreambooth_moslora.evaluation.studies.study import Cell, Study
 
 __all__ = [
     "MEASURES",

@@ -14,9 +14,8 @@ import pytest
 from PIL import Image, ImageChops, ImageOps, ImageStat
 
 from dreambooth_moslora.core.config.train_config import TrainConfig
-from dreambooth_moslora.evaluation.study import Cell, Protocol, Study, StudySubject
-from dreambooth_moslora.evaluation.study_report import write_comparison
-from dreambooth_moslora.evaluation.study_run import (
+from dreambooth_moslora.evaluation.studies.report import write_comparison
+from dreambooth_moslora.evaluation.studies.run import (
     budget_ranks,
     content_of,
     count_parameters,
@@ -26,7 +25,8 @@ from dreambooth_moslora.evaluation.study_run import (
     run_study,
     unfinished,
 )
-from dreambooth_moslora.evaluation.study_stats import JUDGED, MEASURES, Result, best_rates, is_tuned
+from dreambooth_moslora.evaluation.studies.stats import JUDGED, MEASURES, Result, best_rates, is_tuned
+from dreambooth_moslora.evaluation.studies.study import Cell, Protocol, Study, StudySubject
 from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_training import paint_photos
 
@@ -120,7 +120,7 @@ def test_workers_end_with_the_study_that_started_them():
         "import os, time\n"
         "from concurrent.futures import ProcessPoolExecutor\n"
         "from multiprocessing import get_context\n"
-        "from dreambooth_moslora.evaluation.study_run import begin_worker\n"
+        "from dreambooth_moslora.evaluation.studies.run import begin_worker\n"
         "if __name__ == '__main__':\n"
         "    pool = ProcessPoolExecutor(1, get_context('spawn'), begin_worker, (1, os.getpid()))\n"
         "    print(pool.submit(os.getpid).result(), flush=True)\n"
