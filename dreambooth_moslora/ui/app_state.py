@@ -20,11 +20,11 @@ from dreambooth_moslora.base.locate import SMALL_BASE_PX
 from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.toy import preferred_guidance
 from dreambooth_moslora.generation.params import GenerationParams
-from dreambooth_moslora.ui.adapter_catalog import AdapterCatalog
+from dreambooth_moslora.ui.adapters.catalog import AdapterCatalog
+from dreambooth_moslora.ui.jobs.gpu_turns import GpuTurns
+from dreambooth_moslora.ui.jobs.jobs import Jobs
+from dreambooth_moslora.ui.jobs.queue_turns import QueueTurns
 from dreambooth_moslora.ui.server.users import Visitor, Visitors, visitor_id
-from dreambooth_moslora.ui.training.gpu_turns import GpuTurns
-from dreambooth_moslora.ui.training.jobs import Jobs
-from dreambooth_moslora.ui.training.queue_turns import QueueTurns
 
 if TYPE_CHECKING:
     from dreambooth_moslora.generation.pipeline import SubjectPipeline

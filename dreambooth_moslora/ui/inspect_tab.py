@@ -8,11 +8,11 @@ import gradio as gr
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.generation.params import Recipe
 from dreambooth_moslora.generation.schedulers import SCHEDULERS
-from dreambooth_moslora.ui.adapter_check import check_upload
+from dreambooth_moslora.ui.adapters.check import check_upload
 from dreambooth_moslora.ui.app_state import TELLING, AppContext, as_gradio_error, sentence
-from dreambooth_moslora.ui.generate_tab import GenerateTab, to_widgets
+from dreambooth_moslora.ui.generate.recipe_to_form import recipe_of
+from dreambooth_moslora.ui.generate.tab import GenerateTab, to_widgets
 from dreambooth_moslora.ui.html_snippets import facts_table, notice
-from dreambooth_moslora.ui.recipe_to_form import recipe_of
 from dreambooth_moslora.ui.server.libraries import import_libraries
 
 __all__ = ["build_inspect_tab"]

@@ -8,7 +8,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from dreambooth_moslora.ui.app_state import AppContext
-from dreambooth_moslora.ui.generate_tab import build_generate_tab
+from dreambooth_moslora.ui.generate.tab import build_generate_tab
 from dreambooth_moslora.ui.inspect_tab import build_inspect_tab
 from dreambooth_moslora.ui.server.body_limit import MAX_UPLOAD_BYTES, BodySizeLimit
 from dreambooth_moslora.ui.server.host_check import LOOPBACK, outermost
@@ -21,7 +21,7 @@ from dreambooth_moslora.ui.server.users import VisitorCookie
 from dreambooth_moslora.ui.shortcuts import HEAD
 from dreambooth_moslora.ui.style import CSS
 from dreambooth_moslora.ui.theme import theme
-from dreambooth_moslora.ui.train_tab import build_train_tab
+from dreambooth_moslora.ui.train.tab import build_train_tab
 
 __all__ = ["build_app", "launch_options"]
 

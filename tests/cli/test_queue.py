@@ -10,7 +10,7 @@ from dreambooth_moslora.cli import one_word
 from dreambooth_moslora.cli.commands import queue as command
 from dreambooth_moslora.cli.main import main, train_main
 from dreambooth_moslora.training.run_folders.run_queue import RunQueue
-from dreambooth_moslora.ui.training import jobs as page_jobs
+from dreambooth_moslora.ui.jobs import jobs as page_jobs
 from tests.helpers.tiny_training import paint_photos
 
 TOY = ["--pretrained_model_name_or_path", "toy", "--instance_prompt", "a photo of sks hen", "--resolution", "64"]

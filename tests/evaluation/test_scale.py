@@ -14,7 +14,7 @@ from dreambooth_moslora.adapters.files.raw_file import read_tensors
 from dreambooth_moslora.adapters.files.scale_note import note_scale
 from dreambooth_moslora.training.results.best_scale import choose_scale
 from dreambooth_moslora.training.results.model_card import with_strength
-from dreambooth_moslora.ui.adapter_summary import summary_of
+from dreambooth_moslora.ui.adapters.summary import summary_of
 from tests.helpers.tiny_adapters import save_diffusers_lora
 
 

@@ -19,8 +19,8 @@ from dreambooth_moslora.serving.catalogue import open_catalogue
 from dreambooth_moslora.serving.client import RemotePipeline, Service
 from dreambooth_moslora.serving.drawer import Drawer
 from dreambooth_moslora.serving.front import Front, build_front
-from dreambooth_moslora.ui.generate_actions import compare, make_pictures
-from dreambooth_moslora.ui.generate_form import GenerateForm
+from dreambooth_moslora.ui.generate.actions import compare, make_pictures
+from dreambooth_moslora.ui.generate.form import GenerateForm
 from tests.helpers.tiny_adapters import save_diffusers_lora
 
 TOKEN = "correct-horse-battery"

@@ -17,9 +17,9 @@ from gradio_client.exceptions import AppError
 
 from dreambooth_moslora.generation.params import GenerationParams, read_recipe
 from dreambooth_moslora.generation.pipeline import Image
+from dreambooth_moslora.ui.jobs.jobs import Job
 from dreambooth_moslora.ui.server.users import COOKIE, visitor_id
-from dreambooth_moslora.ui.train_form import TrainForm
-from dreambooth_moslora.ui.training.jobs import Job
+from dreambooth_moslora.ui.train.form import TrainForm
 from tests.helpers.ui_server import cookie_of, secret_of
 
 FAST = {"steps": 3, "guidance_scale": 2.0}

@@ -10,8 +10,8 @@ import pytest
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.ui.jobs.jobs import Job, Jobs
 from dreambooth_moslora.ui.server.users import visitor_id
-from dreambooth_moslora.ui.training.jobs import Job, Jobs
 from tests.helpers.ui_server import serve
 
 browser_module = pytest.importorskip("tests.helpers.browser")

@@ -8,14 +8,14 @@ import pytest
 from safetensors.torch import save_file
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.ui.adapter_catalog import AdapterCatalog
+from dreambooth_moslora.ui.adapters.catalog import AdapterCatalog
 from dreambooth_moslora.ui.app_state import AppContext
-from dreambooth_moslora.ui.generate_actions import compare, make_pictures
-from dreambooth_moslora.ui.generate_form import GenerateForm
+from dreambooth_moslora.ui.generate.actions import compare, make_pictures
+from dreambooth_moslora.ui.generate.form import GenerateForm
+from dreambooth_moslora.ui.jobs.jobs import Job, Jobs
 from dreambooth_moslora.ui.server.users import Visitor
-from dreambooth_moslora.ui.train_form import TrainForm
-from dreambooth_moslora.ui.train_start import start_run
-from dreambooth_moslora.ui.training.jobs import Job, Jobs
+from dreambooth_moslora.ui.train.form import TrainForm
+from dreambooth_moslora.ui.train.start import start_run
 
 OWNER = "a" * 64
 PAGE = SimpleNamespace(username=None, cookies={}, session_hash="page")

@@ -17,8 +17,8 @@ from dreambooth_moslora.core.errors import UserError, spelled_out
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from dreambooth_moslora.ui.training.jobs import Job
-    from dreambooth_moslora.ui.training.queue_turns import QueueTurns
+    from dreambooth_moslora.ui.jobs.jobs import Job
+    from dreambooth_moslora.ui.jobs.queue_turns import QueueTurns
 
 __all__ = ["HELP", "add_arguments", "enqueue", "run"]
 
@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dreambooth_moslora.ui.training.jobs import Jobs
-    from dreambooth_moslora.ui.training.queue_turns import QueueTurns
+    from dreambooth_moslora.ui.jobs.jobs import Jobs
+    from dreambooth_moslora.ui.jobs.queue_turns import QueueTurns
 
     turns = QueueTurns(Jobs(Path(os.path.abspath(args.runs_dir))))
     match args.words:
@@ -68,7 +68,7 @@ def enqueue(config: TrainConfig, argv: list[str]) -> str:
     from dreambooth_moslora.photos.folder import photo_report
     from dreambooth_moslora.training.planning.checks import check_folders, check_settings
     from dreambooth_moslora.training.run_folders.run_queue import QueuedRun, RunQueue
-    from dreambooth_moslora.ui.training.jobs import Jobs
+    from dreambooth_moslora.ui.jobs.jobs import Jobs
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--queue: its runs are one process each; start it without a launcher.")
@@ -129,7 +129,7 @@ def progress_of(turns: "QueueTurns", name: str) -> str:
 
 
 def job_of(turns: "QueueTurns", name: str) -> "Job | None":
-    from dreambooth_moslora.ui.training.jobs import Job
+    from dreambooth_moslora.ui.jobs.jobs import Job
 
     return Job.load(turns.jobs.runs_dir / name)
 

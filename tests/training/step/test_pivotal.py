@@ -24,8 +24,8 @@ from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.results.hub import public_files
 from dreambooth_moslora.training.step.optimizer import make_optimizer, parameter_groups
 from dreambooth_moslora.training.step.pivotal import LearntTokens, fresh_tokens
-from dreambooth_moslora.ui.adapter_catalog import AdapterCatalog
-from dreambooth_moslora.ui.adapter_summary import summary_of
+from dreambooth_moslora.ui.adapters.catalog import AdapterCatalog
+from dreambooth_moslora.ui.adapters.summary import summary_of
 from tests.helpers.tiny import save_tiny_sdxl
 from tests.helpers.tiny_training import paint_photos, tiny_config
 

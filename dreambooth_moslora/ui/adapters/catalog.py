@@ -1,0 +1,98 @@
+"""The adapters that can be chosen: files in known folders by name, never a path that somebody typed."""
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from dreambooth_moslora.core.assets import assets_folder
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.names import free_name
+from dreambooth_moslora.core.run_files.adapter_files import NONE, clean_name, files_by_name, run_files
+from dreambooth_moslora.training.run_folders.run_queue import COMMAND_LINE
+from dreambooth_moslora.ui.adapters.check import check_upload
+from dreambooth_moslora.ui.jobs.jobs import JOB_NAME, Job
+from dreambooth_moslora.ui.server.users import Visitor
+
+__all__ = ["AdapterCatalog"]
+
+PROJECT = assets_folder().parent
+MAX_UPLOADS = 16
+
+
+@dataclass(frozen=True)
+class AdapterCatalog:
+    """Finds adapters in `adapters_dir` (safetensors files) and `runs_dir` (finished runs and their checkpoints)."""
+
+    adapters_dir: Path
+    runs_dir: Path
+
+    def files(self, visitor: Visitor | None = None) -> dict[str, Path]:
+        """Name -> file. The visitor's own uploads come first; a checkpoint is called `run@step`.
+
+        Runs that a visitor started are on that visitor's shelf alone; runs of the command line are on everybody's.
+        """
+        uploads = dict(visitor.uploads) if visitor else {}
+        runs = [folder for folder in self.runs_dir.glob("*/") if _may_see(folder, visitor)]
+        files = [*sorted(self.adapters_dir.glob("*.safetensors")), *run_files(runs)]
+        return uploads | files_by_name(files, (self.adapters_dir, self.runs_dir), taken=uploads)
+
+    def path(self, name: str, visitor: Visitor | None = None) -> Path:
+        """Raises UserError for a name that is not on the shelf: names are looked up, never joined to a folder."""
+        files = self.files(visitor)
+        if name not in files:
+            raise UserError(f"there is no adapter {name!s:.60}; choose one of: {', '.join(files) or 'none is there'}")
+        return files[name]
+
+    def public_paths(self, visitor: Visitor | None = None) -> dict[str, str]:
+        """Name -> what to write for the file in a program, relative to the project: no folder of this machine."""
+        return {name: _public_path(file, self.runs_dir) for name, file in self.files(visitor).items()}
+
+    def name_of(self, file: Path, visitor: Visitor | None = None) -> str:
+        """The name under which `file` is on the shelf. Raises UserError when it is not."""
+        for name, path in self.files(visitor).items():
+            if path == file:
+                return name
+        raise UserError("there is no adapter yet")
+
+    def add_upload(self, uploaded: str | Path, visitor: Visitor) -> str:
+        """Keep an uploaded file for its visitor alone; returns its name. The pipeline has checked its content."""
+        source = Path(uploaded)
+        check_upload(source)
+        if len(visitor.uploads) >= MAX_UPLOADS:
+            raise UserError(f"{MAX_UPLOADS} adapters are uploaded already; reload the page later or use the folder")
+        name = free_name(clean_name(source.stem), {NONE, *self.files(visitor)}.__contains__, " ")
+        target = Path(tempfile.mkdtemp(prefix="adapter-", dir=visitor.folder)) / f"{name}.safetensors"
+        shutil.copyfile(source, target)
+        visitor.uploads[name] = target
+        return name
+
+
+def _may_see(run_dir: Path, visitor: Visitor | None) -> bool:
+    """A run without `job.json`, or without an owner, is of the command line; one whose owner cannot be read is nobody's
+    to see.
+    """
+    if not is_of_a_visitor(run_dir):
+        return True
+    job = Job.load(run_dir)
+    return job is not None and (job.owner == COMMAND_LINE or (visitor is not None and job.owner == visitor.id))
+
+
+def is_of_a_visitor(run_dir: Path) -> bool:
+    """Whether there is a `job.json`; when that cannot be told, it counts as there."""
+    try:
+        (run_dir / JOB_NAME).lstat()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _public_path(file: Path, runs_dir: Path) -> str:
+    """`runs/dog`, `runs/dog/checkpoint-500` or `assets/adapters/dog.safetensors`; elsewhere the bare name."""
+    is_run = file.is_relative_to(runs_dir)
+    wanted = file.parent if is_run else file
+    if wanted.is_relative_to(PROJECT):
+        return wanted.relative_to(PROJECT).as_posix()
+    return f"runs/{wanted.relative_to(runs_dir).as_posix()}" if is_run else file.name

@@ -1,0 +1,1 @@
+"""The Generate tab: its form, its widgets, and what its buttons do."""

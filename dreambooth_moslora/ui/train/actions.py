@@ -1,0 +1,227 @@
+"""What the Train tab does: take photos, show them as they will be cropped, and say how a run goes."""
+
+import math
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import PIL.Image
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.run_files.event_log import Metrics
+from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RunDir
+from dreambooth_moslora.training.results.best_step import CURVES
+from dreambooth_moslora.training.results.explain import closing_advice
+from dreambooth_moslora.training.results.figures import figures_from, known_config
+from dreambooth_moslora.ui.app_state import AppContext, sentence
+from dreambooth_moslora.ui.generate.actions import format_seconds
+from dreambooth_moslora.ui.html_snippets import faint, notice, progress_card, remarks_card
+from dreambooth_moslora.ui.jobs.jobs import Job, Jobs, JobState
+from dreambooth_moslora.ui.server.users import Visitor
+from dreambooth_moslora.ui.train.form import crop_config
+from dreambooth_moslora.ui.train.mask_corrections import take_with_masks
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.core.config.train_config import TrainConfig
+    from dreambooth_moslora.photos.photo import Photo
+
+__all__ = ["PhotoReview", "Watch", "link_into_user_folder", "review_kept", "review_photos", "watch"]
+
+PLOT_POINTS = 200
+SMOOTHING_STEPS = 25
+MAX_SAMPLES_SHOWN = 24
+PHASES = {
+    "loading": "Loading the base",
+    "captions": "Writing captions",
+    "masks": "Making masks",
+    "class_images": "Making class images",
+    "backgrounds": "Drawing new backgrounds",
+    "caching": "Looking at the photos once",
+    "training": "Training",
+    "sampling": "Drawing samples",
+    "evaluating": "Measuring fidelity",
+    "exporting": "Writing the adapter and checking it",
+}
+ENDINGS = {"done": "Done.", "interrupted": "Stopped; a checkpoint is written.", "failed": "The run failed."}
+
+
+@dataclass(frozen=True)
+class PhotoReview:
+    """Thumbnails as they will be cropped (path, caption) and what is noteworthy, as HTML."""
+
+    crops: list[tuple[PIL.Image.Image, str]]
+    remarks: str
+
+
+def review_photos(ctx: AppContext, files: list[str], visitor: Visitor, seed: int = 0) -> PhotoReview:
+    """Take clean copies and judge them. Raises UserError when no file is a photo."""
+    return review_kept(ctx, visitor, take_with_masks(files, visitor).remarks, seed)
+
+
+def review_kept(ctx: AppContext, visitor: Visitor, remarks: tuple[str, ...] = (), seed: int = 0) -> PhotoReview:
+    """Judge the clean copies that are there; `remarks` are lines about the files that they came from.
+
+    Each is shown by the first crop that a run with this `seed` takes of it.
+    """
+    from dreambooth_moslora.photos.checks import examine
+    from dreambooth_moslora.photos.folder import find_photos
+
+    config = crop_config(ctx.base_name, ctx.resolution_px, visitor.photos_dir, seed)
+    report = examine(find_photos(visitor.photos_dir, "", ctx.resolution_px), ctx.resolution_px)
+    crops = [
+        (first_crop(photo, number, config), ", ".join(photo.reasons) or "good")
+        for number, photo in enumerate(report.photos)
+    ]
+    lines = [*remarks, *(f"{Path(skipped.path).name}: {skipped.reason}" for skipped in report.skipped)]
+    lines += [f"photo {i}: {', '.join(photo.reasons)}" for i, photo in enumerate(report.photos, 1) if photo.reasons]
+    each = config.crops_per_photo
+    how = "shown as they will be cropped" if each == 1 else f"each shown by the first of its {each} crops"
+    return PhotoReview(crops, remarks_card(lines, f"{len(crops)} photo{'s' * (len(crops) != 1)}, {how}."))
+
+
+def first_crop(photo: "Photo", number: int, config: "TrainConfig") -> PIL.Image.Image:
+    """Of photo `number` of the folder, as training takes it; dark where its mask leaves it out."""
+    from dreambooth_moslora.photos.crop_preview import masked, plans_of
+    from dreambooth_moslora.photos.crops import apply_crop
+    from dreambooth_moslora.photos.masks import open_mask
+    from dreambooth_moslora.photos.photo import open_rgb
+
+    plan = next(plans_of(photo, number, config))
+    return apply_crop(masked(open_rgb(photo), open_mask(photo)), plan, config.image_interpolation_mode)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Everything the page shows of a run. `version` changes when anything else does."""
+
+    version: tuple
+    state: JobState
+    status: str
+    loss: pd.DataFrame
+    fidelity: pd.DataFrame
+    samples: list[tuple[str, str]]
+    log: str
+
+
+def watch(jobs: Jobs, job: Job, visitor: Visitor) -> Watch:
+    state, metrics = jobs.state(job), jobs.metrics(job)
+    return Watch(
+        version=(job.name, job.created, state, len(metrics.events)),
+        state=state,
+        status=status_card(replace(state, message=jobs.told(state.message)), metrics, best_of(job, metrics))
+        + (advice_card(metrics) if state.state == "done" else ""),
+        loss=loss_table(metrics),
+        fidelity=fidelity_table(metrics),
+        samples=samples_of(job, metrics, visitor),
+        log=jobs.told(job.log_tail()),
+    )
+
+
+def best_of(job: Job, metrics: Metrics) -> str:
+    """Which step scored best, and under which name its adapter is on the shelf; "" where nothing was scored."""
+    best = metrics.last("evaluation").get("best")
+    is_kept = (RunDir(job.run_dir).best_dir / PUBLISHED_NAME).is_file()
+    return f" The best was step {best.get('step')}: {job.name}@best." if isinstance(best, dict) and is_kept else ""
+
+
+def advice_card(metrics: Metrics) -> str:
+    """What to try after a scored run, the weightiest first; "" for other runs, and for one whose events are damaged."""
+    try:
+        config = known_config(metrics.last("start").get("config") or {})
+    except UserError:
+        return ""
+    return "".join(faint(f"Try next: {line}.") for line in closing_advice(figures_from(metrics.events, config)))
+
+
+def status_card(state: JobState, metrics: Metrics, best: str = "") -> str:
+    """One line of state and one of numbers."""
+    if state.state in ENDINGS:
+        detail = state.message or f"Step {state.step} of {state.max_train_steps}."
+        if state.state == "interrupted" and state.message:  # no checkpoint: it was stopped before the first step
+            return notice(f"{sentence(state.message)}.", "good")
+        kind = "bad" if state.state == "failed" else "good"
+        return notice(f"{ENDINGS[state.state]} {detail}{best}", kind)
+    if state.state == "starting":
+        return progress_card("Starting …", "loading the libraries", 0.0)
+    last, phase = metrics.last("step"), metrics.last("phase")
+    fraction = state.step / state.max_train_steps if state.max_train_steps else 0.0
+    if state.state == "stopping":
+        return progress_card("Stopping …", "the step is finished and a checkpoint written", fraction)
+    if state.phase in ("", "training") and last:
+        return progress_card(f"Step {state.step} of {state.max_train_steps}", numbers_of(last), fraction)
+    count = f" {phase.get('done')} of {phase['total']}" if int(phase.get("total") or 1) > 1 else ""
+    return progress_card(f"{PHASES.get(state.phase, state.phase or 'Preparing')}{count} …", numbers_of(last), fraction)
+
+
+def numbers_of(step: dict[str, Any]) -> str:
+    if not step:
+        return ""
+    seconds = step.get("step_sec") or 0
+    pace = "" if not seconds else f"{1 / seconds:.1f} steps/s" if seconds < 1 else f"{seconds:.1f} s a step"
+    parts = [
+        f"about {format_seconds(step['eta_sec'])} left" if step.get("eta_sec") is not None else "",
+        pace,
+        f"{step['memory_gib']:.1f} GiB" if step.get("memory_gib") else "",
+        f"loss {step['loss']:.3f}" if step.get("loss") is not None else "",
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def loss_table(metrics: Metrics) -> pd.DataFrame:
+    """Columns step, loss, part: the subject's and, with prior preservation, the class's loss, each smoothed."""
+    steps = {event["step"]: event for event in metrics.of("step")}  # a resumed run repeats some steps
+    tables = []
+    for name, key in (("subject", "loss_instance"), ("class (prior)", "loss_prior")):
+        values = {step: event.get(key) for step, event in sorted(steps.items()) if _is_number(event.get(key))}
+        if values:
+            smooth = pd.Series(values).rolling(SMOOTHING_STEPS, min_periods=1).mean()
+            thin = smooth.iloc[:: max(1, len(smooth) // PLOT_POINTS)]
+            tables.append(pd.DataFrame({"step": thin.index, "loss": thin.to_numpy(), "part": name}))
+    return pd.concat(tables) if tables else pd.DataFrame({"step": [], "loss": [], "part": []})
+
+
+def fidelity_table(metrics: Metrics) -> pd.DataFrame:
+    """Columns step, score, measure, from the evaluations of the run: the curves of its plot file."""
+    rows = [
+        {"step": event.get("step", 0), "score": event[name], "measure": label}
+        for event in metrics.of("evaluation")
+        for name, label in CURVES.items()
+        if _is_number(event.get(name))
+    ]
+    return pd.DataFrame(rows) if rows else pd.DataFrame({"step": [], "score": [], "measure": []})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def samples_of(job: Job, metrics: Metrics, visitor: Visitor) -> list[tuple[str, str]]:
+    """The sample pictures by step, step 0 first, as copies that only this visitor is lent.
+
+    Of too many, step 0 and the newest are kept: what the base draws is the measure of the rest.
+    """
+    found: dict[str, str] = {}
+    for event in metrics.of("sample"):
+        for name in event.get("files") or ():
+            found[Path(str(name)).name] = f"step {event.get('step')}"
+    there = [(file, caption) for name, caption in found.items() if (file := job.run_dir / "samples" / name).is_file()]
+    first = [item for item in there if item[1] == "step 0"][: MAX_SAMPLES_SHOWN // 2]
+    newest = [item for item in there if item not in first][-(MAX_SAMPLES_SHOWN - len(first)) :]
+    return [(str(link_into_user_folder(file, visitor, job.name)), caption) for file, caption in first + newest]
+
+
+def link_into_user_folder(file: Path, visitor: Visitor, run: str) -> Path:
+    """The file inside the visitor's own folder (a hard link where possible): what gradio may serve to this visitor."""
+    target = visitor.folder / "runs" / run / file.name
+    if target.exists() and target.stat().st_mtime_ns == file.stat().st_mtime_ns:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copy2(file, target)
+    return target

@@ -1,0 +1,185 @@
+"""The training form as a value: few words and numbers, to the settings that `train FOLDER WORD` would choose."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.toy import is_toy
+from dreambooth_moslora.generation.params import check_characters
+from dreambooth_moslora.training.planning.choices import (
+    TOKEN,
+    Choices,
+    choose_recipe,
+    choose_scores,
+    choose_steps,
+    choose_words,
+    encoders_are_here,
+    recipe_settings,
+)
+from dreambooth_moslora.ui.train.memory_choice import free_gib
+from dreambooth_moslora.ui.train.photo_uploads import kept_photos
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.photos.photo import Photo
+
+__all__ = ["MEMORY_WORDS", "PRESETS", "PRIORS", "TrainForm", "crop_config", "prompts_of"]
+
+MAX_WORD_CHARACTERS = 60
+PRESETS = {"quick": 0.5, "standard": 1.0, "thorough": 2.0}
+"""Name -> how often each photo is shown, as a multiple of what the recipe says."""
+MEMORY_WORDS = ("auto", "full", "recompute", "nf4")
+PRIORS = ("adapter_off", "class_images")
+
+
+def prompts_of(token: str, class_word: str) -> tuple[str, str]:
+    """("a photo of a sks dog", "a photo of a dog"). Raises UserError for missing or endless words."""
+    token, class_word = (" ".join(str(word or "").split()) for word in (token, class_word))
+    for word, name in ((token, "the token (a rare word, such as sks)"), (class_word, "the class word (such as dog)")):
+        if not word:
+            raise UserError(f"{name} is missing")
+        if len(word) > MAX_WORD_CHARACTERS:
+            raise UserError(f"{name} is too long; one to three words are enough")
+        check_characters(word, name)
+    return f"a photo of a {token} {class_word}", f"a photo of a {class_word}"
+
+
+@dataclass(frozen=True)
+class TrainForm:
+    """Names of the fields are the API's argument names. 0 in a number, and None, mean: as the recipe has it."""
+
+    token: str
+    class_word: str
+    run_name: str = ""
+    preset: str = "standard"
+    prior_preservation: bool = True
+    captions: str = ""
+    rank: int = 0
+    learning_rate: float = 0.0
+    steps: int = 0
+    mixer: str = "orthogonal"
+    seed: int = 0
+    make_masks: bool | None = None
+    memory: str = "auto"
+    prior: str = "adapter_off"
+    prior_weight: float = 0.0
+    unmasked_weight: float = 0.2
+    scores: bool | None = None
+    make_captions: bool = False
+
+    def choices(
+        self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path, *, is_queued: bool = False
+    ) -> Choices:
+        """What the command would choose for these photos and this word. Raises UserError for what makes no sense."""
+        given = self.given(base, resolution_px, photos_dir, run_dir)
+        share, wants_scores = PRESETS[_one_of(PRESETS, self.preset, "preset")], _switch(self.scores, "scores")
+        is_usual = wants_scores == encoders_are_here(base)
+        choices = Choices(given)
+        exposures = choose_recipe(choices, free_for(base, is_later=is_queued))
+        choose_words(choices, " ".join(str(self.class_word).split()))
+        photos = usable_photos(photos_dir, resolution_px)
+        choose_steps(choices, round(share * exposures), photos)
+        choose_scores(choices, len(photos), None if is_usual else wants_scores)
+        return choices
+
+    def config(self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path) -> dict[str, Any]:
+        """All settings, for TrainConfig."""
+        return self.choices(base, resolution_px, photos_dir, run_dir).all
+
+    def given(self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path) -> dict[str, Any]:
+        """What the form itself says, under the names of TrainConfig. Raises UserError."""
+        prompts_of(self.token, self.class_word)
+        check_characters(str(self.captions or ""), "a caption")
+        token, makes_masks = " ".join(str(self.token).split()), _switch(self.make_masks, "make_masks")
+        is_usual = makes_masks in (None, is_toy(base))
+        memory = _one_of(MEMORY_WORDS, self.memory, "memory")
+        numbers = {
+            "token": token if token != TOKEN else "",
+            "rank": _whole(self.rank, "rank", 256),
+            "learning_rate": _number(self.learning_rate, "learning rate", 10),
+            "max_train_steps": _whole(self.steps, "steps", 100_000),
+            "memory": "" if is_toy(base) else memory,
+            "masks": "" if is_usual else "auto" if makes_masks else "given",
+            "captions": "auto" if _switch(self.make_captions, "make_captions") else "",
+        }
+        return {
+            "pretrained_model_name_or_path": base,
+            "variant": None,  # the files that the page itself has loaded
+            "instance_data_dir": str(photos_dir),
+            "output_dir": str(run_dir),
+            "resolution": resolution_px,
+            "mixer": self.mixer,
+            "seed": _whole(self.seed, "seed", 2**32 - 1),
+            "unmasked_weight": _number(self.unmasked_weight, "weight outside the mask", 1),
+            **{name: value for name, value in numbers.items() if value},
+            **self.prior_given(),
+        }
+
+    def prior_given(self) -> dict[str, Any]:
+        prior = _one_of(PRIORS, self.prior, "prior")
+        weight = _number(self.prior_weight, "prior weight", 100)
+        if not self.prior_preservation:
+            return {"with_prior_preservation": False}
+        return ({"prior": prior} if prior != PRIORS[0] else {}) | ({"prior_loss_weight": weight} if weight else {})
+
+    def write_captions(self, photos_dir: Path) -> None:
+        """One line for each photo, in their order, becomes the text file beside it; empty lines are left out."""
+        for photo, line in zip(kept_photos(photos_dir), str(self.captions or "").splitlines()):
+            if line.strip():
+                photo.with_suffix(".txt").write_text(line.strip(), encoding="utf-8")
+
+
+def free_for(base: str, *, is_later: bool = False) -> float | None:
+    """GiB that decide the recipe: of the GPU; none are asked for by the embedded base."""
+    return None if is_toy(base) else free_gib(is_later=is_later)
+
+
+def usable_photos(photos_dir: Path, resolution_px: int) -> list["Photo"]:
+    from dreambooth_moslora.photos.folder import find_photos
+
+    photos = find_photos(photos_dir, "", resolution_px).photos
+    if not photos:
+        raise UserError("none of the photos can be used; what is wrong with each stands below them")
+    return photos
+
+
+def crop_config(base: str, resolution_px: int, photos_dir: Path, seed: Any = 0) -> TrainConfig:
+    """What decides the crops of a run from this form, as `TrainForm.choices` has it; the words are not asked for."""
+    _, recipe = recipe_settings(base, free_for(base))
+    own = {
+        "pretrained_model_name_or_path": base,
+        "instance_data_dir": str(photos_dir),
+        "instance_prompt": "a photo",
+        "resolution": resolution_px,
+        "seed": _whole(seed, "seed", 2**32 - 1),
+    }
+    return TrainConfig.from_dict(recipe | own)
+
+
+def _whole(value: Any, name: str, limit: int) -> int:
+    value = 0 if value is None else value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= limit or not float(value).is_integer():
+        raise UserError(f"{name} must be a whole number from 0 to {limit}, not {value!r:.30}")
+    return int(value)
+
+
+def _number(value: Any, name: str, limit: float) -> float:
+    value = 0.0 if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= limit:
+        raise UserError(f"the {name} must be a number from 0 to {limit}, not {value!r:.30}")
+    return float(value)
+
+
+def _switch(value: Any, name: str) -> bool | None:
+    if value not in (True, False, None):
+        raise UserError(f"{name} must be true or false, not {value!r:.30}")
+    return value
+
+
+def _one_of(names: Collection[str], value: Any, kind: str) -> str:
+    if not isinstance(value, str) or value not in names:
+        raise UserError(f"there is no {kind} {value!r:.30}; choose {', '.join(names)}")
+    return value

@@ -1,0 +1,212 @@
+"""Masks of a visitor's photos: shown as the run will have them, and corrected by hand.
+
+A correction is kept under the digest of its photo's clean copy, so that it comes back when the same photos are taken
+in once more; beside the copy it is `photo_01.mask.png`, like a mask that came with the photo.
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import PIL.Image
+import PIL.ImageChops
+
+from dreambooth_moslora.core.digests import file_digest
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.ui.server.users import Visitor
+from dreambooth_moslora.ui.train.photo_uploads import ONE_AT_A_TIME, Intake, kept_photos, take_photos
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.core.config.train_config import TrainConfig
+    from dreambooth_moslora.photos.photo import Photo
+
+__all__ = [
+    "EDIT_PX",
+    "LEARNED",
+    "LEFT_OUT",
+    "ShownMask",
+    "editor_picture",
+    "keep_mask",
+    "put_back",
+    "shown_masks",
+    "take_with_masks",
+]
+
+EDIT_PX = 768
+"""Sides of the square that is painted on: the photo, scaled to it, and a margin. The mask is then scaled to the photo's
+own size.
+"""
+MARGIN = (226, 228, 232)
+LEARNED, LEFT_OUT = (13, 148, 136), (225, 29, 72)
+"""Colours of the brush: what becomes white in the mask, and what becomes black."""
+TINT = 0.5
+PAINTED = 64
+"""Alpha from which a pixel counts as painted; the brush is less transparent, its edge more."""
+MOST_KEPT = 200
+"""Files of corrections that a visitor has; the oldest go."""
+NO_MASK = "no mask: all of it is learned"
+GONE = "this photo is not there any more; show the masks again"
+EMPTY = "the mask is empty: paint green what is to be learned of this photo"
+
+
+@dataclass(frozen=True)
+class ShownMask:
+    """`photo` is the name of the clean copy; `picture` the photo, dark where it is not learned."""
+
+    photo: str
+    picture: PIL.Image.Image
+    remark: str
+
+
+def take_with_masks(files: list[str], visitor: Visitor) -> Intake:
+    """`take_photos`, and the corrections that were made to the same photos before."""
+    intake = take_photos(files, visitor.photos_dir)
+    for photo in kept_photos(visitor.photos_dir):
+        if (corrected := corrections_of(visitor, photo)[0]).is_file():
+            shutil.copyfile(corrected, beside(photo))
+    return intake
+
+
+def shown_masks(config: "TrainConfig", visitor: Visitor) -> Iterator[ShownMask]:
+    """Of each usable photo, as a run with these settings has it; what it would make is made here, and kept.
+
+    Raises UserError for a segmenter that is not there.
+    """
+    from dreambooth_moslora.photos.crop_preview import masked
+    from dreambooth_moslora.photos.mask_making import quality_warning
+    from dreambooth_moslora.photos.masks import open_mask
+    from dreambooth_moslora.photos.photo import open_rgb
+
+    for photo, remark in with_made_masks(config, visitor):
+        mask = open_mask(photo)
+        reason = remark or next((words for words in photo.reasons if words.startswith("mask not used")), "")
+        words = NO_MASK if mask is None else quality_warning(mask)
+        image = open_rgb(photo)
+        image.thumbnail((EDIT_PX, EDIT_PX))
+        yield ShownMask(photo.path.name, masked(image, mask), reason or words)
+
+
+def with_made_masks(config: "TrainConfig", visitor: Visitor) -> Iterator[tuple["Photo", str]]:
+    """Each photo with its mask, if it has one, and what to know of the making."""
+    from dreambooth_moslora.photos.folder import photo_report
+    from dreambooth_moslora.photos.mask_making import make_kept
+    from dreambooth_moslora.photos.segmenters import load_segmenter
+
+    segmenter = load_segmenter(config) if config.masks == "auto" else None
+    for photo in photo_report(config).photos:
+        if photo.mask_path is not None or segmenter is None:
+            yield photo, ""
+            continue
+        (made,) = make_kept([photo], segmenter, visitor.folder / "made_masks")
+        yield replace(photo, mask_path=made.path), made.remark
+
+
+def editor_picture(visitor: Visitor, name: str, config: "TrainConfig") -> PIL.Image.Image:
+    """The photo of that name on its square, tinted where its mask is white."""
+    from dreambooth_moslora.photos.photo import open_rgb
+
+    photo = open_rgb(photo_now(visitor, name, config))
+    left, top, right, bottom = place_of(photo.size)
+    square = PIL.Image.new("RGB", (EDIT_PX, EDIT_PX), MARGIN)
+    square.paste(photo.resize((right - left, bottom - top)), (left, top))
+    tinted = PIL.Image.blend(square, PIL.Image.new("RGB", square.size, LEARNED), TINT)
+    return PIL.Image.composite(tinted, square, mask_on_square(visitor, name, config))
+
+
+def mask_on_square(visitor: Visitor, name: str, config: "TrainConfig") -> PIL.Image.Image:
+    """L: the mask that the run would take now, black where there is none."""
+    from dreambooth_moslora.photos.masks import open_mask
+
+    photo = photo_now(visitor, name, config)
+    mask, square = open_mask(photo), PIL.Image.new("L", (EDIT_PX, EDIT_PX), 0)
+    if mask is not None:
+        left, top, right, bottom = place_of((photo.size_px[1], photo.size_px[0]))
+        square.paste(mask.resize((right - left, bottom - top)).point(as_black_or_white), (left, top))
+    return square
+
+
+def photo_now(visitor: Visitor, name: str, config: "TrainConfig") -> "Photo":
+    found = (photo for photo, _ in with_made_masks(config, visitor) if photo.path.name == name)
+    if (photo := next(found, None)) is None:
+        raise UserError(GONE)
+    return photo
+
+
+def as_black_or_white(value: int) -> int:
+    return 255 * (value > 127)
+
+
+def place_of(size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Where a photo of (width, height) lies in the middle of its square: left, top, right, bottom."""
+    scale = EDIT_PX / max(size)
+    width, height = (max(1, round(side * scale)) for side in size)
+    left, top = (EDIT_PX - width) // 2, (EDIT_PX - height) // 2
+    return left, top, left + width, top + height
+
+
+def keep_mask(visitor: Visitor, name: str, painted: PIL.Image.Image, config: "TrainConfig") -> str:
+    """The mask with what was painted on the square (RGBA): LEARNED becomes white, LEFT_OUT black.
+
+    Returns a warning, or "". Raises UserError for a mask that is black everywhere.
+    """
+    from dreambooth_moslora.photos.mask_making import quality_warning
+
+    photo = photo_called(visitor, name)
+    with PIL.Image.open(photo) as opened:
+        size = opened.size
+    red, green, _, alpha = painted.resize((EDIT_PX, EDIT_PX)).split()
+    is_painted = alpha.point(lambda value: 255 * (value >= PAINTED))
+    is_learned = PIL.ImageChops.subtract(green, red).point(lambda value: 255 * (value > 0))
+    square = PIL.Image.composite(is_learned, mask_on_square(visitor, name, config), is_painted)
+    white = square.crop(place_of(size))
+    if white.getextrema()[1] == 0:
+        raise UserError(EMPTY)
+    with ONE_AT_A_TIME:
+        mask = white.resize(size, PIL.Image.Resampling.BILINEAR).point(as_black_or_white)
+        corrected, given = corrections_of(visitor, photo)
+        corrected.parent.mkdir(parents=True, exist_ok=True)
+        if beside(photo).is_file() and not corrected.is_file():
+            shutil.copyfile(beside(photo), given)
+        mask.convert("1").save(corrected)
+        shutil.copyfile(corrected, beside(photo))
+    forget_oldest(corrected.parent)
+    return quality_warning(mask)
+
+
+def put_back(visitor: Visitor, name: str) -> None:
+    """The mask as it came with the photo, or none: then the run makes one, if it makes any."""
+    photo = photo_called(visitor, name)
+    corrected, given = corrections_of(visitor, photo)
+    if not corrected.is_file():
+        return
+    corrected.unlink()
+    if given.is_file():
+        given.replace(beside(photo))
+    else:
+        beside(photo).unlink(missing_ok=True)
+
+
+def photo_called(visitor: Visitor, name: str) -> Path:
+    """Raises UserError where the visitor has no photo of that name."""
+    found = next((photo for photo in kept_photos(visitor.photos_dir) if photo.name == name), None)
+    if found is None:
+        raise UserError(GONE)
+    return found
+
+
+def beside(photo: Path) -> Path:
+    return photo.with_suffix(".mask.png")
+
+
+def corrections_of(visitor: Visitor, photo: Path) -> tuple[Path, Path]:
+    """Files of the corrected mask, and of the one that came with the photo."""
+    folder, digest = visitor.root / "corrected_masks", file_digest(photo)
+    return folder / f"{digest}.png", folder / f"{digest}.given.png"
+
+
+def forget_oldest(folder: Path) -> None:
+    files = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+    for path in files[:-MOST_KEPT]:
+        path.unlink(missing_ok=True)

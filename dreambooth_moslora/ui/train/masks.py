@@ -1,0 +1,137 @@
+"""The masks in the Train tab's settings: a picture of each, its warning, and a brush to correct one."""
+
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.ui.app_state import AT_ONCE, GPU, AppContext, as_gradio_error
+from dreambooth_moslora.ui.html_snippets import notice, remarks_card
+from dreambooth_moslora.ui.server.users import Visitor
+from dreambooth_moslora.ui.train.actions import review_kept
+from dreambooth_moslora.ui.train.form import TrainForm
+from dreambooth_moslora.ui.train.mask_corrections import (
+    EMPTY,
+    ShownMask,
+    editor_picture,
+    keep_mask,
+    put_back,
+    shown_masks,
+    take_with_masks,
+)
+from dreambooth_moslora.ui.train.mask_editor import mask_editor
+from dreambooth_moslora.ui.train.watch import picture_rows
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.core.config.train_config import TrainConfig
+
+__all__ = ["connect_masks", "mask_widgets"]
+
+PAINT = "green is learned. The brush has green to add, and red to take away."
+HOW = "Choose a picture to correct its mask."
+
+
+def mask_widgets() -> dict[str, Any]:
+    show = gr.Button("Show the masks", elem_id="show_masks")
+    told = gr.HTML("", visible=False, elem_id="mask_remarks")
+    pictures = picture_rows("Masks", "masks", object_fit="contain", buttons=["fullscreen"])
+    with gr.Column(visible=False, elem_id="mask_box") as box:
+        about = gr.HTML("", elem_id="mask_about")
+        editor = mask_editor()
+        with gr.Row(elem_classes="tight"):
+            keep = gr.Button("Keep this mask", variant="primary", min_width=120, elem_id="keep_mask")
+            back = gr.Button("Put the old one back", min_width=120, elem_id="put_mask_back")
+    return {
+        "show_masks": show,
+        "mask_remarks": told,
+        "masks": pictures,
+        "mask_box": box,
+        "mask_about": about,
+        "mask_editor": editor,
+        "keep_mask": keep,
+        "put_mask_back": back,
+        "mask_names": gr.State([]),
+        "mask_chosen": gr.State(""),
+    }
+
+
+def connect_masks(ctx: AppContext, fields: dict, parts: dict) -> None:
+    """Progress is shown on the remarks alone: from then on, gradio asks a component that shows it, and all that lie in
+    it, for their values at each event of the page, and the editor answers by an upload.
+    """
+    inputs = {"photos": parts["photos"], **fields}
+    chosen = {"name": parts["mask_chosen"], **inputs}
+    shown = [parts[name] for name in ("mask_remarks", "masks", "mask_names", "mask_box")]
+    edited = [parts[name] for name in ("mask_box", "mask_about", "mask_editor", "mask_chosen")]
+    corrected = [*shown, parts["remarks"], parts["crops"]]
+
+    def settings(visitor: Visitor, values: dict) -> "TrainConfig":
+        from dreambooth_moslora.core.config.train_config import TrainConfig
+
+        if not visitor.has_photos:
+            raise UserError("add some photos of your subject first")
+        form = TrainForm(**values)
+        return TrainConfig.from_dict(
+            form.config(ctx.base_name, ctx.resolution_px, visitor.photos_dir, ctx.runs_dir / "new")
+        )
+
+    @as_gradio_error
+    def show(photos: list[str] | None, request: gr.Request, **values) -> tuple:
+        visitor = ctx.visitors.of(request)
+        if photos:
+            take_with_masks(photos, visitor)
+        return _pictures(list(shown_masks(settings(visitor, values), visitor)))
+
+    @as_gradio_error
+    def edit(photos: list | None, names: list[str], event: gr.SelectData, request: gr.Request, **values) -> tuple:
+        visitor = ctx.visitors.of(request)
+        if not isinstance(event.index, int) or not 0 <= event.index < len(names):
+            raise UserError("show the masks again, and choose one")
+        name = names[event.index]
+        picture = editor_picture(visitor, name, settings(visitor, values))
+        value = {"background": picture, "layers": [], "composite": None}
+        return gr.Column(visible=True), notice(f"Photo {event.index + 1}: {PAINT}"), value, name
+
+    def after(change: Any, visitor: Visitor, values: dict) -> tuple:
+        warning = change()
+        found = _pictures(list(shown_masks(settings(visitor, values), visitor)), warning)
+        review = review_kept(ctx, visitor, seed=values["seed"])
+        return (*found, gr.HTML(review.remarks, visible=True), gr.Gallery(review.crops, visible=True))
+
+    @as_gradio_error
+    def keep(name: str, painted: Any, photos: list | None, request: gr.Request, **values) -> tuple:
+        if painted is None:
+            raise UserError(EMPTY)
+        visitor = ctx.visitors.of(request)
+        return after(lambda: keep_mask(visitor, name, painted, settings(visitor, values)), visitor, values)
+
+    @as_gradio_error
+    def back(name: str, photos: list | None, request: gr.Request, **values) -> tuple:
+        visitor = ctx.visitors.of(request)
+        return after(lambda: put_back(visitor, name), visitor, values)
+
+    making = {"api_visibility": "private", "show_progress": "minimal", "show_progress_on": parts["mask_remarks"], **GPU}
+    parts["show_masks"].click(show, inputs_kwargs=inputs, outputs=shown, **making)
+    parts["masks"].select(edit, inputs_kwargs={"names": parts["mask_names"], **inputs}, outputs=edited, **making)
+    painted = {"painted": parts["mask_editor"], **chosen}
+    parts["keep_mask"].click(keep, inputs_kwargs=painted, outputs=corrected, **making)
+    parts["put_mask_back"].click(back, inputs_kwargs=chosen, outputs=corrected, **making)
+    gone = [parts["photos"].upload, parts["photos"].delete, parts["photos"].clear]
+    gr.on(gone, _nothing, None, shown, show_progress_on=parts["mask_remarks"], **AT_ONCE)
+
+
+def _nothing() -> tuple:
+    return gr.HTML(visible=False), gr.Gallery(visible=False), [], gr.Column(visible=False)
+
+
+def _pictures(masks: list[ShownMask], warning: str | None = "") -> tuple:
+    """Values for remarks, pictures, names and the editor's box, which closes."""
+    lines = [f"photo {number}: {mask.remark}" for number, mask in enumerate(masks, 1) if mask.remark]
+    titled = remarks_card(lines, HOW)
+    pictures = [(mask.picture, mask.remark or "good") for mask in masks]
+    return (
+        gr.HTML(titled, visible=True),
+        gr.Gallery(pictures, visible=True, selected_index=None),
+        [mask.photo for mask in masks],
+        gr.Column(visible=False),
+    )

@@ -1,0 +1,178 @@
+"""The right half of the Train tab: a run as it goes, and the buttons that stop it and let it go on."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.ui.app_state import AT_ONCE, AppContext, as_gradio_error, as_user_error, sentence
+from dreambooth_moslora.ui.html_snippets import notice
+from dreambooth_moslora.ui.jobs.jobs import Job, Jobs
+from dreambooth_moslora.ui.server.users import Visitor
+from dreambooth_moslora.ui.train.actions import Watch, link_into_user_folder, watch
+
+__all__ = ["connect_watch", "picture_rows", "run_names", "status_of", "watch_widgets"]
+
+POLL_SEC = 2.0
+NO_RUN = notice("No run yet. Add photos, say what they show, start.")
+HEADROOM = 1.1
+GONE = "This run is not there any more."
+WATCHED = (
+    "run",
+    "seen",
+    "status",
+    "stop",
+    "resume",
+    "use",
+    "download",
+    "download_kohya",
+    "loss",
+    "fidelity",
+    "samples",
+    "log",
+)
+
+
+def watch_widgets(below_status: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """`below_status` makes the widgets that stand there."""
+    plot = {"x": "step", "height": 230, "buttons": [], "visible": False}
+    with gr.Row(elem_classes="tight"):
+        run = gr.Dropdown([], value=None, label="Run", allow_custom_value=True, elem_id="run_picker", min_width=110)
+        stop = gr.Button("Stop", variant="stop", interactive=False, min_width=76, scale=0, elem_id="stop_training")
+        resume = gr.Button("Resume", interactive=False, min_width=88, scale=0, elem_id="resume")
+    status = gr.HTML(NO_RUN, elem_id="train_status", label="Status")
+    waiting = below_status()
+    with gr.Row(elem_classes="tight"):
+        use = gr.Button("Use this adapter", variant="primary", visible=False, elem_id="use_adapter")
+        download = gr.DownloadButton("Download the adapter", visible=False, elem_id="download_adapter")
+        kohya = gr.DownloadButton("… for ComfyUI, A1111", visible=False, elem_id="download_kohya")
+    loss = gr.LinePlot(y="loss", color="part", title="Loss", elem_id="loss", **plot)
+    fidelity = gr.LinePlot(y="score", color="measure", title="Fidelity", elem_id="fidelity", **plot)
+    samples = picture_rows("Samples", "samples", object_fit="contain", buttons=["download", "fullscreen"])
+    with gr.Accordion("Log", open=False, elem_id="log_box"):
+        log = gr.Code(language=None, label="Log", show_line_numbers=False, wrap_lines=True, elem_id="log", max_lines=20)
+    widgets = (run, gr.State(None), status, stop, resume, use, download, kohya, loss, fidelity, samples, log)
+    return waiting | dict(zip(WATCHED, widgets)) | {"timer": gr.Timer(POLL_SEC)}
+
+
+def picture_rows(label: str, elem_id: str, **options: Any) -> gr.Gallery:
+    """Pictures in rows of four, to be looked at; not there until there are some."""
+    shape = {"columns": 4, "height": "auto", "format": "png", "visible": False, "interactive": False}
+    return gr.Gallery(label=label, show_label=False, elem_id=elem_id, **shape, **options)
+
+
+def connect_watch(ctx: AppContext, jobs: Jobs, page: gr.Blocks, parts: dict) -> None:
+    outputs = [parts[name] for name in WATCHED]
+
+    def look(run: str | None, seen: tuple | None, request: gr.Request) -> dict:
+        changes = watched(jobs, run, seen, ctx.visitors.of(request)) or {"seen": gr.skip()}
+        return {parts[name]: value for name, value in changes.items()}
+
+    def attach(request: gr.Request) -> gr.Dropdown:
+        names = run_names(jobs, ctx.visitors.of(request).id)
+        return gr.Dropdown(choices=names, value=names[0] if names else None)
+
+    @as_gradio_error
+    def status(run: str | None, request: gr.Request) -> dict:
+        return status_of(jobs, jobs.owned(run or "", ctx.visitors.of(request).id))
+
+    page.load(attach, None, parts["run"], **AT_ONCE).then(look, [parts["run"], parts["seen"]], outputs, **AT_ONCE)
+    parts["timer"].tick(look, [parts["run"], parts["seen"]], outputs, **AT_ONCE)
+    parts["run"].change(look, [parts["run"], parts["seen"]], outputs, **AT_ONCE)
+    _connect_control(ctx, parts["stop"], parts, jobs.stop, "stop_training")
+    _connect_control(ctx, parts["resume"], parts, jobs.resume, "resume_training")
+    gr.api(status, api_name="train_status")
+
+
+def status_of(jobs: Jobs, job: Job) -> dict[str, Any]:
+    """A run's state for a program."""
+    state = jobs.state(job)
+    facts = {"run": job.name, "state": state.state, "step": state.step, "steps": state.max_train_steps}
+    return facts | ({"message": jobs.told(state.message)} if state.message else {})
+
+
+def _connect_control(
+    ctx: AppContext, button: gr.Button, parts: dict, action: Callable[[str, str], Job], api_name: str
+) -> None:
+    """Stop and Resume: only for a run of the visitor who asks.
+
+    The page's own event stays out of the queue, which may be full while a run must be stopped, so a mistake is told
+    on the card.
+    """
+
+    def control(run: str | None, request: gr.Request) -> str:
+        job = action(run or "", ctx.visitors.of(request).id)
+        return notice(f"{'Stopping' if job.stop_asked else 'Going on with'} {job.name} …")
+
+    def told(run: str | None, request: gr.Request) -> str:
+        try:
+            return control(run, request)
+        except Exception as error:
+            return notice(sentence(as_user_error(error)), "bad")
+
+    button.click(told, parts["run"], parts["status"], queue=False, api_visibility="private")
+    gr.api(as_gradio_error(control), api_name=api_name, queue=False)
+
+
+def watched(jobs: Jobs, run: str | None, seen: tuple | None, visitor: Visitor) -> dict[str, Any]:
+    """New values of widgets of WATCHED by their names; none while the run is as it was `seen`."""
+    if not run:
+        return {}
+    try:
+        job = jobs.owned(run, visitor.id)
+    except UserError:
+        return _gone(run_names(jobs, visitor.id))
+    now = watch(jobs, job, visitor)
+    return {} if now.version == seen else _updates(now, job, visitor)
+
+
+def _gone(names: list[str]) -> dict[str, Any]:
+    """The folder of the run was deleted, or it is another's, which must look the same."""
+    hidden = ("use", "download", "download_kohya", "loss", "fidelity", "samples")
+    return {
+        "run": gr.Dropdown(choices=names, value=None),
+        "seen": None,
+        "status": notice(GONE, "bad"),
+        "stop": gr.Button(interactive=False),
+        "resume": gr.Button(interactive=False),
+        "log": "",
+    } | {name: gr.update(visible=False) for name in hidden}
+
+
+def _updates(now: Watch, job: Job, visitor: Visitor) -> dict[str, Any]:
+    run_dir = RunDir(job.run_dir)
+    ready = run_dir.adapter_path.is_file() and not now.state.is_active
+    resumable = not now.state.is_active and now.state.state != "done"
+    return {
+        "seen": now.version,
+        "status": now.status,
+        "stop": gr.Button(interactive=now.state.is_active),
+        "resume": gr.Button(interactive=resumable),
+        "use": gr.Button(visible=ready),
+        "download": _download(run_dir.adapter_path, ready, job, visitor),
+        "download_kohya": _download(run_dir.kohya_path, ready and run_dir.kohya_path.is_file(), job, visitor),
+        "loss": _plot(now.loss, "loss"),
+        "fidelity": _plot(now.fidelity, "score"),
+        "samples": gr.Gallery(now.samples, visible=bool(now.samples)),
+        "log": now.log,
+    }
+
+
+def _download(file: Path, ready: bool, job: Job, visitor: Visitor) -> gr.DownloadButton:
+    return gr.DownloadButton(
+        value=str(link_into_user_folder(file, visitor, job.name)) if ready else None, visible=ready
+    )
+
+
+def _plot(table: pd.DataFrame, y: str) -> gr.LinePlot:
+    """Shown once there is a line to draw, with room above the highest: by itself the axis ends in the midst of it."""
+    low, high = (table[y].min(), table[y].max()) if len(table) else (0.0, 0.0)
+    return gr.LinePlot(table, y_lim=[min(0.0, HEADROOM * low), HEADROOM * high], visible=table.step.nunique() > 1)
+
+
+def run_names(jobs: Jobs, owner: str) -> list[str]:
+    return [job.name for job in jobs.of(owner)]
