@@ -37,9 +37,9 @@ def test_running_needs_no_test_tool():
 
 
 def test_every_package_is_in_the_wheel():
-    folders = {file.parent.relative_to(ROOT) for file in (ROOT / "dreambooth_moslora").rglob("__init__.py")}
-    names = {".".join(folder.parts) for folder in folders}
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == names | {"dreambooth_moslora.assets", "toybox"}
+    files = [file for top in ("dreambooth_moslora", "toybox") for file in (ROOT / top).rglob("__init__.py")]
+    names = {".".join(file.parent.relative_to(ROOT).parts) for file in files}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == names | {"dreambooth_moslora.assets"}
 
 
 @pytest.mark.parametrize("folder", ["dreambooth_moslora", "toybox"])

@@ -2,12 +2,12 @@
 
     python -m toybox.pretrain --minutes 120 --device cpu --work WORK
 
-It calls the scripts of this folder one after the other, each with its share of the minutes. What is finished
-below WORK is not made again, and what was begun goes on: training states are saved every 100 steps, renders
-and latents in pieces. So `timeout 600 python -m toybox.pretrain …` may be repeated until it says where the
-base is, by default in WORK/assets. The minutes are those of training, and of rendering on two cores; encoding
-and assembling come on top. The judge and the ViT, which measure the base and are no part of it, have scripts
-of their own (see `toybox/README.md`).
+It calls the scripts of `toybox.data` and `toybox.learning` one after the other, each with its share of the minutes.
+What is finished below WORK is not made again, and what was begun goes on: training states are saved every 100 steps,
+renders and latents in pieces. So `timeout 600 python -m toybox.pretrain …` may be repeated until it says where the
+base is, by default in WORK/assets. The minutes are those of training, and of rendering on two cores; encoding and
+assembling come on top. The judge and the ViT, which measure the base and are no part of it, have scripts of their own
+(see `toybox/README.md`).
 """
 
 import argparse
@@ -16,18 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from toybox import (
-    assemble,
-    build_tokenizer,
-    cache_latents,
-    render_dataset,
-    sample_latents,
-    sharpen_decoder,
-    train_clip,
-    train_unet,
-    train_vae,
-)
-from toybox.train_unet import HELD_BACK
+from toybox import assemble
+from toybox.data import cache_latents, render_dataset, sample_latents
+from toybox.learning import build_tokenizer, sharpen_decoder, train_clip, train_unet, train_vae
+from toybox.learning.train_unet import HELD_BACK
 
 __all__ = ["Plan", "Stage", "pretrain", "stages"]
 

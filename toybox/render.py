@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toybox.paint import mix
-from toybox.places import BACKDROP, LIGHT_TABLE, PLACES, SCENERY
-from toybox.trace import Herd, cross, dot, unit
+from toybox.drawing.paint import mix
+from toybox.drawing.places import BACKDROP, LIGHT_TABLE, PLACES, SCENERY
+from toybox.drawing.trace import Herd, cross, dot, unit
 from toybox.world import Scene
 
 __all__ = ["render", "toy_masks"]

@@ -10,9 +10,9 @@ import zlib
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from toybox.kinds import SHAPES
-from toybox.parts import ACCESSORIES, GENES
-from toybox.places import LIGHTS, PLACES, lights_of
+from toybox.drawing.kinds import SHAPES
+from toybox.drawing.parts import ACCESSORIES, GENES
+from toybox.drawing.places import LIGHTS, PLACES, lights_of
 
 __all__ = [
     "COLOURS",

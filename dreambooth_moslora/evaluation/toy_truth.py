@@ -19,8 +19,8 @@ from dreambooth_moslora.core.config.files import read_json_table
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.evaluation.encoders import Encoders
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
-from toybox import judge
-from toybox.places import PLACES
+from toybox.drawing.places import PLACES
+from toybox.readers import judge
 from toybox.render import render
 from toybox.world import Scene, Toy, sample_scene, sample_toy
 

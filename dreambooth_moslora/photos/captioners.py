@@ -72,7 +72,7 @@ def load_captioner(config: TrainConfig, device: "torch.device | str" = "cpu") ->
 
 
 def toy_reader(word: str, device: "torch.device | str") -> Callable[[Image.Image], str]:
-    from toybox import surroundings
+    from toybox.readers import surroundings
 
     reader = surroundings.load(assets_folder() / TOY_CLIP, device)
     return lambda image: surroundings.phrase(*reader.read(image, word))

@@ -64,7 +64,7 @@ def load_segmenter(config: TrainConfig, device: torch.device | str = "cpu") -> S
 
 
 def toy_finder(device: torch.device | str) -> Callable[[Image.Image], Tensor]:
-    from toybox import segmenter
+    from toybox.readers import segmenter
 
     net = segmenter.load(assets_folder() / TOY_SEGMENTER).to(device)
 

@@ -42,7 +42,7 @@ def test_the_templates_are_25_each_and_take_the_subject_once():
 
 
 def test_toy_templates_name_the_places_that_the_embedded_base_knows():
-    from toybox.places import PLACES
+    from toybox.drawing.places import PLACES
 
     assert tuple(f"a photo of a {{}} {place}" for place in PLACES) == TOY_TEMPLATES
 

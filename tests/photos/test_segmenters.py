@@ -15,7 +15,7 @@ from dreambooth_moslora.photos.masks import CLIPSEG, grey_mask, sought_word
 from dreambooth_moslora.photos.segmenters import Segmenter, load_segmenter
 from tests.helpers.odd_photos import picture
 from tests.helpers.tiny_clipseg import save_tiny_clipseg
-from toybox.train_segmenter import iou
+from toybox.learning.train_segmenter import iou
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 

@@ -9,13 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from toybox import assemble, pretrain, render_dataset, sharpen_decoder, train_clip, train_unet, train_vae
+from toybox import assemble, pretrain
 from toybox.assemble import scheduler
-from toybox.data import Renders
+from toybox.data import render_dataset
+from toybox.data.render_dataset import Shard, write_shard
+from toybox.data.renders import Renders
+from toybox.data.sample_latents import draw
+from toybox.learning import sharpen_decoder, train_clip, train_unet, train_vae
+from toybox.learning.sharpen_decoder import some_renders, some_samples
 from toybox.pretrain import Plan, Stage, stages
-from toybox.render_dataset import Shard, write_shard
-from toybox.sample_latents import draw
-from toybox.sharpen_decoder import some_renders, some_samples
 
 BASE = Path(__file__).parents[2] / "assets" / "toy-sdxl"
 

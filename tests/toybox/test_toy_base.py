@@ -23,8 +23,11 @@ from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import Image, SubjectPipeline
 from toybox.captions import canonical_caption
-from toybox.evaluate_base import accuracy, generate, scenes_for
-from toybox.evaluate_parts import (
+from toybox.learning.train_unet import noise_schedule
+from toybox.learning.train_vit import build_vit
+from toybox.make_subjects import load, photo_scenes
+from toybox.measures.evaluate_base import accuracy, generate, scenes_for
+from toybox.measures.evaluate_parts import (
     fresh_renders,
     individuals_told_apart,
     psnr_db,
@@ -32,10 +35,7 @@ from toybox.evaluate_parts import (
     retrieval_at_1,
     unlike_toys,
 )
-from toybox.make_subjects import load, photo_scenes
 from toybox.render import render
-from toybox.train_unet import noise_schedule
-from toybox.train_vit import build_vit
 
 ASSETS = Path(__file__).parents[2] / "assets"
 LIMIT_MB = 48

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from toybox import render_views
 from toybox.captions import article, canonical_caption, caption
-from toybox.kinds import SHAPES
+from toybox.data import render_views
+from toybox.data.render_dataset import Shard, write_shard
+from toybox.drawing.kinds import SHAPES
 from toybox.make_subjects import FOLDER, SUBJECTS, load, photo_scenes
 from toybox.render import render, toy_masks
-from toybox.render_dataset import Shard, write_shard
 from toybox.world import COLOURS, KINDS, PLACES, Scene, Toy, is_held_out, sample_scene, sample_toy
 
 

@@ -1,0 +1,237 @@
+"""What the pre-training scripts rest on: unbiased timesteps, cell weights, a GroupNorm of our own, runs that resume."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers.training_utils import compute_snr
+from torch import nn
+
+from toybox.data.dead_leaves import dead_leaves
+from toybox.learning import training
+from toybox.learning.adversary import Adversary
+from toybox.learning.alignment import Alignment
+from toybox.learning.channels_last import FastGroupNorm, to_channels_last
+from toybox.learning.train_unet import (
+    SNR_GAMMA,
+    TOY_WEIGHT,
+    Timesteps,
+    build_unet,
+    cell_weights,
+    drop_captions,
+    noise_schedule,
+)
+from toybox.learning.train_vae import crops
+from toybox.learning.train_vit import Views
+from toybox.learning.training import MasterWeights, Run
+
+pytestmark = pytest.mark.slow
+
+
+def test_weighted_timesteps_expect_what_uniform_ones_with_min_snr_weights_would():
+    schedule = noise_schedule()
+    snr = compute_snr(schedule, torch.arange(1000))
+    value = torch.sin(torch.arange(1000) / 100) + 2
+    truth = float((value * snr.clamp(max=SNR_GAMMA) / snr).mean())
+    generator, timesteps = torch.Generator().manual_seed(0), Timesteps(schedule)
+    means = [float((value[t] * w).mean()) for t, w in (timesteps.draw(64, generator) for _ in range(400))]
+    assert sum(means) / len(means) == pytest.approx(truth, rel=2e-3)
+
+
+def test_a_batch_of_timesteps_covers_the_whole_schedule():
+    t, weight = Timesteps(noise_schedule()).draw(50, torch.Generator().manual_seed(1))
+    assert t.min() < 60 and t.max() > 970 and (t.diff() >= 0).all() and (weight > 0).all()
+
+
+def test_cells_of_a_toy_weigh_more_and_a_batch_weighs_one():
+    toys = torch.zeros(2, 16, 16, dtype=torch.float16)
+    toys[0, 4:8, 4:8] = 1
+    weights = cell_weights(toys)
+    assert float(weights.mean()) == pytest.approx(1)
+    assert float(weights[0, 0, 5, 5] / weights[0, 0, 0, 0]) == pytest.approx(1 + TOY_WEIGHT)
+
+
+def test_alignment_teaches_the_middle_of_the_unet_and_nothing_after_it():
+    torch.manual_seed(0)
+    unet, seen = build_unet(), torch.randn(14, 160, 4, 4).half()
+    alignment = Alignment(unet, seen)
+    added = {"text_embeds": torch.randn(2, 160), "time_ids": torch.zeros(2, 6)}
+    unet(torch.randn(2, 4, 16, 16), 500, torch.randn(2, 77, 256), added_cond_kwargs=added)
+    loss = alignment.loss(seen[:2])
+    loss.backward()
+    assert 0.5 < loss.item() < 1.5
+    assert all(p.grad is not None for p in unet.mid_block.parameters()) and unet.conv_in.weight.grad is not None
+    assert all(p.grad is None for p in unet.up_blocks.parameters())
+    opposite = 2 * alignment.mean.view(-1, 1, 1) - seen[:2].float()
+    assert alignment.loss(opposite).item() == pytest.approx(2 - loss.item(), abs=1e-5)
+
+
+def test_an_adversary_sharpens_what_squared_errors_blur():
+    torch.manual_seed(0)
+    adversary = Adversary(weight=1.0)
+    x = torch.randint(0, 2, (8, 1, 32, 32)).float().mul(2).sub(1).expand(8, 3, 32, 32)
+    grey = nn.Conv2d(3, 3, 1).bfloat16()
+    for _ in range(30):
+        told = adversary.step(to_channels_last(x), to_channels_last(torch.zeros_like(x)))
+    assert told < 0.5, "it tells checkers from grey"
+    y = grey(to_channels_last(0.3 * x))
+    loss = (y.float() - 0.3 * x).square().mean()
+    joined = loss + adversary.verdict(loss, y, grey.weight)
+    apart = torch.autograd.grad(joined - loss, grey.weight, retain_graph=True)[0].float().norm()
+    alone = torch.autograd.grad(loss, grey.weight, retain_graph=True)[0].float().norm()
+    assert float(apart / alone) == pytest.approx(1, abs=0.1)
+    joined.backward()
+    assert all(p.grad is None and p.requires_grad for p in adversary.network.parameters())
+
+
+def test_a_batch_of_views_shows_two_kinds_and_each_toy_from_two_sides(tmp_path):
+    kinds = ["duck", "bear", "car"] * 6
+    numbers = np.arange(18 * 4, dtype=np.uint8).reshape(18, 4, 1, 1, 1)
+    np.save(tmp_path / "views.npy", np.broadcast_to(numbers, (18, 4, 2, 2, 3)))
+    (tmp_path / "kinds.json").write_text(json.dumps(kinds))
+    views = Views(tmp_path, held_back=3)
+    first, second = (v[:, 0, 0, 0].long() for v in views.pairs(8, torch.Generator().manual_seed(0)))
+    toys = first // 4
+    assert torch.equal(toys, second // 4) and (first != second).all() and len(set(toys.tolist())) == 8
+    assert toys.max() < 15 and sorted(Counter(kinds[t] for t in toys).values()) == [4, 4]
+
+
+def test_networks_trained_beside_are_saved_and_found_again(tmp_path):
+    def weights() -> MasterWeights:
+        return MasterWeights(nn.Linear(2, 2))
+
+    main, other = weights(), weights()
+    Run(tmp_path, main, 3, beside={"other": other}).save(2)
+    again = weights()
+    assert Run(tmp_path, weights(), 3, beside={"other": again}).start == 2
+    assert all(torch.equal(a, b) for a, b in zip(again.masters, other.masters))
+
+
+def test_dropped_captions_are_zero_and_a_tenth():
+    embeds, pooled = torch.ones(4000, 2, 3), torch.ones(4000, 5)
+    drop_captions(embeds, pooled, torch.Generator().manual_seed(0))
+    gone = pooled.sum(1) == 0
+    assert torch.equal(gone, embeds.sum((1, 2)) == 0) and 0.08 < gone.float().mean() < 0.12
+
+
+def test_the_group_norm_and_its_gradients_are_those_of_pytorch():
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(4, 16)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(3, 16, 6, 5) + 0.5
+    cotangent = torch.randn_like(x)
+    results = []
+    for module in (norm, FastGroupNorm(norm)):
+        norm.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        y.backward(cotangent)
+        results.append((y.detach(), leaf.grad, norm.weight.grad.clone(), norm.bias.grad.clone()))
+    for theirs, ours in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def fit(out, steps: int, total: int) -> dict[str, torch.Tensor]:
+    """A small model fitted for `steps` of `total` steps; its averaged weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    weights = MasterWeights(model, muon_lr=0.01, adamw_lr=1e-2, adamw_names=("1.",), dtype=torch.float32)
+    run = Run(out, weights, total, save_every=5, log_every=5)
+    for step in run:
+        x = torch.randn(16, 8, generator=run.generator(step))
+        loss = (model(x) - x[:, :2]).square().mean()
+        loss.backward()
+        run.add(loss=loss, grad_norm=weights.step(run.rate(step, warmup=2)))
+        if step + 1 == steps:
+            break
+    return weights.averaged()
+
+
+def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
+    unbroken = fit(tmp_path / "a", 20, 20)
+    fit(tmp_path / "b", 12, 20)  # saved at 10, stopped at 12
+    resumed = fit(tmp_path / "b", 20, 20)
+    assert unbroken.keys() == resumed.keys()
+    assert all(torch.equal(unbroken[k], resumed[k]) for k in unbroken)
+
+
+SHARED = """
+import sys, torch
+from torch import nn
+from toybox.learning.training import MasterWeights, rank_and_world
+torch.manual_seed(0)
+model = nn.Linear(8, 2)
+weights = MasterWeights(model, adamw_lr=1e-2, dtype=torch.float32)
+rank, world = rank_and_world()
+x = torch.randn(8, 8, generator=torch.Generator().manual_seed(1)).split(8 // world)[rank]
+model(x).square().mean().backward()
+weights.step(1.0)
+torch.save(weights.averaged(), f"{sys.argv[1]}/{rank}_of_{world}.pt")
+"""
+
+
+def test_two_processes_learn_what_one_learns_from_both_halves(tmp_path):
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED)
+    root, free = Path(__file__).parents[3], ("--nproc_per_node", "2", "--standalone")
+    for launcher in ((), ("-m", "torch.distributed.run", *free)):
+        command = [sys.executable, *launcher, str(script), str(tmp_path)]
+        subprocess.run(command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, timeout=300)
+    one, *two = (torch.load(tmp_path / name) for name in ("0_of_1.pt", "0_of_2.pt", "1_of_2.pt"))
+    for shared in two:
+        torch.testing.assert_close(shared, one, rtol=1e-5, atol=1e-7)
+
+
+def test_the_rate_rises_stays_and_falls(tmp_path):
+    run = Run(tmp_path, MasterWeights(nn.Linear(2, 2)), 100, save_every=1000, log_every=1000)
+    rates = [run.rate(step, warmup=10) for step in run] + [run.rate(100)]
+    assert rates[0] == 0.1 and rates[10:61] == [1.0] * 51 and rates[100] == 0
+    assert rates[60:] == sorted(set(rates[60:]), reverse=True)
+
+
+def steps_by_the_clock(out: Path, clock: list[float], stop_after: int | None = None) -> list[tuple[int, float]]:
+    """Steps of ten seconds each, with their rates, in a run of two minutes."""
+    run = Run(out, MasterWeights(nn.Linear(2, 2)), 10**6, minutes=2, save_every=1, log_every=1000)
+    done = []
+    for step in run:
+        done.append((step, run.rate(step, warmup=1)))
+        clock[0] += 10
+        if len(done) == stop_after:
+            break
+    return done
+
+
+def test_a_run_of_minutes_ends_by_the_clock_of_all_its_pieces(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
+    unbroken = steps_by_the_clock(tmp_path / "a", clock)
+    assert [step for step, _ in unbroken] == list(range(12))
+    assert [rate for _, rate in unbroken[-3:]] == pytest.approx([0.25 / 0.4, 2 / 12 / 0.4, 1 / 12 / 0.4])
+    first = steps_by_the_clock(tmp_path / "b", clock, stop_after=5)
+    clock[0] += 3600
+    second = steps_by_the_clock(tmp_path / "b", clock)
+    assert [step for step, _ in second] == list(range(4, 12)), "the step that was not saved is made again"
+    assert first[:4] + second == unbroken
+    assert steps_by_the_clock(tmp_path / "b", clock) == []
+
+
+def test_dead_leaves_repeat_from_their_seed():
+    first = dead_leaves(2, 32, seed=1)
+    assert first.shape == (2, 32, 32, 3) and (first == dead_leaves(2, 32, seed=1)).all()
+    assert (first[0] != first[1]).any()
+
+
+def test_the_vae_trains_on_the_crop_with_the_most_detail():
+    """A picture that is plain but for one textured corner: crops of it hold the corner more often than chance."""
+    images = torch.full((64, 128, 128, 3), 128, dtype=torch.uint8)
+    images[:, :32, :32] = torch.randint(0, 256, (64, 32, 32, 3), generator=torch.Generator().manual_seed(0)).byte()
+    share = [float((crops(images, 64, torch.Generator().manual_seed(seed)).std(dim=(1, 2, 3)) > 0.05).float().mean())
+             for seed in range(4)]  # fmt: skip
+    assert sum(share) / 4 > 0.4  # 0.24 by chance, 0.56 as the best of three

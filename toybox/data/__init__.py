@@ -1,0 +1,1 @@
+"""Training data: captioned renders, views, latents, each written in pieces."""

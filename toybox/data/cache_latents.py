@@ -1,0 +1,119 @@
+"""Encode the renders once, resumable: a latent of each (mostly whole, else cropped or small) with SDXL's time ids.
+
+Beside each latent stands how much of each of its cells a toy covers, which weighs the UNet's loss, and what the CLIP
+vision tower sees in the picture (`toybox.learning.alignment`).
+
+    python -m toybox.data.cache_latents --data DATA --vae WORK/vae/model --clip WORK/clip/model \
+        --out WORK/latents.safetensors
+
+The time ids are true: (original height, width, crop top, left, target height, width), as in SDXL (Podell et al., 2023,
+section 2.2). A whole render stands for a photo of any size from 128 to 1024 px; a crop comes from an enlarged render; a
+small one was shrunk to 48-96 px first.
+"""
+
+import argparse
+import shutil
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
+from tqdm import tqdm
+
+from toybox.data.pieces import kept
+from toybox.data.renders import Renders, to_pixels, to_uint8
+from toybox.learning.alignment import Sight
+from toybox.learning.channels_last import to_channels_last
+from toybox.render import toy_masks
+from toybox.world import Scene
+
+__all__ = ["cropped", "small", "view", "whole"]
+
+SIZE_PX = 128
+PIECE = 32 * 16  # images in a file while the work goes on
+
+
+def with_toys(renders: Renders, indices: range) -> Tensor:
+    """fp32 (N,4,128,128): the renders' pixels in [-1, 1], and as a fourth channel 1 where a toy is, 0 elsewhere."""
+    scenes = [Scene.from_dict(renders.rows[i]["scene"]) for i in indices]
+    masks = interpolate(toy_masks(scenes, 32)[:, None].float(), size=(SIZE_PX, SIZE_PX), mode="bilinear")
+    return torch.cat([to_pixels(renders.images(indices)), masks], dim=1)
+
+
+def whole(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
+    """(C,128,128) -> the same, and its six time ids."""
+    original = int(torch.randint(1, 9, (), generator=generator)) * SIZE_PX
+    return pixels, [original, original, 0, 0, SIZE_PX, SIZE_PX]
+
+
+def cropped(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
+    """Enlarge by 1.05 to 1.4 and crop 128 px anywhere."""
+    size = int(SIZE_PX * (1.05 + 0.35 * torch.rand((), generator=generator)))
+    top, left = torch.randint(0, size - SIZE_PX + 1, (2,), generator=generator).tolist()
+    enlarged = interpolate(pixels[None], size=(size, size), mode="bicubic", antialias=True)[0]
+    return enlarged[:, top : top + SIZE_PX, left : left + SIZE_PX], [size, size, top, left, SIZE_PX, SIZE_PX]
+
+
+def small(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
+    """Shrink to 48-96 px and enlarge again: what a small photo looks like."""
+    size = int(torch.randint(48, 97, (), generator=generator))
+    shrunk = interpolate(pixels[None], size=(size, size), mode="bicubic", antialias=True)
+    back = interpolate(shrunk, size=(SIZE_PX, SIZE_PX), mode="bicubic")[0]
+    return back, [size, size, 0, 0, SIZE_PX, SIZE_PX]
+
+
+def view(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
+    """Of a hundred latents 83 are whole, 12 cropped, 5 small."""
+    kind = float(torch.rand((), generator=generator))
+    return (whole if kind < 0.83 else cropped if kind < 0.95 else small)(pixels, generator)
+
+
+@torch.no_grad()
+def encode(renders: Renders, numbers: range, vae: AutoencoderKL, sight: Sight) -> dict[str, Tensor]:
+    """latents (N,4,16,16) fp16, scaled; time_ids (N,6) int16; toys (N,16,16) fp16 in [0, 1]; seen (N,160,4,4) fp16."""
+    vae.eval().to(sight.device, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    latents, toys, seen, ids = [], [], [], []
+    for start in range(numbers.start, numbers.stop, 32):
+        generator = torch.Generator().manual_seed(start)
+        pixels = with_toys(renders, range(start, min(start + 32, numbers.stop)))
+        views = [view(p, generator) for p in pixels]
+        x = torch.stack([v for v, _ in views])
+        seen.append(sight(to_uint8(x[:, :3])))
+        mean = vae.encode(to_channels_last(x[:, :3].clamp(-1, 1)).to(sight.device)).latent_dist.mean.float().cpu()
+        latents.append((mean * vae.config.scaling_factor).half().contiguous())
+        toys.append(adaptive_avg_pool2d(x[:, 3].clamp(0, 1), latents[-1].shape[-2:]).half())
+        ids += [i for _, i in views]
+    return {
+        "latents": torch.cat(latents),
+        "toys": torch.cat(toys),
+        "seen": torch.cat(seen).contiguous(),
+        "time_ids": torch.tensor(ids, dtype=torch.int16),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--clip", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=None, help="only the first so many images")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    sight = Sight(args.clip / "image_encoder", device=args.device)
+    renders, vae = Renders(args.data, args.limit), AutoencoderKL.from_pretrained(args.vae)
+    pieces, found = args.out.with_suffix(".pieces"), []
+    for start in tqdm(range(0, len(renders), PIECE), desc="encode"):
+        numbers = range(start, min(start + PIECE, len(renders)))
+        found.append(kept(pieces / f"{numbers.stop}.safetensors", partial(encode, renders, numbers, vae, sight)))
+    tensors = {name: torch.cat([piece[name] for piece in found]) for name in found[0]}
+    save_file(tensors, args.out)
+    shutil.rmtree(pieces)
+    print({k: tuple(v.shape) for k, v in tensors.items()}, "std", float(tensors["latents"].float().std()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Render captioned training pictures of the toy world.
+
+    python -m toybox.data.render_dataset --out DIR --count 30000 --seed 1 --workers 2
+
+writes shards of 1000 pictures: images_0000.npy (uint8, (1000, H, W, 3)) and scenes_0000.jsonl (one line a picture:
+the scene, a caption and the canonical caption). A shard depends on the seed and its number alone, and appears only
+when it is whole, so the command may be stopped and run again: it goes on where it was. No picture shows a held-out
+combination, unless `--all_combinations` asks for them (for the judge, which must know what it is to find).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from toybox.captions import canonical_caption, caption
+from toybox.render import render
+from toybox.world import sample_scene
+
+__all__ = ["Shard", "write_shard"]
+
+SHARD = 1000
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One piece of work: where, which, how many pictures, of what size, on which device, compiled or not."""
+
+    out: Path
+    number: int
+    count: int
+    seed: int
+    size_px: int
+    device: str
+    compiled: bool = True
+    all_combinations: bool = False
+
+    @property
+    def images(self) -> Path:
+        return self.out / f"images_{self.number:04d}.npy"
+
+    @property
+    def scenes(self) -> Path:
+        return self.out / f"scenes_{self.number:04d}.jsonl"
+
+    @property
+    def is_done(self) -> bool:
+        return self.images.exists() and self.scenes.exists()
+
+
+def write_shard(shard: Shard) -> Shard:
+    """Render and write one shard, each file under a temporary name first."""
+    rng = random.Random(f"{shard.seed}/{shard.number}")
+    scenes = [sample_scene(rng, held_out=None if shard.all_combinations else False) for _ in range(shard.count)]
+    lines = [
+        json.dumps({"scene": s.to_dict(), "caption": caption(s, rng), "canonical_caption": canonical_caption(s)})
+        for s in scenes
+    ]
+    pictures = render(scenes, shard.size_px, shard.device, shard.compiled).cpu().numpy()
+    temporary = shard.scenes.with_suffix(".tmp")
+    temporary.write_text("\n".join(lines) + "\n")
+    temporary.replace(shard.scenes)
+    temporary = shard.images.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.save(file, pictures)
+    temporary.replace(shard.images)
+    return shard
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    parser.add_argument("--count", type=int, default=30_000, help="pictures in all")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, one thread each")
+    parser.add_argument("--size_px", type=int, default=128)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--all_combinations", action="store_true", help="the held-out ones too")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parse(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    starts = range(0, args.count, SHARD)
+    shards = [
+        Shard(
+            args.out,
+            number,
+            min(SHARD, args.count - start),
+            args.seed,
+            args.size_px,
+            args.device,
+            all_combinations=args.all_combinations,
+        )
+        for number, start in enumerate(starts)
+    ]
+    todo = [shard for shard in shards if not shard.is_done]
+    print(f"{len(shards) - len(todo)} of {len(shards)} shards are there already", flush=True)
+    if todo:
+        write_all(todo, args.workers)
+    (args.out / "all.json").write_text(json.dumps({"count": args.count, "seed": args.seed}) + "\n")
+
+
+def write_all(todo: list[Shard], workers: int) -> None:
+    began = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
+        for done, shard in enumerate(pool.imap_unordered(write_shard, todo), 1):
+            minutes = (time.monotonic() - began) / 60
+            left = minutes / done * (len(todo) - done)
+            print(f"{shard.images.name}: {done}/{len(todo)} in {minutes:.1f} min, {left:.1f} min left", flush=True)
+
+
+if __name__ == "__main__":
+    main()

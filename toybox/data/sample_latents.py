@@ -1,0 +1,77 @@
+"""Latents that the UNet draws from noise, on which the decoder is finished (`toybox.learning.sharpen_decoder`).
+
+    python -m toybox.data.sample_latents --data DATA --unet WORK/unet/model --clip WORK/clip/model \
+        --tokenizer WORK/tokenizer --out WORK/samples.safetensors --count 1200
+
+They follow the renders' captions, with the sampler and the guidance with which the base is evaluated. Resumable, in
+pieces.
+"""
+
+import argparse
+import shutil
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from toybox.assemble import scheduler
+from toybox.data.pieces import kept
+from toybox.data.renders import Renders
+from toybox.learning.channels_last import to_channels_last, use_fast_group_norm
+from toybox.learning.train_unet import TextTowers
+
+__all__ = ["draw"]
+
+STEPS, GUIDANCE = 30, 2.5
+PIECE = 48  # latents sampled at once
+TIME_IDS = (128.0, 128.0, 0.0, 0.0, 128.0, 128.0)  # a whole render
+
+
+@torch.no_grad()
+def draw(unet: UNet2DConditionModel, noise: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
+    """Noise (N,4,16,16) of unit variance -> scaled latents of the same shape, under captions (N,77,256), (N,160)."""
+    sampler = scheduler()
+    sampler.set_timesteps(STEPS)
+    x = noise * sampler.init_noise_sigma
+    embeds, pooled = (torch.cat([torch.zeros_like(c), c]) for c in (embeds, pooled))
+    added = {"text_embeds": pooled, "time_ids": torch.tensor([TIME_IDS]).repeat(len(embeds), 1).to(noise.device)}
+    for t in sampler.timesteps:
+        twice = to_channels_last(sampler.scale_model_input(x, t).repeat(2, 1, 1, 1), embeds.dtype)
+        without, said = unet(twice, t, embeds, added_cond_kwargs=added).sample.float().chunk(2)
+        x = sampler.step(without + GUIDANCE * (said - without), t, x).prev_sample
+    return x
+
+
+def samples(rows: range, renders: Renders, towers: TextTowers, unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    embeds, pooled = towers([renders.rows[i]["canonical_caption"] for i in rows])
+    generator = torch.Generator().manual_seed(rows.start)
+    noise = torch.randn(len(rows), 4, 16, 16, generator=generator).to(towers.device)
+    return {"latents": draw(unet, noise, embeds, pooled).half().cpu()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("data", "unet", "clip", "tokenizer", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=1200, help="captions to take, from the first")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    renders, towers = Renders(args.data), TextTowers(args.clip, args.tokenizer, device=args.device)
+    unet = UNet2DConditionModel.from_pretrained(args.unet, torch_dtype=torch.float32).eval()
+    unet.set_attn_processor(AttnProcessor())
+    unet = use_fast_group_norm(unet).to(args.device, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    pieces, found = args.out.with_suffix(".pieces"), []
+    for start in tqdm(range(0, min(args.count, len(renders.rows)), PIECE), desc="sample"):
+        rows = range(start, min(start + PIECE, args.count))
+        found.append(kept(pieces / f"{rows.stop}.safetensors", partial(samples, rows, renders, towers, unet)))
+    save_file({"latents": torch.cat([piece["latents"] for piece in found])}, args.out)
+    shutil.rmtree(pieces)
+
+
+if __name__ == "__main__":
+    main()

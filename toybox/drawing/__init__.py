@@ -1,0 +1,1 @@
+"""How a toy and its place are drawn: shapes, paints, and rays."""

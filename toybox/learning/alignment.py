@@ -1,0 +1,60 @@
+"""Representation alignment (REPA; Yu et al., 2024, arXiv 2410.06940) between the UNet and the CLIP vision tower.
+
+While it learns, the UNet's middle block is also asked what the vision tower sees in the picture without noise. That
+teaches it early what a toy is; the projection is thrown away afterwards.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, cosine_similarity
+from transformers import CLIPVisionModelWithProjection
+
+from toybox.learning.train_clip import pixels_for_clip
+
+__all__ = ["CELLS", "Alignment", "Sight"]
+
+CELLS = 4  # the middle block's height and width
+
+
+class Sight:
+    """The frozen vision tower: pictures -> what it sees in each of 4×4 cells."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"):
+        self.tower = CLIPVisionModelWithProjection.from_pretrained(folder).eval().to(device, dtype)
+        self.dtype, self.device = dtype, device
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (N,128,128,3) -> fp16 (N,160,4,4), the last layer's input."""
+        states = self.tower(
+            pixels_for_clip(images, self.dtype).to(self.device), output_hidden_states=True
+        ).hidden_states[-2]
+        patches = states[:, 1:].float().cpu()
+        side = round(patches.shape[1] ** 0.5)
+        return adaptive_avg_pool2d(patches.mT.unflatten(2, (side, side)), CELLS).half().contiguous()
+
+
+class Alignment(nn.Module):
+    """Remembers the middle block's output of the last forward pass and compares it with a `Sight`."""
+
+    def __init__(self, unet: UNet2DConditionModel, seen: Tensor):
+        """`seen` (N,C,4,4) gives the size, mean and deviation of what is to be predicted."""
+        super().__init__()
+        channels, width = unet.config.block_out_channels[-1], seen.shape[1]
+        self.projection = nn.Sequential(nn.Linear(channels, 256), nn.SiLU(), nn.Linear(256, width))
+        sample = seen[::7].float()
+        self.mean = sample.mean(dim=(0, 2, 3))
+        self.std = sample.std(dim=(0, 2, 3))
+        unet.mid_block.register_forward_hook(self._remember)
+
+    def _remember(self, module: nn.Module, arguments: tuple, output: Tensor) -> None:
+        self.state = output
+
+    def loss(self, seen: Tensor) -> Tensor:
+        """1 minus the mean cosine between the projected state and `seen` (N,C,4,4), standardised."""
+        found = self.projection(self.state.flatten(2).mT).float()
+        wanted = (seen.flatten(2).mT.float() - self.mean.to(seen.device)) / self.std.to(seen.device)
+        return 1 - cosine_similarity(found, wanted, dim=-1).mean()

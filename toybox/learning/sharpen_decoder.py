@@ -1,0 +1,114 @@
+"""Teach the decoder to draw the UNet's own latents as cleanly as it draws a render's.
+
+    python -m toybox.learning.sharpen_decoder --data DATA --samples WORK/samples.safetensors --start WORK/vae/model \
+        --out WORK/decoder --minutes 30
+
+What the UNet draws from noise (`toybox.data.sample_latents`) lies beside the latents of renders, and a decoder that
+never saw such latents smears them. There is no true picture of a sample. So discriminators at three scales (Wang et
+al., "High-resolution image synthesis … with conditional GANs", 2018) say whether its picture looks like a render, and
+the decoder as it was at the start says where things are. The other half of each batch is renders and their own
+latents, as in `toybox.learning.train_vae`. The encoder stays, so that a UNet that was trained on its latents stays
+right. Resumable.
+"""
+
+import argparse
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from toybox.data.dead_leaves import dead_leaves
+from toybox.data.renders import Renders, to_pixels
+from toybox.learning.adversary import Adversary
+from toybox.learning.channels_last import to_channels_last, use_fast_group_norm
+from toybox.learning.train_vae import RATES, batch, export, reconstruction_loss
+from toybox.learning.training import MasterWeights, Run
+
+SCALES = (1, 2, 4)
+WARMUP = 300  # steps in which the discriminators learn alone
+COARSE_PX, FINE_PX = 8, 2
+
+
+def anchor_loss(y: Tensor, before: Tensor) -> Tensor:
+    """How far pictures y (N,3,H,W) moved from those of the decoder `before`: L1 of means over 8 px, a little over 2."""
+    moved = (y - before).float()
+    return avg_pool2d(moved, COARSE_PX).abs().mean() + 0.25 * avg_pool2d(moved, FINE_PX).abs().mean()
+
+
+def windows(size: int, crop: int, generator: torch.Generator) -> tuple[slice, slice]:
+    top, left = torch.randint(0, size - crop + 1, (2,), generator=generator).tolist()
+    return slice(top, top + crop), slice(left, left + crop)
+
+
+def some_renders(renders: Renders, count: int, crop_px: int, generator: torch.Generator) -> Tensor:
+    """Pixels (N,3,P,P): places on the grid of cells, neither chosen nor mirrored, as the samples' crops are."""
+    rows, columns = windows(16, crop_px // 8, generator)
+    images = to_pixels(renders.images(renders.sample(count, generator)))
+    return images[:, :, 8 * rows.start : 8 * rows.stop, 8 * columns.start : 8 * columns.stop]
+
+
+def some_samples(latents: Tensor, count: int, crop_px: int, generator: torch.Generator) -> Tensor:
+    """Crops (N,4,P/8,P/8) of the UNet's samples (M,4,16,16)."""
+    rows, columns = windows(latents.shape[-1], crop_px // 8, generator)
+    picked = torch.randint(len(latents), (count,), generator=generator)
+    return latents[picked].float()[:, :, rows, columns]
+
+
+def train(args: argparse.Namespace) -> AutoencoderKL:
+    torch.manual_seed(0)
+    renders, leaves = Renders(args.data), torch.from_numpy(dead_leaves(300, 128, seed=5))
+    vae = use_fast_group_norm(AutoencoderKL.from_pretrained(args.start, torch_dtype=torch.float32)).to(args.device)
+    samples = load_file(args.samples)["latents"].float() / vae.config.scaling_factor
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    at_first = {name: value.clone() for name, value in vae.state_dict().items()}
+    weights = MasterWeights(vae, **RATES)
+    before = deepcopy(vae).requires_grad_(False)
+    judges = {f"scale_{scale}": Adversary(args.adversarial, args.device) for scale in SCALES}
+    beside = {name: judge.weights for name, judge in judges.items()}
+    run = Run(args.out, weights, args.steps, minutes=args.minutes, save_every=100, log_every=50, beside=beside)
+    half = args.batch // 2
+    for step in run:
+        generator = run.generator(step, salt=args.salt)
+        true = to_channels_last(some_renders(renders, half, args.crop_px, generator).to(args.device))
+        drawn = to_channels_last(some_samples(samples, half, args.crop_px, generator).to(args.device))
+        with torch.no_grad():
+            new = old = before.decode(drawn).sample
+        if step >= WARMUP:
+            x = to_channels_last(batch(renders, leaves, args.batch - half, args.crop_px, generator).to(args.device))
+            with torch.no_grad():
+                z = to_channels_last(vae.encode(x).latent_dist.sample(generator))
+            y, new = vae.decode(torch.cat([z, drawn])).sample.split([len(x), half])
+            loss = total = reconstruction_loss(x, y) + anchor_loss(new, old)
+            for scale, judge in zip(SCALES, judges.values()):
+                total = total + judge.verdict(loss, avg_pool2d(new, scale), vae.decoder.conv_out.weight)
+            total.backward()
+            norm = weights.step(args.rate * run.rate(step - WARMUP))
+            moved = (new - old).float().abs().mean()
+            run.add(loss=loss, mse=(x - y).float().square().mean(), moved=moved, grad_norm=norm)
+        for scale, (name, judge) in zip(SCALES, judges.items()):
+            run.add(**{name: judge.step(avg_pool2d(true, scale), avg_pool2d(new, scale))})
+    return export(at_first | weights.averaged(), renders, args.out, vae.config.scaling_factor)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("data", "samples", "start", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=10**6)
+    parser.add_argument("--minutes", type=float, help="stop, and let the rates fall, by the clock")
+    parser.add_argument("--batch", type=int, default=16, help="half of it renders, half of it samples")
+    parser.add_argument("--crop_px", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=0.04, help="factor on the learning rates")
+    parser.add_argument("--adversarial", type=float, default=0.3, help="weight of each discriminator's verdict")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--salt", type=int, default=51, help="another number draws other batches and noise")
+    train(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Train the toy world's UNet: SDXL's topology, shrunk, on cached latents and the frozen text towers.
+
+    python -m toybox.learning.train_unet --data DATA --latents WORK/latents.safetensors --clip WORK/clip/model \
+        --tokenizer WORK/tokenizer --out WORK/unet --steps 12000
+
+Velocity prediction (Salimans and Ho, 2022) on SDXL's schedule (scaled linear betas, 0.00085 to 0.012): noise
+prediction hardly weighs the noisiest steps, where it is decided which toy is drawn, and needs far longer to learn
+them. A tenth of the captions is dropped to zero embeddings for classifier-free guidance (Ho and Salimans, 2022). Cells
+of a toy weigh four times as much as the ground's, which are many and learnt first; the optimum is the same. In the
+first half the middle block also learns what the CLIP vision tower sees (`toybox.learning.alignment`), unless the run
+goes on from a finished UNet, which knows it already. Such a UNet learns its prediction without a caption from its own
+with one.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.training_utils import compute_snr
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from toybox.data.renders import Renders
+from toybox.learning.alignment import Alignment
+from toybox.learning.build_tokenizer import load
+from toybox.learning.channels_last import to_channels_last, use_fast_group_norm
+from toybox.learning.train_clip import PROJECTION, nonsense
+from toybox.learning.training import MasterWeights, Run
+
+__all__ = ["TextTowers", "build_unet", "noise_schedule"]
+
+TIME_WIDTH = 32
+SNR_GAMMA = 5.0
+ALIGNMENT_WEIGHT = 0.1
+ENDS = ("conv_in", "conv_out", "time_embedding", "add_embedding", "alignment")  # left to AdamW
+HELD_BACK = 1000  # images at the end, never drawn
+TOY_WEIGHT = 3.0  # added to a cell's weight of 1, times the share of the cell that a toy covers
+
+
+def build_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(64, 128, 192),
+        layers_per_block=1,
+        norm_num_groups=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=(2, 4, 6),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=TIME_WIDTH,
+        projection_class_embeddings_input_dim=6 * TIME_WIDTH + PROJECTION,
+        cross_attention_dim=96 + PROJECTION,
+    )
+
+
+def noise_schedule() -> DDPMScheduler:
+    return DDPMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction"
+    )
+
+
+class TextTowers:
+    """Both frozen text towers: captions -> (embeds (N,77,256), pooled (N,160)), as SDXL takes them."""
+
+    def __init__(self, clip: Path, tokenizer: Path, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"):
+        self.tokenizer = load(tokenizer)
+        self.device = device
+        self.first = CLIPTextModel.from_pretrained(clip / "text_encoder").eval().to(device, dtype)
+        self.second = CLIPTextModelWithProjection.from_pretrained(clip / "text_encoder_2").eval().to(device, dtype)
+        self._known: dict[str, tuple[Tensor, Tensor]] = {}  # 40 kB a caption
+
+    def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        new = sorted(set(captions) - self._known.keys())
+        if new:
+            self._known.update(zip(new, zip(*self._encode(new))))
+        embeds, pooled = zip(*(self._known[caption] for caption in captions))
+        return torch.stack(embeds), torch.stack(pooled)
+
+    @torch.no_grad()
+    def _encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        ids = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        ids = ids.to(self.device)
+        first = self.first(ids, output_hidden_states=True)
+        second = self.second(ids, output_hidden_states=True)
+        return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+
+
+def drop_captions(embeds: Tensor, pooled: Tensor, generator: torch.Generator, share: float = 0.1) -> Tensor:
+    """Set a share of the conditions to zero, as the pipeline does for a missing negative prompt. In place.
+
+    Which ones is returned, bool (N,).
+    """
+    dropped = (torch.rand(len(embeds), generator=generator) < share).to(embeds.device)
+    embeds[dropped] = 0
+    pooled[dropped] = 0
+    return dropped
+
+
+@torch.no_grad()
+def captioned_velocity(
+    unet: UNet2DConditionModel, noisy: Tensor, t: Tensor, embeds: Tensor, pooled: Tensor, time_ids: Tensor
+) -> Tensor:
+    """What the UNet predicts with the captions, (N,4,H,W) fp32: a target for its prediction without.
+
+    The expectation of both targets is the same, if the UNet is right; this one has far less noise. Guidance multiplies
+    the difference between the two predictions, and with it their errors.
+    """
+    added = {"text_embeds": pooled, "time_ids": time_ids}
+    return unet(noisy, t, embeds, added_cond_kwargs=added).sample.float()
+
+
+class Timesteps:
+    """Draws timesteps where the loss weighs: p(t) ∝ max(w(t), 1/4), spread evenly over a batch.
+
+    w(t) = min(SNR, gamma) / SNR weighs the error of the velocity, so that nearly clean latents, whose error is
+    texture, do not take the most of it. The weights that come with a draw are w / p.
+    """
+
+    def __init__(self, schedule: DDPMScheduler, gamma: float = SNR_GAMMA):
+        snr = compute_snr(schedule, torch.arange(len(schedule.alphas_cumprod)))
+        weight = snr.clamp(max=gamma) / snr
+        density = weight.clamp(min=0.25)
+        self.cumulative = (density / density.sum()).cumsum(0)
+        self.weight = weight / (density / density.mean())
+
+    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Timesteps (N,), long, and their weights (N,)."""
+        level = (torch.arange(n) + torch.rand(n, generator=generator)) / n
+        t = torch.searchsorted(self.cumulative, level).clamp(max=len(self.cumulative) - 1)
+        return t, self.weight[t]
+
+
+def cell_weights(toys: Tensor) -> Tensor:
+    """Share of each cell that a toy covers (N,16,16) -> weights (N,1,16,16), of mean 1 over the batch."""
+    weights = 1 + TOY_WEIGHT * toys.float()[:, None]
+    return weights / weights.mean()
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    renders, cache = Renders(args.data), load_file(args.latents)
+    towers, schedule = TextTowers(args.clip, args.tokenizer, device=args.device), noise_schedule()
+    timesteps = Timesteps(schedule, args.snr_gamma)
+    unet = UNet2DConditionModel.from_pretrained(args.start, torch_dtype=torch.float32) if args.start else build_unet()
+    unet.train().set_attn_processor(AttnProcessor())
+    use_fast_group_norm(unet)
+    alignment = Alignment(unet, cache["seen"])
+    both = nn.ModuleDict({"unet": unet, "alignment": alignment}).to(args.device)
+    weights = MasterWeights(both, adamw_lr=args.lr, muon_lr=args.muon_lr, adamw_names=ENDS, ema_decay=args.ema_decay)
+    run = Run(args.out, weights, args.steps, minutes=args.minutes, save_every=100, log_every=50)
+    for step in run:
+        generator = run.generator(step, salt=args.salt)
+        rng = random.Random(generator.initial_seed())
+        rows = torch.randint(len(cache["latents"]) - HELD_BACK, (args.batch,), generator=generator)
+        captions = [nonsense(_caption(renders.rows[i], rng), rng, 0.1) for i in rows.tolist()]
+        conditions = towers(captions)
+        embeds, pooled = (c.clone() for c in conditions)
+        dropped = drop_captions(embeds, pooled, generator, args.drop)
+        some = {name: values[rows].to(args.device) for name, values in cache.items()}
+        x = some["latents"].float()
+        noise = torch.randn(x.shape, generator=generator).to(args.device)
+        t, weight = (v.to(args.device) for v in timesteps.draw(len(x), generator))
+        noisy = to_channels_last(schedule.add_noise(x, noise, t))
+        added = {"text_embeds": pooled, "time_ids": some["time_ids"].float()}
+        velocity = schedule.get_velocity(x, noise, t)
+        if args.start and dropped.any():
+            said = [v[dropped] for v in (noisy, t, *conditions, added["time_ids"])]
+            velocity[dropped] = captioned_velocity(unet, *said)
+        prediction = unet(noisy, t, embeds, added_cond_kwargs=added).sample
+        squared = (prediction.float() - velocity).square() * cell_weights(some["toys"])
+        error = squared.mean(dim=(1, 2, 3))
+        loss = (error * weight).mean()
+        aligned = alignment.loss(some["seen"])
+        share = 0 if args.start or run.progress > 0.5 else ALIGNMENT_WEIGHT
+        (loss + share * aligned).backward()
+        norm = weights.step(run.rate(step, warmup=200, decay=args.decay))
+        run.add(loss=loss, mse=error.mean(), aligned=aligned, grad_norm=norm)
+    if run.rank == 0:
+        export(weights, args.out)
+
+
+def _caption(row: dict, rng: random.Random) -> str:
+    """The varied caption mostly, the canonical one in three of ten draws."""
+    return row["canonical_caption"] if rng.random() < 0.3 else row["caption"]
+
+
+def export(weights: MasterWeights, out: Path) -> None:
+    """Averaged weights as a diffusers folder OUT/model, fp16."""
+    unet = build_unet()
+    averaged = weights.averaged()
+    unet.load_state_dict({k.removeprefix("unet."): v for k, v in averaged.items() if k.startswith("unet.")})
+    unet.half().save_pretrained(out / "model")
+    report = {"parameters": sum(p.numel() for p in unet.parameters())}
+    (out / "report.json").write_text(json.dumps(report) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("data", "latents", "clip", "tokenizer", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--minutes", type=float, help="stop, and let the rates fall, by the clock")
+    parser.add_argument("--batch", type=int, default=32, help="of each process")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--muon_lr", type=float, help="of the weight matrices, by Muon instead of AdamW")
+    parser.add_argument("--drop", type=float, default=0.1, help="share of captions that are dropped, for guidance")
+    parser.add_argument("--decay", type=float, default=0.4, help="last share of the run, in which the rate falls to 0")
+    parser.add_argument("--ema_decay", type=float, default=0.999, help="of the averaged weights, which are exported")
+    parser.add_argument("--snr_gamma", type=float, default=SNR_GAMMA, help="a larger one weighs fine detail more")
+    parser.add_argument("--start", type=Path, help="a finished UNet to go on from")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--salt", type=int, default=1, help="another number draws other batches and noise")
+    train(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Measures of the embedded base, and the model card that holds them."""

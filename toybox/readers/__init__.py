@@ -1,0 +1,1 @@
+"""Small nets that read a picture: what it shows, which pixels are the toy, where it stands."""
