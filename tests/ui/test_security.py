@@ -19,7 +19,7 @@ from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.ui.adapters.catalog import AdapterCatalog
 from dreambooth_moslora.ui.html_snippets import facts_table, notice, progress_card
 from dreambooth_moslora.ui.jobs.jobs import Jobs
-from dreambooth_moslora.ui.train.photo_uploads import take_photos
+from dreambooth_moslora.ui.server.photo_uploads import take_photos
 from tests.helpers.odd_photos import png_of
 from tests.helpers.ui_server import serve
 

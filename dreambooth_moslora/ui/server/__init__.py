@@ -1,1 +1,1 @@
-"""How the page is served to several people: who asks, what a request may cost, and which sites may ask."""
+"""How the page is served to several people: who asks, what a request may cost, and what an upload becomes."""

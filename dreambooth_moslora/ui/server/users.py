@@ -21,7 +21,7 @@ import gradio as gr
 import psutil
 from starlette.requests import cookie_parser
 
-from dreambooth_moslora.ui.train.photo_uploads import kept_photos
+from dreambooth_moslora.ui.server.photo_uploads import kept_photos
 
 __all__ = ["COOKIE", "Picture", "Visitor", "VisitorCookie", "Visitors", "secret_in", "visitor_id"]
 

@@ -8,10 +8,10 @@ from dreambooth_moslora.ui.app_state import AppContext
 from dreambooth_moslora.ui.generate.actions import format_seconds
 from dreambooth_moslora.ui.html_snippets import remarks_card
 from dreambooth_moslora.ui.jobs.jobs import Jobs
+from dreambooth_moslora.ui.server.photo_uploads import kept_photos
 from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train.form import TrainForm
 from dreambooth_moslora.ui.train.memory_choice import card_lines, free_gib
-from dreambooth_moslora.ui.train.photo_uploads import kept_photos
 
 if TYPE_CHECKING:
     from dreambooth_moslora.core.config.train_config import TrainConfig

@@ -19,8 +19,8 @@ from dreambooth_moslora.training.planning.choices import (
     encoders_are_here,
     recipe_settings,
 )
+from dreambooth_moslora.ui.server.photo_uploads import kept_photos
 from dreambooth_moslora.ui.train.memory_choice import free_gib
-from dreambooth_moslora.ui.train.photo_uploads import kept_photos
 
 if TYPE_CHECKING:
     from dreambooth_moslora.photos.photo import Photo

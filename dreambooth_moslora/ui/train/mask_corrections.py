@@ -15,8 +15,8 @@ import PIL.ImageChops
 
 from dreambooth_moslora.core.digests import file_digest
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.ui.server.photo_uploads import ONE_AT_A_TIME, Intake, kept_photos, take_photos
 from dreambooth_moslora.ui.server.users import Visitor
-from dreambooth_moslora.ui.train.photo_uploads import ONE_AT_A_TIME, Intake, kept_photos, take_photos
 
 if TYPE_CHECKING:
     from dreambooth_moslora.core.config.train_config import TrainConfig

@@ -8,9 +8,9 @@ from dreambooth_moslora.core.config.training_settings import MIXERS
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.training.planning.choices import TOKEN, encoders_are_here
 from dreambooth_moslora.ui.html_snippets import faint
+from dreambooth_moslora.ui.server.photo_uploads import PHOTO_TYPES
 from dreambooth_moslora.ui.train.form import MEMORY_WORDS, PRESETS, TrainForm
 from dreambooth_moslora.ui.train.masks import mask_widgets
-from dreambooth_moslora.ui.train.photo_uploads import PHOTO_TYPES
 from dreambooth_moslora.ui.train.watch import picture_rows
 
 __all__ = ["train_widgets"]

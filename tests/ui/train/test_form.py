@@ -16,11 +16,11 @@ from dreambooth_moslora.photos.crops import apply_crop, plan_crop
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo import open_rgb
 from dreambooth_moslora.ui.generate.form import GenerateForm
+from dreambooth_moslora.ui.server.photo_uploads import take_photos
 from dreambooth_moslora.ui.train.actions import (
     review_photos,
 )
 from dreambooth_moslora.ui.train.form import TrainForm, prompts_of
-from dreambooth_moslora.ui.train.photo_uploads import take_photos
 from tests.ui.test_handlers import visitor
 
 

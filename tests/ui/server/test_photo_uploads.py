@@ -14,14 +14,14 @@ import pytest
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.masks import open_mask
-from dreambooth_moslora.ui.train.photo_uploads import MAX_SIDE_PX, ONE_AT_A_TIME, kept_photos, take_photos
+from dreambooth_moslora.ui.server.photo_uploads import MAX_SIDE_PX, ONE_AT_A_TIME, kept_photos, take_photos
 
 STATUS = Path("/proc/self/status")
 PEAK_CODE = """
 import sys
 from pathlib import Path
 from dreambooth_moslora.photos.image_file import open_image
-from dreambooth_moslora.ui.train.photo_uploads import take_photos
+from dreambooth_moslora.ui.server.photo_uploads import take_photos
 
 def peak():
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
