@@ -1,4 +1,4 @@
-"""Started by `accelerate launch`: train_dreambooth.py itself, then this rank's adapter as a hash."""
+"""Started by `accelerate launch`: train_dreambooth.py itself; what this rank was shown, and its adapter as a hash."""
 
 import hashlib
 import json
@@ -13,14 +13,26 @@ from dreambooth_moslora.training import loop  # noqa: E402
 from dreambooth_moslora.training.step.train_step import TrainStep  # noqa: E402
 
 
+def note_of(micro_batch: int, batch) -> tuple[int, list[str], str]:
+    """The number of a micro-batch, its prompts, and its latents and size conditioning as a hash."""
+    content = batch.latents.numpy().tobytes() + batch.time_ids.numpy().tobytes()
+    return micro_batch, batch.prompts, hashlib.sha256(content).hexdigest()
+
+
 class Watched(TrainStep):
-    """A TrainStep that can be found again when the run is over."""
+    """A TrainStep that can be found again when the run is over, and notes what it was shown."""
 
     found: list[TrainStep] = []  # noqa: RUF012
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
+        self.shown: list[tuple[int, list[str], str]] = []
         self.found.append(self)
+
+    def batch_at(self, micro_batch: int):
+        batch = super().batch_at(micro_batch)
+        self.shown.append(note_of(micro_batch, batch))
+        return batch
 
 
 loop.TrainStep = Watched
@@ -31,4 +43,5 @@ finally:
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in train_step.trained)).hexdigest()
     facts = {"processes": train_step.accelerator.num_processes, "adapter": digest}
     rank = train_step.accelerator.process_index
-    Path(train_step.config.output_dir, f"rank_{rank}.json").write_text(json.dumps(facts), encoding="utf-8")
+    for name, value in (("rank", facts), ("shown", train_step.shown)):
+        Path(train_step.config.output_dir, f"{name}_{rank}.json").write_text(json.dumps(value), encoding="utf-8")
