@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from PIL import Image, ImageDraw, ImageOps
 
+from dreambooth_moslora.core.config.subject_tables import stream_of
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.pictures import Row
 from dreambooth_moslora.core.seeding import rng
@@ -19,14 +20,14 @@ MAX_CROPS = 5
 
 
 def plans_of(photo: Photo, number: int, config: TrainConfig) -> Iterator[CropPlan]:
-    """The crops of photo `number` of the folder, drawn by the same names as in training (`dataset.PhotoStream`).
+    """The crops of photo `number` of its subject, drawn by the same names as in training (`dataset.PhotoStream`).
 
     They are those of the seed 0 where none is set: training draws one then.
     """
-    rule = crop_rule(config)
+    rule, stream = crop_rule(config), stream_of("instance", photo.subject)
     for slot in range(number * config.repeats, (number + 1) * config.repeats):
         for crop in range(config.crops_per_photo):
-            yield rule.plan(photo.size_px, rng(config.seed or 0, "instance", "crop", slot, crop))
+            yield rule.plan(photo.size_px, rng(config.seed or 0, stream, "crop", slot, crop))
 
 
 def crop_rows(photos: list[Photo], config: TrainConfig) -> list[Row]:

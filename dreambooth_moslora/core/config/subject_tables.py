@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.errors import UserError
 
-__all__ = ["SAID_BY_SUBJECTS", "SubjectTable", "check_subjects", "each_subject", "to_tables"]
+__all__ = ["SAID_BY_SUBJECTS", "SubjectTable", "check_subjects", "each_subject", "stream_of", "to_tables"]
 
 Config = TypeVar("Config")
 """`core.config.TrainConfig`, which is above this file."""
@@ -113,6 +113,11 @@ def prompts_of(folder: Path) -> tuple[str, ...]:
 def each_subject(config: Config) -> list[Config]:
     """The configuration of each subject alone; of a run without tables, its own."""
     return [replace(config, subjects=(), **table.to_dict()) for table in config.subjects] or [config]
+
+
+def stream_of(name: str, number: int) -> str:
+    """Under which name the draws of subject `number`, from 0, are seeded; the first has that of a run with no other."""
+    return f"{name} {number}" if number else name
 
 
 def check_subjects(config: Config) -> None:

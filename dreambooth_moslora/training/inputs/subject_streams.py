@@ -8,7 +8,7 @@ A position alone says which sample it is: a resumed run and several processes sh
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from dreambooth_moslora.core.config.subject_tables import each_subject
+from dreambooth_moslora.core.config.subject_tables import each_subject, stream_of
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.seeding import place_of
 from dreambooth_moslora.photos.photo import Photo
@@ -68,7 +68,7 @@ def instance_streams(config: TrainConfig, photos: list[Photo], encoder: PhotoEnc
         own = taking_turns([photo for photo in photos if photo.subject == number], config)
         shuffled = [replace(photo, captions=shuffled_captions(subject, photo.captions)) for photo in own]
         varied = (config.repeats, config.caption_dropout, config.train_batch_size)
-        streams.append(PhotoStream(shuffled, encoder, config.seed, name_of("instance", number), *varied))
+        streams.append(PhotoStream(shuffled, encoder, config.seed, stream_of("instance", number), *varied))
     return SubjectStreams(streams, config.seed, config.train_batch_size if config.enable_bucket else 1)
 
 
@@ -91,10 +91,5 @@ def prior_streams(
     streams = []
     for number, (photos, own) in enumerate(zip(class_photos, instance.streams, strict=True)):
         beside = own if config.enable_bucket else None
-        streams.append(PhotoStream(photos, encoder, config.seed, name_of("prior", number), beside=beside))
+        streams.append(PhotoStream(photos, encoder, config.seed, stream_of("prior", number), beside=beside))
     return SubjectStreams(streams, config.seed, instance.run)
-
-
-def name_of(stream: str, number: int) -> str:
-    """The first subject's are those of a run that has no other."""
-    return f"{stream} {number}" if number else stream

@@ -10,7 +10,8 @@ from dreambooth_moslora.adapters.files.export import load_published
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.photos.caption_making import note
-from dreambooth_moslora.photos.crops import CropRule
+from dreambooth_moslora.photos.crop_preview import plans_of
+from dreambooth_moslora.photos.crops import CropRule, crop_rule
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.masks import kept_path
 from dreambooth_moslora.photos.photo import Photo
@@ -91,6 +92,14 @@ def test_one_subjects_stream_is_the_one_that_it_always_was():
     before = PhotoStream(photos, Numbers(CropRule(64)), 3, "instance", 1, 0.2, 2)
     now = instance_streams(config, photos, Numbers(CropRule(64)))
     assert [now.at(n) for n in range(50)] == [before.at(n) for n in range(50)]
+
+
+def test_the_crop_pictures_of_each_subject_are_those_of_the_run(several):
+    config = several(seed=5, crops_per_photo=2, crop_zoom=1.5)
+    photos = photo_report(config).photos
+    trained = set(views(instance_streams(config, photos, Numbers(crop_rule(config))), 60))
+    numbered = ((0, photos[0]), (1, photos[1]), (2, photos[2]), (0, photos[3]))
+    assert trained == {(photo.path, plan) for number, photo in numbered for plan in plans_of(photo, number, config)}
 
 
 def test_steps_are_counted_for_the_subject_with_the_most_photos():
