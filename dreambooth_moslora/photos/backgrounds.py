@@ -77,9 +77,9 @@ class NewBackground:
 
 
 def feathered(mask: Image.Image) -> Image.Image:
-    """The mask (L) with an edge that falls to 0 where the mask ends."""
+    """The mask (L) with an edge that fades inside it, to 0 where it ends."""
     blurred = mask.filter(ImageFilter.GaussianBlur(FEATHER * min(mask.size)))
-    return blurred.point([max(0, round(1.5 * value - 127.5)) for value in range(256)])
+    return blurred.point([max(0, 2 * value - 255) for value in range(256)])
 
 
 def new_backgrounds(config: TrainConfig, photos: Iterable[Photo], folder: Path) -> Iterator[NewBackground]:
