@@ -59,7 +59,7 @@ def choose(words: list[str], given: Mapping[str, Any], *, has_recipe: bool = Fal
     choose_output(choices, word)
     photos = photos_of(choices)
     choose_steps(choices, exposures, photos)
-    choose_scores(choices, len(photos))
+    choose_scores(choices, photos)
     return choices
 
 

@@ -6,12 +6,13 @@ The base decides the recipe of `assets/configs`; on a GPU, its free memory decid
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.core.config.files import load_settings
+from dreambooth_moslora.core.config.subject_tables import to_tables
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.names import CLIP, DINO
 from dreambooth_moslora.core.toy import is_toy
@@ -24,6 +25,7 @@ __all__ = [
     "choose_recipe",
     "choose_scores",
     "choose_steps",
+    "choose_subjects",
     "choose_words",
     "encoders_are_here",
     "recipe_settings",
@@ -134,6 +136,21 @@ def choose_words(choices: Choices, word: str) -> None:
         choices.add("", class_prompt=of_class, prior="adapter_off")
 
 
+def choose_subjects(choices: Choices) -> None:
+    """As `choose_words`, for the several subjects that were given: their tables have the prompts."""
+    tables = to_tables(choices.given["subjects"]) or ()
+    choices.say(f"words: {in_words(table.instance_prompt for table in tables)}")
+    if choices.given.get("with_prior_preservation") is not False:
+        line = f"the classes: {in_words(table.class_prompt for table in tables)} stay as the base draws them"
+        choices.add(line, "no_with_prior_preservation", with_prior_preservation=True)
+        choices.add("", prior="adapter_off")
+
+
+def in_words(prompts: Iterable[str | None]) -> str:
+    """Each once."""
+    return ", ".join(f"“{prompt}”" for prompt in dict.fromkeys(prompts) if prompt)
+
+
 def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> None:
     """So many that each photo is shown `exposures` times, unless the steps were given; and masks."""
     is_given = choices.given.keys() & {"max_train_steps", "num_train_epochs", "exposures_per_photo"}
@@ -141,14 +158,16 @@ def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> Non
         choices.settings["exposures_per_photo"] = exposures
     choose_masks(choices, photos)
     if not is_given:
-        line = f"steps: {steps_of(choices, len(photos))}, which show each photo {exposures} times"
+        line = f"steps: {steps_of(choices, photos)}, which show each photo {exposures} times"
+        line += ", and those of a subject with fewer oftener" if len(set(counted(photos))) > 1 else ""
         choices.say(line, "exposures_per_photo", "max_train_steps")
 
 
 def choose_masks(choices: Choices, photos: list["Photo"]) -> None:
     """The embedded base has a segmenter of its own; SDXL's is a download, which nobody asked for."""
     masked = sum(photo.mask_path is not None for photo in photos)
-    choices.said.insert(0, (f"photos: {len(photos)}, {masked} with a mask (name.mask.png beside each)", ()))
+    counts = " + ".join(map(str, counted(photos)))
+    choices.said.insert(0, (f"photos: {counts}, {masked} with a mask (name.mask.png beside each)", ()))
     bare = len(photos) - masked
     if bare and is_toy(choices.all["pretrained_model_name_or_path"]):
         choices.add(f"masks: made for the {bare} without one", "masks", masks="auto")
@@ -156,20 +175,27 @@ def choose_masks(choices: Choices, photos: list["Photo"]) -> None:
         choices.say("masks: made for none, as CLIPSeg comes from the hub", "masks auto")
 
 
-def steps_of(choices: Choices, photo_count: int) -> int:
+def counted(photos: list["Photo"]) -> list[int]:
+    """How many photos each subject has."""
+    from dreambooth_moslora.photos.photo import counts_of
+
+    return counts_of(photos)
+
+
+def steps_of(choices: Choices, photos: list["Photo"]) -> int:
     from dreambooth_moslora.training.planning.step_plan import plan_steps
 
     config = TrainConfig.from_dict(choices.all | {"early_stopping": None})  # the scores it needs are chosen later
-    return plan_steps(config, photo_count, int(os.environ.get("WORLD_SIZE", "1"))).total_steps
+    return plan_steps(config, counted(photos), int(os.environ.get("WORLD_SIZE", "1"))).total_steps
 
 
-def choose_scores(choices: Choices, photo_count: int, is_wanted: bool | None = None) -> None:
+def choose_scores(choices: Choices, photos: list["Photo"], is_wanted: bool | None = None) -> None:
     """The embedded base has its own encoders; SDXL's are used where they are, as nobody asked for a download.
 
     `is_wanted`: somebody did, or wants no scores.
     """
     if encoders_are_here(choices.all["pretrained_model_name_or_path"]) if is_wanted is None else is_wanted:
-        every = max(1, steps_of(choices, photo_count) // 4)
+        every = max(1, steps_of(choices, photos) // 4)
         line = f"scores: every {every} steps, beside pictures, the best in best/, and the best scale at the end"
         wanted = {"evaluate_steps": every, "validation_steps": every, "find_scale": True}
         choices.add(line, "evaluate_steps", "no_find_scale", **wanted)

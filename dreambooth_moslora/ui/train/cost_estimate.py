@@ -8,7 +8,6 @@ from dreambooth_moslora.ui.app_state import AppContext
 from dreambooth_moslora.ui.generate.actions import format_seconds
 from dreambooth_moslora.ui.html_snippets import remarks_card
 from dreambooth_moslora.ui.jobs.jobs import Jobs
-from dreambooth_moslora.ui.server.photo_uploads import kept_photos
 from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train.form import TrainForm
 from dreambooth_moslora.ui.train.memory_choice import card_lines, free_gib
@@ -31,6 +30,8 @@ def estimate_cost(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor
 def _lines(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> list[str]:
     from dreambooth_moslora.base.locate import base_folder
     from dreambooth_moslora.core.config.train_config import TrainConfig
+    from dreambooth_moslora.photos.folder import photo_report
+    from dreambooth_moslora.photos.photo import counts_of
     from dreambooth_moslora.training.planning.advice import advice
     from dreambooth_moslora.training.planning.dry_run import cost_lines, step_lines
     from dreambooth_moslora.training.planning.estimate import estimate, size_of_base
@@ -38,14 +39,14 @@ def _lines(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> li
     from dreambooth_moslora.training.planning.step_plan import plan_steps
 
     photos = visitor.photos_dir
-    count = len(kept_photos(photos))
     if not visitor.has_photos:
         raise UserError("add some photos of your subject first")
     choices = form.choices(ctx.base_name, ctx.resolution_px, photos, ctx.runs_dir / "new")
     config = planned(TrainConfig.from_dict(choices.all), free_gib())
-    plan = plan_steps(config, count)
+    counts = counts_of(photo_report(config).photos)
+    plan = plan_steps(config, counts)
     size = size_of_base(base_folder(config), config.target_modules, config.variant)
-    cost = estimate(config, size, plan.total_steps, count)
+    cost = estimate(config, size, plan.total_steps, sum(counts))
     return [
         *(words for words, _ in choices.said),
         *step_lines(config, plan),

@@ -1,7 +1,7 @@
 """The training form as a value: few words and numbers, to the settings that `train FOLDER WORD` would choose."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,35 +15,24 @@ from dreambooth_moslora.training.planning.choices import (
     choose_recipe,
     choose_scores,
     choose_steps,
+    choose_subjects,
     choose_words,
     encoders_are_here,
     recipe_settings,
 )
 from dreambooth_moslora.ui.server.photo_uploads import kept_photos
 from dreambooth_moslora.ui.train.memory_choice import free_gib
+from dreambooth_moslora.ui.train.more_subjects import SubjectWords, folder_of, prompts_of, table_of, words_in
 
 if TYPE_CHECKING:
     from dreambooth_moslora.photos.photo import Photo
 
-__all__ = ["MEMORY_WORDS", "PRESETS", "PRIORS", "TrainForm", "crop_config", "prompts_of"]
+__all__ = ["MEMORY_WORDS", "PRESETS", "PRIORS", "TrainForm", "crop_config", "form_of"]
 
-MAX_WORD_CHARACTERS = 60
 PRESETS = {"quick": 0.5, "standard": 1.0, "thorough": 2.0}
 """Name -> how often each photo is shown, as a multiple of what the recipe says."""
 MEMORY_WORDS = ("auto", "full", "recompute", "nf4")
 PRIORS = ("adapter_off", "class_images")
-
-
-def prompts_of(token: str, class_word: str) -> tuple[str, str]:
-    """("a photo of a sks dog", "a photo of a dog"). Raises UserError for missing or endless words."""
-    token, class_word = (" ".join(str(word or "").split()) for word in (token, class_word))
-    for word, name in ((token, "the token (a rare word, such as sks)"), (class_word, "the class word (such as dog)")):
-        if not word:
-            raise UserError(f"{name} is missing")
-        if len(word) > MAX_WORD_CHARACTERS:
-            raise UserError(f"{name} is too long; one to three words are enough")
-        check_characters(word, name)
-    return f"a photo of a {token} {class_word}", f"a photo of a {class_word}"
 
 
 @dataclass(frozen=True)
@@ -68,20 +57,31 @@ class TrainForm:
     unmasked_weight: float = 0.2
     scores: bool | None = None
     make_captions: bool = False
+    others: tuple[SubjectWords, ...] = ()
+
+    @property
+    def subjects(self) -> tuple[SubjectWords, ...]:
+        return (SubjectWords(self.class_word, self.token, self.captions), *self.others)
 
     def choices(
         self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path, *, is_queued: bool = False
     ) -> Choices:
-        """What the command would choose for these photos and this word. Raises UserError for what makes no sense."""
+        """What the command would choose for these photos and this word. Raises UserError for what makes no sense.
+
+        `photos_dir` is the first subject's, and those of the others lie beside it (`folder_of`).
+        """
         given = self.given(base, resolution_px, photos_dir, run_dir)
         share, wants_scores = PRESETS[_one_of(PRESETS, self.preset, "preset")], _switch(self.scores, "scores")
         is_usual = wants_scores == encoders_are_here(base)
         choices = Choices(given)
         exposures = choose_recipe(choices, free_for(base, is_later=is_queued))
-        choose_words(choices, " ".join(str(self.class_word).split()))
-        photos = usable_photos(photos_dir, resolution_px)
+        if self.others:
+            choose_subjects(choices)
+        else:
+            choose_words(choices, " ".join(str(self.class_word).split()))
+        photos = usable_photos(photos_dir, resolution_px, len(self.subjects))
         choose_steps(choices, round(share * exposures), photos)
-        choose_scores(choices, len(photos), None if is_usual else wants_scores)
+        choose_scores(choices, photos, None if is_usual else wants_scores)
         return choices
 
     def config(self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class TrainForm:
         is_usual = makes_masks in (None, is_toy(base))
         memory = _one_of(MEMORY_WORDS, self.memory, "memory")
         numbers = {
-            "token": token if token != TOKEN else "",
+            "token": token if token != TOKEN and not self.others else "",
             "rank": _whole(self.rank, "rank", 256),
             "learning_rate": _number(self.learning_rate, "learning rate", 10),
             "max_train_steps": _whole(self.steps, "steps", 100_000),
@@ -107,7 +107,7 @@ class TrainForm:
         return {
             "pretrained_model_name_or_path": base,
             "variant": None,  # the files that the page itself has loaded
-            "instance_data_dir": str(photos_dir),
+            **self.photos_given(photos_dir),
             "output_dir": str(run_dir),
             "resolution": resolution_px,
             "mixer": self.mixer,
@@ -116,6 +116,16 @@ class TrainForm:
             **{name: value for name, value in numbers.items() if value},
             **self.prior_given(),
         }
+
+    def photos_given(self, photos_dir: Path) -> dict[str, Any]:
+        """Where the photos lie: of several subjects, in the table of each."""
+        if not self.others:
+            return {"instance_data_dir": str(photos_dir)}
+        tables = [table_of(number, words, photos_dir) for number, words in enumerate(self.subjects, 1)]
+        prompts = [table["instance_prompt"] for table in tables]
+        if twice := next((prompt for prompt in prompts if prompts.count(prompt) > 1), None):
+            raise UserError(f"two subjects are called “{twice}”; give each a token or a class of its own")
+        return {"subjects": tables}
 
     def prior_given(self) -> dict[str, Any]:
         prior = _one_of(PRIORS, self.prior, "prior")
@@ -126,9 +136,17 @@ class TrainForm:
 
     def write_captions(self, photos_dir: Path) -> None:
         """One line for each photo, in their order, becomes the text file beside it; empty lines are left out."""
-        for photo, line in zip(kept_photos(photos_dir), str(self.captions or "").splitlines()):
-            if line.strip():
-                photo.with_suffix(".txt").write_text(line.strip(), encoding="utf-8")
+        for number, words in enumerate(self.subjects, 1):
+            lines = str(words.captions or "").splitlines()
+            for photo, line in zip(kept_photos(folder_of(photos_dir, number)), lines):
+                if line.strip():
+                    photo.with_suffix(".txt").write_text(line.strip(), encoding="utf-8")
+
+
+def form_of(values: Mapping[str, Any]) -> TrainForm:
+    """From the values of all fields, by name. Raises UserError for subjects that make no sense."""
+    own = {field.name: values[field.name] for field in fields(TrainForm) if field.name in values}
+    return TrainForm(**own, others=words_in(values))
 
 
 def free_for(base: str, *, is_later: bool = False) -> float | None:
@@ -136,13 +154,21 @@ def free_for(base: str, *, is_later: bool = False) -> float | None:
     return None if is_toy(base) else free_gib(is_later=is_later)
 
 
-def usable_photos(photos_dir: Path, resolution_px: int) -> list["Photo"]:
+def usable_photos(photos_dir: Path, resolution_px: int, subjects: int = 1) -> list["Photo"]:
+    """Of each of so many subjects. Raises UserError for one without any."""
     from dreambooth_moslora.photos.folder import find_photos
 
-    photos = find_photos(photos_dir, "", resolution_px).photos
-    if not photos:
-        raise UserError("none of the photos can be used; what is wrong with each stands below them")
-    return photos
+    found = []
+    for number in range(1, subjects + 1):
+        folder = folder_of(photos_dir, number)
+        if number > 1 and not kept_photos(folder):
+            raise UserError(f"add some photos of subject {number} first")
+        photos = find_photos(folder, "", resolution_px).photos
+        if not photos:
+            whose = f" of subject {number}" if number > 1 else ""
+            raise UserError(f"none of the photos{whose} can be used; what is wrong with each stands below them")
+        found += [replace(photo, subject=number - 1) for photo in photos]
+    return found
 
 
 def crop_config(base: str, resolution_px: int, photos_dir: Path, seed: Any = 0) -> TrainConfig:

@@ -16,7 +16,8 @@ from dreambooth_moslora.ui.html_snippets import remarks_card
 from dreambooth_moslora.ui.jobs.jobs import Job, Jobs, run_name_of
 from dreambooth_moslora.ui.server.photo_uploads import ONE_AT_A_TIME
 from dreambooth_moslora.ui.server.users import Visitor
-from dreambooth_moslora.ui.train.form import TrainForm, prompts_of
+from dreambooth_moslora.ui.train.form import TrainForm
+from dreambooth_moslora.ui.train.more_subjects import folder_of, prompts_of
 
 __all__ = ["add_to_queue", "free_run_dir", "start_run"]
 
@@ -69,14 +70,15 @@ def prepared(
     prompts_of(form.token, form.class_word)
     run_dir = free_run_dir(jobs, form)
     choices = form.choices(ctx.base_name, ctx.resolution_px, photos, run_dir, is_queued=is_queued)
-    config = TrainConfig.from_dict(choices.all | {"instance_data_dir": str(run_dir / "photos")})
+    config = TrainConfig.from_dict(choices.all | form.photos_given(run_dir / "photos"))
     try:
         run_dir.mkdir(parents=True)
     except FileExistsError as error:
         raise UserError("another run of that name is just being started; try again") from error
     try:
         with ONE_AT_A_TIME:
-            shutil.copytree(photos, run_dir / "photos")
+            for number in range(1, len(form.subjects) + 1):
+                shutil.copytree(folder_of(photos, number), folder_of(run_dir / "photos", number))
         form.write_captions(run_dir / "photos")
         yield Prepared(run_dir, config.to_dict(), [words for words, _ in choices.said])
     except BaseException:
@@ -85,6 +87,6 @@ def prepared(
 
 
 def free_run_dir(jobs: Jobs, form: TrainForm) -> Path:
-    """The wanted name, or one from the class word; a number is added when it is taken."""
-    wanted = run_name_of(str(form.run_name or form.class_word))
+    """The wanted name, or one from the class words; a number is added when it is taken."""
+    wanted = run_name_of(str(form.run_name or "-".join(str(words.class_word) for words in form.subjects)))
     return jobs.run_dir(free_name(wanted, lambda name: jobs.run_dir(name).exists(), "-"))

@@ -14,9 +14,10 @@ from dreambooth_moslora.ui.jobs.jobs import Jobs
 from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train.actions import PhotoReview, review_kept, review_photos
 from dreambooth_moslora.ui.train.cost_estimate import estimate_cost
-from dreambooth_moslora.ui.train.form import TrainForm, prompts_of
+from dreambooth_moslora.ui.train.form import TrainForm
 from dreambooth_moslora.ui.train.mask_corrections import take_with_masks
 from dreambooth_moslora.ui.train.masks import connect_masks
+from dreambooth_moslora.ui.train.more_subjects import prompts_of
 from dreambooth_moslora.ui.train.queue import connect_queue, queue_widgets
 from dreambooth_moslora.ui.train.start import add_to_queue, start_run
 from dreambooth_moslora.ui.train.watch import connect_watch, run_names, watch_widgets

@@ -20,7 +20,8 @@ from dreambooth_moslora.ui.server.photo_uploads import take_photos
 from dreambooth_moslora.ui.train.actions import (
     review_photos,
 )
-from dreambooth_moslora.ui.train.form import TrainForm, prompts_of
+from dreambooth_moslora.ui.train.form import TrainForm
+from dreambooth_moslora.ui.train.more_subjects import prompts_of
 from tests.ui.test_handlers import visitor
 
 

@@ -1,0 +1,93 @@
+"""Further subjects of the training form, from the second on: their fields, their photos' folders, their tables."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.generation.params import check_characters
+
+__all__ = [
+    "MOST_SUBJECTS",
+    "TOKENS",
+    "SubjectWords",
+    "folder_of",
+    "named",
+    "prompts_of",
+    "subject_fields",
+    "table_of",
+    "words_in",
+]
+
+MOST_SUBJECTS = 4
+TOKENS = ("sks", "zwx", "ohwx", "xjy")
+"""The rare word that each begins with."""
+MAX_WORD_CHARACTERS = 60
+
+
+@dataclass(frozen=True)
+class SubjectWords:
+    """What the form says of one subject. `captions`: one line for each photo."""
+
+    class_word: str
+    token: str
+    captions: str = ""
+
+
+def subject_fields() -> tuple[str, ...]:
+    """The names of all further fields but the photos, as the API has them."""
+    names = [
+        named(name, number) for number in range(2, MOST_SUBJECTS + 1) for name in SubjectWords.__dataclass_fields__
+    ]
+    return ("subjects", *names)
+
+
+def named(name: str, number: int) -> str:
+    """`class_word` of the first subject, `class_word_2` of the second."""
+    return name if number == 1 else f"{name}_{number}"
+
+
+def folder_of(photos_dir: Path, number: int) -> Path:
+    """Where the photos of a subject lie; `photos_dir` is the first one's."""
+    return photos_dir.with_name(named(photos_dir.name, number))
+
+
+def words_in(values: Mapping[str, Any]) -> tuple[SubjectWords, ...]:
+    """The subjects after the first, of which `values`, by name, hold as many as `subjects` says.
+
+    Raises UserError for another number, and for words of a subject beyond it.
+    """
+    count = values.get("subjects", 1)
+    if isinstance(count, bool) or count not in range(1, MOST_SUBJECTS + 1):
+        raise UserError(f"subjects must be a whole number from 1 to {MOST_SUBJECTS}, not {count!r:.30}")
+    for number in range(int(count) + 1, MOST_SUBJECTS + 1):
+        if str(values.get(named("class_word", number)) or "").strip():
+            raise UserError(f"{named('class_word', number)} is of a further subject, and subjects is {count}")
+    return tuple(
+        SubjectWords(*(str(values.get(named(name, number)) or "") for name in SubjectWords.__dataclass_fields__))
+        for number in range(2, int(count) + 1)
+    )
+
+
+def table_of(number: int, words: SubjectWords, photos_dir: Path) -> dict[str, str]:
+    """The `[[subjects]]` table of subject `number`; `photos_dir` is the first one's. Raises UserError."""
+    try:
+        instance_prompt, class_prompt = prompts_of(words.token, words.class_word)
+        check_characters(words.captions, "a caption")
+    except UserError as error:
+        raise UserError(f"subject {number}: {error}") from error
+    folder = str(folder_of(photos_dir, number))
+    return {"instance_data_dir": folder, "instance_prompt": instance_prompt, "class_prompt": class_prompt}
+
+
+def prompts_of(token: str, class_word: str) -> tuple[str, str]:
+    """("a photo of a sks dog", "a photo of a dog"). Raises UserError for missing or endless words."""
+    token, class_word = (" ".join(str(word or "").split()) for word in (token, class_word))
+    for word, name in ((token, "the token (a rare word, such as sks)"), (class_word, "the class word (such as dog)")):
+        if not word:
+            raise UserError(f"{name} is missing")
+        if len(word) > MAX_WORD_CHARACTERS:
+            raise UserError(f"{name} is too long; one to three words are enough")
+        check_characters(word, name)
+    return f"a photo of a {token} {class_word}", f"a photo of a {class_word}"
