@@ -36,9 +36,9 @@ button[role="tab"] { font-weight: 500; }
 #generate > div, #train > div, #inspect > div { min-width: 0 !important; width: 100%; }
 #status, #train_status, #status .pending, #train_status .pending { opacity: 1 !important; }
 #gallery, #history { min-height: var(--gallery-height); }
-:is(#gallery, #history, #crops, #samples, #masks) .grid-wrap { min-height: 0 !important; max-height: none !important;
+:is(#gallery, #history, .crops, #samples, #masks) .grid-wrap { min-height: 0 !important; max-height: none !important;
   overflow-y: auto; }
-:is(#gallery, #history, #crops, #samples, #masks) .grid-container {
+:is(#gallery, #history, .crops, #samples, #masks) .grid-container {
   grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; }
 #gallery .grid-container:has(> :only-child) { grid-template-columns: minmax(0, var(--picture-width)) !important;
   justify-content: center; }
@@ -79,7 +79,7 @@ footer .divider { display: none; }
   #generate { grid-template-areas: "ask" "results" "settings"; }
   table.facts th { width: 7.5rem; }
   .tight > button, .tight > .block > button { font-size: .88rem; padding: 0 8px; }
-  #crops .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
+  .crops .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
   #samples .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
   .tab-wrapper { height: 48px !important; }
   .tab-container:not(.visually-hidden) { height: 40px !important; }

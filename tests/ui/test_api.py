@@ -19,7 +19,7 @@ from dreambooth_moslora.generation.params import GenerationParams, read_recipe
 from dreambooth_moslora.generation.pipeline import Image
 from dreambooth_moslora.ui.jobs.jobs import Job
 from dreambooth_moslora.ui.server.users import COOKIE, visitor_id
-from dreambooth_moslora.ui.train.form import TrainForm
+from dreambooth_moslora.ui.train.form import OWN_FIELDS
 from tests.helpers.ui_server import cookie_of, secret_of
 
 FAST = {"steps": 3, "guidance_scale": 2.0}
@@ -50,7 +50,8 @@ def test_endpoints_and_arguments_keep_their_names(client):
     arguments = {name: [p["parameter_name"] for p in facts["parameters"]] for name, facts in api.items()}
     assert arguments["/generate"] == arguments["/compare"] == GENERATE_ARGUMENTS
     assert arguments["/grid"] == ["rows", "row_values", "columns", "column_values", *GENERATE_ARGUMENTS]
-    with_photos = ["photos", *TrainForm.__dataclass_fields__]
+    further = [f"{name}_{number}" for number in (2, 3, 4) for name in ("photos", "class_word", "token", "captions")]
+    with_photos = ["photos", *OWN_FIELDS, "subjects", *further]
     assert arguments["/train"] == arguments["/estimate"] == arguments["/add_to_queue"] == with_photos
     assert (arguments["/move_in_queue"], arguments["/remove_from_queue"]) == (["run", "place"], ["run"])
     assert all(arguments[name] == ["run"] for name in ("/train_status", "/stop_training", "/resume_training"))
@@ -288,6 +289,25 @@ def test_a_run_answers_with_its_name_and_state_and_takes_what_is_not_said_from_t
     shutil.rmtree(served.ctx.runs_dir / "hen")
     assert run["value"] == "hen" and "is starting" in status
     assert (started[0]["rank"], started[0]["prior"], started[0]["exposures_per_photo"]) == (16, "adapter_off", 320)
+
+
+def test_a_run_of_two_subjects_is_started_by_a_program(client, served, tmp_path, monkeypatch):
+    started: list[dict] = []
+    run_of = lambda name, config, owner: started.append(config) or Job(tmp_path / name, owner, 1, 0.0)  # noqa: E731
+    monkeypatch.setattr(served.ctx.jobs, "start", run_of)
+    files = []
+    for number in range(3):
+        PIL.Image.effect_noise((120, 100 + number), 80).convert("RGB").save(tmp_path / f"{number}.png")
+        files.append(handle_file(tmp_path / f"{number}.png"))
+    words = {"class_word": "hen", "subjects": 2, "class_word_2": "cat"}
+    run, _ = client.predict(photos=files[:1], photos_2=files[1:], **words, api_name="/train")
+    assert run["value"] == "hen-cat"
+    found = [(table["instance_prompt"], Path(table["instance_data_dir"])) for table in started[0]["subjects"]]
+    assert [prompt for prompt, _ in found] == ["a photo of a sks hen", "a photo of a zwx cat"]
+    assert [len(list(folder.iterdir())) for _, folder in found] == [1, 2]
+    shutil.rmtree(served.ctx.runs_dir / "hen-cat")
+    with pytest.raises(AppError, match="With class_word_2, subjects must be at least 2"):
+        client.predict(photos=files[:1], **words | {"subjects": 1}, api_name="/estimate")
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from dreambooth_moslora.ui.jobs.jobs import Job, Jobs, JobState
 from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train.form import crop_config
 from dreambooth_moslora.ui.train.mask_corrections import take_with_masks
+from dreambooth_moslora.ui.train.more_subjects import folder_of
 
 if TYPE_CHECKING:
     from dreambooth_moslora.core.config.train_config import TrainConfig
@@ -56,12 +57,14 @@ class PhotoReview:
     remarks: str
 
 
-def review_photos(ctx: AppContext, files: list[str], visitor: Visitor, seed: int = 0) -> PhotoReview:
-    """Take clean copies and judge them. Raises UserError when no file is a photo."""
-    return review_kept(ctx, visitor, take_with_masks(files, visitor).remarks, seed)
+def review_photos(ctx: AppContext, files: list[str], visitor: Visitor, seed: int = 0, number: int = 1) -> PhotoReview:
+    """Take clean copies of subject `number` and judge them. Raises UserError when no file is a photo."""
+    return review_kept(ctx, visitor, take_with_masks(files, visitor, number).remarks, seed, number)
 
 
-def review_kept(ctx: AppContext, visitor: Visitor, remarks: tuple[str, ...] = (), seed: int = 0) -> PhotoReview:
+def review_kept(
+    ctx: AppContext, visitor: Visitor, remarks: tuple[str, ...] = (), seed: int = 0, number: int = 1
+) -> PhotoReview:
     """Judge the clean copies that are there; `remarks` are lines about the files that they came from.
 
     Each is shown by the first crop that a run with this `seed` takes of it.
@@ -69,11 +72,12 @@ def review_kept(ctx: AppContext, visitor: Visitor, remarks: tuple[str, ...] = ()
     from dreambooth_moslora.photos.checks import examine
     from dreambooth_moslora.photos.folder import find_photos
 
-    config = crop_config(ctx.base_name, ctx.resolution_px, visitor.photos_dir, seed)
-    report = examine(find_photos(visitor.photos_dir, "", ctx.resolution_px), ctx.resolution_px)
+    folder = folder_of(visitor.photos_dir, number)
+    config = crop_config(ctx.base_name, ctx.resolution_px, folder, seed)
+    report = examine(find_photos(folder, "", ctx.resolution_px), ctx.resolution_px)
     crops = [
-        (first_crop(photo, number, config), ", ".join(photo.reasons) or "good")
-        for number, photo in enumerate(report.photos)
+        (first_crop(replace(photo, subject=number - 1), place, config), ", ".join(photo.reasons) or "good")
+        for place, photo in enumerate(report.photos)
     ]
     lines = [*remarks, *(f"{Path(skipped.path).name}: {skipped.reason}" for skipped in report.skipped)]
     lines += [f"photo {i}: {', '.join(photo.reasons)}" for i, photo in enumerate(report.photos, 1) if photo.reasons]

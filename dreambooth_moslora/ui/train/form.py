@@ -27,7 +27,7 @@ from dreambooth_moslora.ui.train.more_subjects import SubjectWords, folder_of, p
 if TYPE_CHECKING:
     from dreambooth_moslora.photos.photo import Photo
 
-__all__ = ["MEMORY_WORDS", "PRESETS", "PRIORS", "TrainForm", "crop_config", "form_of"]
+__all__ = ["MEMORY_WORDS", "OWN_FIELDS", "PRESETS", "PRIORS", "TrainForm", "crop_config", "form_of"]
 
 PRESETS = {"quick": 0.5, "standard": 1.0, "thorough": 2.0}
 """Name -> how often each photo is shown, as a multiple of what the recipe says."""
@@ -143,9 +143,13 @@ class TrainForm:
                     photo.with_suffix(".txt").write_text(line.strip(), encoding="utf-8")
 
 
+OWN_FIELDS = tuple(field.name for field in fields(TrainForm) if field.name != "others")
+"""The fields that say nothing of further subjects."""
+
+
 def form_of(values: Mapping[str, Any]) -> TrainForm:
     """From the values of all fields, by name. Raises UserError for subjects that make no sense."""
-    own = {field.name: values[field.name] for field in fields(TrainForm) if field.name in values}
+    own = {name: values[name] for name in OWN_FIELDS if name in values}
     return TrainForm(**own, others=words_in(values))
 
 

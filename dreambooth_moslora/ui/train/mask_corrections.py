@@ -5,6 +5,7 @@ in once more; beside the copy it is `photo_01.mask.png`, like a mask that came w
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import TYPE_CHECKING
 import PIL.Image
 import PIL.ImageChops
 
+from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.digests import file_digest
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.ui.server.photo_uploads import ONE_AT_A_TIME, Intake, kept_photos, take_photos
 from dreambooth_moslora.ui.server.users import Visitor
+from dreambooth_moslora.ui.train.more_subjects import MOST_SUBJECTS, folder_of
 
 if TYPE_CHECKING:
     from dreambooth_moslora.core.config.train_config import TrainConfig
@@ -53,17 +56,21 @@ EMPTY = "the mask is empty: paint green what is to be learned of this photo"
 
 @dataclass(frozen=True)
 class ShownMask:
-    """`photo` is the name of the clean copy; `picture` the photo, dark where it is not learned."""
+    """`photo` is the name of the clean copy (`name_of`), `label` what a person calls it; `picture` is the photo, dark
+    where it is not learned.
+    """
 
     photo: str
+    label: str
     picture: PIL.Image.Image
     remark: str
 
 
-def take_with_masks(files: list[str], visitor: Visitor) -> Intake:
-    """`take_photos`, and the corrections that were made to the same photos before."""
-    intake = take_photos(files, visitor.photos_dir)
-    for photo in kept_photos(visitor.photos_dir):
+def take_with_masks(files: list[str], visitor: Visitor, number: int = 1) -> Intake:
+    """`take_photos` of subject `number`, and the corrections that were made to the same photos before."""
+    folder = folder_of(visitor.photos_dir, number)
+    intake = take_photos(files, folder)
+    for photo in kept_photos(folder):
         if (corrected := corrections_of(visitor, photo)[0]).is_file():
             shutil.copyfile(corrected, beside(photo))
     return intake
@@ -79,13 +86,14 @@ def shown_masks(config: "TrainConfig", visitor: Visitor) -> Iterator[ShownMask]:
     from dreambooth_moslora.photos.masks import open_mask
     from dreambooth_moslora.photos.photo import open_rgb
 
-    for photo, remark in with_made_masks(config, visitor):
+    photos = list(with_made_masks(config, visitor))
+    for label, (photo, remark) in zip(labels_of([photo for photo, _ in photos]), photos, strict=True):
         mask = open_mask(photo)
         reason = remark or next((words for words in photo.reasons if words.startswith("mask not used")), "")
         words = NO_MASK if mask is None else quality_warning(mask)
         image = open_rgb(photo)
         image.thumbnail((EDIT_PX, EDIT_PX))
-        yield ShownMask(photo.path.name, masked(image, mask), reason or words)
+        yield ShownMask(name_of(photo.path, visitor), label, masked(image, mask), reason or words)
 
 
 def with_made_masks(config: "TrainConfig", visitor: Visitor) -> Iterator[tuple["Photo", str]]:
@@ -94,12 +102,12 @@ def with_made_masks(config: "TrainConfig", visitor: Visitor) -> Iterator[tuple["
     from dreambooth_moslora.photos.mask_making import make_kept
     from dreambooth_moslora.photos.segmenters import load_segmenter
 
-    segmenter = load_segmenter(config) if config.masks == "auto" else None
+    segmenters = [load_segmenter(one) for one in each_subject(config)] if config.masks == "auto" else []
     for photo in photo_report(config).photos:
-        if photo.mask_path is not None or segmenter is None:
+        if photo.mask_path is not None or not segmenters:
             yield photo, ""
             continue
-        (made,) = make_kept([photo], segmenter, visitor.folder / "made_masks")
+        (made,) = make_kept([photo], segmenters[photo.subject], visitor.folder / "made_masks")
         yield replace(photo, mask_path=made.path), made.remark
 
 
@@ -128,7 +136,7 @@ def mask_on_square(visitor: Visitor, name: str, config: "TrainConfig") -> PIL.Im
 
 
 def photo_now(visitor: Visitor, name: str, config: "TrainConfig") -> "Photo":
-    found = (photo for photo, _ in with_made_masks(config, visitor) if photo.path.name == name)
+    found = (photo for photo, _ in with_made_masks(config, visitor) if name_of(photo.path, visitor) == name)
     if (photo := next(found, None)) is None:
         raise UserError(GONE)
     return photo
@@ -190,10 +198,25 @@ def put_back(visitor: Visitor, name: str) -> None:
 
 def photo_called(visitor: Visitor, name: str) -> Path:
     """Raises UserError where the visitor has no photo of that name."""
-    found = next((photo for photo in kept_photos(visitor.photos_dir) if photo.name == name), None)
-    if found is None:
-        raise UserError(GONE)
-    return found
+    for number in range(1, MOST_SUBJECTS + 1):
+        for photo in kept_photos(folder_of(visitor.photos_dir, number)):
+            if name_of(photo, visitor) == name:
+                return photo
+    raise UserError(GONE)
+
+
+def name_of(photo: Path, visitor: Visitor) -> str:
+    """`photo_01.png`; of a further subject with its folder, `photos_2/photo_01.png`."""
+    return photo.name if photo.parent == visitor.photos_dir else f"{photo.parent.name}/{photo.name}"
+
+
+def labels_of(photos: list["Photo"]) -> list[str]:
+    """`photo 1`; of several subjects, `photo 1 of subject 2`."""
+    counts, found = Counter(), []
+    for photo in photos:
+        counts[photo.subject] += 1
+        found.append((photo.subject, f"photo {counts[photo.subject]}"))
+    return [f"{label} of subject {number + 1}" if len(counts) > 1 else label for number, label in found]
 
 
 def beside(photo: Path) -> Path:

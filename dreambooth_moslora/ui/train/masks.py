@@ -8,8 +8,7 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.ui.app_state import AT_ONCE, GPU, AppContext, as_gradio_error
 from dreambooth_moslora.ui.html_snippets import notice, remarks_card
 from dreambooth_moslora.ui.server.users import Visitor
-from dreambooth_moslora.ui.train.actions import review_kept
-from dreambooth_moslora.ui.train.form import TrainForm
+from dreambooth_moslora.ui.train.form import form_of
 from dreambooth_moslora.ui.train.mask_corrections import (
     EMPTY,
     ShownMask,
@@ -17,9 +16,10 @@ from dreambooth_moslora.ui.train.mask_corrections import (
     keep_mask,
     put_back,
     shown_masks,
-    take_with_masks,
 )
 from dreambooth_moslora.ui.train.mask_editor import mask_editor
+from dreambooth_moslora.ui.train.more_subjects import MOST_SUBJECTS, named
+from dreambooth_moslora.ui.train.subject_widgets import review_widgets, reviews, take_given
 from dreambooth_moslora.ui.train.watch import picture_rows
 
 if TYPE_CHECKING:
@@ -60,53 +60,52 @@ def connect_masks(ctx: AppContext, fields: dict, parts: dict) -> None:
     it, for their values at each event of the page, and the editor answers by an upload.
     """
     inputs = {"photos": parts["photos"], **fields}
+    numbers = range(1, MOST_SUBJECTS + 1)
     chosen = {"name": parts["mask_chosen"], **inputs}
     shown = [parts[name] for name in ("mask_remarks", "masks", "mask_names", "mask_box")]
     edited = [parts[name] for name in ("mask_box", "mask_about", "mask_editor", "mask_chosen")]
-    corrected = [*shown, parts["remarks"], parts["crops"]]
+    corrected = [*shown, *review_widgets(parts)]
 
     def settings(visitor: Visitor, values: dict) -> "TrainConfig":
         from dreambooth_moslora.core.config.train_config import TrainConfig
 
         if not visitor.has_photos:
             raise UserError("add some photos of your subject first")
-        form = TrainForm(**values)
+        form = form_of(values)
         return TrainConfig.from_dict(
             form.config(ctx.base_name, ctx.resolution_px, visitor.photos_dir, ctx.runs_dir / "new")
         )
 
     @as_gradio_error
-    def show(photos: list[str] | None, request: gr.Request, **values) -> tuple:
+    def show(request: gr.Request, **values) -> tuple:
         visitor = ctx.visitors.of(request)
-        if photos:
-            take_with_masks(photos, visitor)
+        take_given([values[named("photos", number)] for number in numbers], visitor)
         return _pictures(list(shown_masks(settings(visitor, values), visitor)))
 
     @as_gradio_error
-    def edit(photos: list | None, names: list[str], event: gr.SelectData, request: gr.Request, **values) -> tuple:
+    def edit(names: list[tuple[str, str]], event: gr.SelectData, request: gr.Request, **values) -> tuple:
         visitor = ctx.visitors.of(request)
         if not isinstance(event.index, int) or not 0 <= event.index < len(names):
             raise UserError("show the masks again, and choose one")
-        name = names[event.index]
+        name, label = names[event.index]
         picture = editor_picture(visitor, name, settings(visitor, values))
         value = {"background": picture, "layers": [], "composite": None}
-        return gr.Column(visible=True), notice(f"Photo {event.index + 1}: {PAINT}"), value, name
+        return gr.Column(visible=True), notice(f"{label.capitalize()}: {PAINT}"), value, name
 
     def after(change: Any, visitor: Visitor, values: dict) -> tuple:
         warning = change()
         found = _pictures(list(shown_masks(settings(visitor, values), visitor)), warning)
-        review = review_kept(ctx, visitor, seed=values["seed"])
-        return (*found, gr.HTML(review.remarks, visible=True), gr.Gallery(review.crops, visible=True))
+        return (*found, *reviews(ctx, visitor, values["seed"], values["subjects"]))
 
     @as_gradio_error
-    def keep(name: str, painted: Any, photos: list | None, request: gr.Request, **values) -> tuple:
+    def keep(name: str, painted: Any, request: gr.Request, **values) -> tuple:
         if painted is None:
             raise UserError(EMPTY)
         visitor = ctx.visitors.of(request)
         return after(lambda: keep_mask(visitor, name, painted, settings(visitor, values)), visitor, values)
 
     @as_gradio_error
-    def back(name: str, photos: list | None, request: gr.Request, **values) -> tuple:
+    def back(name: str, request: gr.Request, **values) -> tuple:
         visitor = ctx.visitors.of(request)
         return after(lambda: put_back(visitor, name), visitor, values)
 
@@ -116,8 +115,11 @@ def connect_masks(ctx: AppContext, fields: dict, parts: dict) -> None:
     painted = {"painted": parts["mask_editor"], **chosen}
     parts["keep_mask"].click(keep, inputs_kwargs=painted, outputs=corrected, **making)
     parts["put_mask_back"].click(back, inputs_kwargs=chosen, outputs=corrected, **making)
-    gone = [parts["photos"].upload, parts["photos"].delete, parts["photos"].clear]
-    gr.on(gone, _nothing, None, shown, show_progress_on=parts["mask_remarks"], **AT_ONCE)
+    files = [inputs[named("photos", number)] for number in numbers]
+    gone = [event for file in files for event in (file.upload, file.delete, file.clear)]
+    gr.on(
+        [*gone, parts["remove_subject"].click], _nothing, None, shown, show_progress_on=parts["mask_remarks"], **AT_ONCE
+    )
 
 
 def _nothing() -> tuple:
@@ -126,12 +128,12 @@ def _nothing() -> tuple:
 
 def _pictures(masks: list[ShownMask], warning: str | None = "") -> tuple:
     """Values for remarks, pictures, names and the editor's box, which closes."""
-    lines = [f"photo {number}: {mask.remark}" for number, mask in enumerate(masks, 1) if mask.remark]
+    lines = [f"{mask.label}: {mask.remark}" for mask in masks if mask.remark]
     titled = remarks_card(lines, HOW)
     pictures = [(mask.picture, mask.remark or "good") for mask in masks]
     return (
         gr.HTML(titled, visible=True),
         gr.Gallery(pictures, visible=True, selected_index=None),
-        [mask.photo for mask in masks],
+        [(mask.photo, mask.label) for mask in masks],
         gr.Column(visible=False),
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.generation.params import check_characters
+from dreambooth_moslora.ui.server.photo_uploads import kept_photos
 
 __all__ = [
     "MOST_SUBJECTS",
@@ -15,7 +16,7 @@ __all__ = [
     "folder_of",
     "named",
     "prompts_of",
-    "subject_fields",
+    "subject_count",
     "table_of",
     "words_in",
 ]
@@ -35,14 +36,6 @@ class SubjectWords:
     captions: str = ""
 
 
-def subject_fields() -> tuple[str, ...]:
-    """The names of all further fields but the photos, as the API has them."""
-    names = [
-        named(name, number) for number in range(2, MOST_SUBJECTS + 1) for name in SubjectWords.__dataclass_fields__
-    ]
-    return ("subjects", *names)
-
-
 def named(name: str, number: int) -> str:
     """`class_word` of the first subject, `class_word_2` of the second."""
     return name if number == 1 else f"{name}_{number}"
@@ -51,6 +44,14 @@ def named(name: str, number: int) -> str:
 def folder_of(photos_dir: Path, number: int) -> Path:
     """Where the photos of a subject lie; `photos_dir` is the first one's."""
     return photos_dir.with_name(named(photos_dir.name, number))
+
+
+def subject_count(photos_dir: Path, most: int) -> int:
+    """How many subjects, from the first on and at most so many, have photos there."""
+    count = 0
+    while count < most and kept_photos(folder_of(photos_dir, count + 1)):
+        count += 1
+    return count
 
 
 def words_in(values: Mapping[str, Any]) -> tuple[SubjectWords, ...]:
@@ -63,7 +64,7 @@ def words_in(values: Mapping[str, Any]) -> tuple[SubjectWords, ...]:
         raise UserError(f"subjects must be a whole number from 1 to {MOST_SUBJECTS}, not {count!r:.30}")
     for number in range(int(count) + 1, MOST_SUBJECTS + 1):
         if str(values.get(named("class_word", number)) or "").strip():
-            raise UserError(f"{named('class_word', number)} is of a further subject, and subjects is {count}")
+            raise UserError(f"with {named('class_word', number)}, subjects must be at least {number}, not {count}")
     return tuple(
         SubjectWords(*(str(values.get(named(name, number)) or "") for name in SubjectWords.__dataclass_fields__))
         for number in range(2, int(count) + 1)

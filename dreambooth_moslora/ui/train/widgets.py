@@ -7,15 +7,12 @@ import gradio as gr
 from dreambooth_moslora.core.config.training_settings import MIXERS
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.training.planning.choices import TOKEN, encoders_are_here
-from dreambooth_moslora.ui.html_snippets import faint
-from dreambooth_moslora.ui.server.photo_uploads import PHOTO_TYPES
-from dreambooth_moslora.ui.train.form import MEMORY_WORDS, PRESETS, TrainForm
+from dreambooth_moslora.ui.train.form import MEMORY_WORDS, OWN_FIELDS, PRESETS, TrainForm
 from dreambooth_moslora.ui.train.masks import mask_widgets
-from dreambooth_moslora.ui.train.watch import picture_rows
+from dreambooth_moslora.ui.train.subject_widgets import photo_widgets, subject_widgets
 
 __all__ = ["train_widgets"]
 
-ABOUT_MASKS = "A mask goes along as name.mask.png beside name.jpg: only what is white in it is learned."
 FINDS_SUBJECT = "finds the subject in photos that have none"
 SAYS_PLACE = "says the surroundings of photos that have no line"
 FROM_HUB = "; {} from the hub once"
@@ -24,21 +21,13 @@ NARROW = {"min_width": 110}
 
 
 def train_widgets(base: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields under the names of TrainForm, and the other widgets."""
+    """Fields under the names of the API, and the other widgets."""
     gr.Markdown("### 1 · Photos", elem_classes="step")
-    photos = gr.File(
-        file_count="multiple",
-        file_types=PHOTO_TYPES,
-        label="4 to 10 photos of one subject",
-        height=130,
-        elem_id="photos",
-    )
-    gr.HTML(faint(ABOUT_MASKS))
-    remarks = gr.HTML(visible=False, elem_id="remarks")
-    crops = picture_rows("Crops", "crops", object_fit="cover", buttons=["fullscreen"])
+    others = photo_widgets()
     gr.Markdown("### 2 · One word", elem_classes="step")
     class_word = gr.Textbox(label="What the photos show", placeholder="dog", elem_id="class_word")
     prompts = gr.HTML(visible=False, elem_id="prompts")
+    further, boxes = subject_widgets()
     with gr.Row(elem_classes="tight"):
         start = gr.Button("Start training", variant="primary", elem_id="start")
     with gr.Row(elem_classes="tight"):
@@ -50,9 +39,8 @@ def train_widgets(base: str) -> tuple[dict[str, Any], dict[str, Any]]:
         masks = mask_widgets()
         more |= adapter_fields(base)
     fields = {"class_word": class_word, **more}
-    others = {"photos": photos, "remarks": remarks, "crops": crops, "prompts": prompts}
-    others |= {"start": start, "queue": queue, "estimate": estimate, "cost": cost}
-    return {name: fields[name] for name in TrainForm.__dataclass_fields__}, others | masks
+    others |= {"prompts": prompts, "start": start, "queue": queue, "estimate": estimate, "cost": cost}
+    return {name: fields[name] for name in OWN_FIELDS} | further, others | boxes | masks
 
 
 def word_fields(base: str) -> dict[str, Any]:

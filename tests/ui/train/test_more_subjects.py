@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import PIL.Image
 import pytest
 
 from dreambooth_moslora.core.assets import assets_folder
@@ -11,9 +13,15 @@ from dreambooth_moslora.core.config.files import load_settings
 from dreambooth_moslora.core.config.subject_tables import to_tables
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.photos.crop_preview import plans_of
+from dreambooth_moslora.photos.crops import apply_crop
+from dreambooth_moslora.photos.folder import photo_report
+from dreambooth_moslora.photos.photo import open_rgb
 from dreambooth_moslora.ui.jobs.jobs import Jobs
+from dreambooth_moslora.ui.train.actions import review_kept
 from dreambooth_moslora.ui.train.cost_estimate import estimate_cost
 from dreambooth_moslora.ui.train.form import TrainForm, form_of
+from dreambooth_moslora.ui.train.mask_corrections import EDIT_PX, LEARNED, LEFT_OUT, keep_mask, shown_masks
 from dreambooth_moslora.ui.train.more_subjects import SubjectWords, folder_of
 from dreambooth_moslora.ui.train.start import prepared
 from tests.ui.test_handlers import visitor
@@ -97,6 +105,28 @@ def test_what_is_started_has_the_photos_and_captions_of_each_and_the_steps_for_b
     assert "2 subjects, 5 + 2 photos" in cost and "“a photo of a zwx rocket”: token “zwx”, class “rocket”" in cost
 
 
+def test_masks_are_shown_and_kept_of_each_subject(ann, tmp_path):
+    config = TrainConfig.from_dict(FORM.config("toy", 128, ann.photos_dir, tmp_path / "run"))
+    found = list(shown_masks(config, ann))
+    assert [(mask.photo, mask.label) for mask in found][4:6] == [
+        ("photo_05.png", "photo 5 of subject 1"),
+        ("photos_2/photo_01.png", "photo 1 of subject 2"),
+    ]
+    layer = PIL.Image.new("RGBA", (EDIT_PX, EDIT_PX), (*LEFT_OUT, 255))
+    layer.paste((*LEARNED, 255), (200, 200, 400, 400))
+    keep_mask(ann, "photos_2/photo_01.png", layer, config)
+    assert (folder_of(ann.photos_dir, 2) / "photo_01.mask.png").is_file()
+    assert not (ann.photos_dir / "photo_01.mask.png").exists()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_crops_shown_of_each_subject_are_those_of_the_run(ann, page, tmp_path, number):
+    config = TrainConfig.from_dict(FORM.config("toy", 128, ann.photos_dir, tmp_path / "run"))
+    photo = next(photo for photo in photo_report(config).photos if photo.subject == number - 1)
+    (crop, _), *_ = review_kept(page[0], ann, number=number).crops
+    assert np.array_equal(np.asarray(crop), np.asarray(apply_crop(open_rgb(photo), next(plans_of(photo, 0, config)))))
+
+
 @pytest.mark.parametrize(
     "values, words",
     [
@@ -104,7 +134,7 @@ def test_what_is_started_has_the_photos_and_captions_of_each_and_the_steps_for_b
         ({"subjects": True}, "subjects must be"),
         ({"subjects": []}, "subjects must be"),
         ({"subjects": float("nan")}, "subjects must be"),
-        ({"class_word_2": "cat"}, "class_word_2 is of a further subject, and subjects is 1"),
+        ({"class_word_2": "cat"}, "with class_word_2, subjects must be at least 2, not 1"),
         ({"subjects": 2, "token_2": "zwx"}, "subject 2: the class word"),
         ({"subjects": 2, "class_word_2": "cat"}, "subject 2: the token"),
         ({"subjects": 2, "class_word_2": "duck", "token_2": "sks"}, "two subjects are called “a photo of a sks duck”"),
