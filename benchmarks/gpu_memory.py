@@ -14,6 +14,7 @@ import itertools
 import logging
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +23,26 @@ from benchmarks.meta_count import GIB, Count, Counter, bytes_of, flash_attention
 from benchmarks.sdxl_structure import sdxl_unet
 from dreambooth_moslora.core.config.train_config import TrainConfig
 
+if TYPE_CHECKING:
+    from dreambooth_moslora.base.text_projections import TextProducts
+
 __all__ = ["adapted_unet", "count", "counted_total_gib", "estimated_total_gib", "main", "run_config"]
 
 TEXT_WIDTH, POOLED_WIDTH, TOKENS = 2048, 1280, 77
+PROMPT = "a photo of sks dog"
 
 
-def run_config(resolution: int = 1024, rank: int = 16, batch: int = 1, recomputed: bool = False) -> TrainConfig:
+def run_config(
+    resolution: int = 1024, rank: int = 16, batch: int = 1, recomputed: bool = False, cached: bool = False
+) -> TrainConfig:
     return TrainConfig(
         instance_data_dir=".",
-        instance_prompt="a photo of sks dog",
+        instance_prompt=PROMPT,
         resolution=resolution,
         rank=rank,
         train_batch_size=batch,
         gradient_checkpointing=recomputed,
+        cache_cross_attention=cached,
         mixed_precision="bf16",
         num_validation_images=0,
         seed=0,
@@ -47,9 +55,12 @@ def adapted_unet(config: TrainConfig, *, fast: bool = True, unet: nn.Module | No
     `fast` False: PEFT's own layers.
     """
     from dreambooth_moslora.adapters.fused.fused_linear import disable_fast_path
+    from dreambooth_moslora.base.text_projections import TextProducts
     from dreambooth_moslora.training.step.add_adapters import add_adapters
 
     unet = unet or sdxl_unet().to(torch.bfloat16).requires_grad_(False).train()
+    if config.cache_cross_attention:
+        TextProducts(unet, torch.device("meta"))
     with torch.device("meta"):
         add_adapters(config, SimpleNamespace(pipeline=SimpleNamespace(unet=unet), start=None), None)
     if not fast:
@@ -63,17 +74,31 @@ def count(config: TrainConfig, unet: nn.Module) -> Count:
 
     batch, side = config.train_batch_size, config.resolution // 8
     trained = [weight for weight in unet.parameters() if weight.requires_grad]
-    copies = WorkingCopies(unet)
+    copies, products = WorkingCopies(unet), products_of(unet)
+    text = empty(batch, TOKENS, TEXT_WIDTH)
     noisy = empty(batch, 4, side, side).requires_grad_(not trained)
     added = {"text_embeds": empty(batch, POOLED_WIDTH), "time_ids": empty(batch, 6)}
     with Counter() as counter, flash_attention(), copies.for_one_step() as step:
-        output = unet(noisy, empty(batch), empty(batch, TOKENS, TEXT_WIDTH), added_cond_kwargs=added).sample
+        if products:
+            products.show(text, [PROMPT] * batch)
+        output = unet(noisy, empty(batch), text, added_cond_kwargs=added).sample
         loss = output.float().square().mean()
         kept = counter.live
         loss.backward()
         step.collect()
     unet.zero_grad(set_to_none=True)
     return Count(kept / GIB, counter.peak / GIB, counter.kernels)
+
+
+def products_of(unet: nn.Module) -> "TextProducts | None":
+    """Those of the text, with a prompt that is known; None where the UNet has its projections."""
+    from dreambooth_moslora.base.text_projections import TextProjection
+
+    layers = [module for module in unet.modules() if isinstance(module, TextProjection)]
+    if not layers:
+        return None
+    layers[0].products.keep(PROMPT, empty(TOKENS, sum(layer.out_features for layer in layers)))
+    return layers[0].products
 
 
 def empty(*shape: int) -> Tensor:
@@ -105,7 +130,7 @@ def row(name: str, config: TrainConfig, build: Callable[[TrainConfig], nn.Module
     unet = build(config)
     counted = count(config, unet)
     total = counted_total_gib(unet, counted)
-    line = f"{name:34} {counted.kept_gib:6.2f} {counted.peak_gib:6.2f} {counted.kernels:8,} {total:7.2f}"
+    line = f"{name:44} {counted.kept_gib:6.2f} {counted.peak_gib:6.2f} {counted.kernels:8,} {total:7.2f}"
     if not estimated:
         print(line, flush=True)
         return 0.0
@@ -121,15 +146,16 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--batches", nargs="+", type=int, default=[1], metavar="N")
     options = options.parse_args(arguments)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    print(f"{'SDXL, bf16':34} {'kept':>6} {'peak':>6} {'kernels':>8} {'total':>7} {'estimate':>9} {'deviation':>10}")
+    print(f"{'SDXL, bf16':44} {'kept':>6} {'peak':>6} {'kernels':>8} {'total':>7} {'estimate':>9} {'deviation':>10}")
     first = run_config(options.resolutions[0], options.ranks[0], options.batches[0])
     row("floor: frozen, no adapter", first, floor_unet, estimated=False)
     row("PEFT's own layers", first, lambda config: adapted_unet(config, fast=False), estimated=False)
     deviations = []
     for px, rank, batch in itertools.product(options.resolutions, options.ranks, options.batches):
-        for recomputed in (False, True):
-            name = f"{px} px, rank {rank}, batch {batch}" + (", recomputed" if recomputed else "")
-            deviations.append(row(name, run_config(px, rank, batch, recomputed), adapted_unet))
+        for recomputed, cached in itertools.product((False, True), repeat=2):
+            how = ", recomputed" * recomputed + ", text cached" * cached
+            config = run_config(px, rank, batch, recomputed, cached)
+            deviations.append(row(f"{px} px, rank {rank}, batch {batch}{how}", config, adapted_unet))
     print(f"largest deviation of the estimate: {max(deviations):.1%}")
 
 

@@ -37,7 +37,7 @@ REPLACED = {
     "do_edm_style_training": ("snr_gamma", "debiased_estimation_loss", "loss_type"),
     "snr_gamma": ("debiased_estimation_loss",),
     "debiased_estimation_loss": ("snr_gamma",),
-    "memory": ("mixed_precision", "gradient_checkpointing", "base_quantization"),
+    "memory": ("mixed_precision", "gradient_checkpointing", "base_quantization", "cache_cross_attention"),
 }
 """A given setting -> those of the file's that it displaces."""
 

@@ -15,11 +15,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Thread
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "KEEP_MEMORY",
     "give_freed_memory_back",
     "keep_freed_memory",
+    "page_out",
     "peak_memory_gib",
     "set_environment_defaults",
     "uncollected",
@@ -28,7 +33,7 @@ __all__ = [
 
 # From <malloc.h> and <sys/mman.h>.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-MADV_HUGEPAGE = 14
+MADV_HUGEPAGE, MADV_PAGEOUT = 14, 21
 
 KEEP_MEMORY = "DREAMBOOTH_KEEP_MEMORY"
 """Environment variable; 0 turns `keep_freed_memory` off."""
@@ -58,6 +63,17 @@ def give_freed_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):
         return
+
+
+def page_out(tensor: "Tensor") -> None:
+    """Let the pages of a tensor on the host leave memory until they are read again: those of a file that is mapped are
+    read from it anew, others need swap. madvise(2), Linux since 5.4; nothing happens elsewhere."""
+    if not sys.platform.startswith("linux") or tensor.device.type != "cpu":
+        return
+    page, start = os.sysconf("SC_PAGE_SIZE"), tensor.data_ptr()
+    first, end = -(-start // page) * page, (start + tensor.nbytes) // page * page
+    if end > first:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), MADV_PAGEOUT)
 
 
 def ask_for_huge_pages(libc: ctypes.CDLL) -> None:

@@ -7,12 +7,14 @@ from dreambooth_moslora.base.locate import base_folder
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.fleet.cluster import Resources
 from dreambooth_moslora.training.planning.estimate import GIB, TRAINING_BYTES, BaseSize, estimate, size_of_base
-from dreambooth_moslora.training.planning.memory_plan import USABLE, fitting, with_plan
+from dreambooth_moslora.training.planning.memory_plan import PLANS, USABLE, fitting, with_plan
 
 __all__ = ["Machines", "plan_name"]
 
 PROCESS_GIB = 0.5
 """Of the libraries, beside the estimate's tensors."""
+SHARED_PLANS = tuple(name for name in PLANS if "cache_cross_attention" not in PLANS[name])
+"""Of `--memory auto`: those with which runs can share a base."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def plan_name(config: TrainConfig, gpu_gib: float | None) -> str | None:
     """What `--memory` means on these machines, the same on all of them; None where it was not asked for."""
     if config.memory != "auto":
         return config.memory
-    return fitting(config, base_size(config), gpu_gib)
+    return fitting(config, base_size(config), gpu_gib, SHARED_PLANS)
 
 
 def base_size(config: TrainConfig) -> BaseSize:

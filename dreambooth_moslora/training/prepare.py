@@ -15,6 +15,7 @@ from dreambooth_moslora.adapters.init_adapter import read_start
 from dreambooth_moslora.adapters.layers import matrix_layers
 from dreambooth_moslora.base.load import default_resolution, encode_text
 from dreambooth_moslora.base.locate import SMALL_BASE_PX
+from dreambooth_moslora.base.text_projections import TextProducts
 from dreambooth_moslora.core.config.checks import weighting_flags
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.train_config import TrainConfig, is_scored
@@ -43,7 +44,8 @@ __all__ = ["TrainInputs", "prepare", "too_slow_for_samples"]
 
 @dataclass
 class TrainInputs:
-    """What the loop works on. `prior` is None without class images; `prompt_embeds` serves frozen text encoders.
+    """What the loop works on. `prior` is None without class images; `prompt_embeds` serves frozen text encoders, and
+    `text_products` the UNet where it caches cross-attention.
 
     `start` is the file that a fresh adapter begins with, or None.
     """
@@ -56,6 +58,7 @@ class TrainInputs:
     prompt_embeds: PromptCache
     dtype: torch.dtype
     start: AdapterWeights | None = None
+    text_products: TextProducts | None = None
 
     def batch_at(self, micro_batch: int, size: int, next_micro_batch: int) -> TrainBatch:
         """Micro-batch number `micro_batch` of the run: `size` instance images, and as many class images, if any.
@@ -113,8 +116,9 @@ def prepare(
     encode_prompts(context, streams, prompt_embeds, prompts)
     release_encoders(config, pipeline, prompt_embeds, encoder, device)
     give_freed_memory_back()
+    products = TextProducts(pipeline.unet, device) if config.cache_cross_attention else None
     pipeline.unet.to(device)
-    return TrainInputs(pipeline, schedule, photos, instance, prior, prompt_embeds, dtype, start)
+    return TrainInputs(pipeline, schedule, photos, instance, prior, prompt_embeds, dtype, start, products)
 
 
 def read_start_of(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> AdapterWeights | None:

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 
-from dreambooth_moslora.core.process import KEEP_MEMORY, keep_freed_memory, peak_memory_gib, uncollected
+from dreambooth_moslora.core.process import KEEP_MEMORY, keep_freed_memory, page_out, peak_memory_gib, uncollected
 
 ROUNDS = """
 import resource, sys
@@ -124,6 +126,17 @@ def test_a_phase_that_is_over_gives_its_memory_back():
         pytest.skip(printed)
     full, kept, left = map(int, printed.split())
     assert full - kept < 20e6 and kept - left > 150e6
+
+
+def test_a_mapped_tensor_leaves_memory_and_is_read_again(tmp_path):
+    numbers = torch.arange(4_000_000, dtype=torch.float32)
+    numbers.numpy().tofile(tmp_path / "numbers")
+    mapped = torch.from_file(str(tmp_path / "numbers"), size=len(numbers))
+    assert torch.equal(mapped, numbers)
+    before = psutil.Process().memory_info().rss
+    page_out(mapped[1:])
+    assert sys.platform != "linux" or psutil.Process().memory_info().rss < before - 12e6
+    assert torch.equal(mapped, numbers)
 
 
 def test_what_is_imported_at_once_is_not_looked_at_by_the_collector():

@@ -22,15 +22,18 @@ from tests.helpers.tiny_training import tiny_config
 
 make_accelerator = loop.make_accelerator
 watches: list[Watch] = []
+numbers: list[int] = []
 
 
 class WatchedTrainStep(train_step.TrainStep):
-    """Counts what each micro-batch does on the device."""
+    """Counts what each micro-batch does on the device, and the numbers of the frozen UNet there."""
 
     def accumulate_gradients(self):
         with Watch() as watch:
             losses = super().accumulate_gradients()
         watches.append(watch)
+        weights = [weight for weight in self.inputs.pipeline.unet.parameters() if not weight.requires_grad]
+        numbers.append(sum(weight.numel() for weight in weights if weight.device == DEVICE))
         return losses
 
 
@@ -44,13 +47,14 @@ def accelerator_on_device(config, run_dir):
 
 
 def trained(base: str, photos: str, output: str, changes: dict) -> dict:
-    """The losses of the steps, and what the last micro-batch did on the device."""
+    """The losses of the steps, and what the last step did and had on the device."""
     Watch.has_tf32 = changes.pop("has_tf32", False)
     watches.clear()
     loop.train(tiny_config(Path(base), Path(photos), Path(output), **changes))
     losses = [event["loss"] for event in RunDir(Path(output)).read_metrics() if event["type"] == "step"]
     last = watches[-1]
-    return {"losses": losses, "waits": last.waits, "copies": last.copies, "kernels": last.kernels}
+    did = {"waits": last.waits, "copies": last.copies, "kernels": last.kernels}
+    return did | {"losses": losses, "frozen": numbers[-1]}
 
 
 def main() -> None:

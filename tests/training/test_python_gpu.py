@@ -11,6 +11,7 @@ from torch.utils import backend_registration
 
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.loop import train
+from dreambooth_moslora.training.planning.estimate import size_of_base
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +32,7 @@ TRAININGS = {
     "EDM": {"do_edm_style_training": True},
     "min-SNR, accumulated": {"snr_gamma": 5.0, "gradient_accumulation_steps": 2},
     "samples": {"num_validation_images": 1, "validation_steps": 2},
+    "text cached, samples": {"cache_cross_attention": True, "num_validation_images": 1, "validation_steps": 2},
 }
 
 COUNTED = ("plain", "prior of the base", "class images", "min-SNR, accumulated")
@@ -86,6 +88,18 @@ def test_a_training_mixes_no_devices_has_the_losses_of_the_cpu_and_waits_once_a_
     if training in COUNTED:
         assert sum(found["waits"].values()) == 1, found["waits"]
         assert sum(found["copies"].values()) == settings.get("gradient_accumulation_steps", 1), found["copies"]
+
+
+@pytest.mark.slow
+def test_cached_text_needs_no_projection_on_the_device_and_one_more_copy_a_row(run_on_device, tiny_base):
+    """With the frozen base as the prior a photo has two rows."""
+    targets = {"target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+    live = run_on_device(**targets, **TRAININGS["prior of the base"])
+    cached = run_on_device(**targets, **TRAININGS["prior of the base"], cache_cross_attention=True)
+    assert cached["losses"] == pytest.approx(live["losses"], rel=1e-5)
+    assert live["frozen"] - cached["frozen"] == size_of_base(tiny_base, ()).text_projections > 0
+    assert sum(cached["waits"].values()) == 1, cached["waits"]
+    assert sum(cached["copies"].values()) == 1 + 3, cached["copies"]
 
 
 @pytest.mark.slow

@@ -11,8 +11,9 @@ layer's `working` copies, which `working_copies` makes once; any other call make
 into U: `addmm` with a factor other than 1 leaves the fast CPU kernels.
 
 Only a frozen `nn.Linear`, dense or in 4 bit, with an adapter without dropout, DoRA or bias is switched. A W0 in
-4 bit is made dense for dx alone, one layer at a time. What can change from call to call (disabled, merged, several
-active adapters, mixed batches, autocast) sends that call to PEFT's own forward.
+4 bit is made dense for dx alone, one layer at a time; a `TextProjection` gives W0·x, and needs no dx. What can change
+from call to call (disabled, merged, several active adapters, mixed batches, autocast) sends that call to PEFT's own
+forward.
 """
 
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from dreambooth_moslora.adapters.fused.joint_linear import LentTogether
 from dreambooth_moslora.adapters.moslora import adapter_layers
+from dreambooth_moslora.base.text_projections import TextProjection
 
 __all__ = [
     "FastLinear",
@@ -74,6 +76,24 @@ class _AdaptedLinear(torch.autograd.Function):
         return grad_x, None, None, None, grad_down, grad_up
 
 
+class _BesideProduct(torch.autograd.Function):
+    """A text x (…,in), W0·x (…,out), A (r,in), Uᵀ (r,out), all of one dtype -> y (…,out). x has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, product: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        inner = rows.mm(down.t())
+        ctx.save_for_backward(rows, inner, up)
+        return torch.addmm(product.reshape(len(rows), -1), inner, up).view(product.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, inner, up = ctx.saved_tensors
+        grad = grad.reshape(len(rows), -1)
+        return None, None, grad.mm(up.t()).t().mm(rows), inner.t().mm(grad)
+
+
 def linear_4bit(x: Tensor, weight: Tensor, bias: Tensor | None, packed) -> Tensor:
     from bitsandbytes import matmul_4bit
 
@@ -105,6 +125,8 @@ class ShortWay:
             if slow_reason(self, name):
                 return super().forward(x)
             copies = self._own_copies(name)
+        if isinstance(base, TextProjection):
+            return _BesideProduct.apply(x, base(x), *copies)
         packed = getattr(base.weight, "quant_state", None)
         return _AdaptedLinear.apply(x.to(compute_dtype(base)), base.weight, base.bias, packed, *copies)
 
@@ -139,7 +161,8 @@ def is_frozen_linear(base: nn.Module) -> bool:
     """Dense, or in 4 bit as bitsandbytes packs it for training; on CPUs it has another form for inference."""
     packed = getattr(getattr(base, "weight", None), "quant_state", None)
     is_4bit = type(base).__name__ == "Linear4bit" and packed is not None and base.compute_type_is_set
-    return type(base) is nn.Linear or (is_4bit and not getattr(packed, "packing_format_for_cpu", False))
+    is_for_training = is_4bit and not getattr(packed, "packing_format_for_cpu", False)
+    return type(base) in (nn.Linear, TextProjection) or is_for_training
 
 
 def compute_dtype(base: nn.Module) -> torch.dtype:

@@ -6,7 +6,7 @@ from dreambooth_moslora.core.config.targets import parse_pattern
 from dreambooth_moslora.core.config.training_settings import SCHEDULE_FREE
 from dreambooth_moslora.core.errors import UserError
 
-__all__ = ["check_together", "weighting_flags"]
+__all__ = ["check_together", "needs_live_projections", "weighting_flags"]
 
 
 def check_together(config: RunSettings) -> None:
@@ -41,6 +41,8 @@ def check_together(config: RunSettings) -> None:
         raise UserError("--train_text_encoder and --train_text_encoder_ti: train adapters or new tokens; give one.")
     if config.optimizer == SCHEDULE_FREE and config.train_text_encoder_ti:
         raise UserError(f"--optimizer {SCHEDULE_FREE} averages the adapter alone: give AdamW with new tokens.")
+    for flag, why in needs_live_projections(config) if config.cache_cross_attention else ():
+        raise UserError(f"--cache_cross_attention and {flag}: {why}; give one of them.")
     if config.init_adapter and config.mixer == "butterfly":
         raise UserError("--init_adapter: the butterfly mixer has no inverse; give another --mixer.")
     for name in ("rank_pattern", "alpha_pattern"):
@@ -48,6 +50,19 @@ def check_together(config: RunSettings) -> None:
             parse_pattern(name, text)
     if not config.target_modules:
         raise UserError("--target_modules is empty: name at least one projection, such as to_q.")
+
+
+def needs_live_projections(config: RunSettings) -> list[tuple[str, str]]:
+    """The given flags with which cross-attention's products with a prompt cannot be computed once, and why."""
+    changes = "the text of a prompt changes from step to step"
+    given = {
+        ("--train_text_encoder", changes): config.train_text_encoder,
+        ("--train_text_encoder_ti", changes): config.train_text_encoder_ti,
+        ("--use_dora", "DoRA reads the weights"): config.use_dora,
+        (f"--base_quantization {config.base_quantization}", "it quantises these weights"): config.base_quantization
+        != "none",
+    }
+    return [reason for reason, is_given in given.items() if is_given]
 
 
 def weighting_flags(config: RunSettings) -> list[str]:

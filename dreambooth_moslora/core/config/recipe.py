@@ -32,7 +32,7 @@ RECIPE = (
 """Names of settings. A new one goes here, or below, only if it can hold no text of the person's."""
 TOLD_IF_CHANGED = (
     *("noise_offset", "loss_type", "huber_c", "huber_schedule", "debiased_estimation_loss"),
-    *("use_ema", "ema_decay", "captions", "new_backgrounds"),
+    *("use_ema", "ema_decay", "captions", "new_backgrounds", "cache_cross_attention"),
     *("train_text_encoder_ti", "train_text_encoder_ti_frac", "num_new_tokens_per_abstraction"),
 )
 """Later ones, told only where they differ from the default: the files of runs without them keep their bytes."""

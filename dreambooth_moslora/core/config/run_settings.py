@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from dreambooth_moslora.core.config.fields import grouped
 from dreambooth_moslora.core.config.training_settings import TrainingSettings
 
-__all__ = ["RunSettings"]
+__all__ = ["MEMORY_WORDS", "RunSettings"]
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "aim", "mlflow", "clearml", "dvclive", "swanlab")
 PRECISIONS = ("no", "fp16", "bf16")
+MEMORY_WORDS = ("auto", "full", "full_cached", "recompute", "recompute_cached", "nf4")
 
 of_memory = grouped("memory and speed")
 of_samples = grouped("samples and evaluation")
@@ -22,14 +23,18 @@ class RunSettings(TrainingSettings):
 
     memory: str | None = of_memory(
         None,
-        "one word for the next flags: full, recompute, nf4, or auto, the first that fits the GPU",
-        choices=("auto", "full", "recompute", "nf4"),
+        "one word for the next flags: one of the plans, from the fastest to the leanest, or auto, the first that fits "
+        "the GPU",
+        choices=MEMORY_WORDS,
     )
     mixed_precision: str | None = of_memory(
         None, "precision of the frozen base (default: what `accelerate config` says)", choices=PRECISIONS
     )
     base_quantization: str = of_memory("none", "keep the frozen UNet in 4 or 8 bit", choices=("none", "nf4", "int8"))
     gradient_checkpointing: bool = of_memory(False, "less memory, slower steps: recompute activations")
+    cache_cross_attention: bool = of_memory(
+        False, "keep cross-attention's to_k and to_v off the GPU: what they make of each prompt is computed once"
+    )
     caching: str = of_memory(
         "memory", "keep encoded photos in memory, on disk for later runs, or encode each step",
         choices=("memory", "disk", "off"),

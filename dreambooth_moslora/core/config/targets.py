@@ -64,3 +64,8 @@ def pattern_value(patterns: Iterable[str], flag: str, path: str) -> float | None
     """Of the first pattern that means the layer; None when none does."""
     values = (parse_pattern(flag, text) for text in patterns)
     return next((value for name, value in values if is_meant(path, name)), None)
+
+
+def is_text_projection(path: str) -> bool:
+    """Whether the layer of a UNet at `path` projects the text: to_k and to_v of cross-attention."""
+    return path.endswith((".attn2.to_k", ".attn2.to_v"))

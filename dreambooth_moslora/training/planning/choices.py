@@ -40,7 +40,7 @@ OWN = (
     "max_train_steps",
 )
 """What a recipe names that is another run's, or is chosen here."""
-OF_MEMORY = ("gradient_checkpointing", "base_quantization")
+OF_MEMORY = ("gradient_checkpointing", "base_quantization", "cache_cross_attention")
 """What a word of `--memory` decides instead of the recipe."""
 
 

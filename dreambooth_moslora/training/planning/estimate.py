@@ -13,7 +13,7 @@ from pathlib import Path
 from dreambooth_moslora.base.gpu_memory import DECODER_BYTES_A_PIXEL, GIB, TILE_PX
 from dreambooth_moslora.base.headers import tensor_shapes
 from dreambooth_moslora.core.config.subject_tables import each_subject
-from dreambooth_moslora.core.config.targets import is_target
+from dreambooth_moslora.core.config.targets import is_target, is_text_projection
 from dreambooth_moslora.core.config.train_config import TrainConfig, is_scored
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha
@@ -34,6 +34,7 @@ STEP_GIB, STEP_GIB_A_RANK, RECOMPUTED_GIB = 5.24, 0.00102, 0.51
 """What a step keeps of an image of 1024 px: without recomputation, more for each rank, and with it."""
 TEXT_GIB = 0.025
 """The same of its text, which does not grow with the image."""
+TOKENS = 77
 PEFT_STEP, PEFT_RECOMPUTED = 1.4, 1.1
 """Times as much where PEFT's own layers compute the adapter: a base in 8 bit, DoRA, dropout."""
 DRAWING_GIB = 0.15
@@ -47,12 +48,15 @@ PNG_BYTES_A_PIXEL = 1.6
 class BaseSize:
     """Numbers of parameters, and the sum of (in + out) over the layers that get an adapter, with their count.
 
-    `projections` are those of the UNet's parameters that are quantised when asked. Of a convolution, in is
-    channels times kernel: (out, in, h, w) counts in·h·w + out.
+    `projections` are those of the UNet's parameters that are quantised when asked, `text_projections` those of
+    cross-attention's to_k and to_v, which have `text_outputs` together. Of a convolution, in is channels times kernel:
+    (out, in, h, w) counts in·h·w + out.
     """
 
     unet: int = 2_567_463_684
     projections: int = 2_183_987_200
+    text_projections: int = 340_787_200
+    text_outputs: int = 166_400
     text_encoders: int = 123_060_480 + 694_659_840
     vae: int = 83_653_863
     adapted_widths: int = 1_451_520
@@ -95,7 +99,9 @@ def size_of_base(folder: Path | None, target_modules: tuple[str, ...], variant: 
     widths = tuple((path, shape[0] + math.prod(shape[1:])) for path, shape in adapted.items())
     total = sum(width for _, width in widths)
     projections = sum(math.prod(shape) for name, shape in shapes["unet"].items() if is_projection(name, shape))
-    return BaseSize(count["unet"], projections, texts, count["vae"], total, len(widths), True, widths)
+    of_text = [shape for path, shape in layers.items() if is_text_projection(path)]
+    hosted = sum(map(math.prod, of_text)), sum(shape[0] for shape in of_text)
+    return BaseSize(count["unet"], projections, *hosted, texts, count["vae"], total, len(widths), True, widths)
 
 
 def is_projection(name: str, shape: list[int]) -> bool:
@@ -113,8 +119,8 @@ def estimate(config: TrainConfig, size: BaseSize, total_steps: int, photo_count:
     unet, texts, vae = unet_gib(config, size), size.text_encoders * number / GIB, size.vae * 4 / GIB
     bytes_each = TRAINING_BYTES_8BIT if config.use_8bit_adam else TRAINING_BYTES
     optimized = adapter * (bytes_each + AVERAGE_BYTES * config.use_ema) / GIB
-    weights = unet + optimized + (texts if config.keeps_text_encoders else 0)
-    drawing = vae + max(decoder_gib(config), drawing_gib(config, size, images=2))
+    weights = unet - on_host_gib(config, size) + optimized + (texts if config.keeps_text_encoders else 0)
+    drawing = vae + max(decoder_gib(config), drawing_gib(config, size, images=2)) + products_gib(config, size, images=2)
     checkpoint = adapter * (12 + AVERAGE_BYTES * config.use_ema) / GIB
     return Estimate(
         adapter_parameters=adapter,
@@ -151,6 +157,18 @@ def unet_gib(config: TrainConfig, size: BaseSize) -> float:
     return ((size.unet - size.projections) * number + size.projections * small) / GIB
 
 
+def on_host_gib(config: TrainConfig, size: BaseSize) -> float:
+    """Of the UNet, while it trains and draws samples."""
+    return size.text_projections * BYTES[precision_of(config)] / GIB if config.cache_cross_attention else 0.0
+
+
+def products_gib(config: TrainConfig, size: BaseSize, images: int) -> float:
+    """What those weights make of the images' text."""
+    return (
+        images * TOKENS * size.text_outputs * BYTES[precision_of(config)] / GIB if config.cache_cross_attention else 0.0
+    )
+
+
 def preparing_gib(config: TrainConfig, size: BaseSize) -> float:
     """Beside text encoders and VAE: the UNet only where it draws, or was made there (int8)."""
     encoder = config.resolution**2 * ENCODER_BYTES_A_PIXEL / GIB
@@ -179,13 +197,13 @@ def step_gib(config: TrainConfig, size: BaseSize, adapter: int) -> float:
     """Of one forward and backward pass, without weights and gradients."""
     images = config.train_batch_size * (2 if config.with_prior_preservation else 1)
     is_pefts = config.base_quantization == "int8" or config.use_dora or config.lora_dropout > 0
-    scale = scale_of(config, size) * images
+    scale, products = scale_of(config, size) * images, products_gib(config, size, images)
     if config.gradient_checkpointing:
-        return RECOMPUTED_GIB * scale * (PEFT_RECOMPUTED if is_pefts else 1)
+        return RECOMPUTED_GIB * scale * (PEFT_RECOMPUTED if is_pefts else 1) + products
     rank = adapter * config.rank / max(1, adapter_parameters(replace(config, rank_pattern=()), size))  # on average
     image = (STEP_GIB + STEP_GIB_A_RANK * rank * size.adapted_layers / 560) * (PEFT_STEP if is_pefts else 1)
     casts = adapter * 2 / GIB
-    return image * scale + TEXT_GIB * images * math.sqrt(size.unet / BaseSize().unet) + casts
+    return image * scale + TEXT_GIB * images * math.sqrt(size.unet / BaseSize().unet) + casts + products
 
 
 def disk_gib(config: TrainConfig, adapter: int, checkpoint_gib: float, total_steps: int, photo_count: int) -> float:

@@ -1,18 +1,22 @@
 """`--memory`: one word for precision, recomputation and quantisation.
 
-full        nothing is recomputed
-recompute   activations are recomputed in the backward pass (--gradient_checkpointing)
-nf4         and the frozen UNet is kept in 4 bit (--base_quantization nf4)
-auto        the first of these that fits the GPU's free memory; full without a GPU
+full               nothing is recomputed
+full_cached        and cross-attention's to_k and to_v leave the GPU (--cache_cross_attention)
+recompute          activations are recomputed in the backward pass (--gradient_checkpointing)
+recompute_cached   both
+nf4                recomputed, and the frozen UNet is kept in 4 bit (--base_quantization nf4)
+auto               the first of these that is possible and fits the GPU's free memory; full without a GPU
 
 A word only adds to the flags that were given. On a GPU it also chooses half precision where none was named.
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from importlib.util import find_spec
 
 from dreambooth_moslora.base.locate import base_folder
+from dreambooth_moslora.core.config.checks import needs_live_projections
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.planning.estimate import (
@@ -27,11 +31,13 @@ __all__ = ["PLANS", "USABLE", "costs", "half_precision", "plan_lines", "planned"
 
 PLANS: dict[str, dict[str, object]] = {
     "full": {},
+    "full_cached": {"cache_cross_attention": True},
     "recompute": {"gradient_checkpointing": True},
+    "recompute_cached": {"gradient_checkpointing": True, "cache_cross_attention": True},
     "nf4": {"gradient_checkpointing": True, "base_quantization": "nf4"},
 }
 """From the fastest to the leanest."""
-CHOSEN = ("mixed_precision", "gradient_checkpointing", "base_quantization")
+CHOSEN = ("mixed_precision", "gradient_checkpointing", "base_quantization", "cache_cross_attention")
 USABLE = 0.9
 """Of the free memory: libraries' workspaces and fragments take the rest."""
 AMPERE = 8
@@ -77,27 +83,33 @@ def half_precision() -> str:
 
 
 def with_plan(config: TrainConfig, name: str) -> TrainConfig:
-    """What the person asked for stays: int8 is not made nf4, and recomputation is not taken back."""
+    """What the person asked for stays: int8 is not made nf4, and nothing is taken back. Raises UserError for a plan
+    that the other settings forbid."""
     changes = dict(PLANS[name])
-    if config.base_quantization != "none":
+    if config.base_quantization != "none" or config.cache_cross_attention:
         changes.pop("base_quantization", None)
     return replace(config, **changes)
 
 
-def fitting(config: TrainConfig, size: BaseSize, free_gib: float | None) -> str:
-    """The name of the first plan that fits; of the leanest possible where none does, which is refused later."""
+def fitting(config: TrainConfig, size: BaseSize, free_gib: float | None, names: Collection[str] = tuple(PLANS)) -> str:
+    """Of `names` the first plan that fits; the leanest possible where none does, which is refused later."""
     if free_gib is None:
         return "full"
-    for name, cost in costs(config, size).items():
-        if cost <= USABLE * free_gib:
-            return name
-    return list(costs(config, size))[-1]
+    needs = costs(config, size, names)
+    return next((name for name, cost in needs.items() if cost <= USABLE * free_gib), list(needs)[-1])
 
 
-def costs(config: TrainConfig, size: BaseSize) -> dict[str, float]:
-    """Plan -> GiB at its peak. nf4 only where bitsandbytes is installed."""
-    names = [name for name in PLANS if name != "nf4" or find_spec("bitsandbytes")]
-    return {name: estimate(with_plan(config, name), size, 1, 1).peak_gib for name in names}
+def costs(config: TrainConfig, size: BaseSize, names: Collection[str] = tuple(PLANS)) -> dict[str, float]:
+    """Plan -> GiB at its peak: of those that are possible here, with these settings."""
+    possible = [name for name in names if is_possible(config, name)]
+    return {name: estimate(with_plan(config, name), size, 1, 1).peak_gib for name in possible}
+
+
+def is_possible(config: TrainConfig, name: str) -> bool:
+    """nf4 where bitsandbytes is installed, and what caches where the other settings allow it."""
+    if name == "nf4" and not find_spec("bitsandbytes"):
+        return False
+    return "cache_cross_attention" not in PLANS[name] or not needs_live_projections(config)
 
 
 def plan_lines(config: TrainConfig, size: BaseSize) -> list[str]:
@@ -105,7 +117,7 @@ def plan_lines(config: TrainConfig, size: BaseSize) -> list[str]:
     free = free_gib_of_gpu() if config.memory else None
     if config.memory is None:
         return []
-    bare = replace(config, gradient_checkpointing=False, base_quantization="none")
+    bare = replace(config, gradient_checkpointing=False, base_quantization="none", cache_cross_attention=False)
     needs = ", ".join(f"{name} {cost:.1f} GiB" for name, cost in costs(bare, size).items())
     has = "there is no GPU here" if free is None else f"{free:.1f} GiB are free"
     return [f"memory plans: {needs}; {has} (--memory {config.memory})"]

@@ -26,6 +26,7 @@ def needs_to_be_alone(config: TrainConfig) -> str | None:
         "--caching off": config.caching == "off",
         "--base_quantization int8": config.base_quantization == "int8",
         "--compile on": config.compile == "on",
+        "--cache_cross_attention": config.cache_cross_attention or "cached" in (config.memory or ""),
     }
     return next((flag for flag, is_given in reasons.items() if is_given), None)
 

@@ -15,29 +15,31 @@ __all__ = ["MicroBatch", "UNetRows"]
 
 @dataclass(frozen=True)
 class UNetRows:
-    """B images for the UNet: noisy latents, text, and sizes and crops `time_ids` (B, 6)."""
+    """B images for the UNet: noisy latents, text, sizes and crops `time_ids` (B, 6), and the `prompts` (B) of the
+    text."""
 
     noisy: NoisySample
     cond: TextCond
     time_ids: Tensor
+    prompts: tuple[str, ...]
 
     @classmethod
     def joined(cls, parts: Sequence["UNetRows"]) -> "UNetRows":
         """The rows of one after those of the other."""
         tensors = map(torch.cat, zip(*(part.tensors() for part in parts), strict=True))
-        return cls.of(*tensors)
+        return cls.of(*tensors, prompts=tuple(prompt for part in parts for prompt in part.prompts))
 
     def after(self, count: int) -> "UNetRows":
         """Without the first `count`."""
-        return self.of(*(tensor[count:] for tensor in self.tensors()))
+        return self.of(*(tensor[count:] for tensor in self.tensors()), prompts=self.prompts[count:])
 
     def tensors(self) -> tuple[Tensor, ...]:
         noisy, cond = self.noisy, self.cond
         return noisy.unet_input, noisy.latents, noisy.timesteps, noisy.index, cond.embeds, cond.pooled, self.time_ids
 
     @classmethod
-    def of(cls, *tensors: Tensor) -> "UNetRows":
-        return cls(NoisySample(*tensors[:4]), TextCond(*tensors[4:6]), tensors[6])
+    def of(cls, *tensors: Tensor, prompts: tuple[str, ...]) -> "UNetRows":
+        return cls(NoisySample(*tensors[:4]), TextCond(*tensors[4:6]), tensors[6], prompts)
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,8 @@ class TrainStep:
         noisy = add_noise(self.schedule, on_device["latents"], on_device["noise"], on_device["index"])
         target = loss_target(self.schedule, on_device["latents"], on_device["noise"], noisy.index)
         cond = self.text_cond(batch.prompts) if self.config.keeps_text_encoders else cond_of(on_device)
-        return MicroBatch(batch, UNetRows(noisy, cond, on_device["time_ids"]), target, on_device["mask"])
+        rows = UNetRows(noisy, cond, on_device["time_ids"], tuple(batch.prompts))
+        return MicroBatch(batch, rows, target, on_device["mask"])
 
     def loss_of(self, micro: MicroBatch, prediction: Tensor, answer: Tensor | None) -> LossParts:
         """Of the UNet's `prediction` (B, 4, h, w); `answer` is the frozen base's to the prior half, where that is the
@@ -226,10 +227,13 @@ class TrainStep:
         `time_ids` (B, 6) stay in fp32: in bf16 a size of 1365 would be one of 1368.
         """
         unet, to = self.inputs.pipeline.unet, {"device": self.accelerator.device, "dtype": self.inputs.dtype}
+        text = rows.cond.embeds.to(**to)
+        if self.inputs.text_products is not None:
+            self.inputs.text_products.show(text, rows.prompts)
         output = unet(
             rows.noisy.unet_input.to(**to),
             rows.noisy.timesteps,
-            encoder_hidden_states=rows.cond.embeds.to(**to),
+            encoder_hidden_states=text,
             added_cond_kwargs={"text_embeds": rows.cond.pooled.to(**to), "time_ids": rows.time_ids},
         ).sample
         return prediction_of(self.schedule, output.float(), rows.noisy)

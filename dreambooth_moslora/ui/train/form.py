@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dreambooth_moslora.core.config.run_settings import MEMORY_WORDS
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.toy import is_toy
@@ -27,11 +28,10 @@ from dreambooth_moslora.ui.train.more_subjects import SubjectWords, folder_of, p
 if TYPE_CHECKING:
     from dreambooth_moslora.photos.photo import Photo
 
-__all__ = ["MEMORY_WORDS", "OWN_FIELDS", "PRESETS", "PRIORS", "TrainForm", "crop_config", "form_of"]
+__all__ = ["OWN_FIELDS", "PRESETS", "PRIORS", "TrainForm", "crop_config", "form_of"]
 
 PRESETS = {"quick": 0.5, "standard": 1.0, "thorough": 2.0}
 """Name -> how often each photo is shown, as a multiple of what the recipe says."""
-MEMORY_WORDS = ("auto", "full", "recompute", "nf4")
 PRIORS = ("adapter_off", "class_images")
 
 

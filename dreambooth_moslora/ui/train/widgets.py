@@ -4,10 +4,11 @@ from typing import Any
 
 import gradio as gr
 
+from dreambooth_moslora.core.config.run_settings import MEMORY_WORDS
 from dreambooth_moslora.core.config.training_settings import MIXERS
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.training.planning.choices import TOKEN, encoders_are_here
-from dreambooth_moslora.ui.train.form import MEMORY_WORDS, OWN_FIELDS, PRESETS, TrainForm
+from dreambooth_moslora.ui.train.form import OWN_FIELDS, PRESETS, TrainForm
 from dreambooth_moslora.ui.train.masks import mask_widgets
 from dreambooth_moslora.ui.train.subject_widgets import photo_widgets, subject_widgets
 

@@ -25,10 +25,11 @@ def cost(**changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("px", "rank", "batch", "recomputed"), [(1024, 16, 1, False), (512, 128, 1, False), (768, 16, 2, True)]
+    ("px", "rank", "batch", "recomputed", "cached"),
+    [(1024, 16, 1, False, False), (512, 128, 1, False, True), (768, 16, 2, True, False), (512, 16, 4, True, True)],
 )
-def test_the_estimate_is_within_a_tenth_of_the_count(px, rank, batch, recomputed):
-    config = run_config(px, rank, batch, recomputed)
+def test_the_estimate_is_within_a_tenth_of_the_count(px, rank, batch, recomputed, cached):
+    config = run_config(px, rank, batch, recomputed, cached)
     unet = adapted_unet(config)
     assert estimated_total_gib(config) == pytest.approx(counted_total_gib(unet, count(config, unet)), rel=0.1)
 
@@ -38,6 +39,27 @@ def test_a_quantised_unet_counts_as_it_weighs():
     dense, nf4, int8 = (cost(base_quantization=kind).sampling_gib for kind in ("none", "nf4", "int8"))
     assert dense - nf4 == pytest.approx(4.78 - 1.76, abs=0.02)
     assert dense - int8 == pytest.approx(4.78 - 2.75, abs=0.02)
+
+
+def test_cached_text_counts_as_its_products_weigh():
+    """340.8 million numbers of SDXL's are on the host; 77 tokens have 166,400 products."""
+    for changes, images in (({}, 1), ({"train_batch_size": 3}, 3)):
+        live, cached = cost(**changes), cost(**changes, cache_cross_attention=True)
+        saved = (340_787_200 - images * 77 * 166_400) * 2 / GIB
+        assert live.training_gib - cached.training_gib == pytest.approx(saved)
+        assert live.encoding_gib == cached.encoding_gib
+    sampling = cost(cache_cross_attention=True).sampling_gib
+    assert sampling == pytest.approx(cost().sampling_gib - (340_787_200 - 2 * 77 * 166_400) * 2 / GIB)
+
+
+def test_the_texts_projections_are_counted_in_the_files(tiny_base):
+    from dreambooth_moslora.base.load import load_pipeline
+    from dreambooth_moslora.base.text_projections import TextProducts
+
+    layers = TextProducts(load_pipeline(tiny_base).unet, torch.device("cpu")).layers
+    size = size_of_base(tiny_base, ("to_q",))
+    assert size.text_projections == sum(layer.host_weight.numel() for layer in layers)
+    assert size.text_outputs == sum(layer.out_features for layer in layers) > 0
 
 
 def test_a_unet_that_is_still_on_the_cpu_is_not_counted():

@@ -8,6 +8,7 @@ import torch
 
 from dreambooth_moslora.cli.main import train_main
 from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.training.planning import memory_plan
 from dreambooth_moslora.training.planning.estimate import STOCK_SDXL, BaseSize, estimate
 from dreambooth_moslora.training.planning.memory_plan import USABLE, planned
@@ -52,6 +53,25 @@ def test_the_first_plan_that_fits_is_taken(card, free_gib, capability, settings)
     assert planned(found) == found
 
 
+@pytest.mark.parametrize(
+    ("free_gib", "recomputed", "cached"),
+    [(11.9, False, False), (11.2, False, True), (9.0, True, False), (7.0, True, True)],
+)
+def test_the_texts_projections_leave_where_that_saves_recomputation_or_bits(card, free_gib, recomputed, cached):
+    """`free_gib` is beside CUDA's context."""
+    card(free_gib)
+    found = planned(SDXL)
+    assert chosen(found) == ("bf16", recomputed, "none") and found.cache_cross_attention == cached
+
+
+def test_no_plan_caches_a_text_that_changes(card):
+    card(11.2)
+    found = planned(replace(SDXL, train_text_encoder=True))
+    assert chosen(found) == ("bf16", True, "none") and not found.cache_cross_attention
+    with pytest.raises(UserError, match="--cache_cross_attention and --use_dora"):
+        planned(replace(SDXL, memory="full_cached", use_dora=True))
+
+
 def test_what_was_given_stays(card):
     card(23.0)
     given = replace(SDXL, mixed_precision="fp16", gradient_checkpointing=True, base_quantization="int8")
@@ -73,7 +93,7 @@ def test_a_run_that_goes_on_keeps_its_plan_on_another_card(card, tmp_path):
     (tmp_path / "train_config.json").write_text(json.dumps(begun.to_dict()))
     card(80.0)
     resumed = planned(replace(SDXL, output_dir=str(tmp_path), resume_from_checkpoint="latest"))
-    assert chosen(resumed) == ("bf16", True, "none")
+    assert chosen(resumed) == ("bf16", True, "none") and resumed.cache_cross_attention == begun.cache_cross_attention
 
 
 def test_a_dry_run_says_what_each_plan_needs(capsys):
