@@ -31,6 +31,7 @@ TRAININGS = {
     "uncached": {"caching": "off", "dataloader_num_workers": 2},
     "EDM": {"do_edm_style_training": True},
     "min-SNR, accumulated": {"snr_gamma": 5.0, "gradient_accumulation_steps": 2},
+    "Prodigy": {"optimizer": "Prodigy", "learning_rate": 1.0},
     "samples": {"num_validation_images": 1, "validation_steps": 2},
     "text cached, samples": {"cache_cross_attention": True, "num_validation_images": 1, "validation_steps": 2},
 }

@@ -84,12 +84,16 @@ def adamw_class(config: TrainConfig) -> type[Optimizer]:
 
 
 def make_prodigy(config: TrainConfig, groups: list[dict]) -> Optimizer:
-    """Prodigy finds the learning rate by itself (Mishchenko & Defazio 2023); the given one, 1.0, multiplies it."""
+    """Prodigy finds the learning rate by itself (Mishchenko & Defazio 2023); the given one, 1.0, multiplies it. On a
+    GPU a step of it reads two numbers a group, not two a parameter."""
     try:
         from prodigyopt import Prodigy
+
+        from dreambooth_moslora.training.step.flat_prodigy import FlatProdigy
     except ImportError as error:
         raise UserError("--optimizer Prodigy needs prodigyopt: pip install prodigyopt.") from error
-    return Prodigy(
+    is_on_cpu = groups[0]["params"][0].device.type == "cpu"
+    return (Prodigy if is_on_cpu else FlatProdigy)(
         groups,
         lr=groups[0]["lr"],
         betas=(config.adam_beta1, config.adam_beta2),
