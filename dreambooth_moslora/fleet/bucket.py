@@ -1,4 +1,5 @@
-"""Files behind a URL that fsspec knows (`s3://`, `gs://`, `memory://`, …): tried again, and one line where it fails."""
+"""Files behind a URL that fsspec knows (`s3://`, `gs://`, `memory://`, …). Failed calls are retried; the last
+error is one line."""
 
 import tempfile
 import time
@@ -13,10 +14,10 @@ __all__ = ["Bucket", "at_once", "is_url", "local_path"]
 
 T = TypeVar("T")
 TRIES, FIRST_WAIT_SEC = 6, 0.5
-"""The waits double: a service that is away for a quarter of a minute is waited for."""
+"""The waits double, so an outage of about 15 seconds is survived."""
 AT_ONCE = 8
 EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}
-"""Of this program, and what each installs."""
+"""The package's extra for each URL scheme, and the library that it installs."""
 DENIED = "access denied ({}); look at the credentials, and at what they may do there"
 
 
@@ -25,7 +26,7 @@ def is_url(place: str) -> bool:
 
 
 def local_path(url: str) -> str | None:
-    """What a `file://` URL names; None for another."""
+    """The path of a `file://` URL; None for other schemes."""
     scheme, _, path = url.partition("://")
     return path if scheme in ("file", "local") else None
 
@@ -33,7 +34,8 @@ def local_path(url: str) -> str | None:
 class Bucket:
     """A folder behind `url`. All names are relative to it, with slashes.
 
-    Raises UserError where a library is missing; so does each method, for what still fails when tried again.
+    Raises UserError when a library is missing. Each method raises UserError for an error that outlasts the
+    retries.
     """
 
     def __init__(self, url: str):
@@ -47,7 +49,7 @@ class Bucket:
             library = EXTRAS.get(scheme)
             how = f"it is the extra `{scheme}`: pip install {library}" if library else one_line(error)
             raise UserError(f"{url}: a library for {scheme}:// is missing; {how}.") from error
-        except Exception as error:  # of a file system of any maker
+        except Exception as error:  # file systems raise errors of their own types
             raise UserError(f"{url}: {one_line(error)}.") from error
         self.root = root.rstrip("/")
 
@@ -55,7 +57,7 @@ class Bucket:
         return Bucket(f"{self.url}/{name}")
 
     def read(self, name: str) -> bytes | None:
-        """None where no such file is."""
+        """None when there is no such file."""
         return self.tried(name, lambda path: self.files.cat_file(path), absent=None)
 
     def exists(self, name: str) -> bool:
@@ -68,11 +70,11 @@ class Bucket:
             self.upload(Path(file.name), name)
 
     def upload(self, source: Path, name: str) -> None:
-        """Raises FileNotFoundError when `source` is gone meanwhile."""
+        """Raises FileNotFoundError when `source` has been deleted meanwhile."""
         self.tried(name, lambda path: self.files.put_file(str(source), path), source=source)
 
     def download(self, name: str, target: Path) -> bool:
-        """Whether it was there."""
+        """Returns whether the file existed."""
         target.parent.mkdir(parents=True, exist_ok=True)
         return self.tried(name, lambda path: self.files.get_file(path, str(target)) or True, absent=False)
 
@@ -80,7 +82,7 @@ class Bucket:
         self.tried(name, self.files.rm_file, absent=None)
 
     def tried(self, name: str, action: Callable[[str], T], source: Path | None = None, **absent: T) -> T:
-        """What `action` returns of the whole path, or `absent` where there is no such file."""
+        """Call `action` with the full path and retry it on errors. Returns `absent` when the file does not exist."""
         for wait in range(TRIES):
             try:
                 self.files.invalidate_cache()
@@ -93,7 +95,7 @@ class Bucket:
                 if "absent" in absent:
                     return absent["absent"]
                 raise UserError(f"{self.url}: not there: {one_line(error)}.") from error
-            except Exception as error:  # the network's and the service's, of any library
+            except Exception as error:  # network and service errors differ by library
                 if wait == TRIES - 1:
                     raise UserError(f"{self.url}/{name}: {one_line(error)}, {TRIES} times.") from error
             time.sleep(FIRST_WAIT_SEC * 2**wait)
@@ -101,6 +103,7 @@ class Bucket:
 
 
 def at_once(function: Callable[..., T], items: Iterable) -> list[T]:
-    """Of each item, in their order. Raises what the first to fail raises, after all have ended."""
+    """Call `function` on all items in threads; results keep the items' order. Raises the first error after all
+    have ended."""
     with ThreadPoolExecutor(AT_ONCE) as threads:
         return list(threads.map(function, items))

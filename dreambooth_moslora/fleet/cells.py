@@ -1,4 +1,5 @@
-"""The cells of a study as tasks of a cluster: `compare --ray_address`. Results are files, as without one."""
+"""The cells of a study as tasks of a cluster (`compare --ray_address`). They write the same result files as
+without Ray."""
 
 import os
 import time
@@ -16,9 +17,9 @@ __all__ = ["CellRunner"]
 
 @dataclass(frozen=True)
 class CellRunner:
-    """Stands for `studies.run.run_cells`: as many cells at once as `machines` take, or at most `jobs`.
+    """Replaces `studies.run.run_cells`: runs as many cells at once as the `machines` hold, or at most `jobs`.
 
-    `run` is what a worker does with a cell.
+    A worker calls `run` for each cell.
     """
 
     machines: Machines
@@ -41,6 +42,7 @@ class CellRunner:
 
 
 def in_folder(folder: str, run: Callable, *arguments: object) -> tuple[Cell, float, str]:
-    """A study's paths begin at the folder where the person is; it is at the same place on all machines."""
+    """A study's paths are relative to the folder of the command, which must exist at the same place on all
+    machines."""
     os.chdir(folder)
     return run(*arguments)

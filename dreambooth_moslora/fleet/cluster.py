@@ -1,7 +1,7 @@
-"""Ray, as far as this program uses it: joining or starting a cluster, and running tasks on it in a bounded window.
+"""Ray, as far as this program uses it: join or start a cluster, and run tasks on it in a bounded window.
 
-A task is a function of a module and its arguments. One that raises, or whose machine is lost too often, becomes a
-`Lost` for the caller to see; no other task notices.
+A task is a module-level function and its arguments. If it raises, or its machine is lost too often, the caller
+gets a `Lost` for it; other tasks go on.
 """
 
 import os
@@ -32,24 +32,24 @@ __all__ = [
 GIB = 2**30
 INSTALL = 'pip install "ray[default]>=2.50,<3"'
 OBJECT_STORE_BYTES = 100 * 2**20
-"""The least that Ray takes: tasks hand over names and numbers."""
+"""Ray's minimum, which suffices: tasks exchange only names and numbers."""
 EMBEDDED = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # also on Linux: one machine alone, which listens on the loopback
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: one machine alone, listening on the loopback
     "RAY_enable_metrics_collection": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_AUTH_MODE": "token",  # Ray Serve's replicas take pickles on all addresses: only from who has Ray's token
-    "RAY_worker_niceness": "0",  # tasks are what this machine is for: they have the priority of this process
+    "RAY_AUTH_MODE": "token",  # Ray Serve's replicas unpickle from any address: accept only senders with Ray's token
+    "RAY_worker_niceness": "0",  # tasks keep the priority of this process: the machine is here for them
 }
 WINDOW = 64
-"""Tasks that Ray holds beside those that run: enough to keep a cluster busy and to make it grow."""
+"""Tasks queued in Ray beside the running ones: enough to keep a cluster busy and to make it grow."""
 WAIT_SEC = 0.5
 GPU_TASK = {"num_cpus": 0, "num_gpus": 0.01}
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one task: cores, GPUs (also a part of one) and memory of the machine, GiB."""
+    """What one task needs: CPU cores, GPUs (a fraction is allowed), and RAM in GiB."""
 
     cpus: float = 1
     gpus: float = 0.0
@@ -65,13 +65,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Lost:
-    """A task without a result: the error of its function, or what became of its machine."""
+    """A task without a result. `reason` is the function's error, or what happened to its machine."""
 
     reason: str
 
 
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
+    """Connect to Ray for the length of the block. Without an address, start it on this machine alone.
+
+    Raises UserError when Ray is not installed or no cluster answers.
+    """
     """Ray for the length of the block: of this machine alone without an address, else the cluster there.
 
     Raises UserError where Ray is not installed or no cluster answers.
@@ -107,11 +111,11 @@ def run_tasks(
     should_stop: Callable[[], bool] = bool,
     on_retry: Callable[[Task, str], None] = lambda task, reason: None,
 ) -> Iterator[tuple[Task, Any]]:
-    """(task, what the function returned or `Lost`), as they end.
+    """Yield (task, the function's result or `Lost`) as tasks end.
 
-    At most `window` are given to Ray at once, so that ten thousand take no more memory here than a hundred. A task
-    whose worker or machine is lost is begun again `retries` times, wherever there is room. After `should_stop` no
-    task is begun; those that run are waited for.
+    At most `window` tasks are submitted at once, which bounds memory for long lists. A task whose worker or
+    machine is lost is submitted again up to `retries` times. After `should_stop` no task is started; running
+    ones are waited for.
     """
     import ray
 
@@ -149,7 +153,7 @@ def submit(remote: Any, task: Task) -> Any:
 
 
 def ended(running: dict) -> list:
-    """Those that have ended, after waiting a moment for the first."""
+    """The tasks that have ended, after waiting a moment for the first."""
     import ray
 
     first, _ = ray.wait(list(running), timeout=WAIT_SEC)
@@ -157,7 +161,7 @@ def ended(running: dict) -> list:
 
 
 def result_of(reference: Any) -> tuple[Any, bool]:
-    """Its result or `Lost`, and whether it was lost by its worker or machine and not by itself."""
+    """(Its result or `Lost`, whether its worker or machine was lost rather than its function failing)."""
     import ray
 
     try:
@@ -183,14 +187,14 @@ def window_of_cluster() -> int:
 
 
 def largest_node_gib() -> float:
-    """Memory for tasks of the largest machine that is there."""
+    """Task memory of the cluster's largest live machine, GiB."""
     import ray
 
     return max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0) / GIB
 
 
 def room_for(resources: Resources) -> int:
-    """How many such tasks the machines that are there take at once; at least 1."""
+    """How many such tasks the live machines hold at once; at least 1."""
     import ray
 
     count = 0
@@ -202,7 +206,7 @@ def room_for(resources: Resources) -> int:
 
 
 def gpu_memory_gib() -> float | None:
-    """Of one GPU of the cluster; they are taken to be alike. None where there is none."""
+    """Memory of one GPU of the cluster, GiB; all GPUs are assumed alike. None when there is no GPU."""
     import ray
 
     if not has_gpus():

@@ -1,7 +1,7 @@
-"""Several subjects on one machine in one process: they share a base, and their trainings go on together.
+"""Several subjects in one process on one machine: they share a base and train together.
 
-The process is `python -m dreambooth_moslora together`. It writes each subject's record as that one begins and ends;
-what is written here is of subjects that it did not live to end.
+The process is `python -m dreambooth_moslora together`. It writes each subject's record as the subject begins
+and ends. This module writes the records of subjects that the process did not live to end.
 """
 
 from collections.abc import Sequence
@@ -32,23 +32,24 @@ ENDED = ("done", "failed", "interrupted")
 
 @dataclass(frozen=True)
 class Group:
-    """Subjects for one worker, of which at most so many train at once; they have the same share of a machine."""
+    """Subjects for one worker; at most `at_once` of them train at once. Each has the same share of a machine."""
 
     jobs: tuple[Job, ...]
     at_once: int
 
 
 def train_work(work: Job | Group) -> Record | list[Record]:
-    """What a worker does with its task."""
+    """Train a worker's task: one subject or a group."""
     return train_group(work) if isinstance(work, Group) else train_subject(work)
 
 
 def train_group(group: Group) -> list[Record]:
-    """Train all to their ends, or until the fleet is told to stop; in the order of `jobs`."""
+    """Train all subjects to their ends, or until the fleet is told to stop. The records are in the order of
+    `jobs`."""
     with ExitStack() as stack:
         jobs, holds = [], []
         for job in group.jobs:
-            if is_finished(Path(job.run_dir), job.mark):  # its machine was lost after that
+            if is_finished(Path(job.run_dir), job.mark):  # its machine was lost after it had finished
                 continue
             Path(job.run_dir).mkdir(parents=True, exist_ok=True)
             try:
@@ -63,7 +64,7 @@ def train_group(group: Group) -> list[Record]:
 
 
 def enter(job: Job) -> None:
-    """The record of one that has not begun here: what it has cost so far stays."""
+    """Write a subject's record before it trains here. What it has cost so far is kept."""
     run_dir = Path(job.run_dir)
     before = read_record(run_dir)
     known = before if goes_on(before, job) else Record("waiting", job.mark)
@@ -71,7 +72,7 @@ def enter(job: Job) -> None:
 
 
 def train_to_their_ends(jobs: Sequence[Job], at_once: int, holds: tuple[int, ...]) -> None:
-    """A process that is killed is started again for those that it left, a few times."""
+    """Run the process; if it is killed, start it again for the unfinished subjects, a few times."""
     left, code = list(jobs), 0
     for _ in range(KILLED_MOST):
         if not left:
@@ -91,7 +92,7 @@ def train_to_their_ends(jobs: Sequence[Job], at_once: int, holds: tuple[int, ...
 
 
 def train_once(jobs: Sequence[Job], at_once: int, holds: tuple[int, ...]) -> int:
-    """The exit status: negative for a signal."""
+    """Returns the exit status; it is negative for a signal."""
     for job in jobs:
         resumed = {"resume_from_checkpoint": "latest"} if read_record(Path(job.run_dir)).starts else {}
         write_settings(Path(job.run_dir), {**job.settings, **resumed})

@@ -1,6 +1,6 @@
-"""Which subjects of a fleet share a process (`--per_gpu N`), and who of them has ended before the others.
+"""Which subjects of a fleet share a process (`--per_gpu N`), and reports of each subject as it ends.
 
-A task of the cluster is a subject, or with `--per_gpu` a group: its key is the name, or the names.
+A cluster task is one subject, or with `--per_gpu` a group. Its key is the subject's name, or a tuple of names.
 """
 
 import time
@@ -23,14 +23,16 @@ LOOK_SEC = 2.0
 
 
 def names_of(task: Task) -> tuple[str, ...]:
-    """Of its subjects."""
+    """The names of the task's subjects."""
     return (task.key,) if isinstance(task.key, str) else task.key
 
 
 def grouped(tasks: Iterable[Task], machines: Machines, total: int, room: Callable[[Resources], int]) -> Iterator[Task]:
-    """With `--per_gpu N`, subjects that can share their steps as one task of several, which a process trains N at once.
+    """With `--per_gpu N`, join subjects that can share their steps into tasks; a process trains N of a task at
+    once.
 
-    A task has a machine's share of the `total`, and at most MOST_ROUNDS times N: then not too much hangs on one.
+    A task gets one machine's share of the `total` subjects, at most MOST_ROUNDS times N, so that a lost one
+    costs little.
     """
     if (machines.per_gpu or 1) < 2:
         yield from tasks
@@ -65,7 +67,7 @@ def as_group(tasks: Sequence[Task], machines: Machines) -> Task:
 
 
 def results_of(task: Task, result: Record | list[Record] | Lost) -> list[Record | Lost]:
-    """One a subject. Of a group that was lost, some may have been done before."""
+    """One result per subject. A subject of a lost group may have finished before, and then keeps its record."""
     (work,) = task.arguments
     if isinstance(result, list):
         return result
@@ -74,14 +76,14 @@ def results_of(task: Task, result: Record | list[Record] | Lost) -> list[Record 
 
 
 class GroupsUnderWay:
-    """Tells of each subject of a group as it ends: the group's task returns when the last one has."""
+    """Reports each subject of a group as soon as it ends, since the group's task returns only after the last one."""
 
     def __init__(self, tell: Callable[[str, Record], None]):
         self.tell, self._looked = tell, time.monotonic()
         self._before: dict[str, tuple[Job, Record | None]] = {}
 
     def noted(self, tasks: Iterable[Task]) -> Iterator[Task]:
-        """The same tasks, with their groups' records as they are before."""
+        """Pass the tasks on, after noting their groups' records as they are before the start."""
         for task in tasks:
             (work,) = task.arguments
             for name, job in zip(task.key, work.jobs, strict=True) if isinstance(work, Group) else ():
@@ -89,7 +91,7 @@ class GroupsUnderWay:
             yield task
 
     def look(self) -> None:
-        """Now and then, in the records of those under way."""
+        """Read the records of running groups every few seconds, and report the subjects that have ended."""
         if time.monotonic() - self._looked < LOOK_SEC:
             return
         self._looked = time.monotonic()
@@ -105,7 +107,7 @@ class GroupsUnderWay:
                 self.tell(name, record)
 
     def untold(self, task: Task, result: Record | list[Record] | Lost) -> list[tuple[str, Record | Lost]]:
-        """How those of a task ended of whom nobody has been told."""
+        """The results of the task's subjects that have not been reported yet."""
         found = list(zip(names_of(task), results_of(task, result), strict=True))
         if isinstance(task.arguments[0], Group):
             found = [(name, record) for name, record in found if self._before.pop(name, None) is not None]

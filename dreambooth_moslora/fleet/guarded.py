@@ -1,6 +1,8 @@
-"""`python -m dreambooth_moslora.fleet.guarded PID train …`: the training command, which does not outlive its worker.
+"""`python -m dreambooth_moslora.fleet.guarded PID train …`: a training command that does not outlive its
+worker.
 
-When process PID, which started it, is gone, the training finishes its step, writes a checkpoint and ends.
+PID is the process that started it. When that is gone, the training finishes its step, writes a checkpoint and
+ends.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""`index.html` of a fleet: each subject's contact sheet, likeness and alarms, what needs a person's eye first.
+"""`index.html` of a fleet: each subject's contact sheet, likeness and alarms, the most urgent subjects first.
 
-It is one file without scripts: small pictures are inside, and links lead to files beside it. No path of the
-machine is in it.
+It is one file without scripts. Small pictures are embedded, and links lead to files beside it. It contains no
+path of the machine.
 """
 
 import re
@@ -22,14 +22,14 @@ __all__ = ["write_index"]
 
 SHEET_PX = 320
 MOST_SHEETS = 500
-"""Pictures in the page; the subjects behind these need an eye least."""
+"""Contact sheets in the page. The most urgent subjects come first, so those without a sheet matter least."""
 PATH = re.compile(r"(?<![\w/\\])(?:[A-Za-z]:)?(?:[\\/][^\\/:;,'\"()]*(?=[\\/]))*[\\/][^\\/\s:;,'\"()]+[\\/]?")
-"""A space within a folder's name is of the path, one in its last part ends it."""
+"""A space inside a folder's name belongs to the path; a space in the last part ends it."""
 HEADER = ("Subject", "State", "Likeness (DINO)", "What to look at", "Contact sheet")
 
 
 def write_index(out: Path, rows: Sequence[Row]) -> Path:
-    """Of rows in the order of `status.rows_of`, which is kept. Returns the file."""
+    """Write the page of `rows`, in their order (that of `status.rows_of`). Returns the file."""
     title = f"Fleet of {len(rows)} subjects"
     about = f'<p class="faint">{escape(status_lines(rows)[0])}; cost: {escape(cost_of([r.record for r in rows]))}</p>'
     body = "".join(html_of(out, row, has_sheet=number < MOST_SHEETS) for number, row in enumerate(rows))
@@ -56,7 +56,7 @@ def html_of(out: Path, row: Row, *, has_sheet: bool) -> str:
 
 
 def sheet_of(run_dir: RunDir) -> str:
-    """The contact sheet, small, which leads to the whole one; empty where there is none that can be read."""
+    """A small contact sheet that links to the full one; empty when there is none that can be read."""
     path = run_dir.contact_sheet_path
     try:
         with Image.open(path) as sheet:
@@ -67,7 +67,7 @@ def sheet_of(run_dir: RunDir) -> str:
 
 
 def without_paths(text: str, out: Path) -> str:
-    """A message with the last part alone of each path in it."""
+    """The message with each path cut to its last part."""
     for place in {str(out), str(out.resolve())}:
         text = text.replace(f"{place}/", "")
     return PATH.sub(lambda found: re.split(r"[\\/]", found[0].rstrip("\\/"))[-1], text)

@@ -1,10 +1,11 @@
-"""A run folder and its like in a bucket, made equal by one that writes at a time.
+"""A run folder and its copy in a bucket. One machine at a time writes the copy.
 
 URL/NAME/…               the files of a run folder, under their names
-URL/NAME/manifest.json   which of them belong together, by SHA-256, and who writes them: written last
+URL/NAME/manifest.json   the SHA-256 of the files that belong together, and their writer; written last
 
-A file that the manifest does not name, or names with other bytes, is not taken: half of an upload is none. Who
-begins writes the manifest in his own name; one who finds another's there was taken for lost, and writes no more.
+A file that the manifest does not name, or names with another digest, is ignored: so a half upload has no
+effect. A machine that begins writes its name into the manifest. One that finds another's name there has been
+replaced, and stops writing.
 """
 
 import json
@@ -28,7 +29,7 @@ __all__ = ["MANIFEST", "Manifest", "Mirror", "SupersededError", "read_manifest"]
 
 MANIFEST = "manifest.json"
 GROWING = {FLEET_NAME, CONFIG_NAME, LOG_NAME, "metrics.jsonl", "train.log"}
-"""Of one moment or of another: taken also when they are newer than the manifest."""
+"""Files that change all the time: they are taken even when they are newer than the manifest."""
 
 
 class SupersededError(UserError):
@@ -37,14 +38,15 @@ class SupersededError(UserError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """`writer`: of all files; `files`: SHA-256 of each, in hex."""
+    """`writer` is the machine that writes now; `files` maps names to SHA-256 digests in hex."""
 
     writer: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_manifest(bucket: Bucket) -> Manifest:
-    """Of a run folder; an empty one where there is none, or none that can be read. Raises UserError of the bucket."""
+    """The manifest of a run folder; an empty one when it is missing or damaged. Raises UserError for the
+    bucket's errors."""
     try:
         manifest = Manifest(**json.loads(bucket.read(MANIFEST) or b"{}"))
         if isinstance(manifest.writer, str) and all(map(is_plain, manifest.files, manifest.files.values())):
@@ -55,13 +57,13 @@ def read_manifest(bucket: Bucket) -> Manifest:
 
 
 def is_plain(name: str, digest: object) -> bool:
-    """Whether a name stays within the folder: a bucket may be written by others."""
+    """Whether the name stays within the folder; others may write to the bucket."""
     path = PurePosixPath(name)
     return isinstance(digest, str) and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 class Mirror:
-    """`folder` of this machine and `bucket`, the same run folder. One process uses it, one call at a time."""
+    """A local `folder` and its copy in `bucket`. Not thread-safe: one process uses it, one call at a time."""
 
     def __init__(self, bucket: Bucket, folder: Path):
         self.bucket, self.folder, self.writer = bucket, folder, uuid.uuid4().hex
@@ -69,7 +71,8 @@ class Mirror:
         self.digests: dict[str, tuple[tuple, str]] = {}
 
     def pull(self) -> None:
-        """The folder becomes what is whole in the bucket: a checkpoint with a bad file is left out."""
+        """Copy the bucket's files that match the manifest into the folder. A checkpoint with a bad file is left
+        out."""
         manifest = read_manifest(self.bucket)
         names = list(manifest.files)
         is_good = dict(zip(names, at_once(lambda name: self.fetch(name, manifest.files[name]), names)))
@@ -82,23 +85,23 @@ class Mirror:
                 (self.folder / name).unlink(missing_ok=True)
 
     def fetch(self, name: str, digest: str) -> bool:
-        """Whether it has come with these bytes."""
+        """Whether the file was downloaded with these bytes."""
         target = self.folder / name
         return self.bucket.download(name, target) and file_digest(target) == digest
 
     def claim(self) -> None:
-        """From now on this process writes, and nobody who did before."""
+        """From now on this process is the only writer."""
         self.there = self.there or read_manifest(self.bucket).files
         self.write_manifest({name: digest for name, digest in self.there.items() if digest})
 
     def push(self) -> None:
-        """The bucket becomes what the folder is now. Raises SupersededError, and UserError of the bucket."""
+        """Make the bucket equal to the folder. Raises SupersededError, and UserError for the bucket's errors."""
         if read_manifest(self.bucket).writer != self.writer:
             raise SupersededError(f"{self.bucket.url}: another machine goes on with it.")
         digests = self.local_digests()
         changed = [name for name, digest in digests.items() if digest != self.there.get(name)]
         at_once(self.send, [name for name in changed if name != FLEET_NAME])
-        if FLEET_NAME in changed:  # "done" is not there before the adapter is
+        if FLEET_NAME in changed:  # the record says "done" only after the adapter has arrived
             self.send(FLEET_NAME)
         files = {name: digest for name, digest in digests.items() if name in GROWING or self.digest(name) == digest}
         gone = [name for name in self.there if name not in digests]
@@ -107,11 +110,11 @@ class Mirror:
         at_once(self.bucket.remove, gone)
 
     def send(self, name: str) -> None:
-        with suppress(FileNotFoundError):  # a checkpoint that was removed meanwhile: the next push tells it
+        with suppress(FileNotFoundError):  # a checkpoint was removed meanwhile; the next push notes it
             self.bucket.upload(self.folder / name, name)
 
     def local_digests(self) -> dict[str, str]:
-        """Of all files that stay; temporaries and locks do not."""
+        """Digests of all files but temporary ones and locks."""
         found = {}
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder)
@@ -120,7 +123,7 @@ class Mirror:
         return {name: digest for name, digest in found.items() if digest is not None}
 
     def digest(self, name: str) -> str | None:
-        """Of the file's bytes, which are read again when it has changed; None when there is no such file."""
+        """The file's SHA-256, computed again when the file has changed; None when there is no such file."""
         path = self.folder / name
         try:
             info = path.lstat()

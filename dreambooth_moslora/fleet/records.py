@@ -1,9 +1,9 @@
-"""What a fleet writes down: its list of subjects, and in each run folder how far that one is.
+"""A fleet's files: its list of subjects, and in each run folder the state of that run.
 
 OUT/fleet.json          the names of its subjects
-OUT/NAME/fleet.json     a `Record`: written when a training begins and when it has ended
-OUT/fleet.stop          while it is there, every training ends at a checkpoint and none begins
-OUT/index.html          all of it for a person
+OUT/NAME/fleet.json     a `Record`, written when a training begins and when it has ended
+OUT/fleet.stop          while it exists, running trainings end at a checkpoint and none begins
+OUT/index.html          a page of all this for a person
 """
 
 import json
@@ -34,10 +34,11 @@ FLEET_NAME, INDEX_NAME, STOP_NAME = "fleet.json", "index.html", "fleet.stop"
 
 @dataclass(frozen=True)
 class Record:
-    """`state`: running, done, interrupted, failed. `mark` is of the settings and photos (`subjects.mark_of`).
+    """`state` is waiting, running, done, interrupted or failed. `mark` identifies settings and photos
+    (`subjects.mark_of`).
 
-    `seconds` are of all its trainings, `hours` the same times the `unit` (GPU or CPU) that they held; `starts`
-    counts them. What a lost machine did not live to write is not in them.
+    `starts` counts the run's trainings. `seconds` is their total time, `hours` that time multiplied by the held
+    `unit`s (GPUs or CPU cores). The time of a training whose machine was lost is not counted.
     """
 
     state: str
@@ -51,7 +52,7 @@ class Record:
 
 
 def read_record(run_dir: Path) -> Record | None:
-    """None where there is none, or none that can be read."""
+    """None when the record is missing or cannot be read."""
     try:
         values = read_json_table(run_dir / FLEET_NAME)
         record = Record(**values)
@@ -65,7 +66,7 @@ def write_record(run_dir: Path, record: Record) -> None:
 
 
 def is_finished(run_dir: Path, mark: str) -> bool:
-    """Whether this very run is done, and its adapter there."""
+    """Whether a run with this mark is done and its adapter exists."""
     record = read_record(run_dir)
     is_done = record is not None and record.state == "done" and record.mark == mark
     return is_done and RunDir(run_dir).adapter_path.is_file()
@@ -80,7 +81,7 @@ def write_names(out: Path, names: Sequence[str]) -> None:
 
 
 def read_names(out: Path) -> list[str]:
-    """Raises UserError where no fleet is."""
+    """Raises UserError when there is no fleet."""
     path = out / FLEET_NAME
     if not path.is_file():
         raise UserError(f"{out} holds no fleet: {FLEET_NAME} is not there.")

@@ -1,6 +1,7 @@
-"""A fleet whose `--out` is a URL: each worker trains in a folder of its machine, which is mirrored in the bucket.
+"""A fleet whose `--out` is a URL: each worker trains in a local folder, which is mirrored in the bucket.
 
-The driver has a folder, too, with what it needs of each run (`VIEWED`): a fleet's code works on folders alone.
+The rest of the fleet's code works on folders, so the driver keeps a local copy of the few files it needs
+(`VIEWED`).
 """
 
 import os
@@ -40,13 +41,14 @@ __all__ = ["RemoteFleet", "mirrored", "train_in_bucket"]
 
 VIEWED = (FLEET_NAME, CONFIG_NAME, "metrics.jsonl", "contact_sheet.png")
 POLL_SEC, LOOK_SEC, LEAST_OFTEN_SEC = 0.5, 5.0, 60.0
-"""How often a worker looks for a new checkpoint, asks whether the fleet stops, and tells how far it is."""
+"""Seconds between looks for a new checkpoint, checks for a stop, and pushes at the least."""
 UNSENT = ".unsent"
-"""In a folder whose last files the bucket did not take: the writer whose manifest they belong behind."""
+"""Marks a folder whose last files the bucket did not take. It holds the writer in the bucket's manifest at that
+time."""
 
 
 def train_in_bucket(job: Job, train: Callable[[Job], Record] = train_subject) -> Record:
-    """Train the subject of `job.url` in a folder of this machine; at the end, its files are in the bucket."""
+    """Train the subject of `job.url` in a local folder; its files are in the bucket at the end."""
     try:
         with mirrored(job) as here:
             record = train(here)
@@ -57,16 +59,17 @@ def train_in_bucket(job: Job, train: Callable[[Job], Record] = train_subject) ->
 
 @contextmanager
 def mirrored(job: Job) -> Iterator[Job]:
-    """The same job in a folder of this machine. It begins as what is whole in the bucket, which gets what it becomes.
+    """The same job in a local folder, which starts as a copy of the bucket and is copied back.
 
-    Raises UserError when the bucket cannot be read, or does not take the end; the folder then stays for the next try.
+    Raises UserError when the bucket cannot be read or does not take the last files; the folder then stays for a
+    retry.
     """
     home = scratch_home(job.url)
     folder = home / Path(job.run_dir).name
     folder.mkdir(parents=True, exist_ok=True)
     (home / STOP_NAME).unlink(missing_ok=True)
     mirror = Mirror(Bucket(job.url), folder)
-    with held(folder):  # until the training of a lost worker has let go
+    with held(folder):  # wait until the training of a lost worker has ended
         begin(mirror, job.mark)
     done = threading.Event()
     keeper = threading.Thread(target=keep, args=(mirror, Bucket(job.url.rpartition("/")[0]), done), daemon=True)
@@ -81,7 +84,7 @@ def mirrored(job: Job) -> Iterator[Job]:
 
 
 def scratch_home(url: str) -> Path:
-    """A folder of this person alone. Raises UserError where another has made it."""
+    """A temporary folder of this user. Raises UserError when another user owns it."""
     user = os.getuid() if hasattr(os, "getuid") else 0
     home = Path(tempfile.gettempdir()) / f"dreambooth_moslora-{user}"
     home.mkdir(mode=0o700, exist_ok=True)
@@ -92,7 +95,8 @@ def scratch_home(url: str) -> Path:
 
 
 def begin(mirror: Mirror, mark: str) -> None:
-    """The bucket's files, or those here that it did not take at the last try, if nobody went on since then."""
+    """Fetch the bucket's files. Keep local files that it did not take last time, unless another machine has
+    written since."""
     unsent = mirror.folder / UNSENT
     record = read_record(mirror.folder)
     is_ours = record is not None and record.mark == mark and unsent.is_file()
@@ -120,7 +124,7 @@ def finish(mirror: Mirror) -> None:
 
 
 def keep(mirror: Mirror, fleet: Bucket, done: threading.Event) -> None:
-    """Until `done`: send each new checkpoint, and hand a wish to stop on. What fails is tried again later."""
+    """Until `done`, push each new checkpoint and pass on a stop of the fleet. Failures are tried again later."""
     sent: tuple = ()
     sent_at = looked_at = float("-inf")
     while not done.wait(POLL_SEC):
@@ -146,19 +150,19 @@ def push_or_stop(mirror: Mirror) -> None:
 
 
 def stop_here(mirror: Mirror) -> None:
-    """Ask the training to end with a checkpoint: the folder above is of this run alone."""
+    """Ask the training to end with a checkpoint. The parent folder holds only this run."""
     (mirror.folder.parent / STOP_NAME).touch()
 
 
 @dataclass(frozen=True)
 class RemoteFleet:
-    """The driver's side: `view` is a folder of this machine that looks like the fleet behind `bucket`."""
+    """The driver's side: the local folder `view` looks like the fleet behind `bucket`."""
 
     bucket: Bucket
     view: Path
 
     def fetch(self, names: Sequence[str]) -> None:
-        """What is there of these subjects now. Large files are there by their name alone."""
+        """Download the small files of these subjects. An adapter is represented by an empty file."""
         at_once(self.fetch_one, names)
 
     def fetch_one(self, name: str) -> None:
@@ -172,7 +176,7 @@ class RemoteFleet:
             (folder / PUBLISHED_NAME).touch()
 
     def fetch_all(self) -> None:
-        """Raises UserError where no fleet is."""
+        """Raises UserError when there is no fleet."""
         self.bucket.download(FLEET_NAME, self.view / FLEET_NAME)
         try:
             names = read_names(self.view)
@@ -182,7 +186,7 @@ class RemoteFleet:
 
     @contextmanager
     def begun(self) -> Iterator[None]:
-        """What `run.begun` has written is in the bucket, too, for the length of the block."""
+        """Copy to the bucket what `run.begun` has written, and clear a stop before and after the block."""
         self.bucket.write(FLEET_NAME, (self.view / FLEET_NAME).read_bytes())
         self.bucket.remove(STOP_NAME)
         try:
@@ -191,7 +195,8 @@ class RemoteFleet:
             self.bucket.remove(STOP_NAME)
 
     def check(self, run_dir: Path, result: Record | Lost) -> Record:
-        """As `run.checked`, of what is in the bucket; where it cannot be read, what the worker says is believed."""
+        """Like `run.checked`, for the files in the bucket. When they cannot be read, the worker's result is
+        believed."""
         with suppress(UserError):
             self.fetch([run_dir.name])
             result = checked(run_dir, result)
@@ -208,8 +213,8 @@ class RemoteFleet:
         on_end: Callable[[Ending], None],
         should_stop: Callable[[], bool] = bool,
     ) -> None:
-        """As `run.run_fleet`, whose workers leave all in the bucket. A failure that no worker lived to write, and a
-        wish to stop, are written there, too."""
+        """Like `run.run_fleet`, with workers that write to the bucket. It also writes there the stop, and
+        failures that no worker could write."""
 
         def note(ending: Ending) -> None:
             if ending.record.state == "failed":
@@ -227,6 +232,6 @@ class RemoteFleet:
         run_fleet(todo, view, machines, note, stop, train_in_bucket, self.check, self.bucket.url)
 
     def publish(self) -> str:
-        """The index in the bucket; returns its URL."""
+        """Upload the index; returns its URL."""
         self.bucket.write(INDEX_NAME, (self.view / INDEX_NAME).read_bytes())
         return f"{self.bucket.url}/{INDEX_NAME}"

@@ -1,4 +1,4 @@
-"""A fleet from its list to its end: what is missing is trained, each subject on its own, and all is written down."""
+"""A fleet from its list to its end: missing subjects are trained, each on its own, and their ends are recorded."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +32,7 @@ NOT_SHARED = "{name} was trained elsewhere and is not here: --out must be a fold
 
 @dataclass(frozen=True)
 class Ending:
-    """A subject has ended as `record` says, or its machine was lost (`is_again`) and it begins elsewhere."""
+    """A subject has ended as `record` says. If `is_again`, its machine was lost and it starts again elsewhere."""
 
     name: str
     record: Record
@@ -41,7 +41,7 @@ class Ending:
 
 @contextmanager
 def begun(out: Path, subjects: Sequence[Subject]) -> Iterator[None]:
-    """Hold the folder of a fleet for the length of the block, and write down who is in it.
+    """Hold a fleet's folder for the length of the block, and write its list of subjects.
 
     Raises UserError while another fleet holds it.
     """
@@ -56,7 +56,8 @@ def begun(out: Path, subjects: Sequence[Subject]) -> Iterator[None]:
 
 
 def missing(out: Path, subjects: Sequence[Subject]) -> list[tuple[Subject, str]]:
-    """The subjects that are not done with these settings and photos, each with its mark; empty for a mistake in it."""
+    """The subjects that are not done with these settings and photos, each with its mark; a faulty subject's
+    mark is empty."""
     found = []
     for subject in subjects:
         try:
@@ -78,10 +79,10 @@ def run_fleet(
     check: Callable[[Path, Record | Lost], Record] | None = None,
     url: str = "",
 ) -> None:
-    """Train all of `todo` (of `missing`) on the cluster that is connected; each ends with an `Ending`.
+    """Train all of `todo` (from `missing`) on the connected cluster; each subject ends with an `Ending`.
 
-    The fleet has `begun` in `out`. `train` is what a worker does, `check` makes what it answers true here
-    (`checked`). `url`: what `out` is a view of, if the run folders are behind a URL (`remote_output`).
+    Call it within `begun`. A worker calls `train`; `check` compares its answer with the files here (`checked`).
+    If the run folders are behind a URL, `out` is a local view of `url` (`remote_output`).
     """
 
     def tell(name: str, result: Record | Lost) -> None:
@@ -112,7 +113,7 @@ def tasks_of(
     on_end: Callable[[Ending], None],
     url: str = "",
 ) -> Iterator[Task]:
-    """One by one, as there is room for them; a subject that cannot be trained ends here."""
+    """Make the tasks lazily, as there is room for them. A subject that cannot be trained ends here."""
     for subject, mark in todo:
         try:
             if subject.error:
@@ -130,7 +131,7 @@ def tasks_of(
 
 
 def checked(run_dir: Path, result: Record | Lost) -> Record:
-    """What a worker answers, as far as it is true here."""
+    """The worker's answer, or a failure when its machine was lost or its adapter is not here."""
     if isinstance(result, Lost):
         return failed(run_dir, result.reason)
     if result.state == "done" and not RunDir(run_dir).adapter_path.is_file():
@@ -139,7 +140,7 @@ def checked(run_dir: Path, result: Record | Lost) -> Record:
 
 
 def failed(run_dir: Path, reason: str) -> Record:
-    """Written for a subject that has no worker to write it."""
+    """Record a failure for a subject that has no worker to record it."""
     run_dir.mkdir(parents=True, exist_ok=True)
     record = replace(read_record(run_dir) or Record("failed"), state="failed", message=reason)
     write_record(run_dir, record)

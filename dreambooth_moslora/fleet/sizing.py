@@ -1,4 +1,4 @@
-"""What one training takes of a machine, by the estimate of `--dry_run`: a part of a GPU, or cores and memory."""
+"""What one training needs of a machine, by the estimate of `--dry_run`: a fraction of a GPU, or cores and memory."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -12,15 +12,19 @@ from dreambooth_moslora.training.planning.memory_plan import PLANS, USABLE, fitt
 __all__ = ["Machines", "plan_name"]
 
 PROCESS_GIB = 0.5
-"""Of the libraries, beside the estimate's tensors."""
+"""Memory of the libraries, beside the estimate's tensors."""
 SHARED_PLANS = tuple(name for name in PLANS if "cache_cross_attention" not in PLANS[name])
-"""Of `--memory auto`: those with which runs can share a base."""
+"""The plans of `--memory auto` with which runs can share a base."""
 
 
 @dataclass(frozen=True)
 class Machines:
-    """`gpu_gib` of one GPU (None: the fleet trains on CPUs) and memory of the largest machine; what the person said:
-    `per_gpu` trainings a GPU (None: as many as fit) and `cpus` cores of each."""
+    """A cluster's machines: `gpu_gib` of one GPU (None: the fleet trains on CPUs), `node_gib` of the largest
+    machine.
+
+    The user sets `per_gpu`, trainings at once on a GPU (None: as many as fit), and `cpus`, cores of each
+    training.
+    """
 
     gpu_gib: float | None
     node_gib: float
@@ -28,7 +32,11 @@ class Machines:
     cpus: int = 1
 
     def resources_for(self, config: TrainConfig) -> Resources:
-        """Never more than there is: what does not fit says so itself. Raises UserError for a base that is damaged."""
+        """What one training asks for. It is capped at the largest machine: there, a run that does not fit says
+        so itself.
+
+        Raises UserError for a damaged base.
+        """
         need = estimate(with_plan(config, plan_name(config, self.gpu_gib) or "full"), base_size(config), 1, 1).peak_gib
         if self.gpu_gib is None:
             return Resources(self.cpus, memory_gib=min(need + PROCESS_GIB, self.node_gib))
@@ -36,27 +44,28 @@ class Machines:
         return Resources(self.cpus, gpus=int(10_000 / count) / 10_000)
 
     def at_once(self, config: TrainConfig) -> int:
-        """How many such trainings one process has: `per_gpu`, or as many of these as fit the GPU. Raises UserError."""
+        """How many such trainings share a process: `per_gpu`, or fewer if the GPU is too small. Raises UserError."""
         count = self.per_gpu or 1
         while self.gpu_gib is not None and count > 1 and group_gib(config, count) > USABLE * self.gpu_gib:
             count -= 1
         return count
 
     def resources_for_group(self, config: TrainConfig, at_once: int) -> Resources:
-        """Of so many such trainings in one process: a whole GPU, or cores and memory. Raises UserError."""
+        """What `at_once` such trainings in one process ask for: a whole GPU, or cores and memory. Raises
+        UserError."""
         if self.gpu_gib is not None:
             return Resources(self.cpus, gpus=1.0)
         return Resources(self.cpus, memory_gib=min(group_gib(config, at_once) + PROCESS_GIB, self.node_gib))
 
 
 def group_gib(config: TrainConfig, count: int) -> float:
-    """Of one base with so many adapters, and a step of all their rows."""
+    """Peak memory of one base with `count` adapters, for a step on the rows of all, GiB."""
     of_all = estimate(replace(config, train_batch_size=config.train_batch_size * count), base_size(config), 1, 1)
     return of_all.peak_gib + (count - 1) * of_all.adapter_parameters * TRAINING_BYTES / GIB
 
 
 def plan_name(config: TrainConfig, gpu_gib: float | None) -> str | None:
-    """What `--memory` means on these machines, the same on all of them; None where it was not asked for."""
+    """The memory plan that `--memory` means on these machines; None when the option was not given."""
     if config.memory != "auto":
         return config.memory
     return fitting(config, base_size(config), gpu_gib, SHARED_PLANS)
@@ -69,6 +78,6 @@ def base_size(config: TrainConfig) -> BaseSize:
 
 @lru_cache(maxsize=32)
 def size_of(named: tuple[tuple[str, object], ...]) -> BaseSize:
-    """Of the base that these settings name; its files are opened once."""
+    """The size of the base that these settings name. Its files are opened once."""
     config = replace(TrainConfig(), **dict(named))
     return size_of_base(base_folder(config), config.target_modules, config.variant)

@@ -1,4 +1,4 @@
-"""How a fleet stands, read from its folder: nobody has to run, and nothing but files is asked."""
+"""The state of a fleet, read from its files alone: the fleet need not be running."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,13 +16,13 @@ from dreambooth_moslora.training.results.figures import figures_from, known_conf
 __all__ = ["Row", "rows_of", "status_lines"]
 
 STATES = ("failed", "interrupted", "running", "waiting", "done")
-"""In the order in which a person should look at them. `running` is what has begun and not ended."""
+"""In the order in which a person should look at them. `running` means begun and not ended."""
 NO_RECORD = Record("waiting")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One subject: its record, its words, how far its training is, and what its figures say."""
+    """One subject: its record, its prompt, the step it has reached, its likeness to the photos, and its alarms."""
 
     name: str
     record: Record
@@ -34,13 +34,13 @@ class Row:
 
     @property
     def urgency(self) -> tuple:
-        """Sorts what needs a person's eye first: failures, then alarms, then the least like their photos."""
+        """Sort key: failures first, then alarms, then the subjects least like their photos."""
         unlike = 2.0 if self.likeness is None else self.likeness
         return STATES.index(self.record.state), -len(self.alarms), unlike, self.name
 
 
 def rows_of(out: Path) -> list[Row]:
-    """All subjects, what needs a person's eye first. Raises UserError where no fleet is."""
+    """All subjects, the most urgent first. Raises UserError when there is no fleet."""
     return sorted((row_of(out / name) for name in read_names(out)), key=lambda row: row.urgency)
 
 
@@ -65,7 +65,7 @@ def with_figures(row: Row, run_dir: RunDir, config: TrainConfig) -> Row:
 
 
 def status_lines(rows: Sequence[Row]) -> list[str]:
-    """How many are in which state, what it has cost, and a line for each that is not simply done or waiting."""
+    """The count of each state, the cost, and a line for each subject that needs attention or is running."""
     counts = {state: sum(row.record.state == state for row in rows) for state in STATES}
     said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     lines = [f"{len(rows)} subjects: {said}", f"cost so far: {cost_of([row.record for row in rows])}"]
@@ -84,6 +84,6 @@ def standing(row: Row) -> str:
 
 
 def cost_of(records: Sequence[Record]) -> str:
-    """In hours of what was held, each kind on its own."""
+    """GPU-hours and CPU-hours that the records held."""
     hours = {unit: sum(record.hours for record in records if record.unit == unit) for unit in ("GPU", "CPU")}
     return ", ".join(f"{spent:.2f} {unit}-hours" for unit, spent in hours.items() if spent) or "nothing"

@@ -1,11 +1,11 @@
-"""Who is to be taught: a folder of subject folders, or a list of them, becomes one run's settings each.
+"""Reads the subjects of a fleet, from a folder of subject folders or a list, into the settings of one run each.
 
-    SUBJECTS/NAME/*.jpg           a folder: `subject.json` {"token", "class_word"} in each says what it shows
-    [[subjects]] folder = "…"     a TOML list; a CSV file has a column a name, a JSONL file a line a subject
+SUBJECTS/NAME/*.jpg           a folder; `subject.json` {"token", "class_word"} in each says what it shows
+[[subjects]] folder = "…"     a TOML list; a CSV file has a column per name, a JSONL file a line per subject
 
-A list's names are `folder`, `token`, `class`, `name` (of the run folder; else the folder's), and any setting of
-training. Settings: shared < what the subject says. A subject that cannot be trained keeps its reason, and holds
-no other up.
+A list's names are `folder`, `token`, `class`, `name` (of the run folder; by default the folder's name), and any
+training setting. A subject's own settings override the shared ones. A subject that cannot be trained keeps its
+reason and does not stop the others.
 """
 
 import csv
@@ -32,14 +32,15 @@ REFUSED = {
     **dict.fromkeys(("instance_data_dir", "dataset_name", "subjects", "output_dir", "resume_from_checkpoint"), GIVEN),
     "hub_token": "it would lie in every run's folder; log in on the machines (`hf auth login`)",
 }
-"""Settings that no subject has, and why."""
+"""Settings that a subject must not have, and why."""
 PLACES = ("instance_data_dir", "output_dir")
-"""Settings that say where a run is, and not what it is."""
+"""Settings that say where a run is, not what it is."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One run to be: `name` is its run folder's; `settings` are the training's. `error`: why it cannot be trained."""
+    """One run: `name` of its run folder and its training `settings`. `error` says why it cannot be trained, or
+    is empty."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -47,9 +48,10 @@ class Subject:
 
 
 def read_subjects(source: Path, shared: Mapping[str, Any], out: Path) -> list[Subject]:
-    """In the order of the list, or by name. `shared`: settings of all; run folders lie in `out`.
+    """The subjects in the order of the list, or by name. `shared`: settings of all; run folders are made in
+    `out`.
 
-    Raises UserError for a list that cannot be read, for none in it, and for two of one name.
+    Raises UserError for a list that cannot be read or is empty, and for two subjects of one name.
     """
     refuse({name: value for name, value in shared.items() if value})
     if shared.get("hub_model_id"):
@@ -92,7 +94,7 @@ def rows_of_toml(text: str) -> list[dict[str, Any]]:
 
 
 def rows_of_csv(text: str) -> Iterator[dict[str, Any]]:
-    """An empty cell says nothing."""
+    """One table per row. Empty cells are left out."""
     for row in csv.DictReader(text.splitlines(), strict=True):
         if None in row:
             raise ValueError(f"a line has more cells than the first: {row[None][0]!r}")
@@ -115,7 +117,8 @@ def as_row(value: Any) -> dict[str, Any]:
 
 
 def subject_of_row(row: Mapping[str, Any], shared: Mapping[str, Any], out: Path) -> Subject:
-    """A mistake in it becomes the subject's `error`; only one without a usable name raises UserError."""
+    """A mistake in the row becomes the subject's `error`. Raises UserError when there is no folder or no usable
+    name."""
     row = {name.replace("-", "_"): value for name, value in row.items()}
     folder = row.get("folder")
     if not isinstance(folder, str) or not folder:
@@ -132,7 +135,7 @@ def subject_of_row(row: Mapping[str, Any], shared: Mapping[str, Any], out: Path)
 
 
 def settings_of(row: Mapping[str, Any], photos: Path, shared: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
-    """Raises UserError for what no run can have."""
+    """The settings of one run. Raises UserError for settings that no run can have."""
     own = {name: value for name, value in row.items() if name not in OWN}
     refuse(own)
     check_each(own)
@@ -147,7 +150,7 @@ def settings_of(row: Mapping[str, Any], photos: Path, shared: Mapping[str, Any],
 
 
 def words_of(row: Mapping[str, Any], photos: Path, shared: Mapping[str, Any]) -> dict[str, Any]:
-    """Its two prompts, by its class in the list or in subject.json; none where neither names one."""
+    """Its two prompts, from the class in the list or in subject.json; empty when neither names one."""
     facts = read_json_table(photos / "subject.json") if (photos / "subject.json").is_file() else {}
     word = row.get("class") or row.get("class_word") or facts.get("class_word")
     if not word:
@@ -157,9 +160,10 @@ def words_of(row: Mapping[str, Any], photos: Path, shared: Mapping[str, Any]) ->
 
 
 def mark_of(settings: Mapping[str, Any]) -> str:
-    """Changes with the settings, and with the names and sizes of the photos' files: then the run is another one.
+    """A digest of the settings and of the photos' file names and sizes: if it changes, the run must be trained
+    again.
 
-    Where photos and run folder lie is not in it.
+    It does not depend on where photos and run folder are.
     """
     files = sorted(Path(settings["instance_data_dir"]).iterdir())
     sizes = [(path.name, path.stat().st_size) for path in files if path.is_file()]

@@ -1,7 +1,7 @@
-"""One subject on one machine: the training command as a process, watched to its end, whatever that is.
+"""Trains one subject on one machine: runs the training command as a process, and waits for its end.
 
-It goes on from the newest checkpoint of the run folder, so that a lost machine costs the steps since then. Nothing
-here imports torch: a worker is small and starts at once.
+The training resumes from the run folder's newest checkpoint, so a lost machine costs only the steps since then.
+Nothing here imports torch: a worker is small and starts at once.
 """
 
 import os
@@ -38,21 +38,21 @@ __all__ = [
 DONE, MISTAKE, INTERRUPTED, ERROR = 0, 2, 130, "error: "
 POLL_SEC = 0.2
 HOLD_NAME = ".worker.lock"
-"""Locked by the worker, and inherited by its training: held from before the training's start to its end, whether the
-worker lives or not."""
+"""A lock that the worker takes and its training inherits. It is held until the training ends, even if the
+worker dies first."""
 HELD_SEC = 120.0
 """How long a training whose worker is gone may take for its last step and checkpoint."""
 KILLED_MOST = 3
-"""Times that a killed training is started again on one machine."""
+"""How many times one machine starts a training that was killed."""
 GUARDED = ("-P", "-m", "dreambooth_moslora.fleet.guarded")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs: `settings` of the run, its `mark`, and its share of a machine.
+    """What a worker needs: the run's `settings`, its `mark`, and its share of a machine.
 
-    `folder`: where the paths in the settings begin, if it is on that machine. `url`: where the run folder is, if that
-    is behind a URL (`remote_output`); only the name of `run_dir` counts then.
+    Relative paths in the settings begin at `folder`, if that exists on the machine. `url` is the run folder's,
+    if it is in a bucket (`remote_output`); of `run_dir` only the name is used then.
     """
 
     run_dir: str
@@ -65,9 +65,9 @@ class Job:
 
 
 def train_subject(job: Job) -> Record:
-    """Train it to its end, or until the fleet is told to stop; the record is in the run folder, too."""
+    """Train it to its end, or until the fleet is told to stop. The record is also written into the run folder."""
     run_dir = Path(job.run_dir)
-    if is_finished(run_dir, job.mark):  # its machine was lost after that
+    if is_finished(run_dir, job.mark):  # its machine was lost after it had finished
         return read_record(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
@@ -79,7 +79,7 @@ def train_subject(job: Job) -> Record:
 
 @contextmanager
 def held_for_training(run_dir: Path) -> Iterator[BinaryIO]:
-    """`held`, for the length of the block. Raises UserError."""
+    """Hold the folder (`held`) for the length of the block. Raises UserError."""
     hold = held(run_dir)
     try:
         yield hold
@@ -90,13 +90,14 @@ def held_for_training(run_dir: Path) -> Iterator[BinaryIO]:
 
 
 def held(run_dir: Path) -> BinaryIO:
-    """The folder's hold, once the training of a lost worker has let it go. Raises UserError when it does not."""
+    """Lock the folder for a training, after waiting for one of a lost worker. Raises UserError when that does
+    not end."""
     end = time.monotonic() + HELD_SEC
     while True:
         try:
             hold = take(run_dir / HOLD_NAME, "--out")
             try:
-                with locked(run_dir):  # no training that was started without a fleet
+                with locked(run_dir):  # refuse while a training that no fleet started runs there
                     return hold
             except UserError:
                 hold.close()
@@ -108,7 +109,7 @@ def held(run_dir: Path) -> BinaryIO:
 
 
 def train_to_an_end(job: Job, run_dir: Path, hold: BinaryIO) -> Record:
-    """A training that is killed goes on from its newest checkpoint, a few times."""
+    """Run the training; if it is killed, start it again from its newest checkpoint a few times."""
     for _ in range(KILLED_MOST):
         if stop_path(run_dir.parent).exists():
             return ended(job, "interrupted", "stopped before it began")
@@ -119,7 +120,7 @@ def train_to_an_end(job: Job, run_dir: Path, hold: BinaryIO) -> Record:
 
 
 def train_once(job: Job, run_dir: Path, hold: BinaryIO) -> int:
-    """The exit status: negative for a signal. The record counts the time."""
+    """Returns the exit status; it is negative for a signal. The time is added to the record."""
     before = read_record(run_dir)
     is_known = goes_on(before, job)
     begun = replace(before if is_known else Record("running", job.mark), state="running", message="", unit=unit_of(job))
@@ -135,7 +136,7 @@ def train_once(job: Job, run_dir: Path, hold: BinaryIO) -> int:
 
 
 def goes_on(before: Record | None, job: Job) -> bool:
-    """Whether the record is of a training of this very run."""
+    """Whether the record is of an earlier training of the same run."""
     return before is not None and before.mark == job.mark and before.starts > 0
 
 
@@ -148,9 +149,10 @@ def start(job: Job, run_dir: Path, hold: BinaryIO) -> subprocess.Popen:
 
 
 def start_guarded(job: Job, words: Sequence[str], holds: Sequence[int]) -> subprocess.Popen:
-    """A command of this program that keeps `holds` and does not outlive this process; its log is in the run folder.
+    """Start a command of this program that keeps the locks `holds` and does not outlive this process; its log
+    is in the run folder.
 
-    As many threads as cores: on CPUs, another number of threads ends with other bytes.
+    It has as many threads as cores: on CPUs the result's bytes depend on the number of threads.
     """
     folder = job.folder if os.path.isdir(job.folder) else None
     threads, command = {"OMP_NUM_THREADS": str(job.cpus)}, (*GUARDED, str(os.getpid()), *words)
@@ -158,7 +160,7 @@ def start_guarded(job: Job, words: Sequence[str], holds: Sequence[int]) -> subpr
 
 
 def watch(process: subprocess.Popen, stop: Path) -> int:
-    """Wait for its end; ask it once to end with a checkpoint when the fleet stops, or when this task is cancelled."""
+    """Wait for its end. Once the fleet stops, or this task is cancelled, ask it to end with a checkpoint."""
     is_asked = False
     try:
         while process.poll() is None:
