@@ -1,1 +1,1 @@
-"""Pictures over HTTP: requests are checked, gathered by adapter and size, and drawn by replicas on Ray Serve."""
+"""A service that draws pictures over HTTP: requests are checked, batched, and drawn by replicas on Ray Serve."""

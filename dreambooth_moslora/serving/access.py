@@ -1,4 +1,5 @@
-"""Who may ask: holders of a token, and on the loopback without one, programs of this machine but no web page."""
+"""Who may ask: holders of a token. Without tokens, only programs of this machine may ask, over the loopback;
+web pages never may."""
 
 import hashlib
 import hmac
@@ -12,20 +13,19 @@ __all__ = ["LOOPBACK", "Access", "check_token"]
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 OPEN = frozenset({"/healthz"})
-"""Paths that need no token: a load balancer has none."""
+"""Paths without a token, for load balancers."""
 MIN_TOKEN_CHARACTERS = 16
 
 
 class Access:
-    """`tokens`: each opens everything. Without any, only names of the loopback are answered, so that no web page
-    reaches the service under a name of its own (DNS rebinding).
-    """
+    """Each of the `tokens` opens all paths. Without tokens, only requests to a loopback host name are answered:
+    a web page cannot reach the service under its own name then (DNS rebinding)."""
 
     def __init__(self, tokens: Sequence[str]) -> None:
         self._digests = [digest(token) for token in tokens]
 
     def check(self, path: str, headers: Mapping[str, str]) -> None:
-        """Raises RefusedError."""
+        """Raises RefusedError for a request that may not be answered."""
         if "origin" in headers:
             raise RefusedError(403, "web pages may not ask here; send requests from a program")
         if not self._digests and host_of(headers.get("host", "")) not in LOOPBACK:
@@ -34,7 +34,7 @@ class Access:
             raise RefusedError(401, "a token is needed: send the header `Authorization: Bearer TOKEN`")
 
     def _knows(self, header: str) -> bool:
-        """Every token is compared, in constant time, whichever fits."""
+        """Compares every token in constant time, so that the duration tells nothing."""
         kind, _, token = header.partition(" ")
         given = digest(token.strip())
         fits = [hmac.compare_digest(given, known) for known in self._digests]
@@ -53,7 +53,7 @@ def host_of(header: str) -> str | None:
 
 
 def check_token(token: str) -> str:
-    """Raises UserError for one that can be guessed or cannot stand in a header."""
+    """The token itself. Raises UserError when it can be guessed or cannot stand in a header."""
     if len(token) < MIN_TOKEN_CHARACTERS or not token.isascii() or not token.isprintable() or " " in token:
         raise UserError(f"a token needs at least {MIN_TOKEN_CHARACTERS} letters and digits, without spaces.")
     return token

@@ -1,4 +1,4 @@
-"""Orders wait in the order of their arrival and are taken in batches that need the same adapters and size."""
+"""A queue of orders. They are taken in the order of arrival, in batches that need the same adapters and size."""
 
 from collections import OrderedDict, deque
 from itertools import count
@@ -10,9 +10,8 @@ Item = TypeVar("Item")
 
 
 class Batches(Generic[Item]):
-    """The longest waiting item goes first, and takes with it up to `most` - 1 others of its key: so a batch changes
-    the adapter once, and nobody waits for ever behind a favourite.
-    """
+    """A batch is the longest waiting item and up to `most` - 1 others with its key. Thus a batch loads its
+    adapters once, and no item starves behind a popular key."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -26,7 +25,7 @@ class Batches(Generic[Item]):
         self._waiting.setdefault(key, deque()).append((next(self._numbers), item))
 
     def take(self) -> list[Item]:
-        """Empty when nothing waits."""
+        """The next batch; empty when nothing waits."""
         if not self._waiting:
             return []
         key = min(self._waiting, key=lambda key: self._waiting[key][0][0])

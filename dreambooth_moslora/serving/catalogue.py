@@ -1,7 +1,8 @@
-"""The adapters that are served: files of folders or of a bucket, by name. No name is ever joined to a path.
+"""The adapters that are served, by name: files of folders or of a bucket. A name from a client never becomes
+part of a path.
 
-A folder or bucket is listed again when its list is older than a moment, so that new files are seen without a restart;
-a file that changed has another version.
+A listing is renewed after a short time, so that new files are seen without a restart. A changed file gets a new
+version.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ __all__ = ["BucketFolder", "Catalogue", "Folders", "open_catalogue"]
 logger = logging.getLogger(__name__)
 
 FOLDER_SEC, BUCKET_SEC = 0.5, 10.0
-"""Age at which a list is made again."""
+"""Age in seconds at which a listing is renewed."""
 MOST_FETCHED = 64
 """Files of a bucket that a replica keeps on its disk."""
 
@@ -36,14 +37,15 @@ class Catalogue(Protocol):
     def names(self) -> list[str]: ...
 
     def find(self, name: str) -> AdapterRef:
-        """Raises RefusedError (404) for a name that is not there."""
+        """The adapter of that name. Raises RefusedError (404) when there is none."""
 
     def local(self, ref: AdapterRef) -> Path:
-        """The file on this machine."""
+        """The file's path on this machine, after fetching it if needed."""
 
 
 def open_catalogue(places: Sequence[str]) -> Catalogue:
-    """Of folders, or of one bucket (`s3://…`, `gs://…`, any URL that fsspec knows). Raises UserError."""
+    """Open a catalogue of folders, or of one bucket (`s3://…`, `gs://…`, any URL that fsspec knows). Raises
+    UserError."""
     urls = [place for place in places if "://" in place]
     if urls and len(places) > 1:
         raise UserError("--adapters takes several folders or one bucket.")
@@ -60,7 +62,7 @@ def open_catalogue(places: Sequence[str]) -> Catalogue:
 
 
 class Folders:
-    """`.safetensors` files, finished runs, their best steps and checkpoints. Versions are digests of the content."""
+    """`.safetensors` files, finished runs, their best steps and checkpoints. A version is the file's SHA-256."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.folders = list(folders)
@@ -76,7 +78,7 @@ class Folders:
         try:
             if file is not None:
                 return AdapterRef(name, str(file), self._digest(file))
-        except OSError as error:  # taken away, or no longer a file that can be read
+        except OSError as error:  # removed, or no longer readable
             logger.warning("The adapter %s cannot be read: %s", name, error)
         raise unknown(name)
 
@@ -98,7 +100,7 @@ class Folders:
         return files
 
     def _digest(self, file: Path) -> str:
-        """Read again when anything about the file has changed, also its inode or the time of that change."""
+        """The file's SHA-256, computed again when its stat has changed, including inode and change time."""
         facts = file.stat()
         stamp = (facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
         with self._lock:
@@ -111,12 +113,12 @@ class Folders:
 
 
 class BucketFolder:
-    """The same in a bucket; versions are what the bucket tells of a file (ETag, size, time)."""
+    """The adapters of a bucket. A version is a digest of what the bucket says of the file (ETag, size, time)."""
 
     def __init__(self, url: str) -> None:
         self.bucket = Bucket(url)
         self._listed, self._refs = time.monotonic(), self._ask()
-        if not self._refs:  # a name that is mistyped lists as empty
+        if not self._refs:  # the listing of a mistyped name is empty
             raise UserError(f"{url}: holds no .safetensors file.")
         self._fetched: OrderedDict[str, Path] = OrderedDict()
         self._lock = Lock()
@@ -142,7 +144,7 @@ class BucketFolder:
             return self._fetched[ref.key]
 
     def _fetch(self, ref: AdapterRef) -> Path:
-        """With the files of new tokens beside it."""
+        """Download the adapter and the files of new tokens beside it. Raises RefusedError."""
         folder = Path(self._folder.name) / hashlib.sha256(ref.key.encode()).hexdigest()
         place = PurePosixPath(ref.place)
         try:
@@ -157,7 +159,7 @@ class BucketFolder:
         return folder / place.name
 
     def _list(self) -> dict[str, AdapterRef]:
-        """The last list stands while the bucket is away."""
+        """Renew an old listing; keep the last one while the bucket cannot be reached."""
         with self._lock:
             if time.monotonic() - self._listed > BUCKET_SEC:
                 try:
@@ -176,7 +178,7 @@ class BucketFolder:
         return found
 
     def _paths(self) -> dict[str, dict]:
-        """Relative to the bucket's folder. Raises UserError where it cannot be listed."""
+        """Files by their path below the bucket's folder. Raises UserError when they cannot be listed."""
         files = self.bucket.tried("", lambda path: self.bucket.files.find(path, maxdepth=2, detail=True))
         return {path.removeprefix(self.bucket.root).lstrip("/"): facts for path, facts in files.items()}
 

@@ -1,6 +1,7 @@
-"""The other side of the service: a pipeline whose pictures a service elsewhere draws. It needs neither Ray nor torch.
+"""The client of the service: a pipeline whose pictures are drawn elsewhere. It needs neither Ray nor torch.
 
-No redirect is followed and no proxy of the environment is asked, so that prompt and token reach the named address only.
+It follows no redirects and ignores proxies of the environment, so that prompt and token reach the named address
+only.
 """
 
 import io
@@ -33,7 +34,7 @@ POLL_SEC = 0.1
 
 
 class Service:
-    """A service at `url`. Raises UserError for what is no address."""
+    """A service at `url`. Raises UserError when that is not an address."""
 
     def __init__(self, url: str, token: str | None = None, timeout_sec: float = 600.0) -> None:
         try:
@@ -55,7 +56,7 @@ class Service:
         return self._object(self._ask("GET", path))
 
     def generate(self, order: dict[str, Any]) -> bytes:
-        """A PNG. Raises UserError with the service's own line where it has one."""
+        """A PNG. Raises UserError with the service's message, if it sends one."""
         return self._ask("POST", "/generate", json.dumps(order))
 
     def _ask(self, method: str, path: str, body: str | None = None) -> bytes:
@@ -93,14 +94,13 @@ class Service:
 
 
 class RemotePipeline:
-    """What the page uses of a SubjectPipeline. Adapters stay where they are: the service must have the same files,
-    under the same names; a picture of another file is refused.
-    """
+    """The part of SubjectPipeline that the page uses. Adapters are not sent: the service must have the same
+    files under the same names, and refuses to draw with another file."""
 
     has_gpu = False
 
     def __init__(self, service: Service, base_name: str) -> None:
-        """Raises UserError when the service is away, or draws with another base."""
+        """Raises UserError when the service cannot be reached, or draws with another base."""
         self.service = service
         facts = service.get("/healthz")
         self.base_name, self.resolution_px = str(facts.get("base")), facts.get("resolution_px") or 0
@@ -113,10 +113,10 @@ class RemotePipeline:
         self._lock = threading.Lock()
 
     def rest(self) -> None:
-        """There is nothing here that takes memory."""
+        """Does nothing: the client holds no memory to free."""
 
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
-        """Note which file `name` is. Raises UserError when the service has no adapter of that name."""
+        """Note the digest of the file `name`. Raises UserError when the service has no adapter of that name."""
         from dreambooth_moslora.adapters.files.lora_file import adapter_name, find_weights
 
         file = find_weights(path)
@@ -134,9 +134,10 @@ class RemotePipeline:
     def generate(
         self, params: GenerationParams, should_stop: Callable[[], bool] | None = None
     ) -> "Iterator[Step | Image]":
-        """One request a picture: a Step when a picture is there, and the Image. Ends early like SubjectPipeline's.
+        """Request the pictures one by one; yield a Step and the Image for each. `should_stop` ends it as in
+        SubjectPipeline.
 
-        Raises UserError with the service's line.
+        Raises UserError with the service's message.
         """
         from dreambooth_moslora.generation.pipeline import Image
         from dreambooth_moslora.generation.progress import Step
@@ -152,7 +153,7 @@ class RemotePipeline:
             yield Image(index, pixels, recipe.params, recipe.provenance)
 
     def _drawn(self, params: GenerationParams, stopped: Callable[[], bool]) -> bytes | None:
-        """None after a stop: nobody waits for the request any more."""
+        """One PNG, or None when stopped; a running request is then abandoned."""
         known = {name: self._digests[name] for name, _ in params.adapters}
         order = {key: value for key, value in params.to_dict().items() if value is not None}
         answers: queue.SimpleQueue = queue.SimpleQueue()
@@ -160,7 +161,7 @@ class RemotePipeline:
         def ask() -> None:
             try:
                 answers.put(self.service.generate(order | {"adapter_sha256": known}))
-            except Exception as error:  # handed over, not swallowed
+            except Exception as error:  # raised by the thread that waits
                 answers.put(error)
 
         threading.Thread(target=ask, name="ask-backend", daemon=True).start()
@@ -176,7 +177,7 @@ class RemotePipeline:
 
 
 def opened(png: bytes) -> tuple[PillowImage.Image, Recipe]:
-    """Raises UserError for what is no picture with its recipe."""
+    """The picture and its recipe. Raises UserError when the bytes are not a picture with a recipe."""
     try:
         with PillowImage.open(io.BytesIO(png), formats=["PNG"]) as image:
             image.load()

@@ -1,7 +1,7 @@
-"""One replica: a base, the adapters it holds, and the orders that wait for it. It knows nothing of Ray.
+"""One replica: a base, its loaded adapters, and a queue of orders. It does not depend on Ray.
 
-Pictures of a batch are drawn one after another and not as rows of one tensor: a row's last bits would depend on its
-neighbours, and a picture must be that of `generate`. What a batch saves is loading and changing adapters.
+The pictures of a batch are drawn one after another, not as rows of one tensor: a row's last bits would depend
+on its neighbours, and the picture must equal that of `generate`. A batch saves loading and switching adapters.
 """
 
 import asyncio
@@ -31,15 +31,15 @@ class Waiting:
 
     @property
     def is_left(self) -> bool:
-        """Whether nobody waits for it any more."""
+        """Whether the client has gone or the time is over."""
         return self.answer.done() or time.monotonic() > self.deadline
 
 
 class Drawer:
     """Draws orders with `pipeline`, one at a time, in batches of at most `batch`.
 
-    `load` is awaited with the key of each adapter of a batch before it is drawn, and calls `load_now`: by itself, or
-    through a cache that Ray Serve's router knows of.
+    `load` is awaited with each adapter's key before an order is drawn. It must call `load_now`, directly or
+    through a cache that Ray Serve's router knows.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Drawer:
         self._work: asyncio.Task | None = None
 
     async def draw(self, order: Order) -> Drawn:
-        """Raises RefusedError, and UserError for what cannot be drawn."""
+        """Raises RefusedError, and UserError for an order that cannot be drawn."""
         check_size(order.params, self.pipeline.resolution_px)
         answer = asyncio.get_running_loop().create_future()
         self.batches.put(order.batch_key, Waiting(order, answer, time.monotonic() + order.seconds))
@@ -69,7 +69,7 @@ class Drawer:
         return await answer
 
     async def load_now(self, key: str) -> str:
-        """Bring the adapter of that key into the model, in the thread that draws."""
+        """Load the adapter of that key into the model, in the thread that draws."""
         await self._in_thread(self._bring, self._refs[key])
         return key
 
@@ -102,7 +102,7 @@ class Drawer:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     def _bring(self, ref: AdapterRef) -> None:
-        """Nothing is done for a file that is in the model and has not changed."""
+        """Load the adapter, unless it is in the model and its file has not changed. Raises RefusedError."""
         before = self.pipeline.adapters.get(ref.name)
         try:
             self.pipeline.load_adapter(self.catalogue.local(ref), ref.name)
@@ -113,7 +113,7 @@ class Drawer:
     def _png(self, waiting: Waiting) -> bytes:
         order = waiting.order
         for ref in order.adapters:
-            self._bring(ref)  # another adapter of this order, or of the router's cache, may have taken its place
+            self._bring(ref)  # may have been evicted meanwhile, by another adapter of this order or of the cache
             expected = order.sha256.get(ref.name)
             if expected not in (None, self.pipeline.adapters[ref.name].sha256):
                 raise RefusedError(409, f"the adapter {ref.name} here is another file than the one that is asked for")

@@ -1,4 +1,4 @@
-"""The service's HTTP side, an ASGI app: it checks a request, finds its adapters, and has it drawn.
+"""The HTTP side of the service, an ASGI app. It checks a request, finds its adapters, and has it drawn.
 
 POST /generate   {"prompt", "adapter", "seed", …} -> PNG with its recipe
 GET  /adapters   names
@@ -28,16 +28,15 @@ from dreambooth_moslora.serving.telemetry import CONTENT_TYPE, Telemetry
 __all__ = ["Front", "build_front"]
 
 HEALTH_SEC, BODY_SEC = 10.0, 10.0
-"""For a replica to say how it is, and for a body to arrive: one that trickles would hold a place in the queue."""
+"""Seconds for a replica to report its health, and for a body to arrive: a slow one would hold a place in the queue."""
 MOST_RETRY_SEC = 60
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Front:
-    """`draw` has an order drawn and `facts` tells of the base, both by a replica. `max_inside` requests may wait or be
-    drawn at once; each has `request_timeout_sec`.
-    """
+    """`draw` sends an order to a replica; `facts` asks a replica about the base. At most `max_inside` requests
+    wait or are drawn at once; each has `request_timeout_sec`."""
 
     draw: Callable[[Order], Awaitable[Drawn]]
     facts: Callable[[], Awaitable[dict]]
@@ -59,7 +58,7 @@ class Front:
             status = 499
             raise
         except asyncio.CancelledError:
-            status = 499  # the client has left, in the words of nginx
+            status = 499  # nginx's status for a client that has left
             raise
         except UserError as error:
             status = error.status if isinstance(error, RefusedError) else 400
@@ -103,7 +102,7 @@ class Front:
         return replace(order, adapters=refs, seconds=rest)
 
     def _retry_sec(self) -> int:
-        """About when the first place is free."""
+        """Seconds until about the next place is free."""
         return max(1, min(MOST_RETRY_SEC, math.ceil(self.seconds / max(1, self.max_inside))))
 
     async def adapters(self, request: Request) -> Response:
@@ -122,7 +121,7 @@ class Front:
 
 
 async def body_of(request: Request) -> bytes:
-    """Raises RefusedError (413) as soon as the body is or says that it is too long."""
+    """Raises RefusedError (413) as soon as the body or its declared length is too long."""
     promised = request.headers.get("content-length", "")
     body = b""
     if not (promised.isdigit() and len(promised) < 20 and int(promised) > MAX_BODY_BYTES):
@@ -149,7 +148,7 @@ def build_front(front: Front) -> Starlette:
     ]
     handlers = {UserError: refused, HTTPException: no_such_path, Exception: failed}
     app = Starlette(routes=routes, exception_handlers=handlers)
-    app.router.redirect_slashes = False  # it would answer before anybody is asked for a token, with any Host's name
+    app.router.redirect_slashes = False  # a redirect would skip the checks of token and Host
     return app
 
 

@@ -1,6 +1,6 @@
-"""The service on Ray Serve: one front, and replicas that hold the base. Nothing else imports Ray Serve.
+"""The service on Ray Serve: one front, and replicas that hold the base. No other module imports Ray Serve.
 
-Ray reads its environment when it is imported: import this module after `fleet.cluster.connected`.
+Ray reads its environment when imported: import this module after `fleet.cluster.connected`.
 """
 
 import asyncio
@@ -25,15 +25,14 @@ __all__ = ["APP_NAME", "application", "build", "listening"]
 APP_NAME = "dreambooth_moslora"
 LOST = (BackPressureError, DeploymentUnavailableError, RayActorError)
 QUIET = {"enable_access_log": False, "log_level": "WARNING"}
-"""Prompts and addresses of clients are nobody's business."""
+"""No access log: it would record prompts and addresses of clients."""
 STOP_SEC = 5.0
-"""For the pictures that are being drawn when the service ends."""
+"""Seconds for pictures in progress when the service ends."""
 
 
 def keep_on_loopback() -> None:
-    """Ray Serve opens a port of each replica for the others, on all addresses and without a token. This process opens
-    its own on the loopback from now on. Call it when a replica starts.
-    """
+    """Make this process open its ports on the loopback only. By default Ray Serve opens each replica's port on
+    all addresses and without a token. Call it when a replica starts."""
     from grpc.aio._server import Server
 
     add_port = Server.add_insecure_port
@@ -41,10 +40,11 @@ def keep_on_loopback() -> None:
 
 
 def replica_class(settings: ServeSettings, *, alone: bool) -> type:
-    """The decorator of `load` takes a number that the settings tell."""
+    """The class of the replicas. It is made here because the decorator of `load` needs a number from the settings."""
 
     class Replica:
-        """A base on one device. Ray Serve's router sends an adapter's orders to where it is, while there is room."""
+        """A base on one device. Ray Serve's router sends orders to a replica that has their adapter, while it
+        has room."""
 
         def __init__(self) -> None:
             import torch
@@ -66,7 +66,7 @@ def replica_class(settings: ServeSettings, *, alone: bool) -> type:
             return await self.drawer.load_now(key)
 
         async def draw(self, order: Order) -> Drawn | UserError:
-            """Refusals are returned: what is raised, Ray would wrap and log with a traceback."""
+            """Returns a refusal instead of raising it: Ray would wrap a raised error and log a traceback."""
             try:
                 return await self.drawer.draw(order)
             except UserError as error:
@@ -80,7 +80,8 @@ def replica_class(settings: ServeSettings, *, alone: bool) -> type:
 
 
 def application(settings: ServeSettings, *, alone: bool = False) -> serve.Application:
-    """The front with its replicas; `alone`: all on this machine. There is one front: it counts who waits."""
+    """The front and its replicas; `alone`: all on this machine. There is only one front because it counts the
+    requests."""
     share = {"num_gpus": 1 / settings.per_gpu} if settings.per_gpu else {"num_gpus": 0}
     waiting = max(2 * settings.batch, -(-settings.max_waiting // settings.replicas))
     common = {"logging_config": QUIET, "graceful_shutdown_wait_loop_s": 0.5, "graceful_shutdown_timeout_s": STOP_SEC}
@@ -120,7 +121,7 @@ def application(settings: ServeSettings, *, alone: bool = False) -> serve.Applic
 
 
 async def drawn_by(handle: Any, order: Order) -> Drawn:
-    """By the replica that Ray Serve chooses. An order that nobody waits for any more is taken back."""
+    """Draw on the replica that Ray Serve chooses. A cancelled order is cancelled there, too. Raises UserError."""
     key = order.adapters[0].key if order.adapters else ""
     response = handle.options(multiplexed_model_id=key).draw.remote(order)
     try:
@@ -137,9 +138,8 @@ async def drawn_by(handle: Any, order: Order) -> Drawn:
 
 @contextmanager
 def listening(settings: ServeSettings, *, alone: bool) -> Iterator[None]:
-    """The service answers for the length of the block. `alone`: on a Ray of this machine only, which no other reaches
-    but by `settings.host`. Raises UserError when it cannot start.
-    """
+    """Serve for the length of the block. `alone` uses a Ray of this machine only; other machines reach it only
+    through `settings.host`. Raises UserError when it cannot start."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         start(settings, alone=alone)
@@ -157,5 +157,6 @@ def start(settings: ServeSettings, *, alone: bool) -> None:
 
 
 def build(values: dict[str, Any]) -> serve.Application:
-    """For a Serve config file: `import_path: dreambooth_moslora.serving.on_ray:build`, `args:` the settings."""
+    """For a Serve config file: `import_path: dreambooth_moslora.serving.on_ray:build`, with the settings as
+    `args:`."""
     return application(ServeSettings.from_dict(values))

@@ -1,4 +1,4 @@
-"""What a client asks for in JSON becomes an `Order`, or a `RefusedError` with an HTTP status and one line."""
+"""Parses a client's JSON into an `Order`, or raises a `RefusedError` with an HTTP status and one line."""
 
 import json
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ from dreambooth_moslora.generation.params import GenerationParams, draw_seed
 __all__ = ["MAX_BODY_BYTES", "AdapterRef", "Drawn", "Order", "RefusedError", "parse_order"]
 
 MAX_BODY_BYTES = 64 * 1024
-"""Two prompts of the longest kind, every letter escaped."""
+"""Fits two prompts of the longest kind with every letter escaped."""
 
 
 class RefusedError(UserError):
-    """A request that is not met: `status` is that of HTTP, `retry_sec` when to ask again."""
+    """A refused request: `status` is the HTTP status, `retry_sec` is when to ask again."""
 
     def __init__(self, status: int, text: str, retry_sec: int | None = None) -> None:
         super().__init__(text)
@@ -28,7 +28,7 @@ class RefusedError(UserError):
 
 @dataclass(frozen=True)
 class AdapterRef:
-    """One state of an adapter's file in the catalogue. `place` is a path or URL; `version` changes with the content."""
+    """One version of an adapter's file. `place` is a path or URL; `version` changes with the content."""
 
     name: str
     place: str
@@ -41,7 +41,7 @@ class AdapterRef:
 
 @dataclass(frozen=True)
 class Order:
-    """One picture to draw within `seconds`. `sha256` are the adapters' files that the client expects, by name."""
+    """One picture to draw within `seconds`. `sha256` maps adapters' names to the digests that the client expects."""
 
     params: GenerationParams
     sha256: Mapping[str, str] = field(default_factory=dict)
@@ -50,14 +50,14 @@ class Order:
 
     @property
     def batch_key(self) -> tuple:
-        """Orders with the same key are drawn one after another: same adapters at the same scales, same size."""
+        """Orders with the same key can share a batch: same adapters at the same scales, same size."""
         scales = tuple(scale for _, scale in self.params.adapters)
         return tuple(ref.key for ref in self.adapters), scales, self.params.height_px, self.params.width_px
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A finished picture, and how its replica stands: loads of adapters so far and resident memory, bytes."""
+    """A finished picture and its replica's state: loads of adapters so far, and resident memory in bytes."""
 
     png: bytes
     replica: str
@@ -67,9 +67,9 @@ class Drawn:
 
 
 def parse_order(body: bytes) -> Order:
-    """A JSON object with the fields of GenerationParams, where `adapter` and `scale` may stand for one of `adapters`,
-    and `adapter_sha256` as a picture's recipe has it. Without a seed one is drawn. Raises UserError.
-    """
+    """Parse a JSON object with the fields of GenerationParams. `adapter` and `scale` may stand for one of
+    `adapters`; `adapter_sha256` is as in a picture's recipe. A missing seed is drawn at random. Raises
+    UserError."""
     values = parse_object(body)
     expected = values.pop("adapter_sha256", None) or {}
     if not isinstance(expected, dict) or not all(isinstance(word, str) for word in expected.values()):
@@ -92,7 +92,7 @@ def parse_order(body: bytes) -> Order:
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """Raises UserError for what is no JSON object: too deep, a number that is none, or bytes that are no text."""
+    """Raises UserError unless the bytes are UTF-8 and a JSON object, without NaN and not too deeply nested."""
     try:
         values = json.loads(body.decode("utf-8"), parse_constant=no_number)
     except (ValueError, RecursionError) as error:

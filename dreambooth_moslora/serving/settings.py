@@ -1,4 +1,4 @@
-"""Everything that decides how a service runs, from the command line or from a Serve config file."""
+"""The settings of a service, from the command line or from a Serve config file."""
 
 import os
 from collections.abc import Mapping
@@ -11,9 +11,10 @@ from dreambooth_moslora.serving.access import LOOPBACK, check_token
 __all__ = ["PATIENCE", "TOKEN_VARIABLE", "ServeSettings", "tokens_of"]
 
 TOKEN_VARIABLE = "DREAMBOOTH_TOKEN"
-"""Environment variable that holds a token, so that no list of processes shows it."""
+"""Environment variable for a token; the command line would show it in process lists."""
 PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60"}
-"""Environment of Ray Serve before it starts: on a busy machine its five seconds end its proxy again and again."""
+"""Environment of Ray Serve, set before its start: on a busy machine its default of 5 seconds restarts the proxy
+again and again."""
 RANGES = {
     "port": (1, 65535),
     "replicas": (1, 1024),
@@ -28,9 +29,10 @@ RANGES = {
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """`threads`: of a replica on a CPU; `per_gpu`: replicas on one GPU, None without GPUs. Seconds and counts.
+    """`threads` of each replica on a CPU; `per_gpu` is the number of replicas on a GPU, None without GPUs.
+    Times are in seconds.
 
-    Raises UserError for a value out of its range, and for an open address without a token.
+    Raises UserError for a value out of range, and for a public address without a token.
     """
 
     adapters: tuple[str, ...]
@@ -62,7 +64,8 @@ class ServeSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ServeSettings":
-        """Of a Serve config file, whose proxies listen on all addresses. Raises UserError for an unknown name."""
+        """Settings of a Serve config file, whose proxies listen on all addresses. Raises UserError for an
+        unknown name."""
         if unknown := sorted(set(values) - {field.name for field in fields(cls)}):
             raise UserError(f"unknown setting {unknown[0]!r}.")
         places = values.get("adapters", ())
@@ -72,6 +75,6 @@ class ServeSettings:
 
 
 def tokens_of(given: Any) -> tuple[str, ...]:
-    """Those that are given, and that of the environment."""
+    """The given tokens, and the one in the environment."""
     own = os.environ.get(TOKEN_VARIABLE)
     return (*(given or ()), *([own] if own else ()))

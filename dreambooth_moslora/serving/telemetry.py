@@ -1,4 +1,4 @@
-"""What Prometheus reads at `/metrics`."""
+"""The metrics that Prometheus reads at `/metrics`."""
 
 from dreambooth_moslora.serving.orders import Drawn
 
@@ -10,7 +10,7 @@ BATCH = (1, 2, 4, 8, 16, 32)
 
 
 class Telemetry:
-    """Counts of one front door. Nothing in it names a prompt, an adapter or a client."""
+    """Metrics of one front. They contain no prompt, adapter name or client."""
 
     def __init__(self) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
