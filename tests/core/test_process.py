@@ -146,3 +146,13 @@ def test_what_is_imported_at_once_is_not_looked_at_by_the_collector():
         assert gc.get_stats()[0]["collections"] <= rounds + 1
         raise ImportError
     assert gc.isenabled() and gc.get_freeze_count() >= frozen + len(kept)
+
+
+def test_a_collector_that_was_off_stays_off_after_an_import():
+    gc.disable()
+    try:
+        with uncollected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
