@@ -27,12 +27,13 @@ __all__ = [
     "page_out",
     "peak_memory_gib",
     "set_environment_defaults",
+    "share_heaps",
     "uncollected",
     "when_orphaned",
 ]
 
 # From <malloc.h> and <sys/mman.h>.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 MADV_HUGEPAGE, MADV_PAGEOUT = 14, 21
 
 KEEP_MEMORY = "DREAMBOOTH_KEEP_MEMORY"
@@ -74,6 +75,21 @@ def page_out(tensor: "Tensor") -> None:
     first, end = -(-start // page) * page, (start + tensor.nbytes) // page * page
     if end > first:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), MADV_PAGEOUT)
+
+
+def share_heaps(most: int = 1) -> bool:
+    """Let all threads of this process allocate from at most `most` of glibc's arenas. For a server; call it before
+    there are threads.
+
+    By default each new thread may begin an arena of its own, 8 per processor, and what its pictures leave there
+    (tens of MiB) serves no thread of another arena. mallopt(3); False where there is no glibc to ask.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        return bool(ctypes.CDLL(None).mallopt(M_ARENA_MAX, most))
+    except (AttributeError, OSError):
+        return False
 
 
 def ask_for_huge_pages(libc: ctypes.CDLL) -> None:
