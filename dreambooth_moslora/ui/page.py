@@ -15,6 +15,7 @@ from dreambooth_moslora.ui.server.host_check import LOOPBACK, outermost
 from dreambooth_moslora.ui.server.login_limit import LoginLimit
 from dreambooth_moslora.ui.server.queue_limits import govern
 from dreambooth_moslora.ui.server.session_guard import SessionGuard, note_sessions
+from dreambooth_moslora.ui.server.session_memory import MAX_SESSIONS, keep_sessions_small
 from dreambooth_moslora.ui.server.unknown_names import UnknownNames
 from dreambooth_moslora.ui.server.upload_quota import UploadQuota
 from dreambooth_moslora.ui.server.users import VisitorCookie
@@ -50,6 +51,7 @@ def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
     page.queue(api_open=False)
     govern(page)
     note_sessions(page)
+    keep_sessions_small()
     if ctx.training:
         ctx.queue.in_background()
     return page
@@ -69,6 +71,7 @@ def launch_options(allowed: Collection[str] = (), *, public: bool = False) -> di
         "footer_links": ["api"],
         "run_history": False,
         "max_file_size": MAX_UPLOAD_BYTES,
+        "state_session_capacity": MAX_SESSIONS,
         "app_kwargs": {
             "middleware": [Middleware(layer) for layer in LAYERS],
             "lifespan": outermost(hosts, allowed),

@@ -7,11 +7,14 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from gradio_client import Client
 
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.ui.app_state import AppContext
-from dreambooth_moslora.ui.generate_actions import make_pictures
-from dreambooth_moslora.ui.generate_form import GenerateForm
+from dreambooth_moslora.ui.generate.actions import make_pictures
+from dreambooth_moslora.ui.generate.form import GenerateForm
+from dreambooth_moslora.ui.server.session_memory import MAX_SESSIONS
+from tests.helpers.ui_server import serve
 
 PAGE = SimpleNamespace(username=None, cookies={}, session_hash="page")
 BLOCKS, BLOCK_BYTES = 2500, 60_000
@@ -38,18 +41,20 @@ with tempfile.NamedTemporaryFile() as file:
 """
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _glibc():
     if not hasattr(ctypes.CDLL(None), "malloc_info"):
         pytest.skip("no glibc here")
 
 
+@pytest.mark.usefixtures("_glibc")
 def test_the_pages_threads_share_one_heap():
     """Four that allocate at once; by themselves they begin heaps of their own."""
     own, page = (int(subprocess.check_output([sys.executable, "-c", THREADS, mode])) for mode in ("own", "page"))
     assert page == 1 < own
 
 
+@pytest.mark.usefixtures("_glibc")
 def test_what_a_picture_leaves_free_goes_back_to_the_system(tmp_path, tiny_base):
     """Many small blocks below one that stays: without being asked, glibc keeps them all."""
     folders = {"adapters_dir": tmp_path / "adapters", "runs_dir": tmp_path / "runs"}
@@ -77,3 +82,26 @@ def leave_free_blocks() -> ctypes.c_void_p:
     for block in blocks[:-1]:
         libc.free(block)
     return blocks[-1]
+
+
+def test_a_session_holds_no_more_after_more_pictures(tmp_path, tiny_base):
+    """The gallery is told to stay as it is before each picture: Gradio kept a new one each time."""
+    with serve(tiny_base, tmp_path) as served:
+        client = Client(served.url, verbose=False, download_files=tmp_path / "got")
+        held = []
+        for seed in range(3):
+            client.predict("a dog", adapter="none", seed=seed, steps=1, size="64 x 64", api_name="/generate")
+            session = served.page.state_holder.session_data[client.session_hash]
+            held.append((len(session.blocks_config.blocks), len(session.config_values)))
+        client.close()
+    assert held[0] == held[1] == held[2]
+
+
+def test_the_oldest_sessions_are_forgotten(tmp_path, tiny_base):
+    with serve(tiny_base, tmp_path) as served:
+        sessions = served.page.state_holder
+        first, *others = (f"session{number}" for number in range(MAX_SESSIONS + 1))
+        sessions[first]
+        sessions.session_data.update(dict.fromkeys(others[:-1], sessions[first]))
+        sessions[others[-1]]
+        assert set(sessions.session_data) == set(others)
