@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from random import SystemRandom
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +15,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
+    gather_object,
 )
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
@@ -24,7 +26,7 @@ from dreambooth_moslora.core.process import keep_freed_memory
 from dreambooth_moslora.core.run_files.run_folder import RunDir, clean_stale
 from dreambooth_moslora.training.planning.precision import check_bf16
 
-__all__ = ["PATIENCE", "any_process", "chosen_seed", "make_accelerator", "on_main"]
+__all__ = ["PATIENCE", "agreed", "any_process", "chosen_seed", "make_accelerator", "on_main"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,33 @@ def shared(error: Exception | None) -> Exception | None:
         return error
     stopped, text = told[0]
     return StopRequestedError() if stopped else UserError(f"the main process ended: {text}")
+
+
+Found = TypeVar("Found")
+
+
+def agreed(accelerator: Accelerator, find: Callable[[], Found], words: Callable[[Found], str]) -> Found:
+    """What each process finds by itself, in `words` the same as on the main process.
+
+    Raises UserError on all processes where one finds something else: they would train different adapters, or wait for
+    one that is gone. An error of `find` is raised where it occurs.
+    """
+    if accelerator.num_processes == 1:
+        return find()
+    try:
+        found, error = find(), None
+    except Exception as raised:
+        found, error = None, raised
+    told = gather_object([words(found) if error is None else f"“{error}”"])
+    if error is not None:
+        raise error
+    other = next((number for number, said in enumerate(told) if said != told[0]), None)
+    if other is not None:
+        raise UserError(
+            f"process {other} finds {told[other]}, and the main process {told[0]}: give an --output_dir on a disk that "
+            "all machines share."
+        )
+    return found
 
 
 SHARDING = {

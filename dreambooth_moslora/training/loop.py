@@ -20,7 +20,7 @@ from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.photos.folder import instance_photos, usable_photos
 from dreambooth_moslora.photos.photo import counts_of
-from dreambooth_moslora.training.accelerator import chosen_seed, make_accelerator, on_main
+from dreambooth_moslora.training.accelerator import agreed, chosen_seed, make_accelerator, on_main
 from dreambooth_moslora.training.checkpoint import Position, resume_point
 from dreambooth_moslora.training.frozen_base import LoadBase
 from dreambooth_moslora.training.inputs.run_backgrounds import check_masks
@@ -166,9 +166,14 @@ def fit(run: Training) -> Steps:
 
 
 def find_start(context: RunContext) -> tuple[RunContext, Path | None, int]:
-    """The context with the seed of the run, the checkpoint to go on from (None: a fresh run), and its step."""
+    """The context with the seed of the run, the checkpoint to go on from (None: a fresh run), and its step: the same on
+    all processes, or a UserError."""
     fresh = None, Position(0, chosen_seed(context.config, context.accelerator))
-    checkpoint, position = resume_point(context.config, context.run_dir) or fresh
+
+    def start() -> tuple[Path | None, Position]:
+        return resume_point(context.config, context.run_dir) or fresh
+
+    checkpoint, position = agreed(context.accelerator, start, lambda found: f"step {found[1].step} to go on from")
     return replace(context, config=replace(context.config, seed=position.seed)), checkpoint, position.step
 
 

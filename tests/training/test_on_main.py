@@ -6,7 +6,7 @@ import pytest
 
 from dreambooth_moslora.core.errors import StopRequestedError, UserError
 from dreambooth_moslora.training import accelerator
-from dreambooth_moslora.training.accelerator import on_main
+from dreambooth_moslora.training.accelerator import agreed, on_main
 
 
 def fail(error):
@@ -47,3 +47,19 @@ def test_work_that_succeeds_lets_all_go_on(told):
     on_main(SimpleNamespace(is_main_process=False, num_processes=2), lambda: done.append(2))
     on_main(SimpleNamespace(is_main_process=True, num_processes=1), lambda: done.append(3))
     assert done == [1, 3]
+
+
+def start_of(monkeypatch, told: list[str], find) -> str:
+    """As process 1 of two, which hears what both told."""
+    monkeypatch.setattr(accelerator, "gather_object", lambda own: [told[0], *own])
+    return agreed(SimpleNamespace(num_processes=2), find, lambda step: f"step {step}")
+
+
+def test_processes_that_find_other_checkpoints_end_in_one_line(monkeypatch):
+    assert start_of(monkeypatch, ["step 4"], lambda: 4) == 4
+    with pytest.raises(UserError, match=r"^process 1 finds step 0, and the main process step 4: .* all machines share"):
+        start_of(monkeypatch, ["step 4"], lambda: 0)
+    with pytest.raises(UserError, match=r"the main process “no checkpoint there”"):
+        start_of(monkeypatch, ["“no checkpoint there”"], lambda: 4)
+    with pytest.raises(UserError, match=r"^damaged$"):
+        start_of(monkeypatch, ["step 4"], lambda: fail(UserError("damaged")))
