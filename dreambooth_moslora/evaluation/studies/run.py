@@ -20,6 +20,7 @@ from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -46,6 +47,9 @@ from dreambooth_moslora.photos.folder import instance_photos
 from dreambooth_moslora.photos.masks import open_mask
 from dreambooth_moslora.photos.photo import open_rgb
 from dreambooth_moslora.training.loop import train
+
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
 
 __all__ = ["Progress", "budget_ranks", "read_results", "run_cell", "run_cells", "run_study", "unfinished"]
 
@@ -100,12 +104,13 @@ def finish(study: Study, cells: list[Cell], ranks, out: Path, jobs: int, on_prog
 
 
 def run_cells(study: Study, cells: list[Cell], ranks, out: Path, jobs: int) -> Iterator[tuple[Cell, float, str]]:
-    """(cell, seconds, error) as they end. One job runs in this process; more get processes of their own."""
+    """(cell, seconds, error) as they end. One job runs in this process; more get processes of their own, which share
+    the GPUs."""
     if jobs == 1 or len(cells) <= 1:
         yield from (run_cell(study, cell, ranks[cell.arm, cell.rank], out, jobs) for cell in cells)
         return
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    with ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker, (threads, os.getpid())) as pool:
+    threads, context = max(1, (os.cpu_count() or 1) // jobs), get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, begin_worker, (threads, os.getpid(), context.Value("i", 0))) as pool:
         futures = [pool.submit(run_cell, study, cell, ranks[cell.arm, cell.rank], out, jobs) for cell in cells]
         try:
             yield from (future.result() for future in as_completed(futures))
@@ -114,10 +119,23 @@ def run_cells(study: Study, cells: list[Cell], ranks, out: Path, jobs: int) -> I
             raise
 
 
-def begin_worker(threads: int, parent: int) -> None:
-    """Of `jobs` processes: its share of the cores, and an end when the one that started it is gone."""
+def begin_worker(threads: int, parent: int, begun: "Synchronized[int]") -> None:
+    """Of `jobs` processes: its share of the cores, a GPU, and an end when the one that started it is gone. `begun`
+    counts them."""
     torch.set_num_threads(threads)
+    with begun.get_lock():
+        number, begun.value = begun.value, begun.value + 1
+    gpu = gpu_of(number, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when the process first uses a GPU
     when_orphaned(parent, partial(os._exit, 1))
+
+
+def gpu_of(number: int, count: int, visible: str | None) -> str | None:
+    """The GPU of worker `number`, by the name that the driver takes: one of `count`, of those `visible` if not all are.
+    None where there is no choice."""
+    names = visible.split(",") if visible else [str(gpu) for gpu in range(count)]
+    return names[number % count] if count > 1 else None
 
 
 def run_cell(study: Study, cell: Cell, rank: int, out: Path, jobs: int) -> tuple[Cell, float, str]:

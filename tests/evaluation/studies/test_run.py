@@ -19,6 +19,7 @@ from dreambooth_moslora.evaluation.studies.run import (
     budget_ranks,
     content_of,
     count_parameters,
+    gpu_of,
     nearest_rank,
     projections,
     result_path,
@@ -115,6 +116,19 @@ def test_another_base_or_photo_is_another_cell_and_a_text_about_it_is_not(study,
     assert len(set(seen)) == 3
 
 
+@pytest.mark.parametrize(
+    ("count", "visible", "names"),
+    [
+        (0, None, [None] * 3),
+        (1, "3", [None] * 3),
+        (2, None, ["0", "1", "0"]),
+        (2, "GPU-a,GPU-b", ["GPU-a", "GPU-b", "GPU-a"]),
+    ],
+)
+def test_workers_take_turns_on_the_gpus(count, visible, names):
+    assert [gpu_of(number, count, visible) for number in range(3)] == names
+
+
 def test_workers_end_with_the_study_that_started_them():
     code = (
         "import os, time\n"
@@ -122,7 +136,8 @@ def test_workers_end_with_the_study_that_started_them():
         "from multiprocessing import get_context\n"
         "from dreambooth_moslora.evaluation.studies.run import begin_worker\n"
         "if __name__ == '__main__':\n"
-        "    pool = ProcessPoolExecutor(1, get_context('spawn'), begin_worker, (1, os.getpid()))\n"
+        "    context = get_context('spawn')\n"
+        "    pool = ProcessPoolExecutor(1, context, begin_worker, (1, os.getpid(), context.Value('i', 0)))\n"
         "    print(pool.submit(os.getpid).result(), flush=True)\n"
         "    pool.submit(time.sleep, 600).result()\n"
     )
