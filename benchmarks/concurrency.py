@@ -51,7 +51,7 @@ def main() -> None:
             server.terminate()
             server.wait()
     for name, value in results.items():
-        print(f"{name:48} {value}")
+        print(f"{name:58} {value}")
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
 

@@ -37,12 +37,24 @@ class Day:
         self.ends = time.monotonic() + 60 * minutes
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.errors: Counter[str] = Counter()
+        self.acted: set[int] = set()
         self.memory: list[float] = []
+        self.warm_from: int | None = None
+        """The first sample after which nothing is done for the first time."""
         self.training = threading.Lock()
         """The page trains one run at a time, and says so to the next visitor: here the others do something else."""
 
     def is_over(self) -> bool:
         return time.monotonic() >= self.ends
+
+    def sample(self, clients: int) -> None:
+        """Note the resident memory, and since when the page is warm: every action was done, and by every visitor one.
+
+        Until then libraries are imported, the base and the adapter loaded and sessions begun; none of it happens again.
+        """
+        self.memory.append(self.process.memory_info().rss / 2**20)
+        if self.warm_from is None and set(WEIGHTS) <= set(self.seconds) and len(self.acted) == clients:
+            self.warm_from = len(self.memory)
 
 
 class Visitor:
@@ -76,6 +88,7 @@ class Visitor:
             self.day.errors[words] += 1
         else:
             self.day.seconds[name].append(time.monotonic() - started)
+            self.day.acted.add(self.number)
         finally:
             if name == "train":
                 self.day.training.release()
@@ -139,7 +152,7 @@ def hour(url: str, pid: int, clients: int, minutes: float, steps: int) -> dict[s
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
-        day.memory.append(day.process.memory_info().rss / 2**20)
+        day.sample(clients)
         print(progress(day), end="", flush=True)
         time.sleep(SAMPLE_SEC)
     print()
@@ -153,18 +166,33 @@ def progress(day: Day) -> str:
 
 
 def figures(day: Day, clients: int, minutes: float) -> dict[str, float | int | str]:
-    """Memory is compared between the second sixth and the last: before, caches fill."""
     rows: dict[str, float | int | str] = {"visitors": clients, "minutes": minutes, "errors": day.errors.total()}
     for name in WEIGHTS:
         times = day.seconds[name]
         if times:
             waited = f"{statistics.median(times):.1f} / {np.percentile(times, 95):.1f} / {max(times):.1f}"
             rows[f"{name}: times, then median / p95 / longest (s)"] = f"{len(times)}, {waited}"
-    sixth = max(1, len(day.memory) // 6)
-    early, late = statistics.median(day.memory[sixth : 2 * sixth]), statistics.median(day.memory[-sixth:])
-    rows["memory, second sixth (MiB)"] = round(early, 1)
-    rows["memory, last sixth (MiB)"] = round(late, 1)
-    rows["memory, change (%)"] = round(100 * (late / early - 1), 2)
+    rows |= memory_figures(day)
     for words, times in day.errors.most_common():
         rows[f"error: {words}"] = times
     return rows
+
+
+def memory_figures(day: Day) -> dict[str, float | str]:
+    """MiB; the first and the last quarter of the time since the page was warm, by their medians.
+
+    A sample in the middle of a picture holds that picture's activations, so the median is of many samples, and the
+    highest says what the machine must have.
+    """
+    warm = day.memory[day.warm_from :] if day.warm_from is not None else []
+    if len(warm) < 4:
+        return {"memory": "not compared: too short for every visitor and every action"}
+    quarter = len(warm) // 4
+    first, last = statistics.median(warm[:quarter]), statistics.median(warm[-quarter:])
+    return {
+        "memory, warm after (min)": round(day.warm_from * SAMPLE_SEC / 60, 1),
+        "memory since, median of the first quarter (MiB)": round(first, 1),
+        "memory since, median of the last quarter (MiB)": round(last, 1),
+        "memory since, change (%)": round(100 * (last / first - 1), 2),
+        "memory since, 95th percentile and highest (MiB)": f"{np.percentile(warm, 95):.1f}, {max(warm):.1f}",
+    }
