@@ -1,6 +1,6 @@
 """Which pixels show a toy: the toy world's segmentation net, a small U-Net (Ronneberger et al., 2015).
 
-    from toybox import segmenter
+    from toybox.readers import segmenter
     logits = segmenter.load(folder).logits(pixels)  # (N,3,H,W) in [-1, 1] -> (N,H,W), above 0 at toys
 
 `toybox.learning.train_segmenter` trains it on renders.
