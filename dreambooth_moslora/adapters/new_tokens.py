@@ -26,9 +26,9 @@ from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.files.proof import FileProof, collected_warnings, relative_difference
 from dreambooth_moslora.adapters.files.raw_file import check_finite, read_tensors, with_sorted_metadata
 from dreambooth_moslora.base.load import encode_text
+from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import word_pattern
-from dreambooth_moslora.core.run_files.run_folder import atomic_write
 
 __all__ = [
     "KEYS",

@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.config.files import load_settings
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_files.run_folder import atomic_write
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.evaluation.studies.study import StudySubject
 from dreambooth_moslora.training.planning.choices import recipe_settings

@@ -2,7 +2,7 @@
 
 The handler only notes the request, so that no file is cut off while it is saved. A second Ctrl-C prints a
 message; a third ends the process at once. That loses the steps since the last checkpoint, but no file (see
-`run_folder`).
+`core.atomic_files`).
 """
 
 import os

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from dreambooth_moslora.core.run_files.run_folder import atomic_write
+from dreambooth_moslora.core.atomic_files import atomic_write
 
 __all__ = ["Row", "draw_contact_sheet", "png_bytes", "write_png"]
 

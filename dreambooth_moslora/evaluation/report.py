@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.core.run_files.run_folder import atomic_write
+from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.evaluation import metrics
 from dreambooth_moslora.evaluation.evaluate import RELATIVE, Evaluation
 from dreambooth_moslora.evaluation.html_page import page, picture, pictures, section, table

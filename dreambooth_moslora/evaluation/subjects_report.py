@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from dreambooth_moslora.core.run_files.run_folder import atomic_write
+from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator
 from dreambooth_moslora.evaluation.html_page import page, pictures, section, table
 from dreambooth_moslora.evaluation.intervals import bootstrap_mean

@@ -12,8 +12,9 @@ from urllib.parse import quote
 
 from PIL import Image
 
+from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.errors import spelled_out
-from dreambooth_moslora.core.run_files.run_folder import RunDir, atomic_write
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.evaluation.html_page import page, picture
 from dreambooth_moslora.fleet.records import INDEX_NAME
 from dreambooth_moslora.fleet.status import Row, cost_of, status_lines

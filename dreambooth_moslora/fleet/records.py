@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.config.files import read_json_table
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.events import fits
-from dreambooth_moslora.core.run_files.run_folder import RunDir, atomic_write
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 
 __all__ = [
     "FLEET_NAME",

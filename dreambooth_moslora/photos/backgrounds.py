@@ -13,13 +13,13 @@ from pathlib import Path
 
 from PIL import Image, ImageFilter, ImageOps
 
+from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.digests import content_key, file_digest
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.pictures import Row
 from dreambooth_moslora.core.prompts import placed, scene_places, scene_prompt
-from dreambooth_moslora.core.run_files.run_folder import atomic_write
 from dreambooth_moslora.core.seeding import place_of, seed_of
 from dreambooth_moslora.photos.crops import bucket_of, bucket_step, resized_size
 from dreambooth_moslora.photos.folder import framed

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.digests import content_key, file_digest
 from dreambooth_moslora.core.prompts import joined
-from dreambooth_moslora.core.run_files.run_folder import atomic_write
 from dreambooth_moslora.photos.captioners import Captioner
 from dreambooth_moslora.photos.photo import Photo, open_rgb
 from dreambooth_moslora.photos.sidecars import CAPTION_SUFFIX, MADE_CAPTIONS, kept_captions

@@ -11,10 +11,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from dreambooth_moslora.core.atomic_files import atomic_directory
 from dreambooth_moslora.core.config.fields import nearest
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.core.run_files.run_folder import atomic_directory
 from dreambooth_moslora.photos.sidecars import METADATA
 
 __all__ = ["dataset_folder"]

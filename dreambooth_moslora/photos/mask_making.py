@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.digests import content_key, file_digest
-from dreambooth_moslora.core.run_files.run_folder import atomic_write
 from dreambooth_moslora.photos.made_pictures import made_from, marked_png
 from dreambooth_moslora.photos.masks import kept_path
 from dreambooth_moslora.photos.photo import Photo, open_rgb

@@ -20,10 +20,11 @@ from accelerate.utils import (
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from dreambooth_moslora.core.atomic_files import clean_stale
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import StopRequestedError, UserError, one_line
 from dreambooth_moslora.core.process import keep_freed_memory
-from dreambooth_moslora.core.run_files.run_folder import RunDir, clean_stale
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.planning.precision import check_bf16
 
 __all__ = ["PATIENCE", "agreed", "any_process", "chosen_seed", "make_accelerator", "on_main"]

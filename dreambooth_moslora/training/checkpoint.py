@@ -19,21 +19,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.files.raw_file import load_raw, save_raw
 from dreambooth_moslora.adapters.new_tokens import NewTokens, write_tokens
+from dreambooth_moslora.core.atomic_files import atomic_directory, atomic_write
 from dreambooth_moslora.core.config.targets import is_target
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.config.training_settings import SCHEDULE_FREE
 from dreambooth_moslora.core.digests import content_key, file_digest
 from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.prompts import learnt_word
-from dreambooth_moslora.core.run_files.run_folder import (
-    RAW_NAME,
-    TOKENS_NAME,
-    RunDir,
-    atomic_directory,
-    atomic_write,
-    checkpoint_step,
-    is_checkpoint,
-)
+from dreambooth_moslora.core.run_files.run_folder import RAW_NAME, TOKENS_NAME, RunDir, checkpoint_step, is_checkpoint
 from dreambooth_moslora.training.planning.checks import last_name
 from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha
 from dreambooth_moslora.training.step.averages import put

@@ -13,6 +13,7 @@ from statistics import median
 import torch
 from accelerate import Accelerator
 
+from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.process import peak_memory_gib
 from dreambooth_moslora.core.run_files.events import (
     AdapterExported,
@@ -22,7 +23,7 @@ from dreambooth_moslora.core.run_files.events import (
     ScaleFound,
     record_of,
 )
-from dreambooth_moslora.core.run_files.run_folder import RunDir, atomic_write
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.results.trackers import TRACKED, Trackers
 
 __all__ = ["Reporter", "Stopwatch", "free_unused_memory", "memory_gib"]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dreambooth_moslora.adapters.files.proof import Proof
+from dreambooth_moslora.core.atomic_files import remove_directory
 from dreambooth_moslora.core.errors import StopRequestedError, UserError
 from dreambooth_moslora.core.run_files.events import (
     AdapterExported,
@@ -22,7 +23,6 @@ from dreambooth_moslora.core.run_files.events import (
     event_of,
     events_of,
 )
-from dreambooth_moslora.core.run_files.run_folder import remove_directory
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.training.accelerator import any_process
 from dreambooth_moslora.training.checkpoint import Position, save_checkpoint

@@ -39,8 +39,9 @@ from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.adapters.moslora import adapter_layers, fold
 from dreambooth_moslora.adapters.new_tokens import NewTokens, write_tokens
 from dreambooth_moslora.adapters.spectrum import Reduction, reduce_layers
+from dreambooth_moslora.core.atomic_files import scratch_directory
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, TOKENS_SUFFIX, check_name, scratch_directory
+from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, TOKENS_SUFFIX, check_name
 
 __all__ = ["DTYPES", "KOHYA_SUFFIX", "load_published", "publish", "published_tensors", "with_tokens"]
 

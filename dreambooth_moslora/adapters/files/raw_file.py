@@ -23,9 +23,9 @@ from dreambooth_moslora.adapters.layers import value_pattern
 from dreambooth_moslora.adapters.mixer import MixedLowRank, MixerLinear, nominal_scale
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, inject, matrices_of
 from dreambooth_moslora.adapters.skeleton import model_config
+from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.names import public_name
-from dreambooth_moslora.core.run_files.run_folder import atomic_write
 
 __all__ = ["COMPONENTS", "adapter_metadata", "load_raw", "matrices_from", "read_tensors", "save_raw"]
 

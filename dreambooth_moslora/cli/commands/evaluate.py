@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreambooth_moslora.core.assets import find_asset
+from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.config.files import read_json_table, reason_of
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import Subject, scene_places, subject_of
-from dreambooth_moslora.core.run_files.run_folder import RunDir, atomic_write
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.training.planning.checks import require_folder, require_writable
 from dreambooth_moslora.training.results.best_scale import SCALES, ScaleChoice, choose_scale

@@ -4,8 +4,8 @@ import argparse
 import time
 from pathlib import Path
 
+from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_files.run_folder import atomic_write
 
 __all__ = ["HELP", "add_arguments", "run"]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from PIL import Image
 
 from dreambooth_moslora import __version__
+from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.pictures import Row, draw_contact_sheet
-from dreambooth_moslora.core.run_files.run_folder import atomic_write
 from dreambooth_moslora.evaluation.evaluate import RELATIVE
 from dreambooth_moslora.evaluation.html_page import figure, page, picture, section, table
 from dreambooth_moslora.evaluation.intervals import Interval

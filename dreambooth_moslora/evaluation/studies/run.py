@@ -29,13 +29,14 @@ from PIL import Image
 from dreambooth_moslora.adapters.layers import matrix_layers
 from dreambooth_moslora.adapters.skeleton import empty_model
 from dreambooth_moslora.base.locate import resolve_base
+from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.config.targets import is_target
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.digests import content_key, file_digest
 from dreambooth_moslora.core.process import reset_peak_memory, when_orphaned
 from dreambooth_moslora.core.prompts import scene_places, subject_of
 from dreambooth_moslora.core.run_files.events import StepDone, events_of
-from dreambooth_moslora.core.run_files.run_folder import RunDir, atomic_write
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.evaluation.encoders import TOY_DINO, Encoders, load_encoders, own_encoders
 from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator, evaluate_adapter, truth_of

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.digests import file_digest
 from dreambooth_moslora.core.errors import spelled_out
 from dreambooth_moslora.core.pictures import png_bytes
-from dreambooth_moslora.core.run_files.run_folder import atomic_write
 from dreambooth_moslora.core.seeding import seed_of
 from dreambooth_moslora.photos.image_file import UnreadableImageError, open_image
 

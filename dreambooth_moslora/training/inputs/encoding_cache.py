@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from dreambooth_moslora.core.run_files.run_folder import atomic_write
+from dreambooth_moslora.core.atomic_files import atomic_write
 
 __all__ = ["TensorCache", "Tensors", "fingerprint"]
 

@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.run_files.events import StepDone, StepEvaluated
-from dreambooth_moslora.core.run_files.run_folder import atomic_write
 from dreambooth_moslora.training.results.best_step import CURVES
 
 __all__ = ["draw_loss_plot", "running_mean"]

@@ -12,6 +12,7 @@ from dreambooth_moslora.adapters.files.proof import Proof
 from dreambooth_moslora.adapters.files.raw_file import adapter_metadata
 from dreambooth_moslora.adapters.new_tokens import prove_tokens
 from dreambooth_moslora.base.load import architecture
+from dreambooth_moslora.core.atomic_files import atomic_directory, atomic_write
 from dreambooth_moslora.core.config.recipe import recipe_of
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.train_config import TrainConfig
@@ -26,7 +27,7 @@ from dreambooth_moslora.core.prompts import (
     validation_prompts,
 )
 from dreambooth_moslora.core.run_files.events import StepDone, StepEvaluated, events_of
-from dreambooth_moslora.core.run_files.run_folder import RunDir, atomic_directory, atomic_write
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.photos.photo import Photo, open_rgb
 from dreambooth_moslora.training.prepare import TrainInputs

@@ -10,9 +10,10 @@ import json
 import logging
 from pathlib import Path
 
+from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.names import free_name
 from dreambooth_moslora.core.run_files.events import RunStarted, StepEvaluated, events_of
-from dreambooth_moslora.core.run_files.run_folder import RunDir, atomic_write, step_of
+from dreambooth_moslora.core.run_files.run_folder import RunDir, step_of
 from dreambooth_moslora.training.results.model_card import pictures_named
 from dreambooth_moslora.training.run_context import RunContext
 

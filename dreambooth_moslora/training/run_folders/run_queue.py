@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dreambooth_moslora.core.atomic_files import atomic_write, clean_stale
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.event_log import append_event, read_events
-from dreambooth_moslora.core.run_files.run_folder import RunDir, atomic_write, clean_stale
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.run_folders.run_lock import take
 
 __all__ = ["COMMAND_LINE", "PLACES", "QUEUE_NAME", "QueuedRun", "RunQueue"]

@@ -10,19 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.core.run_files.run_folder import (
-    CHECKPOINT_FILES,
-    RunDir,
-    atomic_directory,
-    atomic_write,
-    clean_stale,
-    scratch_directory,
-)
+from dreambooth_moslora.core.atomic_files import atomic_directory, atomic_write, clean_stale, scratch_directory
+from dreambooth_moslora.core.run_files.run_folder import CHECKPOINT_FILES, RunDir
 
 WRITER = """
 import sys
 from pathlib import Path
-from dreambooth_moslora.core.run_files.run_folder import CHECKPOINT_FILES, atomic_directory, atomic_write
+from dreambooth_moslora.core.atomic_files import atomic_directory, atomic_write
+from dreambooth_moslora.core.run_files.run_folder import CHECKPOINT_FILES
 root, number = Path(sys.argv[1]), 0
 print("ready", flush=True)
 while True:

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.cli.main import train_main
+from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_files.run_folder import RunDir, atomic_write
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.planning.checks import check_folders
 from tests.helpers.tiny_training import paint_photos, tiny_config

@@ -153,7 +153,7 @@ def test_a_loss_plot_is_drawn_with_and_without_prior(tmp_path):
 def test_a_picture_that_cannot_be_written_leaves_the_one_before(draw, tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_bytes(b"before")
-    monkeypatch.setattr("dreambooth_moslora.core.run_files.run_folder.os.fsync", fail_full)
+    monkeypatch.setattr("dreambooth_moslora.core.atomic_files.os.fsync", fail_full)
     with pytest.raises(OSError, match="full"):
         if draw == "sheet":
             draw_contact_sheet([Row("photos", [Image.new("RGB", (8, 8))])], path)
