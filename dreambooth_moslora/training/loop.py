@@ -21,7 +21,7 @@ from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.photos.folder import instance_photos, usable_photos
 from dreambooth_moslora.photos.photo import counts_of
 from dreambooth_moslora.training.accelerator import agreed, chosen_seed, make_accelerator, on_main
-from dreambooth_moslora.training.checkpoint import Position, resume_point
+from dreambooth_moslora.training.checkpoint import Position
 from dreambooth_moslora.training.frozen_base import LoadBase
 from dreambooth_moslora.training.inputs.run_backgrounds import check_masks
 from dreambooth_moslora.training.inputs.run_captions import captioned_photos
@@ -33,6 +33,7 @@ from dreambooth_moslora.training.prepare import prepare, too_slow_for_samples
 from dreambooth_moslora.training.reporter import Reporter
 from dreambooth_moslora.training.results.publish import Publisher
 from dreambooth_moslora.training.results.samples import ValidationSamples
+from dreambooth_moslora.training.resumption import resume_point
 from dreambooth_moslora.training.run import StepScorer, Training, TrainResult
 from dreambooth_moslora.training.run_context import RunContext
 from dreambooth_moslora.training.run_folders.earlier_runs import claim_run_folder, report_start

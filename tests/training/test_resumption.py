@@ -10,15 +10,9 @@ import torch
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.run_folder import RunDir
-from dreambooth_moslora.training.checkpoint import (
-    Position,
-    check_resumed,
-    check_whole,
-    find_checkpoint,
-    load_states,
-    read_position,
-)
+from dreambooth_moslora.training.checkpoint import Position, check_whole, load_states, read_position
 from dreambooth_moslora.training.loop import train
+from dreambooth_moslora.training.resumption import check_resumed, find_checkpoint
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 

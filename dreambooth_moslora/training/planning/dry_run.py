@@ -31,7 +31,7 @@ def describe_run(config: TrainConfig) -> str:
     """Everything that `--dry_run` prints. Raises UserError for what training would refuse before it loads the base."""
     check_folders(config)
     if config.resume_from_checkpoint:
-        from dreambooth_moslora.training.checkpoint import resume_point
+        from dreambooth_moslora.training.resumption import resume_point
 
         resume_point(config, RunDir(config.output_dir))
     config = planned(config)

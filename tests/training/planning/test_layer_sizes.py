@@ -9,10 +9,11 @@ from dreambooth_moslora.cli.parser import parse_train_config
 from dreambooth_moslora.core.config.targets import parse_pattern
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.run_folder import RunDir
-from dreambooth_moslora.training.checkpoint import check_resumed, read_position
+from dreambooth_moslora.training.checkpoint import read_position
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.planning.dry_run import describe_run
 from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha, ranks_in_vain
+from dreambooth_moslora.training.resumption import check_resumed
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 SIZES = {

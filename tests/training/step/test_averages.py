@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.run_folder import RAW_NAME, RunDir
-from dreambooth_moslora.training.checkpoint import check_resumed, read_position, restore_weights
+from dreambooth_moslora.training.checkpoint import read_position, restore_weights
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.results.samples import ValidationSamples
+from dreambooth_moslora.training.resumption import check_resumed
 from dreambooth_moslora.training.step.averages import MovingAverage, lent
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
