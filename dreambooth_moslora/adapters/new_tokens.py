@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.files.proof import FileProof, collected_warnings, relative_difference
-from dreambooth_moslora.adapters.files.raw_file import check_finite, read_tensors, with_sorted_metadata
+from dreambooth_moslora.adapters.files.tensor_file import check_finite, read_tensors, with_sorted_metadata
 from dreambooth_moslora.base.load import encode_text
 from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.errors import UserError

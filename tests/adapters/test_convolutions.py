@@ -15,7 +15,8 @@ from dreambooth_moslora.adapters.files.export import publish
 from dreambooth_moslora.adapters.files.kohya import kohya_name
 from dreambooth_moslora.adapters.files.lora_file import fold_raw
 from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.files.raw_file import load_raw, read_raw, read_tensors, save_raw
+from dreambooth_moslora.adapters.files.raw_file import load_raw, read_raw, save_raw
+from dreambooth_moslora.adapters.files.tensor_file import read_tensors
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, fold, inject
 from dreambooth_moslora.adapters.spectrum import diagnostics
 from dreambooth_moslora.core.errors import UserError

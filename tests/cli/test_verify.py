@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.files.raw_file import read_tensors, write_file
 from dreambooth_moslora.adapters.files.scale_note import note_scale
+from dreambooth_moslora.adapters.files.tensor_file import read_tensors, write_file
 from dreambooth_moslora.cli.commands import verify
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.parser import Parser

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 
 from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.files.raw_file import read_tensors
 from dreambooth_moslora.adapters.files.scale_note import note_scale
+from dreambooth_moslora.adapters.files.tensor_file import read_tensors
 from dreambooth_moslora.training.results.best_scale import choose_scale
 from dreambooth_moslora.training.results.model_card import with_strength
 from dreambooth_moslora.ui.adapters.summary import summary_of

@@ -12,13 +12,8 @@ import torch
 from torch import Tensor
 
 from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.files.raw_file import (
-    check_finite,
-    component_tensors,
-    matrices_from,
-    read_raw,
-    read_tensors,
-)
+from dreambooth_moslora.adapters.files.raw_file import component_tensors, matrices_from, read_raw
+from dreambooth_moslora.adapters.files.tensor_file import check_finite, read_tensors
 from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.adapters.new_tokens import KEYS, read_tokens
 from dreambooth_moslora.adapters.spectrum import diagnose, effective_rank_of, summary

@@ -28,13 +28,8 @@ from dreambooth_moslora.adapters.files.proof import (
     prove_file,
     published_name,
 )
-from dreambooth_moslora.adapters.files.raw_file import (
-    check_components,
-    check_finite,
-    check_storable,
-    read_tensors,
-    write_file,
-)
+from dreambooth_moslora.adapters.files.raw_file import check_components, check_storable
+from dreambooth_moslora.adapters.files.tensor_file import check_finite, read_tensors, write_file
 from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.adapters.moslora import adapter_layers, fold
 from dreambooth_moslora.adapters.new_tokens import NewTokens, write_tokens

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dreambooth_moslora.adapters.files.raw_file import read_tensors
+from dreambooth_moslora.adapters.files.tensor_file import read_tensors
 
 __all__ = ["FileDifference", "difference_of"]
 

@@ -23,7 +23,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.files.kohya import kohya_name
-from dreambooth_moslora.adapters.files.raw_file import all_layers, read_tensors
+from dreambooth_moslora.adapters.files.raw_file import all_layers
+from dreambooth_moslora.adapters.files.tensor_file import read_tensors
 from dreambooth_moslora.adapters.skeleton import empty_model, model_config
 from dreambooth_moslora.core.errors import UserError, one_line
 

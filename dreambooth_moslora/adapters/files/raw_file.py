@@ -7,27 +7,24 @@ string under `moslora` in the safetensors header holds the metadata. The tensor 
 LoRA loader refuse the file, because B·A without the mixer would be wrong.
 """
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.files.metadata import AdapterMetadata, most_common, versions
+from dreambooth_moslora.adapters.files.tensor_file import check_finite, read_tensors, write_file
 from dreambooth_moslora.adapters.layers import value_pattern
 from dreambooth_moslora.adapters.mixer import MixedLowRank, MixerLinear, nominal_scale
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, inject, matrices_of
 from dreambooth_moslora.adapters.skeleton import model_config
-from dreambooth_moslora.core.atomic_files import atomic_write
-from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import public_name
 
-__all__ = ["COMPONENTS", "adapter_metadata", "load_raw", "matrices_from", "read_tensors", "save_raw"]
+__all__ = ["COMPONENTS", "adapter_metadata", "load_raw", "matrices_from", "save_raw"]
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 SHARED_SETTINGS = ("use_rslora", "use_dora", "lora_dropout", "mixer", "train_mixer", "mixer_seed")
@@ -131,48 +128,6 @@ def raw_parts(layer: LoraLayer, adapter_name: str) -> dict[str, Tensor]:
     parts = {"lora_A": matrices.down, "mixer": matrices.mixer, "lora_B": matrices.up, "magnitude": matrices.magnitude}
     parts = {name: tensor for name, tensor in parts.items() if tensor is not None}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in parts.items()}
-
-
-def check_finite(tensors: dict[str, Tensor], owner: str) -> None:
-    """Raises UserError for NaN and infinity. `owner` begins the message."""
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.element_size() == 1:
-            tensor = tensor.float()  # eight-bit floats have no isfinite
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{owner} holds NaN or infinite values, first in {key}; use an earlier checkpoint")
-
-
-def write_file(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """A safetensors file, whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, with_sorted_metadata(save(tensors, metadata=header)))
-
-
-def with_sorted_metadata(content: bytes) -> bytes:
-    """The safetensors file with its metadata in the order of their names: the library writes them in a random one,
-    so that files of equal adapters would have different hashes."""
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[8 + length :]
-
-
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header strings of a safetensors file. Raises UserError for pickles and any other file."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
-    with path.open("rb") as file:
-        start = file.read(9)  # in a safetensors file: the header's length in 8 bytes, and its opening brace
-    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and start[8:] != b"{":
-        raise UserError(f"{path.name} is a pickled file, which can run code when it is opened; use a .safetensors file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path.name} is truncated or no safetensors file: {one_line(error)}") from None
 
 
 def read_raw(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetadata]:

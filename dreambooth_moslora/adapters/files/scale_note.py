@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.files.raw_file import read_tensors, write_file
+from dreambooth_moslora.adapters.files.tensor_file import read_tensors, write_file
 
 __all__ = ["note_scale"]
 

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 def read_receipt(path: str) -> Receipt:
     """Raises UserError for a file that is not published by this program, or whose recipe is not known here."""
     from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
-    from dreambooth_moslora.adapters.files.raw_file import read_tensors
+    from dreambooth_moslora.adapters.files.tensor_file import read_tensors
 
     file = Path(path).expanduser()
     file = file / PUBLISHED_NAME if file.is_dir() else file

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 from benchmarks.fold_table import loaded_by_diffusers, small_unet
-from dreambooth_moslora.adapters.files import raw_file
+from dreambooth_moslora.adapters.files import raw_file, tensor_file
 from dreambooth_moslora.adapters.files.raw_file import load_raw, save_raw
 from dreambooth_moslora.adapters.moslora import adapter_layers
 from dreambooth_moslora.core.errors import UserError
@@ -118,5 +118,5 @@ def test_a_header_as_long_as_a_pickles_first_bytes_is_no_pickle(start, tmp_path)
     wanted = int.from_bytes(start, "little")
     path.write_bytes(save(weights, {"filler": "x" * (wanted - bare)}))
     assert path.read_bytes()[:2] == start
-    tensors, header = raw_file.read_tensors(path)
+    tensors, header = tensor_file.read_tensors(path)
     assert torch.equal(tensors["a"], weights["a"]) and set(header["filler"]) == {"x"}

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from dreambooth_moslora.adapters.files import raw_file
+from dreambooth_moslora.adapters.files import raw_file, tensor_file
 from dreambooth_moslora.adapters.files.raw_file import save_raw
 from dreambooth_moslora.adapters.skeleton import empty_model, model_config
 from dreambooth_moslora.core.errors import UserError
@@ -122,7 +122,7 @@ def test_a_file_does_not_choose_the_attention_code():
 def test_equal_files_have_equal_bytes_whatever_the_order_of_their_metadata(tmp_path):
     names = [f"name {number}" for number in range(8)]
     for path, order in ((tmp_path / "a", names), (tmp_path / "b", names[::-1])):
-        raw_file.write_file(path, {"x": torch.arange(3.0), "y": torch.ones(2, 2)}, {name: "ü\n" for name in order})
+        tensor_file.write_file(path, {"x": torch.arange(3.0), "y": torch.ones(2, 2)}, {name: "ü\n" for name in order})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    tensors, header = raw_file.read_tensors(tmp_path / "a")
+    tensors, header = tensor_file.read_tensors(tmp_path / "a")
     assert tensors["x"].tolist() == [0, 1, 2] and list(tensors) == ["x", "y"] and header["name 7"] == "ü\n"
