@@ -27,11 +27,13 @@ from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.training.accelerator import DTYPES
 from dreambooth_moslora.training.frozen_base import LoadBase, load_base, warn_of_fp32
-from dreambooth_moslora.training.inputs.dataset import PhotoEncoder, PromptCache, TrainBatch, collate
 from dreambooth_moslora.training.inputs.encoding_cache import TensorCache, fingerprint
+from dreambooth_moslora.training.inputs.photo_encoder import PhotoEncoder
+from dreambooth_moslora.training.inputs.prompt_cache import PromptCache
 from dreambooth_moslora.training.inputs.run_backgrounds import with_new_backgrounds
 from dreambooth_moslora.training.inputs.run_class_images import class_photos_of_each
 from dreambooth_moslora.training.inputs.subject_streams import SubjectStreams, instance_streams, prior_streams
+from dreambooth_moslora.training.inputs.train_batch import TrainBatch, collate
 from dreambooth_moslora.training.planning.checks import check_layers, check_patterns
 from dreambooth_moslora.training.planning.step_plan import uses_class_images
 from dreambooth_moslora.training.reporter import free_unused_memory

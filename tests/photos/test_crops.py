@@ -77,7 +77,7 @@ def test_a_mask_of_another_scale_is_cut_at_the_same_place():
 
 def test_check_shows_the_crops_that_training_takes(tmp_path):
     from dreambooth_moslora.photos.crops import CropRule
-    from dreambooth_moslora.training.inputs.dataset import PhotoStream
+    from dreambooth_moslora.training.inputs.photo_stream import PhotoStream
 
     photos = [Photo(tmp_path / f"{n}.jpg", (70 + 9 * n, 120), ("x",)) for n in range(3)]
     config = TrainConfig(resolution=32, seed=5, repeats=2, crops_per_photo=3, random_flip=True, crop_zoom=1.5)

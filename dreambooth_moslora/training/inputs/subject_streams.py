@@ -13,7 +13,8 @@ from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.seeding import place_of
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.training.inputs.caption_orders import shuffled_captions
-from dreambooth_moslora.training.inputs.dataset import EncodedView, PhotoEncoder, PhotoStream
+from dreambooth_moslora.training.inputs.photo_encoder import EncodedView, PhotoEncoder
+from dreambooth_moslora.training.inputs.photo_stream import PhotoStream
 
 __all__ = ["SubjectStreams", "instance_streams", "prior_streams"]
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dreambooth_moslora.base.load import TextCond
 from dreambooth_moslora.base.random_unet import pooled_width, random_unet, text_width
-from dreambooth_moslora.training.inputs.dataset import EncodedView, TrainBatch, collate
+from dreambooth_moslora.training.inputs.photo_encoder import EncodedView
+from dreambooth_moslora.training.inputs.train_batch import TrainBatch, collate
 from dreambooth_moslora.training.step.noise_schedule import noise_schedule
 
 __all__ = ["RandomMaterials", "random_materials"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dreambooth_moslora.base.load import TextCond
-from dreambooth_moslora.training.inputs.dataset import TrainBatch
+from dreambooth_moslora.training.inputs.train_batch import TrainBatch
 from dreambooth_moslora.training.step.objective import NoisySample
 
 __all__ = ["MicroBatch", "UNetRows"]

@@ -19,8 +19,8 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import learnt_word
 from dreambooth_moslora.core.run_files.run_folder import TOKENS_NAME
 from dreambooth_moslora.core.seeding import generator
-from dreambooth_moslora.training.inputs.dataset import PromptCache
 from dreambooth_moslora.training.inputs.encoding_cache import TensorCache
+from dreambooth_moslora.training.inputs.prompt_cache import PromptCache
 
 __all__ = ["LearntTokens"]
 

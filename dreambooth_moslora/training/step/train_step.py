@@ -31,7 +31,7 @@ from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.config.training_settings import SCHEDULE_FREE
 from dreambooth_moslora.core.seeding import generator, rng, seed_of
 from dreambooth_moslora.training.checkpoint import restore_optimizer, restore_weights
-from dreambooth_moslora.training.inputs.dataset import TrainBatch, move_together
+from dreambooth_moslora.training.inputs.train_batch import TrainBatch, move_together
 from dreambooth_moslora.training.planning.speed import Speed, speed_of
 from dreambooth_moslora.training.prepare import TrainInputs
 from dreambooth_moslora.training.step.add_adapters import add_adapters

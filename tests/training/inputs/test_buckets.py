@@ -15,7 +15,7 @@ from dreambooth_moslora.core.seeding import place_of
 from dreambooth_moslora.photos.crop_preview import plans_of
 from dreambooth_moslora.photos.crops import CropRule, bucket_of, crop_rule, plan_crop
 from dreambooth_moslora.photos.photo import Photo
-from dreambooth_moslora.training.inputs.dataset import PhotoStream
+from dreambooth_moslora.training.inputs.photo_stream import PhotoStream
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.planning.advice import settings_without_effect
 from dreambooth_moslora.training.planning.dry_run import describe_run

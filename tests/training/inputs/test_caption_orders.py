@@ -9,7 +9,7 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.training.inputs.caption_orders import ORDERS, shuffled_captions
-from dreambooth_moslora.training.inputs.dataset import PhotoStream
+from dreambooth_moslora.training.inputs.photo_stream import PhotoStream
 from dreambooth_moslora.training.planning.advice import settings_without_effect
 from tests.helpers.tiny_training import paint_photos
 

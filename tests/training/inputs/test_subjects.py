@@ -15,7 +15,7 @@ from dreambooth_moslora.photos.crops import CropRule, crop_rule
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.masks import kept_path
 from dreambooth_moslora.photos.photo import Photo
-from dreambooth_moslora.training.inputs.dataset import PhotoStream
+from dreambooth_moslora.training.inputs.photo_stream import PhotoStream
 from dreambooth_moslora.training.inputs.subject_streams import SubjectStreams, instance_streams
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.planning.dry_run import describe_run

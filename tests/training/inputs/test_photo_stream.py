@@ -13,8 +13,11 @@ from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.photos.crops import CropPlan, CropRule, resized_size
 from dreambooth_moslora.photos.folder import find_photos
-from dreambooth_moslora.training.inputs.dataset import PhotoEncoder, PhotoStream, PromptCache, collate
 from dreambooth_moslora.training.inputs.encoding_cache import TensorCache, fingerprint
+from dreambooth_moslora.training.inputs.photo_encoder import PhotoEncoder
+from dreambooth_moslora.training.inputs.photo_stream import PhotoStream
+from dreambooth_moslora.training.inputs.prompt_cache import PromptCache
+from dreambooth_moslora.training.inputs.train_batch import collate
 from dreambooth_moslora.training.prepare import prompt_cache
 from tests.helpers.tiny_training import paint_photos
 

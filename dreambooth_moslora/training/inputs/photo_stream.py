@@ -1,0 +1,142 @@
+"""Photos and captions as the endless, shuffled, seeded stream of batches that training reads.
+
+    sample at position p  ->  (photo, repeat, crop)  ->  EncodedView  ->  TrainBatch
+
+Each epoch shuffles photos × repeats; crop number = epoch mod `crops_per_photo` (a fresh crop each epoch when nothing
+is cached). Every image, class images too, carries its own size and crop conditioning.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+from dreambooth_moslora.core.seeding import place_of, rng
+from dreambooth_moslora.photos.crops import CropPlan, nearest_shape
+from dreambooth_moslora.photos.photo import Photo
+from dreambooth_moslora.training.inputs.photo_encoder import EncodedView, PhotoEncoder
+from dreambooth_moslora.training.planning.step_plan import samples_an_epoch
+
+__all__ = ["PhotoStream"]
+
+Size = tuple[int, int]
+"""(h, w) in px."""
+View = tuple[int, int, Size]
+"""(slot: photo times repeats, number of its crop, size of the crop)."""
+
+
+class PhotoStream:
+    """The samples of one set of photos, by position. Two streams of one run differ by `name`."""
+
+    def __init__(
+        self,
+        photos: Sequence[Photo],
+        encoder: PhotoEncoder,
+        seed: int,
+        name: str,
+        repeats: int = 1,
+        caption_dropout: float = 0.0,
+        batch_size: int = 1,
+        beside: "PhotoStream | None" = None,
+    ):
+        """Each `batch_size` samples from a multiple of it on have crops of one size; all have the size of the sample
+        of the stream `beside`, if any, at their position."""
+        self.photos, self.encoder, self.seed, self.name, self.repeats = photos, encoder, seed, name, repeats
+        self.caption_dropout, self.batch_size, self.beside = caption_dropout, batch_size, beside
+        self.groups: dict[Size, list[int]] = {size: [] for size in beside.groups} if beside else {}
+        for slot in range(len(self)):
+            size_px = photos[slot // repeats].size_px
+            target = nearest_shape(size_px, beside.groups) if beside else encoder.rule.target(size_px)
+            self.groups.setdefault(target, []).append(slot)
+
+    def __len__(self) -> int:
+        """Samples in an epoch."""
+        return samples_an_epoch(len(self.photos), self.repeats)
+
+    def at(self, position: int) -> tuple[EncodedView, str]:
+        """The view of the sample at `position` >= 0, and one of its photo's captions, drawn anew each time.
+
+        In a share `caption_dropout` of the positions the caption is empty.
+        """
+        photo, plan = self._sample(position)
+        is_dropped = rng(self.seed, self.name, "caption dropout", position).random() < self.caption_dropout
+        caption = "" if is_dropped else rng(self.seed, self.name, "caption", position).choice(photo.captions)
+        return self.encoder.encode(photo, plan), caption
+
+    def read_ahead(self, position: int) -> None:
+        """Begin to read what `at` will be asked for soon."""
+        self.encoder.read_ahead(*self._sample(position))
+
+    def _sample(self, position: int) -> tuple[Photo, CropPlan]:
+        slot, crop, target = self._view(position)
+        return self.photos[slot // self.repeats], self._plan(slot, crop, target)
+
+    @property
+    def is_one_size(self) -> bool:
+        """Whether batches need no care."""
+        return len(self.groups) == 1 or self.batch_size == 1
+
+    def _view(self, position: int) -> View:
+        target = None
+        if self.beside is not None:
+            target = self.beside.size_at(position)
+            epoch, slot = self._place_in(target, position)
+        elif self.is_one_size:
+            epoch, slot = place_of(position, len(self), self.seed, self.name)
+        else:
+            epoch, slot = self._grouped_place(position)
+        crops = self.encoder.rule.crops_per_photo
+        return slot, epoch if crops is None else epoch % crops, target or self._size_of(slot)
+
+    def size_at(self, position: int) -> Size:
+        """(h, w) of the crop at `position`."""
+        return self._view(position)[2]
+
+    def _size_of(self, slot: int) -> Size:
+        return self.encoder.rule.target(self.photos[slot // self.repeats].size_px)
+
+    def _place_in(self, size: Size, position: int) -> tuple[int, int]:
+        """(epoch, slot) among those of one size; where there are none, among all."""
+        slots = self.groups[size] or range(len(self))
+        epoch, found = place_of(position, len(slots), self.seed, self.name, size)
+        return epoch, slots[found]
+
+    def _grouped_place(self, position: int) -> tuple[int, int]:
+        """(epoch of its group, slot). In a round of as many batches as there are slots, each group has as many batches
+        as it has slots: so each slot is shown `batch_size` times, whatever the size of its group."""
+        batch, place = divmod(position, self.batch_size)
+        turn, number = divmod(batch, len(self))
+        order = batch_order(tuple((key, len(slots)) for key, slots in self.groups.items()), self.seed, self.name, turn)
+        key = order[number]
+        slots = self.groups[key]
+        batches_before = turn * len(slots) + order[:number].count(key)
+        return self._place_in(key, batches_before * self.batch_size + place)
+
+    def view_count(self, sample_count: int) -> int:
+        """Views that the first `sample_count` samples show, before they come again; 0 when each epoch crops anew."""
+        return len(self._first_positions(sample_count))
+
+    def encode_ahead(self, sample_count: int) -> Iterator[EncodedView]:
+        """Each of those views once: this fills the cache."""
+        for position in self._first_positions(sample_count):
+            yield self.encoder.encode(*self._sample(position))
+
+    def _first_positions(self, sample_count: int) -> list[int]:
+        """The position of each view among the first samples; by the bound, every view has been shown."""
+        crops = self.encoder.rule.crops_per_photo or 0
+        turns = crops if self.is_one_size else self.batch_size * math.ceil(crops / self.batch_size)
+        bound = len(self) * turns if self.beside is None else sample_count * (crops > 0)
+        views: dict[View, int] = {}
+        for position in range(min(sample_count, bound)):
+            views.setdefault(self._view(position), position)
+        return list(views.values())
+
+    def _plan(self, slot: int, crop: int, target: Size) -> CropPlan:
+        draws = rng(self.seed, self.name, "crop", slot, crop)
+        return self.encoder.rule.plan(self.photos[slot // self.repeats].size_px, draws, target)
+
+
+@lru_cache(maxsize=64)
+def batch_order(groups: tuple[tuple[object, int], ...], *names: object) -> tuple[object, ...]:
+    """Each group's key as often as its count says, shuffled."""
+    keys = [key for key, count in groups for _ in range(count)]
+    return tuple(rng("batches", *names).sample(keys, len(keys)))

@@ -1,0 +1,49 @@
+"""Prompts as embeddings: the frozen text encoders are asked once for each prompt."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dreambooth_moslora.base.load import TextCond
+from dreambooth_moslora.core.digests import content_key
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.training.inputs.encoding_cache import TensorCache
+
+__all__ = ["PromptCache"]
+
+
+class PromptCache:
+    """Prompts -> TextCond. Frozen encoders are asked once a prompt; `release_encoders` then lets them leave memory."""
+
+    def __init__(self, encode: Callable[[list[str]], TextCond], cache: TensorCache | None, identity: str):
+        self.encode, self.cache, self.identity = encode, cache, identity
+
+    def __call__(self, prompts: Sequence[str]) -> TextCond:
+        found = [self._one(prompt) for prompt in prompts]
+        return TextCond(torch.stack([f["embeds"] for f in found]), torch.stack([f["pooled"] for f in found]))
+
+    def _one(self, prompt: str) -> dict[str, Tensor]:
+        if self.cache is None:
+            return self._compute(prompt)
+        return self.cache.get(content_key(prompt=prompt, encoders=self.identity), lambda: self._compute(prompt))
+
+    @torch.no_grad()
+    def _compute(self, prompt: str) -> dict[str, Tensor]:
+        cond = self.encode([prompt])
+        return {"embeds": cond.embeds[0].cpu(), "pooled": cond.pooled[0].cpu()}
+
+    def release_encoders(self) -> None:
+        """Drop the encoders. A prompt that was never asked raises RuntimeError from now on, and UserError one whose
+        file in the disk cache cannot be read any more."""
+        is_on_disk = self.cache is not None and self.cache.folder is not None
+
+        def gone(prompts: list[str]) -> TextCond:
+            if is_on_disk:
+                raise UserError(
+                    f"{self.cache.folder}: the encoding of {prompts[0]!r:.60} cannot be read any more, and the text "
+                    "encoders have left memory; resume the run, which encodes it anew."
+                )
+            raise RuntimeError(f"the text encoders have left memory; {prompts} was not encoded before")
+
+        self.encode = gone

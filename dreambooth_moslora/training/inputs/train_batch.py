@@ -1,0 +1,73 @@
+"""Encoded crops and their captions as one batch, and their way to the device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dreambooth_moslora.training.inputs.photo_encoder import EncodedView
+
+__all__ = ["TrainBatch", "collate", "move_together"]
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """`latents` (B, 4, h, w), `time_ids` (B, 6), `mask` (B, 1, h, w) or None, `prompts` (B), all on the CPU.
+
+    The first `instance_count` images are the subject's, the others are prior images.
+    """
+
+    latents: Tensor
+    time_ids: Tensor
+    instance_count: int
+    mask: Tensor | None
+    prompts: list[str]
+
+    def with_base_as_prior(self, prompts: list[str]) -> "TrainBatch":
+        """Twice the batch: the second half has these prompts (B), and the frozen base's answer will be its target."""
+        size = len(self.prompts)
+        return TrainBatch(
+            self.latents.repeat(2, 1, 1, 1),
+            self.time_ids.repeat(2, 1),
+            size,
+            None if self.mask is None else torch.cat([self.mask, torch.ones_like(self.mask)]),
+            [*self.prompts, *prompts],
+        )
+
+
+def collate(samples: Sequence[tuple[EncodedView, str]], instance_count: int) -> TrainBatch:
+    """Stack views and their captions, the subject's first, into one batch.
+
+    Views without a mask get ones beside views with one.
+    """
+    views = [view for view, _ in samples]
+    masks = None
+    if any(view.mask is not None for view in views):
+        masks = torch.stack([torch.ones_like(v.latents[:1]) if v.mask is None else v.mask for v in views])
+    return TrainBatch(
+        torch.stack([view.latents for view in views]),
+        torch.stack([view.time_ids for view in views]),
+        instance_count,
+        masks,
+        [caption for _, caption in samples],
+    )
+
+
+def move_together(tensors: dict[str, Tensor | None], device: torch.device) -> dict[str, Tensor | None]:
+    """The CPU tensors on `device`, by one transfer that nothing waits for; None stays None.
+
+    They travel as fp32 numbers, which holds whole numbers up to 2**24 and all halves exactly.
+    """
+    if device.type == "cpu":
+        return tensors
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    buffer = torch.cat([tensor.reshape(-1).float() for tensor in given.values()])
+    if device.type == "cuda":
+        buffer = buffer.pin_memory()
+    parts = buffer.to(device, non_blocking=True).split([tensor.numel() for tensor in given.values()])
+    moved = {
+        name: part.view(tensor.shape).to(tensor.dtype)
+        for part, (name, tensor) in zip(parts, given.items(), strict=True)
+    }
+    return tensors | moved
