@@ -84,8 +84,9 @@ def first_picture_sec(base: str, adapter: Path, scratch: Path) -> float:
 
 
 def measure_switches(base: str, adapters: list[Path]) -> dict[str, tuple[float, str]]:
+    from dreambooth_moslora.generation.image import Image
     from dreambooth_moslora.generation.params import GenerationParams
-    from dreambooth_moslora.generation.pipeline import Image, SubjectPipeline
+    from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
     pipeline = SubjectPipeline.from_base(base)
     loads = [timed(lambda path=path: pipeline.load_adapter(path)) for path in adapters]

@@ -20,9 +20,10 @@ from dreambooth_moslora.core.prompts import scene_places, subject_of
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.evaluation.encoders import Encoders, load_encoders
-from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator, sampler_draw
+from dreambooth_moslora.evaluation.evaluate import Evaluator, sampler_draw
 from dreambooth_moslora.evaluation.metrics import photo_nearness
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_for
+from dreambooth_moslora.evaluation.scores import Evaluation
 from dreambooth_moslora.evaluation.subjects import evaluators_of, photos_by_subject, pooled
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.photos.folder import instance_photos

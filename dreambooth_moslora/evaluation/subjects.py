@@ -16,8 +16,9 @@ from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.prompts import MOST_PAIRS
 from dreambooth_moslora.evaluation import metrics
 from dreambooth_moslora.evaluation.encoders import Encoders
-from dreambooth_moslora.evaluation.evaluate import Draw, Evaluation, Evaluator, Tables, truth_of
+from dreambooth_moslora.evaluation.evaluate import Draw, Evaluator, truth_of
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, spread
+from dreambooth_moslora.evaluation.scores import Evaluation, Tables
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from dreambooth_moslora.photos.masks import open_mask
 from dreambooth_moslora.photos.photo import Photo, open_rgb

@@ -10,11 +10,12 @@ from html import escape
 from pathlib import Path
 
 from dreambooth_moslora.core.atomic_files import atomic_write
-from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator
+from dreambooth_moslora.evaluation.evaluate import Evaluator
 from dreambooth_moslora.evaluation.html_page import page, pictures, section, table
 from dreambooth_moslora.evaluation.intervals import bootstrap_mean
 from dreambooth_moslora.evaluation.metrics import photo_fidelity
 from dreambooth_moslora.evaluation.report import ReportContext, scores_json, with_interval, write_report
+from dreambooth_moslora.evaluation.scores import Evaluation
 from dreambooth_moslora.evaluation.subjects import Together, pooled
 
 __all__ = ["confusion_lines", "write_subject_reports"]

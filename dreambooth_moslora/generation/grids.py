@@ -10,8 +10,9 @@ from PIL import ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.generation.image import Image
 from dreambooth_moslora.generation.params import GenerationParams, Provenance
-from dreambooth_moslora.generation.pipeline import Image, SubjectPipeline
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.generation.progress import Preview, Step
 
 __all__ = ["AXES", "Axis", "Sheet", "draw_sheet", "generate_grid", "parse_axis"]

@@ -7,13 +7,10 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from io import BytesIO
 from pathlib import Path
 
-import PIL.Image
 import torch
 from diffusers import StableDiffusionXLPipeline
-from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.adapters.files.lora_file import adapter_name, check_fits, find_weights, install, read_adapter
@@ -23,42 +20,16 @@ from dreambooth_moslora.base.load import default_guidance, default_resolution, g
 from dreambooth_moslora.core.errors import StopRequestedError, UserError, is_out_of_memory
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.generation.gpu_room import CPU, Home
+from dreambooth_moslora.generation.image import Image
 from dreambooth_moslora.generation.params import GenerationParams, Provenance
 from dreambooth_moslora.generation.progress import Clock, LatentColours, Preview, Step, Watcher
 from dreambooth_moslora.generation.schedulers import make_scheduler
 from dreambooth_moslora.generation.streaming import iterate
 
-__all__ = ["Event", "Image", "SubjectPipeline"]
+__all__ = ["Event", "SubjectPipeline"]
 
 RESIDENT_ADAPTERS = 8
 """Adapters kept inside the model, where nothing else is said; the one that was used longest ago makes room."""
-
-
-@dataclass(frozen=True)
-class Image:
-    """Image `index`, with the parameters of this one image and where it came from."""
-
-    index: int
-    pixels: PIL.Image.Image
-    params: GenerationParams
-    provenance: Provenance
-
-    def save(self, path: str | Path) -> Path:
-        """Write a PNG that carries its recipe."""
-        self._write(path)
-        return Path(path)
-
-    def png(self) -> bytes:
-        """The bytes of that file."""
-        file = BytesIO()
-        self._write(file)
-        return file.getvalue()
-
-    def _write(self, target: str | Path | BytesIO) -> None:
-        text = PngInfo()
-        for key, value in self.params.to_png_text(self.provenance).items():
-            text.add_itxt(key, value)
-        self.pixels.save(target, format="PNG", pnginfo=text)
 
 
 Event = Step | Preview | Image

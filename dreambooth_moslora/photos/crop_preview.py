@@ -20,7 +20,7 @@ MAX_CROPS = 5
 
 
 def plans_of(photo: Photo, number: int, config: TrainConfig) -> Iterator[CropPlan]:
-    """The crops of photo `number` of its subject, drawn by the same names as in training (`dataset.PhotoStream`).
+    """The crops of photo `number` of its subject, drawn by the same names as in training (`photo_stream.PhotoStream`).
 
     They are those of the seed 0 where none is set: training draws one then.
     """

@@ -24,7 +24,7 @@ from dreambooth_moslora.generation.params import GenerationParams, Recipe, recip
 from dreambooth_moslora.serving.orders import parse_object
 
 if TYPE_CHECKING:
-    from dreambooth_moslora.generation.pipeline import Image
+    from dreambooth_moslora.generation.image import Image
     from dreambooth_moslora.generation.progress import Step
 
 __all__ = ["RemotePipeline", "Service"]
@@ -139,7 +139,7 @@ class RemotePipeline:
 
         Raises UserError with the service's message.
         """
-        from dreambooth_moslora.generation.pipeline import Image
+        from dreambooth_moslora.generation.image import Image
         from dreambooth_moslora.generation.progress import Step
 
         params, stopped, started = params.apply_tags(), should_stop or bool, time.monotonic()

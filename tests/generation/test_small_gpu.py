@@ -8,8 +8,9 @@ from diffusers import StableDiffusionXLPipeline
 from dreambooth_moslora.base import decode
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.generation import gpu_room
+from dreambooth_moslora.generation.image import Image
 from dreambooth_moslora.generation.params import GenerationParams
-from dreambooth_moslora.generation.pipeline import Image, SubjectPipeline
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
 PARAMS = GenerationParams("a photo of a sks dog", seed=3, steps=2, guidance_scale=4.0)
 OTHER_DEVICE = "cpu:0"

@@ -15,8 +15,8 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
+from dreambooth_moslora.generation.image import Image
 from dreambooth_moslora.generation.params import GenerationParams, read_recipe
-from dreambooth_moslora.generation.pipeline import Image
 from dreambooth_moslora.ui.jobs.jobs import Job
 from dreambooth_moslora.ui.server.users import COOKIE, visitor_id
 from dreambooth_moslora.ui.train.form import OWN_FIELDS

@@ -21,9 +21,10 @@ from dreambooth_moslora.training.results.best_scale import SCALES, ScaleChoice, 
 from dreambooth_moslora.training.results.model_card import is_card, with_strength
 
 if TYPE_CHECKING:
-    from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator
+    from dreambooth_moslora.evaluation.evaluate import Evaluator
     from dreambooth_moslora.evaluation.protocol import EvaluationPlan
     from dreambooth_moslora.evaluation.report import ReportContext
+    from dreambooth_moslora.evaluation.scores import Evaluation
     from dreambooth_moslora.evaluation.subjects import Together
     from dreambooth_moslora.photos.photo import Photo
 

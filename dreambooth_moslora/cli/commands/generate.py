@@ -92,7 +92,7 @@ def _recipe_values(args: argparse.Namespace, recipe: Recipe | None) -> dict:
 def _save_all(events: Iterator, folder: Path, *, only_sheet: bool) -> int:
     """Write each picture (or only the grid's sheet) under a free name and say where it went."""
     from dreambooth_moslora.generation.grids import Sheet
-    from dreambooth_moslora.generation.pipeline import Image
+    from dreambooth_moslora.generation.image import Image
     from dreambooth_moslora.generation.progress import Step
 
     folder.mkdir(parents=True, exist_ok=True)

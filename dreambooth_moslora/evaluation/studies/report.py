@@ -13,11 +13,12 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.pictures import Row, draw_contact_sheet
-from dreambooth_moslora.evaluation.evaluate import RELATIVE
 from dreambooth_moslora.evaluation.html_page import figure, page, picture, section, table
 from dreambooth_moslora.evaluation.intervals import Interval
+from dreambooth_moslora.evaluation.scores import RELATIVE
 from dreambooth_moslora.evaluation.studies import plots as study_plots
-from dreambooth_moslora.evaluation.studies.run import STRIP_PX, result_path
+from dreambooth_moslora.evaluation.studies.results import result_path
+from dreambooth_moslora.evaluation.studies.run import STRIP_PX
 from dreambooth_moslora.evaluation.studies.stats import (
     ArmSummary,
     Outcome,

@@ -7,7 +7,6 @@
 A worker keeps the base, the encoders and each subject's base pictures in memory from one cell to the next.
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -32,15 +31,16 @@ from dreambooth_moslora.base.locate import resolve_base
 from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.config.targets import is_target
 from dreambooth_moslora.core.config.train_config import TrainConfig
-from dreambooth_moslora.core.digests import content_key, file_digest
 from dreambooth_moslora.core.process import reset_peak_memory, when_orphaned
 from dreambooth_moslora.core.prompts import scene_places, subject_of
 from dreambooth_moslora.core.run_files.events import StepDone, events_of
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.core.toy import is_toy
-from dreambooth_moslora.evaluation.encoders import TOY_DINO, Encoders, load_encoders, own_encoders
-from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator, evaluate_adapter, truth_of
+from dreambooth_moslora.evaluation.encoders import Encoders, load_encoders
+from dreambooth_moslora.evaluation.evaluate import Evaluator, evaluate_adapter, truth_of
 from dreambooth_moslora.evaluation.protocol import plan_for
+from dreambooth_moslora.evaluation.scores import Evaluation
+from dreambooth_moslora.evaluation.studies.results import read_results, result_path
 from dreambooth_moslora.evaluation.studies.stats import JUDGED, Result, best_rates, is_tuned
 from dreambooth_moslora.evaluation.studies.study import Cell, Study
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
@@ -52,10 +52,9 @@ from dreambooth_moslora.training.loop import train
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
 
-__all__ = ["Progress", "budget_ranks", "read_results", "run_cell", "run_cells", "run_study", "unfinished"]
+__all__ = ["Progress", "budget_ranks", "run_cell", "run_cells", "run_study", "unfinished"]
 
 STRIP_PX, STRIP_LENGTH = 128, 8
-WHOLE_BYTES, END_BYTES = 64 << 20, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -242,43 +241,6 @@ def strip(pictures: Iterable[Image.Image]) -> Image.Image:
     for number, picture in enumerate(some):
         sheet.paste(picture.resize((STRIP_PX, STRIP_PX)), (number * STRIP_PX, 0))
     return sheet
-
-
-def result_path(study: Study, cell: Cell, out: Path) -> Path:
-    digest = study.digest(cell, [content_of(path) for path in materials(study, cell.subject)])
-    return out / "cells" / f"{cell.name}-{digest}.json"
-
-
-def materials(study: Study, subject: str) -> list[Path]:
-    """The local files that a result depends on: photos, base and encoders. Hub models go by name."""
-    base, protocol = resolve_base(study.base), study.protocol
-    beside = [base.parent / TOY_DINO] if own_encoders(study.base) else []
-    found = [base, study.subject(subject).photos, protocol.clip, protocol.dino, *beside]
-    return [Path(path) for path in found if path and Path(path).exists()]
-
-
-@lru_cache(maxsize=64)
-def content_of(path: Path) -> str:
-    """A digest of a file, or of all files below a folder except .md files."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.suffix != ".md")
-    return content_key(files=[(str(file.relative_to(path)), file_mark(file)) for file in files])
-
-
-def file_mark(path: Path) -> str:
-    """The digest of a file; of a large one only of its size and last bytes, which any training changes."""
-    size = path.stat().st_size
-    if size <= WHOLE_BYTES:
-        return file_digest(path)
-    with path.open("rb") as file:
-        file.seek(-END_BYTES, os.SEEK_END)
-        return f"{size} {hashlib.sha256(file.read()).hexdigest()}"
-
-
-def read_results(study: Study, cells: Iterable[Cell], out: Path) -> list[Result]:
-    """The results of those cells that are finished."""
-    paths = [result_path(study, cell, out) for cell in cells]
-    stored = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
-    return [Result(Cell(**s["cell"]), s["scores"], s["pictures"], s["cost"]) for s in stored]
 
 
 def budget_ranks(study: Study) -> dict[tuple[str, int], int]:

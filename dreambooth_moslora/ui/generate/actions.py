@@ -19,7 +19,7 @@ from dreambooth_moslora.ui.server.libraries import import_libraries
 from dreambooth_moslora.ui.server.users import Picture, Visitor
 
 if TYPE_CHECKING:
-    from dreambooth_moslora.generation.pipeline import Image
+    from dreambooth_moslora.generation.image import Image
     from dreambooth_moslora.generation.progress import Step
 
 __all__ = ["Frame", "compare", "draw_grid", "make_pictures"]
@@ -104,7 +104,7 @@ def _drawn(ctx: AppContext, params: GenerationParams, request: gr.Request, axes:
 
 def _frames(events: Iterator, visitor: Visitor, params: GenerationParams, word: str) -> Iterator[Frame]:
     from dreambooth_moslora.generation.grids import Sheet
-    from dreambooth_moslora.generation.pipeline import Image
+    from dreambooth_moslora.generation.image import Image
     from dreambooth_moslora.generation.progress import Preview, Step
 
     started = shown_at = time.perf_counter()

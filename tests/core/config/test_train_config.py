@@ -4,7 +4,8 @@ from dataclasses import fields
 
 import pytest
 
-from dreambooth_moslora.cli.parser import FOREIGN_FLAGS, parse_train_config
+from dreambooth_moslora.cli.foreign_flags import FOREIGN_FLAGS
+from dreambooth_moslora.cli.parser import parse_train_config
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 

@@ -15,14 +15,13 @@ from PIL import Image, ImageChops, ImageOps, ImageStat
 
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.evaluation.studies.report import write_comparison
+from dreambooth_moslora.evaluation.studies.results import content_of, result_path
 from dreambooth_moslora.evaluation.studies.run import (
     budget_ranks,
-    content_of,
     count_parameters,
     gpu_of,
     nearest_rank,
     projections,
-    result_path,
     run_study,
     unfinished,
 )

@@ -9,8 +9,9 @@ import PIL.Image
 import pytest
 
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.generation.image import Image
 from dreambooth_moslora.generation.params import GenerationParams
-from dreambooth_moslora.generation.pipeline import Image, SubjectPipeline
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.ui.app_state import AppContext
 from dreambooth_moslora.ui.generate.actions import make_pictures
 from dreambooth_moslora.ui.generate.form import GenerateForm

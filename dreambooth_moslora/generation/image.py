@@ -1,0 +1,39 @@
+"""A finished picture, with the recipe that its PNG carries."""
+
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import PIL.Image
+from PIL.PngImagePlugin import PngInfo
+
+from dreambooth_moslora.generation.params import GenerationParams, Provenance
+
+__all__ = ["Image"]
+
+
+@dataclass(frozen=True)
+class Image:
+    """Image `index`, with the parameters of this one image and where it came from."""
+
+    index: int
+    pixels: PIL.Image.Image
+    params: GenerationParams
+    provenance: Provenance
+
+    def save(self, path: str | Path) -> Path:
+        """Write a PNG that carries its recipe."""
+        self._write(path)
+        return Path(path)
+
+    def png(self) -> bytes:
+        """The bytes of that file."""
+        file = BytesIO()
+        self._write(file)
+        return file.getvalue()
+
+    def _write(self, target: str | Path | BytesIO) -> None:
+        text = PngInfo()
+        for key, value in self.params.to_png_text(self.provenance).items():
+            text.add_itxt(key, value)
+        self.pixels.save(target, format="PNG", pnginfo=text)
