@@ -18,6 +18,7 @@ from dreambooth_moslora.core.run_files.events import StepDone, events_of, record
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.step import train_step as train_step_module
+from dreambooth_moslora.training.step.draws import prior_prompts
 from dreambooth_moslora.training.step.train_step import StepLosses
 from tests.helpers.tiny import save_tiny_sdxl
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
@@ -381,7 +382,7 @@ def test_other_prior_prompts_are_preserved_beside_the_class_and_each_by_its_own_
 def test_every_second_prior_prompt_is_the_class_prompt(tiny_base, photos, tmp_path):
     config = tiny_config(tiny_base, photos, tmp_path, prior_prompts=("a car", "a cup"))
     classes = [config.class_prompt] * 50
-    drawn = Counter(prompt for turn in (0, 1) for prompt in train_step_module.prior_prompts(config, classes, turn))
+    drawn = Counter(prompt for turn in (0, 1) for prompt in prior_prompts(config, classes, turn))
     assert 35 < drawn["a photo of a dog"] < 65 and min(drawn["a car"], drawn["a cup"]) > 10 and len(drawn) == 3
 
 

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["Average", "MovingAverage", "ScheduleFreeAverage", "copies", "lent", "put"]
+from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.config.training_settings import SCHEDULE_FREE
+
+__all__ = ["Average", "MovingAverage", "ScheduleFreeAverage", "average_of", "copies", "lent", "put"]
 
 
 class Average(Protocol):
@@ -63,6 +66,13 @@ class ScheduleFreeAverage:
         beta1 = self.optimizer.param_groups[0]["betas"][0]
         ahead = [self.optimizer.state[p].get("z", p) for p in self.parameters]
         return [y.lerp(z, 1 - 1 / beta1) for y, z in zip(self.parameters, ahead, strict=True)]
+
+
+def average_of(config: TrainConfig, parameters: list[nn.Parameter], optimizer: Optimizer) -> Average | None:
+    """None: the adapter is what its steps have made of it."""
+    if config.optimizer == SCHEDULE_FREE:
+        return ScheduleFreeAverage(parameters, optimizer)
+    return MovingAverage(parameters, config.ema_decay) if config.use_ema else None
 
 
 @contextmanager

@@ -17,26 +17,21 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from torch.optim import Optimizer
 
 from dreambooth_moslora.adapters.fused.working_copies import WorkingCopies
-from dreambooth_moslora.adapters.moslora import (
-    adapter_parameters,
-    lora_layers,
-    switched_off,
-)
+from dreambooth_moslora.adapters.moslora import adapter_parameters, lora_layers, switched_off
 from dreambooth_moslora.base.load import TextCond, encode_text
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.train_config import TrainConfig
-from dreambooth_moslora.core.config.training_settings import SCHEDULE_FREE
-from dreambooth_moslora.core.seeding import generator, rng, seed_of
+from dreambooth_moslora.core.seeding import seed_of
 from dreambooth_moslora.training.checkpoint import restore_optimizer, restore_weights
 from dreambooth_moslora.training.inputs.train_batch import TrainBatch, move_together
 from dreambooth_moslora.training.planning.speed import Speed, speed_of
 from dreambooth_moslora.training.prepare import TrainInputs
 from dreambooth_moslora.training.step.add_adapters import add_adapters
-from dreambooth_moslora.training.step.averages import Average, MovingAverage, ScheduleFreeAverage, lent
+from dreambooth_moslora.training.step.averages import average_of, lent
 from dreambooth_moslora.training.step.compiled_blocks import CompiledBlocks
+from dreambooth_moslora.training.step.draws import noise_and_levels, prior_prompts
 from dreambooth_moslora.training.step.micro_batch import MicroBatch, UNetRows
 from dreambooth_moslora.training.step.objective import (
     LossParts,
@@ -44,10 +39,8 @@ from dreambooth_moslora.training.step.objective import (
     debiased_weights,
     loss,
     loss_target,
-    offset_noise,
     pointwise_error,
     prediction_of,
-    sample_timesteps,
     snr_weights,
 )
 from dreambooth_moslora.training.step.optimizer import make_lr_schedule, make_optimizer, parameter_groups
@@ -90,7 +83,9 @@ class TrainStep:
         self.parameters = [p for module in self.components.values() for _, p in adapter_parameters(module)]
         self.copies = WorkingCopies(*self.components.values())
         self.lora_layers = [layer for module in self.components.values() for layer in lora_layers(module)]
-        self.learnt = learn_tokens(config, inputs, max_train_steps, checkpoint)
+        self.learnt: LearntTokens | None = None
+        if config.train_text_encoder_ti:
+            self.learnt = LearntTokens(config, inputs.pipeline, inputs.prompt_embeds, max_train_steps, checkpoint)
         tokens = self.learnt.parameters if self.learnt else []
         self.trained = [*self.parameters, *tokens]
         groups = parameter_groups(config, self.components, accelerator.num_processes, tokens)
@@ -203,20 +198,15 @@ class TrainStep:
 
     def drawn_for(self, batch: TrainBatch, micro_batch: int) -> dict[str, Tensor | None]:
         """What the device needs of a micro-batch, on the CPU: with noise, noise levels `index` (B,), and text."""
-        config, names = self.config, (self.config.seed, "micro", micro_batch)
-        bias = (config.timestep_bias_strategy, config.timestep_bias_multiplier, config.timestep_bias_portion)
-        levels, noise = (
-            generator(*names, "level"),
-            torch.randn(batch.latents.shape, generator=generator(*names, "noise")),
-        )
+        noise, index = noise_and_levels(self.config, self.inputs.schedule, batch.latents.shape, micro_batch)
         drawn = {
             "latents": batch.latents,
             "time_ids": batch.time_ids,
             "mask": batch.mask,
-            "noise": offset_noise(noise, config.noise_offset, generator(*names, "noise offset")),
-            "index": sample_timesteps(self.inputs.schedule, len(batch.latents), levels, *bias),
+            "noise": noise,
+            "index": index,
         }
-        if not config.keeps_text_encoders:
+        if not self.config.keeps_text_encoders:
             cond = self.inputs.prompt_embeds(batch.prompts)
             drawn |= {"embeds": cond.embeds, "pooled": cond.pooled}
         return drawn
@@ -302,31 +292,8 @@ def make_convolutions_fast(unet: nn.Module, speed: Speed) -> None:
             module.to(memory_format=torch.channels_last)
 
 
-def average_of(config: TrainConfig, parameters: list[nn.Parameter], optimizer: Optimizer) -> Average | None:
-    """None: the adapter is what its steps have made of it."""
-    if config.optimizer == SCHEDULE_FREE:
-        return ScheduleFreeAverage(parameters, optimizer)
-    return MovingAverage(parameters, config.ema_decay) if config.use_ema else None
-
-
-def learn_tokens(
-    config: TrainConfig, inputs: TrainInputs, total_steps: int, checkpoint: Path | None
-) -> LearntTokens | None:
-    """The new tokens of the run, at work in its pipeline."""
-    if not config.train_text_encoder_ti:
-        return None
-    return LearntTokens(config, inputs.pipeline, inputs.prompt_embeds, total_steps, checkpoint)
-
-
 def cond_of(on_device: dict[str, Tensor | None]) -> TextCond:
     return TextCond(on_device["embeds"], on_device["pooled"])
-
-
-def prior_prompts(config: TrainConfig, classes: list[str], micro_batch: int) -> list[str]:
-    """What `adapter_off` preserves beside each photo of a micro-batch: the prompt of its class, or in every second of
-    many draws one of the others."""
-    draws = rng(config.seed, "micro", micro_batch, "prior prompts")
-    return [draws.choice((of_class, draws.choice(config.prior_prompts or (of_class,)))) for of_class in classes]
 
 
 def numbers_of(parts: LossParts) -> Tensor:
