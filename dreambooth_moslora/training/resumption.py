@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
-from dreambooth_moslora.core.config.targets import is_target
+from dreambooth_moslora.core.config.targets import is_adapted, is_target
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.config.training_settings import SCHEDULE_FREE
 from dreambooth_moslora.core.errors import UserError
@@ -137,7 +137,7 @@ def shown(value: object) -> str:
 def require_targets(checkpoint: Path, modules: list[str], config: TrainConfig) -> None:
     """Each target has its modules and each module its target, by PEFT's rule."""
     asked = config.target_modules
-    strange = [module for module in modules if not any(is_target(module, target) for target in asked)]
+    strange = [module for module in modules if not is_adapted(module, asked)]
     unmet = [target for target in asked if not any(is_target(module, target) for module in modules)]
     if strange or unmet:
         require(checkpoint, "target_modules", " ".join(sorted({last_name(m) for m in modules})), " ".join(asked))

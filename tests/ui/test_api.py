@@ -17,7 +17,7 @@ from gradio_client.exceptions import AppError
 
 from dreambooth_moslora.generation.image import Image
 from dreambooth_moslora.generation.params import GenerationParams, read_recipe
-from dreambooth_moslora.ui.jobs.jobs import Job
+from dreambooth_moslora.ui.jobs.job import Job
 from dreambooth_moslora.ui.server.users import COOKIE, visitor_id
 from dreambooth_moslora.ui.train.form import OWN_FIELDS
 from tests.helpers.ui_server import cookie_of, secret_of

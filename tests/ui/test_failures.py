@@ -12,7 +12,8 @@ from dreambooth_moslora.ui.adapters.catalog import AdapterCatalog
 from dreambooth_moslora.ui.app_state import AppContext
 from dreambooth_moslora.ui.generate.actions import compare, make_pictures
 from dreambooth_moslora.ui.generate.form import GenerateForm
-from dreambooth_moslora.ui.jobs.jobs import Job, Jobs
+from dreambooth_moslora.ui.jobs.job import Job
+from dreambooth_moslora.ui.jobs.jobs import Jobs
 from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train.form import TrainForm
 from dreambooth_moslora.ui.train.start import start_run

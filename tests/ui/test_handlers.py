@@ -21,7 +21,7 @@ from dreambooth_moslora.ui.generate.recipe_to_form import match_adapters
 from dreambooth_moslora.ui.generate.tab import _axis_values
 from dreambooth_moslora.ui.generate.widgets import ask_widgets
 from dreambooth_moslora.ui.inspect_tab import label_of, words_of
-from dreambooth_moslora.ui.jobs.jobs import Job
+from dreambooth_moslora.ui.jobs.job import Job
 from dreambooth_moslora.ui.serve import main, parse_login, resolution_of
 from dreambooth_moslora.ui.server.users import HISTORY_LENGTH, Picture, Visitor, VisitorCookie
 

@@ -17,7 +17,7 @@ from dreambooth_moslora.core.errors import UserError, spelled_out
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from dreambooth_moslora.ui.jobs.jobs import Job
+    from dreambooth_moslora.ui.jobs.job import Job
     from dreambooth_moslora.ui.jobs.queue_turns import QueueTurns
 
 __all__ = ["HELP", "add_arguments", "enqueue", "run"]
@@ -129,7 +129,7 @@ def progress_of(turns: "QueueTurns", name: str) -> str:
 
 
 def job_of(turns: "QueueTurns", name: str) -> "Job | None":
-    from dreambooth_moslora.ui.jobs.jobs import Job
+    from dreambooth_moslora.ui.jobs.job import Job
 
     return Job.load(turns.jobs.runs_dir / name)
 

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 
 from dreambooth_moslora.core.errors import UserError
 
-__all__ = ["ATTENTION", "BLOCKS", "full_name", "is_meant", "is_target", "parse_pattern", "pattern_value"]
+__all__ = ["ATTENTION", "BLOCKS", "full_name", "is_adapted", "is_meant", "is_target", "parse_pattern", "pattern_value"]
 
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 BLOCKS = {"blora_content": "up_blocks.0.attentions.0", "blora_style": "up_blocks.0.attentions.1"}
@@ -27,6 +27,11 @@ def is_target(path: str, name: str) -> bool:
     """Whether the layer at `path` gets an adapter by `name` in `--target_modules`."""
     name = full_name(name)
     return is_like(path, name) or (path.startswith(f"{name}.") and any(is_like(path, end) for end in ATTENTION))
+
+
+def is_adapted(path: str, names: Iterable[str]) -> bool:
+    """Whether the layer at `path` gets an adapter by any of the names in `--target_modules`."""
+    return any(is_target(path, name) for name in names)
 
 
 def is_meant(path: str, name: str) -> bool:

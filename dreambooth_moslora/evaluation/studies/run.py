@@ -29,7 +29,7 @@ from dreambooth_moslora.adapters.layers import matrix_layers
 from dreambooth_moslora.adapters.skeleton import empty_model
 from dreambooth_moslora.base.locate import resolve_base
 from dreambooth_moslora.core.atomic_files import atomic_write
-from dreambooth_moslora.core.config.targets import is_target
+from dreambooth_moslora.core.config.targets import is_adapted
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.process import reset_peak_memory, when_orphaned
 from dreambooth_moslora.core.prompts import scene_places, subject_of
@@ -282,5 +282,5 @@ def widths_of(base: str, targets: tuple[str, ...]) -> tuple[tuple[int, int], ...
             {"class": "UNet2DConditionModel", "config": UNet2DConditionModel.load_config(source, subfolder="unet")}
         )
     layers = matrix_layers(unet).items()
-    weights = [layer.weight for path, layer in layers if any(is_target(path, name) for name in targets)]
+    weights = [layer.weight for path, layer in layers if is_adapted(path, targets)]
     return tuple((weight[0].numel(), weight.shape[0]) for weight in weights)

@@ -15,7 +15,7 @@ from dreambooth_moslora.base.headers import tensor_shapes
 from dreambooth_moslora.base.locate import base_folder, check_vae
 from dreambooth_moslora.core.config.fields import nearest
 from dreambooth_moslora.core.config.subject_tables import each_subject
-from dreambooth_moslora.core.config.targets import full_name, is_meant, is_target, parse_pattern
+from dreambooth_moslora.core.config.targets import full_name, is_adapted, is_meant, is_target, parse_pattern
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.digests import default_cache_dir
 from dreambooth_moslora.core.errors import UserError
@@ -85,7 +85,7 @@ def names_in(layers: Iterable[str], blocks: bool) -> list[str]:
 
 def check_patterns(config: TrainConfig, layers: Iterable[str]) -> None:
     """Raises UserError for a pattern that means no layer with an adapter. `layers` are all of the UNet's."""
-    adapted = [layer for layer in layers if any(is_target(layer, name) for name in config.target_modules)]
+    adapted = [layer for layer in layers if is_adapted(layer, config.target_modules)]
     for flag in ("rank_pattern", "alpha_pattern"):
         for text in getattr(config, flag):
             name = parse_pattern(flag, text)[0]

@@ -13,7 +13,7 @@ from pathlib import Path
 from dreambooth_moslora.base.gpu_memory import DECODER_BYTES_A_PIXEL, GIB, TILE_PX
 from dreambooth_moslora.base.headers import tensor_shapes
 from dreambooth_moslora.core.config.subject_tables import each_subject
-from dreambooth_moslora.core.config.targets import is_target, is_text_projection
+from dreambooth_moslora.core.config.targets import is_adapted, is_text_projection
 from dreambooth_moslora.core.config.train_config import TrainConfig, is_scored
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha
@@ -93,7 +93,7 @@ def size_of_base(folder: Path | None, target_modules: tuple[str, ...], variant: 
         return BaseSize()
     weights = {name: shape for name, shape in shapes["unet"].items() if name.endswith(".weight") and len(shape) > 1}
     layers = {name.removesuffix(".weight"): shape for name, shape in weights.items()}
-    adapted = {path: shape for path, shape in layers.items() if any(is_target(path, t) for t in target_modules)}
+    adapted = {path: shape for path, shape in layers.items() if is_adapted(path, target_modules)}
     count = {part: sum(map(math.prod, found.values())) for part, found in shapes.items()}
     texts = count["text_encoder"] + count["text_encoder_2"]
     widths = tuple((path, shape[0] + math.prod(shape[1:])) for path, shape in adapted.items())

@@ -11,7 +11,7 @@ from dreambooth_moslora.adapters.fused.fused_linear import enable_fast_path
 from dreambooth_moslora.adapters.init_adapter import begin_with
 from dreambooth_moslora.adapters.layers import matrix_layers, narrowest_sides, value_pattern
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, inject
-from dreambooth_moslora.core.config.targets import is_target
+from dreambooth_moslora.core.config.targets import is_adapted
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.seeding import seed_of
@@ -54,7 +54,7 @@ def add_adapters(config: TrainConfig, inputs: TrainInputs, checkpoint: Path | No
 def target_paths(config: TrainConfig, component: str, module: nn.Module) -> list[str]:
     """The layers of the component that get an adapter."""
     targets = config.target_modules if component == "unet" else TEXT_PROJECTIONS
-    return [path for path in matrix_layers(module) if any(is_target(path, name) for name in targets)]
+    return [path for path in matrix_layers(module) if is_adapted(path, targets)]
 
 
 def check_same_layers(config: TrainConfig, checkpoint: Path, components: dict[str, nn.Module]) -> None:

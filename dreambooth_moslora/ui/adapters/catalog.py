@@ -11,7 +11,7 @@ from dreambooth_moslora.core.names import free_name
 from dreambooth_moslora.core.run_files.adapter_files import NONE, clean_name, files_by_name, run_files
 from dreambooth_moslora.training.run_folders.run_queue import COMMAND_LINE
 from dreambooth_moslora.ui.adapters.check import check_upload
-from dreambooth_moslora.ui.jobs.jobs import JOB_NAME, Job
+from dreambooth_moslora.ui.jobs.job import JOB_NAME, Job
 from dreambooth_moslora.ui.server.users import Visitor
 
 __all__ = ["AdapterCatalog"]

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,87 +21,18 @@ import psutil
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.job_endings import was_killed, why_it_ended
-from dreambooth_moslora.core.run_files.training_process import (
-    CONFIG_NAME,
-    TRAIN,
-    log_tail,
-    start_training,
-    write_settings,
-)
+from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.core.run_files.training_process import CONFIG_NAME, TRAIN, start_training, write_settings
+from dreambooth_moslora.ui.jobs.job import JOB_NAME, Job, birth_of
 from dreambooth_moslora.ui.jobs.run_events import RunEvents, phase_of
 
-__all__ = ["Job", "JobState", "Jobs", "run_name_of"]
+__all__ = ["JobState", "Jobs", "run_name_of"]
 
-JOB_NAME, METRICS_NAME = "job.json", "metrics.jsonl"
 KILL_AFTER_SEC = 30
 RUN_NAME = re.compile(r"[^\W_][\w +-]*(\.[\w +-]+)*")
 """Letters, digits, space and `+-_`, single dots between: no separator, no leading dot."""
 MAX_RUN_NAME = 60
 ACTIVE = ("starting", "running", "stopping")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run: its folder, its owner (`Visitor.id`) and its process, told apart from a later one of the same number.
-
-    `folder`: where the paths in its settings begin, if it is not where the server was started.
-    """
-
-    run_dir: Path
-    owner: str
-    pid: int
-    created: float
-    stop_asked: float = 0.0
-    birth: str = ""
-    folder: str = ""
-
-    @property
-    def name(self) -> str:
-        return self.run_dir.name
-
-    def save(self) -> None:
-        facts = {key: value for key, value in asdict(self).items() if key != "run_dir"}
-        temporary = self.run_dir / f".{JOB_NAME}.tmp"
-        temporary.write_text(json.dumps(facts), encoding="utf-8")
-        temporary.replace(self.run_dir / JOB_NAME)
-
-    @classmethod
-    def load(cls, run_dir: Path) -> "Job | None":
-        """None where there is no record, or none that can be read."""
-        try:
-            job = cls(run_dir, **json.loads((run_dir / JOB_NAME).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, RecursionError):
-            return None
-        texts, numbers = (job.owner, job.birth, job.folder), (job.created, job.stop_asked)
-        is_sound = isinstance(job.pid, int) and all(isinstance(text, str) for text in texts)
-        return job if is_sound and all(isinstance(number, int | float) for number in numbers) else None
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether the process that was started is still there (a zombie is not)."""
-        try:
-            process = psutil.Process(self.pid)
-            by_clock = abs(process.create_time() - self.created) < 1.0
-            same = birth_of(self.pid) == self.birth if self.birth else by_clock
-            return same and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return False
-
-    def log_tail(self) -> str:
-        return log_tail(self.run_dir)
-
-
-def birth_of(pid: int) -> str:
-    """Which boot of the machine and which tick of it began the process: unlike a time, no set clock moves it.
-
-    Empty where the system does not tell.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        facts = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        return f"{boot} {facts[19]}"
-    except (OSError, IndexError):
-        return ""
 
 
 @dataclass(frozen=True)
@@ -212,7 +143,7 @@ class Jobs:
 
     def metrics(self, job: Job) -> RunEvents:
         with self._lock:
-            path = job.run_dir / METRICS_NAME
+            path = RunDir(job.run_dir).metrics_path
             return self._metrics.setdefault(path, RunEvents(path)).refresh()
 
     def state(self, job: Job) -> JobState:

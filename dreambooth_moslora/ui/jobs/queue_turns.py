@@ -15,7 +15,8 @@ from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.run_folders.run_lock import locked
 from dreambooth_moslora.training.run_folders.run_queue import QueuedRun, RunQueue
-from dreambooth_moslora.ui.jobs.jobs import Job, Jobs
+from dreambooth_moslora.ui.jobs.job import Job
+from dreambooth_moslora.ui.jobs.jobs import Jobs
 
 __all__ = ["QueueTurns"]
 

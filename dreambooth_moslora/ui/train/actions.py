@@ -19,7 +19,8 @@ from dreambooth_moslora.training.results.figures import figures_from, known_conf
 from dreambooth_moslora.ui.app_state import AppContext, sentence
 from dreambooth_moslora.ui.generate.actions import format_seconds
 from dreambooth_moslora.ui.html_snippets import faint, notice, progress_card, remarks_card
-from dreambooth_moslora.ui.jobs.jobs import Job, Jobs, JobState
+from dreambooth_moslora.ui.jobs.job import Job
+from dreambooth_moslora.ui.jobs.jobs import Jobs, JobState
 from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train.form import crop_config
 from dreambooth_moslora.ui.train.mask_corrections import take_with_masks

@@ -13,7 +13,8 @@ from dreambooth_moslora.core.names import free_name
 from dreambooth_moslora.training.run_folders.run_queue import QueuedRun
 from dreambooth_moslora.ui.app_state import AppContext
 from dreambooth_moslora.ui.html_snippets import remarks_card
-from dreambooth_moslora.ui.jobs.jobs import Job, Jobs, run_name_of
+from dreambooth_moslora.ui.jobs.job import Job
+from dreambooth_moslora.ui.jobs.jobs import Jobs, run_name_of
 from dreambooth_moslora.ui.server.photo_uploads import ONE_AT_A_TIME
 from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train.form import TrainForm

@@ -11,7 +11,8 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.ui.app_state import AT_ONCE, AppContext, as_gradio_error, as_user_error, sentence
 from dreambooth_moslora.ui.html_snippets import notice
-from dreambooth_moslora.ui.jobs.jobs import Job, Jobs
+from dreambooth_moslora.ui.jobs.job import Job
+from dreambooth_moslora.ui.jobs.jobs import Jobs
 from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train.actions import Watch, link_into_user_folder, watch
 

@@ -12,7 +12,8 @@ import pytest
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.event_log import Metrics
 from dreambooth_moslora.core.run_files.job_endings import why_it_ended
-from dreambooth_moslora.ui.jobs.jobs import Job, Jobs, JobState, birth_of
+from dreambooth_moslora.ui.jobs.job import Job, birth_of
+from dreambooth_moslora.ui.jobs.jobs import Jobs, JobState
 from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train.actions import status_card
 from dreambooth_moslora.ui.train.watch import watched

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import httpx
 from gradio_client import Client
 
-from dreambooth_moslora.ui.jobs.jobs import Job
+from dreambooth_moslora.ui.jobs.job import Job
 from dreambooth_moslora.ui.server.users import COOKIE, visitor_id
 from tests.helpers.ui_server import cookie_of, secret_of
 from tests.ui.test_security import FAST, Touch, refusal

@@ -12,7 +12,8 @@ import pytest
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.event_log import Metrics
-from dreambooth_moslora.ui.jobs.jobs import Job, Jobs
+from dreambooth_moslora.ui.jobs.job import Job
+from dreambooth_moslora.ui.jobs.jobs import Jobs
 from dreambooth_moslora.ui.train.actions import (
     fidelity_table,
     loss_table,

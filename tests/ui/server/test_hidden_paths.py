@@ -9,7 +9,7 @@ import pytest
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.ui.app_state import AppContext
-from dreambooth_moslora.ui.jobs.jobs import Job
+from dreambooth_moslora.ui.jobs.job import Job
 from dreambooth_moslora.ui.server.libraries import TELLS_PROMPTS, import_libraries
 from dreambooth_moslora.ui.train.cost_estimate import estimate_cost
 from dreambooth_moslora.ui.train.form import TrainForm

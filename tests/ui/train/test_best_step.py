@@ -7,7 +7,8 @@ import psutil
 import pytest
 
 from dreambooth_moslora.ui.adapters.catalog import AdapterCatalog
-from dreambooth_moslora.ui.jobs.jobs import Job, Jobs
+from dreambooth_moslora.ui.jobs.job import Job
+from dreambooth_moslora.ui.jobs.jobs import Jobs
 from dreambooth_moslora.ui.train.watch import watched
 from tests.ui.test_handlers import OWNER, visitor
 

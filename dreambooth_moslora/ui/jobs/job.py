@@ -1,0 +1,77 @@
+"""One training run of the page: its folder, its owner and its process, as `job.json` in the folder has them."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from dreambooth_moslora.core.run_files.training_process import log_tail
+
+__all__ = ["JOB_NAME", "Job", "birth_of"]
+
+JOB_NAME = "job.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: its folder, its owner (`Visitor.id`) and its process, told apart from a later one of the same number.
+
+    `folder`: where the paths in its settings begin, if it is not where the server was started.
+    """
+
+    run_dir: Path
+    owner: str
+    pid: int
+    created: float
+    stop_asked: float = 0.0
+    birth: str = ""
+    folder: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.run_dir.name
+
+    def save(self) -> None:
+        facts = {key: value for key, value in asdict(self).items() if key != "run_dir"}
+        temporary = self.run_dir / f".{JOB_NAME}.tmp"
+        temporary.write_text(json.dumps(facts), encoding="utf-8")
+        temporary.replace(self.run_dir / JOB_NAME)
+
+    @classmethod
+    def load(cls, run_dir: Path) -> "Job | None":
+        """None where there is no record, or none that can be read."""
+        try:
+            job = cls(run_dir, **json.loads((run_dir / JOB_NAME).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError):
+            return None
+        texts, numbers = (job.owner, job.birth, job.folder), (job.created, job.stop_asked)
+        is_sound = isinstance(job.pid, int) and all(isinstance(text, str) for text in texts)
+        return job if is_sound and all(isinstance(number, int | float) for number in numbers) else None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process that was started is still there (a zombie is not)."""
+        try:
+            process = psutil.Process(self.pid)
+            by_clock = abs(process.create_time() - self.created) < 1.0
+            same = birth_of(self.pid) == self.birth if self.birth else by_clock
+            return same and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+    def log_tail(self) -> str:
+        return log_tail(self.run_dir)
+
+
+def birth_of(pid: int) -> str:
+    """Which boot of the machine and which tick of it began the process: unlike a time, no set clock moves it.
+
+    Empty where the system does not tell.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        facts = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return f"{boot} {facts[19]}"
+    except (OSError, IndexError):
+        return ""
