@@ -23,7 +23,7 @@ from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.adapters.mixer import nominal_scale
 from dreambooth_moslora.adapters.moslora import matrices_of
 from dreambooth_moslora.adapters.new_tokens import note_in
-from dreambooth_moslora.adapters.spectrum import product_svd
+from dreambooth_moslora.adapters.spectrum import leading_part, product_svd
 from dreambooth_moslora.core.errors import UserError
 
 __all__ = ["Start", "begin_with", "read_start"]
@@ -169,8 +169,7 @@ def of_rank(projection: LowRank, scale: float, own: Tensor) -> tuple[LowRank, fl
     if len(down) > rank:
         left, sizes, right = product_svd(up, down)
         before, kept = float(sizes.square().sum()), float(sizes[:rank].square().sum())
-        root = sizes[:rank].sqrt()
-        down, up = root[:, None] * right[:rank], left[:, :rank] * root
+        up, down = leading_part(left, sizes, right, rank)
     else:
         before = kept = float(((up.T @ up) * (down @ down.T)).sum())
     own = own.detach().cpu().double().flatten(1)

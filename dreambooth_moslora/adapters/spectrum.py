@@ -19,11 +19,11 @@ from dreambooth_moslora.core.errors import UserError
 
 __all__ = [
     "Diagnosis",
-    "Reduction",
     "diagnose",
     "diagnostics",
     "effective_rank",
     "effective_rank_of",
+    "leading_part",
     "product_svd",
     "reduce_layers",
     "reduce_rank",
@@ -48,6 +48,12 @@ def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q_down, r_down = torch.linalg.qr(down.double().T)
     left, sizes, right = torch.linalg.svd(r_up @ r_down.T)
     return q_up @ left[:, : len(sizes)], sizes, right[: len(sizes)] @ q_down.T
+
+
+def leading_part(left: Tensor, sizes: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """U (out, n), S (n,), Vh (n, in) -> up (out, rank), down (rank, in): equally long, and the best of that rank."""
+    root = sizes[:rank].sqrt()
+    return left[:, :rank] * root, root[:, None] * right[:rank]
 
 
 def effective_rank(sizes: Tensor) -> float:
@@ -111,14 +117,6 @@ def summary(figures: dict[str, Diagnosis]) -> dict[str, float]:
     return medians
 
 
-class Reduction(NamedTuple):
-    """What a reduction did to all projections together. `kept` is the share of Σ‖ΔW‖² that is left."""
-
-    rank_before: int  # sum over the projections
-    rank_after: int
-    kept: float
-
-
 def reduce_rank(layer: LowRank, keep: float) -> tuple[LowRank, float, float]:
     """The smallest-rank layer with at least `keep` of ‖ΔW‖², and both squared norms (before, after).
 
@@ -128,8 +126,7 @@ def reduce_rank(layer: LowRank, keep: float) -> tuple[LowRank, float, float]:
     energy = sizes.square().cumsum(0)
     enough = energy >= keep * energy[-1]
     rank = int(enough.nonzero()[0]) + 1
-    root = sizes[:rank].sqrt()
-    down, up = root[:, None] * right[:rank], left[:, :rank] * root
+    up, down = leading_part(left, sizes, right, rank)
     down, up = down.view(rank, *layer.down.shape[1:]), up.view(-1, rank, *layer.up.shape[2:])
     return LowRank(down.float(), up.float(), magnitude=layer.magnitude), float(energy[-1]), float(energy[rank - 1])
 
@@ -137,8 +134,11 @@ def reduce_rank(layer: LowRank, keep: float) -> tuple[LowRank, float, float]:
 @torch.no_grad()
 def reduce_layers(
     components: dict[str, dict[str, LowRank]], keep: float
-) -> tuple[dict[str, dict[str, LowRank]], Reduction]:
-    """Reduce every projection of every component. Raises UserError unless 0 < keep <= 1."""
+) -> tuple[dict[str, dict[str, LowRank]], float]:
+    """Reduce every projection of every component; and the share of Σ‖ΔW‖² that is left.
+
+    Raises UserError unless 0 < keep <= 1.
+    """
     if not 0 < keep <= 1:
         raise UserError(f"keep={keep} is not a share; choose a number above 0 and up to 1, such as 0.99")
     reduced, before, after = {}, 0.0, 0.0
@@ -147,5 +147,4 @@ def reduce_layers(
         for path, layer in layers.items():
             reduced[component][path], energy, left = reduce_rank(layer, keep)
             before, after = before + energy, after + left
-    ranks = [sum(f.rank for ls in c.values() for f in ls.values()) for c in (components, reduced)]
-    return reduced, Reduction(*ranks, after / before if before else 1.0)
+    return reduced, after / before if before else 1.0

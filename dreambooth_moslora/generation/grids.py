@@ -7,10 +7,9 @@ from pathlib import Path
 
 import PIL.Image
 from PIL import ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.generation.image import Image
+from dreambooth_moslora.generation.image import Image, recipe_text
 from dreambooth_moslora.generation.params import GenerationParams, Provenance
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.generation.progress import Preview, Step
@@ -47,9 +46,7 @@ class Sheet:
 
     def save(self, path: str | Path) -> Path:
         """Write a PNG with the first cell's recipe, the hashes of every adapter that acted, and the axes."""
-        text = PngInfo()
-        for key, value in self.params.to_png_text(self.provenance).items():
-            text.add_itxt(key, value)
+        text = recipe_text(self.params, self.provenance)
         text.add_itxt("dreambooth_moslora_grid", json.dumps({axis.name: axis.values for axis in self.axes}))
         self.pixels.save(path, format="PNG", pnginfo=text)
         return Path(path)

@@ -9,7 +9,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.generation.params import GenerationParams, Provenance
 
-__all__ = ["Image"]
+__all__ = ["Image", "recipe_text"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,12 @@ class Image:
         return file.getvalue()
 
     def _write(self, target: str | Path | BytesIO) -> None:
-        text = PngInfo()
-        for key, value in self.params.to_png_text(self.provenance).items():
-            text.add_itxt(key, value)
-        self.pixels.save(target, format="PNG", pnginfo=text)
+        self.pixels.save(target, format="PNG", pnginfo=recipe_text(self.params, self.provenance))
+
+
+def recipe_text(params: GenerationParams, provenance: Provenance) -> PngInfo:
+    """The recipe as a PNG holds it: one text chunk for each of its parts."""
+    text = PngInfo()
+    for key, value in params.to_png_text(provenance).items():
+        text.add_itxt(key, value)
+    return text

@@ -33,7 +33,7 @@ from dreambooth_moslora.adapters.files.tensor_file import check_finite, read_ten
 from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.adapters.moslora import adapter_layers, fold
 from dreambooth_moslora.adapters.new_tokens import NewTokens, write_tokens
-from dreambooth_moslora.adapters.spectrum import Reduction, reduce_layers
+from dreambooth_moslora.adapters.spectrum import reduce_layers
 from dreambooth_moslora.core.atomic_files import scratch_directory
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, TOKENS_SUFFIX, check_name
@@ -78,13 +78,13 @@ def publish(
     check_name(name)
     check_publishable(components, dtype, adapter_name)
     folded = published_layers(components, adapter_name)
-    reduction, expected = None, None
+    kept, expected = None, None
     if keep != 1.0:
         for component, layers in folded.items():
             for path, layer in layers.items():
                 parts = {f"{component}.{path}.0": layer.down, f"{component}.{path}.1": layer.up}
                 check_finite(parts, "the adapter")
-        folded, reduction = reduce_layers(folded, keep)
+        folded, kept = reduce_layers(folded, keep)
         expected = expected_deltas(components, folded, adapter_name)
         check_reduction(components, adapter_name, expected, keep)
     out_dir = Path(out_dir)
@@ -101,7 +101,7 @@ def publish(
         check_bound(proofs, BOUNDS[dtype], dtype)
         for path in written:
             path.replace(out_dir / path.name)
-    return report(proofs, dtype, folded, reduction)
+    return report(proofs, dtype, folded, kept)
 
 
 def with_tokens(metadata: AdapterMetadata, name: str, tokens: NewTokens | None) -> AdapterMetadata:
@@ -217,7 +217,8 @@ def check_bound(proofs: tuple[FileProof, ...], bound: float, dtype: torch.dtype)
             )
 
 
-def report(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded, reduction: Reduction | None) -> Proof:
+def report(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded, kept: float | None) -> Proof:
+    """`kept` is the share of Σ‖ΔW‖² that a reduction left; None without one."""
     layers = [layer for c in folded.values() for layer in c.values()]
     return Proof(
         dtype=next(name for name, d in DTYPES.items() if d == dtype),
@@ -225,8 +226,8 @@ def report(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded, re
         projections=len(layers),
         file_proofs=proofs,
         rank_sum=sum(layer.rank for layer in layers),
-        kept=reduction.kept if reduction else 1.0,
-        notes=notes_on(layers, reduced=reduction is not None),
+        kept=1.0 if kept is None else kept,
+        notes=notes_on(layers, reduced=kept is not None),
     )
 
 

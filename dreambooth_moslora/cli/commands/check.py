@@ -93,16 +93,18 @@ def without_each(args: argparse.Namespace, folder: Path, names: list[str]) -> st
     """What `--leave_one_out` finds. Raises UserError."""
     if args.leave_one_out < 1 or args.json:
         raise UserError("--leave_one_out takes a number of steps from 1 on, and no --json.")
-    given = {name: value for name, value in vars(args).items() if name in SETTINGS}
-    config = short_run(folder, args.config, given, UNSAID[BASE], args.leave_one_out)
+    config = short_run(folder, args.config, given_settings(args), UNSAID[BASE], args.leave_one_out)
     return leave_one_out(config, names, Path(f"{folder.resolve().name or 'photos'}_leave_one_out"))
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(args).items() if name in SETTINGS}
 
 
 def config_of(args: argparse.Namespace) -> TrainConfig:
     """Settings of the recipe, if any, under those of the command line."""
     recipe = load_settings(args.config) if args.config else {}
-    given = {name: value for name, value in vars(args).items() if name in SETTINGS}
-    known = {name: value for name, value in recipe.items() if name in SETTINGS} | given
+    known = {name: value for name, value in recipe.items() if name in SETTINGS} | given_settings(args)
     if "instance_prompt" not in known:
         known["class_word"] = ""  # the default prompt's `object` is no word to look for
     return TrainConfig(**UNSAID | known)
