@@ -97,11 +97,11 @@ def is_within(version: str | None, versions: SpecifierSet) -> bool:
 def bad_pairs(installed: Mapping[str, str | None]) -> list[str]:
     """One line for each pair that fails."""
     known = {name: version or "" for name, version in installed.items()}
-    return [
-        line.format(**known)
-        for pair, line in PAIRS
-        if all(is_within(known.get(name), SpecifierSet(versions)) for name, versions in pair.items())
-    ]
+    lines = []
+    for pair, line in PAIRS:
+        if all(is_within(known.get(name), SpecifierSet(versions)) for name, versions in pair.items()):
+            lines.append(line.format(**known))
+    return lines
 
 
 def out_of_range(installed: Mapping[str, str | None]) -> list[str]:

@@ -100,10 +100,11 @@ def per_prompt(found: Evaluation) -> list[dict]:
     """Means over the seeds for each prompt of the subject, of every table that has a row for each."""
     count, others = len(found.plan.templates), ("drift", "class")
     tables = {n: t for n, t in found.tables.items() if t.ndim == 2 and len(t) == count and not n.startswith(others)}
-    return [
-        {"prompt": prompt, **{name: round(float(t[row].mean()), 4) for name, t in tables.items()}}
-        for row, prompt in enumerate(found.plan.texts)
-    ]
+    rows = []
+    for number, prompt in enumerate(found.plan.texts):
+        means = {name: round(float(table[number].mean()), 4) for name, table in tables.items()}
+        rows.append({"prompt": prompt, **means})
+    return rows
 
 
 def report_html(found: Evaluation, about: ReportContext, photos: list[Image.Image], photo_fidelity: float) -> str:

@@ -5,7 +5,7 @@ pooled(evaluations)     -> one Evaluation over the prompts of all
 TogetherEvaluator       -> pictures of "sks dog and a zwx cat", and how near they are to the photos of either
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
@@ -23,7 +23,7 @@ from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from dreambooth_moslora.photos.masks import open_mask
 from dreambooth_moslora.photos.photo import Photo, open_rgb
 
-__all__ = ["Together", "TogetherEvaluator", "evaluators_of", "pairs_of", "photos_by_subject", "pooled"]
+__all__ = ["Together", "TogetherEvaluator", "evaluators_of", "in_all", "pairs_of", "photos_by_subject", "pooled"]
 
 TOGETHER_TEMPLATES = 4
 """Places in which two subjects are drawn together."""
@@ -56,7 +56,7 @@ def pooled(found: Sequence[Evaluation]) -> Evaluation:
     """As one: the tables of all subjects over all their prompts, the score's mean, the worst copy."""
     if len(found) == 1:
         return found[0]
-    names = [name for name in found[0].tables if all(name in one.tables for one in found)]
+    names = in_all(found, found[0].tables)
     tables = {name: np.concatenate([one.tables[name] for one in found]) for name in names}
     alarms = [one.alarm for one in found]
     share, worst = float(np.mean([alarm.share for alarm in alarms])), max(alarms, key=lambda alarm: alarm.largest)
@@ -64,6 +64,11 @@ def pooled(found: Sequence[Evaluation]) -> Evaluation:
     score = float(np.mean([one.score for one in found]))
     pictures = {name: [p for one in found for p in one.pictures.get(name, [])] for name in found[0].pictures}
     return Evaluation(found[0].plan, tables, alarm, score, sum(one.seconds for one in found), pictures)
+
+
+def in_all(found: Sequence[Evaluation], names: Iterable[str]) -> list[str]:
+    """Those of the names that each evaluation has a table of."""
+    return [name for name in names if all(name in one.tables for one in found)]
 
 
 @dataclass

@@ -16,7 +16,7 @@ from dreambooth_moslora.evaluation.intervals import bootstrap_mean
 from dreambooth_moslora.evaluation.metrics import photo_fidelity
 from dreambooth_moslora.evaluation.report import ReportContext, scores_json, with_interval, write_report
 from dreambooth_moslora.evaluation.scores import Evaluation
-from dreambooth_moslora.evaluation.subjects import Together, pooled
+from dreambooth_moslora.evaluation.subjects import Together, in_all, pooled
 
 __all__ = ["confusion_lines", "write_subject_reports"]
 
@@ -136,9 +136,9 @@ def matrix(found: Sequence[Evaluation], cell) -> str:
 
 def score_table(found: Sequence[Evaluation]) -> str:
     names = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "pres": "PRES", "drift": "Drift"}
-    names = {name: title for name, title in names.items() if all(name in one.tables for one in found)}
-    rows = [[words_of(one), *(with_interval(one, name) for name in names), f"{one.score:.3f}"] for one in found]
-    return table(["", *names.values(), "Score"], rows)
+    known = in_all(found, names)
+    rows = [[words_of(one), *(with_interval(one, name) for name in known), f"{one.score:.3f}"] for one in found]
+    return table(["", *(names[name] for name in known), "Score"], rows)
 
 
 def subject_section(evaluator: Evaluator, found: Evaluation) -> str:

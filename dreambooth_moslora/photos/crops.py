@@ -69,8 +69,11 @@ def bucket_of(size_px: tuple[int, int], resolution_px: int, step_px: int) -> tup
     The sides lie between half and twice `resolution_px`; of two shapes as near, the larger counts.
     """
     sides = range(step_px * math.ceil(resolution_px / 2 / step_px), 2 * resolution_px + 1, step_px)
-    tall = [(side, min(resolution_px**2 // side, 2 * resolution_px) // step_px * step_px) for side in sides]
-    shapes = {shape for height, width in tall for shape in ((height, width), (width, height)) if width}
+    shapes: set[tuple[int, int]] = set()
+    for side in sides:
+        other = min(resolution_px**2 // side, 2 * resolution_px) // step_px * step_px
+        if other:
+            shapes |= {(side, other), (other, side)}
     ratio = size_px[0] / size_px[1]
     return min(sorted(shapes), key=lambda s: (round(abs(math.log(s[0] / s[1] / ratio)), 6), -s[0] * s[1]))
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
@@ -110,7 +110,7 @@ def arm_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
             f"{arm.rank}" if arm.cost["rank"] == arm.rank else f"{arm.rank} ({arm.cost['rank']:.0f})",
             f"{arm.cost['parameters']:,.0f}",
             f"{arm.learning_rate:g}",
-            *(span(arm.scores[name]) if name in arm.scores else "" for name in SCORES),
+            *spans(arm.scores, SCORES),
             f"{1000 * arm.cost['step_sec']:.0f}",
             f"{arm.cost['memory_gib']:.2f}",
         ]
@@ -122,26 +122,23 @@ def arm_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
 def relative_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: the scores on their own scales, as far as they were measured."""
     names = [name for name in RELATIVE if any(name in arm.scores for arm in arms)]
-    rows = [
-        [arm.arm, str(arm.rank), *(span(arm.scores[name]) if name in arm.scores else "" for name in names)]
-        for arm in sorted(arms, key=lambda a: a.rank)
-    ]
+    rows = [[arm.arm, str(arm.rank), *spans(arm.scores, names)] for arm in sorted(arms, key=lambda a: a.rank)]
     return ["Arm", "Rank", *(RELATIVE[name] for name in names)], rows
 
 
 def outcome_rows(against: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: paired differences, and win/tie/loss in % by subject and by prompt."""
     header = ["Arm", "Rank", *(f"Δ {SCORES[name]}" for name in DIFFERENCES), "Subject W/T/L %", "Prompt W/T/L %"]
-    rows = [
-        [
-            o.arm,
-            str(o.rank),
-            *(span(o.differences[name], signed=True) if name in o.differences else "" for name in DIFFERENCES),
-            *(" / ".join(f"{100 * share:.0f}" for share in o.wins[name]) for name in ("dino", "clip_t")),
-        ]
-        for o in sorted(against, key=lambda o: o.rank)
-    ]
+    rows = []
+    for found in sorted(against, key=lambda outcome: outcome.rank):
+        wins = [" / ".join(f"{100 * share:.0f}" for share in found.wins[name]) for name in ("dino", "clip_t")]
+        rows.append([found.arm, str(found.rank), *spans(found.differences, DIFFERENCES, signed=True), *wins])
     return header, rows
+
+
+def spans(intervals: Mapping[str, Interval], names: Iterable[str], signed: bool = False) -> list[str]:
+    """Of each name its interval in words, empty where there is none."""
+    return [span(intervals[name], signed) if name in intervals else "" for name in names]
 
 
 def markdown_tables(tables: Sequence[tuple[list[str], list[list[str]]]]) -> str:

@@ -6,7 +6,7 @@ and resampled over subjects and seeds (`intervals`). Win/tie/loss is the form of
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,9 +95,12 @@ def rate_curves(study: Study, results: Sequence[Result]) -> dict[tuple[str, int]
     for result in results:
         if result.cell.stage == "tune":
             found[result.cell.arm, result.cell.rank][result.cell.learning_rate].append(result.scores["score"])
-    whole = len(study.tuning_subjects)
-    means = {k: {rate: float(np.mean(v)) for rate, v in c.items() if len(v) == whole} for k, c in found.items()}
-    return {key: curve for key, curve in means.items() if curve}
+    curves = {}
+    for key, by_rate in found.items():
+        whole = {rate: scores for rate, scores in by_rate.items() if len(scores) == len(study.tuning_subjects)}
+        if whole:
+            curves[key] = {rate: float(np.mean(scores)) for rate, scores in whole.items()}
+    return curves
 
 
 def is_tuned(study: Study, results: Sequence[Result]) -> bool:
@@ -132,7 +135,7 @@ def summaries(results: Sequence[Result]) -> list[ArmSummary]:
     by_measure = {measure: tables(results, measure) for measure in MEASURES}
     found = []
     for arm, rank in by_measure["score"]:
-        own = [r for r in results if (r.cell.stage, r.cell.arm, r.cell.rank) == ("test", arm, rank)]
+        own = results_of(results, arm, rank)
         scores = {m: bootstrap_mean(t[arm, rank]) for m, t in by_measure.items() if (arm, rank) in t}
         cost = {name: float(np.median([r.cost[name] for r in own])) for name in own[0].cost}
         found.append(ArmSummary(arm, rank, own[0].cell.learning_rate, scores, cost))
@@ -153,9 +156,20 @@ def outcomes(study: Study, results: Sequence[Result]) -> list[Outcome]:
             if (arm, rank) in t and reference in t
         }
         judged = {measure: duels(study, results, arm, rank, measure) for measure in JUDGED}
-        wins = {m: tuple(float((signs == s).mean()) for s in (1, 0, -1)) for m, signs in judged.items()}
+        wins = {measure: shares_of(signs) for measure, signs in judged.items()}
         found.append(Outcome(arm, rank, differences, wins))
     return found
+
+
+def results_of(results: Sequence[Result], arm: str, rank: int) -> list[Result]:
+    """Those of one arm at one rank in the comparison."""
+    return [r for r in results if (r.cell.stage, r.cell.arm, r.cell.rank) == ("test", arm, rank)]
+
+
+def shares_of(signs: np.ndarray) -> tuple[float, float, float]:
+    """Shares of 1, 0 and -1: won, tied, lost."""
+    won, tied, lost = (float((signs == sign).mean()) for sign in (1, 0, -1))
+    return won, tied, lost
 
 
 def duels(study: Study, results: Sequence[Result], arm: str, rank: int, measure: str) -> np.ndarray:
@@ -166,10 +180,7 @@ def duels(study: Study, results: Sequence[Result], arm: str, rank: int, measure:
 
 
 def pictures(results: Sequence[Result], arm: str, rank: int, measure: str) -> np.ndarray:
-    own: Mapping = {
-        (r.cell.subject, r.cell.seed): r.pictures[measure]
-        for r in results
-        if (r.cell.stage, r.cell.arm, r.cell.rank) == ("test", arm, rank)
-    }
+    """What the pictures of one arm at one rank score, (subjects, seeds, pictures)."""
+    own = {(r.cell.subject, r.cell.seed): r.pictures[measure] for r in results_of(results, arm, rank)}
     subjects, seeds = (sorted({key[axis] for key in own}) for axis in (0, 1))
     return np.array([[own[subject, seed] for seed in seeds] for subject in subjects])

@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -152,24 +153,17 @@ class Study:
 
     def tuning_cells(self) -> list[Cell]:
         """All arms that have a choice of rates, on the tuning subjects, with the first seed."""
-        return [
-            Cell("tune", arm, rank, subject.name, self.seeds[0], rate)
-            for subject in self.tuning_subjects
-            for rank in self.ranks
-            for arm in self.arms
-            for rate in self.rates_of(arm)
-            if len(self.rates_of(arm)) > 1
-        ]
+        cells = []
+        for subject, rank, arm in product(self.tuning_subjects, self.ranks, self.arms):
+            rates = self.rates_of(arm)
+            if len(rates) > 1:
+                cells += [Cell("tune", arm, rank, subject.name, self.seeds[0], rate) for rate in rates]
+        return cells
 
     def test_cells(self, chosen: Mapping[tuple[str, int], float]) -> list[Cell]:
         """All arms on the other subjects, each at the rate chosen for (arm, rank); whole comparisons come first."""
-        return [
-            Cell("test", arm, rank, subject.name, seed, chosen[arm, rank])
-            for seed in self.seeds
-            for subject in self.subjects
-            for rank in self.ranks
-            for arm in self.arms
-        ]
+        each = product(self.seeds, self.subjects, self.ranks, self.arms)
+        return [Cell("test", arm, rank, subject.name, seed, chosen[arm, rank]) for seed, subject, rank, arm in each]
 
     def config_of(self, cell: Cell, rank: int, output_dir: Path) -> TrainConfig:
         """What the cell trains, at its real `rank`. All that is random follows the seed: arms share order and noise."""

@@ -154,8 +154,10 @@ class SelfTest:
             "report_to": "none",
             "seed": 0,
         }
-        words = [word for key, value in {**settings, **changes}.items() for word in (f"--{key}", value)]
-        self.call(name, ["train", *words])
+        words = ["train"]
+        for key, value in {**settings, **changes}.items():
+            words += [f"--{key}", value]
+        self.call(name, words)
         return self.run(name)
 
     def call(self, name: str, words: list) -> None:

@@ -79,8 +79,11 @@ def names_in(layers: Iterable[str], blocks: bool) -> list[str]:
     """The last names of the layers, or the paths of the blocks that hold them."""
     if not blocks:
         return sorted({last_name(layer) for layer in layers})
-    parents = {".".join(layer.split(".")[:end]) for layer in layers for end in range(1, layer.count(".") + 1)}
-    return sorted(parents | set(layers))
+    paths = set(layers)
+    for layer in layers:
+        while layer := layer.rpartition(".")[0]:
+            paths.add(layer)
+    return sorted(paths)
 
 
 def check_patterns(config: TrainConfig, layers: Iterable[str]) -> None:

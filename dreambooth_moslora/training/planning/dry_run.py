@@ -47,9 +47,11 @@ def describe_run(config: TrainConfig) -> str:
         "cost (estimated)": [*cost_lines(config, cost), *plan_lines(config, size), speed_line(config, plan)],
         "remarks": advice(config, cost, plan),
     }
-    return "\n\n".join(
-        "\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items() if lines
-    )
+    parts = []
+    for title, lines in sections.items():
+        if lines:
+            parts.append("\n  ".join([title, *lines]))
+    return "\n\n".join(parts)
 
 
 def settings_lines(config: TrainConfig) -> list[str]:
@@ -71,11 +73,10 @@ def as_toml(value: object) -> str:
 
 
 def photo_lines(report: PhotoReport) -> list[str]:
-    lines = [
-        f"{photo.path.name}  {photo.size_px[1]} x {photo.size_px[0]}  {quoted(photo)}"
-        + "".join(f"; {reason}" for reason in photo.reasons)
-        for photo in report.photos
-    ]
+    lines = []
+    for photo in report.photos:
+        about = f"{photo.path.name}  {photo.size_px[1]} x {photo.size_px[0]}  {quoted(photo)}"
+        lines.append("; ".join([about, *photo.reasons]))
     return lines + [f"left out: {item.path.name}  {item.reason}" for item in report.skipped]
 
 

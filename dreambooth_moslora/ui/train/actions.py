@@ -190,12 +190,11 @@ def loss_table(metrics: Metrics) -> pd.DataFrame:
 
 def fidelity_table(metrics: Metrics) -> pd.DataFrame:
     """Columns step, score, measure, from the evaluations of the run: the curves of its plot file."""
-    rows = [
-        {"step": event.get("step", 0), "score": event[name], "measure": label}
-        for event in metrics.of("evaluation")
-        for name, label in CURVES.items()
-        if _is_number(event.get(name))
-    ]
+    rows = []
+    for event in metrics.of("evaluation"):
+        for name, label in CURVES.items():
+            if _is_number(event.get(name)):
+                rows.append({"step": event.get("step", 0), "score": event[name], "measure": label})
     return pd.DataFrame(rows) if rows else pd.DataFrame({"step": [], "score": [], "measure": []})
 
 
