@@ -115,22 +115,13 @@ def kernels_of(step: Callable[[], None]) -> int:
 
 def floor(options: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     from dreambooth_moslora.training.machine.random_materials import random_materials
+    from dreambooth_moslora.training.machine.step_measure import floor_step
 
     materials = random_materials(options.size, options.resolution)
     unet = materials.pipeline.unet.to(device).requires_grad_(False).train()
     if options.checkpointing:
         unet.enable_gradient_checkpointing()
-    batch = materials.batch_at(0, options.batch)
-    words = materials.prompt_embeds(batch.prompts)
-    embeds = words.embeds.to(device)
-    added = {"text_embeds": words.pooled.to(device), "time_ids": batch.time_ids.to(device)}
-
-    def step() -> None:
-        noisy = torch.randn_like(batch.latents, device=device, dtype=torch.bfloat16).requires_grad_()
-        times = torch.randint(0, 1000, (options.batch,), device=device)
-        unet(noisy, times, embeds, added_cond_kwargs=added).sample.float().square().mean().backward()
-
-    return step
+    return floor_step(materials, run_config(options, "off"), device)
 
 
 def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable[[], None]:

@@ -98,11 +98,14 @@ def scores_json(found: Evaluation, about: ReportContext, photo_fidelity: float) 
 
 def per_prompt(found: Evaluation) -> list[dict]:
     """Means over the seeds for each prompt of the subject, of every table that has a row for each."""
-    count, others = len(found.plan.templates), ("drift", "class")
-    tables = {n: t for n, t in found.tables.items() if t.ndim == 2 and len(t) == count and not n.startswith(others)}
+    tables = {}
+    for name, values in found.tables.items():
+        has_rows = values.ndim == 2 and len(values) == len(found.plan.templates)
+        if has_rows and not name.startswith(("drift", "class")):
+            tables[name] = values
     rows = []
     for number, prompt in enumerate(found.plan.texts):
-        means = {name: round(float(table[number].mean()), 4) for name, table in tables.items()}
+        means = {name: round(float(values[number].mean()), 4) for name, values in tables.items()}
         rows.append({"prompt": prompt, **means})
     return rows
 

@@ -60,7 +60,10 @@ class Evaluation:
             "drift_of_spread": ("drift", "drift_base_spread"),
             "class_diversity_of_base": ("class_diversity", "class_diversity_base"),
         }
-        found = {n: self.mean(a) / self.mean(b) for n, (a, b) in shares.items() if b in self.tables and self.mean(b)}
+        found = {}
+        for name, (measure, whole) in shares.items():
+            if whole in self.tables and self.mean(whole):
+                found[name] = self.mean(measure) / self.mean(whole)
         own = self.tables.get("pres_base", np.zeros(0))
         if own.size > 1 and (deviation := float(own.std(ddof=1))):
             found["pres_gain"] = (self.mean("pres") - self.mean("pres_base")) / deviation

@@ -71,8 +71,13 @@ def results_of(task: Task, result: Record | list[Record] | Lost) -> list[Record 
     (work,) = task.arguments
     if isinstance(result, list):
         return result
-    jobs = work.jobs if isinstance(work, Group) else ()
-    return [read_record(Path(j.run_dir)) if is_finished(Path(j.run_dir), j.mark) else result for j in jobs] or [result]
+    if not isinstance(work, Group):
+        return [result]
+    found = []
+    for job in work.jobs:
+        folder = Path(job.run_dir)
+        found.append(read_record(folder) if is_finished(folder, job.mark) else result)
+    return found
 
 
 class GroupsUnderWay:

@@ -11,6 +11,7 @@ reason and does not stop the others.
 import csv
 import json
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,8 +61,8 @@ def read_subjects(source: Path, shared: Mapping[str, Any], out: Path) -> list[Su
     subjects = [subject_of_row(row, shared, out) for row in rows_of(source)]
     if not subjects:
         raise UserError(f"{source}: no subject is in it.")
-    names = [subject.name for subject in subjects]
-    if twice := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
+    counts = Counter(subject.name for subject in subjects)
+    if twice := sorted(name for name, count in counts.items() if count > 1):
         raise UserError(f"{source}: {twice[0]} is there twice; give one of them another name.")
     return subjects
 

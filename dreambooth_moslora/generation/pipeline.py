@@ -127,7 +127,7 @@ class SubjectPipeline:
             weights = read_adapter(path, self.pipeline)
             check_fits(weights, self.pipeline, self.base_name)
             tokens = tokens_beside(find_weights(path), weights.header)
-            if weights.key not in {adapter.key for adapter in self.adapters.values()}:
+            if weights.key not in self._keys():
                 install(weights, self.pipeline)
             self._forget(name, unless=weights.key)
             self.adapters[name] = Adapter(name, weights.key, weights.sha256, weights.header, tokens, stamp)
@@ -273,13 +273,17 @@ class SubjectPipeline:
         self.adapters[name] = self.adapters.pop(name)
 
     def _make_room(self) -> None:
-        while len({adapter.key for adapter in self.adapters.values()}) > self.resident_adapters:
+        while len(self._keys()) > self.resident_adapters:
             self._forget(next(iter(self.adapters)))
 
     def _forget(self, name: str, unless: str = "") -> None:
         gone = self.adapters.pop(name, None)
-        if gone and gone.key != unless and gone.key not in {adapter.key for adapter in self.adapters.values()}:
+        if gone and gone.key != unless and gone.key not in self._keys():
             self.pipeline.delete_adapters(gone.key)
+
+    def _keys(self) -> set[str]:
+        """Of the adapters in the model: files of equal content share one."""
+        return {adapter.key for adapter in self.adapters.values()}
 
 
 def _stamp(file: Path) -> tuple[Path, int, int]:

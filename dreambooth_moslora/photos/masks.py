@@ -35,6 +35,7 @@ __all__ = [
     "segmenter_name",
     "sought_word",
     "with_kept_masks",
+    "without_kept_mask",
 ]
 
 CLIPSEG, TOY_SEGMENTER = "CIDAS/clipseg-rd64-refined", "toy-segmenter"
@@ -114,6 +115,11 @@ def with_kept_mask(photo: Photo, path: Path) -> Photo:
     if photo.mask_path is not None or not path.is_file() or mask_problem(path, open_image(photo.path)):
         return photo
     return replace(photo, mask_path=path)
+
+
+def without_kept_mask(photo: Photo, folder: Path) -> Photo:
+    """The photo, without the mask if that is the one that training made."""
+    return replace(photo, mask_path=None) if photo.mask_path == kept_path(photo, folder) else photo
 
 
 def segmenter_name(config: TrainConfig) -> str:

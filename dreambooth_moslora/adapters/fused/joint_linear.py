@@ -7,7 +7,7 @@ of k products, on columns of the wide tensors. W is one buffer, of which the lay
 so the base takes no more memory than before and each layer can still be called alone.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["JointWeights", "LentTogether", "lay_together", "projections_of_one_input"]
+__all__ = ["JointWeights", "LentTogether", "are_matrices", "lay_together", "projections_of_one_input"]
 
 
 class _JointLinear(torch.autograd.Function):
@@ -104,13 +104,18 @@ def laid_together(linears: Sequence[nn.Linear]) -> Tensor:
     return whole
 
 
+def are_matrices(layers: Iterable[nn.Module]) -> bool:
+    """Whether each is a matrix alone: no quantised layer, and without a bias."""
+    return all(type(layer) is nn.Linear and layer.bias is None for layer in layers)
+
+
 def lay_together(model: nn.Module, adapted: Container[str]) -> None:
     """Do so with the `adapted` projections (paths) that models which share the weights will compute jointly."""
     for path, module in model.named_modules():
         names = {layer: name for name, layer in module.named_children()}
         layers = [x for x in projections_of_one_input(module) if f"{path}.{names[x]}" in adapted]
         kinds = {(type(x), x.weight.shape, x.weight.dtype) for x in layers}
-        if len(layers) > 1 and len(kinds) == 1 and all(type(x) is nn.Linear and x.bias is None for x in layers):
+        if len(layers) > 1 and len(kinds) == 1 and are_matrices(layers):
             laid_together(layers)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.fused.fused_linear import ShortWay, compute_dtype, slow_reason
-from dreambooth_moslora.adapters.fused.joint_linear import JointWeights, projections_of_one_input
+from dreambooth_moslora.adapters.fused.joint_linear import JointWeights, are_matrices, projections_of_one_input
 from dreambooth_moslora.adapters.mixer import MixerLinear
 
 __all__ = ["Batch", "StepCopies", "Unit", "WorkingCopies", "alike"]
@@ -53,8 +53,8 @@ class WorkingCopies:
         """Those layers of an attention that have one input and are alike but for their numbers; two at least."""
         layers = tuple(layer for layer in projections_of_one_input(module) if self._is_fast(layer))
         kinds = {kind_of(layer, self.adapter_name) for layer in layers}
-        are_matrices = all(type(base) is nn.Linear and base.bias is None for base in (one.base_layer for one in layers))
-        return layers if len(layers) > 1 and len(kinds) == 1 and are_matrices else ()
+        is_joint = len(layers) > 1 and len(kinds) == 1 and are_matrices(layer.base_layer for layer in layers)
+        return layers if is_joint else ()
 
     def _is_fast(self, layer: nn.Module) -> bool:
         return isinstance(layer, ShortWay) and slow_reason(layer, self.adapter_name) is None

@@ -73,8 +73,9 @@ def field_types(owner: type) -> dict[str, FieldType]:
 def field_type(hint: Any) -> FieldType:
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     kind = next(k for k in kinds if k is not type(None))
-    several = next((item for item in (Prompt, SubjectTable) if item in get_args(kind)), tuple)
-    return (kind if isinstance(kind, type) and kind in (bool, int, float, str) else several), type(None) in kinds
+    if kind not in (bool, int, float, str):
+        kind = next((item for item in (Prompt, SubjectTable) if item in get_args(kind)), tuple)
+    return kind, type(None) in kinds
 
 
 def convert(name: str, value: Any, kind: FieldType) -> Any:

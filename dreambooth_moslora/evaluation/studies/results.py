@@ -34,7 +34,9 @@ def materials(study: Study, subject: str) -> list[Path]:
 @lru_cache(maxsize=64)
 def content_of(path: Path) -> str:
     """A digest of a file, or of all files below a folder except .md files."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.suffix != ".md")
+    files = [path]
+    if not path.is_file():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix != ".md")
     return content_key(files=[(str(file.relative_to(path)), file_mark(file)) for file in files])
 
 

@@ -84,9 +84,10 @@ class Outcome:
 
 def best_rates(study: Study, results: Sequence[Result]) -> dict[tuple[str, int], float]:
     """(arm, rank) -> the learning rate with the highest mean score on the tuning subjects; the lower one at a tie."""
-    only = {(arm, rank): study.rates_of(arm)[0] for arm in study.arms for rank in study.ranks}
-    curves = rate_curves(study, results)
-    return only | {key: max(sorted(curve), key=lambda rate: curve[rate]) for key, curve in curves.items()}
+    best = study.first_rates()
+    for key, curve in rate_curves(study, results).items():
+        best[key] = max(sorted(curve), key=curve.__getitem__)
+    return best
 
 
 def rate_curves(study: Study, results: Sequence[Result]) -> dict[tuple[str, int], dict[float, float]]:

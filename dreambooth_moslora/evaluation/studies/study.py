@@ -51,7 +51,8 @@ class StudySubject:
         """Raises UserError when the folder is not there or does not say what its subject is called."""
         given = {"photos": entry} if isinstance(entry, str) else entry
         names = [item.name for item in fields(cls)]
-        if not isinstance(given, Mapping) or not all(n in names and isinstance(v, str) for n, v in given.items()):
+        is_table = isinstance(given, Mapping) and given.keys() <= set(names)
+        if not (is_table and all(isinstance(text, str) for text in given.values())):
             raise UserError(f"the study's subject {entry!r}: a folder, or a table of texts, {', '.join(names)}.")
         if not given.get("photos"):
             raise UserError(f"the study's subject {entry!r} has no photos: name their folder.")
@@ -151,6 +152,10 @@ class Study:
         own = self.arms[arm].get("learning_rate")
         return self.learning_rates if own is None else (float(own),)
 
+    def first_rates(self) -> dict[tuple[str, int], float]:
+        """(arm, rank) -> the first of its rates, which is the only one of an arm that names its own."""
+        return {(arm, rank): self.rates_of(arm)[0] for arm, rank in product(self.arms, self.ranks)}
+
     def tuning_cells(self) -> list[Cell]:
         """All arms that have a choice of rates, on the tuning subjects, with the first seed."""
         cells = []
@@ -210,7 +215,7 @@ def load_study(path: Path) -> Study:
         check_each(settings)
     made = Study(arms=arms, train=shared, protocol=Protocol(**protocol), **chosen, **lists, **study)
     resolve_base(made.base)
-    for cell in made.test_cells({(arm, rank): made.rates_of(arm)[0] for arm in made.arms for rank in made.ranks}):
+    for cell in made.test_cells(made.first_rates()):
         made.config_of(cell, cell.rank, Path("run"))  # a mistake in any arm is found before the first training
     return made
 

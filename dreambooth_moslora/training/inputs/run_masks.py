@@ -2,12 +2,11 @@
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.errors import StopRequestedError, spelled_out
 from dreambooth_moslora.photos.mask_making import MadeMask, make_kept
-from dreambooth_moslora.photos.masks import kept_path, with_kept_masks
+from dreambooth_moslora.photos.masks import with_kept_masks, without_kept_mask
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.photos.segmenters import load_segmenter
 from dreambooth_moslora.training.accelerator import on_main
@@ -27,7 +26,7 @@ def masked_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
     if context.config.masks != "auto":
         return photos
     folder = context.run_dir.masks_dir
-    own = [replace(photo, mask_path=None) if photo.mask_path == kept_path(photo, folder) else photo for photo in photos]
+    own = [without_kept_mask(photo, folder) for photo in photos]
     bare = [photo for photo in own if photo.mask_path is None]
     if bare:
         on_main(context.accelerator, lambda: make_masks(context, bare))

@@ -19,7 +19,7 @@ from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.process import keep_freed_memory, peak_memory_gib
 from dreambooth_moslora.training.machine.random_materials import RandomMaterials, random_materials
 
-__all__ = ["measure"]
+__all__ = ["floor_step", "measure"]
 
 GIB = 2**30
 
@@ -35,7 +35,7 @@ def measure(size: str, config: TrainConfig) -> dict[str, float]:
     unet = materials.pipeline.unet.requires_grad_(False).to(accelerator.device)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    found = {"floor_sec": second_of(floor(materials, config, accelerator.device), accelerator.device)}
+    found = {"floor_sec": second_of(floor_step(materials, config, accelerator.device), accelerator.device)}
     train_step = TrainStep(config, materials, accelerator, max_train_steps=10)
 
     def step() -> None:
@@ -47,7 +47,8 @@ def measure(size: str, config: TrainConfig) -> dict[str, float]:
     return found | {"peak_gib": torch.cuda.max_memory_allocated() / GIB if is_gpu else peak_memory_gib()}
 
 
-def floor(materials: RandomMaterials, config: TrainConfig, device: torch.device) -> Callable[[], None]:
+def floor_step(materials: RandomMaterials, config: TrainConfig, device: torch.device) -> Callable[[], None]:
+    """One forward pass of the frozen UNet in training mode, and the gradient to its input: no step takes less."""
     unet, batch = materials.pipeline.unet.train(), materials.batch_at(0, config.train_batch_size)
     words = materials.prompt_embeds(batch.prompts)
     embeds = words.embeds.to(device)

@@ -34,8 +34,9 @@ def choose_scale(scores: Mapping[float, float]) -> ScaleChoice | None:
     if highest <= 0:
         return None
     best = min((s for s in scores if scores[s] >= EQUAL * highest), key=lambda s: abs(s - 1))
-    usable = [best]
-    for side in (sorted(s for s in scores if s > best), sorted((s for s in scores if s < best), reverse=True)):
+    usable, scales = [best], sorted(scores)
+    place = scales.index(best)
+    for side in (scales[place + 1 :], scales[:place][::-1]):  # up, and down
         for scale in side:
             if scores[scale] < USABLE * highest:
                 break

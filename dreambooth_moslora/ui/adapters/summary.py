@@ -39,8 +39,9 @@ class AdapterSummary:
         return f"{self.trigger} {self.class_word}".strip() if self.class_word not in self.trigger else self.trigger
 
     def sentence(self) -> str:
+        names = " or ".join(f"“{words}”" for words in (self.subject, *self.others))
         parts = [
-            f"say {' or '.join(f'“{words}”' for words in (self.subject, *self.others))}" if self.subject else "",
+            f"say {names}" if self.subject else "",
             self.rank,
             f"{self.mixer} mixer" if self.mixer and self.mixer != "none" else "",
             f"for {self.base}" if self.base else "",

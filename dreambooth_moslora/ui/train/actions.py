@@ -211,7 +211,8 @@ def samples_of(job: Job, metrics: Metrics, visitor: Visitor) -> list[tuple[str, 
     for event in metrics.of("sample"):
         for name in event.get("files") or ():
             found[Path(str(name)).name] = f"step {event.get('step')}"
-    there = [(file, caption) for name, caption in found.items() if (file := job.run_dir / "samples" / name).is_file()]
+    samples = [(job.run_dir / "samples" / name, caption) for name, caption in found.items()]
+    there = [(file, caption) for file, caption in samples if file.is_file()]
     first = [item for item in there if item[1] == "step 0"][: MAX_SAMPLES_SHOWN // 2]
     newest = [item for item in there if item not in first][-(MAX_SAMPLES_SHOWN - len(first)) :]
     return [(str(link_into_user_folder(file, visitor, job.name)), caption) for file, caption in first + newest]

@@ -132,7 +132,12 @@ class TrainForm:
         weight = _number(self.prior_weight, "prior weight", 100)
         if not self.prior_preservation:
             return {"with_prior_preservation": False}
-        return ({"prior": prior} if prior != PRIORS[0] else {}) | ({"prior_loss_weight": weight} if weight else {})
+        given: dict[str, Any] = {}
+        if prior != PRIORS[0]:
+            given["prior"] = prior
+        if weight:
+            given["prior_loss_weight"] = weight
+        return given
 
     def write_captions(self, photos_dir: Path) -> None:
         """One line for each photo, in their order, becomes the text file beside it; empty lines are left out."""
