@@ -170,7 +170,10 @@ class TrainStep:
         on_device = move_together(self.drawn_for(batch, micro_batch), self.accelerator.device)
         noisy = add_noise(self.schedule, on_device["latents"], on_device["noise"], on_device["index"])
         target = loss_target(self.schedule, on_device["latents"], on_device["noise"], noisy.index)
-        cond = self.text_cond(batch.prompts) if self.config.keeps_text_encoders else cond_of(on_device)
+        if self.config.keeps_text_encoders:
+            cond = self.text_cond(batch.prompts)
+        else:
+            cond = TextCond(on_device["embeds"], on_device["pooled"])
         rows = UNetRows(noisy, cond, on_device["time_ids"], tuple(batch.prompts))
         return MicroBatch(batch, rows, target, on_device["mask"])
 
@@ -290,10 +293,6 @@ def make_convolutions_fast(unet: nn.Module, speed: Speed) -> None:
     for module in unet.modules() if speed.channels_last else ():
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)
-
-
-def cond_of(on_device: dict[str, Tensor | None]) -> TextCond:
-    return TextCond(on_device["embeds"], on_device["pooled"])
 
 
 def numbers_of(parts: LossParts) -> Tensor:
