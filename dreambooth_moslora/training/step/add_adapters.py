@@ -1,4 +1,5 @@
-"""Which layers of the base get an adapter, and the adapters themselves: fresh, of a file, or of a checkpoint."""
+"""The layers of the base that get an adapter, and the adapters themselves: fresh, from a file, or from a
+checkpoint."""
 
 import logging
 import re
@@ -27,8 +28,11 @@ TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def add_adapters(config: TrainConfig, inputs: TrainInputs, checkpoint: Path | None) -> dict[str, nn.Module]:
-    """The modules that are trained, by diffusers' names, each with the checkpoint's adapter or a fresh one, which
-    begins with the file `inputs.start`, if any."""
+    """Add an adapter to each trained module, and return the modules by diffusers' names.
+
+    Adapters are loaded from `checkpoint`, or else fresh; fresh ones take the weights of the file
+    `inputs.start`, if given. Raises UserError for a checkpoint with an adapter on other layers.
+    """
     names = ["unet", "text_encoder", "text_encoder_2"] if config.train_text_encoder else ["unet"]
     components = {name: getattr(inputs.pipeline, name) for name in names}
     if checkpoint is not None:
@@ -43,7 +47,7 @@ def add_adapters(config: TrainConfig, inputs: TrainInputs, checkpoint: Path | No
             inject(module, adapter_config(config, name, paths))
     if checkpoint is None and inputs.start is not None:
         logger.warning("%s", begin_with(inputs.start, components).sentence())
-        inputs.start = None  # its tensors are needed no more
+        inputs.start = None  # free its tensors
     for module in components.values():
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(module)
@@ -52,13 +56,13 @@ def add_adapters(config: TrainConfig, inputs: TrainInputs, checkpoint: Path | No
 
 
 def target_paths(config: TrainConfig, component: str, module: nn.Module) -> list[str]:
-    """The layers of the component that get an adapter."""
+    """Paths of the component's layers that get an adapter."""
     targets = config.target_modules if component == "unet" else TEXT_PROJECTIONS
     return [path for path in matrix_layers(module) if is_adapted(path, targets)]
 
 
 def check_same_layers(config: TrainConfig, checkpoint: Path, components: dict[str, nn.Module]) -> None:
-    """Raises UserError when the checkpoint has an adapter on other layers than a fresh run would have."""
+    """Raises UserError when the checkpoint has an adapter on other layers than these settings ask for."""
     for name, module in components.items():
         differing = set(adapter_layers(module)) ^ set(target_paths(config, name, module))
         if differing:
@@ -88,6 +92,6 @@ def adapter_config(config: TrainConfig, component: str, paths: list[str]) -> MoS
 
 
 def enable_gradient_checkpointing(module: nn.Module) -> None:
-    """diffusers and transformers name it differently."""
+    """Turn on recomputation; diffusers and transformers name the method differently."""
     name = "enable_gradient_checkpointing"
     (getattr(module, name) if hasattr(module, name) else module.gradient_checkpointing_enable)()

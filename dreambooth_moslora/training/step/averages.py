@@ -1,10 +1,11 @@
-"""The average of the adapter over its steps: with one, it is the average that is published, scored and sampled.
+"""The average of the adapter over its steps. If there is one, it is published, scored and sampled instead of
+the weights.
 
-    exponential (`--use_ema`)   m = d·m + (1 - d)·w after each step, d = min(decay, (1 + n)/(10 + n)) of diffusers
-    schedule-free               x of Defazio et al. 2024 (arXiv 2405.15682), which that optimizer keeps by itself
+exponential (`--use_ema`)   m = d·m + (1 - d)·w after each step, d = min(decay, (1 + n)/(10 + n)) of diffusers
+schedule-free               x of Defazio et al. 2024 (arXiv 2405.15682), which that optimizer keeps by itself
 
-The steps themselves go on from the weights w. A checkpoint holds both: the average as its adapter, for everybody who
-loads it, and the weights beside it.
+Training continues from the weights w. A checkpoint holds both: the average as its adapter, for all other
+readers, and the weights in another file.
 """
 
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ __all__ = ["Average", "MovingAverage", "ScheduleFreeAverage", "average_of", "cop
 
 
 class Average(Protocol):
-    """Of a list of parameters, in its order."""
+    """An average of a list of parameters; `values` has their order and shapes."""
 
     def update(self, step: int) -> None:
         """After optimizer step number `step`, counted from 1."""
@@ -31,10 +32,10 @@ class Average(Protocol):
 
 
 class MovingAverage:
-    """The exponential average of `parameters`, which it begins with.
+    """The exponential average of `parameters`; it starts at their values.
 
-    Early on it forgets faster than by `decay`: at step n it reaches about n/9 steps back, so that a run of a few
-    hundred steps is not averaged with its start. As diffusers' `EMAModel`.
+    At first it forgets faster than `decay` says: at step n it reaches about n/9 steps back, so that a run of a
+    few hundred steps does not average in its start. Same as diffusers' `EMAModel`.
     """
 
     def __init__(self, parameters: list[nn.Parameter], decay: float):
@@ -52,24 +53,24 @@ class MovingAverage:
 
 
 class ScheduleFreeAverage:
-    """x of the schedule-free optimizer, whose parameters are y = (1 - beta1)·z + beta1·x while it trains."""
+    """x of the schedule-free optimizer. In training its parameters are y = (1 - beta1)·z + beta1·x."""
 
     def __init__(self, parameters: list[nn.Parameter], optimizer: Optimizer):
         self.parameters, self.optimizer = parameters, optimizer
 
     def update(self, step: int) -> None:
-        """The optimizer does it."""
+        """Does nothing: the optimizer updates x."""
 
     @torch.no_grad()
     def values(self) -> list[Tensor]:
-        """A parameter that took no step has no z: it is its own average."""
+        """x of each parameter. One that took no step has no z and is its own average."""
         beta1 = self.optimizer.param_groups[0]["betas"][0]
         ahead = [self.optimizer.state[p].get("z", p) for p in self.parameters]
         return [y.lerp(z, 1 - 1 / beta1) for y, z in zip(self.parameters, ahead, strict=True)]
 
 
 def average_of(config: TrainConfig, parameters: list[nn.Parameter], optimizer: Optimizer) -> Average | None:
-    """None: the adapter is what its steps have made of it."""
+    """The average that these settings ask for; None for none."""
     if config.optimizer == SCHEDULE_FREE:
         return ScheduleFreeAverage(parameters, optimizer)
     return MovingAverage(parameters, config.ema_decay) if config.use_ema else None
@@ -77,7 +78,7 @@ def average_of(config: TrainConfig, parameters: list[nn.Parameter], optimizer: O
 
 @contextmanager
 def lent(average: Average | None, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """The parameters hold the average for the length of a `with` block, and their own bits afterwards. Not nested."""
+    """For the length of the block the parameters hold the average; afterwards their own bits return. Do not nest."""
     if average is None:
         yield
         return

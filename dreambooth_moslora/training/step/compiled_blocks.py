@@ -1,8 +1,8 @@
-"""`--compile`: the UNet's transformer blocks by `torch.compile`, and the way back when that fails.
+"""`--compile`: `torch.compile` of the UNet's transformer blocks, and the fallback when that fails.
 
-Each block is compiled where it stands, so that no module and no key of a checkpoint gets another name. Blocks of one
-width share their graph: SDXL has two widths. What is compiled stays as it is with recomputation, and with the adapter
-off for the prior.
+Each block is compiled in place, so that no module and no checkpoint key changes its name. Blocks of one width
+share a graph: SDXL has two widths. Graphs stay valid with recomputation, and with the adapter switched off for
+the prior.
 """
 
 import logging
@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 BACKEND = "inductor"
 GRAPHS = 32
-"""Of one kind of block at most, before PyTorch leaves further sizes uncompiled. With buckets, the second size makes a
-graph for all sizes."""
+"""Most graphs of one kind of block; PyTorch does not compile further sizes. With buckets, the second size makes
+one graph for all sizes."""
 
 
 class CompiledBlocks:
@@ -34,11 +34,11 @@ class CompiledBlocks:
             block.compile(backend=BACKEND)
 
     def paused(self) -> AbstractContextManager[None]:
-        """Pictures are drawn without, for the length of a `with` block: they would need graphs of their own."""
+        """Switch compilation off for the length of the block: pictures would need graphs of their own."""
         return torch.compiler.set_stance("force_eager") if self.blocks else nullcontext()
 
     def give_up(self, error: Exception) -> None:
-        """Compute as without from here on, and say why. Raises an error that is no compiler's to begin with."""
+        """Continue without compilation from now on, and log why. Raises `error` again if no compiler caused it."""
         is_ours = isinstance(error, (UserError, StopRequestedError))
         if is_ours or is_out_of_memory(error) or not self.blocks:
             raise error

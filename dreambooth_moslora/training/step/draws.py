@@ -25,7 +25,7 @@ def noise_and_levels(
 
 
 def prior_prompts(config: TrainConfig, classes: list[str], micro_batch: int) -> list[str]:
-    """What `adapter_off` preserves beside each photo of a micro-batch: the prompt of its class, or in every second of
-    many draws one of the others."""
+    """The prompts whose prior is kept beside each photo of a micro-batch: the prompt of its class, or with
+    equal chance a random one of `prior_prompts`."""
     draws = rng(config.seed, "micro", micro_batch, "prior prompts")
     return [draws.choice((of_class, draws.choice(config.prior_prompts or (of_class,)))) for of_class in classes]

@@ -1,4 +1,4 @@
-"""A micro-batch on the device: what the UNet reads of it, row by row, and what the loss compares with."""
+"""A micro-batch on the device: the rows that the UNet reads, and the targets of the loss."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class UNetRows:
 
     @classmethod
     def joined(cls, parts: Sequence["UNetRows"]) -> "UNetRows":
-        """The rows of one after those of the other."""
+        """Concatenate the rows of several parts, in their order."""
         tensors = map(torch.cat, zip(*(part.tensors() for part in parts), strict=True))
         return cls.of(*tensors, prompts=tuple(prompt for part in parts for prompt in part.prompts))
 
@@ -44,8 +44,8 @@ class UNetRows:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """`target` (B, 4, h, w) of all rows, but for the frozen base's answers where these are the prior's; `mask`
-    (B, 1, h, w) or None."""
+    """`target` (B, 4, h, w) is the loss target. Where the frozen base is the prior, the second half's target is
+    its answer instead. `mask` is (B, 1, h, w) or None."""
 
     batch: TrainBatch
     rows: UNetRows

@@ -1,15 +1,15 @@
-"""The training objective: add noise to latents, and compare what the UNet says with what it should say.
+"""The training objective: add noise to latents, and compare the UNet's prediction with its target.
 
 Two ways to add noise n to latents x at step i of the base's schedule, a = alpha_i its cumulative product:
 
     ddpm   z = sqrt(a)·x + sqrt(1 - a)·n             the UNet predicts n, or v = sqrt(a)·n - sqrt(1 - a)·x
-    edm    z = x + sigma·n,  sigma = sqrt(1/a - 1)   its output is turned into x itself (Karras et al. 2022)
+    edm    z = x + sigma·n,  sigma = sqrt(1/a - 1)   its output is converted to x itself (Karras et al. 2022)
 
 With prior preservation (Ruiz et al. 2022) a batch holds instance and prior images:
 
     total = instance + prior_loss_weight · prior
 
-The error of a place is the square of its difference d, or one that grows like |d| beyond a width c (`--loss_type`):
+The error at a position is the square of the difference d, or grows like |d| beyond a width c (`--loss_type`):
 
     huber      2c·(sqrt(d² + c²) - c)       smooth_l1  2·(sqrt(d² + c²) - c)
 """
@@ -39,15 +39,15 @@ __all__ = [
 
 
 Pointwise = Callable[[Tensor], Tensor]
-"""Differences (B, 4, h, w) -> the error of each place."""
+"""Differences (B, 4, h, w) -> the error at each position, same shape."""
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """A base's noise levels. `sigmas` (T,) noise-to-signal ratios, `timesteps` (T,) what the UNet is told.
+    """A base's noise levels: `sigmas` (T,) noise-to-signal ratios, `timesteps` (T,) as the UNet gets them.
 
-    `style` is `ddpm` or `edm`; `prediction_type` is `epsilon` or `v_prediction`;
-    `sigma_data` is set for bases trained with EDM's own preconditioning (Playground v2.5), else None.
+    `style` is `ddpm` or `edm`; `prediction_type` is `epsilon` or `v_prediction`; `sigma_data` is set for bases
+    trained with EDM's own preconditioning (Playground v2.5), else None.
     """
 
     sigmas: Tensor
@@ -66,7 +66,7 @@ class NoiseSchedule:
         return len(self.sigmas)
 
     def to(self, device: torch.device) -> "NoiseSchedule":
-        """With its tables on `device`, where the indices into them must be too."""
+        """A copy whose tables are on `device`; indices into them must be there too."""
         return replace(self, sigmas=self.sigmas.to(device), timesteps=self.timesteps.to(device))
 
     def signal_and_noise(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,8 +107,9 @@ def sample_timesteps(
     multiplier: float = 1.0,
     portion: float = 0.25,
 ) -> Tensor:
-    """Indices (count,) of noise levels, all equally likely; or the noisiest `portion` of them (`later`), or the least
-    noisy one (`earlier`), `multiplier` times as likely as the others, as diffusers' `train_text_to_image_sdxl.py`."""
+    """Indices (count,) of noise levels, drawn with equal chances. Under a strategy, the noisiest (`later`) or
+    the least noisy (`earlier`) `portion` of the levels is `multiplier` times as likely as the others, as in
+    diffusers' `train_text_to_image_sdxl.py`."""
     if strategy == "none":
         return torch.randint(len(schedule), (count,), generator=generator)
     chances = torch.ones(len(schedule))
@@ -118,10 +119,10 @@ def sample_timesteps(
 
 
 def offset_noise(noise: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Noise (B, C, h, w) with one more draw for each channel as a whole, of standard deviation `strength`.
+    """Noise (B, C, h, w) plus one draw per channel of each image, of standard deviation `strength`.
 
-    Then brightness and colour of the whole picture are noised, and so learnt (Guttenberg 2023, "Diffusion with Offset
-    Noise"; kohya's and diffusers' `--noise_offset`). A strength of 0 draws nothing.
+    The overall brightness and colour are then noised too, and so learnt (Guttenberg 2023, "Diffusion with
+    Offset Noise"; kohya's and diffusers' `--noise_offset`). A strength of 0 draws nothing.
     """
     if strength == 0:
         return noise
@@ -152,7 +153,7 @@ def loss_target(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, index: 
 
 
 def prediction_of(schedule: NoiseSchedule, output: Tensor, noisy: NoisySample) -> Tensor:
-    """The UNet's output (B, 4, h, w) as it is; in EDM style, the clean latents which it implies."""
+    """The UNet's output (B, 4, h, w) unchanged; in EDM style, the clean latents which it implies."""
     if schedule.style == "ddpm":
         return output
     sigma = schedule.sigmas[noisy.index].view(-1, 1, 1, 1)
@@ -172,10 +173,11 @@ def edm_denoised(schedule: NoiseSchedule, output: Tensor, noisy: Tensor, sigma: 
 
 
 def snr_weights(schedule: NoiseSchedule, index: Tensor, instance_count: int, snr_gamma: float | None) -> Tensor:
-    """Weight (B,) of each image's squared error, as diffusers' script weighs it: `index` (B,), instance images first.
+    """Weights (B,) of the images' squared errors, as in diffusers' script: `index` (B,), instance images first.
 
-    An EDM error of x counts 1/sigma², or 1 for EDM's own bases. Else errors count alike, unless `snr_gamma` is given
-    (Hang et al. 2023): then an instance image's noise counts min(SNR, gamma)/SNR, its velocity one more than that.
+    In EDM style the error of x is weighted by 1/sigma², or by 1 for EDM's own bases. Else weights are 1 without
+    `snr_gamma`. With it (Hang et al. 2023) an instance image's noise is weighted by min(SNR, gamma)/SNR, its
+    velocity by one more.
     """
     snr = schedule.snr(index)
     if schedule.style == "edm":
@@ -188,10 +190,12 @@ def snr_weights(schedule: NoiseSchedule, index: Tensor, instance_count: int, snr
 
 
 def debiased_weights(schedule: NoiseSchedule, index: Tensor) -> Tensor:
-    """Weight (B,) of each image's error: 1/sqrt(SNR) of noise, 1/(SNR + 1) of velocity, the SNR counted up to 1000.
+    """Weights (B,) of the images' errors: 1/sqrt(SNR) for noise, 1/(SNR + 1) for velocity, with the SNR capped
+    at 1000.
 
-    An error of the noise is then one of the latents that it implies, up to a power (Yu et al. 2023, "Debias the
-    Training of Diffusion Models", arXiv 2310.08442; as kohya's `--debiased_estimation_loss` it is for all images).
+    The error of the noise becomes the error of the latents that it implies, up to a power (Yu et al. 2023,
+    "Debias the Training of Diffusion Models", arXiv 2310.08442). Like kohya's `--debiased_estimation_loss` it
+    applies to all images.
     """
     snr = schedule.snr(index).clamp(max=1000)
     return snr.rsqrt() if schedule.prediction_type == "epsilon" else 1 / (snr + 1)
@@ -200,11 +204,12 @@ def debiased_weights(schedule: NoiseSchedule, index: Tensor) -> Tensor:
 def pointwise_error(
     schedule: NoiseSchedule, index: Tensor, loss_type: str = "l2", huber_c: float = 0.1, huber_schedule: str = "snr"
 ) -> Pointwise:
-    """The error of `loss_type` (`l2`, `huber`, `smooth_l1`), with a width c of its own for each image's `index` (B,).
+    """The error function of `loss_type` (`l2`, `huber`, `smooth_l1`); its width c depends on each image's
+    `index` (B,).
 
     With C = `huber_c` at step t of T: `constant` c = C; `exponential` c = C^(t/T), 1 where there is no noise;
-    `snr` c = C + (1 - C)/(1 + sigma)² (kabachuha 2024, "scheduled Huber loss" in diffusers and kohya's sd-scripts,
-    after arXiv 2403.16728).
+    `snr` c = C + (1 - C)/(1 + sigma)² (kabachuha 2024, "scheduled Huber loss" in diffusers and kohya's
+    sd-scripts, after arXiv 2403.16728).
     """
     if loss_type == "l2":
         return torch.square
@@ -231,9 +236,9 @@ def loss(
     mask: Tensor | None = None,
     pointwise: Pointwise = torch.square,
 ) -> LossParts:
-    """Mean error of instance and prior images apart, in fp32.
+    """Mean error of the instance images and of the prior images, and their weighted sum, in fp32.
 
-    prediction, target (B, 4, h, w); weights (B,); mask (B, 1, h, w) in [0, 1] weighs places of an image.
+    prediction, target (B, 4, h, w); weights (B,); mask (B, 1, h, w) in [0, 1] weighs the positions of an image.
     The first `instance_count` images are the subject's, the others are prior images.
     """
     per_image = weights * image_errors(prediction.float(), target.float(), mask, pointwise)
@@ -247,9 +252,11 @@ def loss(
 def image_errors(
     prediction: Tensor, target: Tensor, mask: Tensor | None, pointwise: Pointwise = torch.square
 ) -> Tensor:
-    """Mean error (B,) of each image; under a mask the weighted mean, so that a small subject counts in full.
+    """Mean error (B,) of each image. Under a mask it is the weighted mean, so that a small subject counts in
+    full.
 
-    The mean is taken times the mask's largest weight: an image that the subject is not in counts as its places do.
+    The mean is multiplied by the mask's largest weight: an image without the subject then counts no more than
+    its positions do.
     """
     errors = pointwise(prediction - target)
     if mask is None:

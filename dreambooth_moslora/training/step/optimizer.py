@@ -1,11 +1,11 @@
-"""What is trained, how fast, and by which optimizer: parameter groups, the optimizers, learning-rate schedule.
+"""Parameter groups with their learning rates, the optimizers, and the learning-rate schedule.
 
-Offered beside AdamW (also in 8 bit) and Prodigy: schedule-free AdamW, which needs no course of the learning rate, and
-Adafactor, whose settings many recipes for other trainers are written in. Those that only save memory are not: all
-states of Adam are a third of a GiB for SDXL at rank 16.
+Beside AdamW (also in 8 bit) and Prodigy there are schedule-free AdamW, which needs no learning-rate schedule,
+and Adafactor, which many recipes of other trainers use. Optimizers that only save memory are left out: Adam's
+states take a third of a GiB for SDXL at rank 16.
 
-Weight decay would pull a mixer towards zero and not towards its start, so mixers are exempt. In LoRA+ terms a mixer
-belongs to B's group: `mixer_lr_scale` multiplies its learning rate.
+Weight decay would pull a mixer towards zero instead of its start, so mixers have none. In terms of LoRA+ a
+mixer belongs to B's group: `mixer_lr_scale` multiplies its learning rate.
 """
 
 from collections.abc import Sequence
@@ -27,9 +27,11 @@ __all__ = ["make_lr_schedule", "make_optimizer", "optimizer_kind", "parameter_gr
 def parameter_groups(
     config: TrainConfig, components: dict[str, nn.Module], world_size: int = 1, tokens: Sequence[nn.Parameter] = ()
 ) -> list[dict]:
-    """Groups of A and B, and of mixers, for the UNet and each text encoder, then new tokens; empty ones are left out.
+    """Groups of A and B, and of mixers, for the UNet and each text encoder, then of new tokens. Empty groups
+    are left out.
 
-    As in diffusers' script, `scale_lr` scales the UNet's rate only, and text encoders without a rate take the UNet's.
+    As in diffusers' script, `scale_lr` scales only the UNet's rate; text encoders without a rate use the
+    UNet's.
     """
     lr_scale = config.gradient_accumulation_steps * config.train_batch_size * world_size if config.scale_lr else 1
     prodigy = config.optimizer.lower() == "prodigy"
@@ -52,12 +54,13 @@ def parameter_groups(
 
 
 def optimizer_kind(config: TrainConfig) -> str:
-    """Optimizers of one kind read each other's states."""
+    """The optimizer's name. Optimizers of the same name read each other's states."""
     return "AdamW8bit" if config.use_8bit_adam and config.optimizer == "AdamW" else config.optimizer
 
 
 def make_optimizer(config: TrainConfig, groups: list[dict]) -> Optimizer:
-    """AdamW by default. Raises UserError for an unknown name or an optimizer which is not installed."""
+    """The optimizer of `config.optimizer`. Raises UserError when its name is unknown or its package is not
+    installed."""
     kind = config.optimizer.lower()
     if kind == "prodigy":
         return make_prodigy(config, groups)
@@ -68,7 +71,7 @@ def make_optimizer(config: TrainConfig, groups: list[dict]) -> Optimizer:
     if kind != "adamw":
         raise UserError(f"--optimizer {config.optimizer} is unknown: choose {', '.join(OPTIMIZERS)}.")
     betas = (config.adam_beta1, config.adam_beta2)
-    # One kernel for the hundreds of small matrices: on a CPU a quarter of the time of the loop over them.
+    # Fused: one kernel for the hundreds of small matrices takes a quarter of the loop's time on a CPU.
     fused = {} if config.use_8bit_adam else {"fused": True}
     return adamw_class(config)(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, **fused)
 
@@ -106,9 +109,9 @@ def make_prodigy(config: TrainConfig, groups: list[dict]) -> Optimizer:
 
 
 def make_schedule_free(config: TrainConfig, groups: list[dict]) -> Optimizer:
-    """AdamW whose steps average themselves (Defazio et al. 2024, arXiv 2405.15682): a constant rate suits it.
+    """AdamW that averages its steps (Defazio et al. 2024, arXiv 2405.15682); use a constant learning rate.
 
-    The average is what is published (`averages`).
+    The average is published (`averages`). Raises UserError when it is not installed.
     """
     try:
         from schedulefree import AdamWScheduleFree
@@ -121,9 +124,9 @@ def make_schedule_free(config: TrainConfig, groups: list[dict]) -> Optimizer:
 
 
 def make_adafactor(groups: list[dict]) -> Optimizer:
-    """Adafactor (Shazeer & Stern 2018) at the given learning rate, neither relative nor scaled by the weights' size.
+    """Adafactor (Shazeer & Stern 2018) at the given learning rate. It has no momentum.
 
-    In kohya's words `scale_parameter=False relative_step=False warmup_init=False`. It has no momentum.
+    As kohya writes it: `scale_parameter=False relative_step=False warmup_init=False`.
     """
     from transformers.optimization import Adafactor
 
@@ -131,7 +134,11 @@ def make_adafactor(groups: list[dict]) -> Optimizer:
 
 
 def make_lr_schedule(config: TrainConfig, optimizer: Optimizer, max_train_steps: int) -> LRScheduler:
-    """diffusers' schedules by name; counted in optimizer steps, on any number of processes."""
+    """A learning-rate schedule of diffusers by its name. It counts optimizer steps, whatever the number of
+    processes.
+
+    Raises UserError for an unknown name.
+    """
     try:
         return get_scheduler(
             config.lr_scheduler,

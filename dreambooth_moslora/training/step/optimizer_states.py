@@ -1,7 +1,7 @@
 """The optimizer's states in a checkpoint, checked before PyTorch's kernels read them.
 
-A kernel trusts the shape and type of a moment: a smaller one would be read and written beyond its end.
-The pattern of right states is not written down here: a twin of the optimizer makes one step and shows it.
+A kernel trusts the shape and type of a moment: it would read and write beyond the end of a smaller one. The
+expected shapes and types come from a copy of the optimizer that takes one step.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,15 +14,17 @@ from torch.optim import Optimizer
 __all__ = ["checked_states"]
 
 RUNNING = ("d", "d_max", "d_numerator", "d_denom", "d_hat", "k", "weight_sum", "lr_max")
-"""What Prodigy and schedule-free AdamW learn of a group; all else in a group is what the command line says now."""
+"""Values that Prodigy and schedule-free AdamW learn per group. All other values of a group come from the
+command line."""
 NOT_SET = "p0"
-"""Prodigy's start of a weight; of a weight that started at zero it keeps a single number."""
+"""Prodigy's start of a weight. For a weight that started at zero it keeps a single number."""
 
 
 def checked_states(states: Mapping[str, Any], optimizer: Optimizer, step: int, exact: bool) -> dict[str, Any]:
-    """The states to load at `step`, in groups as the optimizer has them now.
+    """The checkpoint's states at `step`, with the settings that the optimizer's groups have now.
 
-    `exact`: each parameter has taken all steps; else at most as many. Raises ValueError for what is wrong.
+    `exact`: each parameter has taken all steps; otherwise at most as many. Raises ValueError for states that do
+    not fit.
     """
     pattern = pattern_of(optimizer)
     groups = optimizer.state_dict()["param_groups"]
@@ -39,7 +41,7 @@ def checked_states(states: Mapping[str, Any], optimizer: Optimizer, step: int, e
 
 
 def pattern_of(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
-    """The states of every parameter after the first step of an optimizer of this kind."""
+    """The states of every parameter after the first step of such an optimizer."""
     groups = []
     for group in optimizer.param_groups:
         params = [torch.nn.Parameter(weight.detach().clone()) for weight in group["params"]]

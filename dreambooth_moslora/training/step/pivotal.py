@@ -1,7 +1,7 @@
-"""Pivotal tuning: new tokens are learnt beside the adapter up to a step, the pivot, and stay as they are after it.
+"""Pivotal tuning: new tokens are learnt beside the adapter up to a step, the pivot, and stay fixed after it.
 
-Only the new rows are parameters; the encoders and their tables are frozen. Up to the pivot the prompts with the word
-are encoded at each step, after it once.
+Only the rows of the new tokens are parameters; the encoders and their embedding tables are frozen. Prompts with
+the new word are encoded at each step before the pivot, and once after it.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,8 @@ __all__ = ["LearntTokens"]
 
 
 class LearntTokens:
-    """The tokens of a run. `cached` encodes the prompts without the word; `pivot` is the first step they rest in."""
+    """The new tokens of a run. `cached` encodes the prompts without them; `pivot` is the first step at which
+    they are fixed."""
 
     def __init__(
         self,
@@ -51,14 +52,15 @@ class LearntTokens:
         return list(self.tokens.rows.values())
 
     def fill_gradients(self) -> None:
-        """Zeros where no prompt had the word: all processes average, and every step counts, the same parameters."""
+        """Set missing gradients to zero when no prompt had the word: all processes must average the same
+        parameters."""
         for rows in self.parameters:
             if rows.grad is None:
                 rows.grad = torch.zeros_like(rows)
 
     @contextmanager
     def at_rest(self, step: int) -> Iterator[None]:
-        """From the pivot on, what the optimizer does to the rows in this block is undone: Prodigy moves even a group
+        """From the pivot on, undo what the optimizer does to the rows in this block: Prodigy moves even a group
         whose learning rate is 0."""
         kept = [rows.detach().clone() for rows in self.parameters] if step >= self.pivot else []
         yield
@@ -67,7 +69,7 @@ class LearntTokens:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """While the rows hold their average, nothing that was encoded with their own values counts, nor is kept."""
+        """In this block the rows hold their average, so encodings of the rows themselves are neither used nor kept."""
         self.is_averaged = True
         try:
             yield
@@ -75,7 +77,8 @@ class LearntTokens:
             self.is_averaged = False
 
     def text_cond(self, prompts: list[str], step: int) -> TextCond:
-        """Of the prompts at `step`, with gradients to the new rows before the pivot."""
+        """Text embeddings of the prompts at `step`, (B, 77, 2048) and pooled (B, 1280) for SDXL; with gradients
+        before the pivot."""
         mine = [prompt for prompt in dict.fromkeys(prompts) if self.attached.is_in(prompt)]
         others = [prompt for prompt in dict.fromkeys(prompts) if prompt not in mine]
         is_at_rest = step >= self.pivot and not self.is_averaged
@@ -90,7 +93,10 @@ class LearntTokens:
 
 
 def fresh_tokens(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> NewTokens:
-    """Rows of the concept's words, or random ones of the table's standard deviation. Raises UserError."""
+    """Rows of the concept's words, or random rows of the table's standard deviation.
+
+    Raises UserError when the tokenizers make different numbers of tokens of it, or none.
+    """
     rows = {}
     for part in KEYS:
         table = getattr(pipeline, part).get_input_embeddings().weight.detach().float().cpu()

@@ -1,9 +1,10 @@
-"""One optimizer step: micro-batches to gradients, gradients to a better adapter.
+"""One optimizer step: gradients from micro-batches, then an update of the adapter.
 
-Every draw is named by (seed, what, micro-batch number), where micro-batches are counted over steps, accumulation and
-processes: one process with accumulation 2 draws what two processes draw. The gradients of the adapters, which are
-small, are averaged over processes by one all-reduce a step: no module is wrapped, so any part of the base can train.
-Adapters are fp32; the frozen base computes in its own dtype, with copies of the adapter made once a step.
+Every random draw has the name (seed, what, micro-batch number). Micro-batches are counted over steps,
+accumulation and processes, so one process with accumulation 2 draws what two processes draw. The adapters'
+gradients are small: one all-reduce per step averages them over processes. No module is wrapped, so any part of
+the base can be trained. Adapters are fp32. The frozen base computes in its own dtype, with copies of the
+adapter made once per step.
 """
 
 import logging
@@ -61,7 +62,8 @@ class StepLosses:
 
 
 class TrainStep:
-    """The adapter, its optimizer, and the number of steps done. `parameters` are the adapter's, `trained` are all."""
+    """The adapter, its optimizer, and the number of steps done. `trained` are the adapter's `parameters` and
+    new tokens."""
 
     def __init__(
         self,
@@ -100,7 +102,8 @@ class TrainStep:
         self.schedule = inputs.schedule.to(accelerator.device)
 
     def accumulate_gradients(self) -> StepLosses:
-        """Forward and backward of this process's micro-batches of the step; where compiling fails, again without."""
+        """Forward and backward passes of this process's micro-batches. If compilation fails, they are repeated
+        without it."""
         if self.compiled is None:
             return self._accumulate()
         try:
@@ -121,19 +124,21 @@ class TrainStep:
         return self.mean_of(found)
 
     def begin(self) -> None:
-        """A step with no gradients yet."""
+        """Clear the gradients and set the modules to training mode."""
         self.train_mode()
         self.optimizer.zero_grad(set_to_none=True)
 
     def number_of(self, turn: int) -> int:
-        """Of this process's micro-batch of the step, counted over the run."""
+        """The number of this process's micro-batch within the run; `turn` counts the accumulation."""
         count, world = self.config.gradient_accumulation_steps, self.accelerator.num_processes
         return (self.step * count + turn) * world + self.accelerator.process_index
 
     def update_adapter(self) -> float:
-        """Average gradients over processes, clip, step; returns the gradient's norm before clipping.
+        """Average gradients over processes, clip them, and take a step. Returns the gradient's norm before
+        clipping.
 
-        A norm that is not finite is no step: fp16's scaler then moves nothing and takes a smaller scale.
+        If the norm is not finite, no step is counted: fp16's gradient scaler has skipped it and lowers its
+        scale.
         """
         if self.learnt:
             self.learnt.fill_gradients()
@@ -151,7 +156,7 @@ class TrainStep:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The adapter as it is published, scored and sampled, for the length of a `with` block."""
+        """The adapter holds its average, as it is published, scored and sampled, for the length of the block."""
         pause = self.compiled.paused() if self.compiled is not None else nullcontext()
         apart = self.learnt.averaged() if self.learnt and self.average is not None else nullcontext()
         with pause, apart, lent(self.average, self.trained):
@@ -164,7 +169,7 @@ class TrainStep:
         return self.loss_of(micro, self.predict(micro.rows), answer)
 
     def micro_batch(self, micro_batch: int) -> MicroBatch:
-        """Micro-batch number `micro_batch` of the run: all that the UNet and the loss read, on the device."""
+        """Micro-batch number `micro_batch` of the run, on the device."""
         batch = self.batch_at(micro_batch)
         torch.manual_seed(seed_of(self.config.seed, "micro", micro_batch, "dropout"))
         on_device = move_together(self.drawn_for(batch, micro_batch), self.accelerator.device)
@@ -178,8 +183,8 @@ class TrainStep:
         return MicroBatch(batch, rows, target, on_device["mask"])
 
     def loss_of(self, micro: MicroBatch, prediction: Tensor, answer: Tensor | None) -> LossParts:
-        """Of the UNet's `prediction` (B, 4, h, w); `answer` is the frozen base's to the prior half, where that is the
-        target."""
+        """The loss of the UNet's `prediction` (B, 4, h, w). `answer` (B/2, 4, h, w) is the frozen base's
+        prediction of the prior half when that is its target, else None."""
         config, schedule, index, count = self.config, self.schedule, micro.rows.noisy.index, micro.batch.instance_count
         target = micro.target if answer is None else torch.cat([micro.target[:count], answer])
         weights = snr_weights(schedule, index, count, config.snr_gamma)
@@ -189,7 +194,7 @@ class TrainStep:
         return loss(prediction, target, weights, count, config.prior_loss_weight, micro.mask, error)
 
     def batch_at(self, micro_batch: int) -> TrainBatch:
-        """Micro-batch number `micro_batch`, with its second half where the frozen base is the prior."""
+        """Micro-batch number `micro_batch` of the run. If the frozen base is the prior, it includes the prior half."""
         following = micro_batch + self.accelerator.num_processes
         batch = self.inputs.batch_at(micro_batch, self.config.train_batch_size, following)
         if not self.base_is_prior:
@@ -200,7 +205,8 @@ class TrainStep:
         return batch.with_base_as_prior(prior_prompts(self.config, classes, micro_batch))
 
     def drawn_for(self, batch: TrainBatch, micro_batch: int) -> dict[str, Tensor | None]:
-        """What the device needs of a micro-batch, on the CPU: with noise, noise levels `index` (B,), and text."""
+        """A micro-batch's tensors on the CPU, before their transfer: with noise, noise levels `index` (B,), and
+        text."""
         noise, index = noise_and_levels(self.config, self.inputs.schedule, batch.latents.shape, micro_batch)
         drawn = {
             "latents": batch.latents,
@@ -217,7 +223,7 @@ class TrainStep:
     def predict(self, rows: UNetRows) -> Tensor:
         """The UNet's prediction (B, 4, h, w) in fp32.
 
-        `time_ids` (B, 6) stay in fp32: in bf16 a size of 1365 would be one of 1368.
+        `time_ids` (B, 6) stay in fp32: bf16 would round a size of 1365 to 1368.
         """
         unet, to = self.inputs.pipeline.unet, {"device": self.accelerator.device, "dtype": self.inputs.dtype}
         text = rows.cond.embeds.to(**to)
@@ -232,7 +238,7 @@ class TrainStep:
         return prediction_of(self.schedule, output.float(), rows.noisy)
 
     def prior_rows(self, micro: MicroBatch) -> UNetRows:
-        """The prior half, with text of the encoders as they were before training."""
+        """The rows of the prior half, with text embeddings of the untrained encoders."""
         count = micro.batch.instance_count
         rows = micro.rows.after(count)
         if self.config.keeps_text_encoders:
@@ -241,12 +247,12 @@ class TrainStep:
 
     @torch.no_grad()
     def base_prediction(self, rows: UNetRows) -> Tensor:
-        """What the frozen base predicts (B/2, 4, h, w) for the prior half: that half's target."""
+        """The frozen base's prediction (B/2, 4, h, w) for the prior half; it is that half's target."""
         with switched_off(self.lora_layers):
             return self.predict(rows)
 
     def text_cond(self, prompts: list[str]) -> TextCond:
-        """Cached embeddings, or live ones with gradients when the text encoders or new tokens are trained."""
+        """Cached embeddings; live ones with gradients when the text encoders or new tokens are trained."""
         if self.learnt:
             return self.learnt.text_cond(prompts, self.step)
         if self.config.train_text_encoder:
@@ -255,12 +261,12 @@ class TrainStep:
 
     @property
     def learning_rate(self) -> float:
-        """Of the UNet's A and B, in the next step. Prodigy's own estimate is in it."""
+        """Learning rate of the UNet's A and B in the next step, including Prodigy's own estimate."""
         group = self.optimizer.param_groups[0]
         return group["lr"] * group.get("d", 1.0)
 
     def train_mode(self, training: bool = True) -> None:
-        """A walk over thousands of modules, so it is left out where the mode is right already."""
+        """Set the mode where it differs; `train()` walks over thousands of modules."""
         for module in self.components.values():
             if module.training != training:
                 module.train(training)
@@ -277,7 +283,7 @@ class TrainStep:
         vector_to_parameters(mean, grads)
 
     def mean_of(self, found: list[Tensor]) -> StepLosses:
-        """Over the micro-batches of a step (`numbers_of` each), on all processes."""
+        """Means over the step's micro-batches (a `numbers_of` each), and over all processes."""
         values = torch.stack(found).mean(0)
         if self.accelerator.num_processes > 1:
             values = self.accelerator.reduce(values, "mean")
@@ -287,7 +293,7 @@ class TrainStep:
 
 
 def make_convolutions_fast(unet: nn.Module, speed: Speed) -> None:
-    """Before there are adapters, whose tensors are saved as they lie."""
+    """Call it before adapters are added: their tensors are saved in their memory layout."""
     if speed.searches:
         torch.backends.cudnn.benchmark = True
     for module in unet.modules() if speed.channels_last else ():
@@ -296,6 +302,6 @@ def make_convolutions_fast(unet: nn.Module, speed: Speed) -> None:
 
 
 def numbers_of(parts: LossParts) -> Tensor:
-    """Total, instance and prior loss (3,), the last one NaN where there is none."""
+    """Total, instance and prior loss (3,); the last is NaN without prior images."""
     prior = torch.full_like(parts.instance, math.nan) if parts.prior is None else parts.prior
     return torch.stack([parts.total.detach(), parts.instance, prior])
