@@ -1,1 +1,1 @@
-"""What is known before a run: its steps, memory, precision, checks and the lines of `--dry_run`."""
+"""What is known before a run: its steps, memory, precision, checks and the report of `--dry_run`."""

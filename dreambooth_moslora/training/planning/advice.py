@@ -1,6 +1,6 @@
-"""Advice before a run: settings without effect, few exposures, and a disk with too little room.
+"""Advice before a run: settings without effect, too few exposures, and too little room on the disk.
 
-A dry run, a real run and the page give it. What forbids a run is in `checks`.
+A dry run, a real run and the page show it. `checks` holds what forbids a run.
 """
 
 import os
@@ -34,12 +34,12 @@ DEFAULTS = {item.name: item.default for item in fields(TrainConfig)}
 
 
 def advice(config: TrainConfig, cost: Estimate, plan: StepPlan) -> list[str]:
-    """Lines for the person; none of them forbids the run."""
+    """Lines of advice; none of them forbids the run."""
     return [*settings_without_effect(config), *exposure_advice(plan), *disk_advice(config, cost)]
 
 
 def advice_before_run(config: TrainConfig, base: Path | None) -> list[str]:
-    """`advice` for a run that begins; `base` is the base's folder.
+    """The `advice` for a run that begins now; `base` is the base's folder.
 
     Raises UserError when no photo can be used.
     """
@@ -64,12 +64,12 @@ def disk_advice(config: TrainConfig, cost: Estimate) -> list[str]:
 
 
 def free_disk_gib(config: TrainConfig) -> float:
-    """GiB free where the run folder is or will be."""
+    """GiB free on the disk of the run folder, which need not exist yet."""
     return shutil.disk_usage(nearest_existing(Path(config.output_dir))).free / GIB
 
 
 def settings_without_effect(config: TrainConfig) -> list[str]:
-    """Those that have no effect together with the others, one line each."""
+    """A line for each setting that the other settings make ineffective."""
     base = config.pretrained_model_name_or_path
     found = {
         "--class_data_dir and --class_prompt have no effect without --with_prior_preservation": (
@@ -144,5 +144,5 @@ def settings_without_effect(config: TrainConfig) -> list[str]:
 
 
 def differs(config: TrainConfig, name: str) -> bool:
-    """Whether a setting has another value than its default."""
+    """Whether a setting differs from its default."""
     return getattr(config, name) != DEFAULTS[name]

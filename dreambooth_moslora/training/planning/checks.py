@@ -1,8 +1,8 @@
-"""What is checked before a run, for `--dry_run` and for training alike; nothing is loaded, and torch is not needed.
+"""Checks before a run, for `--dry_run` and training alike. They load no model and need no torch.
 
-folders    where a run may not write: over photos, or over files that no run of ours made
-packages   those that the settings need
-layers     whether the UNet has those that `--target_modules` names
+folders    a run must not write over photos, nor over files that no run has made
+packages   those that the settings need are installed
+layers     the UNet has the layers that `--target_modules` names
 """
 
 import errno
@@ -40,13 +40,14 @@ __all__ = [
 ]
 
 UNREADABLE = "add_embedding."
-"""diffusers does not find these layers again in a kohya file, so that an adapter on them cannot be proved."""
+"""diffusers does not read these layers back from a kohya file, so an adapter on them cannot be verified."""
 
 
 def check_layers(targets: Iterable[str], layers: Mapping[str, int], use_dora: bool) -> None:
-    """`layers` are those of `check_targets` -> dimensions of the weight: 2 of a matrix, 4 of a convolution.
+    """`layers` maps paths as in `check_targets` to the weight's dimensions: 2 for a matrix, 4 for a
+    convolution.
 
-    Raises UserError for what no layer is called, and for layers that cannot have such an adapter.
+    Raises UserError for a name that matches no layer, and for layers that cannot have such an adapter.
     """
     targets = list(targets)
     check_targets(targets, layers)
@@ -65,7 +66,7 @@ def instead_of(name: str) -> str:
 def check_targets(targets: Iterable[str], layers: Iterable[str]) -> None:
     """`layers` are paths of layers with weights, such as `mid_block.attentions.0.proj_in`.
 
-    Raises UserError for a name that means none of them, and says which one was probably meant.
+    Raises UserError for a name that matches none of them, and suggests the name that was probably meant.
     """
     layers = list(layers)
     for name in targets:
@@ -76,7 +77,7 @@ def check_targets(targets: Iterable[str], layers: Iterable[str]) -> None:
 
 
 def names_in(layers: Iterable[str], blocks: bool) -> list[str]:
-    """The last names of the layers, or the paths of the blocks that hold them."""
+    """The last names of the layers, or with `blocks` all paths of layers and of the blocks that hold them."""
     if not blocks:
         return sorted({last_name(layer) for layer in layers})
     paths = set(layers)
@@ -87,7 +88,7 @@ def names_in(layers: Iterable[str], blocks: bool) -> list[str]:
 
 
 def check_patterns(config: TrainConfig, layers: Iterable[str]) -> None:
-    """Raises UserError for a pattern that means no layer with an adapter. `layers` are all of the UNet's."""
+    """`layers` are all of the UNet's. Raises UserError for a pattern that matches no layer with an adapter."""
     adapted = [layer for layer in layers if is_adapted(layer, config.target_modules)]
     for flag in ("rank_pattern", "alpha_pattern"):
         for text in getattr(config, flag):
@@ -105,7 +106,7 @@ def last_name(path: str) -> str:
 
 
 def check_folders(config: TrainConfig) -> None:
-    """Raises UserError when the run folder is no place for a run, or gives the adapter no name. Nothing is created."""
+    """Raises UserError when the run folder is unsuitable or gives the adapter no name. Creates nothing."""
     if not config.output_dir.strip():
         raise UserError("--output_dir is empty: name a folder for the run.")
     for subject in each_subject(config):
@@ -120,7 +121,7 @@ def check_folders(config: TrainConfig) -> None:
 
 
 def refuse_circles(config: TrainConfig) -> None:
-    """A link that leads back to itself is no folder."""
+    """Raises UserError for a link that leads back to itself."""
     for name in ("output_dir", "instance_data_dir", "class_data_dir", "dataset_name", "cache_dir"):
         value = getattr(config, name)
         try:
@@ -131,14 +132,14 @@ def refuse_circles(config: TrainConfig) -> None:
 
 
 def check_home(output_dir: str) -> None:
-    """A run fills its folder with files: neither the root of the machine nor a person's home."""
+    """Raises UserError for the root or the user's home: a run would fill it with files."""
     place = Path(output_dir).resolve()
     if place in (Path(place.anchor), Path(os.path.expanduser("~")).resolve()):
         raise UserError(f"--output_dir {output_dir} is {place} itself: name a folder of the run's own.")
 
 
 def check_photo_folders(config: TrainConfig, run_dir: RunDir) -> None:
-    """Photos neither at the top of the run folder nor where a run replaces and moves its own files."""
+    """Raises UserError for photos at the top of the run folder, or where a run replaces and moves its own files."""
     if same_folder(config.class_data_dir, config.instance_data_dir):
         raise UserError("--class_data_dir is the folder of --instance_data_dir: the class is not the subject.")
     home = run_dir.path.resolve()
@@ -159,14 +160,14 @@ def same_folder(one: str | None, other: str | None) -> bool:
 
 
 def is_of_the_run(run_dir: RunDir, name: str) -> bool:
-    """Whether a folder of this name at the top of the run folder is the run's own."""
+    """Whether a run itself makes a folder of this name at the top of the run folder."""
     folders = (run_dir.samples_dir, run_dir.best_dir, run_dir.last_dir, run_dir.class_images_dir, run_dir.masks_dir)
     own = {path.name for path in folders}
     return name in own or checkpoint_step(Path(name)) is not None
 
 
 def check_places(config: TrainConfig, run_dir: RunDir) -> None:
-    """What the run writes goes into folders, there or still to be made."""
+    """Raises UserError when a place that the run writes to is a file or cannot be written."""
     is_kept = config.caching == "disk" or config.dataset_name is not None
     cache = config.cache_dir or (str(default_cache_dir()) if is_kept else None)
     places = {"output_dir": config.output_dir, "class_data_dir": config.class_data_dir, "cache_dir": cache}
@@ -186,7 +187,7 @@ def require_folder(name: str, value: str, path: Path) -> None:
 
 
 def require_writable(name: str, value: str) -> None:
-    """Tried, not asked: a file system may refuse what the permissions allow."""
+    """Raises UserError unless a file can be made there: permissions alone do not tell."""
     try:
         TemporaryFile(dir=nearest_existing(Path(value))).close()
     except OSError as error:
@@ -194,13 +195,13 @@ def require_writable(name: str, value: str) -> None:
 
 
 def nearest_existing(path: Path) -> Path:
-    """The path itself, or the folder that is nearest above it."""
+    """The path itself, or its nearest existing parent."""
     path = Path(os.path.abspath(path))
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def check_strangers(run_dir: RunDir) -> None:
-    """A card and pictures of the names that a run gives its own, but which no run made."""
+    """Raises UserError for a model card or pictures that have a run's file names but come from no run."""
     if not run_dir.path.is_dir():
         return
     card = run_dir.read_card()
@@ -213,14 +214,15 @@ def check_strangers(run_dir: RunDir) -> None:
 
 
 def preflight(config: TrainConfig) -> Path | None:
-    """Raises UserError; returns the diffusers folder of the base, if it is on this machine."""
+    """Check settings and memory. Returns the base's diffusers folder, None if not on this machine. Raises
+    UserError."""
     folder = check_settings(config)
     check_memory(config, folder)
     return folder
 
 
 def check_settings(config: TrainConfig) -> Path | None:
-    """What does not depend on the memory that is free now: all of `preflight` for a run that will begin later."""
+    """`preflight` without the memory that is free now, for a run that begins later. Raises UserError."""
     require_packages(config)
     check_bf16(config)
     learnt_word(config)
@@ -244,6 +246,7 @@ def check_settings(config: TrainConfig) -> Path | None:
 
 
 def unet_layers(folder: Path, variant: str | None) -> dict[str, int]:
-    """Path of each layer with a weight that is no vector -> its dimensions: 2 of a matrix, 4 of a convolution."""
+    """Path of each layer with a weight of at least 2 dimensions -> their number: 2 for a matrix, 4 for a
+    convolution."""
     shapes = tensor_shapes(folder / "unet", variant)
     return {name.removesuffix(".weight"): len(shape) for name, shape in shapes.items() if len(shape) > 1}

@@ -1,8 +1,9 @@
-"""What is chosen for a run of which only photos and a word are known: the same on the command line and on the page.
+"""Chooses the settings of a run when only photos and a word are given, the same on the command line and the
+page.
 
-    what was given --choose_…--> settings + lines      what was given always wins
+    given settings --choose_…--> chosen settings and lines about them      a given setting always wins
 
-The base decides the recipe of `assets/configs`; on a GPU, its free memory decides which of SDXL's.
+The base decides the recipe from `assets/configs`; on a GPU its free memory decides which of SDXL's.
 """
 
 import os
@@ -34,7 +35,7 @@ __all__ = [
 
 TOKEN = "sks"
 PHOTOS_OF_A_RECIPE = 5
-"""A recipe's steps are for so many photos: they say how often each is shown."""
+"""A recipe's number of steps is meant for this many photos; both give the exposures of each."""
 OWN = (
     *("pretrained_model_name_or_path", "instance_data_dir", "output_dir", "instance_prompt", "class_prompt"),
     "max_train_steps",
@@ -46,14 +47,14 @@ OF_MEMORY = ("gradient_checkpointing", "base_quantization", "cache_cross_attenti
 
 @dataclass
 class Choices:
-    """Settings that nobody gave, and for each choice what is said of it, with the flags that change it."""
+    """Chosen settings; `said` holds a sentence about each choice and the flags that change it."""
 
     given: Mapping[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
     said: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
 
     def add(self, words: str, *flags: str, **settings: Any) -> None:
-        """Nothing is said when all of it was given, nor without `words`."""
+        """Choose these settings unless given. `words` are said if any was chosen, unless they are empty."""
         chosen = {name: value for name, value in settings.items() if name not in self.given}
         self.settings |= chosen
         if chosen and words:
@@ -64,7 +65,7 @@ class Choices:
 
     @property
     def lines(self) -> list[str]:
-        """As the terminal shows them."""
+        """The sentences with their flags, for the terminal."""
         found = []
         for words, flags in self.said:
             named = ", ".join(f"--{flag}" for flag in flags)
@@ -77,7 +78,8 @@ class Choices:
 
 
 def choose_recipe(choices: Choices, free_gib: float | None) -> int:
-    """`free_gib` of the GPU, None without one. Returns how often the recipe's steps show each photo."""
+    """Choose the recipe. `free_gib` is the GPU's, None without a GPU. Returns the exposures of each photo in
+    the recipe."""
     base, memory = choices.all["pretrained_model_name_or_path"], choices.given.get("memory")
     name, recipe = recipe_settings(base, free_gib)
     photos_a_step = recipe["train_batch_size"] * recipe.get("gradient_accumulation_steps", 1)
@@ -94,7 +96,7 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
 
 
 def recipe_settings(base: str, free_gib: float | None) -> tuple[str, dict[str, Any]]:
-    """The file of `assets/configs` for this base and GPU, and its settings for them."""
+    """The file in `assets/configs` for this base and GPU, and its settings for them."""
     if is_toy(base):
         return "toy.toml", load_settings(assets_folder() / "configs" / "toy.toml")
     name = f"sdxl_{recipe_gb(free_gib)}gb.toml"
@@ -102,14 +104,15 @@ def recipe_settings(base: str, free_gib: float | None) -> tuple[str, dict[str, A
 
 
 def recipe_gb(free: float | None) -> int:
-    """A recipe takes at most nine tenths of its card. Without a GPU, the one that is usual."""
+    """GB of the largest recipe that needs at most nine tenths of the card; 12 without a GPU."""
     from dreambooth_moslora.training.planning.estimate import RECIPES
 
     return 12 if free is None else max((gb for gb in RECIPES if 0.9 * gb <= free), default=min(RECIPES))
 
 
 def for_base_and_card(base: str, recipe: str) -> dict[str, Any]:
-    """What SDXL's recipes leave to the person: a base without fp16 files, an old GPU, and the class kept too."""
+    """What SDXL's recipes leave open: bases without fp16 files, recomputation on 16 GB, and the GPU's half
+    precision."""
     import torch
 
     from dreambooth_moslora.training.planning.estimate import STOCK_SDXL
@@ -126,7 +129,7 @@ def for_base_and_card(base: str, recipe: str) -> dict[str, Any]:
 
 
 def choose_words(choices: Choices, word: str) -> None:
-    """The prompts. Unless it was refused, the class is kept as the frozen base draws it."""
+    """Choose the prompts, and prior preservation by the frozen base unless it was refused."""
     token = choices.given.get("token") or TOKEN
     prompt, of_class = f"a photo of a {token} {word}", f"a photo of a {word}"
     choices.add(f"words: “{prompt}”", "instance_prompt", "token", instance_prompt=prompt)
@@ -152,7 +155,7 @@ def in_words(prompts: Iterable[str | None]) -> str:
 
 
 def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> None:
-    """So many that each photo is shown `exposures` times, unless the steps were given; and masks."""
+    """Choose masks, and unless the steps were given, the number that shows each photo `exposures` times."""
     is_given = choices.given.keys() & {"max_train_steps", "num_train_epochs", "exposures_per_photo"}
     if not is_given:
         choices.settings["exposures_per_photo"] = exposures
@@ -164,7 +167,8 @@ def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> Non
 
 
 def choose_masks(choices: Choices, photos: list["Photo"]) -> None:
-    """The embedded base has a segmenter of its own; SDXL's is a download, which nobody asked for."""
+    """Make masks with the embedded base's own segmenter. SDXL's would be a download, which needs the user's
+    consent."""
     masked = sum(photo.mask_path is not None for photo in photos)
     counts = " + ".join(map(str, counted(photos)))
     choices.said.insert(0, (f"photos: {counts}, {masked} with a mask (name.mask.png beside each)", ()))
@@ -192,7 +196,7 @@ def steps_of(choices: Choices, photos: list["Photo"]) -> int:
 def choose_scores(choices: Choices, photos: list["Photo"], is_wanted: bool | None = None) -> None:
     """The embedded base has its own encoders; SDXL's are used where they are, as nobody asked for a download.
 
-    `is_wanted`: somebody did, or wants no scores.
+    `is_wanted`: the user has asked for scores, or has refused them; None when neither.
     """
     if encoders_are_here(choices.all["pretrained_model_name_or_path"]) if is_wanted is None else is_wanted:
         every = max(1, steps_of(choices, photos) // 4)
@@ -204,7 +208,7 @@ def choose_scores(choices: Choices, photos: list["Photo"], is_wanted: bool | Non
 
 
 def encoders_are_here(base: str) -> bool:
-    """Whether a run can be scored without a download: by the embedded base's own encoders, or those in the cache."""
+    """Whether a run can be scored without a download: the embedded base has encoders; others must be in the cache."""
     from huggingface_hub import try_to_load_from_cache
 
     return is_toy(base) or all(isinstance(try_to_load_from_cache(n, "model.safetensors"), str) for n in (CLIP, DINO))

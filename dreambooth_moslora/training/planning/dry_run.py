@@ -1,4 +1,4 @@
-"""`--dry_run`: the resolved settings, the photos, the steps, the cost and advice. Nothing is done."""
+"""`--dry_run`: the resolved settings, photos, steps, costs and advice, without training."""
 
 import os
 from collections import Counter
@@ -28,7 +28,7 @@ __all__ = ["cost_lines", "describe_run", "step_lines"]
 
 
 def describe_run(config: TrainConfig) -> str:
-    """Everything that `--dry_run` prints. Raises UserError for what training would refuse before it loads the base."""
+    """The report of `--dry_run`. Raises UserError for whatever training would refuse before it loads the base."""
     check_folders(config)
     if config.resume_from_checkpoint:
         from dreambooth_moslora.training.resumption import resume_point
@@ -55,7 +55,7 @@ def describe_run(config: TrainConfig) -> str:
 
 
 def settings_lines(config: TrainConfig) -> list[str]:
-    """As TOML; what differs from the default is marked."""
+    """The settings as TOML; those that differ from the default are marked."""
     values = config.to_dict()
     changed = {name for name in DEFAULTS if differs(config, name)}
     shown = {name: value for name, value in values.items() if value is not None}
@@ -81,7 +81,7 @@ def photo_lines(report: PhotoReport) -> list[str]:
 
 
 def bucket_lines(config: TrainConfig, photos: list[Photo]) -> list[str]:
-    """With `--enable_bucket`, how many photos are cropped, and class images drawn, to which size."""
+    """With `--enable_bucket`: how many photos are cropped to each size, and how many class images are drawn in it."""
     if not config.enable_bucket:
         return []
     rule = crop_rule(config)
@@ -94,7 +94,7 @@ def bucket_lines(config: TrainConfig, photos: list[Photo]) -> list[str]:
 
 
 def sizes_in_words(counts: Counter[tuple[int, int]]) -> str:
-    """The most frequent first."""
+    """The most frequent size first."""
     return ", ".join(f"{width} x {height} px ({count})" for (height, width), count in counts.most_common())
 
 
@@ -103,7 +103,7 @@ def made_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
 
 
 def caption_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
-    """What `--captions auto` would do. Raises UserError when nobody says what the photos show."""
+    """What `--captions auto` would do. Raises UserError when no class word is known."""
     bare = sum(not photo.is_captioned for photo in report.photos)
     if config.captions != "auto" or not bare:
         return []
@@ -112,7 +112,7 @@ def caption_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
 
 
 def mask_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
-    """What `--masks auto` would do. Raises UserError when nobody says what to look for."""
+    """What `--masks auto` would do. Raises UserError when no word says what to look for."""
     bare = [photo for photo in report.photos if photo.mask_path is None]
     if config.masks != "auto" or not bare:
         return []
@@ -124,7 +124,7 @@ def mask_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
 
 
 def background_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
-    """What `--new_backgrounds` would do. Raises UserError when no photo has a mask, or will get one."""
+    """What `--new_backgrounds` would do. Raises UserError when no photo has a mask or will get one."""
     if not config.new_backgrounds:
         return []
     count = sum(config.masks == "auto" or photo.mask_path is not None for photo in report.photos)

@@ -1,7 +1,7 @@
-"""What a run will need, before it begins: memory while training, and room on the disk.
+"""Estimates what a run needs before it begins: memory while training, and room on the disk.
 
-Weights and adapters are counted exactly, from the headers of the base's files. What a step adds was counted
-on SDXL's UNet operation by operation (`benchmarks.gpu_memory`: bf16, images of 1024 px) and grows with
+Weights and adapters are counted exactly, from the headers of the base's files. The memory of a step was counted
+on SDXL's UNet operation by operation (`benchmarks.gpu_memory`: bf16, images of 1024 px); it is scaled by
 pixels, images and bytes.
 """
 
@@ -23,30 +23,33 @@ __all__ = ["CONTEXT_GIB", "GIB", "TRAINING_BYTES", "BaseSize", "Estimate", "chec
 
 BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.001}
-"""A number of the blocks' projections, with its share of the scales; all others keep their precision."""
+"""Bytes of a quantised parameter, with its share of the scales. Parameters outside the blocks' projections keep
+their precision."""
 TRAINING_BYTES, TRAINING_BYTES_8BIT = 16, 10
-"""fp32 weight, gradient and two moments of Adam, a number of the adapter."""
+"""Bytes per parameter of the adapter: fp32 weight, gradient and two moments of Adam."""
 AVERAGE_BYTES = 4
-"""More with `--use_ema`."""
+"""Further bytes per parameter of the adapter with `--use_ema`."""
 CONTEXT_GIB = 0.5
-"""What CUDA itself takes for a process, beside its tensors."""
+"""Memory of the CUDA context of a process, beside its tensors."""
 STEP_GIB, STEP_GIB_A_RANK, RECOMPUTED_GIB = 5.24, 0.00102, 0.51
-"""What a step keeps of an image of 1024 px: without recomputation, more for each rank, and with it."""
+"""GiB that a step keeps of an image of 1024 px: without recomputation, in addition for each rank, and with
+recomputation."""
 TEXT_GIB = 0.025
 """The same of its text, which does not grow with the image."""
 TOKENS = 77
 PEFT_STEP, PEFT_RECOMPUTED = 1.4, 1.1
-"""Times as much where PEFT's own layers compute the adapter: a base in 8 bit, DoRA, dropout."""
+"""Factors where PEFT's own layers compute the adapter: a base in 8 bit, DoRA, or dropout."""
 DRAWING_GIB = 0.15
-"""Of the UNet without gradients, an image of 1024 px in half precision."""
+"""GiB of the UNet's pass without gradients, for an image of 1024 px in half precision."""
 ENCODER_BYTES_A_PIXEL = 2600
-"""Peak of the fp32 VAE's encoder beside its weights."""
+"""Peak of the fp32 VAE's encoder, beside its weights."""
 PNG_BYTES_A_PIXEL = 1.6
 
 
 @dataclass(frozen=True)
 class BaseSize:
-    """Numbers of parameters, and the sum of (in + out) over the layers that get an adapter, with their count.
+    """Counts of a base's parameters. `adapted_widths` sums (in + out) over the `adapted_layers` that get an
+    adapter.
 
     `projections` are those of the UNet's parameters that are quantised when asked, `text_projections` those of
     cross-attention's to_k and to_v, which have `text_outputs` together. Of a convolution, in is channels times kernel:
@@ -63,12 +66,12 @@ class BaseSize:
     adapted_layers: int = 560
     is_measured: bool = False
     widths: tuple[tuple[str, int], ...] = ()
-    """Path and in + out of each layer that gets an adapter, where they are known."""
+    """Path and in + out of each layer that gets an adapter, where known."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """GiB; `adapter_parameters` is a count."""
+    """All in GiB, but `adapter_parameters`, which is a count."""
 
     adapter_parameters: int
     encoding_gib: float
@@ -84,7 +87,7 @@ class Estimate:
 
 
 def size_of_base(folder: Path | None, target_modules: tuple[str, ...], variant: str | None = None) -> BaseSize:
-    """Counted from the diffusers folder of the base; SDXL's own size when there is none to look into.
+    """The size of the base in this diffusers folder; SDXL's when the folder is missing or incomplete.
 
     Raises UserError for damaged files.
     """
@@ -105,7 +108,7 @@ def size_of_base(folder: Path | None, target_modules: tuple[str, ...], variant: 
 
 
 def is_projection(name: str, shape: list[int]) -> bool:
-    """As `base.quantization` chooses."""
+    """Whether `base.quantization` quantises this weight."""
     return "transformer_blocks" in name and name.endswith(".weight") and len(shape) == 2 and shape[0] % 32 == 0
 
 
@@ -113,7 +116,7 @@ PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")
 
 
 def estimate(config: TrainConfig, size: BaseSize, total_steps: int, photo_count: int) -> Estimate:
-    """GiB on the device of each phase, and on the disk."""
+    """The device memory of each phase, and the disk space, GiB."""
     number = BYTES[precision_of(config)]
     adapter = adapter_parameters(config, size)
     unet, texts, vae = unet_gib(config, size), size.text_encoders * number / GIB, size.vae * 4 / GIB
@@ -134,7 +137,7 @@ def estimate(config: TrainConfig, size: BaseSize, total_steps: int, photo_count:
 
 
 def adapter_parameters(config: TrainConfig, size: BaseSize) -> int:
-    """Numbers in A, B and the mixers. Without the layers' paths, patterns are not counted."""
+    """Parameters of A, B and the mixers. Patterns count only where the layers' paths are known."""
     layers = [(rank_and_alpha(config, "unet", path)[0], width) for path, width in size.widths]
     if not layers:
         layers = [(config.rank, size.adapted_widths / max(1, size.adapted_layers))] * size.adapted_layers
@@ -143,7 +146,7 @@ def adapter_parameters(config: TrainConfig, size: BaseSize) -> int:
 
 
 def precision_of(config: TrainConfig) -> str:
-    """As accelerate is told: by the flag, or by `accelerate launch` in the environment."""
+    """The precision that accelerate uses: that of the flag, or of `accelerate launch` in the environment."""
     return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
 
 
@@ -170,7 +173,8 @@ def products_gib(config: TrainConfig, size: BaseSize, images: int) -> float:
 
 
 def preparing_gib(config: TrainConfig, size: BaseSize) -> float:
-    """Beside text encoders and VAE: the UNet only where it draws, or was made there (int8)."""
+    """Memory before training, beside text encoders and VAE. The UNet counts only if it draws or is quantised to
+    int8."""
     encoder = config.resolution**2 * ENCODER_BYTES_A_PIXEL / GIB
     at_once = config.sample_batch_size if uses_class_images(config) else min(1, config.new_backgrounds)
     is_there = at_once or config.base_quantization == "int8"
@@ -183,18 +187,19 @@ def decoder_gib(config: TrainConfig) -> float:
 
 
 def drawing_gib(config: TrainConfig, size: BaseSize, images: int) -> float:
-    """Of the UNet, for images that are denoised together: a picture counts twice, with and without prompt."""
+    """Memory of the UNet for images denoised together. A picture counts as two images, with and without its prompt."""
     return DRAWING_GIB * images * scale_of(config, size)
 
 
 def scale_of(config: TrainConfig, size: BaseSize) -> float:
-    """Against an image of 1024 px in half precision; a UNet narrower than SDXL's needs less, about as its width."""
+    """Cost relative to an image of 1024 px in half precision. A narrower UNet than SDXL's needs less, about as
+    its width."""
     width = math.sqrt(size.unet / BaseSize().unet)
     return (config.resolution / 1024) ** 2 * width * BYTES[precision_of(config)] / 2
 
 
 def step_gib(config: TrainConfig, size: BaseSize, adapter: int) -> float:
-    """Of one forward and backward pass, without weights and gradients."""
+    """Memory of one forward and backward pass, without weights and gradients."""
     images = config.train_batch_size * (2 if config.with_prior_preservation else 1)
     is_pefts = config.base_quantization == "int8" or config.use_dora or config.lora_dropout > 0
     scale, products = scale_of(config, size) * images, products_gib(config, size, images)
@@ -218,16 +223,17 @@ def disk_gib(config: TrainConfig, adapter: int, checkpoint_gib: float, total_ste
 
 
 SMALL_GIB = 2.0
-"""What needs less fits every GPU that trains at all: the driver is not asked, and PyTorch not loaded."""
+"""Runs that need less fit every GPU: then neither the driver is asked nor PyTorch loaded."""
 STOCK_SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 RECIPES = (24, 16, 12, 8, 6)
-"""GB of the cards that `assets/configs/sdxl_…gb.toml` are for."""
+"""GB of the cards that the recipes `assets/configs/sdxl_…gb.toml` are for."""
 
 
 def check_memory(config: TrainConfig, folder: Path | None) -> None:
-    """Raises UserError for a run that needs more than the GPU has free, and names the nearest settings that fit.
+    """Raises UserError for a run that needs more memory than the GPU has free; the message names settings that
+    fit.
 
-    `folder` is that of the base. A base of unknown size is not judged.
+    `folder` is the base's. A base of unknown size is not judged.
     """
     size = size_of_base(folder, config.target_modules, config.variant)
     need = estimate(config, size, 1, 1).peak_gib
@@ -243,10 +249,10 @@ def check_memory(config: TrainConfig, folder: Path | None) -> None:
 
 
 def free_gib_of_gpu(*, is_later: bool = False) -> float | None:
-    """GiB for this process on its GPU; None without one, and where accelerate is told to use the CPU.
+    """GiB for this process on its GPU; None without a GPU, or when accelerate is told to use the CPU.
 
-    With CUDA's context, which is there once the driver was asked. `is_later`: of the whole GPU, for a run that waits
-    until the others have ended.
+    It includes the CUDA context, which asking the driver creates. `is_later`: the whole GPU's memory, for a run
+    that waits until the others have ended.
     """
     if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
         return None
@@ -260,7 +266,7 @@ def free_gib_of_gpu(*, is_later: bool = False) -> float | None:
 
 
 def way_out(config: TrainConfig, size: BaseSize, free_gib: float) -> str:
-    """The person's own settings with as few changes as fit, and the recipe for such a card."""
+    """The fewest changes to these settings that fit, and the recipe for such a card."""
     for changes in plans(config):
         cost = estimate(replace(config, **changes), size, 1, 1).peak_gib
         if cost <= free_gib:
@@ -270,7 +276,7 @@ def way_out(config: TrainConfig, size: BaseSize, free_gib: float) -> str:
 
 
 def plans(config: TrainConfig) -> list[dict[str, object]]:
-    """Changes to a run's settings, each with those before it, from the cheapest in time to the dearest."""
+    """Changes to a run's settings, each including the previous ones, ordered by their cost in time."""
     wanted = {
         "mixed_precision": "bf16" if precision_of(config) in ("no", "fp32") else precision_of(config),
         "gradient_checkpointing": True,
@@ -288,6 +294,6 @@ def plans(config: TrainConfig) -> list[dict[str, object]]:
 
 
 def recipe_for(free_gib: float) -> str:
-    """Named after the card, of which a desktop and the driver take a part."""
+    """The largest recipe for this memory; the desktop and the driver take a tenth of the card."""
     fitting = next((card for card in RECIPES if card * 0.9 <= free_gib), None)
     return f", or start from assets/configs/sdxl_{fitting}gb.toml" if fitting else ""

@@ -1,4 +1,4 @@
-"""The rank and the alpha of each layer: those of all, or what `--rank_pattern` and `--alpha_pattern` give it."""
+"""The rank and alpha of each layer: the common ones, or those of `--rank_pattern` and `--alpha_pattern`."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ __all__ = ["ranks_in_vain", "rank_and_alpha"]
 
 
 def rank_and_alpha(config: TrainConfig, component: str, path: str) -> tuple[int, float]:
-    """Of one layer. Patterns are of the UNet's layers; without an alpha it is the layer's own rank."""
+    """Rank and alpha of one layer. Patterns apply to the UNet only; without an alpha, it equals the layer's rank."""
     is_unet = component == "unet"
     rank = pattern_value(config.rank_pattern if is_unet else (), "rank_pattern", path) or config.rank
     alpha = pattern_value(config.alpha_pattern if is_unet else (), "alpha_pattern", path) or config.lora_alpha
@@ -17,7 +17,8 @@ def rank_and_alpha(config: TrainConfig, component: str, path: str) -> tuple[int,
 
 
 def ranks_in_vain(config: TrainConfig, component: str, narrowest: Mapping[str, int]) -> str | None:
-    """One line when the rank of a layer is above the fewer of its inputs and outputs, `narrowest` by path."""
+    """A warning when a layer's rank exceeds its inputs or its outputs, whichever are fewer (`narrowest`, by
+    path); else None."""
     ranks = {path: rank_and_alpha(config, component, path)[0] for path in narrowest}
     wide = [path for path, rank in ranks.items() if rank > narrowest[path]]
     if not wide:

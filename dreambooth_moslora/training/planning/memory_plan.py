@@ -7,7 +7,7 @@ recompute_cached   both
 nf4                recomputed, and the frozen UNet is kept in 4 bit (--base_quantization nf4)
 auto               the first of these that is possible and fits the GPU's free memory; full without a GPU
 
-A word only adds to the flags that were given. On a GPU it also chooses half precision where none was named.
+A plan only adds to the given flags. On a GPU it also chooses half precision, unless a precision was given.
 """
 
 import json
@@ -39,18 +39,16 @@ PLANS: dict[str, dict[str, object]] = {
 """From the fastest to the leanest."""
 CHOSEN = ("mixed_precision", "gradient_checkpointing", "base_quantization", "cache_cross_attention")
 USABLE = 0.9
-"""Of the free memory: libraries' workspaces and fragments take the rest."""
+"""Usable fraction of the free memory: libraries' workspaces and fragmentation take the rest."""
 AMPERE = 8
-"""The first compute capability whose convolutions and matrix products know bf16."""
+"""The first compute capability with bf16 convolutions and matrix products."""
 
 
 def planned(config: TrainConfig, free_gib: float | None = None) -> TrainConfig:
-    """`config` with the settings of its `--memory`; itself where none is asked for.
+    """`config` with the settings of its `--memory`; unchanged without that option.
 
-    `free_gib` of the GPU, where another process than this one will train.
-
-    A run that goes on keeps what it began with: another plan would end with other bytes. Raises UserError for a
-    base that is not there.
+    `free_gib` is the GPU's, if another process will train. A resumed run keeps its first plan, since another
+    would change the result's bytes. Raises UserError for a missing base.
     """
     if config.memory is None:
         return config
@@ -113,7 +111,7 @@ def is_possible(config: TrainConfig, name: str) -> bool:
 
 
 def plan_lines(config: TrainConfig, size: BaseSize) -> list[str]:
-    """For `--dry_run`: what each plan would need, beside what the GPU has free."""
+    """For `--dry_run`: what each plan would need, and what the GPU has free."""
     free = free_gib_of_gpu() if config.memory else None
     if config.memory is None:
         return []

@@ -1,7 +1,7 @@
 """bf16 on Nvidia GPUs, which have it since Ampere (compute capability 8.0).
 
-On older ones PyTorch emulates it, and says that it is supported; but cuDNN has no bf16 convolutions there,
-so that a training would fail at its first step, or crawl.
+On older GPUs PyTorch emulates bf16 and reports it as supported. cuDNN has no bf16 convolutions there, so
+training would fail at its first step or be very slow.
 """
 
 import os
@@ -15,7 +15,7 @@ __all__ = ["check_bf16"]
 def check_bf16(config: TrainConfig) -> None:
     """Raises UserError for a run in bf16 on a GPU without it.
 
-    Where no flag is given, `accelerate launch` names the precision in the environment.
+    Without the flag, the precision is that of `accelerate launch` in the environment.
     """
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
     asked = {"mixed_precision": precision, "prior_generation_precision": config.prior_generation_precision}

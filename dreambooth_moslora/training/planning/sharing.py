@@ -1,4 +1,4 @@
-"""Which runs can share their steps (`training.together`): those on one base whose micro-batches have one shape."""
+"""Which runs can share their steps (`training.together`): runs on one base with micro-batches of one shape."""
 
 from dataclasses import fields
 
@@ -12,11 +12,11 @@ ALIKE = (
     "do_edm_style_training",
 )
 OWN = ("init_adapter", "mixer_lr_scale", "dataloader_num_workers")
-"""Of the groups of ALIKE_GROUPS, and yet each run's own."""
+"""Settings in ALIKE_GROUPS that may nevertheless differ between runs."""
 
 
 def needs_to_be_alone(config: TrainConfig) -> str | None:
-    """The flag for which no other run can share its steps, None where all can."""
+    """The flag that keeps a run from sharing steps with any other; None when there is none."""
     reasons = {
         "--train_text_encoder": config.train_text_encoder,
         "--train_text_encoder_ti": config.train_text_encoder_ti,
@@ -32,6 +32,6 @@ def needs_to_be_alone(config: TrainConfig) -> str | None:
 
 
 def shared_settings(config: TrainConfig) -> tuple[object, ...]:
-    """The settings in which runs must be alike to share their steps."""
+    """The values of the settings in which runs must agree to share their steps."""
     found = [f.name for f in fields(config) if f.metadata["group"] in ALIKE_GROUPS and f.name not in OWN]
     return tuple(getattr(config, name) for name in (*found, *ALIKE))

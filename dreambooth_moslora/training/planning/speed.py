@@ -1,10 +1,10 @@
-"""What makes the steps of a run faster on a GPU without changing them but for rounding, and whether it pays.
+"""What makes a run's steps faster on a GPU while changing only rounding, and whether it pays.
 
 blocks compiled    `torch.compile` of the UNet's transformer blocks, each kind once (`--compile`)
-channels last      convolutions in NHWC, as tensor cores take them
-cuDNN's search     each convolution's fastest algorithm, tried at its first call: sizes must be fixed
+channels last      convolutions in NHWC, the layout of tensor cores
+cuDNN's search     tries algorithms at each convolution's first call; sizes must be fixed
 
-On a CPU nothing of it is on unless `--compile on` asks for the first.
+On a CPU all are off; `--compile on` turns on the first.
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from dreambooth_moslora.training.planning.estimate import free_gib_of_gpu
 __all__ = ["WORTH_IMAGES", "Speed", "speed_here", "speed_of"]
 
 WORTH_IMAGES = 1000
-"""Forward and backward passes of one image of 1024 px from which compiling pays. Not measured here: others report about
-a minute to compile blocks one by one, and a tenth of a second saved an image."""
+"""Forward and backward passes of an image of 1024 px from which compilation pays. Not measured here: others
+report about a minute to compile the blocks, and a tenth of a second saved per image."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What is on, and `images`: those of 1024 px that the run still has to pass through the UNet, a process."""
+    """What is on. `images` of 1024 px are those that a process still has to pass through the UNet."""
 
     compiled: bool
     channels_last: bool
@@ -36,7 +36,7 @@ class Speed:
 
 
 def speed_of(config: TrainConfig, device_type: str, steps: int) -> Speed:
-    """For `steps` optimizer steps on a device of this type. A base in 4 or 8 bit is never compiled by `auto`."""
+    """The choice for `steps` optimizer steps on such a device. `auto` never compiles a base in 4 or 8 bit."""
     images = images_of(config, steps)
     is_cuda = device_type == "cuda"
     pays = is_cuda and images >= WORTH_IMAGES
@@ -50,7 +50,7 @@ def speed_of(config: TrainConfig, device_type: str, steps: int) -> Speed:
 
 
 def speed_here(config: TrainConfig, steps: int) -> Speed:
-    """For a dry run: a GPU is looked for only where it makes a difference."""
+    """The choice on this machine, for a dry run. It looks for a GPU only where that matters."""
     is_long = images_of(config, steps) >= WORTH_IMAGES
     return speed_of(config, "cuda" if is_long and free_gib_of_gpu() is not None else "cpu", steps)
 

@@ -1,11 +1,12 @@
-"""The arithmetic of a run: photos, repeats, batches and epochs into optimizer steps, and how often a photo is seen.
+"""The arithmetic of a run: from photos, repeats, batches and epochs to optimizer steps and exposures of a
+photo.
 
-samples an epoch = photos × repeats × (1 + new backgrounds), or the class images when there are more of those
-steps an epoch = ⌈⌈samples / (batch × processes)⌉ / accumulation⌉        as diffusers' script counts
+samples per epoch = photos × repeats × (1 + new backgrounds), or the number of class images if larger
+steps per epoch = ⌈⌈samples / (batch × processes)⌉ / accumulation⌉        as diffusers' script counts
 exposures of a photo = steps × accumulation × batch × processes / photos
 
-Several subjects are shown equally often. Each counts as if it had as many photos as the one with the most: an epoch
-shows all photos of that one, and those of the others oftener.
+Several subjects are shown equally often. Each counts as if it had as many photos as the largest one: an epoch
+shows each photo of that subject once, and photos of the others more often.
 """
 
 import math
@@ -17,12 +18,12 @@ from dreambooth_moslora.core.config.train_config import TrainConfig
 __all__ = ["FEW_EXPOSURES", "StepPlan", "plan_steps", "samples_an_epoch", "uses_class_images"]
 
 FEW_EXPOSURES = 20
-"""Of a photo: below it, hardly anything of a subject is learnt."""
+"""Exposures of a photo below which hardly anything of a subject is learnt."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """`photo_counts` are those of each subject."""
+    """`photo_counts` holds the number of photos of each subject."""
 
     photo_counts: tuple[int, ...]
     repeats: int
@@ -40,11 +41,11 @@ class StepPlan:
 
     @property
     def exposures_a_photo(self) -> float:
-        """Of the subject with the most photos."""
+        """Exposures of a photo of the subject with the most photos."""
         return self.exposures_a_subject / max(self.photo_counts)
 
     def sentence(self) -> str:
-        """All of it in one line."""
+        """The plan in one line."""
         several = len(self.photo_counts) > 1
         counted = f"{len(self.photo_counts)} subjects, {' + '.join(map(str, self.photo_counts))} photos"
         seen = f"each photo is seen about {self.exposures_a_photo:.0f} times"
@@ -57,9 +58,9 @@ class StepPlan:
 
 
 def plan_steps(config: TrainConfig, photos: int | Sequence[int], process_count: int = 1) -> StepPlan:
-    """`photos`: how many there are, or how many of each subject.
+    """`photos` is their number, or a list with the number for each subject.
 
-    Raises ZeroDivisionError for no photos: `photos.instance_photos` has refused that before.
+    Raises ZeroDivisionError for no photos; `photos.instance_photos` refuses that before.
     """
     counts = (photos,) if isinstance(photos, int) else tuple(photos)
     photo_count = len(counts) * max(counts)
@@ -76,7 +77,7 @@ def plan_steps(config: TrainConfig, photos: int | Sequence[int], process_count: 
 
 
 def samples_an_epoch(photo_count: int, repeats: int) -> int:
-    """Of one set of photos: how often an epoch shows one of them."""
+    """Samples per epoch of one set of photos."""
     return photo_count * repeats
 
 
