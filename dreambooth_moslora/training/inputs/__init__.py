@@ -1,1 +1,1 @@
-"""What the steps learn from: photos, captions, masks and class images, encoded once."""
+"""The training inputs: photos, captions, masks and class images, each encoded once."""

@@ -1,9 +1,9 @@
-"""A caption's tags in several orders, as image boards' tags have none.
+"""Shuffles a caption's tags, as the tags of image boards have no order.
 
     prefix  sks dog, red collar, on grass, side view  suffix        --keep_tokens 1 leaves `sks dog` where it is
 
-Each caption has a fixed number of orders, named by the run's seed: so frozen text encoders are asked once for each, and
-a resumed run and several processes show what an unbroken run of one process shows.
+Each caption has a fixed number of orders, derived from the run's seed. So frozen text encoders encode each
+order once, and resumed or distributed runs use the same orders as an unbroken run of one process.
 """
 
 from dreambooth_moslora.core.config.train_config import TrainConfig
@@ -13,18 +13,20 @@ from dreambooth_moslora.core.seeding import rng
 __all__ = ["shuffled_captions"]
 
 ORDERS = 16
-"""Of each caption, the written one among them."""
+"""Orders of each caption, including the written one."""
 
 
 def shuffled_captions(config: TrainConfig, captions: tuple[str, ...]) -> tuple[str, ...]:
-    """The captions as they are, or each in ORDERS orders of its tags, so that each is drawn as often as before."""
+    """The captions, or with `--shuffle_caption` ORDERS orders of each, so that each caption is drawn as often
+    as before."""
     if not config.shuffle_caption:
         return captions
     return tuple(reordered(config, caption, number) for caption in captions for number in range(ORDERS))
 
 
 def reordered(config: TrainConfig, caption: str, number: int) -> str:
-    """Order `number` of a caption; 0 is the written one. Prefix, suffix and the first `keep_tokens` tags stay."""
+    """Order `number` of a caption; 0 is the written one. The prefix, suffix and first `keep_tokens` tags stay
+    in place."""
     if number == 0:
         return caption
     ends = (config.caption_prefix, config.caption_suffix) if caption != config.instance_prompt else ("", "")

@@ -1,9 +1,10 @@
-"""Class images for prior preservation (Ruiz et al. 2022, section 3.3): what the base already knows of the class.
+"""Class images for prior preservation (Ruiz et al. 2022, section 3.3): what the base already knows of the
+class.
 
-A folder is topped up to the asked number with images of the class prompt. `manifest.json` beside them says of each
-what made it: prompt, seed, model, size, and the digest of its file. Images that a person put there count and come
-first; generated ones of another prompt, model or size stay where they are and are left out. A generated one whose file
-or whose line in the manifest is damaged is drawn again.
+A folder is topped up to the wanted number with generated images of the class prompt. `manifest.json` beside
+them records how each was made: prompt, seed, model, size, and its SHA-256. The user's own images count and come
+first. Generated images of another prompt, model or size stay in the folder but are not used. A generated image
+is drawn again when its file or its entry in the manifest is damaged.
 """
 
 import errno
@@ -37,7 +38,7 @@ GENERATED = re.compile(r"class_[0-9a-f]{8}_\d{5}\.png")
 
 @dataclass(frozen=True)
 class ClassImages:
-    """The class images of one prompt, one base and one size (h, w) in `folder`; `model` names the base without path."""
+    """The class images of one prompt, base and size (h, w) in `folder`; `model` names the base without its path."""
 
     folder: Path
     prompt: str
@@ -47,7 +48,7 @@ class ClassImages:
 
     @property
     def resolution(self) -> int | str:
-        """As the manifest says it: the side of a square, else width x height."""
+        """As the manifest writes it: the side of a square, else width x height."""
         height, width = self.size_px
         return height if height == width else f"{width}x{height}"
 
@@ -59,9 +60,10 @@ class ClassImages:
         return seed_of(self.seed, "class_image", index) % 2**32
 
     def manifest(self) -> dict[str, dict]:
-        """File name -> {prompt, seed, model, resolution, sha256} of every generated image; a damaged file knows none.
+        """File name -> {prompt, seed, model, resolution, sha256} of every generated image; empty if the file is
+        damaged.
 
-        Manifests of earlier versions have no sha256.
+        sha256 may be missing.
         """
         try:
             entries = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
@@ -75,20 +77,20 @@ class ClassImages:
         return {name: facts for name, facts in entries.items() if isinstance(facts, dict)}
 
     def stale(self, paths: list[Path]) -> set[Path]:
-        """Those that were generated, but for another prompt, model or size, or nobody knows for which."""
+        """The generated images of another or unknown prompt, model or size."""
         known, wanted = self.manifest(), identity(self.facts())
         return {path for path in self.generated(paths) if identity(known.get(path.name, {})) != wanted}
 
     def generated(self, paths: list[Path]) -> set[Path]:
-        """Those that a person did not put there. The name tells it too where the manifest is lost."""
+        """The images that were generated. Their names tell, even without the manifest."""
         known = self.manifest()
         return {path for path in paths if path.name in known or GENERATED.fullmatch(path.name)}
 
     def top_up(self, count: int, batch_size: int, generate: Generate) -> Iterator[int]:
-        """Make the first `count` generated images exist; yields how many do.
+        """Generate what is missing of the first `count` images; yields how many exist.
 
-        Whole batches are made anew even for one missing image: an image's last bits can depend on its neighbours,
-        and a run that was killed here has to end as an unbroken one.
+        A whole batch is generated again even for one missing image: an image's last bits can depend on its
+        neighbours, and an interrupted run must end like an unbroken one.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         is_said = False
@@ -110,7 +112,7 @@ class ClassImages:
         return {"prompt": self.prompt, "model": self.model, "resolution": self.resolution}
 
     def _is_as_made(self, index: int, known: dict[str, dict]) -> bool:
-        """Whether the file is there, opens, has the size that it was generated in, and is the one of the manifest."""
+        """Whether the file exists, opens, has the right size, and matches its manifest entry."""
         path, made = self.folder / self.name(index), known.get(self.name(index), {})
         try:
             fits = open_image(path).size == self.size_px[::-1]
@@ -119,12 +121,12 @@ class ClassImages:
         return fits and identity(made) == identity(self.facts()) and made.get(DIGEST) in (None, file_digest(path))
 
     def _known_seed(self, index: int, known: dict[str, dict]) -> int:
-        """That of the manifest: another run may have drawn the image."""
+        """The seed in the manifest, as another run may have drawn the image; else this run's."""
         seed = known.get(self.name(index), {}).get("seed")
         return seed if type(seed) is int and 0 <= seed < 2**32 else self.image_seed(index)
 
     def _write(self, index: int, seed: int, image: Image.Image, is_damaged: bool) -> None:
-        """The manifest first: an image of unknown origin would be left out."""
+        """Write the manifest first: an image that it does not list would be ignored."""
         path, content = self.folder / self.name(index), png_bytes(image)
         facts = {**self.facts(), "seed": seed, DIGEST: hashlib.sha256(content).hexdigest()}
         entries = {**self.manifest(), path.name: facts}
@@ -135,8 +137,8 @@ class ClassImages:
 
 
 def shares(sizes: Mapping[tuple[int, int], int], total: int) -> dict[tuple[int, int], int]:
-    """`total` class images in the proportion of the photos of each size (h, w); of each at least one, if that many are
-    wanted. Each further one goes where most is lacking."""
+    """Split `total` class images in the proportion of the photos of each size (h, w). Each size gets at least
+    one if `total` suffices; the others go where most are lacking."""
     exact = {size: total * count / sum(sizes.values()) for size, count in sorted(sizes.items())}
     found = dict.fromkeys(exact, int(total >= len(exact)))
     for _ in range(total - sum(found.values())):
@@ -145,7 +147,7 @@ def shares(sizes: Mapping[tuple[int, int], int], total: int) -> dict[tuple[int, 
 
 
 def keep_a_persons_work(path: Path, digest: str) -> None:
-    """A picture that opens and is not the one of `digest` may have been painted in: it moves to a folder beside."""
+    """Move a picture that opens but has another digest into the folder `changed`: the user may have edited it."""
     try:
         open_image(path)
     except UnreadableImageError:

@@ -1,8 +1,8 @@
-"""What the frozen encoders make, kept under a key of its content: in memory, on disk, or not at all.
+"""Outputs of the frozen encoders, cached by a digest of their inputs: in memory or on disk.
 
-The key holds everything that the value depends on (the file's bytes, the crop, the encoder's weights), so a changed
-photo, crop or base is encoded anew and an unchanged one never again. Values are dicts of tensors. On disk the digest of
-the tensors stands in the file's header: what does not agree with it is encoded anew.
+The key covers everything that a value depends on (the file's bytes, the crop, the encoder's weights). A changed
+photo, crop or base is encoded anew, an unchanged one never again. Values are dicts of tensors. On disk the
+file's header holds a digest of the tensors; a file that does not match it is encoded anew.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ DIGEST = "sha256"
 
 
 class TensorCache:
-    """`folder` None keeps values in memory; a folder keeps one safetensors file a key, shared between runs."""
+    """With a `folder`, values are kept in one safetensors file per key, shared between runs; with None, in memory."""
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
@@ -32,7 +32,7 @@ class TensorCache:
         self.computed = 0
 
     def get(self, key: str, compute: Callable[[], Tensors]) -> Tensors:
-        """The value under `key`; computed, and kept, when it is not there yet."""
+        """The value under `key`; it is computed and kept if missing."""
         found = self._memory.get(key) if self.folder is None else self._read(key)
         if found is None:
             found = compute()
@@ -44,7 +44,7 @@ class TensorCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def _read(self, key: str) -> Tensors | None:
-        """A file that was damaged, that holds nothing, or that the disk cannot read, counts as missing."""
+        """The tensors on disk; None if the file is missing, unreadable, damaged or empty."""
         try:
             content = self._path(key).read_bytes()
             tensors = load(content)
@@ -71,13 +71,13 @@ def digest_of(tensors: Tensors) -> str:
 
 
 def digest_in(content: bytes) -> str | None:
-    """What the header of a valid safetensors file says."""
+    """The digest in the header of a valid safetensors file; None without one."""
     length = int.from_bytes(content[:8], "little")
     return json.loads(content[8 : 8 + length]).get("__metadata__", {}).get(DIGEST)
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Identity of a model: names, shapes, dtype and the first 16 numbers of each weight (any training changes them)."""
+    """Digest of a model: names, shapes, dtype and the first 16 numbers of each weight (any training changes them)."""
     digest = hashlib.sha256()
     for name, weight in module.state_dict().items():
         head = weight.detach().flatten()[:16].to("cpu", torch.float64)

@@ -26,7 +26,7 @@ Crop = tuple[Image.Image, Image.Image | None]
 
 @dataclass(frozen=True)
 class EncodedView:
-    """One crop of one photo: `latents` (4, h, w), `time_ids` (6,), `mask` (1, h, w) weighs its places, or None."""
+    """One crop of one photo: `latents` (4, h, w), `time_ids` (6,), and `mask` (1, h, w), the loss weights, or None."""
 
     latents: Tensor
     time_ids: Tensor
@@ -34,7 +34,7 @@ class EncodedView:
 
 
 class PhotoEncoder:
-    """Crop and encode photos once each: the VAE is asked only for what the cache does not hold."""
+    """Crops and encodes photos. The VAE computes only what the cache does not hold."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class PhotoEncoder:
         readers: int = 0,
         unmasked_weight: float = 0.0,
     ):
-        """`readers` threads open and crop photos ahead of their turn, where nothing is cached."""
+        """Without a cache, `readers` threads open and crop photos ahead of time."""
         self.vae, self.cache, self.rule, self.unmasked_weight = vae, cache, rule, unmasked_weight
         self.vae_identity = fingerprint(vae)
         self._digests: dict[object, str] = {}
@@ -61,8 +61,11 @@ class PhotoEncoder:
         return EncodedView(tensors["latents"], torch.tensor(plan.time_ids, dtype=torch.float32), weights)
 
     def _weights(self, photo: Photo, subject: Tensor) -> Tensor:
-        """What places weigh: the subject 1, around it `unmasked_weight`, or 0 where the photo itself is transparent:
-        the white that it lies on there is nobody's surroundings."""
+        """Loss weights, `subject` (1, h, w) in [0, 1] -> same shape: 1 on the subject and `unmasked_weight`
+        around it.
+
+        Around a photo with transparency the weight is 0: its white background was not photographed.
+        """
         around = 0.0 if photo.mask_path == photo.path else self.unmasked_weight
         return around + (1 - around) * subject
 
@@ -81,8 +84,9 @@ class PhotoEncoder:
         return self._digests[path]
 
     def _compute_unchanged(self, photo: Photo, plan: CropPlan) -> Tensors:
-        """Raises UserError for a photo that is not the one of the key any more: it would be kept under another's. And
-        for one whose file in the disk cache cannot be read any more when the VAE has left memory."""
+        """Compute the tensors. Raises UserError if the photo has changed since its key was made, as its
+        encoding would be kept under a wrong key; and if the VAE has left memory and the disk cache cannot be
+        read."""
         if self.vae is None:
             raise UserError(
                 f"{self.cache.folder}: the encoding of {photo.path} cannot be read any more, and the VAE has left "
@@ -106,7 +110,7 @@ class PhotoEncoder:
 
 
 def load_crop(photo: Photo, plan: CropPlan, interpolation: str) -> Crop:
-    """The photo's crop and its mask's, as pictures of the target size."""
+    """The photo's crop and its mask's, of the target size."""
     image, mask = apply_crop(open_rgb(photo), plan, interpolation), open_mask(photo)
     return image, None if mask is None else apply_crop(mask, plan, "bilinear")
 
@@ -117,6 +121,6 @@ def pixels_of(image: Image.Image) -> Tensor:
 
 
 def latent_mask(mask: Image.Image, latents: Tensor) -> Tensor:
-    """Grey picture -> (1, h, w) in [0, 1], averaged to the latents' size."""
+    """Grey picture, latents (4, h, w) -> (1, h, w) in [0, 1], averaged to the latents' size."""
     grey = torch.from_numpy(np.array(mask, dtype=np.float32))[None, None] / 255
     return F.adaptive_avg_pool2d(grey, latents.shape[-2:])[0]

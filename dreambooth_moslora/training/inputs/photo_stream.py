@@ -1,9 +1,9 @@
-"""Photos and captions as the endless, shuffled, seeded stream of batches that training reads.
+"""The endless, shuffled, seeded stream of batches of photos and captions.
 
     sample at position p  ->  (photo, repeat, crop)  ->  EncodedView  ->  TrainBatch
 
-Each epoch shuffles photos × repeats; crop number = epoch mod `crops_per_photo` (a fresh crop each epoch when nothing
-is cached). Every image, class images too, carries its own size and crop conditioning.
+Each epoch shuffles photos × repeats. The crop number is epoch mod `crops_per_photo`; without a cache every
+epoch has fresh crops. Every image, class images too, carries its own size and crop conditioning.
 """
 
 import math
@@ -21,7 +21,7 @@ __all__ = ["PhotoStream"]
 Size = tuple[int, int]
 """(h, w) in px."""
 View = tuple[int, int, Size]
-"""(slot: photo times repeats, number of its crop, size of the crop)."""
+"""(slot, crop number, crop size); the slot numbers photos times repeats."""
 
 
 class PhotoStream:
@@ -38,8 +38,8 @@ class PhotoStream:
         batch_size: int = 1,
         beside: "PhotoStream | None" = None,
     ):
-        """Each `batch_size` samples from a multiple of it on have crops of one size; all have the size of the sample
-        of the stream `beside`, if any, at their position."""
+        """Crops have one size in each group of `batch_size` positions. With a stream `beside`, each crop has
+        the size of that stream's sample at the same position."""
         self.photos, self.encoder, self.seed, self.name, self.repeats = photos, encoder, seed, name, repeats
         self.caption_dropout, self.batch_size, self.beside = caption_dropout, batch_size, beside
         self.groups: dict[Size, list[int]] = {size: [] for size in beside.groups} if beside else {}
@@ -49,13 +49,13 @@ class PhotoStream:
             self.groups.setdefault(target, []).append(slot)
 
     def __len__(self) -> int:
-        """Samples in an epoch."""
+        """Samples per epoch."""
         return samples_an_epoch(len(self.photos), self.repeats)
 
     def at(self, position: int) -> tuple[EncodedView, str]:
-        """The view of the sample at `position` >= 0, and one of its photo's captions, drawn anew each time.
+        """The encoded view at `position` >= 0, and a random caption of its photo.
 
-        In a share `caption_dropout` of the positions the caption is empty.
+        A fraction `caption_dropout` of the positions has an empty caption.
         """
         photo, plan = self._sample(position)
         is_dropped = rng(self.seed, self.name, "caption dropout", position).random() < self.caption_dropout
@@ -63,7 +63,7 @@ class PhotoStream:
         return self.encoder.encode(photo, plan), caption
 
     def read_ahead(self, position: int) -> None:
-        """Begin to read what `at` will be asked for soon."""
+        """Start reading a sample that `at` will need soon."""
         self.encoder.read_ahead(*self._sample(position))
 
     def _sample(self, position: int) -> tuple[Photo, CropPlan]:
@@ -72,7 +72,7 @@ class PhotoStream:
 
     @property
     def is_one_size(self) -> bool:
-        """Whether batches need no care."""
+        """Whether any samples can be batched together."""
         return len(self.groups) == 1 or self.batch_size == 1
 
     def _view(self, position: int) -> View:
@@ -95,14 +95,15 @@ class PhotoStream:
         return self.encoder.rule.target(self.photos[slot // self.repeats].size_px)
 
     def _place_in(self, size: Size, position: int) -> tuple[int, int]:
-        """(epoch, slot) among those of one size; where there are none, among all."""
+        """(epoch, slot) among the slots of this size, or among all if there are none."""
         slots = self.groups[size] or range(len(self))
         epoch, found = place_of(position, len(slots), self.seed, self.name, size)
         return epoch, slots[found]
 
     def _grouped_place(self, position: int) -> tuple[int, int]:
-        """(epoch of its group, slot). In a round of as many batches as there are slots, each group has as many batches
-        as it has slots: so each slot is shown `batch_size` times, whatever the size of its group."""
+        """(epoch of its group, slot), when batches need one size. A round has as many batches as slots, and
+        each group has as many batches as it has slots. So each slot is shown `batch_size` times a round,
+        whatever the size of its group."""
         batch, place = divmod(position, self.batch_size)
         turn, number = divmod(batch, len(self))
         order = batch_order(tuple((key, len(slots)) for key, slots in self.groups.items()), self.seed, self.name, turn)
@@ -112,16 +113,16 @@ class PhotoStream:
         return self._place_in(key, batches_before * self.batch_size + place)
 
     def view_count(self, sample_count: int) -> int:
-        """Views that the first `sample_count` samples show, before they come again; 0 when each epoch crops anew."""
+        """Number of different views among the first `sample_count` samples; 0 when each epoch crops anew."""
         return len(self._first_positions(sample_count))
 
     def encode_ahead(self, sample_count: int) -> Iterator[EncodedView]:
-        """Each of those views once: this fills the cache."""
+        """Encode each of those views once, which fills the cache."""
         for position in self._first_positions(sample_count):
             yield self.encoder.encode(*self._sample(position))
 
     def _first_positions(self, sample_count: int) -> list[int]:
-        """The position of each view among the first samples; by the bound, every view has been shown."""
+        """The first position of each view. Views repeat after `bound` samples."""
         crops = self.encoder.rule.crops_per_photo or 0
         turns = crops if self.is_one_size else self.batch_size * math.ceil(crops / self.batch_size)
         bound = len(self) * turns if self.beside is None else sample_count * (crops > 0)
@@ -137,6 +138,6 @@ class PhotoStream:
 
 @lru_cache(maxsize=64)
 def batch_order(groups: tuple[tuple[object, int], ...], *names: object) -> tuple[object, ...]:
-    """Each group's key as often as its count says, shuffled."""
+    """The groups' keys, each as often as its count, shuffled."""
     keys = [key for key, count in groups for _ in range(count)]
     return tuple(rng("batches", *names).sample(keys, len(keys)))

@@ -14,7 +14,7 @@ __all__ = ["PromptCache"]
 
 
 class PromptCache:
-    """Prompts -> TextCond. Frozen encoders are asked once a prompt; `release_encoders` then lets them leave memory."""
+    """Prompts -> TextCond. Frozen encoders encode each prompt once; `release_encoders` then frees their memory."""
 
     def __init__(self, encode: Callable[[list[str]], TextCond], cache: TensorCache | None, identity: str):
         self.encode, self.cache, self.identity = encode, cache, identity
@@ -34,8 +34,8 @@ class PromptCache:
         return {"embeds": cond.embeds[0].cpu(), "pooled": cond.pooled[0].cpu()}
 
     def release_encoders(self) -> None:
-        """Drop the encoders. A prompt that was never asked raises RuntimeError from now on, and UserError one whose
-        file in the disk cache cannot be read any more."""
+        """Drop the encoders. From now on a new prompt raises RuntimeError; with a cache on disk, an unreadable
+        file raises UserError."""
         is_on_disk = self.cache is not None and self.cache.folder is not None
 
         def gone(prompts: list[str]) -> TextCond:

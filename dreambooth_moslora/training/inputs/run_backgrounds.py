@@ -1,4 +1,4 @@
-"""`--new_backgrounds`: the frozen base draws scenes before training, and the photos' subjects are put before them."""
+"""`--new_backgrounds`: before training the frozen base draws scenes, and the photos' subjects are pasted onto them."""
 
 from collections.abc import Iterator
 
@@ -19,7 +19,7 @@ __all__ = ["check_masks", "with_new_backgrounds"]
 
 
 def with_new_backgrounds(context: RunContext, pipeline: StableDiffusionXLPipeline, photos: list[Photo]) -> list[Photo]:
-    """The photos, and behind them their subjects before other scenes, which are drawn where they are missing.
+    """The photos, followed by their subjects on new scenes; missing scenes are drawn.
 
     Raises StopRequestedError.
     """
@@ -34,7 +34,7 @@ def with_new_backgrounds(context: RunContext, pipeline: StableDiffusionXLPipelin
 
 
 def check_masks(config: TrainConfig, photos: list[Photo]) -> None:
-    """Raises UserError when no photo has a mask that new backgrounds need."""
+    """Raises UserError when new backgrounds are asked for and no photo has a mask."""
     if config.new_backgrounds and all(photo.mask_path is None for photo in photos):
         raise UserError(NO_MASKS)
 

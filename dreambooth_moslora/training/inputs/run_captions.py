@@ -1,4 +1,4 @@
-"""`--captions auto`: photos without a caption get one before the base is loaded; the model leaves memory first."""
+"""`--captions auto`: photos without a caption get one before the base is loaded; the captioner then leaves memory."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def captioned_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
-    """The photos, those without a caption with the one in the run folder, which is made where it is missing.
+    """The photos; those without a caption get the one in the run folder, which is made if missing.
 
     Raises UserError when the model is not there, and StopRequestedError.
     """
@@ -35,7 +35,7 @@ def captioned_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
 
 
 def make_captions(context: RunContext, photos: list[Photo]) -> None:
-    """Into the run folder; this process alone does it: the others wait in `on_main`."""
+    """Write captions into the run folder, in this process alone; the others wait in `on_main`."""
     made = captions_of_each(context, photos)
     for _ in context.report.counted("captions", said(made), len(photos)):
         if context.should_stop():
@@ -43,7 +43,7 @@ def make_captions(context: RunContext, photos: list[Photo]) -> None:
 
 
 def captions_of_each(context: RunContext, photos: list[Photo]) -> Iterator[MadeCaption]:
-    """Each subject's with its own words."""
+    """Make each subject's captions with its own words."""
     for number, subject in enumerate(each_subject(context.config)):
         if own := [photo for photo in photos if photo.subject == number]:
             captioner = load_captioner(subject, context.accelerator.device)
@@ -51,7 +51,7 @@ def captions_of_each(context: RunContext, photos: list[Photo]) -> Iterator[MadeC
 
 
 def said(made: Iterable[MadeCaption]) -> Iterator[int]:
-    """The number of each caption, which goes to the log: a person reads them there and in `captions.json`."""
+    """Log each caption; yields its number. The user also finds it in `captions.json`."""
     for number, found in enumerate(made, start=1):
         logger.info("%s", spelled_out(f"{found.photo.path.name}: {found.caption or found.remark}"))
         yield number

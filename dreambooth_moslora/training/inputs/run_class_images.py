@@ -1,4 +1,4 @@
-"""The class images of a run: the person's own, and those that the frozen base draws before training."""
+"""The class images of a run: the user's own, and those that the frozen base draws before training."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -25,14 +25,16 @@ __all__ = ["class_photos_of_each", "usable_class_photos"]
 
 
 Sets = list[tuple[ClassImages, int]]
-"""Generated ones, one entry a size, and how many of them are wanted."""
+"""Sets of generated images, one per size, each with the wanted number."""
 
 
 def class_photos_of_each(
     context: RunContext, pipeline: StableDiffusionXLPipeline, photos: list[Photo]
 ) -> list[list[Photo]]:
-    """The class images of each subject, in the sizes of its photos' crops; those of one class are the same, and made
-    once."""
+    """The class images of each subject, in the sizes of its photos' crops. Subjects of one class share theirs.
+
+    Raises UserError and StopRequestedError.
+    """
     found: dict[tuple[str, str | None], list[Photo]] = {}
     subjects, rule = each_subject(context.config), crop_rule(context.config)
     keys = [(subject.class_prompt, subject.class_data_dir) for subject in subjects]
@@ -46,8 +48,10 @@ def class_photos_of_each(
 def make_class_images(
     context: RunContext, pipeline: StableDiffusionXLPipeline, sizes: Mapping[tuple[int, int], int]
 ) -> list[Photo]:
-    """The person's own class images first, then generated ones up to `num_class_images`, in the proportion of
-    `sizes`."""
+    """The user's own class images, then generated ones up to `num_class_images`, in the proportion of `sizes`.
+
+    Raises UserError and StopRequestedError.
+    """
     config, device = context.config, context.accelerator.device
     folder = Path(config.class_data_dir) if config.class_data_dir else context.run_dir.class_images_dir
     sets = sets_of(folder, config, sizes)
@@ -59,7 +63,7 @@ def make_class_images(
         generator = drawing_pipeline(config, pipeline, device).to(device)
         pictures = draw_each(generator, sets, config.sample_batch_size, context.should_stop)
         for _ in context.report.counted("class_images", pictures, wanted):
-            if context.should_stop():  # this process alone draws: the others wait in `on_main`
+            if context.should_stop():  # only this process draws; the others wait in `on_main`
                 raise StopRequestedError
 
     on_main(context.accelerator, generate)
@@ -67,7 +71,7 @@ def make_class_images(
 
 
 def sets_of(folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], int]) -> Sets:
-    """What is generated, of each size, beside the person's own."""
+    """The sets to generate, one per size, beside the user's own images."""
     base_id = public_name(config.pretrained_model_name_or_path)
     sets = [ClassImages(folder, config.class_prompt, base_id, config.seed, size) for size in sizes]
     found = [photo.path for photo in class_photos_in(folder, config)]
@@ -79,7 +83,7 @@ def sets_of(folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], i
 def draw_each(
     generator: StableDiffusionXLPipeline, sets: Sets, batch_size: int, should_stop: Callable[[], bool]
 ) -> Iterator[int]:
-    """Top up one size after the other; yields how many images are there."""
+    """Top up one size after the other; yields how many images exist."""
     before = 0
     for images, count in sets:
         draw = partial(generate_images, generator, size_px=images.size_px, should_stop=should_stop)
@@ -89,16 +93,16 @@ def draw_each(
 
 
 def class_photos_in(folder: Path, config: TrainConfig) -> list[Photo]:
-    """An empty or missing folder is no mistake here: it will be filled."""
+    """Class images in the folder. An empty or missing folder is allowed: it will be filled."""
     if not folder.is_dir():
         return []
     return find_photos(folder, config.class_prompt, config.resolution, alpha="white").photos
 
 
 def usable_class_photos(folder: Path, config: TrainConfig, sets: Sets) -> list[Photo]:
-    """As many as were asked for, the person's own before generated ones.
+    """Exactly `num_class_images` images, the user's own before generated ones.
 
-    With fewer, the prior would be weaker than it says, and with none it would be off.
+    Raises UserError when there are fewer: the prior would be weaker than the settings say, or off.
     """
     found = usable_photos(find_photos(folder, config.class_prompt, config.resolution, alpha="white"))
     paths = [photo.path for photo in found]

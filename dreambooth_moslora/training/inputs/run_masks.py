@@ -1,4 +1,4 @@
-"""`--masks auto`: photos without a mask get one before the base is loaded; the segmenter leaves memory first."""
+"""`--masks auto`: photos without a mask get one before the base is loaded; the segmenter then leaves memory."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def masked_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
-    """The photos, those without a mask with the one in the run folder, which is made where it is missing.
+    """The photos; those without a mask get the one in the run folder, which is made if missing.
 
     Raises UserError when the segmenter is not there, and StopRequestedError.
     """
@@ -35,7 +35,7 @@ def masked_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
 
 
 def make_masks(context: RunContext, photos: list[Photo]) -> None:
-    """Into the run folder; this process alone does it: the others wait in `on_main`."""
+    """Write masks into the run folder, in this process alone; the others wait in `on_main`."""
     made = masks_of_each(context, photos)
     for _ in context.report.counted("masks", said(made), len(photos)):
         if context.should_stop():
@@ -43,7 +43,7 @@ def make_masks(context: RunContext, photos: list[Photo]) -> None:
 
 
 def masks_of_each(context: RunContext, photos: list[Photo]) -> Iterator[MadeMask]:
-    """Each subject's by its own word."""
+    """Make each subject's masks with its own word."""
     for number, subject in enumerate(each_subject(context.config)):
         if own := [photo for photo in photos if photo.subject == number]:
             segmenter = load_segmenter(subject, context.accelerator.device)
@@ -51,7 +51,7 @@ def masks_of_each(context: RunContext, photos: list[Photo]) -> Iterator[MadeMask
 
 
 def said(made: Iterable[MadeMask]) -> Iterator[int]:
-    """The number of each mask; what a person should know of it goes to the log."""
+    """Log remarks on the masks; yields each mask's number."""
     for number, mask in enumerate(made, start=1):
         if mask.remark:
             logger.warning("%s", spelled_out(f"the mask of {mask.photo.path.name}: {mask.remark}"))

@@ -1,8 +1,9 @@
-"""The streams of several subjects as one, in which each subject is shown equally often, whatever its number of photos.
+"""Merges the streams of several subjects; each subject is shown equally often, whatever its number of photos.
 
-    position p  ->  round p div k, subject (in an order drawn anew each round)  ->  that subject's stream at the round
+    position p  ->  round p div k, subject (order drawn anew each round)  ->  that subject's stream at the round
 
-A position alone says which sample it is: a resumed run and several processes show what an unbroken run of one shows.
+The position alone determines the sample: resumed or distributed runs show what an unbroken run of one process
+shows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ __all__ = ["SubjectStreams", "instance_streams", "prior_streams"]
 
 
 class SubjectStreams:
-    """One stream of each subject, in turns. `run` samples in a row are of one subject; with one stream it is that."""
+    """Takes turns between one stream per subject. `run` samples in a row show the same subject."""
 
     def __init__(self, streams: Sequence[PhotoStream], seed: int, run: int = 1):
         self.streams, self.seed, self.run = streams, seed, run
@@ -30,11 +31,11 @@ class SubjectStreams:
         return [photo for stream in self.streams for photo in stream.photos]
 
     def subject_at(self, position: int) -> int:
-        """The number of the subject that the sample at `position` shows."""
+        """The number of the subject shown at `position`."""
         return self._place(position)[0]
 
     def at(self, position: int) -> tuple[EncodedView, str]:
-        """As `PhotoStream.at`."""
+        """Like `PhotoStream.at`."""
         number, place = self._place(position)
         return self.streams[number].at(place)
 
@@ -52,18 +53,18 @@ class SubjectStreams:
         return sum(stream.view_count(self._share(sample_count)) for stream in self.streams)
 
     def encode_ahead(self, sample_count: int) -> Iterator[EncodedView]:
-        """Each view that the first `sample_count` samples show, once."""
+        """Encode each view among the first `sample_count` samples once."""
         for stream in self.streams:
             yield from stream.encode_ahead(self._share(sample_count))
 
     def _share(self, sample_count: int) -> int:
-        """Of each stream: its samples in so many whole rounds."""
+        """Samples of each stream in `sample_count`, rounded up to whole rounds."""
         in_a_round = len(self.streams) * self.run
         return -(-sample_count // in_a_round) * self.run if len(self.streams) > 1 else sample_count
 
 
 def instance_streams(config: TrainConfig, photos: list[Photo], encoder: PhotoEncoder) -> SubjectStreams:
-    """In batches of one size, a batch shows one subject."""
+    """The streams of the subjects' photos. With buckets, a batch shows one subject, as it needs one size."""
     streams = []
     for number, subject in enumerate(each_subject(config)):
         own = taking_turns([photo for photo in photos if photo.subject == number], config)
@@ -74,10 +75,10 @@ def instance_streams(config: TrainConfig, photos: list[Photo], encoder: PhotoEnc
 
 
 def taking_turns(photos: list[Photo], config: TrainConfig) -> list[Photo]:
-    """Where photos are left out by name, the others take their turns, each as often as any other.
+    """When photos are left out by name, the other photos take their turns, each equally often.
 
-    A run without one photo then differs from a run without another in those turns alone: order, crops and noise of all
-    others are the same. Of several subjects nobody knows whose photo a name was.
+    Runs without different photos then differ only in those turns: order, crops and noise of all other turns are
+    the same. It applies to one subject, since a name does not tell whose photo it is.
     """
     if not config.leave_out or config.subjects:
         return photos
@@ -88,7 +89,8 @@ def taking_turns(photos: list[Photo], config: TrainConfig) -> list[Photo]:
 def prior_streams(
     config: TrainConfig, class_photos: list[list[Photo]], encoder: PhotoEncoder, instance: SubjectStreams
 ) -> SubjectStreams:
-    """Beside each sample of a subject, one of its class, of the same size."""
+    """The streams of class images. Beside each sample of a subject they show one of its class; with buckets, of
+    the same size."""
     streams = []
     for number, (photos, own) in enumerate(zip(class_photos, instance.streams, strict=True)):
         beside = own if config.enable_bucket else None

@@ -25,7 +25,8 @@ class TrainBatch:
     prompts: list[str]
 
     def with_base_as_prior(self, prompts: list[str]) -> "TrainBatch":
-        """Twice the batch: the second half has these prompts (B), and the frozen base's answer will be its target."""
+        """The batch twice (2B). The second half has these prompts (B); the frozen base's prediction will be its
+        target."""
         size = len(self.prompts)
         return TrainBatch(
             self.latents.repeat(2, 1, 1, 1),
@@ -37,9 +38,9 @@ class TrainBatch:
 
 
 def collate(samples: Sequence[tuple[EncodedView, str]], instance_count: int) -> TrainBatch:
-    """Stack views and their captions, the subject's first, into one batch.
+    """Stack views and their captions into one batch, the subject's first.
 
-    Views without a mask get ones beside views with one.
+    If only some views have a mask, the others get a mask of ones.
     """
     views = [view for view, _ in samples]
     masks = None
@@ -55,9 +56,9 @@ def collate(samples: Sequence[tuple[EncodedView, str]], instance_count: int) -> 
 
 
 def move_together(tensors: dict[str, Tensor | None], device: torch.device) -> dict[str, Tensor | None]:
-    """The CPU tensors on `device`, by one transfer that nothing waits for; None stays None.
+    """The CPU tensors on `device`, by one asynchronous transfer; None stays None.
 
-    They travel as fp32 numbers, which holds whole numbers up to 2**24 and all halves exactly.
+    They travel as fp32, which holds integers up to 2**24 and all half-precision numbers exactly.
     """
     if device.type == "cpu":
         return tensors
