@@ -1,4 +1,4 @@
-"""Processes and precision of a run: accelerate's Accelerator, the shared seed, and work of the main process alone."""
+"""Processes and precision of a run: accelerate's Accelerator, the shared seed, and work of the main process."""
 
 import logging
 import os
@@ -36,7 +36,7 @@ PATIENCE = timedelta(days=7)
 
 
 def any_process(accelerator: Accelerator, said: bool) -> bool:
-    """Whether one of them says yes. All have to be asked, and all get the same answer."""
+    """Whether any process says yes. All must call it, and all get the same answer."""
     if accelerator.num_processes == 1:
         return said
     votes = torch.tensor(float(said), device=accelerator.device)
@@ -44,7 +44,8 @@ def any_process(accelerator: Accelerator, said: bool) -> bool:
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
-    """Do it on the main process. A stop or an error there ends all: nobody waits for one that is gone."""
+    """Do `work` on the main process. An error or stop there is raised on all processes, so that none waits for
+    ever."""
     error: Exception | None = None
     if accelerator.is_main_process:
         try:
@@ -58,7 +59,7 @@ def on_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
 
 
 def shared(error: Exception | None) -> Exception | None:
-    """The main process's error, as the others can raise it; itself on the main process."""
+    """The main process's error; other processes get an equivalent."""
     told = [None if error is None else (isinstance(error, StopRequestedError), str(error))]
     broadcast_object_list(told)
     if error is not None or told[0] is None:
@@ -99,7 +100,7 @@ SHARDING = {
     "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
     "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
 }
-"""What accelerate calls it -> the variable by which it is asked for."""
+"""Name in accelerate -> environment variable that asks for it."""
 
 ONE_PROCESS = (
     "this is the only process: on CPUs without MPI, accelerate starts several by "
@@ -108,7 +109,10 @@ ONE_PROCESS = (
 
 
 def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
-    """Device, processes and precision: from `--mixed_precision`, else from `accelerate launch`, else fp32."""
+    """Device, processes and precision: from `--mixed_precision`, else from `accelerate launch`, else fp32.
+
+    Raises UserError for settings of accelerate that cannot work.
+    """
     check_bf16(config)
     refuse_sharding(os.environ)
     diffusers_logging.disable_progress_bar()
@@ -118,13 +122,13 @@ def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
     clean_stale(run_dir.path)
     folders = ProjectConfiguration(str(run_dir.path), str(run_dir.path / config.logging_dir))
     tracker = None if config.report_to in (None, "none") else config.report_to
-    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             log_with=tracker,
             project_config=folders,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `TrainStep` divides, by our flag
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `TrainStep` divides
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except ValueError as error:
@@ -137,7 +141,7 @@ def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
     check_world_size(os.environ, accelerator.num_processes)
     if accelerator.num_processes == 1 and asked_for_more(os.environ):
         logger.warning(ONE_PROCESS)
-    if accelerator.device.type == "cpu":  # what went to a GPU must leave this memory
+    if accelerator.device.type == "cpu":  # a GPU run should return this memory, which it no longer needs
         keep_freed_memory()
     return accelerator
 
@@ -162,20 +166,21 @@ def check_world_size(environment: Mapping[str, str], num_processes: int) -> None
 
 
 def refusal(mixed_precision: str | None, said: str) -> str:
-    """What accelerate said, under the name of what asked for it: the flag, or what is set for accelerate itself."""
+    """accelerate's message, with the source of the wrong value: the flag, or accelerate's own settings."""
     if mixed_precision is not None and "precision" in said:
         return f"--mixed_precision {mixed_precision}: {said}"
     return f"accelerate says: {said.rstrip('.')}; look at `accelerate config` and at ACCELERATE_… in the environment."
 
 
 def asked_for_more(environment: Mapping[str, str]) -> bool:
-    """`accelerate launch --cpu --num_processes 2` without MPI names a meeting point and starts one process."""
+    """Whether several processes were asked for and only one started: `accelerate launch --cpu --num_processes
+    2` without MPI."""
     wants_cpu = environment.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
     return wants_cpu and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment
 
 
 def chosen_seed(config: TrainConfig, accelerator: Accelerator) -> int:
-    """`--seed`, or a random one that all processes share; it is written down, so that a run can be resumed."""
+    """`--seed`, or a random one that all processes share. It is saved, so that the run can be resumed."""
     seeds = [config.seed if config.seed is not None else SystemRandom().randrange(2**31)]
     if accelerator.num_processes > 1:
         broadcast_object_list(seeds)

@@ -37,15 +37,16 @@ __all__ = [
 
 OPTIMIZER, SCALER, POSITION = "optimizer.pt", "scaler.pt", "position.json"
 WEIGHTS = "weights.pt"
-"""Of a run with an average, which is then the checkpoint's adapter: the weights from which its steps go on."""
+"""The weights that training continues from, when the checkpoint's adapter is their average."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run is: optimizer steps done, the seed that names every draw, and whose states are beside it.
+    """Where a run is: the optimizer steps done, the seed that names every draw, and the kind of the saved
+    optimizer.
 
-    `digest` is of this and of the files beside it (`digest_of`): parts of two checkpoints make none, and a changed
-    one is seen. `optimizer` (`optimizer_kind`) and `digest` are None in the files of early versions.
+    `digest` covers the position and the files beside it (`digest_of`), so that mixed or changed files are
+    detected. `optimizer` (`optimizer_kind`) and `digest` may be None.
     """
 
     step: int
@@ -64,7 +65,7 @@ def save_checkpoint(
     weights: list[Tensor] | None = None,
     tokens: NewTokens | None = None,
 ) -> None:
-    """Write the folder `path` whole, or leave what was there. `weights` are those of WEIGHTS, if any."""
+    """Write the folder `path` completely, or leave its old content. `weights` are those of WEIGHTS, if any."""
     with atomic_directory(path) as folder:
         if tokens is not None:
             write_tokens(folder / TOKENS_NAME, tokens)
@@ -88,7 +89,7 @@ def digest_of(checkpoint: Path, position: Position) -> str:
 
 
 def check_whole(checkpoint: Path) -> Position:
-    """Where the checkpoint stands. Raises UserError when its parts were changed, or are not of one checkpoint."""
+    """The checkpoint's position. Raises UserError when its files were changed, or belong to different checkpoints."""
     position = read_position(checkpoint)
     named = checkpoint_step(checkpoint)
     if named is not None and named != position.step:
@@ -99,7 +100,7 @@ def check_whole(checkpoint: Path) -> Position:
 
 
 def save_states(states: dict, path: Path) -> None:
-    """By way of memory: `torch.save` to a full disk raises a RuntimeError that does not say so."""
+    """Write through memory: on a full disk `torch.save` raises a RuntimeError that does not say so."""
     buffer = BytesIO()
     torch.save(states, buffer)
     atomic_write(path, buffer.getvalue())
@@ -122,7 +123,7 @@ def damaged(checkpoint: Path, name: str, reason: object) -> UserError:
 
 
 def load_states(checkpoint: Path, name: str) -> dict:
-    """What `torch.save` wrote; nothing in it can run code. Raises UserError."""
+    """Read what `torch.save` wrote; its content cannot run code. Raises UserError when it is damaged."""
     try:
         states = torch.load(checkpoint / name, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and pickle raise whatever they like on damaged bytes
@@ -133,16 +134,16 @@ def load_states(checkpoint: Path, name: str) -> dict:
 
 
 def load_adapter(checkpoint: Path, components: dict[str, nn.Module]) -> AdapterMetadata:
-    """Create the adapter on the components, bit for bit as it was saved."""
+    """Create the adapter on the components, bit for bit as it was saved. Raises UserError for a damaged file."""
     return load_raw(checkpoint / RAW_NAME, components)
 
 
 def restore_optimizer(
     checkpoint: Path, step: int, optimizer: Optimizer, schedule: LambdaLR, scaler: torch.amp.GradScaler | None = None
 ) -> None:
-    """Moments as they were; all settings as the command line says now, at `step` of the schedule.
+    """Restore the optimizer's moments, with the settings of the command line, at `step` of the schedule.
 
-    Raises UserError for states that are not this optimizer's at that step.
+    Raises UserError for states that do not fit this optimizer at that step.
     """
     exact = isinstance(optimizer, torch.optim.AdamW) and scaler is None  # early versions counted what fp16 skipped
     states = load_states(checkpoint, OPTIMIZER)
@@ -158,8 +159,8 @@ def restore_optimizer(
 
 
 def restore_weights(checkpoint: Path, parameters: list[nn.Parameter]) -> None:
-    """What the steps go on from, in the place of the average. Raises UserError for weights that are not finite or of
-    another adapter."""
+    """Restore the weights behind an average. Raises UserError when they are not finite or belong to another
+    adapter."""
     try:
         weights = load_states(checkpoint, WEIGHTS)["weights"]
         for number, (weight, parameter) in enumerate(zip(weights, parameters, strict=True)):

@@ -1,4 +1,4 @@
-"""The frozen base of a run as a pipeline: the one that is trained on, and the one that draws before training."""
+"""Loads a run's frozen base: the pipeline to train, and one that draws before training."""
 
 import logging
 from collections.abc import Callable
@@ -25,7 +25,11 @@ FP32_ON_A_GPU = (
 
 
 def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> StableDiffusionXLPipeline:
-    """The VAE stays in fp32, as SDXL's own overflows in fp16, unless the person names another one."""
+    """Load the base. Its VAE is in fp32, as SDXL's own overflows in fp16; a VAE that the user names is in
+    `dtype`.
+
+    Raises UserError when it cannot be loaded.
+    """
     pipeline = load_pipeline(
         config.pretrained_model_name_or_path,
         dtype=dtype,
@@ -44,7 +48,7 @@ def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> 
 def drawing_pipeline(
     config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device
 ) -> StableDiffusionXLPipeline:
-    """The base itself, or a copy in `prior_generation_precision` when that differs."""
+    """The base itself, or a copy in `prior_generation_precision` if that differs."""
     wanted = DTYPES.get(config.prior_generation_precision or "", pipeline.unet.dtype)
     if wanted == pipeline.unet.dtype:
         return pipeline
@@ -52,7 +56,7 @@ def drawing_pipeline(
 
 
 def warn_of_fp32(pipeline: StableDiffusionXLPipeline, device: torch.device) -> None:
-    """One line when a base as large as SDXL would train in fp32 on a GPU, as it does when no precision is given."""
+    """Warn when a base as large as SDXL would train in fp32 on a GPU, as it does when no precision is given."""
     is_large = default_resolution(pipeline) > SMALL_BASE_PX
     if device.type == "cuda" and is_large and pipeline.unet.dtype == torch.float32:
         logger.warning(FP32_ON_A_GPU)

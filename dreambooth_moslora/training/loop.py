@@ -1,8 +1,9 @@
-"""The training loop: a photo folder becomes a proved adapter, and any moment of it can be stopped and resumed.
+"""The training loop: from a photo folder to a verified adapter. A run can be stopped and resumed at any time.
 
 train(config) -> TrainResult        `set_up` is what comes before the loop, `fit` is the loop;
-                                    what the loop calls is in `run`, what a run leaves in `publish`
-training(config)                    the same, step by step, for whoever makes the gradients (`together`)
+                                    `run` holds what the loop calls, `publish` what a run leaves
+training(config)                    the same as a generator, for a caller that computes the gradients
+(`together`)
 """
 
 import logging
@@ -56,10 +57,11 @@ def train(
     should_stop: Callable[[], bool] | None = None,
     evaluator: StepScorer | None = None,
 ) -> TrainResult:
-    """Run `config` to its end, or to the first step after `should_stop` says so.
+    """Run `config` to its end, or until `should_stop` says so between two steps.
 
-    Every event goes to the run folder's `metrics.jsonl` and to `on_event`. `evaluator(sampler, step)` gives scores.
-    Raises UserError for a person's mistake, and for a loss that is no longer finite.
+    Every event is written to the run folder's `metrics.jsonl` and passed to `on_event`. `evaluator(sampler,
+    step)` returns scores. Raises UserError for a mistake in the settings or files, and for a loss that is no
+    longer finite.
     """
     steps = training(config, on_event, should_stop, evaluator)
     try:
@@ -71,12 +73,12 @@ def train(
 
 
 Steps = Generator[Training, StepLosses, TrainResult]
-"""A run that waits at each step for the gradients of the next: it yields itself and is sent the step's losses."""
+"""A generator that trains a run: it yields the run before each step and is sent the step's losses."""
 
 
 def advanced(steps: Steps, accumulate: Callable[[], StepLosses]) -> Training:
-    """The run, waiting for its next gradients, once it has those that `accumulate` makes. An error there is the run's
-    own. Raises StopIteration with its result at its end."""
+    """Compute the gradients by `accumulate`, send them to the run, and return it before its next step. An error
+    is raised inside the run. Raises StopIteration with the result at the run's end."""
     try:
         losses = accumulate()
     except BaseException as error:
@@ -91,7 +93,7 @@ def training(
     evaluator: StepScorer | None = None,
     load: LoadBase | None = None,
 ) -> Steps:
-    """`train`, step by step: whoever runs it makes the gradients. `load` gives the base."""
+    """`train` as a generator: the caller computes the gradients. `load` loads the base."""
     check_folders(config)
     config = planned(config)
     run_dir = RunDir(config.output_dir)
@@ -104,20 +106,20 @@ def training(
         try:
             return (yield from fit(set_up(context, evaluator, load)))
         except StopRequestedError:
-            if report.step:  # the checkpoint is as it was, and the run goes on from it another time
+            if report.step:  # a resumed run can continue from its untouched checkpoint
                 report.release()
             report(RunEnded("interrupted", report.step, "stopped before a step"))
             return TrainResult(run_dir.path, report.step, True, None)
         except Exception as error:
-            with suppress(OSError):  # a full disk, for one, is said by the error itself
+            with suppress(OSError):  # a full disk, for example, is already the error itself
                 report(RunEnded("failed", report.step, str(error)))
             raise
 
 
 def set_up(context: RunContext, evaluator: StepScorer | None, load: LoadBase | None = None) -> Training:
-    """All that comes before the first step; it may draw class images for hours. `load` gives the base.
+    """Everything before the first step; drawing class images may take hours. `load` loads the base.
 
-    Raises UserError, and StopRequestedError when the person has had enough.
+    Raises UserError, and StopRequestedError when a stop is requested.
     """
     context, checkpoint, step = find_start(context)
     config, report = context.config, context.report
@@ -179,8 +181,8 @@ def find_start(context: RunContext) -> tuple[RunContext, Path | None, int]:
 
 
 def end_trackers(accelerator: Accelerator) -> None:
-    """The run has ended, well or with its own error: a tracker's trouble after that hides neither."""
+    """End the trackers. Their errors are only logged, so that they do not hide the run's result or error."""
     try:
         accelerator.end_training()
-    except Exception as error:  # each tracker has its own kinds
+    except Exception as error:  # each tracker raises its own errors
         logger.warning("--report_to: ending it failed: %s", one_line(f"{type(error).__name__} {error}"))

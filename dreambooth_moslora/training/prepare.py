@@ -1,6 +1,6 @@
-"""From a configuration to all that the training loop reads: base, encoded photos and prompts.
+"""Prepares all inputs of the training loop: the base, and encoded photos and prompts.
 
-photos -> base -> class images -> latents and text embeddings -> encoders leave memory -> adapter
+photos -> base -> class images -> latents and text embeddings -> encoders leave memory
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class TrainInputs:
     """What the loop works on. `prior` is None without class images; `prompt_embeds` serves frozen text encoders, and
     `text_products` the UNet where it caches cross-attention.
 
-    `start` is the file that a fresh adapter begins with, or None.
+    `start` holds the weights that a fresh adapter begins with, or None.
     """
 
     pipeline: StableDiffusionXLPipeline
@@ -63,9 +63,10 @@ class TrainInputs:
     text_products: TextProducts | None = None
 
     def batch_at(self, micro_batch: int, size: int, next_micro_batch: int) -> TrainBatch:
-        """Micro-batch number `micro_batch` of the run: `size` instance images, and as many class images, if any.
+        """Micro-batch number `micro_batch` of the run: `size` instance images, and as many class images, if
+        any.
 
-        `next_micro_batch` is the one that this process will ask for next.
+        `next_micro_batch` is the one that this process will ask for next; its photos are read ahead.
         """
         streams = [self.instance] if self.prior is None else [self.instance, self.prior]
         samples = [s.at(position) for s in streams for position in range(micro_batch * size, (micro_batch + 1) * size)]
@@ -83,10 +84,11 @@ def prepare(
     is_fresh: bool = True,
     load: LoadBase | None = None,
 ) -> TrainInputs:
-    """Load, generate, encode what the run's first `sample_count` samples show.
+    """Load the base, generate class images, and encode what the run's first `sample_count` samples show.
 
-    `prompts` are those to be drawn later: they are embedded while the encoders are here. A run that is not `is_fresh`
-    has its own adapter to go on from. `load` gives the base; `load_base` by default.
+    `prompts` will be drawn later; they are encoded while the text encoders are in memory. `is_fresh`: the run
+    does not resume an adapter. `load` loads the base, by default `load_base`. Raises UserError and
+    StopRequestedError.
     """
     config, device = context.config, context.accelerator.device
     context.report.phase("loading")
@@ -130,7 +132,7 @@ def read_start_of(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> A
 
 
 def too_slow_for_samples(config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device) -> bool:
-    """Whether sample images would take minutes each, on a CPU with a large base, and nobody has asked for them."""
+    """Whether samples would take minutes each, on a CPU with a large base, and were not asked for."""
     prompts = [subject.validation_prompt for subject in each_subject(config)]
     asked = (config.num_validation_images, *prompts, config.validation_steps)
     is_large = default_resolution(pipeline) > SMALL_BASE_PX
@@ -138,13 +140,14 @@ def too_slow_for_samples(config: TrainConfig, pipeline: StableDiffusionXLPipelin
 
 
 def check_weighting(config: TrainConfig, schedule: NoiseSchedule) -> None:
-    """A base can be EDM's without the flag."""
+    """Raises UserError for loss weighting with an EDM base, which may be one without the flag."""
     for flag in weighting_flags(config) if schedule.style == "edm" else ():
         raise UserError(f"{flag}: this base was made in EDM style, which weighs noise levels itself; leave it out.")
 
 
 def layers_of(unet: nn.Module) -> dict[str, int]:
-    """Path of each layer whose weight is no vector -> its dimensions, as `preflight` reads them from files."""
+    """Path of each layer whose weight has at least 2 dimensions -> their number, as `preflight` reads them from
+    files."""
     return {path: layer.weight.ndim for path, layer in matrix_layers(unet).items()}
 
 
@@ -159,13 +162,13 @@ def cache_of(config: TrainConfig) -> TensorCache | None:
 def prompt_cache(config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device) -> PromptCache:
     encoders = [pipeline.text_encoder.to(device), pipeline.text_encoder_2.to(device)]
     identity = "+".join(fingerprint(encoder) for encoder in encoders)
-    if pipeline.config.force_zeros_for_empty_prompt:  # decides what "" is
+    if pipeline.config.force_zeros_for_empty_prompt:  # it decides the encoding of ""
         identity += "+zeros"
     return PromptCache(lambda prompts: encode_text(pipeline, prompts), cache_of(config) or TensorCache(), identity)
 
 
 def encode_photos(context: RunContext, streams: list[SubjectStreams], sample_count: int) -> None:
-    """Ask the VAE for every crop that the run will show."""
+    """Fill the cache with every crop that the run will show."""
     total = sum(stream.view_count(sample_count) for stream in streams)
     counts = (number for number, _ in enumerate(every_view(streams, sample_count), start=1))
     for _ in context.report.counted("caching", counts, total):
@@ -175,7 +178,7 @@ def encode_photos(context: RunContext, streams: list[SubjectStreams], sample_cou
 def encode_prompts(
     context: RunContext, streams: list[SubjectStreams], prompt_embeds: PromptCache, prompts: list[str]
 ) -> None:
-    """Ask the text encoders for every caption and prompt that the run will have."""
+    """Fill the cache with every caption and prompt that the run will use."""
     config = context.config
     captions = {*prompts, ""}
     for stream in streams:
@@ -201,8 +204,8 @@ def release_encoders(
     encoder: PhotoEncoder,
     device: torch.device,
 ) -> None:
-    """Text encoders leave unless they are trained. The VAE leaves too; for samples and scores it waits on the CPU, and
-    it stays where every step encodes."""
+    """Free the text encoders unless they are trained, and the VAE unless every step encodes. If samples or
+    scores need the VAE, it waits on the CPU."""
     if not config.keeps_text_encoders:
         prompt_embeds.release_encoders()
         pipeline.register_modules(text_encoder=None, text_encoder_2=None)

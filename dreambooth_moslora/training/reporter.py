@@ -1,6 +1,6 @@
-"""What a run says while it runs: each event to `metrics.jsonl`, to the caller, and to the trackers.
+"""Reports a run's events: to `metrics.jsonl`, to the caller, and to the trackers.
 
-Only the main process speaks.
+Only the main process reports.
 """
 
 import gc
@@ -32,9 +32,9 @@ ENDINGS = (RunEnded.kind, AdapterExported.kind, ScaleFound.kind)
 
 
 class Reporter:
-    """Call it with each event. `on_event` gets the event that the file gets.
+    """Call it with each event. `on_event` gets the same events as the file.
 
-    The file may be of an earlier run: until `begin_at` it is left alone, and events wait. `step` is where the run is.
+    The file may belong to an earlier run: events wait until `begin_at`. `step` is the run's latest step.
     """
 
     def __init__(self, run_dir: RunDir, accelerator: Accelerator, on_event: Callable[[Event], None] | None):
@@ -58,7 +58,7 @@ class Reporter:
         self(PhaseProgress(phase, done, total))
 
     def counted(self, phase: str, counts: Iterable[int], total: int) -> Iterator[int]:
-        """Report each count of a phase as it comes, at most four a second, the first and the last always."""
+        """Report each count of a phase, at most four times a second, and always the first and the last."""
         self.phase(phase, 0, total)
         last = time.monotonic()
         for done in counts:
@@ -68,12 +68,12 @@ class Reporter:
             yield done
 
     def counter(self, phase: str, total: int) -> Callable[[], object]:
-        """`counted` for what is no loop: to be called at each count."""
+        """Like `counted`, without a loop: call the returned function at each count."""
         counts = self.counted(phase, range(1, total + 1), total)
         return lambda: next(counts, None)
 
     def begin_at(self, step: int) -> None:
-        """Events of steps that will be done again, and of the end that was not, leave the file."""
+        """Remove from the file the events of steps that will be repeated, and of the earlier end; then write."""
         if not self.accelerator.is_main_process:
             return
         known = self.run_dir.read_metrics() if step else []
@@ -82,7 +82,7 @@ class Reporter:
         self.release()
 
     def release(self) -> None:
-        """Write the events that waited, and from now on each at once."""
+        """Write the events that waited; from now on events are written at once."""
         waiting, self._waiting = self._waiting or [], None
         for event in waiting:
             self._write(event)
@@ -99,14 +99,14 @@ class Reporter:
 
 
 class Stopwatch:
-    """Seconds a step (median of the last 20) and what remains; the first step after a start is slower than the rest."""
+    """Seconds per step (median of the last 20) and the remaining time."""
 
     def __init__(self):
         self._seconds: deque[float] = deque(maxlen=20)
         self._started = time.monotonic()
 
     def restart(self) -> None:
-        """Begin a step: what was done since the last one (samples, saving) is no training time."""
+        """Start a step: the time since the last one (samples, saving) does not count."""
         self._started = time.monotonic()
 
     def lap(self, remaining_steps: int) -> tuple[float, float]:
@@ -117,14 +117,14 @@ class Stopwatch:
 
 
 def free_unused_memory(device: torch.device) -> None:
-    """Give back the GPU memory of pictures: the blocks of a decode fit no training step."""
+    """Free the GPU memory of pictures: the blocks of a decode do not fit a training step."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def memory_gib(device: torch.device) -> float | None:
-    """Peak memory so far: what PyTorch has reserved of the GPU, or the process on a CPU."""
+    """Peak memory so far, GiB: reserved by PyTorch on a GPU, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
     return peak_memory_gib()

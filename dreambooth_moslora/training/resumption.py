@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(run_dir: RunDir, wanted: str | None) -> Path | None:
-    """The folder to resume from: `latest` of the run (None, and a warning, if there is none), a path, or a name in it.
+    """The checkpoint to resume from: `latest` of the run (None and a warning if there is none), a path, or a
+    name in the run.
 
     Raises UserError when a named checkpoint is missing or incomplete.
     """
@@ -41,7 +42,7 @@ def find_checkpoint(run_dir: RunDir, wanted: str | None) -> Path | None:
 
 
 def newest_whole(run_dir: RunDir) -> Path | None:
-    """The newest checkpoint that is not damaged. Each damaged one is said."""
+    """The newest checkpoint that is not damaged. Each damaged one is logged."""
     for checkpoint in reversed(run_dir.checkpoints()):
         try:
             check_whole(checkpoint)
@@ -59,7 +60,7 @@ def nothing_to_resume(run_dir: RunDir) -> str:
 
 
 def resume_point(config: TrainConfig, run_dir: RunDir) -> tuple[Path, Position] | None:
-    """The checkpoint to go on from and where it stands; None for a run from the beginning. Raises UserError."""
+    """The checkpoint to resume from and its position; None for a fresh run. Raises UserError."""
     checkpoint = find_checkpoint(run_dir, config.resume_from_checkpoint)
     if checkpoint is None:
         return None
@@ -69,7 +70,7 @@ def resume_point(config: TrainConfig, run_dir: RunDir) -> tuple[Path, Position] 
 
 
 def check_resumed(config: TrainConfig, checkpoint: Path, position: Position) -> None:
-    """Raises UserError for the first setting that the checkpoint has otherwise, and for a damaged adapter file."""
+    """Raises UserError for the first setting that differs from the checkpoint's, and for a damaged adapter file."""
     facts, modules = trained_modules(checkpoint)
     if position.optimizer not in (None, optimizer_kind(config)):
         raise UserError(
@@ -103,7 +104,7 @@ def require_tokens(checkpoint: Path, facts: AdapterMetadata, config: TrainConfig
 
 
 def require_sizes(checkpoint: Path, facts: AdapterMetadata, modules: set[str], config: TrainConfig) -> None:
-    """Each module has the rank and the alpha that the patterns, or the settings for all, give it."""
+    """Raises UserError unless each module has the rank and alpha that the settings give it."""
     for module in sorted(modules):
         rank, alpha = rank_and_alpha(config, *module.split(".", 1))
         name = "rank_pattern" if config.rank_pattern else "rank"
@@ -113,7 +114,8 @@ def require_sizes(checkpoint: Path, facts: AdapterMetadata, modules: set[str], c
 
 
 def trained_modules(checkpoint: Path) -> tuple[AdapterMetadata, set[str]]:
-    """The facts in the adapter file's header, and the modules (`component.path`) that it adapts."""
+    """The metadata in the adapter file's header, and the modules (`component.path`) that it adapts. Raises
+    UserError."""
     try:
         with safe_open(checkpoint / RAW_NAME, framework="pt") as file:
             facts = AdapterMetadata.from_json((file.metadata() or {})["moslora"])
@@ -135,7 +137,7 @@ def shown(value: object) -> str:
 
 
 def require_targets(checkpoint: Path, modules: list[str], config: TrainConfig) -> None:
-    """Each target has its modules and each module its target, by PEFT's rule."""
+    """Raises UserError unless each target matches a module and each module a target, by PEFT's rule."""
     asked = config.target_modules
     strange = [module for module in modules if not is_adapted(module, asked)]
     unmet = [target for target in asked if not any(is_target(module, target) for module in modules)]

@@ -1,4 +1,4 @@
-"""A run while it trains: what the loop in `loop.fit` checks off, one method a line of it."""
+"""A run during training: one method for each line of the loop `loop.fit`."""
 
 import logging
 import math
@@ -41,11 +41,11 @@ __all__ = ["StepScorer", "TrainResult", "Training"]
 logger = logging.getLogger(__name__)
 
 MOST_SKIPPED = 20
-"""Steps that fp16 may skip in a row. By then its scale has fallen a million times."""
+"""Steps in a row that fp16 may skip; its scale has then fallen by a factor of a million."""
 
 
 class StepScorer(Protocol):
-    """Scores at fixed seeds (`evaluation.during_training`), the `best` step so far among them."""
+    """Scores at fixed seeds (`evaluation.during_training`), including the `best` step so far."""
 
     prompts: list[str]
 
@@ -56,7 +56,7 @@ class StepScorer(Protocol):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """`step` optimizer steps are in the adapter of `run_dir`; `proof` says how exactly its files load elsewhere."""
+    """The adapter in `run_dir` has `step` optimizer steps; `proof` says how exactly its files load elsewhere."""
 
     run_dir: Path
     step: int
@@ -66,7 +66,7 @@ class TrainResult:
 
 @dataclass
 class Training:
-    """A run that is set up. `checkpoint` is the newest that it wrote or went on from, `checkpoint_step` its step."""
+    """A run that is set up. `checkpoint` is the newest that it wrote or resumed from, `checkpoint_step` its step."""
 
     context: RunContext
     max_train_steps: int
@@ -87,7 +87,7 @@ class Training:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """Number of optimizer steps done."""
         return self.train_step.step
 
     def accumulate_gradients(self) -> StepLosses:
@@ -95,7 +95,7 @@ class Training:
         return self.train_step.accumulate_gradients()
 
     def check_finite(self, losses: StepLosses) -> None:
-        """A loss that is NaN on one process is NaN on all, so all stop here together."""
+        """Raises UserError unless the loss is finite. Losses are shared, so all processes stop together."""
         if not math.isfinite(losses.total):
             raise self.diverged(f"the loss is {losses.total} at step {self.step + 1}")
 
@@ -106,7 +106,11 @@ class Training:
         )
 
     def update_adapter(self, losses: StepLosses) -> bool:
-        """One optimizer step. False when fp16 overflowed: nothing has moved, and the step is done again."""
+        """Take an optimizer step. Returns False when fp16 overflowed: nothing changed, and the step is
+        repeated.
+
+        Raises UserError when the gradient stays not finite.
+        """
         attempted = self.step + 1
         grad_norm = self.train_step.update_adapter()
         skipped = not math.isfinite(grad_norm)
@@ -132,9 +136,10 @@ class Training:
         )
 
     def sample_if_due(self) -> None:
-        """At step 0, every `validation_steps`, and at the end: the same prompts and seeds each time.
+        """Draw samples at step 0, every `validation_steps`, and at the end, with the same prompts and seeds
+        each time.
 
-        Before the first step they may be what the person waits for: each of their denoising steps is reported.
+        At step 0 each denoising step is reported, as the user may be waiting for them.
         """
         if not self.accelerator.is_main_process or not self.samples.is_due(self.step, self.max_train_steps):
             return
@@ -143,7 +148,7 @@ class Training:
         if self.step == 0:
             total = len(self.samples.requests) * sampler.inference_steps
             sampler = replace(sampler, on_step=self.report.counter("sampling", total))
-        with suppress(StopRequestedError), self.train_step.averaged():  # the loop asks next
+        with suppress(StopRequestedError), self.train_step.averaged():  # the loop checks for a stop next
             self.report(self.samples.draw(self.step, sampler))
         free_unused_memory(self.accelerator.device)
 
@@ -155,7 +160,7 @@ class Training:
         try:
             with self.train_step.averaged():
                 scores = self.evaluator(self.sampler, self.step)
-        except StopRequestedError:  # the loop asks next
+        except StopRequestedError:  # the loop checks for a stop next
             return
         finally:
             free_unused_memory(self.accelerator.device)
@@ -170,7 +175,7 @@ class Training:
             logger.warning("step %d: %s", self.step, line)
 
     def recall_scores(self) -> None:
-        """Give a run that goes on its earlier scores; score the step at which it was stopped, if nobody did."""
+        """Give a resumed run its earlier scores; score the step at which it was stopped if that is missing."""
         scored = events_of(StepEvaluated, self.run_dir.read_metrics()) if self.step else []
         if scored:
             self.publisher.note_scores(scored[-1].scores, BestStep(**scored[-1].best))
@@ -178,7 +183,7 @@ class Training:
             self.evaluate_if_due()
 
     def has_stalled(self) -> bool:
-        """Whether early stopping was asked for and is due."""
+        """Whether early stopping is on and due."""
         patience = self.config.early_stopping
         stalled = patience is not None and self.best is not None and self.best.should_stop(patience)
         return patience is not None and any_process(self.accelerator, stalled)
@@ -188,8 +193,8 @@ class Training:
             self.save_checkpoint(self.run_dir.checkpoint_path(self.step))
 
     def save_checkpoint(self, path: Path) -> None:
-        """Write a checkpoint; an older `last` goes. Raises UserError, on all processes, for an adapter that is not
-        finite."""
+        """Write a checkpoint and remove an older `last`. Raises UserError on all processes when the adapter is
+        not finite."""
         if not all(bool(torch.isfinite(weights).all()) for weights in self.train_step.trained):
             raise self.diverged(f"the adapter is not finite after step {self.step}")
         if not self.accelerator.is_main_process:
@@ -208,11 +213,11 @@ class Training:
         self.report(CheckpointSaved(self.step, path.name))
 
     def stop_requested(self) -> bool:
-        """Whether any process was told to stop: all leave after the same step."""
+        """Whether any process was asked to stop; all processes stop after the same step."""
         return self.context.stop_requested()
 
     def find_scale(self) -> None:
-        """The strength that the finished adapter wants, for its header and card; a stop leaves it unknown."""
+        """Find the finished adapter's best scale for its header and card. A stop leaves it unknown."""
         if self.evaluator is None:
             return
         self.report.phase("evaluating")
@@ -227,15 +232,15 @@ class Training:
         free_unused_memory(self.accelerator.device)
 
     def require_a_step(self) -> None:
-        """A run that is stopped before its first step leaves no adapter: it would be the base."""
+        """Raises StopRequestedError before the first step: the adapter would be the unchanged base."""
         if self.step == 0:
             raise StopRequestedError
 
     def finish(self, interrupted: bool) -> TrainResult:
-        """Leave a loadable adapter with its card, and a checkpoint with the raw adapter to go on from.
+        """Write the loadable adapter with its card, and a checkpoint with the raw adapter to resume from.
 
-        It is called `last`, unless the step is one of `--checkpointing_steps`: as in diffusers' script, numbered
-        checkpoints are of those alone.
+        The checkpoint is called `last` unless the step is a multiple of `--checkpointing_steps`: as in
+        diffusers' script, only those have numbers.
         """
         is_due = self.step % self.config.checkpointing_steps == 0
         here = self.run_dir.checkpoint_path(self.step) if is_due else self.run_dir.last_dir

@@ -1,4 +1,4 @@
-"""What every part of a run shares: settings, folder, processes, and whom to tell and to ask."""
+"""What every part of a run shares: settings, folder, processes, reports and stop requests."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ __all__ = ["RunContext"]
 
 @dataclass(frozen=True)
 class RunContext:
-    """`should_stop` says whether this process was told to stop."""
+    """`should_stop` says whether this process was asked to stop."""
 
     config: TrainConfig
     run_dir: RunDir
@@ -25,7 +25,8 @@ class RunContext:
     should_stop: Callable[[], bool]
 
     def stop_requested(self) -> bool:
-        """Whether any process was told to stop: all ask at the same places and get the same answer."""
+        """Whether any process was asked to stop. All processes must call it at the same places; all get the
+        same answer."""
         return any_process(self.accelerator, self.should_stop())
 
     def stop_if_asked(self) -> None:

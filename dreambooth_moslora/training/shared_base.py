@@ -1,4 +1,4 @@
-"""One base in memory for several runs: each gets a pipeline whose UNet has its own modules and the same weights."""
+"""One base in memory for several runs: each gets a pipeline whose UNet has its own modules and shared weights."""
 
 import copy
 
@@ -15,9 +15,9 @@ __all__ = ["SharedBase"]
 
 
 class SharedBase:
-    """Stands for `frozen_base.load_base` of runs that name the same base, precision and layers.
+    """Replaces `frozen_base.load_base` for runs with the same base, precision and layers.
 
-    The UNet is on the device from the beginning. The encoders and the VAE, which the runs need in turn, are lent.
+    The UNet stays on the device. Text encoders and VAE are lent to one run after the other.
     """
 
     def __init__(self, load: LoadBase = load_base):
@@ -25,7 +25,7 @@ class SharedBase:
         self._pipeline: StableDiffusionXLPipeline | None = None
 
     def __call__(self, config: TrainConfig, dtype: torch.dtype, device: torch.device) -> StableDiffusionXLPipeline:
-        """The pipeline of one run. Its adapter and what it takes out of the pipeline concern no other."""
+        """The pipeline of one run. Its adapter and the components it removes do not affect other runs."""
         if self._pipeline is None:
             pipeline = self._load(config, dtype, device)
             pipeline.unet.to(device)
@@ -37,7 +37,7 @@ class SharedBase:
         return own
 
     def rest(self) -> None:
-        """Take the encoders and the VAE off the device, until a run moves them there."""
+        """Move the text encoders and the VAE off the device, until a run moves them back."""
         if self._pipeline is not None:
             for part in (self._pipeline.text_encoder, self._pipeline.text_encoder_2, self._pipeline.vae):
                 part.to("cpu")

@@ -1,8 +1,9 @@
-"""Several runs at once on one base in one process: each step, one micro-batch of each goes through the UNet together.
+"""Trains several runs at once on one base in one process: at each step, a micro-batch of each run goes through
+the UNet together.
 
-Everything else is each run's own, and as if it were alone: seed, noise, photos, loss, optimizer, events, checkpoints,
-pictures and publication. So a run can be resumed alone or beside others. What is not the same to the last bit is
-rounding: a product of more rows sums in another order.
+Everything else is as if the run were alone: seed, noise, photos, loss, optimizer, events, checkpoints, pictures
+and publication. So a run can be resumed alone or with others. Only rounding differs: a matrix product with more
+rows sums in another order.
 
     waiting -> begun (alone: base, class images, encoding) -> steps, together -> ended; the next takes the place
 """
@@ -30,9 +31,10 @@ __all__ = ["Member", "accumulate_together", "train_together"]
 
 @dataclass(frozen=True)
 class Member:
-    """A run to be: its settings, whom it tells and asks, and what makes its evaluator when it begins.
+    """A run to train: its settings, its callbacks, and a function that makes its evaluator when it begins.
 
-    Whatever it does by itself, it does `within` such a block: who logs for it, for one.
+    Whatever the run does alone happens inside the context manager `within`, which may redirect its log, for
+    example.
     """
 
     config: TrainConfig
@@ -44,7 +46,7 @@ class Member:
 
 @dataclass
 class Course:
-    """A member under way. `steps` goes on to its next step, where `run` waits."""
+    """A member in training: `steps` advances `run` to its next step."""
 
     member: Member
     steps: Steps
@@ -56,9 +58,10 @@ def train_together(
     most: int,
     on_end: Callable[[Member, TrainResult | Exception], None],
 ) -> None:
-    """Train all of `members`, at most so many at once. As one ends, well or by its own error, the next begins.
+    """Train all `members`, at most `most` at once. When one ends or fails, the next begins.
 
-    They have the same `shared_settings` and none `needs_to_be_alone` (`planning.sharing`). `on_end` hears of each.
+    They must have the same `shared_settings`, and none may need to be alone (`planning.sharing`). `on_end` is
+    called with each member and its result or error.
     """
     base, waiting, under_way = SharedBase(), iter(members), []
     stack = Stack()
@@ -75,8 +78,8 @@ def train_together(
 
 
 def begin(member: Member, base: SharedBase, under_way: list[Course], on_end: Callable) -> None:
-    """All that comes before its first step, alone."""
-    config = replace(member.config, compile="off")  # a graph would be of one number of runs
+    """Do everything before a member's first step, alone."""
+    config = replace(member.config, compile="off")  # a compiled graph would depend on the number of runs
     try:
         with member.within():
             evaluator = member.make_evaluator(config)
@@ -90,7 +93,7 @@ def begin(member: Member, base: SharedBase, under_way: list[Course], on_end: Cal
 
 
 def advance(under_way: list[Course], stack: "Stack", on_end: Callable) -> list[Course]:
-    """One step of each; those that go on."""
+    """Do one step of each run; returns the runs that continue."""
     outcomes = losses_of([course.run for course in under_way], stack)
     going = []
     for course, outcome in zip(under_way, outcomes, strict=True):
@@ -106,8 +109,8 @@ def advance(under_way: list[Course], stack: "Stack", on_end: Callable) -> list[C
 
 
 def losses_of(runs: Sequence[Training], stack: "Stack") -> list[Callable[[], StepLosses]]:
-    """For each run what gives its losses or raises. An error in drawing a micro-batch is the run's own, one in the
-    common passes is that of all."""
+    """For each run, a function that returns its losses or raises. An error while drawing a run's micro-batch
+    ends that run only; an error in the common pass ends all runs."""
     outcomes: dict[int, Callable[[], StepLosses]] = {}
     drawn: list[tuple[Training, list[MicroBatch]]] = []
     for run in runs if len(runs) > 1 else ():
@@ -149,7 +152,7 @@ def raising(error: Exception) -> Callable[[], StepLosses]:
 
 
 class Stack:
-    """The adapters of the runs that are under way, found anew when these change."""
+    """The adapters of the runs in training, collected again when the runs change."""
 
     def __init__(self):
         self._runs: list[Training] = []
@@ -162,14 +165,14 @@ class Stack:
         return self._adapters
 
     def forget(self) -> None:
-        """Keep no run that may have ended in memory."""
+        """Drop the runs, so that ended ones leave memory."""
         self._runs, self._adapters = [], None
 
 
 def accumulate_together(
     steps: Sequence[TrainStep], drawn: Sequence[Sequence[MicroBatch]], adapters: StackedAdapters
 ) -> list[StepLosses]:
-    """The gradients of each one's next step, from the micro-batches `drawn` for each: as many for all."""
+    """Accumulate the gradients of each run's next step. `drawn` are its micro-batches, equally many for each run."""
     turns, found = list(zip(*drawn, strict=True)), []
     with adapters.for_one_step() as copies:
         for micros in turns:
@@ -182,7 +185,7 @@ def accumulate_together(
 
 
 def losses_together(steps: Sequence[TrainStep], micros: Sequence[MicroBatch]) -> list[LossParts]:
-    """Each one's own loss, of its own rows."""
+    """Each run's loss, of its own rows."""
     first, answers = steps[0], [None] * len(steps)
     if first.base_is_prior:
         answers = predictions(first.base_prediction, [s.prior_rows(m) for s, m in zip(steps, micros, strict=True)])
@@ -195,6 +198,6 @@ def predictions(predict: Callable[[UNetRows], Tensor], parts: Sequence[UNetRows]
 
 
 def scaled(step: TrainStep, loss: Tensor) -> Tensor:
-    """As fp16 wants it: each run has a scale of its own."""
+    """The loss times its run's own fp16 scale."""
     scaler: torch.amp.GradScaler | None = step.accelerator.scaler
     return loss if scaler is None else scaler.scale(loss)

@@ -1,1 +1,1 @@
-"""What a machine can do: its self-test, and the seconds and memory of a step of full-size SDXL."""
+"""What a machine can do: a self-test, and the time and memory of a training step of full-size SDXL."""

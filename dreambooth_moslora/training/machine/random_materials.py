@@ -1,4 +1,4 @@
-"""What the trainer's step reads, made of random numbers: a UNet of SDXL's structure and one cached photo."""
+"""Training inputs made of random numbers: a UNet of SDXL's structure and one cached photo."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ __all__ = ["RandomMaterials", "random_materials"]
 
 @dataclass
 class RandomMaterials:
-    """In the place of `prepare.TrainInputs`: the same attributes, with the caches already full."""
+    """Replaces `prepare.TrainInputs`: the same attributes, with full caches."""
 
     pipeline: SimpleNamespace
     schedule: object
@@ -32,7 +32,7 @@ class RandomMaterials:
         return collate([(self.view, "a photo of sks dog")] * size, size)
 
     def prompt_embeds(self, prompts: list[str]) -> TextCond:
-        """(N, 77, D) and (N, P)."""
+        """Random text embeddings (N, 77, D) and pooled ones (N, P)."""
         return TextCond(repeated(self.cond.embeds, len(prompts)), repeated(self.cond.pooled, len(prompts)))
 
 

@@ -1,13 +1,14 @@
-"""What this project may claim on a machine, tried there: trainings on the device beside the CPU, and their results.
+"""Tests what this project claims on a machine: trains on the device and on the CPU, and compares the results.
 
-losses      the device's losses are the CPU's, in full precision and in half
-published   the files of the device's run are proved (`adapters.files.proof`)
+losses      the device's losses equal the CPU's, in full and half precision
+published   the files of the device's run are verified (`adapters.files.proof`)
 resumed     a run that was stopped and resumed on the device ends with the same bytes
-generated   a picture of the adapter, drawn on the device, is no single colour
-step        seconds and memory of a step of full-size SDXL with random weights, beside the floor, where memory allows
+generated   a picture drawn with the adapter on the device is not a single colour
+step        seconds and memory of a step of full-size SDXL with random weights, if memory allows, and their
+lower bound
 
-Each training is the training command itself in a process of its own, on the embedded base and on painted photos.
-Nothing is downloaded, and nothing leaves the folder.
+Each training is the training command in a process of its own, with the embedded base and painted photos.
+Nothing is downloaded, and no file is written outside the folder.
 """
 
 import json
@@ -44,7 +45,7 @@ ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was tried: whether it holds, one line on it, and its figures by name."""
+    """One result: whether the test holds, a line about it, and its figures by name."""
 
     name: str
     holds: bool
@@ -53,10 +54,10 @@ class Finding:
 
 
 class SelfTest:
-    """`program`, with `env` in its environment, trains and generates on the device.
+    """Trains and generates on the device with `program`, with `env` added to the environment.
 
-    `precisions` are those of `--mixed_precision` to try there; "no", which is fp32, is one of them. `free_gib` of the
-    device: what a step of full-size SDXL may take; None leaves it out.
+    `precisions` are the values of `--mixed_precision` to test; they include "no", which is fp32. `free_gib` is
+    the device memory for a step of full-size SDXL; None skips that test.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class SelfTest:
         self.photos = paint_photos(folder / "photos")
 
     def findings(self) -> Iterator[Finding]:
-        """Each as soon as it is known. A run that ends with an error is a finding, and ends the test."""
+        """Yields each result as soon as it is known. A run that fails is a result, and ends the test."""
         try:
             yield from self.compare_losses()
             yield self.published()
@@ -113,7 +114,8 @@ class SelfTest:
         return Finding("generated", spread > FLAT_LEVELS, f"{picture.name}, {spread:.0f} levels of spread")
 
     def step(self, free_gib: float, size: str = "sdxl") -> Finding:
-        """In a process of its own, by the fastest plan that fits. That memory or time is short is no fault."""
+        """Measure a step in a process of its own, by the fastest plan that fits. Too little memory or time is
+        no failure."""
         is_gpu = self.env != ON_CPU
         px = FULL_PX if is_gpu else CPU_PX
         config = TrainConfig(resolution=px, train_batch_size=1, rank=16, mixed_precision="bf16")
@@ -161,11 +163,11 @@ class SelfTest:
         return self.run(name)
 
     def call(self, name: str, words: list) -> None:
-        """Raises UserError with the last line that the command has said."""
+        """Run a command of the program. Raises UserError with the last line of its error output."""
         self.called(name, [*self.program, *map(str, words)])
 
     def called(self, name: str, command: list[str], timeout_sec: float | None = None) -> str:
-        """What it printed."""
+        """Run a command; returns its output. Raises UserError when it fails."""
         environment = os.environ | self.env
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False, timeout=timeout_sec
@@ -182,7 +184,7 @@ def precision_name(precision: str) -> str:
 
 
 def largest_difference(found: list[float], expected: list[float]) -> float:
-    """Relative, of the losses of the same steps; infinite where one is missing or is no number."""
+    """Largest relative difference of two lists of losses; infinite when one is missing or not finite."""
     if len(found) != len(expected):
         return math.inf
     differences = [abs(one - other) / abs(other) for one, other in zip(found, expected)]
@@ -190,13 +192,13 @@ def largest_difference(found: list[float], expected: list[float]) -> float:
 
 
 def tensor_bytes(run: Path) -> bytes:
-    """Those of the published adapter, without the header."""
+    """The bytes of the published adapter's tensors, without the header."""
     content = (run / "pytorch_lora_weights.safetensors").read_bytes()
     return content[8 + int.from_bytes(content[:8], "little") :]
 
 
 def paint_photos(folder: Path, count: int = 3, side_px: int = 160) -> Path:
-    """Photos of a disc on plain grounds. The folder is made anew."""
+    """Paint photos of a disc on plain grounds into a new folder."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for number in range(count):
@@ -207,7 +209,7 @@ def paint_photos(folder: Path, count: int = 3, side_px: int = 160) -> Path:
 
 
 def as_page(facts: dict[str, str], findings: list[Finding]) -> str:
-    """Markdown for a bug report: the machine, and what holds on it."""
+    """Markdown for a bug report: the machine, and the results."""
     lines = ["# Self-test of dreambooth_moslora", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     lines += ["", "| tried | holds | what was found |", "|---|---|---|"]

@@ -1,10 +1,10 @@
-"""Seconds and memory of a step of full-size SDXL with random weights.
+"""Measures seconds and memory of a training step of full-size SDXL with random weights.
 
     python -m dreambooth_moslora.training.machine.step_measure
 
-Prints one line of JSON: `floor_sec` (the frozen UNet's forward and the gradient to its input), `step_sec` (the
-trainer's own step, the adapter's update included), and `peak_gib` of the process, or of its tensors on a GPU. Each is
-the second of its kind in this process.
+Prints one line of JSON: `floor_sec` (the frozen UNet's forward pass and the gradient of its input), `step_sec`
+(the trainer's step, with the adapter's update), and `peak_gib` of the process, or of its tensors on a GPU. Both
+times are of a second call, after one to warm up.
 """
 
 import argparse
@@ -25,7 +25,7 @@ GIB = 2**30
 
 
 def measure(size: str, config: TrainConfig) -> dict[str, float]:
-    """Of a batch as `config` says, in bf16, on the device that accelerate finds."""
+    """Measure a batch as `config` says, in bf16, on the device that accelerate chooses."""
     from accelerate import Accelerator
 
     from dreambooth_moslora.training.step.train_step import TrainStep
@@ -62,7 +62,7 @@ def floor_step(materials: RandomMaterials, config: TrainConfig, device: torch.de
 
 
 def second_of(step: Callable[[], None], device: torch.device) -> float:
-    """Seconds; the first call warms up."""
+    """Seconds of a second call of `step`; the first warms up."""
     step()
     start = time.perf_counter()
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Which strength of a finished adapter scores best, and between which others the score stays near it."""
+"""Chooses the best scale of a finished adapter, and the range of scales whose score stays near it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 __all__ = ["SCALES", "ScaleChoice", "choose_scale"]
 
 SCALES = (0.4, 0.6, 0.8, 1.0, 1.2)
-"""Below, hardly any subject is left; above, pictures burn. 1 is as trained."""
+"""Smaller scales hardly show the subject; larger ones burn the pictures. 1 is the scale of training."""
 EQUAL = 0.99
-"""Scores of this share of the best one are as good: then the scale nearest to 1 is taken."""
+"""Scores of at least this fraction of the best count as equal; the scale nearest to 1 wins."""
 USABLE = 0.95
-"""Of the best score: what is still worth choosing, to keep more of the prompt or of the subject."""
+"""Scales of at least this fraction of the best score are usable, to keep more of the prompt or of the subject."""
 
 
 @dataclass(frozen=True)
 class ScaleChoice:
-    """The `best` scale, the usable range around it, and the `scores` (scale -> score) behind both."""
+    """The `best` scale, the usable range around it, and the `scores` (scale -> score) that decided."""
 
     best: float
     low: float
@@ -29,7 +29,7 @@ class ScaleChoice:
 
 
 def choose_scale(scores: Mapping[float, float]) -> ScaleChoice | None:
-    """From scale -> score. None when no scale shows the subject, so that none can be recommended."""
+    """Choose from scale -> score. None when no scale shows the subject."""
     highest = max(scores.values())
     if highest <= 0:
         return None

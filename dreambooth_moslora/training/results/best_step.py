@@ -1,4 +1,4 @@
-"""Which evaluated step was the best so far, and what to say or do when the score no longer rises."""
+"""The best evaluated step so far, and advice or a stop when the score no longer rises."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 __all__ = ["CURVES", "BestStep", "best_of"]
 
 CURVES = {"dino": "subject", "clip_t": "prompt", "copied": "copies", "score": "score"}
-"""What makes the score, and the score: measure -> its name on a plot of the run, short enough for a phone."""
+"""Measures of the score, and the score: name -> label on a plot of the run, short enough for a phone."""
 
 STALLED_AFTER = 3
-"""Evaluations without a better score after which early stopping is offered."""
+"""Evaluations without a better score, after which early stopping is suggested."""
 
 
 @dataclass(frozen=True)
 class BestStep:
-    """The best evaluation so far, and how many came `since`."""
+    """The best evaluation so far; `since` counts the evaluations after it."""
 
     step: int
     score: float
@@ -30,7 +30,7 @@ class BestStep:
         return f"{line} (kept in best/); --early_stopping {STALLED_AFTER} would stop here"
 
     def should_stop(self, early_stopping: int | None) -> bool:
-        """Whether patience, if any was named, is at its end."""
+        """Whether early stopping is on and its patience is over."""
         return early_stopping is not None and self.since >= early_stopping
 
 

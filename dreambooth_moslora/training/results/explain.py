@@ -1,10 +1,11 @@
-"""What a run's figures mean, and which flag to try next: one rule, one pure function, one sentence.
+"""What a run's figures mean, and which flag to try next. Each rule is a pure function that returns a sentence
+or None.
 
-    figures_of(run folder) -> Figures --RULES--> sentences, the weightiest first
+    figures_of(run folder) -> Figures --RULES--> sentences, the most important first
 
 Thresholds come from the twelve trainings of `assets/studies/recipe` (six subjects with prior preservation,
-which are well learnt, and six without, whose class became the subject), and from runs of the embedded base
-made to have a fault.
+which learn well, and six without, whose class became the subject), and from runs of the embedded base with
+faults made on purpose.
 """
 
 import math
@@ -21,30 +22,31 @@ __all__ = ["NOTHING", "RULES", "advice_after", "alarms_of", "closing_advice", "m
 MOST_LINES = 3
 NOTHING = "nothing: no figure stands out"
 USUAL_EXPOSURES = 200
-"""Of a photo: the recipes show each of five photos 192 to 400 times."""
+"""Exposures of a photo: the recipes show each of five photos 192 to 400 times."""
 SKIPPED_SHARE = 0.05
-"""fp16 skips a few steps while it finds its scale; a larger share of them is lost training time."""
+"""fp16 skips a few steps while it finds its scale; a larger fraction is lost training time."""
 RISE_LEFT = 0.1
-"""Of all likeness gained: when the last third of a run brought more than this, more steps would bring some.
-In the quick start it brings 0.05."""
+"""If the last third of a run brings more than this fraction of all likeness gained, more steps would help. The
+quick start brings 0.05 there."""
 SCORE_LOST = 0.03
-"""Since the best step: a score from six pictures differs by about as much from one evaluation to the next."""
+"""Fall of the score since the best step. A score from six pictures varies by about as much between evaluations."""
 CLASS_MOVED = 1 / 3
-"""Of the way from the base's class pictures to the subject: below 0 in well learnt runs, 0.96 to 1.2
-without prior preservation."""
+"""Fraction of the way from the base's class pictures to the subject: below 0 in good runs, 0.96 to 1.2 without
+prior preservation."""
 DRIFTED = 1.5
-"""Of the base's own spread from seed to seed: 0.4 to 1.3 in well learnt runs, 1.6 to 2.2 without prior
+"""Change relative to the base's own spread between seeds: 0.4 to 1.3 in good runs, 1.6 to 2.2 without prior
 preservation."""
 PROMPT_KEPT = 0.75
-"""Of the base's CLIP-T: 0.79 to 1.06 in runs that show the place asked for, below 0.3 where it is another.
-`background_leak` alone cannot tell: it is -0.13 to 0.41 in runs whose places are all right."""
+"""CLIP-T relative to the base's: 0.79 to 1.06 in runs that show the requested place, below 0.3 in runs that
+show another. `background_leak` alone cannot tell: it is -0.13 to 0.41 in runs with the right places."""
 LEAK = 0.05
-"""Worth naming beside a lost prompt."""
+"""A leak above this is mentioned with a lost prompt."""
 CONFUSED = 0.25
-"""Of the way from one subject to the other: 0.03 to 0.07 in a run of two that learnt well, about 1/2 of the base."""
+"""Fraction of the way from one subject to the other: 0.03 to 0.07 in a good run of two subjects, about 1/2 for
+the base."""
 FEW_PHOTOS = 3
 ALIKE = 0.9
-"""Mean cosine of each photo to the nearest other one: 0.65 to 0.75 of the samples' photos, 1 of equal frames."""
+"""Mean cosine of each photo to the nearest other photo: 0.65 to 0.75 for the samples' photos, 1 for equal frames."""
 BROKEN = re.compile(r"the (?:loss|gradient) is \S+ at step \d+|the adapter is not finite after step \d+")
 
 
@@ -115,6 +117,7 @@ def prior_remedy(config: TrainConfig, word: str) -> str:
 
 
 def drifted(run: Figures) -> str | None:
+    """the class rule has named the same remedy"""
     spread = run.scores.get("drift_of_spread")
     if spread is None or spread <= DRIFTED or class_became_subject(run):  # the same remedy, said once
         return None
@@ -146,7 +149,7 @@ def past_its_best(run: Figures) -> str | None:
 
 
 def still_rising(run: Figures) -> str | None:
-    """The last third of the run against all of it."""
+    """Compares the likeness gained in the last third of the run with all that was gained."""
     start = run.scores.get("dino_base")
     if start is None or len(run.likeness) < 3 or run.copy_alarm:
         return None
@@ -183,21 +186,21 @@ RULES: tuple[Callable[[Figures], str | None], ...] = (
     *(broke_off, overflowed, seen_too_rarely, nothing_scored, copies_photos, lost_the_prompt, class_became_subject),
     *(drifted, confused_subjects, past_its_best, still_rising, photos_are_few, photos_are_alike),
 )
-"""In the order in which their sentences are worth reading."""
+"""The most important first."""
 
 
 def advice_after(run: Figures) -> list[str]:
-    """What to try next, one sentence a rule that applies."""
+    """What to try next: one sentence for each rule that applies."""
     return [sentence for rule in RULES if (sentence := rule(run))]
 
 
 def alarms_of(run: Figures) -> list[str]:
-    """The same without the remark that nobody scored the run: what a person should look at."""
+    """`advice_after` without the remark that the run was not scored."""
     return [sentence for rule in RULES if rule is not nothing_scored and (sentence := rule(run))]
 
 
 def closing_advice(run: Figures) -> list[str]:
-    """One to three lines for the end of a run, the weightiest first; none for a run that nobody scored."""
+    """Up to three lines of advice for the end of a run, the most important first; none for a run without scores."""
     return (advice_after(run)[:MOST_LINES] or [NOTHING]) if run.scores else []
 
 

@@ -13,14 +13,14 @@ from dreambooth_moslora.core.run_files.run_folder import RunDir
 __all__ = ["Figures", "figures_from", "figures_of", "known_config", "with_report"]
 
 LEAST_LIKENESS = 0.1
-"""Gained over the base: below it there is no way from the class to the subject to speak of."""
+"""If the likeness rises by less over the base, the distance from class to subject is too small to measure against."""
 NO_SCORES = ("step", "time", "photos")
-"""Of an evaluation's line."""
+"""Fields of an evaluation that are not scores."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What a run left.
+    """The figures of a run.
 
     `scores` are the latest ones; `likeness` and `score` are (step, value) of each evaluation.
     """
@@ -39,7 +39,7 @@ class Figures:
 
     @property
     def exposures(self) -> float | None:
-        """How often each photo was shown, on one device."""
+        """How often each photo was shown, if the run used one device."""
         if not self.photos:
             return None
         photos_a_step = self.config.train_batch_size * self.config.gradient_accumulation_steps
@@ -47,7 +47,7 @@ class Figures:
 
     @property
     def class_moved(self) -> float | None:
-        """How far the bare class went: 0 where the base draws it, 1 at the subject."""
+        """How far the class moved: 0 as the base draws it, 1 at the subject. None without the scores."""
         here, start, end = (self.scores.get(name) for name in ("pres", "pres_base", "dino"))
         if here is None or start is None or end is None or end - start < LEAST_LIKENESS:
             return None
@@ -55,9 +55,9 @@ class Figures:
 
 
 def figures_from(records: Sequence[Mapping[str, Any]], config: TrainConfig, photos: int | None = None) -> Figures:
-    """From the lines of `metrics.jsonl`, which anybody may have changed.
+    """Figures from the lines of `metrics.jsonl`, which may have been edited.
 
-    `photos`: their number, where no line has it.
+    `photos` is their number if no line has it.
     """
     steps = [event for event in records if event.get("type") == "step"]
     scored = [event for event in records if event.get("type") == "evaluation"]
@@ -81,7 +81,7 @@ def figures_from(records: Sequence[Mapping[str, Any]], config: TrainConfig, phot
 
 
 def curve(scored: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
-    """(step, value) of each evaluation, by step: a resumed run may have scored a step twice."""
+    """(step, value) of each evaluation, sorted; a step that was scored twice counts once."""
     values = {event.get("step") or 0: number(event.get(name)) for event in scored}
     return sorted((step, value) for step, value in values.items() if value is not None)
 
@@ -96,9 +96,10 @@ def number(value: Any) -> float | None:
 
 
 def figures_of(run_dir: RunDir) -> Figures:
-    """Of a run folder: its events, its configuration, and the report of `evaluate`, if that is newer.
+    """The figures of a run folder: its events, its configuration, and the report of `evaluate` if that is
+    newer.
 
-    Raises UserError where no run is.
+    Raises UserError when the folder holds no run.
     """
     for path in (run_dir.config_path, run_dir.metrics_path):
         if not path.is_file():
@@ -109,7 +110,7 @@ def figures_of(run_dir: RunDir) -> Figures:
 
 
 def known_config(values: Mapping[str, Any]) -> TrainConfig:
-    """The configuration of a run, also of another version: settings unknown to this one are left out.
+    """The configuration of a run. Settings of other versions that this one does not know are left out.
 
     Raises UserError for values that no run can have.
     """
@@ -117,7 +118,7 @@ def known_config(values: Mapping[str, Any]) -> TrainConfig:
 
 
 def count_photos(config: TrainConfig) -> int | None:
-    """None when they are no longer where they were."""
+    """The number of the run's photos; None when they can no longer be found, or are from the hub."""
     from dreambooth_moslora.photos.folder import photo_report
 
     try:
@@ -127,7 +128,10 @@ def count_photos(config: TrainConfig) -> int | None:
 
 
 def with_report(found: Figures, run_dir: RunDir) -> Figures:
-    """The figures with the scores of `evaluation/scores.json`, of more pictures, when they are the later."""
+    """The figures, with the scores in `evaluation/scores.json` if that is newer; it is based on more pictures.
+
+    Raises UserError for a damaged file.
+    """
     path = run_dir.path / "evaluation" / "scores.json"
     if not path.is_file() or path.stat().st_mtime < run_dir.metrics_path.stat().st_mtime:
         return found

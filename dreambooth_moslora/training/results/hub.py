@@ -1,6 +1,8 @@
-"""Push a finished adapter to the hub, when asked: the adapter's files, the card and its pictures, nothing else.
+"""Pushes a finished adapter to the hub, when asked: the adapter's files, the card and its pictures, nothing
+else.
 
-Photos, the contact sheet (it shows them), checkpoints, class images and the configuration (it holds paths) stay here.
+Photos, the contact sheet (which shows them), checkpoints, class images and the configuration (which holds
+paths) stay on this machine.
 """
 
 import logging
@@ -24,18 +26,18 @@ PUBLIC_FILES = [PUBLISHED_NAME, "*.kohya.safetensors", f"*{TOKENS_SUFFIX}", "REA
 
 
 def public_files(run_dir: Path) -> list[str]:
-    """Names of the files at the top of the run folder that may leave the machine."""
+    """Names of the files at the top of the run folder that may be uploaded."""
     return sorted(p.name for p in run_dir.iterdir() if p.is_file() and any(map(p.match, PUBLIC_FILES)))
 
 
 def patterns(names: list[str]) -> list[str]:
-    """What the hub's filter (fnmatch) matches to these names alone: the run's name may have brackets."""
+    """Patterns for the hub's filter (fnmatch) that match only these names, even with brackets in them."""
     return [escape(name) for name in names]
 
 
 def check_push(config: TrainConfig) -> None:
-    """Before a training that shall be pushed at its end. Raises UserError for a wrong name, and for a token that the
-    hub does not know; a hub that cannot be asked now is no mistake."""
+    """Check a push before the training. Raises UserError for an invalid name and for a token that the hub
+    rejects; an unreachable hub is no error."""
     try:
         validate_repo_id(config.hub_model_id or RunDir(config.output_dir).name)
     except HFValidationError as error:
@@ -43,16 +45,18 @@ def check_push(config: TrainConfig) -> None:
     try:
         if not is_offline_mode():
             HfApi(token=config.hub_token).whoami()
-    except Exception as error:  # the clients raise what their HTTP library does
+    except Exception as error:  # the client passes on the HTTP library's errors
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if status == 401 or isinstance(error, LocalTokenNotFoundError):
             raise UserError(f"--push_to_hub: {one_line(error)}") from error
 
 
 def push(run_dir: Path, repo_id: str | None, token: str | None) -> str | None:
-    """Create the model repository when it is missing, upload `public_files`; returns the repository's address.
+    """Create the model repository if it is missing, and upload `public_files`. Returns the repository's
+    address.
 
-    None, and a line in the log, when the hub cannot be reached or refuses: the run is complete without it.
+    When the hub cannot be reached or refuses, it logs a warning and returns None: the run is complete without
+    it.
     """
     api = HfApi(token=token)
     try:
@@ -63,7 +67,7 @@ def push(run_dir: Path, repo_id: str | None, token: str | None) -> str | None:
             allow_patterns=patterns(public_files(run_dir)),
             commit_message="Upload the adapter",
         )
-    except Exception as error:  # the clients raise what their HTTP library does
+    except Exception as error:  # the client passes on the HTTP library's errors
         again = "--push_to_hub --resume_from_checkpoint latest tries again"
         logger.warning(
             "the adapter is in %s but could not be pushed to the hub (%s); %s", run_dir, one_line(error), again

@@ -1,6 +1,6 @@
-"""The loss curve of a run as a picture, and the fidelity curve beside it.
+"""Draws the loss of a run, and its scores beside it.
 
-Single steps are noisy (each draws its own noise level): a mean runs along.
+The loss of single steps is noisy, as each draws its own noise levels, so a running mean is drawn over it.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ LABELS = {"loss_instance": "instance", "loss_prior": "prior"}
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last `window` values at each place (fewer at the start); the length stays."""
+    """Mean of the last `window` values at each position (fewer at the start); same length as `values`."""
     sums = np.cumsum(np.insert(values, 0, 0.0))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - window)
@@ -30,7 +30,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def draw_loss_plot(steps: Sequence[StepDone], path: Path, evaluations: Sequence[StepEvaluated] = ()) -> None:
-    """Write a PNG: the loss, and fidelity beside it when there are evaluations."""
+    """Write a PNG with the loss, and with the scores if there are evaluations."""
     panels = 2 if evaluations else 1
     figure = Figure(figsize=(7 * panels, 3.5), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
@@ -43,7 +43,7 @@ def draw_loss_plot(steps: Sequence[StepDone], path: Path, evaluations: Sequence[
 
 
 def draw_fidelity(axes: Axes, evaluations: Sequence[StepEvaluated]) -> None:
-    """Likeness, prompt, copies and the score that picks the best step, which is marked."""
+    """Draw likeness, prompt, copies and score; a line marks the best step."""
     at = [event.step for event in evaluations]
     for key, label in CURVES.items():
         values = [event.scores.get(key, np.nan) for event in evaluations]

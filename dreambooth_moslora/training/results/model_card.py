@@ -1,6 +1,6 @@
 """The model card: what the adapter shows, how to load it, how it was made, and how exactly its files reload.
 
-It is written to be shared: no path, no photo and no fact about one is in it.
+It is meant to be shared: it contains no path, no photo and nothing about a photo.
 """
 
 import re
@@ -23,7 +23,7 @@ __all__ = ["SIGNATURE", "CardFacts", "is_card", "model_card", "pictures_named", 
 SIGNATURE = "Made with dreambooth_moslora"
 STRENGTH = "## Strength"
 PICTURE = re.compile(r"image_\d+\.png")
-"""Names that the trainer gives to pictures. Other files that a card names are not believed to be ours."""
+"""Names that the trainer gives to pictures. Other files that a card names are not treated as the run's."""
 
 
 def is_card(text: str) -> bool:
@@ -32,7 +32,7 @@ def is_card(text: str) -> bool:
 
 
 def pictures_named(text: str) -> set[str]:
-    """The files of a card's pictures; none for a text that is no card of ours."""
+    """The picture files that a card names; empty for a text that is not a card of this program."""
     if not is_card(text):
         return set()
     from huggingface_hub import ModelCard
@@ -40,14 +40,14 @@ def pictures_named(text: str) -> set[str]:
     try:
         widgets = ModelCard(text).data.get("widget") or []
         urls = [widget["output"]["url"] for widget in widgets]
-    except Exception:  # a card that a person changed may raise any of YAML's and Python's errors
+    except Exception:  # an edited card may raise any error of YAML or Python
         return set()
     return {url for url in urls if PICTURE.fullmatch(str(url))}
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the card says beyond the configuration. `images`: (file name, prompt) of the pictures beside it."""
+    """What the card says beyond the configuration. `images` are (file name, prompt) of the pictures beside it."""
 
     name: str
     step: int
@@ -60,7 +60,7 @@ class CardFacts:
 
 
 def model_card(config: TrainConfig, facts: CardFacts) -> str:
-    """The text of README.md: YAML front matter as the hub reads it, then sections."""
+    """The text of README.md: YAML front matter for the hub, then sections."""
     sections = [
         front_matter(config, facts),
         f"# {facts.name}: an SDXL adapter for {' and '.join(f'“{prompt}”' for prompt in prompts_of(config))}",
@@ -77,7 +77,7 @@ def model_card(config: TrainConfig, facts: CardFacts) -> str:
 
 
 def front_matter(config: TrainConfig, facts: CardFacts) -> str:
-    """The card's YAML block, as the hub reads it."""
+    """The card's YAML block for the hub."""
     from huggingface_hub import ModelCardData
 
     known = {"base_model": facts.adapter.base_id} if "/" in facts.adapter.base_id else {}
@@ -131,7 +131,7 @@ pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.
 
 
 def token_lines(note: dict) -> str:
-    """The lines of the snippet that load new tokens."""
+    """Lines of the snippet that load new tokens."""
     if not note:
         return ""
     file, names = note["file"], [f"<s{number}>" for number in range(note["count"])]
@@ -145,7 +145,7 @@ pipe.load_textual_inversion(new["clip_g"], token=names, text_encoder=pipe.text_e
 
 
 def spelled(prompt: str, note: dict) -> str:
-    """The prompt with its word spelled out in new tokens, if any."""
+    """The prompt with its new word replaced by the new tokens."""
     tokens = "".join(f"<s{number}>" for number in range(note["count"])) if note else ""
     return word_pattern(note["word"]).sub(tokens, prompt) if note else prompt
 
@@ -162,7 +162,7 @@ def about_tokens(note: dict) -> str:
 
 
 def strength(best: float | None, usable: tuple[float, ...]) -> str:
-    """Which scale to load the adapter at; "" when nobody looked for it."""
+    """The scale to load the adapter at; "" when it was not measured."""
     if best is None:
         return ""
     around = f"; from {usable[0]:g} to {usable[-1]:g} the score stays near it" if len(set(usable)) > 1 else ""
@@ -171,7 +171,7 @@ def strength(best: float | None, usable: tuple[float, ...]) -> str:
 
 
 def with_strength(text: str, best: float, usable: tuple[float, float]) -> str:
-    """A card of ours with `strength` in the place of an earlier one, or before the table of the training."""
+    """A card with this `strength` instead of an earlier one, or before the training table."""
     kept = re.sub(rf"{STRENGTH}\n\n[^\n]*\n\n", "", text)
     return kept.replace("## Training\n", f"{strength(best, usable)}\n\n## Training\n", 1)
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: adapter files (proved), model card and its pictures, contact sheet, loss plot, hub."""
+"""Writes what a run leaves: verified adapter files, model card and its pictures, contact sheet, loss plot, hub."""
 
 import logging
 from dataclasses import replace
@@ -47,7 +47,7 @@ CARD_IMAGES = 6
 
 
 class Publisher:
-    """Publishes one run. `scores` are the latest ones of the evaluator."""
+    """Publishes one run. `scores` are the evaluator's latest."""
 
     def __init__(
         self,
@@ -66,22 +66,22 @@ class Publisher:
         self.best: BestStep | None = None
 
     def note_scores(self, scores: dict[str, float], best: BestStep) -> None:
-        """The latest scores and the best step so far, for the card."""
+        """Keep the latest scores and the best step for the card."""
         self.scores, self.best = scores, best
 
     def note_scale(self, found: ScaleChoice) -> None:
-        """What the published files and the card say of the adapter's strength."""
+        """Keep the best scale for the published files and the card."""
         self.facts = replace(self.facts, best_scale=found.best, usable_scales=(found.low, found.high))
 
     def keep_best(self) -> None:
-        """`best/`: the adapter as it is now, loadable like the final one, whole or not at all."""
+        """Write the current adapter to `best/`, loadable like the final one, completely or not at all."""
         with atomic_directory(self.run_dir.best_dir) as folder:
             self._publish_to(folder)
 
     def publish(self, step: int, max_train_steps: int, finished: bool) -> Proof:
-        """The adapter first, then its card, then the hub; the rest is decoration, which stays here.
+        """Write the adapter, then its card, then push it to the hub; plot and contact sheet come last.
 
-        Only a finished run draws new contexts or is pushed.
+        Only a finished run draws new contexts and is pushed.
         """
         proof = self._publish_to(self.run_dir.path)
         contexts = self.samples.draw_contexts(self.sampler) if finished else []
@@ -111,7 +111,7 @@ class Publisher:
 
 
 def facts_of(config: TrainConfig, inputs: TrainInputs, train_step: TrainStep) -> AdapterMetadata:
-    """What the adapter files say about themselves."""
+    """The metadata that the adapter files contain."""
     facts = adapter_metadata(
         train_step.components,
         base_id=config.pretrained_model_name_or_path,
@@ -130,7 +130,7 @@ def card_pictures(
     samples: ValidationSamples,
     contexts: list[Image.Image],
 ) -> list[tuple[SampleRequest, Image.Image]]:
-    """A few of one subject; of several, one of each, and those of two in one prompt."""
+    """With one subject, a few pictures; with several, one of each and those of two subjects in one prompt."""
     new = list(zip(samples.contexts, contexts))
     if len(config.subjects) < 2:
         return [*drawn[: max(2, CARD_IMAGES - len(new))], *new]
@@ -142,9 +142,10 @@ def card_pictures(
 def write_card(
     config: TrainConfig, run_dir: RunDir, facts: CardFacts, pictures: list[tuple[SampleRequest, Image.Image]]
 ) -> None:
-    """README.md and the pictures that it shows (request, image): image_0.png and on.
+    """Write README.md and its pictures (request, image), named image_0.png and on.
 
-    The pictures of the card before go first and the new ones come last: at no moment is there one that no card names.
+    The previous card's pictures are removed first and the new ones are written last: a card names every picture
+    at all times.
     """
     for stale in pictures_named(run_dir.read_card() or ""):
         (run_dir.path / stale).unlink(missing_ok=True)
@@ -157,9 +158,9 @@ def write_card(
 def sheet_rows(
     config: TrainConfig, photos: list[Photo], samples: ValidationSamples, contexts: list[Image.Image], start: str
 ) -> list[Row]:
-    """The contact sheet, subject by subject: photos, step 0 (of which `start` is the model) beside the end at the
-    same seeds, as far as it was drawn, new contexts; then two subjects in one prompt. It stays here, as it shows the
-    person's photos."""
+    """The rows of the contact sheet. Each subject has its photos, the pictures of step 0 by the model `start`
+    beside those of the end with the same seeds, and new contexts; then follow prompts with two subjects. It is
+    never uploaded, as it shows the photos."""
     rows = []
     new = list(zip(samples.contexts, contexts))
     for number, subject in enumerate(each_subject(config)):
@@ -186,7 +187,7 @@ def row_of(title: str, shown: list[tuple[SampleRequest, Image.Image]]) -> Row:
 
 
 def readable(photos: list[Photo]) -> list[Image.Image]:
-    """Those that are still where they were when training began."""
+    """The photos that can still be read."""
     found = []
     for photo in photos:
         try:

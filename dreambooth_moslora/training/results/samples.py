@@ -1,7 +1,7 @@
-"""The pictures of a run: the same prompts from the same noise at step 0, along the way and at the end.
+"""The sample pictures of a run: the same prompts and noise at step 0, during the run and at the end.
 
-At the end come new contexts too: the subject where no photo shows it. The pictures of step 0 are read back from the
-run folder, so that a resumed run has them as well.
+At the end it also draws new contexts: the subject where no photo shows it. The pictures of step 0 are read from
+the run folder, so that a resumed run has them as well.
 """
 
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ __all__ = ["ValidationSamples"]
 
 @dataclass
 class ValidationSamples:
-    """`requests` are drawn at each sampling step, `contexts` once, at the end. Both are empty without a prompt."""
+    """`requests` are drawn at each sampling step, `contexts` once at the end. Both are empty without a prompt."""
 
     run_dir: RunDir
     requests: list[SampleRequest]
@@ -45,12 +45,12 @@ class ValidationSamples:
         return cls(run_dir, requests, contexts, every)
 
     def leave_out(self) -> None:
-        """Draw nothing."""
+        """Draw no samples in this run."""
         self.requests, self.contexts = [], []
 
     @property
     def prompts(self) -> list[str]:
-        """All that will ever be drawn."""
+        """All prompts that will be drawn."""
         return sorted({request.prompt for request in [*self.requests, *self.contexts]})
 
     def is_due(self, step: int, last_step: int) -> bool:
@@ -59,7 +59,7 @@ class ValidationSamples:
     def draw(self, step: int, sampler: Sampler) -> SamplesDrawn:
         """Draw and save `samples/step_000100_0.png` …; returns their event.
 
-        Raises StopRequestedError as the sampler does; what was drawn until then stays.
+        Raises StopRequestedError from the sampler; pictures drawn before are kept.
         """
         self.latest, self.latest_step = [], step
         for number, picture in enumerate(sampler(self.requests)):
@@ -70,7 +70,7 @@ class ValidationSamples:
         return SamplesDrawn(step, files, prompts, [request.seed for request in self.requests])
 
     def draw_contexts(self, sampler: Sampler) -> list[Image.Image]:
-        """What there is of them, when the person asks to stop."""
+        """The contexts, or fewer when a stop is requested."""
         drawn: list[Image.Image] = []
         with suppress(StopRequestedError):
             for picture in sampler(self.contexts):
@@ -81,7 +81,7 @@ class ValidationSamples:
         return self.run_dir.samples_dir / f"step_{step:06d}_{number}.png"
 
     def first(self, numbers: Iterable[int]) -> list[Image.Image]:
-        """The pictures of step 0 of these requests, as far as they are there and can be read."""
+        """The pictures of step 0 for these requests, if they exist and can be read."""
         found = []
         for number in numbers:
             with suppress(UnreadableImageError, FileNotFoundError):

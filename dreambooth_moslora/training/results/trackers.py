@@ -1,7 +1,6 @@
-"""Trackers (tensorboard, wandb and their like): started, given numbers, and shown the samples.
+"""Trackers (tensorboard, wandb and others): starts them, and logs numbers and samples.
 
-Nothing that leaves the machine through a tracker holds a path, a prompt or a photo; the samples, which are
-pictures of the subject, go to trackers that show pictures.
+Trackers get no path, prompt or photo. Trackers that show pictures get the samples, which show the subject.
 """
 
 import logging
@@ -29,33 +28,33 @@ PICTURE_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 
 
 class Trackers:
-    """Those of `--report_to`. One that fails during the run gets no more of it."""
+    """The trackers of `--report_to`. One that fails during the run is dropped."""
 
     def __init__(self, run_dir: RunDir, accelerator: Accelerator):
         self.run_dir, self.accelerator = run_dir, accelerator
 
     def start(self, config: TrainConfig) -> None:
-        """Open them with the run's plain numbers. Raises UserError for one that does not open."""
+        """Open them with the run's plain settings. Raises UserError when one does not open."""
         if self.accelerator.log_with:
             on_main(self.accelerator, lambda: self._open(config))
 
     def _open(self, config: TrainConfig) -> None:
         try:
             self.accelerator.init_trackers("dreambooth_moslora", config=public_settings(config))
-        except Exception as error:  # each tracker has its own kinds
+        except Exception as error:  # each tracker raises its own errors
             self.accelerator.trackers.clear()
             said = one_line(f"{type(error).__name__} {error}")
             raise UserError(f"--report_to {config.report_to} cannot start: {said}; none trains without.") from error
 
     def log(self, event: StepDone | StepEvaluated | SamplesDrawn) -> None:
-        """Numbers, and the samples where pictures are taken. A failure is one warning."""
+        """Log numbers, and samples to trackers that show pictures. A tracker that fails causes one warning."""
         for tracker in list(self.accelerator.trackers):
             try:
                 if isinstance(event, SamplesDrawn):
                     self._show(tracker, event)
                 else:
                     tracker.log(numbers_of(event), step=event.step)
-            except Exception as error:  # each tracker has its own kinds
+            except Exception as error:  # each tracker raises its own errors
                 self.accelerator.trackers.remove(tracker)
                 said = one_line(f"{type(error).__name__} {error}")
                 logger.warning("--report_to: %s fails and gets no more of this run: %s", tracker.name, said)
@@ -67,7 +66,7 @@ class Trackers:
 
 
 def public_settings(config: TrainConfig) -> dict[str, bool | int | float | str]:
-    """Settings that are plain values and name nothing of the person's."""
+    """Settings that are plain values and reveal nothing of the user's."""
     return {
         key: value
         for key, value in config.to_dict().items()

@@ -1,1 +1,1 @@
-"""Which run may write in a run folder: the lock, the queue, and what earlier runs left there."""
+"""Which run may write to a run folder: the lock, the queue, and the files of earlier runs."""

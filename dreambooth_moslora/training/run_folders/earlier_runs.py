@@ -1,9 +1,9 @@
-"""Taking the run folder: what an earlier run left there, and the new one does not go on from: moved to `earlier_run_1`.
+"""Claims a run folder: files of an earlier run that the new one does not continue are moved to `earlier_run_1`.
 
 set_aside                    for a new run: all that the earlier one left
-archive_checkpoints_after    for a run that goes on from a step: later checkpoints, and a best step after it
+archive_checkpoints_after    for a resumed run: later checkpoints, and a best step after that step
 
-The earlier run may be another program's: what has a name that the present run will write under is kept as well.
+Files of other programs are moved as well, if the new run would overwrite them.
 """
 
 import json
@@ -23,12 +23,13 @@ logger = logging.getLogger(__name__)
 
 
 def has_previous_run(run_dir: RunDir) -> bool:
-    """Whether a checkpoint or an adapter is there: metrics alone are of a run that came to nothing."""
+    """Whether a checkpoint or an adapter exists; metrics alone come from a run without a result."""
     return bool(run_dir.named_checkpoints() or present(run_dir.adapter_path, run_dir.kohya_path, run_dir.best_dir))
 
 
 def set_aside(run_dir: RunDir) -> None:
-    """Class images stay: the new run can use them. So does the log, which goes on."""
+    """Move an earlier run away. Class images stay, since the new run can use them; so does the log, which
+    continues."""
     if has_previous_run(run_dir):
         move(what_was_left(run_dir), run_dir, "held an earlier run")
 
@@ -42,7 +43,7 @@ def what_was_left(run_dir: RunDir) -> list[Path]:
 
 
 def archive_checkpoints_after(run_dir: RunDir, step: int) -> None:
-    """Without it a kill, and then `latest`, would go on from the run that was abandoned."""
+    """Move checkpoints after `step` away: otherwise `latest` would later resume the abandoned run."""
     later = [path for path in reversed(run_dir.named_checkpoints()) if step_of(path) > step]
     scored = events_of(StepEvaluated, run_dir.read_metrics())
     if scored and scored[-1].best["step"] > step:
@@ -64,7 +65,7 @@ def move(paths: list[Path], run_dir: RunDir, what: str) -> None:
 
 
 def report_start(context: RunContext, step: int, max_train_steps: int) -> None:
-    """The first event. A folder without an earlier run is taken at once, so that the run can be watched."""
+    """Report the start. A folder without an earlier run is claimed at once, so that the run can be watched."""
     context.report.step = step
     context.report(RunStarted(max_train_steps, context.config.to_dict()))
     if step == 0 and not has_previous_run(context.run_dir):
@@ -72,10 +73,10 @@ def report_start(context: RunContext, step: int, max_train_steps: int) -> None:
 
 
 def claim_run_folder(context: RunContext, step: int, checkpoint: Path | None = None) -> None:
-    """Take the run folder: only now, when all is prepared, does an earlier run in it make room.
+    """Claim the run folder. It happens late, when all is prepared: only then is an earlier run moved away.
 
-    The configuration is written as it was resolved. A run that is resumed from a `checkpoint` in the folder goes on in
-    its metrics; to one from elsewhere, what is in the folder is another run.
+    The resolved configuration is written. A run resumed from a `checkpoint` in this folder continues its
+    metrics; for a checkpoint from elsewhere, the folder's files belong to another run.
     """
     run_dir, report = context.run_dir, context.report
     if report.has_begun or not context.accelerator.is_main_process:

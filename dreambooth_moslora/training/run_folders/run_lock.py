@@ -1,7 +1,6 @@
-"""One run at a time in a run folder: a locked file names the process and the machine that hold it.
+"""One run at a time in a run folder: a locked file names the process and machine that hold it.
 
-The system lets go of the lock when the process ends, however it ends. So a file that a killed run left
-holds nobody up.
+The system releases the lock when the process ends in any way, so the file of a killed run blocks nobody.
 """
 
 import os
@@ -15,7 +14,7 @@ from dreambooth_moslora.core.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows: the file says who is there, and nobody is held up
+except ImportError:  # on Windows the file names the owner but does not lock
     fcntl = None
 
 __all__ = ["LOCK_NAME", "locked", "take"]
@@ -25,7 +24,7 @@ LOCK_NAME = "run.lock"
 
 @contextmanager
 def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
-    """Hold the existing `folder`, which `flag` names, for the length of the block.
+    """Hold the existing `folder`, which the option `flag` names, for the length of the block.
 
     Raises UserError when another run holds it.
     """
@@ -43,7 +42,7 @@ def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
 
 
 def take(path: Path, flag: str) -> BinaryIO:
-    """The file of that name, open and locked. An owner that ends meanwhile removes it: then it is made anew.
+    """Open and lock the file of that name. If its owner removes it meanwhile, it is created again.
 
     Raises UserError when another process holds it.
     """
@@ -66,7 +65,7 @@ def take(path: Path, flag: str) -> BinaryIO:
 
 
 def lock(file: BinaryIO) -> None:
-    """Raises BlockingIOError when another process has it. A file system without locks gives none."""
+    """Raises BlockingIOError when another process holds the lock. On a file system without locks it does nothing."""
     if fcntl is None:
         return
     try:

@@ -1,10 +1,11 @@
-"""Runs that wait for their turn, in the folder `.queue` of the folder of runs: each a file, there whole or not at all.
+"""The queue of runs, in the folder `.queue` of the folder of runs. Each run is a file that is written
+atomically.
 
-    waiting/NAME.json    a run that waits, with all its settings; order.json names those that were moved
-    started/NAME.json    the run whose turn has come, until it has ended
-    ended.jsonl          one line for each that has ended, and how
+    waiting/NAME.json    a waiting run with all its settings; order.json lists those that were moved
+    started/NAME.json    the run whose turn it is, until it has ended
+    ended.jsonl          one line for each run that has ended, and how
 
-Whoever wants to run the next one holds `turn` meanwhile, so that no two processes do.
+A process must hold `turn` to start or end runs, so only one does.
 """
 
 import json
@@ -27,17 +28,18 @@ __all__ = ["COMMAND_LINE", "PLACES", "QUEUE_NAME", "QueuedRun", "RunQueue"]
 
 QUEUE_NAME = ".queue"
 COMMAND_LINE = ""
-"""Owner of a run that was added by the command; of others it is the page's visitor."""
+"""Owner of a run that was added by the command; other runs belong to a user of the page."""
 PLACES = ("up", "down", "first", "last")
 HELD_SEC, POLL_SEC = 30.0, 0.02
 
 
 @dataclass(frozen=True)
 class QueuedRun:
-    """`settings` are whole and checked; their paths begin at `folder`. Without any, the file could not be read.
+    """A run in the queue, with complete and checked `settings`; they are empty if its file could not be read.
 
-    `argv`: the words of the command. `is_new`: its run folder was made for it. `queued` and `started` are times (s),
-    `killed` counts the times that it was killed since its last checkpoint.
+    Paths in the settings are relative to `folder`. `argv` are the words of the command. `is_new`: its run
+    folder was made for it. `queued` and `started` are times (s); `killed` counts kills since its last
+    checkpoint.
     """
 
     name: str
@@ -63,7 +65,7 @@ class QueuedRun:
 
 
 class RunQueue:
-    """The queue of the runs in `runs_dir`. Nothing is created until something is added."""
+    """The queue of the runs in `runs_dir`. It creates no files until a run is added."""
 
     def __init__(self, runs_dir: Path) -> None:
         self.runs_dir = runs_dir
@@ -71,7 +73,7 @@ class RunQueue:
         self.ended_path = self.folder / "ended.jsonl"
 
     def add(self, run: QueuedRun) -> int:
-        """At the end; returns its place, from 1. Raises UserError where a run of that name is in the queue."""
+        """Add a run at the end; returns its place, from 1. Raises UserError when the queue has a run of that name."""
         with self._held():
             if run.name in (found.name for found in [*self.waiting(), *self.started()]):
                 raise UserError(f"the run {run.name} is in the queue already")
@@ -79,18 +81,19 @@ class RunQueue:
             return [found.name for found in self.waiting()].index(run.name) + 1
 
     def waiting(self) -> list[QueuedRun]:
-        """In their order."""
+        """The waiting runs, in their order."""
         moved = {name: number for number, name in enumerate(self._order())}
         return sorted(self._all("waiting"), key=lambda run: (moved.get(run.name, len(moved)), run.queued, run.name))
 
     def started(self) -> list[QueuedRun]:
-        """One, or none."""
+        """The run whose turn it is, or an empty list."""
         return sorted(self._all("started"), key=lambda run: run.started)
 
     def move(self, name: str, place: str, owner: str | None = None) -> None:
-        """`place` is one of PLACES, or a number from 1. With an `owner`, only among the places of that owner's runs.
+        """Move a run to `place`, one of PLACES or a number from 1. With an `owner`, only that owner's runs
+        change places.
 
-        Raises UserError for what does not wait, and for what is no place.
+        Raises UserError for a run that does not wait and for an invalid place.
         """
         with self._held():
             order = [run.name for run in self.waiting()]
@@ -101,7 +104,8 @@ class RunQueue:
             atomic_write(self.folder / "order.json", json.dumps(order))
 
     def remove(self, name: str, owner: str | None = None) -> QueuedRun:
-        """Take it out, and its run folder if nothing was trained there. Raises UserError for what does not wait."""
+        """Remove a waiting run, and its run folder if nothing was trained there. Raises UserError if it does
+        not wait."""
         with self._held():
             run = next((run for run in self.waiting() if run.name == name and owner in (None, run.owner)), None)
             if run is None:
@@ -114,7 +118,7 @@ class RunQueue:
 
     @contextmanager
     def turn(self) -> Iterator[bool]:
-        """Whether this process may start or end runs of the queue, for the length of the block."""
+        """Whether this process may start and end runs of the queue, for the length of the block."""
         if not self.folder.is_dir():
             yield False
             return
@@ -129,7 +133,7 @@ class RunQueue:
             lock.close()
 
     def claim(self) -> QueuedRun | None:
-        """The first of the waiting, which waits no more."""
+        """Move the first waiting run to `started` and return it; None when none waits."""
         with self._held():
             run = next(iter(self.waiting()), None)
             if run is not None:
@@ -138,11 +142,11 @@ class RunQueue:
             return run
 
     def note(self, run: QueuedRun) -> None:
-        """Keep what has changed of a run whose turn it is."""
+        """Save the changed entry of a started run."""
         self._write("started", run)
 
     def end(self, run: QueuedRun, state: str, message: str) -> None:
-        """`state`: done, interrupted or failed."""
+        """Record the end of a run; `state` is done, interrupted or failed."""
         facts = {"type": "ended", "time": time.time(), "name": run.name, "owner": run.owner, "state": state}
         append_event(self.ended_path, facts | {"message": message})
         self._path("started", run.name).unlink(missing_ok=True)
@@ -172,7 +176,8 @@ class RunQueue:
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """While the order or the number of the waiting changes: a moment each time."""
+        """Lock the order and the list of waiting runs for the length of the block, which must be short. Raises
+        UserError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         end = time.monotonic() + HELD_SEC
         while True:
@@ -189,7 +194,7 @@ class RunQueue:
 
 
 def with_place(names: Sequence[str], name: str, place: str) -> list[str]:
-    """The names with `name` at its new place. Raises UserError for a name that is not there, and for no place."""
+    """The names with `name` at its new place. Raises UserError for an unknown name and for an invalid place."""
     if name not in names:
         raise UserError(not_waiting(name))
     rest, now = [one for one in names if one != name], list(names).index(name)
