@@ -1,1 +1,1 @@
-"""A folder becomes photos: files, sidecars, checks, crops and data sets of the hub."""
+"""The photos of a folder: files, sidecars, checks, crops, and data sets of the hub."""

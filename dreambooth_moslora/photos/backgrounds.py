@@ -1,9 +1,9 @@
-"""`--new_backgrounds`: which scenes the subject of each photo is put before, and how the two become one picture.
+"""`--new_backgrounds`: the scenes that each photo's subject is pasted onto, and how both become one picture.
 
     photo, mask, scene  ->  backgrounds/dog.jpg.0.png, with backgrounds/dog.jpg.mask.png as its mask
 
-The mask's edge is feathered inward, so that no rim of the old background stays. A picture's header says what it was
-made of: a run that goes on makes none again.
+The mask's edge is feathered inward, so that no rim of the old background stays. A picture's header records its
+sources, so that a resumed run does not make it again.
 """
 
 import math
@@ -31,13 +31,15 @@ __all__ = ["NO_MASKS", "NewBackground", "background_rows", "new_backgrounds"]
 
 NO_MASKS = "--new_backgrounds needs masks, and no photo has one: give --masks auto, or name.mask.png beside each."
 FEATHER = 0.006
-"""Radius of the edge's blur, as a share of the shorter side."""
+"""Radius of the edge's blur, as a fraction of the shorter side."""
 
 
 @dataclass(frozen=True)
 class NewBackground:
-    """The subject of `photo` at a `place`, to be drawn by `prompt` from `seed` in `scene_px` (h, w); `size_px` (h, w)
-    of the whole picture, which is kept at `path`. `caption` calls the subject there."""
+    """The subject of `photo` at a `place`. The scene is drawn by `prompt` from `seed` in `scene_px` (h, w).
+
+    The picture, of `size_px` (h, w), is kept at `path`; `caption` says what it shows.
+    """
 
     photo: Photo
     place: str
@@ -51,7 +53,7 @@ class NewBackground:
 
     @property
     def mask_path(self) -> Path:
-        """One for all new backgrounds of the photo."""
+        """One mask for all new backgrounds of the photo."""
         return self.path.with_name(f"{self.photo.path.name}.mask.png")
 
     @property
@@ -59,7 +61,7 @@ class NewBackground:
         return made_from(self.path) == self.key and self.mask_path.is_file()
 
     def make(self, scene: Image.Image) -> None:
-        """Write the picture, and the mask before it."""
+        """Write the mask, then the picture."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         size = self.size_px[::-1]
         mask = open_mask(self.photo).resize(size, Image.Resampling.BOX)
@@ -69,7 +71,7 @@ class NewBackground:
         atomic_write(self.path, marked_png(whole, self.key))
 
     def as_photo(self, config: TrainConfig) -> Photo:
-        """To be trained on beside the photo that it was made of."""
+        """The picture as a photo of the run."""
         found = Photo(
             self.path, self.size_px, (self.caption,), self.mask_path, is_captioned=True, subject=self.photo.subject
         )
@@ -83,7 +85,7 @@ def feathered(mask: Image.Image) -> Image.Image:
 
 
 def new_backgrounds(config: TrainConfig, photos: Iterable[Photo], folder: Path) -> Iterator[NewBackground]:
-    """`config.new_backgrounds` of each photo with a mask; the places take turns, in an order of the seed."""
+    """`config.new_backgrounds` pictures for each photo with a mask; the places take turns."""
     subjects = each_subject(config)
     masked = [photo for photo in photos if photo.mask_path is not None]
     for number, photo in enumerate(masked):
@@ -106,12 +108,12 @@ def new_background(config: TrainConfig, photo: Photo, number: int, folder: Path,
 
 
 def composed_size(size_px: tuple[int, int], shortest_px: int) -> tuple[int, int]:
-    """(h, w) of the photo, at most `shortest_px` at its shorter side: crops are not larger."""
+    """(h, w) of the picture: the photo's, but at most `shortest_px` at its shorter side, as crops are not larger."""
     return size_px if min(size_px) <= shortest_px else resized_size(size_px, (shortest_px, shortest_px))
 
 
 def background_rows(made: Iterable[NewBackground]) -> list[Row]:
-    """Each photo beside its new backgrounds, which are captioned."""
+    """Rows for a contact sheet: each photo beside its new backgrounds, with captions."""
     rows: dict[Path, Row] = {}
     for one in made:
         path = one.photo.path

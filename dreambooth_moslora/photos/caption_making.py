@@ -1,9 +1,11 @@
-"""Captions made for photos that have none, by a `Captioner`; what a person wrote is never touched.
+"""Captions made by a `Captioner` for photos that have none. What the user wrote is never changed.
 
-beside the photos    `dog.txt`, as a person would write it (the command `caption`). `.made_captions.json` says which
-                     were made: one that a person has changed since is the person's own
-in a run folder      `captions.json` (`--captions auto`); it says from which photo, model and words each was made, so
-                     that a run that goes on makes none again
+beside the photos    `dog.txt`, as a user would write it (the command `caption`). `.made_captions.json` lists
+the made ones;
+                     a caption that was edited since counts as the user's
+in a run folder      `captions.json` (`--captions auto`). It records the photo, model and words of each caption,
+so that
+                     a resumed run does not make it again
 
 Both files: {"dog.jpg": {"caption": "a photo of a sks dog on the beach", "made_from": key}}.
 """
@@ -26,7 +28,7 @@ __all__ = ["MadeCaption", "make_beside", "make_kept"]
 
 @dataclass(frozen=True)
 class MadeCaption:
-    """What became of one photo: its new `caption`, None when none was made; `remark` is why."""
+    """The result for one photo: its new `caption`, or None and the reason as a `remark`."""
 
     photo: Photo
     caption: str | None
@@ -38,7 +40,7 @@ def make_beside(
 ) -> Iterator[MadeCaption]:
     """Write `name.txt` beside each photo without a caption: `prompt` and the surroundings. Raises OSError.
 
-    With `anew`, captions that were made before and that nobody has changed are made again.
+    With `anew`, earlier made captions that were not edited are made again.
     """
     photos = list(photos)
     named = Counter(photo.path.stem for photo in photos)
@@ -58,7 +60,7 @@ def make_beside(
 
 
 def was_made(photo: Photo, target: Path) -> bool:
-    """Whether the file is the very caption that was made."""
+    """Whether the file still holds the caption that was made."""
     made = kept_captions(target.with_name(MADE_CAPTIONS)).get(photo.path.name)
     try:
         return made is not None and target.read_text(encoding="utf-8").strip() == made["caption"]
@@ -75,7 +77,8 @@ def make_one_beside(photo: Photo, target: Path, captioner: Captioner, prompt: st
 
 
 def make_kept(photos: Iterable[Photo], captioner: Captioner, prompt: str, path: Path) -> Iterator[MadeCaption]:
-    """As `make_beside`, into the file `path`: what was made before of the same photo, model and words is kept."""
+    """Like `make_beside`, but into the file `path`. A caption made before from the same photo, model and words
+    is kept."""
     for photo in photos:
         key, old = key_of(photo, captioner, prompt), kept_captions(path).get(photo.kept_name)
         if old and old["made_from"] == key:

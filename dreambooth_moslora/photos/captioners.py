@@ -1,9 +1,10 @@
-"""Models that say what surrounds the subject of a photo, and not the subject: what a caption is to hold.
+"""Models that describe the surroundings of the subject in a photo, but not the subject, for captions.
 
-For photographs an instruction-tuned vision-language model of transformers answers (Qwen3-VL 2B: Apache 2.0, no code of
-its own; any model that `AutoModelForImageTextToText` loads, with a chat template, will do). It has to go on from
-"A photo of a dog", so that its answer is what stands behind those words in a caption. The embedded base reads place and
-light by its own CLIP. Without a model at work, nothing here imports torch: a dry run asks for its name.
+For photographs, an instruction-tuned vision-language model of transformers answers. The default is Qwen3-VL 2B
+(Apache 2.0, without code of its own); any model that `AutoModelForImageTextToText` loads and that has a chat
+template can be named. It continues the text "A photo of a dog", so its answer is what follows these words in a
+caption. The embedded base reads place and light by its own CLIP. This module imports torch only to load a
+model.
 """
 
 import os
@@ -34,15 +35,16 @@ QUESTION = (
 )
 START = "A photo of a {word}"
 SEEN_PX, MOST_TOKENS, MOST_WORDS = 768, 60, 30
-"""Longer side of the photo that the model sees; length of its answer, and of what is taken of it: SDXL reads 77 tokens,
-the instance prompt among them."""
+"""Longer side of the photo that the model sees; most tokens of its answer; most words that are used of it. SDXL
+reads 77 tokens, including the instance prompt."""
 
 
 @dataclass(frozen=True)
 class Captioner:
     """`name` is the model's public name, `word` what the photos show.
 
-    `surroundings` takes an RGB picture and gives words such as "on the beach at sunset"; "" when it finds none.
+    `surroundings` takes an RGB picture and returns words such as "on the beach at sunset", or "" when it finds
+    none.
     """
 
     name: str
@@ -51,16 +53,17 @@ class Captioner:
 
 
 def captioner_name(config: TrainConfig) -> str:
-    """Of `--caption_model`: the embedded base has its own CLIP, every other base Qwen3-VL."""
+    """The model of `--caption_model`; by default the embedded base's own CLIP, or Qwen3-VL for other bases."""
     if config.caption_model:
         return os.path.expanduser(config.caption_model)
     return TOY_CLIP if is_toy(config.pretrained_model_name_or_path) else QWEN
 
 
 def load_captioner(config: TrainConfig, device: "torch.device | str" = "cpu") -> Captioner:
-    """The model of `--caption_model`; it is read when the first caption is asked for.
+    """The captioner of `--caption_model`. The model is loaded when the first caption is made.
 
-    Raises UserError without a class word; asking for a caption does when the model is not there or of another kind.
+    Raises UserError without a class word; making a caption raises it when the model is missing or of another
+    kind.
     """
     name, word = captioner_name(config), class_word_of(config)
     if not word and name == TOY_CLIP:
@@ -79,7 +82,8 @@ def toy_reader(word: str, device: "torch.device | str") -> Callable[[Image.Image
 
 
 def chat_reader(name: str, word: str, device: "torch.device | str") -> Callable[[Image.Image], str]:
-    """Greedy, so that the same photo gets the same words; bf16 on a GPU, fp32 on a CPU."""
+    """A captioner by a chat model. Decoding is greedy, so that a photo always gets the same words. bf16 on a
+    GPU, fp32 on a CPU."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -117,7 +121,7 @@ def conversation(image: Image.Image, word: str) -> list[dict[str, Any]]:
 
 
 def surroundings_in(answer: str) -> str:
-    """The first sentence of an answer that goes on from START, without its full stop; "" when there is none."""
+    """The first sentence of an answer that continues START, without its full stop; "" when there is none."""
     sentence = re.split(r"[.!?](?:\s|$)|\n", answer.strip(), maxsplit=1)[0]
     printable = "".join(letter for letter in sentence if letter.isprintable())
     words = printable.strip(" \"'“”,;:").split()[:MOST_WORDS]

@@ -1,11 +1,12 @@
-"""What a look at the pixels says about a set of photos: blurred ones, and nearly equal pairs.
+"""Finds blurred photos and nearly equal pairs by their pixels.
 
-Sharpness is second differences against first ones, where the picture has edges: √mean L² / √mean |∇|², over tiles. It
-asks how steep the edges are, not how many there are, so that a plain background is no fault; the sharpest tenth of the
-edges decides, so that a blurred background is none either. Real photos read 1.8 to 3.2; blurred by a Gaussian of
-3 px at 1024 px they read 0.5 to 0.8.
-Likeness is the correlation of 16 × 16 thumbnails: different photos of one subject read up to 0.8, the same photo
-cropped by a few percent, brighter or smaller reads 0.93 to 1.
+Sharpness compares second differences with first ones at edges: √mean L² / √mean |∇|², over tiles. It measures
+how steep edges are, not how many there are, so a plain background is fine. The sharpest tenth of the edges
+decides, so a blurred background is fine too. Real photos have 1.8 to 3.2; blurred by a Gaussian of 3 px at 1024
+px they have 0.5 to 0.8.
+
+Likeness is the correlation of 16 × 16 thumbnails: different photos of one subject have up to 0.8; a copy that
+is cropped by a few percent, brighter or smaller has 0.93 to 1.
 """
 
 from dataclasses import dataclass, replace
@@ -36,9 +37,9 @@ class Look:
 
 
 def examine(report: PhotoReport, resolution_px: int = LOOK_PX) -> PhotoReport:
-    """The same report with "blurred" and "near-duplicate" among the photos' reasons.
+    """The report with "blurred" and "near-duplicate" added to the photos' reasons.
 
-    A photo is looked at as large as the training sees it: what is lost on the way there need not be sharp.
+    Photos are examined at the size of training: finer detail need not be sharp.
     """
     looks = [look_at(photo, min(LOOK_PX, max(MIN_LOOK_PX, resolution_px))) for photo in report.photos]
     photos = [
@@ -64,7 +65,7 @@ def verdicts(look: Look, earlier: list[Look]) -> list[str]:
 
 
 def sharpness(image: Image.Image, look_px: int = LOOK_PX) -> float:
-    """Steepness of the sharpest edges of an RGB picture, seen at `look_px`; 0 when it has no edges at all."""
+    """Steepness of the sharpest edges of an RGB picture, scaled to `look_px`; 0 when it has no edges."""
     grey = np.asarray(shrunk(image, look_px).convert("L"), dtype=np.float32)
     if min(grey.shape) < TILE_PX + 2:
         return MIN_SHARPNESS  # too few pixels to tell
@@ -92,7 +93,7 @@ def tile_energy(squares: np.ndarray) -> np.ndarray:
 
 
 def thumbnail(image: Image.Image) -> np.ndarray:
-    """(768,) with mean 0 and length 1: colours at 16 × 16. Zeros for one flat colour."""
+    """Colours at 16 × 16 as a vector (768,) with mean 0 and length 1; zeros for a single flat colour."""
     small = image.resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BOX, reducing_gap=3.0)
     values = np.asarray(small, dtype=np.float32).ravel()
     values = values - values.mean()

@@ -1,4 +1,4 @@
-"""The crops that training will see, drawn before it: each photo with its frames, then the squares themselves."""
+"""Draws the crops of training in advance: each photo with the frames of its crops, then the crops."""
 
 from collections.abc import Iterator
 
@@ -20,9 +20,10 @@ MAX_CROPS = 5
 
 
 def plans_of(photo: Photo, number: int, config: TrainConfig) -> Iterator[CropPlan]:
-    """The crops of photo `number` of its subject, drawn by the same names as in training (`photo_stream.PhotoStream`).
+    """The crops of photo `number` of its subject, with the random draws of training
+    (`photo_stream.PhotoStream`).
 
-    They are those of the seed 0 where none is set: training draws one then.
+    Without a seed they are those of seed 0, while training draws a seed.
     """
     rule, stream = crop_rule(config), stream_of("instance", photo.subject)
     for slot in range(number * config.repeats, (number + 1) * config.repeats):
@@ -31,7 +32,7 @@ def plans_of(photo: Photo, number: int, config: TrainConfig) -> Iterator[CropPla
 
 
 def crop_rows(photos: list[Photo], config: TrainConfig) -> list[Row]:
-    """One row a photo: the photo with frames, then up to five crops; what masks leave out is dark."""
+    """One row per photo: the photo with frames, then up to five crops; parts outside the mask are dark."""
     return [crop_row(photo, number, config) for number, photo in enumerate(photos)]
 
 
@@ -46,7 +47,7 @@ def crop_row(photo: Photo, number: int, config: TrainConfig) -> Row:
 
 
 def masked(image: Image.Image, mask: Image.Image | None) -> Image.Image:
-    """What the mask leaves out, at a third of its brightness."""
+    """The image, with parts outside the mask at a third of their brightness."""
     if mask is None:
         return image
     dark = image.point(lambda value: value // 3)
@@ -54,7 +55,7 @@ def masked(image: Image.Image, mask: Image.Image | None) -> Image.Image:
 
 
 def with_frames(image: Image.Image, plans: list[CropPlan]) -> Image.Image:
-    """The whole photo, small, with each crop's frame, padded to a square."""
+    """The whole photo, small, with the frame of each crop, padded to a square."""
     scale = SHOWN_PX / max(image.size)
     small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     draw = ImageDraw.Draw(small)
@@ -64,7 +65,8 @@ def with_frames(image: Image.Image, plans: list[CropPlan]) -> Image.Image:
 
 
 def frame_of(plan: CropPlan, shown: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The crop in the picture of (width, height) `shown`; a mirrored crop lies on the other side of the photo."""
+    """The crop's frame in the picture of (width, height) `shown`; a mirrored crop is on the other side of the
+    photo."""
     (height, width), (whole_height, whole_width) = plan.target_size, plan.resized
     top, left = plan.crop_top_left
     left = whole_width - width - left if plan.flip else left

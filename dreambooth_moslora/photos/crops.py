@@ -1,9 +1,9 @@
-"""The square that training cuts out of a photo, as numbers first (`CropPlan`) and as pixels second.
+"""The square that training cuts out of a photo: first as numbers (`CropPlan`), then as pixels.
 
     photo (h, w) --resize: shorter side = r·zoom--> (h', w') --mirror?--> crop (r, r) at (top, left)
 
-With `--enable_bucket` it is a rectangle of about the same area, in the shape that is nearest to the photo's.
-SDXL is told these numbers (Podell et al. 2023, arXiv 2307.01952, section 2.2), so they are data of their own.
+With `--enable_bucket` it is a rectangle of about the same area, whose shape is nearest to the photo's. SDXL is
+conditioned on these numbers (Podell et al. 2023, arXiv 2307.01952, section 2.2).
 """
 
 import math
@@ -40,8 +40,8 @@ FILTERS = {
 
 @dataclass(frozen=True)
 class CropPlan:
-    """`original_size` (h, w) of the upright photo, `resized` (h, w) what it becomes, `crop_top_left` (y, x) in the
-    resized and mirrored one, `target_size` (h, w) of the crop; px."""
+    """`original_size` (h, w) of the upright photo, `resized` (h, w) after scaling, `crop_top_left` (y, x) in
+    the resized and mirrored photo, `target_size` (h, w) of the crop; all in px."""
 
     original_size: tuple[int, int]
     resized: tuple[int, int]
@@ -56,7 +56,7 @@ class CropPlan:
 
 
 def resized_size(size_px: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """(h, w) of the photo after it was made as small as covers `target` (h, w)."""
+    """(h, w) of the photo scaled to the smallest size that covers `target` (h, w)."""
     (height, width), (least_height, least_width) = size_px, target
     if least_height * width >= least_width * height:
         return least_height, max(least_width, width * least_height // height)
@@ -64,9 +64,10 @@ def resized_size(size_px: tuple[int, int], target: tuple[int, int]) -> tuple[int
 
 
 def bucket_of(size_px: tuple[int, int], resolution_px: int, step_px: int) -> tuple[int, int]:
-    """(h, w), multiples of `step_px`, of at most the square's area, in the shape nearest to that of `size_px`.
+    """(h, w), multiples of `step_px`, with at most the square's area, and the shape nearest to that of
+    `size_px`.
 
-    The sides lie between half and twice `resolution_px`; of two shapes as near, the larger counts.
+    The sides are between half and twice `resolution_px`. Of two equally near shapes the larger one is taken.
     """
     sides = range(step_px * math.ceil(resolution_px / 2 / step_px), 2 * resolution_px + 1, step_px)
     shapes: set[tuple[int, int]] = set()
@@ -93,8 +94,8 @@ def plan_crop(
     random_flip: bool = False,
     zoom: float = 1.0,
 ) -> CropPlan:
-    """Where to cut `target` (h, w) out of a photo of `size_px` (h, w). The same four numbers are drawn whatever the
-    flags.
+    """Where to cut `target` (h, w) out of a photo of `size_px` (h, w). It always draws four random numbers,
+    whatever the flags.
 
     `zoom` >= 1: the photo is enlarged by a factor drawn from [1, zoom], but never beyond its own pixels.
     """
@@ -109,7 +110,7 @@ def plan_crop(
 
 
 def zoomed_side(size_px: tuple[int, int], target: tuple[int, int], times: float) -> int:
-    """What the shorter side of `target` is enlarged to, up to the photo's own pixels."""
+    """The shorter side of `target` times `times`, but not beyond the photo's own pixels."""
     side = min(target)
     own = min(size_px[0] * side // target[0], size_px[1] * side // target[1])
     return max(side, min(round(side * times), own))
@@ -117,8 +118,8 @@ def zoomed_side(size_px: tuple[int, int], target: tuple[int, int], times: float)
 
 @dataclass(frozen=True)
 class CropRule:
-    """How photos are cut: to a square of `resolution_px`, `crops_per_photo` different cuts (None: ever new ones),
-    each at a size drawn between whole and `zoom` times as close.
+    """How photos are cut: to a square of `resolution_px`, in `crops_per_photo` different crops (None: always
+    new ones), each enlarged by a random factor from 1 to `zoom`.
 
     With `bucket_step_px`, to the rectangle of `bucket_of` instead of the square.
     """
@@ -138,18 +139,18 @@ class CropRule:
         return bucket_of(size_px, self.resolution_px, self.bucket_step_px)
 
     def plan(self, size_px: tuple[int, int], rng: Random, target: tuple[int, int] | None = None) -> CropPlan:
-        """Where to cut `target` (h, w), its own where none is given, out of a photo of `size_px` (h, w)."""
+        """Where to cut `target` (h, w), by default the rule's own, out of a photo of `size_px` (h, w)."""
         flags = {"center_crop": self.center_crop, "random_flip": self.random_flip, "zoom": self.zoom}
         return plan_crop(size_px, target or self.target(size_px), rng, **flags)
 
 
 def bucket_step(config: TrainConfig) -> int:
-    """What the sides of rectangles are multiples of, px."""
+    """The sides of rectangles are multiples of this, px."""
     return config.bucket_reso_steps or (64 if config.resolution > 256 else 8)
 
 
 def crop_rule(config: TrainConfig) -> CropRule:
-    """The rule of a run."""
+    """The rule that these settings describe."""
     return CropRule(
         config.resolution,
         config.center_crop,
@@ -162,10 +163,10 @@ def crop_rule(config: TrainConfig) -> CropRule:
 
 
 def apply_crop(image: Image.Image, plan: CropPlan, interpolation: str = "lanczos") -> Image.Image:
-    """The pixels of the plan: an image of `target_size`. `image` is the photo, or its mask, at any scale.
+    """The crop of `image`, of `target_size`. `image` is the photo or its mask, at any scale.
 
-    Only the part that is kept is resampled: resizing everything first gives the same
-    inside, and differs by a filter's width at the border.
+    Only the crop is resampled. Resizing the whole image first would give the same inside, and differ by a
+    filter's width at the border.
     """
     (height, width), (whole_height, whole_width) = plan.target_size, plan.resized
     top, left = plan.crop_top_left

@@ -1,8 +1,8 @@
-"""A person's folder of photos -> `PhotoReport`: which are learnt from and which files were left out.
+"""Reads a folder of photos into a `PhotoReport`: the photos, and the files that were left out.
 
-A photo's captions are the lines of `name.txt` beside it, else its line in `metadata.jsonl` ({"file_name", "text"}),
-else what `caption_making` kept in a run folder, else the instance prompt; `masks` finds its mask. Nothing in the
-folder can stop the program: what cannot be used is listed with its reason.
+A photo's captions are the lines of `name.txt` beside it, else its line in `metadata.jsonl` ({"file_name",
+"text"}), else a caption kept in the run folder by `caption_making`, else the instance prompt. `masks` finds its
+mask. No file in the folder can stop the program: unusable files are listed with a reason.
 """
 
 import logging
@@ -55,7 +55,7 @@ JUNK = {".ds_store", "thumbs.db", "desktop.ini", "manifest.json", METADATA}
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file that is not learnt from. `is_photo`: it was meant to be a photo; `size_px` is None when unreadable."""
+    """A file that is not used. `is_photo`: it was meant to be a photo. `size_px` is None when unreadable."""
 
     path: Path
     reason: str
@@ -73,12 +73,12 @@ class PhotoReport:
 
 
 def smallest_side_px(resolution_px: int) -> int:
-    """Below this a photo has nothing to teach: it would be enlarged more than eight times."""
+    """A smaller photo is not used: it would be enlarged more than eight times."""
     return max(8, resolution_px // 8)
 
 
 def instance_photos(config: TrainConfig) -> PhotoReport:
-    """`photo_report`, and one line in the log about files that were not meant to be photos."""
+    """The `photo_report`; files that are no photos are mentioned in one line of the log. Raises UserError."""
     report = photo_report(config)
     strays = [item for item in report.skipped if not item.is_photo and not item.path.name.startswith(".")]
     if strays:
@@ -87,7 +87,7 @@ def instance_photos(config: TrainConfig) -> PhotoReport:
 
 
 def usable_photos(report: PhotoReport) -> list[Photo]:
-    """Its photos; what was left out is said once, by name."""
+    """The report's photos; each photo that was left out is logged with its reason."""
     for skipped in report.skipped:
         if skipped.is_photo:
             logger.warning("%s", spelled_out(f"{skipped.path.name} is left out: {skipped.reason}"))
@@ -96,12 +96,12 @@ def usable_photos(report: PhotoReport) -> list[Photo]:
 
 @cache
 def say_once(line: str) -> None:
-    """A run may ask for its photos more than once."""
+    """Log the line once, as a run may read its photos several times."""
     logger.warning("%s", spelled_out(line))
 
 
 def photo_report(config: TrainConfig) -> PhotoReport:
-    """The photos of all subjects, numbered by subject. Raises UserError for a subject of which none can be used."""
+    """The photos of all subjects, numbered by subject. Raises UserError for a subject without a usable photo."""
     found = PhotoReport()
     for number, subject in enumerate(each_subject(config)):
         report = without(report_of(subject, number), config.leave_out)
@@ -115,7 +115,7 @@ def photo_report(config: TrainConfig) -> PhotoReport:
 
 
 def without(report: PhotoReport, names: Collection[str]) -> PhotoReport:
-    """The photos of these names are left out. Raises UserError when none stays."""
+    """Leave out the photos of these names. Raises UserError for an unknown name, and when no photo stays."""
     photos = [photo for photo in report.photos if photo.path.name not in names]
     if not photos:
         raise UserError("--leave_out leaves no photo; name fewer.")
@@ -125,7 +125,7 @@ def without(report: PhotoReport, names: Collection[str]) -> PhotoReport:
 
 
 def report_of(config: TrainConfig, number: int) -> PhotoReport:
-    """The photos of `--instance_data_dir` or `--dataset_name`, as those of subject `number`."""
+    """The photos of `--instance_data_dir` or `--dataset_name`, as those of subject `number`. Raises UserError."""
     if config.dataset_name:
         from dreambooth_moslora.photos.hub_dataset import dataset_folder
 
@@ -147,7 +147,7 @@ def report_of(config: TrainConfig, number: int) -> PhotoReport:
 
 
 def with_kept_captions(config: TrainConfig, photos: list[Photo]) -> list[Photo]:
-    """The photos, those without a caption of their own with the one that training made."""
+    """The photos; those without a caption get the one that training made."""
     kept, found = kept_captions(RunDir(config.output_dir).captions_path), []
     for photo in photos:
         made = None if photo.is_captioned else kept.get(photo.kept_name)
@@ -159,7 +159,7 @@ def with_kept_captions(config: TrainConfig, photos: list[Photo]) -> list[Photo]:
 
 
 def framed(config: TrainConfig, photo: Photo) -> tuple[str, ...]:
-    """The photo's own captions with prefix and suffix; the instance prompt as it is."""
+    """The photo's own captions with prefix and suffix; the instance prompt is unchanged."""
     prefix, suffix = ((end or "").strip() for end in (config.caption_prefix, config.caption_suffix))
     found = []
     for caption in photo.captions:
@@ -178,7 +178,7 @@ def summary_of_skipped(report: PhotoReport) -> str:
 
 
 def find_photos(folder: Path, instance_prompt: str, resolution_px: int, *, alpha: str = "mask") -> PhotoReport:
-    """Open every file of `folder` (not of folders in it), by name. Raises UserError when it is no folder."""
+    """Open every file of `folder` (not of its subfolders), by name. Raises UserError when it cannot be read."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(

@@ -1,7 +1,7 @@
-"""`--dataset_name`: images of a data set, on the hub or local, as a folder like a person's own.
+"""`--dataset_name`: the images of a data set, on the hub or local, as a folder of photos.
 
-The files are written as they are in the data set, byte for byte, with their captions in `metadata.jsonl`; so EXIF,
-transparency and the encoding cache work as for any folder.
+The image files are written unchanged, with their captions in `metadata.jsonl`, so that EXIF, transparency and
+the encoding cache work as for any folder.
 """
 
 import json
@@ -21,7 +21,7 @@ __all__ = ["dataset_folder"]
 
 
 def dataset_folder(config: TrainConfig) -> Path:
-    """Where the data set's images are now, named by their content. Raises UserError."""
+    """The folder with the data set's images; its name is a digest of their content. Raises UserError."""
     table = load_images(config)
     own = own_folders(config)
     rows = [(image_bytes(row[config.image_column], own), caption_of(row, config.caption_column)) for row in table]
@@ -41,13 +41,13 @@ def cache_root(config: TrainConfig) -> Path:
 
 
 def load_images(config: TrainConfig) -> Iterable[dict[str, Any]]:
-    """The train split, with images left encoded."""
+    """The rows of the train split, with images left encoded. Raises UserError."""
     import datasets
 
     name, column = config.dataset_name, config.image_column
     try:
         table = datasets.load_dataset(name, config.dataset_config_name, cache_dir=config.cache_dir, split="train")
-    except Exception as error:  # the library raises its own kinds, the hub's, and those of the file formats
+    except Exception as error:  # raised by the library, the hub or the file formats
         raise UserError(f"--dataset_name {name}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     for flag, wanted in (("image_column", column), ("caption_column", config.caption_column)):
         if wanted is not None and wanted not in table.column_names:
@@ -60,7 +60,7 @@ def load_images(config: TrainConfig) -> Iterable[dict[str, Any]]:
 
 
 def own_folders(config: TrainConfig) -> list[Path]:
-    """Where files of the data set may lie: in itself, if it is local, and where the library keeps downloads."""
+    """Folders that may hold files of the data set: its own, if local, and the library's downloads."""
     import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -70,9 +70,9 @@ def own_folders(config: TrainConfig) -> list[Path]:
 
 
 def image_bytes(cell: dict[str, Any] | None, own: list[Path]) -> bytes:
-    """The image's file; none for an empty cell. Raises UserError for a path outside the folders `own`.
+    """The image's file; empty for an empty cell. Raises UserError for a path outside the folders `own`.
 
-    A table of somebody else may name any file of this machine.
+    A table from the internet might otherwise name any file of this machine.
     """
     if not cell:
         return b""
@@ -105,5 +105,5 @@ def suffix_of(content: bytes) -> str:
     try:
         with Image.open(BytesIO(content)) as image:
             return {"JPEG": ".jpg", "MPO": ".jpg"}.get(image.format or "", f".{(image.format or 'img').lower()}")
-    except Exception:  # the folder's reader will say what is wrong with it
+    except Exception:  # the reader of the folder reports it
         return ".img"

@@ -1,7 +1,7 @@
-"""One image file, of any kind that a phone or a program makes, as upright 8-bit sRGB pixels on white.
+"""Opens one image file, from any phone or program, as upright 8-bit sRGB pixels on white.
 
-Orientation (EXIF), colour profile, transparency, CMYK, Lab, palettes, greys and 16 bits are resolved here and nowhere
-else. Sizes are (height, width) px of the upright picture.
+Only this module handles orientation (EXIF), colour profiles, transparency, CMYK, Lab, palettes, greys and 16
+bits. Sizes are (height, width) px of the upright picture.
 """
 
 import errno
@@ -20,7 +20,7 @@ from dreambooth_moslora.core.errors import one_line
 __all__ = ["IMAGE_SUFFIXES", "UnreadableImageError", "alpha_of", "is_rotated", "open_image", "to_rgb", "upright_size"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000")
-"""Those read as photos: no format that runs an interpreter (EPS) or fetches anything."""
+"""Formats that are read as photos; none runs an interpreter (EPS) or fetches anything."""
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".heic", ".heif", ".hif", ".avif"}
     | {".tif", ".tiff", ".gif", ".bmp", ".ppm", ".pgm", ".jp2"}
@@ -35,17 +35,17 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what sets it upright."""
+"""EXIF orientation -> the transposition that makes the picture upright."""
 TILE_PX = 1024
-"""Side of what is numbers at a time of a deep picture: all of 100 megapixels would take 2 GB."""
+"""Tile side for converting 16- and 32-bit images: all 100 megapixels at once would take 2 GB."""
 
 
 OF_THE_MACHINE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
-"""What says nothing about the picture: next time it can be read, and would be trained on."""
+"""Errors of the machine, not of the picture, which may be readable next time."""
 
 
 class UnreadableImageError(Exception):
-    """The file is no picture that can be read; the text says why, without the file's name."""
+    """The file cannot be read as a picture; the text says why, without the file's name."""
 
 
 @cache
@@ -56,11 +56,10 @@ def register_heif() -> None:
 
 
 def open_image(path: Path, longest_px: int | None = None) -> Image.Image:
-    """The first frame, decoded, with the orientation still to be applied.
+    """The first frame, decoded; its orientation is not yet applied.
 
-    Raises UnreadableImageError, and OSError when the machine fails.
-
-    A side that is longer than `longest_px` is brought down to it before anything is converted, which saves memory.
+    A side longer than `longest_px` is reduced to it before any conversion, to save memory. Raises
+    UnreadableImageError, and OSError when the machine fails.
     """
     register_heif()
     try:
@@ -81,7 +80,7 @@ def open_image(path: Path, longest_px: int | None = None) -> Image.Image:
         raise UnreadableImageError("cannot be read: permission denied") from None
     except Image.UnidentifiedImageError:
         raise UnreadableImageError(what_is_wrong(path)) from None
-    except Exception as error:  # decoders raise whatever they like on damaged bytes
+    except Exception as error:  # decoders raise any error on damaged bytes
         if getattr(error, "errno", None) in OF_THE_MACHINE:
             raise
         raise UnreadableImageError(f"broken: {one_line(error)}") from None
@@ -89,7 +88,7 @@ def open_image(path: Path, longest_px: int | None = None) -> Image.Image:
 
 
 def shrunk(image: Image.Image, longest_px: int) -> Image.Image:
-    """Brought down to `longest_px`; colours that cannot be averaged (a palette's, deep ones) become others first."""
+    """Scale down to `longest_px`, after converting modes that cannot be averaged (palettes, 16 and 32 bits)."""
     turn = orientation(image)
     if is_deep(image):
         image = deep_grey(image)
@@ -110,7 +109,7 @@ def what_is_wrong(path: Path) -> str:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's number, 1 to 8."""
+    """The EXIF orientation, 1 to 8."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged EXIF: the picture itself is fine
@@ -118,18 +117,18 @@ def orientation(image: Image.Image) -> int:
 
 
 def is_rotated(image: Image.Image) -> bool:
-    """Whether the pixels lie otherwise than the picture stands (EXIF orientation)."""
+    """Whether the EXIF orientation says that the pixels must be turned."""
     return orientation(image) in TURNS
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) of the picture as it stands: EXIF orientations from 5 on lay it on its side."""
+    """(height, width) of the upright picture: EXIF orientations from 5 on swap the sides."""
     turned = is_rotated(image) and orientation(image) >= 5
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The pixels as the picture stands; the EXIF stays behind, for to write it anew stumbles over damaged entries."""
+    """The pixels turned upright. EXIF is dropped: encoding it again fails on damaged entries."""
     if not is_rotated(image):
         return image
     turned = image.transpose(TURNS[orientation(image)])
@@ -138,7 +137,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An opened image as upright RGB; what is transparent becomes white."""
+    """An opened image as upright RGB; transparent parts become white."""
     image = upright(image)
     if alpha_of(image, is_upright=True) is None:
         return to_srgb(image)
@@ -161,7 +160,7 @@ def alpha_of(image: Image.Image, *, is_upright: bool = False) -> Image.Image | N
 
 
 def to_srgb(image: Image.Image, profile: bytes | None = None) -> Image.Image:
-    """Any mode without transparency -> RGB, by the embedded profile when there is one that fits."""
+    """Any mode without transparency -> RGB, by the embedded profile if that fits."""
     profile = profile or image.info.get("icc_profile")
     if image.mode == "LAB":
         return by_profile(image, ImageCms.createProfile("LAB")) or image.convert("L").convert("RGB")
@@ -175,7 +174,7 @@ def to_srgb(image: Image.Image, profile: bytes | None = None) -> Image.Image:
 
 
 def by_profile(image: Image.Image, profile: bytes | ImageCms.core.CmsProfile) -> Image.Image | None:
-    """Convert by an ICC profile; None when the profile is damaged or for another mode."""
+    """Convert by an ICC profile; None when the profile is damaged or meant for another mode."""
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile) if isinstance(profile, bytes) else profile)
         transform = colour_transform(source, image.mode)
@@ -194,7 +193,7 @@ def is_deep(image: Image.Image) -> bool:
 
 
 def deep_grey(image: Image.Image) -> Image.Image:
-    """16- and 32-bit greys -> L. Whole numbers up to 255 and 65535 keep their scale; fractions are from 0 to 1."""
+    """16- and 32-bit greys -> L. Integers up to 255 or 65535 keep that scale; fractions go from 0 to 1."""
     top = max(values.max(initial=0.0) for _, values in tiles(image))
     deep = image.mode.startswith("I;16") or (image.mode == "I" and top > 255)
     white = 65535.0 if deep else 255.0 if image.mode == "I" or top > 1 else 1.0
@@ -206,7 +205,7 @@ def deep_grey(image: Image.Image) -> Image.Image:
 
 
 def tiles(image: Image.Image) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
-    """((left, top), values) of all parts of a deep picture; what is no number is 0."""
+    """((left, top), values) of all tiles of a 16- or 32-bit picture; NaN and infinity become 0."""
     for left, top in product(range(0, image.width, TILE_PX), range(0, image.height, TILE_PX)):
         box = (left, top, min(left + TILE_PX, image.width), min(top + TILE_PX, image.height))
         values = np.asarray(image.crop(box), dtype=np.float64)

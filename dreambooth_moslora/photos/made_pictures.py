@@ -1,4 +1,4 @@
-"""Pictures that the program made of a person's photos: their headers say of which, so that none is made twice."""
+"""Pictures that the program made from photos: a key in the header records the sources, so that none is made twice."""
 
 from io import BytesIO
 from pathlib import Path
@@ -14,7 +14,7 @@ KEY = "made-from"
 
 
 def marked_png(image: Image.Image, key: str) -> bytes:
-    """A PNG; `key`, if any, goes into its header, where `made_from` finds it."""
+    """A PNG with `key`, if any, in its header for `made_from`."""
     facts = PngInfo()
     if key:
         facts.add_text(KEY, key)
@@ -24,7 +24,7 @@ def marked_png(image: Image.Image, key: str) -> bytes:
 
 
 def made_from(path: Path) -> str | None:
-    """The key in the header of a picture; None where there is none."""
+    """The key in the picture's header; None when there is none."""
     try:
         return open_image(path).info.get(KEY) if path.is_file() else None
     except UnreadableImageError:

@@ -1,8 +1,9 @@
-"""Masks made for photos that have none, by a `Segmenter`; what a person put there is never touched.
+"""Masks made by a `Segmenter` for photos that have none. The user's own masks are never changed.
 
-beside the photos    `name.mask.png`, as a person would write it (`check --make_masks`)
-in a run folder      `masks/dog.jpg.mask.png` (`--masks auto`); its header says from which photo, model and word
-                     it was made, so that a run that goes on makes none again
+beside the photos    `name.mask.png`, as a user would write it (`check --make_masks`)
+in a run folder      `masks/dog.jpg.mask.png` (`--masks auto`); its header records photo, model and word, so
+that a
+                     resumed run does not make it again
 """
 
 from collections import Counter
@@ -23,16 +24,16 @@ from dreambooth_moslora.photos.segmenters import Segmenter
 __all__ = ["MadeMask", "make_beside", "make_kept", "quality_warning"]
 
 SMALLEST_SHARE, LARGEST_SHARE = 0.005, 0.9
-"""Of the photo: a mask outside these is probably wrong."""
+"""Fractions of the photo; a mask outside this range is probably wrong."""
 MOST_PIECES = 3
 LOOK_PX = 64
 SPECK = 0.02
-"""A piece below this share of the mask is not counted."""
+"""Pieces below this fraction of the mask are not counted."""
 
 
 @dataclass(frozen=True)
 class MadeMask:
-    """What became of one photo: `path` is its mask if one was made, `remark` what a person should know."""
+    """The result for one photo: the `path` of its mask if one was made, and a `remark` for the user."""
 
     photo: Photo
     path: Path | None
@@ -56,7 +57,7 @@ def make_beside(photos: Iterable[Photo], segmenter: Segmenter) -> Iterator[MadeM
 
 
 def make_kept(photos: Iterable[Photo], segmenter: Segmenter, folder: Path) -> Iterator[MadeMask]:
-    """As `make_beside`, into `folder`: what was made before of the same photo, model and word is kept."""
+    """Like `make_beside`, but into `folder`. A mask made before from the same photo, model and word is kept."""
     for photo in photos:
         key = content_key(photo=file_digest(photo.path), model=segmenter.name, word=segmenter.word)
         target = kept_path(photo, folder)
@@ -68,7 +69,7 @@ def make_kept(photos: Iterable[Photo], segmenter: Segmenter, folder: Path) -> It
 def make(photo: Photo, target: Path, segmenter: Segmenter, key: str = "") -> MadeMask:
     mask = segmenter.mask(open_rgb(photo))
     if mask.getextrema()[1] == 0:
-        target.unlink(missing_ok=True)  # of another word
+        target.unlink(missing_ok=True)  # it was made for another word
         sought = f"“{segmenter.word}”" if segmenter.word else "the subject"
         return MadeMask(photo, None, f"empty: {sought} was not found, so no mask is written")
     write_mask(target, mask, key)
@@ -80,7 +81,7 @@ def write_mask(path: Path, mask: Image.Image, key: str) -> None:
 
 
 def quality_warning(mask: Image.Image) -> str:
-    """What looks wrong with a mask (L, not black everywhere), in words; "" when nothing does."""
+    """What looks wrong with a mask (L, not all black), in words; "" when nothing does."""
     share = float((np.asarray(mask) > 127).mean())
     if share < SMALLEST_SHARE:
         return f"nearly empty: {share:.1%} of the photo"
@@ -91,7 +92,7 @@ def quality_warning(mask: Image.Image) -> str:
 
 
 def pieces_of(mask: Image.Image) -> int:
-    """How many connected pieces a mask has, specks left out."""
+    """How many connected pieces a mask has, without specks."""
     small = mask.resize((LOOK_PX, LOOK_PX), Image.Resampling.BOX).point(lambda value: 255 * (value > 127))
     white = np.asarray(small) > 0
     whole, count = white.sum(), 0

@@ -1,6 +1,8 @@
-"""Masks: which file is a photo's mask, whether it can be used, its pixels (white on the subject), and who makes one.
+"""Masks: which file is a photo's mask, whether it can be used, its pixels (white on the subject), and the
+segmenter.
 
-A photo's mask is `name.mask.png` beside it, else its own transparency, else what `mask_making` kept in a run folder.
+A photo's mask is `name.mask.png` beside it, else its own transparency, else a mask kept in the run folder by
+`mask_making`.
 """
 
 import os
@@ -44,9 +46,9 @@ CLIPSEG, TOY_SEGMENTER = "CIDAS/clipseg-rd64-refined", "toy-segmenter"
 def find_mask(
     path: Path, photo: Image.Image, beside: Path | None, *, alpha_is_mask: bool
 ) -> tuple[Path | None, list[str]]:
-    """(file of the mask of the photo at `path`, what a person may want to know).
+    """(mask file of the photo at `path`, remarks for the user).
 
-    The mask is the file `beside`, else the photo itself, when `alpha_is_mask` and part of it is transparent.
+    The mask is the file `beside`, or the photo itself if `alpha_is_mask` and part of it is transparent.
     """
     reasons = []
     if beside and beside.is_file():
@@ -76,9 +78,9 @@ def mask_problem(path: Path, photo: Image.Image) -> str | None:
 
 
 def grey_mask(image: Image.Image) -> Image.Image:
-    """L, the subject white: what is bright, or what is opaque where all of that is black.
+    """The mask as L, the subject white: the brightness, or the opacity where all of that is black.
 
-    Its brightest becomes 255, so that a file of zeros and ones is a mask too.
+    Its maximum becomes 255, so that a file of zeros and ones works too.
     """
     alpha = alpha_of(image)
     if alpha is None:
@@ -91,7 +93,7 @@ def grey_mask(image: Image.Image) -> Image.Image:
 
 
 def open_mask(photo: Photo) -> Image.Image | None:
-    """L, 255 where the subject is and 0 where it is not; None when nobody says."""
+    """L, 255 on the subject and 0 elsewhere; None without a mask. Raises UserError."""
     if photo.mask_path is None:
         return None
     try:
@@ -102,12 +104,12 @@ def open_mask(photo: Photo) -> Image.Image | None:
 
 
 def kept_path(photo: Photo, folder: Path) -> Path:
-    """Two photos `dog.jpg` and `dog.png` have two masks."""
+    """The photo's mask in `folder`; `dog.jpg` and `dog.png` have different ones."""
     return folder / f"{photo.kept_name}.mask.png"
 
 
 def with_kept_masks(photos: Iterable[Photo], folder: Path) -> list[Photo]:
-    """The photos, those without a mask with the one that training made, where it fits."""
+    """The photos; those without a mask get the one that training made, if it fits."""
     return [with_kept_mask(photo, kept_path(photo, folder)) for photo in photos]
 
 
@@ -123,16 +125,17 @@ def without_kept_mask(photo: Photo, folder: Path) -> Photo:
 
 
 def segmenter_name(config: TrainConfig) -> str:
-    """Of `--mask_model`: the embedded base has its own, every other base CLIPSeg."""
+    """The model of `--mask_model`; by default the embedded base's own net, or CLIPSeg for other bases."""
     if config.mask_model:
         return os.path.expanduser(config.mask_model)
     return TOY_SEGMENTER if is_toy(config.pretrained_model_name_or_path) else CLIPSEG
 
 
 def sought_word(config: TrainConfig) -> str:
-    """What CLIPSeg looks for: `--mask_prompt`, else the class word; "" for the toy world's net, which needs none.
+    """What CLIPSeg looks for: `--mask_prompt`, else the class word; "" for the toy world's net, which needs
+    none.
 
-    Raises UserError when nobody says it.
+    Raises UserError when there is no such word.
     """
     if segmenter_name(config) == TOY_SEGMENTER:
         return ""

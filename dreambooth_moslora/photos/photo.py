@@ -1,4 +1,4 @@
-"""One usable photo: where it lies, its captions and its mask, and its pixels."""
+"""One usable photo: its file, captions, mask and pixels."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -15,10 +15,10 @@ __all__ = ["Photo", "counts_of", "open_rgb", "quoted"]
 
 @dataclass(frozen=True)
 class Photo:
-    """A usable photo. `size_px` (h, w) upright. `mask_path` is `path` where transparency is the mask.
+    """A usable photo. `size_px` is (h, w) upright. `mask_path` equals `path` if the transparency is the mask.
 
-    Each exposure is trained with one of the `captions`; `is_captioned` when a person wrote them. `reasons` are what a
-    person may want to know (too small, rotated by EXIF, …); none of them forbids its use. `subject`: number of the
+    Each exposure uses one of the `captions`; `is_captioned` if they are the photo's own. `reasons` are remarks
+    for the user (too small, rotated by EXIF, …), none of which forbids its use. `subject` is the number of the
     run's subject, from 0.
     """
 
@@ -32,22 +32,22 @@ class Photo:
 
     @property
     def kept_name(self) -> str:
-        """Under which a run folder keeps what was made for it: those of further subjects lie in `1/` and so on."""
+        """Name of files that a run folder keeps for it; those of further subjects are in `1/` and so on."""
         return f"{self.subject}/{self.path.name}" if self.subject else self.path.name
 
 
 def counts_of(photos: Iterable[Photo]) -> list[int]:
-    """How many photos each subject has."""
+    """The number of photos of each subject."""
     return [count for _, count in sorted(Counter(photo.subject for photo in photos).items())]
 
 
 def quoted(photo: Photo) -> str:
-    """Its captions as they are shown to a person."""
+    """Its captions in quotes."""
     return " ".join(f"“{caption}”" for caption in photo.captions)
 
 
 def open_rgb(photo: Photo) -> Image.Image:
-    """The photo's pixels: RGB, upright, on white."""
+    """The photo's pixels: RGB, upright, on white. Raises UserError when it cannot be read any more."""
     try:
         return to_rgb(open_image(photo.path))
     except UnreadableImageError as error:

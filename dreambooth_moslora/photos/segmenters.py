@@ -1,8 +1,8 @@
-"""Models that find the subject in a photo: CLIPSeg by a word, and the toy world's own net for the embedded base.
+"""Models that find the subject in a photo: CLIPSeg by a word, or the toy world's own net for the embedded base.
 
-CLIPSeg (Lüddecke and Ecker, CVPR 2022) reads a word and a picture; its weights come from the hub once. Both give
-a probability for each pixel. What is at least half as probable as the most probable pixel belongs to the mask: how
-certain CLIPSeg is depends on the word more than the subject's outline does. Always fp32.
+CLIPSeg (Lüddecke and Ecker, CVPR 2022) reads a word and a picture; its weights are downloaded once from the
+hub. Both give a probability for each pixel. A pixel belongs to the mask if its probability is at least half of
+the largest one: CLIPSeg's certainty depends more on the word than on the subject's outline. Always fp32.
 """
 
 from collections.abc import Callable
@@ -26,14 +26,14 @@ from dreambooth_moslora.photos.masks import TOY_SEGMENTER, segmenter_name, sough
 __all__ = ["Segmenter", "best_device", "load_segmenter", "loaded"]
 
 LEAST_PEAK = 0.2
-"""Below it, the model has not found the subject anywhere."""
+"""If no pixel's probability is above this, the subject was not found."""
 
 
 @dataclass(frozen=True)
 class Segmenter:
     """`name` is its public name, `word` what it looks for ("" for toys).
 
-    `probabilities` takes an RGB picture (width, height) and gives fp32 (height, width) in [0, 1], on the CPU.
+    `probabilities` takes an RGB picture (width, height) and returns fp32 (height, width) in [0, 1], on the CPU.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Segmenter:
     probabilities: Callable[[Image.Image], Tensor]
 
     def mask(self, image: Image.Image) -> Image.Image:
-        """L of the picture's size: 255 where the subject is, 0 elsewhere; all 0 when it was not found."""
+        """L of the picture's size: 255 on the subject, 0 elsewhere; all 0 when it was not found."""
         found = self.probabilities(image)
         peak = float(found.max())
         white = found >= peak / 2 if peak >= LEAST_PEAK else torch.zeros_like(found, dtype=torch.bool)
@@ -54,9 +54,10 @@ def best_device() -> torch.device:
 
 
 def load_segmenter(config: TrainConfig, device: torch.device | str = "cpu") -> Segmenter:
-    """The model of `--mask_model`; it is read when the first mask is asked for, and leaves memory with the Segmenter.
+    """The segmenter of `--mask_model`. The model is loaded when the first mask is made, and freed with the
+    Segmenter.
 
-    Raises UserError without a word; asking for a mask does when the model is not there or is of another kind.
+    Raises UserError without a word; making a mask raises it when the model is missing or of another kind.
     """
     name, word = segmenter_name(config), sought_word(config)
     finder = cache(lambda: toy_finder(device) if name == TOY_SEGMENTER else clipseg_finder(name, word, device))
@@ -97,13 +98,14 @@ def clipseg_finder(name: str, word: str, device: torch.device | str) -> Callable
 
 
 def loaded(kind: Any, name: str, *, flag: str, what: str, **options: Any) -> nn.Module | Any:
-    """`kind.from_pretrained(name)`; what goes wrong is one line about the `flag`. No code of the repository is run."""
+    """`kind.from_pretrained(name)`, without running code of the repository. Raises UserError about the `flag`
+    on failure."""
     try:
         return kind.from_pretrained(name, **options)
     except (OSError, HFValidationError) as error:
         raise UserError(
             f"{flag} {name} is not here and cannot be fetched: connect to the hub once, or name a folder"
         ) from error
-    except Exception as error:  # files of another model may raise any error
+    except Exception as error:  # files of other models may raise any error
         reason = one_line(f"{type(error).__name__} {error}")
         raise UserError(f"{flag} {name} cannot be read as a {what}: {reason}") from error

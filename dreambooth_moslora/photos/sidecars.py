@@ -1,8 +1,7 @@
-"""What lies beside photos: `name.txt` and `name.mask.png`, or one `metadata.jsonl` of captions for the folder.
+"""Files beside photos: `name.txt` and `name.mask.png`, or one `metadata.jsonl` with the captions of the folder.
 
-A mask may be of any image format.
-`metadata.jsonl` is in the form of the datasets library. Suffixes are known in small and capital letters. Each line of
-`name.txt` is a caption of its own: training draws one of them for each exposure.
+A mask may have any image format. `metadata.jsonl` has the format of the datasets library. Suffixes may be upper
+or lower case. Each line of `name.txt` is a caption; training draws one of them for each exposure.
 """
 
 import json
@@ -39,7 +38,7 @@ def sidecar_of(path: Path) -> tuple[str, str] | None:
 
 
 def sidecars_of(paths: Iterable[Path]) -> dict[tuple[str, str], Path]:
-    """{(photo's stem, suffix): file}. Of two spellings the one in small letters counts, which sorts last."""
+    """{(photo's stem, suffix): file}. If both spellings exist, the lower-case file is used; it sorts last."""
     return {named: path for path in sorted(paths) if (named := sidecar_of(path))}
 
 
@@ -66,7 +65,7 @@ class Captions:
         return lines
 
     def _text_of(self, path: Path) -> str | None:
-        """UTF-8, or UTF-16 that says so as Windows' Notepad does; None, and a complaint, for anything else."""
+        """Text in UTF-8, or in UTF-16 with a mark, as Windows' Notepad writes it; else None and a complaint."""
         try:
             content = path.read_bytes()
             text = content.decode("utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig")
@@ -97,7 +96,7 @@ class Captions:
 
 
 def kept_captions(path: Path) -> dict[str, dict[str, str]]:
-    """{photo's file name: {"caption", "made_from"}} of captions that were made; a damaged file knows none."""
+    """{photo's file name: {"caption", "made_from"}} of made captions; empty if the file is damaged."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -112,5 +111,6 @@ def kept_captions(path: Path) -> dict[str, dict[str, str]]:
 
 
 def one_line(text: str) -> str:
-    """JSON can spell half a character ("\\ud83d"), which no encoder reads: it becomes a question mark."""
+    """The text on one line. JSON can spell half a character ("\\ud83d"), which cannot be encoded; it becomes a
+    question mark."""
     return " ".join(text.encode("utf-8", "replace").decode().split())
