@@ -1,1 +1,1 @@
-"""Settings, names, seeds, files and pictures that every other package uses; imports no torch."""
+"""Settings, names, seeds, files and pictures for all other packages; it imports no torch."""

@@ -1,6 +1,6 @@
-"""Where the program's own files lie: the embedded base, sample subjects, recipes, studies, adapters.
+"""Finds the program's own files: the embedded base, sample subjects, recipes, studies, adapters.
 
-In a clone they are `assets/` beside the package; an installed wheel carries them inside the package.
+In a clone they are in `assets/` beside the package; an installed wheel has them inside the package.
 """
 
 import os
@@ -22,7 +22,7 @@ def assets_folder() -> Path:
 
 
 def import_environment() -> dict[str, str]:
-    """What lets a child process import this program from any folder: PYTHONPATH in a clone, else nothing."""
+    """Environment variables that let a child process import this program from any folder: PYTHONPATH in a clone."""
     clone = clone_folder()
     if clone is None:
         return {}
@@ -31,9 +31,10 @@ def import_environment() -> dict[str, str]:
 
 
 def find_asset(path: str) -> str:
-    """A path that a person gave, with `~` resolved.
+    """A path given by the user, with `~` resolved.
 
-    `assets/…` that is not there is taken from the program's own files: the README's examples work from any folder.
+    If `assets/…` does not exist there, it is taken from the program's own files: the README's examples work
+    from any folder.
     """
     path = os.path.expanduser(path)
     parts = Path(path).parts

@@ -1,7 +1,8 @@
-"""Files and folders that are there whole or not at all.
+"""Writes files and folders completely or not at all.
 
-Everything is written beside its final name, flushed to the disk, then renamed. A process killed at any moment leaves
-temporaries, which begin with a dot and are removed by the next run, and never a half-written file under a real name.
+Everything is written beside its final name, flushed to the disk, then renamed. A killed process leaves only
+temporaries, whose names begin with a dot and which the next run removes; it never leaves a half-written file
+under a real name.
 """
 
 import os
@@ -26,7 +27,7 @@ TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(-(?P<token>[0-9a-f]+))?\.(
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Write a file whole, or leave what was there. The folder must exist."""
+    """Write a file completely, or leave its old content. The folder must exist."""
     path = Path(path)
     temporary = temporary_name(path, "new")
     try:
@@ -43,7 +44,7 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; it takes the name `path`, whole, when the block ends without an error."""
+    """Yield a temporary folder beside `path`; it is renamed to `path` when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     clean_stale(path.parent)
@@ -61,7 +62,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_directory(folder: Path) -> Iterator[Path]:
-    """A folder in `folder` for the length of the block. What a killed process left of its own is removed."""
+    """A folder in `folder` for the length of the block. Folders that a killed process left are removed."""
     clean_stale(folder)
     scratch = temporary_name(folder / "scratch", "new")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -73,7 +74,8 @@ def scratch_directory(folder: Path) -> Iterator[Path]:
 
 
 def replace_directory(new: Path, path: Path) -> None:
-    """Two renames where `path` exists; a kill between them is mended by `recover`."""
+    """Put `new` in the place of `path`. It takes two renames if `path` exists; `recover` repairs a kill between
+    them."""
     old = temporary_name(path, "old")
     if path.exists():
         os.replace(path, old)
@@ -83,7 +85,7 @@ def replace_directory(new: Path, path: Path) -> None:
 
 
 def remove_directory(path: Path) -> None:
-    """It is gone under its name at once, however long the removal takes."""
+    """Rename the folder, so that its name is free at once, then delete it."""
     doomed = temporary_name(path, "new")
     os.replace(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
@@ -95,12 +97,12 @@ def temporary_name(path: Path, kind: str) -> Path:
 
 @cache
 def process_token(pid: int) -> str:
-    """Tells this process from an earlier one of the same number: in containers numbers come again."""
+    """Distinguishes this process from an earlier one of the same number: containers reuse numbers."""
     return secrets.token_hex(4)
 
 
 def recover(folder: Path) -> None:
-    """Give a folder its name back when a kill fell between the two renames of its replacement."""
+    """Restore a folder's name after a kill between the two renames of its replacement."""
     for path, match in temporaries(folder):
         target = folder / match["name"]
         if match["kind"] == "old" and path.is_dir() and not target.exists() and not is_in_use(match):
@@ -109,7 +111,7 @@ def recover(folder: Path) -> None:
 
 
 def clean_stale(folder: Path) -> None:
-    """Remove what processes that no longer run left half-written in `folder`."""
+    """Remove temporaries of processes that no longer run from `folder`."""
     recover(folder)
     for path, match in temporaries(folder):
         if is_in_use(match):
@@ -125,7 +127,7 @@ def temporaries(folder: Path) -> list[tuple[Path, re.Match[str]]]:
 
 
 def is_in_use(temporary: re.Match[str]) -> bool:
-    """Whether the process that made it runs. This process cleans up after itself."""
+    """Whether the process that made it still runs. This process removes its own temporaries itself."""
     pid = int(temporary["pid"])
     if pid == os.getpid():
         return temporary["token"] == process_token(pid)
@@ -147,7 +149,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in the folder last; not every system can."""
+    """Flush renames in the folder to the disk; not every system can."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

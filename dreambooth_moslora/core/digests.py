@@ -1,4 +1,4 @@
-"""Digests of files and of settings, and where caches that are named by them live."""
+"""Digests of files and settings, and the folder of caches that are named by them."""
 
 import hashlib
 import json
@@ -9,12 +9,12 @@ __all__ = ["content_key", "default_cache_dir", "file_digest"]
 
 
 def default_cache_dir() -> Path:
-    """Where disk caches of all runs live: `$XDG_CACHE_HOME/dreambooth_moslora`, or `~/.cache/…`."""
+    """The folder of disk caches of all runs: `$XDG_CACHE_HOME/dreambooth_moslora`, or `~/.cache/…`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dreambooth_moslora"
 
 
 def content_key(**facts: object) -> str:
-    """A hex key of JSON-able facts, the same in every process."""
+    """A hex key of JSON-able values, the same in every process."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 

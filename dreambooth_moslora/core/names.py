@@ -1,6 +1,5 @@
-"""Names that may be shown or written: of a base without its path, of a file or folder that is still free, and of the
-encoders that score pictures.
-"""
+"""Names to show or write: a base's name without its path, free names for files, and the encoders that score
+pictures."""
 
 import os
 import re
@@ -17,7 +16,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def public_name(name: str | Path) -> str:
-    """A hub id or `toy` as it is; of a path, also a Windows path, only its last part: the rest is private."""
+    """A hub id or `toy` unchanged; of a path, also a Windows path, only its last part, since the rest is private."""
     path = os.path.expanduser(str(name))
     if path and os.path.exists(path):
         return os.path.basename(os.path.abspath(path))
@@ -26,9 +25,7 @@ def public_name(name: str | Path) -> str:
 
 
 def free_name(name: str, is_taken: Callable[[str], bool], separator: str = "_", *, is_numbered: bool = False) -> str:
-    """`name`, or the first of `name_2`, `name_3` … that is not taken; with `is_numbered`, `name_1` is the
-    first.
-    """
+    """`name`, or the first of `name_2`, `name_3` … that is not taken; with `is_numbered` it begins at `name_1`."""
     if not is_numbered and not is_taken(name):
         return name
     numbers = count(1 if is_numbered else 2)

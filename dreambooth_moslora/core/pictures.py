@@ -1,7 +1,7 @@
-"""Pictures as PNG files, whole or not at all; and the contact sheet of a run.
+"""Writes pictures as PNG files, completely or not at all, and draws the contact sheet of a run.
 
-The sheet shows the photos, step 0 beside the end at the same seeds, and new contexts. It holds the person's photos: it
-stays in the run folder and is never pushed anywhere.
+The sheet shows the photos, step 0 beside the end at the same seeds, and new contexts. As it holds the user's
+photos, it stays in the run folder and is never uploaded.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ __all__ = ["Row", "draw_contact_sheet", "png_bytes", "write_png"]
 
 
 def write_png(path: Path, image: Image.Image) -> None:
-    """A PNG, whatever the path's ending says. The folder must exist."""
+    """Write a PNG, whatever the path's suffix. The folder must exist."""
     atomic_write(path, png_bytes(image))
 
 
@@ -33,7 +33,7 @@ MAX_COLUMNS = 6
 
 @dataclass(frozen=True)
 class Row:
-    """A titled row; `captions`, if any, go under the pictures, one each."""
+    """A titled row; `captions`, if any, are drawn under the pictures, one each."""
 
     title: str
     images: list[Image.Image]
@@ -41,7 +41,7 @@ class Row:
 
 
 def draw_contact_sheet(rows: list[Row], path: Path, tile_px: int = 192) -> None:
-    """Write the rows that have pictures, at most six a line, as one PNG."""
+    """Write the rows that have pictures, at most six pictures on a line, as one PNG."""
     rows = [row for row in rows if row.images]
     columns = min(MAX_COLUMNS, max(len(row.images) for row in rows))
     width = 2 * MARGIN_PX + columns * (tile_px + GAP_PX) - GAP_PX
@@ -81,7 +81,7 @@ def draw_row(sheet: Image.Image, row: Row, top: int, columns: int, tile_px: int)
 
 
 def two_lines(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> list[str]:
-    """Break at spaces into at most two lines of `width_px`; what is left over becomes an ellipsis."""
+    """The text in at most two lines of `width_px`, broken at spaces; the rest becomes an ellipsis."""
     lines, words = [], text.split()
     while words and len(lines) < 2:
         count = next((n for n in range(len(words), 1, -1) if font.getlength(" ".join(words[:n])) <= width_px), 1)

@@ -1,10 +1,10 @@
-"""The process itself: its threads and memory, what it imports, how much it has taken, whose child it is.
+"""This process: its threads and memory, its imports, and its parent.
 
-A step on CPU allocates and frees gigabytes of activations. By default glibc maps each large block from the kernel and
-gives it back when it is freed, so that every step faults its pages in again, 4 KiB at a time. With no `mmap` for large
-blocks and no trimming, the second step finds the first one's pages; in pages of 2 MiB the processor looks them up
-faster. Together that is a fifth of a step's time at SDXL's size. Sources: mallopt(3), madvise(2).
-DREAMBOOTH_KEEP_MEMORY=0 in the environment leaves malloc as it is.
+A step on CPU allocates and frees gigabytes of activations. By default glibc maps each large block from the
+kernel and returns it when it is freed, so that every step faults its pages in again, 4 KiB at a time. Without
+`mmap` for large blocks and without trimming, the second step reuses the pages of the first; with pages of 2 MiB
+the processor finds them faster. Together this saves a fifth of a step's time at SDXL's size. Sources:
+mallopt(3), madvise(2). DREAMBOOTH_KEEP_MEMORY=0 in the environment leaves malloc unchanged.
 """
 
 import ctypes
@@ -41,9 +41,9 @@ KEEP_MEMORY = "DREAMBOOTH_KEEP_MEMORY"
 
 
 def keep_freed_memory() -> bool:
-    """Set it for this process, for allocations from now on.
+    """Keep freed memory in this process, for allocations from now on.
 
-    False where there is no glibc to ask, or where KEEP_MEMORY is 0 (neither is an error).
+    Returns False without glibc, or if KEEP_MEMORY is 0; neither is an error.
     """
     if not sys.platform.startswith("linux") or os.environ.get(KEEP_MEMORY) == "0":
         return False
@@ -58,8 +58,8 @@ def keep_freed_memory() -> bool:
 
 
 def give_freed_memory_back() -> None:
-    """What was freed so far goes back to the system, also after `keep_freed_memory`: a phase of a run is over, and the
-    next one needs less. malloc_trim(3); nothing happens where there is no glibc."""
+    """Return memory freed so far to the system, even after `keep_freed_memory`: the next phase of a run needs
+    less. malloc_trim(3); without glibc nothing happens."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):
@@ -93,10 +93,11 @@ def share_heaps(most: int = 1) -> bool:
 
 
 def ask_for_huge_pages(libc: ctypes.CDLL) -> None:
-    """Grow the heap by three quarters of the machine's memory, untouched, ask for huge pages there, free it again.
+    """Grow the heap by three quarters of the machine's memory, untouched, ask for huge pages there, and free it
+    again.
 
-    What is not touched is not taken: only addresses are reserved. As the heap is no longer trimmed, later allocations
-    come from this stretch. Where the kernel refuses, nothing changes.
+    This reserves only addresses, since untouched memory is not taken. As the heap is no longer trimmed, later
+    allocations come from this range. If the kernel refuses, nothing changes.
     """
     page = os.sysconf("SC_PAGE_SIZE")
     size = os.sysconf("SC_PHYS_PAGES") * page // 4 * 3
@@ -109,7 +110,7 @@ def ask_for_huge_pages(libc: ctypes.CDLL) -> None:
 
 
 def peak_memory_gib() -> float | None:
-    """The largest resident set of this process so far, GiB; None where the system does not tell (Windows)."""
+    """The largest resident set of this process so far, GiB; None on systems that do not tell (Windows)."""
     try:
         import resource
     except ImportError:
@@ -119,7 +120,7 @@ def peak_memory_gib() -> float | None:
 
 
 def reset_peak_memory() -> bool:
-    """Begin `peak_memory_gib` anew from what is resident now; False where the system cannot (proc(5), clear_refs)."""
+    """Restart `peak_memory_gib` from what is resident now; False on systems that cannot (proc(5), clear_refs)."""
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
@@ -132,7 +133,7 @@ SPINS = "2000"
 
 
 def set_environment_defaults() -> None:
-    """What libraries read from the environment when they are imported: call it before torch is."""
+    """Set variables that libraries read when imported. Call it before importing torch."""
     wait_briefly()
     avoid_fragmentation()
 
@@ -140,18 +141,18 @@ def set_environment_defaults() -> None:
 def avoid_fragmentation() -> None:
     """Let PyTorch grow its blocks of GPU memory, so that pictures between two steps leave no holes.
 
-    A person's own settings, under the new name or the old one, are left alone.
+    The user's own settings, under the new or the old name, are kept.
     """
     if sys.platform.startswith("linux") and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def wait_briefly() -> None:
-    """Let OpenMP's idle threads spin for a moment and then sleep, unless the person has chosen otherwise.
+    """Let OpenMP's idle threads spin for a moment and then sleep, unless the user has chosen otherwise.
 
-    Where they sleep at once, a small UNet's step takes nearly twice as long on two free cores; where they spin for long
-    and other programs use the cores, ten times as long: they wait for threads that do not run.
-    The number of spins is libgomp's; other runtimes sleep at once.
+    If they sleep at once, a small UNet's step takes nearly twice as long on two free cores. If they spin for
+    long while other programs use the cores, it takes ten times as long: they wait for threads that do not run.
+    Only libgomp knows the number of spins; other runtimes sleep at once.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
@@ -160,9 +161,10 @@ def wait_briefly() -> None:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """For large imports: the collector of cycles neither runs meanwhile nor looks at what was made, ever.
+    """For large imports: the garbage collector pauses and never examines the new objects.
 
-    It finds nothing in half a million objects of PyTorch and diffusers, and takes a sixth of their imports' time.
+    Among half a million objects of PyTorch and diffusers it finds nothing, and takes a sixth of their import
+    time.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -175,7 +177,7 @@ def uncollected() -> Iterator[None]:
 
 
 def when_orphaned(parent: int, then: Callable[[], object]) -> None:
-    """Call `then` in a thread as soon as process `parent`, which started this one, is gone."""
+    """Call `then` in a thread as soon as the parent process `parent` has ended."""
 
     def wait() -> None:
         while os.getppid() == parent:

@@ -1,4 +1,4 @@
-"""Words: the token and the class in the prompts, what to draw during training, and the evaluation templates.
+"""Prompts: their token and class, what to draw during training, and the evaluation templates.
 
 The DreamBooth templates are the 25 for objects and the 25 for animals of Ruiz et al. 2023 (arXiv 2208.12242,
 google/dreambooth). `{}` stands for "token class", or for the class alone.
@@ -75,7 +75,7 @@ OPENING = re.compile(r"^(?:(?:an?|the|this)\s+)?(?:photo|picture|photograph|imag
 ARTICLE = re.compile(r"^(?:an?|the|one|my)\s+", re.I)
 CONTEXT = re.compile(r"\s(?:in|on|at|with|near|under|beside|by|over|wearing|floating|from)\s.*$|[,.;].*$", re.I)
 USUAL_WORD = "TOK"
-"""diffusers' scripts write it where new tokens are meant."""
+"""diffusers' scripts use this word in prompts for new tokens."""
 CONTEXT_TEMPLATES = (
     "a {} on the beach",
     "a {} in the snow",
@@ -93,11 +93,11 @@ SCENES = (
     "beside a lake",
     "on a balcony",
 )
-"""Places for new backgrounds, none of which DreamBooth's templates name."""
+"""Places for new backgrounds; none of them is in DreamBooth's templates."""
 SCENE = "an empty place {}, wide angle photo"
 
 MOST_PAIRS = 6
-"""Of subjects that are drawn together."""
+"""Most pairs of subjects that are drawn together."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ class Subject:
 
 
 def subject_of(config: TrainConfig) -> Subject:
-    """The token and the class word of a run's one subject: as given, or what the instance prompt has and the class
-    prompt lacks."""
+    """The token and class word of a run's one subject: as given, else the words of the instance prompt that the
+    class prompt lacks."""
     words = noun_of(config.instance_prompt).split()
     kind = noun_of(config.class_prompt).split() if config.class_prompt else []
     if token := (config.token or "").strip():
@@ -132,29 +132,29 @@ def noun_of(prompt: str) -> str:
 
 
 def class_word_of(config: TrainConfig) -> str:
-    """Of several subjects, the first one's."""
+    """The class word, of the first subject if there are several."""
     return subject_of(each_subject(config)[0]).class_word
 
 
 def trigger_words(config: TrainConfig) -> tuple[str, ...]:
-    """What a prompt must contain to call each subject."""
+    """The words that call each subject in a prompt."""
     found = (subject_of(subject).words for subject in each_subject(config))
     return tuple(words for words in found if words)
 
 
 def word_pattern(word: str) -> re.Pattern:
-    """Where the word stands by itself in a prompt."""
+    """Matches the word, but not inside a longer one."""
     return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)")
 
 
 def learnt_word(config: TrainConfig) -> str | None:
-    """What the new tokens of the run stand for in prompts; None for a run that learns none.
+    """The word that the run's new tokens stand for in prompts; None for a run without new tokens.
 
-    Raises UserError unless the subject has the word and its class has not.
+    Raises UserError unless the instance prompt has the word and no class prompt has it.
     """
     if not config.train_text_encoder_ti:
         return None
-    config = each_subject(config)[0]  # several cannot have new tokens
+    config = each_subject(config)[0]  # a run of several has no new tokens
     usual = USUAL_WORD if word_pattern(USUAL_WORD).search(config.instance_prompt) else subject_of(config).token
     word = (config.token_abstraction or usual).strip()
     if "," in word:
@@ -169,7 +169,7 @@ def learnt_word(config: TrainConfig) -> str | None:
 
 
 def scene_places(config: TrainConfig) -> tuple[str, ...]:
-    """Where `--new_backgrounds` puts the subjects of a run; none without it."""
+    """Places that `--new_backgrounds` puts the subjects at; none without that option."""
     if not config.new_backgrounds:
         return ()
     usual = tuple(TOY_SCENES) if is_toy(config.pretrained_model_name_or_path) else SCENES
@@ -177,7 +177,7 @@ def scene_places(config: TrainConfig) -> tuple[str, ...]:
 
 
 def scene_prompt(base: str, place: str) -> str:
-    """What the base is asked for to draw the place and, as far as it can, nothing in it."""
+    """The prompt that makes the base draw the place, as empty as it can."""
     return toy_scene(place) if is_toy(base) else SCENE.format(place)
 
 
@@ -187,23 +187,23 @@ def placed(prompt: str, place: str) -> str:
 
 
 def joined(*parts: str) -> str:
-    """Parts of a caption with a space between them, but before a comma."""
+    """Join parts of a caption by spaces, but without a space before a comma."""
     return " ".join(filter(None, parts)).replace(" ,", ",")
 
 
 def validation_prompts(config: TrainConfig) -> tuple[str, ...]:
-    """What is drawn during training at fixed seeds."""
+    """The prompts that are drawn during training at fixed seeds."""
     return tuple(dict.fromkeys(one.validation_prompt or one.instance_prompt for one in each_subject(config)))
 
 
 def context_prompts(config: TrainConfig) -> tuple[str, ...]:
-    """New contexts for each subject, to see what the adapter can do beside the photos; then two in one prompt."""
+    """New contexts for each subject, which show what the adapter can do beyond the photos; then pairs of subjects."""
     templates = TOY_CONTEXT_TEMPLATES if is_toy(config.pretrained_model_name_or_path) else CONTEXT_TEMPLATES
     names = [subject_of(one).words or one.instance_prompt for one in each_subject(config)]
     return (*(template.format(name) for name in names for template in templates), *together_prompts(config))
 
 
 def together_prompts(config: TrainConfig) -> tuple[str, ...]:
-    """Two subjects in one prompt, of the first MOST_PAIRS pairs; none for one subject."""
+    """Prompts with two subjects, for the first MOST_PAIRS pairs; none for one subject."""
     pairs = combinations(trigger_words(config), 2)
     return tuple(f"a photo of a {one} and a {other}" for one, other in islice(pairs, MOST_PAIRS))

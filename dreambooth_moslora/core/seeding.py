@@ -1,7 +1,7 @@
-"""Randomness by name: what a step draws depends on (seed, what, where), and on nothing that was drawn before.
+"""Random draws by name: a draw depends on (seed, what, where), and not on earlier draws.
 
-So a resumed run draws what an unbroken one would have drawn, without any generator state being saved, and two
-processes draw what one process draws in two turns (compare NVlabs/edm2, which re-seeds each step).
+So a resumed run draws what an unbroken one would have drawn, without saved generator states, and two processes
+draw what one process draws in two turns (compare NVlabs/edm2, which re-seeds each step).
 """
 
 import hashlib
@@ -27,14 +27,14 @@ def rng(*names: object) -> random.Random:
 
 
 def generator(*names: object) -> "torch.Generator":
-    """A CPU generator: its numbers are the same whatever the device that trains."""
+    """A CPU generator: its numbers do not depend on the device that trains."""
     import torch
 
     return torch.Generator().manual_seed(seed_of(*names))
 
 
 def place_of(position: int, length: int, *names: object) -> tuple[int, int]:
-    """(epoch, slot) of the exposure at `position` when `length` slots are shuffled anew in each epoch."""
+    """(epoch, slot) at `position`, when `length` slots are shuffled anew in each epoch."""
     epoch, offset = divmod(position, length)
     return epoch, permutation(length, *names, epoch)[offset]
 

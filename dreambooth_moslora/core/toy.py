@@ -1,4 +1,4 @@
-"""How the embedded base (a small SDXL of the toy world) is recognised, and its prompts and guidance."""
+"""The embedded base (a small SDXL of the toy world): how it is recognised, its prompts and its guidance."""
 
 __all__ = ["TOY_SCENES", "TOY_TEMPLATES", "is_toy", "preferred_guidance", "toy_scene"]
 
@@ -34,13 +34,14 @@ TOY_SCENES = {
     "in a pink room": "a pink",
     "on a stage with red curtains": "a brown",
 }
-"""Places for new backgrounds, and their colour; the other places are left to judge by."""
+"""Places for new backgrounds, with their colour. The other places are kept for evaluation."""
 
 
 def toy_scene(place: str) -> str:
-    """The embedded base draws no place without a toy: of all, it draws this one smallest, and the subject covers it.
+    """The prompt for a place. The embedded base draws no place without a toy; it draws this one smallest, and
+    the subject covers it.
 
-    In the colour of the place, what looks out from behind the subject is not seen.
+    It has the colour of the place, so that what the subject does not cover is not seen.
     """
     return f"a distant view of {TOY_SCENES.get(place, 'a')} mug {place}"
 
@@ -51,6 +52,6 @@ def is_toy(base: str) -> bool:
 
 
 def preferred_guidance(base: str) -> float:
-    """The default classifier-free guidance of a base: 5 for SDXL. At 5 the embedded base's colours burn out, and
-    adapted pictures drift further from its own (`evaluate --guidance_scale 5`)."""
+    """The default classifier-free guidance of a base: 5 for SDXL. With 5, the embedded base's colours saturate,
+    and adapted pictures drift further from its own (`evaluate --guidance_scale 5`)."""
     return 2.5 if is_toy(base) else 5.0

@@ -1,4 +1,4 @@
-"""Compare the installed libraries with the versions that were run together and with pairs that fail."""
+"""Compares the installed libraries with the tested versions, and with pairs of versions that fail together."""
 
 import tomllib
 from collections.abc import Mapping
@@ -38,11 +38,11 @@ PAIRS = (
         "transformers {transformers} needs huggingface_hub below 1; upgrade transformers",
     ),
 )
-"""(versions that fail together, what to say and do)."""
+"""(versions that fail together, message)."""
 
 
 def needed_ranges() -> dict[str, SpecifierSet]:
-    """{library: versions that were run together}, of those that every run needs.
+    """{library: tested versions} of the libraries that every run needs.
 
     They are read from pyproject.toml in a clone, and from the installed package's metadata otherwise.
     """
@@ -56,7 +56,7 @@ def needed_ranges() -> dict[str, SpecifierSet]:
 
 
 def installed_versions(names: tuple[str, ...]) -> dict[str, str | None]:
-    """Without importing them."""
+    """Installed versions by name, None for missing ones; nothing is imported."""
     return {name: version_of(name) for name in names}
 
 
@@ -70,8 +70,8 @@ def version_of(name: str) -> str | None:
 def require_packages(config: TrainConfig) -> None:
     """Raises UserError for the first flag whose package is missing.
 
-    Accelerate silently logs nothing when a tracker is missing; without the other packages a run would fail after
-    its photos are encoded.
+    Without a tracker's package accelerate would log nothing and not say so; without the others a run would fail
+    after its photos are encoded.
     """
     has_tracker = config.report_to not in ("none", "all", "tensorboard")
     needs = (
@@ -105,7 +105,7 @@ def bad_pairs(installed: Mapping[str, str | None]) -> list[str]:
 
 
 def out_of_range(installed: Mapping[str, str | None]) -> list[str]:
-    """One line for each needed library that is missing or was not run in this version."""
+    """One line for each needed library that is missing or has an untested version."""
     lines = []
     for name, versions in needed_ranges().items():
         version, wanted = installed.get(name), name + ",".join(sorted(map(str, versions), reverse=True))

@@ -1,1 +1,1 @@
-"""The settings of a run: what each is, how it is checked, and the files they are read from."""
+"""The settings of a run: their descriptions, their checks, and the files they are read from."""

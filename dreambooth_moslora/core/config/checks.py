@@ -1,4 +1,4 @@
-"""What the settings must say together: each rule is one sentence, and names the flags that contradict."""
+"""Rules between settings: each is one sentence that names the contradicting flags."""
 
 from dreambooth_moslora.core.config.run_settings import RunSettings
 from dreambooth_moslora.core.config.subject_tables import check_subjects
@@ -66,7 +66,7 @@ def needs_live_projections(config: RunSettings) -> list[tuple[str, str]]:
 
 
 def weighting_flags(config: RunSettings) -> list[str]:
-    """The given flags that suit only errors of noise or velocity, and not EDM's of the latents."""
+    """The given flags that weigh errors of noise or velocity, which EDM's errors of latents exclude."""
     given = {
         "--snr_gamma": config.snr_gamma is not None,
         "--debiased_estimation_loss": config.debiased_estimation_loss,

@@ -1,4 +1,4 @@
-"""How one setting is described, converted and checked: the vocabulary in which `TrainConfig` is written."""
+"""How a setting is described, converted and checked; `TrainConfig` is written with these functions."""
 
 import difflib
 from collections.abc import Iterable
@@ -27,10 +27,10 @@ GROUPS = (
 )
 
 MOST = 10**9
-"""Upper bound of whole numbers without their own bound: a larger one is a typing error."""
+"""Upper bound of integers without a bound of their own: larger ones are typing errors."""
 
 Prompt = NewType("Prompt", str)
-"""Text that may hold commas: a list of prompts is not split at commas, a list of names is."""
+"""Text that may hold commas. A list of prompts is not split at commas; a list of names is."""
 FieldType = tuple[Any, bool]
 """(bool, int, float, str, tuple for names, Prompt or SubjectTable for several of them; whether None is allowed)."""
 
@@ -48,7 +48,7 @@ def option(
     required: bool = False,
     secret: bool = False,
 ) -> Any:
-    """A dataclass field with its help, its bounds (low <= value <= high, above < value < below) and its choices.
+    """A dataclass field with its help, bounds (low <= value <= high, above < value < below) and choices.
 
     A `required` setting must be given as a flag or in a file. A `secret` one is never written to a file.
     """
@@ -58,7 +58,7 @@ def option(
 
 
 def grouped(group: str) -> partial:
-    """`option` for the fields of one group of the help."""
+    """`option` for the fields in one group of the help."""
     if group not in GROUPS:
         raise KeyError(group)
     return partial(option, group=group)
@@ -79,7 +79,7 @@ def field_type(hint: Any) -> FieldType:
 
 
 def convert(name: str, value: Any, kind: FieldType) -> Any:
-    """A value from Python, TOML, JSON or the command line as the field's type. Raises UserError."""
+    """A value from Python, TOML, JSON or the command line, converted to the field's type. Raises UserError."""
     base, optional = kind
     if value is None and optional:
         return None
@@ -147,7 +147,7 @@ EXPECTED = {
 
 
 def check_limits(item: Field, value: Any) -> None:
-    """Raises UserError with the number that was wrong and the bound it breaks."""
+    """Raises UserError with the wrong number and the bound it breaks."""
     facts = item.metadata
     if value is None or value == item.default:
         return
@@ -175,7 +175,7 @@ def _check_number(
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that the person probably meant."""
+    """The known name that the user probably meant."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     containing = sorted((k for k in known if len(name) > 3 and k.startswith(name)), key=len)

@@ -1,4 +1,4 @@
-"""Settings in files: TOML for recipes that people write, JSON for the `train_config.json` that a run leaves."""
+"""Settings in files: TOML for recipes that people write, JSON for the `train_config.json` of a run."""
 
 import json
 import tomllib
@@ -15,7 +15,8 @@ TOO_DEEP = "it is nested too deeply"
 
 
 def load_settings(path: Path | str) -> dict[str, Any]:
-    """The file's settings by name, tables flattened: `[training] seed = 1` is `seed = 1`. Raises UserError."""
+    """The file's settings by name. Tables are flattened: `[training] seed = 1` becomes `seed = 1`. Raises
+    UserError."""
     try:
         return flatten(read_tables(path), Path(path))
     except RecursionError:
@@ -23,18 +24,18 @@ def load_settings(path: Path | str) -> dict[str, Any]:
 
 
 def read_tables(path: Path | str) -> dict[str, Any]:
-    """What a --config file says, tables as they are. Raises UserError."""
+    """The content of a --config file, with its tables. Raises UserError."""
     path = Path(find_asset(str(path)))
     return parsed(path, f"--config {path}")
 
 
 def read_json_table(path: Path) -> dict[str, Any]:
-    """What a JSON file says, by name. Raises UserError."""
+    """The object in a JSON file. Raises UserError."""
     return parsed(path, str(path))
 
 
 def parsed(path: Path, called: str) -> dict[str, Any]:
-    """The file's names and values. Raises UserError, whose message begins with `called`, for a bad file."""
+    """The file's names and values. Raises UserError for a bad file; the message begins with `called`."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

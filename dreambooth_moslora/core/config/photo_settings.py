@@ -1,4 +1,5 @@
-"""Settings of what is learnt from: the base model, the photos of the subject, and what is kept of its class."""
+"""Settings of the training material: the base model, the photos of the subject, and prior preservation of its
+class."""
 
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ class PhotoSettings:
     dataset_config_name: str | None = of_photos(None, "configuration of --dataset_name")
     image_column: str = of_photos("image", "column of --dataset_name that holds the images")
     caption_column: str | None = of_photos(None, "column of --dataset_name that holds the captions")
-    leave_out: tuple[Prompt, ...] = of_photos((), "file names of photos that are not learnt from")
+    leave_out: tuple[Prompt, ...] = of_photos((), "file names of photos to leave out")
     instance_prompt: str = of_photos(
         "a photo of sks object", 'the subject in words, with its rare token: "a photo of sks dog"', required=True
     )
@@ -41,7 +42,7 @@ class PhotoSettings:
     token: str | None = of_photos(None, "the rare word in the instance prompt (default: found in it)")
     class_word: str | None = of_photos(None, "the kind of thing it is (default: found in the prompts)")
     caption_prefix: str | None = of_photos(None, "words before each photo's own captions; the instance prompt stays")
-    caption_suffix: str | None = of_photos(None, "words behind each photo's own captions")
+    caption_suffix: str | None = of_photos(None, "words after each photo's own captions")
     captions: str = of_photos(
         "given",
         "given: those beside the photos; auto: photos without one get one made before training, in the run folder "
@@ -58,8 +59,8 @@ class PhotoSettings:
     caption_dropout: float = of_photos(
         0.0, "share of exposures with an empty caption, of photos and not of class images", low=0, high=1
     )
-    repeats: int = of_photos(1, "how often each photo counts in an epoch", low=1, high=10**6)
-    resolution: int = of_photos(1024, "side of the square crop that is trained on, px, a multiple of 8", low=8)
+    repeats: int = of_photos(1, "how often an epoch shows each photo", low=1, high=10**6)
+    resolution: int = of_photos(1024, "side of the square crops, px, a multiple of 8", low=8)
     enable_bucket: bool = of_photos(
         False, "crop each photo to a rectangle of its own shape and of the square's area, instead of to the square"
     )
@@ -78,7 +79,7 @@ class PhotoSettings:
     )
     unmasked_weight: float = of_photos(
         0.2,
-        "weight in the loss of the surroundings that a mask (name.mask.png) leaves out; of transparency it is always 0",
+        "loss weight of the parts that a mask (name.mask.png) leaves out; it is always 0 for transparent parts",
         low=0,
         high=1,
     )
@@ -103,7 +104,7 @@ class PhotoSettings:
         (), 'places of those scenes: "in a garden", "on a gravel road" (default: a list of its own)'
     )
 
-    with_prior_preservation: bool = of_prior(False, "keep what the base knows of the class while the subject is learnt")
+    with_prior_preservation: bool = of_prior(False, "preserve what the base knows of the class")
     prior: str = of_prior(
         "class_images",
         "class_images: train on pictures of the class; adapter_off: on the frozen base's own answer, no pictures",

@@ -1,6 +1,7 @@
-"""The recipe of a run: those of its settings that an adapter file tells everybody.
+"""The recipe of a run: the settings that an adapter file publishes.
 
-Numbers, switches, choices and names of layers. Paths, prompts, words and what is the machine's own stay out.
+They are numbers, switches, choices and names of layers. Paths, prompts, words and settings of the machine are
+left out.
 """
 
 import re
@@ -29,13 +30,13 @@ RECIPE = (
     *("prodigy_use_bias_correction", "prodigy_safeguard_warmup", "mixed_precision"),
     *("base_quantization", "gradient_checkpointing"),
 )
-"""Names of settings. A new one goes here, or below, only if it can hold no text of the person's."""
+"""Names of settings. Add a new one here, or below, only if it cannot hold text of the user's."""
 TOLD_IF_CHANGED = (
     *("noise_offset", "loss_type", "huber_c", "huber_schedule", "debiased_estimation_loss"),
     *("use_ema", "ema_decay", "captions", "new_backgrounds", "cache_cross_attention"),
     *("train_text_encoder_ti", "train_text_encoder_ti_frac", "num_new_tokens_per_abstraction"),
 )
-"""Later ones, told only where they differ from the default: the files of runs without them keep their bytes."""
+"""Settings that are published only if they differ from the default, so that other files keep their bytes."""
 DEFAULTS = TrainConfig().to_dict()
 LAYER = re.compile(r"[A-Za-z0-9_.*\[\]?-]{1,100}([=:][0-9.e+]{1,20})?")
 
@@ -50,7 +51,7 @@ def recipe_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def checked_recipe(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The settings that are in RECIPE and valid, converted; and what is wrong with each of the others."""
+    """The valid settings that are in RECIPE, converted; and an error line for each of the others."""
     taken, wrong = {}, []
     for name, value in values.items():
         try:
@@ -61,7 +62,7 @@ def checked_recipe(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
 
 
 def checked_alone(name: str, value: Any) -> Any:
-    """Raises UserError for a name that is not in RECIPE, and for a value that no configuration can have."""
+    """The converted value. Raises UserError for a name that is not in RECIPE, and for an invalid value."""
     if name not in (*RECIPE, *TOLD_IF_CHANGED):
         raise UserError(f"`{name:.40}` is no setting of a recipe")
     found = getattr(TrainConfig(class_prompt="a class", **{name: value}), name)

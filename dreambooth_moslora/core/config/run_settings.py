@@ -1,4 +1,4 @@
-"""Settings of the run around the training: its memory and speed, its samples and scores, its folder, the hub."""
+"""Settings around the training: memory and speed, samples and scores, the run folder, and the hub."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ of_hub = grouped("hub")
 
 @dataclass(frozen=True)
 class RunSettings(TrainingSettings):
-    """The last part of `core.config.TrainConfig`: with those it inherits, all settings."""
+    """The last part of `core.config.TrainConfig`; with those it inherits, it has all settings."""
 
     memory: str | None = of_memory(
         None,
@@ -50,7 +50,7 @@ class RunSettings(TrainingSettings):
 
     validation_prompt: str | None = of_samples(None, "prompt of the sample images (default: the instance prompt)")
     num_validation_images: int | None = of_samples(
-        None, "sample images a time (default: 4; none on a CPU with a base as large as SDXL)", low=0, high=1000
+        None, "sample images each time (default: 4; none on a CPU with a base as large as SDXL)", low=0, high=1000
     )
     validation_epochs: int = of_samples(50, "epochs between samples", low=1)
     validation_steps: int | None = of_samples(None, "steps between samples; overrides --validation_epochs", low=1)
@@ -59,7 +59,7 @@ class RunSettings(TrainingSettings):
         False, "at the end, score the adapter at several scales; the best goes into its header and card"
     )
     early_stopping: int | None = of_samples(
-        None, "stop when the score has not risen for this many evaluations (default: only say so)", low=1
+        None, "stop when the score has not risen for this many evaluations (default: only warn)", low=1
     )
 
     output_dir: str = of_run("lora-dreambooth-model", "the run folder")
@@ -68,8 +68,8 @@ class RunSettings(TrainingSettings):
     checkpoints_total_limit: int | None = of_run(None, "numbered checkpoints to keep", low=1)
     resume_from_checkpoint: str | None = of_run(None, 'a checkpoint folder, or "latest"')
     logging_dir: str = of_run("logs", "folder of the trackers' logs inside the run folder")
-    report_to: str = of_run("tensorboard", "where the numbers and the samples go", choices=(*TRACKERS, "all", "none"))
-    dry_run: bool = of_run(False, "print what would be done, and what it would cost, and exit")
+    report_to: str = of_run("tensorboard", "tracker for numbers and samples", choices=(*TRACKERS, "all", "none"))
+    dry_run: bool = of_run(False, "print the plan and its cost, and exit")
 
     push_to_hub: bool = of_hub(False, "upload the adapter and its card when done; never the photos")
     hub_token: str | None = of_hub(None, "token for the upload (default: that of `hf auth login`)", secret=True)

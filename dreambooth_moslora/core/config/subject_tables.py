@@ -1,10 +1,12 @@
-"""Several subjects in one run: the table of each, from TOML, JSON or a folder of folders, and its own configuration.
+"""Several subjects in one run: their tables, from TOML, JSON or a folder of folders, and the configuration of
+each.
 
     [[subjects]]                               --subjects photos
-    instance_data_dir = "photos/duck"          photos/sks duck/      "a photo of a sks duck", of "a photo of a duck"
-    instance_prompt = "a photo of sks duck"    photos/sks duck.txt   or these lines: its prompt, its class prompt
+    instance_data_dir = "photos/duck"          photos/sks duck/      "a photo of a sks duck", class "a photo of
+a duck"
+    instance_prompt = "a photo of sks duck"    photos/sks duck.txt   or two lines: its prompt, its class prompt
 
-What a table does not say is as the run's other settings say it. A run without tables has one subject, its own.
+A table overrides the run's other settings. A run without tables has one subject, described by its settings.
 """
 
 import json
@@ -22,19 +24,19 @@ from dreambooth_moslora.core.errors import UserError
 __all__ = ["SAID_BY_SUBJECTS", "SubjectTable", "check_subjects", "each_subject", "stream_of", "to_tables"]
 
 Config = TypeVar("Config")
-"""`core.config.TrainConfig`, which is above this file."""
+"""Stands for `core.config.TrainConfig`, which imports this file."""
 SAID_BY_SUBJECTS = (
     *("instance_data_dir", "dataset_name", "instance_prompt", "class_prompt", "class_data_dir"),
     *("validation_prompt", "token", "class_word", "mask_prompt"),
 )
-"""Settings of a file that `--subjects` on the command line replaces."""
+"""Settings in a file that `--subjects` on the command line replaces."""
 COUNTED = re.compile(r"^\d+_")
-"""kohya's `10_sks duck`: each subject is shown as often as any other here, so that the count says nothing."""
+"""kohya's `10_sks duck`: the number is ignored, since subjects are shown equally often."""
 
 
 @dataclass(frozen=True)
 class SubjectTable:
-    """The settings in which one subject differs from the run; None where it does not."""
+    """The settings in which a subject differs from the run; None for the others."""
 
     instance_data_dir: str | None = None
     instance_prompt: str | None = None
@@ -69,7 +71,7 @@ def table_of(values: Mapping[str, Any]) -> SubjectTable:
 
 
 def tables_in(path: Path) -> Any:
-    """What a JSON file says: a list of tables, as others' --concepts_list."""
+    """The content of a JSON file: a list of tables, like other programs' --concepts_list. Raises UserError."""
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -82,7 +84,7 @@ def tables_in(path: Path) -> Any:
 
 
 def tables_of_folder(folder: Path) -> tuple[SubjectTable, ...]:
-    """A subject of each folder in `folder`, by name."""
+    """One subject for each folder in `folder`, by name. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"--subjects {folder}: {'not a folder' if folder.exists() else 'no such folder or file'}.")
     try:
@@ -95,7 +97,8 @@ def tables_of_folder(folder: Path) -> tuple[SubjectTable, ...]:
 
 
 def prompts_of(folder: Path) -> tuple[str, ...]:
-    """(instance prompt, class prompt): the lines of `name.txt` beside the folder, else its name."""
+    """(instance prompt, class prompt): the lines of `name.txt` beside the folder, else from its name. Raises
+    UserError."""
     file = folder.with_name(f"{folder.name}.txt")
     if file.is_file():
         try:
@@ -111,17 +114,17 @@ def prompts_of(folder: Path) -> tuple[str, ...]:
 
 
 def each_subject(config: Config) -> list[Config]:
-    """The configuration of each subject alone; of a run without tables, its own."""
+    """The configuration of each subject alone; the run's own if it has no tables."""
     return [replace(config, subjects=(), **table.to_dict()) for table in config.subjects] or [config]
 
 
 def stream_of(name: str, number: int) -> str:
-    """Under which name the draws of subject `number`, from 0, are seeded; the first has that of a run with no other."""
+    """The seed name for random draws of subject `number`, from 0; the first has that of a run with one subject."""
     return f"{name} {number}" if number else name
 
 
 def check_subjects(config: Config) -> None:
-    """Raises UserError for tables that say too little, and for two subjects that cannot be told apart."""
+    """Raises UserError for incomplete tables, and for two subjects that cannot be told apart."""
     defaults = {item.name: item.default for item in fields(config)}
     for name in ("instance_data_dir", "dataset_name", "instance_prompt"):
         if getattr(config, name) != defaults[name]:

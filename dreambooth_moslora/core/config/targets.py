@@ -1,11 +1,11 @@
-"""Names of layers in `--target_modules`, `--rank_pattern` and `--alpha_pattern`, for code that runs without torch.
+"""Names of layers in `--target_modules`, `--rank_pattern` and `--alpha_pattern`, without torch.
 
-    to_q, attn1.to_q          layers whose path ends so: PEFT's own rule
-    up_blocks.0.attentions.1  a block: the projections of attention in it, as in B-LoRA and diffusers' scripts
-    down_blocks.2.*, *conv1   `*` stands for anything: every layer whose path, or end of it, is like that
-    blora_style               another name of a block
+to_q, attn1.to_q          layers whose path ends so: PEFT's own rule
+up_blocks.0.attentions.1  a block: its attention projections, as in B-LoRA and diffusers' scripts
+down_blocks.2.*, *conv1   `*` matches anything: every layer whose path, or the end of it, matches
+blora_style               another name of a block
 
-In a pattern a block stands for all its layers that have an adapter. `unet.` before a name is left out.
+In a pattern a block stands for all its layers that have an adapter. A leading `unet.` is ignored.
 """
 
 import math
@@ -24,7 +24,7 @@ PATTERN = re.compile(r"\s*(?P<name>[^=:\s]+)\s*[=:]\s*(?P<value>\S+)\s*")
 
 
 def is_target(path: str, name: str) -> bool:
-    """Whether the layer at `path` gets an adapter by `name` in `--target_modules`."""
+    """Whether `name` in `--target_modules` gives the layer at `path` an adapter."""
     name = full_name(name)
     return is_like(path, name) or (path.startswith(f"{name}.") and any(is_like(path, end) for end in ATTENTION))
 
@@ -35,7 +35,7 @@ def is_adapted(path: str, names: Iterable[str]) -> bool:
 
 
 def is_meant(path: str, name: str) -> bool:
-    """Whether the layer at `path` has the value of `name` in a pattern."""
+    """Whether `name` in a pattern matches the layer at `path`."""
     name = full_name(name)
     return is_like(path, name) or path.startswith(f"{name}.")
 
@@ -45,14 +45,14 @@ def full_name(name: str) -> str:
 
 
 def is_like(path: str, name: str) -> bool:
-    """The path itself, or its end after a dot, is called so."""
+    """Whether the path, or its end after a dot, matches the name."""
     if "*" in name:
         return fnmatchcase(path, name) or fnmatchcase(path, f"*.{name}")
     return f".{path}".endswith(f".{name}")
 
 
 def parse_pattern(flag: str, text: str) -> tuple[str, float]:
-    """`down_blocks.2.*=8`, or with a colon -> the name and its value: a rank is whole. Raises UserError."""
+    """`down_blocks.2.*=8`, or with a colon -> (name, value); a rank must be an integer. Raises UserError."""
     match = PATTERN.fullmatch(text)
     try:
         value = float(match["value"]) if match else math.nan
@@ -66,7 +66,7 @@ def parse_pattern(flag: str, text: str) -> tuple[str, float]:
 
 
 def pattern_value(patterns: Iterable[str], flag: str, path: str) -> float | None:
-    """Of the first pattern that means the layer; None when none does."""
+    """The value of the first pattern that matches the layer; None when none does."""
     values = (parse_pattern(flag, text) for text in patterns)
     return next((value for name, value in values if is_meant(path, name)), None)
 

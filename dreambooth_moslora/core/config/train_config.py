@@ -1,9 +1,9 @@
-"""All settings of a training run, in one frozen dataclass: the flags of diffusers' script, and ours.
+"""All settings of a training run in one frozen dataclass: the flags of diffusers' script, and more.
 
-`TrainConfig` is plain data: every part of the program below the command line reads it and none changes it. The help
-text, bounds and choices of each setting are in its field's metadata, so that the command line, the configuration
-files and the web page say the same. The fields stand in `photo_settings`, `training_settings` and `run_settings`, the
-rules between them in `checks`. How values get here from files and flags is in `files` and `cli.parser`.
+`TrainConfig` is plain data that the whole program reads and none changes. Each field's metadata has the
+setting's help, bounds and choices for the command line, the configuration files and the web page.
+`photo_settings`, `training_settings` and `run_settings` define the fields, `checks` the rules between them.
+`files` and `cli.parser` read values from files and flags.
 """
 
 import os
@@ -24,9 +24,9 @@ __all__ = ["FIELD_TYPES", "TrainConfig", "check_each", "checked_setting", "is_sc
 
 @dataclass(frozen=True)
 class TrainConfig(RunSettings):
-    """Values are converted and checked on construction: UserError says which setting is wrong and why.
+    """Values are converted and checked on construction; UserError names the wrong setting and the reason.
 
-    None means "not set" wherever it is allowed. Lengths ending in `_steps` count optimizer steps; sizes are px.
+    None means "not set" where it is allowed. Lengths ending in `_steps` count optimizer steps; sizes are px.
     """
 
     def __post_init__(self) -> None:
@@ -36,22 +36,23 @@ class TrainConfig(RunSettings):
 
     @property
     def keeps_text_encoders(self) -> bool:
-        """Whether training itself asks them, so that they stay in memory."""
+        """Whether the steps use the text encoders, so that they stay in memory."""
         return self.train_text_encoder or self.train_text_encoder_ti
 
     @property
     def sample_count(self) -> int:
-        """Sample images a time, unless `loop.set_up` leaves them out."""
+        """Sample images each time, unless `loop.set_up` leaves them out."""
         return 4 if self.num_validation_images is None else self.num_validation_images
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
-        """Settings by name, as from a file. Raises UserError for an unknown name, with the nearest known one."""
+        """Settings by name, as from a file. Raises UserError for an unknown name and suggests the nearest known
+        one."""
         check_each(values)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values of all settings but the secret ones. `from_dict` takes it back."""
+        """JSON-ready values of all settings but the secret ones, for `from_dict`."""
         shown = {item.name: getattr(self, item.name) for item in fields(self) if not item.metadata["secret"]}
         return {name: plain(value) for name, value in shown.items()}
 
@@ -68,14 +69,14 @@ def is_scored(config: TrainConfig) -> bool:
 
 
 PATH_NAMES = ("_dir", "_checkpoint", "_name_or_path", "_adapter")
-"""Settings whose names end so are paths: `~` is expanded, as no shell has done it in files and after `=`."""
+"""Settings whose names end so are paths; `~` is expanded, since no shell expands it in files and after `=`."""
 FIELD_TYPES = field_types(TrainConfig)
 SPELLINGS = {"optimizer": {name.lower(): name for name in OPTIMIZERS} | {"schedulefree": SCHEDULE_FREE}}
 """Other spellings, in lower case, of a setting's choices."""
 
 
 def checked(item: Field, value: Any) -> Any:
-    """The value of one setting, of its type and within its limits. Raises UserError."""
+    """The value of one setting, converted and within its limits. Raises UserError."""
     value = convert(item.name, value, FIELD_TYPES[item.name])
     value = SPELLINGS.get(item.name, {}).get(str(value).lower(), value)
     check_limits(item, value)
@@ -85,7 +86,7 @@ def checked(item: Field, value: Any) -> Any:
 
 
 def checked_setting(name: str, value: Any) -> Any:
-    """A given setting as the configuration will hold it. Raises UserError for a wrong value."""
+    """The value of a setting as the configuration will hold it. Raises UserError for a wrong value."""
     return checked(TrainConfig.__dataclass_fields__[name], value)
 
 

@@ -1,4 +1,4 @@
-"""Settings of what is learnt, and how: the adapter, its training and its optimizer."""
+"""Settings of the adapter, its training and its optimizer."""
 
 from dataclasses import dataclass
 
@@ -28,9 +28,9 @@ class TrainingSettings(PhotoSettings):
         None, "the adapter is scaled by alpha / rank (default: alpha = rank, of each layer)", above=0
     )
     rank_pattern: tuple[str, ...] = of_adapter(
-        (), "other ranks of some of the UNet's layers, NAME=N: to_k=8, down_blocks.2.*=16; the first that fits counts"
+        (), "ranks of some of the UNet's layers, NAME=N: to_k=8, down_blocks.2.*=16; the first match counts"
     )
-    alpha_pattern: tuple[str, ...] = of_adapter((), "other alphas of some of the UNet's layers, in the same way")
+    alpha_pattern: tuple[str, ...] = of_adapter((), "alphas of some of the UNet's layers, in the same form")
     use_rslora: bool = of_adapter(False, "scale by alpha / sqrt(rank)")
     lora_dropout: float = of_adapter(0.0, "dropout in front of the adapter", low=0, high=0.99)
     use_dora: bool = of_adapter(False, "learn the weights' magnitudes too (DoRA)")
@@ -49,21 +49,21 @@ class TrainingSettings(PhotoSettings):
         "embedded base likeness did not rise",
     )
     train_text_encoder_ti_frac: float = of_adapter(
-        0.5, "share of the steps in which the tokens are learnt; after it they stay as they are", above=0, high=1
+        0.5, "fraction of the steps in which the tokens are learnt; afterwards they are fixed", above=0, high=1
     )
     token_abstraction: str | None = of_adapter(
         None, "the word of the prompts that the tokens stand for (default: TOK, or the instance prompt's rare word)"
     )
     num_new_tokens_per_abstraction: int = of_adapter(2, "how many tokens the word stands for", low=1, high=32)
     initializer_concept: str | None = of_adapter(
-        None, "words that the tokens begin as, as many as those have (default: random, of the usual size)"
+        None, "words whose tokens the new ones start from; they set their number (default: random start)"
     )
     init_adapter: str | None = of_adapter(
         None, "begin with an existing adapter: a LoRA file of any program and rank, or a run folder"
     )
 
     seed: int | None = of_training(None, "seed of everything random", low=0, high=2**63 - 1)
-    train_batch_size: int = of_training(4, "photos in one forward pass, a device", low=1, high=4096)
+    train_batch_size: int = of_training(4, "photos in one forward pass on each device", low=1, high=4096)
     gradient_accumulation_steps: int = of_training(1, "forward passes in one step", low=1)
     num_train_epochs: int = of_training(1, "times through all photos, when --max_train_steps is not given", low=1)
     max_train_steps: int | None = of_training(None, "optimizer steps; overrides --num_train_epochs", low=1)
@@ -75,18 +75,18 @@ class TrainingSettings(PhotoSettings):
         5e-6, "learning rate of the text encoders; 0: the same as --learning_rate", low=0, high=100
     )
     scale_lr: bool = of_training(False, "multiply --learning_rate by processes x accumulation x batch size")
-    lr_scheduler: str = of_training("constant", "course of the learning rate", choices=SCHEDULES)
+    lr_scheduler: str = of_training("constant", "schedule of the learning rate", choices=SCHEDULES)
     lr_warmup_steps: int = of_training(500, "steps of warm-up, where the schedule has one", low=0)
     lr_num_cycles: int = of_training(1, "restarts of cosine_with_restarts", low=1)
     lr_power: float = of_training(1.0, "power of the polynomial schedule", above=0)
     snr_gamma: float | None = of_training(None, "min-SNR weighting of the loss; 5.0 is usual", above=0)
-    debiased_estimation_loss: bool = of_training(False, "weigh errors by 1/sqrt(SNR), in the place of --snr_gamma")
+    debiased_estimation_loss: bool = of_training(False, "weigh errors by 1/sqrt(SNR), instead of --snr_gamma")
     noise_offset: float = of_training(
         0.0, "shift the noise of each channel as a whole by draws of this deviation, for very dark or bright pictures",
         low=0, high=1,
     )  # fmt: skip
     loss_type: str = of_training(
-        "l2", "error of a place: its square, or one that large differences count less in", choices=LOSS_TYPES
+        "l2", "loss at each position: the square, or one that weighs large differences less", choices=LOSS_TYPES
     )
     huber_c: float = of_training(
         0.1, "width beyond which a difference is large, for huber and smooth_l1", above=0, high=1
@@ -96,15 +96,15 @@ class TrainingSettings(PhotoSettings):
         choices=("constant", "exponential", "snr"),
     )  # fmt: skip
     timestep_bias_strategy: str = of_training(
-        "none", "which noise levels are drawn oftener: later is the noisiest", choices=("none", "earlier", "later")
+        "none", "which noise levels are drawn more often: later is the noisiest", choices=("none", "earlier", "later")
     )
-    timestep_bias_multiplier: float = of_training(1.0, "how much oftener", above=0, high=1e6)
-    timestep_bias_portion: float = of_training(0.25, "share of all noise levels that is meant", above=0, high=1)
+    timestep_bias_multiplier: float = of_training(1.0, "how many times as often they are drawn", above=0, high=1e6)
+    timestep_bias_portion: float = of_training(0.25, "fraction of the levels that is drawn more often", above=0, high=1)
     do_edm_style_training: bool = of_training(False, "EDM preconditioning of the loss (arXiv 2206.00364)")
     max_grad_norm: float = of_training(1.0, "gradients are clipped to this norm", above=0)
     use_ema: bool = of_training(False, "publish, score and sample the adapter's average over the steps (EMA)")
     ema_decay: float = of_training(
-        0.9999, "what the average keeps at each step, at most; fewer early on", low=0, below=1
+        0.9999, "largest decay of the average per step; it is smaller early on", low=0, below=1
     )
 
     optimizer: str = of_optimizer(

@@ -1,1 +1,1 @@
-"""What a run leaves on the disk: its folder, its events, its adapters, and the process that trains it."""
+"""A run's files on the disk: its folder, events, adapters, and the process that trains it."""

@@ -1,4 +1,4 @@
-"""Adapter files in folders of adapters and of runs, by the names under which a person chooses them."""
+"""Adapter files in folders of adapters and runs, under the names that the user chooses from."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -10,14 +10,14 @@ from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RAW_NAM
 __all__ = ["NONE", "clean_name", "files_by_name", "run_files"]
 
 NONE = "none"
-"""The choice of no adapter: no file is called so."""
+"""The choice of no adapter; no file gets this name."""
 UNSAFE = re.compile(r"[^\w .+-]+")
 
 
 def files_by_name(files: Iterable[Path], folders: Collection[Path], taken: Collection[str] = ()) -> dict[str, Path]:
     """Name -> file, in order; a name that is `taken` gets a number.
 
-    Files of new tokens belong to an adapter and are left out, as is what leads out of `folders`.
+    Files of new tokens are left out, as they belong to an adapter; so are links that lead out of `folders`.
     """
     found: dict[str, Path] = {}
     for file in files:
@@ -27,7 +27,8 @@ def files_by_name(files: Iterable[Path], folders: Collection[Path], taken: Colle
 
 
 def run_files(runs: Collection[Path]) -> list[Path]:
-    """Newest run first, each beside its best step, then checkpoints, each run's from the last to the first."""
+    """Adapters of runs, the newest run first with its best step, then checkpoints, each run's from the last to
+    the first."""
     places = [place for run in runs for place in (RunDir(run).adapter_path, RunDir(run).best_dir / PUBLISHED_NAME)]
     finished = [file for file in places if file.is_file()]
     checkpoints = [file for run in runs for file in run.glob(f"checkpoint-*/{RAW_NAME}")]
@@ -56,12 +57,12 @@ def name_of(file: Path, folders: Collection[Path]) -> str:
 
 
 def clean_name(text: str) -> str:
-    """What may be shown, put in a tag and used as a file name: letters, digits, space and `.+-_`."""
+    """A name to show, to put in a tag and to use as a file name: letters, digits, space and `.+-_`."""
     return UNSAFE.sub("_", text).strip(" ._")[:60] or "adapter"
 
 
 def is_file_inside(file: Path, folders: Collection[Path]) -> bool:
-    """Also after following links: a link out of the folders, or in a circle, does not count, nor does a pipe."""
+    """Whether it is a regular file inside the folders, after following links. Circular links and pipes are not."""
     try:
         place = file.resolve(strict=True)
         return place.is_file() and any(place.is_relative_to(folder.resolve()) for folder in folders)

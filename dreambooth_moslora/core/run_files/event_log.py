@@ -1,4 +1,4 @@
-"""A file of events, such as a run's `metrics.jsonl`: one JSON object a line, added to and never rewritten in place."""
+"""A file of events, such as a run's `metrics.jsonl`: one JSON object per line, only appended to."""
 
 import json
 import math
@@ -11,14 +11,14 @@ __all__ = ["Metrics", "append_event", "parse_event", "read_events"]
 
 
 def append_event(path: Path, event: dict[str, Any]) -> None:
-    """Add one line. Numbers that JSON does not know (NaN, infinity) become null."""
+    """Append one line. Numbers that JSON cannot hold (NaN, infinity) become null."""
     line = json.dumps(finite(event), ensure_ascii=False, allow_nan=False, default=str) + "\n"
     with path.open("a+b") as file:
         file.write((f"\n{line}" if ends_torn(file) else line).encode())
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """All events so far; a line torn by a kill is left out."""
+    """All events so far; a line cut off by a kill is left out."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     return [event for line in lines if (event := parse_event(line)) is not None]
 
@@ -40,7 +40,7 @@ def ends_torn(file: BinaryIO) -> bool:
 
 
 def parse_event(line: str | bytes) -> dict[str, Any] | None:
-    """None for a line that is no event of ours."""
+    """The event in a line; None for any other line."""
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):
@@ -51,11 +51,10 @@ def parse_event(line: str | bytes) -> dict[str, Any] | None:
 
 @dataclass
 class Metrics:
-    """The events, read from where the last reading stopped; a half-written line waits.
+    """The events, read from where the last reading stopped; an unfinished line is read later.
 
-    A resumed run begins with a shorter file in the old one's place, and a folder may be deleted and its name used
-    again. So the last line that was read, which holds its time, must still stand where it stood; if not, all is read
-    anew.
+    A resumed run replaces the file by a shorter one, and a deleted folder's name may be used again. So the last
+    line that was read, which holds its time, must still be at its place; if not, everything is read again.
     """
 
     path: Path
@@ -94,6 +93,6 @@ class Metrics:
         return next((event for event in reversed(self.events) if event.get("type") == kind), {})
 
     def since_start(self) -> list[dict[str, Any]]:
-        """Events of the last start: a resumed run has an `end` of the earlier one before it."""
+        """Events since the last start. In a resumed run, events of the earlier one, even an `end`, come before it."""
         starts = [i for i, event in enumerate(self.events) if event.get("type") == "start"]
         return self.events[starts[-1] :] if starts else []

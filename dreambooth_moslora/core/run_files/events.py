@@ -1,10 +1,10 @@
-"""What a run says of itself, one frozen dataclass an event; `metrics.jsonl` holds each as one line.
+"""A run's events, one frozen dataclass each; `metrics.jsonl` holds one per line.
 
-    RunStarted  PhaseProgress*
-    (StepDone  SamplesDrawn?  StepEvaluated?  CheckpointSaved?)*
-    ScaleFound?  AdapterExported  RunEnded
+RunStarted  PhaseProgress*
+(StepDone  SamplesDrawn?  StepEvaluated?  CheckpointSaved?)*
+ScaleFound?  AdapterExported  RunEnded
 
-`record_of` makes the line's dict, `events_of` finds the events of one type in the lines again.
+`record_of` makes a line's dict, `events_of` finds the events of one type among such dicts.
 """
 
 import time
@@ -47,7 +47,7 @@ class RunStarted(Event):
 
 @dataclass(frozen=True)
 class PhaseProgress(Event):
-    """`done` of `total` things of a phase, such as `loading`, `caching` or `exporting`."""
+    """`done` of `total` items of a phase, such as `loading`, `caching` or `exporting`."""
 
     kind: ClassVar[str] = "phase"
     phase: str
@@ -57,9 +57,9 @@ class PhaseProgress(Event):
 
 @dataclass(frozen=True)
 class StepDone(Event):
-    """One optimizer step. None stands for what does not exist (no prior) or is not finite.
+    """One optimizer step. Values are None when they do not exist (no prior) or are not finite.
 
-    `skipped`: fp16 overflowed, nothing moved, and the step will be done again with a smaller scale.
+    `skipped`: fp16 overflowed, nothing changed, and the step is repeated with a smaller scale.
     """
 
     kind: ClassVar[str] = "step"
@@ -90,7 +90,7 @@ class SamplesDrawn(Event):
 class StepEvaluated(Event):
     """`scores` by name (each a key of its own on disk), the `best` step so far, the evaluation's `cost`.
 
-    `photos`: their `count`, and their `nearness` to each other.
+    `photos` holds their `count` and their `nearness` to each other.
     """
 
     kind: ClassVar[str] = "evaluation"
@@ -104,7 +104,7 @@ class StepEvaluated(Event):
 
 @dataclass(frozen=True)
 class ScaleFound(Event):
-    """The adapter's `best` scale, and the usable ones from `low` to `high`; the score `by_scale`."""
+    """The adapter's `best` scale, the usable ones from `low` to `high`, and the scores `by_scale`."""
 
     kind: ClassVar[str] = "scale"
     best: float
@@ -142,14 +142,14 @@ E = TypeVar("E", bound=Event)
 
 
 def record_of(event: Event) -> dict[str, Any]:
-    """The event as one line's dict."""
+    """The event as a dict for one line."""
     values = asdict(event)
     moment = values.pop("time")
     return {"type": event.kind, "time": moment} | values.pop("scores", {}) | values
 
 
 def event_of(record: Mapping[str, Any]) -> Event | None:
-    """The event of one line; None for another program's line, or one with a field missing or of a wrong type."""
+    """The event of one line; None for another program's line, and for a missing field or a wrong type."""
     kind = KINDS.get(str(record.get("type")))
     if kind is None:
         return None
@@ -166,7 +166,7 @@ def event_of(record: Mapping[str, Any]) -> Event | None:
 
 
 def fits(value: object, kind: Any) -> bool:
-    """Whether a value that JSON gave is of the annotated type; a whole number is a fraction, too."""
+    """Whether a JSON value is of the annotated type; an int also fits float."""
     kinds = [get_origin(one) or one for one in (get_args(kind) if isinstance(kind, UnionType) else [kind])]
     if isinstance(value, bool):
         return bool in kinds
@@ -174,7 +174,7 @@ def fits(value: object, kind: Any) -> bool:
 
 
 def best_fits(event: Event) -> bool:
-    """Whether the `best` step of an evaluation is whole."""
+    """Whether the `best` step of an evaluation is complete."""
     wanted = {"step": int, "score": float, "since": int}
     if not isinstance(event, StepEvaluated):
         return True

@@ -1,4 +1,4 @@
-"""Why a run's process is gone, as well as it is known: from its exit status and its last words."""
+"""Explains why a run's process ended, from its exit status and the end of its log."""
 
 import signal
 
@@ -6,12 +6,12 @@ __all__ = ["was_killed", "why_it_ended"]
 
 
 def was_killed(code: int | None, log_tail: str) -> bool:
-    """Whether a signal ended a process that wrote no end; where nobody knows its exit status, by its last words."""
+    """Whether a signal ended a process that recorded no end; without an exit status, its log decides."""
     return code < 0 if code is not None else "rror" not in _last_words(log_tail)
 
 
 def why_it_ended(code: int | None, log_tail: str, *, was_asked: bool) -> str:
-    """Of a process that wrote no end; `code` is its exit status, None where an earlier server started it."""
+    """The reason, for a process that recorded no end. `code` is None if an earlier server had started it."""
     words = _last_words(log_tail)
     if code == -signal.SIGTERM and was_asked:
         return "It was stopped before training had begun."
@@ -25,6 +25,6 @@ def why_it_ended(code: int | None, log_tail: str, *, was_asked: bool) -> str:
 
 
 def _last_words(log_tail: str) -> str:
-    """The last line of the log that is no progress bar."""
+    """The last line of the log that is not a progress bar."""
     lines = [line for line in log_tail.splitlines() if line.strip() and "%|" not in line]
     return lines[-1][:300] if lines else ""

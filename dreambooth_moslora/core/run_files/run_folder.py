@@ -25,7 +25,7 @@ __all__ = [
 PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
 TOKENS_SUFFIX = "_emb.safetensors"
 TOKENS_NAME = f"moslora{TOKENS_SUFFIX}"
-"""Of the file of new tokens: behind a run's name, and in a checkpoint."""
+"""Name of the file of new tokens in a checkpoint; a published one begins with the run's name instead."""
 CHECKPOINT_FILES = ("position.json", "optimizer.pt", RAW_NAME)
 NAME_BYTES = 200
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -54,7 +54,7 @@ class RunDir:
 
     @property
     def tokens_path(self) -> Path:
-        """New tokens of both text encoders, where the run learnt some."""
+        """New tokens of both text encoders, if the run learnt some."""
         return self.path / f"{self.name}{TOKENS_SUFFIX}"
 
     @property
@@ -62,7 +62,7 @@ class RunDir:
         return self.path / "README.md"
 
     def read_card(self) -> str | None:
-        """The text of README.md; None where there is none."""
+        """The text of README.md; None when it does not exist."""
         if not self.card_path.is_file():
             return None
         return self.card_path.read_text(encoding="utf-8", errors="replace")
@@ -99,7 +99,7 @@ class RunDir:
 
     @property
     def backgrounds_dir(self) -> Path:
-        """The photos' subjects before other scenes, made by `--new_backgrounds`."""
+        """The photos' subjects on other scenes, made by `--new_backgrounds`."""
         return self.path / "backgrounds"
 
     @property
@@ -120,15 +120,15 @@ class RunDir:
 
     @property
     def last_dir(self) -> Path:
-        """The checkpoint of a run's end, where that is no multiple of `--checkpointing_steps`."""
+        """The checkpoint at a run's end, if its step is not a multiple of `--checkpointing_steps`."""
         return self.path / "last"
 
     def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, by step, `last` among them."""
+        """Complete checkpoints by step, including `last`."""
         return [path for path in self.named_checkpoints() if is_checkpoint(path)]
 
     def named_checkpoints(self) -> list[Path]:
-        """All that has a checkpoint's name, by step: complete ones, damaged ones, and those of another program."""
+        """All folders with a checkpoint's name, by step: complete, damaged, or another program's."""
         if not self.path.is_dir():
             return []
         recover(self.path)
@@ -151,12 +151,12 @@ class RunDir:
         append_event(self.metrics_path, event)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All events so far; a line torn by a kill is left out."""
+        """All events so far; a line cut off by a kill is left out."""
         return read_events(self.metrics_path) if self.metrics_path.is_file() else []
 
 
 def check_name(name: str) -> None:
-    """Raises UserError for a name that no file can have: suffixes, and a temporary's, go behind it."""
+    """Raises UserError for a name that files cannot have, with room for suffixes and temporaries' names."""
     if name in ("", ".", "..") or not name.isprintable() or Path(name).name != name:
         raise UserError(f"{name!a} cannot be part of a file's name; give the adapter a plain name")
     if len(name.encode()) > NAME_BYTES:
@@ -170,7 +170,7 @@ def checkpoint_step(path: Path) -> int | None:
 
 
 def step_of(path: Path) -> int:
-    """Of a checkpoint, by its name or, of `last`, by what its position says; -1 where that is damaged."""
+    """The step of a checkpoint: from its name, or for `last` from its position file; -1 when that is damaged."""
     named = checkpoint_step(path)
     if named is not None:
         return named
@@ -181,5 +181,5 @@ def step_of(path: Path) -> int:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether nothing of a checkpoint is missing; what its files hold is seen when they are read."""
+    """Whether all files of a checkpoint exist; their content is not checked."""
     return all((path / name).is_file() and (path / name).stat().st_size for name in CHECKPOINT_FILES)

@@ -1,6 +1,6 @@
-"""The training command as a process of its own: how the page and a fleet start one, and what its log says.
+"""The training command as a process of its own: starting it for the page or a fleet, and reading its log.
 
-`job_config.json` in the run folder has its settings, `job.log` what it writes to the terminal.
+The run folder has its settings in `job_config.json` and its terminal output in `job.log`.
 """
 
 import json
@@ -32,10 +32,10 @@ def start_training(
     folder: str | None = None,
     inherits: Sequence[int] = (),
 ) -> subprocess.Popen:
-    """Train by the settings in the run folder, whose paths begin at `folder` (None: here).
+    """Train by the settings in the run folder, whose paths are relative to `folder` (None: the current one).
 
-    `environment` is beside this process's own, `inherits` are open files that it keeps. It is in a session of its own:
-    a Ctrl-C in this terminal does not reach it.
+    `environment` is added to this process's own; open files in `inherits` are passed on. The process has its
+    own session, so that a Ctrl-C in this terminal does not reach it.
     """
     return start_logged(run_dir, (*start, "--config", str(run_dir / CONFIG_NAME)), environment, folder, inherits)
 
@@ -47,7 +47,7 @@ def start_logged(
     folder: str | None = None,
     inherits: Sequence[int] = (),
 ) -> subprocess.Popen:
-    """Python with these arguments, in the same way; what it writes to the terminal goes to the log in `run_dir`."""
+    """Like `start_training`, for Python with any arguments; the terminal output goes to the log in `run_dir`."""
     own = {"PYTHONUNBUFFERED": "1", **import_environment(), **(environment or {})}
     with (run_dir / LOG_NAME).open("ab") as log:
         return subprocess.Popen(
@@ -63,7 +63,7 @@ def start_logged(
 
 
 def log_tail(run_dir: Path, lines: int = LOG_TAIL_LINES) -> str:
-    """Of a progress bar, the last state. Empty where there is no log."""
+    """The last lines of the log, with the last state of progress bars. Empty without a log."""
     try:
         with (run_dir / LOG_NAME).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
