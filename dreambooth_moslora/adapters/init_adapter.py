@@ -1,8 +1,8 @@
-"""Begin with the update of an existing LoRA file, whichever program wrote it.
+"""Starts an adapter from an existing LoRA file of any program.
 
     ΔW of the file = s·B·M₀·A        A := down,  M := M₀ as the run starts it,  B := up·M₀⁻¹ / s
 
-A file of lower rank fills the first rows of A, and the others stay as they started; a file of higher rank is
+A file of lower rank fills the first rows of A, and the others keep their start; a file of higher rank is
 reduced by SVD. Before the first step, each layer's ΔW as PEFT computes it is compared with the file's.
 """
 
@@ -29,15 +29,15 @@ from dreambooth_moslora.core.errors import UserError
 __all__ = ["Start", "begin_with", "read_start"]
 
 BOUND, BOUND_KAIMING = 1e-5, 1e-3
-"""Of a layer's deviation: fp32's rounding, and its product with a badly conditioned mixer."""
+"""Bounds of a layer's deviation: fp32's rounding, and its amplification by a badly conditioned mixer."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a run began with. `deviation` is the largest relative difference of ΔW from the file's update.
+    """What a run started from. `deviation` is the largest relative difference of ΔW from the file's update.
 
-    `kept` is the share of the file's Σ‖ΔW‖² that the run's ranks hold; `anew` and `left_out` are layers,
-    `component.path`.
+    `kept` is the fraction of the file's Σ‖ΔW‖² that the run's ranks hold. `anew` are layers (`component.path`)
+    that the file lacks, `left_out` layers of the file that the run does not train.
     """
 
     file_name: str
@@ -70,9 +70,9 @@ def read_start(
     base_name: str,
     use_dora: bool,
 ) -> AdapterWeights:
-    """The file, whose layers are the base's.
+    """The file's content, whose layers must be the base's.
 
-    Raises UserError for one that an adapter of the run cannot go on from.
+    Raises UserError for a file that an adapter of the run cannot start from.
     """
     try:
         file = find_weights(path)
@@ -87,7 +87,7 @@ def read_start(
 
 
 def check_kind(weights: AdapterWeights, keys: Iterable[str], use_dora: bool) -> None:
-    """Raises UserError for what an adapter of the run has no place for."""
+    """Raises UserError for content that an adapter of the run cannot hold."""
     name = f"--init_adapter {weights.file_name}"
     if (note := note_in(weights.header)) is not None:
         raise UserError(f"{name}: it was learnt with new tokens for {note['word']!r:.40}, which no run begins with.")
@@ -105,9 +105,10 @@ def check_kind(weights: AdapterWeights, keys: Iterable[str], use_dora: bool) -> 
 @torch.no_grad()
 @full_fp32()
 def begin_with(weights: AdapterWeights, components: dict[str, nn.Module], adapter_name: str = "default") -> Start:
-    """Give a fresh adapter the file's update, prove it, and say what was done.
+    """Copy the file's update into a fresh adapter, verify it, and report the result.
 
-    Raises UserError when no layer is in both, and when a ΔW differs by more than rounding explains.
+    Raises UserError when file and adapter have no layer in common, and when a ΔW differs by more than rounding
+    explains.
     """
     live, update = all_layers(components, adapter_name), updates_in(weights)
     common = [path for path in live if path in update]
@@ -146,7 +147,8 @@ def updates_in(weights: AdapterWeights) -> dict[str, tuple[LowRank, float]]:
 
 
 def begin_layer(layer: LoraLayer, adapter_name: str, projection: LowRank, scale: float) -> tuple[float, float, float]:
-    """(relative difference of the layer's ΔW from the update in its rank, ‖ΔW‖² of the file, what is kept of it)."""
+    """(relative difference of the layer's ΔW from the update in its rank, ‖ΔW‖² of the file, the part of it
+    that is kept)."""
     own = matrices_of(layer, adapter_name)
     wanted, before, kept = of_rank(projection, scale, own.down)
     up = wanted.up / own.scale

@@ -1,4 +1,4 @@
-"""Which layers a model has for an adapter, and which of them a config means. PEFT's own rule is asked."""
+"""Lists the layers of a model that can have an adapter, and those that a config names, by PEFT's own rule."""
 
 import math
 import re
@@ -18,9 +18,9 @@ def without_wrapper(model: nn.Module) -> nn.Module:
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Module path -> module, in the model's order, as if PEFT had wrapped none.
+    """Module path -> module, in the model's order, as without PEFT's wrappers.
 
-    A shared module is listed under its first path only, and the model itself is left out.
+    A shared module is listed under its first path only; the model itself is left out.
     """
     modules, seen = {}, set()
     for path, module in _walk(without_wrapper(model), ""):
@@ -39,7 +39,7 @@ def _walk(parent: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Those of `base_modules` whose weight is no vector: projections, convolutions and embeddings."""
+    """The `base_modules` whose weight has at least 2 dimensions: projections, convolutions and embeddings."""
     layers = {}
     for path, module in base_modules(model).items():
         weight = getattr(module, "weight", None)
@@ -49,7 +49,7 @@ def matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def target_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    """Those of `base_modules` that `config.target_modules` means, whether or not they can have an adapter."""
+    """The `base_modules` that `config.target_modules` matches, whether or not they can have an adapter."""
     modules = base_modules(model)
     return {path: module for path, module in modules.items() if LoraModel._check_target_module_exists(config, path)}
 
@@ -57,7 +57,7 @@ def target_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
 def value_pattern(values: dict[str, float], common: float) -> dict[str, float]:
     """PEFT's `rank_pattern` or `alpha_pattern`: module path -> value, for the values other than `common`.
 
-    It has one regular expression for each value, because PEFT tries all of them on every module.
+    It has one regular expression per value, because PEFT tries all of them on every module.
     """
     paths: dict[float, list[str]] = {}
     for path, value in values.items():
@@ -66,7 +66,7 @@ def value_pattern(values: dict[str, float], common: float) -> dict[str, float]:
 
 
 def narrowest_sides(layers: Mapping[str, nn.Module]) -> dict[str, int]:
-    """The fewer of each layer's inputs and outputs; a convolution's inputs count once for each place of its kernel."""
+    """The fewer of each layer's inputs and outputs. A convolution's inputs count once per position of its kernel."""
     found = {}
     for path, layer in layers.items():
         if isinstance(layer, nn.Conv2d):

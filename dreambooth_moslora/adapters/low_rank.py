@@ -1,4 +1,4 @@
-"""The two matrices of a plain LoRA, as every file holds them and as every adapter folds into."""
+"""The two matrices of a plain LoRA, as files hold them and adapters fold into."""
 
 from dataclasses import dataclass
 

@@ -2,12 +2,11 @@
 
     y = W0·x + s·B·M·A·x        W0 (out, in) frozen,  A (r, in),  M (r, r) the mixer,  B (out, r),  s = alpha/r
 
-Of a convolution, W0 and A are kernels (out, in, h, w) and (r, in, h, w); B and M mix the channels of each
-pixel. A starts gaussian and B at zero, so the adapter starts as a no-op whatever the mixer is. B·M is the B
-of a plain LoRA: every adapter folds exactly into a plain LoRA, and with M = I it is one.
+For a convolution, W0 and A are kernels (out, in, h, w) and (r, in, h, w); B and M mix the channels of each
+pixel. A starts gaussian and B at zero, so the adapter starts as a no-op with any mixer. B·M is the B of a plain
+LoRA: every adapter folds exactly into a plain LoRA, and with M = I it is one.
 
-`MixedLowRank` is the formula. In a model, PEFT's LoRA layer computes it, with a `MixerLinear` in the place of
-its B.
+`MixedLowRank` is the formula. In a model, PEFT's LoRA layer computes it, with a `MixerLinear` instead of its B.
 """
 
 import hashlib
@@ -54,7 +53,7 @@ def initial_mixer(kind: str, rank: int, seed: int, path: str) -> Tensor:
 class MixedLowRank:
     """The adapter of one layer: A `down` (r, in) or (r, in, h, w), M `mixer` (r, r), B `up` (out, r), s.
 
-    `mixer` None stands for M = I, a plain LoRA. `magnitude` (out,) is DoRA's.
+    `mixer` None means M = I, a plain LoRA. `magnitude` (out,) is DoRA's.
     """
 
     down: Tensor
@@ -71,7 +70,7 @@ class MixedLowRank:
 
     @torch.no_grad()
     def fold(self) -> LowRank:
-        """The plain LoRA with alpha = rank that computes the same: down = A, up = s·B·M. In fp32 on the CPU.
+        """The equal plain LoRA with alpha = rank: down = A, up = s·B·M. In fp32 on the CPU.
 
         The product is computed in fp64 on the CPU, because Apple GPUs have no fp64.
         """
@@ -87,7 +86,7 @@ class MixedLowRank:
 class ReadOnlyWeight(Tensor):
     """B·M, computed at each reading; results of operations on it are ordinary tensors.
 
-    PEFT functions that assign to its `data` would change nothing: they raise.
+    Assigning to `data`, as some PEFT functions do, would change nothing and raises UserError.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -102,11 +101,11 @@ class ReadOnlyWeight(Tensor):
 
 
 class MixerLinear(nn.Module):
-    """B·M in the place of LoRA's B: `up` (out, r) is a parameter, `mixer` (r, r) a parameter or a buffer.
+    """B·M instead of LoRA's B: `up` (out, r) is a parameter, `mixer` (r, r) a parameter or a buffer.
 
-    A frozen mixer is a buffer, because PEFT turns gradients on for every parameter of an active adapter. In a
-    state dict a `weight` of one zero stands beside the two. Loading into a plain LoRA then fails on its
-    shape, instead of silently ignoring the other keys.
+    A frozen mixer is a buffer, because PEFT turns gradients on for every parameter of an active adapter. A
+    state dict also holds a `weight` of one zero. Loading it into a plain LoRA then fails on the shape, instead
+    of silently ignoring the other keys.
     """
 
     def __init__(self, up: Tensor, mixer: Tensor, train_mixer: bool = True):
@@ -123,7 +122,7 @@ class MixerLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """B·M, which PEFT merges as a plain LoRA's B. A fake or distributed tensor keeps its class."""
+        """B·M (out, r), which PEFT merges as a plain LoRA's B. A fake or distributed tensor keeps its class."""
         product = self.product()
         return product.as_subclass(ReadOnlyWeight) if type(product) is Tensor else product
 

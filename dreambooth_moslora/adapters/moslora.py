@@ -1,7 +1,7 @@
 """MoSLoRA adapters on a model: add one, list its layers and parameters, scale it, switch it off, fold it.
 
-The method is in `mixer`. The mixer lives inside PEFT's `lora_B[adapter]`, so whatever PEFT does with a LoRA
-layer also works with this one: quantised bases, DoRA, merging, several adapters. There are two ways to add an
+`mixer` holds the method. The mixer is inside PEFT's `lora_B[adapter]`, so whatever PEFT does with a LoRA layer
+also works with this one: quantised bases, DoRA, merging, several adapters. There are two ways to add an
 adapter: `inject` for a model in place, and `MoSLoraConfig` for `peft.get_peft_model`.
 """
 
@@ -63,22 +63,22 @@ class MoSLoraConfig(LoraConfig):
             patch_peft()
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        """A config that comes pickled from another process needs the patch too."""
+        """A config unpickled from another process needs the patch too."""
         self.__dict__.update(state)
         if has_mixer(self):
             patch_peft()
 
     def to_dict(self) -> dict[str, object]:
-        """What PEFT's `save_pretrained` writes: without a mixer, a plain LoraConfig's.
+        """The content of PEFT's `save_pretrained`; without a mixer it is a plain LoraConfig's.
 
-        A PEFT without this package refuses the type MOSLORA. As LORA it would load and compute a wrong ΔW.
+        PEFT without this package refuses the type MOSLORA. As LORA it would load and compute a wrong ΔW.
         """
         if self.mixer == "none":
             return self.without_mixer().to_dict()
         return super().to_dict() | {"peft_type": SAVED_TYPE}
 
     def without_mixer(self) -> LoraConfig:
-        """The plain LoraConfig that a folded copy of this adapter has."""
+        """The plain LoraConfig of a folded copy of this adapter."""
         return LoraConfig(**{f.name: getattr(self, f.name) for f in fields(LoraConfig) if f.init})
 
 
@@ -93,7 +93,7 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
     """
     if adapter_name in getattr(model, "peft_config", {}):
         raise UserError(f"The model already has an adapter named {adapter_name!r}; delete it or choose another name")
-    if config.target_modules not in (None, "all-linear"):  # PEFT finds these by itself
+    if config.target_modules not in (None, "all-linear"):  # PEFT finds their layers itself
         check_targets(target_layers(model, config), config, type(without_wrapper(model)).__name__)
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, config)
@@ -111,7 +111,7 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
 
 
 def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraLayer]:
-    """Module path -> PEFT layer, for each projection that the adapter touches, in the model's order."""
+    """Module path -> PEFT layer, for each projection with this adapter, in the model's order. Raises UserError."""
     base = without_wrapper(model)
     layers = {p: m for p, m in base.named_modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_A}
     if not layers:
@@ -123,7 +123,7 @@ def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str,
 def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> list[tuple[str, nn.Parameter]]:
     """(name, parameter) of every A, B, learnt M and DoRA magnitude, in the model's order.
 
-    Frozen mixers are not in.
+    Frozen mixers are left out.
     """
     found = []
     for path, layer in adapter_layers(model, adapter_name).items():
@@ -149,21 +149,21 @@ def set_scale(model: nn.Module, scale: float, adapter_name: str = "default") -> 
 
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
-    """Every layer with adapters, of whatever name."""
+    """Every layer with adapters of any name."""
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[None]:
-    """The base alone, for the length of a `with` block.
+    """Switch all adapters off for the length of the block.
 
-    Gradient flags stay as they are, unlike PEFT's own switch.
+    Gradient flags do not change, unlike with PEFT's own switch.
     """
     return switched_off(lora_layers(model))
 
 
 @contextmanager
 def switched_off(layers: list[LoraLayer]) -> Iterator[None]:
-    """`disabled` for layers that are known: to find them walks over thousands of modules."""
+    """`disabled` for given layers: finding them means walking over thousands of modules."""
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True
@@ -175,7 +175,7 @@ def switched_off(layers: list[LoraLayer]) -> Iterator[None]:
 
 
 def matrices_of(layer: LoraLayer, adapter_name: str) -> MixedLowRank:
-    """The live A, M, B and magnitude of one layer, not copied, and the s of training, not `set_scale`'s."""
+    """The live A, M, B and magnitude of one layer, not copied, and the s of training, not that of `set_scale`."""
     lora_b, magnitudes = layer.lora_B[adapter_name], layer.lora_magnitude_vector
     is_mixed = isinstance(lora_b, MixerLinear)
     return MixedLowRank(

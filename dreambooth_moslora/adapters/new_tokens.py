@@ -1,10 +1,11 @@
-"""New tokens: rows of both text encoders' tables of embeddings, which were learnt beside an adapter.
+"""New tokens: rows of both text encoders' embedding tables that were learnt beside an adapter.
 
-    NewTokens --attach--> both tokenizers know <s0> <s1> …, both encoders look their rows up, a word stands for them
+    NewTokens --attach--> both tokenizers know <s0> <s1> …, both encoders look their rows up, a word stands for
+them
               --write_tokens--> NAME_emb.safetensors: clip_l (n, D), clip_g (n, D2), fp32
 
-Such a file is read by diffusers' `load_textual_inversion`, ComfyUI and A1111. The encoders' own tables stay as they
-are. The header of the adapter beside it names the file and its digest.
+diffusers' `load_textual_inversion`, ComfyUI and A1111 read such a file. The encoders' own tables do not change.
+The header of the adapter beside it holds the file's name and digest.
 """
 
 import hashlib
@@ -63,29 +64,29 @@ class NewTokens:
 
     @property
     def content(self) -> bytes:
-        """The file's bytes: equal tokens have equal ones."""
+        """The file's bytes, equal for equal tokens."""
         tensors = {KEYS[part]: rows.detach().float().cpu().contiguous() for part, rows in self.rows.items()}
         check_finite(tensors, "the new tokens")
         return with_sorted_metadata(save(tensors, {"format": "pt", WORD: self.word}))
 
     def note(self, file_name: str) -> dict[str, object]:
-        """What the header of the adapter says of them."""
+        """What the adapter's header says about them."""
         digest = hashlib.sha256(self.content).hexdigest()
         return {"word": self.word, "count": self.count, "file": file_name, "sha256": digest}
 
 
 class TableWithRows(nn.Module):
-    """A frozen table of embeddings and `rows` of one's own, whose token ids begin at `first`."""
+    """A frozen embedding table with additional `rows` (n, D), whose token ids start at `first`."""
 
     def __init__(self, table: nn.Module, rows: Tensor, first: int):
         super().__init__()
         self.table, self.first = table, first
         own = rows if isinstance(rows, nn.Parameter) else nn.Parameter(rows, requires_grad=False)
-        self.own = nn.ParameterList([own])  # behind the table's: a model's first weight tells its dtype
+        self.own = nn.ParameterList([own])  # after the table: a model's first weight tells its dtype
 
     @property
     def weight(self) -> Tensor:
-        """The frozen table's: its dtype and device are asked for."""
+        """The frozen table's weight, for readers of its dtype and device."""
         return self.table.weight
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -95,10 +96,10 @@ class TableWithRows(nn.Module):
 
 
 class AttachedTokens:
-    """New tokens at work in a pipeline, until `detach`: `encode_prompt` and all that calls it know their words."""
+    """New tokens in use by a pipeline until `detach`: `encode_prompt` and its callers know their words."""
 
     def __init__(self, pipeline: StableDiffusionXLPipeline, several: Sequence[NewTokens]):
-        """Raises UserError for two of one word, and for rows that are not as wide as the base's."""
+        """Raises UserError for two with the same word, and for rows of another width than the base's."""
         words = [tokens.word for tokens in several]
         if twice := next((word for word in words if words.count(word) > 1), None):
             raise UserError(f"two adapters have learnt tokens for the word {twice!r:.40}: use one of them at a time")
@@ -113,21 +114,21 @@ class AttachedTokens:
             check_width(part, self.several, self._tables[part])
         for part in KEYS:
             self._extend(part)
-        self.pipeline.maybe_convert_prompt = self.spelled  # where diffusers spells textual inversions out
+        self.pipeline.maybe_convert_prompt = self.spelled  # diffusers expands textual inversions there
 
     def detach(self) -> None:
-        """The pipeline is as it was before."""
+        """Restore the pipeline."""
         vars(self.pipeline).pop("maybe_convert_prompt", None)
         for part, name in TOKENIZERS.items():
             setattr(self.pipeline, name, self._tokenizers[part])
             getattr(self.pipeline, part).set_input_embeddings(self._tables[part])
 
     def is_in(self, prompt: str) -> bool:
-        """Whether the prompt has one of the words, or spells one out."""
+        """Whether the prompt contains one of the words, or the tokens of one."""
         return any(pattern.search(prompt) or spelt in prompt for pattern, spelt in self.spellings)
 
     def spelled(self, prompt: str | list[str], tokenizer: object = None) -> str | list[str]:
-        """Prompts with each word spelled out in its tokens."""
+        """The prompts with each word replaced by its tokens."""
         if isinstance(prompt, list):
             return [self.spelled(text) for text in prompt]
         for pattern, spelt in self.spellings:
@@ -147,7 +148,7 @@ class AttachedTokens:
 
 
 def names_of(count: int) -> list[str]:
-    """As diffusers' scripts call new tokens."""
+    """Names of new tokens, as in diffusers' scripts."""
     return [f"<s{number}>" for number in range(count)]
 
 
@@ -167,7 +168,7 @@ def write_tokens(path: Path, tokens: NewTokens) -> None:
 
 
 def read_tokens(path: Path) -> NewTokens:
-    """Raises UserError for any other file."""
+    """The tokens in a file. Raises UserError for any other file."""
     tensors, header = read_tensors(path)
     check_finite(tensors, path.name)
     rows = {part: tensors.get(key) for part, key in KEYS.items()}
@@ -184,7 +185,8 @@ def read_tokens(path: Path) -> NewTokens:
 def tokens_beside(adapter: Path, header: Mapping[str, str]) -> NewTokens | None:
     """The tokens that the adapter file's header names, from the file beside it; None when it names none.
 
-    None, and a line in the log, when the file is not there. Raises UserError for another file than the one named.
+    If the file is missing, it logs a warning and returns None. Raises UserError if it is not the file in the
+    header.
     """
     note = note_in(header)
     if note is None:
@@ -202,7 +204,7 @@ def tokens_beside(adapter: Path, header: Mapping[str, str]) -> NewTokens | None:
 
 
 def note_in(header: Mapping[str, str]) -> dict | None:
-    """What `NewTokens.note` wrote into the header of an adapter."""
+    """The `NewTokens.note` in the header of an adapter, or None."""
     try:
         return AdapterMetadata.from_json(header["moslora"]).tokens or None
     except (KeyError, TypeError, ValueError):
@@ -211,7 +213,7 @@ def note_in(header: Mapping[str, str]) -> dict | None:
 
 @torch.no_grad()
 def prove_tokens(path: Path, attached: AttachedTokens, prompts: Sequence[str]) -> FileProof:
-    """Load the file through diffusers' own loader into the same encoders, and compare rows and encoded prompts."""
+    """Load the file by diffusers' own loader into the same encoders, and compare rows and encoded prompts."""
     found, tokens = read_tokens(path), attached.several[0]
     rows = {KEYS[p]: relative_difference(found.rows[p], r.detach().float().cpu()) for p, r in tokens.rows.items()}
     live = encode_text(attached.pipeline, list(prompts))
@@ -242,7 +244,7 @@ def stock_loaded(path: Path, attached: AttachedTokens) -> Iterator[StableDiffusi
 
 
 def load_stock(pipeline: StableDiffusionXLPipeline, part: str, rows: Tensor) -> None:
-    """As the card says, but into copies of the tokenizer and, on the CPU, of the table, which grows where it is."""
+    """Load as the model card says, but into a copy of the tokenizer, and of the table, as it grows in place."""
     setattr(pipeline, TOKENIZERS[part], deepcopy(getattr(pipeline, TOKENIZERS[part])))
     encoder, tokenizer = getattr(pipeline, part), getattr(pipeline, TOKENIZERS[part])
     table = encoder.get_input_embeddings().weight

@@ -1,9 +1,8 @@
 """What this package changes in PEFT, and what it refuses because PEFT would compute something else.
 
 `patch_peft` wraps two methods of PEFT's LoraModel. It is called when the first config with a mixer is made;
-until then, and in programs that use plain LoRA only, these methods are PEFT's own. The patch stays for the
-life of the process: `PeftModel.add_adapter` and `add_weighted_adapter` can be called at any later time, and
-PEFT has no hook there.
+programs that use only plain LoRA keep PEFT's own methods. The patch stays for the life of the process:
+`PeftModel.add_adapter` and `add_weighted_adapter` can be called at any later time, and PEFT has no hook there.
 """
 
 from dataclasses import fields
@@ -28,11 +27,11 @@ create, combine = LoraModel._create_and_replace, LoraModel.add_weighted_adapter
 
 @cache
 def patch_peft() -> None:
-    """Let PEFT's LoraModel put the config's mixer into each layer, and fold adapters before it combines them.
+    """Make PEFT's LoraModel put the config's mixer into each layer, and fold adapters before it combines them.
 
-    PEFT's registration of custom layer classes is not enough: it is not asked when a second adapter joins a
-    layer that is already wrapped, and `add_weighted_adapter` writes into `lora_B.weight`, which a mixer
-    computes. Both errors would be silent.
+    PEFT's registration of custom layer classes does not suffice: it is ignored when a second adapter joins a
+    wrapped layer, and `add_weighted_adapter` writes to `lora_B.weight`, which a mixer computes. Both errors
+    would be silent.
     """
     LoraModel._create_and_replace, LoraModel.add_weighted_adapter = create_and_mix, combine_folded
 
@@ -40,7 +39,7 @@ def patch_peft() -> None:
 def register(saved_type: str, config_class: type[LoraConfig]) -> None:
     """Let `PeftModel.from_pretrained` find a saved config's class, and `hotswap_adapter` compare mixers.
 
-    Otherwise a plain LoRA swapped in for a mixed one would become zero.
+    Otherwise a plain LoRA swapped in for one with a mixer would become zero.
     """
     PEFT_TYPE_TO_CONFIG_MAPPING[saved_type] = config_class
     CONFIG_KEYS_TO_CHECK[PeftType.LORA].append("mixer")
@@ -70,8 +69,8 @@ def combine_folded(self, *arguments, **options):
 def add_mixer(layer: LoraLayer, adapter_name: str, config: LoraConfig, path: str) -> None:
     """Put a mixer between the A and the B that PEFT has just made for the layer at `path`.
 
-    A, M and B become fp32, also where PEFT is told to leave the adapter in the base's dtype.
-    Raises UserError for a layer that cannot carry a mixer.
+    A, M and B become fp32, even if PEFT is told to use the base's dtype. Raises UserError for a layer that
+    cannot carry a mixer.
     """
     check_layer(layer, adapter_name, path)
     plain = layer.lora_B[adapter_name].weight
@@ -97,7 +96,7 @@ def check_settings(config: LoraConfig) -> None:
 
 
 def check_variants(config: LoraConfig) -> None:
-    """Raises UserError for the variants of LoRA that PEFT computes from B·A without its mixer."""
+    """Raises UserError for variants of LoRA that PEFT would compute from B·A, without the mixer."""
     variants = {field.name for field in fields(config) if field.metadata.get("is_lora_variant")} - {"use_dora"}
     for name in sorted(variants | {"lora_bias"}):
         if getattr(config, name):
@@ -110,7 +109,7 @@ def check_variants(config: LoraConfig) -> None:
 
 
 def check_targets(targets: dict[str, nn.Module], config: LoraConfig, model_name: str) -> None:
-    """`targets`: module path -> base layer. Raises UserError for none, and for the first unsuitable one."""
+    """`targets`: module path -> base layer. Raises UserError if empty, and for the first unsuitable one."""
     if not targets:
         raise UserError(f"target_modules={config.target_modules!r} matches no module of {model_name}")
     for path, module in targets.items():
@@ -126,7 +125,7 @@ def check_targets(targets: dict[str, nn.Module], config: LoraConfig, model_name:
 
 
 def check_layer(layer: LoraLayer, adapter_name: str, path: str) -> None:
-    """Raises UserError unless the layer's lora_B is a plain matrix that PEFT only multiplies by."""
+    """Raises UserError unless PEFT only multiplies by the layer's lora_B, a plain matrix."""
     is_plain = adapter_name in layer.lora_B and type(layer.lora_B[adapter_name]) in (nn.Linear, nn.Conv2d)
     base = layer.get_base_layer()
     if not is_plain or isinstance(layer, (MultiheadAttention, ParamWrapper)) or is_odd_convolution(base):
@@ -141,7 +140,7 @@ def check_dora(path: str, base: nn.Module) -> None:
 
 
 def is_odd_convolution(module: nn.Module) -> bool:
-    """Whether PEFT's A would be another convolution than the base's, or M would mix groups."""
+    """Whether PEFT's A would differ from the base's kind of convolution, or M would mix groups."""
     if not isinstance(module, nn.modules.conv._ConvNd):
         return False
     is_plain = module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"

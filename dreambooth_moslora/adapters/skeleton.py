@@ -1,8 +1,7 @@
-"""A model without its weights: every parameter is one zero, seen at full size through strides of 0.
+"""A model without weights: every parameter is a single zero, expanded to full size by strides of 0.
 
-Loaders, PEFT's too, treat it as an ordinary model in fp32 on the CPU, but it costs next to no memory: an SDXL
-UNet needs a few MB. This is how an export is reloaded by the stock loader while only one real UNet is in
-memory.
+Loaders, including PEFT's, treat it as an ordinary fp32 model on the CPU, but it takes almost no memory: a few
+MB for an SDXL UNet. The stock loader reloads an export into it, so that memory holds only one real UNet.
 """
 
 import inspect
@@ -20,7 +19,7 @@ __all__ = ["empty_model", "model_config"]
 
 
 def model_config(model: nn.Module) -> dict[str, object]:
-    """{"class", "config"}, JSON-able and without file names; `empty_model` builds the model from it."""
+    """{"class", "config"}, JSON-able and without file names, for `empty_model`."""
     config = model.config
     values = config.to_diff_dict() if hasattr(config, "to_diff_dict") else dict(config)
     values = {k: v for k, v in values.items() if not k.startswith("_") and k not in PRIVATE}
@@ -34,7 +33,8 @@ CLASSES = {
 }
 """Class of an adapted model -> its library. A file names the class, so no other class is ever built."""
 MOST_LAYERS = 2000
-"""Of all blocks together, if each were as deep as the deepest. SDXL's UNet has 60, its text encoders have 12 and 32."""
+"""Most layers of all blocks together, if each were as deep as the deepest. SDXL's UNet has 60, its text
+encoders have 12 and 32."""
 DEPTHS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")
 PRIVATE = ("name_or_path", "quantization_config", "transformers_version", "dtype", "torch_dtype")
 
@@ -53,19 +53,19 @@ def empty_model(description: Mapping[str, object]) -> nn.Module:
         with torch.device("meta"):
             model = build(str(name), config)
         fill_with_zeros(model)
-    except Exception as error:  # for sizes that contradict each other a constructor can raise anything
+    except Exception as error:  # constructors raise any error on contradictory sizes
         raise UserError(f"the {name} that the file describes cannot be built: {one_line(error)}") from error
     return model.eval()
 
 
 def layers_in(config: dict) -> int:
-    """The most layers that a model of this config can have; unreadable numbers are left to the constructor."""
+    """The most layers that a model of this config can have; the constructor judges unreadable numbers."""
     blocks = config.get("down_block_types")
     return (len(blocks) if isinstance(blocks, list) else 1) * prod(deepest(config.get(name)) for name in DEPTHS)
 
 
 def deepest(depths: object) -> int:
-    """The largest of a number, or of a list of them, nested or not; 1 for anything else."""
+    """The largest number in a number or a list, nested or not; 1 for anything else."""
     if isinstance(depths, list):
         return max(map(deepest, depths), default=1)
     return max(1, depths) if isinstance(depths, int) else 1
@@ -75,7 +75,7 @@ def build(name: str, config: dict) -> nn.Module:
     kind = getattr(import_module(CLASSES[name]), name)
     if CLASSES[name] == "diffusers":
         return kind.from_config(known(kind, config))
-    # An attention implementation may name a kernel on the hub, which is code: a file does not choose that.
+    # An attention implementation may name a kernel on the hub, which is code: a file must not choose it.
     return kind(kind.config_class(**{k: v for k, v in config.items() if "attn_implementation" not in k}))
 
 
@@ -86,7 +86,7 @@ def known(kind: type, config: dict) -> dict:
 
 
 def fill_with_zeros(model: nn.Module) -> None:
-    """Replace every parameter by one zero at strides of 0, in place."""
+    """Replace every parameter by a zero with strides of 0, in place."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:

@@ -1,4 +1,4 @@
-"""How far the mixer of each projection has moved, how much of the adapter's rank is used, and rank reduction.
+"""How far each projection's mixer has moved, how much of the adapter's rank is used, and rank reduction.
 
 drift            ‖M − M₀‖ / ‖M₀‖                                  how far the mixer has moved from its start
 condition number σ₁(M) / σ_r(M)                                   infinite for a mixer that lost a direction
@@ -32,7 +32,7 @@ __all__ = [
 
 
 class Diagnosis(NamedTuple):
-    """Figures of one projection; the mixer's are None where there is no mixer."""
+    """Figures of one projection; the mixer's are None without a mixer."""
 
     rank: int
     effective_rank: float
@@ -57,7 +57,7 @@ def leading_part(left: Tensor, sizes: Tensor, right: Tensor, rank: int) -> tuple
 
 
 def effective_rank(sizes: Tensor) -> float:
-    """Of singular values (r,); 0 for an adapter that does nothing yet."""
+    """Effective rank of singular values (r,); 0 for an adapter without an effect."""
     total = sizes.sum()
     if total == 0:
         return 0.0
@@ -66,7 +66,7 @@ def effective_rank(sizes: Tensor) -> float:
 
 
 def mixer_figures(mixer: Tensor, kind: str, seed: int, path: str) -> tuple[float, float]:
-    """(drift, condition number) of M (r, r). Its start is made again from the kind, the seed and the path."""
+    """(drift, condition number) of M (r, r). Its start is computed again from kind, seed and path."""
     start = initial_mixer(kind, len(mixer), seed, path).double()
     mixer = mixer.detach().cpu().double()
     sizes = torch.linalg.svdvals(mixer)
@@ -77,7 +77,7 @@ def mixer_figures(mixer: Tensor, kind: str, seed: int, path: str) -> tuple[float
 
 
 def effective_rank_of(layer: LowRank) -> float:
-    """Of ΔW = up·down, which is not formed; of a convolution's flattened kernels."""
+    """Effective rank of ΔW = up·down, without forming it; convolution kernels are flattened."""
     return effective_rank(product_svd(layer.up.flatten(1), layer.down.flatten(1))[1])
 
 
@@ -118,9 +118,9 @@ def summary(figures: dict[str, Diagnosis]) -> dict[str, float]:
 
 
 def reduce_rank(layer: LowRank, keep: float) -> tuple[LowRank, float, float]:
-    """The smallest-rank layer with at least `keep` of ‖ΔW‖², and both squared norms (before, after).
+    """The layer of lowest rank that keeps at least `keep` of ‖ΔW‖², and the squared norms before and after.
 
-    DoRA stays.
+    DoRA's magnitudes do not change.
     """
     left, sizes, right = product_svd(layer.up.flatten(1), layer.down.flatten(1))
     energy = sizes.square().cumsum(0)
@@ -135,7 +135,7 @@ def reduce_rank(layer: LowRank, keep: float) -> tuple[LowRank, float, float]:
 def reduce_layers(
     components: dict[str, dict[str, LowRank]], keep: float
 ) -> tuple[dict[str, dict[str, LowRank]], float]:
-    """Reduce every projection of every component; and the share of Σ‖ΔW‖² that is left.
+    """Reduce every projection of every component; also returns the fraction of Σ‖ΔW‖² that is left.
 
     Raises UserError unless 0 < keep <= 1.
     """

@@ -1,1 +1,1 @@
-"""Adapter files: raw and published, of diffusers and of kohya, what they say of themselves, and their proof."""
+"""Adapter files: raw and published, of diffusers and of kohya, their metadata, and their verification."""

@@ -1,4 +1,4 @@
-"""Kind, rank, alpha, modules, base and trigger words of any LoRA file, written by us or by another program."""
+"""Describes any LoRA file, of this or another program: kind, rank, alpha, modules, base and trigger words."""
 
 import json
 import re
@@ -28,7 +28,7 @@ PAIRS = {
     "_lora.down.weight": ("_lora.up.weight", "old diffusers keys"),
     ".lora_linear_layer.down.weight": (".lora_linear_layer.up.weight", "diffusers text encoder keys"),
 }
-"""Suffix of the down matrix -> (suffix of the up matrix, what such keys are called)."""
+"""Suffix of the down matrix -> (suffix of the up matrix, name of this kind of key)."""
 UNFOLDED = ".lora_B.mixer"
 OTHER_KINDS = {
     "hada_w1": "LyCORIS LoHa",
@@ -46,7 +46,7 @@ COMPONENT_PREFIXES = {
 
 @dataclass(frozen=True)
 class Pair:
-    """One projection of a file that another program wrote, or that we published."""
+    """One projection in a published file, or in a file of another program."""
 
     module: str
     keys: str
@@ -60,7 +60,7 @@ class Pair:
 
 
 def describe(path: str | Path) -> dict[str, object]:
-    """What a LoRA file is and holds, JSON-able.
+    """What a LoRA file is and contains, JSON-able.
 
     Raises UserError for a broken file, and for one without a LoRA.
     """
@@ -75,20 +75,20 @@ def describe(path: str | Path) -> dict[str, object]:
     try:
         check_finite({k: t for k, t in tensors.items() if t.is_floating_point()}, path.name)
         facts |= describe_pairs(path.name, tensors, header)
-    except RuntimeError as error:  # torch has no such operation for these numbers, or they are too large for it
+    except RuntimeError as error:  # torch lacks the operation for this dtype, or the values are too large
         raise UserError(f"{path.name} is broken: {one_line(error)}") from error
     return facts | said_by_header(header)
 
 
 def describe_tokens(path: Path) -> dict[str, object]:
-    """What our file of new tokens holds."""
+    """The content of a file of new tokens that this program wrote. Raises UserError."""
     tokens = read_tokens(path)
     widths = {KEYS[part]: rows.shape[1] for part, rows in tokens.rows.items()}
     return {"kind": "new tokens of SDXL's text encoders", "word": tokens.word, "tokens": tokens.count, "widths": widths}
 
 
 def describe_raw(path: Path) -> dict[str, object]:
-    """What our raw file holds, with the figures of its mixers."""
+    """The content of a raw file, with the figures of its mixers. Raises UserError."""
     tensors, metadata = read_raw(path)
     figures, modules = {}, Counter()
     for component in sorted({key.split(".", 1)[0] for key in tensors}):
@@ -111,7 +111,7 @@ def describe_raw(path: Path) -> dict[str, object]:
 
 
 def describe_pairs(name: str, tensors: dict[str, Tensor], header: dict[str, str]) -> dict[str, object]:
-    """What a plain LoRA file holds. Of other kinds of adapters only the name is given. Raises UserError."""
+    """The content of a plain LoRA file; for other kinds of adapters only the kind. Raises UserError."""
     pairs = find_pairs(name, tensors)
     others = [kind for mark, kind in OTHER_KINDS.items() if any(mark in key for key in tensors)]
     if not pairs and not others:
@@ -131,7 +131,7 @@ def kind_of(pairs: list[Pair], others: list[str], header: dict[str, str]) -> str
 def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
     """The pairs of down and up matrices among a file's tensors.
 
-    Raises UserError for one without the other.
+    Raises UserError for a matrix without its partner.
     """
     pairs = []
     check_halves(name, tensors)
@@ -154,7 +154,7 @@ def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
 
 
 def check_halves(name: str, tensors: dict[str, Tensor]) -> None:
-    """Raises UserError for an up matrix whose down matrix is not there."""
+    """Raises UserError for an up matrix without its down matrix."""
     for down_suffix, (up_suffix, _) in PAIRS.items():
         modules = [key.removesuffix(up_suffix) for key in tensors if key.endswith(up_suffix)]
         if alone := [module for module in modules if module + down_suffix not in tensors]:
@@ -163,7 +163,7 @@ def check_halves(name: str, tensors: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def geometry(pairs: list[Pair]) -> dict[str, object]:
-    """Modules by component, ranks, alphas, scales, and the effective rank of the pairs with ΔW = up·down."""
+    """Modules by component, ranks, alphas, scales, and the effective rank of pairs with ΔW = up·down."""
     ranks, alphas = Counter(p.matrices.rank for p in pairs), Counter(p.alpha for p in pairs if p.alpha is not None)
     scales = sorted({p.scale for p in pairs if p.scale is not None})
     dense = [p for p in pairs if p.is_product]
@@ -183,7 +183,7 @@ def component_of(module: str) -> str:
 
 
 def said_by_header(header: dict[str, str]) -> dict[str, object]:
-    """What the header says about the adapter, in our own keys, ModelSpec's or kohya's."""
+    """What the header says about the adapter, in keys of this program, ModelSpec or kohya."""
     if "moslora" in header:
         try:
             metadata = AdapterMetadata.from_json(header["moslora"])
@@ -200,7 +200,7 @@ def said_by_header(header: dict[str, str]) -> dict[str, object]:
 
 
 def frequent_tags(header: dict[str, str], number: int = 5) -> list[str]:
-    """The most frequent tags of kohya's tag counts, which serve as trigger words."""
+    """The most frequent tags in kohya's tag counts, which serve as trigger words."""
     try:
         folders = json.loads(header.get("ss_tag_frequency", "{}"))
         counts = Counter()
@@ -236,7 +236,7 @@ def lines(facts: dict[str, object]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """The text without control characters: the header of a file may hold some that steer the terminal."""
+    """The text without control characters: a file's header may contain some that affect the terminal."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 

@@ -1,14 +1,15 @@
-"""Publishing an adapter.
+"""Publishes an adapter.
 
-What is published is always folded: ΔW = up·down with the scale baked in and alpha = rank.
+A published adapter is always folded: ΔW = up·down with the scale included and alpha = rank.
 
 live adapter --fold--> LowRank --reduce_layers--> --publish--> pytorch_lora_weights.safetensors   for diffusers
-                                                                   <name>.kohya.safetensors           for the others
+                                                                   <name>.kohya.safetensors           for the
+others
                                                                [<name>_emb.safetensors            new tokens]
              --save_raw--> moslora_weights.safetensors --load_raw--> the same adapter, bit for bit
 
-Such a file is right without metadata, in any version of diffusers and in kohya's form. Nothing is published
-before the stock loader has read it back and computed the same (`proof`).
+Such a file is correct without metadata, in any version of diffusers and in kohya's form. A file is published
+only after a stock loader has read it back and computed the same (`proof`).
 """
 
 from collections.abc import Callable
@@ -67,13 +68,13 @@ def publish(
     tokens: NewTokens | None = None,
     prove: Callable[[Path], FileProof] | None = None,
 ) -> Proof:
-    """Write both published files into `out_dir`, or neither: each is proved before it gets its name.
+    """Write both published files into `out_dir`, or neither: each is verified before it gets its name.
 
-    New `tokens` go with them, in a file that the headers of both name; `prove` proves it.
+    New `tokens` are written beside them, in a file that both headers name; `prove` verifies it. `keep` below 1
+    reduces the rank of each projection to keep that fraction of ‖ΔW‖².
 
-    `keep` below 1 lowers the rank of each projection to keep that share of ‖ΔW‖². Raises UserError when a
-    file differs from the adapter by more than the dtype's bound, when weights are NaN, or when the adapter is
-    merged.
+    Raises UserError when a file differs from the adapter by more than the dtype's bound, when weights are NaN,
+    or when the adapter is merged.
     """
     check_name(name)
     check_publishable(components, dtype, adapter_name)
@@ -110,7 +111,7 @@ def with_tokens(metadata: AdapterMetadata, name: str, tokens: NewTokens | None) 
 
 
 def check_publishable(components: dict[str, nn.Module], dtype: torch.dtype, adapter_name: str) -> None:
-    """Raises UserError for a merged adapter, an unknown dtype, and adapters that our files cannot hold."""
+    """Raises UserError for a merged adapter, an unknown dtype, and an adapter that the files cannot hold."""
     check_components(components)
     check_storable(components, adapter_name)
     if dtype not in BOUNDS:
@@ -130,7 +131,7 @@ def published_layers(components: dict[str, nn.Module], adapter_name: str) -> Fol
 
 
 def expected_deltas(components: dict[str, nn.Module], folded: Folded, adapter_name: str) -> dict[str, Tensor]:
-    """`component.path` -> ΔW after the reduction, which is what the files have to hold."""
+    """`component.path` -> ΔW (out, in) or (out, in, h, w) after the reduction, which the files must hold."""
     return {
         f"{component}.{path}": folded[component][published_name(component, path)[1]].delta
         for component, model in components.items()
@@ -158,9 +159,9 @@ def write_published(
 
 
 def published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """PEFT's keys behind the component's name, which every diffusers since 0.22 reads.
+    """The tensors under PEFT's keys after the component's name, which diffusers reads since 0.22.
 
-    DoRA's magnitudes stay fp32: what training changed in them is smaller than half precision's rounding.
+    DoRA's magnitudes stay fp32: half precision would round away what training changed in them.
     """
     tensors = {}
     for component, layers in folded.items():
@@ -173,12 +174,13 @@ def published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) -> dic
 
 
 def magnitude_key(component: str) -> str:
-    """For a UNet every diffusers adds `.weight`, and old ones need that; transformers' loader does not."""
+    """The key of magnitudes. For a UNet every diffusers adds `.weight`, and old ones need that; transformers'
+    loader does not."""
     return "lora_magnitude_vector" if component == "unet" else "lora_magnitude_vector.weight"
 
 
 def padded(folded: Folded) -> Folded:
-    """All projections at the file's largest rank, with zeros: old diffusers takes one alpha for all ranks."""
+    """All projections at the file's largest rank, with zeros: old diffusers uses one alpha for all ranks."""
     rank = max(layer.rank for layers in folded.values() for layer in layers.values())
 
     def pad(layer: LowRank) -> LowRank:
@@ -191,7 +193,7 @@ def padded(folded: Folded) -> Folded:
 
 
 def balanced(layer: LowRank) -> LowRank:
-    """Move a power of two between up and down, exactly: fp16 would round the small `up` of early steps to 0."""
+    """Move a power of two between up and down, which is exact: fp16 would round the small `up` of early steps to 0."""
     sizes = layer.up.abs().max(), layer.down.abs().max()
     if min(sizes) == 0:
         return layer
@@ -218,7 +220,7 @@ def check_bound(proofs: tuple[FileProof, ...], bound: float, dtype: torch.dtype)
 
 
 def report(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded, kept: float | None) -> Proof:
-    """`kept` is the share of Σ‖ΔW‖² that a reduction left; None without one."""
+    """The proof of all files. `kept` is the fraction of Σ‖ΔW‖² after a reduction; None without one."""
     layers = [layer for c in folded.values() for layer in c.values()]
     return Proof(
         dtype=next(name for name, d in DTYPES.items() if d == dtype),
@@ -239,7 +241,7 @@ def notes_on(layers: list[LowRank], reduced: bool) -> tuple[str, ...]:
 
 
 def load_published(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetadata | None]:
-    """Tensors of a LoRA file, and its metadata when we wrote it. Raises UserError for a broken file."""
+    """Tensors of a LoRA file, and its metadata if this program wrote it. Raises UserError for a broken file."""
     path = Path(path)
     tensors, header = read_tensors(path / PUBLISHED_NAME if path.is_dir() else path)
     check_finite(tensors, path.name)

@@ -1,4 +1,4 @@
-"""In what two published adapter files differ: tensors bit by bit, and what their headers say."""
+"""Compares two published adapter files: tensors bit by bit, and the entries of their headers."""
 
 import json
 from dataclasses import dataclass
@@ -14,9 +14,10 @@ __all__ = ["FileDifference", "difference_of"]
 
 @dataclass(frozen=True)
 class FileDifference:
-    """`first` says how the first differing tensor differs, "" when none does; `count` of `total` tensors differ.
+    """`first` says how the first differing tensor differs, "" when none does; `count` of `total` tensors
+    differ.
 
-    `header` names the header's facts that differ, those of `moslora` by their own names.
+    `header` names the differing entries of the header; those inside `moslora` have their own names.
     """
 
     first: str
@@ -26,7 +27,7 @@ class FileDifference:
 
 
 def difference_of(one: Path, other: Path) -> FileDifference:
-    """Of two safetensors files. Raises UserError when one cannot be read."""
+    """Compare two safetensors files. Raises UserError when one cannot be read."""
     (tensors, header), (others, other_header) = read_tensors(one), read_tensors(other)
     names = sorted(tensors.keys() | others.keys())
     found = [text for name in names if (text := tensor_difference(name, tensors.get(name), others.get(name)))]
@@ -37,7 +38,7 @@ def difference_of(one: Path, other: Path) -> FileDifference:
 
 
 def tensor_difference(name: str, one: Tensor | None, other: Tensor | None) -> str:
-    """What differs, in words; "" for the same bits."""
+    """How the tensors differ, in words; "" for equal bits."""
     if one is None or other is None:
         return f"{name} is in one of the files alone"
     if one.shape != other.shape:
@@ -55,7 +56,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def facts_in(header: dict[str, str]) -> dict[str, object]:
-    """The header with the JSON object under `moslora` spread out."""
+    """The header with the JSON object under `moslora` expanded."""
     try:
         ours = json.loads(header.get("moslora", "{}"))
     except (ValueError, RecursionError):

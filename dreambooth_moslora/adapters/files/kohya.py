@@ -1,11 +1,12 @@
 """kohya's names for an SDXL LoRA, and the header metadata that ComfyUI, A1111 and InvokeAI show.
 
-    lora_unet_<path with _>.lora_down.weight (r, in)   .lora_up.weight (out, r)   .alpha = r   [.dora_scale (out, 1)]
+    lora_unet_<path with _>.lora_down.weight (r, in)   .lora_up.weight (out, r)   .alpha = r   [.dora_scale
+(out, 1)]
 
-ΔW = alpha/r · up·down. Where the ranks differ, every module has the alpha of the most common rank, and `up`
-of the others carries r/alpha: diffusers loses the alphas of attention projections when a file has several.
+ΔW = alpha/r · up·down. If the ranks differ, every module has the alpha of the most common rank, and `up` of the
+others is multiplied by r/alpha: diffusers loses the alphas of attention projections when a file has several.
 `lora_te1_` and `lora_te2_` are the two text encoders. Header keys: github.com/Stability-AI/ModelSpec, and
-`ss_*` of kohya's sd-scripts. Folder names, captions and tag counts, which sd-scripts also writes, stay out.
+`ss_*` of kohya's sd-scripts. Folder names, captions and tag counts, which sd-scripts also writes, are left out.
 """
 
 import torch
@@ -45,7 +46,7 @@ def common_rank(components: dict[str, dict[str, LowRank]]) -> int:
 
 
 def kohya_header(title: str, metadata: AdapterMetadata, components: dict[str, dict[str, LowRank]]) -> dict[str, str]:
-    """Title, trigger phrase, architecture and rank; every value is a string, as safetensors wants it."""
+    """Title, trigger phrase, architecture and rank. Every value is a string, as safetensors requires."""
     ranks = {layer.rank for layers in components.values() for layer in layers.values()}
     rank = str(*ranks) if len(ranks) == 1 else "Dynamic"  # sd-scripts' word for a file of several ranks
     cross = metadata.structures.get("unet", {}).get("config", {}).get("cross_attention_dim", SDXL_CROSS_ATTENTION)

@@ -1,8 +1,9 @@
-"""Read any LoRA file (ours, diffusers', kohya's), check that it fits the base, put it into the pipeline.
+"""Reads any LoRA file (this program's, diffusers', kohya's), checks that it fits the base, and loads it into
+the pipeline.
 
-file --read_adapter--> AdapterWeights --check_fits--> --install--> a PEFT adapter under its content's name
+file --read_adapter--> AdapterWeights --check_fits--> --install--> a PEFT adapter named by its content
 
-A file may come from anybody. Only the matrices of a LoRA and their scales are taken from it.
+A file may come from anyone. Only the matrices of a LoRA and their scales are taken from it.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RAW_NAM
 __all__ = ["AdapterWeights", "adapter_name", "check_fits", "find_weights", "install", "read_adapter"]
 
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
-"""Cross-attention width of the UNet -> the family that has it."""
+"""Cross-attention width of the UNet -> the model family that has it."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,13 @@ class AdapterWeights:
 
     @property
     def key(self) -> str:
-        """The name inside PEFT: by content, so that one file under two names is loaded once."""
+        """The name inside PEFT, from the content: a file under two names is loaded once."""
         return f"sha_{self.sha256[:16]}"
 
 
 def find_weights(path: str | Path) -> Path:
-    """The safetensors file of an adapter: itself, the published one of a run, the raw one of a checkpoint.
+    """The safetensors file of an adapter: the path itself, the published file of a run, or the raw one of a
+    checkpoint.
 
     Raises UserError when there is none, and for any format that can carry code (pickles).
     """
@@ -65,8 +67,8 @@ def find_weights(path: str | Path) -> Path:
 
 
 def adapter_name(path: str | Path) -> str:
-    """`runs/dog` and the file in it are called "dog", its checkpoints "dog@500" and "dog@last", and `cat.safetensors`
-    "cat"."""
+    """`runs/dog` and the file in it are called "dog", its checkpoints "dog@500" and "dog@last", and
+    `cat.safetensors` is "cat"."""
     file = find_weights(path)
     folder = file.parent.resolve()
     if file.name not in (PUBLISHED_NAME, RAW_NAME):
@@ -76,7 +78,7 @@ def adapter_name(path: str | Path) -> str:
 
 
 def read_adapter(path: str | Path, pipeline: StableDiffusionXLPipeline) -> AdapterWeights:
-    """Raises UserError when the file is missing, is no safetensors file or holds no LoRA that we know."""
+    """The file's content. Raises UserError when it is missing, is not a safetensors file, or holds no known LoRA."""
     file = find_weights(path)
     header, keys = _read_header(file)
     content = (fold_raw(file), None, None) if "raw_format" in keys else _read_published(file, pipeline)
@@ -101,13 +103,14 @@ def _parts(
 
 
 def _module_name(component: str, path: str, model: nn.Module | None) -> str:
-    """transformers 5 has dropped CLIPTextModel's `text_model.`; files have it or not."""
+    """The module's path in the base; transformers 5 has no `text_model.` in CLIPTextModel, files have it or not."""
     path = published_name(component, path)[1]
     return path if component == "unet" or hasattr(model, "text_model") else path.removeprefix("text_model.")
 
 
 def fold_raw(file: Path) -> dict[str, Tensor]:
-    """A checkpoint as the tensors of a plain LoRA in diffusers' naming: down = A, up = s·B·M, alpha = rank."""
+    """A checkpoint as the tensors of a plain LoRA in diffusers' naming: down = A, up = s·B·M, alpha = rank.
+    Raises UserError."""
     tensors, metadata = read_raw(file)
     folded: dict[str, dict[str, LowRank]] = {}
     for component in COMPONENTS:
@@ -118,7 +121,7 @@ def fold_raw(file: Path) -> dict[str, Tensor]:
 
 
 def _read_published(file: Path, pipeline: StableDiffusionXLPipeline) -> tuple[dict[str, Tensor], dict | None, object]:
-    """Tensors in diffusers' naming, kohya's alphas, and what the header holds as PEFT's settings."""
+    """Tensors in diffusers' naming, kohya's alphas, and PEFT's settings in the header. Raises UserError."""
     try:
         return pipeline.lora_state_dict(
             str(file.parent),
@@ -128,12 +131,12 @@ def _read_published(file: Path, pipeline: StableDiffusionXLPipeline) -> tuple[di
             local_files_only=True,
             return_lora_metadata=True,
         )
-    except Exception as error:  # diffusers' conversion of unknown names can raise anything
+    except Exception as error:  # diffusers' conversion raises any error on unknown names
         raise UserError(f"{file.name} is not a LoRA file that diffusers can read: {one_line(error)}") from error
 
 
 def check_fits(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline, base_name: str) -> None:
-    """Raises UserError, which describes both bases, unless each pair has a layer of its size in the base."""
+    """Raises UserError, which describes both bases, unless each pair fits a layer of the base."""
     for component, (found, _) in weights.parts.items():
         model = getattr(pipeline, component, None)
         layers = {} if model is None else matrix_layers(model)
@@ -150,7 +153,7 @@ def check_fits(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline, bas
 
 
 def _misshapen(projection: LowRank, layer: nn.Module) -> str:
-    """Names the first tensor whose shape does not suit `layer`; "" when all do."""
+    """The first tensor whose shape does not fit `layer`, in words; "" when all do."""
     kernel = tuple(getattr(layer, "kernel_size", ()))
     ones, outputs = (1,) * len(kernel), _width(layer, "out")
     shapes = {
@@ -167,7 +170,7 @@ def _misshapen(projection: LowRank, layer: nn.Module) -> str:
 
 
 def _read_header(file: Path) -> tuple[dict[str, str], set[str]]:
-    """The file's own metadata, and the names of its tensors."""
+    """The file's own metadata, and the names of its tensors. Raises UserError."""
     try:
         with safe_open(file, framework="pt") as opened:
             return dict(opened.metadata() or {}), set(opened.keys())
@@ -208,7 +211,7 @@ def _describe(cross: int, widths: list[int]) -> str:
 def install(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline) -> None:
     """Add the adapter to the pipeline's components, under `weights.key`.
 
-    Raises UserError when that fails; the components are as before then.
+    Raises UserError when that fails; the components are then as before.
     """
     try:
         for component, (found, scales) in weights.parts.items():
@@ -246,7 +249,7 @@ def lora_config(found: dict[str, LowRank], scales: Scales) -> dict[str, Any]:
 
 
 def _tensors(component: str, found: dict[str, LowRank]) -> dict[str, Tensor]:
-    """Under the names that diffusers' loader takes: PEFT's for a UNet, its own older ones for a text encoder."""
+    """The tensors under names for diffusers' loader: PEFT's for a UNet, its own older ones for a text encoder."""
     down, up = ("lora_A", "lora_B") if component == "unet" else ("lora_linear_layer.down", "lora_linear_layer.up")
     tensors = {}
     for path, projection in found.items():

@@ -1,4 +1,4 @@
-"""The matrices and scales of a LoRA file under one set of names, whichever program wrote it.
+"""The matrices and scales of a LoRA file under common names, whichever program wrote it.
 
 Other keys are refused.
 
@@ -40,7 +40,7 @@ FIELDS = {
     "down.weight": "down",
     "up.weight": "up",
     "up.bias": "bias",
-    "alpha": "",  # diffusers and PEFT leave an alpha under such a name unread, and so do we
+    "alpha": "",  # ignored: diffusers and PEFT do not read an alpha under such a name
 }
 UNET_NAMES = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
 TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -50,7 +50,8 @@ DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 def projections(tensors: dict[str, Tensor], file_name: str) -> dict[str, dict[str, LowRank]]:
     """Component -> module path as the file writes it -> its matrices.
 
-    Raises UserError for a key that is no part of a LoRA, half a pair of matrices, and NaN or infinity.
+    Raises UserError for a key that does not belong to a LoRA, an incomplete pair of matrices, and NaN or
+    infinity.
     """
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in tensors.items():
@@ -67,10 +68,10 @@ def projections(tensors: dict[str, Tensor], file_name: str) -> dict[str, dict[st
 
 
 def module_path(component: str, key: str) -> str:
-    """The module path that a key of a file names, without its component:
-    `…attn1.processor.to_q_lora.down.weight` -> `…attn1.to_q`.
+    """The module path in a file's key, without its component: `…attn1.processor.to_q_lora.down.weight` ->
+    `…attn1.to_q`.
 
-    A key without a known part is taken for the module path itself.
+    A key without a known part is returned as the module path.
     """
     match = _match(key)
     if match is None:
@@ -86,7 +87,7 @@ def _match(key: str) -> re.Match[str] | None:
 
 
 def _place(key: str, file_name: str) -> tuple[str, str, str]:
-    """Component, module path and field of LowRank."""
+    """Component, module path and field of LowRank. Raises UserError."""
     component, _, rest = key.partition(".")
     match = _match(rest)
     if component not in COMPONENTS or match is None:
@@ -111,11 +112,11 @@ def _projection(parts: dict[str, Tensor], name: str, file_name: str) -> LowRank:
 
 LARGEST_ALPHA = 1e6
 MOST_VALUES = 200
-"""PEFT tries one pattern a value on every module; no trainer writes that many ranks or alphas."""
+"""PEFT tries one pattern per value on every module; no trainer writes this many ranks or alphas."""
 PEFT_ALPHA = 8
-"""What PEFT takes where a header names no alpha."""
+"""PEFT's default when a header has no alpha."""
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
-"""Initialisations that leave the base as it is."""
+"""Initialisations that leave the base unchanged."""
 MODULE_NAME = re.compile(r"\^?\w[\w.]*")
 
 
@@ -158,9 +159,9 @@ def scales(
 
 
 def _from_alphas(component: str, found: dict[str, LowRank], own: dict[str, float]) -> Scales:
-    """From kohya's alphas. Without any, alpha is the rank.
+    """Scales from kohya's alphas. Without any, alpha equals the rank.
 
-    A layer without one gets the most common, as in diffusers.
+    A layer without an alpha gets the most common one, as in diffusers.
     """
     named = {module_path(component, key.removesuffix(".alpha")): value for key, value in own.items()}
     if not named:
@@ -188,9 +189,10 @@ def _names(component: str, path: str) -> set[str]:
 
 
 def _finder(pattern: object, file_name: str) -> Callable[[set[str], float], float]:
-    """(names of a module, default) -> value of the first entry that is a name or its end, as PEFT chooses.
+    """A function (names of a module, default) -> value of the first entry that equals a name or its end, as
+    PEFT chooses.
 
-    `^` at an entry's start: only the whole name counts.
+    An entry that starts with `^` matches only the whole name.
     """
     if not isinstance(pattern, dict):
         raise _broken(file_name, "its alpha_pattern is no object")

@@ -1,4 +1,4 @@
-"""What an adapter file says about itself, as JSON in its header, and which values are valid there."""
+"""The metadata of an adapter, as JSON in its file's header, and which values are valid there."""
 
 import json
 import sys
@@ -18,15 +18,12 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
 @dataclass(frozen=True)
 class AdapterMetadata:
-    """What a file says about its adapter.
+    """What a file says about its adapter; nothing in it is a path or describes photos or the machine.
 
-    It holds no path, nothing about the photos, nothing about the machine. `recipe`: the run's settings of
-    `core.config.recipe`, which `--like` takes.
-
-    `subject_prompts`: what calls each of several subjects; empty for one.
-    `ranks` and `alphas` name the modules (`component.path`) that differ from `rank` and `alpha`. `best_scale` and
-    `usable_scales` (lowest, highest) are there when they were looked for. `tokens`: what `NewTokens.note` says of the
-    file of new tokens that belongs to the adapter.
+    `recipe`: the run's settings in `core.config.recipe`, for `--like`. `subject_prompts`: the words that call
+    each of several subjects; empty for one. `ranks` and `alphas` list the modules (`component.path`) that
+    differ from `rank` and `alpha`. `best_scale` and `usable_scales` (lowest, highest) are set if they were
+    measured. `tokens` is `NewTokens.note` of the adapter's file of new tokens.
     """
 
     rank: int
@@ -53,7 +50,7 @@ class AdapterMetadata:
     subject_prompts: tuple[str, ...] = ()
 
     def to_json(self) -> str:
-        """Without a recipe, scales and tokens where there are none: such a file is as it was before there were any."""
+        """Leaves out recipe, scales and tokens when empty, so that such files keep their bytes."""
         facts = asdict(self)
         later = ("best_scale", "usable_scales", "recipe", "tokens", "subject_prompts")
         missing = [name for name in later if not facts[name]]
@@ -61,7 +58,7 @@ class AdapterMetadata:
 
     @classmethod
     def from_json(cls, text: str) -> "AdapterMetadata":
-        """Unknown keys are left out. Raises ValueError or TypeError for what `to_json` does not write."""
+        """Ignores unknown keys. Raises ValueError or TypeError for text that `to_json` does not write."""
         try:
             stored = json.loads(text)
         except RecursionError:
@@ -102,7 +99,8 @@ def is_dict(value: object) -> bool:
 
 
 def is_token_note(value: object) -> bool:
-    """Its file is a plain name: a header may be written by anybody, and what it names is opened."""
+    """Whether it is a valid note. Its file must be a plain name, as anyone may write a header and the named
+    file is opened."""
     if value == {}:
         return True
     is_known = isinstance(value, dict) and value.keys() == {"word", "count", "file", "sha256"}
@@ -136,11 +134,11 @@ VALID: dict[str, Callable[[object], bool]] = {
     "recipe": is_dict,
     "tokens": is_token_note,
 }
-"""Key -> whether a value is valid for it. The file may be written by anybody."""
+"""Key -> whether a value is valid for it; anyone may have written the file."""
 
 
 def most_common(values: Iterable[float]) -> float:
-    """The value that occurs most often, the first of several: a file names it once for all its modules."""
+    """The value that occurs most often, the first if several do. A file states it once for all its modules."""
     return Counter(values).most_common(1)[0][0]
 
 

@@ -1,13 +1,13 @@
-"""Proof of an export: a stock loader reads the file back, and its results are compared with the live adapter.
+"""Verifies an export: a stock loader reads the file back, and its results are compared with the live adapter.
 
-diffusers' own `load_lora_weights` loads the file into an empty copy of the adapted models, so no second UNet
-is in memory. Two comparisons, both relative (‖file − live‖ / ‖live‖), in fp32, at scale 1:
+diffusers' own `load_lora_weights` loads the file into an empty copy of the adapted models, so that memory never
+holds a second UNet. Two comparisons are made, both relative (‖file − live‖ / ‖live‖), in fp32, at scale 1:
 
-- ΔW of every projection, as PEFT computes it on either side, and DoRA's magnitudes;
+- ΔW of every projection, as PEFT computes it on both sides, and DoRA's magnitudes;
 - the output of a few projections, through PEFT's forward, on fixed inputs.
 
-kohya files with DoRA are the exception: diffusers drops `dora_scale`, so these are read by their definition
-instead, W' = dora_scale · (W + ΔW) / ‖W + ΔW‖ per output row.
+kohya files with DoRA are an exception: diffusers drops `dora_scale`, so they are evaluated by their definition,
+W' = dora_scale · (W + ΔW) / ‖W + ΔW‖ per output row.
 """
 
 import logging
@@ -39,7 +39,7 @@ STOCK = "proof"
 
 @dataclass(frozen=True)
 class FileProof:
-    """One file against the adapter: the largest relative differences, and where ΔW's is."""
+    """One file compared with the adapter: the largest relative differences, and where ΔW's is."""
 
     file: str
     weights: float
@@ -54,7 +54,8 @@ class FileProof:
 
 @dataclass(frozen=True)
 class Proof:
-    """What `publish` wrote and its error. `kept` is the share of ‖ΔW‖² after rank reduction (1 without)."""
+    """The files that `publish` wrote and their errors. `kept` is the fraction of ‖ΔW‖² after rank reduction (1
+    without)."""
 
     dtype: str
     bound: float
@@ -85,7 +86,7 @@ class Proof:
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖; 0 for two zeros, infinite for anything against zero, or NaN."""
+    """‖found − expected‖ / ‖expected‖; 0 if both are zero, infinite if only `expected` is, or for NaN."""
     size, difference = float(expected.norm()), float((found - expected).norm())
     if difference == 0:
         return 0.0
@@ -96,7 +97,7 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
 def full_fp32() -> Iterator[None]:
     """Compute fp32 products in full precision, and restore PyTorch's settings afterwards.
 
-    By default a GPU since Ampere reads only 10 bits of each mantissa in convolutions (TF32).
+    By default GPUs since Ampere use only 10 bits of each mantissa in convolutions (TF32).
     """
     backends = torch.backends
     settings = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
@@ -115,7 +116,8 @@ def full_fp32() -> Iterator[None]:
 def prove_file(
     path: Path, components: dict[str, nn.Module], adapter_name: str, expected: dict[str, Tensor] | None = None
 ) -> FileProof:
-    """Reload `path` and compare: with the live ΔW, or `expected` (`component.path` -> ΔW) after a reduction."""
+    """Reload `path` and compare it with the live ΔW, or with `expected` (`component.path` -> ΔW) after a
+    reduction. Raises UserError."""
     live = all_layers(components, adapter_name)
     tensors, _ = read_tensors(path)
     if any(key.endswith(".dora_scale") for key in tensors):
@@ -156,7 +158,7 @@ def check_reduction(
 
 
 def sampled(names: dict[str, object]) -> list[str]:
-    """A few names, evenly spread, the first and the last among them."""
+    """A few names, evenly spread, including the first and the last."""
     names = list(names)
     step = max(1, (len(names) - 1) // (SAMPLED_LAYERS - 1))
     return [*names[::step][: SAMPLED_LAYERS - 1], names[-1]]
@@ -174,7 +176,7 @@ def stock_layers(path: Path, components: dict[str, nn.Module]) -> dict[str, Lora
             shell.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=STOCK, local_files_only=True)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{path.name} was not published: the stock loader refuses it: {one_line(error)}") from error
-    # A part that the file does not adapt is announced; whether one is missing is found by comparing the layers.
+    # The loader announces components without an adapter; missing ones are found by comparing the layers.
     warnings = [text for text in warnings if not text.startswith("No LoRA keys associated")]
     if warnings:
         raise UserError(f"{path.name}: the stock loader complains: {' '.join(warnings[0].split())[:200]}")
@@ -183,7 +185,7 @@ def stock_layers(path: Path, components: dict[str, nn.Module]) -> dict[str, Lora
 
 @contextmanager
 def collected_warnings() -> Iterator[list[str]]:
-    """Warnings of the loaders about keys that they did not use, instead of lines in the user's terminal."""
+    """Collect the loaders' warnings about unused keys, which would otherwise appear in the user's terminal."""
     found: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: found.append(record.getMessage())
@@ -230,8 +232,8 @@ def magnitude_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -
 def output_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -> float:
     """The relative difference of the layers' outputs for a fixed x.
 
-    The base is zero, so that the output is the adapter's own effect: early in training it would vanish in
-    the rounding of W·x. DoRA needs a base, and its magnitudes are compared separately.
+    The base is zero, so that the output is the adapter's own effect: early in training it would vanish in the
+    rounding of W·x. DoRA needs a base, and its magnitudes are compared separately.
     """
     device = live.lora_A[adapter_name].weight.device
     x, base = fixed_input(live), fixed_base(live)
@@ -245,7 +247,7 @@ def output_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -> f
 
 
 def fixed_base(layer: LoraLayer) -> nn.Linear | nn.Conv2d:
-    """A layer of the base's kind with gaussian weights of seed 0, sized so that it keeps the input's norm."""
+    """A layer of the base's kind with gaussian weights of seed 0, scaled to keep the input's norm."""
     kind, options = nn.Linear, {}
     real = layer.get_base_layer()
     if isinstance(real, nn.Conv2d):
@@ -292,7 +294,8 @@ def prove_kohya_dora(
 
 
 def published_name(component: str, path: str) -> tuple[str, str]:
-    """The module path that other programs know: transformers 5 has dropped CLIPTextModel's `text_model.`."""
+    """The component and module path that other programs know: they keep CLIPTextModel's `text_model.`, which
+    transformers 5 dropped."""
     if component != "unet" and not path.startswith(("text_model.", "text_projection")):
         return component, f"text_model.{path}"
     return component, path

@@ -1,10 +1,10 @@
-"""The raw adapter file, for resuming and analysis: A, M and B as they are, and the metadata to restore them.
+"""The raw adapter file, for resuming and analysis: A, M and B unchanged, and the metadata to restore them.
 
     <component>.<module path>.lora_A (r, in)   .mixer (r, r)   .lora_B (out, r)   [.magnitude (out,) for DoRA]
 
-with component `unet`, `text_encoder` or `text_encoder_2`; lora_A is (r, in, h, w) for a convolution. One JSON
-string under `moslora` in the safetensors header holds the metadata. The tensor `raw_format` makes every stock
-LoRA loader refuse the file, because B·A without the mixer would be wrong.
+The component is `unet`, `text_encoder` or `text_encoder_2`; lora_A is (r, in, h, w) for a convolution.
+`moslora` in the safetensors header holds the metadata as JSON. Because of the tensor `raw_format` every stock
+LoRA loader refuses the file: B·A without the mixer would be wrong.
 """
 
 import re
@@ -28,7 +28,7 @@ __all__ = ["COMPONENTS", "adapter_metadata", "load_raw", "matrices_from", "save_
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 SHARED_SETTINGS = ("use_rslora", "use_dora", "lora_dropout", "mixer", "train_mixer", "mixer_seed")
-"""A file has one of each for all its components."""
+"""A file has one value of each for all its components."""
 Sizes = dict[str, tuple[int, ...]]
 RAW_FORMAT = 1
 
@@ -43,9 +43,9 @@ def adapter_metadata(
     resolution_px: int | None = None,
     base_architecture: dict[str, object] | None = None,
 ) -> AdapterMetadata:
-    """The metadata of a live adapter: ranks, alphas and mixer from the models, the rest as given.
+    """The metadata of a live adapter: ranks, alphas and mixer from the models, the rest from the arguments.
 
-    Raises UserError for an unknown component, and where the components have different settings.
+    Raises UserError for an unknown component, and when components have different settings.
     """
     check_components(components)
     configs = [model.peft_config[adapter_name] for model in components.values()]
@@ -70,7 +70,7 @@ def adapter_metadata(
 
 
 def check_storable(components: dict[str, nn.Module], adapter_name: str) -> None:
-    """Raises UserError for DoRA on a convolution: PEFT can make it, but our files cannot hold its magnitudes."""
+    """Raises UserError for DoRA on a convolution: PEFT can make it, but the files cannot hold its magnitudes."""
     for path, layer in all_layers(components, adapter_name).items():
         if adapter_name in layer.lora_magnitude_vector and isinstance(layer.get_base_layer(), nn.Conv2d):
             raise UserError(f"{path} is a convolution with DoRA, which cannot be saved here")
@@ -93,7 +93,7 @@ def all_layers(components: dict[str, nn.Module], adapter_name: str) -> dict[str,
 
 
 def same_settings(configs: list) -> dict[str, object]:
-    """The SHARED_SETTINGS of the configs. Raises UserError where the components differ."""
+    """The SHARED_SETTINGS of the configs. Raises UserError when the components differ."""
     defaults = {"mixer": "none", "train_mixer": True, "mixer_seed": 0}
     found = [{name: getattr(config, name, defaults.get(name)) for name in SHARED_SETTINGS} for config in configs]
     for name in SHARED_SETTINGS:
@@ -106,7 +106,7 @@ def same_settings(configs: list) -> dict[str, object]:
 def save_raw(
     components: dict[str, nn.Module], path: str | Path, metadata: AdapterMetadata, adapter_name: str = "default"
 ) -> None:
-    """Write the live adapter, whole or not at all. Raises UserError for NaN or infinity.
+    """Write the live adapter, completely or not at all. Raises UserError for NaN or infinity.
 
     Ranks, alphas and settings in `metadata` are replaced by the models' own.
     """
@@ -149,7 +149,7 @@ def read_raw(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetadata]:
 
 
 def check_whole(name: str, tensors: dict[str, Tensor], metadata: AdapterMetadata) -> None:
-    """Raises UserError unless the modules have exactly the matrices and sizes that the metadata names."""
+    """Raises UserError unless the modules have exactly the matrices and sizes in the metadata."""
     if not tensors:
         raise UserError(f"{name} is broken: it holds no module")
     for key, tensor in tensors.items():
@@ -165,7 +165,7 @@ def check_whole(name: str, tensors: dict[str, Tensor], metadata: AdapterMetadata
 def expected_sizes(found: Sizes, metadata: AdapterMetadata, module: str) -> Sizes:
     """Part -> size.
 
-    The ranks are those of the metadata; in, out and a kernel's size are taken from `found`.
+    The ranks come from the metadata; in, out and a kernel's size from `found`.
     """
     rank = metadata.ranks.get(module, metadata.rank)
     inputs, outputs = found.get("lora_A", (0, 0))[1:], found.get("lora_B", (0,))[:1]
@@ -209,7 +209,7 @@ def component_tensors(tensors: dict[str, Tensor], component: str) -> dict[str, d
 
 
 def matrices_from(parts: dict[str, Tensor], metadata: AdapterMetadata, module: str) -> MixedLowRank:
-    """A, M, B and s of one module (`component.path`) of a raw file, from its tensors and the file's header."""
+    """A, M, B and s of one module (`component.path`) of a raw file, from its tensors and metadata."""
     rank, alpha = metadata.ranks.get(module, metadata.rank), metadata.alphas.get(module, metadata.alpha)
     return MixedLowRank(
         down=parts["lora_A"],
@@ -238,7 +238,7 @@ def check_fits(name: str, metadata: AdapterMetadata, component: str, model: nn.M
 
 
 def weight_size(module: nn.Module | None) -> tuple[int, ...]:
-    """(out, in) of a projection, also a quantised one, (out, in, h, w) of a convolution, () of anything else."""
+    """(out, in) of a projection, also if quantised, (out, in, h, w) of a convolution, () of anything else."""
     module = getattr(module, "base_layer", module)
     if isinstance(module, nn.Conv2d):
         return (module.out_channels, module.in_channels, *module.kernel_size)
@@ -250,7 +250,7 @@ def size_text(size: tuple[int, ...]) -> str:
 
 
 def config_of(metadata: AdapterMetadata, component: str, modules: dict) -> MoSLoraConfig:
-    """A config that names exactly these modules, with their own ranks and alphas."""
+    """A config for exactly these modules, with their own ranks and alphas."""
     prefix = f"{component}."
     ranks = {path: metadata.ranks.get(prefix + path, metadata.rank) for path in modules}
     alphas = {path: metadata.alphas.get(prefix + path, metadata.alpha) for path in modules}
@@ -266,7 +266,7 @@ def config_of(metadata: AdapterMetadata, component: str, modules: dict) -> MoSLo
 
 @torch.no_grad()
 def fill(layer: LoraLayer, adapter_name: str, parts: dict[str, Tensor]) -> None:
-    """Copy the saved tensors into the layer, whose shapes `check_fits` has compared."""
+    """Copy the saved tensors into the layer; `check_fits` has compared the shapes."""
     lora_b = layer.lora_B[adapter_name]
     layer.lora_A[adapter_name].weight.copy_(parts["lora_A"])
     if isinstance(lora_b, MixerLinear):

@@ -1,4 +1,4 @@
-"""Writing an adapter's best scale into a published file that is there already. Its tensors stay as they are."""
+"""Writes an adapter's best scale into an existing published file. Its tensors are not changed."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +10,9 @@ __all__ = ["note_scale"]
 
 
 def note_scale(path: Path, best: float, usable: tuple[float, float]) -> bool:
-    """Whether the file at `path` is one that we published: only such a file has the header for it.
+    """Write the scale; returns False, without writing, unless this program published the file.
 
-    Raises UserError for a broken file, OSError where it cannot be written.
+    Raises UserError for a broken file, and OSError when it cannot be written.
     """
     tensors, header = read_tensors(path)
     try:

@@ -1,4 +1,5 @@
-"""Safetensors files: written whole and in one order, read without running code, and refused where a number is none."""
+"""Safetensors files: written atomically and in a fixed order, read without running code, refused if a value is
+not finite."""
 
 import json
 from pathlib import Path
@@ -24,14 +25,14 @@ def check_finite(tensors: dict[str, Tensor], owner: str) -> None:
 
 
 def write_file(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """A safetensors file, whole or absent."""
+    """Write a safetensors file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, with_sorted_metadata(save(tensors, metadata=header)))
 
 
 def with_sorted_metadata(content: bytes) -> bytes:
-    """The safetensors file with its metadata in the order of their names: the library writes them in a random one,
-    so that files of equal adapters would have different hashes."""
+    """The safetensors file with sorted metadata: the library's random order would give files of equal adapters
+    different hashes."""
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))

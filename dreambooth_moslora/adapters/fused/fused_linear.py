@@ -3,12 +3,12 @@
     y = W0·x + U·A·x                U = s·B·M (out,r), or s·B for plain LoRA
     dx = W0ᵀ·g + Aᵀ·(Uᵀ·g)          dA = (Uᵀ·g)·xᵀ          dU = g·(A·x)ᵀ
 
-PEFT computes the branch in its own full-width tensors, in fp32 when the adapter is fp32, and autograd keeps a
-cast copy of x for each projection. Here the branch is added into the base's output in place, x is kept once
-as it came (q, k and v share it), and of the branch only A·x (n,r) is kept. Adapters stay fp32 masters; the
-arithmetic is in the base weight's dtype, on A and Uᵀ in that dtype. During a training step they are the
-layer's `working` copies, which `working_copies` makes once; any other call makes its own. The scale is folded
-into U: `addmm` with a factor other than 1 leaves the fast CPU kernels.
+PEFT computes the branch in full-width tensors of its own, in fp32 when the adapter is fp32, and autograd keeps
+a cast copy of x for each projection. Here the branch is added to the base's output in place. Autograd keeps x
+once, uncast (q, k and v share it), and only A·x (n,r) of the branch. Adapters stay fp32 masters; the arithmetic
+is in the base weight's dtype, on A and Uᵀ in that dtype. During a training step these are the layer's `working`
+copies, which `working_copies` makes once; any other call makes its own. The scale is folded into U: `addmm`
+with a factor other than 1 is outside the fast CPU kernels.
 
 Only a frozen `nn.Linear`, dense or in 4 bit, with an adapter without dropout, DoRA or bias is switched. A W0 in
 4 bit is made dense for dx alone, one layer at a time; a `TextProjection` gives W0·x, and needs no dx. What can change
@@ -66,7 +66,7 @@ class _AdaptedLinear(torch.autograd.Function):
         x, inner, weight, down, up = ctx.saved_tensors
         needs_x, _, _, _, needs_down, needs_up = ctx.needs_input_grad
         grad = grad.reshape(-1, grad.shape[-1])
-        # What reads `grad` comes before W0 drives it out of the cache.
+        # First compute what reads `grad`: W0 will evict it from the cache.
         grad_inner = grad.mm(up.t())
         grad_up = inner.t().mm(grad) if needs_up else None
         if ctx.packed is not None and needs_x:
@@ -107,11 +107,11 @@ def dense_weight(weight: Tensor, packed) -> Tensor:
 
 
 class ShortWay:
-    """PEFT's LoRA layer whose forward takes the short way whenever it is the same function."""
+    """PEFT's LoRA layer whose forward uses this node whenever it computes the same function."""
 
     working: Mapping[str, Copies | tuple[LentTogether, int]] = MappingProxyType({})
-    """Adapter name -> its working copies, while a training step lends them (`working_copies`). Projections of one
-    input have theirs together, each with its place among them."""
+    """Adapter name -> its working copies, while a training step lends them (`working_copies`). Projections of
+    one input share theirs, each with its index."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         name, base = self._only_adapter(), self.base_layer
@@ -131,13 +131,13 @@ class ShortWay:
         return _AdaptedLinear.apply(x.to(compute_dtype(base)), base.weight, base.bias, packed, *copies)
 
     def _own_copies(self, name: str) -> Copies:
-        """Of the weights as they are now; gradients reach the fp32 masters."""
+        """Copies of the current weights; gradients reach the fp32 masters."""
         dtype, scale = compute_dtype(self.base_layer), self.scaling[name]
         up = self.lora_B[name].weight
         return self.lora_A[name].weight.to(dtype), (up if scale == 1 else up * scale).to(dtype).t()
 
     def _only_adapter(self) -> str | None:
-        """The one adapter that this call applies, or None where the general path has to decide."""
+        """The only active adapter, or None when PEFT's forward must decide."""
         if self.disable_adapters or self.merged_adapters:
             return None
         names = [name for name in self.active_adapters if name in self.lora_A]
@@ -145,12 +145,12 @@ class ShortWay:
 
 
 class FastLinear(ShortWay, LoraLinear):
-    """The short way over a dense base."""
+    """The fused node over a dense base."""
 
 
 @cache
 def fast_class(kind: type) -> type | None:
-    """The layer that takes the short way where PEFT's layer of class `kind` is; None where there is none."""
+    """The fused class for PEFT's layer class `kind`; None when there is none."""
     if kind is LoraLinear or issubclass(kind, ShortWay):
         return FastLinear if kind is LoraLinear else kind
     is_4bit = (kind.__module__, kind.__name__) == ("peft.tuners.lora.bnb", "Linear4bit")
@@ -158,7 +158,8 @@ def fast_class(kind: type) -> type | None:
 
 
 def is_frozen_linear(base: nn.Module) -> bool:
-    """Dense, or in 4 bit as bitsandbytes packs it for training; on CPUs it has another form for inference."""
+    """Whether the base is dense, or in 4 bit as bitsandbytes packs it for training; on CPUs it has another form
+    for inference."""
     packed = getattr(getattr(base, "weight", None), "quant_state", None)
     is_4bit = type(base).__name__ == "Linear4bit" and packed is not None and base.compute_type_is_set
     is_for_training = is_4bit and not getattr(packed, "packing_format_for_cpu", False)
@@ -166,12 +167,12 @@ def is_frozen_linear(base: nn.Module) -> bool:
 
 
 def compute_dtype(base: nn.Module) -> torch.dtype:
-    """Of the products with the frozen weight: bitsandbytes' layers have one, others compute in the weight's own."""
+    """The dtype of products with the frozen weight: bitsandbytes' layers set one, others use the weight's own."""
     return getattr(base, "compute_dtype", base.weight.dtype)
 
 
 def _same_dtype(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the base would compute in its own `dtype`; under autocast x is cast to it, as there."""
+    """Whether the base would compute in its own `dtype`; autocast casts x to its dtype."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device) == dtype
@@ -179,7 +180,7 @@ def _same_dtype(x: Tensor, dtype: torch.dtype) -> bool:
 
 
 def slow_reason(layer: nn.Module, adapter_name: str = "default") -> str | None:
-    """Why this adapted layer keeps the general path, in a few words; None when it need not."""
+    """Why this adapted layer keeps PEFT's forward, in a few words; None when it can be fused."""
     if fast_class(type(layer)) is None:
         return f"not a linear layer ({type(layer).__module__}.{type(layer).__name__})"
     base = layer.base_layer
@@ -199,9 +200,9 @@ def slow_reason(layer: nn.Module, adapter_name: str = "default") -> str | None:
 
 
 def enable_fast_path(model: nn.Module, adapter_name: str = "default") -> int:
-    """Switch every projection of `adapter_name` where it changes nothing but the cost; the number switched.
+    """Fuse every projection of `adapter_name` whose result stays the same; returns how many were fused.
 
-    Call it after `inject`. `slow_projections` tells which were left on the general path and why.
+    Call it after `inject`. `slow_projections` lists the others with reasons.
     """
     switched = [m for m in adapter_layers(model, adapter_name).values() if slow_reason(m, adapter_name) is None]
     for layer in switched:
@@ -217,6 +218,6 @@ def disable_fast_path(model: nn.Module) -> None:
 
 
 def slow_projections(model: nn.Module, adapter_name: str = "default") -> dict[str, str]:
-    """Module path -> reason, for each layer that carries `adapter_name` and would not be switched."""
+    """Module path -> reason, for each layer of `adapter_name` that cannot be fused."""
     reasons = {path: slow_reason(layer, adapter_name) for path, layer in adapter_layers(model, adapter_name).items()}
     return {path: reason for path, reason in reasons.items() if reason}

@@ -1,10 +1,11 @@
-"""Adapted projections of one input as one autograd node: q, k and v of self-attention, k and v of cross-attention.
+"""Adapted projections of one input as one autograd node: q, k and v of self-attention, k and v of
+cross-attention.
 
     [q k v] = x·Wᵀ + (x·Aᵀ)·diag(Uqᵀ, Ukᵀ, Uvᵀ)        W = [Wq; Wk; Wv] frozen,  A = [Aq; Ak; Av],  U = s·B·M
 
-Three kernels for k projections where each alone takes three. The block diagonal is never built: it is a batch
-of k products, on columns of the wide tensors. W is one buffer, of which the layers' own weights become views,
-so the base takes no more memory than before and each layer can still be called alone.
+It takes three kernels for k projections, where each projection alone takes three. The block diagonal is never
+built: it is a batch of k products, on columns of the wide tensors. W is one buffer, and the layers' own weights
+become views of it, so the base takes no more memory and each layer can still be called alone.
 """
 
 from collections.abc import Container, Iterable, Sequence
@@ -47,9 +48,10 @@ def parts(wide: Tensor, count: int) -> Tensor:
 
 
 def add_blocks(wide: Tensor | None, x: Tensor, blocks: Tensor) -> Tensor:
-    """`wide` (n,k·w), changed in place, or zero for None, plus x (n,k·v) times the diagonal of `blocks` (k,v,w)."""
+    """`wide` (n,k·w), changed in place, or zero for None, plus x (n,k·v) times the block diagonal of `blocks`
+    (k,v,w)."""
     count = len(blocks)
-    if torch.compiler.is_compiling():  # it fuses by itself, and cannot follow a change through such a view
+    if torch.compiler.is_compiling():  # the compiler fuses it, and cannot trace in-place changes of such a view
         product = parts(x, count).bmm(blocks).transpose(0, 1).flatten(1)
         return product if wide is None else wide + product
     beta = 0 if wide is None else 1
@@ -60,7 +62,7 @@ def add_blocks(wide: Tensor | None, x: Tensor, blocks: Tensor) -> Tensor:
 
 
 class JointWeights:
-    """The frozen weights of layers with one input, below one another in one buffer of their own size.
+    """The frozen weights of layers with one input, stacked in one buffer.
 
     W (k·out,in), k = the number of `layers`.
     """
@@ -80,16 +82,16 @@ class JointWeights:
             del layer.working
 
     def are_shared(self) -> bool:
-        """False once a layer has been moved, cast or given other weights."""
+        """Whether the layers still use the buffer; not after one was moved, cast or given other weights."""
         weights = [layer.base_layer.weight for layer in self.layers]
         places = [(view.data_ptr(), view.dtype) for view in self.weight.chunk(len(weights))]
         return places == [(weight.data_ptr(), weight.dtype) for weight in weights]
 
 
 def laid_together(linears: Sequence[nn.Linear]) -> Tensor:
-    """One buffer (k·out,in) with the frozen weights (out,in) below one another, of which each becomes a view.
+    """One buffer (k·out,in) with the stacked frozen weights (out,in); each weight becomes a view of it.
 
-    Where they lie so already, as models that share their weights have it, nothing is copied.
+    Nothing is copied if they are stacked already, as in models that share their weights.
     """
     weights = [linear.weight.detach() for linear in linears]
     first, step = weights[0], weights[0].nbytes
@@ -105,12 +107,12 @@ def laid_together(linears: Sequence[nn.Linear]) -> Tensor:
 
 
 def are_matrices(layers: Iterable[nn.Module]) -> bool:
-    """Whether each is a matrix alone: no quantised layer, and without a bias."""
+    """Whether each layer is a plain matrix: not quantised, and without a bias."""
     return all(type(layer) is nn.Linear and layer.bias is None for layer in layers)
 
 
 def lay_together(model: nn.Module, adapted: Container[str]) -> None:
-    """Do so with the `adapted` projections (paths) that models which share the weights will compute jointly."""
+    """Stack the `adapted` projections (paths) that models with shared weights will compute jointly."""
     for path, module in model.named_modules():
         names = {layer: name for name, layer in module.named_children()}
         layers = [x for x in projections_of_one_input(module) if f"{path}.{names[x]}" in adapted]
@@ -120,10 +122,11 @@ def lay_together(model: nn.Module, adapted: Container[str]) -> None:
 
 
 class LentTogether:
-    """The working copies of layers with one input, for one step: A (k,r,in) and Uᵀ (k,r,out), leaves of autograd.
+    """The working copies of layers with one input, for one step: A (k,r,in) and Uᵀ (k,r,out), leaves of
+    autograd.
 
-    The first layer that is called computes all of them. The others' results wait until they are asked for with
-    the same input.
+    The first layer that is called computes all of them. The others' results wait until they are called with the
+    same input.
     """
 
     def __init__(self, joint: JointWeights, down: Tensor, up: Tensor):
@@ -143,15 +146,16 @@ class LentTogether:
         return result
 
     def _is_waiting_for(self, x: Tensor) -> bool:
-        """Whether x is the very tensor of the call before, to be differentiated alike.
+        """Whether x is the tensor object of the previous call, with the same gradient mode.
 
-        Changing it in place in between is an error of autograd, which has kept it.
+        Changing it in place in between raises an error in autograd, which has saved it.
         """
         return self._input is not None and self._input[0] is x and self._input[1] == torch.is_grad_enabled()
 
 
 def projections_of_one_input(attention: nn.Module) -> list[nn.Module]:
-    """What diffusers' attention projects from one tensor: to_q, to_k, to_v, or the last two in cross-attention.
+    """The projections of one tensor in diffusers' attention: to_q, to_k, to_v, or the last two in
+    cross-attention.
 
     Empty for any other module.
     """

@@ -1,11 +1,11 @@
-"""Several adapters on one frozen base: a batch has equally many rows for each, and these have their own A, M, B.
+"""Several adapters on one frozen base: a batch has equally many rows for each adapter with its own A, M, B.
 
     y = W0·x + diag(U1·A1, …, UN·AN)·x        U = s·B·M
 
-Each adapter lives on a model of its own, and these models share the base's tensors (`twin`). For the length of a step
-the first model computes for all: W0's product is one for all rows, the adapters' are products in batches of N. So a
-step starts about as many kernels for N adapters as for one. Layers that are no projections (convolutions) apply one
-adapter after the other; W0's part is one there, too.
+Each adapter is on a model of its own, and these models share the base's tensors (`twin`). During a step the
+first model computes for all: one product of W0 with all rows, and the adapters' products in batches of N. So a
+step launches about as many kernels for N adapters as for one. Layers other than projections (convolutions)
+apply one adapter after the other; their product with W0 is joint too.
 """
 
 import copy
@@ -26,7 +26,7 @@ __all__ = ["StackedAdapters", "twin"]
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A model of its own modules and of the same tensors: it takes no memory to speak of."""
+    """A copy of the modules that shares all tensors, so that it takes almost no memory."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     packed = [tensor.quant_state for tensor in model.parameters() if getattr(tensor, "quant_state", None) is not None]
     return copy.deepcopy(model, {**shared, **{id(state): state for state in packed}})
@@ -66,9 +66,9 @@ class _StackedLinear(torch.autograd.Function):
 
 
 class StackedLayer:
-    """The layers of one path in N models, of which the first computes for all while it is lent.
+    """The layers of one path in N models; the first computes for all while copies are lent.
 
-    Raises ValueError where the frozen weights are not the same tensor, and for dropout, DoRA and biases.
+    Raises ValueError when the frozen weights are not the same tensor, and for dropout, DoRA and biases.
     """
 
     def __init__(self, layers: tuple[LoraLayer, ...], adapter_name: str):
@@ -94,7 +94,8 @@ class StackedLayer:
         self.layers[0].__dict__.pop("forward", None)
 
     def output(self, x: Tensor) -> Tensor:
-        """y for x, which has the rows of the first adapter first; the base's alone where adapters are switched off."""
+        """y (N·m,…,out) for x (N·m,…,in), whose rows are in the order of the adapters; the base's output when
+        adapters are switched off."""
         if self.layers[0].disable_adapters:
             return self.base(x)
         if self._copies is None:
@@ -113,13 +114,13 @@ class StackedLayer:
 
 
 def is_plain(layer: LoraLayer, adapter_name: str) -> bool:
-    """Whether the adapter adds s·B·M·A·x to the base's output, and nothing else."""
+    """Whether the adapter only adds s·B·M·A·x to the base's output."""
     has_dropout = type(layer.lora_dropout[adapter_name]) is not nn.Identity
     return adapter_name not in layer.lora_variant and not has_dropout and not layer.lora_bias[adapter_name]
 
 
 class StackedAdapters:
-    """The adapters of N models, two at least, with the same base and the same adapted layers, of equal shapes.
+    """The adapters of N >= 2 models with the same base and the same adapted layers, of equal shapes.
 
     Raises ValueError for models that do not fit together.
     """
@@ -137,10 +138,11 @@ class StackedAdapters:
 
     @contextmanager
     def for_one_step(self) -> Iterator[StepCopies]:
-        """Let the first model compute for all for the length of a `with` block, in which no adapter must change.
+        """Let the first model compute for all for the length of the block, in which the adapters must not
+        change.
 
-        A batch has N equal shares of rows in the order of the models. `collect` is due after each backward pass. The
-        gradients are where each optimizer looks for them when the block has ended without an error.
+        A batch has N equal shares of rows, in the order of the models. Call `collect` after each backward pass.
+        After a block without errors the gradients are where the optimizers expect them.
         """
         with ExitStack() as stack:
             for unit in self.general:

@@ -1,12 +1,12 @@
-"""A and U of a whole model in the base's dtype, made once for an optimizer step instead of at each call.
+"""A and U of a whole model in the base's dtype, made once per optimizer step instead of at each call.
 
     U = s·B·M          dB = s·dU·Mᵀ          dM = s·Bᵀ·dU
 
-The copies are leaves of autograd. Micro-batches and recomputation read the same ones. Their gradients are
-summed in fp32 over the micro-batches; at the end of the step they become those of A, B and M, which the
-optimizer and the average over processes see as ever. Layers whose matrices have equal shapes form one batch,
-so all of this takes a few dozen kernels for a UNet. U is held as Uᵀ (r,out): so is its gradient computed.
-Layers with one input share their copies (`joint_linear`).
+The copies are leaves of autograd, which micro-batches and recomputation share. Their gradients are summed in
+fp32 over the micro-batches. At the end of the step they become the gradients of A, B and M, so that the
+optimizer and the average over processes see nothing unusual. Layers whose matrices have equal shapes form one
+batch, so all of this takes a few dozen kernels for a UNet. U is held as Uᵀ (r,out), the form in which its
+gradient is computed. Layers with one input share their copies (`joint_linear`).
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,21 +25,21 @@ __all__ = ["Batch", "StepCopies", "Unit", "WorkingCopies", "alike"]
 
 
 class Unit(Protocol):
-    """Layers that compute together: a projection alone, those of one input, or one projection of several models."""
+    """Layers that compute together: a single projection, those of one input, or one projection of several models."""
 
     layers: tuple[ShortWay, ...]
 
     def lend(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
-        """Compute with these copies from now on: A (r,in) and Uᵀ (r,out), or of k layers (k,r,in) and (k,r,out)."""
+        """Compute with these copies from now on: A (r,in) and Uᵀ (r,out), or for k layers (k,r,in) and (k,r,out)."""
 
     def take_back(self) -> None: ...
 
 
 class WorkingCopies:
-    """The copies of every `ShortWay` of `models`. Layers on the general path are left alone.
+    """The copies of every `ShortWay` in `models`; other layers are not touched.
 
-    `joint`: whether projections of one input are computed together. None: everywhere but on a CPU, which gains
-    nothing by fewer kernels and would copy weights that it has only mapped from a file.
+    `joint`: whether projections of one input are computed together. None means everywhere but on a CPU, where
+    fewer kernels gain nothing and stacking would copy weights that are mapped from a file.
     """
 
     def __init__(self, *models: nn.Module, adapter_name: str = "default", joint: bool | None = None):
@@ -50,7 +50,7 @@ class WorkingCopies:
         self.joints = [JointWeights(layers) for layers in groups]
 
     def _joinable(self, module: nn.Module) -> tuple[ShortWay, ...]:
-        """Those layers of an attention that have one input and are alike but for their numbers; two at least."""
+        """The layers of an attention module that share their input and are alike; at least two, or none."""
         layers = tuple(layer for layer in projections_of_one_input(module) if self._is_fast(layer))
         kinds = {kind_of(layer, self.adapter_name) for layer in layers}
         is_joint = len(layers) > 1 and len(kinds) == 1 and are_matrices(layer.base_layer for layer in layers)
@@ -61,10 +61,10 @@ class WorkingCopies:
 
     @contextmanager
     def for_one_step(self) -> Iterator["StepCopies"]:
-        """Lend the copies for the length of a `with` block, in which the adapter must not change.
+        """Lend the copies for the length of the block, in which the adapter must not change.
 
-        `collect` is due after each backward pass. The gradients are where the optimizer looks for them when the
-        block has ended without an error.
+        Call `collect` after each backward pass. After a block without errors the gradients are where the
+        optimizer expects them.
         """
         with StepCopies.of(self._units(), self.adapter_name).lent() as step:
             yield step
@@ -91,7 +91,7 @@ class Alone:
 
 
 def alike(units: Iterable[Unit], adapter_name: str) -> list[list[Unit]]:
-    """In lists of one number of layers, of one shape, dtype, device, scale and kind of mixer."""
+    """The units grouped by number of layers, shape, dtype, device, scale and kind of mixer."""
     groups: dict[tuple, list[Unit]] = {}
     for unit in units:
         groups.setdefault((len(unit.layers), kind_of(unit.layers[0], adapter_name)), []).append(unit)
@@ -110,7 +110,7 @@ class StepCopies:
 
     @contextmanager
     def lent(self) -> Iterator["StepCopies"]:
-        """For the length of a `with` block; the gradients are handed over when it has ended without an error."""
+        """Lend the copies for the length of the block; hand the gradients over if it ends without an error."""
         try:
             yield self
         finally:
@@ -120,7 +120,7 @@ class StepCopies:
             batch.hand_over()
 
     def collect(self) -> None:
-        """Add the gradients of the backward pass that has just ended, and forget them."""
+        """Add the gradients of the last backward pass to the sums, and clear them."""
         for batch in self.batches:
             batch.collect()
 
@@ -137,7 +137,7 @@ def kind_of(layer: ShortWay, name: str) -> tuple:
 
 
 class Batch:
-    """n units alike of k layers each: A (nk,r,in), B (nk,out,r) and M (nk,r,r), copied to A and Uᵀ (nk,r,out)."""
+    """n alike units of k layers each: A (nk,r,in), B (nk,out,r) and M (nk,r,r), copied to A and Uᵀ (nk,r,out)."""
 
     def __init__(self, units: list[Unit], adapter_name: str):
         self.units = units
@@ -151,7 +151,7 @@ class Batch:
         self.mixers = [part.mixer for part in parts] if self.is_mixed else []
         self.down_sum: Tensor | None = None
         self.up_sum: Tensor | None = None
-        self.reached: set[int] = set()  # an unused layer's gradient is None, not zero: the optimizer passes it by
+        self.reached: set[int] = set()  # an unused layer's gradient is None: the optimizer skips it
         self.copies = self._make()
         for unit, (down, up) in zip(units, self.copies, strict=True):
             unit.lend(adapter_name, down, up)
@@ -172,7 +172,7 @@ class Batch:
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Sum the copies' gradients in the dtype of A and B."""
+        """Add the copies' gradients to the sums, in the dtype of A and B."""
         reached = {i for i, (_, up) in enumerate(self.copies) if up.grad is not None}
         if not reached:
             return
@@ -187,7 +187,7 @@ class Batch:
 
     @torch.no_grad()
     def hand_over(self) -> None:
-        """Give A, B and M their gradients, once."""
+        """Set the gradients of A, B and M."""
         if self.up_sum is None or self.down_sum is None:
             return
         grad = self.up_sum.mT  # dU (n,out,r)
@@ -202,7 +202,7 @@ class Batch:
         self._give(self.ups, grad.contiguous())
 
     def _give(self, parameters: list[nn.Parameter], gradients: Tensor) -> None:
-        """A layer that was also called on the general path has a gradient already."""
+        """Add to existing gradients: a layer that was also called through PEFT's forward has one."""
         for i in self.reached:
             weight, grad = parameters[i], gradients[i]
             weight.grad = grad if weight.grad is None else weight.grad + grad
@@ -218,7 +218,7 @@ def leaf(copy: Tensor) -> Tensor:
 
 
 def gradients_of(leaves: tuple[Tensor, ...]) -> Tensor:
-    """One tensor (n, …) of the leaves' gradients, which they lose."""
+    """The leaves' gradients as one tensor (n, …); they are removed from the leaves."""
     found = torch.stack([torch.zeros_like(one) if one.grad is None else one.grad for one in leaves])
     for one in leaves:
         one.grad = None
