@@ -1,1 +1,1 @@
-"""Parameters become pictures: the pipeline, its progress, and grids."""
+"""Draws pictures from parameters: the pipeline, its progress, and grids."""

@@ -1,7 +1,7 @@
 """Pictures that a run draws at fixed seeds: training's samples, evaluation's pictures, class images.
 
 The same prompt and seed give the same noise at every step, so that only the adapter differs. Prompts are
-embedded once; the text encoders may leave memory before the first picture is drawn.
+encoded once; the text encoders may be freed before the first picture is drawn.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ DEFAULT_INFERENCE_STEPS = 25
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One picture: what to draw, and from which noise."""
+    """One picture: its prompt, and the seed of its noise."""
 
     prompt: str
     seed: int
@@ -31,11 +31,11 @@ class SampleRequest:
 
 @dataclass
 class Sampler:
-    """Draws requests with the pipeline's UNet as it is now. `embed` gives the words' TextCond, cached or live.
+    """Draws requests with the pipeline's current UNet. `embed` returns the TextCond of prompts, cached or
+    computed.
 
-    `guidance_scale`: None is the base's own. `on_step` is called after each denoising step.
-
-    Raises StopRequestedError within a denoising step of `should_stop` saying so.
+    `guidance_scale` None is the base's own. `on_step` is called after each denoising step. Raises
+    StopRequestedError at the next denoising step after `should_stop` returns true.
     """
 
     pipeline: StableDiffusionXLPipeline
@@ -48,7 +48,7 @@ class Sampler:
     on_step: Callable[[], object] = bool
 
     def __call__(self, requests: list[SampleRequest], batch_size: int = 1) -> Iterator[Image.Image]:
-        """The pictures in order. Each has its own noise, whatever the batch it is drawn in. None need no VAE."""
+        """The pictures, in order. Each has its own noise in any batch. Without requests, no VAE is needed."""
         if not requests:
             return
         with sampling_mode(self.pipeline, self.device):
@@ -76,7 +76,7 @@ class Sampler:
         return decode_image(self.pipeline.vae, latents)
 
     def _negative(self, count: int) -> TextCond | None:
-        """SDXL's base takes zeros for the empty prompt (None lets the pipeline make them); others embed it."""
+        """SDXL's base uses zeros for the empty prompt (None lets the pipeline make them); other bases embed it."""
         if self.pipeline.config.force_zeros_for_empty_prompt:
             return None
         return self.embed([""] * count)
@@ -84,7 +84,7 @@ class Sampler:
 
 @contextmanager
 def sampling_mode(pipeline: StableDiffusionXLPipeline, device: torch.device) -> Iterator[None]:
-    """Evaluation mode (adapters may have dropout), the VAE on the device; everything as before afterwards."""
+    """Evaluation mode (adapters may have dropout) with the VAE on the device; the old state is restored afterwards."""
     parts = [p for p in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2) if p is not None]
     modes, home = [part.training for part in parts], pipeline.vae.device
     for part in parts:
@@ -99,7 +99,7 @@ def sampling_mode(pipeline: StableDiffusionXLPipeline, device: torch.device) -> 
 
 
 def stopper(should_stop: Callable[[], bool], on_step: Callable[[], object] = bool) -> Callable[..., dict]:
-    """What the pipeline calls after each denoising step."""
+    """A callback for the pipeline, for after each denoising step."""
 
     def ask(_pipeline: object, _step: int, _timestep: object, tensors: dict) -> dict:
         on_step()
@@ -117,10 +117,10 @@ def generate_images(
     size_px: tuple[int, int],
     should_stop: Callable[[], bool] = bool,
 ) -> list[Image.Image]:
-    """Images (h, w) = `size_px` of one prompt by the base alone, at its own guidance and the pipeline's defaults: for
-    class images and scenes.
+    """Images (h, w) = `size_px` of one prompt by the base alone, at its own guidance and the pipeline's
+    defaults: class images and scenes.
 
-    Raises UserError for what is not finite: as black images it would be trained on.
+    Raises UserError for pictures that are not finite: they would be trained on as black images.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     options = {"height": size_px[0], "width": size_px[1], "guidance_scale": default_guidance(pipeline)}

@@ -1,4 +1,4 @@
-"""What fits on a GPU while pictures are drawn: all models at once or one at a time, and how large a picture."""
+"""What fits on a GPU while pictures are drawn: all models or one at a time, and which picture size."""
 
 import torch
 from diffusers import DiffusionPipeline
@@ -11,38 +11,38 @@ __all__ = ["CPU", "Home", "max_pixels", "must_offload", "weights_gib"]
 
 CPU = torch.device("cpu")
 ROOM_BESIDE_WEIGHTS = 1.5
-"""Free memory over weights below which models take turns: SDXL in half precision then asks for 9.7 GiB."""
+"""If free memory over weights is less, models take turns: SDXL in half precision needs 9.7 GiB to avoid that."""
 UNET_BYTES_A_PIXEL = 400
-"""Of the UNet in half precision, a pixel of the picture, with and without the prompt together."""
+"""Of the UNet in half precision per pixel of the picture, with and without the prompt together."""
 
 
 def weights_gib(model: DiffusionPipeline | nn.Module) -> float:
-    """GiB of all weights, in the dtype that they have now."""
+    """GiB of all weights, in their current dtype."""
     parts = [model] if isinstance(model, nn.Module) else model.components.values()
     weights = [weight for part in parts if isinstance(part, nn.Module) for weight in part.parameters()]
     return sum(weight.numel() * weight.element_size() for weight in weights) / GIB
 
 
 def must_offload(free_gib: float | None, all_weights_gib: float) -> bool:
-    """Whether the models have to take turns on the device.
+    """Whether the models must take turns on the device.
 
-    `free_gib` None: it has all the memory that there is.
+    `free_gib` None means unlimited memory.
     """
     return free_gib is not None and free_gib < ROOM_BESIDE_WEIGHTS * all_weights_gib
 
 
 def max_pixels(free_gib: float) -> int:
-    """The largest picture that the UNet can denoise in what is free beside its weights.
+    """The largest picture that the UNet can denoise in the memory free beside its weights.
 
-    The decoder sets no limit: it works in tiles where it has to.
+    The decoder sets no limit: it can work in tiles.
     """
     return int(max(0.0, free_gib) * GIB / UNET_BYTES_A_PIXEL)
 
 
 class Home:
-    """The device that a pipeline draws on. While the pipeline rests it lies in the CPU's memory.
+    """The device that a pipeline draws on. A resting pipeline is in the CPU's memory.
 
-    Where the device is short of memory, the models take turns on it, and the pipeline rests between calls.
+    If the device is short of memory, the models take turns on it, and the pipeline rests between calls.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, device: torch.device) -> None:
@@ -51,11 +51,11 @@ class Home:
 
     @property
     def is_short(self) -> bool:
-        """Whether it has too little memory now for all models that are not there yet."""
+        """Whether the device has too little free memory for a resting pipeline's models."""
         return self.is_resting and must_offload(free_gib(self.device), weights_gib(self.pipeline))
 
     def enter(self) -> None:
-        """Move all models there, or let them take turns until `end_turns`."""
+        """Move all models to the device, or let them take turns until `end_turns`."""
         if self.is_short:
             self.pipeline.enable_model_cpu_offload(device=self.device)
         elif self.is_resting:
@@ -63,7 +63,7 @@ class Home:
             self.is_resting = False
 
     def end_turns(self) -> None:
-        """Whatever models are there only for a turn leave."""
+        """Remove the models that took turns."""
         if self.is_resting:
             self.leave()
 

@@ -1,4 +1,4 @@
-"""Grids: one parameter down, another across, one picture a cell, and a captioned sheet of all of them at the end."""
+"""Grids: one parameter varies downwards, another across. Each cell is a picture, and a captioned sheet shows all."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ INK, FAINT, PAPER = (20, 20, 24), (110, 110, 118), (255, 255, 255)
 
 @dataclass(frozen=True)
 class Axis:
-    """`name` is one of AXES; `values` are what it takes, in order."""
+    """`name` is one of AXES; `values` are the parameter's values, in order."""
 
     name: str
     values: tuple[str | int | float, ...]
@@ -37,7 +37,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Sheet:
-    """All cells in one picture. `params` are the first cell's; the axes say what varied; the origin is that of all."""
+    """All cells in one picture. `params` are the first cell's; the axes say what varied; the provenance covers all."""
 
     pixels: PIL.Image.Image
     params: GenerationParams
@@ -45,7 +45,7 @@ class Sheet:
     provenance: Provenance
 
     def save(self, path: str | Path) -> Path:
-        """Write a PNG with the first cell's recipe, the hashes of every adapter that acted, and the axes."""
+        """Write a PNG with the first cell's recipe, the hashes of all adapters in use, and the axes."""
         text = recipe_text(self.params, self.provenance)
         text.add_itxt("dreambooth_moslora_grid", json.dumps({axis.name: axis.values for axis in self.axes}))
         self.pixels.save(path, format="PNG", pnginfo=text)
@@ -59,7 +59,7 @@ def _with_scale(params: GenerationParams, value: float) -> GenerationParams:
 
 
 def _with_adapter(params: GenerationParams, value: str) -> GenerationParams:
-    """The first adapter gives way to another (a checkpoint of the same run, say); "none" is the base alone."""
+    """Replace the first adapter, for example by a checkpoint of the same run; "none" is the base alone."""
     scale = params.adapters[0][1] if params.adapters else 1.0
     chosen = () if value == "none" else ((value, scale),)
     return replace(params, adapters=(*chosen, *(pair for pair in params.adapters[1:] if pair[0] != value)))
@@ -73,11 +73,12 @@ AXES: dict[str, tuple[type, Callable[[GenerationParams, object], GenerationParam
     "steps": (int, lambda params, value: replace(params, steps=value)),
     "guidance": (float, lambda params, value: replace(params, guidance_scale=value)),
 }
-"""What a grid can vary -> the kind of its values and how one is set. `scale` and `adapter` mean the first adapter."""
+"""What a grid can vary -> the type of its values and how one is set. `scale` and `adapter` mean the first adapter."""
 
 
 def parse_axis(text: str) -> Axis:
-    """`scale=0,0.5,1` or `prompt=a mug|a red mug` (prompts hold commas, so `|` parts them). Raises UserError."""
+    """Parse `scale=0,0.5,1` or `prompt=a mug|a red mug` (prompts are separated by `|`, as they hold commas).
+    Raises UserError."""
     name, equals, rest = text.partition("=")
     name = name.strip()
     if name not in AXES or not equals:
@@ -114,10 +115,11 @@ def generate_grid(
     should_stop: Callable[[], bool] | None = None,
     load: Callable[[GenerationParams], GenerationParams] | None = None,
 ) -> Iterator[Step | Preview | Image | Sheet]:
-    """The events of every cell, numbered through row by row, and the Sheet last (absent when stopped).
+    """The events of every cell, numbered row by row, and finally the Sheet (not if stopped).
 
-    `load` brings a cell's adapters into the model; it is called for all cells before the first is drawn, so that a
-    mistake in the last costs nothing, and again before each: there may be more adapters than the model holds at once.
+    `load` brings a cell's adapters into the model. It is called for all cells before the first is drawn, so
+    that a mistake in the last one is found early, and again before each: the model may not hold all adapters at
+    once. Raises UserError.
     """
     load = load or pipeline.complete
     cells = [load(cell) for row in cells_of(params, axes) for cell in row]
@@ -133,7 +135,7 @@ def generate_grid(
 
 
 def _origin_of(images: list[Image]) -> Provenance:
-    """Where all the cells came from: the first one's base and versions, and every adapter's hash."""
+    """The provenance of all cells: base and versions of the first, and every adapter's hash."""
     hashes = {name: sha for image in images for name, sha in image.provenance.adapter_sha256}
     return replace(images[0].provenance, adapter_sha256=tuple(hashes.items()))
 
@@ -155,7 +157,7 @@ def _sheet_of(pictures: list[PIL.Image.Image], axes: tuple[Axis, ...]) -> PIL.Im
 
 
 def draw_sheet(rows: list[list[PIL.Image.Image]], row_labels: list[str], column_labels: list[str]) -> PIL.Image.Image:
-    """Pictures of equal size in rows, with a caption over each column and to the left of each row."""
+    """Pictures of equal size in rows, with a caption over each column and left of each row."""
     width, height = rows[0][0].size
     font = ImageFont.load_default(max(11, min(width, height) // 12))
     left = max((_text_width(font, label) for label in row_labels), default=0)
@@ -180,7 +182,7 @@ def _text_width(font: ImageFont.FreeTypeFont, text: str) -> int:
 
 
 def _cut(font: ImageFont.FreeTypeFont, text: str, width_px: int) -> str:
-    """`text`, shortened with an ellipsis until it fits. Newlines would break the line's height."""
+    """`text`, shortened with an ellipsis until it fits; newlines become spaces, as they would break the layout."""
     text = " ".join(text.split())
     if _text_width(font, text) <= width_px:
         return text

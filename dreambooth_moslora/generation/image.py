@@ -1,4 +1,4 @@
-"""A finished picture, with the recipe that its PNG carries."""
+"""A finished picture, with its recipe for the PNG."""
 
 from dataclasses import dataclass
 from io import BytesIO
@@ -14,7 +14,7 @@ __all__ = ["Image", "recipe_text"]
 
 @dataclass(frozen=True)
 class Image:
-    """Image `index`, with the parameters of this one image and where it came from."""
+    """Image `index`, with the parameters of this one image and its provenance."""
 
     index: int
     pixels: PIL.Image.Image
@@ -22,7 +22,7 @@ class Image:
     provenance: Provenance
 
     def save(self, path: str | Path) -> Path:
-        """Write a PNG that carries its recipe."""
+        """Write a PNG with the recipe."""
         self._write(path)
         return Path(path)
 
@@ -37,7 +37,7 @@ class Image:
 
 
 def recipe_text(params: GenerationParams, provenance: Provenance) -> PngInfo:
-    """The recipe as a PNG holds it: one text chunk for each of its parts."""
+    """The recipe as text chunks of a PNG, one for each of its parts."""
     text = PngInfo()
     for key, value in params.to_png_text(provenance).items():
         text.add_itxt(key, value)

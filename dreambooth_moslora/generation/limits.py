@@ -1,4 +1,4 @@
-"""What one picture may ask of a machine that draws for many: more would hold up everybody behind it."""
+"""Limits of one picture on a machine that draws for many users: a larger one would block the queue."""
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams
@@ -7,7 +7,7 @@ __all__ = ["MAX_STEPS", "check_size", "check_steps"]
 
 MAX_STEPS = 100
 MAX_AREA = 4
-"""Of the base's own: larger pictures take much longer and repeat themselves."""
+"""Largest area relative to the base's own: larger pictures take much longer and repeat themselves."""
 
 
 def check_size(params: GenerationParams, resolution_px: int) -> None:
@@ -19,6 +19,6 @@ def check_size(params: GenerationParams, resolution_px: int) -> None:
 
 
 def check_steps(params: GenerationParams) -> None:
-    """Raises UserError for a picture of too many steps."""
+    """Raises UserError for a picture with too many steps."""
     if params.steps > MAX_STEPS:
         raise UserError(f"{params.steps} steps are too many; at most {MAX_STEPS} are drawn")

@@ -1,7 +1,7 @@
-"""What is asked of the model for one picture, and how a PNG carries it.
+"""The parameters of a picture, and how a PNG carries them.
 
-Every PNG we write holds two text chunks: `parameters`, the text that A1111 and its relatives read, and
-`dreambooth_moslora`, our JSON, which is exact: `GenerationParams.from_png(path)` gives the same picture again.
+Every PNG has two text chunks: `parameters`, the text that A1111 and its relatives read, and
+`dreambooth_moslora`, exact JSON: `GenerationParams.from_png(path)` gives the same picture again.
 """
 
 import json
@@ -45,12 +45,12 @@ MAX_ADAPTERS = 8
 LORA_TAG = re.compile(r"<lora:([^:<>]{1,100})(?::(-?\d+(?:\.\d+)?))?>")
 SETTING = re.compile(r'([\w+/-][\w +/-]{0,60}):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 MAX_SETTINGS_CHARACTERS = 10_000
-"""Of the line that other programs write; a longer one is cut: the text may be made to keep the pattern busy."""
+"""Limit of another program's line of settings, which bounds regex backtracking on hostile text."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Which files and programs made a picture: no paths, nothing about the photos or the machine."""
+    """The files and programs that made a picture, without paths and facts about photos or the machine."""
 
     base: str = ""
     adapter_sha256: tuple[tuple[str, str], ...] = ()
@@ -59,11 +59,11 @@ class Provenance:
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """Everything that decides the pixels, given the base and the adapters' files. Sizes are px. Sizes and guidance that
-    are None are the base's own.
+    """Everything that decides the pixels, given the base and the adapters' files. Sizes are px; None in a size
+    or the guidance means the base's own.
 
-    Image i of `num_images` is the picture of seed `seed + i`, whatever `num_images` is. Raises UserError on a value
-    that cannot be generated.
+    Image i of `num_images` is the picture of seed `seed + i`, whatever `num_images` is. Raises UserError on a
+    value that cannot be generated.
     """
 
     prompt: str
@@ -89,11 +89,11 @@ class GenerationParams:
         object.__setattr__(self, "adapters", _checked_adapters(self.adapters))
 
     def for_image(self, index: int) -> "GenerationParams":
-        """The parameters of image `index` alone: what its PNG carries."""
+        """The parameters of image `index` alone, for its PNG."""
         return replace(self, seed=(self.seed + index) % (MAX_SEED + 1), num_images=1)
 
     def apply_tags(self) -> "GenerationParams":
-        """`<lora:name:0.8>` in the prompt becomes an adapter; a tag overrides the scale chosen elsewhere."""
+        """Turn `<lora:name:0.8>` in the prompt into an adapter; a tag overrides the scale chosen elsewhere."""
         prompt, tags = split_lora_tags(self.prompt)
         return (
             replace(self, prompt=prompt, adapters=tuple((dict(self.adapters) | dict(tags)).items())) if tags else self
@@ -104,7 +104,7 @@ class GenerationParams:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "GenerationParams":
-        """Raises UserError for an unknown name or a value of the wrong kind: the text may come from anybody's PNG."""
+        """Raises UserError for an unknown name or a value of the wrong type: anyone may have written the PNG."""
         if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
             raise UserError(f"unknown generation parameter {unknown[0]!r}")
         if "prompt" not in values:
@@ -125,15 +125,15 @@ class GenerationParams:
 
     @classmethod
     def from_png(cls, path: str | Path) -> "GenerationParams":
-        """The parameters a PNG carries, ours or an A1111-style program's. Raises UserError when it carries none."""
+        """The parameters in a PNG of this or an A1111-style program. Raises UserError when it has none."""
         return read_recipe(path).params
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a PNG says of itself. `exact` is False when it was read from another program's text.
+    """The recipe in a PNG. `exact` is False when it was read from another program's text.
 
-    `remarks` are what that text asks for and nothing here can do.
+    `remarks` list what that text asks for and this program cannot do.
     """
 
     params: GenerationParams
@@ -143,7 +143,7 @@ class Recipe:
 
 
 def draw_seed(seed: int) -> int:
-    """`seed` itself, or a fresh one when it is negative."""
+    """`seed` itself, or a random one if it is negative."""
     return secrets.randbelow(2**31) if seed < 0 else int(seed)
 
 
@@ -154,12 +154,12 @@ def split_lora_tags(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """Raises UserError when the file is no PNG or carries no parameters. No pixel is decoded."""
+    """The recipe in the file; pixels are not decoded. Raises UserError when it is no PNG or has no parameters."""
     return recipe_in(_png_text(Path(path)), Path(path).name)
 
 
 def recipe_in(text: Mapping[str, str], name: str) -> Recipe:
-    """Of the text chunks of the PNG that a person knows by `name`. Raises UserError when they hold no parameters."""
+    """The recipe in the text chunks of the PNG `name`. Raises UserError when they hold no parameters."""
     if PNG_KEY in text:
         return _own_recipe(text[PNG_KEY])
     if "parameters" in text:
@@ -180,7 +180,7 @@ def _png_text(path: Path) -> dict[str, str]:
 def _own_recipe(text: str) -> Recipe:
     try:
         recipe = json.loads(text)
-        json.dumps(recipe, ensure_ascii=False).encode("utf-8")  # a name may hold what is no character
+        json.dumps(recipe, ensure_ascii=False).encode("utf-8")  # a name may hold half a surrogate pair
         provenance = Provenance(
             str(recipe.get("base", "")),
             _string_pairs(recipe.get("adapter_sha256")),
@@ -209,7 +209,7 @@ def _check_prompts(params: GenerationParams) -> None:
 
 
 def check_characters(text: str, name: str) -> None:
-    """Raises UserError for a lone half of a surrogate pair: JSON can hold one, no file, page or tokenizer can."""
+    """Raises UserError for half a surrogate pair: JSON can hold it, but files, pages and tokenizers cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -242,7 +242,7 @@ def _checked_adapters(adapters: Any) -> tuple[tuple[str, float], ...]:
 
 
 def _a1111_text(params: GenerationParams, provenance: Provenance) -> str:
-    """The text other programs show and parse: prompt with tags, negative prompt, one line of settings."""
+    """The text for other programs: prompt with tags, negative prompt, one line of settings."""
     tags = "".join(f" <lora:{name}:{scale:g}>" for name, scale in params.adapters)
     hashes = ", ".join(f"{name}: {sha[:12]}" for name, sha in provenance.adapter_sha256)
     settings = {
@@ -261,7 +261,7 @@ def _a1111_text(params: GenerationParams, provenance: Provenance) -> str:
 
 
 def _parse_a1111(text: str) -> Recipe:
-    """Prompt, negative prompt, tags and the settings we know; what we do not know is left at its default."""
+    """Prompt, negative prompt, tags and the known settings; others stay at their defaults."""
     body, _, line = text.strip().rpartition("\n")
     if "Steps:" not in line:
         body, line = text, ""
@@ -293,7 +293,7 @@ def _known_settings(settings: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _sampler_of(settings: Mapping[str, str]) -> str:
-    """The sampler with its schedule as older programs name both; "Automatic" is the sampler's own schedule."""
+    """The sampler with its schedule, in older programs' form; "Automatic" is the sampler's own schedule."""
     sampler, schedule = settings.get("Sampler", ""), settings.get("Schedule type", "")
     if schedule == "Automatic":
         schedule = "Karras" if sampler == "DPM++ 2M" else ""

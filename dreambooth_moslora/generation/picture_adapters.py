@@ -1,4 +1,4 @@
-"""The adapters that draw a picture: those a person gives, or those that a PNG names, found again by their sha256."""
+"""The adapters of a picture: those that the user gives, or those in a PNG's recipe, found again by their SHA-256."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ __all__ = ["AdapterFile", "adapters_of_picture", "given_adapters"]
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """A file that acts under `name` at `scale`. `note` is for the person, or empty."""
+    """A file to use as `name` at `scale`. `note` is for the user, or empty."""
 
     file: Path
     name: str
@@ -23,12 +23,12 @@ class AdapterFile:
 
 
 def given_adapters(given: list[tuple[str, float | None]], recipe: Recipe | None) -> list[AdapterFile]:
-    """Path and scale, as a person wrote them. A scale that is None is the picture's, or 1. Raises UserError."""
+    """Path and scale, as the user gave them. A scale of None is the picture's, or 1. Raises UserError."""
     return [_given(path, scale, recipe) for path, scale in given]
 
 
 def adapters_of_picture(recipe: Recipe) -> list[AdapterFile]:
-    """Those that made the picture, looked up among the files here. Raises UserError for one that is missing."""
+    """The adapters of the picture, looked up among local files. Raises UserError for a missing one."""
     hashes = dict(recipe.provenance.adapter_sha256)
     return [AdapterFile(_find(name, hashes.get(name)), name, scale) for name, scale in recipe.params.adapters]
 
@@ -46,7 +46,7 @@ def _given(path: str, scale: float | None, recipe: Recipe | None) -> AdapterFile
 
 
 def _find(name: str, sha256: str | None) -> Path:
-    """The file with this content, whatever it is called; without a sha256, the file with this name."""
+    """The file with this content under any name; without a sha256, the file with this name. Raises UserError."""
     files = _files_here()
     named = [file for file in files if adapter_name(file) == name]
     for file in [*named, *files] if sha256 else named:
@@ -61,7 +61,7 @@ def _find(name: str, sha256: str | None) -> Path:
 
 
 def _files_here() -> list[Path]:
-    """The program's own adapters, then those of the runs in `runs/`, their best steps and checkpoints."""
+    """The program's own adapters, then those of the runs in `runs/`, with their best steps and checkpoints."""
     runs = Path("runs")
     places = [*runs.glob("*/*.safetensors"), *runs.glob("*/*/*.safetensors")]
     own = sorted((assets_folder() / "adapters").glob("*.safetensors"))

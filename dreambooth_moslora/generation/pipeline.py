@@ -1,6 +1,7 @@
-"""SubjectPipeline: a base, any number of adapters with their scales, and pictures that come one by one.
+"""SubjectPipeline: a base, any number of adapters with their scales, and pictures that are yielded one by one.
 
-GenerationParams --generate--> Step, Preview … Image: the same pixels for the same parameters, whatever `num_images` is.
+GenerationParams --generate--> Step, Preview … Image: the same parameters give the same pixels for any
+`num_images`.
 """
 
 import threading
@@ -29,7 +30,7 @@ from dreambooth_moslora.generation.streaming import iterate
 __all__ = ["Event", "SubjectPipeline"]
 
 RESIDENT_ADAPTERS = 8
-"""Adapters kept inside the model, where nothing else is said; the one that was used longest ago makes room."""
+"""Default number of adapters kept in the model; the least recently used one is dropped first."""
 
 
 Event = Step | Preview | Image
@@ -37,8 +38,8 @@ Event = Step | Preview | Image
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter in the model. `key` is its name inside PEFT; `header` is the file's own metadata, and `tokens` are
-    those of the file that it names."""
+    """An adapter in the model. `key` is its name inside PEFT, `header` its file's metadata, and `tokens` are
+    the new tokens that the header names."""
 
     name: str
     key: str
@@ -53,10 +54,10 @@ class Adapter:
 
 
 class SubjectPipeline:
-    """Base and adapters. One generation at a time: calls from several threads wait for each other.
+    """Base and adapters. It generates for one caller at a time: calls from other threads wait.
 
-    `home` is the device that draws. While the pipeline rests it lies in the CPU's memory; `generate` ends the rest.
-    Where `home` has too little memory for all models, each visits it in its turn, and they rest between calls.
+    `home` is the device that draws. A resting pipeline is in the CPU's memory; `generate` ends the rest. If
+    `home` has too little memory for all models, they take turns on it, and rest between calls.
     """
 
     def __init__(
@@ -85,9 +86,9 @@ class SubjectPipeline:
         *,
         resting: bool = False,
     ) -> "SubjectPipeline":
-        """Load "toy", a folder, a hub id or a single file. Without `device`: the GPU, if there is one.
+        """Load "toy", a folder, a hub id or a single file. Default `device`: the GPU, if there is one.
 
-        `resting`: nothing goes to the GPU before the first `generate`.
+        `resting`: nothing moves to the GPU before the first `generate`. Raises UserError.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.float16 if torch.device(device).type == "cuda" else torch.float32)
@@ -98,11 +99,11 @@ class SubjectPipeline:
 
     @property
     def has_gpu(self) -> bool:
-        """Whether it draws on anything but the CPU."""
+        """Whether it draws on another device than the CPU."""
         return self.home.device != CPU
 
     def rest(self) -> None:
-        """Leave the GPU to others until the next `generate`. Waits for the generation that is going on."""
+        """Free the GPU until the next `generate`, after the current generation has ended."""
         if not self.has_gpu:
             return
         with self._lock:
@@ -113,10 +114,11 @@ class SubjectPipeline:
         return default_resolution(self.pipeline)
 
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
-        """Put an adapter file (ours, diffusers', kohya's) or a run folder into the model; returns its name.
+        """Load an adapter file (this program's, diffusers', kohya's) or a run folder into the model; returns
+        its name.
 
-        A file that is there already and has not changed costs nothing. New tokens come from the file beside it that
-        its header names. Raises UserError when it is no adapter for this base, or has another one's tokens.
+        An unchanged file that is already loaded costs nothing. New tokens come from the file that its header
+        names, beside it. Raises UserError when it is no adapter for this base, or its tokens belong to another.
         """
         name = name or adapter_name(path)
         stamp = _stamp(find_weights(path))
@@ -156,7 +158,7 @@ class SubjectPipeline:
         return iterate(work)
 
     def draw(self, params: GenerationParams, should_stop: Callable[[], bool] = bool) -> list[Image]:
-        """The finished pictures of `generate`, drawn in the calling thread: fewer than asked for after a stop."""
+        """The finished pictures of `generate`, drawn in the calling thread; fewer than requested after a stop."""
         params, images = self.complete(params), []
 
         def keep(event: Event) -> None:
@@ -168,7 +170,8 @@ class SubjectPipeline:
         return images
 
     def complete(self, params: GenerationParams) -> GenerationParams:
-        """Tags applied, sizes and guidance filled in, adapters known. Raises UserError otherwise."""
+        """The parameters with tags applied, and the base's sizes and guidance. Raises UserError for an unknown
+        adapter."""
         params = params.apply_tags()
         for name, _ in params.adapters:
             if name not in self.adapters:
@@ -184,7 +187,8 @@ class SubjectPipeline:
         )
 
     def activate(self, adapters: tuple[tuple[str, float], ...]) -> None:
-        """Make exactly these adapters act, at these scales. Scale 0 is absence: the base computes bit for bit."""
+        """Make exactly these adapters active, at these scales. Scale 0 means absent: the result is the base's,
+        bit for bit."""
         active = {self.adapters[name].key: scale for name, scale in adapters if scale != 0}
         if active:
             self.pipeline.enable_lora()
@@ -194,7 +198,7 @@ class SubjectPipeline:
         self._use_tokens([self.adapters[name].tokens for name, scale in adapters if scale != 0])
 
     def _use_tokens(self, several: list[NewTokens | None]) -> None:
-        """Exactly these tokens are known to the text encoders."""
+        """Make the text encoders know exactly these tokens."""
         wanted = [tokens for tokens in several if tokens is not None]
         if self._tokens is not None:
             self._tokens.detach()
@@ -250,7 +254,7 @@ class SubjectPipeline:
         emit(Image(index, pixels, own, self.provenance(own)))
 
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
-        """Text conditioning, computed once for all images of a call; the negative half only where guidance uses it."""
+        """Text conditioning for all images of a call; the negative half only if guidance uses it."""
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
         embeds = self.pipeline.encode_prompt(
             params.prompt,
@@ -269,7 +273,7 @@ class SubjectPipeline:
         return self._colours
 
     def _touch(self, name: str) -> None:
-        """Mark as just used, so that `_make_room` drops others."""
+        """Mark as just used, so that `_make_room` drops others first."""
         self.adapters[name] = self.adapters.pop(name)
 
     def _make_room(self) -> None:
@@ -282,11 +286,11 @@ class SubjectPipeline:
             self.pipeline.delete_adapters(gone.key)
 
     def _keys(self) -> set[str]:
-        """Of the adapters in the model: files of equal content share one."""
+        """Keys of the adapters in the model; files of equal content share one."""
         return {adapter.key for adapter in self.adapters.values()}
 
 
 def _stamp(file: Path) -> tuple[Path, int, int]:
-    """Tells one state of a file from another without reading it."""
+    """Changes with the file, and needs no reading."""
     facts = file.stat()
     return file.resolve(), facts.st_mtime_ns, facts.st_size

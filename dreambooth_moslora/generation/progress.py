@@ -1,7 +1,7 @@
 """What happens between two denoising steps: progress, previews of the picture, and stopping.
 
-A preview is a linear map from latents to colours, fitted once to what the VAE decodes. It is computed when somebody
-looks at it: copying the latents to the CPU after each step would make the GPU wait.
+A preview is a linear map from latents to colours, fitted once to the VAE's decoder. It is computed only when
+someone looks at it: copying the latents to the CPU after each step would make the GPU wait.
 """
 
 import logging
@@ -25,16 +25,16 @@ logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 PREVIEW_PX = 384
-"""The longer side of a preview, as the page shows it."""
+"""The longer side of a preview on the page."""
 FIT_SIDE = 32
 """Side of the latents that the map is fitted on; 1024 pixels determine its 15 numbers."""
 
 
 class LatentColours:
-    """RGB = W·latent + b, fitted by least squares to what the VAE makes of smooth random latents.
+    """RGB = W·latent + b, fitted by least squares to the VAE's output for smooth random latents.
 
-    Latents are as the UNet sees them: (B, 4, h, w), scaled by the VAE's factor. Pixels lie in [0, 1]. Where
-    no map can be fitted to the VAE, previews are grey: they are no reason to lose the picture.
+    Latents are as the UNet sees them: (B, 4, h, w), scaled by the VAE's factor. Pixels lie in [0, 1]. If the
+    VAE fails, previews are grey, and the picture is still drawn.
     """
 
     def __init__(self, vae: AutoencoderKL, device: torch.device = CPU) -> None:
@@ -42,7 +42,7 @@ class LatentColours:
         self.weight = torch.zeros(vae.config.latent_channels + 1, 3)
         try:
             colours = colours_of(vae, latents, device)
-        except RuntimeError as error:  # out of memory, for one
+        except RuntimeError as error:  # such as out of memory
             logger.warning("previews are grey: the VAE could not decode: %s", one_line(error))
             return
         if colours.isfinite().all():
@@ -59,7 +59,7 @@ class LatentColours:
 
 
 class PreviewTracker:
-    """Follows one denoising run and says after each step what the clean latents would be."""
+    """Follows one denoising run and estimates the clean latents after each step."""
 
     def __init__(self, scheduler: SchedulerMixin) -> None:
         self.sigmas = scheduler.sigmas.float().cpu()
@@ -85,9 +85,10 @@ def _is_sigma_space(scheduler: SchedulerMixin) -> bool:
 
 @torch.no_grad()
 def colours_of(vae: AutoencoderKL, latents: Tensor, device: torch.device) -> Tensor:
-    """Latents (1, C, 32, 32) -> what the VAE makes of them on `device`, (1, 3, 32, 32) about in [-1, 1].
+    """Latents (1, C, 32, 32) -> the VAE's output on `device`, (1, 3, 32, 32), about in [-1, 1].
 
-    In fp32, as the pipeline decodes: SDXL's own VAE overflows in fp16. The VAE is as it was afterwards.
+    Computed in fp32 like the pipeline's decoding: SDXL's own VAE overflows in fp16. The VAE is restored
+    afterwards.
     """
     dtype = vae.dtype
     try:
@@ -99,7 +100,7 @@ def colours_of(vae: AutoencoderKL, latents: Tensor, device: torch.device) -> Ten
 
 
 def smooth_latents(channels: int, seed: int = 0) -> Tensor:
-    """(1, channels, 32, 32) of unit variance whose neighbours resemble each other, as in a real picture's latents."""
+    """(1, channels, 32, 32) of unit variance whose neighbours are similar, as in a real picture's latents."""
     coarse = torch.randn(1, channels, FIT_SIDE // 4, FIT_SIDE // 4, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.interpolate(coarse, scale_factor=4.0, mode="nearest")
 
@@ -116,7 +117,7 @@ def _with_ones(latents: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """After denoising step `step` of `steps` (1-based) of image `index`. `eta_sec` is for all images that remain."""
+    """After denoising step `step` of `steps` (1-based) of image `index`. `eta_sec` covers all remaining images."""
 
     index: int
     num_images: int
@@ -127,7 +128,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Preview:
-    """What image `index` of `size_px` (height, width) will roughly become; `latents` (1, 4, h, w) are on the device."""
+    """A rough view of image `index` of `size_px` (height, width); `latents` (1, 4, h, w) stay on the device."""
 
     index: int
     latents: Tensor
@@ -143,7 +144,7 @@ class Preview:
 
 
 class Clock:
-    """Time left, from the steps done so far in this call."""
+    """Estimates the remaining time from the steps of this call."""
 
     def __init__(self, params: GenerationParams) -> None:
         self.total_steps = params.steps * params.num_images
@@ -151,7 +152,8 @@ class Clock:
         self.done = 0
 
     def tick(self) -> float:
-        """Count one step; seconds that remain. The first step only starts the clock: it also pays for warming up."""
+        """Count one step; returns the remaining seconds. The first step, which includes the warm-up, only
+        starts the clock."""
         now = time.perf_counter()
         self.done += 1
         if self.started is None:
@@ -161,7 +163,7 @@ class Clock:
 
 
 class Watcher:
-    """diffusers' `callback_on_step_end`: reports, offers a preview, and leaves the loop when asked to stop."""
+    """diffusers' `callback_on_step_end`: reports progress, offers a preview, and stops the loop on request."""
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ __all__ = ["SCHEDULERS", "Scheduler", "make_scheduler", "scheduler_of_title"]
 
 @dataclass(frozen=True)
 class Scheduler:
-    """`title`: the name that other programs know ("Sampler" in A1111). `class_name`: diffusers' class."""
+    """`title` is its name in other programs ("Sampler" in A1111), `class_name` diffusers' class."""
 
     title: str
     class_name: str
@@ -28,11 +28,11 @@ SCHEDULERS = {
     ),
     "unipc": Scheduler("UniPC", "UniPCMultistepScheduler"),
 }
-"""By our name. All are deterministic: noise is drawn only at the start."""
+"""Schedulers by this program's names. All are deterministic: noise is drawn only at the start."""
 
 
 def scheduler_of_title(title: str) -> str | None:
-    """Our name of the scheduler that other programs call `title`."""
+    """The name of the scheduler that other programs call `title`."""
     return next((name for name, scheduler in SCHEDULERS.items() if scheduler.title == title), None)
 
 

@@ -1,4 +1,4 @@
-"""Turn a function that calls back into an iterator, so that a slow producer can be watched and stopped."""
+"""Turns a function with callbacks into an iterator, so that slow work can be watched and stopped."""
 
 import queue
 import threading
@@ -13,8 +13,8 @@ Event = TypeVar("Event")
 def iterate(work: Callable[[Callable[[Event], None], Callable[[], bool]], None]) -> Iterator[Event]:
     """Run `work(emit, abandoned)` in a thread of its own and yield what it emits.
 
-    `abandoned()` becomes true when the consumer closes the iterator; `work` should return soon after. An exception in
-    `work` is raised at the consumer. The thread is over when the iterator is.
+    `abandoned()` becomes true when the consumer closes the iterator; `work` should return soon after. An
+    exception in `work` is raised in the consumer. The thread ends with the iterator.
     """
     events: queue.SimpleQueue = queue.SimpleQueue()
     abandoned = threading.Event()
@@ -23,7 +23,7 @@ def iterate(work: Callable[[Callable[[Event], None], Callable[[], bool]], None])
     def body() -> None:
         try:
             work(events.put, abandoned.is_set)
-        except BaseException as error:  # handed over, not swallowed
+        except BaseException as error:  # raised by the consumer
             failure.append(error)
         events.put(None)
 
