@@ -1,1 +1,1 @@
-"""A name becomes a frozen SDXL pipeline: where its files lie, how it is loaded and quantised."""
+"""Loads a frozen SDXL pipeline by its name: locating its files, loading and quantising it."""

@@ -1,7 +1,7 @@
-"""Latents become pictures: scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w), about in [-1, 1] -> PIL.
+"""Decodes latents: scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w), about in [-1, 1] -> PIL.
 
-One picture is decoded at a time: at 1024 px the fp32 decoder of SDXL needs 3 to 4 GiB for each. Where a GPU
-has less, the picture is decoded in tiles of 512 px that overlap by a quarter.
+One picture is decoded at a time: at 1024 px SDXL's fp32 decoder needs 3 to 4 GiB for each. If a GPU has less,
+the picture is decoded in tiles of 512 px that overlap by a quarter.
 """
 
 import logging
@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 def decode_image(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
-    """Scaled latents (B, 4, h, w) -> B pictures of (8h, 8w) px; what is not finite is black, and said."""
+    """Scaled latents (B, 4, h, w) -> B pictures of (8h, 8w) px. Values that are not finite become black, with a
+    warning."""
     pixels = decode_pixels(vae, latents)
     if not pixels.isfinite().all():
         logger.warning("A picture has values that are not finite (NaN) and is black there: use --mixed_precision bf16.")
@@ -32,7 +33,7 @@ def decode_image(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
 def decode_pixels(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w).
 
-    An fp16 VAE that overflows goes to fp32, for good.
+    An fp16 VAE that overflows is converted to fp32 for good.
     """
     return torch.cat([decode_one(vae, latents[index : index + 1]) for index in range(len(latents))])
 
@@ -66,15 +67,15 @@ def latent_statistics(vae: AutoencoderKL, device: torch.device) -> tuple[Tensor,
 
 
 def scale_of(vae: AutoencoderKL) -> int:
-    """Pixels a latent: 8 for SDXL."""
+    """Pixels per latent along a side: 8 for SDXL."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 @contextmanager
 def tiled_where_short(vae: AutoencoderKL, size_px: tuple[int, int], device: torch.device) -> Iterator[None]:
-    """Inside, the VAE decodes in tiles if `device` has too little memory for (height, width) px at once.
+    """In this block the VAE decodes in tiles if `device` has too little memory for (height, width) px at once.
 
-    A VAE without tiling decodes as it can. The VAE's own settings are back afterwards.
+    A VAE without tiling decodes as usual. The VAE's own settings are restored afterwards.
     """
     free = free_gib(device)
     is_short = free is not None and size_px[0] * size_px[1] * DECODER_BYTES_A_PIXEL / GIB > free

@@ -1,6 +1,6 @@
-"""How much memory a GPU has left, and what decoding a picture takes of it.
+"""A GPU's free memory, and the memory that decoding a picture needs.
 
-PyTorch is loaded when it is asked.
+PyTorch is imported only when asked.
 """
 
 from typing import TYPE_CHECKING
@@ -12,15 +12,15 @@ __all__ = ["DECODER_BYTES_A_PIXEL", "GIB", "TILE_PX", "free_gib"]
 
 GIB = 2**30
 DECODER_BYTES_A_PIXEL = 4300
-"""Peak of the fp32 decoder of SDXL's VAE beside its weights, a pixel of the picture."""
+"""Peak of SDXL's fp32 VAE decoder beside its weights, per pixel of the picture."""
 TILE_PX = 512
-"""Side of the tiles that are decoded where a whole picture does not fit."""
+"""Side of the tiles that are decoded if the whole picture does not fit."""
 
 
 def free_gib(device: "torch.device") -> float | None:
-    """GiB that this process can still use on a CUDA device; None for every other kind of device.
+    """GiB that this process can still use on a CUDA device; None for other devices.
 
-    The allocator keeps freed blocks for reuse: they are free too.
+    Blocks that the allocator keeps for reuse count as free.
     """
     if device.type != "cuda":
         return None

@@ -1,4 +1,4 @@
-"""Names and shapes of the tensors in safetensors files. Only the headers are read, no weights."""
+"""Names and shapes of the tensors in safetensors files, read from the headers alone."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec"
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The files of a component of a base that are loaded: those of the variant, if there are any."""
+    """The weight files of a base's component that are loaded: the variant's, if there are any."""
     for suffix in (".safetensors", ".bin"):
         files = sorted(folder.glob(f"*{suffix}"))
         chosen = [file for file in files if variant and f".{variant}" in file.name]
@@ -23,7 +23,8 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 
 
 def tensor_shapes(folder: Path, variant: str | None = None) -> dict[str, list[int]]:
-    """Of a component's folder; empty where its weights are in another format, or missing. Raises UserError."""
+    """Name -> shape for a component's folder; empty if its weights are in another format, or missing. Raises
+    UserError."""
     shapes: dict[str, list[int]] = {}
     for file in weight_files(folder, variant):
         check_weights(file)
@@ -33,7 +34,7 @@ def tensor_shapes(folder: Path, variant: str | None = None) -> dict[str, list[in
 
 
 def check_weights(path: Path) -> None:
-    """Raises UserError for a git-lfs pointer, and for a file that is cut short."""
+    """Raises UserError for a git-lfs pointer, and for a truncated file."""
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise UserError(f"{path} is a git-lfs pointer, the weights are not here: fetch them with `git lfs pull`.")

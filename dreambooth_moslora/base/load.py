@@ -1,4 +1,4 @@
-"""The base model: from its name to a pipeline, and from photos and words to what its UNet reads.
+"""The base model: loads the pipeline by its name, and encodes photos and prompts for the UNet.
 
 name --load_pipeline--> StableDiffusionXLPipeline
 pixels (B, 3, H, W) in [-1, 1] --encode_image--> latents (B, 4, H/8, W/8), scaled as the UNet expects them
@@ -40,11 +40,11 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SingleFileComponentError)
-"""What diffusers' converter raises for a damaged file, and for one of another model."""
+"""Errors of diffusers' converter for a damaged file, and for one of another model."""
 UNLOADABLE = (OSError, ValueError, OverflowError, RuntimeError, SafetensorError)
-"""What the loaders raise for damaged or missing parts of a folder."""
+"""Errors of the loaders for damaged or missing parts of a folder."""
 ZERO_SNR_RESCALE = 0.7
-"""Lin et al. 2024 (arXiv 2305.08891), section 3.4: how much of the contrast that guidance adds is taken back."""
+"""Lin et al. 2024 (arXiv 2305.08891), section 3.4: how much of the contrast added by guidance is removed."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,11 @@ def load_pipeline(
     vae_dtype: torch.dtype | None = None,
     quantization: str = "none",
 ) -> StableDiffusionXLPipeline:
-    """Load a base in `dtype` (fp32 when None) onto `device`, every module frozen and in evaluation mode.
+    """Load a base in `dtype` (default fp32) onto `device`, every module frozen and in evaluation mode.
 
-    `vae` names another autoencoder (folder or hub id), such as one repaired for fp16; `vae_dtype` its dtype (`dtype`
-    when None); `quantization` (`nf4`, `int8`) how the UNet's weights are kept.
+    `vae` names another autoencoder (folder or hub id), such as one repaired for fp16; `vae_dtype` is its dtype
+    (default `dtype`); `quantization` (`nf4`, `int8`) is that of the UNet's weights.
+
     Raises UserError when the base is missing, is no SDXL model, or cannot be fetched.
     """
     source = resolve_base(name_or_path)
@@ -111,7 +112,8 @@ def load_vae(name: str | Path, dtype: torch.dtype, cache_dir: str | Path | None)
 
 
 def load_single_file(path: Path, options: dict) -> StableDiffusionXLPipeline:
-    """One checkpoint file. A diffusers folder of the same stem beside it supplies the configs; else the hub does."""
+    """Load one checkpoint file. Its configs come from a diffusers folder of the same stem beside it, else from
+    the hub. Raises UserError."""
     configs = configs_beside(path)
     local = {} if configs is None else {"config": str(configs)}
     try:
@@ -133,7 +135,8 @@ def without_configs(path: Path) -> str:
 
 
 def follow_prediction_marks(pipeline: StableDiffusionXLPipeline, path: Path) -> None:
-    """v-prediction checkpoints carry an empty tensor `v_pred` (and `ztsnr`), which diffusers does not read."""
+    """Set the scheduler of v-prediction checkpoints: they have an empty tensor `v_pred` (and `ztsnr`), which
+    diffusers ignores."""
     with safe_open(path, framework="pt") as file:
         marks = {"v_pred", "ztsnr"} & set(file.keys())
     if "v_pred" in marks:
@@ -148,7 +151,7 @@ def has_zero_terminal_snr(pipeline: StableDiffusionXLPipeline) -> bool:
 
 
 def start_at_pure_noise(pipeline: StableDiffusionXLPipeline) -> None:
-    """SDXL's own spacing of timesteps (`leading`) would never use the last noise level."""
+    """Use trailing timesteps: SDXL's own spacing (`leading`) would never use the last noise level."""
     scheduler = pipeline.scheduler
     pipeline.scheduler = type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
 
@@ -160,7 +163,7 @@ def check_is_sdxl(pipeline: StableDiffusionXLPipeline, name: str | Path) -> None
 
 
 def check_is_whole(pipeline: StableDiffusionXLPipeline, name: str | Path) -> None:
-    """A weight that no file has is left without memory by the loader."""
+    """Raises UserError for a missing weight, which the loader leaves without memory."""
     for part, model in pipeline.components.items():
         weights = model.named_parameters() if isinstance(model, nn.Module) else ()
         if missing := next((weight for weight, value in weights if value.is_meta), None):
@@ -174,25 +177,26 @@ def freeze(pipeline: StableDiffusionXLPipeline) -> None:
 
 
 def default_resolution(pipeline: StableDiffusionXLPipeline) -> int:
-    """Side in pixels of the images that the UNet was made for: 1024 for SDXL, 128 for the embedded base."""
+    """Side in pixels of the UNet's training images: 1024 for SDXL, 128 for the embedded base."""
     return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 
 
 def default_guidance(pipeline: StableDiffusionXLPipeline) -> float:
-    """`preferred_guidance` of the base that was loaded."""
+    """`preferred_guidance` of the loaded base."""
     return preferred_guidance(str(pipeline.config.get("_name_or_path", "")))
 
 
 def guidance_rescale(pipeline: StableDiffusionXLPipeline) -> float:
-    """The pipeline's argument of this name: guidance washes out the pictures of bases with zero terminal SNR."""
+    """The pipeline's argument of this name: guidance overexposes pictures of bases with zero terminal SNR."""
     return ZERO_SNR_RESCALE if has_zero_terminal_snr(pipeline) else 0.0
 
 
 def encode_text(pipeline: StableDiffusionXLPipeline, prompts: list[str]) -> TextCond:
-    """Embed N prompts: penultimate hidden states of both encoders side by side, and the pooled output of the second.
+    """Embed N prompts: the penultimate hidden states of both encoders, concatenated, and the second's pooled
+    output.
 
-    Gradients reach the encoders when they are enabled: the caller says `torch.no_grad()` for frozen ones. The empty
-    prompt is zeros where the pipeline's own unconditional is (`force_zeros_for_empty_prompt`).
+    Gradients reach the encoders if enabled; use `torch.no_grad()` for frozen ones. The empty prompt becomes
+    zeros if the pipeline's unconditional embedding is zero (`force_zeros_for_empty_prompt`).
     """
     device = pipeline.text_encoder_2.device
     embeds, _, pooled, _ = pipeline.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
@@ -206,8 +210,8 @@ def encode_text(pipeline: StableDiffusionXLPipeline, prompts: list[str]) -> Text
 def encode_image(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     """Pixels (B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8), fp32: the mean of the VAE's posterior.
 
-    An SDXL VAE in fp16 can overflow to NaN; then the VAE is turned to fp32, for good, and asked again.
-    Raises UserError when even fp32 gives no finite latents.
+    An SDXL VAE in fp16 can overflow to NaN; it is then converted to fp32 for good and run again. Raises
+    UserError when even fp32 gives no finite latents.
     """
     latents = posterior_mean(vae, pixels)
     if not latents.isfinite().all() and vae.dtype != torch.float32:
@@ -232,7 +236,7 @@ def scale_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 
 def architecture(unet: UNet2DConditionModel) -> dict[str, object]:
-    """The shape of a UNet, JSON-able: two bases with equal shape accept each other's adapters."""
+    """The shape of a UNet, JSON-able: bases of equal shape accept each other's adapters."""
     keys = ("in_channels", "block_out_channels", "cross_attention_dim", "transformer_layers_per_block")
     facts = {key: unet.config[key] for key in keys}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}

@@ -1,4 +1,4 @@
-"""Where the files of a base lie on this machine, if they do, and what they say without being loaded.
+"""Finds a base's files on this machine, and reads what they say without loading the model.
 
 `--dry_run` and training run the same checks: a base that passes the first is not refused by the second.
 """
@@ -14,7 +14,7 @@ from dreambooth_moslora.core.errors import UserError
 __all__ = ["SMALL_BASE_PX", "base_folder", "check_diffusers_folder", "check_vae", "configs_beside", "resolve_base"]
 
 SMALL_BASE_PX = 256
-"""A base of at most this resolution, as the embedded one, needs no care with the memory of a GPU."""
+"""A base of at most this resolution, such as the embedded one, needs no care with GPU memory."""
 TOY = assets_folder() / "toy-sdxl"
 SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
 INDEX = "model_index.json"
@@ -26,13 +26,14 @@ MARKS = {
     "text_encoder": TEXT_MARKS,
     "text_encoder_2": TEXT_MARKS,
 }
-"""Component with weights -> a tensor that each of its kind has, under one of these names."""
+"""Component with weights -> names of a tensor that each such component has."""
 
 
 def resolve_base(name: str | Path) -> str | Path:
-    """`toy`, a folder, a single checkpoint file, or a hub id (returned as it is).
+    """`toy`, a folder, a single checkpoint file, or a hub id (returned unchanged).
 
-    Raises UserError for a path that is not there, for a folder that is no diffusers model, and for a damaged file.
+    Raises UserError for a path that does not exist, for a folder that is no diffusers model, and for a damaged
+    file.
     """
     if str(name) == "toy":
         return existing_toy()
@@ -62,15 +63,17 @@ def single_file(path: Path) -> Path:
 
 
 def is_hub_id(name: str) -> bool:
-    """`owner/model-1.0` has a dot and is an id; `owner/model.safetensors` and `./model` are paths."""
+    """Whether it is a hub id: `owner/model-1.0` is one despite its dot; `owner/model.safetensors` and `./model`
+    are paths."""
     is_path = name.startswith((".", "~", "/")) or Path(name).suffix in SINGLE_FILE_SUFFIXES
     return name.count("/") == 1 and not is_path
 
 
 def base_folder(config: TrainConfig) -> Path | None:
-    """The diffusers folder of the base: as named, embedded, or in the hub's cache. None for a single file or none yet.
+    """The diffusers folder of the base: as named, embedded, or in the hub's cache. None for a single file or a
+    base not fetched yet.
 
-    Raises UserError for what training would refuse of it.
+    Raises UserError for a base that training would refuse.
     """
     source = resolve_base(config.pretrained_model_name_or_path)
     if isinstance(source, str):
@@ -105,7 +108,7 @@ def check_diffusers_folder(folder: Path, variant: str | None = None, *, has_vae:
 
 
 def check_vae(name: str) -> None:
-    """Raises UserError for a VAE folder that is missing or incomplete. A VAE on the hub is not looked at."""
+    """Raises UserError for a VAE folder that is missing or incomplete. A VAE on the hub is not checked."""
     path = Path(name)
     if path.is_dir():
         read_json(path / "config.json")

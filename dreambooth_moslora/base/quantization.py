@@ -1,4 +1,4 @@
-"""The frozen base in few bits: 4-bit NormalFloat (QLoRA, Dettmers et al. 2023) or 8-bit weights of bitsandbytes.
+"""Quantises the frozen base: 4-bit NormalFloat (QLoRA, Dettmers et al. 2023) or 8-bit weights of bitsandbytes.
 
 Only the linear layers of the transformer blocks are quantised: they hold nine tenths of SDXL's UNet.
 """
@@ -14,17 +14,17 @@ __all__ = ["QUANTIZATIONS", "quantize"]
 
 QUANTIZATIONS = ("none", "nf4", "int8")
 OUTPUTS_A_BLOCK = 32
-"""The 4-bit kernels for CPUs compute so many outputs at a time. Every width of SDXL is a multiple."""
+"""Outputs that the 4-bit kernels for CPUs compute at a time. Every width of SDXL is a multiple."""
 CAST_TO_FP16 = "MatMul8bitLt: inputs will be cast"
-"""bitsandbytes warns of it at every call in bf16, thousands of times a run."""
+"""A warning of bitsandbytes at every call in bf16, thousands of times per run."""
 
 
 def quantize(unet: nn.Module, kind: str, compute_dtype: torch.dtype, device: torch.device | str | None = None) -> int:
-    """Replace the layers in place, each quantised on `device` (its own when None); returns how many.
+    """Replace the layers in place, each quantised on `device` (default: its own); returns how many.
 
-    One dense layer at a time is on the device: the whole dense model never is. In 4 bit, each goes back to where it
-    was, so that the device is free for the encoders. `kind` none does nothing.
-    Raises UserError for an unknown kind, and when bitsandbytes is not installed.
+    Only one dense layer at a time is on the device. In 4 bit, each layer then moves back, so that the device is
+    free for the encoders. `kind` none does nothing. Raises UserError for an unknown kind, and when bitsandbytes
+    is not installed.
     """
     if kind not in QUANTIZATIONS:
         raise UserError(f"--base_quantization {kind} is unknown: choose one of {', '.join(QUANTIZATIONS)}.")
@@ -41,7 +41,7 @@ def quantize(unet: nn.Module, kind: str, compute_dtype: torch.dtype, device: tor
 
 
 MARKS = {"nf4": "is_loaded_in_4bit", "int8": "is_loaded_in_8bit"}
-"""By these attributes PEFT knows that layers are bitsandbytes' and takes its own layers for them."""
+"""PEFT uses these attributes to choose its own layers for bitsandbytes."""
 
 
 def is_worth_saying(record: logging.LogRecord) -> bool:
@@ -60,7 +60,7 @@ def quantized(dense: nn.Linear, kind: str, compute_dtype: torch.dtype, device: t
     except ImportError as error:
         raise UserError("--base_quantization needs bitsandbytes: pip install bitsandbytes.") from error
     shape = (dense.in_features, dense.out_features, dense.bias is not None)
-    options = {"device": "meta"}  # its own random weights would be thrown away
+    options = {"device": "meta"}  # the layer's own random weights are not needed
     if kind == "nf4":
         layer = bnb.Linear4bit(*shape, compute_dtype=compute_dtype, quant_type="nf4", **options)
         layer.weight = bnb.Params4bit(dense.weight.data, requires_grad=False, quant_type="nf4")

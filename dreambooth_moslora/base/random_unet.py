@@ -1,6 +1,7 @@
-"""SDXL's UNet with random weights, made in seconds: to time a step, no weight has to be downloaded.
+"""SDXL's UNet with random weights, made in seconds, to time a step without a download.
 
-Weights are one random megabyte repeated, scaled by 1/sqrt(fan-in), so that no activation grows or dies.
+The weights are one random megabyte repeated, scaled by 1/sqrt(fan-in), so that activations neither grow nor
+vanish.
 """
 
 import math
@@ -13,7 +14,7 @@ from torch import nn
 __all__ = ["SIZES", "made", "pooled_width", "random_unet", "text_width", "text_widths"]
 
 SIZES = ("sdxl", "small")
-"""2.57 billion parameters, or the same topology at a fortieth of the width."""
+"""2.57 billion parameters, or the same topology with a fortieth of the width."""
 
 
 def text_widths(size: str) -> tuple[int, int]:

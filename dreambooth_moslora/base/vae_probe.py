@@ -1,4 +1,4 @@
-"""Does a VAE survive half precision? SDXL's own overflows in fp16 and gives black pictures, or NaN to train on."""
+"""Tests a VAE in half precision: SDXL's own overflows in fp16 and gives black pictures, or NaN to train on."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ class Probe:
 
 
 def load_vae_alone(source: str | Path) -> AutoencoderKL:
-    """The VAE of a base, in fp32: of a diffusers folder, a hub id, or a single file."""
+    """The VAE of a base, in fp32, from a diffusers folder, a hub id, or a single file."""
     path = Path(source)
     if path.is_file():
         configs = configs_beside(path)
@@ -45,7 +45,7 @@ def stress_pixels(photos: list[Image.Image], size_px: int) -> torch.Tensor:
 def probe_vae(
     vae: AutoencoderKL, dtypes: list[torch.dtype], photos: list[Image.Image], size_px: int, device: torch.device
 ) -> list[Probe]:
-    """Encode and decode in each dtype, beside fp32. The VAE is left in fp32."""
+    """Encode and decode in each dtype, compared with fp32. The VAE is left in fp32."""
     pixels = stress_pixels(photos, size_px)
     exact = round_trip(vae, pixels, torch.float32, device)
     probes = [judged(round_trip(vae, pixels, dtype, device), exact, dtype) for dtype in dtypes]
