@@ -1,1 +1,1 @@
-"""Adapters become scores: metrics, encoders, reports and studies."""
+"""Scores adapters: metrics, encoders, reports and studies."""

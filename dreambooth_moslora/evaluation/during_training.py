@@ -1,9 +1,9 @@
-"""Scores during training: every `--evaluate_steps`, the same few prompts and seeds, and which step was the best.
+"""Scores during training: every `--evaluate_steps` for the same few prompts and seeds, and the best step.
 
-Of several subjects, each is drawn and scored alone, and the scores are the means over them.
+Several subjects are drawn and scored separately; the scores are the means over them.
 
-The best step is the one with the highest `metrics.checkpoint_score` (fidelity × prompt × no copy). It is looked up in
-the events of the run, so a resumed run knows it too. Nothing is stopped unless `--early_stopping` asks for it.
+The best step has the highest `metrics.checkpoint_score` (fidelity × prompt × no copy). It is read from the
+run's events, so a resumed run knows it too. The run stops early only if `--early_stopping` asks for it.
 """
 
 from dataclasses import replace
@@ -37,13 +37,14 @@ LOGGED = (
     *("dino", "clip_i", "clip_t", "pres", "diversity", "drift", "background_leak", "truth", "copied", "score"),
     *("clip_t_of_base", "dino_of_ceiling", "drift_of_spread", "pres_gain", "dino_base", "pres_base", "confusion"),
 )
-SEEDS = (100, 101)  # not those of `evaluate`: these choose the best step
+SEEDS = (100, 101)  # other seeds than `evaluate`: these choose the best step
 
 
 class TrainingEvaluator:
-    """Called by the trainer with its sampler and step. `prompts` are to be embedded before the text encoders leave.
+    """The trainer calls it with its sampler and step. `prompts` must be encoded before the text encoders are
+    freed.
 
-    Raises UserError on construction, before anything is trained, when an encoder cannot be loaded.
+    Raises UserError on construction, before the training, when an encoder cannot be loaded.
     """
 
     def __init__(self, config: TrainConfig, encoders: Encoders | None = None):
@@ -51,7 +52,7 @@ class TrainingEvaluator:
         self.subjects = each_subject(config)
         photos = photos_by_subject(instance_photos(config).photos, len(self.subjects))
         self.plans = [plan_of(subject, own) for subject, own in zip(self.subjects, photos)]
-        self.encoders = encoders or load_encoders(own_encoders_of(config))  # now, not late in the run
+        self.encoders = encoders or load_encoders(own_encoders_of(config))  # fail now, not late in the run
 
     @property
     def prompts(self) -> list[str]:
@@ -59,12 +60,12 @@ class TrainingEvaluator:
 
     @cached_property
     def evaluators(self) -> list[Evaluator]:
-        """Encoders stay on the CPU: a dozen pictures take seconds there, and no GPU memory."""
-        photos = instance_photos(self.config).photos  # with the masks that the run has made meanwhile
+        """One for each subject. Encoders stay on the CPU: a dozen pictures take seconds there, and no GPU memory."""
+        photos = instance_photos(self.config).photos  # with masks that the run has made
         return evaluators_of(self.subjects, photos, self.plans, self.encoders, self.config.resolution)
 
     def __call__(self, sampler: Sampler, step: int) -> dict:
-        """The facts of the `evaluation` event: scores as plain numbers, `best` so far, `cost` of this evaluation."""
+        """The fields of the `evaluation` event: scores as plain numbers, `best` so far, `cost` of this evaluation."""
         draw = sampler_draw(replace(sampler, inference_steps=self.plans[0].inference_steps))
         of_each = [evaluator(draw) for evaluator in self.evaluators]
         found = pooled(of_each)
@@ -81,7 +82,7 @@ class TrainingEvaluator:
         }
 
     def find_scale(self, sampler: Sampler, components: dict[str, nn.Module]) -> ScaleChoice | None:
-        """Scores the live adapter at several scales; afterwards it is as trained."""
+        """Score the live adapter at several scales; afterwards it has the trained scale again."""
         draw = sampler_draw(replace(sampler, inference_steps=self.plans[0].inference_steps))
 
         def score(scale: float) -> float:
@@ -109,19 +110,20 @@ def plan_of(subject: TrainConfig, photos: list[Photo]) -> EvaluationPlan:
 
 
 def of_subjects(found: list[Evaluation]) -> dict[str, float]:
-    """`dino_subject_1` and so on, of several; by number, as trackers are told no words of the person's."""
+    """`dino_subject_1` and so on, if there are several. They are numbered, as trackers must not get the user's
+    words."""
     if len(found) == 1:
         return {}
     return {f"dino_subject_{number}": round(one.mean("dino"), 4) for number, one in enumerate(found, start=1)}
 
 
 def photo_facts(photos: Tensor) -> dict[str, float]:
-    """How many photos there are, by their joint vectors (P, D), and how near each is to the next one; 1: the same."""
+    """The number of photos from their joint vectors (P, D), and the mean cosine of each to its nearest one."""
     nearness = {"nearness": round(photo_nearness(photos), 4)} if len(photos) > 1 else {}
     return {"count": len(photos), **nearness}
 
 
 def own_encoders_of(config: TrainConfig) -> str:
-    """The base when it brings its own encoders: the toy world's CLIP knows nothing else, and CLIP knows no toys."""
+    """The base if it has its own encoders, else "": the toy world's CLIP knows only toys, and CLIP knows no toys."""
     base = config.pretrained_model_name_or_path
     return base if is_toy(base) else ""

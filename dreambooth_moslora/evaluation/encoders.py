@@ -1,8 +1,8 @@
-"""CLIP and DINOv2 as functions from pictures and words to unit vectors.
+"""CLIP and DINOv2 as functions from pictures and texts to unit vectors.
 
-For real use the vectors of openai/clip-vit-large-patch14 and facebook/dinov2-base; for the embedded base the toy
-world's own: the CLIP whose text tower the base reads, and a small ViT in DINOv2's format. Always fp32: the same
-picture gets the same vector whatever the batch it came in.
+By default these are openai/clip-vit-large-patch14 and facebook/dinov2-base. The embedded base has the toy
+world's own: the CLIP whose text tower it uses, and a small ViT in DINOv2's format. Always fp32, so that a
+picture gets the same vector in any batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,7 +42,7 @@ PictureDistance = Callable[[Image.Image, Image.Image], float]
 
 @dataclass(frozen=True)
 class Clip:
-    """Both halves of a CLIP model as functions to vectors (N, P), with what prepares their inputs."""
+    """Both halves of a CLIP model as functions to vectors (N, P), with their preprocessing."""
 
     embed_images: Callable[[Tensor], Tensor]
     embed_texts: Callable[[Any], Tensor]
@@ -51,7 +51,7 @@ class Clip:
 
     @classmethod
     def of_towers(cls, vision: nn.Module, text: nn.Module, tokenizer: Any, processor: Any) -> "Clip":
-        """Two towers that each bring their own projection."""
+        """From two towers that each have their own projection."""
         return cls(
             lambda pixels: vision(pixel_values=pixels).image_embeds,
             lambda words: text(words.input_ids, attention_mask=words.attention_mask).text_embeds,
@@ -61,7 +61,7 @@ class Clip:
 
     @classmethod
     def of_model(cls, model: CLIPModel, tokenizer: Any, processor: Any) -> "Clip":
-        """A whole CLIPModel."""
+        """From a whole CLIPModel."""
 
         def embed_texts(words: Any) -> Tensor:
             pooled = model.text_model(words.input_ids, attention_mask=words.attention_mask).pooler_output
@@ -77,7 +77,7 @@ class Clip:
 class Encoders:
     """The models and their preprocessing. `names` are their public names, never paths.
 
-    `lpips`, where its weights are at hand, is the paper's distance for diversity.
+    `lpips` is the paper's distance for diversity, if its weights are available.
     """
 
     clip: "Clip"
@@ -97,7 +97,7 @@ class Encoders:
 
     @torch.no_grad()
     def clip_texts(self, texts: Sequence[str]) -> Tensor:
-        """N texts -> unit vectors (N, P), on the CPU. What exceeds the model's 77 tokens is cut off."""
+        """N texts -> unit vectors (N, P), on the CPU. Texts are cut at the model's 77 tokens."""
         found = []
         for some in batches(texts, self.batch_size):
             words = self.clip.tokenizer(some, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
@@ -121,9 +121,9 @@ def batches(items: Sequence, size: int) -> list[list]:
 def load_encoders(
     base: str | Path = "", clip: str | Path = "", dino: str | Path = "", device: str | torch.device = "cpu"
 ) -> Encoders:
-    """The encoders that go with `base` ("toy": the toy world's own), or those named by hub id or folder.
+    """The encoders of `base` ("toy": the toy world's own), or those named by hub id or folder.
 
-    Raises UserError when one is not there: give a folder, or fetch it once with a network.
+    Raises UserError when one is not available: give a folder, or fetch it once with a network.
     """
     folder = own_encoders(base)
     if folder and not clip:
@@ -135,14 +135,15 @@ def load_encoders(
     if model.main_input_name != "pixel_values":
         raise UserError(f"the encoder {dino} is a {type(model).__name__}, which sees no pictures alone: name a DINOv2")
     names = (clip_name, public_name(dino))
-    lpips = None if folder else lpips_distance(device)  # AlexNet knows photographs, not toys
+    lpips = None if folder else lpips_distance(device)  # AlexNet was trained on photographs, not toys
     return Encoders(towers, model, loaded(AutoImageProcessor, dino), names, lpips=lpips)
 
 
 def lpips_distance(device: str | torch.device = "cpu") -> PictureDistance | None:
-    """LPIPS (Zhang et al., CVPR 2018) on AlexNet, or None where the `lpips` package or AlexNet's weights are missing.
+    """LPIPS (Zhang et al., CVPR 2018) on AlexNet; None when the `lpips` package or AlexNet's weights are
+    missing.
 
-    Nothing is downloaded for it.
+    It downloads nothing.
     """
     weights = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
     if find_spec("lpips") is None or not weights.is_file():
@@ -162,13 +163,13 @@ def picture_distance(model: nn.Module, device: str | torch.device) -> PictureDis
 
 
 def own_encoders(base: str | Path) -> Path | None:
-    """The base's folder, if it brings its own CLIP as the optional components of an SDXL pipeline."""
+    """The base's folder, if it has its own CLIP as the optional components of an SDXL pipeline."""
     folder = resolve_base(base) if base else None
     return folder if isinstance(folder, Path) and (folder / "image_encoder").is_dir() else None
 
 
 def clip_of_pipeline(folder: Path, device: str | torch.device) -> Clip:
-    """The CLIP inside a diffusers folder: its image encoder pairs with its second text encoder."""
+    """The CLIP inside a diffusers folder: its image encoder matches its second text encoder."""
     return Clip.of_towers(
         frozen(CLIPVisionModelWithProjection, folder / "image_encoder", device),
         frozen(CLIPTextModelWithProjection, folder / "text_encoder_2", device),
@@ -182,7 +183,7 @@ def clip_of_model(name: str | Path, device: str | torch.device) -> Clip:
 
 
 def frozen(kind: Any, name: str | Path, device: str | torch.device) -> nn.Module:
-    """A whole model. Raises UserError where transformers would make up what the files lack."""
+    """A complete model. Raises UserError for missing weights, which transformers would initialise at random."""
     model, found = loaded(kind, name, dtype=torch.float32, output_loading_info=True)
     if lacking := sorted(found["missing_keys"]):
         raise UserError(f"the encoder {name} is no {kind.__name__}: it has no {lacking[0]}")
@@ -190,13 +191,13 @@ def frozen(kind: Any, name: str | Path, device: str | torch.device) -> nn.Module
 
 
 def loaded(kind: Any, name: str | Path, **options) -> Any:
-    """`kind.from_pretrained(name)`, with one line for what goes wrong."""
+    """`kind.from_pretrained(name)`. Raises UserError with one line on failure."""
     try:
         return kind.from_pretrained(name, **options)
     except OSError as error:
         raise UserError(
             f"the encoder {name} cannot be loaded ({kind.__name__}): give a folder, or connect to the hub once"
         ) from error
-    except Exception as error:  # files of another model may raise any error
+    except Exception as error:  # files of other models may raise any error
         reason = one_line(f"{type(error).__name__} {error}")
         raise UserError(f"the encoder {name} cannot be read as a {kind.__name__}: {reason}") from error

@@ -1,6 +1,7 @@
-"""How good is an adapter? Pictures by the adapter and by the base at equal prompts and seeds, and what they score.
+"""Scores an adapter: compares pictures by the adapter and by the base at equal prompts and seeds.
 
-    draw(requests, with_adapter) -> pictures --Encoders--> vectors --metrics--> tables (prompts, seeds) -> scores
+    draw(requests, with_adapter) -> pictures --Encoders--> vectors --metrics--> tables (prompts, seeds) ->
+scores
 
 `Evaluator` belongs to one subject: it draws the base's pictures once and then judges any number of adapters.
 """
@@ -32,13 +33,13 @@ from dreambooth_moslora.generation.pipeline import SubjectPipeline
 __all__ = ["Draw", "Evaluator", "Truth", "evaluate_adapter", "sampler_draw"]
 
 Draw = Callable[[list[SampleRequest], bool], list[Image.Image]]
-"""(what to draw, with the adapter or by the base alone) -> pictures in order."""
+"""(requests, True for the adapter or False for the base alone) -> pictures in order."""
 BATCH = 4
 GREY = (128, 128, 128)
 
 
 class Truth(Protocol):
-    """A world that knows what the subject really looks like (`toy_truth.ToyTruth`)."""
+    """A world that knows the subject's true appearance (`toy_truth.ToyTruth`)."""
 
     def tables(self, plan: EvaluationPlan, pictures: list[Image.Image], vectors: Tensor, photos: Tensor) -> Tables: ...
 
@@ -57,7 +58,8 @@ class Views:
 
 
 class Evaluator:
-    """Judge adapters of one subject by `plan`. `masks` (white = subject) are optional, one a photo or None.
+    """Judges adapters of one subject by `plan`. `masks` (white = subject) are optional; each photo has one or
+    None.
 
     `rivals`: words of the adapter's other subjects -> DINO vectors of their photos (`subjects.evaluators_of`).
     """
@@ -104,7 +106,7 @@ class Evaluator:
         return tables
 
     def of_subject(self) -> "Evaluator":
-        """The same, of the subject's pictures alone: all that the score needs."""
+        """A copy that draws only the subject's pictures, which suffice for the score."""
         smaller = copy(self)
         smaller.plan = replace(self.plan, class_images=0, unrelated=())
         return smaller
@@ -165,9 +167,9 @@ class Evaluator:
         return tables
 
     def _drift_tables(self, unrelated: Views, base: Views) -> Tables:
-        """Drift in CLIP and DINO together, and the base's own spread from seed to seed as its scale.
+        """Drift in CLIP and DINO together, and the base's own spread between seeds as its scale.
 
-        DINO alone looks at the thing: a duck on the beach that becomes a duck in a kitchen would not count.
+        DINO alone sees only the object: a duck on the beach that becomes a duck in a kitchen would not count.
         """
         shape = (len(self.plan.unrelated), len(self.plan.seeds))
         tables = {"drift": metrics.drift(unrelated.joint, base.joint).numpy().reshape(shape)}
@@ -176,7 +178,7 @@ class Evaluator:
         return tables
 
     def _diversity(self, views: Views) -> np.ndarray:
-        """DIV of each prompt, (prompts, 1): by LPIPS where it is at hand, else by DINO."""
+        """DIV of each prompt, (prompts, 1): by LPIPS if available, else by DINO."""
         groups, lpips = self._prompts_of(views), self.encoders.lpips
         found = metrics.diversity(views.pictures, groups, lpips) if lpips else metrics.diversity(views.dino, groups)
         return by_prompt(found)
@@ -196,7 +198,7 @@ def score_of(tables: Tables, alarm: metrics.CopyAlarm) -> float:
 
 
 def paint_over(photo: Image.Image, mask: Image.Image) -> Image.Image:
-    """The photo with the subject (white in the mask) in plain grey: its background alone."""
+    """The photo with the subject (white in the mask) painted grey, so that only its background is left."""
     grey = Image.new("RGB", photo.size, GREY)
     return Image.composite(grey, photo.convert("RGB"), mask.convert("L").resize(photo.size))
 
@@ -204,7 +206,7 @@ def paint_over(photo: Image.Image, mask: Image.Image) -> Image.Image:
 def truth_of(
     base: str, photos_dir: str | Path | None, plan: EvaluationPlan, encoders: Encoders, size_px: int
 ) -> Truth | None:
-    """The truth about a toy that the toy base draws in the toy world's places; None for everything else."""
+    """The truth about a toy that the toy base draws in the toy world's places; None for anything else."""
     if not (is_toy(base) and photos_dir):
         return None
     from dreambooth_moslora.evaluation.toy_truth import find_truth, is_known_place  # the toy world costs an import
@@ -213,7 +215,7 @@ def truth_of(
 
 
 def sampler_draw(sampler: Sampler, batch_size: int = BATCH) -> Draw:
-    """Draw through a Sampler; the base alone is the same models with their adapters switched off."""
+    """Draw through a Sampler; for the base alone the adapters are switched off."""
 
     def draw(requests: list[SampleRequest], with_adapter: bool) -> list[Image.Image]:
         models = [getattr(sampler.pipeline, name, None) for name in ("unet", "text_encoder", "text_encoder_2")]
@@ -234,7 +236,7 @@ def evaluate_adapter(
     scale: float = 1.0,
     guidance_scale: float | None = None,
 ) -> Evaluation:
-    """Score a loaded adapter at `scale`. Text is embedded anew for each side: adapters may sit on the text encoders."""
+    """Score a loaded adapter at `scale`. Text is encoded for each side, as adapters may be on the text encoders."""
     inner = pipeline.pipeline
     pipeline.activate(((adapter, scale),))
     with torch.no_grad():

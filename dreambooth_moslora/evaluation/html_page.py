@@ -1,4 +1,4 @@
-"""Parts of a self-contained HTML file: styles and pictures are inside, and opening it fetches nothing."""
+"""Parts of a self-contained HTML file: styles and pictures are embedded, and opening it fetches nothing."""
 
 import base64
 import re
@@ -57,7 +57,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def picture(image: Image.Image, caption: str = "", side_px: int = 256) -> str:
-    """An <img> with the picture inside, at most `side_px` large; the caption is its alternative text."""
+    """An <img> with the embedded picture, at most `side_px` large; the caption is its alternative text."""
     small = image.convert("RGB")
     small.thumbnail((side_px, side_px))
     buffer = BytesIO()

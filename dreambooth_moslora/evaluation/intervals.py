@@ -1,12 +1,14 @@
-"""95 % intervals of means, by the bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13).
+"""95 % intervals of means, by the bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993,
+ch. 13).
 
-A score is a table with an axis for each thing that was drawn at random: prompts × seeds, or subjects × seeds. All axes
-are resampled at once, each as a whole (the crossed bootstrap of Owen, "The pigeonhole bootstrap", 2007): ten
-pictures of one bad prompt do not count as ten independent ones.
+A score is a table with one axis per random factor: prompts × seeds, or subjects × seeds. All axes are resampled
+at once, each as a whole (the crossed bootstrap of Owen, "The pigeonhole bootstrap", 2007): ten pictures of one
+bad prompt do not count as ten independent ones.
 
-Resampling a handful of things shows too little of their spread: with six subjects nine intervals of ten hold the truth,
-not nineteen of twenty. The interval is therefore widened to Student's t (the "expanded percentile interval" of
-Hesterberg, "What teachers should know about the bootstrap", 2015), with Satterthwaite's degrees of freedom (1946).
+Resampling a handful of items underestimates their spread: with six subjects nine intervals of ten hold the
+truth, not nineteen of twenty. The interval is therefore widened to Student's t (the "expanded percentile
+interval" of Hesterberg, "What teachers should know about the bootstrap", 2015), with Satterthwaite's degrees of
+freedom (1946).
 """
 
 from dataclasses import dataclass
@@ -37,8 +39,8 @@ class Interval:
 def bootstrap_mean(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """The mean of a table of any number of axes, and its interval when every axis is resampled.
 
-    An axis of length 1 says nothing about its own spread: it adds nothing to the interval. Raises ValueError when empty
-    or not finite.
+    An axis of length 1 shows no spread and adds nothing to the interval. Raises ValueError when empty or not
+    finite.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.size == 0 or not np.isfinite(values).all():
@@ -54,7 +56,7 @@ def bootstrap_mean(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
 
 
 def widening(values: np.ndarray) -> float:
-    """What a percentile interval lacks for the few things along each axis: at least 1, 1.44 for six subjects."""
+    """The factor that a percentile interval lacks for few items along each axis: at least 1, 1.44 for six subjects."""
     sizes = [(axis, n) for axis, n in enumerate(values.shape) if n > 1]
     others = [tuple(other for other in range(values.ndim) if other != axis) for axis, _ in sizes]
     variances = np.array([values.mean(axis=o).var(ddof=1) / n for o, (_, n) in zip(others, sizes)])
@@ -67,5 +69,5 @@ def widening(values: np.ndarray) -> float:
 
 
 def student(degrees: float) -> float:
-    """The 97.5 % point of Student's t. Between the tabulated degrees it errs to the wide side."""
+    """The 97.5 % point of Student's t. Between tabulated degrees it errs to the wide side."""
     return float(np.interp(-1 / degrees, -1 / DEGREES, STUDENT))

@@ -1,17 +1,18 @@
-"""Which photo hurts? A short run with all photos and one without each, at equal steps, prompts, seeds and noise.
+"""Finds photos that hurt: a short run with all photos and one without each, at equal steps, prompts, seeds and
+noise.
 
-Runs without a photo differ in its turns alone, which the others take (`subject_streams.taking_turns`).
+Runs without a photo differ only in its turns, which the other photos take (`subject_streams.taking_turns`).
 
 With L(run, j) the mean DINO cosine of a run's pictures to photo j, the effect of photo i on likeness is
 
     mean over j ≠ i of L(all, j)  -  mean over j ≠ i of L(without i, j)
 
-less the mean of the others' effects: below zero, pictures are more like the other photos without it. The effect on the
-leak is the same with the photos' backgrounds (`metrics.background_leak`): above zero, other backgrounds come along less
-without it.
+minus the mean of the other photos' effects. Below zero, pictures are more like the other photos without photo
+i. The effect on the leak is the same with the photos' backgrounds (`metrics.background_leak`): above zero, the
+other backgrounds leak less without photo i.
 
-Each run has its own chance in it. How large that is, the other photos' effects say: the interval is that of one more
-draw (a prediction interval with Student's t). It is so wide that in 95 of 100 sets of equally good photos none stands
+Each run is also random. The other photos' effects show by how much: the interval is that of one more draw (a
+prediction interval with Student's t). It is so wide that in 95 of 100 sets of equally good photos none stands
 out (Bonferroni's correction).
 """
 
@@ -31,17 +32,17 @@ from dreambooth_moslora.evaluation.studies.study import Protocol, Study, StudySu
 __all__ = ["LEAST_PHOTOS", "PhotoEffect", "effect_plot", "effects_of", "study_without_each", "table_of", "verdict"]
 
 LEAST_PHOTOS = 4
-"""With fewer, two others at most say how much runs differ by chance."""
+"""With fewer photos, at most two others would show how much runs differ by chance."""
 ALL = "all"
 PROTOCOL = Protocol(num_prompts=6, images_per_prompt=2, class_images=1, unrelated=1, inference_steps=12)
 OWN = ("instance_data_dir", "instance_prompt", "class_prompt", "output_dir", "rank", "seed", "learning_rate")
-"""Settings that the study itself names."""
+"""Settings that the study itself sets."""
 HURTS, HARMLESS = "#d1453b", "#2a6fdb"
 
 
 @dataclass(frozen=True)
 class PhotoEffect:
-    """Of the photo `name` on likeness and, where photos have masks, on the leak."""
+    """The effect of the photo `name` on likeness and, if photos have masks, on the leak."""
 
     name: str
     likeness: Interval
@@ -87,7 +88,8 @@ def effects_of(names: Sequence[str], results: Sequence[Result]) -> list[PhotoEff
 
 
 def intervals_of(means: np.ndarray) -> list[Interval]:
-    """`means` (1 + P, P): of the run with all photos, then of that without each, to each of P photos."""
+    """The effect of each photo with its interval. `means` (1 + P, P): the run with all photos, then those
+    without each, to each of P photos."""
     count = means.shape[1]
     apart = ~np.eye(count, dtype=bool)
     effects = np.array([(means[0] - means[1 + i])[apart[i]].mean() for i in range(count)])
@@ -102,7 +104,7 @@ def intervals_of(means: np.ndarray) -> list[Interval]:
 
 @cache
 def student_point(degrees: int, tail: float) -> float:
-    """What Student's t of so many degrees of freedom exceeds with the probability `tail`.
+    """The point that Student's t with `degrees` degrees of freedom exceeds with probability `tail`.
 
     With t = √ν·tan θ its density is proportional to cos(θ)^(ν-1), which is summed over a grid.
     """
@@ -113,7 +115,7 @@ def student_point(degrees: int, tail: float) -> float:
 
 
 def table_of(effects: Sequence[PhotoEffect]) -> str:
-    """A line a photo, as text."""
+    """One line per photo, as text."""
     width = max(len(effect.name) for effect in effects)
     lines = [f"{'photo':<{width}}  {'effect on likeness':<26}  {'effect on the leak':<26}"]
     for effect in effects:
@@ -137,7 +139,7 @@ def verdict(effects: Sequence[PhotoEffect]) -> str:
 
 
 def effect_plot(effects: Sequence[PhotoEffect]) -> Figure:
-    """Effects with their intervals, one panel a measure; a photo that hurts is red."""
+    """Effects with their intervals, one panel per measure; photos that hurt are red."""
     measures = {"likeness": "likeness: left of 0 hurts"}
     if all(effect.leak for effect in effects):
         measures["leak"] = "leak: right of 0 hurts"

@@ -1,18 +1,19 @@
 """What a DreamBooth user cares about, as pure functions of unit vectors.
 
-DreamBooth (Ruiz et al., "DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation", CVPR
-2023, arXiv 2208.12242, section 4.1 and 4.3) names five measures. With u·v the cosine of two unit vectors:
+DreamBooth (Ruiz et al., "DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation",
+CVPR 2023, arXiv 2208.12242, section 4.1 and 4.3) names five measures. With u·v the cosine of two unit vectors:
 
     CLIP-I  mean over generated g and photos p of  clip(g)·clip(p)
     DINO    the same with DINO's vectors, which tell two subjects of one class apart
     CLIP-T  mean over generated g and its prompt t of  clip(g)·clip(t)
-    PRES    mean over pictures c of the class (no token) and photos p of  dino(c)·dino(p): lower is better, a high
-            value means that every member of the class has become the subject
-    DIV     mean distance between pictures of one prompt; the paper takes LPIPS, 1 - dino·dino stands in for it
+    PRES    mean over pictures c of the class (no token) and photos p of  dino(c)·dino(p): lower is better, a
+            high value means that every member of the class has become the subject
+    DIV     mean distance between pictures of one prompt; the paper uses LPIPS, here 1 - dino·dino may replace
+it
 
-Ours besides: `drift` on prompts that have nothing to do with the subject, `copy_index` against photos learnt by heart,
-`background_leak`, `confusion` of two subjects of one adapter, and the score that picks the best checkpoint. Each
-function returns one value for each picture, so that intervals can be computed over prompts and seeds.
+Further measures are `drift` on prompts unrelated to the subject, `copy_index` against memorised photos,
+`background_leak`, `confusion` of two subjects of one adapter, and the score that picks the best checkpoint.
+Most functions return one value for each picture, so that intervals can be computed over prompts and seeds.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -43,11 +44,11 @@ __all__ = [
 Picture = TypeVar("Picture")
 
 COPIED = 0.5
-"""A picture is called a copy when it is more than this share of the way from another photo to the very photo."""
+"""A picture counts as a copy if it is more than this fraction of the way from another photo to one photo itself."""
 ALARM_SHARE = 0.1
-"""The alarm goes off when more than this share of the pictures are copies."""
+"""The alarm is raised when more than this fraction of the pictures are copies."""
 LONE_PHOTO_NEARNESS = 0.8
-"""Nearness assumed of photos when there is only one, and nothing to compare it with."""
+"""Nearness assumed for a single photo, which has nothing to be compared with."""
 
 
 def subject_fidelity(generated: Tensor, photos: Tensor) -> Tensor:
@@ -56,13 +57,13 @@ def subject_fidelity(generated: Tensor, photos: Tensor) -> Tensor:
 
 
 def photo_fidelity(photos: Tensor) -> float:
-    """The same of the photos among themselves, no photo with itself: the paper's row "Real Images". NaN for one."""
+    """Mean cosine between different photos (P, D): the paper's row "Real Images". NaN for a single photo."""
     similarities = photos @ photos.T
     return float(similarities[~torch.eye(len(photos), dtype=torch.bool)].mean())
 
 
 def prompt_fidelity(generated: Tensor, texts: Tensor) -> Tensor:
-    """CLIP-T: generated (N, D) and the text of each, token left out, (N, D) -> (N,)."""
+    """CLIP-T: generated (N, D) and the text of each without the token, (N, D) -> (N,)."""
     return (generated * texts).sum(1)
 
 
@@ -80,10 +81,10 @@ def diversity(
     groups: Sequence[Hashable],
     distance: Callable[[Picture, Picture], float] = cosine_distance,
 ) -> dict[Hashable, float]:
-    """DIV of each group (one prompt, say): the mean `distance` over all pairs in it. Higher is more diverse.
+    """DIV of each group (such as one prompt): the mean `distance` over all pairs in it. Higher is more diverse.
 
-    `pictures` are unit vectors for the cosine distance, the pictures themselves for LPIPS. Groups of one have no pair
-    and are left out.
+    `pictures` are unit vectors for the cosine distance, the pictures themselves for LPIPS. Groups of one have
+    no pair and are left out.
     """
     members: dict[Hashable, list[Picture]] = {}
     for picture, group in zip(pictures, groups, strict=True):
@@ -93,27 +94,28 @@ def diversity(
 
 
 def drift(adapted: Tensor, base: Tensor) -> Tensor:
-    """1 - cosine between adapter and base at equal prompt and seed: (N, D), (N, D) -> (N,). Zero is untouched.
+    """1 - cosine between adapter and base at equal prompt and seed: (N, D), (N, D) -> (N,). Zero means
+    unchanged.
 
-    The vectors are `joint_vectors`, which see the thing and its place.
-
-    The scale to read it on is `diversity` of the base: how far its own pictures are from one seed to another.
+    The vectors are `joint_vectors`, which see the object and its place. Compare it with the base's `diversity`,
+    the distance of its own pictures between seeds.
     """
     return 1 - (adapted * base).sum(1)
 
 
 def joint_vectors(clip: Tensor, dino: Tensor) -> Tensor:
-    """CLIP (N, C) and DINO (N, D) side by side as unit vectors (N, C + D): their cosine is the mean of both cosines.
+    """CLIP (N, C) and DINO (N, D) concatenated to unit vectors (N, C + D): their cosine is the mean of both
+    cosines.
 
-    DINO sees the subject wherever it is, CLIP sees place and light: only a copy is near a photo in both.
+    DINO sees the subject in any place, CLIP sees place and light: only a copy is near a photo in both.
     """
     return torch.cat([clip, dino], dim=1) / 2**0.5
 
 
 def photo_nearness(photos: Tensor) -> float:
-    """How near a photo is to the nearest other one of the series: the mean over photos (P, D) of their largest cosine.
+    """The mean over photos (P, D) of their largest cosine to another photo.
 
-    What any picture of the subject may reach without being a copy.
+    A picture of the subject may be this near to a photo without being a copy.
     """
     if len(photos) < 2:
         return LONE_PHOTO_NEARNESS
@@ -122,11 +124,12 @@ def photo_nearness(photos: Tensor) -> float:
 
 
 def copy_index(generated: Tensor, photos: Tensor) -> Tensor:
-    """(m - r)/(1 - r) of each picture (N, D), m its largest cosine to one photo (P, D), r `photo_nearness`.
+    """(m - r)/(1 - r) of each picture (N, D) -> (N,); m is its largest cosine to a photo (P, D), r
+    `photo_nearness`.
 
-    0: no nearer to a photo than the photos are to each other; 1: it is the photo. Negative: farther. (N,).
+    0: no nearer to a photo than the photos are to each other; 1: it is the photo; negative: farther.
     """
-    nearness = min(photo_nearness(photos), 0.99)  # a series of equal frames must not divide by zero
+    nearness = min(photo_nearness(photos), 0.99)  # equal frames would divide by zero
     return ((generated @ photos.T).amax(1) - nearness) / (1 - nearness)
 
 
@@ -151,34 +154,37 @@ def copy_alarm(generated: Tensor, photos: Tensor) -> CopyAlarm:
 
 
 def background_leak(generated: Tensor, base: Tensor, backgrounds: Tensor) -> Tensor:
-    """How much nearer to the photos' grounds a picture is than the base's at equal prompt and seed, (N,).
+    """How much nearer to the photos' backgrounds each picture is than the base's at equal prompt and seed,
+    (N,).
 
-    CLIP vectors: generated (N, D), base (N, D), the photos with the subject painted over (P, D). Zero is no leak.
+    CLIP vectors: generated (N, D), base (N, D), the photos with the subject painted over (P, D). Zero is no
+    leak.
     """
     return subject_fidelity(generated, backgrounds) - subject_fidelity(base, backgrounds)
 
 
 def confusion(generated: Tensor, own: Tensor, other: Tensor) -> Tensor:
-    """How far pictures of a subject went from its own photos to another subject's: (N, D), (P, D), (Q, D) -> (N,).
+    """How far pictures of a subject went from its own photos to another subject's: (N, D), (P, D), (Q, D) ->
+    (N,).
 
         confusion(g) = (m_own - m(g)) / (m_own - m_other)        m(g) = mean cos(g, own) - mean cos(g, other)
 
-    m_own and m_other are m of the own photos and of the other's, each mean without the photo itself. 0: told apart as
-    the photos are; 1: as if the other had been asked for; 1/2: as near to the one as to the other, or to neither.
-    Below 0: told apart better than the photos. One photo alone is taken to be LONE_PHOTO_NEARNESS near to itself.
+    m_own and m_other are m of the own photos and of the other's, each mean without the photo itself. 0: told
+    apart as well as the photos; 1: like the other subject; 1/2: equally near to both, or to neither; below 0:
+    told apart better than the photos. A single photo is assumed to be LONE_PHOTO_NEARNESS near to itself.
     """
     alike = float((own @ other.T).mean())
     within = [LONE_PHOTO_NEARNESS if len(photos) < 2 else photo_fidelity(photos) for photos in (own, other)]
     margin = subject_fidelity(generated, own) - subject_fidelity(generated, other)
-    apart = max(sum(within) - 2 * alike, 0.01)  # two series of the same thing must not divide by zero
+    apart = max(sum(within) - 2 * alike, 0.01)  # equal series would divide by zero
     return (within[0] - alike - margin) / apart
 
 
 def checkpoint_score(fidelity: float, prompt: float, base_prompt: float, copied: float) -> float:
-    """fidelity × prompt × no copy, in [0, 1]: what "best checkpoint" means.
+    """fidelity × prompt × no copy, in [0, 1]; it defines the best checkpoint.
 
-    `fidelity` is DINO (below 0 counts as 0); prompt is CLIP-T as a share of the base's on the same prompts, at most 1;
-    `copied` is the share of copies.
+    `fidelity` is DINO (negative values count as 0). `prompt` is CLIP-T relative to the base's on the same
+    prompts, at most 1. `copied` is the fraction of copies.
     """
     kept = min(prompt / base_prompt, 1.0) if base_prompt > 0 else 1.0
     return max(fidelity, 0.0) * max(kept, 0.0) * (1 - copied)

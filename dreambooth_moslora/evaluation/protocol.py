@@ -39,7 +39,7 @@ UNRELATED_TOYS = (
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """Every prompt is drawn once from each seed. `templates` hold `{}` for the subject's words."""
+    """Every prompt is drawn once from each seed. `templates` hold `{}` for the subject's words. Raises UserError."""
 
     subject: Subject
     templates: tuple[str, ...]
@@ -55,7 +55,7 @@ class EvaluationPlan:
 
     @property
     def texts(self) -> list[str]:
-        """The prompts with the token left out: what CLIP-T compares with, and what the base is asked."""
+        """The prompts without the token: CLIP-T's texts, and the base's prompts."""
         return [template.replace("{}", self.subject.class_word or "subject") for template in self.templates]
 
     @property
@@ -78,7 +78,7 @@ class EvaluationPlan:
 
     @property
     def prompts(self) -> list[str]:
-        """Every text that will be embedded."""
+        """Every text that will be encoded."""
         requests = self.subject_requests + self.base_requests + self.class_requests + self.unrelated_requests
         return sorted({request.prompt for request in requests})
 
@@ -88,7 +88,7 @@ class EvaluationPlan:
     def smaller(
         self, templates: int, seeds: int, class_images: int, unrelated: int, inference_steps: int | None = None
     ) -> "EvaluationPlan":
-        """Fewer pictures, spread evenly over the templates: for scores along the way."""
+        """A plan with fewer pictures, spread evenly over the templates, for scores during training."""
         return replace(
             self,
             templates=spread(self.templates, templates),
@@ -100,7 +100,7 @@ class EvaluationPlan:
 
 
 def spread(items: Sequence[str], count: int) -> tuple[str, ...]:
-    """`count` of the items at even distances, the first always."""
+    """`count` of the items at even distances, including the first."""
     count = min(count, len(items))
     return tuple(items[number * len(items) // count] for number in range(count))
 
@@ -110,8 +110,9 @@ def plan_for(
 ) -> EvaluationPlan:
     """The full protocol for a subject: the toy world's places for `toy`, DreamBooth's 25 templates otherwise.
 
-    `templates`: a name of TEMPLATE_SETS, or "auto" (living things and objects differ, and a stuffed animal is an
-    object). `captions` of the photos: what they name is left out (`unseen`). Other fields through `changes`.
+    `templates`: a name of TEMPLATE_SETS, or "auto", which distinguishes living things and objects (a stuffed
+    animal is an object). Places in the photos' `captions` are left out (`unseen`). `changes` sets other fields.
+    Raises UserError.
     """
     if templates == "auto":
         templates = "toy" if is_toy(base) else "live" if is_living(subject.class_word) else "object"
@@ -128,9 +129,9 @@ def is_living(class_word: str) -> bool:
 
 
 def unseen(templates: Sequence[str], captions: Collection[str]) -> tuple[str, ...]:
-    """The templates whose place no photo's caption names: in a place of the photos a copy would score best.
+    """The templates whose place is in no caption: in a place of the photos a copy would score best.
 
-    All of them when no place is left.
+    All templates if no place is left.
     """
     known = " | ".join(captions).lower()
     places = {template: template.partition("{}")[2].strip().lower() for template in templates}

@@ -52,9 +52,9 @@ JUDGED = ("kind", "colour", "place")
 
 @dataclass(frozen=True)
 class ReportContext:
-    """What was judged, as the report names it: no path. `encoders` are the names of CLIP and DINO.
+    """What was judged, as the report names it, without paths. `encoders` are the names of CLIP and DINO.
 
-    `scale`: what --sweep_scale found.
+    `scale`: the result of --sweep_scale.
     """
 
     adapter: str
@@ -67,7 +67,7 @@ class ReportContext:
 
 
 def scores_json(found: Evaluation, about: ReportContext, photo_fidelity: float) -> dict:
-    """Everything that was measured, JSON-ready: means with 95 % intervals, and each prompt's means."""
+    """All measurements, JSON-ready: means with 95 % intervals, and each prompt's means."""
     plan = found.plan
     return {
         "format": 1,
@@ -97,7 +97,7 @@ def scores_json(found: Evaluation, about: ReportContext, photo_fidelity: float) 
 
 
 def per_prompt(found: Evaluation) -> list[dict]:
-    """Means over the seeds for each prompt of the subject, of every table that has a row for each."""
+    """Means over the seeds for each prompt of the subject, from every table with such rows."""
     tables = {}
     for name, values in found.tables.items():
         has_rows = values.ndim == 2 and len(values) == len(found.plan.templates)
@@ -111,7 +111,7 @@ def per_prompt(found: Evaluation) -> list[dict]:
 
 
 def report_html(found: Evaluation, about: ReportContext, photos: list[Image.Image], photo_fidelity: float) -> str:
-    """The page: verdict, scores, photos, every prompt by adapter and base, the nearest thing to a copy."""
+    """The page: verdict, scores, photos, every prompt by adapter and base, the picture nearest to a copy."""
     parts = [
         introduction(found, about),
         section("Scores", score_table(found, photo_fidelity), relative_table(found), cost(found)),
@@ -155,7 +155,7 @@ def score_table(found: Evaluation, photo_fidelity: float) -> str:
 
 
 def relative_table(found: Evaluation) -> str:
-    """The scores on their own scales, where the scale was measured."""
+    """The scores relative to their scales, where those were measured."""
     scales = {**found.relative(), "copied": found.alarm.share}
     return table(("On its own scale", "Value"), [(RELATIVE[n], f"{v:.3f}") for n, v in scales.items()])
 
@@ -218,7 +218,7 @@ def prompt_table(found: Evaluation) -> str:
 def write_report(
     folder: Path, found: Evaluation, about: ReportContext, photos: list[Image.Image], photo_fidelity: float
 ) -> None:
-    """`folder`/scores.json and `folder`/report.html, each whole or not at all."""
+    """Write `folder`/scores.json and `folder`/report.html, each completely or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     scores = scores_json(found, about, photo_fidelity)
     atomic_write(folder / "scores.json", json.dumps(scores, indent=1, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""What an evaluation found: tables of scores, their means and intervals, and the pictures behind them."""
+"""The result of an evaluation: tables of scores, their means and intervals, and the pictures behind them."""
 
 from dataclasses import dataclass, field
 
@@ -34,7 +34,8 @@ class Evaluation:
     seconds: float
     pictures: dict[str, list[Image.Image]] = field(repr=False, default_factory=dict)
     by_photo: Tables = field(repr=False, default_factory=dict)
-    """Likeness of each picture to each photo and, with masks, nearness to its background above the base's, (N, P)."""
+    """Each picture's likeness to each photo (N, P), and with masks its gain in nearness to each background over
+    the base."""
 
     def mean(self, name: str) -> float:
         return float(self.tables[name].mean())
@@ -43,13 +44,13 @@ class Evaluation:
         return bootstrap_mean(self.tables[name])
 
     def means(self) -> dict[str, float]:
-        """All scores as plain numbers, rounded: what a training run logs."""
+        """All scores as plain numbers, rounded, for the log of a training run."""
         found = {name: round(float(table.mean()), 4) for name, table in self.tables.items()}
         copies = {"copied": round(self.alarm.share, 4), "copy_alarm": self.alarm.raised}
         return {**found, **self.relative(), **copies, "score": round(self.score, 4)}
 
     def relative(self) -> dict[str, float]:
-        """Scores on their own scales: shares of the base's, of the ceiling (toy world), of the base's own spread.
+        """Scores relative to their scales: the base's score, the ceiling (toy world), or the base's own spread.
 
         pres_gain is PRES above the base's, in standard deviations of the base's pictures.
         """

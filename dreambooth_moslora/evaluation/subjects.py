@@ -1,4 +1,4 @@
-"""Several subjects of one adapter: each judged alone and against the others, all together, and two in one prompt.
+"""Several subjects of one adapter: judged separately, against each other, together, and in pairs in one prompt.
 
 evaluators_of(subjects) -> an Evaluator each, which knows the photos of its rivals (`metrics.confusion`)
 pooled(evaluations)     -> one Evaluation over the prompts of all
@@ -53,7 +53,7 @@ def evaluators_of(
 
 
 def pooled(found: Sequence[Evaluation]) -> Evaluation:
-    """As one: the tables of all subjects over all their prompts, the score's mean, the worst copy."""
+    """One evaluation of all: the tables of all subjects over all their prompts, the mean score, the worst copy."""
     if len(found) == 1:
         return found[0]
     names = in_all(found, found[0].tables)
@@ -67,7 +67,7 @@ def pooled(found: Sequence[Evaluation]) -> Evaluation:
 
 
 def in_all(found: Sequence[Evaluation], names: Iterable[str]) -> list[str]:
-    """Those of the names that each evaluation has a table of."""
+    """The names that each evaluation has a table for."""
     return [name for name in names if all(name in one.tables for one in found)]
 
 
@@ -75,7 +75,8 @@ def in_all(found: Sequence[Evaluation], names: Iterable[str]) -> list[str]:
 class Together:
     """Pictures of two subjects `words` in one prompt.
 
-    `tables` (prompts, seeds): DINO to the photos of the `first` and the `second`, and the base's without the tokens.
+    `tables` (prompts, seeds): DINO to the photos of the `first` and the `second`, and the base's without the
+    tokens.
     """
 
     words: tuple[str, str]
@@ -86,7 +87,7 @@ class Together:
 
 
 class TogetherEvaluator:
-    """Judge two subjects in one prompt: those of the first one's templates, in so many seeds as alone."""
+    """Judges two subjects in one prompt, in some of the first one's templates and with its seeds."""
 
     def __init__(self, first: Evaluator, second: Evaluator):
         self.pair = (first, second)
@@ -94,7 +95,7 @@ class TogetherEvaluator:
 
     @property
     def picture_count(self) -> int:
-        """Of the adapter; the base draws as many."""
+        """Pictures of the adapter; the base draws as many."""
         return len(self.plan.templates) * len(self.plan.seeds)
 
     def __call__(self, draw: Draw) -> Together:

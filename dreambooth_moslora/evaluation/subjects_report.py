@@ -1,7 +1,8 @@
-"""The evaluation of an adapter with several subjects as files: who is like whom, each one's pictures, and pairs.
+"""The evaluation of an adapter with several subjects as files: likeness between subjects, their pictures, and
+pairs.
 
 scores.json, report.html    all subjects: likeness and confusion as matrices, pictures by subject, pairs
-subject_1/, subject_2/ …    the report of each alone, as of an adapter with one subject
+subject_1/, subject_2/ …    the report of each alone, as for an adapter with one subject
 """
 
 import json
@@ -26,7 +27,7 @@ MEANING = (
     "interval, behind it the same of the base's pictures, which know no subject."
 )
 SHOWN = 8
-"""Pictures of each subject in the report of all; its own report has them all."""
+"""Pictures of each subject in the common report; its own report has them all."""
 
 
 def write_subject_reports(
@@ -36,7 +37,7 @@ def write_subject_reports(
     together: Sequence[Together],
     about: ReportContext,
 ) -> None:
-    """`folder`/scores.json and report.html of all, and those of each subject in a folder of its own."""
+    """Write `folder`/scores.json and report.html for all, and those of each subject in a folder of its own."""
     fidelities = [photo_fidelity(one.photos.dino) for one in evaluators]
     for number, (evaluator, one, fidelity) in enumerate(zip(evaluators, found, fidelities), start=1):
         write_report(folder / f"subject_{number}", one, about, evaluator.photos.pictures, fidelity)
@@ -48,7 +49,7 @@ def write_subject_reports(
 def subjects_json(
     found: Sequence[Evaluation], together: Sequence[Together], about: ReportContext, fidelities: Sequence[float]
 ) -> dict:
-    """As `scores_json` over all subjects, with that of each in `subjects`, and `confusion` and `together`."""
+    """`scores_json` over all subjects, with that of each in `subjects`, and `confusion` and `together`."""
     whole = scores_json(pooled(found), about, float("nan"))
     whole = {name: value for name, value in whole.items() if name not in ("subject", "per_prompt")}
     return {
@@ -63,7 +64,7 @@ def subjects_json(
 
 
 def entry(found: Evaluation, words: str) -> dict:
-    """One cell of both matrices: pictures `of` a subject, against the photos of the one that they are judged `with`."""
+    """One cell of both matrices: pictures `of` a subject, compared with the photos of the subject `with`."""
     names = {
         "confusion": f"confusion_with {words}",
         "confusion_base": f"confusion_with {words}_base",

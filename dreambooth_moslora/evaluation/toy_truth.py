@@ -1,8 +1,8 @@
-"""The truth of the toy world: a subject there can be rendered in any place, so "how good" has a ceiling and a floor.
+"""The truth of the toy world: its subjects can be rendered in any place, so scores have a ceiling and a floor.
 
-ceiling  true renders of the individual in the place asked for, from other sides and in other light
+ceiling  true renders of the individual in the requested place, from other sides and in other light
 floor    renders of another individual of the same kind in the same place
-judge    an independent network that reads kind, colour and place off a picture
+judge    an independent network that reads kind, colour and place from a picture
 """
 
 import random
@@ -33,7 +33,7 @@ SUBJECT_FILE = "subject.json"
 
 @dataclass
 class ToyTruth:
-    """What one toy really looks like, in pictures of `size_px`."""
+    """The true appearance of one toy, in pictures of `size_px`."""
 
     toy: Toy
     encoders: Encoders
@@ -45,10 +45,11 @@ class ToyTruth:
     ) -> dict[str, np.ndarray]:
         """Scores against the truth, (prompts, seeds) or (prompts, views).
 
-        dino_ceiling, dino_floor: DINO to the photos (P, D) of true renders and of other individuals, in the places
-        asked for. truth: DINO of each generated picture (N, D) to true renders in its place, with its own ceiling and
-        floor. clip_t_ceiling, clip_t_floor: CLIP-T of the same renders; an unusual toy is no typical "rocket" to CLIP,
-        however true its picture. judge_*: whether the judge reads what was asked for.
+        dino_ceiling, dino_floor: DINO to the photos (P, D) of true renders and of other individuals, in the
+        requested places. truth: DINO of each generated picture (N, D) to true renders in its place, with its
+        own ceiling and floor. clip_t_ceiling, clip_t_floor: CLIP-T of the same renders; CLIP does not see a
+        typical "rocket" in an unusual toy, however true its picture. judge_*: whether the judge reads what was
+        requested.
         """
         places = [place_in(template) for template in plan.templates]
         seen = {kind: [self._renders(place, kind) for place in places] for kind in ("true", "other")}
@@ -68,7 +69,8 @@ class ToyTruth:
         }
 
     def _renders(self, place: str, kind: str) -> tuple[Tensor, Tensor]:
-        """DINO and CLIP vectors (VIEWS, D) of renders at a place: `true` of the subject, `other` of its kind."""
+        """DINO and CLIP vectors (VIEWS, D) of renders at a place: `true` for the subject, `other` for others of
+        its kind."""
         key = f"{kind} {place}"
         if key not in self._views:
             rng = random.Random(f"{key} {self.toy}")
@@ -122,7 +124,8 @@ def is_known_place(template: str) -> bool:
 
 
 def find_truth(photos_dir: Path, encoders: Encoders, size_px: int = 128) -> ToyTruth | None:
-    """The truth about a folder of toy photos: its `subject.json` names the toy. None for ordinary photos."""
+    """The truth about a folder of toy photos, whose `subject.json` names the toy. None for ordinary photos.
+    Raises UserError."""
     path = Path(photos_dir) / SUBJECT_FILE
     if not path.is_file():
         return None

@@ -1,1 +1,1 @@
-"""Studies: many runs that differ by what a table says, compared by statistics and plots."""
+"""Studies: many runs whose differences are listed in a table, compared by statistics and plots."""

@@ -1,4 +1,4 @@
-"""The figures of a comparison: differences, wins, fidelity against prompt, and the learning-rate curves."""
+"""The figures of a comparison: differences, wins, fidelity against prompt, and learning-rate curves."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ def label(item: ArmSummary | Outcome) -> str:
 
 
 def difference_plot(outcomes: Sequence[Outcome], reference: str) -> Figure:
-    """Paired differences to the reference with 95 % intervals, one panel a measure."""
+    """Paired differences to the reference with 95 % intervals, one panel per measure."""
     figure = Figure(figsize=(10, 1.2 + 0.32 * len(outcomes)), layout="constrained")
     axes = figure.subplots(1, len(SHOWN), sharey=True)
     rows = range(len(outcomes))[::-1]
@@ -34,7 +34,7 @@ def difference_plot(outcomes: Sequence[Outcome], reference: str) -> Figure:
 
 
 def win_plot(outcomes: Sequence[Outcome], reference: str) -> Figure:
-    """Shares of pictures that win, tie and lose against the reference's, subject and prompt apart."""
+    """Fractions of pictures that win, tie and lose against the reference's, separately for subject and prompt."""
     figure = Figure(figsize=(10, 1.2 + 0.32 * len(outcomes)), layout="constrained")
     measures = [m for m in SHOWN if m in outcomes[0].wins]
     axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
@@ -66,7 +66,7 @@ def trade_off_plot(arms: Sequence[ArmSummary]) -> Figure:
 
 
 def rate_plot(curves: dict[tuple[str, int], dict[float, float]]) -> Figure:
-    """Score on the tuning subjects by learning rate, one panel a rank."""
+    """Score on the tuning subjects by learning rate, one panel per rank."""
     ranks = sorted({rank for _, rank in curves})
     figure = Figure(figsize=(5 * len(ranks), 3.6), layout="constrained")
     for axis, rank in zip(figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0], ranks):

@@ -1,4 +1,4 @@
-"""A comparison as files: `results.json`, `table.md` for a README, `report.html`, and as PNG its plots and pictures."""
+"""A comparison as files: `results.json`, `table.md` for a README, `report.html`, and its plots and pictures as PNG."""
 
 import json
 import time
@@ -48,7 +48,7 @@ DIFFERENCES = ("dino", "clip_t", "pres", "drift", "background_leak", "score")
 
 
 def write_comparison(study: Study, results: Sequence[Result], out: Path) -> str:
-    """Write all files of what is finished so far; returns what was found, in one sentence an arm."""
+    """Write all files for the finished cells; returns the findings, one sentence per arm."""
     results = of_whole_seeds(results)
     arms, against = summaries(results), outcomes(study, results)
     out.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def span(interval: Interval, signed: bool = False) -> str:
 
 
 def arm_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: scores with intervals over subjects and seeds, and what the arm costs."""
+    """Header and rows: scores with intervals over subjects and seeds, and the cost of each arm."""
     jobs = max((int(arm.cost.get("jobs", 1)) for arm in arms), default=1)
     pace = "ms a step" if jobs == 1 else f"ms a step, {jobs} trainings at once"
     header = ["Arm", "Rank", "Parameters in the UNet", "Learning rate", *SCORES.values(), pace, "GiB of the process"]
@@ -120,7 +120,7 @@ def arm_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
 
 
 def relative_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: the scores on their own scales, as far as they were measured."""
+    """Header and rows: the scores relative to their scales, where measured."""
     names = [name for name in RELATIVE if any(name in arm.scores for arm in arms)]
     rows = [[arm.arm, str(arm.rank), *spans(arm.scores, names)] for arm in sorted(arms, key=lambda a: a.rank)]
     return ["Arm", "Rank", *(RELATIVE[name] for name in names)], rows
@@ -137,7 +137,7 @@ def outcome_rows(against: Sequence[Outcome]) -> tuple[list[str], list[list[str]]
 
 
 def spans(intervals: Mapping[str, Interval], names: Iterable[str], signed: bool = False) -> list[str]:
-    """Of each name its interval in words, empty where there is none."""
+    """The interval of each name as text, empty if there is none."""
     return [span(intervals[name], signed) if name in intervals else "" for name in names]
 
 
@@ -150,7 +150,7 @@ def markdown_tables(tables: Sequence[tuple[list[str], list[list[str]]]]) -> str:
 
 
 def finding(study: Study, against: Sequence[Outcome]) -> str:
-    """What the differences in score say, without adjectives: an interval excludes zero, or it does not."""
+    """The differences in score, without adjectives: an interval excludes zero, or it does not."""
     if not against:
         return f"nothing to compare yet: {study.reference} and one other arm must be complete."
     lines = []
@@ -214,7 +214,7 @@ def strips(study: Study, results: Sequence[Result], out: Path) -> list[str]:
 
 
 def picture_rows(study: Study, results: Sequence[Result], out: Path) -> list[Row]:
-    """A row a subject: its first photo, then the reference arm's pictures at the lowest rank and the first seed."""
+    """A row per subject: its first photo, then the reference arm's pictures at the lowest rank and the first seed."""
     rows = []
     mine = [r.cell for r in results if r.cell.stage == "test" and r.cell.arm == study.reference]
     for subject in study.subjects:

@@ -1,4 +1,4 @@
-"""Results of a study's cells on the disk: each under the digest of all that it depends on."""
+"""Results of a study's cells on the disk; the file name has a digest of everything that the result depends on."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ def result_path(study: Study, cell: Cell, out: Path) -> Path:
 
 
 def materials(study: Study, subject: str) -> list[Path]:
-    """The local files that a result depends on: photos, base and encoders. Hub models go by name."""
+    """The local files that a result depends on: photos, base and encoders. Hub models are identified by name."""
     base, protocol = resolve_base(study.base), study.protocol
     beside = [base.parent / TOY_DINO] if own_encoders(study.base) else []
     found = [base, study.subject(subject).photos, protocol.clip, protocol.dino, *beside]
@@ -41,7 +41,7 @@ def content_of(path: Path) -> str:
 
 
 def file_mark(path: Path) -> str:
-    """The digest of a file; of a large one only of its size and last bytes, which any training changes."""
+    """The digest of a file. For a large file only its size and last bytes count, which any training changes."""
     size = path.stat().st_size
     if size <= WHOLE_BYTES:
         return file_digest(path)

@@ -1,10 +1,10 @@
-"""Run a study: train and score each cell once, in any number of processes. Finished cells are kept.
+"""Runs a study: trains and scores each cell once, in any number of processes, and keeps finished cells.
 
-    OUT/cells/NAME-DIGEST.json   scores and costs of a cell, written whole when it is finished
+    OUT/cells/NAME-DIGEST.json   scores and costs of a cell, written atomically when it is finished
     OUT/cells/NAME-DIGEST.jpg    its pictures in one strip, for the report
-    OUT/cache, OUT/running       encoded photos, and the run folder of the training that is going on
+    OUT/cache, OUT/running       encoded photos, and the run folder of the current training
 
-A worker keeps the base, the encoders and each subject's base pictures in memory from one cell to the next.
+A worker keeps the base, the encoders and each subject's base pictures in memory between cells.
 """
 
 import json
@@ -71,10 +71,11 @@ class Progress:
 def run_study(
     study: Study, out: Path, jobs: int, on_progress: Callable[[Progress], None], runner: Callable | None = None
 ) -> list[Result]:
-    """Tune, then test; cells whose result lies in `out` are not run again. Returns all results, failed ones left out.
+    """Tune, then test; cells with a result in `out` are not run again. Returns all results, without failed
+    cells.
 
-    A cell that fails does not stop the others; run again to try it again. A learning rate at which a training fails is
-    none to choose. No jobs: read what is finished. `runner` runs the cells as `run_cells` does, elsewhere.
+    A failed cell does not stop the others; a second run tries it again. A learning rate at which a training
+    fails cannot be chosen. With `jobs` 0 only finished results are read. `runner` replaces `run_cells`.
     """
     ranks, runner = budget_ranks(study) if jobs else {}, runner or run_cells
     finish(study, study.tuning_cells(), ranks, out, jobs, on_progress, runner)
@@ -87,7 +88,7 @@ def run_study(
 
 
 def unfinished(study: Study, out: Path) -> list[Cell]:
-    """The cells whose result is not in `out`: of the comparison only those whose learning rate has been chosen."""
+    """The cells without a result in `out`; of the comparison only those whose learning rate has been chosen."""
     tuned = read_results(study, study.tuning_cells(), out)
     tests = study.test_cells(best_rates(study, tuned)) if is_tuned(study, tuned) else []
     return [cell for cell in study.tuning_cells() + tests if not result_path(study, cell, out).is_file()]
@@ -139,7 +140,7 @@ def gpu_of(number: int, count: int, visible: str | None) -> str | None:
 
 
 def run_cell(study: Study, cell: Cell, rank: int, out: Path, jobs: int) -> tuple[Cell, float, str]:
-    """Train, score, write the result, drop the run folder."""
+    """Train, score, write the result, delete the run folder."""
     started = time.monotonic()
     work = out / "running" / f"{cell.name}-{os.getpid()}"
     config = study.config_of(cell, rank, work)
@@ -160,13 +161,13 @@ def run_cell(study: Study, cell: Cell, rank: int, out: Path, jobs: int) -> tuple
 
 
 def train_cell(config: TrainConfig, out: Path) -> dict[str, float]:
-    """Train; seconds in all, seconds a step (median), peak memory and the number of trained parameters."""
+    """Train; returns seconds in total and per step (median), peak memory and the number of trained parameters."""
     reset_peak_memory()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     started = time.monotonic()
     shared = {"caching": "disk", "cache_dir": str(out / "cache")}
-    if config.with_prior_preservation and not config.class_data_dir:  # once by each process, alike for all arms
+    if config.with_prior_preservation and not config.class_data_dir:  # made once by each process, the same for all arms
         own = f"{Path(config.instance_data_dir).name}-s{config.seed}-{platform.node()}-{os.getpid()}"
         shared["class_data_dir"] = str(out / "class_images" / own)
     result = train(TrainConfig.from_dict({**config.to_dict(), **shared}))
@@ -199,7 +200,7 @@ def encoders_of(base: str, clip: str, dino: str) -> Encoders:
 
 
 EVALUATORS: dict[str, Evaluator] = {}
-"""This process's evaluators, by subject: each holds the base's pictures of its prompts."""
+"""This process's evaluators by subject; each holds the base's pictures of its prompts."""
 
 
 def evaluator_of(study: Study, name: str) -> Evaluator:
@@ -214,7 +215,7 @@ def make_evaluator(study: Study, name: str) -> Evaluator:
     protocol, encoders = study.protocol, encoders_of(study.base, study.protocol.clip, study.protocol.dino)
     photos = instance_photos(config).photos
     captions, seeds = [c for photo in photos for c in photo.captions], tuple(range(protocol.images_per_prompt))
-    for arm in study.arms:  # all are judged in places that none was trained in
+    for arm in study.arms:  # judge all in places that no arm was trained in
         captions += scene_places(study.config_of(Cell("test", arm, 1, name, 0, 1.0), 1, Path("unused")))
     plan = plan_for(study.base, subject_of(config), captions=captions, seeds=seeds).smaller(
         protocol.num_prompts,
@@ -228,7 +229,8 @@ def make_evaluator(study: Study, name: str) -> Evaluator:
 
 
 def per_picture(found: Evaluation) -> dict[str, list[float]]:
-    """Of what pictures are judged by; and the pictures' mean likeness to each photo, and leak of each."""
+    """The scores by which pictures are judged; and the mean over pictures of likeness to each photo and of its
+    leak."""
     judged = {name: [round(float(v), 5) for v in found.tables[name].ravel()] for name in JUDGED}
     means = {f"{name}_by_photo": table.mean(0) for name, table in found.by_photo.items()}
     return judged | {name: [round(float(v), 5) for v in values] for name, values in means.items()}
@@ -254,7 +256,7 @@ def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
 
 
 def nearest_rank(config: TrainConfig, rank: int) -> int:
-    """The rank at which the arm has as nearly as possible the parameters of a plain LoRA of `rank`."""
+    """The rank at which the arm's number of parameters is nearest to a plain LoRA's of `rank`."""
     widths = projections(config)
     budget = sum(rank * (inputs + outputs) for inputs, outputs in widths)
     step = 2 if config.mixer == "butterfly" else 1
@@ -262,7 +264,7 @@ def nearest_rank(config: TrainConfig, rank: int) -> int:
 
 
 def count_parameters(widths: list[tuple[int, int]], config: TrainConfig, rank: int) -> int:
-    """Of A, B, the mixer if it is learnt, and DoRA's magnitudes, over all projections (in, out)."""
+    """Parameters of A, B, a learnt mixer, and DoRA's magnitudes, over all projections (in, out)."""
     mixer = rank * rank if config.mixer != "none" and config.train_mixer else 0
     return sum(rank * (i + o) + mixer + (o if config.use_dora else 0) for i, o in widths)
 
@@ -273,7 +275,7 @@ def projections(config: TrainConfig) -> list[tuple[int, int]]:
 
 @lru_cache(maxsize=8)
 def widths_of(base: str, targets: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
-    """(in, out) of every targeted layer of the base's UNet, from its configuration alone; in·h·w of a convolution."""
+    """(in, out) of every targeted layer of the base's UNet, from its configuration alone; in·h·w for a convolution."""
     source = resolve_base(base)
     if isinstance(source, Path) and source.is_file():
         unet = pipeline_of(base).pipeline.unet

@@ -1,8 +1,8 @@
-"""What a comparison says: means of each arm, paired differences to the reference, wins, ties and losses.
+"""Statistics of a comparison: means of each arm, paired differences to the reference, wins, ties and losses.
 
-Two arms share subject, seed, photos, noise, prompts and the noise of every picture: differences are taken pair by pair,
-and resampled over subjects and seeds (`intervals`). Win/tie/loss is the form of the MoSLoRA paper's human study
-(arXiv 2406.11909, section 4.3), with DINO and CLIP-T in the place of the people.
+Two arms share subject, seed, photos, noise, prompts and the noise of every picture. Differences are taken pair
+by pair, and resampled over subjects and seeds (`intervals`). Win/tie/loss has the form of the MoSLoRA paper's
+human study (arXiv 2406.11909, section 4.3), with DINO and CLIP-T instead of people.
 """
 
 from collections import Counter, defaultdict
@@ -46,9 +46,9 @@ MEASURES = (
     "drift_of_spread",
     "class_diversity_of_base",
 )
-"""What is compared. For PRES, drift and copies, less is better."""
+"""Measures that are compared. For PRES, drift and copies, less is better."""
 JUDGED = ("dino", "clip_t")
-"""What pictures are judged by, one against one."""
+"""Measures by which single pictures are compared."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class ArmSummary:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One arm against the reference at one rank: paired differences, and win/tie/loss shares by measure."""
+    """One arm against the reference at one rank: paired differences, and win/tie/loss fractions by measure."""
 
     arm: str
     rank: int
@@ -91,7 +91,7 @@ def best_rates(study: Study, results: Sequence[Result]) -> dict[tuple[str, int],
 
 
 def rate_curves(study: Study, results: Sequence[Result]) -> dict[tuple[str, int], dict[float, float]]:
-    """(arm, rank) -> learning rate -> mean score, where all tuning subjects have one: a rate that fails is none."""
+    """(arm, rank) -> learning rate -> mean score, for rates with a score on all tuning subjects."""
     found: dict = defaultdict(lambda: defaultdict(list))
     for result in results:
         if result.cell.stage == "tune":
@@ -105,7 +105,7 @@ def rate_curves(study: Study, results: Sequence[Result]) -> dict[tuple[str, int]
 
 
 def is_tuned(study: Study, results: Sequence[Result]) -> bool:
-    """Whether every arm and rank that has a choice of rates has at least one to choose."""
+    """Whether every arm and rank with several rates has at least one to choose."""
     cells = {(cell.arm, cell.rank) for cell in study.tuning_cells()}
     return cells <= rate_curves(study, results).keys()
 
@@ -115,7 +115,8 @@ def seeds_of(results: Sequence[Result]) -> list[int]:
 
 
 def of_whole_seeds(results: Sequence[Result]) -> list[Result]:
-    """Without the seeds that have fewer cells than others: one that is still being run would leave no arm complete."""
+    """The results without seeds that have fewer cells than others: a seed that is still running would make
+    every arm incomplete."""
     counts = Counter(r.cell.seed for r in results if r.cell.stage == "test")
     most = max(counts.values(), default=0)
     return [r for r in results if r.cell.stage == "tune" or counts[r.cell.seed] == most]
@@ -163,12 +164,12 @@ def outcomes(study: Study, results: Sequence[Result]) -> list[Outcome]:
 
 
 def results_of(results: Sequence[Result], arm: str, rank: int) -> list[Result]:
-    """Those of one arm at one rank in the comparison."""
+    """Results of one arm at one rank in the comparison."""
     return [r for r in results if (r.cell.stage, r.cell.arm, r.cell.rank) == ("test", arm, rank)]
 
 
 def shares_of(signs: np.ndarray) -> tuple[float, float, float]:
-    """Shares of 1, 0 and -1: won, tied, lost."""
+    """Fractions of 1, 0 and -1: won, tied, lost."""
     won, tied, lost = (float((signs == sign).mean()) for sign in (1, 0, -1))
     return won, tied, lost
 
@@ -181,7 +182,7 @@ def duels(study: Study, results: Sequence[Result], arm: str, rank: int, measure:
 
 
 def pictures(results: Sequence[Result], arm: str, rank: int, measure: str) -> np.ndarray:
-    """What the pictures of one arm at one rank score, (subjects, seeds, pictures)."""
+    """Scores of the pictures of one arm at one rank, (subjects, seeds, pictures)."""
     own = {(r.cell.subject, r.cell.seed): r.pictures[measure] for r in results_of(results, arm, rank)}
     subjects, seeds = (sorted({key[axis] for key in own}) for axis in (0, 1))
     return np.array([[own[subject, seed] for seed in seeds] for subject in subjects])

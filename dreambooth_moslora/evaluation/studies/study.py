@@ -3,10 +3,10 @@
     [study]       subjects, tuning_subjects, seeds, ranks, learning_rates, reference, budget, tie
     [evaluation]  num_prompts, images_per_prompt, class_images, unrelated, inference_steps, clip, dino
     [train]       any setting of train_dreambooth.py, the same for every arm
-    [arms.NAME]   the settings in which this arm differs, and config = "recipe.toml" for a file of them
+    [arms.NAME]   the settings in which this arm differs; config = "recipe.toml" reads them from a file
 
-Each (arm, rank) first tries every learning rate on the tuning subjects; the best one is used on the others. An arm
-that names a learning rate keeps it. A subject is a folder with `subject.json` {"token", "class_word"}, or
+Each (arm, rank) first tries every learning rate on the tuning subjects; the best one is used on the others. An
+arm with its own learning rate keeps it. A subject is a folder with `subject.json` {"token", "class_word"}, or
 {photos = "DIR", instance_prompt = "a photo of sks dog", class_prompt = "a photo of a dog"}.
 """
 
@@ -33,7 +33,7 @@ LISTS = {"seeds": ((int,), 0), "ranks": ((int,), 1), "learning_rates": ((int, fl
 
 @dataclass(frozen=True)
 class StudySubject:
-    """A folder of photos, its prompt and that of its class (None: prior preservation needs it in [train]).
+    """A folder of photos, its prompt and its class prompt (None: prior preservation then needs one in [train]).
 
     `name` is the folder's.
     """
@@ -48,7 +48,7 @@ class StudySubject:
 
     @classmethod
     def of(cls, entry: str | Mapping[str, str]) -> "StudySubject":
-        """Raises UserError when the folder is not there or does not say what its subject is called."""
+        """Raises UserError when the folder does not exist or does not name its subject."""
         given = {"photos": entry} if isinstance(entry, str) else entry
         names = [item.name for item in fields(cls)]
         is_table = isinstance(given, Mapping) and given.keys() <= set(names)
@@ -73,7 +73,7 @@ class StudySubject:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How each adapter is scored. `clip` and `dino`: hub ids or folders, if not the usual ones."""
+    """How each adapter is scored. `clip` and `dino`: hub ids or folders, if not the default ones. Raises UserError."""
 
     num_prompts: int = 8
     images_per_prompt: int = 1
@@ -109,8 +109,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """`budget`: "parameters" gives each arm the rank whose number of parameters is nearest to plain LoRA's, "rank" does
-    not. `tie`: pictures closer than this many standard deviations of the reference's are a tie."""
+    """`budget`: with "parameters" each arm gets the rank whose number of parameters is nearest to plain LoRA's;
+    with "rank" all have the nominal rank.
+
+    `tie`: pictures closer than this many standard deviations of the reference's are a tie. Raises UserError.
+    """
 
     subjects: tuple[StudySubject, ...]
     arms: dict[str, dict[str, Any]]
@@ -148,16 +151,16 @@ class Study:
         return next(s for s in self.subjects + self.tuning_subjects if s.name == name)
 
     def rates_of(self, arm: str) -> tuple[float, ...]:
-        """The rates to choose from: an arm that names its own learning rate keeps it."""
+        """The learning rates to choose from; an arm with its own keeps it."""
         own = self.arms[arm].get("learning_rate")
         return self.learning_rates if own is None else (float(own),)
 
     def first_rates(self) -> dict[tuple[str, int], float]:
-        """(arm, rank) -> the first of its rates, which is the only one of an arm that names its own."""
+        """(arm, rank) -> the first of its rates, which is the only one of an arm with its own."""
         return {(arm, rank): self.rates_of(arm)[0] for arm, rank in product(self.arms, self.ranks)}
 
     def tuning_cells(self) -> list[Cell]:
-        """All arms that have a choice of rates, on the tuning subjects, with the first seed."""
+        """All arms with several rates, on the tuning subjects, with the first seed."""
         cells = []
         for subject, rank, arm in product(self.tuning_subjects, self.ranks, self.arms):
             rates = self.rates_of(arm)
@@ -166,12 +169,14 @@ class Study:
         return cells
 
     def test_cells(self, chosen: Mapping[tuple[str, int], float]) -> list[Cell]:
-        """All arms on the other subjects, each at the rate chosen for (arm, rank); whole comparisons come first."""
+        """All arms on the other subjects, each at the rate chosen for (arm, rank); ordered so that whole
+        comparisons finish first."""
         each = product(self.seeds, self.subjects, self.ranks, self.arms)
         return [Cell("test", arm, rank, subject.name, seed, chosen[arm, rank]) for seed, subject, rank, arm in each]
 
     def config_of(self, cell: Cell, rank: int, output_dir: Path) -> TrainConfig:
-        """What the cell trains, at its real `rank`. All that is random follows the seed: arms share order and noise."""
+        """The settings of the cell's training, at its real `rank`. Random draws follow the seed, so arms share
+        order and noise."""
         subject = self.subject(cell.subject)
         own = {
             "instance_data_dir": subject.photos,
@@ -189,7 +194,7 @@ class Study:
         return TrainConfig.from_dict({**self.train, **self.arms[cell.arm], **own})
 
     def digest(self, cell: Cell, materials: Sequence[str] = ()) -> str:
-        """Changes when anything does that the cell's result depends on. `materials`: the content of its files."""
+        """Changes with anything that the cell's result depends on. `materials`: the content of its files."""
         facts = [
             *materials,
             self.train,
@@ -202,7 +207,7 @@ class Study:
 
 
 def load_study(path: Path) -> Study:
-    """Read the file. Raises UserError for whatever in it is unknown, missing or contradictory."""
+    """Read the file. Raises UserError for anything unknown, missing or contradictory."""
     values = read_tables(path)
     refuse_unknown(path, "", values, SECTIONS)
     study, protocol, shared, arms = (table(path, name, values.get(name, {})) for name in SECTIONS)
@@ -216,7 +221,7 @@ def load_study(path: Path) -> Study:
     made = Study(arms=arms, train=shared, protocol=Protocol(**protocol), **chosen, **lists, **study)
     resolve_base(made.base)
     for cell in made.test_cells(made.first_rates()):
-        made.config_of(cell, cell.rank, Path("run"))  # a mistake in any arm is found before the first training
+        made.config_of(cell, cell.rank, Path("run"))  # find mistakes in any arm before the first training
     return made
 
 
@@ -241,7 +246,7 @@ def subjects(path: Path, name: str, value: Any) -> tuple[StudySubject, ...]:
 
 
 def settings_of(arm: Mapping[str, Any]) -> dict[str, Any]:
-    """`config = "recipe.toml"` brings that file's settings, under the arm's own."""
+    """The arm's settings, over those of the file that `config = "recipe.toml"` names."""
     own = dict(arm)
     recipe = own.pop("config", None)
     return {**(load_settings(recipe) if recipe else {}), **own}
