@@ -22,6 +22,7 @@ __all__ = [
     "context_prompts",
     "joined",
     "learnt_word",
+    "noun_of",
     "placed",
     "scene_places",
     "scene_prompt",

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pandas as pd
 import PIL.Image
 
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.prompts import noun_of
 from dreambooth_moslora.core.run_files.event_log import Metrics
 from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.training.results.best_step import CURVES
@@ -47,6 +49,8 @@ PHASES = {
     "evaluating": "Measuring fidelity",
     "exporting": "Writing the adapter and checking it",
 }
+SUBJECT_SCORE = re.compile(r"dino_subject_\d+")
+MAX_WORDS = 40
 ENDINGS = {"done": "Done.", "interrupted": "Stopped; a checkpoint is written.", "failed": "The run failed."}
 
 
@@ -117,6 +121,7 @@ def watch(jobs: Jobs, job: Job, visitor: Visitor) -> Watch:
         version=(job.name, job.created, state, len(metrics.events)),
         state=state,
         status=status_card(replace(state, message=jobs.told(state.message)), metrics, best_of(job, metrics))
+        + subjects_line(metrics)
         + (advice_card(metrics) if state.state == "done" else ""),
         loss=loss_table(metrics),
         fidelity=fidelity_table(metrics),
@@ -130,6 +135,22 @@ def best_of(job: Job, metrics: Metrics) -> str:
     best = metrics.last("evaluation").get("best")
     is_kept = (RunDir(job.run_dir).best_dir / PUBLISHED_NAME).is_file()
     return f" The best was step {best.get('step')}: {job.name}@best." if isinstance(best, dict) and is_kept else ""
+
+
+def subjects_line(metrics: Metrics) -> str:
+    """How well the last scores tell several subjects apart, and the likeness of each; "" of one subject."""
+    last = metrics.last("evaluation")
+    if not _is_number(last.get("confusion")):
+        return ""
+    likeness = [f"{last[name]:.2f} of subject {name.rpartition('_')[2]}" for name in subject_scores(metrics)]
+    scale = "0: told apart as their photos are, 1: taken for each other"
+    return faint(f"Confusion of the subjects: {last['confusion']:.2f} ({scale}). Likeness: {', '.join(likeness)}.")
+
+
+def subject_scores(metrics: Metrics) -> list[str]:
+    """The names of each subject's likeness in the last scores; none of one subject."""
+    found = [name for name, value in metrics.last("evaluation").items() if SUBJECT_SCORE.fullmatch(name)]
+    return [name for name in found if _is_number(metrics.last("evaluation")[name])]
 
 
 def advice_card(metrics: Metrics) -> str:
@@ -189,10 +210,18 @@ def loss_table(metrics: Metrics) -> pd.DataFrame:
 
 
 def fidelity_table(metrics: Metrics) -> pd.DataFrame:
-    """Columns step, score, measure, from the evaluations of the run: the curves of its plot file."""
+    """Columns step, score, measure, from the evaluations of the run: the curves of its plot file.
+
+    Of several subjects there is a curve for each one's likeness, and one for the confusion.
+    """
+    curves = CURVES
+    each = {name: f"subject {name.rpartition('_')[2]}" for name in subject_scores(metrics)}
+    if each:
+        shared = {name: label for name, label in CURVES.items() if name != "dino"}
+        curves = {**each, **shared, "confusion": "confusion"}
     rows = []
     for event in metrics.of("evaluation"):
-        for name, label in CURVES.items():
+        for name, label in curves.items():
             if _is_number(event.get(name)):
                 rows.append({"step": event.get("step", 0), "score": event[name], "measure": label})
     return pd.DataFrame(rows) if rows else pd.DataFrame({"step": [], "score": [], "measure": []})
@@ -209,13 +238,21 @@ def samples_of(job: Job, metrics: Metrics, visitor: Visitor) -> list[tuple[str, 
     """
     found: dict[str, str] = {}
     for event in metrics.of("sample"):
-        for name in event.get("files") or ():
-            found[Path(str(name)).name] = f"step {event.get('step')}"
+        for name, words in zip(event.get("files") or (), subjects_shown(event)):
+            found[Path(str(name)).name] = f"step {event.get('step')}{words}"
     samples = [(job.run_dir / "samples" / name, caption) for name, caption in found.items()]
     there = [(file, caption) for file, caption in samples if file.is_file()]
-    first = [item for item in there if item[1] == "step 0"][: MAX_SAMPLES_SHOWN // 2]
+    first = [item for item in there if item[1].partition(" · ")[0] == "step 0"][: MAX_SAMPLES_SHOWN // 2]
     newest = [item for item in there if item not in first][-(MAX_SAMPLES_SHOWN - len(first)) :]
     return [(str(link_into_user_folder(file, visitor, job.name)), caption) for file, caption in first + newest]
+
+
+def subjects_shown(event: dict[str, Any]) -> list[str]:
+    """What is added to the caption of each picture of the event: its prompt's noun, where they differ."""
+    prompts, files = event.get("prompts"), event.get("files") or ()
+    if not isinstance(prompts, list) or len(prompts) != len(files) or len(set(map(str, prompts))) < 2:
+        return [""] * len(files)
+    return [f" · {noun_of(str(prompt))[:MAX_WORDS]}" for prompt in prompts]
 
 
 def link_into_user_folder(file: Path, visitor: Visitor, run: str) -> Path:

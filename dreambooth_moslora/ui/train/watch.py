@@ -31,9 +31,11 @@ WATCHED = (
     "use",
     "download",
     "download_kohya",
+    "download_tokens",
     "loss",
     "fidelity",
     "samples",
+    "sheet",
     "log",
 )
 
@@ -51,12 +53,15 @@ def watch_widgets(below_status: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         use = gr.Button("Use this adapter", variant="primary", visible=False, elem_id="use_adapter")
         download = gr.DownloadButton("Download the adapter", visible=False, elem_id="download_adapter")
         kohya = gr.DownloadButton("… for ComfyUI, A1111", visible=False, elem_id="download_kohya")
+        tokens = gr.DownloadButton("… its new tokens", visible=False, elem_id="download_tokens")
     loss = gr.LinePlot(y="loss", color="part", title="Loss", elem_id="loss", **plot)
     fidelity = gr.LinePlot(y="score", color="measure", title="Fidelity", elem_id="fidelity", **plot)
     samples = picture_rows("Samples", "samples", object_fit="contain", buttons=["download", "fullscreen"])
+    sheet = picture_rows("Contact sheet", "sheet_of_run", object_fit="contain", buttons=["download", "fullscreen"])
     with gr.Accordion("Log", open=False, elem_id="log_box"):
         log = gr.Code(language=None, label="Log", show_line_numbers=False, wrap_lines=True, elem_id="log", max_lines=20)
-    widgets = (run, gr.State(None), status, stop, resume, use, download, kohya, loss, fidelity, samples, log)
+    downloads = (download, kohya, tokens)
+    widgets = (run, gr.State(None), status, stop, resume, use, *downloads, loss, fidelity, samples, sheet, log)
     return waiting | dict(zip(WATCHED, widgets)) | {"timer": gr.Timer(POLL_SEC)}
 
 
@@ -133,7 +138,7 @@ def watched(jobs: Jobs, run: str | None, seen: tuple | None, visitor: Visitor) -
 
 def _gone(names: list[str]) -> dict[str, Any]:
     """The folder of the run was deleted, or it is another's, which must look the same."""
-    hidden = ("use", "download", "download_kohya", "loss", "fidelity", "samples")
+    hidden = ("use", "download", "download_kohya", "download_tokens", "loss", "fidelity", "samples", "sheet")
     return {
         "run": gr.Dropdown(choices=names, value=None),
         "seen": None,
@@ -156,11 +161,19 @@ def _updates(now: Watch, job: Job, visitor: Visitor) -> dict[str, Any]:
         "use": gr.Button(visible=ready),
         "download": _download(run_dir.adapter_path, ready, job, visitor),
         "download_kohya": _download(run_dir.kohya_path, ready and run_dir.kohya_path.is_file(), job, visitor),
+        "download_tokens": _download(run_dir.tokens_path, ready and run_dir.tokens_path.is_file(), job, visitor),
         "loss": _plot(now.loss, "loss"),
         "fidelity": _plot(now.fidelity, "score"),
         "samples": gr.Gallery(now.samples, visible=bool(now.samples)),
+        "sheet": _sheet(run_dir.contact_sheet_path, ready, job, visitor),
         "log": now.log,
     }
+
+
+def _sheet(file: Path, ready: bool, job: Job, visitor: Visitor) -> gr.Gallery:
+    """The photos, and pictures before and after the training; of several subjects, one after the other."""
+    is_there = ready and file.is_file()
+    return gr.Gallery([str(link_into_user_folder(file, visitor, job.name))] if is_there else None, visible=is_there)
 
 
 def _download(file: Path, ready: bool, job: Job, visitor: Visitor) -> gr.DownloadButton:

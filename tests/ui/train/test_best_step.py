@@ -3,12 +3,14 @@
 import json
 import os
 
+import PIL.Image
 import psutil
 import pytest
 
 from dreambooth_moslora.ui.adapters.catalog import AdapterCatalog
 from dreambooth_moslora.ui.jobs.job import Job
 from dreambooth_moslora.ui.jobs.jobs import Jobs
+from dreambooth_moslora.ui.train.actions import watch
 from dreambooth_moslora.ui.train.watch import watched
 from tests.ui.test_handlers import OWNER, visitor
 
@@ -51,8 +53,40 @@ def test_the_card_names_the_best_step_and_both_files_are_offered(run, tmp_path):
     assert "step 20" in now["status"] and "dog@best" in now["status"]
     assert "Try next: the score fell from 0.50 at step 20" in now["status"]
     assert now["download"].visible and now["download_kohya"].visible
+    assert not now["download_tokens"].visible and not now["sheet"].visible
     values = [str(now[name].value) for name in ("download", "download_kohya")]
     assert PUBLISHED in values[0] and "dog.kohya.safetensors" in values[1]
+
+
+def test_new_tokens_and_the_contact_sheet_are_offered_where_the_run_made_them(run, tmp_path):
+    (run / "dog_emb.safetensors").write_text("tokens")
+    PIL.Image.new("RGB", (8, 8)).save(run / "contact_sheet.png")
+    now = watched(Jobs(tmp_path / "runs"), "dog", None, visitor(tmp_path))
+    assert now["download_tokens"].visible and "dog_emb.safetensors" in str(now["download_tokens"].value)
+    assert now["sheet"].visible and "contact_sheet.png" in str(now["sheet"].value)
+
+
+def test_of_several_subjects_each_likeness_and_the_confusion_are_shown_and_whom_a_picture_shows(run, tmp_path):
+    scores = {"dino": 0.6, "dino_subject_1": 0.7, "dino_subject_2": 0.5, "confusion": 0.07, "clip_t": 0.3}
+    drawn = {
+        "files": ["samples/a.png", "samples/b.png"],
+        "prompts": ["a photo of a sks duck", "a photo of a zwx rocket"],
+    }
+    events = [
+        {"type": "start", "max_train_steps": 30},
+        {"type": "sample", "step": 0, **drawn},
+        {"type": "evaluation", "step": 30, "score": 0.5, **scores},
+    ]
+    (run / "samples").mkdir()
+    for name in drawn["files"]:
+        PIL.Image.new("RGB", (8, 8)).save(run / name)
+    (run / "metrics.jsonl").write_text("".join(json.dumps({"time": 1e12, **event}) + "\n" for event in events))
+    jobs, ann = Jobs(tmp_path / "runs"), visitor(tmp_path)
+    now = watch(jobs, jobs.owned("dog", OWNER), ann)
+    assert "Confusion of the subjects: 0.07" in now.status
+    assert "Likeness: 0.70 of subject 1, 0.50 of subject 2." in now.status
+    assert set(now.fidelity.measure) == {"subject 1", "subject 2", "prompt", "score", "confusion"}
+    assert [caption for _, caption in now.samples] == ["step 0 · sks duck", "step 0 · zwx rocket"]
 
 
 def test_a_run_without_scores_or_a_kohya_file_offers_neither(run, tmp_path):
