@@ -28,10 +28,12 @@ from dreambooth_moslora.ui.train.more_subjects import SubjectWords, folder_of, p
 if TYPE_CHECKING:
     from dreambooth_moslora.photos.photo import Photo
 
-__all__ = ["OWN_FIELDS", "PRESETS", "PRIORS", "TrainForm", "crop_config", "form_of"]
+__all__ = ["OWN_FIELDS", "PRESETS", "PRIORS", "TOKENS_RATE", "TrainForm", "crop_config", "form_of"]
 
 PRESETS = {"quick": 0.5, "standard": 1.0, "thorough": 2.0}
 """Name -> how often each photo is shown, as a multiple of what the recipe says."""
+TOKENS_RATE = 1e-3
+"""The trainer's own default, diffusers', hardly moves new tokens."""
 PRIORS = ("adapter_off", "class_images")
 
 
@@ -57,6 +59,9 @@ class TrainForm:
     unmasked_weight: float = 0.2
     scores: bool | None = None
     make_captions: bool = False
+    new_tokens: bool = False
+    tokens_begin_as: str = ""
+    tokens_learning_rate: float = TOKENS_RATE
     others: tuple[SubjectWords, ...] = ()
 
     @property
@@ -115,6 +120,7 @@ class TrainForm:
             "unmasked_weight": _number(self.unmasked_weight, "weight outside the mask", 1),
             **{name: value for name, value in numbers.items() if value},
             **self.prior_given(),
+            **self.tokens_given(),
         }
 
     def photos_given(self, photos_dir: Path) -> dict[str, Any]:
@@ -138,6 +144,17 @@ class TrainForm:
         if weight:
             given["prior_loss_weight"] = weight
         return given
+
+    def tokens_given(self) -> dict[str, Any]:
+        if not _switch(self.new_tokens, "new_tokens"):
+            return {}
+        if self.others:
+            raise UserError("new tokens are learnt for one subject; untick them, or remove the other subjects")
+        words = " ".join(str(self.tokens_begin_as or "").split())
+        check_characters(words, "what the new tokens begin as")
+        rate = _number(self.tokens_learning_rate, "learning rate of the new tokens", 10)
+        given = {"train_text_encoder_ti": True, "text_encoder_lr": rate}
+        return given | ({"initializer_concept": words} if words else {})
 
     def write_captions(self, photos_dir: Path) -> None:
         """One line for each photo, in their order, becomes the text file beside it; empty lines are left out."""

@@ -8,7 +8,8 @@ from dreambooth_moslora.core.config.run_settings import MEMORY_WORDS
 from dreambooth_moslora.core.config.training_settings import MIXERS
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.training.planning.choices import TOKEN, encoders_are_here
-from dreambooth_moslora.ui.train.form import OWN_FIELDS, PRESETS, TrainForm
+from dreambooth_moslora.ui.app_state import AT_ONCE
+from dreambooth_moslora.ui.train.form import OWN_FIELDS, PRESETS, TOKENS_RATE, TrainForm
 from dreambooth_moslora.ui.train.masks import mask_widgets
 from dreambooth_moslora.ui.train.subject_widgets import photo_widgets, subject_widgets
 
@@ -103,6 +104,7 @@ def adapter_fields(base: str) -> dict[str, Any]:
     scores = gr.Checkbox(
         is_here, label="Scores", info=f"measures on the way and keeps the best step{fetched}", elem_id="scores"
     )
+    tokens = token_fields()
     with gr.Row():
         rank = gr.Number(0, label="Rank", info="0: by recipe", precision=0, elem_id="rank", **NARROW)
         learning_rate = gr.Number(0, label="Learning rate", info="0: by recipe", elem_id="learning_rate", **NARROW)
@@ -119,4 +121,27 @@ def adapter_fields(base: str) -> dict[str, Any]:
             elem_id="memory",
             **NARROW,
         )
-    return {"scores": scores, "rank": rank, "learning_rate": learning_rate, "mixer": mixer, "memory": memory}
+    return tokens | {"scores": scores, "rank": rank, "learning_rate": learning_rate, "mixer": mixer, "memory": memory}
+
+
+def token_fields() -> dict[str, Any]:
+    """Pivotal tuning: the tick, and what belongs to it while it is set."""
+    tick = gr.Checkbox(
+        False,
+        label="New tokens",
+        info="learns the token anew in both text encoders, beside the adapter; on the toys likeness did not rise",
+        elem_id="new_tokens",
+    )
+    with gr.Row(visible=False, elem_id="token_box") as box:
+        words = gr.Textbox(
+            "", label="They begin as", info="words like it; or empty", elem_id="tokens_begin_as", **NARROW
+        )
+        rate = gr.Number(
+            TOKENS_RATE,
+            label="Their learning rate",
+            info="1e-4 to 1e-3",
+            elem_id="tokens_rate",
+            **NARROW,
+        )
+    tick.change(lambda is_set: gr.Row(visible=is_set), tick, box, **AT_ONCE)
+    return {"new_tokens": tick, "tokens_begin_as": words, "tokens_learning_rate": rate}

@@ -1,0 +1,49 @@
+"""Pivotal tuning on the page: the form's config is that of the flags, and the run's tokens are used and offered."""
+
+import shutil
+
+import pytest
+
+from dreambooth_moslora.core.assets import assets_folder
+from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.ui.train.form import TOKENS_RATE, TrainForm
+from dreambooth_moslora.ui.train.more_subjects import SubjectWords
+
+
+@pytest.fixture
+def photos(tmp_path):
+    (tmp_path / "photos").mkdir()
+    shutil.copy(assets_folder() / "subjects" / "duck" / "00.jpg", tmp_path / "photos" / "photo_01.png")
+    return tmp_path / "photos"
+
+
+def config_of(photos, **form) -> TrainConfig:
+    return TrainConfig.from_dict(TrainForm("sks", "duck", **form).config("toy", 128, photos, photos.parent / "run"))
+
+
+def test_the_tick_and_its_words_are_the_flags(photos):
+    plain, ticked = (
+        config_of(photos).to_dict(),
+        config_of(photos, new_tokens=True, tokens_begin_as=" toy  duck ").to_dict(),
+    )
+    changed = {name: value for name, value in ticked.items() if plain[name] != value}
+    flags = {"train_text_encoder_ti": True, "text_encoder_lr": TOKENS_RATE, "initializer_concept": "toy duck"}
+    assert changed == flags
+    assert config_of(photos, tokens_begin_as="toy duck", tokens_learning_rate=0.5).to_dict() == plain
+    assert config_of(photos, new_tokens=True, tokens_learning_rate=1e-4).text_encoder_lr == 1e-4
+    assert config_of(photos, new_tokens=True).initializer_concept is None
+
+
+@pytest.mark.parametrize(
+    "form, words",
+    [
+        ({"new_tokens": "yes"}, "new_tokens must be true or false"),
+        ({"new_tokens": True, "tokens_learning_rate": -1}, "learning rate of the new tokens"),
+        ({"new_tokens": True, "tokens_learning_rate": "x"}, "learning rate of the new tokens"),
+        ({"new_tokens": True, "others": (SubjectWords("rocket", "zwx"),)}, "new tokens are learnt for one subject"),
+    ],
+)
+def test_a_mistake_is_told_in_words(photos, form, words):
+    with pytest.raises(UserError, match=words):
+        config_of(photos, **form)
