@@ -26,7 +26,7 @@ from dreambooth_moslora.core.run_files.training_process import CONFIG_NAME, TRAI
 from dreambooth_moslora.ui.jobs.job import JOB_NAME, Job, birth_of
 from dreambooth_moslora.ui.jobs.run_events import RunEvents, phase_of
 
-__all__ = ["JobState", "Jobs", "run_name_of"]
+__all__ = ["JobState", "Jobs", "run_name_of", "settings_of"]
 
 KILL_AFTER_SEC = 30
 RUN_NAME = re.compile(r"[^\W_][\w +-]*(\.[\w +-]+)*")
@@ -94,7 +94,7 @@ class Jobs:
         job = self.owned(name, owner)
         if job.is_alive:
             raise UserError(f"the run {job.name} is still going on")
-        config = _settings_of(job) | {"resume_from_checkpoint": "latest"}
+        config = settings_of(job) | {"resume_from_checkpoint": "latest"}
         write_settings(job.run_dir, config)
         return self._launch(job.run_dir, owner, job.folder)
 
@@ -213,7 +213,8 @@ class Jobs:
                 self._children.pop(pid, None)
 
 
-def _settings_of(job: Job) -> dict[str, Any]:
+def settings_of(job: Job) -> dict[str, Any]:
+    """Those that it was started with. Raises UserError for a file that holds none."""
     try:
         settings = json.loads((job.run_dir / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -26,6 +26,8 @@ from dreambooth_moslora.ui.train.watch import picture_rows
 
 __all__ = [
     "TAKING_PHOTOS",
+    "box_widgets",
+    "boxes_for",
     "connect_subjects",
     "photo_widgets",
     "review_widgets",
@@ -160,7 +162,7 @@ def connect_kept(ctx: AppContext, page: gr.Blocks, widgets: dict) -> None:
     def restore(seed: int, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
         count = max(1, subject_count(visitor.photos_dir, MOST_SUBJECTS))
-        return (*reviews(ctx, visitor, seed, count), *boxes(count))
+        return (*reviews(ctx, visitor, seed, count), *boxes_for(count))
 
     page.load(restore, widgets["seed"], [*pictures, *box_widgets(widgets)], **AT_ONCE)
     widgets["seed"].blur(again, [widgets["seed"], widgets["subjects"]], pictures, **TELLING)
@@ -185,7 +187,7 @@ def connect_count(ctx: AppContext, widgets: dict) -> None:
     emptied = [widgets[named(name, number)] for number in FURTHER for name in gone]
 
     def add(count: int) -> tuple:
-        return boxes(min(MOST_SUBJECTS, int(count) + 1))
+        return boxes_for(min(MOST_SUBJECTS, int(count) + 1))
 
     def remove(count: int, request: gr.Request) -> tuple:
         """The last one goes, with its photos and words."""
@@ -193,7 +195,7 @@ def connect_count(ctx: AppContext, widgets: dict) -> None:
         forget(ctx.visitors.of(request), last)
         values = (None, gr.HTML(visible=False), gr.Gallery(visible=False), "", TOKENS[last - 1], "")
         cleared = [value if number == last else gr.skip() for number in FURTHER for value in values]
-        return (*boxes(last - 1), *cleared)
+        return (*boxes_for(last - 1), *cleared)
 
     widgets["add_subject"].click(add, widgets["subjects"], outputs, **AT_ONCE)
     widgets["remove_subject"].click(remove, widgets["subjects"], [*outputs, *emptied], **AT_ONCE)
@@ -203,7 +205,7 @@ def box_widgets(widgets: dict) -> list[Any]:
     return [widgets[name] for name in ("subjects", "add_subject", "remove_subject", *map("subject_{}".format, FURTHER))]
 
 
-def boxes(count: int) -> tuple:
+def boxes_for(count: int) -> tuple:
     """Values of `box_widgets` for so many subjects."""
     return (
         count,

@@ -9,14 +9,23 @@ from dreambooth_moslora.ui.generate.form import NONE
 from dreambooth_moslora.ui.generate.tab import GenerateTab
 from dreambooth_moslora.ui.html_snippets import notice
 from dreambooth_moslora.ui.input_errors import explain_bad_values
-from dreambooth_moslora.ui.jobs.jobs import Jobs
+from dreambooth_moslora.ui.jobs.jobs import Jobs, settings_of
 from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train.cost_estimate import estimate_cost
 from dreambooth_moslora.ui.train.form import form_of
 from dreambooth_moslora.ui.train.masks import connect_masks
 from dreambooth_moslora.ui.train.queue import connect_queue, queue_widgets
+from dreambooth_moslora.ui.train.reopen import form_of_run, take_photos_of_run, values_of
 from dreambooth_moslora.ui.train.start import add_to_queue, start_run
-from dreambooth_moslora.ui.train.subject_widgets import TAKING_PHOTOS, connect_subjects, take_given
+from dreambooth_moslora.ui.train.subject_widgets import (
+    TAKING_PHOTOS,
+    box_widgets,
+    boxes_for,
+    connect_subjects,
+    review_widgets,
+    reviews,
+    take_given,
+)
 from dreambooth_moslora.ui.train.watch import connect_watch, run_names, watch_widgets
 from dreambooth_moslora.ui.train.widgets import train_widgets
 
@@ -38,6 +47,7 @@ def build_train_tab(ctx: AppContext, jobs: Jobs, page: gr.Blocks, tabs: gr.Tabs,
     connect_watch(ctx, jobs, page, parts)
     connect_queue(ctx, jobs, page, parts)
     _connect_use(ctx, jobs, parts, tabs, generate)
+    _connect_reopen(ctx, jobs, fields, parts)
 
 
 def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> None:
@@ -108,3 +118,26 @@ def _connect_use(ctx: AppContext, jobs: Jobs, parts: dict, tabs: gr.Tabs, genera
 
     shown = [tabs, generate.adapters[0], generate.prompt, generate.fields["scale"]]
     parts["use"].click(use, parts["run"], shown, show_progress_on=generate.prompt, **TELLING)
+
+
+def _connect_reopen(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> None:
+    """A run's settings, words and photos into the form."""
+    names = [name for name, field in fields.items() if not isinstance(field, gr.File)]
+    files = [field for field in fields.values() if isinstance(field, gr.File)]
+    outputs = [*(fields[name] for name in names), parts["photos"], *files, *review_widgets(parts), parts["cost"]]
+    boxes = box_widgets(fields | parts)[1:]
+
+    @as_gradio_error
+    def reopen(run: str | None, request: gr.Request) -> tuple:
+        visitor = ctx.visitors.of(request)
+        job = jobs.owned(run or "", visitor.id)
+        form = form_of_run(settings_of(job), job.run_dir / "photos")
+        count = len(form.subjects)
+        take_photos_of_run(job.run_dir, visitor, count)
+        values = values_of(form)
+        emptied = [None] * (1 + len(files))
+        told = notice(f"The settings, words and photos of {job.name} are in the form. Change them, and start.")
+        pictures = reviews(ctx, visitor, form.seed, count)
+        return (*(values[name] for name in names), *emptied, *pictures, told, *boxes_for(count)[1:])
+
+    parts["reopen"].click(reopen, parts["run"], [*outputs, *boxes], show_progress_on=parts["cost"], **TELLING)

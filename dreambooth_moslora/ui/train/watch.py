@@ -29,6 +29,7 @@ WATCHED = (
     "stop",
     "resume",
     "use",
+    "reopen",
     "download",
     "download_kohya",
     "download_tokens",
@@ -51,6 +52,7 @@ def watch_widgets(below_status: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     waiting = below_status()
     with gr.Row(elem_classes="tight"):
         use = gr.Button("Use this adapter", variant="primary", visible=False, elem_id="use_adapter")
+        reopen = gr.Button("Change and train again", visible=False, elem_id="reopen")
         download = gr.DownloadButton("Download the adapter", visible=False, elem_id="download_adapter")
         kohya = gr.DownloadButton("… for ComfyUI, A1111", visible=False, elem_id="download_kohya")
         tokens = gr.DownloadButton("… its new tokens", visible=False, elem_id="download_tokens")
@@ -61,7 +63,7 @@ def watch_widgets(below_status: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     with gr.Accordion("Log", open=False, elem_id="log_box"):
         log = gr.Code(language=None, label="Log", show_line_numbers=False, wrap_lines=True, elem_id="log", max_lines=20)
     downloads = (download, kohya, tokens)
-    widgets = (run, gr.State(None), status, stop, resume, use, *downloads, loss, fidelity, samples, sheet, log)
+    widgets = (run, gr.State(None), status, stop, resume, use, reopen, *downloads, loss, fidelity, samples, sheet, log)
     return waiting | dict(zip(WATCHED, widgets)) | {"timer": gr.Timer(POLL_SEC)}
 
 
@@ -138,7 +140,7 @@ def watched(jobs: Jobs, run: str | None, seen: tuple | None, visitor: Visitor) -
 
 def _gone(names: list[str]) -> dict[str, Any]:
     """The folder of the run was deleted, or it is another's, which must look the same."""
-    hidden = ("use", "download", "download_kohya", "download_tokens", "loss", "fidelity", "samples", "sheet")
+    hidden = ("use", "reopen", "download", "download_kohya", "download_tokens", "loss", "fidelity", "samples", "sheet")
     return {
         "run": gr.Dropdown(choices=names, value=None),
         "seen": None,
@@ -159,6 +161,7 @@ def _updates(now: Watch, job: Job, visitor: Visitor) -> dict[str, Any]:
         "stop": gr.Button(interactive=now.state.is_active),
         "resume": gr.Button(interactive=resumable),
         "use": gr.Button(visible=ready),
+        "reopen": gr.Button(visible=not now.state.is_active),
         "download": _download(run_dir.adapter_path, ready, job, visitor),
         "download_kohya": _download(run_dir.kohya_path, ready and run_dir.kohya_path.is_file(), job, visitor),
         "download_tokens": _download(run_dir.tokens_path, ready and run_dir.tokens_path.is_file(), job, visitor),

@@ -1,0 +1,100 @@
+"""From a run back to the form: its settings, its words and its photos, to change something and train once more."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from dreambooth_moslora.core.config.run_settings import MEMORY_WORDS
+from dreambooth_moslora.core.config.subject_tables import each_subject
+from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.prompts import subject_of
+from dreambooth_moslora.training.planning.choices import Choices, choose_recipe
+from dreambooth_moslora.ui.server.photo_uploads import ONE_AT_A_TIME, kept_photos
+from dreambooth_moslora.ui.server.users import Visitor
+from dreambooth_moslora.ui.train.form import OWN_FIELDS, PRESETS, TrainForm, free_for
+from dreambooth_moslora.ui.train.more_subjects import MOST_SUBJECTS, TOKENS, SubjectWords, folder_of, named
+
+__all__ = ["form_of_run", "take_photos_of_run", "values_of"]
+
+
+def form_of_run(settings: Mapping[str, Any], photos_dir: Path) -> TrainForm:
+    """The form that makes a run of these settings, with the captions that lie beside the photos.
+
+    Raises UserError for settings that no configuration can have, and for more subjects than the form has.
+    """
+    config = TrainConfig.from_dict(dict(settings) | {"resume_from_checkpoint": None})
+    subjects = each_subject(config)
+    if len(subjects) > MOST_SUBJECTS:
+        raise UserError(f"the run has {len(subjects)} subjects, and the form {MOST_SUBJECTS} at most")
+    first, *others = (words_of(one, folder_of(photos_dir, n)) for n, one in enumerate(subjects, 1))
+    with_prior = config.with_prior_preservation
+    return TrainForm(
+        **asdict(first),
+        **length_of(config, photos_dir, len(subjects)),
+        prior_preservation=with_prior,
+        rank=config.rank,
+        learning_rate=config.learning_rate,
+        mixer=config.mixer,
+        seed=config.seed or 0,
+        make_masks=config.masks == "auto",
+        memory=config.memory if config.memory in MEMORY_WORDS else "auto",
+        prior=config.prior if with_prior else TrainForm.prior,
+        prior_weight=config.prior_loss_weight if with_prior else 0.0,
+        unmasked_weight=config.unmasked_weight,
+        scores=bool(config.evaluate_steps),
+        make_captions=config.captions == "auto",
+        new_tokens=config.train_text_encoder_ti,
+        tokens_begin_as=config.initializer_concept or "",
+        tokens_learning_rate=config.text_encoder_lr if config.train_text_encoder_ti else TrainForm.tokens_learning_rate,
+        others=tuple(others),
+    )
+
+
+def words_of(config: TrainConfig, photos_dir: Path) -> SubjectWords:
+    subject = subject_of(config)
+    lines = [" ".join(caption_of(photo).split()) for photo in kept_photos(photos_dir)]
+    return SubjectWords(subject.class_word, subject.token, "\n".join(lines).rstrip())
+
+
+def caption_of(photo: Path) -> str:
+    try:
+        return photo.with_suffix(".txt").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def length_of(config: TrainConfig, photos_dir: Path, subjects: int) -> dict[str, Any]:
+    """The preset where one shows each photo as often, else the number of steps."""
+    from dreambooth_moslora.training.planning.step_plan import plan_steps
+
+    base = config.pretrained_model_name_or_path
+    recipes = choose_recipe(Choices({"pretrained_model_name_or_path": base}), free_for(base))
+    for name, share in PRESETS.items():
+        if config.exposures_per_photo == round(share * recipes):
+            return {"preset": name}
+    counts = [max(1, len(kept_photos(folder_of(photos_dir, number)))) for number in range(1, subjects + 1)]
+    return {"steps": plan_steps(config, counts).total_steps}
+
+
+def take_photos_of_run(run_dir: Path, visitor: Visitor, subjects: int) -> None:
+    """The photos of the run, with their masks, become the visitor's own. Raises UserError where they are gone."""
+    with ONE_AT_A_TIME:
+        for number in range(1, MOST_SUBJECTS + 1):
+            source, target = (folder_of(folder, number) for folder in (run_dir / "photos", visitor.photos_dir))
+            if number <= subjects and not kept_photos(source):
+                raise UserError("the photos of this run are not there any more")
+            shutil.rmtree(target, ignore_errors=True)
+            if number <= subjects:
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.txt"))
+
+
+def values_of(form: TrainForm) -> dict[str, Any]:
+    """Of the widgets, by name: further subjects' fields are empty where the form has no such subject."""
+    values = {name: getattr(form, name) for name in OWN_FIELDS} | {"subjects": len(form.subjects)}
+    for number in range(2, MOST_SUBJECTS + 1):
+        words = form.subjects[number - 1] if number <= len(form.subjects) else SubjectWords("", TOKENS[number - 1])
+        values |= {named(field.name, number): getattr(words, field.name) for field in fields(words)}
+    return values
