@@ -11,6 +11,7 @@ from dreambooth_moslora.ui.jobs.jobs import Jobs
 from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train.form import TrainForm
 from dreambooth_moslora.ui.train.memory_choice import card_lines, free_gib
+from dreambooth_moslora.ui.train.start import adapter_of, start_lines
 
 if TYPE_CHECKING:
     from dreambooth_moslora.core.config.train_config import TrainConfig
@@ -47,7 +48,9 @@ def _lines(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> li
     plan = plan_steps(config, counts)
     size = size_of_base(base_folder(config), config.target_modules, config.variant)
     cost = estimate(config, size, plan.total_steps, sum(counts))
+    adapter_of(ctx, form, visitor)
     return [
+        *start_lines(form),
         *(words for words, _ in choices.said),
         *step_lines(config, plan),
         *time_line(jobs, config, plan.total_steps),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dreambooth_moslora.core.config.run_settings import MEMORY_WORDS
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.run_files.adapter_files import NONE
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.generation.params import check_characters
 from dreambooth_moslora.training.planning.choices import (
@@ -39,7 +40,10 @@ PRIORS = ("adapter_off", "class_images")
 
 @dataclass(frozen=True)
 class TrainForm:
-    """Names of the fields are the API's argument names. 0 in a number, and None, mean: as the recipe has it."""
+    """Names of the fields are the API's argument names. 0 in a number, and None, mean: as the recipe has it.
+
+    `begin_with` names an adapter that can be chosen on the page; where its file lies is not the form's to know.
+    """
 
     token: str
     class_word: str
@@ -62,6 +66,7 @@ class TrainForm:
     new_tokens: bool = False
     tokens_begin_as: str = ""
     tokens_learning_rate: float = TOKENS_RATE
+    begin_with: str = NONE
     others: tuple[SubjectWords, ...] = ()
 
     @property

@@ -49,6 +49,7 @@ def form_of_run(settings: Mapping[str, Any], photos_dir: Path) -> TrainForm:
         new_tokens=config.train_text_encoder_ti,
         tokens_begin_as=config.initializer_concept or "",
         tokens_learning_rate=config.text_encoder_lr if config.train_text_encoder_ti else TrainForm.tokens_learning_rate,
+        begin_with=Path(config.init_adapter).stem if config.init_adapter else TrainForm.begin_with,
         others=tuple(others),
     )
 

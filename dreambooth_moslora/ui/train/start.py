@@ -10,6 +10,7 @@ from typing import Any
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import free_name
+from dreambooth_moslora.core.run_files.adapter_files import NONE
 from dreambooth_moslora.training.run_folders.run_queue import QueuedRun
 from dreambooth_moslora.ui.app_state import AppContext
 from dreambooth_moslora.ui.html_snippets import remarks_card
@@ -20,9 +21,10 @@ from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train.form import TrainForm
 from dreambooth_moslora.ui.train.more_subjects import folder_of, prompts_of
 
-__all__ = ["add_to_queue", "free_run_dir", "start_run"]
+__all__ = ["add_to_queue", "adapter_of", "free_run_dir", "start_lines", "start_run"]
 
 BUSY = "another run is going on or waits; “Add to queue” lets this one wait for its turn"
+BEGUN_WITH = "begun_with"
 MOST_WAITING = 20
 CHOSEN = "Chosen; “More settings” changes it."
 
@@ -45,7 +47,7 @@ def start_run(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) ->
         raise UserError(BUSY)
     with prepared(ctx, jobs, form, visitor) as run:
         job = jobs.start(run.run_dir.name, run.settings, visitor.id)
-    return job, remarks_card(run.said, CHOSEN)
+    return job, remarks_card(run.said, f"{job.name} has started. {CHOSEN}")
 
 
 def add_to_queue(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> tuple[str, str]:
@@ -71,7 +73,9 @@ def prepared(
     prompts_of(form.token, form.class_word)
     run_dir = free_run_dir(jobs, form)
     choices = form.choices(ctx.base_name, ctx.resolution_px, photos, run_dir, is_queued=is_queued)
-    config = TrainConfig.from_dict(choices.all | form.photos_given(run_dir / "photos"))
+    begun_with = adapter_of(ctx, form, visitor)
+    places = form.photos_given(run_dir / "photos") | start_given(form, run_dir)
+    config = TrainConfig.from_dict(choices.all | places)
     try:
         run_dir.mkdir(parents=True)
     except FileExistsError as error:
@@ -81,10 +85,34 @@ def prepared(
             for number in range(1, len(form.subjects) + 1):
                 shutil.copytree(folder_of(photos, number), folder_of(run_dir / "photos", number))
         form.write_captions(run_dir / "photos")
-        yield Prepared(run_dir, config.to_dict(), [words for words, _ in choices.said])
+        if begun_with is not None:
+            (run_dir / BEGUN_WITH).mkdir()
+            shutil.copyfile(begun_with, config.init_adapter)
+        yield Prepared(run_dir, config.to_dict(), [*start_lines(form), *(words for words, _ in choices.said)])
     except BaseException:
         shutil.rmtree(run_dir, ignore_errors=True)
         raise
+
+
+def adapter_of(ctx: AppContext, form: TrainForm, visitor: Visitor) -> Path | None:
+    """The file that the run goes on from. Raises UserError for a name that the visitor cannot choose."""
+    name = str(form.begin_with or NONE)
+    return None if name == NONE else ctx.catalog.path(name, visitor)
+
+
+def start_given(form: TrainForm, run_dir: Path) -> dict[str, str]:
+    """The run's own copy of the file, as a queued run may begin when the visitor's upload is gone.
+
+    The name in the form is known to be one of the list.
+    """
+    if not start_lines(form):
+        return {}
+    return {"init_adapter": str(run_dir / BEGUN_WITH / f"{form.begin_with}.safetensors")}
+
+
+def start_lines(form: TrainForm) -> list[str]:
+    name = str(form.begin_with or NONE)
+    return [] if name == NONE else [f"begins with what the adapter {name} has learnt"]
 
 
 def free_run_dir(jobs: Jobs, form: TrainForm) -> Path:

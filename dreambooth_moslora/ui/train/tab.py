@@ -43,6 +43,7 @@ def build_train_tab(ctx: AppContext, jobs: Jobs, page: gr.Blocks, tabs: gr.Tabs,
             parts |= watch_widgets(queue_widgets)
     connect_subjects(ctx, page, fields, parts)
     _connect_start(ctx, jobs, fields, parts)
+    _connect_begin(ctx, page, fields["begin_with"])
     connect_masks(ctx, fields, parts)
     connect_watch(ctx, jobs, page, parts)
     connect_queue(ctx, jobs, page, parts)
@@ -103,6 +104,13 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
     parts["start"].click(train, inputs_kwargs=inputs, outputs=started, api_name="train", **TAKING_PHOTOS)
     parts["queue"].click(queue, inputs_kwargs=inputs, outputs=parts["cost"], api_name="add_to_queue", **TAKING_PHOTOS)
     parts["estimate"].click(estimate, inputs_kwargs=inputs, outputs=parts["cost"], api_name="estimate", **TAKING_PHOTOS)
+
+
+def _connect_begin(ctx: AppContext, page: gr.Blocks, begin_with: gr.Dropdown) -> None:
+    def names(request: gr.Request) -> gr.Dropdown:
+        return gr.Dropdown(choices=[NONE, *ctx.catalog.files(ctx.visitors.of(request))])
+
+    gr.on([page.load, begin_with.focus], names, None, begin_with, **AT_ONCE)
 
 
 def _connect_use(ctx: AppContext, jobs: Jobs, parts: dict, tabs: gr.Tabs, generate: GenerateTab) -> None:

@@ -6,6 +6,7 @@ import gradio as gr
 
 from dreambooth_moslora.core.config.run_settings import MEMORY_WORDS
 from dreambooth_moslora.core.config.training_settings import MIXERS
+from dreambooth_moslora.core.run_files.adapter_files import NONE
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.training.planning.choices import TOKEN, encoders_are_here
 from dreambooth_moslora.ui.app_state import AT_ONCE
@@ -105,6 +106,14 @@ def adapter_fields(base: str) -> dict[str, Any]:
         is_here, label="Scores", info=f"measures on the way and keeps the best step{fetched}", elem_id="scores"
     )
     tokens = token_fields()
+    start = gr.Dropdown(
+        [NONE],
+        value=NONE,
+        label="Begin with",
+        info="an adapter to go on from, with these photos; “none”: from nothing",
+        allow_custom_value=True,
+        elem_id="begin_with",
+    )
     with gr.Row():
         rank = gr.Number(0, label="Rank", info="0: by recipe", precision=0, elem_id="rank", **NARROW)
         learning_rate = gr.Number(0, label="Learning rate", info="0: by recipe", elem_id="learning_rate", **NARROW)
@@ -121,7 +130,8 @@ def adapter_fields(base: str) -> dict[str, Any]:
             elem_id="memory",
             **NARROW,
         )
-    return tokens | {"scores": scores, "rank": rank, "learning_rate": learning_rate, "mixer": mixer, "memory": memory}
+    fields = {"scores": scores, "rank": rank, "learning_rate": learning_rate, "mixer": mixer, "memory": memory}
+    return tokens | fields | {"begin_with": start}
 
 
 def token_fields() -> dict[str, Any]:

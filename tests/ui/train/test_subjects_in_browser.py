@@ -7,7 +7,8 @@ import PIL.Image
 import pytest
 
 from dreambooth_moslora.core.assets import assets_folder
-from dreambooth_moslora.ui.jobs.jobs import Job, Jobs
+from dreambooth_moslora.ui.jobs.job import Job
+from dreambooth_moslora.ui.jobs.jobs import Jobs
 from tests.helpers.ui_server import serve
 
 browser_module = pytest.importorskip("tests.helpers.browser")

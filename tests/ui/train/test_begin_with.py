@@ -1,0 +1,49 @@
+"""A run of the page goes on from an adapter that can be chosen there: the run's copy of it, under its name."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.ui.adapters.catalog import AdapterCatalog
+from dreambooth_moslora.ui.train.cost_estimate import estimate_cost
+from dreambooth_moslora.ui.train.form import TrainForm
+from dreambooth_moslora.ui.train.reopen import form_of_run
+from dreambooth_moslora.ui.train.start import prepared
+from tests.ui.train.test_more_subjects import ann, page  # noqa: F401 (fixtures)
+
+FORM = TrainForm("sks", "duck", begin_with="old duck@30")
+
+
+@pytest.fixture
+def with_shelf(page, tmp_path):  # noqa: F811
+    ctx, jobs = page
+    (checkpoint := jobs.runs_dir / "old duck" / "checkpoint-30").mkdir(parents=True)
+    (checkpoint / "moslora_weights.safetensors").write_text("an adapter")
+    catalog = AdapterCatalog(tmp_path / "adapters", jobs.runs_dir)
+    return SimpleNamespace(**vars(ctx), catalog=catalog), jobs
+
+
+def test_the_config_is_that_of_the_flag_and_the_run_has_its_own_copy(with_shelf, ann, page):  # noqa: F811
+    with prepared(*with_shelf, FORM, ann) as run:
+        copied = Path(run.settings["init_adapter"])
+        assert copied == run.run_dir / "begun_with" / "old duck@30.safetensors" and copied.read_text() == "an adapter"
+        assert "begins with what the adapter old duck@30 has learnt" in run.said
+        assert form_of_run(run.settings, run.run_dir / "photos").begin_with == "old duck@30"
+        assert list(with_shelf[0].catalog.files(ann)) == ["old duck@30"]
+    with prepared(*page, TrainForm("sks", "duck"), ann) as plain:
+        own = {"output_dir": run.settings["output_dir"], "instance_data_dir": run.settings["instance_data_dir"]}
+        assert TrainConfig.from_dict(plain.settings | own | {"init_adapter": str(copied)}).to_dict() == run.settings
+        assert not (plain.run_dir / "begun_with").exists()
+
+
+def test_an_adapter_that_is_not_on_the_shelf_is_named_before_anything_is_made(with_shelf, ann):  # noqa: F811
+    for name in ("dog", "../runs/old duck@30"):
+        form = TrainForm("sks", "duck", begin_with=name)
+        with pytest.raises(UserError, match="there is no adapter"), prepared(*with_shelf, form, ann):
+            pass
+        with pytest.raises(UserError, match="there is no adapter"):
+            estimate_cost(*with_shelf, form, ann)
+    assert [path.name for path in with_shelf[1].runs_dir.iterdir()] == ["old duck"]
