@@ -208,7 +208,7 @@ def warn_about(config: TrainConfig, base: Path | None) -> None:
 def make_evaluator(config: TrainConfig):
     from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 
-    return TrainingEvaluator(config)
+    return TrainingEvaluator(config, scores=is_main_process())
 
 
 def closing_message(run_dir: Path, step: int, interrupted: bool) -> str:

@@ -44,15 +44,18 @@ class TrainingEvaluator:
     """The trainer calls it with its sampler and step. `prompts` must be encoded before the text encoders are
     freed.
 
-    Raises UserError on construction, before the training, when an encoder cannot be loaded.
+    Raises UserError on construction, before the training, when an encoder cannot be loaded. With `scores` False it has
+    the same prompts and no encoders: for a process that never calls it.
     """
 
-    def __init__(self, config: TrainConfig, encoders: Encoders | None = None):
+    def __init__(self, config: TrainConfig, encoders: Encoders | None = None, scores: bool = True):
         self.config = config
         self.subjects = each_subject(config)
         photos = photos_by_subject(instance_photos(config).photos, len(self.subjects))
         self.plans = [plan_of(subject, own) for subject, own in zip(self.subjects, photos)]
-        self.encoders = encoders or load_encoders(own_encoders_of(config))  # fail now, not late in the run
+        if encoders is None and scores:
+            encoders = load_encoders(own_encoders_of(config))  # fail now, not late in the run
+        self.encoders = encoders
 
     @property
     def prompts(self) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dreambooth_moslora.adapters.files.export import load_published
-from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.cli.main import main, make_evaluator
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import Subject
@@ -47,6 +47,14 @@ def test_a_missing_encoder_is_told_before_anything_is_trained(tiny_base, tmp_pat
     config = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "dog", evaluate_steps=1)
     with pytest.raises(UserError, match="cannot be loaded"):
         TrainingEvaluator(config)
+
+
+def test_a_process_that_is_not_the_first_of_its_run_loads_no_encoders(tiny_base, tmp_path, encoders, monkeypatch):
+    """Its prompts are those of the first, as both encode them in step with each other."""
+    config = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "dog", evaluate_steps=1)
+    monkeypatch.setenv("RANK", "1")
+    other = make_evaluator(config)
+    assert other.encoders is None and other.prompts == TrainingEvaluator(config, encoders).prompts
 
 
 def test_every_evaluation_is_logged_with_its_scores_and_cost(run):
