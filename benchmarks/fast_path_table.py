@@ -1,9 +1,10 @@
 """The fast path beside PEFT's own layers: the largest differences of the output and of the gradients.
 
-    python -m benchmarks.fast_path_table [--json FILE] [--backend aot_eager]
+    python -m benchmarks.fast_path_table [--json FILE] [--bases bf16 NF4] [--how inductor]
 
-One step of a small random SDXL UNet with adapters far from their start, for every number format of the frozen base,
-recomputed or not or compiled, on attention with q, k and v computed together, and with convolutions beside them.
+One step of a small random SDXL UNet with adapters far from their start, for every number format of the frozen base, on
+attention with q, k and v computed together, and with convolutions beside them. "traced": all transformer blocks by
+`torch.compile`, run operation by operation (aot_eager); "inductor": one of them built by the trainer's own backend.
 The output's difference is a share of its largest value, a gradient's one of its own norm; the worst gradient counts.
 PEFT's own distance from the same step in fp64 stands beside it: that is what the format's rounding costs by itself.
 8-bit layers keep PEFT's path, so nothing differs there; 4-bit ones take the fast path one by one. fp16 is computed by
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 from diffusers.models import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.utils import logging
 from torch import Tensor, nn
 
@@ -26,6 +28,7 @@ from dreambooth_moslora.adapters.fused.fused_linear import enable_fast_path
 from dreambooth_moslora.adapters.fused.working_copies import WorkingCopies
 from dreambooth_moslora.adapters.moslora import ATTENTION_PROJECTIONS, MoSLoraConfig, adapter_parameters, inject
 from dreambooth_moslora.base.quantization import quantize
+from dreambooth_moslora.base.text_projections import TextProducts
 from dreambooth_moslora.training.step import compiled_blocks
 
 __all__ = ["BASES", "HOW", "TARGETS", "adapted", "compare"]
@@ -38,7 +41,7 @@ BASES = {
     "int8": (torch.bfloat16, "int8"),
 }
 """Name -> number format of the arithmetic, and `--base_quantization`."""
-HOW = ("plain", "recomputed", "compiled")
+HOW = ("plain", "recomputed", "text cached", "traced", "inductor")
 TARGETS = {
     "q/k/v together": list(ATTENTION_PROJECTIONS),
     "with conv": [*ATTENTION_PROJECTIONS, "conv1", "conv_shortcut", "downsamplers.0.conv"],
@@ -47,11 +50,13 @@ Step = tuple[Tensor, dict[str, Tensor]]
 """The output (2,4,16,16), and the gradient of each trained parameter, in fp64."""
 
 
-def adapted(base: str, targets: str) -> UNet2DConditionModel:
-    """In training mode, frozen, the adapter in fp32. ΔW is about as large as W."""
+def adapted(base: str, targets: str, cached: bool = False) -> UNet2DConditionModel:
+    """In training mode, frozen, the adapter in fp32. ΔW is about as large as W. `cached`: with `TextProducts`."""
     dtype, bits = BASES[base]
     unet = small_unet().to(dtype).requires_grad_(False)
     quantize(unet, bits, dtype)
+    if cached:
+        TextProducts(unet, torch.device("cpu"))
     inject(unet, MoSLoraConfig(r=4, lora_alpha=7, target_modules=TARGETS[targets]))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -88,8 +93,10 @@ def by_fast_path(unet: UNet2DConditionModel, how: str) -> Step:
     enable_fast_path(unet)
     if how == "recomputed":
         unet.enable_gradient_checkpointing()
-    if how == "compiled":
-        compiled_blocks.CompiledBlocks(unet)
+    if how in ("traced", "inductor"):
+        blocks = [block for block in unet.modules() if isinstance(block, BasicTransformerBlock)]
+        for block in blocks if how == "traced" else blocks[:1]:
+            block.compile(backend="aot_eager" if how == "traced" else compiled_blocks.BACKEND)
     with WorkingCopies(unet, joint=True).for_one_step() as copies:
         output, loss = loss_of(unet)
         loss.backward()
@@ -107,29 +114,31 @@ def difference(found: Step, expected: Step) -> tuple[float, float]:
 
 def compare(base: str, targets: str, hows: tuple[str, ...] = HOW) -> Iterator[tuple[str, tuple[float, float]]]:
     """(how, differences to PEFT's); last, for a base that is not quantised, "PEFT to fp64"."""
-    model = adapted(base, targets)
+    model, is_dense = adapted(base, targets), BASES[base][1] == "none"
     expected = by_peft(copy.deepcopy(model))
     for how in hows:
+        if how == "text cached" and not is_dense:
+            continue
         torch._dynamo.reset()
-        yield how, difference(by_fast_path(copy.deepcopy(model), how), expected)
-    if BASES[base][1] == "none":
+        twin = adapted(base, targets, cached=True) if how == "text cached" else copy.deepcopy(model)
+        yield how, difference(by_fast_path(twin, how), expected)
+    if is_dense:
         yield "PEFT to fp64", difference(expected, by_peft(model.double()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default=compiled_blocks.BACKEND, help="of torch.compile (default: the trainer's)")
+    parser.add_argument("--how", nargs="+", choices=HOW, default=list(HOW))
     parser.add_argument("--bases", nargs="+", choices=list(BASES), default=list(BASES))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    compiled_blocks.BACKEND = args.backend
     logging.set_verbosity_error()  # diffusers warns of casting a whole model
-    columns, rows = (*HOW, "PEFT to fp64"), {}
+    columns, rows = (*args.how, "PEFT to fp64"), {}
     print("| base | adapters on | " + " | ".join(columns) + " |")
     print("|---" * (2 + len(columns)) + "|")
     for base in args.bases:
         for targets in TARGETS:
-            found = rows[f"{base}, {targets}"] = dict(compare(base, targets))
+            found = rows[f"{base}, {targets}"] = dict(compare(base, targets, tuple(args.how)))
             cells = [f"{found[how][0]:.0e}, {found[how][1]:.0e}" if how in found else "" for how in columns]
             print(f"| {base} | {targets} | " + " | ".join(cells) + " |", flush=True)
     if args.json:

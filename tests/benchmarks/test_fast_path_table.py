@@ -11,7 +11,7 @@ TO_FP64 = "PEFT to fp64"
     ("base", "targets", "hows"),
     [
         ("fp32", "with conv", ("plain",)),
-        ("bf16", "q/k/v together", ("recomputed",)),
+        ("bf16", "q/k/v together", ("recomputed", "text cached")),
         pytest.param("fp16", "with conv", ("plain", "recomputed"), marks=pytest.mark.slow),
     ],
 )
