@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 
 from benchmarks.startup import moments
 from benchmarks.train_step import ratios
+from dreambooth_moslora.cli.parser import parse_train_config
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
@@ -28,6 +29,31 @@ def test_the_quick_form_steps_the_trainers_own_learner(tmp_path):
     assert result["arm"] == "ours" and result["step_sec"] > 0 and result["peak_gb"] > 0, done.stderr
     assert 0 < result["loss"] < 10 and result["grad_norm"] > 0
     assert "peak GB" in done.stdout
+
+
+def test_our_step_and_the_floor_take_turns_on_the_same_weights():
+    from benchmarks.floor_ratio import measure
+
+    found = measure("small", 64, rank=2, warmup=0, steps=2)
+    assert len(found["clock_ratios"]) == 2 and found["clock_ratio"] > 0
+    assert found["floor_sec"] > 0 and found["gradients_sec"] > found["update_sec"] > 0
+
+
+def test_the_peak_of_a_whole_process_is_the_kernels():
+    from benchmarks.host_peak import peak_gb
+
+    assert 0.9 < peak_gb([sys.executable, "-c", "n = 900_000_000; b'1' * n"]) < 1.2
+    with pytest.raises(subprocess.CalledProcessError):
+        peak_gb([sys.executable, "-c", "1 / 0"])
+
+
+def test_the_commands_whose_peak_is_measured_are_trainings(tmp_path):
+    from benchmarks.host_peak import command_of
+
+    words = command_of("recomputed, text cached", tmp_path / "base", tmp_path, 64, 2)
+    config = parse_train_config(words[2:])
+    assert config.gradient_checkpointing and config.cache_cross_attention and config.max_train_steps == 2
+    assert len(list((tmp_path / "photos").iterdir())) == 3
 
 
 def test_the_loop_in_diffusers_style_learns_with_the_adapter_in_either_dtype():
