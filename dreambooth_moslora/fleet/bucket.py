@@ -1,5 +1,4 @@
-"""Files behind a URL that fsspec knows (`s3://`, `gs://`, `memory://`, …). Failed calls are retried; the last
-error is one line."""
+"""Files behind a URL that fsspec knows (`s3://`, `gs://`, …). Failed calls are retried; the last error is one line."""
 
 import tempfile
 import time
@@ -18,6 +17,13 @@ TRIES, FIRST_WAIT_SEC = 6, 0.5
 AT_ONCE = 8
 EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}
 """The package's extra for each URL scheme, and the library that it installs."""
+HOPELESS = (
+    *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "DefaultCredentialsError"),
+    *("ProfileNotFound", "ParamValidationError"),
+)
+"""Errors of the stores' libraries that a retry does not change."""
+ONE_PROCESS = "memory"
+"""The scheme of a store that no other process sees."""
 DENIED = "access denied ({}); look at the credentials, and at what they may do there"
 
 
@@ -34,15 +40,17 @@ def local_path(url: str) -> str | None:
 class Bucket:
     """A folder behind `url`. All names are relative to it, with slashes.
 
-    Raises UserError when a library is missing. Each method raises UserError for an error that outlasts the
-    retries.
+    Raises UserError for a URL without a bucket, and when a library is missing. Each method raises UserError for an
+    error that outlasts the retries.
     """
 
     def __init__(self, url: str):
         from fsspec.core import url_to_fs
 
+        scheme, _, place = url.partition("://")
+        if not scheme or not place.strip("/") or scheme == ONE_PROCESS:
+            raise UserError(f"{url}: names no bucket that several machines see; write it like s3://BUCKET/PATH.")
         self.url = url.rstrip("/")
-        scheme = self.url.partition("://")[0]
         try:
             self.files, root = url_to_fs(self.url)
         except ImportError as error:
@@ -96,6 +104,8 @@ class Bucket:
                     return absent["absent"]
                 raise UserError(f"{self.url}: not there: {one_line(error)}.") from error
             except Exception as error:  # network and service errors differ by library
+                if any(kind.__name__ in HOPELESS for kind in type(error).__mro__):
+                    raise UserError(f"{self.url}/{name}: {one_line(error)}.") from error
                 if wait == TRIES - 1:
                     raise UserError(f"{self.url}/{name}: {one_line(error)}, {TRIES} times.") from error
             time.sleep(FIRST_WAIT_SEC * 2**wait)

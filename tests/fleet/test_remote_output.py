@@ -23,6 +23,7 @@ from tests.fleet.test_status import START, STEP, subject
 from tests.helpers.flaky_bucket import FlakyBucket
 
 FLEET = "flaky://bucket/fleet"
+HOW = "write it like s3://BUCKET/PATH."
 
 
 @pytest.fixture(autouse=True)
@@ -298,3 +299,28 @@ def test_a_file_url_is_a_folder(tmp_path, capsys):
     write_names(tmp_path, ["rex"])
     assert main(["fleet", "status", f"file://{tmp_path}"]) == 0
     assert (tmp_path / "index.html").is_file()
+
+
+@pytest.mark.parametrize("url", ["://", "://x", "s3://", "s3:///", "memory://", "memory://fleet"])
+def test_a_url_without_a_bucket_that_others_see_is_refused(url, tmp_path, capsys):
+    (tmp_path / "photos" / "rex").mkdir(parents=True)
+    command = ["fleet", str(tmp_path / "photos"), "--out", url, "--pretrained_model_name_or_path", "toy"]
+    assert main([*command, "--instance_prompt", "a dog", "--dry_run"]) == 2
+    assert capsys.readouterr().err == f"error: {url}: names no bucket that several machines see; {HOW}\n"
+
+
+class NoCredentialsError(Exception):
+    """As botocore's own."""
+
+
+def test_what_fails_for_ever_is_not_tried_again(store):
+    asked = []
+
+    def fault(path: str) -> None:
+        asked.append(path)
+        raise NoCredentialsError("Unable to locate credentials")
+
+    store.fault = staticmethod(fault)
+    with pytest.raises(UserError, match=r"fleet/a: Unable to locate credentials\.$"):
+        Bucket(FLEET).read("a")
+    assert len(asked) == 1

@@ -105,7 +105,7 @@ def test_a_damaged_record_is_none(text, tmp_path):
         (["pets", "--out", "x", "--per_gpu", "0"], "--per_gpu"),
         (["pets", "--out", "x", "--cpus", "0"], "--cpus"),
         (
-            ["pets", "--out", "memory://x", "--per_gpu", "2", "--pretrained_model_name_or_path", "toy"],
+            ["pets", "--out", "s3://x", "--per_gpu", "2", "--pretrained_model_name_or_path", "toy"],
             "--per_gpu 2: subjects that share a process need an --out that is a folder",
         ),
     ],
