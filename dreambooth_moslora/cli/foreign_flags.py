@@ -1,4 +1,4 @@
-"""Flags of other trainers, and what each is here: the answer to a flag that this one does not know."""
+"""Flags of other trainers and their equivalents, for the message about an unknown flag."""
 
 from dreambooth_moslora.core.config.fields import nearest
 from dreambooth_moslora.core.config.train_config import FIELD_TYPES
@@ -105,7 +105,7 @@ FOREIGN_FLAGS = {
 
 
 def unknown_flag_message(word: str) -> str:
-    """The error message for an argument that belongs to no flag."""
+    """The error message for an argument that no flag takes."""
     if not word.startswith("-"):
         return f"`{word}` belongs to no flag: a prompt of several words goes in quotes."
     flag = word.partition("=")[0]

@@ -1,4 +1,4 @@
-"""`check DIR --leave_one_out`: the short runs, their table and picture, in `NAME_leave_one_out/`; it can be resumed."""
+"""`check DIR --leave_one_out`: short runs, their table and picture, in `NAME_leave_one_out/`; it can be resumed."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +28,12 @@ SHORT = {
 
 
 def short_run(folder: Path, config_file: str | None, given: dict[str, Any], base: str, steps: int) -> TrainConfig:
-    """The recipe of the file, else of the base and the GPU, with `steps`; `given` wins. `base` is the one where nobody
-    names another and the photos are no toys'. Raises UserError when nobody says what the photos show."""
+    """The settings of a short run of `steps`, from the recipe in the file, or that of the base and the GPU;
+    `given` overrides.
+
+    `base` is used if no base is named and the photos are not of toys. Raises UserError when no word says what
+    the photos show.
+    """
     from dreambooth_moslora.training.planning.estimate import free_gib_of_gpu
 
     file = load_settings(config_file) if config_file else {}
@@ -62,7 +66,7 @@ def leave_one_out(config: TrainConfig, names: list[str], out: Path) -> str:
     progress = CellProgress()
     results = run_study(study, out, 1, progress)
     if progress.failed and len(results) == 0:
-        raise UserError("--leave_one_out: every short run failed; what is wrong is said above.")
+        raise UserError("--leave_one_out: every short run failed; the reasons are above.")
     effects = effects_of(names, results)
     effect_plot(effects).savefig(out / "effects.png", dpi=110)
     text = f"{table_of(effects)}\n{verdict(effects)}"

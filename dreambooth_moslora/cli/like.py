@@ -1,9 +1,9 @@
-"""`--like FILE`: the settings that a published adapter file tells in its header, ours or kohya's (`ss_*`).
+"""`--like FILE`: the settings in the header of a published adapter file, this program's or kohya's (`ss_*`).
 
-    header --recipe_in--> values --checked_recipe--> settings, and what is wrong
+    header --recipe_in--> values --checked_recipe--> settings, and errors
 
-Anybody may have written the header: only settings of `core.config.recipe` are taken, and each is checked. Flags and a
---config file win.
+Anyone may have written the header: only settings of `core.config.recipe` are used, and each is checked. Flags
+and a --config file override them.
 """
 
 import json
@@ -44,7 +44,7 @@ REPLACED = {
 
 @dataclass(frozen=True)
 class Found:
-    """What a header tells: values by our names, and kohya's keys that have no meaning here."""
+    """The content of a header: values by this program's names, and kohya's keys without an equivalent."""
 
     values: dict[str, Any]
     meaningless: list[str]
@@ -66,14 +66,14 @@ def settings_like(path: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], 
     settings = {name: value for name, value in settings.items() if name not in gone | given.keys()}
     lines = [f"settings like {Path(path).name}: {len(settings)} (--like; flags and --config win)"]
     if found.meaningless:
-        lines.append(f"without meaning here: {one_line(', '.join(found.meaningless), 600)}")
+        lines.append(f"without an equivalent here: {one_line(', '.join(found.meaningless), 600)}")
     if wrong:
-        lines.append(f"not taken, as they are wrong: {one_line('; '.join(wrong), 600)}")
+        lines.append(f"ignored, as they are invalid: {one_line('; '.join(wrong), 600)}")
     return settings, lines
 
 
 def header_of(path: str) -> dict[str, str]:
-    """The header's strings; of a run folder, its published file's. Raises UserError."""
+    """The header's strings; for a run folder, its published file's. Raises UserError."""
     file = Path(os.path.expanduser(path))
     try:
         file = file / PUBLISHED_NAME if file.is_dir() else file
@@ -88,7 +88,7 @@ def header_of(path: str) -> dict[str, str]:
 
 
 def recipe_in(header: Mapping[str, str], path: str) -> Found:
-    """Our recipe, else kohya's settings. Raises UserError for a file with neither."""
+    """This program's recipe, else kohya's settings. Raises UserError for a file with neither."""
     try:
         facts = json.loads(header.get("moslora", "{}"))
     except (ValueError, RecursionError):
@@ -101,7 +101,7 @@ def recipe_in(header: Mapping[str, str], path: str) -> Found:
 
 
 def from_kohya(header: Mapping[str, str]) -> Found:
-    """Our values of the `ss_*` keys that have one."""
+    """Values of the `ss_*` keys that have an equivalent."""
     values, meaningless = {}, []
     for key in sorted(key for key in header if key.startswith("ss_") and not FACT.match(key)):
         text = header[key].strip()
@@ -119,7 +119,7 @@ def named(name: str) -> Callable[[str], dict[str, Any]]:
 
 
 def side_of(text: str) -> dict[str, Any]:
-    """`(1024, 1024)` -> 1024; what is no square is given on, to be called wrong."""
+    """`(1024, 1024)` -> 1024; other shapes are kept, and fail the later check."""
     sides = re.findall(r"\d{1,9}", text)
     return {"resolution": sides[0] if len(set(sides)) == 1 else text}
 
@@ -133,7 +133,7 @@ def optimizer_of(text: str) -> dict[str, Any]:
 
 
 def first_number(text: str) -> dict[str, Any]:
-    """Both text encoders have one rate here: `[5e-05, 1e-05]` -> 5e-05."""
+    """`[5e-05, 1e-05]` -> 5e-05, since both text encoders share one rate here."""
     return {"text_encoder_lr": text.strip("[]").partition(",")[0]}
 
 
@@ -142,7 +142,7 @@ KOHYA: dict[str, Callable[[str], dict[str, Any]]] = {
     "ss_network_alpha": named("lora_alpha"),
     "ss_network_dropout": named("lora_dropout"),
     "ss_learning_rate": named("learning_rate"),
-    "ss_unet_lr": named("learning_rate"),  # sorted behind ss_learning_rate, it wins
+    "ss_unet_lr": named("learning_rate"),  # sorted after ss_learning_rate, so it wins
     "ss_text_encoder_lr": first_number,
     "ss_max_train_steps": named("max_train_steps"),
     "ss_num_epochs": named("num_train_epochs"),

@@ -1,9 +1,9 @@
-"""The programs' entry points. Exit codes: 0 done, 2 a person's mistake, 130 stopped, 1 a bug of ours.
+"""The programs' entry points. Exit codes: 0 done, 2 a user's mistake, 130 stopped, 1 a bug.
 
     python train_dreambooth.py …            train_main
     python -m dreambooth_moslora COMMAND …  main, as is the installed `dreambooth-moslora COMMAND …`
 
-Nothing here imports torch before the arguments are checked: `--help` and mistakes are answered at once.
+Nothing here imports torch before the arguments are checked, so that `--help` and mistakes are answered at once.
 """
 
 import errno
@@ -31,7 +31,7 @@ COMMANDS = (
     *("doctor", "selftest", "info"),
 )
 TOGETHER = "together"
-"""What a fleet's worker starts for several subjects; nobody has to know it."""
+"""The command that a fleet's worker starts for a group of subjects; it is not listed."""
 DONE, OUR_BUG, MISTAKE = 0, 1, 2
 INSTALLED, MODULE = "dreambooth-moslora", "python -m dreambooth_moslora"
 """The two ways to start `main`."""
@@ -67,9 +67,9 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 
 def exit_code(run: Callable[[], int]) -> int:
-    """Run, and return the exit code. An error becomes one line; a closed pipe (`| head`) ends nothing."""
+    """Run, and return the exit code. An error becomes one line; a closed pipe (`| head`) does not end the run."""
     set_environment_defaults()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns without a GPU, used or not
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns without a GPU, even if unused
     with survive_broken_pipes():
         return code_of(run)
 
@@ -160,7 +160,7 @@ def run_training(config: TrainConfig) -> int:
     from dreambooth_moslora.training.planning.checks import check_folders
 
     with StopRequest() as stop:
-        check_folders(config)  # before the log file creates or writes into a folder
+        check_folders(config)  # before the log file creates or changes a folder
         file_only = start_log(config)
         try:
             return run_trainer(config, stop)
@@ -222,7 +222,7 @@ def closing_message(run_dir: Path, step: int, interrupted: bool) -> str:
 
 
 def advice_on(run_dir: Path, interrupted: bool) -> list[str]:
-    """The weightiest of what `explain` advises on a run that was scored and has ended."""
+    """The most important advice of `explain` on a run that has ended and was scored."""
     from dreambooth_moslora.training.results.explain import closing_advice
     from dreambooth_moslora.training.results.figures import figures_of
 
@@ -234,9 +234,9 @@ def is_main_process() -> bool:
 
 
 def start_log(config: TrainConfig) -> logging.Logger:
-    """Send all log records to the run folder, and the main process's warnings to the terminal too.
+    """Send all log records to the run folder, and the main process's warnings also to the terminal.
 
-    Returns a logger that writes to the run folder only: `exit_code` prints the last error on the terminal.
+    Returns a logger that writes only to the run folder: `exit_code` prints the last error on the terminal.
     """
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -254,14 +254,14 @@ def start_log(config: TrainConfig) -> logging.Logger:
 
 
 class SpelledOut(logging.Formatter):
-    """A name of a file in a record sends no control characters to the terminal."""
+    """Escapes control characters, which a file name in a record may contain."""
 
     def format(self, record: logging.LogRecord) -> str:
         return spelled_out(super().format(record))
 
 
 class LogFile(logging.FileHandler):
-    """A log file that reports a failed write once, as on a full disk, and not by a traceback a record."""
+    """A log file that reports a failed write once, as on a full disk, instead of a traceback for each record."""
 
     is_lost = False
 

@@ -1,7 +1,7 @@
-"""`train photos/dog dog`: from a folder and a word, every other setting is chosen and said, one line a choice.
+"""`train photos/dog dog`: chooses every other setting for a folder and a word, with one line about each choice.
 
-What follows from the base, the card and the photos is chosen in `training.planning.choices`; here, what a terminal
-adds: the folder and the word themselves, the base, and where the run goes. A --config file takes the recipe's place.
+`training.planning.choices` chooses by the base, the GPU and the photos. This module adds what a terminal needs:
+the folder and the word, the base, and the run folder. A --config file replaces the recipe.
 """
 
 import os
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["choose", "leading_words"]
 
 USUAL_EXPOSURES = 200
-"""Of a photo, where a file in the recipe's place names no steps."""
+"""Exposures of each photo if a --config file sets no steps."""
 RUNS = Path("runs")
 EXAMPLE = "as in `train photos/dog dog`"
 NO_GPU = "there is no GPU here, and the embedded base knows toys alone"
@@ -42,11 +42,11 @@ def leading_words(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def choose(words: list[str], given: Mapping[str, Any], *, has_recipe: bool = False, is_queued: bool = False) -> Choices:
-    """All settings for the photos and the class in `words`. `given`: settings by flag or file, which win.
+    """All settings for the photos and the class in `words`. Settings `given` by flag or file override the
+    choices.
 
-    `has_recipe`: the file among them takes the recipe's place. `is_queued`: the run has the whole GPU when it begins.
-
-    Raises UserError for a missing folder or word, and for a folder without photos.
+    `has_recipe`: a given file replaces the recipe. `is_queued`: the run will have the whole GPU. Raises
+    UserError for a missing folder or word, and for a folder without photos.
     """
     folder, word = folder_and_word(words)
     if given.get("instance_data_dir"):
@@ -86,7 +86,7 @@ def choose_base(choices: Choices, folder: Path) -> None:
 
 
 def gpu_gib(*, is_later: bool = False) -> float | None:
-    """Free memory of the GPU that a run would use, now or when the others have ended; None without one."""
+    """Free memory of the GPU for this run, now or when other runs have ended; None without a GPU."""
     from dreambooth_moslora.training.planning.estimate import free_gib_of_gpu
 
     return free_gib_of_gpu(is_later=is_later)
@@ -98,9 +98,10 @@ def choose_output(choices: Choices, word: str) -> None:
 
 
 def run_folder(word: str, resumes: bool) -> Path:
-    """`runs/dog`, or a free name like it; for a run that goes on, the latest of those names.
+    """`runs/dog`, or a free name like it; for a resumed run, the latest of these names.
 
-    Several processes cannot each look for a free name: they share the first, and an earlier run makes room.
+    Several processes cannot each find a free name: they use the first one, and an earlier run there is moved
+    away.
     """
     name = re.sub(r"[^\w-]+", "_", word)[:60].strip("_") or "run"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -1,7 +1,7 @@
 """The command line of training: a parser made from `TrainConfig`; defaults < --like < --config file < flags.
 
-Flags take underscores or hyphens. A switch may be written `--flag`, `--flag false` or `--no_flag`. A flag of
-another trainer is answered with its name in this one.
+Flags may have underscores or hyphens. A switch may be written `--flag`, `--flag false` or `--no_flag`. For a
+flag of another trainer the error names the equivalent one.
 """
 
 import argparse
@@ -42,7 +42,7 @@ DESCRIPTION = "Teach an SDXL model one subject from a few photos, through a MoSL
 SCRIPT = "train_dreambooth.py"
 EXAMPLE = """examples:
   {command} photos/dog dog
-      a folder and a word: the rest is chosen by the machine and said, and any flag below changes it
+      a folder and a word: the program chooses and prints the rest, and any flag below overrides it
   {command} --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \\
     --instance_data_dir photos/dog --instance_prompt "a photo of sks dog" --output_dir runs/dog --max_train_steps 500
   {command} --config assets/configs/quickstart.toml
@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def underscored(argv: Sequence[str]) -> list[str]:
-    """`--train-batch-size=1` -> `--train_batch_size=1`; values stay as they are."""
+    """`--train-batch-size=1` -> `--train_batch_size=1`; values do not change."""
     return [spelled(word) if word.startswith("--") else word for word in argv]
 
 
@@ -78,7 +78,7 @@ def spelled(flag: str) -> str:
 
 
 def build_train_parser(prog: str = SCRIPT) -> Parser:
-    """`prog`: how training was started, for the usage and the examples."""
+    """`prog` is the command that was started, for the usage and the examples."""
     command = f"python {SCRIPT}" if prog == SCRIPT else prog
     parser = Parser(prog=prog, description=DESCRIPTION, epilog=EXAMPLE.format(command=command))
     parser.add_argument("--version", action="version", version=__version__)
@@ -91,13 +91,13 @@ def build_train_parser(prog: str = SCRIPT) -> Parser:
 
 
 def add_training_flags(parser: "Parser", hidden: Collection[str] = ()) -> None:
-    """`--config`, `--like`, and a flag for each setting; what was not given is not in the result.
+    """Add `--config`, `--like`, and a flag for each setting; flags that are not given are not in the result.
 
-    `hidden` ones are not in the help: the command answers them itself.
+    `hidden` flags are not in the help; the command that uses this explains them.
     """
     parser.is_of_training = True
     parser.add_argument("--config", metavar="FILE", help="settings from a .toml or .json file; flags override them")
-    about_like = "settings that a published adapter tells, ours or kohya's; flags and --config override them"
+    about_like = "settings from a published adapter file, also kohya's; flags and --config override them"
     parser.add_argument("--like", metavar="FILE", help=about_like)
     for title in GROUPS:
         group = parser.add_argument_group(title)
@@ -140,25 +140,25 @@ def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> TrainConfig:
 
 
 def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> tuple[TrainConfig, bool]:
-    """As `parse_train_config`, and whether the run shall wait in the queue."""
+    """Like `parse_train_config`; also returns whether the run should wait in the queue."""
     words, rest = leading_words(underscored(argv))
     given, unknown = build_train_parser(prog).parse_known_args(rest)
-    if not words and len(unknown) == 2 and Path(find_asset(unknown[0])).is_dir():  # behind the flags
+    if not words and len(unknown) == 2 and Path(find_asset(unknown[0])).is_dir():  # words after the flags
         words, unknown = unknown, []
     if unknown:
         raise UserError(unknown_flag_message(unknown[0]))
     flags = vars(given)
     is_queued = flags.pop("queue")
-    settings, has_recipe = settings_of(flags, without_words=bool(words))  # words stand for these, as flags would
+    settings, has_recipe = settings_of(flags, without_words=bool(words))  # words replace these, like flags
     settings = with_choices(words, settings, has_recipe=has_recipe, is_queued=is_queued) if words else settings
     require(settings)
     return TrainConfig.from_dict(settings | launcher_settings()), is_queued
 
 
 def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[dict[str, Any], bool]:
-    """Of parsed flags, and of the files that --config and --like name; and whether there is such a file.
+    """The settings of parsed flags and of the files of --config and --like, and whether there is such a file.
 
-    `without_words`: what a --config file says of its own subject is left out (SAID_BY_WORDS). Raises UserError.
+    `without_words` drops a --config file's own subject (SAID_BY_WORDS). Raises UserError.
     """
     flags = dict(flags)
     file, like = flags.pop("config"), flags.pop("like")
@@ -179,7 +179,7 @@ def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[
 def with_choices(
     words: list[str], settings: dict[str, Any], *, has_recipe: bool, is_queued: bool = False
 ) -> dict[str, Any]:
-    """The settings and what is chosen beside them for a folder and a word; each choice is a line on the terminal."""
+    """The settings, and those chosen for a folder and a word; each choice is printed."""
     given = {name: checked_setting(name, value) for name, value in settings.items()}
     choices = choose(words, given, has_recipe=has_recipe, is_queued=is_queued)
     say(choices.lines)
@@ -187,15 +187,15 @@ def with_choices(
 
 
 def say(lines: list[str]) -> None:
-    """On the terminal; of several processes, only the first."""
+    """Print the lines on the terminal, in the first process only."""
     if os.environ.get("RANK", "0") == "0":
         for line in lines:
             print(spelled_out(line), file=sys.stderr)
 
 
 def overridden(settings: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """A file's settings under those of flags. Of the two that set the steps, the flag's displaces the file's; so do
-    several subjects the file's one, and one the file's several."""
+    """A file's settings overridden by flags. A flag that sets the steps removes the file's settings of the
+    steps; a flag that names one subject removes the file's several ones, and the reverse."""
     steps = ("max_train_steps", "exposures_per_photo")
     gone = steps if any(name in flags for name in steps) else ()
     if "subjects" in flags:
@@ -217,7 +217,7 @@ def require(settings: dict[str, Any]) -> None:
 
 
 def launcher_settings() -> dict[str, int]:
-    """The launcher's LOCAL_RANK overrides --local_rank. Raises UserError for a bad number."""
+    """The launcher's LOCAL_RANK, which overrides --local_rank. Raises UserError for a bad number."""
     said = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
     for name, value in said.items():
         if not value.removeprefix("-").isdecimal():

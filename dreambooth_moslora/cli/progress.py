@@ -1,4 +1,4 @@
-"""Training events as lines and bars in the terminal, with the time that remains."""
+"""Training events as lines and bars in the terminal, with the remaining time."""
 
 import sys
 from typing import TextIO
@@ -28,10 +28,10 @@ PHASE_TITLES = {
     "caching": "encoding photos",
     "sampling": "drawing samples",
     "evaluating": "scoring",
-    "exporting": "saving and proving the adapter",
+    "exporting": "saving and verifying the adapter",
 }
 PLAIN_INTERVAL_SEC = 5.0
-"""Between two lines where the output is a file."""
+"""Seconds between two lines of progress when the output is a file."""
 
 
 class TerminalProgress:

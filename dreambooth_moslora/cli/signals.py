@@ -1,7 +1,7 @@
-"""Ctrl-C, SIGTERM and a closed terminal (SIGHUP) as a request that the loop reads between two steps.
+"""Ctrl-C, SIGTERM and a closed terminal (SIGHUP) as a stop request, which the loop checks between two steps.
 
-The handler only notes the request, so that no file is cut off while it is saved. A second Ctrl-C prints a
-message; a third ends the process at once. That loses the steps since the last checkpoint, but no file (see
+The handler only sets a flag, so that no file is cut off while it is saved. A second Ctrl-C prints a message; a
+third ends the process at once. That loses the steps since the last checkpoint, but no file (see
 `core.atomic_files`).
 """
 
@@ -23,7 +23,7 @@ INTERRUPTED = 130
 
 
 class StopRequest:
-    """Context manager. Calling it returns whether the person or the system asked to stop."""
+    """Context manager. Calling it returns whether the user or the system asked to stop."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -50,12 +50,12 @@ class StopRequest:
             if self._interrupts > len(MESSAGES):
                 os._exit(INTERRUPTED)
         if first or number == signal.SIGINT:
-            with suppress(OSError):  # the pipe is closed: the same Ctrl-C stopped `| tee`
+            with suppress(OSError):  # a closed pipe: the same Ctrl-C stopped `| tee`
                 os.write(STDERR, MESSAGES[max(0, self._interrupts - 1)].encode())
 
 
 def signals_to_hear() -> list[int]:
-    """Under `nohup` a closed terminal, which Windows does not know, stops nothing."""
+    """The signals to handle. SIGHUP is left out under `nohup` and on Windows, which lacks it."""
     hangup = getattr(signal, "SIGHUP", None)
     if hangup is None or signal.getsignal(hangup) == signal.SIG_IGN:
         return [signal.SIGINT, signal.SIGTERM]

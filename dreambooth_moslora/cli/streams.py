@@ -1,8 +1,8 @@
 """Standard output and error whose failures never end a run.
 
-In `train … | tee log` Ctrl-C ends `tee` first, and a terminal may be closed; the run still has to save its
-folder and return its own exit code. After the first failed write a stream goes to the null device. Characters
-that the terminal cannot encode are written as escapes.
+In `train … | tee log` Ctrl-C ends `tee` first, and a terminal may be closed; the run must still save its folder
+and return its own exit code. After a failed write a stream is redirected to the null device. Characters that
+the terminal cannot encode are written as escapes.
 """
 
 import os
@@ -43,7 +43,7 @@ class BreakableStream:
 
 @contextmanager
 def survive_broken_pipes() -> Iterator[None]:
-    """Inside, `sys.stdout` and `sys.stderr` survive a reader that has gone."""
+    """In this block `sys.stdout` and `sys.stderr` survive the end of their reader."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(breakable, before)
     try:
@@ -55,7 +55,7 @@ def survive_broken_pipes() -> Iterator[None]:
 
 
 def breakable(stream: TextIO | None) -> BreakableStream:
-    """Wrap a stream; None, which Python has for one closed from the start (`2>&-`), is the null device."""
+    """Wrap a stream. None, Python's value for a stream closed from the start (`2>&-`), becomes the null device."""
     stream = stream or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(stream, TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")

@@ -23,7 +23,7 @@ def test_a_run_shows_its_phases_the_time_left_and_both_losses(tiny_base, tmp_pat
     stream = io.StringIO()
     train(config, TerminalProgress(stream))
     seen = stream.getvalue()
-    for words in ("loading the base", "class images", "encoding photos", "drawing samples", "saving and proving"):
+    for words in ("loading the base", "class images", "encoding photos", "drawing samples", "saving and verifying"):
         assert words in seen, words
     assert "step 2: checkpoint" in seen and "step 0: 1 sample images" in seen
     last = [line for line in seen.replace("\r", "\n").splitlines() if line.startswith("training")][-1]

@@ -9,9 +9,9 @@ from dreambooth_moslora.core.errors import UserError, spelled_out
 
 __all__ = ["HELP", "add_arguments", "run"]
 
-HELP = "write captions for photos that have none: the surroundings, behind the subject's words"
+HELP = "write captions for photos that have none: the subject's words and the surroundings"
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
-"""Where none is named: the photos are taken for photographs."""
+"""The default base: photos are assumed to be photographs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,11 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     words = parser.add_mutually_exclusive_group(required=True)
     words.add_argument("--subject", metavar="TEXT", help='rare word and class, "sks dog": "a photo of a sks dog …"')
     words.add_argument("--instance_prompt", metavar="TEXT", help="instead, the whole beginning of each caption")
-    about_base = 'the base to be trained: "toy" reads places by its own CLIP, for any other a language model writes'
+    about_base = 'the base to be trained: "toy" reads places by its own CLIP; for others a language model writes'
     parser.add_argument("--pretrained_model_name_or_path", metavar="TEXT", default=BASE, help=about_base)
     about_model = TrainConfig.__dataclass_fields__["caption_model"].metadata["help"]
     parser.add_argument("--caption_model", metavar="TEXT", help=about_model)
-    about_anew = "make captions anew that were made before; one that a person wrote or changed always stays"
+    about_anew = "replace captions that were made before; those that you wrote or edited always stay"
     parser.add_argument("--overwrite_made", action="store_true", help=about_anew)
 
 

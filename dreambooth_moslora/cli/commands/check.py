@@ -1,4 +1,4 @@
-"""`python -m dreambooth_moslora check DIR`: what training would make of a folder of photos, before any training."""
+"""`python -m dreambooth_moslora check DIR`: how training would use a folder of photos, before any training."""
 
 import argparse
 import json
@@ -35,7 +35,7 @@ SETTINGS = (
     "mask_prompt",
 )
 UNSAID = {BASE: "stabilityai/stable-diffusion-xl-base-1.0"}
-"""The base where none is named: the photos are taken for photographs."""
+"""The default base: photos are assumed to be photographs."""
 MAX_PICTURED = 48
 """Most photos in the picture of the crops."""
 
@@ -54,14 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="?",
         const=USUAL_STEPS,
-        help="find the photo that hurts: train shortly with all and without each, STEPS steps (default: %(const)s)",
+        help="find photos that hurt: short runs of STEPS steps, with all and without each (default: %(const)s)",
     )
     parser.add_argument("--config", metavar="FILE", help="take the settings below from a recipe")
     group = parser.add_argument_group("as in training")
     for item in fields(TrainConfig):
         if item.name in SETTINGS and item.name != BASE:
             add_flag(group, item)
-    about_base = 'the base to be trained: "toy" has its own model of masks, for any other CLIPSeg makes them'
+    about_base = 'the base to be trained: "toy" has its own mask model; for others CLIPSeg makes masks'
     group.add_argument(f"--{BASE}", metavar="TEXT", default=argparse.SUPPRESS, help=about_base)
 
 
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def without_each(args: argparse.Namespace, folder: Path, names: list[str]) -> str:
-    """What `--leave_one_out` finds. Raises UserError."""
+    """The result of `--leave_one_out`. Raises UserError."""
     if args.leave_one_out < 1 or args.json:
         raise UserError("--leave_one_out takes a number of steps from 1 on, and no --json.")
     config = short_run(folder, args.config, given_settings(args), UNSAID[BASE], args.leave_one_out)
@@ -102,16 +102,16 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def config_of(args: argparse.Namespace) -> TrainConfig:
-    """Settings of the recipe, if any, under those of the command line."""
+    """Settings of the recipe, if any, overridden by the command line. Raises UserError."""
     recipe = load_settings(args.config) if args.config else {}
     known = {name: value for name, value in recipe.items() if name in SETTINGS} | given_settings(args)
     if "instance_prompt" not in known:
-        known["class_word"] = ""  # the default prompt's `object` is no word to look for
+        known["class_word"] = ""  # do not look for the default prompt's `object`
     return TrainConfig(**UNSAID | known)
 
 
 def make_masks(photos: list[Any], config: TrainConfig) -> None:
-    """Beside the photos; one line of each on stderr."""
+    """Write masks beside the photos, with a line about each on stderr. Raises UserError."""
     from dreambooth_moslora.photos.mask_making import make_beside
     from dreambooth_moslora.photos.segmenters import best_device, load_segmenter
 
@@ -125,7 +125,7 @@ def make_masks(photos: list[Any], config: TrainConfig) -> None:
 
 
 def picture_path(args: argparse.Namespace, folder: Path) -> Path:
-    """A name without a suffix is a PNG."""
+    """The picture's file; a name without a suffix becomes a PNG."""
     path = Path(args.picture or f"{folder.resolve().name or 'photos'}_crops.png")
     return path if path.suffix else path.with_name(f"{path.name}.png")
 
@@ -164,7 +164,7 @@ def as_text(report: Any, crops: str | None) -> str:
 
 
 def draw(report: Any, config: TrainConfig, path: Path) -> Path | None:
-    """The picture of the crops; a place that cannot be written to is said and is no reason to stop."""
+    """Draw the picture of the crops and return its path; if it cannot be written, say so and return None."""
     from dreambooth_moslora.core.pictures import draw_contact_sheet
     from dreambooth_moslora.photos.crop_preview import crop_rows
 

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_cluster_flags(parser, of_one="no Ray, and processes of this machine")
     parser.add_argument("--report_only", action="store_true", help="report what is finished; train nothing")
-    parser.add_argument("--dry_run", action="store_true", help="say what would be trained, and what is done already")
+    parser.add_argument("--dry_run", action="store_true", help="print what would be trained and what is already done")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,14 +67,14 @@ def run_on_cluster(study: Study, out: Path, progress: "CellProgress", args: argp
 
 
 class AnyRate(dict):
-    """Counts need no chosen learning rate."""
+    """Placeholder rates: counting cells needs no chosen learning rate."""
 
     def __missing__(self, key: tuple[str, int]) -> float:
         return 0.0
 
 
 class CellProgress:
-    """One line a cell, with the time that remains of its stage."""
+    """One line per cell, with the remaining time of its stage."""
 
     def __init__(self):
         self.failed, self.finished, self.started = 0, 0, time.monotonic()

@@ -13,14 +13,14 @@ from dreambooth_moslora.core.versions import OPTIONAL, bad_pairs, installed_vers
 
 __all__ = ["HELP", "add_arguments", "run"]
 
-HELP = "look for what will go wrong: versions, device, disk, a VAE that overflows"
+HELP = "look for problems: versions, device, disk, a VAE that overflows"
 MIN_PYTHON = (3, 11)
 NEEDED_DISK_GIB = 10
 
 
 @dataclass
 class Findings:
-    """`facts` by name, `problems` (training will fail) and `warnings`, each one line with what to do."""
+    """`facts` by name, `problems` (training will fail) and `warnings`; each is one line with a remedy."""
 
     facts: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -28,10 +28,10 @@ class Findings:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", default="toy", help='the base whose VAE is tried (default: toy); "none" skips it')
-    parser.add_argument("--photos", metavar="DIR", help="try the VAE on these photos")
+    parser.add_argument("--base", default="toy", help='test the VAE of this base (default: toy); "none" skips it')
+    parser.add_argument("--photos", metavar="DIR", help="test the VAE on these photos")
     parser.add_argument(
-        "--size", type=int, default=256, metavar="N", help="side of the pictures tried, px (default: 256)"
+        "--size", type=int, default=256, metavar="N", help="side of the test pictures, px (default: 256)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -51,7 +51,7 @@ def as_text(found: Findings) -> str:
     lines = [f"  {name:16} {value}" for name, value in found.facts.items()]
     lines += [f"PROBLEM  {line}" for line in found.problems]
     lines += [f"warning  {line}" for line in found.warnings]
-    return "\n".join([*lines, "" if found.problems or found.warnings else "nothing to complain of"]).rstrip()
+    return "\n".join([*lines, "" if found.problems or found.warnings else "no problems found"]).rstrip()
 
 
 def examine_versions(found: Findings) -> None:
@@ -73,7 +73,7 @@ def examine_machine(found: Findings) -> None:
         found.warnings.append(f"only {free:.1f} GiB of disk are free; SDXL with checkpoints wants {NEEDED_DISK_GIB}")
     try:
         import torch
-    except Exception as error:  # a broken installation may raise anything
+    except Exception as error:  # a broken installation may raise any error
         found.problems.append(f"torch cannot be imported: {' '.join(str(error).split())[:200]}")
         return
     examine_device(found, torch)

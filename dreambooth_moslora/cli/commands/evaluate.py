@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", metavar="DIR", help="where the report goes (default: evaluation/ in the run)")
     group = parser.add_argument_group("protocol")
     group.add_argument("--prompts", default="auto", help="auto, object, live, toy, or a text file with {} on each line")
-    group.add_argument("--num_prompts", type=positive, help="use so many of them, evenly spread (default: all)")
+    group.add_argument("--num_prompts", type=positive, help="how many of them to use, evenly spread (default: all)")
     group.add_argument("--images_per_prompt", type=positive, default=4, help="seeds 0, 1, … of each (default: 4)")
     group.add_argument("--class_images", type=positive, default=16, help="pictures of the bare class (default: 16)")
     group.add_argument("--inference_steps", type=positive, default=25, help="denoising steps (default: 25)")
@@ -130,7 +130,7 @@ def write(
     together: Sequence["Together"],
     about: "ReportContext",
 ) -> None:
-    """The report of one subject, or those of several."""
+    """Write the report of one subject, or those of several."""
     from dreambooth_moslora.evaluation.metrics import photo_fidelity
     from dreambooth_moslora.evaluation.report import write_report
     from dreambooth_moslora.evaluation.subjects_report import write_subject_reports
@@ -143,13 +143,13 @@ def write(
 
 
 def picture_count(plan: "EvaluationPlan", sweeps: bool) -> int:
-    """How many are drawn: by the adapter and by the base, and by the adapter at each scale."""
+    """How many pictures are drawn: by the adapter and the base, and by the adapter at each scale of a sweep."""
     swept = len(SCALES) * len(plan.subject_requests) if sweeps else 0
     return 2 * (len(plan.subject_requests) + plan.class_images + len(plan.unrelated_requests)) + swept
 
 
 def note_strength(path: Path, choice: ScaleChoice | None) -> str:
-    """Write what the sweep found into the adapter's files and card; returns the line that says so."""
+    """Write the sweep's result into the adapter's files and card; returns a line about it."""
     from dreambooth_moslora.adapters.files.scale_note import note_scale
 
     if choice is None:
@@ -162,11 +162,11 @@ def note_strength(path: Path, choice: ScaleChoice | None) -> str:
     if card is not None and is_card(card):
         atomic_write(run_dir.card_path, with_strength(card, choice.best, usable))
         noted.append(run_dir.card_path.name)
-    return f"{choice.sentence()}; written into {', '.join(noted) or 'no file, as none is one that we published'}"
+    return f"{choice.sentence()}; written into {', '.join(noted) or 'no file, as this program published none of them'}"
 
 
 def resolve(args: argparse.Namespace) -> TrainConfig:
-    """What to evaluate on what, from the arguments, the run folder's configuration and the file's own header."""
+    """What to evaluate, from the arguments, the run folder's configuration and the file's header. Raises UserError."""
     adapter = Path(find_asset(args.adapter))
     known = of_one_subject(settings_of_run(adapter) or settings_of_file(adapter), args)
     if known.get("subjects"):
@@ -180,12 +180,12 @@ def resolve(args: argparse.Namespace) -> TrainConfig:
     given = {"class_word": args.class_word} if args.class_word else {}
     chosen = {"pretrained_model_name_or_path": base, "instance_prompt": prompt, "instance_data_dir": photos, **given}
     if args.photos:
-        chosen |= {"masks": "given", "captions": "given"}  # those that the run made are of its own photos
+        chosen |= {"masks": "given", "captions": "given"}  # the run's made ones belong to its own photos
     return TrainConfig.from_dict({**known, **chosen, "dataset_name": None})
 
 
 def of_one_subject(known: dict, args: argparse.Namespace) -> dict:
-    """Where flags speak of one subject: the settings of the one that --instance_prompt names. Raises UserError."""
+    """The settings of the subject that --instance_prompt names, when flags describe one subject. Raises UserError."""
     if not known.get("subjects") or not (args.photos or args.instance_prompt or args.class_word):
         return known
     named = {one.instance_prompt: one for one in each_subject(TrainConfig.from_dict(known))}
@@ -195,7 +195,7 @@ def of_one_subject(known: dict, args: argparse.Namespace) -> dict:
 
 
 def settings_of_run(path: Path) -> dict | None:
-    """`train_config.json` of a run folder, or of the run that a file or `best/` lies in."""
+    """`train_config.json` of a run folder, or of the run that contains the file or `best/`; None if there is none."""
     for folder in (path, path.parent):
         config = RunDir(folder).config_path
         if config.is_file():
@@ -204,14 +204,14 @@ def settings_of_run(path: Path) -> dict | None:
 
 
 def settings_of_file(path: Path) -> dict:
-    """What our files say of themselves; nothing for foreign ones."""
+    """Settings in the header of a file that this program published; empty for other files."""
     from dreambooth_moslora.adapters.files.export import load_published
     from dreambooth_moslora.adapters.files.lora_file import find_weights
 
     facts = load_published(find_weights(path))[1]
     if facts is None or not facts.trigger_words:
         return {}
-    if facts.subject_prompts:  # which of them is meant, the person says
+    if facts.subject_prompts:  # the user must choose one of them
         return {"pretrained_model_name_or_path": base_of(facts.base_id)}
     prompt = f"a photo of {facts.trigger_words[0]}"
     return {
@@ -229,7 +229,7 @@ def base_of(base_id: str) -> str:
 def plans_of(
     args: argparse.Namespace, subjects: Sequence[TrainConfig], photos: Sequence["Photo"]
 ) -> list["EvaluationPlan"]:
-    """One for each subject; the places that its photos' captions name, and those of new backgrounds, are left out."""
+    """A plan for each subject, without places in its photos' captions or of new backgrounds."""
     captions = [[*scene_places(one)] for one in subjects]
     for photo in photos:
         captions[photo.subject].extend(photo.captions)
@@ -265,7 +265,7 @@ def lines_of(file: Path) -> tuple[str, ...]:
 
 
 def output_folder(args: argparse.Namespace) -> Path:
-    """Where the report will go, asked before anything is drawn. Raises UserError when nothing can be written there."""
+    """The folder of the report, checked before anything is drawn. Raises UserError when it cannot be written."""
     path = Path(args.adapter)
     beside = path / "evaluation" if path.is_dir() else path.with_name(f"{path.stem}_evaluation")
     folder = Path(args.output_dir) if args.output_dir else beside

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the two files; made if it is not there")
     parser.add_argument("--name", help="title and name of the kohya file; by default that of the output folder")
-    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="of the tensors (fp32)")
+    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="dtype of the tensors (fp32)")
     parser.add_argument(
         "--keep",
         type=float,
@@ -61,7 +61,8 @@ def rank_sum(model: object) -> int:
 
 
 def find_raw(path: Path) -> Path:
-    """The raw file itself, of a checkpoint folder, or of a run folder's last complete checkpoint."""
+    """The raw file itself, that of a checkpoint folder, or of a run folder's last complete checkpoint. Raises
+    UserError."""
     from dreambooth_moslora.core.errors import UserError
     from dreambooth_moslora.core.run_files.run_folder import RAW_NAME, RunDir
 

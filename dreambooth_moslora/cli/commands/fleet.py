@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HELP", "add_arguments", "add_cluster_flags", "run"]
 
-HELP = "train many subjects on many machines (Ray); `fleet status DIR` says how they stand"
+HELP = "train many subjects on many machines (Ray); `fleet status DIR` shows their state"
 OWN_FLAGS = ("words", "out", "ray_address", "per_gpu", "cpus")
 EPILOG = """examples:
   fleet photos/pets --out runs/pets --config assets/configs/sdxl_24gb.toml
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_cluster_flags(
     parser: argparse.ArgumentParser,
     of_one: str = "this machine alone",
-    per_gpu: str = "trainings at once on a GPU (default: as many as the estimate lets)",
+    per_gpu: str = "trainings at once on a GPU (default: as many as the estimate allows)",
 ) -> None:
     about = f'the Ray cluster: "auto", HOST:PORT or ray://HOST:PORT (default: {of_one})'
     parser.add_argument("--ray_address", metavar="ADDRESS", help=about)
@@ -56,7 +56,7 @@ def add_cluster_flags(
 
 
 def check_shares(args: argparse.Namespace) -> None:
-    """Raises UserError for a share of a machine that is none."""
+    """Raises UserError for a share below 1."""
     for name in ("per_gpu", "cpus"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     check_places(args.words[0], args.out)
     check_shares(args)
     flags = {name: value for name, value in vars(args).items() if name not in OWN_FLAGS}
-    is_dry = flags.pop("dry_run", False)  # of the fleet, not of each run
+    is_dry = flags.pop("dry_run", False)  # an option of the fleet, not of each run
     shared, _ = settings_of(flags, without_words=True)
     if not shared.get("pretrained_model_name_or_path"):
         raise UserError("missing: --pretrained_model_name_or_path; give it as a flag or in a --config file.")
@@ -104,7 +104,7 @@ def check_places(source: str, out: str | None) -> None:
 
 @contextmanager
 def opened(place: str) -> "Iterator[tuple[Path, RemoteFleet | None]]":
-    """A fleet's folder. Of a URL, a view of what is there, and the fleet behind it. Raises UserError."""
+    """A fleet's folder, and for a URL the fleet behind the folder, which is then a local view. Raises UserError."""
     from dreambooth_moslora.fleet.bucket import Bucket, is_url, local_path
 
     place = local_path(place) or place
@@ -136,7 +136,7 @@ def train_all(
 
 
 def close(out: Path, progress: "FleetProgress", remote: "RemoteFleet | None") -> int:
-    """The index, and the exit code: 0 all done, 1 some failed, 130 stopped."""
+    """Write the index; returns the exit code: 0 all done, 1 some failed, 130 stopped."""
     from dreambooth_moslora.fleet.index import write_index
     from dreambooth_moslora.fleet.status import rows_of
 
@@ -145,7 +145,7 @@ def close(out: Path, progress: "FleetProgress", remote: "RemoteFleet | None") ->
     if progress.failed:
         print(f"{progress.failed} subjects failed; run again to try them again", file=sys.stderr)
     if progress.left > progress.failed:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command continues", file=sys.stderr)
         return INTERRUPTED
     return 1 if progress.failed else 0
 
@@ -165,7 +165,7 @@ def show_status(place: str) -> int:
 
 
 class FleetProgress:
-    """One line a subject, with the time that remains and what was spent."""
+    """One line per subject, with the remaining time and the cost."""
 
     def __init__(self, total: int, todo: int, clock: Callable[[], float] = time.monotonic):
         self.total, self.left, self.failed = total, todo, 0

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _adapter_files(args: argparse.Namespace, recipe: Recipe | None) -> list:
-    """Those of `--adapter`, else those of the picture. Raises UserError for a missing one."""
+    """The adapters of `--adapter`, else those of the picture. Raises UserError for a missing one."""
     from dreambooth_moslora.generation.picture_adapters import adapters_of_picture, given_adapters
 
     if recipe and not args.adapter:
@@ -67,7 +67,7 @@ def _adapter_files(args: argparse.Namespace, recipe: Recipe | None) -> list:
 
 
 def _split_scale(text: str) -> tuple[str, float | None]:
-    """`runs/dog:0.8` -> ("runs/dog", 0.8); a colon that belongs to the path is left alone. None: no scale is given."""
+    """`runs/dog:0.8` -> ("runs/dog", 0.8); a colon inside the path is kept. None: no scale was given."""
     path, colon, scale = text.rpartition(":")
     try:
         return (path, float(scale)) if colon and path else (text, None)
@@ -76,7 +76,7 @@ def _split_scale(text: str) -> tuple[str, float | None]:
 
 
 def _recipe_values(args: argparse.Namespace, recipe: Recipe | None) -> dict:
-    """Parameters of the picture, then those given by name. Raises UserError when there is no prompt."""
+    """Parameters of the picture, overridden by the given ones. Raises UserError without a prompt."""
     values = recipe.params.to_dict() if recipe else {}
     names = {"height": "height_px", "width": "width_px"}
     for name in ("prompt", "negative_prompt", "steps", "guidance_scale", "height", "width", "num_images", "scheduler"):
@@ -90,7 +90,7 @@ def _recipe_values(args: argparse.Namespace, recipe: Recipe | None) -> dict:
 
 
 def _save_all(events: Iterator, folder: Path, *, only_sheet: bool) -> int:
-    """Write each picture (or only the grid's sheet) under a free name and say where it went."""
+    """Write each picture (or only the grid's sheet) under a free name and print its path."""
     from dreambooth_moslora.generation.grids import Sheet
     from dreambooth_moslora.generation.image import Image
     from dreambooth_moslora.generation.progress import Step
@@ -113,5 +113,5 @@ def _progress(step) -> str:
 
 
 def free_path(folder: Path, stem: str) -> Path:
-    """`stem`.png, or `stem`_2.png …: nothing is overwritten."""
+    """`stem`.png, or `stem`_2.png …: no file is overwritten."""
     return folder / f"{free_name(stem, lambda name: (folder / f'{name}.png').exists())}.png"

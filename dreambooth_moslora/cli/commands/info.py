@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Describe each file; a broken one is reported and the others are described all the same."""
+    """Describe each file; a broken one is reported, and the others are still described."""
     from pathlib import Path
 
     from dreambooth_moslora.adapters.files.describe import describe, lines, printable

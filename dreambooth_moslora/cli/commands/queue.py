@@ -1,4 +1,4 @@
-"""`python -m dreambooth_moslora queue`: runs that `train … --queue` and the page have put in a row."""
+"""`python -m dreambooth_moslora queue`: the queue of runs, which `train … --queue` and the page add to."""
 
 import argparse
 import os
@@ -32,7 +32,7 @@ EPILOG = """examples:
 ENDED_SHOWN = 10
 POLL_SEC = 0.5
 PLAIN_INTERVAL_SEC = 30.0
-"""Between two lines of a bar where the output is a file."""
+"""Seconds between two lines of progress when the output is a file."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,14 +57,15 @@ def run(args: argparse.Namespace) -> int:
             print(spelled_out("\n".join(lines_of(turns))))
         case ["remove", name]:
             turns.queue.remove(name)
-            print(spelled_out(f"{name} waits no more"))
+            print(spelled_out(f"{name} was removed from the queue"))
         case _:
             raise UserError(f"queue {' '.join(args.words)}: say list, start, move NAME PLACE, or remove NAME.")
     return 0
 
 
 def enqueue(config: TrainConfig, argv: list[str]) -> str:
-    """Check the run and add it; the line to print. Raises UserError for what training would refuse."""
+    """Check the run and add it to the queue; returns a line to print. Raises UserError for whatever training
+    would refuse."""
     from dreambooth_moslora.photos.folder import photo_report
     from dreambooth_moslora.training.planning.checks import check_folders, check_settings
     from dreambooth_moslora.training.run_folders.run_queue import QueuedRun, RunQueue
@@ -123,7 +124,7 @@ def ending(event: dict[str, Any]) -> str:
 def progress_of(turns: "QueueTurns", name: str) -> str:
     job = job_of(turns, name)
     if job is None or not job.is_alive:
-        return "cut off; its next turn goes on with it"
+        return "interrupted; its next turn resumes it"
     state = turns.jobs.state(job)
     return f"step {state.step} of {state.max_train_steps}" if state.max_train_steps else "starting"
 
@@ -135,7 +136,7 @@ def job_of(turns: "QueueTurns", name: str) -> "Job | None":
 
 
 def train_all(turns: "QueueTurns") -> int:
-    """Until nothing waits. 0 when all were trained, 1 when some failed, 130 when it was stopped."""
+    """Train until the queue is empty. Returns 0 when all succeeded, 1 when some failed, 130 when stopped."""
     told = len(turns.queue.ended())
     failed, bar = 0, Bar()
     with StopRequest() as stop:
@@ -155,19 +156,19 @@ def train_all(turns: "QueueTurns") -> int:
 
 
 def save_and_leave(turns: "QueueTurns") -> None:
-    """The run that is trained now writes a checkpoint; it stays in the queue, first of all."""
+    """Let the current run write a checkpoint and end; it stays first in the queue."""
     queued = turns.current()
     job = job_of(turns, queued.name) if queued else None
     if job is not None and job.is_alive:
         os.kill(job.pid, signal.SIGTERM)
         while job.is_alive:
-            turns.jobs.current()  # so that an ended child is no zombie
+            turns.jobs.current()  # reaps an ended child
             time.sleep(POLL_SEC)
-    print("stopped; `queue start` goes on", file=sys.stderr)
+    print("stopped; `queue start` continues", file=sys.stderr)
 
 
 class Bar:
-    """How far the run is that is trained now, with the time that remains."""
+    """Progress of the current run, with the remaining time."""
 
     def __init__(self) -> None:
         self.name, self.bar = "", None

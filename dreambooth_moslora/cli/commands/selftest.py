@@ -1,4 +1,4 @@
-"""`python -m dreambooth_moslora selftest`: what holds on this machine, tried in a few minutes."""
+"""`python -m dreambooth_moslora selftest`: tests this machine in a few minutes."""
 
 import argparse
 import time
@@ -9,16 +9,16 @@ from dreambooth_moslora.core.errors import UserError
 
 __all__ = ["HELP", "add_arguments", "run"]
 
-HELP = "train, resume and draw on this machine's device beside its CPU, and say what holds"
+HELP = "train, resume and draw on this machine's device, and compare the results with its CPU"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="what to try (default: the GPU where there is one)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="device to test (default: the GPU, if there is one)")
     parser.add_argument("--output_dir", default="selftest", metavar="DIR", help="folder of the runs and of the report")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 2 when something does not hold. Writes selftest.json, and selftest.md for a bug report."""
+    """Exit code 2 when a test fails. Writes selftest.json, and selftest.md for a bug report."""
     from dreambooth_moslora.cli.commands.doctor import Findings, examine_machine, examine_versions
     from dreambooth_moslora.training.machine.selftest import ON_CPU, SelfTest, as_json, as_page
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def chosen_device(asked: str | None) -> str:
-    """Raises UserError for a GPU that is not there."""
+    """The device to test. Raises UserError for a GPU that is not there."""
     import torch
 
     has_gpu = torch.cuda.is_available()

@@ -38,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     number("port", "port to listen on")
     number("replicas", "processes that hold the base and draw")
-    about = f"who sends it may ask; repeatable; {TOKEN_VARIABLE} in the environment is one too"
+    about = f"a token that clients must send; repeatable; {TOKEN_VARIABLE} in the environment adds one"
     parser.add_argument("--token", action="append", help=about)
     number("max_waiting", "requests that may wait or be drawn at once; more get 503")
-    number("request_timeout", "seconds of a request until 504")
+    number("request_timeout", "seconds until a request gets 504")
     number("batch", "requests for the same adapter and size that are drawn in a row")
     number("resident_adapters", "adapters that a replica keeps in the model")
-    about = "of a replica on the CPU (default: those that `generate` uses; other numbers change the last bits)"
+    about = "threads of a replica on the CPU (default: as `generate`; other numbers change the last bits)"
     parser.add_argument("--threads", metavar="N", type=int, help=about)
     parser.add_argument("--per_gpu", metavar="N", type=int, help="replicas on one GPU (default: 1)")
     about = 'the Ray cluster: "auto" or HOST:PORT (default: this machine alone)'
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def settings_of(args: argparse.Namespace) -> ServeSettings:
-    """Raises UserError."""
+    """The service's settings. Raises UserError."""
     values = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
     threads = args.threads
     if threads is None:
@@ -90,12 +90,12 @@ def settings_of(args: argparse.Namespace) -> ServeSettings:
 
 
 def has_ray_serve() -> bool:
-    """`ray[default]` holds its code and lacks what it imports."""
+    """Whether Ray Serve can run: `ray[default]` includes its code but not all of its dependencies."""
     return all(find_spec(name) for name in ("ray", "grpc_reflection", "prometheus_client"))
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises UserError for an address that cannot be listened on: Ray would only say that its proxy died."""
+    """Raises UserError for an address that cannot be used: Ray would only say that its proxy died."""
     try:
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass

@@ -1,6 +1,8 @@
-"""`python -m dreambooth_moslora together RUN_DIR… --at_once N`: the process that a fleet's worker starts for a group.
+"""`python -m dreambooth_moslora together RUN_DIR… --at_once N`: the process that a fleet's worker starts for a
+group.
 
-Each run folder has its `job_config.json` and its fleet's record, which is kept here: running, then how it ended.
+Each run folder has its `job_config.json` and its fleet's record. This process updates the record: running, then
+how the run ended.
 """
 
 import argparse
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """130 when one of them was stopped; how each ended is in its record."""
+    """Returns 130 when a run was stopped. Each run's record says how it ended."""
     from dreambooth_moslora.training.together import train_together
 
     folders, costs = [Path(folder) for folder in args.run_dirs], Costs(args.share)
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def members(folders: Sequence[Path], stop: StopRequest, costs: "Costs") -> Iterator["Member"]:
-    """One by one, as there is a place; a folder's own mistake is its end."""
+    """Yield the runs one by one, as there is room. A faulty run is recorded as failed."""
     from dreambooth_moslora.training.planning.checks import check_folders, preflight
     from dreambooth_moslora.training.planning.memory_plan import planned
     from dreambooth_moslora.training.together import Member
@@ -75,7 +77,7 @@ def members(folders: Sequence[Path], stop: StopRequest, costs: "Costs") -> Itera
 
 @contextmanager
 def logged_to(config: TrainConfig) -> Iterator[None]:
-    """Log to the run folder alone for the length of the block, as what happens in it concerns this run."""
+    """Log only to the run folder for the length of the block, since its events concern this run."""
     root = logging.getLogger()
     before = list(root.handlers)
     file_only = start_log(config)
@@ -91,7 +93,7 @@ def logged_to(config: TrainConfig) -> Iterator[None]:
 
 
 def line_for(error: Exception) -> str:
-    """What a person is told; a bug of ours has its traceback in the log."""
+    """The line for the user; for a bug, the log has the traceback."""
     if isinstance(error, UserError):
         return shortened(spelled_out(" ".join(str(error).split())))
     if (line := message_for_known_error(error)) is not None:
@@ -101,7 +103,7 @@ def line_for(error: Exception) -> str:
 
 
 class Costs:
-    """The records of the runs that are under way, each with its share of the time."""
+    """The records of the current runs, each with its share of the time."""
 
     def __init__(self, share: float):
         self.share, self._since = share, time.monotonic()
@@ -129,7 +131,7 @@ class Costs:
         write_record(folder, done)
 
     def _divide(self) -> None:
-        """The time since the last change, among those under way."""
+        """Divide the time since the last change among the current runs."""
         now = time.monotonic()
         for folder in self._seconds:
             self._seconds[folder] += (now - self._since) / len(self._seconds)

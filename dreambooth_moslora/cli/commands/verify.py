@@ -1,7 +1,8 @@
-"""`python -m dreambooth_moslora verify FILE --photos DIR`: train anew by a file's own recipe, and compare the files.
+"""`python -m dreambooth_moslora verify FILE --photos DIR`: trains again by a file's own recipe, and compares
+the files.
 
-A published file tells the settings of its run (`core.config.recipe`), its base's name and its trigger words. It tells
-nothing private. What it does not tell, such as the prompts, is taken from flags, else from --config, else guessed.
+A published file contains the settings of its run (`core.config.recipe`), its base's name and its trigger words,
+but nothing private. Missing settings, such as prompts, come from flags, else from --config, else from a guess.
 """
 
 import argparse
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HELP", "add_arguments", "run"]
 
-HELP = "train anew by the recipe in a published file, and say whether the same file comes out"
+HELP = "train again by the recipe in a published file, and compare the files"
 SAME, DIFFERENT, STOPPED = 0, 1, 130
 UNTOLD = (
     *("pretrained_model_name_or_path", "revision", "variant", "pretrained_vae_model_name_or_path"),
@@ -33,19 +34,20 @@ UNTOLD = (
     *("mask_model", "mask_prompt", "class_prompt", "prior_prompts", "class_data_dir", "init_adapter"),
     *("token_abstraction", "initializer_concept"),
 )
-"""Settings that change what is learnt, and that no file tells."""
+"""Settings that affect the training and are not in the file."""
 WORDS = ("instance_prompt", "class_prompt", "token", "class_word")
-"""Of a --config file: not taken where they are another subject's."""
+"""Settings of a --config file that are ignored if they describe another subject."""
 QUIET = {"num_validation_images": 0, "report_to": "none", "checkpointing_steps": 10**9}
-"""Of the run: no step depends on them."""
+"""Settings of the run that do not affect its steps."""
 KNOWN_BASES = ("toy", "stabilityai/stable-diffusion-xl-base-1.0")
-"""Loaded because a file names them. A stranger's file may name any folder or hub id: others the person must name."""
+"""Bases that are loaded when a file names them. A file from a stranger may name any folder or hub id, so the
+user must name others."""
 TITLE = re.compile(r"\w[\w.-]{0,99}")
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """A published file: what its header says, the run's name, and which of a run's two files it is."""
+    """A published file: its metadata, the run's name, and which of a run's two files it is."""
 
     path: Path
     facts: "AdapterMetadata"
@@ -57,9 +59,9 @@ class Receipt:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a published adapter of ours, in either form, or a run folder")
     parser.add_argument("--photos", metavar="DIR", required=True, help="the photos that it was trained on")
-    about_step = "the file is of this step of its run: one in best/, or of a run that was stopped"
+    about_step = "the step of the file, if it is in best/ or its run was stopped"
     parser.add_argument("--step", type=int, metavar="N", help=about_step)
-    about_config = "take from a recipe what the file does not tell: the settings below"
+    about_config = "a recipe for settings that the file lacks: those below"
     parser.add_argument("--config", metavar="FILE", help=about_config)
     group = parser.add_argument_group("as in training (default: from the file's words, “a photo of a sks dog”)")
     for item in fields(TrainConfig):
@@ -68,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0 for the same weights, 1 for others, 130 when the person stops it."""
+    """Exit code 0 for equal weights, 1 for different ones, 130 when the user stops it."""
     receipt = read_receipt(args.file)
     if args.step is not None and args.step < 1:
         raise UserError(f"--step {args.step}: steps count from 1.")
@@ -77,14 +79,14 @@ def run(args: argparse.Namespace) -> int:
         for line in versions_apart(receipt):
             print(spelled_out(f"note: {line}; the weights may differ"), file=sys.stderr)
         if not retrain(config, args.step):
-            print("stopped before it was known", file=sys.stderr)
+            print("stopped before the comparison", file=sys.stderr)
             return STOPPED
         made = Path(config.output_dir) / (f"{receipt.title}.kohya.safetensors" if receipt.is_kohya else PUBLISHED_NAME)
         return answer(receipt, made, config)
 
 
 def read_receipt(path: str) -> Receipt:
-    """Raises UserError for a file that is not published by this program, or whose recipe is not known here."""
+    """Raises UserError for a file that this program did not publish, and for a recipe that it does not know."""
     from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
     from dreambooth_moslora.adapters.files.tensor_file import read_tensors
 
@@ -142,7 +144,7 @@ def versions_apart(receipt: Receipt) -> list[str]:
 
 
 def retrain(config: TrainConfig, step: int | None) -> bool:
-    """Whether the run came to its end, or to `step`."""
+    """Train; returns whether the run reached its end, or `step`."""
     from dreambooth_moslora.cli.progress import TerminalProgress
     from dreambooth_moslora.cli.signals import StopRequest
     from dreambooth_moslora.core.run_files.events import StepDone
@@ -168,7 +170,7 @@ def retrain(config: TrainConfig, step: int | None) -> bool:
 
 
 def answer(receipt: Receipt, made: Path, config: TrainConfig) -> int:
-    """Print it, and return the exit code."""
+    """Print the result, and return the exit code."""
     from dreambooth_moslora.adapters.files.file_difference import difference_of
 
     digest, digest_made = file_digest(receipt.path), file_digest(made)
@@ -184,7 +186,7 @@ def answer(receipt: Receipt, made: Path, config: TrainConfig) -> int:
     lines = [f"{found.count} of {found.total} tensors differ, the first: {found.first}", *versions_apart(receipt)]
     values = {name: getattr(config, name) for name in UNTOLD}
     taken = [f"{name} = {value!r}" for name, value in values.items() if value]
-    lines.append(f"not told by the file, and taken: {', '.join(taken)}")
+    lines.append(f"not in the file, and assumed: {', '.join(taken)}")
     for line in lines:
         print(spelled_out(f"  {line}"))
     return DIFFERENT
