@@ -1,4 +1,4 @@
-"""What all tabs share: the pipeline (loading while the page is already up), the adapters, the visitors, the stops."""
+"""State shared by all tabs: the pipeline (which loads while the page is already up), adapters, visitors, and stops."""
 
 import errno
 import functools
@@ -35,9 +35,9 @@ GPU = {"concurrency_id": "gpu", "concurrency_limit": 1}
 """Options of every event that computes: one at a time, the others wait in one queue."""
 
 AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-"""Options of small events outside the queue. The page shows no error and no remark of theirs: they have none."""
+"""Options of small events outside the queue, whose errors and remarks the page does not show: they must not raise."""
 TELLING = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-"""Options of small events with something to tell: an error or a remark comes to the page by the queue alone."""
+"""Options of small events with a message: errors and remarks reach the page only through the queue."""
 
 MAX_WAITING = 1000
 MAX_SENTENCE = 300
@@ -49,9 +49,9 @@ logger = logging.getLogger(__name__)
 
 
 class AppContext:
-    """State of the server. `load` gives the pipeline; it runs in a thread of its own from the start.
+    """State of the server. `load` returns the pipeline; it runs in a thread from the start.
 
-    `base` is shown to everybody; `base_name` is what the trainer is told (it may be a path of this machine).
+    `base` is shown to everyone; the trainer gets `base_name`, which may be a path of this machine.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class AppContext:
 
     @property
     def guidance_scale(self) -> float:
-        """The base's own."""
+        """The base's own guidance."""
         return preferred_guidance(self.base_name)
 
     @property
@@ -90,12 +90,12 @@ class AppContext:
         return self.loaded() is not None
 
     def loaded(self) -> "SubjectPipeline | None":
-        """The pipeline if it is there already."""
+        """The pipeline, or None while it is not loaded."""
         loading = self._pipeline
         return loading.result() if loading.done() and loading.exception() is None else None
 
     def pipeline(self) -> "SubjectPipeline":
-        """Waits until the base is there; a failed load is tried again. Raises UserError when that fails."""
+        """The pipeline, after waiting for it; a failed load is tried again. Raises UserError when that fails."""
         with self._load_lock:
             if self._pipeline.done() and self._pipeline.exception() is not None:
                 self._pipeline = _loading(self._load, self.jobs.told)
@@ -103,21 +103,21 @@ class AppContext:
         return loading.result()
 
     def load_adapters(self, params: GenerationParams, visitor: Visitor) -> GenerationParams:
-        """Apply tags, bring every adapter into the model. Raises UserError for an unknown or unfitting one."""
+        """Apply tags and load every adapter into the model. Raises UserError for an unknown or unsuitable one."""
         params = params.apply_tags()
         for name, _ in params.adapters:
             self.pipeline().load_adapter(self.catalog.path(name, visitor), name)
         return params
 
     def announce(self, request: gr.Request) -> None:
-        """This page's work is about to join the queue: from now on it can be stopped, also before its turn comes."""
+        """This page's work is about to join the queue: from now on it can be stopped, even before its turn."""
         self._waiting[_page_of(request)] = threading.Event()
         while len(self._waiting) > MAX_WAITING:
             self._waiting.popitem(last=False)
 
     @contextmanager
     def stoppable(self, request: gr.Request) -> Iterator[Callable[[], bool]]:
-        """`should_stop` of this page's work. The next work of the page gets a new one."""
+        """`should_stop` of this page's work; the page's next work gets a new one."""
         page = _page_of(request)
         stop = self._stops[page] = self._waiting.pop(page, None) or threading.Event()
         try:
@@ -127,19 +127,19 @@ class AppContext:
                 del self._stops[page]
 
     def stop(self, request: gr.Request) -> None:
-        """Stop this page's own work, running or waiting, if there is any; another page's cannot be named."""
+        """Stop this page's own work, running or waiting. Another page's cannot be stopped."""
         for works in (self._stops, self._waiting):
             if stop := works.get(_page_of(request)):
                 stop.set()
 
 
 def _page_of(request: gr.Request) -> Page:
-    """The visitor and the page: a session's name alone, which the asker chooses, opens nothing."""
+    """The visitor and the page: the session's name is chosen by the client, so it alone grants nothing."""
     return visitor_id(request), str(request.session_hash)
 
 
 def _loading(load: Callable[[], "SubjectPipeline"], told: Callable[[str], str]) -> "Future[SubjectPipeline]":
-    """What `load` will have returned, in a thread of its own."""
+    """The future result of `load`, which runs in a thread."""
     future: Future[SubjectPipeline] = Future()
     threading.Thread(target=_fulfil, args=(future, load, told), name="load-base", daemon=True).start()
     return future
@@ -157,7 +157,8 @@ def _fulfil(future: Future, load: Callable[[], "SubjectPipeline"], told: Callabl
 
 
 def as_gradio_error(handler: Callable) -> Callable:
-    """What goes wrong in a handler becomes a message on the page (`as_user_error`), escaped: it may quote a visitor."""
+    """A decorator: a handler's error becomes a message on the page (`as_user_error`), escaped, as it may quote
+    a visitor."""
     if inspect.isgeneratorfunction(handler):
 
         @functools.wraps(handler)
@@ -196,6 +197,6 @@ def as_user_error(error: Exception) -> UserError:
 
 
 def sentence(error: Exception | str) -> str:
-    """The words of an error or a remark, with a capital at their head; they may quote what is no character."""
+    """The text of an error or a remark, capitalised. It may quote half a surrogate pair, which is replaced."""
     text = one_line(error, MAX_SENTENCE).encode("utf-8", "replace").decode()
     return text[:1].upper() + text[1:]

@@ -1,4 +1,4 @@
-"""Small pieces of HTML. Everything that came from a person or a file is escaped here."""
+"""Small pieces of HTML. Everything that came from a user or a file is escaped here."""
 
 import base64
 import io
@@ -12,12 +12,12 @@ THUMBNAIL_PX = 384
 
 
 def escape(text: str) -> str:
-    """No markup, and no lone surrogate, which no answer of the server can carry."""
+    """The text without markup, and without lone surrogates, which the server cannot send."""
     return escape_html(text.encode("utf-8", "replace").decode())
 
 
 def progress_card(line: str, detail: str = "", fraction: float | None = None, picture: str = "") -> str:
-    """One line of state, a bar (`fraction` in 0…1) and a small picture (a data URL) beside them."""
+    """A line of state, a bar (`fraction` in 0…1) and a small picture (a data URL) beside them."""
     image = f'<img class="thumb" alt="Preview" src="{escape(picture)}">' if picture else ""
     bar = "" if fraction is None else _bar(fraction)
     return (
@@ -33,7 +33,7 @@ def _bar(fraction: float) -> str:
 
 
 def notice(text: str, kind: str = "info") -> str:
-    """`kind`: info, good or bad."""
+    """A notice; `kind` is info, good or bad."""
     return f'<div class="card notice {escape(kind)}">{escape(text)}</div>'
 
 
@@ -43,7 +43,7 @@ def faint(text: str) -> str:
 
 
 def remarks_card(lines: list[str], title: str = "") -> str:
-    """A list under a title; "" of nothing."""
+    """A list under a title; "" for an empty list."""
     heading = f"<b>{escape(title)}</b>" if title else ""
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     listed = f'<ul class="remarks">{items}</ul>' if items else ""
@@ -56,7 +56,7 @@ def facts_table(facts: list[tuple[str, str]]) -> str:
 
 
 def thumbnail(pixels: PIL.Image.Image) -> str:
-    """A JPEG data URL of at most 384 px: previews never touch the disk."""
+    """A JPEG data URL of at most 384 px: previews are never written to the disk."""
     small = pixels.copy()
     small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     buffer = io.BytesIO()

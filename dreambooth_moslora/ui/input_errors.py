@@ -1,4 +1,4 @@
-"""Values of the wrong kind, which only a program can send: gradio itself answers them with an empty error."""
+"""Values of the wrong type, which only a program can send: gradio itself would answer with an empty error."""
 
 import html
 
@@ -10,7 +10,7 @@ NUMBERS = (gr.Slider, gr.Number)
 
 
 def explain_bad_values(widget: gr.components.Component) -> None:
-    """From now on the widget names itself and says what it wants when it cannot take a value."""
+    """Make the widget name itself and its expected type when it cannot take a value."""
     own = widget.preprocess
 
     def preprocess(value: object) -> object:

@@ -1,4 +1,4 @@
-"""The Inspect tab: drop a PNG and see its recipe, drop an adapter and see what it is."""
+"""The Inspect tab: drop a PNG to see its recipe, or an adapter to see its description."""
 
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def adapter_facts(file: str) -> list[tuple[str, str]]:
-    """The lines of `info` on any LoRA file."""
+    """The lines of `info` for any LoRA file."""
     check_upload(Path(file))
     import_libraries()
     from dreambooth_moslora.adapters.files.describe import describe
@@ -90,7 +90,7 @@ def label_of(name: str) -> str:
 
 
 def words_of(value: Any) -> str:
-    """A fact in a line or a few: lists by commas, tables by lines."""
+    """A value as one or a few lines: lists separated by commas, tables by lines."""
     if isinstance(value, dict):
         return "\n".join(f"{key}: {words_of(inner)}" for key, inner in value.items())
     if isinstance(value, bool):

@@ -31,9 +31,8 @@ CACHE_CHECK_SEC, CACHE_AGE_SEC = 3600, 24 * 3600
 
 
 def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
-    """The page as a Blocks with its queue. The training tab exists only where `ctx.training` allows it, and trains the
-    runs that wait.
-    """
+    """The page as a Blocks with its queue. If `ctx.training` allows it, it has the training tab and trains the
+    queued runs."""
     with gr.Blocks(
         title="dreambooth_moslora", analytics_enabled=False, delete_cache=(CACHE_CHECK_SEC, CACHE_AGE_SEC)
     ) as page:
@@ -58,9 +57,9 @@ def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
 
 
 def launch_options(allowed: Collection[str] = (), *, public: bool = False) -> dict[str, Any]:
-    """Options for `launch()` that every start of the page shares.
+    """The common options for `launch()`.
 
-    The page answers to the loopback's names and the `allowed` ones, a `public` one to every name; neither
+    The page answers to the loopback's names and the `allowed` ones, a `public` page to every name; no page
     answers to another site's page.
     """
     hosts = None if public else LOOPBACK | set(allowed)

@@ -69,7 +69,7 @@ def serve(args: argparse.Namespace) -> int:
     if is_public and not logins:
         print("warning: everybody who finds this address can use it; training is off without --auth", file=sys.stderr)
     context = context_of(args, training=bool(logins) or not is_public)
-    os.environ["GRADIO_TEMP_DIR"] = str(context.visitors.root / "gradio")  # its uploads go with the visitors' files
+    os.environ["GRADIO_TEMP_DIR"] = str(context.visitors.root / "gradio")  # so uploads are deleted with the visitors'
     from dreambooth_moslora.ui.page import build_app, launch_options
 
     options = launch_options(allowed, public=is_public) | {
@@ -79,7 +79,7 @@ def serve(args: argparse.Namespace) -> int:
         "auth": logins or None,
         "inbrowser": args.inbrowser,
     }
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the visitors' files go with the page
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # deletes the visitors' files
     try:
         build_app(context, templates_for(args.base)).launch(**options)
     except OSError as error:
@@ -97,7 +97,8 @@ def parse_login(text: str) -> tuple[str, str]:
 
 
 def parse_host(text: str) -> str:
-    """The bare name, as a browser's Host header is compared: a scheme, a port and capitals are left out."""
+    """The bare lower-case name, for comparison with a browser's Host header: scheme and port are dropped.
+    Raises UserError."""
     from dreambooth_moslora.ui.server.host_check import hostname
 
     name = hostname(text if "//" in text else f"//{text}")
@@ -107,7 +108,7 @@ def parse_host(text: str) -> str:
 
 
 def context_of(args: argparse.Namespace, *, training: bool):
-    """Start loading the base and say what the page needs to know before it is there."""
+    """Start loading the base, and tell the page what it needs before that is loaded."""
     folder = base_folder(args.base)
     runs_dir = runs_folder(args.runs_dir)
 
@@ -135,14 +136,14 @@ def context_of(args: argparse.Namespace, *, training: bool):
 
 
 def backend_of(args: argparse.Namespace) -> Service | None:
-    """The service that draws, if one is named. Raises UserError for what is no address."""
+    """The service that draws, if one is given. Raises UserError for an invalid address."""
     if not args.backend:
         return None
     return Service(args.backend, args.backend_token or os.environ.get(TOKEN_VARIABLE))
 
 
 def runs_folder(text: str) -> Path:
-    """The folder, made if need be. Raises UserError where none can be."""
+    """The folder, made if needed. Raises UserError when that fails."""
     try:
         folder = Path(text).expanduser().resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +153,7 @@ def runs_folder(text: str) -> Path:
 
 
 def base_folder(name: str) -> Path | None:
-    """The base's folder or file on this disk; None for a hub id."""
+    """The base's local folder or file; None for a hub id."""
     path = assets_folder() / "toy-sdxl" if name == "toy" else Path(name).expanduser()
     return path if path.exists() else None
 

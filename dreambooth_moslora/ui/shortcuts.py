@@ -1,4 +1,4 @@
-"""Keys on the page: Escape stops, / goes to the prompt."""
+"""Keys on the page: Escape stops, / focuses the prompt."""
 
 __all__ = ["HEAD"]
 

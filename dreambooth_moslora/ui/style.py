@@ -1,6 +1,6 @@
-"""The page's CSS: sizes first, then the layout, which folds on a phone. Colours and fonts are in `theme`.
+"""The page's CSS: first sizes, then the layout, which has one column on a phone. `theme` has colours and fonts.
 
-`--picture-width` is the width of a preview, or of a picture that is alone.
+`--picture-width` is the width of a preview, or of a single picture.
 """
 
 __all__ = ["CSS"]

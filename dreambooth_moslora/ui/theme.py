@@ -1,4 +1,4 @@
-"""The page's colours and fonts: one accent colour, system fonts (nothing is fetched); `style` has its sizes."""
+"""The page's colours and fonts: one accent colour, system fonts (nothing is fetched). `style` has the sizes."""
 
 import gradio as gr
 

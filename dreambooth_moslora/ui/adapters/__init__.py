@@ -1,1 +1,1 @@
-"""The adapters that a visitor can choose or upload: by name, checked by their header, described in a few words."""
+"""The adapters that a user can choose or upload: listed by name, checked by their header, summarised."""

@@ -1,4 +1,4 @@
-"""The adapters that can be chosen: files in known folders by name, never a path that somebody typed."""
+"""The adapters that can be chosen: files in known folders, by name. A path from the user is never opened."""
 
 import shutil
 import tempfile
@@ -30,7 +30,8 @@ class AdapterCatalog:
     def files(self, visitor: Visitor | None = None) -> dict[str, Path]:
         """Name -> file. The visitor's own uploads come first; a checkpoint is called `run@step`.
 
-        Runs that a visitor started are on that visitor's shelf alone; runs of the command line are on everybody's.
+        Runs that a visitor started are listed for that visitor only; runs of the command line are listed for
+        all.
         """
         uploads = dict(visitor.uploads) if visitor else {}
         runs = [folder for folder in self.runs_dir.glob("*/") if _may_see(folder, visitor)]
@@ -38,25 +39,27 @@ class AdapterCatalog:
         return uploads | files_by_name(files, (self.adapters_dir, self.runs_dir), taken=uploads)
 
     def path(self, name: str, visitor: Visitor | None = None) -> Path:
-        """Raises UserError for a name that is not on the shelf: names are looked up, never joined to a folder."""
+        """The file of that name. Raises UserError for an unlisted name: names are looked up, never joined to a
+        folder."""
         files = self.files(visitor)
         if name not in files:
             raise UserError(f"there is no adapter {name!s:.60}; choose one of: {', '.join(files) or 'none is there'}")
         return files[name]
 
     def public_paths(self, visitor: Visitor | None = None) -> dict[str, str]:
-        """Name -> what to write for the file in a program, relative to the project: no folder of this machine."""
+        """Name -> the path to write in a program, relative to the project: no folder of this machine is shown."""
         return {name: _public_path(file, self.runs_dir) for name, file in self.files(visitor).items()}
 
     def name_of(self, file: Path, visitor: Visitor | None = None) -> str:
-        """The name under which `file` is on the shelf. Raises UserError when it is not."""
+        """The name under which `file` is listed. Raises UserError when it is not."""
         for name, path in self.files(visitor).items():
             if path == file:
                 return name
         raise UserError("there is no adapter yet")
 
     def add_upload(self, uploaded: str | Path, visitor: Visitor) -> str:
-        """Keep an uploaded file for its visitor alone; returns its name. The pipeline has checked its content."""
+        """Keep an uploaded file for its visitor alone; returns its name. The pipeline has checked its content.
+        Raises UserError."""
         source = Path(uploaded)
         check_upload(source)
         if len(visitor.uploads) >= MAX_UPLOADS:
@@ -69,9 +72,8 @@ class AdapterCatalog:
 
 
 def _may_see(run_dir: Path, visitor: Visitor | None) -> bool:
-    """A run without `job.json`, or without an owner, is of the command line; one whose owner cannot be read is nobody's
-    to see.
-    """
+    """Whether the visitor may see the run. A run without `job.json`, or without an owner, is of the command
+    line; a run with an unreadable owner is hidden from all."""
     if not is_of_a_visitor(run_dir):
         return True
     job = Job.load(run_dir)
@@ -79,7 +81,7 @@ def _may_see(run_dir: Path, visitor: Visitor | None) -> bool:
 
 
 def is_of_a_visitor(run_dir: Path) -> bool:
-    """Whether there is a `job.json`; when that cannot be told, it counts as there."""
+    """Whether there is a `job.json`; an error counts as yes."""
     try:
         (run_dir / JOB_NAME).lstat()
     except FileNotFoundError:

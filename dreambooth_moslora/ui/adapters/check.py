@@ -1,4 +1,4 @@
-"""What an uploaded adapter file may cost, judged by its size and its header: nothing is loaded or computed."""
+"""Limits the cost of an uploaded adapter file by its size and header, before anything is loaded or computed."""
 
 import json
 from math import prod
@@ -11,15 +11,15 @@ from dreambooth_moslora.ui.server.body_limit import MAX_UPLOAD_BYTES
 __all__ = ["check_header", "check_upload"]
 
 MAX_HEADER_BYTES = 8 * 1024**2
-"""SDXL with everything trained needs less than one; the lists of tags of a large data set are the rest."""
+"""SDXL with all layers trained needs less than 1 MiB; large data sets add long lists of tags."""
 MAX_QUOTES = 400_000
-"""Of a header: four for each entry of its metadata, ten for each tensor."""
+"""Quotes in a header: four for each entry of its metadata, ten for each tensor."""
 MAX_WORK = 2e10
 """Sum of rank²·width over all matrices: about half a minute of one core. Rank 64 on all of SDXL is 0.8e10."""
 
 
 def check_upload(source: Path) -> None:
-    """Raises UserError for anything but a safetensors file of a sane size and header."""
+    """Raises UserError for anything but a safetensors file of reasonable size and header."""
     if source.suffix != ".safetensors":
         raise UserError(f"{source.name} is not a .safetensors file; other formats can carry code and are not opened")
     if (size := source.stat().st_size) > MAX_UPLOAD_BYTES:
@@ -29,7 +29,7 @@ def check_upload(source: Path) -> None:
 
 
 def check_header(file: Path) -> bytes:
-    """The header's JSON as it stands. Raises UserError for one that takes long to parse, and OSError."""
+    """The header's JSON, unparsed. Raises UserError for one that takes long to parse, and OSError."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if MAX_HEADER_BYTES < length <= file.stat().st_size:
@@ -41,7 +41,7 @@ def check_header(file: Path) -> bytes:
 
 
 def _work(header: bytes) -> float:
-    """Of measuring the file's ranks; 0 for a header that cannot be read: whoever opens the file says why."""
+    """The cost of measuring the file's ranks; 0 for an unreadable header, which fails later with a reason."""
     try:
         facts = json.loads(header)
         return sum(_work_of(entry["shape"]) for key, entry in facts.items() if "lora" in key and key != "__metadata__")

@@ -1,4 +1,4 @@
-"""What an adapter file says of itself, read from its header alone: no tensor is loaded, no torch imported."""
+"""The summary of an adapter file, read from its header alone: it loads no tensor and imports no torch."""
 
 import json
 from collections.abc import Iterable
@@ -21,8 +21,11 @@ MOST_OTHERS = 8
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """Empty where the file says nothing (an adapter of another program). `scale`: the strength that it wants; `tokens`:
-    a file of new tokens that belongs beside it and is not there; `others`: the words of its further subjects."""
+    """Values are empty if the file lacks them (an adapter of another program).
+
+    `scale` is the recommended strength; `tokens` is a missing file of new tokens that belongs beside it;
+    `others` are the words of further subjects.
+    """
 
     trigger: str = ""
     class_word: str = ""
@@ -52,7 +55,7 @@ class AdapterSummary:
 
 
 def summary_of(file: Path) -> AdapterSummary:
-    """Never raises for a readable or unreadable file: a header is a hint, loading is the check."""
+    """The summary. It never raises: loading is the check, and the header only a hint."""
     try:
         facts = file.stat()
         found = _read(file, facts.st_mtime_ns, facts.st_size) if S_ISREG(facts.st_mode) else AdapterSummary()
@@ -89,20 +92,20 @@ def _from_facts(facts: dict[str, Any]) -> AdapterSummary:
 
 
 def _scale(value: Any) -> float:
-    """As the header says, within what the slider offers; 1 without."""
+    """The header's scale if the slider offers it, else 1."""
     low, high = RANGES["scale"]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and low <= value <= high else 1.0
 
 
 def _tokens(note: Any) -> str:
-    """The name of their file."""
+    """The name of the file of new tokens."""
     name = _word(note.get("file")) if isinstance(note, dict) else ""
     return name if Path(name).name == name else ""
 
 
 def _rank(facts: dict[str, Any]) -> str:
-    """ "rank 32", or "ranks 1 to 23" where the projections differ."""
+    """ "rank 32", or "ranks 1 to 23" if the projections differ."""
     each = facts.get("ranks")
     found = [facts.get("rank"), *(each.values() if isinstance(each, dict) else ())]
     ranks = [rank for rank in found if type(rank) is int and rank > 0]
@@ -123,6 +126,6 @@ def prompt_for(summary: AdapterSummary) -> str:
 
 
 def renewed_prompt(old: str, chosen: AdapterSummary, known: Iterable[AdapterSummary]) -> str:
-    """The chosen adapter's own words, unless somebody has written in the prompt that another one had filled in."""
+    """The chosen adapter's own words, unless the user has edited the prompt that another adapter had filled in."""
     untouched = {"", *map(prompt_for, known)}
     return prompt_for(chosen) or old if (old or "").strip() in untouched else old

@@ -1,1 +1,1 @@
-"""The Generate tab: its form, its widgets, and what its buttons do."""
+"""The Generate tab: its form, its widgets, and the actions of its buttons."""

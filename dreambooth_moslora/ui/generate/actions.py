@@ -1,4 +1,4 @@
-"""What the buttons of the Generate tab do: plain functions, streaming their state as `Frame`s."""
+"""The actions of the Generate tab's buttons: plain functions that stream their state as `Frame`s."""
 
 import time
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Frame", "compare", "draw_grid", "make_pictures"]
 
 FRAME_SEC = 0.12
-"""At most one update of the page in this time; finished pictures are always shown."""
+"""Least seconds between two updates of the page; finished pictures are always shown."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Frame:
 
 
 def make_pictures(ctx: AppContext, form: GenerateForm, request: gr.Request) -> Iterator[Frame]:
-    """1 to 8 pictures with consecutive seeds, each shown as soon as it is done; a stop keeps those that are."""
+    """Draw 1 to 8 pictures with consecutive seeds, each shown when done; a stop keeps the finished ones."""
     yield from _run(ctx, form.params(), request, axes=())
 
 
 def draw_grid(ctx: AppContext, form: GenerateForm, axes: tuple[str, ...], request: gr.Request) -> Iterator[Frame]:
-    """A picture for each cell, and the captioned sheet of all as the last frame."""
+    """Draw a picture for each cell; the last frame has the captioned sheet of all."""
     import_libraries()
     from dreambooth_moslora.generation.grids import parse_axis
 
@@ -52,7 +52,7 @@ def draw_grid(ctx: AppContext, form: GenerateForm, axes: tuple[str, ...], reques
 
 
 def compare(ctx: AppContext, form: GenerateForm, request: gr.Request) -> Iterator[Frame]:
-    """The same seed without and with the adapters: two pictures, in this order."""
+    """Draw the same seed without and with the adapters: two pictures, in this order. Raises UserError."""
     with_adapters = replace(form.params(), num_images=1).apply_tags()
     if not with_adapters.adapters:
         raise UserError("choose an adapter to compare the base with")
@@ -126,7 +126,7 @@ def _frames(events: Iterator, visitor: Visitor, params: GenerationParams, word: 
 
 
 def _keep(image: "Image", visitor: Visitor) -> Picture:
-    """Write the PNG into the visitor's folder and note it in the history."""
+    """Write the PNG to the visitor's folder and add it to the history."""
     seed = image.params.seed
     path = image.save(visitor.folder / f"{time.time_ns():x}_seed_{seed}.png")
     scales = ", ".join(f"{name} {scale:g}" for name, scale in image.params.adapters)
@@ -158,7 +158,7 @@ def _summary(pictures: list[Picture], total: int, seconds: float, is_grid: bool)
 
 
 def _of_black(count: int) -> str:
-    """Numbers that are too large for the model end as black pixels, without an error."""
+    """The warning about black pictures: values that are too large for the model become black without an error."""
     which = "1 of them is" if count == 1 else f"{count} of them are"
     return f"The pictures are done, but {which} black: an adapter's values or its scale are too large for this base."
 

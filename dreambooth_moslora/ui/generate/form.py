@@ -1,4 +1,4 @@
-"""The generation form as a value: what the widgets hold, under the API's names, to GenerationParams and back."""
+"""The generation form as a value: the widgets' values under the API's names, to GenerationParams and back."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -13,13 +13,13 @@ __all__ = ["MAX_IMAGES", "NONE", "RANGES", "GenerateForm", "code_snippet", "size
 
 MAX_IMAGES = 8
 RANGES = {"steps": (1, MAX_STEPS), "guidance_scale": (0, 30), "scale": (-2, 2)}
-"""What the sliders offer: less than a program may ask for, so that the usual values are not crowded."""
+"""Ranges of the sliders, narrower than a program's, so that usual values are easy to set."""
 RATIOS = {"Square": (1, 1), "Portrait": (7 / 8, 9 / 8), "Tall": (13 / 16, 19 / 16)}
 
 
 @dataclass(frozen=True)
 class GenerateForm:
-    """Names and order of the fields are the names and order of the API's arguments. `size` is "width x height" px."""
+    """The fields have the names and order of the API's arguments. `size` is "width x height" px."""
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -41,7 +41,8 @@ class GenerateForm:
         return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
     def params(self) -> GenerationParams:
-        """Raises UserError for what cannot be generated. A negative or emptied seed is drawn here."""
+        """The parameters; a negative or empty seed is drawn here. Raises UserError for values that cannot be
+        generated."""
         width, height = parse_size(self.size)
         for name in ("adapter", "adapter_2", "adapter_3", "scheduler"):
             if not isinstance(word := getattr(self, name) or "", str):
@@ -91,7 +92,7 @@ def format_size(width: int | None, height: int | None) -> str:
 
 
 def parse_size(text: str) -> tuple[int | None, int | None]:
-    """ "832 x 1216" -> (832, 1216); empty -> the base's own size."""
+    """ "832 x 1216" -> (832, 1216); empty -> the base's own size. Raises UserError."""
     if text is None or text == "" or (isinstance(text, str) and not text.strip()):
         return None, None
     try:
@@ -114,7 +115,7 @@ def size_choices(resolution_px: int) -> list[tuple[str, str]]:
 
 
 def _whole(value: Any, name: str) -> int:
-    """Browsers send 7.0 for 7, and a client may send NaN."""
+    """An integer: browsers send 7.0 for 7, and a client may send NaN. Raises UserError."""
     is_whole = value.is_integer() if isinstance(value, float) else isinstance(value, int)
     if isinstance(value, bool) or not is_whole:
         raise UserError(f"{name} must be a whole number, not {value!r:.30}")

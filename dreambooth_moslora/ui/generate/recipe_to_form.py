@@ -1,4 +1,4 @@
-"""From a PNG's recipe to the form: adapters are found again by content, and what cannot be met is said."""
+"""From a PNG's recipe to the form: adapters are found again by content, and differences become remarks."""
 
 import hashlib
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ __all__ = ["clamp_to_widgets", "match_adapters", "recipe_of"]
 
 
 def recipe_of(file: str | Path) -> Recipe:
-    """The recipe of anybody's PNG. Raises UserError for one that is damaged, or that holds endless numbers."""
+    """The recipe of any PNG. Raises UserError for one that is damaged, or that contains infinite numbers."""
     try:
         return read_recipe(file)
     except UserError:
@@ -25,7 +25,7 @@ def recipe_of(file: str | Path) -> Recipe:
 
 
 def match_adapters(recipe: Recipe, files: Mapping[str, Path], base: str) -> tuple[GenerationParams, list[str]]:
-    """The parameters with the adapters' names of this shelf (`files`), and one remark for each thing that differs."""
+    """The parameters with this page's names of the adapters (`files`), and a remark for each difference."""
     wanted = dict(recipe.provenance.adapter_sha256)
     remarks = list(recipe.remarks)
     adapters = []
@@ -42,9 +42,9 @@ def match_adapters(recipe: Recipe, files: Mapping[str, Path], base: str) -> tupl
 def clamp_to_widgets(
     params: GenerationParams, resolution_px: int, guidance: float
 ) -> tuple[GenerationParams, list[str]]:
-    """The nearest parameters that the page's widgets take, and a remark for each that had to change.
+    """The nearest parameters that the page's widgets accept, and a remark for each change.
 
-    A recipe that names no guidance gets the base's own.
+    A recipe without a guidance gets the base's own.
     """
     remarks: list[str] = []
 
@@ -72,7 +72,7 @@ def clamp_to_widgets(
 
 
 def _find(name: str, sha256: str | None, files: Mapping[str, Path]) -> tuple[str, str]:
-    """(name on this shelf, remark). The same content under another name is as good."""
+    """(name on this page, remark). A file with the same content under another name is used."""
     if name in files and sha256 in (None, _sha256_of(files[name])):
         return name, ""
     if sha256 and (twin := next((n for n, file in files.items() if _sha256_of(file) == sha256), None)):

@@ -1,4 +1,4 @@
-"""The Generate tab: a form, one result area (pictures, comparison, grid, history) and what connects them."""
+"""The Generate tab: a form, one result area (pictures, comparison, grid, history), and their events."""
 
 import html
 import shutil
@@ -32,7 +32,7 @@ __all__ = ["GenerateTab", "build_generate_tab"]
 
 @dataclass
 class GenerateTab:
-    """The widgets that other tabs reach for. `fields` are in the order of GenerateForm."""
+    """The widgets that other tabs use. `fields` are in the order of GenerateForm."""
 
     fields: dict[str, gr.components.Component]
     adapters: list[gr.Dropdown]
@@ -89,7 +89,7 @@ def _connect_runs(ctx: AppContext, tab: GenerateTab, buttons: dict, results: dic
 
     starts = [buttons["run"].click, tab.prompt.submit]
     outputs = [results["gallery"], results["used_seed"], results["status"], shown_state]
-    # The page works off the events of one trigger in order: what must happen at once comes before the long one.
+    # The page runs a trigger's events in order: the immediate ones must come before the long one.
     gr.on(starts, announce, None, results["tabs"], **AT_ONCE)
     gr.on([results["compare"].click, results["draw"].click], ctx.announce, None, None, **AT_ONCE)
     made = gr.on(starts, generate, inputs_kwargs=tab.fields, outputs=outputs, api_name="generate", **options)
@@ -133,7 +133,7 @@ def _connect_grid(ctx: AppContext, tab: GenerateTab, results: dict, options: dic
 
 
 def _axis_values(ctx: AppContext, name: str, adapter: str, prompt: str, request: gr.Request) -> str:
-    """A sensible start for the values of an axis; for checkpoints, all of the chosen adapter's run."""
+    """Default values for an axis; for checkpoints, all of the chosen adapter's run."""
     if name == "prompt":
         return f"{prompt}|"
     if name != "adapter":
@@ -167,7 +167,7 @@ def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, button
         return about, renewed_prompt(old_prompt, summary, map(summary_of, files.values()))
 
     def preset(name: str, request: gr.Request) -> float:
-        """The strength that the chosen file wants; not for one that a picture's settings bring, with their own."""
+        """The chosen file's recommended scale. A picture's settings do not call this: they have their own scale."""
         files = ctx.catalog.files(ctx.visitors.of(request))
         return summary_of(files[name]).scale if name in files else 1.0
 
@@ -184,7 +184,7 @@ def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, button
         return gr.Dropdown(choices=names, value=name), gr.Dropdown(choices=names), gr.Dropdown(choices=names)
 
     def listed(request: gr.Request) -> list[dict]:
-        """Name and facts of every adapter that the asker may use."""
+        """Name and summary of every adapter that the user may use."""
         files = ctx.catalog.files(ctx.visitors.of(request))
         return [{"name": name, **asdict(summary_of(file))} for name, file in files.items()]
 
@@ -237,7 +237,7 @@ def _connect_reuse(ctx: AppContext, tab: GenerateTab, results: dict, extras: dic
 
 
 def _own(pictures: list[Picture], visitor: Visitor) -> list[Picture]:
-    """What a page remembers comes with its session's name, which anybody may write; the folder is the visitor's."""
+    """Only pictures in the visitor's folder: the page's state belongs to a session, whose name anyone may send."""
     return [picture for picture in pictures if picture.path.is_relative_to(visitor.folder)]
 
 
@@ -248,7 +248,7 @@ def _picked(pictures: list[Picture], index: int) -> Path:
 
 
 def to_widgets(ctx: AppContext, recipe: Recipe, request: gr.Request) -> list:
-    """The values of all fields, in order, that give the recipe again; what cannot be met here is told."""
+    """The values of all fields, in order, that give the recipe again; differences are shown as remarks."""
     settled, remarks = match_adapters(recipe, ctx.catalog.files(ctx.visitors.of(request)), ctx.base)
     params, changes = clamp_to_widgets(settled, ctx.resolution_px, ctx.guidance_scale)
     for remark in (*remarks, *changes):

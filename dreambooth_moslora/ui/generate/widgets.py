@@ -1,4 +1,4 @@
-"""The widgets of the Generate tab: what is asked, how it is set, and where the results appear. No behaviour."""
+"""The widgets of the Generate tab, without behaviour: prompt, settings and results."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ AXIS_LABELS += [("Guidance", "guidance"), ("Steps", "steps")]
 
 
 def ask_widgets(ctx: AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What most people touch: words, adapter, scale, how many, go."""
+    """The most used widgets: prompt, adapter, scale, number of pictures, buttons."""
     names = [NONE, *ctx.catalog.files()]
     first = names[1] if len(names) > 1 else NONE
     summary = summary_of(ctx.catalog.files()[first]) if first != NONE else None

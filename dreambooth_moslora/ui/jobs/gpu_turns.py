@@ -1,4 +1,4 @@
-"""The page's pipeline and a training run take turns on the GPU: two SDXL do not fit on most of them."""
+"""The page's pipeline and a training run take turns on the GPU, since most GPUs cannot hold SDXL twice."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ BUSY = "the GPU is training a run; pictures can be drawn again when the run has 
 
 
 class GpuTurns:
-    """The pipeline is off the GPU while `is_training()`. A small base is never moved: both fit.
+    """Keeps the pipeline off the GPU while `is_training()`. A small base is never moved, as both fit.
 
     `pipeline()` waits for the base, `loaded()` does not.
     """
@@ -31,11 +31,11 @@ class GpuTurns:
     ) -> None:
         self._pipeline, self._loaded = pipeline, loaded
         self._is_training, self._is_small = is_training, is_small
-        self._lock = threading.Lock()  # no RLock: a generator may be closed by another thread
+        self._lock = threading.Lock()  # not an RLock: another thread may close the generator
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Around all pictures of a request. Raises UserError while a run trains on the GPU that they need."""
+        """Wraps all pictures of a request. Raises UserError while a run trains on the GPU that they need."""
         if self._is_small or not self._pipeline().has_gpu:
             yield
             return
@@ -46,9 +46,9 @@ class GpuTurns:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Around the start of a run: waits for the pictures that are being drawn, then frees the GPU.
+        """Wraps the start of a run: waits for the current pictures, then frees the GPU.
 
-        A pipeline that is still loading needs no move, as it is loaded beside the GPU.
+        A pipeline that is still loading is not moved, as it loads into the CPU's memory.
         """
         with self._lock:
             pipeline = self._loaded()

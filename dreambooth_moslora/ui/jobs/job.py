@@ -1,4 +1,4 @@
-"""One training run of the page: its folder, its owner and its process, as `job.json` in the folder has them."""
+"""One training run of the page: its folder, its owner and its process, as in the folder's `job.json`."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -15,9 +15,10 @@ JOB_NAME = "job.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its folder, its owner (`Visitor.id`) and its process, told apart from a later one of the same number.
+    """One run: its folder, its owner (`Visitor.id`) and its process, distinguished from a later one of the same
+    number.
 
-    `folder`: where the paths in its settings begin, if it is not where the server was started.
+    Paths in its settings are relative to `folder`, by default the server's current folder.
     """
 
     run_dir: Path
@@ -40,7 +41,7 @@ class Job:
 
     @classmethod
     def load(cls, run_dir: Path) -> "Job | None":
-        """None where there is no record, or none that can be read."""
+        """The record in the folder; None when it is missing or cannot be read."""
         try:
             job = cls(run_dir, **json.loads((run_dir / JOB_NAME).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, RecursionError):
@@ -51,7 +52,7 @@ class Job:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process that was started is still there (a zombie is not)."""
+        """Whether the started process still exists (a zombie does not count)."""
         try:
             process = psutil.Process(self.pid)
             by_clock = abs(process.create_time() - self.created) < 1.0
@@ -65,9 +66,10 @@ class Job:
 
 
 def birth_of(pid: int) -> str:
-    """Which boot of the machine and which tick of it began the process: unlike a time, no set clock moves it.
+    """The boot of the machine and the tick at which the process started; unlike a time, it does not change with
+    the clock.
 
-    Empty where the system does not tell.
+    Empty if the system does not tell.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

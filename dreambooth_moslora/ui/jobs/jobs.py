@@ -1,7 +1,7 @@
-"""Training runs as processes of the server: they go on when the page is closed and when the app is started again.
+"""Training runs as processes of the server: they go on when the page is closed or the app is restarted.
 
-`runs/<name>/job.json` says which process trains there and whose it is; `metrics.jsonl` says how far it is. A run is
-stopped by a signal, upon which the trainer finishes its step and writes a checkpoint.
+`runs/<name>/job.json` names the process and its owner; `metrics.jsonl` has the progress. A signal stops a run:
+the trainer finishes its step and writes a checkpoint.
 """
 
 import json
@@ -30,7 +30,7 @@ __all__ = ["JobState", "Jobs", "run_name_of", "settings_of"]
 
 KILL_AFTER_SEC = 30
 RUN_NAME = re.compile(r"[^\W_][\w +-]*(\.[\w +-]+)*")
-"""Letters, digits, space and `+-_`, single dots between: no separator, no leading dot."""
+"""Letters, digits, space and `+-_`, with single dots between: no separator, no leading dot."""
 MAX_RUN_NAME = 60
 ACTIVE = ("starting", "running", "stopping")
 
@@ -51,7 +51,7 @@ class JobState:
 
 
 def run_name_of(text: str) -> str:
-    """What RUN_NAME takes of any words: each space and what is not allowed becomes a dash."""
+    """Turn any text into a valid RUN_NAME: spaces and forbidden characters become dashes."""
     name = re.sub(r"\.{2,}", ".", re.sub(r"[^\w.+-]+", "-", text))
     return re.sub(r"^[\W_]+", "", name)[:MAX_RUN_NAME].rstrip(".-") or "run"
 
@@ -59,7 +59,7 @@ def run_name_of(text: str) -> str:
 class Jobs:
     """The runs under `runs_dir`. One process at a time; only its owner may stop it.
 
-    `make_room` is entered before a process is started and left when it is noted.
+    `make_room` is a context manager around the start of a process.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Jobs:
         make_room: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self.runs_dir, self.script, self._make_room = runs_dir, script, make_room
-        self.public_names = {f"{runs_dir}/": ""}  # what may stand in a message -> what a visitor reads
+        self.public_names = {f"{runs_dir}/": ""}  # text in messages -> its replacement for visitors
         self._children: dict[int, subprocess.Popen] = {}
         self._exits: dict[int, int] = {}
         self._asked: dict[int, float] = {}  # process -> when it was asked to stop
@@ -77,7 +77,7 @@ class Jobs:
         self._lock = threading.Lock()
 
     def told(self, text: str) -> str:
-        """Without the folders of this machine, which are no visitor's business."""
+        """The text without folders of this machine, which visitors should not see."""
         for place, name in self.public_names.items():
             text = text.replace(place, name)
         return text
@@ -90,7 +90,7 @@ class Jobs:
         return self._launch(run_dir, owner, folder)
 
     def resume(self, name: str, owner: str) -> Job:
-        """Go on from the last checkpoint. Raises UserError when the run is another's or is going on."""
+        """Resume from the last checkpoint. Raises UserError when the run is another's or is going on."""
         job = self.owned(name, owner)
         if job.is_alive:
             raise UserError(f"the run {job.name} is still going on")
@@ -99,7 +99,8 @@ class Jobs:
         return self._launch(job.run_dir, owner, job.folder)
 
     def stop(self, name: str, owner: str) -> Job:
-        """First ask the trainer to end with a checkpoint; asked again after 30 s, kill it with its children."""
+        """Ask the trainer to end with a checkpoint; when called again after 30 s, kill it with its children.
+        Raises UserError."""
         job = self.owned(name, owner)
         if not job.is_alive:
             raise UserError(f"the run {job.name} has already ended")
@@ -109,19 +110,19 @@ class Jobs:
         if not job.stop_asked:
             os.kill(job.pid, signal.SIGTERM)
             job = replace(job, stop_asked=self._asked.setdefault(job.pid, time.time()))
-            with suppress(OSError):  # a full disk: this server remembers
+            with suppress(OSError):  # a full disk: this process remembers the request
                 job.save()
         return job
 
     def owned(self, name: str, owner: str) -> Job:
-        """Raises UserError alike for a run that is not there and for one of another visitor."""
+        """The visitor's run. Raises the same UserError for a missing run and for another visitor's."""
         job = Job.load(self.run_dir(name))
         if job is None or job.owner != owner:
             raise UserError(f"you have no run called {name!r:.60}")
         return replace(job, stop_asked=job.stop_asked or self._asked.get(job.pid, 0.0))
 
     def run_dir(self, name: str) -> Path:
-        """Raises UserError for a name that would leave `runs_dir`."""
+        """The run's folder. Raises UserError for a name that would leave `runs_dir`."""
         if name == "":
             raise UserError("choose a run; '' cannot be the name of a run")
         if not isinstance(name, str) or not RUN_NAME.fullmatch(name):
@@ -129,7 +130,7 @@ class Jobs:
         return self.runs_dir / name
 
     def all(self) -> list[Job]:
-        """Newest first."""
+        """All runs, the newest first."""
         folders = sorted(self.runs_dir.glob(f"*/{JOB_NAME}"), key=lambda path: -path.stat().st_mtime)
         return [job for folder in folders if (job := Job.load(folder.parent))]
 
@@ -137,7 +138,7 @@ class Jobs:
         return [job for job in self.all() if job.owner == owner]
 
     def current(self) -> Job | None:
-        """The run that is going on, whoever it belongs to."""
+        """The run in progress, whoever owns it."""
         self._reap()
         return next((job for job in self.all() if job.is_alive), None)
 
@@ -147,7 +148,7 @@ class Jobs:
             return self._metrics.setdefault(path, RunEvents(path)).refresh()
 
     def state(self, job: Job) -> JobState:
-        alive = job.is_alive  # before the metrics: what a process wrote is there when it has gone
+        alive = job.is_alive  # read before the metrics, which are complete once the process has ended
         self._reap()
         metrics = self.metrics(job)
         events = self._events_of(job)
@@ -157,7 +158,7 @@ class Jobs:
             state = "stopping" if job.stop_asked else "running" if events else "starting"
         else:
             state = end.get("state") or ("interrupted" if self._was_stopped_early(job) else "failed")
-        is_starting = alive and not events  # until it writes, the file is an earlier start's
+        is_starting = alive and not events  # the file still belongs to an earlier start
         done = [] if is_starting else [*metrics.of("step")[-1:], *events]
         step = max((int(event.get("step") or 0) for event in done), default=0)
         total = int(metrics.last("start").get("max_train_steps") or 0)
@@ -165,11 +166,11 @@ class Jobs:
         return JobState(state, step, total, phase_of(events), message)
 
     def _was_stopped_early(self, job: Job) -> bool:
-        """Whether its owner stopped it before it could write an end."""
+        """Whether its owner stopped it before it could record its end."""
         return bool(job.stop_asked) and self._exits.get(job.pid) == -signal.SIGTERM
 
     def was_cut_off(self, job: Job) -> bool:
-        """Whether it ended neither by itself nor by its owner's wish: it was killed, or stopped with its machine."""
+        """Whether it neither ended itself nor was stopped by its owner: it was killed, or its machine went down."""
         if job.is_alive or job.stop_asked or job.pid in self._asked:
             return False
         self._reap()
@@ -177,7 +178,7 @@ class Jobs:
         return ends[-1] == "interrupted" if ends else was_killed(self._exits.get(job.pid), job.log_tail())
 
     def _events_of(self, job: Job) -> list[dict[str, Any]]:
-        """Those of its last start."""
+        """Events of its last start."""
         events = self.metrics(job).since_start()
         return [event for event in events if (event.get("time") or 0) >= job.created - 1]
 
@@ -197,7 +198,7 @@ class Jobs:
                 created, birth = psutil.Process(child.pid).create_time(), birth_of(child.pid)
                 job = Job(run_dir, owner, child.pid, created, birth=birth, folder=folder)
                 job.save()
-            except BaseException:  # a process of which nothing is noted could not be stopped
+            except BaseException:  # an unrecorded process could not be stopped
                 child.kill()
                 raise
             return job

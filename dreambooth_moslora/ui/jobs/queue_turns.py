@@ -1,7 +1,7 @@
-"""The queue's runs, one after the other: what the page does in a thread, and the command `queue start` in the terminal.
+"""Trains the queue's runs one after the other: in a thread of the page, or in the command `queue start`.
 
-Either may do it, or both: who takes a turn sees on the disk how the queue stands, so that a page or command that was
-killed is missed by nobody.
+Several processes may do so at once. The queue's state is on the disk, so another one can go on when a page or
+command is killed.
 """
 
 import logging
@@ -21,7 +21,7 @@ from dreambooth_moslora.ui.jobs.jobs import Jobs
 __all__ = ["QueueTurns"]
 
 KILLED_MOST = 3
-"""Times that a run is killed without a new checkpoint between before it counts as failed."""
+"""A run that is killed this many times without a new checkpoint counts as failed."""
 TURN_SEC = 1.0
 UNREADABLE = "its file in the queue cannot be read; add it once more"
 
@@ -29,13 +29,13 @@ logger = logging.getLogger(__name__)
 
 
 class QueueTurns:
-    """`take` does what is due: note that a run has ended, go on with one that was cut off, or start the next."""
+    """`take` does the next thing: record the end of a run, resume an interrupted one, or start the next."""
 
     def __init__(self, jobs: Jobs) -> None:
         self.jobs, self.queue = jobs, RunQueue(jobs.runs_dir)
 
     def take(self) -> None:
-        """Nothing while a run is going on, of the queue or not, or while another process takes its turn."""
+        """Does nothing while any run is in progress, or while another process holds the turn."""
         with self.queue.turn() as is_mine:
             if not is_mine or self.jobs.current():
                 return
@@ -51,19 +51,19 @@ class QueueTurns:
         return not (self.queue.started() or self.queue.waiting())
 
     def in_background(self) -> None:
-        """Take a turn each second as long as this process lives and the folder of runs is there."""
+        """Call `take` every second while this process lives and the folder of runs exists."""
         threading.Thread(target=self._keep_on, name="queue", daemon=True).start()
 
     def _keep_on(self) -> None:
         while self.jobs.runs_dir.is_dir():
             try:
                 self.take()
-            except Exception:  # a full disk, say: the next turn may do better
+            except Exception:  # such as a full disk: the next turn may succeed
                 logger.exception("The queue's turn failed")
             time.sleep(TURN_SEC)
 
     def _settle(self, run: QueuedRun) -> None:
-        """No process trains the run: start it, or say how it ended."""
+        """The run has no process: start it, or record how it ended."""
         if not run.settings:
             self.queue.end(run, "failed", UNREADABLE)
             return
@@ -85,7 +85,7 @@ class QueueTurns:
             self._start(replace(run, killed=killed))
 
     def _start(self, run: QueuedRun) -> None:
-        """From the newest checkpoint, if it has been started before."""
+        """Start it, from the newest checkpoint if it has been started before."""
         run_dir = self.jobs.runs_dir / run.name
         if is_held(run_dir):
             return
@@ -94,8 +94,8 @@ class QueueTurns:
         self.queue.note(replace(run, started=time.time()))
         try:
             self.jobs.start(run.name, settings, run.owner, run.folder)
-        except (OSError, ValueError) as error:  # UserError is one, and so is a path that none can be
-            if not self.jobs.current():  # else somebody was faster, and it is started later
+        except (OSError, ValueError) as error:  # UserError is a ValueError; so is the error of an impossible path
+            if not self.jobs.current():  # else another run was faster, and this one starts later
                 self.queue.end(run, "failed", one_line(error))
 
     def _has_checkpoint_since(self, when: float, run: QueuedRun) -> bool:
@@ -104,7 +104,7 @@ class QueueTurns:
 
 
 def is_held(run_dir: Path) -> bool:
-    """Whether a process trains in that folder of which no record says so."""
+    """Whether an unrecorded process trains in that folder."""
     if not run_dir.is_dir():
         return False
     with suppress(UserError), locked(run_dir):

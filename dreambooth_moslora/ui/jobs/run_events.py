@@ -1,4 +1,4 @@
-"""The events of a run as the page reads them: the file lies on a disk, and anybody may have changed it."""
+"""The events of a run as the page reads them; anyone may have edited the file."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ KINDS = {
     "files": list,
     "config": dict,
 }
-"""Field -> what the page takes it for; null is always allowed."""
+"""Field -> the type that the page expects; null is always allowed."""
 
 
 class RunEvents(Metrics):
-    """Metrics without the events that have a field of another kind than the trainer writes."""
+    """Metrics without events whose fields have another type than the trainer writes."""
 
     def refresh(self) -> "RunEvents":
         known, count = self.events, len(self.events)

@@ -1,1 +1,1 @@
-"""How the page is served to several people: who asks, what a request may cost, and what an upload becomes."""
+"""Serving the page to several users: identity, limits of requests, and uploads."""

@@ -1,4 +1,5 @@
-"""No request fills the memory: only the files of an upload, which gradio writes to the disk, may be long."""
+"""Limits the length of requests, which are held in memory. Only files of uploads, which gradio writes to the
+disk, may be long."""
 
 from typing import Any
 
@@ -11,15 +12,16 @@ __all__ = ["MAX_BODY_BYTES", "MAX_UPLOAD_BYTES", "UPLOAD", "BodySizeLimit", "hea
 
 UPLOAD = "/gradio_api/upload"
 MAX_BODY_BYTES = 4 * 1024**2
-"""Far more than any form of the page; what is parsed takes several times as much."""
+"""Far more than any form of the page needs; parsing takes several times as much memory."""
 MAX_UPLOAD_BYTES = 512 * 1024**2
-"""Of all files of one upload together, and so of one."""
+"""Limit of all files of one upload together."""
 
 
 class BodySizeLimit:
-    """ASGI middleware: 413 for a body that says it is longer; one that is longer without a word is cut off.
+    """ASGI middleware: answers 413 when the declared length is too long, and cuts off a body that exceeds the
+    limit.
 
-    An upload may be MAX_UPLOAD_BYTES longer: by its files. When it ends early its files are deleted.
+    Files may make an upload longer by MAX_UPLOAD_BYTES. If it ends early its files are deleted.
     """
 
     def __init__(self, app: Any) -> None:
@@ -46,7 +48,7 @@ def promised_bytes(scope: dict) -> int:
 
 
 def _counted(receive: Any) -> Any:
-    """`receive` until MAX_BODY_BYTES have come; then the sender counts as gone."""
+    """`receive` up to MAX_BODY_BYTES; after that the client counts as disconnected."""
     taken = 0
 
     async def counted() -> dict:
@@ -59,9 +61,9 @@ def _counted(receive: Any) -> Any:
 
 
 def _watched(receive: Any, scope: dict) -> Any:
-    """`receive` that raises MultiPartException when an upload is too long or its sender leaves before its end.
+    """`receive` that raises MultiPartException when an upload is too long or its sender leaves early.
 
-    That is the error at which gradio deletes what it has written so far.
+    At that error gradio deletes what it has written so far.
     """
     taken, meter, is_open = 0, _FieldMeter(header_of(scope, b"content-type")), True
 
@@ -81,7 +83,7 @@ def _watched(receive: Any, scope: dict) -> Any:
 
 
 class _FieldMeter:
-    """Counts the bytes of a form that belong to no file: these, gradio keeps in memory."""
+    """Counts the bytes of a form that belong to no file, which gradio keeps in memory."""
 
     def __init__(self, content_type: bytes) -> None:
         self.field_bytes = 0
@@ -99,7 +101,7 @@ class _FieldMeter:
         }
 
     def write(self, data: bytes) -> None:
-        """What cannot be read is left to gradio, which refuses it in words."""
+        """Ignores unreadable data: gradio refuses it with a message."""
         try:
             if self._parser:
                 self._parser.write(data)

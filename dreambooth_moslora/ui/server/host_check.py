@@ -1,7 +1,7 @@
 """A page on the loopback answers only to its own names, and no page answers to another site's page.
 
-Without this, any site could point a name of its own at 127.0.0.1 and use the page through a visitor's browser (DNS
-rebinding), or read and send by the login that the browser has for it.
+Otherwise any site could point a name of its own at 127.0.0.1 and use the page through a visitor's browser (DNS
+rebinding), or read and send with the login that the browser holds.
 """
 
 import re
@@ -22,17 +22,17 @@ FOREIGN_SITES = ("cross-site", "same-site")
 OF_ANSWERS = (b"connection", b"content-type", b"content-length", b"cache-control")
 """Headers that an answer may have in common with its request."""
 FRAMES = (b"content-security-policy", b"frame-ancestors 'self'")
-"""No other site shows the page in a frame, where a person would click without seeing on what."""
+"""No other site may show the page in a frame, where users could be tricked into clicks."""
 Lifespan = Callable[[Any], AbstractAsyncContextManager]
 SAME_SITE_NONE = re.compile(rb"samesite=none", re.IGNORECASE)
 
 
 class TrustedHosts:
-    """ASGI middleware: 421 for a request to a foreign name, 403 for what another site's page asks or sends.
+    """ASGI middleware: answers 421 for a foreign host name, 403 for requests from another site's page.
 
-    `hosts` are the only names that the page answers to; None: to all. A page of one of the `allowed` names may
-    ask, whatever Host the proxy in front passes on. Cookies that a browser would send with another site's requests
-    become SameSite=Lax.
+    `hosts` are the only names that the page answers to; None means all. A page of one of the `allowed` names
+    may send requests, whatever Host the proxy in front passes on. Cookies that a browser would send with
+    another site's requests become SameSite=Lax.
     """
 
     def __init__(self, app: Any, hosts: Collection[str] | None, allowed: Collection[str] = ()) -> None:
@@ -48,7 +48,7 @@ class TrustedHosts:
             await self.app(scope | {"headers": named}, receive, _cleaned(send, scope["headers"]))
 
     def _may_pass(self, name: bytes, value: bytes) -> bool:
-        """X-Forwarded-Host goes into addresses that gradio gives to everybody: only known names, and real ports."""
+        """gradio puts X-Forwarded-Host into addresses that all users get: only known names and real ports pass."""
         if name != b"x-forwarded-host":
             return True
         address = f"//{value.decode('latin1')}"
@@ -66,16 +66,16 @@ class TrustedHosts:
         return None
 
     def _is_own(self, origin: str, hosts: tuple[str, ...]) -> bool:
-        """Host and X-Forwarded-Host tell the page's own name: a browser lets no other site's page write them."""
+        """Host and X-Forwarded-Host give the page's own name: a browser does not let another site's page set them."""
         scheme = origin.partition("://")[0]
         own = {_address(f"{scheme}://{host}") for host in hosts}
         return hostname(origin) in self.allowed or _address(origin) in own - {None}
 
 
 def outermost(hosts: Collection[str] | None, allowed: Collection[str]) -> Lifespan:
-    """A lifespan that puts TrustedHosts around everything else, gradio's own middleware included.
+    """A lifespan that puts TrustedHosts around everything else, including gradio's own middleware.
 
-    Gradio puts its own around whatever it is given, and by itself answers a foreign page's preflight.
+    Gradio adds its own outside of any given one, and would itself answer a foreign page's preflight.
     """
 
     @asynccontextmanager
@@ -87,9 +87,8 @@ def outermost(hosts: Collection[str] | None, allowed: Collection[str]) -> Lifesp
 
 
 def _cleaned(send: Any, asked: list[tuple[bytes, bytes]]) -> Any:
-    """`send` with lax cookies, and without the request's own headers: gradio repeats them to whoever asks for a part
-    of a file, the cookie that no script may read among them.
-    """
+    """`send` with lax cookies, and without the request's own headers: when a part of a file is requested,
+    gradio repeats them, including the HttpOnly cookie."""
     own = {(name.lower(), value) for name, value in asked if name.lower() not in OF_ANSWERS}
 
     async def send_cleaned(message: dict) -> None:
@@ -115,7 +114,7 @@ def hostname(url: str) -> str | None:
 
 
 def _address(url: str) -> tuple[str, int | None] | None:
-    """Host name and port, the scheme's own where none is written; None for what is no address."""
+    """Host name and port, by default the scheme's; None for an invalid address."""
     try:
         parts = urlsplit(url)
         return (parts.hostname, parts.port or DEFAULT_PORTS.get(parts.scheme)) if parts.hostname else None

@@ -1,6 +1,6 @@
-"""Torch, diffusers and transformers are imported by whichever thread needs them first, while the others wait.
+"""Torch, diffusers and transformers are imported by the first thread that needs them, while the others wait.
 
-They import each other in circles: two threads that begin at different places find half-made modules.
+They import each other in circles: two threads that start at different places would find half-made modules.
 """
 
 import logging
@@ -10,11 +10,11 @@ __all__ = ["import_libraries"]
 
 _ONE_AT_A_TIME = threading.Lock()
 TELLS_PROMPTS = "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl"
-"""Whose warning repeats the end of a prompt that is too long."""
+"""The logger whose warning repeats the end of a prompt that is too long."""
 
 
 def import_libraries() -> None:
-    """To be called before any import, inside a function of the page, of a module that needs one of them."""
+    """Call it before importing, inside a function of the page, a module that needs one of them."""
     with _ONE_AT_A_TIME:
         import dreambooth_moslora.adapters.files.describe
         import dreambooth_moslora.generation.grids  # and by it the pipeline  # noqa: F401

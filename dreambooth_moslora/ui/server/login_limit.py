@@ -1,4 +1,4 @@
-"""Passwords cannot be tried one after another: after a few wrong ones the login is closed for a while."""
+"""Limits attempts to guess passwords: after a few wrong ones the login is closed for a while."""
 
 import time
 from collections import deque
@@ -11,12 +11,13 @@ __all__ = ["PER_ADDRESS", "TOGETHER", "LoginLimit"]
 WINDOW_SEC = 300.0
 PER_ADDRESS = 10
 TOGETHER = 100
-"""Of all addresses: behind a proxy a sender may write any address it likes."""
+"""Limit for all addresses together: behind a proxy a client may send any address."""
 TOO_MANY = "too many wrong passwords; wait five minutes"
 
 
 class LoginLimit:
-    """ASGI middleware: 429 for a login after PER_ADDRESS wrong ones in WINDOW_SEC. Who is logged in stays so."""
+    """ASGI middleware: answers 429 to a login after PER_ADDRESS wrong ones in WINDOW_SEC. Existing logins are
+    not affected."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -30,7 +31,7 @@ class LoginLimit:
         if self._is_closed(address):
             await PlainTextResponse(TOO_MANY, 429)(scope, receive, send)
             return
-        attempt = (time.monotonic(), address)  # counts from the start: many may be sent at once
+        attempt = (time.monotonic(), address)  # counted at once, as many may be sent together
         self._tries.append(attempt)
 
         async def send_and_forgive(message: dict) -> None:

@@ -1,4 +1,4 @@
-"""Uploaded photos become clean copies: upright, RGB, without EXIF or a stranger's file name.
+"""Uploaded photos become clean copies: upright, RGB, without EXIF and without the user's file names.
 
 `name.mask.png` among them is the mask of the photo `name`, as in a folder on the command line.
 """
@@ -22,25 +22,24 @@ MAX_PHOTO_BYTES = 30 * 1024**2
 MAX_SIDE_PX = 4096
 MAX_PIXELS = 120 * 10**6
 MAX_PIXELS_TOGETHER = 600 * 10**6
-"""Of all files of a request: 50 photos of 12 megapixels. A core takes about 30 megapixels a second."""
+"""Limit for all files of a request: 50 photos of 12 megapixels. A core takes about 30 megapixels a second."""
 ONE_AT_A_TIME = threading.Lock()
-"""Over all visitors: a photo of 120 megapixels takes up to a gigabyte while it is decoded."""
+"""Lock over all visitors: decoding a photo of 120 megapixels takes up to a gigabyte."""
 
 
 @dataclass(frozen=True)
 class Intake:
-    """The folder of clean copies, and one line for each file that was refused or stood otherwise."""
+    """The folder of clean copies, and one line for each file that was refused or turned."""
 
     folder: Path
     remarks: tuple[str, ...]
 
 
 def take_photos(files: list[str], folder: Path) -> Intake:
-    """Copy the photos into an empty `folder` as photo_01.png …; raises UserError when none is usable.
+    """Copy the photos into an empty `folder` as photo_01.png …, and their masks as photo_01.mask.png ….
 
-    Their masks come along as photo_01.mask.png ….
-
-    The folder changes all at once: two tabs of one visitor may send theirs at the same time.
+    The folder is replaced atomically: two tabs of one visitor may send theirs at the same time. Raises
+    UserError when no file is usable.
     """
     from dreambooth_moslora.photos.sidecars import MASK_SUFFIX, sidecar_of, sidecars_of
 
@@ -71,7 +70,7 @@ def kept_photos(folder: Path) -> list[Path]:
 
 
 def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path) -> list[str]:
-    """Clean copies as photo_01.png … beside their masks (by the photo's stem); returns the remarks."""
+    """Write clean copies as photo_01.png … beside their masks (by the photo's stem); returns the remarks."""
     remarks, taken = [], 0
     for photo in photos:
         try:
@@ -89,7 +88,7 @@ def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path) -> list[s
 
 
 def copy_mask(mask: Path | None, target: Path) -> list[str]:
-    """A photo's mask as plain grey; returns why not, if not."""
+    """Write a photo's mask as plain grey; returns the reasons if that is impossible."""
     from dreambooth_moslora.photos.image_file import UnreadableImageError, open_image
     from dreambooth_moslora.photos.masks import grey_mask
 
@@ -105,7 +104,7 @@ def copy_mask(mask: Path | None, target: Path) -> list[str]:
 
 
 def clean_copy(file: Path) -> tuple[PIL.Image.Image, bool]:
-    """Pixels (and transparency) alone, upright, at most 4096 px a side, and whether EXIF had turned them.
+    """The upright pixels (and transparency) only, at most 4096 px a side, and whether EXIF had turned them.
 
     Raises UserError for anything else.
     """
@@ -125,7 +124,7 @@ def clean_copy(file: Path) -> tuple[PIL.Image.Image, bool]:
 
 
 def check_sum(files: list[Path]) -> None:
-    """Raises UserError for files of too many pixels together: all visitors' photos are taken in one at a time."""
+    """Raises UserError for files with too many pixels in total: all visitors' photos are processed one at a time."""
     pixels = sum(pixels_of(file) for file in files)
     if pixels > MAX_PIXELS_TOGETHER:
         most = MAX_PIXELS_TOGETHER // 10**6
@@ -133,7 +132,7 @@ def check_sum(files: list[Path]) -> None:
 
 
 def check_size(file: Path) -> None:
-    """Raises UserError for a file above 30 MiB or of more than 120 megapixels by its header; nothing is decoded."""
+    """Raises UserError for a file above 30 MiB, or above 120 megapixels by its header; nothing is decoded."""
     if file.stat().st_size > MAX_PHOTO_BYTES:
         raise UserError(f"{file.name} is larger than {MAX_PHOTO_BYTES // 2**20} MiB")
     if (pixels := pixels_of(file)) > MAX_PIXELS:
@@ -141,7 +140,8 @@ def check_size(file: Path) -> None:
 
 
 def pixels_of(file: Path) -> int:
-    """By the file's header; 0 for what is no image, of which `open_image` says in words what is wrong."""
+    """Pixels by the file's header; 0 for a file that is no image, which `open_image` explains later. Raises
+    UserError."""
     from dreambooth_moslora.photos.image_file import FORMATS, register_heif
 
     register_heif()

@@ -1,6 +1,6 @@
-"""Nobody fills the queue alone, visitors take turns, and work that nobody listens to ends.
+"""Limits of the queue: no visitor fills it alone, visitors take turns, and work without a listener ends.
 
-What stops or lists something needs no place.
+Events that stop or list something are not limited.
 """
 
 import time
@@ -21,12 +21,13 @@ __all__ = ["PER_ADDRESS", "PER_VISITOR", "PLACES", "STRANGERS", "UNHEARD_SEC", "
 PLACES = 64
 PER_VISITOR = 8
 STRANGERS = 24
-"""Of all at one address whose turn has never come: a cookie can be made up, so each job may look like a new visitor."""
+"""Limit for all at one address who have had no turn: cookies can be invented, so each job may look like a new
+visitor."""
 PER_ADDRESS = 48
-"""Of all at one address without a login."""
+"""Limit for all at one address without a login."""
 TURNS_TOGETHER = 4
-"""Of all at one address without a login, between two turns of somebody else: many cookies that have had a turn each may
-still be one visitor's."""
+"""For all at one address without a login, turns between two turns of another address: one visitor may hold many
+cookies that had a turn each."""
 MOST_REMEMBERED = 10_000
 TOO_MANY = "{} jobs from here are waiting already; wait until one is done, or stop it"
 UNHEARD_SEC = 30.0
@@ -43,10 +44,10 @@ def govern(page: gr.Blocks) -> None:
 
 
 def take_turns(page: gr.Blocks, served: OrderedDict[str, int]) -> None:
-    """Let the queue of `page` serve the visitors in rotation, however many jobs each has waiting.
+    """Make the queue of `page` serve the visitors in rotation, however many jobs each has waiting.
 
-    `served` is filled: visitor -> the number of the last turn. Those at one address whose turn has never come
-    share one, or made-up cookies would always be first.
+    `served` is filled: visitor -> the number of the last turn. Visitors at one address who had no turn share
+    one, or invented cookies would always be first.
     """
     queue, places = page._queue, OrderedDict()
     push, take, numbers = queue.push, queue.get_events, count(1)
@@ -74,7 +75,8 @@ def take_turns(page: gr.Blocks, served: OrderedDict[str, int]) -> None:
 
 
 def in_rotation(jobs: list, owners: list[str], last_turns: Sequence[int]) -> list:
-    """Everybody's first job, then everybody's second, and on; in a round, whose last turn is longest ago goes first."""
+    """Each owner's first job, then each one's second, and so on; in a round, the owner whose last turn is
+    oldest goes first."""
     earlier, ranks = Counter(), []
     for number, (owner, last) in enumerate(zip(owners, last_turns, strict=True)):
         ranks.append((earlier[owner], last, number))
@@ -95,7 +97,7 @@ def _note_turn(asker: gr.Request, number: int, served: OrderedDict[str, int], pl
 
 
 def _last_turn(asker: gr.Request, served: Mapping[str, int], places: Mapping[str, deque]) -> int:
-    """The number of the asker's own last turn, or of the one that was TURNS_TOGETHER ago at the address; 0: none."""
+    """The number of the visitor's own last turn, or of the one TURNS_TOGETHER ago at the address if later; 0: none."""
     own = served.get(_turn_of(asker, served), 0)
     turns = () if asker.username else places.get(_address_of(asker), ())
     return max(own, turns[0]) if len(turns) == TURNS_TOGETHER else own
@@ -111,10 +113,10 @@ def _address_of(asker: gr.Request) -> str:
 
 
 def limit_waiting(page: gr.Blocks, served: Mapping[str, int]) -> None:
-    """Let the queue of `page`, itself without a limit, refuse what would be too many waiting jobs.
+    """Make the queue of `page`, which itself has no limit, refuse too many waiting jobs.
 
-    429 for a visitor who has too many, 503 when all places are taken. An event that is declared with queue=False,
-    which a client sends to the queue nevertheless, competes with its like alone.
+    429 for a visitor with too many, 503 when all places are taken. An event that is declared with queue=False,
+    but sent to the queue by a client, competes only with its own kind.
     """
     queue = page._queue
     push = queue.push
@@ -133,9 +135,9 @@ def limit_waiting(page: gr.Blocks, served: Mapping[str, int]) -> None:
 
 
 def drop_unheard(page: gr.Blocks) -> None:
-    """Let the queue of `page` leave a job whose messages nobody has fetched for 30 s.
+    """Make the queue of `page` drop a job whose messages were not fetched for 30 s.
 
-    Gradio itself leaves the work of a listener who goes away, but not of one who never came.
+    Gradio itself drops the work of a listener who leaves, but not of one who never came.
     """
     queue, heard = page._queue, WeakKeyDictionary()
     send = queue.send_message
@@ -172,7 +174,7 @@ def _asker_of(event: Any) -> gr.Request:
 
 
 def _shares(asker: gr.Request, served: Mapping[str, int]) -> dict[tuple[str, str], int]:
-    """Everything that a job of this asker counts against, with the number of jobs that may wait there."""
+    """Everything that a job of this visitor counts against, with the number of jobs that may wait there."""
     visitor, address = visitor_id(asker), _address_of(asker)
     shares = {("visitor", visitor): PER_VISITOR}
     if not asker.username:

@@ -1,4 +1,5 @@
-"""A session's name stands in addresses, so it is no secret: another browser reads and ends nothing by it."""
+"""A session's name appears in addresses, so it is no secret: another browser must not read or end the session
+by it."""
 
 import json
 from collections import OrderedDict
@@ -19,11 +20,11 @@ STREAM, CANCEL, LINK = "/gradio_api/queue/data", "/gradio_api/cancel", "/gradio_
 MAX_SESSIONS = 10_000
 REFUSED = "this session is another browser's"
 _owners: OrderedDict[str, str] = OrderedDict()
-"""Session -> the cookie of the browser that began it. Names are random: servers of one process may share it."""
+"""Session -> the cookie of the browser that began it. Names are random, so servers of one process may share it."""
 
 
 def note_sessions(page: gr.Blocks) -> None:
-    """Let the queue of `page` note whose each session is; 403 for a job in another's."""
+    """Make the queue of `page` record each session's owner; 403 for a job in another's."""
     queue = page._queue
     push = queue.push
 
@@ -46,7 +47,8 @@ def _note(session: str, cookie: str) -> None:
 
 
 class SessionGuard:
-    """ASGI middleware: 403 for the stream or the end of another's session, and for a link to any."""
+    """ASGI middleware: answers 403 to requests for the stream or the end of another's session, and for a link
+    to any."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

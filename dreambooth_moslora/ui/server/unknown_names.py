@@ -1,4 +1,5 @@
-"""404 in words for a function, component, session or job that is not there: Gradio by itself ends in a traceback."""
+"""Answers 404 with a message for an unknown function, component, session or job, where Gradio would raise a
+traceback."""
 
 import json
 import re
@@ -16,9 +17,9 @@ ASKED = re.compile(rf"{API}/(run|api|call/v2|call)/(?P<name>[^/]+)")
 FETCHED = re.compile(rf"{API}/call/(v2/)?[^/]+/(?P<event>[^/]+)")
 BY_NUMBER = re.compile(rf"{API}/(run/predict|api/predict|queue/join|component_server)")
 ANY_FUNCTION = "predict"
-"""The name that Gradio takes for a function given by its number."""
+"""The name that Gradio uses for a function given by its number."""
 ONE_RANGE = re.compile(rb"bytes=\d*-\d*")
-"""Gradio reads no other; a server may answer with the whole file (RFC 9110)."""
+"""Gradio handles only this form of range; a server may answer with the whole file (RFC 9110)."""
 
 
 class UnknownNames:
@@ -44,7 +45,7 @@ class UnknownNames:
 
 
 def _missing_name(path: str, scope: dict, page: Any) -> str:
-    """What the path names and `page` does not have; empty for nothing."""
+    """What the path names and `page` lacks; "" for nothing."""
     if path == STREAM:
         session = parse_qs(scope["query_string"].decode("latin1")).get("session_hash", [""])[0]
         return "session" if session and session not in page._queue.pending_messages_per_session else ""
@@ -62,7 +63,7 @@ def _is_job(event: str, queue: Any) -> bool:
 
 
 def _missing_number(body: bytes, page: Any) -> str:
-    """A body that is no table is left to Gradio, which refuses it in words."""
+    """What the body names by number and `page` lacks; Gradio itself refuses a malformed body with a message."""
     try:
         values = dict(json.loads(body))
     except (ValueError, TypeError, RecursionError):

@@ -1,4 +1,4 @@
-"""No visitor fills the disk with finished uploads: the own oldest ones go when there are too many bytes of them."""
+"""Limits the disk space of uploads: a visitor's oldest uploads are deleted when the total is too large."""
 
 import json
 import shutil
@@ -19,12 +19,12 @@ __all__ = ["DISK_RESERVE_BYTES", "MAX_BYTES_EACH", "UploadQuota"]
 MAX_BYTES_EACH = 2 * 1024**3
 """Four of the longest uploads, or 50 of the largest photos."""
 DISK_RESERVE_BYTES = 1024**3
-"""What uploads leave free: a cookie can be made up, a disk cannot."""
+"""Space that uploads must leave free, since a visitor can invent further cookies."""
 MAX_ANSWER_BYTES = 1024**2
 
 
 class UploadQuota:
-    """ASGI middleware: notes what each visitor has uploaded; 507 when the disk would be full after the upload."""
+    """ASGI middleware: records what each visitor has uploaded; answers 507 when the upload would fill the disk."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -58,7 +58,7 @@ def free_bytes() -> int:
 
 
 def _noted(send: Any, answer: bytearray) -> Any:
-    """`send` that copies a good answer's text."""
+    """`send` that copies a successful answer's text."""
     is_good = False
 
     async def noted(message: dict) -> None:
@@ -79,6 +79,6 @@ def _paths_in(answer: bytearray) -> list[Path]:
 
 
 def _owner_of(scope: dict) -> str:
-    """By the cookie, else by the address: an upload names no session."""
+    """The owner by the cookie, else by the address: an upload names no session."""
     cookie = secret_in(cookie_parser(header_of(scope, b"cookie").decode("latin1")))
     return f"cookie:{cookie}" if cookie else f"address:{(scope.get('client') or ('',))[0]}"

@@ -1,7 +1,9 @@
-"""Who is asking: a random, HttpOnly cookie for each browser, and what the server keeps for its owner.
+"""Identifies users by a random, HttpOnly cookie for each browser, and holds what the server keeps for each of
+them.
 
-A name given at login goes first, then the cookie, then the session of one page (for API clients without cookies).
-The cookie is sent with a link from another site (SameSite=Lax), or that link would make its owner a stranger.
+A login name comes first, then the cookie, then the session of one page (for API clients without cookies). The
+cookie is sent with a link from another site (SameSite=Lax); otherwise that link would make its owner a
+stranger.
 """
 
 import hashlib
@@ -27,7 +29,7 @@ __all__ = ["COOKIE", "Picture", "Visitor", "VisitorCookie", "Visitors", "secret_
 
 COOKIE = "moslora_visitor"
 SHORTEST_SECRET, FEWEST_LETTERS = 32, 10
-"""A cookie with fewer characters, or with fewer different ones, can be guessed: it counts as none."""
+"""A cookie with fewer characters, or fewer different ones, can be guessed and is ignored."""
 MAX_VISITORS = 200
 KEPT_SEC = 3600
 LONGEST_KEPT_SEC = 7 * 24 * 3600
@@ -46,7 +48,7 @@ class Picture:
 
 @dataclass
 class Visitor:
-    """`id` is a hash of the secret, fit to be written to disk. `root` holds what is the visitor's alone."""
+    """`id` is a hash of the secret, safe to write to disk. `root` holds the visitor's own files."""
 
     id: str
     root: Path
@@ -56,7 +58,7 @@ class Visitor:
 
     @property
     def folder(self) -> Path:
-        """`root`, made when something is to be stored."""
+        """`root`, which is made when needed."""
         self.root.mkdir(parents=True, exist_ok=True)
         return self.root
 
@@ -67,7 +69,7 @@ class Visitor:
 
     @property
     def can_be_forgotten(self) -> bool:
-        """Nothing is stored, or nobody came for an hour."""
+        """Whether nothing is stored, or the visitor has been away for an hour."""
         return not self.root.exists() or time.monotonic() - self.seen_at > KEPT_SEC
 
     @property
@@ -78,16 +80,16 @@ class Visitor:
         shutil.rmtree(self.photos_dir, ignore_errors=True)
 
     def remember(self, picture: Picture) -> None:
-        """Newest first; the file of the oldest goes when the history is full."""
+        """Add to the history, newest first; when it is full, the oldest file is deleted."""
         if len(self.history) == self.history.maxlen:
             self.history[-1].path.unlink(missing_ok=True)
         self.history.appendleft(picture)
 
 
 class Visitors:
-    """All visitors. Who has not come for a week is forgotten with all files.
+    """All visitors. A visitor who is away for a week is forgotten with all files.
 
-    Beyond 200 the least recent are, too, first of all those without files.
+    Beyond 200 the least recent are forgotten too, those without files first.
     """
 
     def __init__(self) -> None:
@@ -110,7 +112,7 @@ class Visitors:
             return visitor
 
     def _forget_long_gone(self) -> None:
-        """The first is whoever came longest ago."""
+        """Visitors are ordered by their last visit, the oldest first."""
         end = time.monotonic() - LONGEST_KEPT_SEC
         while self._known and next(iter(self._known.values())).seen_at < end:
             shutil.rmtree(self._known.popitem(last=False)[1].root, ignore_errors=True)
@@ -127,12 +129,12 @@ class Visitors:
 
 
 def home() -> Path:
-    """Where the folders of all servers lie."""
+    """The parent of the folders of all servers."""
     return Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())
 
 
 def sweep() -> None:
-    """Remove what servers that were killed left of their visitors."""
+    """Remove visitors' files of servers that were killed."""
     for folder in home().glob(f"{PREFIX}*"):
         pid = folder.name.removeprefix(PREFIX).partition("-")[0]
         if not (pid.isdigit() and psutil.pid_exists(int(pid))):
@@ -140,7 +142,7 @@ def sweep() -> None:
 
 
 def visitor_id(request: gr.Request) -> str:
-    """Hash of what identifies the asker; two askers share it only if they share the secret."""
+    """A hash of what identifies the visitor; two visitors share it only if they share the secret."""
     if name := getattr(request, "username", None):
         secret = f"name:{name}"
     elif cookie := secret_in(getattr(request, "cookies", None) or {}):
@@ -151,7 +153,7 @@ def visitor_id(request: gr.Request) -> str:
 
 
 def secret_in(cookies: Mapping[str, str]) -> str:
-    """The visitor's secret; empty where there is none, or one that others may guess."""
+    """The visitor's secret; empty when it is missing or can be guessed."""
     secret = cookies.get(COOKIE, "")
     return secret if len(secret) >= SHORTEST_SECRET and len(set(secret)) >= FEWEST_LETTERS else ""
 
