@@ -1,1 +1,1 @@
-"""The Train tab: its form, masks, cost and queue, and the runs that it shows."""
+"""The Train tab: its form, masks, cost and queue, and the view of its runs."""

@@ -1,4 +1,4 @@
-"""What the Train tab does: take photos, show them as they will be cropped, and say how a run goes."""
+"""The actions of the Train tab: take photos, show their crops, and show the state of a run."""
 
 import math
 import os
@@ -56,23 +56,23 @@ ENDINGS = {"done": "Done.", "interrupted": "Stopped; a checkpoint is written.", 
 
 @dataclass(frozen=True)
 class PhotoReview:
-    """Thumbnails as they will be cropped (path, caption) and what is noteworthy, as HTML."""
+    """Thumbnails as they will be cropped (path, caption), and remarks, as HTML."""
 
     crops: list[tuple[PIL.Image.Image, str]]
     remarks: str
 
 
 def review_photos(ctx: AppContext, files: list[str], visitor: Visitor, seed: int = 0, number: int = 1) -> PhotoReview:
-    """Take clean copies of subject `number` and judge them. Raises UserError when no file is a photo."""
+    """Make clean copies of subject `number`'s photos and judge them. Raises UserError when no file is a photo."""
     return review_kept(ctx, visitor, take_with_masks(files, visitor, number).remarks, seed, number)
 
 
 def review_kept(
     ctx: AppContext, visitor: Visitor, remarks: tuple[str, ...] = (), seed: int = 0, number: int = 1
 ) -> PhotoReview:
-    """Judge the clean copies that are there; `remarks` are lines about the files that they came from.
+    """Judge the existing clean copies; `remarks` are lines about their source files.
 
-    Each is shown by the first crop that a run with this `seed` takes of it.
+    Each photo is shown by its first crop in a run with this `seed`.
     """
     from dreambooth_moslora.photos.checks import examine
     from dreambooth_moslora.photos.folder import find_photos
@@ -92,7 +92,7 @@ def review_kept(
 
 
 def first_crop(photo: "Photo", number: int, config: "TrainConfig") -> PIL.Image.Image:
-    """Of photo `number` of the folder, as training takes it; dark where its mask leaves it out."""
+    """The first crop of photo `number` of the folder, as in training; dark outside its mask."""
     from dreambooth_moslora.photos.crop_preview import masked, plans_of
     from dreambooth_moslora.photos.crops import apply_crop
     from dreambooth_moslora.photos.masks import open_mask
@@ -131,7 +131,7 @@ def watch(jobs: Jobs, job: Job, visitor: Visitor) -> Watch:
 
 
 def best_of(job: Job, metrics: Metrics) -> str:
-    """Which step scored best, and under which name its adapter is on the shelf; "" where nothing was scored."""
+    """The best step and the name of its adapter on the page; "" without scores."""
     best = metrics.last("evaluation").get("best")
     is_kept = (RunDir(job.run_dir).best_dir / PUBLISHED_NAME).is_file()
     return f" The best was step {best.get('step')}: {job.name}@best." if isinstance(best, dict) and is_kept else ""
@@ -154,7 +154,7 @@ def subject_scores(metrics: Metrics) -> list[str]:
 
 
 def advice_card(metrics: Metrics) -> str:
-    """What to try after a scored run, the weightiest first; "" for other runs, and for one whose events are damaged."""
+    """What to try after a scored run, the most important first; "" for other runs, and for damaged events."""
     try:
         config = known_config(metrics.last("start").get("config") or {})
     except UserError:
@@ -166,7 +166,7 @@ def status_card(state: JobState, metrics: Metrics, best: str = "") -> str:
     """One line of state and one of numbers."""
     if state.state in ENDINGS:
         detail = state.message or f"Step {state.step} of {state.max_train_steps}."
-        if state.state == "interrupted" and state.message:  # no checkpoint: it was stopped before the first step
+        if state.state == "interrupted" and state.message:  # without a checkpoint: stopped before the first step
             return notice(f"{sentence(state.message)}.", "good")
         kind = "bad" if state.state == "failed" else "good"
         return notice(f"{ENDINGS[state.state]} {detail}{best}", kind)
@@ -232,9 +232,9 @@ def _is_number(value: Any) -> bool:
 
 
 def samples_of(job: Job, metrics: Metrics, visitor: Visitor) -> list[tuple[str, str]]:
-    """The sample pictures by step, step 0 first, as copies that only this visitor is lent.
+    """The sample pictures by step, step 0 first, as links in this visitor's folder.
 
-    Of too many, step 0 and the newest are kept: what the base draws is the measure of the rest.
+    If there are too many, step 0 and the newest are kept: the base's pictures are the reference for the others.
     """
     found: dict[str, str] = {}
     for event in metrics.of("sample"):
@@ -256,7 +256,8 @@ def subjects_shown(event: dict[str, Any]) -> list[str]:
 
 
 def link_into_user_folder(file: Path, visitor: Visitor, run: str) -> Path:
-    """The file inside the visitor's own folder (a hard link where possible): what gradio may serve to this visitor."""
+    """The file inside the visitor's own folder (a hard link if possible), from where gradio may serve it to
+    this visitor."""
     target = visitor.folder / "runs" / run / file.name
     if target.exists() and target.stat().st_mtime_ns == file.stat().st_mtime_ns:
         return target

@@ -1,4 +1,4 @@
-"""What a run would cost, before anything is spent: the estimate of `--dry_run`, in a card."""
+"""The cost of a run in advance: the estimate of `--dry_run`, in a card."""
 
 from statistics import median
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ __all__ = ["estimate_cost"]
 
 
 def estimate_cost(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> str:
-    """Each choice, then steps, time, memory and disk as HTML. Raises UserError for what training would refuse."""
+    """Each choice, then steps, time, memory and disk as HTML. Raises UserError for whatever training would refuse."""
     try:
         lines = _lines(ctx, jobs, form, visitor)
     except UserError as error:
@@ -61,7 +61,7 @@ def _lines(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> li
 
 
 def time_line(jobs: Jobs, config: "TrainConfig", total_steps: int) -> list[str]:
-    """How long it takes at the pace of the newest run on this machine that trained the same base at this size."""
+    """The time at the pace of this machine's newest run with the same base and size."""
     alike = (
         *("pretrained_model_name_or_path", "resolution", "train_batch_size", "gradient_accumulation_steps"),
         *("with_prior_preservation", "gradient_checkpointing", "base_quantization"),

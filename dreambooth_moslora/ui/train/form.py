@@ -1,4 +1,4 @@
-"""The training form as a value: few words and numbers, to the settings that `train FOLDER WORD` would choose."""
+"""The training form as a value: a few words and numbers, turned into the settings that `train FOLDER WORD` chooses."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
@@ -76,9 +76,9 @@ class TrainForm:
     def choices(
         self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path, *, is_queued: bool = False
     ) -> Choices:
-        """What the command would choose for these photos and this word. Raises UserError for what makes no sense.
+        """What the command would choose for these photos and words. Raises UserError for invalid values.
 
-        `photos_dir` is the first subject's, and those of the others lie beside it (`folder_of`).
+        `photos_dir` is the first subject's; the others' folders are beside it (`folder_of`).
         """
         given = self.given(base, resolution_px, photos_dir, run_dir)
         share, wants_scores = PRESETS[_one_of(PRESETS, self.preset, "preset")], _switch(self.scores, "scores")
@@ -99,7 +99,7 @@ class TrainForm:
         return self.choices(base, resolution_px, photos_dir, run_dir).all
 
     def given(self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path) -> dict[str, Any]:
-        """What the form itself says, under the names of TrainConfig. Raises UserError."""
+        """The form's own values, under the names of TrainConfig. Raises UserError."""
         prompts_of(self.token, self.class_word)
         check_characters(str(self.captions or ""), "a caption")
         token, makes_masks = " ".join(str(self.token).split()), _switch(self.make_masks, "make_masks")
@@ -129,7 +129,7 @@ class TrainForm:
         }
 
     def photos_given(self, photos_dir: Path) -> dict[str, Any]:
-        """Where the photos lie: of several subjects, in the table of each."""
+        """The photos' folders: one, or a table for each of several subjects. Raises UserError."""
         if not self.others:
             return {"instance_data_dir": str(photos_dir)}
         tables = [table_of(number, words, photos_dir) for number, words in enumerate(self.subjects, 1)]
@@ -162,7 +162,7 @@ class TrainForm:
         return given | ({"initializer_concept": words} if words else {})
 
     def write_captions(self, photos_dir: Path) -> None:
-        """One line for each photo, in their order, becomes the text file beside it; empty lines are left out."""
+        """Write each line of the captions into a text file beside its photo; empty lines are skipped."""
         for number, words in enumerate(self.subjects, 1):
             lines = str(words.captions or "").splitlines()
             for photo, line in zip(kept_photos(folder_of(photos_dir, number)), lines):
@@ -171,22 +171,22 @@ class TrainForm:
 
 
 OWN_FIELDS = tuple(field.name for field in fields(TrainForm) if field.name != "others")
-"""The fields that say nothing of further subjects."""
+"""Fields that do not describe further subjects."""
 
 
 def form_of(values: Mapping[str, Any]) -> TrainForm:
-    """From the values of all fields, by name. Raises UserError for subjects that make no sense."""
+    """The form from all fields' values, by name. Raises UserError for invalid subjects."""
     own = {name: values[name] for name in OWN_FIELDS if name in values}
     return TrainForm(**own, others=words_in(values))
 
 
 def free_for(base: str, *, is_later: bool = False) -> float | None:
-    """GiB that decide the recipe: of the GPU; none are asked for by the embedded base."""
+    """Free GPU memory for the choice of recipe, GiB; None for the embedded base, which needs none."""
     return None if is_toy(base) else free_gib(is_later=is_later)
 
 
 def usable_photos(photos_dir: Path, resolution_px: int, subjects: int = 1) -> list["Photo"]:
-    """Of each of so many subjects. Raises UserError for one without any."""
+    """The usable photos of the first `subjects` subjects. Raises UserError for a subject without any."""
     from dreambooth_moslora.photos.folder import find_photos
 
     found = []
@@ -203,7 +203,7 @@ def usable_photos(photos_dir: Path, resolution_px: int, subjects: int = 1) -> li
 
 
 def crop_config(base: str, resolution_px: int, photos_dir: Path, seed: Any = 0) -> TrainConfig:
-    """What decides the crops of a run from this form, as `TrainForm.choices` has it; the words are not asked for."""
+    """The settings that decide the crops, like those of `TrainForm.choices`; the words are not needed."""
     _, recipe = recipe_settings(base, free_for(base))
     own = {
         "pretrained_model_name_or_path": base,

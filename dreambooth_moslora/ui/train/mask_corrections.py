@@ -1,7 +1,7 @@
-"""Masks of a visitor's photos: shown as the run will have them, and corrected by hand.
+"""Masks of a visitor's photos: shown as the run will use them, and corrected by hand.
 
-A correction is kept under the digest of its photo's clean copy, so that it comes back when the same photos are taken
-in once more; beside the copy it is `photo_01.mask.png`, like a mask that came with the photo.
+A correction is kept under the digest of its photo's clean copy, so that it is found when the same photos are
+uploaded again. Beside the copy it is `photo_01.mask.png`, like a mask that came with the photo.
 """
 
 import shutil
@@ -38,17 +38,16 @@ __all__ = [
 ]
 
 EDIT_PX = 768
-"""Sides of the square that is painted on: the photo, scaled to it, and a margin. The mask is then scaled to the photo's
-own size.
-"""
+"""Side of the square to paint on: the photo, scaled to it, and a margin. The mask is then scaled to the photo's
+own size."""
 MARGIN = (226, 228, 232)
 LEARNED, LEFT_OUT = (13, 148, 136), (225, 29, 72)
-"""Colours of the brush: what becomes white in the mask, and what becomes black."""
+"""Colours of the brush: for parts that become white in the mask, and for parts that become black."""
 TINT = 0.5
 PAINTED = 64
-"""Alpha from which a pixel counts as painted; the brush is less transparent, its edge more."""
+"""A pixel with at least this alpha counts as painted; the brush is more opaque, its edge less."""
 MOST_KEPT = 200
-"""Files of corrections that a visitor has; the oldest go."""
+"""Most files of corrections per visitor; the oldest are deleted."""
 NO_MASK = "no mask: all of it is learned"
 GONE = "this photo is not there any more; show the masks again"
 EMPTY = "the mask is empty: paint green what is to be learned of this photo"
@@ -56,9 +55,8 @@ EMPTY = "the mask is empty: paint green what is to be learned of this photo"
 
 @dataclass(frozen=True)
 class ShownMask:
-    """`photo` is the name of the clean copy (`name_of`), `label` what a person calls it; `picture` is the photo, dark
-    where it is not learned.
-    """
+    """`photo` is the name of the clean copy (`name_of`), `label` its name for the user; `picture` is the photo,
+    dark where it is not learned."""
 
     photo: str
     label: str
@@ -67,7 +65,7 @@ class ShownMask:
 
 
 def take_with_masks(files: list[str], visitor: Visitor, number: int = 1) -> Intake:
-    """`take_photos` of subject `number`, and the corrections that were made to the same photos before."""
+    """`take_photos` for subject `number`, with earlier corrections for the same photos."""
     folder = folder_of(visitor.photos_dir, number)
     intake = take_photos(files, folder)
     for photo in kept_photos(folder):
@@ -77,9 +75,10 @@ def take_with_masks(files: list[str], visitor: Visitor, number: int = 1) -> Inta
 
 
 def shown_masks(config: "TrainConfig", visitor: Visitor) -> Iterator[ShownMask]:
-    """Of each usable photo, as a run with these settings has it; what it would make is made here, and kept.
+    """The masks of all usable photos, as a run with these settings uses them; missing ones are made now, and
+    kept.
 
-    Raises UserError for a segmenter that is not there.
+    Raises UserError when the segmenter is not there.
     """
     from dreambooth_moslora.photos.crop_preview import masked
     from dreambooth_moslora.photos.mask_making import quality_warning
@@ -97,7 +96,7 @@ def shown_masks(config: "TrainConfig", visitor: Visitor) -> Iterator[ShownMask]:
 
 
 def with_made_masks(config: "TrainConfig", visitor: Visitor) -> Iterator[tuple["Photo", str]]:
-    """Each photo with its mask, if it has one, and what to know of the making."""
+    """Each photo with its mask, if it has one, and a remark on a made one."""
     from dreambooth_moslora.photos.folder import photo_report
     from dreambooth_moslora.photos.mask_making import make_kept
     from dreambooth_moslora.photos.segmenters import load_segmenter
@@ -124,7 +123,7 @@ def editor_picture(visitor: Visitor, name: str, config: "TrainConfig") -> PIL.Im
 
 
 def mask_on_square(visitor: Visitor, name: str, config: "TrainConfig") -> PIL.Image.Image:
-    """L: the mask that the run would take now, black where there is none."""
+    """L: the mask that the run would use now; black without one."""
     from dreambooth_moslora.photos.masks import open_mask
 
     photo = photo_now(visitor, name, config)
@@ -147,7 +146,7 @@ def as_black_or_white(value: int) -> int:
 
 
 def place_of(size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Where a photo of (width, height) lies in the middle of its square: left, top, right, bottom."""
+    """Position of a photo of (width, height) in the middle of its square: left, top, right, bottom."""
     scale = EDIT_PX / max(size)
     width, height = (max(1, round(side * scale)) for side in size)
     left, top = (EDIT_PX - width) // 2, (EDIT_PX - height) // 2
@@ -155,7 +154,7 @@ def place_of(size: tuple[int, int]) -> tuple[int, int, int, int]:
 
 
 def keep_mask(visitor: Visitor, name: str, painted: PIL.Image.Image, config: "TrainConfig") -> str:
-    """The mask with what was painted on the square (RGBA): LEARNED becomes white, LEFT_OUT black.
+    """Save the mask with what was painted on the square (RGBA): LEARNED becomes white, LEFT_OUT black.
 
     Returns a warning, or "". Raises UserError for a mask that is black everywhere.
     """
@@ -184,7 +183,7 @@ def keep_mask(visitor: Visitor, name: str, painted: PIL.Image.Image, config: "Tr
 
 
 def put_back(visitor: Visitor, name: str) -> None:
-    """The mask as it came with the photo, or none: then the run makes one, if it makes any."""
+    """Restore the mask that came with the photo, or none; the run may then make one."""
     photo = photo_called(visitor, name)
     corrected, given = corrections_of(visitor, photo)
     if not corrected.is_file():
@@ -197,7 +196,7 @@ def put_back(visitor: Visitor, name: str) -> None:
 
 
 def photo_called(visitor: Visitor, name: str) -> Path:
-    """Raises UserError where the visitor has no photo of that name."""
+    """The photo's path. Raises UserError when the visitor has no photo of that name."""
     for number in range(1, MOST_SUBJECTS + 1):
         for photo in kept_photos(folder_of(visitor.photos_dir, number)):
             if name_of(photo, visitor) == name:
@@ -206,12 +205,12 @@ def photo_called(visitor: Visitor, name: str) -> Path:
 
 
 def name_of(photo: Path, visitor: Visitor) -> str:
-    """`photo_01.png`; of a further subject with its folder, `photos_2/photo_01.png`."""
+    """`photo_01.png`; for a further subject with its folder, `photos_2/photo_01.png`."""
     return photo.name if photo.parent == visitor.photos_dir else f"{photo.parent.name}/{photo.name}"
 
 
 def labels_of(photos: list["Photo"]) -> list[str]:
-    """`photo 1`; of several subjects, `photo 1 of subject 2`."""
+    """`photo 1`; with several subjects, `photo 1 of subject 2`."""
     counts, found = Counter(), []
     for photo in photos:
         counts[photo.subject] += 1

@@ -1,5 +1,5 @@
-"""gradio's ImageEditor with a brush and an eraser alone, and with limits: what a page sends is bounded before it is
-decoded, and what nobody fetches is forgotten."""
+"""gradio's ImageEditor with only a brush and an eraser, and with limits: uploads are bounded before they are
+decoded, and unused ones are dropped."""
 
 import io
 from collections import OrderedDict
@@ -15,13 +15,13 @@ __all__ = ["mask_editor"]
 
 MOST_PIXELS = 4 * EDIT_PX**2
 KEPT_BYTES = 32 * 1024**2
-"""Of all visitors' drawings between the moment they are sent and the click that they belong to."""
+"""Limit for all visitors' drawings between upload and the click that uses them."""
 BRUSH_PX, OPACITY = 24, 0.6
 TOO_LARGE = "the painted mask is no picture of the size that was shown"
 
 
 class Drawings(OrderedDict):
-    """Id -> what was sent under it; the oldest go when they are more than KEPT_BYTES."""
+    """Id -> uploaded drawing; the oldest are dropped when the total exceeds KEPT_BYTES."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         super().__setitem__(key, value)
@@ -35,9 +35,9 @@ def bytes_of(drawing: Any) -> int:
 
 
 def mask_editor() -> gr.ImageEditor:
-    """Its value, for a handler, is the painted layer (RGBA), or None.
+    """An editor whose value, for a handler, is the painted layer (RGBA), or None.
 
-    Update its value alone: gradio would make another component, without the limits, for any other update.
+    Update only its value: for any other update gradio would make another component, without the limits.
     """
     colours = [f"rgba({red}, {green}, {blue}, {OPACITY})" for red, green, blue in (LEARNED, LEFT_OUT)]
     editor = gr.ImageEditor(
@@ -58,7 +58,7 @@ def mask_editor() -> gr.ImageEditor:
     accept = editor.accept_blobs
 
     def accept_blobs(data: Any) -> None:
-        if data.data["type"] != "layer":  # the photo is here already
+        if data.data["type"] != "layer":  # the server has the photo
             return
         if str(data.data["index"]) != "0":
             raise fastapi.HTTPException(400, "there is one layer")
@@ -79,7 +79,7 @@ def painted_of(editor: gr.ImageEditor, payload: Any) -> PIL.Image.Image | None:
 
 
 def opened(layer: Any) -> PIL.Image.Image:
-    """RGBA. Raises gr.Error for what is no small picture."""
+    """The layer as RGBA. Raises gr.Error unless it is a small picture."""
     source = io.BytesIO(layer) if isinstance(layer, bytes | bytearray) else layer.path
     try:
         with PIL.Image.open(source, formats=["PNG", "WEBP"]) as image:

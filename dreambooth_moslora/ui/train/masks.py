@@ -1,4 +1,4 @@
-"""The masks in the Train tab's settings: a picture of each, its warning, and a brush to correct one."""
+"""The masks in the Train tab's settings: a picture of each, its warning, and a brush to correct it."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -56,9 +56,9 @@ def mask_widgets() -> dict[str, Any]:
 
 
 def connect_masks(ctx: AppContext, fields: dict, parts: dict) -> None:
-    """Progress is shown on the remarks alone: from then on, gradio asks a component that shows it, and all that lie in
-    it, for their values at each event of the page, and the editor answers by an upload.
-    """
+    """Connect the events. Progress is shown only on the remarks: gradio would ask a component that shows
+    progress, and all inside it, for their values at every event of the page, and the editor would answer with
+    an upload."""
     inputs = {"photos": parts["photos"], **fields}
     numbers = range(1, MOST_SUBJECTS + 1)
     chosen = {"name": parts["mask_chosen"], **inputs}

@@ -1,4 +1,4 @@
-"""What a GPU of this machine has free for a run of the page, and what is said of it."""
+"""GPU memory for a run of the page, and the lines about it."""
 
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.training.planning.estimate import GIB, Estimate
@@ -7,7 +7,7 @@ __all__ = ["card_lines", "free_gib"]
 
 
 def card_lines(config: TrainConfig, cost: Estimate) -> list[str]:
-    """On what the run will train and how, for the cost estimate; `config` with its memory plan."""
+    """Device and plan of the run, for the cost estimate; `config` has its memory plan."""
     import torch
 
     free = free_gib()
@@ -23,9 +23,9 @@ def card_lines(config: TrainConfig, cost: Estimate) -> list[str]:
 
 
 def free_gib(*, is_later: bool = False) -> float | None:
-    """GiB for a run on the GPU: what is free, and what this process gives back when the run begins.
+    """GPU memory for a run, GiB: what is free, and what this process frees when the run begins.
 
-    None where there is no GPU. `is_later`: of the whole GPU, for a run that waits until the others have ended.
+    None without a GPU. `is_later`: the whole GPU's memory, for a run that waits until the others have ended.
     """
     import torch
 

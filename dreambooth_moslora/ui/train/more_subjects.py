@@ -23,13 +23,13 @@ __all__ = [
 
 MOST_SUBJECTS = 4
 TOKENS = ("sks", "zwx", "ohwx", "xjy")
-"""The rare word that each begins with."""
+"""The default rare word of each further subject."""
 MAX_WORD_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
 class SubjectWords:
-    """What the form says of one subject. `captions`: one line for each photo."""
+    """The form's values for one subject. `captions`: one line for each photo."""
 
     class_word: str
     token: str
@@ -37,17 +37,17 @@ class SubjectWords:
 
 
 def named(name: str, number: int) -> str:
-    """`class_word` of the first subject, `class_word_2` of the second."""
+    """`class_word` for the first subject, `class_word_2` for the second."""
     return name if number == 1 else f"{name}_{number}"
 
 
 def folder_of(photos_dir: Path, number: int) -> Path:
-    """Where the photos of a subject lie; `photos_dir` is the first one's."""
+    """The folder of a subject's photos; `photos_dir` is the first one's."""
     return photos_dir.with_name(named(photos_dir.name, number))
 
 
 def subject_count(photos_dir: Path, most: int) -> int:
-    """How many subjects, from the first on and at most so many, have photos there."""
+    """How many subjects in a row, from the first on, have photos; at most the given number."""
     count = 0
     while count < most and kept_photos(folder_of(photos_dir, count + 1)):
         count += 1
@@ -55,9 +55,9 @@ def subject_count(photos_dir: Path, most: int) -> int:
 
 
 def words_in(values: Mapping[str, Any]) -> tuple[SubjectWords, ...]:
-    """The subjects after the first, of which `values`, by name, hold as many as `subjects` says.
+    """The subjects after the first; `subjects` in `values` (by name) is the number of all.
 
-    Raises UserError for another number, and for words of a subject beyond it.
+    Raises UserError for an invalid number, and for words of a subject beyond it.
     """
     count = values.get("subjects", 1)
     if isinstance(count, bool) or count not in range(1, MOST_SUBJECTS + 1):

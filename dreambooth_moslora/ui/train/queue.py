@@ -1,4 +1,4 @@
-"""The table of runs that wait, under the state of the one that trains; it is there only while some wait."""
+"""The list of waiting runs, below the state of the current one; it is shown only while some wait."""
 
 from typing import Any
 
@@ -80,7 +80,7 @@ def _connect_programs(ctx: AppContext) -> None:
 
 
 def queued_runs(ctx: AppContext, visitor: Visitor) -> list[dict[str, Any]]:
-    """The visitor's own for a program: `run`, and its `place` from 1 among all."""
+    """The visitor's own waiting runs, for a program: `run`, and its `place` from 1 among all."""
     waiting = enumerate(ctx.queue.queue.waiting(), 1)
     return [{"run": run.name, "place": place} for place, run in waiting if run.owner == visitor.id]
 
@@ -88,10 +88,10 @@ def queued_runs(ctx: AppContext, visitor: Visitor) -> list[dict[str, Any]]:
 def queue_changes(
     ctx: AppContext, jobs: Jobs, visitor: Visitor, run: str | None, seen: tuple | None, chosen: str | None = None
 ) -> dict[str, Any]:
-    """New values of widgets of SHOWN by their names; none while the queue is as it was `seen`.
+    """New values for the widgets in SHOWN, by name; empty while the queue is as it was `seen`.
 
-    `run` is watched. A run that is `chosen` in the table stays chosen where its visitor moved it; after other changes
-    none is, as it may wait no more.
+    `run` is the watched run. A `chosen` run stays chosen after its visitor moved it; after other changes none
+    is chosen, as it may no longer wait.
     """
     waiting, names = ctx.queue.queue.waiting(), run_names(jobs, visitor.id)
     rows = [(f"{place} · {words_of(one)}", one.name) for place, one in enumerate(waiting, 1) if one.owner == visitor.id]
@@ -115,7 +115,7 @@ def words_of(run: QueuedRun) -> str:
 
 
 def rest_of(waiting: list[QueuedRun], visitor: Visitor) -> str:
-    """Runs of the command line by name, and of other visitors how many; "" of none."""
+    """The command line's waiting runs by name, and the number of other visitors' runs; "" when there are none."""
     named = [f"{place} · {run.name}" for place, run in enumerate(waiting, 1) if run.owner == COMMAND_LINE]
     others = sum(run.owner not in (COMMAND_LINE, visitor.id) for run in waiting)
     parts = [f"added by command: {', '.join(named)}"] * bool(named)
@@ -124,7 +124,7 @@ def rest_of(waiting: list[QueuedRun], visitor: Visitor) -> str:
 
 
 def _watched_run(jobs: Jobs, visitor: Visitor, run: str | None, names: list[str]) -> gr.Dropdown:
-    """With the visitor's run whose turn has come, unless one is watched that is going on."""
+    """Watch the visitor's run whose turn has come, unless another running one is watched."""
     current = jobs.current()
     if current is None or current.owner != visitor.id or current.name == run:
         return gr.Dropdown(choices=names)

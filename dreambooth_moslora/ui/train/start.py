@@ -1,4 +1,5 @@
-"""From the Train tab's form to a run: everything is checked, the photos get a folder, and it starts or waits."""
+"""Starts a run from the Train tab's form: checks everything, moves the photos into a folder, and starts or
+queues it."""
 
 import shutil
 import time
@@ -41,7 +42,7 @@ class Prepared:
 def start_run(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> tuple[Job, str]:
     """Check everything, move the photos into a new run folder, start the process.
 
-    Returns the run, and what was chosen for it as HTML.
+    Returns the run, and what was chosen for it as HTML. Raises UserError.
     """
     if jobs.current() or not ctx.queue.is_empty:
         raise UserError(BUSY)
@@ -51,7 +52,8 @@ def start_run(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) ->
 
 
 def add_to_queue(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> tuple[str, str]:
-    """As `start_run`, but the run waits until those before it have ended. Returns its name, and HTML."""
+    """Like `start_run`, but the run waits until those before it have ended. Returns its name, and HTML. Raises
+    UserError."""
     if sum(run.owner == visitor.id for run in ctx.queue.queue.waiting()) >= MOST_WAITING:
         raise UserError(f"{MOST_WAITING} runs of yours are waiting; remove one, or wait")
     with prepared(ctx, jobs, form, visitor, is_queued=True) as run:
@@ -64,7 +66,7 @@ def add_to_queue(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor)
 def prepared(
     ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor, *, is_queued: bool = False
 ) -> Iterator[Prepared]:
-    """The folder goes again when the block fails: photos that nobody trains would keep the name taken."""
+    """Prepare the run folder. It is deleted when the block fails, which frees its name. Raises UserError."""
     from dreambooth_moslora.core.config.train_config import TrainConfig
 
     photos = visitor.photos_dir

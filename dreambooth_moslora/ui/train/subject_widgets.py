@@ -1,4 +1,4 @@
-"""“Add another subject”: photos, a word and a token for each further one, which are there only when asked for."""
+"""“Add another subject”: photos, a word and a token for each further subject, shown only on request."""
 
 import shutil
 from collections.abc import Sequence
@@ -37,14 +37,14 @@ __all__ = [
 ]
 
 TAKING_PHOTOS = {"concurrency_limit": 4}
-"""Options of events that take in photos: the visitors take turns photo by photo (`photo_uploads.ONE_AT_A_TIME`)."""
+"""Options of events that process photos: visitors take turns photo by photo (`photo_uploads.ONE_AT_A_TIME`)."""
 ABOUT_MASKS = "A mask goes along as name.mask.png beside name.jpg: only what is white in it is learned."
 FURTHER = range(2, MOST_SUBJECTS + 1)
 NARROW = {"min_width": 110}
 
 
 def photo_widgets(number: int = 1) -> dict[str, Any]:
-    """Where the photos of a subject are dropped and shown."""
+    """The widgets in which a subject's photos are dropped and shown."""
     photos = gr.File(
         file_count="multiple",
         file_types=PHOTO_TYPES,
@@ -102,7 +102,7 @@ def further_fields(number: int) -> dict[str, Any]:
 
 
 def take_given(files: Sequence[list[str] | None], visitor: Visitor) -> None:
-    """Clean copies of what was added of each subject; what was not stays as it is."""
+    """Make clean copies of the added photos of each subject; other photos do not change."""
     for number, of_one in enumerate(files, 1):
         if of_one:
             take_with_masks(of_one, visitor, number)
@@ -151,7 +151,7 @@ def connect_photos(ctx: AppContext, number: int, widgets: dict, seed: gr.Number)
 
 
 def connect_kept(ctx: AppContext, page: gr.Blocks, widgets: dict) -> None:
-    """After a reload, or with another seed: the photos that a run would be started with."""
+    """After a reload or a change of the seed: the photos that a run would use."""
     pictures = review_widgets(widgets)
 
     @as_gradio_error
@@ -173,7 +173,7 @@ def review_widgets(widgets: dict) -> list[Any]:
 
 
 def reviews(ctx: AppContext, visitor: Visitor, seed: int, count: int) -> tuple:
-    """Values of `review_widgets`: the kept photos of the first `count` subjects; the others' stay as they are."""
+    """Values of `review_widgets`: the kept photos of the first `count` subjects; the others do not change."""
     found = []
     for number in range(1, MOST_SUBJECTS + 1):
         is_there = number <= count and kept_photos(folder_of(visitor.photos_dir, number))
@@ -190,7 +190,7 @@ def connect_count(ctx: AppContext, widgets: dict) -> None:
         return boxes_for(min(MOST_SUBJECTS, int(count) + 1))
 
     def remove(count: int, request: gr.Request) -> tuple:
-        """The last one goes, with its photos and words."""
+        """Remove the last subject with its photos and words."""
         last = max(2, int(count))
         forget(ctx.visitors.of(request), last)
         values = (None, gr.HTML(visible=False), gr.Gallery(visible=False), "", TOKENS[last - 1], "")

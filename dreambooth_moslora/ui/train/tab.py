@@ -1,4 +1,4 @@
-"""The Train tab: photos, a word, a button, watch. The run is the server's; the page only looks at it."""
+"""The Train tab: photos, a word, a button, and a view of the run. The server owns the run; the page only shows it."""
 
 import gradio as gr
 
@@ -98,7 +98,7 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
         if not isinstance(widget, gr.File):
             explain_bad_values(widget)
     inputs = {"photos": parts["photos"], **fields}
-    chosen = gr.State("")  # what a program does not see: `/train` answers with two values
+    chosen = gr.State("")  # hidden from programs: `/train` returns two values
     started = [parts["run"], parts["status"], chosen]
     chosen.change(lambda card: card, chosen, parts["cost"], **AT_ONCE)
     parts["start"].click(train, inputs_kwargs=inputs, outputs=started, api_name="train", **TAKING_PHOTOS)

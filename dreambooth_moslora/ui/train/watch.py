@@ -1,4 +1,4 @@
-"""The right half of the Train tab: a run as it goes, and the buttons that stop it and let it go on."""
+"""The right half of the Train tab: a run's progress, and the buttons to stop and resume it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +42,7 @@ WATCHED = (
 
 
 def watch_widgets(below_status: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """`below_status` makes the widgets that stand there."""
+    """`below_status` makes the widgets below the status."""
     plot = {"x": "step", "height": 230, "buttons": [], "visible": False}
     with gr.Row(elem_classes="tight"):
         run = gr.Dropdown([], value=None, label="Run", allow_custom_value=True, elem_id="run_picker", min_width=110)
@@ -68,7 +68,7 @@ def watch_widgets(below_status: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def picture_rows(label: str, elem_id: str, **options: Any) -> gr.Gallery:
-    """Pictures in rows of four, to be looked at; not there until there are some."""
+    """Pictures in rows of four, for viewing; hidden until there are some."""
     shape = {"columns": 4, "height": "auto", "format": "png", "visible": False, "interactive": False}
     return gr.Gallery(label=label, show_label=False, elem_id=elem_id, **shape, **options)
 
@@ -106,10 +106,10 @@ def status_of(jobs: Jobs, job: Job) -> dict[str, Any]:
 def _connect_control(
     ctx: AppContext, button: gr.Button, parts: dict, action: Callable[[str, str], Job], api_name: str
 ) -> None:
-    """Stop and Resume: only for a run of the visitor who asks.
+    """Stop and Resume, which work only on the visitor's own runs.
 
-    The page's own event stays out of the queue, which may be full while a run must be stopped, so a mistake is told
-    on the card.
+    The page's own event does not join the queue, which may be full when a run must be stopped. So errors are
+    shown on the card.
     """
 
     def control(run: str | None, request: gr.Request) -> str:
@@ -127,7 +127,7 @@ def _connect_control(
 
 
 def watched(jobs: Jobs, run: str | None, seen: tuple | None, visitor: Visitor) -> dict[str, Any]:
-    """New values of widgets of WATCHED by their names; none while the run is as it was `seen`."""
+    """New values for the widgets in WATCHED, by name; empty while the run is as it was `seen`."""
     if not run:
         return {}
     try:
@@ -186,7 +186,7 @@ def _download(file: Path, ready: bool, job: Job, visitor: Visitor) -> gr.Downloa
 
 
 def _plot(table: pd.DataFrame, y: str) -> gr.LinePlot:
-    """Shown once there is a line to draw, with room above the highest: by itself the axis ends in the midst of it."""
+    """A line plot, shown once it has a line. It leaves room above the maximum, where gradio would cut the axis."""
     low, high = (table[y].min(), table[y].max()) if len(table) else (0.0, 0.0)
     return gr.LinePlot(table, y_lim=[min(0.0, HEADROOM * low), HEADROOM * high], visible=table.step.nunique() > 1)
 

@@ -1,4 +1,4 @@
-"""The left half of the Train tab: photos, a word and a button; all else, under the names of `TrainForm`, is folded."""
+"""The left half of the Train tab: photos, a word and a button; other fields, named as in `TrainForm`, are folded."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ NARROW = {"min_width": 110}
 
 
 def train_widgets(base: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields under the names of the API, and the other widgets."""
+    """Fields under the names of TrainForm, and the other widgets."""
     gr.Markdown("### 1 · Photos", elem_classes="step")
     others = photo_widgets()
     gr.Markdown("### 2 · One word", elem_classes="step")
