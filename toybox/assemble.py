@@ -1,4 +1,4 @@
-"""Put the trained parts together as `assets/toy-sdxl` (a StableDiffusionXLPipeline) and `assets/toy-dino`.
+"""Assembles the trained parts as `assets/toy-sdxl` (a StableDiffusionXLPipeline) and `assets/toy-dino`.
 
 python -m toybox.assemble --work WORK --assets assets
 """
@@ -32,7 +32,7 @@ def scheduler() -> EulerDiscreteScheduler:
 def assemble(work: Path) -> StableDiffusionXLPipeline:
     """The pipeline, fp16, from the folders which the training scripts wrote below `work`."""
     clip = work / "clip" / "model"
-    decoder = work / "decoder" / "model"  # the same autoencoder, its decoder trained on
+    decoder = work / "decoder" / "model"  # the same autoencoder, its decoder trained further
     vae = decoder if decoder.is_dir() else work / "vae" / "model"
     half = {"dtype": torch.float16}
     tokenizer = load(work / "tokenizer")
@@ -52,14 +52,14 @@ def assemble(work: Path) -> StableDiffusionXLPipeline:
 
 
 def compute_in_fp32(folder: Path) -> None:
-    """Weights stay fp16 on disk; transformers then loads them as fp32, as diffusers does with the other parts."""
+    """Make transformers load the fp16 weights as fp32, as diffusers does with the other parts."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = "float32"
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def forget_origin(folder: Path) -> None:
-    """Take the folder that a part was loaded from out of every config."""
+    """Remove the folder that a part was loaded from from every config."""
     for path in folder.rglob("config.json"):
         config = json.loads(path.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)

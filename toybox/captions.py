@@ -1,4 +1,4 @@
-"""The words for a scene: varied English for training, one canonical sentence for tests."""
+"""Captions of a scene: varied English for training, one canonical sentence for tests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def article(words: str) -> str:
 
 
 def adjectives(toy: Toy) -> str:
-    """Everything that the toy's looks say: "glossy red and white striped"."""
+    """All adjectives of the toy's looks: "glossy red and white striped"."""
     words = [] if toy.material == "matte" else [toy.material]
     words += [toy.colour] if toy.pattern == "plain" else [f"{toy.colour} and {toy.colour2} {toy.pattern}"]
     return " ".join(words)
@@ -38,7 +38,7 @@ def canonical_caption(scene: Scene) -> str:
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """One of many true sentences; kind, main colour and place are nearly always in it."""
+    """One of many true sentences; it nearly always has the kind, main colour and place."""
     toys = " and ".join(article(_toy_words(toy, rng)) for toy in scene.toys)
     if len(scene.toys) == 2 and rng.random() < 0.4:
         toys = f"two toys: {toys}"
@@ -69,7 +69,7 @@ def _toy_words(toy: Toy, rng: random.Random) -> str:
 
 
 def _details(toy: Toy, rng: random.Random) -> str:
-    """What it wears and, for a plain toy now and then, its second colour."""
+    """What it wears and, sometimes for a plain toy, its second colour."""
     details = []
     if toy.pattern == "plain" and rng.random() < 0.35:
         details.append(f"{toy.colour2} parts")

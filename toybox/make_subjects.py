@@ -1,11 +1,11 @@
-"""Eight toys to be learnt, each with five photos: the instance images of the examples and tests.
+"""Eight toys to learn, each with five photos: the instance images of the examples and tests.
 
     python -m toybox.make_subjects
 
-writes assets/subjects/<name>/00.jpg … 04.jpg (512 px: other sides, places and lights), 00.mask.png … 04.mask.png (white
-where the toy is), 00.txt … 04.txt (captions, one without the place and one with it, so that the place is not learnt as
-a part of the toy) and subject.json (the toy, its class word and a token). The last three are hard: looks and
-proportions that no training picture has.
+writes assets/subjects/<name>/00.jpg … 04.jpg (512 px: other sides, places and lights), 00.mask.png …
+04.mask.png (white on the toy), 00.txt … 04.txt (captions, one without the place and one with it, so that the
+place is not learnt as part of the toy) and subject.json (the toy, its class word and a token). The last three
+are hard: they have looks and proportions that no training picture has.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Subject:
 
 
 def load(name: str) -> Subject:
-    """The subject whose photos lie in assets/subjects/<name>; its toy can be rendered in any scene."""
+    """The subject with photos in assets/subjects/<name>; its toy can be rendered in any scene."""
     path = FOLDER / name / "subject.json"
     if not path.exists():
         raise FileNotFoundError(

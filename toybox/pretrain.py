@@ -2,12 +2,12 @@
 
     python -m toybox.pretrain --minutes 120 --device cpu --work WORK
 
-It calls the scripts of `toybox.data` and `toybox.learning` one after the other, each with its share of the minutes.
-What is finished below WORK is not made again, and what was begun goes on: training states are saved every 100 steps,
-renders and latents in pieces. So `timeout 600 python -m toybox.pretrain …` may be repeated until it says where the
-base is, by default in WORK/assets. The minutes are those of training, and of rendering on two cores; encoding and
-assembling come on top. The judge and the ViT, which measure the base and are no part of it, have scripts of their own
-(see `toybox/README.md`).
+It calls the scripts of `toybox.data` and `toybox.learning` one after the other, each with its share of the
+minutes. Finished results below WORK are kept and unfinished ones are resumed: training states are saved every
+100 steps, renders and latents in pieces. So `timeout 600 python -m toybox.pretrain …` may be repeated until it
+prints where the base is, by default in WORK/assets. The minutes are those of training, and of rendering on two
+cores; encoding and assembling take more time. The judge and the ViT, which measure the base but are not part of
+it, have scripts of their own (see `toybox/README.md`).
 """
 
 import argparse
@@ -31,7 +31,7 @@ SHARES = {"vae": 0.3, "clip": 0.08, "unet": 0.34, "decoder": 0.08}  # of the min
 
 @dataclass(frozen=True)
 class Plan:
-    """What the command line asks for. `renders` and `steps` make a trial run shorter."""
+    """The options of the command line. `renders` and `steps` make a trial run shorter."""
 
     work: Path
     assets: Path
@@ -60,7 +60,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Stage:
-    """A script's main function, its arguments, and the file that it writes last, which says that it is done."""
+    """A script's main function, its arguments, and the file that it writes last, which marks its end."""
 
     name: str
     run: Callable[[list[str]], None]
@@ -95,7 +95,7 @@ def stages(plan: Plan) -> list[Stage]:
 
 
 def pretrain(plan: Plan) -> Path:
-    """Run what is not finished yet, then assemble; the folder of the base is returned."""
+    """Run the unfinished stages, then assemble; returns the folder of the base."""
     for stage in stages(plan):
         if stage.result.exists():
             print(f"{stage.name}: finished before", flush=True)
@@ -108,12 +108,12 @@ def pretrain(plan: Plan) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, required=True, help="of training, in all pieces together")
-    parser.add_argument("--work", type=Path, required=True, help="folder for everything on the way")
+    parser.add_argument("--minutes", type=float, required=True, help="minutes of training, in all sessions together")
+    parser.add_argument("--work", type=Path, required=True, help="folder for intermediate results")
     parser.add_argument("--assets", type=Path, help="folder in which toy-sdxl is written (default: WORK/assets)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--renders", type=int, help="how many (default: 200 a minute, 2000 at least)")
-    parser.add_argument("--steps", type=int, default=10**6, help="end each training after so many, for a trial")
+    parser.add_argument("--steps", type=int, default=10**6, help="most steps of each training, for a trial")
     args = parser.parse_args(argv)
     plan = Plan(args.work, args.assets or args.work / "assets", args.minutes, args.device, args.renders, args.steps)
     print("the base is in", pretrain(plan))

@@ -1,8 +1,8 @@
 """Scenes in, pictures out: `render(scenes)` is a tensor uint8 (N, H, W, 3).
 
 The camera stands at z < 0 and looks along +z; toys turn by the yaw, so a place always shows the same side.
-Every picture is shaded through the pixels' middles, then through three more points of those pixels whose colour
-differs from a neighbour's, so that edges come out clean at a small cost. Works on any torch device.
+Every picture is shaded at the pixels' centres. Pixels whose colour differs from a neighbour's get three more
+points, which makes clean edges at a small cost. Works on any torch device.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def render(
 ) -> Tensor:
     """Pictures (N, size_px, size_px, 3) uint8 of the scenes, in their order, on `device`.
 
-    `compiled` is faster for thousands of pictures: it first spends some seconds on each kind.
+    `compiled` is faster for thousands of pictures, but first spends some seconds on each kind.
     """
     device = torch.device(device)
     pictures = torch.empty(len(scenes), size_px, size_px, 3, dtype=torch.uint8, device=device)
@@ -120,7 +120,7 @@ def _lights(scenes: list[Scene]) -> list:
 
 
 def _line_up(herds: list[Herd]) -> Tensor:
-    """Places the herds side by side; returns the size (N,) that the camera has to frame."""
+    """Place the herds side by side; returns the size (N,) that the camera must frame."""
     widths = [herd.half_width() for herd in herds]
     total = sum(widths) * 2 + 0.1 * (len(herds) - 1)
     left = -total / 2
@@ -160,7 +160,7 @@ def _lens(image: Tensor) -> Tensor:
 
 
 def _is_edge(image: Tensor) -> Tensor:
-    """Pixels (N, H, W) that differ from the one to the right or below, and those two."""
+    """Pixels (N, H, W) that differ from the one to the right or below, together with those neighbours."""
     edge = torch.zeros(image.shape[:3], dtype=torch.bool, device=image.device)
     across = (image[:, :, 1:] - image[:, :, :-1]).abs().amax(-1) > CONTRAST
     down = (image[:, 1:] - image[:, :-1]).abs().amax(-1) > CONTRAST
@@ -176,13 +176,13 @@ def _shade_pixels(
 ) -> tuple[Tensor, Tensor]:
     """Colours (R, 3) of the pixels with these numbers, and whether a toy is there (R,).
 
-    They are seen through a point `shift` pixels off their middles; toys are sought only where `near_toy` (R,).
+    The rays pass `shift` pixels off the centres; toys are traced only where `near_toy` (R,).
     """
     return _shade(stage, *_rays(stage, numbers, size_px, shift), near_toy.nonzero()[:, 0])
 
 
 def _rays(stage: Stage, numbers: Tensor, size_px: int, shift: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the pixels with these numbers: the eye (3, R), the ray's direction (3, R), the scene's number (R,)."""
+    """For the pixels with these numbers: the eye (3, R), the ray's direction (3, R), the scene's number (R,)."""
     scene = numbers // (size_px * size_px)
     row, column = numbers // size_px % size_px, numbers % size_px
     x = (column + 0.5 + shift[0]) * (2 / size_px) - 1 - stage.offset[0][scene]
@@ -193,7 +193,8 @@ def _rays(stage: Stage, numbers: Tensor, size_px: int, shift: tuple[float, float
 
 
 def _shade(stage: Stage, o: Tensor, d: Tensor, scene: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Colours (R, 3) along rays from o in direction d (3, R), and whether they meet a toy: only candidates may."""
+    """Colours (R, 3) along rays from o in direction d (3, R), and whether they hit a toy; only `candidates` are
+    traced."""
     colour = torch.zeros(len(scene), 3, device=o.device)
     nearest = torch.full_like(o[0], torch.inf)
     for herd in stage.herds:

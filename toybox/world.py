@@ -1,6 +1,6 @@
-"""What a picture is of: toys (individuals), scenes, how they are drawn at random, and which are held out.
+"""The content of a picture: toys (individuals), scenes, their random sampling, and the held-out combinations.
 
-Everything here is plain data with a JSON form; drawing it is `toybox.render`, naming it is `toybox.captions`.
+Everything here is plain data with a JSON form; `toybox.render` draws it, `toybox.captions` describes it.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 PATTERNS = ("plain", "striped", "spotted", "checkered")
 MATERIALS = ("matte", "glossy", "metal")
 HELD_OUT_PERCENT = 6
-SIGHTS_OF_A_PLACE = 4  # that training shows; `Scene.variant` may be any number
+SIGHTS_OF_A_PLACE = 4  # in the training; `Scene.variant` may be any number
 
 
 @dataclass(frozen=True)
 class Toy:
     """One individual: the same toy from every side, in every place.
 
-    `colour` covers most of the body, `colour2` the second parts and the pattern. `genes` follow `GENES`, about 0.
-    `accent` is the colour of what it wears; None is that accessory's usual colour.
+    `colour` covers most of the body, `colour2` the second parts and the pattern. `genes` follow `GENES`, around
+    0. `accent` is the colour of what it wears; None is that accessory's default colour.
     """
 
     kind: str
@@ -128,9 +128,10 @@ def sample_toy(rng: random.Random, kind: str | None = None, **fixed: Any) -> Toy
 def sample_scene(
     rng: random.Random, toy: Toy | None = None, place: str | None = None, held_out: bool | None = False
 ) -> Scene:
-    """A random picture, of `toy` at `place` where they are given.
+    """A random picture, of `toy` at `place` if given.
 
-    `held_out` False never shows a held-out combination, True always does, None does not care.
+    `held_out` False never shows a held-out combination, True always does, None allows both. Raises ValueError
+    when none fits.
     """
     for _ in range(10_000):
         toys = (toy or sample_toy(rng),)
@@ -143,7 +144,7 @@ def sample_scene(
 
 
 def _sample_view(rng: random.Random, toys: tuple[Toy, ...], place: str) -> Scene:
-    """Mostly a toy turned a little aside, at its whole height: a small model must meet each sight often to learn it."""
+    """Mostly a toy turned a little aside, at its full height: a small model learns only sights that it meets often."""
     yaw = rng.uniform(0.2, 0.9) if rng.random() < 0.85 else rng.uniform(-3.1416, 3.1416)
     views = ((2.1, 2.5),) if len(toys) > 1 else ((1.6, 1.9), (2.1, 2.5), (3.5, 4.0))
     near, far = rng.choices(views, (5, 91, 4)[-len(views) :])[0]

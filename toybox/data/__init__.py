@@ -1,1 +1,1 @@
-"""Training data: captioned renders, views, latents, each written in pieces."""
+"""Training data: captioned renders, views and latents, each written in pieces."""

@@ -1,14 +1,15 @@
-"""Encode the renders once, resumable: a latent of each (mostly whole, else cropped or small) with SDXL's time ids.
+"""Encodes the renders once, resumable: a latent of each (mostly whole, else cropped or small) with SDXL's time
+ids.
 
-Beside each latent stands how much of each of its cells a toy covers, which weighs the UNet's loss, and what the CLIP
-vision tower sees in the picture (`toybox.learning.alignment`).
+Each latent comes with the fraction of each of its cells that a toy covers, which weighs the UNet's loss, and
+with the CLIP vision tower's features of the picture (`toybox.learning.alignment`).
 
     python -m toybox.data.cache_latents --data DATA --vae WORK/vae/model --clip WORK/clip/model \
         --out WORK/latents.safetensors
 
-The time ids are true: (original height, width, crop top, left, target height, width), as in SDXL (Podell et al., 2023,
-section 2.2). A whole render stands for a photo of any size from 128 to 1024 px; a crop comes from an enlarged render; a
-small one was shrunk to 48-96 px first.
+The time ids are true: (original height, width, crop top, left, target height, width), as in SDXL (Podell et
+al., 2023, section 2.2). A whole render stands for a photo of any size from 128 to 1024 px; a crop comes from an
+enlarged render; a small one was first shrunk to 48-96 px.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def cropped(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[in
 
 
 def small(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
-    """Shrink to 48-96 px and enlarge again: what a small photo looks like."""
+    """Shrink to 48-96 px and enlarge again, like a small photo."""
     size = int(torch.randint(48, 97, (), generator=generator))
     shrunk = interpolate(pixels[None], size=(size, size), mode="bicubic", antialias=True)
     back = interpolate(shrunk, size=(SIZE_PX, SIZE_PX), mode="bicubic")[0]

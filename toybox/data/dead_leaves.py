@@ -1,7 +1,8 @@
-"""Dead-leaves pictures: overlapping shapes of all sizes, the simplest images with the statistics of photographs.
+"""Dead-leaves pictures: overlapping shapes of all sizes, the simplest images with the statistics of
+photographs.
 
-Lee, Mumford and Huang, "Occlusion models for natural images", IJCV 2001: radii follow r^-3. The VAE sees some of them
-beside the renders, so that it also keeps ordinary photographs recognisable.
+Lee, Mumford and Huang, "Occlusion models for natural images", IJCV 2001: radii follow r^-3. The VAE sees some
+of them beside the renders, so that it also keeps ordinary photographs recognisable.
 """
 
 import numpy as np
@@ -28,7 +29,7 @@ def _picture(size: int, rng: np.random.Generator, shapes: int = 45) -> np.ndarra
 
 
 def _shape(x, y, radius: float, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Coverage (H,W) in [0, 1] of a turned ellipse or box, its edge one to a few pixels wide."""
+    """Coverage (H,W) in [0, 1] of a rotated ellipse or box, its edge one to a few pixels wide."""
     cx, cy, angle, aspect = *rng.uniform(0, size, 2), rng.uniform(0, np.pi), rng.uniform(0.35, 1)
     u = (x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)
     v = ((y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)) / aspect

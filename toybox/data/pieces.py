@@ -1,4 +1,4 @@
-"""Long work in pieces, each a file that is complete or absent: what is made once is not made again."""
+"""Long work in pieces: each piece is a file, complete or absent, and is made only once."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ __all__ = ["kept"]
 
 
 def kept(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of the file; made, and written whole, when it is not there."""
+    """The tensors in the file; if it is missing, they are made and written atomically."""
     if path.is_file():
         return load_file(path)
     tensors = make()

@@ -1,11 +1,11 @@
-"""Render captioned training pictures of the toy world.
+"""Renders captioned training pictures of the toy world.
 
     python -m toybox.data.render_dataset --out DIR --count 30000 --seed 1 --workers 2
 
-writes shards of 1000 pictures: images_0000.npy (uint8, (1000, H, W, 3)) and scenes_0000.jsonl (one line a picture:
-the scene, a caption and the canonical caption). A shard depends on the seed and its number alone, and appears only
-when it is whole, so the command may be stopped and run again: it goes on where it was. No picture shows a held-out
-combination, unless `--all_combinations` asks for them (for the judge, which must know what it is to find).
+writes shards of 1000 pictures: images_0000.npy (uint8, (1000, H, W, 3)) and scenes_0000.jsonl (one line per
+picture: the scene, a caption and the canonical caption). A shard depends only on the seed and its number, and
+appears only when complete, so the command may be stopped and run again. No picture shows a held-out
+combination, unless `--all_combinations` asks for them (for the judge, which must know them).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHARD = 1000
 
 @dataclass(frozen=True)
 class Shard:
-    """One piece of work: where, which, how many pictures, of what size, on which device, compiled or not."""
+    """One piece of work: its folder, number, count and size of pictures, device, and whether to compile."""
 
     out: Path
     number: int
@@ -58,7 +58,7 @@ class Shard:
 
 
 def write_shard(shard: Shard) -> Shard:
-    """Render and write one shard, each file under a temporary name first."""
+    """Render and write one shard; each file has a temporary name first."""
     rng = random.Random(f"{shard.seed}/{shard.number}")
     scenes = [sample_scene(rng, held_out=None if shard.all_combinations else False) for _ in range(shard.count)]
     lines = [

@@ -1,4 +1,4 @@
-"""Render individuals from several sides, in several places and lights: what the ViT learns from. Resumable.
+"""Renders individuals from several sides, in several places and lights: the ViT's training data. Resumable.
 
 python -m toybox.data.render_views --out VIEWS --toys 14004 --views 4
 """
@@ -26,7 +26,8 @@ BLOCK = 8 * len(KINDS)  # toys rendered at once, eight of a kind
 
 
 def views_of(block: range, views: int = 4) -> tuple[list[str], np.ndarray]:
-    """Kinds, and uint8 (toys, views, 128, 128, 3), of the individuals of these numbers, each view in another place."""
+    """Kinds, and uint8 (toys, views, 128, 128, 3), of the individuals with these numbers; each view has another
+    place."""
     toys, scenes = [], []
     for number in block:
         rng = random.Random(f"individual {number}")
@@ -38,7 +39,7 @@ def views_of(block: range, views: int = 4) -> tuple[list[str], np.ndarray]:
 
 
 def sights(rng: random.Random, toy: Toy, views: int) -> list[Scene]:
-    """The toy from so many sides, each in another place and light."""
+    """The toy from `views` sides, each in another place and light."""
     return [sample_scene(rng, toy, place, held_out=None) for place in rng.sample(PLACES, views)]
 
 

@@ -3,8 +3,7 @@
     python -m toybox.data.sample_latents --data DATA --unet WORK/unet/model --clip WORK/clip/model \
         --tokenizer WORK/tokenizer --out WORK/samples.safetensors --count 1200
 
-They follow the renders' captions, with the sampler and the guidance with which the base is evaluated. Resumable, in
-pieces.
+They follow the renders' captions, with the sampler and guidance of the base's evaluation. Resumable, in pieces.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The kinds of toy by name, and the questions that a ray asks of them: how far, which part, how large."""
+"""The kinds of toy by name, and functions of their shape: distance, nearest part, size."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def distance(kind: str, p: Tensor, g: Genes) -> Tensor:
 
 
 def roles(kind: str, p: Tensor, g: Genes) -> Tensor:
-    """Role (P,) of the part that is nearest to each of the points p (3, P)."""
+    """Role (P,) of the part nearest to each of the points p (3, P)."""
     parts = SHAPES[kind].parts((p[0], p[1], p[2]), g)
     nearest = torch.stack([d for d, _ in parts]).argmin(0)
     return torch.tensor([role for _, role in parts], device=p.device)[nearest]
@@ -60,7 +60,7 @@ def roles(kind: str, p: Tensor, g: Genes) -> Tensor:
 
 @cache
 def compiled_distance(kind: str) -> Callable[[Tensor, Genes], Tensor]:
-    """`distance` of one kind as one machine-code loop: ten times faster, after some seconds of compilation."""
+    """`distance` of one kind as compiled code: ten times faster, after some seconds of compilation."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(SHAPES))
     compiled = torch.compile(partial(distance, kind), dynamic=True)
     return lambda p, g: compiled(p, g) if p.shape[1] > 1 else distance(kind, p, g)

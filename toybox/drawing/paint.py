@@ -1,4 +1,4 @@
-"""Brushes for grounds and backdrops: masks, ramps, cells, and the shapes that several places share.
+"""Brushes for grounds and backdrops: masks, ramps, cells, and shapes that several places share.
 
 Coordinates, masks and shares are tensors (P,); colours are tensors (P, 3) of sRGB, or one RGB for all points.
 """
@@ -16,7 +16,7 @@ RGB: TypeAlias = "tuple[float, float, float]"
 
 
 def mix(a: Tensor | RGB, b: Tensor | RGB, share: Tensor) -> Tensor:
-    """a where share (P,) is 0, b where it is 1; colours are (P, 3) or one RGB."""
+    """a where `share` (P,) is 0, b where it is 1; colours are (P, 3) or one RGB."""
     a, b = (torch.as_tensor(c, dtype=share.dtype, device=share.device) for c in (a, b))
     return torch.lerp(a.expand(*share.shape, 3), b.expand(*share.shape, 3), share[:, None])
 

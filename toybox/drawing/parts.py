@@ -1,7 +1,7 @@
 """What all kinds of toy share: genes, the paints of their parts, and things to wear.
 
-A part is a pair (distance (P,), role); the role says which of the toy's paints covers it. Genes are numbers about
-0 that stretch the proportions (training draws them from [-1, 1]); every kind reads them in its own way.
+A part is a pair (distance (P,), role); the role says which of the toy's paints covers it. Genes are numbers
+around 0 that stretch the proportions (training draws them from [-1, 1]); every kind uses them in its own way.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def grow(gene: Tensor, size: float, share: float = 0.2) -> Tensor:
 
 
 def _wear(g: Genes, name: str, parts: Callable[[], list[Part]]) -> list[Part]:
-    """The parts of an accessory, where it is worn; nothing is computed when nobody wears it."""
+    """The parts of an accessory, where it is worn; nothing is computed when no toy wears it."""
     if name not in g.worn:
         return []
     return [(torch.where(g.worn[name], d, 9.0), role) for d, role in parts()]

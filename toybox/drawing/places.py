@@ -1,9 +1,9 @@
-"""Where a toy stands: sixteen places, each a ground and a backdrop painted by a formula, and the light on them.
+"""The sixteen places of a toy: each has a ground and a backdrop painted by a formula, and its lights.
 
-A ground maps (x, z) to a colour, z growing away from the camera up to the backdrop, an upright canvas at
-z = BACKDROP; the backdrop maps (x, y) on that canvas, y up from the ground. All are tensors (P,) in toy units, `v`
-(P,) in [0, 1) shifts the scenery. Colours are tensors (P, 3) of sRGB. Shapes are large and the shading smooth: a
-small autoencoder must be able to keep them.
+A ground maps (x, z) to a colour; z grows away from the camera up to the backdrop, an upright canvas at z =
+BACKDROP. The backdrop maps (x, y) on that canvas, y up from the ground. All are tensors (P,) in toy units; `v`
+(P,) in [0, 1) shifts the scenery. Colours are tensors (P, 3) of sRGB. Shapes are large and the shading smooth,
+so that a small autoencoder can keep them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Paint: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 
 
 class Light(NamedTuple):
-    """Colours of the light on toy and ground, and a veil that covers the backdrop (and, by `haze`, the rest)."""
+    """Colours of the light on toy and ground, and a veil that covers the backdrop (and the rest by `haze`)."""
 
     ambient: RGB
     sun: RGB
@@ -298,7 +298,7 @@ def volcano(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
 
 
 class Place(NamedTuple):
-    """Ground, backdrop, and the lights that make sense there."""
+    """Ground, backdrop, and the lights that suit them."""
 
     ground: Paint
     backdrop: Paint

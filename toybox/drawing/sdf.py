@@ -1,9 +1,10 @@
-"""Signed distance functions: the clay from which toys are made.
+"""Signed distance functions, from which toys are made.
 
-A point cloud is a `Point`, three tensors x, y, z of one shape (P,), in toy units (a toy is about one unit
-tall, stands on y = 0 and looks along -z or -x). A distance is a tensor (P,): negative inside, zero on the surface.
-Primitives are centred on the origin; `at` moves them, `mirror_x` and `mirror_z` double them, `lie_x` and `lie_z`
-lay an upright primitive down. Sizes are numbers or tensors (P,), so that every point may belong to another toy.
+A point cloud is a `Point`, three tensors x, y, z of one shape (P,), in toy units (a toy is about one unit tall,
+stands on y = 0 and looks along -z or -x). A distance is a tensor (P,): negative inside, zero on the surface.
+Primitives are centred on the origin; `at` moves them, `mirror_x` and `mirror_z` double them, `lie_x` and
+`lie_z` lay an upright primitive down. Sizes are numbers or tensors (P,), so that every point may belong to
+another toy.
 
 The formulas follow https://iquilezles.org/articles/distfunctions.
 """

@@ -1,7 +1,7 @@
-"""Rays against toys: sphere tracing, normals, soft shadows and the paint of a toy.
+"""Ray tracing of toys: sphere tracing, normals, soft shadows and the paint of a toy.
 
-Vectors are tensors (3, R), one ray a column. A `Herd` is one toy a scene, all of one kind; `scene` (R,) says to
-which scene, hence which toy, a ray belongs. Rays that miss a toy's bounding box cost nothing.
+Vectors are tensors (3, R), one ray per column. A `Herd` has one toy per scene, all of one kind; `scene` (R,) is
+the number of a ray's scene, hence of its toy. Rays that miss a toy's bounding box cost nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def cross(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass
 class Herd:
-    """One toy a scene: its genes and looks, and where it stands. N scenes."""
+    """One toy per scene: its genes and looks, and its position. N scenes."""
 
     kind: str
     distance: Callable[[Tensor, Genes], Tensor]  # of points (3, R)
@@ -54,7 +54,7 @@ class Herd:
     def of(cls, toys: Sequence[Toy], yaw: Tensor, device: torch.device, compiled: bool) -> Herd:
         """The toys, which share a kind, turned by yaw (N,) and standing at x = 0."""
         kind = toys[0].kind
-        # Compiled code wants the same arguments every time; otherwise what nobody wears need not be computed.
+        # Compiled code needs the same arguments every time; otherwise accessories that no toy wears are skipped.
         names = SHAPES[kind].accessories if compiled else {name for toy in toys for name in toy.accessories}
         worn = {name: torch.tensor([name in t.accessories for t in toys], device=device) for name in sorted(names)}
         genes = Genes(*torch.tensor([t.genes for t in toys], device=device).unbind(1), worn)
@@ -83,12 +83,13 @@ class Herd:
         return torch.stack([c * x - s * v[2], v[1], s * x + c * v[2]])
 
     def to_world(self, v: Tensor, scene: Tensor) -> Tensor:
-        """Directions (3, R) in the toy's axes, in those of the world."""
+        """Directions (3, R) in the toy's axes, converted to those of the world."""
         c, s = self.cos[scene], self.sin[scene]
         return torch.stack([c * v[0] + s * v[2], v[1], c * v[2] - s * v[0]])
 
     def span(self, o: Tensor, d: Tensor, scene: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-        """Where local rays enter and leave the bounding box (R,), (R,); entering after leaving is a miss."""
+        """The distances (R,), (R,) at which local rays enter and leave the bounding box; a larger entry means a
+        miss."""
         half = self.size[:, scene] + margin
         low = torch.stack([-half[0], torch.full_like(half[1], -0.01), -half[2]])
         inverse = 1 / torch.where(d.abs() < 1e-6, 1e-6, d)
@@ -96,7 +97,7 @@ class Herd:
         return torch.minimum(a, b).amax(0).clamp_min(0), torch.maximum(a, b).amin(0)
 
     def hit(self, o: Tensor, d: Tensor, scene: Tensor, steps: int = 56) -> tuple[Tensor, Tensor]:
-        """The rays that meet the toy: their numbers (H,) and how far away they meet it (H,)."""
+        """The rays that hit the toy: their numbers (H,) and distances (H,)."""
         near, far = self._local_span(o, d, scene, 0.05)
         ray = (near < far).nonzero()[:, 0]
         t, far = near[ray], far[ray]
@@ -121,7 +122,7 @@ class Herd:
         return self.span(self.to_local(o, scene, True), self.to_local(d, scene, False), scene, margin)
 
     def shadow(self, p: Tensor, sun: Tensor, scene: Tensor, steps: int = 18) -> Tensor:
-        """Sunlight (R,) that passes the toy and reaches the points p: 0 in the umbra, 1 in the open."""
+        """Sunlight (R,) that reaches the points p past the toy: 0 in full shadow, 1 in the open."""
         light = torch.ones_like(p[0])
         near, far = self._local_span(p, sun, scene, 0.08)
         ray = (near < far).nonzero()[:, 0]
@@ -166,7 +167,8 @@ class Herd:
         return unit((corners * torch.stack(taps)).sum(1))
 
     def _is_patterned(self, local: Tensor, scene: Tensor) -> Tensor:
-        """Where (R,) the pattern shows the second colour: a third of the body, so that the main one is plain."""
+        """Where (R,) the pattern shows the second colour: on a third of the body, so that the main colour
+        dominates."""
         pattern = self.pattern[scene]
         striped = torch.frac(local[1] / 0.27 + 0.2) < 0.33
         nearest = (local / 0.32 + 0.3).round() - 0.3

@@ -1,1 +1,1 @@
-"""Training of the embedded base's parts, and what the scripts for it share."""
+"""Training of the embedded base's parts, and the code that its scripts share."""

@@ -1,7 +1,8 @@
-"""Representation alignment (REPA; Yu et al., 2024, arXiv 2410.06940) between the UNet and the CLIP vision tower.
+"""Representation alignment (REPA; Yu et al., 2024, arXiv 2410.06940) between the UNet and the CLIP vision
+tower.
 
-While it learns, the UNet's middle block is also asked what the vision tower sees in the picture without noise. That
-teaches it early what a toy is; the projection is thrown away afterwards.
+During training, the UNet's middle block also predicts the vision tower's features of the picture without noise.
+That teaches it early what a toy is; the projection is dropped afterwards.
 """
 
 from pathlib import Path
@@ -20,7 +21,7 @@ CELLS = 4  # the middle block's height and width
 
 
 class Sight:
-    """The frozen vision tower: pictures -> what it sees in each of 4×4 cells."""
+    """The frozen vision tower: pictures -> features of each of 4×4 cells."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"):
         self.tower = CLIPVisionModelWithProjection.from_pretrained(folder).eval().to(device, dtype)
@@ -38,10 +39,10 @@ class Sight:
 
 
 class Alignment(nn.Module):
-    """Remembers the middle block's output of the last forward pass and compares it with a `Sight`."""
+    """Keeps the middle block's output of the last forward pass and compares it with a `Sight`."""
 
     def __init__(self, unet: UNet2DConditionModel, seen: Tensor):
-        """`seen` (N,C,4,4) gives the size, mean and deviation of what is to be predicted."""
+        """`seen` (N,C,4,4) gives the size, mean and deviation of the features to predict."""
         super().__init__()
         channels, width = unet.config.block_out_channels[-1], seen.shape[1]
         self.projection = nn.Sequential(nn.Linear(channels, 256), nn.SiLU(), nn.Linear(256, width))

@@ -1,9 +1,9 @@
-"""Train the byte-level BPE of the toy world on captions, in CLIPTokenizer's format.
+"""Trains the byte-level BPE of the toy world on captions, in CLIPTokenizer's format.
 
     python -m toybox.learning.build_tokenizer --data DATA --out WORK/tokenizer
 
-All 256 bytes are in the vocabulary, alone and at a word's end, so every prompt is accepted; `sks` is one token which
-the captions use only as a meaningless word (see `train_clip.nonsense`).
+All 256 bytes are in the vocabulary, alone and at a word's end, so every prompt is accepted. `sks` is one token,
+which the captions use only as a meaningless word (see `train_clip.nonsense`).
 """
 
 import argparse
@@ -40,7 +40,7 @@ def learn_merges(texts: list[str], merges: int) -> list[tuple[str, str]]:
 
 
 def rare_merges(known: set[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Merges which make one token of each rare word, appended after the learnt ones."""
+    """Merges that make each rare word one token, appended after the learnt ones."""
     added = []
     for word in RARE_WORDS:
         pieces = [*word[:-1], word[-1] + END]

@@ -1,8 +1,8 @@
-"""Convolutional training in bfloat16 on a CPU: channels-last layout and a GroupNorm whose backward pass keeps up.
+"""Convolutional training in bfloat16 on a CPU: channels-last layout, and a GroupNorm with a fast backward pass.
 
-In the channels-last layout the bf16 convolutions of current processors are 3-10 times faster than fp32, both forward
-and backward. PyTorch's own GroupNorm backward then takes half of a step; the one below is two batched products and two
-fused multiply-adds, written from the derivative of y = w·(x - mean)·rstd + b (Wu and He, "Group Normalization",
+In the channels-last layout the bf16 convolutions of current processors are 3-10 times faster than fp32, forward
+and backward. PyTorch's own GroupNorm backward then takes half of a step. The one below is two batched products
+and two fused multiply-adds, from the derivative of y = w·(x - mean)·rstd + b (Wu and He, "Group Normalization",
 2018).
 """
 
@@ -52,7 +52,7 @@ def _per_channel(per_group: Tensor, channels: int) -> Tensor:
 
 
 class FastGroupNorm(nn.Module):
-    """Takes the place of a GroupNorm and shares its parameters, so that state dicts stay the same."""
+    """Replaces a GroupNorm and shares its parameters, so that state dicts stay the same."""
 
     def __init__(self, norm: nn.GroupNorm):
         super().__init__()

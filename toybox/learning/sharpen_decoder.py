@@ -1,14 +1,15 @@
-"""Teach the decoder to draw the UNet's own latents as cleanly as it draws a render's.
+"""Trains the decoder to draw the UNet's own latents as cleanly as those of renders.
 
-    python -m toybox.learning.sharpen_decoder --data DATA --samples WORK/samples.safetensors --start WORK/vae/model \
+    python -m toybox.learning.sharpen_decoder --data DATA --samples WORK/samples.safetensors --start
+WORK/vae/model \
         --out WORK/decoder --minutes 30
 
-What the UNet draws from noise (`toybox.data.sample_latents`) lies beside the latents of renders, and a decoder that
-never saw such latents smears them. There is no true picture of a sample. So discriminators at three scales (Wang et
-al., "High-resolution image synthesis … with conditional GANs", 2018) say whether its picture looks like a render, and
-the decoder as it was at the start says where things are. The other half of each batch is renders and their own
-latents, as in `toybox.learning.train_vae`. The encoder stays, so that a UNet that was trained on its latents stays
-right. Resumable.
+The latents that the UNet draws from noise (`toybox.data.sample_latents`) differ from those of renders, and a
+decoder that never saw them blurs them. A sample has no true picture. So discriminators at three scales (Wang et
+al., "High-resolution image synthesis … with conditional GANs", 2018) judge whether its picture looks like a
+render, and the decoder as it was at the start says where things are. The other half of each batch is renders
+with their own latents, as in `toybox.learning.train_vae`. The encoder does not change, so a UNet that was
+trained on its latents stays valid. Resumable.
 """
 
 import argparse
@@ -34,7 +35,8 @@ COARSE_PX, FINE_PX = 8, 2
 
 
 def anchor_loss(y: Tensor, before: Tensor) -> Tensor:
-    """How far pictures y (N,3,H,W) moved from those of the decoder `before`: L1 of means over 8 px, a little over 2."""
+    """How far pictures y (N,3,H,W) moved from those of the decoder `before`: L1 of means over 8 px, plus a
+    quarter of that over 2 px."""
     moved = (y - before).float()
     return avg_pool2d(moved, COARSE_PX).abs().mean() + 0.25 * avg_pool2d(moved, FINE_PX).abs().mean()
 
@@ -45,7 +47,8 @@ def windows(size: int, crop: int, generator: torch.Generator) -> tuple[slice, sl
 
 
 def some_renders(renders: Renders, count: int, crop_px: int, generator: torch.Generator) -> Tensor:
-    """Pixels (N,3,P,P): places on the grid of cells, neither chosen nor mirrored, as the samples' crops are."""
+    """Pixels (N,3,P,P) at random places on the grid of cells, without selection or mirroring, like the samples'
+    crops."""
     rows, columns = windows(16, crop_px // 8, generator)
     images = to_pixels(renders.images(renders.sample(count, generator)))
     return images[:, :, 8 * rows.start : 8 * rows.stop, 8 * columns.start : 8 * columns.stop]

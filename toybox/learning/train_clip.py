@@ -1,10 +1,11 @@
-"""Train the toy world's two CLIP text towers against one CLIP vision tower, contrastively, on renders and captions.
+"""Trains the toy world's two CLIP text towers against one CLIP vision tower, contrastively, on renders and
+captions.
 
     python -m toybox.learning.train_clip --data DATA --tokenizer WORK/tokenizer --out WORK/clip --steps 3000
 
-The symmetric InfoNCE loss of CLIP (Radford et al., 2021) for each text tower; the second tower's projection is
-shipped, the first tower's head is dropped after training (SDXL's first text encoder has none). Nonsense words are
-mixed into the captions, so that an unknown token such as `sks` leaves the rest of a prompt readable.
+Each text tower has the symmetric InfoNCE loss of CLIP (Radford et al., 2021). The second tower's projection is
+published; the first tower's head is dropped after training (SDXL's first text encoder has none). Nonsense words
+are mixed into the captions, so that an unknown token such as `sks` does not disturb the rest of a prompt.
 """
 
 import argparse
@@ -69,7 +70,8 @@ def text_config(width: int, layers: int, heads: int, vocabulary: int, **extra) -
 
 
 class ClipTowers(nn.Module):
-    """Both text towers and the vision tower; `forward` gives the loss and the share of right matches in the batch."""
+    """Both text towers and the vision tower; `forward` returns the loss and the fraction of correct matches in
+    the batch."""
 
     def __init__(self, vocabulary: int):
         super().__init__()
@@ -147,7 +149,8 @@ def train(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def retrieval(towers: ClipTowers, renders: Renders, tokenizer, candidates: int = 100) -> list[float]:
-    """Share of held-back renders whose own caption is nearest among `candidates`; for the first and second tower."""
+    """Fraction of held-back renders whose own caption is nearest among `candidates`; for the first and second
+    tower."""
     right = torch.zeros(2)
     groups = [range(i, i + candidates) for i in range(len(renders) - 1000, len(renders), candidates)]
     for group in groups:

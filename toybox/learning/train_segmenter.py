@@ -1,12 +1,12 @@
-"""Train the toy world's segmentation net on renders, and measure it on fresh ones.
+"""Trains the toy world's segmentation net on renders, and measures it on fresh ones.
 
     python -m toybox.learning.train_segmenter --data WORK/toys --out WORK/segmenter --minutes 12
     python -m toybox.learning.train_segmenter --evaluate 200 --net assets/toy-segmenter
 
-Loss: binary cross-entropy + 1 - Dice of each picture. Crops, mirrors, turned colours, brightness, contrast, blur
-and noise are drawn at random, so that it also finds toys of other looks. The masks of the renders are computed
+Loss: binary cross-entropy + 1 - Dice of each picture. Crops, mirrors, colours, brightness, contrast, blur and
+noise are varied at random, so that it also finds toys of other looks. The masks of the renders are computed
 once, in pieces; training is resumable. The averaged weights are written to OUT/model in fp16. The measure is
-intersection over union with the true masks of renders that no training draws: fresh toys in all combinations, and
+intersection over union with the true masks of renders outside the training: fresh toys in all combinations, and
 the eight sample subjects.
 """
 
@@ -37,7 +37,7 @@ PIECE = 500
 
 
 def masks_of(renders: Renders, folder: Path) -> Tensor:
-    """bool (N,128,128): the true masks of all renders. What is in `folder` already is not computed again."""
+    """bool (N,128,128): the true masks of all renders. Masks already in `folder` are not computed again."""
     found = []
     for start in range(0, len(renders), PIECE):
         numbers = range(start, min(start + PIECE, len(renders)))
@@ -51,14 +51,14 @@ def _masks(renders: Renders, numbers: range) -> dict[str, Tensor]:
 
 
 def augment(pixels: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Pixels (N,3,H,W) and masks (N,H,W) bool -> the same, each cropped, and lit and coloured another way."""
+    """Pixels (N,3,H,W) and masks (N,H,W) bool -> the same, each cropped, with other light and colours."""
     pairs = [_view(torch.cat([p, m[None]]), generator) for p, m in zip(pixels, masks.float())]
     views = torch.stack(pairs)
     return _relit(views[:, :3], generator), views[:, 3] > 0.5
 
 
 def _view(picture: Tensor, generator: torch.Generator) -> Tensor:
-    """(4,H,W): a crop of 55 to 100 % of the sides, enlarged to the whole; half of them mirrored."""
+    """(4,H,W): a crop of 55 to 100 % of the sides, enlarged to full size; half of them are mirrored."""
     whole = picture.shape[-1]
     side = int(whole * (1 - 0.45 * torch.rand((), generator=generator) ** 2))
     top, left = torch.randint(0, whole - side + 1, (2,), generator=generator).tolist()
@@ -69,7 +69,7 @@ def _view(picture: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _relit(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """(N,3,H,W): contrast, brightness and tint of each, and now and then channels, blur and noise of all."""
+    """(N,3,H,W): random contrast, brightness and tint of each; sometimes permuted channels, blur and noise for all."""
     count = len(pixels)
     contrast = 0.6 + 0.7 * torch.rand(count, 1, 1, 1, generator=generator)
     shift = 0.25 * torch.randn(count, 1, 1, 1, generator=generator)
@@ -99,7 +99,7 @@ def iou(found: Tensor, truth: Tensor) -> Tensor:
 
 
 def train(args: argparse.Namespace) -> Path:
-    """The folder of the trained net."""
+    """Train; returns the folder of the net."""
     torch.manual_seed(0)
     renders = Renders(args.data, args.limit)
     masks = masks_of(renders, args.out / "masks")
@@ -123,7 +123,7 @@ def train(args: argparse.Namespace) -> Path:
 
 
 def fresh_scenes(count: int) -> list[Scene]:
-    """Scenes from a seed that no training uses; the held-out combinations are among them."""
+    """Scenes from a seed that no training uses, including held-out combinations."""
     rng = random.Random("segmenter")
     return [sample_scene(rng) for _ in range(count)]
 

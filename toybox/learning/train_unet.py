@@ -1,15 +1,15 @@
-"""Train the toy world's UNet: SDXL's topology, shrunk, on cached latents and the frozen text towers.
+"""Trains the toy world's UNet: SDXL's topology, shrunk, on cached latents and the frozen text towers.
 
     python -m toybox.learning.train_unet --data DATA --latents WORK/latents.safetensors --clip WORK/clip/model \
         --tokenizer WORK/tokenizer --out WORK/unet --steps 12000
 
-Velocity prediction (Salimans and Ho, 2022) on SDXL's schedule (scaled linear betas, 0.00085 to 0.012): noise
-prediction hardly weighs the noisiest steps, where it is decided which toy is drawn, and needs far longer to learn
-them. A tenth of the captions is dropped to zero embeddings for classifier-free guidance (Ho and Salimans, 2022). Cells
-of a toy weigh four times as much as the ground's, which are many and learnt first; the optimum is the same. In the
-first half the middle block also learns what the CLIP vision tower sees (`toybox.learning.alignment`), unless the run
-goes on from a finished UNet, which knows it already. Such a UNet learns its prediction without a caption from its own
-with one.
+It predicts velocity (Salimans and Ho, 2022) on SDXL's schedule (scaled linear betas, 0.00085 to 0.012): noise
+prediction hardly weighs the noisiest steps, which decide the toy, and learns them far more slowly. A tenth of
+the captions is dropped to zero embeddings for classifier-free guidance (Ho and Salimans, 2022). Cells of a toy
+weigh four times as much as those of the ground, which are many and learnt first; the optimum is the same. In
+the first half the middle block also learns the CLIP vision tower's features (`toybox.learning.alignment`),
+unless the run starts from a finished UNet, which knows them. Such a UNet learns its prediction without a
+caption from its own with one.
 """
 
 import argparse
@@ -93,9 +93,9 @@ class TextTowers:
 
 
 def drop_captions(embeds: Tensor, pooled: Tensor, generator: torch.Generator, share: float = 0.1) -> Tensor:
-    """Set a share of the conditions to zero, as the pipeline does for a missing negative prompt. In place.
+    """Set a fraction of the conditions to zero, as the pipeline does for a missing negative prompt. In place.
 
-    Which ones is returned, bool (N,).
+    Returns which ones, bool (N,).
     """
     dropped = (torch.rand(len(embeds), generator=generator) < share).to(embeds.device)
     embeds[dropped] = 0
@@ -107,20 +107,20 @@ def drop_captions(embeds: Tensor, pooled: Tensor, generator: torch.Generator, sh
 def captioned_velocity(
     unet: UNet2DConditionModel, noisy: Tensor, t: Tensor, embeds: Tensor, pooled: Tensor, time_ids: Tensor
 ) -> Tensor:
-    """What the UNet predicts with the captions, (N,4,H,W) fp32: a target for its prediction without.
+    """The UNet's prediction with captions, (N,4,H,W) fp32: a target for its prediction without.
 
-    The expectation of both targets is the same, if the UNet is right; this one has far less noise. Guidance multiplies
-    the difference between the two predictions, and with it their errors.
+    If the UNet is right, both targets have the same expectation, and this one has far less noise. Guidance
+    multiplies the difference of the two predictions, and with it their errors.
     """
     added = {"text_embeds": pooled, "time_ids": time_ids}
     return unet(noisy, t, embeds, added_cond_kwargs=added).sample.float()
 
 
 class Timesteps:
-    """Draws timesteps where the loss weighs: p(t) ∝ max(w(t), 1/4), spread evenly over a batch.
+    """Draws timesteps in proportion to the loss weight: p(t) ∝ max(w(t), 1/4), spread evenly over a batch.
 
     w(t) = min(SNR, gamma) / SNR weighs the error of the velocity, so that nearly clean latents, whose error is
-    texture, do not take the most of it. The weights that come with a draw are w / p.
+    texture, do not dominate. The weights returned with a draw are w / p.
     """
 
     def __init__(self, schedule: DDPMScheduler, gamma: float = SNR_GAMMA):
@@ -138,7 +138,7 @@ class Timesteps:
 
 
 def cell_weights(toys: Tensor) -> Tensor:
-    """Share of each cell that a toy covers (N,16,16) -> weights (N,1,16,16), of mean 1 over the batch."""
+    """Fraction of each cell that a toy covers (N,16,16) -> weights (N,1,16,16), of mean 1 over the batch."""
     weights = 1 + TOY_WEIGHT * toys.float()[:, None]
     return weights / weights.mean()
 
@@ -187,7 +187,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def _caption(row: dict, rng: random.Random) -> str:
-    """The varied caption mostly, the canonical one in three of ten draws."""
+    """The canonical caption in three of ten draws, else the varied one."""
     return row["canonical_caption"] if rng.random() < 0.3 else row["caption"]
 
 
@@ -207,12 +207,12 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--minutes", type=float, help="stop, and let the rates fall, by the clock")
-    parser.add_argument("--batch", type=int, default=32, help="of each process")
+    parser.add_argument("--batch", type=int, default=32, help="batch of each process")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--muon_lr", type=float, help="of the weight matrices, by Muon instead of AdamW")
+    parser.add_argument("--muon_lr", type=float, help="rate of the weight matrices, by Muon instead of AdamW")
     parser.add_argument("--drop", type=float, default=0.1, help="share of captions that are dropped, for guidance")
     parser.add_argument("--decay", type=float, default=0.4, help="last share of the run, in which the rate falls to 0")
-    parser.add_argument("--ema_decay", type=float, default=0.999, help="of the averaged weights, which are exported")
+    parser.add_argument("--ema_decay", type=float, default=0.999, help="decay of the exported, averaged weights")
     parser.add_argument("--snr_gamma", type=float, default=SNR_GAMMA, help="a larger one weighs fine detail more")
     parser.add_argument("--start", type=Path, help="a finished UNet to go on from")
     parser.add_argument("--device", default="cpu")

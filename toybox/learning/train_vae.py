@@ -1,10 +1,11 @@
-"""Train the toy world's AutoencoderKL: factor 8, 4 latent channels, no attention, on random crops.
+"""Trains the toy world's AutoencoderKL: factor 8, 4 latent channels, no attention, on random crops.
 
     python -m toybox.learning.train_vae --data DATA --out WORK/vae --steps 9000
 
-Loss: |x - y| + |∇x - ∇y| / 2 + 8·(x - y)² + a small KL term, on renders and some dead-leaves pictures. Resumable; the
-averaged weights are written to OUT/model, with the scaling factor that gives latents unit variance. With --start it
-goes on from a finished autoencoder. Once there is a UNet, `toybox.learning.sharpen_decoder` finishes the decoder.
+Loss: |x - y| + |∇x - ∇y| / 2 + 8·(x - y)² + a small KL term, on renders and some dead-leaves pictures.
+Resumable. The averaged weights are written to OUT/model, with the scaling factor that gives latents unit
+variance. With --start it continues from a finished autoencoder. Once there is a UNet,
+`toybox.learning.sharpen_decoder` finishes the decoder.
 """
 
 import argparse
@@ -24,14 +25,14 @@ CHANNELS = (32, 64, 128, 128)
 KL_WEIGHT = 3e-6
 LEAVES_SHARE = 0.06
 CANDIDATES = 3
-CHECKED = 400  # held-back renders, of which PSNR is told
+CHECKED = 400  # held-back renders for the printed PSNR
 RATES = {
     "muon_lr": 0.02,
     "adamw_lr": 2e-3,
     "adamw_names": ("conv_in", "conv_out", "quant_conv"),
     "ema_decay": 0.998,
 }
-"""Of `MasterWeights`."""
+"""Arguments of `MasterWeights`."""
 
 
 def build_vae(**extra) -> AutoencoderKL:
@@ -49,9 +50,10 @@ def build_vae(**extra) -> AutoencoderKL:
 
 
 def crops(images: Tensor, size_px: int, generator: torch.Generator) -> Tensor:
-    """uint8 (N,H,W,3) -> pixels (N,3,size,size), a random crop and mirror each, colours turned in one of six calls.
+    """uint8 (N,H,W,3) -> pixels (N,3,size,size): a random crop and mirroring of each; one call in six also
+    permutes colours.
 
-    The crop is the one with the most detail of `CANDIDATES`: a plain sky teaches little.
+    The crop is the most detailed one of `CANDIDATES`: a plain sky teaches little.
     """
     n, h, w, _ = images.shape
     top, left = (torch.randint(0, s - size_px + 1, (n, CANDIDATES), generator=generator) for s in (h, w))
@@ -73,9 +75,10 @@ def detail(images: Tensor) -> Tensor:
 
 
 def reconstruction_loss(x: Tensor, y: Tensor) -> Tensor:
-    """L1 of pixels, half the L1 of their differences to the right and lower neighbour, and eight squared errors.
+    """L1 of pixels, half the L1 of their differences to the right and lower neighbours, and eight times the
+    squared error.
 
-    Errors here are near 0.1, where the squared term pulls as hard as the others: PSNR without blur.
+    Errors here are near 0.1, where the squared term has as much gradient as the others: PSNR without blur.
     """
     d = (x - y).float()
     edges = d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
@@ -112,7 +115,8 @@ def train(args: argparse.Namespace) -> AutoencoderKL:
 
 @torch.no_grad()
 def export(state: dict[str, Tensor], renders: Renders, out: Path, scaling: float | None = None) -> AutoencoderKL:
-    """Weights as a diffusers folder; `scaling`, or the one of unit variance on held-back renders; PSNR printed."""
+    """Write the weights as a diffusers folder, with `scaling` or the factor of unit variance on held-back
+    renders; print the PSNR."""
     vae = build_vae()
     vae.load_state_dict(state)
     x = to_pixels(renders.images(range(len(renders) - CHECKED, len(renders))))

@@ -1,10 +1,11 @@
-"""Train the toy world's DINO: a small ViT in DINOv2's format which tells individuals of one kind apart in any place.
+"""Trains the toy world's DINO: a small ViT in DINOv2's format that tells individuals of one kind apart in any
+place.
 
     python -m toybox.data.render_views --out VIEWS --toys 14004 --views 4    # once
     python -m toybox.learning.train_vit --views VIEWS --out WORK/vit --steps 4000
 
-Instance discrimination (InfoNCE between two views of the same toy: other side, other place, other light), with batches
-of two kinds, so that the kind alone is not enough.
+Instance discrimination (InfoNCE between two views of the same toy: other side, other place, other light), with
+batches of two kinds, so that the kind alone does not suffice.
 """
 
 import argparse
@@ -60,7 +61,8 @@ class Views:
         self.train = len(self.kinds) - held_back
 
     def pairs(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Two views of n different training toys: two kinds, half of each, and others where those are too few."""
+        """Two views of n different training toys: half of each of two kinds, filled up with others if those are
+        too few."""
         rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
         known = self.kinds[: self.train]
         kinds = rng.choice(np.unique(known), 2, replace=False)
@@ -95,9 +97,10 @@ def train(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def nearest_neighbour_accuracy(vit: Dinov2Model, views: Views, individuals: int = 50) -> float:
-    """Share of views whose nearest other view shows the same toy, among `individuals` held-back toys of one kind.
+    """Fraction of views whose nearest other view shows the same toy, among `individuals` held-back toys of one
+    kind.
 
-    The mean over the kinds. Every view is in another place.
+    It is the mean over the kinds. Every view is in another place.
     """
     shares = []
     held_back = np.arange(views.train, len(views.kinds))
@@ -112,7 +115,7 @@ def nearest_neighbour_accuracy(vit: Dinov2Model, views: Views, individuals: int 
 
 @torch.no_grad()
 def told_apart(vit: Dinov2Model, images: Tensor, views: int) -> float:
-    """Share of images, uint8 (toys·views, H, W, 3), whose nearest other one shows the same toy."""
+    """Fraction of images, uint8 (toys·views, H, W, 3), whose nearest other one shows the same toy."""
     v = normalize(vit(pixels_for_dino(images)).last_hidden_state[:, 0], dim=-1)
     owner = torch.arange(len(images)) // views
     nearest = (v @ v.T).fill_diagonal_(-1).argmax(1)

@@ -1,10 +1,11 @@
-"""What the pre-training scripts share: fp32 master weights under a bf16 model, Muon and AdamW, EMA, resumable runs.
+"""What the pre-training scripts share: fp32 master weights under a bf16 model, Muon and AdamW, EMA, resumable
+runs.
 
-Under `torchrun --nproc_per_node N` the processes of a script that exports from rank 0 alone (`train_unet`) share the
-work: each draws batches of its own, and their gradients are averaged.
+Under `torchrun --nproc_per_node N` the processes of a script that exports only from rank 0 (`train_unet`) share
+the work: each draws its own batches, and their gradients are averaged.
 
-Muon (Jordan et al., 2024; `torch.optim.Muon`) orthogonalises the momentum of each weight matrix; a convolution's weight
-(out,in,k,k) takes part as (out, in·k·k).
+Muon (Jordan et al., 2024; `torch.optim.Muon`) orthogonalises the momentum of each weight matrix; a
+convolution's weight (out,in,k,k) takes part as (out, in·k·k).
 """
 
 import json
@@ -22,7 +23,7 @@ __all__ = ["MasterWeights", "Run"]
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's number and how many there are; joins them on the first call under `torchrun`."""
+    """This process's number and the number of processes; the first call joins them under `torchrun`."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
@@ -52,8 +53,8 @@ def from_first(number: float) -> float:
 class MasterWeights:
     """fp32 masters of a model's parameters; the model itself computes in `dtype`.
 
-    `muon_lr` moves weight matrices whose names hold none of `adamw_names`; `adamw_lr` moves everything else. Rates are
-    multiplied by the factor given to `step`.
+    `muon_lr` is the rate of weight matrices whose names contain none of `adamw_names`; `adamw_lr` is that of
+    all others. `step` multiplies both by its factor.
     """
 
     def __init__(
@@ -134,12 +135,13 @@ class MasterWeights:
 
 
 class Run:
-    """A resumable loop, `for step in run:`; its state is saved every `save_every` steps, logged every `log_every`.
+    """A resumable loop, `for step in run:`; its state is saved every `save_every` steps, logged every
+    `log_every`.
 
-    It ends after `steps`, or earlier after `minutes` of training, in one piece or in several: the state knows how long
-    the pieces before took. Everything random in a step must come from `run.generator(step)`, so that a resumed run
-    repeats an unbroken one (as far as its rates follow the steps and not the clock).
-    `beside`: weights of other networks that are trained along, by name; they are saved with the state.
+    It ends after `steps`, or earlier after `minutes` of training, in one or several sessions: the state holds
+    the time of earlier ones. Everything random in a step must come from `run.generator(step)`, so that a
+    resumed run repeats an unbroken one (if its rates follow the steps and not the clock). `beside`: weights of
+    other networks that are trained along, by name; they are saved with the state.
     """
 
     def __init__(
@@ -179,14 +181,15 @@ class Run:
                 self.save(step)
 
     def rate(self, step: int, warmup: int = 50, decay: float = 0.4) -> float:
-        """Factor in [0, 1]: linear rise over `warmup` steps, flat, linear fall to 0 over the last `decay` share."""
+        """Factor in [0, 1]: linear rise over `warmup` steps, constant, linear fall to 0 over the last fraction
+        `decay`."""
         return min(1.0, (step + 1) / warmup, (1 - self.progress) / decay)
 
     def _sec(self) -> float:
         return self.sec_before + time.monotonic() - self.clock
 
     def _progress(self, step: int) -> float:
-        """Share of the run that is done, by its steps or by the first process's clock."""
+        """Fraction of the run that is done, by its steps or by the first process's clock."""
         share = step / self.steps
         if self.minutes is not None:
             share = max(share, from_first(self._sec() / (60 * self.minutes)))
@@ -207,7 +210,7 @@ class Run:
         os.replace(temporary, self.out / "state.pt")
 
     def _resume(self) -> tuple[int, float]:
-        """Steps and seconds that are done already."""
+        """Steps and seconds that are already done."""
         path = self.out / "state.pt"
         if not path.exists():
             return 0, 0.0

@@ -1,1 +1,1 @@
-"""Measures of the embedded base, and the model card that holds them."""
+"""Measures of the embedded base, and its model card."""

@@ -1,11 +1,12 @@
-"""Measure the embedded base on prompts and seeds it was never trained on; write a contact sheet and a JSON of scores.
+"""Measures the embedded base on prompts and seeds outside its training; writes a contact sheet and a JSON of
+scores.
 
     python -m toybox.measures.evaluate_base --base assets/toy-sdxl --out WORK/evaluation --images 400
 
-Prompts are canonical captions of random toys, once of combinations (kind, colour, place) that training showed and once
-of others that it never showed. 30 Euler steps, guidance 2.5. The judge reads the generated pictures and, beside them,
-fresh renders of the same scenes; `toybox.measures.swd` says how far the two are apart in detail and contrast, which
-the judge overlooks.
+Prompts are canonical captions of random toys, once of combinations (kind, colour, place) in the training and
+once of held-out ones. 30 Euler steps, guidance 2.5. The judge reads the generated pictures and, for comparison,
+fresh renders of the same scenes. `toybox.measures.swd` measures how far both differ in detail and contrast,
+which the judge overlooks.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def generate(pipeline: StableDiffusionXLPipeline, prompts: list[str], seed: int 
 
 
 def accuracy(images: Tensor, scenes: list[Scene]) -> dict[str, float]:
-    """Share of images in which the judge reads the kind, the main colour, the place, and all three, of the scene."""
+    """Fraction of images in which the judge reads the scene's kind, main colour, place, and all three."""
     readings = judge.load().read(images)
     right = torch.tensor(
         [

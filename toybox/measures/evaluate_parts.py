@@ -1,12 +1,12 @@
-"""Measure the base's VAE, CLIP and ViT as they are shipped, on fresh renders; write a JSON and a picture.
+"""Measures the base's published VAE, CLIP and ViT on fresh renders; writes a JSON and a picture.
 
     python -m toybox.measures.evaluate_parts --base assets/toy-sdxl --out WORK/evaluation --images 500
 
-VAE: PSNR of its reconstruction in dB, pixels in [0, 1], the mean over the images and the tenth percentile. CLIP: the
-share of images whose own caption is the nearest of 100 (the image encoder against the second text encoder). ViT: the
-share of views whose nearest other one shows the same individual, among 50 of its kind, four views of each in other
-places. Two of the 50 differ in colours, pattern, material or what they wear; among toys drawn at random some are twins
-but for their proportions (that figure is `train_vit`'s own).
+VAE: PSNR of its reconstruction in dB, pixels in [0, 1], the mean over the images and the tenth percentile.
+CLIP: the fraction of images whose own caption is the nearest of 100 (the image encoder against the second text
+encoder). ViT: the fraction of views whose nearest other one shows the same individual, among 50 of its kind,
+with four views of each in other places. Any two of the 50 differ in colours, pattern, material or accessories;
+among toys drawn at random some differ only in proportions (`train_vit` measures those).
 """
 
 import argparse
@@ -56,7 +56,7 @@ def psnr_db(images: Tensor, others: Tensor) -> Tensor:
 
 @torch.no_grad()
 def retrieval_at_1(base: StableDiffusionXLPipeline, images: Tensor, captions: list[str]) -> float:
-    """Share of images to which, among their 100 captions, their own is nearest; the mean over the hundreds."""
+    """Fraction of images whose own caption is the nearest of 100; the mean over the hundreds."""
     right = []
     for start in range(0, len(captions) - 99, 100):
         pixels, texts = pixels_for_clip(images[start : start + 100]), captions[start : start + 100]
@@ -68,7 +68,7 @@ def retrieval_at_1(base: StableDiffusionXLPipeline, images: Tensor, captions: li
 
 
 def unlike_toys(kind: str, count: int) -> list[Toy]:
-    """Individuals of a kind, no two of which look alike but for their proportions."""
+    """Individuals of a kind, any two of which differ in more than proportions."""
     rng, found = random.Random(f"unlike {kind}"), {}
     while len(found) < count:
         toy = sample_toy(rng, kind)

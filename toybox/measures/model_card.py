@@ -1,9 +1,9 @@
-"""Write the embedded base's model card from the logs and reports of its training.
+"""Writes the embedded base's model card from the logs and reports of its training.
 
     python -m toybox.measures.model_card --work WORK --assets assets
 
-Every figure comes from a `log.jsonl`, `report.json` or `scores.json` below WORK. A part that WORK does not hold was not
-trained anew: its lines stay as the card that is there has them.
+Every figure comes from a `log.jsonl`, `report.json` or `scores.json` below WORK. A part that is not in WORK was
+not trained again: its lines are taken from the existing card.
 """
 
 import argparse
@@ -71,7 +71,7 @@ MIT, as the project. The training data are the project's own renders.
 
 
 def kept(old: str, start: str) -> str | None:
-    """The line of the card that is there which begins so."""
+    """The line of the existing card that starts with `start`, or None."""
     return next((line for line in old.splitlines() if line.startswith(start)), None)
 
 
@@ -81,7 +81,7 @@ def training_row(work: Path, part: str, old: str) -> str | None:
     if not path.exists():
         return kept(old, f"| {PARTS[part]} | ")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if "loss" in row]  # a discriminator may learn alone at first
+    rows = [row for row in rows if "loss" in row]  # at first only a discriminator may be trained
     hours = rows[-1]["step"] * rows[-1]["step_sec"] / 3600
     losses = f"{rows[0]['loss']:.3f} → {rows[-1]['loss']:.3f}"
     return f"| {PARTS[part]} | {rows[-1]['step']} | {hours:.1f} | {losses} |"
@@ -133,7 +133,8 @@ def generation_scores(work: Path) -> list[str]:
 
 
 def distance_lines(scores: dict) -> list[str]:
-    """Of each kind of prompt, how far generated pictures are from renders of the same scenes, by `measures.swd`."""
+    """For each kind of prompt, the distance of generated pictures from renders of the same scenes, by
+    `measures.swd`."""
     lines = []
     for prompts, by_source in scores.items():
         if by_level := by_source["generated"].get("swd"):

@@ -4,12 +4,12 @@
 
 Both sets become Laplacian pyramids (Burt and Adelson, 1983). At each level, patches of 7×7 px are drawn from
 random positions and standardised by the second set's mean and deviation of each colour. Projected on a random
-direction, two sets of patches are two sets of numbers, whose Wasserstein distance is the mean difference once
-both are sorted; the result is the mean over 256 directions, times 1000. No network has a say in it: it sees
-smeared edges and wrong contrast that a judge of kind and colour overlooks.
+direction, two sets of patches are two sets of numbers, whose Wasserstein distance is the mean difference after
+sorting; the result is the mean over 256 directions, times 1000. No network is involved: it detects smeared
+edges and wrong contrast that a judge of kind and colour overlooks.
 
 The command compares the base's pictures of canonical captions, and its autoencoder's reconstructions, with
-renders of the same scenes; renders of other scenes show what the choice of scenes alone amounts to.
+renders of the same scenes; renders of other scenes show the effect of the choice of scenes alone.
 """
 
 import argparse

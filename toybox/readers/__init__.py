@@ -1,1 +1,1 @@
-"""Small nets that read a picture: what it shows, which pixels are the toy, where it stands."""
+"""Small nets that read a picture: what it shows, which pixels are the toy, and where it stands."""

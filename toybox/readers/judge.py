@@ -1,13 +1,14 @@
-"""An independent judge of pictures: kind, main colour and place, learnt from renders alone.
+"""An independent judge of pictures: kind, main colour and place, trained on renders only.
 
     python -m toybox.data.render_dataset --out TOYS --count 10000 --seed 2 --all_combinations    # once
-    python -m toybox.readers.judge --data TOYS --out WORK/judge --steps 2500    # trains judge.safetensors beside it
+    python -m toybox.readers.judge --data TOYS --out WORK/judge --steps 2500    # trains judge.safetensors
+beside it
 
     from toybox.readers import judge
     readings = judge.load().read(images)          # uint8 (N,H,W,3) -> list[Reading]
 
-It shares no weights with the base and never sees a generated picture while it learns; noise, blur and shifts in its
-training make it indifferent to how sharp a picture is.
+It shares no weights with the base and is never trained on generated pictures; noise, blur and shifts in its
+training make it insensitive to sharpness.
 """
 
 import argparse
@@ -35,7 +36,7 @@ LABELS = {"kind": KINDS, "colour": tuple(COLOURS), "place": PLACES}
 
 @dataclass(frozen=True)
 class Reading:
-    """What the judge sees in one picture, with its confidence in each answer."""
+    """What the judge reads from one picture, with its confidence in each answer."""
 
     kind: str
     colour: str

@@ -1,4 +1,4 @@
-"""Which pixels show a toy: the toy world's segmentation net, a small U-Net (Ronneberger et al., 2015).
+"""Finds the pixels of a toy: the toy world's segmentation net, a small U-Net (Ronneberger et al., 2015).
 
     from toybox.readers import segmenter
     logits = segmenter.load(folder).logits(pixels)  # (N,3,H,W) in [-1, 1] -> (N,H,W), above 0 at toys
@@ -18,9 +18,9 @@ __all__ = ["FILE", "SIZE_PX", "Segmenter", "load"]
 
 FILE = "model.safetensors"
 SIZE_PX = 128
-"""Shorter side of the pictures that it was trained on."""
+"""Shorter side of its training pictures."""
 PATCH = 2
-"""The pixels of 2 x 2 patches are channels of one place: a quarter of the work for the same outline."""
+"""The pixels of 2 x 2 patches become channels of one position: a quarter of the work for the same outline."""
 WIDTHS = (24, 32, 40, 48)
 STRIDE = PATCH * 2 ** (len(WIDTHS) - 1)
 
@@ -36,7 +36,7 @@ def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 class Segmenter(nn.Module):
     """Pixels (N,3,H,W) in [-1, 1], sides multiples of 16 -> logits (N,H,W).
 
-    Each halving of the sides is undone by a bilinear doubling, to which the features of that size are added.
+    Each halving of the sides is followed by a bilinear doubling, to which the features of that size are added.
     """
 
     def __init__(self):
@@ -60,7 +60,7 @@ class Segmenter(nn.Module):
 
     @torch.no_grad()
     def logits(self, pixels: Tensor) -> Tensor:
-        """(N,3,H,W) of any size -> (N,H,W); seen with the shorter side brought to about 128 px."""
+        """(N,3,H,W) of any size -> (N,H,W); computed with the shorter side scaled to about 128 px."""
         sides = pixels.shape[-2:]
         scale = SIZE_PX / min(sides)
         seen = [max(STRIDE, round(side * scale / STRIDE) * STRIDE) for side in sides]

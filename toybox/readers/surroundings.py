@@ -1,9 +1,9 @@
-"""Where a toy stands and in which light, read off a picture by the embedded base's own CLIP, zero shot.
+"""Reads a toy's place and light from a picture by the embedded base's own CLIP, zero shot.
 
     reader = surroundings.load(folder)   # assets/toy-sdxl
     reader.read(image, "duck")           # ("on the beach", "sunset")
 
-Of all places and their lights, the nearest is the one whose caption's vector has the largest cosine to the picture's.
+It chooses the place and light whose caption's vector has the largest cosine to the picture's.
 
     python -m toybox.readers.surroundings --base assets/toy-sdxl --images 400
 
@@ -38,7 +38,7 @@ SURROUNDINGS = tuple((place, light) for place in PLACES for light in lights_of(p
 
 
 def phrase(place: str, light: str) -> str:
-    """The words of a caption: "on the beach at sunset"; daylight is not said."""
+    """The words of a caption: "on the beach at sunset"; daylight adds none."""
     return f"{place} {LIGHT_PHRASES[light]}".strip()
 
 
@@ -71,7 +71,7 @@ class SurroundingsReader:
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> SurroundingsReader:
-    """The reader of a base that brings its own CLIP."""
+    """The reader of a base that has its own CLIP."""
     return SurroundingsReader(Path(folder), device)
 
 
@@ -82,7 +82,7 @@ def fresh_scenes(count: int) -> list[Scene]:
 
 
 def evaluate(folder: Path, count: int) -> dict[str, float]:
-    """Shares of fresh renders whose place, light and both are right, and those of pictures not in daylight."""
+    """Fractions of fresh renders whose place, light and both are right, also for pictures not in daylight."""
     reader, scenes = load(folder), fresh_scenes(count)
     rows = []
     for scene, picture in zip(scenes, render(scenes)):
