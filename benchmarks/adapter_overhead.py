@@ -1,10 +1,10 @@
-"""What the mixer costs on PEFT's general path: one projection, forward + backward, MoSLoRA over plain PEFT LoRA.
+"""What the mixer costs on PEFT's own forward: one projection, forward + backward, MoSLoRA relative to plain PEFT LoRA.
 
     python -m benchmarks.adapter_overhead [--rounds 60] [--dtype bf16] [--json FILE]
 
-Both layers are timed in turn in the same rounds, in an order drawn anew each round; the ratio is that of the medians.
-The clock is the thread's own processor time on one thread, which other programs on the machine disturb least. The
-input needs a gradient, as it does inside a network.
+Both layers are timed in the same rounds, in an order drawn anew each round; the ratio is that of the medians.
+The clock is the thread's own processor time on one thread, which other programs disturb least. The input needs
+a gradient, as it does inside a network.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def compare(width: int, tokens: int, rank: int, rounds: int, dtype: torch.dtype)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the base and the input")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="dtype of the base and the input")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]

@@ -1,4 +1,4 @@
-"""The arms of `train_step`: what is built and stepped in each process, and what each is set beside."""
+"""The arms of `train_step`: what each process builds and steps, and which arms it is compared with."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ class Arm:
 
 
 def floor(size: str, resolution_px: int, rank: int) -> Step:
-    """The frozen UNet's forward and the gradient to its input, with the same malloc: nothing can take less."""
+    """The frozen UNet's forward and the gradient of its input, with the same malloc: the lower bound of a step."""
     from dreambooth_moslora.core.process import keep_freed_memory
 
     keep_freed_memory()
@@ -43,7 +43,7 @@ def floor(size: str, resolution_px: int, rank: int) -> Step:
 
 
 def ours(size: str, resolution_px: int, rank: int, *, checkpointing: bool = False) -> Step:
-    """The trainer's own step (`train_step.TrainStep`) on a random UNet: only what it reads is made by hand."""
+    """The trainer's own step (`train_step.TrainStep`) on a random UNet; only its inputs are made here."""
     from accelerate import Accelerator
 
     from dreambooth_moslora.core.config.train_config import TrainConfig

@@ -1,14 +1,14 @@
-"""Several adapters on one frozen base: what a subject costs when N are trained together in one process.
+"""Several adapters on one frozen base: the cost of a subject when N are trained together in one process.
 
     python -m benchmarks.batched_adapters                    # both parts
     python -m benchmarks.batched_adapters --part toy --counts 1 2 4 8 --steps 12
     python -m benchmarks.batched_adapters --part sdxl
 
 `toy` trains N of the sample subjects on the embedded base, each N in a process of its own, with the settings of
-`assets/configs/toy.toml` and with small micro-batches (one photo, no prior, projections of attention alone). Seconds
-are of the steps alone. Processor seconds count where other programs use the machine too. Memory is the largest
-resident set of the process. `sdxl` counts a step of SDXL's UNet at 1024 px, in bf16 and rank 16, one photo a
-subject, on the meta device: kernels and GiB (`benchmarks.gpu_memory` says what is counted).
+`assets/configs/toy.toml` and with small micro-batches (one photo, no prior, projections of attention only).
+Seconds are those of the steps. Processor seconds are more reliable while other programs use the machine. Memory
+is the largest resident set of the process. `sdxl` counts a step of SDXL's UNet at 1024 px, in bf16 and rank 16,
+one photo per subject, on the meta device: kernels and GiB (`benchmarks.gpu_memory` says what is counted).
 """
 
 import argparse
@@ -36,14 +36,14 @@ SMALL = {
     "target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
 }
 HOUR_STEPS = 480
-"""Of a whole training by the recipe: what subjects an hour are reckoned from."""
+"""Steps of a whole training by the recipe, from which subjects per hour are computed."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("toy", "sdxl"), help="default: both")
     parser.add_argument("--counts", nargs="+", type=int, default=list(COUNTS), metavar="N")
-    parser.add_argument("--steps", type=int, default=12, help="of each training of `toy`; the first two are not timed")
+    parser.add_argument("--steps", type=int, default=12, help="steps of each `toy` training, two of them not timed")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -73,7 +73,7 @@ def toy(options: argparse.Namespace) -> list[dict]:
 
 
 def trained(kind: str, count: int, steps: int) -> dict:
-    """N subjects on the embedded base, in this process."""
+    """Train N subjects on the embedded base, in this process."""
     from dreambooth_moslora.core.process import peak_memory_gib, set_environment_defaults
 
     set_environment_defaults()
@@ -84,7 +84,7 @@ def trained(kind: str, count: int, steps: int) -> dict:
     laps: list[tuple[float, float]] = []
 
     def note(event: Event) -> None:
-        """Of the first subject's steps: between two of them lies one of each."""
+        """Note the first subject's steps; between two of them each other subject takes one."""
         if event.kind == "step":
             laps.append((time.perf_counter(), time.process_time()))
 
@@ -95,7 +95,7 @@ def trained(kind: str, count: int, steps: int) -> dict:
         train_together(members, count, lambda _, result: ended.append(result))
     if failed := [result for result in ended if isinstance(result, Exception)]:
         raise failed[0]
-    laps = laps[1:]  # the first step takes memory that the others find
+    laps = laps[1:]  # the first step allocates memory that the others reuse
     walls, cpus = ([after[n] - before[n] for before, after in itertools.pairwise(laps)] for n in (0, 1))
     step_sec = statistics.median(walls)
     return {

@@ -1,10 +1,10 @@
-"""Twenty visitors at once, then two hundred pictures in a row: waiting times, right pictures, memory.
+"""Twenty visitors at once, then two hundred pictures in a row: waiting times, correct pictures, memory.
 
     python -m benchmarks.concurrency [--base toy] [--clients 20] [--pictures 200] [--json FILE]
     python -m benchmarks.concurrency --minutes 60    # visitors who generate, compare, upload, train and stop
 
-`app.py` runs as a process of its own. Every client asks for its own prompt and seed; the answer's recipe must name
-them, and its pixels must be those that a pipeline in this process draws from that recipe.
+`app.py` runs as a process of its own. Every client requests its own prompt and seed; the answer's recipe must
+contain them, and its pixels must equal those that a pipeline in this process draws from that recipe.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from benchmarks.visitors import hour
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKED = 3
-"""Answers whose pixels are drawn again here; the recipes of all are compared."""
+"""Number of answers whose pixels are drawn again here; the recipes of all are compared."""
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--pictures", type=int, default=200)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--minutes", type=float, help="let the visitors do all that the page offers, for so long")
+    parser.add_argument("--minutes", type=float, help="let visitors use all functions of the page for this time")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def start_app(base: str, scratch: Path, *options: str) -> tuple[subprocess.Popen, str]:
-    """The page on a free port, ready to answer. `options` are more options of `app.py`."""
+    """The page on a free port, ready to answer. `options` are further options of `app.py`."""
     command = [sys.executable, str(ROOT / "app.py"), "--base", base, "--runs_dir", str(scratch / "runs"), *options]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "GRADIO_TEMP_DIR": str(scratch / "cache")}
     log = (scratch / "app.log").open("w+")
@@ -72,7 +72,8 @@ def start_app(base: str, scratch: Path, *options: str) -> tuple[subprocess.Popen
 
 
 def ask(url: str, number: int, steps: int, client: Client | None = None) -> tuple[float, str]:
-    """One picture of visitor `number`: (seconds until it was there, its file). Raises when it is not the asked one."""
+    """Request a picture of visitor `number`: (seconds until it was there, its file). Exits when it is another
+    picture."""
     from dreambooth_moslora.generation.params import read_recipe
 
     client = client or Client(url, verbose=False, download_files=tempfile.mkdtemp())
@@ -89,7 +90,7 @@ def ask(url: str, number: int, steps: int, client: Client | None = None) -> tupl
 
 
 def crowd(url: str, args: argparse.Namespace) -> dict[str, float | int]:
-    """All clients at once. The first picture before them pays for loading the base."""
+    """All clients at once. A first picture before them takes the time of loading the base."""
     ask(url, 0, args.steps)
     with ThreadPoolExecutor(args.clients) as pool:
         answers = list(pool.map(lambda number: ask(url, number, args.steps), range(1, args.clients + 1)))
@@ -118,7 +119,7 @@ def check_pixels(base: str, files: list[str]) -> None:
 
 
 def marathon(url: str, server: subprocess.Popen, args: argparse.Namespace) -> dict[str, float | int]:
-    """Pictures one after the other by one visitor; resident memory of the server after a fifth, and at the end."""
+    """Pictures one after the other by one visitor; the server's resident memory after a fifth, and at the end."""
     client, process = Client(url, verbose=False, download_files=tempfile.mkdtemp()), psutil.Process(server.pid)
     memory = []
     for number in range(args.pictures):

@@ -1,8 +1,8 @@
-"""A training step as diffusers' `train_dreambooth_lora_sdxl.py` takes it, to compare with. Written from its behaviour.
+"""A training step like that of diffusers' `train_dreambooth_lora_sdxl.py`, for comparison; written from its behaviour.
 
-What that script does and costs: the VAE (fp32) and both text encoders stay in memory, the photo is encoded again in
-every step, UNet and adapter are in bf16 (the script upcasts the adapter for fp16 only) with PEFT's own casting of
-inputs, accelerate wraps the forward in autocast, AdamW has PyTorch's default settings, malloc has the system's.
+Its costs: the VAE (fp32) and both text encoders stay in memory; the photo is encoded again in every step; UNet
+and adapter are in bf16 (the script upcasts the adapter for fp16 only) with PEFT's own casting of inputs;
+accelerate wraps the forward in autocast; AdamW has PyTorch's default settings, malloc the system's.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def loaded(size: str) -> tuple[tuple[nn.Module, nn.Module], AutoencoderKL, nn.Mo
 
 
 def encoded(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """The photo's latents, encoded anew in fp32 and sampled, then cast to the UNet's dtype."""
+    """The photo's latents, encoded again in fp32 and sampled, then cast to the UNet's dtype."""
     latents = vae.encode(pixels.to(vae.dtype)).latent_dist.sample() * vae.config.scaling_factor
     return latents.to(torch.bfloat16)
 
@@ -51,7 +51,7 @@ def diffusers_style_step(
     size: str, resolution_px: int, rank: int, gradient_checkpointing: bool, fp32_adapter: bool = False
 ) -> Callable[[], tuple[float, float]]:
     """Build everything and return the step: () -> (loss, gradient norm)."""
-    AcceleratorState._reset_state()  # this process may have had another precision
+    AcceleratorState._reset_state()  # the process may have used another precision
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     schedule = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     encoders, vae, unet = loaded(size)
@@ -84,6 +84,6 @@ def diffusers_style_step(
         optimizer.zero_grad()
         return loss.item(), float(norm)
 
-    # The encoders stay alive for the length of the loop: the script deletes its list of them, not the models.
+    # The encoders stay in memory during the loop: the script deletes its list of them, not the models.
     step.kept = encoders
     return step

@@ -1,4 +1,4 @@
-"""The fast path beside PEFT's own layers: the largest differences of the output and of the gradients.
+"""The fused projections compared with PEFT's own layers: the largest differences of output and gradients.
 
     python -m benchmarks.fast_path_table [--json FILE] [--bases bf16 NF4] [--how inductor]
 
@@ -66,7 +66,7 @@ def adapted(base: str, targets: str, cached: bool = False) -> UNet2DConditionMod
 
 
 def loss_of(unet: UNet2DConditionModel) -> tuple[Tensor, Tensor]:
-    """The output, and its mean square in fp32 or more."""
+    """The output, and its mean square in at least fp32."""
     generator = torch.Generator().manual_seed(3)
 
     def noise(*shape: int) -> Tensor:
@@ -105,7 +105,7 @@ def by_fast_path(unet: UNet2DConditionModel, how: str) -> Step:
 
 
 def difference(found: Step, expected: Step) -> tuple[float, float]:
-    """Of the output, and of the worst gradient."""
+    """Relative differences of the output, and of the worst gradient."""
     output = float((found[0] - expected[0]).abs().max() / expected[0].abs().max())
     if found[1].keys() != expected[1].keys():
         return output, float("inf")

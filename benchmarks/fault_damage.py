@@ -1,4 +1,4 @@
-"""Damage to files that are there: cut, flipped, emptied, gone, filled with zeros or with something else."""
+"""Damages existing files: cut, flipped, emptied, removed, filled with zeros or with noise."""
 
 import random
 import shutil
@@ -24,7 +24,7 @@ def files_of(home: Path, kind: str) -> list[Path]:
 
 
 def damage(path: Path, rng: random.Random) -> str:
-    """Do one of these to the file; returns which."""
+    """Damage the file in a random way; returns which."""
     name, harm = rng.choice(list(HARMS.items()))
     harm(path, rng)
     return name
@@ -42,7 +42,7 @@ def flip(path: Path, rng: random.Random) -> None:
 
 
 def fill_with_zeros(path: Path, rng: random.Random) -> None:
-    """What a file system may leave of a file that was written just before the power went."""
+    """Zero the end, as a file system may leave a file written just before a power failure."""
     content = path.read_bytes()
     kept = rng.randrange(max(1, len(content)))
     path.write_bytes(content[:kept] + bytes(len(content) - kept))
@@ -83,7 +83,7 @@ HARMS = {
 
 
 def harm_photo(home: Path, rng: random.Random) -> str:
-    """One photo is damaged or exchanged, or all are gone; a sidecar or another photo may come instead."""
+    """Damage or replace one photo, or remove all; or add a sidecar or another photo."""
     photos = sorted((home / "photos").glob("*.png"))
     photo = rng.choice(photos)
     choice = rng.choice(("damage", "damage", "exchange", "caption", "more", "all"))

@@ -1,6 +1,6 @@
-"""The kinds of fault that `faults` injects. Each is a function of a trial: it makes one run go wrong.
+"""The kinds of fault that `faults` injects. Each is a function of a trial that makes one run fail.
 
-What it leaves in the trial's home must be such that the same command, given again, ends as an unbroken run.
+After it, the same command must be able to end like an unbroken run in the trial's home.
 """
 
 import errno
@@ -34,7 +34,7 @@ def kill_at_a_moment(trial: Trial) -> None:
 
 
 def kill_at_an_operation(trial: Trial) -> None:
-    """Exactly before a file operation, or in the middle of a write."""
+    """Kill just before a file operation, or in the middle of a write."""
     trial.fresh()
     number, phase = an_operation(trial)
     mode = trial.rng.choice((KILL, TORN)) if trial.reference.trace[number - 1][0] == "write" else KILL
@@ -54,7 +54,7 @@ def stop(trial: Trial) -> None:
 
 
 def full_disk(trial: Trial) -> None:
-    """From some write on there is room for nothing."""
+    """From some write on the disk is full."""
     trial.fresh()
     number, phase = an_operation(trial, ("write", "create", "mkdir", "fsync"))
     trial.run(armed(trial, FAIL, number, errno.ENOSPC, sticky=True))
@@ -84,7 +84,7 @@ def error_at_an_operation(trial: Trial) -> None:
 
 
 def short_operation(trial: Trial) -> None:
-    """A write or a read does half of what it was asked for."""
+    """A write or a read handles only half of its bytes."""
     trial.fresh()
     numbers = [n for n, (kind, _) in enumerate(trial.reference.trace, 1) if kind in ("write", "read")]
     trial.run(armed(trial, CUT, aim(trial, trial.rng.choice(numbers))))
@@ -92,7 +92,7 @@ def short_operation(trial: Trial) -> None:
 
 
 def damaged_part(kind: str, trial: Trial) -> None:
-    """A file of a stopped run is damaged before it goes on."""
+    """A file of a stopped run is damaged before it is resumed."""
     halves = trial.workshop.halves
     having = [variant for variant, home in halves.items() if files_of(home, kind)]
     trial.variant = trial.variant if trial.variant in having or not having else trial.rng.choice(having)
@@ -104,7 +104,7 @@ def damaged_part(kind: str, trial: Trial) -> None:
 
 
 def mixed_checkpoints(trial: Trial) -> None:
-    """A part of the newest checkpoint is that of the one before."""
+    """One file of the newest checkpoint is replaced by that of the previous one."""
     trial.half()
     older, newest = RunDir(trial.home / NAME).checkpoints()
     part = trial.rng.choice(sorted(path.name for path in newest.iterdir()))
@@ -113,19 +113,19 @@ def mixed_checkpoints(trial: Trial) -> None:
 
 
 def photo_while_caching(trial: Trial) -> None:
-    """It is changed or gone at any moment, comes back, and the run begins anew beside the same cache."""
+    """A photo is changed or removed at a random moment and restored, and the run starts again with the same cache."""
     trial.fresh()
     run = trial.start()
     run.is_over_within(trial.moment())
     trial.detail = harm_photo(trial.home, trial.rng)
-    trial.ended.append(run.wait())  # what it publishes may well be that of other photos
+    trial.ended.append(run.wait())  # its result may come from other photos
     restore_photos(trial)
     shutil.rmtree(trial.home / NAME)
     trial.row = "photo changed or gone at a random moment"
 
 
 def photo_while_training(trial: Trial) -> None:
-    """All photos have been encoded by then."""
+    """As before, but after all photos have been encoded."""
     if trial.variant == "uncached":
         trial.variant = next(iter(trial.workshop.references))
     trial.fresh()
@@ -154,7 +154,7 @@ def nan(trial: Trial) -> None:
 
 
 def poison(step: int, before_the_loss: bool) -> None:
-    """In a forked child."""
+    """Set a weight to NaN, in a forked child."""
     import torch
 
     from dreambooth_moslora.training.run import Training
@@ -204,7 +204,7 @@ runpy.run_path("train_dreambooth.py", run_name="__main__")
 
 
 def odd_locale(trial: Trial) -> None:
-    """In a process of its own: Python reads it at the start. Its small encoders stay on a plain path."""
+    """Run in a process of its own, since Python reads the locale at its start. The small encoders keep a plain path."""
     light = trial.workshop.folder / f"{trial.name} light"
     trial.name = f"{trial.name} {odd_name(trial.rng)}"
     trial.fresh()
@@ -240,7 +240,7 @@ def odd_name(rng: random.Random) -> str:
 
 
 def odd_path(trial: Trial) -> None:
-    """The run is killed there, too."""
+    """A run in a folder with an odd name, which is also killed."""
     trial.name = f"{trial.name} {odd_name(trial.rng)}"
     trial.fresh()
     number, _ = an_operation(trial)
@@ -263,7 +263,7 @@ def two_runs(trial: Trial) -> None:
 
 
 def limit(kind: str, trial: Trial) -> None:
-    """`setrlimit` in the child."""
+    """Call `setrlimit` in the child."""
     trial.fresh()
     size = {"file size": (500, 60_000), "open files": (1, 20), "memory": (10**5, 10**8)}[kind]
     amount = trial.rng.randint(*size)
@@ -285,7 +285,7 @@ def set_limit(kind: str, amount: int) -> None:
 
 
 def folder_gone(trial: Trial) -> None:
-    """Somebody removes what the run is about to use."""
+    """Remove a folder that the run is about to use."""
     trial.fresh()
     run = trial.start()
     run.is_over_within(trial.moment())
@@ -297,7 +297,7 @@ def folder_gone(trial: Trial) -> None:
 
 
 def damaged_base(trial: Trial) -> None:
-    """Shortened files of the base; it comes back before the run goes on."""
+    """Shorten files of the base; it is restored before the run is resumed."""
     trial.half()
     base = shutil.copytree(trial.workshop.base, trial.home / "base")
     path = trial.rng.choice(sorted(p for p in base.rglob("*") if p.is_file() and p.name != "README.md"))

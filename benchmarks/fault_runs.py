@@ -1,7 +1,8 @@
-"""Short real trainings for `faults`: forked from a process that has imported everything, known by SHA-256.
+"""Short real trainings for `faults`, forked from a process that has imported everything; results are compared
+by SHA-256.
 
-A run's home is a folder with `photos/`, `cache/` and the run folder `dog/`. Everything of the training is real;
-class images take four denoising steps instead of fifty, and the encoders of scores are small random ones. Linux.
+A run's home is a folder with `photos/`, `cache/` and the run folder `dog/`. The training is real, but class
+images take four denoising steps instead of fifty, and the encoders of scores are small random ones. Linux.
 """
 
 import ctypes
@@ -79,7 +80,7 @@ class Ended:
 
 
 class Shim:
-    """The preloaded library (`fault_shim.c`), as one armed child sees it."""
+    """The preloaded library (`fault_shim.c`) in one armed child."""
 
     def __init__(self, library: Path):
         self.path, self.library = library, ctypes.CDLL(str(library))
@@ -89,12 +90,12 @@ class Shim:
         self.library.fault_arm(mode, ctypes.c_long(at), error, int(sticky), *names)
 
     def clock(self, at: int, shift_sec: int) -> None:
-        """From the `at`-th look at the wall clock on it is wrong by `shift_sec`."""
+        """From the `at`-th reading of the wall clock on it is wrong by `shift_sec`."""
         self.library.fault_clock(ctypes.c_long(at), ctypes.c_long(shift_sec))
 
 
 def build_shim(folder: Path) -> Path:
-    """Compile it with `cc`."""
+    """Compile the shim with `cc`."""
     library, source = folder / "fault_shim.so", Path(__file__).with_name("fault_shim.c")
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
     return library
@@ -102,14 +103,14 @@ def build_shim(folder: Path) -> Path:
 
 @dataclass
 class Run:
-    """A training under way. `log` has what it writes to the terminal."""
+    """A running training. `log` has its terminal output."""
 
     pid: int
     log: Path
     begun: float = field(default_factory=time.monotonic)
 
     def is_over_within(self, seconds: float) -> bool:
-        """Wait that long at most. A run that is over stays to be waited for."""
+        """Wait at most `seconds`. An ended run can still be waited for."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
@@ -128,7 +129,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Reference:
-    """What unbroken runs of a variant leave.
+    """Results of unbroken runs of a variant.
 
     `final` has the digests of the published files, `steps` those of the adapter after each step, `best` that of
     the best step's; `trace` has (operation, path in the home) of each file operation in order.
@@ -142,7 +143,7 @@ class Reference:
 
 
 class Workshop:
-    """Makes homes, starts runs in them, and knows how unbroken ones end."""
+    """Makes homes, starts runs in them, and holds the results of unbroken ones."""
 
     def __init__(self, folder: Path, shim: Shim):
         from tests.helpers.tiny import save_tiny_sdxl
@@ -195,7 +196,7 @@ class Workshop:
         log: str = "log",
         **changes: object,
     ) -> Run:
-        """A process of `train_dreambooth.py`. `before` is called in it first."""
+        """Start a process of `train_dreambooth.py`, which first calls `before`."""
         path, arguments = home / f"{log}.txt", self.arguments(home, variant, **changes)
         path.touch()  # the run may be killed before it opens its log
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -211,7 +212,7 @@ class Workshop:
         return self.run_until(STEPS, home, variant, **options)
 
     def run_until(self, step: int, home: Path, variant: str, before: Callable[[], object] = bool) -> Ended:
-        """A run that the person stops after `step`, if that is not its last: its file says of how many steps."""
+        """A run that is stopped after `step`, unless that is its last: its file contains the number of steps."""
 
         def both() -> None:
             before()
@@ -242,7 +243,7 @@ class Workshop:
 
 
 def published(home: Path) -> dict[str, str]:
-    """Name -> SHA-256 of the adapter files that are there."""
+    """Name -> SHA-256 of the existing adapter files."""
     names = (PUBLISHED_NAME, f"{NAME}.kohya.safetensors")
     return {name: file_digest(home / NAME / name) for name in names if (home / NAME / name).is_file()}
 
@@ -253,13 +254,13 @@ def best(home: Path) -> str | None:
 
 
 def become_training(arguments: list[str], log: Path, before: Callable[[], object]) -> None:
-    """The rest of this forked process is a training, exactly as a person starts it."""
+    """Turn this forked process into a training, exactly as a user starts it."""
     code = 1
     try:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        tqdm.set_lock(RLock())  # its own is shared by all processes, and one that is killed may hold it
+        tqdm.set_lock(RLock())  # its own is shared by all processes, and a killed one may hold it
         sys.argv = ["train_dreambooth.py", *arguments]
         before()
         end_if_interrupted()
@@ -273,7 +274,8 @@ def become_training(arguments: list[str], log: Path, before: Callable[[], object
 
 
 def end_if_interrupted() -> None:
-    """A Ctrl-C that came before the script's first line was held until here: no program could have answered it."""
+    """Handle a Ctrl-C from before the script's first line, which was blocked until here: no program could have
+    answered it."""
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     except KeyboardInterrupt:
@@ -281,14 +283,14 @@ def end_if_interrupted() -> None:
 
 
 def stop_at(step: int) -> None:
-    """In a forked child: the person stops the run after `step` steps."""
+    """Stop the run after `step` steps; called in a forked child."""
     from dreambooth_moslora.training.run import Training
 
     Training.stop_requested = lambda run: run.step >= step
 
 
 def make_light(folder: Path) -> None:
-    """Fewer denoising steps and small encoders, in this process and its children."""
+    """Use fewer denoising steps and small encoders, in this process and its children."""
     from diffusers import StableDiffusionXLPipeline
 
     from dreambooth_moslora.evaluation import during_training
@@ -304,7 +306,7 @@ def make_light(folder: Path) -> None:
 
 
 def note_modules(path: Path) -> None:
-    """In a forked child: write at its end which modules it has imported."""
+    """At its end, write which modules this forked child has imported."""
     leave = os._exit
 
     def note_and_leave(code: int) -> None:
@@ -317,12 +319,12 @@ def note_modules(path: Path) -> None:
 def import_quietly(name: str) -> None:
     try:
         importlib.import_module(name)
-    except Exception:  # a module that another one has made, and that has no file
+    except Exception:  # a module made by another one, without a file
         return
 
 
 def freeze_memory() -> None:
-    """What is here now is not looked at by the children's garbage collection."""
+    """Exclude all present objects from the children's garbage collection."""
     import gc
 
     gc.collect()

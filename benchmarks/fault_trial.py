@@ -1,4 +1,4 @@
-"""One fault: a home, the runs in it, and the file operation of an unbroken run at which it strikes."""
+"""One fault: a home, the runs in it, and the file operation of an unbroken run at which it happens."""
 
 import random
 from collections.abc import Callable
@@ -14,9 +14,9 @@ __all__ = ["Trial", "aim", "an_operation", "armed"]
 
 @dataclass
 class Trial:
-    """One fault. `row` is its line in the table, `detail` what exactly was done, `ended` each run until now.
+    """One fault. `row` is its line in the table, `detail` says what was done, `ended` lists the ends of its runs.
 
-    `killed`: the harness ended a run itself. `wrong` names published files that no unbroken run leaves.
+    `killed`: the harness ended a run itself. `wrong` names published files that no unbroken run makes.
     """
 
     workshop: Workshop
@@ -48,7 +48,7 @@ class Trial:
         self.note(run.wait())
 
     def note(self, ended: Ended) -> None:
-        """Remember how a run ended, and look at what it has published."""
+        """Record how a run ended, and check what it has published."""
         self.ended.append(ended)
         found = published(self.home)
         if found.get(PUBLISHED_NAME) not in {None, *self.reference.steps}:
@@ -87,7 +87,7 @@ def phase_of(path: str) -> str:
 
 
 def an_operation(trial: Trial, kinds: tuple[str, ...] = ()) -> tuple[int, str]:
-    """(number, phase): first a phase, then one of its operations: short phases have their share."""
+    """(number, phase): first a random phase, then one of its operations, so that short phases are not neglected."""
     phases: dict[str, list[int]] = {}
     for number, (kind, path) in enumerate(trial.reference.trace, 1):
         if kinds and kind not in kinds:

@@ -1,13 +1,15 @@
-"""Faults in short real trainings: each run is broken once, resumed, and compared with one left alone.
+"""Faults in short real trainings: each run is broken once, resumed, and compared with an unbroken one.
 
     python -m benchmarks.faults [--faults 1000] [--out runs/faults] [--jobs 2] [--seed 0] [--kinds kill,disk]
 
-It can be left running, stopped with Ctrl-C, and started again: what is in `OUT/faults.jsonl` is not done again.
-The table says of each kind how many were tried, how many of the broken runs ended well all the same, and how many
-  lost        did not end as the unbroken run when the same command was given again
+It can be stopped with Ctrl-C and started again: faults in `OUT/faults.jsonl` are not repeated. The table has
+for each kind the number of tries, the number of broken runs that ended well at once, and the numbers of runs
+that
+  lost        did not end like the unbroken run when the same command was given again
   wrong       published a file that no unbroken run publishes
-  traceback   showed a traceback, crashed, or hung, where one line is due
-The homes of those stay in `OUT/kept`. Linux, with a C compiler.
+  traceback   showed a traceback, crashed, or hung instead of printing one line
+
+The homes of these stay in `OUT/kept`. Linux, with a C compiler.
 """
 
 import argparse
@@ -38,7 +40,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", default="", help="only those with one of these words in their name")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="of the training")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="variants of the training")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if PRELOADED not in os.environ:
@@ -53,14 +55,14 @@ def main() -> int:
 
 
 def restart_preloaded() -> None:
-    """This same command, with the shim in front of the C library and one thread a training."""
+    """Restart this command with the shim preloaded, and one thread per training."""
     shim = build_shim(Path(tempfile.mkdtemp(prefix="fault-shim-")))
     words = {PRELOADED: str(shim), "LD_PRELOAD": str(shim), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     os.execve(sys.executable, [sys.executable, "-m", "benchmarks.faults", *sys.argv[1:]], os.environ | words)
 
 
 def inject(workshop: Workshop, args: argparse.Namespace) -> None:
-    """Share the faults that are not done among `jobs` forked processes."""
+    """Distribute the remaining faults among `jobs` forked processes."""
     done = {record["number"] for record in read_records(args.out)}
     todo = [number for number in range(args.faults) if number not in done]
     workers = [fork_worker(workshop, todo[job :: args.jobs], args) for job in range(args.jobs)]
@@ -80,7 +82,7 @@ def fork_worker(workshop: Workshop, numbers: list[int], args: argparse.Namespace
             with (args.out / "faults.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
         code = 0
-    except BaseException as error:  # a forked process returns to nobody
+    except BaseException as error:  # a forked process has no caller
         print(f"fault {number}: {type(error).__name__} {error}", file=sys.stderr)
     finally:
         sys.stderr.flush()
@@ -114,7 +116,7 @@ def one_fault(workshop: Workshop, number: int, args: argparse.Namespace) -> dict
 
 
 def reason_lost(trial: Trial) -> str:
-    """Why the last run is not as an unbroken one; empty if it is."""
+    """How the last run differs from an unbroken one; empty if it does not."""
     last = trial.ended[-1]
     if last.code != 0:
         return f"code {last.code}: {last.text[-300:]}"
@@ -125,7 +127,7 @@ def reason_lost(trial: Trial) -> str:
 
 
 def ugly(trial: Trial) -> str:
-    """A run that ended with more than a line."""
+    """The text of a run that ended with more than a line; empty if there is none."""
     for ended in trial.ended:
         is_ours = trial.killed and ended.code in SIGNALS
         if "Traceback (most recent call last)" in ended.text:
@@ -148,7 +150,7 @@ def read_records(out: Path) -> list[dict]:
 
 
 def table(records: list[dict]) -> str:
-    """Markdown."""
+    """The results as Markdown."""
     rows = defaultdict(list)
     for record in records:
         rows[record["row"]].append(record)

@@ -1,12 +1,12 @@
-"""Fleets: is anything lost with a machine, what does the engine cost a subject, and does it bear ten thousand?
+"""Fleets: what is lost with a machine, the engine's cost per subject, and ten thousand subjects.
 
     python -m benchmarks.fleet --part nodes      24 small trainings on two machines, of which one is killed
     python -m benchmarks.fleet --part many       10,000 subjects whose trainings are empty
 
 The machines are Ray nodes of one core each on this computer. `nodes` kills all processes of one of them at once
-(SIGKILL) while it trains, lets another join, and compares the published files' SHA-256 with those of trainings that
-ran without Ray. `many` goes the whole way of a fleet, list, records and adapters' files included; a worker writes
-an empty adapter. Needs the extra `fleet`.
+(SIGKILL) while it trains, lets another join, and compares the published files' SHA-256 with those of trainings
+without Ray. `many` does everything that a fleet does, including list, records and adapters' files; a worker
+writes an empty adapter. Needs the extra `fleet`.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def two_nodes() -> Iterator:
-    """A cluster of this process, connected; yields it and the node that may be killed."""
+    """A connected cluster of this process; yields it and the node that may be killed."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args=NODE)
@@ -80,7 +80,7 @@ def two_nodes() -> Iterator:
 
 @dataclass
 class Killer:
-    """Kills the node, with everything that runs on it, when a third of the subjects is done and it trains."""
+    """Kills the node with all its processes, when a third of the subjects is done and it trains."""
 
     cluster: object
     node: object
@@ -96,7 +96,7 @@ class Killer:
         print(f"{self.done} {ending.name}: {ending.record.state} {ending.record.message}", flush=True)
 
     def when_due(self) -> bool:
-        """Asked by the fleet again and again as its `should_stop`; it never stops it."""
+        """The fleet calls it repeatedly as its `should_stop`; it never stops the fleet."""
         if self.done >= self.after and not self.killed:
             raylet = psutil.Process(self.node.all_processes["raylet"][0].process.pid)
             mine = raylet.children(recursive=True)
@@ -111,7 +111,7 @@ class Killer:
         return False
 
     def run_of(self, process: psutil.Process) -> Path | None:
-        """The run folder of a training that has not ended."""
+        """The run folder of a running training."""
         with contextlib.suppress(psutil.Error):
             words = process.cmdline()
             if "dreambooth_moslora.fleet.guarded" in words:
@@ -172,7 +172,7 @@ def empty_training(job: Job) -> Record:
 
 @dataclass
 class Meter:
-    """Memory of this process, MiB, at each thousandth subject."""
+    """Memory of this process in MiB, at each thousandth subject."""
 
     done: int = 0
     mib: list[float] = field(default_factory=list)

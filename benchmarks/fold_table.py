@@ -1,10 +1,11 @@
-"""Folded against live: the UNet's output with the published file in an untouched diffusers, for every kind of adapter.
+"""Folded against live: the UNet's output with the published file in unmodified diffusers, for every kind of adapter.
 
     python -m benchmarks.fold_table [--json FILE]
 
-Each cell is the largest difference of a small random SDXL UNet's output (fp32) between the live adapter and the file,
-as a share of the largest change that the adapter itself makes. The bound is 1e-5. The kohya file of a DoRA adapter
-(marked *) is merged into the weights by the definition of `dora_scale`, because diffusers does not read it.
+Each cell is the largest difference of a small random SDXL UNet's output (fp32) between the live adapter and the
+file, relative to the largest change that the adapter itself makes. The bound is 1e-5. The kohya file of a DoRA
+adapter (marked *) is merged into the weights by the definition of `dora_scale`, because diffusers does not read
+it.
 """
 
 import argparse
@@ -78,7 +79,8 @@ def output(unet: UNet2DConditionModel) -> Tensor:
 def adapt(unet: UNet2DConditionModel, kind: str, variant: str) -> UNet2DConditionModel:
     """A live adapter far from its start: every A, M, B and magnitude is moved by a random amount.
 
-    ΔW becomes about as large as W. Beyond that attention saturates and fp32 rounding alone moves the output.
+    ΔW becomes about as large as W. If it were larger, attention would saturate and fp32 rounding alone would
+    move the output.
     """
     options = VARIANTS[variant]
     inject(unet, MoSLoraConfig(r=4, target_modules=list(ATTENTION_PROJECTIONS), mixer=kind, **options))

@@ -1,4 +1,4 @@
-"""Generation on the embedded base: adapter switch, first picture after a start, steps a second, import time.
+"""Generation on the embedded base: adapter switch, first picture after a start, steps per second, import time.
 
     python -m benchmarks.generation [--base toy] [--json FILE]
 
@@ -51,7 +51,7 @@ def measure(base: str, scratch: Path) -> dict[str, tuple[float, str]]:
 
 
 def import_sec(module: str) -> float:
-    """The quickest of seven fresh interpreters, less that of seven empty ones: other programs only add."""
+    """The quickest of seven fresh interpreters minus that of seven empty ones: other programs only add time."""
 
     def run(code: str) -> float:
         started = time.perf_counter()

@@ -1,11 +1,11 @@
-"""What a training step of full-size SDXL needs on a GPU, counted on the meta device, beside the estimate.
+"""GPU memory of a training step of full-size SDXL, counted on the meta device and compared with the estimate.
 
     python -m benchmarks.gpu_memory                       # floor, ours by plan, PEFT's own layers; a minute
     python -m benchmarks.gpu_memory --resolutions 512 1024 --ranks 16 128 --batches 1 4
 
-No GPU and no weights are needed. GiB of tensors; a step ends with the adapters' gradients. `total` adds weights,
-fp32 adapters, Adam, and 0.5 for CUDA itself. Kernels are dispatched operations without views. What an actual
-card takes is in `gpu_step`.
+It needs no GPU and no weights. GiB of tensors; a step ends with the adapters' gradients. `total` adds weights,
+fp32 adapters, Adam, and 0.5 for CUDA itself. Kernels are dispatched operations without views. `gpu_step`
+measures an actual card.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def empty(*shape: int) -> Tensor:
 
 
 def counted_total_gib(unet: nn.Module, counted: Count) -> float:
-    """Weights, Adam's two moments of the adapters, the step with its gradients, CUDA's context."""
+    """Weights, Adam's two moments of the adapters, the step with its gradients, CUDA's context; GiB."""
     from dreambooth_moslora.training.planning.estimate import CONTEXT_GIB
 
     trained = sum(weight.numel() * 4 for weight in unet.parameters() if weight.requires_grad)
@@ -120,12 +120,12 @@ def estimated_total_gib(config: TrainConfig) -> float:
 
 
 def floor_unet(config: TrainConfig) -> nn.Module:
-    """The frozen UNet alone: nothing can take less for a gradient to its input."""
+    """The frozen UNet alone: the lower bound for a gradient of its input."""
     return sdxl_unet().to(torch.bfloat16).requires_grad_(False).train()
 
 
 def row(name: str, config: TrainConfig, build: Callable[[TrainConfig], nn.Module], *, estimated: bool = True) -> float:
-    """Print one line; returns |estimate / count - 1|, 0 where nothing is estimated."""
+    """Print one line; returns |estimate / count - 1|, 0 without an estimate."""
     gc.collect()
     unet = build(config)
     counted = count(config, unet)

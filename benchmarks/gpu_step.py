@@ -1,14 +1,13 @@
-"""Seconds, memory and kernels of one training step on a GPU, with random weights: nothing has to be downloaded.
+"""Seconds, memory and kernels of one training step on a GPU, with random weights and without a download.
 
     python -m benchmarks.gpu_step                                  # full-size SDXL, bf16, 1024 px, batch 1
     python -m benchmarks.gpu_step --arms ours peft --batch 2 --checkpointing
     python -m benchmarks.gpu_step --arms ours compiled benchmarked nf4
     python -m benchmarks.gpu_step --size small --resolution 64     # on a CPU: does it run at all
 
-One line of JSON for each arm, one after the other in this process. `host_sec` is how long the program takes
-to hand a step to the GPU: where it is as long as `step_sec`, the GPU waits for the program. `reserved_gib`
-and 0.5 for CUDA's context is what `benchmarks.gpu_memory` has counted as `total`, beside workspaces and
-fragments.
+It prints one line of JSON for each arm, one after the other in this process. `host_sec` is how long the program
+takes to hand a step to the GPU: if it equals `step_sec`, the GPU waits for the program. `reserved_gib` plus 0.5
+for CUDA's context corresponds to `total` in `benchmarks.gpu_memory`, plus workspaces and fragmentation.
 """
 
 import argparse

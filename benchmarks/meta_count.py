@@ -1,8 +1,8 @@
 """Memory and kernels of a training step, counted on the meta device: shapes without numbers, no GPU.
 
-A storage lives from the operation that made it until the last tensor on it is gone, as in the allocator of
-CUDA. Attention is that of the flash kernels, which keep queries, keys, values, the result and one number a
-row. Workspaces of cuDNN and what the allocator loses to fragments are not counted.
+A storage lives from the operation that makes it until the last tensor on it is gone, as in CUDA's allocator.
+Attention is that of the flash kernels, which keep queries, keys, values, the result and one number per row.
+Workspaces of cuDNN and the allocator's fragmentation are not counted.
 """
 
 import weakref
@@ -26,7 +26,7 @@ VIEWS |= {"detach", "alias", "split", "chunk", "as_strided", "unbind", "reshape"
 
 @dataclass(frozen=True)
 class Count:
-    """Tensors of a step: `kept_gib` after the forward pass, `peak_gib` at most. `kernels` that it started."""
+    """Tensors of a step: `kept_gib` after the forward pass, `peak_gib` at most; `kernels` started."""
 
     kept_gib: float
     peak_gib: float
@@ -34,7 +34,7 @@ class Count:
 
 
 class Counter(TorchDispatchMode):
-    """Inside it, every new storage on the meta device is counted while it lives."""
+    """In its block, every new storage on the meta device is counted while it lives."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,13 +75,13 @@ def rounded(size: int) -> int:
 
 
 def bytes_of(module: nn.Module) -> int:
-    """Of all weights, in the dtype that they have."""
+    """Bytes of all weights, in their current dtype."""
     return sum(weight.numel() * weight.element_size() for weight in module.parameters())
 
 
 @contextmanager
 def flash_attention() -> Iterator[None]:
-    """Attention as on a GPU: on the meta device PyTorch would take the kernel that keeps all scores."""
+    """Use the GPU's attention: on the meta device PyTorch would take the kernel that keeps all scores."""
     usual = F.scaled_dot_product_attention
 
     def flash(query: Tensor, key: Tensor, value: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, **_) -> Tensor:

@@ -1,8 +1,8 @@
-"""How far one optimizer step moves the mixer beside A, and whether MoSLoRA's first step is LoRA's.
+"""How far one optimizer step moves the mixer compared with A, and whether MoSLoRA's first step is LoRA's.
 
     python -m benchmarks.mixer_motion [--width 1280] [--json FILE]
 
-One projection, y = (W0 + s·B·M·A)·x with G = dL/dΔW drawn at random; docs/mixer_theory.md derives what is expected.
+One projection, y = (W0 + s·B·M·A)·x with random G = dL/dΔW; docs/mixer_theory.md derives the expected values.
 
 first step     ‖ΔW − ΔW_LoRA‖ / ‖ΔW_LoRA‖ after one step of SGD from B = 0, the same A in both      0
 share of M     ‖dM·A‖ / ‖M·dA‖, the change of M·A that one step of Adam makes through M and through A     1/√r
@@ -45,7 +45,7 @@ def first_step_difference(rank: int, width: int) -> float:
 def mixer_share(rank: int, width: int) -> float:
     """‖dM·A‖ / ‖M·dA‖ for Adam's first step, which moves each number by the rate in its gradient's direction.
 
-    B is no longer zero: it is what one step of Adam has made of it.
+    B is no longer zero: it is the result of one step of Adam.
     """
     a, gradient = draw_a(rank, width, 0), draw_gradient(width, 1)
     m = initial_mixer("orthogonal", rank, 0, "layer").double()

@@ -1,10 +1,10 @@
-"""The one-word command on sample subjects: `train assets/subjects/bear bear`, no flag tuned, and what it makes.
+"""The one-word command on sample subjects: `train assets/subjects/bear bear` without tuned flags, and its results.
 
     python -m benchmarks.one_word [--subjects bear rocket] [--out runs/one_word] [--json one_word.json]
 
-Each subject is trained by the command as a person types it, in its own process, and scored by `evaluate` as
-`assets/studies/recipe.toml` scores: 8 prompts, 2 seeds. Likeness is a share of what true renders have, drift one of
-the base's spread from seed to seed; the interval is over the subjects. A subject that is in `--out` is not run again.
+Each subject is trained by the command as a user types it, in its own process, and scored by `evaluate` like
+`assets/studies/recipe.toml`: 8 prompts, 2 seeds. Likeness is relative to true renders, drift relative to the
+base's spread between seeds; the interval is over the subjects. A subject already in `--out` is not run again.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from dreambooth_moslora.evaluation.intervals import bootstrap_mean
 __all__ = ["main", "table"]
 
 SUBJECTS = ("bear", "rocket", "long_eared_rabbit", "train", "tall_cactus", "big_headed_dinosaur")
-"""Those of the recipe's study."""
+"""The subjects of the recipe's study."""
 PHOTOS = Path("assets/subjects")
 PROTOCOL = ["--num_prompts", "8", "--images_per_prompt", "2", "--class_images", "12", "--inference_steps", "20"]
 COLUMNS = {"likeness": "likeness, of the ceiling", "drift": "drift, of the base's spread", "seconds": "training, s"}
@@ -53,7 +53,7 @@ def measured(subject: str, out: Path, flags: Sequence[str]) -> dict[str, float]:
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
-    """A row a subject, and of several the mean with its 95 % interval over them; as Markdown."""
+    """A row per subject, and for several the mean with its 95 % interval over them; as Markdown."""
     lines = [f"| subject | {' | '.join(COLUMNS.values())} |", f"|{'---|' * (1 + len(COLUMNS))}"]
     for subject, row in found.items():
         lines.append(f"| {subject} | {row['likeness']:.3f} | {row['drift']:.3f} | {row['seconds']:.0f} |")

@@ -1,11 +1,13 @@
-"""SDXL's own structure with random weights, made in seconds: for timings no weight has to be downloaded.
+"""SDXL's own structure with random weights, made in seconds, for timings without a download.
 
-`sdxl` is the full size (UNet 2.57 billion parameters); `small` has the same topology at a fortieth of the width, for
-tests. Weights are one random megabyte repeated, scaled by 1/sqrt(fan-in), so that no activation grows or dies.
+`sdxl` is the full size (UNet 2.57 billion parameters); `small` has the same topology with a fortieth of the
+width, for tests. The weights are one random megabyte repeated, scaled by 1/sqrt(fan-in), so that activations
+neither grow nor vanish.
 
     python -m benchmarks.random_sdxl --out FOLDER
 
-writes a whole base (6.5 GB) with the toy world's tokenizer: `train_dreambooth.py` runs on it as on the real one.
+writes a whole base (6.5 GB) with the toy world's tokenizer: `train_dreambooth.py` runs on it as on the real
+one.
 """
 
 import argparse
@@ -54,7 +56,7 @@ def text_config(width: int, layers: int, **options) -> CLIPTextConfig:
 
 
 def random_sdxl(size: str) -> StableDiffusionXLPipeline:
-    """All of it in bf16. The tokenizer's words are fewer than the text encoders know."""
+    """All parts in bf16. The tokenizer has fewer tokens than the text encoders."""
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     first, second = random_text_encoders(size)
     scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)

@@ -1,4 +1,4 @@
-"""How large the adapter of the full SDXL UNet is: projections and parameters, counted on the structure without weights.
+"""The size of the adapter of the full SDXL UNet: projections and parameters, counted on the structure without weights.
 
 python -m benchmarks.sdxl_structure
 """

@@ -2,10 +2,10 @@
 
     python -m benchmarks.serve --clients 50 --adapters 40 --minutes 10
 
-It starts `python -m dreambooth_moslora serve` on the embedded base. The adapters are the sample one with other weights.
-Each client asks for one picture after another, of a random adapter, prompt and seed. Afterwards each distinct picture
-is drawn once by the pipeline of `generate` in this process, and its file is compared with all that were served for it.
-Memory is that of the replicas' processes.
+It starts `python -m dreambooth_moslora serve` on the embedded base. The adapters are copies of the sample one
+with changed weights. Each client requests one picture after another, of a random adapter, prompt and seed.
+Afterwards each distinct picture is drawn once by the pipeline of `generate` in this process, and compared with
+all files that were served for it. Memory is that of the replicas' processes.
 """
 
 import argparse
@@ -44,8 +44,9 @@ MIB = 2**20
 
 @dataclass
 class Tally:
-    """Of all clients. `elapsed_sec` is from the first request to the last answer; `digests` are, for each (adapter,
-    prompt, seed), those of the files that were served for it.
+    """Results of all clients. `elapsed_sec` is from the first request to the last answer.
+
+    `digests` has, for each (adapter, prompt, seed), those of the files that were served for it.
     """
 
     statuses: Counter = field(default_factory=Counter)
@@ -88,7 +89,7 @@ def main() -> None:
 
 
 def make_adapters(folder: Path, count: int) -> list[str]:
-    """The sample adapter, each time with other noise on its weights."""
+    """Copies of the sample adapter, each with other noise on its weights."""
     source = assets_folder() / "adapters" / "rocket.safetensors"
     tensors = load_file(source)
     with safe_open(source, "pt") as file:
@@ -165,7 +166,7 @@ def load(service: subprocess.Popen, port: int, names: list[str], args: argparse.
 
 
 def ask_on(port: int, names: list[str], number: int, steps: int, ends: float, tally: Tally) -> None:
-    """One client: asks again when it has its picture, over one connection."""
+    """One client: sends the next request when it has its picture, over one connection."""
     rng, connection = random.Random(number), HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_SEC)
     while time.monotonic() < ends:
         asked = rng.choice(names), rng.choice(PROMPTS), rng.choice(SEEDS)
@@ -189,7 +190,7 @@ def memory_of_replicas(service: int) -> int:
 
 
 def compare(folder: Path, tally: Tally, steps: int) -> int:
-    """How many of the distinct pictures are not that of `generate`, or were served in two versions."""
+    """Number of distinct pictures that differ from those of `generate`, or were served in two versions."""
     pipeline, wrong = SubjectPipeline.from_base("toy"), 0
     for asked in tqdm(sorted(tally.digests), desc="generate", unit="picture"):
         name, prompt, seed = asked
@@ -231,7 +232,7 @@ def tenths(memory: list[tuple[float, int]]) -> list[str]:
 
 
 def sum_of(start: str, metrics: str) -> float:
-    """Of all values of a metric."""
+    """Sum over all values of a metric."""
     lines = [line for line in metrics.splitlines() if line.startswith(f"dreambooth_{start}")]
     return sum(float(line.split()[-1]) for line in lines)
 

@@ -1,9 +1,9 @@
-"""Seconds before anything happens: imports, `--help`, and the quick start from the command to its first step and end.
+"""Startup times: imports, `--help`, and the quick start from the command to its first step and end.
 
     python -m benchmarks.startup [--json startup.json] [--skip-quick-start]
 
-Each command runs in a fresh process; of the short ones the median of `--repeats` counts. The quick start writes into a
-temporary folder; its moments are read from the run folder's own `metrics.jsonl`.
+Each command runs in a fresh process; short ones run `--repeats` times, and the median counts. The quick start
+writes to a temporary folder; its times are read from the run's own `metrics.jsonl`.
 """
 
 import argparse

@@ -1,12 +1,14 @@
-"""Seconds and memory of one training step, ours beside a loop as diffusers' script writes it, and beside the floor.
+"""Seconds and memory of one training step, compared with a loop in the style of diffusers' script and with the
+lower bound.
 
-    python -m benchmarks.train_step                 # full-size SDXL, random weights: 17 GB of memory, ten minutes
+    python -m benchmarks.train_step                 # full-size SDXL, random weights: 17 GB of memory, ten
+minutes
     python -m benchmarks.train_step --quick         # a small UNet of the same topology, a minute
     python -m benchmarks.train_step --arms floor ours --resolutions 1024 --json step.json
 
-Each arm runs in a process of its own, one after the other, so that none inherits another's memory. Batch 1.
-The floor is the frozen UNet's forward and the gradient to its input alone: no adapter, no optimizer.
-Memory is the largest resident set while stepping; what building the models took is not counted, for any arm.
+Each arm runs in a process of its own, one after the other, so that none inherits another's memory. Batch 1. The
+lower bound (floor) is the frozen UNet's forward and the gradient of its input: no adapter, no optimizer. Memory
+is the largest resident set during the steps; that of building the models is not counted.
 """
 
 import argparse
@@ -31,7 +33,7 @@ ARM_SETTINGS = ("size", "rank", "warmup", "steps", "realtime")
 
 
 def reset_peak() -> None:
-    """Let the kernel forget the peak reached so far, so that VmHWM counts from here (Linux)."""
+    """Reset the kernel's peak, so that VmHWM counts from here (Linux)."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
@@ -45,7 +47,7 @@ def page_faults() -> int:
 
 
 def timed(step: Callable[[], tuple[float, float]]) -> tuple[float, float, tuple[float, float]]:
-    """Wall seconds, processor seconds of all threads, and what the step returned."""
+    """Wall seconds, processor seconds of all threads, and the step's result."""
     start, cpu_start = time.perf_counter(), time.process_time()
     outcome = step()
     return time.perf_counter() - start, time.process_time() - cpu_start, outcome
@@ -94,7 +96,7 @@ def measure(arm: str, size: str, resolution_px: int, rank: int, warmup: int, ste
 
 
 def run_apart(arm: str, resolution_px: int, options: argparse.Namespace) -> dict:
-    """`measure` in a fresh process; its one line of JSON comes back."""
+    """`measure` in a fresh process; returns its one line of JSON."""
     settings = [f"--{name}={getattr(options, name)}" for name in ARM_SETTINGS]
     command = [sys.executable, "-m", "benchmarks.train_step", f"--alone={arm}:{resolution_px}", *settings]
     done = subprocess.run([*shlex.split(options.launcher), *command], stdout=subprocess.PIPE, text=True, check=False)
@@ -109,7 +111,7 @@ def ratio(results: list[dict], key: str, arm: str, against: str, resolution_px: 
 
 
 def ratios(results: list[dict], resolution_px: int) -> dict[str, dict[str, float | None]]:
-    """Each of our arms against the arms that it is fair to set it beside."""
+    """Ratios of each of our arms to the arms that it can fairly be compared with."""
     table = {}
     for name, arm in ARMS.items():
         for other in arm.against:
@@ -149,7 +151,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def facts(options: argparse.Namespace) -> dict:
-    """What the figures depend on."""
+    """The conditions that affect the figures."""
     import torch
 
     machine = {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
@@ -158,7 +160,7 @@ def facts(options: argparse.Namespace) -> dict:
 
 
 def wanted(options: argparse.Namespace) -> list[tuple[str, int]]:
-    """(arm, resolution) pairs; diffusers' way is timed at the smallest resolution only: it takes minutes at 1024."""
+    """(arm, resolution) pairs. The slow arms are timed at the smallest resolution only: they take minutes at 1024."""
     smallest = min(options.resolutions)
     return [(a, px) for px in options.resolutions for a in options.arms if px == smallest or not ARMS[a].slow]
 

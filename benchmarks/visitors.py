@@ -1,4 +1,4 @@
-"""An hour of visitors: what each does on the page, how long it waits, and what the page's memory does meanwhile.
+"""An hour of visitors: their actions on the page, their waiting times, and the page's memory.
 
 `python -m benchmarks.concurrency --minutes 60` calls it.
 """
@@ -18,19 +18,19 @@ from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.generation.params import read_recipe
 
 WEIGHTS = {"generate": 50, "compare": 14, "grid": 8, "upload": 14, "stop": 10, "train": 4}
-"""What a visitor does next: how often, of 100 times."""
+"""A visitor's next action: how often of 100 times."""
 PAUSE_SEC = (0.5, 4.0)
-"""A person looks at a picture before asking for the next one."""
+"""Seconds that a person looks at a picture before requesting the next one."""
 TRAIN_STEPS = 6
 ADAPTER = "rocket"
 SAMPLE_SEC = 5.0
 PATIENCE_SEC = 120.0
-"""A browser waits for an answer without end; a client gives up after five seconds unless told."""
+"""Timeout of a client; its default is five seconds, while a browser waits without end."""
 GOING_ON = ("starting", "running", "stopping")
 
 
 class Day:
-    """What all visitors did: seconds of each action, errors in words, and resident memory of the page in MiB."""
+    """Results of all visitors: seconds of each action, error messages, and resident memory of the page in MiB."""
 
     def __init__(self, process: psutil.Process, minutes: float, steps: int) -> None:
         self.process, self.steps = process, steps
@@ -58,7 +58,7 @@ class Day:
 
 
 class Visitor:
-    """One browser's worth of requests: its own cookie, its own choices from its number."""
+    """A browser's requests: a cookie of its own, and random choices from its number."""
 
     def __init__(self, day: Day, url: str, number: int) -> None:
         self.day, self.number = day, number
@@ -70,7 +70,7 @@ class Visitor:
         self.drawn = 0
 
     def stay(self) -> None:
-        """Act until the day is over. An error is noted, and the visitor goes on."""
+        """Act until the day is over. Errors are noted, and the visitor goes on."""
         while not self.day.is_over():
             self.act(self.chance.choices(list(WEIGHTS), list(WEIGHTS.values()))[0])
             time.sleep(self.chance.uniform(*PAUSE_SEC))

@@ -1,7 +1,7 @@
 """A hook of mkdocs: the pages show pictures of `assets/`, which is not below `docs/`.
 
-A page names `../assets/pictures/recipe.jpg`, which is right where the repository is browsed. For the site, a
-picture is added as `assets/pictures/recipe.jpg`, and the pages' links are shortened to that.
+A page links to `../assets/pictures/recipe.jpg`, which is right when the repository is browsed. For the site,
+the picture is added as `assets/pictures/recipe.jpg`, and the pages' links are changed to that.
 """
 
 import re
@@ -16,7 +16,7 @@ PICTURE = re.compile(r"\]\(\.\./(assets/[^)\s]+\.(?:png|jpg))\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add each picture that a page names and that is there; mkdocs warns of the others."""
+    """Add each existing picture that a page links to; mkdocs warns about missing ones."""
     texts = [page.content_string for page in files.documentation_pages()]
     for name in sorted({name for text in texts for name in PICTURE.findall(text)}):
         if (ROOT / name).is_file():

@@ -1,9 +1,8 @@
-"""Draw the map of the package from its imports: which package imports from which, and what lies in each.
+"""Draws the map of the package from its imports: which package imports from which, and the modules of each.
 
     python -m tools.house [--out assets/pictures/house.png]
 
-A floor is the longest way down: a package on floor 3 imports from one on floor 2. Floors and arrows are
-printed too.
+A package's floor is one above the highest package that it imports from. Floors and arrows are also printed.
 """
 
 import argparse
@@ -38,9 +37,9 @@ def main() -> None:
 
 
 def import_graph(root: Path) -> dict[str, set[str]]:
-    """{module: modules of the package that it imports anywhere, functions included}, such as "core.config.fields".
+    """{module: modules of the package that it imports anywhere, also in functions}, such as "core.config.fields".
 
-    `__init__.py` and `__main__.py` at the top of `root` are left out: they are the doors of the house.
+    `__init__.py` and `__main__.py` at the top of `root` are left out, as they import from all packages.
     """
     doors = {root / "__init__.py", root / "__main__.py"}
     files = sorted(path for path in root.rglob("*.py") if path not in doors)
@@ -112,7 +111,7 @@ def report(graph: dict[str, set[str]]) -> str:
 
 
 def is_reachable(start: str, goal: str, arrows: Counter[tuple[str, str]]) -> bool:
-    """Whether `goal` can be reached from `start` by two arrows or more, so that the direct one is no news."""
+    """Whether `goal` can be reached from `start` by at least two arrows, so that a direct arrow is redundant."""
     front = targets_of(start, arrows) - {goal}
     seen: set[str] = set()
     while front:
@@ -122,7 +121,7 @@ def is_reachable(start: str, goal: str, arrows: Counter[tuple[str, str]]) -> boo
 
 
 def draw(graph: dict[str, set[str]], root: Path) -> Figure:
-    """A box for each package, the lowest at the bottom; arrows at the right point at what is imported."""
+    """A box for each package, the lowest at the bottom; the arrows on the right point to the imported packages."""
     heights = {name: 0.62 + 0.2 * len(module_lines(graph, name)) for name in floors_of(graph)}
     total = sum(heights.values()) + 0.25 * len(heights)
     figure = Figure(figsize=(11.3, total + 0.3), facecolor="white", layout="constrained")
@@ -159,7 +158,7 @@ def draw_box(axes, name: str, graph: dict[str, set[str]], root: Path, y: float, 
 
 
 def draw_arrows(axes, arrows: Counter[tuple[str, str]], middles: dict[str, float]) -> None:
-    """Faint: what other arrows lead to as well. Dark, and on top: the rest, which make the floors."""
+    """Draw redundant arrows faintly, and the others, which make the floors, dark and on top."""
     for source, target in arrows:
         faint = is_reachable(source, target, arrows)
         start, end = (8.5, middles[source] - 0.1), (8.5, middles[target] + 0.1)

@@ -1,8 +1,8 @@
-"""Take the pictures of the page that the README shows: each tab, desktop and phone, light and dark.
+"""Takes the README's pictures of the page: each tab, desktop and phone, light and dark.
 
     python -m tools.screenshots [--adapters_dir DIR] [--subject assets/subjects/rocket] [--out assets/pictures]
 
-The page runs as a process of its own; what is seen is really done: pictures are generated, a run is trained.
+The page runs as a process of its own and really does what is shown: it generates pictures and trains a run.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def photograph(page: Page, args: argparse.Namespace) -> None:
-    """Each scene is played once and then shot in both sizes and both colour schemes."""
+    """Play each scene once, then take it in both sizes and both colour schemes."""
     for name in args.only:
         play, devices = SCENES[name]
         play(page, args)
@@ -87,7 +87,7 @@ def grid(page: Page, args: argparse.Namespace) -> None:
 
 
 def inspect(page: Page, args: argparse.Namespace) -> None:
-    """The last grid's picture, dropped."""
+    """Drop the last grid's picture."""
     picture = page.request.get(page.locator("#gallery img").first.get_attribute("src")).body()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "picture.png"
@@ -98,7 +98,7 @@ def inspect(page: Page, args: argparse.Namespace) -> None:
 
 
 def train(page: Page, args: argparse.Namespace) -> None:
-    """A run in the middle: some losses, some samples."""
+    """A run halfway: with some losses and samples."""
     tab(page, "Train")
     page.set_input_files("#photos input[type=file]", sorted(args.subject.glob("*.jpg")))
     wait_for(page, "remarks", "photos")
@@ -118,7 +118,7 @@ SCENES: dict[str, tuple[Callable[[Page, argparse.Namespace], None], tuple[str, .
     "inspect": (inspect, ("desktop", "phone")),
     "train": (train, ("desktop", "phone")),
 }
-"""Name -> how it comes about, and the devices that it is shown on."""
+"""Name -> the function that plays the scene, and the devices that show it."""
 
 
 def tab(page: Page, name: str) -> None:
@@ -126,7 +126,7 @@ def tab(page: Page, name: str) -> None:
 
 
 def shoot(page: Page, path: Path, device: str, scheme: str) -> None:
-    """The whole page, in few colours: a third of the size, and no difference to the eye."""
+    """The whole page with few colours: a third of the size, and no visible difference."""
     page.set_viewport_size(dict(zip(("width", "height"), SIZES[device])))
     page.emulate_media(color_scheme=scheme)
     page.evaluate("document.activeElement?.blur(); scrollTo(0, 0)")
