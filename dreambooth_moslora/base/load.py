@@ -192,8 +192,7 @@ def guidance_rescale(pipeline: StableDiffusionXLPipeline) -> float:
 
 
 def encode_text(pipeline: StableDiffusionXLPipeline, prompts: list[str]) -> TextCond:
-    """Embed N prompts: the penultimate hidden states of both encoders, concatenated, and the second's pooled
-    output.
+    """Embed N prompts: the penultimate hidden states of both encoders, concatenated, and the second's pooled output.
 
     Gradients reach the encoders if enabled; use `torch.no_grad()` for frozen ones. The empty prompt becomes
     zeros if the pipeline's unconditional embedding is zero (`force_zeros_for_empty_prompt`).

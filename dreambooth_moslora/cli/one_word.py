@@ -42,8 +42,7 @@ def leading_words(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def choose(words: list[str], given: Mapping[str, Any], *, has_recipe: bool = False, is_queued: bool = False) -> Choices:
-    """All settings for the photos and the class in `words`. Settings `given` by flag or file override the
-    choices.
+    """All settings for the photos and the class in `words`. Settings `given` by flag or file override the choices.
 
     `has_recipe`: a given file replaces the recipe. `is_queued`: the run will have the whole GPU. Raises
     UserError for a missing folder or word, and for a folder without photos.

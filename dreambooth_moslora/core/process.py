@@ -93,8 +93,7 @@ def share_heaps(most: int = 1) -> bool:
 
 
 def ask_for_huge_pages(libc: ctypes.CDLL) -> None:
-    """Grow the heap by three quarters of the machine's memory, untouched, ask for huge pages there, and free it
-    again.
+    """Grow the heap by three quarters of the machine's memory, untouched, ask for huge pages there, and free it again.
 
     This reserves only addresses, since untouched memory is not taken. As the heap is no longer trimmed, later
     allocations come from this range. If the kernel refuses, nothing changes.

@@ -140,8 +140,7 @@ def load_encoders(
 
 
 def lpips_distance(device: str | torch.device = "cpu") -> PictureDistance | None:
-    """LPIPS (Zhang et al., CVPR 2018) on AlexNet; None when the `lpips` package or AlexNet's weights are
-    missing.
+    """LPIPS (Zhang et al., CVPR 2018) on AlexNet; None when the `lpips` package or AlexNet's weights are missing.
 
     It downloads nothing.
     """

@@ -58,8 +58,7 @@ class Views:
 
 
 class Evaluator:
-    """Judges adapters of one subject by `plan`. `masks` (white = subject) are optional; each photo has one or
-    None.
+    """Judges adapters of one subject by `plan`. `masks` (white = subject) are optional; each photo has one or None.
 
     `rivals`: words of the adapter's other subjects -> DINO vectors of their photos (`subjects.evaluators_of`).
     """

@@ -1,5 +1,4 @@
-"""95 % intervals of means, by the bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993,
-ch. 13).
+"""95 % intervals of means, by the bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13).
 
 A score is a table with one axis per random factor: prompts × seeds, or subjects × seeds. All axes are resampled
 at once, each as a whole (the crossed bootstrap of Owen, "The pigeonhole bootstrap", 2007): ten pictures of one

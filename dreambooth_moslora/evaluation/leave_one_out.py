@@ -1,5 +1,4 @@
-"""Finds photos that hurt: a short run with all photos and one without each, at equal steps, prompts, seeds and
-noise.
+"""Finds photos that hurt: a short run with all photos and one without each, at equal steps, prompts, seeds and noise.
 
 Runs without a photo differ only in its turns, which the other photos take (`subject_streams.taking_turns`).
 

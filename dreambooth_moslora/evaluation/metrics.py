@@ -94,8 +94,7 @@ def diversity(
 
 
 def drift(adapted: Tensor, base: Tensor) -> Tensor:
-    """1 - cosine between adapter and base at equal prompt and seed: (N, D), (N, D) -> (N,). Zero means
-    unchanged.
+    """1 - cosine between adapter and base at equal prompt and seed: (N, D), (N, D) -> (N,). Zero means unchanged.
 
     The vectors are `joint_vectors`, which see the object and its place. Compare it with the base's `diversity`,
     the distance of its own pictures between seeds.
@@ -104,8 +103,7 @@ def drift(adapted: Tensor, base: Tensor) -> Tensor:
 
 
 def joint_vectors(clip: Tensor, dino: Tensor) -> Tensor:
-    """CLIP (N, C) and DINO (N, D) concatenated to unit vectors (N, C + D): their cosine is the mean of both
-    cosines.
+    """CLIP (N, C) and DINO (N, D) concatenated to unit vectors (N, C + D): their cosine is the mean of both cosines.
 
     DINO sees the subject in any place, CLIP sees place and light: only a copy is near a photo in both.
     """
@@ -124,8 +122,7 @@ def photo_nearness(photos: Tensor) -> float:
 
 
 def copy_index(generated: Tensor, photos: Tensor) -> Tensor:
-    """(m - r)/(1 - r) of each picture (N, D) -> (N,); m is its largest cosine to a photo (P, D), r
-    `photo_nearness`.
+    """(m - r)/(1 - r) of each picture (N, D) -> (N,); m is its largest cosine to a photo (P, D), r `photo_nearness`.
 
     0: no nearer to a photo than the photos are to each other; 1: it is the photo; negative: farther.
     """
@@ -154,8 +151,7 @@ def copy_alarm(generated: Tensor, photos: Tensor) -> CopyAlarm:
 
 
 def background_leak(generated: Tensor, base: Tensor, backgrounds: Tensor) -> Tensor:
-    """How much nearer to the photos' backgrounds each picture is than the base's at equal prompt and seed,
-    (N,).
+    """How much nearer to the photos' backgrounds each picture is than the base's at equal prompt and seed, (N,).
 
     CLIP vectors: generated (N, D), base (N, D), the photos with the subject painted over (P, D). Zero is no
     leak.
@@ -164,8 +160,7 @@ def background_leak(generated: Tensor, base: Tensor, backgrounds: Tensor) -> Ten
 
 
 def confusion(generated: Tensor, own: Tensor, other: Tensor) -> Tensor:
-    """How far pictures of a subject went from its own photos to another subject's: (N, D), (P, D), (Q, D) ->
-    (N,).
+    """How far pictures of a subject went from its own photos to another subject's: (N, D), (P, D), (Q, D) -> (N,).
 
         confusion(g) = (m_own - m(g)) / (m_own - m_other)        m(g) = mean cos(g, own) - mean cos(g, other)
 

@@ -1,5 +1,4 @@
-"""The evaluation of an adapter with several subjects as files: likeness between subjects, their pictures, and
-pairs.
+"""The evaluation of an adapter with several subjects as files: likeness between subjects, their pictures, and pairs.
 
 scores.json, report.html    all subjects: likeness and confusion as matrices, pictures by subject, pairs
 subject_1/, subject_2/ …    the report of each alone, as for an adapter with one subject

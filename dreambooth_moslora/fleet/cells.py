@@ -42,7 +42,6 @@ class CellRunner:
 
 
 def in_folder(folder: str, run: Callable, *arguments: object) -> tuple[Cell, float, str]:
-    """A study's paths are relative to the folder of the command, which must exist at the same place on all
-    machines."""
+    """A study's paths are relative to the folder of the command, which must exist at the same place on all machines."""
     os.chdir(folder)
     return run(*arguments)

@@ -44,8 +44,7 @@ def train_work(work: Job | Group) -> Record | list[Record]:
 
 
 def train_group(group: Group) -> list[Record]:
-    """Train all subjects to their ends, or until the fleet is told to stop. The records are in the order of
-    `jobs`."""
+    """Train all subjects to their ends, or until the fleet is told to stop. The records are in the order of `jobs`."""
     with ExitStack() as stack:
         jobs, holds = [], []
         for job in group.jobs:

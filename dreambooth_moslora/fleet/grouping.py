@@ -28,8 +28,7 @@ def names_of(task: Task) -> tuple[str, ...]:
 
 
 def grouped(tasks: Iterable[Task], machines: Machines, total: int, room: Callable[[Resources], int]) -> Iterator[Task]:
-    """With `--per_gpu N`, join subjects that can share their steps into tasks; a process trains N of a task at
-    once.
+    """With `--per_gpu N`, join subjects that can share their steps into tasks; a process trains N of a task at once.
 
     A task gets one machine's share of the `total` subjects, at most MOST_ROUNDS times N, so that a lost one
     costs little.

@@ -1,5 +1,4 @@
-"""`python -m dreambooth_moslora.fleet.guarded PID train …`: a training command that does not outlive its
-worker.
+"""`python -m dreambooth_moslora.fleet.guarded PID train …`: a training command that does not outlive its worker.
 
 PID is the process that started it. When that is gone, the training finishes its step, writes a checkpoint and
 ends.

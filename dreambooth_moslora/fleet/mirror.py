@@ -71,8 +71,7 @@ class Mirror:
         self.digests: dict[str, tuple[tuple, str]] = {}
 
     def pull(self) -> None:
-        """Copy the bucket's files that match the manifest into the folder. A checkpoint with a bad file is left
-        out."""
+        """Copy the bucket's files that match the manifest into the folder. A checkpoint with a bad file is left out."""
         manifest = read_manifest(self.bucket)
         names = list(manifest.files)
         is_good = dict(zip(names, at_once(lambda name: self.fetch(name, manifest.files[name]), names)))

@@ -19,8 +19,7 @@ SHARED_PLANS = tuple(name for name in PLANS if "cache_cross_attention" not in PL
 
 @dataclass(frozen=True)
 class Machines:
-    """A cluster's machines: `gpu_gib` of one GPU (None: the fleet trains on CPUs), `node_gib` of the largest
-    machine.
+    """A cluster's machines: `gpu_gib` of one GPU (None: the fleet trains on CPUs), `node_gib` of the largest machine.
 
     The user sets `per_gpu`, trainings at once on a GPU (None: as many as fit), and `cpus`, cores of each
     training.
@@ -51,8 +50,7 @@ class Machines:
         return count
 
     def resources_for_group(self, config: TrainConfig, at_once: int) -> Resources:
-        """What `at_once` such trainings in one process ask for: a whole GPU, or cores and memory. Raises
-        UserError."""
+        """What `at_once` such trainings in one process ask for: a whole GPU, or cores and memory. Raises UserError."""
         if self.gpu_gib is not None:
             return Resources(self.cpus, gpus=1.0)
         return Resources(self.cpus, memory_gib=min(group_gib(config, at_once) + PROCESS_GIB, self.node_gib))

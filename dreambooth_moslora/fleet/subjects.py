@@ -49,8 +49,7 @@ class Subject:
 
 
 def read_subjects(source: Path, shared: Mapping[str, Any], out: Path) -> list[Subject]:
-    """The subjects in the order of the list, or by name. `shared`: settings of all; run folders are made in
-    `out`.
+    """The subjects in the order of the list, or by name. `shared`: settings of all; run folders are made in `out`.
 
     Raises UserError for a list that cannot be read or is empty, and for two subjects of one name.
     """
@@ -161,8 +160,7 @@ def words_of(row: Mapping[str, Any], photos: Path, shared: Mapping[str, Any]) ->
 
 
 def mark_of(settings: Mapping[str, Any]) -> str:
-    """A digest of the settings and of the photos' file names and sizes: if it changes, the run must be trained
-    again.
+    """A digest of the settings and of the photos' file names and sizes: if it changes, the run must be trained again.
 
     It does not depend on where photos and run folder are.
     """

@@ -31,8 +31,7 @@ class SampleRequest:
 
 @dataclass
 class Sampler:
-    """Draws requests with the pipeline's current UNet. `embed` returns the TextCond of prompts, cached or
-    computed.
+    """Draws requests with the pipeline's current UNet. `embed` returns the TextCond of prompts, cached or computed.
 
     `guidance_scale` None is the base's own. `on_step` is called after each denoising step. Raises
     StopRequestedError at the next denoising step after `should_stop` returns true.

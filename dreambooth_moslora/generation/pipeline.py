@@ -114,8 +114,7 @@ class SubjectPipeline:
         return default_resolution(self.pipeline)
 
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
-        """Load an adapter file (this program's, diffusers', kohya's) or a run folder into the model; returns
-        its name.
+        """Load an adapter file (this program's, diffusers', kohya's) or a run folder into the model; returns its name.
 
         An unchanged file that is already loaded costs nothing. New tokens come from the file that its header
         names, beside it. Raises UserError when it is no adapter for this base, or its tokens belong to another.

@@ -20,8 +20,7 @@ MAX_CROPS = 5
 
 
 def plans_of(photo: Photo, number: int, config: TrainConfig) -> Iterator[CropPlan]:
-    """The crops of photo `number` of its subject, with the random draws of training
-    (`photo_stream.PhotoStream`).
+    """The crops of photo `number` of its subject, with the random draws of training (`photo_stream.PhotoStream`).
 
     Without a seed they are those of seed 0, while training draws a seed.
     """
@@ -65,8 +64,7 @@ def with_frames(image: Image.Image, plans: list[CropPlan]) -> Image.Image:
 
 
 def frame_of(plan: CropPlan, shown: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The crop's frame in the picture of (width, height) `shown`; a mirrored crop is on the other side of the
-    photo."""
+    """The crop's frame in the picture of (width, height) `shown`; a mirrored crop is on the other side of the photo."""
     (height, width), (whole_height, whole_width) = plan.target_size, plan.resized
     top, left = plan.crop_top_left
     left = whole_width - width - left if plan.flip else left

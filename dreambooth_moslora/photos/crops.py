@@ -64,8 +64,7 @@ def resized_size(size_px: tuple[int, int], target: tuple[int, int]) -> tuple[int
 
 
 def bucket_of(size_px: tuple[int, int], resolution_px: int, step_px: int) -> tuple[int, int]:
-    """(h, w), multiples of `step_px`, with at most the square's area, and the shape nearest to that of
-    `size_px`.
+    """(h, w), multiples of `step_px`, with at most the square's area, and the shape nearest to that of `size_px`.
 
     The sides are between half and twice `resolution_px`. Of two equally near shapes the larger one is taken.
     """

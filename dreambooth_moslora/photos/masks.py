@@ -1,5 +1,4 @@
-"""Masks: which file is a photo's mask, whether it can be used, its pixels (white on the subject), and the
-segmenter.
+"""Masks: which file is a photo's mask, whether it can be used, its pixels (white on the subject), and the segmenter.
 
 A photo's mask is `name.mask.png` beside it, else its own transparency, else a mask kept in the run folder by
 `mask_making`.
@@ -132,8 +131,7 @@ def segmenter_name(config: TrainConfig) -> str:
 
 
 def sought_word(config: TrainConfig) -> str:
-    """What CLIPSeg looks for: `--mask_prompt`, else the class word; "" for the toy world's net, which needs
-    none.
+    """What CLIPSeg looks for: `--mask_prompt`, else the class word; "" for the toy world's net, which needs none.
 
     Raises UserError when there is no such word.
     """

@@ -54,8 +54,7 @@ def best_device() -> torch.device:
 
 
 def load_segmenter(config: TrainConfig, device: torch.device | str = "cpu") -> Segmenter:
-    """The segmenter of `--mask_model`. The model is loaded when the first mask is made, and freed with the
-    Segmenter.
+    """The segmenter of `--mask_model`. The model is loaded when the first mask is made, and freed with the Segmenter.
 
     Raises UserError without a word; making a mask raises it when the model is missing or of another kind.
     """

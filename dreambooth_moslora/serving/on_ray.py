@@ -157,6 +157,5 @@ def start(settings: ServeSettings, *, alone: bool) -> None:
 
 
 def build(values: dict[str, Any]) -> serve.Application:
-    """For a Serve config file: `import_path: dreambooth_moslora.serving.on_ray:build`, with the settings as
-    `args:`."""
+    """For a Serve config file: `import_path: dreambooth_moslora.serving.on_ray:build`, with the settings as `args:`."""
     return application(ServeSettings.from_dict(values))

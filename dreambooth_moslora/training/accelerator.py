@@ -44,8 +44,7 @@ def any_process(accelerator: Accelerator, said: bool) -> bool:
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
-    """Do `work` on the main process. An error or stop there is raised on all processes, so that none waits for
-    ever."""
+    """Do `work` on the main process. An error or stop there is raised on all processes, so that none waits for ever."""
     error: Exception | None = None
     if accelerator.is_main_process:
         try:

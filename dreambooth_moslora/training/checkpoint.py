@@ -42,8 +42,7 @@ WEIGHTS = "weights.pt"
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run is: the optimizer steps done, the seed that names every draw, and the kind of the saved
-    optimizer.
+    """Where a run is: the optimizer steps done, the seed that names every draw, and the kind of the saved optimizer.
 
     `digest` covers the position and the files beside it (`digest_of`), so that mixed or changed files are
     detected. `optimizer` (`optimizer_kind`) and `digest` may be None.
@@ -159,8 +158,7 @@ def restore_optimizer(
 
 
 def restore_weights(checkpoint: Path, parameters: list[nn.Parameter]) -> None:
-    """Restore the weights behind an average. Raises UserError when they are not finite or belong to another
-    adapter."""
+    """Restore the weights behind an average. Raises UserError when they are not finite or belong to another adapter."""
     try:
         weights = load_states(checkpoint, WEIGHTS)["weights"]
         for number, (weight, parameter) in enumerate(zip(weights, parameters, strict=True)):

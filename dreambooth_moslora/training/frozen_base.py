@@ -25,8 +25,7 @@ FP32_ON_A_GPU = (
 
 
 def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> StableDiffusionXLPipeline:
-    """Load the base. Its VAE is in fp32, as SDXL's own overflows in fp16; a VAE that the user names is in
-    `dtype`.
+    """Load the base. Its VAE is in fp32, as SDXL's own overflows in fp16; a VAE that the user names is in `dtype`.
 
     Raises UserError when it cannot be loaded.
     """

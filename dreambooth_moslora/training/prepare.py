@@ -63,8 +63,7 @@ class TrainInputs:
     text_products: TextProducts | None = None
 
     def batch_at(self, micro_batch: int, size: int, next_micro_batch: int) -> TrainBatch:
-        """Micro-batch number `micro_batch` of the run: `size` instance images, and as many class images, if
-        any.
+        """Micro-batch number `micro_batch` of the run: `size` instance images, and as many class images, if any.
 
         `next_micro_batch` is the one that this process will ask for next; its photos are read ahead.
         """

@@ -106,8 +106,7 @@ class Training:
         )
 
     def update_adapter(self, losses: StepLosses) -> bool:
-        """Take an optimizer step. Returns False when fp16 overflowed: nothing changed, and the step is
-        repeated.
+        """Take an optimizer step. Returns False when fp16 overflowed: nothing changed, and the step is repeated.
 
         Raises UserError when the gradient stays not finite.
         """
@@ -136,8 +135,7 @@ class Training:
         )
 
     def sample_if_due(self) -> None:
-        """Draw samples at step 0, every `validation_steps`, and at the end, with the same prompts and seeds
-        each time.
+        """Draw samples at step 0, every `validation_steps`, and at the end, with the same prompts and seeds each time.
 
         At step 0 each denoising step is reported, as the user may be waiting for them.
         """

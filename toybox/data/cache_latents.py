@@ -1,5 +1,4 @@
-"""Encodes the renders once, resumable: a latent of each (mostly whole, else cropped or small) with SDXL's time
-ids.
+"""Encodes the renders once, resumable: a latent of each (mostly whole, else cropped or small) with SDXL's time ids.
 
 Each latent comes with the fraction of each of its cells that a toy covers, which weighs the UNet's loss, and
 with the CLIP vision tower's features of the picture (`toybox.learning.alignment`).

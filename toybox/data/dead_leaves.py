@@ -1,5 +1,4 @@
-"""Dead-leaves pictures: overlapping shapes of all sizes, the simplest images with the statistics of
-photographs.
+"""Dead-leaves pictures: overlapping shapes of all sizes, the simplest images with the statistics of photographs.
 
 Lee, Mumford and Huang, "Occlusion models for natural images", IJCV 2001: radii follow r^-3. The VAE sees some
 of them beside the renders, so that it also keeps ordinary photographs recognisable.

@@ -167,8 +167,7 @@ class Herd:
         return unit((corners * torch.stack(taps)).sum(1))
 
     def _is_patterned(self, local: Tensor, scene: Tensor) -> Tensor:
-        """Where (R,) the pattern shows the second colour: on a third of the body, so that the main colour
-        dominates."""
+        """Where (R,) the pattern shows the second colour: on a third of the body, so that the main colour dominates."""
         pattern = self.pattern[scene]
         striped = torch.frac(local[1] / 0.27 + 0.2) < 0.33
         nearest = (local / 0.32 + 0.3).round() - 0.3

@@ -1,5 +1,4 @@
-"""Trains the toy world's two CLIP text towers against one CLIP vision tower, contrastively, on renders and
-captions.
+"""Trains the toy world's two CLIP text towers against one CLIP vision tower, contrastively, on renders and captions.
 
     python -m toybox.learning.train_clip --data DATA --tokenizer WORK/tokenizer --out WORK/clip --steps 3000
 
@@ -149,8 +148,7 @@ def train(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def retrieval(towers: ClipTowers, renders: Renders, tokenizer, candidates: int = 100) -> list[float]:
-    """Fraction of held-back renders whose own caption is nearest among `candidates`; for the first and second
-    tower."""
+    """Fraction of held-back renders whose own caption is nearest among `candidates`; for the first and second tower."""
     right = torch.zeros(2)
     groups = [range(i, i + candidates) for i in range(len(renders) - 1000, len(renders), candidates)]
     for group in groups:

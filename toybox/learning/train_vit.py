@@ -1,5 +1,4 @@
-"""Trains the toy world's DINO: a small ViT in DINOv2's format that tells individuals of one kind apart in any
-place.
+"""Trains the toy world's DINO: a small ViT in DINOv2's format that tells individuals of one kind apart in any place.
 
     python -m toybox.data.render_views --out VIEWS --toys 14004 --views 4    # once
     python -m toybox.learning.train_vit --views VIEWS --out WORK/vit --steps 4000
@@ -97,8 +96,7 @@ def train(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def nearest_neighbour_accuracy(vit: Dinov2Model, views: Views, individuals: int = 50) -> float:
-    """Fraction of views whose nearest other view shows the same toy, among `individuals` held-back toys of one
-    kind.
+    """Fraction of views whose nearest other view shows the same toy, among `individuals` held-back toys of one kind.
 
     It is the mean over the kinds. Every view is in another place.
     """

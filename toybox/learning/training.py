@@ -1,5 +1,4 @@
-"""What the pre-training scripts share: fp32 master weights under a bf16 model, Muon and AdamW, EMA, resumable
-runs.
+"""What the pre-training scripts share: fp32 master weights under a bf16 model, Muon and AdamW, EMA, resumable runs.
 
 Under `torchrun --nproc_per_node N` the processes of a script that exports only from rank 0 (`train_unet`) share
 the work: each draws its own batches, and their gradients are averaged.
@@ -135,8 +134,7 @@ class MasterWeights:
 
 
 class Run:
-    """A resumable loop, `for step in run:`; its state is saved every `save_every` steps, logged every
-    `log_every`.
+    """A resumable loop, `for step in run:`; its state is saved every `save_every` steps, logged every `log_every`.
 
     It ends after `steps`, or earlier after `minutes` of training, in one or several sessions: the state holds
     the time of earlier ones. Everything random in a step must come from `run.generator(step)`, so that a

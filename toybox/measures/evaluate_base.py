@@ -1,5 +1,4 @@
-"""Measures the embedded base on prompts and seeds outside its training; writes a contact sheet and a JSON of
-scores.
+"""Measures the embedded base on prompts and seeds outside its training; writes a contact sheet and a JSON of scores.
 
     python -m toybox.measures.evaluate_base --base assets/toy-sdxl --out WORK/evaluation --images 400
 

@@ -14,8 +14,7 @@ __all__ = ["FileDifference", "difference_of"]
 
 @dataclass(frozen=True)
 class FileDifference:
-    """`first` says how the first differing tensor differs, "" when none does; `count` of `total` tensors
-    differ.
+    """`first` says how the first differing tensor differs, "" when none does; `count` of `total` tensors differ.
 
     `header` names the differing entries of the header; those inside `moslora` have their own names.
     """

@@ -51,8 +51,7 @@ class AdapterWeights:
 
 
 def find_weights(path: str | Path) -> Path:
-    """The safetensors file of an adapter: the path itself, the published file of a run, or the raw one of a
-    checkpoint.
+    """The safetensors file of an adapter: the path itself, the published file of a run, or the raw one of a checkpoint.
 
     Raises UserError when there is none, and for any format that can carry code (pickles).
     """

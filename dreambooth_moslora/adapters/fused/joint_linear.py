@@ -1,5 +1,4 @@
-"""Adapted projections of one input as one autograd node: q, k and v of self-attention, k and v of
-cross-attention.
+"""Adapted projections of one input as one autograd node: q, k and v of self-attention, k and v of cross-attention.
 
     [q k v] = x·Wᵀ + (x·Aᵀ)·diag(Uqᵀ, Ukᵀ, Uvᵀ)        W = [Wq; Wk; Wv] frozen,  A = [Aq; Ak; Av],  U = s·B·M
 
@@ -122,8 +121,7 @@ def lay_together(model: nn.Module, adapted: Container[str]) -> None:
 
 
 class LentTogether:
-    """The working copies of layers with one input, for one step: A (k,r,in) and Uᵀ (k,r,out), leaves of
-    autograd.
+    """The working copies of layers with one input, for one step: A (k,r,in) and Uᵀ (k,r,out), leaves of autograd.
 
     The first layer that is called computes all of them. The others' results wait until they are called with the
     same input.
@@ -154,8 +152,7 @@ class LentTogether:
 
 
 def projections_of_one_input(attention: nn.Module) -> list[nn.Module]:
-    """The projections of one tensor in diffusers' attention: to_q, to_k, to_v, or the last two in
-    cross-attention.
+    """The projections of one tensor in diffusers' attention: to_q, to_k, to_v, or the last two in cross-attention.
 
     Empty for any other module.
     """

@@ -138,8 +138,7 @@ class StackedAdapters:
 
     @contextmanager
     def for_one_step(self) -> Iterator[StepCopies]:
-        """Let the first model compute for all for the length of the block, in which the adapters must not
-        change.
+        """Let the first model compute for all for the length of the block, in which the adapters must not change.
 
         A batch has N equal shares of rows, in the order of the models. Call `collect` after each backward pass.
         After a block without errors the gradients are where the optimizers expect them.

@@ -1,5 +1,4 @@
-"""`python -m dreambooth_moslora together RUN_DIR… --at_once N`: the process that a fleet's worker starts for a
-group.
+"""`python -m dreambooth_moslora together RUN_DIR… --at_once N`: the process that a fleet's worker starts for a group.
 
 Each run folder has its `job_config.json` and its fleet's record. This process updates the record: running, then
 how the run ended.

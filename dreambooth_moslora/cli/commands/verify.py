@@ -1,5 +1,4 @@
-"""`python -m dreambooth_moslora verify FILE --photos DIR`: trains again by a file's own recipe, and compares
-the files.
+"""`python -m dreambooth_moslora verify FILE --photos DIR`: trains again by a file's own recipe, and compares the files.
 
 A published file contains the settings of its run (`core.config.recipe`), its base's name and its trigger words,
 but nothing private. Missing settings, such as prompts, come from flags, else from --config, else from a guess.

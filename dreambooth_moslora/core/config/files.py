@@ -15,8 +15,7 @@ TOO_DEEP = "it is nested too deeply"
 
 
 def load_settings(path: Path | str) -> dict[str, Any]:
-    """The file's settings by name. Tables are flattened: `[training] seed = 1` becomes `seed = 1`. Raises
-    UserError."""
+    """The file's settings by name. Tables are flattened: `[training] seed = 1` becomes `seed = 1`. Raises UserError."""
     try:
         return flatten(read_tables(path), Path(path))
     except RecursionError:

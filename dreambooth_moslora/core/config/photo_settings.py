@@ -1,5 +1,4 @@
-"""Settings of the training material: the base model, the photos of the subject, and prior preservation of its
-class."""
+"""Settings of the training material: the base model, the photos of the subject, and prior preservation of its class."""
 
 from dataclasses import dataclass
 

@@ -1,5 +1,4 @@
-"""Several subjects in one run: their tables, from TOML, JSON or a folder of folders, and the configuration of
-each.
+"""Several subjects in one run: their tables, from TOML, JSON or a folder of folders, and the configuration of each.
 
     [[subjects]]                               --subjects photos
     instance_data_dir = "photos/duck"          photos/sks duck/      "a photo of a sks duck", class "a photo of

@@ -46,8 +46,7 @@ class TrainConfig(RunSettings):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
-        """Settings by name, as from a file. Raises UserError for an unknown name and suggests the nearest known
-        one."""
+        """Settings by name, as from a file. Raises UserError for an unknown name and suggests the nearest known one."""
         check_each(values)
         return cls(**values)
 

@@ -71,8 +71,7 @@ class Progress:
 def run_study(
     study: Study, out: Path, jobs: int, on_progress: Callable[[Progress], None], runner: Callable | None = None
 ) -> list[Result]:
-    """Tune, then test; cells with a result in `out` are not run again. Returns all results, without failed
-    cells.
+    """Tune, then test; cells with a result in `out` are not run again. Returns all results, without failed cells.
 
     A failed cell does not stop the others; a second run tries it again. A learning rate at which a training
     fails cannot be chosen. With `jobs` 0 only finished results are read. `runner` replaces `run_cells`.
@@ -229,8 +228,7 @@ def make_evaluator(study: Study, name: str) -> Evaluator:
 
 
 def per_picture(found: Evaluation) -> dict[str, list[float]]:
-    """The scores by which pictures are judged; and the mean over pictures of likeness to each photo and of its
-    leak."""
+    """The scores by which pictures are judged; and the mean over pictures of likeness to each photo and of its leak."""
     judged = {name: [round(float(v), 5) for v in found.tables[name].ravel()] for name in JUDGED}
     means = {f"{name}_by_photo": table.mean(0) for name, table in found.by_photo.items()}
     return judged | {name: [round(float(v), 5) for v in values] for name, values in means.items()}

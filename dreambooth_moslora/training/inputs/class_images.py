@@ -1,5 +1,4 @@
-"""Class images for prior preservation (Ruiz et al. 2022, section 3.3): what the base already knows of the
-class.
+"""Class images for prior preservation (Ruiz et al. 2022, section 3.3): what the base already knows of the class.
 
 A folder is topped up to the wanted number with generated images of the class prompt. `manifest.json` beside
 them records how each was made: prompt, seed, model, size, and its SHA-256. The user's own images count and come

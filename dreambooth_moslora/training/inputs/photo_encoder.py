@@ -61,8 +61,7 @@ class PhotoEncoder:
         return EncodedView(tensors["latents"], torch.tensor(plan.time_ids, dtype=torch.float32), weights)
 
     def _weights(self, photo: Photo, subject: Tensor) -> Tensor:
-        """Loss weights, `subject` (1, h, w) in [0, 1] -> same shape: 1 on the subject and `unmasked_weight`
-        around it.
+        """Loss weights, `subject` (1, h, w) in [0, 1] -> same shape: 1 on the subject and `unmasked_weight` around it.
 
         Around a photo with transparency the weight is 0: its white background was not photographed.
         """

@@ -44,8 +44,7 @@ UNREADABLE = "add_embedding."
 
 
 def check_layers(targets: Iterable[str], layers: Mapping[str, int], use_dora: bool) -> None:
-    """`layers` maps paths as in `check_targets` to the weight's dimensions: 2 for a matrix, 4 for a
-    convolution.
+    """`layers` maps paths as in `check_targets` to the weight's dimensions: 2 for a matrix, 4 for a convolution.
 
     Raises UserError for a name that matches no layer, and for layers that cannot have such an adapter.
     """
@@ -214,8 +213,7 @@ def check_strangers(run_dir: RunDir) -> None:
 
 
 def preflight(config: TrainConfig) -> Path | None:
-    """Check settings and memory. Returns the base's diffusers folder, None if not on this machine. Raises
-    UserError."""
+    """Check settings and memory. Returns the base's diffusers folder, None if not on this machine. Raises UserError."""
     folder = check_settings(config)
     check_memory(config, folder)
     return folder

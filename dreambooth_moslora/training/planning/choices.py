@@ -1,5 +1,4 @@
-"""Chooses the settings of a run when only photos and a word are given, the same on the command line and the
-page.
+"""Chooses the settings of a run when only photos and a word are given, the same on the command line and the page.
 
     given settings --choose_…--> chosen settings and lines about them      a given setting always wins
 
@@ -167,8 +166,7 @@ def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> Non
 
 
 def choose_masks(choices: Choices, photos: list["Photo"]) -> None:
-    """Make masks with the embedded base's own segmenter. SDXL's would be a download, which needs the user's
-    consent."""
+    """Make masks with the embedded base's own segmenter. SDXL's would be a download, which needs the user's consent."""
     masked = sum(photo.mask_path is not None for photo in photos)
     counts = " + ".join(map(str, counted(photos)))
     choices.said.insert(0, (f"photos: {counts}, {masked} with a mask (name.mask.png beside each)", ()))

@@ -230,8 +230,7 @@ RECIPES = (24, 16, 12, 8, 6)
 
 
 def check_memory(config: TrainConfig, folder: Path | None) -> None:
-    """Raises UserError for a run that needs more memory than the GPU has free; the message names settings that
-    fit.
+    """Raises UserError for a run that needs more memory than the GPU has free; the message names settings that fit.
 
     `folder` is the base's. A base of unknown size is not judged.
     """

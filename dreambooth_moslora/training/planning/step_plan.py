@@ -1,5 +1,4 @@
-"""The arithmetic of a run: from photos, repeats, batches and epochs to optimizer steps and exposures of a
-photo.
+"""The arithmetic of a run: from photos, repeats, batches and epochs to optimizer steps and exposures of a photo.
 
 samples per epoch = photos × repeats × (1 + new backgrounds), or the number of class images if larger
 steps per epoch = ⌈⌈samples / (batch × processes)⌉ / accumulation⌉        as diffusers' script counts

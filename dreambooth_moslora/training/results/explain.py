@@ -1,5 +1,4 @@
-"""What a run's figures mean, and which flag to try next. Each rule is a pure function that returns a sentence
-or None.
+"""What a run's figures mean, and which flag to try next. Each rule is a pure function that returns a sentence or None.
 
     figures_of(run folder) -> Figures --RULES--> sentences, the most important first
 

@@ -96,8 +96,7 @@ def number(value: Any) -> float | None:
 
 
 def figures_of(run_dir: RunDir) -> Figures:
-    """The figures of a run folder: its events, its configuration, and the report of `evaluate` if that is
-    newer.
+    """The figures of a run folder: its events, its configuration, and the report of `evaluate` if that is newer.
 
     Raises UserError when the folder holds no run.
     """

@@ -1,5 +1,4 @@
-"""Pushes a finished adapter to the hub, when asked: the adapter's files, the card and its pictures, nothing
-else.
+"""Pushes a finished adapter to the hub, when asked: the adapter's files, the card and its pictures, nothing else.
 
 Photos, the contact sheet (which shows them), checkpoints, class images and the configuration (which holds
 paths) stay on this machine.
@@ -52,8 +51,7 @@ def check_push(config: TrainConfig) -> None:
 
 
 def push(run_dir: Path, repo_id: str | None, token: str | None) -> str | None:
-    """Create the model repository if it is missing, and upload `public_files`. Returns the repository's
-    address.
+    """Create the model repository if it is missing, and upload `public_files`. Returns the repository's address.
 
     When the hub cannot be reached or refuses, it logs a warning and returns None: the run is complete without
     it.

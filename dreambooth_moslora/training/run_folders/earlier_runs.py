@@ -28,8 +28,7 @@ def has_previous_run(run_dir: RunDir) -> bool:
 
 
 def set_aside(run_dir: RunDir) -> None:
-    """Move an earlier run away. Class images stay, since the new run can use them; so does the log, which
-    continues."""
+    """Move an earlier run away. Class images stay, since the new run can use them; so does the log, which continues."""
     if has_previous_run(run_dir):
         move(what_was_left(run_dir), run_dir, "held an earlier run")
 

@@ -1,5 +1,4 @@
-"""The queue of runs, in the folder `.queue` of the folder of runs. Each run is a file that is written
-atomically.
+"""The queue of runs, in the folder `.queue` of the folder of runs. Each run is a file that is written atomically.
 
     waiting/NAME.json    a waiting run with all its settings; order.json lists those that were moved
     started/NAME.json    the run whose turn it is, until it has ended

@@ -1,5 +1,4 @@
-"""The layers of the base that get an adapter, and the adapters themselves: fresh, from a file, or from a
-checkpoint."""
+"""The layers of the base that get an adapter, and the adapters themselves: fresh, from a file, or from a checkpoint."""
 
 import logging
 import re

@@ -190,8 +190,7 @@ def snr_weights(schedule: NoiseSchedule, index: Tensor, instance_count: int, snr
 
 
 def debiased_weights(schedule: NoiseSchedule, index: Tensor) -> Tensor:
-    """Weights (B,) of the images' errors: 1/sqrt(SNR) for noise, 1/(SNR + 1) for velocity, with the SNR capped
-    at 1000.
+    """Weights (B,) of the images' errors: 1/sqrt(SNR) for noise, 1/(SNR + 1) for velocity, with the SNR capped at 1000.
 
     The error of the noise becomes the error of the latents that it implies, up to a power (Yu et al. 2023,
     "Debias the Training of Diffusion Models", arXiv 2310.08442). Like kohya's `--debiased_estimation_loss` it
@@ -204,8 +203,7 @@ def debiased_weights(schedule: NoiseSchedule, index: Tensor) -> Tensor:
 def pointwise_error(
     schedule: NoiseSchedule, index: Tensor, loss_type: str = "l2", huber_c: float = 0.1, huber_schedule: str = "snr"
 ) -> Pointwise:
-    """The error function of `loss_type` (`l2`, `huber`, `smooth_l1`); its width c depends on each image's
-    `index` (B,).
+    """The error function of `loss_type` (`l2`, `huber`, `smooth_l1`); its width c depends on each image's `index` (B,).
 
     With C = `huber_c` at step t of T: `constant` c = C; `exponential` c = C^(t/T), 1 where there is no noise;
     `snr` c = C + (1 - C)/(1 + sigma)² (kabachuha 2024, "scheduled Huber loss" in diffusers and kohya's
@@ -252,8 +250,7 @@ def loss(
 def image_errors(
     prediction: Tensor, target: Tensor, mask: Tensor | None, pointwise: Pointwise = torch.square
 ) -> Tensor:
-    """Mean error (B,) of each image. Under a mask it is the weighted mean, so that a small subject counts in
-    full.
+    """Mean error (B,) of each image. Under a mask it is the weighted mean, so that a small subject counts in full.
 
     The mean is multiplied by the mask's largest weight: an image without the subject then counts no more than
     its positions do.

@@ -134,8 +134,7 @@ def make_adafactor(groups: list[dict]) -> Optimizer:
 
 
 def make_lr_schedule(config: TrainConfig, optimizer: Optimizer, max_train_steps: int) -> LRScheduler:
-    """A learning-rate schedule of diffusers by its name. It counts optimizer steps, whatever the number of
-    processes.
+    """A learning-rate schedule of diffusers by its name. It counts optimizer steps, whatever the number of processes.
 
     Raises UserError for an unknown name.
     """

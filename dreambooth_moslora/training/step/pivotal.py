@@ -52,8 +52,7 @@ class LearntTokens:
         return list(self.tokens.rows.values())
 
     def fill_gradients(self) -> None:
-        """Set missing gradients to zero when no prompt had the word: all processes must average the same
-        parameters."""
+        """Set missing gradients to zero when no prompt had the word: all processes must average the same parameters."""
         for rows in self.parameters:
             if rows.grad is None:
                 rows.grad = torch.zeros_like(rows)

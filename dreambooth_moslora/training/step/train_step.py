@@ -134,8 +134,7 @@ class TrainStep:
         return (self.step * count + turn) * world + self.accelerator.process_index
 
     def update_adapter(self) -> float:
-        """Average gradients over processes, clip them, and take a step. Returns the gradient's norm before
-        clipping.
+        """Average gradients over processes, clip them, and take a step. Returns the gradient's norm before clipping.
 
         If the norm is not finite, no step is counted: fp16's gradient scaler has skipped it and lowers its
         scale.

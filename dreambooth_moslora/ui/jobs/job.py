@@ -15,8 +15,7 @@ JOB_NAME = "job.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its folder, its owner (`Visitor.id`) and its process, distinguished from a later one of the same
-    number.
+    """One run: its folder, its owner (`Visitor.id`) and its process, distinguished from a later one of the same number.
 
     Paths in its settings are relative to `folder`, by default the server's current folder.
     """

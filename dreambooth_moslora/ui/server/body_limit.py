@@ -18,8 +18,7 @@ MAX_UPLOAD_BYTES = 512 * 1024**2
 
 
 class BodySizeLimit:
-    """ASGI middleware: answers 413 when the declared length is too long, and cuts off a body that exceeds the
-    limit.
+    """ASGI middleware: answers 413 when the declared length is too long, and cuts off a body that exceeds the limit.
 
     Files may make an upload longer by MAX_UPLOAD_BYTES. If it ends early its files are deleted.
     """

@@ -1,5 +1,4 @@
-"""A session's name appears in addresses, so it is no secret: another browser must not read or end the session
-by it."""
+"""A session's name appears in addresses, so it is no secret: another browser must not read or end the session by it."""
 
 import json
 from collections import OrderedDict

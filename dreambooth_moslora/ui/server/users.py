@@ -1,5 +1,4 @@
-"""Identifies users by a random, HttpOnly cookie for each browser, and holds what the server keeps for each of
-them.
+"""Identifies users by a random, HttpOnly cookie for each browser, and holds what the server keeps for each of them.
 
 A login name comes first, then the cookie, then the session of one page (for API clients without cookies). The
 cookie is sent with a link from another site (SameSite=Lax); otherwise that link would make its owner a

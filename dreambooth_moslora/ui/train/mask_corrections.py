@@ -75,8 +75,7 @@ def take_with_masks(files: list[str], visitor: Visitor, number: int = 1) -> Inta
 
 
 def shown_masks(config: "TrainConfig", visitor: Visitor) -> Iterator[ShownMask]:
-    """The masks of all usable photos, as a run with these settings uses them; missing ones are made now, and
-    kept.
+    """The masks of all usable photos, as a run with these settings uses them; missing ones are made now, and kept.
 
     Raises UserError when the segmenter is not there.
     """
