@@ -158,6 +158,7 @@ def spellings_of(several: Sequence[NewTokens]) -> list[tuple[re.Pattern, str]]:
 
 
 def check_width(part: str, several: Sequence[NewTokens], table: nn.Module) -> None:
+    """Raises UserError for rows (n, D) of another width than the table's."""
     for tokens in several:
         if tokens.rows[part].shape[1] != table.weight.shape[1]:
             raise UserError(f"the tokens of {tokens.word!r:.40} were learnt on another base than this one")

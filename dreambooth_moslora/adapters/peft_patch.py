@@ -135,6 +135,7 @@ def check_layer(layer: LoraLayer, adapter_name: str, path: str) -> None:
 
 
 def check_dora(path: str, base: nn.Module) -> None:
+    """Raises UserError for DoRA on a convolution."""
     if isinstance(base, nn.modules.conv._ConvNd):
         raise UserError(f"{path} is a convolution, and DoRA is for projections; leave out the one or the other")
 

@@ -105,6 +105,7 @@ def load_pipeline(
 
 
 def load_vae(name: str | Path, dtype: torch.dtype, cache_dir: str | Path | None) -> AutoencoderKL:
+    """The autoencoder of a folder or hub id. Raises UserError when it cannot be loaded."""
     try:
         return AutoencoderKL.from_pretrained(name, dtype=dtype, cache_dir=cache_dir)
     except UNLOADABLE as error:
@@ -157,6 +158,7 @@ def start_at_pure_noise(pipeline: StableDiffusionXLPipeline) -> None:
 
 
 def check_is_sdxl(pipeline: StableDiffusionXLPipeline, name: str | Path) -> None:
+    """Raises UserError for a pipeline of another kind."""
     unet = pipeline.unet
     if unet is None or pipeline.text_encoder_2 is None or unet.config.addition_embed_type != "text_time":
         raise UserError(f"{name} is not an SDXL base model (two text encoders and size conditioning are needed).")

@@ -50,12 +50,14 @@ def resolve_base(name: str | Path) -> str | Path:
 
 
 def existing_toy() -> Path:
+    """The embedded base's folder. Raises UserError when it is missing."""
     if not (TOY / INDEX).is_file():
         raise UserError(f"the embedded base is missing: {TOY} has no {INDEX}; clone or install it again.")
     return TOY
 
 
 def single_file(path: Path) -> Path:
+    """The checkpoint itself. Raises UserError for another kind of file, and for a damaged one."""
     if path.suffix not in SINGLE_FILE_SUFFIXES:
         raise UserError(f"{path} is neither a diffusers folder nor a .safetensors checkpoint.")
     check_weights(path)
@@ -118,6 +120,7 @@ def check_vae(name: str) -> None:
 
 
 def check_component(folder: Path, variant: str | None, marks: set[str]) -> None:
+    """Raises UserError for a folder without weights, and for another model's weights."""
     if not weight_files(folder, variant):
         raise UserError(f"{folder} has no weights: there is neither a .safetensors nor a .bin file in it.")
     names = tensor_shapes(folder, variant).keys()
@@ -126,6 +129,7 @@ def check_component(folder: Path, variant: str | None, marks: set[str]) -> None:
 
 
 def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises UserError."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -54,7 +54,7 @@ def is_target(name: str, module: nn.Module) -> bool:
 
 
 def quantized(dense: nn.Linear, kind: str, compute_dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-    """One layer (out, in), on `device`."""
+    """One layer (out, in), on `device`. Raises UserError when bitsandbytes is not installed."""
     try:
         from bitsandbytes import nn as bnb
     except ImportError as error:

@@ -108,6 +108,7 @@ def message_for_known_error(error: Exception) -> str | None:
 
 
 def run_command(argv: list[str]) -> int:
+    """Run the command that `argv` names. Raises UserError for an unknown one."""
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
         return DONE if argv else MISTAKE
@@ -272,6 +273,7 @@ class LogFile(logging.FileHandler):
 
 
 def log_file(run_dir: RunDir) -> logging.Handler:
+    """The handler for the run's log. Raises UserError when the folder cannot be written."""
     try:
         run_dir.path.mkdir(parents=True, exist_ok=True)
         handler = LogFile(run_dir.log_path, encoding="utf-8", errors="backslashreplace")

@@ -63,6 +63,7 @@ def choose(words: list[str], given: Mapping[str, Any], *, has_recipe: bool = Fal
 
 
 def folder_and_word(words: list[str]) -> tuple[Path, str]:
+    """The folder of photos and the class. Raises UserError."""
     folder, word = Path(find_asset(words[0])), " ".join(words[1:2]).strip()
     if not folder.is_dir():
         kind = "it is a file" if folder.exists() else "there is no such folder"

@@ -140,7 +140,7 @@ def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> TrainConfig:
 
 
 def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> tuple[TrainConfig, bool]:
-    """Like `parse_train_config`; also returns whether the run should wait in the queue."""
+    """Like `parse_train_config`; also returns whether the run should wait in the queue. Raises UserError."""
     words, rest = leading_words(underscored(argv))
     given, unknown = build_train_parser(prog).parse_known_args(rest)
     if not words and len(unknown) == 2 and Path(find_asset(unknown[0])).is_dir():  # words after the flags
@@ -206,6 +206,7 @@ def overridden(settings: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any
 
 
 def require(settings: dict[str, Any]) -> None:
+    """Raises UserError for missing settings."""
     missing = [f"--{item.name}" for item in fields(TrainConfig) if item.metadata["required"]]
     missing = [flag for flag in missing if not str(settings.get(flag[2:], "")).strip()]
     if settings.get("subjects"):

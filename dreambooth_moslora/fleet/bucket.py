@@ -90,7 +90,10 @@ class Bucket:
         self.tried(name, self.files.rm_file, absent=None)
 
     def tried(self, name: str, action: Callable[[str], T], source: Path | None = None, **absent: T) -> T:
-        """Call `action` with the full path and retry it on errors. Returns `absent` when the file does not exist."""
+        """Call `action` with the full path and retry it on errors. Returns `absent` when the file does not exist.
+
+        Raises UserError for an error that outlasts the retries, and FileNotFoundError when `source` is gone.
+        """
         for wait in range(TRIES):
             try:
                 self.files.invalidate_cache()

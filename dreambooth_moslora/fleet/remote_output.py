@@ -112,6 +112,7 @@ def begin(mirror: Mirror, mark: str) -> None:
 
 
 def finish(mirror: Mirror) -> None:
+    """Push the last files. Raises UserError when the bucket does not take them; the folder then stays for a retry."""
     try:
         mirror.push()
     except SupersededError:

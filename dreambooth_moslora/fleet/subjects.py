@@ -67,11 +67,13 @@ def read_subjects(source: Path, shared: Mapping[str, Any], out: Path) -> list[Su
 
 
 def refuse(settings: Mapping[str, Any]) -> None:
+    """Raises UserError for a setting in REFUSED."""
     if found := [name for name in settings if name in REFUSED]:
         raise UserError(f"--{found[0]}: {REFUSED[found[0]]}.")
 
 
 def rows_of(source: Path) -> list[dict[str, Any]]:
+    """The rows of a list, or one for each folder. Raises UserError."""
     if source.is_dir():
         folders = sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
         return [{"folder": str(path)} for path in folders]

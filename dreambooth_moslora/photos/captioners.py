@@ -83,7 +83,10 @@ def toy_reader(word: str, device: "torch.device | str") -> Callable[[Image.Image
 
 def chat_reader(name: str, word: str, device: "torch.device | str") -> Callable[[Image.Image], str]:
     """A captioner by a chat model. Decoding is greedy, so that a photo always gets the same words. bf16 on a
-    GPU, fp32 on a CPU."""
+    GPU, fp32 on a CPU.
+
+    Raises UserError for a model without a chat template or with missing weights.
+    """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -76,6 +76,7 @@ def toy_finder(device: torch.device | str) -> Callable[[Image.Image], Tensor]:
 
 
 def clipseg_finder(name: str, word: str, device: torch.device | str) -> Callable[[Image.Image], Tensor]:
+    """A function from an RGB picture (width, height) to probabilities (height, width). Raises UserError."""
     from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
     about = {"flag": "--mask_model", "what": "CLIPSeg"}

@@ -109,6 +109,7 @@ class Front:
         return JSONResponse({"adapters": await asyncio.to_thread(self.catalogue.names)})
 
     async def healthz(self, request: Request) -> Response:
+        """The base's facts from a replica. Raises RefusedError (503) when none answers."""
         try:
             async with asyncio.timeout(HEALTH_SEC):
                 facts = await self.facts()

@@ -149,6 +149,7 @@ def listening(settings: ServeSettings, *, alone: bool) -> Iterator[None]:
 
 
 def start(settings: ServeSettings, *, alone: bool) -> None:
+    """Start the service. Raises UserError when Ray Serve fails."""
     try:
         serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=QUIET)
         serve.run(application(settings, alone=alone), name=APP_NAME, route_prefix="/", logging_config=QUIET)

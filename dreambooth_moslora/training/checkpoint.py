@@ -64,7 +64,8 @@ def save_checkpoint(
     weights: list[Tensor] | None = None,
     tokens: NewTokens | None = None,
 ) -> None:
-    """Write the folder `path` completely, or leave its old content. `weights` are those of WEIGHTS, if any."""
+    """Write the folder `path` completely, or leave its old content. `weights` are those of WEIGHTS, if any, in
+    the shapes of the trained parameters."""
     with atomic_directory(path) as folder:
         if tokens is not None:
             write_tokens(folder / TOKENS_NAME, tokens)

@@ -125,6 +125,7 @@ def trained_modules(checkpoint: Path) -> tuple[AdapterMetadata, set[str]]:
 
 
 def require(checkpoint: Path, name: str, there: object, asked: object) -> None:
+    """Raises UserError when a setting differs from the checkpoint's."""
     if there != asked:
         raise UserError(
             f"--{name}: {checkpoint.name} has {shown(there)}; you ask for {shown(asked)}: "

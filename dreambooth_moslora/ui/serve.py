@@ -90,6 +90,7 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def parse_login(text: str) -> tuple[str, str]:
+    """The name and the password. Raises UserError."""
     name, colon, password = text.partition(":")
     if not (name and colon and password):
         raise UserError("--auth needs NAME:PASSWORD")

@@ -50,7 +50,7 @@ def whole(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]
 
 
 def cropped(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
-    """Enlarge by 1.05 to 1.4 and crop 128 px anywhere."""
+    """(C,128,128) -> the same and its time ids: enlarged by 1.05 to 1.4, and cropped to 128 px anywhere."""
     size = int(SIZE_PX * (1.05 + 0.35 * torch.rand((), generator=generator)))
     top, left = torch.randint(0, size - SIZE_PX + 1, (2,), generator=generator).tolist()
     enlarged = interpolate(pixels[None], size=(size, size), mode="bicubic", antialias=True)[0]
@@ -58,7 +58,7 @@ def cropped(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[in
 
 
 def small(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
-    """Shrink to 48-96 px and enlarge again, like a small photo."""
+    """(C,128,128) -> the same and its time ids: shrunk to 48-96 px and enlarged again, like a small photo."""
     size = int(torch.randint(48, 97, (), generator=generator))
     shrunk = interpolate(pixels[None], size=(size, size), mode="bicubic", antialias=True)
     back = interpolate(shrunk, size=(SIZE_PX, SIZE_PX), mode="bicubic")[0]
@@ -66,7 +66,7 @@ def small(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]
 
 
 def view(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
-    """Of a hundred latents 83 are whole, 12 cropped, 5 small."""
+    """(C,128,128) -> the same and its time ids: of a hundred, 83 are whole, 12 cropped, 5 small."""
     kind = float(torch.rand((), generator=generator))
     return (whole if kind < 0.83 else cropped if kind < 0.95 else small)(pixels, generator)
 

@@ -27,7 +27,7 @@ def inside(value: Tensor) -> Tensor:
 
 
 def ramp(value: Tensor, low: float, high: float) -> Tensor:
-    """From 0 at `low` to 1 at `high`, smoothly."""
+    """Values (P,) -> (P,), smoothly from 0 at `low` to 1 at `high`."""
     t = ((value - low) / (high - low)).clamp(0, 1)
     return t * t * (3 - 2 * t)
 
@@ -37,23 +37,23 @@ def band(value: Tensor, low: float, high: float) -> Tensor:
 
 
 def cell(value: Tensor, size: float) -> tuple[Tensor, Tensor]:
-    """The number of the cell that value lies in, and the distance from that cell's middle."""
+    """The number of the cell that each value (P,) lies in, and its distance from that cell's middle, (P,) each."""
     index = torch.floor(value / size)
     return index, value - (index + 0.5) * size
 
 
 def chance(i: Tensor, salt: float = 0.0) -> Tensor:
-    """A fixed random number in [0, 1) for each integer."""
+    """A fixed random number in [0, 1) for each integer (P,)."""
     return torch.frac((torch.sin(i * 12.9898 + salt * 4.1414) * 43758.547).abs())
 
 
 def mottle(x: Tensor, z: Tensor, v: Tensor) -> Tensor:
-    """Smooth blotches in [-1, 1], about one unit wide."""
+    """Smooth blotches (P,) in [-1, 1], about one unit wide."""
     return torch.sin(2.1 * x + 1.3 * z + 6 * v) * torch.sin(1.7 * z - 1.1 * x + 9 * v)
 
 
 def hill(x: Tensor, v: Tensor, rough: float = 1.0) -> Tensor:
-    """A skyline in about [-1, 1]."""
+    """A skyline (P,) in about [-1, 1]."""
     return 0.6 * torch.sin(1.1 * rough * x + 6 * v) + 0.4 * torch.sin(2.3 * rough * x + 11 * v)
 
 
@@ -66,7 +66,7 @@ def sky(y: Tensor, low: RGB, high: RGB) -> Tensor:
 
 
 def clouds(colour: Tensor, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-    """White puffs, two to a frame."""
+    """Colours (P, 3) with white puffs, two to a frame."""
     index, dx = cell(x + 3 * v, 1.9)
     cy = 1.15 + 0.7 * chance(index, 3)
     puff = torch.maximum(disc(dx, y, 0.0, cy, 0.2), disc(dx, y, 0.22, cy - 0.05, 0.15))
@@ -74,7 +74,7 @@ def clouds(colour: Tensor, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
 
 
 def firs(colour: Tensor, x: Tensor, y: Tensor, v: Tensor, leaf: RGB, snow: float) -> Tensor:
-    """Triangular trees along the foot of the backdrop."""
+    """Colours (P, 3) with triangular trees along the foot of the backdrop."""
     index, dx = cell(x + 2 * v, 0.85)
     top = 0.85 + 0.5 * chance(index, 1)
     tree = inside(torch.minimum((top - y) * 0.36 - dx.abs(), y - 0.12))

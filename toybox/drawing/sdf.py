@@ -130,6 +130,6 @@ def wedge(p: Point, width: Num, height: Num, depth: Num) -> Tensor:
 
 
 def smooth_union(a: Tensor, b: Tensor, blend: float) -> Tensor:
-    """The union with a fillet of about `blend` where the two surfaces meet."""
+    """The union (P,) of distances a and b, with a fillet of about `blend` where the two surfaces meet."""
     h = (blend - (a - b).abs()).clamp_min(0) / blend
     return torch.minimum(a, b) - h * h * (blend * 0.25)

@@ -55,7 +55,8 @@ class Adversary:
         return self.weight * (pulls[0] / (pulls[1] + 1e-4)).clamp(max=1e4) * doubt
 
     def step(self, x: Tensor, y: Tensor, rate: float = 1.0) -> float:
-        """Train on renders x and drawn pictures y by the hinge loss (Lim and Ye, 2017), which is returned."""
+        """Train on renders x and drawn pictures y, (N,3,H,W) each, by the hinge loss (Lim and Ye, 2017), which
+        is returned."""
         logits = self.network(to_channels_last(torch.cat([x, y.detach()]))).float()
         real, drawn = logits.chunk(2)
         loss = (relu(1 - real).mean() + relu(1 + drawn).mean()) / 2

@@ -60,8 +60,8 @@ class Views:
         self.train = len(self.kinds) - held_back
 
     def pairs(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Two views of n different training toys: half of each of two kinds, filled up with others if those are
-        too few."""
+        """Two views (n,128,128,3) of n different training toys: half of each of two kinds, filled up with
+        others if those are too few."""
         rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
         known = self.kinds[: self.train]
         kinds = rng.choice(np.unique(known), 2, replace=False)

@@ -55,7 +55,7 @@ def generate(pipeline: StableDiffusionXLPipeline, prompts: list[str], seed: int 
 
 
 def accuracy(images: Tensor, scenes: list[Scene]) -> dict[str, float]:
-    """Fraction of images in which the judge reads the scene's kind, main colour, place, and all three."""
+    """Fraction of images (N,H,W,3) in which the judge reads the scene's kind, main colour, place, and all three."""
     readings = judge.load().read(images)
     right = torch.tensor(
         [

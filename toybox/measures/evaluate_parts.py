@@ -56,7 +56,7 @@ def psnr_db(images: Tensor, others: Tensor) -> Tensor:
 
 @torch.no_grad()
 def retrieval_at_1(base: StableDiffusionXLPipeline, images: Tensor, captions: list[str]) -> float:
-    """Fraction of images whose own caption is the nearest of 100; the mean over the hundreds."""
+    """Fraction of images (N,H,W,3) whose own caption is the nearest of 100; the mean over the hundreds."""
     right = []
     for start in range(0, len(captions) - 99, 100):
         pixels, texts = pixels_for_clip(images[start : start + 100]), captions[start : start + 100]

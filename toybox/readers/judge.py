@@ -102,7 +102,7 @@ def labels_of(rows: list[dict]) -> dict[str, Tensor]:
 
 
 def disturb(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror, shift, enlarge, blur and add noise at random."""
+    """Mirror, shift, enlarge, blur and add noise to pixels (N,3,H,W) at random."""
     if torch.rand((), generator=generator) < 0.5:
         pixels = pixels.flip(-1)
     size = int(torch.randint(118, 150, (), generator=generator))

@@ -129,7 +129,7 @@ def kind_of(pairs: list[Pair], others: list[str], header: dict[str, str]) -> str
 
 
 def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
-    """The pairs of down and up matrices among a file's tensors.
+    """The pairs of down (r, in, …) and up (out, r, …) matrices among a file's tensors.
 
     Raises UserError for a matrix without its partner.
     """

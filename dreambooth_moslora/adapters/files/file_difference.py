@@ -37,7 +37,7 @@ def difference_of(one: Path, other: Path) -> FileDifference:
 
 
 def tensor_difference(name: str, one: Tensor | None, other: Tensor | None) -> str:
-    """How the tensors differ, in words; "" for equal bits."""
+    """How two tensors of any shapes differ, in words; "" for equal bits."""
     if one is None or other is None:
         return f"{name} is in one of the files alone"
     if one.shape != other.shape:

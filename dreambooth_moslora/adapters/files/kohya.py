@@ -27,7 +27,7 @@ def kohya_name(component: str, path: str) -> str:
 
 
 def kohya_tensors(components: dict[str, dict[str, LowRank]], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """All tensors of the file; the scale is already in `up`."""
+    """All tensors of the file, with the shapes above; the scale is already in `up`."""
     alpha = common_rank(components)
     tensors = {}
     for component, layers in components.items():

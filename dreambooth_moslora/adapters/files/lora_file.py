@@ -108,8 +108,8 @@ def _module_name(component: str, path: str, model: nn.Module | None) -> str:
 
 
 def fold_raw(file: Path) -> dict[str, Tensor]:
-    """A checkpoint as the tensors of a plain LoRA in diffusers' naming: down = A, up = s·B·M, alpha = rank.
-    Raises UserError."""
+    """A checkpoint as the tensors of a plain LoRA in diffusers' naming: down (r, in) = A, up (out, r) = s·B·M,
+    alpha = rank. Raises UserError."""
     tensors, metadata = read_raw(file)
     folded: dict[str, dict[str, LowRank]] = {}
     for component in COMPONENTS:

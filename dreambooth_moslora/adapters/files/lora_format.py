@@ -48,7 +48,7 @@ DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def projections(tensors: dict[str, Tensor], file_name: str) -> dict[str, dict[str, LowRank]]:
-    """Component -> module path as the file writes it -> its matrices.
+    """Component -> module path as the file writes it -> its matrices down (r, in, …) and up (out, r, …).
 
     Raises UserError for a key that does not belong to a LoRA, an incomplete pair of matrices, and NaN or
     infinity.

@@ -86,7 +86,8 @@ class Proof:
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖; 0 if both are zero, infinite if only `expected` is, or for NaN."""
+    """‖found − expected‖ / ‖expected‖ of two tensors of one shape; 0 if both are zero, infinite if only
+    `expected` is, or for NaN."""
     size, difference = float(expected.norm()), float((found - expected).norm())
     if difference == 0:
         return 0.0

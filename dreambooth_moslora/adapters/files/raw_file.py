@@ -209,7 +209,7 @@ def component_tensors(tensors: dict[str, Tensor], component: str) -> dict[str, d
 
 
 def matrices_from(parts: dict[str, Tensor], metadata: AdapterMetadata, module: str) -> MixedLowRank:
-    """A, M, B and s of one module (`component.path`) of a raw file, from its tensors and metadata."""
+    """A (r, in, …), M (r, r), B (out, r) and s of one module (`component.path`) of a raw file."""
     rank, alpha = metadata.ranks.get(module, metadata.rank), metadata.alphas.get(module, metadata.alpha)
     return MixedLowRank(
         down=parts["lora_A"],

@@ -258,6 +258,7 @@ def plan_of(args: argparse.Namespace, base: str, subject: Subject, captions: lis
 
 
 def lines_of(file: Path) -> tuple[str, ...]:
+    """The file's lines that are not empty. Raises UserError."""
     try:
         return tuple(line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:

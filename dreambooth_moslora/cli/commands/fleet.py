@@ -94,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_places(source: str, out: str | None) -> None:
+    """Raises UserError without `--out`, and for a source behind a URL."""
     if not out:
         raise UserError("missing: --out, the folder of all run folders.")
     if "://" in source:

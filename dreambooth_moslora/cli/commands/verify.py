@@ -143,7 +143,7 @@ def versions_apart(receipt: Receipt) -> list[str]:
 
 
 def retrain(config: TrainConfig, step: int | None) -> bool:
-    """Train; returns whether the run reached its end, or `step`."""
+    """Train; returns whether the run reached its end, or `step`. Raises UserError when the run has fewer steps."""
     from dreambooth_moslora.cli.progress import TerminalProgress
     from dreambooth_moslora.cli.signals import StopRequest
     from dreambooth_moslora.core.run_files.events import StepDone

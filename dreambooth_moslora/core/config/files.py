@@ -58,6 +58,7 @@ def reason_of(error: Exception) -> str:
 
 
 def flatten(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Nested tables as one table. Raises UserError for a name that is given twice."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         inner = flatten(value, path) if isinstance(value, dict) else {name.replace("-", "_"): value}

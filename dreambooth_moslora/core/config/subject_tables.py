@@ -63,6 +63,7 @@ def to_tables(value: Any) -> tuple[SubjectTable, ...] | None:
 
 
 def table_of(values: Mapping[str, Any]) -> SubjectTable:
+    """Raises UserError for an unknown setting."""
     known = [item.name for item in fields(SubjectTable)]
     if unknown := sorted(map(str, values.keys() - set(known))):
         raise UserError(f"--subjects: a subject has no setting `{unknown[0]}`; it may have {', '.join(known)}.")
@@ -143,6 +144,7 @@ def check_subjects(config: Config) -> None:
 
 
 def checked_subject(config: Config, number: int) -> Config:
+    """The configuration of one subject. Raises UserError for an incomplete or invalid table."""
     table = config.subjects[number]
     for name in ("instance_data_dir", "instance_prompt"):
         if not str(getattr(table, name) or "").strip():

@@ -226,12 +226,14 @@ def load_study(path: Path) -> Study:
 
 
 def table(path: Path, name: str, value: Any) -> dict[str, Any]:
+    """The value as a dict. Raises UserError."""
     if not isinstance(value, Mapping):
         raise UserError(f"--config {path}: {name} is a table of settings, [{name}], not {value!r}.")
     return dict(value)
 
 
 def numbers(path: Path, name: str, value: Any) -> tuple:
+    """The value as a tuple of numbers. Raises UserError."""
     kinds, low = LISTS[name]
     if not isinstance(value, list) or not all(type(v) in kinds and v >= low for v in value):
         kind = "numbers" if float in kinds else "whole numbers"
@@ -240,6 +242,7 @@ def numbers(path: Path, name: str, value: Any) -> tuple:
 
 
 def subjects(path: Path, name: str, value: Any) -> tuple[StudySubject, ...]:
+    """The value as subjects. Raises UserError."""
     if not isinstance(value, list):
         raise UserError(f"--config {path}: study.{name} is a list of folders, not {value!r}.")
     return tuple(map(StudySubject.of, value))
@@ -253,6 +256,7 @@ def settings_of(arm: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_unknown(path: Path, where: str, values: Mapping[str, Any], known) -> None:
+    """Raises UserError for a name that is not `known`."""
     for name in values:
         if name not in known:
             raise UserError(f"--config {path}: unknown {where}{name}; known are {', '.join(known)}.")

@@ -56,7 +56,7 @@ def collate(samples: Sequence[tuple[EncodedView, str]], instance_count: int) -> 
 
 
 def move_together(tensors: dict[str, Tensor | None], device: torch.device) -> dict[str, Tensor | None]:
-    """The CPU tensors on `device`, by one asynchronous transfer; None stays None.
+    """The CPU tensors, of any shapes, on `device`, by one asynchronous transfer; None stays None.
 
     They travel as fp32, which holds integers up to 2**24 and all half-precision numbers exactly.
     """

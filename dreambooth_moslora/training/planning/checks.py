@@ -180,6 +180,7 @@ def check_places(config: TrainConfig, run_dir: RunDir) -> None:
 
 
 def require_folder(name: str, value: str, path: Path) -> None:
+    """Raises UserError when the nearest existing parent of `path` is a file."""
     found = nearest_existing(path)
     if not found.is_dir():
         raise UserError(f"--{name} {value}: {found} is a file, not a folder.")

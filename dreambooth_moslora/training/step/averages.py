@@ -63,7 +63,7 @@ class ScheduleFreeAverage:
 
     @torch.no_grad()
     def values(self) -> list[Tensor]:
-        """x of each parameter. One that took no step has no z and is its own average."""
+        """x of each parameter, in its shape. One that took no step has no z and is its own average."""
         beta1 = self.optimizer.param_groups[0]["betas"][0]
         ahead = [self.optimizer.state[p].get("z", p) for p in self.parameters]
         return [y.lerp(z, 1 - 1 / beta1) for y, z in zip(self.parameters, ahead, strict=True)]

@@ -77,6 +77,7 @@ def make_optimizer(config: TrainConfig, groups: list[dict]) -> Optimizer:
 
 
 def adamw_class(config: TrainConfig) -> type[Optimizer]:
+    """AdamW, or its 8-bit version. Raises UserError when bitsandbytes is not installed."""
     if not config.use_8bit_adam:
         return torch.optim.AdamW
     try:

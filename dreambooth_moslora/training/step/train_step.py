@@ -282,7 +282,7 @@ class TrainStep:
         vector_to_parameters(mean, grads)
 
     def mean_of(self, found: list[Tensor]) -> StepLosses:
-        """Means over the step's micro-batches (a `numbers_of` each), and over all processes."""
+        """Means over the step's micro-batches (`numbers_of` (3,) each), and over all processes."""
         values = torch.stack(found).mean(0)
         if self.accelerator.num_processes > 1:
             values = self.accelerator.reduce(values, "mean")

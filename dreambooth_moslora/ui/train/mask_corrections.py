@@ -134,6 +134,7 @@ def mask_on_square(visitor: Visitor, name: str, config: "TrainConfig") -> PIL.Im
 
 
 def photo_now(visitor: Visitor, name: str, config: "TrainConfig") -> "Photo":
+    """The photo of that name with its current mask. Raises UserError when it is gone."""
     found = (photo for photo, _ in with_made_masks(config, visitor) if name_of(photo.path, visitor) == name)
     if (photo := next(found, None)) is None:
         raise UserError(GONE)
