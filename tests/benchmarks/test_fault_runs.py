@@ -24,6 +24,10 @@ def test_a_ctrl_c_before_the_scripts_first_line_is_no_fault_of_the_program(monke
 
     workshop = object.__new__(fault_runs.Workshop)
     monkeypatch.setattr(fault_runs.Workshop, "arguments", lambda *_, **__: ["--help"])
-    run = workshop.start(tmp_path, "any", before=lambda: os.kill(os.getpid(), signal.SIGINT))
-    ended = run.wait()
+
+    def interrupt() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest-xdist ignores it
+        os.kill(os.getpid(), signal.SIGINT)
+
+    ended = workshop.start(tmp_path, "any", before=interrupt).wait()
     assert ended.code == 130 and "Traceback" not in ended.text
