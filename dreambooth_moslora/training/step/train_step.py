@@ -287,8 +287,7 @@ class TrainStep:
         if self.accelerator.num_processes > 1:
             values = self.accelerator.reduce(values, "mean")
         total, instance, prior = values.tolist()
-        has_prior = self.config.with_prior_preservation
-        return StepLosses(total, instance, prior if has_prior else None)
+        return StepLosses(total, instance, prior if self.config.with_prior_preservation else None)
 
 
 def make_convolutions_fast(unet: nn.Module, speed: Speed) -> None:
