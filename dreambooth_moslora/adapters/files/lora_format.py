@@ -21,6 +21,7 @@ from dreambooth_moslora.adapters.files.proof import published_name
 from dreambooth_moslora.adapters.files.raw_file import COMPONENTS
 from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.numbers import is_number
 
 __all__ = ["Part", "Scales", "module_path", "projections", "scales"]
 
@@ -222,7 +223,7 @@ def _flag(settings: dict, name: str, file_name: str) -> bool:
 
 
 def _check_alpha(value: object, file_name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_ALPHA:
+    if not is_number(value) or not abs(value) <= LARGEST_ALPHA:
         raise _broken(file_name, f"it has an alpha of {value!r:.40}")
 
 

@@ -1,7 +1,6 @@
 """The metadata of an adapter, as JSON in its file's header, and which values are valid there."""
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -10,6 +9,7 @@ from pathlib import PurePath
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.core.config.training_settings import MIXERS
+from dreambooth_moslora.core.numbers import is_finite_number
 
 __all__ = ["AdapterMetadata", "most_common", "versions"]
 
@@ -77,10 +77,6 @@ def is_rank(value: object) -> bool:
     return type(value) is int and value > 0
 
 
-def is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
-
-
 def is_bool(value: object) -> bool:
     return type(value) is bool
 
@@ -92,6 +88,11 @@ def is_text(value: object) -> bool:
 def named(check: Callable[[object], bool]) -> Callable[[object], bool]:
     """A check for an object whose values all pass `check`."""
     return lambda value: isinstance(value, dict) and all(check(v) for v in value.values())
+
+
+def listed(check: Callable[[object], bool]) -> Callable[[object], bool]:
+    """A check for a list whose items all pass `check`."""
+    return lambda value: isinstance(value, list) and all(map(check, value))
 
 
 def is_dict(value: object) -> bool:
@@ -112,25 +113,25 @@ def is_token_note(value: object) -> bool:
 
 VALID: dict[str, Callable[[object], bool]] = {
     "rank": is_rank,
-    "alpha": is_number,
+    "alpha": is_finite_number,
     "use_rslora": is_bool,
     "use_dora": is_bool,
-    "lora_dropout": lambda value: is_number(value) and 0 <= value < 1,
+    "lora_dropout": lambda value: is_finite_number(value) and 0 <= value < 1,
     "mixer": lambda value: value in MIXERS,
     "train_mixer": is_bool,
     "mixer_seed": lambda value: type(value) is int,
     "ranks": named(is_rank),
-    "alphas": named(is_number),
+    "alphas": named(is_finite_number),
     "base_id": is_text,
     "base_architecture": is_dict,
     "structures": named(is_dict),
-    "trigger_words": lambda value: isinstance(value, list) and all(is_text(word) for word in value),
-    "subject_prompts": lambda value: isinstance(value, list) and all(is_text(prompt) for prompt in value),
+    "trigger_words": listed(is_text),
+    "subject_prompts": listed(is_text),
     "class_word": is_text,
     "resolution_px": lambda value: value is None or is_rank(value),
     "versions": named(is_text),
-    "best_scale": lambda value: value is None or is_number(value),
-    "usable_scales": lambda value: isinstance(value, list) and len(value) in (0, 2) and all(map(is_number, value)),
+    "best_scale": lambda value: value is None or is_finite_number(value),
+    "usable_scales": lambda value: listed(is_finite_number)(value) and len(value) in (0, 2),
     "recipe": is_dict,
     "tokens": is_token_note,
 }

@@ -10,6 +10,7 @@ from typing import Any, NewType, get_args, get_type_hints
 
 from dreambooth_moslora.core.config.subject_tables import SubjectTable, to_tables
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.numbers import is_number
 
 __all__ = ["GROUPS", "FieldType", "Prompt", "check_limits", "convert", "field_types", "grouped", "nearest", "option"]
 
@@ -153,7 +154,7 @@ def check_limits(item: Field, value: Any) -> None:
         return
     if facts["choices"] and value not in facts["choices"]:
         raise UserError(f"--{item.name} {value}: choose one of {', '.join(facts['choices'])}.")
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if is_number(value):
         _check_number(item.name, value, **facts["bounds"])
 
 

@@ -1,6 +1,5 @@
 """The figures of a run, read from its folder: events, configuration, and the report of `evaluate`."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from dreambooth_moslora.core.config.files import read_json_table
 from dreambooth_moslora.core.config.train_config import FIELD_TYPES, TrainConfig
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.numbers import is_finite_number
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 
 __all__ = ["Figures", "figures_from", "figures_of", "known_config", "with_report"]
@@ -91,8 +91,7 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def number(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and abs(value) <= sys.float_info.max else None
+    return float(value) if is_finite_number(value) else None
 
 
 def figures_of(run_dir: RunDir) -> Figures:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dreambooth_moslora.core.numbers import is_number
+
 __all__ = ["checked_states"]
 
 RUNNING = ("d", "d_max", "d_numerator", "d_denom", "d_hat", "k", "weight_sum", "lr_max")
@@ -95,6 +97,6 @@ def number_in(group: Mapping[str, Any], name: str) -> float | int:
     value = group[name]
     if isinstance(value, Tensor) and value.dim() == 0:
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise ValueError(f"{name} is no number")
     return value

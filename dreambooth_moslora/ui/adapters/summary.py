@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from dreambooth_moslora.core.numbers import is_number
 from dreambooth_moslora.ui.adapters.check import check_header
 from dreambooth_moslora.ui.generate.form import RANGES
 
@@ -94,8 +95,7 @@ def _from_facts(facts: dict[str, Any]) -> AdapterSummary:
 def _scale(value: Any) -> float:
     """The header's scale if the slider offers it, else 1."""
     low, high = RANGES["scale"]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and low <= value <= high else 1.0
+    return float(value) if is_number(value) and low <= value <= high else 1.0
 
 
 def _tokens(note: Any) -> str:

@@ -1,6 +1,5 @@
 """The actions of the Train tab: take photos, show their crops, and show the state of a run."""
 
-import math
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ import pandas as pd
 import PIL.Image
 
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.numbers import is_finite_number
 from dreambooth_moslora.core.prompts import noun_of
 from dreambooth_moslora.core.run_files.event_log import Metrics
 from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RunDir
@@ -140,7 +140,7 @@ def best_of(job: Job, metrics: Metrics) -> str:
 def subjects_line(metrics: Metrics) -> str:
     """How well the last scores tell several subjects apart, and the likeness of each; "" of one subject."""
     last = metrics.last("evaluation")
-    if not _is_number(last.get("confusion")):
+    if not is_finite_number(last.get("confusion")):
         return ""
     likeness = [f"{last[name]:.2f} of subject {name.rpartition('_')[2]}" for name in subject_scores(metrics)]
     scale = "0: told apart as their photos are, 1: taken for each other"
@@ -150,7 +150,7 @@ def subjects_line(metrics: Metrics) -> str:
 def subject_scores(metrics: Metrics) -> list[str]:
     """The names of each subject's likeness in the last scores; none of one subject."""
     found = [name for name, value in metrics.last("evaluation").items() if SUBJECT_SCORE.fullmatch(name)]
-    return [name for name in found if _is_number(metrics.last("evaluation")[name])]
+    return [name for name in found if is_finite_number(metrics.last("evaluation")[name])]
 
 
 def advice_card(metrics: Metrics) -> str:
@@ -201,7 +201,7 @@ def loss_table(metrics: Metrics) -> pd.DataFrame:
     steps = {event["step"]: event for event in metrics.of("step")}  # a resumed run repeats some steps
     tables = []
     for name, key in (("subject", "loss_instance"), ("class (prior)", "loss_prior")):
-        values = {step: event.get(key) for step, event in sorted(steps.items()) if _is_number(event.get(key))}
+        values = {step: event.get(key) for step, event in sorted(steps.items()) if is_finite_number(event.get(key))}
         if values:
             smooth = pd.Series(values).rolling(SMOOTHING_STEPS, min_periods=1).mean()
             thin = smooth.iloc[:: max(1, len(smooth) // PLOT_POINTS)]
@@ -222,13 +222,9 @@ def fidelity_table(metrics: Metrics) -> pd.DataFrame:
     rows = []
     for event in metrics.of("evaluation"):
         for name, label in curves.items():
-            if _is_number(event.get(name)):
+            if is_finite_number(event.get(name)):
                 rows.append({"step": event.get("step", 0), "score": event[name], "measure": label})
     return pd.DataFrame(rows) if rows else pd.DataFrame({"step": [], "score": [], "measure": []})
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def samples_of(job: Job, metrics: Metrics, visitor: Visitor) -> list[tuple[str, str]]:

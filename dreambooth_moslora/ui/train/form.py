@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dreambooth_moslora.core.config.run_settings import MEMORY_WORDS
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.numbers import is_number
 from dreambooth_moslora.core.run_files.adapter_files import NONE
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.generation.params import check_characters
@@ -217,15 +218,14 @@ def crop_config(base: str, resolution_px: int, photos_dir: Path, seed: Any = 0) 
 
 def _whole(value: Any, name: str, limit: int) -> int:
     value = 0 if value is None else value
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= limit or not float(value).is_integer():
+    if not is_number(value) or not 0 <= value <= limit or not float(value).is_integer():
         raise UserError(f"{name} must be a whole number from 0 to {limit}, not {value!r:.30}")
     return int(value)
 
 
 def _number(value: Any, name: str, limit: float) -> float:
     value = 0.0 if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= limit:
+    if not is_number(value) or not 0 <= value <= limit:
         raise UserError(f"the {name} must be a number from 0 to {limit}, not {value!r:.30}")
     return float(value)
 
