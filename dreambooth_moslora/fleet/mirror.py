@@ -28,6 +28,7 @@ from dreambooth_moslora.training.run_folders.run_lock import LOCK_NAME
 __all__ = ["MANIFEST", "Manifest", "Mirror", "SupersededError", "read_manifest"]
 
 MANIFEST = "manifest.json"
+NAME_BYTES = 255
 GROWING = {FLEET_NAME, CONFIG_NAME, LOG_NAME, "metrics.jsonl", "train.log"}
 """Files that change all the time: they are taken even when they are newer than the manifest."""
 
@@ -49,7 +50,8 @@ def read_manifest(bucket: Bucket) -> Manifest:
     bucket's errors."""
     try:
         manifest = Manifest(**json.loads(bucket.read(MANIFEST) or b"{}"))
-        if isinstance(manifest.writer, str) and all(map(is_plain, manifest.files, manifest.files.values())):
+        files = manifest.files
+        if isinstance(manifest.writer, str) and all(map(is_plain, files, files.values())) and not clash(files):
             return manifest
     except (ValueError, TypeError, AttributeError, RecursionError):
         pass
@@ -57,9 +59,16 @@ def read_manifest(bucket: Bucket) -> Manifest:
 
 
 def is_plain(name: str, digest: object) -> bool:
-    """Whether the name stays within the folder; others may write to the bucket."""
+    """Whether the name is that of a file within the folder; others may write to the bucket."""
     path = PurePosixPath(name)
-    return isinstance(digest, str) and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    is_within = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    is_short = all(len(part.encode("utf-8", "replace")) <= NAME_BYTES for part in path.parts)
+    return isinstance(digest, str) and is_within and is_short and "\0" not in name
+
+
+def clash(names: Mapping[str, str]) -> bool:
+    """Whether one is to be a file and the folder of another."""
+    return any(str(folder) in names for name in names for folder in PurePosixPath(name).parents)
 
 
 class Mirror:

@@ -15,7 +15,7 @@ from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.config.files import read_json_table
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.events import fits
-from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.core.run_files.run_folder import RunDir, check_name
 
 __all__ = [
     "FLEET_NAME",
@@ -87,6 +87,9 @@ def read_names(out: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"{out} holds no fleet: {FLEET_NAME} is not there.")
     names = read_json_table(path).get("subjects")
-    if not isinstance(names, list) or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise UserError(f"{path} is damaged: it names no subjects.")
+    try:
+        for name in names:
+            check_name(name)
+    except (UserError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: it names no subjects.") from error
     return names

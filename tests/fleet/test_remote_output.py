@@ -1,5 +1,6 @@
 """Run folders behind a URL: whole or not taken, tried again, and nothing lost when the bucket is away."""
 
+import json
 import shutil
 import sys
 import tempfile
@@ -158,9 +159,19 @@ def test_one_who_was_taken_for_lost_writes_no_more(tmp_path, store):
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[]", '{"writer": 3}', '{"files": {"../../evil": "0"}}', '{"files": {"/evil": "0"}}', '{"files": {"a": 1}}'],
+    [
+        "{",
+        "[]",
+        '{"writer": 3}',
+        '{"files": {"../../evil": "0"}}',
+        '{"files": {"/evil": "0"}}',
+        '{"files": {"a": 1}}',
+        '{"files": {"a\\u0000b": "0"}}',
+        '{"files": {"%s": "0"}}' % ("n" * 300),
+        '{"files": {"a": "0", "a/b": "0"}}',
+    ],
 )
-def test_a_manifest_of_somebody_else_names_no_file_outside(text, tmp_path):
+def test_a_manifest_of_somebody_else_names_no_file_outside_and_none_that_cannot_be(text, tmp_path):
     bucket = Bucket(f"{FLEET}/rex")
     bucket.write("manifest.json", text.encode())
     assert not read_manifest(bucket).files
@@ -324,3 +335,10 @@ def test_what_fails_for_ever_is_not_tried_again(store):
     with pytest.raises(UserError, match=r"fleet/a: Unable to locate credentials\.$"):
         Bucket(FLEET).read("a")
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("name", ["a\0b", "n" * 300, "..", "a/b", 7, None])
+def test_a_list_with_what_is_no_name_is_damaged(name, capsys):
+    Bucket(FLEET).write("fleet.json", json.dumps({"subjects": ["rex", name]}).encode())
+    assert main(["fleet", "status", FLEET]) == 2
+    assert "is damaged: it names no subjects" in capsys.readouterr().err
