@@ -92,3 +92,13 @@ def test_start_trains_all_that_wait_says_how_each_ended_and_answers_with_one(pho
     assert told.index("hen failed: error: no memory for rank 3\n") < told.index("cat done\n")
     assert main(["queue"]) == 0 and "ended: cat done" in capsys.readouterr().out
     assert json.loads(Path("runs/cat/job.json").read_text())["folder"] == str(photos.parent)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_pipe_among_the_waiting_is_passed_over(photos, capsys):
+    """Opened, it would be waited for until somebody writes to it."""
+    add("--output_dir", "runs/hen")
+    os.mkfifo("runs/.queue/waiting/pipe.json")
+    capsys.readouterr()
+    assert main(["queue"]) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [["1", "hen"]]

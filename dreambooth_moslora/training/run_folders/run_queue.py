@@ -154,7 +154,8 @@ class RunQueue:
         return read_events(self.ended_path) if self.ended_path.is_file() else []
 
     def _all(self, kind: str) -> list[QueuedRun]:
-        paths = [path for path in (self.folder / kind).glob("*.json") if not path.name.startswith(".")]
+        """Of a pipe there, which nobody writes to, reading would have no end."""
+        paths = [path for path in (self.folder / kind).glob("[!.]*.json") if not path.is_fifo()]
         return [QueuedRun.load(path) for path in paths]
 
     def _path(self, kind: str, name: str) -> Path:
