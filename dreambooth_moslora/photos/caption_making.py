@@ -10,6 +10,7 @@ so that
 Both files: {"dog.jpg": {"caption": "a photo of a sks dog on the beach", "made_from": key}}.
 """
 
+import errno
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -72,7 +73,12 @@ def make_one_beside(photo: Photo, target: Path, captioner: Captioner, prompt: st
     made = make(photo, captioner, prompt)
     if made.caption is not None:
         note(target.with_name(MADE_CAPTIONS), photo, made.caption, key_of(photo, captioner, prompt))
-        atomic_write(target, f"{made.caption}\n")
+        try:
+            atomic_write(target, f"{made.caption}\n")
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            return MadeCaption(photo, None, "its name is too long for a caption beside it: rename it")
     return made
 
 

@@ -37,6 +37,8 @@ def test_photos_get_captions_that_say_the_place_behind_the_subject(duck, capsys)
     ("arguments", "says"),
     [
         (["duck"], "--subject --instance_prompt is required"),
+        (["duck", "--subject", "   ", *TOY], "--subject: it has no words"),
+        (["duck", "--instance_prompt", "\t", *TOY], "--instance_prompt: it has no words"),
         (["duck", "--subject", "sks"], "no word says what the photos show"),
         (["nowhere", "--subject", "sks duck"], "no such folder"),
         (["duck", "--subject", "sks duck"], "--caption_model Qwen/Qwen3-VL-2B-Instruct is not here"),

@@ -105,3 +105,12 @@ def test_a_run_sees_kept_captions_in_place_of_the_prompt_with_prefix_and_suffix(
         "mine, sharp",
     ]
     assert photo_report(TrainConfig(**settings)).photos[0].captions == (PROMPT,)
+
+
+def test_a_photo_whose_name_leaves_no_room_for_a_captions_costs_the_others_nothing(tmp_path):
+    """255 bytes, the most there are: a temporary's name beside it would be longer."""
+    for name in ("a" * 251, "b"):
+        picture().save(tmp_path / f"{name}.jpg")
+    made = list(make_beside(photos_in(tmp_path), captioner(), PROMPT))
+    assert "too long" in made[0].remark and (tmp_path / "b.txt").read_text() == "a photo of a sks dog on grass\n"
+    assert not list(tmp_path.glob("aaa*.txt"))

@@ -33,6 +33,9 @@ def run(args: argparse.Namespace) -> int:
     from dreambooth_moslora.photos.folder import find_photos, summary_of_skipped
     from dreambooth_moslora.photos.segmenters import best_device
 
+    words = args.instance_prompt if args.subject is None else args.subject
+    if not words.strip():
+        raise UserError(f"--{'instance_prompt' if args.subject is None else 'subject'}: it has no words.")
     config = TrainConfig(
         pretrained_model_name_or_path=args.pretrained_model_name_or_path,
         instance_prompt=args.instance_prompt or f"a photo of a {args.subject.strip()}",
