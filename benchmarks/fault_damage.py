@@ -90,7 +90,7 @@ def harm_photo(home: Path, rng: random.Random) -> str:
     if choice == "damage":
         return f"{damage(photo, rng)} {photo.name}"
     if choice == "exchange":
-        shutil.copyfile(rng.choice(photos), photo)
+        photo.write_bytes(rng.choice(photos).read_bytes())
     elif choice == "caption":
         photo.with_suffix(".txt").write_text("a photo of sks dog on the moon")
     elif choice == "more":

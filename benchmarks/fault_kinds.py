@@ -215,6 +215,7 @@ def odd_locale(trial: Trial) -> None:
         command, env={**os.environ, **words}, capture_output=True, timeout=PATIENCE_SEC, check=False, cwd=ROOT
     )
     trial.note(Ended(done.returncode, (done.stdout + done.stderr).decode(errors="replace"), 0.0))
+    rename_undecodable(trial)
     trial.row, trial.detail = "odd locale and path", str(words)
 
 
@@ -246,7 +247,15 @@ def odd_path(trial: Trial) -> None:
     number, _ = an_operation(trial)
     trial.killed = True
     trial.run(armed(trial, KILL, number))
+    rename_undecodable(trial)
     trial.row = "odd path"
+
+
+def rename_undecodable(trial: Trial) -> None:
+    """A name that is not UTF-8 cannot stand in a run's files: the run was refused, and the person renames it."""
+    name = os.fsencode(trial.home).decode("utf-8", "replace")
+    if name != str(trial.home):
+        trial.home = trial.home.rename(name)
 
 
 def two_runs(trial: Trial) -> None:

@@ -68,25 +68,34 @@ def inject(workshop: Workshop, args: argparse.Namespace) -> None:
     workers = [fork_worker(workshop, todo[job :: args.jobs], args) for job in range(args.jobs)]
     codes = [os.waitpid(pid, 0)[1] for pid in workers]
     if any(codes):
-        raise SystemExit("a worker failed")
+        raise SystemExit("some faults could not be tried (above); the same command tries them again")
 
 
 def fork_worker(workshop: Workshop, numbers: list[int], args: argparse.Namespace) -> int:
     pid = os.fork()
     if pid:
         return pid
-    code = 1
+    code = 0
     try:
         for number in numbers:
-            record = one_fault(workshop, number, args)
-            with (args.out / "faults.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
-        code = 0
-    except BaseException as error:  # a forked process has no caller
-        print(f"fault {number}: {type(error).__name__} {error}", file=sys.stderr)
+            code |= not try_fault(workshop, number, args)
+    except BaseException:  # a forked process has no caller
+        code = 1
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def try_fault(workshop: Workshop, number: int, args: argparse.Namespace) -> bool:
+    """Whether it has a record now: the bench itself may fail, as on a machine that is too busy for its patience."""
+    try:
+        record = one_fault(workshop, number, args)
+    except Exception as error:
+        print(f"fault {number}: {type(error).__name__} {error}", file=sys.stderr)
+        return False
+    with (args.out / "faults.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    return True
 
 
 def one_fault(workshop: Workshop, number: int, args: argparse.Namespace) -> dict:

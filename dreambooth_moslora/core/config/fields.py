@@ -86,7 +86,7 @@ def convert(name: str, value: Any, kind: FieldType) -> Any:
         return None
     converted = CONVERTERS[base](value)
     if converted is None:
-        raise UserError(f"--{name} {value!r}: expected {EXPECTED[base]}.")
+        raise UserError(f"--{name} {value!r}: {NO_TEXT if is_undecodable(value) else f'expected {EXPECTED[base]}'}.")
     return converted
 
 
@@ -116,6 +116,10 @@ def to_str(value: Any) -> str | None:
     return str(value) if isinstance(value, (str, Path)) and is_text(str(value)) else None
 
 
+def is_undecodable(value: Any) -> bool:
+    return isinstance(value, (str, Path)) and not is_text(str(value))
+
+
 def is_text(value: str) -> bool:
     """False for NUL and for undecodable bytes: they cannot be written into the run's files."""
     return "\0" not in value and value == value.encode("utf-8", "replace").decode()
@@ -136,6 +140,7 @@ def to_words(value: Any) -> tuple[str, ...] | None:
 CONVERTERS = {bool: to_bool, int: to_int, float: to_float, str: to_str, tuple: to_words, Prompt: to_prompts} | {
     SubjectTable: to_tables
 }
+NO_TEXT = "not valid UTF-8, or with a NUL, so that no file of the run can hold it; write or rename it in UTF-8"
 EXPECTED = {
     bool: "true or false",
     int: "a whole number",

@@ -210,8 +210,11 @@ def test_prompts_keep_their_commas_on_the_command_line_and_in_files(tmp_path):
         (["--exposures_per_photo", "0"], "--exposures_per_photo 0: must be at least 1"),
         (["--instance_prompt", " "], "missing: --instance_prompt"),
         (["--dataset_name", "y"], "not both"),
-        (["--instance_prompt", "a caf\udce9"], r"--instance_prompt 'a caf\udce9': expected text"),
-        (["--output_dir", "\udcff"], r"--output_dir '\udcff': expected text"),
+        (["--instance_prompt", "a caf\udce9"], r"--instance_prompt 'a caf\udce9': not valid UTF-8"),
+        (
+            ["--output_dir", "\udcff"],
+            r"--output_dir '\udcff': not valid UTF-8, or with a NUL",
+        ),
         (["--target_modules", "to_\udcff"], "expected a list of names"),
         (["--\udcff"], r"unknown flag --\udcff"),
         (["--config", "missing.toml"], "there is no such file"),
