@@ -21,7 +21,10 @@ __all__ = ["TextProducts", "TextProjection"]
 
 class TextProjection(nn.Linear):
     """A frozen projection (out,in) of the text. `host_weight` has the numbers; `weight` tells shape, dtype and device
-    to whoever asks, and is NaN."""
+    to whoever asks, and is NaN. `of_attention` (B,T,…) is the product of this layer beside those of its `siblings`, the
+    number of text projections of its attention."""
+
+    siblings = 1
 
     def __init__(self, dense: nn.Linear, products: "TextProducts"):
         nn.Module.__init__(self)
@@ -34,6 +37,7 @@ class TextProjection(nn.Linear):
         self.products = products
         self.text: Tensor | None = None
         self.product: Tensor | None = None
+        self.of_attention: Tensor | None = None
 
     def forward(self, text: Tensor) -> Tensor:
         """(B,T,in) -> (B,T,out), a view of columns. No gradient reaches the text."""
@@ -47,14 +51,18 @@ class TextProducts:
 
     def __init__(self, unet: nn.Module, device: torch.device):
         self.device = device
-        self.layers: list[TextProjection] = []
+        self.attentions: dict[str, list[TextProjection]] = {}
         self._kept: dict[str, Tensor] = {}
         paths = [path for path, layer in unet.named_modules() if is_text_projection(path) and type(layer) is nn.Linear]
         for path in paths:
             parent, _, name = path.rpartition(".")
             layer = TextProjection(unet.get_submodule(path), self)
             setattr(unet.get_submodule(parent), name, layer)
-            self.layers.append(layer)
+            self.attentions.setdefault(parent, []).append(layer)
+        self.layers = [layer for layers in self.attentions.values() for layer in layers]
+        for layers in self.attentions.values():
+            for layer in layers:
+                layer.siblings = len(layers)
 
     def keep(self, prompt: str, products: Tensor) -> None:
         """`products` (T, all outputs) of the layers, one beside the other, with the text of `prompt`."""
@@ -77,9 +85,11 @@ class TextProducts:
         self._lend(text, self._computed(text))
 
     def _lend(self, text: Tensor, products: Tensor) -> None:
-        parts = products.split([layer.out_features for layer in self.layers], -1)
-        for layer, part in zip(self.layers, parts, strict=True):
-            layer.text, layer.product = text, part
+        attentions = [(layers, [layer.out_features for layer in layers]) for layers in self.attentions.values()]
+        parts = products.split([sum(widths) for _, widths in attentions], -1)
+        for (layers, widths), part in zip(attentions, parts, strict=True):
+            for layer, own in zip(layers, part.split(widths, -1), strict=True):
+                layer.text, layer.product, layer.of_attention = text, own, part
 
     @torch.no_grad()
     def _computed(self, text: Tensor) -> Tensor:

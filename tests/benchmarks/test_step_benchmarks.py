@@ -128,5 +128,6 @@ def test_a_step_of_full_size_sdxl_starts_few_kernels(recomputed, kernels):
     """It was 11,410 and 15,724 with the products and casts of the adapter made at each call."""
     from benchmarks.gpu_memory import adapted_unet, count, run_config
 
-    config = run_config(recomputed=recomputed)
-    assert count(config, adapted_unet(config)).kernels <= kernels
+    for cached in (False, True):
+        config = run_config(recomputed=recomputed, cached=cached)
+        assert count(config, adapted_unet(config)).kernels <= kernels

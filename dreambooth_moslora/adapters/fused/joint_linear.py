@@ -4,7 +4,8 @@
 
 It takes three kernels for k projections, where each projection alone takes three. The block diagonal is never
 built: it is a batch of k products, on columns of the wide tensors. W is one buffer, and the layers' own weights
-become views of it, so the base takes no more memory and each layer can still be called alone.
+become views of it, so the base takes no more memory and each layer can still be called alone. Where k and v of
+cross-attention are `TextProjection`s, W·x is known already.
 """
 
 from collections.abc import Container, Iterable, Sequence
@@ -15,7 +16,15 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["JointWeights", "LentTogether", "are_matrices", "lay_together", "projections_of_one_input"]
+__all__ = [
+    "Joint",
+    "JointProducts",
+    "JointWeights",
+    "LentTogether",
+    "are_matrices",
+    "lay_together",
+    "projections_of_one_input",
+]
 
 
 class _JointLinear(torch.autograd.Function):
@@ -41,6 +50,27 @@ class _JointLinear(torch.autograd.Function):
         return grad_x, None, grad_inner.t().mm(x.reshape(-1, x.shape[-1])).view(down.shape), grad_up
 
 
+class _JointBeside(torch.autograd.Function):
+    """A text x (…,in), W·x (…,k·out), A (k,r,in), Uᵀ (k,r,out), all of one dtype -> k tensors (…,out). x has no
+    gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, products: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+        rows, count = x.reshape(-1, x.shape[-1]), len(up)
+        inner = rows.mm(down.flatten(0, 1).t())
+        ctx.save_for_backward(rows, inner, up)
+        result = torch.baddbmm(parts(products.reshape(len(rows), -1), count), parts(inner, count), up)
+        return result.view(count, *x.shape[:-1], -1).unbind()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, inner, up = ctx.saved_tensors
+        grad = torch.stack(grads).view(len(up), len(rows), -1)
+        grad_down = grad.bmm(up.mT).mT.bmm(rows.expand(len(up), *rows.shape))
+        return None, None, grad_down, parts(inner, len(up)).mT.bmm(grad)
+
+
 def parts(wide: Tensor, count: int) -> Tensor:
     """(n, count·width) -> a view (count, n, width) of its columns."""
     return wide.unflatten(-1, (count, -1)).transpose(0, 1)
@@ -60,15 +90,11 @@ def add_blocks(wide: Tensor | None, x: Tensor, blocks: Tensor) -> Tensor:
     return wide
 
 
-class JointWeights:
-    """The frozen weights of layers with one input, stacked in one buffer.
-
-    W (k·out,in), k = the number of `layers`.
-    """
+class Joint:
+    """Layers with one input, which compute together."""
 
     def __init__(self, layers: tuple[LoraLinear, ...]):
         self.layers = layers
-        self.weight = laid_together([layer.base_layer for layer in layers])
 
     def lend(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
         """Let the layers compute together with these copies, A (k,r,in) and Uᵀ (k,r,out)."""
@@ -79,6 +105,37 @@ class JointWeights:
     def take_back(self) -> None:
         for layer in self.layers:
             del layer.working
+
+    def outputs(self, x: Tensor, down: Tensor, up: Tensor) -> Sequence[Tensor]:
+        """y (…,out) of each for x (…,in)."""
+        raise NotImplementedError
+
+    def are_shared(self) -> bool:
+        """Whether they still can."""
+        return True
+
+
+class JointProducts(Joint):
+    """Text projections of one attention, whose products with the text are there."""
+
+    def outputs(self, x: Tensor, down: Tensor, up: Tensor) -> Sequence[Tensor]:
+        first = self.layers[0].base_layer
+        first(x)  # its products may be of another text
+        return _JointBeside.apply(x, first.of_attention, down, up)
+
+
+class JointWeights(Joint):
+    """The frozen weights of the layers below one another in one buffer of their own size.
+
+    W (k·out,in), k = the number of `layers`.
+    """
+
+    def __init__(self, layers: tuple[LoraLinear, ...]):
+        super().__init__(layers)
+        self.weight = laid_together([layer.base_layer for layer in layers])
+
+    def outputs(self, x: Tensor, down: Tensor, up: Tensor) -> Sequence[Tensor]:
+        return _JointLinear.apply(x.to(self.weight.dtype), self.weight, down, up)
 
     def are_shared(self) -> bool:
         """Whether the layers still use the buffer; not after one was moved, cast or given other weights."""
@@ -127,7 +184,7 @@ class LentTogether:
     same input.
     """
 
-    def __init__(self, joint: JointWeights, down: Tensor, up: Tensor):
+    def __init__(self, joint: Joint, down: Tensor, up: Tensor):
         self.joint, self.down, self.up = joint, down, up
         self._input: tuple | None = None
         self._waiting: list[Tensor | None] = []
@@ -135,8 +192,7 @@ class LentTogether:
     def output(self, place: int, x: Tensor) -> Tensor:
         """y (…,out) of the layer at `place` for x (…,in)."""
         if not self._is_waiting_for(x) or self._waiting[place] is None:
-            weight = self.joint.weight
-            found = _JointLinear.apply(x.to(weight.dtype), weight, self.down, self.up)
+            found = self.joint.outputs(x, self.down, self.up)
             self._input, self._waiting = (x, torch.is_grad_enabled()), list(found)
         result, self._waiting[place] = self._waiting[place], None
         if all(other is None for other in self._waiting):

@@ -9,7 +9,7 @@ batch, so all of this takes a few dozen kernels for a UNet. U is held as Uᵀ (r
 gradient is computed. Layers with one input share their copies (`joint_linear`).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,8 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.fused.fused_linear import ShortWay, compute_dtype, slow_reason
-from dreambooth_moslora.adapters.fused.joint_linear import JointWeights, are_matrices, projections_of_one_input
+from dreambooth_moslora.adapters.fused.joint_linear import (
+    Joint,
+    JointProducts,
+    JointWeights,
+    are_matrices,
+    projections_of_one_input,
+)
 from dreambooth_moslora.adapters.mixer import MixerLinear
+from dreambooth_moslora.base.text_projections import TextProjection
 
 __all__ = ["Batch", "StepCopies", "Unit", "WorkingCopies", "alike"]
 
@@ -47,14 +54,15 @@ class WorkingCopies:
         modules = [module for model in models for module in model.modules()]
         self.layers = [layer for layer in modules if isinstance(layer, ShortWay)]
         groups = [layers for layers in map(self._joinable, modules) if layers and joins(layers, joint)]
-        self.joints = [JointWeights(layers) for layers in groups]
+        self.joints = [joint_of(layers) for layers in groups]
 
     def _joinable(self, module: nn.Module) -> tuple[ShortWay, ...]:
         """The layers of an attention module that share their input and are alike; at least two, or none."""
         layers = tuple(layer for layer in projections_of_one_input(module) if self._is_fast(layer))
         kinds = {kind_of(layer, self.adapter_name) for layer in layers}
-        is_joint = len(layers) > 1 and len(kinds) == 1 and are_matrices(layer.base_layer for layer in layers)
-        return layers if is_joint else ()
+        bases = [layer.base_layer for layer in layers]
+        are_joinable = are_matrices(bases) or are_one_text(bases)
+        return layers if len(layers) > 1 and len(kinds) == 1 and are_joinable else ()
 
     def _is_fast(self, layer: nn.Module) -> bool:
         return isinstance(layer, ShortWay) and slow_reason(layer, self.adapter_name) is None
@@ -123,6 +131,15 @@ class StepCopies:
         """Add the gradients of the last backward pass to the sums, and clear them."""
         for batch in self.batches:
             batch.collect()
+
+
+def are_one_text(bases: Sequence[nn.Module]) -> bool:
+    """Whether these are all text projections of one attention."""
+    return all(isinstance(base, TextProjection) for base in bases) and len(bases) == bases[0].siblings
+
+
+def joint_of(layers: tuple[ShortWay, ...]) -> Joint:
+    return (JointProducts if isinstance(layers[0].base_layer, TextProjection) else JointWeights)(layers)
 
 
 def joins(layers: tuple[ShortWay, ...], wanted: bool | None) -> bool:

@@ -12,6 +12,7 @@ from dreambooth_moslora.adapters.fused.joint_linear import lay_together
 from dreambooth_moslora.adapters.fused.stacked_adapters import twin
 from dreambooth_moslora.adapters.fused.working_copies import WorkingCopies
 from dreambooth_moslora.base.quantization import quantize
+from dreambooth_moslora.base.text_projections import TextProducts
 from tests.adapters.fused.test_fused_linear import adapted, assert_same, unet_loss
 from tests.adapters.fused.test_working_copies import given, plain_step
 from tests.helpers.tiny import tiny_unet
@@ -62,6 +63,21 @@ def test_gradients_are_those_of_pefts_own_layers(options, recomputed):
     enable_fast_path(fast)
     if recomputed:
         fast.enable_gradient_checkpointing()
+    losses = [unet_loss, lambda unet: 3 * unet_loss(unet).sqrt()]
+    assert_same(joint_step(fast, losses), plain_step(general, losses), 1e-8)
+
+
+@pytest.mark.parametrize("options", [{}, {"rank_pattern": {"attn2.to_v": 1}}])
+def test_keys_and_values_of_a_text_whose_products_are_there(options):
+    """Together, and alone where the ranks differ."""
+    general = adapted(tiny_unet().double(), **options).double().train()
+    unet = tiny_unet().double()
+    unet.load_state_dict(tiny_unet().state_dict())
+    TextProducts(unet, torch.device("cpu"))
+    fast = adapted(unet, **options).double().train()
+    fast.load_state_dict(general.state_dict(), strict=False)
+    enable_fast_path(fast)
+    fast.enable_gradient_checkpointing()
     losses = [unet_loss, lambda unet: 3 * unet_loss(unet).sqrt()]
     assert_same(joint_step(fast, losses), plain_step(general, losses), 1e-8)
 
