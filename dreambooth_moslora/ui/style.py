@@ -79,8 +79,8 @@ footer .divider { display: none; }
   #generate { grid-template-areas: "ask" "results" "settings"; }
   table.facts th { width: 7.5rem; }
   .tight > button, .tight > .block > button { font-size: .88rem; padding: 0 8px; }
-  .crops .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
-  #samples .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
+  .crops .grid-container { --grid-cols: 3 !important; }
+  #samples .grid-container { --grid-cols: 2 !important; }
   .tab-wrapper { height: 48px !important; }
   .tab-container:not(.visually-hidden) { height: 40px !important; }
   #result_tabs .tab-container button { padding: 0 10px !important; }

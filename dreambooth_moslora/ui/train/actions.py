@@ -51,6 +51,16 @@ PHASES = {
 }
 SUBJECT_SCORE = re.compile(r"dino_subject_\d+")
 MAX_WORDS = 40
+FORM_WORDS = {
+    r"--exposures_per_photo \d+": "a greater “Length”, or more “Steps”",
+    r"--max_train_steps (\d+)": r"“Steps” \1",
+    r"--learning_rate ([\d.e-]+)": r"“Learning rate” \1",
+    r"--prior_loss_weight ([\d.e-]+)": r"“Prior weight” \1",
+    r"--with_prior_preservation --prior adapter_off --class_prompt \"[^\"]*\"": "“Keep the class”",
+    r"--unmasked_weight 0": "0 as “Weight outside the mask”",
+    r"--masks auto": "“Make masks”",
+}
+"""A flag that advice names -> what the form calls it, both as for `re.sub`."""
 ENDINGS = {"done": "Done.", "interrupted": "Stopped; a checkpoint is written.", "failed": "The run failed."}
 
 
@@ -159,7 +169,15 @@ def advice_card(metrics: Metrics) -> str:
         config = known_config(metrics.last("start").get("config") or {})
     except UserError:
         return ""
-    return "".join(faint(f"Try next: {line}.") for line in closing_advice(figures_from(metrics.events, config)))
+    found = closing_advice(figures_from(metrics.events, config))
+    return "".join(faint(f"Try next: {in_the_forms_words(line)}.") for line in found)
+
+
+def in_the_forms_words(advice: str) -> str:
+    """Flags of the command line as the form calls them; those that it has not stay."""
+    for flag, words in FORM_WORDS.items():
+        advice = re.sub(flag, words, advice)
+    return advice
 
 
 def status_card(state: JobState, metrics: Metrics, best: str = "") -> str:
@@ -212,13 +230,12 @@ def loss_table(metrics: Metrics) -> pd.DataFrame:
 def fidelity_table(metrics: Metrics) -> pd.DataFrame:
     """Columns step, score, measure, from the evaluations of the run: the curves of its plot file.
 
-    Of several subjects there is a curve for each one's likeness, and one for the confusion.
+    Of several subjects, each one's likeness has a curve, named by its number: a phone has room for few words.
     """
     curves = CURVES
-    each = {name: f"subject {name.rpartition('_')[2]}" for name in subject_scores(metrics)}
+    each = {name: name.rpartition("_")[2] for name in subject_scores(metrics)}
     if each:
-        shared = {name: label for name, label in CURVES.items() if name != "dino"}
-        curves = {**each, **shared, "confusion": "confusion"}
+        curves = {**each, "confusion": "confusion", "score": CURVES["score"]}
     rows = []
     for event in metrics.of("evaluation"):
         for name, label in curves.items():

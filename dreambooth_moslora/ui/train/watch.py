@@ -53,13 +53,23 @@ def watch_widgets(below_status: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     with gr.Row(elem_classes="tight"):
         use = gr.Button("Use this adapter", variant="primary", visible=False, elem_id="use_adapter")
         reopen = gr.Button("Change and train again", visible=False, elem_id="reopen")
+    with gr.Row(elem_classes="tight"):
         download = gr.DownloadButton("Download the adapter", visible=False, elem_id="download_adapter")
         kohya = gr.DownloadButton("… for ComfyUI, A1111", visible=False, elem_id="download_kohya")
         tokens = gr.DownloadButton("… its new tokens", visible=False, elem_id="download_tokens")
     loss = gr.LinePlot(y="loss", color="part", title="Loss", elem_id="loss", **plot)
     fidelity = gr.LinePlot(y="score", color="measure", title="Fidelity", elem_id="fidelity", **plot)
     samples = picture_rows("Samples", "samples", object_fit="contain", buttons=["download", "fullscreen"])
-    sheet = picture_rows("Contact sheet", "sheet_of_run", object_fit="contain", buttons=["download", "fullscreen"])
+    sheet = gr.Image(
+        label="Contact sheet",
+        show_label=False,
+        type="filepath",
+        format="png",
+        buttons=["download", "fullscreen"],
+        visible=False,
+        interactive=False,
+        elem_id="sheet_of_run",
+    )
     with gr.Accordion("Log", open=False, elem_id="log_box"):
         log = gr.Code(language=None, label="Log", show_line_numbers=False, wrap_lines=True, elem_id="log", max_lines=20)
     downloads = (download, kohya, tokens)
@@ -173,10 +183,10 @@ def _updates(now: Watch, job: Job, visitor: Visitor) -> dict[str, Any]:
     }
 
 
-def _sheet(file: Path, ready: bool, job: Job, visitor: Visitor) -> gr.Gallery:
+def _sheet(file: Path, ready: bool, job: Job, visitor: Visitor) -> gr.Image:
     """The photos, and pictures before and after the training; of several subjects, one after the other."""
     is_there = ready and file.is_file()
-    return gr.Gallery([str(link_into_user_folder(file, visitor, job.name))] if is_there else None, visible=is_there)
+    return gr.Image(str(link_into_user_folder(file, visitor, job.name)) if is_there else None, visible=is_there)
 
 
 def _download(file: Path, ready: bool, job: Job, visitor: Visitor) -> gr.DownloadButton:

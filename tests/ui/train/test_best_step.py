@@ -10,7 +10,7 @@ import pytest
 from dreambooth_moslora.ui.adapters.catalog import AdapterCatalog
 from dreambooth_moslora.ui.jobs.job import Job
 from dreambooth_moslora.ui.jobs.jobs import Jobs
-from dreambooth_moslora.ui.train.actions import watch
+from dreambooth_moslora.ui.train.actions import in_the_forms_words, watch
 from dreambooth_moslora.ui.train.watch import watched
 from tests.ui.test_handlers import OWNER, visitor
 
@@ -66,6 +66,25 @@ def test_new_tokens_and_the_contact_sheet_are_offered_where_the_run_made_them(ru
     assert now["sheet"].visible and "contact_sheet.png" in str(now["sheet"].value)
 
 
+@pytest.mark.parametrize(
+    "advice, words",
+    [
+        (
+            "too short: try --exposures_per_photo 200, and x",
+            "too short: try a greater “Length”, or more “Steps”, and x",
+        ),
+        ("try --crops_per_photo 8, or fewer steps (--max_train_steps 66)", "8, or fewer steps (“Steps” 66)"),
+        ("try --learning_rate 3e-05 (it was 0.0001)", "try “Learning rate” 3e-05 (it was 0.0001)"),
+        ('try --with_prior_preservation --prior adapter_off --class_prompt "a dog"', "try “Keep the class”"),
+        ("try --prior_loss_weight 2.5", "try “Prior weight” 2.5"),
+        ("try --unmasked_weight 0, and captions", "try 0 as “Weight outside the mask”, and captions"),
+        ("add masks: --masks auto", "add masks: “Make masks”"),
+    ],
+)
+def test_advice_names_what_the_form_has_and_not_the_flag(advice, words):
+    assert in_the_forms_words(advice).endswith(words)
+
+
 def test_of_several_subjects_each_likeness_and_the_confusion_are_shown_and_whom_a_picture_shows(run, tmp_path):
     scores = {"dino": 0.6, "dino_subject_1": 0.7, "dino_subject_2": 0.5, "confusion": 0.07, "clip_t": 0.3}
     drawn = {
@@ -85,7 +104,7 @@ def test_of_several_subjects_each_likeness_and_the_confusion_are_shown_and_whom_
     now = watch(jobs, jobs.owned("dog", OWNER), ann)
     assert "Confusion of the subjects: 0.07" in now.status
     assert "Likeness: 0.70 of subject 1, 0.50 of subject 2." in now.status
-    assert set(now.fidelity.measure) == {"subject 1", "subject 2", "prompt", "score", "confusion"}
+    assert set(now.fidelity.measure) == {"1", "2", "score", "confusion"}
     assert [caption for _, caption in now.samples] == ["step 0 · sks duck", "step 0 · zwx rocket"]
 
 

@@ -82,6 +82,11 @@ def fits(page) -> bool:
     return page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
 
 
+def columns(page, elem_id: str) -> int:
+    tracks = "e => getComputedStyle(e).gridTemplateColumns"
+    return len(page.locator(f"#{elem_id} .grid-container").evaluate(tracks).split())
+
+
 def fill_two(page, first: list[Path], second: list[Path], words: tuple[str, str]) -> None:
     page.get_by_role("tab", name="Train", exact=True).click()
     page.set_input_files("#photos input[type=file]", first)
@@ -102,6 +107,7 @@ def test_a_second_subject_is_asked_for_trained_and_taken_away(served, browser, p
         assert not page.locator("#subject_2").is_visible() and not page.locator("#remove_subject").is_visible()
         fill_two(page, *photos, ("dog", "cat"))
         assert page.locator("#crops_2 img").count() == 2 and fits(page)
+        assert columns(page, "crops") == columns(page, "crops_2") == (3 if size[0] < 760 else 4)
         page.click("#estimate")
         wait_for(page, "cost", "2 subjects, 3 + 2 photos")
         page.click("#start")
@@ -167,9 +173,14 @@ def test_two_subjects_are_trained_on_the_embedded_base_and_put_back_into_the_for
         page.click("#start")
         page.set_default_timeout(LONG_MS)
         wait_for(page, "train_status", "Done.")
-        page.wait_for_selector("#sheet_of_run img")
+        page.wait_for_selector("#sheet_of_run img", state="attached")
         captions = page.locator("#samples .caption-label, #samples .thumbnail-lg").all_inner_texts()
         assert any("sks duck" in words for words in captions) and any("zwx rocket" in words for words in captions)
+        page.set_viewport_size({"width": 390, "height": 844})
+        assert columns(page, "samples") == 2 and fits(page)
+        page.set_viewport_size({"width": 1280, "height": 900})
+        row = [button for button in page.locator("#train_watch button").all() if button.is_visible()]
+        assert all(button.evaluate("e => e.scrollWidth <= e.clientWidth + 1") for button in row)
         page.reload()
         page.wait_for_selector("#run")
         page.get_by_role("tab", name="Train", exact=True).click()
