@@ -85,7 +85,10 @@ def table_of(number: int, words: SubjectWords, photos_dir: Path) -> dict[str, st
 def prompts_of(token: str, class_word: str) -> tuple[str, str]:
     """("a photo of a sks dog", "a photo of a dog"). Raises UserError for missing or endless words."""
     token, class_word = (" ".join(str(word or "").split()) for word in (token, class_word))
-    for word, name in ((token, "the token (a rare word, such as sks)"), (class_word, "the class word (such as dog)")):
+    for word, name in (
+        (token, "the token (a rare word, such as sks)"),
+        (class_word, "the word for what the photos show (such as dog)"),
+    ):
         if not word:
             raise UserError(f"{name} is missing")
         if len(word) > MAX_WORD_CHARACTERS:

@@ -82,7 +82,7 @@ def test_masks_and_scores_are_chosen_by_the_base_unless_the_form_says_so(photos,
     "form, word",
     [
         (TrainForm("", "dog"), "token"),
-        (TrainForm("sks", " "), "class word"),
+        (TrainForm("sks", " "), "word for what the photos show"),
         (TrainForm("sks", "d" * 61), "too long"),
         (TrainForm("sks", "dog", preset="endless"), "endless"),
         (TrainForm("sks", "dog", steps=-1), "steps"),

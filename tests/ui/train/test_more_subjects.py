@@ -135,7 +135,7 @@ def test_the_crops_shown_of_each_subject_are_those_of_the_run(ann, page, tmp_pat
         ({"subjects": []}, "subjects must be"),
         ({"subjects": float("nan")}, "subjects must be"),
         ({"class_word_2": "cat"}, "with class_word_2, subjects must be at least 2, not 1"),
-        ({"subjects": 2, "token_2": "zwx"}, "subject 2: the class word"),
+        ({"subjects": 2, "token_2": "zwx"}, "subject 2: the word for what the photos show"),
         ({"subjects": 2, "class_word_2": "cat"}, "subject 2: the token"),
         ({"subjects": 2, "class_word_2": "duck", "token_2": "sks"}, "two subjects are called “a photo of a sks duck”"),
         (
