@@ -31,6 +31,10 @@ from dreambooth_moslora.ui.train.widgets import train_widgets
 
 __all__ = ["build_train_tab"]
 
+SHOW_STATUS = """() => {
+  if (innerWidth <= 760) document.getElementById("train_status").scrollIntoView({block: "center"});
+}"""
+"""On a phone the run stands below the whole form."""
 Files = list[str] | None
 """What is uploaded of a subject; a further one's may be left out."""
 
@@ -101,7 +105,8 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
     chosen = gr.State("")  # hidden from programs: `/train` returns two values
     started = [parts["run"], parts["status"], chosen]
     chosen.change(lambda card: card, chosen, parts["cost"], **AT_ONCE)
-    parts["start"].click(train, inputs_kwargs=inputs, outputs=started, api_name="train", **TAKING_PHOTOS)
+    click = parts["start"].click(train, inputs_kwargs=inputs, outputs=started, api_name="train", **TAKING_PHOTOS)
+    click.success(None, js=SHOW_STATUS, **AT_ONCE)
     parts["queue"].click(queue, inputs_kwargs=inputs, outputs=parts["cost"], api_name="add_to_queue", **TAKING_PHOTOS)
     parts["estimate"].click(estimate, inputs_kwargs=inputs, outputs=parts["cost"], api_name="estimate", **TAKING_PHOTOS)
 
