@@ -1,14 +1,22 @@
 """Pivotal tuning on the page: the form's config is that of the flags, and the run's tokens are used and offered."""
 
 import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from gradio_client import Client, handle_file
 
 from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.ui.server.users import COOKIE
 from dreambooth_moslora.ui.train.form import TOKENS_RATE, TrainForm
 from dreambooth_moslora.ui.train.more_subjects import SubjectWords
+from dreambooth_moslora.ui.train.watch import watched
+from tests.helpers.tiny_training import paint_photos
+from tests.helpers.ui_server import cookie_of, secret_of, serve
 
 
 @pytest.fixture
@@ -47,3 +55,23 @@ def test_the_tick_and_its_words_are_the_flags(photos):
 def test_a_mistake_is_told_in_words(photos, form, words):
     with pytest.raises(UserError, match=words):
         config_of(photos, **form)
+
+
+@pytest.mark.slow
+def test_a_run_with_new_tokens_is_drawn_with_them_and_offers_their_file(tiny_base, tmp_path):
+    photos = [handle_file(file) for file in sorted(paint_photos(tmp_path / "mine").iterdir())]
+    secret = "of-new-tokens"
+    with serve(tiny_base, tmp_path / "app") as served:
+        client = Client(served.url, verbose=False, headers=cookie_of(secret))
+        settings = {"class_word": "hen", "steps": 1, "scores": False, "new_tokens": True}
+        run, _ = client.predict(photos=photos, **settings, api_name="/train")
+        state = {"state": "starting"}
+        while state["state"] in ("starting", "running"):
+            time.sleep(1)
+            state = client.predict(run["value"], api_name="/train_status")
+        assert state["state"] == "done", state
+        client.predict("a photo of a sks hen", adapter="hen", steps=2, api_name="/generate")
+        assert served.ctx.pipeline().adapters["hen"].tokens.word == "sks"
+        ann = served.ctx.visitors.of(SimpleNamespace(cookies={COOKIE: secret_of(secret)}))
+        offered = watched(served.ctx.jobs, "hen", None, ann)["download_tokens"]
+        assert offered.visible and Path(str(offered.value["path"])).name == "hen_emb.safetensors"
