@@ -91,7 +91,7 @@ def count(config: TrainConfig, unet: nn.Module) -> Count:
 
 
 def products_of(unet: nn.Module) -> "TextProducts | None":
-    """Those of the text, with a prompt that is known; None where the UNet has its projections."""
+    """The UNet's cached text products for a known prompt; None when it keeps its projections."""
     from dreambooth_moslora.base.text_projections import TextProjection
 
     layers = [module for module in unet.modules() if isinstance(module, TextProjection)]

@@ -42,7 +42,7 @@ class Day:
         self.warm_from: int | None = None
         """The first sample after which nothing is done for the first time."""
         self.training = threading.Lock()
-        """The page trains one run at a time, and says so to the next visitor: here the others do something else."""
+        """Held by the visitor that trains: the page trains one run at a time, and the others do something else."""
 
     def is_over(self) -> bool:
         return time.monotonic() >= self.ends

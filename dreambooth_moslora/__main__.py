@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> int:
-    """Run the command line; Ctrl-C while it is imported ends as one in a command does."""
+    """Run the command line. A Ctrl-C during its import ends the program like one during a command."""
     try:
         from dreambooth_moslora.cli.main import main as run
 

@@ -48,7 +48,7 @@ class Start:
     left_out: tuple[str, ...]
 
     def sentence(self) -> str:
-        """One line for a person."""
+        """The result in one line."""
         parts = [f"{self.layers} layers go on from it, largest relative deviation {self.deviation:.1e}"]
         if self.kept < 1:
             parts.append(f"the lower rank keeps {self.kept:.2%} of its squared norm")

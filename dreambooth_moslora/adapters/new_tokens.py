@@ -177,7 +177,7 @@ def read_tokens(path: Path) -> NewTokens:
     if len(tensors) != 2 or len({shape[0] for shape in shapes if len(shape) == 2 and min(shape)}) != 1:
         raise UserError(f"{path.name} holds no new tokens: clip_l and clip_g, as many rows in each")
     if len(shapes) != 2 or not header.get(WORD, "").strip():
-        raise UserError(f"{path.name} holds no new tokens of ours: its header does not say for which word they are")
+        raise UserError(f"{path.name} holds no new tokens of this program: its header names no word for them")
     if shapes[0][0] > MOST:
         raise UserError(f"{path.name} holds {shapes[0][0]} new tokens for a word, and a prompt has room for {MOST}")
     return NewTokens(header[WORD], {part: found.float() for part, found in rows.items()})

@@ -46,9 +46,9 @@ def empty_model(description: Mapping[str, object]) -> nn.Module:
     """
     name, config = description.get("class"), description.get("config")
     if name not in CLASSES or not isinstance(config, dict):
-        raise UserError(f"{name!r:.60} is no part of SDXL that can be built; it has {', '.join(CLASSES)}")
+        raise UserError(f"{name!r:.60} is not a part of SDXL that can be built; it has {', '.join(CLASSES)}")
     if layers_in(config) > MOST_LAYERS:
-        raise UserError(f"the {name} that the file describes has more than {MOST_LAYERS} layers: it is no part of SDXL")
+        raise UserError(f"the {name} that the file describes has more than {MOST_LAYERS} layers, so it is not SDXL's")
     try:
         with torch.device("meta"):
             model = build(str(name), config)

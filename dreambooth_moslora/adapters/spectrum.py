@@ -49,7 +49,8 @@ def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def leading_part(left: Tensor, sizes: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U (out, n), S (n,), Vh (n, in) -> up (out, rank), down (rank, in): equally long, and the best of that rank."""
+    """U (out, n), S (n,), Vh (n, in) -> up (out, rank), down (rank, in): the best approximation of that rank,
+    with equal norms."""
     root = sizes[:rank].sqrt()
     return left[:, :rank] * root, root[:, None] * right[:rank]
 

@@ -48,4 +48,4 @@ def shapes_in(path: Path) -> dict[str, list[int]]:
         with safe_open(path, "np") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise UserError(f"{path} is damaged, cut short or no safetensors file ({error}): fetch it again.") from None
+        raise UserError(f"{path} is damaged, cut short or not a safetensors file ({error}): fetch it again.") from None

@@ -1,10 +1,10 @@
-"""Cross-attention's frozen to_k and to_v without their weights on the device.
+"""Computes cross-attention's frozen to_k and to_v without their weights on the device.
 
-They compute W0·c of a text c. While text encoders are frozen, c depends on the prompt alone, so W0·c is computed once
-a prompt and kept on the host, where the weights stay too. A pass of the UNet takes to the device what its prompts
-need. In SDXL's UNet in half precision the weights are 0.63 GiB, and W0·c of a prompt is 0.024. A text of no known
-prompt (a picture has that of its prompt beside that of the empty one) takes the weights to the device, one after the
-other, at its first denoising step.
+They compute W0·c of a text c. While the text encoders are frozen, c depends only on the prompt, so W0·c is
+computed once per prompt and kept on the host, as are the weights. A pass of the UNet copies the products of its
+prompts to the device. In SDXL's UNet in half precision the weights take 0.63 GiB, and W0·c of a prompt 0.024.
+For a text that is not a known prompt's (a picture needs its prompt and the empty one together) the weights are
+copied to the device, one after the other, at its first denoising step.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ __all__ = ["TextProducts", "TextProjection"]
 
 
 class TextProjection(nn.Linear):
-    """A frozen projection (out,in) of the text. `host_weight` has the numbers; `weight` tells shape, dtype and device
-    to whoever asks, and is NaN. `of_attention` (B,T,…) is the product of this layer beside those of its `siblings`, the
-    number of text projections of its attention."""
+    """A frozen projection (out,in) of the text. `host_weight` has the numbers; `weight`, which is NaN, only has
+    their shape, dtype and device. `of_attention` (B,T,â¦) is the product of this layer beside those of its `siblings`,
+    the number of text projections of its attention."""
 
     siblings = 1
 
@@ -47,7 +47,7 @@ class TextProjection(nn.Linear):
 
 
 class TextProducts:
-    """Takes the text's dense projections of `unet` off the device, and has their products with each text there."""
+    """Moves the dense text projections of `unet` off the device, and provides their products with each text there."""
 
     def __init__(self, unet: nn.Module, device: torch.device):
         self.device = device
@@ -65,12 +65,12 @@ class TextProducts:
                 layer.siblings = len(layers)
 
     def keep(self, prompt: str, products: Tensor) -> None:
-        """`products` (T, all outputs) of the layers, one beside the other, with the text of `prompt`."""
+        """Keep the concatenated `products` (T, all outputs) of the layers with the text of `prompt`."""
         self._kept[prompt] = products.pin_memory() if self.device.type == "cuda" else products
 
     @torch.no_grad()
     def show(self, text: Tensor, prompts: Sequence[str]) -> None:
-        """The next passes have this very tensor, `text` (B,T,in) on the device, of B `prompts`."""
+        """Prepare passes with exactly this tensor `text` (B,T,in), on the device, of B `prompts`."""
         for prompt, row in zip(prompts, text, strict=True):
             if prompt not in self._kept:
                 self.keep(prompt, self._computed(row).cpu())
@@ -81,7 +81,7 @@ class TextProducts:
         self._lend(text, shown)
 
     def take(self, text: Tensor) -> None:
-        """The same of a `text` (B,T,in) that is of no known prompt."""
+        """Prepare passes with a `text` (B,T,in) of unknown prompts."""
         self._lend(text, self._computed(text))
 
     def _lend(self, text: Tensor, products: Tensor) -> None:

@@ -24,7 +24,7 @@ SHORT = {
     "push_to_hub": False,
     "checkpoints_total_limit": None,
 }
-"""What a recipe may name that a short run has not."""
+"""Settings of a recipe that a short run does not use."""
 
 
 def short_run(folder: Path, config_file: str | None, given: dict[str, Any], base: str, steps: int) -> TrainConfig:

@@ -30,7 +30,7 @@ FACT = re.compile(
     r"|v2$|base_model_version|steps$|epoch$|num_(train|reg)_images|num_batches|network_module|cache_latents"
     r"|lowram|full_fp16|max_token_length|total_batch_size)"
 )
-"""Keys of kohya's that tell facts, not settings."""
+"""Keys of kohya's that state facts, not settings."""
 STEPS = ("max_train_steps", "exposures_per_photo")
 REPLACED = {
     **dict.fromkeys((*STEPS, "num_train_epochs"), STEPS),
@@ -39,7 +39,7 @@ REPLACED = {
     "debiased_estimation_loss": ("snr_gamma",),
     "memory": ("mixed_precision", "gradient_checkpointing", "base_quantization", "cache_cross_attention"),
 }
-"""A given setting -> those of the file's that it displaces."""
+"""A given setting -> settings of the file that it replaces."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Found:
 def settings_like(path: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The settings of the file's recipe that are not `given`, and lines about them.
 
-    Raises UserError for a file without a recipe, or that is no safetensors file.
+    Raises UserError for a file without a recipe, or that is not a safetensors file.
     """
     found = recipe_in(header_of(path), path)
     settings, wrong = checked_recipe(found.values)
@@ -84,7 +84,7 @@ def header_of(path: str) -> dict[str, str]:
     except UserError:
         raise
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"--like {path}: it is no safetensors file, or damaged: {one_line(error)}.") from None
+        raise UserError(f"--like {path}: it is not a safetensors file, or it is damaged: {one_line(error)}.") from None
 
 
 def recipe_in(header: Mapping[str, str], path: str) -> Found:
@@ -172,4 +172,4 @@ KOHYA: dict[str, Callable[[str], dict[str, Any]]] = {
     "ss_keep_tokens": named("keep_tokens"),
     "ss_caption_dropout_rate": named("caption_dropout"),
 }
-"""kohya's key -> what it says here. The values are not checked yet."""
+"""kohya's key -> the settings that it means. The values are not checked yet."""

@@ -67,8 +67,8 @@ def give_freed_memory_back() -> None:
 
 
 def page_out(tensor: "Tensor") -> None:
-    """Let the pages of a tensor on the host leave memory until they are read again: those of a file that is mapped are
-    read from it anew, others need swap. madvise(2), Linux since 5.4; nothing happens elsewhere."""
+    """Let a host tensor's pages leave memory until they are read again: those of a mapped file are then read
+    from it, others need swap. madvise(2), Linux since 5.4; nothing happens elsewhere."""
     if not sys.platform.startswith("linux") or tensor.device.type != "cpu":
         return
     page, start = os.sysconf("SC_PAGE_SIZE"), tensor.data_ptr()

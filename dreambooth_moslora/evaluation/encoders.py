@@ -133,7 +133,7 @@ def load_encoders(
     dino = dino or (folder.parent / TOY_DINO if folder and (folder.parent / TOY_DINO).is_dir() else DINO)
     model = frozen(AutoModel, dino, device)
     if model.main_input_name != "pixel_values":
-        raise UserError(f"the encoder {dino} is a {type(model).__name__}, which sees no pictures alone: name a DINOv2")
+        raise UserError(f"the encoder {dino} is a {type(model).__name__}, which reads not only pictures: name a DINOv2")
     names = (clip_name, public_name(dino))
     lpips = None if folder else lpips_distance(device)  # AlexNet was trained on photographs, not toys
     return Encoders(towers, model, loaded(AutoImageProcessor, dino), names, lpips=lpips)

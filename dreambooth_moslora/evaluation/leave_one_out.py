@@ -132,7 +132,7 @@ def verdict(effects: Sequence[PhotoEffect]) -> str:
     """What to do, in one line."""
     bad = [effect for effect in effects if effect.hurts]
     if not bad:
-        return "no photo stands out: none does harm beyond what runs differ by chance"
+        return "no photo stands out: none does more harm than chance explains"
     names = " ".join(f'"{effect.name}"' for effect in bad)
     return f"pictures are more like the other photos, or show less of their backgrounds, with --leave_out {names}"
 

@@ -105,7 +105,7 @@ class Mirror:
     def push(self) -> None:
         """Make the bucket equal to the folder. Raises SupersededError, and UserError for the bucket's errors."""
         if read_manifest(self.bucket).writer != self.writer:
-            raise SupersededError(f"{self.bucket.url}: another machine goes on with it.")
+            raise SupersededError(f"{self.bucket.url}: another machine has taken it over.")
         digests = self.local_digests()
         changed = [name for name, digest in digests.items() if digest != self.there.get(name)]
         at_once(self.send, [name for name in changed if name != FLEET_NAME])

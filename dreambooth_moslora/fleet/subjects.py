@@ -28,10 +28,10 @@ __all__ = ["PLACES", "REFUSED", "Subject", "mark_of", "read_subjects"]
 
 TOKEN = "sks"
 OWN = ("folder", "token", "class", "class_word", "name")
-GIVEN = "a fleet says this itself to each of its runs; leave it out"
+GIVEN = "a fleet sets it for each run; leave it out"
 REFUSED = {
     **dict.fromkeys(("instance_data_dir", "dataset_name", "subjects", "output_dir", "resume_from_checkpoint"), GIVEN),
-    "hub_token": "it would lie in every run's folder; log in on the machines (`hf auth login`)",
+    "hub_token": "it would be written to every run's folder; log in on the machines (`hf auth login`)",
 }
 """Settings that a subject must not have, and why."""
 PLACES = ("instance_data_dir", "output_dir")
@@ -59,7 +59,7 @@ def read_subjects(source: Path, shared: Mapping[str, Any], out: Path) -> list[Su
     source = Path(find_asset(str(source)))
     subjects = [subject_of_row(row, shared, out) for row in rows_of(source)]
     if not subjects:
-        raise UserError(f"{source}: no subject is in it.")
+        raise UserError(f"{source}: it contains no subject.")
     counts = Counter(subject.name for subject in subjects)
     if twice := sorted(name for name, count in counts.items() if count > 1):
         raise UserError(f"{source}: {twice[0]} is there twice; give one of them another name.")
@@ -85,7 +85,7 @@ def rows_of(source: Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: {reason_of(error)}.") from error
     except (ValueError, csv.Error, RecursionError) as error:
-        raise UserError(f"{source}: is no list of subjects: {error}.") from error
+        raise UserError(f"{source} is not a list of subjects: {error}.") from error
 
 
 def rows_of_toml(text: str) -> list[dict[str, Any]]:
@@ -114,7 +114,7 @@ READERS = {".toml": rows_of_toml, ".csv": rows_of_csv, ".jsonl": rows_of_jsonl}
 
 def as_row(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{value!r:.60} is no table of names and values")
+        raise ValueError(f"{value!r:.60} is not a table of names and values")
     return value
 
 

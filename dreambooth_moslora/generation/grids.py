@@ -82,13 +82,13 @@ def parse_axis(text: str) -> Axis:
     name, equals, rest = text.partition("=")
     name = name.strip()
     if name not in AXES or not equals:
-        raise UserError(f"{text!r:.60} is no grid axis; write one of {', '.join(AXES)}, then = and values")
+        raise UserError(f"{text!r:.60} is not a grid axis; write one of {', '.join(AXES)}, then = and values")
     kind = AXES[name][0]
     parts = [part.strip() for part in rest.split("|" if name == "prompt" else ",") if part.strip()]
     try:
         values = tuple(kind(part) for part in parts)
     except ValueError as error:
-        raise UserError(f"the grid axis {text!r:.60} has a value that is no number") from error
+        raise UserError(f"the grid axis {text!r:.60} has a value that is not a number") from error
     if not values:
         raise UserError(f"the grid axis {name!r} has no values")
     return Axis(name, values)

@@ -213,7 +213,7 @@ def check_characters(text: str, name: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{name} holds {text[error.start]!r}, which is no character; take it out") from error
+        raise UserError(f"{name} holds {text[error.start]!r}, which is not a character; remove it") from error
 
 
 def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool) -> None:
@@ -273,7 +273,7 @@ def _parse_a1111(text: str) -> Recipe:
     sampler = _sampler_of(settings)
     ours = SCHEDULERS[params.scheduler].title
     known = sampler in ("", ours)
-    remarks = () if known else (f"the sampler {sampler} is not here; {ours} takes its place",)
+    remarks = () if known else (f"the sampler {sampler} is not available; {ours} replaces it",)
     return Recipe(params, Provenance(), exact=False, remarks=remarks)
 
 

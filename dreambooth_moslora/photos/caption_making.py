@@ -49,11 +49,11 @@ def make_beside(
         target = photo.path.with_suffix(CAPTION_SUFFIX)
         is_old = was_made(photo, target)
         if is_old and not anew:
-            yield MadeCaption(photo, None, "it has a made caption, which stays (--overwrite_made makes it anew)")
+            yield MadeCaption(photo, None, "it has a made caption, which is kept (--overwrite_made replaces it)")
         elif not is_old and photo.is_captioned:
-            yield MadeCaption(photo, None, "it has a caption, which stays")
+            yield MadeCaption(photo, None, "it has a caption, which is kept")
         elif not is_old and target.exists():
-            yield MadeCaption(photo, None, f"{target.name} is there, though it cannot be used; it stays")
+            yield MadeCaption(photo, None, f"{target.name} exists but cannot be used; it is kept")
         elif named[photo.path.stem] > 1:
             yield MadeCaption(photo, None, f"another photo has the name {photo.path.stem} too: rename one of them")
         else:

@@ -232,7 +232,7 @@ class FolderReader:
 
     def _judge(self, path: Path, image: Image.Image) -> Photo | Skipped:
         height, width = upright_size(image)
-        reasons = ["rotated by EXIF: stood upright"] if is_rotated(image) else []
+        reasons = ["rotated by EXIF: turned upright"] if is_rotated(image) else []
         if min(height, width) < smallest_side_px(self.resolution_px):
             reason = f"tiny: {width} x {height} px for a resolution of {self.resolution_px}"
             return Skipped(path, reason, is_photo=True, size_px=(height, width))

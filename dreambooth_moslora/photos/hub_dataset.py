@@ -80,7 +80,7 @@ def image_bytes(cell: dict[str, Any] | None, own: list[Path]) -> bytes:
         return cell["bytes"]
     path = Path(cell["path"]).resolve()
     if not any(path.is_relative_to(folder) for folder in own):
-        raise UserError(f"--dataset_name: it names {one_line(cell['path'])}, which is no file of the data set.")
+        raise UserError(f"--dataset_name: it names {one_line(cell['path'])}, which is not a file of the data set.")
     return path.read_bytes()
 
 

@@ -47,11 +47,11 @@ def make_beside(photos: Iterable[Photo], segmenter: Segmenter) -> Iterator[MadeM
     for photo in photos:
         target = photo.path.with_name(f"{photo.path.stem}.mask.png")
         if photo.mask_path is not None:
-            yield MadeMask(photo, None, "it has a mask, which stays")
+            yield MadeMask(photo, None, "it has a mask, which is kept")
         elif named[photo.path.stem] > 1:
             yield MadeMask(photo, None, f"another photo has the name {photo.path.stem} too: rename one of them")
         elif target.exists():
-            yield MadeMask(photo, None, f"{target.name} is there, though it cannot be used; it stays")
+            yield MadeMask(photo, None, f"{target.name} exists but cannot be used; it is kept")
         else:
             yield make(photo, target, segmenter)
 

@@ -119,7 +119,7 @@ def with_kept_mask(photo: Photo, path: Path) -> Photo:
 
 
 def without_kept_mask(photo: Photo, folder: Path) -> Photo:
-    """The photo, without the mask if that is the one that training made."""
+    """The photo, without its mask if training made that."""
     return replace(photo, mask_path=None) if photo.mask_path == kept_path(photo, folder) else photo
 
 

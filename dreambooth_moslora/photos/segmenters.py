@@ -84,7 +84,7 @@ def clipseg_finder(name: str, word: str, device: torch.device | str) -> Callable
     options = {"dtype": torch.float32, "output_loading_info": True}
     model, found = loaded(CLIPSegForImageSegmentation, name, **about, **options)
     if lacking := sorted(found["missing_keys"]):
-        raise UserError(f"--mask_model {name} is no CLIPSeg: it has no {lacking[0]}")
+        raise UserError(f"--mask_model {name} is not a CLIPSeg: it has no {lacking[0]}")
     model = model.requires_grad_(False).eval().to(device)
 
     def find(image: Image.Image) -> Tensor:

@@ -27,7 +27,7 @@ class Access:
     def check(self, path: str, headers: Mapping[str, str]) -> None:
         """Raises RefusedError for a request that may not be answered."""
         if "origin" in headers:
-            raise RefusedError(403, "web pages may not ask here; send requests from a program")
+            raise RefusedError(403, "web pages may not send requests; use a program")
         if not self._digests and host_of(headers.get("host", "")) not in LOOPBACK:
             raise RefusedError(421, "unknown host; without a token only this machine is answered")
         if self._digests and path not in OPEN and not self._knows(headers.get("authorization", "")):

@@ -189,4 +189,4 @@ def version_of(facts: dict[str, Any]) -> str:
 
 
 def unknown(name: str) -> RefusedError:
-    return RefusedError(404, f"there is no adapter {name!s:.60}; GET /adapters lists those that are")
+    return RefusedError(404, f"there is no adapter {name!s:.60}; GET /adapters lists them")

@@ -46,7 +46,7 @@ class Service:
         except (KeyError, ValueError):
             self.host = None
         if not self.host:
-            raise UserError(f"--backend {url!s:.80} is no address; write it like http://127.0.0.1:8000")
+            raise UserError(f"--backend {url!s:.80} is not an address; write it like http://127.0.0.1:8000")
         self.shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
         if token and not (token.isascii() and token.isprintable()):
             raise UserError("--backend_token: a token has printable ASCII characters only")
@@ -90,7 +90,7 @@ class Service:
         try:
             return parse_object(data)
         except UserError as error:
-            raise UserError(f"{self.shown} is no service of `dreambooth_moslora serve`") from error
+            raise UserError(f"{self.shown} is not a service of `dreambooth_moslora serve`") from error
 
 
 class RemotePipeline:
@@ -105,7 +105,7 @@ class RemotePipeline:
         facts = service.get("/healthz")
         self.base_name, self.resolution_px = str(facts.get("base")), facts.get("resolution_px") or 0
         if type(self.resolution_px) is not int:
-            raise UserError(f"{service.shown} is no service of `dreambooth_moslora serve`")
+            raise UserError(f"{service.shown} is not a service of `dreambooth_moslora serve`")
         if self.base_name != base_name:
             raise UserError(f"the backend draws with {self.base_name:.60}, the page with {base_name}: name one base")
         self._digests: dict[str, str] = {}
@@ -183,6 +183,6 @@ def opened(png: bytes) -> tuple[PillowImage.Image, Recipe]:
             image.load()
             text = {key: value for key, value in image.info.items() if isinstance(value, str)}
     except (OSError, ValueError, SyntaxError, PillowImage.DecompressionBombError) as error:
-        raise UserError("the backend's answer is no picture") from error
+        raise UserError("the backend's answer is not a picture") from error
     image.info.clear()
     return image, recipe_in(text, "the backend's picture")

@@ -86,7 +86,7 @@ def parse_order(body: bytes) -> Order:
     given = {key: value for key, value in values.items() if value is not None}
     params = GenerationParams.from_dict(given).apply_tags()
     if params.num_images != 1:
-        raise UserError("one picture a request is drawn; ask again with the next seed")
+        raise UserError("a request draws one picture; send another one with the next seed")
     check_steps(params)
     return Order(params, expected)
 
@@ -96,11 +96,11 @@ def parse_object(body: bytes) -> dict[str, Any]:
     try:
         values = json.loads(body.decode("utf-8"), parse_constant=no_number)
     except (ValueError, RecursionError) as error:
-        raise UserError("the body is no valid JSON") from error
+        raise UserError("the body is not valid JSON") from error
     if not isinstance(values, dict):
         raise UserError('the body must be a JSON object like {"prompt": "a dog"}')
     return values
 
 
 def no_number(word: str) -> None:
-    raise ValueError(f"{word} is no number of JSON")
+    raise ValueError(f"{word} is not a JSON number")

@@ -1,1 +1,1 @@
-"""Photos become an adapter: inputs, objective, step, loop, checkpoints, and what a run leaves."""
+"""Trains an adapter on photos: inputs, objective, step, loop, checkpoints, and the results of a run."""

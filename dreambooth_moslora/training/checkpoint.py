@@ -1,7 +1,7 @@
 """Checkpoints: the raw adapter (A, M, B), the optimizer and the position, complete or absent.
 
-Neither generator states nor the data order are in them: every draw is named by (seed, step) (see `core.seeding`), so
-the step number is all that a run needs to go on as if it had never stopped.
+They need neither generator states nor the data order: every draw is named by (seed, step) (see `core.seeding`),
+so the step number suffices to continue as if the run had never stopped.
 """
 
 import json

@@ -46,8 +46,8 @@ __all__ = ["TrainInputs", "prepare", "too_slow_for_samples"]
 
 @dataclass
 class TrainInputs:
-    """What the loop works on. `prior` is None without class images; `prompt_embeds` serves frozen text encoders, and
-    `text_products` the UNet where it caches cross-attention.
+    """Inputs of the loop. `prior` is None without class images; `prompt_embeds` serves frozen text encoders,
+    `text_products` a UNet that caches cross-attention.
 
     `start` holds the weights that a fresh adapter begins with, or None.
     """

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether its settings are still those that it was written with."""
+"""Which checkpoint a run resumes from, and whether its settings equal those that it was written with."""
 
 import logging
 from pathlib import Path
@@ -47,7 +47,7 @@ def newest_whole(run_dir: RunDir) -> Path | None:
         try:
             check_whole(checkpoint)
         except UserError as error:
-            logger.warning("--resume_from_checkpoint latest passes by %s: %s", checkpoint.name, error)
+            logger.warning("--resume_from_checkpoint latest skips %s: %s", checkpoint.name, error)
         else:
             return checkpoint
     return None

@@ -187,7 +187,7 @@ def as_message(error: Exception) -> gr.Error:
 
 
 def as_user_error(error: Exception) -> UserError:
-    """A person's mistake as it is; a full disk in words; anything else is ours, and only the log says what it is."""
+    """A UserError unchanged; a message for a full disk; for any other error, which is a bug, a reference to the log."""
     if isinstance(error, UserError):
         return error
     if isinstance(error, OSError) and error.errno in DISK_FULL:

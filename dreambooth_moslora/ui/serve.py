@@ -62,7 +62,7 @@ def serve(args: argparse.Namespace) -> int:
     from dreambooth_moslora.ui.server.host_check import LOOPBACK
 
     if args.server_port is not None and not 1 <= args.server_port <= MAX_PORT:
-        raise UserError(f"--server_port {args.server_port} is no port; choose one from 1 to {MAX_PORT}")
+        raise UserError(f"--server_port {args.server_port} is not a port; choose one from 1 to {MAX_PORT}")
     allowed = {parse_host(text) for text in args.allowed_host}
     logins = [parse_login(text) for text in args.auth or ()]
     is_public = args.share or args.server_name not in LOOPBACK
@@ -104,7 +104,7 @@ def parse_host(text: str) -> str:
 
     name = hostname(text if "//" in text else f"//{text}")
     if not name:
-        raise UserError(f"--allowed_host {text!r:.60} is no name; write it like pictures.example.org")
+        raise UserError(f"--allowed_host {text!r:.60} is not a host name; write it like pictures.example.org")
     return name
 
 

@@ -41,7 +41,7 @@ DAMAGES = {
     "a pointer for a text encoder": (lambda base: (base / TEXT).write_text(POINTER), r"text_encoder.*`git lfs pull`"),
     "half a file": (lambda base: cut(base / UNET, -1000), r"cut short.*not fully covered\): fetch it again"),
     "half a header": (lambda base: cut(base / UNET, 100), r"is damaged, cut short.*header"),
-    "an empty file": (lambda base: cut(base / UNET, 0), r"no safetensors file \(.*header too small"),
+    "an empty file": (lambda base: cut(base / UNET, 0), r"not a safetensors file \(.*header too small"),
     "no UNet": (lambda base: shutil.rmtree(base / "unet"), "unet is missing"),
     "no weights": (lambda base: (base / UNET).unlink(), "has no weights"),
     "no tokenizer": (lambda base: shutil.rmtree(base / "tokenizer"), "tokenizer is missing"),

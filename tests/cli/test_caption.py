@@ -26,7 +26,7 @@ def test_photos_get_captions_that_say_the_place_behind_the_subject(duck, capsys)
     assert (duck / "01.txt").read_text() == "a photo of a sks duck on a wooden floor\n"
     assert (duck / "03.txt").read_bytes() == own
     out = capsys.readouterr().out
-    assert "03.jpg  it has a caption, which stays" in out and out.endswith("2 photos, 1 captions written\n")
+    assert "03.jpg  it has a caption, which is kept" in out and out.endswith("2 photos, 1 captions written\n")
     assert main(["caption", "duck", "--instance_prompt", "photo of ohwx duck", "--overwrite_made", *TOY]) == 0
     assert (duck / "01.txt").read_text() == "photo of ohwx duck on a wooden floor\n"
     assert main(["check", "duck", "--no_picture", "--resolution", "128", *TOY]) == 0

@@ -142,7 +142,7 @@ def test_masks_are_made_beside_the_photos_of_a_toy_and_darken_the_crops(tmp_path
     command = ["check", "duck", "--resolution", "128", "--make_masks", "--pretrained_model_name_or_path", "toy"]
     assert main(command) == 0
     captured = capsys.readouterr()
-    assert "00.jpg  00.mask.png is written\n" in captured.err and "01.jpg  it has a mask, which stays" in captured.err
+    assert "00.jpg  00.mask.png is written\n" in captured.err and "01.jpg  it has a mask, which is kept" in captured.err
     assert captured.out.count("has a mask") == 2
     assert (tmp_path / "duck" / "01.mask.png").read_bytes() == own
     made = (tmp_path / "duck" / "00.mask.png").read_bytes()

@@ -88,7 +88,7 @@ def test_info_of_other_peoples_files(tmp_path, capsys):
     save_file({"weight": up}, tmp_path / "model.safetensors")
     assert call(info_command, tmp_path / "model.safetensors", tmp_path / "old.safetensors") == 2
     shown = capsys.readouterr()
-    assert "holds no LoRA that we know" in shown.err and "old diffusers keys" in shown.out
+    assert "holds no known LoRA" in shown.err and "old diffusers keys" in shown.out
 
 
 def test_a_broken_pair_is_named(tmp_path):

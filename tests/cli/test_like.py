@@ -164,7 +164,7 @@ def test_what_is_wrong_in_a_header_is_named_and_left_out(file_of, capsys):
     assert differing(config) == {"lora_dropout": 0.5}
     taken, named = capsys.readouterr().err.splitlines()
     assert "a.safetensors: 1 (" in taken and "\x1b" not in named
-    assert "--rank 'many': expected a whole number" in named and "`output_dir` is no setting of a recipe" in named
+    assert "--rank 'many': expected a whole number" in named and "`output_dir` is not a setting of a recipe" in named
 
 
 @pytest.mark.parametrize(
@@ -194,4 +194,4 @@ def test_another_file_is_one_line(file_of, tmp_path, capsys, content):
     for name in ("b.safetensors", "missing", "dog", "x" * 5000, "a\0b"):
         assert train_main([*NEEDED, "--like", name]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert "--like" in line and ("no safetensors file" in line or "no such file" in line)
+        assert "--like" in line and ("not a safetensors file" in line or "no such file" in line)

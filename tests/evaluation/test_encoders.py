@@ -83,7 +83,7 @@ def test_an_encoder_that_is_not_there_is_one_clear_line(folders, tmp_path):
 def test_another_model_is_no_encoder_with_made_up_weights(folders):
     with pytest.raises(UserError, match="is no CLIPModel: it has no "):
         load_encoders(clip=folders[1], dino=folders[1])
-    with pytest.raises(UserError, match="sees no pictures alone"):
+    with pytest.raises(UserError, match="reads not only pictures"):
         load_encoders(clip=folders[0], dino=folders[0])
 
 

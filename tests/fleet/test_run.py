@@ -66,7 +66,7 @@ def test_the_progress_tells_time_cost_and_failures(capsys):
     progress(Ending("tom", replace(done, state="failed", message="no photo", hours=0.0)))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "2/5 rex: 59 s; about 3 min left, 0.50 GPU-hours spent"
-    assert lines[1] == "tom: its machine was lost; it goes on elsewhere"
+    assert lines[1] == "tom: its machine was lost; it continues elsewhere"
     assert lines[2].startswith("2/5 tom: FAILED: no photo; about 2 min left") and progress.failed == 1
 
 

@@ -91,7 +91,7 @@ def test_a_fleet_in_a_bucket_that_loses_a_machine_ends_equal_to_trainings_withou
     threading.Thread(target=lose_the_machine, args=(f"{s3}/rex", killed), daemon=True).start()
     assert main(command) == 1
     told = capsys.readouterr()
-    assert "rex: its worker was killed; it goes on elsewhere" in told.err and "void: FAILED" in told.err
+    assert "rex: its worker was killed; it continues elsewhere" in told.err and "void: FAILED" in told.err
     assert killed and told.out.endswith(f"{s3}/index.html\n")
     (tmp_path / "got").mkdir()
     assert Bucket(f"{s3}/rex").download(PUBLISHED_NAME, tmp_path / "got" / PUBLISHED_NAME)

@@ -80,12 +80,12 @@ def test_a_bad_subject_keeps_its_own_line(row, says, pets):
     [
         ("a.txt", "", "give a folder of subject folders"),
         ("none.csv", None, "there is no such file"),
-        ("a.csv", "folder\n", "no subject is in it"),
+        ("a.csv", "folder\n", "it contains no subject"),
         ("a.csv", "folder\npets/rex\npets/rex\n", "rex is there twice"),
         ("a.csv", "class\ndog\n", "a subject has no folder"),
         ("a.csv", "folder,name\npets/rex,../x\n", "cannot be part of a file's name"),
         ("a.csv", "folder\npets/rex,3\n", "more cells than the first"),
-        ("a.jsonl", "[1]\n", "no table of names and values"),
+        ("a.jsonl", "[1]\n", "not a table of names and values"),
         ("a.toml", "x = 1\n", "[[subjects]]"),
     ],
 )

@@ -88,7 +88,7 @@ def test_axes_are_parsed_and_applied():
         ("colour=1", "colour"),
         ("scale", "scale"),
         ("seed=", "no values"),
-        ("seed=a", "no number"),
+        ("seed=a", "not a number"),
         ("seed=1.5", "number"),
     ],
 )

@@ -223,7 +223,7 @@ def test_a_data_set_that_names_a_file_outside_itself_is_refused(named, tmp_path)
     features = datasets.Features({"image": datasets.Image()})
     table = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": str(path)}]}, features)
     table.to_parquet(source / "train.parquet")
-    with pytest.raises(UserError, match=r"is no file of the data set"):
+    with pytest.raises(UserError, match=r"is not a file of the data set"):
         instance_photos(TrainConfig(dataset_name=source, cache_dir=tmp_path / "cache"))
     assert not (tmp_path / "cache" / "photos").exists()
 

@@ -124,7 +124,7 @@ def test_a_token_that_no_header_can_hold_is_a_persons_mistake(token):
 def test_a_size_that_is_none_is_told(monkeypatch, size):
     service = Service("http://127.0.0.1")
     monkeypatch.setattr(service, "get", lambda path: {"base": "tiny", "resolution_px": size})
-    with pytest.raises(UserError, match="no service"):
+    with pytest.raises(UserError, match="not a service"):
         RemotePipeline(service, "tiny")
 
 

@@ -211,7 +211,7 @@ def told(served, endpoint: str, text: str) -> str:
         ("generate", '{"prompt": "a", "seed": Infinity}', "Seed must be a number, not inf"),
         ("generate", '{"prompt": "a", "num_images": NaN}', "must be a whole number, not nan"),
         ("generate", '{"prompt": "a", "adapter": "\\ud800"}', "There is no adapter \\\\ud800"),
-        ("generate", '{"prompt": "a \\ud800"}', "which is no character"),
+        ("generate", '{"prompt": "a \\ud800"}', "which is not a character"),
         ("estimate", '{"photos": [], "token": "s", "class_word": "d", "rank": NaN}', "Rank must be a number"),
         ("stop_training", '{"run": "\\ud800"}', "cannot be the name of a run"),
     ],

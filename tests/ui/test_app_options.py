@@ -16,7 +16,7 @@ def test_runs_that_can_lie_nowhere_are_told(tmp_path, capsys, place):
 @pytest.mark.parametrize("port", ["99999", "-1", "0"])
 def test_a_port_that_is_none_is_told(tmp_path, capsys, port):
     assert main(["--runs_dir", str(tmp_path), "--server_port", port]) == 2
-    assert capsys.readouterr().err == f"error: --server_port {port} is no port; choose one from 1 to 65535\n"
+    assert capsys.readouterr().err == f"error: --server_port {port} is not a port; choose one from 1 to 65535\n"
 
 
 @pytest.mark.parametrize("base", ["toy", "some/base"])

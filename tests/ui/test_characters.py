@@ -1,4 +1,4 @@
-"""What is no character (JSON can hold a lone surrogate) is refused in words wherever a visitor can put it."""
+"""What is not a character (JSON can hold a lone surrogate) is refused in words wherever a visitor can put it."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ HALF = "a \ud800"
     ],
 )
 def test_half_a_character_is_refused_in_words(make):
-    with pytest.raises(UserError, match="is no character") as told:
+    with pytest.raises(UserError, match="is not a character") as told:
         make()
     assert str(told.value).encode()
 

@@ -115,7 +115,7 @@ def describe_pairs(name: str, tensors: dict[str, Tensor], header: dict[str, str]
     pairs = find_pairs(name, tensors)
     others = [kind for mark, kind in OTHER_KINDS.items() if any(mark in key for key in tensors)]
     if not pairs and not others:
-        raise UserError(f"{name} holds no LoRA that we know; its first tensor is {next(iter(tensors), 'absent')!r:.80}")
+        raise UserError(f"{name} holds no known LoRA; its first tensor is {next(iter(tensors), 'absent')!r:.80}")
     facts: dict[str, object] = {"kind": kind_of(pairs, others, header)}
     if pairs:
         facts |= geometry(pairs)

@@ -92,14 +92,14 @@ def _place(key: str, file_name: str) -> tuple[str, str, str]:
     component, _, rest = key.partition(".")
     match = _match(rest)
     if component not in COMPONENTS or match is None:
-        raise UserError(f"{file_name} is not a LoRA for SDXL: {key!r:.100} is no part of one")
+        raise UserError(f"{file_name} is not a LoRA for SDXL: {key!r:.100} does not belong to one")
     groups = match.groupdict()
     return component, module_path(component, rest), FIELDS[groups.get("part") or groups["side"]]
 
 
 def _check_numbers(tensor: Tensor, key: str, file_name: str) -> None:
     if tensor.dtype not in DTYPES:
-        raise UserError(f"{file_name} is broken: {key!r:.100} is in {tensor.dtype}, which is no dtype of weights")
+        raise UserError(f"{file_name} is broken: {key!r:.100} is in {tensor.dtype}, which is not a dtype of weights")
     if not tensor.isfinite().all():
         raise UserError(f"{file_name} is broken: {key!r:.100} has NaN or infinite values")
 
@@ -123,7 +123,7 @@ MODULE_NAME = re.compile(r"\^?\w[\w.]*")
 
 @dataclass(frozen=True)
 class Scales:
-    """Of one component: module path -> alpha, and whether s is alpha/√r (rsLoRA) or alpha/r."""
+    """Scales of one component: module path -> alpha, and whether s is alpha/√r (rsLoRA) or alpha/r."""
 
     alphas: dict[str, float]
     use_rslora: bool = False

@@ -74,11 +74,11 @@ class Proof:
         return max(p.largest for p in self.file_proofs)
 
     def to_dict(self) -> dict[str, object]:
-        """For metrics.jsonl and the model card."""
+        """The values for metrics.jsonl and the model card."""
         return {**asdict(self), "files": self.files, "max_relative_difference": self.max_relative_difference}
 
     def sentence(self) -> str:
-        """One line for a person."""
+        """The result in one line."""
         return (
             f"{self.projections} projections reloaded by the stock loader: largest relative difference "
             f"{self.max_relative_difference:.1e} (bound {self.bound:.0e} for {self.dtype})"

@@ -154,7 +154,7 @@ def check_whole(name: str, tensors: dict[str, Tensor], metadata: AdapterMetadata
         raise UserError(f"{name} is broken: it holds no module")
     for key, tensor in tensors.items():
         if key.count(".") < 2 or key.split(".", 1)[0] not in COMPONENTS or not tensor.is_floating_point():
-            raise UserError(f"{name} is broken: {key!r:.100} is no part of an adapter")
+            raise UserError(f"{name} is broken: {key!r:.100} does not belong to an adapter")
     for component in COMPONENTS:
         for path, parts in component_tensors(tensors, component).items():
             found = {part: tuple(tensor.shape) for part, tensor in parts.items()}

@@ -54,4 +54,4 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path.name} is truncated or no safetensors file: {one_line(error)}") from None
+        raise UserError(f"{path.name} is truncated or not a safetensors file: {one_line(error)}") from None

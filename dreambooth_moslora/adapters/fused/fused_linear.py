@@ -10,10 +10,9 @@ is in the base weight's dtype, on A and Uᵀ in that dtype. During a training st
 copies, which `working_copies` makes once; any other call makes its own. The scale is folded into U: `addmm`
 with a factor other than 1 is outside the fast CPU kernels.
 
-Only a frozen `nn.Linear`, dense or in 4 bit, with an adapter without dropout, DoRA or bias is switched. A W0 in
-4 bit is made dense for dx alone, one layer at a time; a `TextProjection` gives W0·x, and needs no dx. What can change
-from call to call (disabled, merged, several active adapters, mixed batches, autocast) sends that call to PEFT's own
-forward.
+It is used for a frozen `nn.Linear`, dense or in 4 bit, with an adapter without dropout, DoRA or bias. In 4 bit,
+W0 is made dense only for dx, one layer at a time; a `TextProjection` gives W0·x, and needs no dx. Calls that
+need more (disabled, merged, several active adapters, mixed batches, autocast) go to PEFT's own forward.
 """
 
 from collections.abc import Mapping

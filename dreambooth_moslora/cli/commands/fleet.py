@@ -176,7 +176,7 @@ class FleetProgress:
     def __call__(self, ending: "Ending") -> None:
         record = ending.record
         if ending.is_again:
-            self.say(f"{ending.name}: {record.message}; it goes on elsewhere")
+            self.say(f"{ending.name}: {record.message}; it continues elsewhere")
             return
         self.ended += 1
         self.left -= record.state == "done"

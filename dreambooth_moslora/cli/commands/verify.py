@@ -56,7 +56,7 @@ class Receipt:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a published adapter of ours, in either form, or a run folder")
+    parser.add_argument("file", metavar="FILE", help="an adapter that this program published, or a run folder")
     parser.add_argument("--photos", metavar="DIR", required=True, help="the photos that it was trained on")
     about_step = "the step of the file, if it is in best/ or its run was stopped"
     parser.add_argument("--step", type=int, metavar="N", help=about_step)

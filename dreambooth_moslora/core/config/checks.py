@@ -31,7 +31,7 @@ def check_together(config: RunSettings) -> None:
     if config.exposures_per_photo and config.max_train_steps:
         raise UserError("--exposures_per_photo and --max_train_steps: each sets the steps; give one of them.")
     if config.early_stopping and not config.evaluate_steps:
-        raise UserError("--early_stopping needs --evaluate_steps: without scores there is nothing to wait for.")
+        raise UserError("--early_stopping needs --evaluate_steps: it stops by the scores.")
     if config.optimizer == "Prodigy" and config.mixer != "none" and config.train_mixer and config.mixer_lr_scale != 1.0:
         raise UserError("--optimizer Prodigy takes one learning rate for all: leave --mixer_lr_scale at 1.")
     if config.optimizer == SCHEDULE_FREE and (config.use_ema or not config.adam_beta1):
@@ -53,7 +53,8 @@ def check_together(config: RunSettings) -> None:
 
 
 def needs_live_projections(config: RunSettings) -> list[tuple[str, str]]:
-    """The given flags with which cross-attention's products with a prompt cannot be computed once, and why."""
+    """The given flags that make it impossible to compute cross-attention's products with a prompt once, and the
+    reasons."""
     changes = "the text of a prompt changes from step to step"
     given = {
         ("--train_text_encoder", changes): config.train_text_encoder,

@@ -64,7 +64,7 @@ def checked_recipe(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
 def checked_alone(name: str, value: Any) -> Any:
     """The converted value. Raises UserError for a name that is not in RECIPE, and for an invalid value."""
     if name not in (*RECIPE, *TOLD_IF_CHANGED):
-        raise UserError(f"`{name:.40}` is no setting of a recipe")
+        raise UserError(f"`{name:.40}` is not a setting of a recipe")
     found = getattr(TrainConfig(class_prompt="a class", **{name: value}), name)
     if name in LAYERS and not all(LAYER.fullmatch(text) for text in found):
         raise UserError(f"--{name} names no layers")

@@ -33,7 +33,7 @@ class RunSettings(TrainingSettings):
     base_quantization: str = of_memory("none", "keep the frozen UNet in 4 or 8 bit", choices=("none", "nf4", "int8"))
     gradient_checkpointing: bool = of_memory(False, "less memory, slower steps: recompute activations")
     cache_cross_attention: bool = of_memory(
-        False, "keep cross-attention's to_k and to_v off the GPU: what they make of each prompt is computed once"
+        False, "keep cross-attention's to_k and to_v off the GPU: their output for each prompt is computed once"
     )
     caching: str = of_memory(
         "memory", "keep encoded photos in memory, on disk for later runs, or encode each step",

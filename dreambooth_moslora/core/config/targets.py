@@ -72,5 +72,5 @@ def pattern_value(patterns: Iterable[str], flag: str, path: str) -> float | None
 
 
 def is_text_projection(path: str) -> bool:
-    """Whether the layer of a UNet at `path` projects the text: to_k and to_v of cross-attention."""
+    """Whether the UNet's layer at `path` projects the text: to_k and to_v of cross-attention."""
     return path.endswith((".attn2.to_k", ".attn2.to_v"))

@@ -1,4 +1,4 @@
-"""The run folder: what each file in it is called, and which of its checkpoints are complete."""
+"""The run folder: the names of its files, and which of its checkpoints are complete."""
 
 import json
 import re

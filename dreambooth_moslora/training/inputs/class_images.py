@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 Generate = Callable[[str, list[int]], list[Image.Image]]
 MANIFEST, DIGEST = "manifest.json", "sha256"
-DAMAGED = "{path} is not as it was made: it, and every other class image that is not, is drawn again."
+DAMAGED = "{path} has changed since it was made: it is drawn again, like every other changed class image."
 GENERATED = re.compile(r"class_[0-9a-f]{8}_\d{5}\.png")
 
 

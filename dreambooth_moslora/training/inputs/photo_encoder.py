@@ -1,4 +1,4 @@
-"""A crop of a photo as the latents, time ids and mask that training reads: the VAE is asked once for each."""
+"""Encodes a crop of a photo as latents, time ids and mask; the VAE encodes each crop once."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass

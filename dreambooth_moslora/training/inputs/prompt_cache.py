@@ -1,4 +1,4 @@
-"""Prompts as embeddings: the frozen text encoders are asked once for each prompt."""
+"""Prompts as embeddings: the frozen text encoders encode each prompt once."""
 
 from collections.abc import Callable, Sequence
 

@@ -40,7 +40,8 @@ def check_masks(config: TrainConfig, photos: list[Photo]) -> None:
 
 
 def draw(context: RunContext, pipeline: StableDiffusionXLPipeline, wanted: list[NewBackground]) -> None:
-    """Into the run folder, and a sheet of them; this process alone does it: the others wait in `on_main`."""
+    """Draw the pictures and a sheet of them into the run folder, in this process alone; the others wait in
+    `on_main`."""
     config, device = context.config, context.accelerator.device
     generator = drawing_pipeline(config, pipeline, device).to(device)
 

@@ -114,6 +114,6 @@ def usable_class_photos(folder: Path, config: TrainConfig, sets: Sets) -> list[P
     if len(usable) < config.num_class_images:
         raise UserError(
             f"only {len(usable)} of {config.num_class_images} class images in {folder} can be used; "
-            "remove the broken ones, which are then made anew, or give another --class_data_dir."
+            "remove the broken ones, which are then made again, or give another --class_data_dir."
         )
     return usable

@@ -1,4 +1,4 @@
-"""Encoded crops and their captions as one batch, and their way to the device."""
+"""A batch of encoded crops with their captions, and its transfer to the device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

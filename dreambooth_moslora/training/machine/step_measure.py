@@ -48,7 +48,7 @@ def measure(size: str, config: TrainConfig) -> dict[str, float]:
 
 
 def floor_step(materials: RandomMaterials, config: TrainConfig, device: torch.device) -> Callable[[], None]:
-    """One forward pass of the frozen UNet in training mode, and the gradient to its input: no step takes less."""
+    """One forward pass of the frozen UNet in training mode and its input's gradient: the lower bound of a step."""
     unet, batch = materials.pipeline.unet.train(), materials.batch_at(0, config.train_batch_size)
     words = materials.prompt_embeds(batch.prompts)
     embeds = words.embeds.to(device)

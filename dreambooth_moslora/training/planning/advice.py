@@ -53,7 +53,7 @@ def exposure_advice(plan: StepPlan) -> list[str]:
     if plan.exposures_a_photo >= FEW_EXPOSURES:
         return []
     seen = f"each photo is seen about {plan.exposures_a_photo:.0f} times"
-    return [f"{seen}, and a subject takes 100 or more: set --exposures_per_photo or --max_train_steps"]
+    return [f"{seen}, and a subject needs 100 or more: set --exposures_per_photo or --max_train_steps"]
 
 
 def disk_advice(config: TrainConfig, cost: Estimate) -> list[str]:
@@ -91,7 +91,7 @@ def settings_without_effect(config: TrainConfig) -> list[str]:
         f"--use_8bit_adam has no effect with --optimizer {config.optimizer}": (
             config.use_8bit_adam and config.optimizer != "AdamW"
         ),
-        f"--optimizer {SCHEDULE_FREE} wants --lr_scheduler constant or constant_with_warmup": (
+        f"--optimizer {SCHEDULE_FREE} works best with --lr_scheduler constant or constant_with_warmup": (
             config.optimizer == SCHEDULE_FREE and not config.lr_scheduler.startswith("constant")
         ),
         "--timestep_bias_multiplier has no effect without --timestep_bias_strategy": (
@@ -109,7 +109,7 @@ def settings_without_effect(config: TrainConfig) -> list[str]:
         "--num_new_tokens_per_abstraction has no effect with --initializer_concept, whose words say how many": (
             differs(config, "num_new_tokens_per_abstraction") and config.initializer_concept
         ),
-        "Prodigy wants --learning_rate near 1.0": config.optimizer == "Prodigy" and config.learning_rate <= 0.1,
+        "Prodigy needs --learning_rate near 1.0": config.optimizer == "Prodigy" and config.learning_rate <= 0.1,
         "--bucket_reso_steps has no effect without --enable_bucket": (
             config.bucket_reso_steps and not config.enable_bucket
         ),

@@ -95,7 +95,7 @@ def check_patterns(config: TrainConfig, layers: Iterable[str]) -> None:
             if not any(is_meant(layer, name) for layer in adapted):
                 close = nearest(full_name(name), names_in(adapted, blocks="." in name))
                 hint = f"did you mean {close}?" if close else "--target_modules says which have one."
-                raise UserError(f"--{flag} {text}: no layer with an adapter is called so; {hint}")
+                raise UserError(f"--{flag} {text}: no layer with an adapter has that name; {hint}")
 
 
 def last_name(path: str) -> str:
@@ -206,11 +206,11 @@ def check_strangers(run_dir: RunDir) -> None:
         return
     card = run_dir.read_card()
     if card is not None and not is_card(card):
-        raise UserError(f"{run_dir.card_path} was made by no run and would be overwritten: name another --output_dir.")
+        raise UserError(f"{run_dir.card_path} is not a run's and would be overwritten: name another --output_dir.")
     known = pictures_named(card or "")
     for path in sorted(run_dir.path.glob("image_*.png")):
         if path.name not in known:
-            raise UserError(f"{path} was made by no run and would be taken for its picture: name another --output_dir.")
+            raise UserError(f"{path} is not a run's and would be taken for its picture: name another --output_dir.")
 
 
 def preflight(config: TrainConfig) -> Path | None:

@@ -139,7 +139,7 @@ def choose_words(choices: Choices, word: str) -> None:
 
 
 def choose_subjects(choices: Choices) -> None:
-    """As `choose_words`, for the several subjects that were given: their tables have the prompts."""
+    """Like `choose_words`, for several given subjects, whose tables have the prompts."""
     tables = to_tables(choices.given["subjects"]) or ()
     choices.say(f"words: {in_words(table.instance_prompt for table in tables)}")
     if choices.given.get("with_prior_preservation") is not False:
@@ -149,7 +149,7 @@ def choose_subjects(choices: Choices) -> None:
 
 
 def in_words(prompts: Iterable[str | None]) -> str:
-    """Each once."""
+    """The prompts in quotes, each once."""
     return ", ".join(f"“{prompt}”" for prompt in dict.fromkeys(prompts) if prompt)
 
 
@@ -178,7 +178,7 @@ def choose_masks(choices: Choices, photos: list["Photo"]) -> None:
 
 
 def counted(photos: list["Photo"]) -> list[int]:
-    """How many photos each subject has."""
+    """The number of photos of each subject."""
     from dreambooth_moslora.photos.photo import counts_of
 
     return counts_of(photos)

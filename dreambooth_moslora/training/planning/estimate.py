@@ -48,12 +48,11 @@ PNG_BYTES_A_PIXEL = 1.6
 
 @dataclass(frozen=True)
 class BaseSize:
-    """Counts of a base's parameters. `adapted_widths` sums (in + out) over the `adapted_layers` that get an
-    adapter.
+    """Counts of a base's parameters. `adapted_widths` sums (in + out) over the `adapted_layers` that get an adapter.
 
-    `projections` are those of the UNet's parameters that are quantised when asked, `text_projections` those of
-    cross-attention's to_k and to_v, which have `text_outputs` together. Of a convolution, in is channels times kernel:
-    (out, in, h, w) counts in·h·w + out.
+    `projections` counts the UNet's parameters that quantisation replaces, `text_projections` those of
+    cross-attention's to_k and to_v, which have `text_outputs` outputs together. For a convolution (out, in, h, w), in
+    is in·h·w.
     """
 
     unet: int = 2_567_463_684
@@ -161,12 +160,12 @@ def unet_gib(config: TrainConfig, size: BaseSize) -> float:
 
 
 def on_host_gib(config: TrainConfig, size: BaseSize) -> float:
-    """Of the UNet, while it trains and draws samples."""
+    """Weights of the UNet that are on the host while it trains and draws samples, GiB."""
     return size.text_projections * BYTES[precision_of(config)] / GIB if config.cache_cross_attention else 0.0
 
 
 def products_gib(config: TrainConfig, size: BaseSize, images: int) -> float:
-    """What those weights make of the images' text."""
+    """The products of those weights with the images' text, GiB."""
     return (
         images * TOKENS * size.text_outputs * BYTES[precision_of(config)] / GIB if config.cache_cross_attention else 0.0
     )

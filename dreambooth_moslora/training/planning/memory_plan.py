@@ -1,10 +1,10 @@
-"""`--memory`: one word for precision, recomputation and quantisation.
+"""`--memory`: one word for precision, recomputation, caching and quantisation.
 
 full               nothing is recomputed
-full_cached        and cross-attention's to_k and to_v leave the GPU (--cache_cross_attention)
+full_cached        full, and cross-attention's to_k and to_v leave the GPU (--cache_cross_attention)
 recompute          activations are recomputed in the backward pass (--gradient_checkpointing)
 recompute_cached   both
-nf4                recomputed, and the frozen UNet is kept in 4 bit (--base_quantization nf4)
+nf4                recompute, and the frozen UNet is kept in 4 bit (--base_quantization nf4)
 auto               the first of these that is possible and fits the GPU's free memory; full without a GPU
 
 A plan only adds to the given flags. On a GPU it also chooses half precision, unless a precision was given.
@@ -81,8 +81,8 @@ def half_precision() -> str:
 
 
 def with_plan(config: TrainConfig, name: str) -> TrainConfig:
-    """What the person asked for stays: int8 is not made nf4, and nothing is taken back. Raises UserError for a plan
-    that the other settings forbid."""
+    """Add the plan to the given settings: int8 stays int8, and no setting is turned off. Raises UserError for a
+    plan that the other settings exclude."""
     changes = dict(PLANS[name])
     if config.base_quantization != "none" or config.cache_cross_attention:
         changes.pop("base_quantization", None)
@@ -90,7 +90,7 @@ def with_plan(config: TrainConfig, name: str) -> TrainConfig:
 
 
 def fitting(config: TrainConfig, size: BaseSize, free_gib: float | None, names: Collection[str] = tuple(PLANS)) -> str:
-    """Of `names` the first plan that fits; the leanest possible where none does, which is refused later."""
+    """The first of `names` that fits, or else the leanest possible plan; a later check refuses that."""
     if free_gib is None:
         return "full"
     needs = costs(config, size, names)
@@ -98,13 +98,13 @@ def fitting(config: TrainConfig, size: BaseSize, free_gib: float | None, names: 
 
 
 def costs(config: TrainConfig, size: BaseSize, names: Collection[str] = tuple(PLANS)) -> dict[str, float]:
-    """Plan -> GiB at its peak: of those that are possible here, with these settings."""
+    """Plan -> peak memory in GiB, for the plans that are possible here with these settings."""
     possible = [name for name in names if is_possible(config, name)]
     return {name: estimate(with_plan(config, name), size, 1, 1).peak_gib for name in possible}
 
 
 def is_possible(config: TrainConfig, name: str) -> bool:
-    """nf4 where bitsandbytes is installed, and what caches where the other settings allow it."""
+    """Whether the plan can be used: nf4 needs bitsandbytes, and other settings may exclude caching."""
     if name == "nf4" and not find_spec("bitsandbytes"):
         return False
     return "cache_cross_attention" not in PLANS[name] or not needs_live_projections(config)

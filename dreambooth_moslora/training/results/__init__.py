@@ -1,1 +1,1 @@
-"""What a run leaves: adapter files, model card, samples, plots, and what goes to trackers and the hub."""
+"""The results of a run: adapter files, model card, samples, plots, and uploads to trackers and the hub."""

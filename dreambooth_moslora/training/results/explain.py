@@ -66,7 +66,7 @@ def overflowed(run: Figures) -> str | None:
 def seen_too_rarely(run: Figures) -> str | None:
     if run.exposures is None or run.exposures >= FEW_EXPOSURES:
         return None
-    seen = f"each photo was shown {run.exposures:.0f} times, and a subject takes 100 or more"
+    seen = f"each photo was shown {run.exposures:.0f} times, and a subject needs 100 or more"
     return f"{seen}: try --exposures_per_photo {USUAL_EXPOSURES}"
 
 
@@ -169,7 +169,7 @@ def photos_are_few(run: Figures) -> str | None:
     if run.photos is None or run.photos >= FEW_PHOTOS:
         return None
     plural = "s" * (run.photos != 1)
-    return f"{run.photos} photo{plural}: a subject takes 3 to 10, in several places and from several sides"
+    return f"{run.photos} photo{plural}: a subject needs 3 to 10, in several places and from several sides"
 
 
 def photos_are_alike(run: Figures) -> str | None:

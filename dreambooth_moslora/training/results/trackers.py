@@ -44,7 +44,7 @@ class Trackers:
         except Exception as error:  # each tracker raises its own errors
             self.accelerator.trackers.clear()
             said = one_line(f"{type(error).__name__} {error}")
-            raise UserError(f"--report_to {config.report_to} cannot start: {said}; none trains without.") from error
+            raise UserError(f"--report_to {config.report_to} cannot start: {said}; none trains without it.") from error
 
     def log(self, event: StepDone | StepEvaluated | SamplesDrawn) -> None:
         """Log numbers, and samples to trackers that show pictures. A tracker that fails causes one warning."""
@@ -57,7 +57,7 @@ class Trackers:
             except Exception as error:  # each tracker raises its own errors
                 self.accelerator.trackers.remove(tracker)
                 said = one_line(f"{type(error).__name__} {error}")
-                logger.warning("--report_to: %s fails and gets no more of this run: %s", tracker.name, said)
+                logger.warning("--report_to: %s failed and is not used again in this run: %s", tracker.name, said)
 
     def _show(self, tracker: GeneralTracker, event: SamplesDrawn) -> None:
         if tracker.name in PICTURE_OPTIONS:

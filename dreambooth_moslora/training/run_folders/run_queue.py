@@ -203,7 +203,7 @@ def with_place(names: Sequence[str], name: str, place: str) -> list[str]:
     elif place in PLACES:
         index = {"up": max(0, now - 1), "down": now + 1, "first": 0, "last": len(rest)}[place]
     else:
-        raise UserError(f"{place!r:.20} is no place in the queue: {', '.join(PLACES)}, or a number from 1")
+        raise UserError(f"{place!r:.20} is not a place in the queue: {', '.join(PLACES)}, or a number from 1")
     return [*rest[:index], name, *rest[index:]]
 
 

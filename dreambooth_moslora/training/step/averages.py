@@ -26,7 +26,7 @@ class Average(Protocol):
     """An average of a list of parameters; `values` has their order and shapes."""
 
     def update(self, step: int) -> None:
-        """After optimizer step number `step`, counted from 1."""
+        """Call it after optimizer step number `step`, counted from 1."""
 
     def values(self) -> list[Tensor]: ...
 

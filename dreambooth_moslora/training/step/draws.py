@@ -1,6 +1,7 @@
-"""What a micro-batch draws: noise, its levels, and the prompts whose prior is kept.
+"""The random draws of a micro-batch: noise, its levels, and the prompts whose prior is kept.
 
-Each draw is named by (seed, "micro", number of the micro-batch, what it is), so that it depends on no other draw.
+Each draw is named by (seed, "micro", number of the micro-batch, what), so that it does not depend on other
+draws.
 """
 
 import torch

@@ -1,9 +1,9 @@
-"""Prodigy on a GPU: each group as one long tensor.
+"""Prodigy on a GPU, with each group as one long tensor.
 
-Prodigy reads two numbers of every parameter in every step, to add them up, and each read waits for the GPU: 3,360 waits
-for SDXL's 1,680 small matrices, beside a loop of a dozen kernels for each. All else that it does goes number by number,
-so one long tensor of a group's parameters is the same step, but for the order of two sums. What it saves and loads are
-the states of each parameter, as Prodigy has them.
+Prodigy reads two numbers of every parameter in every step to sum them, and each read waits for the GPU: 3,360
+waits for SDXL's 1,680 small matrices, besides a loop of a dozen kernels for each. The other operations are
+elementwise, so one long tensor of a group's parameters gives the same step, except for the order of two sums.
+Saved and loaded states are per parameter, as in Prodigy.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ States = dict[str, Any]
 
 
 class FlatProdigy(Prodigy):
-    """Prodigy. The parameters of a group are on one device, and of one dtype."""
+    """Prodigy whose parameters of a group share a device and a dtype."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -65,7 +65,7 @@ class FlatProdigy(Prodigy):
             group["params"] = own
 
     def _spread(self) -> None:
-        """Give each parameter its states, as views."""
+        """Give each parameter its states, as views of the long ones."""
         for weights, states in self._long.items():
             for name, value in states.items():
                 is_long = isinstance(value, Tensor) and value.dim() > 0
@@ -76,15 +76,15 @@ class FlatProdigy(Prodigy):
 
 
 def long_parameter(weights: Weights) -> nn.Parameter:
-    """A copy of all, one behind the other, with their gradients."""
+    """The weights concatenated into one parameter (n,), with their gradients."""
     long = nn.Parameter(torch.cat([weight.detach().flatten() for weight in weights]))
     long.grad = torch.cat([weight.grad.flatten() for weight in weights])
     return long
 
 
 def joined(weights: Weights, each: dict[nn.Parameter, States]) -> States:
-    """The states of all, which `each` loses; {} before the first step. A weight that began at zero has one zero for
-    its beginning."""
+    """The concatenated states of all weights, removed from `each`; {} before the first step. A weight that
+    started at zero keeps one zero as its start, which is expanded here."""
     found = [each.pop(weight, {}) for weight in weights]
     long: States = {}
     for name, first in found[0].items():
@@ -99,6 +99,6 @@ def joined(weights: Weights, each: dict[nn.Parameter, States]) -> States:
 
 
 def parts_of(long: Tensor, weights: Weights) -> list[Tensor]:
-    """Views in the shapes of `weights`."""
+    """Views of `long` (n,) in the shapes of `weights`."""
     parts = long.split([weight.numel() for weight in weights])
     return [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)]

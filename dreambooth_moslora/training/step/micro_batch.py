@@ -15,8 +15,8 @@ __all__ = ["MicroBatch", "UNetRows"]
 
 @dataclass(frozen=True)
 class UNetRows:
-    """B images for the UNet: noisy latents, text, sizes and crops `time_ids` (B, 6), and the `prompts` (B) of the
-    text."""
+    """B images for the UNet: noisy latents, text, `time_ids` (B, 6) with sizes and crops, and the `prompts` (B)
+    of the text."""
 
     noisy: NoisySample
     cond: TextCond

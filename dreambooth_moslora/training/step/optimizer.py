@@ -88,8 +88,11 @@ def adamw_class(config: TrainConfig) -> type[Optimizer]:
 
 
 def make_prodigy(config: TrainConfig, groups: list[dict]) -> Optimizer:
-    """Prodigy finds the learning rate by itself (Mishchenko & Defazio 2023); the given one, 1.0, multiplies it. On a
-    GPU a step of it reads two numbers a group, not two a parameter."""
+    """Prodigy finds the learning rate by itself (Mishchenko & Defazio 2023); the given one, usually 1.0, multiplies it.
+
+    On a GPU, a step reads two numbers per group instead of two per parameter (`flat_prodigy`). Raises UserError
+    when it is not installed.
+    """
     try:
         from prodigyopt import Prodigy
 

@@ -98,5 +98,5 @@ def number_in(group: Mapping[str, Any], name: str) -> float | int:
     if isinstance(value, Tensor) and value.dim() == 0:
         value = value.item()
     if not is_number(value):
-        raise ValueError(f"{name} is no number")
+        raise ValueError(f"{name} is not a number")
     return value

@@ -48,7 +48,7 @@ class GenerateForm:
             if not isinstance(word := getattr(self, name) or "", str):
                 raise UserError(f"{name} must be a name, not {word!r:.30}")
         if not 1 <= _whole(self.num_images, "images") <= MAX_IMAGES:
-            raise UserError(f"{self.num_images} images are asked for; the page makes 1 to {MAX_IMAGES} at a time")
+            raise UserError(f"{self.num_images} images were requested; the page makes 1 to {MAX_IMAGES} at a time")
         return GenerationParams(
             prompt=str(self.prompt or ""),
             negative_prompt=str(self.negative_prompt or ""),

@@ -221,7 +221,7 @@ def settings_of(job: Job) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
-        raise UserError(f"the settings of the run {job.name} cannot be read, so it cannot go on; start a new one")
+        raise UserError(f"the settings of the run {job.name} cannot be read, so it cannot be resumed; start a new one")
     return settings
 
 

@@ -81,7 +81,7 @@ def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path) -> list[s
             continue
         taken += 1
         clean.save(folder / f"photo_{taken:02d}.png")
-        remarks += [f"photo {taken}: rotated by EXIF, stood upright"] if was_turned else []
+        remarks += [f"photo {taken}: rotated by EXIF, turned upright"] if was_turned else []
         remarks += copy_mask(masks.get(photo.stem), folder / f"photo_{taken:02d}.mask.png")
     stems = {photo.stem for photo in photos}
     return remarks + [f"{mask.name}: a mask of no photo that is here" for s, mask in masks.items() if s not in stems]

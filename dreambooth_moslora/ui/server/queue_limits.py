@@ -31,7 +31,7 @@ cookies that had a turn each."""
 MOST_REMEMBERED = 10_000
 TOO_MANY = "{} jobs from here are waiting already; wait until one is done, or stop it"
 UNHEARD_SEC = 30.0
-UNHEARD = "the work was left, as nobody listened to it"
+UNHEARD = "the work was dropped, as nobody fetched its results"
 FULL = "the queue is full; try again in a while"
 
 

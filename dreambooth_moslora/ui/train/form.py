@@ -198,7 +198,7 @@ def usable_photos(photos_dir: Path, resolution_px: int, subjects: int = 1) -> li
         photos = find_photos(folder, "", resolution_px).photos
         if not photos:
             whose = f" of subject {number}" if number > 1 else ""
-            raise UserError(f"none of the photos{whose} can be used; what is wrong with each stands below them")
+            raise UserError(f"none of the photos{whose} can be used; the reasons are shown below them")
         found += [replace(photo, subject=number - 1) for photo in photos]
     return found
 

@@ -83,7 +83,7 @@ def table_of(number: int, words: SubjectWords, photos_dir: Path) -> dict[str, st
 
 
 def prompts_of(token: str, class_word: str) -> tuple[str, str]:
-    """("a photo of a sks dog", "a photo of a dog"). Raises UserError for missing or endless words."""
+    """("a photo of a sks dog", "a photo of a dog"). Raises UserError for missing or too long words."""
     token, class_word = (" ".join(str(word or "").split()) for word in (token, class_word))
     for word, name in (
         (token, "the token (a rare word, such as sks)"),

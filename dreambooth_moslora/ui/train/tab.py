@@ -36,7 +36,7 @@ SHOW_STATUS = """() => {
 }"""
 """On a phone the run stands below the whole form."""
 Files = list[str] | None
-"""What is uploaded of a subject; a further one's may be left out."""
+"""Uploads of a subject; those of a further subject may be missing."""
 
 
 def build_train_tab(ctx: AppContext, jobs: Jobs, page: gr.Blocks, tabs: gr.Tabs, generate: GenerateTab) -> None:

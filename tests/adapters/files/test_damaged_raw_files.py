@@ -80,8 +80,8 @@ def spoil(folder, how: str):
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("truncated", "truncated or no safetensors file"),
-        ("empty", "truncated or no safetensors file"),
+        ("truncated", "truncated or not a safetensors file"),
+        ("empty", "truncated or not a safetensors file"),
         ("pickled", "can run code"),
         ("nan", "NaN or infinite values, first in"),
         ("half", "is not whole"),

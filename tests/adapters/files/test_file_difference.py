@@ -50,5 +50,5 @@ def test_the_facts_of_a_header_are_named(against):
 
 def test_a_broken_file_is_said(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"broken")
-    with pytest.raises(UserError, match="no safetensors file"):
+    with pytest.raises(UserError, match="not a safetensors file"):
         difference_of(tmp_path / "a.safetensors", tmp_path / "a.safetensors")

@@ -78,7 +78,7 @@ def test_a_matrix_of_another_size_is_refused_and_never_stretched(change, raw, tm
 @pytest.mark.parametrize("key", ["weird", "unet.weird", "vae.a.lora_A"])
 def test_a_raw_file_holds_nothing_else(key, raw, tmp_path):
     tensors = load_file(raw / RAW_NAME) | {key: torch.ones(4, 4)}
-    with pytest.raises(UserError, match="is no part of an adapter"):
+    with pytest.raises(UserError, match="does not belong to an adapter"):
         raw_file.read_raw(with_facts(raw, tmp_path / "x.safetensors", tensors))
 
 

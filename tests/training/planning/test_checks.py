@@ -120,7 +120,7 @@ def test_a_run_is_refused_before_it_touches_the_photos(tiny_base, tmp_path):
 @pytest.mark.parametrize("name", ["README.md", "image_7.png"])
 def test_a_card_or_picture_that_no_run_made_is_not_written_over(name, tmp_path):
     (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match="was made by no run"):
+    with pytest.raises(UserError, match="is not a run's"):
         check(tmp_path)
 
 

@@ -117,7 +117,7 @@ def test_a_pattern_that_is_none_is_one_line(text, config):
 
 def test_names_that_mean_nothing_are_answered_with_a_near_one(config, tmp_path, capsys):
     with pytest.raises(
-        UserError, match=r"--rank_pattern to_r=8: no layer with an adapter is called so; did you mean to_"
+        UserError, match=r"--rank_pattern to_r=8: no layer with an adapter has that name; did you mean to_"
     ):
         describe_run(config(rank_pattern=("to_r=8",)))
     with pytest.raises(UserError, match=r"--alpha_pattern mid_block=8: no layer with an adapter is called so"):

@@ -41,7 +41,7 @@ def test_a_tracker_that_fails_on_the_way_is_said_once_and_the_run_goes_on(config
     monkeypatch.setattr(TensorBoardTracker, "log", fail_later)
     assert train(config()).proof is not None
     assert asked == [1, 2]
-    assert caplog.text.count("tensorboard fails and gets no more of this run: ConnectionError no network") == 1
+    assert caplog.text.count("tensorboard failed and is not used again in this run: ConnectionError no network") == 1
 
 
 @pytest.mark.slow

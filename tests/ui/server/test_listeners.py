@@ -33,7 +33,7 @@ def test_whoever_asks_later_is_told_that_the_work_was_left(served):
     event = asked(served)
     time.sleep(4)
     told = httpx.get(f"{served.url}gradio_api/call/generate/{event}", timeout=30).text
-    assert "event: error" in told and "nobody listened" in told
+    assert "event: error" in told and "nobody fetched" in told
 
 
 def test_whoever_listens_gets_all_however_long_it_takes(served):

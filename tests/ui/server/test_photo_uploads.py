@@ -58,7 +58,7 @@ def test_a_large_rotated_picture_with_a_palette_stands_upright_and_keeps_its_col
     picture.paste("blue", (0, 0, 400, 90))
     picture.quantize(4).save(tmp_path / "a.png", exif=exif)
     intake = take_photos([str(tmp_path / "a.png")], tmp_path / "photos")
-    assert intake.remarks == ("photo 1: rotated by EXIF, stood upright",)
+    assert intake.remarks == ("photo 1: rotated by EXIF, turned upright",)
     with PIL.Image.open(tmp_path / "photos" / "photo_01.png") as taken:
         assert taken.size[1] == MAX_SIDE_PX > taken.size[0]
         assert (taken.getpixel((9, 9)), taken.getpixel((9, 4000))) == ((0, 0, 255), (255, 0, 0))

@@ -97,7 +97,7 @@ def test_a_page_on_the_loopback_answers_only_to_its_own_names(served):
 @pytest.mark.parametrize("text", ["Pictures.Example.org", "pictures.example.org:8443", "https://pictures.example.org/"])
 def test_an_allowed_host_may_be_written_as_an_address(text):
     assert parse_host(text) == "pictures.example.org"
-    with pytest.raises(UserError, match="is no name"):
+    with pytest.raises(UserError, match="is not a host name"):
         parse_host("https://")
 
 
