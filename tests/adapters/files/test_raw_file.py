@@ -93,7 +93,7 @@ def test_a_raw_file_holds_nothing_else(key, raw, tmp_path):
     ],
 )
 def test_a_structure_from_a_file_builds_parts_of_sdxl_only(structure):
-    with pytest.raises(UserError, match=r"is no part of SDXL|cannot be built"):
+    with pytest.raises(UserError, match=r"is not a part of SDXL|cannot be built"):
         empty_model(structure)
 
 

@@ -82,7 +82,7 @@ def test_the_order_is_on_the_disk_and_each_owner_changes_only_the_own_places(tmp
     for call in (lambda: queue.move("a", "up", OTHER), lambda: queue.remove("a", OTHER), lambda: queue.remove("zz")):
         with pytest.raises(UserError, match="waits in the queue"):
             call()
-    with pytest.raises(UserError, match="'sideways' is no place"):
+    with pytest.raises(UserError, match="'sideways' is not a place"):
         queue.move("a", "sideways")
     with pytest.raises(UserError, match="a is in the queue already"):
         queue.add(QueuedRun("a"))
