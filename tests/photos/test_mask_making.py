@@ -43,7 +43,7 @@ def test_masks_go_beside_photos_that_have_none_and_a_persons_own_stay(tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     made = list(make_beside(photos_in(tmp_path), half()))
     assert [mask.path and mask.path.name for mask in made] == ["a.mask.png", None, None, None]
-    assert ["stays" in mask.remark for mask in made] == [False, True, True, True]
+    assert ["kept" in mask.remark for mask in made] == [False, True, True, True]
     assert all(path.read_bytes() == content for path, content in before.items())
     a = photos_in(tmp_path)[0]
     mask = np.asarray(open_mask(a))

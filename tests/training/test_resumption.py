@@ -208,7 +208,7 @@ def test_latest_passes_by_a_checkpoint_that_was_changed_and_says_so(name, run, c
     run_dir, _ = run
     DAMAGES[name](run_dir)
     assert find_checkpoint(run_dir, "latest") == run_dir.checkpoint_path(2)
-    assert "latest passes by checkpoint-4" in caplog.text
+    assert "latest skips checkpoint-4" in caplog.text
     with pytest.raises(UserError, match="checkpoint-4 is damaged"):
         check_whole(run_dir.checkpoint_path(4))
 

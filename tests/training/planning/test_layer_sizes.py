@@ -120,7 +120,7 @@ def test_names_that_mean_nothing_are_answered_with_a_near_one(config, tmp_path, 
         UserError, match=r"--rank_pattern to_r=8: no layer with an adapter has that name; did you mean to_"
     ):
         describe_run(config(rank_pattern=("to_r=8",)))
-    with pytest.raises(UserError, match=r"--alpha_pattern mid_block=8: no layer with an adapter is called so"):
+    with pytest.raises(UserError, match=r"--alpha_pattern mid_block=8: no layer with an adapter has that name"):
         describe_run(config(alpha_pattern=("mid_block=8",)))
     with pytest.raises(
         UserError, match=r"up_blocks.0.attention.1: the UNet has no such layer; did you mean up_blocks.0"

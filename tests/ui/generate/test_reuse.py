@@ -46,11 +46,11 @@ def test_settings_beyond_the_page_become_the_nearest_with_a_remark(tmp_path, par
 @pytest.mark.parametrize(
     "sampler, ours, remark",
     [
-        ("Euler a", "euler", "the sampler Euler a is not here; Euler takes its place"),
+        ("Euler a", "euler", "the sampler Euler a is not available; Euler replaces it"),
         ("DPM++ 2M, Schedule type: Karras", "dpmpp_2m_karras", ""),
         ("DPM++ 2M, Schedule type: Automatic", "dpmpp_2m_karras", ""),
         ("Euler, Schedule type: Automatic", "euler", ""),
-        ("Euler, Schedule type: Beta", "euler", "the sampler Euler Beta is not here; Euler takes its place"),
+        ("Euler, Schedule type: Beta", "euler", "the sampler Euler Beta is not available; Euler replaces it"),
     ],
 )
 def test_a_sampler_that_is_not_here_is_remarked(tmp_path, sampler, ours, remark):
