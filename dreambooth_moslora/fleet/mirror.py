@@ -9,6 +9,7 @@ replaced, and stops writing.
 """
 
 import json
+import os
 import shutil
 import stat
 import uuid
@@ -28,7 +29,8 @@ from dreambooth_moslora.training.run_folders.run_lock import LOCK_NAME
 __all__ = ["MANIFEST", "Manifest", "Mirror", "SupersededError", "read_manifest"]
 
 MANIFEST = "manifest.json"
-NAME_BYTES = 255
+KEY_BYTES, NAME_BYTES = 1024, 255
+"""Most bytes of a key in S3, and of a file name."""
 GROWING = {FLEET_NAME, CONFIG_NAME, LOG_NAME, "metrics.jsonl", "train.log"}
 """Files that change all the time: they are taken even when they are newer than the manifest."""
 
@@ -62,8 +64,17 @@ def is_plain(name: str, digest: object) -> bool:
     """Whether the name is that of a file within the folder; others may write to the bucket."""
     path = PurePosixPath(name)
     is_within = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
-    is_short = all(len(part.encode("utf-8", "replace")) <= NAME_BYTES for part in path.parts)
-    return isinstance(digest, str) and is_within and is_short and "\0" not in name
+    is_one_spelling = str(path) == name and path.parts == Path(name).parts  # Windows divides names at more characters
+    return isinstance(digest, str) and is_within and is_one_spelling and is_possible(name)
+
+
+def is_possible(name: str) -> bool:
+    """Whether a file can have this name, and a bucket this key."""
+    try:
+        lengths = [len(os.fsencode(part)) for part in (name, *name.split("/"))]
+    except UnicodeEncodeError:
+        return False
+    return lengths[0] <= KEY_BYTES and max(lengths[1:]) <= NAME_BYTES and "\0" not in name
 
 
 def clash(names: Mapping[str, str]) -> bool:

@@ -169,6 +169,9 @@ def test_one_who_was_taken_for_lost_writes_no_more(tmp_path, store):
         '{"files": {"a\\u0000b": "0"}}',
         '{"files": {"%s": "0"}}' % ("n" * 300),
         '{"files": {"a": "0", "a/b": "0"}}',
+        '{"files": {"a/": "0", "a/b": "0"}}',
+        '{"files": {"a\\ud800b": "0"}}',
+        json.dumps({"files": {"/".join(["n" * 200] * 30): "0"}}),
     ],
 )
 def test_a_manifest_of_somebody_else_names_no_file_outside_and_none_that_cannot_be(text, tmp_path):
