@@ -81,12 +81,15 @@ def length_of(config: TrainConfig, photos_dir: Path, subjects: int) -> dict[str,
 
 
 def take_photos_of_run(run_dir: Path, visitor: Visitor, subjects: int) -> None:
-    """The photos of the run, with their masks, become the visitor's own. Raises UserError where they are gone."""
+    """The photos of the run, with their masks, become the visitor's own.
+
+    Raises UserError, and changes nothing, where those of a subject are gone.
+    """
     with ONE_AT_A_TIME:
+        if not all(kept_photos(folder_of(run_dir / "photos", number)) for number in range(1, subjects + 1)):
+            raise UserError("the photos of this run are not there any more")
         for number in range(1, MOST_SUBJECTS + 1):
             source, target = (folder_of(folder, number) for folder in (run_dir / "photos", visitor.photos_dir))
-            if number <= subjects and not kept_photos(source):
-                raise UserError("the photos of this run are not there any more")
             shutil.rmtree(target, ignore_errors=True)
             if number <= subjects:
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.txt"))

@@ -61,6 +61,15 @@ def test_the_photos_of_the_run_with_their_masks_replace_those_that_were_added(an
             take_photos_of_run(run.run_dir, ann, 3)
 
 
+def test_where_photos_of_a_subject_are_gone_from_the_run_the_visitor_keeps_all_of_theirs(ann, page):  # noqa: F811
+    with prepared(*page, FORM, ann) as run:
+        shutil.rmtree(folder_of(run.run_dir / "photos", 2))
+        (ann.photos_dir / "photo_05.png").unlink()
+        with pytest.raises(UserError, match="the photos of this run are not there any more"):
+            take_photos_of_run(run.run_dir, ann, 2)
+        assert [len(list(folder_of(ann.photos_dir, n).iterdir())) for n in (1, 2)] == [4, 2]
+
+
 def test_the_fields_of_subjects_that_the_run_has_not_are_empty_again():
     values = values_of(FORM)
     assert (values["subjects"], values["class_word_2"], values["token_2"]) == (2, "rocket", "zwx")
