@@ -75,9 +75,6 @@ class Visitor:
     def has_photos(self) -> bool:
         return bool(kept_photos(self.photos_dir))
 
-    def forget_photos(self) -> None:
-        shutil.rmtree(self.photos_dir, ignore_errors=True)
-
     def remember(self, picture: Picture) -> None:
         """Add to the history, newest first; when it is full, the oldest file is deleted."""
         if len(self.history) == self.history.maxlen:
