@@ -117,9 +117,8 @@ def connect_masks(ctx: AppContext, fields: dict, parts: dict) -> None:
     parts["put_mask_back"].click(back, inputs_kwargs=chosen, outputs=corrected, **making)
     files = [inputs[named("photos", number)] for number in numbers]
     gone = [event for file in files for event in (file.upload, file.delete, file.clear)]
-    gr.on(
-        [*gone, parts["remove_subject"].click], _nothing, None, shown, show_progress_on=parts["mask_remarks"], **AT_ONCE
-    )
+    gone += [parts["remove_subject"].click, parts["reopen"].click]
+    gr.on(gone, _nothing, None, shown, show_progress_on=parts["mask_remarks"], **AT_ONCE)
 
 
 def _nothing() -> tuple:

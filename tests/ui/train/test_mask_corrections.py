@@ -170,3 +170,15 @@ def test_what_a_page_paints_is_bounded_before_it_is_read(monkeypatch):
     for name in ("first", "second"):
         send(name, b"x" * 60)
     assert list(editor.blob_storage) == ["second"]
+
+
+@pytest.mark.parametrize(
+    ("widget", "event"), [("photos", "upload"), ("photos_2", "clear"), ("remove_subject", "click"), ("reopen", "click")]
+)
+def test_what_replaces_the_photos_hides_the_masks_and_the_brush_of_the_old_ones(served, widget, event):
+    page = served.page
+    numbers = {block.elem_id: number for number, block in page.blocks.items()}
+    of_event = [fn for fn in page.fns.values() if (numbers[widget], event) in fn.targets]
+    (hide,) = [fn for fn in of_event if numbers["mask_box"] in [block._id for block in fn.outputs]]
+    shown = dict(zip((block.elem_id for block in hide.outputs), hide.fn()))
+    assert [shown[name].visible for name in ("mask_remarks", "masks", "mask_box")] == [False] * 3
