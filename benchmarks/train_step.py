@@ -1,8 +1,7 @@
 """Seconds and memory of one training step, compared with a loop in the style of diffusers' script and with the
 lower bound.
 
-    python -m benchmarks.train_step                 # full-size SDXL, random weights: 17 GB of memory, ten
-minutes
+    python -m benchmarks.train_step                 # full-size SDXL, random weights: 17 GB, ten minutes
     python -m benchmarks.train_step --quick         # a small UNet of the same topology, a minute
     python -m benchmarks.train_step --arms floor ours --resolutions 1024 --json step.json
 

@@ -1,7 +1,7 @@
 """New tokens: rows of both text encoders' embedding tables that were learnt beside an adapter.
 
-    NewTokens --attach--> both tokenizers know <s0> <s1> …, both encoders look their rows up, a word stands for
-them
+    NewTokens --attach--> both tokenizers know <s0> <s1> …, both encoders look their rows up,
+                          a word stands for them
               --write_tokens--> NAME_emb.safetensors: clip_l (n, D), clip_g (n, D2), fp32
 
 diffusers' `load_textual_inversion`, ComfyUI and A1111 read such a file. The encoders' own tables do not change.

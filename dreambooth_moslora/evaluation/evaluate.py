@@ -1,7 +1,7 @@
 """Scores an adapter: compares pictures by the adapter and by the base at equal prompts and seeds.
 
-    draw(requests, with_adapter) -> pictures --Encoders--> vectors --metrics--> tables (prompts, seeds) ->
-scores
+    draw(requests, with_adapter) -> pictures --Encoders--> vectors --metrics--> tables (prompts, seeds)
+        -> scores
 
 `Evaluator` belongs to one subject: it draws the base's pictures once and then judges any number of adapters.
 """

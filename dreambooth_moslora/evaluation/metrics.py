@@ -8,8 +8,8 @@ CVPR 2023, arXiv 2208.12242, section 4.1 and 4.3) names five measures. With u·v
     CLIP-T  mean over generated g and its prompt t of  clip(g)·clip(t)
     PRES    mean over pictures c of the class (no token) and photos p of  dino(c)·dino(p): lower is better, a
             high value means that every member of the class has become the subject
-    DIV     mean distance between pictures of one prompt; the paper uses LPIPS, here 1 - dino·dino may replace
-it
+    DIV     mean distance between pictures of one prompt; the paper uses LPIPS, here 1 - dino·dino
+            may replace it
 
 Further measures are `drift` on prompts unrelated to the subject, `copy_index` against memorised photos,
 `background_leak`, `confusion` of two subjects of one adapter, and the score that picks the best checkpoint.

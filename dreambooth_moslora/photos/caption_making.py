@@ -1,11 +1,9 @@
 """Captions made by a `Captioner` for photos that have none. What the user wrote is never changed.
 
 beside the photos    `dog.txt`, as a user would write it (the command `caption`). `.made_captions.json` lists
-the made ones;
-                     a caption that was edited since counts as the user's
-in a run folder      `captions.json` (`--captions auto`). It records the photo, model and words of each caption,
-so that
-                     a resumed run does not make it again
+                     the made ones; a caption that was edited since counts as the user's
+in a run folder      `captions.json` (`--captions auto`). It records the photo, model and words of each
+                     caption, so that a resumed run does not make it again
 
 Both files: {"dog.jpg": {"caption": "a photo of a sks dog on the beach", "made_from": key}}.
 """

@@ -1,9 +1,8 @@
 """Masks made by a `Segmenter` for photos that have none. The user's own masks are never changed.
 
 beside the photos    `name.mask.png`, as a user would write it (`check --make_masks`)
-in a run folder      `masks/dog.jpg.mask.png` (`--masks auto`); its header records photo, model and word, so
-that a
-                     resumed run does not make it again
+in a run folder      `masks/dog.jpg.mask.png` (`--masks auto`); its header records photo, model and word,
+                     so that a resumed run does not make it again
 """
 
 from collections import Counter

@@ -1,8 +1,7 @@
 """Trains the decoder to draw the UNet's own latents as cleanly as those of renders.
 
-    python -m toybox.learning.sharpen_decoder --data DATA --samples WORK/samples.safetensors --start
-WORK/vae/model \
-        --out WORK/decoder --minutes 30
+    python -m toybox.learning.sharpen_decoder --data DATA --samples WORK/samples.safetensors \
+        --start WORK/vae/model --out WORK/decoder --minutes 30
 
 The latents that the UNet draws from noise (`toybox.data.sample_latents`) differ from those of renders, and a
 decoder that never saw them blurs them. A sample has no true picture. So discriminators at three scales (Wang et

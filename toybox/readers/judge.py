@@ -1,8 +1,7 @@
 """An independent judge of pictures: kind, main colour and place, trained on renders only.
 
     python -m toybox.data.render_dataset --out TOYS --count 10000 --seed 2 --all_combinations    # once
-    python -m toybox.readers.judge --data TOYS --out WORK/judge --steps 2500    # trains judge.safetensors
-beside it
+    python -m toybox.readers.judge --data TOYS --out WORK/judge --steps 2500    # judge.safetensors, here too
 
     from toybox.readers import judge
     readings = judge.load().read(images)          # uint8 (N,H,W,3) -> list[Reading]

@@ -3,8 +3,7 @@
 A published adapter is always folded: ΔW = up·down with the scale included and alpha = rank.
 
 live adapter --fold--> LowRank --reduce_layers--> --publish--> pytorch_lora_weights.safetensors   for diffusers
-                                                                   <name>.kohya.safetensors           for the
-others
+                                                                   <name>.kohya.safetensors           for others
                                                                [<name>_emb.safetensors            new tokens]
              --save_raw--> moslora_weights.safetensors --load_raw--> the same adapter, bit for bit
 

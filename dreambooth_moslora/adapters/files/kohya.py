@@ -1,7 +1,7 @@
 """kohya's names for an SDXL LoRA, and the header metadata that ComfyUI, A1111 and InvokeAI show.
 
-    lora_unet_<path with _>.lora_down.weight (r, in)   .lora_up.weight (out, r)   .alpha = r   [.dora_scale
-(out, 1)]
+    lora_unet_<path with _>.lora_down.weight (r, in)   .lora_up.weight (out, r)   .alpha = r
+                          [.dora_scale (out, 1)]
 
 ΔW = alpha/r · up·down. If the ranks differ, every module has the alpha of the most common rank, and `up` of the
 others is multiplied by r/alpha: diffusers loses the alphas of attention projections when a file has several.

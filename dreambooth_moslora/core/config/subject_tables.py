@@ -1,8 +1,8 @@
 """Several subjects in one run: their tables, from TOML, JSON or a folder of folders, and the configuration of each.
 
     [[subjects]]                               --subjects photos
-    instance_data_dir = "photos/duck"          photos/sks duck/      "a photo of a sks duck", class "a photo of
-a duck"
+    instance_data_dir = "photos/duck"          photos/sks duck/      "a photo of a sks duck", class
+                                                                     "a photo of a duck"
     instance_prompt = "a photo of sks duck"    photos/sks duck.txt   or two lines: its prompt, its class prompt
 
 A table overrides the run's other settings. A run without tables has one subject, described by its settings.
