@@ -84,7 +84,7 @@ def with_plan(config: TrainConfig, name: str) -> TrainConfig:
     """Add the plan to the given settings: int8 stays int8, and no setting is turned off. Raises UserError for a
     plan that the other settings exclude."""
     changes = dict(PLANS[name])
-    if config.base_quantization != "none" or config.cache_cross_attention:
+    if config.base_quantization != "none":
         changes.pop("base_quantization", None)
     return replace(config, **changes)
 
@@ -104,8 +104,8 @@ def costs(config: TrainConfig, size: BaseSize, names: Collection[str] = tuple(PL
 
 
 def is_possible(config: TrainConfig, name: str) -> bool:
-    """Whether the plan can be used: nf4 needs bitsandbytes, and other settings may exclude caching."""
-    if name == "nf4" and not find_spec("bitsandbytes"):
+    """Whether the plan can be used: nf4 needs bitsandbytes and excludes caching, as other settings may."""
+    if name == "nf4" and (config.cache_cross_attention or not find_spec("bitsandbytes")):
         return False
     return "cache_cross_attention" not in PLANS[name] or not needs_live_projections(config)
 

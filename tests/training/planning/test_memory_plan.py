@@ -72,6 +72,14 @@ def test_no_plan_caches_a_text_that_changes(card):
         planned(replace(SDXL, memory="full_cached", use_dora=True))
 
 
+def test_4_bit_and_cached_text_exclude_each_other(card):
+    card(4)
+    found = planned(replace(SDXL, cache_cross_attention=True))
+    assert chosen(found) == ("bf16", True, "none") and found.cache_cross_attention
+    with pytest.raises(UserError, match="--cache_cross_attention and --base_quantization"):
+        planned(replace(SDXL, memory="nf4", cache_cross_attention=True))
+
+
 def test_what_was_given_stays(card):
     card(23.0)
     given = replace(SDXL, mixed_precision="fp16", gradient_checkpointing=True, base_quantization="int8")
