@@ -30,7 +30,7 @@ def steps_of(size: str, resolution_px: int, rank: int) -> tuple[Step, Step, Step
     from dreambooth_moslora.adapters.fused.stacked_adapters import twin
     from dreambooth_moslora.core.config.train_config import TrainConfig
     from dreambooth_moslora.training.machine.random_materials import random_materials
-    from dreambooth_moslora.training.machine.step_measure import floor
+    from dreambooth_moslora.training.machine.step_measure import floor_step
     from dreambooth_moslora.training.step.train_step import TrainStep
 
     config = TrainConfig(
@@ -44,7 +44,7 @@ def steps_of(size: str, resolution_px: int, rank: int) -> tuple[Step, Step, Step
     materials = random_materials(size, resolution_px)
     unet = materials.pipeline.unet.requires_grad_(False)
     materials.pipeline.unet = twin(unet)
-    alone = floor(materials, config, torch.device("cpu"))
+    alone = floor_step(materials, config, torch.device("cpu"))
     materials.pipeline.unet = unet
     ours = TrainStep(config, materials, Accelerator(mixed_precision="bf16", cpu=True), max_train_steps=100)
     return alone, ours.accumulate_gradients, ours.update_adapter
