@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,7 +31,7 @@ def served(tiny_base, tmp_path_factory):
         yield server
         for job in Jobs(server.ctx.runs_dir).all():
             if job.is_alive:
-                __import__("os").kill(job.pid, 9)
+                os.kill(job.pid, 9)
 
 
 @pytest.fixture(scope="module")

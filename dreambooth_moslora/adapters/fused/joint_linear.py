@@ -8,6 +8,7 @@ become views of it, so the base takes no more memory and each layer can still be
 cross-attention are `TextProjection`s, W·x is known already.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Sequence
 
 import torch
@@ -90,7 +91,7 @@ def add_blocks(wide: Tensor | None, x: Tensor, blocks: Tensor) -> Tensor:
     return wide
 
 
-class Joint:
+class Joint(ABC):
     """Layers with one input, which compute together."""
 
     def __init__(self, layers: tuple[LoraLinear, ...]):
@@ -106,12 +107,12 @@ class Joint:
         for layer in self.layers:
             del layer.working
 
+    @abstractmethod
     def outputs(self, x: Tensor, down: Tensor, up: Tensor) -> Sequence[Tensor]:
-        """y (…,out) of each for x (…,in)."""
-        raise NotImplementedError
+        """y (…,out) of each layer for x (…,in), with A (k,r,in) and Uᵀ (k,r,out)."""
 
     def are_shared(self) -> bool:
-        """Whether they still can."""
+        """Whether the layers can still compute together."""
         return True
 
 

@@ -1,6 +1,7 @@
 """Several subjects and new tokens as a person meets them: in a real Chromium, with the real training program."""
 
 import json
+import os
 from pathlib import Path
 
 import PIL.Image
@@ -40,7 +41,7 @@ def of_toys(tmp_path_factory):
         yield server
         for job in Jobs(server.ctx.runs_dir).all():
             if job.is_alive:
-                __import__("os").kill(job.pid, 9)
+                os.kill(job.pid, 9)
 
 
 @pytest.fixture(scope="module")
