@@ -152,7 +152,10 @@ class Training:
 
     def evaluate_if_due(self) -> None:
         every = self.config.evaluate_steps
-        if self.evaluator is None or not every or self.step % every or not self.accelerator.is_main_process:
+        if not every or self.step % every:
+            return
+        self.require_finite_adapter()
+        if self.evaluator is None or not self.accelerator.is_main_process:
             return
         self.report.phase("evaluating")
         try:
@@ -191,10 +194,8 @@ class Training:
             self.save_checkpoint(self.run_dir.checkpoint_path(self.step))
 
     def save_checkpoint(self, path: Path) -> None:
-        """Write a checkpoint and remove an older `last`. Raises UserError on all processes when the adapter is
-        not finite."""
-        if not all(bool(torch.isfinite(weights).all()) for weights in self.train_step.trained):
-            raise self.diverged(f"the adapter is not finite after step {self.step}")
+        """Write a checkpoint and remove an older `last`. Raises UserError when the adapter is not finite."""
+        self.require_finite_adapter()
         if not self.accelerator.is_main_process:
             return
         position = Position(self.step, self.config.seed, optimizer_kind(self.config))
@@ -209,6 +210,12 @@ class Training:
             remove_directory(self.run_dir.last_dir)
         self.run_dir.rotate(self.config.checkpoints_total_limit)
         self.report(CheckpointSaved(self.step, path.name))
+
+    def require_finite_adapter(self) -> None:
+        """Raises UserError on all processes when a weight is NaN or infinite: black pictures can score well, and
+        `best/` would be lost."""
+        if not all(bool(torch.isfinite(weights).all()) for weights in self.train_step.trained):
+            raise self.diverged(f"the adapter is not finite after step {self.step}")
 
     def stop_requested(self) -> bool:
         """Whether any process was asked to stop; all processes stop after the same step."""

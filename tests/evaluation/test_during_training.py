@@ -57,6 +57,15 @@ def test_a_process_that_is_not_the_first_of_its_run_loads_no_encoders(tiny_base,
     assert other.encoders is None and other.prompts == TrainingEvaluator(config, encoders).prompts
 
 
+def test_an_adapter_that_is_not_finite_gets_no_scores(tiny_base, encoders, tmp_path):
+    """Its pictures are black, and their score would take the place of the best step's."""
+    photos, overflow = paint_photos(tmp_path / "photos"), {"adam_weight_decay": 1e38, "learning_rate": 1e2}
+    config = tiny_config(tiny_base, photos, tmp_path / "dog", max_train_steps=1, evaluate_steps=1, **overflow)
+    with pytest.raises(UserError, match="the adapter is not finite after step 1"):
+        train(config, evaluator=quick(config, encoders))
+    assert not [e for e in RunDir(tmp_path / "dog").read_metrics() if e["type"] == "evaluation"]
+
+
 def test_every_evaluation_is_logged_with_its_scores_and_cost(run):
     events = [event for event in run[1].read_metrics() if event["type"] == "evaluation"]
     assert [event["step"] for event in events] == [1, 2, 3, 4]
