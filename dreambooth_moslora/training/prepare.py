@@ -13,7 +13,8 @@ from torch import nn
 from dreambooth_moslora.adapters.files.lora_file import AdapterWeights
 from dreambooth_moslora.adapters.init_adapter import read_start
 from dreambooth_moslora.adapters.layers import matrix_layers
-from dreambooth_moslora.base.load import default_resolution, encode_text
+from dreambooth_moslora.adapters.moslora import disabled
+from dreambooth_moslora.base.load import TextCond, default_resolution, encode_text
 from dreambooth_moslora.base.locate import SMALL_BASE_PX
 from dreambooth_moslora.base.text_projections import TextProducts
 from dreambooth_moslora.core.config.checks import weighting_flags
@@ -159,11 +160,18 @@ def cache_of(config: TrainConfig) -> TensorCache | None:
 
 
 def prompt_cache(config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device) -> PromptCache:
+    """Prompts encoded by the base's text encoders, without their adapters: a file that cannot be read while these
+    are trained is encoded anew."""
     encoders = [pipeline.text_encoder.to(device), pipeline.text_encoder_2.to(device)]
     identity = "+".join(fingerprint(encoder) for encoder in encoders)
     if pipeline.config.force_zeros_for_empty_prompt:  # it decides the encoding of ""
         identity += "+zeros"
-    return PromptCache(lambda prompts: encode_text(pipeline, prompts), cache_of(config) or TensorCache(), identity)
+
+    def encode(prompts: list[str]) -> TextCond:
+        with disabled(encoders[0]), disabled(encoders[1]):
+            return encode_text(pipeline, prompts)
+
+    return PromptCache(encode, cache_of(config) or TensorCache(), identity)
 
 
 def encode_photos(context: RunContext, streams: list[SubjectStreams], sample_count: int) -> None:

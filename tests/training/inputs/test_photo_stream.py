@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 
+from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject
 from dreambooth_moslora.base import load
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
@@ -225,6 +226,25 @@ def test_the_empty_prompt_of_another_pipeline_is_not_found_in_the_cache(pipeline
         found.append(prompt_cache(config, pipeline, torch.device("cpu"))([""]).embeds.abs().sum().item())
     pipeline.register_to_config(force_zeros_for_empty_prompt=True)
     assert found[0] == 0 < found[1]
+
+
+def test_a_prompt_that_the_disk_loses_while_its_encoders_are_trained_is_encoded_by_the_base(tiny_base, tmp_path):
+    """An encoding by the trained adapters would be the prior's target, and stay in the cache for other runs."""
+    pipeline = load.load_pipeline(tiny_base)
+    config = TrainConfig(caching="disk", cache_dir=str(tmp_path))
+    prompt_embeds = prompt_cache(config, pipeline, torch.device("cpu"))
+    before = prompt_embeds(["a photo of a dog"])
+    [file] = tmp_path.rglob("*.safetensors")
+    content = file.read_bytes()
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+        inject(encoder, MoSLoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        for _, weights in adapter_parameters(encoder):
+            torch.nn.init.normal_(weights)
+    file.unlink()
+    again = prompt_embeds(["a photo of a dog"])
+    assert torch.equal(before.embeds, again.embeds) and torch.equal(before.pooled, again.pooled)
+    assert file.read_bytes() == content
+    assert not torch.allclose(load.encode_text(pipeline, ["a photo of a dog"]).embeds, before.embeds, atol=1e-3)
 
 
 def test_words_are_asked_once_and_known_after_the_encoders_left(pipeline):
