@@ -16,15 +16,16 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.files.lora_file import AdapterWeights, check_fits, find_weights, read_adapter
+from dreambooth_moslora.adapters.files.lora_file import AdapterWeights, check_fits, read_adapter
+from dreambooth_moslora.adapters.files.metadata import check_start_header
 from dreambooth_moslora.adapters.files.proof import alone, delta, full_fp32, relative_difference
 from dreambooth_moslora.adapters.files.raw_file import all_layers, fill
 from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.adapters.mixer import nominal_scale
 from dreambooth_moslora.adapters.moslora import matrices_of
-from dreambooth_moslora.adapters.new_tokens import note_in
 from dreambooth_moslora.adapters.spectrum import leading_part, product_svd
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.run_files.adapter_files import find_weights
 
 __all__ = ["Start", "begin_with", "read_start"]
 
@@ -89,8 +90,10 @@ def read_start(
 def check_kind(weights: AdapterWeights, keys: Iterable[str], use_dora: bool) -> None:
     """Raises UserError for content that an adapter of the run cannot hold."""
     name = f"--init_adapter {weights.file_name}"
-    if (note := note_in(weights.header)) is not None:
-        raise UserError(f"{name}: it was learnt with new tokens for {note['word']!r:.40}, which no run begins with.")
+    try:
+        check_start_header(weights.header)
+    except UserError as error:
+        raise UserError(f"{name}: {error}.") from error
     found = [projection for projections, _ in weights.parts.values() for projection in projections.values()]
     if any(key.endswith(".dora_scale") for key in keys):
         raise UserError(f"{name}: programs read DoRA in kohya's form differently; give the diffusers file.")

@@ -23,7 +23,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.files.metadata import note_in
 from dreambooth_moslora.adapters.files.proof import FileProof, collected_warnings, relative_difference
 from dreambooth_moslora.adapters.files.tensor_file import check_finite, read_tensors, with_sorted_metadata
 from dreambooth_moslora.base.load import encode_text
@@ -36,7 +36,6 @@ __all__ = [
     "TOKENIZERS",
     "AttachedTokens",
     "NewTokens",
-    "note_in",
     "prove_tokens",
     "read_tokens",
     "tokens_beside",
@@ -202,14 +201,6 @@ def tokens_beside(adapter: Path, header: Mapping[str, str]) -> NewTokens | None:
     if hashlib.sha256(path.read_bytes()).hexdigest() != note["sha256"]:
         raise UserError(f"{path.name} is not the file of new tokens that belongs to {adapter.name}: copy both again")
     return read_tokens(path)
-
-
-def note_in(header: Mapping[str, str]) -> dict | None:
-    """The `NewTokens.note` in the header of an adapter, or None."""
-    try:
-        return AdapterMetadata.from_json(header["moslora"]).tokens or None
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 @torch.no_grad()

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreambooth_moslora.adapters.files.lora_file import adapter_name, find_weights
+from dreambooth_moslora.adapters.files.lora_file import adapter_name
 from dreambooth_moslora.core.assets import assets_folder, find_asset
 from dreambooth_moslora.core.digests import file_digest
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.run_files.adapter_files import find_weights
 from dreambooth_moslora.generation.params import Recipe
 
 __all__ = ["AdapterFile", "adapters_of_picture", "given_adapters"]

@@ -14,12 +14,14 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.adapters.files.lora_file import adapter_name, check_fits, find_weights, install, read_adapter
-from dreambooth_moslora.adapters.new_tokens import AttachedTokens, NewTokens, note_in, tokens_beside
+from dreambooth_moslora.adapters.files.lora_file import adapter_name, check_fits, install, read_adapter
+from dreambooth_moslora.adapters.files.metadata import note_in
+from dreambooth_moslora.adapters.new_tokens import AttachedTokens, NewTokens, tokens_beside
 from dreambooth_moslora.base.decode import tiled_where_short
 from dreambooth_moslora.base.load import default_guidance, default_resolution, guidance_rescale, load_pipeline
 from dreambooth_moslora.core.errors import StopRequestedError, UserError, is_out_of_memory
 from dreambooth_moslora.core.names import public_name
+from dreambooth_moslora.core.run_files.adapter_files import find_weights
 from dreambooth_moslora.generation.gpu_room import CPU, Home
 from dreambooth_moslora.generation.image import Image
 from dreambooth_moslora.generation.params import GenerationParams, Provenance

@@ -117,7 +117,8 @@ class RemotePipeline:
 
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
         """Note the digest of the file `name`. Raises UserError when the service has no adapter of that name."""
-        from dreambooth_moslora.adapters.files.lora_file import adapter_name, find_weights
+        from dreambooth_moslora.adapters.files.lora_file import adapter_name
+        from dreambooth_moslora.core.run_files.adapter_files import find_weights
 
         file = find_weights(path)
         name = name or adapter_name(file)

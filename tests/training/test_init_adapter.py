@@ -3,8 +3,9 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.loop import train
@@ -57,6 +58,16 @@ def test_it_learns_on_and_a_resumed_run_needs_the_file_no_more(config, file, tmp
     file.unlink()
     train(config(seed=1, max_train_steps=3, resume_from_checkpoint="latest"))
     assert adapter_sha256(tmp_path / "run") == unbroken
+
+
+def test_new_tokens_in_the_file_are_said_before_the_base_is_loaded(config, file):
+    note = {"word": "sks", "count": 2, "file": "dog_emb.safetensors", "sha256": "0" * 64}
+    save_file(load_file(file), file, {"moslora": AdapterMetadata(4, 4.0, tokens=note).to_json()})
+    with pytest.raises(UserError, match=r"--init_adapter .*: it has learnt new tokens for 'sks'"):
+        preflight(config())
+    file.write_bytes(b"no adapter")
+    with pytest.raises(UserError, match=r"--init_adapter .*: it is not a safetensors file"):
+        preflight(config())
 
 
 def test_a_file_that_is_not_there_is_said_before_the_base_is_loaded(config, file):

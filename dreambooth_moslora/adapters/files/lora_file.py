@@ -24,9 +24,10 @@ from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core.digests import file_digest
 from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.run_files.adapter_files import find_weights
 from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RAW_NAME
 
-__all__ = ["AdapterWeights", "adapter_name", "check_fits", "find_weights", "install", "read_adapter"]
+__all__ = ["AdapterWeights", "adapter_name", "check_fits", "install", "read_adapter"]
 
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
 """Cross-attention width of the UNet -> the model family that has it."""
@@ -48,21 +49,6 @@ class AdapterWeights:
     def key(self) -> str:
         """The name inside PEFT, from the content: a file under two names is loaded once."""
         return f"sha_{self.sha256[:16]}"
-
-
-def find_weights(path: str | Path) -> Path:
-    """The safetensors file of an adapter: the path itself, the published file of a run, or the raw one of a checkpoint.
-
-    Raises UserError when there is none, and for any format that can carry code (pickles).
-    """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        path = path / (PUBLISHED_NAME if (path / PUBLISHED_NAME).is_file() else RAW_NAME)
-    if not path.is_file():
-        raise UserError(f"there is no adapter file {path}")
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path.name} is not a .safetensors file; other formats can carry code and are not opened")
-    return path
 
 
 def adapter_name(path: str | Path) -> str:

@@ -2,16 +2,17 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePath
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.core.config.training_settings import MIXERS
+from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.numbers import is_finite_number
 
-__all__ = ["AdapterMetadata", "most_common", "versions"]
+__all__ = ["AdapterMetadata", "check_start_header", "most_common", "note_in", "versions"]
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
@@ -136,6 +137,20 @@ VALID: dict[str, Callable[[object], bool]] = {
     "tokens": is_token_note,
 }
 """Key -> whether a value is valid for it; anyone may have written the file."""
+
+
+def note_in(header: Mapping[str, str]) -> dict | None:
+    """The `NewTokens.note` in the header of an adapter, or None."""
+    try:
+        return AdapterMetadata.from_json(header["moslora"]).tokens or None
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def check_start_header(header: Mapping[str, str]) -> None:
+    """Raises UserError for the header of an adapter that no run can begin with."""
+    if (note := note_in(header)) is not None:
+        raise UserError(f"it has learnt new tokens for {note['word']!r:.40}, and no run begins with such an adapter")
 
 
 def most_common(values: Iterable[float]) -> float:

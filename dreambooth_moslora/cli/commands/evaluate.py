@@ -206,7 +206,7 @@ def settings_of_run(path: Path) -> dict | None:
 def settings_of_file(path: Path) -> dict:
     """Settings in the header of a file that this program published; empty for other files."""
     from dreambooth_moslora.adapters.files.export import load_published
-    from dreambooth_moslora.adapters.files.lora_file import find_weights
+    from dreambooth_moslora.core.run_files.adapter_files import find_weights
 
     facts = load_published(find_weights(path))[1]
     if facts is None or not facts.trigger_words:

@@ -1,17 +1,44 @@
-"""Adapter files in folders of adapters and runs, under the names that the user chooses from."""
+"""Adapter files: in folders of adapters and runs, under the names that the user chooses from; and their headers."""
 
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
+from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.names import free_name
 from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RAW_NAME, TOKENS_SUFFIX, RunDir
 
-__all__ = ["NONE", "clean_name", "files_by_name", "run_files"]
+__all__ = ["NONE", "clean_name", "files_by_name", "find_weights", "header_of", "run_files"]
 
 NONE = "none"
 """The choice of no adapter; no file gets this name."""
 UNSAFE = re.compile(r"[^\w .+-]+")
+
+
+def find_weights(path: str | Path) -> Path:
+    """The safetensors file of an adapter: the path itself, the published file of a run, or the raw one of a checkpoint.
+
+    Raises UserError when there is none, and for any format that can carry code (pickles).
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        path = path / (PUBLISHED_NAME if (path / PUBLISHED_NAME).is_file() else RAW_NAME)
+    if not path.is_file():
+        raise UserError(f"there is no adapter file {path}")
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path.name} is not a .safetensors file; other formats can carry code and are not opened")
+    return path
+
+
+def header_of(file: Path) -> dict[str, str]:
+    """The strings in the header of a safetensors file; no tensor is read. Raises UserError for any other file."""
+    try:
+        with safe_open(file, framework="np") as opened:
+            return dict(opened.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"it is not a safetensors file, or it is damaged: {one_line(error)}") from None
 
 
 def files_by_name(files: Iterable[Path], folders: Collection[Path], taken: Collection[str] = ()) -> dict[str, Path]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from dreambooth_moslora.adapters.files.metadata import check_start_header
 from dreambooth_moslora.base.headers import tensor_shapes
 from dreambooth_moslora.base.locate import base_folder, check_vae
 from dreambooth_moslora.core.config.fields import nearest
@@ -20,6 +21,7 @@ from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.digests import default_cache_dir
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import learnt_word
+from dreambooth_moslora.core.run_files.adapter_files import find_weights, header_of
 from dreambooth_moslora.core.run_files.run_folder import RunDir, check_name, checkpoint_step
 from dreambooth_moslora.core.versions import require_packages
 from dreambooth_moslora.training.planning.estimate import check_memory
@@ -232,8 +234,8 @@ def check_settings(config: TrainConfig) -> Path | None:
         from dreambooth_moslora.training.results.hub import check_push
 
         check_push(config)
-    if config.init_adapter and not config.resume_from_checkpoint and not Path(config.init_adapter).exists():
-        raise UserError(f"--init_adapter {config.init_adapter}: there is no such file or folder.")
+    if config.init_adapter and not config.resume_from_checkpoint:
+        check_start(config.init_adapter)
     if config.pretrained_vae_model_name_or_path:
         check_vae(config.pretrained_vae_model_name_or_path)
     folder = base_folder(config)
@@ -242,6 +244,16 @@ def check_settings(config: TrainConfig) -> Path | None:
         check_layers(config.target_modules, layers, config.use_dora)
         check_patterns(config, layers)
     return folder
+
+
+def check_start(adapter: str) -> None:
+    """Raises UserError for a missing or damaged adapter, and for one that no run begins with."""
+    try:
+        if not Path(adapter).exists():
+            raise UserError("there is no such file or folder")
+        check_start_header(header_of(find_weights(adapter)))
+    except UserError as error:
+        raise UserError(f"--init_adapter {adapter}: {error}.") from error
 
 
 def unet_layers(folder: Path, variant: str | None) -> dict[str, int]:

@@ -24,8 +24,8 @@ MOST_OTHERS = 8
 class AdapterSummary:
     """Values are empty if the file lacks them (an adapter of another program).
 
-    `scale` is the recommended strength; `tokens` is a missing file of new tokens that belongs beside it;
-    `others` are the words of further subjects.
+    `scale` is the recommended strength; `new_tokens` says whether it has learnt some, and `tokens` is their file
+    if it is missing; `others` are the words of further subjects.
     """
 
     trigger: str = ""
@@ -36,6 +36,7 @@ class AdapterSummary:
     scale: float = 1.0
     tokens: str = ""
     others: tuple[str, ...] = ()
+    new_tokens: bool = False
 
     @property
     def subject(self) -> str:
@@ -89,6 +90,7 @@ def _from_facts(facts: dict[str, Any]) -> AdapterSummary:
         scale=_scale(facts.get("best_scale")),
         tokens=_tokens(facts.get("tokens")),
         others=tuple(filter(None, map(_word, others[:MOST_OTHERS]))),
+        new_tokens=bool(facts.get("tokens")),
     )
 
 

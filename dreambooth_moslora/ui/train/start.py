@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dreambooth_moslora.adapters.files.metadata import check_start_header
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import free_name
-from dreambooth_moslora.core.run_files.adapter_files import NONE
+from dreambooth_moslora.core.run_files.adapter_files import NONE, header_of
 from dreambooth_moslora.training.run_folders.run_queue import QueuedRun
+from dreambooth_moslora.ui.adapters.summary import summary_of
 from dreambooth_moslora.ui.app_state import AppContext
 from dreambooth_moslora.ui.html_snippets import remarks_card
 from dreambooth_moslora.ui.jobs.job import Job
@@ -22,7 +24,7 @@ from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train.form import TrainForm
 from dreambooth_moslora.ui.train.more_subjects import folder_of, prompts_of
 
-__all__ = ["add_to_queue", "adapter_of", "free_run_dir", "start_lines", "start_run"]
+__all__ = ["add_to_queue", "adapter_of", "free_run_dir", "start_lines", "start_run", "starts_for"]
 
 BUSY = "another run is going on or waits; “Add to queue” lets this one wait for its turn"
 BEGUN_WITH = "begun_with"
@@ -96,10 +98,24 @@ def prepared(
         raise
 
 
+def starts_for(ctx: AppContext, visitor: Visitor) -> list[str]:
+    """The names that "Begin with" offers: adapters with new tokens are left out, as no run begins with them."""
+    files = ctx.catalog.files(visitor)
+    return [NONE, *(name for name, file in files.items() if not summary_of(file).new_tokens)]
+
+
 def adapter_of(ctx: AppContext, form: TrainForm, visitor: Visitor) -> Path | None:
-    """The file that the run goes on from. Raises UserError for a name that the visitor cannot choose."""
+    """The file that the run goes on from. Raises UserError for a name that the visitor cannot choose, and for a
+    file that no run begins with."""
     name = str(form.begin_with or NONE)
-    return None if name == NONE else ctx.catalog.path(name, visitor)
+    if name == NONE:
+        return None
+    file = ctx.catalog.path(name, visitor)
+    try:
+        check_start_header(header_of(file))
+    except UserError as error:
+        raise UserError(f"“Begin with” {name}: {error}") from error
+    return file
 
 
 def start_given(form: TrainForm, run_dir: Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ from dreambooth_moslora.ui.train.form import form_of
 from dreambooth_moslora.ui.train.masks import connect_masks
 from dreambooth_moslora.ui.train.queue import connect_queue, queue_widgets
 from dreambooth_moslora.ui.train.reopen import form_of_run, take_photos_of_run, values_of
-from dreambooth_moslora.ui.train.start import add_to_queue, start_run
+from dreambooth_moslora.ui.train.start import add_to_queue, start_run, starts_for
 from dreambooth_moslora.ui.train.subject_widgets import (
     TAKING_PHOTOS,
     box_widgets,
@@ -113,7 +113,7 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
 
 def _connect_begin(ctx: AppContext, page: gr.Blocks, begin_with: gr.Dropdown) -> None:
     def names(request: gr.Request) -> gr.Dropdown:
-        return gr.Dropdown(choices=[NONE, *ctx.catalog.files(ctx.visitors.of(request))])
+        return gr.Dropdown(choices=starts_for(ctx, ctx.visitors.of(request)))
 
     gr.on([page.load, begin_with.focus], names, None, begin_with, **AT_ONCE)
 

@@ -11,8 +11,8 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.new_tokens import AttachedTokens, NewTokens, note_in, prove_tokens, read_tokens
+from dreambooth_moslora.adapters.files.metadata import AdapterMetadata, note_in
+from dreambooth_moslora.adapters.new_tokens import AttachedTokens, NewTokens, prove_tokens, read_tokens
 from dreambooth_moslora.base.load import encode_text, load_pipeline
 from dreambooth_moslora.cli.commands import verify
 from dreambooth_moslora.cli.main import main
