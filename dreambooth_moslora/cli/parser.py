@@ -14,11 +14,11 @@ from typing import Any, NoReturn
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.cli.foreign_flags import unknown_flag_message
-from dreambooth_moslora.cli.like import settings_like
 from dreambooth_moslora.cli.one_word import choose, leading_words
 from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.config.fields import GROUPS, Prompt
 from dreambooth_moslora.core.config.files import load_settings
+from dreambooth_moslora.core.config.like import settings_like
 from dreambooth_moslora.core.config.subject_tables import SAID_BY_SUBJECTS, SubjectTable
 from dreambooth_moslora.core.config.train_config import FIELD_TYPES, TrainConfig, check_each, checked_setting
 from dreambooth_moslora.core.errors import UserError, spelled_out

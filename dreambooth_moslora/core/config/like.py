@@ -1,9 +1,9 @@
 """`--like FILE`: the settings in the header of a published adapter file, this program's or kohya's (`ss_*`).
 
-    header --recipe_in--> values --checked_recipe--> settings, and errors
+    file --recipe_in_file--> FoundRecipe --unless_given--> settings
 
 Anyone may have written the header: only settings of `core.config.recipe` are used, and each is checked. Flags
-and a --config file override them.
+and a --config file override them, and on the page what its form says.
 """
 
 import json
@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from dreambooth_moslora.core.config.recipe import checked_recipe
 from dreambooth_moslora.core.config.train_config import checked_setting
 from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.run_files.adapter_files import header_of
 from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME
 
-__all__ = ["settings_like"]
+__all__ = ["FoundRecipe", "recipe_in_file", "settings_like", "unless_given"]
 
 UNSET = ("", "None", "{}", "[]")
 OFF = (*UNSET, "False", "0", "0.0")
@@ -43,65 +42,85 @@ REPLACED = {
 
 
 @dataclass(frozen=True)
-class Found:
-    """The content of a header: values by this program's names, and kohya's keys without an equivalent."""
+class FoundRecipe:
+    """A header's recipe: valid `settings`, kohya's keys `without_equivalent` here, a line for each `invalid` value."""
 
-    values: dict[str, Any]
-    meaningless: list[str]
+    settings: dict[str, Any]
+    without_equivalent: tuple[str, ...] = ()
+    invalid: tuple[str, ...] = ()
+
+    @property
+    def remarks(self) -> list[str]:
+        """Lines about what could not be taken."""
+        lines = []
+        if self.without_equivalent:
+            lines.append(f"without an equivalent here: {one_line(', '.join(self.without_equivalent), 600)}")
+        if self.invalid:
+            lines.append(f"ignored, as they are invalid: {one_line('; '.join(self.invalid), 600)}")
+        return lines
 
 
 def settings_like(path: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The settings of the file's recipe that are not `given`, and lines about them.
+    """The settings of the file's recipe that are not `given`, and lines about them. `path` may be a run folder.
 
     Raises UserError for a file without a recipe, or that is not a safetensors file.
     """
-    found = recipe_in(header_of(path), path)
-    settings, wrong = checked_recipe(found.values)
-    if not settings:
-        raise UserError(f"--like {path}: none of its settings is valid: {one_line('; '.join(wrong))}.")
-    gone = set()
-    for setting, names in REPLACED.items():
-        if setting in given and checked_setting(setting, given[setting]):
-            gone |= set(names)
-    settings = {name: value for name, value in settings.items() if name not in gone | given.keys()}
-    lines = [f"settings like {Path(path).name}: {len(settings)} (--like; flags and --config win)"]
-    if found.meaningless:
-        lines.append(f"without an equivalent here: {one_line(', '.join(found.meaningless), 600)}")
-    if wrong:
-        lines.append(f"ignored, as they are invalid: {one_line('; '.join(wrong), 600)}")
-    return settings, lines
+    try:
+        found = recipe_in_file(place_of(path))
+    except UserError as error:
+        raise UserError(f"--like {path}: {error}.") from error
+    settings = unless_given(found.settings, given)
+    return settings, [
+        f"settings like {Path(path).name}: {len(settings)} (--like; flags and --config win)",
+        *found.remarks,
+    ]
 
 
-def header_of(path: str) -> dict[str, str]:
-    """The header's strings; for a run folder, its published file's. Raises UserError."""
+def place_of(path: str) -> Path:
+    """The file; for a run folder, its published one. Raises UserError when there is none."""
     file = Path(os.path.expanduser(path))
     try:
         file = file / PUBLISHED_NAME if file.is_dir() else file
-        if not file.is_file():
-            raise UserError(f"--like {path}: there is no such file.")
-        with safe_open(file, framework="np") as opened:
-            return dict(opened.metadata() or {})
-    except UserError:
-        raise
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"--like {path}: it is not a safetensors file, or it is damaged: {one_line(error)}.") from None
+        if file.is_file():
+            return file
+    except (OSError, ValueError) as error:
+        raise UserError(f"it is not a safetensors file: {one_line(error)}") from None
+    raise UserError("there is no such file")
 
 
-def recipe_in(header: Mapping[str, str], path: str) -> Found:
-    """This program's recipe, else kohya's settings. Raises UserError for a file with neither."""
+def recipe_in_file(file: Path) -> FoundRecipe:
+    """The recipe in the file's header. Raises UserError for a file without one, and for another kind of file."""
+    return recipe_in(header_of(file))
+
+
+def recipe_in(header: Mapping[str, str]) -> FoundRecipe:
+    """This program's recipe, else kohya's settings. Raises UserError for a header with neither, and for one
+    without a valid setting."""
     try:
         facts = json.loads(header.get("moslora", "{}"))
     except (ValueError, RecursionError):
         facts = {}
     ours = facts.get("recipe") if isinstance(facts, dict) else None
-    found = Found(ours, []) if isinstance(ours, dict) else from_kohya(header)
-    if not found.values:
-        raise UserError(f"--like {path}: its header holds no recipe, neither ours nor kohya's (ss_*).")
-    return found
+    values, meaningless = (ours, []) if isinstance(ours, dict) else from_kohya(header)
+    if not values:
+        raise UserError("its header holds no recipe, neither ours nor kohya's (ss_*)")
+    settings, wrong = checked_recipe(values)
+    if not settings:
+        raise UserError(f"none of its settings is valid: {one_line('; '.join(wrong))}")
+    return FoundRecipe(settings, tuple(meaningless), tuple(wrong))
 
 
-def from_kohya(header: Mapping[str, str]) -> Found:
-    """Values of the `ss_*` keys that have an equivalent."""
+def unless_given(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are not `given` themselves or replaced by given ones. Raises UserError for a wrong value."""
+    gone = set()
+    for setting, names in REPLACED.items():
+        if setting in given and checked_setting(setting, given[setting]):
+            gone |= set(names)
+    return {name: value for name, value in settings.items() if name not in gone | given.keys()}
+
+
+def from_kohya(header: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """Values of the `ss_*` keys that have an equivalent, by this program's names, and the keys without one."""
     values, meaningless = {}, []
     for key in sorted(key for key in header if key.startswith("ss_") and not FACT.match(key)):
         text = header[key].strip()
@@ -111,7 +130,7 @@ def from_kohya(header: Mapping[str, str]) -> Found:
             meaningless.append(key)
     if "(" in header.get("ss_optimizer", "").removesuffix("()"):
         meaningless.append("the arguments in ss_optimizer")
-    return Found(values, meaningless)
+    return values, meaningless
 
 
 def named(name: str) -> Callable[[str], dict[str, Any]]:
