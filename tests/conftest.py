@@ -16,6 +16,14 @@ from pathlib import Path
 import pytest
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """After `-m` has left tests out."""
+    from tests.helpers.order import longest_first
+
+    longest_first(items)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def nothing_to_collect_twice():
     """A worker holds a million objects of libraries, which each collection would look at: a quarter of a training."""

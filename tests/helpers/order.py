@@ -1,0 +1,37 @@
+"""Which file of tests begins first: the longest, so that no worker is left alone with it at the end."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+__all__ = ["LONGEST", "longest_first"]
+
+TESTS = Path(__file__).parents[1]
+LONGEST = (
+    "ui/test_browser.py",
+    "training/test_python_gpu.py",
+    "evaluation/test_leave_one_out.py",
+    "ui/train/test_subjects_in_browser.py",
+    "training/test_resume.py",
+    "training/machine/test_selftest.py",
+    "training/test_kill.py",
+    "docs/test_notebook.py",
+    "fleet/test_on_ray.py",
+    "training/test_faulty_run.py",
+    "fleet/test_group.py",
+    "ui/train/test_new_tokens.py",
+    "serving/test_on_ray.py",
+    "test_wheel.py",
+    "fleet/test_s3.py",
+    "test_quick_start.py",
+)
+"""Files whose slow tests take half a minute or more, by `python -m pytest -m slow --durations=0`."""
+
+
+def longest_first(items: list[pytest.Item]) -> None:
+    """Sort the tests by file: those of `LONGEST`, then those of most tests, as pytest-xdist does. A file's own
+    order stays."""
+    rank = {TESTS / name: number for number, name in enumerate(LONGEST)}
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: (rank.get(item.path, len(rank)), -counts[item.path]))
