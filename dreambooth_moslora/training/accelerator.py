@@ -1,11 +1,10 @@
-"""Processes and precision of a run: accelerate's Accelerator, the shared seed, and work of the main process."""
+"""Processes and precision of a run: accelerate's Accelerator, and the seed that all processes share."""
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from random import SystemRandom
-from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -15,83 +14,23 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
-    gather_object,
 )
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from dreambooth_moslora.core.atomic_files import clean_stale
 from dreambooth_moslora.core.config.train_config import TrainConfig
-from dreambooth_moslora.core.errors import StopRequestedError, UserError, one_line
+from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.process import keep_freed_memory
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.planning.precision import check_bf16
 
-__all__ = ["PATIENCE", "agreed", "any_process", "chosen_seed", "make_accelerator", "on_main"]
+__all__ = ["PATIENCE", "chosen_seed", "make_accelerator"]
 
 logger = logging.getLogger(__name__)
 
 PATIENCE = timedelta(days=7)
 """How long a process waits for the others: class images and pictures of a large base can take hours."""
-
-
-def any_process(accelerator: Accelerator, said: bool) -> bool:
-    """Whether any process says yes. All must call it, and all get the same answer."""
-    if accelerator.num_processes == 1:
-        return said
-    votes = torch.tensor(float(said), device=accelerator.device)
-    return bool(accelerator.reduce(votes, "sum") > 0)
-
-
-def on_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
-    """Do `work` on the main process. An error or stop there is raised on all processes, so that none waits for ever."""
-    error: Exception | None = None
-    if accelerator.is_main_process:
-        try:
-            work()
-        except Exception as found:
-            error = found
-    if accelerator.num_processes > 1:
-        error = shared(error)
-    if error is not None:
-        raise error
-
-
-def shared(error: Exception | None) -> Exception | None:
-    """The main process's error; other processes get an equivalent."""
-    told = [None if error is None else (isinstance(error, StopRequestedError), str(error))]
-    broadcast_object_list(told)
-    if error is not None or told[0] is None:
-        return error
-    stopped, text = told[0]
-    return StopRequestedError() if stopped else UserError(f"the main process ended: {text}")
-
-
-Found = TypeVar("Found")
-
-
-def agreed(accelerator: Accelerator, find: Callable[[], Found], words: Callable[[Found], str]) -> Found:
-    """What each process finds by itself, in `words` the same as on the main process.
-
-    Raises UserError on all processes where one finds something else: they would train different adapters, or wait for
-    one that is gone. An error of `find` is raised where it occurs.
-    """
-    if accelerator.num_processes == 1:
-        return find()
-    try:
-        found, error = find(), None
-    except Exception as raised:
-        found, error = None, raised
-    told = gather_object([words(found) if error is None else f"“{error}”"])
-    if error is not None:
-        raise error
-    other = next((number for number, said in enumerate(told) if said != told[0]), None)
-    if other is not None:
-        raise UserError(
-            f"process {other} finds {told[other]}, and the main process {told[0]}: give an --output_dir on a disk that "
-            "all machines share."
-        )
-    return found
 
 
 SHARDING = {

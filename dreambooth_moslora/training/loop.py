@@ -21,7 +21,7 @@ from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.photos.folder import instance_photos, usable_photos
 from dreambooth_moslora.photos.photo import counts_of
-from dreambooth_moslora.training.accelerator import agreed, chosen_seed, make_accelerator, on_main
+from dreambooth_moslora.training.accelerator import chosen_seed, make_accelerator
 from dreambooth_moslora.training.checkpoint import Position
 from dreambooth_moslora.training.frozen_base import LoadBase
 from dreambooth_moslora.training.inputs.run_backgrounds import check_masks
@@ -31,6 +31,7 @@ from dreambooth_moslora.training.planning.checks import check_folders
 from dreambooth_moslora.training.planning.memory_plan import planned
 from dreambooth_moslora.training.planning.step_plan import plan_steps
 from dreambooth_moslora.training.prepare import prepare, too_slow_for_samples
+from dreambooth_moslora.training.processes import agreed, on_main
 from dreambooth_moslora.training.reporter import Reporter
 from dreambooth_moslora.training.results.publish import Publisher
 from dreambooth_moslora.training.results.samples import ValidationSamples

@@ -24,8 +24,8 @@ from dreambooth_moslora.core.run_files.events import (
     events_of,
 )
 from dreambooth_moslora.generation.fixed_seeds import Sampler
-from dreambooth_moslora.training.accelerator import any_process
 from dreambooth_moslora.training.checkpoint import Position, save_checkpoint
+from dreambooth_moslora.training.processes import any_process
 from dreambooth_moslora.training.reporter import Stopwatch, free_unused_memory, memory_gib
 from dreambooth_moslora.training.results.best_scale import ScaleChoice
 from dreambooth_moslora.training.results.best_step import BestStep

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import StopRequestedError
 from dreambooth_moslora.core.run_files.run_folder import RunDir
-from dreambooth_moslora.training.accelerator import any_process
+from dreambooth_moslora.training.processes import any_process
 from dreambooth_moslora.training.reporter import Reporter
 
 __all__ = ["RunContext"]

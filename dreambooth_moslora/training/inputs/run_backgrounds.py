@@ -11,8 +11,8 @@ from dreambooth_moslora.core.pictures import draw_contact_sheet
 from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.photos.backgrounds import NO_MASKS, NewBackground, background_rows, new_backgrounds
 from dreambooth_moslora.photos.photo import Photo
-from dreambooth_moslora.training.accelerator import on_main
 from dreambooth_moslora.training.frozen_base import drawing_pipeline
+from dreambooth_moslora.training.processes import on_main
 from dreambooth_moslora.training.run_context import RunContext
 
 __all__ = ["check_masks", "with_new_backgrounds"]

@@ -9,7 +9,7 @@ from dreambooth_moslora.photos.caption_making import MadeCaption, make_kept
 from dreambooth_moslora.photos.captioners import load_captioner
 from dreambooth_moslora.photos.folder import with_kept_captions
 from dreambooth_moslora.photos.photo import Photo
-from dreambooth_moslora.training.accelerator import on_main
+from dreambooth_moslora.training.processes import on_main
 from dreambooth_moslora.training.reporter import free_unused_memory
 from dreambooth_moslora.training.run_context import RunContext
 

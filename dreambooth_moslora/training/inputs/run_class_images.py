@@ -16,9 +16,9 @@ from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.folder import find_photos, usable_photos
 from dreambooth_moslora.photos.photo import Photo
-from dreambooth_moslora.training.accelerator import on_main
 from dreambooth_moslora.training.frozen_base import drawing_pipeline
 from dreambooth_moslora.training.inputs.class_images import ClassImages, shares
+from dreambooth_moslora.training.processes import on_main
 from dreambooth_moslora.training.run_context import RunContext
 
 __all__ = ["class_photos_of_each", "usable_class_photos"]

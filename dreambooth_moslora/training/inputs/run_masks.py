@@ -9,7 +9,7 @@ from dreambooth_moslora.photos.mask_making import MadeMask, make_kept
 from dreambooth_moslora.photos.masks import with_kept_masks, without_kept_mask
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.photos.segmenters import load_segmenter
-from dreambooth_moslora.training.accelerator import on_main
+from dreambooth_moslora.training.processes import on_main
 from dreambooth_moslora.training.reporter import free_unused_memory
 from dreambooth_moslora.training.run_context import RunContext
 

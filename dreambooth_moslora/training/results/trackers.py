@@ -14,7 +14,7 @@ from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.run_files.events import Event, SamplesDrawn, StepDone, StepEvaluated, record_of
 from dreambooth_moslora.core.run_files.run_folder import RunDir
-from dreambooth_moslora.training.accelerator import on_main
+from dreambooth_moslora.training.processes import on_main
 
 __all__ = ["TRACKED", "Trackers"]
 

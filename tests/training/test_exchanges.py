@@ -1,0 +1,113 @@
+"""What the processes of a run do together: how the work of one ends is how it ends on all. Here they are threads."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from dreambooth_moslora.core.errors import StopRequestedError, UserError
+from dreambooth_moslora.training import processes
+from dreambooth_moslora.training.processes import agreed, on_each, on_main, share_out
+from tests.helpers.threads import as_processes
+
+
+def fail(error):
+    raise error
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """Do `work(accelerator)` in so many processes; returns the result or the error of each."""
+    return as_processes(monkeypatch)
+
+
+ERRORS = {
+    "stop": (StopRequestedError(), StopRequestedError, ""),
+    "mistake": (UserError("no such base"), UserError, "no such base"),
+    "bug": (ZeroDivisionError("unforeseen"), UserError, "unforeseen"),
+    "without words": (MemoryError(), UserError, "MemoryError"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_end_on_the_main_process_is_heard_by_the_others(name, ends):
+    error, kind, says = ERRORS[name]
+    own, heard = ends(2, lambda accelerator: on_main(accelerator, lambda: fail(error)))
+    assert own is error and type(heard) is kind
+    assert str(heard) == (f"the main process ended: {says}" if says else "")
+
+
+def test_what_the_main_process_finds_is_told_to_all_and_only_it_works(ends):
+    done = []
+    assert ends(3, lambda accelerator: on_main(accelerator, lambda: done.append(1) or len(done))) == [1, 1, 1]
+    assert ends(1, lambda accelerator: on_main(accelerator, lambda: len(done))) == [1]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("items", ["", "a", "abcde", "abcdef"])
+def test_work_is_shared_out_and_all_get_the_results_in_order(items, count, ends):
+    closed = []
+
+    def results(accelerator):
+        def work(own):
+            try:
+                yield from ((item.upper(), accelerator.process_index) for item in own)
+            finally:
+                closed.append(accelerator.process_index)
+
+        return list(share_out(accelerator, items, work))
+
+    wanted = [(item.upper(), number % count) for number, item in enumerate(items)]
+    assert ends(count, results) == [wanted] * count
+    assert len(closed) == min(count, len(items)), "each process that works can tidy up"
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_in_one_share_ends_all_after_the_same_round(name, ends):
+    error, kind, says = ERRORS[name]
+    seen = [[], [], []]
+
+    def work(own):
+        for item in own:
+            yield item if item != 4 else fail(error)
+
+    def take(accelerator):
+        for result in share_out(accelerator, range(30), work):
+            seen[accelerator.process_index].append(result)
+
+    first, own, last = ends(3, take)
+    assert own is error and type(first) is type(last) is kind
+    assert str(first) == str(last) == (f"process 1 ended: {says}" if says else "")
+    assert seen == [[0, 1, 2]] * 3
+
+
+def test_an_error_is_more_than_a_stop(ends):
+    errors = [StopRequestedError(), UserError("full"), ZeroDivisionError("bug")]
+    found = ends(3, lambda accelerator: on_each(accelerator, lambda: fail(errors[accelerator.process_index])))
+    assert found[1:] == errors[1:] and str(found[0]) == "process 1 ended: full"
+
+
+def test_a_process_that_has_gone_is_a_line(monkeypatch):
+    def gather(_):
+        raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:5")
+
+    monkeypatch.setattr(processes, "gather_object", gather)
+    with pytest.raises(UserError, match=r"^another process of this run has gone .*Connection closed by peer"):
+        on_each(SimpleNamespace(num_processes=2), bool)
+
+
+def test_processes_that_find_other_checkpoints_end_in_one_line(ends):
+    def found(*steps):
+        def find(accelerator):
+            step = steps[accelerator.process_index]
+            return fail(UserError(step)) if isinstance(step, str) else step
+
+        words = lambda step: f"step {step}"  # noqa: E731
+        return ends(2, lambda accelerator: agreed(accelerator, lambda: find(accelerator), words))
+
+    assert found(4, 4) == [4, 4]
+    for error in found(4, 0):
+        assert str(error).startswith("process 1 finds step 0, and the main process step 4: the photos, ")
+        assert str(error).endswith("must be on a disk that all machines share.")
+    own, heard = found("no checkpoint there", 4)
+    assert str(own) == "no checkpoint there" and "the main process “no checkpoint there”" in str(heard)
+    assert [str(error) for error in found("damaged", "damaged")] == ["damaged"] * 2
