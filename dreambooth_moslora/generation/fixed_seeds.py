@@ -4,7 +4,7 @@ The same prompt and seed give the same noise at every step, so that only the ada
 encoded once; the text encoders may be freed before the first picture is drawn.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -46,7 +46,7 @@ class Sampler:
     guidance_scale: float | None = None
     on_step: Callable[[], object] = bool
 
-    def __call__(self, requests: list[SampleRequest], batch_size: int = 1) -> Iterator[Image.Image]:
+    def __call__(self, requests: Sequence[SampleRequest], batch_size: int = 1) -> Generator[Image.Image, None, None]:
         """The pictures, in order. Each has its own noise in any batch. Without requests, no VAE is needed."""
         if not requests:
             return
@@ -55,7 +55,7 @@ class Sampler:
                 yield from self._draw(requests[start : start + batch_size])
 
     @torch.no_grad()
-    def _draw(self, requests: list[SampleRequest]) -> list[Image.Image]:
+    def _draw(self, requests: Sequence[SampleRequest]) -> list[Image.Image]:
         cond, empty = (self.embed([r.prompt for r in requests]), self._negative(len(requests)))
         to = {"device": self.device, "dtype": self.pipeline.unet.dtype}
         latents = self.pipeline(

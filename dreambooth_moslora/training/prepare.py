@@ -23,11 +23,11 @@ from dreambooth_moslora.core.config.train_config import TrainConfig, is_scored
 from dreambooth_moslora.core.digests import default_cache_dir
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.process import give_freed_memory_back
-from dreambooth_moslora.core.prompts import learnt_word, word_pattern
 from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.training.accelerator import DTYPES
 from dreambooth_moslora.training.frozen_base import LoadBase, load_base, warn_of_fp32
+from dreambooth_moslora.training.inputs.encode_ahead import encode_photos, encode_prompts
 from dreambooth_moslora.training.inputs.encoding_cache import TensorCache, fingerprint
 from dreambooth_moslora.training.inputs.photo_encoder import PhotoEncoder
 from dreambooth_moslora.training.inputs.prompt_cache import PromptCache
@@ -172,36 +172,6 @@ def prompt_cache(config: TrainConfig, pipeline: StableDiffusionXLPipeline, devic
             return encode_text(pipeline, prompts)
 
     return PromptCache(encode, cache_of(config) or TensorCache(), identity)
-
-
-def encode_photos(context: RunContext, streams: list[SubjectStreams], sample_count: int) -> None:
-    """Fill the cache with every crop that the run will show."""
-    total = sum(stream.view_count(sample_count) for stream in streams)
-    counts = (number for number, _ in enumerate(every_view(streams, sample_count), start=1))
-    for _ in context.report.counted("caching", counts, total):
-        context.stop_if_asked()
-
-
-def encode_prompts(
-    context: RunContext, streams: list[SubjectStreams], prompt_embeds: PromptCache, prompts: list[str]
-) -> None:
-    """Fill the cache with every caption and prompt that the run will use."""
-    config = context.config
-    captions = {*prompts, ""}
-    for stream in streams:
-        captions.update(caption for photo in stream.photos for caption in photo.captions)
-    for subject in each_subject(config):
-        captions |= {subject.class_prompt, *config.prior_prompts} if subject.class_prompt else set()
-    word = learnt_word(config)
-    for caption in sorted(captions):
-        if word is None or not word_pattern(word).search(caption):
-            prompt_embeds([caption])
-        context.stop_if_asked()
-
-
-def every_view(streams: list[SubjectStreams], sample_count: int):
-    for stream in streams:
-        yield from stream.encode_ahead(sample_count)
 
 
 def release_encoders(

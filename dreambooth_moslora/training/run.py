@@ -25,7 +25,7 @@ from dreambooth_moslora.core.run_files.events import (
 )
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.training.checkpoint import Position, save_checkpoint
-from dreambooth_moslora.training.processes import any_process
+from dreambooth_moslora.training.processes import any_process, on_main, share_of
 from dreambooth_moslora.training.reporter import Stopwatch, free_unused_memory, memory_gib
 from dreambooth_moslora.training.results.best_scale import ScaleChoice
 from dreambooth_moslora.training.results.best_step import BestStep
@@ -139,15 +139,15 @@ class Training:
 
         At step 0 each denoising step is reported, as the user may be waiting for them.
         """
-        if not self.accelerator.is_main_process or not self.samples.is_due(self.step, self.max_train_steps):
+        if not self.samples.is_due(self.step, self.max_train_steps):
             return
         self.report.phase("sampling", 0, 1)
         sampler = self.sampler
         if self.step == 0:
-            total = len(self.samples.requests) * sampler.inference_steps
+            total = len(share_of(self.accelerator, self.samples.requests)) * sampler.inference_steps
             sampler = replace(sampler, on_step=self.report.counter("sampling", total))
         with suppress(StopRequestedError), self.train_step.averaged():  # the loop checks for a stop next
-            self.report(self.samples.draw(self.step, sampler))
+            self.report(self.samples.draw(self.step, sampler, self.accelerator))
         free_unused_memory(self.accelerator.device)
 
     def evaluate_if_due(self) -> None:
@@ -252,14 +252,12 @@ class Training:
         is_there = self.checkpoint is not None and self.checkpoint.resolve() == here.resolve()
         if not is_there or self.checkpoint_step != self.step:
             self.save_checkpoint(here)
-        proof = None
-        if self.accelerator.is_main_process:
-            with self.train_step.averaged():
-                if self.config.find_scale and not interrupted:
-                    self.find_scale()
-                self.report.phase("exporting")
-                proof = self.publisher.publish(self.step, self.max_train_steps, finished=not interrupted)
-            self.report(AdapterExported(list(proof.files), proof.to_dict()))
-            self.report(RunEnded("interrupted" if interrupted else "done", self.step))
+        with self.train_step.averaged():
+            if self.config.find_scale and not interrupted:
+                on_main(self.accelerator, self.find_scale)
+            self.report.phase("exporting")
+            proof = self.publisher.publish(self.step, self.max_train_steps, finished=not interrupted)
+        self.report(AdapterExported(list(proof.files), proof.to_dict()))
+        self.report(RunEnded("interrupted" if interrupted else "done", self.step))
         self.accelerator.wait_for_everyone()
         return TrainResult(self.run_dir.path, self.step, interrupted, proof)

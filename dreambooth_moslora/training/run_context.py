@@ -33,3 +33,8 @@ class RunContext:
         """Raises StopRequestedError, on all processes together."""
         if self.stop_requested():
             raise StopRequestedError
+
+    def raise_if_asked(self) -> None:
+        """Raises StopRequestedError when this process was asked to stop: for work whose errors all processes hear."""
+        if self.should_stop():
+            raise StopRequestedError

@@ -7,20 +7,19 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
 
 from dreambooth_moslora.cli.main import train_main
 from dreambooth_moslora.training import prepare
 
-encode = prepare.every_view
+encode = prepare.encode_photos
 
 
-def every_view(*arguments) -> Iterator:
+def encode_photos(*arguments) -> None:
     logging.getLogger("a library").warning("this is said by every process")
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGTERM)
-    return encode(*arguments)
+    encode(*arguments)
 
 
-prepare.every_view = every_view
+prepare.encode_photos = encode_photos
 sys.exit(train_main())

@@ -85,10 +85,8 @@ def test_check_shows_the_crops_that_training_takes(tmp_path):
     class Recorder:
         rule = CropRule(32, False, True, "lanczos", 3, 1.5)
 
-        def encode(self, photo, plan):
-            return photo.path.name, plan
-
-    trained = list(PhotoStream(photos, Recorder(), 5, "instance", 2).encode_ahead(100))
+    views = PhotoStream(photos, Recorder(), 5, "instance", 2).views_ahead(100)
+    trained = [(photo.path.name, plan) for photo, plan in views]
     shown = [(photo.path.name, plan) for n, photo in enumerate(photos) for plan in plans_of(photo, n, config)]
     assert sorted(shown, key=str) == sorted(trained, key=str) and len(shown) == 18
 

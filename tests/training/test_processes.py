@@ -15,6 +15,7 @@ import pytest
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.loop import train
+from tests.helpers.ranks import ended_ranks
 from tests.helpers.tiny_training import adapter_sha256, largest_difference, paint_photos, tiny_config
 
 pytestmark = pytest.mark.slow
@@ -96,29 +97,12 @@ def test_launched_on_cpus_without_mpi_it_is_one_process_and_says_so(tiny_base, t
     assert adapter_sha256(tmp_path / "launched") == adapter_sha256(tmp_path / "plain")
 
 
-def start_rank(rank: int, port: int, config_file: Path) -> subprocess.Popen[str]:
-    """As a launcher does, but without one that would end the others with the first."""
-    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.stopped_process", "--config", str(config_file)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **ranks, **meeting},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_a_stop_that_one_process_hears_while_photos_are_encoded_ends_all(tiny_base, tmp_path, free_port):
     config = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run")
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    ranks = [start_rank(rank, free_port, tmp_path / "config.json") for rank in (0, 1)]
-    try:
-        said = [rank.communicate(timeout=120)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [130, 130], said
+    ended = ended_ranks("tests.helpers.stopped_process", free_port, "--config", str(tmp_path / "config.json"))
+    said = [words for _, words in ended]
+    assert [code for code, _ in ended] == [130, 130], said
     assert "stopped before the first step" in said[0]
     assert ["said by every process" in words for words in said] == [True, False]
     assert not RunDir(tmp_path / "run").checkpoints()

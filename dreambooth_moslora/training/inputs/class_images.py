@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from dreambooth_moslora.core.pictures import png_bytes
 from dreambooth_moslora.core.seeding import seed_of
 from dreambooth_moslora.photos.image_file import UnreadableImageError, open_image
 
-__all__ = ["ClassImages", "shares"]
+__all__ = ["ClassBatch", "ClassImages", "shares"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,26 +85,23 @@ class ClassImages:
         known = self.manifest()
         return {path for path in paths if path.name in known or GENERATED.fullmatch(path.name)}
 
-    def top_up(self, count: int, batch_size: int, generate: Generate) -> Iterator[int]:
-        """Generate what is missing of the first `count` images; yields how many exist.
+    def lacking(self, count: int, batch_size: int) -> list["ClassBatch"]:
+        """The batches of the first `count` images in which one is missing or damaged.
 
         A whole batch is generated again even for one missing image: an image's last bits can depend on its
         neighbours, and an interrupted run must end like an unbroken one.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        is_said = False
+        known, found = self.manifest(), []
         for start in range(0, count, batch_size):
-            known, indices = self.manifest(), range(start, min(start + batch_size, count))
-            missing = [index for index in indices if not self._is_as_made(index, known)]
-            damaged = [index for index in missing if os.path.lexists(self.folder / self.name(index))]
-            if damaged and not is_said:
-                is_said = True
-                logger.warning("%s", spelled_out(DAMAGED.format(path=self.folder / self.name(damaged[0]))))
+            indices = range(start, min(start + batch_size, count))
+            missing = tuple(index for index in indices if not self._is_as_made(index, known))
             if missing:
-                seeds = [self._known_seed(index, known) for index in indices]
-                for index, seed, image in zip(indices, seeds, generate(self.prompt, seeds)):
-                    self._write(index, seed, image, index in damaged)
-            yield indices[-1] + 1
+                seeds = tuple(self._known_seed(index, known) for index in indices)
+                found.append(ClassBatch(self, tuple(indices), seeds, missing))
+        paths = [self.folder / self.name(index) for batch in found for index in batch.missing]
+        if damaged := [path for path in paths if os.path.lexists(path)]:
+            logger.warning("%s", spelled_out(DAMAGED.format(path=damaged[0])))
+        return found
 
     def facts(self) -> dict[str, object]:
         """What all images of this set have in common."""
@@ -124,15 +121,37 @@ class ClassImages:
         seed = known.get(self.name(index), {}).get("seed")
         return seed if type(seed) is int and 0 <= seed < 2**32 else self.image_seed(index)
 
-    def _write(self, index: int, seed: int, image: Image.Image, is_damaged: bool) -> None:
-        """Write the manifest first: an image that it does not list would be ignored."""
-        path, content = self.folder / self.name(index), png_bytes(image)
+    def write(self, index: int, seed: int, content: bytes) -> None:
+        """Write an image and its entry in the manifest; the folder must exist. The manifest comes first: an image that
+        it does not list would be ignored."""
+        path = self.folder / self.name(index)
         facts = {**self.facts(), "seed": seed, DIGEST: hashlib.sha256(content).hexdigest()}
         entries = {**self.manifest(), path.name: facts}
-        if is_damaged:
+        if os.path.lexists(path):
             keep_a_persons_work(path, facts[DIGEST])
         atomic_write(self.folder / MANIFEST, json.dumps(entries, indent=1, sort_keys=True))
         atomic_write(path, content)
+
+
+@dataclass(frozen=True)
+class ClassBatch:
+    """The images `indices` of a set, which are generated together from `seeds`; those that are `missing` are kept."""
+
+    images: ClassImages
+    indices: tuple[int, ...]
+    seeds: tuple[int, ...]
+    missing: tuple[int, ...]
+
+    def files(self, generate: Generate) -> list[bytes]:
+        """Generate the batch; returns the missing images as PNG files."""
+        pictures = dict(zip(self.indices, generate(self.images.prompt, list(self.seeds)), strict=True))
+        return [png_bytes(pictures[index]) for index in self.missing]
+
+    def keep(self, files: list[bytes]) -> None:
+        """Write those files. One process does it: all images are listed in one manifest."""
+        seed_of_each = dict(zip(self.indices, self.seeds))
+        for index, content in zip(self.missing, files, strict=True):
+            self.images.write(index, seed_of_each[index], content)
 
 
 def shares(sizes: Mapping[tuple[int, int], int], total: int) -> dict[tuple[int, int], int]:

@@ -40,6 +40,11 @@ class TensorCache:
             self._keep(key, found)
         return found
 
+    def put(self, key: str, value: Tensors) -> None:
+        """Keep a value that another process has computed, unless this one has it already."""
+        if key not in self._memory if self.folder is None else self._read(key) is None:
+            self._keep(key, value)
+
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
 

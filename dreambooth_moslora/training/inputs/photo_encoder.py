@@ -1,5 +1,6 @@
 """Encodes a crop of a photo as latents, time ids and mask; the VAE encodes each crop once."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -52,13 +53,13 @@ class PhotoEncoder:
         self._reading: dict[tuple[Photo, CropPlan], Future[Crop]] = {}
 
     def encode(self, photo: Photo, plan: CropPlan) -> EncodedView:
-        tensors = (
-            self._compute(photo, plan)
-            if self.cache is None
-            else self.cache.get(self._key(photo, plan), lambda: self._compute_unchanged(photo, plan))
-        )
+        tensors = self._compute(photo, plan) if self.cache is None else self.cache.get(*self.entry(photo, plan))
         weights = self._weights(photo, tensors["subject"]) if "subject" in tensors else None
         return EncodedView(tensors["latents"], torch.tensor(plan.time_ids, dtype=torch.float32), weights)
+
+    def entry(self, photo: Photo, plan: CropPlan) -> tuple[str, Callable[[], Tensors]]:
+        """The crop's key in the cache, and the function that encodes it."""
+        return self._key(photo, plan), lambda: self._compute_unchanged(photo, plan)
 
     def _weights(self, photo: Photo, subject: Tensor) -> Tensor:
         """Loss weights, `subject` (1, h, w) in [0, 1] -> same shape: 1 on the subject and `unmasked_weight` around it.

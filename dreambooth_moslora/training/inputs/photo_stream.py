@@ -7,7 +7,7 @@ epoch has fresh crops. Every image, class images too, carries its own size and c
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 from dreambooth_moslora.core.seeding import place_of, rng
@@ -112,14 +112,9 @@ class PhotoStream:
         batches_before = turn * len(slots) + order[:number].count(key)
         return self._place_in(key, batches_before * self.batch_size + place)
 
-    def view_count(self, sample_count: int) -> int:
-        """Number of different views among the first `sample_count` samples; 0 when each epoch crops anew."""
-        return len(self._first_positions(sample_count))
-
-    def encode_ahead(self, sample_count: int) -> Iterator[EncodedView]:
-        """Encode each of those views once, which fills the cache."""
-        for position in self._first_positions(sample_count):
-            yield self.encoder.encode(*self._sample(position))
+    def views_ahead(self, sample_count: int) -> list[tuple[Photo, CropPlan]]:
+        """The different views among the first `sample_count` samples; none when each epoch crops anew."""
+        return [self._sample(position) for position in self._first_positions(sample_count)]
 
     def _first_positions(self, sample_count: int) -> list[int]:
         """The first position of each view. Views repeat after `bound` samples."""

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from dreambooth_moslora.base.load import TextCond
 from dreambooth_moslora.core.digests import content_key
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.training.inputs.encoding_cache import TensorCache
+from dreambooth_moslora.training.inputs.encoding_cache import TensorCache, Tensors
 
 __all__ = ["PromptCache"]
 
@@ -23,13 +22,17 @@ class PromptCache:
         found = [self._one(prompt) for prompt in prompts]
         return TextCond(torch.stack([f["embeds"] for f in found]), torch.stack([f["pooled"] for f in found]))
 
-    def _one(self, prompt: str) -> dict[str, Tensor]:
+    def _one(self, prompt: str) -> Tensors:
         if self.cache is None:
             return self._compute(prompt)
-        return self.cache.get(content_key(prompt=prompt, encoders=self.identity), lambda: self._compute(prompt))
+        return self.cache.get(*self.entry(prompt))
+
+    def entry(self, prompt: str) -> tuple[str, Callable[[], Tensors]]:
+        """The prompt's key in the cache, and the function that encodes it."""
+        return content_key(prompt=prompt, encoders=self.identity), lambda: self._compute(prompt)
 
     @torch.no_grad()
-    def _compute(self, prompt: str) -> dict[str, Tensor]:
+    def _compute(self, prompt: str) -> Tensors:
         cond = self.encode([prompt])
         return {"embeds": cond.embeds[0].cpu(), "pooled": cond.pooled[0].cpu()}
 

@@ -1,18 +1,20 @@
 """`--new_backgrounds`: before training the frozen base draws scenes, and the photos' subjects are pasted onto them."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
+from functools import partial
 
 from diffusers import StableDiffusionXLPipeline
+from PIL import Image
 
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.train_config import TrainConfig
-from dreambooth_moslora.core.errors import StopRequestedError, UserError
+from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.pictures import draw_contact_sheet
 from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.photos.backgrounds import NO_MASKS, NewBackground, background_rows, new_backgrounds
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.training.frozen_base import drawing_pipeline
-from dreambooth_moslora.training.processes import on_main
+from dreambooth_moslora.training.processes import on_main, share_out
 from dreambooth_moslora.training.run_context import RunContext
 
 __all__ = ["check_masks", "with_new_backgrounds"]
@@ -27,8 +29,9 @@ def with_new_backgrounds(context: RunContext, pipeline: StableDiffusionXLPipelin
     if not config.new_backgrounds:
         return photos
     wanted = list(new_backgrounds(config, photos, context.run_dir.backgrounds_dir))
-    if any(not one.is_made for one in wanted):
-        on_main(context.accelerator, lambda: draw(context, pipeline, wanted))
+    missing = on_main(context.accelerator, lambda: [n for n, one in enumerate(wanted) if not one.is_made])
+    if missing:
+        draw(context, pipeline, wanted, missing)
     subjects = each_subject(config)
     return [*photos, *(one.as_photo(subjects[one.photo.subject]) for one in wanted)]
 
@@ -39,20 +42,24 @@ def check_masks(config: TrainConfig, photos: list[Photo]) -> None:
         raise UserError(NO_MASKS)
 
 
-def draw(context: RunContext, pipeline: StableDiffusionXLPipeline, wanted: list[NewBackground]) -> None:
-    """Draw the pictures and a sheet of them into the run folder, in this process alone; the others wait in
-    `on_main`."""
-    config, device = context.config, context.accelerator.device
-    generator = drawing_pipeline(config, pipeline, device).to(device)
+def draw(
+    context: RunContext, pipeline: StableDiffusionXLPipeline, wanted: list[NewBackground], missing: list[int]
+) -> None:
+    """Draw the missing pictures, shared out to the processes. The main process writes them, and a sheet of all."""
+    scenes = share_out(context.accelerator, missing, lambda own: drawn_scenes(context, pipeline, wanted, own))
+    made = context.report.counter("backgrounds", len(missing))
+    for number, scene in zip(missing, scenes, strict=True):
+        on_main(context.accelerator, partial(wanted[number].make, scene))
+        made()
+    sheet = context.run_dir.backgrounds_dir / "sheet.png"
+    on_main(context.accelerator, lambda: draw_contact_sheet(background_rows(wanted), sheet))
 
-    def pictures() -> Iterator[int]:
-        for number, one in enumerate(wanted, start=1):
-            if not one.is_made:
-                scene = generate_images(generator, one.prompt, [one.seed], one.scene_px, context.should_stop)[0]
-                one.make(scene)
-            yield number
 
-    for _ in context.report.counted("backgrounds", pictures(), len(wanted)):
-        if context.should_stop():
-            raise StopRequestedError
-    draw_contact_sheet(background_rows(wanted), context.run_dir.backgrounds_dir / "sheet.png")
+def drawn_scenes(
+    context: RunContext, pipeline: StableDiffusionXLPipeline, wanted: list[NewBackground], numbers: Sequence[int]
+) -> Generator[Image.Image, None, None]:
+    """Draw the scenes of these pictures."""
+    generator = drawing_pipeline(context.config, pipeline, context.accelerator.device).to(context.accelerator.device)
+    for one in (wanted[number] for number in numbers):
+        context.raise_if_asked()
+        yield generate_images(generator, one.prompt, [one.seed], one.scene_px, context.should_stop)[0]

@@ -1,7 +1,7 @@
 """The class images of a run: the user's own, and those that the frozen base draws before training."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,15 +10,15 @@ from diffusers import StableDiffusionXLPipeline
 
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.train_config import TrainConfig
-from dreambooth_moslora.core.errors import StopRequestedError, UserError
+from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.folder import find_photos, usable_photos
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.training.frozen_base import drawing_pipeline
-from dreambooth_moslora.training.inputs.class_images import ClassImages, shares
-from dreambooth_moslora.training.processes import on_main
+from dreambooth_moslora.training.inputs.class_images import ClassBatch, ClassImages, shares
+from dreambooth_moslora.training.processes import agreed, on_main, share_out
 from dreambooth_moslora.training.run_context import RunContext
 
 __all__ = ["class_photos_of_each", "usable_class_photos"]
@@ -52,22 +52,22 @@ def make_class_images(
 
     Raises UserError and StopRequestedError.
     """
-    config, device = context.config, context.accelerator.device
+    config, accelerator = context.config, context.accelerator
     folder = Path(config.class_data_dir) if config.class_data_dir else context.run_dir.class_images_dir
+    sets, lacking = on_main(accelerator, lambda: planned(folder, config, sizes))
+    if wanted := sum(count for _, count in sets):
+        for _ in context.report.counted("class_images", made(context, pipeline, lacking, wanted), wanted):
+            pass
+    return agreed(
+        accelerator, lambda: usable_class_photos(folder, config, sets), lambda found: f"{len(found)} class images"
+    )
+
+
+def planned(folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], int]) -> tuple[Sets, list[ClassBatch]]:
+    """The sets of the run, and the batches that must be drawn for them. The folder is made, if it can be."""
     sets = sets_of(folder, config, sizes)
-    wanted = sum(count for _, count in sets)
-
-    def generate() -> None:
-        if not wanted:
-            return
-        generator = drawing_pipeline(config, pipeline, device).to(device)
-        pictures = draw_each(generator, sets, config.sample_batch_size, context.should_stop)
-        for _ in context.report.counted("class_images", pictures, wanted):
-            if context.should_stop():  # only this process draws; the others wait in `on_main`
-                raise StopRequestedError
-
-    on_main(context.accelerator, generate)
-    return usable_class_photos(folder, config, sets)
+    folder.mkdir(parents=True, exist_ok=True)
+    return sets, [batch for images, count in sets for batch in images.lacking(count, config.sample_batch_size)]
 
 
 def sets_of(folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], int]) -> Sets:
@@ -80,16 +80,29 @@ def sets_of(folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], i
     return [(images, counts[images.size_px]) for images in sets]
 
 
-def draw_each(
-    generator: StableDiffusionXLPipeline, sets: Sets, batch_size: int, should_stop: Callable[[], bool]
+def made(
+    context: RunContext, pipeline: StableDiffusionXLPipeline, lacking: list[ClassBatch], wanted: int
 ) -> Iterator[int]:
-    """Top up one size after the other; yields how many images exist."""
-    before = 0
-    for images, count in sets:
-        draw = partial(generate_images, generator, size_px=images.size_px, should_stop=should_stop)
-        for done in images.top_up(count, batch_size, draw):
-            yield before + done
-        before += count
+    """Draw the batches, shared out to the processes; the main process writes them. Yields how many images exist."""
+    count = wanted - sum(len(batch.indices) for batch in lacking)
+    if count:
+        yield count
+    drawn = share_out(context.accelerator, lacking, lambda batches: draw_each(context, pipeline, batches))
+    for batch, files in zip(lacking, drawn, strict=True):
+        on_main(context.accelerator, partial(batch.keep, files))
+        count += len(batch.indices)
+        yield count
+
+
+def draw_each(
+    context: RunContext, pipeline: StableDiffusionXLPipeline, batches: Sequence[ClassBatch]
+) -> Generator[list[bytes], None, None]:
+    """Draw this process's batches; yields the files of each."""
+    generator = drawing_pipeline(context.config, pipeline, context.accelerator.device).to(context.accelerator.device)
+    for batch in batches:
+        context.raise_if_asked()
+        size_px, should_stop = batch.images.size_px, context.should_stop
+        yield batch.files(partial(generate_images, generator, size_px=size_px, should_stop=should_stop))
 
 
 def class_photos_in(folder: Path, config: TrainConfig) -> list[Photo]:

@@ -6,12 +6,13 @@ The position alone determines the sample: resumed or distributed runs show what 
 shows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from dreambooth_moslora.core.config.subject_tables import each_subject, stream_of
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.seeding import place_of
+from dreambooth_moslora.photos.crops import CropPlan
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.training.inputs.caption_orders import shuffled_captions
 from dreambooth_moslora.training.inputs.photo_encoder import EncodedView, PhotoEncoder
@@ -29,6 +30,11 @@ class SubjectStreams:
     @property
     def photos(self) -> list[Photo]:
         return [photo for stream in self.streams for photo in stream.photos]
+
+    @property
+    def encoder(self) -> PhotoEncoder:
+        """The one that all streams share."""
+        return self.streams[0].encoder
 
     def subject_at(self, position: int) -> int:
         """The number of the subject shown at `position`."""
@@ -49,13 +55,9 @@ class SubjectStreams:
         round_, number = place_of(turn, len(self.streams), self.seed, "subjects")
         return number, round_ * self.run + offset
 
-    def view_count(self, sample_count: int) -> int:
-        return sum(stream.view_count(self._share(sample_count)) for stream in self.streams)
-
-    def encode_ahead(self, sample_count: int) -> Iterator[EncodedView]:
-        """Encode each view among the first `sample_count` samples once."""
-        for stream in self.streams:
-            yield from stream.encode_ahead(self._share(sample_count))
+    def views_ahead(self, sample_count: int) -> list[tuple[Photo, CropPlan]]:
+        """Like `PhotoStream.views_ahead`, of all subjects."""
+        return [view for stream in self.streams for view in stream.views_ahead(self._share(sample_count))]
 
     def _share(self, sample_count: int) -> int:
         """Samples of each stream in `sample_count`, rounded up to whole rounds."""

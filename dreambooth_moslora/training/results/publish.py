@@ -31,6 +31,7 @@ from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.photos.photo import Photo, open_rgb
 from dreambooth_moslora.training.prepare import TrainInputs
+from dreambooth_moslora.training.processes import on_main
 from dreambooth_moslora.training.results.best_scale import ScaleChoice
 from dreambooth_moslora.training.results.best_step import BestStep
 from dreambooth_moslora.training.results.hub import push
@@ -81,10 +82,18 @@ class Publisher:
     def publish(self, step: int, max_train_steps: int, finished: bool) -> Proof:
         """Write the adapter, then its card, then push it to the hub; plot and contact sheet come last.
 
-        Only a finished run draws new contexts and is pushed.
+        Only a finished run draws new contexts and is pushed. The main process writes; all draw.
         """
-        proof = self._publish_to(self.run_dir.path)
-        contexts = self.samples.draw_contexts(self.sampler) if finished else []
+        accelerator = self.train_step.accelerator
+        proof = on_main(accelerator, lambda: self._publish_to(self.run_dir.path))
+        contexts = self.samples.draw_contexts(self.sampler, accelerator) if finished else []
+        on_main(accelerator, lambda: self._present(step, max_train_steps, finished, proof, contexts))
+        return proof
+
+    def _present(
+        self, step: int, max_train_steps: int, finished: bool, proof: Proof, contexts: list[Image.Image]
+    ) -> None:
+        """Write what shows the adapter, and push it."""
         best = self.best if self.run_dir.best_dir.is_dir() else None
         adapter = with_tokens(self.facts, self.run_dir.name, self.learnt and self.learnt.tokens)
         facts = CardFacts(self.run_dir.name, step, max_train_steps, adapter, proof, scores=self.scores, best=best)
@@ -99,7 +108,6 @@ class Publisher:
                 start = self.config.init_adapter and f"adapter {public_name(self.config.init_adapter)}"
                 rows = sheet_rows(self.config, self.photos, self.samples, contexts, start or "base")
                 draw_contact_sheet(rows, self.run_dir.contact_sheet_path)
-        return proof
 
     def _publish_to(self, folder: Path) -> Proof:
         components, name = self.train_step.components, self.run_dir.name

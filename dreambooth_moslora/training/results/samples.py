@@ -7,8 +7,10 @@ the run folder, so that a resumed run has them as well.
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from accelerate import Accelerator
 from PIL import Image
 
 from dreambooth_moslora.core.config.train_config import TrainConfig
@@ -20,6 +22,7 @@ from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.core.seeding import seed_of
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.photos.image_file import UnreadableImageError, open_image, to_rgb
+from dreambooth_moslora.training.processes import on_main, share_out
 
 __all__ = ["ValidationSamples"]
 
@@ -56,24 +59,25 @@ class ValidationSamples:
     def is_due(self, step: int, last_step: int) -> bool:
         return bool(self.requests) and (step % self.every_steps == 0 or step == last_step)
 
-    def draw(self, step: int, sampler: Sampler) -> SamplesDrawn:
-        """Draw and save `samples/step_000100_0.png` …; returns their event.
+    def draw(self, step: int, sampler: Sampler, accelerator: Accelerator) -> SamplesDrawn:
+        """Draw `samples/step_000100_0.png` …, shared out to the processes; the main process saves them. Returns
+        their event.
 
         Raises StopRequestedError from the sampler; pictures drawn before are kept.
         """
         self.latest, self.latest_step = [], step
-        for number, picture in enumerate(sampler(self.requests)):
+        for number, picture in enumerate(share_out(accelerator, self.requests, sampler)):
             self.latest.append(picture)
-            self._save(self.path(step, number), picture)
+            on_main(accelerator, partial(self._save, self.path(step, number), picture))
         files = [str(self.path(step, n).relative_to(self.run_dir.path)) for n in range(len(self.requests))]
         prompts = [request.prompt for request in self.requests]
         return SamplesDrawn(step, files, prompts, [request.seed for request in self.requests])
 
-    def draw_contexts(self, sampler: Sampler) -> list[Image.Image]:
-        """The contexts, or fewer when a stop is requested."""
+    def draw_contexts(self, sampler: Sampler, accelerator: Accelerator) -> list[Image.Image]:
+        """The contexts, shared out to the processes; fewer when a stop is requested."""
         drawn: list[Image.Image] = []
         with suppress(StopRequestedError):
-            for picture in sampler(self.contexts):
+            for picture in share_out(accelerator, self.contexts, sampler):
                 drawn.append(picture)
         return drawn
 

@@ -27,15 +27,18 @@ class Painter:
 
 
 def top_up(images, count, batch_size=4):
+    """Paint what is missing, as a run does."""
     painter = Painter(images.size_px)
-    counts = list(images.top_up(count, batch_size, painter))
-    return painter, counts
+    images.folder.mkdir(exist_ok=True)
+    for batch in images.lacking(count, batch_size):
+        batch.keep(batch.files(painter))
+    return painter
 
 
 def test_missing_images_are_generated_with_a_manifest(tmp_path):
     images = ClassImages(tmp_path / "class_images", "a dog", "toy", 7, (8, 8))
-    painter, counts = top_up(images, 6)
-    assert counts == [4, 6] and [len(seeds) for _, seeds in painter.calls] == [4, 2]
+    painter = top_up(images, 6)
+    assert [len(seeds) for _, seeds in painter.calls] == [4, 2]
     manifest = json.loads((images.folder / "manifest.json").read_text())
     assert sorted(manifest) == sorted(path.name for path in images.folder.glob("*.png"))
     for name, facts in manifest.items():
@@ -49,11 +52,11 @@ def test_only_what_is_missing_is_generated_and_batches_stay_whole(tmp_path):
     top_up(images, 8)
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
     (tmp_path / images.name(5)).unlink()
-    painter, _ = top_up(images, 8)
+    painter = top_up(images, 8)
     assert [seeds for _, seeds in painter.calls] == [tuple(images.image_seed(i) for i in range(4, 8))]
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.png")} == before
-    assert top_up(images, 8)[0].calls == []
-    assert len(top_up(images, 10)[0].calls) == 1
+    assert top_up(images, 8).calls == []
+    assert len(top_up(images, 10).calls) == 1
 
 
 def test_images_of_another_prompt_are_known_as_stale_and_a_persons_own_are_not(tmp_path):
@@ -70,8 +73,8 @@ def test_images_of_another_size_are_stale_and_their_set_is_made_beside_them(tmp_
     small, large = ClassImages(tmp_path, "a dog", "toy", 7, (8, 8)), ClassImages(tmp_path, "a dog", "toy", 7, (16, 16))
     top_up(small, 2)
     assert large.stale(list(tmp_path.glob("*.png"))) == set(tmp_path.glob("*.png"))
-    assert len(top_up(large, 2)[0].calls) == 1 and len(list(tmp_path.glob("*.png"))) == 4
-    assert top_up(small, 2)[0].calls == []
+    assert len(top_up(large, 2).calls) == 1 and len(list(tmp_path.glob("*.png"))) == 4
+    assert top_up(small, 2).calls == []
 
 
 @pytest.mark.parametrize("damage", [b"", b"half a picture"])
@@ -92,7 +95,7 @@ def test_a_generated_image_that_opens_with_other_pixels_is_drawn_again_and_said_
     whole = path.read_bytes()
     Image.new("RGB", (8, 8), "grey").save(path)
     changed = path.read_bytes()
-    assert len(top_up(images, 4, batch_size=2)[0].calls) == 1 and path.read_bytes() == whole
+    assert len(top_up(images, 4, batch_size=2).calls) == 1 and path.read_bytes() == whole
     (record,) = caplog.records
     assert images.name(1) in record.message and images.name(0) not in record.message and "\n" not in record.message
     (kept,) = (tmp_path / "changed").iterdir()
@@ -100,7 +103,7 @@ def test_a_generated_image_that_opens_with_other_pixels_is_drawn_again_and_said_
     config = TrainConfig(with_prior_preservation=True, class_prompt="a dog", num_class_images=4, resolution=8)
     taken = [photo.path.name for photo in usable_class_photos(tmp_path, config, [(images, 4)])]
     assert taken == [images.name(index) for index in range(4)]
-    assert top_up(images, 4, batch_size=2)[0].calls == []
+    assert top_up(images, 4, batch_size=2).calls == []
 
 
 def test_class_images_of_another_seed_and_of_a_manifest_without_digests_serve_as_they_did(tmp_path):
@@ -109,7 +112,7 @@ def test_class_images_of_another_seed_and_of_a_manifest_without_digests_serve_as
     for facts in manifest.values():
         del facts["sha256"]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    assert top_up(ClassImages(tmp_path, "a dog", "toy", 8, (8, 8)), 2)[0].calls == []
+    assert top_up(ClassImages(tmp_path, "a dog", "toy", 8, (8, 8)), 2).calls == []
 
 
 def test_an_image_of_another_runs_seed_is_drawn_again_with_that_seed(tmp_path):
@@ -143,7 +146,7 @@ def test_a_manifest_that_is_a_link_to_itself_is_made_anew(tmp_path):
     top_up(images, 2)
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "manifest.json").symlink_to("manifest.json")
-    assert len(top_up(images, 2)[0].calls) == 1 and len(images.manifest()) == 2
+    assert len(top_up(images, 2).calls) == 1 and len(images.manifest()) == 2
 
 
 @pytest.mark.parametrize("text", ['{"class_', "[1, 2]", '{"a.png": 3}', "", "[" * 100_000], ids=lambda t: t[:8])
@@ -153,7 +156,7 @@ def test_a_damaged_manifest_makes_the_generated_images_stale_and_nobodys_own(tmp
     (tmp_path / "manifest.json").write_text(text)
     paths = list(tmp_path.glob("*.png"))
     assert images.generated(paths) == images.stale(paths) == set(paths)
-    assert len(top_up(images, 2)[0].calls) == 1 and images.stale(paths) == set()
+    assert len(top_up(images, 2).calls) == 1 and images.stale(paths) == set()
 
 
 def test_too_few_usable_class_images_are_a_mistake_and_no_quiet_end_of_the_prior(tmp_path):
@@ -202,7 +205,7 @@ def test_sets_of_other_shapes_stand_beside_the_squares_and_their_manifest_says_s
     facts = json.loads((tmp_path / "manifest.json").read_text())
     assert facts[square.name(0)]["resolution"] == 8 and facts[wide.name(1)]["resolution"] == "16x8"
     assert Image.open(tmp_path / wide.name(1)).size == (16, 8)
-    assert top_up(wide, 2)[0].calls == top_up(square, 1)[0].calls == []
+    assert top_up(wide, 2).calls == top_up(square, 1).calls == []
     config = TrainConfig(with_prior_preservation=True, class_prompt="a dog", num_class_images=3, resolution=8)
     taken = [photo.path.name for photo in usable_class_photos(tmp_path, config, [(square, 1), (wide, 2)])]
     assert taken == [square.name(0), wide.name(0), wide.name(1)]
