@@ -163,7 +163,6 @@ class Workshop:
         freeze_memory()
         for variant in variants:
             self.references[variant] = self.make_reference(variant)
-            self.halves[variant] = self.make_half(variant)
 
     def home(self, name: str) -> Path:
         """A new home with its own photos."""
@@ -225,6 +224,7 @@ class Workshop:
         return ended
 
     def make_reference(self, variant: str) -> Reference:
+        """Stopped after each step; that of two steps is the half."""
         steps = set()
         for step in range(1, STEPS + 1):
             home = self.home(f"{variant} {step}")
@@ -232,14 +232,11 @@ class Workshop:
             count = partial(self.shim.arm, COUNT, 0, 0, False, home, trace)
             ended = self.run_until(step, home, variant, before=count)
             steps.add(file_digest(home / NAME / PUBLISHED_NAME))
+            if step == HALF:
+                self.halves[variant] = home
         operations = [line.split("\t") for line in trace.read_text().splitlines()]
         known = [(kind, os.path.relpath(path, home)) for kind, path in operations]
         return Reference(published(home), steps, best(home), known, ended.seconds)
-
-    def make_half(self, variant: str) -> Path:
-        home = self.home(f"{variant} half")
-        self.run_until(HALF, home, variant)
-        return home
 
 
 def published(home: Path) -> dict[str, str]:

@@ -22,6 +22,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.fault_kinds import KINDS
@@ -34,6 +36,14 @@ FLAWS = ("lost", "wrong", "traceback")
 
 
 def main() -> int:
+    args = parse(sys.argv[1:])
+    if PRELOADED not in os.environ:
+        restart_preloaded()
+    with prepared(args) as workshop:
+        return try_faults(workshop, args)
+
+
+def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=Path("runs/faults"))
@@ -41,24 +51,37 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", default="", help="only those with one of these words in their name")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="variants of the training")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    if PRELOADED not in os.environ:
-        restart_preloaded()
+    return parser.parse_args(words)
+
+
+@contextmanager
+def prepared(args: argparse.Namespace) -> Iterator[Workshop]:
+    """The workshop with the unbroken runs. This process has the shim preloaded."""
     with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
         workshop = Workshop(Path(scratch), Shim(Path(os.environ[PRELOADED])))
         workshop.prepare(args.variants.split(","))
-        inject(workshop, args)
+        yield workshop
+
+
+def try_faults(workshop: Workshop, args: argparse.Namespace) -> int:
+    """Try those without a record, and print the table; 1 if a run had a flaw."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    inject(workshop, args)
     records = read_records(args.out)
     print(table(records))
     return int(any(record[flaw] for record in records for flaw in FLAWS))
 
 
 def restart_preloaded() -> None:
-    """Restart this command with the shim preloaded, and one thread per training."""
+    """Restart this command with the shim preloaded."""
     shim = build_shim(Path(tempfile.mkdtemp(prefix="fault-shim-")))
+    os.execve(sys.executable, [sys.executable, "-m", "benchmarks.faults", *sys.argv[1:]], preloading(shim))
+
+
+def preloading(shim: Path) -> dict[str, str]:
+    """The environment of a process with the shim, and one thread per training."""
     words = {PRELOADED: str(shim), "LD_PRELOAD": str(shim), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    os.execve(sys.executable, [sys.executable, "-m", "benchmarks.faults", *sys.argv[1:]], os.environ | words)
+    return os.environ | words
 
 
 def inject(workshop: Workshop, args: argparse.Namespace) -> None:
