@@ -50,6 +50,15 @@ def tiny_base(tmp_path_factory) -> Path:
     return save_tiny_sdxl(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="module")
+def few_steps():
+    """Pictures in two denoising steps (see `tests/helpers/few_steps.py`)."""
+    from tests.helpers.few_steps import few_steps
+
+    with few_steps():
+        yield
+
+
 @pytest.fixture
 def subject(tiny_base):
     """The tiny base as a SubjectPipeline without adapters."""

@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, PartialState
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training import loop
 from dreambooth_moslora.training.step import train_step
+from tests.helpers.few_steps import few_steps
 from tests.helpers.python_gpu import DEVICE, Watch
 from tests.helpers.tiny_training import tiny_config
 
@@ -61,7 +62,7 @@ def main() -> None:
     loop.make_accelerator, loop.TrainStep = accelerator_on_device, WatchedTrainStep
     for line in sys.stdin:
         try:
-            with contextlib.redirect_stdout(sys.stderr):
+            with contextlib.redirect_stdout(sys.stderr), few_steps():
                 answer = trained(**json.loads(line))
         except BaseException:
             answer = {"error": traceback.format_exc()}

@@ -10,6 +10,8 @@ from dreambooth_moslora.training import frozen_base, prepare
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(

@@ -15,10 +15,13 @@ from dreambooth_moslora.training.planning.estimate import size_of_base
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(
-    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
-    reason="this PyTorch has no devices written in Python",
-)
+pytestmark = [
+    pytest.mark.usefixtures("few_steps"),  # on the device as well: both draw the same class images
+    pytest.mark.skipif(
+        not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+        reason="this PyTorch has no devices written in Python",
+    ),
+]
 TRAININGS = {
     "plain": {"target_modules": ["to_q", "to_k", "to_v", "to_out.0"]},
     "bf16": {"target_modules": ["to_q", "to_k", "to_v", "to_out.0"], "mixed_precision": "bf16"},

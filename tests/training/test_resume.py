@@ -11,6 +11,8 @@ from dreambooth_moslora.training.resumption import find_checkpoint
 from dreambooth_moslora.training.run_folders.earlier_runs import archive_checkpoints_after
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 KINDS = {
     "plain": {"random_flip": True},
     "class_images_and_captions": {

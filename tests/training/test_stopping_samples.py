@@ -10,6 +10,8 @@ from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.results.samples import ValidationSamples
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 
 @pytest.fixture
 def config(tiny_base, tmp_path):

@@ -22,6 +22,8 @@ from dreambooth_moslora.training.planning.dry_run import describe_run
 from dreambooth_moslora.training.step.train_step import TrainStep
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 SIZES = [(96, 64), (64, 80), (72, 72), (90, 60), (70, 71), (300, 200), (64, 64)]
 BUCKETS = CropRule(64, crops_per_photo=2, bucket_step_px=8)
 

@@ -14,6 +14,8 @@ from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny import tiny_sdxl
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 
 class Painter:
     """Stands where the base generates: pictures (h, w) that tell their seed."""

@@ -16,6 +16,8 @@ from dreambooth_moslora.training.planning.advice import settings_without_effect
 from dreambooth_moslora.training.planning.dry_run import describe_run
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 SUBJECT = (12, 14, 48, 52)
 
 

@@ -25,6 +25,8 @@ from dreambooth_moslora.training.step.train_step import TrainStep
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 from tests.training.inputs.test_buckets import BUCKETS, SIZES, Numbers
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 DOG = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog"}
 SQUARES = CropRule(64)
 CAT = {"instance_prompt": "a photo of zwx cat", "class_prompt": "a photo of a cat"}

@@ -14,6 +14,8 @@ from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.planning.checks import check_folders
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 
 class Always:
     """An evaluator to whom the first step is the best."""

@@ -9,6 +9,8 @@ from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.results import publish
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 
 @pytest.mark.slow
 def test_photos_that_were_moved_in_training_cost_their_place_on_the_sheet_only(tiny_base, tmp_path, caplog):

@@ -12,6 +12,8 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 
 @pytest.fixture
 def config(tiny_base, tmp_path):
