@@ -115,7 +115,7 @@ class Mirror:
 
     def push(self) -> None:
         """Make the bucket equal to the folder. Raises SupersededError, and UserError for the bucket's errors."""
-        if read_manifest(self.bucket).writer != self.writer:
+        if read_manifest(self.bucket).writer not in ("", self.writer):  # empty: it is missing or damaged
             raise SupersededError(f"{self.bucket.url}: another machine has taken it over.")
         digests = self.local_digests()
         changed = [name for name, digest in digests.items() if digest != self.there.get(name)]

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.digests import content_key
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RunDir
@@ -43,8 +44,7 @@ VIEWED = (FLEET_NAME, CONFIG_NAME, "metrics.jsonl", "contact_sheet.png")
 POLL_SEC, LOOK_SEC, LEAST_OFTEN_SEC = 0.5, 5.0, 60.0
 """Seconds between looks for a new checkpoint, checks for a stop, and pushes at the least."""
 UNSENT = ".unsent"
-"""Marks a folder whose last files the bucket did not take. It holds the writer in the bucket's manifest at that
-time."""
+"""Marks a folder that may have files which the bucket has not. It holds the writer in the bucket's manifest."""
 
 
 def train_in_bucket(job: Job, train: Callable[[Job], Record] = train_subject) -> Record:
@@ -95,8 +95,8 @@ def scratch_home(url: str) -> Path:
 
 
 def begin(mirror: Mirror, mark: str) -> None:
-    """Fetch the bucket's files. Keep local files that it did not take last time, unless another machine has
-    written since."""
+    """Fetch the bucket's files. Keep local files of a worker that was killed or whose last files it did not take,
+    unless another machine has written since."""
     unsent = mirror.folder / UNSENT
     record = read_record(mirror.folder)
     is_ours = record is not None and record.mark == mark and unsent.is_file()
@@ -107,8 +107,8 @@ def begin(mirror: Mirror, mark: str) -> None:
             elif path.name != HOLD_NAME:
                 path.unlink()
         mirror.pull()
-    unsent.unlink(missing_ok=True)
     mirror.claim()
+    atomic_write(unsent, mirror.writer)
 
 
 def finish(mirror: Mirror) -> None:
@@ -118,7 +118,6 @@ def finish(mirror: Mirror) -> None:
     except SupersededError:
         raise
     except UserError as error:
-        (mirror.folder / UNSENT).write_text(mirror.writer)
         raise UserError(
             f"{error} The run is whole in {mirror.folder}; the same command sends it from there."
         ) from error

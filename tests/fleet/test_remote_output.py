@@ -157,6 +157,19 @@ def test_one_who_was_taken_for_lost_writes_no_more(tmp_path, store):
     assert store.store == before
 
 
+@pytest.mark.parametrize("content", [None, b"", b'{"writer": "'], ids=["gone", "empty", "half"])
+def test_a_missing_or_damaged_manifest_is_written_again_and_is_no_other_machine(content, tmp_path, store):
+    mirror = pushed(tmp_path / "a", 1)
+    if content is None:
+        mirror.bucket.remove("manifest.json")
+    else:
+        mirror.bucket.write("manifest.json", content)
+    checkpoint(mirror.folder, 2)
+    mirror.push()
+    manifest = read_manifest(mirror.bucket)
+    assert manifest.writer == mirror.writer and "checkpoint-2/position.json" in manifest.files
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -238,6 +251,31 @@ def test_what_the_bucket_did_not_take_at_the_end_is_sent_by_the_next_try(tmp_pat
 
     assert train_in_bucket(JOB, find).state == "done"
     assert "pytorch_lora_weights.safetensors" in read_manifest(Bucket(JOB.url)).files
+
+
+def test_what_a_killed_worker_could_not_send_is_found_by_the_next_try(tmp_path, store):
+    """The bucket is away when the worker is killed: its newest checkpoint is on this machine alone."""
+
+    def be_killed(job: Job) -> Record:
+        training(range(1, 2), goes_on=False)(job)
+        store.fault = staticmethod(lambda path: fail(path))
+        checkpoint(Path(job.run_dir), 2)
+        write_record(Path(job.run_dir), Record("running", job.mark, starts=1))
+        raise KeyboardInterrupt
+
+    def fail(path: str) -> None:
+        raise ConnectionError("no route to host")
+
+    with pytest.raises(KeyboardInterrupt):
+        train_in_bucket(JOB, be_killed)
+    store.fault = staticmethod(lambda path: None)
+    seen = []
+
+    def go_on(job: Job) -> Record:
+        seen.extend(steps_in(Path(job.run_dir)))
+        return training(range(3, 4))(job)
+
+    assert train_in_bucket(JOB, go_on).state == "done" and seen == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_what_another_machine_did_since_then_is_not_undone_by_an_unsent_end(tmp_path, monkeypatch, store):
