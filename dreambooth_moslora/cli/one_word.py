@@ -16,6 +16,7 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import free_name
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.training.planning.choices import (
+    USUAL_EXPOSURES,
     Choices,
     choose_recipe,
     choose_scores,
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["choose", "leading_words"]
 
-USUAL_EXPOSURES = 200
-"""Exposures of each photo if a --config file sets no steps."""
 RUNS = Path("runs")
 EXAMPLE = "as in `train photos/dog dog`"
 NO_GPU = "there is no GPU here, and the embedded base knows toys alone"

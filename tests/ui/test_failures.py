@@ -35,7 +35,7 @@ def context(tmp_path):
 
     def make(load=lambda: None) -> AppContext:
         folders = {"adapters_dir": tmp_path / "adapters", "runs_dir": tmp_path / "runs"}
-        made.append(AppContext(load, base="x", base_name="x", resolution_px=64, training=True, **folders))
+        made.append(AppContext(load, base="x", base_name="toy", resolution_px=64, training=True, **folders))
         return made[-1]
 
     yield make

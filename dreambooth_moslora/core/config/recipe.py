@@ -38,6 +38,8 @@ TOLD_IF_CHANGED = (
 )
 """Settings that are published only if they differ from the default, so that other files keep their bytes."""
 DEFAULTS = TrainConfig().to_dict()
+MOST_LETTERS = 50_000
+"""Of a list of layers: every layer of SDXL by name takes less."""
 LAYER = re.compile(r"[A-Za-z0-9_.*\[\]?-]{1,100}([=:][0-9.e+]{1,20})?")
 
 
@@ -65,6 +67,8 @@ def checked_alone(name: str, value: Any) -> Any:
     """The converted value. Raises UserError for a name that is not in RECIPE, and for an invalid value."""
     if name not in (*RECIPE, *TOLD_IF_CHANGED):
         raise UserError(f"`{name:.40}` is not a setting of a recipe")
+    if name in LAYERS and len(str(value)) > MOST_LETTERS:
+        raise UserError(f"--{name} names too many layers")
     found = getattr(TrainConfig(class_prompt="a class", **{name: value}), name)
     if name in LAYERS and not all(LAYER.fullmatch(text) for text in found):
         raise UserError(f"--{name} names no layers")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dreambooth_moslora.photos.photo import Photo
 
 __all__ = [
+    "USUAL_EXPOSURES",
     "Choices",
     "choose_recipe",
     "choose_scores",
@@ -33,6 +34,8 @@ __all__ = [
 ]
 
 TOKEN = "sks"
+USUAL_EXPOSURES = 200
+"""Exposures of each photo if a file that replaces the recipe sets no steps."""
 PHOTOS_OF_A_RECIPE = 5
 """A recipe's number of steps is meant for this many photos; both give the exposures of each."""
 OWN = (

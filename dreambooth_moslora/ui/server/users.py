@@ -16,13 +16,16 @@ from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 import psutil
 from starlette.requests import cookie_parser
 
 from dreambooth_moslora.ui.server.photo_uploads import kept_photos
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.core.config.like import FoundRecipe
 
 __all__ = ["COOKIE", "Picture", "Visitor", "VisitorCookie", "Visitors", "secret_in", "visitor_id"]
 
@@ -47,12 +50,14 @@ class Picture:
 
 @dataclass
 class Visitor:
-    """`id` is a hash of the secret, safe to write to disk. `root` holds the visitor's own files."""
+    """`id` is a hash of the secret, safe to write to disk. `root` holds the visitor's own files, `recipes` what was
+    read from files that are not kept."""
 
     id: str
     root: Path
     history: deque[Picture] = field(default_factory=lambda: deque(maxlen=HISTORY_LENGTH))
     uploads: dict[str, Path] = field(default_factory=dict)
+    recipes: dict[str, "FoundRecipe"] = field(default_factory=dict)
     seen_at: float = field(default_factory=time.monotonic)
 
     @property

@@ -13,11 +13,13 @@ import PIL.Image
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.numbers import is_finite_number
 from dreambooth_moslora.core.prompts import noun_of
+from dreambooth_moslora.core.run_files.adapter_files import NONE
 from dreambooth_moslora.core.run_files.event_log import Metrics
 from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.training.results.best_step import CURVES
 from dreambooth_moslora.training.results.explain import closing_advice
 from dreambooth_moslora.training.results.figures import figures_from, known_config
+from dreambooth_moslora.ui.adapters.recipes import recipe_of
 from dreambooth_moslora.ui.app_state import AppContext, sentence
 from dreambooth_moslora.ui.generate.actions import format_seconds
 from dreambooth_moslora.ui.html_snippets import faint, notice, progress_card, remarks_card
@@ -72,23 +74,30 @@ class PhotoReview:
     remarks: str
 
 
-def review_photos(ctx: AppContext, files: list[str], visitor: Visitor, seed: int = 0, number: int = 1) -> PhotoReview:
+def review_photos(
+    ctx: AppContext, files: list[str], visitor: Visitor, seed: int = 0, number: int = 1, like: str = NONE
+) -> PhotoReview:
     """Make clean copies of subject `number`'s photos and judge them. Raises UserError when no file is a photo."""
-    return review_kept(ctx, visitor, take_with_masks(files, visitor, number).remarks, seed, number)
+    return review_kept(ctx, visitor, take_with_masks(files, visitor, number).remarks, seed, number, like)
 
 
 def review_kept(
-    ctx: AppContext, visitor: Visitor, remarks: tuple[str, ...] = (), seed: int = 0, number: int = 1
+    ctx: AppContext,
+    visitor: Visitor,
+    remarks: tuple[str, ...] = (),
+    seed: int = 0,
+    number: int = 1,
+    like: str = NONE,
 ) -> PhotoReview:
     """Judge the existing clean copies; `remarks` are lines about their source files.
 
-    Each photo is shown by its first crop in a run with this `seed`.
+    Each photo is shown by its first crop in a run with this `seed` and the recipe of that name.
     """
     from dreambooth_moslora.photos.checks import examine
     from dreambooth_moslora.photos.folder import find_photos
 
     folder = folder_of(visitor.photos_dir, number)
-    config = crop_config(ctx.base_name, ctx.resolution_px, folder, seed)
+    config = crop_config(ctx.base_name, ctx.resolution_px, folder, seed, recipe_of(ctx, like, visitor))
     report = examine(find_photos(folder, "", ctx.resolution_px), ctx.resolution_px)
     crops = [
         (first_crop(replace(photo, subject=number - 1), place, config), ", ".join(photo.reasons) or "good")

@@ -4,6 +4,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.ui.adapters.recipes import recipe_of
 from dreambooth_moslora.ui.app_state import AppContext
 from dreambooth_moslora.ui.generate.actions import format_seconds
 from dreambooth_moslora.ui.html_snippets import remarks_card
@@ -34,6 +35,7 @@ def _lines(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> li
     from dreambooth_moslora.photos.folder import photo_report
     from dreambooth_moslora.photos.photo import counts_of
     from dreambooth_moslora.training.planning.advice import advice
+    from dreambooth_moslora.training.planning.checks import check_settings
     from dreambooth_moslora.training.planning.dry_run import cost_lines, step_lines
     from dreambooth_moslora.training.planning.estimate import estimate, size_of_base
     from dreambooth_moslora.training.planning.memory_plan import planned
@@ -42,8 +44,10 @@ def _lines(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> li
     photos = visitor.photos_dir
     if not visitor.has_photos:
         raise UserError("add some photos of your subject first")
-    choices = form.choices(ctx.base_name, ctx.resolution_px, photos, ctx.runs_dir / "new")
+    recipe = recipe_of(ctx, form.like, visitor)
+    choices = form.choices(ctx.base_name, ctx.resolution_px, photos, ctx.runs_dir / "new", recipe=recipe)
     config = planned(TrainConfig.from_dict(choices.all), free_gib())
+    check_settings(config)
     counts = counts_of(photo_report(config).photos)
     plan = plan_steps(config, counts)
     size = size_of_base(base_folder(config), config.target_modules, config.variant)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dreambooth_moslora.core.config.like import FoundRecipe
 from dreambooth_moslora.core.config.run_settings import MEMORY_WORDS
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
@@ -14,6 +15,7 @@ from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.generation.params import check_characters
 from dreambooth_moslora.training.planning.choices import (
     TOKEN,
+    USUAL_EXPOSURES,
     Choices,
     choose_recipe,
     choose_scores,
@@ -23,6 +25,7 @@ from dreambooth_moslora.training.planning.choices import (
     encoders_are_here,
     recipe_settings,
 )
+from dreambooth_moslora.ui.adapters.recipes import MOST, taken_from
 from dreambooth_moslora.ui.server.photo_uploads import kept_photos
 from dreambooth_moslora.ui.train.memory_choice import free_gib
 from dreambooth_moslora.ui.train.more_subjects import SubjectWords, folder_of, prompts_of, table_of, words_in
@@ -43,7 +46,8 @@ PRIORS = ("adapter_off", "class_images")
 class TrainForm:
     """Names of the fields are the API's argument names. 0 in a number, and None, mean: as the recipe has it.
 
-    `begin_with` names an adapter that can be chosen on the page; where its file lies is not the form's to know.
+    `begin_with` and `like` name an adapter or a recipe that can be chosen on the page; where its file lies is not
+    the form's to know.
     """
 
     token: str
@@ -68,6 +72,7 @@ class TrainForm:
     tokens_begin_as: str = ""
     tokens_learning_rate: float = TOKENS_RATE
     begin_with: str = NONE
+    like: str = NONE
     others: tuple[SubjectWords, ...] = ()
 
     @property
@@ -75,17 +80,31 @@ class TrainForm:
         return (SubjectWords(self.class_word, self.token, self.captions), *self.others)
 
     def choices(
-        self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path, *, is_queued: bool = False
+        self,
+        base: str,
+        resolution_px: int,
+        photos_dir: Path,
+        run_dir: Path,
+        *,
+        is_queued: bool = False,
+        recipe: FoundRecipe | None = None,
     ) -> Choices:
         """What the command would choose for these photos and words. Raises UserError for invalid values.
 
-        `photos_dir` is the first subject's; the others' folders are beside it (`folder_of`).
+        `photos_dir` is the first subject's; the others' folders are beside it (`folder_of`). `recipe` is that of
+        `like`.
         """
         given = self.given(base, resolution_px, photos_dir, run_dir)
         share, wants_scores = PRESETS[_one_of(PRESETS, self.preset, "preset")], _switch(self.scores, "scores")
         is_usual = wants_scores == encoders_are_here(base)
-        choices = Choices(given)
-        exposures = choose_recipe(choices, free_for(base, is_later=is_queued))
+        if recipe is None:
+            choices = Choices(given)
+            exposures = choose_recipe(choices, free_for(base, is_later=is_queued))
+        else:
+            given |= self.ticks()
+            choices = Choices(taken_from(recipe, given, share) | given)
+            exposures = USUAL_EXPOSURES
+            choices.say(f"settings like {self.like}, where the form says nothing else")
         if self.others:
             choose_subjects(choices)
         else:
@@ -95,9 +114,11 @@ class TrainForm:
         choose_scores(choices, photos, None if is_usual else wants_scores)
         return choices
 
-    def config(self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path) -> dict[str, Any]:
+    def config(
+        self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path, recipe: FoundRecipe | None = None
+    ) -> dict[str, Any]:
         """All settings, for TrainConfig."""
-        return self.choices(base, resolution_px, photos_dir, run_dir).all
+        return self.choices(base, resolution_px, photos_dir, run_dir, recipe=recipe).all
 
     def given(self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path) -> dict[str, Any]:
         """The form's own values, under the names of TrainConfig. Raises UserError."""
@@ -108,9 +129,9 @@ class TrainForm:
         memory = _one_of(MEMORY_WORDS, self.memory, "memory")
         numbers = {
             "token": token if token != TOKEN and not self.others else "",
-            "rank": _whole(self.rank, "rank", 256),
-            "learning_rate": _number(self.learning_rate, "learning rate", 10),
-            "max_train_steps": _whole(self.steps, "steps", 100_000),
+            "rank": _whole(self.rank, "rank", MOST["rank"]),
+            "learning_rate": _number(self.learning_rate, "learning rate", MOST["learning_rate"]),
+            "max_train_steps": _whole(self.steps, "steps", MOST["max_train_steps"]),
             "memory": "" if is_toy(base) else memory,
             "masks": "" if is_usual else "auto" if makes_masks else "given",
             "captions": "auto" if _switch(self.make_captions, "make_captions") else "",
@@ -122,7 +143,7 @@ class TrainForm:
             "output_dir": str(run_dir),
             "resolution": resolution_px,
             "mixer": self.mixer,
-            "seed": _whole(self.seed, "seed", 2**32 - 1),
+            "seed": _whole(self.seed, "seed", MOST["seed"]),
             "unmasked_weight": _number(self.unmasked_weight, "weight outside the mask", 1),
             **{name: value for name, value in numbers.items() if value},
             **self.prior_given(),
@@ -141,7 +162,7 @@ class TrainForm:
 
     def prior_given(self) -> dict[str, Any]:
         prior = _one_of(PRIORS, self.prior, "prior")
-        weight = _number(self.prior_weight, "prior weight", 100)
+        weight = _number(self.prior_weight, "prior weight", MOST["prior_loss_weight"])
         if not self.prior_preservation:
             return {"with_prior_preservation": False}
         given: dict[str, Any] = {}
@@ -151,6 +172,19 @@ class TrainForm:
             given["prior_loss_weight"] = weight
         return given
 
+    def ticks(self) -> dict[str, Any]:
+        """What the form's ticks say beside a file, which may say something else; `given` has checked them."""
+        ticks = {
+            "with_prior_preservation": bool(self.prior_preservation),
+            "captions": "auto" if self.make_captions else "given",
+            "train_text_encoder_ti": bool(self.new_tokens),
+        }
+        if self.prior_preservation:
+            ticks["prior"] = self.prior
+        if self.make_masks is not None:
+            ticks["masks"] = "auto" if self.make_masks else "given"
+        return ticks
+
     def tokens_given(self) -> dict[str, Any]:
         if not _switch(self.new_tokens, "new_tokens"):
             return {}
@@ -158,7 +192,7 @@ class TrainForm:
             raise UserError("new tokens are learnt for one subject; untick them, or remove the other subjects")
         words = " ".join(str(self.tokens_begin_as or "").split())
         check_characters(words, "what the new tokens begin as")
-        rate = _number(self.tokens_learning_rate, "learning rate of the new tokens", 10)
+        rate = _number(self.tokens_learning_rate, "learning rate of the new tokens", MOST["text_encoder_lr"])
         given = {"train_text_encoder_ti": True, "text_encoder_lr": rate}
         return given | ({"initializer_concept": words} if words else {})
 
@@ -203,15 +237,17 @@ def usable_photos(photos_dir: Path, resolution_px: int, subjects: int = 1) -> li
     return found
 
 
-def crop_config(base: str, resolution_px: int, photos_dir: Path, seed: Any = 0) -> TrainConfig:
+def crop_config(
+    base: str, resolution_px: int, photos_dir: Path, seed: Any = 0, like: FoundRecipe | None = None
+) -> TrainConfig:
     """The settings that decide the crops, like those of `TrainForm.choices`; the words are not needed."""
-    _, recipe = recipe_settings(base, free_for(base))
+    recipe = taken_from(like, {"with_prior_preservation": False}) if like else recipe_settings(base, free_for(base))[1]
     own = {
         "pretrained_model_name_or_path": base,
         "instance_data_dir": str(photos_dir),
         "instance_prompt": "a photo",
         "resolution": resolution_px,
-        "seed": _whole(seed, "seed", 2**32 - 1),
+        "seed": _whole(seed, "seed", MOST["seed"]),
     }
     return TrainConfig.from_dict(recipe | own)
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.ui.adapters.recipes import recipe_of
 from dreambooth_moslora.ui.app_state import AT_ONCE, GPU, AppContext, as_gradio_error
 from dreambooth_moslora.ui.html_snippets import notice, remarks_card
 from dreambooth_moslora.ui.server.users import Visitor
@@ -73,7 +74,13 @@ def connect_masks(ctx: AppContext, fields: dict, parts: dict) -> None:
             raise UserError("add some photos of your subject first")
         form = form_of(values)
         return TrainConfig.from_dict(
-            form.config(ctx.base_name, ctx.resolution_px, visitor.photos_dir, ctx.runs_dir / "new")
+            form.config(
+                ctx.base_name,
+                ctx.resolution_px,
+                visitor.photos_dir,
+                ctx.runs_dir / "new",
+                recipe_of(ctx, form.like, visitor),
+            )
         )
 
     @as_gradio_error
@@ -95,7 +102,7 @@ def connect_masks(ctx: AppContext, fields: dict, parts: dict) -> None:
     def after(change: Any, visitor: Visitor, values: dict) -> tuple:
         warning = change()
         found = _pictures(list(shown_masks(settings(visitor, values), visitor)), warning)
-        return (*found, *reviews(ctx, visitor, values["seed"], values["subjects"]))
+        return (*found, *reviews(ctx, visitor, values["seed"], values["subjects"], values["like"]))
 
     @as_gradio_error
     def keep(name: str, painted: Any, request: gr.Request, **values) -> tuple:

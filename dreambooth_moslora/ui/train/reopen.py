@@ -1,23 +1,44 @@
-"""From a run back to the form: its settings, its words and its photos, to change something and train once more."""
+"""Back into the form: a run's settings, words and photos, to change something and train once more; and a recipe."""
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from dreambooth_moslora.core.config.like import FoundRecipe
+from dreambooth_moslora.core.config.recipe import checked_recipe
 from dreambooth_moslora.core.config.run_settings import MEMORY_WORDS
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import subject_of
-from dreambooth_moslora.training.planning.choices import Choices, choose_recipe
+from dreambooth_moslora.core.toy import is_toy
+from dreambooth_moslora.training.planning.choices import USUAL_EXPOSURES, Choices, choose_recipe
+from dreambooth_moslora.ui.adapters.recipes import LENGTHS, bounded, lengths_in
 from dreambooth_moslora.ui.server.photo_uploads import ONE_AT_A_TIME, kept_photos
 from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train.form import OWN_FIELDS, PRESETS, TrainForm, free_for
 from dreambooth_moslora.ui.train.more_subjects import MOST_SUBJECTS, TOKENS, SubjectWords, folder_of, named
+from dreambooth_moslora.ui.train.start import LIKE
 
-__all__ = ["form_of_run", "take_photos_of_run", "values_of"]
+__all__ = ["form_of_run", "like_of_run", "take_photos_of_run", "values_like", "values_of"]
+
+
+FORM_FIELDS = {
+    "rank": "rank",
+    "learning_rate": "learning_rate",
+    "max_train_steps": "steps",
+    "mixer": "mixer",
+    "seed": "seed",
+    "unmasked_weight": "unmasked_weight",
+    "with_prior_preservation": "prior_preservation",
+    "prior": "prior",
+    "prior_loss_weight": "prior_weight",
+    "train_text_encoder_ti": "new_tokens",
+}
+"""A setting of a recipe -> the form's field of the same value."""
 
 
 def form_of_run(settings: Mapping[str, Any], photos_dir: Path) -> TrainForm:
@@ -29,11 +50,12 @@ def form_of_run(settings: Mapping[str, Any], photos_dir: Path) -> TrainForm:
     subjects = each_subject(config)
     if len(subjects) > MOST_SUBJECTS:
         raise UserError(f"the run has {len(subjects)} subjects, and the form {MOST_SUBJECTS} at most")
+    like, recipe = like_of_run(photos_dir.parent)
     first, *others = (words_of(one, folder_of(photos_dir, n)) for n, one in enumerate(subjects, 1))
     with_prior = config.with_prior_preservation
     return TrainForm(
         **asdict(first),
-        **length_of(config, photos_dir, len(subjects)),
+        **length_of(config, photos_dir, len(subjects), recipe),
         prior_preservation=with_prior,
         rank=config.rank,
         learning_rate=config.learning_rate,
@@ -50,6 +72,7 @@ def form_of_run(settings: Mapping[str, Any], photos_dir: Path) -> TrainForm:
         tokens_begin_as=config.initializer_concept or "",
         tokens_learning_rate=config.text_encoder_lr if config.train_text_encoder_ti else TrainForm.tokens_learning_rate,
         begin_with=Path(config.init_adapter).stem if config.init_adapter else TrainForm.begin_with,
+        like=like,
         others=tuple(others),
     )
 
@@ -67,17 +90,38 @@ def caption_of(photo: Path) -> str:
         return ""
 
 
-def length_of(config: TrainConfig, photos_dir: Path, subjects: int) -> dict[str, Any]:
+def like_of_run(run_dir: Path) -> tuple[str, FoundRecipe | None]:
+    """The name and content of the recipe that the run was given; anyone may have changed the file."""
+    for file in (run_dir / LIKE).glob("*.json"):
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            return file.stem, bounded(FoundRecipe(checked_recipe(settings)[0]))
+        except (OSError, ValueError, AttributeError, RecursionError):
+            break
+    return TrainForm.like, None
+
+
+def length_of(
+    config: TrainConfig, photos_dir: Path, subjects: int, recipe: FoundRecipe | None = None
+) -> dict[str, Any]:
     """The preset where one shows each photo as often, else the number of steps."""
     from dreambooth_moslora.training.planning.step_plan import plan_steps
 
-    base = config.pretrained_model_name_or_path
-    recipes = choose_recipe(Choices({"pretrained_model_name_or_path": base}), free_for(base))
     for name, share in PRESETS.items():
-        if config.exposures_per_photo == round(share * recipes):
+        wanted = lengths_in(lengths_of(config, recipe), share)
+        if all(getattr(config, length) == value for length, value in wanted.items()):
             return {"preset": name}
     counts = [max(1, len(kept_photos(folder_of(photos_dir, number)))) for number in range(1, subjects + 1)]
     return {"steps": plan_steps(config, counts).total_steps}
+
+
+def lengths_of(config: TrainConfig, recipe: FoundRecipe | None) -> dict[str, Any]:
+    """What says the length of a standard run: the recipe, or the base's own."""
+    if recipe is not None:
+        lengths = {name: value for name, value in recipe.settings.items() if name in LENGTHS}
+        return lengths or {"exposures_per_photo": USUAL_EXPOSURES}
+    base = config.pretrained_model_name_or_path
+    return {"exposures_per_photo": choose_recipe(Choices({"pretrained_model_name_or_path": base}), free_for(base))}
 
 
 def take_photos_of_run(run_dir: Path, visitor: Visitor, subjects: int) -> None:
@@ -102,3 +146,17 @@ def values_of(form: TrainForm) -> dict[str, Any]:
         words = form.subjects[number - 1] if number <= len(form.subjects) else SubjectWords("", TOKENS[number - 1])
         values |= {named(field.name, number): getattr(words, field.name) for field in fields(words)}
     return values
+
+
+def values_like(recipe: FoundRecipe | None, base: str) -> dict[str, Any]:
+    """Of the widgets that a recipe speaks of, by name. What it says nothing of is as at first, as are all for None."""
+    said = recipe.settings if recipe else {}
+    form = {field: said.get(name, getattr(TrainForm, field)) for name, field in FORM_FIELDS.items()}
+    has_tokens = form["new_tokens"] and "text_encoder_lr" in said
+    return form | {
+        "preset": TrainForm.preset,
+        "prior_weight": form["prior_weight"] if form["prior_preservation"] else 0.0,
+        "make_masks": said["masks"] == "auto" if "masks" in said else is_toy(base),
+        "make_captions": said.get("captions") == "auto",
+        "tokens_learning_rate": said["text_encoder_lr"] if has_tokens else TrainForm.tokens_learning_rate,
+    }

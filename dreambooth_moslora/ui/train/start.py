@@ -1,6 +1,7 @@
 """Starts a run from the Train tab's form: checks everything, moves the photos into a folder, and starts or
 queues it."""
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import free_name
 from dreambooth_moslora.core.run_files.adapter_files import NONE, header_of
 from dreambooth_moslora.training.run_folders.run_queue import QueuedRun
+from dreambooth_moslora.ui.adapters.recipes import recipe_of
 from dreambooth_moslora.ui.adapters.summary import summary_of
 from dreambooth_moslora.ui.app_state import AppContext
 from dreambooth_moslora.ui.html_snippets import remarks_card
@@ -24,10 +26,11 @@ from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train.form import TrainForm
 from dreambooth_moslora.ui.train.more_subjects import folder_of, prompts_of
 
-__all__ = ["add_to_queue", "adapter_of", "free_run_dir", "start_lines", "start_run", "starts_for"]
+__all__ = ["LIKE", "add_to_queue", "adapter_of", "free_run_dir", "start_lines", "start_run", "starts_for"]
 
 BUSY = "another run is going on or waits; “Add to queue” lets this one wait for its turn"
-BEGUN_WITH = "begun_with"
+BEGUN_WITH, LIKE = "begun_with", "like"
+"""Folders in a run: a copy of the adapter that it begins with, and the recipe that it was given, NAME.json."""
 MOST_WAITING = 20
 CHOSEN = "Chosen; “More settings” changes it."
 
@@ -70,13 +73,15 @@ def prepared(
 ) -> Iterator[Prepared]:
     """Prepare the run folder. It is deleted when the block fails, which frees its name. Raises UserError."""
     from dreambooth_moslora.core.config.train_config import TrainConfig
+    from dreambooth_moslora.training.planning.checks import check_settings
 
     photos = visitor.photos_dir
     if not visitor.has_photos:
         raise UserError("add some photos of your subject first")
     prompts_of(form.token, form.class_word)
     run_dir = free_run_dir(jobs, form)
-    choices = form.choices(ctx.base_name, ctx.resolution_px, photos, run_dir, is_queued=is_queued)
+    recipe = recipe_of(ctx, form.like, visitor)
+    choices = form.choices(ctx.base_name, ctx.resolution_px, photos, run_dir, is_queued=is_queued, recipe=recipe)
     begun_with = adapter_of(ctx, form, visitor)
     places = form.photos_given(run_dir / "photos") | start_given(form, run_dir)
     config = TrainConfig.from_dict(choices.all | places)
@@ -92,6 +97,10 @@ def prepared(
         if begun_with is not None:
             (run_dir / BEGUN_WITH).mkdir()
             shutil.copyfile(begun_with, config.init_adapter)
+        if recipe is not None:
+            (run_dir / LIKE).mkdir()
+            (run_dir / LIKE / f"{form.like}.json").write_text(json.dumps(recipe.settings), encoding="utf-8")
+        check_settings(config)
         yield Prepared(run_dir, config.to_dict(), [*start_lines(form), *(words for words, _ in choices.said)])
     except BaseException:
         shutil.rmtree(run_dir, ignore_errors=True)

@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.run_files.adapter_files import NONE
 from dreambooth_moslora.ui.app_state import AT_ONCE, TELLING, AppContext, as_gradio_error
 from dreambooth_moslora.ui.html_snippets import faint, notice
 from dreambooth_moslora.ui.server.photo_uploads import PHOTO_TYPES, kept_photos
@@ -124,25 +125,27 @@ def connect_subjects(ctx: AppContext, page: gr.Blocks, fields: dict, parts: dict
     for number in range(1, MOST_SUBJECTS + 1):
         widgets = [everything[named(name, number)] for name in ("token", "class_word", "prompts")]
         connect_words(*widgets)
-        connect_photos(ctx, number, everything, fields["seed"])
+        connect_photos(ctx, number, everything, [fields["seed"], fields["like"]])
     connect_kept(ctx, page, everything)
     connect_count(ctx, everything)
 
 
-def connect_photos(ctx: AppContext, number: int, widgets: dict, seed: gr.Number) -> None:
+def connect_photos(ctx: AppContext, number: int, widgets: dict, how: list) -> None:
+    """`how` are the widgets of the seed and of the recipe, on which the crops depend."""
+
     @as_gradio_error
-    def review(photos: list[str] | None, seed: int, request: gr.Request) -> tuple:
+    def review(photos: list[str] | None, seed: int, like: str, request: gr.Request) -> tuple:
         visitor = ctx.visitors.of(request)
         if not photos:
             forget(visitor, number)
             return gr.HTML(visible=False), gr.Gallery(visible=False)
-        return shown(review_photos(ctx, photos, visitor, seed, number))
+        return shown(review_photos(ctx, photos, visitor, seed, number, like))
 
     photos, *outputs = (widgets[named(name, number)] for name in ("photos", "remarks", "crops"))
     gr.on(
         [photos.upload, photos.delete, photos.clear],
         review,
-        [photos, seed],
+        [photos, *how],
         outputs,
         api_visibility="private",
         show_progress="minimal",
@@ -155,8 +158,8 @@ def connect_kept(ctx: AppContext, page: gr.Blocks, widgets: dict) -> None:
     pictures = review_widgets(widgets)
 
     @as_gradio_error
-    def again(seed: int, count: int, request: gr.Request) -> tuple:
-        return reviews(ctx, ctx.visitors.of(request), seed, count)
+    def again(seed: int, count: int, like: str, request: gr.Request) -> tuple:
+        return reviews(ctx, ctx.visitors.of(request), seed, count, like)
 
     @as_gradio_error
     def restore(seed: int, request: gr.Request) -> tuple:
@@ -165,19 +168,19 @@ def connect_kept(ctx: AppContext, page: gr.Blocks, widgets: dict) -> None:
         return (*reviews(ctx, visitor, seed, count), *boxes_for(count))
 
     page.load(restore, widgets["seed"], [*pictures, *box_widgets(widgets)], **AT_ONCE)
-    widgets["seed"].blur(again, [widgets["seed"], widgets["subjects"]], pictures, **TELLING)
+    widgets["seed"].blur(again, [widgets["seed"], widgets["subjects"], widgets["like"]], pictures, **TELLING)
 
 
 def review_widgets(widgets: dict) -> list[Any]:
     return [widgets[named(name, number)] for number in range(1, MOST_SUBJECTS + 1) for name in ("remarks", "crops")]
 
 
-def reviews(ctx: AppContext, visitor: Visitor, seed: int, count: int) -> tuple:
+def reviews(ctx: AppContext, visitor: Visitor, seed: int, count: int, like: str = NONE) -> tuple:
     """Values of `review_widgets`: the kept photos of the first `count` subjects; the others do not change."""
     found = []
     for number in range(1, MOST_SUBJECTS + 1):
         is_there = number <= count and kept_photos(folder_of(visitor.photos_dir, number))
-        found += shown(review_kept(ctx, visitor, seed=seed, number=number)) if is_there else (gr.skip(), gr.skip())
+        found += shown(review_kept(ctx, visitor, (), seed, number, like)) if is_there else (gr.skip(), gr.skip())
     return tuple(found)
 
 

@@ -1,10 +1,14 @@
 """The Train tab: photos, a word, a button, and a view of the run. The server owns the run; the page only shows it."""
 
+from collections.abc import Callable
+
 import gradio as gr
 
+from dreambooth_moslora.core.config.like import FoundRecipe
 from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.ui.adapters.recipes import add_recipe, keep_recipe, like_line, recipe_names, recipe_of
 from dreambooth_moslora.ui.adapters.summary import prompt_for, summary_of
-from dreambooth_moslora.ui.app_state import AT_ONCE, TELLING, AppContext, as_gradio_error
+from dreambooth_moslora.ui.app_state import AT_ONCE, TELLING, AppContext, as_gradio_error, as_user_error, sentence
 from dreambooth_moslora.ui.generate.form import NONE
 from dreambooth_moslora.ui.generate.tab import GenerateTab
 from dreambooth_moslora.ui.html_snippets import notice
@@ -15,7 +19,7 @@ from dreambooth_moslora.ui.train.cost_estimate import estimate_cost
 from dreambooth_moslora.ui.train.form import form_of
 from dreambooth_moslora.ui.train.masks import connect_masks
 from dreambooth_moslora.ui.train.queue import connect_queue, queue_widgets
-from dreambooth_moslora.ui.train.reopen import form_of_run, take_photos_of_run, values_of
+from dreambooth_moslora.ui.train.reopen import form_of_run, like_of_run, take_photos_of_run, values_like, values_of
 from dreambooth_moslora.ui.train.start import add_to_queue, start_run, starts_for
 from dreambooth_moslora.ui.train.subject_widgets import (
     TAKING_PHOTOS,
@@ -47,7 +51,8 @@ def build_train_tab(ctx: AppContext, jobs: Jobs, page: gr.Blocks, tabs: gr.Tabs,
             parts |= watch_widgets(queue_widgets)
     connect_subjects(ctx, page, fields, parts)
     _connect_start(ctx, jobs, fields, parts)
-    _connect_begin(ctx, page, fields["begin_with"])
+    _connect_names(ctx, page, fields)
+    _connect_like(ctx, fields, parts)
     connect_masks(ctx, fields, parts)
     connect_watch(ctx, jobs, page, parts)
     connect_queue(ctx, jobs, page, parts)
@@ -111,11 +116,58 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
     parts["estimate"].click(estimate, inputs_kwargs=inputs, outputs=parts["cost"], api_name="estimate", **TAKING_PHOTOS)
 
 
-def _connect_begin(ctx: AppContext, page: gr.Blocks, begin_with: gr.Dropdown) -> None:
-    def names(request: gr.Request) -> gr.Dropdown:
-        return gr.Dropdown(choices=starts_for(ctx, ctx.visitors.of(request)))
+def _connect_names(ctx: AppContext, page: gr.Blocks, fields: dict) -> None:
+    """The lists of adapters."""
 
-    gr.on([page.load, begin_with.focus], names, None, begin_with, **AT_ONCE)
+    def connect(listed: Callable[[AppContext, Visitor], list[str]], widget: gr.Dropdown) -> None:
+        def names(request: gr.Request) -> gr.Dropdown:
+            return gr.Dropdown(choices=listed(ctx, ctx.visitors.of(request)))
+
+        gr.on([page.load, widget.focus], names, None, widget, **AT_ONCE)
+
+    connect(starts_for, fields["begin_with"])
+    connect(recipe_names, fields["like"])
+
+
+def _connect_like(ctx: AppContext, fields: dict, parts: dict) -> None:
+    """An adapter's recipe into the form, and the crops as it makes them. A file without one is told below the list."""
+    names = list(values_like(None, ctx.base_name))
+    filled = [*(fields[name] for name in names), *review_widgets(parts)]
+    outputs = [fields["like"], parts["like_said"], *filled]
+
+    def choose(name: str | None, count: int, request: gr.Request) -> tuple:
+        """A name without a recipe becomes “none”."""
+        try:
+            return like(str(name or NONE), count, ctx.visitors.of(request))
+        except Exception as error:
+            listed, _, *rest = like(NONE, count, ctx.visitors.of(request))
+            return listed, mistake(error), *rest
+
+    def upload(file: str, count: int, request: gr.Request) -> tuple:
+        """A bad file changes nothing."""
+        visitor = ctx.visitors.of(request)
+        try:
+            return like(add_recipe(ctx, file, visitor), count, visitor)
+        except Exception as error:
+            return gr.skip(), mistake(error), *([gr.skip()] * len(filled))
+
+    def like(name: str, count: int, visitor: Visitor) -> tuple:
+        recipe = recipe_of(ctx, name, visitor)
+        values = values_like(recipe, ctx.base_name)
+        listed = gr.Dropdown(choices=recipe_names(ctx, visitor), value=name)
+        pictures = reviews(ctx, visitor, values["seed"], count, name)
+        return listed, said_of(name, recipe), *(values[field] for field in names), *pictures
+
+    def mistake(error: Exception) -> gr.HTML:
+        return gr.HTML(notice(ctx.jobs.told(sentence(as_user_error(error))), "bad"), visible=True)
+
+    options = {"show_progress_on": parts["like_said"], **TELLING}
+    fields["like"].input(choose, [fields["like"], fields["subjects"]], outputs, **options)
+    parts["upload_like"].upload(upload, [parts["upload_like"], fields["subjects"]], outputs, **options)
+
+
+def said_of(name: str, recipe: FoundRecipe | None) -> gr.HTML:
+    return gr.HTML(notice(like_line(name, recipe)) if recipe else "", visible=recipe is not None)
 
 
 def _connect_use(ctx: AppContext, jobs: Jobs, parts: dict, tabs: gr.Tabs, generate: GenerateTab) -> None:
@@ -137,7 +189,8 @@ def _connect_reopen(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> N
     """A run's settings, words and photos into the form."""
     names = [name for name, field in fields.items() if not isinstance(field, gr.File)]
     files = [field for field in fields.values() if isinstance(field, gr.File)]
-    outputs = [*(fields[name] for name in names), parts["photos"], *files, *review_widgets(parts), parts["cost"]]
+    shown = [*review_widgets(parts), parts["like_said"], parts["cost"]]
+    outputs = [*(fields[name] for name in names), parts["photos"], *files, *shown]
     boxes = box_widgets(fields | parts)[1:]
 
     @as_gradio_error
@@ -147,10 +200,12 @@ def _connect_reopen(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> N
         form = form_of_run(settings_of(job), job.run_dir / "photos")
         count = len(form.subjects)
         take_photos_of_run(job.run_dir, visitor, count)
+        name, recipe = like_of_run(job.run_dir)
+        keep_recipe(ctx, name, recipe, visitor)
         values = values_of(form)
         emptied = [None] * (1 + len(files))
         told = notice(f"The settings, words and photos of {job.name} are in the form. Change them, and start.")
-        pictures = reviews(ctx, visitor, form.seed, count)
-        return (*(values[name] for name in names), *emptied, *pictures, told, *boxes_for(count)[1:])
+        shown = (*reviews(ctx, visitor, form.seed, count, form.like), said_of(name, recipe), told)
+        return (*(values[name] for name in names), *emptied, *shown, *boxes_for(count)[1:])
 
     parts["reopen"].click(reopen, parts["run"], [*outputs, *boxes], show_progress_on=parts["cost"], **TELLING)

@@ -38,12 +38,32 @@ def train_widgets(base: str) -> tuple[dict[str, Any], dict[str, Any]]:
         estimate = gr.Button("Estimate cost", min_width=132, elem_id="estimate")
     cost = gr.HTML("", label="Cost", elem_id="cost")
     with gr.Accordion("More settings", open=False, elem_id="more_training"):
-        more = word_fields(base) | class_fields() | mask_fields(base)
+        others |= (like := like_widgets())
+        more = {"like": like["like"]} | word_fields(base) | class_fields() | mask_fields(base)
         masks = mask_widgets()
         more |= adapter_fields(base)
     fields = {"class_word": class_word, **more}
     others |= {"prompts": prompts, "start": start, "queue": queue, "estimate": estimate, "cost": cost}
     return {name: fields[name] for name in OWN_FIELDS} | further, others | boxes | masks
+
+
+def like_widgets() -> dict[str, Any]:
+    """A file whose settings fill the form, and the line about it."""
+    with gr.Row(elem_classes="tight"):
+        like = gr.Dropdown(
+            [NONE],
+            value=NONE,
+            label="Train like",
+            info="an adapter whose settings fill this form",
+            allow_custom_value=True,
+            elem_id="train_like",
+            scale=4,
+        )
+        upload = gr.UploadButton(
+            "Upload", file_types=[".safetensors"], scale=0, min_width=88, elem_id="upload_like", size="md"
+        )
+    said = gr.HTML("", visible=False, elem_id="like_said")
+    return {"like": like, "upload_like": upload, "like_said": said}
 
 
 def word_fields(base: str) -> dict[str, Any]:

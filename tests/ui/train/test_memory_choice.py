@@ -35,6 +35,7 @@ def card(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "Some Card <3")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (capability, 0))
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: capability >= 8)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *device: (int(free_gib * GIB), 80 * GIB))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *device: int(own_gib * GIB))
 

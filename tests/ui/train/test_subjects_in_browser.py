@@ -4,8 +4,10 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
+from safetensors.numpy import save_file
 
 from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.ui.jobs.job import Job
@@ -164,6 +166,35 @@ def test_new_tokens_are_a_tick_with_its_words(served, browser, photos, configs, 
     (config,) = configs
     flags = ("train_text_encoder_ti", "initializer_concept", "text_encoder_lr")
     assert [config[name] for name in flags] == [True, "brown dog", 0.002]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_an_adapters_settings_fill_the_form(served, browser, photos, configs, tmp_path, size):
+    of_kohya = {"ss_network_dim": "3", "ss_network_alpha": "6", "ss_seed": "7", "ss_clip_skip": "2"}
+    for name, header in (("kohya", of_kohya), ("bare", {})):
+        save_file({"weight": np.zeros((1, 1), np.float32)}, tmp_path / f"{name}.safetensors", metadata=header)
+    with visit(browser, served.url, size=size) as visited:
+        page = visited.page
+        page.get_by_role("tab", name="Train", exact=True).click()
+        page.set_input_files("#photos input[type=file]", photos[0])
+        wait_for(page, "remarks", "3 photos")
+        put(page, "class_word", "dog")
+        page.locator("#more_training button.label-wrap").click()
+        for name, said in (("kohya", "Like kohya.safetensors: 3 settings"), ("bare", "Nothing is taken from bare")):
+            with page.expect_file_chooser() as chooser:
+                page.click("#upload_like")
+            chooser.value.set_files(tmp_path / f"{name}.safetensors")
+            wait_for(page, "like_said", said)
+            assert page.input_value("#train_like input") == "kohya.safetensors" and fits(page)
+        assert page.input_value("#rank input") == "3" and page.input_value("#train_seed input") == "7"
+        page.click("#start")
+        wait_for(page, "cost", "settings like kohya.safetensors")
+        page.click("#train_like input")
+        page.get_by_role("option", name="none", exact=True).click()
+        page.wait_for_selector("#like_said", state="hidden")
+        assert page.input_value("#rank input") == "0" and not visited.errors
+    (config,) = configs
+    assert [config[name] for name in ("rank", "lora_alpha", "seed", "mixer")] == [3, 6.0, 7, "orthogonal"]
 
 
 def toys(name: str, count: int) -> list[Path]:
