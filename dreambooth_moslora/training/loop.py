@@ -145,7 +145,7 @@ def set_up(context: RunContext, evaluator: StepScorer | None, load: LoadBase | N
         should_stop=context.should_stop,
     )
     publisher = Publisher(config, context.run_dir, inputs, train_step, samples, sampler)
-    claim_run_folder(context, step, checkpoint)
+    on_main(context.accelerator, lambda: claim_run_folder(context, step, checkpoint))
     return Training(context, plan.total_steps, train_step, samples, sampler, publisher, evaluator, checkpoint)
 
 

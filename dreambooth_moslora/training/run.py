@@ -151,12 +151,17 @@ class Training:
         free_unused_memory(self.accelerator.device)
 
     def evaluate_if_due(self) -> None:
+        if self.is_scored_now:
+            self.require_finite_adapter()
+            on_main(self.accelerator, self.evaluate)
+
+    @property
+    def is_scored_now(self) -> bool:
         every = self.config.evaluate_steps
-        if not every or self.step % every:
-            return
-        self.require_finite_adapter()
-        if self.evaluator is None or not self.accelerator.is_main_process:
-            return
+        return self.evaluator is not None and bool(every) and self.step % every == 0
+
+    def evaluate(self) -> None:
+        """Score this step, on the main process, and keep the adapter if it is the best so far."""
         self.report.phase("evaluating")
         try:
             with self.train_step.averaged():
@@ -177,11 +182,16 @@ class Training:
 
     def recall_scores(self) -> None:
         """Give a resumed run its earlier scores; score the step at which it was stopped if that is missing."""
-        scored = events_of(StepEvaluated, self.run_dir.read_metrics()) if self.step else []
-        if scored:
-            self.publisher.note_scores(scored[-1].scores, BestStep(**scored[-1].best))
-        if self.step and self.step not in (event.step for event in scored):
-            self.evaluate_if_due()
+
+        def recall() -> None:
+            scored = events_of(StepEvaluated, self.run_dir.read_metrics())
+            if scored:
+                self.publisher.note_scores(scored[-1].scores, BestStep(**scored[-1].best))
+            if self.is_scored_now and self.step not in (event.step for event in scored):
+                self.evaluate()
+
+        if self.step:
+            on_main(self.accelerator, recall)
 
     def has_stalled(self) -> bool:
         """Whether early stopping is on and due."""
@@ -194,10 +204,13 @@ class Training:
             self.save_checkpoint(self.run_dir.checkpoint_path(self.step))
 
     def save_checkpoint(self, path: Path) -> None:
-        """Write a checkpoint and remove an older `last`. Raises UserError when the adapter is not finite."""
+        """Write a checkpoint and remove an older `last`. Raises on all processes when the adapter is not finite
+        (UserError), or when the main process cannot write."""
         self.require_finite_adapter()
-        if not self.accelerator.is_main_process:
-            return
+        on_main(self.accelerator, lambda: self.write_checkpoint(path))
+        self.checkpoint, self.checkpoint_step = path, self.step
+
+    def write_checkpoint(self, path: Path) -> None:
         position = Position(self.step, self.config.seed, optimizer_kind(self.config))
         optimizer, scaler = self.train_step.optimizer.optimizer, self.accelerator.scaler
         parts = position, self.train_step.components, self.publisher.facts, optimizer, scaler
@@ -205,7 +218,6 @@ class Training:
         learnt = self.train_step.learnt
         with self.train_step.averaged():
             save_checkpoint(path, *parts, own, learnt and learnt.tokens)
-        self.checkpoint, self.checkpoint_step = path, self.step
         if path != self.run_dir.last_dir and self.run_dir.last_dir.is_dir():
             remove_directory(self.run_dir.last_dir)
         self.run_dir.rotate(self.config.checkpoints_total_limit)

@@ -14,7 +14,7 @@ def ended_ranks(module: str, port: int, *arguments: str, count: int = 2) -> list
     """Run the module in `count` processes on CPUs; returns the exit code of each, and what it said on stderr."""
     ranks = [start_rank(module, rank, count, port, arguments) for rank in range(count)]
     try:
-        said = [rank.communicate(timeout=240)[1] for rank in ranks]
+        said = [rank.communicate(timeout=600)[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

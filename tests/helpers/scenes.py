@@ -2,8 +2,8 @@
 
 Its argument is a file with the scenes: [{"config": FILE, "place": PLACE, "rank": R, "after": N, "end": END}, …]. In the
 scene, process R meets END ("full": its disk is full; "stop": SIGTERM; "kill": SIGKILL) the N-th time it comes to PLACE
-(drawn, encoded, sampled). The environment is a launcher's. Each process writes `scenes_R.json`: exit codes, and what
-it drew, encoded and sampled.
+(drawn, encoded, sampled, saved). The environment is a launcher's. Each process writes `scenes_R.json`: exit codes, and
+what it drew, encoded, sampled and saved.
 """
 
 import errno
@@ -18,12 +18,14 @@ from diffusers import StableDiffusionXLPipeline
 
 from dreambooth_moslora.cli.main import train_main
 from dreambooth_moslora.generation.fixed_seeds import Sampler
+from dreambooth_moslora.training import run
 from dreambooth_moslora.training.inputs import run_class_images
 from dreambooth_moslora.training.inputs.encoding_cache import TensorCache
 
 RANK = int(os.environ.get("RANK", "0"))
 whole_call = StableDiffusionXLPipeline.__call__
 generate, sample, keep = run_class_images.generate_images, Sampler._draw, TensorCache._keep
+save_checkpoint = run.save_checkpoint
 
 
 def quick_call(self, *arguments, **options):
@@ -36,10 +38,11 @@ class Scene:
 
     def __init__(self, config: str, place: str = "", rank: int = -1, after: int = 0, end: str = ""):
         self.config, self.place, self.rank, self.after, self.end = config, place, rank, after, end
-        self.done: dict[str, list] = {"drawn": [], "encoded": [], "sampled": []}
+        self.done: dict[str, list] = {"drawn": [], "encoded": [], "sampled": [], "saved": []}
 
     def play(self) -> dict:
         run_class_images.generate_images, Sampler._draw, TensorCache._keep = self.generate, self.sample, self.keep
+        run.save_checkpoint = lambda path, *parts: self.at("saved", path.name) or save_checkpoint(path, *parts)
         return {"code": train_main(["--config", self.config]), **self.done}
 
     def at(self, place: str, what: object) -> None:
