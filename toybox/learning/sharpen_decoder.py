@@ -6,9 +6,10 @@
 The latents that the UNet draws from noise (`toybox.data.sample_latents`) differ from those of renders, and a
 decoder that never saw them blurs them. A sample has no true picture. So discriminators at three scales (Wang et
 al., "High-resolution image synthesis … with conditional GANs", 2018) judge whether its picture looks like a
-render, and the decoder as it was at the start says where things are. The other half of each batch is renders
-with their own latents, as in `toybox.learning.train_vae`. The encoder does not change, so a UNet that was
-trained on its latents stays valid. Resumable.
+render, and the decoder as it was at the start says where things are. Guidance raises contrast: there the pictures
+of the start are first given the renders' contrast, level by level of their Laplacian pyramid. The other half of
+each batch is renders with their own latents, as in `toybox.learning.train_vae`. The encoder does not change, so a
+UNet that was trained on its latents stays valid. Resumable.
 """
 
 import argparse
@@ -27,10 +28,14 @@ from toybox.learning.adversary import Adversary
 from toybox.learning.channels_last import to_channels_last, use_fast_group_norm
 from toybox.learning.train_vae import RATES, batch, export, reconstruction_loss
 from toybox.learning.training import MasterWeights, Run
+from toybox.measures.swd import collapse, laplacian_pyramid
 
 SCALES = (1, 2, 4)
 WARMUP = 300  # steps in which the discriminators learn alone
 COARSE_PX, FINE_PX = 8, 2
+BANDS = 3  # levels of detail above the rest of a picture
+ROUNDS = 5
+COMPARED = 256  # samples, and the renders of their captions, for the contrast
 
 
 def anchor_loss(y: Tensor, before: Tensor) -> Tensor:
@@ -38,6 +43,45 @@ def anchor_loss(y: Tensor, before: Tensor) -> Tensor:
     quarter of that over 2 px."""
     moved = (y - before).float()
     return avg_pool2d(moved, COARSE_PX).abs().mean() + 0.25 * avg_pool2d(moved, FINE_PX).abs().mean()
+
+
+def bands(pictures: Tensor) -> list[Tensor]:
+    """The Laplacian pyramid of pictures (N,3,P,P), from which the rest's mean colour is taken: (N,3,P,P), ...,
+    (N,3,P/8,P/8), and that mean (N,3,1,1)."""
+    *finer, rest = laplacian_pyramid(pictures, pictures.shape[-1] >> BANDS)
+    mean = rest.mean((2, 3), keepdim=True)
+    return [*finer, rest - mean, mean]
+
+
+def contrast(pictures: Tensor) -> list[float]:
+    """Root mean square of each band of pictures (N,3,P,P)."""
+    return [float(band.square().mean().sqrt()) for band in bands(pictures)[:-1]]
+
+
+def with_contrast(pictures: Tensor, gains: list[float]) -> Tensor:
+    """Pictures (N,3,P,P), each of their bands multiplied by its gain."""
+    *finer, rest, mean = (band * gain for band, gain in zip(bands(pictures), [*gains, 1.0]))
+    return collapse([*finer, rest + mean])
+
+
+def contrast_gains(drawn: Tensor, true: Tensor) -> list[float]:
+    """Gains of the bands that give pictures `drawn` (N,3,P,P) the contrast of `true`.
+
+    The bands of a pyramid overlap, so the gains are corrected `ROUNDS` times.
+    """
+    wanted, gains = contrast(true), [1.0] * (BANDS + 1)
+    for _ in range(ROUNDS):
+        found = contrast(with_contrast(drawn, gains))
+        gains = [gain * w / f for gain, w, f in zip(gains, wanted, found)]
+    return gains
+
+
+@torch.no_grad()
+def gains_of_samples(vae: AutoencoderKL, samples: Tensor, renders: Renders) -> list[float]:
+    """`contrast_gains` of the pictures of unscaled samples (M,4,16,16) to the renders of their captions."""
+    count = min(COMPARED, len(samples))
+    drawn = [vae.decode(part.to(vae.device)).sample.cpu() for part in samples[:count].split(32)]
+    return contrast_gains(torch.cat(drawn).clamp(-1, 1), to_pixels(renders.images(range(count))))
 
 
 def windows(size: int, crop: int, generator: torch.Generator) -> tuple[slice, slice]:
@@ -67,6 +111,8 @@ def train(args: argparse.Namespace) -> AutoencoderKL:
     samples = load_file(args.samples)["latents"].float() / vae.config.scaling_factor
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
+    gains = gains_of_samples(vae, samples, renders)
+    print("contrast of renders to that of samples, fine to coarse:", [round(gain, 3) for gain in gains], flush=True)
     at_first = {name: value.clone() for name, value in vae.state_dict().items()}
     weights = MasterWeights(vae, **RATES)
     before = deepcopy(vae).requires_grad_(False)
@@ -79,7 +125,7 @@ def train(args: argparse.Namespace) -> AutoencoderKL:
         true = to_channels_last(some_renders(renders, half, args.crop_px, generator).to(args.device))
         drawn = to_channels_last(some_samples(samples, half, args.crop_px, generator).to(args.device))
         with torch.no_grad():
-            new = old = before.decode(drawn).sample
+            new = old = with_contrast(before.decode(drawn).sample.float(), gains)
         if step >= WARMUP:
             x = to_channels_last(batch(renders, leaves, args.batch - half, args.crop_px, generator).to(args.device))
             with torch.no_grad():

@@ -26,7 +26,7 @@ from toybox.captions import canonical_caption
 from toybox.render import render
 from toybox.world import Scene, sample_scene
 
-__all__ = ["distances", "laplacian_pyramid", "sliced_wasserstein"]
+__all__ = ["collapse", "distances", "laplacian_pyramid", "sliced_wasserstein"]
 
 COARSEST_PX = 16
 PATCH_PX = 7
@@ -41,14 +41,22 @@ def blur(pictures: Tensor) -> Tensor:
     return conv2d(pad(pictures, (2, 2, 2, 2), mode="reflect"), kernel, groups=3)
 
 
-def laplacian_pyramid(pictures: Tensor) -> list[Tensor]:
-    """(N,3,H,W) -> levels (N,3,H,W), (N,3,H/2,W/2), ...; the last, 16 px high, is the rest of the picture."""
+def laplacian_pyramid(pictures: Tensor, coarsest_px: int = COARSEST_PX) -> list[Tensor]:
+    """(N,3,H,W) -> levels (N,3,H,W), (N,3,H/2,W/2), ...; the last, `coarsest_px` high, is the rest of the picture."""
     levels = []
-    while pictures.shape[-1] > COARSEST_PX:
+    while pictures.shape[-1] > coarsest_px:
         smaller = blur(pictures)[..., ::2, ::2]
         levels.append(pictures - interpolate(smaller, scale_factor=2, mode="bilinear"))
         pictures = smaller
     return [*levels, pictures]
+
+
+def collapse(levels: list[Tensor]) -> Tensor:
+    """The pictures (N,3,H,W) of which these are the levels."""
+    *finer, pictures = levels
+    for level in reversed(finer):
+        pictures = level + interpolate(pictures, scale_factor=2, mode="bilinear")
+    return pictures
 
 
 def random_patches(level: Tensor, generator: torch.Generator) -> Tensor:
