@@ -44,8 +44,7 @@ def floor(size: str, resolution_px: int, rank: int) -> Step:
 
 def ours(size: str, resolution_px: int, rank: int, *, checkpointing: bool = False) -> Step:
     """The trainer's own step (`train_step.TrainStep`) on a random UNet; only its inputs are made here."""
-    from accelerate import Accelerator
-
+    from benchmarks.precision import bf16_accelerator
     from dreambooth_moslora.core.config.train_config import TrainConfig
     from dreambooth_moslora.core.process import keep_freed_memory
     from dreambooth_moslora.training.machine.random_materials import random_materials
@@ -61,8 +60,7 @@ def ours(size: str, resolution_px: int, rank: int, *, checkpointing: bool = Fals
         gradient_checkpointing=checkpointing,
         seed=0,
     )
-    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
-    train_step = TrainStep(config, random_materials(size, resolution_px), accelerator, max_train_steps=100)
+    train_step = TrainStep(config, random_materials(size, resolution_px), bf16_accelerator(), max_train_steps=100)
 
     def step() -> tuple[float, float]:
         losses = train_step.accumulate_gradients()

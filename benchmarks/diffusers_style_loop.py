@@ -9,14 +9,13 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import nn
 
+from benchmarks.precision import bf16_accelerator
 from benchmarks.random_sdxl import random_text_encoders, random_unet, random_vae
 
 __all__ = ["diffusers_style_step"]
@@ -51,8 +50,7 @@ def diffusers_style_step(
     size: str, resolution_px: int, rank: int, gradient_checkpointing: bool, fp32_adapter: bool = False
 ) -> Callable[[], tuple[float, float]]:
     """Build everything and return the step: () -> (loss, gradient norm)."""
-    AcceleratorState._reset_state()  # the process may have used another precision
-    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    accelerator = bf16_accelerator()
     schedule = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     encoders, vae, unet = loaded(size)
     if gradient_checkpointing:

@@ -25,8 +25,7 @@ Step = Callable[[], object]
 
 def steps_of(size: str, resolution_px: int, rank: int) -> tuple[Step, Step, Step]:
     """(floor, gradients of a step, update of the adapter)."""
-    from accelerate import Accelerator
-
+    from benchmarks.precision import bf16_accelerator
     from dreambooth_moslora.adapters.fused.stacked_adapters import twin
     from dreambooth_moslora.core.config.train_config import TrainConfig
     from dreambooth_moslora.training.machine.random_materials import random_materials
@@ -46,7 +45,7 @@ def steps_of(size: str, resolution_px: int, rank: int) -> tuple[Step, Step, Step
     materials.pipeline.unet = twin(unet)
     alone = floor_step(materials, config, torch.device("cpu"))
     materials.pipeline.unet = unet
-    ours = TrainStep(config, materials, Accelerator(mixed_precision="bf16", cpu=True), max_train_steps=100)
+    ours = TrainStep(config, materials, bf16_accelerator(), max_train_steps=100)
     return alone, ours.accumulate_gradients, ours.update_adapter
 
 

@@ -59,11 +59,11 @@ def parser() -> argparse.ArgumentParser:
 
 def measure(arm: str, options: argparse.Namespace) -> dict:
     """Build the arm and time its steps."""
-    from accelerate import Accelerator
+    from benchmarks.precision import bf16_accelerator
 
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = arm == "benchmarked"
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = bf16_accelerator(cpu=False)
     device = accelerator.device
     step = floor(options, device) if arm == "floor" else trainer_step(arm, options, accelerator)
     for _ in range(WARM_UP):

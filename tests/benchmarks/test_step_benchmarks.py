@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from benchmarks.startup import moments
@@ -34,6 +35,8 @@ def test_the_quick_form_steps_the_trainers_own_learner(tmp_path):
 def test_our_step_and_the_floor_take_turns_on_the_same_weights():
     from benchmarks.floor_ratio import measure
 
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Accelerator(mixed_precision="no", cpu=True)  # as an earlier training in this process
     found = measure("small", 64, rank=2, warmup=0, steps=2)
     assert len(found["clock_ratios"]) == 2 and found["clock_ratio"] > 0
     assert found["floor_sec"] > 0 and found["gradients_sec"] > found["update_sec"] > 0
@@ -115,7 +118,6 @@ def test_moments_of_a_run_are_counted_from_the_command():
 def test_the_gpu_arms_step_on_any_device(arm, capsys):
     from benchmarks import gpu_step
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # another test here may have had another precision
     words = ["--size", "small", "--resolution", "64", "--steps", "1", "--rank", "2", "--arms", arm]
     gpu_step.main(words)
     found = json.loads(capsys.readouterr().out)

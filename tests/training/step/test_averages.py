@@ -23,10 +23,10 @@ def runs(tiny_base, tmp_path_factory):
     folder, drawn = tmp_path_factory.mktemp("averages"), {}
     photos, draw = paint_photos(folder / "photos"), ValidationSamples.draw
 
-    def note(samples, step, sampler):
+    def note(samples, step, sampler, accelerator):
         weights = [p.detach().clone() for n, p in sampler.pipeline.unet.named_parameters() if ".lora_A." in n]
         drawn[step] = weights
-        return draw(samples, step, sampler)
+        return draw(samples, step, sampler, accelerator)
 
     def config(name: str, **changes):
         settings = {"max_train_steps": 3, "checkpointing_steps": 1, **changes}
