@@ -14,6 +14,8 @@ __all__ = ["Bucket", "at_once", "is_url", "local_path"]
 T = TypeVar("T")
 TRIES, FIRST_WAIT_SEC = 6, 0.5
 """The waits double, so an outage of about 15 seconds is survived."""
+ONE_TRY = {"s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}}}}
+"""Options by which a store's library tries once: with its own 25 tries for each of ours, giving up takes minutes."""
 AT_ONCE = 8
 EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}
 """The package's extra for each URL scheme, and the library that it installs."""
@@ -52,7 +54,7 @@ class Bucket:
             raise UserError(f"{url}: names no bucket that several machines see; write it like s3://BUCKET/PATH.")
         self.url = url.rstrip("/")
         try:
-            self.files, root = url_to_fs(self.url)
+            self.files, root = url_to_fs(self.url, **ONE_TRY.get(scheme, {}))
         except ImportError as error:
             library = EXTRAS.get(scheme)
             how = f"it is the extra `{scheme}`: pip install {library}" if library else one_line(error)
@@ -60,6 +62,8 @@ class Bucket:
         except Exception as error:  # file systems raise errors of their own types
             raise UserError(f"{url}: {one_line(error)}.") from error
         self.root = root.rstrip("/")
+        if scheme in ONE_TRY:
+            self.files.retries = 1
 
     def __truediv__(self, name: str) -> "Bucket":
         return Bucket(f"{self.url}/{name}")
@@ -116,7 +120,7 @@ class Bucket:
 
 
 def at_once(function: Callable[..., T], items: Iterable) -> list[T]:
-    """Call `function` on all items in threads; results keep the items' order. Raises the first error after all
-    have ended."""
+    """Call `function` on all items in threads; results keep the items' order. After an error no further call
+    begins; it is raised when those under way have ended."""
     with ThreadPoolExecutor(AT_ONCE) as threads:
         return list(threads.map(function, items))

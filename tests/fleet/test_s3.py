@@ -11,8 +11,9 @@ import psutil
 import pytest
 
 from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RunDir
-from dreambooth_moslora.fleet.bucket import Bucket
+from dreambooth_moslora.fleet.bucket import TRIES, Bucket
 from dreambooth_moslora.fleet.mirror import read_manifest
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
@@ -50,6 +51,27 @@ def s3(tmp_path, monkeypatch):
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
         Bucket("s3://fleets").files.mkdir("fleets")
         yield "s3://fleets/toys"
+
+
+def test_a_store_that_refuses_all_is_asked_as_often_as_said(monkeypatch):
+    from dreambooth_moslora.fleet import bucket as bucket_module
+    from tests.helpers.s3_server import serving
+
+    asked = []
+
+    def refuse(environ, start_response):
+        asked.append(environ["PATH_INFO"])
+        start_response("503 Service Unavailable", [])
+        return [b""]
+
+    monkeypatch.setattr(bucket_module, "FIRST_WAIT_SEC", 0.001)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with serving(refuse) as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        with pytest.raises(UserError, match=f"{TRIES} times"):
+            Bucket("s3://fleets/refused").write("a", b"x")
+    assert len(asked) == TRIES
 
 
 def lose_the_machine(url: str, killed: list) -> None:

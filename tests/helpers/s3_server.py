@@ -1,13 +1,13 @@
 """A server that speaks S3 (moto), in a thread of this process, which refuses some uploads for want of time."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 
 from werkzeug.serving import make_server
 
-__all__ = ["s3_server"]
+__all__ = ["s3_server", "serving"]
 
 
 @contextmanager
@@ -24,6 +24,13 @@ def s3_server(every: int) -> Iterator[str]:
             return [b""]
         return whole(environ, start_response)
 
+    with serving(application) as address:
+        yield address
+
+
+@contextmanager
+def serving(application: Callable) -> Iterator[str]:
+    """The address of a server of this WSGI application."""
     server = make_server("127.0.0.1", 0, application, threaded=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
