@@ -50,8 +50,9 @@ class Manifest:
 def read_manifest(bucket: Bucket) -> Manifest:
     """The manifest of a run folder; an empty one when it is missing or damaged. Raises UserError for the
     bucket's errors."""
+    content = bucket.read(MANIFEST) or b"{}"  # outside of the block: a UserError is a ValueError
     try:
-        manifest = Manifest(**json.loads(bucket.read(MANIFEST) or b"{}"))
+        manifest = Manifest(**json.loads(content))
         files = manifest.files
         if isinstance(manifest.writer, str) and all(map(is_plain, files, files.values())) and not clash(files):
             return manifest

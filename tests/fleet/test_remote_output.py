@@ -278,6 +278,25 @@ def test_what_a_killed_worker_could_not_send_is_found_by_the_next_try(tmp_path, 
     assert train_in_bucket(JOB, go_on).state == "done" and seen == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_a_try_while_the_bucket_is_still_away_keeps_what_was_not_sent(tmp_path, store):
+    def fail(path: str) -> None:
+        raise ConnectionError("no route to host")
+
+    def finish_alone(job: Job) -> Record:
+        training(range(1, 2))(job)
+        store.fault = staticmethod(fail)
+        return read_record(Path(job.run_dir))
+
+    def find(job: Job) -> Record:
+        assert is_finished(Path(job.run_dir), "mark") and steps_in(Path(job.run_dir)) == ["checkpoint-1"]
+        return read_record(Path(job.run_dir))
+
+    assert "manifest.json: no route to host" in train_in_bucket(JOB, finish_alone).message
+    assert "manifest.json: no route to host" in train_in_bucket(JOB, find).message
+    store.fault = staticmethod(lambda path: None)
+    assert train_in_bucket(JOB, find).state == "done"
+
+
 def test_what_another_machine_did_since_then_is_not_undone_by_an_unsent_end(tmp_path, monkeypatch, store):
     def fail(path: str) -> None:
         if path.endswith(".safetensors") and "checkpoint" not in path:
