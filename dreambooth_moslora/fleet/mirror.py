@@ -88,7 +88,7 @@ class Mirror:
 
     def __init__(self, bucket: Bucket, folder: Path):
         self.bucket, self.folder, self.writer = bucket, folder, uuid.uuid4().hex
-        self.there: Mapping[str, str] = {}
+        self.good: Mapping[str, str] | None = None
         self.digests: dict[str, tuple[tuple, str]] = {}
 
     def pull(self) -> None:
@@ -96,7 +96,7 @@ class Mirror:
         manifest = read_manifest(self.bucket)
         names = list(manifest.files)
         is_good = dict(zip(names, at_once(lambda name: self.fetch(name, manifest.files[name]), names)))
-        self.there = {name: manifest.files[name] if good else "" for name, good in is_good.items()}
+        self.good = {name: manifest.files[name] for name, good in is_good.items() if good}
         for name in (name for name, good in is_good.items() if not good):
             top = self.folder / PurePosixPath(name).parts[0]
             if checkpoint_step(top) is not None or top == RunDir(self.folder).last_dir:
@@ -110,23 +110,25 @@ class Mirror:
         return self.bucket.download(name, target) and file_digest(target) == digest
 
     def claim(self) -> None:
-        """From now on this process is the only writer."""
-        self.there = self.there or read_manifest(self.bucket).files
-        self.write_manifest({name: digest for name, digest in self.there.items() if digest})
+        """From now on this process is the only writer. Bad files that `pull` has found are named no more."""
+        self.write_manifest(read_manifest(self.bucket).files if self.good is None else self.good)
 
     def push(self) -> None:
-        """Make the bucket equal to the folder. Raises SupersededError, and UserError for the bucket's errors."""
-        if read_manifest(self.bucket).writer not in ("", self.writer):  # empty: it is missing or damaged
+        """Make the bucket equal to the folder. Raises SupersededError, and UserError for the bucket's errors.
+
+        What is there is read anew, as a bucket may lose its files: without a manifest all are sent again.
+        """
+        manifest = read_manifest(self.bucket)
+        if manifest.writer not in ("", self.writer):  # empty: it is missing or damaged
             raise SupersededError(f"{self.bucket.url}: another machine has taken it over.")
         digests = self.local_digests()
-        changed = [name for name, digest in digests.items() if digest != self.there.get(name)]
+        changed = [name for name, digest in digests.items() if digest != manifest.files.get(name)]
         at_once(self.send, [name for name in changed if name != FLEET_NAME])
         if FLEET_NAME in changed:  # the record says "done" only after the adapter has arrived
             self.send(FLEET_NAME)
         files = {name: digest for name, digest in digests.items() if name in GROWING or self.digest(name) == digest}
-        gone = [name for name in self.there if name not in digests]
+        gone = [name for name in manifest.files if name not in digests]
         self.write_manifest(files)
-        self.there = files
         at_once(self.bucket.remove, gone)
 
     def send(self, name: str) -> None:

@@ -44,7 +44,8 @@ VIEWED = (FLEET_NAME, CONFIG_NAME, "metrics.jsonl", "contact_sheet.png")
 POLL_SEC, LOOK_SEC, LEAST_OFTEN_SEC = 0.5, 5.0, 60.0
 """Seconds between looks for a new checkpoint, checks for a stop, and pushes at the least."""
 UNSENT = ".unsent"
-"""Marks a folder that may have files which the bucket has not. It holds the writer in the bucket's manifest."""
+"""Marks a folder that may have files which the bucket has not. It holds the writer in the bucket's manifest, or
+all that it may be."""
 
 
 def train_in_bucket(job: Job, train: Callable[[Job], Record] = train_subject) -> Record:
@@ -100,13 +101,15 @@ def begin(mirror: Mirror, mark: str) -> None:
     unsent = mirror.folder / UNSENT
     record = read_record(mirror.folder)
     is_ours = record is not None and record.mark == mark and unsent.is_file()
-    if not is_ours or unsent.read_text() != read_manifest(mirror.bucket).writer:
+    if not is_ours or read_manifest(mirror.bucket).writer not in ("", *unsent.read_text().split()):
         for path in mirror.folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path.name != HOLD_NAME:
                 path.unlink()
         mirror.pull()
+    before = unsent.read_text() if unsent.is_file() else ""
+    atomic_write(unsent, f"{before} {mirror.writer}")  # a claim may be taken without an answer
     mirror.claim()
     atomic_write(unsent, mirror.writer)
 

@@ -297,6 +297,54 @@ def test_a_try_while_the_bucket_is_still_away_keeps_what_was_not_sent(tmp_path, 
     assert train_in_bucket(JOB, find).state == "done"
 
 
+def test_a_bucket_that_comes_back_empty_gets_all_files_again(tmp_path, store):
+    def lose_it_twice(job: Job) -> Record:
+        training(range(1, 2))(job)
+        store.forget()
+        record = training(range(2, 3))(job)
+        store.fault = staticmethod(fail)
+        return record
+
+    def fail(path: str) -> None:
+        raise ConnectionError("no route to host")
+
+    def find(job: Job) -> Record:
+        assert is_finished(Path(job.run_dir), "mark")
+        return read_record(Path(job.run_dir))
+
+    assert train_in_bucket(JOB, lose_it_twice).state == "failed"
+    store.forget()
+    assert train_in_bucket(JOB, find).state == "done"
+    files = read_manifest(Bucket(JOB.url)).files
+    assert {"checkpoint-1/optimizer.pt", "checkpoint-2/optimizer.pt", "pytorch_lora_weights.safetensors"} < files.keys()
+    assert all(Bucket(JOB.url).exists(name) for name in files)
+
+
+def test_a_claim_that_was_taken_and_not_answered_is_no_other_machine(store):
+    def finish_alone(job: Job) -> Record:
+        training(range(1, 2))(job)
+        store.fault = staticmethod(fail)
+        return read_record(Path(job.run_dir))
+
+    def fail(path: str) -> None:
+        raise ConnectionError("no route to host")
+
+    def take_silently(path: str) -> None:
+        if path.endswith("manifest.json"):
+            raise TimeoutError("no answer")
+
+    def find(job: Job) -> Record:
+        assert is_finished(Path(job.run_dir), "mark")
+        return read_record(Path(job.run_dir))
+
+    train_in_bucket(JOB, finish_alone)
+    store.fault = staticmethod(lambda path: None)
+    store.answer = staticmethod(take_silently)
+    assert "no answer" in train_in_bucket(JOB, find).message
+    store.answer = staticmethod(lambda path: None)
+    assert train_in_bucket(JOB, find).state == "done"
+
+
 def test_what_another_machine_did_since_then_is_not_undone_by_an_unsent_end(tmp_path, monkeypatch, store):
     def fail(path: str) -> None:
         if path.endswith(".safetensors") and "checkpoint" not in path:

@@ -10,12 +10,16 @@ __all__ = ["FlakyBucket"]
 
 
 class FlakyBucket(MemoryFileSystem):
-    """`fault` is asked before each upload and each download, by the file's path; what it raises is the failure."""
+    """`fault` is asked before each upload and each download, by the file's path; what it raises is the failure.
+
+    `answer` is asked after each upload.
+    """
 
     protocol = "flaky"
     store: ClassVar[dict] = {}
     pseudo_dirs: ClassVar[list] = [""]
     fault: ClassVar[Callable[[str], None]] = print
+    answer: ClassVar[Callable[[str], None]] = print
     sent: ClassVar[list[str]] = []
 
     @classmethod
@@ -24,6 +28,7 @@ class FlakyBucket(MemoryFileSystem):
         cls.pseudo_dirs[:] = [""]
         cls.sent.clear()
         cls.fault = staticmethod(lambda path: None)
+        cls.answer = staticmethod(lambda path: None)
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -32,6 +37,7 @@ class FlakyBucket(MemoryFileSystem):
     def put_file(self, lpath, rpath, **options):
         type(self).fault(rpath)
         super().put_file(lpath, rpath, **options)
+        type(self).answer(rpath)
         self.sent.append(rpath)
 
     def get_file(self, rpath, lpath, **options):
