@@ -10,7 +10,7 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,18 +43,24 @@ __all__ = ["RemoteFleet", "mirrored", "train_in_bucket"]
 VIEWED = (FLEET_NAME, CONFIG_NAME, "metrics.jsonl", "contact_sheet.png")
 POLL_SEC, LOOK_SEC, LEAST_OFTEN_SEC = 0.5, 5.0, 60.0
 """Seconds between looks for a new checkpoint, checks for a stop, and pushes at the least."""
+NOT_THERE = "the files of {name} are not in the bucket any more"
 UNSENT = ".unsent"
 """Marks a folder that may have files which the bucket has not. It holds the writer in the bucket's manifest, or
 all that it may be."""
 
 
 def train_in_bucket(job: Job, train: Callable[[Job], Record] = train_subject) -> Record:
-    """Train the subject of `job.url` in a local folder; its files are in the bucket at the end."""
+    """Train the subject of `job.url` in a local folder; its files are in the bucket at the end.
+
+    A run whose last files the bucket does not take has failed, unless it was interrupted; it keeps its record.
+    """
+    record = Record("failed", job.mark)
     try:
         with mirrored(job) as here:
             record = train(here)
     except UserError as error:
-        return Record("failed", job.mark, str(error))
+        state = record.state if record.state == "interrupted" else "failed"
+        return replace(record, state=state, message=str(error))
     return record
 
 
@@ -122,7 +128,7 @@ def finish(mirror: Mirror) -> None:
         raise
     except UserError as error:
         raise UserError(
-            f"{error} The run is whole in {mirror.folder}; the same command sends it from there."
+            f"{error} All files of the run are in {mirror.folder}; the same command sends them from there."
         ) from error
 
 
@@ -155,6 +161,13 @@ def push_or_stop(mirror: Mirror) -> None:
 def stop_here(mirror: Mirror) -> None:
     """Ask the training to end with a checkpoint. The parent folder holds only this run."""
     (mirror.folder.parent / STOP_NAME).touch()
+
+
+def stop_on_this_machine(urls: Iterable[str]) -> None:
+    """Stop the trainings of these runs on this machine, which need not hear of it from the bucket."""
+    for url in urls:
+        with suppress(UserError, OSError):
+            (scratch_home(url) / STOP_NAME).touch()
 
 
 @dataclass(frozen=True)
@@ -190,20 +203,25 @@ class RemoteFleet:
     @contextmanager
     def begun(self) -> Iterator[None]:
         """Copy to the bucket what `run.begun` has written, and clear a stop before and after the block."""
-        self.bucket.write(FLEET_NAME, (self.view / FLEET_NAME).read_bytes())
+        self.send(FLEET_NAME)
         self.bucket.remove(STOP_NAME)
         try:
             yield
         finally:
-            self.bucket.remove(STOP_NAME)
+            with suppress(UserError):  # the block's ending is to be told, and the next fleet clears the stop too
+                self.bucket.remove(STOP_NAME)
+
+    def send(self, name: str) -> None:
+        self.bucket.write(name, (self.view / name).read_bytes())
 
     def check(self, run_dir: Path, result: Record | Lost) -> Record:
         """Like `run.checked`, for the files in the bucket. When they cannot be read, the worker's result is
         believed."""
-        with suppress(UserError):
+        try:
             self.fetch([run_dir.name])
-            result = checked(run_dir, result)
-        record = Record("failed", message=result.reason) if isinstance(result, Lost) else result
+            record = checked(run_dir, result, NOT_THERE)
+        except UserError:
+            record = checked(run_dir, result) if isinstance(result, Lost) else result
         if record != read_record(run_dir):
             write_record(run_dir, record)
         return record
@@ -221,20 +239,32 @@ class RemoteFleet:
 
         def note(ending: Ending) -> None:
             if ending.record.state == "failed":
-                record = (view / ending.name / FLEET_NAME).read_bytes()
                 with suppress(UserError):
-                    (self.bucket / ending.name).write(FLEET_NAME, record)
+                    self.note_failure(ending.name, ending.record)
             on_end(ending)
 
         def stop() -> bool:
             if should_stop() and not stop_path(view).exists():
-                self.bucket.write(STOP_NAME, b"\n")
                 stop_path(view).touch()
+                stop_on_this_machine(f"{self.bucket.url}/{subject.name}" for subject, _ in todo)
+            if stop_path(view).exists() and not is_told:
+                with suppress(UserError):  # tried again at the next call
+                    self.bucket.write(STOP_NAME, b"\n")
+                    is_told.append(True)
             return stop_path(view).exists()
 
+        is_told: list[bool] = []
         run_fleet(todo, view, machines, note, stop, train_in_bucket, self.check, self.bucket.url)
 
+    def note_failure(self, name: str, record: Record) -> None:
+        """Write the record into the bucket. One that knows of no training replaces none there: with it, the next
+        try would not continue from the checkpoints."""
+        bucket = self.bucket / name
+        if record.starts or bucket.read(FLEET_NAME) is None:
+            bucket.write(FLEET_NAME, (self.view / name / FLEET_NAME).read_bytes())
+
     def publish(self) -> str:
-        """Upload the index; returns its URL."""
-        self.bucket.write(INDEX_NAME, (self.view / INDEX_NAME).read_bytes())
+        """Upload the index, and the list again, as the bucket may have lost it. Returns the index's URL."""
+        self.send(FLEET_NAME)
+        self.send(INDEX_NAME)
         return f"{self.bucket.url}/{INDEX_NAME}"

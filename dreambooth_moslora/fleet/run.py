@@ -130,12 +130,12 @@ def tasks_of(
         yield Task(subject.name, (job,), needs)
 
 
-def checked(run_dir: Path, result: Record | Lost) -> Record:
-    """The worker's answer, or a failure when its machine was lost or its adapter is not here."""
+def checked(run_dir: Path, result: Record | Lost, reason: str = NOT_SHARED) -> Record:
+    """The worker's answer, or a failure when its machine was lost or, for this `reason`, its adapter is not here."""
     if isinstance(result, Lost):
         return failed(run_dir, result.reason)
     if result.state == "done" and not RunDir(run_dir).adapter_path.is_file():
-        return failed(run_dir, NOT_SHARED.format(name=run_dir.name))
+        return failed(run_dir, reason.format(name=run_dir.name))
     return result
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dreambooth_moslora.cli.commands.fleet import FleetProgress, close
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.run_folder import RunDir
@@ -18,7 +19,8 @@ from dreambooth_moslora.fleet import remote_output
 from dreambooth_moslora.fleet.bucket import TRIES, Bucket
 from dreambooth_moslora.fleet.mirror import Mirror, SupersededError, read_manifest
 from dreambooth_moslora.fleet.records import Record, is_finished, read_record, write_names, write_record
-from dreambooth_moslora.fleet.remote_output import RemoteFleet, train_in_bucket
+from dreambooth_moslora.fleet.remote_output import RemoteFleet, scratch_home, train_in_bucket
+from dreambooth_moslora.fleet.subjects import Subject
 from dreambooth_moslora.fleet.worker import Job
 from tests.fleet.test_status import START, STEP, subject
 from tests.helpers.flaky_bucket import FlakyBucket
@@ -242,7 +244,7 @@ def test_what_the_bucket_did_not_take_at_the_end_is_sent_by_the_next_try(tmp_pat
 
     store.fault = staticmethod(fail)
     record = train_in_bucket(JOB, training(range(1, 2)))
-    assert record.state == "failed" and "no route to host" in record.message and "is whole in" in record.message
+    assert record.state == "failed" and "no route to host" in record.message and "are in" in record.message
     store.fault = staticmethod(lambda path: None)
 
     def find(job: Job) -> Record:
@@ -258,13 +260,10 @@ def test_what_a_killed_worker_could_not_send_is_found_by_the_next_try(tmp_path, 
 
     def be_killed(job: Job) -> Record:
         training(range(1, 2), goes_on=False)(job)
-        store.fault = staticmethod(lambda path: fail(path))
+        store.fault = staticmethod(away)
         checkpoint(Path(job.run_dir), 2)
         write_record(Path(job.run_dir), Record("running", job.mark, starts=1))
         raise KeyboardInterrupt
-
-    def fail(path: str) -> None:
-        raise ConnectionError("no route to host")
 
     with pytest.raises(KeyboardInterrupt):
         train_in_bucket(JOB, be_killed)
@@ -279,12 +278,9 @@ def test_what_a_killed_worker_could_not_send_is_found_by_the_next_try(tmp_path, 
 
 
 def test_a_try_while_the_bucket_is_still_away_keeps_what_was_not_sent(tmp_path, store):
-    def fail(path: str) -> None:
-        raise ConnectionError("no route to host")
-
     def finish_alone(job: Job) -> Record:
         training(range(1, 2))(job)
-        store.fault = staticmethod(fail)
+        store.fault = staticmethod(away)
         return read_record(Path(job.run_dir))
 
     def find(job: Job) -> Record:
@@ -302,11 +298,8 @@ def test_a_bucket_that_comes_back_empty_gets_all_files_again(tmp_path, store):
         training(range(1, 2))(job)
         store.forget()
         record = training(range(2, 3))(job)
-        store.fault = staticmethod(fail)
+        store.fault = staticmethod(away)
         return record
-
-    def fail(path: str) -> None:
-        raise ConnectionError("no route to host")
 
     def find(job: Job) -> Record:
         assert is_finished(Path(job.run_dir), "mark")
@@ -323,11 +316,8 @@ def test_a_bucket_that_comes_back_empty_gets_all_files_again(tmp_path, store):
 def test_a_claim_that_was_taken_and_not_answered_is_no_other_machine(store):
     def finish_alone(job: Job) -> Record:
         training(range(1, 2))(job)
-        store.fault = staticmethod(fail)
+        store.fault = staticmethod(away)
         return read_record(Path(job.run_dir))
-
-    def fail(path: str) -> None:
-        raise ConnectionError("no route to host")
 
     def take_silently(path: str) -> None:
         if path.endswith("manifest.json"):
@@ -391,6 +381,85 @@ def test_status_reads_the_bucket_and_leaves_the_index_there(tmp_path, capsys, st
     shown = capsys.readouterr().out
     assert "2 subjects: 1 failed, 1 waiting" in shown and "rex: failed, step 4 of 9: no usable photo" in shown
     assert shown.endswith(f"{FLEET}/index.html\n") and b"no usable photo" in Bucket(FLEET).read("index.html")
+
+
+def away(path: str) -> None:
+    raise ConnectionError("no route to host")
+
+
+@pytest.fixture
+def fleet_view(tmp_path):
+    """The driver's side of a fleet with one subject, whose list is in the bucket."""
+    view = tmp_path / "view"
+    view.mkdir()
+    write_names(view, ["rex"])
+    remote = RemoteFleet(Bucket(FLEET), view)
+    with remote.begun():
+        return remote
+
+
+def test_the_ending_of_a_fleet_is_told_with_the_bucket_away(fleet_view, store):
+    with pytest.raises(UserError, match=r"^its own ending\.$"), fleet_view.begun():
+        store.fault = staticmethod(away)
+        raise UserError("its own ending.")
+
+
+@pytest.mark.parametrize(("left", "failed", "code"), [(0, 0, 1), (1, 1, 1), (1, 0, 130)])
+def test_an_index_that_cannot_be_sent_hides_no_ending(left, failed, code, fleet_view, store, capsys):
+    store.fault = staticmethod(away)
+    progress = FleetProgress(1, left)
+    progress.failed = failed
+    assert close(fleet_view.view, progress, fleet_view) == code
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.startswith("index.html was not sent, `fleet status` sends it: flaky://")
+    assert told.err.count("\n") == 1 + (left > 0)
+
+
+def test_a_stop_with_the_bucket_away_reaches_this_machine_and_later_the_bucket(fleet_view, store, monkeypatch):
+    there, asked = Bucket(FLEET), []
+
+    def run_fleet(todo, view, machines, on_end, should_stop, *_):
+        """Ray's loop, as far as it asks whether to stop."""
+        asked.append(should_stop())
+        store.fault = staticmethod(away)
+        scratch_home(JOB.url).mkdir(parents=True)
+        asked.append(True)
+        assert should_stop() and (scratch_home(JOB.url) / "fleet.stop").exists()
+        store.fault = staticmethod(lambda path: None)
+        assert not there.exists("fleet.stop") and should_stop() and there.exists("fleet.stop")
+
+    monkeypatch.setattr(remote_output, "run_fleet", run_fleet)
+    fleet_view.run([(Subject("rex"), "mark")], fleet_view.view, None, print, lambda: len(asked) > 1)
+    assert asked[0] is False
+
+
+def test_a_run_that_is_stopped_with_the_bucket_away_is_interrupted_and_keeps_its_record(store):
+    def be_stopped(job: Job) -> Record:
+        store.fault = staticmethod(away)
+        write_record(Path(job.run_dir), record := Record("interrupted", job.mark, hours=0.5, starts=1))
+        return record
+
+    record = train_in_bucket(JOB, be_stopped)
+    assert (record.state, record.hours, record.starts) == ("interrupted", 0.5, 1)
+    assert "no route to host" in record.message and "the same command sends them" in record.message
+
+
+def test_a_failure_that_knows_of_no_training_does_not_replace_one_that_does(fleet_view):
+    """With `starts` at 0 the next try would begin anew beside its checkpoints."""
+    running = Record("running", "mark", starts=2)
+    for content, kept in ((running, running), (None, Record("failed"))):
+        fleet_view.bucket.remove("rex/fleet.json")
+        if content is not None:
+            fleet_view.bucket.write("rex/fleet.json", json.dumps(vars(content)).encode())
+        (fleet_view.view / "rex").mkdir(exist_ok=True)
+        write_record(fleet_view.view / "rex", Record("failed"))
+        fleet_view.note_failure("rex", Record("failed"))
+        assert json.loads(fleet_view.bucket.read("rex/fleet.json")) == vars(kept)
+
+
+def test_an_adapter_that_has_gone_from_the_bucket_is_told_so(fleet_view):
+    record = fleet_view.check(fleet_view.view / "rex", Record("done", "mark"))
+    assert record.state == "failed" and record.message == "the files of rex are not in the bucket any more"
 
 
 def denied(path: str) -> None:

@@ -10,7 +10,7 @@ __all__ = ["FlakyBucket"]
 
 
 class FlakyBucket(MemoryFileSystem):
-    """`fault` is asked before each upload and each download, by the file's path; what it raises is the failure.
+    """`fault` is asked before each request, by the file's path; what it raises is the failure.
 
     `answer` is asked after each upload.
     """
@@ -43,6 +43,14 @@ class FlakyBucket(MemoryFileSystem):
     def get_file(self, rpath, lpath, **options):
         type(self).fault(rpath)
         super().get_file(rpath, lpath, **options)
+
+    def rm_file(self, path):
+        type(self).fault(path)
+        super().rm_file(path)
+
+    def exists(self, path, **options):
+        type(self).fault(path)
+        return super().exists(path, **options)
 
     def cat_file(self, path, **options):
         type(self).fault(path)

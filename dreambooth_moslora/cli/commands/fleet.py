@@ -137,18 +137,22 @@ def train_all(
 
 
 def close(out: Path, progress: "FleetProgress", remote: "RemoteFleet | None") -> int:
-    """Write the index; returns the exit code: 0 all done, 1 some failed, 130 stopped."""
+    """Write the index; returns the exit code: 0 all done, 1 some failed or the index was not sent, 130 stopped."""
     from dreambooth_moslora.fleet.index import write_index
     from dreambooth_moslora.fleet.status import rows_of
 
-    index = write_index(out, rows_of(out))
-    print(remote.publish() if remote else index)
+    index, is_sent = write_index(out, rows_of(out)), True
+    try:
+        print(remote.publish() if remote else index)
+    except UserError as error:  # the runs' own ending is told first
+        print(f"{index.name} was not sent, `fleet status` sends it: {error}", file=sys.stderr)
+        is_sent = False
     if progress.failed:
         print(f"{progress.failed} subjects failed; run again to try them again", file=sys.stderr)
     if progress.left > progress.failed:
         print("stopped; the same command continues", file=sys.stderr)
         return INTERRUPTED
-    return 1 if progress.failed else 0
+    return 1 if progress.failed or not is_sent else 0
 
 
 def show_status(place: str) -> int:
@@ -183,7 +187,7 @@ class FleetProgress:
         self.failed += record.state == "failed"
         self.hours[record.unit] = self.hours.get(record.unit, 0.0) + record.hours
         end = f"{record.seconds:.0f} s" if record.state == "done" else f"{record.state}: {record.message}"
-        end = end.replace("failed: ", "FAILED: ").removesuffix(": ")
+        end = end.replace("failed: ", "FAILED: ").removesuffix(": ").removesuffix(".")
         each = (self.clock() - self.started) / self.ended
         rest = each * (self.left - self.failed) / 60
         spent = ", ".join(f"{hours:.2f} {unit}-hours" for unit, hours in self.hours.items())
