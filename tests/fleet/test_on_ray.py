@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.versions import installed_versions
 from dreambooth_moslora.evaluation.studies.study import Protocol, Study, StudySubject
 from dreambooth_moslora.fleet.cells import CellRunner
@@ -36,6 +37,17 @@ def machines():
         patch.setenv("OMP_NUM_THREADS", "1")
         with connected(None):
             yield Machines(None, largest_node_gib())
+
+
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
+    import ray
+
+    def init(**_):
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(UserError, match=r"^Ray cannot be reached on this machine: .* timed out"), connected(None):
+        pass
 
 
 def kill_a_worker(out: Path) -> None:
