@@ -215,7 +215,9 @@ class FolderReader:
 
     def _sort_sidecar(self, path: Path, stems: set[str], report: PhotoReport) -> None:
         named = sidecar_of(path)
-        if named is None or (named[0] in stems and self.sidecars[named] == path):
+        if reason := no_file_reason(path):
+            report.skipped.append(Skipped(path, reason))
+        elif named is None or (named[0] in stems and self.sidecars[named] == path):
             report.sidecars.append(path)
         else:
             report.skipped.append(Skipped(path, "stray: belongs to no photo"))
@@ -250,10 +252,15 @@ def is_sidecar_name(path: Path) -> bool:
 
 
 def stray_reason(path: Path) -> str | None:
+    if path.name.lower() in JUNK or path.name.startswith("."):
+        return no_file_reason(path) or "stray: a file of the system"
+    return no_file_reason(path)
+
+
+def no_file_reason(path: Path) -> str | None:
+    """What it is if not a file, as a pipe is, of which reading might have no end."""
     if path.is_dir():
         return "stray: a folder; photos inside it are not read"
-    if path.name.lower() in JUNK or path.name.startswith("."):
-        return "stray: a file of the system"
-    if not path.is_file():
-        return "stray: a link to nothing" if path.is_symlink() else "stray: not a file"
-    return None
+    if path.is_symlink() and not path.exists():
+        return "stray: a link to nothing"
+    return None if path.is_file() else "stray: not a file"

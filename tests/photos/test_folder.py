@@ -1,6 +1,8 @@
 """Photos of every kind, good and bad: each gets its verdict, none ends the program, and pixels come out right."""
 
 import json
+import os
+import socket
 import struct
 from pathlib import Path
 
@@ -143,6 +145,23 @@ def test_captions_are_read_as_notepad_saves_them_and_lines_end_only_at_line_feed
     assert [(item.path.name, item.reason.split(";")[0]) for item in report.skipped] == [
         ("b.txt", "captions not read: neither UTF-8 nor UTF-16 text")
     ]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_what_is_no_file_is_neither_photo_nor_caption_nor_mask_and_is_not_waited_for(tmp_path):
+    paint_photos(tmp_path, 2)
+    for name in ("pipe.png", "0.txt", "1.mask.png", "metadata.jsonl"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "1.txt").mkdir()
+    with socket.socket(socket.AF_UNIX) as heard:
+        heard.bind(os.path.relpath(tmp_path / "socket.png"))
+        report = find_photos(tmp_path, PROMPT, 64)
+    assert [photo.path.name for photo in report.photos] == ["0.png", "1.png"] and not report.sidecars
+    reasons = {item.path.name: item.reason.removeprefix("stray: ") for item in report.skipped}
+    assert reasons.pop("loop.png") == "a link to nothing" and reasons.pop("1.txt").startswith("a folder")
+    assert len(reasons) == 6 and set(reasons.values()) == {"not a file"}
 
 
 def test_suffixes_of_captions_and_masks_may_be_in_capitals(tmp_path):
