@@ -17,17 +17,25 @@ from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.digests import content_key, file_digest
+from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.pictures import Row
 from dreambooth_moslora.core.prompts import placed, scene_places, scene_prompt
 from dreambooth_moslora.core.seeding import place_of, seed_of
 from dreambooth_moslora.photos.crops import bucket_of, bucket_step, resized_size
-from dreambooth_moslora.photos.folder import framed
+from dreambooth_moslora.photos.folder import framed, photo_report
 from dreambooth_moslora.photos.made_pictures import made_from, marked_png
 from dreambooth_moslora.photos.masks import open_mask
 from dreambooth_moslora.photos.photo import Photo, open_rgb
 
-__all__ = ["NO_MASKS", "NewBackground", "background_rows", "new_backgrounds"]
+__all__ = [
+    "NO_MASKS",
+    "NewBackground",
+    "background_rows",
+    "check_masks",
+    "check_new_backgrounds",
+    "new_backgrounds",
+]
 
 NO_MASKS = "--new_backgrounds needs masks, and no photo has one: give --masks auto, or name.mask.png beside each."
 FEATHER = 0.006
@@ -76,6 +84,18 @@ class NewBackground:
             self.path, self.size_px, (self.caption,), self.mask_path, is_captioned=True, subject=self.photo.subject
         )
         return Photo(**{**vars(found), "captions": framed(config, found)})
+
+
+def check_new_backgrounds(config: TrainConfig) -> None:
+    """`check_masks` before a run; with `--masks auto` the run makes masks itself. Raises UserError."""
+    if config.new_backgrounds and config.masks != "auto":
+        check_masks(config, photo_report(config).photos)
+
+
+def check_masks(config: TrainConfig, photos: Iterable[Photo]) -> None:
+    """Raises UserError when new backgrounds are asked for and no photo has a mask."""
+    if config.new_backgrounds and all(photo.mask_path is None for photo in photos):
+        raise UserError(NO_MASKS)
 
 
 def feathered(mask: Image.Image) -> Image.Image:

@@ -19,12 +19,12 @@ from dreambooth_moslora.core.errors import StopRequestedError, one_line
 from dreambooth_moslora.core.run_files.events import Event, RunEnded
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler
+from dreambooth_moslora.photos.backgrounds import check_masks
 from dreambooth_moslora.photos.folder import instance_photos, usable_photos
 from dreambooth_moslora.photos.photo import counts_of
 from dreambooth_moslora.training.accelerator import chosen_seed, make_accelerator
 from dreambooth_moslora.training.checkpoint import Position
 from dreambooth_moslora.training.frozen_base import LoadBase
-from dreambooth_moslora.training.inputs.run_backgrounds import check_masks
 from dreambooth_moslora.training.inputs.run_captions import captioned_photos
 from dreambooth_moslora.training.inputs.run_masks import masked_photos
 from dreambooth_moslora.training.planning.checks import check_folders

@@ -7,17 +7,15 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from dreambooth_moslora.core.config.subject_tables import each_subject
-from dreambooth_moslora.core.config.train_config import TrainConfig
-from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.pictures import draw_contact_sheet
 from dreambooth_moslora.generation.fixed_seeds import generate_images
-from dreambooth_moslora.photos.backgrounds import NO_MASKS, NewBackground, background_rows, new_backgrounds
+from dreambooth_moslora.photos.backgrounds import NewBackground, background_rows, new_backgrounds
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.training.frozen_base import drawing_pipeline
 from dreambooth_moslora.training.processes import on_main, share_out
 from dreambooth_moslora.training.run_context import RunContext
 
-__all__ = ["check_masks", "with_new_backgrounds"]
+__all__ = ["with_new_backgrounds"]
 
 
 def with_new_backgrounds(context: RunContext, pipeline: StableDiffusionXLPipeline, photos: list[Photo]) -> list[Photo]:
@@ -34,12 +32,6 @@ def with_new_backgrounds(context: RunContext, pipeline: StableDiffusionXLPipelin
         draw(context, pipeline, wanted, missing)
     subjects = each_subject(config)
     return [*photos, *(one.as_photo(subjects[one.photo.subject]) for one in wanted)]
-
-
-def check_masks(config: TrainConfig, photos: list[Photo]) -> None:
-    """Raises UserError when new backgrounds are asked for and no photo has a mask."""
-    if config.new_backgrounds and all(photo.mask_path is None for photo in photos):
-        raise UserError(NO_MASKS)
 
 
 def draw(

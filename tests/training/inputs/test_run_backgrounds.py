@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image, ImageChops, ImageDraw, ImageStat
 
+from dreambooth_moslora.cli.main import train_main
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import placed, scene_places
 from dreambooth_moslora.core.run_files.run_folder import RunDir
@@ -111,6 +112,14 @@ def test_photos_without_masks_are_refused_before_the_base_is_loaded(config, tmp_
         train(broken)
     with pytest.raises(UserError, match="--new_backgrounds needs masks"):
         describe_run(config)
+
+
+def test_photos_without_masks_leave_no_run_folder(tmp_path, capsys):
+    words = ["--instance_data_dir", str(paint_photos(tmp_path / "photos")), "--output_dir", str(tmp_path / "run")]
+    words += ["--pretrained_model_name_or_path", "toy", "--instance_prompt", "a photo of sks dog", "--resolution", "64"]
+    assert train_main([*words, "--new_backgrounds", "2"]) == 2
+    assert capsys.readouterr().err.startswith("error: --new_backgrounds needs masks")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_plan_counts_them_and_says_what_will_be_drawn(config):
