@@ -4,18 +4,19 @@
                           a word stands for them
               --write_tokens--> NAME_emb.safetensors: clip_l (n, D), clip_g (n, D2), fp32
 
-diffusers' `load_textual_inversion`, ComfyUI and A1111 read such a file. The encoders' own tables do not change.
-The header of the adapter beside it holds the file's name and digest.
+diffusers' `load_textual_inversion`, ComfyUI and A1111 read such a file. For the last two a file is one word, so each
+subject of an adapter has its own. The encoders' own tables do not change. The header of the adapter beside them holds
+the files' names and digests.
 """
 
 import hashlib
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,19 +24,21 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.files.metadata import note_in
+from dreambooth_moslora.adapters.files.metadata import notes_in
 from dreambooth_moslora.adapters.files.proof import FileProof, collected_warnings, relative_difference
 from dreambooth_moslora.adapters.files.tensor_file import check_finite, read_tensors, with_sorted_metadata
 from dreambooth_moslora.base.load import encode_text
 from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.prompts import word_pattern
+from dreambooth_moslora.core.prompts import spelled, spellings_of, token_names
+from dreambooth_moslora.core.run_files.run_folder import tokens_name
 
 __all__ = [
     "KEYS",
     "TOKENIZERS",
     "AttachedTokens",
     "NewTokens",
+    "notes_of",
     "prove_tokens",
     "read_tokens",
     "tokens_beside",
@@ -75,13 +78,13 @@ class NewTokens:
 
 
 class TableWithRows(nn.Module):
-    """A frozen embedding table with additional `rows` (n, D), whose token ids start at `first`."""
+    """A frozen embedding table with additional `rows`, (n, D) each, whose token ids start at `first`."""
 
-    def __init__(self, table: nn.Module, rows: Tensor, first: int):
+    def __init__(self, table: nn.Module, rows: Sequence[Tensor], first: int):
         super().__init__()
         self.table, self.first = table, first
-        own = rows if isinstance(rows, nn.Parameter) else nn.Parameter(rows, requires_grad=False)
-        self.own = nn.ParameterList([own])  # after the table: a model's first weight tells its dtype
+        own = [one if isinstance(one, nn.Parameter) else nn.Parameter(one, requires_grad=False) for one in rows]
+        self.own = nn.ParameterList(own)  # after the table: a model's first weight tells its dtype
 
     @property
     def weight(self) -> Tensor:
@@ -90,7 +93,8 @@ class TableWithRows(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         found = self.table(ids.clamp(max=self.first - 1))
-        own = F.embedding((ids - self.first).clamp(min=0), self.own[0]).to(found.dtype)
+        rows = self.own[0] if len(self.own) == 1 else torch.cat(tuple(self.own))
+        own = F.embedding((ids - self.first).clamp(min=0), rows).to(found.dtype)
         return torch.where((ids >= self.first)[..., None], own, found)
 
 
@@ -103,7 +107,7 @@ class AttachedTokens:
         if twice := next((word for word in words if words.count(word) > 1), None):
             raise UserError(f"two adapters have learnt tokens for the word {twice!r:.40}: use one of them at a time")
         self.pipeline, self.several = pipeline, tuple(several)
-        self.spellings = spellings_of(several)
+        self.spellings = spellings_of({tokens.word: tokens.count for tokens in several})
         self._tokenizers = {part: getattr(pipeline, name) for part, name in TOKENIZERS.items()}
         self._tables = {part: getattr(pipeline, part).get_input_embeddings() for part in KEYS}
         self.attach()
@@ -124,36 +128,24 @@ class AttachedTokens:
 
     def is_in(self, prompt: str) -> bool:
         """Whether the prompt contains one of the words, or the tokens of one."""
-        return any(pattern.search(prompt) or spelt in prompt for pattern, spelt in self.spellings)
+        return spelled(prompt, self.spellings) != prompt or any(spelt in prompt for spelt in self.spellings.values())
 
     def spelled(self, prompt: str | list[str], tokenizer: object = None) -> str | list[str]:
         """The prompts with each word replaced by its tokens."""
         if isinstance(prompt, list):
             return [self.spelled(text) for text in prompt]
-        for pattern, spelt in self.spellings:
-            prompt = pattern.sub(spelt, prompt)
-        return prompt
+        return spelled(prompt, self.spellings)
 
     def _extend(self, part: str) -> None:
         tokenizer = deepcopy(self._tokenizers[part])
-        first, names = len(tokenizer), names_of(sum(tokens.count for tokens in self.several))
+        first = len(tokenizer)
+        names = [name for own in token_names(tokens.count for tokens in self.several) for name in own]
         if tokenizer.add_tokens(names) != len(names):
             raise UserError(f"the base's own tokenizer has {names[0]} already: new tokens cannot be learnt on it")
         setattr(self.pipeline, TOKENIZERS[part], tokenizer)
-        table, parts = self._tables[part], [tokens.rows[part] for tokens in self.several]
-        rows = parts[0] if len(parts) == 1 else torch.cat([rows.to(table.weight.device) for rows in parts])
-        rows = rows if isinstance(rows, nn.Parameter) else rows.to(table.weight.device)
+        table, rows = self._tables[part], [tokens.rows[part] for tokens in self.several]
+        rows = [one if isinstance(one, nn.Parameter) else one.to(table.weight.device) for one in rows]
         getattr(self.pipeline, part).set_input_embeddings(TableWithRows(table, rows, first))
-
-
-def names_of(count: int) -> list[str]:
-    """Names of new tokens, as in diffusers' scripts."""
-    return [f"<s{number}>" for number in range(count)]
-
-
-def spellings_of(several: Sequence[NewTokens]) -> list[tuple[re.Pattern, str]]:
-    names = iter(names_of(sum(tokens.count for tokens in several)))
-    return [(word_pattern(t.word), "".join(next(names) for _ in range(t.count))) for t in several]
 
 
 def check_width(part: str, several: Sequence[NewTokens], table: nn.Module) -> None:
@@ -161,6 +153,11 @@ def check_width(part: str, several: Sequence[NewTokens], table: nn.Module) -> No
     for tokens in several:
         if tokens.rows[part].shape[1] != table.weight.shape[1]:
             raise UserError(f"the tokens of {tokens.word!r:.40} were learnt on another base than this one")
+
+
+def notes_of(several: Sequence[NewTokens], name: str = "moslora") -> tuple[dict[str, object], ...]:
+    """What the adapter's header says about each; their files' names begin with `name`."""
+    return tuple(tokens.note(tokens_name(name, number)) for number, tokens in enumerate(several))
 
 
 def write_tokens(path: Path, tokens: NewTokens) -> None:
@@ -182,15 +179,17 @@ def read_tokens(path: Path) -> NewTokens:
     return NewTokens(header[WORD], {part: found.float() for part, found in rows.items()})
 
 
-def tokens_beside(adapter: Path, header: Mapping[str, str]) -> NewTokens | None:
-    """The tokens that the adapter file's header names, from the file beside it; None when it names none.
+def tokens_beside(adapter: Path, header: Mapping[str, str]) -> tuple[NewTokens, ...]:
+    """The tokens that the adapter file's header names, from the files beside it.
 
-    If the file is missing, it logs a warning and returns None. Raises UserError if it is not the file in the
-    header.
+    Of a missing file, it logs a warning. Raises UserError for one that is not the file in the header.
     """
-    note = note_in(header)
-    if note is None:
-        return None
+    found = (tokens_of(note, adapter) for note in notes_in(header))
+    return tuple(tokens for tokens in found if tokens is not None)
+
+
+def tokens_of(note: Mapping[str, Any], adapter: Path) -> NewTokens | None:
+    """The tokens of one note of the adapter file's header; None if their file is missing."""
     path = adapter.parent / note["file"]
     if not path.is_file():
         logger.warning(
@@ -204,29 +203,33 @@ def tokens_beside(adapter: Path, header: Mapping[str, str]) -> NewTokens | None:
 
 
 @torch.no_grad()
-def prove_tokens(path: Path, attached: AttachedTokens, prompts: Sequence[str]) -> FileProof:
-    """Load the file by diffusers' own loader into the same encoders, and compare rows and encoded prompts."""
-    found, tokens = read_tokens(path), attached.several[0]
-    rows = {KEYS[p]: relative_difference(found.rows[p], r.detach().float().cpu()) for p, r in tokens.rows.items()}
+def prove_tokens(paths: Sequence[Path], attached: AttachedTokens, prompts: Sequence[str]) -> tuple[FileProof, ...]:
+    """Load the files, one for each of the attached tokens, by diffusers' own loader into the same encoders. Compare
+    each file's rows, and its encoded prompt, with the attached ones."""
     live = encode_text(attached.pipeline, list(prompts))
-    with stock_loaded(path, attached) as pipeline:
+    with stock_loaded(paths, attached) as pipeline:
         stock = encode_text(pipeline, attached.spelled(list(prompts)))
-    pairs = (stock.embeds, live.embeds), (stock.pooled, live.pooled)
-    outputs = max(relative_difference(there.float().cpu(), here.float().cpu()) for there, here in pairs)
-    worst = max(rows, key=rows.__getitem__)
-    return FileProof(path.name, rows[worst], outputs, worst, "diffusers' load_textual_inversion")
+    proofs = []
+    for number, (path, tokens) in enumerate(zip(paths, attached.several, strict=True)):
+        found = read_tokens(path)
+        rows = {KEYS[p]: relative_difference(found.rows[p], r.detach().float().cpu()) for p, r in tokens.rows.items()}
+        pairs = (stock.embeds[number], live.embeds[number]), (stock.pooled[number], live.pooled[number])
+        outputs = max(relative_difference(there.float().cpu(), here.float().cpu()) for there, here in pairs)
+        worst = max(rows, key=rows.__getitem__)
+        proofs.append(FileProof(path.name, rows[worst], outputs, worst, "diffusers' load_textual_inversion"))
+    return tuple(proofs)
 
 
 @contextmanager
-def stock_loaded(path: Path, attached: AttachedTokens) -> Iterator[StableDiffusionXLPipeline]:
-    """The pipeline with the file as diffusers loads it; afterwards the tokens are attached again."""
-    pipeline, (tensors, _) = attached.pipeline, read_tensors(path)
+def stock_loaded(paths: Sequence[Path], attached: AttachedTokens) -> Iterator[StableDiffusionXLPipeline]:
+    """The pipeline with the files as diffusers loads them; afterwards the tokens are attached again."""
+    pipeline, files = attached.pipeline, [read_tensors(path)[0] for path in paths]
     sizes = {part: getattr(pipeline, part).config.vocab_size for part in KEYS}
     attached.detach()
     try:
         with collected_warnings():
             for part, key in KEYS.items():
-                load_stock(pipeline, part, tensors[key])
+                load_stock(pipeline, part, [tensors[key] for tensors in files])
         yield pipeline
     finally:
         attached.detach()
@@ -235,12 +238,13 @@ def stock_loaded(path: Path, attached: AttachedTokens) -> Iterator[StableDiffusi
         attached.attach()
 
 
-def load_stock(pipeline: StableDiffusionXLPipeline, part: str, rows: Tensor) -> None:
+def load_stock(pipeline: StableDiffusionXLPipeline, part: str, several: Sequence[Tensor]) -> None:
     """Load as the model card says, but into a copy of the tokenizer, and of the table, as it grows in place."""
     setattr(pipeline, TOKENIZERS[part], deepcopy(getattr(pipeline, TOKENIZERS[part])))
     encoder, tokenizer = getattr(pipeline, part), getattr(pipeline, TOKENIZERS[part])
     table = encoder.get_input_embeddings().weight
     copied = nn.Embedding.from_pretrained(table.detach().cpu().clone())
     encoder.set_input_embeddings(copied)
-    pipeline.load_textual_inversion(rows, token=names_of(len(rows)), text_encoder=encoder, tokenizer=tokenizer)
+    for rows, names in zip(several, token_names(map(len, several)), strict=True):
+        pipeline.load_textual_inversion(rows, token=names, text_encoder=encoder, tokenizer=tokenizer)
     encoder.get_input_embeddings().to(table.device)

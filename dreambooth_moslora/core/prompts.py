@@ -5,8 +5,9 @@ google/dreambooth). `{}` stands for "token class", or for the class alone.
 """
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import combinations, islice
+from itertools import combinations, count, islice, permutations, product
 
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.train_config import TrainConfig
@@ -21,13 +22,16 @@ __all__ = [
     "class_word_of",
     "context_prompts",
     "joined",
-    "learnt_word",
+    "learnt_words",
     "noun_of",
     "placed",
     "scene_places",
     "scene_prompt",
+    "spelled",
+    "spellings_of",
     "subject_of",
     "together_prompts",
+    "token_names",
     "trigger_words",
     "validation_prompts",
     "word_pattern",
@@ -148,25 +152,53 @@ def word_pattern(word: str) -> re.Pattern:
     return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)")
 
 
-def learnt_word(config: TrainConfig) -> str | None:
-    """The word that the run's new tokens stand for in prompts; None for a run without new tokens.
+def learnt_words(config: TrainConfig) -> tuple[str, ...]:
+    """The word of each subject that its new tokens stand for in prompts; none for a run without new tokens.
 
-    Raises UserError unless the instance prompt has the word and no class prompt has it.
+    Raises UserError unless each instance prompt has its word, no class prompt has one, and no word is part of another.
     """
     if not config.train_text_encoder_ti:
-        return None
-    config = each_subject(config)[0]  # a run of several has no new tokens
+        return ()
+    subjects = each_subject(config)
+    words = tuple(map(learnt_word, subjects))
+    for one, other in permutations(words, 2):
+        if word_pattern(one).search(other):
+            raise UserError(f"--train_text_encoder_ti: {one!r}, {other!r}: each subject needs a rare word of its own.")
+    for word, subject in product(words, subjects):
+        for prompt in (subject.class_prompt or "", *subject.prior_prompts):
+            if word_pattern(word).search(prompt):
+                raise UserError(f"--token_abstraction {word}: it is in a prompt of the class too, {prompt!r:.60}.")
+    return words
+
+
+def learnt_word(config: TrainConfig) -> str:
+    """The word of a run's one subject. Raises UserError unless the instance prompt has it."""
     usual = USUAL_WORD if word_pattern(USUAL_WORD).search(config.instance_prompt) else subject_of(config).token
     word = (config.token_abstraction or usual).strip()
     if "," in word:
         raise UserError(f"--token_abstraction {word}: one word is learnt; give one.")
-    pattern = word_pattern(word)
-    if not word or not pattern.search(config.instance_prompt):
+    if not word or not word_pattern(word).search(config.instance_prompt):
         raise UserError(f"--token_abstraction: the instance prompt has no word {word or USUAL_WORD!r} to be learnt.")
-    for prompt in (config.class_prompt or "", *config.prior_prompts):
-        if pattern.search(prompt):
-            raise UserError(f"--token_abstraction {word}: it is in a prompt of the class too, {prompt!r:.60}.")
     return word
+
+
+def token_names(counts: Iterable[int]) -> list[list[str]]:
+    """Names of the new tokens of each word, which has so many, as in diffusers' scripts: `<s0>`, `<s1>` and so on."""
+    numbers = count()
+    return [[f"<s{next(numbers)}>" for _ in range(of_one)] for of_one in counts]
+
+
+def spellings_of(counts: Mapping[str, int]) -> dict[str, str]:
+    """Each word with its new tokens: `{"sks": 2}` -> `{"sks": "<s0><s1>"}`."""
+    return dict(zip(counts, map("".join, token_names(counts.values()))))
+
+
+def spelled(prompt: str, spellings: Mapping[str, str]) -> str:
+    """The prompt with each word replaced by its new tokens."""
+    if not spellings:
+        return prompt
+    longest_first = "|".join(map(re.escape, sorted(spellings, key=len, reverse=True)))
+    return re.sub(rf"(?<!\w)(?:{longest_first})(?!\w)", lambda found: spellings[found[0]], prompt)
 
 
 def scene_places(config: TrainConfig) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from diffusers import StableDiffusionXLPipeline
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.adapters.files.lora_file import adapter_name, check_fits, install, read_adapter
-from dreambooth_moslora.adapters.files.metadata import note_in
+from dreambooth_moslora.adapters.files.metadata import notes_in
 from dreambooth_moslora.adapters.new_tokens import AttachedTokens, NewTokens, tokens_beside
 from dreambooth_moslora.base.decode import tiled_where_short
 from dreambooth_moslora.base.load import default_guidance, default_resolution, guidance_rescale, load_pipeline
@@ -41,18 +41,18 @@ Event = Step | Preview | Image
 @dataclass(frozen=True)
 class Adapter:
     """An adapter in the model. `key` is its name inside PEFT, `header` its file's metadata, and `tokens` are
-    the new tokens that the header names."""
+    those of the new tokens that the header names whose files are there."""
 
     name: str
     key: str
     sha256: str
     header: dict[str, str]
-    tokens: NewTokens | None
+    tokens: tuple[NewTokens, ...]
     stamp: tuple[Path, int, int]
 
     @property
     def lacks_tokens(self) -> bool:
-        return self.tokens is None and note_in(self.header) is not None
+        return len(self.tokens) < len(notes_in(self.header))
 
 
 class SubjectPipeline:
@@ -118,7 +118,7 @@ class SubjectPipeline:
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
         """Load an adapter file (this program's, diffusers', kohya's) or a run folder into the model; returns its name.
 
-        An unchanged file that is already loaded costs nothing. New tokens come from the file that its header
+        An unchanged file that is already loaded costs nothing. New tokens come from the files that its header
         names, beside it. Raises UserError when it is no adapter for this base, or its tokens belong to another.
         """
         name = name or adapter_name(path)
@@ -196,11 +196,10 @@ class SubjectPipeline:
             self.pipeline.set_adapters(list(active), list(active.values()))
         elif self.adapters:
             self.pipeline.disable_lora()
-        self._use_tokens([self.adapters[name].tokens for name, scale in adapters if scale != 0])
+        self._use_tokens([tokens for name, scale in adapters if scale != 0 for tokens in self.adapters[name].tokens])
 
-    def _use_tokens(self, several: list[NewTokens | None]) -> None:
+    def _use_tokens(self, wanted: list[NewTokens]) -> None:
         """Make the text encoders know exactly these tokens."""
-        wanted = [tokens for tokens in several if tokens is not None]
         if self._tokens is not None:
             self._tokens.detach()
             self._tokens = None

@@ -5,6 +5,7 @@ so the step number suffices to continue as if the run had never stopped.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -16,11 +17,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.files.raw_file import load_raw, save_raw
-from dreambooth_moslora.adapters.new_tokens import NewTokens, write_tokens
+from dreambooth_moslora.adapters.new_tokens import NewTokens, notes_of, write_tokens
 from dreambooth_moslora.core.atomic_files import atomic_directory, atomic_write
 from dreambooth_moslora.core.digests import content_key, file_digest
 from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.core.run_files.run_folder import RAW_NAME, TOKENS_NAME, checkpoint_step
+from dreambooth_moslora.core.run_files.run_folder import RAW_NAME, checkpoint_step, tokens_files, tokens_name
 from dreambooth_moslora.training.step.averages import put
 from dreambooth_moslora.training.step.optimizer_states import check_tensor, checked_states
 
@@ -62,14 +63,14 @@ def save_checkpoint(
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler | None = None,
     weights: list[Tensor] | None = None,
-    tokens: NewTokens | None = None,
+    tokens: Sequence[NewTokens] = (),
 ) -> None:
     """Write the folder `path` completely, or leave its old content. `weights` are those of WEIGHTS, if any, in
     the shapes of the trained parameters."""
     with atomic_directory(path) as folder:
-        if tokens is not None:
-            write_tokens(folder / TOKENS_NAME, tokens)
-            facts = replace(facts, tokens=tokens.note(TOKENS_NAME))
+        for number, of_one in enumerate(tokens):
+            write_tokens(folder / tokens_name(number=number), of_one)
+        facts = replace(facts, tokens=notes_of(tokens))
         save_raw(components, folder / RAW_NAME, facts)
         save_states(optimizer.state_dict(), folder / OPTIMIZER)
         if scaler is not None:
@@ -82,9 +83,9 @@ def save_checkpoint(
 
 def digest_of(checkpoint: Path, position: Position) -> str:
     """SHA-256 of the position and of the bytes of all parts."""
-    names = (RAW_NAME, OPTIMIZER, SCALER, WEIGHTS, TOKENS_NAME)
+    names = (RAW_NAME, OPTIMIZER, SCALER, WEIGHTS)
     parts = [path for name in names if (path := checkpoint / name).is_file()]
-    files = {path.name: file_digest(path) for path in parts}
+    files = {path.name: file_digest(path) for path in [*parts, *tokens_files(checkpoint)]}
     return content_key(step=position.step, seed=position.seed, optimizer=position.optimizer, files=files)
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 from safetensors import safe_open
 
 from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
+from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.targets import is_adapted, is_target
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.config.training_settings import SCHEDULE_FREE
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.prompts import learnt_word
-from dreambooth_moslora.core.run_files.run_folder import RAW_NAME, TOKENS_NAME, RunDir, is_checkpoint
+from dreambooth_moslora.core.prompts import learnt_words
+from dreambooth_moslora.core.run_files.run_folder import RAW_NAME, RunDir, is_checkpoint, tokens_name
 from dreambooth_moslora.training.checkpoint import WEIGHTS, Position, check_whole, damaged
 from dreambooth_moslora.training.planning.checks import last_name
 from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha
@@ -95,12 +96,14 @@ def check_resumed(config: TrainConfig, checkpoint: Path, position: Position) -> 
 
 
 def require_tokens(checkpoint: Path, facts: AdapterMetadata, config: TrainConfig) -> None:
-    require(checkpoint, "token_abstraction", facts.tokens["word"], learnt_word(config))
-    if not config.initializer_concept:
-        asked = config.num_new_tokens_per_abstraction
-        require(checkpoint, "num_new_tokens_per_abstraction", facts.tokens["count"], asked)
-    if not (checkpoint / TOKENS_NAME).is_file():
-        raise damaged(checkpoint, TOKENS_NAME, "it is missing")
+    words = " ".join(note["word"] for note in facts.tokens)
+    require(checkpoint, "token_abstraction", words, " ".join(learnt_words(config)))
+    for number, (note, subject) in enumerate(zip(facts.tokens, each_subject(config), strict=True)):
+        if not subject.initializer_concept:
+            asked = config.num_new_tokens_per_abstraction
+            require(checkpoint, "num_new_tokens_per_abstraction", note["count"], asked)
+        if not (checkpoint / tokens_name(number=number)).is_file():
+            raise damaged(checkpoint, tokens_name(number=number), "it is missing")
 
 
 def require_sizes(checkpoint: Path, facts: AdapterMetadata, modules: set[str], config: TrainConfig) -> None:

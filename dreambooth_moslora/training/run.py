@@ -217,7 +217,7 @@ class Training:
         own = copies(self.train_step.trained) if self.train_step.average is not None else None
         learnt = self.train_step.learnt
         with self.train_step.averaged():
-            save_checkpoint(path, *parts, own, learnt and learnt.tokens)
+            save_checkpoint(path, *parts, own, learnt.tokens if learnt else ())
         if path != self.run_dir.last_dir and self.run_dir.last_dir.is_dir():
             remove_directory(self.run_dir.last_dir)
         self.run_dir.rotate(self.config.checkpoints_total_limit)

@@ -50,7 +50,8 @@ def test_endpoints_and_arguments_keep_their_names(client):
     arguments = {name: [p["parameter_name"] for p in facts["parameters"]] for name, facts in api.items()}
     assert arguments["/generate"] == arguments["/compare"] == GENERATE_ARGUMENTS
     assert arguments["/grid"] == ["rows", "row_values", "columns", "column_values", *GENERATE_ARGUMENTS]
-    further = [f"{name}_{number}" for number in (2, 3, 4) for name in ("photos", "class_word", "token", "captions")]
+    fields = ("photos", "class_word", "token", "captions", "tokens_begin_as")
+    further = [f"{name}_{number}" for number in (2, 3, 4) for name in fields]
     with_photos = ["photos", *OWN_FIELDS, "subjects", *further]
     assert arguments["/train"] == arguments["/estimate"] == arguments["/add_to_queue"] == with_photos
     assert (arguments["/move_in_queue"], arguments["/remove_from_queue"]) == (["run", "place"], ["run"])

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -225,8 +226,8 @@ def said_by_metadata(metadata: AdapterMetadata) -> dict[str, object]:
     return {key: value for key, value in said.items() if value}
 
 
-def said_of_tokens(note: dict[str, object]) -> str:
-    return f"{note['count']} for the word {note['word']}, in {note['file']}" if note else ""
+def said_of_tokens(notes: Sequence[dict[str, object]]) -> str:
+    return "; ".join(f"{note['count']} for the word {note['word']}, in {note['file']}" for note in notes)
 
 
 def lines(facts: dict[str, object]) -> list[str]:

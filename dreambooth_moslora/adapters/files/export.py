@@ -4,14 +4,15 @@ A published adapter is always folded: ΔW = up·down with the scale included and
 
 live adapter --fold--> LowRank --reduce_layers--> --publish--> pytorch_lora_weights.safetensors   for diffusers
                                                                    <name>.kohya.safetensors           for others
-                                                               [<name>_emb.safetensors            new tokens]
+                                                               [<name>_emb.safetensors            new tokens, for
+                                                                <name>_2_emb.safetensors          each subject]
              --save_raw--> moslora_weights.safetensors --load_raw--> the same adapter, bit for bit
 
 Such a file is correct without metadata, in any version of diffusers and in kohya's form. A file is published
 only after a stock loader has read it back and computed the same (`proof`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,13 +33,13 @@ from dreambooth_moslora.adapters.files.raw_file import check_components, check_s
 from dreambooth_moslora.adapters.files.tensor_file import check_finite, read_tensors, write_file
 from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.adapters.moslora import adapter_layers, fold
-from dreambooth_moslora.adapters.new_tokens import NewTokens, write_tokens
+from dreambooth_moslora.adapters.new_tokens import NewTokens, notes_of, write_tokens
 from dreambooth_moslora.adapters.spectrum import reduce_layers
 from dreambooth_moslora.core.atomic_files import scratch_directory
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, TOKENS_SUFFIX, check_name
+from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, check_name, tokens_name
 
-__all__ = ["DTYPES", "KOHYA_SUFFIX", "load_published", "publish", "published_tensors", "with_tokens"]
+__all__ = ["DTYPES", "KOHYA_SUFFIX", "load_published", "publish", "published_tensors"]
 
 KOHYA_SUFFIX = ".kohya.safetensors"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -64,12 +65,12 @@ def publish(
     *,
     keep: float = 1.0,
     adapter_name: str = "default",
-    tokens: NewTokens | None = None,
-    prove: Callable[[Path], FileProof] | None = None,
+    tokens: Sequence[NewTokens] = (),
+    prove: Callable[[Sequence[Path]], tuple[FileProof, ...]] | None = None,
 ) -> Proof:
     """Write both published files into `out_dir`, or neither: each is verified before it gets its name.
 
-    New `tokens` are written beside them, in a file that both headers name; `prove` verifies it. `keep` below 1
+    New `tokens` are written beside them, in files that both headers name; `prove` verifies these. `keep` below 1
     reduces the rank of each projection to keep that fraction of ‖ΔW‖².
 
     Raises UserError when a file differs from the adapter by more than the dtype's bound, when weights are NaN,
@@ -89,24 +90,18 @@ def publish(
         check_reduction(components, adapter_name, expected, keep)
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    metadata = with_tokens(metadata, name, tokens)
+    metadata = replace(metadata, tokens=notes_of(tokens, name))
     with scratch_directory(out_dir) as scratch:
         written = write_published(folded, scratch, name, with_ranks(metadata, folded), dtype, pad=keep == 1.0)
         proofs = tuple(prove_file(path, components, adapter_name, expected) for path in written)
-        if tokens is not None:
-            path = scratch / f"{name}{TOKENS_SUFFIX}"
-            write_tokens(path, tokens)
-            written = path, *written
-            proofs += (prove(path),) if prove else ()
+        paths = [scratch / tokens_name(name, number) for number in range(len(tokens))]
+        for path, of_one in zip(paths, tokens):
+            write_tokens(path, of_one)
+        proofs += prove(paths) if prove and paths else ()
         check_bound(proofs, BOUNDS[dtype], dtype)
-        for path in written:
+        for path in (*paths, *written):
             path.replace(out_dir / path.name)
     return report(proofs, dtype, folded, kept)
-
-
-def with_tokens(metadata: AdapterMetadata, name: str, tokens: NewTokens | None) -> AdapterMetadata:
-    """The metadata of an adapter that is published as `name` with these tokens, or without any."""
-    return replace(metadata, tokens=tokens.note(f"{name}{TOKENS_SUFFIX}") if tokens else {})
 
 
 def check_publishable(components: dict[str, nn.Module], dtype: torch.dtype, adapter_name: str) -> None:

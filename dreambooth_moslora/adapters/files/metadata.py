@@ -12,7 +12,7 @@ from dreambooth_moslora.core.config.training_settings import MIXERS
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.numbers import is_finite_number
 
-__all__ = ["AdapterMetadata", "check_start_header", "most_common", "note_in", "versions"]
+__all__ = ["AdapterMetadata", "check_start_header", "most_common", "notes_in", "versions"]
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
@@ -24,7 +24,7 @@ class AdapterMetadata:
     `recipe`: the run's settings in `core.config.recipe`, for `--like`. `subject_prompts`: the words that call
     each of several subjects; empty for one. `ranks` and `alphas` list the modules (`component.path`) that
     differ from `rank` and `alpha`. `best_scale` and `usable_scales` (lowest, highest) are set if they were
-    measured. `tokens` is `NewTokens.note` of the adapter's file of new tokens.
+    measured. `tokens` has the `NewTokens.note` of each of the adapter's files of new tokens.
     """
 
     rank: int
@@ -47,12 +47,15 @@ class AdapterMetadata:
     best_scale: float | None = None
     usable_scales: tuple[float, ...] = ()
     recipe: dict[str, object] = field(default_factory=dict)
-    tokens: dict[str, object] = field(default_factory=dict)
+    tokens: tuple[dict[str, object], ...] = ()
     subject_prompts: tuple[str, ...] = ()
 
     def to_json(self) -> str:
-        """Leaves out recipe, scales and tokens when empty, so that such files keep their bytes."""
+        """Leaves out recipe, scales and tokens when empty, and writes one subject's tokens without a list, so that
+        such files keep their bytes."""
         facts = asdict(self)
+        if len(self.tokens) == 1:
+            facts["tokens"] = self.tokens[0]
         later = ("best_scale", "usable_scales", "recipe", "tokens", "subject_prompts")
         missing = [name for name in later if not facts[name]]
         return json.dumps({name: value for name, value in facts.items() if name not in missing}, sort_keys=True)
@@ -70,7 +73,9 @@ class AdapterMetadata:
         for name, value in known.items():
             if not VALID[name](value):
                 raise ValueError(f"{name} is {value!r:.60}")
-        lists = ("trigger_words", "usable_scales", "subject_prompts")
+        if isinstance(note := known.get("tokens"), dict):
+            known["tokens"] = [note] if note else []
+        lists = ("trigger_words", "usable_scales", "subject_prompts", "tokens")
         return cls(**{**known, **{name: tuple(known.get(name, ())) for name in lists}})
 
 
@@ -103,8 +108,6 @@ def is_dict(value: object) -> bool:
 def is_token_note(value: object) -> bool:
     """Whether it is a valid note. Its file must be a plain name, as anyone may write a header and the named
     file is opened."""
-    if value == {}:
-        return True
     is_known = isinstance(value, dict) and value.keys() == {"word", "count", "file", "sha256"}
     texts = [value[name] for name in ("word", "file", "sha256")] if is_known else [None]
     if not all(map(is_text, texts)) or not is_rank(value["count"]):
@@ -134,23 +137,25 @@ VALID: dict[str, Callable[[object], bool]] = {
     "best_scale": lambda value: value is None or is_finite_number(value),
     "usable_scales": lambda value: listed(is_finite_number)(value) and len(value) in (0, 2),
     "recipe": is_dict,
-    "tokens": is_token_note,
+    "tokens": lambda value: value == {} or is_token_note(value) or listed(is_token_note)(value),
 }
 """Key -> whether a value is valid for it; anyone may have written the file."""
 
 
-def note_in(header: Mapping[str, str]) -> dict | None:
-    """The `NewTokens.note` in the header of an adapter, or None."""
+def notes_in(header: Mapping[str, str]) -> tuple[dict, ...]:
+    """Each `NewTokens.note` in the header of an adapter."""
     try:
-        return AdapterMetadata.from_json(header["moslora"]).tokens or None
+        return AdapterMetadata.from_json(header["moslora"]).tokens
     except (KeyError, TypeError, ValueError):
-        return None
+        return ()
 
 
 def check_start_header(header: Mapping[str, str]) -> None:
     """Raises UserError for the header of an adapter that no run can begin with."""
-    if (note := note_in(header)) is not None:
-        raise UserError(f"it has learnt new tokens for {note['word']!r:.40}, and no run begins with such an adapter")
+    if notes := notes_in(header):
+        raise UserError(
+            f"it has learnt new tokens for {notes[0]['word']!r:.40}, and no run begins with such an adapter"
+        )
 
 
 def most_common(values: Iterable[float]) -> float:

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from dreambooth_moslora.adapters.files.raw_file import load_raw, read_raw
     from dreambooth_moslora.adapters.new_tokens import tokens_beside
     from dreambooth_moslora.adapters.skeleton import empty_model
-    from dreambooth_moslora.core.run_files.run_folder import TOKENS_SUFFIX
+    from dreambooth_moslora.core.run_files.run_folder import tokens_name
 
     source, out = find_raw(Path(args.source).expanduser()), Path(args.out).expanduser()
     _, facts = read_raw(source)
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     name = args.name or out.resolve().name or "adapter"
     tokens = tokens_beside(source, {"moslora": facts.to_json()})
     proof = publish(components, out, name, facts, DTYPES[args.dtype], keep=args.keep, tokens=tokens)
-    for file in [*proof.files, *([f"{name}{TOKENS_SUFFIX}"] if tokens else [])]:
+    for file in [*proof.files, *(tokens_name(name, number) for number in range(len(tokens)))]:
         size = (out / file).stat().st_size / 2**20
         print(f"{out / file}  {size:.2f} MiB")
     print(f"{proof.sentence()}.")

@@ -119,7 +119,7 @@ def config_of(args: argparse.Namespace, receipt: Receipt, output_dir: Path) -> T
     if facts.class_word and receipt.recipe.get("with_prior_preservation"):
         guessed["class_prompt"] = f"a photo of a {facts.class_word}"
     if facts.tokens:
-        guessed["token_abstraction"] = facts.tokens["word"]
+        guessed["token_abstraction"] = facts.tokens[0]["word"]
     given = {name: value for name, value in vars(args).items() if name in UNTOLD}
     of_file = load_settings(args.config) if args.config else {}
     told = {name: value for name, value in of_file.items() if name in UNTOLD}

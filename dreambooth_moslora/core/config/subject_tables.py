@@ -26,7 +26,7 @@ Config = TypeVar("Config")
 """Stands for `core.config.TrainConfig`, which imports this file."""
 SAID_BY_SUBJECTS = (
     *("instance_data_dir", "dataset_name", "instance_prompt", "class_prompt", "class_data_dir"),
-    *("validation_prompt", "token", "class_word", "mask_prompt"),
+    *("validation_prompt", "token", "class_word", "mask_prompt", "token_abstraction", "initializer_concept"),
 )
 """Settings in a file that `--subjects` on the command line replaces."""
 COUNTED = re.compile(r"^\d+_")
@@ -47,6 +47,8 @@ class SubjectTable:
     caption_prefix: str | None = None
     caption_suffix: str | None = None
     mask_prompt: str | None = None
+    token_abstraction: str | None = None
+    initializer_concept: str | None = None
 
     def to_dict(self) -> dict[str, str]:
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -129,8 +131,6 @@ def check_subjects(config: Config) -> None:
     for name in ("instance_data_dir", "dataset_name", "instance_prompt"):
         if getattr(config, name) != defaults[name]:
             raise UserError(f"--subjects and --{name}: each subject names its own; give one of the two.")
-    if config.train_text_encoder_ti and len(config.subjects) > 1:
-        raise UserError("--train_text_encoder_ti learns the word of one subject; leave it out with several --subjects.")
     found = [checked_subject(config, number) for number in range(len(config.subjects))]
     for name in ("instance_data_dir", "instance_prompt"):
         values = [getattr(one, name) for one in found]

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,17 @@ __all__ = [
     "PUBLISHED_NAME",
     "RAW_NAME",
     "RunDir",
-    "TOKENS_NAME",
     "TOKENS_SUFFIX",
     "check_name",
     "checkpoint_step",
     "is_checkpoint",
     "step_of",
+    "tokens_files",
+    "tokens_name",
 ]
 
 PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
 TOKENS_SUFFIX = "_emb.safetensors"
-TOKENS_NAME = f"moslora{TOKENS_SUFFIX}"
-"""Name of the file of new tokens in a checkpoint; a published one begins with the run's name instead."""
 CHECKPOINT_FILES = ("position.json", "optimizer.pt", RAW_NAME)
 NAME_BYTES = 200
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -53,9 +53,9 @@ class RunDir:
         return self.path / f"{self.name}.kohya.safetensors"
 
     @property
-    def tokens_path(self) -> Path:
-        """New tokens of both text encoders, if the run learnt some."""
-        return self.path / f"{self.name}{TOKENS_SUFFIX}"
+    def tokens_paths(self) -> list[Path]:
+        """New tokens of both text encoders, a file for each subject; none if the run learnt none."""
+        return tokens_files(self.path, self.name)
 
     @property
     def card_path(self) -> Path:
@@ -161,6 +161,18 @@ def check_name(name: str) -> None:
         raise UserError(f"{name!a} cannot be part of a file's name; give the adapter a plain name")
     if len(name.encode()) > NAME_BYTES:
         raise UserError(f"the name {name[:20]!r}, and so on, is too long: an adapter's has at most {NAME_BYTES} bytes")
+
+
+def tokens_name(name: str = "moslora", number: int = 0) -> str:
+    """The file of new tokens of subject `number`, from 0: `dog_emb.safetensors`, `dog_2_emb.safetensors` and so on.
+    A published one begins with the run's name; one in a checkpoint does not."""
+    return f"{name}_{number + 1}{TOKENS_SUFFIX}" if number else f"{name}{TOKENS_SUFFIX}"
+
+
+def tokens_files(folder: Path, name: str = "moslora") -> list[Path]:
+    """The files of new tokens in the folder, by subject, up to the first that is missing."""
+    paths = (folder / tokens_name(name, number) for number in count())
+    return list(takewhile(Path.is_file, paths))
 
 
 def checkpoint_step(path: Path) -> int | None:

@@ -9,7 +9,7 @@ from functools import partial
 
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.digests import content_key
-from dreambooth_moslora.core.prompts import learnt_word, word_pattern
+from dreambooth_moslora.core.prompts import learnt_words, word_pattern
 from dreambooth_moslora.training.inputs.encoding_cache import TensorCache, Tensors
 from dreambooth_moslora.training.inputs.prompt_cache import PromptCache
 from dreambooth_moslora.training.inputs.subject_streams import SubjectStreams
@@ -49,8 +49,8 @@ def encode_prompts(
         captions.update(caption for photo in stream.photos for caption in photo.captions)
     for subject in each_subject(config):
         captions |= {subject.class_prompt, *config.prior_prompts} if subject.class_prompt else set()
-    word = learnt_word(config)
-    plain = [caption for caption in sorted(captions) if word is None or not word_pattern(word).search(caption)]
+    learnt = [word_pattern(word) for word in learnt_words(config)]
+    plain = [caption for caption in sorted(captions) if not any(pattern.search(caption) for pattern in learnt)]
     entries = same_everywhere(context, lambda: dict(prompt_embeds.entry(caption) for caption in plain), "prompts")
     for _ in fill(prompt_embeds.cache, context, entries):
         pass

@@ -20,7 +20,7 @@ from dreambooth_moslora.core.config.targets import full_name, is_adapted, is_mea
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.digests import default_cache_dir
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.prompts import learnt_word
+from dreambooth_moslora.core.prompts import learnt_words
 from dreambooth_moslora.core.run_files.adapter_files import find_weights, header_of
 from dreambooth_moslora.core.run_files.run_folder import RunDir, check_name, checkpoint_step
 from dreambooth_moslora.core.versions import require_packages
@@ -226,7 +226,7 @@ def check_settings(config: TrainConfig) -> Path | None:
     """`preflight` without the memory that is free now, for a run that begins later. Raises UserError."""
     require_packages(config)
     check_bf16(config)
-    learnt_word(config)
+    learnt_words(config)
     ranks = [config.rank, *(int(parse_pattern("rank_pattern", text)[1]) for text in config.rank_pattern)]
     if config.mixer == "butterfly" and (odd := [rank for rank in ranks if rank % 2]):
         raise UserError(f"--mixer butterfly needs an even --rank, not {odd[0]}.")

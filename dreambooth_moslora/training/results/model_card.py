@@ -4,6 +4,7 @@ It is meant to be shared: it contains no path, no photo and nothing about a phot
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.names import public_name
-from dreambooth_moslora.core.prompts import word_pattern
+from dreambooth_moslora.core.prompts import spelled, spellings_of, token_names
 from dreambooth_moslora.training.results.best_step import BestStep
 
 if TYPE_CHECKING:  # it imports torch
@@ -123,41 +124,41 @@ from diffusers import StableDiffusionXLPipeline
 
 pipe = StableDiffusionXLPipeline.from_pretrained({base_id!r}, dtype=torch.float16).to("cuda")
 pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")
-{token_lines(facts.adapter.tokens)}image = pipe({spelled(prompts_of(config)[0], facts.adapter.tokens)!r}).images[0]
+{token_lines(facts.adapter.tokens)}image = pipe({example(config, facts.adapter.tokens)!r}).images[0]
 ```
 
 `{facts.name}.kohya.safetensors` is the same adapter for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI.\
 {about_tokens(facts.adapter.tokens)}"""
 
 
-def token_lines(note: dict) -> str:
+def token_lines(notes: Sequence[dict]) -> str:
     """Lines of the snippet that load new tokens."""
-    if not note:
+    if not notes:
         return ""
-    file, names = note["file"], [f"<s{number}>" for number in range(note["count"])]
-    return f"""
-from safetensors.torch import load_file
-
-new, names = load_file("path/to/this/folder/{file}"), {names}
-pipe.load_textual_inversion(new["clip_l"], token=names, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
-pipe.load_textual_inversion(new["clip_g"], token=names, text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2)
-"""
-
-
-def spelled(prompt: str, note: dict) -> str:
-    """The prompt with its new word replaced by the new tokens."""
-    tokens = "".join(f"<s{number}>" for number in range(note["count"])) if note else ""
-    return word_pattern(note["word"]).sub(tokens, prompt) if note else prompt
+    lines = ["", "from safetensors.torch import load_file"]
+    for note, names in zip(notes, token_names(note["count"] for note in notes), strict=True):
+        lines += ["", f'new, names = load_file("path/to/this/folder/{note["file"]}"), {names}']
+        for key, end in (("clip_l", ""), ("clip_g", "_2")):
+            parts = f"text_encoder=pipe.text_encoder{end}, tokenizer=pipe.tokenizer{end}"
+            lines.append(f'pipe.load_textual_inversion(new["{key}"], token=names, {parts})')
+    return "\n".join([*lines, ""])
 
 
-def about_tokens(note: dict) -> str:
-    if not note:
-        return ""
+def example(config: TrainConfig, notes: Sequence[dict]) -> str:
+    """The first instance prompt, with its new word replaced by the new tokens."""
+    return spelled(prompts_of(config)[0], spellings_of({note["word"]: note["count"] for note in notes}))
+
+
+def about_tokens(notes: Sequence[dict]) -> str:
+    return "".join(f"\n\n{about_word(*one)}" for one in zip(notes, token_names(note["count"] for note in notes)))
+
+
+def about_word(note: dict, names: list[str]) -> str:
     stem = note["file"].removesuffix(".safetensors")
     return (
-        f"\n\nThe word “{note['word']}” stands for {note['count']} new tokens, which are in `{note['file']}` and "
-        f"belong to the adapter: in ComfyUI write `embedding:{stem}` in its place, in AUTOMATIC1111 `{stem}`, with "
-        "the file in their folder of embeddings."
+        f"The word “{note['word']}” stands for {note['count']} new tokens, which are in `{note['file']}` and "
+        f"belong to the adapter: in diffusers write `{''.join(names)}` in its place, in ComfyUI `embedding:{stem}` and "
+        f"in AUTOMATIC1111 `{stem}`, with the file in their folder of embeddings."
     )
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from dreambooth_moslora.adapters.files.export import publish, with_tokens
+from dreambooth_moslora.adapters.files.export import publish
 from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.files.proof import Proof
 from dreambooth_moslora.adapters.files.raw_file import adapter_metadata
-from dreambooth_moslora.adapters.new_tokens import prove_tokens
+from dreambooth_moslora.adapters.new_tokens import notes_of, prove_tokens
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core.atomic_files import atomic_directory, atomic_write
 from dreambooth_moslora.core.config.recipe import recipe_of
@@ -62,6 +62,7 @@ class Publisher:
         self.config, self.run_dir, self.train_step = config, run_dir, train_step
         self.photos, self.samples, self.sampler = inputs.photos, samples, sampler
         self.learnt = train_step.learnt
+        self.tokens = self.learnt.tokens if self.learnt else ()
         self.facts = facts_of(config, inputs, train_step)
         self.scores: dict[str, float] = {}
         self.best: BestStep | None = None
@@ -95,7 +96,7 @@ class Publisher:
     ) -> None:
         """Write what shows the adapter, and push it."""
         best = self.best if self.run_dir.best_dir.is_dir() else None
-        adapter = with_tokens(self.facts, self.run_dir.name, self.learnt and self.learnt.tokens)
+        adapter = replace(self.facts, tokens=notes_of(self.tokens, self.run_dir.name))
         facts = CardFacts(self.run_dir.name, step, max_train_steps, adapter, proof, scores=self.scores, best=best)
         drawn = list(zip(self.samples.requests, self.samples.latest))
         write_card(self.config, self.run_dir, facts, card_pictures(self.config, drawn, self.samples, contexts))
@@ -113,9 +114,9 @@ class Publisher:
         components, name = self.train_step.components, self.run_dir.name
         if self.learnt is None:
             return publish(components, folder, name, self.facts)
-        attached, prompts = self.learnt.attached, [self.config.instance_prompt]
-        prove = lambda path: prove_tokens(path, attached, prompts)  # noqa: E731
-        return publish(components, folder, name, self.facts, tokens=self.learnt.tokens, prove=prove)
+        attached, prompts = self.learnt.attached, [one.instance_prompt for one in each_subject(self.config)]
+        prove = lambda paths: prove_tokens(paths, attached, prompts)  # noqa: E731
+        return publish(components, folder, name, self.facts, tokens=self.tokens, prove=prove)
 
 
 def facts_of(config: TrainConfig, inputs: TrainInputs, train_step: TrainStep) -> AdapterMetadata:

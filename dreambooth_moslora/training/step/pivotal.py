@@ -14,10 +14,11 @@ from torch import nn
 
 from dreambooth_moslora.adapters.new_tokens import KEYS, TOKENIZERS, AttachedTokens, NewTokens, read_tokens
 from dreambooth_moslora.base.load import TextCond, encode_text
+from dreambooth_moslora.core.config.subject_tables import each_subject, stream_of
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.prompts import learnt_word
-from dreambooth_moslora.core.run_files.run_folder import TOKENS_NAME
+from dreambooth_moslora.core.prompts import learnt_words
+from dreambooth_moslora.core.run_files.run_folder import tokens_files
 from dreambooth_moslora.core.seeding import generator
 from dreambooth_moslora.training.inputs.encoding_cache import TensorCache
 from dreambooth_moslora.training.inputs.prompt_cache import PromptCache
@@ -26,7 +27,7 @@ __all__ = ["LearntTokens"]
 
 
 class LearntTokens:
-    """The new tokens of a run. `cached` encodes the prompts without them; `pivot` is the first step at which
+    """The new tokens of a run's subjects. `cached` encodes the prompts without them; `pivot` is the first step at which
     they are fixed."""
 
     def __init__(
@@ -39,17 +40,16 @@ class LearntTokens:
     ):
         self.pipeline, self.cached = pipeline, cached
         self.pivot = max(1, round(config.train_text_encoder_ti_frac * total_steps))
-        started = read_tokens(checkpoint / TOKENS_NAME) if checkpoint else fresh_tokens(config, pipeline)
-        device = pipeline.text_encoder.device
-        rows = {part: nn.Parameter(found.float().to(device)) for part, found in started.rows.items()}
-        self.tokens = NewTokens(started.word, rows)
-        self.attached = AttachedTokens(pipeline, [self.tokens])
+        kept = [read_tokens(path) for path in tokens_files(checkpoint)] if checkpoint else []
+        started = kept or fresh_tokens(config, pipeline)
+        self.tokens = tuple(trainable(tokens, pipeline.text_encoder.device) for tokens in started)
+        self.attached = AttachedTokens(pipeline, self.tokens)
         self.is_averaged = False
         self._encoded = PromptCache(lambda prompts: encode_text(pipeline, prompts), TensorCache(), "")
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        return list(self.tokens.rows.values())
+        return [rows for tokens in self.tokens for rows in tokens.rows.values()]
 
     def fill_gradients(self) -> None:
         """Set missing gradients to zero when no prompt had the word: all processes must average the same parameters."""
@@ -91,8 +91,22 @@ class LearntTokens:
         return TextCond(torch.stack([e.to(device) for e in embeds]), torch.stack([p.to(device) for p in pooled]))
 
 
-def fresh_tokens(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> NewTokens:
-    """Rows of the concept's words, or random rows of the table's standard deviation.
+def trainable(tokens: NewTokens, device: torch.device) -> NewTokens:
+    rows = {part: nn.Parameter(found.float().to(device)) for part, found in tokens.rows.items()}
+    return NewTokens(tokens.word, rows)
+
+
+def fresh_tokens(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> list[NewTokens]:
+    """New tokens of each subject. Raises UserError."""
+    pairs = zip(learnt_words(config), each_subject(config), strict=True)
+    return [
+        NewTokens(word, fresh_rows(subject, pipeline, stream_of("new tokens", number)))
+        for number, (word, subject) in enumerate(pairs)
+    ]
+
+
+def fresh_rows(config: TrainConfig, pipeline: StableDiffusionXLPipeline, stream: str) -> dict[str, torch.Tensor]:
+    """Rows (n, D) of the concept's words, or random rows of the table's standard deviation.
 
     Raises UserError when the tokenizers make different numbers of tokens of it, or none.
     """
@@ -104,7 +118,7 @@ def fresh_tokens(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> Ne
             rows[part] = table[ids].clone()
         else:
             shape = config.num_new_tokens_per_abstraction, table.shape[1]
-            rows[part] = torch.randn(shape, generator=generator(config.seed, "new tokens", part)) * table.std()
+            rows[part] = torch.randn(shape, generator=generator(config.seed, stream, part)) * table.std()
     if len({len(found) for found in rows.values()}) != 1 or not len(rows["text_encoder"]):
         raise UserError(f"--initializer_concept {config.initializer_concept}: the tokenizers make no such words of it.")
-    return NewTokens(learnt_word(config), rows)
+    return rows

@@ -24,8 +24,8 @@ MOST_OTHERS = 8
 class AdapterSummary:
     """Values are empty if the file lacks them (an adapter of another program).
 
-    `scale` is the recommended strength; `new_tokens` says whether it has learnt some, and `tokens` is their file
-    if it is missing; `others` are the words of further subjects.
+    `scale` is the recommended strength; `new_tokens` says whether it has learnt some, and `tokens` are those of
+    their files that are missing; `others` are the words of further subjects.
     """
 
     trigger: str = ""
@@ -34,7 +34,7 @@ class AdapterSummary:
     rank: str = ""
     mixer: str = ""
     scale: float = 1.0
-    tokens: str = ""
+    tokens: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
     new_tokens: bool = False
 
@@ -51,7 +51,7 @@ class AdapterSummary:
             f"{self.mixer} mixer" if self.mixer and self.mixer != "none" else "",
             f"for {self.base}" if self.base else "",
             f"best at scale {self.scale:g}" if self.scale != 1 else "",
-            f"its new tokens are missing: {self.tokens} belongs beside it" if self.tokens else "",
+            *(f"its new tokens are missing: {name} belongs beside it" for name in self.tokens),
         ]
         return " · ".join(part for part in parts if part)
 
@@ -61,7 +61,7 @@ def summary_of(file: Path) -> AdapterSummary:
     try:
         facts = file.stat()
         found = _read(file, facts.st_mtime_ns, facts.st_size) if S_ISREG(facts.st_mode) else AdapterSummary()
-        return replace(found, tokens="") if found.tokens and (file.parent / found.tokens).is_file() else found
+        return replace(found, tokens=tuple(name for name in found.tokens if not (file.parent / name).is_file()))
     except OSError:
         return AdapterSummary()
 
@@ -100,10 +100,11 @@ def _scale(value: Any) -> float:
     return float(value) if is_number(value) and low <= value <= high else 1.0
 
 
-def _tokens(note: Any) -> str:
-    """The name of the file of new tokens."""
-    name = _word(note.get("file")) if isinstance(note, dict) else ""
-    return name if Path(name).name == name else ""
+def _tokens(notes: Any) -> tuple[str, ...]:
+    """The names of the files of new tokens: the header has one note, or a list for several subjects."""
+    several = notes if isinstance(notes, list) else [notes]
+    names = [_word(note.get("file")) for note in several[: 1 + MOST_OTHERS] if isinstance(note, dict)]
+    return tuple(name for name in names if name and Path(name).name == name)
 
 
 def _rank(facts: dict[str, Any]) -> str:

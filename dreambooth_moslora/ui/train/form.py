@@ -77,7 +77,7 @@ class TrainForm:
 
     @property
     def subjects(self) -> tuple[SubjectWords, ...]:
-        return (SubjectWords(self.class_word, self.token, self.captions), *self.others)
+        return (SubjectWords(self.class_word, self.token, self.captions, self.tokens_begin_as), *self.others)
 
     def choices(
         self,
@@ -154,7 +154,10 @@ class TrainForm:
         """The photos' folders: one, or a table for each of several subjects. Raises UserError."""
         if not self.others:
             return {"instance_data_dir": str(photos_dir)}
-        tables = [table_of(number, words, photos_dir) for number, words in enumerate(self.subjects, 1)]
+        tables = [
+            table_of(number, words, photos_dir) | self.concept_of(words)
+            for number, words in enumerate(self.subjects, 1)
+        ]
         prompts = [table["instance_prompt"] for table in tables]
         if twice := next((prompt for prompt in prompts if prompts.count(prompt) > 1), None):
             raise UserError(f"two subjects are called “{twice}”; give each a token or a class of its own")
@@ -188,13 +191,17 @@ class TrainForm:
     def tokens_given(self) -> dict[str, Any]:
         if not _switch(self.new_tokens, "new_tokens"):
             return {}
-        if self.others:
-            raise UserError("new tokens are learnt for one subject; untick them, or remove the other subjects")
-        words = " ".join(str(self.tokens_begin_as or "").split())
-        check_characters(words, "what the new tokens begin as")
         rate = _number(self.tokens_learning_rate, "learning rate of the new tokens", MOST["text_encoder_lr"])
         given = {"train_text_encoder_ti": True, "text_encoder_lr": rate}
-        return given | ({"initializer_concept": words} if words else {})
+        return given | ({} if self.others else self.concept_of(self.subjects[0]))
+
+    def concept_of(self, words: SubjectWords) -> dict[str, str]:
+        """What the new tokens of a subject begin as, if the words say it. Raises UserError."""
+        concept = " ".join(str(words.tokens_begin_as or "").split())
+        if not (self.new_tokens and concept):
+            return {}
+        check_characters(concept, "what the new tokens begin as")
+        return {"initializer_concept": concept}
 
     def write_captions(self, photos_dir: Path) -> None:
         """Write each line of the captions into a text file beside its photo; empty lines are skipped."""

@@ -29,11 +29,12 @@ MAX_WORD_CHARACTERS = 60
 
 @dataclass(frozen=True)
 class SubjectWords:
-    """The form's values for one subject. `captions`: one line for each photo."""
+    """The form's values for one subject. `captions`: one line for each photo; `tokens_begin_as`: if there are any."""
 
     class_word: str
     token: str
     captions: str = ""
+    tokens_begin_as: str = ""
 
 
 def named(name: str, number: int) -> str:

@@ -69,7 +69,6 @@ def form_of_run(settings: Mapping[str, Any], photos_dir: Path) -> TrainForm:
         scores=bool(config.evaluate_steps),
         make_captions=config.captions == "auto",
         new_tokens=config.train_text_encoder_ti,
-        tokens_begin_as=config.initializer_concept or "",
         tokens_learning_rate=config.text_encoder_lr if config.train_text_encoder_ti else TrainForm.tokens_learning_rate,
         begin_with=Path(config.init_adapter).stem if config.init_adapter else TrainForm.begin_with,
         like=like,
@@ -80,7 +79,8 @@ def form_of_run(settings: Mapping[str, Any], photos_dir: Path) -> TrainForm:
 def words_of(config: TrainConfig, photos_dir: Path) -> SubjectWords:
     subject = subject_of(config)
     lines = [" ".join(caption_of(photo).split()) for photo in kept_photos(photos_dir)]
-    return SubjectWords(subject.class_word, subject.token, "\n".join(lines).rstrip())
+    captions = "\n".join(lines).rstrip()
+    return SubjectWords(subject.class_word, subject.token, captions, config.initializer_concept or "")
 
 
 def caption_of(photo: Path) -> str:

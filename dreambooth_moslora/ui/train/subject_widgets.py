@@ -98,7 +98,14 @@ def further_fields(number: int) -> dict[str, Any]:
         lines=1,
         elem_id=named("captions", number),
     )
-    words = (class_word, token, captions)
+    begin_as = gr.Textbox(
+        "",
+        label="Its new tokens begin as",
+        placeholder="words like it; or empty",
+        visible=False,
+        elem_id=named("tokens_begin_as", number),
+    )
+    words = (class_word, token, captions, begin_as)
     return {named(name, number): widget for name, widget in zip(SubjectWords.__dataclass_fields__, words, strict=True)}
 
 
@@ -126,6 +133,10 @@ def connect_subjects(ctx: AppContext, page: gr.Blocks, fields: dict, parts: dict
         widgets = [everything[named(name, number)] for name in ("token", "class_word", "prompts")]
         connect_words(*widgets)
         connect_photos(ctx, number, everything, [fields["seed"], fields["like"]])
+    concepts = [fields[named("tokens_begin_as", number)] for number in FURTHER]
+    fields["new_tokens"].change(
+        lambda is_set: [gr.Textbox(visible=is_set) for _ in FURTHER], fields["new_tokens"], concepts, **AT_ONCE
+    )
     connect_kept(ctx, page, everything)
     connect_count(ctx, everything)
 
@@ -196,7 +207,7 @@ def connect_count(ctx: AppContext, widgets: dict) -> None:
         """Remove the last subject with its photos and words."""
         last = max(2, int(count))
         forget(ctx.visitors.of(request), last)
-        values = (None, gr.HTML(visible=False), gr.Gallery(visible=False), "", TOKENS[last - 1], "")
+        values = (None, gr.HTML(visible=False), gr.Gallery(visible=False), "", TOKENS[last - 1], "", "")
         cleared = [value if number == last else gr.skip() for number in FURTHER for value in values]
         return (*boxes_for(last - 1), *cleared)
 

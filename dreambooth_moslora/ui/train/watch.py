@@ -1,12 +1,15 @@
 """The right half of the Train tab: a run's progress, and the buttons to stop and resume it."""
 
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import gradio as gr
 import pandas as pd
 
+from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.ui.app_state import AT_ONCE, AppContext, as_gradio_error, as_user_error, sentence
@@ -174,7 +177,7 @@ def _updates(now: Watch, job: Job, visitor: Visitor) -> dict[str, Any]:
         "reopen": gr.Button(visible=not now.state.is_active),
         "download": _download(run_dir.adapter_path, ready, job, visitor),
         "download_kohya": _download(run_dir.kohya_path, ready and run_dir.kohya_path.is_file(), job, visitor),
-        "download_tokens": _download(run_dir.tokens_path, ready and run_dir.tokens_path.is_file(), job, visitor),
+        "download_tokens": _download_tokens(run_dir.tokens_paths if ready else [], job, visitor),
         "loss": _plot(now.loss, "loss"),
         "fidelity": _plot(now.fidelity, "score"),
         "samples": gr.Gallery(now.samples, visible=bool(now.samples)),
@@ -193,6 +196,20 @@ def _download(file: Path, ready: bool, job: Job, visitor: Visitor) -> gr.Downloa
     return gr.DownloadButton(
         value=str(link_into_user_folder(file, visitor, job.name)) if ready else None, visible=ready
     )
+
+
+def _download_tokens(files: list[Path], job: Job, visitor: Visitor) -> gr.DownloadButton:
+    """The file of new tokens; of several subjects, all files in one."""
+    if len(files) < 2:
+        return _download(*files or [Path()], bool(files), job, visitor)
+    bundle = visitor.folder / "runs" / job.name / f"{job.name}_emb.zip"
+    if not bundle.is_file() or bundle.stat().st_mtime < max(file.stat().st_mtime for file in files):
+        content = BytesIO()
+        with ZipFile(content, "w") as archive:
+            for file in files:
+                archive.write(file, file.name)
+        atomic_write(bundle, content.getvalue())
+    return gr.DownloadButton(value=str(bundle), visible=True)
 
 
 def _plot(table: pd.DataFrame, y: str) -> gr.LinePlot:

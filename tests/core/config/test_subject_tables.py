@@ -95,7 +95,6 @@ def test_the_json_list_of_other_scripts_is_taken(tmp_path):
         ({"subjects": [DUCK, DOG], "with_prior_preservation": True}, r"subject 2 \(b\): --with_prior_preservation"),
         ({"subjects": [{**DUCK, "token": 3}]}, r"subject 1 \(a\): --token 3: expected text"),
         ({"subjects": [DUCK, DOG], "class_data_dir": "c"}, "--class_data_dir c: two classes cannot share it"),
-        ({"subjects": [DUCK, DOG], "train_text_encoder_ti": True}, "--train_text_encoder_ti learns the word of one"),
         ({"subjects": [DUCK, 3]}, "expected a folder of folders"),
         ({"subjects": "nowhere"}, "--subjects nowhere: no such folder or file"),
         ({"subjects": "nowhere.json"}, "--subjects nowhere.json: No such file"),

@@ -11,13 +11,13 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.adapters.files.metadata import AdapterMetadata, note_in
+from dreambooth_moslora.adapters.files.metadata import AdapterMetadata, notes_in
 from dreambooth_moslora.adapters.new_tokens import AttachedTokens, NewTokens, prove_tokens, read_tokens
 from dreambooth_moslora.base.load import encode_text, load_pipeline
 from dreambooth_moslora.cli.commands import verify
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.prompts import learnt_word
+from dreambooth_moslora.core.prompts import learnt_words
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.training.loop import train
@@ -98,13 +98,13 @@ def test_a_stock_diffusers_reads_the_file_and_encodes_the_same(run, base):
     """As the model card says."""
     folder = RunDir(run.output_dir)
     stock = StableDiffusionXLPipeline.from_pretrained(base)
-    new, names = load_file(folder.tokens_path), ["<s0>", "<s1>"]
+    new, names = load_file(folder.tokens_paths[0]), ["<s0>", "<s1>"]
     stock.load_textual_inversion(new["clip_l"], token=names, text_encoder=stock.text_encoder, tokenizer=stock.tokenizer)
     parts = {"text_encoder": stock.text_encoder_2, "tokenizer": stock.tokenizer_2}
     stock.load_textual_inversion(new["clip_g"], token=names, **parts)
     found = encode_text(stock, ["a photo of <s0><s1> dog"])
     pipeline = load_pipeline(base)
-    AttachedTokens(pipeline, [read_tokens(folder.tokens_path)])
+    AttachedTokens(pipeline, [read_tokens(folder.tokens_paths[0])])
     live = encode_text(pipeline, [PROMPT])
     assert torch.equal(found.embeds, live.embeds) and torch.equal(found.pooled, live.pooled)
     assert not torch.equal(found.embeds, encode_text(load_pipeline(base), [PROMPT]).embeds)
@@ -124,11 +124,11 @@ def test_the_file_is_proved_and_named_by_the_adapters_header(run):
 
 
 def test_the_proof_leaves_the_encoders_tables_as_they_are(run, base):
-    pipeline, path = load_pipeline(base), RunDir(run.output_dir).tokens_path
+    pipeline, path = load_pipeline(base), RunDir(run.output_dir).tokens_paths[0]
     parts = pipeline.text_encoder, pipeline.text_encoder_2
     before = [part.get_input_embeddings().weight.clone() for part in parts]
     attached = AttachedTokens(pipeline, [read_tokens(path)])
-    assert prove_tokens(path, attached, [PROMPT]).largest == 0.0
+    assert prove_tokens([path], attached, [PROMPT])[0].largest == 0.0
     assert all(torch.equal(part.get_input_embeddings().weight, kept) for part, kept in zip(parts, before))
     assert encode_text(pipeline, [PROMPT]).embeds.isfinite().all() and len(pipeline.tokenizer) == len(before[0]) + 2
 
@@ -166,7 +166,7 @@ def test_the_subject_pipeline_takes_tokens_by_itself_and_refuses_others(run, bas
     alone.write_bytes(folder.adapter_path.read_bytes())
     assert torch.equal(words(pipeline, pipeline.load_adapter(alone)), plain) and not torch.equal(whole, plain)
     assert "dog_emb.safetensors is not beside it" in caplog.text
-    (tmp_path / "dog_emb.safetensors").write_bytes(folder.tokens_path.read_bytes())
+    (tmp_path / "dog_emb.safetensors").write_bytes(folder.tokens_paths[0].read_bytes())
     assert torch.equal(words(pipeline, pipeline.load_adapter(alone)), whole)
     assert torch.equal(words(pipeline, "dog", scale=0.0), plain)
     assert torch.equal(words(pipeline, pipeline.load_adapter(folder.checkpoint_path(5))), whole)
@@ -189,13 +189,15 @@ def test_generate_draws_with_the_tokens_and_finds_them_again_by_its_picture(run,
 def test_export_info_and_the_page_know_the_tokens_file(run, tmp_path, capsys):
     folder = RunDir(run.output_dir)
     assert main(["export", str(folder.checkpoint_path(5)), "--out", str(tmp_path), "--name", "dog"]) == 0
-    assert (tmp_path / "dog_emb.safetensors").read_bytes() == folder.tokens_path.read_bytes()
-    assert main(["info", str(tmp_path), str(folder.tokens_path)]) == 0
+    assert (tmp_path / "dog_emb.safetensors").read_bytes() == folder.tokens_paths[0].read_bytes()
+    assert main(["info", str(tmp_path), str(folder.tokens_paths[0])]) == 0
     said = capsys.readouterr().out
     assert "2 for the word sks, in dog_emb.safetensors" in said and "new tokens of SDXL's text encoders" in said
     kohya = tmp_path / "dog.kohya.safetensors"
-    assert folder.tokens_path.name not in {p.name for p in AdapterCatalog(tmp_path, tmp_path / "runs").files().values()}
-    assert summary_of(kohya).tokens == "" and "dog_emb.safetensors" in public_files(tmp_path)
+    assert folder.tokens_paths[0].name not in {
+        p.name for p in AdapterCatalog(tmp_path, tmp_path / "runs").files().values()
+    }
+    assert summary_of(kohya).tokens == () and "dog_emb.safetensors" in public_files(tmp_path)
     (tmp_path / "dog_emb.safetensors").unlink()
     assert "dog_emb.safetensors belongs beside it" in summary_of(kohya).sentence()
 
@@ -206,7 +208,7 @@ def test_verify_learns_the_word_that_the_header_names(run, photos, tmp_path):
     base = ["--pretrained_model_name_or_path", run.pretrained_model_name_or_path]
     args = parser.parse_args([run.output_dir, "--photos", str(photos), "--initializer_concept", "th", *base])
     config = verify.config_of(args, verify.read_receipt(run.output_dir), tmp_path / "run")
-    assert config.train_text_encoder_ti and learnt_word(config) == "sks" and config.initializer_concept == "th"
+    assert config.train_text_encoder_ti and learnt_words(config) == ("sks",) and config.initializer_concept == "th"
 
 
 @pytest.mark.parametrize(
@@ -226,8 +228,9 @@ def test_other_files_hold_no_tokens(tmp_path, tensors, says):
 
 def test_a_header_names_no_file_elsewhere():
     note = {"word": "sks", "count": 2, "file": "dog_emb.safetensors", "sha256": "0" * 64}
-    assert note_in({"moslora": AdapterMetadata(4, 4.0, tokens=note).to_json()}) == note
-    assert note_in({"moslora": AdapterMetadata(4, 4.0, tokens=note | {"file": "../dog.safetensors"}).to_json()}) is None
+    elsewhere = note | {"file": "../dog.safetensors"}
+    for notes, found in (((note,), (note,)), ((note, note), (note, note)), ((elsewhere,), ()), ((note, elsewhere), ())):
+        assert notes_in({"moslora": AdapterMetadata(4, 4.0, tokens=notes).to_json()}) == found
 
 
 def test_two_adapters_of_one_word_are_refused_together(run, base):
@@ -248,7 +251,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(run, tmp_path, step, changes):
     first = RunDir(run.output_dir)
     again = replace(run, output_dir=str(tmp_path / "dog"), resume_from_checkpoint=str(first.checkpoint_path(step)))
     train(again)
-    for path in (first.adapter_path, first.kohya_path, first.tokens_path):
+    for path in (first.adapter_path, first.kohya_path, first.tokens_paths[0]):
         assert (tmp_path / "dog" / path.name).read_bytes() == path.read_bytes()
 
 
@@ -294,18 +297,19 @@ def test_another_setting_does_not_go_on_from_a_checkpoint(run, tmp_path, changes
 )
 def test_a_word_that_cannot_be_learnt_is_refused(base, photos, tmp_path, changes, says):
     with pytest.raises(UserError, match=says):
-        learnt_word(config_in(base, photos, tmp_path, **changes))
+        learnt_words(config_in(base, photos, tmp_path, **changes))
 
 
 def test_the_word_is_diffusers_own_where_the_prompt_has_it(base, photos, tmp_path):
-    assert learnt_word(config_in(base, photos, tmp_path)) == "sks"
-    assert learnt_word(config_in(base, photos, tmp_path, instance_prompt="a toy in the style of TOK")) == "TOK"
+    assert learnt_words(config_in(base, photos, tmp_path)) == ("sks",)
+    of_style = config_in(base, photos, tmp_path, instance_prompt="a toy in the style of TOK")
+    assert learnt_words(of_style) == ("TOK",)
 
 
 def test_tokens_begin_as_the_words_of_a_concept(base, photos, tmp_path):
     config = config_in(base, photos, tmp_path, initializer_concept="th dog")
     pipeline = load_pipeline(base)
-    started = fresh_tokens(config, pipeline)
+    (started,) = fresh_tokens(config, pipeline)
     ids = pipeline.tokenizer("th dog", add_special_tokens=False).input_ids
     assert started.count == len(ids) != config.num_new_tokens_per_abstraction
     assert torch.equal(started.rows["text_encoder"], pipeline.text_encoder.get_input_embeddings().weight[ids])

@@ -2,6 +2,7 @@
 
 import json
 import os
+from zipfile import ZipFile
 
 import PIL.Image
 import psutil
@@ -64,6 +65,12 @@ def test_new_tokens_and_the_contact_sheet_are_offered_where_the_run_made_them(ru
     now = watched(Jobs(tmp_path / "runs"), "dog", None, visitor(tmp_path))
     assert now["download_tokens"].visible and "dog_emb.safetensors" in str(now["download_tokens"].value)
     assert now["sheet"].visible and "contact_sheet.png" in str(now["sheet"].value)
+    (run / "dog_2_emb.safetensors").write_text("of the second")
+    for _ in range(2):
+        both = watched(Jobs(tmp_path / "runs"), "dog", None, visitor(tmp_path))["download_tokens"]
+        with ZipFile(str(both.value["path"])) as archive:
+            assert archive.namelist() == ["dog_emb.safetensors", "dog_2_emb.safetensors"]
+            assert archive.read("dog_2_emb.safetensors") == b"of the second"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from gradio_client import Client, handle_file
 from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.prompts import learnt_words
 from dreambooth_moslora.ui.server.users import COOKIE
 from dreambooth_moslora.ui.train.form import TOKENS_RATE, TrainForm
 from dreambooth_moslora.ui.train.more_subjects import SubjectWords
@@ -43,13 +44,23 @@ def test_the_tick_and_its_words_are_the_flags(photos):
     assert config_of(photos, new_tokens=True).initializer_concept is None
 
 
+def test_each_of_several_subjects_says_what_its_own_begin_as(photos):
+    shutil.copytree(photos, photos.with_name("photos_2"))
+    others = (SubjectWords("rocket", "zwx", tokens_begin_as=" red  rocket "),)
+    config = config_of(photos, new_tokens=True, tokens_begin_as="toy duck", others=others)
+    assert config.train_text_encoder_ti and config.text_encoder_lr == TOKENS_RATE and not config.initializer_concept
+    assert [table.initializer_concept for table in config.subjects] == ["toy duck", "red rocket"]
+    assert learnt_words(config) == ("sks", "zwx")
+    plain = config_of(photos, tokens_begin_as="toy duck", others=others)
+    assert [table.initializer_concept for table in plain.subjects] == [None, None]
+
+
 @pytest.mark.parametrize(
     "form, words",
     [
         ({"new_tokens": "yes"}, "new_tokens must be true or false"),
         ({"new_tokens": True, "tokens_learning_rate": -1}, "learning rate of the new tokens"),
         ({"new_tokens": True, "tokens_learning_rate": "x"}, "learning rate of the new tokens"),
-        ({"new_tokens": True, "others": (SubjectWords("rocket", "zwx"),)}, "new tokens are learnt for one subject"),
     ],
 )
 def test_a_mistake_is_told_in_words(photos, form, words):
@@ -71,7 +82,7 @@ def test_a_run_with_new_tokens_is_drawn_with_them_and_offers_their_file(tiny_bas
             state = client.predict(run["value"], api_name="/train_status")
         assert state["state"] == "done", state
         client.predict("a photo of a sks hen", adapter="hen", steps=2, api_name="/generate")
-        assert served.ctx.pipeline().adapters["hen"].tokens.word == "sks"
+        assert [tokens.word for tokens in served.ctx.pipeline().adapters["hen"].tokens] == ["sks"]
         ann = served.ctx.visitors.of(SimpleNamespace(cookies={COOKIE: secret_of(secret)}))
         offered = watched(served.ctx.jobs, "hen", None, ann)["download_tokens"]
         assert offered.visible and Path(str(offered.value["path"])).name == "hen_emb.safetensors"

@@ -11,7 +11,7 @@ from dreambooth_moslora.ui.train.form import TrainForm
 from dreambooth_moslora.ui.train.more_subjects import folder_of
 from dreambooth_moslora.ui.train.reopen import form_of_run, take_photos_of_run, values_of
 from dreambooth_moslora.ui.train.start import prepared
-from tests.ui.train.test_more_subjects import FORM, ann, page  # noqa: F401 (fixtures)
+from tests.ui.train.test_more_subjects import FORM, ROCKET, ann, page  # noqa: F401 (fixtures)
 
 CHANGED = {"rank": 3, "learning_rate": 0.5, "mixer": "none", "seed": 9, "unmasked_weight": 0.5, "scores": False}
 CHANGED |= {"prior": "class_images", "prior_weight": 4.0, "make_masks": False, "make_captions": True}
@@ -26,6 +26,7 @@ CHANGED |= {"prior": "class_images", "prior_weight": 4.0, "make_masks": False, "
         TrainForm("sks", "duck", prior_preservation=False, new_tokens=True, tokens_begin_as="toy duck"),
         replace(FORM, preset="thorough"),
         replace(FORM, steps=30, seed=4),
+        replace(FORM, new_tokens=True, others=(replace(ROCKET, tokens_begin_as="red rocket"),)),
     ],
 )
 def test_what_a_run_was_started_with_comes_back_and_makes_the_same_run(ann, page, form):  # noqa: F811

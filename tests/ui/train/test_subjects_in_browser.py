@@ -162,8 +162,19 @@ def test_new_tokens_are_a_tick_with_its_words(served, browser, photos, configs, 
         wait_for(page, "cost", "words: “a photo of a sks dog”")
         if size[0] <= 760:
             page.wait_for_function(IN_VIEW, arg="train_status")
+        page.click("#add_subject")
+        page.set_input_files("#photos_2 input[type=file]", photos[1])
+        wait_for(page, "remarks_2", "2 photos")
+        put(page, "class_word_2", "cat")
+        put(page, "tokens_begin_as_2", "grey cat")
+        page.click("#start")
+        wait_for(page, "cost", "words: “a photo of a sks dog”, “a photo of a zwx cat”")
+        page.locator("#new_tokens input").uncheck()
+        page.wait_for_selector("#tokens_begin_as_2", state="hidden")
         assert fits(page) and not visited.errors
-    (config,) = configs
+    config, of_two = configs
+    assert [table["initializer_concept"] for table in of_two["subjects"]] == ["brown dog", "grey cat"]
+    assert of_two["train_text_encoder_ti"] and not of_two["initializer_concept"]
     flags = ("train_text_encoder_ti", "initializer_concept", "text_encoder_lr")
     assert [config[name] for name in flags] == [True, "brown dog", 0.002]
 
