@@ -13,7 +13,6 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
-    broadcast_object_list,
 )
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
@@ -24,6 +23,7 @@ from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.process import keep_freed_memory
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.planning.precision import check_bf16
+from dreambooth_moslora.training.processes import on_main
 
 __all__ = ["PATIENCE", "chosen_seed", "make_accelerator"]
 
@@ -120,9 +120,7 @@ def asked_for_more(environment: Mapping[str, str]) -> bool:
 def chosen_seed(config: TrainConfig, accelerator: Accelerator) -> int:
     """`--seed`, or a random one that all processes share. It is saved, so that the run can be resumed."""
     seeds = [config.seed if config.seed is not None else SystemRandom().randrange(2**31)]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(seeds)
-    return seeds[0]
+    return on_main(accelerator, lambda: seeds[0])
 
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

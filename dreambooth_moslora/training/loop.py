@@ -126,7 +126,8 @@ def set_up(context: RunContext, evaluator: StepScorer | None, load: LoadBase | N
     config, report = context.config, context.report
     photos = usable_photos(instance_photos(config))
     plan = plan_steps(config, counts_of(photos), context.accelerator.num_processes)
-    report_start(context, step, plan.total_steps)
+    report.step = step
+    on_main(context.accelerator, lambda: report_start(context, step, plan.total_steps))
     photos = masked_photos(context, captioned_photos(context, photos))
     check_masks(config, photos)
     report.trackers.start(config)

@@ -10,10 +10,20 @@ from typing import NamedTuple, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
 
 from dreambooth_moslora.core.errors import StopRequestedError, UserError, is_out_of_memory, one_line
 
-__all__ = ["agreed", "any_process", "on_each", "on_main", "share_of", "share_out"]
+__all__ = [
+    "agreed",
+    "any_process",
+    "mean_over",
+    "on_each",
+    "on_main",
+    "others_present",
+    "share_of",
+    "share_out",
+]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -26,6 +36,14 @@ def any_process(accelerator: Accelerator, said: bool) -> bool:
     votes = torch.tensor(float(said), device=accelerator.device)
     with others_present():
         return bool(accelerator.reduce(votes, "sum") > 0)
+
+
+def mean_over(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """The mean of the processes' `values`, of one shape. All must call it. Raises UserError when a process has gone."""
+    if accelerator.num_processes == 1:
+        return values
+    with others_present():
+        return accelerator.reduce(values, "mean")
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:

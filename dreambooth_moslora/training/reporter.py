@@ -35,17 +35,33 @@ class Reporter:
     """Call it with each event. `on_event` gets the same events as the file.
 
     The file may belong to an earlier run: events wait until `begin_at`. `step` is the run's latest step.
+
+    One process raises the error of a report that fails. Of several, the main one keeps it until all meet, and
+    `raise_failure` then raises it: alone it would leave the others waiting.
     """
 
     def __init__(self, run_dir: RunDir, accelerator: Accelerator, on_event: Callable[[Event], None] | None):
         self.run_dir, self.accelerator, self.on_event = run_dir, accelerator, on_event
         self.step = 0
         self.trackers = Trackers(run_dir, accelerator)
+        self.failure: Exception | None = None
         self._waiting: list[Event] | None = []
 
     def __call__(self, event: Event) -> None:
         if not self.accelerator.is_main_process:
             return
+        try:
+            self._report(event)
+        except Exception as error:
+            if self.accelerator.num_processes == 1:
+                raise
+            self.failure = self.failure or error
+
+    def raise_failure(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def _report(self, event: Event) -> None:
         if not getattr(event, "skipped", False):
             self.step = getattr(event, "step", self.step)
         self._write(event)

@@ -25,7 +25,7 @@ from dreambooth_moslora.core.run_files.events import (
 )
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.training.checkpoint import Position, save_checkpoint
-from dreambooth_moslora.training.processes import any_process, on_main, share_of
+from dreambooth_moslora.training.processes import any_process, on_each, on_main, share_of
 from dreambooth_moslora.training.reporter import Stopwatch, free_unused_memory, memory_gib
 from dreambooth_moslora.training.results.best_scale import ScaleChoice
 from dreambooth_moslora.training.results.best_step import BestStep
@@ -271,5 +271,5 @@ class Training:
             proof = self.publisher.publish(self.step, self.max_train_steps, finished=not interrupted)
         self.report(AdapterExported(list(proof.files), proof.to_dict()))
         self.report(RunEnded("interrupted" if interrupted else "done", self.step))
-        self.accelerator.wait_for_everyone()
+        on_each(self.accelerator, self.report.raise_failure)
         return TrainResult(self.run_dir.path, self.step, interrupted, proof)

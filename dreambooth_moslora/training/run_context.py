@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import StopRequestedError
 from dreambooth_moslora.core.run_files.run_folder import RunDir
-from dreambooth_moslora.training.processes import any_process
+from dreambooth_moslora.training.processes import any_process, on_each
 from dreambooth_moslora.training.reporter import Reporter
 
 __all__ = ["RunContext"]
@@ -26,8 +26,11 @@ class RunContext:
 
     def stop_requested(self) -> bool:
         """Whether any process was asked to stop. All processes must call it at the same places; all get the
-        same answer."""
-        return any_process(self.accelerator, self.should_stop())
+        same answer. Raises on all what the main process could not report."""
+        ends = any_process(self.accelerator, self.report.failure is not None or self.should_stop())
+        if ends:
+            on_each(self.accelerator, self.report.raise_failure)
+        return ends
 
     def stop_if_asked(self) -> None:
         """Raises StopRequestedError, on all processes together."""

@@ -2,8 +2,8 @@
 
 Its argument is a file with the scenes: [{"config": FILE, "place": PLACE, "rank": R, "after": N, "end": END}, …]. In the
 scene, process R meets END ("full": its disk is full; "stop": SIGTERM; "kill": SIGKILL) the N-th time it comes to PLACE
-(drawn, encoded, sampled, saved). The environment is a launcher's. Each process writes `scenes_R.json`: exit codes, and
-what it drew, encoded, sampled and saved.
+(started, drawn, encoded, sampled, averaged, reported, saved). The environment is a launcher's. Each process writes
+`scenes_R.json`: exit codes, and what it did at each place.
 """
 
 import errno
@@ -17,15 +17,20 @@ from accelerate import PartialState
 from diffusers import StableDiffusionXLPipeline
 
 from dreambooth_moslora.cli.main import train_main
+from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.training import run
 from dreambooth_moslora.training.inputs import run_class_images
 from dreambooth_moslora.training.inputs.encoding_cache import TensorCache
+from dreambooth_moslora.training.run_folders import earlier_runs
+from dreambooth_moslora.training.step.train_step import TrainStep
 
 RANK = int(os.environ.get("RANK", "0"))
 whole_call = StableDiffusionXLPipeline.__call__
 generate, sample, keep = run_class_images.generate_images, Sampler._draw, TensorCache._keep
-save_checkpoint = run.save_checkpoint
+save_checkpoint, average, append = run.save_checkpoint, TrainStep._average_gradients, RunDir.append_metrics
+claim = earlier_runs.atomic_write
+PLACES = ("started", "drawn", "encoded", "sampled", "averaged", "reported", "saved")
 
 
 def quick_call(self, *arguments, **options):
@@ -38,11 +43,14 @@ class Scene:
 
     def __init__(self, config: str, place: str = "", rank: int = -1, after: int = 0, end: str = ""):
         self.config, self.place, self.rank, self.after, self.end = config, place, rank, after, end
-        self.done: dict[str, list] = {"drawn": [], "encoded": [], "sampled": [], "saved": []}
+        self.done: dict[str, list] = {name: [] for name in PLACES}
 
     def play(self) -> dict:
         run_class_images.generate_images, Sampler._draw, TensorCache._keep = self.generate, self.sample, self.keep
         run.save_checkpoint = lambda path, *parts: self.at("saved", path.name) or save_checkpoint(path, *parts)
+        earlier_runs.atomic_write = lambda path, text: self.at("started", path.name) or claim(path, text)
+        TrainStep._average_gradients = lambda step: self.at("averaged", step.step) or average(step)
+        RunDir.append_metrics = self.append
         return {"code": train_main(["--config", self.config]), **self.done}
 
     def at(self, place: str, what: object) -> None:
@@ -51,6 +59,13 @@ class Scene:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), place)
             os.kill(os.getpid(), signal.SIGTERM if self.end == "stop" else signal.SIGKILL)
         self.done[place].append(what)
+
+    @property
+    def append(self):
+        """Of steps only."""
+        return lambda run_dir, event: (
+            (event["type"] == "step" and self.at("reported", event["step"])) or append(run_dir, event)
+        )
 
     @property
     def generate(self):

@@ -65,7 +65,6 @@ def move(paths: list[Path], run_dir: RunDir, what: str) -> None:
 
 def report_start(context: RunContext, step: int, max_train_steps: int) -> None:
     """Report the start. A folder without an earlier run is claimed at once, so that the run can be watched."""
-    context.report.step = step
     context.report(RunStarted(max_train_steps, context.config.to_dict()))
     if step == 0 and not has_previous_run(context.run_dir):
         claim_run_folder(context, step)

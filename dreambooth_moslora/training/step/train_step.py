@@ -29,6 +29,7 @@ from dreambooth_moslora.training.checkpoint import restore_optimizer, restore_we
 from dreambooth_moslora.training.inputs.train_batch import TrainBatch, move_together
 from dreambooth_moslora.training.planning.speed import Speed, speed_of
 from dreambooth_moslora.training.prepare import TrainInputs
+from dreambooth_moslora.training.processes import mean_over
 from dreambooth_moslora.training.step.add_adapters import add_adapters
 from dreambooth_moslora.training.step.averages import average_of, lent
 from dreambooth_moslora.training.step.compiled_blocks import CompiledBlocks
@@ -278,15 +279,11 @@ class TrainStep:
         if self.accelerator.num_processes == 1:
             return
         grads = [p.grad for p in self.trained if p.grad is not None]
-        mean = self.accelerator.reduce(parameters_to_vector(grads), "mean")
-        vector_to_parameters(mean, grads)
+        vector_to_parameters(mean_over(self.accelerator, parameters_to_vector(grads)), grads)
 
     def mean_of(self, found: list[Tensor]) -> StepLosses:
         """Means over the step's micro-batches (`numbers_of` (3,) each), and over all processes."""
-        values = torch.stack(found).mean(0)
-        if self.accelerator.num_processes > 1:
-            values = self.accelerator.reduce(values, "mean")
-        total, instance, prior = values.tolist()
+        total, instance, prior = mean_over(self.accelerator, torch.stack(found).mean(0)).tolist()
         return StepLosses(total, instance, prior if self.config.with_prior_preservation else None)
 
 
