@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.low_rank import LowRank
+from dreambooth_moslora.core.config.training_settings import ZERO
 from dreambooth_moslora.core.errors import UserError
 
 __all__ = ["MixedLowRank", "MixerConv2d", "MixerLinear", "initial_mixer", "nominal_scale"]
@@ -46,6 +47,8 @@ def initial_mixer(kind: str, rank: int, seed: int, path: str) -> Tensor:
         return torch.eye(rank)
     if kind == "butterfly":
         return torch.eye(rank // 2).repeat(2, 2)  # [[I, I], [I, I]]
+    if kind == ZERO:  # on a basis, whose B is not zero
+        return mixer.zero_()
     raise ValueError(f"there is no mixer {kind!r}")
 
 

@@ -19,7 +19,7 @@ from dreambooth_moslora.adapters.layers import target_layers, without_wrapper
 from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.adapters.mixer import MixedLowRank, MixerLinear, nominal_scale
 from dreambooth_moslora.adapters.peft_patch import check_settings, check_targets, has_mixer, patch_peft, register
-from dreambooth_moslora.core.config.training_settings import MIXERS
+from dreambooth_moslora.core.config.training_settings import MIXERS, ZERO
 from dreambooth_moslora.core.errors import UserError
 
 __all__ = [
@@ -123,14 +123,15 @@ def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str,
 def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> list[tuple[str, nn.Parameter]]:
     """(name, parameter) of every A, B, learnt M and DoRA magnitude, in the model's order.
 
-    Frozen mixers are left out.
+    Frozen mixers, and A and B of a frozen basis, are left out.
     """
-    found = []
+    found, is_basis = [], getattr(model.peft_config.get(adapter_name), "mixer", None) == ZERO
     for path, layer in adapter_layers(model, adapter_name).items():
         for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
             module = getattr(layer, part)
             if adapter_name in module:
-                found += [(f"{path}.{part}.{n}", p) for n, p in module[adapter_name].named_parameters()]
+                own = module[adapter_name].named_parameters()
+                found += [(f"{path}.{part}.{n}", p) for n, p in own if n == "mixer" or not is_basis]
     return found
 
 

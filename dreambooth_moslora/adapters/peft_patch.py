@@ -17,7 +17,7 @@ from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from torch import nn
 
 from dreambooth_moslora.adapters.mixer import MixerConv2d, MixerLinear, initial_mixer
-from dreambooth_moslora.core.config.training_settings import MIXERS
+from dreambooth_moslora.core.config.training_settings import MIXERS, ZERO
 from dreambooth_moslora.core.errors import UserError
 
 __all__ = ["check_settings", "check_targets", "has_mixer", "patch_peft", "register"]
@@ -84,7 +84,7 @@ def add_mixer(layer: LoraLayer, adapter_name: str, config: LoraConfig, path: str
 def check_settings(config: LoraConfig) -> None:
     """Raises UserError for a rank below 1, an unknown mixer, or a setting that excludes a mixer."""
     ranks = (config.r, *(config.rank_pattern or {}).values())
-    if config.mixer not in MIXERS:
+    if config.mixer not in (*MIXERS, ZERO):
         raise UserError(f"mixer={config.mixer!r} is unknown; choose one of {', '.join(MIXERS)}")
     for rank in ranks:
         if rank < 1:

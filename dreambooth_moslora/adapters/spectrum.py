@@ -1,6 +1,6 @@
 """How far each projection's mixer has moved, how much of the adapter's rank is used, and rank reduction.
 
-drift            ‖M − M₀‖ / ‖M₀‖                                  how far the mixer has moved from its start
+drift            ‖M − M₀‖ / ‖M₀‖, none for M₀ = 0                  how far the mixer has moved from its start
 condition number σ₁(M) / σ_r(M)                                   infinite for a mixer that lost a direction
 effective rank   exp(−Σ p ln p),  p = σ(B·M·A) / Σσ               Roy & Vetterli, EUSIPCO 2007
 """
@@ -64,7 +64,7 @@ def effective_rank(sizes: Tensor) -> float:
     return float((-(shares * shares.log()).sum()).exp())
 
 
-def mixer_figures(mixer: Tensor, kind: str, seed: int, path: str) -> tuple[float, float]:
+def mixer_figures(mixer: Tensor, kind: str, seed: int, path: str) -> tuple[float | None, float]:
     """(drift, condition number) of M (r, r). Its start is computed again from kind, seed and path."""
     start = initial_mixer(kind, len(mixer), seed, path).double()
     mixer = mixer.detach().cpu().double()
@@ -72,7 +72,8 @@ def mixer_figures(mixer: Tensor, kind: str, seed: int, path: str) -> tuple[float
     smallest = float(sizes[-1])
     negligible = smallest <= len(mixer) * torch.finfo(torch.float32).eps * float(sizes[0])
     condition = float("inf") if negligible else float(sizes[0]) / smallest
-    return float((mixer - start).norm() / start.norm()), condition
+    drift = float((mixer - start).norm() / start.norm()) if start.any() else None
+    return drift, condition
 
 
 def effective_rank_of(layer: LowRank) -> float:

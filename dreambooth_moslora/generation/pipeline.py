@@ -6,7 +6,7 @@ GenerationParams --generate--> Step, Preview … Image: the same parameters give
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from diffusers import StableDiffusionXLPipeline
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.adapters.files.lora_file import adapter_name, check_fits, install, read_adapter
-from dreambooth_moslora.adapters.files.metadata import notes_in
+from dreambooth_moslora.adapters.files.mixer_file import is_mixer_file, read_mixers
 from dreambooth_moslora.adapters.new_tokens import AttachedTokens, NewTokens, tokens_beside
 from dreambooth_moslora.base.decode import tiled_where_short
 from dreambooth_moslora.base.load import default_guidance, default_resolution, guidance_rescale, load_pipeline
@@ -24,6 +24,8 @@ from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.run_files.adapter_files import find_weights
 from dreambooth_moslora.generation.gpu_room import CPU, Home
 from dreambooth_moslora.generation.image import Image
+from dreambooth_moslora.generation.loaded_adapter import Adapter, Stamp, stamp_of
+from dreambooth_moslora.generation.mixers_on_bases import MixersOnBases
 from dreambooth_moslora.generation.params import GenerationParams, Provenance
 from dreambooth_moslora.generation.progress import Clock, LatentColours, Preview, Step, Watcher
 from dreambooth_moslora.generation.schedulers import make_scheduler
@@ -36,23 +38,6 @@ RESIDENT_ADAPTERS = 8
 
 
 Event = Step | Preview | Image
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter in the model. `key` is its name inside PEFT, `header` its file's metadata, and `tokens` are
-    those of the new tokens that the header names whose files are there."""
-
-    name: str
-    key: str
-    sha256: str
-    header: dict[str, str]
-    tokens: tuple[NewTokens, ...]
-    stamp: tuple[Path, int, int]
-
-    @property
-    def lacks_tokens(self) -> bool:
-        return len(self.tokens) < len(notes_in(self.header))
 
 
 class SubjectPipeline:
@@ -73,6 +58,8 @@ class SubjectPipeline:
         self.base_name = base_name
         self.home = Home(pipeline, torch.device(home or pipeline.device))
         self.adapters: dict[str, Adapter] = {}
+        self.bases = MixersOnBases(pipeline)
+        self._active: dict[str, float] | None = None
         self._scheduler_config = pipeline.scheduler.config
         self._tokens: AttachedTokens | None = None
         self._colours: LatentColours | None = None
@@ -118,24 +105,36 @@ class SubjectPipeline:
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
         """Load an adapter file (this program's, diffusers', kohya's) or a run folder into the model; returns its name.
 
-        An unchanged file that is already loaded costs nothing. New tokens come from the files that its header
-        names, beside it. Raises UserError when it is no adapter for this base, or its tokens belong to another.
+        An unchanged file that is already loaded costs nothing, and mixers alone cost milliseconds once their basis is
+        there. New tokens come from the files that its header names, beside it. Raises UserError when it is no adapter
+        for this base, or its tokens belong to another.
         """
         name = name or adapter_name(path)
-        stamp = _stamp(find_weights(path))
+        stamp = stamp_of(find_weights(path))
         with self._lock:
             if name in self.adapters and self.adapters[name].stamp == stamp and not self.adapters[name].lacks_tokens:
                 self._touch(name)
                 return name
-            weights = read_adapter(path, self.pipeline)
-            check_fits(weights, self.pipeline, self.base_name)
-            tokens = tokens_beside(find_weights(path), weights.header)
-            if weights.key not in self._keys():
-                install(weights, self.pipeline)
-            self._forget(name, unless=weights.key)
-            self.adapters[name] = Adapter(name, weights.key, weights.sha256, weights.header, tokens, stamp)
+            adapter = self._install(name, find_weights(path), stamp)
+            self._forget(name, unless=adapter.key)
+            self.adapters[name] = adapter
             self._make_room()
         return name
+
+    def _install(self, name: str, file: Path, stamp: Stamp) -> Adapter:
+        if is_mixer_file(file):
+            mixers = read_mixers(file)
+            if mixers.basis_key not in self._keys():
+                self._active = None
+                self.bases.prepare(mixers, file)
+            return Adapter(name, mixers.basis_key, mixers.sha256, mixers.header, (), stamp, mixers)
+        weights = read_adapter(file, self.pipeline)
+        check_fits(weights, self.pipeline, self.base_name)
+        tokens = tokens_beside(file, weights.header)
+        if weights.key not in self._keys():
+            self._active = None
+            install(weights, self.pipeline)
+        return Adapter(name, weights.key, weights.sha256, weights.header, tokens, stamp)
 
     def unload_adapter(self, name: str) -> None:
         with self._lock:
@@ -190,13 +189,21 @@ class SubjectPipeline:
     def activate(self, adapters: tuple[tuple[str, float], ...]) -> None:
         """Make exactly these adapters active, at these scales. Scale 0 means absent: the result is the base's,
         bit for bit."""
-        active = {self.adapters[name].key: scale for name, scale in adapters if scale != 0}
+        chosen = [(self.adapters[name], scale) for name, scale in adapters if scale != 0]
+        active = {adapter.key: scale for adapter, scale in chosen if adapter.mixers is None}
+        blended = self.bases.show((adapter.mixers, scale) for adapter, scale in chosen if adapter.mixers is not None)
+        active |= dict.fromkeys(blended, 1.0)
+        if active != self._active:  # PEFT walks over all modules, which takes longer than swapping mixers
+            self._switch(active)
+            self._active = active
+        self._use_tokens([tokens for adapter, _ in chosen for tokens in adapter.tokens])
+
+    def _switch(self, active: dict[str, float]) -> None:
         if active:
             self.pipeline.enable_lora()
             self.pipeline.set_adapters(list(active), list(active.values()))
         elif self.adapters:
             self.pipeline.disable_lora()
-        self._use_tokens([tokens for name, scale in adapters if scale != 0 for tokens in self.adapters[name].tokens])
 
     def _use_tokens(self, wanted: list[NewTokens]) -> None:
         """Make the text encoders know exactly these tokens."""
@@ -277,20 +284,16 @@ class SubjectPipeline:
         self.adapters[name] = self.adapters.pop(name)
 
     def _make_room(self) -> None:
-        while len(self._keys()) > self.resident_adapters:
+        while len({adapter.sha256 for adapter in self.adapters.values()}) > self.resident_adapters:
             self._forget(next(iter(self.adapters)))
 
     def _forget(self, name: str, unless: str = "") -> None:
         gone = self.adapters.pop(name, None)
         if gone and gone.key != unless and gone.key not in self._keys():
             self.pipeline.delete_adapters(gone.key)
+            self.bases.forget(gone.key)
+            self._active = None
 
     def _keys(self) -> set[str]:
         """Keys of the adapters in the model; files of equal content share one."""
         return {adapter.key for adapter in self.adapters.values()}
-
-
-def _stamp(file: Path) -> tuple[Path, int, int]:
-    """Changes with the file, and needs no reading."""
-    facts = file.stat()
-    return file.resolve(), facts.st_mtime_ns, facts.st_size

@@ -10,12 +10,13 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
+from dreambooth_moslora.adapters.basis import Basis, read_basis
 from dreambooth_moslora.adapters.files.lora_file import AdapterWeights
 from dreambooth_moslora.adapters.init_adapter import read_start
 from dreambooth_moslora.adapters.layers import matrix_layers
 from dreambooth_moslora.adapters.moslora import disabled
 from dreambooth_moslora.base.load import TextCond, default_resolution, encode_text
-from dreambooth_moslora.base.locate import SMALL_BASE_PX
+from dreambooth_moslora.base.locate import SMALL_BASE_PX, base_folder
 from dreambooth_moslora.base.text_projections import TextProducts
 from dreambooth_moslora.core.config.checks import weighting_flags
 from dreambooth_moslora.core.config.subject_tables import each_subject
@@ -50,7 +51,7 @@ class TrainInputs:
     """Inputs of the loop. `prior` is None without class images; `prompt_embeds` serves frozen text encoders,
     `text_products` a UNet that caches cross-attention.
 
-    `start` holds the weights that a fresh adapter begins with, or None.
+    `start` holds the weights that a fresh adapter begins with, or None; `basis` is that of `--basis`.
     """
 
     pipeline: StableDiffusionXLPipeline
@@ -62,6 +63,7 @@ class TrainInputs:
     dtype: torch.dtype
     start: AdapterWeights | None = None
     text_products: TextProducts | None = None
+    basis: Basis | None = None
 
     def batch_at(self, micro_batch: int, size: int, next_micro_batch: int) -> TrainBatch:
         """Micro-batch number `micro_batch` of the run: `size` instance images, and as many class images, if any.
@@ -102,6 +104,7 @@ def prepare(
     check_layers(config.target_modules, layers, config.use_dora)
     check_patterns(config, layers)
     start = read_start_of(config, pipeline) if is_fresh else None
+    basis = read_basis_of(config)
     context.stop_if_asked()
     shown = with_new_backgrounds(context, pipeline, photos)
     class_photos = class_photos_of_each(context, pipeline, shown) if uses_class_images(config) else []
@@ -122,13 +125,23 @@ def prepare(
     give_freed_memory_back()
     products = TextProducts(pipeline.unet, device) if config.cache_cross_attention else None
     pipeline.unet.to(device)
-    return TrainInputs(pipeline, schedule, photos, instance, prior, prompt_embeds, dtype, start, products)
+    return TrainInputs(pipeline, schedule, photos, instance, prior, prompt_embeds, dtype, start, products, basis)
 
 
 def read_start_of(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> AdapterWeights | None:
     if config.init_adapter is None:
         return None
     return read_start(config.init_adapter, pipeline, config.pretrained_model_name_or_path, config.use_dora)
+
+
+def read_basis_of(config: TrainConfig) -> Basis | None:
+    """Raises UserError."""
+    if config.basis is None:
+        return None
+    try:
+        return read_basis(config.basis, base_folder(config), config.variant)
+    except UserError as error:
+        raise UserError(f"--basis: {error}.") from error
 
 
 def too_slow_for_samples(config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device) -> bool:

@@ -9,7 +9,7 @@ from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.targets import is_adapted, is_target
 from dreambooth_moslora.core.config.train_config import TrainConfig
-from dreambooth_moslora.core.config.training_settings import SCHEDULE_FREE
+from dreambooth_moslora.core.config.training_settings import SCHEDULE_FREE, SVD
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import learnt_words
 from dreambooth_moslora.core.run_files.run_folder import RAW_NAME, RunDir, is_checkpoint, tokens_name
@@ -89,10 +89,16 @@ def check_resumed(config: TrainConfig, checkpoint: Path, position: Position) -> 
     require_sizes(checkpoint, facts, modules, config)
     if config.optimizer != SCHEDULE_FREE:
         require(checkpoint, "use_ema", (checkpoint / WEIGHTS).is_file(), config.use_ema)
-    names = ["use_rslora", "use_dora", "mixer", "lora_dropout"] + (["train_mixer"] if config.mixer != "none" else [])
+    require(checkpoint, "basis", facts.basis.get("kind"), config.basis and basis_kind(config.basis))
+    names = ["use_rslora", "use_dora", "lora_dropout"] + (["mixer"] if not config.basis else [])
+    names += ["train_mixer"] if config.mixer != "none" else []
     for name in names:
         require(checkpoint, name, getattr(facts, name), getattr(config, name))
     require_targets(checkpoint, [m.removeprefix("unet.") for m in modules if m.startswith("unet.")], config)
+
+
+def basis_kind(given: str) -> str:
+    return SVD if given == SVD else "file"
 
 
 def require_tokens(checkpoint: Path, facts: AdapterMetadata, config: TrainConfig) -> None:

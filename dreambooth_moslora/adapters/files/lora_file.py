@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dreambooth_moslora.adapters.files.export import published_tensors
 from dreambooth_moslora.adapters.files.lora_format import Part, Scales, projections, scales
 from dreambooth_moslora.adapters.files.metadata import most_common
+from dreambooth_moslora.adapters.files.mixer_file import is_mixer_file
 from dreambooth_moslora.adapters.files.proof import published_name
 from dreambooth_moslora.adapters.files.raw_file import COMPONENTS, component_tensors, matrices_from, read_raw
 from dreambooth_moslora.adapters.layers import matrix_layers, value_pattern
@@ -25,7 +26,7 @@ from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core.digests import file_digest
 from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.run_files.adapter_files import find_weights
-from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.core.run_files.run_folder import MIXERS_NAME, PUBLISHED_NAME, RAW_NAME
 
 __all__ = ["AdapterWeights", "adapter_name", "check_fits", "install", "read_adapter"]
 
@@ -52,10 +53,12 @@ class AdapterWeights:
 
 
 def adapter_name(path: str | Path) -> str:
-    """`runs/dog` and the file in it are called "dog", its checkpoints "dog@500" and "dog@last", and
-    `cat.safetensors` is "cat"."""
+    """`runs/dog` and the file in it are called "dog", its checkpoints "dog@500" and "dog@last", its mixers alone
+    "dog@mixers", and `cat.safetensors` is "cat"."""
     file = find_weights(path)
     folder = file.parent.resolve()
+    if file.name == MIXERS_NAME:
+        return f"{folder.name}@mixers"
     if file.name not in (PUBLISHED_NAME, RAW_NAME):
         return file.stem
     is_checkpoint = folder.name.startswith("checkpoint-") or (folder.name == "last" and file.name == RAW_NAME)
@@ -66,6 +69,8 @@ def read_adapter(path: str | Path, pipeline: StableDiffusionXLPipeline) -> Adapt
     """The file's content. Raises UserError when it is missing, is not a safetensors file, or holds no known LoRA."""
     file = find_weights(path)
     header, keys = _read_header(file)
+    if is_mixer_file(file):
+        raise UserError(f"{file.name} holds mixers alone, without their basis; give the LoRA file beside it")
     content = (fold_raw(file), None, None) if "raw_format" in keys else _read_published(file, pipeline)
     return AdapterWeights(file.name, file_digest(file), _parts(*content, file.name, pipeline), header)
 

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePath
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.core.config.training_settings import MIXERS
+from dreambooth_moslora.core.config.training_settings import MIXERS, ZERO
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.numbers import is_finite_number
 
@@ -24,7 +24,8 @@ class AdapterMetadata:
     `recipe`: the run's settings in `core.config.recipe`, for `--like`. `subject_prompts`: the words that call
     each of several subjects; empty for one. `ranks` and `alphas` list the modules (`component.path`) that
     differ from `rank` and `alpha`. `best_scale` and `usable_scales` (lowest, highest) are set if they were
-    measured. `tokens` has the `NewTokens.note` of each of the adapter's files of new tokens.
+    measured. `tokens` has the `NewTokens.note` of each of the adapter's files of new tokens, `basis` is the
+    `Basis.note` of the frozen A and B.
     """
 
     rank: int
@@ -49,6 +50,7 @@ class AdapterMetadata:
     recipe: dict[str, object] = field(default_factory=dict)
     tokens: tuple[dict[str, object], ...] = ()
     subject_prompts: tuple[str, ...] = ()
+    basis: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Leaves out recipe, scales and tokens when empty, and writes one subject's tokens without a list, so that
@@ -56,7 +58,7 @@ class AdapterMetadata:
         facts = asdict(self)
         if len(self.tokens) == 1:
             facts["tokens"] = self.tokens[0]
-        later = ("best_scale", "usable_scales", "recipe", "tokens", "subject_prompts")
+        later = ("best_scale", "usable_scales", "recipe", "tokens", "subject_prompts", "basis")
         missing = [name for name in later if not facts[name]]
         return json.dumps({name: value for name, value in facts.items() if name not in missing}, sort_keys=True)
 
@@ -115,13 +117,21 @@ def is_token_note(value: object) -> bool:
     return value["word"].strip() != "" and PurePath(value["file"]).name == value["file"] != ""
 
 
+def is_basis_note(value: object) -> bool:
+    """Whether it is a valid `Basis.note`, or empty. Its file must be a plain name, as a token note's."""
+    if value == {}:
+        return True
+    is_known = isinstance(value, dict) and value.keys() == {"kind", "sha256", "file"} and named(is_text)(value)
+    return is_known and PurePath(value["file"]).name == value["file"]
+
+
 VALID: dict[str, Callable[[object], bool]] = {
     "rank": is_rank,
     "alpha": is_finite_number,
     "use_rslora": is_bool,
     "use_dora": is_bool,
     "lora_dropout": lambda value: is_finite_number(value) and 0 <= value < 1,
-    "mixer": lambda value: value in MIXERS,
+    "mixer": lambda value: value in (*MIXERS, ZERO),
     "train_mixer": is_bool,
     "mixer_seed": lambda value: type(value) is int,
     "ranks": named(is_rank),
@@ -138,6 +148,7 @@ VALID: dict[str, Callable[[object], bool]] = {
     "usable_scales": lambda value: listed(is_finite_number)(value) and len(value) in (0, 2),
     "recipe": is_dict,
     "tokens": lambda value: value == {} or is_token_note(value) or listed(is_token_note)(value),
+    "basis": is_basis_note,
 }
 """Key -> whether a value is valid for it; anyone may have written the file."""
 

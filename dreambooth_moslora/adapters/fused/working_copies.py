@@ -148,7 +148,7 @@ def joins(layers: tuple[ShortWay, ...], wanted: bool | None) -> bool:
 
 def kind_of(layer: ShortWay, name: str) -> tuple:
     lora_b, base = layer.lora_B[name], layer.base_layer
-    learns = isinstance(lora_b, MixerLinear) and lora_b.mixer.requires_grad
+    learns = isinstance(lora_b, MixerLinear) and lora_b.mixer.requires_grad, layer.lora_A[name].weight.requires_grad
     sizes = layer.lora_A[name].weight.shape, base.out_features, layer.scaling[name]
     return sizes, compute_dtype(base), base.weight.device, type(lora_b), learns
 
@@ -166,6 +166,7 @@ class Batch:
         self.is_mixed = isinstance(parts[0], MixerLinear)
         self.ups = [part.up if self.is_mixed else part.weight for part in parts]
         self.mixers = [part.mixer for part in parts] if self.is_mixed else []
+        self.learns_down, self.learns_up = self.downs[0].requires_grad, self.ups[0].requires_grad
         self.down_sum: Tensor | None = None
         self.up_sum: Tensor | None = None
         self.reached: set[int] = set()  # an unused layer's gradient is None: the optimizer skips it
@@ -185,7 +186,7 @@ class Batch:
         down, up = torch.stack(self.downs).to(dtype), up.to(dtype).contiguous()
         if self.count > 1:
             down, up = (copies.unflatten(0, (-1, self.count)) for copies in (down, up))
-        return [(leaf(down[i]), leaf(up[i])) for i in range(len(down))]
+        return [(leaf(down[i], self.learns_down), leaf(up[i])) for i in range(len(down))]
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -195,25 +196,26 @@ class Batch:
             return
         self.reached |= {i * self.count + k for i in reached for k in range(self.count)}
         dtype, one = self.downs[0].dtype, (len(self.layers), len(self.downs[0]), -1)
-        sums = [gradients_of(leaves).to(dtype).view(one) for leaves in zip(*self.copies, strict=True)]
-        if self.up_sum is None:
-            self.down_sum, self.up_sum = sums
-        else:
-            self.down_sum += sums[0]
-            self.up_sum += sums[1]
+        downs, ups = zip(*self.copies, strict=True)
+        self.up_sum = added(self.up_sum, gradients_of(ups).to(dtype).view(one))
+        if self.learns_down:
+            self.down_sum = added(self.down_sum, gradients_of(downs).to(dtype).view(one))
 
     @torch.no_grad()
     def hand_over(self) -> None:
         """Set the gradients of A, B and M."""
-        if self.up_sum is None or self.down_sum is None:
+        if self.up_sum is None:
             return
         grad = self.up_sum.mT  # dU (n,out,r)
-        self._give(self.downs, self.down_sum)
+        if self.down_sum is not None:
+            self._give(self.downs, self.down_sum)
         self.down_sum = self.up_sum = None
         if self.scale != 1:
             grad = grad * self.scale
         if self.is_mixed and self.mixers[0].requires_grad:
             self._give(self.mixers, torch.stack(self.ups).mT.bmm(grad))
+        if not self.learns_up:
+            return
         if self.is_mixed:
             grad = grad.bmm(torch.stack(self.mixers).mT)
         self._give(self.ups, grad.contiguous())
@@ -230,8 +232,12 @@ class Batch:
         self.copies.clear()
 
 
-def leaf(copy: Tensor) -> Tensor:
-    return copy.detach().requires_grad_()
+def leaf(copy: Tensor, learns: bool = True) -> Tensor:
+    return copy.detach().requires_grad_(learns)
+
+
+def added(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total.add_(more)
 
 
 def gradients_of(leaves: tuple[Tensor, ...]) -> Tensor:

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add("base", default="toy", help='the base: a folder, a hub id, a .safetensors file, or "toy" (default)')
     add("adapter", action="append", default=[], metavar="PATH[:SCALE]", help=ADAPTER_HELP)
+    add("basis", metavar="FILE", help="the basis of --adapter mixers.safetensors, if it is not beside that file")
     add("prompt", help="what to draw; `<lora:name:0.8>` sets an adapter's scale")
     add("negative_prompt", help="what to keep out")
     add("from_png", metavar="FILE", help="take all parameters from a PNG; other options override them")
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     values = _recipe_values(args, recipe)
     adapters = _adapter_files(args, recipe)
     pipeline = SubjectPipeline.from_base(args.base)
+    if args.basis:
+        pipeline.bases.files.append(Path(args.basis))
     chosen = tuple((pipeline.load_adapter(item.file, item.name), item.scale) for item in adapters)
     params = GenerationParams.from_dict(values | {"adapters": chosen})
     events = generate_grid(pipeline, params, axes) if axes else pipeline.generate(params)

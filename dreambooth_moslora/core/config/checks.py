@@ -45,6 +45,8 @@ def check_together(config: RunSettings) -> None:
         raise UserError(f"--cache_cross_attention and {flag}: {why}; give one of them.")
     if config.init_adapter and config.mixer == "butterfly":
         raise UserError("--init_adapter: the butterfly mixer has no inverse; give another --mixer.")
+    for flag, why in excluded_by_basis(config) if config.basis else ():
+        raise UserError(f"--basis and {flag}: {why}; give one of them.")
     for name in ("rank_pattern", "alpha_pattern"):
         for text in getattr(config, name):
             parse_pattern(name, text)
@@ -62,6 +64,19 @@ def needs_live_projections(config: RunSettings) -> list[tuple[str, str]]:
         ("--use_dora", "DoRA reads the weights"): config.use_dora,
         (f"--base_quantization {config.base_quantization}", "it quantises these weights"): config.base_quantization
         != "none",
+    }
+    return [reason for reason, is_given in given.items() if is_given]
+
+
+def excluded_by_basis(config: RunSettings) -> list[tuple[str, str]]:
+    """The given flags that a frozen basis excludes, and the reasons."""
+    given = {
+        ("--init_adapter", "each sets A and B"): config.init_adapter,
+        ("--use_dora", "the mixer alone is trained"): config.use_dora,
+        ("--train_text_encoder", "a basis is the UNet's"): config.train_text_encoder,
+        ("--train_text_encoder_ti", "a basis is the UNet's"): config.train_text_encoder_ti,
+        (f"--mixer {config.mixer}", "on a basis the mixer starts at zero"): config.mixer != "orthogonal",
+        ("--no_train_mixer", "nothing would be trained"): not config.train_mixer,
     }
     return [reason for reason, is_given in given.items() if is_given]
 

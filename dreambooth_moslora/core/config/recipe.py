@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.config.training_settings import SVD
 from dreambooth_moslora.core.errors import UserError, one_line
 
 __all__ = ["RECIPE", "checked_recipe", "recipe_of"]
@@ -35,6 +36,7 @@ TOLD_IF_CHANGED = (
     *("noise_offset", "loss_type", "huber_c", "huber_schedule", "debiased_estimation_loss"),
     *("use_ema", "ema_decay", "captions", "new_backgrounds", "cache_cross_attention"),
     *("train_text_encoder_ti", "train_text_encoder_ti_frac", "num_new_tokens_per_abstraction"),
+    "basis",
 )
 """Settings that are published only if they differ from the default, so that other files keep their bytes."""
 DEFAULTS = TrainConfig().to_dict()
@@ -48,6 +50,8 @@ def recipe_of(config: TrainConfig) -> dict[str, Any]:
     settings = config.to_dict()
     for name in LAYERS:
         settings[name] = [text for text in settings[name] if LAYER.fullmatch(text)]
+    if settings["basis"] != SVD:  # a file's name is the user's
+        settings["basis"] = None
     changed = [name for name in TOLD_IF_CHANGED if settings[name] != DEFAULTS[name]]
     return {name: settings[name] for name in (*RECIPE, *changed) if settings[name] is not None}
 
@@ -70,6 +74,8 @@ def checked_alone(name: str, value: Any) -> Any:
     if name in LAYERS and len(str(value)) > MOST_LETTERS:
         raise UserError(f"--{name} names too many layers")
     found = getattr(TrainConfig(class_prompt="a class", **{name: value}), name)
+    if name == "basis" and found not in (None, SVD):
+        raise UserError("--basis names a file")
     if name in LAYERS and not all(LAYER.fullmatch(text) for text in found):
         raise UserError(f"--{name} names no layers")
     return found

@@ -67,7 +67,7 @@ def is_scored(config: TrainConfig) -> bool:
     return bool(config.evaluate_steps or config.find_scale)
 
 
-PATH_NAMES = ("_dir", "_checkpoint", "_name_or_path", "_adapter")
+PATH_NAMES = ("_dir", "_checkpoint", "_name_or_path", "_adapter", "basis")
 """Settings whose names end so are paths; `~` is expanded, since no shell expands it in files and after `=`."""
 FIELD_TYPES = field_types(TrainConfig)
 SPELLINGS = {"optimizer": {name.lower(): name for name in OPTIMIZERS} | {"schedulefree": SCHEDULE_FREE}}

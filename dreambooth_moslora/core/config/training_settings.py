@@ -6,9 +6,13 @@ from dreambooth_moslora.core.config.fields import grouped
 from dreambooth_moslora.core.config.photo_settings import PhotoSettings
 from dreambooth_moslora.core.config.targets import ATTENTION
 
-__all__ = ["MIXERS", "OPTIMIZERS", "SCHEDULE_FREE", "TrainingSettings"]
+__all__ = ["MIXERS", "OPTIMIZERS", "SCHEDULE_FREE", "SVD", "ZERO", "TrainingSettings"]
 
 MIXERS = ("orthogonal", "identity", "kaiming", "butterfly", "none")
+ZERO = "zero"
+"""Start of the mixer on a frozen basis. Elsewhere it would not train."""
+SVD = "svd"
+"""The word for the basis of the base's own weights; any other is a file."""
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 SCHEDULE_FREE = "AdamWScheduleFree"
 OPTIMIZERS = ("AdamW", "Prodigy", SCHEDULE_FREE, "Adafactor")
@@ -37,6 +41,11 @@ class TrainingSettings(PhotoSettings):
     mixer: str = of_adapter("orthogonal", "start of the r x r mixer; none is plain LoRA", choices=MIXERS)
     train_mixer: bool = of_adapter(True, "learn the mixer")
     mixer_lr_scale: float = of_adapter(1.0, "the mixer's learning rate, as a multiple of the others'", low=0)
+    basis: str | None = of_adapter(
+        None,
+        "train the mixer alone, from zero: A and B are frozen, from the SVD of the base's weights (svd) or those of a "
+        "raw adapter file",
+    )
     target_modules: tuple[str, ...] = of_adapter(
         ATTENTION,
         "layers of the UNet that get an adapter, by the end of their path (to_q, conv1), with * (down_blocks.2.*), or "

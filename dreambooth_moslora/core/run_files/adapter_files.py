@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.names import free_name
-from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RAW_NAME, TOKENS_SUFFIX, RunDir
+from dreambooth_moslora.core.run_files.run_folder import MIXERS_NAME, PUBLISHED_NAME, RAW_NAME, TOKENS_SUFFIX, RunDir
 
 __all__ = ["NONE", "clean_name", "files_by_name", "find_weights", "header_of", "run_files"]
 
@@ -54,9 +54,10 @@ def files_by_name(files: Iterable[Path], folders: Collection[Path], taken: Colle
 
 
 def run_files(runs: Collection[Path]) -> list[Path]:
-    """Adapters of runs, the newest run first with its best step, then checkpoints, each run's from the last to
-    the first."""
-    places = [place for run in runs for place in (RunDir(run).adapter_path, RunDir(run).best_dir / PUBLISHED_NAME)]
+    """Adapters of runs, the newest run first with its best step and its mixers alone, then checkpoints, each run's
+    from the last to the first."""
+    dirs = map(RunDir, runs)
+    places = [place for d in dirs for place in (d.adapter_path, d.best_dir / PUBLISHED_NAME, d.mixers_path)]
     finished = [file for file in places if file.is_file()]
     checkpoints = [file for run in runs for file in run.glob(f"checkpoint-*/{RAW_NAME}")]
     newest = {run: RunDir(run).adapter_path.stat().st_mtime for run in runs if RunDir(run).adapter_path.is_file()}
@@ -74,9 +75,11 @@ def step_of(checkpoint: Path) -> int:
 
 
 def name_of(file: Path, folders: Collection[Path]) -> str:
-    """`dog`, `dog@500` for a checkpoint, `dog@best` for the best step of a run."""
+    """`dog`, `dog@500` for a checkpoint, `dog@best` for the best step of a run, `dog@mixers` for mixers alone."""
     if file.name == RAW_NAME:
         return f"{clean_name(file.parent.parent.name)}@{step_of(file.parent)}"
+    if file.name == MIXERS_NAME and file.parent not in folders:
+        return f"{clean_name(file.parent.name)}@mixers"
     if file.name != PUBLISHED_NAME:
         return clean_name(file.stem)
     is_best = file.parent.name == "best" and file.parent.parent not in folders

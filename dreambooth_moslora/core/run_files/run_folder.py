@@ -12,6 +12,7 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.event_log import append_event, read_events
 
 __all__ = [
+    "MIXERS_NAME",
     "PUBLISHED_NAME",
     "RAW_NAME",
     "RunDir",
@@ -25,6 +26,8 @@ __all__ = [
 ]
 
 PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
+MIXERS_NAME = "mixers.safetensors"
+"""Mixers alone, of a run on a frozen basis."""
 TOKENS_SUFFIX = "_emb.safetensors"
 CHECKPOINT_FILES = ("position.json", "optimizer.pt", RAW_NAME)
 NAME_BYTES = 200
@@ -51,6 +54,11 @@ class RunDir:
     @property
     def kohya_path(self) -> Path:
         return self.path / f"{self.name}.kohya.safetensors"
+
+    @property
+    def mixers_path(self) -> Path:
+        """The mixers alone, if the run trained them on a frozen basis."""
+        return self.path / MIXERS_NAME
 
     @property
     def tokens_paths(self) -> list[Path]:

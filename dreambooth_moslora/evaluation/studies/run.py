@@ -264,6 +264,8 @@ def nearest_rank(config: TrainConfig, rank: int) -> int:
 def count_parameters(widths: list[tuple[int, int]], config: TrainConfig, rank: int) -> int:
     """Parameters of A, B, a learnt mixer, and DoRA's magnitudes, over all projections (in, out)."""
     mixer = rank * rank if config.mixer != "none" and config.train_mixer else 0
+    if config.basis:
+        return len(widths) * mixer
     return sum(rank * (i + o) + mixer + (o if config.use_dora else 0) for i, o in widths)
 
 

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from dreambooth_moslora.adapters.files.metadata import check_start_header
+from dreambooth_moslora.adapters.files.metadata import AdapterMetadata, check_start_header
 from dreambooth_moslora.base.headers import tensor_shapes
-from dreambooth_moslora.base.locate import base_folder, check_vae
+from dreambooth_moslora.base.locate import base_folder, check_vae, resolve_base
 from dreambooth_moslora.core.config.fields import nearest
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.targets import full_name, is_adapted, is_meant, is_target, parse_pattern
 from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.config.training_settings import SVD
 from dreambooth_moslora.core.digests import default_cache_dir
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import learnt_words
@@ -236,6 +237,8 @@ def check_settings(config: TrainConfig) -> Path | None:
         check_push(config)
     if config.init_adapter and not config.resume_from_checkpoint:
         check_start(config.init_adapter)
+    if config.basis:
+        check_basis(config)
     if config.pretrained_vae_model_name_or_path:
         check_vae(config.pretrained_vae_model_name_or_path)
     folder = base_folder(config)
@@ -254,6 +257,26 @@ def check_start(adapter: str) -> None:
         check_start_header(header_of(find_weights(adapter)))
     except UserError as error:
         raise UserError(f"--init_adapter {adapter}: {error}.") from error
+
+
+def check_basis(config: TrainConfig) -> None:
+    """Raises UserError for a base without a basis svd, and for a file that is no basis of the run's rank."""
+    given = f"--basis {config.basis}"
+    if config.basis == SVD:
+        source = resolve_base(config.pretrained_model_name_or_path)
+        if isinstance(source, Path) and source.is_file():
+            raise UserError(
+                f"{given}: {source.name} is a single file; the base must be a diffusers folder or a hub id."
+            )
+        return
+    if not Path(config.basis).is_file():
+        raise UserError(f"{given}: there is no such file; give a raw adapter file, or the word svd.")
+    try:
+        facts = AdapterMetadata.from_json(header_of(Path(config.basis))["moslora"])
+    except (UserError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{given}: it is no raw adapter file of this program.") from error
+    if facts.rank != config.rank:
+        raise UserError(f"{given}: it has rank {facts.rank}; give --rank {facts.rank}.")
 
 
 def unet_layers(folder: Path, variant: str | None) -> dict[str, int]:

@@ -136,12 +136,13 @@ def estimate(config: TrainConfig, size: BaseSize, total_steps: int, photo_count:
 
 
 def adapter_parameters(config: TrainConfig, size: BaseSize) -> int:
-    """Parameters of A, B and the mixers. Patterns count only where the layers' paths are known."""
+    """Parameters of A, B and the mixers, on a basis of the mixers alone. Patterns count only where the layers' paths
+    are known."""
     layers = [(rank_and_alpha(config, "unet", path)[0], width) for path, width in size.widths]
     if not layers:
         layers = [(config.rank, size.adapted_widths / max(1, size.adapted_layers))] * size.adapted_layers
     mixers = sum(rank**2 for rank, _ in layers) if config.mixer != "none" else 0
-    return round(sum(rank * width for rank, width in layers)) + mixers
+    return mixers if config.basis else round(sum(rank * width for rank, width in layers)) + mixers
 
 
 def precision_of(config: TrainConfig) -> str:

@@ -15,13 +15,13 @@ from huggingface_hub.utils import validate_repo_id
 
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, TOKENS_SUFFIX, RunDir
+from dreambooth_moslora.core.run_files.run_folder import MIXERS_NAME, PUBLISHED_NAME, TOKENS_SUFFIX, RunDir
 
 __all__ = ["check_push", "public_files", "push"]
 
 logger = logging.getLogger(__name__)
 
-PUBLIC_FILES = [PUBLISHED_NAME, "*.kohya.safetensors", f"*{TOKENS_SUFFIX}", "README.md", "image_*.png"]
+PUBLIC_FILES = [PUBLISHED_NAME, MIXERS_NAME, "*.kohya.safetensors", f"*{TOKENS_SUFFIX}", "README.md", "image_*.png"]
 
 
 def public_files(run_dir: Path) -> list[str]:

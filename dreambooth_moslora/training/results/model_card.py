@@ -184,10 +184,11 @@ def training_table(config: TrainConfig, facts: CardFacts) -> str:
     start = {"Began with": public_name(config.init_adapter)} if config.init_adapter else {}
     ranks = sorted({facts.adapter.rank, *facts.adapter.ranks.values()})
     rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    mixer = f"alone, on the basis {facts.adapter.basis['kind']}" if facts.adapter.basis else config.mixer
     rows = {
         "Base": facts.adapter.base_id,
         **start,
-        "Adapter": f"rank {rank}, alpha {facts.adapter.alpha:g}, mixer {config.mixer}, {trained}",
+        "Adapter": f"rank {rank}, alpha {facts.adapter.alpha:g}, mixer {mixer}, {trained}",
         "Steps": f"{facts.step} of {facts.max_train_steps}",
         "Resolution": f"{config.resolution} px",
         "Batch": batch,

@@ -8,6 +8,7 @@ from PIL import Image
 
 from dreambooth_moslora.adapters.files.export import publish
 from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.files.mixer_file import write_mixers
 from dreambooth_moslora.adapters.files.proof import Proof
 from dreambooth_moslora.adapters.files.raw_file import adapter_metadata
 from dreambooth_moslora.adapters.new_tokens import notes_of, prove_tokens
@@ -27,7 +28,7 @@ from dreambooth_moslora.core.prompts import (
     validation_prompts,
 )
 from dreambooth_moslora.core.run_files.events import StepDone, StepEvaluated, events_of
-from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.core.run_files.run_folder import MIXERS_NAME, RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.photos.photo import Photo, open_rgb
 from dreambooth_moslora.training.prepare import TrainInputs
@@ -113,7 +114,10 @@ class Publisher:
     def _publish_to(self, folder: Path) -> Proof:
         components, name = self.train_step.components, self.run_dir.name
         if self.learnt is None:
-            return publish(components, folder, name, self.facts)
+            proof = publish(components, folder, name, self.facts)
+            if self.config.basis:
+                write_mixers(folder / MIXERS_NAME, components["unet"], self.facts)
+            return proof
         attached, prompts = self.learnt.attached, [one.instance_prompt for one in each_subject(self.config)]
         prove = lambda paths: prove_tokens(paths, attached, prompts)  # noqa: E731
         return publish(components, folder, name, self.facts, tokens=self.tokens, prove=prove)
@@ -130,7 +134,8 @@ def facts_of(config: TrainConfig, inputs: TrainInputs, train_step: TrainStep) ->
         resolution_px=config.resolution,
     )
     prompts = tuple(one.instance_prompt for one in each_subject(config)) if len(config.subjects) > 1 else ()
-    return replace(facts, recipe=recipe_of(config), subject_prompts=prompts)
+    basis = inputs.basis.note if inputs.basis else {}
+    return replace(facts, recipe=recipe_of(config), subject_prompts=prompts, basis=basis)
 
 
 def card_pictures(

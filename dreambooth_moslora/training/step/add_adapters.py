@@ -7,12 +7,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dreambooth_moslora.adapters.basis import Basis, freeze_basis, put_basis
 from dreambooth_moslora.adapters.fused.fused_linear import enable_fast_path
 from dreambooth_moslora.adapters.init_adapter import begin_with
 from dreambooth_moslora.adapters.layers import matrix_layers, narrowest_sides, value_pattern
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, inject
 from dreambooth_moslora.core.config.targets import is_adapted
 from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.config.training_settings import ZERO
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.seeding import seed_of
 from dreambooth_moslora.training.checkpoint import load_adapter
@@ -35,8 +37,10 @@ def add_adapters(config: TrainConfig, inputs: TrainInputs, checkpoint: Path | No
     names = ["unet", "text_encoder", "text_encoder_2"] if config.train_text_encoder else ["unet"]
     components = {name: getattr(inputs.pipeline, name) for name in names}
     if checkpoint is not None:
-        load_adapter(checkpoint, components)
+        facts = load_adapter(checkpoint, components)
         check_same_layers(config, checkpoint, components)
+        if inputs.basis is not None and facts.basis != inputs.basis.note:
+            raise UserError(f"--basis: {checkpoint.name} has another basis: resume with the same, or start a new run.")
     for name, module in components.items():
         if checkpoint is None:
             paths, layers = target_paths(config, name, module), matrix_layers(module)
@@ -47,11 +51,24 @@ def add_adapters(config: TrainConfig, inputs: TrainInputs, checkpoint: Path | No
     if checkpoint is None and inputs.start is not None:
         logger.warning("%s", begin_with(inputs.start, components).sentence())
         inputs.start = None  # free its tensors
+    if inputs.basis is not None:
+        begin_on_basis(inputs.basis, components["unet"], is_fresh=checkpoint is None)
     for module in components.values():
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(module)
         enable_fast_path(module)
     return components
+
+
+def begin_on_basis(basis: Basis, unet: nn.Module, *, is_fresh: bool) -> None:
+    """Freeze A and B, and set them to the basis if the adapter is fresh. Raises UserError for a basis that does not
+    fit."""
+    if is_fresh:
+        try:
+            put_basis(basis, unet)
+        except UserError as error:
+            raise UserError(f"--basis: {error}.") from error
+    freeze_basis(unet)
 
 
 def target_paths(config: TrainConfig, component: str, module: nn.Module) -> list[str]:
@@ -84,7 +101,7 @@ def adapter_config(config: TrainConfig, component: str, paths: list[str]) -> MoS
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
         target_modules="|".join(map(re.escape, paths)),
-        mixer=config.mixer,
+        mixer=ZERO if config.basis else config.mixer,
         train_mixer=config.train_mixer,
         mixer_seed=config.seed,
     )

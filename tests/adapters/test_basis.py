@@ -1,0 +1,205 @@
+"""A frozen basis: its directions, what learns on it, and subjects that are swapped on it."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dreambooth_moslora.adapters.basis import FileBasis, SvdBasis, freeze_basis, leading_directions, put_basis
+from dreambooth_moslora.adapters.files.lora_file import read_adapter
+from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.files.mixer_file import is_mixer_file, read_mixers, write_mixers
+from dreambooth_moslora.adapters.files.raw_file import save_raw
+from dreambooth_moslora.adapters.fused.fused_linear import enable_fast_path
+from dreambooth_moslora.adapters.fused.working_copies import WorkingCopies
+from dreambooth_moslora.adapters.mixer_swap import SwappedMixers
+from dreambooth_moslora.adapters.moslora import (
+    MoSLoraConfig,
+    adapter_layers,
+    adapter_parameters,
+    fold,
+    inject,
+    matrices_of,
+)
+from dreambooth_moslora.core.errors import UserError
+from tests.helpers.live_adapters import facts_of
+from tests.helpers.tiny import tiny_unet
+
+NOTE = {"kind": "svd", "sha256": "ab" * 32, "file": ""}
+LAYERS = ["to_q", "conv1"]
+
+
+class OwnBasis:
+    """The basis svd of a model in memory."""
+
+    def __init__(self, unet):
+        self.note = NOTE
+        self.weights = {name: p.detach().clone() for name, p in unet.named_parameters()}
+
+    def layer(self, path, rank):
+        return leading_directions(self.weights[f"{path}.weight"], rank)
+
+
+@pytest.fixture(scope="module")
+def basis():
+    return OwnBasis(tiny_unet())
+
+
+def on_basis(basis, rank=4, seed=None, **options):
+    """A UNet with the adapter on the basis; with a seed its mixers have moved."""
+    unet = tiny_unet()
+    inject(unet, MoSLoraConfig(**{"r": rank, "lora_alpha": rank, "target_modules": LAYERS, "mixer": "zero"} | options))
+    put_basis(basis, unet)
+    freeze_basis(unet)
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for _, mixer in adapter_parameters(unet):
+                mixer.normal_(std=0.1, generator=generator)
+    return unet
+
+
+def mixers_of(unet, folder, name="mixers.safetensors", **more):
+    facts = facts_of({"unet": unet}, **more)
+    path = folder / name
+    write_mixers(path, unet, AdapterMetadata(**vars(facts) | {"basis": NOTE}))
+    return path
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (6, 5, 3, 3)])
+def test_the_directions_are_the_weights_leading_singular_vectors(shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    down, up = leading_directions(weight, 5)
+    left, sizes, right = torch.linalg.svd(weight.double().flatten(1), full_matrices=False)
+    wanted = left[:, :5] @ right[:5] * sizes[:5].mean()
+    assert down.shape == (5, *shape[1:]) and up.shape == (shape[0], 5)
+    assert torch.allclose((up.double() @ down.double().flatten(1)), wanted, atol=1e-6)
+    assert all(torch.equal(one, other) for one, other in zip((down, up), leading_directions(weight, 5)))
+
+
+def test_directions_beyond_a_narrow_weight_are_zero():
+    down, up = leading_directions(torch.randn(3, 8), 5)
+    assert not down[3:].any() and not up[:, 3:].any() and up[:, :3].any(0).all()
+    assert not any(part.isnan().any() for part in leading_directions(torch.zeros(4, 6), 2))
+
+
+def test_the_mixers_alone_learn_and_the_fast_path_gives_pefts_gradients(basis):
+    slow, fast = on_basis(basis, seed=1), on_basis(basis, seed=1)
+    names = [name for name, _ in adapter_parameters(slow)]
+    assert names and all(name.endswith(".lora_B.mixer") for name in names)
+    assert enable_fast_path(fast)
+    for unet in (slow, fast):
+        generator = torch.Generator().manual_seed(3)
+        noise, text = (torch.randn(shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 7, 48)))
+        added = {"text_embeds": torch.ones(2, 32), "time_ids": torch.full((2, 6), 64.0)}
+        with WorkingCopies(unet).for_one_step() as copies:
+            unet(noise, 300, text, added_cond_kwargs=added).sample.square().mean().backward()
+            copies.collect()
+    for (name, one), (_, other) in zip(adapter_parameters(slow), adapter_parameters(fast), strict=True):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-7), name
+    layers = adapter_layers(fast).values()
+    assert all(layer.lora_A["default"].weight.grad is None for layer in layers)
+    assert all(layer.lora_B["default"].up.grad is None for layer in layers)
+
+
+def test_a_subject_from_its_file_computes_what_its_adapter_does(basis, tmp_path):
+    unet = on_basis(basis, seed=2, lora_alpha=11, rank_pattern={"conv1": 3})
+    file = mixers_of(unet, tmp_path)
+    mixers, count = read_mixers(file), sum(r**2 for r in read_mixers(file).ranks.values())
+    assert is_mixer_file(file) and file.stat().st_size < 2 * count + 5000
+    assert {3, 4} == set(mixers.ranks.values())
+    twin = tiny_unet()
+    swapped = SwappedMixers(twin, basis, mixers.ranks, "basis")
+    assert not any(layer.delta.any() for layer in fold(twin, "basis").values())
+    swapped.show([(mixers.values, 1.0)])
+    wanted, found = fold(unet), fold(twin, "basis")
+    assert wanted.keys() == found.keys()
+    assert all(torch.dist(found[p].delta, wanted[p].delta) < 1e-3 * wanted[p].delta.norm() for p in wanted)
+
+
+def test_subjects_on_one_basis_are_summed_and_survive_a_move_of_the_unet(basis, tmp_path):
+    dog, cat = (read_mixers(mixers_of(on_basis(basis, seed=seed), tmp_path, f"{seed}.safetensors")) for seed in (1, 2))
+    assert dog.basis_key == cat.basis_key and dog.sha256 != cat.sha256
+    unet = tiny_unet()
+    swapped = SwappedMixers(unet, basis, dog.ranks, "basis")
+
+    def held():
+        parts = [matrices_of(layer, "basis").mixer.flatten() for layer in adapter_layers(unet, "basis").values()]
+        return torch.cat(parts).double()
+
+    swapped.show([(dog.values, 0.5), (cat.values, 2.0)])
+    assert torch.allclose(held(), (0.5 * dog.values + 2 * cat.values).double())
+    unet.double()
+    swapped.show([(cat.values, 1.0)])
+    assert torch.equal(held(), cat.values.double())
+
+
+def test_small_mixers_keep_their_precision_and_broken_ones_are_refused(basis, tmp_path):
+    unet = on_basis(basis, seed=4)
+    with torch.no_grad():
+        for _, mixer in adapter_parameters(unet):
+            mixer.mul_(1e-9)
+    file = mixers_of(unet, tmp_path)
+    live = torch.cat([mixer.flatten() for _, mixer in adapter_parameters(unet)])
+    assert torch.dist(read_mixers(file).values, live) < 1e-3 * live.norm()
+    first = next(mixer for _, mixer in adapter_parameters(unet))
+    with torch.no_grad():
+        first[0, 0] = float("nan")
+    with pytest.raises(UserError, match="NaN"):
+        mixers_of(unet, tmp_path)
+
+
+def test_a_wrong_header_is_said_in_one_line_and_other_readers_refuse_the_file(basis, tmp_path):
+    file = mixers_of(on_basis(basis, seed=1), tmp_path)
+    with pytest.raises(UserError, match="holds mixers alone, without their basis; give the LoRA file"):
+        read_adapter(file, None)
+    header, tensors = read_mixers(file).header, load_file(file)
+    wrong = {
+        "lost its header": ({"exponent": "99999"}, {"layers": "[1]"}, {"moslora": "{}"}),
+        "is broken": ({"layers": "[]"}, {"layers": '{"a": 1}'}, {"moslora": AdapterMetadata(4, 4.0).to_json()}),
+    }
+    for error, change in ((error, change) for error, changes in wrong.items() for change in changes):
+        save_file(tensors, file, {**header, **change})
+        with pytest.raises(UserError, match=error):
+            read_mixers(file)
+    (tmp_path / "not.safetensors").write_bytes(b"no")
+    assert not is_mixer_file(tmp_path / "not.safetensors")
+
+
+def test_a_raw_file_is_a_basis_for_its_own_layers_and_ranks(basis, tmp_path):
+    unet, file = on_basis(basis, seed=1), tmp_path / "basis.safetensors"
+    save_raw({"unet": unet}, file, facts_of({"unet": unet}))
+    found = FileBasis(file)
+    put_basis(found, twin := on_basis(basis, seed=2))
+    own, there = ({p: matrices_of(x, "default") for p, x in adapter_layers(u).items()} for u in (unet, twin))
+    assert all(torch.equal(own[p].down, there[p].down) and torch.equal(own[p].up, there[p].up) for p in own)
+    assert not any(matrices.mixer.any() for matrices in there.values())
+    path = next(iter(own))
+    with pytest.raises(UserError, match=r"basis\.safetensors has rank 4 in .*, not 2"):
+        found.layer(path, 2)
+    with pytest.raises(UserError, match=r"basis\.safetensors has no layer nowhere"):
+        found.layer("nowhere", 4)
+    narrow = OwnBasis(tiny_unet())
+    narrow.weights = {name: weight[:, 1:] for name, weight in narrow.weights.items() if weight.ndim > 1}
+    with pytest.raises(UserError, match="made for another base"):
+        put_basis(narrow, twin)
+    twin = tiny_unet()
+    with pytest.raises(UserError, match="another base: it has no layer nowhere"):
+        SwappedMixers(twin, basis, {"nowhere": 4}, "basis")
+    with pytest.raises(UserError, match="made for another base"):
+        SwappedMixers(twin, narrow, {path: 4}, "basis")
+    assert not getattr(twin, "peft_config", {})
+
+
+def test_the_basis_svd_is_of_the_files_on_the_disk(tiny_base):
+    basis = SvdBasis(tiny_base)
+    weights = load_file(tiny_base / "unet" / "diffusion_pytorch_model.safetensors")
+    path = next(name for name in weights if name.endswith("attn1.to_q.weight")).removesuffix(".weight")
+    wanted = leading_directions(weights[f"{path}.weight"], 3)
+    assert all(torch.equal(one, other) for one, other in zip(basis.layer(path, 3), wanted))
+    assert len(basis.note["sha256"]) == 64 and json.dumps(basis.note)
+    with pytest.raises(UserError, match="needs a base in a diffusers folder"):
+        SvdBasis(None)
+    with pytest.raises(UserError, match=r"no nowhere\.weight"):
+        basis.layer("nowhere", 3)
