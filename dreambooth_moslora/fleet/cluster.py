@@ -91,7 +91,7 @@ def connected(address: str | None) -> Iterator[None]:
         ray.init(**options)
     except Exception as error:  # it raises Exception itself when a busy machine starts it too slowly
         where = "on this machine" if address is None else f"at --ray_address {address}"
-        raise UserError(f"Ray cannot be reached {where}: {one_line(error)}.") from error
+        raise UserError(f"Ray cannot be reached {where}: {one_line(error).removesuffix('.')}.") from error
     try:
         yield
     finally:

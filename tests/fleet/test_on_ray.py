@@ -46,7 +46,10 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
         raise Exception("The current node timed out during startup.")
 
     monkeypatch.setattr(ray, "init", init)
-    with pytest.raises(UserError, match=r"^Ray cannot be reached on this machine: .* timed out"), connected(None):
+    with (
+        pytest.raises(UserError, match=r"^Ray cannot be reached on this machine: .* timed out during startup\.$"),
+        connected(None),
+    ):
         pass
 
 
