@@ -30,6 +30,7 @@ def with_new_backgrounds(context: RunContext, pipeline: StableDiffusionXLPipelin
     missing = on_main(context.accelerator, lambda: [n for n, one in enumerate(wanted) if not one.is_made])
     if missing:
         draw(context, pipeline, wanted, missing)
+    on_main(context.accelerator, lambda: draw_sheet(context, wanted, is_new=bool(missing)))
     subjects = each_subject(config)
     return [*photos, *(one.as_photo(subjects[one.photo.subject]) for one in wanted)]
 
@@ -37,14 +38,19 @@ def with_new_backgrounds(context: RunContext, pipeline: StableDiffusionXLPipelin
 def draw(
     context: RunContext, pipeline: StableDiffusionXLPipeline, wanted: list[NewBackground], missing: list[int]
 ) -> None:
-    """Draw the missing pictures, shared out to the processes. The main process writes them, and a sheet of all."""
+    """Draw the missing pictures, shared out to the processes. The main process writes them."""
     scenes = share_out(context.accelerator, missing, lambda own: drawn_scenes(context, pipeline, wanted, own))
     made = context.report.counter("backgrounds", len(missing))
     for number, scene in zip(missing, scenes, strict=True):
         on_main(context.accelerator, partial(wanted[number].make, scene))
         made()
+
+
+def draw_sheet(context: RunContext, wanted: list[NewBackground], *, is_new: bool) -> None:
+    """A sheet of all, if pictures are new or a run was killed before it had one."""
     sheet = context.run_dir.backgrounds_dir / "sheet.png"
-    on_main(context.accelerator, lambda: draw_contact_sheet(background_rows(wanted), sheet))
+    if is_new or not sheet.is_file():
+        draw_contact_sheet(background_rows(wanted), sheet)
 
 
 def drawn_scenes(

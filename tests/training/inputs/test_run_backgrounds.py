@@ -77,6 +77,9 @@ def test_a_run_draws_them_once_and_goes_on_with_the_same(finished, drawn):
     made[1].path.write_bytes(b"half a picture")
     train(finished)
     assert len(drawn) == 5 and adapter_sha256(RunDir(finished.output_dir).path) == first
+    (made[0].path.parent / "sheet.png").unlink()  # as when a run is killed before it is drawn
+    train(finished)
+    assert len(drawn) == 5 and (made[0].path.parent / "sheet.png").is_file()
 
 
 @pytest.mark.slow
