@@ -40,7 +40,9 @@ class Job:
 
     @classmethod
     def load(cls, run_dir: Path) -> "Job | None":
-        """The record in the folder; None when it is missing or cannot be read."""
+        """The record in the folder; None when it is missing or cannot be read. Reading a pipe would have no end."""
+        if not (run_dir / JOB_NAME).is_file():
+            return None
         try:
             job = cls(run_dir, **json.loads((run_dir / JOB_NAME).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, RecursionError):

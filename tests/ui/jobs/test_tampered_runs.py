@@ -54,3 +54,11 @@ def test_a_record_that_cannot_be_read_is_no_run(tmp_path, record):
     assert jobs.all() == [] and jobs.current() is None
     with pytest.raises(UserError, match="you have no run"):
         jobs.stop("dog", OWNER)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_record_that_is_a_pipe_is_no_run_and_is_not_waited_for(tmp_path):
+    jobs = run_with(tmp_path, "log.txt", "")
+    (tmp_path / "runs" / "dog" / "job.json").unlink()
+    os.mkfifo(tmp_path / "runs" / "dog" / "job.json")
+    assert jobs.all() == [] and jobs.current() is None
