@@ -12,7 +12,7 @@ import errno
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dreambooth_moslora.core.atomic_files import atomic_write
@@ -22,16 +22,18 @@ from dreambooth_moslora.photos.captioners import Captioner
 from dreambooth_moslora.photos.photo import Photo, open_rgb
 from dreambooth_moslora.photos.sidecars import CAPTION_SUFFIX, MADE_CAPTIONS, kept_captions
 
-__all__ = ["MadeCaption", "make_beside", "make_kept"]
+__all__ = ["MadeCaption", "keep", "make_beside", "make_for_run"]
 
 
 @dataclass(frozen=True)
 class MadeCaption:
-    """The result for one photo: its new `caption`, or None and the reason as a `remark`."""
+    """The result for one photo: its new `caption`, or None and the reason as a `remark`. With a `key` it is not kept
+    yet."""
 
     photo: Photo
     caption: str | None
     remark: str = ""
+    key: str = ""
 
 
 def make_beside(
@@ -80,17 +82,20 @@ def make_one_beside(photo: Photo, target: Path, captioner: Captioner, prompt: st
     return made
 
 
-def make_kept(photos: Iterable[Photo], captioner: Captioner, prompt: str, path: Path) -> Iterator[MadeCaption]:
-    """Like `make_beside`, but into the file `path`. A caption made before from the same photo, model and words
-    is kept."""
+def make_for_run(photos: Iterable[Photo], captioner: Captioner, prompt: str, path: Path) -> Iterator[MadeCaption]:
+    """Captions that `keep` writes into the file `path`. A caption there of the same photo, model and words is taken."""
     for photo in photos:
         key, old = key_of(photo, captioner, prompt), kept_captions(path).get(photo.kept_name)
         if old and old["made_from"] == key:
             yield MadeCaption(photo, old["caption"])
         else:
-            made = make(photo, captioner, prompt)
-            note(path, photo, made.caption or prompt, key)
-            yield made
+            yield replace(make(photo, captioner, prompt), key=key)
+
+
+def keep(path: Path, made: MadeCaption, prompt: str) -> None:
+    """Write a new caption into the file; the `prompt` where there is none."""
+    if made.key:
+        note(path, made.photo, made.caption or prompt, made.key)
 
 
 def key_of(photo: Photo, captioner: Captioner, prompt: str) -> str:

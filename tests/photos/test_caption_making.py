@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dreambooth_moslora.core.config.train_config import TrainConfig
-from dreambooth_moslora.photos.caption_making import make_beside, make_kept
+from dreambooth_moslora.photos.caption_making import keep, make_beside, make_for_run
 from dreambooth_moslora.photos.captioners import Captioner
 from dreambooth_moslora.photos.folder import find_photos, photo_report
 from tests.helpers.odd_photos import picture
@@ -28,6 +28,11 @@ def captioner(words: str = "on grass", asked: list | None = None) -> Captioner:
 
 def photos_in(folder: Path):
     return find_photos(folder, PROMPT, 64).photos
+
+
+def keep_all(photos: list, captioner: Captioner, prompt: str, path: Path) -> None:
+    for made in make_for_run(photos, captioner, prompt, path):
+        keep(path, made, prompt)
 
 
 def written(folder: Path, words: str = "on grass", **options) -> list[str | None]:
@@ -83,7 +88,7 @@ def test_kept_captions_are_made_once_for_each_photo_model_and_words(folder, tmp_
 
     def ask(prompt: str = PROMPT) -> int:
         asked.clear()
-        list(make_kept(bare, captioner(asked=asked), prompt, kept))
+        keep_all(bare, captioner(asked=asked), prompt, kept)
         return len(asked)
 
     assert [ask(), ask(), ask("a sks cat")] == [2, 0, 2]
@@ -95,7 +100,7 @@ def test_a_run_sees_kept_captions_in_place_of_the_prompt_with_prefix_and_suffix(
     run = tmp_path / "run"
     settings = {"instance_data_dir": str(folder), "output_dir": str(run), "instance_prompt": PROMPT, "resolution": 64}
     bare = [photo for photo in photos_in(folder) if not photo.is_captioned]
-    list(make_kept(bare, captioner(), PROMPT, run / "captions.json"))
+    keep_all(bare, captioner(), PROMPT, run / "captions.json")
     auto = photo_report(TrainConfig(**settings, captions="auto", caption_suffix=", sharp")).photos
     assert [photo.captions[0] for photo in auto] == [
         f"{PROMPT} on grass, sharp",

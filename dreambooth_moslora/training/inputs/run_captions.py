@@ -1,15 +1,16 @@
 """`--captions auto`: photos without a caption get one before the base is loaded; the captioner then leaves memory."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from functools import partial
 
 from dreambooth_moslora.core.config.subject_tables import each_subject
-from dreambooth_moslora.core.errors import StopRequestedError, spelled_out
-from dreambooth_moslora.photos.caption_making import MadeCaption, make_kept
+from dreambooth_moslora.core.errors import spelled_out
+from dreambooth_moslora.photos.caption_making import MadeCaption, keep, make_for_run
 from dreambooth_moslora.photos.captioners import load_captioner
 from dreambooth_moslora.photos.folder import with_kept_captions
 from dreambooth_moslora.photos.photo import Photo
-from dreambooth_moslora.training.processes import on_main
+from dreambooth_moslora.training.processes import agreed, on_main, share_out
 from dreambooth_moslora.training.reporter import free_unused_memory
 from dreambooth_moslora.training.run_context import RunContext
 
@@ -26,7 +27,7 @@ def captioned_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
     bare = [photo for photo in photos if not photo.is_captioned]
     if context.config.captions != "auto" or not bare:
         return photos
-    on_main(context.accelerator, lambda: make_captions(context, bare))
+    make_captions(context, bare)
     free_unused_memory(context.accelerator.device)
     found = []
     for number, subject in enumerate(each_subject(context.config)):
@@ -35,19 +36,31 @@ def captioned_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
 
 
 def make_captions(context: RunContext, photos: list[Photo]) -> None:
-    """Write captions into the run folder, in this process alone; the others wait in `on_main`."""
-    made = captions_of_each(context, photos)
-    for _ in context.report.counted("captions", said(made), len(photos)):
-        if context.should_stop():
-            raise StopRequestedError
+    """Make the photos' captions, shared out to the processes; the main process writes them into the run folder.
+
+    All processes have the same `photos`, by subject.
+    """
+    accelerator, path, subjects = context.accelerator, context.run_dir.captions_path, each_subject(context.config)
+    same = agreed(accelerator, lambda: photos, lambda found: f"{len(found)} photos without a caption")
+
+    def kept() -> Iterator[MadeCaption]:
+        for made in share_out(accelerator, same, partial(captions_of_each, context)):
+            on_main(accelerator, partial(keep, path, made, subjects[made.photo.subject].instance_prompt))
+            yield made
+
+    for _ in context.report.counted("captions", said(kept()), len(same)):
+        pass
+    context.stop_if_asked()
 
 
-def captions_of_each(context: RunContext, photos: list[Photo]) -> Iterator[MadeCaption]:
+def captions_of_each(context: RunContext, photos: Sequence[Photo]) -> Generator[MadeCaption, None, None]:
     """Make each subject's captions with its own words."""
     for number, subject in enumerate(each_subject(context.config)):
         if own := [photo for photo in photos if photo.subject == number]:
             captioner = load_captioner(subject, context.accelerator.device)
-            yield from make_kept(own, captioner, subject.instance_prompt, context.run_dir.captions_path)
+            for made in make_for_run(own, captioner, subject.instance_prompt, context.run_dir.captions_path):
+                yield made
+                context.raise_if_asked()
 
 
 def said(made: Iterable[MadeCaption]) -> Iterator[int]:
