@@ -28,8 +28,9 @@ __all__ = ["COMMANDS", "main", "train_main"]
 
 COMMANDS = (
     *("check", "caption", "export", "evaluate", "explain", "compare", "queue", "fleet", "generate", "serve", "verify"),
-    *("doctor", "selftest", "info"),
+    *("doctor", "selftest", "info", "basis"),
 )
+BASIS = "basis"
 TOGETHER = "together"
 """The command that a fleet's worker starts for a group of subjects; it is not listed."""
 DONE, OUR_BUG, MISTAKE = 0, 1, 2
@@ -133,7 +134,8 @@ def program() -> str:
 
 
 def command(name: str):
-    return import_module(f"dreambooth_moslora.cli.commands.{name}")
+    place = "" if name == BASIS else "commands."  # that room is full
+    return import_module(f"dreambooth_moslora.cli.{place}{name}")
 
 
 def overview() -> str:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.adapters.basis import FileBasis, SvdBasis, freeze_basis, leading_directions, put_basis
+from dreambooth_moslora.adapters.files.describe import describe
 from dreambooth_moslora.adapters.files.lora_file import read_adapter
 from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.files.mixer_file import is_mixer_file, read_mixers, write_mixers
@@ -154,6 +155,9 @@ def test_a_wrong_header_is_said_in_one_line_and_other_readers_refuse_the_file(ba
     file = mixers_of(on_basis(basis, seed=1), tmp_path)
     with pytest.raises(UserError, match="holds mixers alone, without their basis; give the LoRA file"):
         read_adapter(file, None)
+    said = describe(file)
+    assert said["kind"].startswith("mixers alone") and said["basis"] == "svd, sha256 abababababab"
+    assert said["trigger_words"] == "sks dog" and set(said["ranks"]) == {"4"}
     header, tensors = read_mixers(file).header, load_file(file)
     wrong = {
         "lost its header": ({"exponent": "99999"}, {"layers": "[1]"}, {"moslora": "{}"}),

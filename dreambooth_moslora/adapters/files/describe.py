@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.files.mixer_file import is_mixer_file, read_mixers
 from dreambooth_moslora.adapters.files.raw_file import component_tensors, matrices_from, read_raw
 from dreambooth_moslora.adapters.files.tensor_file import check_finite, read_tensors
 from dreambooth_moslora.adapters.low_rank import LowRank
@@ -70,6 +71,8 @@ def describe(path: str | Path) -> dict[str, object]:
     facts = {"file": path.name, "size_mib": round(path.stat().st_size / 2**20, 3)}
     if set(tensors) == set(KEYS.values()):
         return facts | describe_tokens(path)
+    if is_mixer_file(path):
+        return facts | describe_mixers(path)
     facts["dtypes"] = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
     if "raw_format" in tensors:
         return facts | describe_raw(path)
@@ -86,6 +89,19 @@ def describe_tokens(path: Path) -> dict[str, object]:
     tokens = read_tokens(path)
     widths = {KEYS[part]: rows.shape[1] for part, rows in tokens.rows.items()}
     return {"kind": "new tokens of SDXL's text encoders", "word": tokens.word, "tokens": tokens.count, "widths": widths}
+
+
+def describe_mixers(path: Path) -> dict[str, object]:
+    """The content of a file of mixers alone. Raises UserError."""
+    mixers = read_mixers(path)
+    note, ranks = mixers.metadata.basis, Counter(mixers.ranks.values())
+    return {
+        "kind": "mixers alone, on a frozen basis (for generate and the page)",
+        "basis": f"{note['file'] or note['kind']}, sha256 {note['sha256'][:12]}",
+        "modules": {"unet": len(mixers.ranks)},
+        "ranks": {str(rank): number for rank, number in sorted(ranks.items())},
+        **said_by_metadata(mixers.metadata),
+    }
 
 
 def describe_raw(path: Path) -> dict[str, object]:

@@ -8,7 +8,14 @@ from safetensors import SafetensorError, safe_open
 
 from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.names import free_name
-from dreambooth_moslora.core.run_files.run_folder import MIXERS_NAME, PUBLISHED_NAME, RAW_NAME, TOKENS_SUFFIX, RunDir
+from dreambooth_moslora.core.run_files.run_folder import (
+    BASIS_SUFFIX,
+    MIXERS_NAME,
+    PUBLISHED_NAME,
+    RAW_NAME,
+    TOKENS_SUFFIX,
+    RunDir,
+)
 
 __all__ = ["NONE", "clean_name", "files_by_name", "find_weights", "header_of", "run_files"]
 
@@ -44,11 +51,11 @@ def header_of(file: Path) -> dict[str, str]:
 def files_by_name(files: Iterable[Path], folders: Collection[Path], taken: Collection[str] = ()) -> dict[str, Path]:
     """Name -> file, in order; a name that is `taken` gets a number.
 
-    Files of new tokens are left out, as they belong to an adapter; so are links that lead out of `folders`.
+    Files of new tokens and bases are left out, as they belong to an adapter; so are links that lead out of `folders`.
     """
     found: dict[str, Path] = {}
     for file in files:
-        if not file.name.endswith(TOKENS_SUFFIX) and is_file_inside(file, folders):
+        if not file.name.endswith((TOKENS_SUFFIX, BASIS_SUFFIX)) and is_file_inside(file, folders):
             found[free_name(name_of(file, folders), {NONE, *taken, *found}.__contains__, " ")] = file
     return found
 

@@ -12,6 +12,7 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.event_log import append_event, read_events
 
 __all__ = [
+    "BASIS_SUFFIX",
     "MIXERS_NAME",
     "PUBLISHED_NAME",
     "RAW_NAME",
@@ -28,6 +29,8 @@ __all__ = [
 PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
 MIXERS_NAME = "mixers.safetensors"
 """Mixers alone, of a run on a frozen basis."""
+BASIS_SUFFIX = "basis.safetensors"
+"""End of the name of a basis that was learnt."""
 TOKENS_SUFFIX = "_emb.safetensors"
 CHECKPOINT_FILES = ("position.json", "optimizer.pt", RAW_NAME)
 NAME_BYTES = 200

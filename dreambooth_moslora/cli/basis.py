@@ -1,0 +1,66 @@
+"""`python -m dreambooth_moslora basis DIR… --out basis.safetensors`: A and B that many subjects share."""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from dreambooth_moslora.cli.parser import add_training_flags, settings_of
+from dreambooth_moslora.cli.signals import INTERRUPTED, StopRequest
+from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.config.training_settings import SVD
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.run_files.run_folder import BASIS_SUFFIX
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "learn A and B that many subjects share, for `train --basis FILE`"
+EVERY_SEC = 5.0
+OF_A_RUN = ("instance_data_dir", "dataset_name", "instance_prompt", "class_prompt", "output_dir", "mixer")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", metavar="DIR", nargs="+", help="folders of photos, each with its subject.json")
+    parser.add_argument("--out", metavar="FILE", required=True, help=f"its file: a name ending in {BASIS_SUFFIX}")
+    parser.add_argument("--basis_lr", type=float, default=1e-3, help="learning rate of A and B (default: 0.001)")
+    add_training_flags(parser, hidden=OF_A_RUN)
+
+
+def run(args: argparse.Namespace) -> int:
+    flags = {name: value for name, value in vars(args).items() if name not in ("folders", "out", "basis_lr")}
+    out = Path(args.out)
+    if not out.name.endswith(BASIS_SUFFIX):
+        raise UserError(f"--out {out}: its name must end in {BASIS_SUFFIX}, such as toys_{BASIS_SUFFIX}.")
+    config = config_of(args.folders, settings_of(flags)[0])
+    from dreambooth_moslora.training.learn_basis import learn_basis
+    from dreambooth_moslora.training.planning.checks import check_settings
+
+    check_settings(config)
+    last = [0.0]
+
+    def progress(done: int, total: int, loss: float, eta_sec: float) -> None:
+        if done in (1, total) or time.monotonic() - last[0] > EVERY_SEC:
+            last[0] = time.monotonic()
+            print(f"step {done} of {total}, loss {loss:.3f}, {eta_sec:.0f} s left", file=sys.stderr, flush=True)
+
+    with StopRequest() as stop:
+        done = learn_basis(config, out, args.basis_lr, progress, stop)
+    if done:
+        print(out)
+    return INTERRUPTED if stop() else 0
+
+
+def config_of(folders: list[str], settings: dict) -> TrainConfig:
+    """The settings of one run with a subject for each folder. Raises UserError."""
+    from dreambooth_moslora.evaluation.studies.study import StudySubject
+
+    found, seen, tables = [StudySubject.of(folder) for folder in folders], Counter(), []
+    for subject in found:
+        seen[subject.instance_prompt] += 1
+        number = seen[subject.instance_prompt]  # prompts must differ; each subject has a mixer of its own
+        prompt = subject.instance_prompt if number == 1 else f"{subject.instance_prompt} {number}"
+        table = {"instance_data_dir": subject.photos, "instance_prompt": prompt, "class_prompt": subject.class_prompt}
+        tables.append({name: value for name, value in table.items() if value})
+    kept = {name: value for name, value in settings.items() if name not in OF_A_RUN}
+    return TrainConfig.from_dict({"basis": SVD, **kept, "subjects": tables, "output_dir": "basis"})

@@ -1,0 +1,56 @@
+"""`basis DIR…`: A and B that several subjects share."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from dreambooth_moslora.adapters.files.raw_file import read_raw
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.core.run_files.adapter_files import files_by_name
+from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.training.loop import train
+from tests.helpers.tiny_training import paint_photos, tiny_config
+
+COMMAND = ("--rank", "3", "--resolution", "64", "--train_batch_size", "1", "--target_modules", "to_q", "conv1")
+
+
+@pytest.fixture
+def subjects(tmp_path):
+    for name in ("one", "two"):
+        facts = paint_photos(tmp_path / name) / "subject.json"
+        facts.write_text(json.dumps({"token": "sks", "class_word": "dog"}))
+    return [str(tmp_path / name) for name in ("one", "two")]
+
+
+@pytest.mark.slow
+def test_a_basis_is_learnt_over_two_subjects_and_carries_the_next(subjects, tiny_base, tmp_path, capsys):
+    base, out = ("--pretrained_model_name_or_path", str(tiny_base)), tmp_path / "toys_basis.safetensors"
+    given = [*subjects, *base, *COMMAND, "--seed", "1", "--learning_rate", "0.1", "--basis_lr", "0.01"]
+    start = tmp_path / "start_basis.safetensors"
+    assert main(["basis", *given, "--out", str(start), "--max_train_steps", "1", "--basis_lr", "0"]) == 0
+    assert main(["basis", *given, "--out", str(out), "--max_train_steps", "6"]) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == str(out) and "step 6 of 6, loss " in said.err and "0 s left" in said.err
+    (before, _), (after, facts) = read_raw(start), read_raw(out)
+    moved = {key for key in after if not before[key].equal(after[key])}
+    assert moved == {key for key in after if not key.endswith(".mixer")}
+    assert not any(after[key].any() for key in after if key.endswith(".mixer"))
+    assert facts.trigger_words == () and str(tmp_path) not in facts.to_json()
+    assert files_by_name([out], [tmp_path]) == {}
+    changes = {"basis": str(out), "rank": 3, "target_modules": ("to_q", "conv1"), "max_train_steps": 2}
+    train(tiny_config(tiny_base, tmp_path / "one", tmp_path / "run", **changes))
+    raw = load_file(tmp_path / "run" / "last" / "moslora_weights.safetensors")
+    assert all(raw[key].equal(after[key]) != key.endswith(".mixer") for key in after)
+    assert RunDir(tmp_path / "run").mixers_path.is_file()
+
+
+def test_mistakes_are_one_line(subjects, tiny_base, tmp_path, capsys):
+    base, out = ("--pretrained_model_name_or_path", str(tiny_base)), ("--out", str(tmp_path / "a_basis.safetensors"))
+    assert main(["basis", *subjects, *base, "--out", "dog.safetensors"]) == 2
+    assert main(["basis", subjects[0], *base, *out]) == 2
+    assert main(["basis", *subjects, *base, *out, "--use_dora"]) == 2
+    assert main(["basis", str(tmp_path), *base, *out]) == 2
+    said = capsys.readouterr().err.splitlines()
+    wanted = ("its name must end in", "two subjects or more", "--basis and --use_dora: ", "has no subject.json")
+    assert len(said) == 4 and all(text in line for text, line in zip(wanted, said))
