@@ -15,6 +15,8 @@ SVD = "svd"
 """The word for the basis of the base's own weights; any other is a file."""
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 SCHEDULE_FREE = "AdamWScheduleFree"
+NO_GAIN = "no gain was shown on three sample subjects"
+"""`docs/training.md` has the figures."""
 OPTIMIZERS = ("AdamW", "Prodigy", SCHEDULE_FREE, "Adafactor")
 LOSS_TYPES = ("l2", "huber", "smooth_l1")
 
@@ -88,15 +90,19 @@ class TrainingSettings(PhotoSettings):
     lr_warmup_steps: int = of_training(500, "steps of warm-up, where the schedule has one", low=0)
     lr_num_cycles: int = of_training(1, "restarts of cosine_with_restarts", low=1)
     lr_power: float = of_training(1.0, "power of the polynomial schedule", above=0)
-    snr_gamma: float | None = of_training(None, "min-SNR weighting of the loss; 5.0 is usual", above=0)
-    debiased_estimation_loss: bool = of_training(False, "weigh errors by 1/sqrt(SNR), instead of --snr_gamma")
+    snr_gamma: float | None = of_training(None, f"min-SNR weighting of the loss; 5.0 is usual; {NO_GAIN}", above=0)
+    debiased_estimation_loss: bool = of_training(
+        False, f"weigh errors by 1/sqrt(SNR), instead of --snr_gamma; {NO_GAIN}"
+    )
     noise_offset: float = of_training(
-        0.0, "shift the noise of each channel as a whole by draws of this deviation, for very dark or bright pictures",
+        0.0, "shift the noise of each channel as a whole by draws of this deviation, for very dark or bright pictures; "
+        f"{NO_GAIN}",
         low=0, high=1,
     )  # fmt: skip
     loss_type: str = of_training(
-        "l2", "loss at each position: the square, or one that weighs large differences less", choices=LOSS_TYPES
-    )
+        "l2", f"loss at each position: the square, or one that weighs large differences less; {NO_GAIN}",
+        choices=LOSS_TYPES,
+    )  # fmt: skip
     huber_c: float = of_training(
         0.1, "width beyond which a difference is large, for huber and smooth_l1", above=0, high=1
     )
@@ -111,7 +117,9 @@ class TrainingSettings(PhotoSettings):
     timestep_bias_portion: float = of_training(0.25, "fraction of the levels that is drawn more often", above=0, high=1)
     do_edm_style_training: bool = of_training(False, "EDM preconditioning of the loss (arXiv 2206.00364)")
     max_grad_norm: float = of_training(1.0, "gradients are clipped to this norm", above=0)
-    use_ema: bool = of_training(False, "publish, score and sample the adapter's average over the steps (EMA)")
+    use_ema: bool = of_training(
+        False, f"publish, score and sample the adapter's average over the steps (EMA); {NO_GAIN}"
+    )
     ema_decay: float = of_training(
         0.9999, "largest decay of the average per step; it is smaller early on", low=0, below=1
     )
