@@ -83,6 +83,19 @@ def test_a_run_draws_them_once_and_goes_on_with_the_same(finished, drawn):
 
 
 @pytest.mark.slow
+def test_a_run_that_is_stopped_while_it_draws_goes_on_to_the_same_bytes(finished, tmp_path):
+    config = replace(finished, output_dir=str(tmp_path / "run"))
+    whole, folder = (RunDir(found.output_dir).backgrounds_dir for found in (finished, config))
+    stopped = train(config, should_stop=lambda: len(list(folder.glob("*.[01].png"))) > 1)
+    assert stopped.interrupted and stopped.step == 0 and not (folder / "sheet.png").exists()
+    train(replace(config, resume_from_checkpoint="latest"))
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == {
+        path.name: path.read_bytes() for path in folder.iterdir()
+    }
+    assert adapter_sha256(tmp_path / "run") == adapter_sha256(whole.parent)
+
+
+@pytest.mark.slow
 def test_the_subject_stays_as_it_is_and_nothing_of_the_old_background_does(finished):
     one = made_of(finished)[0]
     whole, photo = Image.open(one.path), Image.open(one.photo.path).convert("RGB")
