@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import signal
 import tempfile
 import threading
 import time
@@ -37,11 +39,17 @@ TOLD = (
 
 
 @pytest.fixture
-def s3(tmp_path, monkeypatch):
+def away():
+    """While it is set, the server refuses all."""
+    return threading.Event()
+
+
+@pytest.fixture
+def s3(away, monkeypatch):
     from tests.helpers.s3_server import s3_server
 
     # Ray's sockets lie there: their paths are short.
-    with s3_server(every=7) as address, tempfile.TemporaryDirectory(prefix="s3-") as scratch:
+    with s3_server(every=7, away=away) as address, tempfile.TemporaryDirectory(prefix="s3-") as scratch:
         monkeypatch.setenv("AWS_ENDPOINT_URL", address)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
@@ -98,27 +106,65 @@ def trainings_of(name: str) -> list[psutil.Process]:
     return [process for process, words in running if GUARDED in words and words[-1].endswith(f"{name}/job_config.json")]
 
 
+def command_for(base: Path, photos: Path, folder: Path, url: str) -> list[str]:
+    """A fleet of the folders in `photos`; its settings are those of `rex` alone."""
+    often = {"checkpointing_steps": 1, "checkpoints_total_limit": 2}
+    config = tiny_config(base, photos / "rex", folder, max_train_steps=STEPS, **often)
+    text = "".join(f"{name} = {json.dumps(getattr(config, name))}\n" for name in TOLD)
+    (folder / "fleet.toml").write_text(text)
+    command = ["fleet", str(photos), "--out", url, "--config", str(folder / "fleet.toml")]
+    return [*command, "--instance_prompt", config.instance_prompt]
+
+
+def sha256_in(url: str, folder: Path) -> str:
+    """Of the adapter in a bucket (`adapter_sha256`)."""
+    folder.mkdir()
+    assert Bucket(url).download(PUBLISHED_NAME, folder / PUBLISHED_NAME)
+    return adapter_sha256(folder)
+
+
+def lose_the_bucket_and_stop(away: threading.Event) -> None:
+    """At rex's second checkpoint the bucket goes, and somebody presses Ctrl-C."""
+    while not list(Path(tempfile.gettempdir()).glob("dreambooth_moslora-*/*/rex/checkpoint-2")):
+        time.sleep(0.01)
+    away.set()
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_fleet_that_is_stopped_with_its_bucket_away_says_so_and_goes_on_from_the_machine(
+    s3, away, tiny_base, tmp_path, capfd
+):
+    from dreambooth_moslora.training.loop import train
+
+    photos = tmp_path / "photos"
+    paint_photos(photos / "rex", 2)
+    command = command_for(tiny_base, photos, tmp_path, s3)
+    threading.Thread(target=lose_the_bucket_and_stop, args=(away,), daemon=True).start()
+    assert main(command) == 130
+    told = capfd.readouterr().err
+    assert "rex: interrupted: " in told and "the same command sends them from there" in told
+    assert told.endswith("stopped; the same command continues\n") and "Traceback" not in told
+    away.clear()
+    assert main(command) == 0
+    train(tiny_config(tiny_base, photos / "rex", tmp_path / "alone" / "rex", max_train_steps=STEPS))
+    assert sha256_in(f"{s3}/rex", tmp_path / "got") == adapter_sha256(tmp_path / "alone" / "rex")
+    assert not list(Path(tempfile.gettempdir()).glob("dreambooth_moslora-*/*"))
+
+
 def test_a_fleet_in_a_bucket_that_loses_a_machine_ends_equal_to_trainings_without_it(s3, tiny_base, tmp_path, capsys):
     from dreambooth_moslora.training.loop import train
 
     photos, killed = tmp_path / "photos", []
     paint_photos(photos / "rex", 2)
     (photos / "void").mkdir()
-    often = {"checkpointing_steps": 1, "checkpoints_total_limit": 2}
-    config = tiny_config(tiny_base, photos / "rex", tmp_path, max_train_steps=STEPS, **often)
-    text = "".join(f"{name} = {json.dumps(getattr(config, name))}\n" for name in TOLD)
-    (tmp_path / "fleet.toml").write_text(text)
-    command = ["fleet", str(photos), "--out", s3, "--config", str(tmp_path / "fleet.toml")]
-    command += ["--instance_prompt", config.instance_prompt]
+    command = command_for(tiny_base, photos, tmp_path, s3)
     threading.Thread(target=lose_the_machine, args=(f"{s3}/rex", killed), daemon=True).start()
     assert main(command) == 1
     told = capsys.readouterr()
     assert "rex: its worker was killed; it continues elsewhere" in told.err and "void: FAILED" in told.err
     assert killed and told.out.endswith(f"{s3}/index.html\n")
-    (tmp_path / "got").mkdir()
-    assert Bucket(f"{s3}/rex").download(PUBLISHED_NAME, tmp_path / "got" / PUBLISHED_NAME)
     train(tiny_config(tiny_base, photos / "rex", tmp_path / "alone" / "rex", max_train_steps=STEPS))
-    assert adapter_sha256(tmp_path / "got") == adapter_sha256(tmp_path / "alone" / "rex")
+    assert sha256_in(f"{s3}/rex", tmp_path / "got") == adapter_sha256(tmp_path / "alone" / "rex")
     assert not list(Path(tempfile.gettempdir()).glob("dreambooth_moslora-*/*"))
     assert main(["fleet", "status", s3]) == 0
     assert "2 subjects: 1 failed, 1 done" in capsys.readouterr().out

@@ -11,13 +11,17 @@ __all__ = ["s3_server", "serving"]
 
 
 @contextmanager
-def s3_server(every: int) -> Iterator[str]:
-    """Its address. The first of `every` uploads is answered by 503, when half of it has come."""
+def s3_server(every: int, away: threading.Event | None = None) -> Iterator[str]:
+    """Its address. The first of `every` uploads is answered by 503, when half of it has come, and while it is `away`
+    each request."""
     from moto.server import DomainDispatcherApplication, create_backend_app
 
     whole, numbers = DomainDispatcherApplication(create_backend_app), count()
 
     def application(environ, start_response):
+        if away and away.is_set():
+            start_response("503 Service Unavailable", [("Connection", "close")])
+            return [b""]
         if environ["REQUEST_METHOD"] == "PUT" and environ["PATH_INFO"].count("/") > 1 and next(numbers) % every == 0:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0) // 2)
             start_response("503 Service Unavailable", [("Connection", "close")])
