@@ -8,6 +8,7 @@ from pathlib import Path
 
 from diffusers import StableDiffusionXLPipeline
 
+from dreambooth_moslora.core.atomic_files import clean_stale
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
@@ -67,6 +68,7 @@ def planned(folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], i
     """The sets of the run, and the batches that must be drawn for them. The folder is made, if it can be."""
     sets = sets_of(folder, config, sizes)
     folder.mkdir(parents=True, exist_ok=True)
+    clean_stale(folder)
     return sets, [batch for images, count in sets for batch in images.lacking(count, config.sample_batch_size)]
 
 

@@ -9,7 +9,7 @@ from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.digests import file_digest
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.training.inputs.class_images import ClassImages, shares
-from dreambooth_moslora.training.inputs.run_class_images import usable_class_photos
+from dreambooth_moslora.training.inputs.run_class_images import planned, usable_class_photos
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny import tiny_sdxl
 from tests.helpers.tiny_training import paint_photos, tiny_config
@@ -187,6 +187,14 @@ def test_a_base_that_draws_nan_ends_the_run_and_leaves_no_class_image(tmp_path):
     with pytest.raises(UserError, match=r"pictures that are not finite .* --prior_generation_precision fp32"):
         train(tiny_config(tmp_path / "model", paint_photos(tmp_path / "photos"), tmp_path / "run", **changes))
     assert not list((tmp_path / "class").iterdir())
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path):
+    stale = tmp_path / ".manifest.json.999999999-5e526a9a.new"
+    stale.touch()
+    config = TrainConfig(with_prior_preservation=True, class_prompt="a dog", num_class_images=1, resolution=8)
+    planned(tmp_path, config, {(8, 8): 1})
+    assert not stale.exists()
 
 
 @pytest.mark.slow
