@@ -19,6 +19,7 @@ RELATIVE = {
     "pres_gain": "PRES above the base's, in its standard deviations",
     "drift_of_spread": "Drift, share of the base's spread",
     "class_diversity_of_base": "DIV of the bare class, share of the base's",
+    "sharpness_of_ceiling": "Sharpness of the toy, share of true renders' after the autoencoder",
     "copied": "Share of copies",
 }
 
@@ -59,6 +60,7 @@ class Evaluation:
             "clip_t_of_ceiling": ("clip_t", "clip_t_ceiling"),
             "dino_of_ceiling": ("dino", "dino_ceiling"),
             "drift_of_spread": ("drift", "drift_base_spread"),
+            "sharpness_of_ceiling": ("sharpness", "sharpness_ceiling"),
             "class_diversity_of_base": ("class_diversity", "class_diversity_base"),
         }
         found = {}

@@ -3,25 +3,32 @@
 ceiling  true renders of the individual in the requested place, from other sides and in other light
 floor    renders of another individual of the same kind in the same place
 judge    an independent network that reads kind, colour and place from a picture
+
+How sharp the toy is (`toybox.measures.sharpness`) has its own ceiling: true renders through the base's autoencoder.
 """
 
 import random
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
+from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.core.config.files import read_json_table
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.evaluation.encoders import Encoders
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
+from toybox.data.renders import to_pixels, to_uint8
 from toybox.drawing.places import PLACES
-from toybox.readers import judge
-from toybox.render import render
+from toybox.measures.sharpness import sharpness
+from toybox.readers import judge, segmenter
+from toybox.render import render, toy_masks
 from toybox.world import Scene, Toy, sample_scene, sample_toy
 
 __all__ = ["ToyTruth", "find_truth", "is_known_place"]
@@ -31,6 +38,15 @@ VIEWS = 3
 SUBJECT_FILE = "subject.json"
 
 
+class RenderedPlace(NamedTuple):
+    """Images uint8 (N,H,W,3) of the toy world, where their toy is, bool (N,H,W), and their unit vectors (N,D)."""
+
+    images: Tensor
+    masks: Tensor
+    dino: Tensor
+    clip: Tensor
+
+
 @dataclass
 class ToyTruth:
     """The true appearance of one toy, in pictures of `size_px`."""
@@ -38,7 +54,7 @@ class ToyTruth:
     toy: Toy
     encoders: Encoders
     size_px: int = 128
-    _views: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _seen: dict[str, RenderedPlace] = field(default_factory=dict)
 
     def tables(
         self, plan: EvaluationPlan, pictures: list[Image.Image], vectors: Tensor, photos: Tensor
@@ -49,13 +65,13 @@ class ToyTruth:
         requested places. truth: DINO of each generated picture (N, D) to true renders in its place, with its
         own ceiling and floor. clip_t_ceiling, clip_t_floor: CLIP-T of the same renders; CLIP does not see a
         typical "rocket" in an unusual toy, however true its picture. judge_*: whether the judge reads what was
-        requested.
+        requested. sharpness, sharpness_ceiling: of the generated toy, and of true renders through the autoencoder.
         """
         places = [place_in(template) for template in plan.templates]
         seen = {kind: [self._renders(place, kind) for place in places] for kind in ("true", "other")}
-        true, others = (torch.stack([dino for dino, _ in seen[kind]]) for kind in seen)
+        true, others = (torch.stack([found.dino for found in seen[kind]]) for kind in seen)
         said = self.encoders.clip_texts(plan.texts)[:, :, None]
-        prompt = {kind: torch.stack([clip for _, clip in seen[kind]]) @ said for kind in seen}
+        prompt = {kind: torch.stack([found.clip for found in seen[kind]]) @ said for kind in seen}
         generated = vectors.view(len(places), len(plan.seeds), -1)
         return {
             "dino_ceiling": (true @ photos.T).mean(-1).numpy(),
@@ -66,25 +82,26 @@ class ToyTruth:
             "truth_ceiling": among(true).numpy(),
             "truth_floor": (others @ true.mT).mean(-1).numpy(),
             **self._readings(places, pictures, len(plan.seeds)),
+            **self._sharpness(places, pictures, len(plan.seeds)),
         }
 
-    def _renders(self, place: str, kind: str) -> tuple[Tensor, Tensor]:
-        """DINO and CLIP vectors (VIEWS, D) of renders at a place: `true` for the subject, `other` for others of
-        its kind."""
+    def _renders(self, place: str, kind: str) -> RenderedPlace:
+        """VIEWS renders at a place: `true` of the subject, `other` of others of its kind."""
         key = f"{kind} {place}"
-        if key not in self._views:
+        if key not in self._seen:
             rng = random.Random(f"{key} {self.toy}")
             toys = [self.toy if kind == "true" else other_toy(self.toy, rng) for _ in range(VIEWS)]
-            pictures = render([view(rng, toy, place) for toy in toys], self.size_px)
-            images = [Image.fromarray(p.numpy()) for p in pictures]
-            self._views[key] = self.encoders.dino_images(images), self.encoders.clip_images(images)
-        return self._views[key]
+            scenes = [view(rng, toy, place) for toy in toys]
+            images = render(scenes, self.size_px)
+            pictures = [Image.fromarray(image.numpy()) for image in images]
+            vectors = self.encoders.dino_images(pictures), self.encoders.clip_images(pictures)
+            self._seen[key] = RenderedPlace(images, toy_masks(scenes, self.size_px), *vectors)
+        return self._seen[key]
 
     def _readings(self, places: list[str], pictures: list[Image.Image], seeds: int) -> dict[str, np.ndarray]:
         if not judge.WEIGHTS.is_file():
             return {}
-        images = torch.stack([torch.from_numpy(np.array(p.convert("RGB"))) for p in pictures])
-        readings = [r for some in images.split(64) for r in self.judge.read(some)]
+        readings = [reading for some in stacked(pictures).split(64) for reading in self.judge.read(some)]
         asked = {
             "kind": [self.toy.kind] * len(readings),
             "colour": [self.toy.colour] * len(readings),
@@ -93,9 +110,38 @@ class ToyTruth:
         right = {n: [getattr(r, n) == a for r, a in zip(readings, answers)] for n, answers in asked.items()}
         return {f"judge_{n}": np.array(hits, dtype=float).reshape(len(places), seeds) for n, hits in right.items()}
 
+    def _sharpness(self, places: list[str], pictures: list[Image.Image], seeds: int) -> dict[str, np.ndarray]:
+        images = stacked(pictures)
+        drawn = sharpness(images, self.segmenter.logits(to_pixels(images)) > 0)
+        true = [self._renders(place, "true") for place in places]
+        ceiling = sharpness(self._through_vae(torch.cat([r.images for r in true])), torch.cat([r.masks for r in true]))
+        return {
+            "sharpness": drawn.view(len(places), seeds).numpy(),
+            "sharpness_ceiling": ceiling.view(len(places), VIEWS).numpy(),
+        }
+
+    @torch.no_grad()
+    def _through_vae(self, images: Tensor) -> Tensor:
+        """Images uint8 (N,H,W,3), encoded and decoded by the embedded base's autoencoder."""
+        latents = self.vae.encode(to_pixels(images)).latent_dist.mode()
+        return to_uint8(self.vae.decode(latents).sample.clamp(-1, 1))
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        return AutoencoderKL.from_pretrained(assets_folder() / "toy-sdxl", subfolder="vae").eval()
+
+    @cached_property
+    def segmenter(self) -> segmenter.Segmenter:
+        return segmenter.load(assets_folder() / "toy-segmenter")
+
     @cached_property
     def judge(self) -> judge.Judge:
         return judge.load()
+
+
+def stacked(pictures: list[Image.Image]) -> Tensor:
+    """uint8 (N,H,W,3)."""
+    return torch.stack([torch.from_numpy(np.array(picture.convert("RGB"))) for picture in pictures])
 
 
 def among(vectors: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import Subject
@@ -189,6 +189,9 @@ def test_true_renders_score_at_the_ceiling_and_others_at_the_floor(tmp_path, pho
     assert abs(good["truth"].mean() - good["truth_ceiling"].mean()) < abs(
         bad["truth"].mean() - good["truth_ceiling"].mean()
     )
+    soft = [picture.filter(ImageFilter.BoxBlur(2)) for picture in true]
+    blurred = truth.tables(PLAN, soft, mean_colours(soft), photo_vectors)
+    assert good["sharpness"].mean() > max(good["sharpness_ceiling"].mean(), 1.5 * blurred["sharpness"].mean())
 
 
 def small_pixels(pictures: list[Image.Image]) -> torch.Tensor:

@@ -45,6 +45,7 @@ MEASURES = (
     "pres_gain",
     "drift_of_spread",
     "class_diversity_of_base",
+    "sharpness_of_ceiling",
 )
 """Measures that are compared. For PRES, drift and copies, less is better."""
 JUDGED = ("dino", "clip_t")
