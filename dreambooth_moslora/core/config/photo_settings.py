@@ -45,7 +45,7 @@ class PhotoSettings:
     captions: str = of_photos(
         "given",
         "given: those beside the photos; auto: photos without one get one made before training, in the run folder "
-        "(no gain was shown on two toys)",
+        "(no gain was shown on three sample subjects)",
         choices=("given", "auto"),
     )
     caption_model: str | None = of_photos(

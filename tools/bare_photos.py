@@ -1,0 +1,52 @@
+"""The sample photos as a person would have them: of different shapes, without captions, with masks made by `check`.
+
+    python -m tools.bare_photos --out runs/bare_photos      # for assets/studies/photos.toml
+
+Every second photo is cut to 4:3, the others to 3:4, around the middle of the subject.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+__all__ = ["cut", "main"]
+
+PHOTOS = Path("assets/subjects")
+SUBJECTS = ("bear", "rocket", "long_eared_rabbit")
+
+
+def cut(photo: Image.Image, mask: Image.Image, wide: bool) -> Image.Image:
+    """4:3 or 3:4 of a square photo: the strip whose middle is nearest to the middle of the mask's white part."""
+    side, short = photo.width, photo.width * 3 // 4
+    left, top, right, bottom = mask.getbbox() or (0, 0, side, side)
+    middle = (top + bottom) // 2 if wide else (left + right) // 2
+    start = min(max(0, middle - short // 2), side - short)
+    return photo.crop((0, start, side, start + short) if wide else (start, 0, start + short, side))
+
+
+def write(subject: str, folder: Path) -> None:
+    """Photos and what the toy is, for the true renders; then the masks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(PHOTOS / subject / "subject.json", folder)
+    for number, path in enumerate(sorted((PHOTOS / subject).glob("*.jpg"))):
+        mask = Image.open(path.with_suffix(".mask.png")).convert("L")
+        cut(Image.open(path), mask, wide=number % 2 == 0).save(folder / path.name, quality=90)
+    options = ["--make_masks", "--no_picture", "--pretrained_model_name_or_path", "toy"]
+    subprocess.run([sys.executable, "-m", "dreambooth_moslora", "check", str(folder), *options], check=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    options.add_argument("--out", type=Path, default=Path("runs/bare_photos"))
+    options.add_argument("--subjects", nargs="+", default=SUBJECTS)
+    chosen = options.parse_args(arguments)
+    for subject in chosen.subjects:
+        write(subject, chosen.out / subject)
+
+
+if __name__ == "__main__":
+    main()
