@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
+from urllib.request import Request, urlopen
 
 from werkzeug.serving import make_server
 
@@ -29,12 +30,15 @@ def s3_server(every: int, away: threading.Event | None = None) -> Iterator[str]:
         return whole(environ, start_response)
 
     with serving(application) as address:
+        urlopen(Request(f"{address}/moto-api/reset", method="POST")).close()  # its buckets are the process's
         yield address
 
 
 @contextmanager
 def serving(application: Callable) -> Iterator[str]:
-    """The address of a server of this WSGI application."""
+    """The address of a server of this WSGI application. The next one is asked anew: fsspec keeps file systems."""
+    from s3fs import S3FileSystem
+
     server = make_server("127.0.0.1", 0, application, threaded=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -43,3 +47,4 @@ def serving(application: Callable) -> Iterator[str]:
     finally:
         server.shutdown()
         thread.join()
+        S3FileSystem.clear_instance_cache()
