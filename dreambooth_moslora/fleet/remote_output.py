@@ -60,7 +60,8 @@ def train_in_bucket(job: Job, train: Callable[[Job], Record] = train_subject) ->
             record = train(here)
     except UserError as error:
         state = record.state if record.state == "interrupted" else "failed"
-        return replace(record, state=state, message=str(error))
+        message = f"{record.message} {error}" if record.state == "failed" else str(error)
+        return replace(record, state=state, message=message.strip())
     return record
 
 
