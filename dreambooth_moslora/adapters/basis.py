@@ -25,6 +25,8 @@ from dreambooth_moslora.core.errors import UserError
 __all__ = ["Basis", "FileBasis", "SvdBasis", "freeze_basis", "leading_directions", "put_basis", "read_basis"]
 
 UNET = "unet"
+NEGLIGIBLE = 1e-6
+"""Singular values below this share of the largest are rounding: they are roots of eigenvalues in fp64."""
 
 
 class Basis(Protocol):
@@ -95,7 +97,7 @@ def leading_directions(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A (rank, in, …) and B (out, rank) of a weight (out, in, …), computed in fp64 on the CPU.
 
     They come from the eigenvectors of the smaller of W·Wᵀ and Wᵀ·W, a tenth of a full SVD's time. Of each pair the
-    largest entry on that side is positive. Directions beyond the narrower side of W are zero.
+    largest entry on that side is positive. Directions beyond the rank of W are zero.
     """
     flat = weight.cpu().double().flatten(1)
     is_tall = len(flat) > flat.shape[1]
@@ -103,8 +105,9 @@ def leading_directions(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     squares, vectors = torch.linalg.eigh(wide @ wide.T)
     kept = min(rank, len(wide))
     sizes, first = squares.flip(0)[:kept].clamp(min=0).sqrt(), vectors.flip(1)[:, :kept]
-    first = first * first.gather(0, first.abs().argmax(0, keepdim=True)).sign()
-    second = wide.T @ first / sizes.clamp(min=torch.finfo(torch.float32).tiny)
+    is_real = sizes > sizes[0] * NEGLIGIBLE
+    first = first * first.gather(0, first.abs().argmax(0, keepdim=True)).sign() * is_real
+    second = wide.T @ first / torch.where(is_real, sizes, torch.ones_like(sizes))
     out_side, in_side = (second, first) if is_tall else (first, second)
     root = sizes.mean().sqrt()
     up, down = flat.new_zeros(len(flat), rank), flat.new_zeros(rank, flat.shape[1])

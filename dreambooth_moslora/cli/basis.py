@@ -17,6 +17,11 @@ __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "learn A and B that many subjects share, for `train --basis FILE`"
 EVERY_SEC = 5.0
+FIXED = (
+    *("optimizer", "lr_scheduler", "lr_warmup_steps", "gradient_accumulation_steps", "mixer_lr_scale", "use_ema"),
+    *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "push_to_hub", "dry_run"),
+)
+"""A basis is learnt by AdamW with falling rates, and goes on from `--basis FILE`."""
 OF_A_RUN = ("instance_data_dir", "dataset_name", "instance_prompt", "class_prompt", "output_dir", "mixer")
 
 
@@ -24,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", metavar="DIR", nargs="+", help="folders of photos, each with its subject.json")
     parser.add_argument("--out", metavar="FILE", required=True, help=f"its file: a name ending in {BASIS_SUFFIX}")
     parser.add_argument("--basis_lr", type=float, default=1e-3, help="learning rate of A and B (default: 0.001)")
-    add_training_flags(parser, hidden=OF_A_RUN)
+    add_training_flags(parser, hidden=(*OF_A_RUN, *FIXED))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,6 +37,12 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if not out.name.endswith(BASIS_SUFFIX):
         raise UserError(f"--out {out}: its name must end in {BASIS_SUFFIX}, such as toys_{BASIS_SUFFIX}.")
+    if out.exists():
+        raise UserError(f"--out {out}: it is there already, and mixers may need it; give another name.")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}.")
+    if fixed := [name for name in FIXED if name in flags]:
+        raise UserError(f"--{fixed[0]}: a basis is learnt by AdamW with falling rates, in one go; leave it out.")
     config = config_of(args.folders, settings_of(flags)[0])
     from dreambooth_moslora.training.learn_basis import learn_basis
     from dreambooth_moslora.training.planning.checks import check_settings
@@ -62,5 +73,5 @@ def config_of(folders: list[str], settings: dict) -> TrainConfig:
         prompt = subject.instance_prompt if number == 1 else f"{subject.instance_prompt} {number}"
         table = {"instance_data_dir": subject.photos, "instance_prompt": prompt, "class_prompt": subject.class_prompt}
         tables.append({name: value for name, value in table.items() if value})
-    kept = {name: value for name, value in settings.items() if name not in OF_A_RUN}
+    kept = {name: value for name, value in settings.items() if name not in (*OF_A_RUN, *FIXED)}
     return TrainConfig.from_dict({"basis": SVD, **kept, "subjects": tables, "output_dir": "basis"})

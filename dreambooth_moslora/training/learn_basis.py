@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from dreambooth_moslora.adapters.files.raw_file import adapter_metadata, save_raw
-from dreambooth_moslora.adapters.moslora import adapter_layers, adapter_parameters, mixer_parameters
+from dreambooth_moslora.adapters.moslora import adapter_layers, mixer_parameters
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
@@ -68,11 +68,9 @@ class Learner:
     def __init__(self, step: TrainStep, count: int, mixer_lr: float, basis_lr: float):
         self.step, self.unet = step, step.components["unet"]
         self.live = [mixer for _, mixer in mixer_parameters(self.unet)]
-        for layer in adapter_layers(self.unet).values():
-            layer.lora_A["default"].weight.requires_grad_(True)
-            layer.lora_B["default"].up.requires_grad_(True)
-        own = {id(mixer) for mixer in self.live}
-        self.shared = [p for _, p in adapter_parameters(self.unet) if id(p) not in own]
+        layers = adapter_layers(self.unet).values()
+        shared = [(layer.lora_A["default"].weight, layer.lora_B["default"].up) for layer in layers]
+        self.shared = [matrix.requires_grad_(True) for pair in shared for matrix in pair]
         size = sum(mixer.numel() for mixer in self.live)
         self.subjects = [nn.Parameter(self.live[0].new_zeros(size)) for _ in range(count)]
         groups = [{"params": self.shared, "lr": basis_lr}, {"params": self.subjects, "lr": mixer_lr}]

@@ -85,6 +85,12 @@ def test_directions_beyond_a_narrow_weight_are_zero():
     assert not any(part.isnan().any() for part in leading_directions(torch.zeros(4, 6), 2))
 
 
+def test_directions_of_a_weight_with_equal_rows_are_finite_in_half_precision():
+    weight = torch.randn(24, 40).repeat_interleave(2, 0)
+    for part in (*leading_directions(weight, 40), *leading_directions(weight.T, 40)):
+        assert part.half().isfinite().all() and part.abs().max() < 10 * weight.abs().max()
+
+
 def test_the_mixers_alone_learn_and_the_fast_path_gives_pefts_gradients(basis):
     slow, fast = on_basis(basis, seed=1), on_basis(basis, seed=1)
     names = [name for name, _ in adapter_parameters(slow)]

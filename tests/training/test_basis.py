@@ -5,8 +5,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.files.mixer_file import read_mixers
 from dreambooth_moslora.core.config.recipe import checked_recipe, recipe_of
 from dreambooth_moslora.core.errors import UserError
@@ -153,7 +154,9 @@ def test_a_basis_that_is_none_is_said_before_the_base_is_loaded(config, tmp_path
         "there is no such file; give a raw adapter file, or the word svd": {"basis": "nowhere.safetensors"},
         "it is no raw adapter file": {"basis": str(single)},
     }
-    for error, changes in wrong.items():
+    folded = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file({"up": torch.ones(1)}, folded, {"moslora": AdapterMetadata(rank=4, alpha=4, mixer="none").to_json()})
+    for error, changes in [*wrong.items(), ("it is no raw adapter file", {"basis": str(folded)})]:
         with pytest.raises(UserError, match=error):
             check_settings(config(tmp_path / "run", **changes))
 

@@ -1,6 +1,7 @@
 """`basis DIR…`: A and B that several subjects share."""
 
 import json
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -51,6 +52,10 @@ def test_mistakes_are_one_line(subjects, tiny_base, tmp_path, capsys):
     assert main(["basis", subjects[0], *base, *out]) == 2
     assert main(["basis", *subjects, *base, *out, "--use_dora"]) == 2
     assert main(["basis", str(tmp_path), *base, *out]) == 2
+    assert main(["basis", *subjects, *base, *out, "--dry_run"]) == 2
+    Path(out[1]).touch()
+    assert main(["basis", *subjects, *base, *out]) == 2
     said = capsys.readouterr().err.splitlines()
     wanted = ("its name must end in", "two subjects or more", "--basis and --use_dora: ", "has no subject.json")
-    assert len(said) == 4 and all(text in line for text, line in zip(wanted, said))
+    wanted += ("--dry_run: a basis is learnt", "it is there already")
+    assert len(said) == 6 and all(text in line for text, line in zip(wanted, said))

@@ -46,7 +46,8 @@ class Mixers:
     @cached_property
     def basis_key(self) -> str:
         """Equal for subjects whose mixers fit the same A and B."""
-        return f"basis_{content_key(basis=self.metadata.basis, ranks=self.ranks)[:16]}"
+        basis = {name: value for name, value in self.metadata.basis.items() if name != "file"}
+        return f"basis_{content_key(basis=basis, ranks=self.ranks)[:16]}"
 
 
 def write_mixers(path: Path, unet: nn.Module, metadata: AdapterMetadata, adapter_name: str = "default") -> None:

@@ -48,9 +48,11 @@ def run(args: argparse.Namespace) -> int:
     recipe = read_recipe(args.from_png) if args.from_png else None
     values = _recipe_values(args, recipe)
     adapters = _adapter_files(args, recipe)
+    basis = Path(args.basis).expanduser() if args.basis else None
+    if basis and not basis.is_file():
+        raise UserError(f"--basis {args.basis}: there is no such file.")
     pipeline = SubjectPipeline.from_base(args.base)
-    if args.basis:
-        pipeline.bases.files.append(Path(args.basis))
+    pipeline.bases.files += [basis] if basis else []
     chosen = tuple((pipeline.load_adapter(item.file, item.name), item.scale) for item in adapters)
     params = GenerationParams.from_dict(values | {"adapters": chosen})
     events = generate_grid(pipeline, params, axes) if axes else pipeline.generate(params)

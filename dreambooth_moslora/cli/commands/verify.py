@@ -103,6 +103,11 @@ def read_receipt(path: str) -> Receipt:
         raise UserError(f"{path}: of its recipe, some is not known here: {one_line('; '.join(wrong))}.")
     if "seed" not in recipe or "raw_format" in tensors:
         raise UserError(f"{path}: it holds no recipe; a file that a whole run published does.")
+    if set(tensors) == {"mixers"}:
+        raise UserError(f"{path}: it holds mixers alone; give the LoRA file beside it.")
+    if facts.basis.get("kind") == "file":
+        basis = facts.basis["file"]
+        raise UserError(f"{path}: its basis is {basis!r:.80}; train --like it with --basis, and compare.")
     if subjects := len(facts.subject_prompts):
         raise UserError(f"{path}: it was trained on {subjects} subjects; train --like it with --subjects, and compare.")
     title = header.get("modelspec.title", "")

@@ -107,6 +107,9 @@ def recipe_in(header: Mapping[str, str]) -> FoundRecipe:
     settings, wrong = checked_recipe(values)
     if not settings:
         raise UserError(f"none of its settings is valid: {one_line('; '.join(wrong))}")
+    basis = facts.get("basis") if isinstance(facts, dict) else None
+    if isinstance(basis, dict) and basis.get("kind") == "file":
+        wrong = [*wrong, "its basis is a file, which --basis must name"]
     return FoundRecipe(settings, tuple(meaningless), tuple(wrong))
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from safetensors import SafetensorError, safe_open
+
 from dreambooth_moslora.adapters.files.metadata import AdapterMetadata, check_start_header
 from dreambooth_moslora.base.headers import tensor_shapes
 from dreambooth_moslora.base.locate import base_folder, check_vae, resolve_base
@@ -273,7 +275,9 @@ def check_basis(config: TrainConfig) -> None:
         raise UserError(f"{given}: there is no such file; give a raw adapter file, or the word svd.")
     try:
         facts = AdapterMetadata.from_json(header_of(Path(config.basis))["moslora"])
-    except (UserError, KeyError, TypeError, ValueError) as error:
+        with safe_open(config.basis, framework="pt") as file:
+            file.get_slice("raw_format")
+    except (UserError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise UserError(f"{given}: it is no raw adapter file of this program.") from error
     if facts.rank != config.rank:
         raise UserError(f"{given}: it has rank {facts.rank}; give --rank {facts.rank}.")

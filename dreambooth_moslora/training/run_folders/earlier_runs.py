@@ -35,7 +35,7 @@ def set_aside(run_dir: RunDir) -> None:
 
 def what_was_left(run_dir: RunDir) -> list[Path]:
     pictures = [run_dir.path / name for name in sorted(pictures_named(run_dir.read_card() or ""))]
-    adapter = [run_dir.adapter_path, run_dir.kohya_path, *run_dir.tokens_paths]
+    adapter = [run_dir.adapter_path, run_dir.kohya_path, run_dir.mixers_path, *run_dir.tokens_paths]
     weights = [*run_dir.named_checkpoints(), run_dir.best_dir, *adapter]
     facts = [run_dir.metrics_path, run_dir.config_path, run_dir.card_path, run_dir.loss_plot_path]
     return present(*weights, *facts, *pictures, run_dir.samples_dir, run_dir.contact_sheet_path)

@@ -39,7 +39,7 @@ def add_adapters(config: TrainConfig, inputs: TrainInputs, checkpoint: Path | No
     if checkpoint is not None:
         facts = load_adapter(checkpoint, components)
         check_same_layers(config, checkpoint, components)
-        if inputs.basis is not None and facts.basis != inputs.basis.note:
+        if inputs.basis is not None and facts.basis.get("sha256") != inputs.basis.note["sha256"]:
             raise UserError(f"--basis: {checkpoint.name} has another basis: resume with the same, or start a new run.")
     for name, module in components.items():
         if checkpoint is None:

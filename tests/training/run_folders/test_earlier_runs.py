@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RunDir
+from dreambooth_moslora.core.run_files.run_folder import MIXERS_NAME, PUBLISHED_NAME, RunDir
 from dreambooth_moslora.training import loop as trainer_module
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
@@ -79,7 +79,10 @@ def test_a_run_in_a_fresh_folder_can_be_watched_while_it_is_prepared(tiny_base, 
 
 def of_another_program(folder):
     """What diffusers' script leaves; returns its files' contents by name."""
-    names = ("checkpoint-2/optimizer.bin", "checkpoint-2/pytorch_lora_weights.safetensors", PUBLISHED_NAME)
+    names = (
+        *("checkpoint-2/optimizer.bin", "checkpoint-2/pytorch_lora_weights.safetensors"),
+        *(PUBLISHED_NAME, MIXERS_NAME),
+    )
     (folder / "checkpoint-2").mkdir(parents=True)
     for name in names:
         (folder / name).write_bytes(name.encode())
