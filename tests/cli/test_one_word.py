@@ -56,6 +56,17 @@ def test_photos_without_masks_get_them_where_nothing_is_fetched_for_it(photos, c
     assert "masks: made for none, as CLIPSeg comes from the hub (--masks auto)" in capsys.readouterr().err
 
 
+def test_photos_that_are_not_square_are_cropped_in_their_own_shapes(photos, tmp_path, capsys):
+    assert not parse_train_config([*photos]).enable_bucket and "crops: " not in capsys.readouterr().err
+    oblong = tmp_path / "wide"
+    oblong.mkdir()
+    Image.new("RGB", (160, 128)).save(oblong / "0.png")
+    assert parse_train_config([str(oblong), "dog"]).enable_bucket
+    assert "crops: in the photos' own shapes (--no_enable_bucket)" in capsys.readouterr().err
+    assert not parse_train_config([str(oblong), "dog", "--no_enable_bucket"]).enable_bucket
+    assert "crops: " not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("place", [lambda words, flags: words + flags, lambda words, flags: flags + words])
 def test_flags_win_before_and_behind_and_are_not_said_to_be_chosen(photos, capsys, place):
     flags = ["--pretrained_model_name_or_path", "toy", "--output_dir", "mine", "--max_train_steps=7", "--rank", "3"]

@@ -6,7 +6,7 @@ The base decides the recipe from `assets/configs`; on a GPU its free memory deci
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ __all__ = [
     "Choices",
     "choose_recipe",
     "choose_scores",
+    "choose_shapes",
     "choose_steps",
     "choose_subjects",
     "choose_words",
@@ -34,6 +35,8 @@ __all__ = [
 ]
 
 TOKEN = "sks"
+OBLONG = 1.1
+"""Photos whose sides differ by more than this factor are cropped in their own shapes."""
 USUAL_EXPOSURES = 200
 """Exposures of each photo if a file that replaces the recipe sets no steps."""
 PHOTOS_OF_A_RECIPE = 5
@@ -157,11 +160,12 @@ def in_words(prompts: Iterable[str | None]) -> str:
 
 
 def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> None:
-    """Choose masks, and unless the steps were given, the number that shows each photo `exposures` times."""
+    """Choose masks and shapes, and unless the steps were given, the number that shows each photo `exposures` times."""
     is_given = choices.given.keys() & {"max_train_steps", "num_train_epochs", "exposures_per_photo"}
     if not is_given:
         choices.settings["exposures_per_photo"] = exposures
     choose_masks(choices, photos)
+    choose_shapes(choices, photos)
     if not is_given:
         line = f"steps: {steps_of(choices, photos)}, which show each photo {exposures} times"
         line += ", and those of a subject with fewer oftener" if len(set(counted(photos))) > 1 else ""
@@ -178,6 +182,13 @@ def choose_masks(choices: Choices, photos: list["Photo"]) -> None:
         choices.add(f"masks: made for the {bare} without one", "masks", masks="auto")
     elif bare and "masks" not in choices.given:
         choices.say("masks: made for none, as CLIPSeg comes from the hub", "masks auto")
+
+
+def choose_shapes(choices: Choices, photos: Sequence["Photo"]) -> None:
+    """Crop photos in their own shapes unless all are nearly square. Square crops of 4:3 photos followed the prompts
+    less on the sample subjects (`docs/photos.md`)."""
+    if any(max(photo.size_px) > OBLONG * min(photo.size_px) for photo in photos):
+        choices.add("crops: in the photos' own shapes", "no_enable_bucket", enable_bucket=True)
 
 
 def counted(photos: list["Photo"]) -> list[int]:

@@ -97,8 +97,9 @@ def review_kept(
     from dreambooth_moslora.photos.folder import find_photos
 
     folder = folder_of(visitor.photos_dir, number)
-    config = crop_config(ctx.base_name, ctx.resolution_px, folder, seed, recipe_of(ctx, like, visitor))
     report = examine(find_photos(folder, "", ctx.resolution_px), ctx.resolution_px)
+    recipe = recipe_of(ctx, like, visitor)
+    config = crop_config(ctx.base_name, ctx.resolution_px, folder, report.photos, seed, recipe)
     crops = [
         (first_crop(replace(photo, subject=number - 1), place, config), ", ".join(photo.reasons) or "good")
         for place, photo in enumerate(report.photos)

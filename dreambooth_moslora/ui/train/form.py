@@ -1,6 +1,6 @@
 """The training form as a value: a few words and numbers, turned into the settings that `train FOLDER WORD` chooses."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from dreambooth_moslora.training.planning.choices import (
     Choices,
     choose_recipe,
     choose_scores,
+    choose_shapes,
     choose_steps,
     choose_subjects,
     choose_words,
@@ -245,7 +246,12 @@ def usable_photos(photos_dir: Path, resolution_px: int, subjects: int = 1) -> li
 
 
 def crop_config(
-    base: str, resolution_px: int, photos_dir: Path, seed: Any = 0, like: FoundRecipe | None = None
+    base: str,
+    resolution_px: int,
+    photos_dir: Path,
+    photos: Sequence["Photo"],
+    seed: Any = 0,
+    like: FoundRecipe | None = None,
 ) -> TrainConfig:
     """The settings that decide the crops, like those of `TrainForm.choices`; the words are not needed."""
     recipe = taken_from(like, {"with_prior_preservation": False}) if like else recipe_settings(base, free_for(base))[1]
@@ -256,7 +262,9 @@ def crop_config(
         "resolution": resolution_px,
         "seed": _whole(seed, "seed", MOST["seed"]),
     }
-    return TrainConfig.from_dict(recipe | own)
+    choices = Choices(recipe | own)
+    choose_shapes(choices, photos)
+    return TrainConfig.from_dict(choices.all)
 
 
 def _whole(value: Any, name: str, limit: int) -> int:

@@ -118,7 +118,7 @@ def test_a_run_keeps_the_recipe_and_comes_back_into_the_form_with_it(shelf, ann)
 
 def test_the_crops_are_shown_as_the_recipe_makes_them(shelf, ann):  # noqa: F811
     ctx, _ = shelf
-    config = crop_config("toy", 128, ann.photos_dir, 0, recipe_of(ctx, "ours", ann))
+    config = crop_config("toy", 128, ann.photos_dir, [], 0, recipe_of(ctx, "ours", ann))
     assert (config.crops_per_photo, config.crop_zoom, config.resolution) == (3, 1.5, 128)
     assert "each shown by the first of its 3 crops" in review_kept(ctx, ann, like="ours").remarks
 
