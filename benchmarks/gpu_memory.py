@@ -13,7 +13,6 @@ import gc
 import itertools
 import logging
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,7 +61,7 @@ def adapted_unet(config: TrainConfig, *, fast: bool = True, unet: nn.Module | No
     if config.cache_cross_attention:
         TextProducts(unet, torch.device("meta"))
     with torch.device("meta"):
-        add_adapters(config, SimpleNamespace(pipeline=SimpleNamespace(unet=unet), start=None), None)
+        add_adapters(config, {"unet": unet})
     if not fast:
         disable_fast_path(unet)
     return unet

@@ -27,6 +27,7 @@ class RandomMaterials:
     dtype: torch.dtype = torch.bfloat16
     start: None = None
     text_products: None = None
+    basis: None = None
 
     def batch_at(self, micro_batch: int, size: int, next_micro_batch: int = 0) -> TrainBatch:
         return collate([(self.view, "a photo of sks dog")] * size, size)

@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 
 import torch
+from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
 from dreambooth_moslora.adapters.basis import Basis, freeze_basis, put_basis
+from dreambooth_moslora.adapters.files.lora_file import AdapterWeights
 from dreambooth_moslora.adapters.fused.fused_linear import enable_fast_path
 from dreambooth_moslora.adapters.init_adapter import begin_with
 from dreambooth_moslora.adapters.layers import matrix_layers, narrowest_sides, value_pattern
@@ -19,27 +21,38 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.seeding import seed_of
 from dreambooth_moslora.training.checkpoint import load_adapter
 from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha, ranks_in_vain
-from dreambooth_moslora.training.prepare import TrainInputs
 
-__all__ = ["add_adapters", "target_paths"]
+__all__ = ["add_adapters", "target_paths", "trained_modules"]
 
 logger = logging.getLogger(__name__)
 
 TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-def add_adapters(config: TrainConfig, inputs: TrainInputs, checkpoint: Path | None) -> dict[str, nn.Module]:
-    """Add an adapter to each trained module, and return the modules by diffusers' names.
-
-    Adapters are loaded from `checkpoint`, or else fresh; fresh ones take the weights of the file
-    `inputs.start`, if given. Raises UserError for a checkpoint with an adapter on other layers.
-    """
+def trained_modules(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> dict[str, nn.Module]:
+    """The modules that get adapters, by diffusers' names."""
     names = ["unet", "text_encoder", "text_encoder_2"] if config.train_text_encoder else ["unet"]
-    components = {name: getattr(inputs.pipeline, name) for name in names}
+    return {name: getattr(pipeline, name) for name in names}
+
+
+def add_adapters(
+    config: TrainConfig,
+    components: dict[str, nn.Module],
+    checkpoint: Path | None = None,
+    *,
+    start: AdapterWeights | None = None,
+    basis: Basis | None = None,
+) -> None:
+    """Add an adapter to each of the modules (see `trained_modules`).
+
+    Adapters are loaded from `checkpoint`, or else fresh; fresh ones take the weights of the file `start`, if
+    given. With `basis`, the UNet's A and B are the basis's and frozen. Raises UserError for a checkpoint with an
+    adapter on other layers or another basis.
+    """
     if checkpoint is not None:
         facts = load_adapter(checkpoint, components)
         check_same_layers(config, checkpoint, components)
-        if inputs.basis is not None and facts.basis.get("sha256") != inputs.basis.note["sha256"]:
+        if basis is not None and facts.basis.get("sha256") != basis.note["sha256"]:
             raise UserError(f"--basis: {checkpoint.name} has another basis: resume with the same, or start a new run.")
     for name, module in components.items():
         if checkpoint is None:
@@ -48,16 +61,14 @@ def add_adapters(config: TrainConfig, inputs: TrainInputs, checkpoint: Path | No
                 logger.warning("%s", line)
             torch.manual_seed(seed_of(config.seed, "adapter", name))
             inject(module, adapter_config(config, name, paths))
-    if checkpoint is None and inputs.start is not None:
-        logger.warning("%s", begin_with(inputs.start, components).sentence())
-        inputs.start = None  # free its tensors
-    if inputs.basis is not None:
-        begin_on_basis(inputs.basis, components["unet"], is_fresh=checkpoint is None)
+    if checkpoint is None and start is not None:
+        logger.warning("%s", begin_with(start, components).sentence())
+    if basis is not None:
+        begin_on_basis(basis, components["unet"], is_fresh=checkpoint is None)
     for module in components.values():
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(module)
         enable_fast_path(module)
-    return components
 
 
 def begin_on_basis(basis: Basis, unet: nn.Module, *, is_fresh: bool) -> None:

@@ -30,7 +30,7 @@ from dreambooth_moslora.training.inputs.train_batch import TrainBatch, move_toge
 from dreambooth_moslora.training.planning.speed import Speed, speed_of
 from dreambooth_moslora.training.prepare import TrainInputs
 from dreambooth_moslora.training.processes import mean_over
-from dreambooth_moslora.training.step.add_adapters import add_adapters
+from dreambooth_moslora.training.step.add_adapters import add_adapters, trained_modules
 from dreambooth_moslora.training.step.averages import average_of, lent
 from dreambooth_moslora.training.step.compiled_blocks import CompiledBlocks
 from dreambooth_moslora.training.step.draws import noise_and_levels, prior_prompts
@@ -79,7 +79,9 @@ class TrainStep:
         speed = speed_of(config, accelerator.device.type, max_train_steps - step)
         make_convolutions_fast(inputs.pipeline.unet, speed)
         self.class_prompts = [subject.class_prompt for subject in each_subject(config)]
-        self.components = add_adapters(config, inputs, checkpoint)
+        self.components = trained_modules(config, inputs.pipeline)
+        add_adapters(config, self.components, checkpoint, start=inputs.start, basis=inputs.basis)
+        inputs.start = None  # free its tensors
         self.compiled = CompiledBlocks(inputs.pipeline.unet) if speed.compiled else None
         if accelerator.is_main_process and (speed.compiled or speed.channels_last):
             logger.warning("%s", speed.sentence())

@@ -6,7 +6,10 @@ import sys
 import pytest
 from torch.utils import backend_registration
 
+from benchmarks.precision import bf16_accelerator
+from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.training.machine.random_materials import random_materials
 from dreambooth_moslora.training.machine.selftest import (
     ON_CPU,
     PROGRAM,
@@ -16,6 +19,7 @@ from dreambooth_moslora.training.machine.selftest import (
     largest_difference,
     tensor_bytes,
 )
+from dreambooth_moslora.training.step.train_step import TrainStep
 
 HAS_PYTHON_DEVICES = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 
@@ -51,6 +55,14 @@ def test_a_step_of_full_size_is_left_out_where_memory_is_short(tmp_path):
     found = SelfTest(tmp_path, env=ON_CPU).step(4.0)
     assert found.holds and found.said.startswith("left out: 4.0 GiB are free; --memory at 512 px needs full ")
     assert found.figures["full"] > found.figures["recompute"] > found.figures["nf4"] > 0
+
+
+def test_random_materials_have_all_that_a_step_reads():
+    """They replace `TrainInputs`, which gets new fields now and then."""
+    config = TrainConfig.from_dict({"resolution": 64, "rank": 2, "mixed_precision": "bf16"})
+    step = TrainStep(config, random_materials("small", 64), bf16_accelerator(), max_train_steps=1)
+    assert 0 < step.accumulate_gradients().total < 10
+    assert step.update_adapter() > 0
 
 
 @pytest.mark.slow
