@@ -15,7 +15,7 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.versions import installed_versions
 from dreambooth_moslora.evaluation.studies.study import Protocol, Study, StudySubject
 from dreambooth_moslora.fleet.cells import CellRunner
-from dreambooth_moslora.fleet.cluster import INSTALL, Lost, Task, connected, largest_node_gib, run_tasks
+from dreambooth_moslora.fleet.cluster import EMBEDDED, INSTALL, Lost, Task, connected, largest_node_gib, run_tasks
 from dreambooth_moslora.fleet.records import read_record, stop_path
 from dreambooth_moslora.fleet.run import Ending, begun, missing, run_fleet
 from dreambooth_moslora.fleet.sizing import Machines
@@ -40,6 +40,8 @@ def machines():
 
 
 def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
+    for name, value in EMBEDDED.items():  # Ray reads them when it is first imported in a process, and never again
+        monkeypatch.setenv(name, value)
     import ray
 
     def init(**_):
