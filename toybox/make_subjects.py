@@ -6,10 +6,16 @@ writes assets/subjects/<name>/00.jpg … 04.jpg (512 px: other sides, places and
 04.mask.png (white on the toy), 00.txt … 04.txt (captions, one without the place and one with it, so that the
 place is not learnt as part of the toy) and subject.json (the toy, its class word and a token). The last three
 are hard: they have looks and proportions that no training picture has.
+
+    python -m toybox.make_subjects --individuals 60 --out runs/individuals
+
+writes that many others in the same form, drawn by chance with proportions as far from the usual ones as theirs:
+01_bear, 02_train and so on. A basis for mixers is learnt over them.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from dataclasses import dataclass
@@ -18,9 +24,9 @@ from pathlib import Path
 from PIL import Image
 
 from toybox.render import render, toy_masks
-from toybox.world import Scene, Toy, lights_of
+from toybox.world import GENES, KINDS, MATERIALS, PATTERNS, Scene, Toy, lights_of, sample_toy
 
-__all__ = ["FOLDER", "PHOTO_PLACES", "SUBJECTS", "Subject", "load", "photo_scenes"]
+__all__ = ["FOLDER", "PHOTO_PLACES", "SUBJECTS", "Subject", "individuals", "load", "photo_scenes"]
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets" / "subjects"
 PHOTO_PX = 512
@@ -65,6 +71,18 @@ def load(name: str) -> Subject:
     return Subject(name, Toy.from_dict(data["toy"]), data["class_word"], data["token"])
 
 
+def individuals(count: int, seed: int) -> list[Subject]:
+    """Toys drawn by chance, of all kinds in turn; patterns and materials are equally likely, and genes reach from
+    -2 to 2."""
+    rng, found = random.Random(f"individuals {seed}"), []
+    for number in range(1, count + 1):
+        genes = tuple(round(rng.triangular(-2, 2, 0), 3) for _ in GENES)
+        looks = {"pattern": rng.choice(PATTERNS), "material": rng.choice(MATERIALS), "genes": genes}
+        toy = sample_toy(rng, KINDS[number % len(KINDS)], **looks)
+        found.append(Subject(f"{number:02d}_{toy.kind.replace(' ', '_')}", toy, toy.kind))
+    return found
+
+
 def photo_scenes(subject: Subject) -> list[Scene]:
     """The scenes of its five photos."""
     rng = random.Random(subject.name)
@@ -83,8 +101,8 @@ def photo_scenes(subject: Subject) -> list[Scene]:
     ]
 
 
-def _write(subject: Subject) -> None:
-    folder = FOLDER / subject.name
+def _write(subject: Subject, out: Path) -> None:
+    folder = out / subject.name
     folder.mkdir(parents=True, exist_ok=True)
     scenes = photo_scenes(subject)
     for number, (picture, mask) in enumerate(zip(render(scenes, PHOTO_PX), toy_masks(scenes, PHOTO_PX))):
@@ -94,12 +112,20 @@ def _write(subject: Subject) -> None:
         (folder / f"{number:02d}.txt").write_text(f"{prompt}\n{prompt} {PHOTO_PLACES[number]}\n")
     data = {"toy": subject.toy.to_dict(), "class_word": subject.class_word, "token": subject.token}
     (folder / "subject.json").write_text(json.dumps(data, indent=2) + "\n")
+    print(f"wrote {folder}", flush=True)
 
 
-def main() -> None:
-    for name, toy in SUBJECTS.items():
-        _write(Subject(name, toy, toy.kind))
-        print(f"wrote {FOLDER / name}")
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--individuals", type=int, metavar="N", help="N others, drawn by chance, into --out")
+    parser.add_argument("--seed", type=int, default=1, help="of those (default: 1)")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="their folder (default: assets/subjects)")
+    args = parser.parse_args(argv)
+    if args.individuals and args.out == FOLDER:
+        parser.error("--individuals needs an --out of its own: assets/subjects is for the samples")
+    samples = [Subject(name, toy, toy.kind) for name, toy in SUBJECTS.items()]
+    for subject in individuals(args.individuals, args.seed) if args.individuals else samples:
+        _write(subject, args.out)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from toybox import make_subjects
 from toybox.captions import article, canonical_caption, caption
 from toybox.data import render_views
 from toybox.data.render_dataset import Shard, write_shard
 from toybox.drawing.kinds import SHAPES
-from toybox.make_subjects import FOLDER, SUBJECTS, load, photo_scenes
+from toybox.make_subjects import FOLDER, SUBJECTS, individuals, load, photo_scenes
 from toybox.render import render, toy_masks
 from toybox.world import COLOURS, KINDS, PLACES, Scene, Toy, is_held_out, sample_scene, sample_toy
 
@@ -163,6 +164,15 @@ def test_subjects_have_masks_of_their_toys():
             with Image.open(FOLDER / name / f"{number:02d}.mask.png") as file:
                 shipped = torch.from_numpy(np.array(file.resize((128, 128), Image.Resampling.NEAREST)))
             assert (shipped != mask).float().mean() < 0.02 < mask.float().mean()
+
+
+def test_individuals_are_unlike_each_other_and_of_all_kinds(tmp_path):
+    found = individuals(40, seed=1)
+    assert {one.toy.kind for one in found} == set(KINDS) and len({one.name for one in found}) == 40
+    assert len({one.toy for one in found + individuals(40, seed=2)}) == 80 and found == individuals(40, seed=1)
+    assert max(abs(gene) for one in found for gene in one.toy.genes) > 1
+    with pytest.raises(SystemExit):
+        make_subjects.main(["--individuals", "2"])
 
 
 def test_missing_subject_is_explained():
