@@ -11,8 +11,9 @@ from dreambooth_moslora.base.locate import SMALL_BASE_PX
 from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.training.accelerator import DTYPES
+from dreambooth_moslora.training.planning.precision import has_fast_bf16
 
-__all__ = ["LoadBase", "drawing_pipeline", "load_base", "warn_of_fp32"]
+__all__ = ["LoadBase", "drawing_pipeline", "load_base", "warn_of_slow_precision"]
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,11 @@ LoadBase = Callable[[TrainConfig, torch.dtype, torch.device], StableDiffusionXLP
 FP32_ON_A_GPU = (
     "The base trains in fp32, which takes twice the memory and several times the time: give --mixed_precision bf16 "
     "(fp16 on a GPU older than Ampere)."
+)
+
+BF16_ON_A_CPU = (
+    "This CPU has no bf16, so PyTorch emulates it, a hundred times slower than fp32: give --mixed_precision no, which "
+    "takes twice the memory."
 )
 
 
@@ -54,8 +60,12 @@ def drawing_pipeline(
     return load_base(config, wanted, device)
 
 
-def warn_of_fp32(pipeline: StableDiffusionXLPipeline, device: torch.device) -> None:
-    """Warn when a base as large as SDXL would train in fp32 on a GPU, as it does when no precision is given."""
-    is_large = default_resolution(pipeline) > SMALL_BASE_PX
-    if device.type == "cuda" and is_large and pipeline.unet.dtype == torch.float32:
+def warn_of_slow_precision(pipeline: StableDiffusionXLPipeline, device: torch.device) -> None:
+    """Warn when a base as large as SDXL would train in fp32 on a GPU, as it does when no precision is given, or in bf16
+    on a CPU without it."""
+    if default_resolution(pipeline) <= SMALL_BASE_PX:
+        return
+    if device.type == "cuda" and pipeline.unet.dtype == torch.float32:
         logger.warning(FP32_ON_A_GPU)
+    if device.type == "cpu" and pipeline.unet.dtype == torch.bfloat16 and not has_fast_bf16():
+        logger.warning(BF16_ON_A_CPU)

@@ -27,7 +27,7 @@ from dreambooth_moslora.core.process import give_freed_memory_back
 from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.training.accelerator import DTYPES
-from dreambooth_moslora.training.frozen_base import LoadBase, load_base, warn_of_fp32
+from dreambooth_moslora.training.frozen_base import LoadBase, load_base, warn_of_slow_precision
 from dreambooth_moslora.training.inputs.encode_ahead import encode_photos, encode_prompts
 from dreambooth_moslora.training.inputs.encoding_cache import TensorCache, fingerprint
 from dreambooth_moslora.training.inputs.photo_encoder import PhotoEncoder
@@ -97,7 +97,7 @@ def prepare(
     dtype = DTYPES[context.accelerator.mixed_precision]
     pipeline = (load or load_base)(config, dtype, device)
     if context.accelerator.is_main_process:
-        warn_of_fp32(pipeline, device)
+        warn_of_slow_precision(pipeline, device)
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
     check_weighting(config, schedule)
     layers = layers_of(pipeline.unet)

@@ -11,6 +11,7 @@ from dreambooth_moslora.cli.main import main, train_main
 from dreambooth_moslora.cli.parser import build_train_parser, parse_train_config
 from dreambooth_moslora.core.config.files import load_settings
 from dreambooth_moslora.core.names import CLIP, DINO
+from dreambooth_moslora.training.planning import precision
 from dreambooth_moslora.training.planning.choices import recipe_gb
 from dreambooth_moslora.training.planning.estimate import RECIPES, STOCK_SDXL, BaseSize, estimate
 from dreambooth_moslora.training.planning.step_plan import plan_steps
@@ -27,6 +28,12 @@ def photos(tmp_path, monkeypatch) -> list[str]:
     for path in paint_photos(tmp_path / "dog", 5).iterdir():
         Image.open(path).resize((256, 256)).save(path)
     return ["dog", "dog"]
+
+
+@pytest.fixture(autouse=True)
+def with_bf16(monkeypatch):
+    """On whatever processor the tests run."""
+    monkeypatch.setattr(precision, "has_fast_bf16", lambda: True)
 
 
 def test_a_toy_is_trained_as_the_recipe_says(tmp_path, monkeypatch, capsys):
@@ -128,6 +135,13 @@ def test_sdxl_is_scored_where_both_encoders_are_here(photos, tmp_path, monkeypat
 
 def test_recipes_by_memory():
     assert [recipe_gb(free) for free in (None, 2.0, 7.3, 11.0, 80.0)] == [12, 6, 8, 12, 24]
+
+
+def test_a_cpu_without_bf16_trains_sdxl_in_fp32(photos, monkeypatch):
+    monkeypatch.setattr(precision, "has_fast_bf16", lambda: False)
+    words = [*photos, "--pretrained_model_name_or_path", STOCK_SDXL]
+    assert parse_train_config(words).mixed_precision == "no"
+    assert parse_train_config([*words, "--mixed_precision", "bf16"]).mixed_precision == "bf16"
 
 
 def test_another_base_than_stock_sdxl_is_not_asked_for_fp16_files(photos, tmp_path):

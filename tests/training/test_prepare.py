@@ -44,15 +44,24 @@ def test_only_what_the_steps_will_show_is_encoded(tiny_base, tmp_path):
     assert {event.total for event in events if getattr(event, "phase", "") == "caching"} == {4 + 4}
 
 
-def test_fp32_on_a_gpu_is_warned_of_once_and_only_for_a_base_like_sdxl(tiny_base, caplog):
-    pipeline, gpu = load_pipeline(tiny_base), torch.device("cuda")
-    frozen_base.warn_of_fp32(pipeline, gpu)
+@pytest.mark.parametrize(
+    ("device", "dtype", "has_bf16", "advice"),
+    [
+        ("cuda", torch.float32, False, "--mixed_precision bf16"),
+        ("cuda", torch.bfloat16, False, None),
+        ("cpu", torch.float32, False, None),
+        ("cpu", torch.bfloat16, True, None),
+        ("cpu", torch.bfloat16, False, "--mixed_precision no"),
+    ],
+)
+def test_a_slow_precision_is_warned_of_once_and_only_for_a_base_like_sdxl(
+    tiny_base, caplog, monkeypatch, device, dtype, has_bf16, advice
+):
+    monkeypatch.setattr(frozen_base, "has_fast_bf16", lambda: has_bf16)
+    pipeline, where = load_pipeline(tiny_base, dtype=dtype), torch.device(device)
+    frozen_base.warn_of_slow_precision(pipeline, where)
+    assert not caplog.records
     pipeline.unet.register_to_config(sample_size=1024 // pipeline.vae_scale_factor)
-    frozen_base.warn_of_fp32(pipeline, torch.device("cpu"))
-    pipeline.unet.to(torch.bfloat16)
-    frozen_base.warn_of_fp32(pipeline, gpu)
-    assert "fp32" not in caplog.text
-    pipeline.unet.to(torch.float32)
-    frozen_base.warn_of_fp32(pipeline, gpu)
-    (line,) = [record.message for record in caplog.records if record.name == frozen_base.__name__]
-    assert "--mixed_precision bf16" in line and "\n" not in line
+    frozen_base.warn_of_slow_precision(pipeline, where)
+    lines = [record.message for record in caplog.records if record.name == frozen_base.__name__]
+    assert [advice in line and "\n" not in line for line in lines] == [True] * (advice is not None)

@@ -80,6 +80,8 @@ def examine_machine(found: Findings) -> None:
 
 
 def examine_device(found: Findings, torch) -> None:
+    from dreambooth_moslora.training.planning.precision import has_fast_bf16
+
     if torch.cuda.is_available():
         facts = torch.cuda.get_device_properties(0)
         found.facts["device"] = (
@@ -91,6 +93,7 @@ def examine_device(found: Findings, torch) -> None:
         found.facts["device"] = "Apple GPU (mps)"
     else:
         found.facts["device"] = "CPU"
+        found.facts["bf16"] = "yes" if has_fast_bf16() else "no: use --mixed_precision no"
         if shutil.which("nvidia-smi"):
             found.warnings.append(
                 "there is an Nvidia driver, but this torch is built for CPU; see pytorch.org for yours"

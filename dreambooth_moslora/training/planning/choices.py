@@ -116,12 +116,13 @@ def recipe_gb(free: float | None) -> int:
 
 
 def for_base_and_card(base: str, recipe: str) -> dict[str, Any]:
-    """What SDXL's recipes leave open: bases without fp16 files, recomputation on 16 GB, and the GPU's half
-    precision."""
+    """What SDXL's recipes leave open: bases without fp16 files, recomputation on 16 GB, and the precision that the GPU,
+    or the CPU where there is none, computes fast."""
     import torch
 
     from dreambooth_moslora.training.planning.estimate import STOCK_SDXL
     from dreambooth_moslora.training.planning.memory_plan import half_precision
+    from dreambooth_moslora.training.planning.precision import has_fast_bf16
 
     changes: dict[str, Any] = {}
     if base != STOCK_SDXL:
@@ -130,6 +131,8 @@ def for_base_and_card(base: str, recipe: str) -> dict[str, Any]:
         changes["gradient_checkpointing"] = True
     if torch.cuda.is_available():
         changes["mixed_precision"] = half_precision()
+    elif not torch.backends.mps.is_available() and not has_fast_bf16():
+        changes["mixed_precision"] = "no"
     return changes
 
 
