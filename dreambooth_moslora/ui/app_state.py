@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import gc
 import html
 import inspect
 import logging
@@ -18,6 +19,7 @@ import gradio as gr
 
 from dreambooth_moslora.base.locate import SMALL_BASE_PX
 from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.process import give_freed_memory_back
 from dreambooth_moslora.core.toy import preferred_guidance
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.ui.adapters.catalog import AdapterCatalog
@@ -73,12 +75,12 @@ class AppContext:
         self._stops: dict[Page, threading.Event] = {}
         self._waiting: OrderedDict[Page, threading.Event] = OrderedDict()
         is_small = resolution_px <= SMALL_BASE_PX
-        self.turns = GpuTurns(self.pipeline, self.loaded, lambda: self.jobs.current() is not None, is_small=is_small)
+        self.turns = GpuTurns(self.pipeline, self.loaded, self.unload, self.is_training, is_small=is_small)
         self.jobs = Jobs(runs_dir, make_room=self.turns.training)
         self.queue = QueueTurns(self.jobs)
         self.jobs.public_names |= {f"{adapters_dir}/": ""} | ({base_name: base} if os.sep in base_name else {})
         self._load, self._load_lock = load, threading.Lock()
-        self._pipeline = _loading(load, self.jobs.told)
+        self._pipeline: Future[SubjectPipeline] | None = self._loading()
 
     @property
     def guidance_scale(self) -> float:
@@ -92,15 +94,36 @@ class AppContext:
     def loaded(self) -> "SubjectPipeline | None":
         """The pipeline, or None while it is not loaded."""
         loading = self._pipeline
-        return loading.result() if loading.done() and loading.exception() is None else None
+        return loading.result() if loading and loading.done() and loading.exception() is None else None
+
+    def is_training(self) -> bool:
+        return self.jobs.current() is not None
+
+    def unload(self) -> None:
+        """Free the pipeline's memory, at once or when it is loaded; the next who needs it loads it again."""
+        with self._load_lock:
+            self._pipeline = None
+        gc.collect()
+        give_freed_memory_back()
 
     def pipeline(self) -> "SubjectPipeline":
         """The pipeline, after waiting for it; a failed load is tried again. Raises UserError when that fails."""
         with self._load_lock:
-            if self._pipeline.done() and self._pipeline.exception() is not None:
-                self._pipeline = _loading(self._load, self.jobs.told)
             loading = self._pipeline
+            if loading is None or (loading.done() and loading.exception() is not None):
+                loading = self._pipeline = self._loading()
         return loading.result()
+
+    def _loading(self) -> "Future[SubjectPipeline]":
+        """The future pipeline, which loads in a thread."""
+
+        def load() -> "SubjectPipeline":
+            self.turns.check_memory()
+            return self._load()
+
+        future: Future[SubjectPipeline] = Future()
+        threading.Thread(target=_fulfil, args=(future, load, self.jobs.told), name="load-base", daemon=True).start()
+        return future
 
     def load_adapters(self, params: GenerationParams, visitor: Visitor) -> GenerationParams:
         """Apply tags and load every adapter into the model. Raises UserError for an unknown or unsuitable one."""
@@ -136,13 +159,6 @@ class AppContext:
 def _page_of(request: gr.Request) -> Page:
     """The visitor and the page: the session's name is chosen by the client, so it alone grants nothing."""
     return visitor_id(request), str(request.session_hash)
-
-
-def _loading(load: Callable[[], "SubjectPipeline"], told: Callable[[str], str]) -> "Future[SubjectPipeline]":
-    """The future result of `load`, which runs in a thread."""
-    future: Future[SubjectPipeline] = Future()
-    threading.Thread(target=_fulfil, args=(future, load, told), name="load-base", daemon=True).start()
-    return future
 
 
 def _fulfil(future: Future, load: Callable[[], "SubjectPipeline"], told: Callable[[str], str]) -> None:

@@ -56,7 +56,7 @@ def photo_widgets(number: int = 1) -> dict[str, Any]:
     if number == 1:
         gr.HTML(faint(ABOUT_MASKS))
     remarks = gr.HTML(visible=False, elem_id=named("remarks", number))
-    look = {"object_fit": "cover", "buttons": ["fullscreen"], "elem_classes": "crops"}
+    look = {"object_fit": "contain", "buttons": ["fullscreen"], "elem_classes": "crops"}
     crops = picture_rows("Crops", named("crops", number), **look)
     return {
         named("photos", number): photos,

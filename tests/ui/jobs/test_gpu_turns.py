@@ -1,7 +1,8 @@
-"""On a GPU, a run and the page's own base take turns."""
+"""A run and the page's own base take turns: on a GPU, and in the memory of a machine without one."""
 
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -73,7 +74,7 @@ def test_the_pages_base_is_off_the_gpu_while_a_run_trains_and_draws_the_same_aft
     jobs._spawn = lambda *place: (seen.append(list(moves)), spawn(*place))[1]
     jobs.start("dog", {}, OWNER)
     assert seen == [[OTHER_DEVICE, "cpu"]]
-    with pytest.raises(UserError, match="the GPU is training a run; pictures can be drawn again when"):
+    with pytest.raises(UserError, match="this machine is training a run; pictures can be drawn again when"):
         picture(ctx)
     assert jobs.current() and moves == [OTHER_DEVICE, "cpu"]
     jobs.stop("dog", OWNER)
@@ -95,7 +96,7 @@ def test_a_resumed_run_and_a_server_that_is_started_again_keep_the_turns(tmp_pat
     assert moves == ["cpu", OTHER_DEVICE, "cpu"]
     fresh, its_moves = resting_toy()
     again = context(tmp_path, lambda: fresh)
-    with pytest.raises(UserError, match="the GPU is training a run"):
+    with pytest.raises(UserError, match="this machine is training a run"):
         picture(again)
     assert its_moves == []
     jobs.stop("dog", OWNER)
@@ -136,6 +137,31 @@ def test_a_small_base_stays_and_draws_beside_a_run(tmp_path):
     jobs.stop("dog", OWNER)
     wait_for_the_end(jobs)
     ctx.visitors.close()
+
+
+def test_without_a_gpu_a_large_base_leaves_memory_while_a_run_trains_and_is_loaded_again(tmp_path):
+    made = []
+
+    def load() -> SubjectPipeline:
+        subject = SubjectPipeline.from_base("toy", device="cpu")
+        made.append(weakref.ref(subject.pipeline.unet))
+        return subject
+
+    ctx = context(tmp_path, load)
+    before = picture(ctx)
+    jobs = sleeping(tmp_path, ctx)
+    jobs.start("dog", {}, OWNER)
+    assert not ctx.is_ready and [one() for one in made] == [None]
+    with pytest.raises(UserError, match="this machine is training a run; pictures can be drawn again when"):
+        picture(ctx)
+    again = context(tmp_path, load)  # a server that is started again
+    with pytest.raises(UserError, match="this machine is training a run"):
+        again.pipeline()
+    jobs.stop("dog", OWNER)
+    wait_for_the_end(jobs)
+    assert picture(ctx) == before and len(made) == 2
+    for each in (ctx, again):
+        each.visitors.close()
 
 
 def test_an_adapter_that_is_loaded_at_rest_draws_as_one_loaded_awake():
