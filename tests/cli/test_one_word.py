@@ -140,7 +140,9 @@ def test_recipes_by_memory():
 def test_a_cpu_without_bf16_trains_sdxl_in_fp32(photos, monkeypatch):
     monkeypatch.setattr(precision, "has_fast_bf16", lambda: False)
     words = [*photos, "--pretrained_model_name_or_path", STOCK_SDXL]
-    assert parse_train_config(words).mixed_precision == "no"
+    chosen = parse_train_config(words)
+    assert chosen.mixed_precision == "no"
+    assert chosen.num_validation_images is chosen.validation_steps is None  # the trainer draws none there
     assert parse_train_config([*words, "--mixed_precision", "bf16"]).mixed_precision == "bf16"
 
 

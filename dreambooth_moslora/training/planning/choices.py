@@ -48,6 +48,8 @@ OWN = (
 """What a recipe names that is another run's, or is chosen here."""
 OF_MEMORY = ("gradient_checkpointing", "base_quantization", "cache_cross_attention")
 """What a word of `--memory` decides instead of the recipe."""
+OF_SAMPLES = ("num_validation_images", "validation_steps")
+"""Left out on a CPU: with a large base, the trainer then draws no samples, as each takes minutes."""
 
 
 @dataclass
@@ -85,11 +87,15 @@ class Choices:
 def choose_recipe(choices: Choices, free_gib: float | None) -> int:
     """Choose the recipe. `free_gib` is the GPU's, None without a GPU. Returns the exposures of each photo in
     the recipe."""
+    from dreambooth_moslora.training.planning.precision import has_gpu
+
     base, memory = choices.all["pretrained_model_name_or_path"], choices.given.get("memory")
     name, recipe = recipe_settings(base, free_gib)
     photos_a_step = recipe["train_batch_size"] * recipe.get("gradient_accumulation_steps", 1)
     exposures = recipe["max_train_steps"] * photos_a_step // PHOTOS_OF_A_RECIPE
     left_out = {*OWN, *(OF_MEMORY if memory not in (None, "auto") else ())}
+    if not is_toy(base) and free_gib is None and not has_gpu():
+        left_out.update(OF_SAMPLES)
     recipe = {key: value for key, value in recipe.items() if key not in left_out}
     if choices.given.get("do_edm_style_training"):
         recipe.pop("snr_gamma", None)
@@ -122,7 +128,7 @@ def for_base_and_card(base: str, recipe: str) -> dict[str, Any]:
 
     from dreambooth_moslora.training.planning.estimate import STOCK_SDXL
     from dreambooth_moslora.training.planning.memory_plan import half_precision
-    from dreambooth_moslora.training.planning.precision import has_fast_bf16
+    from dreambooth_moslora.training.planning.precision import has_fast_bf16, has_gpu
 
     changes: dict[str, Any] = {}
     if base != STOCK_SDXL:
@@ -131,7 +137,7 @@ def for_base_and_card(base: str, recipe: str) -> dict[str, Any]:
         changes["gradient_checkpointing"] = True
     if torch.cuda.is_available():
         changes["mixed_precision"] = half_precision()
-    elif not torch.backends.mps.is_available() and not has_fast_bf16():
+    elif not has_gpu() and not has_fast_bf16():
         changes["mixed_precision"] = "no"
     return changes
 

@@ -10,7 +10,14 @@ import os
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 
-__all__ = ["check_bf16", "has_fast_bf16"]
+__all__ = ["check_bf16", "has_fast_bf16", "has_gpu"]
+
+
+def has_gpu() -> bool:
+    """Whether PyTorch finds an Nvidia or AMD GPU, or Apple's."""
+    import torch
+
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
 def has_fast_bf16() -> bool:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.training.planning.precision import has_gpu
 
 if TYPE_CHECKING:
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
@@ -73,9 +74,3 @@ class GpuTurns:
             return
         del pipeline
         self._unload()
-
-
-def has_gpu() -> bool:
-    import torch  # not before it is needed: the page is up first
-
-    return torch.cuda.is_available() or torch.backends.mps.is_available()
