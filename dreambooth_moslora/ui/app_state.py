@@ -10,7 +10,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -100,8 +100,10 @@ class AppContext:
         return self.jobs.current() is not None
 
     def unload(self) -> None:
-        """Free the pipeline's memory, at once or when it is loaded; the next who needs it loads it again."""
+        """Free the pipeline's memory, after its loading has ended; the next who needs it loads it again."""
         with self._load_lock:
+            if self._pipeline is not None:
+                wait([self._pipeline])
             self._pipeline = None
         gc.collect()
         give_freed_memory_back()

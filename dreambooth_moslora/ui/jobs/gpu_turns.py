@@ -59,7 +59,7 @@ class GpuTurns:
     def training(self) -> Iterator[None]:
         """Wraps the start of a run: waits for the current pictures, then makes room for it.
 
-        A pipeline that is still loading is not moved off a GPU, as it loads into the CPU's memory.
+        With a GPU, a pipeline that is still loading is left alone, as it loads into the CPU's memory.
         """
         with self._lock:
             if not self._is_small:

@@ -148,9 +148,8 @@ def test_without_a_gpu_a_large_base_leaves_memory_while_a_run_trains_and_is_load
         return subject
 
     ctx = context(tmp_path, load)
-    before = picture(ctx)
     jobs = sleeping(tmp_path, ctx)
-    jobs.start("dog", {}, OWNER)
+    jobs.start("dog", {}, OWNER)  # while the base is loading
     assert not ctx.is_ready and [one() for one in made] == [None]
     with pytest.raises(UserError, match="this machine is training a run; pictures can be drawn again when"):
         picture(ctx)
@@ -159,7 +158,12 @@ def test_without_a_gpu_a_large_base_leaves_memory_while_a_run_trains_and_is_load
         again.pipeline()
     jobs.stop("dog", OWNER)
     wait_for_the_end(jobs)
-    assert picture(ctx) == before and len(made) == 2
+    before = picture(ctx)
+    jobs.start("cat", {}, OWNER)
+    assert [one() for one in made] == [None, None]
+    jobs.stop("cat", OWNER)
+    wait_for_the_end(jobs)
+    assert picture(ctx) == before and len(made) == 3
     for each in (ctx, again):
         each.visitors.close()
 
