@@ -23,6 +23,7 @@ from toybox.data.pieces import kept
 from toybox.data.renders import Renders
 from toybox.learning.channels_last import to_channels_last, use_fast_group_norm
 from toybox.learning.train_unet import TextTowers
+from toybox.learning.training import compute_dtype
 
 __all__ = ["draw"]
 
@@ -63,7 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     renders, towers = Renders(args.data), TextTowers(args.clip, args.tokenizer, device=args.device)
     unet = UNet2DConditionModel.from_pretrained(args.unet, torch_dtype=torch.float32).eval()
     unet.set_attn_processor(AttnProcessor())
-    unet = use_fast_group_norm(unet).to(args.device, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    dtype = compute_dtype(args.device)
+    unet = use_fast_group_norm(unet).to(args.device, dtype=dtype, memory_format=torch.channels_last)
     pieces, found = args.out.with_suffix(".pieces"), []
     for start in tqdm(range(0, min(args.count, len(renders.rows)), PIECE), desc="sample"):
         rows = range(start, min(start + PIECE, args.count))

@@ -13,6 +13,7 @@ from torch.nn.functional import adaptive_avg_pool2d, cosine_similarity
 from transformers import CLIPVisionModelWithProjection
 
 from toybox.learning.train_clip import pixels_for_clip
+from toybox.learning.training import compute_dtype
 
 __all__ = ["CELLS", "Alignment", "Sight"]
 
@@ -22,7 +23,8 @@ CELLS = 4  # the middle block's height and width
 class Sight:
     """The frozen vision tower: pictures -> features of each of 4×4 cells."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"):
+    def __init__(self, folder: Path, device: str = "cpu"):
+        dtype = compute_dtype(device)
         self.tower = CLIPVisionModelWithProjection.from_pretrained(folder).eval().to(device, dtype)
         self.dtype, self.device = dtype, device
 

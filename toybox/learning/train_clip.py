@@ -26,7 +26,7 @@ from transformers import (
 
 from toybox.data.renders import Renders
 from toybox.learning.build_tokenizer import load
-from toybox.learning.training import MasterWeights, Run
+from toybox.learning.training import MasterWeights, Run, compute_dtype
 
 __all__ = ["PROJECTION", "ClipTowers", "nonsense", "pixels_for_clip"]
 
@@ -138,7 +138,7 @@ def train(args: argparse.Namespace) -> None:
         picked = renders.sample(args.batch, generator)
         texts = [nonsense(renders.rows[i]["caption"], rng) for i in picked.tolist()]
         ids = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").input_ids
-        pixels = pixels_for_clip(augment(renders.images(picked), generator), torch.bfloat16)
+        pixels = pixels_for_clip(augment(renders.images(picked), generator), compute_dtype(args.device))
         loss, right = towers(pixels.to(args.device), ids.to(args.device))
         loss.backward()
         norm = weights.step(run.rate(step))

@@ -30,7 +30,7 @@ from toybox.learning.alignment import Alignment
 from toybox.learning.build_tokenizer import load
 from toybox.learning.channels_last import to_channels_last, use_fast_group_norm
 from toybox.learning.train_clip import PROJECTION, nonsense
-from toybox.learning.training import MasterWeights, Run
+from toybox.learning.training import MasterWeights, Run, compute_dtype
 
 __all__ = ["TextTowers", "build_unet", "noise_schedule"]
 
@@ -69,7 +69,8 @@ def noise_schedule() -> DDPMScheduler:
 class TextTowers:
     """Both frozen text towers: captions -> (embeds (N,77,256), pooled (N,160)), as SDXL takes them."""
 
-    def __init__(self, clip: Path, tokenizer: Path, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"):
+    def __init__(self, clip: Path, tokenizer: Path, device: str = "cpu"):
+        dtype = compute_dtype(device)
         self.tokenizer = load(tokenizer)
         self.device = device
         self.first = CLIPTextModel.from_pretrained(clip / "text_encoder").eval().to(device, dtype)

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from toybox.learning.train_clip import augment
-from toybox.learning.training import MasterWeights, Run
+from toybox.learning.training import MasterWeights, Run, compute_dtype
 from toybox.world import KINDS
 
 __all__ = ["Views", "build_vit", "nearest_neighbour_accuracy", "told_apart"]
@@ -84,7 +84,7 @@ def train(args: argparse.Namespace) -> None:
     for step in run:
         generator = run.generator(step, salt=args.salt)
         first, second = (augment(v, generator) for v in views.pairs(args.batch, generator))
-        pixels = pixels_for_dino(torch.cat([first, second]), torch.bfloat16)
+        pixels = pixels_for_dino(torch.cat([first, second]), compute_dtype())
         a, b = normalize(vit(pixels).last_hidden_state[:, 0].float(), dim=-1).chunk(2)
         logits, labels = a @ b.T / TEMPERATURE, torch.arange(len(a))
         loss = (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2

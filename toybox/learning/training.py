@@ -1,4 +1,6 @@
-"""What the pre-training scripts share: fp32 master weights under a bf16 model, Muon and AdamW, EMA, resumable runs.
+"""What the pre-training scripts share: fp32 master weights, Muon and AdamW, EMA, resumable runs.
+
+The model computes in bfloat16 where the processor has instructions for it, else in fp32 (`compute_dtype`).
 
 Under `torchrun --nproc_per_node N` the processes of a script that exports only from rank 0 (`train_unet`) share
 the work: each draws its own batches, and their gradients are averaged.
@@ -18,7 +20,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["MasterWeights", "Run"]
+__all__ = ["MasterWeights", "Run", "compute_dtype"]
+
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86 and, the last, of ARM; PyTorch emulates it elsewhere
+
+
+def compute_dtype(device: str | torch.device = "cpu") -> torch.dtype:
+    """bfloat16 on a GPU and on a processor with instructions for it, else fp32, which is then faster.
+
+    A PyTorch without `torch.cpu.get_capabilities` cannot be asked: fp32.
+    """
+    if torch.device(device).type != "cpu":
+        return torch.bfloat16
+    ask = getattr(torch.cpu, "get_capabilities", dict)
+    return torch.bfloat16 if any(ask().get(name) for name in BF16_INSTRUCTIONS) else torch.float32
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -50,7 +65,7 @@ def from_first(number: float) -> float:
 
 
 class MasterWeights:
-    """fp32 masters of a model's parameters; the model itself computes in `dtype`.
+    """fp32 masters of a model's parameters; the model itself computes in `dtype`, by default `compute_dtype`.
 
     `muon_lr` is the rate of weight matrices whose names contain none of `adamw_names`; `adamw_lr` is that of
     all others. `step` multiplies both by its factor.
@@ -65,7 +80,7 @@ class MasterWeights:
         adamw_names: tuple[str, ...] = (),
         weight_decay: float = 0.0,
         ema_decay: float = 0.999,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | None = None,
     ):
         self.names = [n for n, p in model.named_parameters() if p.requires_grad]
         self.params = [p for p in model.parameters() if p.requires_grad]
@@ -83,7 +98,7 @@ class MasterWeights:
         if muon:
             self.optimizers.append(torch.optim.Muon(muon, lr=muon_lr, momentum=0.95, weight_decay=weight_decay))
         self.rates = [o.param_groups[0]["lr"] for o in self.optimizers]
-        model.to(dtype=dtype)
+        model.to(dtype=dtype or compute_dtype(self.params[0].device))
         if any(p.ndim == 4 for p in self.params):
             model.to(memory_format=torch.channels_last)
 

@@ -76,7 +76,7 @@ def test_an_adversary_sharpens_what_squared_errors_blur():
     torch.manual_seed(0)
     adversary = Adversary(weight=1.0)
     x = torch.randint(0, 2, (8, 1, 32, 32)).float().mul(2).sub(1).expand(8, 3, 32, 32)
-    grey = nn.Conv2d(3, 3, 1).bfloat16()
+    grey = nn.Conv2d(3, 3, 1).to(training.compute_dtype())
     for _ in range(30):
         told = adversary.step(to_channels_last(x), to_channels_last(torch.zeros_like(x)))
     assert told < 0.5, "it tells checkers from grey"
@@ -100,6 +100,15 @@ def test_a_batch_of_views_shows_two_kinds_and_each_toy_from_two_sides(tmp_path):
     toys = first // 4
     assert torch.equal(toys, second // 4) and (first != second).all() and len(set(toys.tolist())) == 8
     assert toys.max() < 15 and sorted(Counter(kinds[t] for t in toys).values()) == [4, 4]
+
+
+def test_a_model_computes_in_the_dtype_of_its_inputs_and_its_masters_in_fp32(monkeypatch):
+    for dtype, has in ((torch.float32, {}), (torch.bfloat16, {"amx_bf16": True})):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has, raising=False)
+        model = nn.Conv2d(3, 8, 3)
+        masters = MasterWeights(model).masters
+        x = to_channels_last(torch.randn(1, 3, 8, 8))
+        assert model(x).dtype == x.dtype == dtype and {m.dtype for m in masters} == {torch.float32}
 
 
 def test_networks_trained_beside_are_saved_and_found_again(tmp_path):
