@@ -36,6 +36,7 @@ WATCHED = (
     "download",
     "download_kohya",
     "download_tokens",
+    "download_mixers",
     "loss",
     "fidelity",
     "samples",
@@ -60,6 +61,7 @@ def watch_widgets(below_status: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         download = gr.DownloadButton("Download the adapter", visible=False, elem_id="download_adapter")
         kohya = gr.DownloadButton("… for ComfyUI, A1111", visible=False, elem_id="download_kohya")
         tokens = gr.DownloadButton("… its new tokens", visible=False, elem_id="download_tokens")
+        mixers = gr.DownloadButton("… its mixers alone", visible=False, elem_id="download_mixers")
     loss = gr.LinePlot(y="loss", color="part", title="Loss", elem_id="loss", **plot)
     fidelity = gr.LinePlot(y="score", color="measure", title="Fidelity", elem_id="fidelity", **plot)
     samples = picture_rows("Samples", "samples", object_fit="contain", buttons=["download", "fullscreen"])
@@ -75,7 +77,7 @@ def watch_widgets(below_status: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     )
     with gr.Accordion("Log", open=False, elem_id="log_box"):
         log = gr.Code(language=None, label="Log", show_line_numbers=False, wrap_lines=True, elem_id="log", max_lines=20)
-    downloads = (download, kohya, tokens)
+    downloads = (download, kohya, tokens, mixers)
     widgets = (run, gr.State(None), status, stop, resume, use, reopen, *downloads, loss, fidelity, samples, sheet, log)
     return waiting | dict(zip(WATCHED, widgets)) | {"timer": gr.Timer(POLL_SEC)}
 
@@ -153,7 +155,8 @@ def watched(jobs: Jobs, run: str | None, seen: tuple | None, visitor: Visitor) -
 
 def _gone(names: list[str]) -> dict[str, Any]:
     """The folder of the run was deleted, or it is another's, which must look the same."""
-    hidden = ("use", "reopen", "download", "download_kohya", "download_tokens", "loss", "fidelity", "samples", "sheet")
+    downloads = [name for name in WATCHED if name.startswith("download")]
+    hidden = ("use", "reopen", *downloads, "loss", "fidelity", "samples", "sheet")
     return {
         "run": gr.Dropdown(choices=names, value=None),
         "seen": None,
@@ -178,6 +181,7 @@ def _updates(now: Watch, job: Job, visitor: Visitor) -> dict[str, Any]:
         "download": _download(run_dir.adapter_path, ready, job, visitor),
         "download_kohya": _download(run_dir.kohya_path, ready and run_dir.kohya_path.is_file(), job, visitor),
         "download_tokens": _download_tokens(run_dir.tokens_paths if ready else [], job, visitor),
+        "download_mixers": _download(run_dir.mixers_path, ready and run_dir.mixers_path.is_file(), job, visitor),
         "loss": _plot(now.loss, "loss"),
         "fidelity": _plot(now.fidelity, "score"),
         "samples": gr.Gallery(now.samples, visible=bool(now.samples)),

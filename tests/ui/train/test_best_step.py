@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 from zipfile import ZipFile
 
 import PIL.Image
@@ -71,6 +72,13 @@ def test_new_tokens_and_the_contact_sheet_are_offered_where_the_run_made_them(ru
         with ZipFile(str(both.value["path"])) as archive:
             assert archive.namelist() == ["dog_emb.safetensors", "dog_2_emb.safetensors"]
             assert archive.read("dog_2_emb.safetensors") == b"of the second"
+
+
+def test_mixers_on_a_basis_are_offered_beside_the_published_files(run, tmp_path):
+    assert not watched(Jobs(tmp_path / "runs"), "dog", None, visitor(tmp_path))["download_mixers"].visible
+    (run / "mixers.safetensors").write_text("mixers")
+    offered = watched(Jobs(tmp_path / "runs"), "dog", None, visitor(tmp_path))["download_mixers"]
+    assert offered.visible and Path(str(offered.value["path"])).read_text() == "mixers"
 
 
 @pytest.mark.parametrize(
