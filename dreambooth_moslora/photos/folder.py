@@ -50,6 +50,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+SUBJECT = "subject.json"
+"""What the photos show, for the commands that take folders of subjects."""
 JUNK = {".ds_store", "thumbs.db", "desktop.ini", "manifest.json", METADATA}
 
 
@@ -203,7 +205,7 @@ class FolderReader:
     def read(self) -> PhotoReport:
         report = PhotoReport()
         for path in self.paths:
-            if not is_sidecar_name(path) and path.name != MADE_CAPTIONS:
+            if not is_sidecar_name(path) and path.name not in (MADE_CAPTIONS, SUBJECT):
                 item = self._read_one(path)
                 (report.photos if isinstance(item, Photo) else report.skipped).append(item)
         stems = {photo.path.stem for photo in report.photos}
