@@ -1,0 +1,54 @@
+"""A picture of several runs: for each a photo, and what its adapter draws in four places that no photo shows.
+
+    python -m benchmarks.one_word --out runs/one_word
+    python -m tools.subject_sheet runs/one_word/* --out assets/pictures/recipe.jpg
+
+The places and seeds are fixed, so that nothing is chosen by eye. A run is one of the embedded base.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from PIL import Image
+
+from dreambooth_moslora.core.pictures import Row, draw_contact_sheet
+from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.generation.params import GenerationParams
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
+
+__all__ = ["main", "rows"]
+
+PLACES = ("in the snow", "on a purple rug", "in the desert", "on a checkered floor")
+STEPS, GUIDANCE = 30, 2.5
+
+
+def rows(runs: list[Path]) -> Iterator[Row]:
+    """A row of five pictures for each run."""
+    subject = SubjectPipeline.from_base("toy")
+    for run in runs:
+        settings = json.loads(RunDir(run).config_path.read_text(encoding="utf-8"))
+        photo = min(Path(settings["instance_data_dir"]).glob("*.jpg"))
+        adapters, prompt = ((subject.load_adapter(run, run.name), 1.0),), settings["instance_prompt"]
+        drawn = []
+        for seed, place in enumerate(PLACES):
+            words = f"{prompt} {place}"
+            drawn += subject.draw(GenerationParams(words, "", seed, STEPS, GUIDANCE, adapters=adapters))
+        yield Row(run.name.replace("_", " "), [Image.open(photo), *(image.pixels for image in drawn)])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--out", type=Path, required=True, help="a JPEG")
+    args = parser.parse_args(argv)
+    with TemporaryDirectory() as folder:
+        draw_contact_sheet(list(rows(args.runs)), Path(folder) / "sheet.png", tile_px=128)
+        Image.open(Path(folder) / "sheet.png").save(args.out, quality=88)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()
