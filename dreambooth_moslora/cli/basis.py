@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 def config_of(folders: list[str], settings: dict) -> TrainConfig:
     """The settings of one run with a subject for each folder. Raises UserError."""
-    from dreambooth_moslora.evaluation.studies.study import StudySubject
+    from dreambooth_moslora.evaluation.studies.study_subject import StudySubject
 
     found, seen, tables = [StudySubject.of(folder) for folder in folders], Counter(), []
     for subject in found:

@@ -9,7 +9,7 @@ from dreambooth_moslora.core.config.files import load_settings
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.toy import is_toy
-from dreambooth_moslora.evaluation.studies.study import StudySubject
+from dreambooth_moslora.evaluation.studies.study_subject import StudySubject
 from dreambooth_moslora.training.planning.choices import recipe_settings
 
 __all__ = ["USUAL_STEPS", "leave_one_out", "short_run"]

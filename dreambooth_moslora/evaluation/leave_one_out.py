@@ -26,7 +26,8 @@ from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.evaluation.intervals import Interval
 from dreambooth_moslora.evaluation.studies.stats import Result
-from dreambooth_moslora.evaluation.studies.study import Protocol, Study, StudySubject
+from dreambooth_moslora.evaluation.studies.study import Protocol, Study
+from dreambooth_moslora.evaluation.studies.study_subject import StudySubject
 
 __all__ = ["LEAST_PHOTOS", "PhotoEffect", "effect_plot", "effects_of", "study_without_each", "table_of", "verdict"]
 

@@ -42,9 +42,11 @@ SCORES = {
     "pres": "PRES",
     "drift": "Drift",
     "background_leak": "Leak",
+    "confusion": "Confusion",
+    "confusion_base": "Confusion of the base",
     "score": "Score",
 }
-DIFFERENCES = ("dino", "clip_t", "pres", "drift", "background_leak", "score")
+DIFFERENCES = ("dino", "clip_t", "pres", "drift", "background_leak", "confusion", "score")
 
 
 def write_comparison(study: Study, results: Sequence[Result], out: Path) -> str:
@@ -74,6 +76,7 @@ def results_json(study: Study, results, arms: Sequence[ArmSummary], against: Seq
         "study": {
             "subjects": [s.name for s in study.subjects],
             "tuning_subjects": [s.name for s in study.tuning_subjects],
+            **({"beside": beside} if (beside := companions(study)) else {}),
             "seeds": seeds_of(results),
             "ranks": study.ranks,
             "learning_rates": study.learning_rates,
@@ -94,6 +97,11 @@ def results_json(study: Study, results, arms: Sequence[ArmSummary], against: Seq
     }
 
 
+def companions(study: Study) -> dict[str, list[str]]:
+    """The names of each subject's companions, of those that have some."""
+    return {subject.name: [one.name for one in subject.beside] for subject in study.subjects if subject.beside}
+
+
 def span(interval: Interval, signed: bool = False) -> str:
     sign = "+" if signed else ""
     return f"{interval.mean:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
@@ -103,14 +111,16 @@ def arm_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: scores with intervals over subjects and seeds, and the cost of each arm."""
     jobs = max((int(arm.cost.get("jobs", 1)) for arm in arms), default=1)
     pace = "ms a step" if jobs == 1 else f"ms a step, {jobs} trainings at once"
-    header = ["Arm", "Rank", "Parameters in the UNet", "Learning rate", *SCORES.values(), pace, "GiB of the process"]
+    names = measured(SCORES, [arm.scores for arm in arms])
+    shown = [SCORES[name] for name in names]
+    header = ["Arm", "Rank", "Parameters in the UNet", "Learning rate", *shown, pace, "GiB of the process"]
     rows = [
         [
             arm.arm,
             f"{arm.rank}" if arm.cost["rank"] == arm.rank else f"{arm.rank} ({arm.cost['rank']:.0f})",
             f"{arm.cost['parameters']:,.0f}",
             f"{arm.learning_rate:g}",
-            *spans(arm.scores, SCORES),
+            *spans(arm.scores, names),
             f"{1000 * arm.cost['step_sec']:.0f}",
             f"{arm.cost['memory_gib']:.2f}",
         ]
@@ -121,19 +131,25 @@ def arm_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
 
 def relative_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: the scores relative to their scales, where measured."""
-    names = [name for name in RELATIVE if any(name in arm.scores for arm in arms)]
+    names = measured(RELATIVE, [arm.scores for arm in arms])
     rows = [[arm.arm, str(arm.rank), *spans(arm.scores, names)] for arm in sorted(arms, key=lambda a: a.rank)]
     return ["Arm", "Rank", *(RELATIVE[name] for name in names)], rows
 
 
 def outcome_rows(against: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: paired differences, and win/tie/loss in % by subject and by prompt."""
-    header = ["Arm", "Rank", *(f"Δ {SCORES[name]}" for name in DIFFERENCES), "Subject W/T/L %", "Prompt W/T/L %"]
+    names = measured(DIFFERENCES, [outcome.differences for outcome in against])
+    header = ["Arm", "Rank", *(f"Δ {SCORES[name]}" for name in names), "Subject W/T/L %", "Prompt W/T/L %"]
     rows = []
     for found in sorted(against, key=lambda outcome: outcome.rank):
         wins = [" / ".join(f"{100 * share:.0f}" for share in found.wins[name]) for name in ("dino", "clip_t")]
-        rows.append([found.arm, str(found.rank), *spans(found.differences, DIFFERENCES, signed=True), *wins])
+        rows.append([found.arm, str(found.rank), *spans(found.differences, names, signed=True), *wins])
     return header, rows
+
+
+def measured(names: Iterable[str], found: Sequence[Mapping[str, Interval]]) -> list[str]:
+    """The names that any of the arms was measured in; all without an arm."""
+    return [name for name in names if not found or any(name in one for one in found)]
 
 
 def spans(intervals: Mapping[str, Interval], names: Iterable[str], signed: bool = False) -> list[str]:
@@ -195,7 +211,7 @@ def protocol_line(study: Study, results: Sequence[Result]) -> str:
         f"{len(results)} trainings: {len(study.subjects)} subjects × {len(seeds_of(results))} seeds × ranks "
         f"{', '.join(map(str, study.ranks))}; learning rate chosen for each arm and rank out of "
         f"{', '.join(f'{rate:g}' for rate in study.learning_rates)} on {len(study.tuning_subjects)} other subjects; "
-        f"equal {study.budget}, steps, data order and noise; {protocol.num_prompts} prompts × "
+        f"equal {study.budget}, steps of a subject, data order and noise; {protocol.num_prompts} prompts × "
         f"{protocol.images_per_prompt} pictures."
     )
 

@@ -27,7 +27,8 @@ def materials(study: Study, subject: str) -> list[Path]:
     """The local files that a result depends on: photos, base and encoders. Hub models are identified by name."""
     base, protocol = resolve_base(study.base), study.protocol
     beside = [base.parent / TOY_DINO] if own_encoders(study.base) else []
-    found = [base, study.subject(subject).photos, protocol.clip, protocol.dino, *beside]
+    mine = study.subject(subject)
+    found = [base, mine.photos, *(one.photos for one in mine.beside), protocol.clip, protocol.dino, *beside]
     return [Path(path) for path in found if path and Path(path).exists()]
 
 

@@ -14,12 +14,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -29,24 +29,16 @@ from dreambooth_moslora.adapters.layers import matrix_layers
 from dreambooth_moslora.adapters.skeleton import empty_model
 from dreambooth_moslora.base.locate import resolve_base
 from dreambooth_moslora.core.atomic_files import atomic_write
+from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.targets import is_adapted
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.process import reset_peak_memory, when_orphaned
-from dreambooth_moslora.core.prompts import scene_places, subject_of
 from dreambooth_moslora.core.run_files.events import StepDone, events_of
 from dreambooth_moslora.core.run_files.run_folder import RunDir
-from dreambooth_moslora.core.toy import is_toy
-from dreambooth_moslora.evaluation.encoders import Encoders, load_encoders
-from dreambooth_moslora.evaluation.evaluate import Evaluator, evaluate_adapter, truth_of
-from dreambooth_moslora.evaluation.protocol import plan_for
-from dreambooth_moslora.evaluation.scores import Evaluation
 from dreambooth_moslora.evaluation.studies.results import read_results, result_path
-from dreambooth_moslora.evaluation.studies.stats import JUDGED, Result, best_rates, is_tuned
+from dreambooth_moslora.evaluation.studies.scoring import evaluate_cell, per_picture, pipeline_of
+from dreambooth_moslora.evaluation.studies.stats import Result, best_rates, is_tuned
 from dreambooth_moslora.evaluation.studies.study import Cell, Study
-from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.photos.folder import instance_photos
-from dreambooth_moslora.photos.masks import open_mask
-from dreambooth_moslora.photos.photo import open_rgb
 from dreambooth_moslora.training.loop import train
 
 if TYPE_CHECKING:
@@ -145,7 +137,7 @@ def run_cell(study: Study, cell: Cell, rank: int, out: Path, jobs: int) -> tuple
     config = study.config_of(cell, rank, work)
     try:
         cost = train_cell(config, out)
-        found = evaluate_cell(study, cell, config, work)
+        found = evaluate_cell(study, cell, work)
     except Exception as error:  # one failed cell must not end the study
         return cell, time.monotonic() - started, f"{type(error).__name__}: {error}"
     finally:
@@ -165,10 +157,7 @@ def train_cell(config: TrainConfig, out: Path) -> dict[str, float]:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     started = time.monotonic()
-    shared = {"caching": "disk", "cache_dir": str(out / "cache")}
-    if config.with_prior_preservation and not config.class_data_dir:  # made once by each process, the same for all arms
-        own = f"{Path(config.instance_data_dir).name}-s{config.seed}-{platform.node()}-{os.getpid()}"
-        shared["class_data_dir"] = str(out / "class_images" / own)
+    shared = {"caching": "disk", "cache_dir": str(out / "cache"), **class_folders(config, out)}
     result = train(TrainConfig.from_dict({**config.to_dict(), **shared}))
     steps = events_of(StepDone, RunDir(result.run_dir).read_metrics())
     return {
@@ -179,59 +168,16 @@ def train_cell(config: TrainConfig, out: Path) -> dict[str, float]:
     }
 
 
-def evaluate_cell(study: Study, cell: Cell, config: TrainConfig, run_dir: Path) -> Evaluation:
-    pipeline = pipeline_of(study.base)
-    pipeline.load_adapter(run_dir, "cell")
-    try:
-        return evaluate_adapter(pipeline, "cell", evaluator_of(study, cell.subject), batch_size=8)
-    finally:
-        pipeline.unload_adapter("cell")
-
-
-@lru_cache(maxsize=1)
-def pipeline_of(base: str) -> SubjectPipeline:
-    return SubjectPipeline.from_base(base)
-
-
-@lru_cache(maxsize=1)
-def encoders_of(base: str, clip: str, dino: str) -> Encoders:
-    return load_encoders(base if is_toy(base) else "", clip, dino)
-
-
-EVALUATORS: dict[str, Evaluator] = {}
-"""This process's evaluators by subject; each holds the base's pictures of its prompts."""
-
-
-def evaluator_of(study: Study, name: str) -> Evaluator:
-    key = f"{study.base} {name} {study.protocol}"
-    if key not in EVALUATORS:
-        EVALUATORS[key] = make_evaluator(study, name)
-    return EVALUATORS[key]
-
-
-def make_evaluator(study: Study, name: str) -> Evaluator:
-    config = study.config_of(Cell("test", study.reference, 1, name, 0, 1.0), 1, Path("unused"))
-    protocol, encoders = study.protocol, encoders_of(study.base, study.protocol.clip, study.protocol.dino)
-    photos = instance_photos(config).photos
-    captions, seeds = [c for photo in photos for c in photo.captions], tuple(range(protocol.images_per_prompt))
-    for arm in study.arms:  # judge all in places that no arm was trained in
-        captions += scene_places(study.config_of(Cell("test", arm, 1, name, 0, 1.0), 1, Path("unused")))
-    plan = plan_for(study.base, subject_of(config), captions=captions, seeds=seeds).smaller(
-        protocol.num_prompts,
-        protocol.images_per_prompt,
-        protocol.class_images,
-        protocol.unrelated,
-        protocol.inference_steps,
-    )
-    truth = truth_of(study.base, config.instance_data_dir, plan, encoders, pipeline_of(study.base).resolution_px)
-    return Evaluator(plan, encoders, [open_rgb(p) for p in photos], [open_mask(p) for p in photos], truth)
-
-
-def per_picture(found: Evaluation) -> dict[str, list[float]]:
-    """The scores by which pictures are judged; and the mean over pictures of likeness to each photo and of its leak."""
-    judged = {name: [round(float(v), 5) for v in found.tables[name].ravel()] for name in JUDGED}
-    means = {f"{name}_by_photo": table.mean(0) for name, table in found.by_photo.items()}
-    return judged | {name: [round(float(v), 5) for v in values] for name, values in means.items()}
+def class_folders(config: TrainConfig, out: Path) -> dict[str, Any]:
+    """Where each subject's class images are: made once by each process, the same for all arms."""
+    if not config.with_prior_preservation or config.class_data_dir:
+        return {}
+    mine = f"s{config.seed}-{platform.node()}-{os.getpid()}"
+    folders = [str(out / "class_images" / f"{Path(one.instance_data_dir).name}-{mine}") for one in each_subject(config)]
+    if not config.subjects:
+        return {"class_data_dir": folders[0]}
+    tables = zip(config.subjects, folders, strict=True)
+    return {"subjects": [replace(one, class_data_dir=folder).to_dict() for one, folder in tables]}
 
 
 def strip(pictures: Iterable[Image.Image]) -> Image.Image:

@@ -37,6 +37,8 @@ MEASURES = (
     "pres",
     "drift",
     "background_leak",
+    "confusion",
+    "confusion_base",
     "copied",
     "truth",
     "dino_of_ceiling",
@@ -47,7 +49,7 @@ MEASURES = (
     "class_diversity_of_base",
     "sharpness_of_ceiling",
 )
-"""Measures that are compared. For PRES, drift and copies, less is better."""
+"""Measures that are compared. For PRES, drift, confusion and copies, less is better."""
 JUDGED = ("dino", "clip_t")
 """Measures by which single pictures are compared."""
 

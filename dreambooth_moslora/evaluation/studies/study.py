@@ -3,11 +3,12 @@
     [study]       subjects, tuning_subjects, seeds, ranks, learning_rates, reference, budget, tie
     [evaluation]  num_prompts, images_per_prompt, class_images, unrelated, inference_steps, clip, dino
     [train]       any setting of train_dreambooth.py, the same for every arm
-    [arms.NAME]   the settings in which this arm differs; config = "recipe.toml" reads them from a file
+    [arms.NAME]   the settings in which this arm differs; config = "recipe.toml" reads them from a file;
+                  together = true trains each subject with its companions in one run
 
 Each (arm, rank) first tries every learning rate on the tuning subjects; the best one is used on the others. An
-arm with its own learning rate keeps it. A subject is a folder with `subject.json` {"token", "class_word"}, or
-{photos = "DIR", instance_prompt = "a photo of sks dog", class_prompt = "a photo of a dog"}.
+arm with its own learning rate keeps it. A run with k subjects gets k times the steps, so that each is shown as often as
+alone. How a subject is written: `study_subject`.
 """
 
 import hashlib
@@ -19,56 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.base.locate import resolve_base
-from dreambooth_moslora.core.assets import find_asset
-from dreambooth_moslora.core.config.files import load_settings, read_json_table, read_tables
+from dreambooth_moslora.core.config.files import load_settings, read_tables
 from dreambooth_moslora.core.config.train_config import TrainConfig, check_each
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.evaluation.studies.study_subject import StudySubject
 
-__all__ = ["Cell", "Protocol", "Study", "StudySubject", "load_study"]
+__all__ = ["Cell", "Protocol", "Study", "load_study"]
 
 SECTIONS = ("study", "evaluation", "train", "arms")
 BUDGETS = ("parameters", "rank")
+TOGETHER = "together"
 LISTS = {"seeds": ((int,), 0), "ranks": ((int,), 1), "learning_rates": ((int, float), 0)}
-
-
-@dataclass(frozen=True)
-class StudySubject:
-    """A folder of photos, its prompt and its class prompt (None: prior preservation then needs one in [train]).
-
-    `name` is the folder's.
-    """
-
-    photos: str
-    instance_prompt: str
-    class_prompt: str | None = None
-
-    @property
-    def name(self) -> str:
-        return Path(self.photos).resolve().name
-
-    @classmethod
-    def of(cls, entry: str | Mapping[str, str]) -> "StudySubject":
-        """Raises UserError when the folder does not exist or does not name its subject."""
-        given = {"photos": entry} if isinstance(entry, str) else entry
-        names = [item.name for item in fields(cls)]
-        is_table = isinstance(given, Mapping) and given.keys() <= set(names)
-        if not (is_table and all(isinstance(text, str) for text in given.values())):
-            raise UserError(f"the study's subject {entry!r}: a folder, or a table of texts, {', '.join(names)}.")
-        if not given.get("photos"):
-            raise UserError(f"the study's subject {entry!r} has no photos: name their folder.")
-        folder = Path(find_asset(given["photos"]))
-        if not folder.is_dir():
-            raise UserError(f"the study's subject {folder}: no such folder; paths start at the current directory.")
-        if "instance_prompt" in given:
-            return cls(str(folder), given["instance_prompt"], given.get("class_prompt"))
-        facts_path = folder / "subject.json"
-        if not facts_path.is_file():
-            raise UserError(f"the study's subject {folder} has no subject.json: give it an instance_prompt.")
-        facts = read_json_table(facts_path)
-        token, word = facts.get("token"), facts.get("class_word")
-        if not token or not word:
-            raise UserError(f"{facts_path} must name the token and the class_word, or the study an instance_prompt.")
-        return cls(str(folder), f"a photo of a {token} {word}", f"a photo of a {word}")
 
 
 @dataclass(frozen=True)
@@ -140,6 +102,10 @@ class Study:
         names = [subject.name for subject in self.subjects + self.tuning_subjects]
         if twice := {name for name in names if names.count(name) > 1}:
             raise UserError(f"the study names {', '.join(sorted(twice))} twice; subjects must not be used for tuning.")
+        if any(map(self.is_together, self.arms)):
+            for subject in self.subjects + self.tuning_subjects:
+                if not subject.beside:
+                    raise UserError(f"an arm trains subjects together, but {subject.name} has none `beside` it.")
         if len(self.learning_rates) > 1 and not self.tuning_subjects:
             raise UserError("several learning rates need tuning_subjects to choose between them.")
 
@@ -149,6 +115,10 @@ class Study:
 
     def subject(self, name: str) -> StudySubject:
         return next(s for s in self.subjects + self.tuning_subjects if s.name == name)
+
+    def is_together(self, arm: str) -> bool:
+        """Whether it trains each subject with its companions in one run."""
+        return self.arms[arm].get(TOGETHER, False)
 
     def rates_of(self, arm: str) -> tuple[float, ...]:
         """The learning rates to choose from; an arm with its own keeps it."""
@@ -177,10 +147,9 @@ class Study:
     def config_of(self, cell: Cell, rank: int, output_dir: Path) -> TrainConfig:
         """The settings of the cell's training, at its real `rank`. Random draws follow the seed, so arms share
         order and noise."""
-        subject = self.subject(cell.subject)
+        subject, shared = self.subject(cell.subject), {**self.train, **self.arms[cell.arm]}
+        chosen = together(subject, shared) if shared.pop(TOGETHER, False) else subject.settings
         own = {
-            "instance_data_dir": subject.photos,
-            "instance_prompt": subject.instance_prompt,
             "output_dir": str(output_dir),
             "rank": rank,
             "seed": cell.seed,
@@ -189,9 +158,7 @@ class Study:
             "report_to": "none",
             "checkpointing_steps": 10**9,
         }
-        if subject.class_prompt:
-            own["class_prompt"] = subject.class_prompt
-        return TrainConfig.from_dict({**self.train, **self.arms[cell.arm], **own})
+        return TrainConfig.from_dict({**shared, **chosen, **own})
 
     def digest(self, cell: Cell, materials: Sequence[str] = ()) -> str:
         """Changes with anything that the cell's result depends on. `materials`: the content of its files."""
@@ -200,7 +167,7 @@ class Study:
             self.train,
             self.arms[cell.arm],
             asdict(self.protocol),
-            asdict(self.subject(cell.subject)),
+            self.subject(cell.subject).facts,
             self.budget,
         ]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:8]
@@ -217,12 +184,21 @@ def load_study(path: Path) -> Study:
     chosen = {name: subjects(path, name, study.pop(name, [])) for name in ("subjects", "tuning_subjects")}
     arms = {name: settings_of(table(path, f"arms.{name}", arm)) for name, arm in arms.items()}
     for settings in (shared, *arms.values()):
-        check_each(settings)
+        check_each({name: value for name, value in settings.items() if settings is shared or name != TOGETHER})
     made = Study(arms=arms, train=shared, protocol=Protocol(**protocol), **chosen, **lists, **study)
     resolve_base(made.base)
     for cell in made.test_cells(made.first_rates()):
         made.config_of(cell, cell.rank, Path("run"))  # find mistakes in any arm before the first training
     return made
+
+
+def together(subject: StudySubject, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of one run of the subject and its companions. Raises UserError unless `shared` has the steps of one
+    alone: epochs and exposures count photos, and companions may have more."""
+    found, steps = (subject, *subject.beside), shared.get("max_train_steps")
+    if not steps:
+        raise UserError(f"an arm with {TOGETHER} needs max_train_steps, the steps of one subject alone.")
+    return {"subjects": [one.settings for one in found], "max_train_steps": steps * len(found)}
 
 
 def table(path: Path, name: str, value: Any) -> dict[str, Any]:
@@ -249,8 +225,10 @@ def subjects(path: Path, name: str, value: Any) -> tuple[StudySubject, ...]:
 
 
 def settings_of(arm: Mapping[str, Any]) -> dict[str, Any]:
-    """The arm's settings, over those of the file that `config = "recipe.toml"` names."""
+    """The arm's settings, over those of the file that `config = "recipe.toml"` names. Raises UserError."""
     own = dict(arm)
+    if not isinstance(own.get(TOGETHER, False), bool):
+        raise UserError(f"the study's arms: {TOGETHER} is true or false, not {own[TOGETHER]!r}.")
     recipe = own.pop("config", None)
     return {**(load_settings(recipe) if recipe else {}), **own}
 

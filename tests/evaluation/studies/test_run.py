@@ -26,7 +26,8 @@ from dreambooth_moslora.evaluation.studies.run import (
     unfinished,
 )
 from dreambooth_moslora.evaluation.studies.stats import JUDGED, MEASURES, Result, best_rates, is_tuned
-from dreambooth_moslora.evaluation.studies.study import Cell, Protocol, Study, StudySubject
+from dreambooth_moslora.evaluation.studies.study import Cell, Protocol, Study
+from dreambooth_moslora.evaluation.studies.study_subject import StudySubject
 from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_training import paint_photos
 
@@ -113,6 +114,36 @@ def test_another_base_or_photo_is_another_cell_and_a_text_about_it_is_not(study,
     next(photos.glob("*.png")).write_bytes(b"another photo")
     seen.append(path())
     assert len(set(seen)) == 3
+
+
+def test_a_subject_is_compared_alone_and_beside_another(study, tmp_path):
+    beside = StudySubject(str(paint_photos(tmp_path / "cat", count=2)), "a photo of zwx cat", "a photo of cat")
+    mine = replace(study.subjects[0], class_prompt="a photo of dog", beside=(beside,))
+    prior = {"with_prior_preservation": True, "prior": "class_images", "num_class_images": 1}
+    pairs = replace(
+        study,
+        subjects=(mine,),
+        arms={"both": {"together": True}, "alone": {}},
+        train={**study.train, **prior},
+        tuning_subjects=(),
+        learning_rates=(1e-2,),
+        reference="alone",
+    )
+    seen, out = [], tmp_path / "out"
+    both, alone = run_study(pairs, out, 1, seen.append)
+    assert [p.error for p in seen] == ["", ""]
+    for result in (both, alone):
+        assert result.scores["confusion"] == result.scores["confusion_with zwx cat"]
+    assert both.scores["confusion_base"] == alone.scores["confusion_base"]  # the same pictures of the base
+    assert both.scores["dino"] != alone.scores["dino"]
+    assert {path.name.partition("-")[0] for path in (out / "class_images").iterdir()} == {"test", "cat"}
+    assert unfinished(pairs, out) == []
+    write_comparison(pairs, [both, alone], out)
+    facts = json.loads((out / "results.json").read_text())
+    assert facts["study"]["beside"] == {"test": ["cat"]}
+    change = both.scores["confusion"] - alone.scores["confusion"]
+    assert facts["against_reference"][0]["differences"]["confusion"]["mean"] == pytest.approx(change)
+    assert "Δ Confusion" in (out / "table.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,21 @@
 """A study's file, its cells and what its results say, on made-up results whose answers are known."""
 
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.evaluation.studies.report import outcome_rows
+from dreambooth_moslora.evaluation.studies.results import materials
 from dreambooth_moslora.evaluation.studies.stats import Result, best_rates, outcomes, summaries
-from dreambooth_moslora.evaluation.studies.study import Cell, Study, StudySubject, load_study
+from dreambooth_moslora.evaluation.studies.study import Cell, Study, load_study
+from dreambooth_moslora.evaluation.studies.study_subject import StudySubject
+from dreambooth_moslora.training.planning.step_plan import plan_steps
 
 MIXERS = Path(__file__).parents[3] / "assets" / "studies" / "mixers.toml"
 
@@ -35,6 +41,23 @@ ranks = [4]
 [train]
 resolution = 64
 {arms}"""
+
+
+ZWX = '[{photos = "b", instance_prompt = "a photo of a zwx duck"}]'
+
+
+def pairs_text(beside: str = ZWX) -> str:
+    """One subject, alone and with what is beside it."""
+    return f"""
+[study]
+subjects = [{{photos = "a", beside = {beside}}}]
+reference = "alone"
+[train]
+max_train_steps = 10
+[arms.alone]
+[arms.both]
+together = true
+"""
 
 
 def write(folder: Path, text: str) -> Path:
@@ -99,6 +122,16 @@ def test_the_digest_follows_every_setting_that_matters(folders):
             study_text().replace("resolution", "pretrained_model_name_or_path = 'no/such/base'\nresolution"),
             "base no/such",
         ),
+        (pairs_text().replace("zwx duck", "sks duck"), "each needs a rare word of its own"),
+        (pairs_text(beside='["a"]'), "each needs a folder of its own"),
+        (pairs_text(beside="'b'"), "`beside` is a list of subjects, not 'b'"),
+        (pairs_text(beside=f'[{{photos = "t", beside = {ZWX}}}]'), "has no `beside` itself"),
+        (pairs_text(beside='[{photos = "b", beside = 3}]'), "`beside` is a list of subjects, not 3"),
+        (pairs_text(beside="[]"), "trains subjects together, but a has none `beside` it"),
+        (pairs_text().replace("together = true", "together = 'b'"), "together is true or false"),
+        (pairs_text().replace("max_train_steps = 10", ""), "together needs max_train_steps"),
+        (pairs_text().replace("max_train_steps", "exposures_per_photo"), "together needs max_train_steps"),
+        (pairs_text().replace("[train]", "[train]\ntogether = true"), "together"),
         ("study = 5", "study is a table"),
         ("[study", "not valid TOML"),
         ("study = " + "[" * 100_000, "nested too deeply"),
@@ -108,6 +141,27 @@ def test_the_digest_follows_every_setting_that_matters(folders):
 def test_mistakes_are_found_before_the_first_training(folders, text, complaint):
     with pytest.raises(UserError, match=complaint):
         load_study(write(folders, text))
+
+
+def test_a_subject_is_shown_as_often_together_as_alone(folders):
+    study = load_study(write(folders, pairs_text()))
+    alone, both = (study.config_of(Cell("test", arm, 4, "a", 0, 1e-3), 4, Path("run")) for arm in ("alone", "both"))
+    assert not alone.subjects and (alone.max_train_steps, both.max_train_steps) == (10, 20)
+    prompts = [one.instance_prompt for one in each_subject(both)]
+    assert prompts == ["a photo of a sks duck", "a photo of a zwx duck"]
+    for counts in ((5, 5), (5, 2), (2, 5)):
+        shown = [plan_steps(alone, counts[0]).exposures_a_subject, plan_steps(both, counts).exposures_a_subject]
+        assert shown[0] == shown[1] > 0
+    assert pickle.loads(pickle.dumps(study)) == study  # as a cluster's tasks take it
+
+
+def test_a_result_depends_on_the_companions_in_every_arm(folders):
+    study = load_study(write(folders, pairs_text()))
+    cells = [Cell("test", arm, 4, "a", 0, 1e-3) for arm in study.arms]
+    others = replace(study, subjects=(replace(study.subjects[0], beside=(StudySubject("b", "a photo of xyz duck"),)),))
+    assert len({one.digest(cell) for one in (study, others) for cell in cells}) == 4
+    assert {path.name for path in materials(study, "a")} >= {"a", "b"}
+    assert StudySubject("a", "a photo of sks duck").facts.keys() == {"photos", "instance_prompt", "class_prompt"}
 
 
 @pytest.mark.parametrize("text, complaint", [("{", "not valid JSON"), ("[]", "names and values"), ("{}", "must name")])
@@ -159,6 +213,16 @@ def test_pairing_finds_a_small_gain_that_unpaired_means_cannot():
     assert equal.low <= 0 <= equal.high
     means = {s.arm: s.scores["score"] for s in summaries(results)}
     assert means["lora"].high > means["better"].low  # the arms' own intervals overlap
+
+
+def test_the_tables_have_a_column_for_each_measure_that_was_taken():
+    study, results = made_up(np.random.default_rng(0), {"other": 0.05})
+    header, (row,) = outcome_rows(outcomes(study, results))
+    assert len(header) == len(row) and "Δ DINO" in header and not {"Δ Confusion", "Δ Leak"} & set(header)
+    for result in results:
+        result.scores["confusion"] = 0.1 if result.cell.arm == "lora" else 0.3
+    header, (row,) = outcome_rows(outcomes(study, results))
+    assert row[header.index("Δ Confusion")] == "+0.200 [+0.200, +0.200]"
 
 
 def test_wins_ties_and_losses_are_shares_of_pictures_that_sum_to_one():
