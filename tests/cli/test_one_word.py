@@ -137,11 +137,12 @@ def test_recipes_by_memory():
     assert [recipe_gb(free) for free in (None, 2.0, 7.3, 11.0, 80.0)] == [12, 6, 8, 12, 24]
 
 
-def test_a_cpu_without_bf16_trains_sdxl_in_fp32(photos, monkeypatch):
+def test_a_cpu_without_bf16_trains_sdxl_in_fp32(photos, monkeypatch, capsys):
     monkeypatch.setattr(precision, "has_fast_bf16", lambda: False)
     words = [*photos, "--pretrained_model_name_or_path", STOCK_SDXL]
     chosen = parse_train_config(words)
     assert chosen.mixed_precision == "no"
+    assert "precision: fp32, as this CPU has no bf16 (--mixed_precision)" in capsys.readouterr().err
     assert chosen.num_validation_images is chosen.validation_steps is None  # the trainer draws none there
     assert parse_train_config([*words, "--mixed_precision", "bf16"]).mixed_precision == "bf16"
 

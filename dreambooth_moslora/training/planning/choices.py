@@ -103,6 +103,8 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
         recipe = {key: value for key, value in recipe.items() if "prior" not in key}
     with_memory = "" if is_toy(base) or free_gib is None else f" for {free_gib:.0f} GiB of free GPU memory"
     choices.add(f"recipe: assets/configs/{name}{with_memory}", "config", **recipe)
+    if choices.settings.get("mixed_precision") == "no":
+        choices.say("precision: fp32, as this CPU has no bf16", "mixed_precision")
     return exposures
 
 

@@ -35,8 +35,10 @@ def is_sound(event: dict[str, Any]) -> bool:
 
 
 def phase_of(events: list[dict[str, Any]]) -> str:
-    """What the trainer does now: a step after the last announced phase means that it trains."""
+    """What the trainer does now. It trains after a step, and after the last of the photos, when no other phase has
+    begun."""
     for event in reversed(events):
         if event["type"] in ("phase", "step"):
-            return str(event.get("phase") or "training")
+            was_last = event.get("phase") == "caching" and event.get("done") == event.get("total")
+            return "training" if was_last else str(event.get("phase") or "training")
     return ""

@@ -46,7 +46,6 @@ PHASES = {
     "class_images": "Making class images",
     "backgrounds": "Drawing new backgrounds",
     "caching": "Looking at the photos once",
-    "training": "Training",
     "sampling": "Drawing samples",
     "evaluating": "Measuring fidelity",
     "exporting": "Writing the adapter and checking it",
@@ -206,6 +205,8 @@ def status_card(state: JobState, metrics: Metrics, best: str = "") -> str:
         return progress_card("Stopping …", "the step is finished and a checkpoint written", fraction)
     if state.phase in ("", "training") and last:
         return progress_card(f"Step {state.step} of {state.max_train_steps}", numbers_of(last), fraction)
+    if state.phase == "training":
+        return progress_card(f"Step {state.step + 1} of {state.max_train_steps} …", "the first takes longest", fraction)
     count = f" {phase.get('done')} of {phase['total']}" if int(phase.get("total") or 1) > 1 else ""
     return progress_card(f"{PHASES.get(state.phase, state.phase or 'Preparing')}{count} …", numbers_of(last), fraction)
 

@@ -14,6 +14,7 @@ from dreambooth_moslora.core.run_files.event_log import Metrics
 from dreambooth_moslora.core.run_files.job_endings import why_it_ended
 from dreambooth_moslora.ui.jobs.job import Job, birth_of
 from dreambooth_moslora.ui.jobs.jobs import Jobs, JobState
+from dreambooth_moslora.ui.jobs.run_events import phase_of
 from dreambooth_moslora.ui.server.users import Visitor
 from dreambooth_moslora.ui.train.actions import status_card
 from dreambooth_moslora.ui.train.watch import watched
@@ -159,6 +160,15 @@ def test_a_run_stopped_before_its_first_step_boasts_of_no_checkpoint(tmp_path):
     state = JobState("interrupted", 0, 100, "", "stopped before the first step")
     assert "Stopped before the first step." in status_card(state, Metrics(tmp_path))
     assert "checkpoint is written" in status_card(replace(state, message=""), Metrics(tmp_path))
+
+
+def test_after_the_last_photo_the_first_step_is_spoken_of(tmp_path):
+    """On a CPU it takes minutes with SDXL, and nothing more is written before its end."""
+    encoding = {"type": "phase", "phase": "caching", "done": 3, "total": 4}
+    assert phase_of([encoding]) == "caching"
+    last = phase_of([encoding, encoding | {"done": 4}])
+    assert "Step 1 of 400" in status_card(JobState("running", 0, 400, last), Metrics(tmp_path))
+    assert phase_of([encoding | {"done": 4}, {"type": "phase", "phase": "sampling"}]) == "sampling"
 
 
 def test_training_is_found_from_any_folder_and_takes_nothing_from_there(tmp_path, monkeypatch):
