@@ -1,10 +1,11 @@
-"""An independent judge of pictures: kind, main colour and place, trained on renders only.
+"""An independent judge of pictures, trained on renders only: kind, two colours, ornaments and place.
 
-    python -m toybox.data.render_dataset --out TOYS --count 10000 --seed 2 --all_combinations    # once
+    python -m toybox.data.render_dataset --out TOYS --count 12000 --seed 2 --all_combinations    # once
     python -m toybox.readers.judge --data TOYS --out WORK/judge --steps 2500    # judge.safetensors, here too
 
     from toybox.readers import judge
     readings = judge.load().read(images)          # uint8 (N,H,W,3) -> list[Reading]
+    readings[0].right(scene)                      # {"kind": True, "colour": True, ...}
 
 It shares no weights with the base and is never trained on generated pictures; noise, blur and shifts in its
 training make it insensitive to sharpness.
@@ -12,6 +13,7 @@ training make it insensitive to sharpness.
 
 import argparse
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,27 +22,48 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, cross_entropy, interpolate
+from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, cross_entropy, interpolate
 
 from toybox.data.renders import Renders, to_pixels
+from toybox.drawing.parts import ACCESSORIES
 from toybox.learning.channels_last import to_channels_last, use_fast_group_norm
 from toybox.learning.training import MasterWeights, Run
-from toybox.world import COLOURS, KINDS, PLACES
+from toybox.world import COLOURS, KINDS, PLACES, Scene
 
-__all__ = ["Judge", "Reading", "load"]
+__all__ = ["LABELS", "ORNAMENTS", "QUESTIONS", "Judge", "Reading", "load"]
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
-LABELS = {"kind": KINDS, "colour": tuple(COLOURS), "place": PLACES}
+LABELS = {"kind": KINDS, "colour": tuple(COLOURS), "colour2": tuple(COLOURS), "place": PLACES}
+"""Questions with one answer each."""
+ORNAMENTS = tuple(ACCESSORIES)
+QUESTIONS = (*LABELS, "ornaments")
+HELD_BACK = 1000
+"""The last renders, which are for evaluation."""
+DRESSED = 0.4
+"""Share of a batch that is drawn among the toys that wear something: only a sixth of all do."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the judge reads from one picture, with its confidence in each answer."""
+    """What the judge reads from one picture, with its confidence in each answer, in the order of QUESTIONS."""
 
     kind: str
     colour: str
+    colour2: str
     place: str
-    confidence: tuple[float, float, float]
+    ornaments: frozenset[str]
+    confidence: tuple[float, ...]
+
+    def right(self, scene: Scene) -> dict[str, bool]:
+        """Whether each answer is true of the scene's first toy; of ornaments, whether just those worn are read."""
+        toy = scene.toys[0]
+        return {
+            "kind": self.kind == toy.kind,
+            "colour": self.colour == toy.colour,
+            "colour2": self.colour2 == toy.colour2,
+            "place": self.place == scene.place,
+            "ornaments": self.ornaments == set(toy.accessories),
+        }
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:
@@ -55,13 +78,17 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class Judge(nn.Module):
-    """A small convolutional network with three linear heads: pixels (N,3,128,128) in [-1, 1] -> logits of each."""
+    """A small convolutional network with a linear head for each question: pixels (N,3,128,128) in [-1, 1] -> logits.
+
+    An ornament's logit is above 0 where it is more likely worn than not.
+    """
 
     def __init__(self):
         super().__init__()
         widths = (3, 16, 32, 64, 128, 160)
         self.body = nn.Sequential(*(_block(a, b) for a, b in pairwise(widths)))
-        self.heads = nn.ModuleDict({name: nn.Linear(16 * 160, len(labels)) for name, labels in LABELS.items()})
+        answers = LABELS | {"ornaments": ORNAMENTS}
+        self.heads = nn.ModuleDict({name: nn.Linear(16 * 160, len(answers[name])) for name in QUESTIONS})
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         features = self.body(pixels).flatten(1)
@@ -74,11 +101,14 @@ class Judge(nn.Module):
         if pixels.shape[-1] != 128:
             pixels = interpolate(pixels, size=(128, 128), mode="bicubic", antialias=True)
         logits = self(pixels.clamp(-1, 1))
+        worn = logits.pop("ornaments").sigmoid()
         best = {name: values.softmax(1).max(1) for name, values in logits.items()}
+        sure = torch.stack([*(best[name].values for name in LABELS), torch.maximum(worn, 1 - worn).prod(1)], dim=1)
         return [
             Reading(
                 **{name: LABELS[name][int(best[name].indices[i])] for name in LABELS},
-                confidence=tuple(round(float(best[name].values[i]), 4) for name in LABELS),
+                ornaments=frozenset(name for name, p in zip(ORNAMENTS, worn[i].tolist()) if p > 0.5),
+                confidence=tuple(round(p, 4) for p in sure[i].tolist()),
             )
             for i in range(len(images))
         ]
@@ -90,14 +120,34 @@ def load(path: Path = WEIGHTS) -> Judge:
     return judge
 
 
+def start_from(path: Path) -> Judge:
+    """A judge with the weights of an earlier one, which may lack some of its heads."""
+    judge = Judge()
+    _, unknown = judge.load_state_dict({k: v.float() for k, v in load_file(path).items()}, strict=False)
+    if unknown:
+        raise ValueError(f"{path} is not a judge: {', '.join(unknown)}")
+    return judge
+
+
 def labels_of(rows: list[dict]) -> dict[str, Tensor]:
-    """Indices of kind, colour and place of the first toy of each scene, (N,)."""
-    toys = [row["scene"]["toys"][0] for row in rows]
-    return {
-        "kind": torch.tensor([KINDS.index(t["kind"]) for t in toys]),
-        "colour": torch.tensor([list(COLOURS).index(t["colour"]) for t in toys]),
-        "place": torch.tensor([PLACES.index(row["scene"]["place"]) for row in rows]),
-    }
+    """Of each scene's first toy: indices of the answers, (N,); of the ornaments which are worn, (N,5) in {0, 1}."""
+    scenes = [row["scene"] for row in rows]
+    answers = [scene["toys"][0] | {"place": scene["place"]} for scene in scenes]
+    found = {name: torch.tensor([names.index(a[name]) for a in answers]) for name, names in LABELS.items()}
+    worn = [[float(name in a["accessories"]) for name in ORNAMENTS] for a in answers]
+    return found | {"ornaments": torch.tensor(worn)}
+
+
+def loss_of(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
+    """Cross-entropy of the answers, plus that of each ornament; all summed, means over the batch."""
+    worn = binary_cross_entropy_with_logits(logits["ornaments"], labels["ornaments"], reduction="none").sum(1).mean()
+    return worn + sum(cross_entropy(logits[name], labels[name]) for name in LABELS)
+
+
+def right_of(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Which answers (N,) are right."""
+    worn = ((logits["ornaments"] > 0) == (labels["ornaments"] > 0)).all(1)
+    return {name: logits[name].argmax(1) == labels[name] for name in LABELS} | {"ornaments": worn}
 
 
 def disturb(pixels: Tensor, generator: torch.Generator) -> Tensor:
@@ -118,37 +168,64 @@ def disturb(pixels: Tensor, generator: torch.Generator) -> Tensor:
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(1)
     renders = Renders(args.data)
-    single = [i for i in range(len(renders) - 1000) if len(renders.rows[i]["scene"]["toys"]) == 1]
-    judge = use_fast_group_norm(load(args.start).train() if args.start else Judge())
+    single = [i for i in range(len(renders) - HELD_BACK) if len(renders.rows[i]["scene"]["toys"]) == 1]
+    dressed = [i for i in single if renders.rows[i]["scene"]["toys"][0]["accessories"]]
+    judge = use_fast_group_norm(start_from(args.start).train() if args.start else Judge())
     weights = MasterWeights(
-        judge, muon_lr=0.02, adamw_lr=1e-3, adamw_names=("heads",), weight_decay=0.01, ema_decay=0.995
+        judge,
+        muon_lr=args.muon_lr or None,
+        adamw_lr=1e-3,
+        adamw_names=("heads",),
+        weight_decay=0.01,
+        ema_decay=0.995,
     )
-    run = Run(args.out, weights, args.steps, minutes=args.minutes, save_every=500, log_every=50)
+    run = Run(args.out, weights, args.steps, minutes=args.minutes, save_every=100, log_every=50)
     for step in run:
         generator = run.generator(step, salt=args.salt)
-        picked = [single[i] for i in torch.randint(len(single), (args.batch,), generator=generator).tolist()]
+        few = int(args.batch * DRESSED)
+        picked = [*drawn(dressed, few, generator), *drawn(single, args.batch - few, generator)]
         pixels = to_channels_last(disturb(to_pixels(renders.images(picked)), generator))
         logits, labels = judge(pixels), labels_of([renders.rows[i] for i in picked])
-        loss = torch.stack([cross_entropy(logits[name], labels[name]) for name in LABELS]).sum()
+        loss = loss_of(logits, labels)
         loss.backward()
         norm = weights.step(run.rate(step))
-        right = {name: (logits[name].argmax(1) == labels[name]).float().mean() for name in LABELS}
+        right = {name: hits.float().mean() for name, hits in right_of(logits, labels).items()}
         run.add(loss=loss, **right, grad_norm=norm)
     export(weights, renders, args.out)
+
+
+def drawn(indices: list[int], count: int, generator: torch.Generator) -> list[int]:
+    """`count` of the indices, at random, with replacement."""
+    return [indices[i] for i in torch.randint(len(indices), (count,), generator=generator).tolist()]
 
 
 def export(weights: MasterWeights, renders: Renders, out: Path) -> None:
     """Averaged weights, fp16, to OUT and beside this file; accuracy on the held-back renders of one toy."""
     save_file({k: v.half().contiguous() for k, v in weights.averaged().items()}, out / "judge.safetensors")
     shutil.copy(out / "judge.safetensors", WEIGHTS)
-    held_back = range(len(renders) - 1000, len(renders))
-    picked = [i for i in held_back if len(renders.rows[i]["scene"]["toys"]) == 1]
-    judge, labels = load(), labels_of([renders.rows[i] for i in picked])
-    readings = [r for part in torch.tensor(picked).split(100) for r in judge.read(renders.images(part))]
-    right = {n: [getattr(r, n) == LABELS[n][int(t)] for r, t in zip(readings, labels[n])] for n in LABELS}
-    report = {f"{name}_accuracy": round(sum(values) / len(values), 4) for name, values in right.items()}
+    report = accuracy_on_renders(load(), renders)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(report)
+
+
+def accuracy_on_renders(judge: Judge, renders: Renders) -> dict[str, float]:
+    """Share of the held-back renders of one toy in which each question is answered right; that of ornaments among
+    the toys that wear something too, and for each ornament recall and precision."""
+    picked = [i for i in range(len(renders) - HELD_BACK, len(renders)) if len(renders.rows[i]["scene"]["toys"]) == 1]
+    scenes = [Scene.from_dict(renders.rows[i]["scene"]) for i in picked]
+    readings = [r for part in torch.tensor(picked).split(100) for r in judge.read(renders.images(part))]
+    right = [reading.right(scene) for reading, scene in zip(readings, scenes)]
+    worn = [(r.ornaments, set(s.toys[0].accessories)) for r, s in zip(readings, scenes)]
+    report = {f"{name}_accuracy": share([hits[name] for hits in right]) for name in QUESTIONS}
+    report["ornaments_worn_accuracy"] = share([read == true for read, true in worn if true])
+    for name in ORNAMENTS:
+        report[f"{name}_recall"] = share([name in read for read, true in worn if name in true])
+        report[f"{name}_precision"] = share([name in true for read, true in worn if name in read])
+    return report
+
+
+def share(hits: list[bool]) -> float:
+    return round(sum(hits) / len(hits), 4) if hits else math.nan
 
 
 def main() -> None:
@@ -158,6 +235,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--minutes", type=float, help="stop, and let the rates fall, by the clock")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument(
+        "--muon_lr",
+        type=float,
+        default=0.02,
+        help="rate of the convolutions, by Muon; 0: by AdamW, faster where bfloat16 is emulated: Muon computes in it",
+    )
     parser.add_argument("--start", type=Path, help="the weights of a finished judge to go on from")
     parser.add_argument("--salt", type=int, default=3, help="another number draws other batches")
     train(parser.parse_args())
