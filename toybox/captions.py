@@ -1,4 +1,4 @@
-"""Captions of a scene: varied English for training, one canonical sentence for tests."""
+"""Captions of a scene: varied English for training, and for tests a canonical sentence and one that names all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 from toybox.world import Scene, Toy
 
-__all__ = ["canonical_caption", "caption"]
+__all__ = ["canonical_caption", "caption", "full_caption"]
 
 LIGHT_PHRASES = {
     "day": "",
@@ -34,6 +34,15 @@ def adjectives(toy: Toy) -> str:
 def canonical_caption(scene: Scene) -> str:
     """ "a photo of a {adjectives} {kind} {place}", and the light unless it is day."""
     toys = " and ".join(article(f"{adjectives(toy)} {toy.kind}") for toy in scene.toys)
+    return " ".join(f"a photo of {toys} {scene.place} {LIGHT_PHRASES[scene.light]}".split())
+
+
+def full_caption(scene: Scene) -> str:
+    """The canonical caption with the second colour and everything that the toys wear."""
+    toys = " and ".join(
+        article(" ".join(f"{adjectives(toy)} {toy.kind} {_with(toy, toy.pattern == 'plain', True)}".split()))
+        for toy in scene.toys
+    )
     return " ".join(f"a photo of {toys} {scene.place} {LIGHT_PHRASES[scene.light]}".split())
 
 
@@ -70,9 +79,13 @@ def _toy_words(toy: Toy, rng: random.Random) -> str:
 
 def _details(toy: Toy, rng: random.Random) -> str:
     """What it wears and, sometimes for a plain toy, its second colour."""
-    details = []
-    if toy.pattern == "plain" and rng.random() < 0.35:
-        details.append(f"{toy.colour2} parts")
-    if rng.random() < 0.8:
+    second = toy.pattern == "plain" and rng.random() < 0.35
+    return _with(toy, second, rng.random() < 0.8)
+
+
+def _with(toy: Toy, second: bool, worn: bool) -> str:
+    """ "with {colour2} parts and a {colour} {ornament}", or as much of it as is to be said."""
+    details = [f"{toy.colour2} parts"] if second else []
+    if worn:
         details += [article(f"{toy.accent_colour} {name}") for name in toy.accessories]
     return f"with {' and '.join(details)}" if details else ""

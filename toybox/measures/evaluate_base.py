@@ -2,24 +2,31 @@
 
     python -m toybox.measures.evaluate_base --base assets/toy-sdxl --out WORK/evaluation --images 400
 
-Prompts are canonical captions of random toys, once of combinations (kind, colour, place) in the training and
-once of held-out ones. 30 Euler steps, guidance 2.5. The judge reads the generated pictures and, for comparison,
-fresh renders of the same scenes. `toybox.measures.swd` measures how far both differ in detail and contrast,
-which the judge overlooks.
+Three groups of prompts: canonical captions of random toys, once of combinations (kind, colour, place) in the
+training and once of held-out ones; and captions of toys with a pattern or an ornament, which name all that is to
+be seen. 30 Euler steps, guidance 2.5 unless another is given. The judge reads the generated pictures and, for
+comparison, fresh renders of the same scenes; it is asked for a second colour or for ornaments only where the prompt
+tells. `toybox.measures.swd` measures how far both differ in detail and contrast, which the judge overlooks.
+
+Pictures that OUT holds already are not drawn again: a new judge reads them in seconds.
 """
 
 import argparse
 import json
+import math
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
 
-from toybox.captions import canonical_caption
+from toybox.captions import canonical_caption, full_caption
 from toybox.data.renders import to_uint8
 from toybox.measures.swd import distances
 from toybox.readers import judge
@@ -31,43 +38,82 @@ __all__ = ["accuracy", "generate", "scenes_for", "sheet"]
 STEPS, GUIDANCE = 30, 2.5
 
 
-def scenes_for(count: int, held_out: bool, seed: int) -> list[Scene]:
-    """Scenes of one toy by day."""
+class Group(NamedTuple):
+    """Prompts of one kind. `full`: they name all that is to be seen, of toys with a pattern or an ornament."""
+
+    held_out: bool
+    full: bool
+    seed: int
+
+
+GROUPS = {
+    "seen combinations": Group(held_out=False, full=False, seed=0),
+    "held-out combinations": Group(held_out=True, full=False, seed=50_000),
+    "patterns and ornaments": Group(held_out=False, full=True, seed=90_000),
+}
+
+
+def scenes_for(count: int, held_out: bool, seed: int, full: bool = False) -> list[Scene]:
+    """Scenes of one toy by day; if `full`, of one that has a pattern or wears something."""
     rng, scenes = random.Random(f"evaluation {seed} {held_out}"), []
     while len(scenes) < count:
         scene = sample_scene(rng, held_out=held_out)
-        if len(scene.toys) == 1 and scene.light == "day":
+        toy, *others = scene.toys
+        plain = toy.pattern == "plain" and not toy.accessories
+        if not others and scene.light == "day" and not (full and plain):
             scenes.append(scene)
     return scenes
 
 
-def generate(pipeline: StableDiffusionXLPipeline, prompts: list[str], seed: int = 0, batch: int = 10) -> Tensor:
+def generate(
+    pipeline: StableDiffusionXLPipeline,
+    prompts: list[str],
+    seed: int = 0,
+    batch: int = 10,
+    guidance: float = GUIDANCE,
+) -> Tensor:
     """uint8 (N,128,128,3); image i is made from seed + i."""
     images = []
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
         pixels = pipeline(
-            part, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators, output_type="pt"
+            part, num_inference_steps=STEPS, guidance_scale=guidance, generator=generators, output_type="pt"
         ).images
         images.append(to_uint8(pixels * 2 - 1))
     return torch.cat(images)
 
 
-def accuracy(images: Tensor, scenes: list[Scene]) -> dict[str, float]:
-    """Fraction of images (N,H,W,3) in which the judge reads the scene's kind, main colour, place, and all three."""
-    readings = judge.load().read(images)
-    right = torch.tensor(
-        [
-            [r.kind == s.toys[0].kind, r.colour == s.toys[0].colour, r.place == s.place]
-            for r, s in zip(readings, scenes, strict=True)
-        ]
-    ).float()
-    names = ("kind", "colour", "place")
-    return {
-        **{name: round(float(v), 4) for name, v in zip(names, right.mean(0))},
-        "all": round(float(right.prod(1).mean()), 4),
-    }
+def accuracy(images: Tensor, scenes: list[Scene], full: bool = False) -> dict:
+    """Fraction of images (N,H,W,3) in which the judge reads what the prompt tells of the scene, by question.
+
+    `full`: the prompts name all. `ornaments_worn` is `ornaments` among the toys that wear something, `all` is kind,
+    colour and place together. `intervals` holds the 95 % interval of each and the number of pictures.
+    """
+    right = [reading.right(scene) for reading, scene in zip(judge.load().read(images), scenes, strict=True)]
+    told = [tells(scene, full) for scene in scenes]
+    hits = {name: [r[name] for r, t in zip(right, told) if t[name]] for name in judge.QUESTIONS}
+    hits["ornaments_worn"] = [r["ornaments"] for r, s in zip(right, scenes) if full and s.toys[0].accessories]
+    hits["all"] = [r["kind"] and r["colour"] and r["place"] for r in right]
+    hits = {name: values for name, values in hits.items() if values}
+    shares = {name: round(sum(values) / len(values), 4) for name, values in hits.items()}
+    return shares | {"intervals": {name: (*wilson(sum(v), len(v)), len(v)) for name, v in hits.items()}}
+
+
+def tells(scene: Scene, full: bool) -> dict[str, bool]:
+    """Whether the prompt tells the answer: a canonical one tells the second colour with a pattern, and names no
+    ornament, so that it is right only of a toy that wears none."""
+    toy = scene.toys[0]
+    unsaid = {"colour2": toy.pattern != "plain", "ornaments": not toy.accessories}
+    return {name: full or unsaid.get(name, True) for name in judge.QUESTIONS}
+
+
+def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson, "Probable Inference", 1927)."""
+    share, spread = hits / count, z * z / count
+    middle = share + spread / 2
+    half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count))
+    return tuple(round(min(max((middle + side) / (1 + spread), 0), 1), 4) for side in (-half, half))
 
 
 def sheet(images: Tensor, columns: int = 10) -> Image.Image:
@@ -89,26 +135,42 @@ def timings(base: Path) -> dict[str, float]:
     }
 
 
-def main(argv: list[str] | None = None) -> None:
+def kept_pictures(path: Path, pipeline: StableDiffusionXLPipeline, prompts: list[str], **options: float) -> Tensor:
+    """The pictures uint8 (N,128,128,3) that `path` holds, or else generated and saved there."""
+    if not path.exists():
+        np.save(path, generate(pipeline, prompts, **options).numpy())
+    return torch.from_numpy(np.load(path))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=Path("assets/toy-sdxl"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
+    parser.add_argument("--no_timings", action="store_true", help="for a machine that is busy with other work")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    scores = {"timings": timings(args.base)}
+    scores = {"guidance": args.guidance}
+    if not args.no_timings:
+        scores["timings"] = timings(args.base)
+        print(json.dumps(scores["timings"]), flush=True)
     pipeline = StableDiffusionXLPipeline.from_pretrained(args.base)
-    for name, held_out, seed in (("seen combinations", False, 0), ("held-out combinations", True, 50_000)):
-        scenes = scenes_for(args.images, held_out, seed)
-        images, renders = generate(pipeline, [canonical_caption(s) for s in scenes], seed), render(scenes)
+    for name in args.groups:
+        held_out, full, seed = GROUPS[name]
+        scenes = scenes_for(args.images, held_out, seed, full)
+        prompts = [(full_caption if full else canonical_caption)(scene) for scene in scenes]
+        stem = f"{name.replace(' ', '_')}_{args.images}_at_{args.guidance:g}"
+        images = kept_pictures(args.out / f"{stem}.npy", pipeline, prompts, seed=seed, guidance=args.guidance)
+        renders = render(scenes)
         scores[name] = {
-            "generated": accuracy(images, scenes) | {"swd": distances(images, renders)},
-            "renders": accuracy(renders, scenes),
+            "generated": accuracy(images, scenes, full) | {"swd": distances(images, renders)},
+            "renders": accuracy(renders, scenes, full),
         }
-        sheet(images[:100]).save(args.out / f"sheet_{'held_out' if held_out else 'seen'}.png")
+        sheet(images[:100]).save(args.out / f"{stem}.png")
         print(name, json.dumps(scores[name]), flush=True)
     (args.out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(scores["timings"]))
 
 
 if __name__ == "__main__":
