@@ -47,7 +47,13 @@ TRUTH = {
     "dino": ("DINO to the photos", "dino_ceiling", "dino_floor"),
     "clip_t": ("CLIP-T", "clip_t_ceiling", "clip_t_floor"),
 }
-JUDGED = ("kind", "colour", "place")
+JUDGED = {
+    "kind": "kind",
+    "colour": "main colour",
+    "colour2": "second colour",
+    "ornaments": "ornaments (all that it wears, and no others)",
+    "place": "place",
+}
 
 
 @dataclass(frozen=True)
@@ -175,8 +181,13 @@ def truth_tables(found: Evaluation) -> list[str]:
     for name, (title, *ends) in TRUTH.items():
         rows.append([title, *(with_interval(found, each) for each in (name, *ends))])
     header = ("Measure", "Adapter", "Ceiling: true renders", "Floor: others of the kind")
-    judged = [(n, with_interval(found, f"judge_{n}")) for n in JUDGED if f"judge_{n}" in found.tables]
-    return [table(header, rows), *([table(("The judge reads", "Share right"), judged)] if judged else [])]
+    judged = [
+        (title, *(with_interval(found, f"judge_{name}{end}") for end in ("", "_ceiling")))
+        for name, title in JUDGED.items()
+        if f"judge_{name}" in found.tables
+    ]
+    asked = ("The judge reads", "Share right", "Ceiling: true renders")
+    return [table(header, rows), *([table(asked, judged)] if judged else [])]
 
 
 def prompt_rows(found: Evaluation) -> str:
@@ -211,7 +222,8 @@ def other_pictures(found: Evaluation) -> list[str]:
 
 def prompt_table(found: Evaluation) -> str:
     rows = per_prompt(found)
-    names = [n for n in rows[0] if n == "prompt" or (n in MEASURES or n == "truth" or n.startswith("judge_"))]
+    shown = {"prompt", "truth", *MEASURES, *(f"judge_{name}" for name in JUDGED)}
+    names = [n for n in rows[0] if n in shown]
     return table([n.replace("_", " ") for n in names], [[row[n] for n in names] for row in rows])
 
 

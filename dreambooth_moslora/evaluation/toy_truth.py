@@ -2,7 +2,7 @@
 
 ceiling  true renders of the individual in the requested place, from other sides and in other light
 floor    renders of another individual of the same kind in the same place
-judge    an independent network that reads kind, colour and place from a picture
+judge    an independent network that reads kind, both colours, ornaments and place from a picture
 
 How sharp the toy is (`toybox.measures.sharpness`) has its own ceiling: true renders through the base's autoencoder.
 """
@@ -64,8 +64,9 @@ class ToyTruth:
         dino_ceiling, dino_floor: DINO to the photos (P, D) of true renders and of other individuals, in the
         requested places. truth: DINO of each generated picture (N, D) to true renders in its place, with its
         own ceiling and floor. clip_t_ceiling, clip_t_floor: CLIP-T of the same renders; CLIP does not see a
-        typical "rocket" in an unusual toy, however true its picture. judge_*: whether the judge reads what was
-        requested. sharpness, sharpness_ceiling: of the generated toy, and of true renders through the autoencoder.
+        typical "rocket" in an unusual toy, however true its picture. judge_*: whether the judge reads the toy and
+        place that were requested; judge_*_ceiling: of true renders. sharpness, sharpness_ceiling: of the generated
+        toy, and of true renders through the autoencoder.
         """
         places = [place_in(template) for template in plan.templates]
         seen = {kind: [self._renders(place, kind) for place in places] for kind in ("true", "other")}
@@ -101,14 +102,17 @@ class ToyTruth:
     def _readings(self, places: list[str], pictures: list[Image.Image], seeds: int) -> dict[str, np.ndarray]:
         if not judge.WEIGHTS.is_file():
             return {}
-        readings = [reading for some in stacked(pictures).split(64) for reading in self.judge.read(some)]
-        asked = {
-            "kind": [self.toy.kind] * len(readings),
-            "colour": [self.toy.colour] * len(readings),
-            "place": [place for place in places for _ in range(seeds)],
-        }
-        right = {n: [getattr(r, n) == a for r, a in zip(readings, answers)] for n, answers in asked.items()}
-        return {f"judge_{n}": np.array(hits, dtype=float).reshape(len(places), seeds) for n, hits in right.items()}
+        true = torch.cat([self._renders(place, "true").images for place in places])
+        drawn, ceiling = self._right(places, stacked(pictures), seeds), self._right(places, true, VIEWS)
+        return drawn | {f"{name}_ceiling": hits for name, hits in ceiling.items()}
+
+    def _right(self, places: list[str], images: Tensor, of_each: int) -> dict[str, np.ndarray]:
+        """Whether the judge's answers to each question are right, (places, of_each), for `of_each` images a place."""
+        readings = [reading for some in images.split(64) for reading in self.judge.read(some)]
+        asked = [Scene((self.toy,), place) for place in places for _ in range(of_each)]
+        right = [reading.right(scene) for reading, scene in zip(readings, asked, strict=True)]
+        hits = {name: np.array([each[name] for each in right], dtype=float) for name in judge.QUESTIONS}
+        return {f"judge_{name}": values.reshape(len(places), of_each) for name, values in hits.items()}
 
     def _sharpness(self, places: list[str], pictures: list[Image.Image], seeds: int) -> dict[str, np.ndarray]:
         images = stacked(pictures)

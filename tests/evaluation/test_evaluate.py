@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +15,13 @@ from dreambooth_moslora.core.prompts import Subject
 from dreambooth_moslora.evaluation.encoders import picture_distance
 from dreambooth_moslora.evaluation.evaluate import Evaluator, evaluate_adapter, paint_over, truth_of
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_for
-from dreambooth_moslora.evaluation.toy_truth import find_truth, other_toy, place_in, view
+from dreambooth_moslora.evaluation.report import TRUTH, truth_tables
+from dreambooth_moslora.evaluation.scores import Evaluation
+from dreambooth_moslora.evaluation.toy_truth import find_truth, other_toy, place_in, stacked, view
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_encoders import tiny_encoders
+from toybox.readers.judge import QUESTIONS, Reading
 from toybox.render import render
 from toybox.world import Toy, sample_scene
 
@@ -191,7 +195,29 @@ def test_true_renders_score_at_the_ceiling_and_others_at_the_floor(tmp_path, pho
     )
     soft = [picture.filter(ImageFilter.BoxBlur(2)) for picture in true]
     blurred = truth.tables(PLAN, soft, mean_colours(soft), photo_vectors)
+    assert {f"judge_{name}{end}" for name in QUESTIONS for end in ("", "_ceiling")} <= good.keys()
+    assert good["judge_kind_ceiling"].shape == (3, 3)
     assert good["sharpness"].mean() > max(good["sharpness_ceiling"].mean(), 1.5 * blurred["sharpness"].mean())
+
+
+def test_the_judge_is_asked_for_all_looks_of_the_subject_in_the_place_of_each_prompt(encoders, tmp_path):
+    (tmp_path / "subject.json").write_text(json.dumps({"toy": TOY.to_dict()}))
+    truth = find_truth(tmp_path, encoders, size_px=64)
+    first = Reading("duck", "pink", "blue", "on the beach", frozenset({"top hat"}), (1.0,) * 5)
+    wrong = replace(first, colour2="red", ornaments=frozenset({"top hat", "bow"}))
+    truth.judge = SimpleNamespace(read=lambda images: [first, wrong, first, first, first, first])
+    pictures = [Image.new("RGB", (64, 64))] * 6
+    found = truth._right([place_in(t) for t in PLAN.templates], stacked(pictures), len(PLAN.seeds))
+    assert found["judge_ornaments"].tolist() == found["judge_colour2"].tolist() == [[1, 0], [1, 1], [1, 1]]
+    assert found["judge_place"].tolist() == [[1, 1], [0, 0], [0, 0]] and found["judge_kind"].all()
+
+
+def test_the_report_shows_what_the_judge_reads_beside_true_renders():
+    tables = {name: np.ones((3, 2)) for row in TRUTH.items() for name in (row[0], *row[1][1:])}
+    tables |= {"judge_ornaments": np.zeros((3, 2)), "judge_ornaments_ceiling": np.ones((3, 3))}
+    _, judged = truth_tables(Evaluation(PLAN, tables, alarm=None, score=0.0, seconds=0.0))
+    assert "ornaments" in judged and "0.000 [0.000, 0.000]" in judged and "1.000 [1.000, 1.000]" in judged
+    assert "second colour" not in judged
 
 
 def small_pixels(pictures: list[Image.Image]) -> torch.Tensor:
