@@ -3,8 +3,10 @@
     python -m benchmarks.one_word [--subjects bear rocket] [--out runs/one_word] [--json one_word.json]
 
 Each subject is trained by the command as a user types it, in its own process, and scored by `evaluate` like
-`assets/studies/recipe.toml`: 8 prompts, 2 seeds. Likeness is relative to true renders, drift relative to the
-base's spread between seeds; the interval is over the subjects. A subject already in `--out` is not run again.
+`assets/studies/recipe.toml`: 8 prompts, 2 seeds. Likeness and CLIP-T are relative to true renders, sharpness to true
+renders through the autoencoder, drift to the base's spread between seeds; then the share of pictures in which the judge
+reads the subject's second colour and ornaments. The interval is over the subjects. A subject already in `--out` is not
+run again; its figures are those of its `evaluation/scores.json`.
 """
 
 import argparse
@@ -25,7 +27,15 @@ SUBJECTS = ("bear", "rocket", "long_eared_rabbit", "train", "tall_cactus", "big_
 """The subjects of the recipe's study."""
 PHOTOS = Path("assets/subjects")
 PROTOCOL = ["--num_prompts", "8", "--images_per_prompt", "2", "--class_images", "12", "--inference_steps", "20"]
-COLUMNS = {"likeness": "likeness, of the ceiling", "drift": "drift, of the base's spread", "seconds": "training, s"}
+COLUMNS = {
+    "likeness": "likeness, of the ceiling",
+    "drift": "drift, of the base's spread",
+    "clip_t": "CLIP-T, of true renders'",
+    "sharpness": "sharpness, of the ceiling",
+    "colour2": "second colour right",
+    "ornaments": "ornaments right",
+    "seconds": "training, s",
+}
 RECIPE = 0.957
 """Likeness of the recipe on these subjects (docs/method.md)."""
 
@@ -36,29 +46,41 @@ def run_command(*arguments: str, flags: Sequence[str] = ()) -> None:
 
 
 def measured(subject: str, out: Path, flags: Sequence[str]) -> dict[str, float]:
-    """Likeness, drift, and seconds of the training, of one subject."""
+    """The figures of one subject, by the names of COLUMNS."""
     run, facts = out / subject, json.loads((PHOTOS / subject / "subject.json").read_text(encoding="utf-8"))
     kept = out / f"{subject}.json"
-    if kept.is_file():
-        return json.loads(kept.read_text(encoding="utf-8"))
-    started = time.perf_counter()
-    folder = ["--output_dir", str(run)]
-    run_command("train", str(PHOTOS / subject), facts["class_word"], *folder, flags=flags)
-    seconds = time.perf_counter() - started
-    run_command("evaluate", str(run), *PROTOCOL)
-    relative = json.loads((run / "evaluation" / "scores.json").read_text(encoding="utf-8"))["relative"]
-    found = {"likeness": relative["dino_of_ceiling"], "drift": relative["drift_of_spread"], "seconds": round(seconds)}
-    kept.write_text(json.dumps(found), encoding="utf-8")
-    return found
+    if not kept.is_file():
+        started = time.perf_counter()
+        folder = ["--output_dir", str(run)]
+        run_command("train", str(PHOTOS / subject), facts["class_word"], *folder, flags=flags)
+        seconds = time.perf_counter() - started
+        run_command("evaluate", str(run), *PROTOCOL)
+        kept.write_text(json.dumps({"seconds": round(seconds)}), encoding="utf-8")
+    scores = json.loads((run / "evaluation" / "scores.json").read_text(encoding="utf-8"))
+    return figures(scores) | {"seconds": json.loads(kept.read_text(encoding="utf-8"))["seconds"]}
+
+
+def figures(scores: dict) -> dict[str, float]:
+    """From the contents of `scores.json`."""
+    relative, shares = scores["relative"], scores["scores"]
+    return {
+        "likeness": relative["dino_of_ceiling"],
+        "drift": relative["drift_of_spread"],
+        "clip_t": relative["clip_t_of_ceiling"],
+        "sharpness": relative["sharpness_of_ceiling"],
+        "colour2": shares["judge_colour2"]["mean"],
+        "ornaments": shares["judge_ornaments"]["mean"],
+    }
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
     """A row per subject, and for several the mean with its 95 % interval over them; as Markdown."""
+    *shares, _ = COLUMNS
     lines = [f"| subject | {' | '.join(COLUMNS.values())} |", f"|{'---|' * (1 + len(COLUMNS))}"]
     for subject, row in found.items():
-        lines.append(f"| {subject} | {row['likeness']:.3f} | {row['drift']:.3f} | {row['seconds']:.0f} |")
+        lines.append(f"| {subject} | {' | '.join(f'{row[name]:.3f}' for name in shares)} | {row['seconds']:.0f} |")
     if len(found) > 1:
-        means = [bootstrap_mean(np.array([row[name] for row in found.values()])) for name in ("likeness", "drift")]
+        means = [bootstrap_mean(np.array([row[name] for row in found.values()])) for name in shares]
         cells = [f"{mean.mean:.3f} [{mean.low:.3f}, {mean.high:.3f}]" for mean in means]
         seconds = np.mean([row["seconds"] for row in found.values()])
         lines.append(f"| mean | {' | '.join(cells)} | {seconds:.0f} |")
