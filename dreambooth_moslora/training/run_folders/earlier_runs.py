@@ -35,10 +35,24 @@ def set_aside(run_dir: RunDir) -> None:
 
 def what_was_left(run_dir: RunDir) -> list[Path]:
     pictures = [run_dir.path / name for name in sorted(pictures_named(run_dir.read_card() or ""))]
-    adapter = [run_dir.adapter_path, run_dir.kohya_path, run_dir.mixers_path, *run_dir.tokens_paths]
+    adapter = [run_dir.adapter_path, run_dir.mixers_path, *published_as(run_dir)]
     weights = [*run_dir.named_checkpoints(), run_dir.best_dir, *adapter]
     facts = [run_dir.metrics_path, run_dir.config_path, run_dir.card_path, run_dir.loss_plot_path]
     return present(*weights, *facts, *pictures, run_dir.samples_dir, run_dir.contact_sheet_path)
+
+
+def published_as(run_dir: RunDir) -> list[Path]:
+    """Files that have the folder's name in theirs; it may have been another when they were written."""
+    return sorted(
+        path for pattern in ("*.kohya.safetensors", "*_emb.safetensors") for path in run_dir.path.glob(pattern)
+    )
+
+
+def set_renamed_aside(run_dir: RunDir) -> None:
+    """Move files away that a resumed run would not replace, as they have an earlier name of the folder."""
+    own = {run_dir.kohya_path, *run_dir.tokens_paths}
+    if renamed := [path for path in published_as(run_dir) if path not in own]:
+        move(renamed, run_dir, "held files with an earlier name of the folder")
 
 
 def archive_checkpoints_after(run_dir: RunDir, step: int) -> None:
@@ -80,6 +94,10 @@ def claim_run_folder(context: RunContext, step: int, checkpoint: Path | None = N
     if report.has_begun or not context.accelerator.is_main_process:
         return
     goes_on = checkpoint is not None and checkpoint.resolve().parent == run_dir.path.resolve()
-    archive_checkpoints_after(run_dir, step) if goes_on else set_aside(run_dir)
+    if goes_on:
+        archive_checkpoints_after(run_dir, step)
+        set_renamed_aside(run_dir)
+    else:
+        set_aside(run_dir)
     atomic_write(run_dir.config_path, json.dumps(context.config.to_dict(), indent=2, default=str))
     report.begin_at(step)

@@ -103,8 +103,8 @@ class RunQueue:
             atomic_write(self.folder / "order.json", json.dumps(order))
 
     def remove(self, name: str, owner: str | None = None) -> QueuedRun:
-        """Remove a waiting run, and its run folder if nothing was trained there. Raises UserError if it does
-        not wait."""
+        """Remove a waiting run, and its run folder if nothing was trained there: the page's with the photos that
+        it copied, the command line's if it is empty. Raises UserError if the run does not wait."""
         with self._held():
             run = next((run for run in self.waiting() if run.name == name and owner in (None, run.owner)), None)
             if run is None:
@@ -112,7 +112,11 @@ class RunQueue:
             self._path("waiting", name).unlink()
         run_dir = RunDir(self.runs_dir / name)
         if run.is_new and not run_dir.metrics_path.exists():
-            shutil.rmtree(run_dir.path, ignore_errors=True)
+            if run.owner == COMMAND_LINE:
+                with suppress(OSError):  # files of the person's own are in it
+                    run_dir.path.rmdir()
+            else:
+                shutil.rmtree(run_dir.path, ignore_errors=True)
         return run
 
     @contextmanager

@@ -88,9 +88,9 @@ def _drawn(ctx: AppContext, params: GenerationParams, request: gr.Request, axes:
     visitor = ctx.visitors.of(request)
     check_size(params, ctx.resolution_px)
     if not ctx.is_ready:
-        yield Frame(progress_card("Loading the base …", "only once after the start"))
-    pipeline = ctx.pipeline()
+        yield Frame(progress_card("Loading the base …", "the next pictures need not wait for it"))
     with ctx.turns.drawing(), ctx.stoppable(request) as should_stop:
+        pipeline = ctx.pipeline()
         if axes:
             from dreambooth_moslora.generation.grids import generate_grid
 

@@ -1,5 +1,6 @@
 """A mistake, or a stop, while a run is prepared leaves the earlier run in the folder as it was."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,15 @@ def test_a_run_that_goes_on_from_elsewhere_takes_nothing_of_the_folder_for_its_o
     theirs = of_another_program(tmp_path / "run")
     train(config(output_dir=str(tmp_path / "run"), resume_from_checkpoint=str(source / "checkpoint-1")))
     assert contents(tmp_path / "run" / "earlier_run_1") == theirs
+
+
+@pytest.mark.parametrize("resume", [None, "latest"])
+def test_after_a_run_folder_is_renamed_only_the_new_names_files_are_left_at_its_top(finished, tmp_path, resume):
+    folder, config = finished
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    (moved / "run_emb.safetensors").write_bytes(b"tokens")
+    train(config(output_dir=moved, max_train_steps=3, resume_from_checkpoint=resume))
+    assert [path.name for path in moved.glob("*.kohya.safetensors")] == ["moved.kohya.safetensors"]
+    home = max(moved.glob("earlier_run_*"))
+    assert {"run.kohya.safetensors", "run_emb.safetensors"} <= {path.name for path in home.iterdir()}

@@ -11,7 +11,7 @@ import pytest
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.training.run_folders.run_lock import locked
-from dreambooth_moslora.training.run_folders.run_queue import QueuedRun, RunQueue
+from dreambooth_moslora.training.run_folders.run_queue import COMMAND_LINE, QueuedRun, RunQueue
 from dreambooth_moslora.ui.jobs.jobs import Jobs
 from dreambooth_moslora.ui.jobs.queue_turns import KILLED_MOST, QueueTurns
 from tests.ui.jobs.test_processes import jobs, wait_for  # noqa: F401 (a fixture)
@@ -90,12 +90,15 @@ def test_the_order_is_on_the_disk_and_each_owner_changes_only_the_own_places(tmp
 
 def test_a_removed_run_takes_its_new_folder_along_but_nothing_that_was_trained(tmp_path):
     queue = RunQueue(tmp_path)
-    for name in ("new", "trained"):
-        added(queue, name)
+    for name, owner in (("new", OWNER), ("trained", OWNER), ("empty", COMMAND_LINE), ("noted", COMMAND_LINE)):
+        added(queue, name, owner)
     (tmp_path / "trained" / "metrics.jsonl").write_text("")
-    for name in ("new", "trained"):
+    (tmp_path / "noted" / "notes.txt").write_text("mine")
+    for name in ("new", "trained", "empty", "noted"):
         queue.remove(name)
-    assert not (tmp_path / "new").exists() and (tmp_path / "trained").exists() and names(queue) == []
+    assert not (tmp_path / "new").exists() and not (tmp_path / "empty").exists()
+    assert (tmp_path / "trained").exists() and names(queue) == []
+    assert (tmp_path / "noted" / "notes.txt").read_text() == "mine"
 
 
 def test_runs_are_trained_in_their_order_and_a_bad_one_fails_alone(jobs):  # noqa: F811
