@@ -59,8 +59,8 @@ LIMITS = """\
 ## Limits
 
 It knows the toy world and nothing else: other words are read as noise, and ordinary photographs are kept only roughly
-by its VAE. Pictures are 128 px. Two toys in one picture, patterns named for a second colour, and above all ornaments are
-its weakest side.
+by its VAE. Pictures are 128 px. Two toys in one picture, patterns named for a second colour, and above all ornaments
+are its weakest side.
 
 Its shapes are soft: a robot's arms or a teapot's handle may melt into its body. The sliced Wasserstein distance of its
 pictures to renders of the same scenes (`python -m toybox.measures.swd`, 192 captions) does not show that: it is 35 (by
