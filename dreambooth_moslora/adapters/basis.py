@@ -7,6 +7,7 @@
 `FileBasis` takes A and B from a raw adapter file. The files of a run name its basis by kind and SHA-256.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -17,12 +18,21 @@ from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.files.raw_file import component_tensors, fill, read_raw
 from dreambooth_moslora.adapters.moslora import adapter_layers, matrices_of
-from dreambooth_moslora.base.headers import weight_files
+from dreambooth_moslora.base.headers import variants_in, weight_files
 from dreambooth_moslora.core.config.training_settings import SVD
 from dreambooth_moslora.core.digests import content_key, file_digest
 from dreambooth_moslora.core.errors import UserError
 
-__all__ = ["Basis", "FileBasis", "SvdBasis", "freeze_basis", "leading_directions", "put_basis", "read_basis"]
+__all__ = [
+    "Basis",
+    "FileBasis",
+    "SvdBasis",
+    "freeze_basis",
+    "leading_directions",
+    "put_basis",
+    "read_basis",
+    "svd_bases",
+]
 
 UNET = "unet"
 NEGLIGIBLE = 1e-6
@@ -80,6 +90,13 @@ class FileBasis:
 def read_basis(given: str, folder: Path | None, variant: str | None = None) -> Basis:
     """The basis that `--basis` names, for the base in this diffusers folder. Raises UserError."""
     return SvdBasis(folder, variant) if given == SVD else FileBasis(Path(given))
+
+
+def svd_bases(folder: Path | None) -> Iterator[SvdBasis]:
+    """The basis svd of the folder's plain weights, then of each variant's. Raises UserError as `SvdBasis` does."""
+    yield SvdBasis(folder)
+    for variant in [] if folder is None else variants_in(folder / UNET):
+        yield SvdBasis(folder, variant)
 
 
 def digest_of(files: list[Path]) -> str:

@@ -6,7 +6,7 @@ from safetensors import SafetensorError, safe_open
 
 from dreambooth_moslora.core.errors import UserError
 
-__all__ = ["check_weights", "tensor_shapes", "weight_files"]
+__all__ = ["check_weights", "tensor_shapes", "variants_in", "weight_files"]
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
 
@@ -20,6 +20,12 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
         if files:
             return chosen or plain or files
     return []
+
+
+def variants_in(folder: Path) -> list[str]:
+    """The variants of a component's safetensors files: `fp16` of model.fp16.safetensors, also where it is split."""
+    names = [file.stem.partition(".")[2] for file in folder.glob("*.safetensors")]
+    return sorted({name.partition("-")[0] for name in names if name})
 
 
 def tensor_shapes(folder: Path, variant: str | None = None) -> dict[str, list[int]]:

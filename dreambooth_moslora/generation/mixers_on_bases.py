@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffusers import StableDiffusionXLPipeline
 
-from dreambooth_moslora.adapters.basis import Basis, FileBasis, SvdBasis
+from dreambooth_moslora.adapters.basis import Basis, FileBasis, svd_bases
 from dreambooth_moslora.adapters.files.mixer_file import Mixers
 from dreambooth_moslora.adapters.mixer_swap import SwappedMixers
 from dreambooth_moslora.base.locate import base_folder
@@ -13,6 +13,7 @@ from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.config.training_settings import SVD
 from dreambooth_moslora.core.digests import file_digest
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.run_files.run_folder import BEST_NAME
 
 __all__ = ["MixersOnBases"]
 
@@ -49,20 +50,28 @@ class MixersOnBases:
         """The basis that the mixers were trained on. Raises UserError for any other."""
         note = mixers.metadata.basis
         if note["kind"] == SVD:
-            basis = SvdBasis(self._folder())
-            if basis.note != note:
-                raise UserError(
-                    f"{mixers.file_name} was made for other weights: its basis is of a base with sha256 "
-                    f"{note['sha256'][:12]:.12}, and this one's is {basis.note['sha256'][:12]}"
-                )
-            return basis
-        beside = [folder / note["file"] for folder in file.absolute().parents[:2]] if note["file"] else []
+            return self._svd_basis(mixers)
+        parents = file.absolute().parents
+        near = parents[: 3 if parents[0].name == BEST_NAME else 2]
+        beside = [folder / note["file"] for folder in near] if note["file"] else []
         for place in (*self.files, *beside):
             if place.is_file() and file_digest(place) == note["sha256"]:
                 return FileBasis(place)
         raise UserError(
             f"{mixers.file_name} needs its basis, {note['file']!r:.60} with sha256 {note['sha256'][:12]:.12}: put it "
             "beside the file or into the folder above, or name it with --basis"
+        )
+
+    def _svd_basis(self, mixers: Mixers) -> Basis:
+        """Of the base's files that the mixers were trained on: a run may have loaded another variant of them."""
+        wanted, found = mixers.metadata.basis, []
+        for basis in svd_bases(self._folder()):
+            if basis.note == wanted:
+                return basis
+            found.append(basis.note["sha256"][:12])
+        raise UserError(
+            f"{mixers.file_name} was made for other weights: its basis is of a base with sha256 "
+            f"{wanted['sha256'][:12]:.12}, and this one's is {found[0]}"
         )
 
     def _folder(self) -> Path | None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dreambooth_moslora.base.headers import variants_in, weight_files
 from dreambooth_moslora.base.load import load_pipeline
 from dreambooth_moslora.base.locate import base_folder
 from dreambooth_moslora.core.config.train_config import TrainConfig
@@ -117,3 +118,12 @@ def test_another_vae_is_looked_at_before_a_run_and_before_a_dry_one(base, name, 
     preflight(config("owner/vae"))
     with pytest.raises(UserError, match=says):
         preflight(config(name.format(base=base)))
+
+
+@pytest.mark.parametrize("name", ["a.fp16", "a.fp16-00001-of-00002", "a-00001-of-00002.fp16"])
+def test_the_variants_of_a_component_are_read_from_its_file_names(name, tmp_path):
+    for file in (f"{name}.safetensors", "a.safetensors", "a-00001-of-00002.safetensors", "b.ema.bin", "a.json"):
+        (tmp_path / file).touch()
+    assert variants_in(tmp_path) == ["fp16"]
+    assert [file.stem for file in weight_files(tmp_path, "fp16")] == [name]
+    assert variants_in(tmp_path / "none") == []

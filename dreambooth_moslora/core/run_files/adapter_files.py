@@ -10,6 +10,7 @@ from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.names import free_name
 from dreambooth_moslora.core.run_files.run_folder import (
     BASIS_SUFFIX,
+    BEST_NAME,
     MIXERS_NAME,
     PUBLISHED_NAME,
     RAW_NAME,
@@ -89,7 +90,7 @@ def name_of(file: Path, folders: Collection[Path]) -> str:
         return f"{clean_name(file.parent.name)}@mixers"
     if file.name != PUBLISHED_NAME:
         return clean_name(file.stem)
-    is_best = file.parent.name == "best" and file.parent.parent not in folders
+    is_best = file.parent.name == BEST_NAME and file.parent.parent not in folders
     return f"{clean_name(file.parent.parent.name)}@best" if is_best else clean_name(file.parent.name)
 
 

@@ -13,6 +13,7 @@ from dreambooth_moslora.core.run_files.event_log import append_event, read_event
 
 __all__ = [
     "BASIS_SUFFIX",
+    "BEST_NAME",
     "MIXERS_NAME",
     "PUBLISHED_NAME",
     "RAW_NAME",
@@ -31,6 +32,8 @@ MIXERS_NAME = "mixers.safetensors"
 """Mixers alone, of a run on a frozen basis."""
 BASIS_SUFFIX = "basis.safetensors"
 """End of the name of a basis that was learnt."""
+BEST_NAME = "best"
+"""Folder of the best evaluated step in a run."""
 TOKENS_SUFFIX = "_emb.safetensors"
 CHECKPOINT_FILES = ("position.json", "optimizer.pt", RAW_NAME)
 NAME_BYTES = 200
@@ -116,7 +119,7 @@ class RunDir:
     @property
     def best_dir(self) -> Path:
         """The published adapter of the best evaluated step."""
-        return self.path / "best"
+        return self.path / BEST_NAME
 
     @property
     def contact_sheet_path(self) -> Path:
