@@ -34,8 +34,8 @@ __all__ = [
 ]
 
 SAID_BY_WORDS = (
-    *("instance_data_dir", "dataset_name", "instance_prompt", "class_prompt", "token", "class_word"),
-    *("output_dir", "subjects"),
+    *(item.name for item in fields(SubjectTable)),
+    *("dataset_name", "subjects", "leave_out", "output_dir", "hub_model_id"),
 )
 """Settings of a --config file that a folder and a word on the command line replace."""
 DESCRIPTION = "Teach an SDXL model one subject from a few photos, through a MoSLoRA adapter (arXiv 2406.11909)."

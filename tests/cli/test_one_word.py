@@ -96,6 +96,15 @@ def test_a_config_file_takes_the_place_of_the_recipe_and_words_that_of_its_subje
     assert config.class_prompt == "a photo of a dog" and config.token is None
 
 
+def test_nothing_that_a_config_file_says_of_its_own_subject_reaches_another(photos):
+    names = ["mask_prompt", "validation_prompt", "class_data_dir", "token_abstraction", "initializer_concept"]
+    names += ["class_word", "caption_prefix", "caption_suffix", "leave_out", "hub_model_id", "output_dir"]
+    Path("rocket.toml").write_text("rank = 3\n" + "".join(f'{name} = "my rocket"\n' for name in names))
+    config = parse_train_config([*photos, "--config", "rocket.toml"])
+    assert config.rank == 3 and "rocket" not in str(config)
+    assert parse_train_config([*photos, "--config", "rocket.toml", "--mask_prompt", "dog"]).mask_prompt == "dog"
+
+
 def test_photos_without_a_gpu_get_the_embedded_base_and_are_told_so(photos, monkeypatch, capsys):
     monkeypatch.setattr(one_word, "gpu_gib", lambda **later: None)
     assert parse_train_config(photos).pretrained_model_name_or_path == "toy"
