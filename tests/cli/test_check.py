@@ -52,6 +52,24 @@ def test_the_picture_shows_every_photo_and_its_crops(tmp_path, monkeypatch, caps
     assert len(colours) > 4
 
 
+def test_crops_have_the_shapes_that_one_word_chooses_and_flags_or_a_recipe_win(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    picture(size_px=(160, 90)).save(tmp_path / "photos" / "a.png")
+    Path("square.toml").write_text("crop_zoom = 1.0")
+    Path("coarse.toml").write_text("enable_bucket = true\nbucket_reso_steps = 32")
+
+    def crops(*words: str) -> tuple[bytes, bool]:
+        assert main(["check", "photos", "--resolution", "64", "--picture", "p.png", *words]) == 0
+        is_said = "crops: in the photos' own shapes (--no_enable_bucket)" in capsys.readouterr().err
+        return Path("p.png").read_bytes(), is_said
+
+    own, square = crops("--enable_bucket"), crops("--no_enable_bucket")
+    assert own != square and crops() == (own[0], True) and crops("--config", "square.toml") == square
+    coarse = crops("--config", "coarse.toml")
+    assert coarse not in (own, square) and coarse == crops("--enable_bucket", "--bucket_reso_steps", "32")
+
+
 @pytest.mark.parametrize(
     ("flags", "is_said"),
     [([], True), (["--center_crop", "--random_flip"], True), (["--center_crop"], False), (["--seed", "0"], False)],

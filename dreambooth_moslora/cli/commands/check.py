@@ -3,17 +3,18 @@
 import argparse
 import json
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.cli.leave_one_out import USUAL_STEPS, leave_one_out, short_run
-from dreambooth_moslora.cli.parser import add_flag
+from dreambooth_moslora.cli.parser import add_flag, say
 from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.config.files import load_settings
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError, spelled_out
+from dreambooth_moslora.training.planning.choices import Choices, choose_shapes
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -22,6 +23,8 @@ BASE = "pretrained_model_name_or_path"
 SETTINGS = (
     "instance_prompt",
     "resolution",
+    "enable_bucket",
+    "bucket_reso_steps",
     "center_crop",
     "random_flip",
     "crops_per_photo",
@@ -77,7 +80,10 @@ def run(args: argparse.Namespace) -> int:
         make_masks(report.photos, config)
         report = find()
     report = examine(report, config.resolution)
-    picture = None if args.no_picture or not report.photos else draw(report, config, picture_path(args, folder))
+    picture = None
+    if report.photos and not args.no_picture:
+        config = config if args.config else with_shapes(config, given_settings(args), report.photos)
+        picture = draw(report, config, picture_path(args, folder))
     crops = crops_line(picture, config) if picture else None
     print(json.dumps(as_json(report), indent=1) if args.json else spelled_out(as_text(report, crops)))
     if not report.photos:
@@ -108,6 +114,14 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
     if "instance_prompt" not in known:
         known["class_word"] = ""  # do not look for the default prompt's `object`
     return TrainConfig(**UNSAID | known)
+
+
+def with_shapes(config: TrainConfig, given: dict[str, Any], photos: list[Any]) -> TrainConfig:
+    """With the shapes of crops that `train DIR WORD` chooses unless they are `given`; a choice is said."""
+    choices = Choices(given)
+    choose_shapes(choices, photos)
+    say(choices.lines)
+    return replace(config, **choices.settings)
 
 
 def make_masks(photos: list[Any], config: TrainConfig) -> None:
