@@ -123,7 +123,8 @@ def subject_of(config: TrainConfig) -> Subject:
     words = noun_of(config.instance_prompt).split()
     kind = noun_of(config.class_prompt).split() if config.class_prompt else []
     if token := (config.token or "").strip():
-        found = Subject(token, noun_of(config.instance_prompt.partition(token)[2].strip()))
+        place = word_pattern(token).search(config.instance_prompt)
+        found = Subject(token, noun_of(config.instance_prompt[place.end() :]) if place else "")
     elif kind and words[-len(kind) :] == kind:
         found = Subject(" ".join(words[: -len(kind)]), " ".join(kind))
     else:

@@ -11,6 +11,7 @@ from dreambooth_moslora.cli.main import main, train_main
 from dreambooth_moslora.cli.parser import build_train_parser, parse_train_config
 from dreambooth_moslora.core.config.files import load_settings
 from dreambooth_moslora.core.names import CLIP, DINO
+from dreambooth_moslora.core.prompts import subject_of
 from dreambooth_moslora.training.planning import precision
 from dreambooth_moslora.training.planning.choices import recipe_gb
 from dreambooth_moslora.training.planning.estimate import RECIPES, STOCK_SDXL, BaseSize, estimate
@@ -82,6 +83,13 @@ def test_flags_win_before_and_behind_and_are_not_said_to_be_chosen(photos, capsy
     assert config.exposures_per_photo is None and not config.with_prior_preservation and not config.prior_prompts
     said = capsys.readouterr().err
     assert not re.search("^(output|base|steps|the class)", said, re.MULTILINE) and "recipe: " in said
+
+
+def test_the_class_is_the_whole_word_that_was_given(photos):
+    cup = subject_of(parse_train_config([photos[0], "cup with handle"]))
+    assert (cup.token, cup.class_word) == ("sks", "cup with handle")
+    mug = subject_of(parse_train_config([photos[0], "cup with handle", "--instance_prompt", "a photo of sks mug"]))
+    assert mug.words == "sks mug"
 
 
 def test_early_stopping_waits_for_the_scores_that_are_chosen():

@@ -26,6 +26,8 @@ from dreambooth_moslora.core.toy import TOY_TEMPLATES
         ({"instance_prompt": "a photo of my red sks dog", "class_prompt": "a dog"}, "red sks", "dog"),
         ({"instance_prompt": "an image of ohwx man, smiling", "class_prompt": "a photo of a man"}, "ohwx", "man"),
         ({"instance_prompt": "the zwx clock in a box", "token": "zwx"}, "zwx", "clock"),
+        ({"instance_prompt": "a photo of a hot dog", "token": "hot"}, "hot", "dog"),
+        ({"instance_prompt": "a photo of a cup", "token": "hot"}, "hot", ""),
         ({"instance_prompt": "zwx", "token": "zwx", "class_word": "clock"}, "zwx", "clock"),
     ],
 )

@@ -148,6 +148,8 @@ def choose_words(choices: Choices, word: str) -> None:
     """Choose the prompts, and prior preservation by the frozen base unless it was refused."""
     token = choices.given.get("token") or TOKEN
     prompt, of_class = f"a photo of a {token} {word}", f"a photo of a {word}"
+    if "instance_prompt" not in choices.given:
+        choices.add("", class_word=word)  # the whole: a prompt's words from "with" on count as its context
     choices.add(f"words: “{prompt}”", "instance_prompt", "token", instance_prompt=prompt)
     if choices.given.get("with_prior_preservation") is not False:
         line = f"the class: “{of_class}” stays as the base draws it"
