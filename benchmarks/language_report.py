@@ -112,7 +112,9 @@ def write_report(out: Path, facts: dict, bounds: Bounds, curves: Mapping[str, Cu
         return "no seed is whole yet: every arm on every task; give the command again"
     tables = accuracies(cells)
     found = differences(tables) if REFERENCE in tables else {}
-    heading = f"Rank {facts['rank']}, {len(seeds)} seeds, exact-match accuracy in percent.\n"
+    heading = (
+        f"Rank {facts['rank']}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, exact-match accuracy in percent.\n"
+    )
     text = "\n".join([heading, accuracy_table(bounds, cells, tables), difference_table(found), rate_table(curves)])
     results = {
         **facts,
