@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dreambooth_moslora.cli.parser import add_training_flags, settings_of
 from dreambooth_moslora.cli.signals import INTERRUPTED, StopRequest
+from dreambooth_moslora.core.config.fields import check_number
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.config.training_settings import SVD
 from dreambooth_moslora.core.errors import UserError
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     flags = {name: value for name, value in vars(args).items() if name not in ("folders", "out", "basis_lr")}
+    check_number("basis_lr", args.basis_lr, low=0, high=100)  # as --learning_rate
     out = Path(args.out)
     if not out.name.endswith(BASIS_SUFFIX):
         raise UserError(f"--out {out}: its name must end in {BASIS_SUFFIX}, such as toys_{BASIS_SUFFIX}.")

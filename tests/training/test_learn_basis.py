@@ -59,3 +59,11 @@ def test_mistakes_are_one_line(subjects, tiny_base, tmp_path, capsys):
     wanted = ("its name must end in", "two subjects or more", "--basis and --use_dora: ", "has no subject.json")
     wanted += ("--dry_run: a basis is learnt", "it is there already")
     assert len(said) == 6 and all(text in line for text, line in zip(wanted, said))
+
+
+@pytest.mark.parametrize(("rate", "says"), [("-1", "at least 0"), ("200", "at most 100"), ("nan", "a finite number")])
+def test_a_rate_that_cannot_train_is_said_before_the_photos_are_looked_at(rate, says, tmp_path, capsys):
+    assert (
+        main(["basis", str(tmp_path / "none"), "--out", str(tmp_path / "a_basis.safetensors"), "--basis_lr", rate]) == 2
+    )
+    assert f"--basis_lr {rate}: must be {says}" in capsys.readouterr().err

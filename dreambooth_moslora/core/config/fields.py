@@ -12,7 +12,18 @@ from dreambooth_moslora.core.config.subject_tables import SubjectTable, to_table
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.numbers import is_number
 
-__all__ = ["GROUPS", "FieldType", "Prompt", "check_limits", "convert", "field_types", "grouped", "nearest", "option"]
+__all__ = [
+    "GROUPS",
+    "FieldType",
+    "Prompt",
+    "check_limits",
+    "check_number",
+    "convert",
+    "field_types",
+    "grouped",
+    "nearest",
+    "option",
+]
 
 GROUPS = (
     "base model",
@@ -160,12 +171,19 @@ def check_limits(item: Field, value: Any) -> None:
     if facts["choices"] and value not in facts["choices"]:
         raise UserError(f"--{item.name} {value}: choose one of {', '.join(facts['choices'])}.")
     if is_number(value):
-        _check_number(item.name, value, **facts["bounds"])
+        check_number(item.name, value, **facts["bounds"])
 
 
-def _check_number(
-    name: str, value: float, low: float | None, above: float | None, high: float | None, below: float | None
+def check_number(
+    name: str,
+    value: float,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
 ) -> None:
+    """Raises UserError, which begins with `--name`, for a number that is not finite or breaks a bound."""
     if value != value or value in (float("inf"), float("-inf")):
         raise UserError(f"--{name} {value}: must be a finite number.")
     if low is not None and value < low:
