@@ -10,6 +10,7 @@ from dreambooth_moslora.cli import one_word
 from dreambooth_moslora.cli.main import main, train_main
 from dreambooth_moslora.cli.parser import build_train_parser, parse_train_config
 from dreambooth_moslora.core.config.files import load_settings
+from dreambooth_moslora.core.config.train_config import is_scored
 from dreambooth_moslora.core.names import CLIP, DINO
 from dreambooth_moslora.core.prompts import subject_of
 from dreambooth_moslora.training.planning import precision
@@ -90,6 +91,26 @@ def test_the_class_is_the_whole_word_that_was_given(photos):
     assert (cup.token, cup.class_word) == ("sks", "cup with handle")
     mug = subject_of(parse_train_config([photos[0], "cup with handle", "--instance_prompt", "a photo of sks mug"]))
     assert mug.words == "sks mug"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--evaluate_steps 500 --no_find_scale", "scores: every 500 steps, beside pictures, the best in best/ (--ev"),
+        ("--num_validation_images 0", "scores: every 120 steps, the best in best/, and the best scale at the end ("),
+        ("--validation_steps 9", "scores: every 120 steps, the best in best/, and the best scale at the end ("),
+        ("--class_prompt cats", "the class: “cats” stays as the base draws it (--no_with_prior_preservation, --class"),
+    ],
+)
+def test_the_lines_say_what_flags_and_choices_give_together(flags, said, capsys):
+    parse_train_config([*TOYS, *flags.split()])
+    assert f"\n{said}" in capsys.readouterr().err
+
+
+def test_scores_are_refused_by_steps_of_0(capsys):
+    config = parse_train_config([*TOYS, "--evaluate_steps", "0"])
+    assert not is_scored(config) and "scores: " not in capsys.readouterr().err
+    assert parse_train_config([*TOYS, "--evaluate_steps", "0", "--find_scale"]).find_scale
 
 
 def test_early_stopping_waits_for_the_scores_that_are_chosen():

@@ -54,7 +54,7 @@ class RunSettings(TrainingSettings):
     )
     validation_epochs: int = of_samples(50, "epochs between samples", low=1)
     validation_steps: int | None = of_samples(None, "steps between samples; overrides --validation_epochs", low=1)
-    evaluate_steps: int | None = of_samples(None, "steps between scores of fidelity (default: never)", low=1)
+    evaluate_steps: int | None = of_samples(None, "steps between scores of fidelity; 0: never (default: never)", low=0)
     find_scale: bool = of_samples(
         False, "at the end, score the adapter at several scales; the best goes into its header and card"
     )

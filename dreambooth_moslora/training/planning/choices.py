@@ -6,7 +6,7 @@ The base decides the recipe from `assets/configs`; on a GPU its free memory deci
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -60,12 +60,14 @@ class Choices:
     settings: dict[str, Any] = field(default_factory=dict)
     said: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
 
-    def add(self, words: str, *flags: str, **settings: Any) -> None:
-        """Choose these settings unless given. `words` are said if any was chosen, unless they are empty."""
+    def add(self, words: str | Callable[[Mapping[str, Any]], str], *flags: str, **settings: Any) -> None:
+        """Choose these settings unless given. `words` are said if any was chosen, unless they are empty; a function
+        makes them of all settings, as some may be given."""
         chosen = {name: value for name, value in settings.items() if name not in self.given}
         self.settings |= chosen
-        if chosen and words:
-            self.say(words, *flags)
+        said = words if isinstance(words, str) else words(self.all)
+        if chosen and said:
+            self.say(said, *flags)
 
     def say(self, words: str, *flags: str) -> None:
         self.said.append((words, flags))
@@ -152,9 +154,12 @@ def choose_words(choices: Choices, word: str) -> None:
         choices.add("", class_word=word)  # the whole: a prompt's words from "with" on count as its context
     choices.add(f"words: “{prompt}”", "instance_prompt", "token", instance_prompt=prompt)
     if choices.given.get("with_prior_preservation") is not False:
-        line = f"the class: “{of_class}” stays as the base draws it"
-        choices.add(line, "no_with_prior_preservation", with_prior_preservation=True)
-        choices.add("", class_prompt=of_class, prior="adapter_off")
+        wanted = {"with_prior_preservation": True, "class_prompt": of_class, "prior": "adapter_off"}
+        choices.add(class_line, "no_with_prior_preservation", "class_prompt", **wanted)
+
+
+def class_line(settings: Mapping[str, Any]) -> str:
+    return f"the class: “{settings['class_prompt']}” stays as the base draws it"
 
 
 def choose_subjects(choices: Choices) -> None:
@@ -221,15 +226,27 @@ def steps_of(choices: Choices, photos: list["Photo"]) -> int:
 def choose_scores(choices: Choices, photos: list["Photo"], is_wanted: bool | None = None) -> None:
     """The embedded base has its own encoders; SDXL's are used where they are, as nobody asked for a download.
 
-    `is_wanted`: the user has asked for scores, or has refused them; None when neither.
+    `is_wanted`: the user has asked for scores, or has refused them; None when neither. Given steps of 0 refuse them.
     """
-    if encoders_are_here(choices.all["pretrained_model_name_or_path"]) if is_wanted is None else is_wanted:
-        every = max(1, steps_of(choices, photos) // 4)
-        line = f"scores: every {every} steps, beside pictures, the best in best/, and the best scale at the end"
+    given = choices.given.get("evaluate_steps")
+    is_open = is_wanted is None and (given or "evaluate_steps" not in choices.given)
+    if encoders_are_here(choices.all["pretrained_model_name_or_path"]) if is_open else is_wanted:
+        every = given or max(1, steps_of(choices, photos) // 4)
         wanted = {"evaluate_steps": every, "validation_steps": every, "find_scale": True}
-        choices.add(line, "evaluate_steps", "no_find_scale", **wanted)
-    elif is_wanted is None and not choices.given.get("evaluate_steps"):
+        choices.add(score_line, "evaluate_steps", "no_find_scale", **wanted)
+    elif is_open and not given and not choices.given.get("find_scale"):
         choices.say("scores: none, as they take CLIP and DINOv2 from the hub", "evaluate_steps", "find_scale")
+
+
+def score_line(settings: Mapping[str, Any]) -> str:
+    every = settings["evaluate_steps"]
+    parts = [f"every {every} steps"]
+    if settings["validation_steps"] == every and settings.get("num_validation_images") != 0:
+        parts.append("beside pictures")
+    parts.append("the best in best/")
+    if settings["find_scale"]:
+        parts.append("and the best scale at the end")
+    return f"scores: {', '.join(parts)}"
 
 
 def encoders_are_here(base: str) -> bool:
