@@ -4,11 +4,13 @@ import argparse
 import sys
 import time
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 from dreambooth_moslora.cli.parser import add_training_flags, settings_of
 from dreambooth_moslora.cli.signals import INTERRUPTED, StopRequest
 from dreambooth_moslora.core.config.fields import check_number
+from dreambooth_moslora.core.config.subject_tables import SAID_BY_SUBJECTS
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.config.training_settings import SVD
 from dreambooth_moslora.core.errors import UserError
@@ -18,19 +20,25 @@ __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "learn A and B that many subjects share, for `train --basis FILE`"
 EVERY_SEC = 5.0
-FIXED = (
-    *("optimizer", "lr_scheduler", "lr_warmup_steps", "gradient_accumulation_steps", "mixer_lr_scale", "use_ema"),
-    *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "push_to_hub", "dry_run"),
+GROUPS_OF_RUNS = ("optimizer", "samples and evaluation", "run folder", "hub")
+OF_RUNS = (
+    *(item.name for item in fields(TrainConfig) if item.metadata["group"] in GROUPS_OF_RUNS),
+    *("instance_data_dir", "dataset_name", "dataset_config_name", "image_column", "caption_column", "subjects"),
+    *("instance_prompt", "class_prompt", "token", "class_word", "enable_bucket", "mixer", "mixer_lr_scale"),
+    *("gradient_accumulation_steps", "text_encoder_lr", "scale_lr", "lr_scheduler", "lr_warmup_steps"),
+    *("lr_num_cycles", "lr_power", "use_ema", "ema_decay", "train_text_encoder_ti_frac", "token_abstraction"),
+    *("num_new_tokens_per_abstraction", "initializer_concept"),
 )
-"""A basis is learnt by AdamW with falling rates, and goes on from `--basis FILE`."""
-OF_A_RUN = ("instance_data_dir", "dataset_name", "instance_prompt", "class_prompt", "output_dir", "mixer")
+"""Settings of a run that a basis has no use for: as flags they are refused, in a file they are left out."""
+OF_FILES = (*OF_RUNS, *SAID_BY_SUBJECTS)
+"""Of the subject in a file, too, what a flag may say of all: `--mask_prompt toy`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", metavar="DIR", nargs="+", help="folders of photos, each with its subject.json")
     parser.add_argument("--out", metavar="FILE", required=True, help=f"its file: a name ending in {BASIS_SUFFIX}")
     parser.add_argument("--basis_lr", type=float, default=1e-3, help="learning rate of A and B (default: 0.001)")
-    add_training_flags(parser, hidden=(*OF_A_RUN, *FIXED))
+    add_training_flags(parser, hidden=OF_RUNS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,9 +51,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--out {out}: it is there already, and mixers may need it; give another name.")
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}.")
-    if fixed := [name for name in FIXED if name in flags]:
-        raise UserError(f"--{fixed[0]}: a basis is learnt by AdamW with falling rates, in one go; leave it out.")
-    config = config_of(args.folders, settings_of(flags)[0])
+    config = config_of(args.folders, taken(flags))
     from dreambooth_moslora.training.learn_basis import learn_basis
     from dreambooth_moslora.training.planning.checks import check_settings
 
@@ -64,6 +70,17 @@ def run(args: argparse.Namespace) -> int:
     return INTERRUPTED if stop() else 0
 
 
+def taken(flags: dict) -> dict:
+    """The settings of flags and files that a basis has. Raises UserError for another flag."""
+    for name in OF_RUNS:
+        if name in flags:
+            raise UserError(
+                f"--{name}: basis has no such flag. It takes the subjects from their folders, crops photos in their "
+                "own shapes, and learns by AdamW with falling rates, in one go."
+            )
+    return {name: value for name, value in settings_of(flags)[0].items() if name in flags or name not in OF_FILES}
+
+
 def config_of(folders: list[str], settings: dict) -> TrainConfig:
     """The settings of one run with a subject for each folder. Raises UserError."""
     from dreambooth_moslora.evaluation.studies.study_subject import StudySubject
@@ -75,5 +92,5 @@ def config_of(folders: list[str], settings: dict) -> TrainConfig:
         prompt = subject.instance_prompt if number == 1 else f"{subject.instance_prompt} {number}"
         table = {"instance_data_dir": subject.photos, "instance_prompt": prompt, "class_prompt": subject.class_prompt}
         tables.append({name: value for name, value in table.items() if value})
-    kept = {name: value for name, value in settings.items() if name not in (*OF_A_RUN, *FIXED)}
-    return TrainConfig.from_dict({"basis": SVD, **kept, "subjects": tables, "output_dir": "basis"})
+    fixed = {"subjects": tables, "output_dir": "basis", "report_to": "none"}
+    return TrainConfig.from_dict({"basis": SVD, **settings, **fixed})

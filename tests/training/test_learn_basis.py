@@ -57,7 +57,7 @@ def test_mistakes_are_one_line(subjects, tiny_base, tmp_path, capsys):
     assert main(["basis", *subjects, *base, *out]) == 2
     said = capsys.readouterr().err.splitlines()
     wanted = ("its name must end in", "two subjects or more", "--basis and --use_dora: ", "has no subject.json")
-    wanted += ("--dry_run: a basis is learnt", "it is there already")
+    wanted += ("--dry_run: basis has no such flag", "it is there already")
     assert len(said) == 6 and all(text in line for text, line in zip(wanted, said))
 
 
@@ -67,3 +67,26 @@ def test_a_rate_that_cannot_train_is_said_before_the_photos_are_looked_at(rate, 
         main(["basis", str(tmp_path / "none"), "--out", str(tmp_path / "a_basis.safetensors"), "--basis_lr", rate]) == 2
     )
     assert f"--basis_lr {rate}: must be {says}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags", ["--adam_beta1 0.5", "--no_enable_bucket", "--find_scale", "--output_dir x", "--lr_power 2"]
+)
+def test_a_flag_without_an_effect_is_refused_and_not_in_the_help(flags, tmp_path, capsys):
+    flag = flags.split()[0].replace("no_", "")
+    assert main(["basis", "one", "two", "--out", str(tmp_path / "a_basis.safetensors"), *flags.split()]) == 2
+    assert f"{flag}: basis has no such flag. It takes" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["basis", "--help"])
+    assert flag not in (shown := capsys.readouterr().out) and "--max_grad_norm" in shown
+
+
+def test_of_a_file_the_settings_that_a_basis_has_are_taken(subjects, tmp_path, monkeypatch):
+    file = tmp_path / "rocket.toml"
+    file.write_text('rank = 7\nfind_scale = true\nlr_scheduler = "cosine"\nmask_prompt = "rocket"\ntoken = "zwx"\n')
+    taken = []
+    monkeypatch.setattr("dreambooth_moslora.training.learn_basis.learn_basis", lambda config, *_: taken.append(config))
+    given = ["basis", *subjects, "--out", str(tmp_path / "a_basis.safetensors"), "--config", str(file)]
+    assert main(given) == main([*given, "--mask_prompt", "toy"]) == 0
+    assert [(one.rank, one.mask_prompt, one.token) for one in taken] == [(7, None, None), (7, "toy", None)]
+    assert not taken[0].find_scale and taken[0].lr_scheduler == "constant" and taken[0].report_to == "none"
