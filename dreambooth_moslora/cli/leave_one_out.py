@@ -47,7 +47,7 @@ def short_run(folder: Path, config_file: str | None, given: dict[str, Any], base
         recipe |= {"with_prior_preservation": False, "class_prompt": None}
     chosen = {"pretrained_model_name_or_path": base, "instance_data_dir": str(folder), "subjects": ()}
     config = TrainConfig.from_dict({**recipe, **SHORT, **chosen, **given, "max_train_steps": steps})
-    return replace(config, masks="auto") if is_toy(base) else config
+    return replace(config, masks="auto") if is_toy(base) and "masks" not in file else config
 
 
 def leave_one_out(config: TrainConfig, names: list[str], out: Path) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dreambooth_moslora.cli.commands import check
 from dreambooth_moslora.cli.leave_one_out import short_run
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core.config.train_config import TrainConfig
@@ -24,6 +25,7 @@ from dreambooth_moslora.evaluation.leave_one_out import (
 from dreambooth_moslora.evaluation.studies.run import run_study
 from dreambooth_moslora.evaluation.studies.stats import Result
 from dreambooth_moslora.evaluation.studies.study import Cell, Protocol
+from tests.helpers.odd_photos import picture
 
 ROOT = Path(__file__).parents[2]
 NAMES = [f"{number}.jpg" for number in range(6)]
@@ -89,7 +91,7 @@ def test_too_few_photos_and_a_run_that_failed_are_said(tmp_path):
         effects_of(NAMES, results_of(runs(np.random.default_rng(1)))[:-1])
 
 
-def test_the_short_run_is_the_recipes_with_the_steps_asked_for_and_a_persons_words_win():
+def test_the_short_run_is_the_recipes_with_the_steps_asked_for_and_a_persons_words_win(tmp_path):
     folder = ROOT / "assets/subjects/bear"
     config = short_run(folder, None, {}, "stabilityai/stable-diffusion-xl-base-1.0", 60)
     assert config.pretrained_model_name_or_path == "toy" and config.max_train_steps == 60 and config.masks == "auto"
@@ -99,7 +101,25 @@ def test_the_short_run_is_the_recipes_with_the_steps_asked_for_and_a_persons_wor
     assert own.instance_prompt == "a photo of sks toy" and not own.with_prior_preservation
     assert own.resolution == config.resolution == 128 and own.learning_rate == config.learning_rate
     quick = short_run(folder, str(ROOT / "assets/configs/quickstart.toml"), {}, "", 5)
-    assert quick.pretrained_model_name_or_path == "toy" and quick.prior_loss_weight == 5.0
+    assert quick.pretrained_model_name_or_path == "toy" and quick.prior_loss_weight == 5.0 and quick.masks == "auto"
+    (tmp_path / "bare.toml").write_text('pretrained_model_name_or_path = "toy"\nmasks = "given"')
+    assert short_run(folder, str(tmp_path / "bare.toml"), {}, "", 5).masks == "given"
+
+
+@pytest.mark.parametrize(
+    ("flags", "has_shapes"), [([], True), (["--no_enable_bucket"], False), (["--config", "square.toml"], False)]
+)
+def test_the_short_runs_crop_as_the_picture_shows(flags, has_shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for number in range(4):
+        picture(size_px=(96, 160)).save(tmp_path / "photos" / f"{number}.png")
+    Path("square.toml").write_text("crop_zoom = 1.0")
+    trained = []
+    monkeypatch.setattr(check, "leave_one_out", lambda config, *rest: str(trained.append(config)))
+    command = ["check", "photos", "--no_picture", "--leave_one_out", "--instance_prompt", "a photo of a sks bear"]
+    assert main([*command, "--pretrained_model_name_or_path", "toy", "--resolution", "64", *flags]) == 0
+    assert [config.enable_bucket for config in trained] == [has_shapes]
 
 
 def test_the_command_refuses_what_it_cannot_do(tmp_path, monkeypatch, capsys):

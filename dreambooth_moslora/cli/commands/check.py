@@ -80,26 +80,26 @@ def run(args: argparse.Namespace) -> int:
         make_masks(report.photos, config)
         report = find()
     report = examine(report, config.resolution)
-    picture = None
-    if report.photos and not args.no_picture:
-        config = config if args.config else with_shapes(config, given_settings(args), report.photos)
-        picture = draw(report, config, picture_path(args, folder))
+    given = given_settings(args)
+    given |= {} if args.config else shapes_of(report.photos, given)
+    config = replace(config, **given)
+    picture = None if args.no_picture or not report.photos else draw(report, config, picture_path(args, folder))
     crops = crops_line(picture, config) if picture else None
     print(json.dumps(as_json(report), indent=1) if args.json else spelled_out(as_text(report, crops)))
     if not report.photos:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
     if args.leave_one_out is not None:
-        print(spelled_out(without_each(args, folder, [photo.path.name for photo in report.photos])))
+        print(spelled_out(without_each(args, folder, given, [photo.path.name for photo in report.photos])))
     if args.json and crops:
         print(spelled_out(crops), file=sys.stderr)
     return 0
 
 
-def without_each(args: argparse.Namespace, folder: Path, names: list[str]) -> str:
+def without_each(args: argparse.Namespace, folder: Path, given: dict[str, Any], names: list[str]) -> str:
     """The result of `--leave_one_out`. Raises UserError."""
     if args.leave_one_out < 1 or args.json:
         raise UserError("--leave_one_out takes a number of steps from 1 on, and no --json.")
-    config = short_run(folder, args.config, given_settings(args), UNSAID[BASE], args.leave_one_out)
+    config = short_run(folder, args.config, given, UNSAID[BASE], args.leave_one_out)
     return leave_one_out(config, names, Path(f"{folder.resolve().name or 'photos'}_leave_one_out"))
 
 
@@ -116,12 +116,12 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
     return TrainConfig(**UNSAID | known)
 
 
-def with_shapes(config: TrainConfig, given: dict[str, Any], photos: list[Any]) -> TrainConfig:
-    """With the shapes of crops that `train DIR WORD` chooses unless they are `given`; a choice is said."""
+def shapes_of(photos: list[Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the crops' shapes that `train DIR WORD` chooses unless they are `given`; a choice is said."""
     choices = Choices(given)
     choose_shapes(choices, photos)
     say(choices.lines)
-    return replace(config, **choices.settings)
+    return choices.settings
 
 
 def make_masks(photos: list[Any], config: TrainConfig) -> None:
