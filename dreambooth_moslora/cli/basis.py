@@ -9,7 +9,9 @@ from pathlib import Path
 
 from dreambooth_moslora.cli.parser import add_training_flags, settings_of
 from dreambooth_moslora.cli.signals import INTERRUPTED, StopRequest
+from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.config.fields import check_number
+from dreambooth_moslora.core.config.files import read_json_table
 from dreambooth_moslora.core.config.subject_tables import SAID_BY_SUBJECTS
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.config.training_settings import SVD
@@ -20,6 +22,7 @@ __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "learn A and B that many subjects share, for `train --basis FILE`"
 EVERY_SEC = 5.0
+SUBJECT = "subject.json"
 GROUPS_OF_RUNS = ("optimizer", "samples and evaluation", "run folder", "hub")
 OF_RUNS = (
     *(item.name for item in fields(TrainConfig) if item.metadata["group"] in GROUPS_OF_RUNS),
@@ -83,14 +86,25 @@ def taken(flags: dict) -> dict:
 
 def config_of(folders: list[str], settings: dict) -> TrainConfig:
     """The settings of one run with a subject for each folder. Raises UserError."""
-    from dreambooth_moslora.evaluation.studies.study_subject import StudySubject
-
-    found, seen, tables = [StudySubject.of(folder) for folder in folders], Counter(), []
-    for subject in found:
-        seen[subject.instance_prompt] += 1
-        number = seen[subject.instance_prompt]  # prompts must differ; each subject has a mixer of its own
-        prompt = subject.instance_prompt if number == 1 else f"{subject.instance_prompt} {number}"
-        table = {"instance_data_dir": subject.photos, "instance_prompt": prompt, "class_prompt": subject.class_prompt}
-        tables.append({name: value for name, value in table.items() if value})
+    tables, seen = [table_of(folder) for folder in folders], Counter()
+    for table in tables:
+        prompt = table["instance_prompt"]
+        seen[prompt] += 1
+        if seen[prompt] > 1:  # prompts must differ; each subject has a mixer of its own
+            table["instance_prompt"] = f"{prompt} {seen[prompt]}"
     fixed = {"subjects": tables, "output_dir": "basis", "report_to": "none"}
     return TrainConfig.from_dict({"basis": SVD, **settings, **fixed})
+
+
+def table_of(folder: str) -> dict[str, str]:
+    """The settings of the subject in a folder. Raises UserError when nothing there says what it is."""
+    place = Path(find_asset(folder))
+    if not place.is_dir():
+        raise UserError(f"{folder}: there is no such folder.")
+    file = place / SUBJECT
+    facts = read_json_table(file) if file.is_file() else {}
+    token, word = facts.get("token"), facts.get("class_word")
+    if not (token and word):
+        raise UserError(f'{folder}: write {SUBJECT} into it, such as {{"token": "sks", "class_word": "dog"}}.')
+    prompts = {"instance_prompt": f"a photo of a {token} {word}", "class_prompt": f"a photo of a {word}"}
+    return {"instance_data_dir": str(place), **prompts}

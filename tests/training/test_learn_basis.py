@@ -56,7 +56,12 @@ def test_mistakes_are_one_line(subjects, tiny_base, tmp_path, capsys):
     Path(out[1]).touch()
     assert main(["basis", *subjects, *base, *out]) == 2
     said = capsys.readouterr().err.splitlines()
-    wanted = ("its name must end in", "two subjects or more", "--basis and --use_dora: ", "has no subject.json")
+    wanted = (
+        "its name must end in",
+        "two subjects or more",
+        "--basis and --use_dora: ",
+        ": write subject.json into it",
+    )
     wanted += ("--dry_run: basis has no such flag", "it is there already")
     assert len(said) == 6 and all(text in line for text, line in zip(wanted, said))
 
@@ -90,3 +95,15 @@ def test_of_a_file_the_settings_that_a_basis_has_are_taken(subjects, tmp_path, m
     assert main(given) == main([*given, "--mask_prompt", "toy"]) == 0
     assert [(one.rank, one.mask_prompt, one.token) for one in taken] == [(7, None, None), (7, "toy", None)]
     assert not taken[0].find_scale and taken[0].lr_scheduler == "constant" and taken[0].report_to == "none"
+
+
+@pytest.mark.parametrize("facts", [None, "{}", '{"token": "sks"}'])
+def test_a_folder_that_does_not_say_what_it_shows_is_told_what_to_write(facts, subjects, tmp_path, capsys):
+    file = tmp_path / "two" / "subject.json"
+    file.unlink() if facts is None else file.write_text(facts)
+    given = ["basis", *subjects, "--out", str(tmp_path / "a_basis.safetensors")]
+    assert main(given) == 2
+    wanted = 'two: write subject.json into it, such as {"token": "sks", "class_word": "dog"}.\n'
+    assert (said := capsys.readouterr().err).endswith(wanted) and "study" not in said
+    assert main(["basis", str(tmp_path / "none"), *given[1:]]) == 2
+    assert capsys.readouterr().err.endswith("none: there is no such folder.\n")
