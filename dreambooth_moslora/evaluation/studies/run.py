@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -40,6 +40,7 @@ from dreambooth_moslora.evaluation.studies.scoring import evaluate_cell, per_pic
 from dreambooth_moslora.evaluation.studies.stats import Result, best_rates, is_tuned
 from dreambooth_moslora.evaluation.studies.study import Cell, Study
 from dreambooth_moslora.training.loop import train
+from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
@@ -202,26 +203,31 @@ def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
 def nearest_rank(config: TrainConfig, rank: int) -> int:
     """The rank at which the arm's number of parameters is nearest to a plain LoRA's of `rank`."""
     widths = projections(config)
-    budget = sum(rank * (inputs + outputs) for inputs, outputs in widths)
+    budget = sum(rank * (inputs + outputs) for inputs, outputs in widths.values())
     step = 2 if config.mixer == "butterfly" else 1
     return min(range(step, rank + 1, step), key=lambda r: abs(count_parameters(widths, config, r) - budget))
 
 
-def count_parameters(widths: list[tuple[int, int]], config: TrainConfig, rank: int) -> int:
-    """Parameters of A, B, a learnt mixer, and DoRA's magnitudes, over all projections (in, out)."""
-    mixer = rank * rank if config.mixer != "none" and config.train_mixer else 0
-    if config.basis:
-        return len(widths) * mixer
-    return sum(rank * (i + o) + mixer + (o if config.use_dora else 0) for i, o in widths)
+def count_parameters(widths: Mapping[str, tuple[int, int]], config: TrainConfig, rank: int) -> int:
+    """Parameters of A, B, a learnt mixer, and DoRA's magnitudes, over all projections: path -> (in, out). Layers that
+    `--rank_pattern` names have ranks of their own."""
+    own, has_mixer, found = replace(config, rank=rank), config.mixer != "none" and config.train_mixer, 0
+    for path, (inputs, outputs) in widths.items():
+        r, _ = rank_and_alpha(own, "unet", path)
+        found += r * r if has_mixer else 0
+        if not config.basis:
+            found += r * (inputs + outputs) + (outputs if config.use_dora else 0)
+    return found
 
 
-def projections(config: TrainConfig) -> list[tuple[int, int]]:
-    return list(widths_of(config.pretrained_model_name_or_path, config.target_modules))
+def projections(config: TrainConfig) -> dict[str, tuple[int, int]]:
+    return dict(widths_of(config.pretrained_model_name_or_path, config.target_modules))
 
 
 @lru_cache(maxsize=8)
-def widths_of(base: str, targets: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
-    """(in, out) of every targeted layer of the base's UNet, from its configuration alone; in·h·w for a convolution."""
+def widths_of(base: str, targets: tuple[str, ...]) -> tuple[tuple[str, tuple[int, int]], ...]:
+    """Path and (in, out) of every targeted layer of the base's UNet, from its configuration alone; in·h·w for a
+    convolution."""
     source = resolve_base(base)
     if isinstance(source, Path) and source.is_file():
         unet = pipeline_of(base).pipeline.unet
@@ -230,5 +236,5 @@ def widths_of(base: str, targets: tuple[str, ...]) -> tuple[tuple[int, int], ...
             {"class": "UNet2DConditionModel", "config": UNet2DConditionModel.load_config(source, subfolder="unet")}
         )
     layers = matrix_layers(unet).items()
-    weights = [layer.weight for path, layer in layers if is_adapted(path, targets)]
-    return tuple((weight[0].numel(), weight.shape[0]) for weight in weights)
+    found = [(path, layer.weight) for path, layer in layers if is_adapted(path, targets)]
+    return tuple((path, (weight[0].numel(), weight.shape[0])) for path, weight in found)

@@ -253,12 +253,14 @@ def test_equal_budget_means_the_nearest_number_of_parameters(study):
 
 
 def test_the_counted_parameters_are_those_that_are_trained(study, tiny_base):
-    from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject
+    from dreambooth_moslora.adapters.moslora import adapter_parameters
     from dreambooth_moslora.base.load import load_pipeline
+    from dreambooth_moslora.training.step.add_adapters import add_adapters
 
-    for settings in ({"mixer": "orthogonal"}, {"mixer": "none"}, {"mixer": "identity", "train_mixer": False}):
+    kinds = [{"mixer": "orthogonal"}, {"mixer": "none"}, {"mixer": "identity", "train_mixer": False}]
+    for settings in (*kinds, {"mixer": "orthogonal", "rank_pattern": ["*.to_k=2"]}):
         config = TrainConfig.from_dict({**study.train, **settings, "rank": 4})
         unet = load_pipeline(tiny_base).unet
-        inject(unet, MoSLoraConfig(r=4, lora_alpha=4, target_modules=list(config.target_modules), **settings))
+        add_adapters(config, {"unet": unet})
         real = sum(p.numel() for _, p in adapter_parameters(unet))
         assert count_parameters(projections(config), config, 4) == real
