@@ -25,7 +25,7 @@ FP32_ON_A_GPU = (
 )
 
 BF16_ON_A_CPU = (
-    "This CPU has no bf16, so PyTorch emulates it, a hundred times slower than fp32: give --mixed_precision no, which "
+    "This CPU has no bf16, so PyTorch emulates it, many times slower than fp32: give --mixed_precision no, which "
     "takes twice the memory."
 )
 

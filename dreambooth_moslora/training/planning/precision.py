@@ -1,8 +1,8 @@
 """Who computes bf16: Nvidia GPUs since Ampere (compute capability 8.0), and CPUs with AVX-512, AMX or Arm's bf16.
 
 On older GPUs PyTorch emulates bf16 and reports it as supported. cuDNN has no bf16 convolutions there, so
-training would fail at its first step or be very slow. On other CPUs oneDNN has no bf16 kernels, and PyTorch's own are a
-hundred times slower than fp32.
+training would fail at its first step or be very slow. On other CPUs oneDNN has no bf16 kernels, and PyTorch's own are
+many times slower than fp32.
 """
 
 import os
