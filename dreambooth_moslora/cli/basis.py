@@ -16,13 +16,13 @@ from dreambooth_moslora.core.config.subject_tables import SAID_BY_SUBJECTS
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.config.training_settings import SVD
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.names import SUBJECT_FILE
 from dreambooth_moslora.core.run_files.run_folder import BASIS_SUFFIX
 
 __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "learn A and B that many subjects share, for `train --basis FILE`"
 EVERY_SEC = 5.0
-SUBJECT = "subject.json"
 GROUPS_OF_RUNS = ("optimizer", "samples and evaluation", "run folder", "hub")
 OF_RUNS = (
     *(item.name for item in fields(TrainConfig) if item.metadata["group"] in GROUPS_OF_RUNS),
@@ -101,10 +101,10 @@ def table_of(folder: str) -> dict[str, str]:
     place = Path(find_asset(folder))
     if not place.is_dir():
         raise UserError(f"{folder}: there is no such folder.")
-    file = place / SUBJECT
+    file = place / SUBJECT_FILE
     facts = read_json_table(file) if file.is_file() else {}
     token, word = facts.get("token"), facts.get("class_word")
     if not (token and word):
-        raise UserError(f'{folder}: write {SUBJECT} into it, such as {{"token": "sks", "class_word": "dog"}}.')
+        raise UserError(f'{folder}: write {SUBJECT_FILE} into it, such as {{"token": "sks", "class_word": "dog"}}.')
     prompts = {"instance_prompt": f"a photo of a {token} {word}", "class_prompt": f"a photo of a {word}"}
     return {"instance_data_dir": str(place), **prompts}

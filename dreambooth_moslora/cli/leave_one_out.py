@@ -8,6 +8,7 @@ from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.config.files import load_settings
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.names import SUBJECT_FILE
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.evaluation.studies.study_subject import StudySubject
 from dreambooth_moslora.training.planning.choices import recipe_settings
@@ -37,7 +38,7 @@ def short_run(folder: Path, config_file: str | None, given: dict[str, Any], base
     from dreambooth_moslora.training.planning.estimate import free_gib_of_gpu
 
     file = load_settings(config_file) if config_file else {}
-    usual = "toy" if (folder / "subject.json").is_file() else base
+    usual = "toy" if (folder / SUBJECT_FILE).is_file() else base
     base = (file | given).get("pretrained_model_name_or_path", usual)
     recipe = file or recipe_settings(base, free_gib_of_gpu())[1]
     if "instance_prompt" not in given and not config_file:

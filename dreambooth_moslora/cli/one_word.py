@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import free_name
+from dreambooth_moslora.core.names import SUBJECT_FILE, free_name
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.training.planning.choices import (
     USUAL_EXPOSURES,
@@ -77,7 +77,7 @@ def folder_and_word(words: list[str]) -> tuple[Path, str]:
 def choose_base(choices: Choices, folder: Path) -> None:
     from dreambooth_moslora.training.planning.estimate import STOCK_SDXL
 
-    is_of_toys = (folder / "subject.json").is_file()
+    is_of_toys = (folder / SUBJECT_FILE).is_file()
     base = "toy" if is_of_toys or gpu_gib() is None else STOCK_SDXL
     why = "the photos are of its world" if is_of_toys else NO_GPU
     said = f"the embedded one, as {why}" if base == "toy" else base

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
-__all__ = ["CLIP", "DINO", "free_name", "public_name"]
+__all__ = ["CLIP", "DINO", "SUBJECT_FILE", "free_name", "public_name"]
 
 CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"
+SUBJECT_FILE = "subject.json"
+"""Beside photos: their token and class word, for commands that take folders of subjects; of a toy, what it is."""
 """Hub ids of the encoders that score pictures of SDXL."""
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")

@@ -22,6 +22,7 @@ from torch import Tensor
 from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.core.config.files import read_json_table
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.names import SUBJECT_FILE
 from dreambooth_moslora.evaluation.encoders import Encoders
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
 from toybox.data.renders import to_pixels, to_uint8
@@ -35,7 +36,6 @@ __all__ = ["ToyTruth", "find_truth", "is_known_place"]
 
 VIEWS = 3
 """True renders of each place."""
-SUBJECT_FILE = "subject.json"
 
 
 class RenderedPlace(NamedTuple):

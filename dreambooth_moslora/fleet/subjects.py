@@ -22,6 +22,7 @@ from dreambooth_moslora.core.config.files import read_json_table, reason_of
 from dreambooth_moslora.core.config.train_config import TrainConfig, check_each
 from dreambooth_moslora.core.digests import content_key
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.names import SUBJECT_FILE
 from dreambooth_moslora.core.run_files.run_folder import check_name
 
 __all__ = ["PLACES", "REFUSED", "Subject", "mark_of", "read_subjects"]
@@ -153,7 +154,7 @@ def settings_of(row: Mapping[str, Any], photos: Path, shared: Mapping[str, Any],
 
 def words_of(row: Mapping[str, Any], photos: Path, shared: Mapping[str, Any]) -> dict[str, Any]:
     """Its two prompts, from the class in the list or in subject.json; empty when neither names one."""
-    facts = read_json_table(photos / "subject.json") if (photos / "subject.json").is_file() else {}
+    facts = read_json_table(photos / SUBJECT_FILE) if (photos / SUBJECT_FILE).is_file() else {}
     word = row.get("class") or row.get("class_word") or facts.get("class_word")
     if not word:
         return {}

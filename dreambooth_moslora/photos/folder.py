@@ -16,6 +16,7 @@ from PIL import Image
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError, spelled_out
+from dreambooth_moslora.core.names import SUBJECT_FILE
 from dreambooth_moslora.core.prompts import joined
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.photos.image_file import (
@@ -50,8 +51,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SUBJECT = "subject.json"
-"""What the photos show, for the commands that take folders of subjects."""
 JUNK = {".ds_store", "thumbs.db", "desktop.ini", "manifest.json", METADATA}
 
 
@@ -205,7 +204,7 @@ class FolderReader:
     def read(self) -> PhotoReport:
         report = PhotoReport()
         for path in self.paths:
-            if not is_sidecar_name(path) and path.name not in (MADE_CAPTIONS, SUBJECT):
+            if not is_sidecar_name(path) and path.name not in (MADE_CAPTIONS, SUBJECT_FILE):
                 item = self._read_one(path)
                 (report.photos if isinstance(item, Photo) else report.skipped).append(item)
         stems = {photo.path.stem for photo in report.photos}

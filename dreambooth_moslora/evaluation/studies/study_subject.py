@@ -18,6 +18,7 @@ from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.config.files import read_json_table
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.names import SUBJECT_FILE
 from dreambooth_moslora.core.prompts import Subject, subject_of
 
 __all__ = ["StudySubject"]
@@ -89,7 +90,7 @@ class StudySubject:
             raise UserError(f"the study's subject {folder}: no such folder; paths start at the current directory.")
         if "instance_prompt" in given:
             return cls(str(folder), given["instance_prompt"], given.get("class_prompt"), companions)
-        facts_path = folder / "subject.json"
+        facts_path = folder / SUBJECT_FILE
         if not facts_path.is_file():
             raise UserError(f"the study's subject {folder} has no subject.json: give it an instance_prompt.")
         facts = read_json_table(facts_path)
