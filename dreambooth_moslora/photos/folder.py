@@ -44,6 +44,7 @@ __all__ = [
     "find_photos",
     "instance_photos",
     "photo_report",
+    "require_folder_of_photos",
     "smallest_side_px",
     "usable_photos",
     "with_kept_captions",
@@ -178,13 +179,18 @@ def summary_of_skipped(report: PhotoReport) -> str:
     return "; ".join(shown) + (f"; and {more} more." if more else ".")
 
 
-def find_photos(folder: Path, instance_prompt: str, resolution_px: int, *, alpha: str = "mask") -> PhotoReport:
-    """Open every file of `folder` (not of its subfolders), by name. Raises UserError when it cannot be read."""
-    folder = Path(folder)
+def require_folder_of_photos(folder: Path) -> None:
+    """Raises UserError when there is no such folder."""
     if not folder.is_dir():
         raise UserError(
             f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; give a folder of photos."
         )
+
+
+def find_photos(folder: Path, instance_prompt: str, resolution_px: int, *, alpha: str = "mask") -> PhotoReport:
+    """Open every file of `folder` (not of its subfolders), by name. Raises UserError when it cannot be read."""
+    folder = Path(folder)
+    require_folder_of_photos(folder)
     try:
         paths = sorted(folder.iterdir())
     except PermissionError:

@@ -284,16 +284,18 @@ def test_a_bug_ends_with_1_and_its_traceback_once_on_the_terminal_and_in_the_log
     assert capsys.readouterr().err.count("ZeroDivisionError: unforeseen") == 1
 
 
+TRACKER = ["--report_to", "wandb"]
+"""A library that is missing. What is wrong in itself is told before it."""
 LATE_MISTAKES = {
-    "no photos": (["--instance_data_dir", "missing"], "missing: no such folder"),
+    "no photos": ([*TRACKER, "--instance_data_dir", "missing"], "missing: no such folder"),
     "run folder": (["--output_dir", "photos"], "is the folder of --instance_data_dir"),
     "file for a folder": (["--output_dir", "file/run"], "file is a file, not a folder"),
     "class_data_dir": (["--class_data_dir", "file"], "file is a file, not a folder"),
     "cache_dir": (["--cache_dir", "file"], "file is a file, not a folder"),
     "logging_dir": (["--report_to", "tensorboard", "--logging_dir", "../file"], "file is a file, not a folder"),
-    "tracker": (["--report_to", "wandb"], "--report_to wandb needs wandb: pip install wandb"),
-    "projection": (["--target_modules", "to_q", "to_out"], "no such layer; did you mean to_out.0?"),
-    "butterfly": (["--mixer", "butterfly", "--rank", "3"], "--mixer butterfly needs an even --rank, not 3"),
+    "tracker": (TRACKER, "--report_to wandb needs wandb: pip install wandb"),
+    "projection": ([*TRACKER, "--target_modules", "to_q", "to_out"], "no such layer; did you mean to_out.0?"),
+    "butterfly": ([*TRACKER, "--mixer", "butterfly", "--rank", "3"], "--mixer butterfly needs an even --rank, not 3"),
     "convolution": (["--use_dora", "--target_modules", "conv_in"], "--use_dora: conv_in is a convolution; leave"),
     "checkpoint": (["--resume_from_checkpoint", "checkpoint-9"], "no complete checkpoint there"),
     "long name": (["--output_dir", "n" * 250], "is too long: an adapter's has at most 200 bytes"),

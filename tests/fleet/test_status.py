@@ -1,6 +1,7 @@
 """How a fleet stands, from files alone: the lines of `fleet status`, and the page for a person's eye."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,12 +106,14 @@ def test_a_damaged_record_is_none(text, tmp_path):
         (["pets", "--out", "x", "--per_gpu", "0"], "--per_gpu"),
         (["pets", "--out", "x", "--cpus", "0"], "--cpus"),
         (
-            ["pets", "--out", "s3://x", "--per_gpu", "2", "--pretrained_model_name_or_path", "toy"],
+            ["pets", "--out", "gs://x", "--per_gpu", "2", "--pretrained_model_name_or_path", "toy"],
             "--per_gpu 2: subjects that share a process need an --out that is a folder",
         ),
+        (["pets", "--out", "gs://x", "--pretrained_model_name_or_path", "toy"], "pets: give a folder of subject"),
     ],
 )
-def test_a_mistake_is_one_line(words, says, capsys):
+def test_a_mistake_is_one_line_and_told_before_a_missing_library(words, says, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
     assert main(["fleet", *words]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RAW_NAME
 from dreambooth_moslora.serving import catalogue as catalogue_module
@@ -133,3 +134,11 @@ def test_a_place_that_cannot_be_served_is_a_persons_mistake(places, monkeypatch)
     monkeypatch.setattr("dreambooth_moslora.fleet.bucket.TRIES", 1)
     with pytest.raises(UserError, match="--adapters"):
         open_catalogue(places)
+
+
+def test_the_command_tells_a_missing_folder_before_a_missing_library(folder, free_port, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["serve", "--adapters", str(folder / "none")]) == 2
+    assert capsys.readouterr().err == f"error: --adapters {folder / 'none'}: there is no such folder.\n"
+    assert main(["serve", "--adapters", str(folder), "--port", str(free_port)]) == 2
+    assert "serve needs Ray Serve: pip install" in capsys.readouterr().err

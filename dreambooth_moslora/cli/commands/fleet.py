@@ -77,10 +77,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("missing: --pretrained_model_name_or_path; give it as a flag or in a --config file.")
     from dreambooth_moslora.fleet.run import missing
 
-    with opened(args.out) as (out, remote):
-        if remote and (args.per_gpu or 1) > 1:
+    with opened(args.out) as (out, url):
+        if url and (args.per_gpu or 1) > 1:
             raise UserError(f"--per_gpu {args.per_gpu}: subjects that share a process need an --out that is a folder.")
         subjects = read_subjects(Path(args.words[0]), shared, out)
+        remote = fleet_behind(url, out)
         if remote:
             remote.fetch([subject.name for subject in subjects])
         todo = missing(out, subjects)
@@ -104,19 +105,26 @@ def check_places(source: str, out: str | None) -> None:
 
 
 @contextmanager
-def opened(place: str) -> "Iterator[tuple[Path, RemoteFleet | None]]":
-    """A fleet's folder, and for a URL the fleet behind the folder, which is then a local view. Raises UserError."""
-    from dreambooth_moslora.fleet.bucket import Bucket, is_url, local_path
+def opened(place: str) -> Iterator[tuple[Path, str]]:
+    """A fleet's folder and its URL, or "". Behind a URL, the folder is a local view, empty at first."""
+    from dreambooth_moslora.fleet.bucket import is_url, local_path
 
     place = local_path(place) or place
     if not is_url(place):
-        yield Path(place).resolve(), None
+        yield Path(place).resolve(), ""
         return
+    with tempfile.TemporaryDirectory(prefix="fleet-") as view:
+        yield Path(view).resolve(), place
+
+
+def fleet_behind(url: str, view: Path) -> "RemoteFleet | None":
+    """None without a URL. Raises UserError for one that names no bucket, and when its library is missing."""
+    if not url:
+        return None
+    from dreambooth_moslora.fleet.bucket import Bucket
     from dreambooth_moslora.fleet.remote_output import RemoteFleet
 
-    bucket = Bucket(place)
-    with tempfile.TemporaryDirectory(prefix="fleet-") as view:
-        yield Path(view).resolve(), RemoteFleet(bucket, Path(view).resolve())
+    return RemoteFleet(Bucket(url), view)
 
 
 def train_all(
@@ -159,7 +167,8 @@ def show_status(place: str) -> int:
     from dreambooth_moslora.fleet.index import write_index
     from dreambooth_moslora.fleet.status import rows_of, status_lines
 
-    with opened(place) as (out, remote):
+    with opened(place) as (out, url):
+        remote = fleet_behind(url, out)
         if remote:
             remote.fetch_all()
         rows = rows_of(out)

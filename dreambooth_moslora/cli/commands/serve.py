@@ -53,14 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     settings = settings_of(args)
-    if not has_ray_serve():
-        raise UserError(f"serve needs Ray Serve: {INSTALL}.")
     from dreambooth_moslora.fleet.cluster import connected, has_gpus
     from dreambooth_moslora.serving.catalogue import open_catalogue
 
     count = len(open_catalogue(settings.adapters).names())
     if args.ray_address is None:
         check_port(settings.host, settings.port)
+    if not has_ray_serve():
+        raise UserError(f"serve needs Ray Serve: {INSTALL}.")
     say(f"{count} adapters; loading {settings.pretrained_model_name_or_path}, {settings.replicas} times …")
     started = time.monotonic()
     os.environ.update(PATIENCE | os.environ)

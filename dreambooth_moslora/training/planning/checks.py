@@ -27,6 +27,7 @@ from dreambooth_moslora.core.prompts import learnt_words
 from dreambooth_moslora.core.run_files.adapter_files import find_weights, header_of
 from dreambooth_moslora.core.run_files.run_folder import RunDir, check_name, checkpoint_step
 from dreambooth_moslora.core.versions import require_packages
+from dreambooth_moslora.photos.folder import require_folder_of_photos
 from dreambooth_moslora.training.planning.estimate import check_memory
 from dreambooth_moslora.training.planning.precision import check_bf16
 from dreambooth_moslora.training.results.model_card import is_card, pictures_named
@@ -227,7 +228,8 @@ def preflight(config: TrainConfig) -> Path | None:
 
 def check_settings(config: TrainConfig) -> Path | None:
     """`preflight` without the memory that is free now, for a run that begins later. Raises UserError."""
-    require_packages(config)
+    if config.instance_data_dir:
+        require_folder_of_photos(Path(config.instance_data_dir))
     check_bf16(config)
     learnt_words(config)
     ranks = [config.rank, *(int(parse_pattern("rank_pattern", text)[1]) for text in config.rank_pattern)]
@@ -248,6 +250,7 @@ def check_settings(config: TrainConfig) -> Path | None:
     if layers:
         check_layers(config.target_modules, layers, config.use_dora)
         check_patterns(config, layers)
+    require_packages(config)
     return folder
 
 
