@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import socket
+from importlib.util import find_spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the programs do: waiting threads do not spin
@@ -22,6 +23,13 @@ def pytest_collection_modifyitems(items):
     from tests.helpers.order import longest_first
 
     longest_first(items)
+
+
+def pytest_runtest_setup(item):
+    """Before its fixtures. A module of `extra` is found and not imported: Ray reads the environment when it is."""
+    needed = {name for mark in item.iter_markers("extra") for name in mark.args}
+    if missing := sorted(name for name in needed if find_spec(name) is None):
+        pytest.skip(f"not installed: {', '.join(missing)}")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -17,7 +17,6 @@ from dreambooth_moslora.core.versions import installed_versions
 
 __all__ = [
     "EMBEDDED",
-    "INSTALL",
     "Lost",
     "Resources",
     "Task",

@@ -12,12 +12,11 @@ import dreambooth_moslora
 
 ROOT = Path(__file__).resolve().parents[2]
 API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+built_by = pytest.mark.extra("mkdocs", "material", "mkdocstrings")  # docs/requirements.txt
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    for name in ("mkdocs", "material", "mkdocstrings"):
-        pytest.importorskip(name, reason=f"{name} is not installed: pip install -r docs/requirements.txt")
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
@@ -26,12 +25,14 @@ def site(tmp_path_factory) -> Path:
     return out
 
 
+@built_by
 def test_every_page_is_built(site):
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
     assert {path.parent.name for path in site.glob("*/index.html")} == pages
     assert not (site / "requirements.txt").exists()
 
 
+@built_by
 def test_every_picture_is_there(site):
     shown = 0
     for page in site.rglob("*.html"):
@@ -41,6 +42,7 @@ def test_every_picture_is_there(site):
     assert shown >= 5
 
 
+@built_by
 def test_the_api_page_holds_docstrings(site):
     page = (site / "api" / "index.html").read_text(encoding="utf-8")
     for name in set(dreambooth_moslora.__all__) - {"__version__"}:

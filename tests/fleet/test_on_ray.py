@@ -12,10 +12,9 @@ import psutil
 import pytest
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.versions import installed_versions
 from dreambooth_moslora.evaluation.studies.study import Protocol, Study, StudySubject
 from dreambooth_moslora.fleet.cells import CellRunner
-from dreambooth_moslora.fleet.cluster import EMBEDDED, INSTALL, Lost, Task, connected, largest_node_gib, run_tasks
+from dreambooth_moslora.fleet.cluster import EMBEDDED, Lost, Task, connected, largest_node_gib, run_tasks
 from dreambooth_moslora.fleet.records import read_record, stop_path
 from dreambooth_moslora.fleet.run import Ending, begun, missing, run_fleet
 from dreambooth_moslora.fleet.sizing import Machines
@@ -23,11 +22,7 @@ from dreambooth_moslora.fleet.subjects import PLACES, read_subjects
 from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_training import adapter_sha256, largest_difference, paint_photos, tiny_config
 
-# Not importorskip: Ray reads the environment, which says that it listens on the loopback, when it is imported.
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(installed_versions(("ray",))["ray"] is None, reason=f"Ray is not installed: {INSTALL}"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.extra("ray")]
 GUARDED = "dreambooth_moslora.fleet.guarded"
 
 

@@ -1,6 +1,5 @@
 """A fleet on Ray with a server that speaks S3: a worker and its training are killed, uploads fail, no byte differs."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -19,9 +18,7 @@ from dreambooth_moslora.fleet.bucket import TRIES, Bucket
 from dreambooth_moslora.fleet.mirror import read_manifest
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
-NEEDED = ("ray", "s3fs", "moto", "flask", "flask_cors")
-MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}")]
+pytestmark = [pytest.mark.slow, pytest.mark.extra("ray", "s3fs", "moto", "flask", "flask_cors")]
 GUARDED, STEPS = "dreambooth_moslora.fleet.guarded", 40
 TOLD = (
     "pretrained_model_name_or_path",

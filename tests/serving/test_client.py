@@ -3,13 +3,11 @@
 import asyncio
 import socket
 import threading
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import uvicorn
 
-from dreambooth_moslora.cli.commands.serve import INSTALL
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.generation.grids import generate_grid, parse_axis
 from dreambooth_moslora.generation.params import GenerationParams
@@ -24,7 +22,6 @@ from dreambooth_moslora.ui.generate.form import GenerateForm
 from tests.helpers.tiny_adapters import save_diffusers_lora
 
 TOKEN = "correct-horse-battery"
-needs_metrics = pytest.mark.skipif(find_spec("prometheus_client") is None, reason=f"not installed: {INSTALL}")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +62,7 @@ def params(**values) -> GenerationParams:
     return GenerationParams("a photo of a dog", **given)
 
 
-@needs_metrics
+@pytest.mark.extra("prometheus_client")
 def test_remote_pictures_are_the_files_of_the_pipeline_here(remote, base, place):
     base.load_adapter(place.shelf / "dog.safetensors")
     asked = params(num_images=2)
@@ -76,7 +73,7 @@ def test_remote_pictures_are_the_files_of_the_pipeline_here(remote, base, place)
     assert list(remote.generate(params(), lambda: True)) == []
 
 
-@needs_metrics
+@pytest.mark.extra("prometheus_client")
 def test_another_file_of_the_same_name_is_refused_and_an_unknown_name_too(remote, base, tmp_path):
     other = save_diffusers_lora(base.pipeline.unet, tmp_path, seed=5)
     with pytest.raises(UserError, match="has no adapter 'cat'"):
@@ -86,7 +83,7 @@ def test_another_file_of_the_same_name_is_refused_and_an_unknown_name_too(remote
         list(remote.generate(params()))
 
 
-@needs_metrics
+@pytest.mark.extra("prometheus_client")
 def test_a_wrong_token_another_base_and_another_program_are_told(place, base):
     with pytest.raises(UserError, match="token"):
         RemotePipeline(Service(place.url), base.base_name).load_adapter(place.shelf / "dog.safetensors")
@@ -142,7 +139,7 @@ def test_a_backend_that_is_away_is_one_line_without_the_token(free_port):
     assert "\n" not in str(error.value) and TOKEN not in str(error.value)
 
 
-@needs_metrics
+@pytest.mark.extra("prometheus_client")
 def test_the_page_generates_and_compares_by_the_backend_and_says_when_it_is_away(place, base, tmp_path, free_port):
     from dreambooth_moslora.ui.serve import context_of
 

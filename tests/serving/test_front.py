@@ -3,14 +3,12 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from shutil import copytree
 
 import httpx
 import pytest
 
-from dreambooth_moslora.cli.commands.serve import INSTALL
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
@@ -24,7 +22,7 @@ from dreambooth_moslora.serving.orders import RefusedError
 from dreambooth_moslora.serving.settings import ServeSettings
 from tests.helpers.tiny_adapters import save_diffusers_lora
 
-pytestmark = pytest.mark.skipif(find_spec("prometheus_client") is None, reason=f"not installed: {INSTALL}")
+pytestmark = pytest.mark.extra("prometheus_client")
 TOKEN = "correct-horse-battery"
 NAMES = ("dog", "cat", "emu")
 

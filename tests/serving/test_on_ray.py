@@ -10,16 +10,13 @@ import psutil
 import pytest
 import torch
 
-from dreambooth_moslora.cli.commands.serve import INSTALL, has_ray_serve
+from dreambooth_moslora.cli.commands.serve import NEEDED
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.serving.settings import PATIENCE, ServeSettings
 from tests.helpers.tiny_adapters import save_diffusers_lora
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not has_ray_serve(), reason=f"Ray Serve is not installed: {INSTALL}"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.extra(*NEEDED)]
 TOKEN = "correct-horse-battery"
 NAMES = ("dog", "cat", "emu")
 

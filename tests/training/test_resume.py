@@ -53,6 +53,7 @@ KINDS = {
         "gradient_checkpointing": True,
     },
 }
+NEEDS = {"schedule_free": [pytest.mark.extra("schedulefree")]}
 AT_THREE_STEPS = ("plain", "class_images_and_captions", "accumulation_and_convolutions")
 
 
@@ -67,13 +68,13 @@ def stop_at(step: int):
     return (lambda: step in done), (lambda event: done.append(event.step if event.kind == "step" else None))
 
 
-@pytest.mark.parametrize("kind", [k if k == "plain" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+@pytest.mark.parametrize(
+    "kind", [k if k == "plain" else pytest.param(k, marks=[pytest.mark.slow, *NEEDS.get(k, [])]) for k in KINDS]
+)
 def test_interrupted_and_resumed_equals_unbroken(kind, tiny_base, photos, tmp_path):
     def config(**changes):
         return tiny_config(tiny_base, photos, tmp_path / "run", max_train_steps=4, **KINDS[kind], **changes)
 
-    if kind == "schedule_free":
-        pytest.importorskip("schedulefree")
     train(config())
     unbroken = adapter_sha256(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")

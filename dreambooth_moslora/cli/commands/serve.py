@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.serving.settings import PATIENCE, TOKEN_VARIABLE, ServeSettings, tokens_of
 
-__all__ = ["HELP", "INSTALL", "add_arguments", "has_ray_serve", "run"]
+__all__ = ["HELP", "NEEDED", "add_arguments", "run"]
 
 HELP = "answer HTTP requests with pictures of many adapters (Ray Serve)"
 EPILOG = """example:
@@ -21,6 +21,8 @@ EPILOG = """example:
   curl http://127.0.0.1:8000/generate -H 'Content-Type: application/json' \\
       -d '{"prompt": "a photo of sks dog", "adapter": "rex", "seed": 1}' -o rex.png"""
 INSTALL = 'pip install "ray[serve]>=2.60,<3"'
+NEEDED = ("ray", "grpc_reflection", "prometheus_client")
+"""Modules: `ray[default]` includes Ray Serve's code but not all of its dependencies."""
 FIELDS = ServeSettings.__dataclass_fields__
 
 
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     count = len(open_catalogue(settings.adapters).names())
     if args.ray_address is None:
         check_port(settings.host, settings.port)
-    if not has_ray_serve():
+    if not all(map(find_spec, NEEDED)):
         raise UserError(f"serve needs Ray Serve: {INSTALL}.")
     say(f"{count} adapters; loading {settings.pretrained_model_name_or_path}, {settings.replicas} times …")
     started = time.monotonic()
@@ -87,11 +89,6 @@ def settings_of(args: argparse.Namespace) -> ServeSettings:
     return ServeSettings(
         **values | {"adapters": tuple(args.adapters), "tokens": tokens_of(args.token), "threads": threads}
     )
-
-
-def has_ray_serve() -> bool:
-    """Whether Ray Serve can run: `ray[default]` includes its code but not all of its dependencies."""
-    return all(find_spec(name) for name in ("ray", "grpc_reflection", "prometheus_client"))
 
 
 def check_port(host: str, port: int) -> None:

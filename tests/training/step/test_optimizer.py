@@ -77,8 +77,8 @@ def test_adafactor_steps_by_the_given_rate_whatever_the_size_of_the_weights():
         assert torch.allclose(old - new, torch.full_like(new, 3e-2), rtol=1e-3)
 
 
+@pytest.mark.extra("schedulefree")
 def test_the_schedule_free_average_is_what_the_library_evaluates():
-    pytest.importorskip("schedulefree")
     groups = parameter_groups(TrainConfig(learning_rate=1e-2), components())
     config = TrainConfig(optimizer="schedulefree")
     weights, optimizer = stepped(config, groups)
