@@ -115,7 +115,7 @@ def counted_total_gib(unet: nn.Module, counted: Count) -> float:
 def estimated_total_gib(config: TrainConfig) -> float:
     from dreambooth_moslora.training.planning.estimate import BaseSize, estimate
 
-    return estimate(config, BaseSize(), total_steps=100, photo_count=5).training_gib
+    return estimate(config, BaseSize(), total_steps=100).training_gib
 
 
 def floor_unet(config: TrainConfig) -> nn.Module:

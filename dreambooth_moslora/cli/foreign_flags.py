@@ -1,12 +1,13 @@
-"""Flags of other trainers and their equivalents, for the message about an unknown flag."""
+"""Flags of other trainers and of earlier versions, and what to give instead, for the message about an unknown flag."""
 
 from dreambooth_moslora.core.config.fields import nearest
-from dreambooth_moslora.core.config.train_config import FIELD_TYPES
+from dreambooth_moslora.core.config.train_config import FIELD_TYPES, REMOVED
 from dreambooth_moslora.core.config.training_settings import OPTIMIZERS
 
 __all__ = ["FOREIGN_FLAGS", "unknown_flag_message"]
 
 FOREIGN_FLAGS = {
+    **REMOVED,
     # earlier versions of diffusers' script, and its siblings
     "crops_coords_top_left_h": "each photo's own crop is told to the model; there is nothing to set",
     "crops_coords_top_left_w": "each photo's own crop is told to the model; there is nothing to set",

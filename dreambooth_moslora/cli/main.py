@@ -160,12 +160,10 @@ def run_training(config: TrainConfig) -> int:
 
         print(spelled_out(describe_run(config)))
         return DONE
-    from dreambooth_moslora.photos.backgrounds import check_new_backgrounds
     from dreambooth_moslora.training.planning.checks import check_folders
 
     with StopRequest() as stop:
         check_folders(config)  # before the log file creates or changes a folder
-        check_new_backgrounds(config)
         file_only = start_log(config)
         try:
             return run_trainer(config, stop)

@@ -20,7 +20,13 @@ from dreambooth_moslora.core.config.fields import GROUPS, Prompt
 from dreambooth_moslora.core.config.files import load_settings
 from dreambooth_moslora.core.config.like import settings_like
 from dreambooth_moslora.core.config.subject_tables import SAID_BY_SUBJECTS, SubjectTable
-from dreambooth_moslora.core.config.train_config import FIELD_TYPES, TrainConfig, check_each, checked_setting
+from dreambooth_moslora.core.config.train_config import (
+    FIELD_TYPES,
+    TrainConfig,
+    check_each,
+    checked_setting,
+    without_removed,
+)
 from dreambooth_moslora.core.errors import UserError, spelled_out
 
 __all__ = [
@@ -169,6 +175,7 @@ def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[
         recipe = {name: value for name, value in recipe.items() if name not in SAID_BY_WORDS}
     settings = overridden(recipe, flags)
     check_each(settings)
+    settings = without_removed(settings)
     if like:
         taken, lines = settings_like(str(like), settings)
         settings = taken | settings

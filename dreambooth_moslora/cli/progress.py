@@ -24,7 +24,6 @@ PHASE_TITLES = {
     "captions": "captions",
     "masks": "masks",
     "class_images": "class images",
-    "backgrounds": "new backgrounds",
     "caching": "encoding photos",
     "sampling": "drawing samples",
     "evaluating": "scoring",

@@ -12,7 +12,7 @@ from itertools import combinations, count, islice, permutations, product
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.toy import TOY_CONTEXT_TEMPLATES, TOY_SCENES, is_toy, toy_scene
+from dreambooth_moslora.core.toy import TOY_CONTEXT_TEMPLATES, is_toy
 
 __all__ = [
     "DREAMBOOTH_LIVE_TEMPLATES",
@@ -24,9 +24,6 @@ __all__ = [
     "joined",
     "learnt_words",
     "noun_of",
-    "placed",
-    "scene_places",
-    "scene_prompt",
     "spelled",
     "spellings_of",
     "subject_of",
@@ -87,19 +84,6 @@ CONTEXT_TEMPLATES = (
     "a {} with a city in the background",
     "a {} in the jungle",
 )
-
-SCENES = (
-    "in a garden",
-    "on a lawn in the evening sun",
-    "on a gravel road",
-    "in a living room",
-    "on a kitchen floor",
-    "in an office",
-    "beside a lake",
-    "on a balcony",
-)
-"""Places for new backgrounds; none of them is in DreamBooth's templates."""
-SCENE = "an empty place {}, wide angle photo"
 
 MOST_PAIRS = 6
 """Most pairs of subjects that are drawn together."""
@@ -200,24 +184,6 @@ def spelled(prompt: str, spellings: Mapping[str, str]) -> str:
         return prompt
     longest_first = "|".join(map(re.escape, sorted(spellings, key=len, reverse=True)))
     return re.sub(rf"(?<!\w)(?:{longest_first})(?!\w)", lambda found: spellings[found[0]], prompt)
-
-
-def scene_places(config: TrainConfig) -> tuple[str, ...]:
-    """Places that `--new_backgrounds` puts the subjects at; none without that option."""
-    if not config.new_backgrounds:
-        return ()
-    usual = tuple(TOY_SCENES) if is_toy(config.pretrained_model_name_or_path) else SCENES
-    return config.background_scenes or usual
-
-
-def scene_prompt(base: str, place: str) -> str:
-    """The prompt that makes the base draw the place, as empty as it can."""
-    return toy_scene(place) if is_toy(base) else SCENE.format(place)
-
-
-def placed(prompt: str, place: str) -> str:
-    """`a photo of sks dog on grass`, `in a garden` -> `a photo of sks dog in a garden`."""
-    return joined(CONTEXT.sub("", prompt.strip()), place)
 
 
 def joined(*parts: str) -> str:

@@ -1,6 +1,6 @@
 """The embedded base (a small SDXL of the toy world): how it is recognised, its prompts and its guidance."""
 
-__all__ = ["TOY_SCENES", "TOY_TEMPLATES", "is_toy", "preferred_guidance", "toy_scene"]
+__all__ = ["TOY_TEMPLATES", "is_toy", "preferred_guidance"]
 
 TOY_PLACES = (
     "on grass",
@@ -25,25 +25,6 @@ TOY_TEMPLATES = tuple(f"a photo of a {{}} {place}" for place in TOY_PLACES)
 TOY_CONTEXT_TEMPLATES = tuple(
     f"a photo of a {{}} {p}" for p in ("on the beach", "in the snow", "on lava", "on the moon")
 )
-
-TOY_SCENES = {
-    "in the desert": "an orange",
-    "in a forest": "a green",
-    "on a checkered floor": "a white",
-    "on autumn leaves": "an orange",
-    "in a pink room": "a pink",
-    "on a stage with red curtains": "a brown",
-}
-"""Places for new backgrounds, with their colour. The other places are kept for evaluation."""
-
-
-def toy_scene(place: str) -> str:
-    """The prompt for a place. The embedded base draws no place without a toy; it draws this one smallest, and
-    the subject covers it.
-
-    It has the colour of the place, so that what the subject does not cover is not seen.
-    """
-    return f"a distant view of {TOY_SCENES.get(place, 'a')} mug {place}"
 
 
 def is_toy(base: str) -> bool:

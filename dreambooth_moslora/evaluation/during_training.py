@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dreambooth_moslora.adapters.moslora import set_scale
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.train_config import TrainConfig
-from dreambooth_moslora.core.prompts import scene_places, subject_of
+from dreambooth_moslora.core.prompts import subject_of
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.evaluation.encoders import Encoders, load_encoders
@@ -106,7 +106,7 @@ class TrainingEvaluator:
 
 
 def plan_of(subject: TrainConfig, photos: list[Photo]) -> EvaluationPlan:
-    captions = [*(caption for photo in photos for caption in photo.captions), *scene_places(subject)]
+    captions = [caption for photo in photos for caption in photo.captions]
     full = plan_for(subject.pretrained_model_name_or_path, subject_of(subject), captions=captions, seeds=SEEDS)
     return full.smaller(templates=3, seeds=2, class_images=2, unrelated=1, inference_steps=20)
 

@@ -36,7 +36,7 @@ class Machines:
 
         Raises UserError for a damaged base.
         """
-        need = estimate(with_plan(config, plan_name(config, self.gpu_gib) or "full"), base_size(config), 1, 1).peak_gib
+        need = estimate(with_plan(config, plan_name(config, self.gpu_gib) or "full"), base_size(config), 1).peak_gib
         if self.gpu_gib is None:
             return Resources(self.cpus, memory_gib=min(need + PROCESS_GIB, self.node_gib))
         count = self.per_gpu or max(1, int(USABLE * self.gpu_gib / need))
@@ -58,7 +58,7 @@ class Machines:
 
 def group_gib(config: TrainConfig, count: int) -> float:
     """Peak memory of one base with `count` adapters, for a step on the rows of all, GiB."""
-    of_all = estimate(replace(config, train_batch_size=config.train_batch_size * count), base_size(config), 1, 1)
+    of_all = estimate(replace(config, train_batch_size=config.train_batch_size * count), base_size(config), 1)
     return of_all.peak_gib + (count - 1) * of_all.adapter_parameters * TRAINING_BYTES / GIB
 
 

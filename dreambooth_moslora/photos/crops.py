@@ -20,7 +20,6 @@ __all__ = [
     "CropRule",
     "apply_crop",
     "bucket_of",
-    "bucket_step",
     "crop_rule",
     "nearest_shape",
     "plan_crop",

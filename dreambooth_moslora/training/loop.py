@@ -19,7 +19,6 @@ from dreambooth_moslora.core.errors import StopRequestedError, one_line
 from dreambooth_moslora.core.run_files.events import Event, RunEnded
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler
-from dreambooth_moslora.photos.backgrounds import check_masks
 from dreambooth_moslora.photos.folder import instance_photos, usable_photos
 from dreambooth_moslora.photos.photo import counts_of
 from dreambooth_moslora.training.accelerator import chosen_seed, make_accelerator
@@ -129,7 +128,6 @@ def set_up(context: RunContext, evaluator: StepScorer | None, load: LoadBase | N
     report.step = step
     on_main(context.accelerator, lambda: report_start(context, step, plan.total_steps))
     photos = masked_photos(context, captioned_photos(context, photos))
-    check_masks(config, photos)
     report.trackers.start(config)
     samples = ValidationSamples.of(config, context.run_dir, plan.steps_an_epoch)
     prompts = [*samples.prompts, *(evaluator.prompts if evaluator and is_scored(config) else ())]

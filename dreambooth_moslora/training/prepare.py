@@ -32,7 +32,6 @@ from dreambooth_moslora.training.inputs.encode_ahead import encode_photos, encod
 from dreambooth_moslora.training.inputs.encoding_cache import TensorCache, fingerprint
 from dreambooth_moslora.training.inputs.photo_encoder import PhotoEncoder
 from dreambooth_moslora.training.inputs.prompt_cache import PromptCache
-from dreambooth_moslora.training.inputs.run_backgrounds import with_new_backgrounds
 from dreambooth_moslora.training.inputs.run_class_images import class_photos_of_each
 from dreambooth_moslora.training.inputs.subject_streams import SubjectStreams, instance_streams, prior_streams
 from dreambooth_moslora.training.inputs.train_batch import TrainBatch, collate
@@ -106,8 +105,7 @@ def prepare(
     start = read_start_of(config, pipeline) if is_fresh else None
     basis = read_basis_of(config)
     context.stop_if_asked()
-    shown = with_new_backgrounds(context, pipeline, photos)
-    class_photos = class_photos_of_each(context, pipeline, shown) if uses_class_images(config) else []
+    class_photos = class_photos_of_each(context, pipeline, photos) if uses_class_images(config) else []
     encoder = PhotoEncoder(
         pipeline.vae.to(device),
         cache_of(config),
@@ -115,7 +113,7 @@ def prepare(
         config.dataloader_num_workers,
         config.unmasked_weight,
     )
-    instance = instance_streams(config, shown, encoder)
+    instance = instance_streams(config, photos, encoder)
     prior = prior_streams(config, class_photos, encoder, instance) if class_photos else None
     prompt_embeds = prompt_cache(config, pipeline, device)
     streams = [stream for stream in (instance, prior) if stream is not None]

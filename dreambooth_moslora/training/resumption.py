@@ -8,7 +8,7 @@ from safetensors import safe_open
 from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.targets import is_adapted, is_target
-from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.config.train_config import REMOVED, TrainConfig
 from dreambooth_moslora.core.config.training_settings import SCHEDULE_FREE, SVD
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import learnt_words
@@ -71,8 +71,11 @@ def resume_point(config: TrainConfig, run_dir: RunDir) -> tuple[Path, Position] 
 
 
 def check_resumed(config: TrainConfig, checkpoint: Path, position: Position) -> None:
-    """Raises UserError for the first setting that differs from the checkpoint's, and for a damaged adapter file."""
+    """Raises UserError for the first setting that differs from the checkpoint's, and for a damaged adapter file.
+    Settings of the checkpoint in REMOVED are logged."""
     facts, modules = trained_modules(checkpoint)
+    for name in REMOVED.keys() & facts.recipe.keys():
+        logger.warning("%s was trained with --%s, %s; the run goes on without.", checkpoint.name, name, REMOVED[name])
     if position.optimizer not in (None, optimizer_kind(config)):
         raise UserError(
             f"{checkpoint.name} was written with {position.optimizer}; you ask for {optimizer_kind(config)}: "

@@ -148,7 +148,7 @@ def test_on_a_gpu_the_recipe_for_its_memory_is_taken_and_fits(photos, monkeypatc
     assert config.pretrained_model_name_or_path == STOCK_SDXL and config.rank == recipe["rank"]
     assert config.with_prior_preservation and config.prior == "adapter_off" and config.evaluate_steps is None
     assert plan_steps(config, 5).total_steps == recipe["max_train_steps"]
-    assert estimate(config, BaseSize(), 400, 5).peak_gib <= 0.95 * gb
+    assert estimate(config, BaseSize(), 400).peak_gib <= 0.95 * gb
 
 
 def test_a_word_of_memory_takes_the_place_of_the_recipes_own_plan(photos, monkeypatch):

@@ -48,7 +48,7 @@ def test_one_word_finds_another_name_for_the_second_run(photos, capsys, monkeypa
         (["--rank", "0"], "--rank 0"),
         (["--target_modules", "to_x"], "the UNet has no such layer"),
         (["--hub_token", "x", "--push_to_hub"], "--hub_token: it would lie in the queue's file"),
-        (["--new_backgrounds", "2"], "--new_backgrounds needs masks"),
+        (["--new_backgrounds", "2"], "--new_backgrounds: removed"),
         (["--output_dir", "runs/.hen"], "'.hen' cannot be the name of a run"),
     ],
 )

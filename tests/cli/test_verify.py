@@ -97,20 +97,16 @@ def test_words_come_from_flags_then_from_a_recipe_of_the_same_subject_then_from_
 
 def test_what_a_file_does_not_tell_of_its_photos_and_pictures_can_be_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    facts = AdapterMetadata(4, 4, recipe={"seed": 1, "new_backgrounds": 1}, base_id="toy", trigger_words=("sks dog",))
+    facts = AdapterMetadata(4, 4, recipe={"seed": 1}, base_id="toy", trigger_words=("sks dog",))
     save_file(WEIGHTS, "a.safetensors", metadata={"moslora": facts.to_json()})
-    Path("r.toml").write_text(
-        'background_scenes = ["in a garden"]\nleave_out = ["1.png"]\n'
-        'sample_batch_size = 2\nprior_generation_precision = "fp32"\n'
-    )
-    flags = ["--background_scenes", "in a garden", "--leave_out", "1.png"]
-    flags += ["--sample_batch_size", "2", "--prior_generation_precision", "fp32"]
+    Path("r.toml").write_text('leave_out = ["1.png"]\nsample_batch_size = 2\nprior_generation_precision = "fp32"\n')
+    flags = ["--leave_out", "1.png", "--sample_batch_size", "2", "--prior_generation_precision", "fp32"]
     parser = Parser()
     verify.add_arguments(parser)
     for words in (["--config", "r.toml"], flags):
         args = parser.parse_args(["a.safetensors", "--photos", "photos", *words])
         config = verify.config_of(args, verify.read_receipt(args.file), tmp_path / "run")
-        assert (config.background_scenes, config.leave_out) == (("in a garden",), ("1.png",))
+        assert config.leave_out == ("1.png",)
         assert (config.sample_batch_size, config.prior_generation_precision) == (2, "fp32")
 
 

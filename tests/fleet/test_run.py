@@ -16,7 +16,7 @@ from dreambooth_moslora.fleet.subjects import Subject
 from dreambooth_moslora.training.planning.estimate import BaseSize, estimate
 
 CONFIG = TrainConfig(pretrained_model_name_or_path="someone/sdxl", resolution=1024, mixed_precision="bf16")
-NEED = estimate(CONFIG, BaseSize(), 1, 1).peak_gib
+NEED = estimate(CONFIG, BaseSize(), 1).peak_gib
 
 
 def test_a_training_takes_the_part_of_a_gpu_that_it_needs():

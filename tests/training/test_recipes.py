@@ -15,7 +15,7 @@ CLASS = {"with_prior_preservation": True, "class_prompt": "a photo of a dog"}
 
 def peak_gib(gb: int, **changes) -> float:
     config = TrainConfig.from_dict(load_settings(CONFIGS / f"sdxl_{gb}gb.toml") | SUBJECT | changes)
-    return estimate(config, BaseSize(), 400, 5).peak_gib
+    return estimate(config, BaseSize(), 400).peak_gib
 
 
 @pytest.mark.parametrize("gb", RECIPES)

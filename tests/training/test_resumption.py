@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dreambooth_moslora.adapters.files.tensor_file import read_tensors, write_file
+from dreambooth_moslora.cli.parser import parse_train_config
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.core.run_files.run_folder import RAW_NAME, RunDir
 from dreambooth_moslora.training.checkpoint import Position, check_whole, load_states, read_position
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.resumption import check_resumed, find_checkpoint
@@ -65,6 +67,29 @@ def test_the_same_settings_and_an_unnamed_seed_go_on(finished):
         {"target_modules": ("to_q", "attn1.to_q")},
     ):
         check_resumed(config(**same), checkpoint, read_position(checkpoint))
+
+
+def test_the_settings_file_of_an_earlier_version_goes_on_where_removed_settings_are_off(finished, tmp_path):
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path / "run")
+    file = RunDir(tmp_path / "run").config_path
+    old = {"new_backgrounds": 0, "background_scenes": [], "output_dir": str(tmp_path / "run")}
+    file.write_text(json.dumps(json.loads(file.read_text()) | old))
+    flags = ["--resume_from_checkpoint", "latest", "--max_train_steps", "2"]
+    assert train(parse_train_config(["--config", str(file), *flags])).step == 2
+    assert not {"new_backgrounds", "background_scenes"} & json.loads(file.read_text()).keys()
+
+
+def test_a_checkpoint_that_was_trained_with_a_removed_setting_goes_on_and_says_so(finished, tmp_path, caplog):
+    folder, config = finished
+    checkpoint = shutil.copytree(RunDir(folder).latest_checkpoint(), tmp_path / "checkpoint-1")
+    tensors, header = read_tensors(checkpoint / RAW_NAME)
+    facts = json.loads(header["moslora"])
+    facts["recipe"]["new_backgrounds"] = 3
+    write_file(checkpoint / RAW_NAME, tensors, {**header, "moslora": json.dumps(facts)})
+    check_resumed(config(), checkpoint, read_position(checkpoint))
+    (said,) = caplog.messages
+    assert said.startswith("checkpoint-1 was trained with --new_backgrounds, removed, as ")
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.config.files import read_json_table, reason_of
 from dreambooth_moslora.core.config.subject_tables import each_subject
-from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig, without_removed
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.prompts import Subject, scene_places, subject_of
+from dreambooth_moslora.core.prompts import Subject, subject_of
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.training.planning.checks import require_folder, require_writable
@@ -199,7 +199,7 @@ def settings_of_run(path: Path) -> dict | None:
     for folder in (path, path.parent):
         config = RunDir(folder).config_path
         if config.is_file():
-            return read_json_table(config) | {"output_dir": str(folder)}  # it may have been moved
+            return without_removed(read_json_table(config)) | {"output_dir": str(folder)}  # it may have been moved
     return None
 
 
@@ -229,8 +229,8 @@ def base_of(base_id: str) -> str:
 def plans_of(
     args: argparse.Namespace, subjects: Sequence[TrainConfig], photos: Sequence["Photo"]
 ) -> list["EvaluationPlan"]:
-    """A plan for each subject, without places in its photos' captions or of new backgrounds."""
-    captions = [[*scene_places(one)] for one in subjects]
+    """A plan for each subject, without places in its photos' captions."""
+    captions: list[list[str]] = [[] for _ in subjects]
     for photo in photos:
         captions[photo.subject].extend(photo.captions)
     base = subjects[0].pretrained_model_name_or_path

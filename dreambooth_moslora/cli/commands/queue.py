@@ -66,7 +66,6 @@ def run(args: argparse.Namespace) -> int:
 def enqueue(config: TrainConfig, argv: list[str]) -> str:
     """Check the run and add it to the queue; returns a line to print. Raises UserError for whatever training
     would refuse."""
-    from dreambooth_moslora.photos.backgrounds import check_new_backgrounds
     from dreambooth_moslora.photos.folder import photo_report
     from dreambooth_moslora.training.planning.checks import check_folders, check_settings
     from dreambooth_moslora.training.run_folders.run_queue import QueuedRun, RunQueue
@@ -79,7 +78,6 @@ def enqueue(config: TrainConfig, argv: list[str]) -> str:
     check_folders(config)
     check_settings(config)
     photo_report(config)
-    check_new_backgrounds(config)
     run_dir = Path(os.path.abspath(config.output_dir))
     Jobs(run_dir.parent).run_dir(run_dir.name)
     is_new = not run_dir.exists()

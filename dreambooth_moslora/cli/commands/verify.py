@@ -31,7 +31,7 @@ UNTOLD = (
     *("pretrained_model_name_or_path", "revision", "variant", "pretrained_vae_model_name_or_path"),
     *("instance_prompt", "token", "class_word", "caption_prefix", "caption_suffix", "caption_model"),
     *("mask_model", "mask_prompt", "class_prompt", "prior_prompts", "class_data_dir", "init_adapter"),
-    *("token_abstraction", "initializer_concept", "leave_out", "background_scenes"),
+    *("token_abstraction", "initializer_concept", "leave_out"),
     *("sample_batch_size", "prior_generation_precision"),
 )
 """Settings that affect the training and are not in the file."""

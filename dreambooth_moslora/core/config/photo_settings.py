@@ -92,17 +92,6 @@ class PhotoSettings:
     )
     mask_prompt: str | None = of_photos(None, "what CLIPSeg looks for in the photos (default: the class word)")
 
-    new_backgrounds: int = of_photos(
-        0,
-        "pictures of each photo's subject before scenes that the frozen base draws, shown as often as the photo; "
-        "needs masks; no gain was shown on two sample subjects",
-        low=0,
-        high=100,
-    )
-    background_scenes: tuple[Prompt, ...] = of_photos(
-        (), 'places of those scenes: "in a garden", "on a gravel road" (default: a list of its own)'
-    )
-
     with_prior_preservation: bool = of_prior(False, "preserve what the base knows of the class")
     prior: str = of_prior(
         "class_images",

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.config.train_config import REMOVED, TrainConfig
 from dreambooth_moslora.core.config.training_settings import SVD
 from dreambooth_moslora.core.errors import UserError, one_line
 
@@ -34,7 +34,7 @@ RECIPE = (
 """Names of settings. Add a new one here, or below, only if it cannot hold text of the user's."""
 TOLD_IF_CHANGED = (
     *("noise_offset", "loss_type", "huber_c", "huber_schedule", "debiased_estimation_loss"),
-    *("use_ema", "ema_decay", "captions", "new_backgrounds", "cache_cross_attention"),
+    *("use_ema", "ema_decay", "captions", "cache_cross_attention"),
     *("train_text_encoder_ti", "train_text_encoder_ti_frac", "num_new_tokens_per_abstraction"),
     "basis",
 )
@@ -69,6 +69,8 @@ def checked_recipe(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
 
 def checked_alone(name: str, value: Any) -> Any:
     """The converted value. Raises UserError for a name that is not in RECIPE, and for an invalid value."""
+    if name in REMOVED:
+        raise UserError(f"`{name}`: {REMOVED[name]}")
     if name not in (*RECIPE, *TOLD_IF_CHANGED):
         raise UserError(f"`{name:.40}` is not a setting of a recipe")
     if name in LAYERS and len(str(value)) > MOST_LETTERS:

@@ -19,7 +19,7 @@ from dreambooth_moslora.core.config.subject_tables import SubjectTable
 from dreambooth_moslora.core.config.training_settings import OPTIMIZERS, SCHEDULE_FREE
 from dreambooth_moslora.core.errors import UserError
 
-__all__ = ["FIELD_TYPES", "TrainConfig", "check_each", "checked_setting", "is_scored"]
+__all__ = ["FIELD_TYPES", "REMOVED", "TrainConfig", "check_each", "checked_setting", "is_scored", "without_removed"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TrainConfig(RunSettings):
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
         """Settings by name, as from a file. Raises UserError for an unknown name and suggests the nearest known one."""
         check_each(values)
-        return cls(**values)
+        return cls(**without_removed(values))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values of all settings but the secret ones, for `from_dict`."""
@@ -74,6 +74,12 @@ SPELLINGS = {"optimizer": {name.lower(): name for name in OPTIMIZERS} | {"schedu
 """Other spellings, in lower case, of a setting's choices."""
 
 
+REMOVED = dict.fromkeys(
+    ("new_backgrounds", "background_scenes"), "removed, as the project's study showed no gain from new backgrounds"
+)
+"""Settings of earlier versions -> why they are gone. Files of runs that did not use them hold them as 0 or []."""
+
+
 def checked(item: Field, value: Any) -> Any:
     """The value of one setting, converted and within its limits. Raises UserError."""
     value = convert(item.name, value, FIELD_TYPES[item.name])
@@ -90,14 +96,25 @@ def checked_setting(name: str, value: Any) -> Any:
 
 
 def check_each(values: Mapping[str, Any]) -> None:
-    """Check each given setting; others may be missing. Raises UserError for a wrong name or value."""
+    """Check each given setting; others may be missing. Raises UserError for a wrong name or value.
+
+    A setting in REMOVED may be given if it is off.
+    """
     items = {item.name: item for item in fields(TrainConfig)}
     for name, value in values.items():
-        if name not in items:
+        if name in items:
+            checked(items[name], value)
+        elif value or name not in REMOVED:
             raise UserError(unknown_setting(name))
-        checked(items[name], value)
+
+
+def without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run that an earlier version may have trained, without those in REMOVED."""
+    return {name: value for name, value in values.items() if name not in REMOVED}
 
 
 def unknown_setting(name: str) -> str:
+    if name in REMOVED:
+        return f"`{name}`: {REMOVED[name]}."
     close = nearest(name.replace("-", "_"), FIELD_TYPES)
     return f"unknown setting `{name}`" + (f": did you mean `{close}`?" if close else "; see --help.")

@@ -112,11 +112,6 @@ class RunDir:
         return self.path / "captions.json"
 
     @property
-    def backgrounds_dir(self) -> Path:
-        """The photos' subjects on other scenes, made by `--new_backgrounds`."""
-        return self.path / "backgrounds"
-
-    @property
     def best_dir(self) -> Path:
         """The published adapter of the best evaluated step."""
         return self.path / BEST_NAME

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.train_config import TrainConfig
-from dreambooth_moslora.core.prompts import scene_places, subject_of
+from dreambooth_moslora.core.prompts import subject_of
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.evaluation.encoders import Encoders, load_encoders
 from dreambooth_moslora.evaluation.evaluate import Evaluator, evaluate_adapter, truth_of
@@ -58,8 +58,6 @@ def make_evaluator(study: Study, name: str) -> Evaluator:
     protocol, encoders = study.protocol, encoders_of(study.base, study.protocol.clip, study.protocol.dino)
     photos = instance_photos(config).photos
     captions, seeds = [c for photo in photos for c in photo.captions], tuple(range(protocol.images_per_prompt))
-    for arm in study.arms:  # judge all in places that no arm was trained in
-        captions += scene_places(alone(study, arm, name))
     plan = plan_for(study.base, subject_of(config), captions=captions, seeds=seeds).smaller(
         protocol.num_prompts,
         protocol.images_per_prompt,

@@ -46,7 +46,7 @@ def advice_before_run(config: TrainConfig, base: Path | None) -> list[str]:
     photos = photo_report(config).photos
     plan = plan_steps(config, counts_of(photos), int(os.environ.get("WORLD_SIZE", "1")))
     size = size_of_base(base, config.target_modules, config.variant)
-    return advice(config, estimate(config, size, plan.total_steps, len(photos)), plan)
+    return advice(config, estimate(config, size, plan.total_steps), plan)
 
 
 def exposure_advice(plan: StepPlan) -> list[str]:
@@ -132,9 +132,6 @@ def settings_without_effect(config: TrainConfig) -> list[str]:
         ),
         "--mask_prompt has no effect with the embedded base's own net; --mask_model names a CLIPSeg": (
             config.masks == "auto" and config.mask_prompt and not config.mask_model and is_toy(base)
-        ),
-        "--background_scenes has no effect without --new_backgrounds": (
-            config.background_scenes and not config.new_backgrounds
         ),
         "--num_train_epochs has no effect with --max_train_steps or --exposures_per_photo": (
             (config.max_train_steps or config.exposures_per_photo) and differs(config, "num_train_epochs")

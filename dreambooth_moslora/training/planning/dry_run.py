@@ -5,11 +5,9 @@ from collections import Counter
 
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.train_config import TrainConfig
-from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import public_name
-from dreambooth_moslora.core.prompts import scene_places, subject_of
+from dreambooth_moslora.core.prompts import subject_of
 from dreambooth_moslora.core.run_files.run_folder import RunDir
-from dreambooth_moslora.photos.backgrounds import NO_MASKS
 from dreambooth_moslora.photos.captioners import load_captioner
 from dreambooth_moslora.photos.checks import examine
 from dreambooth_moslora.photos.crops import crop_rule
@@ -39,7 +37,7 @@ def describe_run(config: TrainConfig) -> str:
     report = examine(photo_report(config), config.resolution)
     plan = plan_steps(config, counts_of(report.photos), int(os.environ.get("WORLD_SIZE", "1")))
     size = size_of_base(folder, config.target_modules, config.variant)
-    cost = estimate(config, size, plan.total_steps, len(report.photos))
+    cost = estimate(config, size, plan.total_steps)
     sections = {
         "settings": settings_lines(config),
         "photos": [*photo_lines(report), *bucket_lines(config, report.photos), *made_lines(config, report)],
@@ -99,7 +97,7 @@ def sizes_in_words(counts: Counter[tuple[int, int]]) -> str:
 
 
 def made_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
-    return [*caption_lines(config, report), *mask_lines(config, report), *background_lines(config, report)]
+    return [*caption_lines(config, report), *mask_lines(config, report)]
 
 
 def caption_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
@@ -121,18 +119,6 @@ def mask_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
     sought = f", looking for {', '.join(f'“{word}”' for word in words)}" if any(words) else ""
     name = public_name(segmenter_name(config))
     return [f"masks: {len(bare)} photos have none; {name} makes them before training{sought}"]
-
-
-def background_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
-    """What `--new_backgrounds` would do. Raises UserError when no photo has a mask or will get one."""
-    if not config.new_backgrounds:
-        return []
-    count = sum(config.masks == "auto" or photo.mask_path is not None for photo in report.photos)
-    if not count:
-        raise UserError(NO_MASKS)
-    places = ", ".join(f"“{place}”" for place in scene_places(config))
-    drawn = f"{config.new_backgrounds * count} pictures before scenes that the base draws before training"
-    return [f"new backgrounds: {drawn}, of {count} photos with a mask; {places} take turns"]
 
 
 def step_lines(config: TrainConfig, plan: StepPlan) -> list[str]:

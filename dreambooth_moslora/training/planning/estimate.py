@@ -114,7 +114,7 @@ def is_projection(name: str, shape: list[int]) -> bool:
 PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")
 
 
-def estimate(config: TrainConfig, size: BaseSize, total_steps: int, photo_count: int) -> Estimate:
+def estimate(config: TrainConfig, size: BaseSize, total_steps: int) -> Estimate:
     """The device memory of each phase, and the disk space, GiB."""
     number = BYTES[precision_of(config)]
     adapter = adapter_parameters(config, size)
@@ -130,7 +130,7 @@ def estimate(config: TrainConfig, size: BaseSize, total_steps: int, photo_count:
         training_gib=CONTEXT_GIB + weights + step_gib(config, size, adapter),
         sampling_gib=CONTEXT_GIB + weights + (drawing if draws_samples(config) else 0),
         checkpoint_gib=checkpoint,
-        disk_gib=disk_gib(config, adapter, checkpoint, total_steps, photo_count),
+        disk_gib=disk_gib(config, adapter, checkpoint, total_steps),
         size=size,
     )
 
@@ -176,7 +176,7 @@ def preparing_gib(config: TrainConfig, size: BaseSize) -> float:
     """Memory before training, beside text encoders and VAE. The UNet counts only if it draws or is quantised to
     int8."""
     encoder = config.resolution**2 * ENCODER_BYTES_A_PIXEL / GIB
-    at_once = config.sample_batch_size if uses_class_images(config) else min(1, config.new_backgrounds)
+    at_once = config.sample_batch_size if uses_class_images(config) else 0
     is_there = at_once or config.base_quantization == "int8"
     drawing = drawing_gib(config, size, images=2 * at_once)
     return max(encoder, drawing) + (unet_gib(config, size) if is_there else 0)
@@ -211,14 +211,14 @@ def step_gib(config: TrainConfig, size: BaseSize, adapter: int) -> float:
     return image * scale + TEXT_GIB * images * math.sqrt(size.unet / BaseSize().unet) + casts + products
 
 
-def disk_gib(config: TrainConfig, adapter: int, checkpoint_gib: float, total_steps: int, photo_count: int) -> float:
+def disk_gib(config: TrainConfig, adapter: int, checkpoint_gib: float, total_steps: int) -> float:
     checkpoints, rest = divmod(total_steps, config.checkpointing_steps)
     checkpoints = min(checkpoints, config.checkpoints_total_limit or checkpoints) + (rest > 0)
     subjects = each_subject(config)
     times = 2 + total_steps // (config.validation_steps or max(1, total_steps))
     samples = len(subjects) * config.sample_count * times
     classes = {one.class_prompt for one in subjects if uses_class_images(one) and not one.class_data_dir}
-    pictures = samples + len(classes) * config.num_class_images + photo_count * config.new_backgrounds
+    pictures = samples + len(classes) * config.num_class_images
     return checkpoints * checkpoint_gib + (adapter * 8 + pictures * config.resolution**2 * PNG_BYTES_A_PIXEL) / GIB
 
 
@@ -235,7 +235,7 @@ def check_memory(config: TrainConfig, folder: Path | None) -> None:
     `folder` is the base's. A base of unknown size is not judged.
     """
     size = size_of_base(folder, config.target_modules, config.variant)
-    need = estimate(config, size, 1, 1).peak_gib
+    need = estimate(config, size, 1).peak_gib
     is_known = size.is_measured or config.pretrained_model_name_or_path == STOCK_SDXL
     if need < SMALL_GIB or not is_known:
         return
@@ -267,7 +267,7 @@ def free_gib_of_gpu(*, is_later: bool = False) -> float | None:
 def way_out(config: TrainConfig, size: BaseSize, free_gib: float) -> str:
     """The fewest changes to these settings that fit, and the recipe for such a card."""
     for changes in plans(config):
-        cost = estimate(replace(config, **changes), size, 1, 1).peak_gib
+        cost = estimate(replace(config, **changes), size, 1).peak_gib
         if cost <= free_gib:
             flags = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changes.items())
             return f"give {flags} (then {cost:.1f} GiB){recipe_for(free_gib)}."

@@ -100,7 +100,7 @@ def fitting(config: TrainConfig, size: BaseSize, free_gib: float | None, names: 
 def costs(config: TrainConfig, size: BaseSize, names: Collection[str] = tuple(PLANS)) -> dict[str, float]:
     """Plan -> peak memory in GiB, for the plans that are possible here with these settings."""
     possible = [name for name in names if is_possible(config, name)]
-    return {name: estimate(with_plan(config, name), size, 1, 1).peak_gib for name in possible}
+    return {name: estimate(with_plan(config, name), size, 1).peak_gib for name in possible}
 
 
 def is_possible(config: TrainConfig, name: str) -> bool:

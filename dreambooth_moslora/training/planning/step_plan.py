@@ -1,6 +1,6 @@
 """The arithmetic of a run: from photos, repeats, batches and epochs to optimizer steps and exposures of a photo.
 
-samples per epoch = photos × repeats × (1 + new backgrounds), or the number of class images if larger
+samples per epoch = photos × repeats, or the number of class images if larger
 steps per epoch = ⌈⌈samples / (batch × processes)⌉ / accumulation⌉        as diffusers' script counts
 exposures of a photo = steps × accumulation × batch × processes / photos
 
@@ -63,7 +63,7 @@ def plan_steps(config: TrainConfig, photos: int | Sequence[int], process_count: 
     """
     counts = (photos,) if isinstance(photos, int) else tuple(photos)
     photo_count = len(counts) * max(counts)
-    samples = samples_an_epoch(photo_count, config.repeats) * (1 + config.new_backgrounds)
+    samples = samples_an_epoch(photo_count, config.repeats)
     if uses_class_images(config):
         samples = max(samples, config.num_class_images)
     batches = math.ceil(samples / (config.train_batch_size * process_count))

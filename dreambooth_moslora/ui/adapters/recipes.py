@@ -45,7 +45,6 @@ MOST: dict[str, float] = {
     "repeats": 1000,
     "crops_per_photo": 100,
     "num_class_images": 1000,
-    "new_backgrounds": 20,
     "prior_loss_weight": 100,
     "seed": 2**32 - 1,
 }

@@ -44,7 +44,6 @@ PHASES = {
     "captions": "Writing captions",
     "masks": "Making masks",
     "class_images": "Making class images",
-    "backgrounds": "Drawing new backgrounds",
     "caching": "Looking at the photos once",
     "sampling": "Drawing samples",
     "evaluating": "Measuring fidelity",

@@ -51,7 +51,7 @@ def _lines(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> li
     counts = counts_of(photo_report(config).photos)
     plan = plan_steps(config, counts)
     size = size_of_base(base_folder(config), config.target_modules, config.variant)
-    cost = estimate(config, size, plan.total_steps, sum(counts))
+    cost = estimate(config, size, plan.total_steps)
     adapter_of(ctx, form, visitor)
     return [
         *start_lines(form),

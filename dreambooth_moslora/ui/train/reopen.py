@@ -11,7 +11,7 @@ from dreambooth_moslora.core.config.like import FoundRecipe
 from dreambooth_moslora.core.config.recipe import checked_recipe
 from dreambooth_moslora.core.config.run_settings import MEMORY_WORDS
 from dreambooth_moslora.core.config.subject_tables import each_subject
-from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.config.train_config import TrainConfig, without_removed
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import subject_of
 from dreambooth_moslora.core.toy import is_toy
@@ -46,7 +46,7 @@ def form_of_run(settings: Mapping[str, Any], photos_dir: Path) -> TrainForm:
 
     Raises UserError for settings that no configuration can have, and for more subjects than the form has.
     """
-    config = TrainConfig.from_dict(dict(settings) | {"resume_from_checkpoint": None})
+    config = TrainConfig.from_dict(without_removed(settings) | {"resume_from_checkpoint": None})
     subjects = each_subject(config)
     if len(subjects) > MOST_SUBJECTS:
         raise UserError(f"the run has {len(subjects)} subjects, and the form {MOST_SUBJECTS} at most")

@@ -127,7 +127,7 @@ def test_a_dry_run_lists_the_subjects_and_how_often_each_is_seen(several):
 def test_the_disk_is_estimated_for_the_class_images_and_samples_of_each(several, tables):
     settings = {"with_prior_preservation": True, "num_class_images": 100_000, "max_train_steps": 1}
     one, two = (
-        estimate(config, BaseSize(), 1, 4).disk_gib
+        estimate(config, BaseSize(), 1).disk_gib
         for config in (several(subjects=tables[:1], **settings), several(**settings))
     )
     assert two / one > 1.5

@@ -20,7 +20,7 @@ SDXL = {
 
 
 def cost(**changes):
-    return estimate(TrainConfig.from_dict(SDXL | {"mixed_precision": "bf16"} | changes), BaseSize(), 100, 5)
+    return estimate(TrainConfig.from_dict(SDXL | {"mixed_precision": "bf16"} | changes), BaseSize(), 100)
 
 
 @pytest.mark.slow

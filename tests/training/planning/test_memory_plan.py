@@ -49,7 +49,7 @@ def test_the_first_plan_that_fits_is_taken(card, free_gib, capability, settings)
     card(free_gib, capability)
     found = planned(SDXL)
     assert chosen(found) == settings
-    assert estimate(found, BaseSize(), 1, 1).peak_gib <= USABLE * (free_gib + 0.5)
+    assert estimate(found, BaseSize(), 1).peak_gib <= USABLE * (free_gib + 0.5)
     assert planned(found) == found
 
 

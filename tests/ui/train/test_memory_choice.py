@@ -69,7 +69,7 @@ def test_the_form_is_the_recipe_for_the_card_and_what_the_command_chooses(card, 
     left_out = {"output_dir", *OF_THE_PAGE}
     mine, its = ({n: v for n, v in c.to_dict().items() if n not in left_out} for c in (config, command))
     assert mine == its and (config.memory, config.seed) == ("auto", 0)
-    assert planned(config, 0.95 * gb) == config and estimate(config, BaseSize(), 400, 5).peak_gib <= 0.95 * gb
+    assert planned(config, 0.95 * gb) == config and estimate(config, BaseSize(), 400).peak_gib <= 0.95 * gb
     crops = crop_config("owner/sdxl", 1024, photos, [])
     assert crops.crops_per_photo == config.crops_per_photo == recipe.get("crops_per_photo", 1)
 

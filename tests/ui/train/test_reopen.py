@@ -77,6 +77,12 @@ def test_the_fields_of_subjects_that_the_run_has_not_are_empty_again():
     assert (values["class_word_3"], values["token_3"], values["captions_3"]) == ("", "ohwx", "")
 
 
+def test_a_run_that_used_a_removed_setting_comes_back_without_it(ann, page):  # noqa: F811
+    with prepared(*page, TrainForm("sks", "duck"), ann) as run:
+        photos, old = run.run_dir / "photos", {"new_backgrounds": 2, "background_scenes": ["in a barn"]}
+        assert form_of_run({**run.settings, **old}, photos) == form_of_run(run.settings, photos)
+
+
 def test_settings_that_are_none_are_told_in_words(tmp_path):
     with pytest.raises(UserError, match="rnak"):
         form_of_run({"rnak": 3}, tmp_path)
