@@ -4,10 +4,15 @@ from dreambooth_moslora.core.config.fields import nearest
 from dreambooth_moslora.core.config.train_config import FIELD_TYPES, REMOVED
 from dreambooth_moslora.core.config.training_settings import OPTIMIZERS
 
-__all__ = ["FOREIGN_FLAGS", "unknown_flag_message"]
+__all__ = ["FOREIGN_FLAGS", "is_removed", "unknown_flag_message"]
 
-FOREIGN_FLAGS = {
+REMOVED_FLAGS = {
     **REMOVED,
+    "leave_one_out": "removed, as it found one bad photo of two; to train without a photo, use --leave_out FILE",
+}
+"""Flags of earlier versions, which every command answers."""
+FOREIGN_FLAGS = {
+    **REMOVED_FLAGS,
     # earlier versions of diffusers' script, and its siblings
     "crops_coords_top_left_h": "each photo's own crop is told to the model; there is nothing to set",
     "crops_coords_top_left_w": "each photo's own crop is told to the model; there is nothing to set",
@@ -105,12 +110,20 @@ FOREIGN_FLAGS = {
 }
 
 
+def is_removed(flag: str) -> bool:
+    """Whether an earlier version had the flag."""
+    return name_of(flag) in REMOVED_FLAGS
+
+
+def name_of(flag: str) -> str:
+    return flag.partition("=")[0].lstrip("-")
+
+
 def unknown_flag_message(word: str) -> str:
     """The error message for an argument that no flag takes."""
     if not word.startswith("-"):
         return f"`{word}` belongs to no flag: a prompt of several words goes in quotes."
-    flag = word.partition("=")[0]
-    name = flag.lstrip("-")
+    flag, name = word.partition("=")[0], name_of(word)
     if name in FOREIGN_FLAGS:
         return f"{flag}: {FOREIGN_FLAGS[name]}."
     close = nearest(name.removeprefix("no_"), FIELD_TYPES)

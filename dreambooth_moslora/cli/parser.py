@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.cli.foreign_flags import unknown_flag_message
+from dreambooth_moslora.cli.foreign_flags import is_removed, unknown_flag_message
 from dreambooth_moslora.cli.one_word import choose, leading_words
 from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.config.fields import GROUPS, Prompt
@@ -68,8 +68,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
-        if self.is_of_training and unknown != message:
-            raise UserError(unknown_flag_message(unknown.split()[0]))
+        word = unknown.split()[0]
+        if unknown != message and (self.is_of_training or is_removed(word)):
+            raise UserError(unknown_flag_message(word))
         raise UserError(f"{message}; see {self.prog} --help.")
 
 

@@ -95,14 +95,8 @@ class Evaluator:
         named = {"subject": subject, "class": classes, "unrelated": unrelated}
         pictures = {name: views.pictures for name, views in named.items() if views is not None}
         pictures |= {f"{name}_base": views.pictures for name, views in base.items()}
-        seconds, by_photo = time.perf_counter() - started, self._by_photo(subject, base["subject"])
-        return Evaluation(plan, tables, alarm, score_of(tables, alarm), seconds, pictures, by_photo)
-
-    def _by_photo(self, subject: Views, base: Views) -> Tables:
-        tables = {"likeness": (subject.dino @ self.photos.dino.T).numpy()}
-        if self.backgrounds is not None and len(self.backgrounds) == len(self.photos.dino):
-            tables["leak"] = ((subject.clip - base.clip) @ self.backgrounds.T).numpy()
-        return tables
+        seconds = time.perf_counter() - started
+        return Evaluation(plan, tables, alarm, score_of(tables, alarm), seconds, pictures)
 
     def of_subject(self) -> "Evaluator":
         """A copy that draws only the subject's pictures, which suffice for the score."""

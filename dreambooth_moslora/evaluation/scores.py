@@ -34,9 +34,6 @@ class Evaluation:
     score: float
     seconds: float
     pictures: dict[str, list[Image.Image]] = field(repr=False, default_factory=dict)
-    by_photo: Tables = field(repr=False, default_factory=dict)
-    """Each picture's likeness to each photo (N, P), and with masks its gain in nearness to each background over
-    the base."""
 
     def mean(self, name: str) -> float:
         return float(self.tables[name].mean())

@@ -67,6 +67,16 @@ def test_an_earlier_runs_file_that_did_not_use_them_is_taken():
     assert parse_train_config(["dog", "dog", "--config", "train_config.json"]).rank == 3
 
 
+@pytest.mark.parametrize("words", [["--leave_one_out"], ["--leave-one-out", "120"], ["--leave_one_out=9"]])
+def test_check_answers_its_flag_that_is_gone_in_one_line(words, capsys):
+    for command in (["check", "dog"], ["train", *NEEDED]):
+        assert main([*command, *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: --leave_one_out: removed, as it found one bad photo of two; ")
+    assert main(["check", "dog", "--new_backgrounds", "2"]) == 2
+    assert capsys.readouterr().err == f"error: --new_backgrounds: {WHY}.\n"
+
+
 def published(recipe: dict) -> str:
     facts = AdapterMetadata(4, 4, recipe=recipe, base_id="toy", trigger_words=("sks dog",))
     save_file({"weight": torch.zeros(1, 1)}, "a.safetensors", metadata={"moslora": facts.to_json()})

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 from dreambooth_moslora.evaluation import metrics
-from dreambooth_moslora.evaluation.intervals import bootstrap_mean, student
+from dreambooth_moslora.evaluation.intervals import DEGREES, STUDENT, bootstrap_mean, student
 
 E = torch.eye(4)
 HALF = normalize(E[0] + E[1], dim=0)  # 45 degrees between the first two axes
@@ -105,6 +105,15 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(shape):
         found = bootstrap_mean(table, resamples=400, seed=trial)
         hits += found.low <= 0 <= found.high
     assert 0.93 <= hits / 400 <= 0.999
+
+
+def test_students_table_holds_where_the_tail_of_the_density_is_a_fortieth():
+    """With t = √ν·tan θ, Student's density is proportional to cos(θ)^(ν-1)."""
+    angles = np.linspace(-np.pi / 2, np.pi / 2, 200_001)
+    for degrees, point in zip(DEGREES[:-1], STUDENT[:-1], strict=True):
+        density = np.cos((angles[1:] + angles[:-1]) / 2) ** (degrees - 1)
+        tail = density[angles[1:] > np.arctan(point / np.sqrt(degrees))].sum() / density.sum()
+        assert tail == pytest.approx(0.025, rel=2e-3)
 
 
 def test_students_t_is_as_in_the_books_and_never_too_small_between():

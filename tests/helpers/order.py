@@ -11,7 +11,6 @@ TESTS = Path(__file__).parents[1]
 LONGEST = (
     "ui/test_browser.py",
     "training/test_python_gpu.py",
-    "evaluation/test_leave_one_out.py",
     "ui/train/test_subjects_in_browser.py",
     "training/test_resume.py",
     "training/machine/test_selftest.py",

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.cli.leave_one_out import USUAL_STEPS, leave_one_out, short_run
 from dreambooth_moslora.cli.parser import add_flag, say
 from dreambooth_moslora.core.assets import find_asset
 from dreambooth_moslora.core.config.files import load_settings
@@ -51,14 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no_picture", action="store_true", help="draw none")
     parser.add_argument("--make_masks", action="store_true", help="write name.mask.png beside photos without a mask")
-    parser.add_argument(
-        "--leave_one_out",
-        metavar="STEPS",
-        type=int,
-        nargs="?",
-        const=USUAL_STEPS,
-        help="find photos that hurt: short runs of STEPS steps, with all and without each (default: %(const)s)",
-    )
     parser.add_argument("--config", metavar="FILE", help="take the settings below from a recipe")
     group = parser.add_argument_group("as in training")
     for item in fields(TrainConfig):
@@ -88,19 +79,9 @@ def run(args: argparse.Namespace) -> int:
     print(json.dumps(as_json(report), indent=1) if args.json else spelled_out(as_text(report, crops)))
     if not report.photos:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
-    if args.leave_one_out is not None:
-        print(spelled_out(without_each(args, folder, given, [photo.path.name for photo in report.photos])))
     if args.json and crops:
         print(spelled_out(crops), file=sys.stderr)
     return 0
-
-
-def without_each(args: argparse.Namespace, folder: Path, given: dict[str, Any], names: list[str]) -> str:
-    """The result of `--leave_one_out`. Raises UserError."""
-    if args.leave_one_out < 1 or args.json:
-        raise UserError("--leave_one_out takes a number of steps from 1 on, and no --json.")
-    config = short_run(folder, args.config, given, UNSAID[BASE], args.leave_one_out)
-    return leave_one_out(config, names, Path(f"{folder.resolve().name or 'photos'}_leave_one_out"))
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:

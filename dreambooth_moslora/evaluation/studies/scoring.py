@@ -79,7 +79,5 @@ def alone(study: Study, arm: str, name: str) -> TrainConfig:
 
 
 def per_picture(found: Evaluation) -> dict[str, list[float]]:
-    """The scores by which pictures are judged; and the mean over pictures of likeness to each photo and of its leak."""
-    judged = {name: [round(float(v), 5) for v in found.tables[name].ravel()] for name in JUDGED}
-    means = {f"{name}_by_photo": table.mean(0) for name, table in found.by_photo.items()}
-    return judged | {name: [round(float(v), 5) for v in values] for name, values in means.items()}
+    """The scores by which pictures are judged."""
+    return {name: [round(float(v), 5) for v in found.tables[name].ravel()] for name in JUDGED}
