@@ -74,9 +74,9 @@ def toy(options: argparse.Namespace) -> list[dict]:
 
 def trained(kind: str, count: int, steps: int) -> dict:
     """Train N subjects on the embedded base, in this process."""
-    from dreambooth_moslora.core.process import peak_memory_gib, set_environment_defaults
+    from dreambooth_moslora.core.process import avoid_fragmentation, peak_memory_gib
 
-    set_environment_defaults()
+    avoid_fragmentation()
     logging.basicConfig(level=logging.ERROR)
     from dreambooth_moslora.core.run_files.events import Event
     from dreambooth_moslora.training.together import Member, train_together

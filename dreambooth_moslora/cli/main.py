@@ -21,7 +21,7 @@ from dreambooth_moslora.cli.signals import INTERRUPTED, StopRequest
 from dreambooth_moslora.cli.streams import survive_broken_pipes
 from dreambooth_moslora.core.config.train_config import TrainConfig, is_scored
 from dreambooth_moslora.core.errors import UserError, is_out_of_memory, shortened, spelled_out
-from dreambooth_moslora.core.process import set_environment_defaults, uncollected
+from dreambooth_moslora.core.process import avoid_fragmentation, uncollected
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 
 __all__ = ["COMMANDS", "main", "train_main"]
@@ -69,7 +69,7 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 def exit_code(run: Callable[[], int]) -> int:
     """Run, and return the exit code. An error becomes one line; a closed pipe (`| head`) does not end the run."""
-    set_environment_defaults()
+    avoid_fragmentation()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns without a GPU, even if unused
     with survive_broken_pipes():
         return code_of(run)

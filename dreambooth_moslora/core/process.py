@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KEEP_MEMORY",
+    "avoid_fragmentation",
     "give_freed_memory_back",
     "keep_freed_memory",
     "page_out",
     "peak_memory_gib",
-    "set_environment_defaults",
     "share_heaps",
     "uncollected",
     "when_orphaned",
@@ -128,34 +128,14 @@ def reset_peak_memory() -> bool:
     return True
 
 
-SPINS = "2000"
-
-
-def set_environment_defaults() -> None:
-    """Set variables that libraries read when imported. Call it before importing torch."""
-    wait_briefly()
-    avoid_fragmentation()
-
-
 def avoid_fragmentation() -> None:
-    """Let PyTorch grow its blocks of GPU memory, so that pictures between two steps leave no holes.
+    """Let PyTorch grow its blocks of GPU memory, so that pictures between two steps leave no holes. Call it before
+    importing torch.
 
     The user's own settings, under the new or the old name, are kept.
     """
     if sys.platform.startswith("linux") and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-
-
-def wait_briefly() -> None:
-    """Let OpenMP's idle threads spin for a moment and then sleep, unless the user has chosen otherwise.
-
-    If they sleep at once, a small UNet's step takes nearly twice as long on two free cores. If they spin for
-    long while other programs use the cores, it takes ten times as long: they wait for threads that do not run.
-    Only libgomp knows the number of spins; other runtimes sleep at once.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.names import public_name
-from dreambooth_moslora.core.process import set_environment_defaults, share_heaps
+from dreambooth_moslora.core.process import avoid_fragmentation, share_heaps
 from dreambooth_moslora.serving.client import RemotePipeline, Service
 from dreambooth_moslora.serving.settings import TOKEN_VARIABLE
 from dreambooth_moslora.ui.server.libraries import import_libraries
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
-    set_environment_defaults()
+    avoid_fragmentation()
     share_heaps()
     parser = argparse.ArgumentParser(prog=prog, description="A web page to generate with adapters and train them.")
     add_arguments(parser)

@@ -47,8 +47,8 @@ def test_keeping_memory_can_be_turned_off(monkeypatch):
 
 ALLOCATOR = """
 import os
-from dreambooth_moslora.core.process import set_environment_defaults
-set_environment_defaults()
+from dreambooth_moslora.core.process import avoid_fragmentation
+avoid_fragmentation()
 print(os.environ.get("PYTORCH_ALLOC_CONF"))
 """
 
@@ -65,6 +65,41 @@ print(os.environ.get("PYTORCH_ALLOC_CONF"))
 def test_gpu_memory_grows_without_holes_unless_a_person_chose_otherwise(own, used):
     plain = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
     assert subprocess.check_output([sys.executable, "-c", ALLOCATOR], text=True, env=plain | own).strip() == used
+
+
+POLICY = """
+import os, sys
+import {}
+print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
+"""
+NO_POLICY = {n: v for n, v in os.environ.items() if n not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+
+
+@pytest.mark.parametrize(
+    ("own", "used"),
+    [
+        ({}, "PASSIVE 2000 False"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None False"),
+        ({"GOMP_SPINCOUNT": "77"}, "None 77 False"),
+    ],
+)
+def test_the_package_lets_idle_threads_sleep_soon_unless_a_person_chose_otherwise(own, used):
+    code = POLICY.format("dreambooth_moslora")
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, env=NO_POLICY | own).strip() == used
+
+
+@pytest.mark.parametrize(
+    ("order", "spins"), [("dreambooth_moslora, torch", 2000), ("torch, dreambooth_moslora", 300_000)]
+)
+def test_torch_s_threads_obey_it_where_the_package_is_imported_first(order, spins):
+    """libgomp prints what it has read as it is loaded."""
+    told = NO_POLICY | {"OMP_DISPLAY_ENV": "VERBOSE"}
+    said = subprocess.run(
+        [sys.executable, "-c", POLICY.format(order)], capture_output=True, text=True, env=told, check=True
+    ).stderr
+    if "GOMP_SPINCOUNT" not in said:
+        pytest.skip("torch has another OpenMP here")
+    assert f"GOMP_SPINCOUNT = '{spins}'" in said
 
 
 HUGE = """
