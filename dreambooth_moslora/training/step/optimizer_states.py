@@ -1,7 +1,8 @@
 """The optimizer's states in a checkpoint, checked before PyTorch's kernels read them.
 
-A kernel trusts the shape and type of a moment: it would read and write beyond the end of a smaller one. The
-expected shapes and types come from a copy of the optimizer that takes one step.
+A kernel trusts the shape, type and layout of a moment: it would read and write beyond the end of a smaller one.
+The expected shapes and types come from a copy of the optimizer that takes one step. Each tensor becomes a dense
+copy with memory of its own.
 """
 
 from collections.abc import Iterator, Mapping
@@ -39,7 +40,7 @@ def checked_states(states: Mapping[str, Any], optimizer: Optimizer, step: int, e
         check_state(dict(leaves_of(state)), dict(leaves_of(pattern[number])), step, exact)
     running = [{name: number_in(group, name) for name in RUNNING if name in group} for group in loaded]
     merged = [{**fresh, **kept} for fresh, kept in zip(groups, running, strict=True)]
-    return {"state": states["state"], "param_groups": merged}
+    return {"state": dense(states["state"]), "param_groups": merged}
 
 
 def pattern_of(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
@@ -62,6 +63,13 @@ def leaves_of(state: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, A
             yield from leaves_of(value, f"{path}{name}.")
         else:
             yield f"{path}{name}", value
+
+
+def dense(value: Any) -> Any:
+    """The same nested dicts and numbers; a file's tensor may have strides of 0, or share its memory with another."""
+    if isinstance(value, Mapping):
+        return {name: dense(part) for name, part in value.items()}
+    return value.detach().clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
 
 
 def check_state(found: dict[str, Any], pattern: dict[str, Any], step: int, exact: bool) -> None:
