@@ -11,7 +11,7 @@ from dreambooth_moslora.ui.app_state import AppContext
 from dreambooth_moslora.ui.generate.tab import build_generate_tab
 from dreambooth_moslora.ui.inspect_tab import build_inspect_tab
 from dreambooth_moslora.ui.server.body_limit import MAX_UPLOAD_BYTES, BodySizeLimit
-from dreambooth_moslora.ui.server.host_check import LOOPBACK, outermost
+from dreambooth_moslora.ui.server.host_check import LOOPBACK, Origin, outermost
 from dreambooth_moslora.ui.server.login_limit import LoginLimit
 from dreambooth_moslora.ui.server.queue_limits import govern
 from dreambooth_moslora.ui.server.session_guard import SessionGuard, note_sessions
@@ -56,13 +56,13 @@ def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
     return page
 
 
-def launch_options(allowed: Collection[str] = (), *, public: bool = False) -> dict[str, Any]:
+def launch_options(allowed: Collection[Origin] = (), *, public: bool = False) -> dict[str, Any]:
     """The common options for `launch()`.
 
-    The page answers to the loopback's names and the `allowed` ones, a `public` page to every name; no page
+    The page answers to the loopback's names and those of the `allowed` origins, a `public` page to every name; no page
     answers to another site's page.
     """
-    hosts = None if public else LOOPBACK | set(allowed)
+    hosts = None if public else LOOPBACK | {name for _, name, _ in allowed}
     return {
         "theme": theme(),
         "css": CSS,

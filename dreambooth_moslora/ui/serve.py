@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.core.errors import UserError, one_line
@@ -14,6 +15,9 @@ from dreambooth_moslora.core.process import avoid_fragmentation, share_heaps
 from dreambooth_moslora.serving.client import RemotePipeline, Service
 from dreambooth_moslora.serving.settings import TOKEN_VARIABLE
 from dreambooth_moslora.ui.server.libraries import import_libraries
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.ui.server.host_check import Origin
 
 __all__ = ["add_arguments", "context_of", "main"]
 
@@ -35,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="a name that a proxy gives this page; repeatable",
+        help="the name or address that a proxy gives this page; repeatable",
     )
     add("share", action="store_true", help="also open a public gradio.live address")
     add("auth", action="append", metavar="NAME:PASSWORD", help="ask for a login; repeatable")
@@ -63,7 +67,7 @@ def serve(args: argparse.Namespace) -> int:
 
     if args.server_port is not None and not 1 <= args.server_port <= MAX_PORT:
         raise UserError(f"--server_port {args.server_port} is not a port; choose one from 1 to {MAX_PORT}")
-    allowed = {parse_host(text) for text in args.allowed_host}
+    allowed = set().union(*map(parse_host, args.allowed_host))
     logins = [parse_login(text) for text in args.auth or ()]
     is_public = args.share or args.server_name not in LOOPBACK
     if is_public and not logins:
@@ -97,15 +101,17 @@ def parse_login(text: str) -> tuple[str, str]:
     return name, password
 
 
-def parse_host(text: str) -> str:
-    """The bare lower-case name, for comparison with a browser's Host header: scheme and port are dropped.
-    Raises UserError."""
-    from dreambooth_moslora.ui.server.host_check import hostname
+def parse_host(text: str) -> set["Origin"]:
+    """The origins of a page of that name or address (`origins_of`). Raises UserError."""
+    from dreambooth_moslora.ui.server.host_check import origins_of
 
-    name = hostname(text if "//" in text else f"//{text}")
-    if not name:
-        raise UserError(f"--allowed_host {text!r:.60} is not a host name; write it like pictures.example.org")
-    return name
+    origins = origins_of(text)
+    if not origins:
+        raise UserError(
+            f"--allowed_host {text!r:.60} is not a host name; write it like pictures.example.org, or with scheme and "
+            "port like https://pictures.example.org:8443"
+        )
+    return origins
 
 
 def context_of(args: argparse.Namespace, *, training: bool):

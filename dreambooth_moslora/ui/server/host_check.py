@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from starlette.responses import PlainTextResponse
 
-__all__ = ["LOOPBACK", "TrustedHosts", "hostname", "outermost"]
+__all__ = ["LOOPBACK", "Origin", "TrustedHosts", "origins_of", "outermost"]
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -23,20 +23,24 @@ OF_ANSWERS = (b"connection", b"content-type", b"content-length", b"cache-control
 """Headers that an answer may have in common with its request."""
 FRAMES = (b"content-security-policy", b"frame-ancestors 'self'")
 """No other site may show the page in a frame, where users could be tricked into clicks."""
+Origin = tuple[str, str, int]
+"""Scheme, host name and port of a page: pages that differ in one of them are different sites."""
 Lifespan = Callable[[Any], AbstractAsyncContextManager]
+REFUSED = "another site may not ask here; behind a proxy, start the app with --allowed_host and the page's address"
 SAME_SITE_NONE = re.compile(rb"samesite=none", re.IGNORECASE)
 
 
 class TrustedHosts:
     """ASGI middleware: answers 421 for a foreign host name, 403 for requests from another site's page.
 
-    `hosts` are the only names that the page answers to; None means all. A page of one of the `allowed` names
+    `hosts` are the only names that the page answers to; None means all. A page of one of the `allowed` origins
     may send requests, whatever Host the proxy in front passes on. Cookies that a browser would send with
     another site's requests become SameSite=Lax.
     """
 
-    def __init__(self, app: Any, hosts: Collection[str] | None, allowed: Collection[str] = ()) -> None:
+    def __init__(self, app: Any, hosts: Collection[str] | None, allowed: Collection[Origin] = ()) -> None:
         self.app, self.hosts, self.allowed = app, hosts, allowed
+        self.names = {name for _, name, _ in allowed}
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -51,28 +55,31 @@ class TrustedHosts:
         """gradio puts X-Forwarded-Host into addresses that all users get: only known names and real ports pass."""
         if name != b"x-forwarded-host":
             return True
-        address = f"//{value.decode('latin1')}"
-        return hostname(address) in self.allowed and _address(address) is not None
+        origin = _origin(f"https://{value.decode('latin1')}")
+        return origin is not None and origin[1] in self.names
 
     def _refusal(self, scope: dict) -> PlainTextResponse | None:
         headers = {name: value.decode("latin1") for name, value in scope["headers"] if name in HEADERS}
         host, origin = headers.get(b"host", ""), headers.get(b"origin")
-        if self.hosts is not None and hostname(f"//{host}") not in self.hosts:
+        if self.hosts is not None and _hostname(f"//{host}") not in self.hosts:
             return PlainTextResponse("unknown host; start the app with --allowed_host for this name", 421)
         if origin is not None and not self._is_own(origin, (host, headers.get(b"x-forwarded-host", host))):
-            return PlainTextResponse("another site may not ask here; a proxy needs --allowed_host", 403)
+            return PlainTextResponse(REFUSED, 403)
         if scope["path"].rstrip("/") == "/logout" and headers.get(b"sec-fetch-site") in FOREIGN_SITES:
             return PlainTextResponse("another site may not end a login", 403)
         return None
 
     def _is_own(self, origin: str, hosts: tuple[str, ...]) -> bool:
-        """Host and X-Forwarded-Host give the page's own name: a browser does not let another site's page set them."""
-        scheme = origin.partition("://")[0]
-        own = {_address(f"{scheme}://{host}") for host in hosts}
-        return hostname(origin) in self.allowed or _address(origin) in own - {None}
+        """Host and X-Forwarded-Host give the page's own name and port: a browser does not let another site's page
+        set them. They do not tell the scheme; for an allowed name it is one of those that are allowed."""
+        asked, scheme = _origin(origin), origin.partition("://")[0]
+        if asked is None or asked in self.allowed:
+            return asked is not None
+        is_named = asked in {_origin(f"{scheme}://{host}") for host in hosts}
+        return is_named and (asked[1] not in self.names or asked[:2] in {known[:2] for known in self.allowed})
 
 
-def outermost(hosts: Collection[str] | None, allowed: Collection[str]) -> Lifespan:
+def outermost(hosts: Collection[str] | None, allowed: Collection[Origin]) -> Lifespan:
     """A lifespan that puts TrustedHosts around everything else, including gradio's own middleware.
 
     Gradio adds its own outside of any given one, and would itself answer a foreign page's preflight.
@@ -105,7 +112,7 @@ def _lax(name: bytes, value: bytes) -> tuple[bytes, bytes]:
     return name, SAME_SITE_NONE.sub(b"SameSite=Lax", value) if name.lower() == b"set-cookie" else value
 
 
-def hostname(url: str) -> str | None:
+def _hostname(url: str) -> str | None:
     """Lower case, without the port; None when there is none."""
     try:
         return urlsplit(url).hostname
@@ -113,10 +120,18 @@ def hostname(url: str) -> str | None:
         return None
 
 
-def _address(url: str) -> tuple[str, int | None] | None:
-    """Host name and port, by default the scheme's; None for an invalid address."""
+def _origin(url: str) -> Origin | None:
+    """The port is by default the scheme's; None for an invalid address."""
     try:
         parts = urlsplit(url)
-        return (parts.hostname, parts.port or DEFAULT_PORTS.get(parts.scheme)) if parts.hostname else None
-    except ValueError:
+        port = parts.port or DEFAULT_PORTS[parts.scheme]
+        return (parts.scheme, parts.hostname, port) if parts.hostname else None
+    except (ValueError, KeyError):
         return None
+
+
+def origins_of(text: str) -> set[Origin]:
+    """What a host name or an address means: without a scheme http and https, without a port the scheme's own.
+    Empty for an invalid one."""
+    urls = [text] if "//" in text else [f"{scheme}://{text}" for scheme in DEFAULT_PORTS]
+    return {_origin(url) for url in urls} - {None}

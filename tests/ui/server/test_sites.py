@@ -5,9 +5,11 @@ import pytest
 from gradio_client import Client
 
 from dreambooth_moslora.ui.page import launch_options
+from dreambooth_moslora.ui.server.host_check import origins_of
 from tests.helpers.ui_server import serve
 
 NAME = "pictures.example.org"
+ELSEWHERE = "https://drawings.example.org:8443"
 LOGIN = {"username": "ann", "password": "secret"}
 EVIL = {"Origin": "https://evil.example"}
 PATHS = ("", "config", "gradio_api/token", "gradio_api/info", "gradio_api/app_id", "logout")
@@ -22,7 +24,7 @@ def cookie_of(url: str, headers: dict) -> str:
 @pytest.fixture(scope="module")
 def proxied(tiny_base, tmp_path_factory):
     """Behind a proxy that calls the page by its public name, with a login."""
-    options = launch_options({NAME}) | {"auth": [("ann", "secret")]}
+    options = launch_options(origins_of(NAME) | origins_of(ELSEWHERE)) | {"auth": [("ann", "secret")]}
     with serve(tiny_base, tmp_path_factory.mktemp("app"), **options) as server:
         yield server
 
@@ -35,7 +37,11 @@ def public(tiny_base, tmp_path_factory):
         yield server
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", "null", f"https://evil.{NAME}", "https://[", "file://"])
+FOREIGN = ("https://evil.example", "null", f"https://evil.{NAME}", "https://[", "file://", f"https://{NAME}:port")
+OTHER_PORTS = (f"https://{NAME}:8443", f"http://{NAME}:81", f"http://{NAME}:443", "https://drawings.example.org")
+
+
+@pytest.mark.parametrize("origin", [*FOREIGN, *OTHER_PORTS, ELSEWHERE.replace("https", "http")])
 def test_a_foreign_site_reads_nothing_by_a_visitors_login(proxied, origin):
     host = {"Host": NAME}
     mine = host | {"Cookie": cookie_of(proxied.url, host)}
@@ -60,7 +66,14 @@ def test_a_foreign_site_is_refused_before_it_asks(proxied):
     assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
 
 
-@pytest.mark.parametrize("origin", [f"https://{NAME}", f"https://{NAME}:8443"])
+def test_plain_http_of_a_name_that_is_allowed_by_https_is_another_site(proxied):
+    host = ELSEWHERE.removeprefix("https://")
+    for scheme, status in (("http", 403), ("https", 200)):
+        headers = {"Host": host, "Origin": f"{scheme}://{host}"}
+        assert httpx.get(f"{proxied.url}gradio_api/token", headers=headers).status_code == status
+
+
+@pytest.mark.parametrize("origin", [f"https://{NAME}", f"http://{NAME}", ELSEWHERE])
 @pytest.mark.parametrize("host", [NAME, f"{NAME}:443", "127.0.0.1:7860"])
 def test_the_page_behind_a_proxy_may_ask_itself(proxied, host, origin):
     """Whatever name and port the proxy passes on."""

@@ -4,6 +4,7 @@ import httpx
 import pytest
 
 from dreambooth_moslora.ui.page import launch_options
+from dreambooth_moslora.ui.server.host_check import origins_of
 from tests.helpers.ui_server import serve
 
 ASKED = {"data": [], "session_hash": "nobody"}
@@ -11,7 +12,9 @@ ASKED = {"data": [], "session_hash": "nobody"}
 
 @pytest.fixture(scope="module")
 def served(tiny_base, tmp_path_factory):
-    with serve(tiny_base, tmp_path_factory.mktemp("app"), **launch_options({"pictures.example.org"})) as server:
+    with serve(
+        tiny_base, tmp_path_factory.mktemp("app"), **launch_options(origins_of("pictures.example.org"))
+    ) as server:
         yield server
 
 

@@ -94,11 +94,23 @@ def test_a_page_on_the_loopback_answers_only_to_its_own_names(served):
     assert httpx.post(f"{url}gradio_api/upload", files=sent, headers=own).status_code == 200
 
 
-@pytest.mark.parametrize("text", ["Pictures.Example.org", "pictures.example.org:8443", "https://pictures.example.org/"])
+ADDRESSES = {
+    "Pictures.Example.org": {("http", 80), ("https", 443)},
+    "pictures.example.org:8443": {("http", 8443), ("https", 8443)},
+    "https://pictures.example.org/": {("https", 443)},
+    "https://pictures.example.org:8443": {("https", 8443)},
+}
+
+
+@pytest.mark.parametrize("text", ADDRESSES)
 def test_an_allowed_host_may_be_written_as_an_address(text):
-    assert parse_host(text) == "pictures.example.org"
+    assert parse_host(text) == {(scheme, "pictures.example.org", port) for scheme, port in ADDRESSES[text]}
+
+
+@pytest.mark.parametrize("text", ["https://", "", "ftp://pictures.example.org", "pictures.example.org:port"])
+def test_what_is_no_host_is_refused(text):
     with pytest.raises(UserError, match="is not a host name"):
-        parse_host("https://")
+        parse_host(text)
 
 
 @pytest.mark.parametrize("path", ["queue/join", "run/stop", "call/stop", "run/upload"])
