@@ -137,7 +137,7 @@ def report_of(config: TrainConfig, number: int) -> PhotoReport:
     else:
         raise UserError("give the photos: --instance_data_dir FOLDER, or --dataset_name NAME.")
     report = find_photos(folder, config.instance_prompt, config.resolution, alpha=config.alpha)
-    photos = [replace(photo, captions=framed(config, photo), subject=number) for photo in report.photos]
+    photos = [replace(with_own_captions(config, photo), subject=number) for photo in report.photos]
     report = replace(report, photos=photos)
     if not report.photos:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
@@ -154,10 +154,21 @@ def with_kept_captions(config: TrainConfig, photos: list[Photo]) -> list[Photo]:
     for photo in photos:
         made = None if photo.is_captioned else kept.get(photo.kept_name)
         if made is not None:
-            photo = replace(photo, captions=(made["caption"],))
-            photo = replace(photo, captions=framed(config, photo))
+            photo = with_own_captions(config, replace(photo, captions=(made["caption"],)))
         found.append(photo)
     return found
+
+
+def with_own_captions(config: TrainConfig, photo: Photo) -> Photo:
+    """The photo with framed captions, and the instance prompt as its bare prompt if none of them is it."""
+    captions, prompt = framed(config, photo), config.instance_prompt
+    is_there = as_heard(prompt) in map(as_heard, captions)
+    return replace(photo, captions=captions, bare_prompt=None if is_there else prompt)
+
+
+def as_heard(prompt: str) -> str:
+    """What the text encoders hear: neither case nor the width of spaces; and without a full stop."""
+    return " ".join(prompt.lower().split()).rstrip(".")
 
 
 def framed(config: TrainConfig, photo: Photo) -> tuple[str, ...]:

@@ -17,7 +17,8 @@ __all__ = ["Photo", "counts_of", "open_rgb", "quoted"]
 class Photo:
     """A usable photo. `size_px` is (h, w) upright. `mask_path` equals `path` if the transparency is the mask.
 
-    Each exposure uses one of the `captions`; `is_captioned` if they are the photo's own. `reasons` are remarks
+    Each exposure uses one of the `captions`; `is_captioned` if they are the photo's own. `bare_prompt` is the instance
+    prompt if none of them is it, as some exposures then use it (`--instance_prompt_share`). `reasons` are remarks
     for the user (too small, rotated by EXIF, …), none of which forbids its use. `subject` is the number of the
     run's subject, from 0.
     """
@@ -28,6 +29,7 @@ class Photo:
     mask_path: Path | None = None
     reasons: tuple[str, ...] = ()
     is_captioned: bool = False
+    bare_prompt: str | None = None
     subject: int = 0
 
     @property

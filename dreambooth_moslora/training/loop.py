@@ -24,6 +24,7 @@ from dreambooth_moslora.photos.photo import counts_of
 from dreambooth_moslora.training.accelerator import chosen_seed, make_accelerator
 from dreambooth_moslora.training.checkpoint import Position
 from dreambooth_moslora.training.frozen_base import LoadBase
+from dreambooth_moslora.training.inputs.caption_orders import bare_prompt_line
 from dreambooth_moslora.training.inputs.run_captions import captioned_photos
 from dreambooth_moslora.training.inputs.run_masks import masked_photos
 from dreambooth_moslora.training.planning.checks import check_folders
@@ -128,6 +129,8 @@ def set_up(context: RunContext, evaluator: StepScorer | None, load: LoadBase | N
     report.step = step
     on_main(context.accelerator, lambda: report_start(context, step, plan.total_steps))
     photos = masked_photos(context, captioned_photos(context, photos))
+    if line := bare_prompt_line(config, photos):
+        logger.info("%s", line)
     report.trackers.start(config)
     samples = ValidationSamples.of(config, context.run_dir, plan.steps_an_epoch)
     prompts = [*samples.prompts, *(evaluator.prompts if evaluator and is_scored(config) else ())]

@@ -89,6 +89,25 @@ def test_interrupted_and_resumed_equals_unbroken(kind, tiny_base, photos, tmp_pa
     assert adapter_sha256(tmp_path / "run") == unbroken
 
 
+def test_the_share_of_the_bare_prompt_is_resumed_and_said(tiny_base, photos, tmp_path, caplog):
+    placed = shutil.copytree(photos, tmp_path / "placed")
+    for path in sorted(placed.glob("*.png")):
+        path.with_suffix(".txt").write_text("a photo of sks dog on grass")
+
+    def config(name, **changes):
+        return tiny_config(tiny_base, placed, tmp_path / name, max_train_steps=4, seed=1, **changes)
+
+    with caplog.at_level("INFO"):
+        train(config("half", instance_prompt_share=0.5))
+    assert any("50% of their exposures show it (--instance_prompt_share)" in line for line in caplog.messages)
+    train(config("never", instance_prompt_share=0))
+    should_stop, on_event = stop_at(2)
+    train(config("torn", instance_prompt_share=0.5), on_event, should_stop)
+    train(config("torn", instance_prompt_share=0.5, resume_from_checkpoint="latest"))
+    half, torn, never = (adapter_sha256(tmp_path / name) for name in ("half", "torn", "never"))
+    assert torn == half != never
+
+
 @pytest.mark.slow
 def test_the_metrics_of_a_resumed_run_have_each_step_once_and_a_new_learning_rate(tiny_base, photos, tmp_path):
     should_stop, on_event = stop_at(2)

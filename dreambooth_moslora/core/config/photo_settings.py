@@ -58,6 +58,13 @@ class PhotoSettings:
     caption_dropout: float = of_photos(
         0.0, "share of exposures with an empty caption, of photos and not of class images", low=0, high=1
     )
+    instance_prompt_share: float | None = of_photos(
+        None,
+        "share of exposures with the instance prompt, of photos whose captions lack it (default: 1/3; 0 with "
+        "--caption_column, whose captions are used as they are)",
+        low=0,
+        high=1,
+    )
     repeats: int = of_photos(1, "how often an epoch shows each photo", low=1, high=10**6)
     resolution: int = of_photos(1024, "side of the square crops, px, a multiple of 8", low=8)
     enable_bucket: bool = of_photos(

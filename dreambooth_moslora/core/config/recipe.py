@@ -36,7 +36,7 @@ TOLD_IF_CHANGED = (
     *("noise_offset", "loss_type", "huber_c", "huber_schedule", "debiased_estimation_loss"),
     *("use_ema", "ema_decay", "captions", "cache_cross_attention"),
     *("train_text_encoder_ti", "train_text_encoder_ti_frac", "num_new_tokens_per_abstraction"),
-    "basis",
+    *("basis", "instance_prompt_share"),
 )
 """Settings that are published only if they differ from the default, so that other files keep their bytes."""
 DEFAULTS = TrainConfig().to_dict()

@@ -40,6 +40,14 @@ class TrainConfig(RunSettings):
         return self.train_text_encoder or self.train_text_encoder_ti
 
     @property
+    def bare_share(self) -> float:
+        """The share of exposures with the instance prompt, of photos whose captions lack it. A data set's captions are
+        used as they are, as diffusers' scripts do, unless a share was given."""
+        if self.instance_prompt_share is not None:
+            return self.instance_prompt_share
+        return 1 / 3 if self.caption_column is None else 0.0
+
+    @property
     def sample_count(self) -> int:
         """Sample images each time, unless `loop.set_up` leaves them out."""
         return 4 if self.num_validation_images is None else self.num_validation_images

@@ -1,19 +1,37 @@
-"""Shuffles a caption's tags, as the tags of image boards have no order.
+"""Which captions a photo's exposures draw from: tags in changing orders, and the instance prompt in a share of them.
+
+Tags of image boards have no order, so they are shuffled:
 
     prefix  sks dog, red collar, on grass, side view  suffix        --keep_tokens 1 leaves `sks dog` where it is
 
 Each caption has a fixed number of orders, derived from the run's seed. So frozen text encoders encode each
 order once, and resumed or distributed runs use the same orders as an unbroken run of one process.
+
+A photo whose captions all name a place, say, would never be shown with the bare instance prompt, and prior
+preservation holds the class prompt, its neighbour, where it was: the bare prompt would not draw the subject.
 """
+
+from collections.abc import Sequence
 
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.prompts import joined
 from dreambooth_moslora.core.seeding import rng
+from dreambooth_moslora.photos.photo import Photo
 
-__all__ = ["shuffled_captions"]
+__all__ = ["bare_prompt_line", "shuffled_captions"]
 
 ORDERS = 16
 """Orders of each caption, including the written one."""
+
+
+def bare_prompt_line(config: TrainConfig, photos: Sequence[Photo]) -> str | None:
+    """What happens to the photos with a `bare_prompt`; None when there are none."""
+    count, share = sum(photo.bare_prompt is not None for photo in photos), config.bare_share
+    if not count:
+        return None
+    said = f"captions: {count} of {len(photos)} photos have none that is the instance prompt itself"
+    done = f"{share:.0%} of their exposures show it" if share else "they are never shown with it"
+    return f"{said}; {done} (--instance_prompt_share)"
 
 
 def shuffled_captions(config: TrainConfig, captions: tuple[str, ...]) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ def encode_prompts(
     config = context.config
     captions = {*prompts, ""}
     for stream in streams:
-        captions.update(caption for photo in stream.photos for caption in photo.captions)
+        captions |= stream.captions
     for subject in each_subject(config):
         captions |= {subject.class_prompt, *config.prior_prompts} if subject.class_prompt else set()
     learnt = [word_pattern(word) for word in learnt_words(config)]

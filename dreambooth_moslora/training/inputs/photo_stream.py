@@ -37,11 +37,13 @@ class PhotoStream:
         caption_dropout: float = 0.0,
         batch_size: int = 1,
         beside: "PhotoStream | None" = None,
+        bare_share: float = 0.0,
     ):
         """Crops have one size in each group of `batch_size` positions. With a stream `beside`, each crop has
         the size of that stream's sample at the same position."""
         self.photos, self.encoder, self.seed, self.name, self.repeats = photos, encoder, seed, name, repeats
         self.caption_dropout, self.batch_size, self.beside = caption_dropout, batch_size, beside
+        self.bare_share = bare_share
         self.groups: dict[Size, list[int]] = {size: [] for size in beside.groups} if beside else {}
         for slot in range(len(self)):
             size_px = photos[slot // repeats].size_px
@@ -55,12 +57,27 @@ class PhotoStream:
     def at(self, position: int) -> tuple[EncodedView, str]:
         """The encoded view at `position` >= 0, and a random caption of its photo.
 
-        A fraction `caption_dropout` of the positions has an empty caption.
+        A fraction `caption_dropout` of the positions has an empty caption. Of the others, a fraction `bare_share` has
+        the photo's bare prompt, if it has one.
         """
         photo, plan = self._sample(position)
-        is_dropped = rng(self.seed, self.name, "caption dropout", position).random() < self.caption_dropout
-        caption = "" if is_dropped else rng(self.seed, self.name, "caption", position).choice(photo.captions)
-        return self.encoder.encode(photo, plan), caption
+        return self.encoder.encode(photo, plan), self._caption(photo, position)
+
+    def _caption(self, photo: Photo, position: int) -> str:
+        if self._is_in(self.caption_dropout, "caption dropout", position):
+            return ""
+        if photo.bare_prompt and self._is_in(self.bare_share, "bare prompt", position):
+            return photo.bare_prompt
+        return rng(self.seed, self.name, "caption", position).choice(photo.captions)
+
+    def _is_in(self, share: float, what: str, position: int) -> bool:
+        return rng(self.seed, self.name, what, position).random() < share
+
+    @property
+    def captions(self) -> set[str]:
+        """Every caption that `at` may return, but for the empty one."""
+        bare = {photo.bare_prompt for photo in self.photos if photo.bare_prompt and self.bare_share}
+        return bare.union(*(photo.captions for photo in self.photos))
 
     def read_ahead(self, position: int) -> None:
         """Start reading a sample that `at` will need soon."""

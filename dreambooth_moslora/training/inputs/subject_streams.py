@@ -32,6 +32,11 @@ class SubjectStreams:
         return [photo for stream in self.streams for photo in stream.photos]
 
     @property
+    def captions(self) -> set[str]:
+        """Like `PhotoStream.captions`, of all subjects."""
+        return set().union(*(stream.captions for stream in self.streams))
+
+    @property
     def encoder(self) -> PhotoEncoder:
         """The one that all streams share."""
         return self.streams[0].encoder
@@ -72,7 +77,8 @@ def instance_streams(config: TrainConfig, photos: list[Photo], encoder: PhotoEnc
         own = taking_turns([photo for photo in photos if photo.subject == number], config)
         shuffled = [replace(photo, captions=shuffled_captions(subject, photo.captions)) for photo in own]
         varied = (config.repeats, config.caption_dropout, config.train_batch_size)
-        streams.append(PhotoStream(shuffled, encoder, config.seed, stream_of("instance", number), *varied))
+        name, share = stream_of("instance", number), subject.bare_share
+        streams.append(PhotoStream(shuffled, encoder, config.seed, name, *varied, bare_share=share))
     return SubjectStreams(streams, config.seed, config.train_batch_size if config.enable_bucket else 1)
 
 

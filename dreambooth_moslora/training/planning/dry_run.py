@@ -14,6 +14,7 @@ from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.folder import PhotoReport, photo_report
 from dreambooth_moslora.photos.masks import segmenter_name, sought_word
 from dreambooth_moslora.photos.photo import Photo, counts_of, quoted
+from dreambooth_moslora.training.inputs.caption_orders import bare_prompt_line
 from dreambooth_moslora.training.inputs.class_images import shares
 from dreambooth_moslora.training.planning.advice import DEFAULTS, advice, differs, free_disk_gib
 from dreambooth_moslora.training.planning.checks import check_folders, preflight
@@ -101,12 +102,14 @@ def made_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
 
 
 def caption_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
-    """What `--captions auto` would do. Raises UserError when no class word is known."""
+    """The share of the instance prompt, and what `--captions auto` would do. Raises UserError when no class word is
+    known."""
+    lines = list(filter(None, [bare_prompt_line(config, report.photos)]))
     bare = sum(not photo.is_captioned for photo in report.photos)
-    if config.captions != "auto" or not bare:
-        return []
-    captioner = load_captioner(each_subject(config)[0])
-    return [f"captions: {bare} photos have none of their own; {captioner.name} makes them before training"]
+    if config.captions == "auto" and bare:
+        captioner = load_captioner(each_subject(config)[0])
+        lines.append(f"captions: {bare} photos have none of their own; {captioner.name} makes them before training")
+    return lines
 
 
 def mask_lines(config: TrainConfig, report: PhotoReport) -> list[str]:

@@ -1,14 +1,16 @@
-"""Captions that vary: prefix and suffix, tags in changing orders, and empty ones; by seed and position alone."""
+"""Captions that vary: prefix and suffix, tags in changing orders, empty ones, and the instance prompt in a share of the
+exposures; by seed and position alone."""
 
 from collections import Counter
 
 import pytest
 
+from dreambooth_moslora.core.config.recipe import recipe_of
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.photo import Photo
-from dreambooth_moslora.training.inputs.caption_orders import ORDERS, shuffled_captions
+from dreambooth_moslora.training.inputs.caption_orders import ORDERS, bare_prompt_line, shuffled_captions
 from dreambooth_moslora.training.inputs.photo_stream import PhotoStream
 from dreambooth_moslora.training.planning.advice import settings_without_effect
 from tests.helpers.tiny_training import paint_photos
@@ -38,9 +40,9 @@ class Nothing:
         return photo
 
 
-def stream(captions, dropout=0.0, name="instance"):
-    photos = [Photo(name, (64, 64), captions) for name in ("a.png", "b.png")]
-    return PhotoStream(photos, Nothing(), 3, name, 1, dropout)
+def stream(captions, dropout=0.0, name="instance", bare_prompt=None, share=0.0):
+    photos = [Photo(name, (64, 64), captions, bare_prompt=bare_prompt) for name in ("a.png", "b.png")]
+    return PhotoStream(photos, Nothing(), 3, name, 1, dropout, bare_share=share)
 
 
 def said(stream, count=200):
@@ -106,7 +108,70 @@ def test_a_share_of_exposures_has_no_caption_at_the_same_places_each_time(share)
     assert [again.at(position)[1] for position in reversed(range(200))] == texts[::-1]
 
 
+PLACED, BARE = ("a photo of sks dog on grass", "a photo of sks dog in snow"), "a photo of sks dog"
+
+
+def photos_with(folder, *captions, **changes):
+    """Painted photos, each with one of these texts beside it, as a run reads them."""
+    photos = paint_photos(folder, count=len(captions))
+    for number, text in enumerate(captions):
+        (photos / f"{number}.txt").write_text(text)
+    return photo_report(config(instance_data_dir=str(photos), resolution=64, **changes)).photos
+
+
+def test_the_bare_prompt_is_of_photos_whose_captions_lack_it(tmp_path):
+    texts = (PLACED[0], f"{PLACED[0]}\n{BARE}", "A photo  of SKS dog.", "")
+    found = photos_with(tmp_path, *texts, caption_prefix="look:")
+    assert [photo.bare_prompt for photo in found] == [BARE, None, BARE, None]  # a prefix makes it another prompt
+    assert photos_with(tmp_path, *texts)[2].bare_prompt is None
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1 / 3, 1.0])
+def test_a_share_of_exposures_has_the_bare_prompt_at_the_same_places_each_time(share):
+    bare = stream(PLACED, bare_prompt=BARE, share=share)
+    texts = said(bare, 600)
+    assert texts.count(BARE) == pytest.approx(600 * share, abs=45 if 0 < share < 1 else 0)
+    assert [bare.at(position)[1] for position in reversed(range(600))] == texts[::-1]
+    others = [pair for pair in zip(texts, said(stream(PLACED), 600)) if pair[0] != BARE]
+    assert all(with_share == without for with_share, without in others)
+    assert bare.captions == ({*PLACED, BARE} if share else {*PLACED})
+
+
+def test_a_caption_that_is_left_out_is_not_replaced_by_the_bare_prompt():
+    texts = said(stream(PLACED, dropout=0.5, bare_prompt=BARE, share=0.5), 600)
+    assert texts.count("") == said(stream(PLACED, dropout=0.5), 600).count("") and texts.count(BARE) < 200
+
+
+def test_photos_with_the_bare_prompt_among_their_captions_keep_every_draw():
+    assert said(stream((*PLACED, BARE), share=1.0)) == said(stream((*PLACED, BARE)))
+
+
+def test_a_data_sets_captions_are_used_as_they_are_unless_a_share_is_given():
+    column = {"dataset_name": "dogs", "caption_column": "text"}
+    assert config().bare_share == pytest.approx(1 / 3) and config(**column).bare_share == 0
+    assert (
+        config(**column, instance_prompt_share=0.2).bare_share == 0.2
+        and config(instance_prompt_share=0).bare_share == 0
+    )
+
+
+def test_a_file_tells_the_share_only_if_it_was_given():
+    assert "instance_prompt_share" not in recipe_of(config())
+    assert recipe_of(config(instance_prompt_share=0))["instance_prompt_share"] == 0
+
+
+def test_one_line_says_what_the_captions_lack(tmp_path):
+    photos = photos_with(tmp_path, PLACED[0], BARE)
+    line = "captions: 1 of 2 photos have none that is the instance prompt itself; "
+    assert bare_prompt_line(config(), photos) == f"{line}33% of their exposures show it (--instance_prompt_share)"
+    never = bare_prompt_line(config(instance_prompt_share=0), photos)
+    assert never == f"{line}they are never shown with it (--instance_prompt_share)"
+    assert bare_prompt_line(config(), photos[1:]) is None
+
+
 def test_what_cannot_be_is_one_line():
+    with pytest.raises(UserError, match=r"--instance_prompt_share 1.5: must be at most 1"):
+        config(instance_prompt_share=1.5)
     with pytest.raises(UserError, match=r"--caption_dropout 1.5: must be at most 1"):
         config(caption_dropout=1.5)
     assert "--keep_tokens has no effect without --shuffle_caption" in settings_without_effect(config(keep_tokens=1))
