@@ -146,7 +146,7 @@ def set_up(context: RunContext, evaluator: StepScorer | None, load: LoadBase | N
         context.accelerator.device,
         should_stop=context.should_stop,
     )
-    publisher = Publisher(config, context.run_dir, inputs, train_step, samples, sampler)
+    publisher = Publisher(config, context.run_dir, inputs, train_step, samples, sampler, plan.total_steps, checkpoint)
     on_main(context.accelerator, lambda: claim_run_folder(context, step, checkpoint))
     return Training(context, plan.total_steps, train_step, samples, sampler, publisher, evaluator, checkpoint)
 

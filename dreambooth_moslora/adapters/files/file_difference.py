@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 import torch
@@ -16,13 +17,17 @@ __all__ = ["FileDifference", "difference_of"]
 class FileDifference:
     """`first` says how the first differing tensor differs, "" when none does; `count` of `total` tensors differ.
 
-    `header` names the differing entries of the header; those inside `moslora` have their own names.
+    `largest`: of all tensors, the largest ‖one − other‖ / ‖one‖, infinite for a tensor of one file alone and for NaN.
+    `is_cast`: some tensor has another shape or dtype, as in a file that was exported anew. `header` names the differing
+    entries of the header; those inside `moslora` have their own names.
     """
 
     first: str
     count: int
     total: int
     header: tuple[str, ...]
+    largest: float = 0.0
+    is_cast: bool = False
 
 
 def difference_of(one: Path, other: Path) -> FileDifference:
@@ -33,7 +38,11 @@ def difference_of(one: Path, other: Path) -> FileDifference:
     facts, other_facts = facts_in(header), facts_in(other_header)
     keys = sorted(facts.keys() | other_facts.keys())
     differing = tuple(key for key in keys if facts.get(key) != other_facts.get(key))
-    return FileDifference(found[0] if found else "", len(found), len(names), differing)
+    both = [(tensors[name], others[name]) for name in names if name in tensors and name in others]
+    is_cast = any((one.shape, one.dtype) != (other.shape, other.dtype) for one, other in both)
+    whole = len(both) == len(names) and not is_cast
+    largest = max((gap_of(one, other) for one, other in both), default=0.0) if whole else inf
+    return FileDifference(found[0] if found else "", len(found), len(names), differing, largest, is_cast)
 
 
 def tensor_difference(name: str, one: Tensor | None, other: Tensor | None) -> str:
@@ -46,8 +55,13 @@ def tensor_difference(name: str, one: Tensor | None, other: Tensor | None) -> st
         return f"{name} is {one.dtype} and {other.dtype}".replace("torch.", "")
     if torch.equal(bits(one), bits(other)):
         return ""
-    gap = (one.double() - other.double()).norm() / one.double().norm().clamp_min(1e-30)
-    return f"{name} differs by {float(gap):.1e} of its norm"
+    return f"{name} differs by {gap_of(one, other):.1e} of its norm"
+
+
+def gap_of(one: Tensor, other: Tensor) -> float:
+    """‖one − other‖ / ‖one‖ of two tensors of one shape; infinite for NaN."""
+    gap = float((one.double() - other.double()).norm() / one.double().norm().clamp_min(1e-30))
+    return gap if gap == gap else inf
 
 
 def bits(tensor: Tensor) -> Tensor:

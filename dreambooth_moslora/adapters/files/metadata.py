@@ -1,6 +1,7 @@
 """The metadata of an adapter, as JSON in its file's header, and which values are valid there."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,8 +13,11 @@ from dreambooth_moslora.core.config.training_settings import MIXERS, ZERO
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.numbers import is_finite_number
 
-__all__ = ["AdapterMetadata", "check_start_header", "most_common", "notes_in", "versions"]
+__all__ = ["PUBLIC", "AdapterMetadata", "check_start_header", "most_common", "notes_in", "versions"]
 
+PUBLIC = ("variant", "prior_prompts")
+"""Settings whose value a file tells if a recipe in `assets/configs` has the same."""
+VARIANT = re.compile(r"\w[\w-]{0,19}")
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
 
@@ -25,7 +29,8 @@ class AdapterMetadata:
     each of several subjects; empty for one. `ranks` and `alphas` list the modules (`component.path`) that
     differ from `rank` and `alpha`. `best_scale` and `usable_scales` (lowest, highest) are set if they were
     measured. `tokens` has the `NewTokens.note` of each of the adapter's files of new tokens, `basis` is the
-    `Basis.note` of the frozen A and B.
+    `Basis.note` of the frozen A and B. `public` and `withheld` are explained in `adapters.files.told`. `step` is set
+    if the run did not end there, `processes` if there were several.
     """
 
     rank: int
@@ -51,14 +56,19 @@ class AdapterMetadata:
     tokens: tuple[dict[str, object], ...] = ()
     subject_prompts: tuple[str, ...] = ()
     basis: dict[str, str] = field(default_factory=dict)
+    public: dict[str, object] = field(default_factory=dict)
+    withheld: tuple[str, ...] = ()
+    step: int | None = None
+    processes: int | None = None
 
     def to_json(self) -> str:
-        """Leaves out recipe, scales and tokens when empty, and writes one subject's tokens without a list, so that
-        such files keep their bytes."""
+        """Leaves out later entries when empty, and writes one subject's tokens without a list, so that such files
+        keep their bytes."""
         facts = asdict(self)
         if len(self.tokens) == 1:
             facts["tokens"] = self.tokens[0]
         later = ("best_scale", "usable_scales", "recipe", "tokens", "subject_prompts", "basis")
+        later += ("public", "withheld", "step", "processes")
         missing = [name for name in later if not facts[name]]
         return json.dumps({name: value for name, value in facts.items() if name not in missing}, sort_keys=True)
 
@@ -77,7 +87,7 @@ class AdapterMetadata:
                 raise ValueError(f"{name} is {value!r:.60}")
         if isinstance(note := known.get("tokens"), dict):
             known["tokens"] = [note] if note else []
-        lists = ("trigger_words", "usable_scales", "subject_prompts", "tokens")
+        lists = ("trigger_words", "usable_scales", "subject_prompts", "tokens", "withheld")
         return cls(**{**known, **{name: tuple(known.get(name, ())) for name in lists}})
 
 
@@ -125,6 +135,14 @@ def is_basis_note(value: object) -> bool:
     return is_known and PurePath(value["file"]).name == value["file"]
 
 
+def are_public(value: object) -> bool:
+    """Whether they are settings of PUBLIC. A variant becomes a part of a file's name, so it must be a word."""
+    if not isinstance(value, dict) or not value.keys() <= set(PUBLIC):
+        return False
+    variant, prompts = value.get("variant"), value.get("prior_prompts", [])
+    return (variant is None or (is_text(variant) and bool(VARIANT.fullmatch(variant)))) and listed(is_text)(prompts)
+
+
 VALID: dict[str, Callable[[object], bool]] = {
     "rank": is_rank,
     "alpha": is_finite_number,
@@ -149,6 +167,10 @@ VALID: dict[str, Callable[[object], bool]] = {
     "recipe": is_dict,
     "tokens": lambda value: value == {} or is_token_note(value) or listed(is_token_note)(value),
     "basis": is_basis_note,
+    "public": are_public,
+    "withheld": listed(is_text),
+    "step": lambda value: value is None or is_rank(value),
+    "processes": lambda value: value is None or is_rank(value),
 }
 """Key -> whether a value is valid for it; anyone may have written the file."""
 

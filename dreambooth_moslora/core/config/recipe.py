@@ -1,7 +1,7 @@
 """The recipe of a run: the settings that an adapter file publishes.
 
-They are numbers, switches, choices and names of layers. Paths, prompts, words and settings of the machine are
-left out.
+They are numbers, switches, choices and names of layers. Paths, prompts and words are left out, and settings
+of the machine that do not shape the weights.
 """
 
 import re
@@ -37,6 +37,7 @@ TOLD_IF_CHANGED = (
     *("use_ema", "ema_decay", "captions", "cache_cross_attention"),
     *("train_text_encoder_ti", "train_text_encoder_ti_frac", "num_new_tokens_per_abstraction"),
     *("basis", "instance_prompt_share"),
+    *("sample_batch_size", "prior_generation_precision", "caching", "allow_tf32", "compile"),
 )
 """Settings that are published only if they differ from the default, so that other files keep their bytes."""
 DEFAULTS = TrainConfig().to_dict()
@@ -52,6 +53,8 @@ def recipe_of(config: TrainConfig) -> dict[str, Any]:
         settings[name] = [text for text in settings[name] if LAYER.fullmatch(text)]
     if settings["basis"] != SVD:  # a file's name is the user's
         settings["basis"] = None
+    if settings["caching"] == "disk":  # the bytes are those of "memory"
+        settings["caching"] = DEFAULTS["caching"]
     changed = [name for name in TOLD_IF_CHANGED if settings[name] != DEFAULTS[name]]
     return {name: settings[name] for name in (*RECIPE, *changed) if settings[name] is not None}
 

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +24,9 @@ from dreambooth_moslora.core.errors import spelled_out
 from dreambooth_moslora.core.pictures import png_bytes
 from dreambooth_moslora.core.seeding import seed_of
 from dreambooth_moslora.photos.image_file import UnreadableImageError, open_image
+from dreambooth_moslora.photos.photo import Photo
 
-__all__ = ["ClassBatch", "ClassImages", "shares"]
+__all__ = ["ClassBatch", "ClassImages", "are_draws", "shares"]
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +175,20 @@ def keep_a_persons_work(path: Path, digest: str) -> None:
         kept = path.parent / "changed"
         kept.mkdir(exist_ok=True)
         os.replace(path, kept / f"{path.stem}_{found[:8]}.png")
+
+
+def are_draws(photos: Sequence[Photo], seed: int) -> bool:
+    """Whether a run of this seed draws each of these class images itself."""
+    sets = {folder: ClassImages(folder, "", "", seed, (0, 0)) for folder in {photo.path.parent for photo in photos}}
+    known = {folder: images.manifest() for folder, images in sets.items()}
+    return all(is_draw(sets[path.parent], path, known[path.parent]) for path in (photo.path for photo in photos))
+
+
+def is_draw(images: ClassImages, path: Path, known: dict[str, dict]) -> bool:
+    """Whether the image has the seed of its number, as in `class_0a1b2c3d_00007.png`."""
+    if not GENERATED.fullmatch(path.name):
+        return False
+    return known.get(path.name, {}).get("seed") == images.image_seed(int(path.stem.rpartition("_")[2]))
 
 
 def identity(facts: dict[str, object]) -> tuple[object, ...]:

@@ -1,5 +1,6 @@
 """Writes what a run leaves: verified adapter files, model card and its pictures, contact sheet, loss plot, hub."""
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,10 @@ from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.files.mixer_file import write_mixers
 from dreambooth_moslora.adapters.files.proof import Proof
 from dreambooth_moslora.adapters.files.raw_file import adapter_metadata
+from dreambooth_moslora.adapters.files.told import RESUMED, with_told
 from dreambooth_moslora.adapters.new_tokens import notes_of, prove_tokens
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core.atomic_files import atomic_directory, atomic_write
-from dreambooth_moslora.core.config.recipe import recipe_of
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
@@ -31,6 +32,7 @@ from dreambooth_moslora.core.run_files.events import StepDone, StepEvaluated, ev
 from dreambooth_moslora.core.run_files.run_folder import MIXERS_NAME, RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.photos.photo import Photo, open_rgb
+from dreambooth_moslora.training.inputs.class_images import are_draws
 from dreambooth_moslora.training.prepare import TrainInputs
 from dreambooth_moslora.training.processes import on_main
 from dreambooth_moslora.training.results.best_scale import ScaleChoice
@@ -39,6 +41,7 @@ from dreambooth_moslora.training.results.hub import push
 from dreambooth_moslora.training.results.loss_plot import draw_loss_plot
 from dreambooth_moslora.training.results.model_card import CardFacts, model_card, pictures_named
 from dreambooth_moslora.training.results.samples import ValidationSamples
+from dreambooth_moslora.training.resumption import trained_modules
 from dreambooth_moslora.training.step.train_step import TrainStep
 
 __all__ = ["Publisher"]
@@ -49,7 +52,7 @@ CARD_IMAGES = 6
 
 
 class Publisher:
-    """Publishes one run. `scores` are the evaluator's latest."""
+    """Publishes one run, which goes on from the `checkpoint` if there is one. `scores` are the evaluator's latest."""
 
     def __init__(
         self,
@@ -59,12 +62,15 @@ class Publisher:
         train_step: TrainStep,
         samples: ValidationSamples,
         sampler: Sampler,
+        max_train_steps: int,
+        checkpoint: Path | None = None,
     ):
+        self.max_train_steps = max_train_steps
         self.config, self.run_dir, self.train_step = config, run_dir, train_step
         self.photos, self.samples, self.sampler = inputs.photos, samples, sampler
         self.learnt = train_step.learnt
         self.tokens = self.learnt.tokens if self.learnt else ()
-        self.facts = facts_of(config, inputs, train_step)
+        self.facts = facts_of(config, inputs, train_step, checkpoint)
         self.scores: dict[str, float] = {}
         self.best: BestStep | None = None
 
@@ -112,18 +118,21 @@ class Publisher:
                 draw_contact_sheet(rows, self.run_dir.contact_sheet_path)
 
     def _publish_to(self, folder: Path) -> Proof:
-        components, name = self.train_step.components, self.run_dir.name
+        components, name, step = self.train_step.components, self.run_dir.name, self.train_step.step
+        facts = replace(self.facts, step=None if step == self.max_train_steps else step)
         if self.learnt is None:
-            proof = publish(components, folder, name, self.facts)
+            proof = publish(components, folder, name, facts)
             if self.config.basis:
-                write_mixers(folder / MIXERS_NAME, components["unet"], self.facts)
+                write_mixers(folder / MIXERS_NAME, components["unet"], facts)
             return proof
         attached, prompts = self.learnt.attached, [one.instance_prompt for one in each_subject(self.config)]
         prove = lambda paths: prove_tokens(paths, attached, prompts)  # noqa: E731
-        return publish(components, folder, name, self.facts, tokens=self.tokens, prove=prove)
+        return publish(components, folder, name, facts, tokens=self.tokens, prove=prove)
 
 
-def facts_of(config: TrainConfig, inputs: TrainInputs, train_step: TrainStep) -> AdapterMetadata:
+def facts_of(
+    config: TrainConfig, inputs: TrainInputs, train_step: TrainStep, checkpoint: Path | None
+) -> AdapterMetadata:
     """The metadata that the adapter files contain."""
     facts = adapter_metadata(
         train_step.components,
@@ -135,7 +144,20 @@ def facts_of(config: TrainConfig, inputs: TrainInputs, train_step: TrainStep) ->
     )
     prompts = tuple(one.instance_prompt for one in each_subject(config)) if len(config.subjects) > 1 else ()
     basis = inputs.basis.note if inputs.basis else {}
-    return replace(facts, recipe=recipe_of(config), subject_prompts=prompts, basis=basis)
+    processes = train_step.accelerator.num_processes
+    facts = replace(facts, subject_prompts=prompts, basis=basis, processes=processes if processes > 1 else None)
+    facts = with_told(config, facts)
+    if inputs.prior and not are_draws(inputs.prior.photos, config.seed):  # another run's, or the user's own
+        facts = replace(facts, withheld=tuple(dict.fromkeys((*facts.withheld, "class_data_dir"))))
+    if checkpoint is not None and settings_in(trained_modules(checkpoint)[0]) != settings_in(facts):
+        facts = replace(facts, withheld=(*facts.withheld, RESUMED))
+    return facts
+
+
+def settings_in(facts: AdapterMetadata) -> list[object]:
+    """What a resumed run must share with its checkpoint, so that a run from the start gives the same weights."""
+    stored = json.loads(facts.to_json())
+    return [stored.get(name) for name in ("recipe", "public", "withheld", "processes")]
 
 
 def card_pictures(
