@@ -1,6 +1,7 @@
 """The queue of runs, in the folder `.queue` of the folder of runs. Each run is a file that is written atomically.
 
-    waiting/NAME.json    a waiting run with all its settings; order.json lists those that were moved
+    waiting/NAME.json    a waiting run with all its settings
+    order.json           the names of the waiting runs in their order
     started/NAME.json    the run whose turn it is, until it has ended
     ended.jsonl          one line for each run that has ended, and how
 
@@ -11,6 +12,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -29,6 +31,8 @@ QUEUE_NAME = ".queue"
 COMMAND_LINE = ""
 """Owner of a run that was added by the command; other runs belong to a user of the page."""
 PLACES = ("up", "down", "first", "last")
+RUNS_TOGETHER = 4
+"""For all visitors at one address without a login, runs in a round of the owners: one visitor may have many cookies."""
 HELD_SEC, POLL_SEC = 30.0, 0.02
 
 
@@ -36,13 +40,14 @@ HELD_SEC, POLL_SEC = 30.0, 0.02
 class QueuedRun:
     """A run in the queue, with complete and checked `settings`; they are empty if its file could not be read.
 
-    Paths in the settings are relative to `folder`. `argv` are the words of the command. `is_new`: its run
-    folder was made for it. `queued` and `started` are times (s); `killed` counts kills since its last
-    checkpoint.
+    `address` is that of an owner without a login. Paths in the settings are relative to `folder`. `argv` are
+    the words of the command. `is_new`: its run folder was made for it. `queued` and `started` are times (s);
+    `killed` counts kills since its last checkpoint.
     """
 
     name: str
     owner: str = COMMAND_LINE
+    address: str = ""
     folder: str = ""
     argv: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
@@ -72,12 +77,17 @@ class RunQueue:
         self.ended_path = self.folder / "ended.jsonl"
 
     def add(self, run: QueuedRun) -> int:
-        """Add a run at the end; returns its place, from 1. Raises UserError when the queue has a run of that name."""
+        """Add a run where its owner's turn is (`place_of`); returns its place, from 1. Raises UserError when the
+        queue has a run of that name."""
         with self._held():
-            if run.name in (found.name for found in [*self.waiting(), *self.started()]):
+            started, waiting = self.started(), self.waiting()
+            order = [found.name for found in waiting]
+            if run.name in [*order, *(found.name for found in started)]:
                 raise UserError(f"the run {run.name} is in the queue already")
+            place = place_of(run, started, waiting)
+            self._set_order([*order[:place], run.name, *order[place:]])
             self._write("waiting", run)
-            return [found.name for found in self.waiting()].index(run.name) + 1
+            return place + 1
 
     def waiting(self) -> list[QueuedRun]:
         """The waiting runs, in their order."""
@@ -100,7 +110,7 @@ class RunQueue:
             slots = [order.index(one) for one in own]
             for slot, one in zip(slots, with_place(own, name, place)):
                 order[slot] = one
-            atomic_write(self.folder / "order.json", json.dumps(order))
+            self._set_order(order)
 
     def remove(self, name: str, owner: str | None = None) -> QueuedRun:
         """Remove a waiting run, and its run folder if nothing was trained there: the page's with the photos that
@@ -171,6 +181,9 @@ class RunQueue:
         clean_stale(path.parent)
         atomic_write(path, json.dumps(asdict(run), indent=1))
 
+    def _set_order(self, names: list[str]) -> None:
+        atomic_write(self.folder / "order.json", json.dumps(names))
+
     def _order(self) -> list[str]:
         try:
             found = json.loads((self.folder / "order.json").read_text(encoding="utf-8"))
@@ -195,6 +208,27 @@ class RunQueue:
             yield
         finally:
             lock.close()
+
+
+def place_of(run: QueuedRun, started: Sequence[QueuedRun], waiting: Sequence[QueuedRun]) -> int:
+    """Where a new run goes, from 0: behind the last one of its own round or an earlier one.
+
+    So owners take turns, and a run that was moved to the front stays there.
+    """
+    *earlier, own = rounds_of([*started, *waiting, run])
+    rounds = earlier[len(started) :]
+    return max((place for place, number in enumerate(rounds, 1) if number <= own), default=0)
+
+
+def rounds_of(runs: Sequence[QueuedRun]) -> list[int]:
+    """Each run's round, from 0: a round has one run of each owner, and at most RUNS_TOGETHER of an address."""
+    owners, addresses, rounds = Counter(), Counter(), []
+    for run in runs:
+        together = addresses[run.address] // RUNS_TOGETHER if run.address else 0
+        rounds.append(max(owners[run.owner], together))
+        owners[run.owner] += 1
+        addresses[run.address] += 1
+    return rounds
 
 
 def with_place(names: Sequence[str], name: str, place: str) -> list[str]:

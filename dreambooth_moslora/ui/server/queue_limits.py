@@ -14,7 +14,7 @@ import fastapi
 import gradio as gr
 from gradio.server_messages import ProcessCompletedMessage
 
-from dreambooth_moslora.ui.server.users import visitor_id
+from dreambooth_moslora.ui.server.users import address_of, visitor_id
 
 __all__ = ["PER_ADDRESS", "PER_VISITOR", "PLACES", "STRANGERS", "UNHEARD_SEC", "govern", "in_rotation"]
 
@@ -89,8 +89,8 @@ def _note_turn(asker: gr.Request, number: int, served: OrderedDict[str, int], pl
         served[name] = number
         served.move_to_end(name)
     if not asker.username:
-        places.setdefault(_address_of(asker), deque(maxlen=TURNS_TOGETHER)).append(number)
-        places.move_to_end(_address_of(asker))
+        places.setdefault(address_of(asker), deque(maxlen=TURNS_TOGETHER)).append(number)
+        places.move_to_end(address_of(asker))
     for remembered in (served, places):
         while len(remembered) > MOST_REMEMBERED:
             remembered.popitem(last=False)
@@ -99,17 +99,13 @@ def _note_turn(asker: gr.Request, number: int, served: OrderedDict[str, int], pl
 def _last_turn(asker: gr.Request, served: Mapping[str, int], places: Mapping[str, deque]) -> int:
     """The number of the visitor's own last turn, or of the one TURNS_TOGETHER ago at the address if later; 0: none."""
     own = served.get(_turn_of(asker, served), 0)
-    turns = () if asker.username else places.get(_address_of(asker), ())
+    turns = () if asker.username else places.get(address_of(asker), ())
     return max(own, turns[0]) if len(turns) == TURNS_TOGETHER else own
 
 
 def _turn_of(asker: gr.Request, served: Mapping[str, int]) -> str:
     visitor = visitor_id(asker)
-    return visitor if asker.username or visitor in served else f"strangers at {_address_of(asker)}"
-
-
-def _address_of(asker: gr.Request) -> str:
-    return asker.client.host if asker.client else ""
+    return visitor if asker.username or visitor in served else f"strangers at {address_of(asker)}"
 
 
 def limit_waiting(page: gr.Blocks, served: Mapping[str, int]) -> None:
@@ -175,7 +171,7 @@ def _asker_of(event: Any) -> gr.Request:
 
 def _shares(asker: gr.Request, served: Mapping[str, int]) -> dict[tuple[str, str], int]:
     """Everything that a job of this visitor counts against, with the number of jobs that may wait there."""
-    visitor, address = visitor_id(asker), _address_of(asker)
+    visitor, address = visitor_id(asker), address_of(asker)
     shares = {("visitor", visitor): PER_VISITOR}
     if not asker.username:
         shares["address", address] = PER_ADDRESS

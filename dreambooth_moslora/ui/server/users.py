@@ -27,7 +27,7 @@ from dreambooth_moslora.ui.server.photo_uploads import kept_photos
 if TYPE_CHECKING:
     from dreambooth_moslora.core.config.like import FoundRecipe
 
-__all__ = ["COOKIE", "Picture", "Visitor", "VisitorCookie", "Visitors", "secret_in", "visitor_id"]
+__all__ = ["COOKIE", "Picture", "Visitor", "VisitorCookie", "Visitors", "address_of", "secret_in", "visitor_id"]
 
 COOKIE = "moslora_visitor"
 SHORTEST_SECRET, FEWEST_LETTERS = 32, 10
@@ -51,10 +51,11 @@ class Picture:
 @dataclass
 class Visitor:
     """`id` is a hash of the secret, safe to write to disk. `root` holds the visitor's own files, `recipes` what was
-    read from files that are not kept."""
+    read from files that are not kept. `address` is where the last request came from; "" with a login."""
 
     id: str
     root: Path
+    address: str = ""
     history: deque[Picture] = field(default_factory=lambda: deque(maxlen=HISTORY_LENGTH))
     uploads: dict[str, Path] = field(default_factory=dict)
     recipes: dict[str, "FoundRecipe"] = field(default_factory=dict)
@@ -110,6 +111,7 @@ class Visitors:
             self._known.move_to_end(identity)
             visitor = self._known[identity]
             visitor.seen_at = time.monotonic()
+            visitor.address = "" if getattr(request, "username", None) else address_of(request)
             return visitor
 
     def _forget_long_gone(self) -> None:
@@ -151,6 +153,12 @@ def visitor_id(request: gr.Request) -> str:
     else:
         secret = f"session:{request.session_hash or secrets.token_hex(16)}"
     return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def address_of(request: gr.Request) -> str:
+    """The network address that the request came from."""
+    client = getattr(request, "client", None)
+    return client.host if client else ""
 
 
 def secret_in(cookies: Mapping[str, str]) -> str:

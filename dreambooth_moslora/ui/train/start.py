@@ -4,7 +4,7 @@ queues it."""
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from dreambooth_moslora.adapters.files.metadata import check_start_header
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import free_name
 from dreambooth_moslora.core.run_files.adapter_files import NONE, header_of
-from dreambooth_moslora.training.run_folders.run_queue import QueuedRun
+from dreambooth_moslora.training.run_folders.run_queue import COMMAND_LINE, QueuedRun
 from dreambooth_moslora.ui.adapters.recipes import recipe_of
 from dreambooth_moslora.ui.adapters.summary import summary_of
 from dreambooth_moslora.ui.app_state import AppContext
@@ -31,7 +31,8 @@ __all__ = ["LIKE", "add_to_queue", "adapter_of", "free_run_dir", "start_lines", 
 BUSY = "another run is going on or waits; “Add to queue” lets this one wait for its turn"
 BEGUN_WITH, LIKE = "begun_with", "like"
 """Folders in a run: a copy of the adapter that it begins with, and the recipe that it was given, NAME.json."""
-MOST_WAITING = 20
+PER_VISITOR, PER_ADDRESS, IN_ALL = 20, 40, 100
+"""Runs that may wait: of a visitor, of all visitors at one address without a login, and of the whole page."""
 CHOSEN = "Chosen; “More settings” changes it."
 
 
@@ -59,12 +60,22 @@ def start_run(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) ->
 def add_to_queue(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> tuple[str, str]:
     """Like `start_run`, but the run waits until those before it have ended. Returns its name, and HTML. Raises
     UserError."""
-    if sum(run.owner == visitor.id for run in ctx.queue.queue.waiting()) >= MOST_WAITING:
-        raise UserError(f"{MOST_WAITING} runs of yours are waiting; remove one, or wait")
+    check_room(ctx.queue.queue.waiting(), visitor)
     with prepared(ctx, jobs, form, visitor, is_queued=True) as run:
         name = run.run_dir.name
-        place = ctx.queue.queue.add(QueuedRun(name, visitor.id, settings=run.settings, is_new=True, queued=time.time()))
+        asked = {"settings": run.settings, "is_new": True, "queued": time.time()}
+        place = ctx.queue.queue.add(QueuedRun(name, visitor.id, visitor.address, **asked))
     return name, remarks_card(run.said, f"{name} waits, number {place} in the queue. {CHOSEN}")
+
+
+def check_room(waiting: Sequence[QueuedRun], visitor: Visitor) -> None:
+    """Raise UserError when as many runs wait as may. Runs that were added by command do not count."""
+    if sum(run.owner == visitor.id for run in waiting) >= PER_VISITOR:
+        raise UserError(f"{PER_VISITOR} runs of yours are waiting; remove one, or wait")
+    if visitor.address and sum(run.address == visitor.address for run in waiting) >= PER_ADDRESS:
+        raise UserError(f"{PER_ADDRESS} runs from your address are waiting; wait until one has ended")
+    if sum(run.owner != COMMAND_LINE for run in waiting) >= IN_ALL:
+        raise UserError(f"the queue is full, {IN_ALL} runs are waiting; wait until one has ended")
 
 
 @contextmanager

@@ -29,11 +29,11 @@ while not turns.is_empty:
 """
 
 
-def added(queue: RunQueue, name: str, owner: str = OWNER, **settings) -> QueuedRun:
+def added(queue: RunQueue, name: str, owner: str = OWNER, address: str = "", **settings) -> QueuedRun:
     """A run of the stand-in for the trainer, of two steps."""
     (queue.runs_dir / name).mkdir()
     settings = {"mode": "good", "steps": 2, "output_dir": str(queue.runs_dir / name)} | settings
-    run = QueuedRun(name, owner, settings=settings, is_new=True, queued=time.time())
+    run = QueuedRun(name, owner, address, settings=settings, is_new=True, queued=time.time())
     queue.add(run)
     return run
 
@@ -86,6 +86,28 @@ def test_the_order_is_on_the_disk_and_each_owner_changes_only_the_own_places(tmp
         queue.move("a", "sideways")
     with pytest.raises(UserError, match="a is in the queue already"):
         queue.add(QueuedRun("a"))
+
+
+def test_owners_take_turns_however_many_runs_each_has_waiting(tmp_path):
+    queue = RunQueue(tmp_path)
+    for name in ("e1", "e2", "e3", "e4"):
+        added(queue, name, "eve")
+    assert queue.claim().name == "e1"  # eve's turn in the first round
+    for name, owner in (("a1", "ann"), ("b1", "bob"), ("a2", "ann"), ("c1", COMMAND_LINE), ("c2", COMMAND_LINE)):
+        added(queue, name, owner)
+    assert names(RunQueue(tmp_path)) == ["a1", "b1", "c1", "e2", "a2", "c2", "e3", "e4"]
+    queue.move("e4", "first")  # by the person at the machine
+    added(queue, "d1", "dan")
+    assert names(queue) == ["e4", "a1", "b1", "c1", "d1", "e2", "a2", "c2", "e3"]
+
+
+def test_invented_cookies_of_one_address_are_together_no_more_than_a_few_owners(tmp_path):
+    queue = RunQueue(tmp_path)
+    for number in range(12):
+        added(queue, f"e{number}", f"cookie {number}", "203.0.113.1")
+    added(queue, "a", "ann", "203.0.113.2")
+    added(queue, "l", "a login")
+    assert names(queue)[:6] == ["e0", "e1", "e2", "e3", "a", "l"]
 
 
 def test_a_removed_run_takes_its_new_folder_along_but_nothing_that_was_trained(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.ui.jobs.queue_turns import QueueTurns
+from dreambooth_moslora.ui.server.users import Visitors
 from dreambooth_moslora.ui.train import start as train_start
 from dreambooth_moslora.ui.train.form import TrainForm
 from dreambooth_moslora.ui.train.queue import queue_changes
@@ -39,19 +40,43 @@ def test_the_page_adds_shows_and_moves_runs_of_its_visitor_alone(jobs, page, mon
     add_to_queue(ctx, jobs, replace(form, run_name="secret"), bob)
     added(ctx.queue.queue, "bear", owner="")
     shown = queue_changes(ctx, jobs, ann, None, None)
-    assert shown["queued"].choices == [("1 · dog · each photo 384 times", "dog"), ("2 · dog-2 · 7 steps", "dog-2")]
-    assert "4 · bear" in shown["queue_rest"] and "1 of other visitors" in shown["queue_rest"]
+    assert shown["queued"].choices == [("1 · dog · each photo 384 times", "dog"), ("4 · dog-2 · 7 steps", "dog-2")]
+    assert "3 · bear" in shown["queue_rest"] and "1 of other visitors" in shown["queue_rest"]
     assert "secret" not in str(shown) and shown["queue_box"].visible
     assert queue_changes(ctx, jobs, ann, None, shown["queue_seen"]) == {}
     with pytest.raises(UserError, match="Add to queue"):
         start_run(ctx, jobs, form, ann)
-    monkeypatch.setattr(train_start, "MOST_WAITING", 2)
+    monkeypatch.setattr(train_start, "PER_VISITOR", 2)
     with pytest.raises(UserError, match="2 runs of yours are waiting"):
         add_to_queue(ctx, jobs, form, ann)
     for run in names(ctx.queue.queue):
         ctx.queue.queue.remove(run)
     assert not queue_changes(ctx, jobs, ann, None, None, "dog")["queue_box"].visible
     assert [path.name for path in jobs.runs_dir.iterdir()] == [".queue"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "says"),
+    [("PER_ADDRESS", "2 runs from your address are waiting"), ("IN_ALL", "the queue is full, 2 runs")],
+)
+def test_cookies_together_leave_room_for_others(jobs, page, monkeypatch, limit, says):  # noqa: F811
+    ctx, ann = page
+    monkeypatch.setattr(train_start, limit, 2)
+    added(ctx.queue.queue, "bear", owner="", address="")
+    for number in range(2):
+        add_to_queue(ctx, jobs, TrainForm("sks", "dog"), replace(ann, id=f"cookie {number}", address="203.0.113.1"))
+    with pytest.raises(UserError, match=says):
+        add_to_queue(ctx, jobs, TrainForm("sks", "dog"), replace(ann, id="cookie 2", address="203.0.113.1"))
+    elsewhere = [replace(ann, address="203.0.113.2"), replace(ann, id="a login")]
+    if limit == "PER_ADDRESS":
+        assert [add_to_queue(ctx, jobs, TrainForm("sks", "dog"), one)[0] for one in elsewhere] == ["dog-3", "dog-4"]
+
+
+def test_a_visitor_without_a_login_has_an_address():
+    visitors, asked = Visitors(), {"cookies": {}, "session_hash": "s", "client": SimpleNamespace(host="203.0.113.1")}
+    for username, address in ((None, "203.0.113.1"), ("ann", "")):
+        assert visitors.of(SimpleNamespace(username=username, **asked)).address == address
+    visitors.close()
 
 
 def test_the_page_turns_to_the_run_whose_turn_has_come(jobs, page):  # noqa: F811
