@@ -177,10 +177,11 @@ def run_training(config: TrainConfig) -> int:
 
 def run_trainer(config: TrainConfig, stop: StopRequest) -> int:
     from dreambooth_moslora.training.planning.checks import preflight
+    from dreambooth_moslora.training.planning.common_settings import checked_by_all
     from dreambooth_moslora.training.planning.memory_plan import planned
 
     config = planned(config)
-    base = preflight(config)
+    base = checked_by_all(lambda: preflight(config))
     from dreambooth_moslora.cli.progress import TerminalProgress
 
     with uncollected():

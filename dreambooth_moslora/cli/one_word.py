@@ -85,10 +85,11 @@ def choose_base(choices: Choices, folder: Path) -> None:
 
 
 def gpu_gib(*, is_later: bool = False) -> float | None:
-    """Free memory of the GPU for this run, now or when other runs have ended; None without a GPU."""
-    from dreambooth_moslora.training.planning.estimate import free_gib_of_gpu
+    """Free memory of the GPU for this run, of several the least, now or when other runs have ended; None without a
+    GPU."""
+    from dreambooth_moslora.training.planning.common_settings import least_free_gib
 
-    return free_gib_of_gpu(is_later=is_later)
+    return least_free_gib(is_later=is_later)
 
 
 def choose_output(choices: Choices, word: str) -> None:

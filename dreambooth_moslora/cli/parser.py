@@ -10,7 +10,7 @@ import sys
 from collections.abc import Collection, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.cli.foreign_flags import is_removed, unknown_flag_message
@@ -28,6 +28,7 @@ from dreambooth_moslora.core.config.train_config import (
     without_removed,
 )
 from dreambooth_moslora.core.errors import UserError, spelled_out
+from dreambooth_moslora.training.planning.common_settings import in_lines, same_for_all
 
 __all__ = [
     "Parser",
@@ -148,18 +149,37 @@ def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> TrainConfig:
 
 def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> tuple[TrainConfig, bool]:
     """Like `parse_train_config`; also returns whether the run should wait in the queue. Raises UserError."""
+    launcher = launcher_settings()
+    given = same_for_all(lambda: given_by(argv, prog), Given.in_lines)
+    settings = with_choices(given) if given.words else given.settings
+    require(settings)
+    return TrainConfig.from_dict(settings | launcher), given.is_queued
+
+
+class Given(NamedTuple):
+    """What a command line and its files say, before the words choose the other settings."""
+
+    words: list[str]
+    settings: dict[str, Any]
+    has_recipe: bool
+    is_queued: bool
+
+    def in_lines(self) -> str:
+        return "\n".join([*self.words, in_lines(self.settings)])
+
+
+def given_by(argv: Sequence[str], prog: str) -> Given:
+    """Raises UserError; SystemExit for --help and --version."""
     words, rest = leading_words(underscored(argv))
-    given, unknown = build_train_parser(prog).parse_known_args(rest)
+    found, unknown = build_train_parser(prog).parse_known_args(rest)
     if not words and len(unknown) == 2 and Path(find_asset(unknown[0])).is_dir():  # words after the flags
         words, unknown = unknown, []
     if unknown:
         raise UserError(unknown_flag_message(unknown[0]))
-    flags = vars(given)
+    flags = vars(found)
     is_queued = flags.pop("queue")
     settings, has_recipe = settings_of(flags, without_words=bool(words))  # words replace these, like flags
-    settings = with_choices(words, settings, has_recipe=has_recipe, is_queued=is_queued) if words else settings
-    require(settings)
-    return TrainConfig.from_dict(settings | launcher_settings()), is_queued
+    return Given(words, settings, has_recipe, is_queued)
 
 
 def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[dict[str, Any], bool]:
@@ -184,12 +204,10 @@ def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[
     return settings, bool(file or like)
 
 
-def with_choices(
-    words: list[str], settings: dict[str, Any], *, has_recipe: bool, is_queued: bool = False
-) -> dict[str, Any]:
+def with_choices(given: Given) -> dict[str, Any]:
     """The settings, and those chosen for a folder and a word; each choice is printed."""
-    given = {name: checked_setting(name, value) for name, value in settings.items()}
-    choices = choose(words, given, has_recipe=has_recipe, is_queued=is_queued)
+    settings = {name: checked_setting(name, value) for name, value in given.settings.items()}
+    choices = choose(given.words, settings, has_recipe=given.has_recipe, is_queued=given.is_queued)
     say(choices.lines)
     return choices.all
 

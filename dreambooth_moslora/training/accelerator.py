@@ -7,12 +7,13 @@ from datetime import timedelta
 from random import SystemRandom
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
+    parse_flag_from_env,
 )
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
@@ -25,7 +26,7 @@ from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.planning.precision import check_bf16
 from dreambooth_moslora.training.processes import on_main
 
-__all__ = ["PATIENCE", "chosen_seed", "make_accelerator"]
+__all__ = ["PATIENCE", "chosen_seed", "joined", "make_accelerator"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,20 @@ def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
     if accelerator.device.type == "cpu":  # a GPU run should return this memory, which it no longer needs
         keep_freed_memory()
     return accelerator
+
+
+def joined() -> PartialState:
+    """The processes that a launcher started, before their precision is known; `make_accelerator` goes on with them.
+
+    Raises UserError where accelerate does not join them.
+    """
+    refuse_sharding(os.environ)
+    try:
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
+    except ValueError as error:
+        raise UserError(refusal(None, one_line(error, 300))) from error
+    check_world_size(os.environ, state.num_processes)
+    return state
 
 
 def refuse_sharding(environment: Mapping[str, str]) -> None:

@@ -28,6 +28,7 @@ from dreambooth_moslora.training.inputs.caption_orders import bare_prompt_line
 from dreambooth_moslora.training.inputs.run_captions import captioned_photos
 from dreambooth_moslora.training.inputs.run_masks import masked_photos
 from dreambooth_moslora.training.planning.checks import check_folders
+from dreambooth_moslora.training.planning.common_settings import same_config
 from dreambooth_moslora.training.planning.memory_plan import planned
 from dreambooth_moslora.training.planning.step_plan import plan_steps
 from dreambooth_moslora.training.prepare import prepare, too_slow_for_samples
@@ -96,7 +97,7 @@ def training(
 ) -> Steps:
     """`train` as a generator: the caller computes the gradients. `load` loads the base."""
     check_folders(config)
-    config = planned(config)
+    config = same_config(planned(same_config(config)))
     run_dir = RunDir(config.output_dir)
     accelerator = make_accelerator(config, run_dir)
     report = Reporter(run_dir, accelerator, on_event)

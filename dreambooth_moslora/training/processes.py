@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 from typing import NamedTuple, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
@@ -23,10 +23,13 @@ __all__ = [
     "others_present",
     "share_of",
     "share_out",
+    "told_by_each",
 ]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Processes = Accelerator | PartialState
+"""Of a run, or of one that has no precision yet."""
 
 
 def any_process(accelerator: Accelerator, said: bool) -> bool:
@@ -46,7 +49,7 @@ def mean_over(accelerator: Accelerator, values: Tensor) -> Tensor:
         return accelerator.reduce(values, "mean")
 
 
-def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+def on_main(accelerator: Processes, work: Callable[[], Result]) -> Result:
     """Do `work` on the main process; all processes get its result, which must be small and picklable.
 
     An error or stop there is raised on all processes.
@@ -65,10 +68,16 @@ def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
     return result
 
 
-def on_each(accelerator: Accelerator, work: Callable[[], object]) -> None:
-    """Do `work` on each process. An error or stop of one is raised on all."""
-    _, error = attempt(work)
+def on_each(accelerator: Processes, work: Callable[[], Result]) -> Result:
+    """Do `work` on each process, which gets its own result. An error or stop of one is raised on all."""
+    result, error = attempt(work)
     exchange(accelerator, [], error)
+    return result
+
+
+def told_by_each(accelerator: Processes, own: Item) -> list[Item]:
+    """The picklable `own` of each process, in their order. All must call it."""
+    return exchange(accelerator, [own], None)
 
 
 def share_out(
@@ -91,26 +100,32 @@ def share_of(accelerator: Accelerator, items: Sequence[Item]) -> Sequence[Item]:
     return items[accelerator.process_index :: accelerator.num_processes]
 
 
-def agreed(accelerator: Accelerator, find: Callable[[], Result], words: Callable[[Result], str]) -> Result:
+def agreed(
+    accelerator: Processes,
+    find: Callable[[], Result],
+    words: Callable[[Result], str],
+    remedy: str = "the photos, --class_data_dir and --output_dir must be on a disk that all machines share.",
+) -> Result:
     """What each process finds by itself, in `words` the same as on the main process.
 
-    Raises UserError on all processes where one finds something else: they would train different adapters, or wait for
-    one that is gone. An error of `find` is raised where it occurs.
+    Raises UserError on all processes where one finds something else, as they would train different adapters or wait
+    for one that is gone: it names the lines of `words` that differ, and the `remedy`. An error of `find` in one process
+    is raised on all.
     """
     if accelerator.num_processes == 1:
         return find()
     found, error = attempt(find)
-    with others_present():
-        told = gather_object([words(found) if error is None else f"“{error}”"])
-    if error is not None:
-        raise error
+    told = exchange(accelerator, [] if error else [words(found)], error)
     other = next((number for number, said in enumerate(told) if said != told[0]), None)
     if other is not None:
-        raise UserError(
-            f"process {other} finds {told[other]}, and the main process {told[0]}: the photos, --class_data_dir and "
-            "--output_dir must be on a disk that all machines share."
-        )
+        theirs, ours = lines_without(told[0], told[other]), lines_without(told[other], told[0])
+        raise UserError(f"process {other} has {theirs}, and the main process {ours}: {remedy}")
     return found
+
+
+def lines_without(others: str, own: str) -> str:
+    """The lines of `own` that are not in `others`, as one."""
+    return ", ".join(line for line in own.splitlines() if line not in others.splitlines())
 
 
 class Ending(NamedTuple):
@@ -138,7 +153,7 @@ def attempt(work: Callable[[], Result]) -> tuple[Result | None, Exception | None
         return None, error
 
 
-def exchange(accelerator: Accelerator, own: list[Result], error: Exception | None) -> list[Result]:
+def exchange(accelerator: Processes, own: list[Result], error: Exception | None) -> list[Result]:
     """The results of all processes, in their order. If one has an `error`, it is raised on all; an error is more than
     a stop, and each process raises its own."""
     ending = Ending.of(error)

@@ -197,7 +197,7 @@ def test_a_taken_name_is_left_alone_and_a_run_that_goes_on_takes_the_latest(phot
     assert parse_train_config(photos).output_dir == "runs/dog_3"
     assert parse_train_config([*photos, "--resume_from_checkpoint", "latest"]).output_dir == "runs/dog_2"
     monkeypatch.setenv("WORLD_SIZE", "2")  # each process would find another free name
-    assert parse_train_config(photos).output_dir == "runs/dog"
+    assert one_word.run_folder("dog", resumes=False) == Path("runs/dog")
 
 
 @pytest.mark.parametrize(

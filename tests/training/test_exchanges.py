@@ -106,8 +106,14 @@ def test_processes_that_find_other_checkpoints_end_in_one_line(ends):
 
     assert found(4, 4) == [4, 4]
     for error in found(4, 0):
-        assert str(error).startswith("process 1 finds step 0, and the main process step 4: the photos, ")
+        assert str(error).startswith("process 1 has step 0, and the main process step 4: the photos, ")
         assert str(error).endswith("must be on a disk that all machines share.")
     own, heard = found("no checkpoint there", 4)
-    assert str(own) == "no checkpoint there" and "the main process “no checkpoint there”" in str(heard)
+    assert [str(own), str(heard)] == ["no checkpoint there", "the main process ended: no checkpoint there"]
     assert [str(error) for error in found("damaged", "damaged")] == ["damaged"] * 2
+
+
+def test_of_several_lines_those_that_differ_are_named_with_the_remedy(ends):
+    said = ["rank 4\nseed 1\nmixer none", "rank 4\nseed 2\nmixer none", "rank 8\nseed 2"]
+    found = ends(3, lambda accelerator: agreed(accelerator, lambda: said[accelerator.process_index], str, "be alike."))
+    assert {str(error) for error in found} == {"process 1 has seed 2, and the main process seed 1: be alike."}

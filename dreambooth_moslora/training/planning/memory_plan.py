@@ -19,6 +19,7 @@ from dreambooth_moslora.base.locate import base_folder
 from dreambooth_moslora.core.config.checks import needs_live_projections
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.training.planning.common_settings import least_free_gib
 from dreambooth_moslora.training.planning.estimate import (
     BaseSize,
     estimate,
@@ -47,14 +48,14 @@ AMPERE = 8
 def planned(config: TrainConfig, free_gib: float | None = None) -> TrainConfig:
     """`config` with the settings of its `--memory`; unchanged without that option.
 
-    `free_gib` is the GPU's, if another process will train. A resumed run keeps its first plan, since another
-    would change the result's bytes. Raises UserError for a missing base.
+    `free_gib` is the GPU's, if another process will train; else all processes of the run must call it. A resumed run
+    keeps its first plan, since another would change the result's bytes. Raises UserError for a missing base.
     """
     if config.memory is None:
         return config
+    free = least_free_gib() if free_gib is None else free_gib
     if config.resume_from_checkpoint and (before := settings_before(config)):
         return replace(config, **before)
-    free = free_gib_of_gpu() if free_gib is None else free_gib
     config = in_half_precision(config) if free is not None else config
     size = size_of_base(base_folder(config), config.target_modules, config.variant)
     name = config.memory if config.memory != "auto" else fitting(config, size, free)

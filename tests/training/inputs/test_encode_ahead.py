@@ -73,4 +73,4 @@ def test_processes_that_see_other_photos_end_in_one_line(monkeypatch):
         return same_everywhere(context, lambda: dict.fromkeys(KEYS[accelerator.process_index :], bool), "crops")
 
     for error in as_processes(monkeypatch)(2, find):
-        assert str(error).startswith("process 1 finds 4 crops (") and "the main process 5 crops (" in str(error)
+        assert str(error).startswith("process 1 has 4 crops (") and "the main process 5 crops (" in str(error)
