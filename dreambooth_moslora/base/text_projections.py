@@ -77,7 +77,7 @@ class TextProducts:
         rows = [self._kept[prompt] for prompt in prompts]
         shown = torch.empty(len(rows), *rows[0].shape, dtype=rows[0].dtype, device=self.device)
         for place, row in enumerate(rows):
-            shown[place].copy_(row, non_blocking=True)
+            shown[place].copy_(row, non_blocking=self.device.type == "cuda")
         self._lend(text, shown)
 
     def take(self, text: Tensor) -> None:

@@ -1,6 +1,8 @@
 """A GPU written in Python: its tensors say that they are on `pygpu:0`, and compute on the CPU.
 
 - What CUDA refuses is refused: an operation on tensors of two devices, a GPU tensor as a numpy array.
+- A copy to it that nobody waits for is refused: the device has no pinned memory, as Apple's GPUs have none, and would
+  read the source when it may be freed.
 - What makes a program wait for a GPU is counted by the line that asked for it: reading a value, counting the
   true elements of a mask, copying to the host.
 - `Watch.has_fp64 = False` refuses fp64 on the device, as Apple's GPUs do.
@@ -141,6 +143,8 @@ def run(function, args: tuple, kwargs: dict):
     name = function._schema.name
     tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
     refuse_mixed_devices(name, tensors)
+    if name in COPYING:
+        refuse_unpinned(args[-1] if name == "aten::copy_" and len(args) > 2 else kwargs.get("non_blocking"), tensors)
     target = kwargs.get("device")
     leaves = target is not None and torch.device(target).type != NAME
     count(name, args, tensors, leaves)
@@ -165,6 +169,11 @@ def refuse_mixed_devices(name: str, tensors: list[Tensor]) -> None:
     has_own = any(isinstance(tensor, GpuTensor) for tensor in tensors)
     if foreign and has_own and name not in COPYING | INDEXING:
         raise RuntimeError(f"{name} mixes {NAME} with the CPU: {[tuple(tensor.shape) for tensor in foreign]}")
+
+
+def refuse_unpinned(is_asynchronous: bool | None, tensors: list[Tensor]) -> None:
+    if is_asynchronous and not isinstance(tensors[-1], GpuTensor):
+        raise RuntimeError(f"{NAME} would read {tuple(tensors[-1].shape)} of the CPU at any later time")
 
 
 def refuse_fp64(name: str, found) -> None:
@@ -226,6 +235,7 @@ def implement_factory(name: str) -> None:
 
 
 def copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    refuse_unpinned(non_blocking, [source])
     note("waits" if isinstance(source, GpuTensor) else "copies")
     raw_of(target).copy_(raw_of(source))
     return target

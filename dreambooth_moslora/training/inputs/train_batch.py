@@ -56,17 +56,19 @@ def collate(samples: Sequence[tuple[EncodedView, str]], instance_count: int) -> 
 
 
 def move_together(tensors: dict[str, Tensor | None], device: torch.device) -> dict[str, Tensor | None]:
-    """The CPU tensors, of any shapes, on `device`, by one asynchronous transfer; None stays None.
+    """The CPU tensors, of any shapes, on `device`, by one transfer; None stays None.
 
+    Only CUDA's is asynchronous: it keeps pinned memory until it is read. Apple's GPUs would read a buffer that is freed.
     They travel as fp32, which holds integers up to 2**24 and all half-precision numbers exactly.
     """
     if device.type == "cpu":
         return tensors
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     buffer = torch.cat([tensor.reshape(-1).float() for tensor in given.values()])
-    if device.type == "cuda":
+    is_cuda = device.type == "cuda"
+    if is_cuda:
         buffer = buffer.pin_memory()
-    parts = buffer.to(device, non_blocking=True).split([tensor.numel() for tensor in given.values()])
+    parts = buffer.to(device, non_blocking=is_cuda).split([tensor.numel() for tensor in given.values()])
     moved = {
         name: part.view(tensor.shape).to(tensor.dtype)
         for part, (name, tensor) in zip(parts, given.items(), strict=True)
