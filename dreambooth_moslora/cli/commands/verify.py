@@ -242,7 +242,8 @@ def answer(receipt: Receipt, made: Path, config: TrainConfig, unknown: list[str]
         )
     digests = f"sha256 {digest} of the file, {digest_made} of the one that training gave"
     print("cannot tell: the weights differ, and not all that made them is known" if reasons else f"differs: {digests}")
-    lines = [*reasons, *([digests] if reasons else []), f"{found.count} of {found.total} tensors differ, the first: {found.first}"]
+    lines = [*reasons, *([digests] if reasons else [])]
+    lines.append(f"{found.count} of {found.total} tensors differ, the first: {found.first}")
     values = {name: getattr(config, name) for name in FLAGS if name not in receipt.facts.public}
     taken = [f"{name} = {value!r}" for name, value in values.items() if value]
     lines += [*versions_apart(receipt), f"not in the file, and assumed: {', '.join(taken)}"]
