@@ -48,14 +48,9 @@ UNTOLD: dict[str, Shapes] = (
     | dict.fromkeys(("dataset_config_name", "image_column", "caption_column"), lambda config: bool(config.dataset_name))
     | dict.fromkeys(("caption_model",), lambda config: config.captions == "auto")
     | dict.fromkeys(("mask_model", "mask_prompt"), lambda config: config.masks == "auto")
-    | dict.fromkeys(("background_scenes",), lambda config: config.new_backgrounds > 0)
     | dict.fromkeys(("class_prompt",), lambda config: config.with_prior_preservation)
     | dict.fromkeys(("prior_prompts",), lambda config: config.with_prior_preservation and config.prior == "adapter_off")
-    | dict.fromkeys(("class_data_dir",), draws_class_images)
-    | dict.fromkeys(
-        ("sample_batch_size", "prior_generation_precision"),
-        lambda config: draws_class_images(config) or config.new_backgrounds > 0,
-    )
+    | dict.fromkeys(("class_data_dir", "sample_batch_size", "prior_generation_precision"), draws_class_images)
     | dict.fromkeys(("initializer_concept",), lambda config: config.train_text_encoder_ti)
     | dict.fromkeys(("basis",), lambda config: config.basis is not None)
 )
