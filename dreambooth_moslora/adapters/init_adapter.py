@@ -6,14 +6,12 @@ A file of lower rank fills the first rows of A, and the others keep their start;
 reduced by SVD. Before the first step, each layer's ΔW as PEFT computes it is compared with the file's.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionXLPipeline
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.files.lora_file import AdapterWeights, check_fits, read_adapter
@@ -25,7 +23,6 @@ from dreambooth_moslora.adapters.mixer import nominal_scale
 from dreambooth_moslora.adapters.moslora import matrices_of
 from dreambooth_moslora.adapters.spectrum import leading_part, product_svd
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_files.adapter_files import find_weights
 
 __all__ = ["Start", "begin_with", "read_start"]
 
@@ -76,18 +73,15 @@ def read_start(
     Raises UserError for a file that an adapter of the run cannot start from.
     """
     try:
-        file = find_weights(path)
-        weights = read_adapter(file, pipeline)
+        weights = read_adapter(path, pipeline)
         check_fits(weights, pipeline, base_name)
-        with safe_open(file, framework="pt") as opened:
-            keys = list(opened.keys())
     except UserError as error:
         raise UserError(f"--init_adapter: {error}") from error
-    check_kind(weights, keys, use_dora)
+    check_kind(weights, use_dora)
     return weights
 
 
-def check_kind(weights: AdapterWeights, keys: Iterable[str], use_dora: bool) -> None:
+def check_kind(weights: AdapterWeights, use_dora: bool) -> None:
     """Raises UserError for content that an adapter of the run cannot hold."""
     name = f"--init_adapter {weights.file_name}"
     try:
@@ -95,8 +89,6 @@ def check_kind(weights: AdapterWeights, keys: Iterable[str], use_dora: bool) -> 
     except UserError as error:
         raise UserError(f"{name}: {error}.") from error
     found = [projection for projections, _ in weights.parts.values() for projection in projections.values()]
-    if any(key.endswith(".dora_scale") for key in keys):
-        raise UserError(f"{name}: programs read DoRA in kohya's form differently; give the diffusers file.")
     if any(projection.bias is not None for projection in found):
         raise UserError(f"{name}: its layers have biases, which this adapter has not.")
     has_dora = any(projection.magnitude is not None for projection in found)

@@ -12,6 +12,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from dreambooth_moslora.adapters.files.kohya import DORA_SCALE, is_by_rows
 from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.files.mixer_file import is_mixer_file, read_mixers
 from dreambooth_moslora.adapters.files.raw_file import component_tensors, matrices_from, read_raw
@@ -115,7 +116,9 @@ def describe_raw(path: Path) -> dict[str, object]:
             figures[f"{component}.{module}"] = diagnose(matrices, metadata.mixer, metadata.mixer_seed, module)
     ranks = Counter(f.rank for f in figures.values())
     return {
-        "kind": "raw MoSLoRA weights (for resuming; export it to use it elsewhere)",
+        "kind": "raw MoSLoRA weights"
+        + (", DoRA" * metadata.use_dora)
+        + " (for resuming; export it to use it elsewhere)",
         "modules": dict(modules),
         "ranks": {str(rank): number for rank, number in sorted(ranks.items())},
         "alpha": metadata.alpha,
@@ -133,10 +136,14 @@ def describe_pairs(name: str, tensors: dict[str, Tensor], header: dict[str, str]
     others = [kind for mark, kind in OTHER_KINDS.items() if any(mark in key for key in tensors)]
     if not pairs and not others:
         raise UserError(f"{name} holds no known LoRA; its first tensor is {next(iter(tensors), 'absent')!r:.80}")
+    sizes = [tensor for key, tensor in tensors.items() if key.endswith(DORA_SCALE)]
+    use_dora = bool(sizes) or any("lora_magnitude_vector" in key for key in tensors)
+    by_columns = "DoRA by columns, which is not read here"
+    others += ["DoRA" if all(map(is_by_rows, sizes)) else by_columns] * use_dora
     facts: dict[str, object] = {"kind": kind_of(pairs, others, header)}
     if pairs:
         facts |= geometry(pairs)
-    facts["use_dora"] = any("dora_scale" in key or "lora_magnitude_vector" in key for key in tensors)
+    facts["use_dora"] = use_dora
     return facts
 
 

@@ -5,6 +5,7 @@
 
 ΔW = alpha/r · up·down. If the ranks differ, every module has the alpha of the most common rank, and `up` of the
 others is multiplied by r/alpha: diffusers loses the alphas of attention projections when a file has several.
+DoRA's W' = dora_scale · (W + ΔW) / ‖W + ΔW‖, with the norm of each row of W, as in PEFT and LyCORIS.
 `lora_te1_` and `lora_te2_` are the two text encoders. Header keys: github.com/Stability-AI/ModelSpec, and
 `ss_*` of kohya's sd-scripts. Folder names, captions and tag counts, which sd-scripts also writes, are left out.
 """
@@ -15,10 +16,17 @@ from torch import Tensor
 from dreambooth_moslora.adapters.files.metadata import AdapterMetadata, most_common
 from dreambooth_moslora.adapters.low_rank import LowRank
 
-__all__ = ["kohya_header", "kohya_name", "kohya_tensors"]
+__all__ = ["DORA_SCALE", "is_by_rows", "kohya_header", "kohya_name", "kohya_tensors"]
 
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 SDXL_CROSS_ATTENTION = 2048
+DORA_SCALE = ".dora_scale"
+
+
+def is_by_rows(dora_scale: Tensor) -> bool:
+    """Whether DoRA's magnitudes are those of W's rows: (out, 1), or (out, 1, 1, 1) of a convolution. Some programs
+    write (1, in), for columns."""
+    return dora_scale.ndim > 1 and dora_scale.shape[1:].numel() == 1
 
 
 def kohya_name(component: str, path: str) -> str:
@@ -37,7 +45,7 @@ def kohya_tensors(components: dict[str, dict[str, LowRank]], dtype: torch.dtype 
             tensors[f"{name}.lora_up.weight"] = (layer.up * (layer.rank / alpha)).to(dtype)
             tensors[f"{name}.alpha"] = torch.tensor(float(alpha), dtype=dtype)
             if layer.magnitude is not None:
-                tensors[f"{name}.dora_scale"] = layer.magnitude[:, None]
+                tensors[f"{name}{DORA_SCALE}"] = layer.magnitude[:, None]
     return tensors
 
 

@@ -6,6 +6,7 @@ file --read_adapter--> AdapterWeights --check_fits--> --install--> a PEFT adapte
 A file may come from anyone. Only the matrices of a LoRA and their scales are taken from it.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.files.export import published_tensors
-from dreambooth_moslora.adapters.files.lora_format import Part, Scales, projections, scales
+from dreambooth_moslora.adapters.files.kohya import DORA_SCALE, is_by_rows
+from dreambooth_moslora.adapters.files.lora_format import Part, Scales, module_path, projections, scales
 from dreambooth_moslora.adapters.files.metadata import most_common
 from dreambooth_moslora.adapters.files.mixer_file import is_mixer_file
-from dreambooth_moslora.adapters.files.proof import published_name
+from dreambooth_moslora.adapters.files.proof import collected_warnings, published_name
 from dreambooth_moslora.adapters.files.raw_file import COMPONENTS, component_tensors, matrices_from, read_raw
 from dreambooth_moslora.adapters.layers import matrix_layers, value_pattern
 from dreambooth_moslora.adapters.low_rank import LowRank
@@ -113,16 +115,51 @@ def fold_raw(file: Path) -> dict[str, Tensor]:
 def _read_published(file: Path, pipeline: StableDiffusionXLPipeline) -> tuple[dict[str, Tensor], dict | None, object]:
     """Tensors in diffusers' naming, kohya's alphas, and PEFT's settings in the header. Raises UserError."""
     try:
-        return pipeline.lora_state_dict(
-            str(file.parent),
-            weight_name=file.name,
-            unet_config=pipeline.unet.config,
-            use_safetensors=True,
-            local_files_only=True,
-            return_lora_metadata=True,
-        )
+        sizes = _dora_scales(file)
+        with collected_warnings() if sizes else nullcontext():  # diffusers drops dora_scale, and says so
+            tensors, alphas, settings = pipeline.lora_state_dict(
+                str(file.parent),
+                weight_name=file.name,
+                unet_config=pipeline.unet.config,
+                use_safetensors=True,
+                local_files_only=True,
+                return_lora_metadata=True,
+            )
+        return tensors | _magnitudes(sizes, pipeline), alphas, settings
+    except UserError:
+        raise
     except Exception as error:  # diffusers' conversion raises any error on unknown names
         raise UserError(f"{file.name} is not a LoRA file that diffusers can read: {one_line(error)}") from error
+
+
+def _dora_scales(file: Path) -> dict[str, Tensor]:
+    """kohya's magnitudes by their keys, each (out, 1) or (out, 1, 1, 1). Raises UserError for those of columns."""
+    with safe_open(file, framework="pt") as opened:
+        sizes = {key: opened.get_tensor(key) for key in sorted(opened.keys()) if key.endswith(DORA_SCALE)}
+    for key, size in sizes.items():
+        if not is_by_rows(size):
+            raise UserError(
+                f"{file.name} holds DoRA by the columns of W ({key:.100} {tuple(size.shape)}), and only DoRA by its "
+                "rows (out, 1) is read here: use it in the program that trained it, or train it by rows "
+                "(LyCORIS: wd_on_output=True)"
+            )
+    return sizes
+
+
+def _magnitudes(sizes: dict[str, Tensor], pipeline: StableDiffusionXLPipeline) -> dict[str, Tensor]:
+    """kohya's `dora_scale` as PEFT's magnitudes: (out,), or (1, out, 1, 1) of a convolution.
+
+    diffusers renames pairs of matrices alone, so each `dora_scale` is given to it as both of a pair.
+    """
+    names = {key.removesuffix(DORA_SCALE): size for key, size in sizes.items()}
+    pairs = {f"{name}.lora_{side}.weight": size for name, size in names.items() for side in ("down", "up")}
+    renamed, _ = pipeline.lora_state_dict(pairs, unet_config=pipeline.unet.config) if pairs else ({}, None)
+    found = {}
+    for key, size in renamed.items():
+        component, _, rest = key.partition(".")
+        magnitude = size[:, 0] if size.ndim == 2 else size.transpose(0, 1)
+        found[f"{component}.{module_path(component, rest)}.lora_magnitude_vector"] = magnitude
+    return found
 
 
 def check_fits(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline, base_name: str) -> None:

@@ -51,8 +51,8 @@ DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 def projections(tensors: dict[str, Tensor], file_name: str) -> dict[str, dict[str, LowRank]]:
     """Component -> module path as the file writes it -> its matrices down (r, in, …) and up (out, r, …).
 
-    Raises UserError for a key that does not belong to a LoRA, an incomplete pair of matrices, and NaN or
-    infinity.
+    Raises UserError for a key that does not belong to a LoRA, an incomplete pair of matrices, DoRA's magnitudes
+    for a part of a component's layers, and NaN or infinity.
     """
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in tensors.items():
@@ -62,10 +62,14 @@ def projections(tensors: dict[str, Tensor], file_name: str) -> dict[str, dict[st
             found.setdefault(component, {}).setdefault(path, {})[field] = tensor
     if not found:
         raise UserError(f"{file_name} holds no LoRA projection")
-    return {
+    result = {
         component: {path: _projection(parts, f"{component}.{path}", file_name) for path, parts in paths.items()}
         for component, paths in found.items()
     }
+    for component, of_one in result.items():
+        if len({projection.magnitude is None for projection in of_one.values()}) > 1:
+            raise UserError(f"{file_name} holds DoRA for some layers of its {component} alone, which PEFT cannot load")
+    return result
 
 
 def module_path(component: str, key: str) -> str:
