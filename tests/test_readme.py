@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dreambooth_moslora.adapters.files.dora_readers import dora_table
 from dreambooth_moslora.cli.main import COMMANDS, command
 from dreambooth_moslora.cli.parser import Parser, build_train_parser, parse_train_config, underscored
 from dreambooth_moslora.core.errors import UserError
@@ -214,6 +215,10 @@ def test_a_broken_link_is_noticed():
 def test_every_program_is_python(path):
     for text in blocks(path, "python"):
         ast.parse(text)
+
+
+def test_the_docs_say_by_program_what_dora_in_kohya_s_form_is():
+    assert dora_table() in read(ROOT / "docs" / "training.md")
 
 
 def test_the_readme_is_short():

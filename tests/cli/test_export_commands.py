@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.adapters.files.describe import describe
+from dreambooth_moslora.adapters.files.dora_readers import DORA_NOTE
 from dreambooth_moslora.adapters.files.export import publish
 from dreambooth_moslora.adapters.files.raw_file import adapter_metadata, save_raw
 from dreambooth_moslora.cli.commands import export as export_command
@@ -46,6 +47,13 @@ def test_export_needs_no_base_and_equals_the_file_of_the_live_adapter(checkpoint
 def test_export_says_what_the_rank_became(checkpoint, tmp_path, capsys):
     assert call(export_command, checkpoint / RAW_NAME, "--out", tmp_path, "--dtype", "fp16", "--keep", "0.7") == 0
     assert "Rank reduced: 352 to " in capsys.readouterr().out
+
+
+def test_export_of_dora_says_what_other_programs_make_of_it(tmp_path, capsys):
+    components = live(target_modules=["attn1.to_q"], use_dora=True)
+    save_raw(components, tmp_path / RAW_NAME, adapter_metadata(components, base_id="some/base"))
+    assert call(export_command, tmp_path / RAW_NAME, "--out", tmp_path / "dog") == 0
+    assert f"Note: {DORA_NOTE}." in capsys.readouterr().out
 
 
 def test_export_of_nothing_is_one_line(tmp_path):

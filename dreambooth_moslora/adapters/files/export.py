@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dreambooth_moslora.adapters.files.dora_readers import DORA_NOTE
 from dreambooth_moslora.adapters.files.kohya import kohya_header, kohya_tensors
 from dreambooth_moslora.adapters.files.metadata import AdapterMetadata, most_common
 from dreambooth_moslora.adapters.files.proof import (
@@ -46,10 +47,6 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 Folded = dict[str, dict[str, LowRank]]  # component -> module path, as other programs know it -> layer
 
-DORA_NOTE = (
-    "DoRA in kohya's form is read differently by different programs (ComfyUI divides by the norm of W alone, "
-    "diffusers drops dora_scale with a warning): in diffusers use pytorch_lora_weights.safetensors"
-)
 RANKS_NOTE = (
     "the ranks differ after the reduction, and old versions of diffusers (0.29 is known) give such projections one "
     "scale in pytorch_lora_weights.safetensors: load the kohya file there, which is right in both"

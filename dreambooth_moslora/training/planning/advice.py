@@ -1,4 +1,4 @@
-"""Advice before a run: settings without effect, too few exposures, and too little room on the disk.
+"""Advice before a run: settings without effect, too few exposures, too little room on the disk, and DoRA elsewhere.
 
 A dry run, a real run and the page show it. `checks` holds what forbids a run.
 """
@@ -8,6 +8,7 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
+from dreambooth_moslora.adapters.files.dora_readers import DORA_NOTE
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.config.training_settings import SCHEDULE_FREE
 from dreambooth_moslora.core.toy import is_toy
@@ -35,7 +36,8 @@ DEFAULTS = {item.name: item.default for item in fields(TrainConfig)}
 
 def advice(config: TrainConfig, cost: Estimate, plan: StepPlan) -> list[str]:
     """Lines of advice; none of them forbids the run."""
-    return [*settings_without_effect(config), *exposure_advice(plan), *disk_advice(config, cost)]
+    dora = [DORA_NOTE] * config.use_dora
+    return [*settings_without_effect(config), *exposure_advice(plan), *disk_advice(config, cost), *dora]
 
 
 def advice_before_run(config: TrainConfig, base: Path | None) -> list[str]:

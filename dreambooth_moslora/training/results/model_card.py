@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dreambooth_moslora import __version__
+from dreambooth_moslora.adapters.files.dora_readers import dora_table
 from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
 from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.train_config import TrainConfig
@@ -127,8 +128,16 @@ pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.
 {token_lines(facts.adapter.tokens)}image = pipe({example(config, facts.adapter.tokens)!r}).images[0]
 ```
 
-`{facts.name}.kohya.safetensors` is the same adapter for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI.\
+{about_kohya(config, facts.name)}\
 {about_tokens(facts.adapter.tokens)}"""
+
+
+def about_kohya(config: TrainConfig, name: str) -> str:
+    """Which programs read the kohya file as what."""
+    file = f"`{name}.kohya.safetensors`"
+    if config.use_dora:
+        return f"{file} is for other programs, and with DoRA not the same adapter in all of them:\n\n{dora_table()}"
+    return f"{file} is the same adapter for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI."
 
 
 def token_lines(notes: Sequence[dict]) -> str:

@@ -1,11 +1,15 @@
 """What is advised before a run: settings that have no effect together."""
 
+from dataclasses import replace
+
 import pytest
 
+from dreambooth_moslora.adapters.files.dora_readers import DORA_NOTE
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.training.planning import advice
-from dreambooth_moslora.training.planning.advice import exposure_advice, settings_without_effect
+from dreambooth_moslora.training.planning.advice import advice_before_run, exposure_advice, settings_without_effect
 from dreambooth_moslora.training.planning.step_plan import plan_steps
+from tests.helpers.odd_photos import picture
 
 
 def test_defaults_draw_no_advice_alone_or_beside_a_setting_that_switches_them_off():
@@ -38,3 +42,12 @@ def test_a_setting_without_effect_is_named_once(settings, names, monkeypatch):
     assert line.startswith(names)
     monkeypatch.setattr(advice, "DEFAULTS", advice.DEFAULTS | settings)  # the default: nobody set it
     assert settings_without_effect(TrainConfig(**settings)) == []
+
+
+def test_a_run_with_dora_is_told_before_it_begins_what_other_programs_make_of_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture().save("0.png")
+    config = TrainConfig(instance_data_dir=".", resolution=64, use_dora=True)
+    assert DORA_NOTE in advice_before_run(config, None)
+    assert DORA_NOTE not in advice_before_run(replace(config, use_dora=False), None)
+    assert "AUTOMATIC1111, InvokeAI: another adapter" in DORA_NOTE

@@ -9,6 +9,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
+from dreambooth_moslora.adapters.files.dora_readers import dora_table
 from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.files.proof import FileProof, Proof
 from dreambooth_moslora.core.config.train_config import TrainConfig
@@ -21,12 +22,17 @@ from dreambooth_moslora.training.results.loss_plot import draw_loss_plot, runnin
 from dreambooth_moslora.training.results.model_card import SIGNATURE, CardFacts, model_card, pictures_named
 
 
-def card(**changes) -> str:
-    config = TrainConfig(instance_prompt='a photo of "sks": dog', learning_rate=1e-4)
+def card(use_dora: bool = False, **changes) -> str:
+    config = TrainConfig(instance_prompt='a photo of "sks": dog', learning_rate=1e-4, use_dora=use_dora)
     proof = Proof("fp32", 1e-5, 560, (FileProof("a.safetensors", 3e-7, 2e-7, "unet.x", "diffusers"),))
     facts = AdapterMetadata(rank=4, alpha=4.0, base_id="owner/base", trigger_words=("sks dog",))
     values = {"name": "dog", "step": 500, "max_train_steps": 500, "adapter": facts, "proof": proof}
     return model_card(config, CardFacts(**{**values, "images": (("image_0.png", 'a "sks": dog'),), **changes}))
+
+
+def test_the_card_of_dora_says_by_program_what_its_kohya_file_is():
+    assert "is the same adapter for ComfyUI" in card() and "DoRA" not in card()
+    assert "the same adapter for" not in card(use_dora=True) and dora_table() in card(use_dora=True)
 
 
 def test_only_the_adapter_its_card_and_its_pictures_are_pushed(tmp_path):
