@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psutil
 
+from dreambooth_moslora.core.numbers import is_finite_number
 from dreambooth_moslora.core.run_files.training_process import log_tail
 
 __all__ = ["JOB_NAME", "Job", "birth_of"]
@@ -48,8 +49,8 @@ class Job:
         except (OSError, ValueError, TypeError, RecursionError):
             return None
         texts, numbers = (job.owner, job.birth, job.folder), (job.created, job.stop_asked)
-        is_sound = isinstance(job.pid, int) and all(isinstance(text, str) for text in texts)
-        return job if is_sound and all(isinstance(number, int | float) for number in numbers) else None
+        is_sound = type(job.pid) is int and job.pid > 0 and all(isinstance(text, str) for text in texts)
+        return job if is_sound and all(map(is_finite_number, numbers)) else None
 
     @property
     def is_alive(self) -> bool:

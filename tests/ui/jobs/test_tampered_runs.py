@@ -48,7 +48,16 @@ def test_events_of_the_wrong_kind_are_passed_over(tmp_path, kind):
     assert watched(jobs, "dog", None, visitor(tmp_path))["status"]
 
 
-@pytest.mark.parametrize("record", [DEEP, json.dumps({"owner": OWNER, "pid": "x", "created": []}), '{"owner": 5}'])
+RECORDS = [
+    DEEP,
+    '{"owner": 5}',
+    json.dumps({"owner": OWNER, "pid": "x", "created": []}),
+    *(json.dumps({"owner": OWNER, "pid": pid, "created": 0.0}) for pid in (-1, 0, True)),
+    json.dumps({"owner": OWNER, "pid": os.getpid(), "created": 10**400}),
+]
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record[:60])
 def test_a_record_that_cannot_be_read_is_no_run(tmp_path, record):
     jobs = run_with(tmp_path, "job.json", record)
     assert jobs.all() == [] and jobs.current() is None
