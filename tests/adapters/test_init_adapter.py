@@ -185,3 +185,10 @@ def test_a_file_of_another_base_is_one_line(pipeline, tmp_path):
     save_file(state, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=r"--init_adapter: x.safetensors was made for another base"):
         begin(tmp_path / "x.safetensors", pipeline)
+
+
+def test_numbers_beyond_single_precision_are_one_line(pipeline, tmp_path):
+    file = save_diffusers_lora(pipeline.unet, tmp_path)
+    save_file({key: torch.full_like(one.double(), 1e200) for key, one in load_file(file).items()}, file)
+    with pytest.raises(UserError, match=r"is broken: .* beyond single precision"):
+        begin(file, pipeline, rank=2)  # a lower rank needs a singular value decomposition

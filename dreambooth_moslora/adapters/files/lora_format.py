@@ -104,8 +104,10 @@ def _place(key: str, file_name: str) -> tuple[str, str, str]:
 def _check_numbers(tensor: Tensor, key: str, file_name: str) -> None:
     if tensor.dtype not in DTYPES:
         raise UserError(f"{file_name} is broken: {key!r:.100} is in {tensor.dtype}, which is not a dtype of weights")
-    if not tensor.isfinite().all():
-        raise UserError(f"{file_name} is broken: {key!r:.100} has NaN or infinite values")
+    if not tensor.float().isfinite().all():
+        raise UserError(
+            f"{file_name} is broken: {key!r:.100} has values that are NaN, infinite or beyond single precision"
+        )
 
 
 def _projection(parts: dict[str, Tensor], name: str, file_name: str) -> LowRank:
