@@ -229,7 +229,7 @@ def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool
 def _checked_adapters(adapters: Any) -> tuple[tuple[str, float], ...]:
     try:
         pairs = tuple((name, float(scale)) for name, scale in adapters)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"adapters must be pairs of name and scale, not {adapters!r:.60}") from error
     if len(pairs) > MAX_ADAPTERS:
         raise UserError(f"{len(pairs)} adapters are too many; at most {MAX_ADAPTERS} can be combined")

@@ -131,6 +131,11 @@ def test_a_pixel_bomb_and_a_text_bomb_are_not_opened(tmp_path):
             read_recipe(tmp_path / name)
 
 
+def test_a_scale_beyond_every_float_is_a_user_error():
+    with pytest.raises(UserError, match="pairs of name and scale"):
+        GenerationParams("a dog", adapters=(("rex", 10**400),))
+
+
 def test_tags_become_adapters_and_leave_the_prompt():
     assert split_lora_tags("a dog <lora:rex:0.8> in snow <lora:style>") == (
         "a dog in snow",
