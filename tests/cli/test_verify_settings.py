@@ -98,8 +98,9 @@ def test_a_run_comes_out_again_and_its_private_settings_are_asked_for(tiny_base,
     if private and "instance_prompt" not in private[1:]:
         assert verified(config, *told) in (0, 2)
         said = capsys.readouterr().out
-        named = [f"with --{name}, whose value is not in the file" in said for name in private]
-        assert said.startswith("equal") or all(named)
+        assert said.startswith("equal") or all(
+            f"with --{name}, whose value is not in the file" in said for name in private
+        )
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Compares two published adapter files: tensors bit by bit, and the entries of their headers."""
 
 import json
+import math
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -8,16 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dreambooth_moslora.adapters.files.describe import Pair, find_pairs
 from dreambooth_moslora.adapters.files.tensor_file import read_tensors
 
-__all__ = ["FileDifference", "difference_of"]
+__all__ = ["FileDifference", "difference_of", "update_gap"]
 
 
 @dataclass(frozen=True)
 class FileDifference:
     """`first` says how the first differing tensor differs, "" when none does; `count` of `total` tensors differ.
 
-    `largest`: of all tensors, the largest ‖one − other‖ / ‖one‖, infinite for a tensor of one file alone and for NaN.
+    `of_updates`: ‖ΔW − ΔW'‖ / ‖ΔW‖ over all layers, infinite if the files hold other layers or alphas, or none.
     `is_cast`: some tensor has another shape or dtype, as in a file that was exported anew. `header` names the differing
     entries of the header; those inside `moslora` have their own names.
     """
@@ -26,12 +28,12 @@ class FileDifference:
     count: int
     total: int
     header: tuple[str, ...]
-    largest: float = 0.0
+    of_updates: float = inf
     is_cast: bool = False
 
 
 def difference_of(one: Path, other: Path) -> FileDifference:
-    """Compare two safetensors files. Raises UserError when one cannot be read."""
+    """Compare two safetensors files. Raises UserError when one cannot be read or holds NaN."""
     (tensors, header), (others, other_header) = read_tensors(one), read_tensors(other)
     names = sorted(tensors.keys() | others.keys())
     found = [text for name in names if (text := tensor_difference(name, tensors.get(name), others.get(name)))]
@@ -39,10 +41,19 @@ def difference_of(one: Path, other: Path) -> FileDifference:
     keys = sorted(facts.keys() | other_facts.keys())
     differing = tuple(key for key in keys if facts.get(key) != other_facts.get(key))
     both = [(tensors[name], others[name]) for name in names if name in tensors and name in others]
-    is_cast = any((one.shape, one.dtype) != (other.shape, other.dtype) for one, other in both)
-    whole = len(both) == len(names) and not is_cast
-    largest = max((gap_of(one, other) for one, other in both), default=0.0) if whole else inf
-    return FileDifference(found[0] if found else "", len(found), len(names), differing, largest, is_cast)
+    is_cast = any((a.shape, a.dtype) != (b.shape, b.dtype) for a, b in both)
+    is_other = is_cast or len(both) < len(names) or any(a.numel() == 1 and not torch.equal(a, b) for a, b in both)
+    of_updates = inf
+    if found and not is_other:
+        of_updates = update_gap(find_pairs(one.name, tensors), find_pairs(other.name, others))
+    return FileDifference(found[0] if found else "", len(found), len(names), differing, of_updates, is_cast)
+
+
+def update_gap(one: list[Pair], other: list[Pair]) -> float:
+    """‖ΔW − ΔW'‖ / ‖ΔW‖ over equal layers of two files; infinite without a layer."""
+    gaps = [(a.matrices.delta - b.matrices.delta).norm() for a, b in zip(one, other, strict=True)]
+    size = math.hypot(*(a.matrices.delta.norm() for a in one))
+    return math.hypot(*gaps) / size if size else inf
 
 
 def tensor_difference(name: str, one: Tensor | None, other: Tensor | None) -> str:
@@ -55,13 +66,8 @@ def tensor_difference(name: str, one: Tensor | None, other: Tensor | None) -> st
         return f"{name} is {one.dtype} and {other.dtype}".replace("torch.", "")
     if torch.equal(bits(one), bits(other)):
         return ""
-    return f"{name} differs by {gap_of(one, other):.1e} of its norm"
-
-
-def gap_of(one: Tensor, other: Tensor) -> float:
-    """‖one − other‖ / ‖one‖ of two tensors of one shape; infinite for NaN."""
-    gap = float((one.double() - other.double()).norm() / one.double().norm().clamp_min(1e-30))
-    return gap if gap == gap else inf
+    gap = (one.double() - other.double()).norm() / one.double().norm().clamp_min(1e-30)
+    return f"{name} differs by {float(gap):.1e} of its norm"
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -39,9 +39,8 @@ OF_SOURCE = ("subjects", "dataset_name", "dataset_config_name", "image_column", 
 """Settings of a --config file that --photos replaces."""
 QUIET = {"num_validation_images": 0, "report_to": "none", "checkpointing_steps": 10**9}
 """Settings of the run that do not affect its steps."""
-SLIGHT = 0.1
-"""A tensor's largest relative difference that other rounding explains: of another processor, number of threads or
-version. Other photos or prompts differ by more than half."""
+ROUNDING = 1.0
+"""‖ΔW − ΔW'‖ / ‖ΔW‖ that other rounding may explain: it grows with the steps."""
 TITLE = re.compile(r"\w[\w.-]{0,99}")
 
 
@@ -235,15 +234,19 @@ def answer(receipt: Receipt, made: Path, config: TrainConfig, unknown: list[str]
     reasons = [*unknown]
     if found.is_cast:
         reasons.append("it has other shapes or types than its run gave it, as after an export; give the run's own file")
-    elif found.largest <= SLIGHT:
+    elif found.of_updates <= ROUNDING:
         reasons.append(
-            f"no tensor differs by more than {found.largest:.1e} of its norm, as after other rounding: of another "
-            "processor, number of threads, version, or of runs that shared their steps"
+            f"the two differ by {found.of_updates:.1e} of the adapter, as they can by rounding: on another kind of "
+            "processor, with other numbers of threads or versions, or beside other runs; where all these are the same, "
+            "it is another run's file"
         )
     digests = f"sha256 {digest} of the file, {digest_made} of the one that training gave"
     print("cannot tell: the weights differ, and not all that made them is known" if reasons else f"differs: {digests}")
-    lines = [*reasons, *([digests] if reasons else [])]
-    lines.append(f"{found.count} of {found.total} tensors differ, the first: {found.first}")
+    lines = [
+        *reasons,
+        *([digests] if reasons else []),
+        f"{found.count} of {found.total} tensors differ, the first: {found.first}",
+    ]
     values = {name: getattr(config, name) for name in FLAGS if name not in receipt.facts.public}
     taken = [f"{name} = {value!r}" for name, value in values.items() if value]
     lines += [*versions_apart(receipt), f"not in the file, and assumed: {', '.join(taken)}"]

@@ -1,12 +1,15 @@
 """In what two adapter files differ."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from dreambooth_moslora.adapters.files.file_difference import difference_of
+from dreambooth_moslora.adapters.files.describe import find_pairs
+from dreambooth_moslora.adapters.files.file_difference import difference_of, update_gap
+from dreambooth_moslora.adapters.low_rank import LowRank
 from dreambooth_moslora.core.errors import UserError
 
 TENSORS = {"a": torch.arange(4.0), "b": torch.zeros(2, 3), "s": torch.tensor(1.0)}
@@ -46,6 +49,21 @@ def test_tensors_are_compared_bit_by_bit(against, changes, first):
 def test_the_facts_of_a_header_are_named(against):
     assert against({}, json.dumps({"versions": {"torch": "2"}, "best_scale": 0.8})).header == ("best_scale", "versions")
     assert "moslora" in against({}, "{broken").header
+
+
+def test_the_updates_are_compared_whatever_the_factors(against):
+    """One layer of two has half its update: by hand, sqrt(0.25 / 2)."""
+    names = [f"unet.{layer}.lora_{half}.weight" for layer in "xy" for half in "AB"]
+    layers = find_pairs("one", dict.fromkeys(names, torch.ones(1, 1)))
+    halved = [layers[0], replace(layers[1], matrices=LowRank(torch.ones(1, 1), torch.full((1, 1), 0.5)))]
+    scaled = [replace(layers[0], matrices=LowRank(torch.full((1, 1), 2.0), torch.full((1, 1), 0.5))), layers[1]]
+    assert update_gap(layers, halved) == pytest.approx(0.125**0.5) and update_gap(layers, scaled) == 0
+    assert against({}).of_updates == against({"c": torch.ones(1)}).of_updates == float("inf")
+
+
+def test_another_shape_or_type_is_told_apart_from_other_numbers(against):
+    assert against({"a": torch.arange(4.0).half()}).is_cast and against({"b": torch.zeros(6)}).is_cast
+    assert not against({"a": torch.ones(4)}).is_cast and not against({"b": None}).is_cast
 
 
 def test_a_broken_file_is_said(tmp_path):
