@@ -58,7 +58,7 @@ def collate(samples: Sequence[tuple[EncodedView, str]], instance_count: int) -> 
 def move_together(tensors: dict[str, Tensor | None], device: torch.device) -> dict[str, Tensor | None]:
     """The CPU tensors, of any shapes, on `device`, by one transfer; None stays None.
 
-    Only CUDA's is asynchronous: it keeps pinned memory until it is read. Apple's GPUs would read a freed buffer.
+    Only a transfer to CUDA is asynchronous, from pinned memory. Apple's GPUs would read a buffer that is freed.
     They travel as fp32, which holds integers up to 2**24 and all half-precision numbers exactly.
     """
     if device.type == "cpu":
