@@ -6,10 +6,11 @@ __all__ = ["StopRequestedError", "UserError", "is_out_of_memory", "one_line", "s
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 NO_MEMORY = re.compile(
-    r"can't allocate memory|CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)"
+    r"can't allocate memory|out of memory|ALLOC_FAILED|AllocFailed|(CUBLAS|HIPBLAS|CUDNN)_STATUS_NOT_INITIALIZED"
     r"|could not create a (primitive|memory object)$"
 )
-"""Messages of the CPU's allocator, of CUDA's libraries without memory for their workspace, and of oneDNN."""
+"""Messages of the CPU's allocator, of the drivers of Nvidia's, AMD's and Apple's GPUs, of libraries without memory for
+their workspace, and of oneDNN."""
 MOST_LETTERS = 1000
 """Most characters of a message: a value of a hundred thousand is not shown whole."""
 
