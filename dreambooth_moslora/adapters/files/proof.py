@@ -98,18 +98,30 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
 def full_fp32() -> Iterator[None]:
     """Compute fp32 products in full precision, and restore PyTorch's settings afterwards.
 
-    By default GPUs since Ampere use only 10 bits of each mantissa in convolutions (TF32).
+    By default GPUs since Ampere use only 10 bits of each mantissa in convolutions (TF32). PyTorch has older switches
+    beside its settings; where the two contradict each other, reading a switch raises RuntimeError in any library.
     """
     backends = torch.backends
-    settings = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
-    before = [setting.fp32_precision for setting in settings]
+    newer = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.conv
+    settings = [(switch, "allow_tf32", False) for switch in (backends.cuda.matmul, backends.cudnn)]
+    settings += [(setting, "fp32_precision", "ieee") for setting in newer]  # later, as each switch changes some
+    before = [value_of(backend, name) for backend, name, _ in settings]
     try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
+        for backend, name, exact in settings:
+            setattr(backend, name, exact)
         yield
     finally:
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision
+        for (backend, name, _), value in zip(settings, before, strict=True):
+            if value is not None:
+                setattr(backend, name, value)
+
+
+def value_of(backend: object, name: str) -> bool | str | None:
+    """None for a switch that the newer settings contradict."""
+    try:
+        return getattr(backend, name)
+    except RuntimeError:
+        return None
 
 
 @torch.no_grad()

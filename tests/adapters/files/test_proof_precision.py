@@ -64,10 +64,12 @@ def older_switches():
         switch.allow_tf32 = allowed
 
 
-@pytest.mark.parametrize("allowed", [True, False])
-def test_the_older_switches_for_tf32_can_be_read_and_are_as_they_were(allowed, older_switches, tmp_path):
-    for switch in older_switches:
-        switch.allow_tf32 = allowed
-    components = live()
-    publish(components, tmp_path, "dog", facts_of(components))
-    assert [switch.allow_tf32 for switch in older_switches] == [allowed, allowed]
+@pytest.mark.parametrize("allowed", [(True, True), (False, False), (True, False), (False, True)])
+def test_the_older_switches_for_tf32_can_be_read_inside_and_afterwards(allowed, older_switches):
+    for switch, value in zip(older_switches, allowed, strict=True):
+        switch.allow_tf32 = value
+    before = precisions()
+    with proof.full_fp32():
+        assert [switch.allow_tf32 for switch in older_switches] == [False, False]
+        assert precisions() == ["ieee"] * 4
+    assert tuple(switch.allow_tf32 for switch in older_switches) == allowed and precisions() == before
