@@ -50,8 +50,8 @@ SYSTEM_ERRORS = {
     errno.ENFILE: "the system has too many open files{place}; close some programs and resume.",
 }
 OUT_OF_MEMORY = (
-    "out of memory: try --gradient_checkpointing, --train_batch_size 1, --mixed_precision bf16, a smaller "
-    "--resolution or --base_quantization nf4; --dry_run estimates the need."
+    "out of memory: try --gradient_checkpointing, --train_batch_size 1, --mixed_precision bf16 (fp16 on Nvidia GPUs "
+    "before Ampere), a smaller --resolution or --base_quantization nf4; --dry_run estimates the need."
 )
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from dreambooth_moslora.adapters.files.proof import Proof
 from dreambooth_moslora.core.atomic_files import remove_directory
 from dreambooth_moslora.core.errors import StopRequestedError, UserError
+from dreambooth_moslora.core.half_precision import half_precision
 from dreambooth_moslora.core.run_files.events import (
     AdapterExported,
     CheckpointSaved,
@@ -100,10 +102,8 @@ class Training:
             raise self.diverged(f"the loss is {losses.total} at step {self.step + 1}")
 
     def diverged(self, what: str) -> UserError:
-        return UserError(
-            f"{what}: lower --learning_rate, or use --mixed_precision bf16 instead of fp16; "
-            f"checkpoints up to here are in {self.run_dir.path}"
-        )
+        other = ", or use --mixed_precision bf16 instead of fp16" if could_be_in_bf16(self.accelerator) else ""
+        return UserError(f"{what}: lower --learning_rate{other}; checkpoints up to here are in {self.run_dir.path}")
 
     def update_adapter(self, losses: StepLosses) -> bool:
         """Take an optimizer step. Returns False when fp16 overflowed: nothing changed, and the step is repeated.
@@ -273,3 +273,8 @@ class Training:
         self.report(RunEnded("interrupted" if interrupted else "done", self.step))
         on_each(self.accelerator, self.report.raise_failure)
         return TrainResult(self.run_dir.path, self.step, interrupted, proof)
+
+
+def could_be_in_bf16(accelerator: Accelerator) -> bool:
+    """Whether a run in fp16 is on a GPU that has bf16."""
+    return accelerator.mixed_precision == "fp16" and (accelerator.device.type != "cuda" or half_precision() == "bf16")

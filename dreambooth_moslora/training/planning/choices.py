@@ -14,6 +14,7 @@ from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.core.config.files import load_settings
 from dreambooth_moslora.core.config.subject_tables import to_tables
 from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.half_precision import half_precision
 from dreambooth_moslora.core.names import CLIP, DINO
 from dreambooth_moslora.core.toy import is_toy
 
@@ -131,7 +132,6 @@ def for_base_and_card(base: str, recipe: str) -> dict[str, Any]:
     import torch
 
     from dreambooth_moslora.training.planning.estimate import STOCK_SDXL
-    from dreambooth_moslora.training.planning.memory_plan import half_precision
     from dreambooth_moslora.training.planning.precision import has_fast_bf16, has_gpu
 
     changes: dict[str, Any] = {}

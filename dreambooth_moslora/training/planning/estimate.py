@@ -16,6 +16,7 @@ from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.targets import is_adapted, is_text_projection
 from dreambooth_moslora.core.config.train_config import TrainConfig, is_scored
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.half_precision import half_precision
 from dreambooth_moslora.training.planning.layer_sizes import rank_and_alpha
 from dreambooth_moslora.training.planning.step_plan import uses_class_images
 
@@ -277,7 +278,7 @@ def way_out(config: TrainConfig, size: BaseSize, free_gib: float) -> str:
 def plans(config: TrainConfig) -> list[dict[str, object]]:
     """Changes to a run's settings, each including the previous ones, ordered by their cost in time."""
     wanted = {
-        "mixed_precision": "bf16" if precision_of(config) in ("no", "fp32") else precision_of(config),
+        "mixed_precision": half_precision() if precision_of(config) in ("no", "fp32") else precision_of(config),
         "gradient_checkpointing": True,
         "train_batch_size": 1,
         "sample_batch_size": 1,
@@ -295,4 +296,7 @@ def plans(config: TrainConfig) -> list[dict[str, object]]:
 def recipe_for(free_gib: float) -> str:
     """The largest recipe for this memory; the desktop and the driver take a tenth of the card."""
     fitting = next((card for card in RECIPES if card * 0.9 <= free_gib), None)
-    return f", or start from assets/configs/sdxl_{fitting}gb.toml" if fitting else ""
+    if fitting is None:
+        return ""
+    precision = "" if half_precision() == "bf16" else f" with --mixed_precision {half_precision()}"
+    return f", or start from assets/configs/sdxl_{fitting}gb.toml{precision}"

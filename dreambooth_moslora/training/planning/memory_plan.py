@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from dreambooth_moslora.base.locate import base_folder
 from dreambooth_moslora.core.config.checks import needs_live_projections
 from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.core.half_precision import half_precision
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.planning.common_settings import least_free_gib
 from dreambooth_moslora.training.planning.estimate import (
@@ -28,7 +29,7 @@ from dreambooth_moslora.training.planning.estimate import (
     size_of_base,
 )
 
-__all__ = ["PLANS", "USABLE", "costs", "half_precision", "plan_lines", "planned"]
+__all__ = ["PLANS", "USABLE", "costs", "plan_lines", "planned"]
 
 PLANS: dict[str, dict[str, object]] = {
     "full": {},
@@ -41,8 +42,6 @@ PLANS: dict[str, dict[str, object]] = {
 CHOSEN = ("mixed_precision", "gradient_checkpointing", "base_quantization", "cache_cross_attention")
 USABLE = 0.9
 """Usable fraction of the free memory: libraries' workspaces and fragmentation take the rest."""
-AMPERE = 8
-"""The first compute capability with bf16 convolutions and matrix products."""
 
 
 def planned(config: TrainConfig, free_gib: float | None = None) -> TrainConfig:
@@ -72,13 +71,6 @@ def settings_before(config: TrainConfig) -> dict[str, object]:
 
 def in_half_precision(config: TrainConfig) -> TrainConfig:
     return config if precision_of(config) != "no" else replace(config, mixed_precision=half_precision())
-
-
-def half_precision() -> str:
-    """bf16 where the GPU has it, else fp16."""
-    import torch
-
-    return "bf16" if torch.cuda.get_device_capability()[0] >= AMPERE else "fp16"
 
 
 def with_plan(config: TrainConfig, name: str) -> TrainConfig:

@@ -82,9 +82,11 @@ def test_projections_are_counted_in_the_files(tiny_base):
 def card(monkeypatch):
     """Pretend that there is a GPU with so much free beside CUDA's context."""
 
-    def put(free_gib: float) -> None:
+    def put(free_gib: float, capability: int = 8) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: capability >= 8)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "a GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (capability, 5))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *device: (int(free_gib * GIB), 80 * GIB))
 
     return put
@@ -103,6 +105,17 @@ def test_a_run_beyond_the_card_is_refused_with_the_nearest_one_that_fits(card, f
     card(free_gib)
     with pytest.raises(UserError, match=says):
         preflight(TrainConfig.from_dict(SDXL))
+
+
+def test_the_settings_that_are_named_on_a_card_without_bf16_are_not_refused_there(card):
+    card(14.6, capability=7)
+    with pytest.raises(
+        UserError, match=r"give --mixed_precision fp16 --gradient_checkpointing .*16gb.toml with --mixed_precision fp16"
+    ):
+        preflight(TrainConfig.from_dict(SDXL | {"train_batch_size": 2}))
+    preflight(
+        TrainConfig.from_dict(SDXL | {"train_batch_size": 2, "mixed_precision": "fp16", "gradient_checkpointing": True})
+    )
 
 
 def test_a_run_within_the_card_and_a_small_base_are_let_through(card):

@@ -1,5 +1,7 @@
 """fp16 and its gradient scaler, on the CPU: what a step does that overflows."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -7,6 +9,7 @@ from safetensors.torch import load_file
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training import loop
+from dreambooth_moslora.training.run import Training
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 SETTINGS = {"max_train_steps": 3, "lr_scheduler": "linear", "adam_epsilon": 1e-5}
@@ -62,3 +65,11 @@ def test_a_run_whose_steps_all_overflow_ends_in_one_line(tiny_base, tmp_path, sc
         loop.train(tiny_config(tiny_base, photos, tmp_path / "run", **SETTINGS))
     assert len(steps_of(tmp_path / "run")) == 20
     assert not RunDir(tmp_path / "run").adapter_path.exists()
+
+
+@pytest.mark.parametrize(("precision", "major", "advised"), [("fp16", 7, False), ("fp16", 8, True), ("bf16", 8, False)])
+def test_bf16_is_advised_only_to_a_run_in_fp16_on_a_card_that_has_it(precision, major, advised, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (major, 0))
+    accelerator = SimpleNamespace(device=torch.device("cuda"), mixed_precision=precision)
+    error = Training.diverged(SimpleNamespace(accelerator=accelerator, run_dir=RunDir(tmp_path)), "the loss is nan")
+    assert ("--mixed_precision bf16" in str(error)) is advised
