@@ -8,6 +8,7 @@ import torch
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.half_precision import half_precision
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.training.accelerator import make_accelerator
 from dreambooth_moslora.training.planning.checks import preflight
@@ -75,3 +76,23 @@ def test_doctor_does_not_count_emulation(major, says, monkeypatch, capsys):
     main(["doctor", "--base", "none"])
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["bf16"]]
     assert line.split(maxsplit=1)[1] == says
+
+
+@pytest.mark.parametrize(
+    ("architecture", "precision"),
+    [
+        ("gfx1030", "fp16"),
+        ("gfx906:sramecc+:xnack-", "fp16"),
+        ("gfx90a:sramecc+:xnack-", "bf16"),
+        ("gfx942", "bf16"),
+        ("gfx1100", "bf16"),
+        ("gfx1201", "bf16"),
+    ],
+)
+def test_amd_gpus_get_bf16_by_their_architecture(architecture, precision, monkeypatch):
+    """ROCm gives the architecture's number as a compute capability: 10.3 for gfx1030."""
+    pretend(monkeypatch, "an AMD GPU", 10, 3)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    facts = SimpleNamespace(gcnArchName=architecture)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: facts)
+    assert half_precision() == precision
