@@ -19,6 +19,7 @@ from PIL import Image
 from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.half_precision import half_precision
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.prompts import class_word_of
 from dreambooth_moslora.core.toy import is_toy
@@ -82,8 +83,7 @@ def toy_reader(word: str, device: "torch.device | str") -> Callable[[Image.Image
 
 
 def chat_reader(name: str, word: str, device: "torch.device | str") -> Callable[[Image.Image], str]:
-    """A captioner by a chat model. Decoding is greedy, so that a photo always gets the same words. bf16 on a
-    GPU, fp32 on a CPU.
+    """A captioner by a chat model. Decoding is greedy, so that a photo always gets the same words.
 
     Raises UserError for a model without a chat template or with missing weights.
     """
@@ -93,7 +93,7 @@ def chat_reader(name: str, word: str, device: "torch.device | str") -> Callable[
     from dreambooth_moslora.photos.segmenters import loaded
 
     about = {"flag": "--caption_model", "what": "vision-language model", "trust_remote_code": False}
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    dtype = getattr(torch, reading_dtype(torch.device(device).type))
     processor = loaded(AutoProcessor, name, **about)
     if not getattr(processor, "chat_template", None):
         raise UserError(f"--caption_model {name} has no chat template: name a model that follows instructions")
@@ -112,6 +112,13 @@ def chat_reader(name: str, word: str, device: "torch.device | str") -> Callable[
         return surroundings_in(processor.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
     return read
+
+
+def reading_dtype(device_type: str) -> str:
+    """fp32 on a CPU, and on a GPU the half precision that it has: before Ampere cuDNN has no convolution in bf16."""
+    if device_type == "cuda":
+        return {"bf16": "bfloat16", "fp16": "float16"}[half_precision()]
+    return "float32" if device_type == "cpu" else "bfloat16"
 
 
 def conversation(image: Image.Image, word: str) -> list[dict[str, Any]]:

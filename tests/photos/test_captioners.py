@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoProcessor
+import torch
+from transformers import AutoProcessor, PreTrainedModel
 
 from dreambooth_moslora.core.assets import assets_folder, find_asset
 from dreambooth_moslora.core.config.train_config import TrainConfig
@@ -41,6 +42,16 @@ def test_the_model_goes_on_from_the_words_for_the_subject(chat_model):
     assert asked[0]["content"][0]["image"].size == (512, 768)
     words = AutoProcessor.from_pretrained(chat_model).apply_chat_template(asked, continue_final_message=True)
     assert words.endswith("assistant\nA photo of a dog") and "sks" not in words
+
+
+@pytest.mark.parametrize(("major", "dtype"), [(7, torch.float16), (8, torch.bfloat16)])
+def test_on_a_gpu_the_model_is_loaded_in_the_half_precision_that_the_gpu_has(major, dtype, chat_model, monkeypatch):
+    """It is loaded on the CPU, and only its last move would need the GPU."""
+    moved = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (major, 0))
+    monkeypatch.setattr(PreTrainedModel, "to", lambda model, device: moved.append((model.dtype, device)) or model)
+    said = load_captioner(config_of(caption_model=str(chat_model)), "cuda").surroundings(picture())
+    assert moved == [(dtype, "cuda")] and all(letter.isprintable() for letter in said)
 
 
 @pytest.mark.parametrize(
