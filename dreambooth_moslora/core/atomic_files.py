@@ -23,7 +23,7 @@ __all__ = [
     "scratch_directory",
 ]
 
-TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(-(?P<token>[0-9a-f]+))?\.(?P<kind>new|old)")
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>[0-9]{1,9})-(?P<token>[0-9a-f]{8})\.(?P<kind>new|old)")
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:

@@ -77,17 +77,26 @@ def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     for kind, text in (("old", "before"), ("new", "after")):
-        folder = tmp_path / f".checkpoint-7.{ended.pid}.{kind}"
+        folder = tmp_path / f".checkpoint-7.{ended.pid}-0123abcd.{kind}"
         make_checkpoint(folder, text)
     (checkpoint,) = RunDir(tmp_path).checkpoints()
     assert (checkpoint / "optimizer.pt").read_text() == "before"
 
 
 def test_what_a_running_process_writes_is_left_alone(tmp_path):
-    other = tmp_path / f".checkpoint-7.{os.getppid()}.new"
+    other = tmp_path / f".checkpoint-7.{os.getppid()}-0123abcd.new"
     other.mkdir()
     clean_stale(tmp_path)
     assert other.is_dir()
+
+
+@pytest.mark.parametrize(
+    "name", [".diary.2024.new", ".book.1999-ab.old", ".my notes.4194300.old", f".a.{'9' * 40}-0123abcd.new"]
+)
+def test_a_hidden_file_of_the_users_own_is_neither_removed_nor_renamed(tmp_path, name):
+    (tmp_path / name).mkdir()
+    clean_stale(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_an_error_inside_leaves_what_was_there(tmp_path):
@@ -132,10 +141,9 @@ def test_metrics_survive_a_torn_line_and_stay_json(tmp_path):
     json.loads(run.metrics_path.read_text().splitlines()[0], parse_constant=pytest.fail)
 
 
-@pytest.mark.parametrize("token", ["", "-0123abcd"])
-def test_what_a_killed_process_of_our_own_number_left_is_in_nobodys_way(tmp_path, token):
+def test_what_a_killed_process_of_our_own_number_left_is_in_nobodys_way(tmp_path):
     for kind, text in (("old", "before"), ("new", "half")):
-        folder = tmp_path / f".checkpoint-7.{os.getpid()}{token}.{kind}"
+        folder = tmp_path / f".checkpoint-7.{os.getpid()}-0123abcd.{kind}"
         make_checkpoint(folder, text)
     (checkpoint,) = RunDir(tmp_path).checkpoints()
     assert (checkpoint / "optimizer.pt").read_text() == "before"
