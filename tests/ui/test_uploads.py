@@ -15,7 +15,8 @@ from tests.helpers.ui_server import serve
 
 MIB = 2**20
 FIELD, FILE = 'form-data; name="files"', 'form-data; name="files"; filename="a.png"'
-DISGUISED = f'{FIELD}\r\nContent-Type: image/png; filename="a.png"'
+NOTE = 'form-data; name="note"'
+DISGUISED = f'{NOTE}\r\nContent-Type: image/png; filename="a.png"'
 KIND = {"Content-Type": "multipart/form-data; boundary=edge"}
 
 
@@ -57,7 +58,7 @@ def files_in(folder: Path) -> list[Path]:
     return [file for file in folder.rglob("*") if file.is_file()]
 
 
-@pytest.mark.parametrize("field", [FIELD, DISGUISED], ids=["plain", "disguised"])
+@pytest.mark.parametrize("field", [NOTE, DISGUISED], ids=["plain", "disguised"])
 @pytest.mark.parametrize("before", [0, 1], ids=["alone", "after a file"])
 def test_a_field_that_is_no_file_is_not_taken_into_memory(served, stored, before, field):
     kept, memory = files_in(stored), psutil.Process().memory_info()
@@ -67,7 +68,7 @@ def test_a_field_that_is_no_file_is_not_taken_into_memory(served, stored, before
 
 
 def test_many_small_fields_count_together(served):
-    assert sent(served, *(part(FIELD, 1) for _ in range(6))) == 413
+    assert sent(served, *(part(NOTE, 1) for _ in range(6))) == 413
 
 
 def test_files_that_are_too_long_in_all_leave_nothing_on_the_disk(served, stored, monkeypatch):
@@ -107,3 +108,9 @@ def test_files_are_taken_together_and_an_edge_inside_one_is_part_of_it(served):
     files = [("files", ("a.png", inside)), ("files", ("b.png", b"x" * 6 * MIB))]
     answer = httpx.post(f"{served.url}gradio_api/upload", files=files)
     assert [Path(path).read_bytes() for path in answer.json()] == [inside, b"x" * 6 * MIB]
+
+
+def test_a_text_in_the_place_of_a_file_is_refused_and_leaves_nothing(served, stored):
+    kept = files_in(stored)
+    assert sent(served, part(FILE, 1), part(FIELD, 1)) == 400
+    assert files_in(stored) == kept

@@ -10,7 +10,8 @@ from starlette.responses import PlainTextResponse
 
 __all__ = ["MAX_BODY_BYTES", "MAX_UPLOAD_BYTES", "UPLOAD", "BodySizeLimit", "header_of", "promised_bytes"]
 
-UPLOAD = "/gradio_api/upload"
+UPLOAD, FILES = "/gradio_api/upload", b"files"
+"""Path of an upload, and the name of the form's field that holds its files: gradio has no answer to a text there."""
 MAX_BODY_BYTES = 4 * 1024**2
 """Far more than any form of the page needs; parsing takes several times as much memory."""
 MAX_UPLOAD_BYTES = 512 * 1024**2
@@ -82,7 +83,8 @@ def _watched(receive: Any, scope: dict) -> Any:
 
 
 class _FieldMeter:
-    """Counts the bytes of a form that belong to no file, which gradio keeps in memory."""
+    """Counts the bytes of a form that belong to no file, which gradio keeps in memory. Raises MultiPartException
+    for a text among the files."""
 
     def __init__(self, content_type: bytes) -> None:
         self.field_bytes = 0
@@ -112,7 +114,10 @@ class _FieldMeter:
 
     def _end_header(self) -> None:
         if self._name.lower() == b"content-disposition":
-            self._is_file = b"filename" in parse_options_header(bytes(self._value))[1]
+            options = parse_options_header(bytes(self._value))[1]
+            self._is_file = b"filename" in options
+            if options.get(b"name") == FILES and not self._is_file:
+                raise MultiPartException(f"A part of {FILES.decode()} is no file.")
         self._name.clear()
         self._value.clear()
 
