@@ -24,6 +24,9 @@ __all__ = [
 
 METADATA, MADE_CAPTIONS = "metadata.jsonl", ".made_captions.json"
 CAPTION_SUFFIX, MASK_SUFFIX = ".txt", ".mask"
+MOST_BYTES = 32 * 1024
+"""Of one photo's captions."""
+TOO_LONG = f"longer than captions may be, {MOST_BYTES // 1024} KiB"
 CAPTION_KEYS = ("text", "caption", "prompt")
 
 
@@ -58,6 +61,9 @@ class Captions:
         return lines or ((named,) if named else ())
 
     def _captions_in(self, path: Path) -> tuple[str, ...]:
+        if path.stat().st_size > MOST_BYTES:
+            self.complaints.append((path, f"captions not read: {TOO_LONG}"))
+            return ()
         text = self._text_of(path)
         lines = tuple(filter(None, map(one_line, (text or "").split("\n"))))
         if text is not None and not lines:
@@ -85,6 +91,9 @@ class Captions:
         return {name: caption for name, caption in rows if name and caption}
 
     def _row(self, path: Path, number: int, line: str) -> tuple[str, str]:
+        if len(line.encode()) > MOST_BYTES:
+            self.complaints.append((path, f"line {number} is {TOO_LONG}"))
+            return "", ""
         try:
             row = json.loads(line)
             name = Path(str(row["file_name"])).name

@@ -121,6 +121,22 @@ def test_captions_come_from_the_text_beside_then_the_metadata_then_the_prompt(tm
     assert complaints == {("metadata.jsonl", "line"), ("d.txt", "empty")}
 
 
+def test_a_text_that_is_far_longer_than_captions_is_left_out_and_named(tmp_path):
+    """Ten megabytes of words kept the tokenizer busy for minutes."""
+    for name in ("a", "b", "c"):
+        picture().save(tmp_path / f"{name}.jpg")
+    long = "my sks toy, " * 3000
+    (tmp_path / "a.txt").write_text(long)
+    (tmp_path / "b.txt").write_text("my sks toy\n" * 2900)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "c.jpg", "text": long}))
+    report = find_photos(tmp_path, PROMPT, 64)
+    assert [set(photo.captions) for photo in report.photos] == [{PROMPT}, {"my sks toy"}, {PROMPT}]
+    assert [(item.path.name, item.reason) for item in report.skipped] == [
+        ("metadata.jsonl", "line 1 is longer than captions may be, 32 KiB"),
+        ("a.txt", "captions not read: longer than captions may be, 32 KiB"),
+    ]
+
+
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"file_name": ' * 100_000], ids=["list", "table"])
 def test_a_metadata_line_that_is_nested_too_deeply_is_left_out(line, tmp_path):
     picture().save(tmp_path / "a.jpg")
