@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+import PIL.Image
+from PIL import UnidentifiedImageError
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.generation.schedulers import SCHEDULERS, scheduler_of_title
@@ -169,9 +170,9 @@ def recipe_in(text: Mapping[str, str], name: str) -> Recipe:
 
 def _png_text(path: Path) -> dict[str, str]:
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with PIL.Image.open(path, formats=["PNG"]) as image:
             return {key: value for key, value in image.info.items() if isinstance(value, str)}
-    except Image.DecompressionBombError as error:
+    except PIL.Image.DecompressionBombError as error:
         raise UserError(f"{path.name} claims far too many pixels; it is not opened") from error
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path.name} is not a readable PNG file") from error

@@ -20,8 +20,8 @@ from PIL import Image as PillowImage
 
 from dreambooth_moslora.core.digests import file_digest
 from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.numbers import parse_object
 from dreambooth_moslora.generation.params import GenerationParams, Recipe, recipe_in
-from dreambooth_moslora.serving.orders import parse_object
 
 if TYPE_CHECKING:
     from dreambooth_moslora.generation.image import Image
@@ -187,3 +187,7 @@ def opened(png: bytes) -> tuple[PillowImage.Image, Recipe]:
         raise UserError("the backend's answer is not a picture") from error
     image.info.clear()
     return image, recipe_in(text, "the backend's picture")
+
+
+TOKEN_VARIABLE = "DREAMBOOTH_TOKEN"
+"""Environment variable for a token; the command line would show it in process lists."""

@@ -1,11 +1,10 @@
 """Parses a client's JSON into an `Order`, or raises a `RefusedError` with an HTTP status and one line."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.numbers import parse_object
 from dreambooth_moslora.generation.limits import check_steps
 from dreambooth_moslora.generation.params import GenerationParams, draw_seed
 
@@ -89,18 +88,3 @@ def parse_order(body: bytes) -> Order:
         raise UserError("a request draws one picture; send another one with the next seed")
     check_steps(params)
     return Order(params, expected)
-
-
-def parse_object(body: bytes) -> dict[str, Any]:
-    """Raises UserError unless the bytes are UTF-8 and a JSON object, without NaN and not too deeply nested."""
-    try:
-        values = json.loads(body.decode("utf-8"), parse_constant=no_number)
-    except (ValueError, RecursionError) as error:
-        raise UserError("the body is not valid JSON") from error
-    if not isinstance(values, dict):
-        raise UserError('the body must be a JSON object like {"prompt": "a dog"}')
-    return values
-
-
-def no_number(word: str) -> None:
-    raise ValueError(f"{word} is not a JSON number")

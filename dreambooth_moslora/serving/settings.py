@@ -7,11 +7,10 @@ from typing import Any
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.serving.access import LOOPBACK, check_token
+from dreambooth_moslora.serving.client import TOKEN_VARIABLE
 
-__all__ = ["PATIENCE", "TOKEN_VARIABLE", "ServeSettings", "tokens_of"]
+__all__ = ["PATIENCE", "ServeSettings", "tokens_of"]
 
-TOKEN_VARIABLE = "DREAMBOOTH_TOKEN"
-"""Environment variable for a token; the command line would show it in process lists."""
 PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60"}
 """Environment of Ray Serve, set before its start: on a busy machine its default of 5 seconds restarts the proxy
 again and again."""

@@ -12,8 +12,7 @@ from dreambooth_moslora.core.assets import assets_folder
 from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.process import avoid_fragmentation, share_heaps
-from dreambooth_moslora.serving.client import RemotePipeline, Service
-from dreambooth_moslora.serving.settings import TOKEN_VARIABLE
+from dreambooth_moslora.serving.client import TOKEN_VARIABLE, RemotePipeline, Service
 from dreambooth_moslora.ui.server.libraries import import_libraries
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.train_config import TrainConfig, without_removed
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.prompts import Subject, subject_of
-from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.core.run_files.run_folder import RunDir, is_card
 from dreambooth_moslora.core.toy import is_toy
 from dreambooth_moslora.training.planning.checks import require_folder, require_writable
 from dreambooth_moslora.training.results.best_scale import SCALES, ScaleChoice, choose_scale
-from dreambooth_moslora.training.results.model_card import is_card, with_strength
+from dreambooth_moslora.training.results.model_card import with_strength
 
 if TYPE_CHECKING:
     from dreambooth_moslora.evaluation.evaluate import Evaluator

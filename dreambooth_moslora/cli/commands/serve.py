@@ -11,7 +11,8 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.serving.settings import PATIENCE, TOKEN_VARIABLE, ServeSettings, tokens_of
+from dreambooth_moslora.serving.client import TOKEN_VARIABLE
+from dreambooth_moslora.serving.settings import PATIENCE, ServeSettings, tokens_of
 
 __all__ = ["HELP", "NEEDED", "add_arguments", "run"]
 

@@ -204,3 +204,29 @@ def step_of(path: Path) -> int:
 def is_checkpoint(path: Path) -> bool:
     """Whether all files of a checkpoint exist; their content is not checked."""
     return all((path / name).is_file() and (path / name).stat().st_size for name in CHECKPOINT_FILES)
+
+
+SIGNATURE = "Made with dreambooth_moslora"
+
+
+PICTURE = re.compile(r"image_\d+\.png")
+"""Names that the trainer gives to pictures. Other files that a card names are not treated as the run's."""
+
+
+def is_card(text: str) -> bool:
+    """Whether `model_card` wrote the text."""
+    return SIGNATURE in text
+
+
+def pictures_named(text: str) -> set[str]:
+    """The picture files that a card names; empty for a text that is not a card of this program."""
+    if not is_card(text):
+        return set()
+    from huggingface_hub import ModelCard
+
+    try:
+        widgets = ModelCard(text).data.get("widget") or []
+        urls = [widget["output"]["url"] for widget in widgets]
+    except Exception:  # an edited card may raise any error of YAML or Python
+        return set()
+    return {url for url in urls if PICTURE.fullmatch(str(url))}

@@ -16,7 +16,7 @@ from dreambooth_moslora.core.pictures import Row, draw_contact_sheet
 from dreambooth_moslora.evaluation.html_page import figure, page, picture, section, table
 from dreambooth_moslora.evaluation.intervals import Interval
 from dreambooth_moslora.evaluation.scores import RELATIVE
-from dreambooth_moslora.evaluation.studies import plots as study_plots
+from dreambooth_moslora.evaluation.studies.plots import difference_plot, rate_plot, trade_off_plot, win_plot
 from dreambooth_moslora.evaluation.studies.results import result_path
 from dreambooth_moslora.evaluation.studies.run import STRIP_PX
 from dreambooth_moslora.evaluation.studies.stats import (
@@ -182,12 +182,12 @@ def finding(study: Study, against: Sequence[Outcome]) -> str:
 def plots_of(study: Study, results, arms: Sequence[ArmSummary], against: Sequence[Outcome]) -> dict:
     plots = {}
     if against:
-        plots["differences"] = study_plots.difference_plot(against, study.reference)
-        plots["wins"] = study_plots.win_plot(against, study.reference)
+        plots["differences"] = difference_plot(against, study.reference)
+        plots["wins"] = win_plot(against, study.reference)
     if arms:
-        plots["trade_off"] = study_plots.trade_off_plot(arms)
+        plots["trade_off"] = trade_off_plot(arms)
     if curves := rate_curves(study, results):
-        plots["learning_rates"] = study_plots.rate_plot(curves)
+        plots["learning_rates"] = rate_plot(curves)
     return plots
 
 

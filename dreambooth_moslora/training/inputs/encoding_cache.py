@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from dreambooth_moslora.core.atomic_files import atomic_write
@@ -52,7 +53,7 @@ class TensorCache:
         """The tensors on disk; None if the file is missing, unreadable, damaged or empty."""
         try:
             content = self._path(key).read_bytes()
-            tensors = load(content)
+            tensors = load_tensors(content)
         except (OSError, SafetensorError):
             return None
         return tensors if tensors and digest_in(content) == digest_of(tensors) else None

@@ -22,15 +22,14 @@ from dreambooth_moslora.core.config.targets import full_name, is_adapted, is_mea
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.config.training_settings import SVD
 from dreambooth_moslora.core.digests import default_cache_dir
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.prompts import learnt_words
 from dreambooth_moslora.core.run_files.adapter_files import find_weights, header_of
-from dreambooth_moslora.core.run_files.run_folder import RunDir, check_name, checkpoint_step
+from dreambooth_moslora.core.run_files.run_folder import RunDir, check_name, checkpoint_step, is_card, pictures_named
 from dreambooth_moslora.core.versions import require_packages
 from dreambooth_moslora.photos.folder import require_folder_of_photos
 from dreambooth_moslora.training.planning.estimate import check_memory
 from dreambooth_moslora.training.planning.precision import check_bf16
-from dreambooth_moslora.training.results.model_card import is_card, pictures_named
 
 __all__ = [
     "check_folders",
@@ -236,8 +235,6 @@ def check_settings(config: TrainConfig) -> Path | None:
     if config.mixer == "butterfly" and (odd := [rank for rank in ranks if rank % 2]):
         raise UserError(f"--mixer butterfly needs an even --rank, not {odd[0]}.")
     if config.push_to_hub:
-        from dreambooth_moslora.training.results.hub import check_push
-
         check_push(config)
     if config.init_adapter and not config.resume_from_checkpoint:
         check_start(config.init_adapter)
@@ -291,3 +288,24 @@ def unet_layers(folder: Path, variant: str | None) -> dict[str, int]:
     convolution."""
     shapes = tensor_shapes(folder / "unet", variant)
     return {name.removesuffix(".weight"): len(shape) for name, shape in shapes.items() if len(shape) > 1}
+
+
+def check_push(config: TrainConfig) -> None:
+    """Check a push before the training. Raises UserError for an invalid name and for a token that the hub
+    rejects; an unreachable hub is no error."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(config.hub_model_id or RunDir(config.output_dir).name)
+    except HFValidationError as error:
+        raise UserError(f"--hub_model_id: {one_line(error)}") from error
+    try:
+        if not is_offline_mode():
+            HfApi(token=config.hub_token).whoami()
+    except Exception as error:  # the client passes on the HTTP library's errors
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if status == 401 or isinstance(error, LocalTokenNotFoundError):
+            raise UserError(f"--push_to_hub: {one_line(error)}") from error

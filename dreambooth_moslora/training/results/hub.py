@@ -9,15 +9,11 @@ from glob import escape
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.constants import is_offline_mode
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-from huggingface_hub.utils import validate_repo_id
 
-from dreambooth_moslora.core.config.train_config import TrainConfig
-from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.errors import one_line
 from dreambooth_moslora.core.run_files.run_folder import MIXERS_NAME, PUBLISHED_NAME, TOKENS_SUFFIX, RunDir
 
-__all__ = ["check_push", "public_files", "push"]
+__all__ = ["public_files", "push"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,22 +28,6 @@ def public_files(run_dir: Path) -> list[str]:
 def patterns(names: list[str]) -> list[str]:
     """Patterns for the hub's filter (fnmatch) that match only these names, even with brackets in them."""
     return [escape(name) for name in names]
-
-
-def check_push(config: TrainConfig) -> None:
-    """Check a push before the training. Raises UserError for an invalid name and for a token that the hub
-    rejects; an unreachable hub is no error."""
-    try:
-        validate_repo_id(config.hub_model_id or RunDir(config.output_dir).name)
-    except HFValidationError as error:
-        raise UserError(f"--hub_model_id: {one_line(error)}") from error
-    try:
-        if not is_offline_mode():
-            HfApi(token=config.hub_token).whoami()
-    except Exception as error:  # the client passes on the HTTP library's errors
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-        if status == 401 or isinstance(error, LocalTokenNotFoundError):
-            raise UserError(f"--push_to_hub: {one_line(error)}") from error
 
 
 def push(run_dir: Path, repo_id: str | None, token: str | None) -> str | None:

@@ -15,36 +15,15 @@ from dreambooth_moslora.core.config.subject_tables import each_subject
 from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.prompts import spelled, spellings_of, token_names
+from dreambooth_moslora.core.run_files.run_folder import SIGNATURE
 from dreambooth_moslora.training.results.best_step import BestStep
 
 if TYPE_CHECKING:  # it imports torch
     from dreambooth_moslora.adapters.files.proof import Proof
 
-__all__ = ["SIGNATURE", "CardFacts", "is_card", "model_card", "pictures_named", "with_strength"]
+__all__ = ["CardFacts", "model_card", "with_strength"]
 
-SIGNATURE = "Made with dreambooth_moslora"
 STRENGTH = "## Strength"
-PICTURE = re.compile(r"image_\d+\.png")
-"""Names that the trainer gives to pictures. Other files that a card names are not treated as the run's."""
-
-
-def is_card(text: str) -> bool:
-    """Whether `model_card` wrote the text."""
-    return SIGNATURE in text
-
-
-def pictures_named(text: str) -> set[str]:
-    """The picture files that a card names; empty for a text that is not a card of this program."""
-    if not is_card(text):
-        return set()
-    from huggingface_hub import ModelCard
-
-    try:
-        widgets = ModelCard(text).data.get("widget") or []
-        urls = [widget["output"]["url"] for widget in widgets]
-    except Exception:  # an edited card may raise any error of YAML or Python
-        return set()
-    return {url for url in urls if PICTURE.fullmatch(str(url))}
 
 
 @dataclass(frozen=True)

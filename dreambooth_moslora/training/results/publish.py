@@ -29,7 +29,7 @@ from dreambooth_moslora.core.prompts import (
     validation_prompts,
 )
 from dreambooth_moslora.core.run_files.events import StepDone, StepEvaluated, events_of
-from dreambooth_moslora.core.run_files.run_folder import MIXERS_NAME, RunDir
+from dreambooth_moslora.core.run_files.run_folder import MIXERS_NAME, RunDir, pictures_named
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.photos.photo import Photo, open_rgb
 from dreambooth_moslora.training.inputs.class_images import are_draws
@@ -39,7 +39,7 @@ from dreambooth_moslora.training.results.best_scale import ScaleChoice
 from dreambooth_moslora.training.results.best_step import BestStep
 from dreambooth_moslora.training.results.hub import push
 from dreambooth_moslora.training.results.loss_plot import draw_loss_plot
-from dreambooth_moslora.training.results.model_card import CardFacts, model_card, pictures_named
+from dreambooth_moslora.training.results.model_card import CardFacts, model_card
 from dreambooth_moslora.training.results.samples import ValidationSamples
 from dreambooth_moslora.training.resumption import trained_modules
 from dreambooth_moslora.training.step.train_step import TrainStep

@@ -13,8 +13,7 @@ from pathlib import Path
 from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.names import free_name
 from dreambooth_moslora.core.run_files.events import RunStarted, StepEvaluated, events_of
-from dreambooth_moslora.core.run_files.run_folder import RunDir, step_of
-from dreambooth_moslora.training.results.model_card import pictures_named
+from dreambooth_moslora.core.run_files.run_folder import RunDir, pictures_named, step_of
 from dreambooth_moslora.training.run_context import RunContext
 
 __all__ = ["report_start", "claim_run_folder", "has_previous_run", "set_aside", "archive_checkpoints_after"]

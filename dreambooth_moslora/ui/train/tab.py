@@ -5,11 +5,11 @@ from collections.abc import Callable
 import gradio as gr
 
 from dreambooth_moslora.core.config.like import FoundRecipe
+from dreambooth_moslora.core.run_files.adapter_files import NONE
 from dreambooth_moslora.core.run_files.run_folder import RunDir
 from dreambooth_moslora.ui.adapters.recipes import add_recipe, keep_recipe, like_line, recipe_names, recipe_of
 from dreambooth_moslora.ui.adapters.summary import prompt_for, summary_of
 from dreambooth_moslora.ui.app_state import AT_ONCE, TELLING, AppContext, as_gradio_error, as_user_error, sentence
-from dreambooth_moslora.ui.generate.form import NONE
 from dreambooth_moslora.ui.generate.tab import GenerateTab
 from dreambooth_moslora.ui.html_snippets import notice
 from dreambooth_moslora.ui.input_errors import explain_bad_values

@@ -16,10 +16,12 @@ from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.pictures import Row, draw_contact_sheet
 from dreambooth_moslora.core.run_files.events import StepDone
+from dreambooth_moslora.core.run_files.run_folder import SIGNATURE, pictures_named
+from dreambooth_moslora.training.planning.checks import check_push
 from dreambooth_moslora.training.results import hub
-from dreambooth_moslora.training.results.hub import check_push, patterns, public_files, push
+from dreambooth_moslora.training.results.hub import patterns, public_files, push
 from dreambooth_moslora.training.results.loss_plot import draw_loss_plot, running_mean
-from dreambooth_moslora.training.results.model_card import SIGNATURE, CardFacts, model_card, pictures_named
+from dreambooth_moslora.training.results.model_card import CardFacts, model_card
 
 
 def card(use_dora: bool = False, **changes) -> str:
