@@ -4,7 +4,7 @@ import sys
 
 if __name__ == "__main__":
     try:
-        from dreambooth_moslora.ui.serve import main
+        from dreambooth_moslora.ui.app import main
 
         sys.exit(main())
     except KeyboardInterrupt:  # also while the imports above run

@@ -20,12 +20,12 @@ class Arm:
 
 def floor(size: str, resolution_px: int, rank: int) -> Step:
     """The frozen UNet's forward and the gradient of its input, with the same malloc: the lower bound of a step."""
-    from dreambooth_moslora.core.process import keep_freed_memory
+    from dreambooth_moslora.disk.processes import keep_freed_memory
 
     keep_freed_memory()
     import torch
 
-    from dreambooth_moslora.training.machine.random_materials import random_materials
+    from dreambooth_moslora.training.selftest import random_materials
 
     materials = random_materials(size, resolution_px)
     unet, batch = materials.pipeline.unet.requires_grad_(False).train(), materials.batch_at(0, 1)
@@ -45,10 +45,10 @@ def floor(size: str, resolution_px: int, rank: int) -> Step:
 def ours(size: str, resolution_px: int, rank: int, *, checkpointing: bool = False) -> Step:
     """The trainer's own step (`train_step.TrainStep`) on a random UNet; only its inputs are made here."""
     from benchmarks.precision import bf16_accelerator
-    from dreambooth_moslora.core.config.train_config import TrainConfig
-    from dreambooth_moslora.core.process import keep_freed_memory
-    from dreambooth_moslora.training.machine.random_materials import random_materials
-    from dreambooth_moslora.training.step.train_step import TrainStep
+    from dreambooth_moslora.disk.processes import keep_freed_memory
+    from dreambooth_moslora.settings.table import TrainConfig
+    from dreambooth_moslora.training.selftest import random_materials
+    from dreambooth_moslora.training.step import TrainStep
 
     keep_freed_memory()
     config = TrainConfig(

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from dreambooth_moslora.adapters.basis import Basis, FileBasis, SvdBasis
-from dreambooth_moslora.adapters.files.lora_file import read_adapter
+from dreambooth_moslora.adapters.lora_file import read_adapter
+from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.base.load import load_pipeline
-from dreambooth_moslora.base.locate import resolve_base
-from dreambooth_moslora.core.assets import find_asset
+from dreambooth_moslora.core.names import find_asset
 
 __all__ = ["share_of", "shares"]
 

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.settings.table import TrainConfig
 
 __all__ = ["main"]
 
@@ -74,12 +74,12 @@ def toy(options: argparse.Namespace) -> list[dict]:
 
 def trained(kind: str, count: int, steps: int) -> dict:
     """Train N subjects on the embedded base, in this process."""
-    from dreambooth_moslora.core.process import avoid_fragmentation, peak_memory_gib
+    from dreambooth_moslora.disk.processes import avoid_fragmentation, peak_memory_gib
 
     avoid_fragmentation()
     logging.basicConfig(level=logging.ERROR)
-    from dreambooth_moslora.core.run_files.events import Event
-    from dreambooth_moslora.training.together import Member, train_together
+    from dreambooth_moslora.disk.events import Event
+    from dreambooth_moslora.extras.cluster.together import Member, train_together
 
     laps: list[tuple[float, float]] = []
 
@@ -109,8 +109,8 @@ def trained(kind: str, count: int, steps: int) -> dict:
 
 
 def configs(kind: str, count: int, steps: int, out: Path) -> Iterator[TrainConfig]:
-    from dreambooth_moslora.core.config.files import load_settings
-    from dreambooth_moslora.fleet.subjects import read_subjects
+    from dreambooth_moslora.extras.cluster.subjects import read_subjects
+    from dreambooth_moslora.settings.sources import load_settings
 
     own = ("instance_data_dir", "output_dir", "instance_prompt", "class_prompt")
     shared = {name: value for name, value in load_settings("assets/configs/toy.toml").items() if name not in own}
@@ -143,8 +143,8 @@ def counted(config: TrainConfig, count: int) -> tuple[int, int, float]:
     from benchmarks.gpu_memory import POOLED_WIDTH, TEXT_WIDTH, TOKENS, adapted_unet, counted_total_gib, empty
     from benchmarks.meta_count import GIB, Count, Counter, flash_attention
     from benchmarks.sdxl_structure import sdxl_unet
-    from dreambooth_moslora.adapters.fused.stacked_adapters import StackedAdapters, twin
-    from dreambooth_moslora.adapters.fused.working_copies import WorkingCopies
+    from dreambooth_moslora.adapters.working_copies import WorkingCopies
+    from dreambooth_moslora.extras.cluster.stacked_adapters import StackedAdapters, twin
 
     base = sdxl_unet().to(torch.bfloat16).requires_grad_(False).train()
     models = [adapted_unet(config, unet=twin(base)) for _ in range(count)]

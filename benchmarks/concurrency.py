@@ -106,8 +106,7 @@ def crowd(url: str, args: argparse.Namespace) -> dict[str, float | int]:
 
 
 def check_pixels(base: str, files: list[str]) -> None:
-    from dreambooth_moslora.generation.image import Image
-    from dreambooth_moslora.generation.params import GenerationParams
+    from dreambooth_moslora.generation.params import GenerationParams, Image
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
     pipeline = SubjectPipeline.from_base(base)

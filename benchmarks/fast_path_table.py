@@ -24,12 +24,11 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from benchmarks.fold_table import small_unet
-from dreambooth_moslora.adapters.fused.fused_linear import enable_fast_path
-from dreambooth_moslora.adapters.fused.working_copies import WorkingCopies
+from dreambooth_moslora.adapters.fused_linear import enable_fast_path
 from dreambooth_moslora.adapters.moslora import ATTENTION_PROJECTIONS, MoSLoraConfig, adapter_parameters, inject
-from dreambooth_moslora.base.quantization import quantize
-from dreambooth_moslora.base.text_projections import TextProducts
-from dreambooth_moslora.training.step import compiled_blocks
+from dreambooth_moslora.adapters.working_copies import WorkingCopies
+from dreambooth_moslora.base.load import TextProducts, quantize
+from dreambooth_moslora.training import step as compiled_blocks
 
 __all__ = ["BASES", "HOW", "TARGETS", "adapted", "compare"]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.fault_damage import PARTS, damage, files_of, harm_photo
 from benchmarks.fault_runs import CUT, FAIL, KILL, NAME, PATIENCE_SEC, ROOT, STEPS, TORN, Ended
 from benchmarks.fault_trial import Trial, aim, an_operation, armed
-from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.disk.run_folder import RunDir
 
 __all__ = ["KINDS"]
 
@@ -157,7 +157,7 @@ def poison(step: int, before_the_loss: bool) -> None:
     """Set a weight to NaN, in a forked child."""
     import torch
 
-    from dreambooth_moslora.training.run import Training
+    from dreambooth_moslora.training.loop import Training
 
     honest = Training.accumulate_gradients
 

@@ -23,8 +23,8 @@ from threading import RLock
 
 from tqdm import tqdm
 
-from dreambooth_moslora.core.digests import file_digest
-from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME
+from dreambooth_moslora.core.names import file_digest
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
 
 __all__ = [
     "COUNT",
@@ -281,7 +281,7 @@ def end_if_interrupted() -> None:
 
 def stop_at(step: int) -> None:
     """Stop the run after `step` steps; called in a forked child."""
-    from dreambooth_moslora.training.run import Training
+    from dreambooth_moslora.training.loop import Training
 
     Training.stop_requested = lambda run: run.step >= step
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.fault_runs import NAME, Ended, Reference, Run, Workshop, published
-from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RunDir
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
 
 __all__ = ["Trial", "aim", "an_operation", "armed"]
 

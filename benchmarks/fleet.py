@@ -22,14 +22,14 @@ from statistics import median
 
 import psutil
 
-from dreambooth_moslora.core.digests import file_digest
-from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME
-from dreambooth_moslora.fleet.cluster import EMBEDDED, connected, largest_node_gib
-from dreambooth_moslora.fleet.records import Record, write_record
-from dreambooth_moslora.fleet.run import Ending, begun, missing, run_fleet
-from dreambooth_moslora.fleet.sizing import Machines
-from dreambooth_moslora.fleet.subjects import read_subjects
-from dreambooth_moslora.fleet.worker import Job
+from dreambooth_moslora.core.names import file_digest
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
+from dreambooth_moslora.extras.cluster.fleet import Ending, begun, missing, run_fleet
+from dreambooth_moslora.extras.cluster.on_ray import EMBEDDED, connected, largest_node_gib
+from dreambooth_moslora.extras.cluster.records import Record, write_record
+from dreambooth_moslora.extras.cluster.sizing import Machines
+from dreambooth_moslora.extras.cluster.subjects import read_subjects
+from dreambooth_moslora.extras.cluster.worker import Job
 
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "memory": 4 * 2**30}
 STEPS = 6
@@ -114,7 +114,7 @@ class Killer:
         """The run folder of a running training."""
         with contextlib.suppress(psutil.Error):
             words = process.cmdline()
-            if "dreambooth_moslora.fleet.guarded" in words:
+            if "dreambooth_moslora.extras.cluster.guarded" in words:
                 return Path(words[-1]).parent
         return None
 
@@ -153,7 +153,7 @@ def digest(run_dir: Path) -> str:
 
 def alone(home: Path, settings: dict) -> Path:
     """The same training in this process."""
-    from dreambooth_moslora.core.config.train_config import TrainConfig
+    from dreambooth_moslora.settings.table import TrainConfig
     from dreambooth_moslora.training.loop import train
 
     run_dir = home / Path(settings["output_dir"]).name

@@ -26,11 +26,10 @@ Step = Callable[[], object]
 def steps_of(size: str, resolution_px: int, rank: int) -> tuple[Step, Step, Step]:
     """(floor, gradients of a step, update of the adapter)."""
     from benchmarks.precision import bf16_accelerator
-    from dreambooth_moslora.adapters.fused.stacked_adapters import twin
-    from dreambooth_moslora.core.config.train_config import TrainConfig
-    from dreambooth_moslora.training.machine.random_materials import random_materials
-    from dreambooth_moslora.training.machine.step_measure import floor_step
-    from dreambooth_moslora.training.step.train_step import TrainStep
+    from dreambooth_moslora.extras.cluster.stacked_adapters import twin
+    from dreambooth_moslora.settings.table import TrainConfig
+    from dreambooth_moslora.training.selftest import floor_step, random_materials
+    from dreambooth_moslora.training.step import TrainStep
 
     config = TrainConfig(
         instance_data_dir=".",
@@ -74,7 +73,7 @@ def main() -> None:
     parser.add_argument("--size", default="sdxl", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write every figure here")
     args = parser.parse_args()
-    from dreambooth_moslora.core.process import keep_freed_memory
+    from dreambooth_moslora.disk.processes import keep_freed_memory
 
     keep_freed_memory()
     found = []

@@ -84,8 +84,7 @@ def first_picture_sec(base: str, adapter: Path, scratch: Path) -> float:
 
 
 def measure_switches(base: str, adapters: list[Path]) -> dict[str, tuple[float, str]]:
-    from dreambooth_moslora.generation.image import Image
-    from dreambooth_moslora.generation.params import GenerationParams
+    from dreambooth_moslora.generation.params import GenerationParams, Image
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
     pipeline = SubjectPipeline.from_base(base)

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from benchmarks.meta_count import GIB, Count, Counter, bytes_of, flash_attention
 from benchmarks.sdxl_structure import sdxl_unet
-from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.settings.table import TrainConfig
 
 if TYPE_CHECKING:
-    from dreambooth_moslora.base.text_projections import TextProducts
+    from dreambooth_moslora.base.load import TextProducts
 
 __all__ = ["adapted_unet", "count", "counted_total_gib", "estimated_total_gib", "main", "run_config"]
 
@@ -53,9 +53,9 @@ def adapted_unet(config: TrainConfig, *, fast: bool = True, unet: nn.Module | No
 
     `fast` False: PEFT's own layers.
     """
-    from dreambooth_moslora.adapters.fused.fused_linear import disable_fast_path
-    from dreambooth_moslora.base.text_projections import TextProducts
-    from dreambooth_moslora.training.step.add_adapters import add_adapters
+    from dreambooth_moslora.adapters.fused_linear import disable_fast_path
+    from dreambooth_moslora.base.load import TextProducts
+    from dreambooth_moslora.training.adapters import add_adapters
 
     unet = unet or sdxl_unet().to(torch.bfloat16).requires_grad_(False).train()
     if config.cache_cross_attention:
@@ -69,7 +69,7 @@ def adapted_unet(config: TrainConfig, *, fast: bool = True, unet: nn.Module | No
 
 def count(config: TrainConfig, unet: nn.Module) -> Count:
     """One step of one micro-batch: copies of the adapter, forward, backward, its gradients; without the optimizer."""
-    from dreambooth_moslora.adapters.fused.working_copies import WorkingCopies
+    from dreambooth_moslora.adapters.working_copies import WorkingCopies
 
     batch, side = config.train_batch_size, config.resolution // 8
     trained = [weight for weight in unet.parameters() if weight.requires_grad]
@@ -91,7 +91,7 @@ def count(config: TrainConfig, unet: nn.Module) -> Count:
 
 def products_of(unet: nn.Module) -> "TextProducts | None":
     """The UNet's cached text products for a known prompt; None when it keeps its projections."""
-    from dreambooth_moslora.base.text_projections import TextProjection
+    from dreambooth_moslora.base.load import TextProjection
 
     layers = [module for module in unet.modules() if isinstance(module, TextProjection)]
     if not layers:
@@ -106,14 +106,14 @@ def empty(*shape: int) -> Tensor:
 
 def counted_total_gib(unet: nn.Module, counted: Count) -> float:
     """Weights, Adam's two moments of the adapters, the step with its gradients, CUDA's context; GiB."""
-    from dreambooth_moslora.training.planning.estimate import CONTEXT_GIB
+    from dreambooth_moslora.plan.memory import CONTEXT_GIB
 
     trained = sum(weight.numel() * 4 for weight in unet.parameters() if weight.requires_grad)
     return (bytes_of(unet) + 2 * trained) / GIB + counted.peak_gib + CONTEXT_GIB
 
 
 def estimated_total_gib(config: TrainConfig) -> float:
-    from dreambooth_moslora.training.planning.estimate import BaseSize, estimate
+    from dreambooth_moslora.plan.memory import BaseSize, estimate
 
     return estimate(config, BaseSize(), total_steps=100).training_gib
 

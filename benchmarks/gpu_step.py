@@ -113,8 +113,7 @@ def kernels_of(step: Callable[[], None]) -> int:
 
 
 def floor(options: argparse.Namespace, device: torch.device) -> Callable[[], None]:
-    from dreambooth_moslora.training.machine.random_materials import random_materials
-    from dreambooth_moslora.training.machine.step_measure import floor_step
+    from dreambooth_moslora.training.selftest import floor_step, random_materials
 
     materials = random_materials(options.size, options.resolution)
     unet = materials.pipeline.unet.to(device).requires_grad_(False).train()
@@ -124,10 +123,10 @@ def floor(options: argparse.Namespace, device: torch.device) -> Callable[[], Non
 
 
 def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable[[], None]:
-    from dreambooth_moslora.adapters.fused.fused_linear import disable_fast_path
-    from dreambooth_moslora.base.quantization import quantize
-    from dreambooth_moslora.training.machine.random_materials import random_materials
-    from dreambooth_moslora.training.step.train_step import TrainStep
+    from dreambooth_moslora.adapters.fused_linear import disable_fast_path
+    from dreambooth_moslora.base.load import quantize
+    from dreambooth_moslora.training.selftest import random_materials
+    from dreambooth_moslora.training.step import TrainStep
 
     materials = random_materials(options.size, options.resolution)
     unet = materials.pipeline.unet.requires_grad_(False)
@@ -147,7 +146,7 @@ def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable
 
 
 def run_config(options: argparse.Namespace, compiled: str):
-    from dreambooth_moslora.core.config.train_config import TrainConfig
+    from dreambooth_moslora.settings.table import TrainConfig
 
     prior = {"with_prior_preservation": True, "prior": "adapter_off", "class_prompt": "a photo of a dog"}
     return TrainConfig(

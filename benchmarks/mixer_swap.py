@@ -15,12 +15,11 @@ from statistics import median
 
 import torch
 
-from dreambooth_moslora.adapters.basis import SvdBasis
-from dreambooth_moslora.adapters.files.mixer_file import write_mixers
-from dreambooth_moslora.adapters.files.raw_file import adapter_metadata
+from dreambooth_moslora.adapters.basis import SvdBasis, write_mixers
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject
+from dreambooth_moslora.adapters.raw_file import adapter_metadata
+from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.base.load import load_pipeline
-from dreambooth_moslora.base.locate import resolve_base
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
 __all__ = ["measure", "random_mixers"]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dreambooth_moslora.evaluation.intervals import bootstrap_mean
+from dreambooth_moslora.evaluation.metrics import bootstrap_mean
 
 __all__ = ["main", "table"]
 

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "UserError": "core.errors",
-    "TrainConfig": "core.config.train_config",
+    "TrainConfig": "settings.table",
     "GenerationParams": "generation.params",
     "MoSLoraConfig": "adapters.moslora",
     "inject": "adapters.moslora",

@@ -97,9 +97,9 @@ def encoders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def dog(tmp_path_factory):
     """One live adapter on all three components, its raw file and both published files."""
-    from dreambooth_moslora.adapters.files.export import publish
-    from dreambooth_moslora.adapters.files.raw_file import save_raw
-    from dreambooth_moslora.core.run_files.run_folder import RAW_NAME
+    from dreambooth_moslora.adapters.export import publish
+    from dreambooth_moslora.adapters.raw_file import save_raw
+    from dreambooth_moslora.disk.run_folder import RAW_NAME
     from tests.helpers.live_adapters import facts_of, live
 
     folder, components = tmp_path_factory.mktemp("dog"), live(with_text=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.cli.commands.serve import add_arguments
 from dreambooth_moslora.cli.parser import Parser, underscored
-from dreambooth_moslora.serving.settings import ServeSettings
-from dreambooth_moslora.ui import serve as page
+from dreambooth_moslora.extras.serving.access import ServeSettings
+from dreambooth_moslora.extras.serving.command_serve import add_arguments
+from dreambooth_moslora.ui import app as page
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "deploy").iterdir())
@@ -25,7 +25,7 @@ def token(monkeypatch):
 
 def settings_of(words: list[str]) -> ServeSettings:
     """What `serve` would start with. Raises UserError."""
-    from dreambooth_moslora.cli.commands.serve import settings_of
+    from dreambooth_moslora.extras.serving.command_serve import settings_of
 
     parser = Parser(prog="serve")
     add_arguments(parser)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NOT_DECLARED = {"lpips", "tokenizers"}
 """The first is used where it is there; the second comes with transformers and made the base's tokenizer."""
-EXTRAS = {"fleet": ("fleet", {"ray"}), "serving": ("serve", {"ray", "prometheus_client", "grpc"})}
+EXTRAS = {"cluster": ("fleet", {"ray"}), "serving": ("serve", {"ray", "prometheus_client", "grpc"})}
 """Package of the program -> the extra that brings what it alone may import."""
 
 

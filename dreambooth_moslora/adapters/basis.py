@@ -1,38 +1,60 @@
-"""A frozen basis: A and B of each layer are given, and a subject is the mixer M alone (LoRA-XS, arXiv 2405.17604).
+"""Subjects on one frozen basis: A and B are given, and a subject is its mixers M alone (LoRA-XS, arXiv 2405.17604).
+
+A frozen basis: A and B of each layer are given, and a subject is the mixer M alone (LoRA-XS, arXiv 2405.17604).
 
     W0 ≈ U·S·Vᵀ        A = √c·V_rᵀ (r, in)        B = √c·U_r (out, r)        c = the mean of the r largest S
     y  = W0·x + s·B·M·A·x        M (r, r) starts at zero
 
 `SvdBasis` is of the base's own weights, as its files hold them: the same in whatever precision the base is loaded.
 `FileBasis` takes A and B from a raw adapter file. The files of a run name its basis by kind and SHA-256.
+
+A subject on a frozen basis as its mixers alone: r² numbers a layer, a few hundred kB for all.
+
+    mixers (n,) fp16    M of all layers, in order, with the scale s included, divided by 2^exponent
+
+The header holds the metadata as other files do (`moslora`: ranks, and the basis by kind and SHA-256), the layers'
+paths and the exponent. Stock LoRA loaders refuse such a file: they know none of its names.
+
+A frozen basis in a UNet as one PEFT adapter, whose mixers are views of one buffer: another subject is one copy.
+
+Several subjects at once are the sum of their mixers, as B·(M₁ + M₂)·A = B·M₁·A + B·M₂·A.
 """
 
-from collections.abc import Iterator
-from functools import lru_cache
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.files.raw_file import component_tensors, fill, read_raw
-from dreambooth_moslora.adapters.moslora import adapter_layers, matrices_of
-from dreambooth_moslora.base.headers import variants_in, weight_files
-from dreambooth_moslora.core.config.training_settings import SVD
-from dreambooth_moslora.core.digests import content_key, file_digest
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.moslora import (
+    MoSLoraConfig,
+    adapter_layers,
+    inject,
+    matrices_of,
+    matrix_layers,
+    value_pattern,
+)
+from dreambooth_moslora.adapters.proof import BOUNDS, relative_difference
+from dreambooth_moslora.adapters.raw_file import (
+    check_finite,
+    component_tensors,
+    fill,
+    read_raw,
+    read_tensors,
+    write_file,
+)
+from dreambooth_moslora.base.files import variants_in, weight_files
 from dreambooth_moslora.core.errors import UserError
-
-__all__ = [
-    "Basis",
-    "FileBasis",
-    "SvdBasis",
-    "freeze_basis",
-    "leading_directions",
-    "put_basis",
-    "read_basis",
-    "svd_bases",
-]
+from dreambooth_moslora.core.names import content_key, file_digest
+from dreambooth_moslora.settings.table import SVD, ZERO
 
 UNET = "unet"
 NEGLIGIBLE = 1e-6
@@ -148,3 +170,142 @@ def freeze_basis(unet: nn.Module, adapter_name: str = "default") -> None:
     for layer in adapter_layers(unet, adapter_name).values():
         layer.lora_A[adapter_name].weight.requires_grad_(False)
         layer.lora_B[adapter_name].up.requires_grad_(False)
+
+
+MIXERS, LAYERS, EXPONENT = "mixers", "layers", "exponent"
+COMPONENT = "unet."
+LARGEST = 2.0**14
+"""Of the numbers in the file: fp16 holds up to 65504, and loses precision below 6e-5."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mixers:
+    """The mixers of one subject. `values` (n,) fp32: s·M of each layer after the other; `ranks`: path -> r."""
+
+    file_name: str
+    sha256: str
+    values: Tensor
+    ranks: dict[str, int]
+    metadata: AdapterMetadata
+    header: dict[str, str]
+
+    @cached_property
+    def basis_key(self) -> str:
+        """Equal for subjects whose mixers fit the same A and B."""
+        basis = {name: value for name, value in self.metadata.basis.items() if name != "file"}
+        return f"basis_{content_key(basis=basis, ranks=self.ranks)[:16]}"
+
+
+def write_mixers(path: Path, unet: nn.Module, metadata: AdapterMetadata, adapter_name: str = "default") -> None:
+    """Write the mixers of a live adapter on a basis, and read them back.
+
+    Raises UserError for NaN or infinity, and for a mixer that fp16 does not hold.
+    """
+    live = {path: matrices_of(layer, adapter_name) for path, layer in adapter_layers(unet, adapter_name).items()}
+    mixers = [matrices.scale * matrices.mixer.detach().cpu().double() for matrices in live.values()]
+    values = torch.cat([mixer.flatten() for mixer in mixers])
+    check_finite({MIXERS: values}, "the adapter")
+    largest = float(values.abs().max())
+    exponent = math.ceil(math.log2(largest / LARGEST)) if largest else 0
+    ranks = {name: len(mixer) for name, mixer in zip(live, mixers, strict=True)}
+    others = {COMPONENT + name: rank for name, rank in ranks.items() if rank != metadata.rank}
+    metadata = replace(
+        metadata, alpha=metadata.rank, ranks=others, alphas=others, use_rslora=False, structures={}, mixer=ZERO
+    )
+    header = {"moslora": metadata.to_json(), LAYERS: json.dumps([*live]), EXPONENT: str(exponent)}
+    write_file(path, {MIXERS: (values * 2.0**-exponent).half()}, header)
+    found = read_mixers(path).values.double().split([rank**2 for rank in ranks.values()])
+    for name, there, here in zip(live, found, mixers, strict=True):
+        if not (lost := relative_difference(there, here.flatten())) <= BOUNDS[torch.float16]:
+            path.unlink()
+            raise UserError(f"{path.name} was not published: fp16 loses {lost:.1e} of the mixer of {name}")
+
+
+def is_mixer_file(file: Path) -> bool:
+    """Whether it holds mixers alone; damaged files do not count."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return set(opened.keys()) == {MIXERS}
+    except (SafetensorError, OSError, ValueError):
+        return False
+
+
+def read_mixers(path: Path) -> Mixers:
+    """The content of a mixer file. Raises UserError for any other, and for a broken one."""
+    tensors, header = read_tensors(path)
+    values = tensors.get(MIXERS)
+    if len(tensors) != 1 or values is None:
+        raise UserError(f"{path.name} holds no mixers of this program")
+    try:
+        metadata = AdapterMetadata.from_json(header["moslora"])
+        layers, factor = json.loads(header[LAYERS]), 2.0 ** int(header[EXPONENT])
+        ranks = {name: metadata.ranks.get(COMPONENT + name, metadata.rank) for name in layers}
+        count = sum(rank**2 for rank in ranks.values())
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        reason = f": {error}" if type(error) is ValueError else ""
+        raise UserError(f"{path.name} has lost its header, which names the layers and the basis{reason:.100}") from None
+    is_whole = isinstance(layers, list) and len(ranks) == len(layers) > 0 and metadata.basis
+    if not is_whole or not values.is_floating_point() or tuple(values.shape) != (count,):
+        raise UserError(f"{path.name} is broken: its mixers are not those of the layers that its header names")
+    values = values.float() * factor
+    check_finite({MIXERS: values}, path.name)
+    return Mixers(path.name, file_digest(path), values, ranks, metadata, header)
+
+
+class SwappedMixers:
+    """The adapter `name` on the layers of `ranks` (path -> r), in the UNet's dtype. Its mixers are zero at first.
+
+    Raises UserError for a basis that does not fit the UNet, which is then unchanged.
+    """
+
+    def __init__(self, unet: nn.Module, basis: Basis, ranks: Mapping[str, int], name: str):
+        known = matrix_layers(unet)
+        if strange := next((path for path in ranks if path not in known), None):
+            raise UserError(f"the mixers were made for another base: it has no layer {strange:.100}")
+        inject(unet, config_of(ranks), name)
+        try:
+            put_basis(basis, unet, name)
+        except UserError:
+            unet.delete_adapters(name)
+            raise
+        layers = adapter_layers(unet, name)
+        for layer in layers.values():
+            layer.lora_A[name].to(unet.dtype).requires_grad_(False)
+            layer.lora_B[name].to(unet.dtype).requires_grad_(False)
+        self.parts = [layers[path].lora_B[name] for path in ranks]
+        self.buffer = self._bound()
+
+    @torch.no_grad()
+    def show(self, subjects: Sequence[tuple[Tensor, float]]) -> None:
+        """Compute with the weighted sum of the subjects' mixers (n,) from now on."""
+        first = self.parts[0].mixer
+        if first.data_ptr() != self.buffer.data_ptr() or first.dtype != self.buffer.dtype:
+            self.buffer = self._bound()  # the UNet has moved, and its tensors are new
+        (values, scale), *others = subjects
+        total = values if scale == 1 else scale * values
+        for values, scale in others:
+            total = total + scale * values
+        self.buffer.copy_(total)
+
+    @torch.no_grad()
+    def _bound(self) -> Tensor:
+        """One buffer (n,) with all mixers, which become views of it."""
+        buffer = torch.cat([part.mixer.flatten() for part in self.parts])
+        views = buffer.split([part.mixer.numel() for part in self.parts])
+        for part, view in zip(self.parts, views, strict=True):
+            part.mixer = nn.Parameter(view.view_as(part.mixer), requires_grad=False)
+        return buffer
+
+
+def config_of(ranks: Mapping[str, int]) -> MoSLoraConfig:
+    """A config for exactly these layers, at scale 1."""
+    rank = next(iter(ranks.values()))
+    pattern = value_pattern(dict(ranks), rank)
+    return MoSLoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern=pattern,
+        alpha_pattern=pattern,
+        target_modules="|".join(map(re.escape, ranks)),
+        mixer=ZERO,
+    )

@@ -1,4 +1,6 @@
-"""Mixture-of-Subspaces LoRA (MoSLoRA), Wu, Wang, Zhao, Wong, arXiv 2406.11909: the method on one page.
+"""The two matrices of a plain LoRA, as files hold them and adapters fold into.
+
+Mixture-of-Subspaces LoRA (MoSLoRA), Wu, Wang, Zhao, Wong, arXiv 2406.11909: the method on one page.
 
     y = W0·x + s·B·M·A·x        W0 (out, in) frozen,  A (r, in),  M (r, r) the mixer,  B (out, r),  s = alpha/r
 
@@ -17,11 +19,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.low_rank import LowRank
-from dreambooth_moslora.core.config.training_settings import ZERO
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.settings.table import ZERO
 
-__all__ = ["MixedLowRank", "MixerConv2d", "MixerLinear", "initial_mixer", "nominal_scale"]
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """The two matrices of a plain LoRA on one layer; its scale or alpha is kept elsewhere.
+
+    `down` (r, in) and `up` (out, r), or kernels (r, in, h, w) and (out, r, 1, 1) of a convolution. `bias`
+    (out,) is added by `up`, and `magnitude` (out,) is DoRA's.
+    """
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def delta(self) -> Tensor:
+        """ΔW = up·down (out, in) or (out, in, h, w), computed in fp64 and returned in fp32."""
+        change = self.up.double().flatten(1) @ self.down.double().flatten(1)
+        return change.view(len(self.up), *self.down.shape[1:]).float()
+
 
 PLACEHOLDER_SHAPE = (1, 1)  # of `lora_B.weight` in the state dict of an adapter with a mixer
 

@@ -24,26 +24,14 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.files.metadata import notes_in
-from dreambooth_moslora.adapters.files.proof import FileProof, collected_warnings, relative_difference
-from dreambooth_moslora.adapters.files.tensor_file import check_finite, read_tensors, with_sorted_metadata
+from dreambooth_moslora.adapters.metadata import notes_in
+from dreambooth_moslora.adapters.proof import FileProof, collected_warnings, relative_difference
+from dreambooth_moslora.adapters.raw_file import check_finite, read_tensors, with_sorted_metadata
 from dreambooth_moslora.base.load import encode_text
 from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.prompts import spelled, spellings_of, token_names
-from dreambooth_moslora.core.run_files.run_folder import tokens_name
-
-__all__ = [
-    "KEYS",
-    "TOKENIZERS",
-    "AttachedTokens",
-    "NewTokens",
-    "notes_of",
-    "prove_tokens",
-    "read_tokens",
-    "tokens_beside",
-    "write_tokens",
-]
+from dreambooth_moslora.disk.run_folder import tokens_name
+from dreambooth_moslora.settings.prompts import spelled, spellings_of, token_names
 
 logger = logging.getLogger(__name__)
 

@@ -12,23 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.low_rank import LowRank
-from dreambooth_moslora.adapters.mixer import MixedLowRank, initial_mixer
+from dreambooth_moslora.adapters.mixer import LowRank, MixedLowRank, initial_mixer
 from dreambooth_moslora.adapters.moslora import adapter_layers, matrices_of
 from dreambooth_moslora.core.errors import UserError
-
-__all__ = [
-    "Diagnosis",
-    "diagnose",
-    "diagnostics",
-    "effective_rank",
-    "effective_rank_of",
-    "leading_part",
-    "product_svd",
-    "reduce_layers",
-    "reduce_rank",
-    "summary",
-]
 
 
 class Diagnosis(NamedTuple):

@@ -1,21 +1,27 @@
-"""Decodes latents: scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w), about in [-1, 1] -> PIL.
+"""Latents to pictures, and whether a VAE survives half precision.
+
+Decodes latents: scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w), about in [-1, 1] -> PIL.
 
 One picture is decoded at a time: at 1024 px SDXL's fp32 decoder needs 3 to 4 GiB for each. If a GPU has less,
 the picture is decoded in tiles of 512 px that overlap by a quarter.
+
+Tests a VAE in half precision: SDXL's own overflows in fp16 and gives black pictures, or NaN to train on.
 """
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from dreambooth_moslora.base.gpu_memory import DECODER_BYTES_A_PIXEL, GIB, TILE_PX, free_gib
-
-__all__ = ["decode_image", "decode_pixels", "pictures_of", "tiled_where_short"]
+from dreambooth_moslora.base.files import configs_beside
+from dreambooth_moslora.base.machine import DECODER_BYTES_A_PIXEL, GIB, TILE_PX, free_gib
 
 logger = logging.getLogger(__name__)
 
@@ -96,3 +102,55 @@ def pictures_of(pixels: Tensor) -> list[Image.Image]:
     """Pixels (B, 3, H, W), about in [-1, 1] -> B pictures."""
     levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().nan_to_num().to(torch.uint8)
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels.cpu()]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """`finite`: no NaN and no infinity. `error`: mean |difference| from the fp32 picture, of 255 levels."""
+
+    dtype: str
+    finite: bool
+    error: float
+
+
+def load_vae_alone(source: str | Path) -> AutoencoderKL:
+    """The VAE of a base, in fp32, from a diffusers folder, a hub id, or a single file."""
+    path = Path(source)
+    if path.is_file():
+        configs = configs_beside(path)
+        local = {} if configs is None else {"config": str(configs), "subfolder": "vae"}
+        return AutoencoderKL.from_single_file(str(path), **local).eval()
+    return AutoencoderKL.from_pretrained(source, subfolder="vae").eval()
+
+
+def stress_pixels(photos: list[Image.Image], size_px: int) -> torch.Tensor:
+    """(N, 3, size, size) in [-1, 1]: the photos, or hard edges in full contrast, which overflow first."""
+    rows, columns = np.indices((size_px, size_px)) // max(1, size_px // 16)
+    squares = ((rows + columns) % 2 * 255).astype(np.uint8)
+    images = [image.resize((size_px, size_px)) for image in photos] or [Image.fromarray(squares).convert("RGB")]
+    stacked = np.stack([np.asarray(image, dtype=np.float32) for image in images])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+@torch.no_grad()
+def probe_vae(
+    vae: AutoencoderKL, dtypes: list[torch.dtype], photos: list[Image.Image], size_px: int, device: torch.device
+) -> list[Probe]:
+    """Encode and decode in each dtype, compared with fp32. The VAE is left in fp32."""
+    pixels = stress_pixels(photos, size_px)
+    exact = round_trip(vae, pixels, torch.float32, device)
+    probes = [judged(round_trip(vae, pixels, dtype, device), exact, dtype) for dtype in dtypes]
+    vae.to(torch.float32)
+    return probes
+
+
+def round_trip(vae: AutoencoderKL, pixels: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    vae.to(device, dtype)
+    decoded = [vae.decode(vae.encode(p[None].to(device, dtype)).latent_dist.mode()).sample for p in pixels]
+    return torch.cat(decoded).float().cpu()
+
+
+def judged(pixels: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> Probe:
+    finite = bool(pixels.isfinite().all())
+    error = float((pixels - exact).clamp(-2, 2).abs().mean() * 127.5) if finite else float("nan")
+    return Probe(str(dtype).removeprefix("torch."), finite, error)

@@ -11,8 +11,6 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-__all__ = ["SIZES", "made", "pooled_width", "random_unet", "text_width", "text_widths"]
-
 SIZES = ("sdxl", "small")
 """2.57 billion parameters, or the same topology with a fortieth of the width."""
 

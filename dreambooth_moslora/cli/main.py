@@ -17,22 +17,32 @@ from importlib import import_module
 from pathlib import Path
 
 from dreambooth_moslora.cli.parser import SCRIPT, Parser, parse_training, underscored
-from dreambooth_moslora.cli.signals import INTERRUPTED, StopRequest
-from dreambooth_moslora.cli.streams import survive_broken_pipes
-from dreambooth_moslora.core.config.train_config import TrainConfig, is_scored
+from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, survive_broken_pipes
 from dreambooth_moslora.core.errors import UserError, is_out_of_memory, shortened, spelled_out
-from dreambooth_moslora.core.process import avoid_fragmentation, uncollected
-from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.disk.processes import avoid_fragmentation, uncollected
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.settings.table import TrainConfig, is_scored
 
-__all__ = ["COMMANDS", "main", "train_main"]
-
-COMMANDS = (
-    *("check", "caption", "export", "evaluate", "explain", "compare", "queue", "fleet", "generate", "serve", "verify"),
-    *("doctor", "selftest", "info", "basis"),
-)
-BASIS = "basis"
-TOGETHER = "together"
-"""The command that a fleet's worker starts for a group of subjects; it is not listed."""
+COMMANDS = {
+    "check": "cli.check",
+    "caption": "cli.caption",
+    "export": "cli.export",
+    "evaluate": "cli.evaluate",
+    "explain": "cli.explain",
+    "compare": "extras.lab.command_compare",
+    "queue": "cli.queue",
+    "fleet": "extras.cluster.command_fleet",
+    "generate": "cli.generate",
+    "serve": "extras.serving.command_serve",
+    "verify": "cli.verify",
+    "doctor": "cli.doctor",
+    "selftest": "cli.selftest",
+    "info": "cli.info",
+    "basis": "extras.lab.command_basis",
+}
+"""Each command and its module, which has HELP, `add_arguments(parser)` and `run(args)`."""
+UNLISTED = {"together": "extras.cluster.command_together"}
+"""What a fleet's worker starts for a group of subjects."""
 DONE, OUR_BUG, MISTAKE = 0, 1, 2
 INSTALLED, MODULE = "dreambooth-moslora", "python -m dreambooth_moslora"
 """The two ways to start `main`."""
@@ -117,10 +127,10 @@ def run_command(argv: list[str]) -> int:
     if name == "train":
         return train_or_queue(rest, f"{program()} train")
     if name == "app":
-        from dreambooth_moslora.ui import serve
+        from dreambooth_moslora.ui import app
 
-        return serve.main(rest, f"{program()} app")
-    if name not in (*COMMANDS, TOGETHER):
+        return app.main(rest, f"{program()} app")
+    if name not in COMMANDS | UNLISTED:
         raise UserError(f"unknown command {name}: choose one of train, app, {', '.join(COMMANDS)}.")
     module = command(name)
     parser = Parser(prog=f"{program()} {name}", description=module.HELP)
@@ -134,8 +144,7 @@ def program() -> str:
 
 
 def command(name: str):
-    place = "" if name == BASIS else "commands."  # that room is full
-    return import_module(f"dreambooth_moslora.cli.{place}{name}")
+    return import_module(f"dreambooth_moslora.{(COMMANDS | UNLISTED)[name]}")
 
 
 def overview() -> str:
@@ -156,11 +165,11 @@ def train_or_queue(argv: list[str], prog: str = SCRIPT) -> int:
 
 def run_training(config: TrainConfig) -> int:
     if config.dry_run:
-        from dreambooth_moslora.training.planning.dry_run import describe_run
+        from dreambooth_moslora.training.dry_run import describe_run
 
         print(spelled_out(describe_run(config)))
         return DONE
-    from dreambooth_moslora.training.planning.checks import check_folders
+    from dreambooth_moslora.plan.checks import check_folders
 
     with StopRequest() as stop:
         check_folders(config)  # before the log file creates or changes a folder
@@ -176,13 +185,12 @@ def run_training(config: TrainConfig) -> int:
 
 
 def run_trainer(config: TrainConfig, stop: StopRequest) -> int:
-    from dreambooth_moslora.training.planning.checks import preflight
-    from dreambooth_moslora.training.planning.common_settings import checked_by_all
-    from dreambooth_moslora.training.planning.memory_plan import planned
+    from dreambooth_moslora.plan.checks import preflight
+    from dreambooth_moslora.plan.memory import checked_by_all, planned
 
     config = planned(config)
     base = checked_by_all(lambda: preflight(config))
-    from dreambooth_moslora.cli.progress import TerminalProgress
+    from dreambooth_moslora.cli.terminal import TerminalProgress
 
     with uncollected():
         from dreambooth_moslora.training.loop import train
@@ -202,7 +210,7 @@ def run_trainer(config: TrainConfig, stop: StopRequest) -> int:
 
 
 def warn_about(config: TrainConfig, base: Path | None) -> None:
-    from dreambooth_moslora.training.planning.advice import advice_before_run
+    from dreambooth_moslora.training.dry_run import advice_before_run
 
     if is_main_process():
         for line in advice_before_run(config, base):
@@ -227,8 +235,7 @@ def closing_message(run_dir: Path, step: int, interrupted: bool) -> str:
 
 def advice_on(run_dir: Path, interrupted: bool) -> list[str]:
     """The most important advice of `explain` on a run that has ended and was scored."""
-    from dreambooth_moslora.training.results.explain import closing_advice
-    from dreambooth_moslora.training.results.figures import figures_of
+    from dreambooth_moslora.training.explain import closing_advice, figures_of
 
     return [] if interrupted else closing_advice(figures_of(RunDir(run_dir)))
 

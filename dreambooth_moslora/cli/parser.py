@@ -1,44 +1,178 @@
-"""The command line of training: a parser made from `TrainConfig`; defaults < --like < --config file < flags.
+"""The command line of training: defaults < --like < --config file < flags, or a folder and a word.
+
+Flags of other trainers and of earlier versions, and what to give instead, for the message about an unknown flag.
+
+The command line of training: a parser made from `TrainConfig`; defaults < --like < --config file < flags.
 
 Flags may have underscores or hyphens. A switch may be written `--flag`, `--flag false` or `--no_flag`. For a
 flag of another trainer the error names the equivalent one.
+
+`train photos/dog dog`: chooses every other setting for a folder and a word, with one line about each choice.
+
+`plan.choices` chooses by the base, the GPU and the photos. This module adds what a terminal needs:
+the folder and the word, the base, and the run folder. A --config file replaces the recipe.
 """
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.cli.foreign_flags import is_removed, unknown_flag_message
-from dreambooth_moslora.cli.one_word import choose, leading_words
-from dreambooth_moslora.core.assets import find_asset
-from dreambooth_moslora.core.config.fields import GROUPS, Prompt
-from dreambooth_moslora.core.config.files import load_settings
-from dreambooth_moslora.core.config.like import settings_like
-from dreambooth_moslora.core.config.subject_tables import SAID_BY_SUBJECTS, SubjectTable
-from dreambooth_moslora.core.config.train_config import (
+from dreambooth_moslora.core.errors import UserError, spelled_out
+from dreambooth_moslora.core.names import SUBJECT_FILE, find_asset, free_name, is_toy
+from dreambooth_moslora.plan.choices import (
+    USUAL_EXPOSURES,
+    Choices,
+    choose_recipe,
+    choose_scores,
+    choose_steps,
+    choose_words,
+)
+from dreambooth_moslora.plan.memory import in_lines, same_for_all
+from dreambooth_moslora.settings.fields import GROUPS, Prompt, nearest
+from dreambooth_moslora.settings.sources import load_settings, settings_like
+from dreambooth_moslora.settings.subjects import SAID_BY_SUBJECTS, SubjectTable
+from dreambooth_moslora.settings.table import (
     FIELD_TYPES,
+    OPTIMIZERS,
+    REMOVED,
     TrainConfig,
     check_each,
     checked_setting,
     without_removed,
 )
-from dreambooth_moslora.core.errors import UserError, spelled_out
-from dreambooth_moslora.training.planning.common_settings import in_lines, same_for_all
 
-__all__ = [
-    "Parser",
-    "add_training_flags",
-    "build_train_parser",
-    "parse_train_config",
-    "parse_training",
-    "settings_of",
-    "underscored",
-]
+if TYPE_CHECKING:
+    from dreambooth_moslora.photos.photo import Photo
+
+REMOVED_FLAGS = {
+    **REMOVED,
+    "leave_one_out": "removed, as it found one bad photo of two; to train without a photo, use --leave_out FILE",
+}
+"""Flags of earlier versions, which every command answers."""
+FOREIGN_FLAGS = {
+    **REMOVED_FLAGS,
+    # earlier versions of diffusers' script, and its siblings
+    "crops_coords_top_left_h": "each photo's own crop is told to the model; there is nothing to set",
+    "crops_coords_top_left_w": "each photo's own crop is told to the model; there is nothing to set",
+    "set_grads_to_none": "gradients are always set to none; leave it out",
+    "pre_compute_text_embeddings": "frozen text encoders are always asked once only; leave it out",
+    "tokenizer_max_length": "SDXL's text encoders read 77 tokens; leave it out",
+    "text_encoder_use_attention_mask": "SDXL's text encoders take no attention mask; leave it out",
+    "class_labels_conditioning": "it belongs to other models than SDXL",
+    "skip_save_text_encoder": "text encoders are saved only as adapters; leave it out",
+    "offset_noise": "use --noise_offset 0.1",
+    "train_text_encoder_frac": "not supported: the text encoders are trained all along or not at all",
+    "adam_weight_decay_text_encoder_ti": "new tokens are never decayed; leave it out",
+    "enable_t5_ti": "SDXL has no T5 encoder; --train_text_encoder_ti learns tokens in both of its own",
+    "placeholder_token": "use --train_text_encoder_ti with --token_abstraction",
+    "initializer_token": "use --train_text_encoder_ti with --initializer_concept",
+    "num_vectors": "use --train_text_encoder_ti with --num_new_tokens_per_abstraction",
+    "use_blora": "use --target_modules blora_content blora_style",
+    "lora_unet_blocks": "use --target_modules, which takes the same names of blocks",
+    "lora_layers": "use --target_modules",
+    "validation_negative_prompt": "not supported: samples are drawn without a negative prompt",
+    "validation_image": "not supported: samples are drawn from --validation_prompt",
+    "enable_npu_flash_attention": "not supported: PyTorch's own attention is used",
+    "cache_latents": "latents are always cached; --caching {memory,disk,off} says where",
+    "offload": "encoders always leave memory after the photos are encoded; leave it out",
+    "upcast_before_saving": "adapters are kept in fp32 all along; leave it out",
+    "optimizer_type": f"use --optimizer {{{','.join(OPTIMIZERS)}}}",
+    "optimizer_args": "use --adam_beta1, --adam_weight_decay and their like, one flag each",
+    "optimizer_schedulefree_wrapper": "use --optimizer AdamWScheduleFree",
+    "seeds": "use --seed",
+    "ema_max_decay": "use --ema_decay",
+    "concepts_list": "use --subjects, which takes the same file",
+    "concept_list": "use --subjects, which takes the same file",
+    # kohya-ss/sd-scripts
+    "network_dim": "use --rank",
+    "network_alpha": "use --lora_alpha",
+    "network_module": "there is one kind of adapter; --mixer none makes it a plain LoRA",
+    "network_args": "use --rank, --lora_alpha, --rank_pattern, --alpha_pattern, --target_modules, --use_dora",
+    "conv_dim": "use --target_modules with *conv* beside the projections, and --rank_pattern *conv*=N",
+    "conv_alpha": "use --alpha_pattern *conv*=N",
+    "block_dims": "use --rank_pattern, such as down_blocks.2.*=8",
+    "block_alphas": "use --alpha_pattern, such as down_blocks.2.*=4",
+    "network_reg_dims": "use --rank_pattern, such as down_blocks.2.*=8",
+    "network_dropout": "use --lora_dropout",
+    "token_string": "use --train_text_encoder_ti with --token_abstraction",
+    "init_word": "use --train_text_encoder_ti with --initializer_concept",
+    "num_vectors_per_token": "use --train_text_encoder_ti with --num_new_tokens_per_abstraction",
+    "network_weights": "use --init_adapter",
+    "dim_from_weights": "a file of another rank is converted to --rank; leave it out",
+    "network_train_unet_only": "the text encoders are frozen unless --train_text_encoder; leave it out",
+    "train_data_dir": "use --instance_data_dir, or --subjects where each folder in it is another subject",
+    "dataset_config": "use --subjects, or [[subjects]] tables in a --config file",
+    "reg_data_dir": "use --class_data_dir with --with_prior_preservation",
+    "output_name": "the files are named by --output_dir",
+    "unet_lr": "use --learning_rate",
+    "max_train_epochs": "use --num_train_epochs",
+    "save_every_n_epochs": "use --checkpointing_steps",
+    "save_every_n_steps": "use --checkpointing_steps",
+    "save_precision": "the adapter is saved in its own precision; leave it out",
+    "save_model_as": "adapters are always safetensors; leave it out",
+    "sample_prompts": "use --validation_prompt",
+    "sample_every_n_steps": "use --validation_steps",
+    "caption_strategy": "captions are name.txt, metadata.jsonl or the instance prompt; --captions auto makes them",
+    "caption_extension": "captions are the lines of name.txt beside each photo",
+    "caption_dropout_rate": "use --caption_dropout",
+    "caption_dropout_probability": "use --caption_dropout",
+    "proportion_empty_prompts": "use --caption_dropout",
+    "caption_dropout_every_n_epochs": "use --caption_dropout, a share of all exposures",
+    "caption_tag_dropout_rate": "not supported: --caption_dropout leaves out a caption as a whole",
+    "caption_separator": "tags are what stands between commas; leave it out",
+    "keep_tokens_separator": "use --keep_tokens",
+    "shuffle_tags": "use --shuffle_caption",
+    "min_bucket_reso": "sides lie between half and twice --resolution; leave it out",
+    "max_bucket_reso": "sides lie between half and twice --resolution; leave it out",
+    "bucket_no_upscale": "not supported: a small photo is enlarged to the area of --resolution",
+    "aspect_ratio_buckets": "use --enable_bucket, which finds the sizes by itself",
+    "min_snr_gamma": "use --snr_gamma",
+    "adaptive_noise_scale": "not supported: --noise_offset is the same for all photos",
+    "multires_noise_iterations": "not supported: use --noise_offset",
+    "huber_scale": "use --huber_c, the width itself",
+    "masked_loss": "name.mask.png beside a photo is always used, and --masks auto makes what is missing; leave it out",
+    "alpha_mask": "a photo's transparency is its mask unless --alpha white; leave it out",
+    "no_half_vae": "the VAE always computes in fp32; leave it out",
+    "cache_text_encoder_outputs": "text embeddings are always computed once; leave it out",
+    "prior_loss_weights": "use --prior_loss_weight",
+    "xformers": "PyTorch's own memory-efficient attention is used; leave it out",
+    "torch_compile": "use --compile on",
+    "dynamo_backend": "use --compile on",
+    "sdpa": "PyTorch's own memory-efficient attention is used; leave it out",
+    "v_parameterization": "read from the base's scheduler; leave it out",
+    "max_data_loader_n_workers": "use --dataloader_num_workers",
+    "init_lora": "use --init_adapter",
+    "lora_rank": "use --rank",
+    "use_face_segmentation_condition": "use --masks auto --mask_prompt face",
+    "lora_r": "use --rank",
+}
+
+
+def is_removed(flag: str) -> bool:
+    """Whether an earlier version had the flag."""
+    return name_of(flag) in REMOVED_FLAGS
+
+
+def name_of(flag: str) -> str:
+    return flag.partition("=")[0].lstrip("-")
+
+
+def unknown_flag_message(word: str) -> str:
+    """The error message for an argument that no flag takes."""
+    if not word.startswith("-"):
+        return f"`{word}` belongs to no flag: a prompt of several words goes in quotes."
+    flag, name = word.partition("=")[0], name_of(word)
+    if name in FOREIGN_FLAGS:
+        return f"{flag}: {FOREIGN_FLAGS[name]}."
+    close = nearest(name.removeprefix("no_"), FIELD_TYPES)
+    return f"unknown flag {flag}" + (f": did you mean --{close}?" if close else "; see --help.")
+
 
 SAID_BY_WORDS = (
     *(item.name for item in fields(SubjectTable)),
@@ -251,3 +385,92 @@ def launcher_settings() -> dict[str, int]:
             raise UserError(f"{name}={value} in the environment: expected a whole number, as a launcher sets it.")
     rank = int(said.get("LOCAL_RANK", "-1"))
     return {"local_rank": rank} if rank != -1 else {}
+
+
+RUNS = Path("runs")
+AS_ONE_WORD = "as in `train photos/dog dog`"
+NO_GPU = "there is no GPU here, and the embedded base knows toys alone"
+
+
+def leading_words(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The words before the first flag, and the rest."""
+    count = next((number for number, word in enumerate(argv) if word.startswith("-")), len(argv))
+    return argv[:count], argv[count:]
+
+
+def choose(words: list[str], given: Mapping[str, Any], *, has_recipe: bool = False, is_queued: bool = False) -> Choices:
+    """All settings for the photos and the class in `words`. Settings `given` by flag or file override the choices.
+
+    `has_recipe`: a given file replaces the recipe. `is_queued`: the run will have the whole GPU. Raises
+    UserError for a missing folder or word, and for a folder without photos.
+    """
+    folder, word = folder_and_word(words)
+    if given.get("instance_data_dir"):
+        raise UserError(f"{words[0]} and --instance_data_dir: give the folder of photos once.")
+    choices = Choices(given, {"instance_data_dir": str(folder)})
+    choose_base(choices, folder)
+    free_gib = None if is_toy(choices.all["pretrained_model_name_or_path"]) else gpu_gib(is_later=is_queued)
+    exposures = USUAL_EXPOSURES if has_recipe else choose_recipe(choices, free_gib)
+    choose_words(choices, word)
+    choose_output(choices, word)
+    photos = photos_of(choices)
+    choose_steps(choices, exposures, photos)
+    choose_scores(choices, photos)
+    return choices
+
+
+def folder_and_word(words: list[str]) -> tuple[Path, str]:
+    """The folder of photos and the class. Raises UserError."""
+    folder, word = Path(find_asset(words[0])), " ".join(words[1:2]).strip()
+    if not folder.is_dir():
+        kind = "it is a file" if folder.exists() else "there is no such folder"
+        raise UserError(f"{words[0]}: {kind}; give the folder of photos first, then the word, {AS_ONE_WORD}.")
+    if not word or "/" in word:
+        raise UserError(f"{words[0]}: say in one word what it shows, {AS_ONE_WORD}.")
+    if len(words) > 2:
+        raise UserError(f"`{words[2]}` belongs to no flag: a class of several words goes in quotes, {AS_ONE_WORD}.")
+    return folder, word
+
+
+def choose_base(choices: Choices, folder: Path) -> None:
+    from dreambooth_moslora.plan.memory import STOCK_SDXL
+
+    is_of_toys = (folder / SUBJECT_FILE).is_file()
+    base = "toy" if is_of_toys or gpu_gib() is None else STOCK_SDXL
+    why = "the photos are of its world" if is_of_toys else NO_GPU
+    said = f"the embedded one, as {why}" if base == "toy" else base
+    choices.add(f"base: {said}", "pretrained_model_name_or_path", pretrained_model_name_or_path=base)
+
+
+def gpu_gib(*, is_later: bool = False) -> float | None:
+    """Free memory of the GPU for this run, of several the least, now or when other runs have ended; None without a
+    GPU."""
+    from dreambooth_moslora.plan.memory import least_free_gib
+
+    return least_free_gib(is_later=is_later)
+
+
+def choose_output(choices: Choices, word: str) -> None:
+    folder = run_folder(word, resumes=bool(choices.given.get("resume_from_checkpoint")))
+    choices.add(f"output: {folder}", "output_dir", output_dir=str(folder))
+
+
+def run_folder(word: str, resumes: bool) -> Path:
+    """`runs/dog`, or a free name like it; for a resumed run, the latest of these names.
+
+    Several processes cannot each find a free name: they use the first one, and an earlier run there is moved
+    away.
+    """
+    name = re.sub(r"[^\w-]+", "_", word)[:60].strip("_") or "run"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return RUNS / name
+    if not resumes:
+        return RUNS / free_name(name, lambda taken: (RUNS / taken).exists())
+    there = [path for path in RUNS.glob("*") if re.fullmatch(rf"{re.escape(name)}(_\d+)?", path.name)]
+    return max(there, key=lambda path: (len(path.name), path.name), default=RUNS / name)
+
+
+def photos_of(choices: Choices) -> list["Photo"]:
+    from dreambooth_moslora.photos.folder import photo_report
+
+    return photo_report(TrainConfig.from_dict(choices.all | {"early_stopping": None})).photos

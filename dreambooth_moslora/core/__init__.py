@@ -1,1 +1,1 @@
-"""Settings, names, seeds, files and pictures for all other packages; it imports no torch."""
+"""Names, seeds, errors and whole files for all other packages; it imports no torch."""

@@ -14,15 +14,6 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-__all__ = [
-    "atomic_directory",
-    "atomic_write",
-    "clean_stale",
-    "recover",
-    "remove_directory",
-    "scratch_directory",
-]
-
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>[0-9]{1,9})-(?P<token>[0-9a-f]{8})\.(?P<kind>new|old)")
 
 

@@ -1,8 +1,14 @@
-"""Exceptions that are not bugs: a user's mistake, and a request to stop."""
+"""Errors that are not bugs, and what counts as a number in files that anybody may have written.
 
+Exceptions that are not bugs: a user's mistake, and a request to stop.
+
+What counts as a number in files and requests that anybody may have written: a bool does not.
+"""
+
+import json
 import re
-
-__all__ = ["StopRequestedError", "UserError", "is_out_of_memory", "one_line", "shortened", "spelled_out"]
+import sys
+from typing import Any
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 NO_MEMORY = re.compile(
@@ -54,3 +60,28 @@ class UserError(ValueError):
 
     def __init__(self, text: str):
         super().__init__(shortened(spelled_out(text)))
+
+
+def is_number(value: object) -> bool:
+    """An int or a float, infinity and NaN among them."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_finite_number(value: object) -> bool:
+    """A number that a float holds: no NaN, no infinity, and no int beyond the largest float."""
+    return is_number(value) and abs(value) <= sys.float_info.max
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Raises UserError unless the bytes are UTF-8 and a JSON object, without NaN and not too deeply nested."""
+    try:
+        values = json.loads(body.decode("utf-8"), parse_constant=no_number)
+    except (ValueError, RecursionError) as error:
+        raise UserError("the body is not valid JSON") from error
+    if not isinstance(values, dict):
+        raise UserError('the body must be a JSON object like {"prompt": "a dog"}')
+    return values
+
+
+def no_number(word: str) -> None:
+    raise ValueError(f"{word} is not a JSON number")

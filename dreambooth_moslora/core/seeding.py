@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["generator", "place_of", "rng", "seed_of"]
-
 
 def seed_of(*names: object) -> int:
     """A 63-bit seed for this combination of names and numbers."""

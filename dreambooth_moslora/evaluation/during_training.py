@@ -14,24 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.moslora import set_scale
-from dreambooth_moslora.core.config.subject_tables import each_subject
-from dreambooth_moslora.core.config.train_config import TrainConfig
-from dreambooth_moslora.core.prompts import subject_of
-from dreambooth_moslora.core.run_files.run_folder import RunDir
-from dreambooth_moslora.core.toy import is_toy
+from dreambooth_moslora.core.names import is_toy
+from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.evaluation.encoders import Encoders, load_encoders
-from dreambooth_moslora.evaluation.evaluate import Evaluator, sampler_draw
+from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator, sampler_draw
 from dreambooth_moslora.evaluation.metrics import photo_nearness
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_for
-from dreambooth_moslora.evaluation.scores import Evaluation
 from dreambooth_moslora.evaluation.subjects import evaluators_of, photos_by_subject, pooled
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.photos.folder import instance_photos
 from dreambooth_moslora.photos.photo import Photo
-from dreambooth_moslora.training.results.best_scale import SCALES, ScaleChoice, choose_scale
-from dreambooth_moslora.training.results.best_step import best_of
-
-__all__ = ["LOGGED", "TrainingEvaluator"]
+from dreambooth_moslora.settings.prompts import subject_of
+from dreambooth_moslora.settings.subjects import each_subject
+from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training.explain import SCALES, ScaleChoice, best_of, choose_scale
 
 LOGGED = (
     *("dino", "clip_i", "clip_t", "pres", "diversity", "drift", "background_leak", "truth", "copied", "score"),

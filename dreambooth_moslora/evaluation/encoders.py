@@ -26,11 +26,9 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from dreambooth_moslora.base.locate import resolve_base
+from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.names import CLIP, DINO, public_name
-
-__all__ = ["Clip", "Encoders", "load_encoders"]
 
 TOY_DINO = "toy-dino"
 ALEXNET = "alexnet-owt-7be5be79.pth"

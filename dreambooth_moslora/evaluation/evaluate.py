@@ -1,4 +1,8 @@
-"""Scores an adapter: compares pictures by the adapter and by the base at equal prompts and seeds.
+"""Scores an adapter: pictures by the adapter and by the base at equal noise.
+
+The result of an evaluation: tables of scores, their means and intervals, and the pictures behind them.
+
+Scores an adapter: compares pictures by the adapter and by the base at equal prompts and seeds.
 
     draw(requests, with_adapter) -> pictures --Encoders--> vectors --metrics--> tables (prompts, seeds)
         -> scores
@@ -10,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -22,15 +26,72 @@ from torch import Tensor
 
 from dreambooth_moslora.adapters.moslora import disabled
 from dreambooth_moslora.base.load import encode_text
-from dreambooth_moslora.core.toy import is_toy
+from dreambooth_moslora.core.names import is_toy
 from dreambooth_moslora.evaluation import metrics
 from dreambooth_moslora.evaluation.encoders import Encoders
+from dreambooth_moslora.evaluation.metrics import Interval, bootstrap_mean
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
-from dreambooth_moslora.evaluation.scores import Evaluation, Tables
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
-__all__ = ["Draw", "Evaluator", "Truth", "evaluate_adapter", "sampler_draw"]
+Tables = dict[str, np.ndarray]
+RELATIVE = {
+    "dino_of_ceiling": "DINO, share of true renders'",
+    "clip_t_of_base": "CLIP-T, share of the base's",
+    "clip_t_of_ceiling": "CLIP-T, share of true renders'",
+    "pres_gain": "PRES above the base's, in its standard deviations",
+    "drift_of_spread": "Drift, share of the base's spread",
+    "class_diversity_of_base": "DIV of the bare class, share of the base's",
+    "sharpness_of_ceiling": "Sharpness of the toy, share of true renders' after the autoencoder",
+    "copied": "Share of copies",
+}
+
+
+@dataclass
+class Evaluation:
+    """Tables of scores by name, each (prompts, seeds), (prompts, 1) or (pictures,), and the pictures behind them."""
+
+    plan: EvaluationPlan
+    tables: Tables
+    alarm: metrics.CopyAlarm
+    score: float
+    seconds: float
+    pictures: dict[str, list[Image.Image]] = field(repr=False, default_factory=dict)
+
+    def mean(self, name: str) -> float:
+        return float(self.tables[name].mean())
+
+    def interval(self, name: str) -> Interval:
+        return bootstrap_mean(self.tables[name])
+
+    def means(self) -> dict[str, float]:
+        """All scores as plain numbers, rounded, for the log of a training run."""
+        found = {name: round(float(table.mean()), 4) for name, table in self.tables.items()}
+        copies = {"copied": round(self.alarm.share, 4), "copy_alarm": self.alarm.raised}
+        return {**found, **self.relative(), **copies, "score": round(self.score, 4)}
+
+    def relative(self) -> dict[str, float]:
+        """Scores relative to their scales: the base's score, the ceiling (toy world), or the base's own spread.
+
+        pres_gain is PRES above the base's, in standard deviations of the base's pictures.
+        """
+        shares = {
+            "clip_t_of_base": ("clip_t", "clip_t_base"),
+            "clip_t_of_ceiling": ("clip_t", "clip_t_ceiling"),
+            "dino_of_ceiling": ("dino", "dino_ceiling"),
+            "drift_of_spread": ("drift", "drift_base_spread"),
+            "sharpness_of_ceiling": ("sharpness", "sharpness_ceiling"),
+            "class_diversity_of_base": ("class_diversity", "class_diversity_base"),
+        }
+        found = {}
+        for name, (measure, whole) in shares.items():
+            if whole in self.tables and self.mean(whole):
+                found[name] = self.mean(measure) / self.mean(whole)
+        own = self.tables.get("pres_base", np.zeros(0))
+        if own.size > 1 and (deviation := float(own.std(ddof=1))):
+            found["pres_gain"] = (self.mean("pres") - self.mean("pres_base")) / deviation
+        return {name: round(value, 4) for name, value in found.items()}
+
 
 Draw = Callable[[list[SampleRequest], bool], list[Image.Image]]
 """(requests, True for the adapter or False for the base alone) -> pictures in order."""
@@ -202,7 +263,10 @@ def truth_of(
     """The truth about a toy that the toy base draws in the toy world's places; None for anything else."""
     if not (is_toy(base) and photos_dir):
         return None
-    from dreambooth_moslora.evaluation.toy_truth import find_truth, is_known_place  # the toy world costs an import
+    from dreambooth_moslora.evaluation.toy_truth import (
+        find_truth,
+        is_known_place,  # the toy world costs an import
+    )
 
     return find_truth(Path(photos_dir), encoders, size_px) if all(map(is_known_place, plan.templates)) else None
 

@@ -10,11 +10,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.prompts import DREAMBOOTH_LIVE_TEMPLATES, DREAMBOOTH_OBJECT_TEMPLATES, Subject
-from dreambooth_moslora.core.toy import TOY_TEMPLATES, is_toy
+from dreambooth_moslora.core.names import TOY_TEMPLATES, is_toy
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
-
-__all__ = ["TEMPLATE_SETS", "EvaluationPlan", "plan_for"]
+from dreambooth_moslora.settings.prompts import DREAMBOOTH_LIVE_TEMPLATES, DREAMBOOTH_OBJECT_TEMPLATES, Subject
 
 TEMPLATE_SETS = {"object": DREAMBOOTH_OBJECT_TEMPLATES, "live": DREAMBOOTH_LIVE_TEMPLATES, "toy": TOY_TEMPLATES}
 LIVING = {"dog", "puppy", "cat", "kitten", "animal", "pet", "horse", "bird", "person", "man", "woman", "boy", "girl"}

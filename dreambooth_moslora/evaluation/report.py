@@ -10,12 +10,10 @@ from PIL import Image
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.core.atomic_files import atomic_write
+from dreambooth_moslora.core.pictures import page, picture, pictures, section, table
 from dreambooth_moslora.evaluation import metrics
-from dreambooth_moslora.evaluation.html_page import page, picture, pictures, section, table
-from dreambooth_moslora.evaluation.scores import RELATIVE, Evaluation
-from dreambooth_moslora.training.results.best_scale import ScaleChoice
-
-__all__ = ["ReportContext", "report_html", "scores_json", "write_report"]
+from dreambooth_moslora.evaluation.evaluate import RELATIVE, Evaluation
+from dreambooth_moslora.training.explain import ScaleChoice
 
 MEASURES = {
     # name: (title, the base's own, what it means)

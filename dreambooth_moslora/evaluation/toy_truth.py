@@ -19,20 +19,17 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from dreambooth_moslora.core.assets import assets_folder
-from dreambooth_moslora.core.config.files import read_json_table
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import SUBJECT_FILE
+from dreambooth_moslora.core.names import SUBJECT_FILE, assets_folder
 from dreambooth_moslora.evaluation.encoders import Encoders
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
+from dreambooth_moslora.settings.sources import read_json_table
 from toybox.data.renders import to_pixels, to_uint8
 from toybox.drawing.places import PLACES
 from toybox.measures.sharpness import sharpness
 from toybox.readers import judge, segmenter
 from toybox.render import render, toy_masks
 from toybox.world import Scene, Toy, sample_scene, sample_toy
-
-__all__ = ["ToyTruth", "find_truth", "is_known_place"]
 
 VIEWS = 3
 """True renders of each place."""

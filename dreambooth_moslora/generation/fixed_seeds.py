@@ -16,8 +16,6 @@ from dreambooth_moslora.base.decode import decode_image, decode_pixels, pictures
 from dreambooth_moslora.base.load import TextCond, default_guidance, guidance_rescale
 from dreambooth_moslora.core.errors import StopRequestedError, UserError
 
-__all__ = ["SampleRequest", "Sampler", "generate_images"]
-
 DEFAULT_INFERENCE_STEPS = 25
 
 

@@ -9,12 +9,9 @@ import PIL.Image
 from PIL import ImageDraw, ImageFont
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.generation.image import Image, recipe_text
-from dreambooth_moslora.generation.params import GenerationParams, Provenance
+from dreambooth_moslora.generation.params import GenerationParams, Image, Provenance, recipe_text
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.generation.progress import Preview, Step
-
-__all__ = ["AXES", "Axis", "Sheet", "draw_sheet", "generate_grid", "parse_axis"]
 
 MAX_CELLS = 64
 MARGIN_PX = 12

@@ -1,7 +1,15 @@
-"""The parameters of a picture, and how a PNG carries them.
+"""The parameters of a picture: schedulers, limits, and how a PNG carries its recipe.
+
+The table of schedulers, for the command line, the page and PNG files. It needs no torch.
+
+The parameters of a picture, and how a PNG carries them.
 
 Every PNG has two text chunks: `parameters`, the text that A1111 and its relatives read, and
 `dreambooth_moslora`, exact JSON: `GenerationParams.from_png(path)` gives the same picture again.
+
+Limits of one picture on a machine that draws for many users: a larger one would block the queue.
+
+A finished picture, with its recipe for the PNG.
 """
 
 import json
@@ -9,25 +17,53 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 from PIL import UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.generation.schedulers import SCHEDULERS, scheduler_of_title
 
-__all__ = [
-    "GenerationParams",
-    "Provenance",
-    "Recipe",
-    "check_characters",
-    "draw_seed",
-    "read_recipe",
-    "recipe_in",
-    "split_lora_tags",
-]
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """`title` is its name in other programs ("Sampler" in A1111), `class_name` diffusers' class."""
+
+    title: str
+    class_name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+SCHEDULERS = {
+    "euler": Scheduler("Euler", "EulerDiscreteScheduler"),
+    "dpmpp_2m_karras": Scheduler(
+        "DPM++ 2M Karras",
+        "DPMSolverMultistepScheduler",
+        {"use_karras_sigmas": True},
+    ),
+    "unipc": Scheduler("UniPC", "UniPCMultistepScheduler"),
+}
+"""Schedulers by this program's names. All are deterministic: noise is drawn only at the start."""
+
+
+def scheduler_of_title(title: str) -> str | None:
+    """The name of the scheduler that other programs call `title`."""
+    return next((name for name, scheduler in SCHEDULERS.items() if scheduler.title == title), None)
+
+
+def make_scheduler(name: str, base_config: Mapping[str, Any]) -> "SchedulerMixin":
+    """diffusers' scheduler of that name, with the noise levels of the base's own scheduler."""
+    import diffusers
+
+    scheduler = SCHEDULERS[name]
+    return getattr(diffusers, scheduler.class_name).from_config(base_config, **scheduler.options)
+
 
 PNG_KEY = "dreambooth_moslora"
 FORMAT_VERSION = 1
@@ -299,3 +335,54 @@ def _sampler_of(settings: Mapping[str, str]) -> str:
     if schedule == "Automatic":
         schedule = "Karras" if sampler == "DPM++ 2M" else ""
     return f"{sampler} {schedule}".strip()
+
+
+MAX_STEPS = 100
+MAX_AREA = 4
+"""Largest area relative to the base's own: larger pictures take much longer and repeat themselves."""
+
+
+def check_size(params: GenerationParams, resolution_px: int) -> None:
+    """Raises UserError for a picture that is too large. `resolution_px` is the base's own side."""
+    height, width = params.height_px or resolution_px, params.width_px or resolution_px
+    if height * width > MAX_AREA * resolution_px**2:
+        side = int(MAX_AREA**0.5 * resolution_px)
+        raise UserError(f"{width} x {height} px is too large for this base; at most {side} x {side} px are drawn")
+
+
+def check_steps(params: GenerationParams) -> None:
+    """Raises UserError for a picture with too many steps."""
+    if params.steps > MAX_STEPS:
+        raise UserError(f"{params.steps} steps are too many; at most {MAX_STEPS} are drawn")
+
+
+@dataclass(frozen=True)
+class Image:
+    """Image `index`, with the parameters of this one image and its provenance."""
+
+    index: int
+    pixels: PIL.Image.Image
+    params: GenerationParams
+    provenance: Provenance
+
+    def save(self, path: str | Path) -> Path:
+        """Write a PNG with the recipe."""
+        self._write(path)
+        return Path(path)
+
+    def png(self) -> bytes:
+        """The bytes of that file."""
+        file = BytesIO()
+        self._write(file)
+        return file.getvalue()
+
+    def _write(self, target: str | Path | BytesIO) -> None:
+        self.pixels.save(target, format="PNG", pnginfo=recipe_text(self.params, self.provenance))
+
+
+def recipe_text(params: GenerationParams, provenance: Provenance) -> PngInfo:
+    """The recipe as text chunks of a PNG, one for each of its parts."""
+    text = PngInfo()
+    for key, value in params.to_png_text(provenance).items():
+        text.add_itxt(key, value)
+    return text

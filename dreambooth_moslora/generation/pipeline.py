@@ -1,37 +1,311 @@
-"""SubjectPipeline: a base, any number of adapters with their scales, and pictures that are yielded one by one.
+"""SubjectPipeline: a base, any number of adapters with their scales, and pictures as a stream of events.
+
+Turns a function with callbacks into an iterator, so that slow work can be watched and stopped.
+
+An adapter in a pipeline, and when its file has changed.
+
+The adapters of a picture: those that the user gives, or those in a PNG's recipe, found again by their SHA-256.
+
+What fits on a GPU while pictures are drawn: all models or one at a time, and which picture size.
+
+Subjects that are mixers alone: finds their basis, puts it into the pipeline once, and swaps the mixers on it.
+
+SubjectPipeline: a base, any number of adapters with their scales, and pictures that are yielded one by one.
 
 GenerationParams --generate--> Step, Preview … Image: the same parameters give the same pixels for any
 `num_images`.
 """
 
+import queue
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from torch import nn
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.adapters.files.lora_file import adapter_name, check_fits, install, read_adapter
-from dreambooth_moslora.adapters.files.mixer_file import is_mixer_file, read_mixers
+from dreambooth_moslora.adapters.basis import (
+    Basis,
+    FileBasis,
+    Mixers,
+    SwappedMixers,
+    is_mixer_file,
+    read_mixers,
+    svd_bases,
+)
+from dreambooth_moslora.adapters.lora_file import adapter_name, check_fits, install, read_adapter
+from dreambooth_moslora.adapters.metadata import notes_in
 from dreambooth_moslora.adapters.new_tokens import AttachedTokens, NewTokens, tokens_beside
 from dreambooth_moslora.base.decode import tiled_where_short
+from dreambooth_moslora.base.files import base_folder
 from dreambooth_moslora.base.load import default_guidance, default_resolution, guidance_rescale, load_pipeline
+from dreambooth_moslora.base.machine import GIB, free_gib
 from dreambooth_moslora.core.errors import StopRequestedError, UserError, is_out_of_memory
-from dreambooth_moslora.core.names import public_name
-from dreambooth_moslora.core.run_files.adapter_files import find_weights
-from dreambooth_moslora.generation.gpu_room import CPU, Home
-from dreambooth_moslora.generation.image import Image
-from dreambooth_moslora.generation.loaded_adapter import Adapter, Stamp, stamp_of
-from dreambooth_moslora.generation.mixers_on_bases import MixersOnBases
-from dreambooth_moslora.generation.params import GenerationParams, Provenance
+from dreambooth_moslora.core.names import assets_folder, file_digest, find_asset, public_name
+from dreambooth_moslora.disk.adapter_files import find_weights
+from dreambooth_moslora.disk.run_folder import BEST_NAME
+from dreambooth_moslora.generation.params import GenerationParams, Image, Provenance, Recipe, make_scheduler
 from dreambooth_moslora.generation.progress import Clock, LatentColours, Preview, Step, Watcher
-from dreambooth_moslora.generation.schedulers import make_scheduler
-from dreambooth_moslora.generation.streaming import iterate
+from dreambooth_moslora.settings.table import SVD, TrainConfig
 
-__all__ = ["Event", "SubjectPipeline"]
+Item = TypeVar("Event")
+
+
+def iterate(work: Callable[[Callable[[Item], None], Callable[[], bool]], None]) -> Iterator[Item]:
+    """Run `work(emit, abandoned)` in a thread of its own and yield what it emits.
+
+    `abandoned()` becomes true when the consumer closes the iterator; `work` should return soon after. An
+    exception in `work` is raised in the consumer. The thread ends with the iterator.
+    """
+    events: queue.SimpleQueue = queue.SimpleQueue()
+    abandoned = threading.Event()
+    failure: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            work(events.put, abandoned.is_set)
+        except BaseException as error:  # raised by the consumer
+            failure.append(error)
+        events.put(None)
+
+    thread = threading.Thread(target=body, name="generate", daemon=True)
+    thread.start()
+    try:
+        while (event := events.get()) is not None:
+            yield event
+    finally:
+        abandoned.set()
+        thread.join()
+    if failure:
+        raise failure[0]
+
+
+Stamp = tuple[Path, int, int]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in the model. `key` is its name inside PEFT, `header` its file's metadata, and `tokens` are those of
+    the new tokens that the header names whose files are there. If it is `mixers` alone, `key` is their basis's name."""
+
+    name: str
+    key: str
+    sha256: str
+    header: dict[str, str]
+    tokens: tuple[NewTokens, ...]
+    stamp: Stamp
+    mixers: Mixers | None = None
+
+    @property
+    def lacks_tokens(self) -> bool:
+        return len(self.tokens) < len(notes_in(self.header))
+
+
+def stamp_of(file: Path) -> Stamp:
+    """Changes with the file, and needs no reading."""
+    facts = file.stat()
+    return file.resolve(), facts.st_mtime_ns, facts.st_size
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A file to use as `name` at `scale`. `note` is for the user, or empty."""
+
+    file: Path
+    name: str
+    scale: float
+    note: str = ""
+
+
+def given_adapters(given: list[tuple[str, float | None]], recipe: Recipe | None) -> list[AdapterFile]:
+    """Path and scale, as the user gave them. A scale of None is the picture's, or 1. Raises UserError."""
+    return [_given(path, scale, recipe) for path, scale in given]
+
+
+def adapters_of_picture(recipe: Recipe) -> list[AdapterFile]:
+    """The adapters of the picture, looked up among local files. Raises UserError for a missing one."""
+    hashes = dict(recipe.provenance.adapter_sha256)
+    return [AdapterFile(_find(name, hashes.get(name)), name, scale) for name, scale in recipe.params.adapters]
+
+
+def _given(path: str, scale: float | None, recipe: Recipe | None) -> AdapterFile:
+    scales, hashes = (dict(recipe.params.adapters), dict(recipe.provenance.adapter_sha256)) if recipe else ({}, {})
+    place = Path(find_asset(path))
+    file = _find(path, hashes.get(path)) if path in scales and not place.exists() else find_weights(place)
+    digest = file_digest(file) if hashes else ""
+    name = path if path in scales and not place.exists() else adapter_name(file)
+    in_picture = next((known for known in scales if hashes.get(known) == digest), name)
+    differs = hashes.get(in_picture, digest) != digest
+    note = f"the adapter {name} is another file than the one that made the picture" if differs else ""
+    return AdapterFile(file, name, scales.get(in_picture, 1.0) if scale is None else scale, note)
+
+
+def _find(name: str, sha256: str | None) -> Path:
+    """The file with this content under any name; without a sha256, the file with this name. Raises UserError."""
+    files = _files_here()
+    named = [file for file in files if adapter_name(file) == name]
+    for file in [*named, *files] if sha256 else named:
+        if sha256 in (None, file_digest(file)):
+            return file
+    known = f" (sha256 {sha256[:12]})" if sha256 else ""
+    other = f"; {named[0]} has its name and is another file" if named else ""
+    raise UserError(
+        f"the picture's adapter {name!r:.60}{known} is not in runs/ nor in assets/adapters/{other}; "
+        "give its file with --adapter"
+    )
+
+
+def _files_here() -> list[Path]:
+    """The program's own adapters, then those of the runs in `runs/`, with their best steps and checkpoints."""
+    runs = Path("runs")
+    places = [*runs.glob("*/*.safetensors"), *runs.glob("*/*/*.safetensors")]
+    own = sorted((assets_folder() / "adapters").glob("*.safetensors"))
+    return [file for file in [*own, *sorted(places)] if file.is_file()]
+
+
+CPU = torch.device("cpu")
+ROOM_BESIDE_WEIGHTS = 1.5
+"""If free memory over weights is less, models take turns: SDXL in half precision needs 9.7 GiB to avoid that."""
+UNET_BYTES_A_PIXEL = 400
+"""Of the UNet in half precision per pixel of the picture, with and without the prompt together."""
+
+
+def weights_gib(model: DiffusionPipeline | nn.Module) -> float:
+    """GiB of all weights, in their current dtype."""
+    parts = [model] if isinstance(model, nn.Module) else model.components.values()
+    weights = [weight for part in parts if isinstance(part, nn.Module) for weight in part.parameters()]
+    return sum(weight.numel() * weight.element_size() for weight in weights) / GIB
+
+
+def must_offload(free_gib: float | None, all_weights_gib: float) -> bool:
+    """Whether the models must take turns on the device.
+
+    `free_gib` None means unlimited memory.
+    """
+    return free_gib is not None and free_gib < ROOM_BESIDE_WEIGHTS * all_weights_gib
+
+
+def max_pixels(free_gib: float) -> int:
+    """The largest picture that the UNet can denoise in the memory free beside its weights.
+
+    The decoder sets no limit: it can work in tiles.
+    """
+    return int(max(0.0, free_gib) * GIB / UNET_BYTES_A_PIXEL)
+
+
+class Home:
+    """The device that a pipeline draws on. A resting pipeline is in the CPU's memory.
+
+    If the device is short of memory, the models take turns on it, and the pipeline rests between calls.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, device: torch.device) -> None:
+        self.pipeline, self.device = pipeline, device
+        self.is_resting = pipeline.device != device
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the device has too little free memory for a resting pipeline's models."""
+        return self.is_resting and must_offload(free_gib(self.device), weights_gib(self.pipeline))
+
+    def enter(self) -> None:
+        """Move all models to the device, or let them take turns until `end_turns`."""
+        if self.is_short:
+            self.pipeline.enable_model_cpu_offload(device=self.device)
+        elif self.is_resting:
+            self.pipeline.to(self.device)
+            self.is_resting = False
+
+    def end_turns(self) -> None:
+        """Remove the models that took turns."""
+        if self.is_resting:
+            self.leave()
+
+    def leave(self) -> None:
+        self.is_resting = True
+        self.pipeline.remove_all_hooks()
+        self.pipeline.to(CPU, silence_dtype_warnings=True)
+        torch.cuda.empty_cache()
+
+    def check_size(self, height_px: int, width_px: int) -> None:
+        """Raises UserError for a picture that cannot fit, before its first step. Call it after `enter`."""
+        free = free_gib(self.device)
+        if free is None:
+            return
+        most = max_pixels(free - weights_gib(self.pipeline.unet) if self.is_resting else free)
+        if height_px * width_px > most:
+            side = int(most**0.5) // 32 * 32
+            raise UserError(
+                f"there is too little memory for {height_px} x {width_px} px: at most {side} x {side} px fit now"
+            )
+
+
+class MixersOnBases:
+    """The bases in a pipeline's UNet, by `Mixers.basis_key`. `files` are bases that the user names."""
+
+    def __init__(self, pipeline: StableDiffusionXLPipeline):
+        self.pipeline = pipeline
+        self.files: list[Path] = []
+        self._loaded: dict[str, SwappedMixers] = {}
+
+    def prepare(self, mixers: Mixers, file: Path) -> None:
+        """Put the basis of the mixers, read from `file`, into the UNet, unless it is there. Raises UserError."""
+        if mixers.basis_key not in self._loaded:
+            basis = self._find(mixers, file)
+            swapped = SwappedMixers(self.pipeline.unet, basis, mixers.ranks, mixers.basis_key)
+            self._loaded[mixers.basis_key] = swapped
+
+    def show(self, chosen: Iterable[tuple[Mixers, float]]) -> set[str]:
+        """Let each basis compute with the weighted sum of its chosen mixers. Returns the names of these adapters."""
+        by_basis: dict[str, list] = {}
+        for mixers, scale in chosen:
+            by_basis.setdefault(mixers.basis_key, []).append((mixers.values, scale))
+        for key, subjects in by_basis.items():
+            self._loaded[key].show(subjects)
+        return set(by_basis)
+
+    def forget(self, key: str) -> None:
+        """The adapter was deleted from the UNet."""
+        self._loaded.pop(key, None)
+
+    def _find(self, mixers: Mixers, file: Path) -> Basis:
+        """The basis that the mixers were trained on. Raises UserError for any other."""
+        note = mixers.metadata.basis
+        if note["kind"] == SVD:
+            return self._svd_basis(mixers)
+        parents = file.absolute().parents
+        near = parents[: 3 if parents[0].name == BEST_NAME else 2]
+        beside = [folder / note["file"] for folder in near] if note["file"] else []
+        for place in (*self.files, *beside):
+            if place.is_file() and file_digest(place) == note["sha256"]:
+                return FileBasis(place)
+        raise UserError(
+            f"{mixers.file_name} needs its basis, {note['file']!r:.60} with sha256 {note['sha256'][:12]:.12}: put it "
+            "beside the file or into the folder above, or name it with --basis"
+        )
+
+    def _svd_basis(self, mixers: Mixers) -> Basis:
+        """Of the base's files that the mixers were trained on: a run may have loaded another variant of them."""
+        wanted, found = mixers.metadata.basis, []
+        for basis in svd_bases(self._folder()):
+            if basis.note == wanted:
+                return basis
+            found.append(basis.note["sha256"][:12])
+        raise UserError(
+            f"{mixers.file_name} was made for other weights: its basis is of a base with sha256 "
+            f"{wanted['sha256'][:12]:.12}, and this one's is {found[0]}"
+        )
+
+    def _folder(self) -> Path | None:
+        """The diffusers folder of the pipeline's base, None for a single file."""
+        name = str(self.pipeline.config.get("_name_or_path") or "")
+        return base_folder(TrainConfig(pretrained_model_name_or_path=name)) if name else None
+
 
 RESIDENT_ADAPTERS = 8
 """Default number of adapters kept in the model; the least recently used one is dropped first."""

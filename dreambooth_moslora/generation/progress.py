@@ -19,8 +19,6 @@ from torch import Tensor
 from dreambooth_moslora.core.errors import StopRequestedError, one_line
 from dreambooth_moslora.generation.params import GenerationParams
 
-__all__ = ["Clock", "LatentColours", "Preview", "PreviewTracker", "Step", "Watcher"]
-
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")

@@ -1,54 +1,293 @@
-"""Reads a folder of photos into a `PhotoReport`: the photos, and the files that were left out.
+"""A folder of photos as a report: the photos, the files beside them, and why a file is left out.
+
+Which captions a photo's exposures draw from: tags in changing orders, and the instance prompt in a share of them.
+
+Tags of image boards have no order, so they are shuffled:
+
+    prefix  sks dog, red collar, on grass, side view  suffix        --keep_tokens 1 leaves `sks dog` where it is
+
+Each caption has a fixed number of orders, derived from the run's seed. So frozen text encoders encode each
+order once, and resumed or distributed runs use the same orders as an unbroken run of one process.
+
+A photo whose captions all name a place, say, would never be shown with the bare instance prompt, and prior
+preservation holds the class prompt, its neighbour, where it was: the bare prompt would not draw the subject.
+
+Files beside photos: `name.txt` and `name.mask.png`, or one `metadata.jsonl` with the captions of the folder.
+
+A mask may have any image format. `metadata.jsonl` has the format of the datasets library. Suffixes may be upper
+or lower case. Each line of `name.txt` is a caption; training draws one of them for each exposure.
+
+`--dataset_name`: the images of a data set, on the hub or local, as a folder of photos.
+
+The image files are written unchanged, with their captions in `metadata.jsonl`, so that EXIF, transparency and
+the encoding cache work as for any folder.
+
+Reads a folder of photos into a `PhotoReport`: the photos, and the files that were left out.
 
 A photo's captions are the lines of `name.txt` beside it, else its line in `metadata.jsonl` ({"file_name",
 "text"}), else a caption kept in the run folder by `caption_making`, else the instance prompt. `masks` finds its
 mask. No file in the folder can stop the program: unusable files are listed with a reason.
 """
 
+import json
 import logging
-from collections.abc import Collection
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from dreambooth_moslora.core.config.subject_tables import each_subject
-from dreambooth_moslora.core.config.train_config import TrainConfig
-from dreambooth_moslora.core.errors import UserError, spelled_out
+from dreambooth_moslora.core.atomic_files import atomic_directory
+from dreambooth_moslora.core.errors import UserError, one_line, spelled_out
 from dreambooth_moslora.core.names import SUBJECT_FILE
-from dreambooth_moslora.core.prompts import joined
-from dreambooth_moslora.core.run_files.run_folder import RunDir
-from dreambooth_moslora.photos.image_file import (
+from dreambooth_moslora.core.seeding import rng
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.photos.masks import find_mask, with_kept_masks
+from dreambooth_moslora.photos.photo import (
     IMAGE_SUFFIXES,
+    Photo,
     UnreadableImageError,
     is_rotated,
     open_image,
     upright_size,
 )
-from dreambooth_moslora.photos.masks import find_mask, with_kept_masks
-from dreambooth_moslora.photos.photo import Photo
-from dreambooth_moslora.photos.sidecars import (
-    MADE_CAPTIONS,
-    MASK_SUFFIX,
-    METADATA,
-    Captions,
-    kept_captions,
-    sidecar_of,
-    sidecars_of,
-)
+from dreambooth_moslora.settings.fields import nearest
+from dreambooth_moslora.settings.prompts import joined
+from dreambooth_moslora.settings.subjects import each_subject
+from dreambooth_moslora.settings.table import TrainConfig
 
-__all__ = [
-    "PhotoReport",
-    "Skipped",
-    "find_photos",
-    "instance_photos",
-    "photo_report",
-    "require_folder_of_photos",
-    "smallest_side_px",
-    "usable_photos",
-    "with_kept_captions",
-]
+ORDERS = 16
+"""Orders of each caption, including the written one."""
+
+
+def bare_prompt_line(config: TrainConfig, photos: Sequence[Photo]) -> str | None:
+    """What happens to the photos with a `bare_prompt`; None when there are none."""
+    count, share = sum(photo.bare_prompt is not None for photo in photos), config.bare_share
+    if not count:
+        return None
+    said = f"captions: {count} of {len(photos)} photos have none that is the instance prompt itself"
+    done = f"{share:.0%} of their exposures show it" if share else "they are never shown with it"
+    return f"{said}; {done} (--instance_prompt_share)"
+
+
+def shuffled_captions(config: TrainConfig, captions: tuple[str, ...]) -> tuple[str, ...]:
+    """The captions, or with `--shuffle_caption` ORDERS orders of each, so that each caption is drawn as often
+    as before."""
+    if not config.shuffle_caption:
+        return captions
+    return tuple(reordered(config, caption, number) for caption in captions for number in range(ORDERS))
+
+
+def reordered(config: TrainConfig, caption: str, number: int) -> str:
+    """Order `number` of a caption; 0 is the written one. The prefix, suffix and first `keep_tokens` tags stay
+    in place."""
+    if number == 0:
+        return caption
+    ends = (config.caption_prefix, config.caption_suffix) if caption != config.instance_prompt else ("", "")
+    prefix, suffix = (joined((end or "").strip()) for end in ends)
+    head, tail = prefix if caption.startswith(prefix) else "", suffix if caption.endswith(suffix) else ""
+    tags = [tag.strip() for tag in caption[len(head) : len(caption) - len(tail)].split(",") if tag.strip()]
+    kept, others = tags[: config.keep_tokens], tags[config.keep_tokens :]
+    rng(config.seed, "tags", caption, number).shuffle(others)
+    return joined(head, ", ".join([*kept, *others]), tail)
+
+
+METADATA, MADE_CAPTIONS = "metadata.jsonl", ".made_captions.json"
+CAPTION_SUFFIX, MASK_SUFFIX = ".txt", ".mask"
+MOST_BYTES = 32 * 1024
+"""Of one photo's captions."""
+TOO_LONG = f"longer than captions may be, {MOST_BYTES // 1024} KiB"
+CAPTION_KEYS = ("text", "caption", "prompt")
+
+
+def sidecar_of(path: Path) -> tuple[str, str] | None:
+    """`dog.Mask.PNG` -> ("dog", ".mask"); None for a file that is neither caption nor mask by its name."""
+    if path.suffix.lower() == CAPTION_SUFFIX:
+        return path.stem, CAPTION_SUFFIX
+    inner = Path(path.stem)
+    if path.suffix.lower() in IMAGE_SUFFIXES and inner.suffix.lower() == MASK_SUFFIX:
+        return inner.stem, MASK_SUFFIX
+    return None
+
+
+def sidecars_of(paths: Iterable[Path]) -> dict[tuple[str, str], Path]:
+    """{(photo's stem, suffix): file}. If both spellings exist, the lower-case file is used; it sorts last."""
+    return {named: path for path in sorted(paths) if (named := sidecar_of(path))}
+
+
+class Captions:
+    """Captions of one folder. `complaints` are (file, reason) of what could not be read."""
+
+    def __init__(self, folder: Path, sidecars: dict[tuple[str, str], Path]):
+        self.complaints: list[tuple[Path, str]] = []
+        self._sidecars = sidecars
+        self._by_name = self._read_metadata(folder / METADATA)
+
+    def of(self, photo: Path) -> tuple[str, ...]:
+        """The photo's own captions, one line each; () when it has none."""
+        beside = self._sidecars.get((photo.stem, CAPTION_SUFFIX))
+        lines = self._captions_in(beside) if beside and beside.is_file() else ()
+        named = self._by_name.get(photo.name)
+        return lines or ((named,) if named else ())
+
+    def _captions_in(self, path: Path) -> tuple[str, ...]:
+        if path.stat().st_size > MOST_BYTES:
+            self.complaints.append((path, f"captions not read: {TOO_LONG}"))
+            return ()
+        text = self._text_of(path)
+        lines = tuple(filter(None, map(one_space, (text or "").split("\n"))))
+        if text is not None and not lines:
+            self.complaints.append((path, "empty caption: the instance prompt is used"))
+        return lines
+
+    def _text_of(self, path: Path) -> str | None:
+        """Text in UTF-8, or in UTF-16 with a mark, as Windows' Notepad writes it; else None and a complaint."""
+        try:
+            content = path.read_bytes()
+            text = content.decode("utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig")
+        except OSError as error:
+            self.complaints.append((path, f"captions not read: {error.strerror}"))
+        except UnicodeDecodeError:
+            self.complaints.append((path, "captions not read: neither UTF-8 nor UTF-16 text; save it as UTF-8"))
+        else:
+            if "\0" not in text:
+                return text
+            self.complaints.append((path, "captions not read: it is not a text file"))
+        return None
+
+    def _read_metadata(self, path: Path) -> dict[str, str]:
+        lines = ((self._text_of(path) if path.is_file() else None) or "").split("\n")
+        rows = [self._row(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+        return {name: caption for name, caption in rows if name and caption}
+
+    def _row(self, path: Path, number: int, line: str) -> tuple[str, str]:
+        if len(line.encode()) > MOST_BYTES:
+            self.complaints.append((path, f"line {number} is {TOO_LONG}"))
+            return "", ""
+        try:
+            row = json.loads(line)
+            name = Path(str(row["file_name"])).name
+            caption = next((row[key] for key in CAPTION_KEYS if isinstance(row.get(key), str)), "")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            self.complaints.append((path, f'line {number} is not {{"file_name": …, "text": …}}'))
+            return "", ""
+        return name, one_space(caption)
+
+
+def kept_captions(path: Path) -> dict[str, dict[str, str]]:
+    """{photo's file name: {"caption", "made_from"}} of made captions; empty if the file is damaged."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    entries = entries if isinstance(entries, dict) else {}
+    known = {}
+    for name, facts in entries.items():
+        texts = [facts.get(key) for key in ("caption", "made_from")] if isinstance(facts, dict) else []
+        if texts and all(isinstance(text, str) and text for text in texts):
+            known[name] = {"caption": one_space(texts[0]), "made_from": texts[1]}
+    return known
+
+
+def one_space(text: str) -> str:
+    """The text on one line. JSON can spell half a character ("\\ud83d"), which cannot be encoded; it becomes a
+    question mark."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
+
+
+def dataset_folder(config: TrainConfig) -> Path:
+    """The folder with the data set's images; its name is a digest of their content. Raises UserError."""
+    table = load_images(config)
+    own = own_folders(config)
+    rows = [(image_bytes(row[config.image_column], own), caption_of(row, config.caption_column)) for row in table]
+    rows = [(content, caption) for content, caption in rows if content]
+    digest = sha256(b"".join(sha256(content).digest() + (caption or "").encode() for content, caption in rows))
+    folder = cache_root(config) / "photos" / digest.hexdigest()[:16]
+    if not folder.is_dir():
+        with atomic_directory(folder) as new:
+            write_rows(new, rows)
+    return folder
+
+
+def cache_root(config: TrainConfig) -> Path:
+    from dreambooth_moslora.core.names import default_cache_dir
+
+    return Path(config.cache_dir) if config.cache_dir else default_cache_dir()
+
+
+def load_images(config: TrainConfig) -> Iterable[dict[str, Any]]:
+    """The rows of the train split, with images left encoded. Raises UserError."""
+    import datasets
+
+    name, column = config.dataset_name, config.image_column
+    try:
+        table = datasets.load_dataset(name, config.dataset_config_name, cache_dir=config.cache_dir, split="train")
+    except Exception as error:  # raised by the library, the hub or the file formats
+        raise UserError(f"--dataset_name {name}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    for flag, wanted in (("image_column", column), ("caption_column", config.caption_column)):
+        if wanted is not None and wanted not in table.column_names:
+            close = nearest(wanted, table.column_names)
+            hint = f" Did you mean {close}?" if close else ""
+            raise UserError(f"--{flag} {wanted}: the data set has the columns {', '.join(table.column_names)}.{hint}")
+    if not isinstance(table.features[column], datasets.Image):
+        raise UserError(f"--image_column {column}: that column of {name} holds no images.")
+    return table.cast_column(column, datasets.Image(decode=False))
+
+
+def own_folders(config: TrainConfig) -> list[Path]:
+    """Folders that may hold files of the data set: its own, if local, and the library's downloads."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    caches = [config.cache_dir or datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH]
+    local = [config.dataset_name] if Path(config.dataset_name).is_dir() else []
+    return [Path(folder).resolve() for folder in (*local, *caches, HF_HUB_CACHE)]
+
+
+def image_bytes(cell: dict[str, Any] | None, own: list[Path]) -> bytes:
+    """The image's file; empty for an empty cell. Raises UserError for a path outside the folders `own`.
+
+    A table from the internet might otherwise name any file of this machine.
+    """
+    if not cell:
+        return b""
+    if cell.get("bytes"):
+        return cell["bytes"]
+    path = Path(cell["path"]).resolve()
+    if not any(path.is_relative_to(folder) for folder in own):
+        raise UserError(f"--dataset_name: it names {one_line(cell['path'])}, which is not a file of the data set.")
+    return path.read_bytes()
+
+
+def caption_of(row: dict[str, Any], column: str | None) -> str | None:
+    return str(row[column]) if column is not None and row[column] is not None else None
+
+
+def write_rows(folder: Path, rows: list[tuple[bytes, str | None]]) -> None:
+    lines = []
+    for number, (content, caption) in enumerate(rows):
+        name = f"{number:05d}{suffix_of(content)}"
+        (folder / name).write_bytes(content)
+        if caption:
+            lines.append(json.dumps({"file_name": name, "text": caption}, ensure_ascii=False))
+    if lines:
+        (folder / METADATA).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def suffix_of(content: bytes) -> str:
+    from PIL import Image
+
+    try:
+        with Image.open(BytesIO(content)) as image:
+            return {"JPEG": ".jpg", "MPO": ".jpg"}.get(image.format or "", f".{(image.format or 'img').lower()}")
+    except Exception:  # the reader of the folder reports it
+        return ".img"
+
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +368,6 @@ def without(report: PhotoReport, names: Collection[str]) -> PhotoReport:
 def report_of(config: TrainConfig, number: int) -> PhotoReport:
     """The photos of `--instance_data_dir` or `--dataset_name`, as those of subject `number`. Raises UserError."""
     if config.dataset_name:
-        from dreambooth_moslora.photos.hub_dataset import dataset_folder
-
         folder = dataset_folder(config)
     elif config.instance_data_dir:
         folder = Path(config.instance_data_dir)

@@ -1,4 +1,8 @@
-"""Masks: which file is a photo's mask, whether it can be used, its pixels (white on the subject), and the segmenter.
+"""Masks: which file is a photo's mask, whether it can be used, and masks that the program made.
+
+Pictures that the program made from photos: a key in the header records the sources, so that none is made twice.
+
+Masks: which file is a photo's mask, whether it can be used, its pixels (white on the subject), and the segmenter.
 
 A photo's mask is `name.mask.png` beside it, else its own transparency, else a mask kept in the run folder by
 `mask_making`.
@@ -7,15 +11,16 @@ A photo's mask is `name.mask.png` beside it, else its own transparency, else a m
 import os
 from collections.abc import Iterable
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, ImageChops
+from PIL.PngImagePlugin import PngInfo
 
-from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.prompts import class_word_of
-from dreambooth_moslora.core.toy import is_toy
-from dreambooth_moslora.photos.image_file import (
+from dreambooth_moslora.core.names import is_toy
+from dreambooth_moslora.photos.photo import (
+    Photo,
     UnreadableImageError,
     alpha_of,
     open_image,
@@ -23,21 +28,29 @@ from dreambooth_moslora.photos.image_file import (
     upright,
     upright_size,
 )
-from dreambooth_moslora.photos.photo import Photo
+from dreambooth_moslora.settings.prompts import class_word_of
+from dreambooth_moslora.settings.table import TrainConfig
 
-__all__ = [
-    "CLIPSEG",
-    "TOY_SEGMENTER",
-    "find_mask",
-    "grey_mask",
-    "kept_path",
-    "mask_problem",
-    "open_mask",
-    "segmenter_name",
-    "sought_word",
-    "with_kept_masks",
-    "without_kept_mask",
-]
+KEY = "made-from"
+
+
+def marked_png(image: Image.Image, key: str) -> bytes:
+    """A PNG with `key`, if any, in its header for `made_from`."""
+    facts = PngInfo()
+    if key:
+        facts.add_text(KEY, key)
+    buffer = BytesIO()
+    image.save(buffer, format="PNG", pnginfo=facts, optimize=True)
+    return buffer.getvalue()
+
+
+def made_from(path: Path) -> str | None:
+    """The key in the picture's header; None when there is none."""
+    try:
+        return open_image(path).info.get(KEY) if path.is_file() else None
+    except UnreadableImageError:
+        return None
+
 
 CLIPSEG, TOY_SEGMENTER = "CIDAS/clipseg-rd64-refined", "toy-segmenter"
 

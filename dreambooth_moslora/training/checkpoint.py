@@ -1,40 +1,57 @@
-"""Checkpoints: the raw adapter (A, M, B), the optimizer and the position, complete or absent.
+"""Checkpoints, from which one a run goes on, and the files of earlier runs in its folder.
+
+Checkpoints: the raw adapter (A, M, B), the optimizer and the position, complete or absent.
 
 They need neither generator states nor the data order: every draw is named by (seed, step) (see `core.seeding`),
 so the step number suffices to continue as if the run had never stopped.
+
+Which checkpoint a run resumes from, and whether its settings equal those that it was written with.
+
+Claims a run folder: files of an earlier run that the new one does not continue are moved to `earlier_run_1`.
+
+set_aside                    for a new run: all that the earlier one left
+archive_checkpoints_after    for a resumed run: later checkpoints, and a best step after that step
+
+Files of other programs are moved as well, if the new run would overwrite them.
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.files.raw_file import load_raw, save_raw
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.new_tokens import NewTokens, notes_of, write_tokens
+from dreambooth_moslora.adapters.raw_file import load_raw, save_raw
 from dreambooth_moslora.core.atomic_files import atomic_directory, atomic_write
-from dreambooth_moslora.core.digests import content_key, file_digest
 from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.core.run_files.run_folder import RAW_NAME, checkpoint_step, tokens_files, tokens_name
-from dreambooth_moslora.training.step.averages import put
-from dreambooth_moslora.training.step.optimizer_states import check_tensor, checked_states
-
-__all__ = [
-    "Position",
-    "check_whole",
-    "damaged",
-    "load_adapter",
-    "read_position",
-    "restore_optimizer",
-    "restore_weights",
-    "save_checkpoint",
-]
+from dreambooth_moslora.core.names import content_key, file_digest, free_name
+from dreambooth_moslora.disk.events import RunStarted, StepEvaluated, events_of
+from dreambooth_moslora.disk.run_folder import (
+    RAW_NAME,
+    RunDir,
+    checkpoint_step,
+    is_checkpoint,
+    pictures_named,
+    step_of,
+    tokens_files,
+    tokens_name,
+)
+from dreambooth_moslora.plan.checks import last_name
+from dreambooth_moslora.settings.fields import is_adapted, is_target
+from dreambooth_moslora.settings.prompts import learnt_words
+from dreambooth_moslora.settings.subjects import each_subject
+from dreambooth_moslora.settings.table import REMOVED, SCHEDULE_FREE, SVD, TrainConfig, rank_and_alpha
+from dreambooth_moslora.training.optimizer import check_tensor, checked_states, optimizer_kind, put
+from dreambooth_moslora.training.reporter import RunContext
 
 OPTIMIZER, SCALER, POSITION = "optimizer.pt", "scaler.pt", "position.json"
 WEIGHTS = "weights.pt"
@@ -168,3 +185,222 @@ def restore_weights(checkpoint: Path, parameters: list[nn.Parameter]) -> None:
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(checkpoint, WEIGHTS, error) from error
     put(weights, parameters)
+
+
+logger = logging.getLogger(__name__)
+
+
+def find_checkpoint(run_dir: RunDir, wanted: str | None) -> Path | None:
+    """The checkpoint to resume from: `latest` of the run (None and a warning if there is none), a path, or a
+    name in the run.
+
+    Raises UserError when a named checkpoint is missing or incomplete.
+    """
+    if not wanted:
+        return None
+    if wanted == "latest":
+        latest = newest_whole(run_dir)
+        if latest is None:
+            logger.warning("--resume_from_checkpoint latest: %s", nothing_to_resume(run_dir))
+        return latest
+    for path in (Path(wanted), run_dir.path / wanted):
+        if is_checkpoint(path):
+            return path
+    raise UserError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there; try `latest`.")
+
+
+def newest_whole(run_dir: RunDir) -> Path | None:
+    """The newest checkpoint that is not damaged. Each damaged one is logged."""
+    for checkpoint in reversed(run_dir.checkpoints()):
+        try:
+            check_whole(checkpoint)
+        except UserError as error:
+            logger.warning("--resume_from_checkpoint latest skips %s: %s", checkpoint.name, error)
+        else:
+            return checkpoint
+    return None
+
+
+def nothing_to_resume(run_dir: RunDir) -> str:
+    incomplete = ", ".join(path.name for path in run_dir.named_checkpoints())
+    there = f" ({incomplete}: not complete, or another program's)" if incomplete else ""
+    return f"no complete checkpoint in {run_dir.path}{there}; starting at step 0."
+
+
+def resume_point(config: TrainConfig, run_dir: RunDir) -> tuple[Path, Position] | None:
+    """The checkpoint to resume from and its position; None for a fresh run. Raises UserError."""
+    checkpoint = find_checkpoint(run_dir, config.resume_from_checkpoint)
+    if checkpoint is None:
+        return None
+    position = check_whole(checkpoint)
+    check_resumed(config, checkpoint, position)
+    return checkpoint, position
+
+
+def check_resumed(config: TrainConfig, checkpoint: Path, position: Position) -> None:
+    """Raises UserError for the first setting that differs from the checkpoint's, and for a damaged adapter file.
+    Settings of the checkpoint in REMOVED are logged."""
+    facts, modules = trained_modules(checkpoint)
+    for name in REMOVED.keys() & facts.recipe.keys():
+        logger.warning("%s was trained with --%s, %s; the run goes on without.", checkpoint.name, name, REMOVED[name])
+    if position.optimizer not in (None, optimizer_kind(config)):
+        raise UserError(
+            f"{checkpoint.name} was written with {position.optimizer}; you ask for {optimizer_kind(config)}: "
+            "resume with the same optimizer, or start a new run."
+        )
+    if config.seed is not None:
+        require(checkpoint, "seed", position.seed, config.seed)
+    require(
+        checkpoint, "train_text_encoder", any(not m.startswith("unet.") for m in modules), config.train_text_encoder
+    )
+    require(checkpoint, "train_text_encoder_ti", bool(facts.tokens), config.train_text_encoder_ti)
+    if facts.tokens:
+        require_tokens(checkpoint, facts, config)
+    require_sizes(checkpoint, facts, modules, config)
+    if config.optimizer != SCHEDULE_FREE:
+        require(checkpoint, "use_ema", (checkpoint / WEIGHTS).is_file(), config.use_ema)
+    require(checkpoint, "basis", facts.basis.get("kind"), config.basis and basis_kind(config.basis))
+    names = ["use_rslora", "use_dora", "lora_dropout"] + (["mixer"] if not config.basis else [])
+    names += ["train_mixer"] if config.mixer != "none" else []
+    for name in names:
+        require(checkpoint, name, getattr(facts, name), getattr(config, name))
+    require_targets(checkpoint, [m.removeprefix("unet.") for m in modules if m.startswith("unet.")], config)
+
+
+def basis_kind(given: str) -> str:
+    return SVD if given == SVD else "file"
+
+
+def require_tokens(checkpoint: Path, facts: AdapterMetadata, config: TrainConfig) -> None:
+    words = " ".join(note["word"] for note in facts.tokens)
+    require(checkpoint, "token_abstraction", words, " ".join(learnt_words(config)))
+    for number, (note, subject) in enumerate(zip(facts.tokens, each_subject(config), strict=True)):
+        if not subject.initializer_concept:
+            asked = config.num_new_tokens_per_abstraction
+            require(checkpoint, "num_new_tokens_per_abstraction", note["count"], asked)
+        if not (checkpoint / tokens_name(number=number)).is_file():
+            raise damaged(checkpoint, tokens_name(number=number), "it is missing")
+
+
+def require_sizes(checkpoint: Path, facts: AdapterMetadata, modules: set[str], config: TrainConfig) -> None:
+    """Raises UserError unless each module has the rank and alpha that the settings give it."""
+    for module in sorted(modules):
+        rank, alpha = rank_and_alpha(config, *module.split(".", 1))
+        name = "rank_pattern" if config.rank_pattern else "rank"
+        require(checkpoint, name, facts.ranks.get(module, facts.rank), rank)
+        name = "alpha_pattern" if config.alpha_pattern else "lora_alpha"
+        require(checkpoint, name, facts.alphas.get(module, facts.alpha), alpha)
+
+
+def trained_modules(checkpoint: Path) -> tuple[AdapterMetadata, set[str]]:
+    """The metadata in the adapter file's header, and the modules (`component.path`) that it adapts. Raises
+    UserError."""
+    try:
+        with safe_open(checkpoint / RAW_NAME, framework="pt") as file:
+            facts = AdapterMetadata.from_json((file.metadata() or {})["moslora"])
+            return facts, {key.rpartition(".")[0] for key in file.keys() if "." in key}  # noqa: SIM118
+    except Exception as error:  # safetensors raises its own kind, the disk another, and a header may hold anything
+        raise damaged(checkpoint, RAW_NAME, error) from None
+
+
+def require(checkpoint: Path, name: str, there: object, asked: object) -> None:
+    """Raises UserError when a setting differs from the checkpoint's."""
+    if there != asked:
+        raise UserError(
+            f"--{name}: {checkpoint.name} has {shown(there)}; you ask for {shown(asked)}: "
+            "resume without it, or start a new run."
+        )
+
+
+def shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def require_targets(checkpoint: Path, modules: list[str], config: TrainConfig) -> None:
+    """Raises UserError unless each target matches a module and each module a target, by PEFT's rule."""
+    asked = config.target_modules
+    strange = [module for module in modules if not is_adapted(module, asked)]
+    unmet = [target for target in asked if not any(is_target(module, target) for module in modules)]
+    if strange or unmet:
+        require(checkpoint, "target_modules", " ".join(sorted({last_name(m) for m in modules})), " ".join(asked))
+
+
+def has_previous_run(run_dir: RunDir) -> bool:
+    """Whether a checkpoint or an adapter exists; metrics alone come from a run without a result."""
+    return bool(run_dir.named_checkpoints() or present(run_dir.adapter_path, run_dir.kohya_path, run_dir.best_dir))
+
+
+def set_aside(run_dir: RunDir) -> None:
+    """Move an earlier run away. Class images stay, since the new run can use them; so does the log, which continues."""
+    if has_previous_run(run_dir):
+        move(what_was_left(run_dir), run_dir, "held an earlier run")
+
+
+def what_was_left(run_dir: RunDir) -> list[Path]:
+    pictures = [run_dir.path / name for name in sorted(pictures_named(run_dir.read_card() or ""))]
+    adapter = [run_dir.adapter_path, run_dir.mixers_path, *published_as(run_dir)]
+    weights = [*run_dir.named_checkpoints(), run_dir.best_dir, *adapter]
+    facts = [run_dir.metrics_path, run_dir.config_path, run_dir.card_path, run_dir.loss_plot_path]
+    return present(*weights, *facts, *pictures, run_dir.samples_dir, run_dir.contact_sheet_path)
+
+
+def published_as(run_dir: RunDir) -> list[Path]:
+    """Files that have the folder's name in theirs; it may have been another when they were written."""
+    return sorted(
+        path for pattern in ("*.kohya.safetensors", "*_emb.safetensors") for path in run_dir.path.glob(pattern)
+    )
+
+
+def set_renamed_aside(run_dir: RunDir) -> None:
+    """Move files away that a resumed run would not replace, as they have an earlier name of the folder."""
+    own = {run_dir.kohya_path, *run_dir.tokens_paths}
+    if renamed := [path for path in published_as(run_dir) if path not in own]:
+        move(renamed, run_dir, "held files with an earlier name of the folder")
+
+
+def archive_checkpoints_after(run_dir: RunDir, step: int) -> None:
+    """Move checkpoints after `step` away: otherwise `latest` would later resume the abandoned run."""
+    later = [path for path in reversed(run_dir.named_checkpoints()) if step_of(path) > step]
+    scored = events_of(StepEvaluated, run_dir.read_metrics())
+    if scored and scored[-1].best["step"] > step:
+        later += present(run_dir.best_dir)
+    if later:
+        move(later, run_dir, f"held checkpoints after step {step}, from which this run goes on")
+
+
+def present(*paths: Path) -> list[Path]:
+    return [path for path in paths if path.exists()]
+
+
+def move(paths: list[Path], run_dir: RunDir, what: str) -> None:
+    home = run_dir.path / free_name("earlier_run", lambda name: (run_dir.path / name).exists(), is_numbered=True)
+    home.mkdir()
+    for path in paths:
+        path.rename(home / path.name)
+    logger.warning("%s %s: moved to %s.", run_dir.path, what, home.name)
+
+
+def report_start(context: RunContext, step: int, max_train_steps: int) -> None:
+    """Report the start. A folder without an earlier run is claimed at once, so that the run can be watched."""
+    context.report(RunStarted(max_train_steps, context.config.to_dict()))
+    if step == 0 and not has_previous_run(context.run_dir):
+        claim_run_folder(context, step)
+
+
+def claim_run_folder(context: RunContext, step: int, checkpoint: Path | None = None) -> None:
+    """Claim the run folder. It happens late, when all is prepared: only then is an earlier run moved away.
+
+    The resolved configuration is written. A run resumed from a `checkpoint` in this folder continues its
+    metrics; for a checkpoint from elsewhere, the folder's files belong to another run.
+    """
+    run_dir, report = context.run_dir, context.report
+    if report.has_begun or not context.accelerator.is_main_process:
+        return
+    goes_on = checkpoint is not None and checkpoint.resolve().parent == run_dir.path.resolve()
+    if goes_on:
+        archive_checkpoints_after(run_dir, step)
+        set_renamed_aside(run_dir)
+    else:
+        set_aside(run_dir)
+    atomic_write(run_dir.config_path, json.dumps(context.config.to_dict(), indent=2, default=str))
+    report.begin_at(step)

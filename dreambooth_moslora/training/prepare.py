@@ -1,48 +1,135 @@
-"""Prepares all inputs of the training loop: the base, and encoded photos and prompts.
+"""The noise levels that a base was trained with, from its scheduler's configuration.
+
+Encodes before the first step what the run will show: the work is shared out to the processes.
+
+Afterwards each process finds every encoding in its memory or on its machine's disk. Files are written by the process
+that encodes; on a machine that does not see them, one process writes them again.
+
+Prepares all inputs of the training loop: the base, and encoded photos and prompts.
 
 photos -> base -> class images -> latents and text embeddings -> encoders leave memory
 """
 
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DDPMScheduler, SchedulerMixin, StableDiffusionXLPipeline
 from torch import nn
 
 from dreambooth_moslora.adapters.basis import Basis, read_basis
-from dreambooth_moslora.adapters.files.lora_file import AdapterWeights
 from dreambooth_moslora.adapters.init_adapter import read_start
-from dreambooth_moslora.adapters.layers import matrix_layers
-from dreambooth_moslora.adapters.moslora import disabled
-from dreambooth_moslora.base.load import TextCond, default_resolution, encode_text
-from dreambooth_moslora.base.locate import SMALL_BASE_PX, base_folder
-from dreambooth_moslora.base.text_projections import TextProducts
-from dreambooth_moslora.core.config.checks import weighting_flags
-from dreambooth_moslora.core.config.subject_tables import each_subject
-from dreambooth_moslora.core.config.train_config import TrainConfig, is_scored
-from dreambooth_moslora.core.digests import default_cache_dir
+from dreambooth_moslora.adapters.lora_file import AdapterWeights
+from dreambooth_moslora.adapters.moslora import disabled, matrix_layers
+from dreambooth_moslora.base.files import SMALL_BASE_PX, base_folder
+from dreambooth_moslora.base.load import TextCond, TextProducts, default_resolution, encode_text
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.process import give_freed_memory_back
+from dreambooth_moslora.core.names import content_key, default_cache_dir
+from dreambooth_moslora.disk.processes import give_freed_memory_back
 from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.photo import Photo
-from dreambooth_moslora.training.accelerator import DTYPES
-from dreambooth_moslora.training.frozen_base import LoadBase, load_base, warn_of_slow_precision
-from dreambooth_moslora.training.inputs.encode_ahead import encode_photos, encode_prompts
-from dreambooth_moslora.training.inputs.encoding_cache import TensorCache, fingerprint
-from dreambooth_moslora.training.inputs.photo_encoder import PhotoEncoder
-from dreambooth_moslora.training.inputs.prompt_cache import PromptCache
-from dreambooth_moslora.training.inputs.run_class_images import class_photos_of_each
-from dreambooth_moslora.training.inputs.subject_streams import SubjectStreams, instance_streams, prior_streams
-from dreambooth_moslora.training.inputs.train_batch import TrainBatch, collate
-from dreambooth_moslora.training.planning.checks import check_layers, check_patterns
-from dreambooth_moslora.training.planning.step_plan import uses_class_images
-from dreambooth_moslora.training.reporter import free_unused_memory
-from dreambooth_moslora.training.run_context import RunContext
-from dreambooth_moslora.training.step.noise_schedule import noise_schedule
-from dreambooth_moslora.training.step.objective import NoiseSchedule
+from dreambooth_moslora.plan.checks import check_layers, check_patterns
+from dreambooth_moslora.plan.processes import DTYPES, agreed, on_each, share_out
+from dreambooth_moslora.plan.steps import uses_class_images
+from dreambooth_moslora.settings.prompts import learnt_words, word_pattern
+from dreambooth_moslora.settings.subjects import each_subject
+from dreambooth_moslora.settings.table import TrainConfig, is_scored, weighting_flags
+from dreambooth_moslora.training.encoder import (
+    LoadBase,
+    PhotoEncoder,
+    PromptCache,
+    TensorCache,
+    Tensors,
+    TrainBatch,
+    collate,
+    fingerprint,
+    load_base,
+    warn_of_slow_precision,
+)
+from dreambooth_moslora.training.made_before import class_photos_of_each
+from dreambooth_moslora.training.objective import NoiseSchedule
+from dreambooth_moslora.training.photo_stream import SubjectStreams, instance_streams, prior_streams
+from dreambooth_moslora.training.reporter import RunContext, free_unused_memory
 
-__all__ = ["TrainInputs", "prepare", "too_slow_for_samples"]
+
+def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> NoiseSchedule:
+    """The noise levels that a base was trained with, from its scheduler's configuration. EDM bases force EDM style.
+
+    Raises UserError for a base that predicts neither noise nor velocity.
+    """
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind not in ("epsilon", "v_prediction"):
+        raise UserError(f"the base predicts `{kind}`: only epsilon and v_prediction bases can be trained.")
+    if "EDM" in type(scheduler).__name__:
+        fresh = type(scheduler).from_config(scheduler.config)
+        sigmas = fresh.sigmas[: len(fresh.timesteps)]
+        return NoiseSchedule(sigmas, fresh.timesteps, kind, "edm", scheduler.config.sigma_data)
+    alphas = DDPMScheduler.from_config(scheduler.config).alphas_cumprod
+    if edm_style:
+        alphas = alphas.clamp(min=2**-24)  # a zero-terminal-SNR base: as diffusers does, EDM needs a finite sigma
+    return NoiseSchedule.from_alphas(alphas, kind, "edm" if edm_style else "ddpm")
+
+
+Entries = dict[str, Callable[[], Tensors]]
+"""Keys in a cache, each with the function that computes its value."""
+
+
+def encode_photos(context: RunContext, streams: list[SubjectStreams], sample_count: int) -> None:
+    """Fill the cache with every crop that the run's first `sample_count` samples show.
+
+    Raises UserError when photos cannot be read or differ between processes, and StopRequestedError.
+    """
+    encoder = streams[0].encoder
+    if encoder.cache is None:
+        return
+
+    def crops() -> Entries:
+        return dict(encoder.entry(*view) for stream in streams for view in stream.views_ahead(sample_count))
+
+    entries = same_everywhere(context, crops, "crops")
+    for _ in context.report.counted("caching", fill(encoder.cache, context, entries), len(entries)):
+        pass
+
+
+def encode_prompts(
+    context: RunContext, streams: list[SubjectStreams], prompt_embeds: PromptCache, prompts: Iterable[str]
+) -> None:
+    """Fill the cache with every caption and prompt that the run will use. Raises UserError and StopRequestedError."""
+    config = context.config
+    captions = {*prompts, ""}
+    for stream in streams:
+        captions |= stream.captions
+    for subject in each_subject(config):
+        captions |= {subject.class_prompt, *config.prior_prompts} if subject.class_prompt else set()
+    learnt = [word_pattern(word) for word in learnt_words(config)]
+    plain = [caption for caption in sorted(captions) if not any(pattern.search(caption) for pattern in learnt)]
+    entries = same_everywhere(context, lambda: dict(prompt_embeds.entry(caption) for caption in plain), "prompts")
+    for _ in fill(prompt_embeds.cache, context, entries):
+        pass
+
+
+def same_everywhere(context: RunContext, find: Callable[[], Entries], kind: str) -> Entries:
+    """What this process finds to encode. Raises UserError when processes find different keys."""
+    return agreed(context.accelerator, find, lambda found: f"{len(found)} {kind} ({content_key(keys=[*found])[:8]})")
+
+
+def fill(cache: TensorCache, context: RunContext, entries: Entries) -> Iterator[int]:
+    """Compute what the cache lacks of `entries`, which all processes have alike; yields how many are done."""
+    accelerator = context.accelerator
+    keeps = cache.folder is None or accelerator.is_local_main_process
+
+    def values(keys: Sequence[str]) -> Generator[Tensors, None, None]:
+        for key in keys:
+            context.raise_if_asked()
+            yield cache.get(key, entries[key])
+
+    found = share_out(accelerator, list(entries), values)
+    for number, (key, tensors) in enumerate(zip(entries, found, strict=True), start=1):
+        if accelerator.num_processes > 1:
+            on_each(accelerator, partial(cache.put, key, tensors) if keeps else bool)
+        yield number
 
 
 @dataclass

@@ -1,32 +1,109 @@
-"""Reports a run's events: to `metrics.jsonl`, to the caller, and to the trackers.
+"""What every part of a run shares: settings, folder, processes, reports and stop requests.
+
+Trackers (tensorboard, wandb and others): starts them, and logs numbers and samples.
+
+Trackers get no path, prompt or photo. Trackers that show pictures get the samples, which show the subject.
+
+Reports a run's events: to `metrics.jsonl`, to the caller, and to the trackers.
 
 Only the main process reports.
+
+What every part of a run shares: settings, folder, processes, reports and stop requests.
 """
 
 import gc
 import json
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from statistics import median
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from PIL import Image
 
 from dreambooth_moslora.core.atomic_files import atomic_write
-from dreambooth_moslora.core.process import peak_memory_gib
-from dreambooth_moslora.core.run_files.events import (
+from dreambooth_moslora.core.errors import StopRequestedError, UserError, one_line
+from dreambooth_moslora.disk.events import (
     AdapterExported,
     Event,
     PhaseProgress,
     RunEnded,
+    SamplesDrawn,
     ScaleFound,
+    StepDone,
+    StepEvaluated,
     record_of,
 )
-from dreambooth_moslora.core.run_files.run_folder import RunDir
-from dreambooth_moslora.training.results.trackers import TRACKED, Trackers
+from dreambooth_moslora.disk.processes import peak_memory_gib
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.plan.processes import any_process, on_each, on_main
+from dreambooth_moslora.settings.table import TrainConfig
 
-__all__ = ["Reporter", "Stopwatch", "free_unused_memory", "memory_gib"]
+logger = logging.getLogger(__name__)
+
+TRACKED = (StepDone, StepEvaluated, SamplesDrawn)
+"""Events that trackers get."""
+PRIVATE_SUFFIXES = ("_dir", "_path", "_prompt", "token", "_name", "_column", "checkpoint")
+PICTURE_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
+"""Trackers that get the samples, and how they are told that pictures are (N, height, width, RGB)."""
+
+
+class Trackers:
+    """The trackers of `--report_to`. One that fails during the run is dropped."""
+
+    def __init__(self, run_dir: RunDir, accelerator: Accelerator):
+        self.run_dir, self.accelerator = run_dir, accelerator
+
+    def start(self, config: TrainConfig) -> None:
+        """Open them with the run's plain settings. Raises UserError when one does not open."""
+        if self.accelerator.log_with:
+            on_main(self.accelerator, lambda: self._open(config))
+
+    def _open(self, config: TrainConfig) -> None:
+        try:
+            self.accelerator.init_trackers("dreambooth_moslora", config=public_settings(config))
+        except Exception as error:  # each tracker raises its own errors
+            self.accelerator.trackers.clear()
+            said = one_line(f"{type(error).__name__} {error}")
+            raise UserError(f"--report_to {config.report_to} cannot start: {said}; none trains without it.") from error
+
+    def log(self, event: StepDone | StepEvaluated | SamplesDrawn) -> None:
+        """Log numbers, and samples to trackers that show pictures. A tracker that fails causes one warning."""
+        for tracker in list(self.accelerator.trackers):
+            try:
+                if isinstance(event, SamplesDrawn):
+                    self._show(tracker, event)
+                else:
+                    tracker.log(numbers_of(event), step=event.step)
+            except Exception as error:  # each tracker raises its own errors
+                self.accelerator.trackers.remove(tracker)
+                said = one_line(f"{type(error).__name__} {error}")
+                logger.warning("--report_to: %s failed and is not used again in this run: %s", tracker.name, said)
+
+    def _show(self, tracker: GeneralTracker, event: SamplesDrawn) -> None:
+        if tracker.name in PICTURE_OPTIONS:
+            pictures = np.stack([np.asarray(Image.open(self.run_dir.path / name)) for name in event.files])
+            tracker.log_images({"samples": pictures}, step=event.step, **PICTURE_OPTIONS[tracker.name])
+
+
+def public_settings(config: TrainConfig) -> dict[str, bool | int | float | str]:
+    """Settings that are plain values and reveal nothing of the user's."""
+    return {
+        key: value
+        for key, value in config.to_dict().items()
+        if isinstance(value, (bool, int, float, str)) and not key.endswith(PRIVATE_SUFFIXES)
+    }
+
+
+def numbers_of(event: Event) -> dict[str, float]:
+    record = record_of(event)
+    return {k: v for k, v in record.items() if isinstance(v, (int, float)) and k not in ("step", "time")}
+
 
 ENDINGS = (RunEnded.kind, AdapterExported.kind, ScaleFound.kind)
 
@@ -144,3 +221,32 @@ def memory_gib(device: torch.device) -> float | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
     return peak_memory_gib()
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """`should_stop` says whether this process was asked to stop."""
+
+    config: TrainConfig
+    run_dir: RunDir
+    accelerator: Accelerator
+    report: Reporter
+    should_stop: Callable[[], bool]
+
+    def stop_requested(self) -> bool:
+        """Whether any process was asked to stop. All processes must call it at the same places; all get the
+        same answer. Raises on all what the main process could not report."""
+        ends = any_process(self.accelerator, self.report.failure is not None or self.should_stop())
+        if ends:
+            on_each(self.accelerator, self.report.raise_failure)
+        return ends
+
+    def stop_if_asked(self) -> None:
+        """Raises StopRequestedError, on all processes together."""
+        if self.stop_requested():
+            raise StopRequestedError
+
+    def raise_if_asked(self) -> None:
+        """Raises StopRequestedError when this process was asked to stop: for work whose errors all processes hear."""
+        if self.should_stop():
+            raise StopRequestedError

@@ -7,24 +7,23 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from dreambooth_moslora.ui.app_state import AppContext
-from dreambooth_moslora.ui.generate.tab import build_generate_tab
-from dreambooth_moslora.ui.inspect_tab import build_inspect_tab
-from dreambooth_moslora.ui.server.body_limit import MAX_UPLOAD_BYTES, BodySizeLimit
-from dreambooth_moslora.ui.server.host_check import LOOPBACK, Origin, outermost
-from dreambooth_moslora.ui.server.login_limit import LoginLimit
-from dreambooth_moslora.ui.server.queue_limits import govern
-from dreambooth_moslora.ui.server.session_guard import SessionGuard, note_sessions
-from dreambooth_moslora.ui.server.session_memory import MAX_SESSIONS, keep_sessions_small
-from dreambooth_moslora.ui.server.unknown_names import UnknownNames
-from dreambooth_moslora.ui.server.upload_quota import UploadQuota
-from dreambooth_moslora.ui.server.users import VisitorCookie
-from dreambooth_moslora.ui.shortcuts import HEAD
-from dreambooth_moslora.ui.style import CSS
-from dreambooth_moslora.ui.theme import theme
-from dreambooth_moslora.ui.train.tab import build_train_tab
-
-__all__ = ["build_app", "launch_options"]
+from dreambooth_moslora.ui.generate import build_generate_tab
+from dreambooth_moslora.ui.guard import (
+    LOOPBACK,
+    MAX_UPLOAD_BYTES,
+    BodySizeLimit,
+    Origin,
+    SessionGuard,
+    UploadQuota,
+    note_sessions,
+    outermost,
+)
+from dreambooth_moslora.ui.html import CSS, HEAD, theme
+from dreambooth_moslora.ui.inspect import build_inspect_tab
+from dreambooth_moslora.ui.public import MAX_SESSIONS, LoginLimit, UnknownNames, govern, keep_sessions_small
+from dreambooth_moslora.ui.state import AppContext
+from dreambooth_moslora.ui.train import build_train_tab
+from dreambooth_moslora.ui.visitors import VisitorCookie
 
 LAYERS = (BodySizeLimit, UploadQuota, LoginLimit, SessionGuard, VisitorCookie, UnknownNames)
 CACHE_CHECK_SEC, CACHE_AGE_SEC = 3600, 24 * 3600

@@ -6,15 +6,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.adapters.basis import FileBasis, SvdBasis, freeze_basis, leading_directions, put_basis
-from dreambooth_moslora.adapters.files.describe import describe
-from dreambooth_moslora.adapters.files.lora_file import read_adapter
-from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.files.mixer_file import is_mixer_file, read_mixers, write_mixers
-from dreambooth_moslora.adapters.files.raw_file import save_raw
-from dreambooth_moslora.adapters.fused.fused_linear import enable_fast_path
-from dreambooth_moslora.adapters.fused.working_copies import WorkingCopies
-from dreambooth_moslora.adapters.mixer_swap import SwappedMixers
+from dreambooth_moslora.adapters.basis import (
+    FileBasis,
+    SvdBasis,
+    SwappedMixers,
+    freeze_basis,
+    is_mixer_file,
+    leading_directions,
+    put_basis,
+    read_mixers,
+    write_mixers,
+)
+from dreambooth_moslora.adapters.describe import describe
+from dreambooth_moslora.adapters.fused_linear import enable_fast_path
+from dreambooth_moslora.adapters.lora_file import read_adapter
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.moslora import (
     MoSLoraConfig,
     adapter_layers,
@@ -23,6 +29,8 @@ from dreambooth_moslora.adapters.moslora import (
     inject,
     matrices_of,
 )
+from dreambooth_moslora.adapters.raw_file import save_raw
+from dreambooth_moslora.adapters.working_copies import WorkingCopies
 from dreambooth_moslora.core.errors import UserError
 from tests.helpers.live_adapters import facts_of
 from tests.helpers.tiny import tiny_unet

@@ -10,18 +10,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.fold_table import BOUND, loaded_by_diffusers
-from dreambooth_moslora.adapters.files.describe import describe
-from dreambooth_moslora.adapters.files.export import publish
-from dreambooth_moslora.adapters.files.kohya import kohya_name
-from dreambooth_moslora.adapters.files.lora_file import fold_raw
-from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.files.raw_file import load_raw, read_raw, save_raw
-from dreambooth_moslora.adapters.files.tensor_file import read_tensors
+from dreambooth_moslora.adapters.describe import describe
+from dreambooth_moslora.adapters.export import publish
+from dreambooth_moslora.adapters.lora_file import fold_raw
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, fold, inject
+from dreambooth_moslora.adapters.proof import kohya_name
+from dreambooth_moslora.adapters.raw_file import load_raw, read_raw, read_tensors, save_raw
 from dreambooth_moslora.adapters.spectrum import diagnostics
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RAW_NAME
-from dreambooth_moslora.training.planning.estimate import size_of_base
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.plan.memory import size_of_base
 from tests.adapters.test_moslora import MIXERS, shake
 from tests.helpers.live_adapters import facts_of
 from tests.helpers.tiny import tiny_unet

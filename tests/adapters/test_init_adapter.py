@@ -4,15 +4,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.adapters.files.export import publish
-from dreambooth_moslora.adapters.files.lora_file import read_adapter
-from dreambooth_moslora.adapters.files.proof import relative_difference
-from dreambooth_moslora.adapters.files.raw_file import save_raw
+from dreambooth_moslora.adapters.export import publish
 from dreambooth_moslora.adapters.init_adapter import begin_with, read_start
+from dreambooth_moslora.adapters.lora_file import read_adapter
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, fold, inject
-from dreambooth_moslora.core.config.training_settings import MIXERS
+from dreambooth_moslora.adapters.proof import relative_difference
+from dreambooth_moslora.adapters.raw_file import save_raw
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.settings.table import MIXERS
 from tests.adapters.test_moslora import shake
 from tests.helpers.live_adapters import facts_of
 from tests.helpers.tiny import tiny_sdxl, tiny_unet
@@ -173,7 +173,7 @@ def test_a_start_that_would_differ_from_the_file_is_refused(pipeline, tmp_path, 
     """As a mixer close to singular would make it."""
     file = save_diffusers_lora(pipeline.unet, tmp_path)
     monkeypatch.setattr(
-        "dreambooth_moslora.adapters.peft_patch.initial_mixer",
+        "dreambooth_moslora.adapters.moslora.initial_mixer",
         lambda kind, rank, seed, path: torch.ones(rank, rank) + 1e-7 * torch.eye(rank).roll(1, 0),
     )
     with pytest.raises(UserError, match="away from the file, and rounding explains 1e-05: give --mixer orthogonal"):

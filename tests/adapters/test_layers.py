@@ -4,9 +4,16 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from dreambooth_moslora.adapters.layers import base_modules, matrix_layers, target_layers, value_pattern
-from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, inject
-from dreambooth_moslora.core.config.targets import is_target
+from dreambooth_moslora.adapters.moslora import (
+    MoSLoraConfig,
+    adapter_layers,
+    base_modules,
+    inject,
+    matrix_layers,
+    target_layers,
+    value_pattern,
+)
+from dreambooth_moslora.settings.fields import is_target
 from tests.helpers.tiny import tiny_unet
 
 TARGETS = ["to_q", "to_out.0", "conv1", "mid_block.attentions.0.proj_in", "q", "out.0"]

@@ -20,8 +20,8 @@ from dreambooth_moslora.adapters.moslora import (
     mixer_parameters,
     set_scale,
 )
-from dreambooth_moslora.core.config.training_settings import MIXERS
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.settings.table import MIXERS
 from tests.helpers.tiny import tiny_unet
 
 MIXED = [kind for kind in MIXERS if kind != "none"]

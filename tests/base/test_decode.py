@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from dreambooth_moslora.base import decode, gpu_memory
+from dreambooth_moslora.base import decode
+from dreambooth_moslora.base import machine as gpu_memory
 
 GIB = 2**30
 

@@ -8,7 +8,7 @@ from diffusers import StableDiffusionXLPipeline
 
 from dreambooth_moslora.base import decode, load
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.training.step.noise_schedule import noise_schedule
+from dreambooth_moslora.training.prepare import noise_schedule
 
 
 @pytest.fixture(scope="module")

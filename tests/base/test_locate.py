@@ -8,13 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.base.headers import variants_in, weight_files
+from dreambooth_moslora.base.files import base_folder, variants_in, weight_files
 from dreambooth_moslora.base.load import load_pipeline
-from dreambooth_moslora.base.locate import base_folder
-from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.training.planning.checks import preflight
-from dreambooth_moslora.training.planning.estimate import size_of_base
+from dreambooth_moslora.plan.checks import preflight
+from dreambooth_moslora.plan.memory import size_of_base
+from dreambooth_moslora.settings.table import TrainConfig
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 492265168\n"
 UNET, TEXT = Path("unet/diffusion_pytorch_model.safetensors"), Path("text_encoder/model.safetensors")

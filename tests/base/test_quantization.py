@@ -8,7 +8,7 @@ from peft.tuners.lora import bnb as peft_bnb
 from torch import nn
 
 from dreambooth_moslora.adapters.moslora import inject
-from dreambooth_moslora.base.quantization import quantize
+from dreambooth_moslora.base.load import quantize
 
 
 class Unet(nn.Module):

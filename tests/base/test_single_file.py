@@ -10,10 +10,10 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.base import load
-from dreambooth_moslora.base.vae_probe import load_vae_alone
+from dreambooth_moslora.base.decode import load_vae_alone
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.step.noise_schedule import noise_schedule
+from dreambooth_moslora.training.prepare import noise_schedule
 from tests.helpers.single_file import save_single_file
 from tests.helpers.tiny_training import paint_photos, tiny_config
 

@@ -21,7 +21,7 @@ def test_doctor_reads_versions_machine_and_the_vae(tiny_base, capsys):
 
 
 def test_doctor_names_bad_pairs_and_missing_libraries():
-    from dreambooth_moslora.core.versions import bad_pairs, installed_versions, needed_ranges, out_of_range
+    from dreambooth_moslora.settings.versions import bad_pairs, installed_versions, needed_ranges, out_of_range
 
     mine = installed_versions(tuple(needed_ranges()))
     assert bad_pairs(mine) == [] and out_of_range(mine) == []
@@ -33,7 +33,7 @@ def test_doctor_names_bad_pairs_and_missing_libraries():
 
 
 def test_the_ranges_are_those_that_the_installation_asks_for():
-    from dreambooth_moslora.core.versions import OPTIONAL, needed_ranges
+    from dreambooth_moslora.settings.versions import OPTIONAL, needed_ranges
 
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     found = needed_ranges()
@@ -47,7 +47,7 @@ def test_the_ranges_are_those_that_the_installation_asks_for():
     [("2.9", True), ("2.13.0+cpu", True), ("2.9.0rc1", True), ("3.0", False), ("2.8.9", False), ("unknown", False)],
 )
 def test_builds_and_candidates_count_as_their_release(version, tried):
-    from dreambooth_moslora.core.versions import installed_versions, needed_ranges, out_of_range
+    from dreambooth_moslora.settings.versions import installed_versions, needed_ranges, out_of_range
 
     lines = out_of_range({**installed_versions(tuple(needed_ranges())), "torch": version})
     assert [line.split()[:2] for line in lines] == ([] if tried else [["torch", version]])
@@ -56,7 +56,7 @@ def test_builds_and_candidates_count_as_their_release(version, tried):
 def test_a_vae_that_overflows_is_found(tiny_base):
     import torch
 
-    from dreambooth_moslora.base.vae_probe import load_vae_alone, probe_vae
+    from dreambooth_moslora.base.decode import load_vae_alone, probe_vae
 
     vae = load_vae_alone(tiny_base)
     with torch.no_grad():
@@ -79,9 +79,9 @@ def test_a_vae_that_overflows_is_found(tiny_base):
     ],
 )
 def test_a_flag_whose_package_is_missing_is_refused_before_anything_is_loaded(settings, says, monkeypatch):
-    from dreambooth_moslora.core import versions
-    from dreambooth_moslora.core.config.train_config import TrainConfig
-    from dreambooth_moslora.training.planning import checks
+    from dreambooth_moslora.plan import checks
+    from dreambooth_moslora.settings import versions
+    from dreambooth_moslora.settings.table import TrainConfig
 
     checks.preflight(TrainConfig(report_to="none"))
     monkeypatch.setattr(versions, "version_of", lambda name: None)

@@ -7,15 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.adapters.files.describe import describe
-from dreambooth_moslora.adapters.files.dora_readers import DORA_NOTE
-from dreambooth_moslora.adapters.files.export import publish
-from dreambooth_moslora.adapters.files.raw_file import adapter_metadata, save_raw
-from dreambooth_moslora.cli.commands import export as export_command
-from dreambooth_moslora.cli.commands import info as info_command
+from dreambooth_moslora.adapters.describe import describe
+from dreambooth_moslora.adapters.export import publish
+from dreambooth_moslora.adapters.metadata import DORA_NOTE
+from dreambooth_moslora.adapters.raw_file import adapter_metadata, save_raw
+from dreambooth_moslora.cli import export as export_command
+from dreambooth_moslora.cli import info as info_command
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
 from tests.helpers.live_adapters import live
 
 

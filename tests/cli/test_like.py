@@ -9,11 +9,11 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.cli.main import main, train_main
 from dreambooth_moslora.cli.parser import parse_train_config
-from dreambooth_moslora.core.config.recipe import LAYERS, RECIPE, TOLD_IF_CHANGED, recipe_of
-from dreambooth_moslora.core.config.train_config import FIELD_TYPES, TrainConfig
+from dreambooth_moslora.settings.sources import LAYERS, RECIPE, TOLD_IF_CHANGED, recipe_of
+from dreambooth_moslora.settings.table import FIELD_TYPES, TrainConfig
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 

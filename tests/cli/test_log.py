@@ -6,8 +6,8 @@ import os
 import pytest
 
 from dreambooth_moslora.cli.main import log_file, run_trainer
-from dreambooth_moslora.cli.signals import INTERRUPTED
-from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.cli.terminal import INTERRUPTED
+from dreambooth_moslora.disk.run_folder import RunDir
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.cli.main import COMMANDS, command, exit_code, main, train_main
-from dreambooth_moslora.cli.signals import StopRequest
-from dreambooth_moslora.core.run_files.run_folder import RunDir, step_of
+from dreambooth_moslora.cli.terminal import StopRequest
+from dreambooth_moslora.disk.run_folder import RunDir, step_of
 from tests.helpers.odd_photos import picture
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "H
 STOPPER = """
 import os, signal, time
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started by nohup
-from dreambooth_moslora.cli.signals import StopRequest
+from dreambooth_moslora.cli.terminal import StopRequest
 with StopRequest() as stop:
     print("ready", flush=True)
     while not stop():
@@ -42,7 +42,7 @@ def photos(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("program", ["dreambooth_moslora.cli.main", "dreambooth_moslora.ui.serve"])
+@pytest.mark.parametrize("program", ["dreambooth_moslora.cli.main", "dreambooth_moslora.ui.app"])
 @pytest.mark.parametrize(("given", "spins"), [({}, "2000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
 def test_every_program_lets_idle_threads_sleep_soon(program, given, spins):
     code = f"import os; from {program} import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"

@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dreambooth_moslora.cli import one_word
+from dreambooth_moslora.base import machine as precision
+from dreambooth_moslora.cli import parser as one_word
 from dreambooth_moslora.cli.main import main, train_main
 from dreambooth_moslora.cli.parser import build_train_parser, parse_train_config
-from dreambooth_moslora.core.config.files import load_settings
-from dreambooth_moslora.core.config.train_config import is_scored
 from dreambooth_moslora.core.names import CLIP, DINO
-from dreambooth_moslora.core.prompts import subject_of
-from dreambooth_moslora.training.planning import precision
-from dreambooth_moslora.training.planning.choices import recipe_gb
-from dreambooth_moslora.training.planning.estimate import RECIPES, STOCK_SDXL, BaseSize, estimate
-from dreambooth_moslora.training.planning.step_plan import plan_steps
+from dreambooth_moslora.plan.choices import recipe_gb
+from dreambooth_moslora.plan.memory import RECIPES, STOCK_SDXL, BaseSize, estimate
+from dreambooth_moslora.plan.steps import plan_steps
+from dreambooth_moslora.settings.prompts import subject_of
+from dreambooth_moslora.settings.sources import load_settings
+from dreambooth_moslora.settings.table import is_scored
 from tests.helpers.tiny_training import paint_photos
 
 CONFIGS = Path(__file__).parents[2] / "assets" / "configs"

@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from dreambooth_moslora.cli.progress import TerminalProgress
-from dreambooth_moslora.core.run_files.events import RunStarted, StepDone
+from dreambooth_moslora.cli.terminal import TerminalProgress
+from dreambooth_moslora.disk.events import RunStarted, StepDone
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.cli import one_word
-from dreambooth_moslora.cli.commands import queue as command
+from dreambooth_moslora.cli import parser as one_word
+from dreambooth_moslora.cli import queue as command
 from dreambooth_moslora.cli.main import main, train_main
-from dreambooth_moslora.training.run_folders.run_queue import RunQueue
-from dreambooth_moslora.ui.jobs import jobs as page_jobs
+from dreambooth_moslora.disk.queue import RunQueue
+from dreambooth_moslora.ui import jobs as page_jobs
 from tests.helpers.tiny_training import paint_photos
 
 TOY = ["--pretrained_model_name_or_path", "toy", "--instance_prompt", "a photo of sks hen", "--resolution", "64"]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
-from dreambooth_moslora.cli.commands import evaluate
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.cli import evaluate
 from dreambooth_moslora.cli.main import main, train_main
 from dreambooth_moslora.cli.parser import parse_train_config
-from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.tiny_training import paint_photos
 
 NEEDED = ["--pretrained_model_name_or_path", "toy", "--instance_data_dir", "dog", "--instance_prompt", "a sks dog"]

@@ -10,14 +10,14 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.files.scale_note import note_scale
-from dreambooth_moslora.adapters.files.tensor_file import read_tensors, write_file
-from dreambooth_moslora.cli.commands import verify
+from dreambooth_moslora.adapters.export import note_scale
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.raw_file import read_tensors, write_file
+from dreambooth_moslora.cli import verify
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.parser import Parser
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_files.events import StepDone
+from dreambooth_moslora.disk.events import StepDone
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 

@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.files.tensor_file import read_tensors
-from dreambooth_moslora.adapters.files.told import UNTOLD
-from dreambooth_moslora.cli.commands.verify import FLAGS
+from dreambooth_moslora.adapters.metadata import UNTOLD, AdapterMetadata
+from dreambooth_moslora.adapters.raw_file import read_tensors
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.parser import parse_train_config
-from dreambooth_moslora.core.config.files import load_settings
-from dreambooth_moslora.core.config.recipe import RECIPE, TOLD_IF_CHANGED
-from dreambooth_moslora.core.config.train_config import TrainConfig
+from dreambooth_moslora.cli.verify import FLAGS
+from dreambooth_moslora.settings.sources import RECIPE, TOLD_IF_CHANGED, load_settings
+from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 

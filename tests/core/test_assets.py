@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from dreambooth_moslora.base.locate import resolve_base
+from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.cli.parser import parse_train_config
-from dreambooth_moslora.core.assets import assets_folder, find_asset
+from dreambooth_moslora.core.names import assets_folder, find_asset
 
 ROOT = Path(__file__).parents[2]
 

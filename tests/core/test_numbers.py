@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dreambooth_moslora.core.numbers import is_finite_number, is_number
+from dreambooth_moslora.core.errors import is_finite_number, is_number
 
 
 @pytest.mark.parametrize("value", [0, -3, 0.5, 1e308])

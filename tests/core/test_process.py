@@ -10,11 +10,11 @@ import psutil
 import pytest
 import torch
 
-from dreambooth_moslora.core.process import KEEP_MEMORY, keep_freed_memory, page_out, peak_memory_gib, uncollected
+from dreambooth_moslora.disk.processes import KEEP_MEMORY, keep_freed_memory, page_out, peak_memory_gib, uncollected
 
 ROUNDS = """
 import resource, sys
-from dreambooth_moslora.core.process import keep_freed_memory
+from dreambooth_moslora.disk.processes import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit(77)
 def round_of_activations():
@@ -47,7 +47,7 @@ def test_keeping_memory_can_be_turned_off(monkeypatch):
 
 ALLOCATOR = """
 import os
-from dreambooth_moslora.core.process import avoid_fragmentation
+from dreambooth_moslora.disk.processes import avoid_fragmentation
 avoid_fragmentation()
 print(os.environ.get("PYTORCH_ALLOC_CONF"))
 """
@@ -105,7 +105,7 @@ def test_torch_s_threads_obey_it_where_the_package_is_imported_first(order, spin
 HUGE = """
 import re, sys
 from pathlib import Path
-from dreambooth_moslora.core.process import keep_freed_memory
+from dreambooth_moslora.disk.processes import keep_freed_memory
 before = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 if not keep_freed_memory():
     sys.exit(77)
@@ -138,7 +138,7 @@ def test_the_peak_counts_what_was_held():
 
 PHASE = """
 import psutil
-from dreambooth_moslora.core.process import give_freed_memory_back, keep_freed_memory
+from dreambooth_moslora.disk.processes import give_freed_memory_back, keep_freed_memory
 import torch
 if not keep_freed_memory():
     print("no glibc")

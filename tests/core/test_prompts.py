@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from dreambooth_moslora.core.config.train_config import TrainConfig
-from dreambooth_moslora.core.prompts import (
+from dreambooth_moslora.core.names import TOY_TEMPLATES
+from dreambooth_moslora.settings.prompts import (
     DREAMBOOTH_LIVE_TEMPLATES,
     DREAMBOOTH_OBJECT_TEMPLATES,
     context_prompts,
@@ -13,7 +13,7 @@ from dreambooth_moslora.core.prompts import (
     trigger_words,
     validation_prompts,
 )
-from dreambooth_moslora.core.toy import TOY_TEMPLATES
+from dreambooth_moslora.settings.table import TrainConfig
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.core.config.files import load_settings
-from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.prompts import learnt_words
 from dreambooth_moslora.photos.folder import instance_photos
+from dreambooth_moslora.settings.prompts import learnt_words
+from dreambooth_moslora.settings.sources import load_settings
+from dreambooth_moslora.settings.table import TrainConfig
 from tools.another_word import main
 
 

@@ -9,17 +9,17 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from dreambooth_moslora.adapters.files.export import load_published
+from dreambooth_moslora.adapters.export import load_published
 from dreambooth_moslora.cli.main import main, make_evaluator
-from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.prompts import Subject
-from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.settings.prompts import Subject
+from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training.explain import BestStep, best_of
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.results.best_step import BestStep, best_of
 from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 

@@ -11,14 +11,13 @@ import torch
 from PIL import Image, ImageFilter
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.prompts import Subject
 from dreambooth_moslora.evaluation.encoders import picture_distance
-from dreambooth_moslora.evaluation.evaluate import Evaluator, evaluate_adapter, paint_over, truth_of
+from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator, evaluate_adapter, paint_over, truth_of
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_for
 from dreambooth_moslora.evaluation.report import TRUTH, truth_tables
-from dreambooth_moslora.evaluation.scores import Evaluation
 from dreambooth_moslora.evaluation.toy_truth import find_truth, other_toy, place_in, stacked, view
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
+from dreambooth_moslora.settings.prompts import Subject
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_encoders import tiny_encoders
 from toybox.readers.judge import QUESTIONS, Reading

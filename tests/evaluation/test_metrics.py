@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 from dreambooth_moslora.evaluation import metrics
-from dreambooth_moslora.evaluation.intervals import DEGREES, STUDENT, bootstrap_mean, student
+from dreambooth_moslora.evaluation.metrics import DEGREES, STUDENT, bootstrap_mean, student
 
 E = torch.eye(4)
 HALF = normalize(E[0] + E[1], dim=0)  # 45 degrees between the first two axes

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.files.scale_note import note_scale
-from dreambooth_moslora.adapters.files.tensor_file import read_tensors
-from dreambooth_moslora.training.results.best_scale import choose_scale
-from dreambooth_moslora.training.results.model_card import with_strength
-from dreambooth_moslora.ui.adapters.summary import summary_of
+from dreambooth_moslora.adapters.export import note_scale
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.raw_file import read_tensors
+from dreambooth_moslora.training.explain import choose_scale
+from dreambooth_moslora.training.model_card import with_strength
+from dreambooth_moslora.ui.generate_form import summary_of
 from tests.helpers.tiny_adapters import save_diffusers_lora
 
 

@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.evaluation import metrics
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 from dreambooth_moslora.evaluation.encoders import load_encoders
 from dreambooth_moslora.evaluation.evaluate import Evaluator
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, Subject
 from dreambooth_moslora.evaluation.report import ReportContext
-from dreambooth_moslora.evaluation.subjects import pairs_of, pooled
-from dreambooth_moslora.evaluation.subjects_report import confusion_lines, write_subject_reports
+from dreambooth_moslora.evaluation.subjects import confusion_lines, pairs_of, pooled, write_subject_reports
+from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.loop import train
 from tests.evaluation.test_evaluate import TOY, stub_pictures, toy_pictures
 from tests.helpers.tiny_encoders import save_tiny_encoders

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from dreambooth_moslora.base.locate import TOY
+from dreambooth_moslora.base.files import TOY
 from dreambooth_moslora.evaluation import metrics
 from dreambooth_moslora.evaluation.encoders import Encoders, load_encoders
 from dreambooth_moslora.evaluation.toy_truth import other_toy

@@ -8,11 +8,10 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from dreambooth_moslora.cli.commands import generate
+from dreambooth_moslora.cli import generate
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.generation.grids import Axis, Sheet, cells_of, draw_sheet, generate_grid, parse_axis
-from dreambooth_moslora.generation.image import Image
-from dreambooth_moslora.generation.params import GenerationParams, read_recipe
+from dreambooth_moslora.generation.params import GenerationParams, Image, read_recipe
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.generation.progress import Step
 from tests.helpers.tiny_adapters import save_diffusers_lora

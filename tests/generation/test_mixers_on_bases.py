@@ -7,14 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.adapters.basis import Basis, FileBasis, SvdBasis
-from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.files.mixer_file import Mixers
-from dreambooth_moslora.adapters.files.raw_file import save_raw
+from dreambooth_moslora.adapters.basis import Basis, FileBasis, Mixers, SvdBasis
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, inject
+from dreambooth_moslora.adapters.raw_file import save_raw
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_files.run_folder import MIXERS_NAME, RunDir
-from dreambooth_moslora.generation.mixers_on_bases import MixersOnBases
+from dreambooth_moslora.disk.run_folder import MIXERS_NAME, RunDir
+from dreambooth_moslora.generation.pipeline import MixersOnBases
 from tests.helpers.live_adapters import facts_of
 from tests.helpers.tiny import tiny_unet
 

@@ -12,16 +12,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.adapters.files.export import publish
-from dreambooth_moslora.adapters.files.raw_file import adapter_metadata, save_raw
+from dreambooth_moslora.adapters.export import publish
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject
+from dreambooth_moslora.adapters.raw_file import adapter_metadata, save_raw
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_files.run_folder import RAW_NAME
-from dreambooth_moslora.generation.image import Image
-from dreambooth_moslora.generation.params import GenerationParams, read_recipe
+from dreambooth_moslora.disk.run_folder import RAW_NAME
+from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Image, read_recipe
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.generation.progress import LatentColours, Preview, PreviewTracker, Step, smooth_latents
-from dreambooth_moslora.generation.schedulers import SCHEDULERS
 from tests.helpers.tiny_adapters import TARGETS, save_diffusers_lora, save_kohya_lora
 
 PARAMS = GenerationParams("a photo of a sks dog", seed=3, steps=3, guidance_scale=4.0)

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dreambooth_moslora.generation.image import Image
-from dreambooth_moslora.generation.params import GenerationParams
+from dreambooth_moslora.generation.params import GenerationParams, Image
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.generation.progress import Preview
 from tests.helpers.tiny import tiny_sdxl

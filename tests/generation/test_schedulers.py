@@ -3,7 +3,7 @@
 import pytest
 from diffusers import EulerDiscreteScheduler
 
-from dreambooth_moslora.generation.schedulers import SCHEDULERS, make_scheduler, scheduler_of_title
+from dreambooth_moslora.generation.params import SCHEDULERS, make_scheduler, scheduler_of_title
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

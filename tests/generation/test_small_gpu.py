@@ -7,9 +7,8 @@ from diffusers import StableDiffusionXLPipeline
 
 from dreambooth_moslora.base import decode
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.generation import gpu_room
-from dreambooth_moslora.generation.image import Image
-from dreambooth_moslora.generation.params import GenerationParams
+from dreambooth_moslora.generation import pipeline as gpu_room
+from dreambooth_moslora.generation.params import GenerationParams, Image
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
 PARAMS = GenerationParams("a photo of a sks dog", seed=3, steps=2, guidance_scale=4.0)

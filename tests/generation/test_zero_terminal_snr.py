@@ -8,10 +8,8 @@ from diffusers import StableDiffusionXLPipeline
 
 from dreambooth_moslora.base.load import guidance_rescale, load_pipeline
 from dreambooth_moslora.generation.fixed_seeds import generate_images
-from dreambooth_moslora.generation.image import Image
-from dreambooth_moslora.generation.params import GenerationParams
+from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Image
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.generation.schedulers import SCHEDULERS
 from tests.helpers.tiny import save_tiny_sdxl
 
 PARAMS = GenerationParams("a photo of a sks dog", seed=3, steps=2, guidance_scale=9.0)

@@ -2,9 +2,9 @@
 
 import torch
 
-from dreambooth_moslora.adapters.files import export
-from dreambooth_moslora.adapters.files.raw_file import adapter_metadata
+from dreambooth_moslora.adapters import export
 from dreambooth_moslora.adapters.moslora import ATTENTION_PROJECTIONS, MoSLoraConfig, inject
+from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from tests.adapters.test_moslora import shake
 from tests.adapters.test_moslora_models import PROJECTIONS
 from tests.helpers.tiny import tiny_text_config, tiny_unet

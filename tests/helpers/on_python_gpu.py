@@ -14,9 +14,9 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState, PartialState
 
-from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.training import loop
-from dreambooth_moslora.training.step import train_step
+from dreambooth_moslora.training import step as train_step
 from tests.helpers.few_steps import few_steps
 from tests.helpers.python_gpu import DEVICE, Watch
 from tests.helpers.tiny_training import tiny_config

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dreambooth_moslora.training import processes
+from dreambooth_moslora.plan import processes
 
 __all__ = ["as_processes"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-from dreambooth_moslora.core.config.train_config import TrainConfig
-from dreambooth_moslora.core.run_files.run_folder import PUBLISHED_NAME
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
+from dreambooth_moslora.settings.table import TrainConfig
 
 __all__ = ["adapter_sha256", "largest_difference", "paint_photos", "tiny_config"]
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from dreambooth_moslora.training import loop  # noqa: E402
-from dreambooth_moslora.training.step.train_step import TrainStep  # noqa: E402
+from dreambooth_moslora.training.step import TrainStep  # noqa: E402
 
 
 def note_of(micro_batch: int, batch) -> tuple[int, list[str], str]:

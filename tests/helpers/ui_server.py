@@ -9,9 +9,9 @@ from pathlib import Path
 import gradio as gr
 
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.ui.app_state import AppContext
 from dreambooth_moslora.ui.page import build_app, launch_options
-from dreambooth_moslora.ui.server.users import COOKIE
+from dreambooth_moslora.ui.state import AppContext
+from dreambooth_moslora.ui.visitors import COOKIE
 from tests.helpers.tiny_adapters import save_diffusers_lora
 
 __all__ = ["Served", "cookie_of", "secret_of", "serve"]

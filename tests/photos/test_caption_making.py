@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dreambooth_moslora.core.config.train_config import TrainConfig
-from dreambooth_moslora.photos.caption_making import keep, make_beside, make_for_run
-from dreambooth_moslora.photos.captioners import Captioner
+from dreambooth_moslora.photos.captions import Captioner, keep, make_beside, make_for_run
 from dreambooth_moslora.photos.folder import find_photos, photo_report
+from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.odd_photos import picture
 
 PROMPT = "a photo of a sks dog"

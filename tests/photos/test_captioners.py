@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoProcessor, PreTrainedModel
 
-from dreambooth_moslora.core.assets import assets_folder, find_asset
-from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.photos.captioners import conversation, load_captioner, surroundings_in
-from dreambooth_moslora.photos.image_file import open_image
+from dreambooth_moslora.core.names import assets_folder, find_asset
+from dreambooth_moslora.photos.captions import conversation, load_captioner, surroundings_in
+from dreambooth_moslora.photos.photo import open_image
+from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.odd_photos import picture
 from tests.helpers.tiny_chat_model import save_tiny_chat_model
 from toybox.make_subjects import PHOTO_PLACES

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth_moslora.core.config.train_config import TrainConfig
-from dreambooth_moslora.photos.crop_preview import frame_of, plans_of
-from dreambooth_moslora.photos.crops import FILTERS, CropPlan, apply_crop, plan_crop, resized_size
+from dreambooth_moslora.photos.crops import FILTERS, CropPlan, apply_crop, frame_of, plan_crop, plans_of, resized_size
 from dreambooth_moslora.photos.photo import Photo
+from dreambooth_moslora.settings.table import TrainConfig
 
 
 def smooth(size_px, seed=0):
@@ -77,7 +76,7 @@ def test_a_mask_of_another_scale_is_cut_at_the_same_place():
 
 def test_check_shows_the_crops_that_training_takes(tmp_path):
     from dreambooth_moslora.photos.crops import CropRule
-    from dreambooth_moslora.training.inputs.photo_stream import PhotoStream
+    from dreambooth_moslora.training.photo_stream import PhotoStream
 
     photos = [Photo(tmp_path / f"{n}.jpg", (70 + 9 * n, 120), ("x",)) for n in range(3)]
     config = TrainConfig(resolution=32, seed=5, repeats=2, crops_per_photo=3, random_flip=True, crop_zoom=1.5)

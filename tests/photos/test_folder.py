@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.photos.checks import MIN_SHARPNESS, examine, sharpness
+from dreambooth_moslora.photos.crops import MIN_SHARPNESS, examine, sharpness
 from dreambooth_moslora.photos.folder import find_photos, instance_photos
 from dreambooth_moslora.photos.photo import open_rgb, quoted
+from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.odd_photos import CASES, QUADRANTS, SIZE_PX, make_folder, picture
 from tests.helpers.tiny_training import paint_photos
 

@@ -8,9 +8,8 @@ import torch
 from PIL import Image
 
 from dreambooth_moslora.photos.folder import find_photos
-from dreambooth_moslora.photos.mask_making import make_beside, make_kept, quality_warning
+from dreambooth_moslora.photos.mask_making import Segmenter, make_beside, make_kept, quality_warning
 from dreambooth_moslora.photos.masks import kept_path, open_mask, with_kept_masks
-from dreambooth_moslora.photos.segmenters import Segmenter
 from tests.helpers.odd_photos import picture, transparent
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dreambooth_moslora.core.assets import find_asset
-from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.photos.image_file import open_image
+from dreambooth_moslora.core.names import find_asset
+from dreambooth_moslora.photos.mask_making import Segmenter, load_segmenter
 from dreambooth_moslora.photos.masks import CLIPSEG, grey_mask, sought_word
-from dreambooth_moslora.photos.segmenters import Segmenter, load_segmenter
+from dreambooth_moslora.photos.photo import open_image
+from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.odd_photos import picture
 from tests.helpers.tiny_clipseg import save_tiny_clipseg
 from toybox.learning.train_segmenter import iou

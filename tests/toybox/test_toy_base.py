@@ -16,12 +16,11 @@ from PIL import Image as Picture
 from transformers import Dinov2Model
 
 from dreambooth_moslora import MoSLoraConfig, inject
-from dreambooth_moslora.adapters.files.export import publish
-from dreambooth_moslora.adapters.files.raw_file import adapter_metadata
+from dreambooth_moslora.adapters.export import publish
+from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.base.load import encode_text
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
-from dreambooth_moslora.generation.image import Image
-from dreambooth_moslora.generation.params import GenerationParams
+from dreambooth_moslora.generation.params import GenerationParams, Image
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from toybox.captions import canonical_caption
 from toybox.learning.train_unet import noise_schedule

@@ -4,11 +4,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_files.run_folder import RunDir
-from dreambooth_moslora.training import accelerator as accelerator_module
-from dreambooth_moslora.training.accelerator import make_accelerator, refusal
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.plan import processes as accelerator_module
+from dreambooth_moslora.plan.processes import make_accelerator, refusal
+from dreambooth_moslora.settings.table import TrainConfig
 
 REFUSED = {
     ("ACCELERATE_MIXED_PRECISION", "fp7"): (

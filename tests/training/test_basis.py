@@ -7,16 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.files.mixer_file import read_mixers
-from dreambooth_moslora.core.config.recipe import checked_recipe, recipe_of
+from dreambooth_moslora.adapters.basis import read_mixers
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_files.adapter_files import files_by_name, run_files
-from dreambooth_moslora.core.run_files.run_folder import RAW_NAME, RunDir
+from dreambooth_moslora.disk.adapter_files import files_by_name, run_files
+from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.plan.checks import check_settings
+from dreambooth_moslora.settings.sources import checked_recipe, recipe_of
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.planning.checks import check_settings
 from tests.helpers.tiny import save_tiny_sdxl
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 

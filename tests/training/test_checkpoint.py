@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from dreambooth_moslora.adapters.files.raw_file import adapter_metadata
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject
-from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.adapters.raw_file import adapter_metadata
+from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.training.checkpoint import Position, save_checkpoint
 from tests.helpers.tiny import tiny_unet
 

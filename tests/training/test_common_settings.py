@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from dreambooth_moslora.training.planning.common_settings import in_lines
-from dreambooth_moslora.training.planning.estimate import STOCK_SDXL
+from dreambooth_moslora.plan.memory import STOCK_SDXL, in_lines
 from tests.helpers.ranks import ended_ranks
 from tests.helpers.tiny_training import paint_photos, tiny_config
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.disk.run_folder import RunDir
 from tests.helpers.ranks import ended_ranks
 from tests.helpers.tiny_training import paint_photos, tiny_config
 

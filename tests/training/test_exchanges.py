@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from dreambooth_moslora.core.errors import StopRequestedError, UserError
-from dreambooth_moslora.training import processes
-from dreambooth_moslora.training.processes import agreed, on_each, on_main, share_out
+from dreambooth_moslora.plan import processes
+from dreambooth_moslora.plan.processes import agreed, on_each, on_main, share_out
 from tests.helpers.threads import as_processes
 
 

@@ -11,12 +11,11 @@ from contextlib import chdir, redirect_stderr
 import pytest
 from safetensors import safe_open
 
-from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core.assets import find_asset
-from dreambooth_moslora.core.run_files.run_folder import RunDir
-from dreambooth_moslora.training.results.explain import advice_after
-from dreambooth_moslora.training.results.figures import figures_of
+from dreambooth_moslora.core.names import find_asset
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.training.explain import advice_after, figures_of
 from tests.helpers.few_pictures import few_pictures
 
 pytestmark = pytest.mark.slow

@@ -5,11 +5,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.adapters.files.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.plan.checks import preflight
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.planning.checks import preflight
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 from tests.training.test_resume import stop_at

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from dreambooth_moslora.adapters.files.raw_file import read_raw
+from dreambooth_moslora.adapters.raw_file import read_raw
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core.run_files.adapter_files import files_by_name
-from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.disk.adapter_files import files_by_name
+from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
@@ -90,7 +90,7 @@ def test_of_a_file_the_settings_that_a_basis_has_are_taken(subjects, tmp_path, m
     file = tmp_path / "rocket.toml"
     file.write_text('rank = 7\nfind_scale = true\nlr_scheduler = "cosine"\nmask_prompt = "rocket"\ntoken = "zwx"\n')
     taken = []
-    monkeypatch.setattr("dreambooth_moslora.training.learn_basis.learn_basis", lambda config, *_: taken.append(config))
+    monkeypatch.setattr("dreambooth_moslora.extras.lab.basis.learn_basis", lambda config, *_: taken.append(config))
     given = ["basis", *subjects, "--out", str(tmp_path / "a_basis.safetensors"), "--config", str(file)]
     assert main(given) == main([*given, "--mask_prompt", "toy"]) == 0
     assert [(one.rank, one.mask_prompt, one.token) for one in taken] == [(7, None, None), (7, "toy", None)]

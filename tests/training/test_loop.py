@@ -11,15 +11,14 @@ from diffusers import DDPMScheduler, EDMEulerScheduler, StableDiffusionXLPipelin
 from PIL import Image
 from safetensors.torch import load_file
 
-from dreambooth_moslora.adapters.files.raw_file import read_raw
 from dreambooth_moslora.adapters.moslora import disabled
+from dreambooth_moslora.adapters.raw_file import read_raw
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_files.events import StepDone, events_of, record_of
-from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.disk.events import StepDone, events_of, record_of
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.training import step as train_step_module
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.step import train_step as train_step_module
-from dreambooth_moslora.training.step.draws import prior_prompts
-from dreambooth_moslora.training.step.train_step import StepLosses
+from dreambooth_moslora.training.step import StepLosses, prior_prompts
 from tests.helpers.tiny import save_tiny_sdxl
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
@@ -134,7 +133,7 @@ def test_nothing_private_is_in_what_is_shared(shown_run, photos):
 
 
 def test_the_config_that_was_written_trains_the_same(shown_run, tmp_path):
-    from dreambooth_moslora.core.config.train_config import TrainConfig
+    from dreambooth_moslora.settings.table import TrainConfig
 
     folder, _, _ = shown_run
     written = json.loads((folder / "train_config.json").read_text())

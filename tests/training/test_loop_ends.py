@@ -6,9 +6,9 @@ import pytest
 from accelerate import Accelerator
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.step.train_step import TrainStep
+from dreambooth_moslora.training.step import TrainStep
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dreambooth_moslora.base.load import load_pipeline
-from dreambooth_moslora.training import frozen_base, prepare
+from dreambooth_moslora.training import encoder as frozen_base
+from dreambooth_moslora.training import prepare
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.core.config.train_config import TrainConfig
-from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.loop import train
 from tests.helpers.ranks import ended_ranks
 from tests.helpers.tiny_training import adapter_sha256, largest_difference, paint_photos, tiny_config

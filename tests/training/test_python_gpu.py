@@ -9,9 +9,9 @@ from subprocess import PIPE
 import pytest
 from torch.utils import backend_registration
 
-from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.plan.memory import size_of_base
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.planning.estimate import size_of_base
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.core.config.files import load_settings
-from dreambooth_moslora.core.config.train_config import TrainConfig
-from dreambooth_moslora.training.planning.estimate import RECIPES, BaseSize, estimate
+from dreambooth_moslora.plan.memory import RECIPES, BaseSize, estimate
+from dreambooth_moslora.settings.sources import load_settings
+from dreambooth_moslora.settings.table import TrainConfig
 
 CONFIGS = Path(__file__).parents[2] / "assets" / "configs"
 SUBJECT = {"instance_data_dir": ".", "instance_prompt": "a photo of sks dog"}

@@ -4,11 +4,10 @@ import shutil
 
 import pytest
 
-from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.training.checkpoint import archive_checkpoints_after, find_checkpoint
+from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.planning.dry_run import describe_run
-from dreambooth_moslora.training.resumption import find_checkpoint
-from dreambooth_moslora.training.run_folders.earlier_runs import archive_checkpoints_after
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 pytestmark = pytest.mark.usefixtures("few_steps")

@@ -8,13 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreambooth_moslora.adapters.files.tensor_file import read_tensors, write_file
+from dreambooth_moslora.adapters.raw_file import read_tensors, write_file
 from dreambooth_moslora.cli.parser import parse_train_config
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_files.run_folder import RAW_NAME, RunDir
-from dreambooth_moslora.training.checkpoint import Position, check_whole, load_states, read_position
+from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
+from dreambooth_moslora.training.checkpoint import (
+    Position,
+    check_resumed,
+    check_whole,
+    find_checkpoint,
+    load_states,
+    read_position,
+)
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.resumption import check_resumed, find_checkpoint
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 

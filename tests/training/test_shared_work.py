@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.training.loop import train
 from tests.helpers.ranks import ended_ranks
 from tests.helpers.scenes import quick_call

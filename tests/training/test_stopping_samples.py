@@ -4,10 +4,10 @@ import pytest
 from PIL import Image
 
 from dreambooth_moslora.core.errors import StopRequestedError
-from dreambooth_moslora.core.run_files.run_folder import RunDir
+from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest, stopper
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.results.samples import ValidationSamples
+from dreambooth_moslora.training.samples import ValidationSamples
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 pytestmark = pytest.mark.usefixtures("few_steps")

@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreambooth_moslora.core.config.train_config import TrainConfig
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_files.run_folder import RunDir
-from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.planning.sharing import needs_to_be_alone, shared_settings
-from dreambooth_moslora.training.run import TrainResult
-from dreambooth_moslora.training.step.train_step import TrainStep
-from dreambooth_moslora.training.together import Member, train_together
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.extras.cluster.sizing import needs_to_be_alone, shared_settings
+from dreambooth_moslora.extras.cluster.together import Member, train_together
+from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training.loop import TrainResult, train
+from dreambooth_moslora.training.step import TrainStep
 from tests.helpers.tiny_training import adapter_sha256, largest_difference, paint_photos, tiny_config
 from tests.training.test_resume import stop_at
 

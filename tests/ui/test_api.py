@@ -15,11 +15,10 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
-from dreambooth_moslora.generation.image import Image
-from dreambooth_moslora.generation.params import GenerationParams, read_recipe
-from dreambooth_moslora.ui.jobs.job import Job
-from dreambooth_moslora.ui.server.users import COOKIE, visitor_id
-from dreambooth_moslora.ui.train.form import OWN_FIELDS
+from dreambooth_moslora.generation.params import GenerationParams, Image, read_recipe
+from dreambooth_moslora.ui.jobs import Job
+from dreambooth_moslora.ui.train_form import OWN_FIELDS
+from dreambooth_moslora.ui.visitors import COOKIE, visitor_id
 from tests.helpers.ui_server import cookie_of, secret_of
 
 FAST = {"steps": 3, "guidance_scale": 2.0}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dreambooth_moslora.ui.serve import main, templates_for
+from dreambooth_moslora.ui.app import main, templates_for
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/none/below"])

@@ -11,9 +11,8 @@ import pytest
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.ui.jobs.job import Job
-from dreambooth_moslora.ui.jobs.jobs import Jobs
-from dreambooth_moslora.ui.server.users import visitor_id
+from dreambooth_moslora.ui.jobs import Job, Jobs
+from dreambooth_moslora.ui.visitors import visitor_id
 from tests.helpers.ui_server import serve
 
 browser_module = pytest.importorskip("tests.helpers.browser")

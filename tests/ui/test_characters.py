@@ -11,10 +11,10 @@ from safetensors.numpy import save_file
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams, read_recipe
-from dreambooth_moslora.ui.adapters.summary import summary_of
-from dreambooth_moslora.ui.app_state import as_message
-from dreambooth_moslora.ui.html_snippets import facts_table, notice
-from dreambooth_moslora.ui.train.form import TrainForm
+from dreambooth_moslora.ui.generate_form import summary_of
+from dreambooth_moslora.ui.html import facts_table, notice
+from dreambooth_moslora.ui.state import as_message
+from dreambooth_moslora.ui.train_form import TrainForm
 
 HALF = "a \ud800"
 

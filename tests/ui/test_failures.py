@@ -8,15 +8,13 @@ import pytest
 from safetensors.torch import save_file
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.ui.adapters.catalog import AdapterCatalog
-from dreambooth_moslora.ui.app_state import AppContext
-from dreambooth_moslora.ui.generate.actions import compare, make_pictures
-from dreambooth_moslora.ui.generate.form import GenerateForm
-from dreambooth_moslora.ui.jobs.job import Job
-from dreambooth_moslora.ui.jobs.jobs import Jobs
-from dreambooth_moslora.ui.server.users import Visitor
-from dreambooth_moslora.ui.train.form import TrainForm
-from dreambooth_moslora.ui.train.start import start_run
+from dreambooth_moslora.ui.adapters import AdapterCatalog
+from dreambooth_moslora.ui.generate_form import GenerateForm, compare, make_pictures
+from dreambooth_moslora.ui.jobs import Job, Jobs
+from dreambooth_moslora.ui.state import AppContext
+from dreambooth_moslora.ui.train_form import TrainForm
+from dreambooth_moslora.ui.train_start import start_run
+from dreambooth_moslora.ui.visitors import Visitor
 
 OWNER = "a" * 64
 PAGE = SimpleNamespace(username=None, cookies={}, session_hash="page")

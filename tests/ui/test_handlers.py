@@ -12,18 +12,23 @@ from safetensors.numpy import save_file
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams, Provenance, Recipe
-from dreambooth_moslora.ui.adapters.catalog import AdapterCatalog
-from dreambooth_moslora.ui.adapters.summary import AdapterSummary, renewed_prompt, summary_of
-from dreambooth_moslora.ui.app_state import AppContext
-from dreambooth_moslora.ui.generate.actions import format_seconds
-from dreambooth_moslora.ui.generate.form import GenerateForm, code_snippet, size_choices
-from dreambooth_moslora.ui.generate.recipe_to_form import match_adapters
-from dreambooth_moslora.ui.generate.tab import _axis_values
-from dreambooth_moslora.ui.generate.widgets import ask_widgets
-from dreambooth_moslora.ui.inspect_tab import label_of, words_of
-from dreambooth_moslora.ui.jobs.job import Job
-from dreambooth_moslora.ui.serve import main, parse_login, resolution_of
-from dreambooth_moslora.ui.server.users import HISTORY_LENGTH, Picture, Visitor, VisitorCookie
+from dreambooth_moslora.ui.adapters import AdapterCatalog
+from dreambooth_moslora.ui.app import main, parse_login, resolution_of
+from dreambooth_moslora.ui.generate import _axis_values, ask_widgets
+from dreambooth_moslora.ui.generate_form import (
+    AdapterSummary,
+    GenerateForm,
+    code_snippet,
+    format_seconds,
+    match_adapters,
+    renewed_prompt,
+    size_choices,
+    summary_of,
+)
+from dreambooth_moslora.ui.inspect import label_of, words_of
+from dreambooth_moslora.ui.jobs import Job
+from dreambooth_moslora.ui.state import AppContext
+from dreambooth_moslora.ui.visitors import HISTORY_LENGTH, Picture, Visitor, VisitorCookie
 
 OWNER, OTHER = "a" * 64, "b" * 64
 
@@ -140,9 +145,9 @@ def test_the_snippet_names_files_as_they_lie_in_the_project_or_by_the_bare_name(
     shelf = AdapterCatalog(tmp_path / "adapters", tmp_path / "runs")
     runs = {"dog": "runs/dog", "dog@20": "runs/dog/checkpoint-20"}
     assert shelf.public_paths() == {"cat": "cat.safetensors"} | runs
-    monkeypatch.setattr("dreambooth_moslora.ui.adapters.catalog.PROJECT", tmp_path)
+    monkeypatch.setattr("dreambooth_moslora.ui.adapters.PROJECT", tmp_path)
     assert shelf.public_paths() == {"cat": "adapters/cat.safetensors"} | runs
-    monkeypatch.setattr("dreambooth_moslora.ui.adapters.catalog.PROJECT", tmp_path.parent)
+    monkeypatch.setattr("dreambooth_moslora.ui.adapters.PROJECT", tmp_path.parent)
     assert shelf.public_paths()["dog@20"] == f"{tmp_path.name}/runs/dog/checkpoint-20"
 
 
@@ -233,7 +238,7 @@ def test_on_a_public_address_training_needs_a_login(monkeypatch, capsys, options
         seen.append(training)
         raise UserError("far enough")
 
-    monkeypatch.setattr("dreambooth_moslora.ui.serve.context_of", stop_here)
+    monkeypatch.setattr("dreambooth_moslora.ui.app.context_of", stop_here)
     assert main(options) == 2 and seen == [training]
     assert ("warning: everybody" in capsys.readouterr().err) == (not training)
 

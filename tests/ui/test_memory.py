@@ -10,17 +10,16 @@ import pytest
 from gradio_client import Client
 
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.ui.app_state import AppContext
-from dreambooth_moslora.ui.generate.actions import make_pictures
-from dreambooth_moslora.ui.generate.form import GenerateForm
-from dreambooth_moslora.ui.server.session_memory import MAX_SESSIONS
+from dreambooth_moslora.ui.generate_form import GenerateForm, make_pictures
+from dreambooth_moslora.ui.public import MAX_SESSIONS
+from dreambooth_moslora.ui.state import AppContext
 from tests.helpers.ui_server import serve
 
 PAGE = SimpleNamespace(username=None, cookies={}, session_hash="page")
 BLOCKS, BLOCK_BYTES = 2500, 60_000
 THREADS = """
 import ctypes, sys, tempfile, threading
-from dreambooth_moslora.ui.serve import main
+from dreambooth_moslora.ui.app import main
 if sys.argv[1] == "page":
     assert main(["--server_port", "-1"]) == 2
 libc = ctypes.CDLL(None)

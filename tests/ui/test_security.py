@@ -14,12 +14,12 @@ from gradio_client import Client, handle_file
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.run_files.adapter_files import clean_name
+from dreambooth_moslora.disk.adapter_files import clean_name
 from dreambooth_moslora.generation.params import GenerationParams
-from dreambooth_moslora.ui.adapters.catalog import AdapterCatalog
-from dreambooth_moslora.ui.html_snippets import facts_table, notice, progress_card
-from dreambooth_moslora.ui.jobs.jobs import Jobs
-from dreambooth_moslora.ui.server.photo_uploads import take_photos
+from dreambooth_moslora.ui.adapters import AdapterCatalog
+from dreambooth_moslora.ui.html import facts_table, notice, progress_card
+from dreambooth_moslora.ui.jobs import Jobs
+from dreambooth_moslora.ui.visitors import take_photos
 from tests.helpers.odd_photos import png_of
 from tests.helpers.ui_server import serve
 

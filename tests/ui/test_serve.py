@@ -2,9 +2,9 @@
 
 import pytest
 
-from dreambooth_moslora.core.prompts import DREAMBOOTH_LIVE_TEMPLATES
-from dreambooth_moslora.core.toy import TOY_TEMPLATES
-from dreambooth_moslora.ui.serve import templates_for
+from dreambooth_moslora.core.names import TOY_TEMPLATES
+from dreambooth_moslora.settings.prompts import DREAMBOOTH_LIVE_TEMPLATES
+from dreambooth_moslora.ui.app import templates_for
 
 
 @pytest.mark.parametrize("base, templates", [("toy", TOY_TEMPLATES), ("some/sdxl", DREAMBOOTH_LIVE_TEMPLATES)])

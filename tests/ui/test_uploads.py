@@ -10,7 +10,7 @@ import httpx
 import psutil
 import pytest
 
-from dreambooth_moslora.ui.server import body_limit
+from dreambooth_moslora.ui import guard as body_limit
 from tests.helpers.ui_server import serve
 
 MIB = 2**20

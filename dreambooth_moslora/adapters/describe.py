@@ -1,0 +1,269 @@
+"""Describes any LoRA file, of this or another program: kind, rank, alpha, modules, base and trigger words."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from dreambooth_moslora.adapters.basis import is_mixer_file, read_mixers
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.mixer import LowRank
+from dreambooth_moslora.adapters.new_tokens import KEYS, read_tokens
+from dreambooth_moslora.adapters.proof import DORA_SCALE, is_by_rows
+from dreambooth_moslora.adapters.raw_file import check_finite, component_tensors, matrices_from, read_raw, read_tensors
+from dreambooth_moslora.adapters.spectrum import diagnose, effective_rank_of, summary
+from dreambooth_moslora.core.errors import UserError, one_line
+
+PAIRS = {
+    ".lora_A.weight": (".lora_B.weight", "PEFT keys"),
+    ".lora_down.weight": (".lora_up.weight", "kohya keys"),
+    ".lora.down.weight": (".lora.up.weight", "diffusers keys"),
+    "_lora.down.weight": ("_lora.up.weight", "old diffusers keys"),
+    ".lora_linear_layer.down.weight": (".lora_linear_layer.up.weight", "diffusers text encoder keys"),
+}
+"""Suffix of the down matrix -> (suffix of the up matrix, name of this kind of key)."""
+UNFOLDED = ".lora_B.mixer"
+OTHER_KINDS = {
+    "hada_w1": "LyCORIS LoHa",
+    "lokr_w1": "LyCORIS LoKr",
+    "lora_mid": "LyCORIS LoCon",
+    "lora_AB": "MoSLoRA reference code",
+    UNFOLDED: "MoSLoRA in PEFT's form, unfolded",
+}
+COMPONENT_PREFIXES = {
+    "text_encoder_2": r"(lora_te2_|text_encoder_2\.)",
+    "text_encoder": r"(lora_te1?_|text_encoder\.)",
+    "unet": r"(lora_unet_|unet\.)",
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One projection in a published file, or in a file of another program."""
+
+    module: str
+    keys: str
+    matrices: LowRank
+    alpha: float | None
+    is_product: bool  # ΔW = up·down, flattened
+
+    @property
+    def scale(self) -> float | None:
+        return None if self.alpha is None else self.alpha / self.matrices.rank
+
+
+def describe(path: str | Path) -> dict[str, object]:
+    """What a LoRA file is and contains, JSON-able.
+
+    Raises UserError for a broken file, and for one without a LoRA.
+    """
+    path = Path(path).expanduser()
+    tensors, header = read_tensors(path)
+    facts = {"file": path.name, "size_mib": round(path.stat().st_size / 2**20, 3)}
+    if set(tensors) == set(KEYS.values()):
+        return facts | describe_tokens(path)
+    if is_mixer_file(path):
+        return facts | describe_mixers(path)
+    facts["dtypes"] = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
+    if "raw_format" in tensors:
+        return facts | describe_raw(path)
+    try:
+        check_finite({k: t for k, t in tensors.items() if t.is_floating_point()}, path.name)
+        facts |= describe_pairs(path.name, tensors, header)
+    except RuntimeError as error:  # torch lacks the operation for this dtype, or the values are too large
+        raise UserError(f"{path.name} is broken: {one_line(error)}") from error
+    return facts | said_by_header(header)
+
+
+def describe_tokens(path: Path) -> dict[str, object]:
+    """The content of a file of new tokens that this program wrote. Raises UserError."""
+    tokens = read_tokens(path)
+    widths = {KEYS[part]: rows.shape[1] for part, rows in tokens.rows.items()}
+    return {"kind": "new tokens of SDXL's text encoders", "word": tokens.word, "tokens": tokens.count, "widths": widths}
+
+
+def describe_mixers(path: Path) -> dict[str, object]:
+    """The content of a file of mixers alone. Raises UserError."""
+    mixers = read_mixers(path)
+    note, ranks = mixers.metadata.basis, Counter(mixers.ranks.values())
+    return {
+        "kind": "mixers alone, on a frozen basis (for generate and the page)",
+        "basis": f"{note['file'] or note['kind']}, sha256 {note['sha256'][:12]}",
+        "modules": {"unet": len(mixers.ranks)},
+        "ranks": {str(rank): number for rank, number in sorted(ranks.items())},
+        **said_by_metadata(mixers.metadata),
+    }
+
+
+def describe_raw(path: Path) -> dict[str, object]:
+    """The content of a raw file, with the figures of its mixers. Raises UserError."""
+    tensors, metadata = read_raw(path)
+    figures, modules = {}, Counter()
+    for component in sorted({key.split(".", 1)[0] for key in tensors}):
+        for module, parts in component_tensors(tensors, component).items():
+            modules[component] += 1
+            matrices = matrices_from(parts, metadata, f"{component}.{module}")
+            figures[f"{component}.{module}"] = diagnose(matrices, metadata.mixer, metadata.mixer_seed, module)
+    ranks = Counter(f.rank for f in figures.values())
+    return {
+        "kind": "raw MoSLoRA weights"
+        + (", DoRA" * metadata.use_dora)
+        + " (for resuming; export it to use it elsewhere)",
+        "modules": dict(modules),
+        "ranks": {str(rank): number for rank, number in sorted(ranks.items())},
+        "alpha": metadata.alpha,
+        "use_rslora": metadata.use_rslora,
+        "use_dora": metadata.use_dora,
+        "mixer": metadata.mixer + ("" if metadata.train_mixer or metadata.mixer == "none" else " (frozen)"),
+        **{name: round(value, 4) for name, value in summary(figures).items()},
+        **said_by_metadata(metadata),
+    }
+
+
+def describe_pairs(name: str, tensors: dict[str, Tensor], header: dict[str, str]) -> dict[str, object]:
+    """The content of a plain LoRA file; for other kinds of adapters only the kind. Raises UserError."""
+    pairs = find_pairs(name, tensors)
+    others = [kind for mark, kind in OTHER_KINDS.items() if any(mark in key for key in tensors)]
+    if not pairs and not others:
+        raise UserError(f"{name} holds no known LoRA; its first tensor is {next(iter(tensors), 'absent')!r:.80}")
+    sizes = [tensor for key, tensor in tensors.items() if key.endswith(DORA_SCALE)]
+    use_dora = bool(sizes) or any("lora_magnitude_vector" in key for key in tensors)
+    by_columns = "DoRA by columns, which is not read here"
+    others += ["DoRA" if all(map(is_by_rows, sizes)) else by_columns] * use_dora
+    facts: dict[str, object] = {"kind": kind_of(pairs, others, header)}
+    if pairs:
+        facts |= geometry(pairs)
+    facts["use_dora"] = use_dora
+    return facts
+
+
+def kind_of(pairs: list[Pair], others: list[str], header: dict[str, str]) -> str:
+    kinds = others + sorted({pair.keys for pair in pairs})
+    return ("published by dreambooth_moslora, " if "moslora" in header else "") + ", ".join(kinds)
+
+
+def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
+    """The pairs of down (r, in, …) and up (out, r, …) matrices among a file's tensors.
+
+    Raises UserError for a matrix without its partner.
+    """
+    pairs = []
+    check_halves(name, tensors)
+    for key, down in tensors.items():
+        suffix = next((s for s in PAIRS if key.endswith(s)), None)
+        if suffix is None or key.removesuffix(suffix) + UNFOLDED in tensors:
+            continue
+        module, (up_suffix, keys) = key.removesuffix(suffix), PAIRS[suffix]
+        up = tensors.get(module + up_suffix)
+        if up is None or up.ndim < 2 or down.ndim < 2 or not up.shape[1] == down.shape[0] > 0:
+            raise UserError(f"{name} is broken: {module} has a down matrix without an up matrix of its rank")
+        if not isfinite(float(down.double().norm() * up.double().norm())):
+            raise UserError(f"{name} is broken: {module} has values too large to be multiplied")
+        alpha = tensors.get(f"{module}.alpha")
+        if alpha is not None and alpha.numel() != 1:
+            raise UserError(f"{name} is broken: {module}.alpha is not one number")
+        is_product = all(n == 1 for n in up.shape[2:]) and f"{module}.lora_mid.weight" not in tensors
+        pairs.append(Pair(module, keys, LowRank(down, up), None if alpha is None else float(alpha), is_product))
+    return pairs
+
+
+def check_halves(name: str, tensors: dict[str, Tensor]) -> None:
+    """Raises UserError for an up matrix without its down matrix."""
+    for down_suffix, (up_suffix, _) in PAIRS.items():
+        modules = [key.removesuffix(up_suffix) for key in tensors if key.endswith(up_suffix)]
+        if alone := [module for module in modules if module + down_suffix not in tensors]:
+            raise UserError(f"{name} is broken: {alone[0]:.100} has an up matrix without a down matrix")
+
+
+@torch.no_grad()
+def geometry(pairs: list[Pair]) -> dict[str, object]:
+    """Modules by component, ranks, alphas, scales, and the effective rank of pairs with ΔW = up·down."""
+    ranks, alphas = Counter(p.matrices.rank for p in pairs), Counter(p.alpha for p in pairs if p.alpha is not None)
+    scales = sorted({p.scale for p in pairs if p.scale is not None})
+    dense = [p for p in pairs if p.is_product]
+    facts: dict[str, object] = {
+        "modules": dict(Counter(component_of(p.module) for p in pairs)),
+        "ranks": {str(rank): number for rank, number in sorted(ranks.items())},
+        "alpha": ", ".join(f"{a:g}" for a in sorted(alphas)) if alphas else "not in the file (read as alpha = rank)",
+        "scale": ", ".join(f"{s:g}" for s in scales) if scales else "1",
+    }
+    if dense:
+        facts["effective_rank_median"] = round(median(effective_rank_of(p.matrices) for p in dense), 4)
+    return facts
+
+
+def component_of(module: str) -> str:
+    return next((name for name, prefix in COMPONENT_PREFIXES.items() if re.match(prefix, module)), "other")
+
+
+def said_by_header(header: dict[str, str]) -> dict[str, object]:
+    """What the header says about the adapter, in keys of this program, ModelSpec or kohya."""
+    if "moslora" in header:
+        try:
+            metadata = AdapterMetadata.from_json(header["moslora"])
+            return {"mixer": f"{metadata.mixer}, folded"} | said_by_metadata(metadata)
+        except (TypeError, ValueError):
+            return {"base": "unknown: the moslora header is broken"}
+    facts = {
+        "title": header.get("modelspec.title") or header.get("ss_output_name"),
+        "base": header.get("modelspec.architecture") or header.get("ss_base_model_version"),
+        "trigger_words": header.get("modelspec.trigger_phrase") or ", ".join(frequent_tags(header)),
+        "network": header.get("ss_network_module"),
+    }
+    return {key: value for key, value in facts.items() if value}
+
+
+def frequent_tags(header: dict[str, str], number: int = 5) -> list[str]:
+    """The most frequent tags in kohya's tag counts, which serve as trigger words."""
+    try:
+        folders = json.loads(header.get("ss_tag_frequency", "{}"))
+        counts = Counter()
+        for tags in folders.values():
+            counts.update({str(tag).strip(): int(count) for tag, count in tags.items()})
+    except (AttributeError, OverflowError, RecursionError, TypeError, ValueError):
+        return []
+    return [tag for tag, _ in counts.most_common(number)]
+
+
+def said_by_metadata(metadata: AdapterMetadata) -> dict[str, object]:
+    said = {
+        "base": metadata.base_id,
+        "trigger_words": ", ".join(metadata.trigger_words),
+        "class_word": metadata.class_word,
+        "resolution_px": metadata.resolution_px,
+        "best_scale": metadata.best_scale,
+        "new_tokens": said_of_tokens(metadata.tokens),
+        "usable_scales": " to ".join(f"{scale:g}" for scale in metadata.usable_scales),
+        "versions": ", ".join(f"{name} {number}" for name, number in metadata.versions.items()),
+    }
+    return {key: value for key, value in said.items() if value}
+
+
+def said_of_tokens(notes: Sequence[dict[str, object]]) -> str:
+    return "; ".join(f"{note['count']} for the word {note['word']}, in {note['file']}" for note in notes)
+
+
+def lines(facts: dict[str, object]) -> list[str]:
+    """One line for each entry of `describe`, for the terminal."""
+    shown = {"file": facts["file"], **{k: v for k, v in facts.items() if k != "file"}}
+    return [f"{key.replace('_', ' ') + ':':<24} {printable(as_text(key, value))}" for key, value in shown.items()]
+
+
+def printable(text: str) -> str:
+    """The text without control characters: a file's header may contain some that affect the terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def as_text(key: str, value: object) -> str:
+    if key == "ranks":
+        return ", ".join(f"{rank} ({number} modules)" for rank, number in value.items())
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {number}" for name, number in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,342 @@
+"""Publishes an adapter: the folded files, their notes, and how two published files differ.
+
+Writes an adapter's best scale into an existing published file. Its tensors are not changed.
+
+Compares two published adapter files: tensors bit by bit, and the entries of their headers.
+
+Publishes an adapter.
+
+A published adapter is always folded: ΔW = up·down with the scale included and alpha = rank.
+
+live adapter --fold--> LowRank --reduce_layers--> --publish--> pytorch_lora_weights.safetensors   for diffusers
+                                                                   <name>.kohya.safetensors           for others
+                                                               [<name>_emb.safetensors            new tokens, for
+                                                                <name>_2_emb.safetensors          each subject]
+             --save_raw--> moslora_weights.safetensors --load_raw--> the same adapter, bit for bit
+
+Such a file is correct without metadata, in any version of diffusers and in kohya's form. A file is published
+only after a stock loader has read it back and computed the same (`proof`).
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dreambooth_moslora.adapters.describe import Pair, find_pairs
+from dreambooth_moslora.adapters.metadata import DORA_NOTE, AdapterMetadata, most_common
+from dreambooth_moslora.adapters.mixer import LowRank
+from dreambooth_moslora.adapters.moslora import adapter_layers, fold
+from dreambooth_moslora.adapters.new_tokens import NewTokens, notes_of, write_tokens
+from dreambooth_moslora.adapters.proof import (
+    BOUNDS,
+    FileProof,
+    Proof,
+    check_reduction,
+    kohya_header,
+    kohya_tensors,
+    prove_file,
+    published_name,
+)
+from dreambooth_moslora.adapters.raw_file import (
+    check_components,
+    check_finite,
+    check_storable,
+    read_tensors,
+    write_file,
+)
+from dreambooth_moslora.adapters.spectrum import reduce_layers
+from dreambooth_moslora.core.atomic_files import scratch_directory
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, check_name, tokens_name
+
+
+def note_scale(path: Path, best: float, usable: tuple[float, float]) -> bool:
+    """Write the scale; returns False, without writing, unless this program published the file.
+
+    Raises UserError for a broken file, and OSError when it cannot be written.
+    """
+    tensors, header = read_tensors(path)
+    try:
+        facts = AdapterMetadata.from_json(header["moslora"])
+    except (KeyError, TypeError, ValueError):
+        return False
+    if "raw_format" in tensors:
+        return False
+    facts = replace(facts, best_scale=best, usable_scales=usable)
+    write_file(path, tensors, header | {"moslora": facts.to_json()})
+    return True
+
+
+@dataclass(frozen=True)
+class FileDifference:
+    """`first` says how the first differing tensor differs, "" when none does; `count` of `total` tensors differ.
+
+    `of_updates`: ‖ΔW − ΔW'‖ / ‖ΔW‖ over all layers, infinite if the files hold other layers or alphas, or none.
+    `is_cast`: some tensor has another shape or dtype, as in a file that was exported anew. `header` names the differing
+    entries of the header; those inside `moslora` have their own names.
+    """
+
+    first: str
+    count: int
+    total: int
+    header: tuple[str, ...]
+    of_updates: float = inf
+    is_cast: bool = False
+
+
+def difference_of(one: Path, other: Path) -> FileDifference:
+    """Compare two safetensors files. Raises UserError when one cannot be read or holds NaN."""
+    (tensors, header), (others, other_header) = read_tensors(one), read_tensors(other)
+    names = sorted(tensors.keys() | others.keys())
+    found = [text for name in names if (text := tensor_difference(name, tensors.get(name), others.get(name)))]
+    facts, other_facts = facts_in(header), facts_in(other_header)
+    keys = sorted(facts.keys() | other_facts.keys())
+    differing = tuple(key for key in keys if facts.get(key) != other_facts.get(key))
+    both = [(tensors[name], others[name]) for name in names if name in tensors and name in others]
+    is_cast = any((a.shape, a.dtype) != (b.shape, b.dtype) for a, b in both)
+    is_other = is_cast or len(both) < len(names) or any(a.numel() == 1 and not torch.equal(a, b) for a, b in both)
+    of_updates = inf
+    if found and not is_other:
+        of_updates = update_gap(find_pairs(one.name, tensors), find_pairs(other.name, others))
+    return FileDifference(found[0] if found else "", len(found), len(names), differing, of_updates, is_cast)
+
+
+def update_gap(one: list[Pair], other: list[Pair]) -> float:
+    """‖ΔW − ΔW'‖ / ‖ΔW‖ over equal layers of two files; infinite without a layer."""
+    gaps = [(a.matrices.delta - b.matrices.delta).norm() for a, b in zip(one, other, strict=True)]
+    size = math.hypot(*(a.matrices.delta.norm() for a in one))
+    return math.hypot(*gaps) / size if size else inf
+
+
+def tensor_difference(name: str, one: Tensor | None, other: Tensor | None) -> str:
+    """How two tensors of any shapes differ, in words; "" for equal bits."""
+    if one is None or other is None:
+        return f"{name} is in one of the files alone"
+    if one.shape != other.shape:
+        return f"{name} is {list(one.shape)} and {list(other.shape)}"
+    if one.dtype != other.dtype:
+        return f"{name} is {one.dtype} and {other.dtype}".replace("torch.", "")
+    if torch.equal(bits(one), bits(other)):
+        return ""
+    gap = (one.double() - other.double()).norm() / one.double().norm().clamp_min(1e-30)
+    return f"{name} differs by {float(gap):.1e} of its norm"
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).contiguous().view(torch.uint8)
+
+
+def facts_in(header: dict[str, str]) -> dict[str, object]:
+    """The header with the JSON object under `moslora` expanded."""
+    try:
+        ours = json.loads(header.get("moslora", "{}"))
+    except (ValueError, RecursionError):
+        ours = None
+    facts = {key: value for key, value in header.items() if key != "moslora"}
+    return facts | (ours if isinstance(ours, dict) else {"moslora": header.get("moslora")})
+
+
+KOHYA_SUFFIX = ".kohya.safetensors"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+Folded = dict[str, dict[str, LowRank]]  # component -> module path, as other programs know it -> layer
+
+RANKS_NOTE = (
+    "the ranks differ after the reduction, and old versions of diffusers (0.29 is known) give such projections one "
+    "scale in pytorch_lora_weights.safetensors: load the kohya file there, which is right in both"
+)
+
+
+def publish(
+    components: dict[str, nn.Module],
+    out_dir: str | Path,
+    name: str,
+    metadata: AdapterMetadata,
+    dtype: torch.dtype = torch.float32,
+    *,
+    keep: float = 1.0,
+    adapter_name: str = "default",
+    tokens: Sequence[NewTokens] = (),
+    prove: Callable[[Sequence[Path]], tuple[FileProof, ...]] | None = None,
+) -> Proof:
+    """Write both published files into `out_dir`, or neither: each is verified before it gets its name.
+
+    New `tokens` are written beside them, in files that both headers name; `prove` verifies these. `keep` below 1
+    reduces the rank of each projection to keep that fraction of ‖ΔW‖².
+
+    Raises UserError when a file differs from the adapter by more than the dtype's bound, when weights are NaN,
+    or when the adapter is merged.
+    """
+    check_name(name)
+    check_publishable(components, dtype, adapter_name)
+    folded = published_layers(components, adapter_name)
+    kept, expected = None, None
+    if keep != 1.0:
+        for component, layers in folded.items():
+            for path, layer in layers.items():
+                parts = {f"{component}.{path}.0": layer.down, f"{component}.{path}.1": layer.up}
+                check_finite(parts, "the adapter")
+        folded, kept = reduce_layers(folded, keep)
+        expected = expected_deltas(components, folded, adapter_name)
+        check_reduction(components, adapter_name, expected, keep)
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    metadata = replace(metadata, tokens=notes_of(tokens, name))
+    with scratch_directory(out_dir) as scratch:
+        written = write_published(folded, scratch, name, with_ranks(metadata, folded), dtype, pad=keep == 1.0)
+        proofs = tuple(prove_file(path, components, adapter_name, expected) for path in written)
+        paths = [scratch / tokens_name(name, number) for number in range(len(tokens))]
+        for path, of_one in zip(paths, tokens):
+            write_tokens(path, of_one)
+        proofs += prove(paths) if prove and paths else ()
+        check_bound(proofs, BOUNDS[dtype], dtype)
+        for path in (*paths, *written):
+            path.replace(out_dir / path.name)
+    return report(proofs, dtype, folded, kept)
+
+
+def check_publishable(components: dict[str, nn.Module], dtype: torch.dtype, adapter_name: str) -> None:
+    """Raises UserError for a merged adapter, an unknown dtype, and an adapter that the files cannot hold."""
+    check_components(components)
+    check_storable(components, adapter_name)
+    if dtype not in BOUNDS:
+        raise UserError(f"a LoRA file is written in {', '.join(DTYPES)}, not {dtype}")
+    for component, model in components.items():
+        for path, layer in adapter_layers(model, adapter_name).items():
+            if layer.merged:
+                raise UserError(f"{component}.{path} is merged into the base; unmerge the adapter before saving it")
+
+
+def published_layers(components: dict[str, nn.Module], adapter_name: str) -> Folded:
+    """The folded adapter, under the module paths that other programs know."""
+    return {
+        component: {published_name(component, path)[1]: f for path, f in fold(model, adapter_name).items()}
+        for component, model in components.items()
+    }
+
+
+def expected_deltas(components: dict[str, nn.Module], folded: Folded, adapter_name: str) -> dict[str, Tensor]:
+    """`component.path` -> ΔW (out, in) or (out, in, h, w) after the reduction, which the files must hold."""
+    return {
+        f"{component}.{path}": folded[component][published_name(component, path)[1]].delta
+        for component, model in components.items()
+        for path in adapter_layers(model, adapter_name)
+    }
+
+
+def write_published(
+    folded: Folded, folder: Path, name: str, metadata: AdapterMetadata, dtype: torch.dtype, *, pad: bool
+) -> tuple[Path, Path]:
+    """Write both files; with `pad`, diffusers' file has a single rank.
+
+    The header key `moslora` holds the metadata.
+    """
+    if dtype == torch.float16:
+        folded = {c: {path: balanced(layer) for path, layer in layers.items()} for c, layers in folded.items()}
+    header = {"format": "pt", "moslora": replace(metadata, structures={}).to_json()}
+    paths = folder / PUBLISHED_NAME, folder / f"{name}{KOHYA_SUFFIX}"
+    files = published_tensors(padded(folded) if pad else folded, dtype), kohya_tensors(folded, dtype)
+    headers = header, header | kohya_header(name, metadata, folded)
+    for path, tensors, head in zip(paths, files, headers, strict=True):
+        check_finite(tensors, f"the adapter in {dtype}")
+        write_file(path, tensors, head)
+    return paths
+
+
+def published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The tensors under PEFT's keys after the component's name, which diffusers reads since 0.22.
+
+    DoRA's magnitudes stay fp32: half precision would round away what training changed in them.
+    """
+    tensors = {}
+    for component, layers in folded.items():
+        for path, layer in layers.items():
+            tensors[f"{component}.{path}.lora_A.weight"] = layer.down.to(dtype)
+            tensors[f"{component}.{path}.lora_B.weight"] = layer.up.to(dtype)
+            if layer.magnitude is not None:
+                tensors[f"{component}.{path}.{magnitude_key(component)}"] = layer.magnitude
+    return tensors
+
+
+def magnitude_key(component: str) -> str:
+    """The key of magnitudes. For a UNet every diffusers adds `.weight`, and old ones need that; transformers'
+    loader does not."""
+    return "lora_magnitude_vector" if component == "unet" else "lora_magnitude_vector.weight"
+
+
+def padded(folded: Folded) -> Folded:
+    """All projections at the file's largest rank, with zeros: old diffusers uses one alpha for all ranks."""
+    rank = max(layer.rank for layers in folded.values() for layer in layers.values())
+
+    def pad(layer: LowRank) -> LowRank:
+        missing = rank - layer.rank
+        rows = layer.down.new_zeros(missing, *layer.down.shape[1:])
+        columns = layer.up.new_zeros(len(layer.up), missing, *layer.up.shape[2:])
+        return LowRank(torch.cat([layer.down, rows]), torch.cat([layer.up, columns], dim=1), magnitude=layer.magnitude)
+
+    return {c: {path: pad(layer) for path, layer in layers.items()} for c, layers in folded.items()}
+
+
+def balanced(layer: LowRank) -> LowRank:
+    """Move a power of two between up and down, which is exact: fp16 would round the small `up` of early steps to 0."""
+    sizes = layer.up.abs().max(), layer.down.abs().max()
+    if min(sizes) == 0:
+        return layer
+    factor = torch.exp2(((sizes[1] / sizes[0]).log2() / 2).round())
+    return LowRank(layer.down / factor, layer.up * factor, magnitude=layer.magnitude)
+
+
+def with_ranks(metadata: AdapterMetadata, folded: Folded) -> AdapterMetadata:
+    """The metadata of the folded file: its ranks after a reduction, alpha = rank, no rsLoRA."""
+    ranks = {f"{c}.{path}": layer.rank for c, layers in folded.items() for path, layer in layers.items()}
+    rank = most_common(ranks.values())
+    others = {path: r for path, r in ranks.items() if r != rank}
+    return replace(metadata, rank=rank, alpha=rank, ranks=others, alphas=others, use_rslora=False)
+
+
+def check_bound(proofs: tuple[FileProof, ...], bound: float, dtype: torch.dtype) -> None:
+    """Raises UserError for a file that differs from the live adapter by more than `bound` (relative)."""
+    for proof in proofs:
+        if not proof.largest <= bound:
+            raise UserError(
+                f"{proof.file} was not published: reloaded by {proof.loader} it differs from the live adapter by "
+                f"{proof.largest:.2e} (relative, worst in {proof.worst}), and {dtype} explains at most {bound:.0e}"
+            )
+
+
+def report(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded, kept: float | None) -> Proof:
+    """The proof of all files. `kept` is the fraction of Σ‖ΔW‖² after a reduction; None without one."""
+    layers = [layer for c in folded.values() for layer in c.values()]
+    return Proof(
+        dtype=next(name for name, d in DTYPES.items() if d == dtype),
+        bound=BOUNDS[dtype],
+        projections=len(layers),
+        file_proofs=proofs,
+        rank_sum=sum(layer.rank for layer in layers),
+        kept=1.0 if kept is None else kept,
+        notes=notes_on(layers, reduced=kept is not None),
+    )
+
+
+def notes_on(layers: list[LowRank], reduced: bool) -> tuple[str, ...]:
+    """Notes for users of other programs or old versions."""
+    several_ranks = reduced and len({layer.rank for layer in layers}) > 1
+    has_dora = any(layer.magnitude is not None for layer in layers)
+    return (DORA_NOTE,) * has_dora + (RANKS_NOTE,) * several_ranks
+
+
+def load_published(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetadata | None]:
+    """Tensors of a LoRA file, and its metadata if this program wrote it. Raises UserError for a broken file."""
+    path = Path(path)
+    tensors, header = read_tensors(path / PUBLISHED_NAME if path.is_dir() else path)
+    check_finite(tensors, path.name)
+    try:
+        return tensors, AdapterMetadata.from_json(header["moslora"])
+    except (KeyError, TypeError, ValueError):
+        return tensors, None

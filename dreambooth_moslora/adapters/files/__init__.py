@@ -1,1 +1,0 @@
-"""Adapter files: raw and published, of diffusers and of kohya, their metadata, and their verification."""

@@ -1,0 +1,513 @@
+"""Any LoRA file, whichever program wrote it: its matrices under common names, and into a pipeline.
+
+The matrices and scales of a LoRA file under common names, whichever program wrote it.
+
+Other keys are refused.
+
+<component>.<module path>.<part>  ->  component -> module path -> LowRank
+
+PEFT                              diffusers                          kohya, after diffusers' conversion
+to_q.lora_A.weight                to_q.lora.down.weight              processor.to_q_lora.down.weight
+q_proj.lora_A.weight              q_proj.lora_linear_layer.down.…    to_q_lora.down.weight
+
+Reads any LoRA file (this program's, diffusers', kohya's), checks that it fits the base, and loads it into
+the pipeline.
+
+file --read_adapter--> AdapterWeights --check_fits--> --install--> a PEFT adapter named by its content
+
+A file may come from anyone. Only the matrices of a LoRA and their scales are taken from it.
+"""
+
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from dreambooth_moslora.adapters.basis import is_mixer_file
+from dreambooth_moslora.adapters.export import published_tensors
+from dreambooth_moslora.adapters.metadata import most_common
+from dreambooth_moslora.adapters.mixer import LowRank
+from dreambooth_moslora.adapters.moslora import matrix_layers, value_pattern
+from dreambooth_moslora.adapters.proof import DORA_SCALE, collected_warnings, is_by_rows, published_name
+from dreambooth_moslora.adapters.raw_file import COMPONENTS, component_tensors, matrices_from, read_raw
+from dreambooth_moslora.base.load import architecture
+from dreambooth_moslora.core.errors import UserError, is_number, one_line
+from dreambooth_moslora.core.names import file_digest
+from dreambooth_moslora.disk.adapter_files import find_weights
+from dreambooth_moslora.disk.run_folder import MIXERS_NAME, PUBLISHED_NAME, RAW_NAME
+
+PEFT_KEY = re.compile(
+    r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector(\.weight)?|alpha)"
+)
+OLD_KEY = re.compile(
+    r"(?P<path>.+?)\.((?P<projection>to_q|to_k|to_v|to_out)_lora|lora|lora_linear_layer)"
+    r"\.(?P<side>down\.weight|up\.weight|up\.bias)"
+)
+FIELDS = {
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "lora_B.bias": "bias",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "down.weight": "down",
+    "up.weight": "up",
+    "up.bias": "bias",
+    "alpha": "",  # ignored: diffusers and PEFT do not read an alpha under such a name
+}
+UNET_NAMES = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
+TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+def projections(tensors: dict[str, Tensor], file_name: str) -> dict[str, dict[str, LowRank]]:
+    """Component -> module path as the file writes it -> its matrices down (r, in, …) and up (out, r, …).
+
+    Raises UserError for a key that does not belong to a LoRA, an incomplete pair of matrices, DoRA's magnitudes
+    for a part of a component's layers, and NaN or infinity.
+    """
+    found: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for key, tensor in tensors.items():
+        component, path, field = _place(key, file_name)
+        if field:
+            _check_numbers(tensor, key, file_name)
+            found.setdefault(component, {}).setdefault(path, {})[field] = tensor
+    if not found:
+        raise UserError(f"{file_name} holds no LoRA projection")
+    result = {
+        component: {path: _projection(parts, f"{component}.{path}", file_name) for path, parts in paths.items()}
+        for component, paths in found.items()
+    }
+    for component, of_one in result.items():
+        if len({projection.magnitude is None for projection in of_one.values()}) > 1:
+            raise UserError(f"{file_name} holds DoRA for some layers of its {component} alone, which PEFT cannot load")
+    return result
+
+
+def module_path(component: str, key: str) -> str:
+    """The module path in a file's key, without its component: `…attn1.processor.to_q_lora.down.weight` ->
+    `…attn1.to_q`.
+
+    A key without a known part is returned as the module path.
+    """
+    match = _match(key)
+    if match is None:
+        return key.replace(".processor.", ".")
+    old = match.groupdict().get("projection")
+    names = UNET_NAMES if component == "unet" else TEXT_NAMES
+    return f"{match['path']}.{names[old]}" if old else match["path"]
+
+
+def _match(key: str) -> re.Match[str] | None:
+    key = key.replace(".processor.", ".")
+    return PEFT_KEY.fullmatch(key) or OLD_KEY.fullmatch(key)
+
+
+def _place(key: str, file_name: str) -> tuple[str, str, str]:
+    """Component, module path and field of LowRank. Raises UserError."""
+    component, _, rest = key.partition(".")
+    match = _match(rest)
+    if component not in COMPONENTS or match is None:
+        raise UserError(f"{file_name} is not a LoRA for SDXL: {key!r:.100} does not belong to one")
+    groups = match.groupdict()
+    return component, module_path(component, rest), FIELDS[groups.get("part") or groups["side"]]
+
+
+def _check_numbers(tensor: Tensor, key: str, file_name: str) -> None:
+    if tensor.dtype not in DTYPES:
+        raise UserError(f"{file_name} is broken: {key!r:.100} is in {tensor.dtype}, which is not a dtype of weights")
+    if not tensor.float().isfinite().all():
+        raise UserError(
+            f"{file_name} is broken: {key!r:.100} has values that are NaN, infinite or beyond single precision"
+        )
+
+
+def _projection(parts: dict[str, Tensor], name: str, file_name: str) -> LowRank:
+    down, up = parts.get("down"), parts.get("up")
+    if down is None or up is None or down.ndim < 2 or up.ndim < 2 or not 0 < down.shape[0] == up.shape[1]:
+        raise UserError(f"{file_name} is broken: {name!r:.100} is half there")
+    return LowRank(**parts)
+
+
+LARGEST_ALPHA = 1e6
+MOST_VALUES = 200
+"""PEFT tries one pattern per value on every module; no trainer writes this many ranks or alphas."""
+PEFT_ALPHA = 8
+"""PEFT's default when a header has no alpha."""
+PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Initialisations that leave the base unchanged."""
+MODULE_NAME = re.compile(r"\^?\w[\w.]*")
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Scales of one component: module path -> alpha, and whether s is alpha/√r (rsLoRA) or alpha/r."""
+
+    alphas: dict[str, float]
+    use_rslora: bool = False
+
+
+Part = tuple[dict[str, LowRank], Scales]
+"""Module path -> matrices of one component, and their scales."""
+
+
+def scales(
+    component: str,
+    found: dict[str, LowRank],
+    network_alphas: dict[str, float] | None,
+    peft_metadata: object,
+    file_name: str,
+) -> Scales:
+    """The alphas of one component, from kohya's alphas or PEFT's settings in the header.
+
+    Raises UserError for settings that are not numbers, that contradict the tensors, or that change the base.
+    """
+    if peft_metadata is not None and not isinstance(peft_metadata, dict):
+        raise _broken(file_name, "its LoRA settings are no object")
+    if peft_metadata and network_alphas:
+        raise _broken(file_name, "it has both alphas and LoRA settings")
+    prefix = f"{component}."
+    settings = {k.removeprefix(prefix): v for k, v in (peft_metadata or {}).items() if k.startswith(prefix)}
+    own = {k.removeprefix(prefix): v for k, v in (network_alphas or {}).items() if k.startswith(prefix)}
+    result = _from_settings(component, found, settings, file_name) if settings else _from_alphas(component, found, own)
+    for value in result.alphas.values():
+        _check_alpha(value, file_name)
+    if max(len({p.rank for p in found.values()}), len(set(result.alphas.values()))) > MOST_VALUES:
+        raise UserError(f"{file_name} has more than {MOST_VALUES} different ranks or alphas")
+    return result
+
+
+def _from_alphas(component: str, found: dict[str, LowRank], own: dict[str, float]) -> Scales:
+    """Scales from kohya's alphas. Without any, alpha equals the rank.
+
+    A layer without an alpha gets the most common one, as in diffusers.
+    """
+    named = {module_path(component, key.removesuffix(".alpha")): value for key, value in own.items()}
+    if not named:
+        return Scales({path: projection.rank for path, projection in found.items()})
+    common = most_common(named.values())
+    return Scales({path: named.get(path, common) for path in found})
+
+
+def _from_settings(component: str, found: dict[str, LowRank], settings: dict, file_name: str) -> Scales:
+    start = settings.get("init_lora_weights", True)
+    if not isinstance(start, bool | str | None) or start not in PLAIN_STARTS:
+        raise UserError(f"{file_name} goes with a changed base (init_lora_weights {start!r:.40}); export a plain LoRA")
+    has_dora = any(projection.magnitude is not None for projection in found.values())
+    if _flag(settings, "use_dora", file_name) != has_dora:
+        raise _broken(file_name, "its use_dora does not go with its tensors")
+    alpha = settings.get("lora_alpha", PEFT_ALPHA)
+    find = _finder(settings.get("alpha_pattern") or {}, file_name)
+    alphas = {path: find(_names(component, path), alpha) for path in found}
+    return Scales(alphas, _flag(settings, "use_rslora", file_name))
+
+
+def _names(component: str, path: str) -> set[str]:
+    """Both names of a module: versions of transformers differ in the prefix `text_model.` of a text encoder."""
+    return {path if component == "unet" else path.removeprefix("text_model."), published_name(component, path)[1]}
+
+
+def _finder(pattern: object, file_name: str) -> Callable[[set[str], float], float]:
+    """A function (names of a module, default) -> value of the first entry that equals a name or its end, as
+    PEFT chooses.
+
+    An entry that starts with `^` matches only the whole name.
+    """
+    if not isinstance(pattern, dict):
+        raise _broken(file_name, "its alpha_pattern is no object")
+    plain = {str(name).replace(r"\.", "."): value for name, value in pattern.items()}
+    for name in plain:
+        if not MODULE_NAME.fullmatch(name):
+            raise _broken(file_name, f"its alpha_pattern {name!r:.60} names no module")
+    order = {name: number for number, name in enumerate(plain)}
+
+    def find(names: set[str], default: float) -> float:
+        ends = {end for name in names for end in _ends(name)} | {f"^{name}" for name in names}
+        return plain[min(ends & order.keys(), key=order.__getitem__)] if ends & order.keys() else default
+
+    return find
+
+
+def _ends(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def _flag(settings: dict, name: str, file_name: str) -> bool:
+    value = settings.get(name, False)
+    if not isinstance(value, bool):
+        raise _broken(file_name, f"its {name} is {value!r:.40}")
+    return value
+
+
+def _check_alpha(value: object, file_name: str) -> None:
+    if not is_number(value) or not abs(value) <= LARGEST_ALPHA:
+        raise _broken(file_name, f"it has an alpha of {value!r:.40}")
+
+
+def _broken(file_name: str, what: str) -> UserError:
+    return UserError(f"{file_name} is broken: {what}")
+
+
+FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
+"""Cross-attention width of the UNet -> the model family that has it."""
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """A LoRA file's content: component -> projections and scales by the base's module paths.
+
+    `sha256` is the file's.
+    """
+
+    file_name: str
+    sha256: str
+    parts: dict[str, Part]
+    header: dict[str, str]
+
+    @property
+    def key(self) -> str:
+        """The name inside PEFT, from the content: a file under two names is loaded once."""
+        return f"sha_{self.sha256[:16]}"
+
+
+def adapter_name(path: str | Path) -> str:
+    """`runs/dog` and the file in it are called "dog", its checkpoints "dog@500" and "dog@last", its mixers alone
+    "dog@mixers", and `cat.safetensors` is "cat"."""
+    file = find_weights(path)
+    folder = file.parent.resolve()
+    if file.name == MIXERS_NAME:
+        return f"{folder.name}@mixers"
+    if file.name not in (PUBLISHED_NAME, RAW_NAME):
+        return file.stem
+    is_checkpoint = folder.name.startswith("checkpoint-") or (folder.name == "last" and file.name == RAW_NAME)
+    return f"{folder.parent.name}@{folder.name.removeprefix('checkpoint-')}" if is_checkpoint else folder.name
+
+
+def read_adapter(path: str | Path, pipeline: StableDiffusionXLPipeline) -> AdapterWeights:
+    """The file's content. Raises UserError when it is missing, is not a safetensors file, or holds no known LoRA."""
+    file = find_weights(path)
+    header, keys = _read_header(file)
+    if is_mixer_file(file):
+        raise UserError(f"{file.name} holds mixers alone, without their basis; give the LoRA file beside it")
+    content = (fold_raw(file), None, None) if "raw_format" in keys else _read_published(file, pipeline)
+    return AdapterWeights(file.name, file_digest(file), _parts(*content, file.name, pipeline), header)
+
+
+def _parts(
+    tensors: dict[str, Tensor],
+    network_alphas: dict[str, float] | None,
+    peft_metadata: object,
+    file_name: str,
+    pipeline: StableDiffusionXLPipeline,
+) -> dict[str, Part]:
+    parts = {}
+    for component, found in projections(tensors, file_name).items():
+        found_scales = scales(component, found, network_alphas, peft_metadata, file_name)
+        names = {path: _module_name(component, path, getattr(pipeline, component, None)) for path in found}
+        alphas = {names[path]: alpha for path, alpha in found_scales.alphas.items()}
+        by_name = {names[path]: projection for path, projection in found.items()}
+        parts[component] = by_name, Scales(alphas, found_scales.use_rslora)
+    return parts
+
+
+def _module_name(component: str, path: str, model: nn.Module | None) -> str:
+    """The module's path in the base; transformers 5 has no `text_model.` in CLIPTextModel, files have it or not."""
+    path = published_name(component, path)[1]
+    return path if component == "unet" or hasattr(model, "text_model") else path.removeprefix("text_model.")
+
+
+def fold_raw(file: Path) -> dict[str, Tensor]:
+    """A checkpoint as the tensors of a plain LoRA in diffusers' naming: down (r, in) = A, up (out, r) = s·B·M,
+    alpha = rank. Raises UserError."""
+    tensors, metadata = read_raw(file)
+    folded: dict[str, dict[str, LowRank]] = {}
+    for component in COMPONENTS:
+        for path, parts in component_tensors(tensors, component).items():
+            layer = matrices_from(parts, metadata, f"{component}.{path}").fold()
+            folded.setdefault(component, {})[published_name(component, path)[1]] = layer
+    return published_tensors(folded)
+
+
+def _read_published(file: Path, pipeline: StableDiffusionXLPipeline) -> tuple[dict[str, Tensor], dict | None, object]:
+    """Tensors in diffusers' naming, kohya's alphas, and PEFT's settings in the header. Raises UserError."""
+    try:
+        sizes = _dora_scales(file)
+        with collected_warnings() if sizes else nullcontext():  # diffusers drops dora_scale, and says so
+            tensors, alphas, settings = pipeline.lora_state_dict(
+                str(file.parent),
+                weight_name=file.name,
+                unet_config=pipeline.unet.config,
+                use_safetensors=True,
+                local_files_only=True,
+                return_lora_metadata=True,
+            )
+        return tensors | _magnitudes(sizes, pipeline), alphas, settings
+    except UserError:
+        raise
+    except Exception as error:  # diffusers' conversion raises any error on unknown names
+        raise UserError(f"{file.name} is not a LoRA file that diffusers can read: {one_line(error)}") from error
+
+
+def _dora_scales(file: Path) -> dict[str, Tensor]:
+    """kohya's magnitudes by their keys, each (out, 1) or (out, 1, 1, 1). Raises UserError for those of columns."""
+    with safe_open(file, framework="pt") as opened:
+        sizes = {key: opened.get_tensor(key) for key in sorted(opened.keys()) if key.endswith(DORA_SCALE)}
+    for key, size in sizes.items():
+        if not is_by_rows(size):
+            raise UserError(
+                f"{file.name} holds DoRA by the columns of W ({key:.100} {tuple(size.shape)}), and only DoRA by its "
+                "rows (out, 1) is read here: use it in the program that trained it, or train it by rows "
+                "(LyCORIS: wd_on_output=True)"
+            )
+    return sizes
+
+
+def _magnitudes(sizes: dict[str, Tensor], pipeline: StableDiffusionXLPipeline) -> dict[str, Tensor]:
+    """kohya's `dora_scale` as PEFT's magnitudes: (out,), or (1, out, 1, 1) of a convolution.
+
+    diffusers renames pairs of matrices alone, so each `dora_scale` is given to it as both of a pair.
+    """
+    names = {key.removesuffix(DORA_SCALE): size for key, size in sizes.items()}
+    pairs = {f"{name}.lora_{side}.weight": size for name, size in names.items() for side in ("down", "up")}
+    renamed, _ = pipeline.lora_state_dict(pairs, unet_config=pipeline.unet.config) if pairs else ({}, None)
+    found = {}
+    for key, size in renamed.items():
+        component, _, rest = key.partition(".")
+        magnitude = size[:, 0] if size.ndim == 2 else size.transpose(0, 1)
+        found[f"{component}.{module_path(component, rest)}.lora_magnitude_vector"] = magnitude
+    return found
+
+
+def check_fits(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline, base_name: str) -> None:
+    """Raises UserError, which describes both bases, unless each pair fits a layer of the base."""
+    for component, (found, _) in weights.parts.items():
+        model = getattr(pipeline, component, None)
+        layers = {} if model is None else matrix_layers(model)
+        for path, projection in found.items():
+            layer, name = layers.get(path), f"{component}.{path}"
+            if (projection.down.shape[1], projection.up.shape[0]) != (_width(layer, "in"), _width(layer, "out")):
+                raise UserError(
+                    f"{weights.file_name} was made for another base: it is for {_describe_weights(weights)}, "
+                    f"and {base_name} is {_describe_base(pipeline)} "
+                    f"(first misfit: {name!r:.100}, rank {projection.rank})"
+                )
+            if wrong := _misshapen(projection, layer):
+                raise UserError(f"{weights.file_name} is broken: {name} has {wrong}")
+
+
+def _misshapen(projection: LowRank, layer: nn.Module) -> str:
+    """The first tensor whose shape does not fit `layer`, in words; "" when all do."""
+    kernel = tuple(getattr(layer, "kernel_size", ()))
+    ones, outputs = (1,) * len(kernel), _width(layer, "out")
+    shapes = {
+        "down": (projection.rank, _width(layer, "in"), *kernel),
+        "up": (outputs, projection.rank, *ones),
+        "bias": (outputs,),
+        "magnitude": (1, outputs, *ones) if kernel else (outputs,),
+    }
+    for name, shape in shapes.items():
+        tensor = getattr(projection, name)
+        if tensor is not None and tuple(tensor.shape) != shape:
+            return f"{name} {tuple(tensor.shape)} where {shape} belongs"
+    return ""
+
+
+def _read_header(file: Path) -> tuple[dict[str, str], set[str]]:
+    """The file's own metadata, and the names of its tensors. Raises UserError."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return dict(opened.metadata() or {}), set(opened.keys())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file.name} is not a whole safetensors file: {one_line(error)}") from error
+
+
+def _width(module: nn.Module | None, side: str) -> int | None:
+    """Input or output width of a linear or convolution layer."""
+    for name in (f"{side}_features", f"{side}_channels"):
+        if hasattr(module, name):
+            return getattr(module, name)
+    return None
+
+
+def _describe_weights(weights: AdapterWeights) -> str:
+    found = weights.parts["unet"][0] if "unet" in weights.parts else {}
+    cross = {p.down.shape[1] for path, p in found.items() if path.endswith("attn2.to_k")}
+    widths = {p.up.shape[0] for path, p in found.items() if ".attn1." in path or ".attn2." in path}
+    return _describe(max(cross, default=0), sorted(widths))
+
+
+def _describe_base(pipeline: StableDiffusionXLPipeline) -> str:
+    cross_attention_dim = architecture(pipeline.unet)["cross_attention_dim"]
+    return _describe(cross_attention_dim, sorted(_attention_widths(pipeline.unet)))
+
+
+def _attention_widths(unet: nn.Module) -> set[int]:
+    return {_width(module, "out") for name, module in matrix_layers(unet).items() if name.endswith("attn1.to_q")}
+
+
+def _describe(cross: int, widths: list[int]) -> str:
+    family = f"{FAMILIES[cross]}, " if cross in FAMILIES else ""
+    seen = f"cross-attention width {cross}" if cross else "no cross-attention"
+    return f"a UNet with {family}{seen}, attention widths {', '.join(map(str, widths)) or 'unknown'}"
+
+
+def install(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline) -> None:
+    """Add the adapter to the pipeline's components, under `weights.key`.
+
+    Raises UserError when that fails; the components are then as before.
+    """
+    try:
+        for component, (found, scales) in weights.parts.items():
+            _load(component, found, scales, weights.key, pipeline)
+    except Exception as error:
+        pipeline.delete_adapters(weights.key)
+        raise UserError(f"{weights.file_name} could not be put into the base: {one_line(error)}") from error
+
+
+def _load(component: str, found: dict[str, LowRank], scales: Scales, key: str, pipeline) -> None:
+    config = {f"{component}.{name}": value for name, value in lora_config(found, scales).items()}
+    options = {"network_alphas": None, "adapter_name": key, "metadata": config, "_pipeline": pipeline}
+    tensors = _tensors(component, found)
+    if component == "unet":
+        pipeline.load_lora_into_unet(tensors, unet=pipeline.unet, **options)
+    else:
+        model = getattr(pipeline, component)
+        pipeline.load_lora_into_text_encoder(tensors, text_encoder=model, prefix=component, **options)
+
+
+def lora_config(found: dict[str, LowRank], scales: Scales) -> dict[str, Any]:
+    """Arguments of PEFT's LoraConfig."""
+    ranks, alphas = {path: p.rank for path, p in found.items()}, scales.alphas
+    rank, alpha = most_common(ranks.values()), most_common(alphas.values())
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": value_pattern(ranks, rank),
+        "alpha_pattern": value_pattern(alphas, alpha),
+        "target_modules": list(found),
+        "use_rslora": scales.use_rslora,
+        "use_dora": any(p.magnitude is not None for p in found.values()),
+        "lora_bias": any(p.bias is not None for p in found.values()),
+    }
+
+
+def _tensors(component: str, found: dict[str, LowRank]) -> dict[str, Tensor]:
+    """The tensors under names for diffusers' loader: PEFT's for a UNet, its own older ones for a text encoder."""
+    down, up = ("lora_A", "lora_B") if component == "unet" else ("lora_linear_layer.down", "lora_linear_layer.up")
+    tensors = {}
+    for path, projection in found.items():
+        parts = {
+            f"{down}.weight": projection.down,
+            f"{up}.weight": projection.up,
+            f"{up}.bias": projection.bias,
+            "lora_magnitude_vector.weight": projection.magnitude,
+        }
+        tensors |= {f"{component}.{path}.{name}": part for name, part in parts.items() if part is not None}
+    return tensors

@@ -1,0 +1,327 @@
+"""What other programs compute from DoRA in kohya's form: the file names no norm, and they take different ones.
+
+    trained:   W' = dora_scale · (W + ΔW) / ‖W + ΔW‖       dora_scale (out, 1), the norm of each row of W + ΔW
+
+The shapes (out, 1) and (1, in) both broadcast, so that a program that takes another norm raises no error.
+
+The metadata of an adapter, as JSON in its file's header, and which values are valid there.
+
+What a published file tells of the settings that shaped its weights, beside `settings.sources`.
+
+recipe     numbers, switches and choices
+public     prompts and a variant that a recipe in `assets/configs` has too
+withheld   names, without values, of the other settings: prompts, file names, folders
+
+A file whose reader can conclude all of it from the recipe and the trigger words has neither `public` nor `withheld`.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePath
+from typing import Any
+
+from dreambooth_moslora import __version__
+from dreambooth_moslora.core.errors import UserError, is_finite_number
+from dreambooth_moslora.core.names import assets_folder, is_toy
+from dreambooth_moslora.settings.sources import load_settings, recipe_of
+from dreambooth_moslora.settings.subjects import SAID_BY_SUBJECTS
+from dreambooth_moslora.settings.table import MIXERS, ZERO, TrainConfig, checked_setting
+
+DORA_READERS = {
+    "this program, LyCORIS": "what was trained",
+    "ComfyUI": "nearly that: it divides by the norms of W instead of W + ΔW",
+    "AUTOMATIC1111, InvokeAI": "another adapter: they divide by the norms of columns",
+    "diffusers, kohya's sd-scripts": "a plain LoRA: they drop the magnitudes",
+    "others, such as Fooocus": "not known",
+}
+"""Programs -> what they compute."""
+
+DORA_NOTE = (
+    "--use_dora: the kohya file is not the same adapter in all programs ("
+    + "; ".join(f"{programs}: {what}" for programs, what in DORA_READERS.items())
+    + "); pytorch_lora_weights.safetensors is exact in diffusers"
+)
+
+
+def dora_table() -> str:
+    """The same as a table in Markdown."""
+    rows = "\n".join(f"| {programs} | {what} |" for programs, what in DORA_READERS.items())
+    return f"| DoRA in the kohya file, read by | computes |\n|---|---|\n{rows}"
+
+
+PUBLIC = ("variant", "prior_prompts")
+"""Settings whose value a file tells if a recipe in `assets/configs` has the same."""
+VARIANT = re.compile(r"\w[\w-]{0,19}")
+LIBRARIES = ("torch", "diffusers", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class AdapterMetadata:
+    """What a file says about its adapter; nothing in it is a path or describes photos or the machine.
+
+    `recipe`: the run's settings in `settings.sources`, for `--like`. `subject_prompts`: the words that call
+    each of several subjects; empty for one. `ranks` and `alphas` list the modules (`component.path`) that
+    differ from `rank` and `alpha`. `best_scale` and `usable_scales` (lowest, highest) are set if they were
+    measured. `tokens` has the `NewTokens.note` of each of the adapter's files of new tokens, `basis` is the
+    `Basis.note` of the frozen A and B. `public` and `withheld` are explained in `adapters.metadata`. `step` is set
+    if the run did not end there, `processes` if there were several.
+    """
+
+    rank: int
+    alpha: float
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_dropout: float = 0.0
+    mixer: str = "none"
+    train_mixer: bool = True
+    mixer_seed: int = 0
+    ranks: dict[str, int] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
+    base_id: str = ""
+    base_architecture: dict[str, object] = field(default_factory=dict)
+    structures: dict[str, dict[str, object]] = field(default_factory=dict)
+    trigger_words: tuple[str, ...] = ()
+    class_word: str = ""
+    resolution_px: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    best_scale: float | None = None
+    usable_scales: tuple[float, ...] = ()
+    recipe: dict[str, object] = field(default_factory=dict)
+    tokens: tuple[dict[str, object], ...] = ()
+    subject_prompts: tuple[str, ...] = ()
+    basis: dict[str, str] = field(default_factory=dict)
+    public: dict[str, object] = field(default_factory=dict)
+    withheld: tuple[str, ...] = ()
+    step: int | None = None
+    processes: int | None = None
+
+    def to_json(self) -> str:
+        """Leaves out later entries when empty, and writes one subject's tokens without a list, so that such files
+        keep their bytes."""
+        facts = asdict(self)
+        if len(self.tokens) == 1:
+            facts["tokens"] = self.tokens[0]
+        later = ("best_scale", "usable_scales", "recipe", "tokens", "subject_prompts", "basis")
+        later += ("public", "withheld", "step", "processes")
+        missing = [name for name in later if not facts[name]]
+        return json.dumps({name: value for name, value in facts.items() if name not in missing}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "AdapterMetadata":
+        """Ignores unknown keys. Raises ValueError or TypeError for text that `to_json` does not write."""
+        try:
+            stored = json.loads(text)
+        except RecursionError:
+            raise ValueError("nested too deep") from None
+        if not isinstance(stored, dict):
+            raise TypeError("the metadata is not an object")
+        known = {k: v for k, v in stored.items() if k in cls.__dataclass_fields__}
+        for name, value in known.items():
+            if not VALID[name](value):
+                raise ValueError(f"{name} is {value!r:.60}")
+        if isinstance(note := known.get("tokens"), dict):
+            known["tokens"] = [note] if note else []
+        lists = ("trigger_words", "usable_scales", "subject_prompts", "tokens", "withheld")
+        return cls(**{**known, **{name: tuple(known.get(name, ())) for name in lists}})
+
+
+def is_rank(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def is_bool(value: object) -> bool:
+    return type(value) is bool
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def named(check: Callable[[object], bool]) -> Callable[[object], bool]:
+    """A check for an object whose values all pass `check`."""
+    return lambda value: isinstance(value, dict) and all(check(v) for v in value.values())
+
+
+def listed(check: Callable[[object], bool]) -> Callable[[object], bool]:
+    """A check for a list whose items all pass `check`."""
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+def is_dict(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def is_token_note(value: object) -> bool:
+    """Whether it is a valid note. Its file must be a plain name, as anyone may write a header and the named
+    file is opened."""
+    is_known = isinstance(value, dict) and value.keys() == {"word", "count", "file", "sha256"}
+    texts = [value[name] for name in ("word", "file", "sha256")] if is_known else [None]
+    if not all(map(is_text, texts)) or not is_rank(value["count"]):
+        return False
+    return value["word"].strip() != "" and PurePath(value["file"]).name == value["file"] != ""
+
+
+def is_basis_note(value: object) -> bool:
+    """Whether it is a valid `Basis.note`, or empty. Its file must be a plain name, as a token note's."""
+    if value == {}:
+        return True
+    is_known = isinstance(value, dict) and value.keys() == {"kind", "sha256", "file"} and named(is_text)(value)
+    return is_known and PurePath(value["file"]).name == value["file"]
+
+
+def are_public(value: object) -> bool:
+    """Whether they are settings of PUBLIC. A variant becomes a part of a file's name, so it must be a word."""
+    if not isinstance(value, dict) or not value.keys() <= set(PUBLIC):
+        return False
+    variant, prompts = value.get("variant"), value.get("prior_prompts", [])
+    return (variant is None or (is_text(variant) and bool(VARIANT.fullmatch(variant)))) and listed(is_text)(prompts)
+
+
+VALID: dict[str, Callable[[object], bool]] = {
+    "rank": is_rank,
+    "alpha": is_finite_number,
+    "use_rslora": is_bool,
+    "use_dora": is_bool,
+    "lora_dropout": lambda value: is_finite_number(value) and 0 <= value < 1,
+    "mixer": lambda value: value in (*MIXERS, ZERO),
+    "train_mixer": is_bool,
+    "mixer_seed": lambda value: type(value) is int,
+    "ranks": named(is_rank),
+    "alphas": named(is_finite_number),
+    "base_id": is_text,
+    "base_architecture": is_dict,
+    "structures": named(is_dict),
+    "trigger_words": listed(is_text),
+    "subject_prompts": listed(is_text),
+    "class_word": is_text,
+    "resolution_px": lambda value: value is None or is_rank(value),
+    "versions": named(is_text),
+    "best_scale": lambda value: value is None or is_finite_number(value),
+    "usable_scales": lambda value: listed(is_finite_number)(value) and len(value) in (0, 2),
+    "recipe": is_dict,
+    "tokens": lambda value: value == {} or is_token_note(value) or listed(is_token_note)(value),
+    "basis": is_basis_note,
+    "public": are_public,
+    "withheld": listed(is_text),
+    "step": lambda value: value is None or is_rank(value),
+    "processes": lambda value: value is None or is_rank(value),
+}
+"""Key -> whether a value is valid for it; anyone may have written the file."""
+
+
+def notes_in(header: Mapping[str, str]) -> tuple[dict, ...]:
+    """Each `NewTokens.note` in the header of an adapter."""
+    try:
+        return AdapterMetadata.from_json(header["moslora"]).tokens
+    except (KeyError, TypeError, ValueError):
+        return ()
+
+
+def check_start_header(header: Mapping[str, str]) -> None:
+    """Raises UserError for the header of an adapter that no run can begin with."""
+    if notes := notes_in(header):
+        raise UserError(
+            f"it has learnt new tokens for {notes[0]['word']!r:.40}, and no run begins with such an adapter"
+        )
+
+
+def most_common(values: Iterable[float]) -> float:
+    """The value that occurs most often, the first if several do. A file states it once for all its modules."""
+    return Counter(values).most_common(1)[0][0]
+
+
+def versions() -> dict[str, str]:
+    """Name -> version of this package and the libraries that an adapter depends on."""
+    found = {"dreambooth_moslora": __version__}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+KNOWN_BASES = ("toy", "stabilityai/stable-diffusion-xl-base-1.0")
+"""Bases that are loaded when a file names them. A file from a stranger may name any folder or hub id, so the
+user must name others."""
+RESUMED = "resume_from_checkpoint"
+"""Stands in `withheld` for a run that was resumed with other settings than it began with: no flag repeats that."""
+Shapes = Callable[[TrainConfig], bool]
+DEFAULTS = TrainConfig()
+
+
+def draws_class_images(config: TrainConfig) -> bool:
+    return config.with_prior_preservation and config.prior == "class_images"
+
+
+UNTOLD: dict[str, Shapes] = (
+    dict.fromkeys(
+        (
+            *("instance_prompt", "subjects", "dataset_name", "leave_out", "caption_prefix", "caption_suffix"),
+            *("init_adapter", "pretrained_vae_model_name_or_path"),
+        ),
+        lambda config: True,
+    )
+    | dict.fromkeys(("revision", "variant"), lambda config: not is_toy(config.pretrained_model_name_or_path))
+    | dict.fromkeys(("dataset_config_name", "image_column", "caption_column"), lambda config: bool(config.dataset_name))
+    | dict.fromkeys(("caption_model",), lambda config: config.captions == "auto")
+    | dict.fromkeys(("mask_model", "mask_prompt"), lambda config: config.masks == "auto")
+    | dict.fromkeys(("class_prompt",), lambda config: config.with_prior_preservation)
+    | dict.fromkeys(("prior_prompts",), lambda config: config.with_prior_preservation and config.prior == "adapter_off")
+    | dict.fromkeys(("class_data_dir", "sample_batch_size", "prior_generation_precision"), draws_class_images)
+    | dict.fromkeys(("initializer_concept",), lambda config: config.train_text_encoder_ti)
+    | dict.fromkeys(("basis",), lambda config: config.basis is not None)
+)
+"""Each setting that can shape the weights and that a recipe may lack -> whether it does so in a run of these settings.
+Base, class word and the words of new tokens are not among them: other entries of the header have them."""
+
+
+def with_told(config: TrainConfig, facts: AdapterMetadata) -> AdapterMetadata:
+    """The `facts` of a run, whose words and base are set, with the recipe and all else that they tell of `config`."""
+    facts = replace(facts, recipe=recipe_of(config))
+    known = concluded(facts)
+    by_subject = SAID_BY_SUBJECTS if config.subjects else ()
+    asked = [name for name, shapes in UNTOLD.items() if shapes(config) and name not in by_subject]
+    asked = [name for name in asked if name not in facts.recipe]
+    open_ = [name for name in asked if getattr(config, name) != known.get(name, getattr(DEFAULTS, name))]
+    public = {name: getattr(config, name) for name in open_ if name in PUBLIC and is_public(config, name)}
+    return replace(facts, public=public, withheld=tuple(name for name in open_ if name not in public))
+
+
+def concluded(facts: AdapterMetadata) -> dict[str, Any]:
+    """The settings that a reader takes from the header beside the recipe, converted."""
+    found: dict[str, Any] = {"class_word": facts.class_word or None}
+    if facts.base_id in KNOWN_BASES and not Path(facts.base_id).exists():
+        found["pretrained_model_name_or_path"] = facts.base_id
+    if len(facts.trigger_words) == 1:
+        found["instance_prompt"] = f"a photo of a {facts.trigger_words[0]}"
+    if facts.class_word and facts.recipe.get("with_prior_preservation"):
+        found["class_prompt"] = f"a photo of a {facts.class_word}"
+    if len(facts.tokens) == 1:
+        found["token_abstraction"] = facts.tokens[0]["word"]
+    alike = [one for one in shipped_recipes() if recipe_of(one) == facts.recipe]
+    found |= {name: getattr(one, name) for one in alike for name in PUBLIC}
+    return found | {name: checked_setting(name, value) for name, value in facts.public.items()}
+
+
+def told_by(facts: AdapterMetadata) -> bool:
+    """Whether the file surely lists its private settings. Files of earlier versions, and those of runs that have
+    nothing to list, do not."""
+    return bool(facts.public or facts.withheld or facts.step or facts.processes)
+
+
+def is_public(config: TrainConfig, name: str) -> bool:
+    values = [getattr(one, name) for one in (DEFAULTS, *shipped_recipes())]
+    return getattr(config, name) in values
+
+
+@lru_cache(maxsize=1)
+def shipped_recipes() -> tuple[TrainConfig, ...]:
+    """The recipes in `assets/configs`."""
+    files = sorted((assets_folder() / "configs").glob("*.toml"))
+    return tuple(TrainConfig.from_dict(load_settings(file)) for file in files)

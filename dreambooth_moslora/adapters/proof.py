@@ -1,0 +1,386 @@
+"""Verifies an export: a stock loader reads the file back, in diffusers' and in kohya's names.
+
+kohya's names for an SDXL LoRA, and the header metadata that ComfyUI, A1111 and InvokeAI show.
+
+    lora_unet_<path with _>.lora_down.weight (r, in)   .lora_up.weight (out, r)   .alpha = r
+                          [.dora_scale (out, 1)]
+
+ΔW = alpha/r · up·down. If the ranks differ, every module has the alpha of the most common rank, and `up` of the
+others is multiplied by r/alpha: diffusers loses the alphas of attention projections when a file has several.
+DoRA's W' = dora_scale · (W + ΔW) / ‖W + ΔW‖, with the norm of each row of W, as in PEFT and LyCORIS.
+`lora_te1_` and `lora_te2_` are the two text encoders. Header keys: github.com/Stability-AI/ModelSpec, and
+`ss_*` of kohya's sd-scripts. Folder names, captions and tag counts, which sd-scripts also writes, are left out.
+
+Verifies an export: a stock loader reads the file back, and its results are compared with the live adapter.
+
+diffusers' own `load_lora_weights` loads the file into an empty copy of the adapted models, so that memory never
+holds a second UNet. Two comparisons are made, both relative (‖file − live‖ / ‖live‖), in fp32, at scale 1:
+
+- ΔW of every projection, as PEFT computes it on both sides, and DoRA's magnitudes;
+- the output of a few projections, through PEFT's forward, on fixed inputs.
+
+kohya files with DoRA are an exception: diffusers drops `dora_scale`, so they are evaluated by their definition,
+W' = dora_scale · (W + ΔW) / ‖W + ΔW‖ per output row.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from dreambooth_moslora.adapters.metadata import AdapterMetadata, most_common
+from dreambooth_moslora.adapters.mixer import LowRank
+from dreambooth_moslora.adapters.raw_file import all_layers, empty_model, model_config, read_tensors
+from dreambooth_moslora.core.errors import UserError, one_line
+
+PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+SDXL_CROSS_ATTENTION = 2048
+DORA_SCALE = ".dora_scale"
+
+
+def is_by_rows(dora_scale: Tensor) -> bool:
+    """Whether DoRA's magnitudes are those of W's rows: (out, 1), or (out, 1, 1, 1) of a convolution. Some programs
+    write (1, in), for columns."""
+    return dora_scale.ndim > 1 and dora_scale.shape[1:].numel() == 1
+
+
+def kohya_name(component: str, path: str) -> str:
+    """`unet`, `mid_block.attentions.0` -> `lora_unet_mid_block_attentions_0`."""
+    return f"{PREFIXES[component]}_{path.replace('.', '_')}"
+
+
+def kohya_tensors(components: dict[str, dict[str, LowRank]], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """All tensors of the file, with the shapes above; the scale is already in `up`."""
+    alpha = common_rank(components)
+    tensors = {}
+    for component, layers in components.items():
+        for path, layer in layers.items():
+            name = kohya_name(component, path)
+            tensors[f"{name}.lora_down.weight"] = layer.down.to(dtype)
+            tensors[f"{name}.lora_up.weight"] = (layer.up * (layer.rank / alpha)).to(dtype)
+            tensors[f"{name}.alpha"] = torch.tensor(float(alpha), dtype=dtype)
+            if layer.magnitude is not None:
+                tensors[f"{name}{DORA_SCALE}"] = layer.magnitude[:, None]
+    return tensors
+
+
+def common_rank(components: dict[str, dict[str, LowRank]]) -> int:
+    return most_common(layer.rank for layers in components.values() for layer in layers.values())
+
+
+def kohya_header(title: str, metadata: AdapterMetadata, components: dict[str, dict[str, LowRank]]) -> dict[str, str]:
+    """Title, trigger phrase, architecture and rank. Every value is a string, as safetensors requires."""
+    ranks = {layer.rank for layers in components.values() for layer in layers.values()}
+    rank = str(*ranks) if len(ranks) == 1 else "Dynamic"  # sd-scripts' word for a file of several ranks
+    cross = metadata.structures.get("unet", {}).get("config", {}).get("cross_attention_dim", SDXL_CROSS_ATTENTION)
+    is_sdxl = cross == SDXL_CROSS_ATTENTION
+    header = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora" if is_sdxl else f"sdxl-like-{cross}/lora",
+        "modelspec.implementation": "https://github.com/huggingface/diffusers",
+        "modelspec.title": title,
+        "modelspec.trigger_phrase": ", ".join(metadata.trigger_words),
+        "ss_output_name": title,
+        "ss_sd_model_name": metadata.base_id,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": str(common_rank(components)),
+        "ss_v2": "False",
+    }
+    if is_sdxl:
+        header["ss_base_model_version"] = "sdxl_base_v1-0"
+    if metadata.resolution_px:
+        size = metadata.resolution_px
+        header |= {"modelspec.resolution": f"{size}x{size}", "ss_resolution": f"({size}, {size})"}
+    return {key: value for key, value in header.items() if value}
+
+
+BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""The largest relative difference of ΔW that rounding `up` and `down` to this dtype explains."""
+SAMPLED_LAYERS = 8
+TOKENS = 16
+STOCK = "proof"
+
+
+@dataclass(frozen=True)
+class FileProof:
+    """One file compared with the adapter: the largest relative differences, and where ΔW's is."""
+
+    file: str
+    weights: float
+    outputs: float
+    worst: str
+    loader: str
+
+    @property
+    def largest(self) -> float:
+        return max(self.weights, self.outputs)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The files that `publish` wrote and their errors. `kept` is the fraction of ‖ΔW‖² after rank reduction (1
+    without)."""
+
+    dtype: str
+    bound: float
+    projections: int
+    file_proofs: tuple[FileProof, ...]
+    rank_sum: int = 0
+    kept: float = 1.0
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(p.file for p in self.file_proofs)
+
+    @property
+    def max_relative_difference(self) -> float:
+        return max(p.largest for p in self.file_proofs)
+
+    def to_dict(self) -> dict[str, object]:
+        """The values for metrics.jsonl and the model card."""
+        return {**asdict(self), "files": self.files, "max_relative_difference": self.max_relative_difference}
+
+    def sentence(self) -> str:
+        """The result in one line."""
+        return (
+            f"{self.projections} projections reloaded by the stock loader: largest relative difference "
+            f"{self.max_relative_difference:.1e} (bound {self.bound:.0e} for {self.dtype})"
+        )
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖ of two tensors of one shape; 0 if both are zero, infinite if only
+    `expected` is, or for NaN."""
+    size, difference = float(expected.norm()), float((found - expected).norm())
+    if difference == 0:
+        return 0.0
+    return difference / size if size > 0 and difference == difference else float("inf")
+
+
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """Compute fp32 products in full precision, and restore PyTorch's settings afterwards.
+
+    By default GPUs since Ampere use only 10 bits of each mantissa in convolutions (TF32). PyTorch has older switches
+    beside its settings; where the two contradict each other, reading a switch raises RuntimeError in any library.
+    """
+    backends = torch.backends
+    newer = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.conv
+    settings = [(switch, "allow_tf32", False) for switch in (backends.cuda.matmul, backends.cudnn)]
+    settings += [(setting, "fp32_precision", "ieee") for setting in newer]  # later, as each switch changes some
+    before = [value_of(backend, name) for backend, name, _ in settings]
+    try:
+        for backend, name, exact in settings:
+            setattr(backend, name, exact)
+        yield
+    finally:
+        for (backend, name, _), value in zip(settings, before, strict=True):
+            if value is not None:
+                setattr(backend, name, value)
+
+
+def value_of(backend: object, name: str) -> bool | str | None:
+    """None for a switch that the newer settings contradict."""
+    try:
+        return getattr(backend, name)
+    except RuntimeError:
+        return None
+
+
+@torch.no_grad()
+@full_fp32()
+def prove_file(
+    path: Path, components: dict[str, nn.Module], adapter_name: str, expected: dict[str, Tensor] | None = None
+) -> FileProof:
+    """Reload `path` and compare it with the live ΔW, or with `expected` (`component.path` -> ΔW) after a
+    reduction. Raises UserError."""
+    live = all_layers(components, adapter_name)
+    tensors, _ = read_tensors(path)
+    if any(key.endswith(".dora_scale") for key in tensors):
+        return prove_kohya_dora(path, tensors, live, adapter_name, expected)
+    stock = stock_layers(path, components)
+    missing = sorted(set(live) ^ set(stock))
+    if missing:
+        raise UserError(f"{path.name}: the stock loader adapts other modules than the adapter does, first {missing[0]}")
+    differences = {}
+    for name, layer in live.items():
+        with alone(layer, adapter_name), alone(stock[name], STOCK):
+            wanted = delta(layer, adapter_name) if expected is None else expected[name]
+            differences[name] = relative_difference(delta(stock[name], STOCK), wanted)
+            if adapter_name in layer.lora_magnitude_vector:
+                differences[name] = max(differences[name], magnitude_difference(layer, stock[name], adapter_name))
+    outputs = 0.0
+    if expected is None:
+        outputs = max(output_difference(live[name], stock[name], adapter_name) for name in sampled(live))
+    worst = max(differences, key=differences.__getitem__)
+    return FileProof(path.name, differences[worst], outputs, worst, "diffusers load_lora_weights")
+
+
+@torch.no_grad()
+@full_fp32()
+def check_reduction(
+    components: dict[str, nn.Module], adapter_name: str, expected: dict[str, Tensor], keep: float
+) -> None:
+    """Raises UserError for a projection whose reduced ΔW lost more than (1 − keep) of the live ‖ΔW‖²."""
+    bound = (1 - keep) ** 0.5 + BOUNDS[torch.float32]
+    for name, layer in all_layers(components, adapter_name).items():
+        with alone(layer, adapter_name):
+            lost = relative_difference(expected[name], delta(layer, adapter_name))
+        if not lost <= bound:
+            raise UserError(
+                f"nothing was published: reduced in rank, {name} differs from the live adapter by {lost:.2e} "
+                f"(relative), and keep={keep:g} allows {bound:.2e}"
+            )
+
+
+def sampled(names: dict[str, object]) -> list[str]:
+    """A few names, evenly spread, including the first and the last."""
+    names = list(names)
+    step = max(1, (len(names) - 1) // (SAMPLED_LAYERS - 1))
+    return [*names[::step][: SAMPLED_LAYERS - 1], names[-1]]
+
+
+def stock_layers(path: Path, components: dict[str, nn.Module]) -> dict[str, LoraLayer]:
+    """Layers of a stock diffusers pipeline that loaded the file. Raises UserError if it refuses or warns."""
+    if "unet" not in components:
+        raise UserError("an SDXL LoRA file is loaded through the UNet; give `unet` among the components")
+    twins = {name: empty_model(model_config(model)) for name, model in components.items()}
+    parts = {name: twins.get(name) for name in ("unet", "text_encoder", "text_encoder_2")}
+    shell = StableDiffusionXLPipeline(vae=None, tokenizer=None, tokenizer_2=None, scheduler=None, **parts)
+    with collected_warnings() as warnings:
+        try:
+            shell.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=STOCK, local_files_only=True)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{path.name} was not published: the stock loader refuses it: {one_line(error)}") from error
+    # The loader announces components without an adapter; missing ones are found by comparing the layers.
+    warnings = [text for text in warnings if not text.startswith("No LoRA keys associated")]
+    if warnings:
+        raise UserError(f"{path.name}: the stock loader complains: {' '.join(warnings[0].split())[:200]}")
+    return all_layers({n: twin for n, twin in twins.items() if hasattr(twin, "peft_config")}, STOCK)
+
+
+@contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """Collect the loaders' warnings about unused keys, which would otherwise appear in the user's terminal."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    before = [(log.handlers[:], log.propagate) for log in loggers]
+    for log in loggers:
+        log.handlers[:], log.propagate = [handler], False
+    try:
+        with redirect_stderr(StringIO()):  # progress bars
+            yield found
+    finally:
+        for log, (handlers, propagate) in zip(loggers, before, strict=True):
+            log.handlers[:], log.propagate = handlers, propagate
+
+
+@contextmanager
+def alone(layer: LoraLayer, adapter_name: str, base: nn.Module | None = None) -> Iterator[None]:
+    """The layer in evaluation mode with this adapter only, at its trained scale, over `base` if given."""
+    saved = layer.base_layer, layer._active_adapter, layer._disable_adapters, layer.scaling[adapter_name]
+    modes = [(module, module.training) for module in layer.modules()]
+    layer.eval()
+    layer._active_adapter, layer._disable_adapters = [adapter_name], False
+    layer.set_scale(adapter_name, 1.0)
+    layer.base_layer = base if base is not None else layer.base_layer
+    try:
+        yield
+    finally:
+        layer.base_layer, layer._active_adapter, layer._disable_adapters, layer.scaling[adapter_name] = saved
+        for module, mode in modes:
+            module.training = mode
+
+
+def delta(layer: LoraLayer, adapter_name: str) -> Tensor:
+    """ΔW, in the shape of W, by PEFT, in fp32 on the CPU."""
+    return layer.get_delta_weight(adapter_name).float().cpu()
+
+
+def magnitude_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -> float:
+    pair = live.lora_magnitude_vector[adapter_name], stock.lora_magnitude_vector[STOCK]
+    wanted, found = (module.weight.float().cpu() for module in pair)
+    return relative_difference(found, wanted)
+
+
+def output_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -> float:
+    """The relative difference of the layers' outputs for a fixed x.
+
+    The base is zero, so that the output is the adapter's own effect: early in training it would vanish in the
+    rounding of W·x. DoRA needs a base, and its magnitudes are compared separately.
+    """
+    device = live.lora_A[adapter_name].weight.device
+    x, base = fixed_input(live), fixed_base(live)
+    if adapter_name not in live.lora_magnitude_vector:
+        nn.init.zeros_(base.weight)
+    with alone(stock, STOCK, base):
+        found = stock(x).float()
+    with alone(live, adapter_name, base.to(device)):
+        wanted = live(x.to(device)).float().cpu()
+    return relative_difference(found, wanted)
+
+
+def fixed_base(layer: LoraLayer) -> nn.Linear | nn.Conv2d:
+    """A layer of the base's kind with gaussian weights of seed 0, scaled to keep the input's norm."""
+    kind, options = nn.Linear, {}
+    real = layer.get_base_layer()
+    if isinstance(real, nn.Conv2d):
+        kind, options = nn.Conv2d, {name: getattr(real, name) for name in ("kernel_size", "stride", "padding")}
+    base = kind(layer.in_features, layer.out_features, bias=False, device="meta", **options).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    nn.init.normal_(base.weight, std=base.weight[0].numel() ** -0.5, generator=generator)
+    return base.requires_grad_(False)
+
+
+def fixed_input(layer: LoraLayer) -> Tensor:
+    """(16, in), or 16 pixels (1, in, 4, 4) for a convolution."""
+    shape = (TOKENS, layer.in_features)
+    if isinstance(layer.get_base_layer(), nn.Conv2d):
+        shape = (1, layer.in_features, 4, TOKENS // 4)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def prove_kohya_dora(
+    path: Path,
+    tensors: dict[str, Tensor],
+    live: dict[str, LoraLayer],
+    adapter_name: str,
+    expected: dict[str, Tensor] | None,
+) -> FileProof:
+    """Compare merged weights (fp64, over the fixed base), as the file defines them and as PEFT merges them."""
+    differences = {}
+    for name, layer in live.items():
+        key = kohya_name(*published_name(*name.split(".", 1)))
+        up, down, alpha, found_size = (
+            tensors[f"{key}.{part}"].double() for part in ("lora_up.weight", "lora_down.weight", "alpha", "dora_scale")
+        )
+        scale = float(alpha) / len(down)
+        wanted = expected[name] if expected is not None else delta(layer, adapter_name)
+        weight = fixed_base(layer).weight.double()
+        magnitude = layer.lora_magnitude_vector[adapter_name].weight.cpu().double()[:, None]
+        merged = [
+            size * (weight + change) / (weight + change).norm(dim=1, keepdim=True)
+            for size, change in ((found_size, scale * up @ down), (magnitude, wanted.double()))
+        ]
+        differences[name] = relative_difference(merged[0] - weight, merged[1] - weight)
+    worst = max(differences, key=differences.__getitem__)
+    return FileProof(path.name, differences[worst], 0.0, worst, "the definition of dora_scale")
+
+
+def published_name(component: str, path: str) -> tuple[str, str]:
+    """The component and module path that other programs know: they keep CLIPTextModel's `text_model.`, which
+    transformers 5 dropped."""
+    if component != "unet" and not path.startswith(("text_model.", "text_projection")):
+        return component, f"text_model.{path}"
+    return component, path

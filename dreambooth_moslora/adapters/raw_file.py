@@ -1,0 +1,413 @@
+"""The raw adapter file (A, M, B unchanged), safetensors files in general, and models without weights.
+
+Safetensors files: written atomically and in a fixed order, read without running code, refused if a value is
+not finite.
+
+A model without weights: every parameter is a single zero, expanded to full size by strides of 0.
+
+Loaders, including PEFT's, treat it as an ordinary fp32 model on the CPU, but it takes almost no memory: a few
+MB for an SDXL UNet. The stock loader reloads an export into it, so that memory holds only one real UNet.
+
+The raw adapter file, for resuming and analysis: A, M and B unchanged, and the metadata to restore them.
+
+    <component>.<module path>.lora_A (r, in)   .mixer (r, r)   .lora_B (out, r)   [.magnitude (out,) for DoRA]
+
+The component is `unet`, `text_encoder` or `text_encoder_2`; lora_A is (r, in, h, w) for a convolution.
+`moslora` in the safetensors header holds the metadata as JSON. Because of the tensor `raw_format` every stock
+LoRA loader refuses the file: B·A without the mixer would be wrong.
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import import_module
+from math import prod
+from pathlib import Path
+
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from dreambooth_moslora.adapters.metadata import AdapterMetadata, most_common, versions
+from dreambooth_moslora.adapters.mixer import MixedLowRank, MixerLinear, nominal_scale
+from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, inject, matrices_of, value_pattern
+from dreambooth_moslora.core.atomic_files import atomic_write
+from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.names import public_name
+
+
+def check_finite(tensors: dict[str, Tensor], owner: str) -> None:
+    """Raises UserError for NaN and infinity. `owner` begins the message."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.element_size() == 1:
+            tensor = tensor.float()  # eight-bit floats have no isfinite
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{owner} holds NaN or infinite values, first in {key}; use an earlier checkpoint")
+
+
+def write_file(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Write a safetensors file completely or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, with_sorted_metadata(save(tensors, metadata=header)))
+
+
+def with_sorted_metadata(content: bytes) -> bytes:
+    """The safetensors file with sorted metadata: the library's random order would give files of equal adapters
+    different hashes."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header strings of a safetensors file. Raises UserError for pickles and any other file."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    with path.open("rb") as file:
+        start = file.read(9)  # in a safetensors file: the header's length in 8 bytes, and its opening brace
+    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and start[8:] != b"{":
+        raise UserError(f"{path.name} is a pickled file, which can run code when it is opened; use a .safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path.name} is truncated or not a safetensors file: {one_line(error)}") from None
+
+
+def model_config(model: nn.Module) -> dict[str, object]:
+    """{"class", "config"}, JSON-able and without file names, for `empty_model`."""
+    config = model.config
+    values = config.to_diff_dict() if hasattr(config, "to_diff_dict") else dict(config)
+    values = {k: v for k, v in values.items() if not k.startswith("_") and k not in PRIVATE}
+    return {"class": type(model).__name__, "config": json.loads(json.dumps(values, default=str))}
+
+
+CLASSES = {
+    "UNet2DConditionModel": "diffusers",
+    "CLIPTextModel": "transformers",
+    "CLIPTextModelWithProjection": "transformers",
+}
+"""Class of an adapted model -> its library. A file names the class, so no other class is ever built."""
+MOST_LAYERS = 2000
+"""Most layers of all blocks together, if each were as deep as the deepest. SDXL's UNet has 60, its text
+encoders have 12 and 32."""
+DEPTHS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")
+PRIVATE = ("name_or_path", "quantization_config", "transformers_version", "dtype", "torch_dtype")
+
+
+def empty_model(description: Mapping[str, object]) -> nn.Module:
+    """The model of a `model_config`, with zeros for weights, which take no memory.
+
+    Raises UserError for a class that is not part of SDXL, and for a config that cannot be built.
+    """
+    name, config = description.get("class"), description.get("config")
+    if name not in CLASSES or not isinstance(config, dict):
+        raise UserError(f"{name!r:.60} is not a part of SDXL that can be built; it has {', '.join(CLASSES)}")
+    if layers_in(config) > MOST_LAYERS:
+        raise UserError(f"the {name} that the file describes has more than {MOST_LAYERS} layers, so it is not SDXL's")
+    try:
+        with torch.device("meta"):
+            model = build(str(name), config)
+        fill_with_zeros(model)
+    except Exception as error:  # constructors raise any error on contradictory sizes
+        raise UserError(f"the {name} that the file describes cannot be built: {one_line(error)}") from error
+    return model.eval()
+
+
+def layers_in(config: dict) -> int:
+    """The most layers that a model of this config can have; the constructor judges unreadable numbers."""
+    blocks = config.get("down_block_types")
+    return (len(blocks) if isinstance(blocks, list) else 1) * prod(deepest(config.get(name)) for name in DEPTHS)
+
+
+def deepest(depths: object) -> int:
+    """The largest number in a number or a list, nested or not; 1 for anything else."""
+    if isinstance(depths, list):
+        return max(map(deepest, depths), default=1)
+    return max(1, depths) if isinstance(depths, int) else 1
+
+
+def build(name: str, config: dict) -> nn.Module:
+    kind = getattr(import_module(CLASSES[name]), name)
+    if CLASSES[name] == "diffusers":
+        return kind.from_config(known(kind, config))
+    # An attention implementation may name a kernel on the hub, which is code: a file must not choose it.
+    return kind(kind.config_class(**{k: v for k, v in config.items() if "attn_implementation" not in k}))
+
+
+def known(kind: type, config: dict) -> dict:
+    """The arguments that this version of the class has."""
+    names = inspect.signature(kind.__init__).parameters
+    return {key: value for key, value in config.items() if key in names}
+
+
+def fill_with_zeros(model: nn.Module) -> None:
+    """Replace every parameter by a zero with strides of 0, in place."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                zero = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
+                module._parameters[name] = nn.Parameter(zero, requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+
+
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+SHARED_SETTINGS = ("use_rslora", "use_dora", "lora_dropout", "mixer", "train_mixer", "mixer_seed")
+"""A file has one value of each for all its components."""
+Sizes = dict[str, tuple[int, ...]]
+RAW_FORMAT = 1
+
+
+def adapter_metadata(
+    components: dict[str, nn.Module],
+    adapter_name: str = "default",
+    *,
+    base_id: str | Path = "",
+    trigger_words: tuple[str, ...] = (),
+    class_word: str = "",
+    resolution_px: int | None = None,
+    base_architecture: dict[str, object] | None = None,
+) -> AdapterMetadata:
+    """The metadata of a live adapter: ranks, alphas and mixer from the models, the rest from the arguments.
+
+    Raises UserError for an unknown component, and when components have different settings.
+    """
+    check_components(components)
+    configs = [model.peft_config[adapter_name] for model in components.values()]
+    layers = all_layers(components, adapter_name)
+    ranks = {path: layer.r[adapter_name] for path, layer in layers.items()}
+    alphas = {path: layer.lora_alpha[adapter_name] for path, layer in layers.items()}
+    rank, alpha = most_common(ranks.values()), most_common(alphas.values())
+    return AdapterMetadata(
+        rank=rank,
+        alpha=alpha,
+        **same_settings(configs),
+        ranks={path: r for path, r in ranks.items() if r != rank},
+        alphas={path: a for path, a in alphas.items() if a != alpha},
+        base_id=public_name(base_id),
+        base_architecture=base_architecture or {},
+        structures={name: model_config(model) for name, model in components.items()},
+        trigger_words=tuple(trigger_words),
+        class_word=class_word,
+        resolution_px=resolution_px,
+        versions=versions(),
+    )
+
+
+def check_storable(components: dict[str, nn.Module], adapter_name: str) -> None:
+    """Raises UserError for DoRA on a convolution: PEFT can make it, but the files cannot hold its magnitudes."""
+    for path, layer in all_layers(components, adapter_name).items():
+        if adapter_name in layer.lora_magnitude_vector and isinstance(layer.get_base_layer(), nn.Conv2d):
+            raise UserError(f"{path} is a convolution with DoRA, which cannot be saved here")
+
+
+def check_components(components: dict[str, nn.Module]) -> None:
+    """Raises UserError for an unknown component, or none."""
+    unknown = sorted(set(components) - set(COMPONENTS))
+    if unknown or not components:
+        raise UserError(f"components are {', '.join(COMPONENTS)}, not {unknown or 'an empty dict'}")
+
+
+def all_layers(components: dict[str, nn.Module], adapter_name: str) -> dict[str, LoraLayer]:
+    """`component.path` -> PEFT layer, over all components."""
+    return {
+        f"{component}.{path}": layer
+        for component, model in components.items()
+        for path, layer in adapter_layers(model, adapter_name).items()
+    }
+
+
+def same_settings(configs: list) -> dict[str, object]:
+    """The SHARED_SETTINGS of the configs. Raises UserError when the components differ."""
+    defaults = {"mixer": "none", "train_mixer": True, "mixer_seed": 0}
+    found = [{name: getattr(config, name, defaults.get(name)) for name in SHARED_SETTINGS} for config in configs]
+    for name in SHARED_SETTINGS:
+        values = {settings[name] for settings in found}
+        if len(values) > 1:
+            raise UserError(f"the components of one adapter file need one {name}, but have {sorted(values)}")
+    return found[0]
+
+
+def save_raw(
+    components: dict[str, nn.Module], path: str | Path, metadata: AdapterMetadata, adapter_name: str = "default"
+) -> None:
+    """Write the live adapter, completely or not at all. Raises UserError for NaN or infinity.
+
+    Ranks, alphas and settings in `metadata` are replaced by the models' own.
+    """
+    check_components(components)
+    check_storable(components, adapter_name)
+    live = adapter_metadata(components, adapter_name)
+    taken = ("rank", "alpha", "ranks", "alphas", "structures", "versions", *SHARED_SETTINGS)
+    metadata = replace(metadata, **{name: getattr(live, name) for name in taken})
+    tensors = {"raw_format": torch.tensor([RAW_FORMAT])}
+    for module_path, layer in all_layers(components, adapter_name).items():
+        tensors |= {f"{module_path}.{part}": t for part, t in raw_parts(layer, adapter_name).items()}
+    check_finite(tensors, "the adapter")
+    write_file(Path(path), tensors, {"moslora": metadata.to_json()})
+
+
+def raw_parts(layer: LoraLayer, adapter_name: str) -> dict[str, Tensor]:
+    """lora_A (r, in), mixer (r, r), lora_B (out, r), magnitude (out,), not copied if they are on the CPU."""
+    matrices = matrices_of(layer, adapter_name)
+    parts = {"lora_A": matrices.down, "mixer": matrices.mixer, "lora_B": matrices.up, "magnitude": matrices.magnitude}
+    parts = {name: tensor for name, tensor in parts.items() if tensor is not None}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in parts.items()}
+
+
+def read_raw(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetadata]:
+    """Tensors and metadata of a raw file. Raises UserError for any other file, and for a broken one."""
+    tensors, header = read_tensors(path)
+    name = Path(path).name
+    if "raw_format" not in tensors:
+        raise UserError(f"{name} holds no raw MoSLoRA weights (a published LoRA file loads with load_lora_weights)")
+    if tensors.pop("raw_format").flatten().tolist() != [RAW_FORMAT]:
+        raise UserError(f"{name} was written by a newer dreambooth_moslora; update it")
+    try:
+        metadata = AdapterMetadata.from_json(header["moslora"])
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f": {error}" if type(error) is ValueError else ""
+        raise UserError(f"{name} has lost its header, which holds alpha and the mixer's kind{reason}") from None
+    check_whole(name, tensors, metadata)
+    check_finite(tensors, name)
+    return tensors, metadata
+
+
+def check_whole(name: str, tensors: dict[str, Tensor], metadata: AdapterMetadata) -> None:
+    """Raises UserError unless the modules have exactly the matrices and sizes in the metadata."""
+    if not tensors:
+        raise UserError(f"{name} is broken: it holds no module")
+    for key, tensor in tensors.items():
+        if key.count(".") < 2 or key.split(".", 1)[0] not in COMPONENTS or not tensor.is_floating_point():
+            raise UserError(f"{name} is broken: {key!r:.100} does not belong to an adapter")
+    for component in COMPONENTS:
+        for path, parts in component_tensors(tensors, component).items():
+            found = {part: tuple(tensor.shape) for part, tensor in parts.items()}
+            if found != expected_sizes(found, metadata, f"{component}.{path}"):
+                raise UserError(f"{name} is broken: {component}.{path:.100} is not whole, or not of its rank")
+
+
+def expected_sizes(found: Sizes, metadata: AdapterMetadata, module: str) -> Sizes:
+    """Part -> size.
+
+    The ranks come from the metadata; in, out and a kernel's size from `found`.
+    """
+    rank = metadata.ranks.get(module, metadata.rank)
+    inputs, outputs = found.get("lora_A", (0, 0))[1:], found.get("lora_B", (0,))[:1]
+    inputs = inputs if len(inputs) in (1, 3) else (0,)  # (in,) or (in, h, w)
+    sizes = {"lora_A": (rank, *inputs), "lora_B": (*outputs, rank)}
+    if metadata.mixer != "none":
+        sizes["mixer"] = (rank, rank)
+    return sizes | ({"magnitude": outputs} if metadata.use_dora else {})
+
+
+def load_raw(path: str | Path, components: dict[str, nn.Module], adapter_name: str = "default") -> AdapterMetadata:
+    """Create the adapter of a raw file in the models, bit for bit as it was saved.
+
+    Raises UserError when the file adapts a component that is not given, or was made for another base.
+    """
+    check_components(components)
+    tensors, metadata = read_raw(path)
+    wanted = {key.split(".", 1)[0] for key in tensors}
+    missing = sorted(wanted - set(components))
+    if missing:
+        raise UserError(f"{Path(path).name} also adapts {', '.join(missing)}; load the base with it")
+    by_component = {name: component_tensors(tensors, name) for name in components if name in wanted}
+    for component, modules in by_component.items():
+        check_fits(Path(path).name, metadata, component, components[component], modules)
+    for component, modules in by_component.items():
+        inject(components[component], config_of(metadata, component, modules), adapter_name)
+        for module_path, layer in adapter_layers(components[component], adapter_name).items():
+            fill(layer, adapter_name, modules[module_path])
+    return metadata
+
+
+def component_tensors(tensors: dict[str, Tensor], component: str) -> dict[str, dict[str, Tensor]]:
+    """Module path -> part name -> tensor, for one component."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        owner, rest = key.split(".", 1)
+        if owner == component:
+            module_path, part = rest.rsplit(".", 1)
+            modules.setdefault(module_path, {})[part] = tensor
+    return modules
+
+
+def matrices_from(parts: dict[str, Tensor], metadata: AdapterMetadata, module: str) -> MixedLowRank:
+    """A (r, in, …), M (r, r), B (out, r) and s of one module (`component.path`) of a raw file."""
+    rank, alpha = metadata.ranks.get(module, metadata.rank), metadata.alphas.get(module, metadata.alpha)
+    return MixedLowRank(
+        down=parts["lora_A"],
+        mixer=parts.get("mixer"),
+        up=parts["lora_B"],
+        scale=nominal_scale(alpha, rank, metadata.use_rslora),
+        magnitude=parts.get("magnitude"),
+    )
+
+
+def check_fits(name: str, metadata: AdapterMetadata, component: str, model: nn.Module, modules: dict) -> None:
+    """Raises UserError unless the model has every module of the file, in its size."""
+    made_for = f" ({metadata.base_id})" if metadata.base_id else ""
+    for module_path, parts in modules.items():
+        try:
+            module = model.get_submodule(module_path)
+        except AttributeError:
+            module = None
+        size, here = (parts["lora_B"].shape[0], *parts["lora_A"].shape[1:]), weight_size(module)
+        if size != here:
+            there = f"is {size_text(here)}" if here else "does not exist"
+            raise UserError(
+                f"{name} was made for another base{made_for}: it needs {component}.{module_path} of "
+                f"{size_text(size)} (out×in), which {there} here"
+            )
+
+
+def weight_size(module: nn.Module | None) -> tuple[int, ...]:
+    """(out, in) of a projection, also if quantised, (out, in, h, w) of a convolution, () of anything else."""
+    module = getattr(module, "base_layer", module)
+    if isinstance(module, nn.Conv2d):
+        return (module.out_channels, module.in_channels, *module.kernel_size)
+    return (module.out_features, module.in_features) if hasattr(module, "out_features") else ()
+
+
+def size_text(size: tuple[int, ...]) -> str:
+    return "×".join(map(str, size))
+
+
+def config_of(metadata: AdapterMetadata, component: str, modules: dict) -> MoSLoraConfig:
+    """A config for exactly these modules, with their own ranks and alphas."""
+    prefix = f"{component}."
+    ranks = {path: metadata.ranks.get(prefix + path, metadata.rank) for path in modules}
+    alphas = {path: metadata.alphas.get(prefix + path, metadata.alpha) for path in modules}
+    return MoSLoraConfig(
+        r=metadata.rank,
+        lora_alpha=metadata.alpha,
+        target_modules="|".join(re.escape(module_path) for module_path in modules),
+        rank_pattern=value_pattern(ranks, metadata.rank),
+        alpha_pattern=value_pattern(alphas, metadata.alpha),
+        **{name: getattr(metadata, name) for name in SHARED_SETTINGS},
+    )
+
+
+@torch.no_grad()
+def fill(layer: LoraLayer, adapter_name: str, parts: dict[str, Tensor]) -> None:
+    """Copy the saved tensors into the layer; `check_fits` has compared the shapes."""
+    lora_b = layer.lora_B[adapter_name]
+    layer.lora_A[adapter_name].weight.copy_(parts["lora_A"])
+    if isinstance(lora_b, MixerLinear):
+        lora_b.up.copy_(parts["lora_B"])
+        lora_b.mixer.copy_(parts["mixer"])
+    else:
+        lora_b.weight.copy_(parts["lora_B"].view_as(lora_b.weight))
+    if "magnitude" in parts:
+        layer.lora_magnitude_vector[adapter_name].weight.copy_(parts["magnitude"])

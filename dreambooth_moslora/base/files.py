@@ -1,0 +1,197 @@
+"""A base's files on this machine, and what their headers say without loading the model.
+
+Names and shapes of the tensors in safetensors files, read from the headers alone.
+
+Finds a base's files on this machine, and reads what they say without loading the model.
+
+`--dry_run` and training run the same checks: a base that passes the first is not refused by the second.
+"""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.names import assets_folder
+from dreambooth_moslora.settings.table import TrainConfig
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec"
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The weight files of a base's component that are loaded: the variant's, if there are any."""
+    for suffix in (".safetensors", ".bin"):
+        files = sorted(folder.glob(f"*{suffix}"))
+        chosen = [file for file in files if variant and f".{variant}" in file.name]
+        plain = [file for file in files if "." not in file.stem]
+        if files:
+            return chosen or plain or files
+    return []
+
+
+def variants_in(folder: Path) -> list[str]:
+    """The variants of a component's safetensors files: `fp16` of model.fp16.safetensors, also where it is split."""
+    names = [file.stem.partition(".")[2] for file in folder.glob("*.safetensors")]
+    return sorted({name.partition("-")[0] for name in names if name})
+
+
+def tensor_shapes(folder: Path, variant: str | None = None) -> dict[str, list[int]]:
+    """Name -> shape for a component's folder; empty if its weights are in another format, or missing. Raises
+    UserError."""
+    shapes: dict[str, list[int]] = {}
+    for file in weight_files(folder, variant):
+        check_weights(file)
+        if file.suffix == ".safetensors":
+            shapes |= shapes_in(file)
+    return shapes
+
+
+def check_weights(path: Path) -> None:
+    """Raises UserError for a git-lfs pointer, and for a truncated file."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{path} is a git-lfs pointer, the weights are not here: fetch them with `git lfs pull`.")
+    if path.suffix == ".safetensors":
+        shapes_in(path)
+
+
+def shapes_in(path: Path) -> dict[str, list[int]]:
+    """{tensor's name: its shape} of a safetensors file. Raises UserError for a damaged file."""
+    try:
+        with safe_open(path, "np") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged, cut short or not a safetensors file ({error}): fetch it again.") from None
+
+
+SMALL_BASE_PX = 256
+"""A base of at most this resolution, such as the embedded one, needs no care with GPU memory."""
+TOY = assets_folder() / "toy-sdxl"
+SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
+INDEX = "model_index.json"
+CONFIGS = ("tokenizer", "tokenizer_2", "scheduler")
+TEXT_MARKS = {"text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"}
+MARKS = {
+    "unet": {"conv_in.weight"},
+    "vae": {"encoder.conv_in.weight"},
+    "text_encoder": TEXT_MARKS,
+    "text_encoder_2": TEXT_MARKS,
+}
+"""Component with weights -> names of a tensor that each such component has."""
+
+
+def resolve_base(name: str | Path) -> str | Path:
+    """`toy`, a folder, a single checkpoint file, or a hub id (returned unchanged).
+
+    Raises UserError for a path that does not exist, for a folder that is no diffusers model, and for a damaged
+    file.
+    """
+    if str(name) == "toy":
+        return existing_toy()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / INDEX).is_file():
+            raise UserError(f"{path} is not a diffusers model: it has no {INDEX}.")
+        return path
+    if path.is_file():
+        return single_file(path)
+    if not is_hub_id(str(name)):
+        raise UserError(f"the base {name} does not exist: give a diffusers folder, a .safetensors file or a hub id.")
+    return str(name)
+
+
+def existing_toy() -> Path:
+    """The embedded base's folder. Raises UserError when it is missing."""
+    if not (TOY / INDEX).is_file():
+        raise UserError(f"the embedded base is missing: {TOY} has no {INDEX}; clone or install it again.")
+    return TOY
+
+
+def single_file(path: Path) -> Path:
+    """The checkpoint itself. Raises UserError for another kind of file, and for a damaged one."""
+    if path.suffix not in SINGLE_FILE_SUFFIXES:
+        raise UserError(f"{path} is neither a diffusers folder nor a .safetensors checkpoint.")
+    check_weights(path)
+    return path
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it is a hub id: `owner/model-1.0` is one despite its dot; `owner/model.safetensors` and `./model`
+    are paths."""
+    is_path = name.startswith((".", "~", "/")) or Path(name).suffix in SINGLE_FILE_SUFFIXES
+    return name.count("/") == 1 and not is_path
+
+
+def base_folder(config: TrainConfig) -> Path | None:
+    """The diffusers folder of the base: as named, embedded, or in the hub's cache. None for a single file or a
+    base not fetched yet.
+
+    Raises UserError for a base that training would refuse.
+    """
+    source = resolve_base(config.pretrained_model_name_or_path)
+    if isinstance(source, str):
+        return cached_folder(source, config)
+    if source.is_file():
+        return None
+    check_diffusers_folder(source, config.variant, has_vae=config.pretrained_vae_model_name_or_path is None)
+    return source
+
+
+def cached_folder(name: str, config: TrainConfig) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "unet/config.json", cache_dir=config.cache_dir, revision=config.revision)
+    return Path(found).parents[1] if isinstance(found, str) else None
+
+
+def check_diffusers_folder(folder: Path, variant: str | None = None, *, has_vae: bool = True) -> None:
+    """Raises UserError for a folder that is no complete SDXL base. With `has_vae` False it may lack a VAE."""
+    index = read_json(folder / INDEX)
+    parts = [part for part in (*MARKS, *CONFIGS) if has_vae or part != "vae"]
+    for part in parts:
+        if not isinstance(index.get(part), list) or None in index[part]:
+            raise UserError(f"{folder} is not an SDXL base model: its {INDEX} names no {part}.")
+        if not any((folder / part).glob("*.json")):
+            raise UserError(f"{folder} is not a whole base model: {folder / part} is missing or has no configuration.")
+    if read_json(folder / "unet" / "config.json").get("addition_embed_type") != "text_time":
+        raise UserError(f"{folder} is not an SDXL base model: its UNet has no size conditioning (text_time).")
+    for part in parts:
+        if part in MARKS:
+            check_component(folder / part, variant, MARKS[part])
+
+
+def check_vae(name: str) -> None:
+    """Raises UserError for a VAE folder that is missing or incomplete. A VAE on the hub is not checked."""
+    path = Path(name)
+    if path.is_dir():
+        read_json(path / "config.json")
+        check_component(path, None, MARKS["vae"])
+    elif path.exists() or not is_hub_id(name):
+        raise UserError(f"the VAE {name} is neither a diffusers folder that is here nor a hub id.")
+
+
+def check_component(folder: Path, variant: str | None, marks: set[str]) -> None:
+    """Raises UserError for a folder without weights, and for another model's weights."""
+    if not weight_files(folder, variant):
+        raise UserError(f"{folder} has no weights: there is neither a .safetensors nor a .bin file in it.")
+    names = tensor_shapes(folder, variant).keys()
+    if names and not names & marks:
+        raise UserError(f"{folder} holds weights of another model: it has no {min(marks)}, but {min(names):.80}.")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises UserError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no names and values.")
+    return found
+
+
+def configs_beside(checkpoint: Path) -> Path | None:
+    """The folder of the same stem beside a single-file checkpoint, if it holds a diffusers model's configs."""
+    folder = checkpoint.with_suffix("")
+    return folder if (folder / INDEX).is_file() else None

@@ -1,0 +1,78 @@
+"""What this machine's GPU can do: its free memory, and whether it computes bf16.
+
+A GPU's free memory, and the memory that decoding a picture needs.
+
+PyTorch is imported only when asked.
+
+Who computes bf16: Nvidia GPUs since Ampere (compute capability 8.0), and CPUs with AVX-512, AMX or Arm's bf16.
+
+On older GPUs PyTorch emulates bf16 and reports it as supported. cuDNN has no bf16 convolutions there, so
+training would fail at its first step or be very slow. On other CPUs oneDNN has no bf16 kernels, and PyTorch's own are
+many times slower than fp32.
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.settings.table import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 2**30
+DECODER_BYTES_A_PIXEL = 4300
+"""Peak of SDXL's fp32 VAE decoder beside its weights, per pixel of the picture."""
+TILE_PX = 512
+"""Side of the tiles that are decoded if the whole picture does not fit."""
+
+
+def free_gib(device: "torch.device") -> float | None:
+    """GiB that this process can still use on a CUDA device; None for other devices.
+
+    Blocks that the allocator keeps for reuse count as free.
+    """
+    if device.type != "cuda":
+        return None
+    import torch
+
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (torch.cuda.mem_get_info(device)[0] + kept) / GIB
+
+
+def has_gpu() -> bool:
+    """Whether PyTorch finds an Nvidia or AMD GPU, or Apple's."""
+    import torch
+
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU computes bf16 at least as fast as fp32, by what oneDNN says."""
+    import torch
+
+    try:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (AttributeError, RuntimeError):  # a torch without oneDNN
+        return False
+
+
+def check_bf16(config: TrainConfig) -> None:
+    """Raises UserError for a run in bf16 on a GPU without it.
+
+    Without the flag, the precision is that of `accelerate launch` in the environment.
+    """
+    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    asked = {"mixed_precision": precision, "prior_generation_precision": config.prior_generation_precision}
+    flags = [flag for flag, wanted in asked.items() if wanted == "bf16"]
+    is_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
+    if not flags or is_on_cpu:
+        return
+    import torch  # not before it is needed: a dry run answers at once
+
+    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        major, minor = torch.cuda.get_device_capability()
+        raise UserError(
+            f"--{flags[0]} bf16: {torch.cuda.get_device_name()} (compute capability {major}.{minor}) has no "
+            f"bf16, which begins at 8.0: give --{flags[0]} fp16."
+        )

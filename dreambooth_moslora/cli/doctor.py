@@ -1,0 +1,138 @@
+"""`python -m dreambooth_moslora doctor`: is this machine ready to train? Versions, device, disk, and the base's VAE."""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from dreambooth_moslora.settings.versions import OPTIONAL, bad_pairs, installed_versions, needed_ranges, out_of_range
+
+HELP = "look for problems: versions, device, disk, a VAE that overflows"
+MIN_PYTHON = (3, 11)
+NEEDED_DISK_GIB = 10
+
+
+@dataclass
+class Findings:
+    """`facts` by name, `problems` (training will fail) and `warnings`; each is one line with a remedy."""
+
+    facts: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", default="toy", help='test the VAE of this base (default: toy); "none" skips it')
+    parser.add_argument("--photos", metavar="DIR", help="test the VAE on these photos")
+    parser.add_argument(
+        "--size", type=int, default=256, metavar="N", help="side of the test pictures, px (default: 256)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 2 when something will fail."""
+    found = Findings()
+    examine_versions(found)
+    examine_machine(found)
+    if args.base != "none" and not found.problems:
+        examine_vae(found, args.base, args.photos, args.size)
+    print(json.dumps(asdict(found), indent=1) if args.json else as_text(found))
+    return 2 if found.problems else 0
+
+
+def as_text(found: Findings) -> str:
+    lines = [f"  {name:16} {value}" for name, value in found.facts.items()]
+    lines += [f"PROBLEM  {line}" for line in found.problems]
+    lines += [f"warning  {line}" for line in found.warnings]
+    return "\n".join([*lines, "" if found.problems or found.warnings else "no problems found"]).rstrip()
+
+
+def examine_versions(found: Findings) -> None:
+    versions = installed_versions((*needed_ranges(), *OPTIONAL))
+    found.facts["python"] = platform.python_version()
+    found.facts |= {name: version or "-" for name, version in versions.items()}
+    if sys.version_info[:2] < MIN_PYTHON:
+        found.problems.append(f"Python {platform.python_version()} is too old: 3.11 or newer is needed")
+    found.problems += [line for line in out_of_range(versions) if "missing" in line]
+    found.problems += bad_pairs(versions)
+    found.warnings += [line for line in out_of_range(versions) if "missing" not in line]
+
+
+def examine_machine(found: Findings) -> None:
+    free = shutil.disk_usage(".").free / 2**30
+    found.facts["processor"] = f"{os.cpu_count()} cores, {memory_gib():.1f} GiB"
+    found.facts["disk"] = f"{free:.1f} GiB free here"
+    if free < NEEDED_DISK_GIB:
+        found.warnings.append(f"only {free:.1f} GiB of disk are free; SDXL with checkpoints wants {NEEDED_DISK_GIB}")
+    try:
+        import torch
+    except Exception as error:  # a broken installation may raise any error
+        found.problems.append(f"torch cannot be imported: {' '.join(str(error).split())[:200]}")
+        return
+    examine_device(found, torch)
+
+
+def examine_device(found: Findings, torch) -> None:
+    from dreambooth_moslora.base.machine import has_fast_bf16
+
+    if torch.cuda.is_available():
+        facts = torch.cuda.get_device_properties(0)
+        found.facts["device"] = (
+            f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB, {torch.cuda.device_count()} of them"
+        )
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        found.facts["bf16"] = "yes" if has_bf16 else "no: use --mixed_precision fp16"
+    elif torch.backends.mps.is_available():
+        found.facts["device"] = "Apple GPU (mps)"
+    else:
+        found.facts["device"] = "CPU"
+        found.facts["bf16"] = "yes" if has_fast_bf16() else "no: use --mixed_precision no"
+        if shutil.which("nvidia-smi"):
+            found.warnings.append(
+                "there is an Nvidia driver, but this torch is built for CPU; see pytorch.org for yours"
+            )
+        found.warnings.append("no GPU: the embedded base trains in minutes, SDXL in hours")
+
+
+def memory_gib() -> float:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return float("nan")
+
+
+def examine_vae(found: Findings, base: str, photos: str | None, size_px: int) -> None:
+    import torch
+
+    from dreambooth_moslora.base.decode import load_vae_alone, probe_vae
+    from dreambooth_moslora.base.files import resolve_base
+    from dreambooth_moslora.core.errors import UserError
+
+    try:
+        vae = load_vae_alone(resolve_base(base))
+    except (UserError, OSError, ValueError) as error:
+        found.warnings.append(f"the VAE of {base} was not tried: {' '.join(str(error).split())[:200]}")
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for probe in probe_vae(vae, [torch.bfloat16, torch.float16], open_photos(photos), size_px, device):
+        said = f"off by {probe.error:.2f} of 255 levels" if probe.finite else "NaN"
+        found.facts[f"VAE in {probe.dtype}"] = said
+        if not probe.finite:
+            found.warnings.append(
+                f"the VAE of {base} overflows in {probe.dtype}: training keeps it in fp32 by itself; other programs "
+                "need an fp16-safe VAE (madebyollin/sdxl-vae-fp16-fix)"
+            )
+
+
+def open_photos(folder: str | None) -> list:
+    if folder is None:
+        return []
+    from dreambooth_moslora.photos.folder import find_photos
+    from dreambooth_moslora.photos.photo import open_rgb
+
+    return [open_rgb(photo) for photo in find_photos(Path(folder), "", 64).photos[:8]]

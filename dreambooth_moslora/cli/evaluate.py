@@ -1,0 +1,281 @@
+"""`python -m dreambooth_moslora evaluate RUN_OR_FILE --photos DIR`: report.html and scores.json of one adapter."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dreambooth_moslora.core.atomic_files import atomic_write
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.names import find_asset, is_toy
+from dreambooth_moslora.disk.run_folder import RunDir, is_card
+from dreambooth_moslora.plan.checks import require_folder, require_writable
+from dreambooth_moslora.settings.prompts import Subject, subject_of
+from dreambooth_moslora.settings.sources import read_json_table, reason_of
+from dreambooth_moslora.settings.subjects import each_subject
+from dreambooth_moslora.settings.table import TrainConfig, without_removed
+from dreambooth_moslora.training.explain import SCALES, ScaleChoice, choose_scale
+from dreambooth_moslora.training.model_card import with_strength
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator
+    from dreambooth_moslora.evaluation.protocol import EvaluationPlan
+    from dreambooth_moslora.evaluation.report import ReportContext
+    from dreambooth_moslora.evaluation.subjects import Together
+    from dreambooth_moslora.photos.photo import Photo
+
+HELP = "measure how good an adapter is: report.html and scores.json"
+SUMMARY = (
+    *("dino", "clip_i", "clip_t", "clip_t_base", "pres", "pres_base", "diversity", "drift", "drift_base_spread"),
+    *("confusion", "confusion_base"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", metavar="RUN_OR_FILE", help="a run folder, its best/ folder, or a LoRA file")
+    parser.add_argument("--photos", metavar="DIR", help="the real photos (default: those that the run was trained on)")
+    parser.add_argument("--base", help='base model (default: what the run or the file says; "toy" is the embedded one)')
+    parser.add_argument("--instance_prompt", help='"a photo of sks dog" (default: what the run or the file says)')
+    parser.add_argument("--class_word", help="the kind of thing it is (default: found in the prompt)")
+    parser.add_argument("--output_dir", metavar="DIR", help="where the report goes (default: evaluation/ in the run)")
+    group = parser.add_argument_group("protocol")
+    group.add_argument("--prompts", default="auto", help="auto, object, live, toy, or a text file with {} on each line")
+    group.add_argument("--num_prompts", type=positive, help="how many of them to use, evenly spread (default: all)")
+    group.add_argument("--images_per_prompt", type=positive, default=4, help="seeds 0, 1, … of each (default: 4)")
+    group.add_argument("--class_images", type=positive, default=16, help="pictures of the bare class (default: 16)")
+    group.add_argument("--inference_steps", type=positive, default=25, help="denoising steps (default: 25)")
+    group.add_argument(
+        "--guidance_scale", type=guidance, help="how closely to follow prompts (default: the base's own)"
+    )
+    group.add_argument("--scale", type=strength, default=1.0, help="the adapter's strength (default: 1)")
+    group.add_argument(
+        "--sweep_scale",
+        action="store_true",
+        help="score it at scales 0.4 to 1.2 too, and write the best into the header of our files and into the card",
+    )
+    group.add_argument("--clip", default="", help="CLIP by hub id or folder (default: ViT-L/14, for toy its own)")
+    group.add_argument("--dino", default="", help="DINOv2 by hub id or folder (default: dinov2-base, for toy its own)")
+    group.add_argument("--batch_size", type=positive, default=4, help="pictures drawn at once (default: 4)")
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too few; at least 1")
+    return number
+
+
+def guidance(text: str) -> float:
+    if not 0 <= (number := float(text)) <= 50:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; 0 to 50")
+    return number
+
+
+def strength(text: str) -> float:
+    if not -10 <= (number := float(text)) <= 10:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; -10 to 10, and 1 is as trained")
+    return number
+
+
+def run(args: argparse.Namespace) -> int:
+    config, folder = resolve(args), output_folder(args)
+    from dreambooth_moslora.base.load import default_guidance
+    from dreambooth_moslora.evaluation.encoders import load_encoders
+    from dreambooth_moslora.evaluation.evaluate import evaluate_adapter
+    from dreambooth_moslora.evaluation.report import ReportContext
+    from dreambooth_moslora.evaluation.subjects import confusion_lines, evaluators_of, pairs_of, pooled
+    from dreambooth_moslora.generation.pipeline import SubjectPipeline
+    from dreambooth_moslora.photos.folder import instance_photos
+
+    base, subjects = config.pretrained_model_name_or_path, each_subject(config)
+    photos = instance_photos(config).photos
+    plans = plans_of(args, subjects, photos)
+    pipeline = SubjectPipeline.from_base(base)
+    name = pipeline.load_adapter(find_asset(args.adapter))
+    device = pipeline.pipeline.unet.device
+    encoders = load_encoders(base if is_toy(base) else "", args.clip, args.dino, device)
+    evaluators = evaluators_of(subjects, photos, plans, encoders, pipeline.resolution_px)
+    pairs = pairs_of(evaluators)
+    count = sum(picture_count(plan, args.sweep_scale) for plan in plans)
+    print(f"drawing {count + sum(2 * pair.picture_count for pair in pairs)} pictures …", file=sys.stderr)
+    followed = default_guidance(pipeline.pipeline) if args.guidance_scale is None else args.guidance_scale
+    judge = partial(evaluate_adapter, pipeline, name, batch_size=args.batch_size, guidance_scale=followed)
+    found = [judge(evaluator, scale=args.scale) for evaluator in evaluators]
+    choice = None
+    if args.sweep_scale:
+        smaller = [evaluator.of_subject() for evaluator in evaluators]
+        choice = choose_scale({s: pooled([judge(one, scale=s) for one in smaller]).score for s in SCALES})
+    diversity = "LPIPS" if encoders.lpips else "DINO distance"
+    steps = plans[0].inference_steps
+    about = ReportContext(name, pipeline.base_name, encoders.names, steps, followed, diversity, choice)
+    write(folder, evaluators, found, [judge(pair, scale=args.scale) for pair in pairs], about)
+    print("\n".join([summary(pooled(found)), *confusion_lines(found)]))
+    if args.sweep_scale:
+        print(note_strength(Path(find_asset(args.adapter)), choice))
+    print(f"{folder / 'report.html'}\n{folder / 'scores.json'}")
+    return 0
+
+
+def write(
+    folder: Path,
+    evaluators: Sequence["Evaluator"],
+    found: Sequence["Evaluation"],
+    together: Sequence["Together"],
+    about: "ReportContext",
+) -> None:
+    """Write the report of one subject, or those of several."""
+    from dreambooth_moslora.evaluation.metrics import photo_fidelity
+    from dreambooth_moslora.evaluation.report import write_report
+    from dreambooth_moslora.evaluation.subjects import write_subject_reports
+
+    if len(found) > 1:
+        write_subject_reports(folder, evaluators, found, together, about)
+        return
+    photos = evaluators[0].photos
+    write_report(folder, found[0], about, photos.pictures, photo_fidelity(photos.dino))
+
+
+def picture_count(plan: "EvaluationPlan", sweeps: bool) -> int:
+    """How many pictures are drawn: by the adapter and the base, and by the adapter at each scale of a sweep."""
+    swept = len(SCALES) * len(plan.subject_requests) if sweeps else 0
+    return 2 * (len(plan.subject_requests) + plan.class_images + len(plan.unrelated_requests)) + swept
+
+
+def note_strength(path: Path, choice: ScaleChoice | None) -> str:
+    """Write the sweep's result into the adapter's files and card; returns a line about it."""
+    from dreambooth_moslora.adapters.export import note_scale
+
+    if choice is None:
+        return "no scale shows the subject, so none is recommended"
+    run_dir = RunDir(path if path.is_dir() else path.parent)
+    files = [run_dir.adapter_path, *run_dir.path.glob("*.kohya.safetensors")] if path.is_dir() else [path]
+    usable = (choice.low, choice.high)
+    noted = [file.name for file in files if file.is_file() and note_scale(file, choice.best, usable)]
+    card = run_dir.read_card() if path.is_dir() and noted else None
+    if card is not None and is_card(card):
+        atomic_write(run_dir.card_path, with_strength(card, choice.best, usable))
+        noted.append(run_dir.card_path.name)
+    return f"{choice.sentence()}; written into {', '.join(noted) or 'no file, as this program published none of them'}"
+
+
+def resolve(args: argparse.Namespace) -> TrainConfig:
+    """What to evaluate, from the arguments, the run folder's configuration and the file's header. Raises UserError."""
+    adapter = Path(find_asset(args.adapter))
+    known = of_one_subject(settings_of_run(adapter) or settings_of_file(adapter), args)
+    if known.get("subjects"):
+        return TrainConfig.from_dict(known | ({"pretrained_model_name_or_path": args.base} if args.base else {}))
+    base = args.base or known.get("pretrained_model_name_or_path")
+    prompt = args.instance_prompt or known.get("instance_prompt")
+    photos = args.photos or known.get("instance_data_dir")
+    for value, flag in ((base, "--base"), (prompt, "--instance_prompt"), (photos, "--photos")):
+        if not value:
+            raise UserError(f"{args.adapter} does not say it: give {flag}.")
+    given = {"class_word": args.class_word} if args.class_word else {}
+    chosen = {"pretrained_model_name_or_path": base, "instance_prompt": prompt, "instance_data_dir": photos, **given}
+    if args.photos:
+        chosen |= {"masks": "given", "captions": "given"}  # the run's made ones belong to its own photos
+    return TrainConfig.from_dict({**known, **chosen, "dataset_name": None})
+
+
+def of_one_subject(known: dict, args: argparse.Namespace) -> dict:
+    """The settings of the subject that --instance_prompt names, when flags describe one subject. Raises UserError."""
+    if not known.get("subjects") or not (args.photos or args.instance_prompt or args.class_word):
+        return known
+    named = {one.instance_prompt: one for one in each_subject(TrainConfig.from_dict(known))}
+    if args.instance_prompt not in named:
+        raise UserError(f"--instance_prompt: it has several subjects; name one of {', '.join(map(repr, named))}.")
+    return named[args.instance_prompt].to_dict()
+
+
+def settings_of_run(path: Path) -> dict | None:
+    """`train_config.json` of a run folder, or of the run that contains the file or `best/`; None if there is none."""
+    for folder in (path, path.parent):
+        config = RunDir(folder).config_path
+        if config.is_file():
+            return without_removed(read_json_table(config)) | {"output_dir": str(folder)}  # it may have been moved
+    return None
+
+
+def settings_of_file(path: Path) -> dict:
+    """Settings in the header of a file that this program published; empty for other files."""
+    from dreambooth_moslora.adapters.export import load_published
+    from dreambooth_moslora.disk.adapter_files import find_weights
+
+    facts = load_published(find_weights(path))[1]
+    if facts is None or not facts.trigger_words:
+        return {}
+    if facts.subject_prompts:  # the user must choose one of them
+        return {"pretrained_model_name_or_path": base_of(facts.base_id)}
+    prompt = f"a photo of {facts.trigger_words[0]}"
+    return {
+        "pretrained_model_name_or_path": base_of(facts.base_id),
+        "instance_prompt": prompt,
+        "class_word": facts.class_word,
+        **({"resolution": facts.resolution_px} if facts.resolution_px else {}),
+    }
+
+
+def base_of(base_id: str) -> str:
+    return "toy" if base_id == "toy-sdxl" else base_id
+
+
+def plans_of(
+    args: argparse.Namespace, subjects: Sequence[TrainConfig], photos: Sequence["Photo"]
+) -> list["EvaluationPlan"]:
+    """A plan for each subject, without places in its photos' captions."""
+    captions: list[list[str]] = [[] for _ in subjects]
+    for photo in photos:
+        captions[photo.subject].extend(photo.captions)
+    base = subjects[0].pretrained_model_name_or_path
+    return [plan_of(args, base, subject_of(one), said) for one, said in zip(subjects, captions)]
+
+
+def plan_of(args: argparse.Namespace, base: str, subject: Subject, captions: list[str]) -> "EvaluationPlan":
+    from dataclasses import replace
+
+    from dreambooth_moslora.evaluation.protocol import plan_for, spread
+
+    file = Path(args.prompts)
+    plan = plan_for(
+        base,
+        subject,
+        "auto" if file.is_file() else args.prompts,
+        captions,
+        seeds=tuple(range(args.images_per_prompt)),
+        class_images=args.class_images,
+        inference_steps=args.inference_steps,
+    )
+    if file.is_file():
+        plan = replace(plan, templates=lines_of(file))
+    return replace(plan, templates=spread(plan.templates, args.num_prompts)) if args.num_prompts else plan
+
+
+def lines_of(file: Path) -> tuple[str, ...]:
+    """The file's lines that are not empty. Raises UserError."""
+    try:
+        return tuple(line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {file}: {reason_of(error)}.") from error
+
+
+def output_folder(args: argparse.Namespace) -> Path:
+    """The folder of the report, checked before anything is drawn. Raises UserError when it cannot be written."""
+    path = Path(args.adapter)
+    beside = path / "evaluation" if path.is_dir() else path.with_name(f"{path.stem}_evaluation")
+    folder = Path(args.output_dir) if args.output_dir else beside
+    require_folder("output_dir", str(folder), folder)
+    require_writable("output_dir", str(folder))
+    return folder
+
+
+def summary(found: "Evaluation") -> str:
+    """The scores as lines of text."""
+    lines = []
+    for name in SUMMARY:
+        if name in found.tables:
+            interval = found.interval(name)
+            lines.append(f"{name:18} {interval.mean:.3f}  [{interval.low:.3f}, {interval.high:.3f}]")
+    alarm = f"copy alarm: {found.alarm.share:.0%} of the pictures are copies" if found.alarm.raised else "no copy alarm"
+    return "\n".join([*lines, f"{'score':18} {found.score:.3f}  ({alarm})"])

@@ -1,0 +1,75 @@
+"""`export RAW_OR_CHECKPOINT --out DIR`: raw weights to files for diffusers, ComfyUI and the others; needs no base."""
+
+import argparse
+from pathlib import Path
+
+HELP = "turn a checkpoint's raw weights into LoRA files for diffusers and for ComfyUI, A1111, InvokeAI"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", metavar="RAW_OR_CHECKPOINT", help="moslora_weights.safetensors, a checkpoint folder or a run folder"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the two files; made if it is not there")
+    parser.add_argument("--name", help="title and name of the kohya file; by default that of the output folder")
+    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="dtype of the tensors (fp32)")
+    parser.add_argument(
+        "--keep",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="lower the rank of each projection to keep this share of ‖B·M·A‖², such as 0.99 (1: keep all)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from dreambooth_moslora.adapters.export import DTYPES, publish
+    from dreambooth_moslora.adapters.new_tokens import tokens_beside
+    from dreambooth_moslora.adapters.raw_file import empty_model, load_raw, read_raw
+    from dreambooth_moslora.disk.run_folder import tokens_name
+
+    source, out = find_raw(Path(args.source).expanduser()), Path(args.out).expanduser()
+    _, facts = read_raw(source)
+    components = {name: empty_model(structure) for name, structure in facts.structures.items()}
+    load_raw(source, components)
+    before = sum(rank_sum(model) for model in components.values())
+    name = args.name or out.resolve().name or "adapter"
+    tokens = tokens_beside(source, {"moslora": facts.to_json()})
+    proof = publish(components, out, name, facts, DTYPES[args.dtype], keep=args.keep, tokens=tokens)
+    for file in [*proof.files, *(tokens_name(name, number) for number in range(len(tokens)))]:
+        size = (out / file).stat().st_size / 2**20
+        print(f"{out / file}  {size:.2f} MiB")
+    print(f"{proof.sentence()}.")
+    if args.keep != 1.0:
+        mean = proof.rank_sum / proof.projections
+        print(
+            f"Rank reduced: {before} to {proof.rank_sum} in sum, {mean:.1f} a projection on average; "
+            f"{100 * proof.kept:.2f} % of ‖B·M·A‖² is kept."
+        )
+    for note in proof.notes:
+        print(f"Note: {note}.")
+    return 0
+
+
+def rank_sum(model: object) -> int:
+    from dreambooth_moslora.adapters.moslora import adapter_layers
+
+    return sum(layer.r["default"] for layer in adapter_layers(model).values())
+
+
+def find_raw(path: Path) -> Path:
+    """The raw file itself, that of a checkpoint folder, or of a run folder's last complete checkpoint. Raises
+    UserError."""
+    from dreambooth_moslora.core.errors import UserError
+    from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
+
+    if path.is_dir() and (path / RAW_NAME).is_file():
+        return path / RAW_NAME
+    if path.is_dir():
+        checkpoint = RunDir(path).latest_checkpoint()
+        if checkpoint is None:
+            raise UserError(f"{path} holds neither {RAW_NAME} nor a checkpoint")
+        return Path(checkpoint) / RAW_NAME
+    if not path.is_file():
+        raise UserError(f"there is no file or folder {path}")
+    return path

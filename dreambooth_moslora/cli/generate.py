@@ -1,0 +1,119 @@
+"""`python -m dreambooth_moslora generate`: pictures without a browser."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.names import free_name
+from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Recipe, draw_seed, read_recipe
+
+HELP = "make pictures with a base and adapters, one by one or as a captioned grid"
+ADAPTER_HELP = "a LoRA file or run folder; repeatable; without SCALE it is 1, or that of --from_png"
+DEFAULTS = {field.name: field.default for field in fields(GenerationParams)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    def add(name: str, **options) -> None:
+        hyphens = name.replace("_", "-")
+        parser.add_argument(*dict.fromkeys([f"--{name}", f"--{hyphens}"]), dest=name, **options)
+
+    add("base", default="toy", help='the base: a folder, a hub id, a .safetensors file, or "toy" (default)')
+    add("adapter", action="append", default=[], metavar="PATH[:SCALE]", help=ADAPTER_HELP)
+    add("basis", metavar="FILE", help="the basis of --adapter mixers.safetensors, if it is not beside that file")
+    add("prompt", help="what to draw; `<lora:name:0.8>` sets an adapter's scale")
+    add("negative_prompt", help="what to keep out")
+    add("from_png", metavar="FILE", help="take all parameters from a PNG; other options override them")
+    add("seed", type=int, help="-1 draws one (default 0); image i uses seed + i")
+    add("steps", type=int, help=f"denoising steps (default {DEFAULTS['steps']})")
+    add("guidance_scale", type=float, help="how closely to follow the prompt (default: the base's own, 5 for SDXL)")
+    add("height", type=int, help="px (default: the base's own size)")
+    add("width", type=int, help="px (default: the base's own size)")
+    add("num_images", type=int, help="how many, with consecutive seeds (default 1)")
+    add("scheduler", choices=list(SCHEDULERS), help=f"default {DEFAULTS['scheduler']}")
+    add("grid", nargs="+", metavar="AXIS", help='one or two of: scale=0,0.5,1 seed=1,2 "prompt=a mug|a red mug" …')
+    add("output_dir", default="outputs", help="where the PNG files go (default outputs)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from dreambooth_moslora.generation.grids import generate_grid, parse_axis
+    from dreambooth_moslora.generation.pipeline import SubjectPipeline
+
+    axes = tuple(parse_axis(text) for text in args.grid or ())
+    recipe = read_recipe(args.from_png) if args.from_png else None
+    values = _recipe_values(args, recipe)
+    adapters = _adapter_files(args, recipe)
+    basis = Path(args.basis).expanduser() if args.basis else None
+    if basis and not basis.is_file():
+        raise UserError(f"--basis {args.basis}: there is no such file.")
+    pipeline = SubjectPipeline.from_base(args.base)
+    pipeline.bases.files += [basis] if basis else []
+    chosen = tuple((pipeline.load_adapter(item.file, item.name), item.scale) for item in adapters)
+    params = GenerationParams.from_dict(values | {"adapters": chosen})
+    events = generate_grid(pipeline, params, axes) if axes else pipeline.generate(params)
+    return _save_all(events, Path(args.output_dir), only_sheet=bool(axes))
+
+
+def _adapter_files(args: argparse.Namespace, recipe: Recipe | None) -> list:
+    """The adapters of `--adapter`, else those of the picture. Raises UserError for a missing one."""
+    from dreambooth_moslora.generation.pipeline import adapters_of_picture, given_adapters
+
+    if recipe and not args.adapter:
+        return adapters_of_picture(recipe)
+    found = given_adapters([_split_scale(text) for text in args.adapter], recipe)
+    for note in filter(None, (item.note for item in found)):
+        print(f"note: {note}", file=sys.stderr)
+    return found
+
+
+def _split_scale(text: str) -> tuple[str, float | None]:
+    """`runs/dog:0.8` -> ("runs/dog", 0.8); a colon inside the path is kept. None: no scale was given."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        return (path, float(scale)) if colon and path else (text, None)
+    except ValueError:
+        return text, None
+
+
+def _recipe_values(args: argparse.Namespace, recipe: Recipe | None) -> dict:
+    """Parameters of the picture, overridden by the given ones. Raises UserError without a prompt."""
+    values = recipe.params.to_dict() if recipe else {}
+    names = {"height": "height_px", "width": "width_px"}
+    for name in ("prompt", "negative_prompt", "steps", "guidance_scale", "height", "width", "num_images", "scheduler"):
+        if (value := getattr(args, name)) is not None:
+            values[names.get(name, name)] = value
+    if args.seed is not None:
+        values["seed"] = draw_seed(args.seed)
+    if "prompt" not in values:
+        raise UserError("say what to draw with --prompt, or give a picture with --from_png")
+    return values
+
+
+def _save_all(events: Iterator, folder: Path, *, only_sheet: bool) -> int:
+    """Write each picture (or only the grid's sheet) under a free name and print its path."""
+    from dreambooth_moslora.generation.grids import Sheet
+    from dreambooth_moslora.generation.params import Image
+    from dreambooth_moslora.generation.progress import Step
+
+    folder.mkdir(parents=True, exist_ok=True)
+    clear = "\r\033[K" if sys.stderr.isatty() else ""
+    for event in events:
+        if isinstance(event, Step) and clear:
+            print(f"{clear}{_progress(event)}", end="", file=sys.stderr, flush=True)
+        elif isinstance(event, Sheet) or (isinstance(event, Image) and not only_sheet):
+            print(clear, end="", file=sys.stderr, flush=True)
+            stem = "grid" if only_sheet else f"image_{event.params.seed}"
+            print(event.save(free_path(folder, stem)))
+    return 0
+
+
+def _progress(step) -> str:
+    eta = "" if step.eta_sec != step.eta_sec else f", {step.eta_sec:.0f} s left"
+    return f"image {step.index + 1}/{step.num_images}, step {step.step}/{step.steps}{eta}"
+
+
+def free_path(folder: Path, stem: str) -> Path:
+    """`stem`.png, or `stem`_2.png …: no file is overwritten."""
+    return folder / f"{free_name(stem, lambda name: (folder / f'{name}.png').exists())}.png"

@@ -1,0 +1,195 @@
+"""`python -m dreambooth_moslora queue`: the queue of runs, which `train … --queue` and the page add to."""
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest
+from dreambooth_moslora.core.errors import UserError, spelled_out
+from dreambooth_moslora.settings.table import TrainConfig
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from dreambooth_moslora.ui.jobs import Job
+    from dreambooth_moslora.ui.turns import QueueTurns
+
+HELP = "list, order and train the runs that wait; `train … --queue` adds one"
+RUNS = "runs"
+EPILOG = """examples:
+  queue                    what is trained now, what waits, and how the last ones ended
+  queue start              train them one after the other; Ctrl-C saves, and the next start goes on from there
+  queue move dog first     or up, down, last, or a number
+  queue remove dog"""
+ENDED_SHOWN = 10
+POLL_SEC = 0.5
+PLAIN_INTERVAL_SEC = 30.0
+"""Seconds between two lines of progress when the output is a file."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    about = "list (default), start, move NAME PLACE, or remove NAME"
+    parser.add_argument("words", metavar="WHAT", nargs="*", default=["list"], help=about)
+    parser.add_argument("--runs_dir", metavar="DIR", default=RUNS, help=f"folder of the runs (default: {RUNS})")
+
+
+def run(args: argparse.Namespace) -> int:
+    from dreambooth_moslora.ui.jobs import Jobs
+    from dreambooth_moslora.ui.turns import QueueTurns
+
+    turns = QueueTurns(Jobs(Path(os.path.abspath(args.runs_dir))))
+    match args.words:
+        case ["list"] | []:
+            print(spelled_out("\n".join(lines_of(turns))))
+        case ["start"]:
+            return train_all(turns)
+        case ["move", name, place]:
+            turns.queue.move(name, place)
+            print(spelled_out("\n".join(lines_of(turns))))
+        case ["remove", name]:
+            turns.queue.remove(name)
+            print(spelled_out(f"{name} was removed from the queue"))
+        case _:
+            raise UserError(f"queue {' '.join(args.words)}: say list, start, move NAME PLACE, or remove NAME.")
+    return 0
+
+
+def enqueue(config: TrainConfig, argv: list[str]) -> str:
+    """Check the run and add it to the queue; returns a line to print. Raises UserError for whatever training
+    would refuse."""
+    from dreambooth_moslora.disk.queue import QueuedRun, RunQueue
+    from dreambooth_moslora.photos.folder import photo_report
+    from dreambooth_moslora.plan.checks import check_folders, check_settings
+    from dreambooth_moslora.ui.jobs import Jobs
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--queue: its runs are one process each; start it without a launcher.")
+    if config.hub_token:
+        raise UserError("--hub_token: it would lie in the queue's file; log in instead (`hf auth login`).")
+    check_folders(config)
+    check_settings(config)
+    photo_report(config)
+    run_dir = Path(os.path.abspath(config.output_dir))
+    Jobs(run_dir.parent).run_dir(run_dir.name)
+    is_new = not run_dir.exists()
+    run_dir.mkdir(parents=True, exist_ok=True)  # so that the next `train` chooses another name
+    try:
+        place = RunQueue(run_dir.parent).add(
+            QueuedRun(
+                run_dir.name,
+                folder=os.getcwd(),
+                argv=tuple(argv),
+                settings=config.to_dict(),
+                is_new=is_new,
+                queued=time.time(),
+            )
+        )
+    except BaseException:
+        if is_new:
+            with suppress(OSError):
+                run_dir.rmdir()
+        raise
+    return f"{run_dir.name} waits, number {place} in the queue; `{start_command(run_dir.parent)}` or the page trains it"
+
+
+def start_command(runs_dir: Path) -> str:
+    is_usual = runs_dir == Path(os.path.abspath(RUNS))
+    return "queue start" + ("" if is_usual else f" --runs_dir {shlex.quote(str(runs_dir))}")
+
+
+def lines_of(turns: "QueueTurns") -> list[str]:
+    lines = [f"ended: {line}" for line in map(ending, turns.queue.ended()[-ENDED_SHOWN:])]
+    for queued in turns.queue.started():
+        lines.append(f"now: {queued.name}, {progress_of(turns, queued.name)}")
+    for number, queued in enumerate(turns.queue.waiting(), 1):
+        said = shlex.join(queued.argv) or ("added on the page" if queued.owner else "its file cannot be read")
+        lines.append(f"{number:>3}  {queued.name}  {said}")
+    return lines if not turns.is_empty else [*lines, "nothing waits; `train … --queue` adds a run"]
+
+
+def ending(event: dict[str, Any]) -> str:
+    message = str(event.get("message") or "")
+    return f"{event.get('name')} {event.get('state')}" + (f": {message}" if message else "")
+
+
+def progress_of(turns: "QueueTurns", name: str) -> str:
+    job = job_of(turns, name)
+    if job is None or not job.is_alive:
+        return "interrupted; its next turn resumes it"
+    state = turns.jobs.state(job)
+    return f"step {state.step} of {state.max_train_steps}" if state.max_train_steps else "starting"
+
+
+def job_of(turns: "QueueTurns", name: str) -> "Job | None":
+    from dreambooth_moslora.ui.jobs import Job
+
+    return Job.load(turns.jobs.runs_dir / name)
+
+
+def train_all(turns: "QueueTurns") -> int:
+    """Train until the queue is empty. Returns 0 when all succeeded, 1 when some failed, 130 when stopped."""
+    told = len(turns.queue.ended())
+    failed, bar = 0, Bar()
+    with StopRequest() as stop:
+        while not (turns.is_empty or stop()):
+            turns.take()
+            for event in turns.queue.ended()[told:]:
+                bar.close()
+                print(spelled_out(ending(event)), file=sys.stderr)
+                told, failed = told + 1, failed + (event.get("state") == "failed")
+            bar.show(turns)
+            time.sleep(POLL_SEC)
+        bar.close()
+        if stop():
+            save_and_leave(turns)
+            return INTERRUPTED
+    return 1 if failed else 0
+
+
+def save_and_leave(turns: "QueueTurns") -> None:
+    """Let the current run write a checkpoint and end; it stays first in the queue."""
+    queued = turns.current()
+    job = job_of(turns, queued.name) if queued else None
+    if job is not None and job.is_alive:
+        os.kill(job.pid, signal.SIGTERM)
+        while job.is_alive:
+            turns.jobs.current()  # reaps an ended child
+            time.sleep(POLL_SEC)
+    print("stopped; `queue start` continues", file=sys.stderr)
+
+
+class Bar:
+    """Progress of the current run, with the remaining time."""
+
+    def __init__(self) -> None:
+        self.name, self.bar = "", None
+
+    def show(self, turns: "QueueTurns") -> None:
+        queued = turns.current()
+        job = job_of(turns, queued.name) if queued else None
+        state = turns.jobs.state(job) if job is not None and job.is_alive else None
+        if state is None or not state.max_train_steps:
+            return
+        if self.name != queued.name:
+            self.close()
+            self.name, self.bar = queued.name, bar_of(queued.name, state.max_train_steps, state.step)
+        self.bar.update(state.step - self.bar.n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.name, self.bar = "", None
+
+
+def bar_of(name: str, total: int, step: int) -> "tqdm":
+    from tqdm import tqdm
+
+    interval = 0.2 if sys.stderr.isatty() else PLAIN_INTERVAL_SEC
+    return tqdm(total=total, initial=step, desc=spelled_out(name), unit="step", mininterval=interval)

@@ -1,0 +1,231 @@
+"""The terminal: streams that never end a run, stop signals, lines and bars of progress.
+
+Standard output and error whose failures never end a run.
+
+In `train … | tee log` Ctrl-C ends `tee` first, and a terminal may be closed; the run must still save its folder
+and return its own exit code. After a failed write a stream is redirected to the null device. Characters that
+the terminal cannot encode are written as escapes.
+
+Ctrl-C, SIGTERM and a closed terminal (SIGHUP) as a stop request, which the loop checks between two steps.
+
+The handler only sets a flag, so that no file is cut off while it is saved. A second Ctrl-C prints a message; a
+third ends the process at once. That loses the steps since the last checkpoint, but no file (see
+`core.atomic_files`).
+
+Training events as lines and bars in the terminal, with the remaining time.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
+from types import FrameType
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from dreambooth_moslora.disk.events import (
+    CheckpointSaved,
+    Event,
+    PhaseProgress,
+    RunEnded,
+    RunStarted,
+    SamplesDrawn,
+    ScaleFound,
+    StepDone,
+    StepEvaluated,
+)
+
+STDERR = 2
+
+
+class BreakableStream:
+    """A text stream that drops its output once a write has failed."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except OSError:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def survive_broken_pipes() -> Iterator[None]:
+    """In this block `sys.stdout` and `sys.stderr` survive the end of their reader."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(breakable, before)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
+def breakable(stream: TextIO | None) -> BreakableStream:
+    """Wrap a stream. None, Python's value for a stream closed from the start (`2>&-`), becomes the null device."""
+    stream = stream or open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(stream, TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+    return BreakableStream(stream)
+
+
+MESSAGES = (
+    "\nstopping after this step, then saving; Ctrl-C twice more to leave at once without saving\n",
+    "\nstill finishing the step and saving; once more to leave at once\n",
+)
+INTERRUPTED = 130
+
+
+class StopRequest:
+    """Context manager. Calling it returns whether the user or the system asked to stop."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._interrupts = 0
+        self._before: dict[int, object] = {}
+
+    def __call__(self) -> bool:
+        return self.requested
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in signals_to_hear():
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        first, self.requested = not self.requested, True
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > len(MESSAGES):
+                os._exit(INTERRUPTED)
+        if first or number == signal.SIGINT:
+            with suppress(OSError):  # a closed pipe: the same Ctrl-C stopped `| tee`
+                os.write(STDERR, MESSAGES[max(0, self._interrupts - 1)].encode())
+
+
+def signals_to_hear() -> list[int]:
+    """The signals to handle. SIGHUP is left out under `nohup` and on Windows, which lacks it."""
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is None or signal.getsignal(hangup) == signal.SIG_IGN:
+        return [signal.SIGINT, signal.SIGTERM]
+    return [signal.SIGINT, signal.SIGTERM, hangup]
+
+
+PHASE_TITLES = {
+    "loading": "loading the base",
+    "captions": "captions",
+    "masks": "masks",
+    "class_images": "class images",
+    "caching": "encoding photos",
+    "sampling": "drawing samples",
+    "evaluating": "scoring",
+    "exporting": "saving and verifying the adapter",
+}
+PLAIN_INTERVAL_SEC = 5.0
+"""Seconds between two lines of progress when the output is a file."""
+
+
+class TerminalProgress:
+    """Call it with each event of `training.loop.train`. `stream` may be a terminal or a file."""
+
+    def __init__(self, stream: TextIO | None = None):
+        self.stream = stream or sys.stderr
+        self.total_steps = 0
+        self._bar: tqdm | None = None
+        self._phase = ""
+
+    def __call__(self, event: Event) -> None:
+        handler = getattr(self, f"_on_{event.kind}", None)
+        if handler is not None:
+            handler(event)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        self._phase = ""
+
+    def write(self, line: str) -> None:
+        tqdm.write(line, file=self.stream)
+
+    def _open(self, title: str, total: int, start: int, unit: str) -> None:
+        self.close()
+        interval = 0.2 if self.stream.isatty() else PLAIN_INTERVAL_SEC
+        self._bar = tqdm(
+            total=total, initial=start, desc=title, unit=unit, file=self.stream, mininterval=interval, maxinterval=60.0
+        )
+        self._phase = title
+
+    def _on_start(self, event: RunStarted) -> None:
+        self.total_steps = event.max_train_steps
+
+    def _on_phase(self, event: PhaseProgress) -> None:
+        title = PHASE_TITLES.get(event.phase)
+        if title is None:
+            return
+        total, done = event.total, event.done
+        if total <= 1:
+            if not self._training or event.phase == "exporting":
+                self.close()
+                self.write(f"{title} …")
+            return
+        if self._phase != title:
+            self._open(title, total, done, "step" if event.phase == "sampling" else "image")
+        self._advance(done)
+
+    @property
+    def _training(self) -> bool:
+        return self._phase == "training"
+
+    def _on_step(self, event: StepDone) -> None:
+        if not self._training:
+            self._open("training", self.total_steps, event.step - 1, "step")
+        shown = {"loss": f"{event.loss:.4f}", "lr": f"{event.lr:.2g}"}
+        if event.loss_prior is not None:
+            shown |= {"instance": f"{event.loss_instance:.4f}", "prior": f"{event.loss_prior:.4f}"}
+        self._bar.set_postfix(shown, refresh=False)
+        self._advance(event.step)
+
+    def _advance(self, done: int) -> None:
+        self._bar.update(done - self._bar.n)
+        if done >= (self._bar.total or 0):
+            self.close()
+
+    def _on_checkpoint(self, event: CheckpointSaved) -> None:
+        self.write(f"step {event.step}: checkpoint {event.path}")
+
+    def _on_sample(self, event: SamplesDrawn) -> None:
+        self.write(f"step {event.step}: {len(event.files)} sample images")
+
+    def _on_evaluation(self, event: StepEvaluated) -> None:
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in event.scores.items())
+        self.write(f"step {event.step}: {scores}")
+
+    def _on_scale(self, event: ScaleFound) -> None:
+        self.write(f"best scale: {event.best:g}, usable from {event.low:g} to {event.high:g}")
+
+    def _on_end(self, event: RunEnded) -> None:
+        self.close()

@@ -1,0 +1,266 @@
+"""The events of a run, and the file that holds them, one JSON object a line.
+
+A file of events, such as a run's `metrics.jsonl`: one JSON object per line, only appended to.
+
+A run's events, one frozen dataclass each; `metrics.jsonl` holds one per line.
+
+RunStarted  PhaseProgress*
+(StepDone  SamplesDrawn?  StepEvaluated?  CheckpointSaved?)*
+ScaleFound?  AdapterExported  RunEnded
+
+`record_of` makes a line's dict, `events_of` finds the events of one type among such dicts.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, BinaryIO, ClassVar, TypeVar, get_args, get_origin
+
+
+def append_event(path: Path, event: dict[str, Any]) -> None:
+    """Append one line. Numbers that JSON cannot hold (NaN, infinity) become null."""
+    line = json.dumps(finite(event), ensure_ascii=False, allow_nan=False, default=str) + "\n"
+    with path.open("a+b") as file:
+        file.write((f"\n{line}" if ends_torn(file) else line).encode())
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """All events so far; a line cut off by a kill is left out."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [event for line in lines if (event := parse_event(line)) is not None]
+
+
+def finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def ends_torn(file: BinaryIO) -> bool:
+    """Whether the open file's last line was cut off by a kill."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
+
+
+def parse_event(line: str | bytes) -> dict[str, Any] | None:
+    """The event in a line; None for any other line."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_event = isinstance(event, dict) and isinstance(event.get("type"), str)
+    return event if is_event and isinstance(event.get("step", 0), int) else None
+
+
+@dataclass
+class Metrics:
+    """The events, read from where the last reading stopped; an unfinished line is read later.
+
+    A resumed run replaces the file by a shorter one, and a deleted folder's name may be used again. So the last
+    line that was read, which holds its time, must still be at its place; if not, everything is read again.
+    """
+
+    path: Path
+    events: list[dict[str, Any]] = field(default_factory=list)
+    _offset: int = 0
+    _last_line: bytes = b""
+
+    def refresh(self) -> "Metrics":
+        try:
+            data = self._unread()
+        except OSError:
+            self._forget()
+            return self
+        whole = data[: data.rfind(b"\n") + 1]
+        lines = whole.splitlines(keepends=True)
+        self._offset += len(whole)
+        self._last_line = lines[-1] if lines else self._last_line
+        self.events += [event for line in lines if (event := parse_event(line))]
+        return self
+
+    def _unread(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self._offset - len(self._last_line))
+            if file.read(len(self._last_line)) != self._last_line:
+                self._forget()
+                file.seek(0)
+            return file.read()
+
+    def _forget(self) -> None:
+        self.events, self._offset, self._last_line = [], 0, b""
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event.get("type") == kind]
+
+    def last(self, kind: str) -> dict[str, Any]:
+        return next((event for event in reversed(self.events) if event.get("type") == kind), {})
+
+    def since_start(self) -> list[dict[str, Any]]:
+        """Events since the last start. In a resumed run, events of the earlier one, even an `end`, come before it."""
+        starts = [i for i, event in enumerate(self.events) if event.get("type") == "start"]
+        return self.events[starts[-1] :] if starts else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """`kind` is its `type` on disk; `time` is in seconds since 1970."""
+
+    kind: ClassVar[str]
+    time: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    kind: ClassVar[str] = "start"
+    max_train_steps: int
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PhaseProgress(Event):
+    """`done` of `total` items of a phase, such as `loading`, `caching` or `exporting`."""
+
+    kind: ClassVar[str] = "phase"
+    phase: str
+    done: int = 0
+    total: int = 1
+
+
+@dataclass(frozen=True)
+class StepDone(Event):
+    """One optimizer step. Values are None when they do not exist (no prior) or are not finite.
+
+    `skipped`: fp16 overflowed, nothing changed, and the step is repeated with a smaller scale.
+    """
+
+    kind: ClassVar[str] = "step"
+    step: int
+    loss: float | None = None
+    loss_instance: float | None = None
+    loss_prior: float | None = None
+    lr: float | None = None
+    grad_norm: float | None = None
+    step_sec: float | None = None
+    eta_sec: float | None = None
+    memory_gib: float | None = None
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class SamplesDrawn(Event):
+    """Pictures `files`, relative to the run folder, each with its prompt and seed."""
+
+    kind: ClassVar[str] = "sample"
+    step: int
+    files: list[str]
+    prompts: list[str]
+    seeds: list[int]
+
+
+@dataclass(frozen=True)
+class StepEvaluated(Event):
+    """`scores` by name (each a key of its own on disk), the `best` step so far, the evaluation's `cost`.
+
+    `photos` holds their `count` and their `nearness` to each other.
+    """
+
+    kind: ClassVar[str] = "evaluation"
+    step: int
+    scores: dict[str, float] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    copy_alarm: bool = False
+    cost: dict[str, float] = field(default_factory=dict)
+    photos: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ScaleFound(Event):
+    """The adapter's `best` scale, the usable ones from `low` to `high`, and the scores `by_scale`."""
+
+    kind: ClassVar[str] = "scale"
+    best: float
+    low: float
+    high: float
+    by_scale: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CheckpointSaved(Event):
+    kind: ClassVar[str] = "checkpoint"
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class AdapterExported(Event):
+    kind: ClassVar[str] = "export"
+    files: list[str]
+    proof: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunEnded(Event):
+    """`state` is `done`, `interrupted` or `failed`."""
+
+    kind: ClassVar[str] = "end"
+    state: str
+    step: int
+    message: str = ""
+
+
+KINDS: dict[str, type[Event]] = {kind.kind: kind for kind in Event.__subclasses__()}
+E = TypeVar("E", bound=Event)
+
+
+def record_of(event: Event) -> dict[str, Any]:
+    """The event as a dict for one line."""
+    values = asdict(event)
+    moment = values.pop("time")
+    return {"type": event.kind, "time": moment} | values.pop("scores", {}) | values
+
+
+def event_of(record: Mapping[str, Any]) -> Event | None:
+    """The event of one line; None for another program's line, and for a missing field or a wrong type."""
+    kind = KINDS.get(str(record.get("type")))
+    if kind is None:
+        return None
+    names = {item.name for item in fields(kind)}
+    values = {name: value for name, value in record.items() if name in names}
+    if kind is StepEvaluated:
+        values["scores"] = {k: v for k, v in record.items() if isinstance(v, float) and k not in names}
+    try:
+        event = kind(**values)
+    except TypeError:  # a field is missing
+        return None
+    is_whole = all(fits(getattr(event, item.name), item.type) for item in fields(kind)) and best_fits(event)
+    return event if is_whole else None
+
+
+def fits(value: object, kind: Any) -> bool:
+    """Whether a JSON value is of the annotated type; an int also fits float."""
+    kinds = [get_origin(one) or one for one in (get_args(kind) if isinstance(kind, UnionType) else [kind])]
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, tuple(kinds)) or (float in kinds and isinstance(value, int))
+
+
+def best_fits(event: Event) -> bool:
+    """Whether the `best` step of an evaluation is complete."""
+    wanted = {"step": int, "score": float, "since": int}
+    if not isinstance(event, StepEvaluated):
+        return True
+    return event.best.keys() == wanted.keys() and all(fits(event.best[name], kind) for name, kind in wanted.items())
+
+
+def events_of(kind: type[E], records: Iterable[Mapping[str, Any]]) -> list[E]:
+    """The events of one type among the lines, in their order."""
+    return [event for record in records if isinstance(event := event_of(record), kind)]

@@ -1,0 +1,316 @@
+"""Which run may train in a folder: the lock of one run, and the queue of those that wait.
+
+One run at a time in a run folder: a locked file names the process and machine that hold it.
+
+The system releases the lock when the process ends in any way, so the file of a killed run blocks nobody.
+
+The queue of runs, in the folder `.queue` of the folder of runs. Each run is a file that is written atomically.
+
+    waiting/NAME.json    a waiting run with all its settings
+    order.json           the names of the waiting runs in their order
+    started/NAME.json    the run whose turn it is, until it has ended
+    ended.jsonl          one line for each run that has ended, and how
+
+A process must hold `turn` to start or end runs, so only one does.
+"""
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dreambooth_moslora.core.atomic_files import atomic_write, clean_stale
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.disk.events import append_event, read_events
+from dreambooth_moslora.disk.run_folder import RunDir
+
+try:
+    import fcntl
+except ImportError:  # on Windows the file names the owner but does not lock
+    fcntl = None
+
+
+LOCK_NAME = "run.lock"
+
+
+@contextmanager
+def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
+    """Hold the existing `folder`, which the option `flag` names, for the length of the block.
+
+    Raises UserError when another run holds it.
+    """
+    path = folder / LOCK_NAME
+    file = take(path, flag)
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        file.flush()
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        file.close()
+
+
+def take(path: Path, flag: str) -> BinaryIO:
+    """Open and lock the file of that name. If its owner removes it meanwhile, it is created again.
+
+    Raises UserError when another process holds it.
+    """
+    while True:
+        file = path.open("a+b")
+        try:
+            lock(file)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read(200).decode(errors="replace").strip() or "another process"
+            file.close()
+            raise UserError(
+                f"{flag} {path.parent}: {owner} is training there; wait for its end, or name another folder."
+            ) from None
+        file.close()
+
+
+def lock(file: BinaryIO) -> None:
+    """Raises BlockingIOError when another process holds the lock. On a file system without locks it does nothing."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return
+
+
+QUEUE_NAME = ".queue"
+COMMAND_LINE = ""
+"""Owner of a run that was added by the command; other runs belong to a user of the page."""
+PLACES = ("up", "down", "first", "last")
+RUNS_TOGETHER = 4
+"""For all visitors at one address without a login, runs in a round of the owners: one visitor may have many cookies."""
+HELD_SEC, POLL_SEC = 30.0, 0.02
+
+
+@dataclass(frozen=True)
+class QueuedRun:
+    """A run in the queue, with complete and checked `settings`; they are empty if its file could not be read.
+
+    `address` is that of an owner without a login. Paths in the settings are relative to `folder`. `argv` are
+    the words of the command. `is_new`: its run folder was made for it. `queued` and `started` are times (s);
+    `killed` counts kills since its last checkpoint.
+    """
+
+    name: str
+    owner: str = COMMAND_LINE
+    address: str = ""
+    folder: str = ""
+    argv: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    is_new: bool = False
+    queued: float = 0.0
+    started: float = 0.0
+    killed: int = 0
+
+    @classmethod
+    def load(cls, path: Path) -> "QueuedRun":
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            run = cls(**facts | {"argv": tuple(map(str, facts["argv"]))})
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return cls(path.stem)
+        kinds = vars(cls("")).items()
+        is_sound = all(isinstance(getattr(run, name), type(default)) for name, default in kinds)
+        return run if is_sound and run.name == path.stem else cls(path.stem)
+
+
+class RunQueue:
+    """The queue of the runs in `runs_dir`. It creates no files until a run is added."""
+
+    def __init__(self, runs_dir: Path) -> None:
+        self.runs_dir = runs_dir
+        self.folder = runs_dir / QUEUE_NAME
+        self.ended_path = self.folder / "ended.jsonl"
+
+    def add(self, run: QueuedRun) -> int:
+        """Add a run where its owner's turn is (`place_of`); returns its place, from 1. Raises UserError when the
+        queue has a run of that name."""
+        with self._held():
+            started, waiting = self.started(), self.waiting()
+            order = [found.name for found in waiting]
+            if run.name in [*order, *(found.name for found in started)]:
+                raise UserError(f"the run {run.name} is in the queue already")
+            place = place_of(run, started, waiting)
+            self._set_order([*order[:place], run.name, *order[place:]])
+            self._write("waiting", run)
+            return place + 1
+
+    def waiting(self) -> list[QueuedRun]:
+        """The waiting runs, in their order."""
+        moved = {name: number for number, name in enumerate(self._order())}
+        return sorted(self._all("waiting"), key=lambda run: (moved.get(run.name, len(moved)), run.queued, run.name))
+
+    def started(self) -> list[QueuedRun]:
+        """The run whose turn it is, or an empty list."""
+        return sorted(self._all("started"), key=lambda run: run.started)
+
+    def move(self, name: str, place: str, owner: str | None = None) -> None:
+        """Move a run to `place`, one of PLACES or a number from 1. With an `owner`, only that owner's runs
+        change places.
+
+        Raises UserError for a run that does not wait and for an invalid place.
+        """
+        with self._held():
+            order = [run.name for run in self.waiting()]
+            own = [run.name for run in self.waiting() if owner is None or run.owner == owner]
+            slots = [order.index(one) for one in own]
+            for slot, one in zip(slots, with_place(own, name, place)):
+                order[slot] = one
+            self._set_order(order)
+
+    def remove(self, name: str, owner: str | None = None) -> QueuedRun:
+        """Remove a waiting run, and its run folder if nothing was trained there: the page's with the photos that
+        it copied, the command line's if it is empty. Raises UserError if the run does not wait."""
+        with self._held():
+            run = next((run for run in self.waiting() if run.name == name and owner in (None, run.owner)), None)
+            if run is None:
+                raise UserError(not_waiting(name))
+            self._path("waiting", name).unlink()
+        run_dir = RunDir(self.runs_dir / name)
+        if run.is_new and not run_dir.metrics_path.exists():
+            if run.owner == COMMAND_LINE:
+                with suppress(OSError):  # files of the person's own are in it
+                    run_dir.path.rmdir()
+            else:
+                shutil.rmtree(run_dir.path, ignore_errors=True)
+        return run
+
+    @contextmanager
+    def turn(self) -> Iterator[bool]:
+        """Whether this process may start and end runs of the queue, for the length of the block."""
+        if not self.folder.is_dir():
+            yield False
+            return
+        try:
+            lock = take(self.folder / "turn.lock", "--runs_dir")
+        except UserError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.close()
+
+    def claim(self) -> QueuedRun | None:
+        """Move the first waiting run to `started` and return it; None when none waits."""
+        with self._held():
+            run = next(iter(self.waiting()), None)
+            if run is not None:
+                (self.folder / "started").mkdir(exist_ok=True)
+                os.replace(self._path("waiting", run.name), self._path("started", run.name))
+            return run
+
+    def note(self, run: QueuedRun) -> None:
+        """Save the changed entry of a started run."""
+        self._write("started", run)
+
+    def end(self, run: QueuedRun, state: str, message: str) -> None:
+        """Record the end of a run; `state` is done, interrupted or failed."""
+        facts = {"type": "ended", "time": time.time(), "name": run.name, "owner": run.owner, "state": state}
+        append_event(self.ended_path, facts | {"message": message})
+        self._path("started", run.name).unlink(missing_ok=True)
+
+    def ended(self) -> list[dict[str, Any]]:
+        return read_events(self.ended_path) if self.ended_path.is_file() else []
+
+    def _all(self, kind: str) -> list[QueuedRun]:
+        """Of a pipe there, which nobody writes to, reading would have no end."""
+        paths = [path for path in (self.folder / kind).glob("[!.]*.json") if not path.is_fifo()]
+        return [QueuedRun.load(path) for path in paths]
+
+    def _path(self, kind: str, name: str) -> Path:
+        return self.folder / kind / f"{name}.json"
+
+    def _write(self, kind: str, run: QueuedRun) -> None:
+        path = self._path(kind, run.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clean_stale(path.parent)
+        atomic_write(path, json.dumps(asdict(run), indent=1))
+
+    def _set_order(self, names: list[str]) -> None:
+        atomic_write(self.folder / "order.json", json.dumps(names))
+
+    def _order(self) -> list[str]:
+        try:
+            found = json.loads((self.folder / "order.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return []
+        return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Lock the order and the list of waiting runs for the length of the block, which must be short. Raises
+        UserError."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        end = time.monotonic() + HELD_SEC
+        while True:
+            with suppress(UserError):
+                lock = take(self.folder / "order.lock", "--runs_dir")
+                break
+            if time.monotonic() > end:
+                raise UserError(f"{self.folder}: another process is changing the queue and does not end")
+            time.sleep(POLL_SEC)
+        try:
+            yield
+        finally:
+            lock.close()
+
+
+def place_of(run: QueuedRun, started: Sequence[QueuedRun], waiting: Sequence[QueuedRun]) -> int:
+    """Where a new run goes, from 0: behind the last one of its own round or an earlier one.
+
+    So owners take turns, and a run that was moved to the front stays there.
+    """
+    *earlier, own = rounds_of([*started, *waiting, run])
+    rounds = earlier[len(started) :]
+    return max((place for place, number in enumerate(rounds, 1) if number <= own), default=0)
+
+
+def rounds_of(runs: Sequence[QueuedRun]) -> list[int]:
+    """Each run's round, from 0: a round has one run of each owner, and at most RUNS_TOGETHER of an address."""
+    owners, addresses, rounds = Counter(), Counter(), []
+    for run in runs:
+        together = addresses[run.address] // RUNS_TOGETHER if run.address else 0
+        rounds.append(max(owners[run.owner], together))
+        owners[run.owner] += 1
+        addresses[run.address] += 1
+    return rounds
+
+
+def with_place(names: Sequence[str], name: str, place: str) -> list[str]:
+    """The names with `name` at its new place. Raises UserError for an unknown name and for an invalid place."""
+    if name not in names:
+        raise UserError(not_waiting(name))
+    rest, now = [one for one in names if one != name], list(names).index(name)
+    if place.isdecimal() and int(place[:9]) > 0:
+        index = int(place[:9]) - 1
+    elif place in PLACES:
+        index = {"up": max(0, now - 1), "down": now + 1, "first": 0, "last": len(rest)}[place]
+    else:
+        raise UserError(f"{place!r:.20} is not a place in the queue: {', '.join(PLACES)}, or a number from 1")
+    return [*rest[:index], name, *rest[index:]]
+
+
+def not_waiting(name: str) -> str:
+    return f"no run called {name!r:.60} waits in the queue"

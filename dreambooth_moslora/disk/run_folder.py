@@ -1,0 +1,216 @@
+"""The run folder: the names of its files, and which of its checkpoints are complete."""
+
+import json
+import re
+from dataclasses import dataclass
+from itertools import count, takewhile
+from pathlib import Path
+from typing import Any
+
+from dreambooth_moslora.core.atomic_files import recover, remove_directory
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.disk.events import append_event, read_events
+
+PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
+MIXERS_NAME = "mixers.safetensors"
+"""Mixers alone, of a run on a frozen basis."""
+BASIS_SUFFIX = "basis.safetensors"
+"""End of the name of a basis that was learnt."""
+BEST_NAME = "best"
+"""Folder of the best evaluated step in a run."""
+TOKENS_SUFFIX = "_emb.safetensors"
+CHECKPOINT_FILES = ("position.json", "optimizer.pt", RAW_NAME)
+NAME_BYTES = 200
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Names in the output folder `path` of one run. Nothing is created until something is written."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name or "adapter"
+
+    @property
+    def adapter_path(self) -> Path:
+        return self.path / PUBLISHED_NAME
+
+    @property
+    def kohya_path(self) -> Path:
+        return self.path / f"{self.name}.kohya.safetensors"
+
+    @property
+    def mixers_path(self) -> Path:
+        """The mixers alone, if the run trained them on a frozen basis."""
+        return self.path / MIXERS_NAME
+
+    @property
+    def tokens_paths(self) -> list[Path]:
+        """New tokens of both text encoders, a file for each subject; none if the run learnt none."""
+        return tokens_files(self.path, self.name)
+
+    @property
+    def card_path(self) -> Path:
+        return self.path / "README.md"
+
+    def read_card(self) -> str | None:
+        """The text of README.md; None when it does not exist."""
+        if not self.card_path.is_file():
+            return None
+        return self.card_path.read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "train_config.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log_path(self) -> Path:
+        return self.path / "train.log"
+
+    @property
+    def samples_dir(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def class_images_dir(self) -> Path:
+        return self.path / "class_images"
+
+    @property
+    def masks_dir(self) -> Path:
+        """Masks made by `--masks auto`."""
+        return self.path / "masks"
+
+    @property
+    def captions_path(self) -> Path:
+        """Captions made by `--captions auto`."""
+        return self.path / "captions.json"
+
+    @property
+    def best_dir(self) -> Path:
+        """The published adapter of the best evaluated step."""
+        return self.path / BEST_NAME
+
+    @property
+    def contact_sheet_path(self) -> Path:
+        return self.path / "contact_sheet.png"
+
+    @property
+    def loss_plot_path(self) -> Path:
+        return self.path / "loss.png"
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.path / f"checkpoint-{step}"
+
+    @property
+    def last_dir(self) -> Path:
+        """The checkpoint at a run's end, if its step is not a multiple of `--checkpointing_steps`."""
+        return self.path / "last"
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints by step, including `last`."""
+        return [path for path in self.named_checkpoints() if is_checkpoint(path)]
+
+    def named_checkpoints(self) -> list[Path]:
+        """All folders with a checkpoint's name, by step: complete, damaged, or another program's."""
+        if not self.path.is_dir():
+            return []
+        recover(self.path)
+        named = [p for p in self.path.iterdir() if checkpoint_step(p) is not None or p == self.last_dir]
+        return sorted(named, key=step_of)
+
+    def latest_checkpoint(self) -> Path | None:
+        return next(reversed(self.checkpoints()), None)
+
+    def rotate(self, limit: int | None) -> None:
+        """Keep the newest `limit` numbered checkpoints; None keeps all."""
+        if limit is not None:
+            numbered = [path for path in self.checkpoints() if path != self.last_dir]
+            for path in numbered[: -max(1, limit)]:
+                remove_directory(path)
+
+    def append_metrics(self, event: dict[str, Any]) -> None:
+        """Add one line to metrics.jsonl."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        append_event(self.metrics_path, event)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All events so far; a line cut off by a kill is left out."""
+        return read_events(self.metrics_path) if self.metrics_path.is_file() else []
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for a name that files cannot have, with room for suffixes and temporaries' names."""
+    if name in ("", ".", "..") or not name.isprintable() or Path(name).name != name:
+        raise UserError(f"{name!a} cannot be part of a file's name; give the adapter a plain name")
+    if len(name.encode()) > NAME_BYTES:
+        raise UserError(f"the name {name[:20]!r}, and so on, is too long: an adapter's has at most {NAME_BYTES} bytes")
+
+
+def tokens_name(name: str = "moslora", number: int = 0) -> str:
+    """The file of new tokens of subject `number`, from 0: `dog_emb.safetensors`, `dog_2_emb.safetensors` and so on.
+    A published one begins with the run's name; one in a checkpoint does not."""
+    return f"{name}_{number + 1}{TOKENS_SUFFIX}" if number else f"{name}{TOKENS_SUFFIX}"
+
+
+def tokens_files(folder: Path, name: str = "moslora") -> list[Path]:
+    """The files of new tokens in the folder, by subject, up to the first that is missing."""
+    paths = (folder / tokens_name(name, number) for number in count())
+    return list(takewhile(Path.is_file, paths))
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """The step in a checkpoint's name; None for another name."""
+    match = CHECKPOINT.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint: from its name, or for `last` from its position file; -1 when that is damaged."""
+    named = checkpoint_step(path)
+    if named is not None:
+        return named
+    try:
+        return int(json.loads((path / CHECKPOINT_FILES[0]).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return -1
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether all files of a checkpoint exist; their content is not checked."""
+    return all((path / name).is_file() and (path / name).stat().st_size for name in CHECKPOINT_FILES)
+
+
+SIGNATURE = "Made with dreambooth_moslora"
+
+
+PICTURE = re.compile(r"image_\d+\.png")
+"""Names that the trainer gives to pictures. Other files that a card names are not treated as the run's."""
+
+
+def is_card(text: str) -> bool:
+    """Whether `model_card` wrote the text."""
+    return SIGNATURE in text
+
+
+def pictures_named(text: str) -> set[str]:
+    """The picture files that a card names; empty for a text that is not a card of this program."""
+    if not is_card(text):
+        return set()
+    from huggingface_hub import ModelCard
+
+    try:
+        widgets = ModelCard(text).data.get("widget") or []
+        urls = [widget["output"]["url"] for widget in widgets]
+    except Exception:  # an edited card may raise any error of YAML or Python
+        return set()
+    return {url for url in urls if PICTURE.fullmatch(str(url))}

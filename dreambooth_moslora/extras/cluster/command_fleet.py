@@ -1,0 +1,204 @@
+"""`python -m dreambooth_moslora fleet SUBJECTS --out DIR`: a training for each of many subjects, on many machines."""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dreambooth_moslora.cli.parser import add_training_flags, settings_of
+from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest
+from dreambooth_moslora.core.errors import UserError, spelled_out
+from dreambooth_moslora.extras.cluster.subjects import REFUSED, read_subjects
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.extras.cluster.fleet import Ending
+    from dreambooth_moslora.extras.cluster.remote_output import RemoteFleet
+
+HELP = "train many subjects on many machines (Ray); `fleet status DIR` shows their state"
+OWN_FLAGS = ("words", "out", "ray_address", "per_gpu", "cpus")
+EPILOG = """examples:
+  fleet photos/pets --out runs/pets --config assets/configs/sdxl_24gb.toml
+      a folder of folders with photos, each with its subject.json {"token", "class_word"}
+  fleet pets.csv --out /shared/pets --config assets/configs/sdxl_24gb.toml --ray_address auto
+      a list with the columns folder, token, class, and any setting, on the cluster that this machine belongs to
+  fleet status runs/pets"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    about = "a folder of subject folders, or a .toml, .csv or .jsonl list; or: status DIR"
+    parser.add_argument("words", metavar="SUBJECTS", nargs="+", help=about)
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="a run folder for each subject: a folder shared by all machines, or a URL such as s3://BUCKET/PATH",
+    )
+    per_gpu = "subjects that one process trains at once on one base (default: a process each, as many as fit a GPU)"
+    add_cluster_flags(parser, per_gpu=per_gpu)
+    add_training_flags(parser, hidden=REFUSED)
+
+
+def add_cluster_flags(
+    parser: argparse.ArgumentParser,
+    of_one: str = "this machine alone",
+    per_gpu: str = "trainings at once on a GPU (default: as many as the estimate allows)",
+) -> None:
+    about = f'the Ray cluster: "auto", HOST:PORT or ray://HOST:PORT (default: {of_one})'
+    parser.add_argument("--ray_address", metavar="ADDRESS", help=about)
+    parser.add_argument("--per_gpu", metavar="N", type=int, help=per_gpu)
+    parser.add_argument("--cpus", metavar="N", type=int, default=1, help="cores and threads of a training (default: 1)")
+
+
+def check_shares(args: argparse.Namespace) -> None:
+    """Raises UserError for a share below 1."""
+    for name in ("per_gpu", "cpus"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1.")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.words[0] == "status" and len(args.words) == 2:
+        return show_status(args.words[1])
+    if len(args.words) > 1:
+        raise UserError(f"`{args.words[1]}` belongs to no flag: give one folder or list of subjects, or `status DIR`.")
+    check_places(args.words[0], args.out)
+    check_shares(args)
+    flags = {name: value for name, value in vars(args).items() if name not in OWN_FLAGS}
+    is_dry = flags.pop("dry_run", False)  # an option of the fleet, not of each run
+    shared, _ = settings_of(flags, without_words=True)
+    if not shared.get("pretrained_model_name_or_path"):
+        raise UserError("missing: --pretrained_model_name_or_path; give it as a flag or in a --config file.")
+    from dreambooth_moslora.extras.cluster.fleet import missing
+
+    with opened(args.out) as (out, url):
+        if url and (args.per_gpu or 1) > 1:
+            raise UserError(f"--per_gpu {args.per_gpu}: subjects that share a process need an --out that is a folder.")
+        subjects = read_subjects(Path(args.words[0]), shared, out)
+        remote = fleet_behind(url, out)
+        if remote:
+            remote.fetch([subject.name for subject in subjects])
+        todo = missing(out, subjects)
+        line = f"{len(subjects)} subjects: {len(subjects) - len(todo)} are done, {len(todo)} are to be trained"
+        print(line, file=sys.stderr)
+        if is_dry:
+            lines = [subject.name + (f": {subject.error}" if subject.error else "") for subject, _ in todo]
+            print(spelled_out("\n".join(lines)))
+            return 0
+        return train_all(subjects, todo, out, args, remote)
+
+
+def check_places(source: str, out: str | None) -> None:
+    """Raises UserError without `--out`, and for a source behind a URL."""
+    if not out:
+        raise UserError("missing: --out, the folder of all run folders.")
+    if "://" in source:
+        raise UserError(
+            f"SUBJECTS {source}: photos are read from a folder; mount the bucket on all machines, and name that."
+        )
+
+
+@contextmanager
+def opened(place: str) -> Iterator[tuple[Path, str]]:
+    """A fleet's folder and its URL, or "". Behind a URL, the folder is a local view, empty at first."""
+    from dreambooth_moslora.extras.cluster.bucket import is_url, local_path
+
+    place = local_path(place) or place
+    if not is_url(place):
+        yield Path(place).resolve(), ""
+        return
+    with tempfile.TemporaryDirectory(prefix="fleet-") as view:
+        yield Path(view).resolve(), place
+
+
+def fleet_behind(url: str, view: Path) -> "RemoteFleet | None":
+    """None without a URL. Raises UserError for one that names no bucket, and when its library is missing."""
+    if not url:
+        return None
+    from dreambooth_moslora.extras.cluster.bucket import Bucket
+    from dreambooth_moslora.extras.cluster.remote_output import RemoteFleet
+
+    return RemoteFleet(Bucket(url), view)
+
+
+def train_all(
+    subjects: list, todo: list, out: Path, args: argparse.Namespace, remote: "RemoteFleet | None" = None
+) -> int:
+    from dreambooth_moslora.extras.cluster.fleet import begun, run_fleet
+    from dreambooth_moslora.extras.cluster.on_ray import connected, gpu_memory_gib, largest_node_gib
+    from dreambooth_moslora.extras.cluster.sizing import Machines
+
+    progress = FleetProgress(len(subjects), len(todo))
+    with begun(out, subjects), remote.begun() if remote else nullcontext():
+        if todo:
+            with connected(args.ray_address), StopRequest() as stop:
+                machines = Machines(gpu_memory_gib(), largest_node_gib(), args.per_gpu, args.cpus)
+                run = remote.run if remote else run_fleet
+                run(todo, out, machines, progress, stop)
+        return close(out, progress, remote)
+
+
+def close(out: Path, progress: "FleetProgress", remote: "RemoteFleet | None") -> int:
+    """Write the index; returns the exit code: 0 all done, 1 some failed or the index was not sent, 130 stopped."""
+    from dreambooth_moslora.extras.cluster.records import rows_of, write_index
+
+    index, is_sent = write_index(out, rows_of(out)), True
+    try:
+        print(remote.publish() if remote else index)
+    except UserError as error:  # the runs' own ending is told first
+        print(f"{index.name} was not sent, `fleet status` sends it: {error}", file=sys.stderr)
+        is_sent = False
+    if progress.failed:
+        print(f"{progress.failed} subjects failed; run again to try them again", file=sys.stderr)
+    if progress.left > progress.failed:
+        print("stopped; the same command continues", file=sys.stderr)
+        return INTERRUPTED
+    return 1 if progress.failed or not is_sent else 0
+
+
+def show_status(place: str) -> int:
+    from dreambooth_moslora.extras.cluster.records import rows_of, status_lines, write_index
+
+    with opened(place) as (out, url):
+        remote = fleet_behind(url, out)
+        if remote:
+            remote.fetch_all()
+        rows = rows_of(out)
+        print(spelled_out("\n".join(status_lines(rows))))
+        index = write_index(out, rows)
+        print(remote.publish() if remote else index)
+    return 0
+
+
+class FleetProgress:
+    """One line per subject, with the remaining time and the cost."""
+
+    def __init__(self, total: int, todo: int, clock: Callable[[], float] = time.monotonic):
+        self.total, self.left, self.failed = total, todo, 0
+        self.clock, self.started, self.ended = clock, clock(), 0
+        self.hours: dict[str, float] = {}
+
+    def __call__(self, ending: "Ending") -> None:
+        record = ending.record
+        if ending.is_again:
+            self.say(f"{ending.name}: {record.message}; it continues elsewhere")
+            return
+        self.ended += 1
+        self.left -= record.state == "done"
+        self.failed += record.state == "failed"
+        self.hours[record.unit] = self.hours.get(record.unit, 0.0) + record.hours
+        end = f"{record.seconds:.0f} s" if record.state == "done" else f"{record.state}: {record.message}"
+        end = end.replace("failed: ", "FAILED: ").removesuffix(": ").removesuffix(".")
+        each = (self.clock() - self.started) / self.ended
+        rest = each * (self.left - self.failed) / 60
+        spent = ", ".join(f"{hours:.2f} {unit}-hours" for unit, hours in self.hours.items())
+        self.say(
+            f"{self.total - self.left}/{self.total} {ending.name}: {end}; about {rest:.0f} min left, {spent} spent"
+        )
+
+    def say(self, line: str) -> None:
+        print(spelled_out(line), file=sys.stderr, flush=True)

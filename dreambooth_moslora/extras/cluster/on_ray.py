@@ -1,0 +1,208 @@
+"""Ray, as far as this program uses it: join or start a cluster, and run tasks on it in a bounded window.
+
+A task is a module-level function and its arguments. If it raises, or its machine is lost too often, the caller
+gets a `Lost` for it; other tasks go on.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.names import import_environment
+from dreambooth_moslora.settings.versions import installed_versions
+
+GIB = 2**30
+INSTALL = 'pip install "ray[default]>=2.50,<3"'
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Ray's minimum, which suffices: tasks exchange only names and numbers."""
+EMBEDDED = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: one machine alone, listening on the loopback
+    "RAY_enable_metrics_collection": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AUTH_MODE": "token",  # Ray Serve's replicas unpickle from any address: accept only senders with Ray's token
+    "RAY_worker_niceness": "0",  # tasks keep the priority of this process: the machine is here for them
+}
+WINDOW = 64
+"""Tasks queued in Ray beside the running ones: enough to keep a cluster busy and to make it grow."""
+WAIT_SEC = 0.5
+GPU_TASK = {"num_cpus": 0, "num_gpus": 0.01}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one task needs: CPU cores, GPUs (a fraction is allowed), and RAM in GiB."""
+
+    cpus: float = 1
+    gpus: float = 0.0
+    memory_gib: float = 0.0
+
+
+@dataclass(frozen=True)
+class Task:
+    key: Any
+    arguments: tuple
+    resources: Resources = Resources()
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A task without a result. `reason` is the function's error, or what happened to its machine."""
+
+    reason: str
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Connect to Ray for the length of the block. Without an address, start it on this machine alone.
+
+    Raises UserError when Ray is not installed, does not start here, or no cluster answers.
+    """
+    os.environ.update({name: value for name, value in EMBEDDED.items() if address is None or "USAGE" in name})
+    if installed_versions(("ray",))["ray"] is None:
+        raise UserError(f"fleets need Ray: {INSTALL}.")
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    if address is None:
+        os.environ.update(import_environment())
+        options |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    else:
+        options |= {"address": address, "runtime_env": {"env_vars": import_environment()}}
+    try:
+        ray.init(**options)
+    except Exception as error:  # it raises Exception itself when a busy machine starts it too slowly
+        where = "on this machine" if address is None else f"at --ray_address {address}"
+        raise UserError(f"Ray cannot be reached {where}: {one_line(error).removesuffix('.')}.") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run_tasks(
+    function: Callable,
+    tasks: Iterable[Task],
+    *,
+    retries: int = 5,
+    window: int | None = None,
+    should_stop: Callable[[], bool] = bool,
+    on_retry: Callable[[Task, str], None] = lambda task, reason: None,
+) -> Iterator[tuple[Task, Any]]:
+    """Yield (task, the function's result or `Lost`) as tasks end.
+
+    At most `window` tasks are submitted at once, which bounds memory for long lists. A task whose worker or
+    machine is lost is submitted again up to `retries` times. After `should_stop` no task is started; running
+    ones are waited for.
+    """
+    import ray
+
+    remote = ray.remote(max_retries=0, max_calls=0)(function)
+    source, running, lost = iter(tasks), {}, Counter()
+    while True:
+        most = window or window_of_cluster()
+        while len(running) < most and not should_stop():
+            task = next(source, None)
+            if task is None:
+                break
+            running[submit(remote, task)] = task
+        if not running:
+            return
+        for reference in ended(running):
+            task = running.pop(reference)
+            result, is_machines = result_of(reference)
+            if is_machines and lost[task.key] < retries and not should_stop():
+                lost[task.key] += 1
+                on_retry(task, result.reason)
+                running[submit(remote, task)] = task
+            else:
+                lost.pop(task.key, None)
+                yield task, result
+
+
+def submit(remote: Any, task: Task) -> Any:
+    needs = task.resources
+    options: dict[str, Any] = {"num_cpus": needs.cpus}
+    if needs.gpus:
+        options["num_gpus"] = needs.gpus
+    if needs.memory_gib:
+        options["memory"] = int(needs.memory_gib * GIB)
+    return remote.options(**options).remote(*task.arguments)
+
+
+def ended(running: dict) -> list:
+    """The tasks that have ended, after waiting a moment for the first."""
+    import ray
+
+    first, _ = ray.wait(list(running), timeout=WAIT_SEC)
+    return ray.wait(list(running), num_returns=len(running), timeout=0)[0] if first else []
+
+
+def result_of(reference: Any) -> tuple[Any, bool]:
+    """(Its result or `Lost`, whether its worker or machine was lost rather than its function failing)."""
+    import ray
+
+    try:
+        return ray.get(reference), False
+    except ray.exceptions.RayTaskError as error:
+        return Lost(one_line(f"{type(error.cause).__name__}: {error.cause}")), False
+    except ray.exceptions.RayError as error:
+        return Lost(LOST_BY.get(type(error).__name__, one_line(error))), True
+
+
+LOST_BY = {
+    "WorkerCrashedError": "its worker was killed",
+    "NodeDiedError": "its machine was lost",
+    "OutOfMemoryError": "its machine ran out of memory",
+    "LocalRayletDiedError": "its machine was lost",
+}
+
+
+def window_of_cluster() -> int:
+    import ray
+
+    return WINDOW + int(ray.cluster_resources().get("CPU", 0))
+
+
+def largest_node_gib() -> float:
+    """Task memory of the cluster's largest live machine, GiB."""
+    import ray
+
+    return max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0) / GIB
+
+
+def room_for(resources: Resources) -> int:
+    """How many such tasks the live machines hold at once; at least 1."""
+    import ray
+
+    count = 0
+    for node in ray.nodes():
+        has = node["Resources"] if node["Alive"] else {}
+        wants = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_gib * GIB}
+        count += int(min(has.get(name, 0) / amount for name, amount in wants.items() if amount))
+    return max(1, count)
+
+
+def gpu_memory_gib() -> float | None:
+    """Memory of one GPU of the cluster, GiB; all GPUs are assumed alike. None when there is no GPU."""
+    import ray
+
+    if not has_gpus():
+        return None
+    return ray.get(ray.remote(**GPU_TASK)(own_gpu_gib).remote())
+
+
+def has_gpus() -> bool:
+    import ray
+
+    return bool(ray.cluster_resources().get("GPU"))
+
+
+def own_gpu_gib() -> float:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory / GIB

@@ -1,0 +1,227 @@
+"""A fleet's files: its subjects, the state of each, and the page that lists them.
+
+A fleet's files: its list of subjects, and in each run folder the state of that run.
+
+OUT/fleet.json          the names of its subjects
+OUT/NAME/fleet.json     a `Record`, written when a training begins and when it has ended
+OUT/fleet.stop          while it exists, running trainings end at a checkpoint and none begins
+OUT/index.html          a page of all this for a person
+
+The state of a fleet, read from its files alone: the fleet need not be running.
+
+`index.html` of a fleet: each subject's contact sheet, likeness and alarms, the most urgent subjects first.
+
+It is one file without scripts. Small pictures are embedded, and links lead to files beside it. It contains no
+path of the machine.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from html import escape
+from pathlib import Path
+from urllib.parse import quote
+
+from PIL import Image
+
+from dreambooth_moslora.core.atomic_files import atomic_write
+from dreambooth_moslora.core.errors import UserError, spelled_out
+from dreambooth_moslora.core.pictures import page, picture
+from dreambooth_moslora.disk.events import fits
+from dreambooth_moslora.disk.processes import CONFIG_NAME
+from dreambooth_moslora.disk.run_folder import RunDir, check_name
+from dreambooth_moslora.settings.sources import read_json_table
+from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training.explain import alarms_of, figures_from, known_config, with_report
+
+FLEET_NAME, INDEX_NAME, STOP_NAME = "fleet.json", "index.html", "fleet.stop"
+
+
+@dataclass(frozen=True)
+class Record:
+    """`state` is waiting, running, done, interrupted or failed. `mark` identifies settings and photos
+    (`subjects.mark_of`).
+
+    `starts` counts the run's trainings. `seconds` is their total time, `hours` that time multiplied by the held
+    `unit`s (GPUs or CPU cores). The time of a training whose machine was lost is not counted.
+    """
+
+    state: str
+    mark: str = ""
+    message: str = ""
+    seconds: float = 0.0
+    hours: float = 0.0
+    unit: str = "CPU"
+    starts: int = 0
+    machine: str = ""
+
+
+def read_record(run_dir: Path) -> Record | None:
+    """None when the record is missing or cannot be read."""
+    try:
+        values = read_json_table(run_dir / FLEET_NAME)
+        record = Record(**values)
+    except (UserError, TypeError):
+        return None
+    return record if all(fits(getattr(record, item.name), item.type) for item in fields(record)) else None
+
+
+def write_record(run_dir: Path, record: Record) -> None:
+    atomic_write(run_dir / FLEET_NAME, json.dumps(asdict(record)) + "\n")
+
+
+def is_finished(run_dir: Path, mark: str) -> bool:
+    """Whether a run with this mark is done and its adapter exists."""
+    record = read_record(run_dir)
+    is_done = record is not None and record.state == "done" and record.mark == mark
+    return is_done and RunDir(run_dir).adapter_path.is_file()
+
+
+def stop_path(out: Path) -> Path:
+    return out / STOP_NAME
+
+
+def write_names(out: Path, names: Sequence[str]) -> None:
+    atomic_write(out / FLEET_NAME, json.dumps({"subjects": list(names)}) + "\n")
+
+
+def read_names(out: Path) -> list[str]:
+    """Raises UserError when there is no fleet."""
+    path = out / FLEET_NAME
+    if not path.is_file():
+        raise UserError(f"{out} holds no fleet: {FLEET_NAME} is not there.")
+    names = read_json_table(path).get("subjects")
+    try:
+        for name in names:
+            check_name(name)
+    except (UserError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: it names no subjects.") from error
+    return names
+
+
+STATES = ("failed", "interrupted", "running", "waiting", "done")
+"""In the order in which a person should look at them. `running` means begun and not ended."""
+NO_RECORD = Record("waiting")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One subject: its record, its prompt, the step it has reached, its likeness to the photos, and its alarms."""
+
+    name: str
+    record: Record
+    words: str = ""
+    step: int = 0
+    total_steps: int | None = None
+    likeness: float | None = None
+    alarms: Sequence[str] = field(default_factory=list)
+
+    @property
+    def urgency(self) -> tuple:
+        """Sort key: failures first, then alarms, then the subjects least like their photos."""
+        unlike = 2.0 if self.likeness is None else self.likeness
+        return STATES.index(self.record.state), -len(self.alarms), unlike, self.name
+
+
+def rows_of(out: Path) -> list[Row]:
+    """All subjects, the most urgent first. Raises UserError when there is no fleet."""
+    return sorted((row_of(out / name) for name in read_names(out)), key=lambda row: row.urgency)
+
+
+def row_of(run_dir: Path) -> Row:
+    record = read_record(run_dir) or NO_RECORD
+    record = record if record.state in STATES else NO_RECORD
+    try:
+        config = known_config(read_json_table(run_dir / CONFIG_NAME))
+        return with_figures(Row(run_dir.name, record, config.instance_prompt), RunDir(run_dir), config)
+    except (OSError, UserError):
+        return Row(run_dir.name, record)
+
+
+def with_figures(row: Row, run_dir: RunDir, config: TrainConfig) -> Row:
+    events = run_dir.read_metrics()
+    found = figures_from(events, config)
+    found = with_report(found, run_dir) if events else found
+    totals = [event.get("max_train_steps") for event in events if event.get("type") == "start"]
+    alarms = alarms_of(found) if row.record.state == "done" else []
+    likeness = found.scores.get("dino")
+    return Row(row.name, row.record, row.words, found.step, totals[-1] if totals else None, likeness, alarms)
+
+
+def status_lines(rows: Sequence[Row]) -> list[str]:
+    """The count of each state, the cost, and a line for each subject that needs attention or is running."""
+    counts = {state: sum(row.record.state == state for row in rows) for state in STATES}
+    said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    lines = [f"{len(rows)} subjects: {said}", f"cost so far: {cost_of([row.record for row in rows])}"]
+    return lines + [f"{row.name}: {standing(row)}" for row in rows if is_told(row)]
+
+
+def is_told(row: Row) -> bool:
+    return row.record.state not in ("waiting", "done") or bool(row.alarms)
+
+
+def standing(row: Row) -> str:
+    """One subject in one line."""
+    far = f", step {row.step}" + (f" of {row.total_steps}" if row.total_steps else "") if row.step else ""
+    more = row.record.message or "; ".join(row.alarms)
+    return row.record.state + far + (f": {more}" if more else "")
+
+
+def cost_of(records: Sequence[Record]) -> str:
+    """GPU-hours and CPU-hours that the records held."""
+    hours = {unit: sum(record.hours for record in records if record.unit == unit) for unit in ("GPU", "CPU")}
+    return ", ".join(f"{spent:.2f} {unit}-hours" for unit, spent in hours.items() if spent) or "nothing"
+
+
+SHEET_PX = 320
+MOST_SHEETS = 500
+"""Contact sheets in the page. The most urgent subjects come first, so those without a sheet matter least."""
+PATH = re.compile(r"(?<![\w/\\])(?:[A-Za-z]:)?(?:[\\/][^\\/:;,'\"()]*(?=[\\/]))*[\\/][^\\/\s:;,'\"()]+[\\/]?")
+"""A space inside a folder's name belongs to the path; a space in the last part ends it."""
+HEADER = ("Subject", "State", "Likeness (DINO)", "What to look at", "Contact sheet")
+
+
+def write_index(out: Path, rows: Sequence[Row]) -> Path:
+    """Write the page of `rows`, in their order (that of `status.rows_of`). Returns the file."""
+    title = f"Fleet of {len(rows)} subjects"
+    about = f'<p class="faint">{escape(status_lines(rows)[0])}; cost: {escape(cost_of([r.record for r in rows]))}</p>'
+    body = "".join(html_of(out, row, has_sheet=number < MOST_SHEETS) for number, row in enumerate(rows))
+    head = "".join(f"<th>{name}</th>" for name in HEADER)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    atomic_write(out / INDEX_NAME, page(title, [about, table]))
+    return out / INDEX_NAME
+
+
+def html_of(out: Path, row: Row, *, has_sheet: bool) -> str:
+    looks = [row.record.message, *row.alarms]
+    said = "<br>".join(escape(without_paths(spelled_out(text), out)) for text in looks if text)
+    likeness = "" if row.likeness is None else f"{row.likeness:.3f}"
+    kind = {"failed": "bad", "done": "bad" if row.alarms else "good"}.get(row.record.state, "faint")
+    far = f" at step {row.step}" if row.step and row.record.state != "done" else ""
+    cells = [
+        f"<b>{escape(spelled_out(row.name))}</b><br><span class='faint'>{escape(row.words)}</span>",
+        f'<span class="{kind}">{row.record.state}</span>{far}',
+        likeness,
+        said,
+        sheet_of(RunDir(out / row.name)) if has_sheet else "",
+    ]
+    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def sheet_of(run_dir: RunDir) -> str:
+    """A small contact sheet that links to the full one; empty when there is none that can be read."""
+    path = run_dir.contact_sheet_path
+    try:
+        with Image.open(path) as sheet:
+            shown = picture(sheet, f"contact sheet of {run_dir.path.name}", side_px=SHEET_PX)
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return ""
+    return f'<a href="{quote(run_dir.path.name)}/{quote(path.name)}">{shown}</a>'
+
+
+def without_paths(text: str, out: Path) -> str:
+    """The message with each path cut to its last part."""
+    for place in {str(out), str(out.resolve())}:
+        text = text.replace(f"{place}/", "")
+    return PATH.sub(lambda found: re.split(r"[\\/]", found[0].rstrip("\\/"))[-1], text)

@@ -1,0 +1,268 @@
+"""A fleet whose `--out` is a URL: each worker trains in a local folder, which is mirrored in the bucket.
+
+The rest of the fleet's code works on folders, so the driver keeps a local copy of the few files it needs
+(`VIEWED`).
+"""
+
+import os
+import shutil
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dreambooth_moslora.core.atomic_files import atomic_write
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.names import content_key
+from dreambooth_moslora.disk.processes import CONFIG_NAME
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
+from dreambooth_moslora.extras.cluster.bucket import Bucket, Mirror, SupersededError, at_once, read_manifest
+from dreambooth_moslora.extras.cluster.fleet import Ending, checked, run_fleet
+from dreambooth_moslora.extras.cluster.on_ray import Lost
+from dreambooth_moslora.extras.cluster.records import (
+    FLEET_NAME,
+    INDEX_NAME,
+    STOP_NAME,
+    Record,
+    read_names,
+    read_record,
+    stop_path,
+    write_record,
+)
+from dreambooth_moslora.extras.cluster.sizing import Machines
+from dreambooth_moslora.extras.cluster.subjects import Subject
+from dreambooth_moslora.extras.cluster.worker import HOLD_NAME, Job, held, train_subject
+
+VIEWED = (FLEET_NAME, CONFIG_NAME, "metrics.jsonl", "contact_sheet.png")
+POLL_SEC, LOOK_SEC, LEAST_OFTEN_SEC = 0.5, 5.0, 60.0
+"""Seconds between looks for a new checkpoint, checks for a stop, and pushes at the least."""
+NOT_THERE = "the files of {name} are not in the bucket any more"
+UNSENT = ".unsent"
+"""Marks a folder that may have files which the bucket has not. It holds the writer in the bucket's manifest, or
+all that it may be."""
+
+
+def train_in_bucket(job: Job, train: Callable[[Job], Record] = train_subject) -> Record:
+    """Train the subject of `job.url` in a local folder; its files are in the bucket at the end.
+
+    A run whose last files the bucket does not take has failed, unless it was interrupted; it keeps its record.
+    """
+    record = Record("failed", job.mark)
+    try:
+        with mirrored(job) as here:
+            record = train(here)
+    except UserError as error:
+        state = record.state if record.state == "interrupted" else "failed"
+        message = f"{record.message} {error}" if record.state == "failed" else str(error)
+        return replace(record, state=state, message=message.strip())
+    return record
+
+
+@contextmanager
+def mirrored(job: Job) -> Iterator[Job]:
+    """The same job in a local folder, which starts as a copy of the bucket and is copied back.
+
+    Raises UserError when the bucket cannot be read or does not take the last files; the folder then stays for a
+    retry.
+    """
+    home = scratch_home(job.url)
+    folder = home / Path(job.run_dir).name
+    folder.mkdir(parents=True, exist_ok=True)
+    (home / STOP_NAME).unlink(missing_ok=True)
+    mirror = Mirror(Bucket(job.url), folder)
+    with held(folder):  # wait until the training of a lost worker has ended
+        begin(mirror, job.mark)
+    done = threading.Event()
+    keeper = threading.Thread(target=keep, args=(mirror, Bucket(job.url.rpartition("/")[0]), done), daemon=True)
+    keeper.start()
+    try:
+        yield replace(job, run_dir=str(folder), settings={**job.settings, "output_dir": str(folder)})
+    finally:
+        done.set()
+        keeper.join()
+    finish(mirror)
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def scratch_home(url: str) -> Path:
+    """A temporary folder of this user. Raises UserError when another user owns it."""
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    home = Path(tempfile.gettempdir()) / f"dreambooth_moslora-{user}"
+    home.mkdir(mode=0o700, exist_ok=True)
+    info = home.lstat()
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != user:
+        raise UserError(f"{home} is another's; set TMPDIR to a folder of your own.")
+    return home / content_key(url=url)[:16]
+
+
+def begin(mirror: Mirror, mark: str) -> None:
+    """Fetch the bucket's files. Keep local files of a worker that was killed or whose last files it did not take,
+    unless another machine has written since."""
+    unsent = mirror.folder / UNSENT
+    record = read_record(mirror.folder)
+    is_ours = record is not None and record.mark == mark and unsent.is_file()
+    if not is_ours or read_manifest(mirror.bucket).writer not in ("", *unsent.read_text().split()):
+        for path in mirror.folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != HOLD_NAME:
+                path.unlink()
+        mirror.pull()
+    before = unsent.read_text() if unsent.is_file() else ""
+    atomic_write(unsent, f"{before} {mirror.writer}")  # a claim may be taken without an answer
+    mirror.claim()
+    atomic_write(unsent, mirror.writer)
+
+
+def finish(mirror: Mirror) -> None:
+    """Push the last files. Raises UserError when the bucket does not take them; the folder then stays for a retry."""
+    try:
+        mirror.push()
+    except SupersededError:
+        raise
+    except UserError as error:
+        raise UserError(
+            f"{error} All files of the run are in {mirror.folder}; the same command sends them from there."
+        ) from error
+
+
+def keep(mirror: Mirror, fleet: Bucket, done: threading.Event) -> None:
+    """Until `done`, push each new checkpoint and pass on a stop of the fleet. Failures are tried again later."""
+    sent: tuple = ()
+    sent_at = looked_at = float("-inf")
+    while not done.wait(POLL_SEC):
+        now = time.monotonic()
+        try:
+            checkpoints = tuple((path.name, path.stat().st_mtime_ns) for path in RunDir(mirror.folder).checkpoints())
+            if checkpoints != sent or now - sent_at > LEAST_OFTEN_SEC:
+                push_or_stop(mirror)
+                sent, sent_at = checkpoints, now
+            if now - looked_at > LOOK_SEC:
+                looked_at = now
+                if fleet.exists(STOP_NAME):
+                    stop_here(mirror)
+        except (UserError, OSError):
+            done.wait(LOOK_SEC)
+
+
+def push_or_stop(mirror: Mirror) -> None:
+    try:
+        mirror.push()
+    except SupersededError:
+        stop_here(mirror)
+
+
+def stop_here(mirror: Mirror) -> None:
+    """Ask the training to end with a checkpoint. The parent folder holds only this run."""
+    (mirror.folder.parent / STOP_NAME).touch()
+
+
+def stop_on_this_machine(urls: Iterable[str]) -> None:
+    """Stop the trainings of these runs on this machine, which need not hear of it from the bucket."""
+    for url in urls:
+        with suppress(UserError, OSError):
+            (scratch_home(url) / STOP_NAME).touch()
+
+
+@dataclass(frozen=True)
+class RemoteFleet:
+    """The driver's side: the local folder `view` looks like the fleet behind `bucket`."""
+
+    bucket: Bucket
+    view: Path
+
+    def fetch(self, names: Sequence[str]) -> None:
+        """Download the small files of these subjects. An adapter is represented by an empty file."""
+        at_once(self.fetch_one, names)
+
+    def fetch_one(self, name: str) -> None:
+        bucket, folder = self.bucket / name, self.view / name
+        folder.mkdir(parents=True, exist_ok=True)
+        files = read_manifest(bucket).files
+        for viewed in VIEWED:
+            if viewed == FLEET_NAME or viewed in files:
+                bucket.download(viewed, folder / viewed)
+        if PUBLISHED_NAME in files:
+            (folder / PUBLISHED_NAME).touch()
+
+    def fetch_all(self) -> None:
+        """Raises UserError when there is no fleet."""
+        self.bucket.download(FLEET_NAME, self.view / FLEET_NAME)
+        try:
+            names = read_names(self.view)
+        except UserError as error:
+            raise UserError(str(error).replace(str(self.view), self.bucket.url)) from error
+        self.fetch(names)
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Copy to the bucket what `run.begun` has written, and clear a stop before and after the block."""
+        self.send(FLEET_NAME)
+        self.bucket.remove(STOP_NAME)
+        try:
+            yield
+        finally:
+            with suppress(UserError):  # the block's ending is to be told, and the next fleet clears the stop too
+                self.bucket.remove(STOP_NAME)
+
+    def send(self, name: str) -> None:
+        self.bucket.write(name, (self.view / name).read_bytes())
+
+    def check(self, run_dir: Path, result: Record | Lost) -> Record:
+        """Like `run.checked`, for the files in the bucket. When they cannot be read, the worker's result is
+        believed."""
+        try:
+            self.fetch([run_dir.name])
+            record = checked(run_dir, result, NOT_THERE)
+        except UserError:
+            record = checked(run_dir, result) if isinstance(result, Lost) else result
+        if record != read_record(run_dir):
+            write_record(run_dir, record)
+        return record
+
+    def run(
+        self,
+        todo: Sequence[tuple[Subject, str]],
+        view: Path,
+        machines: Machines,
+        on_end: Callable[[Ending], None],
+        should_stop: Callable[[], bool] = bool,
+    ) -> None:
+        """Like `run.run_fleet`, with workers that write to the bucket. It also writes there the stop, and
+        failures that no worker could write."""
+
+        def note(ending: Ending) -> None:
+            if ending.record.state == "failed":
+                with suppress(UserError):
+                    self.note_failure(ending.name, ending.record)
+            on_end(ending)
+
+        def stop() -> bool:
+            if should_stop() and not stop_path(view).exists():
+                stop_path(view).touch()
+                stop_on_this_machine(f"{self.bucket.url}/{subject.name}" for subject, _ in todo)
+            if stop_path(view).exists() and not is_told:
+                with suppress(UserError):  # tried again at the next call
+                    self.bucket.write(STOP_NAME, b"\n")
+                    is_told.append(True)
+            return stop_path(view).exists()
+
+        is_told: list[bool] = []
+        run_fleet(todo, view, machines, note, stop, train_in_bucket, self.check, self.bucket.url)
+
+    def note_failure(self, name: str, record: Record) -> None:
+        """Write the record into the bucket. One that knows of no training replaces none there: with it, the next
+        try would not continue from the checkpoints."""
+        bucket = self.bucket / name
+        if record.starts or bucket.read(FLEET_NAME) is None:
+            bucket.write(FLEET_NAME, (self.view / name / FLEET_NAME).read_bytes())
+
+    def publish(self) -> str:
+        """Upload the index, and the list again, as the bucket may have lost it. Returns the index's URL."""
+        self.send(FLEET_NAME)
+        self.send(INDEX_NAME)
+        return f"{self.bucket.url}/{INDEX_NAME}"

@@ -1,0 +1,148 @@
+"""Several adapters on one frozen base: a batch has equally many rows for each adapter with its own A, M, B.
+
+    y = W0·x + diag(U1·A1, …, UN·AN)·x        U = s·B·M
+
+Each adapter is on a model of its own, and these models share the base's tensors (`twin`). During a step the
+first model computes for all: one product of W0 with all rows, and the adapters' products in batches of N. So a
+step launches about as many kernels for N adapters as for one. Layers other than projections (convolutions)
+apply one adapter after the other; their product with W0 is joint too.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dreambooth_moslora.adapters.fused_linear import compute_dtype, dense_weight, linear_4bit, slow_reason
+from dreambooth_moslora.adapters.moslora import adapter_layers
+from dreambooth_moslora.adapters.working_copies import StepCopies
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy of the modules that shares all tensors, so that it takes almost no memory."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    packed = [tensor.quant_state for tensor in model.parameters() if getattr(tensor, "quant_state", None) is not None]
+    return copy.deepcopy(model, {**shared, **{id(state): state for state in packed}})
+
+
+class _StackedLinear(torch.autograd.Function):
+    """x (N·m,…,in), frozen W0 (out,in) and b (out) or None, A (N,r,in), Uᵀ (N,r,out) -> y (N·m,…,out).
+
+    All are of one dtype. `packed` is bitsandbytes' description of a W0 in 4 bit, None for a dense one.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, packed, down: Tensor, up: Tensor) -> Tensor:
+        rows = x.reshape(len(down), -1, x.shape[-1])
+        inner = rows.bmm(down.mT)
+        result = F.linear(rows, weight, bias) if packed is None else linear_4bit(rows, weight, bias, packed)
+        result.baddbmm_(inner, up)
+        ctx.packed = packed
+        ctx.save_for_backward(x, inner, weight, down, up)
+        return result.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner, weight, down, up = ctx.saved_tensors
+        grad = grad.reshape(*inner.shape[:2], -1)
+        # What reads `grad` comes before W0 drives it out of the cache.
+        grad_inner = grad.bmm(up.mT)
+        grad_up = inner.mT.bmm(grad)
+        grad_down = grad_inner.mT.bmm(x.reshape(*inner.shape[:2], -1))
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            if ctx.packed is not None:
+                weight = dense_weight(weight, ctx.packed).to(grad.dtype)
+            grad_x = grad.flatten(0, 1).mm(weight).view(*inner.shape[:2], -1).baddbmm_(grad_inner, down).view(x.shape)
+        return grad_x, None, None, None, grad_down, grad_up
+
+
+class StackedLayer:
+    """The layers of one path in N models; the first computes for all while copies are lent.
+
+    Raises ValueError when the frozen weights are not the same tensor, and for dropout, DoRA and biases.
+    """
+
+    def __init__(self, layers: tuple[LoraLayer, ...], adapter_name: str):
+        self.layers, self.adapter_name = layers, adapter_name
+        self.base = layers[0].base_layer
+        self._copies: tuple[Tensor, Tensor] | None = None
+        if any(layer.base_layer.weight.data_ptr() != self.base.weight.data_ptr() for layer in layers):
+            raise ValueError("stacked adapters need models that share their frozen weights")
+        if not all(is_plain(layer, adapter_name) for layer in layers):
+            raise ValueError("stacked adapters have no dropout, no DoRA and no bias")
+
+    def lend(self, _adapter_name: str, down: Tensor, up: Tensor) -> None:
+        """Compute with these copies, A (N,r,in) and Uᵀ (N,r,out)."""
+        self._copies = down, up
+        self.lend_general()
+
+    def lend_general(self) -> None:
+        """Compute with the adapters' own weights, one after the other."""
+        self.layers[0].forward = self.output
+
+    def take_back(self) -> None:
+        self._copies = None
+        self.layers[0].__dict__.pop("forward", None)
+
+    def output(self, x: Tensor) -> Tensor:
+        """y (N·m,…,out) for x (N·m,…,in), whose rows are in the order of the adapters; the base's output when
+        adapters are switched off."""
+        if self.layers[0].disable_adapters:
+            return self.base(x)
+        if self._copies is None:
+            return self._one_after_the_other(x)
+        packed = getattr(self.base.weight, "quant_state", None)
+        x = x.to(compute_dtype(self.base))
+        return _StackedLinear.apply(x, self.base.weight, self.base.bias, packed, *self._copies)
+
+    def _one_after_the_other(self, x: Tensor) -> Tensor:
+        name, result = self.adapter_name, self.base(x)
+        branches = []
+        for layer, rows in zip(self.layers, x.chunk(len(self.layers)), strict=True):
+            down, up = layer.lora_A[name], layer.lora_B[name]
+            branches.append(up(down(rows.to(down.weight.dtype))) * layer.scaling[name])
+        return (result + torch.cat(branches)).to(result.dtype)
+
+
+def is_plain(layer: LoraLayer, adapter_name: str) -> bool:
+    """Whether the adapter only adds s·B·M·A·x to the base's output."""
+    has_dropout = type(layer.lora_dropout[adapter_name]) is not nn.Identity
+    return adapter_name not in layer.lora_variant and not has_dropout and not layer.lora_bias[adapter_name]
+
+
+class StackedAdapters:
+    """The adapters of N >= 2 models with the same base and the same adapted layers, of equal shapes.
+
+    Raises ValueError for models that do not fit together.
+    """
+
+    def __init__(self, models: Sequence[nn.Module], adapter_name: str = "default"):
+        if len(models) < 2:
+            raise ValueError("one adapter is no stack")
+        self.adapter_name = adapter_name
+        layers = [adapter_layers(model, adapter_name) for model in models]
+        if any(found.keys() != layers[0].keys() for found in layers):
+            raise ValueError("stacked adapters are on the same layers")
+        stacked = [StackedLayer(tuple(found[path] for found in layers), adapter_name) for path in layers[0]]
+        self.fast = [unit for unit in stacked if slow_reason(unit.layers[0], adapter_name) is None]
+        self.general = [unit for unit in stacked if slow_reason(unit.layers[0], adapter_name) is not None]
+
+    @contextmanager
+    def for_one_step(self) -> Iterator[StepCopies]:
+        """Let the first model compute for all for the length of the block, in which the adapters must not change.
+
+        A batch has N equal shares of rows, in the order of the models. Call `collect` after each backward pass.
+        After a block without errors the gradients are where the optimizers expect them.
+        """
+        with ExitStack() as stack:
+            for unit in self.general:
+                stack.callback(unit.take_back)
+                unit.lend_general()
+            yield stack.enter_context(StepCopies.of(self.fast, self.adapter_name).lent())

@@ -1,0 +1,169 @@
+"""Reads the subjects of a fleet, from a folder of subject folders or a list, into the settings of one run each.
+
+SUBJECTS/NAME/*.jpg           a folder; `subject.json` {"token", "class_word"} in each says what it shows
+[[subjects]] folder = "…"     a TOML list; a CSV file has a column per name, a JSONL file a line per subject
+
+A list's names are `folder`, `token`, `class`, `name` (of the run folder; by default the folder's name), and any
+training setting. A subject's own settings override the shared ones. A subject that cannot be trained keeps its
+reason and does not stop the others.
+"""
+
+import csv
+import json
+import tomllib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.names import SUBJECT_FILE, content_key, find_asset
+from dreambooth_moslora.disk.run_folder import check_name
+from dreambooth_moslora.settings.sources import read_json_table, reason_of
+from dreambooth_moslora.settings.table import TrainConfig, check_each
+
+TOKEN = "sks"
+OWN = ("folder", "token", "class", "class_word", "name")
+GIVEN = "a fleet sets it for each run; leave it out"
+REFUSED = {
+    **dict.fromkeys(("instance_data_dir", "dataset_name", "subjects", "output_dir", "resume_from_checkpoint"), GIVEN),
+    "hub_token": "it would be written to every run's folder; log in on the machines (`hf auth login`)",
+}
+"""Settings that a subject must not have, and why."""
+PLACES = ("instance_data_dir", "output_dir")
+"""Settings that say where a run is, not what it is."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One run: `name` of its run folder and its training `settings`. `error` says why it cannot be trained, or
+    is empty."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+
+def read_subjects(source: Path, shared: Mapping[str, Any], out: Path) -> list[Subject]:
+    """The subjects in the order of the list, or by name. `shared`: settings of all; run folders are made in `out`.
+
+    Raises UserError for a list that cannot be read or is empty, and for two subjects of one name.
+    """
+    refuse({name: value for name, value in shared.items() if value})
+    if shared.get("hub_model_id"):
+        raise UserError("--hub_model_id: the subjects would overwrite each other; name it in each one's row.")
+    source = Path(find_asset(str(source)))
+    subjects = [subject_of_row(row, shared, out) for row in rows_of(source)]
+    if not subjects:
+        raise UserError(f"{source}: it contains no subject.")
+    counts = Counter(subject.name for subject in subjects)
+    if twice := sorted(name for name, count in counts.items() if count > 1):
+        raise UserError(f"{source}: {twice[0]} is there twice; give one of them another name.")
+    return subjects
+
+
+def refuse(settings: Mapping[str, Any]) -> None:
+    """Raises UserError for a setting in REFUSED."""
+    if found := [name for name in settings if name in REFUSED]:
+        raise UserError(f"--{found[0]}: {REFUSED[found[0]]}.")
+
+
+def rows_of(source: Path) -> list[dict[str, Any]]:
+    """The rows of a list, or one for each folder. Raises UserError."""
+    if source.is_dir():
+        folders = sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return [{"folder": str(path)} for path in folders]
+    reader = READERS.get(source.suffix.lower())
+    if reader is None:
+        raise UserError(f"{source}: give a folder of subject folders, or a .toml, .csv or .jsonl list of them.")
+    try:
+        return list(reader(source.read_text(encoding="utf-8-sig")))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{source}: {reason_of(error)}.") from error
+    except (ValueError, csv.Error, RecursionError) as error:
+        raise UserError(f"{source} is not a list of subjects: {error}.") from error
+
+
+def rows_of_toml(text: str) -> list[dict[str, Any]]:
+    values = tomllib.loads(text)
+    if set(values) != {"subjects"} or not isinstance(values["subjects"], list):
+        raise ValueError("it has [[subjects]] tables and nothing else")
+    return [as_row(row) for row in values["subjects"]]
+
+
+def rows_of_csv(text: str) -> Iterator[dict[str, Any]]:
+    """One table per row. Empty cells are left out."""
+    for row in csv.DictReader(text.splitlines(), strict=True):
+        if None in row:
+            raise ValueError(f"a line has more cells than the first: {row[None][0]!r}")
+        yield {name.strip(): value for name, value in row.items() if value}
+
+
+def rows_of_jsonl(text: str) -> Iterator[dict[str, Any]]:
+    for line in text.splitlines():
+        if line.strip():
+            yield as_row(json.loads(line))
+
+
+READERS = {".toml": rows_of_toml, ".csv": rows_of_csv, ".jsonl": rows_of_jsonl}
+
+
+def as_row(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r:.60} is not a table of names and values")
+    return value
+
+
+def subject_of_row(row: Mapping[str, Any], shared: Mapping[str, Any], out: Path) -> Subject:
+    """A mistake in the row becomes the subject's `error`. Raises UserError when there is no folder or no usable
+    name."""
+    row = {name.replace("-", "_"): value for name, value in row.items()}
+    folder = row.get("folder")
+    if not isinstance(folder, str) or not folder:
+        raise UserError(f"a subject has no folder: {row!r:.80}.")
+    photos = Path(find_asset(folder))
+    name = str(row.get("name") or photos.resolve().name)
+    check_name(name)
+    if name.startswith("."):
+        raise UserError(f"{name!r} cannot be the name of a subject: it begins with a dot.")
+    try:
+        return Subject(name, settings_of(row, photos, shared, out / name))
+    except UserError as error:
+        return Subject(name, error=str(error))
+
+
+def settings_of(row: Mapping[str, Any], photos: Path, shared: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+    """The settings of one run. Raises UserError for settings that no run can have."""
+    own = {name: value for name, value in row.items() if name not in OWN}
+    refuse(own)
+    check_each(own)
+    if not photos.is_dir():
+        raise UserError(f"{photos}: {'not a folder' if photos.exists() else 'no such folder'}.")
+    settings = {**shared, **words_of(row, photos, shared), **own}
+    if not settings.get("instance_prompt"):
+        raise UserError(f"{photos} does not say what it shows: give its class, a subject.json, or --instance_prompt.")
+    settings |= {"instance_data_dir": str(photos.resolve()), "output_dir": str(run_dir)}
+    TrainConfig.from_dict(settings)
+    return settings
+
+
+def words_of(row: Mapping[str, Any], photos: Path, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """Its two prompts, from the class in the list or in subject.json; empty when neither names one."""
+    facts = read_json_table(photos / SUBJECT_FILE) if (photos / SUBJECT_FILE).is_file() else {}
+    word = row.get("class") or row.get("class_word") or facts.get("class_word")
+    if not word:
+        return {}
+    token = row.get("token") or facts.get("token") or shared.get("token") or TOKEN
+    return {"instance_prompt": f"a photo of a {token} {word}", "class_prompt": f"a photo of a {word}"}
+
+
+def mark_of(settings: Mapping[str, Any]) -> str:
+    """A digest of the settings and of the photos' file names and sizes: if it changes, the run must be trained again.
+
+    It does not depend on where photos and run folder are.
+    """
+    files = sorted(Path(settings["instance_data_dir"]).iterdir())
+    sizes = [(path.name, path.stat().st_size) for path in files if path.is_file()]
+    values = TrainConfig.from_dict(settings).to_dict()
+    return content_key(settings={name: values[name] for name in values if name not in PLACES}, files=sizes)

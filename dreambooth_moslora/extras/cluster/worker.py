@@ -1,0 +1,263 @@
+"""Trains one subject, or several in one process, on one machine.
+
+Trains one subject on one machine: runs the training command as a process, and waits for its end.
+
+The training resumes from the run folder's newest checkpoint, so a lost machine costs only the steps since then.
+Nothing here imports torch: a worker is small and starts at once.
+
+Several subjects in one process on one machine: they share a base and train together.
+
+The process is `python -m dreambooth_moslora together`. It writes each subject's record as the subject begins
+and ends. This module writes the records of subjects that the process did not live to end.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.disk.processes import CONFIG_NAME, log_tail, start_logged, why_it_ended, write_settings
+from dreambooth_moslora.disk.queue import locked, take
+from dreambooth_moslora.extras.cluster.records import Record, is_finished, read_record, stop_path, write_record
+
+DONE, MISTAKE, INTERRUPTED, ERROR = 0, 2, 130, "error: "
+POLL_SEC = 0.2
+HOLD_NAME = ".worker.lock"
+"""A lock that the worker takes and its training inherits. It is held until the training ends, even if the
+worker dies first."""
+HELD_SEC = 120.0
+"""How long a training whose worker is gone may take for its last step and checkpoint."""
+KILLED_MOST = 3
+"""How many times one machine starts a training that was killed."""
+GUARDED = ("-P", "-m", "dreambooth_moslora.extras.cluster.guarded")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs: the run's `settings`, its `mark`, and its share of a machine.
+
+    Relative paths in the settings begin at `folder`, if that exists on the machine. `url` is the run folder's,
+    if it is in a bucket (`remote_output`); of `run_dir` only the name is used then.
+    """
+
+    run_dir: str
+    settings: Mapping[str, Any]
+    mark: str
+    cpus: int = 1
+    gpus: float = 0.0
+    folder: str = ""
+    url: str = ""
+
+
+def train_subject(job: Job) -> Record:
+    """Train it to its end, or until the fleet is told to stop. The record is also written into the run folder."""
+    run_dir = Path(job.run_dir)
+    if is_finished(run_dir, job.mark):  # its machine was lost after it had finished
+        return read_record(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with held_for_training(run_dir) as hold:
+            return train_to_an_end(job, run_dir, hold)
+    except UserError as error:
+        return ended(job, "failed", str(error))
+
+
+@contextmanager
+def held_for_training(run_dir: Path) -> Iterator[BinaryIO]:
+    """Hold the folder (`held`) for the length of the block. Raises UserError."""
+    hold = held(run_dir)
+    try:
+        yield hold
+    finally:
+        with suppress(OSError):
+            (run_dir / HOLD_NAME).unlink()
+        hold.close()
+
+
+def held(run_dir: Path) -> BinaryIO:
+    """Lock the folder for a training, after waiting for one of a lost worker. Raises UserError when that does
+    not end."""
+    end = time.monotonic() + HELD_SEC
+    while True:
+        try:
+            hold = take(run_dir / HOLD_NAME, "--out")
+            try:
+                with locked(run_dir):  # refuse while a training that no fleet started runs there
+                    return hold
+            except UserError:
+                hold.close()
+                raise
+        except UserError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(POLL_SEC)
+
+
+def train_to_an_end(job: Job, run_dir: Path, hold: BinaryIO) -> Record:
+    """Run the training; if it is killed, start it again from its newest checkpoint a few times."""
+    for _ in range(KILLED_MOST):
+        if stop_path(run_dir.parent).exists():
+            return ended(job, "interrupted", "stopped before it began")
+        code = train_once(job, run_dir, hold)
+        if code >= 0:
+            break
+    return judged(job, run_dir, code)
+
+
+def train_once(job: Job, run_dir: Path, hold: BinaryIO) -> int:
+    """Returns the exit status; it is negative for a signal. The time is added to the record."""
+    before = read_record(run_dir)
+    is_known = goes_on(before, job)
+    begun = replace(before if is_known else Record("running", job.mark), state="running", message="", unit=unit_of(job))
+    begun = replace(begun, starts=begun.starts + 1, machine=socket.gethostname())
+    write_record(run_dir, begun)
+    write_settings(run_dir, {**job.settings, **({"resume_from_checkpoint": "latest"} if is_known else {})})
+    started = time.monotonic()
+    code = watch(start(job, run_dir, hold), stop_path(run_dir.parent))
+    seconds = time.monotonic() - started
+    hours = seconds / 3600 * (job.gpus or job.cpus)
+    write_record(run_dir, replace(begun, seconds=begun.seconds + seconds, hours=begun.hours + hours))
+    return code
+
+
+def goes_on(before: Record | None, job: Job) -> bool:
+    """Whether the record is of an earlier training of the same run."""
+    return before is not None and before.mark == job.mark and before.starts > 0
+
+
+def unit_of(job: Job) -> str:
+    return "GPU" if job.gpus else "CPU"
+
+
+def start(job: Job, run_dir: Path, hold: BinaryIO) -> subprocess.Popen:
+    return start_guarded(job, ("train", "--config", str(run_dir / CONFIG_NAME)), (hold.fileno(),))
+
+
+def start_guarded(job: Job, words: Sequence[str], holds: Sequence[int]) -> subprocess.Popen:
+    """Start a command of this program that keeps the locks `holds` and does not outlive this process; its log
+    is in the run folder.
+
+    It has as many threads as cores: on CPUs the result's bytes depend on the number of threads.
+    """
+    folder = job.folder if os.path.isdir(job.folder) else None
+    threads, command = {"OMP_NUM_THREADS": str(job.cpus)}, (*GUARDED, str(os.getpid()), *words)
+    return start_logged(Path(job.run_dir), command, threads, folder, inherits=holds)
+
+
+def watch(process: subprocess.Popen, stop: Path) -> int:
+    """Wait for its end. Once the fleet stops, or this task is cancelled, ask it to end with a checkpoint."""
+    is_asked = False
+    try:
+        while process.poll() is None:
+            if not is_asked and stop.exists():
+                process.send_signal(signal.SIGTERM)
+                is_asked = True
+            time.sleep(POLL_SEC)
+        return process.returncode
+    except BaseException:
+        process.send_signal(signal.SIGTERM)
+        raise
+
+
+def judged(job: Job, run_dir: Path, code: int) -> Record:
+    was_asked = stop_path(run_dir.parent).exists()
+    if code == DONE:
+        return ended(job, "done")
+    if code == INTERRUPTED or (was_asked and code == -signal.SIGTERM):
+        return ended(job, "interrupted")
+    log = log_tail(run_dir)
+    errors = [line.removeprefix(ERROR) for line in log.splitlines() if line.startswith(ERROR)]
+    is_told = code == MISTAKE and errors
+    return ended(job, "failed", errors[-1] if is_told else why_it_ended(code, log, was_asked=was_asked))
+
+
+def ended(job: Job, state: str, message: str = "") -> Record:
+    run_dir = Path(job.run_dir)
+    record = replace(read_record(run_dir) or Record(state), state=state, message=message)
+    write_record(run_dir, record)
+    return record
+
+
+ENDED = ("done", "failed", "interrupted")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Subjects for one worker; at most `at_once` of them train at once. Each has the same share of a machine."""
+
+    jobs: tuple[Job, ...]
+    at_once: int
+
+
+def train_work(work: Job | Group) -> Record | list[Record]:
+    """Train a worker's task: one subject or a group."""
+    return train_group(work) if isinstance(work, Group) else train_subject(work)
+
+
+def train_group(group: Group) -> list[Record]:
+    """Train all subjects to their ends, or until the fleet is told to stop. The records are in the order of `jobs`."""
+    with ExitStack() as stack:
+        jobs, holds = [], []
+        for job in group.jobs:
+            if is_finished(Path(job.run_dir), job.mark):  # its machine was lost after it had finished
+                continue
+            Path(job.run_dir).mkdir(parents=True, exist_ok=True)
+            try:
+                holds.append(stack.enter_context(held_for_training(Path(job.run_dir))).fileno())
+            except UserError as error:
+                ended(job, "failed", str(error))
+            else:
+                enter(job)
+                jobs.append(job)
+        train_to_their_ends(jobs, group.at_once, tuple(holds))
+    return [read_record(Path(job.run_dir)) or Record("failed", job.mark) for job in group.jobs]
+
+
+def enter(job: Job) -> None:
+    """Write a subject's record before it trains here. What it has cost so far is kept."""
+    run_dir = Path(job.run_dir)
+    before = read_record(run_dir)
+    known = before if goes_on(before, job) else Record("waiting", job.mark)
+    write_record(run_dir, replace(known, state="waiting", message="", unit=unit_of(job)))
+
+
+def train_to_their_ends(jobs: Sequence[Job], at_once: int, holds: tuple[int, ...]) -> None:
+    """Run the process; if it is killed, start it again for the unfinished subjects, a few times."""
+    left, code = list(jobs), 0
+    for _ in range(KILLED_MOST):
+        if not left:
+            return
+        if stop_path(Path(left[0].run_dir).parent).exists():
+            for job in left:
+                ended(job, "interrupted", "stopped before it began")
+            return
+        code = train_group_once(left, at_once, holds)
+        first, left = left[0], [job for job in left if not has_ended(job)]
+        if code >= 0:
+            break
+    was_asked = bool(left) and stop_path(Path(left[0].run_dir).parent).exists()
+    for job in left:
+        reason = why_it_ended(code, log_tail(Path(first.run_dir)), was_asked=was_asked)
+        ended(job, "interrupted" if was_asked else "failed", "" if was_asked else reason)
+
+
+def train_group_once(jobs: Sequence[Job], at_once: int, holds: tuple[int, ...]) -> int:
+    """Returns the exit status; it is negative for a signal."""
+    for job in jobs:
+        resumed = {"resume_from_checkpoint": "latest"} if read_record(Path(job.run_dir)).starts else {}
+        write_settings(Path(job.run_dir), {**job.settings, **resumed})
+    share = jobs[0].gpus or jobs[0].cpus
+    words = ("together", "--at_once", str(at_once), "--share", str(share), *(job.run_dir for job in jobs))
+    return watch(start_guarded(jobs[0], words, holds), stop_path(Path(jobs[0].run_dir).parent))
+
+
+def has_ended(job: Job) -> bool:
+    record = read_record(Path(job.run_dir))
+    return record is not None and record.state in ENDED

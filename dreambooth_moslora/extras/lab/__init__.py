@@ -1,0 +1,1 @@
+"""Studies: many runs whose differences are listed in a table, and a basis learnt over many subjects."""

@@ -1,0 +1,87 @@
+"""`python -m dreambooth_moslora compare --config STUDY.toml`: arms × ranks × subjects × seeds at an equal budget."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dreambooth_moslora.extras.cluster.command_fleet import add_cluster_flags, check_shares
+from dreambooth_moslora.extras.lab.study import Study, load_study
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.extras.lab.run import Progress
+    from dreambooth_moslora.extras.lab.stats import Result
+
+HELP = "train and score several kinds of adapter at an equal budget: tables, intervals, plots"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", required=True, help="the study: see assets/studies/mixers.toml")
+    parser.add_argument("--output_dir", metavar="DIR", default="runs/study", help="results, and where to resume from")
+    parser.add_argument(
+        "--jobs", type=int, help="trainings at once (default: 1, or what a cluster takes); timings are fair only at 1"
+    )
+    add_cluster_flags(parser, of_one="no Ray, and processes of this machine")
+    parser.add_argument("--report_only", action="store_true", help="report what is finished; train nothing")
+    parser.add_argument("--dry_run", action="store_true", help="print what would be trained and what is already done")
+
+
+def run(args: argparse.Namespace) -> int:
+    check_shares(args)
+    study, out = load_study(Path(args.config)), Path(args.output_dir)
+    tuning, tests = len(study.tuning_cells()), len(study.test_cells(AnyRate()))
+    print(f"{tuning + tests} trainings: {tuning} to choose learning rates, {tests} to compare", file=sys.stderr)
+    from dreambooth_moslora.extras.lab.run import run_study, unfinished
+
+    if args.dry_run:
+        todo = unfinished(study, out)
+        print("\n".join(cell.name for cell in todo))
+        print(f"{len(todo)} of them are still to be done", file=sys.stderr)
+        return 0
+    from dreambooth_moslora.extras.lab.report import write_comparison
+
+    progress = CellProgress()
+    if args.ray_address and not args.report_only:
+        results = run_on_cluster(study, out, progress, args)
+    else:
+        results = run_study(study, out, 0 if args.report_only else max(1, args.jobs or 1), progress)
+    print(write_comparison(study, results, out))
+    print(out / "report.html")
+    if progress.failed:
+        print(f"{progress.failed} trainings failed; run again to try them again", file=sys.stderr)
+    return 1 if progress.failed else 0
+
+
+def run_on_cluster(study: Study, out: Path, progress: "CellProgress", args: argparse.Namespace) -> list["Result"]:
+    from dreambooth_moslora.extras.cluster.fleet import CellRunner
+    from dreambooth_moslora.extras.cluster.on_ray import connected, gpu_memory_gib, largest_node_gib
+    from dreambooth_moslora.extras.cluster.sizing import Machines
+    from dreambooth_moslora.extras.lab.run import run_study
+
+    with connected(args.ray_address):
+        machines = Machines(gpu_memory_gib(), largest_node_gib(), args.per_gpu, args.cpus)
+        return run_study(study, out.resolve(), max(1, args.jobs or 1), progress, CellRunner(machines, args.jobs))
+
+
+class AnyRate(dict):
+    """Placeholder rates: counting cells needs no chosen learning rate."""
+
+    def __missing__(self, key: tuple[str, int]) -> float:
+        return 0.0
+
+
+class CellProgress:
+    """One line per cell, with the remaining time of its stage."""
+
+    def __init__(self):
+        self.failed, self.finished, self.started = 0, 0, time.monotonic()
+
+    def __call__(self, progress: "Progress") -> None:
+        self.finished += 1
+        self.failed += bool(progress.error)
+        each = (time.monotonic() - self.started) / self.finished
+        left = each * (progress.total - progress.done)
+        end = f"FAILED: {progress.error}" if progress.error else f"{progress.seconds:.0f} s"
+        line = f"{progress.done}/{progress.total} {progress.cell.name}: {end}; about {left / 60:.0f} min left"
+        print(line, file=sys.stderr, flush=True)

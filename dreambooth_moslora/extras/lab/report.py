@@ -1,0 +1,322 @@
+"""A comparison as files: results.json, table.md, report.html and its figures.
+
+The figures of a comparison: differences, wins, fidelity against prompt, and learning-rate curves.
+
+A comparison as files: `results.json`, `table.md` for a README, `report.html`, and its plots and pictures as PNG.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dreambooth_moslora import __version__
+from dreambooth_moslora.core.atomic_files import atomic_write
+from dreambooth_moslora.core.names import public_name
+from dreambooth_moslora.core.pictures import Row, draw_contact_sheet, figure, page, picture, section, table
+from dreambooth_moslora.evaluation.evaluate import RELATIVE
+from dreambooth_moslora.evaluation.metrics import Interval
+from dreambooth_moslora.extras.lab.run import STRIP_PX, result_path
+from dreambooth_moslora.extras.lab.stats import (
+    ArmSummary,
+    Outcome,
+    Result,
+    of_whole_seeds,
+    outcomes,
+    rate_curves,
+    seeds_of,
+    summaries,
+)
+from dreambooth_moslora.extras.lab.study import Study
+from dreambooth_moslora.photos.folder import find_photos
+from dreambooth_moslora.photos.photo import open_rgb
+
+SHOWN = {"dino": "subject (DINO)", "clip_t": "prompt (CLIP-T)", "score": "score"}
+WIN, TIE, LOSS = "#2a6fdb", "#c9c9cf", "#d9822b"
+
+
+def label(item: ArmSummary | Outcome) -> str:
+    return f"{item.arm}, r{item.rank}"
+
+
+def difference_plot(outcomes: Sequence[Outcome], reference: str) -> Figure:
+    """Paired differences to the reference with 95 % intervals, one panel per measure."""
+    figure = Figure(figsize=(10, 1.2 + 0.32 * len(outcomes)), layout="constrained")
+    axes = figure.subplots(1, len(SHOWN), sharey=True)
+    rows = range(len(outcomes))[::-1]
+    for axis, (measure, title) in zip(axes, SHOWN.items()):
+        found = [outcome.differences[measure] for outcome in outcomes]
+        means = [interval.mean for interval in found]
+        reach = [[i.mean - i.low for i in found], [i.high - i.mean for i in found]]
+        axis.errorbar(means, list(rows), xerr=reach, fmt="o", color=WIN, capsize=3)
+        axis.axvline(0, color="#888", linewidth=1)
+        axis.set(title=title, xlabel=f"difference to {reference}")
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(list(rows), [label(outcome) for outcome in outcomes])
+    return figure
+
+
+def win_plot(outcomes: Sequence[Outcome], reference: str) -> Figure:
+    """Fractions of pictures that win, tie and lose against the reference's, separately for subject and prompt."""
+    figure = Figure(figsize=(10, 1.2 + 0.32 * len(outcomes)), layout="constrained")
+    measures = [m for m in SHOWN if m in outcomes[0].wins]
+    axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    rows = range(len(outcomes))[::-1]
+    for axis, measure in zip(axes, measures):
+        left = [0.0] * len(outcomes)
+        for part, (name, colour) in enumerate((("win", WIN), ("tie", TIE), ("loss", LOSS))):
+            width = [100 * outcome.wins[measure][part] for outcome in outcomes]
+            axis.barh(list(rows), width, left=left, color=colour, label=name)
+            left = [a + b for a, b in zip(left, width)]
+        axis.set(title=f"{SHOWN[measure]}: % against {reference}", xlim=(0, 100))
+    axes[0].set_yticks(list(rows), [label(outcome) for outcome in outcomes])
+    axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def trade_off_plot(arms: Sequence[ArmSummary]) -> Figure:
+    """Subject fidelity against prompt fidelity; up and to the right is better."""
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for arm in arms:
+        x, y = arm.scores["clip_t"], arm.scores["dino"]
+        reach = {"xerr": [[x.mean - x.low], [x.high - x.mean]], "yerr": [[y.mean - y.low], [y.high - y.mean]]}
+        axis.errorbar(x.mean, y.mean, **reach, fmt="o", capsize=2, alpha=0.8, label=label(arm))
+    axis.set(xlabel="prompt fidelity, CLIP-T", ylabel="subject fidelity, DINO")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def rate_plot(curves: dict[tuple[str, int], dict[float, float]]) -> Figure:
+    """Score on the tuning subjects by learning rate, one panel per rank."""
+    ranks = sorted({rank for _, rank in curves})
+    figure = Figure(figsize=(5 * len(ranks), 3.6), layout="constrained")
+    for axis, rank in zip(figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0], ranks):
+        for (arm, own), curve in curves.items():
+            if own == rank:
+                rates = sorted(curve)
+                axis.plot(rates, [curve[rate] for rate in rates], "o-", label=arm)
+        axis.set(title=f"rank {rank}", xscale="log", xlabel="learning rate", ylabel="score on the tuning subjects")
+        axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize="small")
+    return figure
+
+
+SCORES = {
+    "dino": "DINO",
+    "clip_t": "CLIP-T",
+    "diversity": "DIV",
+    "pres": "PRES",
+    "drift": "Drift",
+    "background_leak": "Leak",
+    "confusion": "Confusion",
+    "confusion_base": "Confusion of the base",
+    "score": "Score",
+}
+DIFFERENCES = ("dino", "clip_t", "pres", "drift", "background_leak", "confusion", "score")
+
+
+def write_comparison(study: Study, results: Sequence[Result], out: Path) -> str:
+    """Write all files for the finished cells; returns the findings, one sentence per arm."""
+    results = of_whole_seeds(results)
+    arms, against = summaries(results), outcomes(study, results)
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write(out / "results.json", json.dumps(results_json(study, results, arms, against), indent=1) + "\n")
+    tables = [arm_rows(arms), relative_rows(arms), outcome_rows(against)]
+    atomic_write(out / "table.md", markdown_tables(tables))
+    plots = plots_of(study, results, arms, against)
+    for name, plot in plots.items():
+        plot.savefig(out / f"{name}.png", dpi=110)
+    if rows := picture_rows(study, results, out):
+        draw_contact_sheet(rows, out / "pictures.png", tile_px=STRIP_PX)
+    atomic_write(out / "report.html", report_html(study, results, out, tables, plots, against))
+    return finding(study, against)
+
+
+def results_json(study: Study, results, arms: Sequence[ArmSummary], against: Sequence[Outcome]) -> dict:
+    """Settings without paths, every cell, every arm, every difference."""
+    protocol, hidden = study.protocol, {"pretrained_model_name_or_path", "cache_dir", "output_dir", "class_data_dir"}
+    return {
+        "format": 1,
+        "version": __version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "study": {
+            "subjects": [s.name for s in study.subjects],
+            "tuning_subjects": [s.name for s in study.tuning_subjects],
+            **({"beside": beside} if (beside := companions(study)) else {}),
+            "seeds": seeds_of(results),
+            "ranks": study.ranks,
+            "learning_rates": study.learning_rates,
+            "budget": study.budget,
+            "reference": study.reference,
+            "tie": study.tie,
+            "evaluation": {
+                **asdict(study.protocol),
+                "clip": public_name(protocol.clip),
+                "dino": public_name(protocol.dino),
+            },
+            "train": {name: value for name, value in study.train.items() if name not in hidden},
+            "arms": study.arms,
+        },
+        "arms": [asdict(arm) for arm in arms],
+        "against_reference": [asdict(outcome) for outcome in against],
+        "cells": [{**asdict(r.cell), "scores": r.scores, "cost": r.cost} for r in results],
+    }
+
+
+def companions(study: Study) -> dict[str, list[str]]:
+    """The names of each subject's companions, of those that have some."""
+    return {subject.name: [one.name for one in subject.beside] for subject in study.subjects if subject.beside}
+
+
+def span(interval: Interval, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    return f"{interval.mean:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
+
+
+def arm_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: scores with intervals over subjects and seeds, and the cost of each arm."""
+    jobs = max((int(arm.cost.get("jobs", 1)) for arm in arms), default=1)
+    pace = "ms a step" if jobs == 1 else f"ms a step, {jobs} trainings at once"
+    names = measured(SCORES, [arm.scores for arm in arms])
+    shown = [SCORES[name] for name in names]
+    header = ["Arm", "Rank", "Parameters in the UNet", "Learning rate", *shown, pace, "GiB of the process"]
+    rows = [
+        [
+            arm.arm,
+            f"{arm.rank}" if arm.cost["rank"] == arm.rank else f"{arm.rank} ({arm.cost['rank']:.0f})",
+            f"{arm.cost['parameters']:,.0f}",
+            f"{arm.learning_rate:g}",
+            *spans(arm.scores, names),
+            f"{1000 * arm.cost['step_sec']:.0f}",
+            f"{arm.cost['memory_gib']:.2f}",
+        ]
+        for arm in sorted(arms, key=lambda a: a.rank)
+    ]
+    return header, rows
+
+
+def relative_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: the scores relative to their scales, where measured."""
+    names = measured(RELATIVE, [arm.scores for arm in arms])
+    rows = [[arm.arm, str(arm.rank), *spans(arm.scores, names)] for arm in sorted(arms, key=lambda a: a.rank)]
+    return ["Arm", "Rank", *(RELATIVE[name] for name in names)], rows
+
+
+def outcome_rows(against: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: paired differences, and win/tie/loss in % by subject and by prompt."""
+    names = measured(DIFFERENCES, [outcome.differences for outcome in against])
+    header = ["Arm", "Rank", *(f"Δ {SCORES[name]}" for name in names), "Subject W/T/L %", "Prompt W/T/L %"]
+    rows = []
+    for found in sorted(against, key=lambda outcome: outcome.rank):
+        wins = [" / ".join(f"{100 * share:.0f}" for share in found.wins[name]) for name in ("dino", "clip_t")]
+        rows.append([found.arm, str(found.rank), *spans(found.differences, names, signed=True), *wins])
+    return header, rows
+
+
+def measured(names: Iterable[str], found: Sequence[Mapping[str, Interval]]) -> list[str]:
+    """The names that any of the arms was measured in; all without an arm."""
+    return [name for name in names if not found or any(name in one for one in found)]
+
+
+def spans(intervals: Mapping[str, Interval], names: Iterable[str], signed: bool = False) -> list[str]:
+    """The interval of each name as text, empty if there is none."""
+    return [span(intervals[name], signed) if name in intervals else "" for name in names]
+
+
+def markdown_tables(tables: Sequence[tuple[list[str], list[list[str]]]]) -> str:
+    parts = []
+    for header, rows in tables:
+        lines = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows]]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def finding(study: Study, against: Sequence[Outcome]) -> str:
+    """The differences in score, without adjectives: an interval excludes zero, or it does not."""
+    if not against:
+        return f"nothing to compare yet: {study.reference} and one other arm must be complete."
+    lines = []
+    for outcome in against:
+        change = outcome.differences["score"]
+        verdict = "better" if change.low > 0 else "worse" if change.high < 0 else "no difference shown"
+        lines.append(f"{outcome.arm} r{outcome.rank} against {study.reference}: score {span(change, True)}, {verdict}")
+    count = len(against)
+    lines.append(f"{count} comparisons at 95 %: about {0.05 * count:.1f} of them would exclude zero by chance alone.")
+    return "\n".join(lines)
+
+
+def plots_of(study: Study, results, arms: Sequence[ArmSummary], against: Sequence[Outcome]) -> dict:
+    plots = {}
+    if against:
+        plots["differences"] = difference_plot(against, study.reference)
+        plots["wins"] = win_plot(against, study.reference)
+    if arms:
+        plots["trade_off"] = trade_off_plot(arms)
+    if curves := rate_curves(study, results):
+        plots["learning_rates"] = rate_plot(curves)
+    return plots
+
+
+def report_html(study: Study, results, out: Path, tables, plots: dict, against: Sequence[Outcome]) -> str:
+    arms, relative, differences = tables
+    parts = [
+        f'<p class="faint">{escape(protocol_line(study, results))}</p>',
+        section("What was found", *(f"<p>{escape(line)}</p>" for line in finding(study, against).splitlines())),
+        section("Arms", table(*arms), "<p class='faint'>Means over subjects and seeds, 95 % intervals.</p>"),
+        section("On their own scales", table(*relative)),
+        section(f"Against {study.reference}, pair by pair", table(*differences)),
+        *(section(name.replace("_", " ").capitalize(), figure(plot, name)) for name, plot in plots.items()),
+        section("Pictures", *strips(study, results, out)),
+    ]
+    return page("Comparison of adapters", parts)
+
+
+def protocol_line(study: Study, results: Sequence[Result]) -> str:
+    protocol = study.protocol
+    return (
+        f"{len(results)} trainings: {len(study.subjects)} subjects × {len(seeds_of(results))} seeds × ranks "
+        f"{', '.join(map(str, study.ranks))}; learning rate chosen for each arm and rank out of "
+        f"{', '.join(f'{rate:g}' for rate in study.learning_rates)} on {len(study.tuning_subjects)} other subjects; "
+        f"equal {study.budget}, steps of a subject, data order and noise; {protocol.num_prompts} prompts × "
+        f"{protocol.images_per_prompt} pictures."
+    )
+
+
+def strips(study: Study, results: Sequence[Result], out: Path) -> list[str]:
+    """The pictures of every arm for each subject at the first seed."""
+    parts = []
+    tested = [r.cell for r in results if r.cell.stage == "test" and r.cell.seed == study.seeds[0]]
+    for subject in study.subjects:
+        for cell in sorted((c for c in tested if c.subject == subject.name), key=lambda c: c.rank):
+            path = result_path(study, cell, out).with_suffix(".jpg")
+            if path.is_file():
+                title = f"{cell.subject}: {cell.arm}, rank {cell.rank}"
+                parts.append(f"<p class='faint'>{escape(title)}</p>{picture(Image.open(path), title, side_px=1024)}")
+    return parts
+
+
+def picture_rows(study: Study, results: Sequence[Result], out: Path) -> list[Row]:
+    """A row per subject: its first photo, then the reference arm's pictures at the lowest rank and the first seed."""
+    rows = []
+    mine = [r.cell for r in results if r.cell.stage == "test" and r.cell.arm == study.reference]
+    for subject in study.subjects:
+        cells = [c for c in mine if c.subject == subject.name and c.seed == study.seeds[0]]
+        cell = min(cells, key=lambda c: c.rank, default=None)
+        path = cell and result_path(study, cell, out).with_suffix(".jpg")
+        if path and path.is_file():
+            photo = find_photos(Path(subject.photos), subject.instance_prompt, STRIP_PX).photos[0]
+            title = f"{subject.name}: a photo, then {cell.arm} at rank {cell.rank}"
+            rows.append(Row(title, [open_rgb(photo), *tiles(Image.open(path), study.protocol.images_per_prompt)]))
+    return rows
+
+
+def tiles(strip: Image.Image, step: int) -> list[Image.Image]:
+    """Every `step`th picture of a strip: one of each prompt."""
+    return [strip.crop((x, 0, x + STRIP_PX, STRIP_PX)) for x in range(0, strip.width, step * STRIP_PX)]

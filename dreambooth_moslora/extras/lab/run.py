@@ -1,0 +1,355 @@
+"""Runs a study: trains and scores each cell once, and keeps its result.
+
+Results of a study's cells on the disk; the file name has a digest of everything that the result depends on.
+
+Scores of a study's cells. A process keeps the base, the encoders and each subject's base pictures in memory.
+
+Runs a study: trains and scores each cell once, in any number of processes, and keeps finished cells.
+
+    OUT/cells/NAME-DIGEST.json   scores and costs of a cell, written atomically when it is finished
+    OUT/cells/NAME-DIGEST.jpg    its pictures in one strip, for the report
+    OUT/cache, OUT/running       encoded photos, and the run folder of the current training
+
+A worker keeps the base, the encoders and each subject's base pictures in memory between cells.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+
+from dreambooth_moslora.adapters.moslora import matrix_layers
+from dreambooth_moslora.adapters.raw_file import empty_model
+from dreambooth_moslora.base.files import resolve_base
+from dreambooth_moslora.core.atomic_files import atomic_write
+from dreambooth_moslora.core.names import content_key, file_digest, is_toy
+from dreambooth_moslora.disk.events import StepDone, events_of
+from dreambooth_moslora.disk.processes import reset_peak_memory, when_orphaned
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.evaluation.encoders import TOY_DINO, Encoders, load_encoders, own_encoders
+from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator, evaluate_adapter, truth_of
+from dreambooth_moslora.evaluation.protocol import plan_for
+from dreambooth_moslora.extras.lab.stats import JUDGED, Result, best_rates, is_tuned
+from dreambooth_moslora.extras.lab.study import Cell, Study
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.photos.folder import instance_photos
+from dreambooth_moslora.photos.masks import open_mask
+from dreambooth_moslora.photos.photo import open_rgb
+from dreambooth_moslora.settings.fields import is_adapted
+from dreambooth_moslora.settings.prompts import subject_of
+from dreambooth_moslora.settings.subjects import each_subject
+from dreambooth_moslora.settings.table import TrainConfig, rank_and_alpha
+from dreambooth_moslora.training.loop import train
+
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
+
+WHOLE_BYTES, END_BYTES = 64 << 20, 1 << 20
+
+
+def result_path(study: Study, cell: Cell, out: Path) -> Path:
+    digest = study.digest(cell, [content_of(path) for path in materials(study, cell.subject)])
+    return out / "cells" / f"{cell.name}-{digest}.json"
+
+
+def materials(study: Study, subject: str) -> list[Path]:
+    """The local files that a result depends on: photos, base and encoders. Hub models are identified by name."""
+    base, protocol = resolve_base(study.base), study.protocol
+    beside = [base.parent / TOY_DINO] if own_encoders(study.base) else []
+    mine = study.subject(subject)
+    found = [base, mine.photos, *(one.photos for one in mine.beside), protocol.clip, protocol.dino, *beside]
+    return [Path(path) for path in found if path and Path(path).exists()]
+
+
+@lru_cache(maxsize=64)
+def content_of(path: Path) -> str:
+    """A digest of a file, or of all files below a folder except .md files."""
+    files = [path]
+    if not path.is_file():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix != ".md")
+    return content_key(files=[(str(file.relative_to(path)), file_mark(file)) for file in files])
+
+
+def file_mark(path: Path) -> str:
+    """The digest of a file. For a large file only its size and last bytes count, which any training changes."""
+    size = path.stat().st_size
+    if size <= WHOLE_BYTES:
+        return file_digest(path)
+    with path.open("rb") as file:
+        file.seek(-END_BYTES, os.SEEK_END)
+        return f"{size} {hashlib.sha256(file.read()).hexdigest()}"
+
+
+def read_results(study: Study, cells: Iterable[Cell], out: Path) -> list[Result]:
+    """The results of those cells that are finished."""
+    paths = [result_path(study, cell, out) for cell in cells]
+    stored = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+    return [Result(Cell(**s["cell"]), s["scores"], s["pictures"], s["cost"]) for s in stored]
+
+
+def evaluate_cell(study: Study, cell: Cell, run_dir: Path) -> Evaluation:
+    pipeline = pipeline_of(study.base)
+    pipeline.load_adapter(run_dir, "cell")
+    try:
+        return evaluate_adapter(pipeline, "cell", evaluator_of(study, cell.subject), batch_size=8)
+    finally:
+        pipeline.unload_adapter("cell")
+
+
+@lru_cache(maxsize=1)
+def pipeline_of(base: str) -> SubjectPipeline:
+    return SubjectPipeline.from_base(base)
+
+
+@lru_cache(maxsize=1)
+def encoders_of(base: str, clip: str, dino: str) -> Encoders:
+    return load_encoders(base if is_toy(base) else "", clip, dino)
+
+
+EVALUATORS: dict[str, Evaluator] = {}
+"""This process's evaluators by subject; each holds the base's pictures of its prompts."""
+
+
+def evaluator_of(study: Study, name: str) -> Evaluator:
+    key = f"{study.base} {study.subject(name)} {study.protocol}"
+    if key not in EVALUATORS:
+        EVALUATORS[key] = make_evaluator(study, name)
+    return EVALUATORS[key]
+
+
+def make_evaluator(study: Study, name: str) -> Evaluator:
+    """Of the subject alone, whatever an arm trains beside it; it knows the photos of its companions."""
+    config = alone(study, study.reference, name)
+    protocol, encoders = study.protocol, encoders_of(study.base, study.protocol.clip, study.protocol.dino)
+    photos = instance_photos(config).photos
+    captions, seeds = [c for photo in photos for c in photo.captions], tuple(range(protocol.images_per_prompt))
+    plan = plan_for(study.base, subject_of(config), captions=captions, seeds=seeds).smaller(
+        protocol.num_prompts,
+        protocol.images_per_prompt,
+        protocol.class_images,
+        protocol.unrelated,
+        protocol.inference_steps,
+    )
+    truth = truth_of(study.base, config.instance_data_dir, plan, encoders, pipeline_of(study.base).resolution_px)
+    made = Evaluator(plan, encoders, [open_rgb(p) for p in photos], [open_mask(p) for p in photos], truth)
+    for one in study.subject(name).beside:
+        theirs = instance_photos(replace(config, **one.settings)).photos
+        made.rivals[one.subject.words] = encoders.dino_images([open_rgb(photo) for photo in theirs])
+    return made
+
+
+def alone(study: Study, arm: str, name: str) -> TrainConfig:
+    """The arm's settings for this one subject."""
+    return each_subject(study.config_of(Cell("test", arm, 1, name, 0, 1.0), 1, Path("unused")))[0]
+
+
+def per_picture(found: Evaluation) -> dict[str, list[float]]:
+    """The scores by which pictures are judged."""
+    return {name: [round(float(v), 5) for v in found.tables[name].ravel()] for name in JUDGED}
+
+
+STRIP_PX, STRIP_LENGTH = 128, 8
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One more cell is finished, or has failed with `error`. `done` of `total` of this stage."""
+
+    cell: Cell
+    done: int
+    total: int
+    seconds: float
+    error: str = ""
+
+
+def run_study(
+    study: Study, out: Path, jobs: int, on_progress: Callable[[Progress], None], runner: Callable | None = None
+) -> list[Result]:
+    """Tune, then test; cells with a result in `out` are not run again. Returns all results, without failed cells.
+
+    A failed cell does not stop the others; a second run tries it again. A learning rate at which a training
+    fails cannot be chosen. With `jobs` 0 only finished results are read. `runner` replaces `run_cells`.
+    """
+    ranks, runner = budget_ranks(study) if jobs else {}, runner or run_cells
+    finish(study, study.tuning_cells(), ranks, out, jobs, on_progress, runner)
+    tuned = read_results(study, study.tuning_cells(), out)
+    if not is_tuned(study, tuned):
+        return tuned
+    cells = study.test_cells(best_rates(study, tuned))
+    finish(study, cells, ranks, out, jobs, on_progress, runner)
+    return tuned + read_results(study, cells, out)
+
+
+def unfinished(study: Study, out: Path) -> list[Cell]:
+    """The cells without a result in `out`; of the comparison only those whose learning rate has been chosen."""
+    tuned = read_results(study, study.tuning_cells(), out)
+    tests = study.test_cells(best_rates(study, tuned)) if is_tuned(study, tuned) else []
+    return [cell for cell in study.tuning_cells() + tests if not result_path(study, cell, out).is_file()]
+
+
+def finish(study: Study, cells: list[Cell], ranks, out: Path, jobs: int, on_progress, runner) -> None:
+    if not jobs:
+        return
+    todo = [cell for cell in cells if not result_path(study, cell, out).is_file()]
+    done = len(cells) - len(todo)
+    for cell, seconds, error in runner(study, todo, ranks, out, jobs):
+        done += not error
+        on_progress(Progress(cell, done, len(cells), seconds, error))
+
+
+def run_cells(study: Study, cells: list[Cell], ranks, out: Path, jobs: int) -> Iterator[tuple[Cell, float, str]]:
+    """(cell, seconds, error) as they end. One job runs in this process; more get processes of their own, which share
+    the GPUs."""
+    if jobs == 1 or len(cells) <= 1:
+        yield from (run_cell(study, cell, ranks[cell.arm, cell.rank], out, jobs) for cell in cells)
+        return
+    threads, context = max(1, (os.cpu_count() or 1) // jobs), get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, begin_worker, (threads, os.getpid(), context.Value("i", 0))) as pool:
+        futures = [pool.submit(run_cell, study, cell, ranks[cell.arm, cell.rank], out, jobs) for cell in cells]
+        try:
+            yield from (future.result() for future in as_completed(futures))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def begin_worker(threads: int, parent: int, begun: "Synchronized[int]") -> None:
+    """Of `jobs` processes: its share of the cores, a GPU, and an end when the one that started it is gone. `begun`
+    counts them."""
+    torch.set_num_threads(threads)
+    with begun.get_lock():
+        number, begun.value = begun.value, begun.value + 1
+    gpu = gpu_of(number, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when the process first uses a GPU
+    when_orphaned(parent, partial(os._exit, 1))
+
+
+def gpu_of(number: int, count: int, visible: str | None) -> str | None:
+    """The GPU of worker `number`, by the name that the driver takes: one of `count`, of those `visible` if not all are.
+    None where there is no choice."""
+    names = visible.split(",") if visible else [str(gpu) for gpu in range(count)]
+    return names[number % count] if count > 1 else None
+
+
+def run_cell(study: Study, cell: Cell, rank: int, out: Path, jobs: int) -> tuple[Cell, float, str]:
+    """Train, score, write the result, delete the run folder."""
+    started = time.monotonic()
+    work = out / "running" / f"{cell.name}-{os.getpid()}"
+    config = study.config_of(cell, rank, work)
+    try:
+        cost = train_cell(config, out)
+        found = evaluate_cell(study, cell, work)
+    except Exception as error:  # one failed cell must not end the study
+        return cell, time.monotonic() - started, f"{type(error).__name__}: {error}"
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    path = result_path(study, cell, out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    strip(found.pictures["subject"]).save(path.with_suffix(".jpg"), quality=85)
+    cost |= {"rank": rank, "evaluation_seconds": found.seconds, "jobs": jobs}
+    result = Result(cell, found.means(), per_picture(found), cost)
+    atomic_write(path, json.dumps(asdict(result)) + "\n")
+    return cell, time.monotonic() - started, ""
+
+
+def train_cell(config: TrainConfig, out: Path) -> dict[str, float]:
+    """Train; returns seconds in total and per step (median), peak memory and the number of trained parameters."""
+    reset_peak_memory()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    started = time.monotonic()
+    shared = {"caching": "disk", "cache_dir": str(out / "cache"), **class_folders(config, out)}
+    result = train(TrainConfig.from_dict({**config.to_dict(), **shared}))
+    steps = events_of(StepDone, RunDir(result.run_dir).read_metrics())
+    return {
+        "seconds": time.monotonic() - started,
+        "step_sec": median(event.step_sec for event in steps),
+        "memory_gib": max(event.memory_gib or 0.0 for event in steps),
+        "parameters": count_parameters(projections(config), config, config.rank),
+    }
+
+
+def class_folders(config: TrainConfig, out: Path) -> dict[str, Any]:
+    """Where each subject's class images are: made once by each process, the same for all arms."""
+    if not config.with_prior_preservation or config.class_data_dir:
+        return {}
+    mine = f"s{config.seed}-{platform.node()}-{os.getpid()}"
+    folders = [str(out / "class_images" / f"{Path(one.instance_data_dir).name}-{mine}") for one in each_subject(config)]
+    if not config.subjects:
+        return {"class_data_dir": folders[0]}
+    tables = zip(config.subjects, folders, strict=True)
+    return {"subjects": [replace(one, class_data_dir=folder).to_dict() for one, folder in tables]}
+
+
+def strip(pictures: Iterable[Image.Image]) -> Image.Image:
+    """The first pictures side by side."""
+    some = list(pictures)[:STRIP_LENGTH]
+    sheet = Image.new("RGB", (STRIP_PX * len(some), STRIP_PX))
+    for number, picture in enumerate(some):
+        sheet.paste(picture.resize((STRIP_PX, STRIP_PX)), (number * STRIP_PX, 0))
+    return sheet
+
+
+def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
+    """(arm, nominal rank) -> the rank that it trains at: see `Study.budget`."""
+    pairs = [(arm, rank) for arm in study.arms for rank in study.ranks]
+    if study.budget == "rank":
+        return {pair: pair[1] for pair in pairs}
+    subject = study.subjects[0].name
+    configs = {p: study.config_of(Cell("test", *p, subject, 0, 1.0), p[1], Path("unused")) for p in pairs}
+    return {(arm, rank): nearest_rank(configs[arm, rank], rank) for arm, rank in pairs}
+
+
+def nearest_rank(config: TrainConfig, rank: int) -> int:
+    """The rank at which the arm's number of parameters is nearest to a plain LoRA's of `rank`."""
+    widths = projections(config)
+    budget = sum(rank * (inputs + outputs) for inputs, outputs in widths.values())
+    step = 2 if config.mixer == "butterfly" else 1
+    return min(range(step, rank + 1, step), key=lambda r: abs(count_parameters(widths, config, r) - budget))
+
+
+def count_parameters(widths: Mapping[str, tuple[int, int]], config: TrainConfig, rank: int) -> int:
+    """Parameters of A, B, a learnt mixer, and DoRA's magnitudes, over all projections: path -> (in, out). Layers that
+    `--rank_pattern` names have ranks of their own."""
+    own, has_mixer, found = replace(config, rank=rank), config.mixer != "none" and config.train_mixer, 0
+    for path, (inputs, outputs) in widths.items():
+        r, _ = rank_and_alpha(own, "unet", path)
+        found += r * r if has_mixer else 0
+        if not config.basis:
+            found += r * (inputs + outputs) + (outputs if config.use_dora else 0)
+    return found
+
+
+def projections(config: TrainConfig) -> dict[str, tuple[int, int]]:
+    return dict(widths_of(config.pretrained_model_name_or_path, config.target_modules))
+
+
+@lru_cache(maxsize=8)
+def widths_of(base: str, targets: tuple[str, ...]) -> tuple[tuple[str, tuple[int, int]], ...]:
+    """Path and (in, out) of every targeted layer of the base's UNet, from its configuration alone; in·h·w for a
+    convolution."""
+    source = resolve_base(base)
+    if isinstance(source, Path) and source.is_file():
+        unet = pipeline_of(base).pipeline.unet
+    else:
+        unet = empty_model(
+            {"class": "UNet2DConditionModel", "config": UNet2DConditionModel.load_config(source, subfolder="unet")}
+        )
+    layers = matrix_layers(unet).items()
+    found = [(path, layer.weight) for path, layer in layers if is_adapted(path, targets)]
+    return tuple((path, (weight[0].numel(), weight.shape[0])) for path, weight in found)

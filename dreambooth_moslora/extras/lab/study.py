@@ -1,0 +1,328 @@
+"""A comparison as data: arms × ranks × subjects × seeds at an equal budget.
+
+A subject of a study: its photos and prompts, and its companions.
+
+    "photos/duck"                                                                  with photos/duck/subject.json
+    {photos = "photos/duck", instance_prompt = "a photo of a sks duck", class_prompt = "a photo of a duck"}
+    {photos = "photos/duck", beside = [{photos = "photos/cat", instance_prompt = "a photo of a zwx cat"}]}
+
+Companions (`beside`) are trained with the subject in the arms that say `together = true`. In every arm their photos
+are what confusion is measured against.
+
+A comparison as data: arms × ranks × subjects × seeds at an equal budget, read from one TOML file.
+
+    [study]       subjects, tuning_subjects, seeds, ranks, learning_rates, reference, budget, tie
+    [evaluation]  num_prompts, images_per_prompt, class_images, unrelated, inference_steps, clip, dino
+    [train]       any setting of train_dreambooth.py, the same for every arm
+    [arms.NAME]   the settings in which this arm differs; config = "recipe.toml" reads them from a file;
+                  together = true trains each subject with its companions in one run
+
+Each (arm, rank) first tries every learning rate on the tuning subjects; the best one is used on the others. An
+arm with its own learning rate keeps it. A run with k subjects gets k times the steps, so that each is shown as often as
+alone. How a subject is written: `study_subject`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from dreambooth_moslora.base.files import resolve_base
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.names import SUBJECT_FILE, find_asset
+from dreambooth_moslora.settings.prompts import Subject, subject_of
+from dreambooth_moslora.settings.sources import load_settings, read_json_table, read_tables
+from dreambooth_moslora.settings.table import TrainConfig, check_each
+
+
+@dataclass(frozen=True)
+class StudySubject:
+    """A folder of photos, its prompt and its class prompt (None: prior preservation then needs one in [train]).
+
+    `name` is the folder's. Raises UserError for companions that cannot be told apart from it.
+    """
+
+    photos: str
+    instance_prompt: str
+    class_prompt: str | None = None
+    beside: tuple["StudySubject", ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.beside:
+            return
+        found = (self, *self.beside)
+        for one in self.beside:
+            if one.beside:
+                raise UserError(
+                    f"the study's subject {one.photos} stands beside another, so it has no `beside` itself."
+                )
+        for what, values in (
+            ("folder", [os.path.realpath(one.photos) for one in found]),
+            ("rare word", [one.subject.token for one in found]),
+        ):
+            if len(set(values)) < len(values):
+                names = " and ".join(one.photos for one in found)
+                raise UserError(f"the study's subjects {names}: each needs a {what} of its own beside the other.")
+
+    @property
+    def name(self) -> str:
+        return Path(self.photos).resolve().name
+
+    @property
+    def subject(self) -> Subject:
+        """Its token and class word."""
+        return subject_of(TrainConfig(instance_prompt=self.instance_prompt, class_prompt=self.class_prompt))
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The settings of its training, alone or as one of several `subjects`."""
+        found = {"instance_data_dir": self.photos, "instance_prompt": self.instance_prompt}
+        return found | ({"class_prompt": self.class_prompt} if self.class_prompt else {})
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a result depends on. Without companions, what it was before there were any."""
+        return {name: value for name, value in asdict(self).items() if name != "beside" or value}
+
+    @classmethod
+    def of(cls, entry: str | Mapping[str, Any]) -> "StudySubject":
+        """Raises UserError when the folder does not exist or does not name its subject."""
+        given = dict(entry) if isinstance(entry, Mapping) else {"photos": entry}
+        names = [item.name for item in fields(cls)]
+        beside = given.pop("beside", [])
+        if not (given.keys() <= set(names) and all(isinstance(text, str) for text in given.values())):
+            raise UserError(f"the study's subject {entry!r}: a folder, or a table of texts, {', '.join(names)}.")
+        if not isinstance(beside, list):
+            raise UserError(f"the study's subject {entry!r}: `beside` is a list of subjects, not {beside!r}.")
+        if not given.get("photos"):
+            raise UserError(f"the study's subject {entry!r} has no photos: name their folder.")
+        folder, companions = Path(find_asset(given["photos"])), tuple(map(cls.of, beside))
+        if not folder.is_dir():
+            raise UserError(f"the study's subject {folder}: no such folder; paths start at the current directory.")
+        if "instance_prompt" in given:
+            return cls(str(folder), given["instance_prompt"], given.get("class_prompt"), companions)
+        facts_path = folder / SUBJECT_FILE
+        if not facts_path.is_file():
+            raise UserError(f"the study's subject {folder} has no subject.json: give it an instance_prompt.")
+        facts = read_json_table(facts_path)
+        token, word = facts.get("token"), facts.get("class_word")
+        if not token or not word:
+            raise UserError(f"{facts_path} must name the token and the class_word, or the study an instance_prompt.")
+        return cls(str(folder), f"a photo of a {token} {word}", f"a photo of a {word}", companions)
+
+
+SECTIONS = ("study", "evaluation", "train", "arms")
+BUDGETS = ("parameters", "rank")
+TOGETHER = "together"
+LISTS = {"seeds": ((int,), 0), "ranks": ((int,), 1), "learning_rates": ((int, float), 0)}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How each adapter is scored. `clip` and `dino`: hub ids or folders, if not the default ones. Raises UserError."""
+
+    num_prompts: int = 8
+    images_per_prompt: int = 1
+    class_images: int = 4
+    unrelated: int = 2
+    inference_steps: int = 20
+    clip: str = ""
+    dino: str = ""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value, is_text = getattr(self, item.name), isinstance(item.default, str)
+            if type(value) is not type(item.default) or not (is_text or value >= 1):
+                kind = "a text" if is_text else "a whole number from 1 on"
+                raise UserError(f"the study's evaluation.{item.name} is {kind}, not {value!r}.")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training and its scores. `stage` is "tune" or "test"; `rank` is nominal (see `Study.budget`)."""
+
+    stage: str
+    arm: str
+    rank: int
+    subject: str
+    seed: int
+    learning_rate: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}-{self.arm}-r{self.rank}-{self.subject}-s{self.seed}-lr{self.learning_rate:g}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """`budget`: with "parameters" each arm gets the rank whose number of parameters is nearest to plain LoRA's;
+    with "rank" all have the nominal rank.
+
+    `tie`: pictures closer than this many standard deviations of the reference's are a tie. Raises UserError.
+    """
+
+    subjects: tuple[StudySubject, ...]
+    arms: dict[str, dict[str, Any]]
+    train: dict[str, Any]
+    tuning_subjects: tuple[StudySubject, ...] = ()
+    seeds: tuple[int, ...] = (0, 1)
+    ranks: tuple[int, ...] = (4,)
+    learning_rates: tuple[float, ...] = (1e-4,)
+    reference: str = "lora"
+    budget: str = "parameters"
+    tie: float = 0.25
+    protocol: Protocol = field(default_factory=Protocol)
+
+    def __post_init__(self) -> None:
+        for name in ("subjects", "arms", "seeds", "ranks", "learning_rates"):
+            if not getattr(self, name):
+                raise UserError(f"the study has no {name}.")
+        if isinstance(self.tie, bool) or not isinstance(self.tie, (int, float)) or self.tie < 0:
+            raise UserError(f"the study's tie is a number from 0 on, not {self.tie!r}.")
+        if self.reference not in list(self.arms):
+            raise UserError(f"the study's reference {self.reference!r} is none of its arms: {', '.join(self.arms)}.")
+        if self.budget not in BUDGETS:
+            raise UserError(f"the study's budget {self.budget!r}: choose one of {', '.join(BUDGETS)}.")
+        names = [subject.name for subject in self.subjects + self.tuning_subjects]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise UserError(f"the study names {', '.join(sorted(twice))} twice; subjects must not be used for tuning.")
+        if any(map(self.is_together, self.arms)):
+            for subject in self.subjects + self.tuning_subjects:
+                if not subject.beside:
+                    raise UserError(f"an arm trains subjects together, but {subject.name} has none `beside` it.")
+        if len(self.learning_rates) > 1 and not self.tuning_subjects:
+            raise UserError("several learning rates need tuning_subjects to choose between them.")
+
+    @property
+    def base(self) -> str:
+        return self.train.get("pretrained_model_name_or_path", "toy")
+
+    def subject(self, name: str) -> StudySubject:
+        return next(s for s in self.subjects + self.tuning_subjects if s.name == name)
+
+    def is_together(self, arm: str) -> bool:
+        """Whether it trains each subject with its companions in one run."""
+        return self.arms[arm].get(TOGETHER, False)
+
+    def rates_of(self, arm: str) -> tuple[float, ...]:
+        """The learning rates to choose from; an arm with its own keeps it."""
+        own = self.arms[arm].get("learning_rate")
+        return self.learning_rates if own is None else (float(own),)
+
+    def first_rates(self) -> dict[tuple[str, int], float]:
+        """(arm, rank) -> the first of its rates, which is the only one of an arm with its own."""
+        return {(arm, rank): self.rates_of(arm)[0] for arm, rank in product(self.arms, self.ranks)}
+
+    def tuning_cells(self) -> list[Cell]:
+        """All arms with several rates, on the tuning subjects, with the first seed."""
+        cells = []
+        for subject, rank, arm in product(self.tuning_subjects, self.ranks, self.arms):
+            rates = self.rates_of(arm)
+            if len(rates) > 1:
+                cells += [Cell("tune", arm, rank, subject.name, self.seeds[0], rate) for rate in rates]
+        return cells
+
+    def test_cells(self, chosen: Mapping[tuple[str, int], float]) -> list[Cell]:
+        """All arms on the other subjects, each at the rate chosen for (arm, rank); ordered so that whole
+        comparisons finish first."""
+        each = product(self.seeds, self.subjects, self.ranks, self.arms)
+        return [Cell("test", arm, rank, subject.name, seed, chosen[arm, rank]) for seed, subject, rank, arm in each]
+
+    def config_of(self, cell: Cell, rank: int, output_dir: Path) -> TrainConfig:
+        """The settings of the cell's training, at its real `rank`. Random draws follow the seed, so arms share
+        order and noise."""
+        subject, shared = self.subject(cell.subject), {**self.train, **self.arms[cell.arm]}
+        chosen = together(subject, shared) if shared.pop(TOGETHER, False) else subject.settings
+        own = {
+            "output_dir": str(output_dir),
+            "rank": rank,
+            "seed": cell.seed,
+            "learning_rate": cell.learning_rate,
+            "num_validation_images": 0,
+            "report_to": "none",
+            "checkpointing_steps": 10**9,
+        }
+        return TrainConfig.from_dict({**shared, **chosen, **own})
+
+    def digest(self, cell: Cell, materials: Sequence[str] = ()) -> str:
+        """Changes with anything that the cell's result depends on. `materials`: the content of its files."""
+        facts = [
+            *materials,
+            self.train,
+            self.arms[cell.arm],
+            asdict(self.protocol),
+            self.subject(cell.subject).facts,
+            self.budget,
+        ]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def load_study(path: Path) -> Study:
+    """Read the file. Raises UserError for anything unknown, missing or contradictory."""
+    values = read_tables(path)
+    refuse_unknown(path, "", values, SECTIONS)
+    study, protocol, shared, arms = (table(path, name, values.get(name, {})) for name in SECTIONS)
+    refuse_unknown(path, "study.", study, [f.name for f in fields(Study)])
+    refuse_unknown(path, "evaluation.", protocol, [f.name for f in fields(Protocol)])
+    lists = {name: numbers(path, name, study.pop(name)) for name in LISTS if name in study}
+    chosen = {name: subjects(path, name, study.pop(name, [])) for name in ("subjects", "tuning_subjects")}
+    arms = {name: settings_of(table(path, f"arms.{name}", arm)) for name, arm in arms.items()}
+    for settings in (shared, *arms.values()):
+        check_each({name: value for name, value in settings.items() if settings is shared or name != TOGETHER})
+    made = Study(arms=arms, train=shared, protocol=Protocol(**protocol), **chosen, **lists, **study)
+    resolve_base(made.base)
+    for cell in made.test_cells(made.first_rates()):
+        made.config_of(cell, cell.rank, Path("run"))  # find mistakes in any arm before the first training
+    return made
+
+
+def together(subject: StudySubject, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of one run of the subject and its companions. Raises UserError unless `shared` has the steps of one
+    alone: epochs and exposures count photos, and companions may have more."""
+    found, steps = (subject, *subject.beside), shared.get("max_train_steps")
+    if not steps:
+        raise UserError(f"an arm with {TOGETHER} needs max_train_steps, the steps of one subject alone.")
+    return {"subjects": [one.settings for one in found], "max_train_steps": steps * len(found)}
+
+
+def table(path: Path, name: str, value: Any) -> dict[str, Any]:
+    """The value as a dict. Raises UserError."""
+    if not isinstance(value, Mapping):
+        raise UserError(f"--config {path}: {name} is a table of settings, [{name}], not {value!r}.")
+    return dict(value)
+
+
+def numbers(path: Path, name: str, value: Any) -> tuple:
+    """The value as a tuple of numbers. Raises UserError."""
+    kinds, low = LISTS[name]
+    if not isinstance(value, list) or not all(type(v) in kinds and v >= low for v in value):
+        kind = "numbers" if float in kinds else "whole numbers"
+        raise UserError(f"--config {path}: study.{name} is a list of {kind} from {low} on, not {value!r}.")
+    return tuple(value)
+
+
+def subjects(path: Path, name: str, value: Any) -> tuple[StudySubject, ...]:
+    """The value as subjects. Raises UserError."""
+    if not isinstance(value, list):
+        raise UserError(f"--config {path}: study.{name} is a list of folders, not {value!r}.")
+    return tuple(map(StudySubject.of, value))
+
+
+def settings_of(arm: Mapping[str, Any]) -> dict[str, Any]:
+    """The arm's settings, over those of the file that `config = "recipe.toml"` names. Raises UserError."""
+    own = dict(arm)
+    if not isinstance(own.get(TOGETHER, False), bool):
+        raise UserError(f"the study's arms: {TOGETHER} is true or false, not {own[TOGETHER]!r}.")
+    recipe = own.pop("config", None)
+    return {**(load_settings(recipe) if recipe else {}), **own}
+
+
+def refuse_unknown(path: Path, where: str, values: Mapping[str, Any], known) -> None:
+    """Raises UserError for a name that is not `known`."""
+    for name in values:
+        if name not in known:
+            raise UserError(f"--config {path}: unknown {where}{name}; known are {', '.join(known)}.")

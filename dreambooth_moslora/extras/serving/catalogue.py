@@ -1,0 +1,190 @@
+"""The adapters that are served, by name: files of folders or of a bucket. A name from a client never becomes
+part of a path.
+
+A listing is renewed after a short time, so that new files are seen without a restart. A changed file gets a new
+version.
+"""
+
+import hashlib
+import logging
+import shutil
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from threading import Lock
+from typing import Any, Protocol
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.names import file_digest
+from dreambooth_moslora.disk.adapter_files import files_by_name, name_of, run_files
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, TOKENS_SUFFIX
+from dreambooth_moslora.extras.cluster.bucket import Bucket
+from dreambooth_moslora.extras.serving.orders import AdapterRef, RefusedError
+
+logger = logging.getLogger(__name__)
+
+FOLDER_SEC, BUCKET_SEC = 0.5, 10.0
+"""Age in seconds at which a listing is renewed."""
+MOST_FETCHED = 64
+"""Files of a bucket that a replica keeps on its disk."""
+
+
+class Catalogue(Protocol):
+    def names(self) -> list[str]: ...
+
+    def find(self, name: str) -> AdapterRef:
+        """The adapter of that name. Raises RefusedError (404) when there is none."""
+
+    def local(self, ref: AdapterRef) -> Path:
+        """The file's path on this machine, after fetching it if needed."""
+
+
+def open_catalogue(places: Sequence[str]) -> Catalogue:
+    """Open a catalogue of folders, or of one bucket (`s3://…`, `gs://…`, any URL that fsspec knows). Raises
+    UserError."""
+    urls = [place for place in places if "://" in place]
+    if urls and len(places) > 1:
+        raise UserError("--adapters takes several folders or one bucket.")
+    if urls:
+        try:
+            return BucketFolder(urls[0])
+        except UserError as error:
+            raise UserError(f"--adapters {error}") from error
+    folders = [Path(place).expanduser() for place in places]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"--adapters {folder}: there is no such folder.")
+    return Folders([folder.resolve() for folder in folders])
+
+
+class Folders:
+    """`.safetensors` files, finished runs, their best steps and checkpoints. A version is the file's SHA-256."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.folders = list(folders)
+        self._listed, self._files = float("-inf"), {}
+        self._digests: dict[Path, tuple[tuple, str]] = {}
+        self._lock = Lock()
+
+    def names(self) -> list[str]:
+        return list(self._list())
+
+    def find(self, name: str) -> AdapterRef:
+        file = self._list().get(name)
+        try:
+            if file is not None:
+                return AdapterRef(name, str(file), self._digest(file))
+        except OSError as error:  # removed, or no longer readable
+            logger.warning("The adapter %s cannot be read: %s", name, error)
+        raise unknown(name)
+
+    def local(self, ref: AdapterRef) -> Path:
+        return Path(ref.place)
+
+    def _list(self) -> dict[str, Path]:
+        with self._lock:
+            if time.monotonic() - self._listed > FOLDER_SEC:
+                self._files = files_by_name(self._walk(), self.folders)
+                self._listed = time.monotonic()
+            return self._files
+
+    def _walk(self) -> list[Path]:
+        files: list[Path] = []
+        for folder in self.folders:
+            own = [file for file in sorted(folder.glob("*.safetensors")) if file.name != PUBLISHED_NAME]
+            files += [*own, *run_files([folder, *folder.glob("*/")])]
+        return files
+
+    def _digest(self, file: Path) -> str:
+        """The file's SHA-256, computed again when its stat has changed, including inode and change time."""
+        facts = file.stat()
+        stamp = (facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+        with self._lock:
+            known = self._digests.get(file)
+        if known is None or known[0] != stamp:
+            known = (stamp, file_digest(file))
+            with self._lock:
+                self._digests[file] = known
+        return known[1]
+
+
+class BucketFolder:
+    """The adapters of a bucket. A version is a digest of what the bucket says of the file (ETag, size, time)."""
+
+    def __init__(self, url: str) -> None:
+        self.bucket = Bucket(url)
+        self._listed, self._refs = time.monotonic(), self._ask()
+        if not self._refs:  # the listing of a mistyped name is empty
+            raise UserError(f"{url}: holds no .safetensors file.")
+        self._fetched: OrderedDict[str, Path] = OrderedDict()
+        self._lock = Lock()
+        self._folder = tempfile.TemporaryDirectory(prefix="served-adapters-")
+
+    def names(self) -> list[str]:
+        return list(self._list())
+
+    def find(self, name: str) -> AdapterRef:
+        ref = self._list().get(name)
+        if ref is None:
+            raise unknown(name)
+        return ref
+
+    def local(self, ref: AdapterRef) -> Path:
+        with self._lock:
+            if ref.key in self._fetched:
+                self._fetched.move_to_end(ref.key)
+            else:
+                self._fetched[ref.key] = self._fetch(ref)
+            while len(self._fetched) > MOST_FETCHED:
+                shutil.rmtree(self._fetched.popitem(last=False)[1].parent, ignore_errors=True)
+            return self._fetched[ref.key]
+
+    def _fetch(self, ref: AdapterRef) -> Path:
+        """Download the adapter and the files of new tokens beside it. Raises RefusedError."""
+        folder = Path(self._folder.name) / hashlib.sha256(ref.key.encode()).hexdigest()
+        place = PurePosixPath(ref.place)
+        try:
+            beside = [path for path in self._paths() if PurePosixPath(path).parent == place.parent]
+            for path in [*(path for path in beside if path.endswith(TOKENS_SUFFIX)), ref.place]:
+                if not self.bucket.download(path, folder / PurePosixPath(path).name) and path == ref.place:
+                    raise unknown(ref.name)
+        except RefusedError:
+            raise
+        except UserError as error:
+            raise RefusedError(503, f"the adapter {ref.name} cannot be fetched now", 5) from error
+        return folder / place.name
+
+    def _list(self) -> dict[str, AdapterRef]:
+        """Renew an old listing; keep the last one while the bucket cannot be reached."""
+        with self._lock:
+            if time.monotonic() - self._listed > BUCKET_SEC:
+                try:
+                    self._refs = self._ask()
+                except UserError as error:
+                    logger.warning("%s", error)
+                self._listed = time.monotonic()
+            return self._refs
+
+    def _ask(self) -> dict[str, AdapterRef]:
+        found: dict[str, AdapterRef] = {}
+        for path, facts in sorted(self._paths().items()):
+            if path.endswith(".safetensors") and not path.endswith(TOKENS_SUFFIX):
+                name = name_of(Path("/", path), [Path("/")])
+                found.setdefault(name, AdapterRef(name, path, version_of(facts)))
+        return found
+
+    def _paths(self) -> dict[str, dict]:
+        """Files by their path below the bucket's folder. Raises UserError when they cannot be listed."""
+        files = self.bucket.tried("", lambda path: self.bucket.files.find(path, maxdepth=2, detail=True))
+        return {path.removeprefix(self.bucket.root).lstrip("/"): facts for path, facts in files.items()}
+
+
+def version_of(facts: dict[str, Any]) -> str:
+    told = sorted((str(key), str(value)) for key, value in facts.items())
+    return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+def unknown(name: str) -> RefusedError:
+    return RefusedError(404, f"there is no adapter {name!s:.60}; GET /adapters lists them")

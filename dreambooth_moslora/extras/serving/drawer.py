@@ -1,0 +1,157 @@
+"""One replica: a base, its loaded adapters, and orders in batches that share a call.
+
+A queue of orders. They are taken in the order of arrival, in batches that need the same adapters and size.
+
+One replica: a base, its loaded adapters, and a queue of orders. It does not depend on Ray.
+
+The pictures of a batch are drawn one after another, not as rows of one tensor: a row's last bits would depend
+on its neighbours, and the picture must equal that of `generate`. A batch saves loading and switching adapters.
+"""
+
+import asyncio
+import time
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Generic, TypeVar
+
+import psutil
+
+from dreambooth_moslora.extras.serving.catalogue import Catalogue
+from dreambooth_moslora.extras.serving.orders import AdapterRef, Drawn, Order, RefusedError
+from dreambooth_moslora.generation.params import check_size
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
+
+Item = TypeVar("Item")
+
+
+class Batches(Generic[Item]):
+    """A batch is the longest waiting item and up to `most` - 1 others with its key. Thus a batch loads its
+    adapters once, and no item starves behind a popular key."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._waiting: OrderedDict[Any, deque[tuple[int, Item]]] = OrderedDict()
+        self._numbers = count()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def put(self, key: Any, item: Item) -> None:
+        self._waiting.setdefault(key, deque()).append((next(self._numbers), item))
+
+    def take(self) -> list[Item]:
+        """The next batch; empty when nothing waits."""
+        if not self._waiting:
+            return []
+        key = min(self._waiting, key=lambda key: self._waiting[key][0][0])
+        line = self._waiting[key]
+        batch = [line.popleft()[1] for _ in range(min(self.most, len(line)))]
+        if not line:
+            del self._waiting[key]
+        return batch
+
+
+TOO_LATE = RefusedError(504, "the picture was not drawn within the time limit; ask again later")
+
+
+@dataclass
+class Waiting:
+    order: Order
+    answer: asyncio.Future
+    deadline: float
+
+    @property
+    def is_left(self) -> bool:
+        """Whether the client has gone or the time is over."""
+        return self.answer.done() or time.monotonic() > self.deadline
+
+
+class Drawer:
+    """Draws orders with `pipeline`, one at a time, in batches of at most `batch`.
+
+    `load` is awaited with each adapter's key before an order is drawn. It must call `load_now`, directly or
+    through a cache that Ray Serve's router knows.
+    """
+
+    def __init__(
+        self,
+        pipeline: SubjectPipeline,
+        catalogue: Catalogue,
+        *,
+        name: str = "",
+        batch: int = 8,
+        load: Callable[[str], Awaitable[object]] | None = None,
+    ) -> None:
+        self.pipeline, self.catalogue, self.name = pipeline, catalogue, name
+        self.batches: Batches[Waiting] = Batches(batch)
+        self.adapter_loads = 0
+        self._load = load or self.load_now
+        self._refs: dict[str, AdapterRef] = {}
+        self._thread = ThreadPoolExecutor(1, "draw")
+        self._work: asyncio.Task | None = None
+
+    async def draw(self, order: Order) -> Drawn:
+        """Raises RefusedError, and UserError for an order that cannot be drawn."""
+        check_size(order.params, self.pipeline.resolution_px)
+        answer = asyncio.get_running_loop().create_future()
+        self.batches.put(order.batch_key, Waiting(order, answer, time.monotonic() + order.seconds))
+        if self._work is None or self._work.done():
+            self._work = asyncio.create_task(self._draw_all())
+        return await answer
+
+    async def load_now(self, key: str) -> str:
+        """Load the adapter of that key into the model, in the thread that draws."""
+        await self._in_thread(self._bring, self._refs[key])
+        return key
+
+    async def _draw_all(self) -> None:
+        while batch := self.batches.take():
+            for waiting in batch:
+                await self._draw_one(waiting, len(batch))
+
+    async def _draw_one(self, waiting: Waiting, batch_size: int) -> None:
+        answer = waiting.answer
+        try:
+            if waiting.is_left:
+                raise TOO_LATE
+            for ref in waiting.order.adapters:
+                self._refs[ref.key] = ref
+                await self._load(ref.key)
+            png = await self._in_thread(self._png, waiting)
+            memory = psutil.Process().memory_info().rss
+            result = Drawn(png, self.name, self.adapter_loads, memory, batch_size)
+            if not answer.done():
+                answer.set_result(result)
+        except Exception as error:
+            if not answer.done():
+                answer.set_exception(error)
+        finally:
+            for ref in waiting.order.adapters:
+                self._refs.pop(ref.key, None)
+
+    async def _in_thread(self, function: Callable, *arguments: object) -> object:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    def _bring(self, ref: AdapterRef) -> None:
+        """Load the adapter, unless it is in the model and its file has not changed. Raises RefusedError."""
+        before = self.pipeline.adapters.get(ref.name)
+        try:
+            self.pipeline.load_adapter(self.catalogue.local(ref), ref.name)
+        except FileNotFoundError as error:
+            raise RefusedError(404, f"the adapter {ref.name} was taken away") from error
+        self.adapter_loads += self.pipeline.adapters[ref.name] != before
+
+    def _png(self, waiting: Waiting) -> bytes:
+        order = waiting.order
+        for ref in order.adapters:
+            self._bring(ref)  # may have been evicted meanwhile, by another adapter of this order or of the cache
+            expected = order.sha256.get(ref.name)
+            if expected not in (None, self.pipeline.adapters[ref.name].sha256):
+                raise RefusedError(409, f"the adapter {ref.name} here is another file than the one that is asked for")
+        images = self.pipeline.draw(order.params, lambda: waiting.is_left)
+        if not images:
+            raise TOO_LATE
+        return images[0].png()

@@ -1,0 +1,190 @@
+"""The client of the service: a pipeline whose pictures are drawn elsewhere. It needs neither Ray nor torch.
+
+It follows no redirects and ignores proxies of the environment, so that prompt and token reach the named address
+only.
+"""
+
+import io
+import json
+import queue
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from PIL import Image as PillowImage
+
+from dreambooth_moslora.core.errors import UserError, one_line, parse_object
+from dreambooth_moslora.core.names import file_digest
+from dreambooth_moslora.generation.params import GenerationParams, Recipe, recipe_in
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.generation.params import Image
+    from dreambooth_moslora.generation.progress import Step
+
+MAX_ANSWER_BYTES = 256 * 2**20
+POLL_SEC = 0.1
+
+
+class Service:
+    """A service at `url`. Raises UserError when that is not an address."""
+
+    def __init__(self, url: str, token: str | None = None, timeout_sec: float = 600.0) -> None:
+        try:
+            parts = urlsplit(url if "//" in url else f"http://{url}")
+            self.kind = {"http": HTTPConnection, "https": HTTPSConnection}[parts.scheme]
+            self.host, self.port, self.folder = parts.hostname, parts.port, parts.path.rstrip("/")
+            (self.host or "").encode("idna")
+            self.folder.encode("ascii")
+        except (KeyError, ValueError):
+            self.host = None
+        if not self.host:
+            raise UserError(f"--backend {url!s:.80} is not an address; write it like http://127.0.0.1:8000")
+        self.shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+        if token and not (token.isascii() and token.isprintable()):
+            raise UserError("--backend_token: a token has printable ASCII characters only")
+        self.token, self.timeout_sec = token, timeout_sec
+
+    def get(self, path: str) -> dict[str, Any]:
+        return self._object(self._ask("GET", path))
+
+    def generate(self, order: dict[str, Any]) -> bytes:
+        """A PNG. Raises UserError with the service's message, if it sends one."""
+        return self._ask("POST", "/generate", json.dumps(order))
+
+    def _ask(self, method: str, path: str, body: str | None = None) -> bytes:
+        headers = {"Content-Type": "application/json"}
+        if self.token:
+            headers["Authorization"] = f"Bearer {self.token}"
+        connection = None
+        try:
+            connection = self.kind(self.host, self.port, timeout=self.timeout_sec)
+            connection.request(method, self.folder + path, body, headers)
+            answer = connection.getresponse()
+            status, data = answer.status, answer.read(MAX_ANSWER_BYTES)
+        except (OSError, HTTPException, ssl.SSLError) as error:
+            raise UserError(
+                f"the backend {self.shown} cannot be reached ({one_line(error)}); start it, or leave --backend out"
+            ) from error
+        finally:
+            if connection is not None:
+                connection.close()
+        if status == 200:
+            return data
+        raise UserError(f"the backend {self.shown} answers: {self._reason(data, status)}")
+
+    def _reason(self, data: bytes, status: int) -> str:
+        try:
+            return one_line(self._object(data)["error"])
+        except (UserError, KeyError):
+            return f"HTTP status {status}"
+
+    def _object(self, data: bytes) -> dict[str, Any]:
+        try:
+            return parse_object(data)
+        except UserError as error:
+            raise UserError(f"{self.shown} is not a service of `dreambooth_moslora serve`") from error
+
+
+class RemotePipeline:
+    """The part of SubjectPipeline that the page uses. Adapters are not sent: the service must have the same
+    files under the same names, and refuses to draw with another file."""
+
+    has_gpu = False
+
+    def __init__(self, service: Service, base_name: str) -> None:
+        """Raises UserError when the service cannot be reached, or draws with another base."""
+        self.service = service
+        facts = service.get("/healthz")
+        self.base_name, self.resolution_px = str(facts.get("base")), facts.get("resolution_px") or 0
+        if type(self.resolution_px) is not int:
+            raise UserError(f"{service.shown} is not a service of `dreambooth_moslora serve`")
+        if self.base_name != base_name:
+            raise UserError(f"the backend draws with {self.base_name:.60}, the page with {base_name}: name one base")
+        self._digests: dict[str, str] = {}
+        self._stamps: dict[str, tuple] = {}
+        self._lock = threading.Lock()
+
+    def rest(self) -> None:
+        """Does nothing: the client holds no memory to free."""
+
+    def load_adapter(self, path: str | Path, name: str | None = None) -> str:
+        """Note the digest of the file `name`. Raises UserError when the service has no adapter of that name."""
+        from dreambooth_moslora.adapters.lora_file import adapter_name
+        from dreambooth_moslora.disk.adapter_files import find_weights
+
+        file = find_weights(path)
+        name = name or adapter_name(file)
+        facts = file.stat()
+        stamp = (file.resolve(), facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size)
+        with self._lock:
+            if self._stamps.get(name) != stamp:
+                self._digests[name], self._stamps[name] = file_digest(file), stamp
+        names = self.service.get("/adapters").get("adapters")
+        if not isinstance(names, list) or name not in names:
+            raise UserError(f"the backend has no adapter {name!r:.60}; put its file into a folder of its --adapters")
+        return name
+
+    def generate(
+        self, params: GenerationParams, should_stop: Callable[[], bool] | None = None
+    ) -> "Iterator[Step | Image]":
+        """Request the pictures one by one; yield a Step and the Image for each. `should_stop` ends it as in
+        SubjectPipeline.
+
+        Raises UserError with the service's message.
+        """
+        from dreambooth_moslora.generation.params import Image
+        from dreambooth_moslora.generation.progress import Step
+
+        params, stopped, started = params.apply_tags(), should_stop or bool, time.monotonic()
+        for index in range(params.num_images):
+            png = self._drawn(params.for_image(index), stopped)
+            if png is None:
+                return
+            left = (time.monotonic() - started) / (index + 1) * (params.num_images - index - 1)
+            yield Step(index, params.num_images, params.steps, params.steps, left)
+            pixels, recipe = opened(png)
+            yield Image(index, pixels, recipe.params, recipe.provenance)
+
+    def _drawn(self, params: GenerationParams, stopped: Callable[[], bool]) -> bytes | None:
+        """One PNG, or None when stopped; a running request is then abandoned."""
+        known = {name: self._digests[name] for name, _ in params.adapters}
+        order = {key: value for key, value in params.to_dict().items() if value is not None}
+        answers: queue.SimpleQueue = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answers.put(self.service.generate(order | {"adapter_sha256": known}))
+            except Exception as error:  # raised by the thread that waits
+                answers.put(error)
+
+        threading.Thread(target=ask, name="ask-backend", daemon=True).start()
+        while not stopped():
+            try:
+                answer = answers.get(timeout=POLL_SEC)
+            except queue.Empty:
+                continue
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+        return None
+
+
+def opened(png: bytes) -> tuple[PillowImage.Image, Recipe]:
+    """The picture and its recipe. Raises UserError when the bytes are not a picture with a recipe."""
+    try:
+        with PillowImage.open(io.BytesIO(png), formats=["PNG"]) as image:
+            image.load()
+            text = {key: value for key, value in image.info.items() if isinstance(value, str)}
+    except (OSError, ValueError, SyntaxError, PillowImage.DecompressionBombError) as error:
+        raise UserError("the backend's answer is not a picture") from error
+    image.info.clear()
+    return image, recipe_in(text, "the backend's picture")
+
+
+TOKEN_VARIABLE = "DREAMBOOTH_TOKEN"
+"""Environment variable for a token; the command line would show it in process lists."""

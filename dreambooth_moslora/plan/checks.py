@@ -1,0 +1,295 @@
+"""Checks before a run, for `--dry_run` and training alike. They load no model and need no torch.
+
+folders    a run must not write over photos, nor over files that no run has made
+packages   those that the settings need are installed
+layers     the UNet has the layers that `--target_modules` names
+"""
+
+import errno
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from safetensors import SafetensorError, safe_open
+
+from dreambooth_moslora.adapters.metadata import AdapterMetadata, check_start_header
+from dreambooth_moslora.base.files import base_folder, check_vae, resolve_base, tensor_shapes
+from dreambooth_moslora.base.machine import check_bf16
+from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.names import default_cache_dir
+from dreambooth_moslora.disk.adapter_files import find_weights, header_of
+from dreambooth_moslora.disk.run_folder import RunDir, check_name, checkpoint_step, is_card, pictures_named
+from dreambooth_moslora.photos.folder import require_folder_of_photos
+from dreambooth_moslora.plan.memory import check_memory
+from dreambooth_moslora.settings.fields import full_name, is_adapted, is_meant, is_target, nearest, parse_pattern
+from dreambooth_moslora.settings.prompts import learnt_words
+from dreambooth_moslora.settings.subjects import each_subject
+from dreambooth_moslora.settings.table import SVD, TrainConfig
+from dreambooth_moslora.settings.versions import require_packages
+
+UNREADABLE = "add_embedding."
+"""diffusers does not read these layers back from a kohya file, so an adapter on them cannot be verified."""
+
+
+def check_layers(targets: Iterable[str], layers: Mapping[str, int], use_dora: bool) -> None:
+    """`layers` maps paths as in `check_targets` to the weight's dimensions: 2 for a matrix, 4 for a convolution.
+
+    Raises UserError for a name that matches no layer, and for layers that cannot have such an adapter.
+    """
+    targets = list(targets)
+    check_targets(targets, layers)
+    for name in targets:
+        for layer in (layer for layer in layers if is_target(layer, name)):
+            if layer.startswith(UNREADABLE):
+                raise UserError(f"--target_modules {name}: {layer} has no name in kohya's files; {instead_of(name)}.")
+            if use_dora and layers[layer] > 2:
+                raise UserError(f"--use_dora: {layer} is a convolution; leave {name} out of --target_modules.")
+
+
+def instead_of(name: str) -> str:
+    return "name the blocks: down_blocks.* mid_block.* up_blocks.*" if "*" in name else "leave it out"
+
+
+def check_targets(targets: Iterable[str], layers: Iterable[str]) -> None:
+    """`layers` are paths of layers with weights, such as `mid_block.attentions.0.proj_in`.
+
+    Raises UserError for a name that matches none of them, and suggests the name that was probably meant.
+    """
+    layers = list(layers)
+    for name in targets:
+        if not any(is_target(layer, name) for layer in layers):
+            close = nearest(full_name(name), names_in(layers, blocks="." in name))
+            hint = f"did you mean {close}?" if close else "to_q, to_k, to_v and to_out.0 are those of attention."
+            raise UserError(f"--target_modules {name}: the UNet has no such layer; {hint}")
+
+
+def names_in(layers: Iterable[str], blocks: bool) -> list[str]:
+    """The last names of the layers, or with `blocks` all paths of layers and of the blocks that hold them."""
+    if not blocks:
+        return sorted({last_name(layer) for layer in layers})
+    paths = set(layers)
+    for layer in layers:
+        while layer := layer.rpartition(".")[0]:
+            paths.add(layer)
+    return sorted(paths)
+
+
+def check_patterns(config: TrainConfig, layers: Iterable[str]) -> None:
+    """`layers` are all of the UNet's. Raises UserError for a pattern that matches no layer with an adapter."""
+    adapted = [layer for layer in layers if is_adapted(layer, config.target_modules)]
+    for flag in ("rank_pattern", "alpha_pattern"):
+        for text in getattr(config, flag):
+            name = parse_pattern(flag, text)[0]
+            if not any(is_meant(layer, name) for layer in adapted):
+                close = nearest(full_name(name), names_in(adapted, blocks="." in name))
+                hint = f"did you mean {close}?" if close else "--target_modules says which have one."
+                raise UserError(f"--{flag} {text}: no layer with an adapter has that name; {hint}")
+
+
+def last_name(path: str) -> str:
+    """`….attn1.to_q` -> `to_q`, `….attn1.to_out.0` -> `to_out.0`."""
+    *_, parent, name = f".{path}".split(".")
+    return f"{parent}.{name}" if name.isdigit() else name
+
+
+def check_folders(config: TrainConfig) -> None:
+    """Raises UserError when the run folder is unsuitable or gives the adapter no name. Creates nothing."""
+    if not config.output_dir.strip():
+        raise UserError("--output_dir is empty: name a folder for the run.")
+    for subject in each_subject(config):
+        refuse_circles(subject)
+    check_home(config.output_dir)
+    run_dir = RunDir(config.output_dir)
+    check_name(run_dir.name)
+    for subject in each_subject(config):
+        check_photo_folders(subject, run_dir)
+        check_places(subject, run_dir)
+    check_strangers(run_dir)
+
+
+def refuse_circles(config: TrainConfig) -> None:
+    """Raises UserError for a link that leads back to itself."""
+    for name in ("output_dir", "instance_data_dir", "class_data_dir", "dataset_name", "cache_dir"):
+        value = getattr(config, name)
+        try:
+            os.stat(value or ".")
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise UserError(f"--{name} {value}: it is a link that leads back to itself.") from error
+
+
+def check_home(output_dir: str) -> None:
+    """Raises UserError for the root or the user's home: a run would fill it with files."""
+    place = Path(output_dir).resolve()
+    if place in (Path(place.anchor), Path(os.path.expanduser("~")).resolve()):
+        raise UserError(f"--output_dir {output_dir} is {place} itself: name a folder of the run's own.")
+
+
+def check_photo_folders(config: TrainConfig, run_dir: RunDir) -> None:
+    """Raises UserError for photos at the top of the run folder, or where a run replaces and moves its own files."""
+    if same_folder(config.class_data_dir, config.instance_data_dir):
+        raise UserError("--class_data_dir is the folder of --instance_data_dir: the class is not the subject.")
+    home = run_dir.path.resolve()
+    for name in ("instance_data_dir", "class_data_dir", "dataset_name"):
+        value = getattr(config, name)
+        folder = Path(value).resolve() if value else None
+        if folder is None or not folder.is_relative_to(home):
+            continue
+        if folder == home:
+            raise UserError(f"--output_dir {config.output_dir} is the folder of --{name}: a run needs one of its own.")
+        first = folder.relative_to(home).parts[0]
+        if is_of_the_run(run_dir, first) and not (name == "class_data_dir" and first == run_dir.class_images_dir.name):
+            raise UserError(f"--{name} {value}: the run writes to {first} in its folder; keep the photos elsewhere.")
+
+
+def same_folder(one: str | None, other: str | None) -> bool:
+    return bool(one and other) and Path(one).resolve() == Path(other).resolve()
+
+
+def is_of_the_run(run_dir: RunDir, name: str) -> bool:
+    """Whether a run itself makes a folder of this name at the top of the run folder."""
+    folders = (run_dir.samples_dir, run_dir.best_dir, run_dir.last_dir, run_dir.class_images_dir, run_dir.masks_dir)
+    own = {path.name for path in folders}
+    return name in own or checkpoint_step(Path(name)) is not None
+
+
+def check_places(config: TrainConfig, run_dir: RunDir) -> None:
+    """Raises UserError when a place that the run writes to is a file or cannot be written."""
+    is_kept = config.caching == "disk" or config.dataset_name is not None
+    cache = config.cache_dir or (str(default_cache_dir()) if is_kept else None)
+    places = {"output_dir": config.output_dir, "class_data_dir": config.class_data_dir, "cache_dir": cache}
+    for name, value in places.items():
+        if value:
+            require_folder(name, value, Path(value))
+            if not Path(value).exists() or name == "output_dir" or (name == "cache_dir" and is_kept):
+                require_writable(name, value)
+    if config.report_to in ("tensorboard", "all"):
+        require_folder("logging_dir", config.logging_dir, run_dir.path / config.logging_dir)
+
+
+def require_folder(name: str, value: str, path: Path) -> None:
+    """Raises UserError when the nearest existing parent of `path` is a file."""
+    found = nearest_existing(path)
+    if not found.is_dir():
+        raise UserError(f"--{name} {value}: {found} is a file, not a folder.")
+
+
+def require_writable(name: str, value: str) -> None:
+    """Raises UserError unless a file can be made there: permissions alone do not tell."""
+    try:
+        TemporaryFile(dir=nearest_existing(Path(value))).close()
+    except OSError as error:
+        raise UserError(f"--{name} {value}: cannot be written: {error.strerror}.") from error
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or its nearest existing parent."""
+    path = Path(os.path.abspath(path))
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def check_strangers(run_dir: RunDir) -> None:
+    """Raises UserError for a model card or pictures that have a run's file names but come from no run."""
+    if not run_dir.path.is_dir():
+        return
+    card = run_dir.read_card()
+    if card is not None and not is_card(card):
+        raise UserError(f"{run_dir.card_path} is not a run's and would be overwritten: name another --output_dir.")
+    known = pictures_named(card or "")
+    for path in sorted(run_dir.path.glob("image_*.png")):
+        if path.name not in known:
+            raise UserError(f"{path} is not a run's and would be taken for its picture: name another --output_dir.")
+
+
+def preflight(config: TrainConfig) -> Path | None:
+    """Check settings and memory. Returns the base's diffusers folder, None if not on this machine. Raises UserError."""
+    folder = check_settings(config)
+    check_memory(config, folder)
+    return folder
+
+
+def check_settings(config: TrainConfig) -> Path | None:
+    """`preflight` without the memory that is free now, for a run that begins later. Raises UserError."""
+    if config.instance_data_dir:
+        require_folder_of_photos(Path(config.instance_data_dir))
+    check_bf16(config)
+    learnt_words(config)
+    ranks = [config.rank, *(int(parse_pattern("rank_pattern", text)[1]) for text in config.rank_pattern)]
+    if config.mixer == "butterfly" and (odd := [rank for rank in ranks if rank % 2]):
+        raise UserError(f"--mixer butterfly needs an even --rank, not {odd[0]}.")
+    if config.push_to_hub:
+        check_push(config)
+    if config.init_adapter and not config.resume_from_checkpoint:
+        check_start(config.init_adapter)
+    if config.basis:
+        check_basis(config)
+    if config.pretrained_vae_model_name_or_path:
+        check_vae(config.pretrained_vae_model_name_or_path)
+    folder = base_folder(config)
+    layers = unet_layers(folder, config.variant) if folder else {}
+    if layers:
+        check_layers(config.target_modules, layers, config.use_dora)
+        check_patterns(config, layers)
+    require_packages(config)
+    return folder
+
+
+def check_start(adapter: str) -> None:
+    """Raises UserError for a missing or damaged adapter, and for one that no run begins with."""
+    try:
+        if not Path(adapter).exists():
+            raise UserError("there is no such file or folder")
+        check_start_header(header_of(find_weights(adapter)))
+    except UserError as error:
+        raise UserError(f"--init_adapter {adapter}: {error}.") from error
+
+
+def check_basis(config: TrainConfig) -> None:
+    """Raises UserError for a base without a basis svd, and for a file that is no basis of the run's rank."""
+    given = f"--basis {config.basis}"
+    if config.basis == SVD:
+        source = resolve_base(config.pretrained_model_name_or_path)
+        if isinstance(source, Path) and source.is_file():
+            raise UserError(
+                f"{given}: {source.name} is a single file; the base must be a diffusers folder or a hub id."
+            )
+        return
+    if not Path(config.basis).is_file():
+        raise UserError(f"{given}: there is no such file; give a raw adapter file, or the word svd.")
+    try:
+        facts = AdapterMetadata.from_json(header_of(Path(config.basis))["moslora"])
+        with safe_open(config.basis, framework="pt") as file:
+            file.get_slice("raw_format")
+    except (UserError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise UserError(f"{given}: it is no raw adapter file of this program.") from error
+    if facts.rank != config.rank:
+        raise UserError(f"{given}: it has rank {facts.rank}; give --rank {facts.rank}.")
+
+
+def unet_layers(folder: Path, variant: str | None) -> dict[str, int]:
+    """Path of each layer with a weight of at least 2 dimensions -> their number: 2 for a matrix, 4 for a
+    convolution."""
+    shapes = tensor_shapes(folder / "unet", variant)
+    return {name.removesuffix(".weight"): len(shape) for name, shape in shapes.items() if len(shape) > 1}
+
+
+def check_push(config: TrainConfig) -> None:
+    """Check a push before the training. Raises UserError for an invalid name and for a token that the hub
+    rejects; an unreachable hub is no error."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(config.hub_model_id or RunDir(config.output_dir).name)
+    except HFValidationError as error:
+        raise UserError(f"--hub_model_id: {one_line(error)}") from error
+    try:
+        if not is_offline_mode():
+            HfApi(token=config.hub_token).whoami()
+    except Exception as error:  # the client passes on the HTTP library's errors
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if status == 401 or isinstance(error, LocalTokenNotFoundError):
+            raise UserError(f"--push_to_hub: {one_line(error)}") from error

@@ -1,0 +1,240 @@
+"""Chooses the settings of a run when only photos and a word are given, the same on the command line and the page.
+
+    given settings --choose_…--> chosen settings and lines about them      a given setting always wins
+
+The base decides the recipe from `assets/configs`; on a GPU its free memory decides which of SDXL's.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dreambooth_moslora.core.machine import half_precision
+from dreambooth_moslora.core.names import CLIP, DINO, assets_folder, is_toy
+from dreambooth_moslora.settings.sources import load_settings
+from dreambooth_moslora.settings.subjects import to_tables
+from dreambooth_moslora.settings.table import TrainConfig
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.photos.photo import Photo
+
+TOKEN = "sks"
+OBLONG = 1.1
+"""Photos whose sides differ by more than this factor are cropped in their own shapes."""
+USUAL_EXPOSURES = 200
+"""Exposures of each photo if a file that replaces the recipe sets no steps."""
+PHOTOS_OF_A_RECIPE = 5
+"""A recipe's number of steps is meant for this many photos; both give the exposures of each."""
+OWN = (
+    *("pretrained_model_name_or_path", "instance_data_dir", "output_dir", "instance_prompt", "class_prompt"),
+    "max_train_steps",
+)
+"""What a recipe names that is another run's, or is chosen here."""
+OF_MEMORY = ("gradient_checkpointing", "base_quantization", "cache_cross_attention")
+"""What a word of `--memory` decides instead of the recipe."""
+OF_SAMPLES = ("num_validation_images", "validation_steps")
+"""Left out on a CPU: with a large base, the trainer then draws no samples, as each takes minutes."""
+
+
+@dataclass
+class Choices:
+    """Chosen settings; `said` holds a sentence about each choice and the flags that change it."""
+
+    given: Mapping[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    said: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+
+    def add(self, words: str | Callable[[Mapping[str, Any]], str], *flags: str, **settings: Any) -> None:
+        """Choose these settings unless given. `words` are said if any was chosen, unless they are empty; a function
+        makes them of all settings, as some may be given."""
+        chosen = {name: value for name, value in settings.items() if name not in self.given}
+        self.settings |= chosen
+        said = words if isinstance(words, str) else words(self.all)
+        if chosen and said:
+            self.say(said, *flags)
+
+    def say(self, words: str, *flags: str) -> None:
+        self.said.append((words, flags))
+
+    @property
+    def lines(self) -> list[str]:
+        """The sentences with their flags, for the terminal."""
+        found = []
+        for words, flags in self.said:
+            named = ", ".join(f"--{flag}" for flag in flags)
+            found.append(f"{words} ({named})" if flags else words)
+        return found
+
+    @property
+    def all(self) -> dict[str, Any]:
+        return self.settings | dict(self.given)
+
+
+def choose_recipe(choices: Choices, free_gib: float | None) -> int:
+    """Choose the recipe. `free_gib` is the GPU's, None without a GPU. Returns the exposures of each photo in
+    the recipe."""
+    from dreambooth_moslora.base.machine import has_gpu
+
+    base, memory = choices.all["pretrained_model_name_or_path"], choices.given.get("memory")
+    name, recipe = recipe_settings(base, free_gib)
+    photos_a_step = recipe["train_batch_size"] * recipe.get("gradient_accumulation_steps", 1)
+    exposures = recipe["max_train_steps"] * photos_a_step // PHOTOS_OF_A_RECIPE
+    left_out = {*OWN, *(OF_MEMORY if memory not in (None, "auto") else ())}
+    if not is_toy(base) and free_gib is None and not has_gpu():
+        left_out.update(OF_SAMPLES)
+    recipe = {key: value for key, value in recipe.items() if key not in left_out}
+    if choices.given.get("do_edm_style_training"):
+        recipe.pop("snr_gamma", None)
+    if choices.given.get("with_prior_preservation") is False:
+        recipe = {key: value for key, value in recipe.items() if "prior" not in key}
+    with_memory = "" if is_toy(base) or free_gib is None else f" for {free_gib:.0f} GiB of free GPU memory"
+    choices.add(f"recipe: assets/configs/{name}{with_memory}", "config", **recipe)
+    if choices.settings.get("mixed_precision") == "no":
+        choices.say("precision: fp32, as this CPU has no bf16", "mixed_precision")
+    return exposures
+
+
+def recipe_settings(base: str, free_gib: float | None) -> tuple[str, dict[str, Any]]:
+    """The file in `assets/configs` for this base and GPU, and its settings for them."""
+    if is_toy(base):
+        return "toy.toml", load_settings(assets_folder() / "configs" / "toy.toml")
+    name = f"sdxl_{recipe_gb(free_gib)}gb.toml"
+    return name, load_settings(assets_folder() / "configs" / name) | for_base_and_card(base, name)
+
+
+def recipe_gb(free: float | None) -> int:
+    """GB of the largest recipe that needs at most nine tenths of the card; 12 without a GPU."""
+    from dreambooth_moslora.plan.memory import RECIPES
+
+    return 12 if free is None else max((gb for gb in RECIPES if 0.9 * gb <= free), default=min(RECIPES))
+
+
+def for_base_and_card(base: str, recipe: str) -> dict[str, Any]:
+    """What SDXL's recipes leave open: bases without fp16 files, recomputation on 16 GB, and the precision that the GPU,
+    or the CPU where there is none, computes fast."""
+    import torch
+
+    from dreambooth_moslora.base.machine import has_fast_bf16, has_gpu
+    from dreambooth_moslora.plan.memory import STOCK_SDXL
+
+    changes: dict[str, Any] = {}
+    if base != STOCK_SDXL:
+        changes["variant"] = None
+    if recipe == "sdxl_16gb.toml":
+        changes["gradient_checkpointing"] = True
+    if torch.cuda.is_available():
+        changes["mixed_precision"] = half_precision()
+    elif not has_gpu() and not has_fast_bf16():
+        changes["mixed_precision"] = "no"
+    return changes
+
+
+def choose_words(choices: Choices, word: str) -> None:
+    """Choose the prompts, and prior preservation by the frozen base unless it was refused."""
+    token = choices.given.get("token") or TOKEN
+    prompt, of_class = f"a photo of a {token} {word}", f"a photo of a {word}"
+    if "instance_prompt" not in choices.given:
+        choices.add("", class_word=word)  # the whole: a prompt's words from "with" on count as its context
+    choices.add(f"words: “{prompt}”", "instance_prompt", "token", instance_prompt=prompt)
+    if choices.given.get("with_prior_preservation") is not False:
+        wanted = {"with_prior_preservation": True, "class_prompt": of_class, "prior": "adapter_off"}
+        choices.add(class_line, "no_with_prior_preservation", "class_prompt", **wanted)
+
+
+def class_line(settings: Mapping[str, Any]) -> str:
+    return f"the class: “{settings['class_prompt']}” stays as the base draws it"
+
+
+def choose_subjects(choices: Choices) -> None:
+    """Like `choose_words`, for several given subjects, whose tables have the prompts."""
+    tables = to_tables(choices.given["subjects"]) or ()
+    choices.say(f"words: {in_words(table.instance_prompt for table in tables)}")
+    if choices.given.get("with_prior_preservation") is not False:
+        line = f"the classes: {in_words(table.class_prompt for table in tables)} stay as the base draws them"
+        choices.add(line, "no_with_prior_preservation", with_prior_preservation=True)
+        choices.add("", prior="adapter_off")
+
+
+def in_words(prompts: Iterable[str | None]) -> str:
+    """The prompts in quotes, each once."""
+    return ", ".join(f"“{prompt}”" for prompt in dict.fromkeys(prompts) if prompt)
+
+
+def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> None:
+    """Choose masks and shapes, and unless the steps were given, the number that shows each photo `exposures` times."""
+    is_given = choices.given.keys() & {"max_train_steps", "num_train_epochs", "exposures_per_photo"}
+    if not is_given:
+        choices.settings["exposures_per_photo"] = exposures
+    choose_masks(choices, photos)
+    choose_shapes(choices, photos)
+    if not is_given:
+        line = f"steps: {steps_of(choices, photos)}, which show each photo {exposures} times"
+        line += ", and those of a subject with fewer oftener" if len(set(counted(photos))) > 1 else ""
+        choices.say(line, "exposures_per_photo", "max_train_steps")
+
+
+def choose_masks(choices: Choices, photos: list["Photo"]) -> None:
+    """Make masks with the embedded base's own segmenter. SDXL's would be a download, which needs the user's consent."""
+    masked = sum(photo.mask_path is not None for photo in photos)
+    counts = " + ".join(map(str, counted(photos)))
+    choices.said.insert(0, (f"photos: {counts}, {masked} with a mask (name.mask.png beside each)", ()))
+    bare = len(photos) - masked
+    if bare and is_toy(choices.all["pretrained_model_name_or_path"]):
+        choices.add(f"masks: made for the {bare} without one", "masks", masks="auto")
+    elif bare and "masks" not in choices.given:
+        choices.say("masks: made for none, as CLIPSeg comes from the hub", "masks auto")
+
+
+def choose_shapes(choices: Choices, photos: Sequence["Photo"]) -> None:
+    """Crop photos in their own shapes unless all are nearly square. Square crops of 4:3 photos followed the prompts
+    less on the sample subjects (`docs/photos.md`)."""
+    if any(max(photo.size_px) > OBLONG * min(photo.size_px) for photo in photos):
+        choices.add("crops: in the photos' own shapes", "no_enable_bucket", enable_bucket=True)
+
+
+def counted(photos: list["Photo"]) -> list[int]:
+    """The number of photos of each subject."""
+    from dreambooth_moslora.photos.photo import counts_of
+
+    return counts_of(photos)
+
+
+def steps_of(choices: Choices, photos: list["Photo"]) -> int:
+    from dreambooth_moslora.plan.steps import plan_steps
+
+    config = TrainConfig.from_dict(choices.all | {"early_stopping": None})  # the scores it needs are chosen later
+    return plan_steps(config, counted(photos), int(os.environ.get("WORLD_SIZE", "1"))).total_steps
+
+
+def choose_scores(choices: Choices, photos: list["Photo"], is_wanted: bool | None = None) -> None:
+    """The embedded base has its own encoders; SDXL's are used where they are, as nobody asked for a download.
+
+    `is_wanted`: the user has asked for scores, or has refused them; None when neither. Given steps of 0 refuse them.
+    """
+    given = choices.given.get("evaluate_steps")
+    is_open = is_wanted is None and (given or "evaluate_steps" not in choices.given)
+    if encoders_are_here(choices.all["pretrained_model_name_or_path"]) if is_open else is_wanted:
+        every = given or max(1, steps_of(choices, photos) // 4)
+        wanted = {"evaluate_steps": every, "validation_steps": every, "find_scale": True}
+        choices.add(score_line, "evaluate_steps", "no_find_scale", **wanted)
+    elif is_open and not given and not choices.given.get("find_scale"):
+        choices.say("scores: none, as they take CLIP and DINOv2 from the hub", "evaluate_steps", "find_scale")
+
+
+def score_line(settings: Mapping[str, Any]) -> str:
+    every = settings["evaluate_steps"]
+    parts = [f"every {every} steps"]
+    if settings["validation_steps"] == every and settings.get("num_validation_images") != 0:
+        parts.append("beside pictures")
+    parts.append("the best in best/")
+    if settings["find_scale"]:
+        parts.append("and the best scale at the end")
+    return f"scores: {', '.join(parts)}"
+
+
+def encoders_are_here(base: str) -> bool:
+    """Whether a run can be scored without a download: the embedded base has encoders; others must be in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return is_toy(base) or all(isinstance(try_to_load_from_cache(n, "model.safetensors"), str) for n in (CLIP, DINO))

@@ -1,0 +1,521 @@
+"""Memory and speed of a run before it begins: the estimate, and the plan that `--memory` chooses.
+
+Estimates what a run needs before it begins: memory while training, and room on the disk.
+
+Weights and adapters are counted exactly, from the headers of the base's files. The memory of a step was counted
+on SDXL's UNet operation by operation (`benchmarks.gpu_memory`: bf16, images of 1024 px); it is scaled by
+pixels, images and bytes.
+
+What makes a run's steps faster on a GPU while changing only rounding, and whether it pays.
+
+blocks compiled    `torch.compile` of the UNet's transformer blocks, each kind once (`--compile`)
+channels last      convolutions in NHWC, the layout of tensor cores
+cuDNN's search     tries algorithms at each convolution's first call; sizes must be fixed
+
+On a CPU all are off; `--compile on` turns on the first.
+
+`--memory`: one word for precision, recomputation, caching and quantisation.
+
+full               nothing is recomputed
+full_cached        full, and cross-attention's to_k and to_v leave the GPU (--cache_cross_attention)
+recompute          activations are recomputed in the backward pass (--gradient_checkpointing)
+recompute_cached   both
+nf4                recompute, and the frozen UNet is kept in 4 bit (--base_quantization nf4)
+auto               the first of these that is possible and fits the GPU's free memory; full without a GPU
+
+A plan only adds to the given flags. On a GPU it also chooses half precision, unless a precision was given.
+
+The settings of a run that several processes train. With different ones they would train different adapters, or wait
+for each other for ever.
+
+    flags and files --agreed--> choices and memory plan, by the GPU with the least free memory --agreed--> training
+
+One process asks nobody, and then nothing here loads torch.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dreambooth_moslora.base.files import base_folder, tensor_shapes
+from dreambooth_moslora.base.machine import DECODER_BYTES_A_PIXEL, GIB, TILE_PX
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.machine import half_precision
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.plan.steps import uses_class_images
+from dreambooth_moslora.settings.fields import is_adapted, is_text_projection
+from dreambooth_moslora.settings.subjects import each_subject
+from dreambooth_moslora.settings.table import (
+    TrainConfig,
+    checked_setting,
+    is_scored,
+    needs_live_projections,
+    rank_and_alpha,
+)
+
+BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
+QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.001}
+"""Bytes of a quantised parameter, with its share of the scales. Parameters outside the blocks' projections keep
+their precision."""
+TRAINING_BYTES, TRAINING_BYTES_8BIT = 16, 10
+"""Bytes per parameter of the adapter: fp32 weight, gradient and two moments of Adam."""
+AVERAGE_BYTES = 4
+"""Further bytes per parameter of the adapter with `--use_ema`."""
+CONTEXT_GIB = 0.5
+"""Memory of the CUDA context of a process, beside its tensors."""
+STEP_GIB, STEP_GIB_A_RANK, RECOMPUTED_GIB = 5.24, 0.00102, 0.51
+"""GiB that a step keeps of an image of 1024 px: without recomputation, in addition for each rank, and with
+recomputation."""
+TEXT_GIB = 0.025
+"""The same of its text, which does not grow with the image."""
+TOKENS = 77
+PEFT_STEP, PEFT_RECOMPUTED = 1.4, 1.1
+"""Factors where PEFT's own layers compute the adapter: a base in 8 bit, DoRA, or dropout."""
+DRAWING_GIB = 0.15
+"""GiB of the UNet's pass without gradients, for an image of 1024 px in half precision."""
+ENCODER_BYTES_A_PIXEL = 2600
+"""Peak of the fp32 VAE's encoder, beside its weights."""
+PNG_BYTES_A_PIXEL = 1.6
+
+
+@dataclass(frozen=True)
+class BaseSize:
+    """Counts of a base's parameters. `adapted_widths` sums (in + out) over the `adapted_layers` that get an adapter.
+
+    `projections` counts the UNet's parameters that quantisation replaces, `text_projections` those of
+    cross-attention's to_k and to_v, which have `text_outputs` outputs together. For a convolution (out, in, h, w), in
+    is in·h·w.
+    """
+
+    unet: int = 2_567_463_684
+    projections: int = 2_183_987_200
+    text_projections: int = 340_787_200
+    text_outputs: int = 166_400
+    text_encoders: int = 123_060_480 + 694_659_840
+    vae: int = 83_653_863
+    adapted_widths: int = 1_451_520
+    adapted_layers: int = 560
+    is_measured: bool = False
+    widths: tuple[tuple[str, int], ...] = ()
+    """Path and in + out of each layer that gets an adapter, where known."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """All in GiB, but `adapter_parameters`, which is a count."""
+
+    adapter_parameters: int
+    encoding_gib: float
+    training_gib: float
+    sampling_gib: float
+    checkpoint_gib: float
+    disk_gib: float
+    size: BaseSize
+
+    @property
+    def peak_gib(self) -> float:
+        return max(self.encoding_gib, self.training_gib, self.sampling_gib)
+
+
+def size_of_base(folder: Path | None, target_modules: tuple[str, ...], variant: str | None = None) -> BaseSize:
+    """The size of the base in this diffusers folder; SDXL's when the folder is missing or incomplete.
+
+    Raises UserError for damaged files.
+    """
+    shapes = {part: tensor_shapes(folder / part, variant) for part in PARTS} if folder is not None else {}
+    if not shapes or not all(shapes.values()):
+        return BaseSize()
+    weights = {name: shape for name, shape in shapes["unet"].items() if name.endswith(".weight") and len(shape) > 1}
+    layers = {name.removesuffix(".weight"): shape for name, shape in weights.items()}
+    adapted = {path: shape for path, shape in layers.items() if is_adapted(path, target_modules)}
+    count = {part: sum(map(math.prod, found.values())) for part, found in shapes.items()}
+    texts = count["text_encoder"] + count["text_encoder_2"]
+    widths = tuple((path, shape[0] + math.prod(shape[1:])) for path, shape in adapted.items())
+    total = sum(width for _, width in widths)
+    projections = sum(math.prod(shape) for name, shape in shapes["unet"].items() if is_projection(name, shape))
+    of_text = [shape for path, shape in layers.items() if is_text_projection(path)]
+    hosted = sum(map(math.prod, of_text)), sum(shape[0] for shape in of_text)
+    return BaseSize(count["unet"], projections, *hosted, texts, count["vae"], total, len(widths), True, widths)
+
+
+def is_projection(name: str, shape: list[int]) -> bool:
+    """Whether `base.load` quantises this weight."""
+    return "transformer_blocks" in name and name.endswith(".weight") and len(shape) == 2 and shape[0] % 32 == 0
+
+
+PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")
+
+
+def estimate(config: TrainConfig, size: BaseSize, total_steps: int) -> Estimate:
+    """The device memory of each phase, and the disk space, GiB."""
+    number = BYTES[precision_of(config)]
+    adapter = adapter_parameters(config, size)
+    unet, texts, vae = unet_gib(config, size), size.text_encoders * number / GIB, size.vae * 4 / GIB
+    bytes_each = TRAINING_BYTES_8BIT if config.use_8bit_adam else TRAINING_BYTES
+    optimized = adapter * (bytes_each + AVERAGE_BYTES * config.use_ema) / GIB
+    weights = unet - on_host_gib(config, size) + optimized + (texts if config.keeps_text_encoders else 0)
+    drawing = vae + max(decoder_gib(config), drawing_gib(config, size, images=2)) + products_gib(config, size, images=2)
+    checkpoint = adapter * (12 + AVERAGE_BYTES * config.use_ema) / GIB
+    return Estimate(
+        adapter_parameters=adapter,
+        encoding_gib=CONTEXT_GIB + texts + vae + preparing_gib(config, size),
+        training_gib=CONTEXT_GIB + weights + step_gib(config, size, adapter),
+        sampling_gib=CONTEXT_GIB + weights + (drawing if draws_samples(config) else 0),
+        checkpoint_gib=checkpoint,
+        disk_gib=disk_gib(config, adapter, checkpoint, total_steps),
+        size=size,
+    )
+
+
+def adapter_parameters(config: TrainConfig, size: BaseSize) -> int:
+    """Parameters of A, B and the mixers, on a basis of the mixers alone. Patterns count only where the layers' paths
+    are known."""
+    layers = [(rank_and_alpha(config, "unet", path)[0], width) for path, width in size.widths]
+    if not layers:
+        layers = [(config.rank, size.adapted_widths / max(1, size.adapted_layers))] * size.adapted_layers
+    mixers = sum(rank**2 for rank, _ in layers) if config.mixer != "none" else 0
+    return mixers if config.basis else round(sum(rank * width for rank, width in layers)) + mixers
+
+
+def precision_of(config: TrainConfig) -> str:
+    """The precision that accelerate uses: that of the flag, or of `accelerate launch` in the environment."""
+    return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
+
+
+def draws_samples(config: TrainConfig) -> bool:
+    return bool(config.sample_count or is_scored(config))
+
+
+def unet_gib(config: TrainConfig, size: BaseSize) -> float:
+    number = BYTES[precision_of(config)]
+    small = QUANTIZED_BYTES.get(config.base_quantization, number)
+    return ((size.unet - size.projections) * number + size.projections * small) / GIB
+
+
+def on_host_gib(config: TrainConfig, size: BaseSize) -> float:
+    """Weights of the UNet that are on the host while it trains and draws samples, GiB."""
+    return size.text_projections * BYTES[precision_of(config)] / GIB if config.cache_cross_attention else 0.0
+
+
+def products_gib(config: TrainConfig, size: BaseSize, images: int) -> float:
+    """The products of those weights with the images' text, GiB."""
+    return (
+        images * TOKENS * size.text_outputs * BYTES[precision_of(config)] / GIB if config.cache_cross_attention else 0.0
+    )
+
+
+def preparing_gib(config: TrainConfig, size: BaseSize) -> float:
+    """Memory before training, beside text encoders and VAE. The UNet counts only if it draws or is quantised to
+    int8."""
+    encoder = config.resolution**2 * ENCODER_BYTES_A_PIXEL / GIB
+    at_once = config.sample_batch_size if uses_class_images(config) else 0
+    is_there = at_once or config.base_quantization == "int8"
+    drawing = drawing_gib(config, size, images=2 * at_once)
+    return max(encoder, drawing) + (unet_gib(config, size) if is_there else 0)
+
+
+def decoder_gib(config: TrainConfig) -> float:
+    return min(config.resolution, TILE_PX) ** 2 * DECODER_BYTES_A_PIXEL / GIB
+
+
+def drawing_gib(config: TrainConfig, size: BaseSize, images: int) -> float:
+    """Memory of the UNet for images denoised together. A picture counts as two images, with and without its prompt."""
+    return DRAWING_GIB * images * scale_of(config, size)
+
+
+def scale_of(config: TrainConfig, size: BaseSize) -> float:
+    """Cost relative to an image of 1024 px in half precision. A narrower UNet than SDXL's needs less, about as
+    its width."""
+    width = math.sqrt(size.unet / BaseSize().unet)
+    return (config.resolution / 1024) ** 2 * width * BYTES[precision_of(config)] / 2
+
+
+def step_gib(config: TrainConfig, size: BaseSize, adapter: int) -> float:
+    """Memory of one forward and backward pass, without weights and gradients."""
+    images = config.train_batch_size * (2 if config.with_prior_preservation else 1)
+    is_pefts = config.base_quantization == "int8" or config.use_dora or config.lora_dropout > 0
+    scale, products = scale_of(config, size) * images, products_gib(config, size, images)
+    if config.gradient_checkpointing:
+        return RECOMPUTED_GIB * scale * (PEFT_RECOMPUTED if is_pefts else 1) + products
+    rank = adapter * config.rank / max(1, adapter_parameters(replace(config, rank_pattern=()), size))  # on average
+    image = (STEP_GIB + STEP_GIB_A_RANK * rank * size.adapted_layers / 560) * (PEFT_STEP if is_pefts else 1)
+    casts = adapter * 2 / GIB
+    return image * scale + TEXT_GIB * images * math.sqrt(size.unet / BaseSize().unet) + casts + products
+
+
+def disk_gib(config: TrainConfig, adapter: int, checkpoint_gib: float, total_steps: int) -> float:
+    checkpoints, rest = divmod(total_steps, config.checkpointing_steps)
+    checkpoints = min(checkpoints, config.checkpoints_total_limit or checkpoints) + (rest > 0)
+    subjects = each_subject(config)
+    times = 2 + total_steps // (config.validation_steps or max(1, total_steps))
+    samples = len(subjects) * config.sample_count * times
+    classes = {one.class_prompt for one in subjects if uses_class_images(one) and not one.class_data_dir}
+    pictures = samples + len(classes) * config.num_class_images
+    return checkpoints * checkpoint_gib + (adapter * 8 + pictures * config.resolution**2 * PNG_BYTES_A_PIXEL) / GIB
+
+
+SMALL_GIB = 2.0
+"""Runs that need less fit every GPU: then neither the driver is asked nor PyTorch loaded."""
+STOCK_SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+RECIPES = (24, 16, 12, 8, 6)
+"""GB of the cards that the recipes `assets/configs/sdxl_…gb.toml` are for."""
+
+
+def check_memory(config: TrainConfig, folder: Path | None) -> None:
+    """Raises UserError for a run that needs more memory than the GPU has free; the message names settings that fit.
+
+    `folder` is the base's. A base of unknown size is not judged.
+    """
+    size = size_of_base(folder, config.target_modules, config.variant)
+    need = estimate(config, size, 1).peak_gib
+    is_known = size.is_measured or config.pretrained_model_name_or_path == STOCK_SDXL
+    if need < SMALL_GIB or not is_known:
+        return
+    free = free_gib_of_gpu()
+    if free is not None and need > free:
+        raise UserError(
+            f"this run needs about {need:.1f} GiB of GPU memory and {free:.1f} GiB are free: "
+            + way_out(config, size, free)
+        )
+
+
+def free_gib_of_gpu(*, is_later: bool = False) -> float | None:
+    """GiB for this process on its GPU; None without a GPU, or when accelerate is told to use the CPU.
+
+    It includes the CUDA context, which asking the driver creates. `is_later`: the whole GPU's memory, for a run
+    that waits until the others have ended.
+    """
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
+        return None
+    import torch  # not before it is needed: a dry run answers at once
+
+    if not torch.cuda.is_available():
+        return None
+    device = int(os.environ.get("LOCAL_RANK", "0"))
+    free, whole = torch.cuda.mem_get_info(device)
+    return whole / GIB if is_later else free / GIB + CONTEXT_GIB
+
+
+def way_out(config: TrainConfig, size: BaseSize, free_gib: float) -> str:
+    """The fewest changes to these settings that fit, and the recipe for such a card."""
+    for changes in plans(config):
+        cost = estimate(replace(config, **changes), size, 1).peak_gib
+        if cost <= free_gib:
+            flags = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changes.items())
+            return f"give {flags} (then {cost:.1f} GiB){recipe_for(free_gib)}."
+    return f"give a smaller --resolution than {config.resolution}, or free the GPU."
+
+
+def plans(config: TrainConfig) -> list[dict[str, object]]:
+    """Changes to a run's settings, each including the previous ones, ordered by their cost in time."""
+    wanted = {
+        "mixed_precision": half_precision() if precision_of(config) in ("no", "fp32") else precision_of(config),
+        "gradient_checkpointing": True,
+        "train_batch_size": 1,
+        "sample_batch_size": 1,
+        "base_quantization": "nf4",
+    }
+    changes: dict[str, object] = {}
+    found = []
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            changes = {**changes, name: value}
+            found.append(changes)
+    return found
+
+
+def recipe_for(free_gib: float) -> str:
+    """The largest recipe for this memory; the desktop and the driver take a tenth of the card."""
+    fitting = next((card for card in RECIPES if card * 0.9 <= free_gib), None)
+    if fitting is None:
+        return ""
+    precision = "" if half_precision() == "bf16" else f" with --mixed_precision {half_precision()}"
+    return f", or start from assets/configs/sdxl_{fitting}gb.toml{precision}"
+
+
+WORTH_IMAGES = 1000
+"""Forward and backward passes of an image of 1024 px from which compilation pays. Not measured here: others
+report about a minute to compile the blocks, and a tenth of a second saved per image."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What is on. `images` of 1024 px are those that a process still has to pass through the UNet."""
+
+    compiled: bool
+    channels_last: bool
+    searches: bool
+    images: float
+
+    def sentence(self) -> str:
+        length = f"the work of {self.images:.0f} images of 1024 px; on a GPU it pays from {WORTH_IMAGES} on"
+        parts = [f"transformer blocks {'' if self.compiled else 'not '}compiled ({length})"]
+        parts += ["convolutions channels-last"] * self.channels_last + ["cuDNN searches algorithms"] * self.searches
+        return ", ".join(parts)
+
+
+def speed_of(config: TrainConfig, device_type: str, steps: int) -> Speed:
+    """The choice for `steps` optimizer steps on such a device. `auto` never compiles a base in 4 or 8 bit."""
+    images = images_of(config, steps)
+    is_cuda = device_type == "cuda"
+    pays = is_cuda and images >= WORTH_IMAGES
+    by_itself = config.compile == "auto" and pays and config.base_quantization == "none"
+    return Speed(
+        compiled=config.compile == "on" or by_itself,
+        channels_last=is_cuda,
+        searches=pays and not config.enable_bucket,
+        images=images,
+    )
+
+
+def speed_here(config: TrainConfig, steps: int) -> Speed:
+    """The choice on this machine, for a dry run. It looks for a GPU only where that matters."""
+    is_long = images_of(config, steps) >= WORTH_IMAGES
+    return speed_of(config, "cuda" if is_long and free_gib_of_gpu() is not None else "cpu", steps)
+
+
+def images_of(config: TrainConfig, steps: int) -> float:
+    copies = 2 if config.with_prior_preservation else 1
+    images = steps * config.gradient_accumulation_steps * config.train_batch_size * copies
+    return images * (config.resolution / 1024) ** 2
+
+
+PLANS: dict[str, dict[str, object]] = {
+    "full": {},
+    "full_cached": {"cache_cross_attention": True},
+    "recompute": {"gradient_checkpointing": True},
+    "recompute_cached": {"gradient_checkpointing": True, "cache_cross_attention": True},
+    "nf4": {"gradient_checkpointing": True, "base_quantization": "nf4"},
+}
+"""From the fastest to the leanest."""
+CHOSEN = ("mixed_precision", "gradient_checkpointing", "base_quantization", "cache_cross_attention")
+USABLE = 0.9
+"""Usable fraction of the free memory: libraries' workspaces and fragmentation take the rest."""
+
+
+def planned(config: TrainConfig, free_gib: float | None = None) -> TrainConfig:
+    """`config` with the settings of its `--memory`; unchanged without that option.
+
+    `free_gib` is the GPU's, if another process will train; else all processes of the run must call it. A resumed run
+    keeps its first plan, since another would change the result's bytes. Raises UserError for a missing base.
+    """
+    if config.memory is None:
+        return config
+    free = least_free_gib() if free_gib is None else free_gib
+    if config.resume_from_checkpoint and (before := settings_before(config)):
+        return replace(config, **before)
+    config = in_half_precision(config) if free is not None else config
+    size = size_of_base(base_folder(config), config.target_modules, config.variant)
+    name = config.memory if config.memory != "auto" else fitting(config, size, free)
+    return with_plan(config, name)
+
+
+def settings_before(config: TrainConfig) -> dict[str, object]:
+    try:
+        saved = json.loads(RunDir(config.output_dir).config_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {name: saved[name] for name in CHOSEN if name in saved} if isinstance(saved, dict) else {}
+
+
+def in_half_precision(config: TrainConfig) -> TrainConfig:
+    return config if precision_of(config) != "no" else replace(config, mixed_precision=half_precision())
+
+
+def with_plan(config: TrainConfig, name: str) -> TrainConfig:
+    """Add the plan to the given settings: int8 stays int8, and no setting is turned off. Raises UserError for a
+    plan that the other settings exclude."""
+    changes = dict(PLANS[name])
+    if config.base_quantization != "none":
+        changes.pop("base_quantization", None)
+    return replace(config, **changes)
+
+
+def fitting(config: TrainConfig, size: BaseSize, free_gib: float | None, names: Collection[str] = tuple(PLANS)) -> str:
+    """The first of `names` that fits, or else the leanest possible plan; a later check refuses that."""
+    if free_gib is None:
+        return "full"
+    needs = costs(config, size, names)
+    return next((name for name, cost in needs.items() if cost <= USABLE * free_gib), list(needs)[-1])
+
+
+def costs(config: TrainConfig, size: BaseSize, names: Collection[str] = tuple(PLANS)) -> dict[str, float]:
+    """Plan -> peak memory in GiB, for the plans that are possible here with these settings."""
+    possible = [name for name in names if is_possible(config, name)]
+    return {name: estimate(with_plan(config, name), size, 1).peak_gib for name in possible}
+
+
+def is_possible(config: TrainConfig, name: str) -> bool:
+    """Whether the plan can be used: nf4 needs bitsandbytes and excludes caching, as other settings may."""
+    if name == "nf4" and (config.cache_cross_attention or not find_spec("bitsandbytes")):
+        return False
+    return "cache_cross_attention" not in PLANS[name] or not needs_live_projections(config)
+
+
+def plan_lines(config: TrainConfig, size: BaseSize) -> list[str]:
+    """For `--dry_run`: what each plan would need, and what the GPU has free."""
+    free = free_gib_of_gpu() if config.memory else None
+    if config.memory is None:
+        return []
+    bare = replace(config, gradient_checkpointing=False, base_quantization="none", cache_cross_attention=False)
+    needs = ", ".join(f"{name} {cost:.1f} GiB" for name, cost in costs(bare, size).items())
+    has = "there is no GPU here" if free is None else f"{free:.1f} GiB are free"
+    return [f"memory plans: {needs}; {has} (--memory {config.memory})"]
+
+
+Result = TypeVar("Result")
+OF_A_PROCESS = ("local_rank", "cache_dir")
+"""Settings that may differ: a launcher may number the processes by a flag, and each machine has its own disk."""
+SAME_SETTINGS = "give all processes the same flags and files."
+
+
+def is_alone() -> bool:
+    """Whether a launcher started no other process of this run."""
+    return int(os.environ.get("WORLD_SIZE", "1")) < 2
+
+
+def same_for_all(find: Callable[[], Result], words: Callable[[Result], str]) -> Result:
+    """What each process finds. Raises UserError on all where one finds other settings, with the lines of `words` that
+    differ, and where `find` raises it in one."""
+    if is_alone():
+        return find()
+    from dreambooth_moslora.plan.processes import agreed, joined
+
+    return agreed(joined(), find, words, SAME_SETTINGS)
+
+
+def same_config(config: TrainConfig) -> TrainConfig:
+    """`config`. Raises UserError on all processes where one has another."""
+    return same_for_all(lambda: config, lambda own: in_lines(own.to_dict()))
+
+
+def checked_by_all(check: Callable[[], Result]) -> Result:
+    """What `check` returns. Its error in one process is raised on all."""
+    if is_alone():
+        return check()
+    from dreambooth_moslora.plan.processes import joined, on_each
+
+    return on_each(joined(), check)
+
+
+def in_lines(settings: Mapping[str, Any]) -> str:
+    """A line for each setting that the processes must share; one that is not given has its default."""
+    shared = [item for item in fields(TrainConfig) if not item.metadata["secret"] and item.name not in OF_A_PROCESS]
+    values = {item.name: checked_setting(item.name, settings.get(item.name, item.default)) for item in shared}
+    return "\n".join(f"--{name} {value!r}" for name, value in values.items())
+
+
+def least_free_gib(*, is_later: bool = False) -> float | None:
+    """`free_gib_of_gpu` of the process that has the least, so that all choose the same. All must call it."""
+    own = free_gib_of_gpu(is_later=is_later)
+    if is_alone():
+        return own
+    from dreambooth_moslora.plan.processes import joined, told_by_each
+
+    told = told_by_each(joined(), own)
+    return min((free for free in told if free is not None), default=None)

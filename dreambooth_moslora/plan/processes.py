@@ -1,0 +1,306 @@
+"""The processes of a run: accelerate's Accelerator, and what they do together.
+
+What the processes of a run do together: they share work, agree on what they find, and end together.
+
+A process that raised alone would leave the others waiting. So each tells the others how its part of the work ended.
+
+Processes and precision of a run: accelerate's Accelerator, and the seed that all processes share.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from datetime import timedelta
+from random import SystemRandom
+from typing import NamedTuple, TypeVar
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+)
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from dreambooth_moslora.base.machine import check_bf16
+from dreambooth_moslora.core.atomic_files import clean_stale
+from dreambooth_moslora.core.errors import StopRequestedError, UserError, is_out_of_memory, one_line
+from dreambooth_moslora.disk.processes import keep_freed_memory
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.settings.table import TrainConfig
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Processes = Accelerator | PartialState
+"""Of a run, or of one that has no precision yet."""
+
+
+def any_process(accelerator: Accelerator, said: bool) -> bool:
+    """Whether any process says yes. All must call it, and all get the same answer."""
+    if accelerator.num_processes == 1:
+        return said
+    votes = torch.tensor(float(said), device=accelerator.device)
+    with others_present():
+        return bool(accelerator.reduce(votes, "sum") > 0)
+
+
+def mean_over(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """The mean of the processes' `values`, of one shape. All must call it. Raises UserError when a process has gone."""
+    if accelerator.num_processes == 1:
+        return values
+    with others_present():
+        return accelerator.reduce(values, "mean")
+
+
+def on_main(accelerator: Processes, work: Callable[[], Result]) -> Result:
+    """Do `work` on the main process; all processes get its result, which must be small and picklable.
+
+    An error or stop there is raised on all processes.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    result, error = attempt(work) if accelerator.is_main_process else (None, None)
+    told = [(result, Ending.of(error))]
+    with others_present():
+        broadcast_object_list(told)
+    if error is not None:
+        raise error
+    result, ending = told[0]
+    if ending is not None:
+        raise ending.heard_from(0)
+    return result
+
+
+def on_each(accelerator: Processes, work: Callable[[], Result]) -> Result:
+    """Do `work` on each process, which gets its own result. An error or stop of one is raised on all."""
+    result, error = attempt(work)
+    exchange(accelerator, [], error)
+    return result
+
+
+def told_by_each(accelerator: Processes, own: Item) -> list[Item]:
+    """The picklable `own` of each process, in their order. All must call it."""
+    return exchange(accelerator, [own], None)
+
+
+def share_out(
+    accelerator: Accelerator, items: Sequence[Item], work: Callable[[Sequence[Item]], Generator[Result, None, None]]
+) -> Iterator[Result]:
+    """The results of `items`, in their order, on all processes. Of n processes, each works on every n-th item.
+
+    `work` yields one picklable result for each item that it is given. The processes exchange results after each
+    item: an error or stop of one is then raised on all. All processes must have equal `items`.
+    """
+    with closing(work(share_of(accelerator, items))) as own:
+        for first in range(0, len(items), accelerator.num_processes):
+            has_one = first + accelerator.process_index < len(items)
+            result, error = attempt(lambda: next(own)) if has_one else (None, None)
+            yield from exchange(accelerator, [result] if has_one else [], error)
+
+
+def share_of(accelerator: Accelerator, items: Sequence[Item]) -> Sequence[Item]:
+    """What this process works on in `share_out`."""
+    return items[accelerator.process_index :: accelerator.num_processes]
+
+
+def agreed(
+    accelerator: Processes,
+    find: Callable[[], Result],
+    words: Callable[[Result], str],
+    remedy: str = "the photos, --class_data_dir and --output_dir must be on a disk that all machines share.",
+) -> Result:
+    """What each process finds by itself, in `words` the same as on the main process.
+
+    Raises UserError on all processes where one finds something else, as they would train different adapters or wait
+    for one that is gone: it names the lines of `words` that differ, and the `remedy`. An error of `find` in one process
+    is raised on all.
+    """
+    if accelerator.num_processes == 1:
+        return find()
+    found, error = attempt(find)
+    told = exchange(accelerator, [] if error else [words(found)], error)
+    other = next((number for number, said in enumerate(told) if said != told[0]), None)
+    if other is not None:
+        theirs, ours = lines_without(told[0], told[other]), lines_without(told[other], told[0])
+        raise UserError(f"process {other} has {theirs}, and the main process {ours}: {remedy}")
+    return found
+
+
+def lines_without(others: str, own: str) -> str:
+    """The lines of `own` that are not in `others`, as one."""
+    return ", ".join(line for line in own.splitlines() if line not in others.splitlines())
+
+
+class Ending(NamedTuple):
+    """How the work of a process ended before its time: with an error of this `text`, or by a stop."""
+
+    is_stop: bool
+    text: str
+
+    @classmethod
+    def of(cls, error: Exception | None) -> "Ending | None":
+        return None if error is None else cls(isinstance(error, StopRequestedError), str(error) or type(error).__name__)
+
+    def heard_from(self, process: int) -> Exception:
+        """The error to raise on the other processes."""
+        if self.is_stop:
+            return StopRequestedError()
+        return UserError(f"{f'process {process}' if process else 'the main process'} ended: {self.text}")
+
+
+def attempt(work: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
+    """The result, or the error."""
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
+
+
+def exchange(accelerator: Processes, own: list[Result], error: Exception | None) -> list[Result]:
+    """The results of all processes, in their order. If one has an `error`, it is raised on all; an error is more than
+    a stop, and each process raises its own."""
+    ending = Ending.of(error)
+    told = [(own, ending)]
+    if accelerator.num_processes > 1:
+        with others_present():
+            told = gather_object(told)
+    endings = [(process, ended) for process, (_, ended) in enumerate(told) if ended is not None]
+    if not endings:
+        return [result for results, _ in told for result in results]
+    process, worst = min(endings, key=lambda found: found[1].is_stop)
+    raise error if ending is not None and ending.is_stop == worst.is_stop else worst.heard_from(process)
+
+
+@contextmanager
+def others_present() -> Iterator[None]:
+    """Within it the processes exchange values. Raises UserError when one has gone, as when it was killed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"another process of this run has gone ({one_line(error, 100)}): its own last line says why. "
+            "start again, with --resume_from_checkpoint latest if it had a checkpoint."
+        ) from error
+
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = timedelta(days=7)
+"""How long a process waits for the others: class images and pictures of a large base can take hours."""
+
+
+SHARDING = {
+    "FSDP": "ACCELERATE_USE_FSDP",
+    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
+    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
+}
+"""Name in accelerate -> environment variable that asks for it."""
+
+ONE_PROCESS = (
+    "this is the only process: on CPUs without MPI, accelerate starts several by "
+    "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 …`"
+)
+
+
+def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
+    """Device, processes and precision: from `--mixed_precision`, else from `accelerate launch`, else fp32.
+
+    Raises UserError for settings of accelerate that cannot work.
+    """
+    check_bf16(config)
+    refuse_sharding(os.environ)
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    run_dir.path.mkdir(parents=True, exist_ok=True)
+    clean_stale(run_dir.path)
+    folders = ProjectConfiguration(str(run_dir.path), str(run_dir.path / config.logging_dir))
+    tracker = None if config.report_to in (None, "none") else config.report_to
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=tracker,
+            project_config=folders,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `TrainStep` divides
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
+    except ValueError as error:
+        raise UserError(refusal(config.mixed_precision, one_line(error, 300))) from error
+    if accelerator.mixed_precision not in DTYPES:
+        raise UserError(
+            f"`accelerate config` or the environment asks for the precision {accelerator.mixed_precision}: give "
+            "--mixed_precision no, fp16 or bf16."
+        )
+    check_world_size(os.environ, accelerator.num_processes)
+    if accelerator.num_processes == 1 and asked_for_more(os.environ):
+        logger.warning(ONE_PROCESS)
+    if accelerator.device.type == "cpu":  # a GPU run should return this memory, which it no longer needs
+        keep_freed_memory()
+    return accelerator
+
+
+def joined() -> PartialState:
+    """The processes that a launcher started, before their precision is known; `make_accelerator` goes on with them.
+
+    Raises UserError where accelerate does not join them.
+    """
+    refuse_sharding(os.environ)
+    try:
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
+    except ValueError as error:
+        raise UserError(refusal(None, one_line(error, 300))) from error
+    check_world_size(os.environ, state.num_processes)
+    return state
+
+
+def refuse_sharding(environment: Mapping[str, str]) -> None:
+    """Raises UserError when `accelerate config` or `launch` asks to shard the model."""
+    for name, variable in SHARDING.items():
+        if environment.get(variable, "false").lower() in ("true", "1"):
+            raise UserError(
+                f"accelerate is set to {name}: adapters need no sharding; use accelerate launch --multi_gpu."
+            )
+
+
+def check_world_size(environment: Mapping[str, str], num_processes: int) -> None:
+    """Raises UserError when a launcher started processes that accelerate does not join."""
+    started = environment.get("WORLD_SIZE", "")
+    if started.isdigit() and int(started) != num_processes:
+        raise UserError(
+            f"{started} processes were started (WORLD_SIZE) and accelerate joins {num_processes}: "
+            "use accelerate launch --multi_gpu, or start one process."
+        )
+
+
+def refusal(mixed_precision: str | None, said: str) -> str:
+    """accelerate's message, with the source of the wrong value: the flag, or accelerate's own settings."""
+    if mixed_precision is not None and "precision" in said:
+        return f"--mixed_precision {mixed_precision}: {said}"
+    return f"accelerate says: {said.rstrip('.')}; look at `accelerate config` and at ACCELERATE_… in the environment."
+
+
+def asked_for_more(environment: Mapping[str, str]) -> bool:
+    """Whether several processes were asked for and only one started: `accelerate launch --cpu --num_processes
+    2` without MPI."""
+    wants_cpu = environment.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
+    return wants_cpu and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment
+
+
+def chosen_seed(config: TrainConfig, accelerator: Accelerator) -> int:
+    """`--seed`, or a random one that all processes share. It is saved, so that the run can be resumed."""
+    seeds = [config.seed if config.seed is not None else SystemRandom().randrange(2**31)]
+    return on_main(accelerator, lambda: seeds[0])
+
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

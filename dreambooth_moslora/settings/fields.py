@@ -1,0 +1,266 @@
+"""How a setting is described, converted and checked, with the names of layers in patterns.
+
+Names of layers in `--target_modules`, `--rank_pattern` and `--alpha_pattern`, without torch.
+
+to_q, attn1.to_q          layers whose path ends so: PEFT's own rule
+up_blocks.0.attentions.1  a block: its attention projections, as in B-LoRA and diffusers' scripts
+down_blocks.2.*, *conv1   `*` matches anything: every layer whose path, or the end of it, matches
+blora_style               another name of a block
+
+In a pattern a block stands for all its layers that have an adapter. A leading `unet.` is ignored.
+
+How a setting is described, converted and checked; `TrainConfig` is written with these functions.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import Field, field, fields
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from types import UnionType
+from typing import Any, NewType, get_args, get_type_hints
+
+from dreambooth_moslora.core.errors import UserError, is_number
+from dreambooth_moslora.settings.subjects import SubjectTable, to_tables
+
+ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
+BLOCKS = {"blora_content": "up_blocks.0.attentions.0", "blora_style": "up_blocks.0.attentions.1"}
+"""B-LoRA (Frenkel et al. 2024, arXiv 2403.14572): the blocks of SDXL that hold content and style."""
+PATTERN = re.compile(r"\s*(?P<name>[^=:\s]+)\s*[=:]\s*(?P<value>\S+)\s*")
+
+
+def is_target(path: str, name: str) -> bool:
+    """Whether `name` in `--target_modules` gives the layer at `path` an adapter."""
+    name = full_name(name)
+    return is_like(path, name) or (path.startswith(f"{name}.") and any(is_like(path, end) for end in ATTENTION))
+
+
+def is_adapted(path: str, names: Iterable[str]) -> bool:
+    """Whether the layer at `path` gets an adapter by any of the names in `--target_modules`."""
+    return any(is_target(path, name) for name in names)
+
+
+def is_meant(path: str, name: str) -> bool:
+    """Whether `name` in a pattern matches the layer at `path`."""
+    name = full_name(name)
+    return is_like(path, name) or path.startswith(f"{name}.")
+
+
+def full_name(name: str) -> str:
+    return BLOCKS.get(name, name.removeprefix("unet."))
+
+
+def is_like(path: str, name: str) -> bool:
+    """Whether the path, or its end after a dot, matches the name."""
+    if "*" in name:
+        return fnmatchcase(path, name) or fnmatchcase(path, f"*.{name}")
+    return f".{path}".endswith(f".{name}")
+
+
+def parse_pattern(flag: str, text: str) -> tuple[str, float]:
+    """`down_blocks.2.*=8`, or with a colon -> (name, value); a rank must be an integer. Raises UserError."""
+    match = PATTERN.fullmatch(text)
+    try:
+        value = float(match["value"]) if match else math.nan
+    except ValueError:
+        value = math.nan
+    is_rank = flag == "rank_pattern"
+    if match is None or not 0 < value <= 1e6 or (is_rank and not (value.is_integer() and value <= 4096)):
+        kind = "a whole number from 1 to 4096" if is_rank else "a number above 0"
+        raise UserError(f"--{flag} {text}: expected a layer's name and {kind}, such as down_blocks.2.*=8.")
+    return match["name"], value
+
+
+def pattern_value(patterns: Iterable[str], flag: str, path: str) -> float | None:
+    """The value of the first pattern that matches the layer; None when none does."""
+    values = (parse_pattern(flag, text) for text in patterns)
+    return next((value for name, value in values if is_meant(path, name)), None)
+
+
+def is_text_projection(path: str) -> bool:
+    """Whether the UNet's layer at `path` projects the text: to_k and to_v of cross-attention."""
+    return path.endswith((".attn2.to_k", ".attn2.to_v"))
+
+
+GROUPS = (
+    "base model",
+    "photos",
+    "prior preservation",
+    "adapter",
+    "training",
+    "optimizer",
+    "memory and speed",
+    "samples and evaluation",
+    "run folder",
+    "hub",
+)
+
+MOST = 10**9
+"""Upper bound of integers without a bound of their own: larger ones are typing errors."""
+
+Prompt = NewType("Prompt", str)
+"""Text that may hold commas. A list of prompts is not split at commas; a list of names is."""
+FieldType = tuple[Any, bool]
+"""(bool, int, float, str, tuple for names, Prompt or SubjectTable for several of them; whether None is allowed)."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+    required: bool = False,
+    secret: bool = False,
+) -> Any:
+    """A dataclass field with its help, bounds (low <= value <= high, above < value < below) and choices.
+
+    A `required` setting must be given as a flag or in a file. A `secret` one is never written to a file.
+    """
+    bounds = {"low": low, "above": above, "high": high, "below": below}
+    facts = {"help": help, "group": group, "bounds": bounds, "choices": choices}
+    return field(default=default, metadata={**facts, "required": required, "secret": secret})
+
+
+def grouped(group: str) -> partial:
+    """`option` for the fields in one group of the help."""
+    if group not in GROUPS:
+        raise KeyError(group)
+    return partial(option, group=group)
+
+
+def field_types(owner: type) -> dict[str, FieldType]:
+    """The type of each field of a dataclass, by name."""
+    hints = get_type_hints(owner)
+    return {item.name: field_type(hints[item.name]) for item in fields(owner)}
+
+
+def field_type(hint: Any) -> FieldType:
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    kind = next(k for k in kinds if k is not type(None))
+    if kind not in (bool, int, float, str):
+        kind = next((item for item in (Prompt, SubjectTable) if item in get_args(kind)), tuple)
+    return kind, type(None) in kinds
+
+
+def convert(name: str, value: Any, kind: FieldType) -> Any:
+    """A value from Python, TOML, JSON or the command line, converted to the field's type. Raises UserError."""
+    base, optional = kind
+    if value is None and optional:
+        return None
+    converted = CONVERTERS[base](value)
+    if converted is None:
+        raise UserError(f"--{name} {value!r}: {NO_TEXT if is_undecodable(value) else f'expected {EXPECTED[base]}'}.")
+    return converted
+
+
+def to_bool(value: Any) -> bool | None:
+    words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+    return value if isinstance(value, bool) else words.get(value.lower()) if isinstance(value, str) else None
+
+
+def to_int(value: Any) -> int | None:
+    if isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+        return int(value) if isinstance(value, int) else int(number) if number.is_integer() else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def to_float(value: Any) -> float | None:
+    try:
+        return None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def to_str(value: Any) -> str | None:
+    return str(value) if isinstance(value, (str, Path)) and is_text(str(value)) else None
+
+
+def is_undecodable(value: Any) -> bool:
+    return isinstance(value, (str, Path)) and not is_text(str(value))
+
+
+def is_text(value: str) -> bool:
+    """False for NUL and for undecodable bytes: they cannot be written into the run's files."""
+    return "\0" not in value and value == value.encode("utf-8", "replace").decode()
+
+
+def to_prompts(value: Any) -> tuple[str, ...] | None:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not all(to_str(text) is not None for text in texts):
+        return None
+    return tuple(text.strip() for text in texts if text.strip())
+
+
+def to_words(value: Any) -> tuple[str, ...] | None:
+    texts = to_prompts(value)
+    return None if texts is None else to_prompts(",".join(texts).split(","))
+
+
+CONVERTERS = {bool: to_bool, int: to_int, float: to_float, str: to_str, tuple: to_words, Prompt: to_prompts} | {
+    SubjectTable: to_tables
+}
+NO_TEXT = "not valid UTF-8, or with a NUL, so that no file of the run can hold it; write or rename it in UTF-8"
+EXPECTED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple: "a list of names, separated by commas",
+    Prompt: "a list of prompts",
+    SubjectTable: "a folder of folders, a JSON file, or [[subjects]] tables",
+}
+
+
+def check_limits(item: Field, value: Any) -> None:
+    """Raises UserError with the wrong number and the bound it breaks."""
+    facts = item.metadata
+    if value is None or value == item.default:
+        return
+    if facts["choices"] and value not in facts["choices"]:
+        raise UserError(f"--{item.name} {value}: choose one of {', '.join(facts['choices'])}.")
+    if is_number(value):
+        check_number(item.name, value, **facts["bounds"])
+
+
+def check_number(
+    name: str,
+    value: float,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Raises UserError, which begins with `--name`, for a number that is not finite or breaks a bound."""
+    if value != value or value in (float("inf"), float("-inf")):
+        raise UserError(f"--{name} {value}: must be a finite number.")
+    if low is not None and value < low:
+        raise UserError(f"--{name} {value:g}: must be at least {low:g}.")
+    if above is not None and value <= above:
+        raise UserError(f"--{name} {value:g}: must be more than {above:g}.")
+    if high is None and isinstance(value, int):
+        high = MOST
+    if high is not None and value > high:
+        raise UserError(f"--{name} {value:g}: must be at most {high:g}.")
+    if below is not None and value >= below:
+        raise UserError(f"--{name} {value:g}: must be less than {below:g}.")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that the user probably meant."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    containing = sorted((k for k in known if len(name) > 3 and k.startswith(name)), key=len)
+    return containing[0] if containing else close[0] if close else None

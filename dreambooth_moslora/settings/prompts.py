@@ -1,0 +1,189 @@
+"""Prompts: their token and class, what to draw during training, and the evaluation templates.
+
+The DreamBooth templates are the 25 for objects and the 25 for animals of Ruiz et al. 2023 (arXiv 2208.12242,
+google/dreambooth). `{}` stands for "token class", or for the class alone.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import combinations, count, islice, permutations, product
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.names import TOY_CONTEXT_TEMPLATES, is_toy
+from dreambooth_moslora.settings.subjects import each_subject
+from dreambooth_moslora.settings.table import TrainConfig
+
+PLACES = (
+    "in the jungle",
+    "in the snow",
+    "on the beach",
+    "on a cobblestone street",
+    "on top of pink fabric",
+    "on top of a wooden floor",
+    "with a city in the background",
+    "with a mountain in the background",
+    "with a blue house in the background",
+    "on top of a purple rug in a forest",
+)
+OBJECT_PLACES = (
+    "with a wheat field in the background",
+    "with a tree and autumn leaves in the background",
+    "with the Eiffel Tower in the background",
+    "floating on top of water",
+    "floating in an ocean of milk",
+    "on top of green grass with sunflowers around it",
+    "on top of a mirror",
+    "on top of the sidewalk in a crowded street",
+    "on top of a dirt road",
+    "on top of a white rug",
+)
+OUTFITS = (
+    "wearing a red hat",
+    "wearing a santa hat",
+    "wearing a rainbow scarf",
+    "wearing a black top hat and a monocle",
+    "in a chef outfit",
+    "in a firefighter outfit",
+    "in a police outfit",
+    "wearing pink glasses",
+    "wearing a yellow shirt",
+    "in a purple wizard outfit",
+)
+LOOKS = ("red", "purple", "shiny", "wet", "cube shaped")
+DREAMBOOTH_OBJECT_TEMPLATES = (*(f"a {{}} {p}" for p in PLACES + OBJECT_PLACES), *(f"a {look} {{}}" for look in LOOKS))
+DREAMBOOTH_LIVE_TEMPLATES = (*(f"a {{}} {p}" for p in PLACES + OUTFITS), *(f"a {look} {{}}" for look in LOOKS))
+OPENING = re.compile(r"^(?:(?:an?|the|this)\s+)?(?:photo|picture|photograph|image|painting|drawing)s?\s+of\s+", re.I)
+ARTICLE = re.compile(r"^(?:an?|the|one|my)\s+", re.I)
+CONTEXT = re.compile(r"\s(?:in|on|at|with|near|under|beside|by|over|wearing|floating|from)\s.*$|[,.;].*$", re.I)
+USUAL_WORD = "TOK"
+"""diffusers' scripts use this word in prompts for new tokens."""
+CONTEXT_TEMPLATES = (
+    "a {} on the beach",
+    "a {} in the snow",
+    "a {} with a city in the background",
+    "a {} in the jungle",
+)
+
+MOST_PAIRS = 6
+"""Most pairs of subjects that are drawn together."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """`a photo of sks dog` -> token `sks`, class word `dog`, words `sks dog`. Each may be empty."""
+
+    token: str
+    class_word: str
+
+    @property
+    def words(self) -> str:
+        return f"{self.token} {self.class_word}".strip()
+
+
+def subject_of(config: TrainConfig) -> Subject:
+    """The token and class word of a run's one subject: as given, else the words of the instance prompt that the
+    class prompt lacks."""
+    words = noun_of(config.instance_prompt).split()
+    kind = noun_of(config.class_prompt).split() if config.class_prompt else []
+    if token := (config.token or "").strip():
+        place = word_pattern(token).search(config.instance_prompt)
+        found = Subject(token, noun_of(config.instance_prompt[place.end() :]) if place else "")
+    elif kind and words[-len(kind) :] == kind:
+        found = Subject(" ".join(words[: -len(kind)]), " ".join(kind))
+    else:
+        found = Subject(" ".join(words[:1]), " ".join(words[1:]))
+    return Subject(found.token, config.class_word if config.class_word is not None else found.class_word)
+
+
+def noun_of(prompt: str) -> str:
+    """`A photo of a sks dog on the beach` -> `sks dog`."""
+    return CONTEXT.sub("", ARTICLE.sub("", OPENING.sub("", prompt.strip()))).strip()
+
+
+def class_word_of(config: TrainConfig) -> str:
+    """The class word, of the first subject if there are several."""
+    return subject_of(each_subject(config)[0]).class_word
+
+
+def trigger_words(config: TrainConfig) -> tuple[str, ...]:
+    """The words that call each subject in a prompt."""
+    found = (subject_of(subject).words for subject in each_subject(config))
+    return tuple(words for words in found if words)
+
+
+def word_pattern(word: str) -> re.Pattern:
+    """Matches the word, but not inside a longer one."""
+    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)")
+
+
+def learnt_words(config: TrainConfig) -> tuple[str, ...]:
+    """The word of each subject that its new tokens stand for in prompts; none for a run without new tokens.
+
+    Raises UserError unless each instance prompt has its word, no class prompt has one, and no word is part of another.
+    """
+    if not config.train_text_encoder_ti:
+        return ()
+    subjects = each_subject(config)
+    words = tuple(map(learnt_word, subjects))
+    for one, other in permutations(words, 2):
+        if word_pattern(one).search(other):
+            raise UserError(f"--train_text_encoder_ti: {one!r}, {other!r}: each subject needs a rare word of its own.")
+    for word, subject in product(words, subjects):
+        for prompt in (subject.class_prompt or "", *subject.prior_prompts):
+            if word_pattern(word).search(prompt):
+                raise UserError(f"--token_abstraction {word}: it is in a prompt of the class too, {prompt!r:.60}.")
+    return words
+
+
+def learnt_word(config: TrainConfig) -> str:
+    """The word of a run's one subject. Raises UserError unless the instance prompt has it."""
+    usual = USUAL_WORD if word_pattern(USUAL_WORD).search(config.instance_prompt) else subject_of(config).token
+    word = (config.token_abstraction or usual).strip()
+    if "," in word:
+        raise UserError(f"--token_abstraction {word}: one word is learnt; give one.")
+    if not word or not word_pattern(word).search(config.instance_prompt):
+        raise UserError(f"--token_abstraction: the instance prompt has no word {word or USUAL_WORD!r} to be learnt.")
+    return word
+
+
+def token_names(counts: Iterable[int]) -> list[list[str]]:
+    """Names of the new tokens of each word, which has so many, as in diffusers' scripts: `<s0>`, `<s1>` and so on."""
+    numbers = count()
+    return [[f"<s{next(numbers)}>" for _ in range(of_one)] for of_one in counts]
+
+
+def spellings_of(counts: Mapping[str, int]) -> dict[str, str]:
+    """Each word with its new tokens: `{"sks": 2}` -> `{"sks": "<s0><s1>"}`."""
+    return dict(zip(counts, map("".join, token_names(counts.values()))))
+
+
+def spelled(prompt: str, spellings: Mapping[str, str]) -> str:
+    """The prompt with each word replaced by its new tokens."""
+    if not spellings:
+        return prompt
+    longest_first = "|".join(map(re.escape, sorted(spellings, key=len, reverse=True)))
+    return re.sub(rf"(?<!\w)(?:{longest_first})(?!\w)", lambda found: spellings[found[0]], prompt)
+
+
+def joined(*parts: str) -> str:
+    """Join parts of a caption by spaces, but without a space before a comma."""
+    return " ".join(filter(None, parts)).replace(" ,", ",")
+
+
+def validation_prompts(config: TrainConfig) -> tuple[str, ...]:
+    """The prompts that are drawn during training at fixed seeds."""
+    return tuple(dict.fromkeys(one.validation_prompt or one.instance_prompt for one in each_subject(config)))
+
+
+def context_prompts(config: TrainConfig) -> tuple[str, ...]:
+    """New contexts for each subject, which show what the adapter can do beyond the photos; then pairs of subjects."""
+    templates = TOY_CONTEXT_TEMPLATES if is_toy(config.pretrained_model_name_or_path) else CONTEXT_TEMPLATES
+    names = [subject_of(one).words or one.instance_prompt for one in each_subject(config)]
+    return (*(template.format(name) for name in names for template in templates), *together_prompts(config))
+
+
+def together_prompts(config: TrainConfig) -> tuple[str, ...]:
+    """Prompts with two subjects, for the first MOST_PAIRS pairs; none for one subject."""
+    pairs = combinations(trigger_words(config), 2)
+    return tuple(f"a photo of a {one} and a {other}" for one, other in islice(pairs, MOST_PAIRS))

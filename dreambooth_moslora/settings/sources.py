@@ -1,0 +1,334 @@
+"""Where settings come from: TOML and JSON files, the recipe in an adapter's header, another trainer's header.
+
+Settings in files: TOML for recipes that people write, JSON for the `train_config.json` of a run.
+
+The recipe of a run: the settings that an adapter file publishes.
+
+They are numbers, switches, choices and names of layers. Paths, prompts and words are left out, and settings
+of the machine that do not shape the weights.
+
+`--like FILE`: the settings in the header of a published adapter file, this program's or kohya's (`ss_*`).
+
+    file --recipe_in_file--> FoundRecipe --unless_given--> settings
+
+Anyone may have written the header: only settings of `settings.sources` are used, and each is checked. Flags
+and a --config file override them, and on the page what its form says.
+"""
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.names import find_asset
+from dreambooth_moslora.disk.adapter_files import header_of
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
+from dreambooth_moslora.settings.table import REMOVED, SVD, TrainConfig, checked_setting
+
+TOO_DEEP = "it is nested too deeply"
+
+
+def load_settings(path: Path | str) -> dict[str, Any]:
+    """The file's settings by name. Tables are flattened: `[training] seed = 1` becomes `seed = 1`. Raises UserError."""
+    try:
+        return flatten(read_tables(path), Path(path))
+    except RecursionError:
+        raise UserError(f"--config {path}: {TOO_DEEP}.") from None
+
+
+def read_tables(path: Path | str) -> dict[str, Any]:
+    """The content of a --config file, with its tables. Raises UserError."""
+    path = Path(find_asset(str(path)))
+    return parsed(path, f"--config {path}")
+
+
+def read_json_table(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError."""
+    return parsed(path, str(path))
+
+
+def parsed(path: Path, called: str) -> dict[str, Any]:
+    """The file's names and values. Raises UserError for a bad file; the message begins with `called`."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{called}: {reason_of(error)}.") from error
+    try:
+        values = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
+        raise UserError(f"{called} is not valid {kind}: {error}.") from error
+    except RecursionError:
+        raise UserError(f"{called}: {TOO_DEEP}.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{called}: expected names and values, found a {type(values).__name__}.")
+    return values
+
+
+def reason_of(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    return error.strerror if isinstance(error, OSError) and error.strerror else "it is not a text file"
+
+
+def flatten(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Nested tables as one table. Raises UserError for a name that is given twice."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = flatten(value, path) if isinstance(value, dict) else {name.replace("-", "_"): value}
+        if twice := flat.keys() & inner.keys():
+            raise UserError(f"--config {path}: {', '.join(sorted(twice))} is given twice.")
+        flat |= inner
+    return flat
+
+
+LAYERS = ("target_modules", "rank_pattern", "alpha_pattern")
+RECIPE = (
+    *("shuffle_caption", "keep_tokens", "caption_dropout", "repeats", "resolution"),
+    *("enable_bucket", "bucket_reso_steps", "center_crop", "random_flip", "crops_per_photo"),
+    *("crop_zoom", "image_interpolation_mode", "alpha", "unmasked_weight", "masks"),
+    *("with_prior_preservation", "prior", "num_class_images", "prior_loss_weight", "rank"),
+    *("lora_alpha", "use_rslora", "lora_dropout", "use_dora", "mixer", "train_mixer"),
+    *("mixer_lr_scale", "train_text_encoder", *LAYERS, "seed", "train_batch_size"),
+    *("gradient_accumulation_steps", "num_train_epochs", "max_train_steps"),
+    *("exposures_per_photo", "learning_rate", "text_encoder_lr", "scale_lr", "lr_scheduler"),
+    *("lr_warmup_steps", "lr_num_cycles", "lr_power", "snr_gamma", "timestep_bias_strategy"),
+    *("timestep_bias_multiplier", "timestep_bias_portion", "do_edm_style_training"),
+    *("max_grad_norm", "optimizer", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("adam_weight_decay", "adam_weight_decay_text_encoder", "prodigy_beta3", "prodigy_decouple"),
+    *("prodigy_use_bias_correction", "prodigy_safeguard_warmup", "mixed_precision"),
+    *("base_quantization", "gradient_checkpointing"),
+)
+"""Names of settings. Add a new one here, or below, only if it cannot hold text of the user's."""
+TOLD_IF_CHANGED = (
+    *("noise_offset", "loss_type", "huber_c", "huber_schedule", "debiased_estimation_loss"),
+    *("use_ema", "ema_decay", "captions", "cache_cross_attention"),
+    *("train_text_encoder_ti", "train_text_encoder_ti_frac", "num_new_tokens_per_abstraction"),
+    *("basis", "instance_prompt_share"),
+    *("sample_batch_size", "prior_generation_precision", "caching", "allow_tf32", "compile"),
+)
+"""Settings that are published only if they differ from the default, so that other files keep their bytes."""
+DEFAULTS = TrainConfig().to_dict()
+MOST_LETTERS = 50_000
+"""Of a list of layers: every layer of SDXL by name takes less."""
+LAYER = re.compile(r"[A-Za-z0-9_.*\[\]?-]{1,100}([=:][0-9.e+]{1,20})?")
+
+
+def recipe_of(config: TrainConfig) -> dict[str, Any]:
+    """JSON-ready values of the settings in RECIPE that are set."""
+    settings = config.to_dict()
+    for name in LAYERS:
+        settings[name] = [text for text in settings[name] if LAYER.fullmatch(text)]
+    if settings["basis"] != SVD:  # a file's name is the user's
+        settings["basis"] = None
+    if settings["caching"] == "disk":  # the bytes are those of "memory"
+        settings["caching"] = DEFAULTS["caching"]
+    changed = [name for name in TOLD_IF_CHANGED if settings[name] != DEFAULTS[name]]
+    return {name: settings[name] for name in (*RECIPE, *changed) if settings[name] is not None}
+
+
+def checked_recipe(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The valid settings that are in RECIPE, converted; and an error line for each of the others."""
+    taken, wrong = {}, []
+    for name, value in values.items():
+        try:
+            taken[name] = checked_alone(name, value)
+        except UserError as error:
+            wrong.append(one_line(str(error).rstrip("."), 100))
+    return taken, wrong
+
+
+def checked_alone(name: str, value: Any) -> Any:
+    """The converted value. Raises UserError for a name that is not in RECIPE, and for an invalid value."""
+    if name in REMOVED:
+        raise UserError(f"`{name}`: {REMOVED[name]}")
+    if name not in (*RECIPE, *TOLD_IF_CHANGED):
+        raise UserError(f"`{name:.40}` is not a setting of a recipe")
+    if name in LAYERS and len(str(value)) > MOST_LETTERS:
+        raise UserError(f"--{name} names too many layers")
+    found = getattr(TrainConfig(class_prompt="a class", **{name: value}), name)
+    if name == "basis" and found not in (None, SVD):
+        raise UserError("--basis names a file")
+    if name in LAYERS and not all(LAYER.fullmatch(text) for text in found):
+        raise UserError(f"--{name} names no layers")
+    return found
+
+
+UNSET = ("", "None", "{}", "[]")
+OFF = (*UNSET, "False", "0", "0.0")
+FACT = re.compile(
+    r"ss_(sd_|new_sd_|vae_|new_vae_|session_|training_|output_name|dataset|bucket_info|reg_dataset|tag_freq"
+    r"|v2$|base_model_version|steps$|epoch$|num_(train|reg)_images|num_batches|network_module|cache_latents"
+    r"|lowram|full_fp16|max_token_length|total_batch_size)"
+)
+"""Keys of kohya's that state facts, not settings."""
+STEPS = ("max_train_steps", "exposures_per_photo")
+REPLACED = {
+    **dict.fromkeys((*STEPS, "num_train_epochs"), STEPS),
+    "do_edm_style_training": ("snr_gamma", "debiased_estimation_loss", "loss_type"),
+    "snr_gamma": ("debiased_estimation_loss",),
+    "debiased_estimation_loss": ("snr_gamma",),
+    "memory": ("mixed_precision", "gradient_checkpointing", "base_quantization", "cache_cross_attention"),
+}
+"""A given setting -> settings of the file that it replaces."""
+
+
+@dataclass(frozen=True)
+class FoundRecipe:
+    """A header's recipe: valid `settings`, kohya's keys `without_equivalent` here, a line for each `invalid` value."""
+
+    settings: dict[str, Any]
+    without_equivalent: tuple[str, ...] = ()
+    invalid: tuple[str, ...] = ()
+
+    @property
+    def remarks(self) -> list[str]:
+        """Lines about what could not be taken."""
+        lines = []
+        if self.without_equivalent:
+            lines.append(f"without an equivalent here: {one_line(', '.join(self.without_equivalent), 600)}")
+        if self.invalid:
+            lines.append(f"ignored, as they are invalid: {one_line('; '.join(self.invalid), 600)}")
+        return lines
+
+
+def settings_like(path: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The settings of the file's recipe that are not `given`, and lines about them. `path` may be a run folder.
+
+    Raises UserError for a file without a recipe, or that is not a safetensors file.
+    """
+    try:
+        found = recipe_in_file(place_of(path))
+    except UserError as error:
+        raise UserError(f"--like {path}: {error}.") from error
+    settings = unless_given(found.settings, given)
+    return settings, [
+        f"settings like {Path(path).name}: {len(settings)} (--like; flags and --config win)",
+        *found.remarks,
+    ]
+
+
+def place_of(path: str) -> Path:
+    """The file; for a run folder, its published one. Raises UserError when there is none."""
+    file = Path(os.path.expanduser(path))
+    try:
+        file = file / PUBLISHED_NAME if file.is_dir() else file
+        if file.is_file():
+            return file
+    except (OSError, ValueError) as error:
+        raise UserError(f"it is not a safetensors file: {one_line(error)}") from None
+    raise UserError("there is no such file")
+
+
+def recipe_in_file(file: Path) -> FoundRecipe:
+    """The recipe in the file's header. Raises UserError for a file without one, and for another kind of file."""
+    return recipe_in(header_of(file))
+
+
+def recipe_in(header: Mapping[str, str]) -> FoundRecipe:
+    """This program's recipe, else kohya's settings. Raises UserError for a header with neither, and for one
+    without a valid setting."""
+    try:
+        facts = json.loads(header.get("moslora", "{}"))
+    except (ValueError, RecursionError):
+        facts = {}
+    ours = facts.get("recipe") if isinstance(facts, dict) else None
+    values, meaningless = (ours, []) if isinstance(ours, dict) else from_kohya(header)
+    if not values:
+        raise UserError("its header holds no recipe, neither ours nor kohya's (ss_*)")
+    settings, wrong = checked_recipe(values)
+    if not settings:
+        raise UserError(f"none of its settings is valid: {one_line('; '.join(wrong))}")
+    basis = facts.get("basis") if isinstance(facts, dict) else None
+    if isinstance(basis, dict) and basis.get("kind") == "file":
+        wrong = [*wrong, "its basis is a file, which --basis must name"]
+    return FoundRecipe(settings, tuple(meaningless), tuple(wrong))
+
+
+def unless_given(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are not `given` themselves or replaced by given ones. Raises UserError for a wrong value."""
+    gone = set()
+    for setting, names in REPLACED.items():
+        if setting in given and checked_setting(setting, given[setting]):
+            gone |= set(names)
+    return {name: value for name, value in settings.items() if name not in gone | given.keys()}
+
+
+def from_kohya(header: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """Values of the `ss_*` keys that have an equivalent, by this program's names, and the keys without one."""
+    values, meaningless = {}, []
+    for key in sorted(key for key in header if key.startswith("ss_") and not FACT.match(key)):
+        text = header[key].strip()
+        if key in KOHYA and text not in UNSET:
+            values |= KOHYA[key](text)
+        elif key not in KOHYA and text not in OFF:
+            meaningless.append(key)
+    if "(" in header.get("ss_optimizer", "").removesuffix("()"):
+        meaningless.append("the arguments in ss_optimizer")
+    return values, meaningless
+
+
+def named(name: str) -> Callable[[str], dict[str, Any]]:
+    return lambda text: {name: text}
+
+
+def side_of(text: str) -> dict[str, Any]:
+    """`(1024, 1024)` -> 1024; other shapes are kept, and fail the later check."""
+    sides = re.findall(r"\d{1,9}", text)
+    return {"resolution": sides[0] if len(set(sides)) == 1 else text}
+
+
+def optimizer_of(text: str) -> dict[str, Any]:
+    """`bitsandbytes.optim.adamw.AdamW8bit(weight_decay=0.1)` -> AdamW with 8-bit states."""
+    name = text.partition("(")[0].rpartition(".")[2]
+    if name.lower() == "adamw8bit":
+        return {"optimizer": "AdamW", "use_8bit_adam": True}
+    return {"optimizer": name}
+
+
+def first_number(text: str) -> dict[str, Any]:
+    """`[5e-05, 1e-05]` -> 5e-05, since both text encoders share one rate here."""
+    return {"text_encoder_lr": text.strip("[]").partition(",")[0]}
+
+
+KOHYA: dict[str, Callable[[str], dict[str, Any]]] = {
+    "ss_network_dim": named("rank"),
+    "ss_network_alpha": named("lora_alpha"),
+    "ss_network_dropout": named("lora_dropout"),
+    "ss_learning_rate": named("learning_rate"),
+    "ss_unet_lr": named("learning_rate"),  # sorted after ss_learning_rate, so it wins
+    "ss_text_encoder_lr": first_number,
+    "ss_max_train_steps": named("max_train_steps"),
+    "ss_num_epochs": named("num_train_epochs"),
+    "ss_lr_scheduler": named("lr_scheduler"),
+    "ss_lr_warmup_steps": named("lr_warmup_steps"),
+    "ss_optimizer": optimizer_of,
+    "ss_batch_size": named("train_batch_size"),
+    "ss_train_batch_size": named("train_batch_size"),
+    "ss_batch_size_per_device": named("train_batch_size"),
+    "ss_gradient_accumulation_steps": named("gradient_accumulation_steps"),
+    "ss_gradient_checkpointing": named("gradient_checkpointing"),
+    "ss_max_grad_norm": named("max_grad_norm"),
+    "ss_min_snr_gamma": named("snr_gamma"),
+    "ss_noise_offset": named("noise_offset"),
+    "ss_loss_type": named("loss_type"),
+    "ss_huber_c": named("huber_c"),
+    "ss_huber_schedule": named("huber_schedule"),
+    "ss_debiased_estimation": named("debiased_estimation_loss"),
+    "ss_prior_loss_weight": named("prior_loss_weight"),
+    "ss_resolution": side_of,
+    "ss_enable_bucket": named("enable_bucket"),
+    "ss_bucket_reso_steps": named("bucket_reso_steps"),
+    "ss_seed": named("seed"),
+    "ss_mixed_precision": named("mixed_precision"),
+    "ss_flip_aug": named("random_flip"),
+    "ss_shuffle_caption": named("shuffle_caption"),
+    "ss_keep_tokens": named("keep_tokens"),
+    "ss_caption_dropout_rate": named("caption_dropout"),
+}
+"""kohya's key -> the settings that it means. The values are not checked yet."""

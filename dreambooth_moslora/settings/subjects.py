@@ -1,0 +1,153 @@
+"""Several subjects in one run: their tables, from TOML, JSON or a folder of folders, and the configuration of each.
+
+    [[subjects]]                               --subjects photos
+    instance_data_dir = "photos/duck"          photos/sks duck/      "a photo of a sks duck", class
+                                                                     "a photo of a duck"
+    instance_prompt = "a photo of sks duck"    photos/sks duck.txt   or two lines: its prompt, its class prompt
+
+A table overrides the run's other settings. A run without tables has one subject, described by its settings.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.names import find_asset
+
+Config = TypeVar("Config")
+"""Stands for `core.config.TrainConfig`, which imports this file."""
+SAID_BY_SUBJECTS = (
+    *("instance_data_dir", "dataset_name", "instance_prompt", "class_prompt", "class_data_dir"),
+    *("validation_prompt", "token", "class_word", "mask_prompt", "token_abstraction", "initializer_concept"),
+)
+"""Settings in a file that `--subjects` on the command line replaces."""
+COUNTED = re.compile(r"^\d+_")
+"""kohya's `10_sks duck`: the number is ignored, since subjects are shown equally often."""
+
+
+@dataclass(frozen=True)
+class SubjectTable:
+    """The settings in which a subject differs from the run; None for the others."""
+
+    instance_data_dir: str | None = None
+    instance_prompt: str | None = None
+    class_prompt: str | None = None
+    class_data_dir: str | None = None
+    validation_prompt: str | None = None
+    token: str | None = None
+    class_word: str | None = None
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
+    mask_prompt: str | None = None
+    token_abstraction: str | None = None
+    initializer_concept: str | None = None
+
+    def to_dict(self) -> dict[str, str]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def to_tables(value: Any) -> tuple[SubjectTable, ...] | None:
+    """The tables of a folder, a JSON file or a list; None for anything else. Raises UserError."""
+    if isinstance(value, (str, Path)):
+        path = Path(find_asset(str(value)))
+        return to_tables(tables_in(path)) if path.suffix.lower() == ".json" else tables_of_folder(path)
+    if not isinstance(value, (list, tuple)) or not all(isinstance(one, (Mapping, SubjectTable)) for one in value):
+        return None
+    return tuple(one if isinstance(one, SubjectTable) else table_of(one) for one in value)
+
+
+def table_of(values: Mapping[str, Any]) -> SubjectTable:
+    """Raises UserError for an unknown setting."""
+    known = [item.name for item in fields(SubjectTable)]
+    if unknown := sorted(map(str, values.keys() - set(known))):
+        raise UserError(f"--subjects: a subject has no setting `{unknown[0]}`; it may have {', '.join(known)}.")
+    return SubjectTable(**values)
+
+
+def tables_in(path: Path) -> Any:
+    """The content of a JSON file: a list of tables, like other programs' --concepts_list. Raises UserError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"--subjects {path}: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--subjects {path} is not valid JSON: {error}.") from error
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise UserError(f"--subjects {path}: expected a list of subjects, each with its settings.")
+    return found
+
+
+def tables_of_folder(folder: Path) -> tuple[SubjectTable, ...]:
+    """One subject for each folder in `folder`, by name. Raises UserError."""
+    if not folder.is_dir():
+        raise UserError(f"--subjects {folder}: {'not a folder' if folder.exists() else 'no such folder or file'}.")
+    try:
+        folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"--subjects {folder}: {error.strerror}.") from error
+    if not folders:
+        raise UserError(f"--subjects {folder}: there is no folder in it; each subject has one, such as `sks dog`.")
+    return tuple(SubjectTable(str(path), *prompts_of(path)) for path in folders)
+
+
+def prompts_of(folder: Path) -> tuple[str, ...]:
+    """(instance prompt, class prompt): the lines of `name.txt` beside the folder, else from its name. Raises
+    UserError."""
+    file = folder.with_name(f"{folder.name}.txt")
+    if file.is_file():
+        try:
+            lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--subjects: {file} is not a text file.") from error
+        if len(lines) not in (1, 2):
+            raise UserError(f"--subjects: {file} needs one line, the prompt of the subject, or two, then its class.")
+        return tuple(lines)
+    token, *kind = COUNTED.sub("", folder.name).replace("_", " ").split() or [folder.name]
+    noun = " ".join(kind)
+    return (f"a photo of a {token} {noun}", f"a photo of a {noun}") if kind else (f"a photo of {token}",)
+
+
+def each_subject(config: Config) -> list[Config]:
+    """The configuration of each subject alone; the run's own if it has no tables."""
+    return [replace(config, subjects=(), **table.to_dict()) for table in config.subjects] or [config]
+
+
+def stream_of(name: str, number: int) -> str:
+    """The seed name for random draws of subject `number`, from 0; the first has that of a run with one subject."""
+    return f"{name} {number}" if number else name
+
+
+def check_subjects(config: Config) -> None:
+    """Raises UserError for incomplete tables, and for two subjects that cannot be told apart."""
+    defaults = {item.name: item.default for item in fields(config)}
+    for name in ("instance_data_dir", "dataset_name", "instance_prompt"):
+        if getattr(config, name) != defaults[name]:
+            raise UserError(f"--subjects and --{name}: each subject names its own; give one of the two.")
+    found = [checked_subject(config, number) for number in range(len(config.subjects))]
+    for name in ("instance_data_dir", "instance_prompt"):
+        values = [getattr(one, name) for one in found]
+        value, count = Counter(map(os.path.normpath, values) if name.endswith("_dir") else values).most_common(1)[0]
+        if count > 1:
+            raise UserError(f"--subjects: {count} of them have the {name} {value!r}; each needs its own.")
+    classes: dict[str, str | None] = {}
+    for one in found:
+        if one.class_data_dir and classes.setdefault(one.class_data_dir, one.class_prompt) != one.class_prompt:
+            raise UserError(f"--class_data_dir {one.class_data_dir}: two classes cannot share it.")
+
+
+def checked_subject(config: Config, number: int) -> Config:
+    """The configuration of one subject. Raises UserError for an incomplete or invalid table."""
+    table = config.subjects[number]
+    for name in ("instance_data_dir", "instance_prompt"):
+        if not str(getattr(table, name) or "").strip():
+            raise UserError(f"--subjects: number {number + 1} has no {name}.")
+    try:
+        return replace(config, subjects=(), **table.to_dict())
+    except UserError as error:
+        raise UserError(f"subject {number + 1} ({table.instance_data_dir}): {error}") from error

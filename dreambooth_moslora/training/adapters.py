@@ -1,0 +1,240 @@
+"""What a run learns: the adapters of the base's layers, and new tokens up to the pivot.
+
+The layers of the base that get an adapter, and the adapters themselves: fresh, from a file, or from a checkpoint.
+
+Pivotal tuning: new tokens are learnt beside the adapter up to a step, the pivot, and stay fixed after it.
+
+Only the rows of the new tokens are parameters; the encoders and their embedding tables are frozen. Prompts with
+the new word are encoded at each step before the pivot, and once after it.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import nn
+
+from dreambooth_moslora.adapters.basis import Basis, freeze_basis, put_basis
+from dreambooth_moslora.adapters.fused_linear import enable_fast_path
+from dreambooth_moslora.adapters.init_adapter import begin_with
+from dreambooth_moslora.adapters.lora_file import AdapterWeights
+from dreambooth_moslora.adapters.moslora import (
+    MoSLoraConfig,
+    adapter_layers,
+    inject,
+    matrix_layers,
+    narrowest_sides,
+    value_pattern,
+)
+from dreambooth_moslora.adapters.new_tokens import KEYS, TOKENIZERS, AttachedTokens, NewTokens, read_tokens
+from dreambooth_moslora.base.load import TextCond, encode_text
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.seeding import generator, seed_of
+from dreambooth_moslora.disk.run_folder import tokens_files
+from dreambooth_moslora.settings.fields import is_adapted
+from dreambooth_moslora.settings.prompts import learnt_words
+from dreambooth_moslora.settings.subjects import each_subject, stream_of
+from dreambooth_moslora.settings.table import ZERO, TrainConfig, rank_and_alpha, ranks_in_vain
+from dreambooth_moslora.training.checkpoint import load_adapter
+from dreambooth_moslora.training.encoder import PromptCache, TensorCache
+
+logger = logging.getLogger(__name__)
+
+TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def trained_modules(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> dict[str, nn.Module]:
+    """The modules that get adapters, by diffusers' names."""
+    names = ["unet", "text_encoder", "text_encoder_2"] if config.train_text_encoder else ["unet"]
+    return {name: getattr(pipeline, name) for name in names}
+
+
+def add_adapters(
+    config: TrainConfig,
+    components: dict[str, nn.Module],
+    checkpoint: Path | None = None,
+    *,
+    start: AdapterWeights | None = None,
+    basis: Basis | None = None,
+) -> None:
+    """Add an adapter to each of the modules (see `trained_modules`).
+
+    Adapters are loaded from `checkpoint`, or else fresh; fresh ones take the weights of the file `start`, if
+    given. With `basis`, the UNet's A and B are the basis's and frozen. Raises UserError for a checkpoint with an
+    adapter on other layers or another basis.
+    """
+    if checkpoint is not None:
+        facts = load_adapter(checkpoint, components)
+        check_same_layers(config, checkpoint, components)
+        if basis is not None and facts.basis.get("sha256") != basis.note["sha256"]:
+            raise UserError(f"--basis: {checkpoint.name} has another basis: resume with the same, or start a new run.")
+    for name, module in components.items():
+        if checkpoint is None:
+            paths, layers = target_paths(config, name, module), matrix_layers(module)
+            if line := ranks_in_vain(config, name, narrowest_sides({path: layers[path] for path in paths})):
+                logger.warning("%s", line)
+            torch.manual_seed(seed_of(config.seed, "adapter", name))
+            inject(module, adapter_config(config, name, paths))
+    if checkpoint is None and start is not None:
+        logger.warning("%s", begin_with(start, components).sentence())
+    if basis is not None:
+        begin_on_basis(basis, components["unet"], is_fresh=checkpoint is None)
+    for module in components.values():
+        if config.gradient_checkpointing:
+            enable_gradient_checkpointing(module)
+        enable_fast_path(module)
+
+
+def begin_on_basis(basis: Basis, unet: nn.Module, *, is_fresh: bool) -> None:
+    """Freeze A and B, and set them to the basis if the adapter is fresh. Raises UserError for a basis that does not
+    fit."""
+    if is_fresh:
+        try:
+            put_basis(basis, unet)
+        except UserError as error:
+            raise UserError(f"--basis: {error}.") from error
+    freeze_basis(unet)
+
+
+def target_paths(config: TrainConfig, component: str, module: nn.Module) -> list[str]:
+    """Paths of the component's layers that get an adapter."""
+    targets = config.target_modules if component == "unet" else TEXT_PROJECTIONS
+    return [path for path in matrix_layers(module) if is_adapted(path, targets)]
+
+
+def check_same_layers(config: TrainConfig, checkpoint: Path, components: dict[str, nn.Module]) -> None:
+    """Raises UserError when the checkpoint has an adapter on other layers than these settings ask for."""
+    for name, module in components.items():
+        differing = set(adapter_layers(module)) ^ set(target_paths(config, name, module))
+        if differing:
+            raise UserError(
+                f"--target_modules: {checkpoint.name} was trained on other layers, first {min(differing)}: "
+                "resume with the same, or start a new run."
+            )
+
+
+def adapter_config(config: TrainConfig, component: str, paths: list[str]) -> MoSLoraConfig:
+    """PEFT's settings for exactly these layers, each with its own rank and alpha."""
+    sizes = {path: rank_and_alpha(config, component, path) for path in paths}
+    rank, alpha = config.rank, config.rank if config.lora_alpha is None else config.lora_alpha
+    return MoSLoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern=value_pattern({path: r for path, (r, _) in sizes.items()}, rank),
+        alpha_pattern=value_pattern({path: a for path, (_, a) in sizes.items()}, alpha),
+        lora_dropout=config.lora_dropout,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+        target_modules="|".join(map(re.escape, paths)),
+        mixer=ZERO if config.basis else config.mixer,
+        train_mixer=config.train_mixer,
+        mixer_seed=config.seed,
+    )
+
+
+def enable_gradient_checkpointing(module: nn.Module) -> None:
+    """Turn on recomputation; diffusers and transformers name the method differently."""
+    name = "enable_gradient_checkpointing"
+    (getattr(module, name) if hasattr(module, name) else module.gradient_checkpointing_enable)()
+
+
+class LearntTokens:
+    """The new tokens of a run's subjects. `cached` encodes the prompts without them; `pivot` is the first step at which
+    they are fixed."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        pipeline: StableDiffusionXLPipeline,
+        cached: PromptCache,
+        total_steps: int,
+        checkpoint: Path | None,
+    ):
+        self.pipeline, self.cached = pipeline, cached
+        self.pivot = max(1, round(config.train_text_encoder_ti_frac * total_steps))
+        kept = [read_tokens(path) for path in tokens_files(checkpoint)] if checkpoint else []
+        started = kept or fresh_tokens(config, pipeline)
+        self.tokens = tuple(trainable(tokens, pipeline.text_encoder.device) for tokens in started)
+        self.attached = AttachedTokens(pipeline, self.tokens)
+        self.is_averaged = False
+        self._encoded = PromptCache(lambda prompts: encode_text(pipeline, prompts), TensorCache(), "")
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [rows for tokens in self.tokens for rows in tokens.rows.values()]
+
+    def fill_gradients(self) -> None:
+        """Set missing gradients to zero when no prompt had the word: all processes must average the same parameters."""
+        for rows in self.parameters:
+            if rows.grad is None:
+                rows.grad = torch.zeros_like(rows)
+
+    @contextmanager
+    def at_rest(self, step: int) -> Iterator[None]:
+        """From the pivot on, undo what the optimizer does to the rows in this block: Prodigy moves even a group
+        whose learning rate is 0."""
+        kept = [rows.detach().clone() for rows in self.parameters] if step >= self.pivot else []
+        yield
+        for rows, before in zip(self.parameters, kept):
+            rows.data.copy_(before)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """In this block the rows hold their average, so encodings of the rows themselves are neither used nor kept."""
+        self.is_averaged = True
+        try:
+            yield
+        finally:
+            self.is_averaged = False
+
+    def text_cond(self, prompts: list[str], step: int) -> TextCond:
+        """Text embeddings of the prompts at `step`, (B, 77, 2048) and pooled (B, 1280) for SDXL; with gradients
+        before the pivot."""
+        mine = [prompt for prompt in dict.fromkeys(prompts) if self.attached.is_in(prompt)]
+        others = [prompt for prompt in dict.fromkeys(prompts) if prompt not in mine]
+        is_at_rest = step >= self.pivot and not self.is_averaged
+        encode = self._encoded if is_at_rest else lambda texts: encode_text(self.pipeline, texts)
+        found = {}
+        for group, ask in ((mine, encode), (others, self.cached)):
+            cond = ask(group) if group else None
+            found |= {prompt: (cond.embeds[n], cond.pooled[n]) for n, prompt in enumerate(group)}
+        device = self.parameters[0].device
+        embeds, pooled = zip(*(found[prompt] for prompt in prompts))
+        return TextCond(torch.stack([e.to(device) for e in embeds]), torch.stack([p.to(device) for p in pooled]))
+
+
+def trainable(tokens: NewTokens, device: torch.device) -> NewTokens:
+    rows = {part: nn.Parameter(found.float().to(device)) for part, found in tokens.rows.items()}
+    return NewTokens(tokens.word, rows)
+
+
+def fresh_tokens(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> list[NewTokens]:
+    """New tokens of each subject. Raises UserError."""
+    pairs = zip(learnt_words(config), each_subject(config), strict=True)
+    return [
+        NewTokens(word, fresh_rows(subject, pipeline, stream_of("new tokens", number)))
+        for number, (word, subject) in enumerate(pairs)
+    ]
+
+
+def fresh_rows(config: TrainConfig, pipeline: StableDiffusionXLPipeline, stream: str) -> dict[str, torch.Tensor]:
+    """Rows (n, D) of the concept's words, or random rows of the table's standard deviation.
+
+    Raises UserError when the tokenizers make different numbers of tokens of it, or none.
+    """
+    rows = {}
+    for part in KEYS:
+        table = getattr(pipeline, part).get_input_embeddings().weight.detach().float().cpu()
+        if config.initializer_concept:
+            ids = getattr(pipeline, TOKENIZERS[part])(config.initializer_concept, add_special_tokens=False).input_ids
+            rows[part] = table[ids].clone()
+        else:
+            shape = config.num_new_tokens_per_abstraction, table.shape[1]
+            rows[part] = torch.randn(shape, generator=generator(config.seed, stream, part)) * table.std()
+    if len({len(found) for found in rows.values()}) != 1 or not len(rows["text_encoder"]):
+        raise UserError(f"--initializer_concept {config.initializer_concept}: the tokenizers make no such words of it.")
+    return rows

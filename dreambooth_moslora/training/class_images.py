@@ -1,0 +1,193 @@
+"""Class images for prior preservation (Ruiz et al. 2022, section 3.3): what the base already knows of the class.
+
+A folder is topped up to the wanted number with generated images of the class prompt. `manifest.json` beside
+them records how each was made: prompt, seed, model, size, and its SHA-256. The user's own images count and come
+first. Generated images of another prompt, model or size stay in the folder but are not used. A generated image
+is drawn again when its file or its entry in the manifest is damaged.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from dreambooth_moslora.core.atomic_files import atomic_write
+from dreambooth_moslora.core.errors import spelled_out
+from dreambooth_moslora.core.names import file_digest
+from dreambooth_moslora.core.pictures import png_bytes
+from dreambooth_moslora.core.seeding import seed_of
+from dreambooth_moslora.photos.photo import Photo, UnreadableImageError, open_image
+
+logger = logging.getLogger(__name__)
+
+Generate = Callable[[str, list[int]], list[Image.Image]]
+MANIFEST, DIGEST = "manifest.json", "sha256"
+DAMAGED = "{path} has changed since it was made: it is drawn again, like every other changed class image."
+GENERATED = re.compile(r"class_[0-9a-f]{8}_\d{5}\.png")
+
+
+@dataclass(frozen=True)
+class ClassImages:
+    """The class images of one prompt, base and size (h, w) in `folder`; `model` names the base without its path."""
+
+    folder: Path
+    prompt: str
+    model: str
+    seed: int
+    size_px: tuple[int, int]
+
+    @property
+    def resolution(self) -> int | str:
+        """As the manifest writes it: the side of a square, else width x height."""
+        height, width = self.size_px
+        return height if height == width else f"{width}x{height}"
+
+    def name(self, index: int) -> str:
+        tag = seed_of(self.prompt, self.model, self.resolution) % 16**8
+        return f"class_{tag:08x}_{index:05d}.png"
+
+    def image_seed(self, index: int) -> int:
+        return seed_of(self.seed, "class_image", index) % 2**32
+
+    def manifest(self) -> dict[str, dict]:
+        """File name -> {prompt, seed, model, resolution, sha256} of every generated image; empty if the file is
+        damaged.
+
+        sha256 may be missing.
+        """
+        try:
+            entries = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError, RecursionError):
+            return {}
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            return {}
+        entries = entries if isinstance(entries, dict) else {}
+        return {name: facts for name, facts in entries.items() if isinstance(facts, dict)}
+
+    def stale(self, paths: list[Path]) -> set[Path]:
+        """The generated images of another or unknown prompt, model or size."""
+        known, wanted = self.manifest(), identity(self.facts())
+        return {path for path in self.generated(paths) if identity(known.get(path.name, {})) != wanted}
+
+    def generated(self, paths: list[Path]) -> set[Path]:
+        """The images that were generated. Their names tell, even without the manifest."""
+        known = self.manifest()
+        return {path for path in paths if path.name in known or GENERATED.fullmatch(path.name)}
+
+    def lacking(self, count: int, batch_size: int) -> list["ClassBatch"]:
+        """The batches of the first `count` images in which one is missing or damaged.
+
+        A whole batch is generated again even for one missing image: an image's last bits can depend on its
+        neighbours, and an interrupted run must end like an unbroken one.
+        """
+        known, found = self.manifest(), []
+        for start in range(0, count, batch_size):
+            indices = range(start, min(start + batch_size, count))
+            missing = tuple(index for index in indices if not self._is_as_made(index, known))
+            if missing:
+                seeds = tuple(self._known_seed(index, known) for index in indices)
+                found.append(ClassBatch(self, tuple(indices), seeds, missing))
+        paths = [self.folder / self.name(index) for batch in found for index in batch.missing]
+        if damaged := [path for path in paths if os.path.lexists(path)]:
+            logger.warning("%s", spelled_out(DAMAGED.format(path=damaged[0])))
+        return found
+
+    def facts(self) -> dict[str, object]:
+        """What all images of this set have in common."""
+        return {"prompt": self.prompt, "model": self.model, "resolution": self.resolution}
+
+    def _is_as_made(self, index: int, known: dict[str, dict]) -> bool:
+        """Whether the file exists, opens, has the right size, and matches its manifest entry."""
+        path, made = self.folder / self.name(index), known.get(self.name(index), {})
+        try:
+            fits = open_image(path).size == self.size_px[::-1]
+        except UnreadableImageError:
+            return False
+        return fits and identity(made) == identity(self.facts()) and made.get(DIGEST) in (None, file_digest(path))
+
+    def _known_seed(self, index: int, known: dict[str, dict]) -> int:
+        """The seed in the manifest, as another run may have drawn the image; else this run's."""
+        seed = known.get(self.name(index), {}).get("seed")
+        return seed if type(seed) is int and 0 <= seed < 2**32 else self.image_seed(index)
+
+    def write(self, index: int, seed: int, content: bytes) -> None:
+        """Write an image and its entry in the manifest; the folder must exist. The manifest comes first: an image that
+        it does not list would be ignored."""
+        path = self.folder / self.name(index)
+        facts = {**self.facts(), "seed": seed, DIGEST: hashlib.sha256(content).hexdigest()}
+        entries = {**self.manifest(), path.name: facts}
+        if os.path.lexists(path):
+            keep_a_persons_work(path, facts[DIGEST])
+        atomic_write(self.folder / MANIFEST, json.dumps(entries, indent=1, sort_keys=True))
+        atomic_write(path, content)
+
+
+@dataclass(frozen=True)
+class ClassBatch:
+    """The images `indices` of a set, which are generated together from `seeds`; those that are `missing` are kept."""
+
+    images: ClassImages
+    indices: tuple[int, ...]
+    seeds: tuple[int, ...]
+    missing: tuple[int, ...]
+
+    def files(self, generate: Generate) -> list[bytes]:
+        """Generate the batch; returns the missing images as PNG files."""
+        pictures = dict(zip(self.indices, generate(self.images.prompt, list(self.seeds)), strict=True))
+        return [png_bytes(pictures[index]) for index in self.missing]
+
+    def keep(self, files: list[bytes]) -> None:
+        """Write those files. One process does it: all images are listed in one manifest."""
+        seed_of_each = dict(zip(self.indices, self.seeds))
+        for index, content in zip(self.missing, files, strict=True):
+            self.images.write(index, seed_of_each[index], content)
+
+
+def shares(sizes: Mapping[tuple[int, int], int], total: int) -> dict[tuple[int, int], int]:
+    """Split `total` class images in the proportion of the photos of each size (h, w). Each size gets at least
+    one if `total` suffices; the others go where most are lacking."""
+    exact = {size: total * count / sum(sizes.values()) for size, count in sorted(sizes.items())}
+    found = dict.fromkeys(exact, int(total >= len(exact)))
+    for _ in range(total - sum(found.values())):
+        found[max(exact, key=lambda size: exact[size] - found[size])] += 1
+    return found
+
+
+def keep_a_persons_work(path: Path, digest: str) -> None:
+    """Move a picture that opens but has another digest into the folder `changed`: the user may have edited it."""
+    try:
+        open_image(path)
+    except UnreadableImageError:
+        return
+    if (found := file_digest(path)) != digest:
+        kept = path.parent / "changed"
+        kept.mkdir(exist_ok=True)
+        os.replace(path, kept / f"{path.stem}_{found[:8]}.png")
+
+
+def are_draws(photos: Sequence[Photo], seed: int) -> bool:
+    """Whether a run of this seed draws each of these class images itself."""
+    sets = {folder: ClassImages(folder, "", "", seed, (0, 0)) for folder in {photo.path.parent for photo in photos}}
+    known = {folder: images.manifest() for folder, images in sets.items()}
+    return all(is_draw(sets[path.parent], path, known[path.parent]) for path in (photo.path for photo in photos))
+
+
+def is_draw(images: ClassImages, path: Path, known: dict[str, dict]) -> bool:
+    """Whether the image has the seed of its number, as in `class_0a1b2c3d_00007.png`."""
+    if not GENERATED.fullmatch(path.name):
+        return False
+    return known.get(path.name, {}).get("seed") == images.image_seed(int(path.stem.rpartition("_")[2]))
+
+
+def identity(facts: dict[str, object]) -> tuple[object, ...]:
+    """What two images of one set have in common."""
+    return tuple(facts.get(name) for name in ("prompt", "model", "resolution"))

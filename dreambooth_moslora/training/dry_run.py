@@ -1,0 +1,280 @@
+"""What is said before a run: the report of `--dry_run`, and advice.
+
+Advice before a run: settings without effect, too few exposures, too little room on the disk, and DoRA elsewhere.
+
+A dry run, a real run and the page show it. `checks` holds what forbids a run.
+
+`--dry_run`: the resolved settings, photos, steps, costs and advice, without training.
+"""
+
+import os
+import shutil
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+
+from dreambooth_moslora.adapters.metadata import DORA_NOTE
+from dreambooth_moslora.core.names import is_toy, public_name
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.photos.captions import load_captioner
+from dreambooth_moslora.photos.crops import crop_rule, examine
+from dreambooth_moslora.photos.folder import PhotoReport, bare_prompt_line, photo_report
+from dreambooth_moslora.photos.masks import segmenter_name, sought_word
+from dreambooth_moslora.photos.photo import Photo, counts_of, quoted
+from dreambooth_moslora.plan.checks import check_folders, nearest_existing, preflight
+from dreambooth_moslora.plan.memory import GIB, Estimate, estimate, plan_lines, planned, size_of_base, speed_here
+from dreambooth_moslora.plan.steps import FEW_EXPOSURES, StepPlan, plan_steps, uses_class_images
+from dreambooth_moslora.settings.prompts import subject_of
+from dreambooth_moslora.settings.subjects import each_subject
+from dreambooth_moslora.settings.table import SCHEDULE_FREE, TrainConfig
+from dreambooth_moslora.training.class_images import shares
+
+PIVOTAL = (
+    *("train_text_encoder_ti_frac", "token_abstraction", "num_new_tokens_per_abstraction", "initializer_concept"),
+)
+DEFAULTS = {item.name: item.default for item in fields(TrainConfig)}
+
+
+def advice(config: TrainConfig, cost: Estimate, plan: StepPlan) -> list[str]:
+    """Lines of advice; none of them forbids the run."""
+    dora = [DORA_NOTE] * config.use_dora
+    return [*settings_without_effect(config), *exposure_advice(plan), *disk_advice(config, cost), *dora]
+
+
+def advice_before_run(config: TrainConfig, base: Path | None) -> list[str]:
+    """The `advice` for a run that begins now; `base` is the base's folder.
+
+    Raises UserError when no photo can be used.
+    """
+    photos = photo_report(config).photos
+    plan = plan_steps(config, counts_of(photos), int(os.environ.get("WORLD_SIZE", "1")))
+    size = size_of_base(base, config.target_modules, config.variant)
+    return advice(config, estimate(config, size, plan.total_steps), plan)
+
+
+def exposure_advice(plan: StepPlan) -> list[str]:
+    if plan.exposures_a_photo >= FEW_EXPOSURES:
+        return []
+    seen = f"each photo is seen about {plan.exposures_a_photo:.0f} times"
+    return [f"{seen}, and a subject needs 100 or more: set --exposures_per_photo or --max_train_steps"]
+
+
+def disk_advice(config: TrainConfig, cost: Estimate) -> list[str]:
+    free = free_disk_gib(config)
+    if free >= cost.disk_gib:
+        return []
+    return [f"the disk has too little room: the run writes {cost.disk_gib:.2f} GiB, {free:.1f} GiB are free"]
+
+
+def free_disk_gib(config: TrainConfig) -> float:
+    """GiB free on the disk of the run folder, which need not exist yet."""
+    return shutil.disk_usage(nearest_existing(Path(config.output_dir))).free / GIB
+
+
+def settings_without_effect(config: TrainConfig) -> list[str]:
+    """A line for each setting that the other settings make ineffective."""
+    base = config.pretrained_model_name_or_path
+    found = {
+        "--class_data_dir and --class_prompt have no effect without --with_prior_preservation": (
+            (config.class_data_dir or config.class_prompt) and not config.with_prior_preservation
+        ),
+        "--ema_decay has no effect without --use_ema": differs(config, "ema_decay") and not config.use_ema,
+        "--huber_c and --huber_schedule have no effect without --loss_type huber or smooth_l1": (
+            (differs(config, "huber_c") or differs(config, "huber_schedule")) and config.loss_type == "l2"
+        ),
+        "--prior has no effect without --with_prior_preservation": (
+            differs(config, "prior") and not config.with_prior_preservation
+        ),
+        "--prior_prompts has no effect without --with_prior_preservation --prior adapter_off": (
+            config.prior_prompts and not (config.with_prior_preservation and config.prior == "adapter_off")
+        ),
+        "--class_data_dir has no effect with --prior adapter_off, which needs no images": (
+            config.class_data_dir and config.with_prior_preservation and config.prior == "adapter_off"
+        ),
+        f"--use_8bit_adam has no effect with --optimizer {config.optimizer}": (
+            config.use_8bit_adam and config.optimizer != "AdamW"
+        ),
+        f"--optimizer {SCHEDULE_FREE} works best with --lr_scheduler constant or constant_with_warmup": (
+            config.optimizer == SCHEDULE_FREE and not config.lr_scheduler.startswith("constant")
+        ),
+        "--timestep_bias_multiplier has no effect without --timestep_bias_strategy": (
+            differs(config, "timestep_bias_multiplier") and config.timestep_bias_strategy == "none"
+        ),
+        "--text_encoder_lr has no effect without --train_text_encoder or --train_text_encoder_ti": (
+            differs(config, "text_encoder_lr") and not config.keeps_text_encoders
+        ),
+        **{
+            f"--{name} has no effect without --train_text_encoder_ti": (
+                differs(config, name) and not config.train_text_encoder_ti
+            )
+            for name in PIVOTAL
+        },
+        "--num_new_tokens_per_abstraction has no effect with --initializer_concept, whose words say how many": (
+            differs(config, "num_new_tokens_per_abstraction") and config.initializer_concept
+        ),
+        "Prodigy needs --learning_rate near 1.0": config.optimizer == "Prodigy" and config.learning_rate <= 0.1,
+        "--bucket_reso_steps has no effect without --enable_bucket": (
+            config.bucket_reso_steps and not config.enable_bucket
+        ),
+        "--keep_tokens has no effect without --shuffle_caption": config.keep_tokens and not config.shuffle_caption,
+        f"--lr_warmup_steps has no effect with --lr_scheduler {config.lr_scheduler}": (
+            config.lr_scheduler == "constant" and config.lr_warmup_steps and differs(config, "lr_warmup_steps")
+        ),
+        "--enable_xformers_memory_efficient_attention: PyTorch's own attention needs as little memory and is used": (
+            config.enable_xformers_memory_efficient_attention
+        ),
+        "--dataloader_num_workers has no effect while photos are cached": (
+            config.dataloader_num_workers > 0 and config.caching != "off"
+        ),
+        "--train_mixer and --mixer_lr_scale have no effect with --mixer none": (
+            config.mixer == "none" and differs(config, "mixer_lr_scale")
+        ),
+        "--caption_model has no effect without --captions auto": config.caption_model and config.captions != "auto",
+        "--mask_model and --mask_prompt have no effect without --masks auto": (
+            (config.mask_model or config.mask_prompt) and config.masks != "auto"
+        ),
+        "--mask_prompt has no effect with the embedded base's own net; --mask_model names a CLIPSeg": (
+            config.masks == "auto" and config.mask_prompt and not config.mask_model and is_toy(base)
+        ),
+        "--num_train_epochs has no effect with --max_train_steps or --exposures_per_photo": (
+            (config.max_train_steps or config.exposures_per_photo) and differs(config, "num_train_epochs")
+        ),
+    }
+    return [text for text, applies in found.items() if applies]
+
+
+def differs(config: TrainConfig, name: str) -> bool:
+    """Whether a setting differs from its default."""
+    return getattr(config, name) != DEFAULTS[name]
+
+
+def describe_run(config: TrainConfig) -> str:
+    """The report of `--dry_run`. Raises UserError for whatever training would refuse before it loads the base."""
+    check_folders(config)
+    if config.resume_from_checkpoint:
+        from dreambooth_moslora.training.checkpoint import resume_point
+
+        resume_point(config, RunDir(config.output_dir))
+    config = planned(config)
+    folder = preflight(config)
+    report = examine(photo_report(config), config.resolution)
+    plan = plan_steps(config, counts_of(report.photos), int(os.environ.get("WORLD_SIZE", "1")))
+    size = size_of_base(folder, config.target_modules, config.variant)
+    cost = estimate(config, size, plan.total_steps)
+    sections = {
+        "settings": settings_lines(config),
+        "photos": [*photo_lines(report), *bucket_lines(config, report.photos), *made_lines(config, report)],
+        "steps": step_lines(config, plan),
+        "cost (estimated)": [*cost_lines(config, cost), *plan_lines(config, size), speed_line(config, plan)],
+        "remarks": advice(config, cost, plan),
+    }
+    parts = []
+    for title, lines in sections.items():
+        if lines:
+            parts.append("\n  ".join([title, *lines]))
+    return "\n\n".join(parts)
+
+
+def settings_lines(config: TrainConfig) -> list[str]:
+    """The settings as TOML; those that differ from the default are marked."""
+    values = config.to_dict()
+    changed = {name for name in DEFAULTS if differs(config, name)}
+    shown = {name: value for name, value in values.items() if value is not None}
+    return [f"{name} = {as_toml(value)}" + ("  # set" if name in changed else "") for name, value in shown.items()]
+
+
+def as_toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {as_toml(one)}" for name, one in value.items()) + "}"
+    return "[" + ", ".join(map(as_toml, value)) + "]" if isinstance(value, list) else repr(value)
+
+
+def photo_lines(report: PhotoReport) -> list[str]:
+    lines = []
+    for photo in report.photos:
+        about = f"{photo.path.name}  {photo.size_px[1]} x {photo.size_px[0]}  {quoted(photo)}"
+        lines.append("; ".join([about, *photo.reasons]))
+    return lines + [f"left out: {item.path.name}  {item.reason}" for item in report.skipped]
+
+
+def bucket_lines(config: TrainConfig, photos: list[Photo]) -> list[str]:
+    """With `--enable_bucket`: how many photos are cropped to each size, and how many class images are drawn in it."""
+    if not config.enable_bucket:
+        return []
+    rule = crop_rule(config)
+    counts = Counter(rule.target(photo.size_px) for photo in photos)
+    found = [f"cropped to {sizes_in_words(counts)}"]
+    if uses_class_images(config):
+        drawn = Counter(shares(counts, config.num_class_images))
+        found.append(f"class images, where none are given, in the same proportion: {sizes_in_words(drawn)}")
+    return found
+
+
+def sizes_in_words(counts: Counter[tuple[int, int]]) -> str:
+    """The most frequent size first."""
+    return ", ".join(f"{width} x {height} px ({count})" for (height, width), count in counts.most_common())
+
+
+def made_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
+    return [*caption_lines(config, report), *mask_lines(config, report)]
+
+
+def caption_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
+    """The share of the instance prompt, and what `--captions auto` would do. Raises UserError when no class word is
+    known."""
+    lines = list(filter(None, [bare_prompt_line(config, report.photos)]))
+    bare = sum(not photo.is_captioned for photo in report.photos)
+    if config.captions == "auto" and bare:
+        captioner = load_captioner(each_subject(config)[0])
+        lines.append(f"captions: {bare} photos have none of their own; {captioner.name} makes them before training")
+    return lines
+
+
+def mask_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
+    """What `--masks auto` would do. Raises UserError when no word says what to look for."""
+    bare = [photo for photo in report.photos if photo.mask_path is None]
+    if config.masks != "auto" or not bare:
+        return []
+    subjects = each_subject(config)
+    words = dict.fromkeys(sought_word(subjects[photo.subject]) for photo in bare)
+    sought = f", looking for {', '.join(f'“{word}”' for word in words)}" if any(words) else ""
+    name = public_name(segmenter_name(config))
+    return [f"masks: {len(bare)} photos have none; {name} makes them before training{sought}"]
+
+
+def step_lines(config: TrainConfig, plan: StepPlan) -> list[str]:
+    lines = [plan.sentence()]
+    if config.crops_per_photo > 1:
+        lines.append(f"{config.crops_per_photo} crops of each photo take turns, one an epoch")
+    subjects = each_subject(config)
+    if config.with_prior_preservation:
+        source = f"{config.num_class_images} class images" if config.prior == "class_images" else "the base's answer"
+        prompts = ", ".join(f"“{prompt}”" for prompt in dict.fromkeys(one.class_prompt for one in subjects))
+        lines.append(f"as many prior examples beside them, from {source} to {prompts}")
+    for one, count in zip(subjects, plan.photo_counts):
+        subject = subject_of(one)
+        words = f"token “{subject.token}”, class “{subject.class_word}”"
+        seen = f", {count} photos seen about {plan.exposures_a_subject / count:.0f} times each"
+        lines.append(f"“{one.instance_prompt}”: {words}{seen}" if config.subjects else words)
+    return lines
+
+
+def speed_line(config: TrainConfig, plan: StepPlan) -> str:
+    return f"speed: {speed_here(config, plan.total_steps).sentence()}"
+
+
+def cost_lines(config: TrainConfig, cost: Estimate) -> list[str]:
+    known = "counted in its files"
+    if not cost.size.is_measured:
+        known = "taken to be SDXL's, with the adapter on attention alone, as its files are not here"
+    return [
+        f"adapter: {cost.adapter_parameters:,} parameters on {cost.size.adapted_layers} layers; base: {known}",
+        f"memory: encoding {cost.encoding_gib:.2f} GiB, training {cost.training_gib:.2f} GiB, "
+        f"samples {cost.sampling_gib:.2f} GiB",
+        f"disk: {cost.disk_gib:.2f} GiB, {cost.checkpoint_gib:.3f} GiB a checkpoint; "
+        f"free: {free_disk_gib(config):.1f} GiB",
+    ]

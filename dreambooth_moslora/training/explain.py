@@ -1,0 +1,435 @@
+"""What a run's figures mean: the best step and scale, and which flag to try next.
+
+The best evaluated step so far, and advice or a stop when the score no longer rises.
+
+Chooses the best scale of a finished adapter, and the range of scales whose score stays near it.
+
+The figures of a run, read from its folder: events, configuration, and the report of `evaluate`.
+
+What a run's figures mean, and which flag to try next. Each rule is a pure function that returns a sentence or None.
+
+    figures_of(run folder) -> Figures --RULES--> sentences, the most important first
+
+Thresholds come from the twelve trainings of `assets/studies/recipe` (six subjects with prior preservation,
+which learn well, and six without, whose class became the subject), and from runs of the embedded base with
+faults made on purpose.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dreambooth_moslora.core.errors import UserError, is_finite_number
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.plan.steps import FEW_EXPOSURES
+from dreambooth_moslora.settings.prompts import class_word_of
+from dreambooth_moslora.settings.sources import read_json_table
+from dreambooth_moslora.settings.table import FIELD_TYPES, TrainConfig
+
+CURVES = {"dino": "subject", "clip_t": "prompt", "copied": "copies", "score": "score"}
+"""Measures of the score, and the score: name -> label on a plot of the run, short enough for a phone."""
+
+STALLED_AFTER = 3
+"""Evaluations without a better score, after which early stopping is suggested."""
+
+
+@dataclass(frozen=True)
+class BestStep:
+    """The best evaluation so far; `since` counts the evaluations after it."""
+
+    step: int
+    score: float
+    since: int
+
+    def advice(self, early_stopping: int | None) -> str | None:
+        """One line when the score has not risen for a while; None otherwise."""
+        if self.since < (early_stopping or STALLED_AFTER):
+            return None
+        line = f"the score has not risen for {self.since} evaluations; best was {self.score:.3f} at step {self.step}"
+        if early_stopping:
+            return f"{line}: stopping early, as --early_stopping {early_stopping} asks"
+        return f"{line} (kept in best/); --early_stopping {STALLED_AFTER} would stop here"
+
+    def should_stop(self, early_stopping: int | None) -> bool:
+        """Whether early stopping is on and its patience is over."""
+        return early_stopping is not None and self.since >= early_stopping
+
+
+def best_of(evaluations: Sequence[tuple[int, float]]) -> BestStep:
+    """The best of (step, score) pairs; the earliest wins a tie. Raises ValueError when empty."""
+    step, score = max(evaluations, key=lambda pair: (pair[1], -pair[0]))
+    return BestStep(step, score, sum(later > step for later, _ in evaluations))
+
+
+SCALES = (0.4, 0.6, 0.8, 1.0, 1.2)
+"""Smaller scales hardly show the subject; larger ones burn the pictures. 1 is the scale of training."""
+EQUAL = 0.99
+"""Scores of at least this fraction of the best count as equal; the scale nearest to 1 wins."""
+USABLE = 0.95
+"""Scales of at least this fraction of the best score are usable, to keep more of the prompt or of the subject."""
+
+
+@dataclass(frozen=True)
+class ScaleChoice:
+    """The `best` scale, the usable range around it, and the `scores` (scale -> score) that decided."""
+
+    best: float
+    low: float
+    high: float
+    scores: dict[float, float]
+
+    def sentence(self) -> str:
+        around = f"usable from {self.low:g} to {self.high:g}" if self.low < self.high else "no other comes near it"
+        tried = ", ".join(f"{scale:g}: {score:.3f}" for scale, score in self.scores.items())
+        return f"the adapter's best scale is {self.best:g}, {around} (scores {tried})"
+
+
+def choose_scale(scores: Mapping[float, float]) -> ScaleChoice | None:
+    """Choose from scale -> score. None when no scale shows the subject."""
+    highest = max(scores.values())
+    if highest <= 0:
+        return None
+    best = min((s for s in scores if scores[s] >= EQUAL * highest), key=lambda s: abs(s - 1))
+    usable, scales = [best], sorted(scores)
+    place = scales.index(best)
+    for side in (scales[place + 1 :], scales[:place][::-1]):  # up, and down
+        for scale in side:
+            if scores[scale] < USABLE * highest:
+                break
+            usable.append(scale)
+    return ScaleChoice(best, min(usable), max(usable), dict(sorted(scores.items())))
+
+
+LEAST_LIKENESS = 0.1
+"""If the likeness rises by less over the base, the distance from class to subject is too small to measure against."""
+NO_SCORES = ("step", "time", "photos")
+"""Fields of an evaluation that are not scores."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The figures of a run.
+
+    `scores` are the latest ones; `likeness` and `score` are (step, value) of each evaluation.
+    """
+
+    config: TrainConfig
+    state: str = ""
+    message: str = ""
+    step: int = 0
+    skipped: int = 0
+    photos: int | None = None
+    nearness: float | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    copy_alarm: bool = False
+    likeness: Sequence[tuple[int, float]] = ()
+    score: Sequence[tuple[int, float]] = ()
+
+    @property
+    def exposures(self) -> float | None:
+        """How often each photo was shown, if the run used one device."""
+        if not self.photos:
+            return None
+        photos_a_step = self.config.train_batch_size * self.config.gradient_accumulation_steps
+        return self.step * photos_a_step / self.photos
+
+    @property
+    def class_moved(self) -> float | None:
+        """How far the class moved: 0 as the base draws it, 1 at the subject. None without the scores."""
+        here, start, end = (self.scores.get(name) for name in ("pres", "pres_base", "dino"))
+        if here is None or start is None or end is None or end - start < LEAST_LIKENESS:
+            return None
+        return (here - start) / (end - start)
+
+
+def figures_from(records: Sequence[Mapping[str, Any]], config: TrainConfig, photos: int | None = None) -> Figures:
+    """Figures from the lines of `metrics.jsonl`, which may have been edited.
+
+    `photos` is their number if no line has it.
+    """
+    steps = [event for event in records if event.get("type") == "step"]
+    scored = [event for event in records if event.get("type") == "evaluation"]
+    ends = [event for event in records if event.get("type") == "end"]
+    last = scored[-1] if scored else {}
+    about = as_table(last.get("photos"))
+    count = number(about.get("count"))
+    return Figures(
+        config=config,
+        state=str(ends[-1].get("state", "")) if ends else "",
+        message=str(ends[-1].get("message", "")) if ends else "",
+        step=max((event.get("step") or 0 for event in steps if not event.get("skipped")), default=0),
+        skipped=sum(bool(event.get("skipped")) for event in steps),
+        photos=photos if count is None else int(count),
+        nearness=number(about.get("nearness")),
+        scores=numbers({name: value for name, value in last.items() if name not in NO_SCORES}),
+        copy_alarm=last.get("copy_alarm") is True,
+        likeness=curve(scored, "dino"),
+        score=curve(scored, "score"),
+    )
+
+
+def curve(scored: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    """(step, value) of each evaluation, sorted; a step that was scored twice counts once."""
+    values = {event.get("step") or 0: number(event.get(name)) for event in scored}
+    return sorted((step, value) for step, value in values.items() if value is not None)
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: known for name, value in values.items() if (known := number(value)) is not None}
+
+
+def number(value: Any) -> float | None:
+    return float(value) if is_finite_number(value) else None
+
+
+def figures_of(run_dir: RunDir) -> Figures:
+    """The figures of a run folder: its events, its configuration, and the report of `evaluate` if that is newer.
+
+    Raises UserError when the folder holds no run.
+    """
+    for path in (run_dir.config_path, run_dir.metrics_path):
+        if not path.is_file():
+            raise UserError(f"{run_dir.path} holds no run: {path.name} is not there.")
+    config = known_config(read_json_table(run_dir.config_path))
+    found = figures_from(run_dir.read_metrics(), config, count_photos(config))
+    return with_report(found, run_dir)
+
+
+def known_config(values: Mapping[str, Any]) -> TrainConfig:
+    """The configuration of a run. Settings of other versions that this one does not know are left out.
+
+    Raises UserError for values that no run can have.
+    """
+    return TrainConfig.from_dict({name: value for name, value in values.items() if name in FIELD_TYPES})
+
+
+def count_photos(config: TrainConfig) -> int | None:
+    """The number of the run's photos; None when they can no longer be found, or are from the hub."""
+    from dreambooth_moslora.photos.folder import photo_report
+
+    try:
+        return None if config.dataset_name else len(photo_report(config).photos)
+    except UserError:
+        return None
+
+
+def with_report(found: Figures, run_dir: RunDir) -> Figures:
+    """The figures, with the scores in `evaluation/scores.json` if that is newer; it is based on more pictures.
+
+    Raises UserError for a damaged file.
+    """
+    path = run_dir.path / "evaluation" / "scores.json"
+    if not path.is_file() or path.stat().st_mtime < run_dir.metrics_path.stat().st_mtime:
+        return found
+    report = read_json_table(path)
+    tables, relative, alarm = (as_table(report.get(name)) for name in ("scores", "relative", "copy_alarm"))
+    values = {name: as_table(interval).get("mean") for name, interval in tables.items()}
+    values |= {**relative, "copied": alarm.get("share"), "score": report.get("score")}
+    return replace(found, scores=numbers(values), copy_alarm=alarm.get("raised") is True)
+
+
+def as_table(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+MOST_LINES = 3
+NOTHING = "nothing: no figure stands out"
+USUAL_EXPOSURES = 200
+"""Exposures of a photo: the recipes show each of five photos 192 to 400 times."""
+SKIPPED_SHARE = 0.05
+"""fp16 skips a few steps while it finds its scale; a larger fraction is lost training time."""
+RISE_LEFT = 0.1
+"""If the last third of a run brings more than this fraction of all likeness gained, more steps would help. The
+quick start brings 0.05 there."""
+SCORE_LOST = 0.03
+"""Fall of the score since the best step. A score from six pictures varies by about as much between evaluations."""
+CLASS_MOVED = 1 / 3
+"""Fraction of the way from the base's class pictures to the subject: below 0 in good runs, 0.96 to 1.2 without
+prior preservation."""
+DRIFTED = 1.5
+"""Change relative to the base's own spread between seeds: 0.4 to 1.3 in good runs, 1.6 to 2.2 without prior
+preservation."""
+PROMPT_KEPT = 0.75
+"""CLIP-T relative to the base's: 0.79 to 1.06 in runs that show the requested place, below 0.3 in runs that
+show another. `background_leak` alone cannot tell: it is -0.13 to 0.41 in runs with the right places."""
+LEAK = 0.05
+"""A leak above this is mentioned with a lost prompt."""
+CONFUSED = 0.25
+"""Fraction of the way from one subject to the other: 0.03 to 0.07 in a good run of two subjects, about 1/2 for
+the base."""
+FEW_PHOTOS = 3
+ALIKE = 0.9
+"""Mean cosine of each photo to the nearest other photo: 0.65 to 0.75 for the samples' photos, 1 for equal frames."""
+BROKEN = re.compile(r"the (?:loss|gradient) is \S+ at step \d+|the adapter is not finite after step \d+")
+
+
+def broke_off(run: Figures) -> str | None:
+    if run.state != "failed" or not (found := BROKEN.search(run.message)):
+        return None
+    lower = f"--learning_rate {run.config.learning_rate / 3:.1g} (it was {run.config.learning_rate:g})"
+    other = ", or --mixed_precision bf16" if run.config.mixed_precision == "fp16" else ""
+    return f"{found[0]}: try {lower}{other}"
+
+
+def overflowed(run: Figures) -> str | None:
+    if run.skipped <= SKIPPED_SHARE * (run.step + run.skipped) or run.skipped < 5:
+        return None
+    return f"fp16 overflowed in {run.skipped} steps, which were done again: try --mixed_precision bf16"
+
+
+def seen_too_rarely(run: Figures) -> str | None:
+    if run.exposures is None or run.exposures >= FEW_EXPOSURES:
+        return None
+    seen = f"each photo was shown {run.exposures:.0f} times, and a subject needs 100 or more"
+    return f"{seen}: try --exposures_per_photo {USUAL_EXPOSURES}"
+
+
+def nothing_scored(run: Figures) -> str | None:
+    if run.scores or run.state == "failed":
+        return None
+    every = max(1, run.step // 5)
+    return f"nothing was scored: the command `evaluate` does it now, --evaluate_steps {every} during the next run"
+
+
+def copies_photos(run: Figures) -> str | None:
+    if not run.copy_alarm:
+        return None
+    fewer = f"--max_train_steps {max(1, run.step * 2 // 3)}"
+    more = f"--crops_per_photo {max(8, 2 * run.config.crops_per_photo)}"
+    return f"{run.scores.get('copied', 0.0):.0%} of the pictures repeat a photo: try {more}, or fewer steps ({fewer})"
+
+
+def lost_the_prompt(run: Figures) -> str | None:
+    kept = run.scores.get("clip_t_of_base")
+    if kept is None or kept >= PROMPT_KEPT:
+        return None
+    leak = run.scores.get("background_leak")
+    if leak is None:
+        measured, remedy = "", "add masks (name.mask.png beside each photo) and captions that name the surroundings"
+    else:
+        measured = f", leak {leak:.2f}" if leak > LEAK else ""
+        lower = "--unmasked_weight 0" if run.config.unmasked_weight else "--max_train_steps " + str(run.step * 2 // 3)
+        remedy = f"try {lower}, and captions that name the surroundings"
+    return f"the photos' surroundings came along (CLIP-T is {kept:.2f} of the base's{measured}): {remedy}"
+
+
+def class_became_subject(run: Figures) -> str | None:
+    moved = run.class_moved
+    if moved is None or moved <= CLASS_MOVED:
+        return None
+    word = class_word_of(run.config) or "thing"
+    text = f"every {word} turns into yours (PRES went {min(moved, 1.0):.0%} of the way): try"
+    return f"{text} {prior_remedy(run.config, word)}"
+
+
+def prior_remedy(config: TrainConfig, word: str) -> str:
+    if config.with_prior_preservation:
+        return f"--prior_loss_weight {2 * config.prior_loss_weight or 1:g}"
+    prompt = config.class_prompt or f"a photo of a {word}"
+    return f'--with_prior_preservation --prior adapter_off --class_prompt "{prompt}"'
+
+
+def drifted(run: Figures) -> str | None:
+    """the class rule has named the same remedy"""
+    spread = run.scores.get("drift_of_spread")
+    if spread is None or spread <= DRIFTED or class_became_subject(run):  # the same remedy, said once
+        return None
+    word = class_word_of(run.config) or "thing"
+    has_prior = run.config.with_prior_preservation and run.config.prior == "adapter_off"
+    remedy = prior_remedy(run.config, word) if not has_prior or run.config.prior_prompts else "--prior_prompts"
+    return f"pictures of other things changed, {spread:.1f} times what a new seed changes: try {remedy}"
+
+
+def confused_subjects(run: Figures) -> str | None:
+    confusion = run.scores.get("confusion")
+    if confusion is None or confusion <= CONFUSED or len(run.config.subjects) < 2:
+        return None
+    more = math.ceil(0.15 * (run.exposures or USUAL_EXPOSURES)) * 10
+    text = f"subjects are taken for each other (confusion {confusion:.2f}; 0: told apart as their photos are): try"
+    return f"{text} --exposures_per_photo {max(more, USUAL_EXPOSURES)}, and another rare word for each subject"
+
+
+def past_its_best(run: Figures) -> str | None:
+    if len(run.score) < 2:
+        return None
+    (last, score), (step, best) = run.score[-1], max(run.score, key=lambda pair: (pair[1], -pair[0]))
+    if best - score <= SCORE_LOST:
+        return None
+    return (
+        f"the score fell from {best:.2f} at step {step} to {score:.2f} at step {last}: use best/, or try "
+        f"--max_train_steps {step}"
+    )
+
+
+def still_rising(run: Figures) -> str | None:
+    """Compares the likeness gained in the last third of the run with all that was gained."""
+    start = run.scores.get("dino_base")
+    if start is None or len(run.likeness) < 3 or run.copy_alarm:
+        return None
+    last, end = run.likeness[-1]
+    earlier_ones = [pair for pair in run.likeness if pair[0] <= last * 2 / 3] or run.likeness[:1]
+    before, earlier = earlier_ones[-1]
+    gained = end - start
+    if gained <= 0 or end - earlier <= RISE_LEFT * gained:
+        return None
+    more = math.ceil(0.15 * (run.exposures or USUAL_EXPOSURES)) * 10
+    return (
+        f"likeness still rose at the end (DINO {earlier:.2f} at step {before}, {end:.2f} at step {last}): try "
+        f"--exposures_per_photo {more}"
+    )
+
+
+def photos_are_few(run: Figures) -> str | None:
+    if run.photos is None or run.photos >= FEW_PHOTOS:
+        return None
+    plural = "s" * (run.photos != 1)
+    return f"{run.photos} photo{plural}: a subject needs 3 to 10, in several places and from several sides"
+
+
+def photos_are_alike(run: Figures) -> str | None:
+    if run.nearness is None or run.nearness <= ALIKE:
+        return None
+    return (
+        f"the photos are nearly one picture (likeness among them {run.nearness:.2f}): add some in other places, or try "
+        f"--crops_per_photo {max(8, 2 * run.config.crops_per_photo)} --crop_zoom 1.3"
+    )
+
+
+RULES: tuple[Callable[[Figures], str | None], ...] = (
+    *(broke_off, overflowed, seen_too_rarely, nothing_scored, copies_photos, lost_the_prompt, class_became_subject),
+    *(drifted, confused_subjects, past_its_best, still_rising, photos_are_few, photos_are_alike),
+)
+"""The most important first."""
+
+
+def advice_after(run: Figures) -> list[str]:
+    """What to try next: one sentence for each rule that applies."""
+    return [sentence for rule in RULES if (sentence := rule(run))]
+
+
+def alarms_of(run: Figures) -> list[str]:
+    """`advice_after` without the remark that the run was not scored."""
+    return [sentence for rule in RULES if rule is not nothing_scored and (sentence := rule(run))]
+
+
+def closing_advice(run: Figures) -> list[str]:
+    """Up to three lines of advice for the end of a run, the most important first; none for a run without scores."""
+    return (advice_after(run)[:MOST_LINES] or [NOTHING]) if run.scores else []
+
+
+def meanings(run: Figures) -> list[str]:
+    """The latest scores in plain words, one line each."""
+    scores, moved = run.scores, run.class_moved
+    word = class_word_of(run.config) or "thing"
+    lines = {
+        "dino": "likeness to the photos (DINO) {dino:.2f}; the base's own pictures have {dino_base:.2f}",
+        "clip_t_of_base": "agreement with the prompt (CLIP-T) {clip_t_of_base:.2f} of the base's",
+        "copied": "copies of a photo: {copied:.0%} of the pictures",
+        "drift_of_spread": "pictures of other things changed by {drift_of_spread:.2f} of what a new seed changes",
+        "score": "score {score:.3f}: likeness × prompt × no copy",
+    }
+    known = {"dino_base": math.nan, **scores}
+    said = [text.format_map(known) for name, text in lines.items() if name in scores]
+    return said + ([f"a bare {word} went {max(moved, 0):.0%} of the way to yours (PRES)"] if moved is not None else [])

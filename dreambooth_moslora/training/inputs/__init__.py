@@ -1,1 +1,0 @@
-"""The training inputs: photos, captions, masks and class images, each encoded once."""

@@ -1,0 +1,249 @@
+"""The model card, and the push of a finished adapter to the hub.
+
+The model card: what the adapter shows, how to load it, how it was made, and how exactly its files reload.
+
+It is meant to be shared: it contains no path, no photo and nothing about a photo.
+
+Pushes a finished adapter to the hub, when asked: the adapter's files, the card and its pictures, nothing else.
+
+Photos, the contact sheet (which shows them), checkpoints, class images and the configuration (which holds
+paths) stay on this machine.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import HfApi
+
+from dreambooth_moslora import __version__
+from dreambooth_moslora.adapters.metadata import AdapterMetadata, dora_table
+from dreambooth_moslora.core.errors import one_line
+from dreambooth_moslora.core.names import public_name
+from dreambooth_moslora.disk.run_folder import MIXERS_NAME, PUBLISHED_NAME, SIGNATURE, TOKENS_SUFFIX, RunDir
+from dreambooth_moslora.settings.prompts import spelled, spellings_of, token_names
+from dreambooth_moslora.settings.subjects import each_subject
+from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training.explain import BestStep
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.adapters.proof import Proof
+
+STRENGTH = "## Strength"
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card says beyond the configuration. `images` are (file name, prompt) of the pictures beside it."""
+
+    name: str
+    step: int
+    max_train_steps: int
+    adapter: AdapterMetadata
+    proof: "Proof"
+    images: tuple[tuple[str, str], ...] = ()
+    scores: dict[str, float] | None = None
+    best: BestStep | None = None
+
+
+def model_card(config: TrainConfig, facts: CardFacts) -> str:
+    """The text of README.md: YAML front matter for the hub, then sections."""
+    sections = [
+        front_matter(config, facts),
+        f"# {facts.name}: an SDXL adapter for {' and '.join(f'“{prompt}”' for prompt in prompts_of(config))}",
+        introduction(config, facts),
+        gallery(facts),
+        usage(config, facts),
+        strength(facts.adapter.best_scale, facts.adapter.usable_scales),
+        training_table(config, facts),
+        f"## Proof\n\n{facts.proof.sentence()}.",
+        score_table(facts),
+        f"{SIGNATURE} {__version__}.",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def front_matter(config: TrainConfig, facts: CardFacts) -> str:
+    """The card's YAML block for the hub."""
+    from huggingface_hub import ModelCardData
+
+    known = {"base_model": facts.adapter.base_id} if "/" in facts.adapter.base_id else {}
+    if facts.images:
+        known["widget"] = [{"text": prompt, "output": {"url": file}} for file, prompt in facts.images]
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        instance_prompt=", ".join(prompts_of(config)),
+        tags=["text-to-image", "diffusers", "lora", "moslora", "dreambooth", "stable-diffusion-xl", "template:sd-lora"],
+        **known,
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def introduction(config: TrainConfig, facts: CardFacts) -> str:
+    method = (
+        "a plain LoRA" if config.mixer == "none" else "a MoSLoRA adapter (arXiv 2406.11909), folded into plain LoRA"
+    )
+    prompts = prompts_of(config)
+    words = ", ".join(f"`{word}`" for word in facts.adapter.trigger_words or prompts)
+    count = "One subject" if len(prompts) == 1 else f"{len(prompts)} subjects"
+    unfinished = "" if facts.step >= facts.max_train_steps else f" Training stopped at step {facts.step}."
+    return f"{count}, learnt from a few photos by DreamBooth, as {method}. Trigger words: {words}.{unfinished}"
+
+
+def prompts_of(config: TrainConfig) -> list[str]:
+    """The instance prompt of each subject."""
+    return [subject.instance_prompt for subject in each_subject(config)]
+
+
+def gallery(facts: CardFacts) -> str:
+    return "\n".join(f"![{prompt}]({file})" for file, prompt in facts.images)
+
+
+def usage(config: TrainConfig, facts: CardFacts) -> str:
+    base_id = facts.adapter.base_id if "/" in facts.adapter.base_id else "path/to/the/base"
+    return f"""## Use
+
+```python
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+pipe = StableDiffusionXLPipeline.from_pretrained({base_id!r}, dtype=torch.float16).to("cuda")
+pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")
+{token_lines(facts.adapter.tokens)}image = pipe({example(config, facts.adapter.tokens)!r}).images[0]
+```
+
+{about_kohya(config, facts.name)}\
+{about_tokens(facts.adapter.tokens)}"""
+
+
+def about_kohya(config: TrainConfig, name: str) -> str:
+    """Which programs read the kohya file as what."""
+    file = f"`{name}.kohya.safetensors`"
+    if config.use_dora:
+        return f"{file} is for other programs, and with DoRA not the same adapter in all of them:\n\n{dora_table()}"
+    return f"{file} is the same adapter for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI."
+
+
+def token_lines(notes: Sequence[dict]) -> str:
+    """Lines of the snippet that load new tokens."""
+    if not notes:
+        return ""
+    lines = ["", "from safetensors.torch import load_file"]
+    for note, names in zip(notes, token_names(note["count"] for note in notes), strict=True):
+        lines += ["", f'new, names = load_file("path/to/this/folder/{note["file"]}"), {names}']
+        for key, end in (("clip_l", ""), ("clip_g", "_2")):
+            parts = f"text_encoder=pipe.text_encoder{end}, tokenizer=pipe.tokenizer{end}"
+            lines.append(f'pipe.load_textual_inversion(new["{key}"], token=names, {parts})')
+    return "\n".join([*lines, ""])
+
+
+def example(config: TrainConfig, notes: Sequence[dict]) -> str:
+    """The first instance prompt, with its new word replaced by the new tokens."""
+    return spelled(prompts_of(config)[0], spellings_of({note["word"]: note["count"] for note in notes}))
+
+
+def about_tokens(notes: Sequence[dict]) -> str:
+    return "".join(f"\n\n{about_word(*one)}" for one in zip(notes, token_names(note["count"] for note in notes)))
+
+
+def about_word(note: dict, names: list[str]) -> str:
+    stem = note["file"].removesuffix(".safetensors")
+    return (
+        f"The word “{note['word']}” stands for {note['count']} new tokens, which are in `{note['file']}` and "
+        f"belong to the adapter: in diffusers write `{''.join(names)}` in its place, in ComfyUI `embedding:{stem}` and "
+        f"in AUTOMATIC1111 `{stem}`, with the file in their folder of embeddings."
+    )
+
+
+def strength(best: float | None, usable: tuple[float, ...]) -> str:
+    """The scale to load the adapter at; "" when it was not measured."""
+    if best is None:
+        return ""
+    around = f"; from {usable[0]:g} to {usable[-1]:g} the score stays near it" if len(set(usable)) > 1 else ""
+    how = f"`pipe(…, cross_attention_kwargs={{'scale': {best:g}}})`"
+    return f"{STRENGTH}\n\nScale {best:g} scored best{around}. In diffusers: {how}."
+
+
+def with_strength(text: str, best: float, usable: tuple[float, float]) -> str:
+    """A card with this `strength` instead of an earlier one, or before the training table."""
+    kept = re.sub(rf"{STRENGTH}\n\n[^\n]*\n\n", "", text)
+    return kept.replace("## Training\n", f"{strength(best, usable)}\n\n## Training\n", 1)
+
+
+def training_table(config: TrainConfig, facts: CardFacts) -> str:
+    trained = "UNet and both text encoders" if config.train_text_encoder else "UNet"
+    prior = f"{config.prior}, weight {config.prior_loss_weight}" if config.with_prior_preservation else "none"
+    batch = f"{config.train_batch_size} × {config.gradient_accumulation_steps} accumulated"
+    start = {"Began with": public_name(config.init_adapter)} if config.init_adapter else {}
+    ranks = sorted({facts.adapter.rank, *facts.adapter.ranks.values()})
+    rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    mixer = f"alone, on the basis {facts.adapter.basis['kind']}" if facts.adapter.basis else config.mixer
+    rows = {
+        "Base": facts.adapter.base_id,
+        **start,
+        "Adapter": f"rank {rank}, alpha {facts.adapter.alpha:g}, mixer {mixer}, {trained}",
+        "Steps": f"{facts.step} of {facts.max_train_steps}",
+        "Resolution": f"{config.resolution} px",
+        "Batch": batch,
+        "Learning rate": f"{config.learning_rate:g}, {config.lr_scheduler}, {config.optimizer}",
+        "Prior preservation": prior,
+        "Seed": config.seed,
+    }
+    return "## Training\n\n| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+
+
+def score_table(facts: CardFacts) -> str:
+    if not facts.scores:
+        return ""
+    rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in facts.scores.items())
+    best = ""
+    if facts.best is not None:
+        best = (
+            f"\n\nBest step: {facts.best.step}, score {facts.best.score:.3f} (DINO × CLIP-T as a share of the base's × "
+            "share of pictures that copy no photo); that adapter is in `best/`."
+        )
+    return f"## Scores of the last evaluation\n\n| | |\n|---|---|\n{rows}{best}"
+
+
+logger = logging.getLogger(__name__)
+
+PUBLIC_FILES = [PUBLISHED_NAME, MIXERS_NAME, "*.kohya.safetensors", f"*{TOKENS_SUFFIX}", "README.md", "image_*.png"]
+
+
+def public_files(run_dir: Path) -> list[str]:
+    """Names of the files at the top of the run folder that may be uploaded."""
+    return sorted(p.name for p in run_dir.iterdir() if p.is_file() and any(map(p.match, PUBLIC_FILES)))
+
+
+def patterns(names: list[str]) -> list[str]:
+    """Patterns for the hub's filter (fnmatch) that match only these names, even with brackets in them."""
+    return [escape(name) for name in names]
+
+
+def push(run_dir: Path, repo_id: str | None, token: str | None) -> str | None:
+    """Create the model repository if it is missing, and upload `public_files`. Returns the repository's address.
+
+    When the hub cannot be reached or refuses, it logs a warning and returns None: the run is complete without
+    it.
+    """
+    api = HfApi(token=token)
+    try:
+        url = api.create_repo(repo_id or RunDir(run_dir).name, exist_ok=True)
+        api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=run_dir,
+            allow_patterns=patterns(public_files(run_dir)),
+            commit_message="Upload the adapter",
+        )
+    except Exception as error:  # the client passes on the HTTP library's errors
+        again = "--push_to_hub --resume_from_checkpoint latest tries again"
+        logger.warning(
+            "the adapter is in %s but could not be pushed to the hub (%s); %s", run_dir, one_line(error), again
+        )
+        return None
+    return str(url)

@@ -1,0 +1,245 @@
+"""The training objective: add noise to latents, and compare the UNet's prediction with its target.
+
+Two ways to add noise n to latents x at step i of the base's schedule, a = alpha_i its cumulative product:
+
+    ddpm   z = sqrt(a)·x + sqrt(1 - a)·n             the UNet predicts n, or v = sqrt(a)·n - sqrt(1 - a)·x
+    edm    z = x + sigma·n,  sigma = sqrt(1/a - 1)   its output is converted to x itself (Karras et al. 2022)
+
+With prior preservation (Ruiz et al. 2022) a batch holds instance and prior images:
+
+    total = instance + prior_loss_weight · prior
+
+The error at a position is the square of the difference d, or grows like |d| beyond a width c (`--loss_type`):
+
+    huber      2c·(sqrt(d² + c²) - c)       smooth_l1  2·(sqrt(d² + c²) - c)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+Pointwise = Callable[[Tensor], Tensor]
+"""Differences (B, 4, h, w) -> the error at each position, same shape."""
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """A base's noise levels: `sigmas` (T,) noise-to-signal ratios, `timesteps` (T,) as the UNet gets them.
+
+    `style` is `ddpm` or `edm`; `prediction_type` is `epsilon` or `v_prediction`; `sigma_data` is set for bases
+    trained with EDM's own preconditioning (Playground v2.5), else None.
+    """
+
+    sigmas: Tensor
+    timesteps: Tensor
+    prediction_type: str = "epsilon"
+    style: str = "ddpm"
+    sigma_data: float | None = None
+
+    @classmethod
+    def from_alphas(cls, alphas_cumprod: Tensor, prediction_type: str, style: str) -> "NoiseSchedule":
+        """From cumulative products (T,) in (0, 1]; a zero (zero-terminal-SNR bases) gives an infinite sigma."""
+        sigmas = (1 / alphas_cumprod.double() - 1).sqrt().float()
+        return cls(sigmas, torch.arange(len(sigmas)), prediction_type, style)
+
+    def __len__(self) -> int:
+        return len(self.sigmas)
+
+    def to(self, device: torch.device) -> "NoiseSchedule":
+        """A copy whose tables are on `device`; indices into them must be there too."""
+        return replace(self, sigmas=self.sigmas.to(device), timesteps=self.timesteps.to(device))
+
+    def signal_and_noise(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(alpha) and sqrt(1 - alpha) at `index` (B,), each (B, 1, 1, 1); 0 and 1 where sigma is infinite."""
+        sigma = self.sigmas[index].view(-1, 1, 1, 1)
+        signal = (1 + sigma**2).rsqrt()
+        return signal, torch.where(sigma.isinf(), torch.ones_like(sigma), sigma * signal)
+
+    def snr(self, index: Tensor) -> Tensor:
+        """Signal-to-noise ratio (B,): alpha / (1 - alpha) = 1 / sigma²."""
+        return self.sigmas[index] ** -2
+
+
+@dataclass(frozen=True)
+class NoisySample:
+    """Noisy latents: `unet_input` and `latents` (B, 4, h, w), `timesteps` (B,) for the UNet, `index` (B,)."""
+
+    unet_input: Tensor
+    latents: Tensor
+    timesteps: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class LossParts:
+    """Scalars of one batch. `prior` is None when the batch has no prior images."""
+
+    total: Tensor
+    instance: Tensor
+    prior: Tensor | None
+
+
+def sample_timesteps(
+    schedule: NoiseSchedule,
+    count: int,
+    generator: torch.Generator,
+    strategy: str = "none",
+    multiplier: float = 1.0,
+    portion: float = 0.25,
+) -> Tensor:
+    """Indices (count,) of noise levels, drawn with equal chances. Under a strategy, the noisiest (`later`) or
+    the least noisy (`earlier`) `portion` of the levels is `multiplier` times as likely as the others, as in
+    diffusers' `train_text_to_image_sdxl.py`."""
+    if strategy == "none":
+        return torch.randint(len(schedule), (count,), generator=generator)
+    chances = torch.ones(len(schedule))
+    order = schedule.sigmas.argsort(descending=strategy == "later")
+    chances[order[: max(1, int(portion * len(schedule)))]] = multiplier
+    return torch.multinomial(chances, count, replacement=True, generator=generator)
+
+
+def offset_noise(noise: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Noise (B, C, h, w) plus one draw per channel of each image, of standard deviation `strength`.
+
+    The overall brightness and colour are then noised too, and so learnt (Guttenberg 2023, "Diffusion with
+    Offset Noise"; kohya's and diffusers' `--noise_offset`). A strength of 0 draws nothing.
+    """
+    if strength == 0:
+        return noise
+    return noise + strength * torch.randn(*noise.shape[:2], 1, 1, generator=generator)
+
+
+def add_noise(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, index: Tensor) -> NoisySample:
+    """Mix latents and noise (B, 4, h, w) at noise levels `index` (B,), and scale the mix to unit variance."""
+    timesteps = schedule.timesteps[index]
+    signal, spread = schedule.signal_and_noise(index)
+    if schedule.style == "ddpm":
+        noisy = signal * latents + spread * noise
+        return NoisySample(noisy, noisy, timesteps, index)
+    sigma = schedule.sigmas[index].view(-1, 1, 1, 1)
+    noisy = latents + sigma * noise
+    scale = signal if schedule.sigma_data is None else (sigma**2 + schedule.sigma_data**2).rsqrt()
+    return NoisySample(noisy * scale, noisy, timesteps, index)
+
+
+def loss_target(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, index: Tensor) -> Tensor:
+    """What `prediction_of` should return, (B, 4, h, w): the noise, the velocity, or in EDM style the latents."""
+    if schedule.style == "edm":
+        return latents
+    if schedule.prediction_type == "epsilon":
+        return noise
+    signal, spread = schedule.signal_and_noise(index)
+    return signal * noise - spread * latents
+
+
+def prediction_of(schedule: NoiseSchedule, output: Tensor, noisy: NoisySample) -> Tensor:
+    """The UNet's output (B, 4, h, w) unchanged; in EDM style, the clean latents which it implies."""
+    if schedule.style == "ddpm":
+        return output
+    sigma = schedule.sigmas[noisy.index].view(-1, 1, 1, 1)
+    if schedule.sigma_data is not None:
+        return edm_denoised(schedule, output, noisy.latents, sigma)
+    if schedule.prediction_type == "epsilon":
+        return noisy.latents - sigma * output
+    return noisy.latents / (1 + sigma**2) - sigma * (1 + sigma**2).rsqrt() * output
+
+
+def edm_denoised(schedule: NoiseSchedule, output: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
+    """c_skip·z + c_out·F of Karras et al. 2022, table 1; a v-prediction base has the opposite sign of c_out."""
+    variance = sigma**2 + schedule.sigma_data**2
+    c_out = sigma * schedule.sigma_data * variance.rsqrt()
+    sign = 1 if schedule.prediction_type == "epsilon" else -1
+    return schedule.sigma_data**2 / variance * noisy + sign * c_out * output
+
+
+def snr_weights(schedule: NoiseSchedule, index: Tensor, instance_count: int, snr_gamma: float | None) -> Tensor:
+    """Weights (B,) of the images' squared errors, as in diffusers' script: `index` (B,), instance images first.
+
+    In EDM style the error of x is weighted by 1/sigma², or by 1 for EDM's own bases. Else weights are 1 without
+    `snr_gamma`. With it (Hang et al. 2023) an instance image's noise is weighted by min(SNR, gamma)/SNR, its
+    velocity by one more.
+    """
+    snr = schedule.snr(index)
+    if schedule.style == "edm":
+        return snr if schedule.sigma_data is None else torch.ones_like(snr)
+    if snr_gamma is None:
+        return torch.ones_like(snr)
+    clipped = (snr_gamma / snr).clamp(max=1)  # 1 where the SNR is zero
+    weights = clipped if schedule.prediction_type == "epsilon" else clipped + 1
+    return torch.cat([weights[:instance_count], torch.ones_like(weights[instance_count:])])
+
+
+def debiased_weights(schedule: NoiseSchedule, index: Tensor) -> Tensor:
+    """Weights (B,) of the images' errors: 1/sqrt(SNR) for noise, 1/(SNR + 1) for velocity, with the SNR capped at 1000.
+
+    The error of the noise becomes the error of the latents that it implies, up to a power (Yu et al. 2023,
+    "Debias the Training of Diffusion Models", arXiv 2310.08442). Like kohya's `--debiased_estimation_loss` it
+    applies to all images.
+    """
+    snr = schedule.snr(index).clamp(max=1000)
+    return snr.rsqrt() if schedule.prediction_type == "epsilon" else 1 / (snr + 1)
+
+
+def pointwise_error(
+    schedule: NoiseSchedule, index: Tensor, loss_type: str = "l2", huber_c: float = 0.1, huber_schedule: str = "snr"
+) -> Pointwise:
+    """The error function of `loss_type` (`l2`, `huber`, `smooth_l1`); its width c depends on each image's `index` (B,).
+
+    With C = `huber_c` at step t of T: `constant` c = C; `exponential` c = C^(t/T), 1 where there is no noise;
+    `snr` c = C + (1 - C)/(1 + sigma)² (kabachuha 2024, "scheduled Huber loss" in diffusers and kohya's
+    sd-scripts, after arXiv 2403.16728).
+    """
+    if loss_type == "l2":
+        return torch.square
+    if huber_schedule == "constant":
+        width = torch.full_like(schedule.sigmas[index], huber_c)
+    elif huber_schedule == "exponential":
+        width = huber_c ** (index / len(schedule))
+    else:
+        width = huber_c + (1 - huber_c) * (1 + schedule.sigmas[index]) ** -2
+    width = width.view(-1, 1, 1, 1)
+    return partial(huber_error, width=width, factor=2 * width if loss_type == "huber" else 2)
+
+
+def huber_error(difference: Tensor, width: Tensor, factor: Tensor | float) -> Tensor:
+    return factor * ((difference**2 + width**2).sqrt() - width)
+
+
+def loss(
+    prediction: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    instance_count: int,
+    prior_loss_weight: float = 1.0,
+    mask: Tensor | None = None,
+    pointwise: Pointwise = torch.square,
+) -> LossParts:
+    """Mean error of the instance images and of the prior images, and their weighted sum, in fp32.
+
+    prediction, target (B, 4, h, w); weights (B,); mask (B, 1, h, w) in [0, 1] weighs the positions of an image.
+    The first `instance_count` images are the subject's, the others are prior images.
+    """
+    per_image = weights * image_errors(prediction.float(), target.float(), mask, pointwise)
+    instance = per_image[:instance_count].mean()
+    if len(per_image) == instance_count:
+        return LossParts(instance, instance.detach(), None)
+    prior = per_image[instance_count:].mean()
+    return LossParts(instance + prior_loss_weight * prior, instance.detach(), prior.detach())
+
+
+def image_errors(
+    prediction: Tensor, target: Tensor, mask: Tensor | None, pointwise: Pointwise = torch.square
+) -> Tensor:
+    """Mean error (B,) of each image. Under a mask it is the weighted mean, so that a small subject counts in full.
+
+    The mean is multiplied by the mask's largest weight: an image without the subject then counts no more than
+    its positions do.
+    """
+    errors = pointwise(prediction - target)
+    if mask is None:
+        return errors.flatten(1).mean(1)
+    places = mask.float().expand_as(errors).flatten(1)
+    return places.amax(1) * (places * errors.flatten(1)).sum(1) / places.sum(1).clamp(min=1e-6)

@@ -1,0 +1,438 @@
+"""Parameter groups, optimizers, their states in a checkpoint, and averages over the steps.
+
+Prodigy on a GPU, with each group as one long tensor.
+
+Prodigy reads two numbers of every parameter in every step to sum them, and each read waits for the GPU: 3,360
+waits for SDXL's 1,680 small matrices, besides a loop of a dozen kernels for each. The other operations are
+elementwise, so one long tensor of a group's parameters gives the same step, except for the order of two sums.
+Saved and loaded states are per parameter, as in Prodigy.
+
+Parameter groups with their learning rates, the optimizers, and the learning-rate schedule.
+
+Beside AdamW (also in 8 bit) and Prodigy there are schedule-free AdamW, which needs no learning-rate schedule,
+and Adafactor, which many recipes of other trainers use. Optimizers that only save memory are left out: Adam's
+states take a third of a GiB for SDXL at rank 16.
+
+Weight decay would pull a mixer towards zero instead of its start, so mixers have none. In terms of LoRA+ a
+mixer belongs to B's group: `mixer_lr_scale` multiplies its learning rate.
+
+The optimizer's states in a checkpoint, checked before PyTorch's kernels read them.
+
+A kernel trusts the shape, type and layout of a moment: it would read and write beyond the end of a smaller one.
+The expected shapes and types come from a copy of the optimizer that takes one step. Each tensor becomes a dense
+copy with memory of its own.
+
+The average of the adapter over its steps. If there is one, it is published, scored and sampled instead of
+the weights.
+
+exponential (`--use_ema`)   m = d·m + (1 - d)·w after each step, d = min(decay, (1 + n)/(10 + n)) of diffusers
+schedule-free               x of Defazio et al. 2024 (arXiv 2405.15682), which that optimizer keeps by itself
+
+Training continues from the weights w. A checkpoint holds both: the average as its adapter, for all other
+readers, and the weights in another file.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from diffusers.optimization import get_scheduler
+from prodigyopt import Prodigy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dreambooth_moslora.adapters.moslora import adapter_parameters, mixer_parameters
+from dreambooth_moslora.core.errors import UserError, is_number
+from dreambooth_moslora.settings.table import OPTIMIZERS, SCHEDULE_FREE, TrainConfig
+
+Weights = tuple[nn.Parameter, ...]
+States = dict[str, Any]
+
+
+class FlatProdigy(Prodigy):
+    """Prodigy whose parameters of a group share a device and a dtype."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._long: dict[Weights, States] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        self._spread()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._long.clear()
+        super().load_state_dict(state_dict)
+
+    def step(self, closure: None = None) -> None:
+        """One step of the parameters that have a gradient."""
+        reached = [
+            tuple(weight for weight in group["params"] if weight.grad is not None) for group in self.param_groups
+        ]
+        if any(weights and weights not in self._long for weights in reached):
+            self._spread()
+        known = [[bool(self.state.get(weight)) for weight in weights] for weights in reached]
+        if not self._long and any(any(found) and not all(found) for found in known):
+            super().step()  # some take their first step later than the others
+            return
+        longs = [long_parameter(weights) if weights else None for weights in reached]
+        for weights, long in zip(reached, longs, strict=True):
+            if long is not None and (states := self._long.pop(weights, None) or joined(weights, self.state)):
+                self.state[long] = states
+        own = [group["params"] for group in self.param_groups]
+        try:
+            self._take([[] if long is None else [long] for long in longs])
+            super().step()
+        finally:
+            self._take(own)
+        for weights, long in zip(reached, longs, strict=True):
+            if long is not None:
+                torch._foreach_copy_([weight.detach() for weight in weights], parts_of(long.detach(), weights))
+                self._long[weights] = self.state.pop(long)
+
+    def _take(self, parameters: Sequence[list[nn.Parameter]]) -> None:
+        for group, own in zip(self.param_groups, parameters, strict=True):
+            group["params"] = own
+
+    def _spread(self) -> None:
+        """Give each parameter its states, as views of the long ones."""
+        for weights, states in self._long.items():
+            for name, value in states.items():
+                is_long = isinstance(value, Tensor) and value.dim() > 0
+                each = parts_of(value, weights) if is_long else [value] * len(weights)
+                for weight, part in zip(weights, each, strict=True):
+                    self.state[weight][name] = part.flatten() if is_long and name in ("s", "p0") else part
+        self._long.clear()
+
+
+def long_parameter(weights: Weights) -> nn.Parameter:
+    """The weights concatenated into one parameter (n,), with their gradients."""
+    long = nn.Parameter(torch.cat([weight.detach().flatten() for weight in weights]))
+    long.grad = torch.cat([weight.grad.flatten() for weight in weights])
+    return long
+
+
+def joined(weights: Weights, each: dict[nn.Parameter, States]) -> States:
+    """The concatenated states of all weights, removed from `each`; {} before the first step. A weight that
+    started at zero keeps one zero as its start, which is expanded here."""
+    found = [each.pop(weight, {}) for weight in weights]
+    long: States = {}
+    for name, first in found[0].items():
+        values = [states[name] for states in found]
+        if isinstance(first, Tensor):
+            sizes = [weight.numel() for weight in weights]
+            pairs = zip(values, sizes, strict=True)
+            long[name] = torch.cat([v.flatten() if v.dim() else v.expand(size) for v, size in pairs])
+        else:
+            long[name] = first
+    return long
+
+
+def parts_of(long: Tensor, weights: Weights) -> list[Tensor]:
+    """Views of `long` (n,) in the shapes of `weights`."""
+    parts = long.split([weight.numel() for weight in weights])
+    return [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)]
+
+
+def parameter_groups(
+    config: TrainConfig, components: dict[str, nn.Module], world_size: int = 1, tokens: Sequence[nn.Parameter] = ()
+) -> list[dict]:
+    """Groups of A and B, and of mixers, for the UNet and each text encoder, then of new tokens. Empty groups
+    are left out.
+
+    As in diffusers' script, `scale_lr` scales only the UNet's rate; text encoders without a rate use the
+    UNet's.
+    """
+    lr_scale = config.gradient_accumulation_steps * config.train_batch_size * world_size if config.scale_lr else 1
+    prodigy = config.optimizer.lower() == "prodigy"
+    groups = []
+    unet_lr = lr_scale * config.learning_rate
+    text_lr = unet_lr if prodigy else config.text_encoder_lr or unet_lr
+    for name, module in components.items():
+        is_text = name != "unet"
+        lr = text_lr if is_text else unet_lr
+        decay = config.adam_weight_decay_text_encoder if is_text else config.adam_weight_decay
+        mixers = [p for _, p in mixer_parameters(module)]
+        mixer_ids = {id(p) for p in mixers}
+        others = [p for _, p in adapter_parameters(module) if id(p) not in mixer_ids]
+        groups.append({"name": name, "params": others, "lr": lr, "weight_decay": decay})
+        groups.append(
+            {"name": f"{name}.mixer", "params": mixers, "lr": lr * config.mixer_lr_scale, "weight_decay": 0.0}
+        )
+    groups.append({"name": "tokens", "params": list(tokens), "lr": text_lr, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
+
+
+def optimizer_kind(config: TrainConfig) -> str:
+    """The optimizer's name. Optimizers of the same name read each other's states."""
+    return "AdamW8bit" if config.use_8bit_adam and config.optimizer == "AdamW" else config.optimizer
+
+
+def make_optimizer(config: TrainConfig, groups: list[dict]) -> Optimizer:
+    """The optimizer of `config.optimizer`. Raises UserError when its name is unknown or its package is not
+    installed."""
+    kind = config.optimizer.lower()
+    if kind == "prodigy":
+        return make_prodigy(config, groups)
+    if kind == "adafactor":
+        return make_adafactor(groups)
+    if kind == SCHEDULE_FREE.lower():
+        return make_schedule_free(config, groups)
+    if kind != "adamw":
+        raise UserError(f"--optimizer {config.optimizer} is unknown: choose {', '.join(OPTIMIZERS)}.")
+    betas = (config.adam_beta1, config.adam_beta2)
+    # Fused: one kernel for the hundreds of small matrices takes a quarter of the loop's time on a CPU.
+    fused = {} if config.use_8bit_adam else {"fused": True}
+    return adamw_class(config)(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, **fused)
+
+
+def adamw_class(config: TrainConfig) -> type[Optimizer]:
+    """AdamW, or its 8-bit version. Raises UserError when bitsandbytes is not installed."""
+    if not config.use_8bit_adam:
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.") from error
+    return AdamW8bit
+
+
+def make_prodigy(config: TrainConfig, groups: list[dict]) -> Optimizer:
+    """Prodigy finds the learning rate by itself (Mishchenko & Defazio 2023); the given one, usually 1.0, multiplies it.
+
+    On a GPU, a step reads two numbers per group instead of two per parameter (`flat_prodigy`). Raises UserError
+    when it is not installed.
+    """
+    try:
+        from prodigyopt import Prodigy
+
+    except ImportError as error:
+        raise UserError("--optimizer Prodigy needs prodigyopt: pip install prodigyopt.") from error
+    is_on_cpu = groups[0]["params"][0].device.type == "cpu"
+    return (Prodigy if is_on_cpu else FlatProdigy)(
+        groups,
+        lr=groups[0]["lr"],
+        betas=(config.adam_beta1, config.adam_beta2),
+        beta3=config.prodigy_beta3,
+        eps=config.adam_epsilon,
+        decouple=config.prodigy_decouple,
+        use_bias_correction=config.prodigy_use_bias_correction,
+        safeguard_warmup=config.prodigy_safeguard_warmup,
+    )
+
+
+def make_schedule_free(config: TrainConfig, groups: list[dict]) -> Optimizer:
+    """AdamW that averages its steps (Defazio et al. 2024, arXiv 2405.15682); use a constant learning rate.
+
+    The average is published (`averages`). Raises UserError when it is not installed.
+    """
+    try:
+        from schedulefree import AdamWScheduleFree
+    except ImportError as error:
+        raise UserError(f"--optimizer {SCHEDULE_FREE} needs schedulefree: pip install schedulefree.") from error
+    betas = (config.adam_beta1, config.adam_beta2)
+    optimizer = AdamWScheduleFree(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon)
+    optimizer.train()
+    return optimizer
+
+
+def make_adafactor(groups: list[dict]) -> Optimizer:
+    """Adafactor (Shazeer & Stern 2018) at the given learning rate. It has no momentum.
+
+    As kohya writes it: `scale_parameter=False relative_step=False warmup_init=False`.
+    """
+    from transformers.optimization import Adafactor
+
+    return Adafactor(groups, lr=groups[0]["lr"], scale_parameter=False, relative_step=False)
+
+
+def make_lr_schedule(config: TrainConfig, optimizer: Optimizer, max_train_steps: int) -> LRScheduler:
+    """A learning-rate schedule of diffusers by its name. It counts optimizer steps, whatever the number of processes.
+
+    Raises UserError for an unknown name.
+    """
+    try:
+        return get_scheduler(
+            config.lr_scheduler,
+            optimizer=optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=max_train_steps,
+            num_cycles=config.lr_num_cycles,
+            power=config.lr_power,
+        )
+    except ValueError as error:
+        raise UserError(f"--lr_scheduler {config.lr_scheduler} is unknown to diffusers: {error}") from error
+
+
+RUNNING = ("d", "d_max", "d_numerator", "d_denom", "d_hat", "k", "weight_sum", "lr_max")
+"""Values that Prodigy and schedule-free AdamW learn per group. All other values of a group come from the
+command line."""
+NOT_SET = "p0"
+"""Prodigy's start of a weight. For a weight that started at zero it keeps a single number."""
+
+
+def checked_states(states: Mapping[str, Any], optimizer: Optimizer, step: int, exact: bool) -> dict[str, Any]:
+    """The checkpoint's states at `step`, with the settings that the optimizer's groups have now.
+
+    `exact`: each parameter has taken all steps; otherwise at most as many. Raises ValueError for states that do
+    not fit.
+    """
+    pattern = pattern_of(optimizer)
+    groups = optimizer.state_dict()["param_groups"]
+    loaded = states["param_groups"]
+    if [group["params"] for group in loaded] != [group["params"] for group in groups]:
+        raise ValueError("the groups of parameters are others")
+    for number, state in states["state"].items():
+        if number not in pattern:
+            raise ValueError(f"there is no parameter {number}")
+        check_state(dict(leaves_of(state)), dict(leaves_of(pattern[number])), step, exact)
+    running = [{name: number_in(group, name) for name in RUNNING if name in group} for group in loaded]
+    merged = [{**fresh, **kept} for fresh, kept in zip(groups, running, strict=True)]
+    return {"state": dense(states["state"]), "param_groups": merged}
+
+
+def pattern_of(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
+    """The states of every parameter after the first step of such an optimizer."""
+    groups = []
+    for group in optimizer.param_groups:
+        params = [torch.nn.Parameter(weight.detach().clone()) for weight in group["params"]]
+        for weight in params:
+            weight.grad = torch.ones_like(weight)
+        groups.append({**group, "params": params})
+    twin = type(optimizer)(groups)
+    twin.step()
+    return twin.state_dict()["state"]
+
+
+def leaves_of(state: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, value) of everything in nested dicts: 8-bit AdamW nests."""
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            yield from leaves_of(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
+
+
+def dense(value: Any) -> Any:
+    """The same nested dicts and numbers; a file's tensor may have strides of 0, or share its memory with another."""
+    if isinstance(value, Mapping):
+        return {name: dense(part) for name, part in value.items()}
+    return value.detach().clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
+
+
+def check_state(found: dict[str, Any], pattern: dict[str, Any], step: int, exact: bool) -> None:
+    if found.keys() != pattern.keys():
+        raise ValueError(f"states are {sorted(found)}, not {sorted(pattern)}")
+    for name, expected in pattern.items():
+        value = found[name]
+        if name == "step":
+            check_step(value, step, exact)
+        elif isinstance(expected, Tensor):
+            check_tensor(name, value, expected)
+        elif type(value) is not type(expected):
+            raise ValueError(f"{name} is a {type(value).__name__}")
+
+
+def check_step(value: object, step: int, exact: bool) -> None:
+    taken = value.item() if isinstance(value, Tensor) and value.numel() == 1 and value.dim() == 0 else value
+    if not isinstance(taken, (int, float)) or not (taken == step if exact else 0 <= taken <= step):
+        raise ValueError(f"it has taken {taken} steps, not {step}")
+
+
+def check_tensor(name: str, value: object, expected: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.dtype != expected.dtype or value.layout != expected.layout:
+        raise ValueError(f"{name} is no tensor of {expected.dtype}")
+    is_start = name == NOT_SET and value.dim() == 0
+    if value.shape != expected.shape and not is_start and not (name == NOT_SET and expected.dim() == 0):
+        raise ValueError(f"{name} is {tuple(value.shape)}, not {tuple(expected.shape)}")
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name} is not finite")
+
+
+def number_in(group: Mapping[str, Any], name: str) -> float | int:
+    value = group[name]
+    if isinstance(value, Tensor) and value.dim() == 0:
+        value = value.item()
+    if not is_number(value):
+        raise ValueError(f"{name} is not a number")
+    return value
+
+
+class Average(Protocol):
+    """An average of a list of parameters; `values` has their order and shapes."""
+
+    def update(self, step: int) -> None:
+        """Call it after optimizer step number `step`, counted from 1."""
+
+    def values(self) -> list[Tensor]: ...
+
+
+class MovingAverage:
+    """The exponential average of `parameters`; it starts at their values.
+
+    At first it forgets faster than `decay` says: at step n it reaches about n/9 steps back, so that a run of a
+    few hundred steps does not average in its start. Same as diffusers' `EMAModel`.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float):
+        self.parameters, self.decay = parameters, decay
+        self._mean = copies(parameters)
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        before = step - 1
+        decay = min(self.decay, (1 + before) / (10 + before)) if before else 0.0
+        torch._foreach_lerp_(self._mean, list(self.parameters), 1 - decay)
+
+    def values(self) -> list[Tensor]:
+        return self._mean
+
+
+class ScheduleFreeAverage:
+    """x of the schedule-free optimizer. In training its parameters are y = (1 - beta1)·z + beta1·x."""
+
+    def __init__(self, parameters: list[nn.Parameter], optimizer: Optimizer):
+        self.parameters, self.optimizer = parameters, optimizer
+
+    def update(self, step: int) -> None:
+        """Does nothing: the optimizer updates x."""
+
+    @torch.no_grad()
+    def values(self) -> list[Tensor]:
+        """x of each parameter, in its shape. One that took no step has no z and is its own average."""
+        beta1 = self.optimizer.param_groups[0]["betas"][0]
+        ahead = [self.optimizer.state[p].get("z", p) for p in self.parameters]
+        return [y.lerp(z, 1 - 1 / beta1) for y, z in zip(self.parameters, ahead, strict=True)]
+
+
+def average_of(config: TrainConfig, parameters: list[nn.Parameter], optimizer: Optimizer) -> Average | None:
+    """The average that these settings ask for; None for none."""
+    if config.optimizer == SCHEDULE_FREE:
+        return ScheduleFreeAverage(parameters, optimizer)
+    return MovingAverage(parameters, config.ema_decay) if config.use_ema else None
+
+
+@contextmanager
+def lent(average: Average | None, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """For the length of the block the parameters hold the average; afterwards their own bits return. Do not nest."""
+    if average is None:
+        yield
+        return
+    own = copies(parameters)
+    put(average.values(), parameters)
+    try:
+        yield
+    finally:
+        put(own, parameters)
+
+
+def copies(parameters: list[nn.Parameter]) -> list[Tensor]:
+    return [p.detach().clone() for p in parameters]
+
+
+@torch.no_grad()
+def put(values: list[Tensor], parameters: list[nn.Parameter]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)

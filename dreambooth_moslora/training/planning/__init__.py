@@ -1,1 +1,0 @@
-"""What is known before a run: its steps, memory, precision, checks and the report of `--dry_run`."""

@@ -1,0 +1,297 @@
+"""What a run leaves: proved adapter files, card, sheets, plots, and the hub.
+
+Draws the loss of a run, and its scores beside it.
+
+The loss of single steps is noisy, as each draws its own noise levels, so a running mean is drawn over it.
+
+Writes what a run leaves: verified adapter files, model card and its pictures, contact sheet, loss plot, hub.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dreambooth_moslora.adapters.basis import write_mixers
+from dreambooth_moslora.adapters.export import publish
+from dreambooth_moslora.adapters.metadata import RESUMED, AdapterMetadata, with_told
+from dreambooth_moslora.adapters.new_tokens import notes_of, prove_tokens
+from dreambooth_moslora.adapters.proof import Proof
+from dreambooth_moslora.adapters.raw_file import adapter_metadata
+from dreambooth_moslora.base.load import architecture
+from dreambooth_moslora.core.atomic_files import atomic_directory, atomic_write
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.names import public_name
+from dreambooth_moslora.core.pictures import Row, draw_contact_sheet, write_png
+from dreambooth_moslora.disk.events import StepDone, StepEvaluated, events_of
+from dreambooth_moslora.disk.run_folder import MIXERS_NAME, RunDir, pictures_named
+from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
+from dreambooth_moslora.photos.photo import Photo, open_rgb
+from dreambooth_moslora.plan.processes import on_main
+from dreambooth_moslora.settings.prompts import (
+    class_word_of,
+    context_prompts,
+    together_prompts,
+    trigger_words,
+    validation_prompts,
+)
+from dreambooth_moslora.settings.subjects import each_subject
+from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training.checkpoint import trained_modules
+from dreambooth_moslora.training.class_images import are_draws
+from dreambooth_moslora.training.explain import CURVES, BestStep, ScaleChoice
+from dreambooth_moslora.training.model_card import CardFacts, model_card, push
+from dreambooth_moslora.training.prepare import TrainInputs
+from dreambooth_moslora.training.samples import ValidationSamples
+from dreambooth_moslora.training.step import TrainStep
+
+COLOURS = {"loss_instance": "#2a6fdb", "loss_prior": "#d9822b"}
+LABELS = {"loss_instance": "instance", "loss_prior": "prior"}
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the last `window` values at each position (fewer at the start); same length as `values`."""
+    sums = np.cumsum(np.insert(values, 0, 0.0))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - window)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def draw_loss_plot(steps: Sequence[StepDone], path: Path, evaluations: Sequence[StepEvaluated] = ()) -> None:
+    """Write a PNG with the loss, and with the scores if there are evaluations."""
+    panels = 2 if evaluations else 1
+    figure = Figure(figsize=(7 * panels, 3.5), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    draw_loss(axes[0], steps)
+    if evaluations:
+        draw_fidelity(axes[1], evaluations)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    atomic_write(path, buffer.getvalue())
+
+
+def draw_fidelity(axes: Axes, evaluations: Sequence[StepEvaluated]) -> None:
+    """Draw likeness, prompt, copies and score; a line marks the best step."""
+    at = [event.step for event in evaluations]
+    for key, label in CURVES.items():
+        values = [event.scores.get(key, np.nan) for event in evaluations]
+        axes.plot(at, values, "o-", markersize=3, linewidth=2 if key == "score" else 1, label=label)
+    best = max(evaluations, key=lambda event: (event.scores.get("score", 0.0), -event.step))
+    axes.axvline(best.step, color="#888", linestyle=":", label=f"best: step {best.step}")
+    axes.set(xlabel="step", ylabel="score")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="small")
+
+
+def draw_loss(axes: Axes, steps: Sequence[StepDone]) -> None:
+    for key, colour in COLOURS.items():
+        points = [(event.step, getattr(event, key)) for event in steps if getattr(event, key) is not None]
+        if points:
+            at, values = map(np.array, zip(*points))
+            axes.plot(at, values, color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(at, running_mean(values, max(5, len(values) // 20)), color=colour, label=LABELS[key])
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False)
+
+
+logger = logging.getLogger(__name__)
+
+CARD_IMAGES = 6
+
+
+class Publisher:
+    """Publishes one run, which goes on from the `checkpoint` if there is one. `scores` are the evaluator's latest."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_dir: RunDir,
+        inputs: TrainInputs,
+        train_step: TrainStep,
+        samples: ValidationSamples,
+        sampler: Sampler,
+        max_train_steps: int,
+        checkpoint: Path | None = None,
+    ):
+        self.max_train_steps = max_train_steps
+        self.config, self.run_dir, self.train_step = config, run_dir, train_step
+        self.photos, self.samples, self.sampler = inputs.photos, samples, sampler
+        self.learnt = train_step.learnt
+        self.tokens = self.learnt.tokens if self.learnt else ()
+        self.facts = facts_of(config, inputs, train_step, checkpoint)
+        self.scores: dict[str, float] = {}
+        self.best: BestStep | None = None
+
+    def note_scores(self, scores: dict[str, float], best: BestStep) -> None:
+        """Keep the latest scores and the best step for the card."""
+        self.scores, self.best = scores, best
+
+    def note_scale(self, found: ScaleChoice) -> None:
+        """Keep the best scale for the published files and the card."""
+        self.facts = replace(self.facts, best_scale=found.best, usable_scales=(found.low, found.high))
+
+    def keep_best(self) -> None:
+        """Write the current adapter to `best/`, loadable like the final one, completely or not at all."""
+        with atomic_directory(self.run_dir.best_dir) as folder:
+            self._publish_to(folder)
+
+    def publish(self, step: int, max_train_steps: int, finished: bool) -> Proof:
+        """Write the adapter, then its card, then push it to the hub; plot and contact sheet come last.
+
+        Only a finished run draws new contexts and is pushed. The main process writes; all draw.
+        """
+        accelerator = self.train_step.accelerator
+        proof = on_main(accelerator, lambda: self._publish_to(self.run_dir.path))
+        contexts = self.samples.draw_contexts(self.sampler, accelerator) if finished else []
+        on_main(accelerator, lambda: self._present(step, max_train_steps, finished, proof, contexts))
+        return proof
+
+    def _present(
+        self, step: int, max_train_steps: int, finished: bool, proof: Proof, contexts: list[Image.Image]
+    ) -> None:
+        """Write what shows the adapter, and push it."""
+        best = self.best if self.run_dir.best_dir.is_dir() else None
+        adapter = replace(self.facts, tokens=notes_of(self.tokens, self.run_dir.name))
+        facts = CardFacts(self.run_dir.name, step, max_train_steps, adapter, proof, scores=self.scores, best=best)
+        drawn = list(zip(self.samples.requests, self.samples.latest))
+        write_card(self.config, self.run_dir, facts, card_pictures(self.config, drawn, self.samples, contexts))
+        try:
+            if finished and self.config.push_to_hub:
+                push(self.run_dir.path, self.config.hub_model_id, self.config.hub_token)
+        finally:
+            write_loss_plot(self.run_dir)
+            if drawn:
+                start = self.config.init_adapter and f"adapter {public_name(self.config.init_adapter)}"
+                rows = sheet_rows(self.config, self.photos, self.samples, contexts, start or "base")
+                draw_contact_sheet(rows, self.run_dir.contact_sheet_path)
+
+    def _publish_to(self, folder: Path) -> Proof:
+        components, name, step = self.train_step.components, self.run_dir.name, self.train_step.step
+        facts = replace(self.facts, step=None if step == self.max_train_steps else step)
+        if self.learnt is None:
+            proof = publish(components, folder, name, facts)
+            if self.config.basis:
+                write_mixers(folder / MIXERS_NAME, components["unet"], facts)
+            return proof
+        attached, prompts = self.learnt.attached, [one.instance_prompt for one in each_subject(self.config)]
+        prove = lambda paths: prove_tokens(paths, attached, prompts)  # noqa: E731
+        return publish(components, folder, name, facts, tokens=self.tokens, prove=prove)
+
+
+def facts_of(
+    config: TrainConfig, inputs: TrainInputs, train_step: TrainStep, checkpoint: Path | None
+) -> AdapterMetadata:
+    """The metadata that the adapter files contain."""
+    facts = adapter_metadata(
+        train_step.components,
+        base_id=config.pretrained_model_name_or_path,
+        base_architecture=architecture(inputs.pipeline.unet),
+        trigger_words=trigger_words(config),
+        class_word=class_word_of(config),
+        resolution_px=config.resolution,
+    )
+    prompts = tuple(one.instance_prompt for one in each_subject(config)) if len(config.subjects) > 1 else ()
+    basis = inputs.basis.note if inputs.basis else {}
+    processes = train_step.accelerator.num_processes
+    facts = replace(facts, subject_prompts=prompts, basis=basis, processes=processes if processes > 1 else None)
+    facts = with_told(config, facts)
+    if inputs.prior and not are_draws(inputs.prior.photos, config.seed):  # another run's, or the user's own
+        facts = replace(facts, withheld=tuple(dict.fromkeys((*facts.withheld, "class_data_dir"))))
+    if checkpoint is not None and settings_in(trained_modules(checkpoint)[0]) != settings_in(facts):
+        facts = replace(facts, withheld=(*facts.withheld, RESUMED))
+    return facts
+
+
+def settings_in(facts: AdapterMetadata) -> list[object]:
+    """What a resumed run must share with its checkpoint, so that a run from the start gives the same weights."""
+    stored = json.loads(facts.to_json())
+    return [stored.get(name) for name in ("recipe", "public", "withheld", "processes")]
+
+
+def card_pictures(
+    config: TrainConfig,
+    drawn: list[tuple[SampleRequest, Image.Image]],
+    samples: ValidationSamples,
+    contexts: list[Image.Image],
+) -> list[tuple[SampleRequest, Image.Image]]:
+    """With one subject, a few pictures; with several, one of each and those of two subjects in one prompt."""
+    new = list(zip(samples.contexts, contexts))
+    if len(config.subjects) < 2:
+        return [*drawn[: max(2, CARD_IMAGES - len(new))], *new]
+    first_of_each = {request.prompt: (request, picture) for request, picture in reversed(drawn)}
+    pairs = together_prompts(config)
+    return [*reversed(first_of_each.values()), *(shown for shown in new if shown[0].prompt in pairs)]
+
+
+def write_card(
+    config: TrainConfig, run_dir: RunDir, facts: CardFacts, pictures: list[tuple[SampleRequest, Image.Image]]
+) -> None:
+    """Write README.md and its pictures (request, image), named image_0.png and on.
+
+    The previous card's pictures are removed first and the new ones are written last: a card names every picture
+    at all times.
+    """
+    for stale in pictures_named(run_dir.read_card() or ""):
+        (run_dir.path / stale).unlink(missing_ok=True)
+    names = [(f"image_{number}.png", request.prompt) for number, (request, _) in enumerate(pictures)]
+    atomic_write(run_dir.card_path, model_card(config, replace(facts, images=tuple(names))))
+    for (name, _), (_, picture) in zip(names, pictures):
+        write_png(run_dir.path / name, picture)
+
+
+def sheet_rows(
+    config: TrainConfig, photos: list[Photo], samples: ValidationSamples, contexts: list[Image.Image], start: str
+) -> list[Row]:
+    """The rows of the contact sheet. Each subject has its photos, the pictures of step 0 by the model `start`
+    beside those of the end with the same seeds, and new contexts; then follow prompts with two subjects. It is
+    never uploaded, as it shows the photos."""
+    rows = []
+    new = list(zip(samples.contexts, contexts))
+    for number, subject in enumerate(each_subject(config)):
+        own = [photo for photo in photos if photo.subject == number]
+        name = f" of “{subject.instance_prompt}”" if config.subjects else ""
+        asked = [n for n, request in enumerate(samples.requests) if request.prompt in validation_prompts(subject)]
+        captions = tuple(samples.requests[n].prompt for n in asked)
+        rows += [
+            Row(f"The photos{name}", readable(own[:6])),
+            Row(f"Step 0: the {start}, before training", samples.first(asked), captions),
+            Row(
+                f"Step {samples.latest_step}: the same prompts, from the same noise",
+                [samples.latest[n] for n in asked if n < len(samples.latest)],
+                captions,
+            ),
+            row_of("New contexts", [shown for shown in new if shown[0].prompt in context_prompts(subject)]),
+        ]
+    pairs = together_prompts(config)
+    return [*rows, row_of("Two subjects in one prompt", [shown for shown in new if shown[0].prompt in pairs])]
+
+
+def row_of(title: str, shown: list[tuple[SampleRequest, Image.Image]]) -> Row:
+    return Row(title, [picture for _, picture in shown], tuple(request.prompt for request, _ in shown))
+
+
+def readable(photos: list[Photo]) -> list[Image.Image]:
+    """The photos that can still be read."""
+    found = []
+    for photo in photos:
+        try:
+            found.append(open_rgb(photo))
+        except UserError as error:
+            logger.warning("the contact sheet is without a photo: %s", error)
+    return found
+
+
+def write_loss_plot(run_dir: RunDir) -> None:
+    records = run_dir.read_metrics()
+    steps, scored = events_of(StepDone, records), events_of(StepEvaluated, records)
+    if steps:
+        draw_loss_plot(steps, run_dir.loss_plot_path, scored)

@@ -1,1 +1,0 @@
-"""Which run may write to a run folder: the lock, the queue, and the files of earlier runs."""

@@ -1,0 +1,357 @@
+"""Tests what this project claims on a machine, and measures a full-size step.
+
+Training inputs made of random numbers: a UNet of SDXL's structure and one cached photo.
+
+Measures seconds and memory of a training step of full-size SDXL with random weights.
+
+    python -m dreambooth_moslora.training.selftest
+
+Prints one line of JSON: `floor_sec` (the frozen UNet's forward pass and the gradient of its input), `step_sec`
+(the trainer's step, with the adapter's update), and `peak_gib` of the process, or of its tensors on a GPU. Both
+times are of a second call, after one to warm up.
+
+Tests what this project claims on a machine: trains on the device and on the CPU, and compares the results.
+
+losses      the device's losses equal the CPU's, in full and half precision
+published   the files of the device's run are verified (`adapters.proof`)
+resumed     a run that was stopped and resumed on the device ends with the same bytes
+generated   a picture drawn with the adapter on the device is not a single colour
+step        seconds and memory of a step of full-size SDXL with random weights, if memory allows, and their
+lower bound
+
+Each training is the training command in a process of its own, with the embedded base and painted photos.
+Nothing is downloaded, and no file is written outside the folder.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image, ImageDraw, ImageStat
+from torch import Tensor
+
+from dreambooth_moslora.base.load import TextCond
+from dreambooth_moslora.base.random_unet import SIZES, pooled_width, random_unet, text_width
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.disk.processes import keep_freed_memory, peak_memory_gib
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.plan.memory import USABLE, BaseSize, costs
+from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training.encoder import EncodedView, TrainBatch, collate
+from dreambooth_moslora.training.prepare import noise_schedule
+
+
+@dataclass
+class RandomMaterials:
+    """Replaces `prepare.TrainInputs`: the same attributes, with full caches."""
+
+    pipeline: SimpleNamespace
+    schedule: object
+    view: EncodedView
+    cond: TextCond
+    dtype: torch.dtype = torch.bfloat16
+    start: None = None
+    text_products: None = None
+    basis: None = None
+
+    def batch_at(self, micro_batch: int, size: int, next_micro_batch: int = 0) -> TrainBatch:
+        return collate([(self.view, "a photo of sks dog")] * size, size)
+
+    def prompt_embeds(self, prompts: list[str]) -> TextCond:
+        """Random text embeddings (N, 77, D) and pooled ones (N, P)."""
+        return TextCond(repeated(self.cond.embeds, len(prompts)), repeated(self.cond.pooled, len(prompts)))
+
+
+def repeated(row: Tensor, count: int) -> Tensor:
+    return row.expand(count, *row.shape[1:])
+
+
+def random_materials(size: str, resolution_px: int) -> RandomMaterials:
+    side = resolution_px // 8
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    ids = torch.tensor([resolution_px, resolution_px, 0, 0, resolution_px, resolution_px], dtype=torch.float32)
+    embeds, pooled = torch.randn(1, 77, text_width(size)), torch.randn(1, pooled_width(size))
+    return RandomMaterials(
+        SimpleNamespace(unet=random_unet(size)),
+        noise_schedule(scheduler),
+        EncodedView(torch.randn(4, side, side), ids, None),
+        TextCond(embeds.bfloat16(), pooled.bfloat16()),
+    )
+
+
+GIB = 2**30
+
+
+def measure(size: str, config: TrainConfig) -> dict[str, float]:
+    """Measure a batch as `config` says, in bf16, on the device that accelerate chooses."""
+    from accelerate import Accelerator
+
+    from dreambooth_moslora.training.step import TrainStep
+
+    accelerator = Accelerator(mixed_precision="bf16")
+    materials = random_materials(size, config.resolution)
+    unet = materials.pipeline.unet.requires_grad_(False).to(accelerator.device)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    found = {"floor_sec": second_of(floor_step(materials, config, accelerator.device), accelerator.device)}
+    train_step = TrainStep(config, materials, accelerator, max_train_steps=10)
+
+    def step() -> None:
+        train_step.accumulate_gradients()
+        train_step.update_adapter()
+
+    found["step_sec"] = second_of(step, accelerator.device)
+    is_gpu = accelerator.device.type == "cuda"
+    return found | {"peak_gib": torch.cuda.max_memory_allocated() / GIB if is_gpu else peak_memory_gib()}
+
+
+def floor_step(materials: RandomMaterials, config: TrainConfig, device: torch.device) -> Callable[[], None]:
+    """One forward pass of the frozen UNet in training mode and its input's gradient: the lower bound of a step."""
+    unet, batch = materials.pipeline.unet.train(), materials.batch_at(0, config.train_batch_size)
+    words = materials.prompt_embeds(batch.prompts)
+    embeds = words.embeds.to(device)
+    added = {"text_embeds": words.pooled.to(device), "time_ids": batch.time_ids.to(device)}
+
+    def step() -> None:
+        noisy = torch.randn_like(batch.latents, device=device, dtype=materials.dtype).requires_grad_()
+        unet(noisy, 500, embeds, added_cond_kwargs=added).sample.float().square().mean().backward()
+
+    return step
+
+
+def second_of(step: Callable[[], None], device: torch.device) -> float:
+    """Seconds of a second call of `step`; the first warms up."""
+    step()
+    start = time.perf_counter()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", 1)[0])
+    parser.add_argument("--size", choices=SIZES, default="sdxl")
+    parser.add_argument("--resolution", type=int, default=1024)
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    args = parser.parse_args()
+    keep_freed_memory()
+    config = TrainConfig(
+        instance_data_dir=".",
+        instance_prompt="a photo of sks dog",
+        resolution=args.resolution,
+        rank=16,
+        train_batch_size=1,
+        gradient_checkpointing=args.gradient_checkpointing,
+        mixed_precision="bf16",
+        seed=0,
+    )
+    print(json.dumps(measure(args.size, config)))
+
+
+if __name__ == "__main__":
+    main()
+
+
+PROGRAM = (sys.executable, "-m", "dreambooth_moslora")
+STEPS, STOPPED_AT = 6, 3
+TOLERANCE = {"no": 5e-3, "fp16": 5e-2, "bf16": 5e-2}
+"""Largest relative difference of a loss to the CPU's in fp32. TF32 convolutions, PyTorch's default, keep 10 bits."""
+FLAT_LEVELS = 2.0
+"""Standard deviation, of 255 levels, below which a picture shows nothing."""
+FULL_PX, CPU_PX = 1024, 512
+STEP_PLANS = ("full", "recompute")
+STEP_SEC = 600
+ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One result: whether the test holds, a line about it, and its figures by name."""
+
+    name: str
+    holds: bool
+    said: str
+    figures: dict[str, float | str] = field(default_factory=dict)
+
+
+class SelfTest:
+    """Trains and generates on the device with `program`, with `env` added to the environment.
+
+    `precisions` are the values of `--mixed_precision` to test; they include "no", which is fp32. `free_gib` is
+    the device memory for a step of full-size SDXL; None skips that test.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        precisions: tuple[str, ...] = ("no",),
+        env: dict[str, str] | None = None,
+        program: tuple[str, ...] = PROGRAM,
+        free_gib: float | None = None,
+    ):
+        self.folder, self.precisions, self.env, self.program = folder, precisions, env or {}, program
+        self.free_gib = free_gib
+        self.photos = paint_photos(folder / "photos")
+
+    def findings(self) -> Iterator[Finding]:
+        """Yields each result as soon as it is known. A run that fails is a result, and ends the test."""
+        try:
+            yield from self.compare_losses()
+            yield self.published()
+            yield self.resumed()
+            yield self.generated()
+            if self.free_gib is not None:
+                yield self.step(self.free_gib)
+        except UserError as error:
+            yield Finding("run", False, str(error))
+
+    def compare_losses(self) -> Iterator[Finding]:
+        reference = SelfTest(self.folder, env=ON_CPU)
+        expected = reference.losses(reference.train("cpu"))
+        for precision in self.precisions:
+            found = self.losses(self.train(f"device_{precision}", mixed_precision=precision))
+            far = largest_difference(found, expected)
+            holds = far <= TOLERANCE[precision]
+            said = f"{len(found)} losses in {precision_name(precision)}, at most {far:.1e} from the CPU's in fp32"
+            yield Finding(f"losses, {precision_name(precision)}", holds, said, {"relative_difference": far})
+
+    def published(self) -> Finding:
+        proof = next(e["proof"] for e in self.run("device_no").read_metrics() if e["type"] == "export")
+        far = proof["max_relative_difference"]
+        return Finding("published", True, f"both files reload to {far:.1e}", {"relative_difference": far})
+
+    def resumed(self) -> Finding:
+        self.train("resumed", max_train_steps=STOPPED_AT)
+        self.train("resumed", resume_from_checkpoint="latest")
+        whole, parts = (tensor_bytes(self.run(name).path) for name in ("device_no", "resumed"))
+        said = "the same bytes as an unbroken run" if whole == parts else "other bytes than an unbroken run"
+        return Finding("resumed", whole == parts, said)
+
+    def generated(self) -> Finding:
+        words = ["--adapter", self.run("device_no").path, "--prompt", "a photo of a sks robot", "--steps", "8"]
+        self.call("generate", ["generate", *words, "--output_dir", self.folder / "pictures"])
+        picture = next((self.folder / "pictures").glob("*.png"))
+        spread = min(ImageStat.Stat(Image.open(picture).convert("RGB")).stddev)
+        return Finding("generated", spread > FLAT_LEVELS, f"{picture.name}, {spread:.0f} levels of spread")
+
+    def step(self, free_gib: float, size: str = "sdxl") -> Finding:
+        """Measure a step in a process of its own, by the fastest plan that fits. Too little memory or time is
+        no failure."""
+        is_gpu = self.env != ON_CPU
+        px = FULL_PX if is_gpu else CPU_PX
+        config = TrainConfig(resolution=px, train_batch_size=1, rank=16, mixed_precision="bf16")
+        needs = costs(config, BaseSize())
+        listed = ", ".join(f"{name} {gib:.1f} GiB" for name, gib in needs.items())
+        told = f"--memory at {px} px needs {listed}"
+        plan = next((name for name in STEP_PLANS if needs[name] <= USABLE * free_gib), None)
+        if plan is None or (is_gpu and "bf16" not in self.precisions):
+            why = f"{free_gib:.1f} GiB are free" if plan is None else "it is in bf16"
+            return Finding("step", True, f"left out: {why}; {told}", needs)
+        words = ["--size", size, "--resolution", str(px), *(["--gradient_checkpointing"] if plan != "full" else [])]
+        command = [sys.executable, "-m", "dreambooth_moslora.training.selftest", *words]
+        try:
+            found = json.loads(self.called("step", command, STEP_SEC).splitlines()[-1])
+        except subprocess.TimeoutExpired:
+            return Finding("step", True, f"left out: four steps take longer than {STEP_SEC} s here; {told}", needs)
+        said = "{step_sec:.2f} s at {} px, the floor {floor_sec:.2f} s, peak {peak_gib:.1f} GiB ({}); {}"
+        return Finding("step", True, said.format(px, plan, told, **found), {**found, **needs})
+
+    def run(self, name: str) -> RunDir:
+        return RunDir(self.folder / name)
+
+    def losses(self, run: RunDir) -> list[float]:
+        return [event["loss"] for event in run.read_metrics() if event["type"] == "step"]
+
+    def train(self, name: str, **changes) -> RunDir:
+        settings = {
+            "pretrained_model_name_or_path": "toy",
+            "instance_data_dir": self.photos,
+            "output_dir": self.run(name).path,
+            "instance_prompt": "a photo of a sks robot",
+            "resolution": 128,
+            "train_batch_size": 2,
+            "learning_rate": 1e-3,
+            "lr_warmup_steps": 0,
+            "max_train_steps": STEPS,
+            "num_validation_images": 0,
+            "report_to": "none",
+            "seed": 0,
+        }
+        words = ["train"]
+        for key, value in {**settings, **changes}.items():
+            words += [f"--{key}", value]
+        self.call(name, words)
+        return self.run(name)
+
+    def call(self, name: str, words: list) -> None:
+        """Run a command of the program. Raises UserError with the last line of its error output."""
+        self.called(name, [*self.program, *map(str, words)])
+
+    def called(self, name: str, command: list[str], timeout_sec: float | None = None) -> str:
+        """Run a command; returns its output. Raises UserError when it fails."""
+        environment = os.environ | self.env
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=timeout_sec
+        )
+        (self.folder / f"{name}.log").write_text(done.stdout + done.stderr, encoding="utf-8")
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["nothing was said"]
+            raise UserError(f"{name}: exit code {done.returncode}: {lines[-1]}")
+        return done.stdout
+
+
+def precision_name(precision: str) -> str:
+    return "fp32" if precision == "no" else precision
+
+
+def largest_difference(found: list[float], expected: list[float]) -> float:
+    """Largest relative difference of two lists of losses; infinite when one is missing or not finite."""
+    if len(found) != len(expected):
+        return math.inf
+    differences = [abs(one - other) / abs(other) for one, other in zip(found, expected)]
+    return max(differences) if all(map(math.isfinite, differences)) else math.inf
+
+
+def tensor_bytes(run: Path) -> bytes:
+    """The bytes of the published adapter's tensors, without the header."""
+    content = (run / "pytorch_lora_weights.safetensors").read_bytes()
+    return content[8 + int.from_bytes(content[:8], "little") :]
+
+
+def paint_photos(folder: Path, count: int = 3, side_px: int = 160) -> Path:
+    """Paint photos of a disc on plain grounds into a new folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for number in range(count):
+        photo = Image.new("RGB", (side_px, side_px), (60 * number, 140, 200 - 60 * number))
+        ImageDraw.Draw(photo).ellipse((30 + 10 * number, 40, 110 + 10 * number, 120), fill=(230, 60, 40))
+        photo.save(folder / f"{number}.png")
+    return folder
+
+
+def as_page(facts: dict[str, str], findings: list[Finding]) -> str:
+    """Markdown for a bug report: the machine, and the results."""
+    lines = ["# Self-test of dreambooth_moslora", ""]
+    lines += [f"- {name}: {value}" for name, value in facts.items()]
+    lines += ["", "| tried | holds | what was found |", "|---|---|---|"]
+    lines += [f"| {found.name} | {'yes' if found.holds else '**no**'} | {found.said} |" for found in findings]
+    return "\n".join(lines) + "\n"
+
+
+def as_json(facts: dict[str, str], findings: list[Finding]) -> str:
+    return json.dumps({"machine": facts, "findings": [vars(found) for found in findings]}, indent=1)

@@ -1,0 +1,406 @@
+"""One optimizer step: draws, micro-batches, gradients, and the update of the adapter.
+
+The random draws of a micro-batch: noise, its levels, and the prompts whose prior is kept.
+
+Each draw is named by (seed, "micro", number of the micro-batch, what), so that it does not depend on other
+draws.
+
+A micro-batch on the device: the rows that the UNet reads, and the targets of the loss.
+
+`--compile`: `torch.compile` of the UNet's transformer blocks, and the fallback when that fails.
+
+Each block is compiled in place, so that no module and no checkpoint key changes its name. Blocks of one width
+share a graph: SDXL has two widths. Graphs stay valid with recomputation, and with the adapter switched off for
+the prior.
+
+One optimizer step: gradients from micro-batches, then an update of the adapter.
+
+Every random draw has the name (seed, what, micro-batch number). Micro-batches are counted over steps,
+accumulation and processes, so one process with accumulation 2 draws what two processes draw. The adapters'
+gradients are small: one all-reduce per step averages them over processes. No module is wrapped, so any part of
+the base can be trained. Adapters are fp32. The frozen base computes in its own dtype, with copies of the
+adapter made once per step.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.models.attention import BasicTransformerBlock
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from dreambooth_moslora.adapters.moslora import adapter_parameters, lora_layers, switched_off
+from dreambooth_moslora.adapters.working_copies import WorkingCopies
+from dreambooth_moslora.base.load import TextCond, encode_text
+from dreambooth_moslora.core.errors import StopRequestedError, UserError, is_out_of_memory, one_line
+from dreambooth_moslora.core.seeding import generator, rng, seed_of
+from dreambooth_moslora.plan.memory import Speed, speed_of
+from dreambooth_moslora.plan.processes import mean_over
+from dreambooth_moslora.settings.subjects import each_subject
+from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training.adapters import LearntTokens, add_adapters, trained_modules
+from dreambooth_moslora.training.checkpoint import restore_optimizer, restore_weights
+from dreambooth_moslora.training.encoder import TrainBatch, move_together
+from dreambooth_moslora.training.objective import (
+    LossParts,
+    NoiseSchedule,
+    NoisySample,
+    add_noise,
+    debiased_weights,
+    loss,
+    loss_target,
+    offset_noise,
+    pointwise_error,
+    prediction_of,
+    sample_timesteps,
+    snr_weights,
+)
+from dreambooth_moslora.training.optimizer import average_of, lent, make_lr_schedule, make_optimizer, parameter_groups
+from dreambooth_moslora.training.prepare import TrainInputs
+
+
+def noise_and_levels(
+    config: TrainConfig, schedule: NoiseSchedule, shape: torch.Size, micro_batch: int
+) -> tuple[Tensor, Tensor]:
+    """The noise of `shape` (B, 4, h, w) and the noise levels' index (B,) in the schedule, both on the CPU."""
+    names = (config.seed, "micro", micro_batch)
+    noise = torch.randn(shape, generator=generator(*names, "noise"))
+    noise = offset_noise(noise, config.noise_offset, generator(*names, "noise offset"))
+    bias = (config.timestep_bias_strategy, config.timestep_bias_multiplier, config.timestep_bias_portion)
+    return noise, sample_timesteps(schedule, shape[0], generator(*names, "level"), *bias)
+
+
+def prior_prompts(config: TrainConfig, classes: list[str], micro_batch: int) -> list[str]:
+    """The prompts whose prior is kept beside each photo of a micro-batch: the prompt of its class, or with
+    equal chance a random one of `prior_prompts`."""
+    draws = rng(config.seed, "micro", micro_batch, "prior prompts")
+    return [draws.choice((of_class, draws.choice(config.prior_prompts or (of_class,)))) for of_class in classes]
+
+
+@dataclass(frozen=True)
+class UNetRows:
+    """B images for the UNet: noisy latents, text, `time_ids` (B, 6) with sizes and crops, and the `prompts` (B)
+    of the text."""
+
+    noisy: NoisySample
+    cond: TextCond
+    time_ids: Tensor
+    prompts: tuple[str, ...]
+
+    @classmethod
+    def joined(cls, parts: Sequence["UNetRows"]) -> "UNetRows":
+        """Concatenate the rows of several parts, in their order."""
+        tensors = map(torch.cat, zip(*(part.tensors() for part in parts), strict=True))
+        return cls.of(*tensors, prompts=tuple(prompt for part in parts for prompt in part.prompts))
+
+    def after(self, count: int) -> "UNetRows":
+        """Without the first `count`."""
+        return self.of(*(tensor[count:] for tensor in self.tensors()), prompts=self.prompts[count:])
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        noisy, cond = self.noisy, self.cond
+        return noisy.unet_input, noisy.latents, noisy.timesteps, noisy.index, cond.embeds, cond.pooled, self.time_ids
+
+    @classmethod
+    def of(cls, *tensors: Tensor, prompts: tuple[str, ...]) -> "UNetRows":
+        return cls(NoisySample(*tensors[:4]), TextCond(*tensors[4:6]), tensors[6], prompts)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """`target` (B, 4, h, w) is the loss target. Where the frozen base is the prior, the second half's target is
+    its answer instead. `mask` is (B, 1, h, w) or None."""
+
+    batch: TrainBatch
+    rows: UNetRows
+    target: Tensor
+    mask: Tensor | None
+
+
+logger = logging.getLogger(__name__)
+
+BACKEND = "inductor"
+GRAPHS = 32
+"""Most graphs of one kind of block; PyTorch does not compile further sizes. With buckets, the second size makes
+one graph for all sizes."""
+
+
+class CompiledBlocks:
+    """The blocks of `unet`, compiled at their first call."""
+
+    def __init__(self, unet: nn.Module):
+        self.blocks = [block for block in unet.modules() if isinstance(block, BasicTransformerBlock)]
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+        for block in self.blocks:
+            block.compile(backend=BACKEND)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Switch compilation off for the length of the block: pictures would need graphs of their own."""
+        return torch.compiler.set_stance("force_eager") if self.blocks else nullcontext()
+
+    def give_up(self, error: Exception) -> None:
+        """Continue without compilation from now on, and log why. Raises `error` again if no compiler caused it."""
+        is_ours = isinstance(error, (UserError, StopRequestedError))
+        if is_ours or is_out_of_memory(error) or not self.blocks:
+            raise error
+        for block in self.blocks:
+            block._compiled_call_impl = None
+        self.blocks = []
+        logger.warning("--compile: the run goes on without: %s", one_line(f"{type(error).__name__} {error}", 200))
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """Means over the micro-batches of one step, on all processes; `prior` is None without prior preservation."""
+
+    total: float
+    instance: float
+    prior: float | None
+
+
+class TrainStep:
+    """The adapter, its optimizer, and the number of steps done. `trained` are the adapter's `parameters` and
+    new tokens."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        inputs: TrainInputs,
+        accelerator: Accelerator,
+        max_train_steps: int,
+        checkpoint: Path | None = None,
+        step: int = 0,
+    ):
+        self.config, self.inputs, self.accelerator, self.step = config, inputs, accelerator, step
+        speed = speed_of(config, accelerator.device.type, max_train_steps - step)
+        make_convolutions_fast(inputs.pipeline.unet, speed)
+        self.class_prompts = [subject.class_prompt for subject in each_subject(config)]
+        self.components = trained_modules(config, inputs.pipeline)
+        add_adapters(config, self.components, checkpoint, start=inputs.start, basis=inputs.basis)
+        inputs.start = None  # free its tensors
+        self.compiled = CompiledBlocks(inputs.pipeline.unet) if speed.compiled else None
+        if accelerator.is_main_process and (speed.compiled or speed.channels_last):
+            logger.warning("%s", speed.sentence())
+        self.parameters = [p for module in self.components.values() for _, p in adapter_parameters(module)]
+        self.copies = WorkingCopies(*self.components.values())
+        self.lora_layers = [layer for module in self.components.values() for layer in lora_layers(module)]
+        self.learnt: LearntTokens | None = None
+        if config.train_text_encoder_ti:
+            self.learnt = LearntTokens(config, inputs.pipeline, inputs.prompt_embeds, max_train_steps, checkpoint)
+        tokens = self.learnt.parameters if self.learnt else []
+        self.trained = [*self.parameters, *tokens]
+        groups = parameter_groups(config, self.components, accelerator.num_processes, tokens)
+        optimizer = make_optimizer(config, groups)
+        self.lr_schedule = make_lr_schedule(config, optimizer, max_train_steps)
+        self.average = average_of(config, self.trained, optimizer)
+        if checkpoint is not None:
+            restore_optimizer(checkpoint, step, optimizer, self.lr_schedule, accelerator.scaler)
+        if checkpoint is not None and self.average is not None:
+            restore_weights(checkpoint, self.trained)
+        self.optimizer = accelerator.prepare(optimizer)
+        self.schedule = inputs.schedule.to(accelerator.device)
+
+    def accumulate_gradients(self) -> StepLosses:
+        """Forward and backward passes of this process's micro-batches. If compilation fails, they are repeated
+        without it."""
+        if self.compiled is None:
+            return self._accumulate()
+        try:
+            return self._accumulate()
+        except Exception as error:  # compilers and what they call raise what they like
+            self.compiled.give_up(error)
+        return self._accumulate()
+
+    def _accumulate(self) -> StepLosses:
+        self.begin()
+        count, found = self.config.gradient_accumulation_steps, []
+        with self.copies.for_one_step() as copies:
+            for turn in range(count):
+                parts = self.micro_batch_loss(self.number_of(turn))
+                self.accelerator.backward(parts.total / count)
+                copies.collect()
+                found.append(numbers_of(parts))
+        return self.mean_of(found)
+
+    def begin(self) -> None:
+        """Clear the gradients and set the modules to training mode."""
+        self.train_mode()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def number_of(self, turn: int) -> int:
+        """The number of this process's micro-batch within the run; `turn` counts the accumulation."""
+        count, world = self.config.gradient_accumulation_steps, self.accelerator.num_processes
+        return (self.step * count + turn) * world + self.accelerator.process_index
+
+    def update_adapter(self) -> float:
+        """Average gradients over processes, clip them, and take a step. Returns the gradient's norm before clipping.
+
+        If the norm is not finite, no step is counted: fp16's gradient scaler has skipped it and lowers its
+        scale.
+        """
+        if self.learnt:
+            self.learnt.fill_gradients()
+        self._average_gradients()
+        norm = self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm or math.inf)
+        with self.learnt.at_rest(self.step) if self.learnt else nullcontext():
+            self.optimizer.step()
+        norm = float(norm)
+        if math.isfinite(norm):
+            self.lr_schedule.step()
+            self.step += 1
+            if self.average is not None:
+                self.average.update(self.step)
+        return norm
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The adapter holds its average, as it is published, scored and sampled, for the length of the block."""
+        pause = self.compiled.paused() if self.compiled is not None else nullcontext()
+        apart = self.learnt.averaged() if self.learnt and self.average is not None else nullcontext()
+        with pause, apart, lent(self.average, self.trained):
+            yield
+
+    def micro_batch_loss(self, micro_batch: int) -> LossParts:
+        """The loss of micro-batch number `micro_batch` of the run."""
+        micro = self.micro_batch(micro_batch)
+        answer = self.base_prediction(self.prior_rows(micro)) if self.base_is_prior else None
+        return self.loss_of(micro, self.predict(micro.rows), answer)
+
+    def micro_batch(self, micro_batch: int) -> MicroBatch:
+        """Micro-batch number `micro_batch` of the run, on the device."""
+        batch = self.batch_at(micro_batch)
+        torch.manual_seed(seed_of(self.config.seed, "micro", micro_batch, "dropout"))
+        on_device = move_together(self.drawn_for(batch, micro_batch), self.accelerator.device)
+        noisy = add_noise(self.schedule, on_device["latents"], on_device["noise"], on_device["index"])
+        target = loss_target(self.schedule, on_device["latents"], on_device["noise"], noisy.index)
+        if self.config.keeps_text_encoders:
+            cond = self.text_cond(batch.prompts)
+        else:
+            cond = TextCond(on_device["embeds"], on_device["pooled"])
+        rows = UNetRows(noisy, cond, on_device["time_ids"], tuple(batch.prompts))
+        return MicroBatch(batch, rows, target, on_device["mask"])
+
+    def loss_of(self, micro: MicroBatch, prediction: Tensor, answer: Tensor | None) -> LossParts:
+        """The loss of the UNet's `prediction` (B, 4, h, w). `answer` (B/2, 4, h, w) is the frozen base's
+        prediction of the prior half when that is its target, else None."""
+        config, schedule, index, count = self.config, self.schedule, micro.rows.noisy.index, micro.batch.instance_count
+        target = micro.target if answer is None else torch.cat([micro.target[:count], answer])
+        weights = snr_weights(schedule, index, count, config.snr_gamma)
+        if config.debiased_estimation_loss:
+            weights = debiased_weights(schedule, index)
+        error = pointwise_error(schedule, index, config.loss_type, config.huber_c, config.huber_schedule)
+        return loss(prediction, target, weights, count, config.prior_loss_weight, micro.mask, error)
+
+    def batch_at(self, micro_batch: int) -> TrainBatch:
+        """Micro-batch number `micro_batch` of the run. If the frozen base is the prior, it includes the prior half."""
+        following = micro_batch + self.accelerator.num_processes
+        batch = self.inputs.batch_at(micro_batch, self.config.train_batch_size, following)
+        if not self.base_is_prior:
+            return batch
+        size = self.config.train_batch_size
+        shown = [self.inputs.instance.subject_at(micro_batch * size + place) for place in range(size)]
+        classes = [self.class_prompts[number] for number in shown]
+        return batch.with_base_as_prior(prior_prompts(self.config, classes, micro_batch))
+
+    def drawn_for(self, batch: TrainBatch, micro_batch: int) -> dict[str, Tensor | None]:
+        """A micro-batch's tensors on the CPU, before their transfer: with noise, noise levels `index` (B,), and
+        text."""
+        noise, index = noise_and_levels(self.config, self.inputs.schedule, batch.latents.shape, micro_batch)
+        drawn = {
+            "latents": batch.latents,
+            "time_ids": batch.time_ids,
+            "mask": batch.mask,
+            "noise": noise,
+            "index": index,
+        }
+        if not self.config.keeps_text_encoders:
+            cond = self.inputs.prompt_embeds(batch.prompts)
+            drawn |= {"embeds": cond.embeds, "pooled": cond.pooled}
+        return drawn
+
+    def predict(self, rows: UNetRows) -> Tensor:
+        """The UNet's prediction (B, 4, h, w) in fp32.
+
+        `time_ids` (B, 6) stay in fp32: bf16 would round a size of 1365 to 1368.
+        """
+        unet, to = self.inputs.pipeline.unet, {"device": self.accelerator.device, "dtype": self.inputs.dtype}
+        text = rows.cond.embeds.to(**to)
+        if self.inputs.text_products is not None:
+            self.inputs.text_products.show(text, rows.prompts)
+        output = unet(
+            rows.noisy.unet_input.to(**to),
+            rows.noisy.timesteps,
+            encoder_hidden_states=text,
+            added_cond_kwargs={"text_embeds": rows.cond.pooled.to(**to), "time_ids": rows.time_ids},
+        ).sample
+        return prediction_of(self.schedule, output.float(), rows.noisy)
+
+    def prior_rows(self, micro: MicroBatch) -> UNetRows:
+        """The rows of the prior half, with text embeddings of the untrained encoders."""
+        count = micro.batch.instance_count
+        rows = micro.rows.after(count)
+        if self.config.keeps_text_encoders:
+            return replace(rows, cond=self.inputs.prompt_embeds(micro.batch.prompts[count:]))
+        return rows
+
+    @torch.no_grad()
+    def base_prediction(self, rows: UNetRows) -> Tensor:
+        """The frozen base's prediction (B/2, 4, h, w) for the prior half; it is that half's target."""
+        with switched_off(self.lora_layers):
+            return self.predict(rows)
+
+    def text_cond(self, prompts: list[str]) -> TextCond:
+        """Cached embeddings; live ones with gradients when the text encoders or new tokens are trained."""
+        if self.learnt:
+            return self.learnt.text_cond(prompts, self.step)
+        if self.config.train_text_encoder:
+            return encode_text(self.inputs.pipeline, prompts)
+        return self.inputs.prompt_embeds(prompts)
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the UNet's A and B in the next step, including Prodigy's own estimate."""
+        group = self.optimizer.param_groups[0]
+        return group["lr"] * group.get("d", 1.0)
+
+    def train_mode(self, training: bool = True) -> None:
+        """Set the mode where it differs; `train()` walks over thousands of modules."""
+        for module in self.components.values():
+            if module.training != training:
+                module.train(training)
+
+    @property
+    def base_is_prior(self) -> bool:
+        return self.config.with_prior_preservation and self.config.prior == "adapter_off"
+
+    def _average_gradients(self) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        grads = [p.grad for p in self.trained if p.grad is not None]
+        vector_to_parameters(mean_over(self.accelerator, parameters_to_vector(grads)), grads)
+
+    def mean_of(self, found: list[Tensor]) -> StepLosses:
+        """Means over the step's micro-batches (`numbers_of` (3,) each), and over all processes."""
+        total, instance, prior = mean_over(self.accelerator, torch.stack(found).mean(0)).tolist()
+        return StepLosses(total, instance, prior if self.config.with_prior_preservation else None)
+
+
+def make_convolutions_fast(unet: nn.Module, speed: Speed) -> None:
+    """Call it before adapters are added: their tensors are saved in their memory layout."""
+    if speed.searches:
+        torch.backends.cudnn.benchmark = True
+    for module in unet.modules() if speed.channels_last else ():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+
+
+def numbers_of(parts: LossParts) -> Tensor:
+    """Total, instance and prior loss (3,); the last is NaN without prior images."""
+    prior = torch.full_like(parts.instance, math.nan) if parts.prior is None else parts.prior
+    return torch.stack([parts.total.detach(), parts.instance, prior])

@@ -1,1 +1,0 @@
-"""The adapters that a user can choose or upload: listed by name, checked by their header, summarised."""

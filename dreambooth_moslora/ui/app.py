@@ -1,0 +1,181 @@
+"""From the command line of `app.py` to a running page. The base loads while the page is already up."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core.names import assets_folder, public_name
+from dreambooth_moslora.disk.processes import avoid_fragmentation, share_heaps
+from dreambooth_moslora.generation.remote import TOKEN_VARIABLE, RemotePipeline, Service
+from dreambooth_moslora.ui.libraries import import_libraries
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.ui.guard import Origin
+
+DEFAULT_RESOLUTION_PX = 1024
+MAX_PORT = 65535
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    def add(name: str, **options) -> None:
+        parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), dest=name, **options)
+
+    add("base", default="toy", help='a folder, a hub id, a .safetensors file, or "toy", the embedded base (default)')
+    add("adapters_dir", default=str(assets_folder() / "adapters"), help="folder of .safetensors adapters to offer")
+    add("runs_dir", default="runs", help="folder of training runs (default runs)")
+    add("server_name", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
+    add("server_port", type=int, help="default: the first free one from 7860")
+    add(
+        "allowed_host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="the name or address that a proxy gives this page; repeatable",
+    )
+    add("share", action="store_true", help="also open a public gradio.live address")
+    add("auth", action="append", metavar="NAME:PASSWORD", help="ask for a login; repeatable")
+    add("backend", metavar="URL", help="draw by `dreambooth_moslora serve` there, with the same base and adapters")
+    add("backend_token", help=f"its token (default: that of {TOKEN_VARIABLE} in the environment)")
+    add("inbrowser", action="store_true", help="open a browser window")
+
+
+def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
+    avoid_fragmentation()
+    share_heaps()
+    parser = argparse.ArgumentParser(prog=prog, description="A web page to generate with adapters and train them.")
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        return serve(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def serve(args: argparse.Namespace) -> int:
+    from dreambooth_moslora.ui.guard import LOOPBACK
+
+    if args.server_port is not None and not 1 <= args.server_port <= MAX_PORT:
+        raise UserError(f"--server_port {args.server_port} is not a port; choose one from 1 to {MAX_PORT}")
+    allowed = set().union(*map(parse_host, args.allowed_host))
+    logins = [parse_login(text) for text in args.auth or ()]
+    is_public = args.share or args.server_name not in LOOPBACK
+    if is_public and not logins:
+        print("warning: everybody who finds this address can use it; training is off without --auth", file=sys.stderr)
+    context = context_of(args, training=bool(logins) or not is_public)
+    os.environ["GRADIO_TEMP_DIR"] = str(context.visitors.root / "gradio")  # so uploads are deleted with the visitors'
+    from dreambooth_moslora.ui.page import build_app, launch_options
+
+    options = launch_options(allowed, public=is_public) | {
+        "server_name": args.server_name,
+        "server_port": args.server_port,
+        "share": args.share,
+        "auth": logins or None,
+        "inbrowser": args.inbrowser,
+    }
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # deletes the visitors' files
+    try:
+        build_app(context, templates_for(args.base)).launch(**options)
+    except OSError as error:
+        raise UserError(f"the page cannot be served: {' '.join(str(error).split())}") from error
+    finally:
+        context.visitors.close()
+    return 0
+
+
+def parse_login(text: str) -> tuple[str, str]:
+    """The name and the password. Raises UserError."""
+    name, colon, password = text.partition(":")
+    if not (name and colon and password):
+        raise UserError("--auth needs NAME:PASSWORD")
+    return name, password
+
+
+def parse_host(text: str) -> set["Origin"]:
+    """The origins of a page of that name or address (`origins_of`). Raises UserError."""
+    from dreambooth_moslora.ui.guard import origins_of
+
+    origins = origins_of(text)
+    if not origins:
+        raise UserError(
+            f"--allowed_host {text!r:.60} is not a host name; write it like pictures.example.org, or with scheme and "
+            "port like https://pictures.example.org:8443"
+        )
+    return origins
+
+
+def context_of(args: argparse.Namespace, *, training: bool):
+    """Start loading the base, and tell the page what it needs before that is loaded."""
+    folder = base_folder(args.base)
+    runs_dir = runs_folder(args.runs_dir)
+
+    service = backend_of(args)
+
+    def load():
+        import_libraries()
+        if service is not None:
+            return RemotePipeline(service, public_name(args.base))
+        from dreambooth_moslora.generation.pipeline import SubjectPipeline
+
+        return SubjectPipeline.from_base(args.base, resting=True)
+
+    from dreambooth_moslora.ui.state import AppContext
+
+    return AppContext(
+        load,
+        base=public_name(args.base),
+        base_name=str(folder.resolve()) if folder and args.base != "toy" else str(args.base),
+        resolution_px=resolution_of(folder),
+        adapters_dir=Path(args.adapters_dir).expanduser().resolve(),
+        runs_dir=runs_dir,
+        training=training,
+    )
+
+
+def backend_of(args: argparse.Namespace) -> Service | None:
+    """The service that draws, if one is given. Raises UserError for an invalid address."""
+    if not args.backend:
+        return None
+    return Service(args.backend, args.backend_token or os.environ.get(TOKEN_VARIABLE))
+
+
+def runs_folder(text: str) -> Path:
+    """The folder, made if needed. Raises UserError when that fails."""
+    try:
+        folder = Path(text).expanduser().resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"--runs_dir {text} cannot be a folder: {one_line(error)}") from error
+
+
+def base_folder(name: str) -> Path | None:
+    """The base's local folder or file; None for a hub id."""
+    path = assets_folder() / "toy-sdxl" if name == "toy" else Path(name).expanduser()
+    return path if path.exists() else None
+
+
+def resolution_of(folder: Path | None) -> int:
+    """The base's own size in px, from its config alone: the page must not wait for the weights."""
+    try:
+        unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+        vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    except (OSError, TypeError, KeyError, ValueError):
+        return DEFAULT_RESOLUTION_PX
+
+
+def templates_for(base: str) -> list[str]:
+    """Prompts with `{}` for the subject: the toy world's own, or the DreamBooth paper's."""
+    from dreambooth_moslora.core import names as toy
+    from dreambooth_moslora.settings import prompts
+
+    if base == "toy":
+        return list(toy.TOY_TEMPLATES)
+    return [*prompts.DREAMBOOTH_OBJECT_TEMPLATES, *prompts.DREAMBOOTH_LIVE_TEMPLATES]

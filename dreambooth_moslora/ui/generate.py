@@ -1,0 +1,433 @@
+"""The Generate tab: a form, one result area (pictures, comparison, grid, history), and their events.
+
+The widgets of the Generate tab, without behaviour: prompt, settings and results.
+
+The Generate tab: a form, one result area (pictures, comparison, grid, history), and their events.
+"""
+
+import html
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Recipe
+from dreambooth_moslora.ui.generate_form import (
+    MAX_IMAGES,
+    NONE,
+    RANGES,
+    GenerateForm,
+    clamp_to_widgets,
+    code_snippet,
+    compare,
+    draw_grid,
+    make_pictures,
+    match_adapters,
+    prompt_for,
+    recipe_of,
+    renewed_prompt,
+    size_choices,
+    summary_of,
+)
+from dreambooth_moslora.ui.html import explain_bad_values, faint, progress_card
+from dreambooth_moslora.ui.state import AT_ONCE, GPU, TELLING, AppContext, as_gradio_error, sentence
+from dreambooth_moslora.ui.visitors import Picture, Visitor
+
+IDLE = progress_card("Ready", "Enter starts, Esc stops")
+AXIS_VALUES = {
+    "scale": "0, 0.5, 1",
+    "seed": "1, 2, 3",
+    "prompt": "",
+    "adapter": "",
+    "guidance": "2, 5, 8",
+    "steps": "5, 15, 25",
+}
+AXIS_LABELS = [("Adapter scale", "scale"), ("Seed", "seed"), ("Prompt", "prompt"), ("Adapter or checkpoint", "adapter")]
+AXIS_LABELS += [("Guidance", "guidance"), ("Steps", "steps")]
+
+
+def ask_widgets(ctx: AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The most used widgets: prompt, adapter, scale, number of pictures, buttons."""
+    names = [NONE, *ctx.catalog.files()]
+    first = names[1] if len(names) > 1 else NONE
+    summary = summary_of(ctx.catalog.files()[first]) if first != NONE else None
+    prompt = gr.Textbox(
+        label="Prompt",
+        value=prompt_for(summary) if summary else "",
+        placeholder="a photo of … in the snow",
+        lines=1,
+        max_lines=5,
+        autofocus=True,
+        elem_id="prompt",
+    )
+    with gr.Row(elem_classes="tight"):
+        adapter = gr.Dropdown(names, value=first, label="Adapter", allow_custom_value=True, elem_id="adapter", scale=4)
+        refresh = gr.Button("↻", elem_id="refresh", scale=0, min_width=44, elem_classes="icon")
+        upload = gr.UploadButton(
+            "Upload", file_types=[".safetensors"], scale=0, min_width=88, elem_id="upload_adapter", size="md"
+        )
+    words = summary.sentence() if summary else ""
+    about = gr.HTML(faint(words), visible=bool(words), elem_id="about_adapter", label="About the adapter")
+    preset = summary.scale if summary else 1.0
+    scale = gr.Slider(*RANGES["scale"], preset, step=0.05, label="Adapter scale", buttons=[], elem_id="scale")
+    num_images = gr.Slider(1, MAX_IMAGES, 1, step=1, label="Pictures", buttons=[], elem_id="num_images")
+    with gr.Row(elem_classes="tight"):
+        run = gr.Button("Generate", variant="primary", elem_id="run", scale=3)
+        stop = gr.Button("Stop", variant="stop", elem_id="stop", scale=1, min_width=80)
+    widgets = {"prompt": prompt, "adapter": adapter, "scale": scale, "num_images": num_images}
+    return widgets, {"run": run, "stop": stop, "refresh": refresh, "upload": upload, "about": about}
+
+
+def settings_widgets(ctx: AppContext) -> dict[str, Any]:
+    sizes = size_choices(ctx.resolution_px)
+    with gr.Accordion("Settings", open=True, elem_id="settings_box"):
+        negative = gr.Textbox("", label="Negative prompt", lines=1, max_lines=3, elem_id="negative")
+        with gr.Row():
+            steps = gr.Slider(*RANGES["steps"], 25, step=1, label="Steps", buttons=[], min_width=160, elem_id="steps")
+            guidance = gr.Slider(
+                *RANGES["guidance_scale"],
+                ctx.guidance_scale,
+                step=0.1,
+                label="Guidance",
+                buttons=[],
+                min_width=160,
+                elem_id="guidance",
+            )
+        with gr.Row():
+            seed = gr.Number(-1, label="Seed", info="−1 draws one", precision=0, min_width=160, elem_id="seed")
+            schedulers = [(scheduler.title, name) for name, scheduler in SCHEDULERS.items()]
+            scheduler = gr.Dropdown(schedulers, value="euler", label="Scheduler", info="how it steps", min_width=160)
+        size = gr.Dropdown(sizes, value=sizes[0][1], label="Size", info="width × height", allow_custom_value=True)
+    widgets = {"negative_prompt": negative, "steps": steps, "guidance_scale": guidance, "seed": seed, "size": size}
+    with gr.Accordion("More adapters", open=False):
+        for number in (2, 3):
+            with gr.Row():
+                widgets[f"adapter_{number}"] = gr.Dropdown(
+                    [NONE, *ctx.catalog.files()],
+                    value=NONE,
+                    label=f"Adapter {number}",
+                    allow_custom_value=True,
+                    min_width=130,
+                )
+                widgets[f"scale_{number}"] = gr.Slider(
+                    *RANGES["scale"], 1.0, step=0.05, label=f"Scale {number}", buttons=[], min_width=130
+                )
+        gr.Markdown("Or write `<lora:name:0.8>` in the prompt.", elem_classes="faint")
+    return widgets | {"scheduler": scheduler}
+
+
+def extra_widgets(templates: list[str]) -> dict[str, Any]:
+    with gr.Accordion("Prompt templates", open=False, elem_id="templates_box"):
+        template = gr.Dropdown(templates, value=None, label="Template", elem_id="template")
+    with gr.Accordion("Settings from a picture", open=False, elem_id="drop_box"):
+        dropped = gr.File(file_types=[".png"], label="Drop a PNG", height=110, elem_id="drop_png")
+    return {"template": template, "dropped": dropped}
+
+
+def result_widgets(ctx: AppContext) -> dict[str, Any]:
+    parts: dict[str, Any] = {"status": gr.HTML(IDLE, elem_id="status", label="Status")}
+    with gr.Tabs(elem_id="result_tabs", selected="pictures") as tabs:
+        with gr.Tab("Pictures", id="pictures"):
+            parts["gallery"] = _gallery("Pictures", "gallery")
+            with gr.Row(elem_classes="tight"):
+                parts["reuse"] = gr.Button("Use these settings", size="sm", min_width=100, elem_id="reuse")
+                parts["last_seed"] = gr.Button("Keep the seed", size="sm", min_width=100, elem_id="last_seed")
+            parts["used_seed"] = gr.Number(label="Seed used", interactive=False, elem_id="used_seed", visible="hidden")
+            with gr.Accordion("Use it in code", open=False):
+                parts["code"] = gr.Code(language="python", label="Python", buttons=["copy"], elem_id="code")
+        with gr.Tab("Compare", id="compare"):
+            parts["compare"] = gr.Button("Compare at the same seed", elem_id="compare")
+            gr.HTML(faint("Left without, right with the adapter."))
+            parts["slider"] = gr.ImageSlider(
+                label="Without | with the adapter",
+                show_label=False,
+                type="filepath",
+                format="png",
+                interactive=False,
+                elem_id="slider",
+                buttons=["download", "fullscreen"],
+            )
+        with gr.Tab("Grid", id="grid"):
+            parts |= _grid_widgets()
+        with gr.Tab("History", id="history") as history_tab:
+            parts["history"] = _gallery("History", "history")
+            parts["reuse_history"] = gr.Button("Use these settings", size="sm", elem_id="reuse_history")
+    parts |= {"tabs": tabs, "history_tab": history_tab}
+    for name in ("shown", "selected", "selected_history"):
+        parts[name] = gr.State([] if name == "shown" else 0)
+    return parts
+
+
+def _gallery(label: str, elem_id: str) -> gr.Gallery:
+    return gr.Gallery(
+        label=label,
+        show_label=False,
+        columns=2,
+        object_fit="contain",
+        interactive=False,
+        format="png",
+        buttons=["download", "fullscreen"],
+        elem_id=elem_id,
+        height="auto",
+    )
+
+
+def _grid_widgets() -> dict[str, Any]:
+    with gr.Row():
+        down = gr.Dropdown(AXIS_LABELS, value="scale", label="Rows", min_width=120, elem_id="grid_rows")
+        down_values = gr.Textbox(AXIS_VALUES["scale"], label="Row values", min_width=120, elem_id="grid_row_values")
+    with gr.Row():
+        across = gr.Dropdown(
+            [("Nothing", NONE), *AXIS_LABELS], value="seed", label="Columns", min_width=120, elem_id="grid_columns"
+        )
+        across_values = gr.Textbox(AXIS_VALUES["seed"], label="Column values", min_width=120)
+    gr.Markdown("Commas separate values; `|` separates prompts.", elem_classes="faint")
+    draw = gr.Button("Draw the grid", elem_id="draw_grid")
+    sheet = gr.Image(
+        label="Grid",
+        show_label=False,
+        type="filepath",
+        format="png",
+        interactive=False,
+        buttons=["download", "fullscreen"],
+        elem_id="sheet",
+    )
+    return {
+        "down": down,
+        "down_values": down_values,
+        "across": across,
+        "across_values": across_values,
+        "draw": draw,
+        "sheet": sheet,
+    }
+
+
+@dataclass
+class GenerateTab:
+    """The widgets that other tabs use. `fields` are in the order of GenerateForm."""
+
+    fields: dict[str, gr.components.Component]
+    adapters: list[gr.Dropdown]
+    prompt: gr.Textbox
+    results: gr.Tabs
+
+
+def build_generate_tab(ctx: AppContext, page: gr.Blocks, templates: list[str]) -> GenerateTab:
+    with gr.Row(elem_id="generate", equal_height=False):
+        with gr.Column(elem_id="ask", min_width=280):
+            widgets, buttons = ask_widgets(ctx)
+        with gr.Column(elem_id="results", min_width=280):
+            results = result_widgets(ctx)
+        with gr.Column(elem_id="settings", min_width=280):
+            widgets |= settings_widgets(ctx)
+            extras = extra_widgets(templates)
+    ordered = {field.name: widgets[field.name] for field in fields(GenerateForm)}
+    for widget in ordered.values():
+        explain_bad_values(widget)
+    tab = GenerateTab(ordered, [widgets[f"adapter{n}"] for n in ("", "_2", "_3")], widgets["prompt"], results["tabs"])
+    _connect_runs(ctx, tab, buttons, results)
+    _connect_adapters(ctx, page, tab, buttons)
+    _connect_reuse(ctx, tab, results, extras)
+    return tab
+
+
+def _items(pictures: tuple[Picture, ...] | list[Picture]) -> list[tuple[str, str]]:
+    return [(str(picture.path), picture.caption) for picture in pictures]
+
+
+def _connect_runs(ctx: AppContext, tab: GenerateTab, buttons: dict, results: dict) -> None:
+    options = dict(GPU, show_progress="minimal", show_progress_on=results["status"])
+    shown_state = results["shown"]
+
+    @as_gradio_error
+    def generate(request: gr.Request, **values) -> Iterator[tuple]:
+        for frame in make_pictures(ctx, GenerateForm.of(values), request):
+            seed = frame.params.seed if frame.params else gr.skip()
+            if frame.pictures is None:
+                yield gr.skip(), seed, frame.status, gr.skip()
+            else:
+                yield _items(frame.pictures), seed, frame.status, list(frame.pictures)
+
+    def announce(request: gr.Request) -> gr.Tabs:
+        ctx.announce(request)
+        return gr.Tabs(selected="pictures")
+
+    def stop(request: gr.Request) -> None:
+        ctx.stop(request)
+
+    def snippet(pictures: list[Picture], request: gr.Request) -> str:
+        visitor = ctx.visitors.of(request)
+        return _snippet(ctx, _own(pictures, visitor), visitor)
+
+    starts = [buttons["run"].click, tab.prompt.submit]
+    outputs = [results["gallery"], results["used_seed"], results["status"], shown_state]
+    # The page runs a trigger's events in order: the immediate ones must come before the long one.
+    gr.on(starts, announce, None, results["tabs"], **AT_ONCE)
+    gr.on([results["compare"].click, results["draw"].click], ctx.announce, None, None, **AT_ONCE)
+    made = gr.on(starts, generate, inputs_kwargs=tab.fields, outputs=outputs, api_name="generate", **options)
+    made.then(lambda: 0, None, results["selected"], **AT_ONCE)
+    made.then(snippet, shown_state, results["code"], **AT_ONCE)
+    buttons["stop"].click(stop, None, None, queue=False, api_name="stop")
+    _connect_compare(ctx, tab, results, options)
+    _connect_grid(ctx, tab, results, options)
+
+
+def _connect_compare(ctx: AppContext, tab: GenerateTab, results: dict, options: dict) -> None:
+    @as_gradio_error
+    def compare_both(request: gr.Request, **values) -> Iterator[tuple]:
+        for frame in compare(ctx, GenerateForm.of(values), request):
+            pair = frame.pictures and len(frame.pictures) == 2
+            yield tuple(str(p.path) for p in frame.pictures) if pair else gr.skip(), frame.status
+
+    outputs = [results["slider"], results["status"]]
+    results["compare"].click(compare_both, inputs_kwargs=tab.fields, outputs=outputs, api_name="compare", **options)
+
+
+def _connect_grid(ctx: AppContext, tab: GenerateTab, results: dict, options: dict) -> None:
+    @as_gradio_error
+    def grid(
+        rows: str, row_values: str, columns: str, column_values: str, request: gr.Request, **values
+    ) -> Iterator[tuple]:
+        axes = [f"{rows}={row_values}"] + ([f"{columns}={column_values}"] if columns != NONE else [])
+        for frame in draw_grid(ctx, GenerateForm.of(values), tuple(axes), request):
+            yield str(frame.sheet) if frame.sheet else gr.skip(), frame.status
+
+    def axis_values(name: str, adapter: str, prompt: str, request: gr.Request) -> str:
+        return _axis_values(ctx, name, adapter, prompt, request)
+
+    axis = {"rows": "down", "row_values": "down_values", "columns": "across", "column_values": "across_values"}
+    fields_of_grid = {name: results[widget] for name, widget in axis.items()} | tab.fields
+    outputs = [results["sheet"], results["status"]]
+    results["draw"].click(grid, inputs_kwargs=fields_of_grid, outputs=outputs, api_name="grid", **options)
+    for box, values in ((results["down"], results["down_values"]), (results["across"], results["across_values"])):
+        inputs = [box, tab.adapters[0], tab.prompt]
+        box.input(axis_values, inputs, values, **AT_ONCE)
+
+
+def _axis_values(ctx: AppContext, name: str, adapter: str, prompt: str, request: gr.Request) -> str:
+    """Default values for an axis; for checkpoints, all of the chosen adapter's run."""
+    if name == "prompt":
+        return f"{prompt}|"
+    if name != "adapter":
+        return AXIS_VALUES.get(name, "")
+    names = list(ctx.catalog.files(ctx.visitors.of(request)))
+    run = [n for n in reversed(names) if n.split("@")[0] == str(adapter).split("@")[0]]
+    return ", ".join(["none", *(run if len(run) > 1 else names[:3])])
+
+
+def _snippet(ctx: AppContext, pictures: list[Picture], visitor: Visitor) -> str:
+    if not pictures:
+        return ""
+    params = GenerationParams.from_png(pictures[0].path)
+    return code_snippet(params, ctx.base, ctx.catalog.public_paths(visitor))
+
+
+def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, buttons: dict) -> None:
+    first, prompt, about = tab.adapters[0], tab.prompt, buttons["about"]
+
+    def adapters(request: gr.Request) -> list:
+        names = [NONE, *ctx.catalog.files(ctx.visitors.of(request))]
+        return [gr.Dropdown(choices=names)] * len(tab.adapters)
+
+    def describe(name: str, old_prompt: str, request: gr.Request) -> tuple:
+        files = ctx.catalog.files(ctx.visitors.of(request))
+        summary = summary_of(files[name]) if name in files else None
+        words = summary.sentence() if summary else ""
+        about = gr.HTML(faint(words), visible=bool(words))
+        if summary is None:
+            return about, gr.skip()
+        return about, renewed_prompt(old_prompt, summary, map(summary_of, files.values()))
+
+    def preset(name: str, request: gr.Request) -> float:
+        """The chosen file's recommended scale. A picture's settings do not call this: they have their own scale."""
+        files = ctx.catalog.files(ctx.visitors.of(request))
+        return summary_of(files[name]).scale if name in files else 1.0
+
+    @as_gradio_error
+    def upload(file: str, request: gr.Request) -> tuple:
+        visitor = ctx.visitors.of(request)
+        name = ctx.catalog.add_upload(file, visitor)
+        try:
+            ctx.pipeline().load_adapter(visitor.uploads[name], name)
+        except Exception:
+            shutil.rmtree(visitor.uploads.pop(name).parent, ignore_errors=True)
+            raise
+        names = [NONE, *ctx.catalog.files(visitor)]
+        return gr.Dropdown(choices=names, value=name), gr.Dropdown(choices=names), gr.Dropdown(choices=names)
+
+    def listed(request: gr.Request) -> list[dict]:
+        """Name and summary of every adapter that the user may use."""
+        files = ctx.catalog.files(ctx.visitors.of(request))
+        return [{"name": name, **asdict(summary_of(file))} for name, file in files.items()]
+
+    gr.api(listed, api_name="adapters", queue=False)
+    buttons["refresh"].click(adapters, None, tab.adapters, **AT_ONCE)
+    page.load(adapters, None, tab.adapters, **AT_ONCE)
+    first.change(describe, [first, prompt], [about, prompt], **AT_ONCE)
+    first.input(preset, first, tab.fields["scale"], **AT_ONCE)
+    uploaded = buttons["upload"].upload(upload, buttons["upload"], tab.adapters, api_visibility="private", **GPU)
+    uploaded.then(preset, first, tab.fields["scale"], **AT_ONCE)
+
+
+def _connect_reuse(ctx: AppContext, tab: GenerateTab, results: dict, extras: dict) -> None:
+    outputs = list(tab.fields.values())
+
+    def select(event: gr.SelectData) -> int:
+        return event.index if isinstance(event.index, int) else 0
+
+    def history(request: gr.Request) -> list:
+        return _items(list(ctx.visitors.of(request).history))
+
+    @as_gradio_error
+    def reuse_shown(pictures: list[Picture], index: int, request: gr.Request) -> list:
+        own = _own(pictures, ctx.visitors.of(request))
+        return to_widgets(ctx, recipe_of(_picked(own, index)), request)
+
+    @as_gradio_error
+    def reuse_history(index: int, request: gr.Request) -> list:
+        return to_widgets(ctx, recipe_of(_picked(list(ctx.visitors.of(request).history), index)), request)
+
+    @as_gradio_error
+    def reuse_dropped(file: str | None, request: gr.Request) -> list:
+        return to_widgets(ctx, recipe_of(file), request) if file else [gr.skip()] * len(outputs)
+
+    def from_template(template: str | None, adapter: str, request: gr.Request) -> Any:
+        files = ctx.catalog.files(ctx.visitors.of(request))
+        subject = summary_of(files[adapter]).subject if adapter in files else ""
+        return template.replace("{}", subject or "…") if template else gr.skip()
+
+    results["gallery"].select(select, None, results["selected"], **AT_ONCE)
+    results["history"].select(select, None, results["selected_history"], **AT_ONCE)
+    results["history_tab"].select(history, None, results["history"], **AT_ONCE)
+    results["reuse"].click(reuse_shown, [results["shown"], results["selected"]], outputs, **TELLING)
+    results["reuse_history"].click(reuse_history, results["selected_history"], outputs, **TELLING)
+    results["last_seed"].click(
+        lambda seed: seed if seed is not None else gr.skip(), results["used_seed"], tab.fields["seed"], **AT_ONCE
+    )
+    extras["dropped"].upload(reuse_dropped, extras["dropped"], outputs, **TELLING)
+    extras["template"].input(from_template, [extras["template"], tab.adapters[0]], tab.prompt, **TELLING)
+
+
+def _own(pictures: list[Picture], visitor: Visitor) -> list[Picture]:
+    """Only pictures in the visitor's folder: the page's state belongs to a session, whose name anyone may send."""
+    return [picture for picture in pictures if picture.path.is_relative_to(visitor.folder)]
+
+
+def _picked(pictures: list[Picture], index: int) -> Path:
+    if not pictures:
+        raise UserError("there is no picture yet")
+    return pictures[min(max(int(index), 0), len(pictures) - 1)].path
+
+
+def to_widgets(ctx: AppContext, recipe: Recipe, request: gr.Request) -> list:
+    """The values of all fields, in order, that give the recipe again; differences are shown as remarks."""
+    settled, remarks = match_adapters(recipe, ctx.catalog.files(ctx.visitors.of(request)), ctx.base)
+    params, changes = clamp_to_widgets(settled, ctx.resolution_px, ctx.guidance_scale)
+    for remark in (*remarks, *changes):
+        gr.Warning(html.escape(sentence(remark), quote=False))
+    form = GenerateForm.from_params(params)
+    return [getattr(form, field.name) for field in fields(GenerateForm)]

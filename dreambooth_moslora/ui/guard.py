@@ -1,0 +1,422 @@
+"""What a request may be: hosts, origins, lengths, sessions and the disk space of uploads.
+
+A page on the loopback answers only to its own names, and no page answers to another site's page.
+
+Otherwise any site could point a name of its own at 127.0.0.1 and use the page through a visitor's browser (DNS
+rebinding), or read and send with the login that the browser holds.
+
+Limits the length of requests, which are held in memory. Only files of uploads, which gradio writes to the
+disk, may be long.
+
+A session's name appears in addresses, so it is no secret: another browser must not read or end the session by it.
+
+Limits the disk space of uploads: a visitor's oldest uploads are deleted when the total is too large.
+"""
+
+import json
+import re
+import shutil
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import fastapi
+import gradio as gr
+from gradio.utils import get_upload_folder
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.formparsers import MultiPartException
+from starlette.requests import cookie_parser
+from starlette.responses import PlainTextResponse
+
+from dreambooth_moslora.ui.visitors import secret_in
+
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+DEFAULT_PORTS = {"http": 80, "https": 443}
+HEADERS = (b"host", b"origin", b"x-forwarded-host", b"sec-fetch-site")
+FOREIGN_SITES = ("cross-site", "same-site")
+"""Values of Sec-Fetch-Site: "same-site" is another port or another name of the same domain."""
+OF_ANSWERS = (b"connection", b"content-type", b"content-length", b"cache-control")
+"""Headers that an answer may have in common with its request."""
+FRAMES = (b"content-security-policy", b"frame-ancestors 'self'")
+"""No other site may show the page in a frame, where users could be tricked into clicks."""
+Origin = tuple[str, str, int]
+"""Scheme, host name and port of a page: pages that differ in one of them are different sites."""
+Lifespan = Callable[[Any], AbstractAsyncContextManager]
+REFUSED = "another site may not ask here; behind a proxy, start the app with --allowed_host and the page's address"
+SAME_SITE_NONE = re.compile(rb"samesite=none", re.IGNORECASE)
+
+
+class TrustedHosts:
+    """ASGI middleware: answers 421 for a foreign host name, 403 for requests from another site's page.
+
+    `hosts` are the only names that the page answers to; None means all. A page of one of the `allowed` origins
+    may send requests, whatever Host the proxy in front passes on. Cookies that a browser would send with
+    another site's requests become SameSite=Lax.
+    """
+
+    def __init__(self, app: Any, hosts: Collection[str] | None, allowed: Collection[Origin] = ()) -> None:
+        self.app, self.hosts, self.allowed = app, hosts, allowed
+        self.names = {name for _, name, _ in allowed}
+
+    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif refusal := self._refusal(scope):
+            await refusal(scope, receive, send)
+        else:
+            named = [(name, value) for name, value in scope["headers"] if self._may_pass(name, value)]
+            await self.app(scope | {"headers": named}, receive, _cleaned(send, scope["headers"]))
+
+    def _may_pass(self, name: bytes, value: bytes) -> bool:
+        """gradio puts X-Forwarded-Host into addresses that all users get: only known names and real ports pass."""
+        if name != b"x-forwarded-host":
+            return True
+        origin = _origin(f"https://{value.decode('latin1')}")
+        return origin is not None and origin[1] in self.names
+
+    def _refusal(self, scope: dict) -> PlainTextResponse | None:
+        headers = {name: value.decode("latin1") for name, value in scope["headers"] if name in HEADERS}
+        host, origin = headers.get(b"host", ""), headers.get(b"origin")
+        if self.hosts is not None and _hostname(f"//{host}") not in self.hosts:
+            return PlainTextResponse("unknown host; start the app with --allowed_host for this name", 421)
+        if origin is not None and not self._is_own(origin, (host, headers.get(b"x-forwarded-host", host))):
+            return PlainTextResponse(REFUSED, 403)
+        if scope["path"].rstrip("/") == "/logout" and headers.get(b"sec-fetch-site") in FOREIGN_SITES:
+            return PlainTextResponse("another site may not end a login", 403)
+        return None
+
+    def _is_own(self, origin: str, hosts: tuple[str, ...]) -> bool:
+        """Host and X-Forwarded-Host give the page's own name and port: a browser does not let another site's page
+        set them. They do not tell the scheme; for an allowed name it is one of those that are allowed."""
+        asked, scheme = _origin(origin), origin.partition("://")[0]
+        if asked is None or asked in self.allowed:
+            return asked is not None
+        is_named = asked in {_origin(f"{scheme}://{host}") for host in hosts}
+        return is_named and (asked[1] not in self.names or asked[:2] in {known[:2] for known in self.allowed})
+
+
+def outermost(hosts: Collection[str] | None, allowed: Collection[Origin]) -> Lifespan:
+    """A lifespan that puts TrustedHosts around everything else, including gradio's own middleware.
+
+    Gradio adds its own outside of any given one, and would itself answer a foreign page's preflight.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[None]:
+        app.middleware_stack = TrustedHosts(app.middleware_stack, hosts, allowed)
+        yield
+
+    return lifespan
+
+
+def _cleaned(send: Any, asked: list[tuple[bytes, bytes]]) -> Any:
+    """`send` with lax cookies, and without the request's own headers: when a part of a file is requested,
+    gradio repeats them, including the HttpOnly cookie."""
+    own = {(name.lower(), value) for name, value in asked if name.lower() not in OF_ANSWERS}
+
+    async def send_cleaned(message: dict) -> None:
+        if message["type"] == "http.response.start":
+            headers = [_lax(name, value) for name, value in message.get("headers", ())]
+            message["headers"] = [header for header in headers if (header[0].lower(), header[1]) not in own]
+            message["headers"].append(FRAMES)
+        await send(message)
+
+    return send_cleaned
+
+
+def _lax(name: bytes, value: bytes) -> tuple[bytes, bytes]:
+    return name, SAME_SITE_NONE.sub(b"SameSite=Lax", value) if name.lower() == b"set-cookie" else value
+
+
+def _hostname(url: str) -> str | None:
+    """Lower case, without the port; None when there is none."""
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None
+
+
+def _origin(url: str) -> Origin | None:
+    """The port is by default the scheme's; None for an invalid address."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port or DEFAULT_PORTS[parts.scheme]
+        return (parts.scheme, parts.hostname, port) if parts.hostname else None
+    except (ValueError, KeyError):
+        return None
+
+
+def origins_of(text: str) -> set[Origin]:
+    """What a host name or an address means: without a scheme http and https, without a port the scheme's own.
+    Empty for an invalid one."""
+    urls = [text] if "//" in text else [f"{scheme}://{text}" for scheme in DEFAULT_PORTS]
+    return {_origin(url) for url in urls} - {None}
+
+
+UPLOAD, FILES = "/gradio_api/upload", b"files"
+"""Path of an upload, and the name of the form's field that holds its files: gradio has no answer to a text there."""
+MAX_BODY_BYTES = 4 * 1024**2
+"""Far more than any form of the page needs; parsing takes several times as much memory."""
+MAX_UPLOAD_BYTES = 512 * 1024**2
+"""Limit of all files of one upload together."""
+
+
+class BodySizeLimit:
+    """ASGI middleware: answers 413 when the declared length is too long, and cuts off a body that exceeds the limit.
+
+    Files may make an upload longer by MAX_UPLOAD_BYTES. If it ends early its files are deleted.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        is_upload = scope["path"] == UPLOAD
+        if promised_bytes(scope) > MAX_BODY_BYTES + MAX_UPLOAD_BYTES * is_upload:
+            await PlainTextResponse("too long; files are sent to /upload", 413)(scope, receive, send)
+        else:
+            await self.app(scope, _watched(receive, scope) if is_upload else _counted(receive), send)
+
+
+def header_of(scope: dict, wanted: bytes) -> bytes:
+    return next((value for name, value in scope["headers"] if name == wanted), b"")
+
+
+def promised_bytes(scope: dict) -> int:
+    promised = header_of(scope, b"content-length")
+    return int(promised) if promised.isdigit() else 0
+
+
+def _counted(receive: Any) -> Any:
+    """`receive` up to MAX_BODY_BYTES; after that the client counts as disconnected."""
+    taken = 0
+
+    async def counted() -> dict:
+        nonlocal taken
+        message = await receive()
+        taken += len(message.get("body", b""))
+        return message if taken <= MAX_BODY_BYTES else {"type": "http.disconnect"}
+
+    return counted
+
+
+def _watched(receive: Any, scope: dict) -> Any:
+    """`receive` that raises MultiPartException when an upload is too long or its sender leaves early.
+
+    At that error gradio deletes what it has written so far.
+    """
+    taken, meter, is_open = 0, _FieldMeter(header_of(scope, b"content-type")), True
+
+    async def watched() -> dict:
+        nonlocal taken, is_open
+        message = await receive()
+        if is_open and message["type"] == "http.disconnect":
+            raise MultiPartException("The sender has left.")
+        body, is_open = message.get("body", b""), message.get("more_body", False)
+        taken += len(body)
+        meter.write(body)
+        if taken > MAX_BODY_BYTES + MAX_UPLOAD_BYTES or meter.field_bytes > MAX_BODY_BYTES:
+            raise MultiPartException("The upload exceeded its maximum allowed size.")
+        return message
+
+    return watched
+
+
+class _FieldMeter:
+    """Counts the bytes of a form that belong to no file, which gradio keeps in memory. Raises MultiPartException
+    for a text among the files."""
+
+    def __init__(self, content_type: bytes) -> None:
+        self.field_bytes = 0
+        self._name, self._value, self._is_file = bytearray(), bytearray(), False
+        boundary = parse_options_header(content_type)[1].get(b"boundary")
+        self._parser = MultipartParser(boundary, self._callbacks()) if boundary else None
+
+    def _callbacks(self) -> dict[str, Any]:
+        return {
+            "on_part_begin": self._begin_part,
+            "on_header_field": lambda data, start, end: self._name.extend(data[start:end]),
+            "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
+            "on_header_end": self._end_header,
+            "on_part_data": self._count,
+        }
+
+    def write(self, data: bytes) -> None:
+        """Ignores unreadable data: gradio refuses it with a message."""
+        try:
+            if self._parser:
+                self._parser.write(data)
+        except FormParserError:
+            self._parser = None
+
+    def _begin_part(self) -> None:
+        self._is_file = False
+
+    def _end_header(self) -> None:
+        if self._name.lower() == b"content-disposition":
+            options = parse_options_header(bytes(self._value))[1]
+            self._is_file = b"filename" in options
+            if options.get(b"name") == FILES and not self._is_file:
+                raise MultiPartException(f"A part of {FILES.decode()} is no file.")
+        self._name.clear()
+        self._value.clear()
+
+    def _count(self, data: bytes, start: int, end: int) -> None:
+        if not self._is_file:
+            self.field_bytes += end - start
+
+
+STREAM, CANCEL, LINK = "/gradio_api/queue/data", "/gradio_api/cancel", "/gradio_api/deep_link"
+MAX_SESSIONS = 10_000
+NOT_YOURS = "this session is another browser's"
+_owners: OrderedDict[str, str] = OrderedDict()
+"""Session -> the cookie of the browser that began it. Names are random, so servers of one process may share it."""
+
+
+def note_sessions(page: gr.Blocks) -> None:
+    """Make the queue of `page` record each session's owner; 403 for a job in another's."""
+    queue = page._queue
+    push = queue.push
+
+    async def noted_push(body: Any, request: Any, username: str | None) -> tuple:
+        if body.session_hash:
+            cookie = secret_in(request.cookies)
+            if _owners.get(body.session_hash, cookie) != cookie:
+                raise fastapi.HTTPException(403, NOT_YOURS)
+            _note(body.session_hash, cookie)
+        return await push(body, request, username)
+
+    queue.push = noted_push
+
+
+def _note(session: str, cookie: str) -> None:
+    if cookie:
+        _owners.setdefault(session, cookie)
+    while len(_owners) > MAX_SESSIONS:
+        _owners.popitem(last=False)
+
+
+class SessionGuard:
+    """ASGI middleware: answers 403 to requests for the stream or the end of another's session, and for a link
+    to any."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+        path, session = scope["path"].rstrip("/") if scope["type"] == "http" else "", ""
+        if path == CANCEL:
+            body = await whole_body(receive)
+            session, receive = _session_in(body), body_again(body, receive)
+        elif path == STREAM:
+            session = parse_qs(scope["query_string"].decode("latin1")).get("session_hash", [""])[0]
+        if path == LINK or _owners.get(session, _cookie_of(scope)) != _cookie_of(scope):
+            await PlainTextResponse(NOT_YOURS, 403)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
+def _cookie_of(scope: dict) -> str:
+    return secret_in(cookie_parser(header_of(scope, b"cookie").decode("latin1"))) if "headers" in scope else ""
+
+
+async def whole_body(receive: Any) -> bytes:
+    """The body, whose length BodySizeLimit bounds."""
+    body, is_open = bytearray(), True
+    while is_open:
+        message = await receive()
+        body += message.get("body", b"")
+        is_open = message.get("more_body", False)
+    return bytes(body)
+
+
+def body_again(body: bytes, receive: Any) -> Any:
+    """`receive` that begins with the body that has been read."""
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replayed() -> dict:
+        return messages.pop() if messages else await receive()
+
+    return replayed
+
+
+def _session_in(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["session_hash"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return ""
+
+
+MAX_BYTES_EACH = 2 * 1024**3
+"""Four of the longest uploads, or 50 of the largest photos."""
+DISK_RESERVE_BYTES = 1024**3
+"""Space that uploads must leave free, since a visitor can invent further cookies."""
+MAX_ANSWER_BYTES = 1024**2
+
+
+class UploadQuota:
+    """ASGI middleware: records what each visitor has uploaded; answers 507 when the upload would fill the disk."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self._stored: dict[str, OrderedDict[Path, int]] = {}
+
+    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["path"].rstrip("/") != UPLOAD:
+            await self.app(scope, receive, send)
+        elif free_bytes() - promised_bytes(scope) < DISK_RESERVE_BYTES:
+            await PlainTextResponse("the server's disk is almost full; no upload is taken", 507)(scope, receive, send)
+        else:
+            answer = bytearray()
+            await self.app(scope, receive, _noted(send, answer))
+            self._note(_owner_of(scope), _paths_in(answer))
+
+    def _note(self, owner: str, paths: list[Path]) -> None:
+        mine = self._stored.setdefault(owner, OrderedDict())
+        for path in paths:
+            with suppress(OSError):
+                mine[path] = path.stat().st_size
+                mine.move_to_end(path)
+        while sum(mine.values()) > MAX_BYTES_EACH and len(mine) > max(1, len(paths)):
+            oldest, _ = mine.popitem(last=False)
+            if not any(oldest in theirs for theirs in self._stored.values()):
+                oldest.unlink(missing_ok=True)
+
+
+def free_bytes() -> int:
+    folder = Path(get_upload_folder())
+    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+
+
+def _noted(send: Any, answer: bytearray) -> Any:
+    """`send` that copies a successful answer's text."""
+    is_good = False
+
+    async def noted(message: dict) -> None:
+        nonlocal is_good
+        is_good = message["status"] == 200 if message["type"] == "http.response.start" else is_good
+        if is_good and len(answer) < MAX_ANSWER_BYTES:
+            answer.extend(message.get("body", b""))
+        await send(message)
+
+    return noted
+
+
+def _paths_in(answer: bytearray) -> list[Path]:
+    try:
+        return [Path(path) for path in json.loads(answer)] if answer else []
+    except (ValueError, TypeError):
+        return []
+
+
+def _owner_of(scope: dict) -> str:
+    """The owner by the cookie, else by the address: an upload names no session."""
+    cookie = secret_in(cookie_parser(header_of(scope, b"cookie").decode("latin1")))
+    return f"cookie:{cookie}" if cookie else f"address:{(scope.get('client') or ('',))[0]}"

@@ -1,0 +1,243 @@
+"""How the page looks: pieces of HTML, CSS, theme, keys. What came from a user is escaped here.
+
+Small pieces of HTML. Everything that came from a user or a file is escaped here.
+
+The page's CSS: first sizes, then the layout, which has one column on a phone. `theme` has colours and fonts.
+
+`--picture-width` is the width of a preview, or of a single picture.
+
+The page's colours and fonts: one accent colour, system fonts (nothing is fetched). `style` has the sizes.
+
+Keys on the page: Escape stops, / focuses the prompt.
+
+Values of the wrong type, which only a program can send: gradio itself would answer with an empty error.
+"""
+
+import base64
+import html
+import io
+from html import escape as escape_html
+
+import gradio as gr
+import PIL.Image
+
+THUMBNAIL_PX = 384
+
+
+def escape(text: str) -> str:
+    """The text without markup, and without lone surrogates, which the server cannot send."""
+    return escape_html(text.encode("utf-8", "replace").decode())
+
+
+def progress_card(line: str, detail: str = "", fraction: float | None = None, picture: str = "") -> str:
+    """A line of state, a bar (`fraction` in 0…1) and a small picture (a data URL) beside them."""
+    image = f'<img class="thumb" alt="Preview" src="{escape(picture)}">' if picture else ""
+    bar = "" if fraction is None else _bar(fraction)
+    return (
+        f'<div class="card run">{image}<div class="words"><div class="line">{escape(line)}</div>'
+        f'{bar}<div class="faint">{escape(detail) or "&nbsp;"}</div></div></div>'
+    )
+
+
+def _bar(fraction: float) -> str:
+    percent = round(100 * min(max(fraction, 0.0), 1.0), 1)
+    label = f'role="progressbar" aria-valuemin="0" aria-valuemax="100" aria-valuenow="{percent:g}"'
+    return f'<div class="bar" {label}><i style="width:{percent:g}%"></i></div>'
+
+
+def notice(text: str, kind: str = "info") -> str:
+    """A notice; `kind` is info, good or bad."""
+    return f'<div class="card notice {escape(kind)}">{escape(text)}</div>'
+
+
+def faint(text: str) -> str:
+    """A small remark."""
+    return f'<div class="faint">{escape(text)}</div>'
+
+
+def remarks_card(lines: list[str], title: str = "") -> str:
+    """A list under a title; "" for an empty list."""
+    heading = f"<b>{escape(title)}</b>" if title else ""
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    listed = f'<ul class="remarks">{items}</ul>' if items else ""
+    return f'<div class="card">{heading}{listed}</div>' if title or lines else ""
+
+
+def facts_table(facts: list[tuple[str, str]]) -> str:
+    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts if value)
+    return f'<div class="card"><table class="facts">{rows}</table></div>'
+
+
+def thumbnail(pixels: PIL.Image.Image) -> str:
+    """A JPEG data URL of at most 384 px: previews are never written to the disk."""
+    small = pixels.copy()
+    small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+CSS = """
+.gradio-container {
+  --page-width: 1240px;
+  --picture-width: 34rem;
+  --gallery-height: 240px;
+  --thumbnail: 60px;
+}
+.gradio-container { width: 100% !important; max-width: var(--page-width) !important; margin: 0 auto !important; }
+.html-container { padding: 0 !important; }
+#top { align-items: baseline; justify-content: space-between; flex-wrap: nowrap; }
+#top > * { width: auto; flex: none; }
+#top h1 { font-size: 1.25rem; margin: 0; letter-spacing: -.01em; }
+.faint, .faint p { color: var(--body-text-color-subdued); font-size: .82rem; }
+.tight { gap: 8px !important; align-items: end; }
+.tight > button, .tight > .block > button { height: 42px; font-size: .95rem; font-weight: 550; padding: 0 12px;
+  white-space: nowrap; }
+.icon { font-size: 1.05rem !important; }
+.step h3 { font-size: .95rem; margin: 4px 0 -4px; }
+.remarks { margin: 6px 0 0 !important; padding-inline-start: 1.1rem !important; font-size: .85rem;
+  color: var(--body-text-color-subdued); }
+button[role="tab"] { font-weight: 500; }
+.tab-container button.selected { color: var(--primary-700); }
+.dark .tab-container button.selected { color: var(--primary-400); }
+
+#generate, #train, #inspect { display: grid !important; align-items: start; gap: 16px;
+  grid-template-columns: minmax(300px, 5fr) minmax(0, 8fr); }
+#generate { grid-template-areas: "ask results" "settings results"; grid-template-rows: auto 1fr; }
+#ask { grid-area: ask; } #results { grid-area: results; } #settings { grid-area: settings; }
+#generate > div, #train > div, #inspect > div { min-width: 0 !important; width: 100%; }
+#status, #train_status, #status .pending, #train_status .pending { opacity: 1 !important; }
+#gallery, #history { min-height: var(--gallery-height); }
+:is(#gallery, #history, .crops, #samples, #masks) .grid-wrap { min-height: 0 !important; max-height: none !important;
+  overflow-y: auto; }
+:is(#gallery, #history, .crops, #samples, #masks) .grid-container {
+  grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; }
+#gallery .grid-container:has(> :only-child) { grid-template-columns: minmax(0, var(--picture-width)) !important;
+  justify-content: center; }
+:is(#loss, #fidelity) svg text { fill: var(--body-text-color) !important; }
+:is(#loss, #fidelity) svg :is(.role-axis-grid, .role-axis-tick) line,
+:is(#loss, #fidelity) svg path.background:not(.role-legend *) { stroke: var(--border-color-primary) !important; }
+
+#queued .wrap { flex-direction: column; }
+#queued label { width: 100%; }
+
+.card { border: 1px solid var(--block-border-color); border-radius: var(--radius-lg);
+  background: var(--block-background-fill); padding: 12px 14px; font-size: .92rem; }
+.card.run { display: flex; gap: 14px; align-items: center; min-height: 86px; }
+.card .thumb { width: var(--thumbnail); height: var(--thumbnail); object-fit: cover;
+  border-radius: var(--radius-md); flex: none; }
+.card .words { flex: 1; min-width: 0; }
+.card .line { font-weight: 550; }
+.card .bar { height: 6px; border-radius: 3px; background: var(--neutral-200); margin: 7px 0; overflow: hidden; }
+.dark .card .bar { background: var(--neutral-700); }
+.card .bar i { display: block; height: 100%; background: var(--primary-600); transition: width .15s linear; }
+.card.notice { border-left-width: 4px; }
+.card.notice.good { border-left-color: var(--primary-600); }
+.card.notice.bad { border-left-color: #dc2626; }
+.card.notice.info { border-left-color: var(--neutral-400); }
+table.facts { width: 100%; border-collapse: collapse; margin: 0 !important; }
+table.facts, table.facts :is(tr, th, td) { border: 0 !important; }
+table.facts tr + tr { border-top: 1px solid var(--block-border-color) !important; }
+table.facts th { text-align: left; font-weight: 500; color: var(--body-text-color-subdued); width: 11rem;
+  vertical-align: top; padding: 6px 12px 6px 0 !important; }
+table.facts td { padding: 6px 0 !important; overflow-wrap: anywhere; white-space: pre-wrap; }
+footer .divider { display: none; }
+:focus-visible { outline: 2px solid var(--primary-600) !important; outline-offset: 2px; }
+@media (prefers-reduced-motion: reduce) { * { transition: none !important; animation: none !important; } }
+@media (max-width: 760px) {
+  #top { flex-wrap: wrap; }
+  .gradio-container main { padding: 12px !important; }
+  #generate, #train, #inspect { grid-template-columns: minmax(0, 1fr); gap: 12px; }
+  #generate { grid-template-areas: "ask" "results" "settings"; }
+  table.facts th { width: 7.5rem; }
+  .tight > button, .tight > .block > button { font-size: .88rem; padding: 0 8px; }
+  .crops .grid-container { --grid-cols: 3 !important; }
+  #samples .grid-container { --grid-cols: 2 !important; }
+  .tab-wrapper { height: 48px !important; }
+  .tab-container:not(.visually-hidden) { height: 40px !important; }
+  #result_tabs .tab-container button { padding: 0 10px !important; }
+  .head .tab-like-container { height: 36px !important; margin-bottom: 0 !important; }
+  input[type="range"] { height: 32px; }
+  input[type="range"]::-webkit-slider-thumb { width: 22px !important; height: 22px !important;
+    margin-top: -7px !important; }
+}
+"""
+
+
+def theme() -> gr.themes.Base:
+    fonts = ["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"]
+    mono = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
+    return gr.themes.Base(
+        primary_hue=gr.themes.colors.teal,
+        neutral_hue=gr.themes.colors.zinc,
+        radius_size=gr.themes.sizes.radius_md,
+        font=fonts,
+        font_mono=mono,
+    ).set(
+        body_background_fill="*neutral_50",
+        body_background_fill_dark="*neutral_950",
+        body_text_color_subdued="*neutral_500",
+        body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_500",
+        block_info_text_color_dark="*neutral_400",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_500",
+        block_background_fill="white",
+        block_background_fill_dark="*neutral_900",
+        block_border_width="1px",
+        block_border_color="*neutral_200",
+        block_border_color_dark="*neutral_800",
+        block_label_background_fill="transparent",
+        block_label_background_fill_dark="transparent",
+        block_label_border_width="0px",
+        block_title_text_weight="500",
+        block_title_text_size="*text_sm",
+        block_shadow="none",
+        input_background_fill="*neutral_50",
+        input_background_fill_dark="*neutral_950",
+        input_border_color="*neutral_200",
+        input_border_color_dark="*neutral_700",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_500",
+        button_primary_text_color="white",
+        button_primary_text_color_dark="white",
+        slider_color="*primary_600",
+        slider_color_dark="*primary_500",
+    )
+
+
+HEAD = """
+<script>
+addEventListener("keydown", (event) => {
+  const typing = event.target.matches("input, textarea, select, [contenteditable]");
+  const closes = document.querySelector(".preview, .options") || document.fullscreenElement;
+  if (event.key === "Escape" && !closes) document.querySelector("#stop")?.click();
+  if (event.key === "/" && !typing) {
+    const prompt = document.querySelector("#prompt textarea");
+    if (prompt && prompt.offsetParent) { event.preventDefault(); prompt.focus(); }
+  }
+}, true);
+</script>
+"""
+
+
+NUMBERS = (gr.Slider, gr.Number)
+
+
+def explain_bad_values(widget: gr.components.Component) -> None:
+    """Make the widget name itself and its expected type when it cannot take a value."""
+    own = widget.preprocess
+
+    def preprocess(value: object) -> object:
+        try:
+            return own(value)
+        except gr.Error as error:
+            words = f"{widget.label}: {error.message}"
+        except (TypeError, ValueError, OverflowError, AttributeError):
+            kind = "a number" if isinstance(widget, NUMBERS) else "text"
+            words = f"{widget.label} must be {kind}, not {value!r:.30}"
+        raise gr.Error(html.escape(words, quote=False), duration=12, print_exception=False)
+
+    widget.preprocess = preprocess

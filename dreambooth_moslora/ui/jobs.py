@@ -1,0 +1,352 @@
+"""Training runs as processes of the server: they go on when the page is closed or restarted.
+
+The events of a run as the page reads them; anyone may have edited the file.
+
+One training run of the page: its folder, its owner and its process, as in the folder's `job.json`.
+
+Training runs as processes of the server: they go on when the page is closed or the app is restarted.
+
+`runs/<name>/job.json` names the process and its owner; `metrics.jsonl` has the progress. A signal stops a run:
+the trainer finishes its step and writes a checkpoint.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from dreambooth_moslora.core.errors import UserError, is_finite_number
+from dreambooth_moslora.disk.events import Metrics
+from dreambooth_moslora.disk.processes import (
+    CONFIG_NAME,
+    TRAIN,
+    log_tail,
+    start_training,
+    was_killed,
+    why_it_ended,
+    write_settings,
+)
+from dreambooth_moslora.disk.run_folder import RunDir
+
+NUMBER = (int, float)
+KINDS = {
+    **dict.fromkeys(("step", "max_train_steps", "done", "total"), int),
+    **dict.fromkeys(("time", "loss", "step_sec", "eta_sec", "memory_gib"), NUMBER),
+    **dict.fromkeys(("phase", "state", "message"), str),
+    "files": list,
+    "config": dict,
+}
+"""Field -> the type that the page expects; null is always allowed."""
+
+
+class RunEvents(Metrics):
+    """Metrics without events whose fields have another type than the trainer writes."""
+
+    def refresh(self) -> "RunEvents":
+        known, count = self.events, len(self.events)
+        super().refresh()
+        start = count if self.events is known else 0
+        self.events[start:] = [event for event in self.events[start:] if is_sound(event)]
+        return self
+
+
+def is_sound(event: dict[str, Any]) -> bool:
+    if event["type"] == "step" and event.get("step") is None:
+        return False
+    return all(event.get(name) is None or isinstance(event[name], kind) for name, kind in KINDS.items())
+
+
+def phase_of(events: list[dict[str, Any]]) -> str:
+    """What the trainer does now. It trains after a step, and after the last of the photos, when no other phase has
+    begun."""
+    for event in reversed(events):
+        if event["type"] in ("phase", "step"):
+            was_last = event.get("phase") == "caching" and event.get("done") == event.get("total")
+            return "training" if was_last else str(event.get("phase") or "training")
+    return ""
+
+
+JOB_NAME = "job.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: its folder, its owner (`Visitor.id`) and its process, distinguished from a later one of the same number.
+
+    Paths in its settings are relative to `folder`, by default the server's current folder.
+    """
+
+    run_dir: Path
+    owner: str
+    pid: int
+    created: float
+    stop_asked: float = 0.0
+    birth: str = ""
+    folder: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.run_dir.name
+
+    def save(self) -> None:
+        facts = {key: value for key, value in asdict(self).items() if key != "run_dir"}
+        temporary = self.run_dir / f".{JOB_NAME}.tmp"
+        temporary.write_text(json.dumps(facts), encoding="utf-8")
+        temporary.replace(self.run_dir / JOB_NAME)
+
+    @classmethod
+    def load(cls, run_dir: Path) -> "Job | None":
+        """The record in the folder; None when it is missing or cannot be read. Reading a pipe would have no end."""
+        if not (run_dir / JOB_NAME).is_file():
+            return None
+        try:
+            job = cls(run_dir, **json.loads((run_dir / JOB_NAME).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError):
+            return None
+        texts, numbers = (job.owner, job.birth, job.folder), (job.created, job.stop_asked)
+        is_sound = type(job.pid) is int and job.pid > 0 and all(isinstance(text, str) for text in texts)
+        return job if is_sound and all(map(is_finite_number, numbers)) else None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the started process still exists (a zombie does not count)."""
+        try:
+            process = psutil.Process(self.pid)
+            by_clock = abs(process.create_time() - self.created) < 1.0
+            same = birth_of(self.pid) == self.birth if self.birth else by_clock
+            return same and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+    def log_tail(self) -> str:
+        return log_tail(self.run_dir)
+
+
+def birth_of(pid: int) -> str:
+    """The boot of the machine and the tick at which the process started; unlike a time, it does not change with
+    the clock.
+
+    Empty if the system does not tell.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        facts = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return f"{boot} {facts[19]}"
+    except (OSError, IndexError):
+        return ""
+
+
+KILL_AFTER_SEC = 30
+RUN_NAME = re.compile(r"[^\W_][\w +-]*(\.[\w +-]+)*")
+"""Letters, digits, space and `+-_`, with single dots between: no separator, no leading dot."""
+MAX_RUN_NAME = 60
+ACTIVE = ("starting", "running", "stopping")
+
+
+@dataclass(frozen=True)
+class JobState:
+    """`state`: starting, running, stopping, done, interrupted, failed. `phase` is what the trainer does now."""
+
+    state: str
+    step: int
+    max_train_steps: int
+    phase: str
+    message: str = ""
+
+    @property
+    def is_active(self) -> bool:
+        return self.state in ACTIVE
+
+
+def run_name_of(text: str) -> str:
+    """Turn any text into a valid RUN_NAME: spaces and forbidden characters become dashes."""
+    name = re.sub(r"\.{2,}", ".", re.sub(r"[^\w.+-]+", "-", text))
+    return re.sub(r"^[\W_]+", "", name)[:MAX_RUN_NAME].rstrip(".-") or "run"
+
+
+class Jobs:
+    """The runs under `runs_dir`. One process at a time; only its owner may stop it.
+
+    `make_room` is a context manager around the start of a process.
+    """
+
+    def __init__(
+        self,
+        runs_dir: Path,
+        script: Path | None = None,
+        make_room: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        self.runs_dir, self.script, self._make_room = runs_dir, script, make_room
+        self.public_names = {f"{runs_dir}/": ""}  # text in messages -> its replacement for visitors
+        self._children: dict[int, subprocess.Popen] = {}
+        self._exits: dict[int, int] = {}
+        self._asked: dict[int, float] = {}  # process -> when it was asked to stop
+        self._metrics: dict[Path, RunEvents] = {}
+        self._lock = threading.Lock()
+
+    def told(self, text: str) -> str:
+        """The text without folders of this machine, which visitors should not see."""
+        for place, name in self.public_names.items():
+            text = text.replace(place, name)
+        return text
+
+    def start(self, name: str, config: dict[str, Any], owner: str, folder: str = "") -> Job:
+        """Start training into `runs_dir`/`name`. Raises UserError while another run is going on."""
+        run_dir = self.run_dir(name)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_settings(run_dir, config)
+        return self._launch(run_dir, owner, folder)
+
+    def resume(self, name: str, owner: str) -> Job:
+        """Resume from the last checkpoint. Raises UserError when the run is another's or is going on."""
+        job = self.owned(name, owner)
+        if job.is_alive:
+            raise UserError(f"the run {job.name} is still going on")
+        config = settings_of(job) | {"resume_from_checkpoint": "latest"}
+        write_settings(job.run_dir, config)
+        return self._launch(job.run_dir, owner, job.folder)
+
+    def stop(self, name: str, owner: str) -> Job:
+        """Ask the trainer to end with a checkpoint; when called again after 30 s, kill it with its children.
+        Raises UserError."""
+        job = self.owned(name, owner)
+        if not job.is_alive:
+            raise UserError(f"the run {job.name} has already ended")
+        if job.stop_asked and time.time() - job.stop_asked > KILL_AFTER_SEC:
+            _kill_tree(job.pid)
+            return job
+        if not job.stop_asked:
+            os.kill(job.pid, signal.SIGTERM)
+            job = replace(job, stop_asked=self._asked.setdefault(job.pid, time.time()))
+            with suppress(OSError):  # a full disk: this process remembers the request
+                job.save()
+        return job
+
+    def owned(self, name: str, owner: str) -> Job:
+        """The visitor's run. Raises the same UserError for a missing run and for another visitor's."""
+        job = Job.load(self.run_dir(name))
+        if job is None or job.owner != owner:
+            raise UserError(f"you have no run called {name!r:.60}")
+        return replace(job, stop_asked=job.stop_asked or self._asked.get(job.pid, 0.0))
+
+    def run_dir(self, name: str) -> Path:
+        """The run's folder. Raises UserError for a name that would leave `runs_dir`."""
+        if name == "":
+            raise UserError("choose a run; '' cannot be the name of a run")
+        if not isinstance(name, str) or not RUN_NAME.fullmatch(name):
+            raise UserError(f"{name!r:.60} cannot be the name of a run")
+        return self.runs_dir / name
+
+    def all(self) -> list[Job]:
+        """All runs, the newest first."""
+        folders = sorted(self.runs_dir.glob(f"*/{JOB_NAME}"), key=lambda path: -path.stat().st_mtime)
+        return [job for folder in folders if (job := Job.load(folder.parent))]
+
+    def of(self, owner: str) -> list[Job]:
+        return [job for job in self.all() if job.owner == owner]
+
+    def current(self) -> Job | None:
+        """The run in progress, whoever owns it."""
+        self._reap()
+        return next((job for job in self.all() if job.is_alive), None)
+
+    def metrics(self, job: Job) -> RunEvents:
+        with self._lock:
+            path = RunDir(job.run_dir).metrics_path
+            return self._metrics.setdefault(path, RunEvents(path)).refresh()
+
+    def state(self, job: Job) -> JobState:
+        alive = job.is_alive  # read before the metrics, which are complete once the process has ended
+        self._reap()
+        metrics = self.metrics(job)
+        events = self._events_of(job)
+        by_kind = {event.get("type"): event for event in events}
+        end = by_kind.get("end", {})
+        if alive:
+            state = "stopping" if job.stop_asked else "running" if events else "starting"
+        else:
+            state = end.get("state") or ("interrupted" if self._was_stopped_early(job) else "failed")
+        is_starting = alive and not events  # the file still belongs to an earlier start
+        done = [] if is_starting else [*metrics.of("step")[-1:], *events]
+        step = max((int(event.get("step") or 0) for event in done), default=0)
+        total = int(metrics.last("start").get("max_train_steps") or 0)
+        message = str(end.get("message") or "") or ("" if end or alive else self._why_it_ended(job))
+        return JobState(state, step, total, phase_of(events), message)
+
+    def _was_stopped_early(self, job: Job) -> bool:
+        """Whether its owner stopped it before it could record its end."""
+        return bool(job.stop_asked) and self._exits.get(job.pid) == -signal.SIGTERM
+
+    def was_cut_off(self, job: Job) -> bool:
+        """Whether it neither ended itself nor was stopped by its owner: it was killed, or its machine went down."""
+        if job.is_alive or job.stop_asked or job.pid in self._asked:
+            return False
+        self._reap()
+        ends = [event.get("state") for event in self._events_of(job) if event.get("type") == "end"]
+        return ends[-1] == "interrupted" if ends else was_killed(self._exits.get(job.pid), job.log_tail())
+
+    def _events_of(self, job: Job) -> list[dict[str, Any]]:
+        """Events of its last start."""
+        events = self.metrics(job).since_start()
+        return [event for event in events if (event.get("time") or 0) >= job.created - 1]
+
+    def _why_it_ended(self, job: Job) -> str:
+        return why_it_ended(self._exits.get(job.pid), job.log_tail(), was_asked=bool(job.stop_asked))
+
+    def _launch(self, run_dir: Path, owner: str, folder: str) -> Job:
+        with self._make_room(), self._lock:
+            if running := self.current():
+                whose = "your run " + running.name if running.owner == owner else "another visitor's run"
+                raise UserError(f"{whose} is going on; one run at a time")
+            child = self._spawn(run_dir, folder)
+            self._children[child.pid] = child
+            self._exits.pop(child.pid, None)
+            self._asked.pop(child.pid, None)
+            try:
+                created, birth = psutil.Process(child.pid).create_time(), birth_of(child.pid)
+                job = Job(run_dir, owner, child.pid, created, birth=birth, folder=folder)
+                job.save()
+            except BaseException:  # an unrecorded process could not be stopped
+                child.kill()
+                raise
+            return job
+
+    def _spawn(self, run_dir: Path, folder: str) -> subprocess.Popen:
+        command = TRAIN if self.script is None else [str(self.script)]
+        return start_training(run_dir, command, folder=folder or None)
+
+    def _reap(self) -> None:
+        for pid, child in list(self._children.items()):
+            if (code := child.poll()) is not None:
+                self._exits[pid] = code
+                self._children.pop(pid, None)
+
+
+def settings_of(job: Job) -> dict[str, Any]:
+    """Those that it was started with. Raises UserError for a file that holds none."""
+    try:
+        settings = json.loads((job.run_dir / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"the settings of the run {job.name} cannot be read, so it cannot be resumed; start a new one")
+    return settings
+
+
+def _kill_tree(pid: int) -> None:
+    try:
+        parent = psutil.Process(pid)
+        for process in [*parent.children(recursive=True), parent]:
+            process.kill()
+    except psutil.Error:
+        return

@@ -1,1 +1,0 @@
-"""Serving the page to several users: identity, limits of requests, and uploads."""

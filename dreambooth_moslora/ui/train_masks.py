@@ -1,0 +1,448 @@
+"""Widgets of photos: of each subject, and of their masks with a brush.
+
+“Add another subject”: photos, a word and a token for each further subject, shown only on request.
+
+gradio's ImageEditor with only a brush and an eraser, and with limits: uploads are bounded before they are
+decoded, and unused ones are dropped.
+
+The masks in the Train tab's settings: a picture of each, its warning, and a brush to correct it.
+"""
+
+import io
+import shutil
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import fastapi
+import gradio as gr
+import PIL.Image
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.disk.adapter_files import NONE
+from dreambooth_moslora.ui.html import faint, notice, remarks_card
+from dreambooth_moslora.ui.state import AT_ONCE, GPU, TELLING, AppContext, as_gradio_error
+from dreambooth_moslora.ui.train_form import (
+    MOST_SUBJECTS,
+    TOKENS,
+    SubjectWords,
+    folder_of,
+    form_of,
+    named,
+    prompts_of,
+    recipe_of,
+    subject_count,
+)
+from dreambooth_moslora.ui.train_photos import (
+    EDIT_PX,
+    EMPTY,
+    LEARNED,
+    LEFT_OUT,
+    PhotoReview,
+    ShownMask,
+    editor_picture,
+    keep_mask,
+    put_back,
+    review_kept,
+    review_photos,
+    shown_masks,
+    take_with_masks,
+)
+from dreambooth_moslora.ui.train_watch import picture_rows
+from dreambooth_moslora.ui.visitors import PHOTO_TYPES, Visitor, kept_photos
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.settings.table import TrainConfig
+
+TAKING_PHOTOS = {"concurrency_limit": 4}
+"""Options of events that process photos: visitors take turns photo by photo (`photo_uploads.ONE_AT_A_TIME`)."""
+ABOUT_MASKS = "A mask goes along as name.mask.png beside name.jpg: only what is white in it is learned."
+FURTHER = range(2, MOST_SUBJECTS + 1)
+NARROW = {"min_width": 110}
+
+
+def photo_widgets(number: int = 1) -> dict[str, Any]:
+    """The widgets in which a subject's photos are dropped and shown."""
+    photos = gr.File(
+        file_count="multiple",
+        file_types=PHOTO_TYPES,
+        label="4 to 10 photos of one subject" if number == 1 else f"4 to 10 photos of subject {number}",
+        height=130,
+        elem_id=named("photos", number),
+    )
+    if number == 1:
+        gr.HTML(faint(ABOUT_MASKS))
+    remarks = gr.HTML(visible=False, elem_id=named("remarks", number))
+    look = {"object_fit": "contain", "buttons": ["fullscreen"], "elem_classes": "crops"}
+    crops = picture_rows("Crops", named("crops", number), **look)
+    return {
+        named("photos", number): photos,
+        named("remarks", number): remarks,
+        named("crops", number): crops,
+    }
+
+
+def subject_widgets() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields under the names of the API, and the other widgets. All but one button is hidden at first."""
+    fields = {"subjects": gr.Number(1, visible=False, precision=0, label="Subjects", elem_id="subjects")}
+    parts: dict[str, Any] = {}
+    for number in FURTHER:
+        with gr.Column(visible=False, elem_id=f"subject_{number}") as box:
+            gr.Markdown(f"### Subject {number}", elem_classes="step")
+            shown = photo_widgets(number)
+            own = further_fields(number)
+            prompts = gr.HTML(visible=False, elem_id=named("prompts", number))
+        fields |= {named("photos", number): shown.pop(named("photos", number)), **own}
+        parts |= shown | {f"subject_{number}": box, named("prompts", number): prompts}
+    with gr.Row():
+        add = gr.Button("Add another subject", size="sm", min_width=132, elem_id="add_subject")
+        remove = gr.Button("Remove subject 2", size="sm", min_width=132, visible=False, elem_id="remove_subject")
+    return fields, parts | {"add_subject": add, "remove_subject": remove}
+
+
+def further_fields(number: int) -> dict[str, Any]:
+    with gr.Row():
+        class_word = gr.Textbox(
+            "", label="What these show", placeholder="cat", elem_id=named("class_word", number), **NARROW
+        )
+        token = gr.Textbox(
+            TOKENS[number - 1], label="Token", placeholder="a rare word", elem_id=named("token", number), **NARROW
+        )
+    captions = gr.Textbox(
+        "",
+        label="Captions",
+        placeholder="one line for each photo, in order; may be left out",
+        lines=1,
+        elem_id=named("captions", number),
+    )
+    begin_as = gr.Textbox(
+        "",
+        label="Its new tokens begin as",
+        placeholder="words like it; or empty",
+        visible=False,
+        elem_id=named("tokens_begin_as", number),
+    )
+    words = (class_word, token, captions, begin_as)
+    return {named(name, number): widget for name, widget in zip(SubjectWords.__dataclass_fields__, words, strict=True)}
+
+
+def take_given(files: Sequence[list[str] | None], visitor: Visitor) -> None:
+    """Make clean copies of the added photos of each subject; other photos do not change."""
+    for number, of_one in enumerate(files, 1):
+        if of_one:
+            take_with_masks(of_one, visitor, number)
+
+
+def connect_words(token: gr.Textbox, class_word: gr.Textbox, prompts: gr.HTML) -> None:
+    def words(token: str, class_word: str) -> gr.HTML:
+        try:
+            instance, class_prompt = prompts_of(token, class_word)
+        except UserError:
+            return gr.HTML(visible=False)
+        return gr.HTML(notice(f"Learns “{instance}” and tells it from “{class_prompt}”."), visible=True)
+
+    gr.on([token.change, class_word.change], words, [token, class_word], prompts, **AT_ONCE)
+
+
+def connect_subjects(ctx: AppContext, page: gr.Blocks, fields: dict, parts: dict) -> None:
+    everything = fields | parts
+    for number in range(1, MOST_SUBJECTS + 1):
+        widgets = [everything[named(name, number)] for name in ("token", "class_word", "prompts")]
+        connect_words(*widgets)
+        connect_photos(ctx, number, everything, [fields["seed"], fields["like"]])
+    concepts = [fields[named("tokens_begin_as", number)] for number in FURTHER]
+    fields["new_tokens"].change(
+        lambda is_set: [gr.Textbox(visible=is_set) for _ in FURTHER], fields["new_tokens"], concepts, **AT_ONCE
+    )
+    connect_kept(ctx, page, everything)
+    connect_count(ctx, everything)
+
+
+def connect_photos(ctx: AppContext, number: int, widgets: dict, how: list) -> None:
+    """`how` are the widgets of the seed and of the recipe, on which the crops depend."""
+
+    @as_gradio_error
+    def review(photos: list[str] | None, seed: int, like: str, request: gr.Request) -> tuple:
+        visitor = ctx.visitors.of(request)
+        if not photos:
+            forget(visitor, number)
+            return gr.HTML(visible=False), gr.Gallery(visible=False)
+        return shown(review_photos(ctx, photos, visitor, seed, number, like))
+
+    photos, *outputs = (widgets[named(name, number)] for name in ("photos", "remarks", "crops"))
+    gr.on(
+        [photos.upload, photos.delete, photos.clear],
+        review,
+        [photos, *how],
+        outputs,
+        api_visibility="private",
+        show_progress="minimal",
+        **TAKING_PHOTOS,
+    )
+
+
+def connect_kept(ctx: AppContext, page: gr.Blocks, widgets: dict) -> None:
+    """After a reload or a change of the seed: the photos that a run would use."""
+    pictures = review_widgets(widgets)
+
+    @as_gradio_error
+    def again(seed: int, count: int, like: str, request: gr.Request) -> tuple:
+        return reviews(ctx, ctx.visitors.of(request), seed, count, like)
+
+    @as_gradio_error
+    def restore(seed: int, request: gr.Request) -> tuple:
+        visitor = ctx.visitors.of(request)
+        count = max(1, subject_count(visitor.photos_dir, MOST_SUBJECTS))
+        return (*reviews(ctx, visitor, seed, count), *boxes_for(count))
+
+    page.load(restore, widgets["seed"], [*pictures, *box_widgets(widgets)], **AT_ONCE)
+    widgets["seed"].blur(again, [widgets["seed"], widgets["subjects"], widgets["like"]], pictures, **TELLING)
+
+
+def review_widgets(widgets: dict) -> list[Any]:
+    return [widgets[named(name, number)] for number in range(1, MOST_SUBJECTS + 1) for name in ("remarks", "crops")]
+
+
+def reviews(ctx: AppContext, visitor: Visitor, seed: int, count: int, like: str = NONE) -> tuple:
+    """Values of `review_widgets`: the kept photos of the first `count` subjects; the others do not change."""
+    found = []
+    for number in range(1, MOST_SUBJECTS + 1):
+        is_there = number <= count and kept_photos(folder_of(visitor.photos_dir, number))
+        found += shown(review_kept(ctx, visitor, (), seed, number, like)) if is_there else (gr.skip(), gr.skip())
+    return tuple(found)
+
+
+def connect_count(ctx: AppContext, widgets: dict) -> None:
+    outputs = box_widgets(widgets)
+    gone = ("photos", "remarks", "crops", *SubjectWords.__dataclass_fields__)
+    emptied = [widgets[named(name, number)] for number in FURTHER for name in gone]
+
+    def add(count: int) -> tuple:
+        return boxes_for(min(MOST_SUBJECTS, int(count) + 1))
+
+    def remove(count: int, request: gr.Request) -> tuple:
+        """Remove the last subject with its photos and words."""
+        last = max(2, int(count))
+        forget(ctx.visitors.of(request), last)
+        values = (None, gr.HTML(visible=False), gr.Gallery(visible=False), "", TOKENS[last - 1], "", "")
+        cleared = [value if number == last else gr.skip() for number in FURTHER for value in values]
+        return (*boxes_for(last - 1), *cleared)
+
+    widgets["add_subject"].click(add, widgets["subjects"], outputs, **AT_ONCE)
+    widgets["remove_subject"].click(remove, widgets["subjects"], [*outputs, *emptied], **AT_ONCE)
+
+
+def box_widgets(widgets: dict) -> list[Any]:
+    return [widgets[name] for name in ("subjects", "add_subject", "remove_subject", *map("subject_{}".format, FURTHER))]
+
+
+def boxes_for(count: int) -> tuple:
+    """Values of `box_widgets` for so many subjects."""
+    return (
+        count,
+        gr.Button(visible=count < MOST_SUBJECTS),
+        gr.Button(f"Remove subject {max(2, count)}", visible=count > 1),
+        *(gr.Column(visible=number <= count) for number in FURTHER),
+    )
+
+
+def forget(visitor: Visitor, number: int) -> None:
+    shutil.rmtree(folder_of(visitor.photos_dir, number), ignore_errors=True)
+
+
+def shown(found: PhotoReview) -> tuple:
+    return gr.HTML(found.remarks, visible=True), gr.Gallery(found.crops, visible=True)
+
+
+MOST_PIXELS = 4 * EDIT_PX**2
+KEPT_BYTES = 32 * 1024**2
+"""Limit for all visitors' drawings between upload and the click that uses them."""
+BRUSH_PX, OPACITY = 24, 0.6
+TOO_LARGE = "the painted mask is no picture of the size that was shown"
+
+
+class Drawings(OrderedDict):
+    """Id -> uploaded drawing; the oldest are dropped when the total exceeds KEPT_BYTES."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        self.move_to_end(key)
+        while len(self) > 1 and sum(map(bytes_of, self.values())) > KEPT_BYTES:
+            self.popitem(last=False)
+
+
+def bytes_of(drawing: Any) -> int:
+    return sum(len(part) for part in (drawing.background, drawing.composite, *drawing.layers) if part)
+
+
+def mask_editor() -> gr.ImageEditor:
+    """An editor whose value, for a handler, is the painted layer (RGBA), or None.
+
+    Update only its value: for any other update gradio would make another component, without the limits.
+    """
+    colours = [f"rgba({red}, {green}, {blue}, {OPACITY})" for red, green, blue in (LEARNED, LEFT_OUT)]
+    editor = gr.ImageEditor(
+        label="Mask",
+        show_label=False,
+        elem_id="mask_editor",
+        sources=(),
+        transforms=(),
+        layers=False,
+        format="png",
+        buttons=[],
+        interactive=True,
+        canvas_size=(EDIT_PX, EDIT_PX),
+        brush=gr.Brush(default_size=BRUSH_PX, colors=colours, default_color=colours[0], color_mode="fixed"),
+        eraser=gr.Eraser(default_size=BRUSH_PX),
+    )
+    editor.blob_storage = Drawings()
+    accept = editor.accept_blobs
+
+    def accept_blobs(data: Any) -> None:
+        if data.data["type"] != "layer":  # the server has the photo
+            return
+        if str(data.data["index"]) != "0":
+            raise fastapi.HTTPException(400, "there is one layer")
+        accept(data)
+
+    accept_blobs._is_server_fn = True
+    editor.accept_blobs = accept_blobs
+    editor.preprocess = lambda payload: painted_of(editor, payload)
+    return editor
+
+
+def painted_of(editor: gr.ImageEditor, payload: Any) -> PIL.Image.Image | None:
+    if payload is None:
+        return None
+    sent = editor.blob_storage.pop(payload.id, None) if payload.id is not None else payload
+    layers = [layer for layer in sent.layers if layer] if sent is not None else []
+    return opened(layers[0]) if layers else None
+
+
+def opened(layer: Any) -> PIL.Image.Image:
+    """The layer as RGBA. Raises gr.Error unless it is a small picture."""
+    source = io.BytesIO(layer) if isinstance(layer, bytes | bytearray) else layer.path
+    try:
+        with PIL.Image.open(source, formats=["PNG", "WEBP"]) as image:
+            if image.width * image.height <= MOST_PIXELS:
+                return image.convert("RGBA")
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError):
+        pass
+    raise gr.Error(TOO_LARGE, duration=12, print_exception=False)
+
+
+PAINT = "green is learned. The brush has green to add, and red to take away."
+HOW = "Choose a picture to correct its mask."
+
+
+def mask_widgets() -> dict[str, Any]:
+    show = gr.Button("Show the masks", elem_id="show_masks")
+    told = gr.HTML("", visible=False, elem_id="mask_remarks")
+    pictures = picture_rows("Masks", "masks", object_fit="contain", buttons=["fullscreen"])
+    with gr.Column(visible=False, elem_id="mask_box") as box:
+        about = gr.HTML("", elem_id="mask_about")
+        editor = mask_editor()
+        with gr.Row(elem_classes="tight"):
+            keep = gr.Button("Keep this mask", variant="primary", min_width=120, elem_id="keep_mask")
+            back = gr.Button("Put the old one back", min_width=120, elem_id="put_mask_back")
+    return {
+        "show_masks": show,
+        "mask_remarks": told,
+        "masks": pictures,
+        "mask_box": box,
+        "mask_about": about,
+        "mask_editor": editor,
+        "keep_mask": keep,
+        "put_mask_back": back,
+        "mask_names": gr.State([]),
+        "mask_chosen": gr.State(""),
+    }
+
+
+def connect_masks(ctx: AppContext, fields: dict, parts: dict) -> None:
+    """Connect the events. Progress is shown only on the remarks: gradio would ask a component that shows
+    progress, and all inside it, for their values at every event of the page, and the editor would answer with
+    an upload."""
+    inputs = {"photos": parts["photos"], **fields}
+    numbers = range(1, MOST_SUBJECTS + 1)
+    chosen = {"name": parts["mask_chosen"], **inputs}
+    shown = [parts[name] for name in ("mask_remarks", "masks", "mask_names", "mask_box")]
+    edited = [parts[name] for name in ("mask_box", "mask_about", "mask_editor", "mask_chosen")]
+    corrected = [*shown, *review_widgets(parts)]
+
+    def settings(visitor: Visitor, values: dict) -> "TrainConfig":
+        from dreambooth_moslora.settings.table import TrainConfig
+
+        if not visitor.has_photos:
+            raise UserError("add some photos of your subject first")
+        form = form_of(values)
+        return TrainConfig.from_dict(
+            form.config(
+                ctx.base_name,
+                ctx.resolution_px,
+                visitor.photos_dir,
+                ctx.runs_dir / "new",
+                recipe_of(ctx, form.like, visitor),
+            )
+        )
+
+    @as_gradio_error
+    def show(request: gr.Request, **values) -> tuple:
+        visitor = ctx.visitors.of(request)
+        take_given([values[named("photos", number)] for number in numbers], visitor)
+        return _pictures(list(shown_masks(settings(visitor, values), visitor)))
+
+    @as_gradio_error
+    def edit(names: list[tuple[str, str]], event: gr.SelectData, request: gr.Request, **values) -> tuple:
+        visitor = ctx.visitors.of(request)
+        if not isinstance(event.index, int) or not 0 <= event.index < len(names):
+            raise UserError("show the masks again, and choose one")
+        name, label = names[event.index]
+        picture = editor_picture(visitor, name, settings(visitor, values))
+        value = {"background": picture, "layers": [], "composite": None}
+        return gr.Column(visible=True), notice(f"{label.capitalize()}: {PAINT}"), value, name
+
+    def after(change: Any, visitor: Visitor, values: dict) -> tuple:
+        warning = change()
+        found = _pictures(list(shown_masks(settings(visitor, values), visitor)), warning)
+        return (*found, *reviews(ctx, visitor, values["seed"], values["subjects"], values["like"]))
+
+    @as_gradio_error
+    def keep(name: str, painted: Any, request: gr.Request, **values) -> tuple:
+        if painted is None:
+            raise UserError(EMPTY)
+        visitor = ctx.visitors.of(request)
+        return after(lambda: keep_mask(visitor, name, painted, settings(visitor, values)), visitor, values)
+
+    @as_gradio_error
+    def back(name: str, request: gr.Request, **values) -> tuple:
+        visitor = ctx.visitors.of(request)
+        return after(lambda: put_back(visitor, name), visitor, values)
+
+    making = {"api_visibility": "private", "show_progress": "minimal", "show_progress_on": parts["mask_remarks"], **GPU}
+    parts["show_masks"].click(show, inputs_kwargs=inputs, outputs=shown, **making)
+    parts["masks"].select(edit, inputs_kwargs={"names": parts["mask_names"], **inputs}, outputs=edited, **making)
+    painted = {"painted": parts["mask_editor"], **chosen}
+    parts["keep_mask"].click(keep, inputs_kwargs=painted, outputs=corrected, **making)
+    parts["put_mask_back"].click(back, inputs_kwargs=chosen, outputs=corrected, **making)
+    files = [inputs[named("photos", number)] for number in numbers]
+    gone = [event for file in files for event in (file.upload, file.delete, file.clear)]
+    gone += [parts["remove_subject"].click, parts["reopen"].click]
+    gr.on(gone, _nothing, None, shown, show_progress_on=parts["mask_remarks"], **AT_ONCE)
+
+
+def _nothing() -> tuple:
+    return gr.HTML(visible=False), gr.Gallery(visible=False), [], gr.Column(visible=False)
+
+
+def _pictures(masks: list[ShownMask], warning: str | None = "") -> tuple:
+    """Values for remarks, pictures, names and the editor's box, which closes."""
+    lines = [f"{mask.label}: {mask.remark}" for mask in masks if mask.remark]
+    titled = remarks_card(lines, HOW)
+    pictures = [(mask.picture, mask.remark or "good") for mask in masks]
+    return (
+        gr.HTML(titled, visible=True),
+        gr.Gallery(pictures, visible=True, selected_index=None),
+        [(mask.photo, mask.label) for mask in masks],
+        gr.Column(visible=False),
+    )

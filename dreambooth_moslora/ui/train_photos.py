@@ -1,0 +1,492 @@
+"""A visitor's photos: taken, shown as the run will crop them, with masks to correct.
+
+Masks of a visitor's photos: shown as the run will use them, and corrected by hand.
+
+A correction is kept under the digest of its photo's clean copy, so that it is found when the same photos are
+uploaded again. Beside the copy it is `photo_01.mask.png`, like a mask that came with the photo.
+
+The actions of the Train tab: take photos, show their crops, and show the state of a run.
+"""
+
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import PIL.Image
+import PIL.ImageChops
+
+from dreambooth_moslora.core.errors import UserError, is_finite_number
+from dreambooth_moslora.core.names import file_digest
+from dreambooth_moslora.disk.adapter_files import NONE
+from dreambooth_moslora.disk.events import Metrics
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
+from dreambooth_moslora.settings.prompts import noun_of
+from dreambooth_moslora.settings.subjects import each_subject
+from dreambooth_moslora.training.explain import CURVES, closing_advice, figures_from, known_config
+from dreambooth_moslora.ui.generate_form import format_seconds
+from dreambooth_moslora.ui.html import faint, notice, progress_card, remarks_card
+from dreambooth_moslora.ui.jobs import Job, Jobs, JobState
+from dreambooth_moslora.ui.state import AppContext, sentence
+from dreambooth_moslora.ui.train_form import MOST_SUBJECTS, crop_config, folder_of, recipe_of
+from dreambooth_moslora.ui.visitors import ONE_AT_A_TIME, Intake, Visitor, kept_photos, take_photos
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.photos.photo import Photo
+    from dreambooth_moslora.settings.table import TrainConfig
+
+EDIT_PX = 768
+"""Side of the square to paint on: the photo, scaled to it, and a margin. The mask is then scaled to the photo's
+own size."""
+MARGIN = (226, 228, 232)
+LEARNED, LEFT_OUT = (13, 148, 136), (225, 29, 72)
+"""Colours of the brush: for parts that become white in the mask, and for parts that become black."""
+TINT = 0.5
+PAINTED = 64
+"""A pixel with at least this alpha counts as painted; the brush is more opaque, its edge less."""
+MOST_KEPT = 200
+"""Most files of corrections per visitor; the oldest are deleted."""
+NO_MASK = "no mask: all of it is learned"
+GONE = "this photo is not there any more; show the masks again"
+EMPTY = "the mask is empty: paint green what is to be learned of this photo"
+
+
+@dataclass(frozen=True)
+class ShownMask:
+    """`photo` is the name of the clean copy (`name_of`), `label` its name for the user; `picture` is the photo,
+    dark where it is not learned."""
+
+    photo: str
+    label: str
+    picture: PIL.Image.Image
+    remark: str
+
+
+def take_with_masks(files: list[str], visitor: Visitor, number: int = 1) -> Intake:
+    """`take_photos` for subject `number`, with earlier corrections for the same photos."""
+    folder = folder_of(visitor.photos_dir, number)
+    intake = take_photos(files, folder)
+    for photo in kept_photos(folder):
+        if (corrected := corrections_of(visitor, photo)[0]).is_file():
+            shutil.copyfile(corrected, beside(photo))
+    return intake
+
+
+def shown_masks(config: "TrainConfig", visitor: Visitor) -> Iterator[ShownMask]:
+    """The masks of all usable photos, as a run with these settings uses them; missing ones are made now, and kept.
+
+    Raises UserError when the segmenter is not there.
+    """
+    from dreambooth_moslora.photos.crops import masked
+    from dreambooth_moslora.photos.mask_making import quality_warning
+    from dreambooth_moslora.photos.masks import open_mask
+    from dreambooth_moslora.photos.photo import open_rgb
+
+    photos = list(with_made_masks(config, visitor))
+    for label, (photo, remark) in zip(labels_of([photo for photo, _ in photos]), photos, strict=True):
+        mask = open_mask(photo)
+        reason = remark or next((words for words in photo.reasons if words.startswith("mask not used")), "")
+        words = NO_MASK if mask is None else quality_warning(mask)
+        image = open_rgb(photo)
+        image.thumbnail((EDIT_PX, EDIT_PX))
+        yield ShownMask(name_of(photo.path, visitor), label, masked(image, mask), reason or words)
+
+
+def with_made_masks(config: "TrainConfig", visitor: Visitor) -> Iterator[tuple["Photo", str]]:
+    """Each photo with its mask, if it has one, and a remark on a made one."""
+    from dreambooth_moslora.photos.folder import photo_report
+    from dreambooth_moslora.photos.mask_making import load_segmenter, make_kept
+
+    segmenters = [load_segmenter(one) for one in each_subject(config)] if config.masks == "auto" else []
+    for photo in photo_report(config).photos:
+        if photo.mask_path is not None or not segmenters:
+            yield photo, ""
+            continue
+        (made,) = make_kept([photo], segmenters[photo.subject], visitor.folder / "made_masks")
+        yield replace(photo, mask_path=made.path), made.remark
+
+
+def editor_picture(visitor: Visitor, name: str, config: "TrainConfig") -> PIL.Image.Image:
+    """The photo of that name on its square, tinted where its mask is white."""
+    from dreambooth_moslora.photos.photo import open_rgb
+
+    photo = open_rgb(photo_now(visitor, name, config))
+    left, top, right, bottom = place_of(photo.size)
+    square = PIL.Image.new("RGB", (EDIT_PX, EDIT_PX), MARGIN)
+    square.paste(photo.resize((right - left, bottom - top)), (left, top))
+    tinted = PIL.Image.blend(square, PIL.Image.new("RGB", square.size, LEARNED), TINT)
+    return PIL.Image.composite(tinted, square, mask_on_square(visitor, name, config))
+
+
+def mask_on_square(visitor: Visitor, name: str, config: "TrainConfig") -> PIL.Image.Image:
+    """L: the mask that the run would use now; black without one."""
+    from dreambooth_moslora.photos.masks import open_mask
+
+    photo = photo_now(visitor, name, config)
+    mask, square = open_mask(photo), PIL.Image.new("L", (EDIT_PX, EDIT_PX), 0)
+    if mask is not None:
+        left, top, right, bottom = place_of((photo.size_px[1], photo.size_px[0]))
+        square.paste(mask.resize((right - left, bottom - top)).point(as_black_or_white), (left, top))
+    return square
+
+
+def photo_now(visitor: Visitor, name: str, config: "TrainConfig") -> "Photo":
+    """The photo of that name with its current mask. Raises UserError when it is gone."""
+    found = (photo for photo, _ in with_made_masks(config, visitor) if name_of(photo.path, visitor) == name)
+    if (photo := next(found, None)) is None:
+        raise UserError(GONE)
+    return photo
+
+
+def as_black_or_white(value: int) -> int:
+    return 255 * (value > 127)
+
+
+def place_of(size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Position of a photo of (width, height) in the middle of its square: left, top, right, bottom."""
+    scale = EDIT_PX / max(size)
+    width, height = (max(1, round(side * scale)) for side in size)
+    left, top = (EDIT_PX - width) // 2, (EDIT_PX - height) // 2
+    return left, top, left + width, top + height
+
+
+def keep_mask(visitor: Visitor, name: str, painted: PIL.Image.Image, config: "TrainConfig") -> str:
+    """Save the mask with what was painted on the square (RGBA): LEARNED becomes white, LEFT_OUT black.
+
+    Returns a warning, or "". Raises UserError for a mask that is black everywhere.
+    """
+    from dreambooth_moslora.photos.mask_making import quality_warning
+
+    photo = photo_called(visitor, name)
+    with PIL.Image.open(photo) as opened:
+        size = opened.size
+    red, green, _, alpha = painted.resize((EDIT_PX, EDIT_PX)).split()
+    is_painted = alpha.point(lambda value: 255 * (value >= PAINTED))
+    is_learned = PIL.ImageChops.subtract(green, red).point(lambda value: 255 * (value > 0))
+    square = PIL.Image.composite(is_learned, mask_on_square(visitor, name, config), is_painted)
+    white = square.crop(place_of(size))
+    if white.getextrema()[1] == 0:
+        raise UserError(EMPTY)
+    with ONE_AT_A_TIME:
+        mask = white.resize(size, PIL.Image.Resampling.BILINEAR).point(as_black_or_white)
+        corrected, given = corrections_of(visitor, photo)
+        corrected.parent.mkdir(parents=True, exist_ok=True)
+        if beside(photo).is_file() and not corrected.is_file():
+            shutil.copyfile(beside(photo), given)
+        mask.convert("1").save(corrected)
+        shutil.copyfile(corrected, beside(photo))
+    forget_oldest(corrected.parent)
+    return quality_warning(mask)
+
+
+def put_back(visitor: Visitor, name: str) -> None:
+    """Restore the mask that came with the photo, or none; the run may then make one."""
+    photo = photo_called(visitor, name)
+    corrected, given = corrections_of(visitor, photo)
+    if not corrected.is_file():
+        return
+    corrected.unlink()
+    if given.is_file():
+        given.replace(beside(photo))
+    else:
+        beside(photo).unlink(missing_ok=True)
+
+
+def photo_called(visitor: Visitor, name: str) -> Path:
+    """The photo's path. Raises UserError when the visitor has no photo of that name."""
+    for number in range(1, MOST_SUBJECTS + 1):
+        for photo in kept_photos(folder_of(visitor.photos_dir, number)):
+            if name_of(photo, visitor) == name:
+                return photo
+    raise UserError(GONE)
+
+
+def name_of(photo: Path, visitor: Visitor) -> str:
+    """`photo_01.png`; for a further subject with its folder, `photos_2/photo_01.png`."""
+    return photo.name if photo.parent == visitor.photos_dir else f"{photo.parent.name}/{photo.name}"
+
+
+def labels_of(photos: list["Photo"]) -> list[str]:
+    """`photo 1`; with several subjects, `photo 1 of subject 2`."""
+    counts, found = Counter(), []
+    for photo in photos:
+        counts[photo.subject] += 1
+        found.append((photo.subject, f"photo {counts[photo.subject]}"))
+    return [f"{label} of subject {number + 1}" if len(counts) > 1 else label for number, label in found]
+
+
+def beside(photo: Path) -> Path:
+    return photo.with_suffix(".mask.png")
+
+
+def corrections_of(visitor: Visitor, photo: Path) -> tuple[Path, Path]:
+    """Files of the corrected mask, and of the one that came with the photo."""
+    folder, digest = visitor.root / "corrected_masks", file_digest(photo)
+    return folder / f"{digest}.png", folder / f"{digest}.given.png"
+
+
+def forget_oldest(folder: Path) -> None:
+    files = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+    for path in files[:-MOST_KEPT]:
+        path.unlink(missing_ok=True)
+
+
+PLOT_POINTS = 200
+SMOOTHING_STEPS = 25
+MAX_SAMPLES_SHOWN = 24
+PHASES = {
+    "loading": "Loading the base",
+    "captions": "Writing captions",
+    "masks": "Making masks",
+    "class_images": "Making class images",
+    "caching": "Looking at the photos once",
+    "sampling": "Drawing samples",
+    "evaluating": "Measuring fidelity",
+    "exporting": "Writing the adapter and checking it",
+}
+SUBJECT_SCORE = re.compile(r"dino_subject_\d+")
+MAX_WORDS = 40
+FORM_WORDS = {
+    r"--exposures_per_photo \d+": "a greater “Length”, or more “Steps”",
+    r"--max_train_steps (\d+)": r"“Steps” \1",
+    r"--learning_rate ([\d.e-]+)": r"“Learning rate” \1",
+    r"--prior_loss_weight ([\d.e-]+)": r"“Prior weight” \1",
+    r"--with_prior_preservation --prior adapter_off --class_prompt \"[^\"]*\"": "“Keep the class”",
+    r"--unmasked_weight 0": "0 as “Weight outside the mask”",
+    r"--masks auto": "“Make masks”",
+}
+"""A flag that advice names -> what the form calls it, both as for `re.sub`."""
+ENDINGS = {"done": "Done.", "interrupted": "Stopped; a checkpoint is written.", "failed": "The run failed."}
+
+
+@dataclass(frozen=True)
+class PhotoReview:
+    """Thumbnails as they will be cropped (path, caption), and remarks, as HTML."""
+
+    crops: list[tuple[PIL.Image.Image, str]]
+    remarks: str
+
+
+def review_photos(
+    ctx: AppContext, files: list[str], visitor: Visitor, seed: int = 0, number: int = 1, like: str = NONE
+) -> PhotoReview:
+    """Make clean copies of subject `number`'s photos and judge them. Raises UserError when no file is a photo."""
+    return review_kept(ctx, visitor, take_with_masks(files, visitor, number).remarks, seed, number, like)
+
+
+def review_kept(
+    ctx: AppContext,
+    visitor: Visitor,
+    remarks: tuple[str, ...] = (),
+    seed: int = 0,
+    number: int = 1,
+    like: str = NONE,
+) -> PhotoReview:
+    """Judge the existing clean copies; `remarks` are lines about their source files.
+
+    Each photo is shown by its first crop in a run with this `seed` and the recipe of that name.
+    """
+    from dreambooth_moslora.photos.crops import examine
+    from dreambooth_moslora.photos.folder import find_photos
+
+    folder = folder_of(visitor.photos_dir, number)
+    report = examine(find_photos(folder, "", ctx.resolution_px), ctx.resolution_px)
+    recipe = recipe_of(ctx, like, visitor)
+    config = crop_config(ctx.base_name, ctx.resolution_px, folder, report.photos, seed, recipe)
+    crops = [
+        (first_crop(replace(photo, subject=number - 1), place, config), ", ".join(photo.reasons) or "good")
+        for place, photo in enumerate(report.photos)
+    ]
+    lines = [*remarks, *(f"{Path(skipped.path).name}: {skipped.reason}" for skipped in report.skipped)]
+    lines += [f"photo {i}: {', '.join(photo.reasons)}" for i, photo in enumerate(report.photos, 1) if photo.reasons]
+    each = config.crops_per_photo
+    how = "shown as they will be cropped" if each == 1 else f"each shown by the first of its {each} crops"
+    return PhotoReview(crops, remarks_card(lines, f"{len(crops)} photo{'s' * (len(crops) != 1)}, {how}."))
+
+
+def first_crop(photo: "Photo", number: int, config: "TrainConfig") -> PIL.Image.Image:
+    """The first crop of photo `number` of the folder, as in training; dark outside its mask."""
+    from dreambooth_moslora.photos.crops import apply_crop, masked, plans_of
+    from dreambooth_moslora.photos.masks import open_mask
+    from dreambooth_moslora.photos.photo import open_rgb
+
+    plan = next(plans_of(photo, number, config))
+    return apply_crop(masked(open_rgb(photo), open_mask(photo)), plan, config.image_interpolation_mode)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Everything the page shows of a run. `version` changes when anything else does."""
+
+    version: tuple
+    state: JobState
+    status: str
+    loss: pd.DataFrame
+    fidelity: pd.DataFrame
+    samples: list[tuple[str, str]]
+    log: str
+
+
+def watch(jobs: Jobs, job: Job, visitor: Visitor) -> Watch:
+    state, metrics = jobs.state(job), jobs.metrics(job)
+    return Watch(
+        version=(job.name, job.created, state, len(metrics.events)),
+        state=state,
+        status=status_card(replace(state, message=jobs.told(state.message)), metrics, best_of(job, metrics))
+        + subjects_line(metrics)
+        + (advice_card(metrics) if state.state == "done" else ""),
+        loss=loss_table(metrics),
+        fidelity=fidelity_table(metrics),
+        samples=samples_of(job, metrics, visitor),
+        log=jobs.told(job.log_tail()),
+    )
+
+
+def best_of(job: Job, metrics: Metrics) -> str:
+    """The best step and the name of its adapter on the page; "" without scores."""
+    best = metrics.last("evaluation").get("best")
+    is_kept = (RunDir(job.run_dir).best_dir / PUBLISHED_NAME).is_file()
+    return f" The best was step {best.get('step')}: {job.name}@best." if isinstance(best, dict) and is_kept else ""
+
+
+def subjects_line(metrics: Metrics) -> str:
+    """How well the last scores tell several subjects apart, and the likeness of each; "" of one subject."""
+    last = metrics.last("evaluation")
+    if not is_finite_number(last.get("confusion")):
+        return ""
+    likeness = [f"{last[name]:.2f} of subject {name.rpartition('_')[2]}" for name in subject_scores(metrics)]
+    scale = "0: told apart as their photos are, 1: taken for each other"
+    return faint(f"Confusion of the subjects: {last['confusion']:.2f} ({scale}). Likeness: {', '.join(likeness)}.")
+
+
+def subject_scores(metrics: Metrics) -> list[str]:
+    """The names of each subject's likeness in the last scores; none of one subject."""
+    found = [name for name, value in metrics.last("evaluation").items() if SUBJECT_SCORE.fullmatch(name)]
+    return [name for name in found if is_finite_number(metrics.last("evaluation")[name])]
+
+
+def advice_card(metrics: Metrics) -> str:
+    """What to try after a scored run, the most important first; "" for other runs, and for damaged events."""
+    try:
+        config = known_config(metrics.last("start").get("config") or {})
+    except UserError:
+        return ""
+    found = closing_advice(figures_from(metrics.events, config))
+    return "".join(faint(f"Try next: {in_the_forms_words(line)}.") for line in found)
+
+
+def in_the_forms_words(advice: str) -> str:
+    """Flags of the command line as the form calls them; those that it has not stay."""
+    for flag, words in FORM_WORDS.items():
+        advice = re.sub(flag, words, advice)
+    return advice
+
+
+def status_card(state: JobState, metrics: Metrics, best: str = "") -> str:
+    """One line of state and one of numbers."""
+    if state.state in ENDINGS:
+        detail = state.message or f"Step {state.step} of {state.max_train_steps}."
+        if state.state == "interrupted" and state.message:  # without a checkpoint: stopped before the first step
+            return notice(f"{sentence(state.message)}.", "good")
+        kind = "bad" if state.state == "failed" else "good"
+        return notice(f"{ENDINGS[state.state]} {detail}{best}", kind)
+    if state.state == "starting":
+        return progress_card("Starting …", "loading the libraries", 0.0)
+    last, phase = metrics.last("step"), metrics.last("phase")
+    fraction = state.step / state.max_train_steps if state.max_train_steps else 0.0
+    if state.state == "stopping":
+        return progress_card("Stopping …", "the step is finished and a checkpoint written", fraction)
+    if state.phase in ("", "training") and last:
+        return progress_card(f"Step {state.step} of {state.max_train_steps}", numbers_of(last), fraction)
+    if state.phase == "training":
+        return progress_card(f"Step {state.step + 1} of {state.max_train_steps} …", "the first takes longest", fraction)
+    count = f" {phase.get('done')} of {phase['total']}" if int(phase.get("total") or 1) > 1 else ""
+    return progress_card(f"{PHASES.get(state.phase, state.phase or 'Preparing')}{count} …", numbers_of(last), fraction)
+
+
+def numbers_of(step: dict[str, Any]) -> str:
+    if not step:
+        return ""
+    seconds = step.get("step_sec") or 0
+    pace = "" if not seconds else f"{1 / seconds:.1f} steps/s" if seconds < 1 else f"{seconds:.1f} s a step"
+    parts = [
+        f"about {format_seconds(step['eta_sec'])} left" if step.get("eta_sec") is not None else "",
+        pace,
+        f"{step['memory_gib']:.1f} GiB" if step.get("memory_gib") else "",
+        f"loss {step['loss']:.3f}" if step.get("loss") is not None else "",
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def loss_table(metrics: Metrics) -> pd.DataFrame:
+    """Columns step, loss, part: the subject's and, with prior preservation, the class's loss, each smoothed."""
+    steps = {event["step"]: event for event in metrics.of("step")}  # a resumed run repeats some steps
+    tables = []
+    for name, key in (("subject", "loss_instance"), ("class (prior)", "loss_prior")):
+        values = {step: event.get(key) for step, event in sorted(steps.items()) if is_finite_number(event.get(key))}
+        if values:
+            smooth = pd.Series(values).rolling(SMOOTHING_STEPS, min_periods=1).mean()
+            thin = smooth.iloc[:: max(1, len(smooth) // PLOT_POINTS)]
+            tables.append(pd.DataFrame({"step": thin.index, "loss": thin.to_numpy(), "part": name}))
+    return pd.concat(tables) if tables else pd.DataFrame({"step": [], "loss": [], "part": []})
+
+
+def fidelity_table(metrics: Metrics) -> pd.DataFrame:
+    """Columns step, score, measure, from the evaluations of the run: the curves of its plot file.
+
+    Of several subjects, each one's likeness has a curve, named by its number: a phone has room for few words.
+    """
+    curves = CURVES
+    each = {name: name.rpartition("_")[2] for name in subject_scores(metrics)}
+    if each:
+        curves = {**each, "confusion": "confusion", "score": CURVES["score"]}
+    rows = []
+    for event in metrics.of("evaluation"):
+        for name, label in curves.items():
+            if is_finite_number(event.get(name)):
+                rows.append({"step": event.get("step", 0), "score": event[name], "measure": label})
+    return pd.DataFrame(rows) if rows else pd.DataFrame({"step": [], "score": [], "measure": []})
+
+
+def samples_of(job: Job, metrics: Metrics, visitor: Visitor) -> list[tuple[str, str]]:
+    """The sample pictures by step, step 0 first, as links in this visitor's folder.
+
+    If there are too many, step 0 and the newest are kept: the base's pictures are the reference for the others.
+    """
+    found: dict[str, str] = {}
+    for event in metrics.of("sample"):
+        for name, words in zip(event.get("files") or (), subjects_shown(event)):
+            found[Path(str(name)).name] = f"step {event.get('step')}{words}"
+    samples = [(job.run_dir / "samples" / name, caption) for name, caption in found.items()]
+    there = [(file, caption) for file, caption in samples if file.is_file()]
+    first = [item for item in there if item[1].partition(" · ")[0] == "step 0"][: MAX_SAMPLES_SHOWN // 2]
+    newest = [item for item in there if item not in first][-(MAX_SAMPLES_SHOWN - len(first)) :]
+    return [(str(link_into_user_folder(file, visitor, job.name)), caption) for file, caption in first + newest]
+
+
+def subjects_shown(event: dict[str, Any]) -> list[str]:
+    """What is added to the caption of each picture of the event: its prompt's noun, where they differ."""
+    prompts, files = event.get("prompts"), event.get("files") or ()
+    if not isinstance(prompts, list) or len(prompts) != len(files) or len(set(map(str, prompts))) < 2:
+        return [""] * len(files)
+    return [f" · {noun_of(str(prompt))[:MAX_WORDS]}" for prompt in prompts]
+
+
+def link_into_user_folder(file: Path, visitor: Visitor, run: str) -> Path:
+    """The file inside the visitor's own folder (a hard link if possible), from where gradio may serve it to
+    this visitor."""
+    target = visitor.folder / "runs" / run / file.name
+    if target.exists() and target.stat().st_mtime_ns == file.stat().st_mtime_ns:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copy2(file, target)
+    return target

@@ -1,0 +1,219 @@
+"""From the form to a run, and what it will cost.
+
+Starts a run from the Train tab's form: checks everything, moves the photos into a folder, and starts or
+queues it.
+
+The cost of a run in advance: the estimate of `--dry_run`, in a card.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from dreambooth_moslora.adapters.metadata import check_start_header
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.names import free_name
+from dreambooth_moslora.disk.adapter_files import NONE, header_of
+from dreambooth_moslora.disk.queue import COMMAND_LINE, QueuedRun
+from dreambooth_moslora.ui.generate_form import format_seconds, summary_of
+from dreambooth_moslora.ui.html import remarks_card
+from dreambooth_moslora.ui.jobs import Job, Jobs, run_name_of
+from dreambooth_moslora.ui.state import AppContext
+from dreambooth_moslora.ui.train_form import TrainForm, card_lines, folder_of, free_gib, prompts_of, recipe_of
+from dreambooth_moslora.ui.visitors import ONE_AT_A_TIME, Visitor
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.settings.table import TrainConfig
+
+BUSY = "another run is going on or waits; “Add to queue” lets this one wait for its turn"
+BEGUN_WITH, LIKE = "begun_with", "like"
+"""Folders in a run: a copy of the adapter that it begins with, and the recipe that it was given, NAME.json."""
+PER_VISITOR, PER_ADDRESS, IN_ALL = 20, 40, 100
+"""Runs that may wait: of a visitor, of all visitors at one address without a login, and of the whole page."""
+CHOSEN = "Chosen; “More settings” changes it."
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A new run folder with the photos in it, its settings, and what was chosen for them."""
+
+    run_dir: Path
+    settings: dict[str, Any]
+    said: list[str]
+
+
+def start_run(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> tuple[Job, str]:
+    """Check everything, move the photos into a new run folder, start the process.
+
+    Returns the run, and what was chosen for it as HTML. Raises UserError.
+    """
+    if jobs.current() or not ctx.queue.is_empty:
+        raise UserError(BUSY)
+    with prepared(ctx, jobs, form, visitor) as run:
+        job = jobs.start(run.run_dir.name, run.settings, visitor.id)
+    return job, remarks_card(run.said, f"{job.name} has started. {CHOSEN}")
+
+
+def add_to_queue(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> tuple[str, str]:
+    """Like `start_run`, but the run waits until those before it have ended. Returns its name, and HTML. Raises
+    UserError."""
+    check_room(ctx.queue.queue.waiting(), visitor)
+    with prepared(ctx, jobs, form, visitor, is_queued=True) as run:
+        name = run.run_dir.name
+        asked = {"settings": run.settings, "is_new": True, "queued": time.time()}
+        place = ctx.queue.queue.add(QueuedRun(name, visitor.id, visitor.address, **asked))
+    return name, remarks_card(run.said, f"{name} waits, number {place} in the queue. {CHOSEN}")
+
+
+def check_room(waiting: Sequence[QueuedRun], visitor: Visitor) -> None:
+    """Raise UserError when as many runs wait as may. Runs that were added by command do not count."""
+    if sum(run.owner == visitor.id for run in waiting) >= PER_VISITOR:
+        raise UserError(f"{PER_VISITOR} runs of yours are waiting; remove one, or wait")
+    if visitor.address and sum(run.address == visitor.address for run in waiting) >= PER_ADDRESS:
+        raise UserError(f"{PER_ADDRESS} runs from your address are waiting; wait until one has ended")
+    if sum(run.owner != COMMAND_LINE for run in waiting) >= IN_ALL:
+        raise UserError(f"the queue is full, {IN_ALL} runs are waiting; wait until one has ended")
+
+
+@contextmanager
+def prepared(
+    ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor, *, is_queued: bool = False
+) -> Iterator[Prepared]:
+    """Prepare the run folder. It is deleted when the block fails, which frees its name. Raises UserError."""
+    from dreambooth_moslora.plan.checks import check_settings
+    from dreambooth_moslora.settings.table import TrainConfig
+
+    photos = visitor.photos_dir
+    if not visitor.has_photos:
+        raise UserError("add some photos of your subject first")
+    prompts_of(form.token, form.class_word)
+    run_dir = free_run_dir(jobs, form)
+    recipe = recipe_of(ctx, form.like, visitor)
+    choices = form.choices(ctx.base_name, ctx.resolution_px, photos, run_dir, is_queued=is_queued, recipe=recipe)
+    begun_with = adapter_of(ctx, form, visitor)
+    places = form.photos_given(run_dir / "photos") | start_given(form, run_dir)
+    config = TrainConfig.from_dict(choices.all | places)
+    try:
+        run_dir.mkdir(parents=True)
+    except FileExistsError as error:
+        raise UserError("another run of that name is just being started; try again") from error
+    try:
+        with ONE_AT_A_TIME:
+            for number in range(1, len(form.subjects) + 1):
+                shutil.copytree(folder_of(photos, number), folder_of(run_dir / "photos", number))
+        form.write_captions(run_dir / "photos")
+        if begun_with is not None:
+            (run_dir / BEGUN_WITH).mkdir()
+            shutil.copyfile(begun_with, config.init_adapter)
+        if recipe is not None:
+            (run_dir / LIKE).mkdir()
+            (run_dir / LIKE / f"{form.like}.json").write_text(json.dumps(recipe.settings), encoding="utf-8")
+        check_settings(config)
+        yield Prepared(run_dir, config.to_dict(), [*start_lines(form), *(words for words, _ in choices.said)])
+    except BaseException:
+        shutil.rmtree(run_dir, ignore_errors=True)
+        raise
+
+
+def starts_for(ctx: AppContext, visitor: Visitor) -> list[str]:
+    """The names that "Begin with" offers: adapters with new tokens are left out, as no run begins with them."""
+    files = ctx.catalog.files(visitor)
+    return [NONE, *(name for name, file in files.items() if not summary_of(file).new_tokens)]
+
+
+def adapter_of(ctx: AppContext, form: TrainForm, visitor: Visitor) -> Path | None:
+    """The file that the run goes on from. Raises UserError for a name that the visitor cannot choose, and for a
+    file that no run begins with."""
+    name = str(form.begin_with or NONE)
+    if name == NONE:
+        return None
+    file = ctx.catalog.path(name, visitor)
+    try:
+        check_start_header(header_of(file))
+    except UserError as error:
+        raise UserError(f"“Begin with” {name}: {error}") from error
+    return file
+
+
+def start_given(form: TrainForm, run_dir: Path) -> dict[str, str]:
+    """The run's own copy of the file, as a queued run may begin when the visitor's upload is gone.
+
+    The name in the form is known to be one of the list.
+    """
+    if not start_lines(form):
+        return {}
+    return {"init_adapter": str(run_dir / BEGUN_WITH / f"{form.begin_with}.safetensors")}
+
+
+def start_lines(form: TrainForm) -> list[str]:
+    name = str(form.begin_with or NONE)
+    return [] if name == NONE else [f"begins with what the adapter {name} has learnt"]
+
+
+def free_run_dir(jobs: Jobs, form: TrainForm) -> Path:
+    """The wanted name, or one from the class words; a number is added when it is taken."""
+    wanted = run_name_of(str(form.run_name or "-".join(str(words.class_word) for words in form.subjects)))
+    return jobs.run_dir(free_name(wanted, lambda name: jobs.run_dir(name).exists(), "-"))
+
+
+def estimate_cost(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> str:
+    """Each choice, then steps, time, memory and disk as HTML. Raises UserError for whatever training would refuse."""
+    try:
+        lines = _lines(ctx, jobs, form, visitor)
+    except UserError as error:
+        raise UserError(jobs.told(str(error))) from error
+    return remarks_card([jobs.told(line) for line in lines])
+
+
+def _lines(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> list[str]:
+    from dreambooth_moslora.base.files import base_folder
+    from dreambooth_moslora.photos.folder import photo_report
+    from dreambooth_moslora.photos.photo import counts_of
+    from dreambooth_moslora.plan.checks import check_settings
+    from dreambooth_moslora.plan.memory import estimate, planned, size_of_base
+    from dreambooth_moslora.plan.steps import plan_steps
+    from dreambooth_moslora.settings.table import TrainConfig
+    from dreambooth_moslora.training.dry_run import advice, cost_lines, step_lines
+
+    photos = visitor.photos_dir
+    if not visitor.has_photos:
+        raise UserError("add some photos of your subject first")
+    recipe = recipe_of(ctx, form.like, visitor)
+    choices = form.choices(ctx.base_name, ctx.resolution_px, photos, ctx.runs_dir / "new", recipe=recipe)
+    config = planned(TrainConfig.from_dict(choices.all), free_gib())
+    check_settings(config)
+    counts = counts_of(photo_report(config).photos)
+    plan = plan_steps(config, counts)
+    size = size_of_base(base_folder(config), config.target_modules, config.variant)
+    cost = estimate(config, size, plan.total_steps)
+    adapter_of(ctx, form, visitor)
+    return [
+        *start_lines(form),
+        *(words for words, _ in choices.said),
+        *step_lines(config, plan),
+        *time_line(jobs, config, plan.total_steps),
+        *cost_lines(config, cost),
+        *card_lines(config, cost),
+        *advice(config, cost, plan),
+    ]
+
+
+def time_line(jobs: Jobs, config: "TrainConfig", total_steps: int) -> list[str]:
+    """The time at the pace of this machine's newest run with the same base and size."""
+    alike = (
+        *("pretrained_model_name_or_path", "resolution", "train_batch_size", "gradient_accumulation_steps"),
+        *("with_prior_preservation", "gradient_checkpointing", "base_quantization"),
+    )
+    for job in jobs.all():
+        metrics = jobs.metrics(job)
+        earlier = metrics.last("start").get("config", {})
+        paces = [event["step_sec"] for event in metrics.of("step")[-50:] if event.get("step_sec")]
+        if paces and all(earlier.get(name) == getattr(config, name) for name in alike):
+            return [f"time: about {format_seconds(median(paces) * total_steps)}, at the pace of the last such run here"]
+    return ["time: not known before the first run here; the page shows it after a few steps"]

@@ -1,0 +1,341 @@
+"""Who uses the page: a cookie for each browser, their photos as clean copies, and their files.
+
+Uploaded photos become clean copies: upright, RGB, without EXIF and without the user's file names.
+
+`name.mask.png` among them is the mask of the photo `name`, as in a folder on the command line.
+
+Identifies users by a random, HttpOnly cookie for each browser, and holds what the server keeps for each of them.
+
+A login name comes first, then the cookie, then the session of one page (for API clients without cookies). The
+cookie is sent with a link from another site (SameSite=Lax); otherwise that link would make its owner a
+stranger.
+"""
+
+import hashlib
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+import PIL.Image
+import psutil
+from starlette.requests import cookie_parser
+
+from dreambooth_moslora.core.errors import UserError
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.settings.sources import FoundRecipe
+
+PHOTO_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".avif", ".bmp", ".tif", ".tiff"]
+MAX_PHOTOS = 50
+MAX_PHOTO_BYTES = 30 * 1024**2
+MAX_SIDE_PX = 4096
+MAX_PIXELS = 120 * 10**6
+MAX_PIXELS_TOGETHER = 600 * 10**6
+"""Limit for all files of a request: 50 photos of 12 megapixels. A core takes about 30 megapixels a second."""
+ONE_AT_A_TIME = threading.Lock()
+"""Lock over all visitors: decoding a photo of 120 megapixels takes up to a gigabyte."""
+
+
+@dataclass(frozen=True)
+class Intake:
+    """The folder of clean copies, and one line for each file that was refused or turned."""
+
+    folder: Path
+    remarks: tuple[str, ...]
+
+
+def take_photos(files: list[str], folder: Path) -> Intake:
+    """Copy the photos into an empty `folder` as photo_01.png …, and their masks as photo_01.mask.png ….
+
+    The folder is replaced atomically: two tabs of one visitor may send theirs at the same time. Raises
+    UserError when no file is usable.
+    """
+    from dreambooth_moslora.photos.folder import MASK_SUFFIX, sidecar_of, sidecars_of
+
+    named_masks = [file for file in map(Path, files) if (sidecar_of(file) or ("", ""))[1] == MASK_SUFFIX]
+    masks = {stem: file for (stem, _), file in sidecars_of(named_masks).items()}
+    photos = [file for file in map(Path, files) if file not in named_masks]
+    if not photos:
+        raise UserError("add some photos of your subject first")
+    if len(photos) > MAX_PHOTOS:
+        raise UserError(f"{len(photos)} photos are too many; {MAX_PHOTOS} at most, and 4 to 10 good ones are enough")
+    check_sum([*photos, *masks.values()])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
+        (new := Path(scratch) / folder.name).mkdir()
+        remarks = copy_all(photos, masks, new)
+        is_empty = not any(new.iterdir())
+        with ONE_AT_A_TIME:
+            shutil.rmtree(folder, ignore_errors=True)
+            new.rename(folder)
+    if is_empty:
+        raise UserError(f"none of the files is a usable photo: {remarks[0]}")
+    return Intake(folder, tuple(remarks))
+
+
+def kept_photos(folder: Path) -> list[Path]:
+    """The clean copies in their order, without the masks."""
+    return sorted(path for path in folder.glob("photo_*.png") if "." not in path.stem)
+
+
+def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path) -> list[str]:
+    """Write clean copies as photo_01.png … beside their masks (by the photo's stem); returns the remarks."""
+    remarks, taken = [], 0
+    for photo in photos:
+        try:
+            with ONE_AT_A_TIME:
+                clean, was_turned = clean_copy(photo)
+        except UserError as error:
+            remarks.append(str(error))
+            continue
+        taken += 1
+        clean.save(folder / f"photo_{taken:02d}.png")
+        remarks += [f"photo {taken}: rotated by EXIF, turned upright"] if was_turned else []
+        remarks += copy_mask(masks.get(photo.stem), folder / f"photo_{taken:02d}.mask.png")
+    stems = {photo.stem for photo in photos}
+    return remarks + [f"{mask.name}: a mask of no photo that is here" for s, mask in masks.items() if s not in stems]
+
+
+def copy_mask(mask: Path | None, target: Path) -> list[str]:
+    """Write a photo's mask as plain grey; returns the reasons if that is impossible."""
+    from dreambooth_moslora.photos.masks import grey_mask
+    from dreambooth_moslora.photos.photo import UnreadableImageError, open_image
+
+    if mask is None:
+        return []
+    try:
+        with ONE_AT_A_TIME:
+            check_size(mask)
+            grey_mask(open_image(mask, MAX_SIDE_PX)).save(target)
+    except (UserError, UnreadableImageError) as error:
+        return [str(error) if isinstance(error, UserError) else f"{mask.name}: {error}"]
+    return []
+
+
+def clean_copy(file: Path) -> tuple[PIL.Image.Image, bool]:
+    """The upright pixels (and transparency) only, at most 4096 px a side, and whether EXIF had turned them.
+
+    Raises UserError for anything else.
+    """
+    from dreambooth_moslora.photos.photo import UnreadableImageError, alpha_of, is_rotated, open_image, to_rgb
+
+    check_size(file)
+    try:
+        opened = open_image(file, MAX_SIDE_PX)
+        clean, alpha = to_rgb(opened), alpha_of(opened)
+    except UnreadableImageError as error:
+        raise UserError(f"{file.name}: {error}") from error
+    if alpha is not None:
+        clean.putalpha(alpha)
+    bare = PIL.Image.new(clean.mode, clean.size)
+    bare.paste(clean)
+    return bare, is_rotated(opened)
+
+
+def check_sum(files: list[Path]) -> None:
+    """Raises UserError for files with too many pixels in total: all visitors' photos are processed one at a time."""
+    pixels = sum(pixels_of(file) for file in files)
+    if pixels > MAX_PIXELS_TOGETHER:
+        most = MAX_PIXELS_TOGETHER // 10**6
+        raise UserError(f"the photos have {pixels / 1e6:.0f} megapixels together; at most {most} are taken at a time")
+
+
+def check_size(file: Path) -> None:
+    """Raises UserError for a file above 30 MiB, or above 120 megapixels by its header; nothing is decoded."""
+    if file.stat().st_size > MAX_PHOTO_BYTES:
+        raise UserError(f"{file.name} is larger than {MAX_PHOTO_BYTES // 2**20} MiB")
+    if (pixels := pixels_of(file)) > MAX_PIXELS:
+        raise UserError(f"{file.name} has {pixels / 1e6:.0f} megapixels; at most {MAX_PIXELS // 10**6} are read")
+
+
+def pixels_of(file: Path) -> int:
+    """Pixels by the file's header; 0 for a file that is no image, which `open_image` explains later. Raises
+    UserError."""
+    from dreambooth_moslora.photos.photo import FORMATS, register_heif
+
+    register_heif()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with PIL.Image.open(file, formats=FORMATS) as image:
+                return image.width * image.height
+    except PIL.Image.DecompressionBombError as error:
+        raise UserError(f"{file.name} has too many pixels") from error
+    except (OSError, ValueError, SyntaxError):
+        return 0
+
+
+COOKIE = "moslora_visitor"
+SHORTEST_SECRET, FEWEST_LETTERS = 32, 10
+"""A cookie with fewer characters, or fewer different ones, can be guessed and is ignored."""
+MAX_VISITORS = 200
+KEPT_SEC = 3600
+LONGEST_KEPT_SEC = 7 * 24 * 3600
+PREFIX = "moslora-app-"
+HISTORY_LENGTH = 48
+ONE_YEAR_SEC = 365 * 24 * 3600
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A finished PNG of this visitor."""
+
+    path: Path
+    caption: str
+
+
+@dataclass
+class Visitor:
+    """`id` is a hash of the secret, safe to write to disk. `root` holds the visitor's own files, `recipes` what was
+    read from files that are not kept. `address` is where the last request came from; "" with a login."""
+
+    id: str
+    root: Path
+    address: str = ""
+    history: deque[Picture] = field(default_factory=lambda: deque(maxlen=HISTORY_LENGTH))
+    uploads: dict[str, Path] = field(default_factory=dict)
+    recipes: dict[str, "FoundRecipe"] = field(default_factory=dict)
+    seen_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def folder(self) -> Path:
+        """`root`, which is made when needed."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        return self.root
+
+    @property
+    def photos_dir(self) -> Path:
+        """Clean copies of the photos that were added last."""
+        return self.root / "photos"
+
+    @property
+    def can_be_forgotten(self) -> bool:
+        """Whether nothing is stored, or the visitor has been away for an hour."""
+        return not self.root.exists() or time.monotonic() - self.seen_at > KEPT_SEC
+
+    @property
+    def has_photos(self) -> bool:
+        return bool(kept_photos(self.photos_dir))
+
+    def remember(self, picture: Picture) -> None:
+        """Add to the history, newest first; when it is full, the oldest file is deleted."""
+        if len(self.history) == self.history.maxlen:
+            self.history[-1].path.unlink(missing_ok=True)
+        self.history.appendleft(picture)
+
+
+class Visitors:
+    """All visitors. A visitor who is away for a week is forgotten with all files.
+
+    Beyond 200 the least recent are forgotten too, those without files first.
+    """
+
+    def __init__(self) -> None:
+        sweep()
+        home().mkdir(parents=True, exist_ok=True)
+        self.root = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=home())).resolve()
+        self._known: OrderedDict[str, Visitor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, request: gr.Request) -> Visitor:
+        identity = visitor_id(request)
+        with self._lock:
+            self._forget_long_gone()
+            if identity not in self._known:
+                self._forget_old()
+                self._known[identity] = Visitor(identity, self.root / secrets.token_hex(16))
+            self._known.move_to_end(identity)
+            visitor = self._known[identity]
+            visitor.seen_at = time.monotonic()
+            visitor.address = "" if getattr(request, "username", None) else address_of(request)
+            return visitor
+
+    def _forget_long_gone(self) -> None:
+        """Visitors are ordered by their last visit, the oldest first."""
+        end = time.monotonic() - LONGEST_KEPT_SEC
+        while self._known and next(iter(self._known.values())).seen_at < end:
+            shutil.rmtree(self._known.popitem(last=False)[1].root, ignore_errors=True)
+
+    def _forget_old(self) -> None:
+        spare = len(self._known) - MAX_VISITORS + 1
+        if spare <= 0:
+            return
+        for identity in [i for i, visitor in self._known.items() if visitor.can_be_forgotten][:spare]:
+            shutil.rmtree(self._known.pop(identity).root, ignore_errors=True)
+
+    def close(self) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def home() -> Path:
+    """The parent of the folders of all servers."""
+    return Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())
+
+
+def sweep() -> None:
+    """Remove visitors' files of servers that were killed."""
+    for folder in home().glob(f"{PREFIX}*"):
+        pid = folder.name.removeprefix(PREFIX).partition("-")[0]
+        if not (pid.isdigit() and psutil.pid_exists(int(pid))):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def visitor_id(request: gr.Request) -> str:
+    """A hash of what identifies the visitor; two visitors share it only if they share the secret."""
+    if name := getattr(request, "username", None):
+        secret = f"name:{name}"
+    elif cookie := secret_in(getattr(request, "cookies", None) or {}):
+        secret = f"cookie:{cookie}"
+    else:
+        secret = f"session:{request.session_hash or secrets.token_hex(16)}"
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def address_of(request: gr.Request) -> str:
+    """The network address that the request came from."""
+    client = getattr(request, "client", None)
+    return client.host if client else ""
+
+
+def secret_in(cookies: Mapping[str, str]) -> str:
+    """The visitor's secret; empty when it is missing or can be guessed."""
+    secret = cookies.get(COOKIE, "")
+    return secret if len(secret) >= SHORTEST_SECRET and len(set(secret)) >= FEWEST_LETTERS else ""
+
+
+class VisitorCookie:
+    """ASGI middleware: the first answer to a browser sets the cookie."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["path"] != "/" or _has_cookie(scope):
+            await self.app(scope, receive, send)
+            return
+
+        async def send_with_cookie(message: dict) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), (b"set-cookie", _new_cookie().encode())]
+            await send(message)
+
+        await self.app(scope, receive, send_with_cookie)
+
+
+def _has_cookie(scope: dict) -> bool:
+    header = next((value.decode("latin1") for name, value in scope["headers"] if name == b"cookie"), "")
+    return bool(secret_in(cookie_parser(header)))
+
+
+def _new_cookie() -> str:
+    return f"{COOKIE}={secrets.token_urlsafe(24)}; Path=/; Max-Age={ONE_YEAR_SEC}; HttpOnly; SameSite=Lax"

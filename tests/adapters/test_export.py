@@ -1,0 +1,267 @@
+"""Adapter files: raw and back, published and proved, refused when broken; and the mistakes that must not pass."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from benchmarks.fold_table import BOUND, loaded_by_diffusers, measure
+from benchmarks.sdxl_structure import count
+from dreambooth_moslora.adapters import export, moslora, proof
+from dreambooth_moslora.adapters import proof as kohya
+from dreambooth_moslora.adapters.export import load_published, publish
+from dreambooth_moslora.adapters.mixer import LowRank
+from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, inject, set_scale
+from dreambooth_moslora.adapters.raw_file import save_raw
+from dreambooth_moslora.adapters.spectrum import reduce_rank
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
+from tests.helpers.live_adapters import facts_of, live
+from tests.helpers.tiny import tiny_unet
+
+KOHYA = "dog.kohya.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("kind", "variant"),
+    [
+        ("orthogonal", "alpha ≠ r"),
+        ("orthogonal", "rank pattern"),
+        ("identity", "rsLoRA"),
+        ("kaiming", "DoRA"),
+        ("butterfly", "alpha = r"),
+        ("none", "rank pattern"),
+    ],
+)
+def test_an_untouched_diffusers_computes_the_live_output(kind, variant, tmp_path):
+    assert max(measure(kind, variant, tmp_path).values()) <= BOUND
+
+
+def test_the_proof_names_its_files_and_is_near(dog):
+    folder, _, found = dog
+    assert found.files == (PUBLISHED_NAME, KOHYA) and all((folder / f).is_file() for f in found.files)
+    assert 0 < found.max_relative_difference < 1e-6 and found.projections == 112
+    assert json.loads(json.dumps(found.to_dict()))["bound"] == 1e-5
+    assert not list(folder.glob(".*")), "scratch is left behind"
+
+
+def as_after_one_step(components: dict) -> dict:
+    """B as small as the first optimizer steps leave it: fp16 alone would underflow, and W·x drowns B·M·A·x."""
+    for name, parameter in adapter_parameters(components["unet"]):
+        if name.endswith("lora_B.up"):
+            parameter.data.mul_(1e-6)
+    return components
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_files_of_the_first_steps_keep_their_bound(dtype, options, tmp_path):
+    components = as_after_one_step(live(target_modules=["to_q", "to_k"], **options))
+    found = publish(components, tmp_path, "dog", facts_of(components), dtype)
+    assert 0 < found.max_relative_difference < proof.BOUNDS[dtype]
+    types = {t.dtype for k, t in load_file(tmp_path / PUBLISHED_NAME).items() if ".lora_magnitude" not in k}
+    assert types == {dtype}
+
+
+def test_the_scale_of_the_moment_is_not_published(tmp_path):
+    components = live()
+    wanted = publish(components, tmp_path / "a", "dog", facts_of(components))
+    set_scale(components["unet"], 0.1)
+    publish(components, tmp_path / "b", "dog", facts_of(components))
+    files = [load_file(tmp_path / f / PUBLISHED_NAME) for f in "ab"]
+    assert all(torch.equal(files[0][k], files[1][k]) for k in files[0])
+    assert wanted.max_relative_difference < 1e-6
+    layer = next(iter(adapter_layers(components["unet"]).values()))
+    assert layer.scaling["default"] == pytest.approx(0.1 * 11 / 4)
+
+
+def break_mixer(monkeypatch):
+    def without_mixer(layer, name):
+        down, up = layer.lora_A[name].weight, layer.lora_B[name].up
+        return LowRank(down.detach().clone(), (layer.scaling[name] * up).detach())
+
+    monkeypatch.setattr(moslora, "fold_layer", without_mixer)
+
+
+def break_alpha(monkeypatch):
+    monkeypatch.setattr(moslora, "nominal_scale", lambda *_: 1.0)
+
+
+def break_kohya_alpha(monkeypatch):
+    real = kohya.kohya_tensors
+
+    def wrong(*arguments):
+        return {k: 2 * t if k.endswith(".alpha") else t for k, t in real(*arguments).items()}
+
+    monkeypatch.setattr(export, "kohya_tensors", wrong)
+
+
+def swap(monkeypatch):
+    real = export.published_tensors
+
+    def wrong(*arguments):
+        def other(key):
+            return key.replace(".lora_A.", ".?.").replace(".lora_B.", ".lora_A.").replace(".?.", ".lora_B.")
+
+        return {other(k): t.T.contiguous() for k, t in real(*arguments).items()}
+
+    monkeypatch.setattr(export, "published_tensors", wrong)
+
+
+def skip_a_module(monkeypatch):
+    real = export.published_layers
+
+    def wrong(*arguments):
+        return {c: dict(list(layers.items())[:-1]) for c, layers in real(*arguments).items()}
+
+    monkeypatch.setattr(export, "published_layers", wrong)
+
+
+@pytest.mark.parametrize("mistake", [break_mixer, break_alpha, break_kohya_alpha, swap, skip_a_module])
+def test_a_mistake_in_the_export_is_caught_by_the_proof_and_nothing_is_left(mistake, monkeypatch, tmp_path):
+    components = live(target_modules=["attn1.to_q", "attn1.to_k"])  # square, so that swapped matrices fit too
+    mistake(monkeypatch)
+    with pytest.raises(UserError, match=r"differs from the live adapter by \d|adapts other modules"):
+        publish(components, tmp_path, "dog", facts_of(components))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mistake", [break_mixer, break_alpha])
+def test_a_mistake_is_caught_beside_a_rank_reduction_too(mistake, monkeypatch, tmp_path):
+    components = live(target_modules=["attn1.to_q"])
+    mistake(monkeypatch)
+    with pytest.raises(UserError, match=r"differs from the live adapter by \d.*keep=0.99 allows 1.00e-01"):
+        publish(components, tmp_path, "dog", facts_of(components), keep=0.99)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nan_is_named_before_a_rank_reduction_stumbles_over_it(tmp_path):
+    components = live(target_modules=["attn1.to_q"])
+    next(iter(adapter_layers(components["unet"]).values())).lora_A["default"].weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="NaN or infinite"):
+        publish(components, tmp_path, "dog", facts_of(components), keep=0.9)
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "a\nb", "a\udcff"])
+def test_a_name_that_is_no_file_name_is_refused(name, tmp_path):
+    with pytest.raises(UserError, match="cannot be part of a file's name"):
+        publish(live(target_modules=["attn1.to_q"]), tmp_path, name, None)
+
+
+def test_every_kohya_alpha_is_the_rank_and_every_module_is_there(dog):
+    folder, components, _ = dog
+    tensors = load_file(folder / KOHYA)
+    names = {key.split(".")[0] for key in tensors}
+    assert len(names) == sum(len(adapter_layers(m)) for m in components.values())
+    for name in names:
+        assert tensors[f"{name}.alpha"] == tensors[f"{name}.lora_down.weight"].shape[0] == 4
+    assert "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0" in names
+    assert "lora_te1_text_model_encoder_layers_0_self_attn_q_proj" in names
+    assert "lora_te2_text_model_encoder_layers_0_self_attn_q_proj" in names
+
+
+def test_the_kohya_header_says_what_the_tools_show(dog):
+    with safe_open(dog[0] / KOHYA, "pt") as file:
+        header = file.metadata()
+    assert header["modelspec.title"] == header["ss_output_name"] == "dog"
+    assert header["modelspec.trigger_phrase"] == "sks dog" and header["modelspec.architecture"].endswith("/lora")
+    assert header["ss_network_dim"] == header["ss_network_alpha"] == "4"
+    assert header["modelspec.resolution"] == "1024x1024"
+
+
+def test_no_file_tells_where_it_was_made(dog, tmp_path):
+    components = live()
+    facts = facts_of(components, base_id=tmp_path / "private" / "toy-sdxl")
+    assert facts.base_id == "toy-sdxl"
+    for file in (RAW_NAME, PUBLISHED_NAME, KOHYA):
+        with safe_open(dog[0] / file, "pt") as opened:
+            text = json.dumps(opened.metadata())
+        assert not any(word in text for word in ("/tmp", "/root", "/home", "ss_dataset", "ss_tag", str(tmp_path)))
+
+
+def test_nan_and_merged_adapters_are_not_saved(tmp_path):
+    components = live()
+    layer = next(iter(adapter_layers(components["unet"]).values()))
+    layer.merge()
+    with pytest.raises(UserError, match="merged into the base"):
+        publish(components, tmp_path, "dog", facts_of(components))
+    layer.unmerge()
+    layer.lora_A["default"].weight.data[0, 0] = float("inf")
+    for action in (save_raw_to, publish_to):
+        with pytest.raises(UserError, match="NaN or infinite"):
+            action(components, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def save_raw_to(components, folder):
+    save_raw(components, folder / RAW_NAME, facts_of(components))
+
+
+def publish_to(components, folder):
+    publish(components, folder, "dog", facts_of(components))
+
+
+def test_an_adapter_that_has_not_learnt_yet_can_be_published(tmp_path):
+    unet = inject(tiny_unet(), MoSLoraConfig(r=4, lora_alpha=4, target_modules=["to_q"]))
+    assert publish({"unet": unet}, tmp_path, "dog", facts_of({"unet": unet})).max_relative_difference == 0
+
+
+def test_rank_reduction_is_the_best_there_is():
+    generator = torch.Generator().manual_seed(0)
+    up, down = torch.randn(20, 8, generator=generator), torch.randn(8, 30, generator=generator)
+    sizes = torch.linalg.svdvals(up @ down)
+    for rank in (1, 3, 8):
+        share = float(sizes[:rank].square().sum() / sizes.square().sum())
+        smaller, _, _ = reduce_rank(LowRank(down, up), share - 1e-6)
+        assert len(smaller.down) == rank
+        error = (smaller.up @ smaller.down - up @ down).norm()
+        assert error == pytest.approx(float(sizes[rank:].square().sum().sqrt()), rel=1e-3, abs=1e-4)
+
+
+def test_keep_publishes_smaller_files_that_are_proved_too(tmp_path):
+    components = live()
+    facts = facts_of(components)
+    whole = publish(components, tmp_path / "whole", "dog", facts)
+    smaller = publish(components, tmp_path / "small", "dog", facts, keep=0.8)
+    assert smaller.rank_sum < whole.rank_sum and 0.8 <= smaller.kept < 1 and smaller.max_relative_difference < 1e-6
+    assert any("0.29" in note for note in smaller.notes)
+    ranks = {t.shape[0] for k, t in load_file(tmp_path / "small" / PUBLISHED_NAME).items() if ".lora_A." in k}
+    assert len(ranks) > 1
+    again = load_published(tmp_path / "small")[1]
+    assert again.rank in ranks and set(again.ranks.values()) | {again.rank} == ranks
+    with pytest.raises(UserError, match=r"keep=1.5"):
+        publish(components, tmp_path / "no", "dog", facts, keep=1.5)
+
+
+def test_published_files_change_the_pipeline_as_the_adapter_does(tmp_path):
+    """End to end on the UNet, with ranks that differ: what a person sees, without our proof."""
+    components = live(rank_pattern={"to_k": 2, "attn1.to_v": 6}, alpha_pattern={"to_q": 3})
+    publish(components, tmp_path, "dog", facts_of(components))
+    assert {t.shape[0] for k, t in load_file(tmp_path / PUBLISHED_NAME).items() if ".lora_A." in k} == {6}
+    base = tiny_unet().eval()
+    added = {"text_embeds": torch.ones(1, 32), "time_ids": torch.ones(1, 6)}
+
+    def seen(unet) -> torch.Tensor:
+        return unet(torch.ones(1, 4, 8, 8), 10, torch.ones(1, 7, 48), added_cond_kwargs=added).sample.detach()
+
+    wanted = seen(components["unet"].eval())
+    assert not torch.allclose(seen(base), wanted, atol=1e-3)
+    for file in (PUBLISHED_NAME, KOHYA):
+        assert torch.allclose(seen(loaded_by_diffusers(copy.deepcopy(base), tmp_path / file)), wanted, atol=1e-5)
+
+
+def test_the_full_size_sdxl_adapter():
+    found = count(4)
+    assert found["projections"] == 560
+    assert round(found["a_and_b"], 2) == 5.81 and round(found["mixers"], 3) == 0.009
+
+
+def test_a_file_that_the_stock_loader_refuses_is_not_published(monkeypatch, tmp_path):
+    components = live()
+    swap(monkeypatch)  # attn2.to_k is not square
+    with pytest.raises(UserError, match="the stock loader refuses it"):
+        publish(components, tmp_path, "dog", facts_of(components))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,175 @@
+"""The run folder under kills: what is half written is never mistaken for whole."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dreambooth_moslora.core.atomic_files import atomic_directory, atomic_write, clean_stale, scratch_directory
+from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir
+
+WRITER = """
+import sys
+from pathlib import Path
+from dreambooth_moslora.core.atomic_files import atomic_directory, atomic_write
+from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES
+root, number = Path(sys.argv[1]), 0
+print("ready", flush=True)
+while True:
+    number += 1
+    with atomic_directory(root / "checkpoint-5") as folder:
+        for name in CHECKPOINT_FILES:
+            (folder / name).write_text(str(number) * 20000)
+    atomic_write(root / "one.txt", str(number) * 20000)
+"""
+
+
+def make_checkpoint(folder: Path, text: str = "x") -> None:
+    folder.mkdir()
+    for name in CHECKPOINT_FILES:
+        (folder / name).write_text(text)
+
+
+def test_names_are_those_of_the_design(tmp_path):
+    run = RunDir(tmp_path / "dog")
+    names = [
+        run.adapter_path,
+        run.kohya_path,
+        run.config_path,
+        run.metrics_path,
+        run.log_path,
+        run.checkpoint_path(500),
+    ]
+    assert [path.name for path in names] == [
+        "pytorch_lora_weights.safetensors",
+        "dog.kohya.safetensors",
+        "train_config.json",
+        "metrics.jsonl",
+        "train.log",
+        "checkpoint-500",
+    ]
+
+
+@pytest.mark.parametrize("round_", range(6))
+def test_a_kill_at_any_moment_leaves_whole_files_and_one_checkpoint(tmp_path, round_):
+    process = subprocess.Popen([sys.executable, "-c", WRITER, tmp_path], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    while not (tmp_path / "one.txt").exists():
+        time.sleep(0.005)
+    time.sleep(0.013 * round_)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (checkpoint,) = RunDir(tmp_path).checkpoints()
+    texts = [(checkpoint / name).read_text() for name in CHECKPOINT_FILES]
+    assert texts[0] == texts[1] == texts[2] and len(texts[0]) % 20000 == 0 and texts[0]
+    whole = (tmp_path / "one.txt").read_text()
+    assert whole == whole[: len(whole) // 20000] * 20000
+    clean_stale(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "one.txt"]
+
+
+def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for kind, text in (("old", "before"), ("new", "after")):
+        folder = tmp_path / f".checkpoint-7.{ended.pid}-0123abcd.{kind}"
+        make_checkpoint(folder, text)
+    (checkpoint,) = RunDir(tmp_path).checkpoints()
+    assert (checkpoint / "optimizer.pt").read_text() == "before"
+
+
+def test_what_a_running_process_writes_is_left_alone(tmp_path):
+    other = tmp_path / f".checkpoint-7.{os.getppid()}-0123abcd.new"
+    other.mkdir()
+    clean_stale(tmp_path)
+    assert other.is_dir()
+
+
+@pytest.mark.parametrize(
+    "name", [".diary.2024.new", ".book.1999-ab.old", ".my notes.4194300.old", f".a.{'9' * 40}-0123abcd.new"]
+)
+def test_a_hidden_file_of_the_users_own_is_neither_removed_nor_renamed(tmp_path, name):
+    (tmp_path / name).mkdir()
+    clean_stale(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_an_error_inside_leaves_what_was_there(tmp_path):
+    with atomic_directory(tmp_path / "x") as folder:
+        (folder / "a").write_text("1")
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "x") as folder:
+        (folder / "a").write_text("2")
+        raise RuntimeError
+    assert (tmp_path / "x" / "a").read_text() == "1" and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(TypeError):
+        atomic_write(tmp_path / "x" / "a", None)
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["a"]
+
+
+def test_checkpoints_are_ordered_by_step_and_rotated(tmp_path):
+    run = RunDir(tmp_path)
+    assert run.latest_checkpoint() is None
+    for step in (1000, 200, 30):
+        make_checkpoint(run.checkpoint_path(step))
+    run.checkpoint_path(3000).mkdir()
+    make_checkpoint(run.checkpoint_path(2000))
+    (run.checkpoint_path(2000) / "optimizer.pt").write_bytes(b"")
+    (tmp_path / "checkpoint-9000").write_text("a file")
+    (tmp_path / "checkpoint-best").mkdir()
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-30", "checkpoint-200", "checkpoint-1000"]
+    run.rotate(None)
+    run.rotate(2)
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-200", "checkpoint-1000"]
+    assert run.latest_checkpoint().name == "checkpoint-1000"
+
+
+def test_metrics_survive_a_torn_line_and_stay_json(tmp_path):
+    run = RunDir(tmp_path / "new")
+    assert run.read_metrics() == []
+    run.append_metrics({"type": "step", "loss": float("nan"), "inner": {"x": [float("inf"), 1.5]}, "path": Path("a")})
+    with run.metrics_path.open("a") as file:
+        file.write('{"type": "st')
+    run.append_metrics({"type": "end"})
+    first, last = run.read_metrics()
+    assert first == {"type": "step", "loss": None, "inner": {"x": [None, 1.5]}, "path": "a"}
+    assert last == {"type": "end"}
+    json.loads(run.metrics_path.read_text().splitlines()[0], parse_constant=pytest.fail)
+
+
+def test_what_a_killed_process_of_our_own_number_left_is_in_nobodys_way(tmp_path):
+    for kind, text in (("old", "before"), ("new", "half")):
+        folder = tmp_path / f".checkpoint-7.{os.getpid()}-0123abcd.{kind}"
+        make_checkpoint(folder, text)
+    (checkpoint,) = RunDir(tmp_path).checkpoints()
+    assert (checkpoint / "optimizer.pt").read_text() == "before"
+    with atomic_directory(tmp_path / "checkpoint-7") as folder:
+        (folder / "a").write_text("after")
+        clean_stale(tmp_path)
+    assert (tmp_path / "checkpoint-7" / "a").read_text() == "after"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
+
+
+def test_lines_that_are_no_events_are_left_out(tmp_path):
+    run = RunDir(tmp_path)
+    run.metrics_path.write_text('{"step": 1}\n{"type": 3}\n{"type": "step", "step": "two"}\n[1]\n{"type": "end"}\n')
+    assert run.read_metrics() == [{"type": "end"}]
+
+
+def test_an_event_may_hold_every_kind_of_line_break(tmp_path):
+    event = {"type": "start", "instance_prompt": "a\u2028b\x85c\nd\re"}
+    RunDir(tmp_path).append_metrics(event)
+    assert RunDir(tmp_path).read_metrics() == [event]
+
+
+def test_a_scratch_folder_goes_with_its_block_and_a_killed_one_with_the_next(tmp_path):
+    left = tmp_path / f".scratch.{os.getpid()}-0123abcd.new"
+    left.mkdir()
+    with pytest.raises(RuntimeError), scratch_directory(tmp_path) as scratch:
+        assert not left.exists() and scratch.is_dir()
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,136 @@
+"""Subjects of one process: who is put together, and what a worker makes of a group that is killed, stopped or whole."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dreambooth_moslora.disk.processes import CONFIG_NAME
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.extras.cluster.fleet import tasks_of
+from dreambooth_moslora.extras.cluster.on_ray import Lost, Resources, Task
+from dreambooth_moslora.extras.cluster.records import Record, write_record
+from dreambooth_moslora.extras.cluster.sizing import GroupsUnderWay, Machines, grouped, results_of
+from dreambooth_moslora.extras.cluster.subjects import PLACES, Subject
+from dreambooth_moslora.extras.cluster.worker import Group, Job, train_group
+from dreambooth_moslora.settings.table import TrainConfig
+from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
+
+
+def tasks(folder: Path, changes: list[dict], machines: Machines, room: int) -> list[Task]:
+    settings = {"pretrained_model_name_or_path": "toy", "instance_data_dir": str(folder), "instance_prompt": "x"}
+    todo = [(Subject(f"s{n}", settings | own), f"m{n}") for n, own in enumerate(changes)]
+    return list(grouped(tasks_of(todo, folder, machines, print), machines, len(todo), lambda needs: room))
+
+
+def test_subjects_of_one_shape_are_put_together_and_others_train_alone(tmp_path):
+    changes = [{}, {"rank": 8}, {"use_dora": True}, {"seed": 5}, {"rank": 8}, {}, {"enable_bucket": True}]
+    found = tasks(tmp_path, changes, Machines(80.0, 99.0, per_gpu=2), room=1)
+    assert [task.key for task in found] == ["s2", "s6", ("s0", "s3", "s5"), ("s1", "s4")]
+    group = found[2].arguments[0]
+    assert group.at_once == 2 and [job.mark for job in group.jobs] == ["m0", "m3", "m5"]
+    assert found[2].resources == Resources(1, gpus=1.0) and {job.gpus for job in group.jobs} == {1.0}
+
+
+def test_groups_are_spread_over_the_machines(tmp_path):
+    sizes = [len(t.key) for t in tasks(tmp_path, [{}] * 12, Machines(None, 99.0, per_gpu=2), room=3)]
+    assert sizes == [4, 4, 4]
+    assert len(tasks(tmp_path, [{}] * 40, Machines(None, 99.0, per_gpu=2), room=1)[0].key) == 16
+    alone = tasks(tmp_path, [{}] * 3, Machines(None, 99.0), room=1)
+    assert [task.key for task in alone] == ["s0", "s1", "s2"]
+
+
+def test_a_group_takes_more_memory_than_one_and_less_than_each_alone():
+    config, machines = tiny_config(Path("toy"), Path("."), Path("x")), Machines(None, 999.0)
+    one, four = machines.resources_for(config).memory_gib, machines.resources_for_group(config, 4).memory_gib
+    assert one < four < 4 * one
+
+
+def test_no_more_share_a_gpu_than_the_estimate_lets():
+    config = TrainConfig("someone/sdxl", resolution=1024, rank=16, train_batch_size=1, mixed_precision="bf16")
+    assert [Machines(gib, 99.0, per_gpu=8).at_once(config) for gib in (8.0, 24.0, 80.0)] == [1, 2, 8]
+    assert Machines(None, 99.0, per_gpu=8).at_once(config) == 8
+
+
+def test_of_a_lost_group_those_that_were_done_are_done(tmp_path):
+    jobs = tuple(Job(str(tmp_path / name), {}, "m") for name in ("a", "b"))
+    (tmp_path / "a").mkdir()
+    write_record(tmp_path / "a", done := Record("done", "m", starts=1))
+    (tmp_path / "a" / "pytorch_lora_weights.safetensors").write_bytes(b"x")
+    lost = Lost("its machine was lost")
+    assert results_of(Task(("a", "b"), (Group(jobs, 2),)), lost) == [done, lost]
+
+
+def test_each_subject_of_a_group_is_told_once_as_it_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("dreambooth_moslora.extras.cluster.sizing.LOOK_SEC", 0)
+    jobs = tuple(Job(str(tmp_path / name), {}, "m") for name in "abc")
+    task = Task(("a", "b", "c"), (Group(jobs, 2),))
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    write_record(tmp_path / "c", failed := Record("failed", "m", "of the last time", starts=1))
+    told = []
+    groups = GroupsUnderWay(lambda name, record: told.append((name, record.state)))
+    assert list(groups.noted([task])) == [task]
+    write_record(tmp_path / "b", Record("done", "of other settings", starts=1))
+    groups.look()
+    assert not told
+    write_record(tmp_path / "b", done := Record("done", "m", starts=1))
+    groups.look()
+    groups.look()
+    assert told == [("b", "done")]
+    assert [name for name, _ in groups.untold(task, [failed, done, failed])] == ["a", "c"]
+
+
+def jobs_of(base: Path, photos: Path, out: Path, *changes: dict) -> tuple[Job, ...]:
+    found = []
+    for number, own in enumerate(changes):
+        config = tiny_config(base, paint_photos(photos / str(number), number + 2), out, **own)
+        settings = {name: value for name, value in config.to_dict().items() if name not in PLACES}
+        settings |= {"instance_data_dir": str(photos / str(number)), "output_dir": str(out / str(number))}
+        found.append(Job(str(out / str(number)), settings, f"mark {number}"))
+    return tuple(found)
+
+
+def kill_at_a_checkpoint(out: Path) -> None:
+    """The process of the group, as the system would for want of memory."""
+    while not list(out.glob("*/checkpoint-2")):
+        time.sleep(0.02)
+    for child in psutil.Process().children(recursive=True):
+        if "together" in child.cmdline():
+            os.kill(child.pid, signal.SIGKILL)
+
+
+def test_a_group_that_ends_by_an_error_of_its_own_is_not_started_again(tmp_path, monkeypatch):
+    codes = []
+    monkeypatch.setattr("dreambooth_moslora.extras.cluster.worker.train_once", lambda *_: codes.append(1) or 1)
+    records = train_group(Group((Job(str(tmp_path / "out" / "a"), {}, "m"),), at_once=1))
+    assert codes == [1] and [record.state for record in records] == ["failed"]
+
+
+@pytest.mark.slow
+def test_a_group_that_is_killed_goes_on_and_a_bad_subject_fails_alone(tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    good = {"max_train_steps": 12, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
+    jobs = jobs_of(tiny_base, tmp_path / "photos", tmp_path / "out", good, {"rank": 4}, good | {"seed": 4})
+    for photo in (tmp_path / "photos" / "1").iterdir():
+        photo.unlink()
+    killer = threading.Thread(target=kill_at_a_checkpoint, args=(tmp_path / "out",), daemon=True)
+    killer.start()
+    records = train_group(Group(jobs, at_once=3))
+    killer.join()
+    assert [record.state for record in records] == ["done", "failed", "done"]
+    assert "no usable photo" in records[1].message and records[0].starts == records[2].starts == 2
+    assert records[0].seconds > 0 and records[0].unit == "CPU"
+    for name in ("0", "2"):
+        events = RunDir(tmp_path / "out" / name).read_metrics()
+        assert [event["step"] for event in events if event["type"] == "step"] == list(range(1, 13))
+        log = RunDir(tmp_path / "out" / name).log_path.read_text(encoding="utf-8")
+        assert "no usable photo" not in log and len(log.splitlines()) == len(set(log.splitlines()))
+    before = adapter_sha256(tmp_path / "out" / "0")
+    (tmp_path / "out" / "0" / CONFIG_NAME).unlink()
+    assert train_group(Group(jobs[:1], at_once=2))[0].state == "done"
+    assert adapter_sha256(tmp_path / "out" / "0") == before and not (tmp_path / "out" / "0" / CONFIG_NAME).exists()

@@ -1,0 +1,155 @@
+"""A fleet and a study on Ray for real, on this machine: nothing lost with a worker, and the same results as without."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.extras.cluster.fleet import CellRunner, Ending, begun, missing, run_fleet
+from dreambooth_moslora.extras.cluster.on_ray import EMBEDDED, Lost, Task, connected, largest_node_gib, run_tasks
+from dreambooth_moslora.extras.cluster.records import read_record, stop_path
+from dreambooth_moslora.extras.cluster.sizing import Machines
+from dreambooth_moslora.extras.cluster.subjects import PLACES, read_subjects
+from dreambooth_moslora.extras.lab.study import Protocol, Study, StudySubject
+from tests.helpers.tiny_encoders import save_tiny_encoders
+from tests.helpers.tiny_training import adapter_sha256, largest_difference, paint_photos, tiny_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.extra("ray")]
+GUARDED = "dreambooth_moslora.extras.cluster.guarded"
+
+
+@pytest.fixture(scope="module")
+def machines():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        with connected(None):
+            yield Machines(None, largest_node_gib())
+
+
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
+    for name, value in EMBEDDED.items():  # Ray reads them when it is first imported in a process, and never again
+        monkeypatch.setenv(name, value)
+    import ray
+
+    def init(**_):
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    with (
+        pytest.raises(UserError, match=r"^Ray cannot be reached on this machine: .* timed out during startup\.$"),
+        connected(None),
+    ):
+        pass
+
+
+def kill_a_worker(out: Path) -> None:
+    """The first that trains, as a lost machine would go; its training is left an orphan."""
+    while True:
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if GUARDED in words and words[-1].startswith((str(out / "rex"), str(out / "tom"))):
+                psutil.Process(int(words[words.index(GUARDED) + 1])).kill()
+                return
+        time.sleep(0.05)
+
+
+def test_a_fleet_that_is_stopped_and_loses_a_worker_ends_equal_to_trainings_without_ray(machines, tiny_base, tmp_path):
+    from dreambooth_moslora.training.loop import train
+
+    out, photos, steps = tmp_path / "out", tmp_path / "photos", 40
+    for name, count in (("rex", 2), ("tom", 3), ("void", 0)):
+        paint_photos(photos / name, count)
+    (photos / "void" / "subject.json").write_text("{")
+    config = tiny_config(tiny_base, photos / "rex", out, max_train_steps=steps, checkpointing_steps=1)
+    shared = {name: value for name, value in config.to_dict().items() if name not in PLACES}
+    subjects = read_subjects(photos, {**shared, "checkpoints_total_limit": 2}, out)
+    stopped = ended(out, subjects, machines, lambda: bool(list(out.glob("*/checkpoint-[3-9]"))))
+    assert "interrupted" in stopped.values() and not stop_path(out).exists()
+    threading.Thread(target=kill_a_worker, args=(out,), daemon=True).start()
+    states = ended(out, subjects, machines, bool)
+    assert states == {"rex": "done", "tom": "done", "void": "failed", "again": "running"}
+    assert "not valid JSON" in read_record(out / "void").message
+    assert sum(read_record(out / name).starts for name in ("rex", "tom")) >= 4
+    for name in ("rex", "tom"):
+        train(tiny_config(tiny_base, photos / name, tmp_path / "alone" / name, max_train_steps=steps))
+        assert adapter_sha256(out / name) == adapter_sha256(tmp_path / "alone" / name)
+    assert [subject.name for subject, _ in missing(out, subjects)] == ["void"]
+
+
+def test_a_fleet_of_several_subjects_a_process_trains_each_as_alone(machines, tiny_base, tmp_path):
+    from dreambooth_moslora.training.loop import train
+
+    out, photos = tmp_path / "out", tmp_path / "photos"
+    for count, name in enumerate(("rex", "tom", "zoe"), start=2):
+        paint_photos(photos / name, count)
+    config = tiny_config(tiny_base, photos / "rex", out, max_train_steps=3, learning_rate=1e-3)
+    shared = {name: value for name, value in config.to_dict().items() if name not in PLACES}
+    subjects = read_subjects(photos, shared, out)
+    states = ended(out, subjects, replace(machines, per_gpu=2), bool)
+    assert states == {"rex": "done", "tom": "done", "zoe": "done"} and not missing(out, subjects)
+    for name in states:
+        alone = train(replace(config, instance_data_dir=str(photos / name), output_dir=str(tmp_path / "alone" / name)))
+        assert largest_difference(out / name, alone.run_dir) < config.learning_rate / 20
+
+
+def ended(out: Path, subjects: list, machines: Machines, should_stop: Callable[[], bool]) -> dict[str, str]:
+    """{subject: its state}; `again` is one whose worker was lost."""
+    states = {}
+
+    def note(ending: Ending) -> None:
+        states["again" if ending.is_again else ending.name] = ending.record.state
+
+    with begun(out, subjects):
+        run_fleet(missing(out, subjects), out, machines, note, should_stop)
+    return states
+
+
+def fail(kind: str) -> str:
+    if kind == "raises":
+        raise ZeroDivisionError("ours")
+    if kind == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return kind
+
+
+def test_a_task_that_raises_or_always_kills_its_worker_stops_no_other(machines):
+    again = []
+    tasks = [Task(kind, (kind,)) for kind in ("raises", "dies", "well")]
+    found = dict(
+        (task.key, result)
+        for task, result in run_tasks(fail, tasks, retries=1, on_retry=lambda task, why: again.append(task.key))
+    )
+    assert found == {"raises": Lost("ZeroDivisionError: ours"), "dies": Lost("its worker was killed"), "well": "well"}
+    assert again == ["dies"]
+
+
+def test_a_study_has_the_same_results_on_ray(machines, tiny_base, tmp_path):
+    from dreambooth_moslora.extras.lab.run import run_study
+
+    clip, dino = save_tiny_encoders(tmp_path / "encoders")
+    subject = StudySubject(str(paint_photos(tmp_path / "dog")), "a photo of sks dog")
+    train = {"pretrained_model_name_or_path": str(tiny_base), "resolution": 64, "max_train_steps": 2}
+    arms = {"lora": {"mixer": "none"}, "odd": {"mixer": "butterfly", "rank": 3}}
+    protocol = {"num_prompts": 1, "images_per_prompt": 1, "class_images": 1, "unrelated": 1, "inference_steps": 2}
+    study = Study(
+        (subject,),
+        arms,
+        {**train, "train_batch_size": 1},
+        seeds=(0,),
+        ranks=(3,),
+        budget="rank",
+        learning_rates=(1e-3,),
+        protocol=Protocol(**protocol, clip=str(clip), dino=str(dino)),
+    )
+    seen = []
+    (result,) = run_study(study, tmp_path / "ray", 1, seen.append, CellRunner(machines))
+    assert sorted(bool(progress.error) for progress in seen) == [False, True]
+    (alone,) = run_study(study, tmp_path / "alone", 1, print)
+    assert result.scores == alone.scores and result.pictures == alone.pictures

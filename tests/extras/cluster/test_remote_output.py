@@ -1,0 +1,520 @@
+"""Run folders behind a URL: whole or not taken, tried again, and nothing lost when the bucket is away."""
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.extras.cluster import bucket as bucket_module
+from dreambooth_moslora.extras.cluster import remote_output
+from dreambooth_moslora.extras.cluster.bucket import TRIES, Bucket, Mirror, SupersededError, read_manifest
+from dreambooth_moslora.extras.cluster.command_fleet import FleetProgress, close
+from dreambooth_moslora.extras.cluster.records import Record, is_finished, read_record, write_names, write_record
+from dreambooth_moslora.extras.cluster.remote_output import RemoteFleet, scratch_home, train_in_bucket
+from dreambooth_moslora.extras.cluster.subjects import Subject
+from dreambooth_moslora.extras.cluster.worker import Job
+from tests.extras.cluster.test_status import START, STEP, subject
+from tests.helpers.flaky_bucket import FlakyBucket
+
+FLEET = "flaky://bucket/fleet"
+HOW = "write it like s3://BUCKET/PATH."
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path, monkeypatch):
+    FlakyBucket.forget()
+    monkeypatch.setattr(bucket_module, "FIRST_WAIT_SEC", 0.001)
+    monkeypatch.setattr(remote_output, "POLL_SEC", 0.02)
+    monkeypatch.setattr(remote_output, "LOOK_SEC", 0.05)
+    machine(tmp_path / "one", monkeypatch)
+    return FlakyBucket
+
+
+def machine(folder: Path, monkeypatch) -> None:
+    """From now on this process has the scratch folders of another machine."""
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+
+
+def mirror_in(folder: Path) -> Mirror:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Mirror(Bucket(f"{FLEET}/rex"), folder)
+
+
+def checkpoint(run: Path, step: int, text: str = "bytes") -> Path:
+    path = RunDir(run).checkpoint_path(step)
+    path.mkdir(parents=True)
+    for name in ("position.json", "optimizer.pt", "moslora_weights.safetensors"):
+        (path / name).write_text(f"{name} {step} {text}")
+    return path
+
+
+def steps_in(run: Path) -> list[str]:
+    return [path.name for path in RunDir(run).checkpoints()]
+
+
+def pushed(folder: Path, *steps: int) -> Mirror:
+    mirror = mirror_in(folder)
+    mirror.claim()
+    for step in steps:
+        checkpoint(folder, step)
+    (folder / "metrics.jsonl").write_text("1\n")
+    mirror.push()
+    return mirror
+
+
+def test_a_folder_comes_back_as_it_was_and_locks_and_temporaries_stay(tmp_path):
+    mirror = pushed(tmp_path / "a", 1, 2)
+    for name in ("run.lock", ".worker.lock", ".checkpoint-3.17-ab.new"):
+        (mirror.folder / name).write_text("x")
+    mirror.push()
+    other = mirror_in(tmp_path / "b")
+    other.pull()
+    names = sorted(str(path.relative_to(other.folder)) for path in other.folder.rglob("*") if path.is_file())
+    assert (
+        len(names) == 7 and names[-1] == "metrics.jsonl" and steps_in(other.folder) == ["checkpoint-1", "checkpoint-2"]
+    )
+    assert all((other.folder / name).read_bytes() == (mirror.folder / name).read_bytes() for name in names)
+
+
+def test_what_is_equal_is_not_sent_again_and_what_is_gone_here_goes_there(tmp_path, store):
+    mirror = pushed(tmp_path / "a", 1, 2)
+    RunDir(mirror.folder).rotate(1)
+    store.sent.clear()
+    mirror.push()
+    assert [path.rpartition("/")[2] for path in store.sent] == ["manifest.json"]
+    assert not any("checkpoint-1" in path for path in store.store) and any(
+        "checkpoint-2" in path for path in store.store
+    )
+
+
+def test_half_of_an_upload_is_not_taken_and_the_next_push_completes_it(tmp_path, store):
+    mirror = pushed(tmp_path / "a", 1)
+
+    def fail(path: str) -> None:
+        if path.endswith("checkpoint-2/optimizer.pt"):
+            raise ConnectionError("reset by peer")
+
+    store.fault = staticmethod(fail)
+    checkpoint(mirror.folder, 2)
+    (mirror.folder / "metrics.jsonl").write_text("1\n2\n")
+    with pytest.raises(UserError, match=rf"optimizer.pt: reset by peer, {TRIES} times"):
+        mirror.push()
+    assert any("checkpoint-2/position.json" in path for path in store.store)
+    other = mirror_in(tmp_path / "b")
+    other.pull()
+    assert steps_in(other.folder) == ["checkpoint-1"] and (other.folder / "metrics.jsonl").read_text() == "1\n2\n"
+    store.fault = staticmethod(lambda path: None)
+    mirror.push()
+    third = mirror_in(tmp_path / "c")
+    third.pull()
+    assert steps_in(third.folder) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_checkpoint_with_a_flipped_byte_is_left_out_whole_and_mended(tmp_path, store):
+    pushed(tmp_path / "a", 1, 2)
+    Bucket(f"{FLEET}/rex").write("checkpoint-2/optimizer.pt", b"optimizer.pt 2 bytez")
+    other = mirror_in(tmp_path / "b")
+    other.pull()
+    assert steps_in(other.folder) == ["checkpoint-1"] and not (other.folder / "checkpoint-2").exists()
+    other.claim()
+    checkpoint(other.folder, 2)
+    other.push()
+    third = mirror_in(tmp_path / "c")
+    third.pull()
+    assert steps_in(third.folder) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_what_fails_for_a_moment_is_tried_again(tmp_path, store):
+    tries: Counter = Counter()
+
+    def fail_twice(path: str) -> None:
+        tries[path] += 1
+        if tries[path] < 3:
+            raise TimeoutError("slow down")
+
+    store.fault = staticmethod(fail_twice)
+    mirror = pushed(tmp_path / "a", 1)
+    assert "checkpoint-1/optimizer.pt" in read_manifest(mirror.bucket).files
+
+
+def test_one_who_was_taken_for_lost_writes_no_more(tmp_path, store):
+    lost = pushed(tmp_path / "a", 1)
+    other = mirror_in(tmp_path / "b")
+    other.pull()
+    other.claim()
+    checkpoint(lost.folder, 2)
+    before = dict(store.store)
+    with pytest.raises(SupersededError):
+        lost.push()
+    assert store.store == before
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"writer": "'], ids=["gone", "empty", "half"])
+def test_a_missing_or_damaged_manifest_is_written_again_and_is_no_other_machine(content, tmp_path, store):
+    mirror = pushed(tmp_path / "a", 1)
+    if content is None:
+        mirror.bucket.remove("manifest.json")
+    else:
+        mirror.bucket.write("manifest.json", content)
+    checkpoint(mirror.folder, 2)
+    mirror.push()
+    manifest = read_manifest(mirror.bucket)
+    assert manifest.writer == mirror.writer and "checkpoint-2/position.json" in manifest.files
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"writer": 3}',
+        '{"files": {"../../evil": "0"}}',
+        '{"files": {"/evil": "0"}}',
+        '{"files": {"a": 1}}',
+        '{"files": {"a\\u0000b": "0"}}',
+        '{"files": {"%s": "0"}}' % ("n" * 300),
+        '{"files": {"a": "0", "a/b": "0"}}',
+        '{"files": {"a/": "0", "a/b": "0"}}',
+        '{"files": {"a\\ud800b": "0"}}',
+        json.dumps({"files": {"/".join(["n" * 200] * 30): "0"}}),
+    ],
+)
+def test_a_manifest_of_somebody_else_names_no_file_outside_and_none_that_cannot_be(text, tmp_path):
+    bucket = Bucket(f"{FLEET}/rex")
+    bucket.write("manifest.json", text.encode())
+    assert not read_manifest(bucket).files
+
+
+def training(steps: range, goes_on: bool = False):
+    """What a worker does in its folder: a checkpoint a step, then the adapter; or it waits to be stopped."""
+
+    def train(job: Job) -> Record:
+        run = Path(job.run_dir)
+        assert job.settings["output_dir"] == str(run)
+        for step in steps:
+            checkpoint(run, step)
+            while f"checkpoint-{step}/position.json" not in read_manifest(Bucket(job.url)).files:
+                time.sleep(0.01)
+        while goes_on and not (run.parent / "fleet.stop").exists():
+            time.sleep(0.01)
+        if not goes_on:
+            (run / "pytorch_lora_weights.safetensors").write_text("adapter")
+        write_record(run, record := Record("interrupted" if goes_on else "done", job.mark))
+        return record
+
+    return train
+
+
+JOB = Job("/anywhere/rex", {}, "mark", url=f"{FLEET}/rex")
+
+
+def test_a_run_that_is_stopped_goes_on_elsewhere_and_leaves_nothing_on_the_machine(tmp_path, monkeypatch):
+    Bucket(FLEET).write("fleet.stop", b"\n")
+    assert train_in_bucket(JOB, training(range(1, 3), goes_on=True)).state == "interrupted"
+    Bucket(FLEET).remove("fleet.stop")
+    assert not list(tmp_path.glob("one/*/*"))
+    machine(tmp_path / "two", monkeypatch)
+    seen = []
+
+    def go_on(job: Job) -> Record:
+        seen.extend(steps_in(Path(job.run_dir)))
+        assert read_record(Path(job.run_dir)).state == "interrupted"
+        return training(range(3, 4))(job)
+
+    assert train_in_bucket(JOB, go_on).state == "done" and seen == ["checkpoint-1", "checkpoint-2"]
+    (tmp_path / "view").mkdir()
+    RemoteFleet(Bucket(FLEET), tmp_path / "view").fetch(["rex"])
+    assert is_finished(tmp_path / "view" / "rex", "mark") and not is_finished(tmp_path / "view" / "rex", "other")
+
+
+def test_what_the_bucket_did_not_take_at_the_end_is_sent_by_the_next_try(tmp_path, store):
+    def fail(path: str) -> None:
+        if path.endswith(".safetensors") and "checkpoint" not in path:
+            raise ConnectionError("no route to host")
+
+    store.fault = staticmethod(fail)
+    record = train_in_bucket(JOB, training(range(1, 2)))
+    assert record.state == "failed" and "no route to host" in record.message and "are in" in record.message
+    store.fault = staticmethod(lambda path: None)
+
+    def find(job: Job) -> Record:
+        assert is_finished(Path(job.run_dir), "mark")
+        return read_record(Path(job.run_dir))
+
+    assert train_in_bucket(JOB, find).state == "done"
+    assert "pytorch_lora_weights.safetensors" in read_manifest(Bucket(JOB.url)).files
+
+
+def test_what_a_killed_worker_could_not_send_is_found_by_the_next_try(tmp_path, store):
+    """The bucket is away when the worker is killed: its newest checkpoint is on this machine alone."""
+
+    def be_killed(job: Job) -> Record:
+        training(range(1, 2), goes_on=False)(job)
+        store.fault = staticmethod(away)
+        checkpoint(Path(job.run_dir), 2)
+        write_record(Path(job.run_dir), Record("running", job.mark, starts=1))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_in_bucket(JOB, be_killed)
+    store.fault = staticmethod(lambda path: None)
+    seen = []
+
+    def go_on(job: Job) -> Record:
+        seen.extend(steps_in(Path(job.run_dir)))
+        return training(range(3, 4))(job)
+
+    assert train_in_bucket(JOB, go_on).state == "done" and seen == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_try_while_the_bucket_is_still_away_keeps_what_was_not_sent(tmp_path, store):
+    def finish_alone(job: Job) -> Record:
+        training(range(1, 2))(job)
+        store.fault = staticmethod(away)
+        return read_record(Path(job.run_dir))
+
+    def find(job: Job) -> Record:
+        assert is_finished(Path(job.run_dir), "mark") and steps_in(Path(job.run_dir)) == ["checkpoint-1"]
+        return read_record(Path(job.run_dir))
+
+    assert "manifest.json: no route to host" in train_in_bucket(JOB, finish_alone).message
+    assert "manifest.json: no route to host" in train_in_bucket(JOB, find).message
+    store.fault = staticmethod(lambda path: None)
+    assert train_in_bucket(JOB, find).state == "done"
+
+
+def test_a_bucket_that_comes_back_empty_gets_all_files_again(tmp_path, store):
+    def lose_it_twice(job: Job) -> Record:
+        training(range(1, 2))(job)
+        store.forget()
+        record = training(range(2, 3))(job)
+        store.fault = staticmethod(away)
+        return record
+
+    def find(job: Job) -> Record:
+        assert is_finished(Path(job.run_dir), "mark")
+        return read_record(Path(job.run_dir))
+
+    assert train_in_bucket(JOB, lose_it_twice).state == "failed"
+    store.forget()
+    assert train_in_bucket(JOB, find).state == "done"
+    files = read_manifest(Bucket(JOB.url)).files
+    assert {"checkpoint-1/optimizer.pt", "checkpoint-2/optimizer.pt", "pytorch_lora_weights.safetensors"} < files.keys()
+    assert all(Bucket(JOB.url).exists(name) for name in files)
+
+
+def test_a_claim_that_was_taken_and_not_answered_is_no_other_machine(store):
+    def finish_alone(job: Job) -> Record:
+        training(range(1, 2))(job)
+        store.fault = staticmethod(away)
+        return read_record(Path(job.run_dir))
+
+    def take_silently(path: str) -> None:
+        if path.endswith("manifest.json"):
+            raise TimeoutError("no answer")
+
+    def find(job: Job) -> Record:
+        assert is_finished(Path(job.run_dir), "mark")
+        return read_record(Path(job.run_dir))
+
+    train_in_bucket(JOB, finish_alone)
+    store.fault = staticmethod(lambda path: None)
+    store.answer = staticmethod(take_silently)
+    assert "no answer" in train_in_bucket(JOB, find).message
+    store.answer = staticmethod(lambda path: None)
+    assert train_in_bucket(JOB, find).state == "done"
+
+
+def test_what_another_machine_did_since_then_is_not_undone_by_an_unsent_end(tmp_path, monkeypatch, store):
+    def fail(path: str) -> None:
+        if path.endswith(".safetensors") and "checkpoint" not in path:
+            raise ConnectionError("no route to host")
+
+    store.fault = staticmethod(fail)
+    assert train_in_bucket(JOB, training(range(1, 2))).state == "failed"
+    store.fault = staticmethod(lambda path: None)
+    machine(tmp_path / "two", monkeypatch)
+    assert train_in_bucket(JOB, training(range(2, 4))).state == "done"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "one"))
+
+    def find(job: Job) -> Record:
+        assert steps_in(Path(job.run_dir)) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+        return read_record(Path(job.run_dir))
+
+    assert train_in_bucket(JOB, find).state == "done"
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_sent_is_passed_over(tmp_path, store):
+    mirror = mirror_in(tmp_path / "a")
+    mirror.claim()
+    gone = [checkpoint(mirror.folder, 1), checkpoint(mirror.folder, 2)][0]
+
+    def remove(path: str) -> None:
+        if "checkpoint-1" in path:
+            shutil.rmtree(gone, ignore_errors=True)
+
+    store.fault = staticmethod(remove)
+    mirror.push()
+    assert {name.split("/")[0] for name in read_manifest(mirror.bucket).files} == {"checkpoint-2"}
+
+
+def test_status_reads_the_bucket_and_leaves_the_index_there(tmp_path, capsys, store):
+    out = tmp_path / "out"
+    out.mkdir()
+    run = subject(out, "rex", Record("failed", "m", message="no usable photo"), START, STEP)
+    mirror = mirror_in(run)
+    mirror.claim()
+    mirror.push()
+    write_names(out, ["rex", "tom"])
+    Bucket(FLEET).write("fleet.json", (out / "fleet.json").read_bytes())
+    assert main(["fleet", "status", FLEET]) == 0
+    shown = capsys.readouterr().out
+    assert "2 subjects: 1 failed, 1 waiting" in shown and "rex: failed, step 4 of 9: no usable photo" in shown
+    assert shown.endswith(f"{FLEET}/index.html\n") and b"no usable photo" in Bucket(FLEET).read("index.html")
+
+
+def away(path: str) -> None:
+    raise ConnectionError("no route to host")
+
+
+@pytest.fixture
+def fleet_view(tmp_path):
+    """The driver's side of a fleet with one subject, whose list is in the bucket."""
+    view = tmp_path / "view"
+    view.mkdir()
+    write_names(view, ["rex"])
+    remote = RemoteFleet(Bucket(FLEET), view)
+    with remote.begun():
+        return remote
+
+
+def test_the_ending_of_a_fleet_is_told_with_the_bucket_away(fleet_view, store):
+    with pytest.raises(UserError, match=r"^its own ending\.$"), fleet_view.begun():
+        store.fault = staticmethod(away)
+        raise UserError("its own ending.")
+
+
+@pytest.mark.parametrize(("left", "failed", "code"), [(0, 0, 1), (1, 1, 1), (1, 0, 130)])
+def test_an_index_that_cannot_be_sent_hides_no_ending(left, failed, code, fleet_view, store, capsys):
+    store.fault = staticmethod(away)
+    progress = FleetProgress(1, left)
+    progress.failed = failed
+    assert close(fleet_view.view, progress, fleet_view) == code
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.startswith("index.html was not sent, `fleet status` sends it: flaky://")
+    assert told.err.count("\n") == 1 + (left > 0)
+
+
+def test_a_stop_with_the_bucket_away_reaches_this_machine_and_later_the_bucket(fleet_view, store, monkeypatch):
+    there, asked = Bucket(FLEET), []
+
+    def run_fleet(todo, view, machines, on_end, should_stop, *_):
+        """Ray's loop, as far as it asks whether to stop."""
+        asked.append(should_stop())
+        store.fault = staticmethod(away)
+        scratch_home(JOB.url).mkdir(parents=True)
+        asked.append(True)
+        assert should_stop() and (scratch_home(JOB.url) / "fleet.stop").exists()
+        store.fault = staticmethod(lambda path: None)
+        assert not there.exists("fleet.stop") and should_stop() and there.exists("fleet.stop")
+
+    monkeypatch.setattr(remote_output, "run_fleet", run_fleet)
+    fleet_view.run([(Subject("rex"), "mark")], fleet_view.view, None, print, lambda: len(asked) > 1)
+    assert asked[0] is False
+
+
+def test_a_run_that_is_stopped_with_the_bucket_away_is_interrupted_and_keeps_its_record(store):
+    def be_stopped(job: Job) -> Record:
+        store.fault = staticmethod(away)
+        write_record(Path(job.run_dir), record := Record("interrupted", job.mark, hours=0.5, starts=1))
+        return record
+
+    record = train_in_bucket(JOB, be_stopped)
+    assert (record.state, record.hours, record.starts) == ("interrupted", 0.5, 1)
+    assert "no route to host" in record.message and "the same command sends them" in record.message
+
+
+def test_a_failure_that_knows_of_no_training_does_not_replace_one_that_does(fleet_view):
+    """With `starts` at 0 the next try would begin anew beside its checkpoints."""
+    running = Record("running", "mark", starts=2)
+    for content, kept in ((running, running), (None, Record("failed"))):
+        fleet_view.bucket.remove("rex/fleet.json")
+        if content is not None:
+            fleet_view.bucket.write("rex/fleet.json", json.dumps(vars(content)).encode())
+        (fleet_view.view / "rex").mkdir(exist_ok=True)
+        write_record(fleet_view.view / "rex", Record("failed"))
+        fleet_view.note_failure("rex", Record("failed"))
+        assert json.loads(fleet_view.bucket.read("rex/fleet.json")) == vars(kept)
+
+
+def test_an_adapter_that_has_gone_from_the_bucket_is_told_so(fleet_view):
+    record = fleet_view.check(fleet_view.view / "rex", Record("done", "mark"))
+    assert record.state == "failed" and record.message == "the files of rex are not in the bucket any more"
+
+
+def denied(path: str) -> None:
+    raise PermissionError("Access Denied")
+
+
+@pytest.mark.parametrize(
+    ("place", "fault", "says"),
+    [
+        (FLEET, denied, "access denied (Access Denied); look at the credentials"),
+        (FLEET, print, "flaky://bucket/fleet holds no fleet"),
+        ("gs://bucket/fleet", print, "pip install gcsfs"),
+        ("nothing://bucket", print, "Protocol not known: nothing"),
+    ],
+)
+def test_a_mistake_is_one_line(place, fault, says, store, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    store.fault = staticmethod(fault)
+    assert main(["fleet", "status", place]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_a_file_url_is_a_folder(tmp_path, capsys):
+    write_names(tmp_path, ["rex"])
+    assert main(["fleet", "status", f"file://{tmp_path}"]) == 0
+    assert (tmp_path / "index.html").is_file()
+
+
+@pytest.mark.parametrize("url", ["://", "://x", "s3://", "s3:///", "memory://", "memory://fleet"])
+def test_a_url_without_a_bucket_that_others_see_is_refused(url, tmp_path, capsys):
+    (tmp_path / "photos" / "rex").mkdir(parents=True)
+    command = ["fleet", str(tmp_path / "photos"), "--out", url, "--pretrained_model_name_or_path", "toy"]
+    assert main([*command, "--instance_prompt", "a dog", "--dry_run"]) == 2
+    assert capsys.readouterr().err == f"error: {url}: names no bucket that several machines see; {HOW}\n"
+
+
+class NoCredentialsError(Exception):
+    """As botocore's own."""
+
+
+def test_what_fails_for_ever_is_not_tried_again(store):
+    asked = []
+
+    def fault(path: str) -> None:
+        asked.append(path)
+        raise NoCredentialsError("Unable to locate credentials")
+
+    store.fault = staticmethod(fault)
+    with pytest.raises(UserError, match=r"fleet/a: Unable to locate credentials\.$"):
+        Bucket(FLEET).read("a")
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("name", ["a\0b", "n" * 300, "..", "a/b", 7, None])
+def test_a_list_with_what_is_no_name_is_damaged(name, capsys):
+    Bucket(FLEET).write("fleet.json", json.dumps({"subjects": ["rex", name]}).encode())
+    assert main(["fleet", "status", FLEET]) == 2
+    assert "is damaged: it names no subjects" in capsys.readouterr().err

@@ -1,0 +1,266 @@
+"""A whole small study on the tiny base: trained, scored, reported, resumed."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image, ImageChops, ImageOps, ImageStat
+
+from dreambooth_moslora.extras.lab.report import write_comparison
+from dreambooth_moslora.extras.lab.run import (
+    budget_ranks,
+    content_of,
+    count_parameters,
+    gpu_of,
+    nearest_rank,
+    projections,
+    result_path,
+    run_study,
+    unfinished,
+)
+from dreambooth_moslora.extras.lab.stats import JUDGED, MEASURES, Result, best_rates, is_tuned
+from dreambooth_moslora.extras.lab.study import Cell, Protocol, Study, StudySubject
+from dreambooth_moslora.settings.table import TrainConfig
+from tests.helpers.tiny_encoders import save_tiny_encoders
+from tests.helpers.tiny_training import paint_photos
+
+pytestmark = pytest.mark.slow
+
+PROTOCOL = {"num_prompts": 2, "images_per_prompt": 1, "class_images": 1, "unrelated": 1, "inference_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def study(tiny_base, tmp_path_factory):
+    home = tmp_path_factory.mktemp("study")
+    clip, dino = save_tiny_encoders(home / "encoders")
+    subjects = {name: StudySubject(str(paint_photos(home / name)), "a photo of sks dog") for name in ("test", "tune")}
+    train = {"pretrained_model_name_or_path": str(tiny_base), "resolution": 64, "max_train_steps": 2}
+    return Study(
+        (subjects["test"],),
+        {"lora": {"mixer": "none"}, "mix": {"mixer": "orthogonal"}},
+        {**train, "train_batch_size": 1},
+        (subjects["tune"],),
+        seeds=(0,),
+        learning_rates=(1e-3, 1e-2),
+        protocol=Protocol(**PROTOCOL, clip=str(clip), dino=str(dino)),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(study, tmp_path_factory):
+    out, seen = tmp_path_factory.mktemp("out"), []
+    return out, run_study(study, out, 1, seen.append), seen
+
+
+def test_every_cell_is_trained_scored_and_costed(finished):
+    out, results, seen = finished
+    assert [p.error for p in seen] == [""] * 6 and [p.done for p in seen] == [1, 2, 3, 4, 1, 2]
+    assert len(results) == 6 and not any((out / "running").iterdir())
+    for result in results:
+        assert {"score", "dino", "clip_t", "pres", "drift"} <= result.scores.keys()
+        assert result.cost["step_sec"] > 0 and result.cost["parameters"] > 0
+        assert len(result.pictures["dino"]) == 2
+
+
+def test_what_is_unfinished_is_known_without_training(study, finished, tmp_path):
+    assert unfinished(study, finished[0]) == []
+    assert unfinished(study, tmp_path) == study.tuning_cells()  # no rate is chosen yet
+    tuned = shutil.copytree(finished[0], tmp_path / "tuned")
+    for result in tuned.glob("cells/test-*.json"):
+        result.unlink()
+    assert {(cell.stage, cell.arm) for cell in unfinished(study, tuned)} == {("test", "lora"), ("test", "mix")}
+
+
+def test_it_goes_on_where_it_stopped(study, finished):
+    out, results, _ = finished
+    stamps = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
+    seen = []
+    assert run_study(study, out, 1, seen.append) == results and not seen
+    victim = next((out / "cells").glob("test-mix-*.json"))
+    victim.unlink()
+    again = run_study(study, out, 1, seen.append)
+    assert [p.cell.arm for p in seen] == ["mix"] and [p.done for p in seen] == [2]
+    assert [r.scores for r in again] == [r.scores for r in results]  # the same seed gives the same scores
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items() if path.stem != victim.stem)
+
+
+def test_another_base_or_photo_is_another_cell_and_a_text_about_it_is_not(study, tiny_base, tmp_path):
+    cell = study.test_cells({("lora", 4): 1e-3, ("mix", 4): 1e-3})[0]
+    base, photos = (tmp_path / name for name in ("base", "photos"))
+    shutil.copytree(tiny_base, base)
+    shutil.copytree(study.subjects[0].photos, photos)
+    mine = replace(study.subjects[0], photos=str(photos))
+    copied = replace(study, train={**study.train, "pretrained_model_name_or_path": str(base)}, subjects=(mine,))
+    cell = replace(cell, subject="photos")
+
+    def path():
+        content_of.cache_clear()
+        return result_path(copied, cell, tmp_path)
+
+    seen = [path()]
+    (base / "README.md").write_text("a card")
+    assert path() == seen[0]
+    weights = next(base.rglob("unet/*.safetensors"))
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    seen.append(path())
+    next(photos.glob("*.png")).write_bytes(b"another photo")
+    seen.append(path())
+    assert len(set(seen)) == 3
+
+
+def test_a_subject_is_compared_alone_and_beside_another(study, tmp_path):
+    beside = StudySubject(str(paint_photos(tmp_path / "cat", count=2)), "a photo of zwx cat", "a photo of cat")
+    mine = replace(study.subjects[0], class_prompt="a photo of dog", beside=(beside,))
+    prior = {"with_prior_preservation": True, "prior": "class_images", "num_class_images": 1}
+    pairs = replace(
+        study,
+        subjects=(mine,),
+        arms={"both": {"together": True}, "alone": {}},
+        train={**study.train, **prior},
+        tuning_subjects=(),
+        learning_rates=(1e-2,),
+        reference="alone",
+    )
+    seen, out = [], tmp_path / "out"
+    both, alone = run_study(pairs, out, 1, seen.append)
+    assert [p.error for p in seen] == ["", ""]
+    for result in (both, alone):
+        assert result.scores["confusion"] == result.scores["confusion_with zwx cat"]
+    assert both.scores["confusion_base"] == alone.scores["confusion_base"]  # the same pictures of the base
+    assert both.scores["dino"] != alone.scores["dino"]
+    assert {path.name.partition("-")[0] for path in (out / "class_images").iterdir()} == {"test", "cat"}
+    assert unfinished(pairs, out) == []
+    write_comparison(pairs, [both, alone], out)
+    facts = json.loads((out / "results.json").read_text())
+    assert facts["study"]["beside"] == {"test": ["cat"]}
+    change = both.scores["confusion"] - alone.scores["confusion"]
+    assert facts["against_reference"][0]["differences"]["confusion"]["mean"] == pytest.approx(change)
+    assert "Δ Confusion" in (out / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("count", "visible", "names"),
+    [
+        (0, None, [None] * 3),
+        (1, "3", [None] * 3),
+        (2, None, ["0", "1", "0"]),
+        (2, "GPU-a,GPU-b", ["GPU-a", "GPU-b", "GPU-a"]),
+    ],
+)
+def test_workers_take_turns_on_the_gpus(count, visible, names):
+    assert [gpu_of(number, count, visible) for number in range(3)] == names
+
+
+def test_workers_end_with_the_study_that_started_them():
+    code = (
+        "import os, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from dreambooth_moslora.extras.lab.run import begin_worker\n"
+        "if __name__ == '__main__':\n"
+        "    context = get_context('spawn')\n"
+        "    pool = ProcessPoolExecutor(1, context, begin_worker, (1, os.getpid(), context.Value('i', 0)))\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 600).result()\n"
+    )
+    study = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    worker = psutil.Process(int(study.stdout.readline()))
+    assert worker.is_running()
+    study.kill()
+    study.wait()
+    deadline = time.monotonic() + 20
+    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the worker goes on alone"
+        time.sleep(0.1)
+
+
+def test_the_report_is_one_file_without_network_or_paths(study, finished):
+    out, results, _ = finished
+    line = write_comparison(study, results, out)
+    assert "mix r4 against lora" in line
+    html, facts = (out / "report.html").read_text(), json.loads((out / "results.json").read_text())
+    assert not re.search(r"""(src|href)=["'](?!data:)""", html) and not re.search("https?:", html)
+    assert html.count("data:image/png") == 4 and html.count("data:image/jpeg") == 2
+    sheet = Image.open(out / "pictures.png")
+    photo = ImageOps.fit(Image.open(sorted(Path(study.subjects[0].photos).glob("*.png"))[0]), (128, 128))
+    assert ImageStat.Stat(ImageChops.difference(sheet.crop((20, 39, 148, 167)), photo)).rms == [0, 0, 0]
+    assert sheet.width == 40 + 136 * (1 + study.protocol.num_prompts) - 8
+    assert len(facts["cells"]) == 6 and facts["against_reference"][0]["arm"] == "mix"
+    for text in (html, json.dumps(facts)):
+        assert str(out.parent) not in text
+    assert (out / "table.md").read_text().startswith("| Arm | Rank |")
+
+
+def test_a_cell_that_fails_is_told_and_does_not_stop_the_others(study, tmp_path):
+    broken = replace(
+        study,
+        arms={"lora": {"mixer": "none"}, "odd": {"mixer": "butterfly"}},
+        ranks=(3,),
+        learning_rates=(1e-3,),
+        budget="rank",
+    )
+    seen = []
+    results = run_study(broken, tmp_path, 1, seen.append)
+    assert [r.cell.arm for r in results] == ["lora"]
+    assert [bool(p.error) for p in seen] == [False, True] and "even rank" in seen[1].error
+
+
+def made(study, arm: str, stage="test", seed=0, rate=1e-3, score=0.5, subject="test") -> Result:
+    cost = {"rank": 4, "parameters": 1, "step_sec": 1, "memory_gib": 1, "jobs": 2}
+    pictures, scores = {name: [score, score] for name in JUDGED}, dict.fromkeys(MEASURES, score)
+    return Result(Cell(stage, arm, 4, subject, seed, rate), scores, pictures, cost)
+
+
+def test_a_rate_that_fails_is_not_chosen_and_does_not_hold_the_study_up(study):
+    tune = {"stage": "tune", "subject": "tune"}
+    good = [made(study, arm, rate=rate, **tune) for arm in study.arms for rate in (1e-3, 1e-2)]
+    failed = [r for r in good if not (r.cell.arm == "mix" and r.cell.learning_rate == 1e-3)]
+    assert is_tuned(study, failed) and best_rates(study, failed) == {("lora", 4): 1e-3, ("mix", 4): 1e-2}
+    assert not is_tuned(study, [r for r in good if r.cell.arm == "lora"])
+    two = replace(study, tuning_subjects=(*study.tuning_subjects, replace(study.subjects[0], photos="other")))
+    assert not is_tuned(two, good)  # a rate needs all of its subjects
+
+
+def test_a_seed_that_is_still_being_run_does_not_empty_the_report(study, tmp_path):
+    first = [made(study, arm, score=score) for arm, score in (("lora", 0.5), ("mix", 0.6))]
+    results = [*first, made(study, "mix", seed=1)]
+    assert "mix r4 against lora: score +0.100" in write_comparison(study, results, tmp_path)
+    facts = json.loads((tmp_path / "results.json").read_text())
+    assert facts["study"]["seeds"] == [0] and "2 trainings at once" in (tmp_path / "table.md").read_text()
+
+
+def test_equal_budget_means_the_nearest_number_of_parameters(study):
+    study = replace(study, arms={**study.arms, "frozen": {"mixer": "orthogonal", "train_mixer": False}}, ranks=(2, 16))
+    ranks = budget_ranks(study)
+    assert ranks["lora", 16] == ranks["frozen", 16] == 16 and ranks["mix", 16] < 16
+
+    def config(arm: str, rank: int) -> TrainConfig:
+        return TrainConfig.from_dict({**study.train, **study.arms[arm], "rank": rank})
+
+    widths = projections(config("lora", 16))
+    budget = count_parameters(widths, config("lora", 16), 16)
+    chosen = nearest_rank(config("mix", 16), 16)
+    gaps = {r: abs(count_parameters(widths, config("mix", 16), r) - budget) for r in range(1, 17)}
+    assert gaps[chosen] == min(gaps.values())
+
+
+def test_the_counted_parameters_are_those_that_are_trained(study, tiny_base):
+    from dreambooth_moslora.adapters.moslora import adapter_parameters
+    from dreambooth_moslora.base.load import load_pipeline
+    from dreambooth_moslora.training.adapters import add_adapters
+
+    kinds = [{"mixer": "orthogonal"}, {"mixer": "none"}, {"mixer": "identity", "train_mixer": False}]
+    for settings in (*kinds, {"mixer": "orthogonal", "rank_pattern": ["*.to_k=2"]}):
+        config = TrainConfig.from_dict({**study.train, **settings, "rank": 4})
+        unet = load_pipeline(tiny_base).unet
+        add_adapters(config, {"unet": unet})
+        real = sum(p.numel() for _, p in adapter_parameters(unet))
+        assert count_parameters(projections(config), config, 4) == real

@@ -1,0 +1,255 @@
+"""A study's file, its cells and what its results say, on made-up results whose answers are known."""
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.extras.lab.report import outcome_rows
+from dreambooth_moslora.extras.lab.run import materials
+from dreambooth_moslora.extras.lab.stats import Result, best_rates, outcomes, summaries
+from dreambooth_moslora.extras.lab.study import Cell, Study, StudySubject, load_study
+from dreambooth_moslora.plan.steps import plan_steps
+from dreambooth_moslora.settings.subjects import each_subject
+
+MIXERS = Path(__file__).parents[3] / "assets" / "studies" / "mixers.toml"
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    for name in ("a", "b", "t"):
+        (tmp_path / name).mkdir()
+        facts = {"token": "sks", "class_word": "duck"}
+        (tmp_path / name / "subject.json").write_text(json.dumps(facts))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def study_text(extra: str = "", arms: str = "[arms.lora]\nmixer = 'none'\n[arms.mix]\nmixer = 'identity'\n") -> str:
+    return f"""
+[study]
+subjects = ["a", "b"]
+tuning_subjects = ["t"]
+learning_rates = [1e-4, 1e-3]
+ranks = [4]
+{extra}
+[train]
+resolution = 64
+{arms}"""
+
+
+ZWX = '[{photos = "b", instance_prompt = "a photo of a zwx duck"}]'
+
+
+def pairs_text(beside: str = ZWX) -> str:
+    """One subject, alone and with what is beside it."""
+    return f"""
+[study]
+subjects = [{{photos = "a", beside = {beside}}}]
+reference = "alone"
+[train]
+max_train_steps = 10
+[arms.alone]
+[arms.both]
+together = true
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "study.toml").write_text(text, encoding="utf-8")
+    return folder / "study.toml"
+
+
+def test_the_cells_are_all_combinations_and_tuning_never_touches_the_test_subjects(folders):
+    study = load_study(write(folders, study_text()))
+    tuning = study.tuning_cells()
+    tests = study.test_cells({("lora", 4): 1e-4, ("mix", 4): 1e-3})
+    assert len(tuning) == 2 * 2 and {cell.subject for cell in tuning} == {"t"}
+    assert len(tests) == len(set(tests)) == 2 * 2 * 2 and {cell.subject for cell in tests} == {"a", "b"}
+    assert {(cell.arm, cell.learning_rate) for cell in tests} == {("lora", 1e-4), ("mix", 1e-3)}
+
+
+def test_arms_differ_only_in_what_they_say(folders):
+    study = load_study(write(folders, study_text()))
+    lora, mix = (
+        study.config_of(Cell("test", arm, 4, "a", 7, 1e-3), 4, Path("run")).to_dict() for arm in ("lora", "mix")
+    )
+    assert {name for name in lora if lora[name] != mix[name]} == {"mixer"}
+    assert lora["seed"] == 7 and lora["instance_prompt"] == "a photo of a sks duck"
+
+
+def test_the_digest_follows_every_setting_that_matters(folders):
+    study = load_study(write(folders, study_text()))
+    cell = Cell("test", "mix", 4, "a", 0, 1e-3)
+    changed = [
+        replace(study, train={"resolution": 128}),
+        replace(study, arms={**study.arms, "mix": {"mixer": "kaiming"}}),
+        replace(study, budget="rank"),
+    ]
+    assert study.digest(cell) not in {other.digest(cell) for other in changed}
+    assert study.digest(cell) == replace(study, seeds=(5,)).digest(cell)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (study_text("colour = 1"), "unknown study.colour"),
+        (study_text(arms="[arms.mix]\nmixer = 'identity'"), "none of its arms"),
+        (study_text(arms="[arms.lora]\nmixer = 'nine'"), "choose one of"),
+        (study_text(arms="[arms.lora]\nmixxer = 'none'"), "did you mean `mixer`"),
+        (study_text("budget = 'money'"), "choose one of parameters, rank"),
+        (study_text().replace('["t"]', '["a"]'), "names a twice"),
+        (study_text().replace('["t"]', "[]"), "need tuning_subjects"),
+        (study_text().replace('"b"', '"nowhere"'), "no such folder"),
+        (study_text().replace('["t"]', "5"), "tuning_subjects is a list of folders"),
+        (study_text().replace('"b"', "5"), "a folder, or a table of texts"),
+        (study_text().replace('"b"', '{instance_prompt = "x"}'), "has no photos"),
+        (study_text().replace('"b"', '{photos = "b", clas_prompt = "x"}'), "photos, instance_prompt, class_prompt"),
+        (study_text().replace("ranks = [4]", "ranks = 4"), "ranks is a list of whole numbers from 1 on"),
+        (study_text().replace("1e-4", "'fast'"), "learning_rates is a list of numbers"),
+        (study_text("tie = 'x'"), "tie is a number"),
+        (study_text("reference = ['lora']"), "none of its arms"),
+        (study_text(arms="[arms]\nlora = 'none'"), "arms.lora is a table"),
+        (study_text(arms="[arms.lora]\nlearning_rate = 'fast'"), "learning_rate"),
+        (study_text(arms="[arms.lora]\n[evaluation]\nnum_prompts = 0"), "num_prompts is a whole number from 1 on"),
+        (study_text(arms="[arms.lora]\n[evaluation]\nclip = 3"), "clip is a text"),
+        (
+            study_text().replace("resolution", "pretrained_model_name_or_path = 'no/such/base'\nresolution"),
+            "base no/such",
+        ),
+        (pairs_text().replace("zwx duck", "sks duck"), "each needs a rare word of its own"),
+        (pairs_text(beside='["a"]'), "each needs a folder of its own"),
+        (pairs_text(beside="'b'"), "`beside` is a list of subjects, not 'b'"),
+        (pairs_text(beside=f'[{{photos = "t", beside = {ZWX}}}]'), "has no `beside` itself"),
+        (pairs_text(beside='[{photos = "b", beside = 3}]'), "`beside` is a list of subjects, not 3"),
+        (pairs_text(beside="[]"), "trains subjects together, but a has none `beside` it"),
+        (pairs_text().replace("together = true", "together = 'b'"), "together is true or false"),
+        (pairs_text().replace("max_train_steps = 10", ""), "together needs max_train_steps"),
+        (pairs_text().replace("max_train_steps", "exposures_per_photo"), "together needs max_train_steps"),
+        (pairs_text().replace("[train]", "[train]\ntogether = true"), "together"),
+        ("study = 5", "study is a table"),
+        ("[study", "not valid TOML"),
+        ("study = " + "[" * 100_000, "nested too deeply"),
+        ("", "no subjects"),
+    ],
+)
+def test_mistakes_are_found_before_the_first_training(folders, text, complaint):
+    with pytest.raises(UserError, match=complaint):
+        load_study(write(folders, text))
+
+
+def test_a_subject_is_shown_as_often_together_as_alone(folders):
+    study = load_study(write(folders, pairs_text()))
+    alone, both = (study.config_of(Cell("test", arm, 4, "a", 0, 1e-3), 4, Path("run")) for arm in ("alone", "both"))
+    assert not alone.subjects and (alone.max_train_steps, both.max_train_steps) == (10, 20)
+    prompts = [one.instance_prompt for one in each_subject(both)]
+    assert prompts == ["a photo of a sks duck", "a photo of a zwx duck"]
+    for counts in ((5, 5), (5, 2), (2, 5)):
+        shown = [plan_steps(alone, counts[0]).exposures_a_subject, plan_steps(both, counts).exposures_a_subject]
+        assert shown[0] == shown[1] > 0
+    assert pickle.loads(pickle.dumps(study)) == study  # as a cluster's tasks take it
+
+
+def test_a_result_depends_on_the_companions_in_every_arm(folders):
+    study = load_study(write(folders, pairs_text()))
+    cells = [Cell("test", arm, 4, "a", 0, 1e-3) for arm in study.arms]
+    others = replace(study, subjects=(replace(study.subjects[0], beside=(StudySubject("b", "a photo of xyz duck"),)),))
+    assert len({one.digest(cell) for one in (study, others) for cell in cells}) == 4
+    assert {path.name for path in materials(study, "a")} >= {"a", "b"}
+    assert StudySubject("a", "a photo of sks duck").facts.keys() == {"photos", "instance_prompt", "class_prompt"}
+
+
+@pytest.mark.parametrize("text, complaint", [("{", "not valid JSON"), ("[]", "names and values"), ("{}", "must name")])
+def test_a_damaged_subject_is_one_clear_line(folders, text, complaint):
+    (folders / "a" / "subject.json").write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        load_study(write(folders, study_text()))
+
+
+def test_a_subject_without_facts_needs_its_prompt(folders):
+    (folders / "a" / "subject.json").unlink()
+    with pytest.raises(UserError, match="give it an instance_prompt"):
+        StudySubject.of("a")
+    assert StudySubject.of("b").class_prompt == "a photo of a duck"
+    assert StudySubject.of({"photos": "a", "instance_prompt": "a photo of zwx cat"}).name == "a"
+
+
+def test_the_shipped_study_is_the_one_that_was_promised(monkeypatch):
+    monkeypatch.chdir(MIXERS.parents[2])
+    study = load_study(MIXERS)
+    assert set(load_study(MIXERS.with_name("recipe.toml")).arms) == {"recommended", "no_prior"}
+    assert len(study.subjects) >= 6 and len(study.seeds) == 2 and study.ranks == (4, 64)
+    arms = {(a.get("mixer"), a.get("train_mixer", True)) for a in study.arms.values()}
+    assert arms >= {("none", True), ("orthogonal", True), ("orthogonal", False), ("identity", True), ("kaiming", True)}
+
+
+def made_up(rng: np.random.Generator, gains: dict[str, float], subjects=6, seeds=2) -> tuple[Study, list[Result]]:
+    """Results in which each arm is better than `lora` by a known gain, under large differences between subjects."""
+    names = tuple(StudySubject(f"s{n}", "a photo of a sks duck") for n in range(subjects))
+    study = Study(names, {"lora": {}, **{arm: {} for arm in gains}}, {}, seeds=tuple(range(seeds)))
+    results = []
+    for subject in names:
+        for seed in range(seeds):
+            shared = rng.normal(0.5, 0.2)
+            shared_pictures = shared + rng.normal(0, 0.1, 8)
+            for arm, gain in {"lora": 0.0, **gains}.items():
+                scores = dict.fromkeys(("score", "dino", "clip_t", "pres"), shared + gain + rng.normal(0, 0.01))
+                pictures = {m: (shared_pictures + gain).tolist() for m in ("dino", "clip_t")}
+                cell = Cell("test", arm, 4, subject.name, seed, 1e-4)
+                results.append(Result(cell, scores, pictures, {"step_sec": 1.0, "rank": 4}))
+    return study, results
+
+
+def test_pairing_finds_a_small_gain_that_unpaired_means_cannot():
+    study, results = made_up(np.random.default_rng(0), {"better": 0.05, "equal": 0.0})
+    found = {o.arm: o for o in outcomes(study, results)}
+    assert found["better"].differences["score"].low > 0.02
+    equal = found["equal"].differences["score"]
+    assert equal.low <= 0 <= equal.high
+    means = {s.arm: s.scores["score"] for s in summaries(results)}
+    assert means["lora"].high > means["better"].low  # the arms' own intervals overlap
+
+
+def test_the_tables_have_a_column_for_each_measure_that_was_taken():
+    study, results = made_up(np.random.default_rng(0), {"other": 0.05})
+    header, (row,) = outcome_rows(outcomes(study, results))
+    assert len(header) == len(row) and "Δ DINO" in header and not {"Δ Confusion", "Δ Leak"} & set(header)
+    for result in results:
+        result.scores["confusion"] = 0.1 if result.cell.arm == "lora" else 0.3
+    header, (row,) = outcome_rows(outcomes(study, results))
+    assert row[header.index("Δ Confusion")] == "+0.200 [+0.200, +0.200]"
+
+
+def test_wins_ties_and_losses_are_shares_of_pictures_that_sum_to_one():
+    study, results = made_up(np.random.default_rng(1), {"better": 0.5, "equal": 0.0, "worse": -0.5})
+    found = {o.arm: o.wins["dino"] for o in outcomes(study, results)}
+    assert found == {"better": (1.0, 0.0, 0.0), "equal": (0.0, 1.0, 0.0), "worse": (0.0, 0.0, 1.0)}
+
+
+def test_an_arm_with_a_missing_cell_is_left_out_not_compared_on_fewer_subjects():
+    study, results = made_up(np.random.default_rng(2), {"better": 0.1})
+    assert not outcomes(study, results[:-1])
+    assert [s.arm for s in summaries(results[:-1])] == ["lora"]
+
+
+def test_each_arm_gets_the_rate_that_was_best_for_it():
+    study = Study(
+        (StudySubject("a", ""),),
+        {"lora": {}, "mix": {}},
+        {},
+        (StudySubject("t", ""), StudySubject("u", "")),
+        learning_rates=(1e-4, 1e-3),
+    )
+    scores = {("lora", 1e-4): 0.2, ("lora", 1e-3): 0.4, ("mix", 1e-4): 0.3, ("mix", 1e-3): 0.3}
+    results = [
+        Result(Cell("tune", arm, 4, subject, 0, rate), {"score": score}, {}, {})
+        for (arm, rate), score in scores.items()
+        for subject in ("t", "u")
+    ]
+    own = replace(study, arms={**study.arms, "own": {"learning_rate": 5e-4}})
+    assert best_rates(own, results)["own", 4] == 5e-4 and all(cell.arm != "own" for cell in own.tuning_cells())
+    assert best_rates(study, results) == {("lora", 4): 1e-3, ("mix", 4): 1e-4}  # the lower one at a tie

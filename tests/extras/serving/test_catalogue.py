@@ -1,0 +1,144 @@
+"""The adapters that are served: by name, and as they are now."""
+
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.extras.serving import catalogue as catalogue_module
+from dreambooth_moslora.extras.serving.catalogue import open_catalogue
+from dreambooth_moslora.extras.serving.orders import RefusedError
+
+
+@pytest.fixture(autouse=True)
+def lists_are_never_old_enough(monkeypatch):
+    monkeypatch.setattr(catalogue_module, "FOLDER_SEC", -1.0)
+    monkeypatch.setattr(catalogue_module, "BUCKET_SEC", -1.0)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Two adapters with new tokens beside one, and a run with a checkpoint."""
+    shelf = tmp_path / "shelf"
+    for name in ("dog.safetensors", "cat.safetensors", "cat_emb.safetensors", "notes.txt"):
+        (shelf / name).parent.mkdir(exist_ok=True)
+        (shelf / name).write_bytes(name.encode())
+    for name in (f"rex/{PUBLISHED_NAME}", f"rex/checkpoint-20/{RAW_NAME}"):
+        (shelf / name).parent.mkdir(parents=True, exist_ok=True)
+        (shelf / name).write_bytes(name.encode())
+    return shelf
+
+
+def test_files_runs_and_checkpoints_have_names(folder):
+    assert set(open_catalogue([str(folder)]).names()) == {"dog", "cat", "rex", "rex@20"}
+
+
+def test_one_run_and_several_folders_can_be_served(folder):
+    assert set(open_catalogue([str(folder / "rex")]).names()) == {"rex", "rex@20"}
+    catalogue = open_catalogue([str(folder), str(folder / "rex")])
+    assert {"dog", "rex"} < set(catalogue.names())
+
+
+@pytest.mark.parametrize("name", ["../dog", "/etc/passwd", "dog.safetensors", "rex/checkpoint-20", "", "\0", "none"])
+def test_a_name_is_looked_up_and_never_a_path(folder, name):
+    with pytest.raises(RefusedError) as error:
+        open_catalogue([str(folder)]).find(name)
+    assert error.value.status == 404
+
+
+def test_a_link_out_of_the_folder_is_not_served(folder, tmp_path):
+    (tmp_path / "secret.safetensors").write_bytes(b"secret")
+    (folder / "link.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    assert "link" not in open_catalogue([str(folder)]).names()
+
+
+def test_many_at_once_look_files_up(folder, monkeypatch):
+    for number in range(400):
+        (folder / f"a{number}.safetensors").write_bytes(b"%d" % number)
+    catalogue = open_catalogue([str(folder)])
+    monkeypatch.setattr(catalogue_module, "FOLDER_SEC", 60.0)
+    names = catalogue.names()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(catalogue.find, names))
+    finally:
+        sys.setswitchinterval(interval)
+    assert [ref.name for ref in found] == names
+
+
+@pytest.mark.parametrize("put", [Path.mkdir, lambda path: path.symlink_to(path.name)])
+def test_what_became_no_file_since_the_list_is_unknown(folder, monkeypatch, put):
+    monkeypatch.setattr(catalogue_module, "FOLDER_SEC", 60.0)
+    catalogue = open_catalogue([str(folder)])
+    assert "dog" in catalogue.names()
+    (folder / "dog.safetensors").unlink()
+    put(folder / "dog.safetensors")
+    with pytest.raises(RefusedError, match="dog"):
+        catalogue.find("dog")
+
+
+def test_a_new_file_is_seen_and_a_changed_one_has_another_version(folder):
+    catalogue = open_catalogue([str(folder)])
+    before = catalogue.find("dog")
+    assert catalogue.find("dog") == before and catalogue.local(before).read_bytes() == b"dog.safetensors"
+    facts = (folder / "dog.safetensors").stat()
+    (folder / "dog.safetensors").write_bytes(b"DOG.safetensors")
+    os.utime(folder / "dog.safetensors", ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert catalogue.find("dog").version != before.version
+    (folder / "emu.safetensors").write_bytes(b"emu")
+    assert catalogue.find("emu").name == "emu"
+    (folder / "emu.safetensors").unlink()
+    with pytest.raises(RefusedError, match="emu"):
+        catalogue.find("emu")
+
+
+def test_a_bucket_is_served_like_a_folder(folder):
+    catalogue = open_catalogue([f"file://{folder}"])
+    assert {"dog", "cat", "rex"} <= set(catalogue.names())
+    cat = catalogue.find("cat")
+    local = catalogue.local(cat)
+    assert local.read_bytes() == b"cat.safetensors" and not local.is_relative_to(folder)
+    assert (local.parent / "cat_emb.safetensors").read_bytes() == b"cat_emb.safetensors"
+    assert catalogue.local(cat) == local
+    (folder / "cat.safetensors").write_bytes(b"another cat")
+    again = catalogue.find("cat")
+    assert again.version != cat.version and catalogue.local(again).read_bytes() == b"another cat"
+    with pytest.raises(RefusedError, match="emu"):
+        catalogue.find("emu")
+
+
+def test_a_bucket_that_is_away_is_said_to_be(folder, monkeypatch):
+    def away(*_, **__):
+        raise ConnectionError("no network")
+
+    catalogue = open_catalogue([f"file://{folder}"])
+    cat = catalogue.find("cat")
+    monkeypatch.setattr("dreambooth_moslora.extras.cluster.bucket.TRIES", 1)
+    monkeypatch.setattr(catalogue.bucket, "url", "s3://away")
+    monkeypatch.setattr(catalogue.bucket.files, "find", away)
+    assert catalogue.find("cat") == cat
+    with pytest.raises(RefusedError) as error:
+        catalogue.local(cat)
+    assert error.value.status == 503 and error.value.retry_sec
+
+
+@pytest.mark.parametrize("places", [["/no/such/folder"], ["file:///no/such/folder"], ["a://b", "c"], ["nosuch://b"]])
+def test_a_place_that_cannot_be_served_is_a_persons_mistake(places, monkeypatch):
+    monkeypatch.setattr("dreambooth_moslora.extras.cluster.bucket.TRIES", 1)
+    with pytest.raises(UserError, match="--adapters"):
+        open_catalogue(places)
+
+
+def test_the_command_tells_a_missing_folder_before_a_missing_library(folder, free_port, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["serve", "--adapters", str(folder / "none")]) == 2
+    assert capsys.readouterr().err == f"error: --adapters {folder / 'none'}: there is no such folder.\n"
+    assert main(["serve", "--adapters", str(folder), "--port", str(free_port)]) == 2
+    assert "serve needs Ray Serve: pip install" in capsys.readouterr().err

@@ -1,0 +1,272 @@
+"""The service without Ray, drawing for real: the same pictures as `generate`, limits, tokens and counts."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copytree
+
+import httpx
+import pytest
+
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.extras.serving import catalogue as catalogue_module
+from dreambooth_moslora.extras.serving import front as front_module
+from dreambooth_moslora.extras.serving.access import Access, ServeSettings
+from dreambooth_moslora.extras.serving.catalogue import open_catalogue
+from dreambooth_moslora.extras.serving.drawer import Drawer
+from dreambooth_moslora.extras.serving.front import Front, build_front
+from dreambooth_moslora.extras.serving.orders import RefusedError
+from dreambooth_moslora.generation.params import GenerationParams
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from tests.helpers.tiny_adapters import save_diffusers_lora
+
+pytestmark = pytest.mark.extra("prometheus_client")
+TOKEN = "correct-horse-battery"
+NAMES = ("dog", "cat", "emu")
+
+
+@dataclass
+class Shop:
+    """A front and a drawer in this process."""
+
+    front: Front
+    drawer: Drawer
+
+    def run(self, work: Callable[[httpx.AsyncClient], Awaitable], **headers: str):
+        async def inside():
+            transport = httpx.ASGITransport(build_front(self.front), raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=headers) as client:
+                result = await work(client)
+            if self.drawer._work is not None:
+                await self.drawer._work
+            return result
+
+        return asyncio.run(inside())
+
+    def get(self, path: str, **headers: str) -> httpx.Response:
+        return self.run(lambda client: client.get(path), **headers)
+
+    def ask(self, *orders: dict, **headers: str) -> list[httpx.Response]:
+        async def all_at_once(client: httpx.AsyncClient) -> list[httpx.Response]:
+            return await asyncio.gather(*(client.post("/generate", json=order) for order in orders))
+
+        return self.run(all_at_once, **headers)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base) -> SubjectPipeline:
+    return SubjectPipeline.from_base(tiny_base)
+
+
+@pytest.fixture(scope="module")
+def shelf(base, tmp_path_factory) -> Path:
+    made = tmp_path_factory.mktemp("made")
+    (made / "shelf").mkdir()
+    for seed, name in enumerate(NAMES):
+        save_diffusers_lora(base.pipeline.unet, made / name, seed=seed).rename(made / "shelf" / f"{name}.safetensors")
+    return made / "shelf"
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_base) -> SubjectPipeline:
+    pipeline = SubjectPipeline.from_base(tiny_base)
+    pipeline.resident_adapters = 2
+    return pipeline
+
+
+@pytest.fixture
+def open_shop(pipeline, shelf, monkeypatch) -> Callable[..., Shop]:
+    monkeypatch.setattr(catalogue_module, "FOLDER_SEC", -1.0)
+
+    def opened(folder: Path = shelf, **options) -> Shop:
+        catalogue = open_catalogue([str(folder)])
+        drawer = Drawer(pipeline, catalogue, name="one", batch=2)
+
+        async def facts() -> dict:
+            return {"base": pipeline.base_name}
+
+        given = {"access": Access(()), "max_inside": 16, "request_timeout_sec": 60.0} | options
+        return Shop(Front(drawer.draw, facts, catalogue, **given), drawer)
+
+    return opened
+
+
+@pytest.fixture
+def shop(open_shop) -> Shop:
+    return open_shop()
+
+
+def order(name: str | None = "dog", **values) -> dict:
+    return {"prompt": "a photo of a dog", "seed": 1, "steps": 1, "guidance_scale": 2.0} | values | {"adapter": name}
+
+
+def of_generate(base: SubjectPipeline, shelf: Path, asked: dict, target: Path) -> bytes:
+    """The file that `generate` writes for the same recipe and adapter."""
+    values = {key: value for key, value in asked.items() if key not in ("adapter", "scale")}
+    pairs = ()
+    if asked["adapter"]:
+        name = base.load_adapter(shelf / f"{asked['adapter']}.safetensors")
+        pairs = ((name, asked.get("scale", 1.0)),)
+    (image,) = [e for e in base.generate(GenerationParams(**values, adapters=pairs)) if hasattr(e, "save")]
+    return image.save(target).read_bytes()
+
+
+def test_pictures_are_those_of_generate_byte_for_byte_whatever_they_are_drawn_with(shop, base, shelf, tmp_path):
+    orders = [order(name, seed=seed) for seed in (1, 2) for name in NAMES]
+    orders += [order("dog", scale=0.5), order("dog", height_px=32, width_px=64), order(None)]
+    answers = shop.ask(*orders)
+    assert [answer.status_code for answer in answers] == [200] * len(orders)
+    for asked, answer in zip(orders, answers):
+        assert answer.content == of_generate(base, shelf, asked, tmp_path / "one.png")
+    text = shop.front.telemetry.text().decode()
+    assert f'dreambooth_requests_total{{status="200"}} {len(orders)}.0' in text
+    assert "dreambooth_requests_inside 0.0" in text and 'dreambooth_replica_memory_bytes{replica="one"}' in text
+    assert shop.front.telemetry.batch._sum.get() > len(orders)  # some were drawn in batches
+
+
+def test_an_adapter_that_the_routers_cache_believes_loaded_is_loaded(shop, base, shelf, tmp_path):
+    """Ray Serve's cache does not see that the model has let go of an adapter for another."""
+
+    async def believed(_key: str) -> None:
+        return None
+
+    shop.drawer._load = believed
+    for name in (*NAMES, "dog"):
+        (answer,) = shop.ask(order(name))
+        assert answer.content == of_generate(base, shelf, order(name), tmp_path / "one.png")
+
+
+def test_a_changed_file_is_loaded_again_and_a_wrong_one_refused(open_shop, base, shelf, tmp_path):
+    shelf = Path(copytree(shelf, tmp_path / "shelf"))
+    shop = open_shop(shelf)
+    (first,) = shop.ask(order())
+    file = shelf / "dog.safetensors"
+    old = base.load_adapter(file, "old") and base.adapters["old"].sha256
+    file.write_bytes((shelf / "cat.safetensors").read_bytes())
+    (second,) = shop.ask(order())
+    assert second.content == of_generate(base, shelf, order(), tmp_path / "one.png") != first.content
+    (third,) = shop.ask(order(adapter_sha256={"dog": old}))
+    assert third.status_code == 409 and "another file" in third.json()["error"]
+    file.write_bytes(b"half a file")
+    (fourth,) = shop.ask(order())
+    assert fourth.status_code == 400 and str(shelf) not in fourth.text
+    assert shop.ask(order("cat"))[0].status_code == 200
+
+
+def test_a_persons_mistake_is_one_line_of_json(shop):
+    wrong = [order("wolf"), order(prompt=""), order(scheduler=[]), order(steps=0), order(height_px=512, width_px=512)]
+    answers = shop.ask(*wrong)
+    assert [answer.status_code for answer in answers] == [404, 400, 400, 400, 400]
+    assert all(list(answer.json()) == ["error"] and "\n" not in answer.json()["error"] for answer in answers)
+
+
+def test_what_is_no_order_is_refused(shop):
+    async def others(client: httpx.AsyncClient) -> list[int]:
+        json_type = {"Content-Type": "application/json"}
+
+        async def endless():
+            for _ in range(64):
+                yield b" " * 65536
+
+        return [
+            (await client.post("/generate", content=b"{}")).status_code,
+            (await client.post("/generate", content=b" " * 70_000, headers=json_type)).status_code,
+            (await client.post("/generate", content=endless(), headers=json_type)).status_code,
+            (await client.get("/generate")).status_code,
+            (await client.get("/../etc/passwd")).status_code,
+        ]
+
+    assert shop.run(others) == [415, 413, 413, 405, 404]
+
+
+def test_a_body_that_trickles_gives_its_place_up(shop, monkeypatch):
+    monkeypatch.setattr(front_module, "BODY_SEC", 0.05)
+
+    async def trickling():
+        for _ in range(20):
+            yield b" "
+            await asyncio.sleep(0.05)
+
+    async def ask(client: httpx.AsyncClient) -> int:
+        json_type = {"Content-Type": "application/json"}
+        return (await client.post("/generate", content=trickling(), headers=json_type)).status_code
+
+    assert shop.run(ask) == 408 and shop.front.inside == 0
+
+
+def test_more_than_may_wait_are_told_when_to_come_back(open_shop):
+    shop = open_shop(max_inside=2)
+    answers = shop.ask(*(order(seed=seed) for seed in range(5)))
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 503, 503, 503]
+    assert all(int(a.headers["retry-after"]) >= 1 for a in answers if a.status_code == 503)
+    assert shop.ask(order())[0].status_code == 200
+
+
+def test_a_request_ends_at_its_time_limit_and_its_picture_is_left(open_shop):
+    shop = open_shop(request_timeout_sec=0.3)
+    answers = shop.ask(order(steps=100), order("cat", steps=100), order("emu", steps=100))
+    assert [answer.status_code for answer in answers] == [504] * 3
+    assert len(shop.drawer.batches) == 0 and shop.front.inside == 0
+    shop.front.request_timeout_sec = 60.0
+    assert shop.ask(order())[0].status_code == 200
+
+
+def test_a_token_opens_everything_but_health_which_is_open(open_shop):
+    shop = open_shop(access=Access(["another-long-token", TOKEN]))
+    bearer = {"Authorization": f"Bearer {TOKEN}", "Host": "pictures.example.org"}
+    for path in ("/adapters", "/metrics"):
+        assert shop.get(path).status_code == shop.get(path, Authorization=f"Basic {TOKEN}").status_code == 401
+        assert shop.get(path, Authorization=f"Bearer {TOKEN}x").headers["www-authenticate"] == "Bearer"
+        assert shop.get(path, **bearer).status_code == 200
+    assert shop.get("/adapters/", Host="evil.example").status_code == 404
+    assert shop.get("/healthz").json() == {"status": "ok", "base": shop.drawer.pipeline.base_name}
+    assert shop.ask(order())[0].status_code == 401
+    assert shop.ask(order("wolf"), **bearer)[0].status_code == 404
+
+
+def test_without_a_token_no_web_page_is_answered(shop):
+    assert shop.get("/adapters").json() == {"adapters": sorted(NAMES)}
+    assert shop.get("/adapters", Host="evil.example").status_code == 421
+    assert shop.get("/adapters", Host="localhost:8000").status_code == 200
+    assert shop.ask(order(), Origin="http://evil.example")[0].status_code == 403
+
+
+def test_tokens_are_compared_in_constant_time(monkeypatch):
+    compared = []
+    from dreambooth_moslora.extras.serving import access
+
+    def compare(one: bytes, other: bytes) -> bool:
+        compared.append((one, other))
+        return one == other
+
+    monkeypatch.setattr(access.hmac, "compare_digest", compare)
+    with pytest.raises(RefusedError):
+        Access([TOKEN, "another-long-token"]).check("/generate", {"authorization": "Bearer x"})
+    assert len(compared) == 2 and {len(word) for pair in compared for word in pair} == {32}
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"host": "0.0.0.0"}, "--token"),
+        ({"tokens": ("short",)}, "token"),
+        ({"tokens": ("a token of many words",)}, "token"),
+        ({"port": 0}, "--port"),
+        ({"replicas": 0}, "--replicas"),
+        ({"max_waiting": True}, "--max_waiting"),
+        ({"adapters": ()}, "--adapters"),
+    ],
+)
+def test_settings_that_cannot_be_are_a_persons_mistake(values, word):
+    with pytest.raises(UserError, match=word):
+        ServeSettings(**{"adapters": ("x",)} | values)
+
+
+def test_a_config_file_needs_a_token_and_takes_it_from_the_environment(monkeypatch):
+    with pytest.raises(UserError, match="token"):
+        ServeSettings.from_dict({"adapters": "x"})
+    monkeypatch.setenv("DREAMBOOTH_TOKEN", TOKEN)
+    assert ServeSettings.from_dict({"adapters": "x"}).tokens == (TOKEN,)
+    with pytest.raises(UserError, match="colour"):
+        ServeSettings.from_dict({"adapters": "x", "colour": 1})

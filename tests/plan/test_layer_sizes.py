@@ -1,0 +1,138 @@
+"""`--rank_pattern` and `--alpha_pattern`: each layer has its own size in the run, in its files and in the estimate."""
+
+import pytest
+from safetensors.torch import load_file
+
+from dreambooth_moslora.adapters.raw_file import read_raw
+from dreambooth_moslora.cli.main import train_main
+from dreambooth_moslora.cli.parser import parse_train_config
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.settings.fields import parse_pattern
+from dreambooth_moslora.settings.table import rank_and_alpha, ranks_in_vain
+from dreambooth_moslora.training.checkpoint import check_resumed, read_position
+from dreambooth_moslora.training.dry_run import describe_run
+from dreambooth_moslora.training.loop import train
+from tests.helpers.tiny_training import paint_photos, tiny_config
+
+SIZES = {
+    "target_modules": ("blora_style", "blora_content", "down_blocks.1.*"),
+    "rank": 4,
+    "rank_pattern": ("blora_style=2", "*conv1:3", "attn2.to_k=6", "down_blocks.1.*=5"),
+    "alpha_pattern": ("to_q=1.5",),
+}
+EXPECTED = {
+    "up_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k": (2, 2.0),
+    "up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k": (6, 6.0),
+    "up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": (4, 1.5),
+    "down_blocks.1.resnets.0.conv1": (3, 3.0),
+    "down_blocks.1.resnets.0.conv2": (5, 5.0),
+}
+
+
+@pytest.fixture(scope="module")
+def config(tiny_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sizes")
+    photos = paint_photos(folder / "photos")
+    return lambda **changes: tiny_config(
+        tiny_base, photos, folder / "run", **SIZES | {"max_train_steps": 2, "checkpointing_steps": 2} | changes
+    )
+
+
+@pytest.fixture(scope="module")
+def run(config):
+    train(config())
+    return RunDir(config().output_dir)
+
+
+def test_a_rank_above_what_a_layer_can_use_is_said_in_one_line(config, caplog):
+    rank = {"rank_pattern": ("mid_block=4096",), "target_modules": ("to_q",), "max_train_steps": 1}
+    assert ranks_in_vain(config(**rank), "unet", {"mid_block.attentions.0.to_q": 64, "up_blocks.0.to_q": 4}) == (
+        "A rank above the number of a layer's inputs or outputs adds nothing: "
+        "mid_block.attentions.0.to_q has rank 4096 and 64 inputs or outputs (1 such layers)."
+    )
+    assert ranks_in_vain(config(), "unet", {"up_blocks.0.to_q": 4}) is None
+    train(config(rank_pattern=("mid_block=80",), target_modules=("to_q",), max_train_steps=1))
+    (line,) = [record.message for record in caplog.records if "adds nothing" in record.message]
+    assert "mid_block.attentions.0" in line and "has rank 80" in line
+
+
+def test_the_first_pattern_that_fits_counts_and_alpha_follows_the_rank(config):
+    assert {path: rank_and_alpha(config(), "unet", path) for path in EXPECTED} == EXPECTED
+    assert rank_and_alpha(config(lora_alpha=8.0), "unet", min(EXPECTED)) == (3, 8.0)
+    assert rank_and_alpha(config(), "text_encoder", "attn2.to_k") == (4, 4.0)
+
+
+def test_checkpoint_and_published_files_have_each_layers_own_size(run):
+    tensors, facts = read_raw(run.latest_checkpoint() / "moslora_weights.safetensors")
+    for path, (rank, alpha) in EXPECTED.items():
+        assert tensors[f"unet.{path}.lora_A"].shape[0] == rank
+        assert facts.alphas.get(f"unet.{path}", facts.alpha) == alpha
+    kohya = load_file(run.kohya_path)
+    names = {path: "lora_unet_" + path.replace(".", "_") for path in EXPECTED}
+    assert {p: kohya[f"{name}.lora_down.weight"].shape[0] for p, name in names.items()} == {
+        path: rank for path, (rank, _) in EXPECTED.items()
+    }
+    assert all(f"{name}.alpha" in kohya for name in names.values())
+    (proof,) = (event["proof"] for event in run.read_metrics() if event["type"] == "export")
+    assert proof["max_relative_difference"] < 1e-5
+    assert "rank 2 to 6" in run.card_path.read_text()
+
+
+def test_a_dry_run_counts_what_is_trained(run, config):
+    tensors, _ = read_raw(run.latest_checkpoint() / "moslora_weights.safetensors")
+    count, layers = sum(tensor.numel() for tensor in tensors.values()), len(tensors) // 3
+    assert f"adapter: {count:,} parameters on {layers} layers" in describe_run(config())
+
+
+def test_a_run_is_resumed_with_the_same_sizes_alone(run, config):
+    checkpoint = run.latest_checkpoint()
+    check_resumed(config(), checkpoint, read_position(checkpoint))
+    for changes, says in (
+        ({"rank_pattern": SIZES["rank_pattern"][1:]}, "--rank_pattern: checkpoint-2 has 2; you ask for 4"),
+        ({"rank_pattern": ()}, "--rank: checkpoint-2 has"),
+        ({"alpha_pattern": ()}, "--lora_alpha: checkpoint-2 has 1.5; you ask for"),
+        ({"alpha_pattern": ("to_q=2",)}, "--alpha_pattern: checkpoint-2 has 1.5; you ask for 2"),
+    ):
+        with pytest.raises(UserError, match=says):
+            check_resumed(config(**changes), checkpoint, read_position(checkpoint))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_fewer_layers_than_are_asked_for_is_refused(config, tmp_path):
+    """`to_q` alone means more layers than `mid_block.*.to_q`, though each layer there is a `to_q`."""
+    few = {"rank_pattern": (), "alpha_pattern": (), "output_dir": str(tmp_path)}
+    train(config(**few | {"target_modules": ("mid_block.*.to_q",)}))
+    with pytest.raises(UserError, match="--target_modules: checkpoint-2 was trained on other layers, first down_"):
+        train(config(**few | {"target_modules": ("to_q",), "resume_from_checkpoint": "latest", "max_train_steps": 3}))
+
+
+@pytest.mark.parametrize("text", ["to_k", "to_k=", "=8", "to_k=0", "to_k=2.5", "to_k=x", "to_k=9999", "to_k=nan"])
+def test_a_pattern_that_is_none_is_one_line(text, config):
+    with pytest.raises(UserError, match=r"--rank_pattern .*: expected a layer's name and a whole number from 1"):
+        config(rank_pattern=(text,))
+    assert parse_pattern("alpha_pattern", "to_k=2.5") == ("to_k", 2.5)
+
+
+def test_names_that_mean_nothing_are_answered_with_a_near_one(config, tmp_path, capsys):
+    with pytest.raises(
+        UserError, match=r"--rank_pattern to_r=8: no layer with an adapter has that name; did you mean to_"
+    ):
+        describe_run(config(rank_pattern=("to_r=8",)))
+    with pytest.raises(UserError, match=r"--alpha_pattern mid_block=8: no layer with an adapter has that name"):
+        describe_run(config(alpha_pattern=("mid_block=8",)))
+    with pytest.raises(
+        UserError, match=r"up_blocks.0.attention.1: the UNet has no such layer; did you mean up_blocks.0"
+    ):
+        describe_run(config(target_modules=("up_blocks.0.attention.1",)))
+    with pytest.raises(UserError, match="--mixer butterfly needs an even --rank, not 3"):
+        describe_run(config(mixer="butterfly", rank_pattern=("to_q=3",)))
+
+
+def test_patterns_come_from_the_command_line_and_from_files(tmp_path):
+    (tmp_path / "c.toml").write_text('rank_pattern = ["to_k=8", "mid_block.*=2"]\nalpha_pattern = "to_k=4"\n')
+    words = ["--pretrained_model_name_or_path", "toy", "--instance_data_dir", "x", "--instance_prompt", "sks dog"]
+    flags = ["--rank_pattern", "to_k=8", "mid_block.*=2", "--alpha_pattern", "to_k=4"]
+    one, two = (parse_train_config([*words, *more]) for more in (flags, ["--config", str(tmp_path / "c.toml")]))
+    assert one == two and one.rank_pattern == ("to_k=8", "mid_block.*=2")
+    assert train_main([*words, "--use_blora"]) == 2

@@ -1,0 +1,143 @@
+"""Settings in files: below the flags, above the defaults, with mistakes named; and the recipes that are shipped."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from dreambooth_moslora.cli.main import train_main
+from dreambooth_moslora.cli.parser import parse_train_config
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.names import TOY_TEMPLATES
+from dreambooth_moslora.evaluation.protocol import UNRELATED_TOYS
+from dreambooth_moslora.settings.sources import load_settings
+from dreambooth_moslora.settings.table import TrainConfig
+from tests.settings.test_train_config import NEEDED
+
+CONFIGS = Path(__file__).parents[2] / "assets" / "configs"
+RECIPES = sorted(CONFIGS.glob("*.toml"))
+LONG = "x" * 100_000
+
+
+def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('instance_prompt = "a photo of sks cat"\n[training]\nlearning-rate = 3e-4\nrank = 8\nseed = 1')
+    words = [
+        "--pretrained_model_name_or_path",
+        "toy",
+        "--instance_data_dir",
+        "x",
+        "--config",
+        str(recipe),
+        "--rank",
+        "2",
+    ]
+    config = parse_train_config(words)
+    assert (config.instance_prompt, config.learning_rate, config.rank, config.seed) == (
+        "a photo of sks cat",
+        3e-4,
+        2,
+        1,
+    )
+    assert config.train_batch_size == 4
+
+
+@pytest.mark.parametrize("item", fields(TrainConfig), ids=lambda item: item.name)
+def test_a_number_of_400_digits_is_one_short_line_or_no_number(item, tmp_path):
+    (tmp_path / "a.toml").write_text(f"{item.name} = 1{'0' * 400}")
+    with pytest.raises(UserError, match=f"--{item.name} 10000.*: expected "):
+        TrainConfig.from_dict(load_settings(tmp_path / "a.toml"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--rank", LONG], ["--mixer", LONG], [f"--{LONG}"], [LONG], ["--config", LONG], ["--output_dir", LONG]],
+    ids=lambda words: words[0][:12],
+)
+def test_a_very_long_value_is_not_shown_whole(words, capsys):
+    assert train_main([*NEEDED, *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and 20 < len(error) < 1100
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.toml", "rank = ", "not valid TOML"),
+        ("a.json", "{", "not valid JSON"),
+        ("a.json", "[1]", "found a list"),
+        ("a.json", '{"a": ' * 100_000, "nested too deeply"),
+        ("a.toml", "a = " + "[" * 100_000, "nested too deeply"),
+        ("a.toml", "rnak = 3", "unknown setting `rnak`: did you mean `rank`?"),
+        ("a.toml", "rank = 3\n[x]\nrank = 4", "given twice"),
+        ("a.toml", 'rank = "many"', "expected a whole number"),
+        ("a.toml", "random_flip = 1", "expected true or false"),
+    ],
+)
+def test_mistakes_in_files_name_the_place(tmp_path, name, text, says):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as caught:
+        parse_train_config([*NEEDED, "--config", str(tmp_path / name)])
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("instance_data_dri = 'x'", "did you mean `instance_data_dir`"), ('rank = "big"', "expected a whole number")],
+)
+def test_a_wrong_setting_is_named_before_a_missing_one(tmp_path, text, says):
+    (tmp_path / "a.toml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        parse_train_config(["--config", str(tmp_path / "a.toml")])
+    assert says in str(caught.value)
+
+
+def test_the_json_of_a_run_is_taken_back_and_holds_no_secret(tmp_path):
+    config = parse_train_config([*NEEDED, "--hub_token", "hf_secret", "--rank", "3", "--target_modules", "to_q"])
+    text = json.dumps(config.to_dict())
+    assert "hf_secret" not in text
+    (tmp_path / "train_config.json").write_text(text)
+    again = parse_train_config(["--config", str(tmp_path / "train_config.json")])
+    assert again.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "wanted"),
+    [
+        ("[training]\nexposures_per_photo = 60", [], (60, None)),
+        ("exposures_per_photo = 60", ["--max_train_steps", "9"], (None, 9)),
+        ("max_train_steps = 9", ["--exposures_per_photo", "60"], (60, None)),
+    ],
+)
+def test_a_file_may_set_exposures_and_a_flag_for_the_steps_overrides_it(tmp_path, text, flags, wanted):
+    (tmp_path / "a.toml").write_text(text)
+    config = parse_train_config([*NEEDED, "--config", str(tmp_path / "a.toml"), *flags])
+    assert (config.exposures_per_photo, config.max_train_steps) == wanted
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_parsed(path):
+    words = [] if "[[subjects]]" in path.read_text() else NEEDED
+    config = parse_train_config([*words, "--config", str(path)])
+    assert config.max_train_steps and config.mixer in ("orthogonal", "none")
+
+
+def test_the_recipes_that_are_promised_are_there():
+    assert {"sdxl_8gb", "sdxl_12gb", "sdxl_24gb", "paper"} <= {path.stem for path in RECIPES}
+
+
+def test_the_papers_recipe_has_the_papers_numbers():
+    config = parse_train_config([*NEEDED, "--config", str(next(p for p in RECIPES if p.stem == "paper"))])
+    assert (config.rank, config.lora_alpha, config.learning_rate, config.max_train_steps) == (4, 4.0, 1e-4, 500)
+    assert (config.train_batch_size, config.gradient_accumulation_steps, config.resolution) == (1, 4, 1024)
+    assert config.target_modules == ("to_q", "to_k", "to_v", "to_out.0") and config.mixer == "orthogonal"
+
+
+@pytest.mark.parametrize("name", ["toy", "quickstart", "two_subjects"])
+def test_a_recipe_does_not_preserve_what_drift_and_likeness_are_measured_on(name):
+    config = parse_train_config(["--config", str(CONFIGS / f"{name}.toml")])
+    words = [folder.name.rpartition("_")[2] for folder in (CONFIGS.parent / "subjects").iterdir()]
+    measured = {text.format(kind) for text, kind in UNRELATED_TOYS}
+    measured |= {template.replace("{}", word) for template in TOY_TEMPLATES for word in words}
+    assert config.prior_prompts and not measured & set(config.prior_prompts)

@@ -1,0 +1,121 @@
+"""Several subjects: tables, folders and lists become the configurations of each; mistakes are one line."""
+
+import json
+
+import pytest
+
+from dreambooth_moslora.cli.parser import parse_train_config
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.settings.prompts import context_prompts, trigger_words, validation_prompts
+from dreambooth_moslora.settings.subjects import each_subject
+from dreambooth_moslora.settings.table import TrainConfig
+
+BASE = ["--pretrained_model_name_or_path", "toy"]
+DUCK = {"instance_data_dir": "a", "instance_prompt": "a photo of a sks duck", "class_prompt": "a photo of a duck"}
+DOG = {"instance_data_dir": "b", "instance_prompt": "a photo of a zwx dog"}
+TOML = """
+caption_prefix = "see,"
+[[subjects]]
+instance_data_dir = "a"
+instance_prompt = "a photo of a sks duck"
+class_prompt = "a photo of a duck"
+[[subjects]]
+instance_data_dir = "b"
+instance_prompt = "a photo of a zwx dog"
+caption_prefix = "look,"
+[training]
+rank = 3
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    (tmp_path / "two.toml").write_text(TOML)
+    return ["--config", str(tmp_path / "two.toml")]
+
+
+def test_tables_of_a_file_are_the_runs_settings_with_each_ones_own(recipe):
+    config = parse_train_config([*BASE, *recipe])
+    duck, dog = each_subject(config)
+    assert duck == TrainConfig(pretrained_model_name_or_path="toy", rank=3, caption_prefix="see,", **DUCK)
+    assert dog == TrainConfig(pretrained_model_name_or_path="toy", rank=3, caption_prefix="look,", **DOG)
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert trigger_words(config) == ("sks duck", "zwx dog")
+    assert validation_prompts(config) == (duck.instance_prompt, dog.instance_prompt)
+    assert context_prompts(config)[-1] == "a photo of a sks duck and a zwx dog"
+
+
+def test_a_run_without_tables_is_its_own_one_subject():
+    config = TrainConfig(**DUCK)
+    assert each_subject(config) == [config] and each_subject(TrainConfig(subjects=[DUCK])) == [config]
+
+
+def test_a_flag_for_one_subject_displaces_the_files_several_and_the_other_way_round(recipe, tmp_path):
+    one = parse_train_config([*BASE, *recipe, "--instance_data_dir", "c", "--instance_prompt", "a photo of x"])
+    assert (one.subjects, one.instance_data_dir, one.rank) == ((), "c", 3)
+    (tmp_path / "one.toml").write_text('instance_data_dir = "a"\ninstance_prompt = "a photo of x"\nrank = 5')
+    (tmp_path / "photos" / "sks dog").mkdir(parents=True)
+    words = ["--config", str(tmp_path / "one.toml"), "--subjects", str(tmp_path / "photos")]
+    assert parse_train_config([*BASE, *words]).rank == 5
+
+
+def test_a_folder_of_folders_names_its_subjects_or_text_files_beside_them_do(tmp_path):
+    for name in ("sks duck", "10_zwx_big_dog", "mylo", "x", ".cache"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "x.txt").write_text("\ufeffa painting by ohwx \n\n a painting\n", encoding="utf-8")
+    (tmp_path / "notes.txt").write_text("for myself")
+    found = each_subject(parse_train_config([*BASE, "--subjects", str(tmp_path)]))
+    assert [(one.instance_prompt, one.class_prompt) for one in found] == [
+        ("a photo of a zwx big dog", "a photo of a big dog"),
+        ("a photo of mylo", None),
+        ("a photo of a sks duck", "a photo of a duck"),
+        ("a painting by ohwx", "a painting"),
+    ]
+    assert found[2].instance_data_dir == str(tmp_path / "sks duck")
+
+
+def test_the_json_list_of_other_scripts_is_taken(tmp_path):
+    (tmp_path / "concepts.json").write_text(json.dumps([DUCK, DOG]))
+    config = parse_train_config([*BASE, "--subjects", str(tmp_path / "concepts.json")])
+    assert [one.instance_prompt for one in each_subject(config)] == [DUCK["instance_prompt"], DOG["instance_prompt"]]
+    with pytest.raises(UserError, match="--concepts_list: use --subjects, which takes the same file"):
+        parse_train_config([*BASE, "--concepts_list", "concepts.json"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"subjects": [DUCK], "instance_data_dir": "c"}, "--subjects and --instance_data_dir: each subject names"),
+        ({"subjects": [DUCK], "instance_prompt": "a photo of x"}, "--subjects and --instance_prompt"),
+        ({"subjects": [{"instance_data_dir": "a"}]}, "number 1 has no instance_prompt"),
+        ({"subjects": [DUCK, {"instance_prompt": "x"}]}, "number 2 has no instance_data_dir"),
+        ({"subjects": [DUCK, {**DOG, "instance_data_dir": "./a"}]}, "2 of them have the instance_data_dir 'a'"),
+        ({"subjects": [DUCK, {**DUCK, "instance_data_dir": "b"}]}, "2 of them have the instance_prompt"),
+        ({"subjects": [{**DUCK, "rank": 3}]}, "a subject has no setting `rank`; it may have instance_data_dir"),
+        ({"subjects": [DUCK, DOG], "with_prior_preservation": True}, r"subject 2 \(b\): --with_prior_preservation"),
+        ({"subjects": [{**DUCK, "token": 3}]}, r"subject 1 \(a\): --token 3: expected text"),
+        ({"subjects": [DUCK, DOG], "class_data_dir": "c"}, "--class_data_dir c: two classes cannot share it"),
+        ({"subjects": [DUCK, 3]}, "expected a folder of folders"),
+        ({"subjects": "nowhere"}, "--subjects nowhere: no such folder or file"),
+        ({"subjects": "nowhere.json"}, "--subjects nowhere.json: No such file"),
+    ],
+)
+def test_a_mistake_in_a_table_is_one_line_that_names_it(changes, says):
+    with pytest.raises(UserError, match=says):
+        TrainConfig(**changes)
+
+
+@pytest.mark.parametrize(("name", "text"), [("x.json", "[1]"), ("x.json", "{"), ("x.json", "{}"), ("x.json", '["a"]')])
+def test_a_file_that_is_no_list_of_tables_is_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=r"expected a list of subjects|is not valid JSON"):
+        TrainConfig(subjects=str(tmp_path / name))
+
+
+def test_a_folder_without_folders_and_an_empty_prompt_file_are_refused(tmp_path):
+    with pytest.raises(UserError, match="there is no folder in it"):
+        TrainConfig(subjects=str(tmp_path))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a.txt").write_text("\n")
+    with pytest.raises(UserError, match=r"a\.txt needs one line, the prompt of the subject"):
+        TrainConfig(subjects=str(tmp_path))

@@ -1,0 +1,180 @@
+"""Each rule of `explain`: figures with the fault it is for. `test_faulty_run` makes a run that has some."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from dreambooth_moslora.cli.main import main, train_main
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
+from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training.explain import (
+    NOTHING,
+    RULES,
+    Figures,
+    advice_after,
+    closing_advice,
+    figures_from,
+    figures_of,
+)
+from tests.helpers.few_pictures import few_pictures
+from tests.helpers.tiny_training import paint_photos, tiny_config
+
+CONFIG = TrainConfig(instance_prompt="a photo of sks dog", train_batch_size=4, mixed_precision="fp16")
+SCORES = dict(
+    dino=0.7, dino_base=0.1, pres=0.12, pres_base=0.1, clip_t_of_base=0.95,
+    drift_of_spread=0.7, copied=0.0, score=0.66, background_leak=0.02,
+)  # fmt: skip
+GOOD = Figures(
+    config=CONFIG,
+    state="done",
+    step=240,
+    photos=5,
+    nearness=0.7,
+    scores=SCORES,
+    likeness=((80, 0.66), (160, 0.69), (240, 0.7)),
+    score=((80, 0.62), (160, 0.67), (240, 0.66)),
+)
+
+
+def with_scores(**changes) -> Figures:
+    return replace(GOOD, scores=SCORES | changes)
+
+
+PRIOR = replace(CONFIG, with_prior_preservation=True, class_prompt="a photo of a dog")
+TWO = {
+    "instance_prompt": TrainConfig().instance_prompt,
+    "subjects": (
+        {"instance_data_dir": "dogs", "instance_prompt": "a photo of sks dog"},
+        {"instance_data_dir": "cats", "instance_prompt": "a photo of sks cat"},
+    ),
+}
+FAULTS = {
+    "broke_off": (
+        replace(GOOD, state="failed", message="the loss is nan at step 7: lower --learning_rate"),
+        ["the loss is nan at step 7", "--learning_rate 3e-05", "--mixed_precision bf16"],
+    ),
+    "overflowed": (replace(GOOD, skipped=20), ["in 20 steps", "--mixed_precision bf16"]),
+    "seen_too_rarely": (replace(GOOD, step=10), ["shown 8 times", "--exposures_per_photo 200"]),
+    "nothing_scored": (replace(GOOD, scores={}), ["`evaluate`", "--evaluate_steps 48"]),
+    "copies_photos": (
+        replace(with_scores(copied=0.3), copy_alarm=True),
+        ["30%", "--crops_per_photo 8", "--max_train_steps 160"],
+    ),
+    "lost_the_prompt": (
+        with_scores(clip_t_of_base=0.6, background_leak=0.12),
+        ["0.60", "leak 0.12", "--unmasked_weight 0"],
+    ),
+    "class_became_subject": (with_scores(pres=0.5), ["every dog", "67%", "--with_prior_preservation"]),
+    "drifted": (with_scores(drift_of_spread=1.8), ["1.8 times", "--with_prior_preservation"]),
+    "confused_subjects": (
+        replace(with_scores(confusion=0.42), config=replace(CONFIG, **TWO)),
+        ["confusion 0.42", "--exposures_per_photo 290", "another rare word"],
+    ),
+    "past_its_best": (
+        replace(GOOD, score=((120, 0.67), (240, 0.55))),
+        ["0.67 at step 120", "best/", "--max_train_steps 120"],
+    ),
+    "still_rising": (
+        replace(GOOD, likeness=((80, 0.3), (160, 0.5), (240, 0.7))),
+        ["0.50 at step 160", "0.70 at step 240", "--exposures_per_photo 290"],
+    ),
+    "photos_are_few": (replace(GOOD, photos=1), ["1 photo:", "3 to 10"]),
+    "photos_are_alike": (replace(GOOD, nearness=0.97), ["0.97", "--crops_per_photo 8 --crop_zoom 1.3"]),
+}
+
+
+def test_every_rule_has_a_fault_here():
+    assert list(FAULTS) == [rule.__name__ for rule in RULES]
+
+
+def test_nothing_is_said_of_good_figures():
+    assert advice_after(GOOD) == [] and closing_advice(GOOD) == [NOTHING]
+
+
+def test_a_run_ends_with_three_lines_at_most_and_with_none_when_nobody_scored_it():
+    bad = replace(with_scores(pres=0.5, copied=0.3, clip_t_of_base=0.6), copy_alarm=True, nearness=0.97)
+    assert closing_advice(bad) == advice_after(bad)[:3] and len(advice_after(bad)) == 4
+    assert closing_advice(replace(GOOD, scores={})) == []
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_named_alone_with_figure_and_flag(name):
+    run, words = FAULTS[name]
+    (sentence,) = advice_after(run)
+    assert all(word in sentence for word in words), sentence
+    assert "\n" not in sentence
+
+
+def test_a_run_that_has_the_remedy_gets_the_next_one():
+    (more,) = advice_after(replace(with_scores(pres=0.5), config=PRIOR))
+    assert "--prior_loss_weight 2" in more
+    (prompts,) = advice_after(replace(with_scores(drift_of_spread=1.8), config=replace(PRIOR, prior="adapter_off")))
+    assert prompts.endswith("--prior_prompts")
+    unmasked = {name: value for name, value in SCORES.items() if name != "background_leak"}
+    (masks,) = advice_after(replace(GOOD, scores=unmasked | {"clip_t_of_base": 0.6}))
+    assert "add masks" in masks and "leak" not in masks
+
+
+def test_what_is_not_a_number_is_passed_over():
+    odd = {"type": "evaluation", "step": 3, "dino": "high", "score": None, "photos": 7, "copied": float("nan")}
+    assert figures_from([odd, {"type": "step"}, {"type": "end", "state": None}], CONFIG).scores == {}
+    huge = {"type": "evaluation", "step": 3, "dino": 10**400, "photos": {"count": 10**400}}
+    assert figures_from([huge], CONFIG).scores == {} and figures_from([huge], CONFIG).photos is None
+
+
+def test_a_later_report_of_evaluate_is_taken(tmp_path):
+    run = RunDir(tmp_path)
+    run.config_path.write_text(json.dumps({**CONFIG.to_dict(), "setting_of_tomorrow": 1}))
+    run.append_metrics({"type": "evaluation", "step": 3, "dino": 0.5, "photos": {"count": 4, "nearness": 0.7}})
+    assert figures_of(run).scores["dino"] == 0.5 and figures_of(run).photos == 4
+    (tmp_path / "evaluation").mkdir()
+    report = {"scores": {"dino": {"mean": 0.6}}, "relative": {"drift_of_spread": 1.7}, "score": 0.4}
+    (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(report | {"copy_alarm": {"raised": True}}))
+    found = figures_of(run)
+    assert found.scores == {"dino": 0.6, "drift_of_spread": 1.7, "score": 0.4} and found.copy_alarm
+
+
+def test_the_command_reads_a_real_run_and_says_how_to_score_it(tiny_base, tmp_path, capsys):
+    from dreambooth_moslora.training.loop import train
+
+    train(tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "dog", max_train_steps=2))
+    assert main(["explain", str(tmp_path / "dog")]) == 0
+    out = capsys.readouterr().out
+    assert "it ended after 2 steps; each of 3 photos was shown 1 times" in out
+    assert "--exposures_per_photo" in out and "nothing was scored" in out
+
+
+def test_a_folder_without_a_run_is_one_line(tmp_path, capsys):
+    assert main(["explain", str(tmp_path)]) == 2
+    assert "holds no run: train_config.json is not there" in capsys.readouterr().err
+    RunDir(tmp_path).config_path.write_text(json.dumps(CONFIG.to_dict()))
+    assert main(["explain", str(tmp_path)]) == 2
+    assert "holds no run: metrics.jsonl is not there" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_subjects_that_were_hardly_learnt_are_said_to_be_taken_for_each_other(tmp_path):
+    recipe = ["--config", "assets/configs/two_subjects.toml", "--num_validation_images", "0"]
+    flags = ["--max_train_steps=2", "--evaluate_steps=2", "--crops_per_photo=1", "--output_dir", str(tmp_path / "two")]
+    with few_pictures(templates=2):
+        assert train_main([*recipe, *flags]) == 0
+    found = figures_of(RunDir(tmp_path / "two"))
+    said = advice_after(found)
+    assert any(f"confusion {found.scores['confusion']:.2f}" in line for line in said), said
+
+
+@pytest.mark.slow
+def test_frames_of_one_film_are_said_to_be_alike(tiny_base, encoders, tmp_path):
+    from dreambooth_moslora.training.loop import train
+
+    photos = paint_photos(tmp_path / "photos", 1)
+    for number in (1, 2):
+        shutil.copy(photos / "0.png", photos / f"{number}.png")
+    config = tiny_config(tiny_base, photos, tmp_path / "dog", max_train_steps=1, evaluate_steps=1)
+    with few_pictures(inference_steps=2):
+        train(config, evaluator=TrainingEvaluator(config, encoders))
+    said = advice_after(figures_of(RunDir(tmp_path / "dog")))
+    assert any("nearly one picture" in line for line in said), said

@@ -1,0 +1,201 @@
+"""The objective against diffusers' schedulers and against itself in another parametrisation."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
+from diffusers.training_utils import compute_snr
+
+from dreambooth_moslora.training import objective
+from dreambooth_moslora.training.objective import NoiseSchedule
+from dreambooth_moslora.training.prepare import noise_schedule
+
+SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+INDEX = torch.tensor([3, 400, 999])
+ALL = 3  # of the drawn images are the subject's
+
+
+def schedule(prediction_type="epsilon", style="ddpm") -> NoiseSchedule:
+    return NoiseSchedule.from_alphas(SCHEDULER.alphas_cumprod, prediction_type, style)
+
+
+@pytest.fixture
+def drawn():
+    torch.manual_seed(0)
+    return torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+
+
+def test_ddpm_noise_and_velocity_equal_diffusers(drawn):
+    latents, noise, _ = drawn
+    noisy = objective.add_noise(schedule(), latents, noise, INDEX)
+    assert torch.allclose(noisy.unet_input, SCHEDULER.add_noise(latents, noise, INDEX), atol=1e-5)
+    assert torch.equal(objective.loss_target(schedule(), latents, noise, INDEX), noise)
+    velocity = objective.loss_target(schedule("v_prediction"), latents, noise, INDEX)
+    assert torch.allclose(velocity, SCHEDULER.get_velocity(latents, noise, INDEX), atol=1e-5)
+
+
+def parts(kind, style, drawn):
+    latents, noise, output = drawn
+    plan = schedule(kind, style)
+    noisy = objective.add_noise(plan, latents, noise, INDEX)
+    prediction = objective.prediction_of(plan, output, noisy)
+    target = objective.loss_target(plan, latents, noise, INDEX)
+    return objective.image_errors(prediction, target, None) * objective.snr_weights(plan, INDEX, ALL, None)
+
+
+def test_edm_style_tells_the_unet_the_same(drawn):
+    latents, noise, _ = drawn
+    ddpm, edm = (objective.add_noise(schedule(style=s), latents, noise, INDEX) for s in ("ddpm", "edm"))
+    assert torch.allclose(ddpm.unet_input, edm.unet_input, atol=1e-5)
+    assert torch.equal(ddpm.timesteps, edm.timesteps)
+
+
+def test_edm_style_with_epsilon_is_the_same_loss(drawn):
+    assert torch.allclose(parts("epsilon", "edm", drawn), parts("epsilon", "ddpm", drawn), rtol=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "extra"), [("epsilon", 0.0), ("v_prediction", 1.0)])
+def test_min_snr_is_that_of_diffusers_script(kind, extra, drawn):
+    """min(SNR, gamma) / SNR, and one more for velocity; the prior loss is the plain mean (arXiv 2303.09556, 3.4)."""
+    latents, noise, output = drawn
+    truth = DDPMScheduler.from_config(SCHEDULER.config, prediction_type=kind)
+    index, subjects, gamma = torch.tensor([3, 400, 900]), 2, 5.0
+    answer = noise if kind == "epsilon" else truth.get_velocity(latents, noise, index)
+    errors = (output - answer).square().mean((1, 2, 3)).tolist()
+    weights = [min(snr, gamma) / snr + extra for snr in compute_snr(truth, index).tolist()]
+    expected = (weights[0] * errors[0] + weights[1] * errors[1]) / 2
+    plan = schedule(kind)
+    target = objective.loss_target(plan, latents, noise, index)
+    got = objective.loss(output, target, objective.snr_weights(plan, index, subjects, gamma), subjects, 0.25)
+    assert float(got.instance) == pytest.approx(expected, rel=1e-4)
+    assert float(got.prior) == pytest.approx(errors[2], rel=1e-4)
+    assert float(got.total) == pytest.approx(expected + 0.25 * errors[2], rel=1e-4)
+    assert weights[0] - extra < 0.05 and weights[1] - extra == 1
+
+
+def test_edm_style_counts_an_error_of_the_latents_by_one_over_sigma_squared(drawn):
+    latents, noise, output = drawn
+    truth = EulerDiscreteScheduler.from_config(SCHEDULER.config)
+    index = torch.tensor([3, 400, 900])
+    sigmas = truth.sigmas[:-1].flip(0)[index].view(-1, 1, 1, 1)
+    clean = latents + sigmas * noise - sigmas * output
+    expected = ((clean - latents) ** 2 / sigmas**2).mean()
+    plan = schedule(style="edm")
+    noisy = objective.add_noise(plan, latents, noise, index)
+    prediction, target = (
+        objective.prediction_of(plan, output, noisy),
+        objective.loss_target(plan, latents, noise, index),
+    )
+    got = objective.loss(prediction, target, objective.snr_weights(plan, index, ALL, None), ALL)
+    assert float(got.total) == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_a_perfect_prediction_costs_nothing(drawn):
+    latents, noise, _ = drawn
+    for kind in ("epsilon", "v_prediction"):
+        edm, answer = schedule(kind, "edm"), objective.loss_target(schedule(kind), latents, noise, INDEX)
+        clean = objective.prediction_of(edm, answer, objective.add_noise(edm, latents, noise, INDEX))
+        assert torch.allclose(clean, latents, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_edm_bases_are_preconditioned_as_diffusers_does(kind, drawn):
+    latents, noise, output = drawn
+    truth = EDMEulerScheduler(prediction_type=kind)
+    plan = NoiseSchedule(truth.sigmas[:-1], truth.timesteps, kind, "edm", truth.config.sigma_data)
+    index = torch.tensor([3, 400, 900])
+    sigma = truth.sigmas[index].view(-1, 1, 1, 1)
+    noisy = objective.add_noise(plan, latents, noise, index)
+    assert torch.allclose(noisy.unet_input, truth.precondition_inputs(latents + sigma * noise, sigma))
+    clean = truth.precondition_outputs(latents + sigma * noise, output, sigma)
+    assert torch.allclose(objective.prediction_of(plan, output, noisy), clean, atol=1e-5)
+
+
+def test_zero_terminal_snr_stays_finite(drawn):
+    latents, noise, _ = drawn
+    plan = NoiseSchedule.from_alphas(torch.tensor([0.9, 0.5, 0.0]), "v_prediction", "ddpm")
+    index = torch.tensor([0, 1, 2])
+    noisy = objective.add_noise(plan, latents, noise, index)
+    assert torch.equal(noisy.latents[2], noise[2])
+    assert torch.equal(objective.loss_target(plan, latents, noise, index)[2], -latents[2])
+    assert objective.snr_weights(plan, index, ALL, 5.0)[2] == 2
+
+
+def test_instance_and_prior_are_apart_and_weighted():
+    prediction, target = torch.zeros(4, 4, 2, 2), torch.ones(4, 4, 2, 2)
+    target[2:] = 3
+    got = objective.loss(prediction, target, torch.ones(4), instance_count=2, prior_loss_weight=0.5)
+    assert (got.instance, got.prior, got.total) == (1, 9, 5.5)
+
+
+def test_without_prior_images_the_total_is_the_instance_loss():
+    got = objective.loss(torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2), torch.ones(1), 1)
+    assert got.prior is None and got.total == got.instance == 1
+
+
+def test_a_mask_weighs_places_and_not_images():
+    prediction, target = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
+    target[..., 0, 0] = 2
+    mask = torch.zeros(1, 1, 2, 2)
+    mask[..., 0, 0] = 1
+    assert objective.image_errors(prediction, target, mask).item() == 4
+
+
+def test_an_image_without_the_subject_counts_as_its_places_do():
+    prediction, target = torch.zeros(3, 4, 2, 2), torch.ones(3, 4, 2, 2)
+    target[..., 0, 0] = 2
+    mask = torch.stack([torch.full((1, 2, 2), weight) for weight in (1.0, 0.2, 0.0)])
+    got = objective.image_errors(prediction, target, mask).tolist()
+    assert got == pytest.approx([7 / 4, 0.2 * 7 / 4, 0])
+
+
+@pytest.mark.parametrize("strategy, noisy_share", [("none", 0.25), ("later", 4 / 7), ("earlier", 1 / 7)])
+def test_biased_draws_prefer_their_portion_of_the_noise_levels(strategy, noisy_share):
+    for schedule in map(noise_schedule, (SCHEDULER, EDMEulerScheduler())):
+        draws = objective.sample_timesteps(schedule, 20_000, torch.Generator().manual_seed(0), strategy, 4.0, 0.25)
+        noisiest = schedule.sigmas[draws] >= schedule.sigmas.sort(descending=True).values[len(schedule) // 4 - 1]
+        assert noisiest.float().mean().item() == pytest.approx(noisy_share, abs=0.02)
+
+
+def test_debiased_weights_turn_an_error_of_the_noise_into_one_of_the_latents():
+    """1/sqrt(SNR), and 1/(SNR + 1) for velocity; kohya counts the SNR up to 1000."""
+    index = torch.tensor([0, 400, 999])
+    snr = compute_snr(SCHEDULER, index).clamp(max=1000)
+    assert objective.debiased_weights(schedule(), index).tolist() == pytest.approx(snr.rsqrt().tolist(), rel=1e-4)
+    velocity = objective.debiased_weights(schedule("v_prediction"), index)
+    assert velocity.tolist() == pytest.approx((1 / (snr + 1)).tolist(), rel=1e-4) and snr[0] == 1000
+
+
+def test_offset_noise_shifts_whole_channels_and_draws_nothing_without_strength():
+    noise, seed = torch.randn(500, 4, 8, 8), torch.Generator().manual_seed(1)
+    assert objective.offset_noise(noise, 0.0, seed) is noise
+    shift = objective.offset_noise(noise, 0.3, seed) - noise
+    assert shift.std((2, 3)).max() < 1e-6 and shift.std().item() == pytest.approx(0.3, rel=0.1)
+
+
+WIDTHS = {
+    "constant": lambda sigma, t: 0.2,
+    "exponential": lambda sigma, t: math.exp(math.log(0.2) / 1000 * t),
+    "snr": lambda sigma, t: (1 - 0.2) / (1 + sigma) ** 2 + 0.2,
+}
+
+
+@pytest.mark.parametrize("kind", ["huber", "smooth_l1"])
+@pytest.mark.parametrize("course", WIDTHS)
+def test_huber_losses_are_those_of_sd_scripts(kind, course, drawn):
+    """As `conditional_loss` there, for each image's own noise level: a square near zero, a slope of two (c) far off."""
+    target, _, output = drawn
+    plan = schedule()
+    got = objective.image_errors(output, target, None, objective.pointwise_error(plan, INDEX, kind, 0.2, course))
+    for number, step in enumerate(INDEX.tolist()):
+        c = WIDTHS[course](plan.sigmas[step].item(), step)
+        rounded = (((output[number] - target[number]) ** 2 + c**2) ** 0.5 - c) * (2 * c if kind == "huber" else 2)
+        assert got[number].item() == pytest.approx(rounded.mean().item(), rel=1e-4)
+
+
+def test_an_ordinary_loss_is_the_squared_error_bit_for_bit(drawn):
+    target, _, output = drawn
+    plain = objective.image_errors(output, target, None)
+    assert torch.equal(plain, ((output - target) ** 2).flatten(1).mean(1))
+    assert objective.pointwise_error(schedule(), INDEX) is torch.square

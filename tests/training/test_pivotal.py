@@ -1,0 +1,315 @@
+"""Pivotal tuning: only the new rows move, and what is published is what was learnt, wherever it is read."""
+
+import json
+from argparse import ArgumentParser
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from dreambooth_moslora.adapters.metadata import AdapterMetadata, notes_in
+from dreambooth_moslora.adapters.new_tokens import AttachedTokens, NewTokens, prove_tokens, read_tokens
+from dreambooth_moslora.base.load import encode_text, load_pipeline
+from dreambooth_moslora.cli import verify
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.settings.prompts import learnt_words
+from dreambooth_moslora.training.adapters import LearntTokens, fresh_tokens
+from dreambooth_moslora.training.loop import train
+from dreambooth_moslora.training.model_card import public_files
+from dreambooth_moslora.training.optimizer import make_optimizer, parameter_groups
+from dreambooth_moslora.ui.adapters import AdapterCatalog
+from dreambooth_moslora.ui.generate_form import summary_of
+from tests.helpers.tiny import save_tiny_sdxl
+from tests.helpers.tiny_training import paint_photos, tiny_config
+
+PROMPT = "a photo of sks dog"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_sdxl(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return paint_photos(tmp_path_factory.mktemp("photos"))
+
+
+def config_in(base, photos, folder, **changes):
+    return tiny_config(base, photos, folder, **{"train_text_encoder_ti": True, **changes})
+
+
+@pytest.fixture(scope="module")
+def run(base, photos, tmp_path_factory):
+    """A run of five steps, whose tokens are learnt in the first two; checkpoints after each."""
+    folder = tmp_path_factory.mktemp("runs") / "dog"
+    prior = {"with_prior_preservation": True, "prior": "adapter_off"}
+    config = config_in(base, photos, folder, checkpointing_steps=1, **prior)
+    train(config)
+    return config
+
+
+def rows_at(config, step):
+    return load_file(RunDir(config.output_dir).checkpoint_path(step) / "moslora_emb.safetensors")
+
+
+def test_tokens_are_learnt_up_to_the_pivot_and_rest_after_it(run):
+    one, two, three, five = (rows_at(run, step) for step in (1, 2, 3, 5))
+    for key, width in (("clip_l", 16), ("clip_g", 32)):
+        assert one[key].shape == (2, width)
+        assert not torch.equal(one[key], two[key])
+        assert torch.equal(two[key], three[key]) and torch.equal(two[key], five[key])
+
+
+def test_gradients_reach_the_new_rows_alone(base):
+    pipeline = load_pipeline(base)
+    before = {name: value.clone() for name, value in pipeline.text_encoder_2.state_dict().items()}
+    rows = {p: torch.nn.Parameter(torch.randn(2, w)) for p, w in (("text_encoder", 16), ("text_encoder_2", 32))}
+    attached = AttachedTokens(pipeline, [NewTokens("sks", rows)])
+    cond = encode_text(pipeline, [PROMPT, "a photo of a dog"])
+    (cond.embeds.sum() + cond.pooled.square().sum()).backward()
+    assert all(bool(found.grad.ne(0).any(dim=1).all()) for found in rows.values())
+    others = [w for m in (pipeline.text_encoder, pipeline.text_encoder_2) for w in m.parameters()]
+    assert all(w.grad is None for w in others if not any(w is found for found in rows.values()))
+    attached.detach()
+    after = pipeline.text_encoder_2.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_prompts_without_the_word_are_encoded_as_before(base):
+    pipeline = load_pipeline(base)
+    prompts = ["a photo of a dog", "two desks", ""]
+    before = encode_text(pipeline, prompts)
+    rows = {"text_encoder": torch.randn(2, 16), "text_encoder_2": torch.randn(2, 32)}
+    attached = AttachedTokens(pipeline, [NewTokens("sks", rows)])
+    after = encode_text(pipeline, prompts)
+    assert torch.equal(before.embeds, after.embeds) and torch.equal(before.pooled, after.pooled)
+    assert attached.spelled("sks, two desks and sks's") == "<s0><s1>, two desks and <s0><s1>'s"
+
+
+def test_a_stock_diffusers_reads_the_file_and_encodes_the_same(run, base):
+    """As the model card says."""
+    folder = RunDir(run.output_dir)
+    stock = StableDiffusionXLPipeline.from_pretrained(base)
+    new, names = load_file(folder.tokens_paths[0]), ["<s0>", "<s1>"]
+    stock.load_textual_inversion(new["clip_l"], token=names, text_encoder=stock.text_encoder, tokenizer=stock.tokenizer)
+    parts = {"text_encoder": stock.text_encoder_2, "tokenizer": stock.tokenizer_2}
+    stock.load_textual_inversion(new["clip_g"], token=names, **parts)
+    found = encode_text(stock, ["a photo of <s0><s1> dog"])
+    pipeline = load_pipeline(base)
+    AttachedTokens(pipeline, [read_tokens(folder.tokens_paths[0])])
+    live = encode_text(pipeline, [PROMPT])
+    assert torch.equal(found.embeds, live.embeds) and torch.equal(found.pooled, live.pooled)
+    assert not torch.equal(found.embeds, encode_text(load_pipeline(base), [PROMPT]).embeds)
+    card = folder.read_card()
+    assert 'load_file("path/to/this/folder/dog_emb.safetensors")' in card and "a photo of <s0><s1> dog" in card
+    assert "embedding:dog_emb" in card
+
+
+def test_the_file_is_proved_and_named_by_the_adapters_header(run):
+    folder = RunDir(run.output_dir)
+    exported = next(e for e in folder.read_metrics() if e["type"] == "export")
+    assert exported["files"][-1] == "dog_emb.safetensors" and exported["proof"]["file_proofs"][-1]["outputs"] == 0.0
+    for path in (folder.adapter_path, folder.kohya_path):
+        with safe_open(path, "pt") as file:
+            note = json.loads(file.metadata()["moslora"])["tokens"]
+        assert (note["word"], note["count"], note["file"]) == ("sks", 2, "dog_emb.safetensors")
+
+
+def test_the_proof_leaves_the_encoders_tables_as_they_are(run, base):
+    pipeline, path = load_pipeline(base), RunDir(run.output_dir).tokens_paths[0]
+    parts = pipeline.text_encoder, pipeline.text_encoder_2
+    before = [part.get_input_embeddings().weight.clone() for part in parts]
+    attached = AttachedTokens(pipeline, [read_tokens(path)])
+    assert prove_tokens([path], attached, [PROMPT])[0].largest == 0.0
+    assert all(torch.equal(part.get_input_embeddings().weight, kept) for part, kept in zip(parts, before))
+    assert encode_text(pipeline, [PROMPT]).embeds.isfinite().all() and len(pipeline.tokenizer) == len(before[0]) + 2
+
+
+def test_after_the_pivot_no_optimizer_moves_the_rows(base, photos, tmp_path):
+    """Prodigy moves even groups whose learning rate is 0."""
+    config = config_in(base, photos, tmp_path, optimizer="Prodigy", learning_rate=1.0)
+    learnt = LearntTokens(config, load_pipeline(base), None, 4, None)
+    optimizer = make_optimizer(config, parameter_groups(config, {}, 1, learnt.parameters))
+    rows = learnt.parameters[0]
+    seen = [rows.detach().clone()]
+    for step in range(4):
+        learnt.fill_gradients()
+        rows.grad += step < 2
+        with learnt.at_rest(step):
+            optimizer.step()
+        seen.append(rows.detach().clone())
+        optimizer.zero_grad()
+    moved = [not torch.equal(one, other) for one, other in pairwise(seen)]
+    assert moved == [True, True, False, False]
+
+
+def words(pipeline, name, scale=1.0):
+    """The encoded prompt while the adapter acts."""
+    pipeline.activate(((name, scale),))
+    return encode_text(pipeline.pipeline, [PROMPT]).embeds
+
+
+def test_the_subject_pipeline_takes_tokens_by_itself_and_refuses_others(run, base, tmp_path, caplog):
+    folder = RunDir(run.output_dir)
+    pipeline = SubjectPipeline.from_base(base)
+    plain = encode_text(pipeline.pipeline, [PROMPT]).embeds
+    whole = words(pipeline, pipeline.load_adapter(folder.path))
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes(folder.adapter_path.read_bytes())
+    assert torch.equal(words(pipeline, pipeline.load_adapter(alone)), plain) and not torch.equal(whole, plain)
+    assert "dog_emb.safetensors is not beside it" in caplog.text
+    (tmp_path / "dog_emb.safetensors").write_bytes(folder.tokens_paths[0].read_bytes())
+    assert torch.equal(words(pipeline, pipeline.load_adapter(alone)), whole)
+    assert torch.equal(words(pipeline, "dog", scale=0.0), plain)
+    assert torch.equal(words(pipeline, pipeline.load_adapter(folder.checkpoint_path(5))), whole)
+    (tmp_path / "dog_emb.safetensors").write_bytes((folder.checkpoint_path(1) / "moslora_emb.safetensors").read_bytes())
+    with pytest.raises(UserError, match="not the file of new tokens that belongs to other"):
+        pipeline.load_adapter(alone.rename(tmp_path / "other.safetensors"))
+
+
+@pytest.mark.slow
+def test_generate_draws_with_the_tokens_and_finds_them_again_by_its_picture(run, base, tmp_path):
+    draw = ["generate", "--base", str(base), "--steps", "2", "--adapter", run.output_dir, "--output_dir"]
+    assert main([*draw, str(tmp_path / "one"), "--prompt", PROMPT]) == 0
+    png = next((tmp_path / "one").glob("*.png"))
+    assert main([*draw, str(tmp_path / "two"), "--from_png", str(png)]) == 0
+    assert main([*draw, str(tmp_path / "three"), "--prompt", "a photo of skz dog"]) == 0
+    first, again, other = (next((tmp_path / n).glob("*.png")) for n in ("one", "two", "three"))
+    assert first.read_bytes() == again.read_bytes() != other.read_bytes()
+
+
+def test_export_info_and_the_page_know_the_tokens_file(run, tmp_path, capsys):
+    folder = RunDir(run.output_dir)
+    assert main(["export", str(folder.checkpoint_path(5)), "--out", str(tmp_path), "--name", "dog"]) == 0
+    assert (tmp_path / "dog_emb.safetensors").read_bytes() == folder.tokens_paths[0].read_bytes()
+    assert main(["info", str(tmp_path), str(folder.tokens_paths[0])]) == 0
+    said = capsys.readouterr().out
+    assert "2 for the word sks, in dog_emb.safetensors" in said and "new tokens of SDXL's text encoders" in said
+    kohya = tmp_path / "dog.kohya.safetensors"
+    assert folder.tokens_paths[0].name not in {
+        p.name for p in AdapterCatalog(tmp_path, tmp_path / "runs").files().values()
+    }
+    assert summary_of(kohya).tokens == () and "dog_emb.safetensors" in public_files(tmp_path)
+    (tmp_path / "dog_emb.safetensors").unlink()
+    assert "dog_emb.safetensors belongs beside it" in summary_of(kohya).sentence()
+
+
+def test_verify_learns_the_word_that_the_header_names(run, photos, tmp_path):
+    parser = ArgumentParser()
+    verify.add_arguments(parser)
+    base = ["--pretrained_model_name_or_path", run.pretrained_model_name_or_path]
+    args = parser.parse_args([run.output_dir, "--photos", str(photos), "--initializer_concept", "th", *base])
+    config = verify.config_of(args, verify.read_receipt(run.output_dir), tmp_path / "run")
+    assert config.train_text_encoder_ti and learnt_words(config) == ("sks",) and config.initializer_concept == "th"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({"clip_l": torch.ones(2, 16)}, "clip_l and clip_g"),
+        ({"clip_l": torch.ones(2, 16), "clip_g": torch.ones(3, 32)}, "as many rows"),
+        ({"clip_l": torch.ones(99, 16), "clip_g": torch.ones(99, 32)}, "room for 75"),
+        ({"clip_l": torch.ones(1, 16), "clip_g": torch.ones(1, 32) / 0}, "not finite|NaN|inf"),
+    ],
+)
+def test_other_files_hold_no_tokens(tmp_path, tensors, says):
+    save_file(tensors, tmp_path / "a_emb.safetensors", {"moslora_word": "sks"})
+    with pytest.raises(UserError, match=says):
+        read_tokens(tmp_path / "a_emb.safetensors")
+
+
+def test_a_header_names_no_file_elsewhere():
+    note = {"word": "sks", "count": 2, "file": "dog_emb.safetensors", "sha256": "0" * 64}
+    elsewhere = note | {"file": "../dog.safetensors"}
+    for notes, found in (((note,), (note,)), ((note, note), (note, note)), ((elsewhere,), ()), ((note, elsewhere), ())):
+        assert notes_in({"moslora": AdapterMetadata(4, 4.0, tokens=notes).to_json()}) == found
+
+
+def test_two_adapters_of_one_word_are_refused_together(run, base):
+    pipeline = SubjectPipeline.from_base(base)
+    folder = RunDir(run.output_dir)
+    pair = tuple((pipeline.load_adapter(path), 1.0) for path in (folder.path, folder.checkpoint_path(1)))
+    with pytest.raises(UserError, match="'sks': use one of them at a time"):
+        pipeline.activate(pair)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "changes"), [(1, {}), (3, {"use_ema": True})])
+def test_a_resumed_run_ends_with_the_same_bytes(run, tmp_path, step, changes):
+    """Resumed before the pivot, and after it with the average of adapter and tokens."""
+    if changes:
+        run = replace(run, output_dir=str(tmp_path / "first" / "dog"), **changes)
+        train(run)
+    first = RunDir(run.output_dir)
+    again = replace(run, output_dir=str(tmp_path / "dog"), resume_from_checkpoint=str(first.checkpoint_path(step)))
+    train(again)
+    for path in (first.adapter_path, first.kohya_path, first.tokens_paths[0]):
+        assert (tmp_path / "dog" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
+def test_the_tokens_that_are_published_are_averaged_as_the_adapter_is(run, tmp_path):
+    """At rest after the second step, the rows stay as they are while their average goes on towards them."""
+    averaged = replace(run, output_dir=str(tmp_path / "dog"), use_ema=True)
+    train(averaged)
+    checkpoint = RunDir(averaged.output_dir).checkpoint_path(5)
+    weights = torch.load(checkpoint / "weights.pt", weights_only=True)["weights"]
+    own = [rows_at(run, step) for step in range(1, 6)]
+    for name, published in rows_at(averaged, 5).items():
+        mean = own[0][name]
+        for step in range(1, 5):
+            decay = (1 + step) / (10 + step)
+            mean = decay * mean + (1 - decay) * own[step][name]
+        torch.testing.assert_close(published, mean)
+        assert not torch.equal(published, own[4][name])
+        assert any(torch.equal(weight, own[4][name]) for weight in weights)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"train_text_encoder_ti": False}, "--train_text_encoder_ti: checkpoint-3 has True"),
+        ({"num_new_tokens_per_abstraction": 3}, "--num_new_tokens_per_abstraction: checkpoint-3 has 2"),
+        ({"token_abstraction": "photo"}, "photo"),
+    ],
+)
+def test_another_setting_does_not_go_on_from_a_checkpoint(run, tmp_path, changes, says):
+    checkpoint = str(RunDir(run.output_dir).checkpoint_path(3))
+    with pytest.raises(UserError, match=says):
+        train(replace(run, output_dir=str(tmp_path / "dog"), resume_from_checkpoint=checkpoint, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"token_abstraction": "TOK"}, "the instance prompt has no word 'TOK'"),
+        ({"token_abstraction": "sks,TOK"}, "one word is learnt"),
+        ({"token_abstraction": "dog"}, "it is in a prompt of the class too"),
+    ],
+)
+def test_a_word_that_cannot_be_learnt_is_refused(base, photos, tmp_path, changes, says):
+    with pytest.raises(UserError, match=says):
+        learnt_words(config_in(base, photos, tmp_path, **changes))
+
+
+def test_the_word_is_diffusers_own_where_the_prompt_has_it(base, photos, tmp_path):
+    assert learnt_words(config_in(base, photos, tmp_path)) == ("sks",)
+    of_style = config_in(base, photos, tmp_path, instance_prompt="a toy in the style of TOK")
+    assert learnt_words(of_style) == ("TOK",)
+
+
+def test_tokens_begin_as_the_words_of_a_concept(base, photos, tmp_path):
+    config = config_in(base, photos, tmp_path, initializer_concept="th dog")
+    pipeline = load_pipeline(base)
+    (started,) = fresh_tokens(config, pipeline)
+    ids = pipeline.tokenizer("th dog", add_special_tokens=False).input_ids
+    assert started.count == len(ids) != config.num_new_tokens_per_abstraction
+    assert torch.equal(started.rows["text_encoder"], pipeline.text_encoder.get_input_embeddings().weight[ids])
