@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.house import import_graph, package_of
+from tests.helpers.imports import import_graph, package_of
 
 HOME = Path(__file__).parents[1]
 ROOT = HOME / "dreambooth_moslora"
