@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 HELP = "measure how good an adapter is: report.html and scores.json"
 SUMMARY = (
-    *("dino", "clip_i", "clip_t", "clip_t_base", "pres", "pres_base", "diversity", "drift", "drift_base_spread"),
-    *("confusion", "confusion_base"),
+    *("dino", "dino_bare", "clip_i", "clip_t", "clip_t_base", "pres", "pres_base", "diversity"),
+    *("drift", "drift_base_spread", "confusion", "confusion_base"),
 )
 
 
@@ -140,7 +140,8 @@ def write(
 def picture_count(plan: "EvaluationPlan", sweeps: bool) -> int:
     """How many pictures are drawn: by the adapter and the base, and by the adapter at each scale of a sweep."""
     swept = len(SCALES) * len(plan.subject_requests) if sweeps else 0
-    return 2 * (len(plan.subject_requests) + plan.class_images + len(plan.unrelated_requests)) + swept
+    by_both = len(plan.subject_requests) + plan.class_images + len(plan.unrelated_requests)
+    return 2 * by_both + len(plan.bare_requests) + swept
 
 
 def note_strength(path: Path, choice: ScaleChoice | None) -> str:
@@ -229,10 +230,12 @@ def plans_of(
     for photo in photos:
         captions[photo.subject].extend(photo.captions)
     base = subjects[0].pretrained_model_name_or_path
-    return [plan_of(args, base, subject_of(one), said) for one, said in zip(subjects, captions)]
+    return [plan_of(args, base, subject_of(one), one.instance_prompt, said) for one, said in zip(subjects, captions)]
 
 
-def plan_of(args: argparse.Namespace, base: str, subject: Subject, captions: list[str]) -> "EvaluationPlan":
+def plan_of(
+    args: argparse.Namespace, base: str, subject: Subject, bare_prompt: str, captions: list[str]
+) -> "EvaluationPlan":
     from dataclasses import replace
 
     from dreambooth_moslora.evaluation.protocol import plan_for, spread
@@ -246,6 +249,7 @@ def plan_of(args: argparse.Namespace, base: str, subject: Subject, captions: lis
         seeds=tuple(range(args.images_per_prompt)),
         class_images=args.class_images,
         inference_steps=args.inference_steps,
+        bare_prompt=bare_prompt,
     )
     if file.is_file():
         plan = replace(plan, templates=lines_of(file))

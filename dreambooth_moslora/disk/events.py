@@ -170,7 +170,7 @@ class SamplesDrawn(Event):
 class StepEvaluated(Event):
     """`scores` by name (each a key of its own on disk), the `best` step so far, the evaluation's `cost`.
 
-    `photos` holds their `count` and their `nearness` to each other.
+    `photos` holds their `count`, their `nearness` to each other, and how many have no caption that is the bare prompt.
     """
 
     kind: ClassVar[str] = "evaluation"

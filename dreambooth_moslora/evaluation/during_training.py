@@ -32,6 +32,7 @@ from dreambooth_moslora.training.explain import SCALES, ScaleChoice, best_of, ch
 LOGGED = (
     *("dino", "clip_i", "clip_t", "pres", "diversity", "drift", "background_leak", "truth", "copied", "score"),
     *("clip_t_of_base", "dino_of_ceiling", "drift_of_spread", "pres_gain", "dino_base", "pres_base", "confusion"),
+    "dino_bare",
 )
 SEEDS = (100, 101)  # other seeds than `evaluate`: these choose the best step
 
@@ -57,10 +58,19 @@ class TrainingEvaluator:
         return sorted({prompt for plan in self.plans for prompt in plan.prompts})
 
     @cached_property
+    def photos(self) -> list[Photo]:
+        """With masks and captions that the run has made."""
+        return instance_photos(self.config).photos
+
+    @cached_property
     def evaluators(self) -> list[Evaluator]:
         """One for each subject. Encoders stay on the CPU: a dozen pictures take seconds there, and no GPU memory."""
-        photos = instance_photos(self.config).photos  # with masks that the run has made
-        return evaluators_of(self.subjects, photos, self.plans, self.encoders, self.config.resolution)
+        return evaluators_of(self.subjects, self.photos, self.plans, self.encoders, self.config.resolution)
+
+    @property
+    def without_bare_prompt(self) -> int:
+        """The number of photos whose captions lack the instance prompt."""
+        return sum(photo.bare_prompt is not None for photo in self.photos)
 
     def __call__(self, sampler: Sampler, step: int) -> dict:
         """The fields of the `evaluation` event: scores as plain numbers, `best` so far, `cost` of this evaluation."""
@@ -74,7 +84,7 @@ class TrainingEvaluator:
             **{name: float(means[name]) for name in LOGGED if name in means},
             **of_subjects(of_each),
             "copy_alarm": found.alarm.raised,
-            "photos": photo_facts(photos),
+            "photos": {**photo_facts(photos), "without_bare_prompt": self.without_bare_prompt},
             "best": {"step": best.step, "score": best.score, "since": best.since},
             "cost": {"seconds": round(found.seconds, 2), "pictures": sum(map(len, found.pictures.values()))},
         }
@@ -103,7 +113,8 @@ class TrainingEvaluator:
 
 def plan_of(subject: TrainConfig, photos: list[Photo]) -> EvaluationPlan:
     captions = [caption for photo in photos for caption in photo.captions]
-    full = plan_for(subject.pretrained_model_name_or_path, subject_of(subject), captions=captions, seeds=SEEDS)
+    base, bare = subject.pretrained_model_name_or_path, subject.instance_prompt
+    full = plan_for(base, subject_of(subject), captions=captions, seeds=SEEDS, bare_prompt=bare)
     return full.smaller(templates=3, seeds=2, class_images=2, unrelated=1, inference_steps=20)
 
 

@@ -145,15 +145,18 @@ class Evaluator:
         base = self.base_views(draw)
         plan = self.plan
         subject = self._views(draw(plan.subject_requests, True))
+        bare = self._views(draw(plan.bare_requests, True)) if plan.bare_prompt else None
         classes = self._views(draw(plan.class_requests, True)) if plan.class_images else None
         unrelated = self._views(draw(plan.unrelated_requests, True)) if plan.unrelated else None
         tables = self._subject_tables(subject, base["subject"])
+        if bare is not None:
+            tables["dino_bare"] = metrics.subject_fidelity(bare.dino, self.photos.dino).numpy()[None]
         if classes is not None:
             tables |= self._class_tables(classes, base["class"])
         if unrelated is not None:
             tables |= self._drift_tables(unrelated, base["unrelated"])
         alarm = metrics.copy_alarm(subject.joint, self.photos.joint)
-        named = {"subject": subject, "class": classes, "unrelated": unrelated}
+        named = {"subject": subject, "bare": bare, "class": classes, "unrelated": unrelated}
         pictures = {name: views.pictures for name, views in named.items() if views is not None}
         pictures |= {f"{name}_base": views.pictures for name, views in base.items()}
         seconds = time.perf_counter() - started
@@ -162,7 +165,7 @@ class Evaluator:
     def of_subject(self) -> "Evaluator":
         """A copy that draws only the subject's pictures, which suffice for the score."""
         smaller = copy(self)
-        smaller.plan = replace(self.plan, class_images=0, unrelated=())
+        smaller.plan = replace(self.plan, class_images=0, unrelated=(), bare_prompt="")
         return smaller
 
     def base_views(self, draw: Draw) -> dict[str, Views]:

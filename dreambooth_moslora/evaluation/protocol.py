@@ -2,6 +2,7 @@
 
 subject    template with "token class"    by the adapter    fidelity, diversity, copies
 base       template with the class alone  by the base       what the prompt gives without the subject
+bare       the instance prompt            by the adapter    does it draw the subject without a place?
 class      "a photo of a class"           by both           PRES: has the class become the subject?
 unrelated  other things                   by both           drift
 """
@@ -37,7 +38,8 @@ UNRELATED_TOYS = (
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """Every prompt is drawn once from each seed. `templates` hold `{}` for the subject's words. Raises UserError."""
+    """Every prompt is drawn once from each seed. `templates` hold `{}` for the subject's words. Without a `bare_prompt`
+    none is drawn. Raises UserError."""
 
     subject: Subject
     templates: tuple[str, ...]
@@ -46,6 +48,7 @@ class EvaluationPlan:
     seeds: tuple[int, ...] = (0, 1, 2, 3)
     class_images: int = 16
     inference_steps: int = 25
+    bare_prompt: str = ""
 
     def __post_init__(self) -> None:
         if not self.templates or not self.seeds or any("{}" not in template for template in self.templates):
@@ -66,6 +69,10 @@ class EvaluationPlan:
         return self._each(self.texts)
 
     @property
+    def bare_requests(self) -> list[SampleRequest]:
+        return self._each([self.bare_prompt] if self.bare_prompt else [])
+
+    @property
     def class_requests(self) -> list[SampleRequest]:
         prompt = self.class_template.replace("{}", self.subject.class_word or "subject")
         return [SampleRequest(prompt, 1000 + number) for number in range(self.class_images)]
@@ -77,8 +84,8 @@ class EvaluationPlan:
     @property
     def prompts(self) -> list[str]:
         """Every text that will be encoded."""
-        requests = self.subject_requests + self.base_requests + self.class_requests + self.unrelated_requests
-        return sorted({request.prompt for request in requests})
+        of_subject, others = self.subject_requests + self.bare_requests, self.class_requests + self.unrelated_requests
+        return sorted({request.prompt for request in of_subject + self.base_requests + others})
 
     def _each(self, prompts: list[str]) -> list[SampleRequest]:
         return [SampleRequest(prompt, seed) for prompt in prompts for seed in self.seeds]

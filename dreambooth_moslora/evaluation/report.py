@@ -18,6 +18,7 @@ from dreambooth_moslora.training.explain import ScaleChoice
 MEASURES = {
     # name: (title, the base's own, what it means)
     "dino": ("DINO", "dino_base", "likeness to the photos; tells subjects of one class apart"),
+    "dino_bare": ("DINO, bare prompt", "pres_base", "likeness at the instance prompt alone; near DINO is good"),
     "clip_i": ("CLIP-I", "clip_i_base", "likeness to the photos, as CLIP sees it"),
     "clip_t": ("CLIP-T", "clip_t_base", "does the picture show what the prompt says? (token left out)"),
     "diversity": ("DIV", "diversity_base", "difference between pictures of one prompt; higher is more varied"),
@@ -105,7 +106,7 @@ def per_prompt(found: Evaluation) -> list[dict]:
     tables = {}
     for name, values in found.tables.items():
         has_rows = values.ndim == 2 and len(values) == len(found.plan.templates)
-        if has_rows and not name.startswith(("drift", "class")):
+        if has_rows and not name.startswith(("drift", "class", "dino_bare")):
             tables[name] = values
     rows = []
     for number, prompt in enumerate(found.plan.texts):
@@ -210,12 +211,18 @@ def copies(found: Evaluation, photos: list[Image.Image]) -> str:
 
 
 def other_pictures(found: Evaluation) -> list[str]:
-    titles = {"class": "The bare class (PRES)", "unrelated": "Unrelated prompts (drift)"}
-    return [
-        section(title, "Adapter:", pictures(found.pictures[name]), "Base:", pictures(found.pictures[f"{name}_base"]))
-        for name, title in titles.items()
-        if name in found.pictures
-    ]
+    titles = {
+        "bare": f"The instance prompt alone: “{escape(found.plan.bare_prompt)}”",
+        "class": "The bare class (PRES)",
+        "unrelated": "Unrelated prompts (drift)",
+    }
+    sections = []
+    for name, title in titles.items():
+        if name in found.pictures:
+            base = found.pictures.get(f"{name}_base")
+            beside = ["Base:", pictures(base)] if base else []
+            sections.append(section(title, "Adapter:", pictures(found.pictures[name]), *beside))
+    return sections
 
 
 def prompt_table(found: Evaluation) -> str:

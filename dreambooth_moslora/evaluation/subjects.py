@@ -249,7 +249,8 @@ def matrix(found: Sequence[Evaluation], cell) -> str:
 
 
 def score_table(found: Sequence[Evaluation]) -> str:
-    names = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "pres": "PRES", "drift": "Drift"}
+    names = {"dino": "DINO", "dino_bare": "DINO, bare prompt", "clip_i": "CLIP-I", "clip_t": "CLIP-T"}
+    names |= {"pres": "PRES", "drift": "Drift"}
     known = in_all(found, names)
     rows = [[words_of(one), *(with_interval(one, name) for name in known), f"{one.score:.3f}"] for one in found]
     return table(["", *(names[name] for name in known), "Score"], rows)

@@ -28,8 +28,9 @@ from dreambooth_moslora.settings.prompts import class_word_of
 from dreambooth_moslora.settings.sources import read_json_table
 from dreambooth_moslora.settings.table import FIELD_TYPES, TrainConfig
 
-CURVES = {"dino": "subject", "clip_t": "prompt", "copied": "copies", "score": "score"}
-"""Measures of the score, and the score: name -> label on a plot of the run, short enough for a phone."""
+CURVES = {"dino": "subject", "dino_bare": "bare prompt", "clip_t": "prompt", "copied": "copies", "score": "score"}
+"""Measures of the score, likeness at the bare instance prompt, and the score: name -> label on a plot of the run,
+short enough for a phone."""
 
 STALLED_AFTER = 3
 """Evaluations without a better score, after which early stopping is suggested."""

@@ -82,7 +82,8 @@ def draw_fidelity(axes: Axes, evaluations: Sequence[StepEvaluated]) -> None:
     at = [event.step for event in evaluations]
     for key, label in CURVES.items():
         values = [event.scores.get(key, np.nan) for event in evaluations]
-        axes.plot(at, values, "o-", markersize=3, linewidth=2 if key == "score" else 1, label=label)
+        if np.isfinite(values).any():
+            axes.plot(at, values, "o-", markersize=3, linewidth=2 if key == "score" else 1, label=label)
     best = max(evaluations, key=lambda event: (event.scores.get("score", 0.0), -event.step))
     axes.axvline(best.step, color="#888", linestyle=":", label=f"best: step {best.step}")
     axes.set(xlabel="step", ylabel="score")

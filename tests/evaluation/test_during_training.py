@@ -70,15 +70,19 @@ def test_every_evaluation_is_logged_with_its_scores_and_cost(run):
     events = [event for event in run[1].read_metrics() if event["type"] == "evaluation"]
     assert [event["step"] for event in events] == [1, 2, 3, 4]
     for event in events:
-        assert {"dino", "clip_i", "clip_t", "pres", "drift", "copied", "score"} <= event.keys()
-        assert event["cost"]["pictures"] == 2 * (2 + 1 + 1) and event["cost"]["seconds"] > 0
+        assert {"dino", "dino_bare", "clip_i", "clip_t", "pres", "drift", "copied", "score"} <= event.keys()
+        assert event["photos"]["without_bare_prompt"] == 0
+        bare = 1  # at the instance prompt, by the adapter alone
+        assert event["cost"]["pictures"] == 2 * (2 + 1 + 1) + bare and event["cost"]["seconds"] > 0
 
 
 def test_the_best_step_is_kept_loadable_and_named_in_the_card(run, tiny_base):
     events = [event for event in run[1].read_metrics() if event["type"] == "evaluation"]
     best = max(events, key=lambda event: (event["score"], -event["step"]))
     assert events[-1]["best"]["step"] == best["step"]
-    assert f"Best step: {best['step']}, score {best['score']:.3f}" in run[1].card_path.read_text()
+    card = run[1].card_path.read_text()
+    assert f"Best step: {best['step']}, score {best['score']:.3f}" in card
+    assert f"| dino_bare | {events[-1]['dino_bare']:.3f} |" in card
     with Image.open(run[1].path / "loss.png") as plot:
         assert plot.width > 3 * plot.height  # the fidelity plot is beside the loss plot
     assert SubjectPipeline.from_base(tiny_base).load_adapter(run[1].best_dir) == "best"
@@ -151,10 +155,12 @@ def test_the_evaluate_command_leaves_a_report_beside_the_run(run, tmp_path, caps
     assert main(["evaluate", str(run[1].path), "--clip", str(clip), "--dino", str(dino), *few, "--sweep_scale"]) == 0
     html = (run[1].path / "evaluation" / "report.html").read_text()
     scores = (run[1].path / "evaluation" / "scores.json").read_text()
-    assert not re.search("https?:", html) and html.count("data:image/jpeg") == 3 + 2 * 4 + 2 + 2 * 1 + 2 * 12
+    assert not re.search("https?:", html) and html.count("data:image/jpeg") == 3 + 2 * 4 + 2 + 2 + 2 * 1 + 2 * 12
+    assert "The instance prompt alone: “a photo of sks dog”" in html and "DINO, bare prompt" in html
     for text in (html, scores):
         assert str(run[1].path.parent) not in text
     out = capsys.readouterr().out
+    assert "dino_bare " in out and "dino_bare" in json.loads(scores)["scores"]
     assert "dino " in out and "; written into pytorch_lora_weights.safetensors, dog.kohya.safetensors, README.md" in out
     found = json.loads(scores)["scale"]
     assert load_published(run[1].adapter_path)[1].best_scale == found["best"]

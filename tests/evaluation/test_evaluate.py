@@ -95,6 +95,26 @@ def test_an_adapter_is_scored_in_tables_of_prompts_and_seeds(subject, encoders, 
     assert len(found.pictures["subject"]) == len(found.pictures["subject_base"]) == 6
 
 
+def test_the_bare_prompt_is_scored_beside_the_others_which_stay_as_they_were(encoders, photos):
+    """A picture for the bare prompt is a photo; for any other prompt it is none."""
+
+    def draw(requests, on):
+        pictures = stub_pictures(requests)
+        return [photos[0] if r.prompt == "a photo of sks duck" else p for r, p in zip(requests, pictures)]
+
+    plan = replace(PLAN, bare_prompt="a photo of sks duck")
+    assert set(plan.prompts) - set(PLAN.prompts) == {"a photo of sks duck"}
+    without, found = (Evaluator(one, encoders, photos)(draw) for one in (PLAN, plan))
+    assert found.tables["dino_bare"].shape == (1, 2) and len(found.pictures["bare"]) == 2
+    likeness = encoders.dino_images(photos)
+    assert found.mean("dino_bare") == pytest.approx(float((likeness[:1] @ likeness.T).mean()), abs=1e-5)
+    assert {name for name in found.tables if name not in without.tables} == {"dino_bare"}
+    assert all(np.array_equal(table, found.tables[name]) for name, table in without.tables.items())
+    assert found.score == without.score and found.alarm == without.alarm
+    swept = Evaluator(plan, encoders, photos).of_subject()(draw)
+    assert "dino_bare" not in swept.tables
+
+
 def test_a_class_that_has_become_one_picture_has_no_diversity(encoders, photos):
     def draw(requests, on):
         return [photos[0]] * len(requests) if on else stub_pictures(requests)

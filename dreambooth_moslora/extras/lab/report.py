@@ -36,7 +36,7 @@ from dreambooth_moslora.extras.lab.study import Study
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo import open_rgb
 
-SHOWN = {"dino": "subject (DINO)", "clip_t": "prompt (CLIP-T)", "score": "score"}
+SHOWN = {"dino": "subject (DINO)", "dino_bare": "bare prompt (DINO)", "clip_t": "prompt (CLIP-T)", "score": "score"}
 WIN, TIE, LOSS = "#2a6fdb", "#c9c9cf", "#d9822b"
 
 
@@ -45,17 +45,18 @@ def label(item: ArmSummary | Outcome) -> str:
 
 
 def difference_plot(outcomes: Sequence[Outcome], reference: str) -> Figure:
-    """Paired differences to the reference with 95 % intervals, one panel per measure."""
+    """Paired differences to the reference with 95 % intervals, one panel per measure that all outcomes have."""
     figure = Figure(figsize=(10, 1.2 + 0.32 * len(outcomes)), layout="constrained")
-    axes = figure.subplots(1, len(SHOWN), sharey=True)
+    measures = [m for m in SHOWN if all(m in outcome.differences for outcome in outcomes)]
+    axes = figure.subplots(1, len(measures), sharey=True)
     rows = range(len(outcomes))[::-1]
-    for axis, (measure, title) in zip(axes, SHOWN.items()):
+    for axis, measure in zip(axes, measures):
         found = [outcome.differences[measure] for outcome in outcomes]
         means = [interval.mean for interval in found]
         reach = [[i.mean - i.low for i in found], [i.high - i.mean for i in found]]
         axis.errorbar(means, list(rows), xerr=reach, fmt="o", color=WIN, capsize=3)
         axis.axvline(0, color="#888", linewidth=1)
-        axis.set(title=title, xlabel=f"difference to {reference}")
+        axis.set(title=SHOWN[measure], xlabel=f"difference to {reference}")
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(list(rows), [label(outcome) for outcome in outcomes])
     return figure
@@ -110,6 +111,7 @@ def rate_plot(curves: dict[tuple[str, int], dict[float, float]]) -> Figure:
 
 SCORES = {
     "dino": "DINO",
+    "dino_bare": "DINO, bare prompt",
     "clip_t": "CLIP-T",
     "diversity": "DIV",
     "pres": "PRES",
@@ -119,7 +121,7 @@ SCORES = {
     "confusion_base": "Confusion of the base",
     "score": "Score",
 }
-DIFFERENCES = ("dino", "clip_t", "pres", "drift", "background_leak", "confusion", "score")
+DIFFERENCES = ("dino", "dino_bare", "clip_t", "pres", "drift", "background_leak", "confusion", "score")
 
 
 def write_comparison(study: Study, results: Sequence[Result], out: Path) -> str:

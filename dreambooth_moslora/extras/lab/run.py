@@ -137,7 +137,8 @@ def make_evaluator(study: Study, name: str) -> Evaluator:
     protocol, encoders = study.protocol, encoders_of(study.base, study.protocol.clip, study.protocol.dino)
     photos = instance_photos(config).photos
     captions, seeds = [c for photo in photos for c in photo.captions], tuple(range(protocol.images_per_prompt))
-    plan = plan_for(study.base, subject_of(config), captions=captions, seeds=seeds).smaller(
+    bare = config.instance_prompt
+    plan = plan_for(study.base, subject_of(config), captions=captions, seeds=seeds, bare_prompt=bare).smaller(
         protocol.num_prompts,
         protocol.images_per_prompt,
         protocol.class_images,

@@ -17,6 +17,7 @@ from dreambooth_moslora.extras.lab.study import Cell, Study
 MEASURES = (
     "score",
     "dino",
+    "dino_bare",
     "clip_i",
     "clip_t",
     "diversity",

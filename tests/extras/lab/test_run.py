@@ -64,7 +64,7 @@ def test_every_cell_is_trained_scored_and_costed(finished):
     assert [p.error for p in seen] == [""] * 6 and [p.done for p in seen] == [1, 2, 3, 4, 1, 2]
     assert len(results) == 6 and not any((out / "running").iterdir())
     for result in results:
-        assert {"score", "dino", "clip_t", "pres", "drift"} <= result.scores.keys()
+        assert {"score", "dino", "dino_bare", "clip_t", "pres", "drift"} <= result.scores.keys()
         assert result.cost["step_sec"] > 0 and result.cost["parameters"] > 0
         assert len(result.pictures["dino"]) == 2
 

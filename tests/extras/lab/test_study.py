@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.extras.lab.report import outcome_rows
+from dreambooth_moslora.extras.lab.report import difference_plot, outcome_rows
 from dreambooth_moslora.extras.lab.run import materials
 from dreambooth_moslora.extras.lab.stats import Result, best_rates, outcomes, summaries
 from dreambooth_moslora.extras.lab.study import Cell, Study, StudySubject, load_study
@@ -222,6 +222,20 @@ def test_the_tables_have_a_column_for_each_measure_that_was_taken():
         result.scores["confusion"] = 0.1 if result.cell.arm == "lora" else 0.3
     header, (row,) = outcome_rows(outcomes(study, results))
     assert row[header.index("Δ Confusion")] == "+0.200 [+0.200, +0.200]"
+
+
+def test_the_bare_prompt_has_a_panel_where_every_arm_was_scored_at_it():
+    study, results = made_up(np.random.default_rng(0), {"other": 0.05})
+
+    def titles():
+        return [axis.get_title() for axis in difference_plot(outcomes(study, results), "lora").axes]
+
+    assert titles() == ["subject (DINO)", "prompt (CLIP-T)", "score"]
+    for result in results:
+        result.scores["dino_bare"] = 0.2 if result.cell.arm == "lora" else 0.6
+    assert titles() == ["subject (DINO)", "bare prompt (DINO)", "prompt (CLIP-T)", "score"]
+    header, (row,) = outcome_rows(outcomes(study, results))
+    assert row[header.index("Δ DINO, bare prompt")] == "+0.400 [+0.400, +0.400]"
 
 
 def test_wins_ties_and_losses_are_shares_of_pictures_that_sum_to_one():
