@@ -10,6 +10,7 @@ reason and does not stop the others.
 
 import csv
 import json
+import os
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.names import SUBJECT_FILE, content_key, find_asset
 from dreambooth_moslora.disk.run_folder import check_name
 from dreambooth_moslora.settings.sources import read_json_table, reason_of
@@ -77,8 +78,13 @@ def rows_of(source: Path) -> list[dict[str, Any]]:
     reader = READERS.get(source.suffix.lower())
     if reader is None:
         raise UserError(f"{source}: give a folder of subject folders, or a .toml, .csv or .jsonl list of them.")
+    if source.exists() and not source.is_file():
+        raise UserError(f"{source} is not a regular file.")
     try:
-        return list(reader(source.read_text(encoding="utf-8-sig")))
+        text = source.read_text(encoding="utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it is not a text file")
+        return list(reader(text))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: {reason_of(error)}.") from error
     except (ValueError, csv.Error, RecursionError) as error:
@@ -123,7 +129,13 @@ def subject_of_row(row: Mapping[str, Any], shared: Mapping[str, Any], out: Path)
     if not isinstance(folder, str) or not folder:
         raise UserError(f"a subject has no folder: {row!r:.80}.")
     photos = Path(find_asset(folder))
-    name = str(row.get("name") or photos.resolve().name)
+    try:
+        name = str(row.get("name") or photos.resolve().name)
+        os.stat(photos)
+    except FileNotFoundError:
+        pass  # which `settings_of` says
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder!r:.80} cannot be a folder: {one_line(error)}.") from error
     check_name(name)
     if name.startswith("."):
         raise UserError(f"{name!r} cannot be the name of a subject: it begins with a dot.")

@@ -1,6 +1,7 @@
 """Lists of subjects as people write them: a folder of folders, TOML, CSV, JSONL; and who of them is still missing."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,10 @@ def test_a_bad_subject_keeps_its_own_line(row, says, pets):
         ("a.csv", "folder\npets/rex,3\n", "more cells than the first"),
         ("a.jsonl", "[1]\n", "not a table of names and values"),
         ("a.toml", "x = 1\n", "[[subjects]]"),
+        ("a.csv", "folder\npets/r\0ex\n", "it is not a text file"),
+        ("a.jsonl", '{"folder": "pets/r\\u0000ex"}\n', "cannot be a folder"),
+        ("a.jsonl", '{"folder": "' + "x" * 5000 + '", "name": "a"}\n', "cannot be a folder"),
+        ("a.jsonl", '{"folder": "pets/rex", "name": "a\\u0000"}\n', "cannot be part of a file's name"),
     ],
 )
 def test_a_list_that_is_wrong_is_one_line(name, text, says, pets):
@@ -95,6 +100,13 @@ def test_a_list_that_is_wrong_is_one_line(name, text, says, pets):
     with pytest.raises(UserError) as caught:
         read(name)
     assert says in str(caught.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_list_that_is_a_pipe_is_not_waited_for(pets):
+    os.mkfifo("a.csv")
+    with pytest.raises(UserError, match="not a regular file"):
+        read("a.csv")
 
 
 @pytest.mark.parametrize("setting", ["output_dir", "subjects", "hub_token", "hub_model_id"])
