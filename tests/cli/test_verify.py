@@ -61,7 +61,8 @@ def test_other_photos_give_another_file(trained, tmp_path, capsys):
     config, untold = trained
     others = tmp_path / "others"
     shutil.copytree(config.instance_data_dir, others)
-    Image.new("RGB", (72, 72), "red").save(others / "1.png")
+    for number, colour in enumerate(("red", "yellow")):
+        Image.new("RGB", (72, 72), colour).save(others / f"{number}.png")
     tensors, header = read_tensors(Path(config.output_dir) / PUBLISHED)
     facts = json.loads(header["moslora"])
     facts["versions"]["torch"] = "0.0.1"
@@ -71,6 +72,70 @@ def test_other_photos_give_another_file(trained, tmp_path, capsys):
     assert captured.out.startswith("differs: sha256 ") and "the first: unet." in captured.out
     assert "here, 0.0.1 in the file" in captured.out and "note: torch" in captured.err
     assert "instance_prompt = 'a photo of sks dog'" in captured.out
+
+
+def written(facts: AdapterMetadata, path: str = "a.safetensors", change: float = 0.0) -> str:
+    layer = {
+        "unet.x.lora_A.weight": numpy.ones((1, 1), "f"),
+        "unet.x.lora_B.weight": numpy.full((1, 1), 1 + change, "f"),
+    }
+    save_file(layer, path, metadata={"moslora": facts.to_json()})
+    return path
+
+
+@pytest.fixture
+def answer(tmp_path, monkeypatch, capsys):
+    """(exit code, output) for the facts of a file, if the weights that training gave differ by `change`."""
+    monkeypatch.chdir(tmp_path)
+
+    def answer(facts: AdapterMetadata, *flags: str, change: float = 3.0):
+        parser = Parser()
+        verify.add_arguments(parser)
+        args = parser.parse_args([written(facts), "--photos", "photos", *flags])
+        receipt = verify.read_receipt(args.file)
+        config = verify.config_of(args, receipt, tmp_path / "run")
+        made = Path(written(facts, "b.safetensors", change))
+        code = verify.answer(receipt, made, config, verify.unknown_settings(args, receipt, config))
+        return code, capsys.readouterr().out
+
+    return answer
+
+
+PLAIN = AdapterMetadata(4, 4, recipe={"seed": 1}, base_id="toy", trigger_words=("sks dog",), class_word="dog")
+
+
+def test_what_is_not_known_is_named_and_nothing_is_called_different_before_it_is_given(answer):
+    code, said = answer(replace(PLAIN, withheld=("leave_out", "init_adapter")), "--leave_out", "1.png")
+    assert code == 2 and said.startswith("cannot tell: ")
+    assert "with --init_adapter, whose value is not in the file; give it" in said and "with --leave_out" not in said
+    assert answer(replace(PLAIN, withheld=("leave_out",)), "--leave_out", "1.png")[0] == 1
+    code, said = answer(replace(PLAIN, withheld=("resume_from_checkpoint",)), "--nothing_else")
+    assert code == 2 and "resumed with other settings" in said
+
+
+def test_a_file_that_lists_nothing_may_be_of_an_earlier_version(answer):
+    prior = replace(PLAIN, recipe={"seed": 1, "with_prior_preservation": True, "prior": "adapter_off"})
+    code, said = answer(prior)
+    assert code == 2 and "--prior_prompts" in said and "--leave_out" in said and "--class_data_dir" not in said
+    code, said = answer(prior, "--prior_prompts", "a cup")
+    assert code == 2 and "--prior_prompts" not in said and "--nothing_else" in said
+    assert answer(prior, "--nothing_else")[0] == 1 and answer(prior, change=0.0)[0] == 0
+    assert answer(replace(prior, public={"prior_prompts": ["a cup"]}))[0] == 1
+
+
+def test_a_difference_that_rounding_may_explain_is_not_called_different(answer):
+    code, said = answer(PLAIN, "--nothing_else", change=1e-3)
+    assert code == 2 and "differ by 1.0e-03 of the adapter, as they can by rounding" in said
+
+
+def test_the_step_is_the_files_unless_it_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    steps = []
+    monkeypatch.setattr(verify, "retrain", lambda config, step: steps.append(step))
+    told = written(replace(PLAIN, step=7))
+    for words in ([], ["--step", "3"]):
+        assert main(["verify", told, "--photos", "photos", *words]) == 130
+    assert steps == [7, 3]
 
 
 def test_words_come_from_flags_then_from_a_recipe_of_the_same_subject_then_from_the_file(tmp_path, monkeypatch):
@@ -119,7 +184,16 @@ def test_what_a_file_does_not_tell_of_its_photos_and_pictures_can_be_said(tmp_pa
         ({"moslora": AdapterMetadata(rank=4, alpha=4).to_json()}, "it holds no recipe"),
         (
             {"moslora": AdapterMetadata(rank=4, alpha=4, recipe={"seed": 1}, subject_prompts=("a", "b")).to_json()},
-            "2 subjects",
+            "2 subjects; give --subjects",
+        ),
+        ({"moslora": AdapterMetadata(rank=4, alpha=4, recipe={"seed": 1}, processes=2).to_json()}, "2 processes"),
+        (
+            {
+                "moslora": AdapterMetadata(
+                    4, 4, recipe={"seed": 1}, basis={"kind": "file", "sha256": "0", "file": "b.safetensors"}
+                ).to_json()
+            },
+            "give it with --basis",
         ),
         ({"moslora": AdapterMetadata(rank=4, alpha=4, recipe={"seed": 1, "x": 2}).to_json()}, "not known here"),
         ({"moslora": AdapterMetadata(rank=4, alpha=4, recipe={"seed": 1}).to_json()}, "give --pretrained_model"),
