@@ -27,7 +27,7 @@ NAME = "pygpu"
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}
 COPYING = {"aten::_to_copy", "aten::copy_"}
 INDEXING = {"aten::index", "aten::index_put_", "aten::_index_put_impl_"}
-"""These take indices from the CPU, on CUDA too."""
+"""A tensor of the device takes indices from the CPU, as CUDA's do."""
 FACTORS = {
     "aten::mm": (0, 1),
     "aten::bmm": (0, 1),
@@ -142,7 +142,7 @@ def run(function, args: tuple, kwargs: dict):
     """One operation of the device, on the CPU."""
     name = function._schema.name
     tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
-    refuse_mixed_devices(name, tensors)
+    refuse_mixed_devices(name, args, tensors)
     if name in COPYING:
         refuse_unpinned(args[-1] if name == "aten::copy_" and len(args) > 2 else kwargs.get("non_blocking"), tensors)
     target = kwargs.get("device")
@@ -163,8 +163,11 @@ def run(function, args: tuple, kwargs: dict):
     return tree_map(lambda value: known.get(id(value), wrapped(value)), found)
 
 
-def refuse_mixed_devices(name: str, tensors: list[Tensor]) -> None:
-    """A CPU tensor without dimensions is a number, and CUDA takes it."""
+def refuse_mixed_devices(name: str, args: tuple, tensors: list[Tensor]) -> None:
+    """A CPU tensor without dimensions is a number, and CUDA takes it. CUDA also takes indices from the CPU, but the CPU
+    takes none from CUDA."""
+    if name in INDEXING and not isinstance(args[0], GpuTensor):
+        raise RuntimeError(f"{name}: indices on {NAME} into a tensor of the CPU: {tuple(args[0].shape)}")
     foreign = [tensor for tensor in tensors if tensor.ndim and not isinstance(tensor, GpuTensor)]
     has_own = any(isinstance(tensor, GpuTensor) for tensor in tensors)
     if foreign and has_own and name not in COPYING | INDEXING:

@@ -44,6 +44,20 @@ COUNTED = ("plain", "prior of the base", "class images", "min-SNR, accumulated")
 micro-batch is sent at once."""
 
 
+INDEXED = """
+import os, torch
+from tests.helpers.python_gpu import DEVICE
+
+table, rows = torch.arange(4.0), torch.tensor([1, 3])
+assert table.to(DEVICE)[rows].tolist() == table.to(DEVICE)[rows.to(DEVICE)].tolist() == [1.0, 3.0]
+try:
+    table[rows.to(DEVICE)]
+except RuntimeError as error:
+    print(error, flush=True)
+os._exit(0)
+"""
+
+
 def slow_but_the_first(name: str):
     return name if name == "plain" else pytest.param(name, marks=pytest.mark.slow)
 
@@ -110,3 +124,8 @@ def test_cached_text_needs_no_projection_on_the_device_and_one_more_copy_a_row(r
 @pytest.mark.parametrize("changes", [{"target_modules": ["to_q", "conv1"]}, {"allow_tf32": True}])
 def test_an_adapter_is_published_from_a_gpu_that_multiplies_in_tf32(run_on_device, changes):
     run_on_device(has_tf32=True, **changes)
+
+
+def test_a_table_of_the_cpu_takes_no_indices_from_the_device_as_with_cuda():
+    said = subprocess.check_output([sys.executable, "-c", INDEXED], text=True, cwd=ROOT)
+    assert said.strip() == "aten::index: indices on pygpu into a tensor of the CPU: (4,)"
