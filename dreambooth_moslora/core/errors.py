@@ -10,7 +10,8 @@ import re
 import sys
 from typing import Any
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters, and those that turn the direction of a line."""
 NO_MEMORY = re.compile(
     r"can't allocate memory|out of memory|ALLOC_FAILED|AllocFailed|(CUBLAS|HIPBLAS|CUDNN)_STATUS_NOT_INITIALIZED"
     r"|could not create a (primitive|memory object)$"
@@ -22,11 +23,15 @@ MOST_LETTERS = 1000
 
 
 def spelled_out(text: str) -> str:
-    """Undecodable bytes, which file names may have, become `\\udcff`, and control characters `\\x1b`.
+    """Undecodable bytes, which file names may have, become `\\udcff`, control characters `\\x1b` and `\\u202e`.
 
     The result can be written anywhere and does not affect a terminal. Line feeds and tabs stay.
     """
-    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text.encode("utf-8", "backslashreplace").decode())
+    return CONTROL.sub(lambda found: escape(ord(found[0])), text.encode("utf-8", "backslashreplace").decode())
+
+
+def escape(letter: int) -> str:
+    return f"\\x{letter:02x}" if letter < 256 else f"\\u{letter:04x}"
 
 
 def one_line(error: object, most: int = 200) -> str:
