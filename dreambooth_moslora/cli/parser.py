@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.core.errors import UserError, spelled_out
-from dreambooth_moslora.core.names import SUBJECT_FILE, find_asset, free_name, is_toy
+from dreambooth_moslora.core.names import MAX_WORD_CHARACTERS, SUBJECT_FILE, find_asset, free_name, is_toy
 from dreambooth_moslora.plan.choices import (
     USUAL_EXPOSURES,
     Choices,
@@ -427,6 +427,8 @@ def folder_and_word(words: list[str]) -> tuple[Path, str]:
         raise UserError(f"{words[0]}: {kind}; give the folder of photos first, then the word, {AS_ONE_WORD}.")
     if not word or "/" in word:
         raise UserError(f"{words[0]}: say in one word what it shows, {AS_ONE_WORD}.")
+    if len(word) > MAX_WORD_CHARACTERS:
+        raise UserError(f"the word has {len(word)} letters; at most {MAX_WORD_CHARACTERS} are allowed, {AS_ONE_WORD}.")
     if len(words) > 2:
         raise UserError(f"`{words[2]}` belongs to no flag: a class of several words goes in quotes, {AS_ONE_WORD}.")
     return folder, word

@@ -112,6 +112,8 @@ CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"
 SUBJECT_FILE = "subject.json"
 """Beside photos: their token and class word, for commands that take folders of subjects; of a toy, what it is."""
 """Hub ids of the encoders that score pictures of SDXL."""
+MAX_WORD_CHARACTERS = 60
+"""Of a token, and of the word for what photos show."""
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 

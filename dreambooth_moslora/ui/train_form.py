@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.core.errors import UserError, is_number
-from dreambooth_moslora.core.names import free_name, is_toy
+from dreambooth_moslora.core.names import MAX_WORD_CHARACTERS, free_name, is_toy
 from dreambooth_moslora.disk.adapter_files import NONE, clean_name
 from dreambooth_moslora.generation.params import check_characters
 from dreambooth_moslora.plan.choices import (
@@ -181,7 +181,6 @@ def free_gib(*, is_later: bool = False) -> float | None:
 MOST_SUBJECTS = 4
 TOKENS = ("sks", "zwx", "ohwx", "xjy")
 """The default rare word of each further subject."""
-MAX_WORD_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
