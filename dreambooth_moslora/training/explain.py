@@ -26,6 +26,7 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.steps import FEW_EXPOSURES
 from dreambooth_moslora.settings.prompts import class_word_of
 from dreambooth_moslora.settings.sources import read_json_table
+from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import FIELD_TYPES, TrainConfig
 
 CURVES = {"dino": "subject", "dino_bare": "bare prompt", "clip_t": "prompt", "copied": "copies", "score": "score"}
@@ -113,7 +114,8 @@ NO_SCORES = ("step", "time", "photos")
 class Figures:
     """The figures of a run.
 
-    `scores` are the latest ones; `likeness` and `score` are (step, value) of each evaluation.
+    `scores` are the latest ones; `likeness` and `score` are (step, value) of each evaluation. The captions of
+    `without_bare_prompt` photos lack the instance prompt.
     """
 
     config: TrainConfig
@@ -123,6 +125,7 @@ class Figures:
     skipped: int = 0
     photos: int | None = None
     nearness: float | None = None
+    without_bare_prompt: int = 0
     scores: Mapping[str, float] = field(default_factory=dict)
     copy_alarm: bool = False
     likeness: Sequence[tuple[int, float]] = ()
@@ -139,22 +142,31 @@ class Figures:
     @property
     def class_moved(self) -> float | None:
         """How far the class moved: 0 as the base draws it, 1 at the subject. None without the scores."""
-        here, start, end = (self.scores.get(name) for name in ("pres", "pres_base", "dino"))
+        return self._way_of("pres")
+
+    @property
+    def bare_prompt_moved(self) -> float | None:
+        """How far the bare instance prompt moved: 0 as the base draws the class, 1 at the subject as prompts with
+        places show it. None without the scores."""
+        return self._way_of("dino_bare")
+
+    def _way_of(self, name: str) -> float | None:
+        here, start, end = (self.scores.get(each) for each in (name, "pres_base", "dino"))
         if here is None or start is None or end is None or end - start < LEAST_LIKENESS:
             return None
         return (here - start) / (end - start)
 
 
-def figures_from(records: Sequence[Mapping[str, Any]], config: TrainConfig, photos: int | None = None) -> Figures:
+def figures_from(records: Sequence[Mapping[str, Any]], config: TrainConfig, photos: Mapping[str, int] = {}) -> Figures:
     """Figures from the lines of `metrics.jsonl`, which may have been edited.
 
-    `photos` is their number if no line has it.
+    `photos` are facts about them (`facts_of_photos`) for those that no line has.
     """
     steps = [event for event in records if event.get("type") == "step"]
     scored = [event for event in records if event.get("type") == "evaluation"]
     ends = [event for event in records if event.get("type") == "end"]
     last = scored[-1] if scored else {}
-    about = as_table(last.get("photos"))
+    about = {**photos, **as_table(last.get("photos"))}
     count = number(about.get("count"))
     return Figures(
         config=config,
@@ -162,8 +174,9 @@ def figures_from(records: Sequence[Mapping[str, Any]], config: TrainConfig, phot
         message=str(ends[-1].get("message", "")) if ends else "",
         step=max((event.get("step") or 0 for event in steps if not event.get("skipped")), default=0),
         skipped=sum(bool(event.get("skipped")) for event in steps),
-        photos=photos if count is None else int(count),
+        photos=None if count is None else int(count),
         nearness=number(about.get("nearness")),
+        without_bare_prompt=int(number(about.get("without_bare_prompt")) or 0),
         scores=numbers({name: value for name, value in last.items() if name not in NO_SCORES}),
         copy_alarm=last.get("copy_alarm") is True,
         likeness=curve(scored, "dino"),
@@ -194,7 +207,7 @@ def figures_of(run_dir: RunDir) -> Figures:
         if not path.is_file():
             raise UserError(f"{run_dir.path} holds no run: {path.name} is not there.")
     config = known_config(read_json_table(run_dir.config_path))
-    found = figures_from(run_dir.read_metrics(), config, count_photos(config))
+    found = figures_from(run_dir.read_metrics(), config, facts_of_photos(config))
     return with_report(found, run_dir)
 
 
@@ -206,14 +219,17 @@ def known_config(values: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig.from_dict({name: value for name, value in values.items() if name in FIELD_TYPES})
 
 
-def count_photos(config: TrainConfig) -> int | None:
-    """The number of the run's photos; None when they can no longer be found, or are from the hub."""
+def facts_of_photos(config: TrainConfig) -> dict[str, int]:
+    """The number of the run's photos, and of those whose captions lack the instance prompt; empty when they can no
+    longer be found, or are from the hub."""
     from dreambooth_moslora.photos.folder import photo_report
 
     try:
-        return None if config.dataset_name else len(photo_report(config).photos)
+        photos = [] if config.dataset_name else photo_report(config).photos
     except UserError:
-        return None
+        photos = []
+    bare = sum(photo.bare_prompt is not None for photo in photos)
+    return {"count": len(photos), "without_bare_prompt": bare} if photos else {}
 
 
 def with_report(found: Figures, run_dir: RunDir) -> Figures:
@@ -255,6 +271,11 @@ preservation."""
 PROMPT_KEPT = 0.75
 """CLIP-T relative to the base's: 0.79 to 1.06 in runs that show the requested place, below 0.3 in runs that
 show another. `background_leak` alone cannot tell: it is -0.13 to 0.41 in runs with the right places."""
+BARE_SHOWN = 1 / 2
+"""Fraction of the likeness that prompts with places gain over the base's class. The cactus with made captions, after
+240 steps of the one-word command: 0.15 if the bare prompt was never shown, 1.11 with a third of the exposures."""
+BARE_SHARES = (0.33, 0.5)
+"""Shares of the instance prompt to try, one after the other."""
 LEAK = 0.05
 """A leak above this is mentioned with a lost prompt."""
 CONFUSED = 0.25
@@ -316,6 +337,25 @@ def lost_the_prompt(run: Figures) -> str | None:
     return f"the photos' surroundings came along (CLIP-T is {kept:.2f} of the base's{measured}): {remedy}"
 
 
+def bare_prompt_lags(run: Figures) -> str | None:
+    moved = run.bare_prompt_moved
+    if moved is None or moved >= BARE_SHOWN:
+        return None
+    prompts = " and ".join(f"“{one.instance_prompt}”" for one in each_subject(run.config))
+    text = f"{prompts} alone shows {max(moved, 0):.0%} of the likeness that prompts with places show"
+    return f"{text}: try {bare_remedy(run)}"
+
+
+def bare_remedy(run: Figures) -> str:
+    """A larger share of the instance prompt where captions lack it, else less that holds the class in place."""
+    shares = [share for share in BARE_SHARES if share > run.config.bare_share]
+    if shares and run.without_bare_prompt:
+        return f"--instance_prompt_share {shares[0]:g}"
+    if run.config.with_prior_preservation and run.config.prior_loss_weight:
+        return f"--prior_loss_weight {run.config.prior_loss_weight / 2:g}"
+    return f"--exposures_per_photo {more_exposures(run)}"
+
+
 def class_became_subject(run: Figures) -> str | None:
     moved = run.class_moved
     if moved is None or moved <= CLASS_MOVED:
@@ -347,9 +387,9 @@ def confused_subjects(run: Figures) -> str | None:
     confusion = run.scores.get("confusion")
     if confusion is None or confusion <= CONFUSED or len(run.config.subjects) < 2:
         return None
-    more = math.ceil(0.15 * (run.exposures or USUAL_EXPOSURES)) * 10
     text = f"subjects are taken for each other (confusion {confusion:.2f}; 0: told apart as their photos are): try"
-    return f"{text} --exposures_per_photo {max(more, USUAL_EXPOSURES)}, and another rare word for each subject"
+    more = max(more_exposures(run), USUAL_EXPOSURES)
+    return f"{text} --exposures_per_photo {more}, and another rare word for each subject"
 
 
 def past_its_best(run: Figures) -> str | None:
@@ -375,11 +415,15 @@ def still_rising(run: Figures) -> str | None:
     gained = end - start
     if gained <= 0 or end - earlier <= RISE_LEFT * gained:
         return None
-    more = math.ceil(0.15 * (run.exposures or USUAL_EXPOSURES)) * 10
     return (
         f"likeness still rose at the end (DINO {earlier:.2f} at step {before}, {end:.2f} at step {last}): try "
-        f"--exposures_per_photo {more}"
+        f"--exposures_per_photo {more_exposures(run)}"
     )
+
+
+def more_exposures(run: Figures) -> int:
+    """Half as many again, in tens."""
+    return math.ceil(0.15 * (run.exposures or USUAL_EXPOSURES)) * 10
 
 
 def photos_are_few(run: Figures) -> str | None:
@@ -399,8 +443,8 @@ def photos_are_alike(run: Figures) -> str | None:
 
 
 RULES: tuple[Callable[[Figures], str | None], ...] = (
-    *(broke_off, overflowed, seen_too_rarely, nothing_scored, copies_photos, lost_the_prompt, class_became_subject),
-    *(drifted, confused_subjects, past_its_best, still_rising, photos_are_few, photos_are_alike),
+    *(broke_off, overflowed, seen_too_rarely, nothing_scored, copies_photos, lost_the_prompt, bare_prompt_lags),
+    *(class_became_subject, drifted, confused_subjects, past_its_best, still_rising, photos_are_few, photos_are_alike),
 )
 """The most important first."""
 
@@ -426,6 +470,7 @@ def meanings(run: Figures) -> list[str]:
     word = class_word_of(run.config) or "thing"
     lines = {
         "dino": "likeness to the photos (DINO) {dino:.2f}; the base's own pictures have {dino_base:.2f}",
+        "dino_bare": "likeness at the bare instance prompt (DINO) {dino_bare:.2f}",
         "clip_t_of_base": "agreement with the prompt (CLIP-T) {clip_t_of_base:.2f} of the base's",
         "copied": "copies of a photo: {copied:.0%} of the pictures",
         "drift_of_spread": "pictures of other things changed by {drift_of_spread:.2f} of what a new seed changes",

@@ -16,8 +16,10 @@ from dreambooth_moslora.training.explain import (
     Figures,
     advice_after,
     closing_advice,
+    facts_of_photos,
     figures_from,
     figures_of,
+    meanings,
 )
 from tests.helpers.few_pictures import few_pictures
 from tests.helpers.tiny_training import paint_photos, tiny_config
@@ -25,7 +27,7 @@ from tests.helpers.tiny_training import paint_photos, tiny_config
 CONFIG = TrainConfig(instance_prompt="a photo of sks dog", train_batch_size=4, mixed_precision="fp16")
 SCORES = dict(
     dino=0.7, dino_base=0.1, pres=0.12, pres_base=0.1, clip_t_of_base=0.95,
-    drift_of_spread=0.7, copied=0.0, score=0.66, background_leak=0.02,
+    drift_of_spread=0.7, copied=0.0, score=0.66, background_leak=0.02, dino_bare=0.66,
 )  # fmt: skip
 GOOD = Figures(
     config=CONFIG,
@@ -66,6 +68,10 @@ FAULTS = {
     "lost_the_prompt": (
         with_scores(clip_t_of_base=0.6, background_leak=0.12),
         ["0.60", "leak 0.12", "--unmasked_weight 0"],
+    ),
+    "bare_prompt_lags": (
+        replace(with_scores(dino_bare=0.25), without_bare_prompt=5, config=replace(CONFIG, instance_prompt_share=0)),
+        ["“a photo of sks dog” alone", "25% of the likeness", "--instance_prompt_share 0.33"],
     ),
     "class_became_subject": (with_scores(pres=0.5), ["every dog", "67%", "--with_prior_preservation"]),
     "drifted": (with_scores(drift_of_spread=1.8), ["1.8 times", "--with_prior_preservation"]),
@@ -113,9 +119,52 @@ def test_a_run_that_has_the_remedy_gets_the_next_one():
     assert "--prior_loss_weight 2" in more
     (prompts,) = advice_after(replace(with_scores(drift_of_spread=1.8), config=replace(PRIOR, prior="adapter_off")))
     assert prompts.endswith("--prior_prompts")
+    lags = replace(with_scores(dino_bare=0.25), without_bare_prompt=5)
+    (half,) = advice_after(lags)
+    assert half.endswith("--instance_prompt_share 0.5")  # the default is a third
+    (less,) = advice_after(replace(lags, without_bare_prompt=0, config=PRIOR))  # the captions have the prompt
+    assert less.endswith("--prior_loss_weight 0.5")
+    (longer,) = advice_after(replace(lags, without_bare_prompt=0))
+    assert longer.endswith("--exposures_per_photo 290")
     unmasked = {name: value for name, value in SCORES.items() if name != "background_leak"}
     (masks,) = advice_after(replace(GOOD, scores=unmasked | {"clip_t_of_base": 0.6}))
     assert "add masks" in masks and "leak" not in masks
+
+
+RECORDED = dict(
+    dino=0.758, clip_i=0.3458, clip_t=0.5252, pres=0.0048, diversity=0.1214, drift=0.0263,
+    background_leak=0.2947, copied=0.0, score=0.7276, clip_t_of_base=0.9599, drift_of_spread=0.0698,
+    pres_gain=-0.3938, dino_base=0.0978, pres_base=0.0806, dino_bare=0.1831,
+)  # fmt: skip
+"""The cactus with made captions and --instance_prompt_share 0, after 240 steps of `train cactus cactus`."""
+WITH_A_THIRD = dict(
+    dino=0.7332, clip_i=0.3443, clip_t=0.5456, pres=0.0126, diversity=0.137, drift=0.054,
+    background_leak=0.2771, copied=0.0, score=0.7311, clip_t_of_base=0.9971, drift_of_spread=0.1435,
+    pres_gain=-0.353, dino_base=0.0978, pres_base=0.0806, dino_bare=0.8074,
+)  # fmt: skip
+"""The same with the default share."""
+
+
+def test_the_bare_prompt_is_named_where_it_was_never_trained_and_not_where_it_was():
+    event = {"type": "evaluation", "step": 240, "photos": {"count": 5, "nearness": 0.6808, "without_bare_prompt": 5}}
+    never, third = (figures_from([event | scores], PRIOR) for scores in (RECORDED, WITH_A_THIRD))
+    assert [line for line in advice_after(never) if "alone shows 15% of the likeness" in line]
+    assert not [line for line in advice_after(third) if "alone shows" in line]
+    assert "likeness at the bare instance prompt (DINO) 0.18" in meanings(never)
+
+
+def test_what_the_captions_lack_is_read_from_the_photos_of_a_run_that_did_not_note_it(tmp_path):
+    photos = paint_photos(tmp_path / "photos", 2)
+    (photos / "0.txt").write_text("a photo of sks dog on grass")
+    config = replace(CONFIG, instance_data_dir=str(photos), resolution=64)
+    assert facts_of_photos(config) == {"count": 2, "without_bare_prompt": 1}
+    found = figures_from([{"type": "evaluation", "photos": {"count": 5}}], config, facts_of_photos(config))
+    assert (found.photos, found.without_bare_prompt) == (5, 1)
+    assert facts_of_photos(replace(config, instance_data_dir=str(tmp_path / "gone"))) == {}
+
+
+def test_a_subject_that_was_not_learnt_has_no_bare_prompt_that_lags():
+    assert with_scores(dino=0.15, dino_base=0.1, dino_bare=0.1).bare_prompt_moved is None
 
 
 def test_what_is_not_a_number_is_passed_over():
