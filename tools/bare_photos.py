@@ -1,11 +1,13 @@
 """The sample photos as a person would have them: of different shapes, without captions, with masks made by `check`.
 
-    python -m tools.bare_photos --out runs/bare_photos      # for assets/studies/photos.toml
+    python -m tools.bare_photos --out runs/bare_photos                  # for assets/studies/photos.toml
+    python -m tools.bare_photos --captions --out runs/bare_prompt       # with captions made by `caption`
 
 Every second photo is cut to 4:3, the others to 3:4, around the middle of the subject.
 """
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -28,24 +30,33 @@ def cut(photo: Image.Image, mask: Image.Image, wide: bool) -> Image.Image:
     return photo.crop((0, start, side, start + short) if wide else (start, 0, start + short, side))
 
 
-def write(subject: str, folder: Path) -> None:
-    """Photos and what the toy is, for the true renders; then the masks."""
+def write(subject: str, folder: Path, captions: bool = False) -> None:
+    """Photos and what the toy is, for the true renders; then the masks, and captions that each name a place."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(PHOTOS / subject / "subject.json", folder)
     for number, path in enumerate(sorted((PHOTOS / subject).glob("*.jpg"))):
         mask = Image.open(path.with_suffix(".mask.png")).convert("L")
         cut(Image.open(path), mask, wide=number % 2 == 0).save(folder / path.name, quality=90)
-    options = ["--make_masks", "--no_picture", "--pretrained_model_name_or_path", "toy"]
-    subprocess.run([sys.executable, "-m", "dreambooth_moslora", "check", str(folder), *options], check=True)
+    run("check", str(folder), "--make_masks", "--no_picture")
+    if captions:
+        facts = json.loads((folder / "subject.json").read_text(encoding="utf-8"))
+        run("caption", str(folder), "--subject", f"{facts['token']} {facts['class_word']}")
+
+
+def run(*command: str) -> None:
+    """A command of the package, on the embedded base."""
+    base = ("--pretrained_model_name_or_path", "toy")
+    subprocess.run([sys.executable, "-m", "dreambooth_moslora", *command, *base], check=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     options.add_argument("--out", type=Path, default=Path("runs/bare_photos"))
     options.add_argument("--subjects", nargs="+", default=SUBJECTS)
+    options.add_argument("--captions", action="store_true")
     chosen = options.parse_args(arguments)
     for subject in chosen.subjects:
-        write(subject, chosen.out / subject)
+        write(subject, chosen.out / subject, chosen.captions)
 
 
 if __name__ == "__main__":

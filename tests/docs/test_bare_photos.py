@@ -1,8 +1,9 @@
-"""The photos of the study of masks, captions and buckets."""
+"""The photos of the studies of masks, captions and buckets, and of the instance prompt's share."""
 
+import pytest
 from PIL import Image, ImageDraw
 
-from tools.bare_photos import cut
+from tools.bare_photos import cut, main
 
 
 def photo_and_mask(box) -> tuple[Image.Image, Image.Image]:
@@ -23,3 +24,11 @@ def test_a_subject_in_the_middle_stays_there():
     photo, mask = photo_and_mask((30, 35, 49, 44))
     assert cut(photo, mask, wide=True).getbbox() == (30, 25, 50, 35)
     assert cut(photo, mask, wide=False).getbbox() == (20, 35, 40, 45)
+
+
+@pytest.mark.slow
+def test_captions_are_made_by_the_program_and_all_name_a_place(tmp_path):
+    main(["--captions", "--out", str(tmp_path), "--subjects", "tall_cactus"])
+    captions = [path.read_text().strip() for path in (tmp_path / "tall_cactus").glob("*.txt")]
+    assert len(captions) == 5 and all(text.startswith("a photo of a sks cactus ") for text in captions)
+    assert len(list((tmp_path / "tall_cactus").glob("*.mask.png"))) == 5

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -185,6 +186,21 @@ def test_the_shipped_study_is_the_one_that_was_promised(monkeypatch):
     assert len(study.subjects) >= 6 and len(study.seeds) == 2 and study.ranks == (4, 64)
     arms = {(a.get("mixer"), a.get("train_mixer", True)) for a in study.arms.values()}
     assert arms >= {("none", True), ("orthogonal", True), ("orthogonal", False), ("identity", True), ("kaiming", True)}
+
+
+def test_the_study_of_the_bare_prompt_has_four_shares_and_nothing_else_that_differs(tmp_path, monkeypatch):
+    samples, photos = MIXERS.parents[1] / "subjects", tmp_path / "runs" / "bare_prompt"
+    for name in ("bear", "rocket", "long_eared_rabbit", "train", "tall_cactus", "big_headed_dinosaur"):
+        (photos / name).mkdir(parents=True)
+        shutil.copy(samples / name / "subject.json", photos / name)
+    monkeypatch.chdir(tmp_path)
+    study = load_study(MIXERS.with_name("bare_prompt.toml"))
+    cells = study.test_cells(study.first_rates())
+    assert len(cells) == 6 * 4
+    cells = [cell for cell in cells if cell.subject == "bear"]
+    configs = [study.config_of(cell, 16, Path("run")).to_dict() for cell in cells]
+    assert [config.pop("instance_prompt_share") for config in configs] == [0, 0.25, 0.3333, 0.5]
+    assert all(config == configs[0] for config in configs)
 
 
 def made_up(rng: np.random.Generator, gains: dict[str, float], subjects=6, seeds=2) -> tuple[Study, list[Result]]:
