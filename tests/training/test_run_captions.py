@@ -58,10 +58,10 @@ def test_a_dry_run_says_what_would_be_made_and_advice_what_has_no_effect(tmp_pat
     photos = paint_photos(tmp_path / "photos", count=2)
     (photos / "0.txt").write_text("mine")
     auto = tiny_config("toy", photos, tmp_path / "run", captions="auto")
-    (line,) = caption_lines(auto, photo_report(auto))
+    share, line = caption_lines(auto, photo_report(auto))
     assert line == "captions: 1 photos have none of their own; toy-sdxl makes them before training"
     given = tiny_config("toy", photos, tmp_path / "run", caption_model="x/y")
-    assert not caption_lines(given, photo_report(given))
+    assert caption_lines(given, photo_report(given)) == [share]
     assert any("--caption_model has no effect" in text for text in settings_without_effect(given))
 
 

@@ -106,7 +106,7 @@ def kill_at_a_checkpoint(out: Path) -> None:
 
 def test_a_group_that_ends_by_an_error_of_its_own_is_not_started_again(tmp_path, monkeypatch):
     codes = []
-    monkeypatch.setattr("dreambooth_moslora.extras.cluster.worker.train_once", lambda *_: codes.append(1) or 1)
+    monkeypatch.setattr("dreambooth_moslora.extras.cluster.worker.train_group_once", lambda *_: codes.append(1) or 1)
     records = train_group(Group((Job(str(tmp_path / "out" / "a"), {}, "m"),), at_once=1))
     assert codes == [1] and [record.state for record in records] == ["failed"]
 
