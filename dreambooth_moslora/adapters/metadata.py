@@ -27,10 +27,17 @@ from typing import Any
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.core.errors import UserError, is_finite_number
-from dreambooth_moslora.core.names import assets_folder, is_toy
+from dreambooth_moslora.core.names import assets_folder
 from dreambooth_moslora.settings.sources import load_settings, recipe_of
-from dreambooth_moslora.settings.subjects import SAID_BY_SUBJECTS
-from dreambooth_moslora.settings.table import MIXERS, ZERO, TrainConfig, checked_setting
+from dreambooth_moslora.settings.table import (
+    MIXERS,
+    SAID_BY_SUBJECTS,
+    SETTINGS,
+    ZERO,
+    TrainConfig,
+    checked_setting,
+    shapes_weights,
+)
 
 DORA_READERS = {
     "this program, LyCORIS": "what was trained",
@@ -251,34 +258,13 @@ KNOWN_BASES = ("toy", "stabilityai/stable-diffusion-xl-base-1.0")
 user must name others."""
 RESUMED = "resume_from_checkpoint"
 """Stands in `withheld` for a run that was resumed with other settings than it began with: no flag repeats that."""
-Shapes = Callable[[TrainConfig], bool]
 DEFAULTS = TrainConfig()
-
-
-def draws_class_images(config: TrainConfig) -> bool:
-    return config.with_prior_preservation and config.prior == "class_images"
-
-
-UNTOLD: dict[str, Shapes] = (
-    dict.fromkeys(
-        (
-            *("instance_prompt", "subjects", "dataset_name", "leave_out", "caption_prefix", "caption_suffix"),
-            *("init_adapter", "pretrained_vae_model_name_or_path"),
-        ),
-        lambda config: True,
-    )
-    | dict.fromkeys(("revision", "variant"), lambda config: not is_toy(config.pretrained_model_name_or_path))
-    | dict.fromkeys(("dataset_config_name", "image_column", "caption_column"), lambda config: bool(config.dataset_name))
-    | dict.fromkeys(("caption_model",), lambda config: config.captions == "auto")
-    | dict.fromkeys(("mask_model", "mask_prompt"), lambda config: config.masks == "auto")
-    | dict.fromkeys(("class_prompt",), lambda config: config.with_prior_preservation)
-    | dict.fromkeys(("prior_prompts",), lambda config: config.with_prior_preservation and config.prior == "adapter_off")
-    | dict.fromkeys(("class_data_dir", "sample_batch_size", "prior_generation_precision"), draws_class_images)
-    | dict.fromkeys(("initializer_concept",), lambda config: config.train_text_encoder_ti)
-    | dict.fromkeys(("basis",), lambda config: config.basis is not None)
-)
-"""Each setting that can shape the weights and that a recipe may lack -> whether it does so in a run of these settings.
-Base, class word and the words of new tokens are not among them: other entries of the header have them."""
+FIRST = ("instance_prompt", "subjects", "dataset_name", "leave_out", "caption_prefix", "caption_suffix", "init_adapter")
+FIRST += ("pretrained_vae_model_name_or_path",)
+"""Settings that `withheld` lists first, whatever their order in the table, so that files keep their bytes."""
+UNTOLD = (*FIRST, *(name for name, item in SETTINGS.items() if item.metadata["shapes"] and name not in FIRST))
+"""Settings that may shape the weights and that a recipe may lack. Base, class word and the words of new tokens are not
+among them: other entries of the header have them."""
 
 
 def with_told(config: TrainConfig, facts: AdapterMetadata) -> AdapterMetadata:
@@ -286,7 +272,7 @@ def with_told(config: TrainConfig, facts: AdapterMetadata) -> AdapterMetadata:
     facts = replace(facts, recipe=recipe_of(config))
     known = concluded(facts)
     by_subject = SAID_BY_SUBJECTS if config.subjects else ()
-    asked = [name for name, shapes in UNTOLD.items() if shapes(config) and name not in by_subject]
+    asked = [name for name in UNTOLD if shapes_weights(name, config) and name not in by_subject]
     asked = [name for name in asked if name not in facts.recipe]
     open_ = [name for name in asked if getattr(config, name) != known.get(name, getattr(DEFAULTS, name))]
     public = {name: getattr(config, name) for name in open_ if name in PUBLIC and is_public(config, name)}

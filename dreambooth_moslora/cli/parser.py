@@ -34,13 +34,13 @@ from dreambooth_moslora.plan.choices import (
     choose_words,
 )
 from dreambooth_moslora.plan.memory import in_lines, same_for_all
-from dreambooth_moslora.settings.fields import GROUPS, Prompt, nearest
+from dreambooth_moslora.settings.fields import GROUPS, WORDS, Prompt, Subject, nearest
 from dreambooth_moslora.settings.sources import load_settings, settings_like
-from dreambooth_moslora.settings.subjects import SAID_BY_SUBJECTS, SubjectTable
 from dreambooth_moslora.settings.table import (
     FIELD_TYPES,
     OPTIMIZERS,
     REMOVED,
+    SETTINGS,
     TrainConfig,
     check_each,
     checked_setting,
@@ -57,6 +57,7 @@ REMOVED_FLAGS = {
 """Flags of earlier versions, which every command answers."""
 FOREIGN_FLAGS = {
     **REMOVED_FLAGS,
+    **{flag: f"use --{name}" for name, item in SETTINGS.items() for flag in item.metadata["elsewhere"].split()},
     # earlier versions of diffusers' script, and its siblings
     "crops_coords_top_left_h": "each photo's own crop is told to the model; there is nothing to set",
     "crops_coords_top_left_w": "each photo's own crop is told to the model; there is nothing to set",
@@ -75,7 +76,6 @@ FOREIGN_FLAGS = {
     "num_vectors": "use --train_text_encoder_ti with --num_new_tokens_per_abstraction",
     "use_blora": "use --target_modules blora_content blora_style",
     "lora_unet_blocks": "use --target_modules, which takes the same names of blocks",
-    "lora_layers": "use --target_modules",
     "validation_negative_prompt": "not supported: samples are drawn without a negative prompt",
     "validation_image": "not supported: samples are drawn from --validation_prompt",
     "enable_npu_flash_attention": "not supported: PyTorch's own attention is used",
@@ -85,13 +85,9 @@ FOREIGN_FLAGS = {
     "optimizer_type": f"use --optimizer {{{','.join(OPTIMIZERS)}}}",
     "optimizer_args": "use --adam_beta1, --adam_weight_decay and their like, one flag each",
     "optimizer_schedulefree_wrapper": "use --optimizer AdamWScheduleFree",
-    "seeds": "use --seed",
-    "ema_max_decay": "use --ema_decay",
     "concepts_list": "use --subjects, which takes the same file",
     "concept_list": "use --subjects, which takes the same file",
     # kohya-ss/sd-scripts
-    "network_dim": "use --rank",
-    "network_alpha": "use --lora_alpha",
     "network_module": "there is one kind of adapter; --mixer none makes it a plain LoRA",
     "network_args": "use --rank, --lora_alpha, --rank_pattern, --alpha_pattern, --target_modules, --use_dora",
     "conv_dim": "use --target_modules with *conv* beside the projections, and --rank_pattern *conv*=N",
@@ -99,40 +95,26 @@ FOREIGN_FLAGS = {
     "block_dims": "use --rank_pattern, such as down_blocks.2.*=8",
     "block_alphas": "use --alpha_pattern, such as down_blocks.2.*=4",
     "network_reg_dims": "use --rank_pattern, such as down_blocks.2.*=8",
-    "network_dropout": "use --lora_dropout",
     "token_string": "use --train_text_encoder_ti with --token_abstraction",
     "init_word": "use --train_text_encoder_ti with --initializer_concept",
     "num_vectors_per_token": "use --train_text_encoder_ti with --num_new_tokens_per_abstraction",
-    "network_weights": "use --init_adapter",
     "dim_from_weights": "a file of another rank is converted to --rank; leave it out",
     "network_train_unet_only": "the text encoders are frozen unless --train_text_encoder; leave it out",
     "train_data_dir": "use --instance_data_dir, or --subjects where each folder in it is another subject",
     "dataset_config": "use --subjects, or [[subjects]] tables in a --config file",
     "reg_data_dir": "use --class_data_dir with --with_prior_preservation",
     "output_name": "the files are named by --output_dir",
-    "unet_lr": "use --learning_rate",
-    "max_train_epochs": "use --num_train_epochs",
-    "save_every_n_epochs": "use --checkpointing_steps",
-    "save_every_n_steps": "use --checkpointing_steps",
     "save_precision": "the adapter is saved in its own precision; leave it out",
     "save_model_as": "adapters are always safetensors; leave it out",
-    "sample_prompts": "use --validation_prompt",
-    "sample_every_n_steps": "use --validation_steps",
     "caption_strategy": "captions are name.txt, metadata.jsonl or the instance prompt; --captions auto makes them",
     "caption_extension": "captions are the lines of name.txt beside each photo",
-    "caption_dropout_rate": "use --caption_dropout",
-    "caption_dropout_probability": "use --caption_dropout",
-    "proportion_empty_prompts": "use --caption_dropout",
     "caption_dropout_every_n_epochs": "use --caption_dropout, a share of all exposures",
     "caption_tag_dropout_rate": "not supported: --caption_dropout leaves out a caption as a whole",
     "caption_separator": "tags are what stands between commas; leave it out",
-    "keep_tokens_separator": "use --keep_tokens",
-    "shuffle_tags": "use --shuffle_caption",
     "min_bucket_reso": "sides lie between half and twice --resolution; leave it out",
     "max_bucket_reso": "sides lie between half and twice --resolution; leave it out",
     "bucket_no_upscale": "not supported: a small photo is enlarged to the area of --resolution",
     "aspect_ratio_buckets": "use --enable_bucket, which finds the sizes by itself",
-    "min_snr_gamma": "use --snr_gamma",
     "adaptive_noise_scale": "not supported: --noise_offset is the same for all photos",
     "multires_noise_iterations": "not supported: use --noise_offset",
     "huber_scale": "use --huber_c, the width itself",
@@ -140,17 +122,12 @@ FOREIGN_FLAGS = {
     "alpha_mask": "a photo's transparency is its mask unless --alpha white; leave it out",
     "no_half_vae": "the VAE always computes in fp32; leave it out",
     "cache_text_encoder_outputs": "text embeddings are always computed once; leave it out",
-    "prior_loss_weights": "use --prior_loss_weight",
     "xformers": "PyTorch's own memory-efficient attention is used; leave it out",
     "torch_compile": "use --compile on",
     "dynamo_backend": "use --compile on",
     "sdpa": "PyTorch's own memory-efficient attention is used; leave it out",
     "v_parameterization": "read from the base's scheduler; leave it out",
-    "max_data_loader_n_workers": "use --dataloader_num_workers",
-    "init_lora": "use --init_adapter",
-    "lora_rank": "use --rank",
     "use_face_segmentation_condition": "use --masks auto --mask_prompt face",
-    "lora_r": "use --rank",
 }
 
 
@@ -174,11 +151,6 @@ def unknown_flag_message(word: str) -> str:
     return f"unknown flag {flag}" + (f": did you mean --{close}?" if close else "; see --help.")
 
 
-SAID_BY_WORDS = (
-    *(item.name for item in fields(SubjectTable)),
-    *("dataset_name", "subjects", "leave_out", "output_dir", "hub_model_id"),
-)
-"""Settings of a --config file that a folder and a word on the command line replace."""
 DESCRIPTION = "Teach an SDXL model one subject from a few photos, through a MoSLoRA adapter (arXiv 2406.11909)."
 SCRIPT = "train_dreambooth.py"
 EXAMPLE = """examples:
@@ -262,7 +234,7 @@ def add_flag(group: Any, item: Field, *, is_hidden: bool = False) -> None:
         group.add_argument(f"--{item.name}", nargs="+" if base in (tuple, Prompt) else None, metavar=metavar, **options)
 
 
-METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAME", Prompt: "TEXT", SubjectTable: "DIR"}
+METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAME", Prompt: "TEXT", Subject: "DIR"}
 
 
 def help_of(item: Field) -> str:
@@ -312,23 +284,21 @@ def given_by(argv: Sequence[str], prog: str) -> Given:
         raise UserError(unknown_flag_message(unknown[0]))
     flags = vars(found)
     is_queued = flags.pop("queue")
-    settings, has_recipe = settings_of(flags, without_words=bool(words))  # words replace these, like flags
+    settings, has_recipe = settings_of(flags, has_words=bool(words))
     return Given(words, settings, has_recipe, is_queued)
 
 
-def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[dict[str, Any], bool]:
+def settings_of(flags: dict[str, Any], *, has_words: bool = False) -> tuple[dict[str, Any], bool]:
     """The settings of parsed flags and of the files of --config and --like, and whether there is such a file.
 
-    `without_words` drops a --config file's own subject (SAID_BY_WORDS). Raises UserError.
+    `has_words`: a folder and a word replace a --config file's own subject. Raises UserError.
     """
     flags = dict(flags)
     file, like = flags.pop("config"), flags.pop("like")
     recipe = load_settings(file) if file else {}
     like_of_file = recipe.pop("like", None)
     like = like or like_of_file
-    if without_words:
-        recipe = {name: value for name, value in recipe.items() if name not in SAID_BY_WORDS}
-    settings = overridden(recipe, flags)
+    settings = overridden(recipe, flags, has_words)
     check_each(settings)
     settings = without_removed(settings)
     if like:
@@ -353,15 +323,10 @@ def say(lines: list[str]) -> None:
             print(spelled_out(line), file=sys.stderr)
 
 
-def overridden(settings: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """A file's settings overridden by flags. A flag that sets the steps removes the file's settings of the
-    steps; a flag that names one subject removes the file's several ones, and the reverse."""
-    steps = ("max_train_steps", "exposures_per_photo")
-    gone = steps if any(name in flags for name in steps) else ()
-    if "subjects" in flags:
-        gone += SAID_BY_SUBJECTS
-    elif flags.keys() & {"instance_data_dir", "dataset_name"}:
-        gone += ("subjects",)
+def overridden(settings: dict[str, Any], flags: dict[str, Any], has_words: bool = False) -> dict[str, Any]:
+    """A file's settings overridden by flags, and without those that yield to a flag (`fields.Row`)."""
+    given = {*flags, WORDS} if has_words else {*flags}
+    gone = [name for name in settings if name in SETTINGS and given.intersection(SETTINGS[name].metadata["yields_to"])]
     return {name: value for name, value in settings.items() if name not in gone} | flags
 
 

@@ -20,8 +20,7 @@ from dreambooth_moslora.core.errors import UserError, one_line, spelled_out
 from dreambooth_moslora.core.names import file_digest
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
 from dreambooth_moslora.settings.sources import checked_recipe, load_settings
-from dreambooth_moslora.settings.subjects import SAID_BY_SUBJECTS, to_tables
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.table import SAID_BY_SUBJECTS, TrainConfig, checked_setting, shapes_weights
 
 if TYPE_CHECKING:
     from dreambooth_moslora.adapters.metadata import AdapterMetadata
@@ -120,7 +119,8 @@ def config_of(args: argparse.Namespace, receipt: Receipt, output_dir: Path) -> T
     told = concluded(facts) | told_in_config(args, facts) | receipt.recipe | given_flags(args)
     check_source(args, facts, told)
     own = {"output_dir": str(output_dir)} | ({"instance_data_dir": args.photos} if args.photos else {})
-    settings = {name: value for name, value in told.items() if not (told.get("subjects") and name in SAID_BY_SUBJECTS)}
+    by_subject = SAID_BY_SUBJECTS if told.get("subjects") else ()
+    settings = {name: value for name, value in told.items() if name not in by_subject}
     needed = ("pretrained_model_name_or_path", *(() if told.get("subjects") else ("instance_prompt",)))
     for name in needed:
         if not settings.get(name):
@@ -149,7 +149,7 @@ def check_source(args: argparse.Namespace, facts: "AdapterMetadata", told: Mappi
         raise UserError(f"{args.file}: give --photos, or --subjects if there are several.")
     if facts.subject_prompts and not told.get("subjects"):
         raise UserError(f"{args.file}: it was trained on {len(facts.subject_prompts)} subjects; give --subjects.")
-    prompts = tuple(table.instance_prompt for table in to_tables(told.get("subjects") or ()) or ())
+    prompts = tuple(table.instance_prompt for table in checked_setting("subjects", told.get("subjects") or ()))
     if facts.subject_prompts and prompts != facts.subject_prompts:
         raise UserError(f"{args.file}: its subjects are {one_line(', '.join(facts.subject_prompts), 300)}.")
     if facts.basis.get("kind") == "file" and not told.get("basis"):
@@ -164,7 +164,7 @@ def unknown_settings(args: argparse.Namespace, receipt: Receipt, config: TrainCo
         return [line_about(name) for name in facts.withheld if name not in given]
     if args.nothing_else:
         return []
-    names = [name for name, shapes in UNTOLD.items() if shapes(config) and name not in (*given, *OF_SOURCE)]
+    names = [name for name in UNTOLD if shapes_weights(name, config) and name not in (*given, *OF_SOURCE)]
     names = [name for name in names if name not in receipt.recipe] + ["step"] * (args.step is None)
     flags = ", ".join(f"--{name}" for name in names)
     return [

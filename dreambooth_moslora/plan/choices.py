@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dreambooth_moslora.core.machine import half_precision
 from dreambooth_moslora.core.names import CLIP, DINO, assets_folder, is_toy
 from dreambooth_moslora.settings.sources import load_settings
-from dreambooth_moslora.settings.subjects import to_tables
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, checked_setting
 
 if TYPE_CHECKING:
     from dreambooth_moslora.photos.photo import Photo
@@ -31,7 +30,7 @@ OWN = (
     "max_train_steps",
 )
 """What a recipe names that is another run's, or is chosen here."""
-OF_MEMORY = ("gradient_checkpointing", "base_quantization", "cache_cross_attention")
+OF_MEMORY = tuple(name for name in SETTINGS["memory"].metadata["replaces"] if name != "mixed_precision")
 """What a word of `--memory` decides instead of the recipe."""
 OF_SAMPLES = ("num_validation_images", "validation_steps")
 """Left out on a CPU: with a large base, the trainer then draws no samples, as each takes minutes."""
@@ -148,7 +147,7 @@ def class_line(settings: Mapping[str, Any]) -> str:
 
 def choose_subjects(choices: Choices) -> None:
     """Like `choose_words`, for several given subjects, whose tables have the prompts."""
-    tables = to_tables(choices.given["subjects"]) or ()
+    tables = checked_setting("subjects", choices.given["subjects"])
     choices.say(f"words: {in_words(table.instance_prompt for table in tables)}")
     if choices.given.get("with_prior_preservation") is not False:
         line = f"the classes: {in_words(table.class_prompt for table in tables)} stay as the base draws them"

@@ -37,7 +37,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,12 +49,13 @@ from dreambooth_moslora.core.machine import half_precision
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.steps import uses_class_images
 from dreambooth_moslora.settings.fields import is_adapted, is_text_projection
+from dreambooth_moslora.settings.rules import needs_live_projections
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import (
+    SETTINGS,
     TrainConfig,
     checked_setting,
     is_scored,
-    needs_live_projections,
     rank_and_alpha,
 )
 
@@ -393,7 +394,6 @@ PLANS: dict[str, dict[str, object]] = {
     "nf4": {"gradient_checkpointing": True, "base_quantization": "nf4"},
 }
 """From the fastest to the leanest."""
-CHOSEN = ("mixed_precision", "gradient_checkpointing", "base_quantization", "cache_cross_attention")
 USABLE = 0.9
 """Usable fraction of the free memory: libraries' workspaces and fragmentation take the rest."""
 
@@ -420,7 +420,8 @@ def settings_before(config: TrainConfig) -> dict[str, object]:
         saved = json.loads(RunDir(config.output_dir).config_path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return {name: saved[name] for name in CHOSEN if name in saved} if isinstance(saved, dict) else {}
+    names = SETTINGS["memory"].metadata["replaces"] if isinstance(saved, dict) else ()
+    return {name: saved[name] for name in names if name in saved}
 
 
 def in_half_precision(config: TrainConfig) -> TrainConfig:
@@ -469,8 +470,6 @@ def plan_lines(config: TrainConfig, size: BaseSize) -> list[str]:
 
 
 Result = TypeVar("Result")
-OF_A_PROCESS = ("local_rank", "cache_dir")
-"""Settings that may differ: a launcher may number the processes by a flag, and each machine has its own disk."""
 SAME_SETTINGS = "give all processes the same flags and files."
 
 
@@ -505,7 +504,7 @@ def checked_by_all(check: Callable[[], Result]) -> Result:
 
 def in_lines(settings: Mapping[str, Any]) -> str:
     """A line for each setting that the processes must share; one that is not given has its default."""
-    shared = [item for item in fields(TrainConfig) if not item.metadata["secret"] and item.name not in OF_A_PROCESS]
+    shared = [item for item in SETTINGS.values() if not item.metadata["secret"] and not item.metadata["per_process"]]
     values = {item.name: checked_setting(item.name, settings.get(item.name, item.default)) for item in shared}
     return "\n".join(f"--{name} {value!r}" for name, value in values.items())
 

@@ -1,6 +1,6 @@
-"""How a setting is described, converted and checked, with the names of layers in patterns.
+"""How a row of the settings' table is written, converted and checked, with the names of layers in patterns.
 
-Names of layers in `--target_modules`, `--rank_pattern` and `--alpha_pattern`, without torch.
+Layers in `--target_modules`, `--rank_pattern` and `--alpha_pattern` are named so:
 
 to_q, attn1.to_q          layers whose path ends so: PEFT's own rule
 up_blocks.0.attentions.1  a block: its attention projections, as in B-LoRA and diffusers' scripts
@@ -8,15 +8,13 @@ down_blocks.2.*, *conv1   `*` matches anything: every layer whose path, or the e
 blora_style               another name of a block
 
 In a pattern a block stands for all its layers that have an adapter. A leading `unet.` is ignored.
-
-How a setting is described, converted and checked; `TrainConfig` is written with these functions.
 """
 
 import difflib
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import Field, field, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -24,7 +22,7 @@ from types import UnionType
 from typing import Any, NewType, get_args, get_type_hints
 
 from dreambooth_moslora.core.errors import UserError, is_number
-from dreambooth_moslora.settings.subjects import SubjectTable, to_tables
+from dreambooth_moslora.settings.subjects import to_tables
 
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 BLOCKS = {"blora_content": "up_blocks.0.attentions.0", "blora_style": "up_blocks.0.attentions.1"}
@@ -103,30 +101,69 @@ MOST = 10**9
 
 Prompt = NewType("Prompt", str)
 """Text that may hold commas. A list of prompts is not split at commas; a list of names is."""
+Subject = NewType("Subject", Any)
+"""A `table.SubjectTable`; before conversion, a mapping of a subject's settings."""
 FieldType = tuple[Any, bool]
-"""(bool, int, float, str, tuple for names, Prompt or SubjectTable for several of them; whether None is allowed)."""
+"""(bool, int, float, str, tuple for names, Prompt or Subject for several of them; whether None is allowed)."""
+WORDS = "words"
+"""Stands in `Row.yields_to` for a folder and a word on the command line: `train photos/dog dog`."""
+Idle = tuple[tuple[str, Callable[[Any], object]], ...]
+"""(how "--flag has no effect …" goes on, whether that is so in a run of these settings), any number of times."""
 
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    group: str,
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
-    below: float | None = None,
-    choices: tuple[str, ...] = (),
-    required: bool = False,
-    secret: bool = False,
-) -> Any:
-    """A dataclass field with its help, bounds (low <= value <= high, above < value < below) and choices.
+@dataclass(frozen=True)
+class Row:
+    """What the table says of a setting beside its name, type and default; it becomes the field's metadata."""
 
-    A `required` setting must be given as a flag or in a file. A `secret` one is never written to a file.
-    """
-    bounds = {"low": low, "above": above, "high": high, "below": below}
-    facts = {"help": help, "group": group, "bounds": bounds, "choices": choices}
-    return field(default=default, metadata={**facts, "required": required, "secret": secret})
+    help: str
+    group: str
+    low: float | None = None
+    above: float | None = None
+    high: float | None = None
+    below: float | None = None
+    """low <= value <= high, above < value < below"""
+    choices: tuple[str, ...] = ()
+    spellings: Mapping[str, str] = field(default_factory=dict)
+    """other spellings, in lower case -> choice"""
+    required: bool = False
+    """must be given as a flag or in a file"""
+    secret: bool = False
+    """never written to a file"""
+    path: bool = False
+    """a file or folder; `~` is expanded, since no shell expands it in files and after `=`"""
+    per_process: bool = False
+    """may differ between the processes of one run"""
+    per_subject: bool = False
+    """each of several subjects may have its own"""
+    yields_to: tuple[str, ...] = ()
+    """a --config file's value is dropped if the command line gives one of these (default if `per_subject`: subjects,
+    and WORDS)"""
+    replaces: tuple[str, ...] = ()
+    """if it is given, these are not taken from the file of --like"""
+    publish: str | None = None
+    """whether a published file tells it and --like takes it: "always", or "if_changed" (only if it differs from the
+    default, so that other files keep their bytes). Only for what cannot hold text of the user's."""
+    shapes: bool | Callable[[Any], bool] = False
+    """it may shape the weights though a published file may lack it: whenever it is not idle, or in these runs"""
+    idle: Idle = ()
+    """when it has no effect"""
+    packages: Mapping[object, str] = field(default_factory=dict)
+    """value -> package that it needs"""
+    resume: str | None = None
+    """"same": a resumed run must have the checkpoint's value"""
+    kohya: str = ""
+    """its keys in kohya's headers"""
+    of_kohya: Callable[[str], Any] = str
+    """its value from such a key's text; None if the key does not set it"""
+    elsewhere: str = ""
+    """flags of other trainers that mean the same"""
+
+
+def option(default: Any, help: str, **facts: Any) -> Any:
+    """A dataclass field with the facts of a `Row`."""
+    if facts.get("per_subject"):
+        facts = {"yields_to": ("subjects", WORDS)} | facts
+    return field(default=default, metadata=vars(Row(help, **facts)))
 
 
 def grouped(group: str) -> partial:
@@ -134,6 +171,37 @@ def grouped(group: str) -> partial:
     if group not in GROUPS:
         raise KeyError(group)
     return partial(option, group=group)
+
+
+def where(words: str, applies: Callable[[Any], object]) -> Idle:
+    return ((words, applies),)
+
+
+def unless(**needed: Any) -> Idle:
+    """No effect without these settings: `unless(captions="auto")` is "without --captions auto"."""
+    flags = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in needed.items())
+    return where(f"without {flags}", lambda run: any(getattr(run, name) != value for name, value in needed.items()))
+
+
+def one_side(text: str) -> str:
+    """`(1024, 1024)` -> 1024; other shapes are kept, and fail the later check."""
+    sides = re.findall(r"\d{1,9}", text)
+    return sides[0] if len(set(sides)) == 1 else text
+
+
+def optimizer_name(text: str) -> str:
+    """`bitsandbytes.optim.adamw.AdamW8bit(weight_decay=0.1)` -> AdamW."""
+    name = text.partition("(")[0].rpartition(".")[2]
+    return "AdamW" if name.lower() == "adamw8bit" else name
+
+
+def has_8bit_states(text: str) -> bool | None:
+    return True if re.search(r"\badamw8bit(\(|$)", text, re.IGNORECASE) else None
+
+
+def first_number(text: str) -> str:
+    """`[5e-05, 1e-05]` -> 5e-05, since both text encoders share one rate here."""
+    return text.strip("[]").partition(",")[0]
 
 
 def field_types(owner: type) -> dict[str, FieldType]:
@@ -146,7 +214,7 @@ def field_type(hint: Any) -> FieldType:
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     kind = next(k for k in kinds if k is not type(None))
     if kind not in (bool, int, float, str):
-        kind = next((item for item in (Prompt, SubjectTable) if item in get_args(kind)), tuple)
+        kind = next((item for item in (Prompt, Subject) if item in get_args(kind)), tuple)
     return kind, type(None) in kinds
 
 
@@ -209,7 +277,7 @@ def to_words(value: Any) -> tuple[str, ...] | None:
 
 
 CONVERTERS = {bool: to_bool, int: to_int, float: to_float, str: to_str, tuple: to_words, Prompt: to_prompts} | {
-    SubjectTable: to_tables
+    Subject: to_tables
 }
 NO_TEXT = "not valid UTF-8, or with a NUL, so that no file of the run can hold it; write or rename it in UTF-8"
 EXPECTED = {
@@ -219,7 +287,7 @@ EXPECTED = {
     str: "text",
     tuple: "a list of names, separated by commas",
     Prompt: "a list of prompts",
-    SubjectTable: "a folder of folders, a JSON file, or [[subjects]] tables",
+    Subject: "a folder of folders, a JSON file, or [[subjects]] tables",
 }
 
 
@@ -231,7 +299,7 @@ def check_limits(item: Field, value: Any) -> None:
     if facts["choices"] and value not in facts["choices"]:
         raise UserError(f"--{item.name} {value}: choose one of {', '.join(facts['choices'])}.")
     if is_number(value):
-        check_number(item.name, value, **facts["bounds"])
+        check_number(item.name, value, **{bound: facts[bound] for bound in ("low", "above", "high", "below")})
 
 
 def check_number(

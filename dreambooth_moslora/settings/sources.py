@@ -19,7 +19,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.names import find_asset
 from dreambooth_moslora.disk.adapter_files import header_of
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
-from dreambooth_moslora.settings.table import REMOVED, SVD, TrainConfig, checked_setting
+from dreambooth_moslora.settings.table import FIELD_TYPES, REMOVED, SETTINGS, SVD, TrainConfig, checked_setting, named
 
 TOO_DEEP = "it is nested too deeply"
 
@@ -87,32 +87,9 @@ def flatten(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return flat
 
 
-LAYERS = ("target_modules", "rank_pattern", "alpha_pattern")
-RECIPE = (
-    *("shuffle_caption", "keep_tokens", "caption_dropout", "repeats", "resolution"),
-    *("enable_bucket", "bucket_reso_steps", "center_crop", "random_flip", "crops_per_photo"),
-    *("crop_zoom", "image_interpolation_mode", "alpha", "unmasked_weight", "masks"),
-    *("with_prior_preservation", "prior", "num_class_images", "prior_loss_weight", "rank"),
-    *("lora_alpha", "use_rslora", "lora_dropout", "use_dora", "mixer", "train_mixer"),
-    *("mixer_lr_scale", "train_text_encoder", *LAYERS, "seed", "train_batch_size"),
-    *("gradient_accumulation_steps", "num_train_epochs", "max_train_steps"),
-    *("exposures_per_photo", "learning_rate", "text_encoder_lr", "scale_lr", "lr_scheduler"),
-    *("lr_warmup_steps", "lr_num_cycles", "lr_power", "snr_gamma", "timestep_bias_strategy"),
-    *("timestep_bias_multiplier", "timestep_bias_portion", "do_edm_style_training"),
-    *("max_grad_norm", "optimizer", "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_epsilon"),
-    *("adam_weight_decay", "adam_weight_decay_text_encoder", "prodigy_beta3", "prodigy_decouple"),
-    *("prodigy_use_bias_correction", "prodigy_safeguard_warmup", "mixed_precision"),
-    *("base_quantization", "gradient_checkpointing"),
-)
-"""Names of settings. Add a new one here, or below, only if it cannot hold text of the user's."""
-TOLD_IF_CHANGED = (
-    *("noise_offset", "loss_type", "huber_c", "huber_schedule", "debiased_estimation_loss"),
-    *("use_ema", "ema_decay", "captions", "cache_cross_attention"),
-    *("train_text_encoder_ti", "train_text_encoder_ti_frac", "num_new_tokens_per_abstraction"),
-    *("basis", "instance_prompt_share"),
-    *("sample_batch_size", "prior_generation_precision", "caching", "allow_tf32", "compile"),
-)
-"""Settings that are published only if they differ from the default, so that other files keep their bytes."""
+RECIPE = named("publish", "always")
+TOLD_IF_CHANGED = named("publish", "if_changed")
+LAYERS = tuple(name for name in RECIPE if FIELD_TYPES[name][0] is tuple)
 DEFAULTS = TrainConfig().to_dict()
 MOST_LETTERS = 50_000
 """Of a list of layers: every layer of SDXL by name takes less."""
@@ -167,15 +144,11 @@ FACT = re.compile(
     r"|lowram|full_fp16|max_token_length|total_batch_size)"
 )
 """Keys of kohya's that state facts, not settings."""
-STEPS = ("max_train_steps", "exposures_per_photo")
-REPLACED = {
-    **dict.fromkeys((*STEPS, "num_train_epochs"), STEPS),
-    "do_edm_style_training": ("snr_gamma", "debiased_estimation_loss", "loss_type"),
-    "snr_gamma": ("debiased_estimation_loss",),
-    "debiased_estimation_loss": ("snr_gamma",),
-    "memory": ("mixed_precision", "gradient_checkpointing", "base_quantization", "cache_cross_attention"),
+KOHYA = {
+    key: {name: item.metadata["of_kohya"] for name, item in SETTINGS.items() if key in item.metadata["kohya"].split()}
+    for key in " ".join(item.metadata["kohya"] for item in SETTINGS.values()).split()
 }
-"""A given setting -> settings of the file that it replaces."""
+"""kohya's key -> settings that it means, and how their values are read. The values are not checked yet."""
 
 
 @dataclass(frozen=True)
@@ -253,9 +226,9 @@ def recipe_in(header: Mapping[str, str]) -> FoundRecipe:
 def unless_given(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that are not `given` themselves or replaced by given ones. Raises UserError for a wrong value."""
     gone = set()
-    for setting, names in REPLACED.items():
-        if setting in given and checked_setting(setting, given[setting]):
-            gone |= set(names)
+    for name, item in SETTINGS.items():
+        if item.metadata["replaces"] and name in given and checked_setting(name, given[name]):
+            gone |= set(item.metadata["replaces"])
     return {name: value for name, value in settings.items() if name not in gone | given.keys()}
 
 
@@ -265,70 +238,10 @@ def from_kohya(header: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     for key in sorted(key for key in header if key.startswith("ss_") and not FACT.match(key)):
         text = header[key].strip()
         if key in KOHYA and text not in UNSET:
-            values |= KOHYA[key](text)
+            found = {name: read(text) for name, read in KOHYA[key].items()}
+            values |= {name: value for name, value in found.items() if value is not None}
         elif key not in KOHYA and text not in OFF:
             meaningless.append(key)
     if "(" in header.get("ss_optimizer", "").removesuffix("()"):
         meaningless.append("the arguments in ss_optimizer")
     return values, meaningless
-
-
-def named(name: str) -> Callable[[str], dict[str, Any]]:
-    return lambda text: {name: text}
-
-
-def side_of(text: str) -> dict[str, Any]:
-    """`(1024, 1024)` -> 1024; other shapes are kept, and fail the later check."""
-    sides = re.findall(r"\d{1,9}", text)
-    return {"resolution": sides[0] if len(set(sides)) == 1 else text}
-
-
-def optimizer_of(text: str) -> dict[str, Any]:
-    """`bitsandbytes.optim.adamw.AdamW8bit(weight_decay=0.1)` -> AdamW with 8-bit states."""
-    name = text.partition("(")[0].rpartition(".")[2]
-    if name.lower() == "adamw8bit":
-        return {"optimizer": "AdamW", "use_8bit_adam": True}
-    return {"optimizer": name}
-
-
-def first_number(text: str) -> dict[str, Any]:
-    """`[5e-05, 1e-05]` -> 5e-05, since both text encoders share one rate here."""
-    return {"text_encoder_lr": text.strip("[]").partition(",")[0]}
-
-
-KOHYA: dict[str, Callable[[str], dict[str, Any]]] = {
-    "ss_network_dim": named("rank"),
-    "ss_network_alpha": named("lora_alpha"),
-    "ss_network_dropout": named("lora_dropout"),
-    "ss_learning_rate": named("learning_rate"),
-    "ss_unet_lr": named("learning_rate"),  # sorted after ss_learning_rate, so it wins
-    "ss_text_encoder_lr": first_number,
-    "ss_max_train_steps": named("max_train_steps"),
-    "ss_num_epochs": named("num_train_epochs"),
-    "ss_lr_scheduler": named("lr_scheduler"),
-    "ss_lr_warmup_steps": named("lr_warmup_steps"),
-    "ss_optimizer": optimizer_of,
-    "ss_batch_size": named("train_batch_size"),
-    "ss_train_batch_size": named("train_batch_size"),
-    "ss_batch_size_per_device": named("train_batch_size"),
-    "ss_gradient_accumulation_steps": named("gradient_accumulation_steps"),
-    "ss_gradient_checkpointing": named("gradient_checkpointing"),
-    "ss_max_grad_norm": named("max_grad_norm"),
-    "ss_min_snr_gamma": named("snr_gamma"),
-    "ss_noise_offset": named("noise_offset"),
-    "ss_loss_type": named("loss_type"),
-    "ss_huber_c": named("huber_c"),
-    "ss_huber_schedule": named("huber_schedule"),
-    "ss_debiased_estimation": named("debiased_estimation_loss"),
-    "ss_prior_loss_weight": named("prior_loss_weight"),
-    "ss_resolution": side_of,
-    "ss_enable_bucket": named("enable_bucket"),
-    "ss_bucket_reso_steps": named("bucket_reso_steps"),
-    "ss_seed": named("seed"),
-    "ss_mixed_precision": named("mixed_precision"),
-    "ss_flip_aug": named("random_flip"),
-    "ss_shuffle_caption": named("shuffle_caption"),
-    "ss_keep_tokens": named("keep_tokens"),
-    "ss_caption_dropout_rate": named("caption_dropout"),
-}
-"""kohya's key -> the settings that it means. The values are not checked yet."""

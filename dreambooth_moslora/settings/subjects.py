@@ -13,7 +13,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,53 +21,19 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import find_asset
 
 Config = TypeVar("Config")
-"""Stands for `core.config.TrainConfig`, which imports this file."""
-SAID_BY_SUBJECTS = (
-    *("instance_data_dir", "dataset_name", "instance_prompt", "class_prompt", "class_data_dir"),
-    *("validation_prompt", "token", "class_word", "mask_prompt", "token_abstraction", "initializer_concept"),
-)
-"""Settings in a file that `--subjects` on the command line replaces."""
+"""Stands for `settings.table.TrainConfig`, which imports this file."""
 COUNTED = re.compile(r"^\d+_")
 """kohya's `10_sks duck`: the number is ignored, since subjects are shown equally often."""
 
 
-@dataclass(frozen=True)
-class SubjectTable:
-    """The settings in which a subject differs from the run; None for the others."""
-
-    instance_data_dir: str | None = None
-    instance_prompt: str | None = None
-    class_prompt: str | None = None
-    class_data_dir: str | None = None
-    validation_prompt: str | None = None
-    token: str | None = None
-    class_word: str | None = None
-    caption_prefix: str | None = None
-    caption_suffix: str | None = None
-    mask_prompt: str | None = None
-    token_abstraction: str | None = None
-    initializer_concept: str | None = None
-
-    def to_dict(self) -> dict[str, str]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-def to_tables(value: Any) -> tuple[SubjectTable, ...] | None:
+def to_tables(value: Any) -> tuple[Any, ...] | None:
     """The tables of a folder, a JSON file or a list; None for anything else. Raises UserError."""
     if isinstance(value, (str, Path)):
         path = Path(find_asset(str(value)))
         return to_tables(tables_in(path)) if path.suffix.lower() == ".json" else tables_of_folder(path)
-    if not isinstance(value, (list, tuple)) or not all(isinstance(one, (Mapping, SubjectTable)) for one in value):
+    if not isinstance(value, (list, tuple)) or not all(isinstance(one, Mapping) or is_dataclass(one) for one in value):
         return None
-    return tuple(one if isinstance(one, SubjectTable) else table_of(one) for one in value)
-
-
-def table_of(values: Mapping[str, Any]) -> SubjectTable:
-    """Raises UserError for an unknown setting."""
-    known = [item.name for item in fields(SubjectTable)]
-    if unknown := sorted(map(str, values.keys() - set(known))):
-        raise UserError(f"--subjects: a subject has no setting `{unknown[0]}`; it may have {', '.join(known)}.")
-    return SubjectTable(**values)
+    return tuple(value)
 
 
 def tables_in(path: Path) -> Any:
@@ -83,7 +49,7 @@ def tables_in(path: Path) -> Any:
     return found
 
 
-def tables_of_folder(folder: Path) -> tuple[SubjectTable, ...]:
+def tables_of_folder(folder: Path) -> tuple[dict[str, str], ...]:
     """One subject for each folder in `folder`, by name. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"--subjects {folder}: {'not a folder' if folder.exists() else 'no such folder or file'}.")
@@ -93,11 +59,11 @@ def tables_of_folder(folder: Path) -> tuple[SubjectTable, ...]:
         raise UserError(f"--subjects {folder}: {error.strerror}.") from error
     if not folders:
         raise UserError(f"--subjects {folder}: there is no folder in it; each subject has one, such as `sks dog`.")
-    return tuple(SubjectTable(str(path), *prompts_of(path)) for path in folders)
+    return tuple({"instance_data_dir": str(path)} | prompts_of(path) for path in folders)
 
 
-def prompts_of(folder: Path) -> tuple[str, ...]:
-    """(instance prompt, class prompt): the lines of `name.txt` beside the folder, else from its name. Raises
+def prompts_of(folder: Path) -> dict[str, str]:
+    """The instance prompt and the class prompt: the lines of `name.txt` beside the folder, else from its name. Raises
     UserError."""
     file = folder.with_name(f"{folder.name}.txt")
     if file.is_file():
@@ -107,10 +73,11 @@ def prompts_of(folder: Path) -> tuple[str, ...]:
             raise UserError(f"--subjects: {file} is not a text file.") from error
         if len(lines) not in (1, 2):
             raise UserError(f"--subjects: {file} needs one line, the prompt of the subject, or two, then its class.")
-        return tuple(lines)
-    token, *kind = COUNTED.sub("", folder.name).replace("_", " ").split() or [folder.name]
-    noun = " ".join(kind)
-    return (f"a photo of a {token} {noun}", f"a photo of a {noun}") if kind else (f"a photo of {token}",)
+    else:
+        token, *kind = COUNTED.sub("", folder.name).replace("_", " ").split() or [folder.name]
+        noun = " ".join(kind)
+        lines = [f"a photo of a {token} {noun}", f"a photo of a {noun}"] if kind else [f"a photo of {token}"]
+    return dict(zip(("instance_prompt", "class_prompt"), lines))
 
 
 def each_subject(config: Config) -> list[Config]:

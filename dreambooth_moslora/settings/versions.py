@@ -2,6 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping
+from dataclasses import fields
 from importlib import metadata
 
 from packaging.requirements import Requirement
@@ -10,7 +11,7 @@ from packaging.version import InvalidVersion, Version
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import clone_folder
-from dreambooth_moslora.settings.table import SCHEDULE_FREE, TrainConfig
+from dreambooth_moslora.settings.table import TrainConfig
 
 OPTIONAL = ("bitsandbytes", "prodigyopt", "schedulefree", "datasets", "tensorboard", "wandb", "trackio", "torchvision")
 """Libraries that only some settings need."""
@@ -70,16 +71,11 @@ def require_packages(config: TrainConfig) -> None:
     Without a tracker's package accelerate would log nothing and not say so; without the others a run would fail
     after its photos are encoded.
     """
-    has_tracker = config.report_to not in ("none", "all", "tensorboard")
-    needs = (
-        (f"--report_to {config.report_to}", config.report_to, has_tracker),
-        ("--optimizer Prodigy", "prodigyopt", config.optimizer == "Prodigy"),
-        (f"--optimizer {SCHEDULE_FREE}", "schedulefree", config.optimizer == SCHEDULE_FREE),
-        ("--use_8bit_adam", "bitsandbytes", config.use_8bit_adam and config.optimizer == "AdamW"),
-        (f"--base_quantization {config.base_quantization}", "bitsandbytes", config.base_quantization != "none"),
-    )
-    for flag, package, is_needed in needs:
-        if is_needed and version_of(package) is None:
+    for item in fields(config):
+        value, facts = getattr(config, item.name), item.metadata
+        package = facts["packages"].get(value) if facts["packages"] else None
+        if package and version_of(package) is None and not any(applies(config) for _, applies in facts["idle"]):
+            flag = f"--{item.name}" if value is True else f"--{item.name} {value}"
             raise UserError(f"{flag} needs {package}: pip install {package}.")
 
 

@@ -49,7 +49,7 @@ from dreambooth_moslora.plan.checks import last_name
 from dreambooth_moslora.settings.fields import is_adapted, is_target
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.subjects import each_subject
-from dreambooth_moslora.settings.table import REMOVED, SCHEDULE_FREE, SVD, TrainConfig, rank_and_alpha
+from dreambooth_moslora.settings.table import REMOVED, SCHEDULE_FREE, SVD, TrainConfig, named, rank_and_alpha
 from dreambooth_moslora.training.optimizer import check_tensor, checked_states, optimizer_kind, put
 from dreambooth_moslora.training.reporter import RunContext
 
@@ -260,9 +260,8 @@ def check_resumed(config: TrainConfig, checkpoint: Path, position: Position) -> 
     if config.optimizer != SCHEDULE_FREE:
         require(checkpoint, "use_ema", (checkpoint / WEIGHTS).is_file(), config.use_ema)
     require(checkpoint, "basis", facts.basis.get("kind"), config.basis and basis_kind(config.basis))
-    names = ["use_rslora", "use_dora", "lora_dropout"] + (["mixer"] if not config.basis else [])
-    names += ["train_mixer"] if config.mixer != "none" else []
-    for name in names:
+    unlike = {"mixer"} if config.basis else {"train_mixer"} if config.mixer == "none" else set()
+    for name in (name for name in named("resume", "same") if name not in unlike):
         require(checkpoint, name, getattr(facts, name), getattr(config, name))
     require_targets(checkpoint, [m.removeprefix("unet.") for m in modules if m.startswith("unet.")], config)
 

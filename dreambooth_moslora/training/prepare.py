@@ -34,8 +34,9 @@ from dreambooth_moslora.plan.checks import check_layers, check_patterns
 from dreambooth_moslora.plan.processes import DTYPES, agreed, on_each, share_out
 from dreambooth_moslora.plan.steps import uses_class_images
 from dreambooth_moslora.settings.prompts import learnt_words, word_pattern
+from dreambooth_moslora.settings.rules import weighting_flags
 from dreambooth_moslora.settings.subjects import each_subject
-from dreambooth_moslora.settings.table import TrainConfig, is_scored, weighting_flags
+from dreambooth_moslora.settings.table import TrainConfig, is_scored
 from dreambooth_moslora.training.encoder import (
     LoadBase,
     PhotoEncoder,

@@ -15,8 +15,9 @@ from dreambooth_moslora.disk.events import StepDone
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.crops import CropRule, bucket_of, crop_rule, plan_crop, plans_of
 from dreambooth_moslora.photos.photo import Photo
+from dreambooth_moslora.settings.rules import remarks
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training.dry_run import describe_run, settings_without_effect
+from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.photo_stream import PhotoStream
 from dreambooth_moslora.training.step import TrainStep
@@ -127,7 +128,7 @@ def test_a_step_that_leaves_no_rectangle_is_refused():
     with pytest.raises(UserError, match=r"--bucket_reso_steps 72: must be at most --resolution 64"):
         TrainConfig(enable_bucket=True, bucket_reso_steps=72, resolution=64)
     idle = TrainConfig(bucket_reso_steps=72, resolution=64)
-    assert "--bucket_reso_steps has no effect without --enable_bucket" in settings_without_effect(idle)
+    assert "--bucket_reso_steps has no effect without --enable_bucket" in remarks(idle)
     for step in range(8, 72, 8):
         height, width = bucket_of((300, 200), 64, step)
         assert 0 < height * width <= 64**2

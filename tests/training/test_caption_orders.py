@@ -8,9 +8,9 @@ import pytest
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.photos.folder import ORDERS, bare_prompt_line, photo_report, shuffled_captions
 from dreambooth_moslora.photos.photo import Photo
+from dreambooth_moslora.settings.rules import remarks
 from dreambooth_moslora.settings.sources import recipe_of
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training.dry_run import settings_without_effect
 from dreambooth_moslora.training.photo_stream import PhotoStream
 from tests.helpers.tiny_training import paint_photos
 
@@ -173,4 +173,4 @@ def test_what_cannot_be_is_one_line():
         config(instance_prompt_share=1.5)
     with pytest.raises(UserError, match=r"--caption_dropout 1.5: must be at most 1"):
         config(caption_dropout=1.5)
-    assert "--keep_tokens has no effect without --shuffle_caption" in settings_without_effect(config(keep_tokens=1))
+    assert "--keep_tokens has no effect without --shuffle_caption" in remarks(config(keep_tokens=1))

@@ -8,8 +8,9 @@ import pytest
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.photos.captions import Captioner
 from dreambooth_moslora.photos.folder import photo_report
+from dreambooth_moslora.settings.rules import remarks
 from dreambooth_moslora.settings.sources import recipe_of
-from dreambooth_moslora.training.dry_run import caption_lines, settings_without_effect
+from dreambooth_moslora.training.dry_run import caption_lines
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
@@ -62,7 +63,7 @@ def test_a_dry_run_says_what_would_be_made_and_advice_what_has_no_effect(tmp_pat
     assert line == "captions: 1 photos have none of their own; toy-sdxl makes them before training"
     given = tiny_config("toy", photos, tmp_path / "run", caption_model="x/y")
     assert caption_lines(given, photo_report(given)) == [share]
-    assert any("--caption_model has no effect" in text for text in settings_without_effect(given))
+    assert any("--caption_model has no effect" in text for text in remarks(given))
 
 
 def test_a_published_file_tells_that_captions_were_made_and_nothing_new_otherwise(tmp_path):

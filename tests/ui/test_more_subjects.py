@@ -14,8 +14,7 @@ from dreambooth_moslora.photos.crops import apply_crop, plans_of
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.photo import open_rgb
 from dreambooth_moslora.settings.sources import load_settings
-from dreambooth_moslora.settings.subjects import to_tables
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.table import TrainConfig, checked_setting
 from dreambooth_moslora.ui.jobs import Jobs
 from dreambooth_moslora.ui.train_form import SubjectWords, TrainForm, folder_of, form_of
 from dreambooth_moslora.ui.train_photos import EDIT_PX, LEARNED, LEFT_OUT, keep_mask, review_kept, shown_masks
@@ -68,7 +67,7 @@ def test_the_forms_config_is_that_of_a_file_with_a_table_of_each(ann, tmp_path):
 def test_the_forms_tables_are_those_of_a_folder_of_folders(ann, tmp_path):
     shutil.copytree(ann.photos_dir, tmp_path / "both" / "sks duck")
     shutil.copytree(folder_of(ann.photos_dir, 2), tmp_path / "both" / "zwx rocket")
-    one, two = to_tables(tmp_path / "both")
+    one, two = checked_setting("subjects", tmp_path / "both")
     for mine, other in zip(FORM.given("toy", 128, ann.photos_dir, tmp_path)["subjects"], (one, two), strict=True):
         assert mine | {"instance_data_dir": other.instance_data_dir} == other.to_dict()
 

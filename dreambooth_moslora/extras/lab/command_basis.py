@@ -14,8 +14,7 @@ from dreambooth_moslora.core.names import SUBJECT_FILE, find_asset
 from dreambooth_moslora.disk.run_folder import BASIS_SUFFIX
 from dreambooth_moslora.settings.fields import check_number
 from dreambooth_moslora.settings.sources import read_json_table
-from dreambooth_moslora.settings.subjects import SAID_BY_SUBJECTS
-from dreambooth_moslora.settings.table import SVD, TrainConfig
+from dreambooth_moslora.settings.table import SAID_BY_SUBJECTS, SVD, TrainConfig
 
 HELP = "learn A and B that many subjects share, for `train --basis FILE`"
 EVERY_SEC = 5.0
