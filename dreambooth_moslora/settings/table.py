@@ -84,462 +84,311 @@ class TrainConfig:
     """
 
     # fmt: off
-    pretrained_model_name_or_path: str = of_base(
-        "toy", 'base model: a diffusers folder, a hub id, a .safetensors checkpoint, or "toy" (embedded)',
-        required=True, path=True,
-    )
-    pretrained_vae_model_name_or_path: str | None = of_base(
-        None, "another VAE than the base's own: folder or hub id", path=True, shapes=True
-    )
-    revision: str | None = of_base(
-        None, "branch, tag or commit of the base on the hub",
-        shapes=is_of_files,
-    )
-    variant: str | None = of_base(
-        None, 'which files of the base to load, for example "fp16"',
-        shapes=is_of_files,
-    )
-    cache_dir: str | None = of_base(
-        None, "where downloads, and encodings with --caching disk, are kept", path=True, per_process=True
-    )
+    pretrained_model_name_or_path: str = of_base("toy",
+        'base model: a diffusers folder, a hub id, a .safetensors checkpoint, or "toy" (embedded)',
+        required=True, path=True)
+    pretrained_vae_model_name_or_path: str | None = of_base(None, "another VAE than the base's own: folder or hub id",
+        path=True, shapes=True)
+    revision: str | None = of_base(None, "branch, tag or commit of the base on the hub", shapes=is_of_files)
+    variant: str | None = of_base(None, 'which files of the base to load, for example "fp16"', shapes=is_of_files)
+    cache_dir: str | None = of_base(None, "where downloads, and encodings with --caching disk, are kept",
+        path=True, per_process=True)
 
-    instance_data_dir: str | None = of_photos(
-        None, "folder with the photos of the subject", path=True, per_subject=True
-    )
-    dataset_name: str | None = of_photos(
-        None, "instead of a folder: a data set, on the hub or local", yields_to=("subjects", WORDS), shapes=True
-    )
-    dataset_config_name: str | None = of_photos(
-        None, "configuration of --dataset_name", shapes=lambda run: bool(run.dataset_name)
-    )
-    image_column: str = of_photos(
-        "image", "column of --dataset_name that holds the images", shapes=lambda run: bool(run.dataset_name)
-    )
-    caption_column: str | None = of_photos(
-        None, "column of --dataset_name that holds the captions", shapes=lambda run: bool(run.dataset_name)
-    )
-    leave_out: tuple[Prompt, ...] = of_photos(
-        (), "file names of photos to leave out", yields_to=(WORDS,), shapes=True
-    )
-    instance_prompt: str = of_photos(
-        "a photo of sks object", 'the subject in words, with its rare token: "a photo of sks dog"',
-        required=True, per_subject=True, shapes=True,
-    )
-    subjects: tuple[Subject, ...] = of_photos(
-        (), "several subjects in one run: a folder with a folder of each (`sks dog`), a .json list, or in TOML tables",
-        yields_to=("instance_data_dir", "dataset_name", WORDS), shapes=True,
-    )
-    token: str | None = of_photos(
-        None, "the rare word in the instance prompt (default: found in it)", per_subject=True
-    )
-    class_word: str | None = of_photos(
-        None, "the kind of thing it is (default: found in the prompts)", per_subject=True
-    )
-    caption_prefix: str | None = of_photos(
-        None, "words before each photo's own captions; the instance prompt stays",
-        per_subject=True, yields_to=(WORDS,), shapes=True,
-    )
-    caption_suffix: str | None = of_photos(
-        None, "words after each photo's own captions", per_subject=True, yields_to=(WORDS,), shapes=True
-    )
-    captions: str = of_photos(
-        "given",
+    instance_data_dir: str | None = of_photos(None, "folder with the photos of the subject",
+        path=True, per_subject=True)
+    dataset_name: str | None = of_photos(None, "instead of a folder: a data set, on the hub or local",
+        yields_to=("subjects", WORDS), shapes=True)
+    dataset_config_name: str | None = of_photos(None, "configuration of --dataset_name",
+        shapes=lambda run: bool(run.dataset_name))
+    image_column: str = of_photos("image", "column of --dataset_name that holds the images",
+        shapes=lambda run: bool(run.dataset_name))
+    caption_column: str | None = of_photos(None, "column of --dataset_name that holds the captions",
+        shapes=lambda run: bool(run.dataset_name))
+    leave_out: tuple[Prompt, ...] = of_photos((), "file names of photos to leave out", yields_to=(WORDS,), shapes=True)
+    instance_prompt: str = of_photos("a photo of sks object",
+        'the subject in words, with its rare token: "a photo of sks dog"',
+        required=True, per_subject=True, shapes=True)
+    subjects: tuple[Subject, ...] = of_photos((),
+        "several subjects in one run: a folder with a folder of each (`sks dog`), a .json list, or in TOML tables",
+        yields_to=("instance_data_dir", "dataset_name", WORDS), shapes=True)
+    token: str | None = of_photos(None, "the rare word in the instance prompt (default: found in it)",
+        per_subject=True)
+    class_word: str | None = of_photos(None, "the kind of thing it is (default: found in the prompts)",
+        per_subject=True)
+    caption_prefix: str | None = of_photos(None, "words before each photo's own captions; the instance prompt stays",
+        per_subject=True, yields_to=(WORDS,), shapes=True)
+    caption_suffix: str | None = of_photos(None, "words after each photo's own captions",
+        per_subject=True, yields_to=(WORDS,), shapes=True)
+    captions: str = of_photos("given",
         "given: those beside the photos; auto: photos without one get one made before training, in the run folder "
         "(no gain was shown on three sample subjects)",
-        choices=("given", "auto"), publish="if_changed",
-    )
-    caption_model: str | None = of_photos(
-        None, "vision-language model that makes captions: hub id or folder (default: Qwen/Qwen3-VL-2B-Instruct; the "
-        "toy's own CLIP)",
-        shapes=True, idle=unless(captions="auto"),
-    )
-    shuffle_caption: bool = of_photos(
-        False, "show the tags of a caption, between commas, in changing orders",
-        publish="always", kohya="ss_shuffle_caption", elsewhere="shuffle_tags",
-    )
-    keep_tokens: int = of_photos(
-        0, "tags at a caption's start that --shuffle_caption leaves in place",
+        choices=("given", "auto"), publish="if_changed")
+    caption_model: str | None = of_photos(None,
+        "vision-language model that makes captions: hub id or folder (default: Qwen/Qwen3-VL-2B-Instruct; the toy's "
+        "own CLIP)",
+        shapes=True, idle=unless(captions="auto"))
+    shuffle_caption: bool = of_photos(False, "show the tags of a caption, between commas, in changing orders",
+        publish="always", kohya="ss_shuffle_caption", elsewhere="shuffle_tags")
+    keep_tokens: int = of_photos(0, "tags at a caption's start that --shuffle_caption leaves in place",
         low=0, publish="always", idle=unless(shuffle_caption=True), kohya="ss_keep_tokens",
-        elsewhere="keep_tokens_separator",
-    )
-    caption_dropout: float = of_photos(
-        0.0, "share of exposures with an empty caption, of photos and not of class images",
+        elsewhere="keep_tokens_separator")
+    caption_dropout: float = of_photos(0.0,
+        "share of exposures with an empty caption, of photos and not of class images",
         low=0, high=1, publish="always", kohya="ss_caption_dropout_rate",
-        elsewhere="caption_dropout_rate caption_dropout_probability proportion_empty_prompts",
-    )
-    instance_prompt_share: float | None = of_photos(
-        None, "share of exposures with the instance prompt, of photos whose captions lack it (default: 1/3; 0 with "
+        elsewhere="caption_dropout_rate caption_dropout_probability proportion_empty_prompts")
+    instance_prompt_share: float | None = of_photos(None,
+        "share of exposures with the instance prompt, of photos whose captions lack it (default: 1/3; 0 with "
         "--caption_column, whose captions are used as they are)",
-        low=0, high=1, publish="if_changed",
-    )
+        low=0, high=1, publish="if_changed")
     repeats: int = of_photos(1, "how often an epoch shows each photo", low=1, high=10**6, publish="always")
-    resolution: int = of_photos(
-        1024, "side of the square crops, px, a multiple of 8",
-        low=8, publish="always", kohya="ss_resolution", of_kohya=one_side,
-    )
-    enable_bucket: bool = of_photos(
-        False, "crop each photo to a rectangle of its own shape and of the square's area, instead of to the square",
-        publish="always", kohya="ss_enable_bucket",
-    )
-    bucket_reso_steps: int | None = of_photos(
-        None, "sides of such rectangles are multiples of this, px (default: 64; 8 up to a resolution of 256)",
-        low=8, publish="always", idle=unless(enable_bucket=True), kohya="ss_bucket_reso_steps",
-    )
+    resolution: int = of_photos(1024, "side of the square crops, px, a multiple of 8",
+        low=8, publish="always", kohya="ss_resolution", of_kohya=one_side)
+    enable_bucket: bool = of_photos(False,
+        "crop each photo to a rectangle of its own shape and of the square's area, instead of to the square",
+        publish="always", kohya="ss_enable_bucket")
+    bucket_reso_steps: int | None = of_photos(None,
+        "sides of such rectangles are multiples of this, px (default: 64; 8 up to a resolution of 256)",
+        low=8, publish="always", idle=unless(enable_bucket=True), kohya="ss_bucket_reso_steps")
     center_crop: bool = of_photos(False, "crop the middle of each photo instead of a random place", publish="always")
     random_flip: bool = of_photos(False, "mirror photos at random", publish="always", kohya="ss_flip_aug")
     crops_per_photo: int = of_photos(1, "different crops taken of each photo", low=1, high=1000, publish="always")
-    crop_zoom: float = of_photos(
-        1.0, "enlarge each crop by a random factor up to this; 1: crops are as wide as the photo",
-        low=1, high=4, publish="always",
-    )
-    image_interpolation_mode: str = of_photos(
-        "lanczos", "filter of the resizing", choices=INTERPOLATIONS, publish="always"
-    )
-    alpha: str = of_photos(
-        "mask", "transparent photos go on white; mask: the opaque part is the subject",
-        choices=("mask", "white"), publish="always",
-    )
-    unmasked_weight: float = of_photos(
-        0.2, "loss weight of the parts that a mask (name.mask.png) leaves out; it is always 0 for transparent parts",
-        low=0, high=1, publish="always",
-    )
-    masks: str = of_photos(
-        "given",
-        "given: those beside the photos; auto: photos without one get a mask made before training, in the run "
-        "folder",
-        choices=("given", "auto"), publish="always",
-    )
-    mask_model: str | None = of_photos(
-        None, "CLIPSeg that makes masks: hub id or folder (default: CIDAS/clipseg-rd64-refined; the toy's own net)",
-        shapes=True, idle=unless(masks="auto"),
-    )
-    mask_prompt: str | None = of_photos(
-        None, "what CLIPSeg looks for in the photos (default: the class word)",
-        per_subject=True, shapes=True, idle=unless(masks="auto"),
-    )
+    crop_zoom: float = of_photos(1.0,
+        "enlarge each crop by a random factor up to this; 1: crops are as wide as the photo",
+        low=1, high=4, publish="always")
+    image_interpolation_mode: str = of_photos("lanczos", "filter of the resizing",
+        choices=INTERPOLATIONS, publish="always")
+    alpha: str = of_photos("mask", "transparent photos go on white; mask: the opaque part is the subject",
+        choices=("mask", "white"), publish="always")
+    unmasked_weight: float = of_photos(0.2,
+        "loss weight of the parts that a mask (name.mask.png) leaves out; it is always 0 for transparent parts",
+        low=0, high=1, publish="always")
+    masks: str = of_photos("given",
+        "given: those beside the photos; auto: photos without one get a mask made before training, in the run folder",
+        choices=("given", "auto"), publish="always")
+    mask_model: str | None = of_photos(None,
+        "CLIPSeg that makes masks: hub id or folder (default: CIDAS/clipseg-rd64-refined; the toy's own net)",
+        shapes=True, idle=unless(masks="auto"))
+    mask_prompt: str | None = of_photos(None, "what CLIPSeg looks for in the photos (default: the class word)",
+        per_subject=True, shapes=True, idle=unless(masks="auto"))
 
     with_prior_preservation: bool = of_prior(False, "preserve what the base knows of the class", publish="always")
-    prior: str = of_prior(
-        "class_images",
+    prior: str = of_prior("class_images",
         "class_images: train on pictures of the class; adapter_off: on the frozen base's own answer, no pictures",
-        choices=("class_images", "adapter_off"), publish="always", idle=unless(with_prior_preservation=True),
-    )
-    class_prompt: str | None = of_prior(
-        None, 'the class in words: "a photo of a dog"',
-        per_subject=True, shapes=True, idle=unless(with_prior_preservation=True),
-    )
-    prior_prompts: tuple[Prompt, ...] = of_prior(
-        (), "other prompts that adapter_off preserves too: every second image draws one of them",
-        shapes=True, idle=unless(with_prior_preservation=True, prior="adapter_off"),
-    )
-    class_data_dir: str | None = of_prior(
-        None, "folder with class images (default: in the run folder)",
+        choices=("class_images", "adapter_off"), publish="always", idle=unless(with_prior_preservation=True))
+    class_prompt: str | None = of_prior(None, 'the class in words: "a photo of a dog"',
+        per_subject=True, shapes=True, idle=unless(with_prior_preservation=True))
+    prior_prompts: tuple[Prompt, ...] = of_prior((),
+        "other prompts that adapter_off preserves too: every second image draws one of them",
+        shapes=True, idle=unless(with_prior_preservation=True, prior="adapter_off"))
+    class_data_dir: str | None = of_prior(None, "folder with class images (default: in the run folder)",
         path=True, per_subject=True, shapes=True,
-        idle=unless(with_prior_preservation=True) + where(
-            "with --prior adapter_off, which needs no images", asks_the_base
-        ),
-    )
+        idle=unless(with_prior_preservation=True)
+        + where("with --prior adapter_off, which needs no images", asks_the_base))
     num_class_images: int = of_prior(100, "class images wanted; missing ones are generated", low=1, publish="always")
-    prior_loss_weight: float = of_prior(
-        1.0, "weight of the prior loss",
-        low=0, publish="always", kohya="ss_prior_loss_weight", elsewhere="prior_loss_weights",
-    )
-    sample_batch_size: int = of_prior(
-        4, "images generated at once", low=1, high=4096, publish="if_changed", shapes=draws_class_images
-    )
-    prior_generation_precision: str | None = of_prior(
-        None, "precision of that generation",
-        choices=("no", "fp32", "fp16", "bf16"), publish="if_changed", shapes=draws_class_images,
-    )
+    prior_loss_weight: float = of_prior(1.0, "weight of the prior loss",
+        low=0, publish="always", kohya="ss_prior_loss_weight", elsewhere="prior_loss_weights")
+    sample_batch_size: int = of_prior(4, "images generated at once",
+        low=1, high=4096, publish="if_changed", shapes=draws_class_images)
+    prior_generation_precision: str | None = of_prior(None, "precision of that generation",
+        choices=("no", "fp32", "fp16", "bf16"), publish="if_changed", shapes=draws_class_images)
 
-    rank: int = of_adapter(
-        4, "rank r of the adapter",
-        low=1, high=4096, publish="always", kohya="ss_network_dim", elsewhere="network_dim lora_rank lora_r",
-    )
-    lora_alpha: float | None = of_adapter(
-        None, "the adapter is scaled by alpha / rank (default: alpha = rank, of each layer)",
-        above=0, publish="always", kohya="ss_network_alpha", elsewhere="network_alpha",
-    )
-    rank_pattern: tuple[str, ...] = of_adapter(
-        (), "ranks of some of the UNet's layers, NAME=N: to_k=8, down_blocks.2.*=16; the first match counts",
-        publish="always",
-    )
-    alpha_pattern: tuple[str, ...] = of_adapter(
-        (), "alphas of some of the UNet's layers, in the same form", publish="always"
-    )
+    rank: int = of_adapter(4, "rank r of the adapter",
+        low=1, high=4096, publish="always", kohya="ss_network_dim", elsewhere="network_dim lora_rank lora_r")
+    lora_alpha: float | None = of_adapter(None,
+        "the adapter is scaled by alpha / rank (default: alpha = rank, of each layer)",
+        above=0, publish="always", kohya="ss_network_alpha", elsewhere="network_alpha")
+    rank_pattern: tuple[str, ...] = of_adapter((),
+        "ranks of some of the UNet's layers, NAME=N: to_k=8, down_blocks.2.*=16; the first match counts",
+        publish="always")
+    alpha_pattern: tuple[str, ...] = of_adapter((), "alphas of some of the UNet's layers, in the same form",
+        publish="always")
     use_rslora: bool = of_adapter(False, "scale by alpha / sqrt(rank)", publish="always", resume="same")
-    lora_dropout: float = of_adapter(
-        0.0, "dropout in front of the adapter",
-        low=0, high=0.99, publish="always", resume="same", kohya="ss_network_dropout", elsewhere="network_dropout",
-    )
+    lora_dropout: float = of_adapter(0.0, "dropout in front of the adapter",
+        low=0, high=0.99, publish="always", resume="same", kohya="ss_network_dropout", elsewhere="network_dropout")
     use_dora: bool = of_adapter(False, "learn the weights' magnitudes too (DoRA)", publish="always", resume="same")
-    mixer: str = of_adapter(
-        "orthogonal", "start of the r x r mixer; none is plain LoRA",
-        choices=MIXERS, publish="always", resume="same",
-    )
+    mixer: str = of_adapter("orthogonal", "start of the r x r mixer; none is plain LoRA",
+        choices=MIXERS, publish="always", resume="same")
     train_mixer: bool = of_adapter(True, "learn the mixer", publish="always", resume="same")
-    mixer_lr_scale: float = of_adapter(
-        1.0, "the mixer's learning rate, as a multiple of the others'",
-        low=0, publish="always", idle=where("with --mixer none", lambda run: run.mixer == "none"),
-    )
-    basis: str | None = of_adapter(
-        None,
-        "train the mixer alone, from zero: A and B are frozen, from the SVD of the base's weights (svd) or those "
-        "of a raw adapter file",
-        path=True, publish="if_changed", shapes=lambda run: run.basis is not None,
-    )
-    target_modules: tuple[str, ...] = of_adapter(
-        ATTENTION, "layers of the UNet that get an adapter, by the end of their path (to_q, conv1), with * "
-        "(down_blocks.2.*), or a block whose attention is meant (up_blocks.0.attentions.1, mid_block, "
-        "blora_content, blora_style)",
-        publish="always", elsewhere="lora_layers",
-    )
+    mixer_lr_scale: float = of_adapter(1.0, "the mixer's learning rate, as a multiple of the others'",
+        low=0, publish="always", idle=where("with --mixer none", lambda run: run.mixer == "none"))
+    basis: str | None = of_adapter(None,
+        "train the mixer alone, from zero: A and B are frozen, from the SVD of the base's weights (svd) or those of "
+        "a raw adapter file",
+        path=True, publish="if_changed", shapes=lambda run: run.basis is not None)
+    target_modules: tuple[str, ...] = of_adapter(ATTENTION,
+        "layers of the UNet that get an adapter, by the end of their path (to_q, conv1), with * (down_blocks.2.*), "
+        "or a block whose attention is meant (up_blocks.0.attentions.1, mid_block, blora_content, blora_style)",
+        publish="always", elsewhere="lora_layers")
     train_text_encoder: bool = of_adapter(False, "put adapters on both text encoders too", publish="always")
-    train_text_encoder_ti: bool = of_adapter(
-        False,
+    train_text_encoder_ti: bool = of_adapter(False,
         "learn new tokens in both text encoders beside the adapter (pivotal tuning), at --text_encoder_lr; on the "
         "embedded base likeness did not rise",
-        publish="if_changed",
-    )
-    train_text_encoder_ti_frac: float = of_adapter(
-        0.5, "fraction of the steps in which the tokens are learnt; afterwards they are fixed",
-        above=0, high=1, publish="if_changed", idle=unless(train_text_encoder_ti=True),
-    )
-    token_abstraction: str | None = of_adapter(
-        None, "the word of the prompts that the tokens stand for (default: TOK, or the instance prompt's rare word)",
-        per_subject=True, idle=unless(train_text_encoder_ti=True),
-    )
-    num_new_tokens_per_abstraction: int = of_adapter(
-        2, "how many tokens the word stands for",
+        publish="if_changed")
+    train_text_encoder_ti_frac: float = of_adapter(0.5,
+        "fraction of the steps in which the tokens are learnt; afterwards they are fixed",
+        above=0, high=1, publish="if_changed", idle=unless(train_text_encoder_ti=True))
+    token_abstraction: str | None = of_adapter(None,
+        "the word of the prompts that the tokens stand for (default: TOK, or the instance prompt's rare word)",
+        per_subject=True, idle=unless(train_text_encoder_ti=True))
+    num_new_tokens_per_abstraction: int = of_adapter(2, "how many tokens the word stands for",
         low=1, high=32, publish="if_changed",
-        idle=unless(train_text_encoder_ti=True) + where(
-            "with --initializer_concept, whose words say how many", lambda run: run.initializer_concept
-        ),
-    )
-    initializer_concept: str | None = of_adapter(
-        None, "words whose tokens the new ones start from; they set their number (default: random start)",
-        per_subject=True, shapes=True, idle=unless(train_text_encoder_ti=True),
-    )
-    init_adapter: str | None = of_adapter(
-        None, "begin with an existing adapter: a LoRA file of any program and rank, or a run folder",
-        path=True, shapes=True, elsewhere="network_weights init_lora",
-    )
+        idle=unless(train_text_encoder_ti=True)
+        + where("with --initializer_concept, whose words say how many", lambda run: run.initializer_concept))
+    initializer_concept: str | None = of_adapter(None,
+        "words whose tokens the new ones start from; they set their number (default: random start)",
+        per_subject=True, shapes=True, idle=unless(train_text_encoder_ti=True))
+    init_adapter: str | None = of_adapter(None,
+        "begin with an existing adapter: a LoRA file of any program and rank, or a run folder",
+        path=True, shapes=True, elsewhere="network_weights init_lora")
 
-    seed: int | None = of_training(
-        None, "seed of everything random",
-        low=0, high=2**63 - 1, publish="always", kohya="ss_seed", elsewhere="seeds",
-    )
-    train_batch_size: int = of_training(
-        4, "photos in one forward pass on each device",
-        low=1, high=4096, publish="always", kohya="ss_batch_size ss_train_batch_size ss_batch_size_per_device",
-    )
-    gradient_accumulation_steps: int = of_training(
-        1, "forward passes in one step", low=1, publish="always", kohya="ss_gradient_accumulation_steps"
-    )
-    num_train_epochs: int = of_training(
-        1, "times through all photos, when --max_train_steps is not given",
+    seed: int | None = of_training(None, "seed of everything random",
+        low=0, high=2**63 - 1, publish="always", kohya="ss_seed", elsewhere="seeds")
+    train_batch_size: int = of_training(4, "photos in one forward pass on each device",
+        low=1, high=4096, publish="always", kohya="ss_batch_size ss_train_batch_size ss_batch_size_per_device")
+    gradient_accumulation_steps: int = of_training(1, "forward passes in one step",
+        low=1, publish="always", kohya="ss_gradient_accumulation_steps")
+    num_train_epochs: int = of_training(1, "times through all photos, when --max_train_steps is not given",
         low=1, replaces=("max_train_steps", "exposures_per_photo"), publish="always",
         idle=where("with --max_train_steps or --exposures_per_photo", has_steps), kohya="ss_num_epochs",
-        elsewhere="max_train_epochs",
-    )
-    max_train_steps: int | None = of_training(
-        None, "optimizer steps; overrides --num_train_epochs",
+        elsewhere="max_train_epochs")
+    max_train_steps: int | None = of_training(None, "optimizer steps; overrides --num_train_epochs",
         low=1, yields_to=("exposures_per_photo",), replaces=("exposures_per_photo",), publish="always",
-        kohya="ss_max_train_steps",
-    )
-    exposures_per_photo: int | None = of_training(
-        None, "instead of --max_train_steps: how often the run shows each photo",
-        low=1, yields_to=("max_train_steps",), replaces=("max_train_steps",), publish="always",
-    )
-    learning_rate: float = of_training(
-        1e-4, "learning rate; 1.0 with Prodigy",
-        low=0, high=100, publish="always", kohya="ss_learning_rate ss_unet_lr", elsewhere="unet_lr",
-    )
-    text_encoder_lr: float = of_training(
-        5e-6, "learning rate of the text encoders; 0: the same as --learning_rate",
+        kohya="ss_max_train_steps")
+    exposures_per_photo: int | None = of_training(None,
+        "instead of --max_train_steps: how often the run shows each photo",
+        low=1, yields_to=("max_train_steps",), replaces=("max_train_steps",), publish="always")
+    learning_rate: float = of_training(1e-4, "learning rate; 1.0 with Prodigy",
+        low=0, high=100, publish="always", kohya="ss_learning_rate ss_unet_lr", elsewhere="unet_lr")
+    text_encoder_lr: float = of_training(5e-6, "learning rate of the text encoders; 0: the same as --learning_rate",
         low=0, high=100, publish="always",
         idle=where("without --train_text_encoder or --train_text_encoder_ti", lambda run: not run.keeps_text_encoders),
-        kohya="ss_text_encoder_lr", of_kohya=first_number,
-    )
-    scale_lr: bool = of_training(
-        False, "multiply --learning_rate by processes x accumulation x batch size", publish="always"
-    )
-    lr_scheduler: str = of_training(
-        "constant", "schedule of the learning rate", choices=SCHEDULES, publish="always", kohya="ss_lr_scheduler"
-    )
-    lr_warmup_steps: int = of_training(
-        500, "steps of warm-up, where the schedule has one",
+        kohya="ss_text_encoder_lr", of_kohya=first_number)
+    scale_lr: bool = of_training(False, "multiply --learning_rate by processes x accumulation x batch size",
+        publish="always")
+    lr_scheduler: str = of_training("constant", "schedule of the learning rate",
+        choices=SCHEDULES, publish="always", kohya="ss_lr_scheduler")
+    lr_warmup_steps: int = of_training(500, "steps of warm-up, where the schedule has one",
         low=0, publish="always",
         idle=where("with --lr_scheduler constant", lambda run: run.lr_scheduler == "constant" and run.lr_warmup_steps),
-        kohya="ss_lr_warmup_steps",
-    )
+        kohya="ss_lr_warmup_steps")
     lr_num_cycles: int = of_training(1, "restarts of cosine_with_restarts", low=1, publish="always")
     lr_power: float = of_training(1.0, "power of the polynomial schedule", above=0, publish="always")
-    snr_gamma: float | None = of_training(
-        None, f"min-SNR weighting of the loss; 5.0 is usual; {NO_GAIN}",
+    snr_gamma: float | None = of_training(None, f"min-SNR weighting of the loss; 5.0 is usual; {NO_GAIN}",
         above=0, replaces=("debiased_estimation_loss",), publish="always", kohya="ss_min_snr_gamma",
-        elsewhere="min_snr_gamma",
-    )
-    debiased_estimation_loss: bool = of_training(
-        False, f"weigh errors by 1/sqrt(SNR), instead of --snr_gamma; {NO_GAIN}",
-        replaces=("snr_gamma",), publish="if_changed", kohya="ss_debiased_estimation",
-    )
-    noise_offset: float = of_training(
-        0.0,
+        elsewhere="min_snr_gamma")
+    debiased_estimation_loss: bool = of_training(False,
+        f"weigh errors by 1/sqrt(SNR), instead of --snr_gamma; {NO_GAIN}",
+        replaces=("snr_gamma",), publish="if_changed", kohya="ss_debiased_estimation")
+    noise_offset: float = of_training(0.0,
         "shift the noise of each channel as a whole by draws of this deviation, for very dark or bright pictures; "
         f"{NO_GAIN}",
-        low=0, high=1, publish="if_changed", kohya="ss_noise_offset",
-    )
-    loss_type: str = of_training(
-        "l2", f"loss at each position: the square, or one that weighs large differences less; {NO_GAIN}",
-        choices=LOSS_TYPES, publish="if_changed", kohya="ss_loss_type",
-    )
-    huber_c: float = of_training(
-        0.1, "width beyond which a difference is large, for huber and smooth_l1",
+        low=0, high=1, publish="if_changed", kohya="ss_noise_offset")
+    loss_type: str = of_training("l2",
+        f"loss at each position: the square, or one that weighs large differences less; {NO_GAIN}",
+        choices=LOSS_TYPES, publish="if_changed", kohya="ss_loss_type")
+    huber_c: float = of_training(0.1, "width beyond which a difference is large, for huber and smooth_l1",
         above=0, high=1, publish="if_changed",
-        idle=where("without --loss_type huber or smooth_l1", lambda run: run.loss_type == "l2"), kohya="ss_huber_c",
-    )
-    huber_schedule: str = of_training(
-        "snr", "that width by noise level: the same for all, or wider where there is less noise",
+        idle=where("without --loss_type huber or smooth_l1", lambda run: run.loss_type == "l2"), kohya="ss_huber_c")
+    huber_schedule: str = of_training("snr",
+        "that width by noise level: the same for all, or wider where there is less noise",
         choices=("constant", "exponential", "snr"), publish="if_changed",
         idle=where("without --loss_type huber or smooth_l1", lambda run: run.loss_type == "l2"),
-        kohya="ss_huber_schedule",
-    )
-    timestep_bias_strategy: str = of_training(
-        "none", "which noise levels are drawn more often: later is the noisiest",
-        choices=("none", "earlier", "later"), publish="always",
-    )
-    timestep_bias_multiplier: float = of_training(
-        1.0, "how many times as often they are drawn",
+        kohya="ss_huber_schedule")
+    timestep_bias_strategy: str = of_training("none", "which noise levels are drawn more often: later is the noisiest",
+        choices=("none", "earlier", "later"), publish="always")
+    timestep_bias_multiplier: float = of_training(1.0, "how many times as often they are drawn",
         above=0, high=1e6, publish="always",
-        idle=where("without --timestep_bias_strategy", lambda run: run.timestep_bias_strategy == "none"),
-    )
-    timestep_bias_portion: float = of_training(
-        0.25, "fraction of the levels that is drawn more often", above=0, high=1, publish="always"
-    )
-    do_edm_style_training: bool = of_training(
-        False, "EDM preconditioning of the loss (arXiv 2206.00364)",
-        replaces=("snr_gamma", "debiased_estimation_loss", "loss_type"), publish="always",
-    )
-    max_grad_norm: float = of_training(
-        1.0, "gradients are clipped to this norm", above=0, publish="always", kohya="ss_max_grad_norm"
-    )
-    use_ema: bool = of_training(
-        False, f"publish, score and sample the adapter's average over the steps (EMA); {NO_GAIN}",
-        publish="if_changed",
-    )
-    ema_decay: float = of_training(
-        0.9999, "largest decay of the average per step; it is smaller early on",
-        low=0, below=1, publish="if_changed", idle=unless(use_ema=True), elsewhere="ema_max_decay",
-    )
+        idle=where("without --timestep_bias_strategy", lambda run: run.timestep_bias_strategy == "none"))
+    timestep_bias_portion: float = of_training(0.25, "fraction of the levels that is drawn more often",
+        above=0, high=1, publish="always")
+    do_edm_style_training: bool = of_training(False, "EDM preconditioning of the loss (arXiv 2206.00364)",
+        replaces=("snr_gamma", "debiased_estimation_loss", "loss_type"), publish="always")
+    max_grad_norm: float = of_training(1.0, "gradients are clipped to this norm",
+        above=0, publish="always", kohya="ss_max_grad_norm")
+    use_ema: bool = of_training(False,
+        f"publish, score and sample the adapter's average over the steps (EMA); {NO_GAIN}",
+        publish="if_changed")
+    ema_decay: float = of_training(0.9999, "largest decay of the average per step; it is smaller early on",
+        low=0, below=1, publish="if_changed", idle=unless(use_ema=True), elsewhere="ema_max_decay")
 
-    optimizer: str = of_optimizer(
-        "AdamW", "Prodigy finds its rate, AdamWScheduleFree needs no schedule, Adafactor is without momentum",
+    optimizer: str = of_optimizer("AdamW",
+        "Prodigy finds its rate, AdamWScheduleFree needs no schedule, Adafactor is without momentum",
         choices=OPTIMIZERS, publish="always", packages={"Prodigy": "prodigyopt", SCHEDULE_FREE: "schedulefree"},
         spellings={name.lower(): name for name in OPTIMIZERS} | {"schedulefree": SCHEDULE_FREE}, kohya="ss_optimizer",
-        of_kohya=optimizer_name,
-    )
-    use_8bit_adam: bool = of_optimizer(
-        False, "AdamW with 8-bit states (bitsandbytes)",
+        of_kohya=optimizer_name)
+    use_8bit_adam: bool = of_optimizer(False, "AdamW with 8-bit states (bitsandbytes)",
         publish="always", idle=where("with --optimizer {optimizer}", lambda run: run.optimizer != "AdamW"),
-        packages={True: "bitsandbytes"}, kohya="ss_optimizer", of_kohya=has_8bit_states,
-    )
+        packages={True: "bitsandbytes"}, kohya="ss_optimizer", of_kohya=has_8bit_states)
     adam_beta1: float = of_optimizer(0.9, "beta1 of Adam and Prodigy", low=0, below=1, publish="always")
     adam_beta2: float = of_optimizer(0.999, "beta2 of Adam and Prodigy", low=0, below=1, publish="always")
     adam_epsilon: float = of_optimizer(1e-8, "epsilon of Adam and Prodigy", above=0, publish="always")
     adam_weight_decay: float = of_optimizer(1e-4, "weight decay of the UNet's adapter", low=0, publish="always")
-    adam_weight_decay_text_encoder: float = of_optimizer(
-        1e-3, "weight decay of the text encoders' adapters", low=0, publish="always"
-    )
-    prodigy_beta3: float | None = of_optimizer(
-        None, "Prodigy: coefficient of its step size", low=0, high=1, publish="always"
-    )
+    adam_weight_decay_text_encoder: float = of_optimizer(1e-3, "weight decay of the text encoders' adapters",
+        low=0, publish="always")
+    prodigy_beta3: float | None = of_optimizer(None, "Prodigy: coefficient of its step size",
+        low=0, high=1, publish="always")
     prodigy_decouple: bool = of_optimizer(True, "Prodigy: AdamW-style weight decay", publish="always")
     prodigy_use_bias_correction: bool = of_optimizer(True, "Prodigy: bias correction", publish="always")
-    prodigy_safeguard_warmup: bool = of_optimizer(
-        True, "Prodigy: no lr in the denominator of D, for warm-ups", publish="always"
-    )
+    prodigy_safeguard_warmup: bool = of_optimizer(True, "Prodigy: no lr in the denominator of D, for warm-ups",
+        publish="always")
 
-    memory: str | None = of_memory(
-        None,
+    memory: str | None = of_memory(None,
         "one word for the next flags: one of the plans, from the fastest to the leanest, or auto, the first that "
         "fits the GPU",
         choices=MEMORY_WORDS,
-        replaces=("mixed_precision", "gradient_checkpointing", "base_quantization", "cache_cross_attention"),
-    )
-    mixed_precision: str | None = of_memory(
-        None, "precision of the frozen base (default: what `accelerate config` says)",
-        choices=PRECISIONS, publish="always", kohya="ss_mixed_precision",
-    )
-    base_quantization: str = of_memory(
-        "none", "keep the frozen UNet in 4 or 8 bit",
-        choices=("none", "nf4", "int8"), publish="always", packages={"nf4": "bitsandbytes", "int8": "bitsandbytes"},
-    )
-    gradient_checkpointing: bool = of_memory(
-        False, "less memory, slower steps: recompute activations",
-        publish="always", kohya="ss_gradient_checkpointing",
-    )
-    cache_cross_attention: bool = of_memory(
-        False, "keep cross-attention's to_k and to_v off the GPU: their output for each prompt is computed once",
-        publish="if_changed",
-    )
-    caching: str = of_memory(
-        "memory", "keep encoded photos in memory, on disk for later runs, or encode each step",
-        choices=("memory", "disk", "off"), publish="if_changed",
-    )
-    dataloader_num_workers: int = of_memory(
-        0, "processes that read photos when nothing is cached",
+        replaces=("mixed_precision", "gradient_checkpointing", "base_quantization", "cache_cross_attention"))
+    mixed_precision: str | None = of_memory(None,
+        "precision of the frozen base (default: what `accelerate config` says)",
+        choices=PRECISIONS, publish="always", kohya="ss_mixed_precision")
+    base_quantization: str = of_memory("none", "keep the frozen UNet in 4 or 8 bit",
+        choices=("none", "nf4", "int8"), publish="always", packages={"nf4": "bitsandbytes", "int8": "bitsandbytes"})
+    gradient_checkpointing: bool = of_memory(False, "less memory, slower steps: recompute activations",
+        publish="always", kohya="ss_gradient_checkpointing")
+    cache_cross_attention: bool = of_memory(False,
+        "keep cross-attention's to_k and to_v off the GPU: their output for each prompt is computed once",
+        publish="if_changed")
+    caching: str = of_memory("memory", "keep encoded photos in memory, on disk for later runs, or encode each step",
+        choices=("memory", "disk", "off"), publish="if_changed")
+    dataloader_num_workers: int = of_memory(0, "processes that read photos when nothing is cached",
         low=0, high=1024, idle=where("while photos are cached", lambda run: run.caching != "off"),
-        elsewhere="max_data_loader_n_workers",
-    )
+        elsewhere="max_data_loader_n_workers")
     allow_tf32: bool = of_memory(False, "faster, less exact fp32 products on Nvidia GPUs", publish="if_changed")
-    compile: str = of_memory(
-        "auto", "compile the UNet's transformer blocks (torch.compile): auto on a GPU where the run is long enough",
-        choices=("auto", "on", "off"), publish="if_changed",
-    )
+    compile: str = of_memory("auto",
+        "compile the UNet's transformer blocks (torch.compile): auto on a GPU where the run is long enough",
+        choices=("auto", "on", "off"), publish="if_changed")
     enable_xformers_memory_efficient_attention: bool = of_memory(False, "accepted: PyTorch's own attention is used")
     local_rank: int = of_memory(-1, "set by the launcher of several processes", per_process=True)
 
-    validation_prompt: str | None = of_samples(
-        None, "prompt of the sample images (default: the instance prompt)",
-        per_subject=True, elsewhere="sample_prompts",
-    )
-    num_validation_images: int | None = of_samples(
-        None, "sample images each time (default: 4; none on a CPU with a base as large as SDXL)", low=0, high=1000
-    )
+    validation_prompt: str | None = of_samples(None, "prompt of the sample images (default: the instance prompt)",
+        per_subject=True, elsewhere="sample_prompts")
+    num_validation_images: int | None = of_samples(None,
+        "sample images each time (default: 4; none on a CPU with a base as large as SDXL)",
+        low=0, high=1000)
     validation_epochs: int = of_samples(50, "epochs between samples", low=1)
-    validation_steps: int | None = of_samples(
-        None, "steps between samples; overrides --validation_epochs", low=1, elsewhere="sample_every_n_steps"
-    )
-    evaluate_steps: int | None = of_samples(
-        None, "steps between scores of fidelity; 0: never (default: never)", low=0
-    )
-    find_scale: bool = of_samples(
-        False, "at the end, score the adapter at several scales; the best goes into its header and card"
-    )
-    early_stopping: int | None = of_samples(
-        None, "stop when the score has not risen for this many evaluations (default: only warn)", low=1
-    )
+    validation_steps: int | None = of_samples(None, "steps between samples; overrides --validation_epochs",
+        low=1, elsewhere="sample_every_n_steps")
+    evaluate_steps: int | None = of_samples(None, "steps between scores of fidelity; 0: never (default: never)", low=0)
+    find_scale: bool = of_samples(False,
+        "at the end, score the adapter at several scales; the best goes into its header and card")
+    early_stopping: int | None = of_samples(None,
+        "stop when the score has not risen for this many evaluations (default: only warn)",
+        low=1)
 
     output_dir: str = of_run("lora-dreambooth-model", "the run folder", path=True, yields_to=(WORDS,))
     output_kohya_format: bool = of_run(False, "accepted: the file for ComfyUI and A1111 is always written")
-    checkpointing_steps: int = of_run(
-        500, "steps between checkpoints", low=1, elsewhere="save_every_n_epochs save_every_n_steps"
-    )
+    checkpointing_steps: int = of_run(500, "steps between checkpoints",
+        low=1, elsewhere="save_every_n_epochs save_every_n_steps")
     checkpoints_total_limit: int | None = of_run(None, "numbered checkpoints to keep", low=1)
     resume_from_checkpoint: str | None = of_run(None, 'a checkpoint folder, or "latest"', path=True)
     logging_dir: str = of_run("logs", "folder of the trackers' logs inside the run folder", path=True)
-    report_to: str = of_run(
-        "tensorboard", "tracker for numbers and samples",
-        choices=(*TRACKERS, "all", "none"), packages={name: name for name in TRACKERS if name != "tensorboard"},
-    )
+    report_to: str = of_run("tensorboard", "tracker for numbers and samples",
+        choices=(*TRACKERS, "all", "none"), packages={name: name for name in TRACKERS if name != "tensorboard"})
     dry_run: bool = of_run(False, "print the plan and its cost, and exit")
 
     push_to_hub: bool = of_hub(False, "upload the adapter and its card when done; never the photos")
     hub_token: str | None = of_hub(None, "token for the upload (default: that of `hf auth login`)", secret=True)
-    hub_model_id: str | None = of_hub(
-        None, "repository to upload to (default: the run folder's name)", yields_to=(WORDS,)
-    )
+    hub_model_id: str | None = of_hub(None, "repository to upload to (default: the run folder's name)",
+        yields_to=(WORDS,))
     # fmt: on
 
     def __post_init__(self) -> None:
