@@ -42,13 +42,12 @@ from dreambooth_moslora.disk.events import (
 from dreambooth_moslora.disk.processes import peak_memory_gib
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.processes import any_process, on_each, on_main
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
 
 logger = logging.getLogger(__name__)
 
 TRACKED = (StepDone, StepEvaluated, SamplesDrawn)
 """Events that trackers get."""
-PRIVATE_SUFFIXES = ("_dir", "_path", "_prompt", "token", "_name", "_column", "checkpoint")
 PICTURE_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 """Trackers that get the samples, and how they are told that pictures are (N, height, width, RGB)."""
 
@@ -92,11 +91,11 @@ class Trackers:
 
 
 def public_settings(config: TrainConfig) -> dict[str, bool | int | float | str]:
-    """Settings that are plain values and reveal nothing of the user's."""
+    """Settings that are numbers, switches or choices: they cannot hold text of the user's."""
     return {
-        key: value
-        for key, value in config.to_dict().items()
-        if isinstance(value, (bool, int, float, str)) and not key.endswith(PRIVATE_SUFFIXES)
+        name: value
+        for name, value in config.to_dict().items()
+        if isinstance(value, (bool, int, float)) or (isinstance(value, str) and SETTINGS[name].metadata["choices"])
     }
 
 

@@ -9,7 +9,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.settings.table import FIELD_TYPES, SETTINGS, TrainConfig
 from dreambooth_moslora.training.loop import train
+from dreambooth_moslora.training.reporter import public_settings
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 pytestmark = pytest.mark.usefixtures("few_steps")
@@ -20,6 +22,14 @@ def config(tiny_base, tmp_path):
     photos = paint_photos(tmp_path / "photos")
     drawn = {"report_to": "tensorboard", "max_train_steps": 3}
     return lambda **changes: tiny_config(tiny_base, photos, tmp_path / "run", **drawn, **changes)
+
+
+def test_trackers_get_numbers_switches_and_choices_and_no_text_of_the_users():
+    told = public_settings(TrainConfig(optimizer="Prodigy", learning_rate=1.0, random_flip=True))
+    assert (told["optimizer"], told["learning_rate"], told["random_flip"]) == ("Prodigy", 1.0, True)
+    for name in [name for name, (kind, _) in FIELD_TYPES.items() if kind is str]:
+        if not SETTINGS[name].metadata["choices"]:
+            assert "alice" not in public_settings(TrainConfig(**{name: "alice"})).values(), name
 
 
 def test_a_tracker_that_cannot_start_is_a_mistake_before_anything_is_loaded(config, tmp_path, caplog):
