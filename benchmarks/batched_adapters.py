@@ -80,6 +80,7 @@ def trained(kind: str, count: int, steps: int) -> dict:
     logging.basicConfig(level=logging.ERROR)
     from dreambooth_moslora.disk.events import Event
     from dreambooth_moslora.extras.cluster.together import Member, train_together
+    from dreambooth_moslora.plan.plan import make_plan
 
     laps: list[tuple[float, float]] = []
 
@@ -90,7 +91,7 @@ def trained(kind: str, count: int, steps: int) -> dict:
 
     ended = []
     with tempfile.TemporaryDirectory() as folder:
-        members = [Member(config) for config in configs(kind, count, steps, Path(folder))]
+        members = [Member(make_plan(config)) for config in configs(kind, count, steps, Path(folder))]
         members[0] = replace(members[0], on_event=note)
         train_together(members, count, lambda _, result: ended.append(result))
     if failed := [result for result in ended if isinstance(result, Exception)]:

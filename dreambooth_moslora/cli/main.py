@@ -8,20 +8,26 @@ Nothing here imports torch before the arguments are checked, so that `--help` an
 
 import errno
 import logging
-import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dreambooth_moslora.cli.parser import SCRIPT, Parser, parse_training, underscored
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, survive_broken_pipes
 from dreambooth_moslora.core.errors import UserError, is_out_of_memory, shortened, spelled_out
+from dreambooth_moslora.core.machine import is_main_process
 from dreambooth_moslora.disk.processes import avoid_fragmentation, uncollected
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.settings.table import TrainConfig, is_scored
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
+    from dreambooth_moslora.photos.folder import PhotoReport
+    from dreambooth_moslora.plan.plan import Plan
 
 COMMANDS = {
     "check": "cli.check",
@@ -156,18 +162,19 @@ def overview() -> str:
 
 
 def train_or_queue(argv: list[str], prog: str = SCRIPT) -> int:
-    config, is_queued = parse_training(argv, prog)
+    config, is_queued, report = parse_training(argv, prog)
     if not is_queued or config.dry_run:
-        return run_training(config)
+        return run_training(config, report)
     print(spelled_out(command("queue").enqueue(config, argv)))
     return DONE
 
 
-def run_training(config: TrainConfig) -> int:
+def run_training(config: TrainConfig, report: "PhotoReport | None" = None) -> int:
+    """`report` is given where the photos were read before."""
     if config.dry_run:
         from dreambooth_moslora.training.dry_run import describe_run
 
-        print(spelled_out(describe_run(config)))
+        print(spelled_out(describe_run(config, report)))
         return DONE
     from dreambooth_moslora.plan.checks import check_folders
 
@@ -175,7 +182,7 @@ def run_training(config: TrainConfig) -> int:
         check_folders(config)  # before the log file creates or changes a folder
         file_only = start_log(config)
         try:
-            return run_trainer(config, stop)
+            return run_trainer(config, stop, report)
         except UserError as error:
             file_only.error("%s", error)
             raise
@@ -184,43 +191,41 @@ def run_training(config: TrainConfig) -> int:
             raise
 
 
-def run_trainer(config: TrainConfig, stop: StopRequest) -> int:
-    from dreambooth_moslora.plan.checks import preflight
-    from dreambooth_moslora.plan.memory import checked_by_all, planned
+def run_trainer(config: TrainConfig, stop: StopRequest, report: "PhotoReport | None" = None) -> int:
+    from dreambooth_moslora.plan.plan import make_plan
 
-    config = planned(config)
-    base = checked_by_all(lambda: preflight(config))
+    plan = make_plan(config, report)
     from dreambooth_moslora.cli.terminal import TerminalProgress
 
     with uncollected():
         from dreambooth_moslora.training.loop import train
 
-    warn_about(config, base)
+    warn_about(plan)
     progress = TerminalProgress()
-    evaluator = make_evaluator(config) if is_scored(config) else None
+    evaluator = make_evaluator(plan) if is_scored(config) else None
     try:
-        result = train(config, progress, stop, evaluator)
+        result = train(plan, progress, stop, evaluator)
     finally:
         progress.close()
     if is_main_process():
         print(closing_message(result.run_dir, result.step, result.interrupted), file=sys.stderr)
-        for line in advice_on(result.run_dir, result.interrupted):
+        for line in [] if result.interrupted else advice_on(plan):
             print(f"try next: {spelled_out(line)}", file=sys.stderr)
     return INTERRUPTED if result.interrupted else DONE
 
 
-def warn_about(config: TrainConfig, base: Path | None) -> None:
-    from dreambooth_moslora.training.dry_run import advice_before_run
+def warn_about(plan: "Plan") -> None:
+    from dreambooth_moslora.training.dry_run import advice
 
     if is_main_process():
-        for line in advice_before_run(config, base):
+        for line in advice(plan):
             logging.getLogger(__name__).warning("note: %s", line)
 
 
-def make_evaluator(config: TrainConfig):
+def make_evaluator(plan: "Plan") -> "TrainingEvaluator":
     from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 
-    return TrainingEvaluator(config, scores=is_main_process())
+    return TrainingEvaluator(plan.config, plan.photos, scores=is_main_process())
 
 
 def closing_message(run_dir: Path, step: int, interrupted: bool) -> str:
@@ -233,15 +238,11 @@ def closing_message(run_dir: Path, step: int, interrupted: bool) -> str:
     return f"stopped at step {step}: the adapter so far is in {run_dir}; --resume_from_checkpoint latest goes on."
 
 
-def advice_on(run_dir: Path, interrupted: bool) -> list[str]:
+def advice_on(plan: "Plan") -> list[str]:
     """The most important advice of `explain` on a run that has ended and was scored."""
     from dreambooth_moslora.training.explain import closing_advice, figures_of
 
-    return [] if interrupted else closing_advice(figures_of(RunDir(run_dir)))
-
-
-def is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    return closing_advice(figures_of(RunDir(plan.config.output_dir), plan.photos))
 
 
 def start_log(config: TrainConfig) -> logging.Logger:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.core.errors import UserError, spelled_out
+from dreambooth_moslora.core.machine import is_main_process, process_count
 from dreambooth_moslora.core.names import MAX_WORD_CHARACTERS, SUBJECT_FILE, find_asset, free_name, is_toy
 from dreambooth_moslora.plan.choices import (
     USUAL_EXPOSURES,
@@ -48,7 +49,7 @@ from dreambooth_moslora.settings.table import (
 )
 
 if TYPE_CHECKING:
-    from dreambooth_moslora.photos.photo import Photo
+    from dreambooth_moslora.photos.folder import PhotoReport
 
 REMOVED_FLAGS = {
     **REMOVED,
@@ -253,13 +254,14 @@ def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> TrainConfig:
     return parse_training(argv, prog)[0]
 
 
-def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> tuple[TrainConfig, bool]:
-    """Like `parse_train_config`; also returns whether the run should wait in the queue. Raises UserError."""
+def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> tuple[TrainConfig, bool, "PhotoReport | None"]:
+    """Like `parse_train_config`; also returns whether the run should wait in the queue, and the photos if the choices
+    have read them. Raises UserError."""
     launcher = launcher_settings()
     given = same_for_all(lambda: given_by(argv, prog), Given.in_lines)
-    settings = with_choices(given) if given.words else given.settings
-    require(settings)
-    return TrainConfig.from_dict(settings | launcher), given.is_queued
+    choices = with_choices(given) if given.words else Choices(given.settings)
+    require(choices.all)
+    return TrainConfig.from_dict(choices.all | launcher), given.is_queued, choices.photo_report
 
 
 class Given(NamedTuple):
@@ -308,17 +310,17 @@ def settings_of(flags: dict[str, Any], *, has_words: bool = False) -> tuple[dict
     return settings, bool(file or like)
 
 
-def with_choices(given: Given) -> dict[str, Any]:
+def with_choices(given: Given) -> Choices:
     """The settings, and those chosen for a folder and a word; each choice is printed."""
     settings = {name: checked_setting(name, value) for name, value in given.settings.items()}
     choices = choose(given.words, settings, has_recipe=given.has_recipe, is_queued=given.is_queued)
     say(choices.lines)
-    return choices.all
+    return choices
 
 
 def say(lines: list[str]) -> None:
     """Print the lines on the terminal, in the first process only."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         for line in lines:
             print(spelled_out(line), file=sys.stderr)
 
@@ -378,9 +380,9 @@ def choose(words: list[str], given: Mapping[str, Any], *, has_recipe: bool = Fal
     exposures = USUAL_EXPOSURES if has_recipe else choose_recipe(choices, free_gib)
     choose_words(choices, word)
     choose_output(choices, word)
-    photos = photos_of(choices)
-    choose_steps(choices, exposures, photos)
-    choose_scores(choices, photos)
+    choices.photo_report = read_photos(choices)
+    choose_steps(choices, exposures, choices.photo_report.photos)
+    choose_scores(choices, choices.photo_report.photos)
     return choices
 
 
@@ -429,7 +431,7 @@ def run_folder(word: str, resumes: bool) -> Path:
     away.
     """
     name = re.sub(r"[^\w-]+", "_", word)[:60].strip("_") or "run"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if process_count() > 1:
         return RUNS / name
     if not resumes:
         return RUNS / free_name(name, lambda taken: (RUNS / taken).exists())
@@ -437,7 +439,7 @@ def run_folder(word: str, resumes: bool) -> Path:
     return max(there, key=lambda path: (len(path.name), path.name), default=RUNS / name)
 
 
-def photos_of(choices: Choices) -> list["Photo"]:
+def read_photos(choices: Choices) -> "PhotoReport":
     from dreambooth_moslora.photos.folder import photo_report
 
-    return photo_report(TrainConfig.from_dict(choices.all | {"early_stopping": None})).photos
+    return photo_report(TrainConfig.from_dict(choices.all | {"early_stopping": None}))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest
 from dreambooth_moslora.core.errors import UserError, spelled_out
+from dreambooth_moslora.core.machine import process_count
 from dreambooth_moslora.settings.table import TrainConfig
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def enqueue(config: TrainConfig, argv: list[str]) -> str:
     from dreambooth_moslora.plan.checks import check_folders, check_settings
     from dreambooth_moslora.ui.jobs import Jobs
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if process_count() > 1:
         raise UserError("--queue: its runs are one process each; start it without a launcher.")
     if config.hub_token:
         raise UserError("--hub_token: it would lie in the queue's file; log in instead (`hf auth login`).")

@@ -193,11 +193,8 @@ def retrain(config: TrainConfig, step: int | None) -> bool:
     """Train; returns whether the run reached its end, or `step`. Raises UserError when the run has fewer steps."""
     from dreambooth_moslora.cli.terminal import StopRequest, TerminalProgress
     from dreambooth_moslora.disk.events import StepDone
-    from dreambooth_moslora.plan.checks import preflight
-    from dreambooth_moslora.plan.memory import planned
     from dreambooth_moslora.training.loop import train
 
-    preflight(planned(config))
     progress, done = TerminalProgress(), [0]
 
     def on_event(event: Any) -> None:

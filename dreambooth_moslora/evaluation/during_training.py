@@ -6,6 +6,7 @@ The best step has the highest `metrics.checkpoint_score` (fidelity × prompt × 
 run's events, so a resumed run knows it too. The run stops early only if `--early_stopping` asks for it.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,8 @@ from dreambooth_moslora.evaluation.metrics import photo_nearness
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_for
 from dreambooth_moslora.evaluation.subjects import evaluators_of, photos_by_subject, pooled
 from dreambooth_moslora.generation.fixed_seeds import Sampler
-from dreambooth_moslora.photos.folder import instance_photos
+from dreambooth_moslora.photos.folder import with_kept_captions
+from dreambooth_moslora.photos.masks import with_kept_masks
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.settings.prompts import subject_of
 from dreambooth_moslora.settings.subjects import each_subject
@@ -40,15 +42,17 @@ SEEDS = (100, 101)  # other seeds than `evaluate`: these choose the best step
 class TrainingEvaluator:
     """The trainer calls it with its sampler and step. `prompts` must be encoded before the text encoders are freed.
 
-    Raises UserError on construction, before the training, when an encoder cannot be loaded. With `scores` False it has
-    the same prompts and no encoders: for a process that never calls it.
+    `photos` are those of all subjects. Raises UserError on construction, before the training, when an encoder cannot be
+    loaded. With `scores` False it has the same prompts and no encoders: for a process that never calls it.
     """
 
-    def __init__(self, config: TrainConfig, encoders: Encoders | None = None, scores: bool = True):
-        self.config = config
+    def __init__(
+        self, config: TrainConfig, photos: Sequence[Photo], encoders: Encoders | None = None, scores: bool = True
+    ):
+        self.config, self.photos = config, photos
         self.subjects = each_subject(config)
-        photos = photos_by_subject(instance_photos(config).photos, len(self.subjects))
-        self.plans = [plan_of(subject, own) for subject, own in zip(self.subjects, photos)]
+        of_each = photos_by_subject(photos, len(self.subjects))
+        self.plans = [plan_of(subject, own) for subject, own in zip(self.subjects, of_each)]
         if encoders is None and scores:
             encoders = load_encoders(own_encoders_of(config))  # fail now, not late in the run
         self.encoders = encoders
@@ -58,19 +62,26 @@ class TrainingEvaluator:
         return sorted({prompt for plan in self.plans for prompt in plan.prompts})
 
     @cached_property
-    def photos(self) -> list[Photo]:
-        """With masks and captions that the run has made."""
-        return instance_photos(self.config).photos
+    def photos_as_trained(self) -> list[Photo]:
+        """With the masks and captions that the run has made by now."""
+        photos = list(self.photos)
+        if self.config.masks == "auto":
+            photos = with_kept_masks(photos, RunDir(self.config.output_dir).masks_dir)
+        if self.config.captions == "auto":
+            of_each = photos_by_subject(photos, len(self.subjects))
+            photos = [p for subject, own in zip(self.subjects, of_each) for p in with_kept_captions(subject, own)]
+        return photos
 
     @cached_property
     def evaluators(self) -> list[Evaluator]:
         """One for each subject. Encoders stay on the CPU: a dozen pictures take seconds there, and no GPU memory."""
-        return evaluators_of(self.subjects, self.photos, self.plans, self.encoders, self.config.resolution)
+        photos = self.photos_as_trained
+        return evaluators_of(self.subjects, photos, self.plans, self.encoders, self.config.resolution)
 
     @property
     def without_bare_prompt(self) -> int:
         """The number of photos whose captions lack the instance prompt."""
-        return sum(photo.bare_prompt is not None for photo in self.photos)
+        return sum(photo.bare_prompt is not None for photo in self.photos_as_trained)
 
     def __call__(self, sampler: Sampler, step: int) -> dict:
         """The fields of the `evaluation` event: scores as plain numbers, `best` so far, `cost` of this evaluation."""

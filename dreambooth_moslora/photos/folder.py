@@ -34,7 +34,6 @@ import logging
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -321,10 +320,16 @@ def smallest_side_px(resolution_px: int) -> int:
 def instance_photos(config: TrainConfig) -> PhotoReport:
     """The `photo_report`; files that are no photos are mentioned in one line of the log. Raises UserError."""
     report = photo_report(config)
+    log_strays(report)
+    return report
+
+
+def log_strays(report: PhotoReport) -> None:
+    """Mention the files that are no photos in one line of the log."""
     strays = [item for item in report.skipped if not item.is_photo and not item.path.name.startswith(".")]
     if strays:
-        say_once(f"files not used ({len(strays)}): {summary_of_skipped(PhotoReport(skipped=strays))}")
-    return report
+        line = f"files not used ({len(strays)}): {summary_of_skipped(PhotoReport(skipped=strays))}"
+        logger.warning("%s", spelled_out(line))
 
 
 def usable_photos(report: PhotoReport) -> list[Photo]:
@@ -333,12 +338,6 @@ def usable_photos(report: PhotoReport) -> list[Photo]:
         if skipped.is_photo:
             logger.warning("%s", spelled_out(f"{skipped.path.name} is left out: {skipped.reason}"))
     return report.photos
-
-
-@cache
-def say_once(line: str) -> None:
-    """Log the line once, as a run may read its photos several times."""
-    logger.warning("%s", spelled_out(line))
 
 
 def photo_report(config: TrainConfig) -> PhotoReport:

@@ -64,7 +64,7 @@ def find_mask(
     """
     reasons = []
     if beside and beside.is_file():
-        problem = mask_problem(beside, photo)
+        problem = mask_problem(beside, upright_size(photo))
         if problem is None:
             return beside, reasons
         reasons.append(f"mask not used: {problem}")
@@ -77,13 +77,13 @@ def find_mask(
     return path if alpha_is_mask else None, reasons
 
 
-def mask_problem(path: Path, photo: Image.Image) -> str | None:
-    """Why a mask file cannot be used with the photo, or None."""
+def mask_problem(path: Path, photo_px: tuple[int, int]) -> str | None:
+    """Why a mask file cannot be used with a photo of this (height, width), or None."""
     try:
         mask = grey_mask(open_image(path))
     except UnreadableImageError as error:
         return str(error)
-    height, width = upright_size(photo)
+    height, width = photo_px
     if abs(mask.width / mask.height - width / height) > 0.02 * width / height:
         return f"its shape {mask.width} x {mask.height} is not that of the photo, {width} x {height}"
     return "it is black everywhere" if mask.getextrema()[1] == 0 else None
@@ -121,12 +121,12 @@ def kept_path(photo: Photo, folder: Path) -> Path:
 
 
 def with_kept_masks(photos: Iterable[Photo], folder: Path) -> list[Photo]:
-    """The photos; those without a mask get the one that training made, if it fits."""
-    return [with_kept_mask(photo, kept_path(photo, folder)) for photo in photos]
+    """The photos; those without a mask of their own get the one that training made, if it is there and fits."""
+    return [with_kept_mask(without_kept_mask(photo, folder), kept_path(photo, folder)) for photo in photos]
 
 
 def with_kept_mask(photo: Photo, path: Path) -> Photo:
-    if photo.mask_path is not None or not path.is_file() or mask_problem(path, open_image(photo.path)):
+    if photo.mask_path is not None or not path.is_file() or mask_problem(path, photo.size_px):
         return photo
     return replace(photo, mask_path=path)
 

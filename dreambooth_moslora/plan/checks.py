@@ -21,7 +21,7 @@ from dreambooth_moslora.core.names import default_cache_dir
 from dreambooth_moslora.disk.adapter_files import find_weights, header_of
 from dreambooth_moslora.disk.run_folder import RunDir, check_name, checkpoint_step, is_card, pictures_named
 from dreambooth_moslora.photos.folder import require_folder_of_photos
-from dreambooth_moslora.plan.memory import check_memory
+from dreambooth_moslora.plan.memory import BaseSize, check_memory, size_of_base
 from dreambooth_moslora.settings.fields import full_name, is_adapted, is_meant, is_target, nearest, parse_pattern
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.subjects import each_subject
@@ -202,15 +202,20 @@ def check_strangers(run_dir: RunDir) -> None:
             raise UserError(f"{path} is not a run's and would be taken for its picture: name another --output_dir.")
 
 
-def preflight(config: TrainConfig) -> Path | None:
-    """Check settings and memory. Returns the base's diffusers folder, None if not on this machine. Raises UserError."""
+def preflight(config: TrainConfig, *, is_later: bool = False) -> tuple[Path | None, BaseSize]:
+    """Check settings and memory. Returns the base's diffusers folder, None if not on this machine, and its size.
+
+    `is_later`: the run begins later, so the memory that is free now does not matter. Raises UserError.
+    """
     folder = check_settings(config)
-    check_memory(config, folder)
-    return folder
+    size = size_of_base(folder, config.target_modules, config.variant)
+    if not is_later:
+        check_memory(config, size)
+    return folder, size
 
 
 def check_settings(config: TrainConfig) -> Path | None:
-    """`preflight` without the memory that is free now, for a run that begins later. Raises UserError."""
+    """The checks of `preflight` that concern no memory. Returns the base's folder as it does. Raises UserError."""
     if config.instance_data_dir:
         require_folder_of_photos(Path(config.instance_data_dir))
     check_bf16(config)

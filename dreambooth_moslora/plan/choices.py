@@ -5,17 +5,17 @@
 The base decides the recipe from `assets/configs`; on a GPU its free memory decides which of SDXL's.
 """
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dreambooth_moslora.core.machine import half_precision
+from dreambooth_moslora.core.machine import half_precision, process_count
 from dreambooth_moslora.core.names import CLIP, DINO, assets_folder, is_toy
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, checked_setting
 
 if TYPE_CHECKING:
+    from dreambooth_moslora.photos.folder import PhotoReport
     from dreambooth_moslora.photos.photo import Photo
 
 TOKEN = "sks"
@@ -38,11 +38,15 @@ OF_SAMPLES = ("num_validation_images", "validation_steps")
 
 @dataclass
 class Choices:
-    """Chosen settings; `said` holds a sentence about each choice and the flags that change it."""
+    """Chosen settings; `said` holds a sentence about each choice and the flags that change it.
+
+    `photo_report` is kept where the photos were read for a choice.
+    """
 
     given: Mapping[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
     said: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    photo_report: "PhotoReport | None" = None
 
     def add(self, words: str | Callable[[Mapping[str, Any]], str], *flags: str, **settings: Any) -> None:
         """Choose these settings unless given. `words` are said if any was chosen, unless they are empty; a function
@@ -203,7 +207,7 @@ def steps_of(choices: Choices, photos: list["Photo"]) -> int:
     from dreambooth_moslora.plan.steps import plan_steps
 
     config = TrainConfig.from_dict(choices.all | {"early_stopping": None})  # the scores it needs are chosen later
-    return plan_steps(config, counted(photos), int(os.environ.get("WORLD_SIZE", "1"))).total_steps
+    return plan_steps(config, counted(photos), process_count()).total_steps
 
 
 def choose_scores(choices: Choices, photos: list["Photo"], is_wanted: bool | None = None) -> None:

@@ -45,7 +45,7 @@ from typing import Any, TypeVar
 from dreambooth_moslora.base.files import base_folder, tensor_shapes
 from dreambooth_moslora.base.machine import DECODER_BYTES_A_PIXEL, GIB, TILE_PX
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.machine import half_precision
+from dreambooth_moslora.core.machine import half_precision, process_count
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.steps import uses_class_images
 from dreambooth_moslora.settings.fields import is_adapted, is_text_projection
@@ -267,12 +267,11 @@ RECIPES = (24, 16, 12, 8, 6)
 """GB of the cards that the recipes `assets/configs/sdxl_…gb.toml` are for."""
 
 
-def check_memory(config: TrainConfig, folder: Path | None) -> None:
+def check_memory(config: TrainConfig, size: BaseSize) -> None:
     """Raises UserError for a run that needs more memory than the GPU has free; the message names settings that fit.
 
-    `folder` is the base's. A base of unknown size is not judged.
+    A base of unknown size is not judged.
     """
-    size = size_of_base(folder, config.target_modules, config.variant)
     need = estimate(config, size, 1).peak_gib
     is_known = size.is_measured or config.pretrained_model_name_or_path == STOCK_SDXL
     if need < SMALL_GIB or not is_known:
@@ -398,7 +397,7 @@ USABLE = 0.9
 """Usable fraction of the free memory: libraries' workspaces and fragmentation take the rest."""
 
 
-def planned(config: TrainConfig, free_gib: float | None = None) -> TrainConfig:
+def choose_memory(config: TrainConfig, free_gib: float | None = None) -> TrainConfig:
     """`config` with the settings of its `--memory`; unchanged without that option.
 
     `free_gib` is the GPU's, if another process will train; else all processes of the run must call it. A resumed run
@@ -475,7 +474,7 @@ SAME_SETTINGS = "give all processes the same flags and files."
 
 def is_alone() -> bool:
     """Whether a launcher started no other process of this run."""
-    return int(os.environ.get("WORLD_SIZE", "1")) < 2
+    return process_count() < 2
 
 
 def same_for_all(find: Callable[[], Result], words: Callable[[Result], str]) -> Result:

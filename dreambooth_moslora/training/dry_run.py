@@ -1,13 +1,8 @@
-"""What is said before a run: the report of `--dry_run`, and advice.
+"""A plan in words: the report of `--dry_run`, and the advice that a run and the page show too.
 
-Advice before a run: settings without effect, too few exposures, too little room on the disk, and DoRA elsewhere.
-
-A dry run, a real run and the page show it. `checks` holds what forbids a run.
-
-`--dry_run`: the resolved settings, photos, steps, costs and advice, without training.
+`plan.checks` holds what forbids a run.
 """
 
-import os
 import shutil
 from collections import Counter
 from dataclasses import fields
@@ -18,12 +13,13 @@ from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.captions import load_captioner
 from dreambooth_moslora.photos.crops import crop_rule, examine
-from dreambooth_moslora.photos.folder import PhotoReport, bare_prompt_line, photo_report
+from dreambooth_moslora.photos.folder import PhotoReport, bare_prompt_line
 from dreambooth_moslora.photos.masks import segmenter_name, sought_word
-from dreambooth_moslora.photos.photo import Photo, counts_of, quoted
-from dreambooth_moslora.plan.checks import check_folders, nearest_existing, preflight
-from dreambooth_moslora.plan.memory import GIB, Estimate, estimate, plan_lines, planned, size_of_base, speed_here
-from dreambooth_moslora.plan.steps import FEW_EXPOSURES, StepPlan, plan_steps, uses_class_images
+from dreambooth_moslora.photos.photo import Photo, quoted
+from dreambooth_moslora.plan.checks import check_folders, nearest_existing
+from dreambooth_moslora.plan.memory import GIB, Estimate, plan_lines, speed_here
+from dreambooth_moslora.plan.plan import Plan, make_plan
+from dreambooth_moslora.plan.steps import FEW_EXPOSURES, StepPlan, uses_class_images
 from dreambooth_moslora.settings.prompts import subject_of
 from dreambooth_moslora.settings.rules import remarks
 from dreambooth_moslora.settings.subjects import each_subject
@@ -33,27 +29,16 @@ from dreambooth_moslora.training.class_images import shares
 DEFAULTS = {item.name: item.default for item in fields(TrainConfig)}
 
 
-def advice(config: TrainConfig, cost: Estimate, plan: StepPlan) -> list[str]:
+def advice(plan: Plan) -> list[str]:
     """Lines of advice; none of them forbids the run."""
-    dora = [DORA_NOTE] * config.use_dora
-    return [*remarks(config), *exposure_advice(plan), *disk_advice(config, cost), *dora]
+    dora = [DORA_NOTE] * plan.config.use_dora
+    return [*remarks(plan.config), *exposure_advice(plan.steps), *disk_advice(plan.config, plan.cost), *dora]
 
 
-def advice_before_run(config: TrainConfig, base: Path | None) -> list[str]:
-    """The `advice` for a run that begins now; `base` is the base's folder.
-
-    Raises UserError when no photo can be used.
-    """
-    photos = photo_report(config).photos
-    plan = plan_steps(config, counts_of(photos), int(os.environ.get("WORLD_SIZE", "1")))
-    size = size_of_base(base, config.target_modules, config.variant)
-    return advice(config, estimate(config, size, plan.total_steps), plan)
-
-
-def exposure_advice(plan: StepPlan) -> list[str]:
-    if plan.exposures_a_photo >= FEW_EXPOSURES:
+def exposure_advice(steps: StepPlan) -> list[str]:
+    if steps.exposures_a_photo >= FEW_EXPOSURES:
         return []
-    seen = f"each photo is seen about {plan.exposures_a_photo:.0f} times"
+    seen = f"each photo is seen about {steps.exposures_a_photo:.0f} times"
     return [f"{seen}, and a subject needs 100 or more: set --exposures_per_photo or --max_train_steps"]
 
 
@@ -74,31 +59,28 @@ def differs(config: TrainConfig, name: str) -> bool:
     return getattr(config, name) != DEFAULTS[name]
 
 
-def describe_run(config: TrainConfig) -> str:
-    """The report of `--dry_run`. Raises UserError for whatever training would refuse before it loads the base."""
+def describe_run(config: TrainConfig, report: PhotoReport | None = None) -> str:
+    """The report of `--dry_run`; `report` is given where the photos were read before.
+
+    Raises UserError for whatever training would refuse before it loads the base.
+    """
     check_folders(config)
     if config.resume_from_checkpoint:
         from dreambooth_moslora.training.checkpoint import resume_point
 
         resume_point(config, RunDir(config.output_dir))
-    config = planned(config)
-    folder = preflight(config)
-    report = examine(photo_report(config), config.resolution)
-    plan = plan_steps(config, counts_of(report.photos), int(os.environ.get("WORLD_SIZE", "1")))
-    size = size_of_base(folder, config.target_modules, config.variant)
-    cost = estimate(config, size, plan.total_steps)
+    plan = make_plan(config, report)
+    config, report = plan.config, examine(plan.photo_report, config.resolution)
+    made = [*caption_lines(config, report), *mask_lines(config, report)]
+    speed = f"speed: {speed_here(config, plan.steps.total_steps).sentence()}"
     sections = {
         "settings": settings_lines(config),
-        "photos": [*photo_lines(report), *bucket_lines(config, report.photos), *made_lines(config, report)],
-        "steps": step_lines(config, plan),
-        "cost (estimated)": [*cost_lines(config, cost), *plan_lines(config, size), speed_line(config, plan)],
-        "remarks": advice(config, cost, plan),
+        "photos": [*photo_lines(report), *bucket_lines(config, report.photos), *made],
+        "steps": step_lines(plan),
+        "cost (estimated)": [*cost_lines(plan), *plan_lines(config, plan.cost.size), speed],
+        "remarks": advice(plan),
     }
-    parts = []
-    for title, lines in sections.items():
-        if lines:
-            parts.append("\n  ".join([title, *lines]))
-    return "\n\n".join(parts)
+    return "\n\n".join("\n  ".join([title, *lines]) for title, lines in sections.items() if lines)
 
 
 def settings_lines(config: TrainConfig) -> list[str]:
@@ -145,10 +127,6 @@ def sizes_in_words(counts: Counter[tuple[int, int]]) -> str:
     return ", ".join(f"{width} x {height} px ({count})" for (height, width), count in counts.most_common())
 
 
-def made_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
-    return [*caption_lines(config, report), *mask_lines(config, report)]
-
-
 def caption_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
     """The share of the instance prompt, and what `--captions auto` would do. Raises UserError when no class word is
     known."""
@@ -172,8 +150,9 @@ def mask_lines(config: TrainConfig, report: PhotoReport) -> list[str]:
     return [f"masks: {len(bare)} photos have none; {name} makes them before training{sought}"]
 
 
-def step_lines(config: TrainConfig, plan: StepPlan) -> list[str]:
-    lines = [plan.sentence()]
+def step_lines(plan: Plan) -> list[str]:
+    config, steps = plan.config, plan.steps
+    lines = [steps.sentence()]
     if config.crops_per_photo > 1:
         lines.append(f"{config.crops_per_photo} crops of each photo take turns, one an epoch")
     subjects = each_subject(config)
@@ -181,20 +160,16 @@ def step_lines(config: TrainConfig, plan: StepPlan) -> list[str]:
         source = f"{config.num_class_images} class images" if config.prior == "class_images" else "the base's answer"
         prompts = ", ".join(f"“{prompt}”" for prompt in dict.fromkeys(one.class_prompt for one in subjects))
         lines.append(f"as many prior examples beside them, from {source} to {prompts}")
-    for one, count in zip(subjects, plan.photo_counts):
+    for one, count in zip(subjects, steps.photo_counts):
         subject = subject_of(one)
         words = f"token “{subject.token}”, class “{subject.class_word}”"
-        seen = f", {count} photos seen about {plan.exposures_a_subject / count:.0f} times each"
+        seen = f", {count} photos seen about {steps.exposures_a_subject / count:.0f} times each"
         lines.append(f"“{one.instance_prompt}”: {words}{seen}" if config.subjects else words)
     return lines
 
 
-def speed_line(config: TrainConfig, plan: StepPlan) -> str:
-    return f"speed: {speed_here(config, plan.total_steps).sentence()}"
-
-
-def cost_lines(config: TrainConfig, cost: Estimate) -> list[str]:
-    known = "counted in its files"
+def cost_lines(plan: Plan) -> list[str]:
+    cost, known = plan.cost, "counted in its files"
     if not cost.size.is_measured:
         known = "taken to be SDXL's, with the adapter on attention alone, as its files are not here"
     return [
@@ -202,5 +177,5 @@ def cost_lines(config: TrainConfig, cost: Estimate) -> list[str]:
         f"memory: encoding {cost.encoding_gib:.2f} GiB, training {cost.training_gib:.2f} GiB, "
         f"samples {cost.sampling_gib:.2f} GiB",
         f"disk: {cost.disk_gib:.2f} GiB, {cost.checkpoint_gib:.3f} GiB a checkpoint; "
-        f"free: {free_disk_gib(config):.1f} GiB",
+        f"free: {free_disk_gib(plan.config):.1f} GiB",
     ]

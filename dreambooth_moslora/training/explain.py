@@ -23,6 +23,7 @@ from typing import Any
 
 from dreambooth_moslora.core.errors import UserError, is_finite_number
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.plan.steps import FEW_EXPOSURES
 from dreambooth_moslora.settings.prompts import class_word_of
 from dreambooth_moslora.settings.sources import read_json_table
@@ -198,16 +199,16 @@ def number(value: Any) -> float | None:
     return float(value) if is_finite_number(value) else None
 
 
-def figures_of(run_dir: RunDir) -> Figures:
+def figures_of(run_dir: RunDir, photos: Sequence[Photo] | None = None) -> Figures:
     """The figures of a run folder: its events, its configuration, and the report of `evaluate` if that is newer.
 
-    Raises UserError when the folder holds no run.
+    The photos are read in their folder unless they are given. Raises UserError when the folder holds no run.
     """
     for path in (run_dir.config_path, run_dir.metrics_path):
         if not path.is_file():
             raise UserError(f"{run_dir.path} holds no run: {path.name} is not there.")
     config = known_config(read_json_table(run_dir.config_path))
-    found = figures_from(run_dir.read_metrics(), config, facts_of_photos(config))
+    found = figures_from(run_dir.read_metrics(), config, facts_of_photos(config, photos))
     return with_report(found, run_dir)
 
 
@@ -219,15 +220,16 @@ def known_config(values: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig.from_dict({name: value for name, value in values.items() if name in FIELD_TYPES})
 
 
-def facts_of_photos(config: TrainConfig) -> dict[str, int]:
+def facts_of_photos(config: TrainConfig, photos: Sequence[Photo] | None = None) -> dict[str, int]:
     """The number of the run's photos, and of those whose captions lack the instance prompt; empty when they can no
     longer be found, or are from the hub."""
     from dreambooth_moslora.photos.folder import photo_report
 
-    try:
-        photos = [] if config.dataset_name else photo_report(config).photos
-    except UserError:
-        photos = []
+    if photos is None or config.dataset_name:
+        try:
+            photos = [] if config.dataset_name else photo_report(config).photos
+        except UserError:
+            photos = []
     bare = sum(photo.bare_prompt is not None for photo in photos)
     return {"count": len(photos), "without_bare_prompt": bare} if photos else {}
 

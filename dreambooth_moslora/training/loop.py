@@ -38,10 +38,10 @@ from dreambooth_moslora.disk.events import (
 from dreambooth_moslora.disk.queue import locked
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler
-from dreambooth_moslora.photos.folder import bare_prompt_line, instance_photos, usable_photos
+from dreambooth_moslora.photos.folder import bare_prompt_line, log_strays, usable_photos
 from dreambooth_moslora.photos.photo import counts_of
 from dreambooth_moslora.plan.checks import check_folders
-from dreambooth_moslora.plan.memory import planned, same_config
+from dreambooth_moslora.plan.plan import Plan, make_plan
 from dreambooth_moslora.plan.processes import (
     agreed,
     any_process,
@@ -317,12 +317,12 @@ NO_SAMPLES = (
 
 
 def train(
-    config: TrainConfig,
+    config: TrainConfig | Plan,
     on_event: Callable[[Event], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     evaluator: StepScorer | None = None,
 ) -> TrainResult:
-    """Run `config` to its end, or until `should_stop` says so between two steps.
+    """Run `config`, or a plan that was made of it, to its end, or until `should_stop` says so between two steps.
 
     Every event is written to the run folder's `metrics.jsonl` and passed to `on_event`. `evaluator(sampler,
     step)` returns scores. Raises UserError for a mistake in the settings or files, and for a loss that is no
@@ -352,24 +352,25 @@ def advanced(steps: Steps, accumulate: Callable[[], StepLosses]) -> Training:
 
 
 def training(
-    config: TrainConfig,
+    config: TrainConfig | Plan,
     on_event: Callable[[Event], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     evaluator: StepScorer | None = None,
     load: LoadBase | None = None,
 ) -> Steps:
     """`train` as a generator: the caller computes the gradients. `load` loads the base."""
-    check_folders(config)
-    config = same_config(planned(same_config(config)))
-    run_dir = RunDir(config.output_dir)
-    accelerator = make_accelerator(config, run_dir)
+    if isinstance(config, TrainConfig):
+        check_folders(config)
+    plan = config if isinstance(config, Plan) else make_plan(config)
+    run_dir = RunDir(plan.config.output_dir)
+    accelerator = make_accelerator(plan.config, run_dir)
     report = Reporter(run_dir, accelerator, on_event)
-    context = RunContext(config, run_dir, accelerator, report, should_stop or (lambda: False))
+    context = RunContext(plan.config, run_dir, accelerator, report, should_stop or (lambda: False))
     with ExitStack() as stack:
         stack.callback(end_trackers, accelerator)
         on_main(accelerator, lambda: stack.enter_context(locked(run_dir.path)))
         try:
-            return (yield from fit(set_up(context, evaluator, load)))
+            return (yield from fit(set_up(context, plan, evaluator, load)))
         except StopRequestedError:
             if report.step:  # a resumed run can continue from its untouched checkpoint
                 report.release()
@@ -381,28 +382,29 @@ def training(
             raise
 
 
-def set_up(context: RunContext, evaluator: StepScorer | None, load: LoadBase | None = None) -> Training:
+def set_up(context: RunContext, plan: Plan, evaluator: StepScorer | None, load: LoadBase | None = None) -> Training:
     """Everything before the first step; drawing class images may take hours. `load` loads the base.
 
     Raises UserError, and StopRequestedError when a stop is requested.
     """
     context, checkpoint, step = find_start(context)
     config, report = context.config, context.report
-    photos = usable_photos(instance_photos(config))
-    plan = plan_steps(config, counts_of(photos), context.accelerator.num_processes)
+    log_strays(plan.photo_report)
+    photos = usable_photos(plan.photo_report)
+    steps = plan_steps(config, counts_of(photos), context.accelerator.num_processes)  # MPI sets no WORLD_SIZE
     report.step = step
-    on_main(context.accelerator, lambda: report_start(context, step, plan.total_steps))
+    on_main(context.accelerator, lambda: report_start(context, step, steps.total_steps))
     photos = masked_photos(context, captioned_photos(context, photos))
     if line := bare_prompt_line(config, photos):
         logger.info("%s", line)
     report.trackers.start(config)
-    samples = ValidationSamples.of(config, context.run_dir, plan.steps_an_epoch)
+    samples = ValidationSamples.of(config, context.run_dir, steps.steps_an_epoch)
     prompts = [*samples.prompts, *(evaluator.prompts if evaluator and is_scored(config) else ())]
-    inputs = prepare(context, photos, plan.total_steps * plan.photos_a_step, prompts, checkpoint is None, load)
+    inputs = prepare(context, photos, steps.total_steps * steps.photos_a_step, prompts, checkpoint is None, load)
     if too_slow_for_samples(config, inputs.pipeline, context.accelerator.device):
         samples.leave_out()
         logger.warning(NO_SAMPLES)
-    train_step = TrainStep(config, inputs, context.accelerator, plan.total_steps, checkpoint, step)
+    train_step = TrainStep(config, inputs, context.accelerator, steps.total_steps, checkpoint, step)
     sampler = Sampler(
         inputs.pipeline,
         train_step.text_cond,
@@ -410,9 +412,9 @@ def set_up(context: RunContext, evaluator: StepScorer | None, load: LoadBase | N
         context.accelerator.device,
         should_stop=context.should_stop,
     )
-    publisher = Publisher(config, context.run_dir, inputs, train_step, samples, sampler, plan.total_steps, checkpoint)
+    publisher = Publisher(config, context.run_dir, inputs, train_step, samples, sampler, steps.total_steps, checkpoint)
     on_main(context.accelerator, lambda: claim_run_folder(context, step, checkpoint))
-    return Training(context, plan.total_steps, train_step, samples, sampler, publisher, evaluator, checkpoint)
+    return Training(context, steps.total_steps, train_step, samples, sampler, publisher, evaluator, checkpoint)
 
 
 def fit(run: Training) -> Steps:

@@ -172,12 +172,7 @@ def estimate_cost(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor
 
 
 def _lines(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> list[str]:
-    from dreambooth_moslora.base.files import base_folder
-    from dreambooth_moslora.photos.folder import photo_report
-    from dreambooth_moslora.photos.photo import counts_of
-    from dreambooth_moslora.plan.checks import check_settings
-    from dreambooth_moslora.plan.memory import estimate, planned, size_of_base
-    from dreambooth_moslora.plan.steps import plan_steps
+    from dreambooth_moslora.plan.plan import make_plan
     from dreambooth_moslora.settings.table import TrainConfig
     from dreambooth_moslora.training.dry_run import advice, cost_lines, step_lines
 
@@ -186,21 +181,16 @@ def _lines(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> li
         raise UserError("add some photos of your subject first")
     recipe = recipe_of(ctx, form.like, visitor)
     choices = form.choices(ctx.base_name, ctx.resolution_px, photos, ctx.runs_dir / "new", recipe=recipe)
-    config = planned(TrainConfig.from_dict(choices.all), free_gib())
-    check_settings(config)
-    counts = counts_of(photo_report(config).photos)
-    plan = plan_steps(config, counts)
-    size = size_of_base(base_folder(config), config.target_modules, config.variant)
-    cost = estimate(config, size, plan.total_steps)
+    plan = make_plan(TrainConfig.from_dict(choices.all), free_gib=free_gib(), is_later=True)
     adapter_of(ctx, form, visitor)
     return [
         *start_lines(form),
         *(words for words, _ in choices.said),
-        *step_lines(config, plan),
-        *time_line(jobs, config, plan.total_steps),
-        *cost_lines(config, cost),
-        *card_lines(config, cost),
-        *advice(config, cost, plan),
+        *step_lines(plan),
+        *time_line(jobs, plan.config, plan.steps.total_steps),
+        *cost_lines(plan),
+        *card_lines(plan.config, plan.cost),
+        *advice(plan),
     ]
 
 

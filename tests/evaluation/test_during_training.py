@@ -16,6 +16,8 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.photos.folder import photo_report
+from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings.prompts import Subject
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.explain import BestStep, best_of
@@ -25,7 +27,7 @@ from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_confi
 
 
 def quick(config: TrainConfig, encoders) -> TrainingEvaluator:
-    evaluator = TrainingEvaluator(config, encoders)
+    evaluator = TrainingEvaluator(config, photo_report(config).photos, encoders)
     evaluator.plans = [plan.smaller(2, 1, 1, 1, inference_steps=2) for plan in evaluator.plans]
     return evaluator
 
@@ -46,15 +48,16 @@ def test_a_missing_encoder_is_told_before_anything_is_trained(tiny_base, tmp_pat
     monkeypatch.setattr("dreambooth_moslora.evaluation.encoders.load_encoders", nowhere)
     config = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "dog", evaluate_steps=1)
     with pytest.raises(UserError, match="cannot be loaded"):
-        TrainingEvaluator(config)
+        TrainingEvaluator(config, photo_report(config).photos)
 
 
 def test_a_process_that_is_not_the_first_of_its_run_loads_no_encoders(tiny_base, tmp_path, encoders, monkeypatch):
     """Its prompts are those of the first, as both encode them in step with each other."""
     config = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "dog", evaluate_steps=1)
     monkeypatch.setenv("RANK", "1")
-    other = make_evaluator(config)
-    assert other.encoders is None and other.prompts == TrainingEvaluator(config, encoders).prompts
+    plan = make_plan(config)
+    other = make_evaluator(plan)
+    assert other.encoders is None and other.prompts == TrainingEvaluator(config, plan.photos, encoders).prompts
 
 
 def test_an_adapter_that_is_not_finite_gets_no_scores(tiny_base, encoders, tmp_path):

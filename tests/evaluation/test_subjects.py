@@ -14,6 +14,7 @@ from dreambooth_moslora.evaluation.evaluate import Evaluator
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, Subject
 from dreambooth_moslora.evaluation.report import ReportContext
 from dreambooth_moslora.evaluation.subjects import confusion_lines, pairs_of, pooled, write_subject_reports
+from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.loop import train
 from tests.evaluation.test_evaluate import TOY, stub_pictures, toy_pictures
@@ -135,7 +136,7 @@ def test_a_run_of_two_is_scored_along_the_way_and_by_the_command(tiny_base, enco
     for name in ("instance_data_dir", "instance_prompt", "class_prompt"):
         del settings[name]
     config = TrainConfig.from_dict({**settings, "subjects": tables})
-    evaluator = TrainingEvaluator(config, encoders)
+    evaluator = TrainingEvaluator(config, photo_report(config).photos, encoders)
     evaluator.plans = [plan.smaller(2, 1, 1, 1, inference_steps=2) for plan in evaluator.plans]
     events = []
     train(config, events.append, evaluator=evaluator)

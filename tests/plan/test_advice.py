@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 from dreambooth_moslora.adapters.metadata import DORA_NOTE
+from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.plan.steps import plan_steps
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training.dry_run import advice_before_run, exposure_advice
+from dreambooth_moslora.training.dry_run import advice, exposure_advice
 from tests.helpers.odd_photos import picture
 
 
@@ -20,6 +21,6 @@ def test_a_run_with_dora_is_told_before_it_begins_what_other_programs_make_of_it
     monkeypatch.chdir(tmp_path)
     picture().save("0.png")
     config = TrainConfig(instance_data_dir=".", resolution=64, use_dora=True)
-    assert DORA_NOTE in advice_before_run(config, None)
-    assert DORA_NOTE not in advice_before_run(replace(config, use_dora=False), None)
+    assert DORA_NOTE in advice(make_plan(config))
+    assert DORA_NOTE not in advice(make_plan(replace(config, use_dora=False)))
     assert "AUTOMATIC1111, InvokeAI: another adapter" in DORA_NOTE

@@ -9,7 +9,7 @@ import torch
 from dreambooth_moslora.cli.main import train_main
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.plan import memory as memory_plan
-from dreambooth_moslora.plan.memory import STOCK_SDXL, USABLE, BaseSize, estimate, planned
+from dreambooth_moslora.plan.memory import STOCK_SDXL, USABLE, BaseSize, choose_memory, estimate
 from dreambooth_moslora.settings.table import TrainConfig
 
 GIB = 2**30
@@ -46,10 +46,10 @@ def chosen(config: TrainConfig) -> tuple:
 )
 def test_the_first_plan_that_fits_is_taken(card, free_gib, capability, settings):
     card(free_gib, capability)
-    found = planned(SDXL)
+    found = choose_memory(SDXL)
     assert chosen(found) == settings
     assert estimate(found, BaseSize(), 1).peak_gib <= USABLE * (free_gib + 0.5)
-    assert planned(found) == found
+    assert choose_memory(found) == found
 
 
 @pytest.mark.parametrize(
@@ -59,47 +59,47 @@ def test_the_first_plan_that_fits_is_taken(card, free_gib, capability, settings)
 def test_the_texts_projections_leave_where_that_saves_recomputation_or_bits(card, free_gib, recomputed, cached):
     """`free_gib` is beside CUDA's context."""
     card(free_gib)
-    found = planned(SDXL)
+    found = choose_memory(SDXL)
     assert chosen(found) == ("bf16", recomputed, "none") and found.cache_cross_attention == cached
 
 
 def test_no_plan_caches_a_text_that_changes(card):
     card(11.2)
-    found = planned(replace(SDXL, train_text_encoder=True))
+    found = choose_memory(replace(SDXL, train_text_encoder=True))
     assert chosen(found) == ("bf16", True, "none") and not found.cache_cross_attention
     with pytest.raises(UserError, match="--cache_cross_attention and --use_dora"):
-        planned(replace(SDXL, memory="full_cached", use_dora=True))
+        choose_memory(replace(SDXL, memory="full_cached", use_dora=True))
 
 
 def test_4_bit_and_cached_text_exclude_each_other(card):
     card(4)
-    found = planned(replace(SDXL, cache_cross_attention=True))
+    found = choose_memory(replace(SDXL, cache_cross_attention=True))
     assert chosen(found) == ("bf16", True, "none") and found.cache_cross_attention
     with pytest.raises(UserError, match="--cache_cross_attention and --base_quantization"):
-        planned(replace(SDXL, memory="nf4", cache_cross_attention=True))
+        choose_memory(replace(SDXL, memory="nf4", cache_cross_attention=True))
 
 
 def test_what_was_given_stays(card):
     card(23.0)
     given = replace(SDXL, mixed_precision="fp16", gradient_checkpointing=True, base_quantization="int8")
-    assert chosen(planned(given)) == ("fp16", True, "int8")
-    assert chosen(planned(replace(given, memory="nf4"))) == ("fp16", True, "int8")
+    assert chosen(choose_memory(given)) == ("fp16", True, "int8")
+    assert chosen(choose_memory(replace(given, memory="nf4"))) == ("fp16", True, "int8")
     plain = replace(SDXL, memory=None)
-    assert planned(plain) is plain
+    assert choose_memory(plain) is plain
 
 
 def test_without_a_gpu_nothing_is_chosen_for_it(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert chosen(planned(SDXL)) == (None, False, "none")
-    assert chosen(planned(replace(SDXL, memory="recompute"))) == (None, True, "none")
+    assert chosen(choose_memory(SDXL)) == (None, False, "none")
+    assert chosen(choose_memory(replace(SDXL, memory="recompute"))) == (None, True, "none")
 
 
 def test_a_run_that_goes_on_keeps_its_plan_on_another_card(card, tmp_path):
     card(9.0)
-    begun = planned(replace(SDXL, output_dir=str(tmp_path)))
+    begun = choose_memory(replace(SDXL, output_dir=str(tmp_path)))
     (tmp_path / "train_config.json").write_text(json.dumps(begun.to_dict()))
     card(80.0)
-    resumed = planned(replace(SDXL, output_dir=str(tmp_path), resume_from_checkpoint="latest"))
+    resumed = choose_memory(replace(SDXL, output_dir=str(tmp_path), resume_from_checkpoint="latest"))
     assert chosen(resumed) == ("bf16", True, "none") and resumed.cache_cross_attention == begun.cache_cross_attention
 
 

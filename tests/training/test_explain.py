@@ -9,6 +9,7 @@ import pytest
 from dreambooth_moslora.cli.main import main, train_main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
+from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.explain import (
     NOTHING,
@@ -224,6 +225,6 @@ def test_frames_of_one_film_are_said_to_be_alike(tiny_base, encoders, tmp_path):
         shutil.copy(photos / "0.png", photos / f"{number}.png")
     config = tiny_config(tiny_base, photos, tmp_path / "dog", max_train_steps=1, evaluate_steps=1)
     with few_pictures(inference_steps=2):
-        train(config, evaluator=TrainingEvaluator(config, encoders))
+        train(config, evaluator=TrainingEvaluator(config, photo_report(config).photos, encoders))
     said = advice_after(figures_of(RunDir(tmp_path / "dog")))
     assert any("nearly one picture" in line for line in said), said

@@ -48,11 +48,12 @@ def test_captions_are_made_are_learnt_and_leave_the_photos_alone(tiny_base, tmp_
     assert adapter_sha256(tmp_path / "plain") != first
 
 
-def test_a_model_that_is_not_there_ends_the_run_before_the_base_is_loaded(tmp_path):
+def test_a_model_that_is_not_there_ends_the_run_before_the_base_is_loaded(tiny_base, tmp_path):
     photos = paint_photos(tmp_path / "photos", count=1)
-    config = tiny_config(tmp_path / "no_base", photos, tmp_path / "run", captions="auto")
+    events, config = [], tiny_config(tiny_base, photos, tmp_path / "run", captions="auto")
     with pytest.raises(UserError, match="--caption_model Qwen/Qwen3-VL-2B-Instruct is not here"):
-        train(config)
+        train(config, events.append)
+    assert not [event for event in events if getattr(event, "phase", None) == "loading"]
 
 
 def test_a_dry_run_says_what_would_be_made_and_advice_what_has_no_effect(tmp_path):

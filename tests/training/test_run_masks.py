@@ -66,9 +66,10 @@ def test_a_run_in_the_same_folder_keeps_the_masks_and_ends_the_same(auto, tmp_pa
 
 
 def test_a_model_that_is_not_there_ends_the_run_before_the_base_is_loaded(tiny_base, photos, tmp_path):
-    config = tiny_config(tmp_path / "no_base", photos, tmp_path / "run", masks="auto")
+    events, config = [], tiny_config(tiny_base, photos, tmp_path / "run", masks="auto")
     with pytest.raises(UserError, match="--mask_model CIDAS/clipseg-rd64-refined is not here"):
-        train(config)
+        train(config, events.append)
+    assert not [event for event in events if getattr(event, "phase", None) == "loading"]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.extras.cluster.sizing import needs_to_be_alone, shared_settings
 from dreambooth_moslora.extras.cluster.together import Member, train_together
+from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.loop import TrainResult, train
 from dreambooth_moslora.training.step import TrainStep
@@ -45,8 +46,10 @@ def configs(base: Path, photos: Path, out: Path, **changes) -> list[TrainConfig]
 def together(runs: list[TrainConfig], most: int, *options: tuple) -> dict[str, TrainResult | Exception]:
     """What each ended with, by its folder's name."""
     ended = {}
-    members = [Member(config, *own) for config, own in zip(runs, options or [()] * len(runs), strict=True)]
-    train_together(members, most, lambda member, result: ended.update({Path(member.config.output_dir).name: result}))
+    members = [Member(make_plan(config), *own) for config, own in zip(runs, options or [()] * len(runs), strict=True)]
+    train_together(
+        members, most, lambda member, result: ended.update({Path(member.plan.config.output_dir).name: result})
+    )
     return ended
 
 

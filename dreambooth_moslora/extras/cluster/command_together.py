@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
 def members(folders: Sequence[Path], stop: StopRequest, costs: "Costs") -> Iterator["Member"]:
     """Yield the runs one by one, as there is room. A faulty run is recorded as failed."""
     from dreambooth_moslora.extras.cluster.together import Member
-    from dreambooth_moslora.plan.checks import check_folders, preflight
-    from dreambooth_moslora.plan.memory import planned
+    from dreambooth_moslora.plan.checks import check_folders
+    from dreambooth_moslora.plan.plan import make_plan
 
     for folder in folders:
         if stop():
@@ -63,13 +63,13 @@ def members(folders: Sequence[Path], stop: StopRequest, costs: "Costs") -> Itera
             config = TrainConfig.from_dict(read_json_table(folder / CONFIG_NAME))
             check_folders(config)
             with logged_to(config):
-                config = planned(config)
-                warn_about(config, preflight(config))
+                plan = make_plan(config)
+                warn_about(plan)
         except Exception as error:
             costs.close(folder, "failed", line_for(error))
         else:
-            evaluator = make_evaluator if is_scored(config) else lambda config: None
-            yield Member(config, None, stop, evaluator, lambda config=config: logged_to(config))
+            evaluator = make_evaluator if is_scored(config) else lambda plan: None
+            yield Member(plan, None, stop, evaluator, lambda config=config: logged_to(config))
 
 
 @contextmanager
@@ -114,7 +114,7 @@ class Costs:
         write_record(folder, begun)
 
     def ended(self, member: "Member", result: "TrainResult | Exception") -> None:
-        folder = Path(member.config.output_dir)
+        folder = Path(member.plan.config.output_dir)
         if isinstance(result, Exception):
             self.close(folder, "failed", line_for(result))
         else:

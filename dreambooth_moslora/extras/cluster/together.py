@@ -25,6 +25,7 @@ from torch import Tensor
 from dreambooth_moslora.adapters.joint_linear import lay_together
 from dreambooth_moslora.disk.events import Event
 from dreambooth_moslora.extras.cluster.stacked_adapters import StackedAdapters, twin
+from dreambooth_moslora.plan.plan import Plan
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.adapters import target_paths
 from dreambooth_moslora.training.encoder import LoadBase, load_base
@@ -64,16 +65,16 @@ class SharedBase:
 
 @dataclass(frozen=True)
 class Member:
-    """A run to train: its settings, its callbacks, and a function that makes its evaluator when it begins.
+    """A run to train: its plan, its callbacks, and a function that makes its evaluator when it begins.
 
     Whatever the run does alone happens inside the context manager `within`, which may redirect its log, for
     example.
     """
 
-    config: TrainConfig
+    plan: Plan
     on_event: Callable[[Event], None] | None = None
     should_stop: Callable[[], bool] | None = None
-    make_evaluator: Callable[[TrainConfig], StepScorer | None] = lambda config: None
+    make_evaluator: Callable[[Plan], StepScorer | None] = lambda plan: None
     within: Callable[[], AbstractContextManager] = nullcontext
 
 
@@ -112,11 +113,12 @@ def train_together(
 
 def begin(member: Member, base: SharedBase, under_way: list[Course], on_end: Callable) -> None:
     """Do everything before a member's first step, alone."""
-    config = replace(member.config, compile="off")  # a compiled graph would depend on the number of runs
+    config = replace(member.plan.config, compile="off")  # a compiled graph would depend on the number of runs
     try:
         with member.within():
-            evaluator = member.make_evaluator(config)
-            steps = training(config, member.on_event, member.should_stop, evaluator, base)
+            plan = replace(member.plan, config=config)
+            evaluator = member.make_evaluator(plan)
+            steps = training(plan, member.on_event, member.should_stop, evaluator, base)
             under_way.append(Course(member, steps, next(steps)))
     except StopIteration as end:
         on_end(member, end.value)

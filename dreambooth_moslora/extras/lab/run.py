@@ -46,7 +46,7 @@ from dreambooth_moslora.evaluation.protocol import plan_for
 from dreambooth_moslora.extras.lab.stats import JUDGED, Result, best_rates, is_tuned
 from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.photos.folder import instance_photos
+from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.masks import open_mask
 from dreambooth_moslora.photos.photo import open_rgb
 from dreambooth_moslora.settings.fields import is_adapted
@@ -135,7 +135,7 @@ def make_evaluator(study: Study, name: str) -> Evaluator:
     """Of the subject alone, whatever an arm trains beside it; it knows the photos of its companions."""
     config = alone(study, study.reference, name)
     protocol, encoders = study.protocol, encoders_of(study.base, study.protocol.clip, study.protocol.dino)
-    photos = instance_photos(config).photos
+    photos = photo_report(config).photos
     captions, seeds = [c for photo in photos for c in photo.captions], tuple(range(protocol.images_per_prompt))
     bare = config.instance_prompt
     plan = plan_for(study.base, subject_of(config), captions=captions, seeds=seeds, bare_prompt=bare).smaller(
@@ -148,7 +148,7 @@ def make_evaluator(study: Study, name: str) -> Evaluator:
     truth = truth_of(study.base, config.instance_data_dir, plan, encoders, pipeline_of(study.base).resolution_px)
     made = Evaluator(plan, encoders, [open_rgb(p) for p in photos], [open_mask(p) for p in photos], truth)
     for one in study.subject(name).beside:
-        theirs = instance_photos(replace(config, **one.settings)).photos
+        theirs = photo_report(replace(config, **one.settings)).photos
         made.rivals[one.subject.words] = encoders.dino_images([open_rgb(photo) for photo in theirs])
     return made
 
