@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreambooth_moslora.cli.parser import SCRIPT, Parser, parse_training, underscored
-from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, survive_broken_pipes
+from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, TerminalProgress, survive_broken_pipes
 from dreambooth_moslora.core.errors import UserError, is_out_of_memory, shortened, spelled_out
 from dreambooth_moslora.core.machine import is_main_process
 from dreambooth_moslora.disk.processes import avoid_fragmentation, uncollected
@@ -88,22 +88,18 @@ def exit_code(run: Callable[[], int]) -> int:
     avoid_fragmentation()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns without a GPU, even if unused
     with survive_broken_pipes():
-        return code_of(run)
-
-
-def code_of(run: Callable[[], int]) -> int:
-    try:
-        return run()
-    except UserError as error:
-        return print_user_error(str(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except Exception as error:
-        if (line := message_for_known_error(error)) is not None:
-            return print_user_error(line)
-        traceback.print_exc()
-        return OUR_BUG
+        try:
+            return run()
+        except UserError as error:
+            return print_user_error(str(error))
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED
+        except Exception as error:
+            if (line := message_for_known_error(error)) is not None:
+                return print_user_error(line)
+            traceback.print_exc()
+            return OUR_BUG
 
 
 def print_user_error(text: str) -> int:
@@ -194,9 +190,7 @@ def run_training(config: TrainConfig, report: "PhotoReport | None" = None) -> in
 def run_trainer(config: TrainConfig, stop: StopRequest, report: "PhotoReport | None" = None) -> int:
     from dreambooth_moslora.plan.plan import make_plan
 
-    plan = make_plan(config, report)
-    from dreambooth_moslora.cli.terminal import TerminalProgress
-
+    plan = make_plan(config, report)  # refuses the run, if it must, before torch is imported
     with uncollected():
         from dreambooth_moslora.training.loop import train
 

@@ -1,8 +1,7 @@
 """Checks before a run, for `--dry_run` and training alike. They load no model and need no torch.
 
-folders    a run must not write over photos, nor over files that no run has made
-packages   those that the settings need are installed
-layers     the UNet has the layers that `--target_modules` names
+`check_folders`: a run must not write over photos, nor over files that no run has made. `preflight`: the settings fit
+the base and each other, the packages that they need are installed, and the GPU has the memory.
 """
 
 import errno
@@ -42,13 +41,10 @@ def check_layers(targets: Iterable[str], layers: Mapping[str, int], use_dora: bo
     for name in targets:
         for layer in (layer for layer in layers if is_target(layer, name)):
             if layer.startswith(UNREADABLE):
-                raise UserError(f"--target_modules {name}: {layer} has no name in kohya's files; {instead_of(name)}.")
+                instead = "name the blocks: down_blocks.* mid_block.* up_blocks.*" if "*" in name else "leave it out"
+                raise UserError(f"--target_modules {name}: {layer} has no name in kohya's files; {instead}.")
             if use_dora and layers[layer] > 2:
                 raise UserError(f"--use_dora: {layer} is a convolution; leave {name} out of --target_modules.")
-
-
-def instead_of(name: str) -> str:
-    return "name the blocks: down_blocks.* mid_block.* up_blocks.*" if "*" in name else "leave it out"
 
 
 def check_targets(targets: Iterable[str], layers: Iterable[str]) -> None:
@@ -128,7 +124,8 @@ def check_home(output_dir: str) -> None:
 
 def check_photo_folders(config: TrainConfig, run_dir: RunDir) -> None:
     """Raises UserError for photos at the top of the run folder, or where a run replaces and moves its own files."""
-    if same_folder(config.class_data_dir, config.instance_data_dir):
+    photos, images = config.instance_data_dir, config.class_data_dir
+    if photos and images and Path(photos).resolve() == Path(images).resolve():
         raise UserError("--class_data_dir is the folder of --instance_data_dir: the class is not the subject.")
     home = run_dir.path.resolve()
     for name in ("instance_data_dir", "class_data_dir", "dataset_name"):
@@ -141,10 +138,6 @@ def check_photo_folders(config: TrainConfig, run_dir: RunDir) -> None:
         first = folder.relative_to(home).parts[0]
         if is_of_the_run(run_dir, first) and not (name == "class_data_dir" and first == run_dir.class_images_dir.name):
             raise UserError(f"--{name} {value}: the run writes to {first} in its folder; keep the photos elsewhere.")
-
-
-def same_folder(one: str | None, other: str | None) -> bool:
-    return bool(one and other) and Path(one).resolve() == Path(other).resolve()
 
 
 def is_of_the_run(run_dir: RunDir, name: str) -> bool:
@@ -232,7 +225,8 @@ def check_settings(config: TrainConfig) -> Path | None:
     if config.pretrained_vae_model_name_or_path:
         check_vae(config.pretrained_vae_model_name_or_path)
     folder = base_folder(config)
-    layers = unet_layers(folder, config.variant) if folder else {}
+    shapes = tensor_shapes(folder / "unet", config.variant) if folder else {}
+    layers = {name.removesuffix(".weight"): len(shape) for name, shape in shapes.items() if len(shape) > 1}
     if layers:
         check_layers(config.target_modules, layers, config.use_dora)
         check_patterns(config, layers)
@@ -270,13 +264,6 @@ def check_basis(config: TrainConfig) -> None:
         raise UserError(f"{given}: it is no raw adapter file of this program.") from error
     if facts.rank != config.rank:
         raise UserError(f"{given}: it has rank {facts.rank}; give --rank {facts.rank}.")
-
-
-def unet_layers(folder: Path, variant: str | None) -> dict[str, int]:
-    """Path of each layer with a weight of at least 2 dimensions -> their number: 2 for a matrix, 4 for a
-    convolution."""
-    shapes = tensor_shapes(folder / "unet", variant)
-    return {name.removesuffix(".weight"): len(shape) for name, shape in shapes.items() if len(shape) > 1}
 
 
 def check_push(config: TrainConfig) -> None:

@@ -1,18 +1,14 @@
-"""Memory and speed of a run before it begins: the estimate, and the plan that `--memory` chooses.
-
-Estimates what a run needs before it begins: memory while training, and room on the disk.
+"""Memory and speed of a run before it begins, and what is chosen by them, the same in all its processes.
 
 Weights and adapters are counted exactly, from the headers of the base's files. The memory of a step was counted
 on SDXL's UNet operation by operation (`benchmarks.gpu_memory`: bf16, images of 1024 px); it is scaled by
 pixels, images and bytes.
 
-What makes a run's steps faster on a GPU while changing only rounding, and whether it pays.
+Speed on a GPU, which changes only rounding. On a CPU all are off; `--compile on` turns on the first.
 
 blocks compiled    `torch.compile` of the UNet's transformer blocks, each kind once (`--compile`)
 channels last      convolutions in NHWC, the layout of tensor cores
 cuDNN's search     tries algorithms at each convolution's first call; sizes must be fixed
-
-On a CPU all are off; `--compile on` turns on the first.
 
 `--memory`: one word for precision, recomputation, caching and quantisation.
 
@@ -23,14 +19,11 @@ recompute_cached   both
 nf4                recompute, and the frozen UNet is kept in 4 bit (--base_quantization nf4)
 auto               the first of these that is possible and fits the GPU's free memory; full without a GPU
 
-A plan only adds to the given flags. On a GPU it also chooses half precision, unless a precision was given.
+A memory plan only adds to the given flags. On a GPU it also chooses half precision, unless a precision was given.
 
-The settings of a run that several processes train. With different ones they would train different adapters, or wait
-for each other for ever.
-
-    flags and files --agreed--> choices and memory plan, by the GPU with the least free memory --agreed--> training
-
-One process asks nobody, and then nothing here loads torch.
+Processes with different settings would train different adapters, or wait for each other for ever. So they agree on
+the flags and files, then on what is chosen by the GPU with the least free memory. One process asks nobody, and then
+nothing here loads torch.
 """
 
 import json
@@ -65,6 +58,7 @@ QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.001}
 their precision."""
 TRAINING_BYTES, TRAINING_BYTES_8BIT = 16, 10
 """Bytes per parameter of the adapter: fp32 weight, gradient and two moments of Adam."""
+PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")
 AVERAGE_BYTES = 4
 """Further bytes per parameter of the adapter with `--use_ema`."""
 CONTEXT_GIB = 0.5
@@ -138,18 +132,11 @@ def size_of_base(folder: Path | None, target_modules: tuple[str, ...], variant: 
     texts = count["text_encoder"] + count["text_encoder_2"]
     widths = tuple((path, shape[0] + math.prod(shape[1:])) for path, shape in adapted.items())
     total = sum(width for _, width in widths)
-    projections = sum(math.prod(shape) for name, shape in shapes["unet"].items() if is_projection(name, shape))
+    quantized = (shape for name, shape in weights.items() if "transformer_blocks" in name and len(shape) == 2)
+    projections = sum(math.prod(shape) for shape in quantized if shape[0] % 32 == 0)  # as `base.load` chooses them
     of_text = [shape for path, shape in layers.items() if is_text_projection(path)]
     hosted = sum(map(math.prod, of_text)), sum(shape[0] for shape in of_text)
     return BaseSize(count["unet"], projections, *hosted, texts, count["vae"], total, len(widths), True, widths)
-
-
-def is_projection(name: str, shape: list[int]) -> bool:
-    """Whether `base.load` quantises this weight."""
-    return "transformer_blocks" in name and name.endswith(".weight") and len(shape) == 2 and shape[0] % 32 == 0
-
-
-PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")
 
 
 def estimate(config: TrainConfig, size: BaseSize, total_steps: int) -> Estimate:
@@ -159,14 +146,16 @@ def estimate(config: TrainConfig, size: BaseSize, total_steps: int) -> Estimate:
     unet, texts, vae = unet_gib(config, size), size.text_encoders * number / GIB, size.vae * 4 / GIB
     bytes_each = TRAINING_BYTES_8BIT if config.use_8bit_adam else TRAINING_BYTES
     optimized = adapter * (bytes_each + AVERAGE_BYTES * config.use_ema) / GIB
-    weights = unet - on_host_gib(config, size) + optimized + (texts if config.keeps_text_encoders else 0)
-    drawing = vae + max(decoder_gib(config), drawing_gib(config, size, images=2)) + products_gib(config, size, images=2)
+    on_host = size.text_projections * number / GIB if config.cache_cross_attention else 0.0
+    weights = unet - on_host + optimized + (texts if config.keeps_text_encoders else 0)
+    decoder = min(config.resolution, TILE_PX) ** 2 * DECODER_BYTES_A_PIXEL / GIB
+    drawing = vae + max(decoder, drawing_gib(config, size, images=2)) + products_gib(config, size, images=2)
     checkpoint = adapter * (12 + AVERAGE_BYTES * config.use_ema) / GIB
     return Estimate(
         adapter_parameters=adapter,
         encoding_gib=CONTEXT_GIB + texts + vae + preparing_gib(config, size),
         training_gib=CONTEXT_GIB + weights + step_gib(config, size, adapter),
-        sampling_gib=CONTEXT_GIB + weights + (drawing if draws_samples(config) else 0),
+        sampling_gib=CONTEXT_GIB + weights + (drawing if config.sample_count or is_scored(config) else 0),
         checkpoint_gib=checkpoint,
         disk_gib=disk_gib(config, adapter, checkpoint, total_steps),
         size=size,
@@ -188,26 +177,16 @@ def precision_of(config: TrainConfig) -> str:
     return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
 
 
-def draws_samples(config: TrainConfig) -> bool:
-    return bool(config.sample_count or is_scored(config))
-
-
 def unet_gib(config: TrainConfig, size: BaseSize) -> float:
     number = BYTES[precision_of(config)]
     small = QUANTIZED_BYTES.get(config.base_quantization, number)
     return ((size.unet - size.projections) * number + size.projections * small) / GIB
 
 
-def on_host_gib(config: TrainConfig, size: BaseSize) -> float:
-    """Weights of the UNet that are on the host while it trains and draws samples, GiB."""
-    return size.text_projections * BYTES[precision_of(config)] / GIB if config.cache_cross_attention else 0.0
-
-
 def products_gib(config: TrainConfig, size: BaseSize, images: int) -> float:
-    """The products of those weights with the images' text, GiB."""
-    return (
-        images * TOKENS * size.text_outputs * BYTES[precision_of(config)] / GIB if config.cache_cross_attention else 0.0
-    )
+    """The products of cross-attention's to_k and to_v with the images' text, while the host holds these weights."""
+    products = images * TOKENS * size.text_outputs if config.cache_cross_attention else 0
+    return products * BYTES[precision_of(config)] / GIB
 
 
 def preparing_gib(config: TrainConfig, size: BaseSize) -> float:
@@ -218,10 +197,6 @@ def preparing_gib(config: TrainConfig, size: BaseSize) -> float:
     is_there = at_once or config.base_quantization == "int8"
     drawing = drawing_gib(config, size, images=2 * at_once)
     return max(encoder, drawing) + (unet_gib(config, size) if is_there else 0)
-
-
-def decoder_gib(config: TrainConfig) -> float:
-    return min(config.resolution, TILE_PX) ** 2 * DECODER_BYTES_A_PIXEL / GIB
 
 
 def drawing_gib(config: TrainConfig, size: BaseSize, images: int) -> float:
@@ -408,7 +383,8 @@ def choose_memory(config: TrainConfig, free_gib: float | None = None) -> TrainCo
     free = least_free_gib() if free_gib is None else free_gib
     if config.resume_from_checkpoint and (before := settings_before(config)):
         return replace(config, **before)
-    config = in_half_precision(config) if free is not None else config
+    if free is not None and precision_of(config) == "no":
+        config = replace(config, mixed_precision=half_precision())
     size = size_of_base(base_folder(config), config.target_modules, config.variant)
     name = config.memory if config.memory != "auto" else fitting(config, size, free)
     return with_plan(config, name)
@@ -421,10 +397,6 @@ def settings_before(config: TrainConfig) -> dict[str, object]:
         return {}
     names = SETTINGS["memory"].metadata["replaces"] if isinstance(saved, dict) else ()
     return {name: saved[name] for name in names if name in saved}
-
-
-def in_half_precision(config: TrainConfig) -> TrainConfig:
-    return config if precision_of(config) != "no" else replace(config, mixed_precision=half_precision())
 
 
 def with_plan(config: TrainConfig, name: str) -> TrainConfig:

@@ -36,11 +36,7 @@ class Plan:
 
 
 def make_plan(
-    config: TrainConfig,
-    report: PhotoReport | None = None,
-    *,
-    free_gib: float | None = None,
-    is_later: bool = False,
+    config: TrainConfig, report: PhotoReport | None = None, *, free_gib: float | None = None, is_later: bool = False
 ) -> Plan:
     """The plan of a run whose folders `check_folders` allows. All processes of the run must call it.
 
@@ -50,7 +46,10 @@ def make_plan(
     """
     config = same_config(choose_memory(same_config(config), free_gib))
     base, size = checked_by_all(lambda: preflight(config, is_later=is_later))
-    report = read_by_all(config) if report is None else with_made_masks(config, report)
+    if report is None:
+        report = read_by_all(config)
+    elif config.masks == "auto":  # it may have been chosen after the photos were read
+        report = replace(report, photos=with_kept_masks(report.photos, RunDir(config.output_dir).masks_dir))
     steps = plan_steps(config, counts_of(report.photos), process_count())
     return Plan(config, base, report, steps, estimate(config, size, steps.total_steps))
 
@@ -59,10 +58,3 @@ def read_by_all(config: TrainConfig) -> PhotoReport:
     """The photos. The main process reads them first, as it then writes the images of a data set."""
     first = checked_by_all(lambda: photo_report(config) if is_main_process() else None)
     return checked_by_all(lambda: first or photo_report(config))
-
-
-def with_made_masks(config: TrainConfig, report: PhotoReport) -> PhotoReport:
-    """A report that was made before `--masks` was chosen, with the masks in the run folder."""
-    if config.masks != "auto":
-        return report
-    return replace(report, photos=with_kept_masks(report.photos, RunDir(config.output_dir).masks_dir))

@@ -1,10 +1,7 @@
-"""The processes of a run: accelerate's Accelerator, and what they do together.
-
-What the processes of a run do together: they share work, agree on what they find, and end together.
+"""The processes of a run: they share work, agree on what they find, and end together.
 
 A process that raised alone would leave the others waiting. So each tells the others how its part of the work ended.
-
-Processes and precision of a run: accelerate's Accelerator, and the seed that all processes share.
+`make_accelerator` joins them and chooses the precision.
 """
 
 import logging
@@ -36,6 +33,24 @@ from dreambooth_moslora.core.errors import StopRequestedError, UserError, is_out
 from dreambooth_moslora.disk.processes import keep_freed_memory
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.settings.table import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = timedelta(days=7)
+"""How long a process waits for the others: class images and pictures of a large base can take hours."""
+
+SHARDING = {
+    "FSDP": "ACCELERATE_USE_FSDP",
+    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
+    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
+}
+"""Name in accelerate -> environment variable that asks for it."""
+
+ONE_PROCESS = (
+    "this is the only process: on CPUs without MPI, accelerate starts several by "
+    "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 …`"
+)
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -193,25 +208,6 @@ def others_present() -> Iterator[None]:
         ) from error
 
 
-logger = logging.getLogger(__name__)
-
-PATIENCE = timedelta(days=7)
-"""How long a process waits for the others: class images and pictures of a large base can take hours."""
-
-
-SHARDING = {
-    "FSDP": "ACCELERATE_USE_FSDP",
-    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
-    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
-}
-"""Name in accelerate -> environment variable that asks for it."""
-
-ONE_PROCESS = (
-    "this is the only process: on CPUs without MPI, accelerate starts several by "
-    "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 …`"
-)
-
-
 def make_accelerator(config: TrainConfig, run_dir: RunDir) -> Accelerator:
     """Device, processes and precision: from `--mixed_precision`, else from `accelerate launch`, else fp32.
 
@@ -301,6 +297,3 @@ def chosen_seed(config: TrainConfig, accelerator: Accelerator) -> int:
     """`--seed`, or a random one that all processes share. It is saved, so that the run can be resumed."""
     seeds = [config.seed if config.seed is not None else SystemRandom().randrange(2**31)]
     return on_main(accelerator, lambda: seeds[0])
-
-
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

@@ -1,11 +1,8 @@
-"""A run during training: one method for each line of the loop `loop.fit`.
+"""The training loop: from a plan to a verified adapter. A run can be stopped and resumed at any time.
 
-The training loop: from a photo folder to a verified adapter. A run can be stopped and resumed at any time.
-
-train(config) -> TrainResult        `set_up` is what comes before the loop, `fit` is the loop;
-                                    `run` holds what the loop calls, `publish` what a run leaves
-training(config)                    the same as a generator, for a caller that computes the gradients
-(`together`)
+train(config) -> TrainResult    `set_up` is what comes before the loop, `fit` is the loop,
+                                `Training` has a method for each of its lines
+training(config)                the same as a generator, for a caller that computes the gradients
 """
 
 import logging
@@ -74,6 +71,10 @@ logger = logging.getLogger(__name__)
 
 MOST_SKIPPED = 20
 """Steps in a row that fp16 may skip; its scale has then fallen by a factor of a million."""
+NO_SAMPLES = (
+    "No sample images are drawn: on a CPU each takes minutes with a base of this size. "
+    "--num_validation_images 4 draws them all the same."
+)
 
 
 class StepScorer(Protocol):
@@ -132,7 +133,9 @@ class Training:
             raise self.diverged(f"the loss is {losses.total} at step {self.step + 1}")
 
     def diverged(self, what: str) -> UserError:
-        other = ", or use --mixed_precision bf16 instead of fp16" if could_be_in_bf16(self.accelerator) else ""
+        on_gpu = self.accelerator.device.type == "cuda"
+        has_bf16 = self.accelerator.mixed_precision == "fp16" and (not on_gpu or half_precision() == "bf16")
+        other = ", or use --mixed_precision bf16 instead of fp16" if has_bf16 else ""
         return UserError(f"{what}: lower --learning_rate{other}; checkpoints up to here are in {self.run_dir.path}")
 
     def update_adapter(self, losses: StepLosses) -> bool:
@@ -144,25 +147,23 @@ class Training:
         grad_norm = self.train_step.update_adapter()
         skipped = not math.isfinite(grad_norm)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        self.report(self.step_event(attempted, losses, None if skipped else grad_norm, skipped))
-        if skipped and (self.accelerator.scaler is None or self.skipped_in_a_row >= MOST_SKIPPED):
-            raise self.diverged(f"the gradient is {grad_norm} at step {attempted}")
-        return not skipped
-
-    def step_event(self, step: int, losses: StepLosses, grad_norm: float | None, skipped: bool) -> StepDone:
         seconds, eta = self.stopwatch.lap(self.max_train_steps - self.step)
-        return StepDone(
-            step=step,
+        event = StepDone(
+            step=attempted,
             loss=losses.total,
             loss_instance=losses.instance,
             loss_prior=losses.prior,
             lr=self.train_step.learning_rate,
-            grad_norm=grad_norm,
+            grad_norm=None if skipped else grad_norm,
             step_sec=seconds,
             eta_sec=eta,
             memory_gib=memory_gib(self.accelerator.device),
             skipped=skipped,
         )
+        self.report(event)
+        if skipped and (self.accelerator.scaler is None or self.skipped_in_a_row >= MOST_SKIPPED):
+            raise self.diverged(f"the gradient is {grad_norm} at step {attempted}")
+        return not skipped
 
     def sample_if_due(self) -> None:
         """Draw samples at step 0, every `validation_steps`, and at the end, with the same prompts and seeds each time.
@@ -303,17 +304,6 @@ class Training:
         self.report(RunEnded("interrupted" if interrupted else "done", self.step))
         on_each(self.accelerator, self.report.raise_failure)
         return TrainResult(self.run_dir.path, self.step, interrupted, proof)
-
-
-def could_be_in_bf16(accelerator: Accelerator) -> bool:
-    """Whether a run in fp16 is on a GPU that has bf16."""
-    return accelerator.mixed_precision == "fp16" and (accelerator.device.type != "cuda" or half_precision() == "bf16")
-
-
-NO_SAMPLES = (
-    "No sample images are drawn: on a CPU each takes minutes with a base of this size. "
-    "--num_validation_images 4 draws them all the same."
-)
 
 
 def train(

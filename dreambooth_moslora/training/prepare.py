@@ -1,13 +1,9 @@
-"""The noise levels that a base was trained with, from its scheduler's configuration.
+"""Prepares all inputs of the training loop: the base, and encoded photos and prompts.
 
-Encodes before the first step what the run will show: the work is shared out to the processes.
+    photos -> base -> class images -> latents and text embeddings -> encoders leave memory
 
-Afterwards each process finds every encoding in its memory or on its machine's disk. Files are written by the process
-that encodes; on a machine that does not see them, one process writes them again.
-
-Prepares all inputs of the training loop: the base, and encoded photos and prompts.
-
-photos -> base -> class images -> latents and text embeddings -> encoders leave memory
+The processes share the encoding. Afterwards each finds every encoding in its memory or on its machine's disk. Files are
+written by the process that encodes; on a machine that does not see them, one process writes them again.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -17,7 +13,6 @@ from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin, StableDiffusionXLPipeline
-from torch import nn
 
 from dreambooth_moslora.adapters.basis import Basis, read_basis
 from dreambooth_moslora.adapters.init_adapter import read_start
@@ -54,6 +49,93 @@ from dreambooth_moslora.training.objective import NoiseSchedule
 from dreambooth_moslora.training.photo_stream import SubjectStreams, instance_streams, prior_streams
 from dreambooth_moslora.training.reporter import RunContext, free_unused_memory
 
+Entries = dict[str, Callable[[], Tensors]]
+"""Keys in a cache, each with the function that computes its value."""
+
+
+@dataclass
+class TrainInputs:
+    """Inputs of the loop. `prior` is None without class images; `prompt_embeds` serves frozen text encoders,
+    `text_products` a UNet that caches cross-attention.
+
+    `start` holds the weights that a fresh adapter begins with, or None; `basis` is that of `--basis`.
+    """
+
+    pipeline: StableDiffusionXLPipeline
+    schedule: NoiseSchedule
+    photos: list[Photo]
+    instance: SubjectStreams
+    prior: SubjectStreams | None
+    prompt_embeds: PromptCache
+    dtype: torch.dtype
+    start: AdapterWeights | None = None
+    text_products: TextProducts | None = None
+    basis: Basis | None = None
+
+    def batch_at(self, micro_batch: int, size: int, next_micro_batch: int) -> TrainBatch:
+        """Micro-batch number `micro_batch` of the run: `size` instance images, and as many class images, if any.
+
+        `next_micro_batch` is the one that this process will ask for next; its photos are read ahead.
+        """
+        streams = [self.instance] if self.prior is None else [self.instance, self.prior]
+        samples = [s.at(position) for s in streams for position in range(micro_batch * size, (micro_batch + 1) * size)]
+        for stream in streams:
+            for position in range(next_micro_batch * size, (next_micro_batch + 1) * size):
+                stream.read_ahead(position)
+        return collate(samples, size)
+
+
+def prepare(
+    context: RunContext,
+    photos: list[Photo],
+    sample_count: int,
+    prompts: list[str],
+    is_fresh: bool = True,
+    load: LoadBase | None = None,
+) -> TrainInputs:
+    """Load the base, generate class images, and encode what the run's first `sample_count` samples show.
+
+    `prompts` will be drawn later; they are encoded while the text encoders are in memory. `is_fresh`: the run
+    does not resume an adapter. `load` loads the base, by default `load_base`. Raises UserError and
+    StopRequestedError.
+    """
+    config, device = context.config, context.accelerator.device
+    context.report.phase("loading")
+    dtype = DTYPES[context.accelerator.mixed_precision]
+    pipeline = (load or load_base)(config, dtype, device)
+    if context.accelerator.is_main_process:
+        warn_of_slow_precision(pipeline, device)
+    schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
+    for flag in weighting_flags(config) if schedule.style == "edm" else ():  # the base may be one without the flag
+        raise UserError(f"{flag}: this base was made in EDM style, which weighs noise levels itself; leave it out.")
+    layers = {path: layer.weight.ndim for path, layer in matrix_layers(pipeline.unet).items()}
+    check_layers(config.target_modules, layers, config.use_dora)
+    check_patterns(config, layers)
+    start = None
+    if is_fresh and config.init_adapter is not None:
+        start = read_start(config.init_adapter, pipeline, config.pretrained_model_name_or_path, config.use_dora)
+    basis = read_basis_of(config)
+    context.stop_if_asked()
+    class_photos = class_photos_of_each(context, pipeline, photos) if uses_class_images(config) else []
+    encoder = PhotoEncoder(
+        pipeline.vae.to(device),
+        cache_of(config),
+        crop_rule(config),
+        config.dataloader_num_workers,
+        config.unmasked_weight,
+    )
+    instance = instance_streams(config, photos, encoder)
+    prior = prior_streams(config, class_photos, encoder, instance) if class_photos else None
+    prompt_embeds = prompt_cache(config, pipeline, device)
+    streams = [stream for stream in (instance, prior) if stream is not None]
+    encode_photos(context, streams, sample_count)
+    encode_prompts(context, streams, prompt_embeds, prompts)
+    release_encoders(config, pipeline, prompt_embeds, encoder, device)
+    give_freed_memory_back()
+    products = TextProducts(pipeline.unet, device) if config.cache_cross_attention else None
+    pipeline.unet.to(device)
+    return TrainInputs(pipeline, schedule, photos, instance, prior, prompt_embeds, dtype, start, products, basis)
+
 
 def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> NoiseSchedule:
     """The noise levels that a base was trained with, from its scheduler's configuration. EDM bases force EDM style.
@@ -73,8 +155,45 @@ def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> NoiseS
     return NoiseSchedule.from_alphas(alphas, kind, "edm" if edm_style else "ddpm")
 
 
-Entries = dict[str, Callable[[], Tensors]]
-"""Keys in a cache, each with the function that computes its value."""
+def read_basis_of(config: TrainConfig) -> Basis | None:
+    """Raises UserError."""
+    if config.basis is None:
+        return None
+    try:
+        return read_basis(config.basis, base_folder(config), config.variant)
+    except UserError as error:
+        raise UserError(f"--basis: {error}.") from error
+
+
+def too_slow_for_samples(config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device) -> bool:
+    """Whether samples would take minutes each, on a CPU with a large base, and were not asked for."""
+    prompts = [subject.validation_prompt for subject in each_subject(config)]
+    asked = (config.num_validation_images, *prompts, config.validation_steps)
+    is_large = default_resolution(pipeline) > SMALL_BASE_PX
+    return device.type == "cpu" and is_large and all(setting is None for setting in asked)
+
+
+def cache_of(config: TrainConfig) -> TensorCache | None:
+    if config.caching == "off":
+        return None
+    if config.caching == "memory":
+        return TensorCache()
+    return TensorCache((Path(config.cache_dir) if config.cache_dir else default_cache_dir()) / "encoded")
+
+
+def prompt_cache(config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device) -> PromptCache:
+    """Prompts encoded by the base's text encoders, without their adapters: a file that cannot be read while these
+    are trained is encoded anew."""
+    encoders = [pipeline.text_encoder.to(device), pipeline.text_encoder_2.to(device)]
+    identity = "+".join(fingerprint(encoder) for encoder in encoders)
+    if pipeline.config.force_zeros_for_empty_prompt:  # it decides the encoding of ""
+        identity += "+zeros"
+
+    def encode(prompts: list[str]) -> TextCond:
+        with disabled(encoders[0]), disabled(encoders[1]):
+            return encode_text(pipeline, prompts)
+
+    return PromptCache(encode, cache_of(config) or TensorCache(), identity)
 
 
 def encode_photos(context: RunContext, streams: list[SubjectStreams], sample_count: int) -> None:
@@ -131,146 +250,6 @@ def fill(cache: TensorCache, context: RunContext, entries: Entries) -> Iterator[
         if accelerator.num_processes > 1:
             on_each(accelerator, partial(cache.put, key, tensors) if keeps else bool)
         yield number
-
-
-@dataclass
-class TrainInputs:
-    """Inputs of the loop. `prior` is None without class images; `prompt_embeds` serves frozen text encoders,
-    `text_products` a UNet that caches cross-attention.
-
-    `start` holds the weights that a fresh adapter begins with, or None; `basis` is that of `--basis`.
-    """
-
-    pipeline: StableDiffusionXLPipeline
-    schedule: NoiseSchedule
-    photos: list[Photo]
-    instance: SubjectStreams
-    prior: SubjectStreams | None
-    prompt_embeds: PromptCache
-    dtype: torch.dtype
-    start: AdapterWeights | None = None
-    text_products: TextProducts | None = None
-    basis: Basis | None = None
-
-    def batch_at(self, micro_batch: int, size: int, next_micro_batch: int) -> TrainBatch:
-        """Micro-batch number `micro_batch` of the run: `size` instance images, and as many class images, if any.
-
-        `next_micro_batch` is the one that this process will ask for next; its photos are read ahead.
-        """
-        streams = [self.instance] if self.prior is None else [self.instance, self.prior]
-        samples = [s.at(position) for s in streams for position in range(micro_batch * size, (micro_batch + 1) * size)]
-        for stream in streams:
-            for position in range(next_micro_batch * size, (next_micro_batch + 1) * size):
-                stream.read_ahead(position)
-        return collate(samples, size)
-
-
-def prepare(
-    context: RunContext,
-    photos: list[Photo],
-    sample_count: int,
-    prompts: list[str],
-    is_fresh: bool = True,
-    load: LoadBase | None = None,
-) -> TrainInputs:
-    """Load the base, generate class images, and encode what the run's first `sample_count` samples show.
-
-    `prompts` will be drawn later; they are encoded while the text encoders are in memory. `is_fresh`: the run
-    does not resume an adapter. `load` loads the base, by default `load_base`. Raises UserError and
-    StopRequestedError.
-    """
-    config, device = context.config, context.accelerator.device
-    context.report.phase("loading")
-    dtype = DTYPES[context.accelerator.mixed_precision]
-    pipeline = (load or load_base)(config, dtype, device)
-    if context.accelerator.is_main_process:
-        warn_of_slow_precision(pipeline, device)
-    schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
-    check_weighting(config, schedule)
-    layers = layers_of(pipeline.unet)
-    check_layers(config.target_modules, layers, config.use_dora)
-    check_patterns(config, layers)
-    start = read_start_of(config, pipeline) if is_fresh else None
-    basis = read_basis_of(config)
-    context.stop_if_asked()
-    class_photos = class_photos_of_each(context, pipeline, photos) if uses_class_images(config) else []
-    encoder = PhotoEncoder(
-        pipeline.vae.to(device),
-        cache_of(config),
-        crop_rule(config),
-        config.dataloader_num_workers,
-        config.unmasked_weight,
-    )
-    instance = instance_streams(config, photos, encoder)
-    prior = prior_streams(config, class_photos, encoder, instance) if class_photos else None
-    prompt_embeds = prompt_cache(config, pipeline, device)
-    streams = [stream for stream in (instance, prior) if stream is not None]
-    encode_photos(context, streams, sample_count)
-    encode_prompts(context, streams, prompt_embeds, prompts)
-    release_encoders(config, pipeline, prompt_embeds, encoder, device)
-    give_freed_memory_back()
-    products = TextProducts(pipeline.unet, device) if config.cache_cross_attention else None
-    pipeline.unet.to(device)
-    return TrainInputs(pipeline, schedule, photos, instance, prior, prompt_embeds, dtype, start, products, basis)
-
-
-def read_start_of(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> AdapterWeights | None:
-    if config.init_adapter is None:
-        return None
-    return read_start(config.init_adapter, pipeline, config.pretrained_model_name_or_path, config.use_dora)
-
-
-def read_basis_of(config: TrainConfig) -> Basis | None:
-    """Raises UserError."""
-    if config.basis is None:
-        return None
-    try:
-        return read_basis(config.basis, base_folder(config), config.variant)
-    except UserError as error:
-        raise UserError(f"--basis: {error}.") from error
-
-
-def too_slow_for_samples(config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device) -> bool:
-    """Whether samples would take minutes each, on a CPU with a large base, and were not asked for."""
-    prompts = [subject.validation_prompt for subject in each_subject(config)]
-    asked = (config.num_validation_images, *prompts, config.validation_steps)
-    is_large = default_resolution(pipeline) > SMALL_BASE_PX
-    return device.type == "cpu" and is_large and all(setting is None for setting in asked)
-
-
-def check_weighting(config: TrainConfig, schedule: NoiseSchedule) -> None:
-    """Raises UserError for loss weighting with an EDM base, which may be one without the flag."""
-    for flag in weighting_flags(config) if schedule.style == "edm" else ():
-        raise UserError(f"{flag}: this base was made in EDM style, which weighs noise levels itself; leave it out.")
-
-
-def layers_of(unet: nn.Module) -> dict[str, int]:
-    """Path of each layer whose weight has at least 2 dimensions -> their number, as `preflight` reads them from
-    files."""
-    return {path: layer.weight.ndim for path, layer in matrix_layers(unet).items()}
-
-
-def cache_of(config: TrainConfig) -> TensorCache | None:
-    if config.caching == "off":
-        return None
-    if config.caching == "memory":
-        return TensorCache()
-    return TensorCache((Path(config.cache_dir) if config.cache_dir else default_cache_dir()) / "encoded")
-
-
-def prompt_cache(config: TrainConfig, pipeline: StableDiffusionXLPipeline, device: torch.device) -> PromptCache:
-    """Prompts encoded by the base's text encoders, without their adapters: a file that cannot be read while these
-    are trained is encoded anew."""
-    encoders = [pipeline.text_encoder.to(device), pipeline.text_encoder_2.to(device)]
-    identity = "+".join(fingerprint(encoder) for encoder in encoders)
-    if pipeline.config.force_zeros_for_empty_prompt:  # it decides the encoding of ""
-        identity += "+zeros"
-
-    def encode(prompts: list[str]) -> TextCond:
-        with disabled(encoders[0]), disabled(encoders[1]):
-            return encode_text(pipeline, prompts)
-
-    return PromptCache(encode, cache_of(config) or TensorCache(), identity)
 
 
 def release_encoders(

@@ -1,14 +1,7 @@
-"""What every part of a run shares: settings, folder, processes, reports and stop requests.
+"""Reports a run's events: to `metrics.jsonl`, to the caller, and to the trackers (tensorboard, wandb and others).
 
-Trackers (tensorboard, wandb and others): starts them, and logs numbers and samples.
-
-Trackers get no path, prompt or photo. Trackers that show pictures get the samples, which show the subject.
-
-Reports a run's events: to `metrics.jsonl`, to the caller, and to the trackers.
-
-Only the main process reports.
-
-What every part of a run shares: settings, folder, processes, reports and stop requests.
+Only the main process reports. Trackers get no path, prompt or photo; those that show pictures get the samples, which
+show the subject. `RunContext` is what every part of a run shares.
 """
 
 import gc
@@ -50,6 +43,7 @@ TRACKED = (StepDone, StepEvaluated, SamplesDrawn)
 """Events that trackers get."""
 PICTURE_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 """Trackers that get the samples, and how they are told that pictures are (N, height, width, RGB)."""
+ENDINGS = (RunEnded.kind, AdapterExported.kind, ScaleFound.kind)
 
 
 class Trackers:
@@ -102,9 +96,6 @@ def public_settings(config: TrainConfig) -> dict[str, bool | int | float | str]:
 def numbers_of(event: Event) -> dict[str, float]:
     record = record_of(event)
     return {k: v for k, v in record.items() if isinstance(v, (int, float)) and k not in ("step", "time")}
-
-
-ENDINGS = (RunEnded.kind, AdapterExported.kind, ScaleFound.kind)
 
 
 class Reporter:
