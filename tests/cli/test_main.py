@@ -353,7 +353,7 @@ def test_dry_run_prints_settings_photos_steps_and_cost_and_does_nothing(photos, 
     assert "0.png  128 x 96" in out and "left out: notes.md" in out
     assert "3 photos × 4 repeats, 4 a step: 3 steps an epoch; 15 steps = 5.0 epochs" in out
     assert "each photo is seen about 20 times" in out and "--exposures_per_photo" not in out
-    assert "have no effect without --with_prior_preservation" in out
+    assert out.count("has no effect without --with_prior_preservation") == 2
     assert "--prior has no effect without --with_prior_preservation" in out
     assert "--exposures_per_photo" not in out
     unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
