@@ -6,6 +6,7 @@ from a guess. Weights that differ after a guess prove nothing: the answer is the
 """
 
 import argparse
+import os
 import re
 import sys
 import tempfile
@@ -126,6 +127,8 @@ def config_of(args: argparse.Namespace, receipt: Receipt, output_dir: Path) -> T
         if not settings.get(name):
             said = f"; the file says {facts.base_id!r:.80}" if facts.base_id and name != "instance_prompt" else ""
             raise UserError(f"{args.file}: give --{name}{said}.")
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") and "mixed_precision" not in receipt.recipe:
+        own["mixed_precision"] = "no"
     return TrainConfig.from_dict(settings | QUIET | own)
 
 
@@ -152,8 +155,10 @@ def check_source(args: argparse.Namespace, facts: "AdapterMetadata", told: Mappi
     prompts = tuple(table.instance_prompt for table in checked_setting("subjects", told.get("subjects") or ()))
     if facts.subject_prompts and prompts != facts.subject_prompts:
         raise UserError(f"{args.file}: its subjects are {one_line(', '.join(facts.subject_prompts), 300)}.")
-    if facts.basis.get("kind") == "file" and not told.get("basis"):
-        raise UserError(f"{args.file}: its basis is {facts.basis['file']!r:.80}; give it with --basis.")
+    if facts.basis.get("kind") == "file":
+        file = Path(str(told.get("basis"))).expanduser()
+        if not file.is_file() or file_digest(file) != facts.basis["sha256"]:
+            raise UserError(f"{args.file}: its basis is {facts.basis['file']!r:.80}; give that file with --basis.")
 
 
 def unknown_settings(args: argparse.Namespace, receipt: Receipt, config: TrainConfig) -> list[str]:

@@ -202,9 +202,11 @@ def facts_of(
     )
     prompts = tuple(one.instance_prompt for one in each_subject(config)) if len(config.subjects) > 1 else ()
     basis = inputs.basis.note if inputs.basis else {}
-    processes = train_step.accelerator.num_processes
-    facts = replace(facts, subject_prompts=prompts, basis=basis, processes=processes if processes > 1 else None)
-    facts = with_told(config, facts)
+    accelerator = train_step.accelerator
+    processes = accelerator.num_processes if accelerator.num_processes > 1 else None
+    if accelerator.mixed_precision != "no":  # perhaps from `accelerate config`
+        config = replace(config, mixed_precision=accelerator.mixed_precision)
+    facts = with_told(config, replace(facts, subject_prompts=prompts, basis=basis, processes=processes))
     if inputs.prior and not are_draws(inputs.prior.photos, config.seed):  # another run's, or the user's own
         facts = replace(facts, withheld=tuple(dict.fromkeys((*facts.withheld, "class_data_dir"))))
     if checkpoint is not None and settings_in(trained_modules(checkpoint)[0]) != settings_in(facts):

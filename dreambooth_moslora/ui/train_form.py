@@ -64,7 +64,10 @@ MOST: dict[str, float] = {
 """The most that a visitor may ask of this machine, in the form and by a file that anyone may have written."""
 
 LENGTHS = ("max_train_steps", "exposures_per_photo", "num_train_epochs")
-OF_MACHINE = ("mixed_precision", "gradient_checkpointing", "base_quantization", "cache_cross_attention")
+OF_MACHINE = (
+    *("mixed_precision", "gradient_checkpointing", "base_quantization", "cache_cross_attention", "caching"),
+    *("allow_tf32", "compile", "sample_batch_size", "prior_generation_precision"),
+)
 
 
 def recipe_names(ctx: "AppContext", visitor: Visitor) -> list[str]:

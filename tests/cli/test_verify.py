@@ -193,7 +193,7 @@ def test_what_a_file_does_not_tell_of_its_photos_and_pictures_can_be_said(tmp_pa
                     4, 4, recipe={"seed": 1}, basis={"kind": "file", "sha256": "0", "file": "b.safetensors"}
                 ).to_json()
             },
-            "give it with --basis",
+            "give that file with --basis",
         ),
         ({"moslora": AdapterMetadata(rank=4, alpha=4, recipe={"seed": 1, "x": 2}).to_json()}, "not known here"),
         ({"moslora": AdapterMetadata(rank=4, alpha=4, recipe={"seed": 1}).to_json()}, "give --pretrained_model"),

@@ -1,7 +1,7 @@
 """`verify` over the settings: whatever shapes a run is in its file or asked for, and the run comes out again."""
 
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from dreambooth_moslora.adapters.raw_file import read_tensors
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.parser import parse_train_config
 from dreambooth_moslora.cli.verify import FLAGS
+from dreambooth_moslora.disk.events import StepDone
 from dreambooth_moslora.settings.sources import RECIPE, TOLD_IF_CHANGED, load_settings
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.loop import train
@@ -30,7 +31,6 @@ IN_OTHER_ENTRIES = {
     "early_stopping": "step",
     "resume_from_checkpoint": "withheld",
 }
-BASE = ("--pretrained_model_name_or_path",)
 PRIOR = {"with_prior_preservation": True, "prior": "adapter_off"}
 IMAGES = {"with_prior_preservation": True, "num_class_images": 3, "sample_batch_size": 2}
 RUNS = {
@@ -93,12 +93,51 @@ def test_a_run_comes_out_again_and_its_private_settings_are_asked_for(tiny_base,
     told = as_flags(config, ["pretrained_model_name_or_path"])
     assert verified(config, *told, *as_flags(config, private)) == 0
     assert capsys.readouterr().out.startswith("equal: the same file, sha256 ")
-    if private and "instance_prompt" not in private[1:]:
+    if private:
         assert verified(config, *told) in (0, 2)
         said = capsys.readouterr().out
         assert said.startswith("equal") or all(
             f"with --{name}, whose value is not in the file" in said for name in private
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("there", "here"), [("bf16", None), (None, "bf16")])
+def test_a_precision_of_accelerates_own_settings_is_told(tiny_base, tmp_path, monkeypatch, capsys, there, here):
+    def use(precision: str | None) -> None:
+        monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+        if precision:
+            monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+
+    config = tiny_config(tiny_base, paint_photos(tmp_path / "photos", 2), tmp_path / "dog", max_train_steps=2)
+    use(there)
+    train(config)
+    use(here)
+    assert verified(config, *as_flags(config, ["pretrained_model_name_or_path", "instance_prompt"])) == 0
+
+
+@pytest.mark.slow
+def test_a_run_resumed_with_other_settings_and_class_images_of_another_run_cannot_be_repeated(tiny_base, tmp_path):
+    photos = paint_photos(tmp_path / "photos", 2)
+    config = tiny_config(tiny_base, photos, tmp_path / "dog", **IMAGES, max_train_steps=1)
+    train(config)
+    assert "class_data_dir" not in facts_of(config.output_dir).withheld
+    train(replace(config, max_train_steps=2, learning_rate=1e-3, resume_from_checkpoint="latest"))
+    assert "resume_from_checkpoint" in facts_of(config.output_dir).withheld
+    train(replace(config, seed=4))
+    assert facts_of(config.output_dir).withheld == ("instance_prompt", "class_data_dir")
+
+
+@pytest.mark.slow
+def test_a_stopped_run_tells_its_step_and_comes_out_again(tiny_base, tmp_path, capsys):
+    done = []
+    config = tiny_config(tiny_base, paint_photos(tmp_path / "photos", 2), tmp_path / "dog")
+    train(config, lambda event: done.extend([event] * isinstance(event, StepDone)), lambda: len(done) == 2)
+    assert facts_of(config.output_dir).step == 2
+    assert verified(config, *as_flags(config, ["pretrained_model_name_or_path", "instance_prompt"])) == 0
+    train(replace(config, resume_from_checkpoint="latest"))
+    facts = facts_of(config.output_dir)
+    assert facts.step is None and "resume_from_checkpoint" not in facts.withheld
 
 
 @pytest.mark.slow
