@@ -1,16 +1,11 @@
-"""The command line of training: defaults < --like < --config file < flags, or a folder and a word.
+"""The command line of training: a parser made from the table of settings; defaults < --like < --config < flags.
 
-Flags of other trainers and of earlier versions, and what to give instead, for the message about an unknown flag.
+Flags may have underscores or hyphens. A switch may be written `--flag`, `--flag false` or `--no_flag`. For a flag of
+another trainer or of an earlier version the error says what to give instead.
 
-The command line of training: a parser made from `TrainConfig`; defaults < --like < --config file < flags.
-
-Flags may have underscores or hyphens. A switch may be written `--flag`, `--flag false` or `--no_flag`. For a
-flag of another trainer the error names the equivalent one.
-
-`train photos/dog dog`: chooses every other setting for a folder and a word, with one line about each choice.
-
-`plan.choices` chooses by the base, the GPU and the photos. This module adds what a terminal needs:
-the folder and the word, the base, and the run folder. A --config file replaces the recipe.
+`train photos/dog dog` chooses every other setting for a folder and a word, with one line about each choice:
+`plan.choices` chooses by the base, the GPU and the photos, and this module adds what a terminal needs: the folder and
+the word, the base, and the run folder. A --config file replaces the recipe.
 """
 
 import argparse
@@ -132,11 +127,6 @@ FOREIGN_FLAGS = {
 }
 
 
-def is_removed(flag: str) -> bool:
-    """Whether an earlier version had the flag."""
-    return name_of(flag) in REMOVED_FLAGS
-
-
 def name_of(flag: str) -> str:
     return flag.partition("=")[0].lstrip("-")
 
@@ -177,7 +167,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
         word = unknown.split()[0]
-        if unknown != message and (self.is_of_training or is_removed(word)):
+        if unknown != message and (self.is_of_training or name_of(word) in REMOVED_FLAGS):
             raise UserError(unknown_flag_message(word))
         raise UserError(f"{message}; see {self.prog} --help.")
 
@@ -278,8 +268,10 @@ class Given(NamedTuple):
 
 def given_by(argv: Sequence[str], prog: str) -> Given:
     """Raises UserError; SystemExit for --help and --version."""
-    words, rest = leading_words(underscored(argv))
-    found, unknown = build_train_parser(prog).parse_known_args(rest)
+    argv = underscored(argv)
+    first_flag = next((number for number, word in enumerate(argv) if word.startswith("-")), len(argv))
+    words = argv[:first_flag]
+    found, unknown = build_train_parser(prog).parse_known_args(argv[first_flag:])
     if not words and len(unknown) == 2 and Path(find_asset(unknown[0])).is_dir():  # words after the flags
         words, unknown = unknown, []
     if unknown:
@@ -357,12 +349,6 @@ def launcher_settings() -> dict[str, int]:
 RUNS = Path("runs")
 AS_ONE_WORD = "as in `train photos/dog dog`"
 NO_GPU = "there is no GPU here, and the embedded base knows toys alone"
-
-
-def leading_words(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The words before the first flag, and the rest."""
-    count = next((number for number, word in enumerate(argv) if word.startswith("-")), len(argv))
-    return argv[:count], argv[count:]
 
 
 def choose(words: list[str], given: Mapping[str, Any], *, has_recipe: bool = False, is_queued: bool = False) -> Choices:

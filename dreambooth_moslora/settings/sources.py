@@ -1,18 +1,12 @@
 """Where settings come from: TOML and JSON files, the recipe in an adapter's header, another trainer's header.
 
-Settings in files: TOML for recipes that people write, JSON for the `train_config.json` of a run.
+    --config FILE --load_settings--> settings
+    --like FILE   --recipe_in_file--> FoundRecipe --unless_given--> settings
 
-The recipe of a run: the settings that an adapter file publishes.
-
-They are numbers, switches, choices and names of layers. Paths, prompts and words are left out, and settings
-of the machine that do not shape the weights.
-
-`--like FILE`: the settings in the header of a published adapter file, this program's or kohya's (`ss_*`).
-
-    file --recipe_in_file--> FoundRecipe --unless_given--> settings
-
-Anyone may have written the header: only settings of `settings.sources` are used, and each is checked. Flags
-and a --config file override them, and on the page what its form says.
+The recipe of a run is what a published adapter file tells of its settings: numbers, switches, choices and names of
+layers, never paths, prompts or words. Anyone may have written a header, kohya's (`ss_*`) or one like ours: only
+settings that a recipe may hold are taken, and each is checked. Flags and a --config file override them, and on the page
+what its form says.
 """
 
 import json
