@@ -105,9 +105,15 @@ EXAMPLES = {
     "lora_dropout": "0.1",
 }
 MEANINGS = {"optimizer": "Prodigy"}
-TABLE = (Path(__file__).parent / "refusals.txt").read_text(encoding="utf-8").splitlines()
-REFUSALS = {words: line.strip() for words, line in zip(TABLE[::2], TABLE[1::2], strict=True)}
-"""Flags beside NEEDED -> the whole error line."""
+
+
+def answers_in(file: str) -> dict[str, str]:
+    """Flags, given beside NEEDED -> the whole line that answers them."""
+    lines = (Path(__file__).parent / file).read_text(encoding="utf-8").splitlines()
+    return {words: line.strip() for words, line in zip(lines[::2], lines[1::2], strict=True)}
+
+
+REFUSALS = answers_in("refusals.txt")
 
 
 @pytest.fixture(autouse=True)
