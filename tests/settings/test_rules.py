@@ -1,12 +1,13 @@
-"""Rules between settings: those that have no effect together are remarked on before a run."""
+"""Rules between settings: those that have no effect together are remarked on, and rows name settings that exist."""
 
 import shlex
 
 import pytest
 
 from dreambooth_moslora.cli.parser import parse_train_config
+from dreambooth_moslora.settings.fields import WORDS
 from dreambooth_moslora.settings.rules import remarks
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
 from tests.settings.test_train_config import NEEDED, answers_in
 
 
@@ -22,6 +23,17 @@ from tests.settings.test_train_config import NEEDED, answers_in
 )
 def test_settings_that_have_an_effect_or_switch_something_off_draw_no_remark(settings):
     assert remarks(TrainConfig(**settings)) == []
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_row_says_only_words_that_are_known(name):
+    facts = SETTINGS[name].metadata
+    assert facts["publish"] in (None, "always", "if_changed") and facts["resume"] in (None, "same")
+    assert {*facts["yields_to"], *facts["replaces"]} <= {*SETTINGS, WORDS}
+    if facts["choices"]:
+        assert {*facts["spellings"].values(), *facts["packages"]} <= {*facts["choices"]}
+    for words, applies in facts["idle"]:
+        assert words.format_map(vars(TrainConfig())) and isinstance(bool(applies(TrainConfig())), bool)
 
 
 REMARKS = answers_in("remarks.txt")
