@@ -42,6 +42,7 @@ from dreambooth_moslora.core.machine import half_precision, process_count
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.steps import uses_class_images
 from dreambooth_moslora.settings.fields import is_adapted, is_text_projection
+from dreambooth_moslora.settings.optimizers import BYTES_IN_8_BIT, optimizer_of
 from dreambooth_moslora.settings.rules import needs_live_projections
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import (
@@ -56,8 +57,6 @@ BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.001}
 """Bytes of a quantised parameter, with its share of the scales. Parameters outside the blocks' projections keep
 their precision."""
-TRAINING_BYTES, TRAINING_BYTES_8BIT = 16, 10
-"""Bytes per parameter of the adapter: fp32 weight, gradient and two moments of Adam."""
 PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")
 AVERAGE_BYTES = 4
 """Further bytes per parameter of the adapter with `--use_ema`."""
@@ -144,7 +143,7 @@ def estimate(config: TrainConfig, size: BaseSize, total_steps: int) -> Estimate:
     number = BYTES[precision_of(config)]
     adapter = adapter_parameters(config, size)
     unet, texts, vae = unet_gib(config, size), size.text_encoders * number / GIB, size.vae * 4 / GIB
-    bytes_each = TRAINING_BYTES_8BIT if config.use_8bit_adam else TRAINING_BYTES
+    bytes_each = BYTES_IN_8_BIT if config.use_8bit_adam else optimizer_of(config).bytes_each
     optimized = adapter * (bytes_each + AVERAGE_BYTES * config.use_ema) / GIB
     on_host = size.text_projections * number / GIB if config.cache_cross_attention else 0.0
     weights = unet - on_host + optimized + (texts if config.keeps_text_encoders else 0)

@@ -13,7 +13,7 @@ In a pattern a block stands for all its layers that have an adapter. A leading `
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from fnmatch import fnmatchcase
 from functools import partial
@@ -122,7 +122,7 @@ class Row:
     high: float | None = None
     below: float | None = None
     """low <= value <= high, above < value < below"""
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
     spellings: Mapping[str, str] = field(default_factory=dict)
     """other spellings, in lower case -> choice"""
     required: bool = False

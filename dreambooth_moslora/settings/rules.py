@@ -10,11 +10,11 @@ from typing import Any
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import is_toy
 from dreambooth_moslora.settings.fields import parse_pattern
+from dreambooth_moslora.settings.optimizers import SCHEDULE_FREE, optimizer_of
 from dreambooth_moslora.settings.subjects import check_subjects
 
 Config = Any
 """Stands for `settings.table.TrainConfig`, which imports this file."""
-SCHEDULE_FREE = "AdamWScheduleFree"
 
 REMARKS: dict[str, Callable[[Config], object]] = {
     f"--optimizer {SCHEDULE_FREE} works best with --lr_scheduler constant or constant_with_warmup": (
@@ -68,15 +68,16 @@ def check_together(config: Config) -> None:
         raise UserError("--exposures_per_photo and --max_train_steps: each sets the steps; give one of them.")
     if config.early_stopping and not config.evaluate_steps:
         raise UserError("--early_stopping needs --evaluate_steps: it stops by the scores.")
-    if config.optimizer == "Prodigy" and config.mixer != "none" and config.train_mixer and config.mixer_lr_scale != 1.0:
-        raise UserError("--optimizer Prodigy takes one learning rate for all: leave --mixer_lr_scale at 1.")
-    if config.optimizer == SCHEDULE_FREE and (config.use_ema or not config.adam_beta1):
+    kind = optimizer_of(config)
+    if kind.one_rate and config.mixer != "none" and config.train_mixer and config.mixer_lr_scale != 1.0:
+        raise UserError(f"--optimizer {config.optimizer} takes one learning rate for all: leave --mixer_lr_scale at 1.")
+    if kind.averages and (config.use_ema or not config.adam_beta1):
         flag = "--use_ema" if config.use_ema else "--adam_beta1 0"
-        raise UserError(f"--optimizer {SCHEDULE_FREE} averages its steps itself: leave out {flag}.")
+        raise UserError(f"--optimizer {config.optimizer} averages its steps itself: leave out {flag}.")
     if config.train_text_encoder and config.train_text_encoder_ti:
         raise UserError("--train_text_encoder and --train_text_encoder_ti: train adapters or new tokens; give one.")
-    if config.optimizer == SCHEDULE_FREE and config.train_text_encoder_ti:
-        raise UserError(f"--optimizer {SCHEDULE_FREE} averages the adapter alone: give AdamW with new tokens.")
+    if kind.averages and config.train_text_encoder_ti:
+        raise UserError(f"--optimizer {config.optimizer} averages the adapter alone: give AdamW with new tokens.")
     for flag, why in needs_live_projections(config) if config.cache_cross_attention else ():
         raise UserError(f"--cache_cross_attention and {flag}: {why}; give one of them.")
     if config.init_adapter and config.mixer == "butterfly":

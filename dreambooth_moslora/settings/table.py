@@ -31,7 +31,8 @@ from dreambooth_moslora.settings.fields import (
     unless,
     where,
 )
-from dreambooth_moslora.settings.rules import SCHEDULE_FREE, check_together
+from dreambooth_moslora.settings.optimizers import OPTIMIZERS, SCHEDULE_FREE
+from dreambooth_moslora.settings.rules import check_together
 
 INTERPOLATIONS = ("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact")
 MIXERS = ("orthogonal", "identity", "kaiming", "butterfly", "none")
@@ -42,7 +43,6 @@ SVD = "svd"
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 NO_GAIN = "no gain was shown on three sample subjects"
 """`docs/training.md` has the figures."""
-OPTIMIZERS = ("AdamW", "Prodigy", SCHEDULE_FREE, "Adafactor")
 LOSS_TYPES = ("l2", "huber", "smooth_l1")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "aim", "mlflow", "clearml", "dvclive", "swanlab")
 PRECISIONS = ("no", "fp16", "bf16")
@@ -313,12 +313,13 @@ class TrainConfig:
 
     optimizer: str = of_optimizer("AdamW",
         "Prodigy finds its rate, AdamWScheduleFree needs no schedule, Adafactor is without momentum",
-        choices=OPTIMIZERS, publish="always", packages={"Prodigy": "prodigyopt", SCHEDULE_FREE: "schedulefree"},
+        choices=OPTIMIZERS, publish="always",
+        packages={name: kind.package for name, kind in OPTIMIZERS.items() if kind.package},
         spellings={name.lower(): name for name in OPTIMIZERS} | {"schedulefree": SCHEDULE_FREE}, kohya="ss_optimizer",
         of_kohya=optimizer_name)
     use_8bit_adam: bool = of_optimizer(False, "AdamW with 8-bit states (bitsandbytes)",
-        publish="always", idle=where("with --optimizer {optimizer}", lambda run: run.optimizer != "AdamW"),
-        packages={True: "bitsandbytes"}, kohya="ss_optimizer", of_kohya=has_8bit_states)
+        publish="always", packages={True: "bitsandbytes"}, kohya="ss_optimizer", of_kohya=has_8bit_states,
+        idle=where("with --optimizer {optimizer}", lambda run: not OPTIMIZERS[run.optimizer].in_8_bit))
     adam_beta1: float = of_optimizer(0.9, "beta1 of Adam and Prodigy", low=0, below=1, publish="always")
     adam_beta2: float = of_optimizer(0.999, "beta2 of Adam and Prodigy", low=0, below=1, publish="always")
     adam_epsilon: float = of_optimizer(1e-8, "epsilon of Adam and Prodigy", above=0, publish="always")

@@ -47,9 +47,10 @@ from dreambooth_moslora.disk.run_folder import (
 )
 from dreambooth_moslora.plan.checks import last_name
 from dreambooth_moslora.settings.fields import is_adapted, is_target
+from dreambooth_moslora.settings.optimizers import optimizer_of
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.subjects import each_subject
-from dreambooth_moslora.settings.table import REMOVED, SCHEDULE_FREE, SVD, TrainConfig, named, rank_and_alpha
+from dreambooth_moslora.settings.table import REMOVED, SVD, TrainConfig, named, rank_and_alpha
 from dreambooth_moslora.training.optimizer import check_tensor, checked_states, optimizer_kind, put
 from dreambooth_moslora.training.reporter import RunContext
 
@@ -257,7 +258,7 @@ def check_resumed(config: TrainConfig, checkpoint: Path, position: Position) -> 
     if facts.tokens:
         require_tokens(checkpoint, facts, config)
     require_sizes(checkpoint, facts, modules, config)
-    if config.optimizer != SCHEDULE_FREE:
+    if not optimizer_of(config).averages:
         require(checkpoint, "use_ema", (checkpoint / WEIGHTS).is_file(), config.use_ema)
     require(checkpoint, "basis", facts.basis.get("kind"), config.basis and basis_kind(config.basis))
     unlike = {"mixer"} if config.basis else {"train_mixer"} if config.mixer == "none" else set()

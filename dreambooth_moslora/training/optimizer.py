@@ -1,29 +1,13 @@
 """Parameter groups, optimizers, their states in a checkpoint, and averages over the steps.
 
-Prodigy on a GPU, with each group as one long tensor.
-
-Prodigy reads two numbers of every parameter in every step to sum them, and each read waits for the GPU: 3,360
-waits for SDXL's 1,680 small matrices, besides a loop of a dozen kernels for each. The other operations are
-elementwise, so one long tensor of a group's parameters gives the same step, except for the order of two sums.
-Saved and loaded states are per parameter, as in Prodigy.
-
-Parameter groups with their learning rates, the optimizers, and the learning-rate schedule.
-
-Beside AdamW (also in 8 bit) and Prodigy there are schedule-free AdamW, which needs no learning-rate schedule,
-and Adafactor, which many recipes of other trainers use. Optimizers that only save memory are left out: Adam's
-states take a third of a GiB for SDXL at rank 16.
-
-Weight decay would pull a mixer towards zero instead of its start, so mixers have none. In terms of LoRA+ a
+**Groups.** Weight decay would pull a mixer towards zero instead of its start, so mixers have none. In terms of LoRA+ a
 mixer belongs to B's group: `mixer_lr_scale` multiplies its learning rate.
 
-The optimizer's states in a checkpoint, checked before PyTorch's kernels read them.
+**States** in a checkpoint are checked before PyTorch's kernels read them. A kernel trusts the shape, type and layout of
+a moment: it would read and write beyond the end of a smaller one. The expected shapes and types come from a copy of the
+optimizer that takes one step. Each tensor becomes a dense copy with memory of its own.
 
-A kernel trusts the shape, type and layout of a moment: it would read and write beyond the end of a smaller one.
-The expected shapes and types come from a copy of the optimizer that takes one step. Each tensor becomes a dense
-copy with memory of its own.
-
-The average of the adapter over its steps. If there is one, it is published, scored and sampled instead of
-the weights.
+**Average** of the adapter over its steps. If there is one, it is published, scored and sampled instead of the weights.
 
 exponential (`--use_ema`)   m = d·m + (1 - d)·w after each step, d = min(decay, (1 + n)/(10 + n)) of diffusers
 schedule-free               x of Defazio et al. 2024 (arXiv 2405.15682), which that optimizer keeps by itself
@@ -34,106 +18,19 @@ readers, and the weights in another file.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, Protocol
 
 import torch
 from diffusers.optimization import get_scheduler
-from prodigyopt import Prodigy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dreambooth_moslora.adapters.moslora import adapter_parameters, mixer_parameters
 from dreambooth_moslora.core.errors import UserError, is_number
-from dreambooth_moslora.settings.table import OPTIMIZERS, SCHEDULE_FREE, TrainConfig
-
-Weights = tuple[nn.Parameter, ...]
-States = dict[str, Any]
-
-
-class FlatProdigy(Prodigy):
-    """Prodigy whose parameters of a group share a device and a dtype."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._long: dict[Weights, States] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        self._spread()
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._long.clear()
-        super().load_state_dict(state_dict)
-
-    def step(self, closure: None = None) -> None:
-        """One step of the parameters that have a gradient."""
-        reached = [
-            tuple(weight for weight in group["params"] if weight.grad is not None) for group in self.param_groups
-        ]
-        if any(weights and weights not in self._long for weights in reached):
-            self._spread()
-        known = [[bool(self.state.get(weight)) for weight in weights] for weights in reached]
-        if not self._long and any(any(found) and not all(found) for found in known):
-            super().step()  # some take their first step later than the others
-            return
-        longs = [long_parameter(weights) if weights else None for weights in reached]
-        for weights, long in zip(reached, longs, strict=True):
-            if long is not None and (states := self._long.pop(weights, None) or joined(weights, self.state)):
-                self.state[long] = states
-        own = [group["params"] for group in self.param_groups]
-        try:
-            self._take([[] if long is None else [long] for long in longs])
-            super().step()
-        finally:
-            self._take(own)
-        for weights, long in zip(reached, longs, strict=True):
-            if long is not None:
-                torch._foreach_copy_([weight.detach() for weight in weights], parts_of(long.detach(), weights))
-                self._long[weights] = self.state.pop(long)
-
-    def _take(self, parameters: Sequence[list[nn.Parameter]]) -> None:
-        for group, own in zip(self.param_groups, parameters, strict=True):
-            group["params"] = own
-
-    def _spread(self) -> None:
-        """Give each parameter its states, as views of the long ones."""
-        for weights, states in self._long.items():
-            for name, value in states.items():
-                is_long = isinstance(value, Tensor) and value.dim() > 0
-                each = parts_of(value, weights) if is_long else [value] * len(weights)
-                for weight, part in zip(weights, each, strict=True):
-                    self.state[weight][name] = part.flatten() if is_long and name in ("s", "p0") else part
-        self._long.clear()
-
-
-def long_parameter(weights: Weights) -> nn.Parameter:
-    """The weights concatenated into one parameter (n,), with their gradients."""
-    long = nn.Parameter(torch.cat([weight.detach().flatten() for weight in weights]))
-    long.grad = torch.cat([weight.grad.flatten() for weight in weights])
-    return long
-
-
-def joined(weights: Weights, each: dict[nn.Parameter, States]) -> States:
-    """The concatenated states of all weights, removed from `each`; {} before the first step. A weight that
-    started at zero keeps one zero as its start, which is expanded here."""
-    found = [each.pop(weight, {}) for weight in weights]
-    long: States = {}
-    for name, first in found[0].items():
-        values = [states[name] for states in found]
-        if isinstance(first, Tensor):
-            sizes = [weight.numel() for weight in weights]
-            pairs = zip(values, sizes, strict=True)
-            long[name] = torch.cat([v.flatten() if v.dim() else v.expand(size) for v, size in pairs])
-        else:
-            long[name] = first
-    return long
-
-
-def parts_of(long: Tensor, weights: Weights) -> list[Tensor]:
-    """Views of `long` (n,) in the shapes of `weights`."""
-    parts = long.split([weight.numel() for weight in weights])
-    return [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)]
+from dreambooth_moslora.settings.optimizers import OPTIMIZERS, optimizer_of
+from dreambooth_moslora.settings.table import TrainConfig
 
 
 def parameter_groups(
@@ -146,10 +43,9 @@ def parameter_groups(
     UNet's.
     """
     lr_scale = config.gradient_accumulation_steps * config.train_batch_size * world_size if config.scale_lr else 1
-    prodigy = config.optimizer.lower() == "prodigy"
     groups = []
     unet_lr = lr_scale * config.learning_rate
-    text_lr = unet_lr if prodigy else config.text_encoder_lr or unet_lr
+    text_lr = unet_lr if optimizer_of(config).one_rate else config.text_encoder_lr or unet_lr
     for name, module in components.items():
         is_text = name != "unet"
         lr = text_lr if is_text else unet_lr
@@ -167,85 +63,27 @@ def parameter_groups(
 
 def optimizer_kind(config: TrainConfig) -> str:
     """The optimizer's name. Optimizers of the same name read each other's states."""
-    return "AdamW8bit" if config.use_8bit_adam and config.optimizer == "AdamW" else config.optimizer
+    is_8_bit = config.use_8bit_adam and optimizer_of(config).in_8_bit
+    return f"{config.optimizer}8bit" if is_8_bit else config.optimizer
 
 
 def make_optimizer(config: TrainConfig, groups: list[dict]) -> Optimizer:
-    """The optimizer of `config.optimizer`. Raises UserError when its name is unknown or its package is not
-    installed."""
-    kind = config.optimizer.lower()
-    if kind == "prodigy":
-        return make_prodigy(config, groups)
-    if kind == "adafactor":
-        return make_adafactor(groups)
-    if kind == SCHEDULE_FREE.lower():
-        return make_schedule_free(config, groups)
-    if kind != "adamw":
-        raise UserError(f"--optimizer {config.optimizer} is unknown: choose {', '.join(OPTIMIZERS)}.")
-    betas = (config.adam_beta1, config.adam_beta2)
-    # Fused: one kernel for the hundreds of small matrices takes a quarter of the loop's time on a CPU.
-    fused = {} if config.use_8bit_adam else {"fused": True}
-    return adamw_class(config)(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, **fused)
-
-
-def adamw_class(config: TrainConfig) -> type[Optimizer]:
-    """AdamW, or its 8-bit version. Raises UserError when bitsandbytes is not installed."""
-    if not config.use_8bit_adam:
-        return torch.optim.AdamW
+    """The optimizer of `config.optimizer`, by its row of the table. Raises UserError when its package is missing."""
+    kind = optimizer_of(config)
+    is_8_bit = config.use_8bit_adam and kind.in_8_bit
+    is_on_gpu = any(weight.device.type != "cpu" for group in groups for weight in group["params"])
+    home = kind.in_8_bit if is_8_bit else kind.on_gpu if is_on_gpu and kind.on_gpu else kind.home
+    module, _, name = home.partition(":")
     try:
-        from bitsandbytes.optim import AdamW8bit
+        found = getattr(import_module(module), name)
     except ImportError as error:
-        raise UserError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.") from error
-    return AdamW8bit
-
-
-def make_prodigy(config: TrainConfig, groups: list[dict]) -> Optimizer:
-    """Prodigy finds the learning rate by itself (Mishchenko & Defazio 2023); the given one, usually 1.0, multiplies it.
-
-    On a GPU, a step reads two numbers per group instead of two per parameter (`flat_prodigy`). Raises UserError
-    when it is not installed.
-    """
-    try:
-        from prodigyopt import Prodigy
-
-    except ImportError as error:
-        raise UserError("--optimizer Prodigy needs prodigyopt: pip install prodigyopt.") from error
-    is_on_cpu = groups[0]["params"][0].device.type == "cpu"
-    return (Prodigy if is_on_cpu else FlatProdigy)(
-        groups,
-        lr=groups[0]["lr"],
-        betas=(config.adam_beta1, config.adam_beta2),
-        beta3=config.prodigy_beta3,
-        eps=config.adam_epsilon,
-        decouple=config.prodigy_decouple,
-        use_bias_correction=config.prodigy_use_bias_correction,
-        safeguard_warmup=config.prodigy_safeguard_warmup,
-    )
-
-
-def make_schedule_free(config: TrainConfig, groups: list[dict]) -> Optimizer:
-    """AdamW that averages its steps (Defazio et al. 2024, arXiv 2405.15682); use a constant learning rate.
-
-    The average is published (`averages`). Raises UserError when it is not installed.
-    """
-    try:
-        from schedulefree import AdamWScheduleFree
-    except ImportError as error:
-        raise UserError(f"--optimizer {SCHEDULE_FREE} needs schedulefree: pip install schedulefree.") from error
-    betas = (config.adam_beta1, config.adam_beta2)
-    optimizer = AdamWScheduleFree(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon)
-    optimizer.train()
+        package = "bitsandbytes" if is_8_bit else kind.package
+        flag = "--use_8bit_adam" if is_8_bit else f"--optimizer {config.optimizer}"
+        raise UserError(f"{flag} needs {package}: pip install {package}.") from error
+    optimizer = found(groups, lr=groups[0]["lr"], **kind.options(config))
+    if kind.averages:
+        optimizer.train()
     return optimizer
-
-
-def make_adafactor(groups: list[dict]) -> Optimizer:
-    """Adafactor (Shazeer & Stern 2018) at the given learning rate. It has no momentum.
-
-    As kohya writes it: `scale_parameter=False relative_step=False warmup_init=False`.
-    """
-    from transformers.optimization import Adafactor
-
-    return Adafactor(groups, lr=groups[0]["lr"], scale_parameter=False, relative_step=False)
 
 
 def make_lr_schedule(config: TrainConfig, optimizer: Optimizer, max_train_steps: int) -> LRScheduler:
@@ -266,9 +104,6 @@ def make_lr_schedule(config: TrainConfig, optimizer: Optimizer, max_train_steps:
         raise UserError(f"--lr_scheduler {config.lr_scheduler} is unknown to diffusers: {error}") from error
 
 
-RUNNING = ("d", "d_max", "d_numerator", "d_denom", "d_hat", "k", "weight_sum", "lr_max")
-"""Values that Prodigy and schedule-free AdamW learn per group. All other values of a group come from the
-command line."""
 NOT_SET = "p0"
 """Prodigy's start of a weight. For a weight that started at zero it keeps a single number."""
 
@@ -288,7 +123,8 @@ def checked_states(states: Mapping[str, Any], optimizer: Optimizer, step: int, e
         if number not in pattern:
             raise ValueError(f"there is no parameter {number}")
         check_state(dict(leaves_of(state)), dict(leaves_of(pattern[number])), step, exact)
-    running = [{name: number_in(group, name) for name in RUNNING if name in group} for group in loaded]
+    learns = {name for kind in OPTIMIZERS.values() for name in kind.learns}
+    running = [{name: number_in(group, name) for name in group if name in learns} for group in loaded]
     merged = [{**fresh, **kept} for fresh, kept in zip(groups, running, strict=True)]
     return {"state": dense(states["state"]), "param_groups": merged}
 
@@ -409,7 +245,7 @@ class ScheduleFreeAverage:
 
 def average_of(config: TrainConfig, parameters: list[nn.Parameter], optimizer: Optimizer) -> Average | None:
     """The average that these settings ask for; None for none."""
-    if config.optimizer == SCHEDULE_FREE:
+    if optimizer_of(config).averages:
         return ScheduleFreeAverage(parameters, optimizer)
     return MovingAverage(parameters, config.ema_decay) if config.use_ema else None
 

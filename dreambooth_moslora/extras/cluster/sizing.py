@@ -22,7 +22,6 @@ from dreambooth_moslora.extras.cluster.worker import Group, Job
 from dreambooth_moslora.plan.memory import (
     GIB,
     PLANS,
-    TRAINING_BYTES,
     USABLE,
     BaseSize,
     estimate,
@@ -30,6 +29,7 @@ from dreambooth_moslora.plan.memory import (
     size_of_base,
     with_plan,
 )
+from dreambooth_moslora.settings.optimizers import optimizer_of
 from dreambooth_moslora.settings.table import TrainConfig
 
 ALIKE_GROUPS = ("base model", "adapter", "memory and speed")
@@ -111,7 +111,7 @@ class Machines:
 def group_gib(config: TrainConfig, count: int) -> float:
     """Peak memory of one base with `count` adapters, for a step on the rows of all, GiB."""
     of_all = estimate(replace(config, train_batch_size=config.train_batch_size * count), base_size(config), 1)
-    return of_all.peak_gib + (count - 1) * of_all.adapter_parameters * TRAINING_BYTES / GIB
+    return of_all.peak_gib + (count - 1) * of_all.adapter_parameters * optimizer_of(config).bytes_each / GIB
 
 
 def plan_name(config: TrainConfig, gpu_gib: float | None) -> str | None:

@@ -1,0 +1,81 @@
+"""The optimizers, one row each. Settings, estimate, checkpoint and training read the same table.
+
+Beside AdamW (also in 8 bit) and Prodigy there are schedule-free AdamW, which needs no learning-rate schedule, and
+Adafactor, which many recipes of other trainers use. Optimizers that only save memory are left out: Adam's states take
+a third of a GiB for SDXL at rank 16.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Config = Any
+"""Stands for `settings.table.TrainConfig`, which imports this file."""
+SCHEDULE_FREE = "AdamWScheduleFree"
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """One optimizer. Classes are named as `module:name`, and imported when a run begins.
+
+    `options` are its arguments besides the groups and the rate. `on_gpu` and `in_8_bit` are classes that take its place
+    there; `package` is what pip installs for it. `learns` are the values of a group that its steps change, which a
+    checkpoint keeps. `bytes_each` counts the fp32 weight, the gradient and the states of one parameter. With `one_rate`
+    all groups share one learning rate. One that `averages` its steps publishes the average.
+    """
+
+    home: str
+    options: Callable[[Config], dict[str, Any]]
+    package: str | None = None
+    on_gpu: str | None = None
+    in_8_bit: str | None = None
+    learns: tuple[str, ...] = ()
+    bytes_each: int = 16
+    one_rate: bool = False
+    averages: bool = False
+
+
+def of_adam(config: Config) -> dict[str, Any]:
+    return {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+
+
+def of_adamw(config: Config) -> dict[str, Any]:
+    """Fused: one kernel for the hundreds of small matrices takes a quarter of the loop's time on a CPU."""
+    return of_adam(config) | ({} if config.use_8bit_adam else {"fused": True})
+
+
+def of_prodigy(config: Config) -> dict[str, Any]:
+    names = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
+    return of_adam(config) | {name: getattr(config, f"prodigy_{name}") for name in names}
+
+
+def of_adafactor(config: Config) -> dict[str, Any]:
+    """As kohya writes it: the given rate for weights of any size."""
+    return {"scale_parameter": False, "relative_step": False}
+
+
+OPTIMIZERS = {
+    "AdamW": OptimizerKind("torch.optim:AdamW", of_adamw, in_8_bit="bitsandbytes.optim:AdamW8bit"),
+    "Prodigy": OptimizerKind(  # finds its rate (Mishchenko and Defazio 2023); the given one multiplies it
+        "prodigyopt:Prodigy",
+        of_prodigy,
+        package="prodigyopt",
+        on_gpu="dreambooth_moslora.training.flat_prodigy:FlatProdigy",
+        learns=("d", "d_max", "d_numerator", "d_denom", "d_hat", "k"),
+        one_rate=True,
+    ),
+    SCHEDULE_FREE: OptimizerKind(  # Defazio et al. 2024, arXiv 2405.15682
+        "schedulefree:AdamWScheduleFree",
+        of_adam,
+        package="schedulefree",
+        learns=("k", "weight_sum", "lr_max"),
+        averages=True,
+    ),
+    "Adafactor": OptimizerKind("transformers.optimization:Adafactor", of_adafactor),  # Shazeer and Stern 2018
+}
+BYTES_IN_8_BIT = 10
+"""`bytes_each` with --use_8bit_adam."""
+
+
+def optimizer_of(config: Config) -> OptimizerKind:
+    return OPTIMIZERS[config.optimizer]
