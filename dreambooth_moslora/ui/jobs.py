@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -296,9 +297,10 @@ class Jobs:
         return ends[-1] == "interrupted" if ends else was_killed(self._exits.get(job.pid), job.log_tail())
 
     def _events_of(self, job: Job) -> list[dict[str, Any]]:
-        """Events of its last start."""
+        """Events of its last start: from the first one that is not older than the process, as the clock may be put
+        back later."""
         events = self.metrics(job).since_start()
-        return [event for event in events if (event.get("time") or 0) >= job.created - 1]
+        return list(dropwhile(lambda event: (event.get("time") or 0) < job.created - 1, events))
 
     def _why_it_ended(self, job: Job) -> str:
         return why_it_ended(self._exits.get(job.pid), job.log_tail(), was_asked=bool(job.stop_asked))

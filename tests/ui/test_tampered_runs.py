@@ -47,6 +47,22 @@ def test_events_of_the_wrong_kind_are_passed_over(tmp_path, kind):
     assert watched(jobs, "dog", None, visitor(tmp_path))["status"]
 
 
+def test_a_run_that_ended_while_the_clock_was_put_back_is_done(tmp_path):
+    """Its events are known by their place in the file: those behind its start are its own."""
+    now = psutil.Process().create_time() - 100
+    events = [
+        {"type": "start", "time": now - 50},
+        {"type": "end", "time": now - 40, "state": "failed"},
+        {"type": "start", "time": now + 1},
+        {"type": "step", "time": now + 2, "step": 7},
+        {"type": "end", "time": now - 3600, "state": "done"},
+    ]
+    jobs = run_with(tmp_path, "metrics.jsonl", "".join(f"{json.dumps(event)}\n" for event in events))
+    (tmp_path / "runs" / "dog" / "job.json").write_text(json.dumps({"owner": OWNER, "pid": 2**30, "created": now}))
+    (job,) = jobs.all()
+    assert (jobs.state(job).state, jobs.state(job).step, jobs.was_cut_off(job)) == ("done", 7, False)
+
+
 RECORDS = [
     DEEP,
     '{"owner": 5}',
