@@ -278,21 +278,21 @@ def given_by(argv: Sequence[str], prog: str) -> Given:
         raise UserError(unknown_flag_message(unknown[0]))
     flags = vars(found)
     is_queued = flags.pop("queue")
-    settings, has_recipe = settings_of(flags, has_words=bool(words))
+    settings, has_recipe = settings_of(flags, without_words=bool(words))
     return Given(words, settings, has_recipe, is_queued)
 
 
-def settings_of(flags: dict[str, Any], *, has_words: bool = False) -> tuple[dict[str, Any], bool]:
+def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[dict[str, Any], bool]:
     """The settings of parsed flags and of the files of --config and --like, and whether there is such a file.
 
-    `has_words`: a folder and a word replace a --config file's own subject. Raises UserError.
+    `without_words`: a folder and a word replace a --config file's own subject. Raises UserError.
     """
     flags = dict(flags)
     file, like = flags.pop("config"), flags.pop("like")
     recipe = load_settings(file) if file else {}
     like_of_file = recipe.pop("like", None)
     like = like or like_of_file
-    settings = overridden(recipe, flags, has_words)
+    settings = overridden(recipe, flags, without_words)
     check_each(settings)
     settings = without_removed(settings)
     if like:
@@ -317,9 +317,9 @@ def say(lines: list[str]) -> None:
             print(spelled_out(line), file=sys.stderr)
 
 
-def overridden(settings: dict[str, Any], flags: dict[str, Any], has_words: bool = False) -> dict[str, Any]:
+def overridden(settings: dict[str, Any], flags: dict[str, Any], without_words: bool = False) -> dict[str, Any]:
     """A file's settings overridden by flags, and without those that yield to a flag (`fields.Row`)."""
-    given = {*flags, WORDS} if has_words else {*flags}
+    given = {*flags, WORDS} if without_words else {*flags}
     gone = [name for name in settings if name in SETTINGS and given.intersection(SETTINGS[name].metadata["yields_to"])]
     return {name: value for name, value in settings.items() if name not in gone} | flags
 

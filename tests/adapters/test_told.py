@@ -42,11 +42,12 @@ def test_the_prompts_of_a_recipe_are_told_and_a_persons_own_are_named():
 
 
 def test_only_what_shapes_the_run_is_named():
-    idle = {"mask_prompt": "alice", "class_data_dir": "/alice", "background_scenes": ["alice"]}
+    idle = {"mask_prompt": "alice", "class_data_dir": "/alice"}
     idle |= {"initializer_concept": "alice", "revision": "alice", "prior_prompts": ["alice"], "token": "sks"}
     assert not told_by(told(TrainConfig(instance_prompt="a photo of a sks dog", class_prompt="a dog", **idle)))
     one = {"instance_data_dir": "/alice", "instance_prompt": "alice", "class_prompt": "a dog"}
-    assert told(TrainConfig(subjects=[one], with_prior_preservation=True)).withheld == ("subjects",)
+    two = one | {"instance_data_dir": "/bob", "instance_prompt": "bob"}
+    assert told(TrainConfig(subjects=[one, two], with_prior_preservation=True)).withheld == ("subjects",)
     words = told(TrainConfig(instance_prompt="a drawing of alice", init_adapter="/alice"))
     assert words.withheld == ("instance_prompt", "init_adapter")
     sdxl = {"pretrained_model_name_or_path": "other/base", "revision": "alice", "mask_model": "/alice"}

@@ -44,7 +44,7 @@ def test_a_mistake_touches_no_finished_run(name, finished):
     with pytest.raises((UserError, ValueError)):
         train(config(**MISTAKES[name]), events.append)
     assert contents(folder) == before
-    assert events[-1].state == "failed"
+    assert [event.state for event in events[-1:]] == (["failed"] if name == "rank" else [])  # the others have no plan
 
 
 def test_a_new_run_that_is_stopped_before_it_begins_touches_nothing(finished):

@@ -89,9 +89,8 @@ def test_stopped_and_resumed_together_is_the_same_bytes_and_alone_to_rounding(ti
 
 @pytest.mark.slow
 def test_a_bad_run_ends_alone(tiny_base, tmp_path, monkeypatch):
-    """One without photos, one whose loss is not finite, one whose micro-batch cannot be had: the fourth goes on."""
+    """One whose loss is not finite, and one whose micro-batch cannot be had: the third goes on."""
     runs = configs(tiny_base, tmp_path / "photos", tmp_path / "out", max_train_steps=3)
-    runs.append(replace(runs[0], output_dir=str(tmp_path / "out" / "3"), instance_data_dir=str(tmp_path / "none")))
     loss_of, micro_batch = TrainStep.loss_of, TrainStep.micro_batch
 
     def not_finite(self, *arguments):
@@ -105,9 +104,9 @@ def test_a_bad_run_ends_alone(tiny_base, tmp_path, monkeypatch):
 
     monkeypatch.setattr(TrainStep, "loss_of", not_finite)
     monkeypatch.setattr(TrainStep, "micro_batch", gone)
-    ended = together(runs, most=4)
+    ended = together(runs, most=3)
     assert ended["0"].step == 3 and ended["0"].proof is not None
-    assert "no such folder" in str(ended["3"]) and "the loss is nan at step 2" in str(ended["1"])
+    assert "the loss is nan at step 2" in str(ended["1"])
     assert "cannot be read any more" in str(ended["2"])
     assert [e["state"] for e in RunDir(runs[2].output_dir).read_metrics() if e["type"] == "end"] == ["failed"]
     monkeypatch.undo()

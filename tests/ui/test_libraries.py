@@ -17,7 +17,7 @@ UI = Path(__file__).parents[2] / "dreambooth_moslora" / "ui"
 INSPECTED_WHILE_LOADING = '''
 """Inspect an adapter as soon as the loading of the base imports its first library; count who imported."""
 import argparse, json, sys, threading
-from dreambooth_moslora.ui import serve
+from dreambooth_moslora.ui import app
 from dreambooth_moslora.ui.inspect import adapter_facts
 
 imports, begun = [], threading.Event()
@@ -30,9 +30,9 @@ class Spy:
 
 sys.meta_path.insert(0, Spy())
 parser = argparse.ArgumentParser()
-serve.add_arguments(parser)
+app.add_arguments(parser)
 args = parser.parse_args(["--base", sys.argv[1], "--runs_dir", sys.argv[2]])
-ctx = serve.context_of(args, training=True)
+ctx = app.context_of(args, training=True)
 begun.wait(60)
 facts = dict(adapter_facts(sys.argv[3]))
 ctx.pipeline()

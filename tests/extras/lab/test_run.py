@@ -210,7 +210,7 @@ def test_a_cell_that_fails_is_told_and_does_not_stop_the_others(study, tmp_path)
     seen = []
     results = run_study(broken, tmp_path, 1, seen.append)
     assert [r.cell.arm for r in results] == ["lora"]
-    assert [bool(p.error) for p in seen] == [False, True] and "even rank" in seen[1].error
+    assert [bool(p.error) for p in seen] == [False, True] and "even --rank" in seen[1].error
 
 
 def made(study, arm: str, stage="test", seed=0, rate=1e-3, score=0.5, subject="test") -> Result:
