@@ -12,6 +12,7 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import find_asset, is_toy
 from dreambooth_moslora.disk.run_folder import RunDir, is_card
 from dreambooth_moslora.plan.checks import require_folder, require_writable
+from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.settings.prompts import Subject, subject_of
 from dreambooth_moslora.settings.sources import read_json_table, reason_of
 from dreambooth_moslora.settings.subjects import each_subject
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
     from dreambooth_moslora.photos.photo import Photo
 
 HELP = "measure how good an adapter is: report.html and scores.json"
-SUMMARY = (
-    *("dino", "dino_bare", "clip_i", "clip_t", "clip_t_base", "pres", "pres_base", "diversity"),
-    *("drift", "drift_base_spread", "confusion", "confusion_base"),
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -277,8 +274,8 @@ def output_folder(args: argparse.Namespace) -> Path:
 def summary(found: "Evaluation") -> str:
     """The scores as lines of text."""
     lines = []
-    for name in SUMMARY:
-        if name in found.tables:
+    for name, row in MEASURES.items():
+        if row.summary and name in found.tables:
             interval = found.interval(name)
             lines.append(f"{name:18} {interval.mean:.3f}  [{interval.low:.3f}, {interval.high:.3f}]")
     alarm = f"copy alarm: {found.alarm.share:.0%} of the pictures are copies" if found.alarm.raised else "no copy alarm"

@@ -31,11 +31,6 @@ from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.explain import SCALES, ScaleChoice, best_of, choose_scale
 
-LOGGED = (
-    *("dino", "clip_i", "clip_t", "pres", "diversity", "drift", "background_leak", "truth", "copied", "score"),
-    *("clip_t_of_base", "dino_of_ceiling", "drift_of_spread", "pres_gain", "dino_base", "pres_base", "confusion"),
-    "dino_bare",
-)
 SEEDS = (100, 101)  # other seeds than `evaluate`: these choose the best step
 
 
@@ -88,11 +83,10 @@ class TrainingEvaluator:
         draw = sampler_draw(replace(sampler, inference_steps=self.plans[0].inference_steps))
         of_each = [evaluator(draw) for evaluator in self.evaluators]
         found = pooled(of_each)
-        means = found.means()
         photos = torch.cat([evaluator.photos.joint for evaluator in self.evaluators])
-        best = best_of([*self._earlier(step), (step, means["score"])])
+        best = best_of([*self._earlier(step), (step, round(found.score, 4))])
         return {
-            **{name: float(means[name]) for name in LOGGED if name in means},
+            **found.logged(),
             **of_subjects(of_each),
             "copy_alarm": found.alarm.raised,
             "photos": {**photo_facts(photos), "without_bare_prompt": self.without_bare_prompt},

@@ -1,8 +1,4 @@
-"""Scores an adapter: pictures by the adapter and by the base at equal noise.
-
-The result of an evaluation: tables of scores, their means and intervals, and the pictures behind them.
-
-Scores an adapter: compares pictures by the adapter and by the base at equal prompts and seeds.
+"""Scores an adapter: compares pictures by the adapter and by the base at equal prompts and seeds.
 
     draw(requests, with_adapter) -> pictures --Encoders--> vectors --metrics--> tables (prompts, seeds)
         -> scores
@@ -33,18 +29,9 @@ from dreambooth_moslora.evaluation.metrics import Interval, bootstrap_mean
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.settings.measures import MEASURES
 
 Tables = dict[str, np.ndarray]
-RELATIVE = {
-    "dino_of_ceiling": "DINO, share of true renders'",
-    "clip_t_of_base": "CLIP-T, share of the base's",
-    "clip_t_of_ceiling": "CLIP-T, share of true renders'",
-    "pres_gain": "PRES above the base's, in its standard deviations",
-    "drift_of_spread": "Drift, share of the base's spread",
-    "class_diversity_of_base": "DIV of the bare class, share of the base's",
-    "sharpness_of_ceiling": "Sharpness of the toy, share of true renders' after the autoencoder",
-    "copied": "Share of copies",
-}
 
 
 @dataclass
@@ -70,21 +57,19 @@ class Evaluation:
         copies = {"copied": round(self.alarm.share, 4), "copy_alarm": self.alarm.raised}
         return {**found, **self.relative(), **copies, "score": round(self.score, 4)}
 
+    def logged(self) -> dict[str, float]:
+        """The means that a training run writes into its events."""
+        means = self.means()
+        return {name: float(means[name]) for name, row in MEASURES.items() if row.logged and name in means}
+
     def relative(self) -> dict[str, float]:
         """Scores relative to their scales: the base's score, the ceiling (toy world), or the base's own spread.
 
         pres_gain is PRES above the base's, in standard deviations of the base's pictures.
         """
-        shares = {
-            "clip_t_of_base": ("clip_t", "clip_t_base"),
-            "clip_t_of_ceiling": ("clip_t", "clip_t_ceiling"),
-            "dino_of_ceiling": ("dino", "dino_ceiling"),
-            "drift_of_spread": ("drift", "drift_base_spread"),
-            "sharpness_of_ceiling": ("sharpness", "sharpness_ceiling"),
-            "class_diversity_of_base": ("class_diversity", "class_diversity_base"),
-        }
         found = {}
-        for name, (measure, whole) in shares.items():
+        for name, row in MEASURES.items():
+            measure, whole = row.share or ("", "")
             if whole in self.tables and self.mean(whole):
                 found[name] = self.mean(measure) / self.mean(whole)
         own = self.tables.get("pres_base", np.zeros(0))

@@ -12,47 +12,9 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.pictures import page, picture, pictures, section, table
 from dreambooth_moslora.evaluation import metrics
-from dreambooth_moslora.evaluation.evaluate import RELATIVE, Evaluation
+from dreambooth_moslora.evaluation.evaluate import Evaluation
+from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.training.explain import ScaleChoice
-
-MEASURES = {
-    # name: (title, the base's own, what it means)
-    "dino": ("DINO", "dino_base", "likeness to the photos; tells subjects of one class apart"),
-    "dino_bare": ("DINO, bare prompt", "pres_base", "likeness at the instance prompt alone; near DINO is good"),
-    "clip_i": ("CLIP-I", "clip_i_base", "likeness to the photos, as CLIP sees it"),
-    "clip_t": ("CLIP-T", "clip_t_base", "does the picture show what the prompt says? (token left out)"),
-    "diversity": ("DIV", "diversity_base", "difference between pictures of one prompt; higher is more varied"),
-    "pres": ("PRES", "pres_base", "likeness of the bare class to the subject; near the base's is good"),
-    "class_diversity": (
-        "DIV of the class",
-        "class_diversity_base",
-        "difference between pictures of the bare class, by DINO; near the base's is good",
-    ),
-    "drift": (
-        "Drift",
-        "drift_base_spread",
-        "change of unrelated pictures; beside it, the base's own from seed to seed",
-    ),
-    "copy_index": ("Copy index", "", "0: no nearer to a photo than the photos are to each other; 1: it is the photo"),
-    "confusion": (
-        "Confusion",
-        "confusion_base",
-        "with the adapter's other subjects; 0: told apart as the photos are, 1: as if the other had been asked for",
-    ),
-    "background_leak": ("Background leak", "", "nearness to the photos' backgrounds gained over the base; 0 is none"),
-}
-TRUTH = {
-    "truth": ("Likeness to true renders in the place", "truth_ceiling", "truth_floor"),
-    "dino": ("DINO to the photos", "dino_ceiling", "dino_floor"),
-    "clip_t": ("CLIP-T", "clip_t_ceiling", "clip_t_floor"),
-}
-JUDGED = {
-    "kind": "kind",
-    "colour": "main colour",
-    "colour2": "second colour",
-    "ornaments": "ornaments (all that it wears, and no others)",
-    "place": "place",
-}
 
 
 @dataclass(frozen=True)
@@ -151,18 +113,18 @@ def introduction(found: Evaluation, about: ReportContext) -> str:
 
 def score_table(found: Evaluation, photo_fidelity: float) -> str:
     rows = []
-    for name, (title, base, meaning) in MEASURES.items():
-        if name in found.tables:
+    for name, row in MEASURES.items():
+        if row.title and row.kind == "score" and name in found.tables:
             own = photo_fidelity if name == "dino" and not math.isnan(photo_fidelity) else ""
-            base_value = with_interval(found, base) if base in found.tables else ""
-            rows.append((title, with_interval(found, name), base_value, own, meaning))
+            base_value = with_interval(found, row.base) if row.base in found.tables else ""
+            rows.append((row.title, with_interval(found, name), base_value, own, row.help))
     return table(("Measure", "Adapter", "Base", "Photos", "Meaning"), rows)
 
 
 def relative_table(found: Evaluation) -> str:
     """The scores relative to their scales, where those were measured."""
     scales = {**found.relative(), "copied": found.alarm.share}
-    return table(("On its own scale", "Value"), [(RELATIVE[n], f"{v:.3f}") for n, v in scales.items()])
+    return table(("On its own scale", "Value"), [(MEASURES[n].title, f"{v:.3f}") for n, v in scales.items()])
 
 
 def with_interval(found: Evaluation, name: str) -> str:
@@ -176,14 +138,16 @@ def cost(found: Evaluation) -> str:
 
 
 def truth_tables(found: Evaluation) -> list[str]:
-    rows = []
-    for name, (title, *ends) in TRUTH.items():
-        rows.append([title, *(with_interval(found, each) for each in (name, *ends))])
+    rows = [
+        (row.truth, *(with_interval(found, name + end) for end in ("", "_ceiling", "_floor")))
+        for name, row in MEASURES.items()
+        if row.truth and name in found.tables
+    ]
     header = ("Measure", "Adapter", "Ceiling: true renders", "Floor: others of the kind")
     judged = [
-        (title, *(with_interval(found, f"judge_{name}{end}") for end in ("", "_ceiling")))
-        for name, title in JUDGED.items()
-        if f"judge_{name}" in found.tables
+        (row.title, *(with_interval(found, name + end) for end in ("", "_ceiling")))
+        for name, row in MEASURES.items()
+        if row.kind == "judge" and name in found.tables
     ]
     asked = ("The judge reads", "Share right", "Ceiling: true renders")
     return [table(header, rows), *([table(asked, judged)] if judged else [])]
@@ -227,8 +191,7 @@ def other_pictures(found: Evaluation) -> list[str]:
 
 def prompt_table(found: Evaluation) -> str:
     rows = per_prompt(found)
-    shown = {"prompt", "truth", *MEASURES, *(f"judge_{name}" for name in JUDGED)}
-    names = [n for n in rows[0] if n in shown]
+    names = ["prompt", *(name for name, row in MEASURES.items() if (row.title or row.truth) and name in rows[0])]
     return table([n.replace("_", " ") for n in names], [[row[n] for n in names] for row in rows])
 
 

@@ -1,12 +1,10 @@
-"""Several subjects of one adapter: judged apart, against each other, and as files.
-
-Several subjects of one adapter: judged separately, against each other, together, and in pairs in one prompt.
+"""Several subjects of one adapter: judged separately, against each other, together, and in pairs in one prompt.
 
 evaluators_of(subjects) -> an Evaluator each, which knows the photos of its rivals (`metrics.confusion`)
 pooled(evaluations)     -> one Evaluation over the prompts of all
 TogetherEvaluator       -> pictures of "sks dog and a zwx cat", and how near they are to the photos of either
 
-The evaluation of an adapter with several subjects as files: likeness between subjects, their pictures, and pairs.
+The files:
 
 scores.json, report.html    all subjects: likeness and confusion as matrices, pictures by subject, pairs
 subject_1/, subject_2/ …    the report of each alone, as for an adapter with one subject
@@ -33,6 +31,7 @@ from dreambooth_moslora.evaluation.report import ReportContext, scores_json, wit
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from dreambooth_moslora.photos.masks import open_mask
 from dreambooth_moslora.photos.photo import Photo, open_rgb
+from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.settings.prompts import MOST_PAIRS
 from dreambooth_moslora.settings.table import TrainConfig
 
@@ -249,11 +248,9 @@ def matrix(found: Sequence[Evaluation], cell) -> str:
 
 
 def score_table(found: Sequence[Evaluation]) -> str:
-    names = {"dino": "DINO", "dino_bare": "DINO, bare prompt", "clip_i": "CLIP-I", "clip_t": "CLIP-T"}
-    names |= {"pres": "PRES", "drift": "Drift"}
-    known = in_all(found, names)
+    known = in_all(found, [name for name, row in MEASURES.items() if row.summary and row.title])
     rows = [[words_of(one), *(with_interval(one, name) for name in known), f"{one.score:.3f}"] for one in found]
-    return table(["", *(names[name] for name in known), "Score"], rows)
+    return table(["", *(MEASURES[name].title for name in known), "Score"], rows)
 
 
 def subject_section(evaluator: Evaluator, found: Evaluation) -> str:

@@ -1,12 +1,7 @@
-"""What a run's figures mean: the best step and scale, and which flag to try next.
+"""What a run's figures mean: the best step, the best scale, and which flag to try next.
 
-The best evaluated step so far, and advice or a stop when the score no longer rises.
-
-Chooses the best scale of a finished adapter, and the range of scales whose score stays near it.
-
-The figures of a run, read from its folder: events, configuration, and the report of `evaluate`.
-
-What a run's figures mean, and which flag to try next. Each rule is a pure function that returns a sentence or None.
+`best_of` and `choose_scale` find the step and the scale with the best score. A rule of advice is a pure function
+that returns a sentence or None:
 
     figures_of(run folder) -> Figures --RULES--> sentences, the most important first
 
@@ -25,14 +20,11 @@ from dreambooth_moslora.core.errors import UserError, is_finite_number
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.plan.steps import FEW_EXPOSURES
+from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.settings.prompts import class_word_of
 from dreambooth_moslora.settings.sources import read_json_table
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import FIELD_TYPES, TrainConfig
-
-CURVES = {"dino": "subject", "dino_bare": "bare prompt", "clip_t": "prompt", "copied": "copies", "score": "score"}
-"""Measures of the score, likeness at the bare instance prompt, and the score: name -> label on a plot of the run,
-short enough for a phone."""
 
 STALLED_AFTER = 3
 """Evaluations without a better score, after which early stopping is suggested."""
@@ -375,7 +367,6 @@ def prior_remedy(config: TrainConfig, word: str) -> str:
 
 
 def drifted(run: Figures) -> str | None:
-    """the class rule has named the same remedy"""
     spread = run.scores.get("drift_of_spread")
     if spread is None or spread <= DRIFTED or class_became_subject(run):  # the same remedy, said once
         return None
@@ -468,16 +459,8 @@ def closing_advice(run: Figures) -> list[str]:
 
 def meanings(run: Figures) -> list[str]:
     """The latest scores in plain words, one line each."""
-    scores, moved = run.scores, run.class_moved
-    word = class_word_of(run.config) or "thing"
-    lines = {
-        "dino": "likeness to the photos (DINO) {dino:.2f}; the base's own pictures have {dino_base:.2f}",
-        "dino_bare": "likeness at the bare instance prompt (DINO) {dino_bare:.2f}",
-        "clip_t_of_base": "agreement with the prompt (CLIP-T) {clip_t_of_base:.2f} of the base's",
-        "copied": "copies of a photo: {copied:.0%} of the pictures",
-        "drift_of_spread": "pictures of other things changed by {drift_of_spread:.2f} of what a new seed changes",
-        "score": "score {score:.3f}: likeness × prompt × no copy",
-    }
-    known = {"dino_base": math.nan, **scores}
-    said = [text.format_map(known) for name, text in lines.items() if name in scores]
-    return said + ([f"a bare {word} went {max(moved, 0):.0%} of the way to yours (PRES)"] if moved is not None else [])
+    known = {"dino_base": math.nan, **run.scores, "class_word": class_word_of(run.config) or "thing"}
+    if run.class_moved is not None:
+        known["class_moved"] = max(run.class_moved, 0)
+    rows = [row for name, row in MEASURES.items() if row.sentence and name in known]
+    return [row.sentence.format_map(known) for row in rows]

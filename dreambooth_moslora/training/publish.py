@@ -35,6 +35,7 @@ from dreambooth_moslora.disk.run_folder import MIXERS_NAME, RunDir, pictures_nam
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.photos.photo import Photo, open_rgb
 from dreambooth_moslora.plan.processes import on_main
+from dreambooth_moslora.settings.measures import curves
 from dreambooth_moslora.settings.prompts import (
     class_word_of,
     context_prompts,
@@ -46,7 +47,7 @@ from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.checkpoint import trained_modules
 from dreambooth_moslora.training.class_images import are_draws
-from dreambooth_moslora.training.explain import CURVES, BestStep, ScaleChoice
+from dreambooth_moslora.training.explain import BestStep, ScaleChoice
 from dreambooth_moslora.training.model_card import CardFacts, model_card, push
 from dreambooth_moslora.training.prepare import TrainInputs
 from dreambooth_moslora.training.samples import ValidationSamples
@@ -80,7 +81,7 @@ def draw_loss_plot(steps: Sequence[StepDone], path: Path, evaluations: Sequence[
 def draw_fidelity(axes: Axes, evaluations: Sequence[StepEvaluated]) -> None:
     """Draw likeness, prompt, copies and score; a line marks the best step."""
     at = [event.step for event in evaluations]
-    for key, label in CURVES.items():
+    for key, label in curves().items():
         values = [event.scores.get(key, np.nan) for event in evaluations]
         if np.isfinite(values).any():
             axes.plot(at, values, "o-", markersize=3, linewidth=2 if key == "score" else 1, label=label)

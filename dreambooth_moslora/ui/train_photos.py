@@ -26,9 +26,10 @@ from dreambooth_moslora.core.names import file_digest
 from dreambooth_moslora.disk.adapter_files import NONE
 from dreambooth_moslora.disk.events import Metrics
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
+from dreambooth_moslora.settings.measures import curves
 from dreambooth_moslora.settings.prompts import noun_of
 from dreambooth_moslora.settings.subjects import each_subject
-from dreambooth_moslora.training.explain import CURVES, closing_advice, figures_from, known_config
+from dreambooth_moslora.training.explain import closing_advice, figures_from, known_config
 from dreambooth_moslora.ui.generate_form import format_seconds
 from dreambooth_moslora.ui.html import faint, notice, progress_card, remarks_card
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState
@@ -441,13 +442,13 @@ def fidelity_table(metrics: Metrics) -> pd.DataFrame:
 
     Of several subjects, each one's likeness has a curve, named by its number: a phone has room for few words.
     """
-    curves = CURVES
+    shown = curves()
     each = {name: name.rpartition("_")[2] for name in subject_scores(metrics)}
     if each:
-        curves = {**each, "confusion": "confusion", "score": CURVES["score"]}
+        shown = {**each, "confusion": "confusion", "score": shown["score"]}
     rows = []
     for event in metrics.of("evaluation"):
-        for name, label in curves.items():
+        for name, label in shown.items():
             if is_finite_number(event.get(name)):
                 rows.append({"step": event.get("step", 0), "score": event[name], "measure": label})
     return pd.DataFrame(rows) if rows else pd.DataFrame({"step": [], "score": [], "measure": []})

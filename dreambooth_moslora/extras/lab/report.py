@@ -1,13 +1,8 @@
-"""A comparison as files: results.json, table.md, report.html and its figures.
-
-The figures of a comparison: differences, wins, fidelity against prompt, and learning-rate curves.
-
-A comparison as files: `results.json`, `table.md` for a README, `report.html`, and its plots and pictures as PNG.
-"""
+"""A comparison as files: `results.json`, `table.md` for a README, `report.html`, and its plots and pictures as PNG."""
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
@@ -19,13 +14,13 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.core.pictures import Row, draw_contact_sheet, figure, page, picture, section, table
-from dreambooth_moslora.evaluation.evaluate import RELATIVE
 from dreambooth_moslora.evaluation.metrics import Interval
 from dreambooth_moslora.extras.lab.run import STRIP_PX, result_path
 from dreambooth_moslora.extras.lab.stats import (
     ArmSummary,
     Outcome,
     Result,
+    judged,
     of_whole_seeds,
     outcomes,
     rate_curves,
@@ -35,8 +30,8 @@ from dreambooth_moslora.extras.lab.stats import (
 from dreambooth_moslora.extras.lab.study import Study
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo import open_rgb
+from dreambooth_moslora.settings.measures import MEASURES, Measure
 
-SHOWN = {"dino": "subject (DINO)", "dino_bare": "bare prompt (DINO)", "clip_t": "prompt (CLIP-T)", "score": "score"}
 WIN, TIE, LOSS = "#2a6fdb", "#c9c9cf", "#d9822b"
 
 
@@ -47,8 +42,9 @@ def label(item: ArmSummary | Outcome) -> str:
 def difference_plot(outcomes: Sequence[Outcome], reference: str) -> Figure:
     """Paired differences to the reference with 95 % intervals, one panel per measure that all outcomes have."""
     figure = Figure(figsize=(10, 1.2 + 0.32 * len(outcomes)), layout="constrained")
-    measures = [m for m in SHOWN if all(m in outcome.differences for outcome in outcomes)]
-    axes = figure.subplots(1, len(measures), sharey=True)
+    drawn = [name for name, row in MEASURES.items() if row.panel]
+    measures = [m for m in drawn if all(m in outcome.differences for outcome in outcomes)]
+    axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     rows = range(len(outcomes))[::-1]
     for axis, measure in zip(axes, measures):
         found = [outcome.differences[measure] for outcome in outcomes]
@@ -56,7 +52,7 @@ def difference_plot(outcomes: Sequence[Outcome], reference: str) -> Figure:
         reach = [[i.mean - i.low for i in found], [i.high - i.mean for i in found]]
         axis.errorbar(means, list(rows), xerr=reach, fmt="o", color=WIN, capsize=3)
         axis.axvline(0, color="#888", linewidth=1)
-        axis.set(title=SHOWN[measure], xlabel=f"difference to {reference}")
+        axis.set(title=MEASURES[measure].panel, xlabel=f"difference to {reference}")
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(list(rows), [label(outcome) for outcome in outcomes])
     return figure
@@ -65,16 +61,15 @@ def difference_plot(outcomes: Sequence[Outcome], reference: str) -> Figure:
 def win_plot(outcomes: Sequence[Outcome], reference: str) -> Figure:
     """Fractions of pictures that win, tie and lose against the reference's, separately for subject and prompt."""
     figure = Figure(figsize=(10, 1.2 + 0.32 * len(outcomes)), layout="constrained")
-    measures = [m for m in SHOWN if m in outcomes[0].wins]
-    axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, len(outcomes[0].wins), sharey=True, squeeze=False)[0]
     rows = range(len(outcomes))[::-1]
-    for axis, measure in zip(axes, measures):
+    for axis, measure in zip(axes, outcomes[0].wins):
         left = [0.0] * len(outcomes)
         for part, (name, colour) in enumerate((("win", WIN), ("tie", TIE), ("loss", LOSS))):
             width = [100 * outcome.wins[measure][part] for outcome in outcomes]
             axis.barh(list(rows), width, left=left, color=colour, label=name)
             left = [a + b for a, b in zip(left, width)]
-        axis.set(title=f"{SHOWN[measure]}: % against {reference}", xlim=(0, 100))
+        axis.set(title=f"{MEASURES[measure].panel}: % against {reference}", xlim=(0, 100))
     axes[0].set_yticks(list(rows), [label(outcome) for outcome in outcomes])
     axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -107,21 +102,6 @@ def rate_plot(curves: dict[tuple[str, int], dict[float, float]]) -> Figure:
         axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize="small")
     return figure
-
-
-SCORES = {
-    "dino": "DINO",
-    "dino_bare": "DINO, bare prompt",
-    "clip_t": "CLIP-T",
-    "diversity": "DIV",
-    "pres": "PRES",
-    "drift": "Drift",
-    "background_leak": "Leak",
-    "confusion": "Confusion",
-    "confusion_base": "Confusion of the base",
-    "score": "Score",
-}
-DIFFERENCES = ("dino", "dino_bare", "clip_t", "pres", "drift", "background_leak", "confusion", "score")
 
 
 def write_comparison(study: Study, results: Sequence[Result], out: Path) -> str:
@@ -186,8 +166,8 @@ def arm_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: scores with intervals over subjects and seeds, and the cost of each arm."""
     jobs = max((int(arm.cost.get("jobs", 1)) for arm in arms), default=1)
     pace = "ms a step" if jobs == 1 else f"ms a step, {jobs} trainings at once"
-    names = measured(SCORES, [arm.scores for arm in arms])
-    shown = [SCORES[name] for name in names]
+    names = measured([arm.scores for arm in arms], lambda row: row.study in ("scores", "differences"))
+    shown = [column(name) for name in names]
     header = ["Arm", "Rank", "Parameters in the UNet", "Learning rate", *shown, pace, "GiB of the process"]
     rows = [
         [
@@ -206,25 +186,31 @@ def arm_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
 
 def relative_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: the scores relative to their scales, where measured."""
-    names = measured(RELATIVE, [arm.scores for arm in arms])
+    names = measured([arm.scores for arm in arms], lambda row: row.kind == "share")
     rows = [[arm.arm, str(arm.rank), *spans(arm.scores, names)] for arm in sorted(arms, key=lambda a: a.rank)]
-    return ["Arm", "Rank", *(RELATIVE[name] for name in names)], rows
+    return ["Arm", "Rank", *(column(name) for name in names)], rows
 
 
 def outcome_rows(against: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: paired differences, and win/tie/loss in % by subject and by prompt."""
-    names = measured(DIFFERENCES, [outcome.differences for outcome in against])
-    header = ["Arm", "Rank", *(f"Δ {SCORES[name]}" for name in names), "Subject W/T/L %", "Prompt W/T/L %"]
+    names = measured([outcome.differences for outcome in against], lambda row: row.study == "differences")
+    judges = [f"{MEASURES[name].curve.capitalize()} W/T/L %" for name in judged()]
+    header = ["Arm", "Rank", *(f"Δ {column(name)}" for name in names), *judges]
     rows = []
     for found in sorted(against, key=lambda outcome: outcome.rank):
-        wins = [" / ".join(f"{100 * share:.0f}" for share in found.wins[name]) for name in ("dino", "clip_t")]
+        wins = [" / ".join(f"{100 * share:.0f}" for share in found.wins[name]) for name in judged()]
         rows.append([found.arm, str(found.rank), *spans(found.differences, names, signed=True), *wins])
     return header, rows
 
 
-def measured(names: Iterable[str], found: Sequence[Mapping[str, Interval]]) -> list[str]:
-    """The names that any of the arms was measured in; all without an arm."""
+def measured(found: Sequence[Mapping[str, Interval]], shown: Callable[[Measure], bool]) -> list[str]:
+    """The measures to show in which any of the arms was measured; all of them without an arm."""
+    names = [name for name, row in MEASURES.items() if shown(row)]
     return [name for name in names if not found or any(name in one for one in found)]
+
+
+def column(name: str) -> str:
+    return MEASURES[name].column or MEASURES[name].title
 
 
 def spans(intervals: Mapping[str, Interval], names: Iterable[str], signed: bool = False) -> list[str]:

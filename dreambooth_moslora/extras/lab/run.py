@@ -43,7 +43,7 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.evaluation.encoders import TOY_DINO, Encoders, load_encoders, own_encoders
 from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator, evaluate_adapter, truth_of
 from dreambooth_moslora.evaluation.protocol import plan_for
-from dreambooth_moslora.extras.lab.stats import JUDGED, Result, best_rates, is_tuned
+from dreambooth_moslora.extras.lab.stats import Result, best_rates, is_tuned, judged
 from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.photos.folder import photo_report
@@ -160,7 +160,7 @@ def alone(study: Study, arm: str, name: str) -> TrainConfig:
 
 def per_picture(found: Evaluation) -> dict[str, list[float]]:
     """The scores by which pictures are judged."""
-    return {name: [round(float(v), 5) for v in found.tables[name].ravel()] for name in JUDGED}
+    return {name: [round(float(v), 5) for v in found.tables[name].ravel()] for name in judged()}
 
 
 STRIP_PX, STRIP_LENGTH = 128, 8

@@ -1,8 +1,8 @@
 """Statistics of a comparison: means of each arm, paired differences to the reference, wins, ties and losses.
 
 Two arms share subject, seed, photos, noise, prompts and the noise of every picture. Differences are taken pair
-by pair, and resampled over subjects and seeds (`intervals`). Win/tie/loss has the form of the MoSLoRA paper's
-human study (arXiv 2406.11909, section 4.3), with DINO and CLIP-T instead of people.
+by pair, and resampled over subjects and seeds (`metrics.bootstrap_mean`). Win/tie/loss has the form of the
+MoSLoRA paper's human study (arXiv 2406.11909, section 4.3), with DINO and CLIP-T instead of people.
 """
 
 from collections import Counter, defaultdict
@@ -13,37 +13,22 @@ import numpy as np
 
 from dreambooth_moslora.evaluation.metrics import Interval, bootstrap_mean
 from dreambooth_moslora.extras.lab.study import Cell, Study
+from dreambooth_moslora.settings.measures import MEASURES
 
-MEASURES = (
-    "score",
-    "dino",
-    "dino_bare",
-    "clip_i",
-    "clip_t",
-    "diversity",
-    "pres",
-    "drift",
-    "background_leak",
-    "confusion",
-    "confusion_base",
-    "copied",
-    "truth",
-    "dino_of_ceiling",
-    "clip_t_of_base",
-    "clip_t_of_ceiling",
-    "pres_gain",
-    "drift_of_spread",
-    "class_diversity_of_base",
-    "sharpness_of_ceiling",
-)
-"""Measures that are compared. For PRES, drift, confusion and copies, less is better."""
-JUDGED = ("dino", "clip_t")
-"""Measures by which single pictures are compared."""
+
+def studied() -> list[str]:
+    """The measures that are compared."""
+    return [name for name, row in MEASURES.items() if row.study]
+
+
+def judged() -> list[str]:
+    """The measures by which single pictures are compared."""
+    return [name for name, row in MEASURES.items() if row.pictures]
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished cell: `scores` are means, `pictures` per-picture values (prompts × seeds,) of JUDGED."""
+    """A finished cell: `scores` are means, `pictures` per-picture values (prompts × seeds,) of those `judged`."""
 
     cell: Cell
     scores: dict[str, float]
@@ -124,7 +109,7 @@ def tables(results: Sequence[Result], measure: str) -> dict[tuple[str, int], np.
 
 def summaries(results: Sequence[Result]) -> list[ArmSummary]:
     """Every arm and rank whose cells are complete."""
-    by_measure = {measure: tables(results, measure) for measure in MEASURES}
+    by_measure = {measure: tables(results, measure) for measure in studied()}
     found = []
     for arm, rank in by_measure["score"]:
         own = results_of(results, arm, rank)
@@ -136,7 +121,7 @@ def summaries(results: Sequence[Result]) -> list[ArmSummary]:
 
 def outcomes(study: Study, results: Sequence[Result]) -> list[Outcome]:
     """Each arm against the reference, at each rank where both are complete."""
-    by_measure = {measure: tables(results, measure) for measure in MEASURES}
+    by_measure = {measure: tables(results, measure) for measure in studied()}
     found = []
     for arm, rank in by_measure["score"]:
         reference = (study.reference, rank)
@@ -147,8 +132,7 @@ def outcomes(study: Study, results: Sequence[Result]) -> list[Outcome]:
             for measure, t in by_measure.items()
             if (arm, rank) in t and reference in t
         }
-        judged = {measure: duels(study, results, arm, rank, measure) for measure in JUDGED}
-        wins = {measure: shares_of(signs) for measure, signs in judged.items()}
+        wins = {measure: shares_of(duels(study, results, arm, rank, measure)) for measure in judged()}
         found.append(Outcome(arm, rank, differences, wins))
     return found
 

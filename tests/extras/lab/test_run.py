@@ -25,7 +25,7 @@ from dreambooth_moslora.extras.lab.run import (
     run_study,
     unfinished,
 )
-from dreambooth_moslora.extras.lab.stats import JUDGED, MEASURES, Result, best_rates, is_tuned
+from dreambooth_moslora.extras.lab.stats import Result, best_rates, is_tuned, judged, studied
 from dreambooth_moslora.extras.lab.study import Cell, Protocol, Study, StudySubject
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.tiny_encoders import save_tiny_encoders
@@ -215,7 +215,7 @@ def test_a_cell_that_fails_is_told_and_does_not_stop_the_others(study, tmp_path)
 
 def made(study, arm: str, stage="test", seed=0, rate=1e-3, score=0.5, subject="test") -> Result:
     cost = {"rank": 4, "parameters": 1, "step_sec": 1, "memory_gib": 1, "jobs": 2}
-    pictures, scores = {name: [score, score] for name in JUDGED}, dict.fromkeys(MEASURES, score)
+    pictures, scores = {name: [score, score] for name in judged()}, dict.fromkeys(studied(), score)
     return Result(Cell(stage, arm, 4, subject, seed, rate), scores, pictures, cost)
 
 

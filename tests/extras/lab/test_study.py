@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.extras.lab.report import difference_plot, outcome_rows
+from dreambooth_moslora.extras.lab.report import arm_rows, difference_plot, outcome_rows
 from dreambooth_moslora.extras.lab.run import materials
 from dreambooth_moslora.extras.lab.stats import Result, best_rates, outcomes, summaries
 from dreambooth_moslora.extras.lab.study import Cell, Study, StudySubject, load_study
 from dreambooth_moslora.plan.steps import plan_steps
+from dreambooth_moslora.settings.measures import MEASURES, Measure
 from dreambooth_moslora.settings.subjects import each_subject
 
 MIXERS = Path(__file__).parents[3] / "assets" / "studies" / "mixers.toml"
@@ -252,6 +253,21 @@ def test_the_bare_prompt_has_a_panel_where_every_arm_was_scored_at_it():
     assert titles() == ["subject (DINO)", "bare prompt (DINO)", "prompt (CLIP-T)", "score"]
     header, (row,) = outcome_rows(outcomes(study, results))
     assert row[header.index("Δ DINO, bare prompt")] == "+0.400 [+0.400, +0.400]"
+
+
+def test_a_measure_that_is_added_to_the_table_has_its_columns_and_its_panel(monkeypatch):
+    monkeypatch.setitem(MEASURES, "smile", Measure("Smile", study="differences", panel="smile (mouth)"))
+    study, results = made_up(np.random.default_rng(0), {"other": 0.05})
+    for result in results:
+        result.scores["smile"] = 0.25 if result.cell.arm == "lora" else 0.5
+        result.cost.update(parameters=1, memory_gib=1)
+    header, (lora, other) = arm_rows(summaries(results))
+    column = header.index("Smile")
+    assert (lora[column], other[column]) == ("0.250 [0.250, 0.250]", "0.500 [0.500, 0.500]")
+    header, (row,) = outcome_rows(outcomes(study, results))
+    assert row[header.index("Δ Smile")] == "+0.250 [+0.250, +0.250]"
+    plot = difference_plot(outcomes(study, results), "lora")
+    assert plot.axes[-1].get_title() == "smile (mouth)"
 
 
 def test_wins_ties_and_losses_are_shares_of_pictures_that_sum_to_one():
