@@ -42,6 +42,16 @@ def test_every_package_is_in_the_wheel():
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == names | {"dreambooth_moslora.assets"}
 
 
+def test_every_template_is_in_the_wheel():
+    folder = ROOT / "dreambooth_moslora"
+    packed = {
+        file for pattern in PROJECT["tool"]["setuptools"]["package-data"][folder.name] for file in folder.glob(pattern)
+    }
+    assert (
+        packed == {file for file in folder.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")} != set()
+    )
+
+
 @pytest.mark.parametrize("folder", ["dreambooth_moslora", "toybox"])
 def test_every_package_that_is_imported_is_declared(folder):
     imported = set()

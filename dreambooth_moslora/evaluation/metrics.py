@@ -1,17 +1,4 @@
-"""What a DreamBooth user cares about, as pure functions of unit vectors, with 95 % intervals.
-
-95 % intervals of means, by the bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13).
-
-A score is a table with one axis per random factor: prompts × seeds, or subjects × seeds. All axes are resampled
-at once, each as a whole (the crossed bootstrap of Owen, "The pigeonhole bootstrap", 2007): ten pictures of one
-bad prompt do not count as ten independent ones.
-
-Resampling a handful of items underestimates their spread: with six subjects nine intervals of ten hold the
-truth, not nineteen of twenty. The interval is therefore widened to Student's t (the "expanded percentile
-interval" of Hesterberg, "What teachers should know about the bootstrap", 2015), with Satterthwaite's degrees of
-freedom (1946).
-
-What a DreamBooth user cares about, as pure functions of unit vectors.
+"""What a DreamBooth user cares about, as pure functions of unit vectors, with 95 % intervals of their means.
 
 DreamBooth (Ruiz et al., "DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation",
 CVPR 2023, arXiv 2208.12242, section 4.1 and 4.3) names five measures. With u·v the cosine of two unit vectors:
@@ -21,12 +8,19 @@ CVPR 2023, arXiv 2208.12242, section 4.1 and 4.3) names five measures. With u·v
     CLIP-T  mean over generated g and its prompt t of  clip(g)·clip(t)
     PRES    mean over pictures c of the class (no token) and photos p of  dino(c)·dino(p): lower is better, a
             high value means that every member of the class has become the subject
-    DIV     mean distance between pictures of one prompt; the paper uses LPIPS, here 1 - dino·dino
-            may replace it
+    DIV     mean distance between pictures of one prompt: by LPIPS as in the paper, or by 1 - dino·dino
 
 Further measures are `drift` on prompts unrelated to the subject, `copy_index` against memorised photos,
 `background_leak`, `confusion` of two subjects of one adapter, and the score that picks the best checkpoint.
 Most functions return one value for each picture, so that intervals can be computed over prompts and seeds.
+
+Intervals are by the bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13). A score is
+a table with one axis per random factor: prompts × seeds, or subjects × seeds. All axes are resampled at once, each
+as a whole (the crossed bootstrap of Owen, "The pigeonhole bootstrap", 2007): ten pictures of one bad prompt do not
+count as ten independent ones. Resampling a handful of items underestimates their spread: with six subjects nine
+intervals of ten hold the truth, not nineteen of twenty. The interval is therefore widened to Student's t (the
+"expanded percentile interval" of Hesterberg, "What teachers should know about the bootstrap", 2015), with
+Satterthwaite's degrees of freedom (1946).
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -52,6 +46,13 @@ class Interval:
     mean: float
     low: float
     high: float
+
+    def __format__(self, sign: str) -> str:
+        """`0.512 [0.480, 0.544]`; with "+", each number has its sign."""
+        return f"{self.mean:{sign}.3f} [{self.low:{sign}.3f}, {self.high:{sign}.3f}]"
+
+    def __str__(self) -> str:
+        return format(self)
 
     def to_dict(self, digits: int = 4) -> dict[str, float]:
         return {name: round(getattr(self, name), digits) for name in ("mean", "low", "high")}

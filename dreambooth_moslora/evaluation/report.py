@@ -2,15 +2,15 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from pathlib import Path
 
 from PIL import Image
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.core.atomic_files import atomic_write
-from dreambooth_moslora.core.pictures import page, picture, pictures, section, table
+from dreambooth_moslora.core.pictures import render
 from dreambooth_moslora.evaluation import metrics
 from dreambooth_moslora.evaluation.evaluate import Evaluation
 from dreambooth_moslora.settings.measures import MEASURES
@@ -79,120 +79,55 @@ def per_prompt(found: Evaluation) -> list[dict]:
 
 def report_html(found: Evaluation, about: ReportContext, photos: list[Image.Image], photo_fidelity: float) -> str:
     """The page: verdict, scores, photos, every prompt by adapter and base, the picture nearest to a copy."""
-    parts = [
-        introduction(found, about),
-        section("Scores", score_table(found, photo_fidelity), relative_table(found), cost(found)),
-        *([section("Strength", f"<p>{escape(about.scale.sentence())}.</p>")] if about.scale else []),
-        *([section("Against the truth of the toy world", *truth_tables(found))] if "truth" in found.tables else []),
-        section("The photos", pictures(photos)),
-        section("Each prompt: the adapter, and the base without the subject", prompt_rows(found)),
-        section("Is anything copied?", copies(found, photos)),
-        *other_pictures(found),
-        section("Per prompt", prompt_table(found)),
-    ]
-    return page(f"Fidelity of {about.adapter}", parts)
-
-
-def introduction(found: Evaluation, about: ReportContext) -> str:
-    words = escape(found.plan.subject.words)
-    text = (
-        f"“{words}” by the base {escape(about.base)}: {len(found.plan.templates)} prompts × {len(found.plan.seeds)} "
-        f"seeds, {found.plan.inference_steps} steps each at guidance {about.guidance_scale:g}. "
-        f"Encoders: {escape(' and '.join(about.encoders))}. "
-        f"DIV is {about.diversity}. Intervals are 95 %, over prompts and seeds."
+    return render(
+        "evaluation.html",
+        title=f"Fidelity of {about.adapter}",
+        found=found,
+        about=about,
+        photos=photos,
+        scores=score_rows(found, photo_fidelity),
+        shares=[(MEASURES[name].title, f"{value:.3f}") for name, value in shares_of(found).items()],
+        truths=rows_beside(found, [name for name, row in MEASURES.items() if row.truth], ("_ceiling", "_floor")),
+        judged=rows_beside(found, [name for name, row in MEASURES.items() if row.kind == "judge"], ("_ceiling",)),
+        by_prompt=prompt_table(found),
+        copied=metrics.COPIED,
+        alarm_share=metrics.ALARM_SHARE,
     )
-    kind = "bad" if found.alarm.raised else "good"
-    alarm = (
-        f"Copy alarm: {found.alarm.share:.0%} of the pictures repeat a photo."
-        if found.alarm.raised
-        else "No copy alarm: the pictures are new ones."
-    )
-    score = f"Score {found.score:.3f} = DINO × CLIP-T as a share of the base's × share of pictures that copy no photo."
-    return f'<p class="faint">{text}</p><p><b>{score}</b> <span class="{kind}">{alarm}</span></p>'
 
 
-def score_table(found: Evaluation, photo_fidelity: float) -> str:
+def score_rows(found: Evaluation, photo_fidelity: float) -> list[tuple]:
+    """Title, the adapter's mean, the base's, that of the photos themselves, and the meaning of each measure."""
     rows = []
     for name, row in MEASURES.items():
         if row.title and row.kind == "score" and name in found.tables:
             own = photo_fidelity if name == "dino" and not math.isnan(photo_fidelity) else ""
-            base_value = with_interval(found, row.base) if row.base in found.tables else ""
-            rows.append((row.title, with_interval(found, name), base_value, own, row.help))
-    return table(("Measure", "Adapter", "Base", "Photos", "Meaning"), rows)
+            base = found.interval(row.base) if row.base in found.tables else ""
+            rows.append((row.title, found.interval(name), base, own, row.help))
+    return rows
 
 
-def relative_table(found: Evaluation) -> str:
+def shares_of(found: Evaluation) -> dict[str, float]:
     """The scores relative to their scales, where those were measured."""
-    scales = {**found.relative(), "copied": found.alarm.share}
-    return table(("On its own scale", "Value"), [(MEASURES[n].title, f"{v:.3f}") for n, v in scales.items()])
+    known = {**found.relative(), "copied": found.alarm.share}
+    return {name: known[name] for name in MEASURES if name in known}
 
 
-def with_interval(found: Evaluation, name: str) -> str:
-    interval = found.interval(name)
-    return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
-
-
-def cost(found: Evaluation) -> str:
-    count = sum(map(len, found.pictures.values()))
-    return f'<p class="faint">{count} pictures and their scores took {found.seconds:.0f} s.</p>'
-
-
-def truth_tables(found: Evaluation) -> list[str]:
-    rows = [
-        (row.truth, *(with_interval(found, name + end) for end in ("", "_ceiling", "_floor")))
-        for name, row in MEASURES.items()
-        if row.truth and name in found.tables
-    ]
-    header = ("Measure", "Adapter", "Ceiling: true renders", "Floor: others of the kind")
-    judged = [
-        (row.title, *(with_interval(found, name + end) for end in ("", "_ceiling")))
-        for name, row in MEASURES.items()
-        if row.kind == "judge" and name in found.tables
-    ]
-    asked = ("The judge reads", "Share right", "Ceiling: true renders")
-    return [table(header, rows), *([table(asked, judged)] if judged else [])]
-
-
-def prompt_rows(found: Evaluation) -> str:
-    seeds = len(found.plan.seeds)
+def rows_beside(found: Evaluation, names: Sequence[str], ends: Sequence[str]) -> list[tuple]:
+    """Title, mean and the means beside it (NAME_ceiling, NAME_floor) of each measure that was compared with them."""
     rows = []
-    for row, prompt in enumerate(found.plan.texts):
-        some = slice(row * seeds, (row + 1) * seeds)
-        ours, base = found.pictures["subject"][some], found.pictures["subject_base"][some]
-        left, right = pictures(ours, f"adapter: {prompt}"), pictures(base, f"base: {prompt}")
-        rows.append(f"<tr><td>{escape(prompt)}</td><td>{left}</td><td>{right}</td></tr>")
-    return f"<table><tr><th>Prompt</th><th>Adapter</th><th>Base</th></tr>{''.join(rows)}</table>"
+    for name in names:
+        tables = [name + end for end in ("", *ends)]
+        if all(table in found.tables for table in tables):
+            row = MEASURES[name]
+            rows.append((row.truth or row.title, *map(found.interval, tables)))
+    return rows
 
 
-def copies(found: Evaluation, photos: list[Image.Image]) -> str:
-    alarm = found.alarm
-    text = (
-        f"The picture nearest to a photo has copy index {alarm.largest:.2f}; beside it that photo. A picture counts "
-        f"as a copy above {metrics.COPIED}, the alarm goes off when more than {metrics.ALARM_SHARE:.0%} are."
-    )
-    both = picture(found.pictures["subject"][alarm.picture], "picture") + picture(photos[alarm.photo], "photo")
-    return f'<p>{text}</p><div class="tiles">{both}</div>'
-
-
-def other_pictures(found: Evaluation) -> list[str]:
-    titles = {
-        "bare": f"The instance prompt alone: “{escape(found.plan.bare_prompt)}”",
-        "class": "The bare class (PRES)",
-        "unrelated": "Unrelated prompts (drift)",
-    }
-    sections = []
-    for name, title in titles.items():
-        if name in found.pictures:
-            base = found.pictures.get(f"{name}_base")
-            beside = ["Base:", pictures(base)] if base else []
-            sections.append(section(title, "Adapter:", pictures(found.pictures[name]), *beside))
-    return sections
-
-
-def prompt_table(found: Evaluation) -> str:
+def prompt_table(found: Evaluation) -> tuple[list[str], list[list]]:
+    """Header and rows of each prompt's means."""
     rows = per_prompt(found)
     names = ["prompt", *(name for name, row in MEASURES.items() if (row.title or row.truth) and name in rows[0])]
-    return table([n.replace("_", " ") for n in names], [[row[n] for n in names] for row in rows])
+    return [name.replace("_", " ") for name in names], [[row[name] for name in names] for row in rows]
 
 
 def write_report(

@@ -11,9 +11,8 @@ subject_1/, subject_2/ …    the report of each alone, as for an adapter with o
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from html import escape
 from itertools import combinations
 from pathlib import Path
 
@@ -21,13 +20,13 @@ import numpy as np
 from PIL import Image
 
 from dreambooth_moslora.core.atomic_files import atomic_write
-from dreambooth_moslora.core.pictures import page, pictures, section, table
+from dreambooth_moslora.core.pictures import render
 from dreambooth_moslora.evaluation import metrics
 from dreambooth_moslora.evaluation.encoders import Encoders
 from dreambooth_moslora.evaluation.evaluate import Draw, Evaluation, Evaluator, Tables, truth_of
-from dreambooth_moslora.evaluation.metrics import bootstrap_mean, photo_fidelity
+from dreambooth_moslora.evaluation.metrics import Interval, bootstrap_mean, photo_fidelity
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, spread
-from dreambooth_moslora.evaluation.report import ReportContext, scores_json, with_interval, write_report
+from dreambooth_moslora.evaluation.report import ReportContext, scores_json, write_report
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from dreambooth_moslora.photos.masks import open_mask
 from dreambooth_moslora.photos.photo import Photo, open_rgb
@@ -95,6 +94,14 @@ class Together:
     pictures: list[Image.Image] = field(repr=False)
     base_pictures: list[Image.Image] = field(repr=False)
 
+    @property
+    def rows(self) -> list[tuple[str, Interval, float]]:
+        """For the report: likeness to the photos of each, of the adapter's pictures and of the base's."""
+        return [
+            (f"DINO to “{words}”", bootstrap_mean(self.tables[name]), float(self.tables[f"{name}_base"].mean()))
+            for name, words in zip(("first", "second"), self.words)
+        ]
+
 
 class TogetherEvaluator:
     """Judges two subjects in one prompt, in some of the first one's templates and with its seeds."""
@@ -133,11 +140,6 @@ def pairs_of(evaluators: Sequence[Evaluator]) -> list[TogetherEvaluator]:
     return [TogetherEvaluator(*pair) for pair in list(combinations(evaluators, 2))[:MOST_PAIRS]]
 
 
-MEANING = (
-    "Confusion says how far the pictures of one subject (row) went from its own photos to another's (column), by DINO. "
-    "0: told apart as the photos are; 1: as if the other had been asked for; 1/2: near neither. In brackets the 95 % "
-    "interval, behind it the same of the base's pictures, which know no subject."
-)
 SHOWN = 8
 """Pictures of each subject in the common report; its own report has them all."""
 
@@ -202,7 +204,7 @@ def confusion_lines(found: Sequence[Evaluation]) -> list[str]:
         for words in rivals_of(one, found):
             own, other = one.mean("dino"), one.mean(f"dino_to {words}")
             likeness = f"DINO {own:.3f} to its own photos, {other:.3f} to the other's"
-            said = with_interval(one, f"confusion_with {words}")
+            said = one.interval(f"confusion_with {words}")
             lines.append(f"confusion of “{words_of(one)}” with “{words}”: {said}  ({likeness})")
     return lines
 
@@ -210,68 +212,35 @@ def confusion_lines(found: Sequence[Evaluation]) -> list[str]:
 def subjects_html(
     evaluators: Sequence[Evaluator], found: Sequence[Evaluation], together: Sequence[Together], about: ReportContext
 ) -> str:
-    plan, names = found[0].plan, " and ".join(f"“{words_of(one)}”" for one in found)
-    text = (
-        f"{names} by the base {about.base}: {len(plan.templates)} prompts × {len(plan.seeds)} seeds of each, "
-        f"{plan.inference_steps} steps at guidance {about.guidance_scale:g}. Encoders: {' and '.join(about.encoders)}."
-    )
-    parts = [
-        f'<p class="faint">{escape(text)}</p>',
-        section("Are they told apart?", f"<p>{escape(MEANING)}</p>", confusion_table(found)),
-        section("DINO of the pictures (row) to the photos (column)", likeness_table(found)),
-        section("Scores of each", score_table(found)),
-        *(subject_section(evaluator, one) for evaluator, one in zip(evaluators, found)),
-        *(together_section(pair) for pair in together),
-    ]
-    return page(f"Fidelity of {about.adapter}", parts)
-
-
-def confusion_table(found: Sequence[Evaluation]) -> str:
-    def cell(one: Evaluation, other: Evaluation) -> str:
-        if one is other:
-            return "–"
+    def confusion(one: Evaluation, other: Evaluation) -> str:
         name = f"confusion_with {words_of(other)}"
-        return f"{with_interval(one, name)}, base {one.mean(name + '_base'):.3f}"
+        return "–" if one is other else f"{one.interval(name)}, base {one.mean(name + '_base'):.3f}"
 
-    return matrix(found, cell)
+    def likeness(one: Evaluation, other: Evaluation) -> Interval:
+        return one.interval("dino" if one is other else f"dino_to {words_of(other)}")
 
-
-def likeness_table(found: Sequence[Evaluation]) -> str:
-    return matrix(
-        found, lambda one, other: with_interval(one, "dino" if one is other else f"dino_to {words_of(other)}")
+    return render(
+        "subjects.html",
+        title=f"Fidelity of {about.adapter}",
+        found=found,
+        about=about,
+        confusion=matrix(found, confusion),
+        likeness=matrix(found, likeness),
+        scores=score_table(found),
+        subjects=list(zip(evaluators, found)),
+        together=together,
+        shown=SHOWN,
     )
 
 
-def matrix(found: Sequence[Evaluation], cell) -> str:
+def matrix(found: Sequence[Evaluation], cell: Callable) -> tuple[list[str], list[list]]:
+    """Header and rows: `cell` of each subject (row) and each (column)."""
     rows = [[words_of(one), *(cell(one, other) for other in found)] for one in found]
-    return table(["", *(words_of(one) for one in found)], rows)
+    return ["", *(words_of(one) for one in found)], rows
 
 
-def score_table(found: Sequence[Evaluation]) -> str:
+def score_table(found: Sequence[Evaluation]) -> tuple[list[str], list[list]]:
+    """Header and rows: the means of each subject."""
     known = in_all(found, [name for name, row in MEASURES.items() if row.summary and row.title])
-    rows = [[words_of(one), *(with_interval(one, name) for name in known), f"{one.score:.3f}"] for one in found]
-    return table(["", *(MEASURES[name].title for name in known), "Score"], rows)
-
-
-def subject_section(evaluator: Evaluator, found: Evaluation) -> str:
-    firsts = found.pictures["subject"][:: len(found.plan.seeds)][:SHOWN]
-    words = words_of(found)
-    return section(
-        f"“{words}”", "Its photos:", pictures(evaluator.photos.pictures[:SHOWN]), "New ones:", pictures(firsts, words)
-    )
-
-
-def together_section(pair: Together) -> str:
-    rows = []
-    for name, words in zip(("first", "second"), pair.words):
-        ours, base = (bootstrap_mean(pair.tables[name + end]) for end in ("", "_base"))
-        rows.append((f"DINO to “{words}”", f"{ours.mean:.3f} [{ours.low:.3f}, {ours.high:.3f}]", base.mean))
-    said = " and ".join(f"“{words}”" for words in pair.words)
-    return section(
-        f"{said} in one prompt",
-        table(("", "Adapter", "Base, without the tokens"), rows),
-        "Adapter:",
-        pictures(pair.pictures, said),
-        "Base:",
-        pictures(pair.base_pictures, "base"),
-    )
+    rows = [[words_of(one), *(one.interval(name) for name in known), one.score] for one in found]
+    return ["", *(MEASURES[name].title for name in known), "Score"], rows

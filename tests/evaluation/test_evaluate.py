@@ -14,9 +14,10 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.evaluation.encoders import picture_distance
 from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator, evaluate_adapter, paint_over, truth_of
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_for
-from dreambooth_moslora.evaluation.report import truth_tables
+from dreambooth_moslora.evaluation.report import rows_beside
 from dreambooth_moslora.evaluation.toy_truth import find_truth, other_toy, place_in, stacked, view
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
+from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.settings.prompts import Subject
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_encoders import tiny_encoders
@@ -234,9 +235,10 @@ def test_the_judge_is_asked_for_all_looks_of_the_subject_in_the_place_of_each_pr
 def test_the_report_shows_what_the_judge_reads_beside_true_renders():
     tables = {n + end: np.ones((3, 2)) for n in ("truth", "dino", "clip_t") for end in ("", "_ceiling", "_floor")}
     tables |= {"judge_ornaments": np.zeros((3, 2)), "judge_ornaments_ceiling": np.ones((3, 3))}
-    _, judged = truth_tables(Evaluation(PLAN, tables, alarm=None, score=0.0, seconds=0.0))
-    assert "ornaments" in judged and "0.000 [0.000, 0.000]" in judged and "1.000 [1.000, 1.000]" in judged
-    assert "second colour" not in judged
+    found = Evaluation(PLAN, tables, alarm=None, score=0.0, seconds=0.0)
+    judges = [name for name, row in MEASURES.items() if row.kind == "judge"]
+    ((title, drawn, ceiling),) = rows_beside(found, judges, ("_ceiling",))
+    assert title.startswith("ornaments") and str(drawn) == "0.000 [0.000, 0.000]" and ceiling.mean == 1
 
 
 def small_pixels(pictures: list[Image.Image]) -> torch.Tensor:

@@ -1,25 +1,19 @@
 """A fleet's files: its subjects, the state of each, and the page that lists them.
 
-A fleet's files: its list of subjects, and in each run folder the state of that run.
-
 OUT/fleet.json          the names of its subjects
 OUT/NAME/fleet.json     a `Record`, written when a training begins and when it has ended
 OUT/fleet.stop          while it exists, running trainings end at a checkpoint and none begins
 OUT/index.html          a page of all this for a person
 
-The state of a fleet, read from its files alone: the fleet need not be running.
-
-`index.html` of a fleet: each subject's contact sheet, likeness and alarms, the most urgent subjects first.
-
-It is one file without scripts. Small pictures are embedded, and links lead to files beside it. It contains no
-path of the machine.
+The state of a fleet is read from its files alone: the fleet need not be running. The page shows each subject's
+contact sheet, likeness and alarms, the most urgent subjects first. It is one file without scripts: small pictures
+are embedded, links lead to files beside it, and it contains no path of the machine.
 """
 
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
@@ -27,7 +21,7 @@ from PIL import Image
 
 from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.errors import UserError, spelled_out
-from dreambooth_moslora.core.pictures import page, picture
+from dreambooth_moslora.core.pictures import jpeg_url, render
 from dreambooth_moslora.disk.events import fits
 from dreambooth_moslora.disk.processes import CONFIG_NAME
 from dreambooth_moslora.disk.run_folder import RunDir, check_name
@@ -179,45 +173,38 @@ MOST_SHEETS = 500
 """Contact sheets in the page. The most urgent subjects come first, so those without a sheet matter least."""
 PATH = re.compile(r"(?<![\w/\\])(?:[A-Za-z]:)?(?:[\\/][^\\/:;,'\"()]*(?=[\\/]))*[\\/][^\\/\s:;,'\"()]+[\\/]?")
 """A space inside a folder's name belongs to the path; a space in the last part ends it."""
-HEADER = ("Subject", "State", "Likeness (DINO)", "What to look at", "Contact sheet")
 
 
 def write_index(out: Path, rows: Sequence[Row]) -> Path:
-    """Write the page of `rows`, in their order (that of `status.rows_of`). Returns the file."""
-    title = f"Fleet of {len(rows)} subjects"
-    about = f'<p class="faint">{escape(status_lines(rows)[0])}; cost: {escape(cost_of([r.record for r in rows]))}</p>'
-    body = "".join(html_of(out, row, has_sheet=number < MOST_SHEETS) for number, row in enumerate(rows))
-    head = "".join(f"<th>{name}</th>" for name in HEADER)
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    atomic_write(out / INDEX_NAME, page(title, [about, table]))
+    """Write the page of `rows`, in their order (that of `rows_of`). Returns the file."""
+    about = f"{status_lines(rows)[0]}; cost: {cost_of([row.record for row in rows])}"
+    shown = [shown_of(out, row, has_sheet=number < MOST_SHEETS) for number, row in enumerate(rows)]
+    page = render("fleet.html", title=f"Fleet of {len(rows)} subjects", about=about, rows=shown)
+    atomic_write(out / INDEX_NAME, page)
     return out / INDEX_NAME
 
 
-def html_of(out: Path, row: Row, *, has_sheet: bool) -> str:
+def shown_of(out: Path, row: Row, *, has_sheet: bool) -> dict[str, object]:
+    """What the page shows of one subject."""
+    run_dir = RunDir(out / row.name)
     looks = [row.record.message, *row.alarms]
-    said = "<br>".join(escape(without_paths(spelled_out(text), out)) for text in looks if text)
-    likeness = "" if row.likeness is None else f"{row.likeness:.3f}"
-    kind = {"failed": "bad", "done": "bad" if row.alarms else "good"}.get(row.record.state, "faint")
-    far = f" at step {row.step}" if row.step and row.record.state != "done" else ""
-    cells = [
-        f"<b>{escape(spelled_out(row.name))}</b><br><span class='faint'>{escape(row.words)}</span>",
-        f'<span class="{kind}">{row.record.state}</span>{far}',
-        likeness,
-        said,
-        sheet_of(RunDir(out / row.name)) if has_sheet else "",
-    ]
-    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    return {
+        "row": row,
+        "name": spelled_out(row.name),
+        "mood": {"failed": "bad", "done": "bad" if row.alarms else "good"}.get(row.record.state, "faint"),
+        "looks": [without_paths(spelled_out(text), out) for text in looks if text],
+        "sheet": sheet_of(run_dir) if has_sheet else "",
+        "link": f"{quote(row.name)}/{quote(run_dir.contact_sheet_path.name)}",
+    }
 
 
 def sheet_of(run_dir: RunDir) -> str:
-    """A small contact sheet that links to the full one; empty when there is none that can be read."""
-    path = run_dir.contact_sheet_path
+    """A small contact sheet as the address of a picture; empty when there is none that can be read."""
     try:
-        with Image.open(path) as sheet:
-            shown = picture(sheet, f"contact sheet of {run_dir.path.name}", side_px=SHEET_PX)
+        with Image.open(run_dir.contact_sheet_path) as sheet:
+            return jpeg_url(sheet, SHEET_PX)
     except (OSError, ValueError, Image.DecompressionBombError):
         return ""
-    return f'<a href="{quote(run_dir.path.name)}/{quote(path.name)}">{shown}</a>'
 
 
 def without_paths(text: str, out: Path) -> str:

@@ -2,9 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from html import escape
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -13,7 +12,7 @@ from PIL import Image
 from dreambooth_moslora import __version__
 from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.names import public_name
-from dreambooth_moslora.core.pictures import Row, draw_contact_sheet, figure, page, picture, section, table
+from dreambooth_moslora.core.pictures import Row, draw_contact_sheet, render
 from dreambooth_moslora.evaluation.metrics import Interval
 from dreambooth_moslora.extras.lab.run import STRIP_PX, result_path
 from dreambooth_moslora.extras.lab.stats import (
@@ -157,11 +156,6 @@ def companions(study: Study) -> dict[str, list[str]]:
     return {subject.name: [one.name for one in subject.beside] for subject in study.subjects if subject.beside}
 
 
-def span(interval: Interval, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    return f"{interval.mean:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
-
-
 def arm_rows(arms: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: scores with intervals over subjects and seeds, and the cost of each arm."""
     jobs = max((int(arm.cost.get("jobs", 1)) for arm in arms), default=1)
@@ -199,7 +193,7 @@ def outcome_rows(against: Sequence[Outcome]) -> tuple[list[str], list[list[str]]
     rows = []
     for found in sorted(against, key=lambda outcome: outcome.rank):
         wins = [" / ".join(f"{100 * share:.0f}" for share in found.wins[name]) for name in judged()]
-        rows.append([found.arm, str(found.rank), *spans(found.differences, names, signed=True), *wins])
+        rows.append([found.arm, str(found.rank), *spans(found.differences, names, "+"), *wins])
     return header, rows
 
 
@@ -213,9 +207,9 @@ def column(name: str) -> str:
     return MEASURES[name].column or MEASURES[name].title
 
 
-def spans(intervals: Mapping[str, Interval], names: Iterable[str], signed: bool = False) -> list[str]:
+def spans(intervals: Mapping[str, Interval], names: Iterable[str], sign: str = "") -> list[str]:
     """The interval of each name as text, empty if there is none."""
-    return [span(intervals[name], signed) if name in intervals else "" for name in names]
+    return [format(intervals[name], sign) if name in intervals else "" for name in names]
 
 
 def markdown_tables(tables: Sequence[tuple[list[str], list[list[str]]]]) -> str:
@@ -234,7 +228,7 @@ def finding(study: Study, against: Sequence[Outcome]) -> str:
     for outcome in against:
         change = outcome.differences["score"]
         verdict = "better" if change.low > 0 else "worse" if change.high < 0 else "no difference shown"
-        lines.append(f"{outcome.arm} r{outcome.rank} against {study.reference}: score {span(change, True)}, {verdict}")
+        lines.append(f"{outcome.arm} r{outcome.rank} against {study.reference}: score {change:+}, {verdict}")
     count = len(against)
     lines.append(f"{count} comparisons at 95 %: about {0.05 * count:.1f} of them would exclude zero by chance alone.")
     return "\n".join(lines)
@@ -253,17 +247,19 @@ def plots_of(study: Study, results, arms: Sequence[ArmSummary], against: Sequenc
 
 
 def report_html(study: Study, results, out: Path, tables, plots: dict, against: Sequence[Outcome]) -> str:
-    arms, relative, differences = tables
-    parts = [
-        f'<p class="faint">{escape(protocol_line(study, results))}</p>',
-        section("What was found", *(f"<p>{escape(line)}</p>" for line in finding(study, against).splitlines())),
-        section("Arms", table(*arms), "<p class='faint'>Means over subjects and seeds, 95 % intervals.</p>"),
-        section("On their own scales", table(*relative)),
-        section(f"Against {study.reference}, pair by pair", table(*differences)),
-        *(section(name.replace("_", " ").capitalize(), figure(plot, name)) for name, plot in plots.items()),
-        section("Pictures", *strips(study, results, out)),
-    ]
-    return page("Comparison of adapters", parts)
+    arms, shares, differences = tables
+    return render(
+        "study.html",
+        title="Comparison of adapters",
+        protocol=protocol_line(study, results),
+        findings=finding(study, against).splitlines(),
+        arms=arms,
+        shares=shares,
+        differences=differences,
+        reference=study.reference,
+        plots=plots,
+        strips=strips(study, results, out),
+    )
 
 
 def protocol_line(study: Study, results: Sequence[Result]) -> str:
@@ -277,17 +273,14 @@ def protocol_line(study: Study, results: Sequence[Result]) -> str:
     )
 
 
-def strips(study: Study, results: Sequence[Result], out: Path) -> list[str]:
-    """The pictures of every arm for each subject at the first seed."""
-    parts = []
+def strips(study: Study, results: Sequence[Result], out: Path) -> Iterator[tuple[str, Image.Image]]:
+    """A title, and the pictures of every arm for each subject at the first seed."""
     tested = [r.cell for r in results if r.cell.stage == "test" and r.cell.seed == study.seeds[0]]
     for subject in study.subjects:
         for cell in sorted((c for c in tested if c.subject == subject.name), key=lambda c: c.rank):
             path = result_path(study, cell, out).with_suffix(".jpg")
             if path.is_file():
-                title = f"{cell.subject}: {cell.arm}, rank {cell.rank}"
-                parts.append(f"<p class='faint'>{escape(title)}</p>{picture(Image.open(path), title, side_px=1024)}")
-    return parts
+                yield f"{cell.subject}: {cell.arm}, rank {cell.rank}", Image.open(path)
 
 
 def picture_rows(study: Study, results: Sequence[Result], out: Path) -> list[Row]:
