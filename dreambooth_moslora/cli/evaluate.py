@@ -3,17 +3,17 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import find_asset, is_toy
+from dreambooth_moslora.core.names import find_asset
 from dreambooth_moslora.disk.run_folder import RunDir, is_card
 from dreambooth_moslora.plan.checks import require_folder, require_writable
 from dreambooth_moslora.settings.measures import MEASURES
-from dreambooth_moslora.settings.prompts import Subject, subject_of
 from dreambooth_moslora.settings.sources import read_json_table, reason_of
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig, without_removed
@@ -21,10 +21,8 @@ from dreambooth_moslora.training.explain import SCALES, ScaleChoice, choose_scal
 from dreambooth_moslora.training.model_card import with_strength
 
 if TYPE_CHECKING:
-    from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator
+    from dreambooth_moslora.evaluation.evaluate import Evaluation
     from dreambooth_moslora.evaluation.protocol import EvaluationPlan
-    from dreambooth_moslora.evaluation.report import ReportContext
-    from dreambooth_moslora.evaluation.subjects import Together
     from dreambooth_moslora.photos.photo import Photo
 
 HELP = "measure how good an adapter is: report.html and scores.json"
@@ -82,17 +80,25 @@ def run(args: argparse.Namespace) -> int:
     from dreambooth_moslora.evaluation.encoders import load_encoders
     from dreambooth_moslora.evaluation.evaluate import evaluate_adapter
     from dreambooth_moslora.evaluation.report import ReportContext
-    from dreambooth_moslora.evaluation.subjects import confusion_lines, evaluators_of, pairs_of, pooled
+    from dreambooth_moslora.evaluation.subjects import (
+        confusion_lines,
+        evaluators_of,
+        pairs_of,
+        photos_by_subject,
+        pooled,
+        write_reports,
+    )
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
     from dreambooth_moslora.photos.folder import instance_photos
 
     base, subjects = config.pretrained_model_name_or_path, each_subject(config)
     photos = instance_photos(config).photos
-    plans = plans_of(args, subjects, photos)
+    of_each = photos_by_subject(photos, len(subjects))
+    plans = [plan_of(args, subject, own) for subject, own in zip(subjects, of_each)]
     pipeline = SubjectPipeline.from_base(base)
     name = pipeline.load_adapter(find_asset(args.adapter))
     device = pipeline.pipeline.unet.device
-    encoders = load_encoders(base if is_toy(base) else "", args.clip, args.dino, device)
+    encoders = load_encoders(base, args.clip, args.dino, device)
     evaluators = evaluators_of(subjects, photos, plans, encoders, pipeline.resolution_px)
     pairs = pairs_of(evaluators)
     count = sum(picture_count(plan, args.sweep_scale) for plan in plans)
@@ -107,31 +113,12 @@ def run(args: argparse.Namespace) -> int:
     diversity = "LPIPS" if encoders.lpips else "DINO distance"
     steps = plans[0].inference_steps
     about = ReportContext(name, pipeline.base_name, encoders.names, steps, followed, diversity, choice)
-    write(folder, evaluators, found, [judge(pair, scale=args.scale) for pair in pairs], about)
+    write_reports(folder, evaluators, found, [judge(pair, scale=args.scale) for pair in pairs], about)
     print("\n".join([summary(pooled(found)), *confusion_lines(found)]))
     if args.sweep_scale:
         print(note_strength(Path(find_asset(args.adapter)), choice))
     print(f"{folder / 'report.html'}\n{folder / 'scores.json'}")
     return 0
-
-
-def write(
-    folder: Path,
-    evaluators: Sequence["Evaluator"],
-    found: Sequence["Evaluation"],
-    together: Sequence["Together"],
-    about: "ReportContext",
-) -> None:
-    """Write the report of one subject, or those of several."""
-    from dreambooth_moslora.evaluation.metrics import photo_fidelity
-    from dreambooth_moslora.evaluation.report import write_report
-    from dreambooth_moslora.evaluation.subjects import write_subject_reports
-
-    if len(found) > 1:
-        write_subject_reports(folder, evaluators, found, together, about)
-        return
-    photos = evaluators[0].photos
-    write_report(folder, found[0], about, photos.pictures, photo_fidelity(photos.dino))
 
 
 def picture_count(plan: "EvaluationPlan", sweeps: bool) -> int:
@@ -219,34 +206,18 @@ def base_of(base_id: str) -> str:
     return "toy" if base_id == "toy-sdxl" else base_id
 
 
-def plans_of(
-    args: argparse.Namespace, subjects: Sequence[TrainConfig], photos: Sequence["Photo"]
-) -> list["EvaluationPlan"]:
-    """A plan for each subject, without places in its photos' captions."""
-    captions: list[list[str]] = [[] for _ in subjects]
-    for photo in photos:
-        captions[photo.subject].extend(photo.captions)
-    base = subjects[0].pretrained_model_name_or_path
-    return [plan_of(args, base, subject_of(one), one.instance_prompt, said) for one, said in zip(subjects, captions)]
-
-
-def plan_of(
-    args: argparse.Namespace, base: str, subject: Subject, bare_prompt: str, captions: list[str]
-) -> "EvaluationPlan":
-    from dataclasses import replace
-
-    from dreambooth_moslora.evaluation.protocol import plan_for, spread
+def plan_of(args: argparse.Namespace, subject: TrainConfig, photos: Sequence["Photo"]) -> "EvaluationPlan":
+    """The flags' plan for a subject, without places in its photos' captions."""
+    from dreambooth_moslora.evaluation.protocol import plan_of_subject, spread
 
     file = Path(args.prompts)
-    plan = plan_for(
-        base,
+    plan = plan_of_subject(
         subject,
+        photos,
         "auto" if file.is_file() else args.prompts,
-        captions,
         seeds=tuple(range(args.images_per_prompt)),
         class_images=args.class_images,
         inference_steps=args.inference_steps,
-        bare_prompt=bare_prompt,
     )
     if file.is_file():
         plan = replace(plan, templates=lines_of(file))

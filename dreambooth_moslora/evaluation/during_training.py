@@ -15,18 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.moslora import set_scale
-from dreambooth_moslora.core.names import is_toy
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.evaluation.encoders import Encoders, load_encoders
 from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator, sampler_draw
 from dreambooth_moslora.evaluation.metrics import photo_nearness
-from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_for
+from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_of_subject
 from dreambooth_moslora.evaluation.subjects import evaluators_of, photos_by_subject, pooled
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.photos.folder import with_kept_captions
 from dreambooth_moslora.photos.masks import with_kept_masks
 from dreambooth_moslora.photos.photo import Photo
-from dreambooth_moslora.settings.prompts import subject_of
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.explain import SCALES, ScaleChoice, best_of, choose_scale
@@ -49,7 +47,7 @@ class TrainingEvaluator:
         of_each = photos_by_subject(photos, len(self.subjects))
         self.plans = [plan_of(subject, own) for subject, own in zip(self.subjects, of_each)]
         if encoders is None and scores:
-            encoders = load_encoders(own_encoders_of(config))  # fail now, not late in the run
+            encoders = load_encoders(config.pretrained_model_name_or_path)  # fail now, not late in the run
         self.encoders = encoders
 
     @property
@@ -117,9 +115,7 @@ class TrainingEvaluator:
 
 
 def plan_of(subject: TrainConfig, photos: list[Photo]) -> EvaluationPlan:
-    captions = [caption for photo in photos for caption in photo.captions]
-    base, bare = subject.pretrained_model_name_or_path, subject.instance_prompt
-    full = plan_for(base, subject_of(subject), captions=captions, seeds=SEEDS, bare_prompt=bare)
+    full = plan_of_subject(subject, photos, seeds=SEEDS)
     return full.smaller(templates=3, seeds=2, class_images=2, unrelated=1, inference_steps=20)
 
 
@@ -135,9 +131,3 @@ def photo_facts(photos: Tensor) -> dict[str, float]:
     """The number of photos from their joint vectors (P, D), and the mean cosine of each to its nearest one."""
     nearness = {"nearness": round(photo_nearness(photos), 4)} if len(photos) > 1 else {}
     return {"count": len(photos), **nearness}
-
-
-def own_encoders_of(config: TrainConfig) -> str:
-    """The base if it has its own encoders, else "": the toy world's CLIP knows only toys, and CLIP knows no toys."""
-    base = config.pretrained_model_name_or_path
-    return base if is_toy(base) else ""

@@ -28,7 +28,7 @@ from transformers import (
 
 from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.core.names import CLIP, DINO, public_name
+from dreambooth_moslora.core.names import CLIP, DINO, is_toy, public_name
 
 TOY_DINO = "toy-dino"
 ALEXNET = "alexnet-owt-7be5be79.pth"
@@ -119,7 +119,8 @@ def batches(items: Sequence, size: int) -> list[list]:
 def load_encoders(
     base: str | Path = "", clip: str | Path = "", dino: str | Path = "", device: str | torch.device = "cpu"
 ) -> Encoders:
-    """The encoders of `base` ("toy": the toy world's own), or those named by hub id or folder.
+    """The toy world's own encoders for the embedded `base`, CLIP and DINOv2 for others, or those named by hub id or
+    folder: the toy world's know only toys, and the others know none.
 
     Raises UserError when one is not available: give a folder, or fetch it once with a network.
     """
@@ -160,8 +161,8 @@ def picture_distance(model: nn.Module, device: str | torch.device) -> PictureDis
 
 
 def own_encoders(base: str | Path) -> Path | None:
-    """The base's folder, if it has its own CLIP as the optional components of an SDXL pipeline."""
-    folder = resolve_base(base) if base else None
+    """The embedded base's folder, which has its own CLIP as the optional components of an SDXL pipeline."""
+    folder = resolve_base(base) if is_toy(base) else None
     return folder if isinstance(folder, Path) and (folder / "image_encoder").is_dir() else None
 
 

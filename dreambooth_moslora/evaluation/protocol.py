@@ -7,13 +7,20 @@ class      "a photo of a class"           by both           PRES: has the class 
 unrelated  other things                   by both           drift
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import TOY_TEMPLATES, is_toy
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
-from dreambooth_moslora.settings.prompts import DREAMBOOTH_LIVE_TEMPLATES, DREAMBOOTH_OBJECT_TEMPLATES, Subject
+from dreambooth_moslora.photos.photo import Photo
+from dreambooth_moslora.settings.prompts import (
+    DREAMBOOTH_LIVE_TEMPLATES,
+    DREAMBOOTH_OBJECT_TEMPLATES,
+    Subject,
+    subject_of,
+)
+from dreambooth_moslora.settings.table import TrainConfig
 
 TEMPLATE_SETS = {"object": DREAMBOOTH_OBJECT_TEMPLATES, "live": DREAMBOOTH_LIVE_TEMPLATES, "toy": TOY_TEMPLATES}
 LIVING = {"dog", "puppy", "cat", "kitten", "animal", "pet", "horse", "bird", "person", "man", "woman", "boy", "girl"}
@@ -126,6 +133,15 @@ def plan_for(
     others = tuple(text.format(kind) for text, kind in UNRELATED_TOYS if kind != subject.class_word)
     unrelated = others if is_toy(base) else UNRELATED
     return EvaluationPlan(subject, unseen(TEMPLATE_SETS[templates], captions), unrelated, **changes)
+
+
+def plan_of_subject(
+    subject: TrainConfig, photos: Iterable[Photo], templates: str = "auto", **changes
+) -> EvaluationPlan:
+    """`plan_for` a subject's settings and photos, with its instance prompt as the bare one. Raises UserError."""
+    captions = [caption for photo in photos for caption in photo.captions]
+    base, bare = subject.pretrained_model_name_or_path, subject.instance_prompt
+    return plan_for(base, subject_of(subject), templates, captions, bare_prompt=bare, **changes)
 
 
 def is_living(class_word: str) -> bool:

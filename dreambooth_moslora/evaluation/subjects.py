@@ -144,15 +144,19 @@ SHOWN = 8
 """Pictures of each subject in the common report; its own report has them all."""
 
 
-def write_subject_reports(
+def write_reports(
     folder: Path,
     evaluators: Sequence[Evaluator],
     found: Sequence[Evaluation],
     together: Sequence[Together],
     about: ReportContext,
 ) -> None:
-    """Write `folder`/scores.json and report.html for all, and those of each subject in a folder of its own."""
+    """Write `folder`/scores.json and report.html; of several subjects those for all, and each one's in a folder of
+    its own."""
     fidelities = [photo_fidelity(one.photos.dino) for one in evaluators]
+    if len(found) == 1:
+        write_report(folder, found[0], about, evaluators[0].photos.pictures, fidelities[0])
+        return
     for number, (evaluator, one, fidelity) in enumerate(zip(evaluators, found, fidelities), start=1):
         write_report(folder / f"subject_{number}", one, about, evaluator.photos.pictures, fidelity)
     scores = subjects_json(found, together, about, fidelities)

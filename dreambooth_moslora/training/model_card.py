@@ -1,13 +1,10 @@
 """The model card, and the push of a finished adapter to the hub.
 
-The model card: what the adapter shows, how to load it, how it was made, and how exactly its files reload.
+The card says what the adapter shows, how to load it, how it was made, and how exactly its files reload. It is meant
+to be shared: it contains no path, no photo and nothing about a photo.
 
-It is meant to be shared: it contains no path, no photo and nothing about a photo.
-
-Pushes a finished adapter to the hub, when asked: the adapter's files, the card and its pictures, nothing else.
-
-Photos, the contact sheet (which shows them), checkpoints, class images and the configuration (which holds
-paths) stay on this machine.
+The push, when asked for, sends the adapter's files, the card and its pictures. Photos, the contact sheet (which
+shows them), checkpoints, class images and the configuration (which holds paths) stay on this machine.
 """
 
 import logging

@@ -13,7 +13,7 @@ from dreambooth_moslora.evaluation.encoders import load_encoders
 from dreambooth_moslora.evaluation.evaluate import Evaluator
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, Subject
 from dreambooth_moslora.evaluation.report import ReportContext
-from dreambooth_moslora.evaluation.subjects import confusion_lines, pairs_of, pooled, write_subject_reports
+from dreambooth_moslora.evaluation.subjects import confusion_lines, pairs_of, pooled, write_reports
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.loop import train
@@ -110,7 +110,7 @@ def test_the_report_has_matrices_pictures_by_subject_and_pairs(evaluators, photo
         ("a photo of a sks duck and a sks rocket on the beach", True),
         ("a photo of a duck and a rocket on the beach", False),
     ]
-    write_subject_reports(tmp_path, evaluators, right, [together], ABOUT)
+    write_reports(tmp_path, evaluators, right, [together], ABOUT)
     scores = json.loads((tmp_path / "scores.json").read_text())
     cells = {(cell["of"], cell["with"]): cell for cell in scores["confusion"]}
     assert cells.keys() == {("sks duck", "sks rocket"), ("sks rocket", "sks duck")}

@@ -1,16 +1,11 @@
-"""Runs a study: trains and scores each cell once, and keeps its result.
-
-Results of a study's cells on the disk; the file name has a digest of everything that the result depends on.
-
-Scores of a study's cells. A process keeps the base, the encoders and each subject's base pictures in memory.
-
-Runs a study: trains and scores each cell once, in any number of processes, and keeps finished cells.
+"""Runs a study: trains and scores each cell once, in any number of processes, and keeps finished cells.
 
     OUT/cells/NAME-DIGEST.json   scores and costs of a cell, written atomically when it is finished
     OUT/cells/NAME-DIGEST.jpg    its pictures in one strip, for the report
     OUT/cache, OUT/running       encoded photos, and the run folder of the current training
 
-A worker keeps the base, the encoders and each subject's base pictures in memory between cells.
+The file name has a digest of everything that the result depends on. A worker keeps the base, the encoders and each
+subject's base pictures in memory between cells.
 """
 
 import hashlib
@@ -36,13 +31,13 @@ from dreambooth_moslora.adapters.moslora import matrix_layers
 from dreambooth_moslora.adapters.raw_file import empty_model
 from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.core.atomic_files import atomic_write
-from dreambooth_moslora.core.names import content_key, file_digest, is_toy
+from dreambooth_moslora.core.names import content_key, file_digest
 from dreambooth_moslora.disk.events import StepDone, events_of
 from dreambooth_moslora.disk.processes import reset_peak_memory, when_orphaned
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.evaluation.encoders import TOY_DINO, Encoders, load_encoders, own_encoders
 from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator, evaluate_adapter, truth_of
-from dreambooth_moslora.evaluation.protocol import plan_for
+from dreambooth_moslora.evaluation.protocol import plan_of_subject
 from dreambooth_moslora.extras.lab.stats import Result, best_rates, is_tuned, judged
 from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
@@ -50,7 +45,6 @@ from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.masks import open_mask
 from dreambooth_moslora.photos.photo import open_rgb
 from dreambooth_moslora.settings.fields import is_adapted
-from dreambooth_moslora.settings.prompts import subject_of
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig, rank_and_alpha
 from dreambooth_moslora.training.loop import train
@@ -117,7 +111,7 @@ def pipeline_of(base: str) -> SubjectPipeline:
 
 @lru_cache(maxsize=1)
 def encoders_of(base: str, clip: str, dino: str) -> Encoders:
-    return load_encoders(base if is_toy(base) else "", clip, dino)
+    return load_encoders(base, clip, dino)
 
 
 EVALUATORS: dict[str, Evaluator] = {}
@@ -136,9 +130,8 @@ def make_evaluator(study: Study, name: str) -> Evaluator:
     config = alone(study, study.reference, name)
     protocol, encoders = study.protocol, encoders_of(study.base, study.protocol.clip, study.protocol.dino)
     photos = photo_report(config).photos
-    captions, seeds = [c for photo in photos for c in photo.captions], tuple(range(protocol.images_per_prompt))
-    bare = config.instance_prompt
-    plan = plan_for(study.base, subject_of(config), captions=captions, seeds=seeds, bare_prompt=bare).smaller(
+    seeds = tuple(range(protocol.images_per_prompt))
+    plan = plan_of_subject(config, photos, seeds=seeds).smaller(
         protocol.num_prompts,
         protocol.images_per_prompt,
         protocol.class_images,
