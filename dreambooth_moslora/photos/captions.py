@@ -1,14 +1,12 @@
 """Captions made for photos that have none: the models that describe, and the files they leave.
 
-Models that describe the surroundings of the subject in a photo, but not the subject, for captions.
+A model describes the surroundings of the subject, but not the subject. For photographs, an instruction-tuned
+vision-language model of transformers answers. The default is Qwen3-VL 2B (Apache 2.0, without code of its own); any
+model that `AutoModelForImageTextToText` loads and that has a chat template can be named. It continues the text "A photo
+of a dog", so its answer is what follows these words in a caption. The embedded base reads place and light by its own
+CLIP. This module imports torch only to load a model.
 
-For photographs, an instruction-tuned vision-language model of transformers answers. The default is Qwen3-VL 2B
-(Apache 2.0, without code of its own); any model that `AutoModelForImageTextToText` loads and that has a chat
-template can be named. It continues the text "A photo of a dog", so its answer is what follows these words in a
-caption. The embedded base reads place and light by its own CLIP. This module imports torch only to load a
-model.
-
-Captions made by a `Captioner` for photos that have none. What the user wrote is never changed.
+What the user wrote is never changed. The made captions lie
 
 beside the photos    `dog.txt`, as a user would write it (the command `caption`). `.made_captions.json` lists
                      the made ones; a caption that was edited since counts as the user's
@@ -22,7 +20,6 @@ import errno
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -36,7 +33,7 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.machine import half_precision
 from dreambooth_moslora.core.names import assets_folder, content_key, file_digest, is_toy, public_name
 from dreambooth_moslora.photos.folder import CAPTION_SUFFIX, MADE_CAPTIONS, kept_captions
-from dreambooth_moslora.photos.photo import Photo, open_rgb
+from dreambooth_moslora.photos.photo import Photo, open_rgb, why_not_beside
 from dreambooth_moslora.settings.prompts import class_word_of, joined
 from dreambooth_moslora.settings.table import TrainConfig
 
@@ -171,20 +168,16 @@ def make_beside(
     With `anew`, earlier made captions that were not edited are made again.
     """
     photos = list(photos)
-    named = Counter(photo.path.stem for photo in photos)
     for photo in photos:
         target = photo.path.with_suffix(CAPTION_SUFFIX)
         is_old = was_made(photo, target)
         if is_old and not anew:
-            yield MadeCaption(photo, None, "it has a made caption, which is kept (--overwrite_made replaces it)")
+            reason = "it has a made caption, which is kept (--overwrite_made replaces it)"
         elif not is_old and photo.is_captioned:
-            yield MadeCaption(photo, None, "it has a caption, which is kept")
-        elif not is_old and target.exists():
-            yield MadeCaption(photo, None, f"{target.name} exists but cannot be used; it is kept")
-        elif named[photo.path.stem] > 1:
-            yield MadeCaption(photo, None, f"another photo has the name {photo.path.stem} too: rename one of them")
+            reason = "it has a caption, which is kept"
         else:
-            yield make_one_beside(photo, target, captioner, prompt)
+            reason = why_not_beside(photo, target, photos, replaces=is_old)
+        yield MadeCaption(photo, None, reason) if reason else make_one_beside(photo, target, captioner, prompt)
 
 
 def was_made(photo: Photo, target: Path) -> bool:
@@ -209,14 +202,12 @@ def make_one_beside(photo: Photo, target: Path, captioner: Captioner, prompt: st
     return made
 
 
-def make_for_run(photos: Iterable[Photo], captioner: Captioner, prompt: str, path: Path) -> Iterator[MadeCaption]:
-    """Captions that `keep` writes into the file `path`. A caption there of the same photo, model and words is taken."""
-    for photo in photos:
-        key, old = key_of(photo, captioner, prompt), kept_captions(path).get(photo.kept_name)
-        if old and old["made_from"] == key:
-            yield MadeCaption(photo, old["caption"])
-        else:
-            yield replace(make(photo, captioner, prompt), key=key)
+def make_for_run(photo: Photo, captioner: Captioner, prompt: str, path: Path) -> MadeCaption:
+    """A caption that `keep` writes into the file `path`. One there of the same photo, model and words is taken."""
+    key, old = key_of(photo, captioner, prompt), kept_captions(path).get(photo.kept_name)
+    if old and old["made_from"] == key:
+        return MadeCaption(photo, old["caption"])
+    return replace(make(photo, captioner, prompt), key=key)
 
 
 def keep(path: Path, made: MadeCaption, prompt: str) -> None:

@@ -1,19 +1,17 @@
 """Masks made for photos that have none: the models that find the subject, and the files they leave.
 
-Models that find the subject in a photo: CLIPSeg by a word, or the toy world's own net for the embedded base.
-
 CLIPSeg (Lüddecke and Ecker, CVPR 2022) reads a word and a picture; its weights are downloaded once from the
-hub. Both give a probability for each pixel. A pixel belongs to the mask if its probability is at least half of
-the largest one: CLIPSeg's certainty depends more on the word than on the subject's outline. Always fp32.
+hub. The embedded base has the toy world's own net. Both give a probability for each pixel. A pixel belongs to the mask
+if its probability is at least half of the largest one: CLIPSeg's certainty depends more on the word than on the
+subject's outline. Always fp32.
 
-Masks made by a `Segmenter` for photos that have none. The user's own masks are never changed.
+The user's own masks are never changed. The made ones lie
 
 beside the photos    `name.mask.png`, as a user would write it (`check --make_masks`)
 in a run folder      `masks/dog.jpg.mask.png` (`--masks auto`); its header records photo, model and word,
                      so that a resumed run does not make it again
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -31,7 +29,7 @@ from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.names import assets_folder, content_key, file_digest, public_name
 from dreambooth_moslora.photos.masks import TOY_SEGMENTER, kept_path, made_from, marked_png, segmenter_name, sought_word
-from dreambooth_moslora.photos.photo import Photo, open_rgb
+from dreambooth_moslora.photos.photo import Photo, open_rgb, why_not_beside
 from dreambooth_moslora.settings.table import TrainConfig
 
 LEAST_PEAK = 0.2
@@ -140,27 +138,19 @@ class MadeMask:
 def make_beside(photos: Iterable[Photo], segmenter: Segmenter) -> Iterator[MadeMask]:
     """Write `name.mask.png` beside each photo without a mask, one after the other. Raises OSError."""
     photos = list(photos)
-    named = Counter(photo.path.stem for photo in photos)
     for photo in photos:
         target = photo.path.with_name(f"{photo.path.stem}.mask.png")
-        if photo.mask_path is not None:
-            yield MadeMask(photo, None, "it has a mask, which is kept")
-        elif named[photo.path.stem] > 1:
-            yield MadeMask(photo, None, f"another photo has the name {photo.path.stem} too: rename one of them")
-        elif target.exists():
-            yield MadeMask(photo, None, f"{target.name} exists but cannot be used; it is kept")
-        else:
-            yield make(photo, target, segmenter)
+        has_one = photo.mask_path is not None
+        reason = "it has a mask, which is kept" if has_one else why_not_beside(photo, target, photos)
+        yield MadeMask(photo, None, reason) if reason else make(photo, target, segmenter)
 
 
-def make_kept(photos: Iterable[Photo], segmenter: Segmenter, folder: Path) -> Iterator[MadeMask]:
-    """Like `make_beside`, but into `folder`. A mask made before from the same photo, model and word is kept."""
-    for photo in photos:
-        key = content_key(photo=file_digest(photo.path), model=segmenter.name, word=segmenter.word)
-        target = kept_path(photo, folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        is_made = made_from(target) == key
-        yield MadeMask(photo, target) if is_made else make(photo, target, segmenter, key)
+def make_kept(photo: Photo, segmenter: Segmenter, folder: Path) -> MadeMask:
+    """Write the photo's mask into `folder`. One made before from the same photo, model and word is kept."""
+    key = content_key(photo=file_digest(photo.path), model=segmenter.name, word=segmenter.word)
+    target = kept_path(photo, folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return MadeMask(photo, target) if made_from(target) == key else make(photo, target, segmenter, key)
 
 
 def make(photo: Photo, target: Path, segmenter: Segmenter, key: str = "") -> MadeMask:
@@ -169,12 +159,8 @@ def make(photo: Photo, target: Path, segmenter: Segmenter, key: str = "") -> Mad
         target.unlink(missing_ok=True)  # it was made for another word
         sought = f"“{segmenter.word}”" if segmenter.word else "the subject"
         return MadeMask(photo, None, f"empty: {sought} was not found, so no mask is written")
-    write_mask(target, mask, key)
+    atomic_write(target, marked_png(mask.convert("1"), key))
     return MadeMask(photo, target, quality_warning(mask))
-
-
-def write_mask(path: Path, mask: Image.Image, key: str) -> None:
-    atomic_write(path, marked_png(mask.convert("1"), key))
 
 
 def quality_warning(mask: Image.Image) -> str:

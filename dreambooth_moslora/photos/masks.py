@@ -1,11 +1,7 @@
-"""Masks: which file is a photo's mask, whether it can be used, and masks that the program made.
-
-Pictures that the program made from photos: a key in the header records the sources, so that none is made twice.
-
-Masks: which file is a photo's mask, whether it can be used, its pixels (white on the subject), and the segmenter.
+"""Masks: which file is a photo's mask, whether it can be used, its pixels (white on the subject), and the segmenter.
 
 A photo's mask is `name.mask.png` beside it, else its own transparency, else a mask kept in the run folder by
-`mask_making`.
+`mask_making`. A key in the header of a made mask records its sources, so that none is made twice.
 """
 
 import os

@@ -1,17 +1,13 @@
 """One photo: its file from any phone or program as upright sRGB pixels, its captions and its mask.
 
-Opens one image file, from any phone or program, as upright 8-bit sRGB pixels on white.
-
-Only this module handles orientation (EXIF), colour profiles, transparency, CMYK, Lab, palettes, greys and 16
+Only this module handles orientation (EXIF), colour profiles, transparency (on white), CMYK, Lab, palettes, greys and 16
 bits. Sizes are (height, width) px of the upright picture.
-
-One usable photo: its file, captions, mask and pixels.
 """
 
 import errno
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
@@ -257,3 +253,15 @@ def open_rgb(photo: Photo) -> Image.Image:
         return to_rgb(open_image(photo.path))
     except UnreadableImageError as error:
         raise UserError(f"{photo.path}: {error}; it changed since the folder was read.") from error
+
+
+def why_not_beside(photo: Photo, target: Path, photos: Sequence[Photo], *, replaces: bool = False) -> str:
+    """Why no file `target` is made beside one of the photos: something has its name, or two photos would share it.
+
+    "" when it can be made. With `replaces`, what is there was made before.
+    """
+    if target.exists() and not replaces:
+        return f"{target.name} exists but cannot be used; it is kept"
+    if sum(other.path.stem == photo.path.stem for other in photos) > 1:
+        return f"another photo has the name {photo.path.stem} too: rename one of them"
+    return ""

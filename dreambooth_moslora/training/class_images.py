@@ -140,6 +140,9 @@ class ClassBatch:
     seeds: tuple[int, ...]
     missing: tuple[int, ...]
 
+    def __len__(self) -> int:
+        return len(self.indices)
+
     def files(self, generate: Generate) -> list[bytes]:
         """Generate the batch; returns the missing images as PNG files."""
         pictures = dict(zip(self.indices, generate(self.images.prompt, list(self.seeds)), strict=True))

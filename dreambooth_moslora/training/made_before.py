@@ -1,26 +1,26 @@
 """What is made before the first step: captions, masks and class images.
 
-`--captions auto`: photos without a caption get one before the base is loaded; the captioner then leaves memory.
-
-`--masks auto`: photos without a mask get one before the base is loaded; the segmenter then leaves memory.
-
-The class images of a run: the user's own, and those that the frozen base draws before training.
+`--captions auto` and `--masks auto`: photos without a caption or a mask get one before the base is loaded, and the
+model that makes them then leaves memory. The class images are the user's own, and those that the frozen base draws.
+`make_missing` makes all three: shared out to the processes, counted, and stopped where it is asked to.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
+from typing import TypeVar
 
+import torch
 from diffusers import StableDiffusionXLPipeline
 
 from dreambooth_moslora.core.atomic_files import clean_stale
 from dreambooth_moslora.core.errors import UserError, spelled_out
 from dreambooth_moslora.core.names import public_name
 from dreambooth_moslora.generation.fixed_seeds import generate_images
-from dreambooth_moslora.photos.captions import MadeCaption, keep, load_captioner, make_for_run
+from dreambooth_moslora.photos.captions import Captioner, MadeCaption, keep, load_captioner, make_for_run
 from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.folder import find_photos, usable_photos, with_kept_captions
 from dreambooth_moslora.photos.mask_making import MadeMask, load_segmenter, make_kept
@@ -35,6 +35,64 @@ from dreambooth_moslora.training.reporter import RunContext, free_unused_memory
 
 logger = logging.getLogger(__name__)
 
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+Model = TypeVar("Model")
+
+
+def make_missing(
+    context: RunContext,
+    phase: str,
+    items: Sequence[Item],
+    make: Callable[[Item], Made],
+    keep: Callable[[Item, Made], object],
+    *,
+    size: Callable[[Item], int] = lambda item: 1,
+    done: int = 0,
+) -> None:
+    """`make` each of the `items`, which are shared out to the processes and must be equal in all.
+
+    The main process does `keep`. The report counts the `size` of each item on top of what is `done` already. A stop
+    ends it between two items. Raises StopRequestedError, and an error of one process in all.
+    """
+    accelerator = context.accelerator
+
+    def own(share: Sequence[Item]) -> Generator[Made, None, None]:
+        for item in share:
+            context.raise_if_asked()
+            yield make(item)
+
+    def counts() -> Iterator[int]:
+        count = done
+        if count:
+            yield count
+        for item, made in zip(items, share_out(accelerator, items, own), strict=True):
+            on_main(accelerator, partial(keep, item, made))
+            count += size(item)
+            yield count
+
+    for _ in context.report.counted(phase, counts(), done + sum(map(size, items))):
+        pass
+    context.stop_if_asked()
+
+
+def make_for_photos(
+    context: RunContext,
+    kind: str,
+    photos: list[Photo],
+    load: Callable[[TrainConfig, torch.device], Model],
+    make: Callable[[Photo, Model], Made],
+    keep: Callable[[Photo, Made], object],
+) -> None:
+    """Make what the photos, which are in the order of their subjects, lack, by the model that `load` finds for each
+    subject. One model is in memory at a time, and none at the end."""
+    subjects, device = each_subject(context.config), context.accelerator.device
+    same = agreed(context.accelerator, lambda: photos, lambda found: f"{len(found)} photos without a {kind}")
+    model_of = lru_cache(maxsize=1)(lambda subject: load(subjects[subject], device))
+    make_missing(context, f"{kind}s", same, lambda photo: make(photo, model_of(photo.subject)), keep)
+    model_of.cache_clear()
+    free_unused_memory(device)
+
 
 def captioned_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
     """The photos; those without a caption get the one in the run folder, which is made if missing.
@@ -44,47 +102,20 @@ def captioned_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
     bare = [photo for photo in photos if not photo.is_captioned]
     if context.config.captions != "auto" or not bare:
         return photos
-    make_captions(context, bare)
-    free_unused_memory(context.accelerator.device)
+    subjects, path = each_subject(context.config), context.run_dir.captions_path
+
+    def make(photo: Photo, captioner: Captioner) -> MadeCaption:
+        return make_for_run(photo, captioner, subjects[photo.subject].instance_prompt, path)
+
+    def keep_and_tell(photo: Photo, made: MadeCaption) -> None:
+        keep(path, made, subjects[photo.subject].instance_prompt)
+        logger.info("%s", spelled_out(f"{photo.path.name}: {made.caption or made.remark}"))
+
+    make_for_photos(context, "caption", bare, load_captioner, make, keep_and_tell)
     found = []
-    for number, subject in enumerate(each_subject(context.config)):
+    for number, subject in enumerate(subjects):
         found += with_kept_captions(subject, [photo for photo in photos if photo.subject == number])
     return found
-
-
-def make_captions(context: RunContext, photos: list[Photo]) -> None:
-    """Make the photos' captions, shared out to the processes; the main process writes them into the run folder.
-
-    All processes have the same `photos`, by subject.
-    """
-    accelerator, path, subjects = context.accelerator, context.run_dir.captions_path, each_subject(context.config)
-    same = agreed(accelerator, lambda: photos, lambda found: f"{len(found)} photos without a caption")
-
-    def kept() -> Iterator[MadeCaption]:
-        for made in share_out(accelerator, same, partial(captions_of_each, context)):
-            on_main(accelerator, partial(keep, path, made, subjects[made.photo.subject].instance_prompt))
-            yield made
-
-    for _ in context.report.counted("captions", logged_captions(kept()), len(same)):
-        pass
-    context.stop_if_asked()
-
-
-def captions_of_each(context: RunContext, photos: Sequence[Photo]) -> Generator[MadeCaption, None, None]:
-    """Make each subject's captions with its own words."""
-    for number, subject in enumerate(each_subject(context.config)):
-        if own := [photo for photo in photos if photo.subject == number]:
-            captioner = load_captioner(subject, context.accelerator.device)
-            for made in make_for_run(own, captioner, subject.instance_prompt, context.run_dir.captions_path):
-                yield made
-                context.raise_if_asked()
-
-
-def logged_captions(made: Iterable[MadeCaption]) -> Iterator[int]:
-    """Log each caption; yields its number. The user also finds it in `captions.json`."""
-    for number, found in enumerate(made, start=1):
-        logger.info("%s", spelled_out(f"{found.photo.path.name}: {found.caption or found.remark}"))
-        yield number
 
 
 def masked_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
@@ -96,38 +127,14 @@ def masked_photos(context: RunContext, photos: list[Photo]) -> list[Photo]:
         return photos
     folder = context.run_dir.masks_dir
     own = [without_kept_mask(photo, folder) for photo in photos]
-    bare = [photo for photo in own if photo.mask_path is None]
-    if bare:
-        make_masks(context, bare)
-        free_unused_memory(context.accelerator.device)
+    if bare := [photo for photo in own if photo.mask_path is None]:
+        make_for_photos(context, "mask", bare, load_segmenter, partial(make_kept, folder=folder), tell_of_mask)
     return with_kept_masks(own, folder)
 
 
-def make_masks(context: RunContext, photos: list[Photo]) -> None:
-    """Write masks into the run folder: the photos are shared out to the processes, which have the same, by subject."""
-    same = agreed(context.accelerator, lambda: photos, lambda found: f"{len(found)} photos without a mask")
-    made = share_out(context.accelerator, same, partial(masks_of_each, context))
-    for _ in context.report.counted("masks", logged_masks(made), len(same)):
-        pass
-    context.stop_if_asked()
-
-
-def masks_of_each(context: RunContext, photos: Sequence[Photo]) -> Generator[MadeMask, None, None]:
-    """Make each subject's masks with its own word."""
-    for number, subject in enumerate(each_subject(context.config)):
-        if own := [photo for photo in photos if photo.subject == number]:
-            segmenter = load_segmenter(subject, context.accelerator.device)
-            for made in make_kept(own, segmenter, context.run_dir.masks_dir):
-                yield made
-                context.raise_if_asked()
-
-
-def logged_masks(made: Iterable[MadeMask]) -> Iterator[int]:
-    """Log remarks on the masks; yields each mask's number."""
-    for number, mask in enumerate(made, start=1):
-        if mask.remark:
-            logger.warning("%s", spelled_out(f"the mask of {mask.photo.path.name}: {mask.remark}"))
-        yield number
+def tell_of_mask(photo: Photo, mask: MadeMask) -> None:
+    if mask.remark:
+        logger.warning("%s", spelled_out(f"the mask of {photo.path.name}: {mask.remark}"))
 
 
 Sets = list[tuple[ClassImages, int]]
@@ -162,8 +169,14 @@ def make_class_images(
     folder = Path(config.class_data_dir) if config.class_data_dir else context.run_dir.class_images_dir
     sets, lacking = on_main(accelerator, lambda: planned(folder, config, sizes))
     if wanted := sum(count for _, count in sets):
-        for _ in context.report.counted("class_images", made(context, pipeline, lacking, wanted), wanted):
-            pass
+        drawing = cache(lambda: drawing_pipeline(config, pipeline, accelerator.device).to(accelerator.device))
+
+        def draw(batch: ClassBatch) -> list[bytes]:
+            size_px, should_stop = batch.images.size_px, context.should_stop
+            return batch.files(partial(generate_images, drawing(), size_px=size_px, should_stop=should_stop))
+
+        done = wanted - sum(map(len, lacking))
+        make_missing(context, "class_images", lacking, draw, ClassBatch.keep, size=len, done=done)
     return agreed(
         accelerator, lambda: usable_class_photos(folder, config, sets), lambda found: f"{len(found)} class images"
     )
@@ -185,31 +198,6 @@ def sets_of(folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], i
     wanted = max(0, config.num_class_images - len(found) + len(sets[0].generated(found)))
     counts = shares(sizes, wanted)
     return [(images, counts[images.size_px]) for images in sets]
-
-
-def made(
-    context: RunContext, pipeline: StableDiffusionXLPipeline, lacking: list[ClassBatch], wanted: int
-) -> Iterator[int]:
-    """Draw the batches, shared out to the processes; the main process writes them. Yields how many images exist."""
-    count = wanted - sum(len(batch.indices) for batch in lacking)
-    if count:
-        yield count
-    drawn = share_out(context.accelerator, lacking, lambda batches: draw_each(context, pipeline, batches))
-    for batch, files in zip(lacking, drawn, strict=True):
-        on_main(context.accelerator, partial(batch.keep, files))
-        count += len(batch.indices)
-        yield count
-
-
-def draw_each(
-    context: RunContext, pipeline: StableDiffusionXLPipeline, batches: Sequence[ClassBatch]
-) -> Generator[list[bytes], None, None]:
-    """Draw this process's batches; yields the files of each."""
-    generator = drawing_pipeline(context.config, pipeline, context.accelerator.device).to(context.accelerator.device)
-    for batch in batches:
-        context.raise_if_asked()
-        size_px, should_stop = batch.images.size_px, context.should_stop
-        yield batch.files(partial(generate_images, generator, size_px=size_px, should_stop=should_stop))
 
 
 def class_photos_in(folder: Path, config: TrainConfig) -> list[Photo]:

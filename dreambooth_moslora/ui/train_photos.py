@@ -108,7 +108,7 @@ def with_made_masks(config: "TrainConfig", visitor: Visitor) -> Iterator[tuple["
         if photo.mask_path is not None or not segmenters:
             yield photo, ""
             continue
-        (made,) = make_kept([photo], segmenters[photo.subject], visitor.folder / "made_masks")
+        made = make_kept(photo, segmenters[photo.subject], visitor.folder / "made_masks")
         yield replace(photo, mask_path=made.path), made.remark
 
 

@@ -30,8 +30,8 @@ def photos_in(folder: Path):
 
 
 def keep_all(photos: list, captioner: Captioner, prompt: str, path: Path) -> None:
-    for made in make_for_run(photos, captioner, prompt, path):
-        keep(path, made, prompt)
+    for photo in photos:
+        keep(path, make_for_run(photo, captioner, prompt, path), prompt)
 
 
 def written(folder: Path, words: str = "on grass", **options) -> list[str | None]:
