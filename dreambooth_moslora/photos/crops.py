@@ -1,23 +1,16 @@
-"""What training cuts out of a photo, drawn in advance, and the checks of a folder's pixels.
-
-The square that training cuts out of a photo: first as numbers (`CropPlan`), then as pixels.
+"""What training cuts out of a photo, first as numbers and then as pixels, and the checks of a folder's pixels.
 
     photo (h, w) --resize: shorter side = r·zoom--> (h', w') --mirror?--> crop (r, r) at (top, left)
 
-With `--enable_bucket` it is a rectangle of about the same area, whose shape is nearest to the photo's. SDXL is
-conditioned on these numbers (Podell et al. 2023, arXiv 2307.01952, section 2.2).
+With `--enable_bucket` the crop is a rectangle of about the same area, whose shape is nearest to the photo's. SDXL is
+conditioned on these numbers (Podell et al. 2023, arXiv 2307.01952, section 2.2). `crop_rows` draws the crops of
+training in advance.
 
-Draws the crops of training in advance: each photo with the frames of its crops, then the crops.
-
-Finds blurred photos and nearly equal pairs by their pixels.
-
-Sharpness compares second differences with first ones at edges: √mean L² / √mean |∇|², over tiles. It measures
-how steep edges are, not how many there are, so a plain background is fine. The sharpest tenth of the edges
-decides, so a blurred background is fine too. Real photos have 1.8 to 3.2; blurred by a Gaussian of 3 px at 1024
-px they have 0.5 to 0.8.
-
-Likeness is the correlation of 16 × 16 thumbnails: different photos of one subject have up to 0.8; a copy that
-is cropped by a few percent, brighter or smaller has 0.93 to 1.
+`examine` finds blurred photos and nearly equal pairs. Sharpness compares second differences with first ones at edges:
+√mean L² / √mean |∇|², over tiles. It measures how steep edges are, not how many there are, so a plain background is
+fine. The sharpest tenth of the edges decides, so a blurred background is fine too. Real photos have 1.8 to 3.2; blurred
+by a Gaussian of 3 px at 1024 px they have 0.5 to 0.8. Likeness is the correlation of 16 × 16 thumbnails: different
+photos of one subject have up to 0.8; a copy that is cropped by a few percent, brighter or smaller has 0.93 to 1.
 """
 
 import math
@@ -267,17 +260,15 @@ def examine(report: PhotoReport, resolution_px: int = LOOK_PX) -> PhotoReport:
 
     Photos are examined at the size of training: finer detail need not be sharp.
     """
-    looks = [look_at(photo, min(LOOK_PX, max(MIN_LOOK_PX, resolution_px))) for photo in report.photos]
+    looks, look_px = [], min(LOOK_PX, max(MIN_LOOK_PX, resolution_px))
+    for photo in report.photos:
+        image = open_rgb(photo)
+        looks.append(Look(photo, sharpness(image, look_px), thumbnail(image)))
     photos = [
         replace(look.photo, reasons=(*look.photo.reasons, *verdicts(look, looks[:number])))
         for number, look in enumerate(looks)
     ]
     return replace(report, photos=photos)
-
-
-def look_at(photo: Photo, look_px: int) -> Look:
-    image = open_rgb(photo)
-    return Look(photo, sharpness(image, look_px), thumbnail(image))
 
 
 def verdicts(look: Look, earlier: list[Look]) -> list[str]:

@@ -1,6 +1,12 @@
 """A folder of photos as a report: the photos, the files beside them, and why a file is left out.
 
-Which captions a photo's exposures draw from: tags in changing orders, and the instance prompt in a share of them.
+A photo's captions are the lines of `name.txt` beside it, else its line in `metadata.jsonl` ({"file_name", "text"}, the
+format of the datasets library), else a caption kept in the run folder by `captions`, else the instance prompt. Training
+draws one of them for each exposure. `masks` finds its mask, `name.mask.png` or another image format. Suffixes may be
+upper or lower case. No file in the folder can stop the program: unusable files are listed with a reason.
+
+`--dataset_name`: the images of a data set, on the hub or local, become such a folder. The image files are written
+unchanged, so that EXIF, transparency and the encoding cache work as for any other.
 
 Tags of image boards have no order, so they are shuffled:
 
@@ -11,22 +17,6 @@ order once, and resumed or distributed runs use the same orders as an unbroken r
 
 A photo whose captions all name a place, say, would never be shown with the bare instance prompt, and prior
 preservation holds the class prompt, its neighbour, where it was: the bare prompt would not draw the subject.
-
-Files beside photos: `name.txt` and `name.mask.png`, or one `metadata.jsonl` with the captions of the folder.
-
-A mask may have any image format. `metadata.jsonl` has the format of the datasets library. Suffixes may be upper
-or lower case. Each line of `name.txt` is a caption; training draws one of them for each exposure.
-
-`--dataset_name`: the images of a data set, on the hub or local, as a folder of photos.
-
-The image files are written unchanged, with their captions in `metadata.jsonl`, so that EXIF, transparency and
-the encoding cache work as for any folder.
-
-Reads a folder of photos into a `PhotoReport`: the photos, and the files that were left out.
-
-A photo's captions are the lines of `name.txt` beside it, else its line in `metadata.jsonl` ({"file_name",
-"text"}), else a caption kept in the run folder by `caption_making`, else the instance prompt. `masks` finds its
-mask. No file in the folder can stop the program: unusable files are listed with a reason.
 """
 
 import json
@@ -43,7 +33,7 @@ from PIL import Image
 
 from dreambooth_moslora.core.atomic_files import atomic_directory
 from dreambooth_moslora.core.errors import UserError, one_line, spelled_out
-from dreambooth_moslora.core.names import SUBJECT_FILE
+from dreambooth_moslora.core.names import SUBJECT_FILE, default_cache_dir
 from dreambooth_moslora.core.seeding import rng
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.masks import find_mask, with_kept_masks
@@ -206,17 +196,12 @@ def dataset_folder(config: TrainConfig) -> Path:
     rows = [(image_bytes(row[config.image_column], own), caption_of(row, config.caption_column)) for row in table]
     rows = [(content, caption) for content, caption in rows if content]
     digest = sha256(b"".join(sha256(content).digest() + (caption or "").encode() for content, caption in rows))
-    folder = cache_root(config) / "photos" / digest.hexdigest()[:16]
+    cache_dir = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
+    folder = cache_dir / "photos" / digest.hexdigest()[:16]
     if not folder.is_dir():
         with atomic_directory(folder) as new:
             write_rows(new, rows)
     return folder
-
-
-def cache_root(config: TrainConfig) -> Path:
-    from dreambooth_moslora.core.names import default_cache_dir
-
-    return Path(config.cache_dir) if config.cache_dir else default_cache_dir()
 
 
 def load_images(config: TrainConfig) -> Iterable[dict[str, Any]]:

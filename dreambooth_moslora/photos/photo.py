@@ -177,15 +177,11 @@ def by_profile(image: Image.Image, profile: bytes | ImageCms.core.CmsProfile) ->
     """Convert by an ICC profile; None when the profile is damaged or meant for another mode."""
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile) if isinstance(profile, bytes) else profile)
-        transform = colour_transform(source, image.mode)
+        intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), image.mode, "RGB", intent)
         return ImageCms.applyTransform(image, transform)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None
-
-
-def colour_transform(source: ImageCms.ImageCmsProfile, mode: str) -> ImageCms.ImageCmsTransform:
-    target = ImageCms.createProfile("sRGB")
-    return ImageCms.buildTransform(source, target, mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC)
 
 
 def is_deep(image: Image.Image) -> bool:
