@@ -1,23 +1,20 @@
 """Subjects on one frozen basis: A and B are given, and a subject is its mixers M alone (LoRA-XS, arXiv 2405.17604).
 
-A frozen basis: A and B of each layer are given, and a subject is the mixer M alone (LoRA-XS, arXiv 2405.17604).
-
     W0 ≈ U·S·Vᵀ        A = √c·V_rᵀ (r, in)        B = √c·U_r (out, r)        c = the mean of the r largest S
     y  = W0·x + s·B·M·A·x        M (r, r) starts at zero
 
 `SvdBasis` is of the base's own weights, as its files hold them: the same in whatever precision the base is loaded.
 `FileBasis` takes A and B from a raw adapter file. The files of a run name its basis by kind and SHA-256.
 
-A subject on a frozen basis as its mixers alone: r² numbers a layer, a few hundred kB for all.
+A subject's file holds r² numbers a layer, a few hundred kB for all:
 
     mixers (n,) fp16    M of all layers, in order, with the scale s included, divided by 2^exponent
 
 The header holds the metadata as other files do (`moslora`: ranks, and the basis by kind and SHA-256), the layers'
 paths and the exponent. Stock LoRA loaders refuse such a file: they know none of its names.
 
-A frozen basis in a UNet as one PEFT adapter, whose mixers are views of one buffer: another subject is one copy.
-
-Several subjects at once are the sum of their mixers, as B·(M₁ + M₂)·A = B·M₁·A + B·M₂·A.
+`SwappedMixers` is a basis in a UNet as one PEFT adapter, whose mixers are views of one buffer: another subject is one
+copy. Several subjects at once are the sum of their mixers, as B·(M₁ + M₂)·A = B·M₁·A + B·M₂·A.
 """
 
 import json
@@ -33,7 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata
 from dreambooth_moslora.adapters.moslora import (
     MoSLoraConfig,
     adapter_layers,
@@ -173,7 +170,7 @@ def freeze_basis(unet: nn.Module, adapter_name: str = "default") -> None:
 
 
 MIXERS, LAYERS, EXPONENT = "mixers", "layers", "exponent"
-COMPONENT = "unet."
+COMPONENT = f"{UNET}."
 LARGEST = 2.0**14
 """Of the numbers in the file: fp16 holds up to 65504, and loses precision below 6e-5."""
 
@@ -212,7 +209,7 @@ def write_mixers(path: Path, unet: nn.Module, metadata: AdapterMetadata, adapter
     metadata = replace(
         metadata, alpha=metadata.rank, ranks=others, alphas=others, use_rslora=False, structures={}, mixer=ZERO
     )
-    header = {"moslora": metadata.to_json(), LAYERS: json.dumps([*live]), EXPONENT: str(exponent)}
+    header = metadata.header | {LAYERS: json.dumps([*live]), EXPONENT: str(exponent)}
     write_file(path, {MIXERS: (values * 2.0**-exponent).half()}, header)
     found = read_mixers(path).values.double().split([rank**2 for rank in ranks.values()])
     for name, there, here in zip(live, found, mixers, strict=True):
@@ -237,7 +234,7 @@ def read_mixers(path: Path) -> Mixers:
     if len(tensors) != 1 or values is None:
         raise UserError(f"{path.name} holds no mixers of this program")
     try:
-        metadata = AdapterMetadata.from_json(header["moslora"])
+        metadata = AdapterMetadata.from_json(header[HEADER])
         layers, factor = json.loads(header[LAYERS]), 2.0 ** int(header[EXPONENT])
         ranks = {name: metadata.ranks.get(COMPONENT + name, metadata.rank) for name in layers}
         count = sum(rank**2 for rank in ranks.values())

@@ -3,7 +3,6 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -13,17 +12,24 @@ import torch
 from torch import Tensor
 
 from dreambooth_moslora.adapters.basis import is_mixer_file, read_mixers
-from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata, metadata_in
 from dreambooth_moslora.adapters.mixer import LowRank
 from dreambooth_moslora.adapters.new_tokens import KEYS, read_tokens
-from dreambooth_moslora.adapters.proof import DORA_SCALE, is_by_rows
-from dreambooth_moslora.adapters.raw_file import check_finite, component_tensors, matrices_from, read_raw, read_tensors
+from dreambooth_moslora.adapters.proof import DORA_SCALE, KOHYA_ALPHA, KOHYA_DOWN, KOHYA_UP, is_by_rows
+from dreambooth_moslora.adapters.raw_file import (
+    RAW_KEY,
+    check_finite,
+    component_tensors,
+    matrices_from,
+    read_raw,
+    read_tensors,
+)
 from dreambooth_moslora.adapters.spectrum import diagnose, effective_rank_of, summary
 from dreambooth_moslora.core.errors import UserError, one_line
 
 PAIRS = {
     ".lora_A.weight": (".lora_B.weight", "PEFT keys"),
-    ".lora_down.weight": (".lora_up.weight", "kohya keys"),
+    KOHYA_DOWN: (KOHYA_UP, "kohya keys"),
     ".lora.down.weight": (".lora.up.weight", "diffusers keys"),
     "_lora.down.weight": ("_lora.up.weight", "old diffusers keys"),
     ".lora_linear_layer.down.weight": (".lora_linear_layer.up.weight", "diffusers text encoder keys"),
@@ -72,7 +78,7 @@ def describe(path: str | Path) -> dict[str, object]:
     if is_mixer_file(path):
         return facts | describe_mixers(path)
     facts["dtypes"] = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
-    if "raw_format" in tensors:
+    if RAW_KEY in tensors:
         return facts | describe_raw(path)
     try:
         check_finite({k: t for k, t in tensors.items() if t.is_floating_point()}, path.name)
@@ -97,7 +103,7 @@ def describe_mixers(path: Path) -> dict[str, object]:
         "kind": "mixers alone, on a frozen basis (for generate and the page)",
         "basis": f"{note['file'] or note['kind']}, sha256 {note['sha256'][:12]}",
         "modules": {"unet": len(mixers.ranks)},
-        "ranks": {str(rank): number for rank, number in sorted(ranks.items())},
+        "ranks": by_rank(ranks),
         **said_by_metadata(mixers.metadata),
     }
 
@@ -117,7 +123,7 @@ def describe_raw(path: Path) -> dict[str, object]:
         + (", DoRA" * metadata.use_dora)
         + " (for resuming; export it to use it elsewhere)",
         "modules": dict(modules),
-        "ranks": {str(rank): number for rank, number in sorted(ranks.items())},
+        "ranks": by_rank(ranks),
         "alpha": metadata.alpha,
         "use_rslora": metadata.use_rslora,
         "use_dora": metadata.use_dora,
@@ -146,7 +152,7 @@ def describe_pairs(name: str, tensors: dict[str, Tensor], header: dict[str, str]
 
 def kind_of(pairs: list[Pair], others: list[str], header: dict[str, str]) -> str:
     kinds = others + sorted({pair.keys for pair in pairs})
-    return ("published by dreambooth_moslora, " if "moslora" in header else "") + ", ".join(kinds)
+    return ("published by dreambooth_moslora, " if HEADER in header else "") + ", ".join(kinds)
 
 
 def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
@@ -166,7 +172,7 @@ def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
             raise UserError(f"{name} is broken: {module} has a down matrix without an up matrix of its rank")
         if not isfinite(float(down.double().norm() * up.double().norm())):
             raise UserError(f"{name} is broken: {module} has values too large to be multiplied")
-        alpha = tensors.get(f"{module}.alpha")
+        alpha = tensors.get(module + KOHYA_ALPHA)
         if alpha is not None and alpha.numel() != 1:
             raise UserError(f"{name} is broken: {module}.alpha is not one number")
         is_product = all(n == 1 for n in up.shape[2:]) and f"{module}.lora_mid.weight" not in tensors
@@ -190,7 +196,7 @@ def geometry(pairs: list[Pair]) -> dict[str, object]:
     dense = [p for p in pairs if p.is_product]
     facts: dict[str, object] = {
         "modules": dict(Counter(component_of(p.module) for p in pairs)),
-        "ranks": {str(rank): number for rank, number in sorted(ranks.items())},
+        "ranks": by_rank(ranks),
         "alpha": ", ".join(f"{a:g}" for a in sorted(alphas)) if alphas else "not in the file (read as alpha = rank)",
         "scale": ", ".join(f"{s:g}" for s in scales) if scales else "1",
     }
@@ -199,18 +205,20 @@ def geometry(pairs: list[Pair]) -> dict[str, object]:
     return facts
 
 
+def by_rank(ranks: Counter[int]) -> dict[str, int]:
+    return {str(rank): number for rank, number in sorted(ranks.items())}
+
+
 def component_of(module: str) -> str:
     return next((name for name, prefix in COMPONENT_PREFIXES.items() if re.match(prefix, module)), "other")
 
 
 def said_by_header(header: dict[str, str]) -> dict[str, object]:
     """What the header says about the adapter, in keys of this program, ModelSpec or kohya."""
-    if "moslora" in header:
-        try:
-            metadata = AdapterMetadata.from_json(header["moslora"])
-            return {"mixer": f"{metadata.mixer}, folded"} | said_by_metadata(metadata)
-        except (TypeError, ValueError):
-            return {"base": "unknown: the moslora header is broken"}
+    if metadata := metadata_in(header):
+        return {"mixer": f"{metadata.mixer}, folded"} | said_by_metadata(metadata)
+    if HEADER in header:
+        return {"base": "unknown: the moslora header is broken"}
     facts = {
         "title": header.get("modelspec.title") or header.get("ss_output_name"),
         "base": header.get("modelspec.architecture") or header.get("ss_base_model_version"),
@@ -239,15 +247,11 @@ def said_by_metadata(metadata: AdapterMetadata) -> dict[str, object]:
         "class_word": metadata.class_word,
         "resolution_px": metadata.resolution_px,
         "best_scale": metadata.best_scale,
-        "new_tokens": said_of_tokens(metadata.tokens),
+        "new_tokens": "; ".join("{count} for the word {word}, in {file}".format_map(note) for note in metadata.tokens),
         "usable_scales": " to ".join(f"{scale:g}" for scale in metadata.usable_scales),
         "versions": ", ".join(f"{name} {number}" for name, number in metadata.versions.items()),
     }
     return {key: value for key, value in said.items() if value}
-
-
-def said_of_tokens(notes: Sequence[dict[str, object]]) -> str:
-    return "; ".join(f"{note['count']} for the word {note['word']}, in {note['file']}" for note in notes)
 
 
 def lines(facts: dict[str, object]) -> list[str]:

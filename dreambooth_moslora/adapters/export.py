@@ -1,10 +1,4 @@
-"""Publishes an adapter: the folded files, their notes, and how two published files differ.
-
-Writes an adapter's best scale into an existing published file. Its tensors are not changed.
-
-Compares two published adapter files: tensors bit by bit, and the entries of their headers.
-
-Publishes an adapter.
+"""Publishes an adapter, notes its best scale in a published file, and tells how two published files differ.
 
 A published adapter is always folded: ΔW = up·down with the scale included and alpha = rank.
 
@@ -29,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.describe import Pair, find_pairs
-from dreambooth_moslora.adapters.metadata import DORA_NOTE, AdapterMetadata, most_common
+from dreambooth_moslora.adapters.metadata import DORA_NOTE, HEADER, AdapterMetadata, metadata_in, most_common
 from dreambooth_moslora.adapters.mixer import LowRank
 from dreambooth_moslora.adapters.moslora import adapter_layers, fold
 from dreambooth_moslora.adapters.new_tokens import NewTokens, notes_of, write_tokens
@@ -44,6 +38,7 @@ from dreambooth_moslora.adapters.proof import (
     published_name,
 )
 from dreambooth_moslora.adapters.raw_file import (
+    RAW_KEY,
     check_components,
     check_finite,
     check_storable,
@@ -62,14 +57,10 @@ def note_scale(path: Path, best: float, usable: tuple[float, float]) -> bool:
     Raises UserError for a broken file, and OSError when it cannot be written.
     """
     tensors, header = read_tensors(path)
-    try:
-        facts = AdapterMetadata.from_json(header["moslora"])
-    except (KeyError, TypeError, ValueError):
+    facts = metadata_in(header)
+    if facts is None or RAW_KEY in tensors:
         return False
-    if "raw_format" in tensors:
-        return False
-    facts = replace(facts, best_scale=best, usable_scales=usable)
-    write_file(path, tensors, header | {"moslora": facts.to_json()})
+    write_file(path, tensors, header | replace(facts, best_scale=best, usable_scales=usable).header)
     return True
 
 
@@ -135,11 +126,11 @@ def bits(tensor: Tensor) -> Tensor:
 def facts_in(header: dict[str, str]) -> dict[str, object]:
     """The header with the JSON object under `moslora` expanded."""
     try:
-        ours = json.loads(header.get("moslora", "{}"))
+        ours = json.loads(header.get(HEADER, "{}"))
     except (ValueError, RecursionError):
         ours = None
-    facts = {key: value for key, value in header.items() if key != "moslora"}
-    return facts | (ours if isinstance(ours, dict) else {"moslora": header.get("moslora")})
+    facts = {key: value for key, value in header.items() if key != HEADER}
+    return facts | (ours if isinstance(ours, dict) else {HEADER: header.get(HEADER)})
 
 
 KOHYA_SUFFIX = ".kohya.safetensors"
@@ -233,13 +224,10 @@ def expected_deltas(components: dict[str, nn.Module], folded: Folded, adapter_na
 def write_published(
     folded: Folded, folder: Path, name: str, metadata: AdapterMetadata, dtype: torch.dtype, *, pad: bool
 ) -> tuple[Path, Path]:
-    """Write both files; with `pad`, diffusers' file has a single rank.
-
-    The header key `moslora` holds the metadata.
-    """
+    """Write both files; with `pad`, diffusers' file has a single rank."""
     if dtype == torch.float16:
         folded = {c: {path: balanced(layer) for path, layer in layers.items()} for c, layers in folded.items()}
-    header = {"format": "pt", "moslora": replace(metadata, structures={}).to_json()}
+    header = {"format": "pt"} | replace(metadata, structures={}).header
     paths = folder / PUBLISHED_NAME, folder / f"{name}{KOHYA_SUFFIX}"
     files = published_tensors(padded(folded) if pad else folded, dtype), kohya_tensors(folded, dtype)
     headers = header, header | kohya_header(name, metadata, folded)
@@ -260,14 +248,10 @@ def published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) -> dic
             tensors[f"{component}.{path}.lora_A.weight"] = layer.down.to(dtype)
             tensors[f"{component}.{path}.lora_B.weight"] = layer.up.to(dtype)
             if layer.magnitude is not None:
-                tensors[f"{component}.{path}.{magnitude_key(component)}"] = layer.magnitude
+                # For a UNet every diffusers adds `.weight`, and old ones need that; transformers' loader does not.
+                suffix = "" if component == "unet" else ".weight"
+                tensors[f"{component}.{path}.lora_magnitude_vector{suffix}"] = layer.magnitude
     return tensors
-
-
-def magnitude_key(component: str) -> str:
-    """The key of magnitudes. For a UNet every diffusers adds `.weight`, and old ones need that; transformers'
-    loader does not."""
-    return "lora_magnitude_vector" if component == "unet" else "lora_magnitude_vector.weight"
 
 
 def padded(folded: Folded) -> Folded:
@@ -336,7 +320,4 @@ def load_published(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetadata
     path = Path(path)
     tensors, header = read_tensors(path / PUBLISHED_NAME if path.is_dir() else path)
     check_finite(tensors, path.name)
-    try:
-        return tensors, AdapterMetadata.from_json(header["moslora"])
-    except (KeyError, TypeError, ValueError):
-        return tensors, None
+    return tensors, metadata_in(header)

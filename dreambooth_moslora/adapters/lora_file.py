@@ -1,21 +1,14 @@
-"""Any LoRA file, whichever program wrote it: its matrices under common names, and into a pipeline.
+"""Any LoRA file, of this program, diffusers or kohya: its matrices under common names, and into a pipeline.
 
-The matrices and scales of a LoRA file under common names, whichever program wrote it.
+file --read_adapter--> AdapterWeights --check_fits--> --install--> a PEFT adapter named by its content
 
-Other keys are refused.
+A file may come from anyone. Only the matrices of a LoRA and their scales are taken from it; other keys are refused.
 
 <component>.<module path>.<part>  ->  component -> module path -> LowRank
 
 PEFT                              diffusers                          kohya, after diffusers' conversion
 to_q.lora_A.weight                to_q.lora.down.weight              processor.to_q_lora.down.weight
 q_proj.lora_A.weight              q_proj.lora_linear_layer.down.…    to_q_lora.down.weight
-
-Reads any LoRA file (this program's, diffusers', kohya's), checks that it fits the base, and loads it into
-the pipeline.
-
-file --read_adapter--> AdapterWeights --check_fits--> --install--> a PEFT adapter named by its content
-
-A file may come from anyone. Only the matrices of a LoRA and their scales are taken from it.
 """
 
 import re
@@ -35,8 +28,15 @@ from dreambooth_moslora.adapters.export import published_tensors
 from dreambooth_moslora.adapters.metadata import most_common
 from dreambooth_moslora.adapters.mixer import LowRank
 from dreambooth_moslora.adapters.moslora import matrix_layers, value_pattern
-from dreambooth_moslora.adapters.proof import DORA_SCALE, collected_warnings, is_by_rows, published_name
-from dreambooth_moslora.adapters.raw_file import COMPONENTS, component_tensors, matrices_from, read_raw
+from dreambooth_moslora.adapters.proof import (
+    DORA_SCALE,
+    KOHYA_DOWN,
+    KOHYA_UP,
+    collected_warnings,
+    is_by_rows,
+    published_name,
+)
+from dreambooth_moslora.adapters.raw_file import COMPONENTS, RAW_KEY, component_tensors, matrices_from, read_raw
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.core.errors import UserError, is_number, one_line
 from dreambooth_moslora.core.names import file_digest
@@ -177,7 +177,8 @@ def scales(
     own = {k.removeprefix(prefix): v for k, v in (network_alphas or {}).items() if k.startswith(prefix)}
     result = _from_settings(component, found, settings, file_name) if settings else _from_alphas(component, found, own)
     for value in result.alphas.values():
-        _check_alpha(value, file_name)
+        if not is_number(value) or not abs(value) <= LARGEST_ALPHA:
+            raise _broken(file_name, f"it has an alpha of {value!r:.40}")
     if max(len({p.rank for p in found.values()}), len(set(result.alphas.values()))) > MOST_VALUES:
         raise UserError(f"{file_name} has more than {MOST_VALUES} different ranks or alphas")
     return result
@@ -246,11 +247,6 @@ def _flag(settings: dict, name: str, file_name: str) -> bool:
     return value
 
 
-def _check_alpha(value: object, file_name: str) -> None:
-    if not is_number(value) or not abs(value) <= LARGEST_ALPHA:
-        raise _broken(file_name, f"it has an alpha of {value!r:.40}")
-
-
 def _broken(file_name: str, what: str) -> UserError:
     return UserError(f"{file_name} is broken: {what}")
 
@@ -296,7 +292,7 @@ def read_adapter(path: str | Path, pipeline: StableDiffusionXLPipeline) -> Adapt
     header, keys = _read_header(file)
     if is_mixer_file(file):
         raise UserError(f"{file.name} holds mixers alone, without their basis; give the LoRA file beside it")
-    content = (fold_raw(file), None, None) if "raw_format" in keys else _read_published(file, pipeline)
+    content = (fold_raw(file), None, None) if RAW_KEY in keys else _read_published(file, pipeline)
     return AdapterWeights(file.name, file_digest(file), _parts(*content, file.name, pipeline), header)
 
 
@@ -375,7 +371,7 @@ def _magnitudes(sizes: dict[str, Tensor], pipeline: StableDiffusionXLPipeline) -
     diffusers renames pairs of matrices alone, so each `dora_scale` is given to it as both of a pair.
     """
     names = {key.removesuffix(DORA_SCALE): size for key, size in sizes.items()}
-    pairs = {f"{name}.lora_{side}.weight": size for name, size in names.items() for side in ("down", "up")}
+    pairs = {f"{name}{side}": size for name, size in names.items() for side in (KOHYA_DOWN, KOHYA_UP)}
     renamed, _ = pipeline.lora_state_dict(pairs, unet_config=pipeline.unet.config) if pairs else ({}, None)
     found = {}
     for key, size in renamed.items():
@@ -445,11 +441,9 @@ def _describe_weights(weights: AdapterWeights) -> str:
 
 def _describe_base(pipeline: StableDiffusionXLPipeline) -> str:
     cross_attention_dim = architecture(pipeline.unet)["cross_attention_dim"]
-    return _describe(cross_attention_dim, sorted(_attention_widths(pipeline.unet)))
-
-
-def _attention_widths(unet: nn.Module) -> set[int]:
-    return {_width(module, "out") for name, module in matrix_layers(unet).items() if name.endswith("attn1.to_q")}
+    layers = matrix_layers(pipeline.unet)
+    widths = {_width(module, "out") for name, module in layers.items() if name.endswith("attn1.to_q")}
+    return _describe(cross_attention_dim, sorted(widths))
 
 
 def _describe(cross: int, widths: list[int]) -> str:

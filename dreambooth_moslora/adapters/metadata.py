@@ -1,18 +1,16 @@
-"""What other programs compute from DoRA in kohya's form: the file names no norm, and they take different ones.
+"""The metadata of an adapter, as JSON in its file's header: which values are valid, and what it tells of the settings.
+
+recipe     numbers, switches and choices
+public     prompts and a variant that a recipe in `assets/configs` has too
+withheld   names, without values, of the other settings that shaped the weights: prompts, file names, folders
+
+A file whose reader can conclude all of it from the recipe and the trigger words has neither `public` nor `withheld`.
+
+Also here: what other programs compute from DoRA in kohya's form. The file names no norm, and they take different ones.
 
     trained:   W' = dora_scale · (W + ΔW) / ‖W + ΔW‖       dora_scale (out, 1), the norm of each row of W + ΔW
 
 The shapes (out, 1) and (1, in) both broadcast, so that a program that takes another norm raises no error.
-
-The metadata of an adapter, as JSON in its file's header, and which values are valid there.
-
-What a published file tells of the settings that shaped its weights, beside `settings.sources`.
-
-recipe     numbers, switches and choices
-public     prompts and a variant that a recipe in `assets/configs` has too
-withheld   names, without values, of the other settings: prompts, file names, folders
-
-A file whose reader can conclude all of it from the recipe and the trigger words has neither `public` nor `withheld`.
 """
 
 import json
@@ -66,6 +64,8 @@ PUBLIC = ("variant", "prior_prompts")
 """Settings whose value a file tells if a recipe in `assets/configs` has the same."""
 VARIANT = re.compile(r"\w[\w-]{0,19}")
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
+HEADER = "moslora"
+"""Key of the metadata in a safetensors header."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,11 @@ class AdapterMetadata:
     withheld: tuple[str, ...] = ()
     step: int | None = None
     processes: int | None = None
+
+    @property
+    def header(self) -> dict[str, str]:
+        """The entry of a file's header."""
+        return {HEADER: self.to_json()}
 
     def to_json(self) -> str:
         """Leaves out later entries when empty, and writes one subject's tokens without a list, so that such files
@@ -222,12 +227,18 @@ VALID: dict[str, Callable[[object], bool]] = {
 """Key -> whether a value is valid for it; anyone may have written the file."""
 
 
+def metadata_in(header: Mapping[str, str]) -> AdapterMetadata | None:
+    """The metadata in a file's header; None unless this program wrote it."""
+    try:
+        return AdapterMetadata.from_json(header[HEADER])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
 def notes_in(header: Mapping[str, str]) -> tuple[dict, ...]:
     """Each `NewTokens.note` in the header of an adapter."""
-    try:
-        return AdapterMetadata.from_json(header["moslora"]).tokens
-    except (KeyError, TypeError, ValueError):
-        return ()
+    facts = metadata_in(header)
+    return facts.tokens if facts else ()
 
 
 def check_start_header(header: Mapping[str, str]) -> None:

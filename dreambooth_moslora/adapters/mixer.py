@@ -1,12 +1,10 @@
-"""The two matrices of a plain LoRA, as files hold them and adapters fold into.
-
-Mixture-of-Subspaces LoRA (MoSLoRA), Wu, Wang, Zhao, Wong, arXiv 2406.11909: the method on one page.
+"""Mixture-of-Subspaces LoRA (MoSLoRA), Wu, Wang, Zhao, Wong, arXiv 2406.11909: the method on one page.
 
     y = W0·x + s·B·M·A·x        W0 (out, in) frozen,  A (r, in),  M (r, r) the mixer,  B (out, r),  s = alpha/r
 
 For a convolution, W0 and A are kernels (out, in, h, w) and (r, in, h, w); B and M mix the channels of each
 pixel. A starts gaussian and B at zero, so the adapter starts as a no-op with any mixer. B·M is the B of a plain
-LoRA: every adapter folds exactly into a plain LoRA, and with M = I it is one.
+LoRA: every adapter folds exactly into a plain LoRA, `LowRank`, and with M = I it is one.
 
 `MixedLowRank` is the formula. In a model, PEFT's LoRA layer computes it, with a `MixerLinear` instead of its B.
 """

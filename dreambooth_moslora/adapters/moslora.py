@@ -1,18 +1,13 @@
-"""MoSLoRA adapters on a model, as PEFT layers: add, list, scale, switch off, fold.
-
-Lists the layers of a model that can have an adapter, and those that a config names, by PEFT's own rule.
-
-What this package changes in PEFT, and what it refuses because PEFT would compute something else.
-
-`patch_peft` wraps two methods of PEFT's LoraModel. It is called when the first config with a mixer is made;
-programs that use only plain LoRA keep PEFT's own methods. The patch stays for the life of the process:
-`PeftModel.add_adapter` and `add_weighted_adapter` can be called at any later time, and PEFT has no hook there.
-
-MoSLoRA adapters on a model: add one, list its layers and parameters, scale it, switch it off, fold it.
+"""MoSLoRA adapters on a model, as PEFT layers: add one, list its layers, scale it, switch it off, fold it.
 
 `mixer` holds the method. The mixer is inside PEFT's `lora_B[adapter]`, so whatever PEFT does with a LoRA layer
 also works with this one: quantised bases, DoRA, merging, several adapters. There are two ways to add an
 adapter: `inject` for a model in place, and `MoSLoraConfig` for `peft.get_peft_model`.
+
+Which layers a config names is decided by PEFT's own rule. What PEFT would compute wrongly is refused. `patch_peft`
+wraps two methods of PEFT's LoraModel. It is called when the first config with a mixer is made; programs that use only
+plain LoRA keep PEFT's own methods. The patch stays for the life of the process: `PeftModel.add_adapter` and
+`add_weighted_adapter` can be called at any later time, and PEFT has no hook there.
 """
 
 import math

@@ -1,17 +1,4 @@
-"""Verifies an export: a stock loader reads the file back, in diffusers' and in kohya's names.
-
-kohya's names for an SDXL LoRA, and the header metadata that ComfyUI, A1111 and InvokeAI show.
-
-    lora_unet_<path with _>.lora_down.weight (r, in)   .lora_up.weight (out, r)   .alpha = r
-                          [.dora_scale (out, 1)]
-
-ΔW = alpha/r · up·down. If the ranks differ, every module has the alpha of the most common rank, and `up` of the
-others is multiplied by r/alpha: diffusers loses the alphas of attention projections when a file has several.
-DoRA's W' = dora_scale · (W + ΔW) / ‖W + ΔW‖, with the norm of each row of W, as in PEFT and LyCORIS.
-`lora_te1_` and `lora_te2_` are the two text encoders. Header keys: github.com/Stability-AI/ModelSpec, and
-`ss_*` of kohya's sd-scripts. Folder names, captions and tag counts, which sd-scripts also writes, are left out.
-
-Verifies an export: a stock loader reads the file back, and its results are compared with the live adapter.
+"""Verifies an export: a stock loader reads the file back, in diffusers' or kohya's names, and must compute the same.
 
 diffusers' own `load_lora_weights` loads the file into an empty copy of the adapted models, so that memory never
 holds a second UNet. Two comparisons are made, both relative (‖file − live‖ / ‖live‖), in fp32, at scale 1:
@@ -19,8 +6,17 @@ holds a second UNet. Two comparisons are made, both relative (‖file − live�
 - ΔW of every projection, as PEFT computes it on both sides, and DoRA's magnitudes;
 - the output of a few projections, through PEFT's forward, on fixed inputs.
 
-kohya files with DoRA are an exception: diffusers drops `dora_scale`, so they are evaluated by their definition,
-W' = dora_scale · (W + ΔW) / ‖W + ΔW‖ per output row.
+kohya's names, which the proof knows too:
+
+    lora_unet_<path with _>.lora_down.weight (r, in)   .lora_up.weight (out, r)   .alpha = r
+                          [.dora_scale (out, 1)]
+
+ΔW = alpha/r · up·down. If the ranks differ, every module has the alpha of the most common rank, and `up` of the
+others is multiplied by r/alpha: diffusers loses the alphas of attention projections when a file has several.
+DoRA's W' = dora_scale · (W + ΔW) / ‖W + ΔW‖, with the norm of each row of W, as in PEFT and LyCORIS. diffusers drops
+`dora_scale`, so kohya files with DoRA are evaluated by this definition.
+`lora_te1_` and `lora_te2_` are the two text encoders. Header keys: github.com/Stability-AI/ModelSpec, and
+`ss_*` of kohya's sd-scripts. Folder names, captions and tag counts, which sd-scripts also writes, are left out.
 """
 
 import logging
@@ -37,12 +33,12 @@ from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, most_common
 from dreambooth_moslora.adapters.mixer import LowRank
-from dreambooth_moslora.adapters.raw_file import all_layers, empty_model, model_config, read_tensors
+from dreambooth_moslora.adapters.raw_file import COMPONENTS, all_layers, empty_model, model_config, read_tensors
 from dreambooth_moslora.core.errors import UserError, one_line
 
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 SDXL_CROSS_ATTENTION = 2048
-DORA_SCALE = ".dora_scale"
+KOHYA_DOWN, KOHYA_UP, KOHYA_ALPHA, DORA_SCALE = ".lora_down.weight", ".lora_up.weight", ".alpha", ".dora_scale"
 
 
 def is_by_rows(dora_scale: Tensor) -> bool:
@@ -63,9 +59,9 @@ def kohya_tensors(components: dict[str, dict[str, LowRank]], dtype: torch.dtype 
     for component, layers in components.items():
         for path, layer in layers.items():
             name = kohya_name(component, path)
-            tensors[f"{name}.lora_down.weight"] = layer.down.to(dtype)
-            tensors[f"{name}.lora_up.weight"] = (layer.up * (layer.rank / alpha)).to(dtype)
-            tensors[f"{name}.alpha"] = torch.tensor(float(alpha), dtype=dtype)
+            tensors[f"{name}{KOHYA_DOWN}"] = layer.down.to(dtype)
+            tensors[f"{name}{KOHYA_UP}"] = (layer.up * (layer.rank / alpha)).to(dtype)
+            tensors[f"{name}{KOHYA_ALPHA}"] = torch.tensor(float(alpha), dtype=dtype)
             if layer.magnitude is not None:
                 tensors[f"{name}{DORA_SCALE}"] = layer.magnitude[:, None]
     return tensors
@@ -205,7 +201,7 @@ def prove_file(
     reduction. Raises UserError."""
     live = all_layers(components, adapter_name)
     tensors, _ = read_tensors(path)
-    if any(key.endswith(".dora_scale") for key in tensors):
+    if any(key.endswith(DORA_SCALE) for key in tensors):
         return prove_kohya_dora(path, tensors, live, adapter_name, expected)
     stock = stock_layers(path, components)
     missing = sorted(set(live) ^ set(stock))
@@ -254,7 +250,7 @@ def stock_layers(path: Path, components: dict[str, nn.Module]) -> dict[str, Lora
     if "unet" not in components:
         raise UserError("an SDXL LoRA file is loaded through the UNet; give `unet` among the components")
     twins = {name: empty_model(model_config(model)) for name, model in components.items()}
-    parts = {name: twins.get(name) for name in ("unet", "text_encoder", "text_encoder_2")}
+    parts = {name: twins.get(name) for name in COMPONENTS}
     shell = StableDiffusionXLPipeline(vae=None, tokenizer=None, tokenizer_2=None, scheduler=None, **parts)
     with collected_warnings() as warnings:
         try:
@@ -363,7 +359,7 @@ def prove_kohya_dora(
     for name, layer in live.items():
         key = kohya_name(*published_name(*name.split(".", 1)))
         up, down, alpha, found_size = (
-            tensors[f"{key}.{part}"].double() for part in ("lora_up.weight", "lora_down.weight", "alpha", "dora_scale")
+            tensors[key + part].double() for part in (KOHYA_UP, KOHYA_DOWN, KOHYA_ALPHA, DORA_SCALE)
         )
         scale = float(alpha) / len(down)
         wanted = expected[name] if expected is not None else delta(layer, adapter_name)

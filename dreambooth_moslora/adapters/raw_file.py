@@ -1,20 +1,15 @@
-"""The raw adapter file (A, M, B unchanged), safetensors files in general, and models without weights.
-
-Safetensors files: written atomically and in a fixed order, read without running code, refused if a value is
-not finite.
-
-A model without weights: every parameter is a single zero, expanded to full size by strides of 0.
-
-Loaders, including PEFT's, treat it as an ordinary fp32 model on the CPU, but it takes almost no memory: a few
-MB for an SDXL UNet. The stock loader reloads an export into it, so that memory holds only one real UNet.
-
-The raw adapter file, for resuming and analysis: A, M and B unchanged, and the metadata to restore them.
+"""The raw adapter file, for resuming and analysis: A, M and B unchanged, and the metadata to restore them.
 
     <component>.<module path>.lora_A (r, in)   .mixer (r, r)   .lora_B (out, r)   [.magnitude (out,) for DoRA]
 
 The component is `unet`, `text_encoder` or `text_encoder_2`; lora_A is (r, in, h, w) for a convolution.
 `moslora` in the safetensors header holds the metadata as JSON. Because of the tensor `raw_format` every stock
 LoRA loader refuses the file: B·A without the mixer would be wrong.
+
+Before it, safetensors files in general: written atomically and in a fixed order, read without running code, refused if
+a value is not finite. And models without weights: every parameter is a single zero, expanded to full size by strides
+of 0. Loaders, including PEFT's, treat such a model as an ordinary fp32 model on the CPU, but it takes almost no memory:
+a few MB for an SDXL UNet. The stock loader reloads an export into it, so that memory holds only one real UNet.
 """
 
 import inspect
@@ -32,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.metadata import AdapterMetadata, most_common, versions
+from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata, most_common, versions
 from dreambooth_moslora.adapters.mixer import MixedLowRank, MixerLinear, nominal_scale
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, inject, matrices_of, value_pattern
 from dreambooth_moslora.core.atomic_files import atomic_write
@@ -165,7 +160,7 @@ COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 SHARED_SETTINGS = ("use_rslora", "use_dora", "lora_dropout", "mixer", "train_mixer", "mixer_seed")
 """A file has one value of each for all its components."""
 Sizes = dict[str, tuple[int, ...]]
-RAW_FORMAT = 1
+RAW_KEY, RAW_FORMAT = "raw_format", 1
 
 
 def adapter_metadata(
@@ -250,11 +245,11 @@ def save_raw(
     live = adapter_metadata(components, adapter_name)
     taken = ("rank", "alpha", "ranks", "alphas", "structures", "versions", *SHARED_SETTINGS)
     metadata = replace(metadata, **{name: getattr(live, name) for name in taken})
-    tensors = {"raw_format": torch.tensor([RAW_FORMAT])}
+    tensors = {RAW_KEY: torch.tensor([RAW_FORMAT])}
     for module_path, layer in all_layers(components, adapter_name).items():
         tensors |= {f"{module_path}.{part}": t for part, t in raw_parts(layer, adapter_name).items()}
     check_finite(tensors, "the adapter")
-    write_file(Path(path), tensors, {"moslora": metadata.to_json()})
+    write_file(Path(path), tensors, metadata.header)
 
 
 def raw_parts(layer: LoraLayer, adapter_name: str) -> dict[str, Tensor]:
@@ -269,12 +264,12 @@ def read_raw(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetadata]:
     """Tensors and metadata of a raw file. Raises UserError for any other file, and for a broken one."""
     tensors, header = read_tensors(path)
     name = Path(path).name
-    if "raw_format" not in tensors:
+    if RAW_KEY not in tensors:
         raise UserError(f"{name} holds no raw MoSLoRA weights (a published LoRA file loads with load_lora_weights)")
-    if tensors.pop("raw_format").flatten().tolist() != [RAW_FORMAT]:
+    if tensors.pop(RAW_KEY).flatten().tolist() != [RAW_FORMAT]:
         raise UserError(f"{name} was written by a newer dreambooth_moslora; update it")
     try:
-        metadata = AdapterMetadata.from_json(header["moslora"])
+        metadata = AdapterMetadata.from_json(header[HEADER])
     except (KeyError, TypeError, ValueError) as error:
         reason = f": {error}" if type(error) is ValueError else ""
         raise UserError(f"{name} has lost its header, which holds alpha and the mixer's kind{reason}") from None
