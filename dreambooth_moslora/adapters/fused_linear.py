@@ -191,7 +191,7 @@ def slow_reason(layer: nn.Module, adapter_name: str = "default") -> str | None:
 def enable_fast_path(model: nn.Module, adapter_name: str = "default") -> int:
     """Fuse every projection of `adapter_name` whose result stays the same; returns how many were fused.
 
-    Call it after `inject`. `slow_projections` lists the others with reasons.
+    Call it after `inject`. `slow_reason` says why another keeps its own forward.
     """
     switched = [m for m in adapter_layers(model, adapter_name).values() if slow_reason(m, adapter_name) is None]
     for layer in switched:
@@ -204,9 +204,3 @@ def disable_fast_path(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, ShortWay):
             layer.__class__ = type(layer).__bases__[1]
-
-
-def slow_projections(model: nn.Module, adapter_name: str = "default") -> dict[str, str]:
-    """Module path -> reason, for each layer of `adapter_name` that cannot be fused."""
-    reasons = {path: slow_reason(layer, adapter_name) for path, layer in adapter_layers(model, adapter_name).items()}
-    return {path: reason for path, reason in reasons.items() if reason}

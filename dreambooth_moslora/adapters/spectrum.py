@@ -10,10 +10,9 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dreambooth_moslora.adapters.mixer import LowRank, MixedLowRank, initial_mixer
-from dreambooth_moslora.adapters.moslora import adapter_layers, matrices_of
 from dreambooth_moslora.core.errors import UserError
 
 
@@ -78,18 +77,6 @@ def diagnose(matrices: MixedLowRank, kind: str, seed: int, path: str) -> Diagnos
         drift, condition = mixer_figures(matrices.mixer, kind, seed, path)
     folded = replace(matrices, scale=1.0).fold()
     return Diagnosis(folded.rank, effective_rank_of(folded), drift, condition)
-
-
-def diagnostics(model: nn.Module, adapter_name: str = "default") -> dict[str, Diagnosis]:
-    """Module path -> figures, for each projection of a live adapter.
-
-    Raises UserError for an unknown adapter.
-    """
-    config, figures = model.peft_config[adapter_name], {}
-    kind, seed = getattr(config, "mixer", "none"), getattr(config, "mixer_seed", 0)
-    for path, layer in adapter_layers(model, adapter_name).items():
-        figures[path] = diagnose(matrices_of(layer, adapter_name), kind, seed, path)
-    return figures
 
 
 def summary(figures: dict[str, Diagnosis]) -> dict[str, float]:

@@ -8,8 +8,8 @@ import pytest
 FOLD = """
 import copy, os, sys, torch
 from dreambooth_moslora.adapters.moslora import fold
-from dreambooth_moslora.adapters.spectrum import diagnostics
 from tests.adapters.test_moslora import adapted
+from tests.helpers.layer_figures import diagnostics
 from tests.helpers.python_gpu import DEVICE, Watch
 
 net = adapted(lora_alpha=7, use_dora=sys.argv[1] == "dora", mixer=sys.argv[2])

@@ -31,9 +31,10 @@ from dreambooth_moslora.adapters.moslora import (
     fold,
     inject,
 )
-from dreambooth_moslora.adapters.spectrum import diagnostics, summary
+from dreambooth_moslora.adapters.spectrum import summary
 from dreambooth_moslora.core.errors import UserError
 from tests.adapters.test_moslora import Net, X, config, shake
+from tests.helpers.layer_figures import diagnostics
 from tests.helpers.tiny import tiny_text_config, tiny_unet
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
