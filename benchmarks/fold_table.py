@@ -20,7 +20,7 @@ from diffusers.models import UNet2DConditionModel
 from diffusers.utils import logging
 from torch import Tensor
 
-from dreambooth_moslora.adapters.export import KOHYA_SUFFIX, load_published, publish
+from dreambooth_moslora.adapters.export import load_published, publish
 from dreambooth_moslora.adapters.moslora import (
     ATTENTION_PROJECTIONS,
     MoSLoraConfig,
@@ -30,7 +30,7 @@ from dreambooth_moslora.adapters.moslora import (
 )
 from dreambooth_moslora.adapters.proof import kohya_name
 from dreambooth_moslora.adapters.raw_file import adapter_metadata
-from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
+from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME
 from dreambooth_moslora.settings.table import MIXERS
 
 BOUND = 1e-5

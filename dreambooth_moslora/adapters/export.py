@@ -48,7 +48,7 @@ from dreambooth_moslora.adapters.raw_file import (
 from dreambooth_moslora.adapters.spectrum import reduce_layers
 from dreambooth_moslora.core.atomic_files import scratch_directory
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, check_name, tokens_name
+from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME, check_name, tokens_name
 
 
 def note_scale(path: Path, best: float, usable: tuple[float, float]) -> bool:
@@ -133,7 +133,6 @@ def facts_in(header: dict[str, str]) -> dict[str, object]:
     return facts | (ours if isinstance(ours, dict) else {HEADER: header.get(HEADER)})
 
 
-KOHYA_SUFFIX = ".kohya.safetensors"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 Folded = dict[str, dict[str, LowRank]]  # component -> module path, as other programs know it -> layer

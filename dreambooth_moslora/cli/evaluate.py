@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dreambooth_moslora.core.atomic_files import atomic_write
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import find_asset
-from dreambooth_moslora.disk.run_folder import RunDir, is_card
+from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, RunDir, is_card
 from dreambooth_moslora.plan.checks import require_folder, require_writable
 from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.settings.sources import read_json_table, reason_of
@@ -135,7 +135,7 @@ def note_strength(path: Path, choice: ScaleChoice | None) -> str:
     if choice is None:
         return "no scale shows the subject, so none is recommended"
     run_dir = RunDir(path if path.is_dir() else path.parent)
-    files = [run_dir.adapter_path, *run_dir.path.glob("*.kohya.safetensors")] if path.is_dir() else [path]
+    files = [run_dir.adapter_path, *run_dir.path.glob(f"*{KOHYA_SUFFIX}")] if path.is_dir() else [path]
     usable = (choice.low, choice.high)
     noted = [file.name for file in files if file.is_file() and note_scale(file, choice.best, usable)]
     card = run_dir.read_card() if path.is_dir() and noted else None

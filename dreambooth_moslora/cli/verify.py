@@ -19,7 +19,7 @@ from dreambooth_moslora.adapters.metadata import RESUMED, UNTOLD, concluded, tol
 from dreambooth_moslora.cli.parser import add_flag
 from dreambooth_moslora.core.errors import UserError, one_line, spelled_out
 from dreambooth_moslora.core.names import file_digest
-from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
+from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME
 from dreambooth_moslora.settings.sources import checked_recipe, load_settings
 from dreambooth_moslora.settings.table import SAID_BY_SUBJECTS, TrainConfig, checked_setting, shapes_weights
 
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         if not retrain(config, args.step or receipt.facts.step):
             print("stopped before the comparison", file=sys.stderr)
             return STOPPED
-        made = Path(config.output_dir) / (f"{receipt.title}.kohya.safetensors" if receipt.is_kohya else PUBLISHED_NAME)
+        made = Path(config.output_dir) / (f"{receipt.title}{KOHYA_SUFFIX}" if receipt.is_kohya else PUBLISHED_NAME)
         return answer(receipt, made, config, unknown_settings(args, receipt, config))
 
 

@@ -12,6 +12,8 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.disk.events import append_event, read_events
 
 PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
+KOHYA_SUFFIX = ".kohya.safetensors"
+"""End of the name of the file for other programs, after the run's name."""
 MIXERS_NAME = "mixers.safetensors"
 """Mixers alone, of a run on a frozen basis."""
 BASIS_SUFFIX = "basis.safetensors"
@@ -43,7 +45,7 @@ class RunDir:
 
     @property
     def kohya_path(self) -> Path:
-        return self.path / f"{self.name}.kohya.safetensors"
+        return self.path / f"{self.name}{KOHYA_SUFFIX}"
 
     @property
     def mixers_path(self) -> Path:

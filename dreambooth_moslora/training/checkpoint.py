@@ -36,7 +36,9 @@ from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.names import content_key, file_digest, free_name
 from dreambooth_moslora.disk.events import RunStarted, StepEvaluated, events_of
 from dreambooth_moslora.disk.run_folder import (
+    KOHYA_SUFFIX,
     RAW_NAME,
+    TOKENS_SUFFIX,
     RunDir,
     checkpoint_step,
     is_checkpoint,
@@ -346,9 +348,7 @@ def what_was_left(run_dir: RunDir) -> list[Path]:
 
 def published_as(run_dir: RunDir) -> list[Path]:
     """Files that have the folder's name in theirs; it may have been another when they were written."""
-    return sorted(
-        path for pattern in ("*.kohya.safetensors", "*_emb.safetensors") for path in run_dir.path.glob(pattern)
-    )
+    return sorted(path for pattern in (f"*{KOHYA_SUFFIX}", f"*{TOKENS_SUFFIX}") for path in run_dir.path.glob(pattern))
 
 
 def set_renamed_aside(run_dir: RunDir) -> None:

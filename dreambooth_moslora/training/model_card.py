@@ -21,7 +21,14 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, dora_table
 from dreambooth_moslora.core.errors import one_line
 from dreambooth_moslora.core.names import public_name
-from dreambooth_moslora.disk.run_folder import MIXERS_NAME, PUBLISHED_NAME, SIGNATURE, TOKENS_SUFFIX, RunDir
+from dreambooth_moslora.disk.run_folder import (
+    KOHYA_SUFFIX,
+    MIXERS_NAME,
+    PUBLISHED_NAME,
+    SIGNATURE,
+    TOKENS_SUFFIX,
+    RunDir,
+)
 from dreambooth_moslora.settings.prompts import spelled, spellings_of, token_names
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
@@ -120,7 +127,7 @@ pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.
 
 def about_kohya(config: TrainConfig, name: str) -> str:
     """Which programs read the kohya file as what."""
-    file = f"`{name}.kohya.safetensors`"
+    file = f"`{name}{KOHYA_SUFFIX}`"
     if config.use_dora:
         return f"{file} is for other programs, and with DoRA not the same adapter in all of them:\n\n{dora_table()}"
     return f"{file} is the same adapter for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI."
@@ -209,7 +216,7 @@ def score_table(facts: CardFacts) -> str:
 
 logger = logging.getLogger(__name__)
 
-PUBLIC_FILES = [PUBLISHED_NAME, MIXERS_NAME, "*.kohya.safetensors", f"*{TOKENS_SUFFIX}", "README.md", "image_*.png"]
+PUBLIC_FILES = [PUBLISHED_NAME, MIXERS_NAME, f"*{KOHYA_SUFFIX}", f"*{TOKENS_SUFFIX}", "README.md", "image_*.png"]
 
 
 def public_files(run_dir: Path) -> list[str]:
