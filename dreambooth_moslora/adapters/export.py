@@ -91,7 +91,8 @@ def difference_of(one: Path, other: Path) -> FileDifference:
     differing = tuple(key for key in keys if facts.get(key) != other_facts.get(key))
     both = [(tensors[name], others[name]) for name in names if name in tensors and name in others]
     is_cast = any((a.shape, a.dtype) != (b.shape, b.dtype) for a, b in both)
-    is_other = is_cast or len(both) < len(names) or any(a.numel() == 1 and not torch.equal(a, b) for a, b in both)
+    alphas = [(a, b) for a, b in both if a.ndim < 2 and a.numel() == 1]
+    is_other = is_cast or len(both) < len(names) or not all(torch.equal(a, b) for a, b in alphas)
     of_updates = inf
     if found and not is_other:
         of_updates = update_gap(find_pairs(one.name, tensors), find_pairs(other.name, others))
