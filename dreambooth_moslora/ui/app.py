@@ -68,7 +68,7 @@ def serve(args: argparse.Namespace) -> int:
     is_public = args.share or args.server_name not in LOOPBACK
     if is_public and not logins:
         print("warning: everybody who finds this address can use it; training is off without --auth", file=sys.stderr)
-    context = context_of(args, training=bool(logins) or not is_public)
+    context = context_of(args, training=bool(logins) or not is_public, public=is_public or bool(allowed))
     os.environ["GRADIO_TEMP_DIR"] = str(context.visitors.root / "gradio")  # so uploads are deleted with the visitors'
     from dreambooth_moslora.ui.page import build_app, launch_options
 
@@ -110,7 +110,7 @@ def parse_host(text: str) -> set["Origin"]:
     return origins
 
 
-def context_of(args: argparse.Namespace, *, training: bool):
+def context_of(args: argparse.Namespace, *, training: bool, public: bool = False):
     """Start loading the base, and tell the page what it needs before that is loaded."""
     folder = base_folder(args.base)
     runs_dir = runs_folder(args.runs_dir)
@@ -135,6 +135,7 @@ def context_of(args: argparse.Namespace, *, training: bool):
         adapters_dir=Path(args.adapters_dir).expanduser().resolve(),
         runs_dir=runs_dir,
         training=training,
+        public=public,
     )
 
 

@@ -8,24 +8,15 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from dreambooth_moslora.ui.generate import build_generate_tab
-from dreambooth_moslora.ui.guard import (
-    LOOPBACK,
-    MAX_UPLOAD_BYTES,
-    BodySizeLimit,
-    Origin,
-    SessionGuard,
-    UploadQuota,
-    note_sessions,
-    outermost,
-)
+from dreambooth_moslora.ui.guard import LOOPBACK, MAX_UPLOAD_BYTES, BodySizeLimit, Origin, UploadQuota, outermost
 from dreambooth_moslora.ui.html import CSS, HEAD, theme
 from dreambooth_moslora.ui.inspect import build_inspect_tab
-from dreambooth_moslora.ui.public import MAX_SESSIONS, LoginLimit, UnknownNames, govern, keep_sessions_small
 from dreambooth_moslora.ui.state import AppContext
 from dreambooth_moslora.ui.train import build_train_tab
 from dreambooth_moslora.ui.visitors import VisitorCookie
 
-LAYERS = (BodySizeLimit, UploadQuota, LoginLimit, SessionGuard, VisitorCookie, UnknownNames)
+MAX_SESSIONS = 256
+"""Of 250 KB each; by itself Gradio remembers 10,000. Whose session is forgotten begins a new one at the next click."""
 CACHE_CHECK_SEC, CACHE_AGE_SEC = 3600, 24 * 3600
 
 
@@ -47,9 +38,10 @@ def build_app(ctx: AppContext, templates: list[str]) -> gr.Blocks:
             with gr.Tab("Inspect", id="inspect"):
                 build_inspect_tab(ctx, tabs, generate)
     page.queue(api_open=False)
-    govern(page)
-    note_sessions(page)
-    keep_sessions_small()
+    if ctx.public:
+        from dreambooth_moslora.ui.public import protect
+
+        protect(page)
     if ctx.training:
         ctx.queue.in_background()
     return page
@@ -59,8 +51,14 @@ def launch_options(allowed: Collection[Origin] = (), *, public: bool = False) ->
     """The common options for `launch()`.
 
     The page answers to the loopback's names and those of the `allowed` origins, a `public` page to every name; no page
-    answers to another site's page.
+    answers to another site's page. Strangers can reach a public page, and one of an allowed origin: both have the
+    layers of `public`.
     """
+    layers = [BodySizeLimit, UploadQuota, VisitorCookie]
+    if public or allowed:
+        from dreambooth_moslora.ui.public import LAYERS
+
+        layers[2:2] = LAYERS
     hosts = None if public else LOOPBACK | {name for _, name, _ in allowed}
     return {
         "theme": theme(),
@@ -71,7 +69,7 @@ def launch_options(allowed: Collection[Origin] = (), *, public: bool = False) ->
         "max_file_size": MAX_UPLOAD_BYTES,
         "state_session_capacity": MAX_SESSIONS,
         "app_kwargs": {
-            "middleware": [Middleware(layer) for layer in LAYERS],
+            "middleware": list(map(Middleware, layers)),
             "lifespan": outermost(hosts, allowed),
         },
         "enable_monitoring": False,

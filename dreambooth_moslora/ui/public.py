@@ -1,15 +1,13 @@
-"""What guards a page that strangers can reach: turns, limits and unknown names.
+"""What guards a page that strangers can reach; a page on the loopback does not load it.
 
-Answers 404 with a message for an unknown function, component, session or job, where Gradio would raise a
-traceback.
+- Turns: no visitor fills the queue alone, visitors take turns, work without a listener ends, and only so many runs of
+  training wait. Events that stop or list something are not limited.
+- Limits: after a few wrong passwords the login is closed for a while. What Gradio remembers of each session (a page in
+  a browser, until the server ends) stays small.
+- Names: a session's name appears in addresses, so it is no secret, and another browser must not read or end the session
+  by it. An unknown function, component, session or job is answered with 404, where Gradio would raise a traceback.
 
-What Gradio remembers of each session (a page in a browser, until the server ends) stays small.
-
-Limits attempts to guess passwords: after a few wrong ones the login is closed for a while.
-
-Limits of the queue: no visitor fills it alone, visitors take turns, and work without a listener ends.
-
-Events that stop or list something are not limited.
+All but the layers and `check_room` work through parts of Gradio that it does not promise to keep.
 """
 
 import json
@@ -27,10 +25,27 @@ import gradio as gr
 from gradio.blocks import Block
 from gradio.server_messages import ProcessCompletedMessage
 from gradio.state_holder import SessionState
+from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse
 
-from dreambooth_moslora.ui.guard import STREAM, body_again, whole_body
-from dreambooth_moslora.ui.visitors import address_of, visitor_id
+from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.disk.queue import COMMAND_LINE, QueuedRun
+from dreambooth_moslora.ui.guard import header_of
+from dreambooth_moslora.ui.visitors import Visitor, address_of, secret_in, visitor_id
+
+RUNS_PER_VISITOR, RUNS_PER_ADDRESS, RUNS_IN_ALL = 20, 40, 100
+"""Runs that may wait: of a visitor, of all visitors at one address without a login, and of the whole page."""
+
+
+def check_room(waiting: Sequence[QueuedRun], visitor: Visitor) -> None:
+    """Raise UserError when as many runs wait as may. Runs that were added by command do not count."""
+    if sum(run.owner == visitor.id for run in waiting) >= RUNS_PER_VISITOR:
+        raise UserError(f"{RUNS_PER_VISITOR} runs of yours are waiting; remove one, or wait")
+    if visitor.address and sum(run.address == visitor.address for run in waiting) >= RUNS_PER_ADDRESS:
+        raise UserError(f"{RUNS_PER_ADDRESS} runs from your address are waiting; wait until one has ended")
+    if sum(run.owner != COMMAND_LINE for run in waiting) >= RUNS_IN_ALL:
+        raise UserError(f"the queue is full, {RUNS_IN_ALL} runs are waiting; wait until one has ended")
+
 
 API = "/gradio_api"
 ASKED = re.compile(rf"{API}/(run|api|call/v2|call)/(?P<name>[^/]+)")
@@ -96,22 +111,96 @@ def _missing_number(body: bytes, page: Any) -> str:
     return ""
 
 
-MAX_SESSIONS = 256
-"""Of 250 KB each; by itself Gradio remembers 10,000. Whose session is forgotten begins a new one at the next click."""
+STREAM, CANCEL, LINK = "/gradio_api/queue/data", "/gradio_api/cancel", "/gradio_api/deep_link"
+MOST_OWNERS = 10_000
+NOT_YOURS = "this session is another browser's"
+_owners: OrderedDict[str, str] = OrderedDict()
+"""Session -> the cookie of the browser that began it. Names are random, so servers of one process may share it."""
+
+
+def note_sessions(page: gr.Blocks) -> None:
+    """Make the queue of `page` record each session's owner; 403 for a job in another's."""
+    queue = page._queue
+    push = queue.push
+
+    async def noted_push(body: Any, request: Any, username: str | None) -> tuple:
+        if body.session_hash:
+            cookie = secret_in(request.cookies)
+            if _owners.get(body.session_hash, cookie) != cookie:
+                raise fastapi.HTTPException(403, NOT_YOURS)
+            _note(body.session_hash, cookie)
+        return await push(body, request, username)
+
+    queue.push = noted_push
+
+
+def _note(session: str, cookie: str) -> None:
+    if cookie:
+        _owners.setdefault(session, cookie)
+    while len(_owners) > MOST_OWNERS:
+        _owners.popitem(last=False)
+
+
+class SessionGuard:
+    """ASGI middleware: answers 403 to requests for the stream or the end of another's session, and for a link
+    to any."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+        path, session = scope["path"].rstrip("/") if scope["type"] == "http" else "", ""
+        if path == CANCEL:
+            body = await whole_body(receive)
+            session, receive = _session_in(body), body_again(body, receive)
+        elif path == STREAM:
+            session = parse_qs(scope["query_string"].decode("latin1")).get("session_hash", [""])[0]
+        if path == LINK or _owners.get(session, _cookie_of(scope)) != _cookie_of(scope):
+            await PlainTextResponse(NOT_YOURS, 403)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
+def _cookie_of(scope: dict) -> str:
+    return secret_in(cookie_parser(header_of(scope, b"cookie").decode("latin1"))) if "headers" in scope else ""
+
+
+async def whole_body(receive: Any) -> bytes:
+    """The body, whose length BodySizeLimit bounds."""
+    body, is_open = bytearray(), True
+    while is_open:
+        message = await receive()
+        body += message.get("body", b"")
+        is_open = message.get("more_body", False)
+    return bytes(body)
+
+
+def body_again(body: bytes, receive: Any) -> Any:
+    """`receive` that begins with the body that has been read."""
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replayed() -> dict:
+        return messages.pop() if messages else await receive()
+
+    return replayed
+
+
+def _session_in(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["session_hash"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return ""
+
 
 _put = SessionState.__setitem__
 
 
-def keep_sessions_small() -> None:
+def _put_with_its_number(session: SessionState, number: int, value: Any) -> None:
     """Let sessions hold one component in each place, however often it is updated.
 
     Gradio puts an updated component, which has a new number, in the old one's place, and by its next value in the new
     number's place as well: two components more with each job, for as long as the session is remembered.
     """
-    SessionState.__setitem__ = _put_with_its_number
-
-
-def _put_with_its_number(session: SessionState, number: int, value: Any) -> None:
     if isinstance(value, Block):
         value._id = number
     _put(session, number, value)
@@ -173,12 +262,14 @@ UNHEARD = "the work was dropped, as nobody fetched its results"
 FULL = "the queue is full; try again in a while"
 
 
-def govern(page: gr.Blocks) -> None:
-    """Give the queue of `page` its limits and its order."""
+def protect(page: gr.Blocks) -> None:
+    """Give the queue of `page` its limits and its order, and its sessions their owners and a small memory."""
     served: OrderedDict[str, int] = OrderedDict()
     take_turns(page, served)
     limit_waiting(page, served)
     drop_unheard(page)
+    note_sessions(page)
+    SessionState.__setitem__ = _put_with_its_number
 
 
 def take_turns(page: gr.Blocks, served: OrderedDict[str, int]) -> None:
@@ -316,3 +407,6 @@ def _shares(asker: gr.Request, served: Mapping[str, int]) -> dict[tuple[str, str
         if visitor not in served:
             shares["strangers", address] = STRANGERS
     return shares
+
+
+LAYERS = (LoginLimit, SessionGuard, UnknownNames)

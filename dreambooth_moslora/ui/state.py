@@ -50,7 +50,8 @@ logger = logging.getLogger(__name__)
 class AppContext:
     """State of the server. `load` returns the pipeline; it runs in a thread from the start.
 
-    `base` is shown to everyone; the trainer gets `base_name`, which may be a path of this machine.
+    `base` is shown to everyone; the trainer gets `base_name`, which may be a path of this machine. Strangers can
+    reach a `public` page.
     """
 
     def __init__(
@@ -63,10 +64,11 @@ class AppContext:
         adapters_dir: Path,
         runs_dir: Path,
         training: bool,
+        public: bool = False,
     ) -> None:
         self.base, self.base_name, self.resolution_px = base, base_name, resolution_px
         self.runs_dir = runs_dir
-        self.training = training
+        self.training, self.public = training, public
         self.visitors = Visitors()
         self.catalog = AdapterCatalog(adapters_dir, runs_dir)
         self._stops: dict[Page, threading.Event] = {}

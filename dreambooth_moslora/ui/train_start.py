@@ -9,7 +9,7 @@ The cost of a run in advance: the estimate of `--dry_run`, in a card.
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from dreambooth_moslora.adapters.metadata import check_start_header
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import free_name
 from dreambooth_moslora.disk.adapter_files import NONE, header_of
-from dreambooth_moslora.disk.queue import COMMAND_LINE, QueuedRun
+from dreambooth_moslora.disk.queue import QueuedRun
 from dreambooth_moslora.ui.generate_form import format_seconds, summary_of
 from dreambooth_moslora.ui.html import remarks_card
 from dreambooth_moslora.ui.jobs import Job, Jobs, run_name_of
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 BUSY = "another run is going on or waits; “Add to queue” lets this one wait for its turn"
 BEGUN_WITH, LIKE = "begun_with", "like"
 """Folders in a run: a copy of the adapter that it begins with, and the recipe that it was given, NAME.json."""
-PER_VISITOR, PER_ADDRESS, IN_ALL = 20, 40, 100
-"""Runs that may wait: of a visitor, of all visitors at one address without a login, and of the whole page."""
 CHOSEN = "Chosen; “More settings” changes it."
 
 
@@ -63,22 +61,15 @@ def start_run(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) ->
 def add_to_queue(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> tuple[str, str]:
     """Like `start_run`, but the run waits until those before it have ended. Returns its name, and HTML. Raises
     UserError."""
-    check_room(ctx.queue.queue.waiting(), visitor)
+    if ctx.public:
+        from dreambooth_moslora.ui.public import check_room
+
+        check_room(ctx.queue.queue.waiting(), visitor)
     with prepared(ctx, jobs, form, visitor, is_queued=True) as run:
         name = run.run_dir.name
         asked = {"settings": run.settings, "is_new": True, "queued": time.time()}
         place = ctx.queue.queue.add(QueuedRun(name, visitor.id, visitor.address, **asked))
     return name, remarks_card(run.said, f"{name} waits, number {place} in the queue. {CHOSEN}")
-
-
-def check_room(waiting: Sequence[QueuedRun], visitor: Visitor) -> None:
-    """Raise UserError when as many runs wait as may. Runs that were added by command do not count."""
-    if sum(run.owner == visitor.id for run in waiting) >= PER_VISITOR:
-        raise UserError(f"{PER_VISITOR} runs of yours are waiting; remove one, or wait")
-    if visitor.address and sum(run.address == visitor.address for run in waiting) >= PER_ADDRESS:
-        raise UserError(f"{PER_ADDRESS} runs from your address are waiting; wait until one has ended")
-    if sum(run.owner != COMMAND_LINE for run in waiting) >= IN_ALL:
-        raise UserError(f"the queue is full, {IN_ALL} runs are waiting; wait until one has ended")
 
 
 @contextmanager

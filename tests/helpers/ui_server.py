@@ -9,12 +9,16 @@ from pathlib import Path
 import gradio as gr
 
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.ui.guard import origins_of
 from dreambooth_moslora.ui.page import build_app, launch_options
 from dreambooth_moslora.ui.state import AppContext
 from dreambooth_moslora.ui.visitors import COOKIE
 from tests.helpers.tiny_adapters import save_diffusers_lora
 
 __all__ = ["Served", "cookie_of", "secret_of", "serve"]
+
+
+PROXY = "pictures.example.org"
 
 
 def secret_of(name: str) -> str:
@@ -35,8 +39,8 @@ class Served:
 
 
 @contextmanager
-def serve(tiny_base: Path, folder: Path, *, training: bool = True, **launch) -> Iterator[Served]:
-    """Two adapters on the shelf, "dog" and "cat"; runs go to `folder`/runs."""
+def serve(tiny_base: Path, folder: Path, *, training: bool = True, public: bool = True, **launch) -> Iterator[Served]:
+    """Two adapters on the shelf, "dog" and "cat"; runs go to `folder`/runs. A `public` page has the name PROXY too."""
     pipeline = SubjectPipeline.from_base(tiny_base)
     (folder / "adapters").mkdir(parents=True, exist_ok=True)
     (folder / "runs").mkdir(exist_ok=True)
@@ -51,9 +55,11 @@ def serve(tiny_base: Path, folder: Path, *, training: bool = True, **launch) -> 
         adapters_dir=folder / "adapters",
         runs_dir=folder / "runs",
         training=training,
+        public=public,
     )
     page = build_app(ctx, ["a photo of {} in the jungle", "a red {}"])
-    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **launch_options() | launch)
+    options = launch_options(origins_of(PROXY) if public else ())
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **options | launch)
     try:
         yield Served(url, ctx, page)
     finally:

@@ -222,24 +222,26 @@ def test_the_axis_of_adapters_starts_with_the_checkpoints_of_the_chosen_run(tmp_
 
 
 @pytest.mark.parametrize(
-    "options, training",
+    "options, training, public",
     [
-        ([], True),
-        (["--share"], False),
-        (["--server_name", "0.0.0.0"], False),
-        (["--server_name", "0.0.0.0", "--auth", "ann:secret"], True),
-        (["--share", "--auth", "ann:secret"], True),
+        ([], True, False),
+        (["--server_name", "localhost", "--auth", "ann:secret"], True, False),
+        (["--share"], False, True),
+        (["--server_name", "0.0.0.0"], False, True),
+        (["--server_name", "0.0.0.0", "--auth", "ann:secret"], True, True),
+        (["--share", "--auth", "ann:secret"], True, True),
+        (["--allowed_host", "pictures.example.org"], True, True),
     ],
 )
-def test_on_a_public_address_training_needs_a_login(monkeypatch, capsys, options, training):
+def test_a_public_address_needs_a_login_for_training_and_is_guarded(monkeypatch, capsys, options, training, public):
     seen = []
 
-    def stop_here(args, *, training):
-        seen.append(training)
+    def stop_here(args, **how):
+        seen.append(how)
         raise UserError("far enough")
 
     monkeypatch.setattr("dreambooth_moslora.ui.app.context_of", stop_here)
-    assert main(options) == 2 and seen == [training]
+    assert main(options) == 2 and seen == [{"training": training, "public": public}]
     assert ("warning: everybody" in capsys.readouterr().err) == (not training)
 
 

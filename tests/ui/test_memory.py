@@ -11,7 +11,7 @@ from gradio_client import Client
 
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.ui.generate_form import GenerateForm, make_pictures
-from dreambooth_moslora.ui.public import MAX_SESSIONS
+from dreambooth_moslora.ui.page import MAX_SESSIONS
 from dreambooth_moslora.ui.state import AppContext
 from tests.helpers.ui_server import serve
 

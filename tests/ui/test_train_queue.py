@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.ui import train_start
+from dreambooth_moslora.ui import public
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.train_start import add_to_queue, start_run
 from dreambooth_moslora.ui.train_watch import queue_changes
@@ -25,7 +25,7 @@ def page(jobs, tmp_path):  # noqa: F811
     for number, file in enumerate(sorted(paint_photos(tmp_path / "mine", 2).iterdir()), 1):
         ann.photos_dir.mkdir(exist_ok=True)
         file.rename(ann.photos_dir / f"photo_0{number}.png")
-    ctx = SimpleNamespace(queue=QueueTurns(jobs), base_name="toy", resolution_px=128, jobs=jobs)
+    ctx = SimpleNamespace(queue=QueueTurns(jobs), base_name="toy", resolution_px=128, jobs=jobs, public=True)
     return ctx, ann
 
 
@@ -46,7 +46,7 @@ def test_the_page_adds_shows_and_moves_runs_of_its_visitor_alone(jobs, page, mon
     assert queue_changes(ctx, jobs, ann, None, shown["queue_seen"]) == {}
     with pytest.raises(UserError, match="Add to queue"):
         start_run(ctx, jobs, form, ann)
-    monkeypatch.setattr(train_start, "PER_VISITOR", 2)
+    monkeypatch.setattr(public, "RUNS_PER_VISITOR", 2)
     with pytest.raises(UserError, match="2 runs of yours are waiting"):
         add_to_queue(ctx, jobs, form, ann)
     for run in names(ctx.queue.queue):
@@ -57,18 +57,18 @@ def test_the_page_adds_shows_and_moves_runs_of_its_visitor_alone(jobs, page, mon
 
 @pytest.mark.parametrize(
     ("limit", "says"),
-    [("PER_ADDRESS", "2 runs from your address are waiting"), ("IN_ALL", "the queue is full, 2 runs")],
+    [("RUNS_PER_ADDRESS", "2 runs from your address are waiting"), ("RUNS_IN_ALL", "the queue is full, 2 runs")],
 )
 def test_cookies_together_leave_room_for_others(jobs, page, monkeypatch, limit, says):  # noqa: F811
     ctx, ann = page
-    monkeypatch.setattr(train_start, limit, 2)
+    monkeypatch.setattr(public, limit, 2)
     added(ctx.queue.queue, "bear", owner="", address="")
     for number in range(2):
         add_to_queue(ctx, jobs, TrainForm("sks", "dog"), replace(ann, id=f"cookie {number}", address="203.0.113.1"))
     with pytest.raises(UserError, match=says):
         add_to_queue(ctx, jobs, TrainForm("sks", "dog"), replace(ann, id="cookie 2", address="203.0.113.1"))
     elsewhere = [replace(ann, address="203.0.113.2"), replace(ann, id="a login")]
-    if limit == "PER_ADDRESS":
+    if limit == "RUNS_PER_ADDRESS":
         assert [add_to_queue(ctx, jobs, TrainForm("sks", "dog"), one)[0] for one in elsewhere] == ["dog-3", "dog-4"]
 
 
