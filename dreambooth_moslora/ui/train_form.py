@@ -1,24 +1,18 @@
-"""The training form as a value: a few words and numbers, turned into the settings of a run.
+"""The training form as a value: the table of its fields, and the settings that `train FOLDER WORD` chooses from them.
 
-The recipes that “Train like” offers: those of the adapters that can be chosen, and of a visitor's own files.
-
-Of a visitor's file only the recipe is kept, so it need not fit this base.
-
-GPU memory for a run of the page, and the lines about it.
-
-Further subjects of the training form, from the second on: their fields, their photos' folders, their tables.
-
-The training form as a value: a few words and numbers, turned into the settings that `train FOLDER WORD` chooses.
+A field of the Train tab is one row of `TrainForm`: its name in the API, its default, what the page shows of it and the
+setting that it fills. The widgets, the run's settings, the form of an earlier run, “Train like” and the form's words in
+advice are made from the rows; what a row leaves out is as the table of settings has it.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.core.errors import UserError, is_number
-from dreambooth_moslora.core.names import MAX_WORD_CHARACTERS, free_name, is_toy
-from dreambooth_moslora.disk.adapter_files import NONE, clean_name
+from dreambooth_moslora.core.names import MAX_WORD_CHARACTERS, is_toy
+from dreambooth_moslora.disk.adapter_files import NONE
 from dreambooth_moslora.generation.params import check_characters
 from dreambooth_moslora.plan.choices import (
     TOKEN,
@@ -33,152 +27,125 @@ from dreambooth_moslora.plan.choices import (
     encoders_are_here,
     recipe_settings,
 )
-from dreambooth_moslora.plan.memory import GIB, Estimate
-from dreambooth_moslora.settings.fields import parse_pattern
-from dreambooth_moslora.settings.sources import FoundRecipe, recipe_in_file, unless_given
-from dreambooth_moslora.settings.table import MEMORY_WORDS, TrainConfig
+from dreambooth_moslora.plan.memory import GIB
+from dreambooth_moslora.settings.sources import FoundRecipe, unless_given
+from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
 from dreambooth_moslora.settings.versions import version_of
-from dreambooth_moslora.ui.adapters import check_header
-from dreambooth_moslora.ui.visitors import Visitor, kept_photos
+from dreambooth_moslora.ui.visitors import kept_photos
 
 if TYPE_CHECKING:
     from dreambooth_moslora.photos.photo import Photo
-    from dreambooth_moslora.ui.state import AppContext
-
-MOST_RECIPES = 16
-MOST: dict[str, float] = {
-    "rank": 256,
-    "learning_rate": 10,
-    "text_encoder_lr": 10,
-    "max_train_steps": 100_000,
-    "num_train_epochs": 10_000,
-    "exposures_per_photo": 10_000,
-    "train_batch_size": 64,
-    "gradient_accumulation_steps": 256,
-    "repeats": 1000,
-    "crops_per_photo": 100,
-    "num_class_images": 1000,
-    "prior_loss_weight": 100,
-    "seed": 2**32 - 1,
-}
-"""The most that a visitor may ask of this machine, in the form and by a file that anyone may have written."""
 
 LENGTHS = ("max_train_steps", "exposures_per_photo", "num_train_epochs")
 OF_MACHINE = (
     *("mixed_precision", "gradient_checkpointing", "base_quantization", "cache_cross_attention", "caching"),
     *("allow_tf32", "compile", "sample_batch_size", "prior_generation_precision"),
 )
+PRESETS = {"quick": 0.5, "standard": 1.0, "thorough": 2.0}
+"""Name -> how often each photo is shown, as a multiple of what the recipe says."""
+TOKENS_RATE = 1e-3
+"""The trainer's own default, diffusers', hardly moves new tokens."""
+BY_RECIPE = "0: by recipe"
+NEW_TOKENS = "learns the token anew in both text encoders, beside the adapter; on the toys likeness did not rise"
 
 
-def recipe_names(ctx: "AppContext", visitor: Visitor) -> list[str]:
-    """What can be chosen: the visitor's own files, then the adapters."""
-    return [NONE, *visitor.recipes, *ctx.catalog.files(visitor)]
+@dataclass(frozen=True)
+class FormField:
+    """What the table says of a field beside its name and type."""
+
+    default: Any
+    label: str
+    info: str = ""
+    """default: the help of its setting"""
+    line: int = 0
+    """where it stands below “More settings”, from the top; fields of one line stand side by side. 0: elsewhere"""
+    setting: str = ""
+    """the setting that it fills; "" if the form does more with it"""
+    choices: Collection[str] | Mapping[str, str] = ()
+    """values, or value -> its label (default: those of its setting)"""
+    most: float | None = None
+    """the most that a visitor may ask of this machine (default: the setting's bound)"""
+    kind: str = ""
+    """radio, slider, or list: names that the page knows; else the widget follows from the values"""
+    required: bool = False
+    """the API's argument has no default"""
+    always: bool = False
+    """the run is given its value even where that is as at first; a number of another field means “by recipe” if 0"""
+    needs: str = ""
+    """a tick without which it means nothing"""
+    box: str = ""
+    """id of the box around its line, which is shown while what it needs is ticked"""
+    words: tuple[str, str] | None = None
+    """values of the setting for a tick that is off, and on"""
+    of_files: bool = False
+    """not for the embedded base"""
+    at_first: Callable[[str], Any] | None = None
+    """its first value by the base, if that decides"""
+    fetched: str = ""
+    """what is told where a tick is off at first, as it takes something from the hub"""
+    title: str = ""
+    """its name in an error (default: the label)"""
+    elem_id: str = ""
+    """its id on the page (default: its name)"""
+    look: Mapping[str, Any] = field(default_factory=dict)
+    """further options of the widget"""
+
+    @property
+    def row(self) -> Mapping[str, Any]:
+        """What the table of settings says of its setting."""
+        return SETTINGS[self.setting].metadata if self.setting else {}
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        return tuple(self.choices or (() if self.is_tick else self.row.get("choices") or ()))
+
+    @property
+    def limit(self) -> float | None:
+        return self.row.get("high") if self.most is None else self.most
+
+    @property
+    def is_tick(self) -> bool:
+        return self.default is None or isinstance(self.default, bool)
+
+    @property
+    def is_number(self) -> bool:
+        return is_number(self.default) and not self.is_tick
+
+    def first(self, base: str) -> Any:
+        return self.at_first(base) if self.at_first else self.default
+
+    def checked(self, name: str, value: Any) -> Any:
+        """The value of the field of that name, as its type. Raises UserError."""
+        title = self.title or self.label.lower()
+        if self.is_tick:
+            if value not in (True, False, None):
+                raise UserError(f"{name} must be true or false, not {value!r:.30}")
+            return value if self.default is None else bool(value)
+        if self.values and (not isinstance(value, str) or value not in self.values):
+            raise UserError(f"there is no {name} {value!r:.30}; choose {', '.join(self.values)}")
+        if not self.is_number:
+            return value
+        value, is_whole = 0 if value is None else value, isinstance(self.default, int)
+        if not is_number(value) or not 0 <= value <= self.limit or (is_whole and not float(value).is_integer()):
+            what = f"{title} must be a whole number" if is_whole else f"the {title} must be a number"
+            raise UserError(f"{what} from 0 to {self.limit}, not {value!r:.30}")
+        return type(self.default)(value)
+
+    def of_setting(self, value: Any, base: str) -> Any:
+        """The field's value for a value of its setting; as at first where the form has none."""
+        if value is None or (self.values and value not in self.values):
+            return self.first(base)
+        return value == self.words[1] if self.words else value
 
 
-def recipe_of(ctx: "AppContext", name: str | None, visitor: Visitor) -> FoundRecipe | None:
-    """The recipe of that name; None of none. Raises UserError for an unlisted name, and for an adapter without one."""
-    name = str(name or NONE)
-    if name == NONE:
-        return None
-    return visitor.recipes.get(name) or read(ctx.catalog.path(name, visitor), name)
+def asked(default: Any, label: str, info: str = "", **facts: Any) -> Any:
+    """A field of the form with the facts of a `FormField`."""
+    return field(default=default, metadata={"row": FormField(default, label, info, **facts)})
 
 
-def add_recipe(ctx: "AppContext", uploaded: str | Path, visitor: Visitor) -> str:
-    """Keep the recipe of an uploaded file for its visitor alone; returns its name. Raises UserError."""
-    file = Path(uploaded)
-    if file.suffix != ".safetensors":
-        raise UserError(f"{file.name} is not a .safetensors file; other formats can carry code and are not opened")
-    found = read(file, file.name)
-    name = free_name(clean_name(file.name), recipe_names(ctx, visitor).__contains__, " ")
-    keep_recipe(ctx, name, found, visitor)
-    return name
-
-
-def keep_recipe(ctx: "AppContext", name: str, recipe: FoundRecipe | None, visitor: Visitor) -> None:
-    """Keep a recipe that a run of the visitor was given, unless its name is listed."""
-    if recipe is None or name in recipe_names(ctx, visitor):
-        return
-    visitor.recipes[name] = recipe
-    while len(visitor.recipes) > MOST_RECIPES:
-        visitor.recipes.pop(next(iter(visitor.recipes)))
-
-
-def read(file: Path, name: str) -> FoundRecipe:
-    try:
-        check_header(file)
-        return bounded(recipe_in_file(file))
-    except UserError as error:
-        raise UserError(f"nothing is taken from {name}: {error}") from error
-
-
-def bounded(found: FoundRecipe) -> FoundRecipe:
-    """The recipe without settings beyond MOST, each of which gets a line. Raises UserError where nothing is left."""
-    great = {name: value for name, value in found.settings.items() if is_too_great(name, value)}
-    if len(great) == len(found.settings):
-        raise UserError(f"none of its settings can be taken: {', '.join(great)} are too great for this page")
-    kept = {name: value for name, value in found.settings.items() if name not in great}
-    lines = [f"{name} is too great for this page" for name in great]
-    return FoundRecipe(kept, found.without_equivalent, (*found.invalid, *lines))
-
-
-def is_too_great(name: str, value: Any) -> bool:
-    if name == "rank_pattern":
-        return any(parse_pattern(name, text)[1] > MOST["rank"] for text in value)
-    return name in MOST and value is not None and value > MOST[name]
-
-
-def left_out(recipe: FoundRecipe) -> dict[str, Any]:
-    """The recipe's settings that are not taken: the base has its own resolution, and the machine its own memory."""
-    without = () if version_of("bitsandbytes") else ("use_8bit_adam",)
-    return {name: recipe.settings[name] for name in ("resolution", *OF_MACHINE, *without) if name in recipe.settings}
-
-
-def like_line(name: str, recipe: FoundRecipe) -> str:
-    """What was taken, and what could not be."""
-    own = left_out(recipe)
-    parts = [f"Like {name}: {len(recipe.settings) - len(own)} settings, those of this form filled in"]
-    parts += [f"left to this page: {', '.join(own)}"] if own else []
-    return f"{'; '.join([*parts, *recipe.remarks])}."
-
-
-def taken_from(recipe: FoundRecipe, given: Mapping[str, Any], share: float = 1.0) -> dict[str, Any]:
-    """The recipe's settings that are neither given nor left out; its length is multiplied by `share`."""
-    taken = unless_given(recipe.settings, {**left_out(recipe), **given})
-    return taken | lengths_in(taken, share)
-
-
-def lengths_in(settings: Mapping[str, Any], share: float) -> dict[str, int]:
-    """The settings of a run's length, multiplied by `share`."""
-    return {name: max(1, round(share * settings[name])) for name in LENGTHS if settings.get(name)}
-
-
-def card_lines(config: TrainConfig, cost: Estimate) -> list[str]:
-    """Device and plan of the run, for the cost estimate; `config` has its memory plan."""
-    import torch
-
-    free = free_gib()
-    if free is None:
-        return ["GPU: none is here, so it trains on the CPU"]
-    line = f"GPU: {torch.cuda.get_device_name()}, {free:.1f} GiB free for this run"
-    if config.mixed_precision:
-        recomputed = "with" if config.gradient_checkpointing else "without"
-        line += f", so it trains in {config.mixed_precision}, {recomputed} gradient checkpointing"
-    if config.base_quantization != "none":
-        line += f", the base in {config.base_quantization}"
-    return [line, *(["the GPU may have too little memory even so"] if cost.peak_gib > free else [])]
-
-
-def free_gib(*, is_later: bool = False) -> float | None:
-    """GPU memory for a run, GiB: what is free, and what this process frees when the run begins.
-
-    None without a GPU. `is_later`: the whole GPU's memory, for a run that waits until the others have ended.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    free, whole = torch.cuda.mem_get_info()
-    return (whole if is_later else free + torch.cuda.memory_reserved()) / GIB
+def rows(form: type) -> dict[str, FormField]:
+    """The fields of the form by name, in the API's order."""
+    return {item.name: item.metadata["row"] for item in fields(form) if item.metadata}
 
 
 MOST_SUBJECTS = 4
@@ -257,49 +224,64 @@ def prompts_of(token: str, class_word: str) -> tuple[str, str]:
     return f"a photo of a {token} {class_word}", f"a photo of a {class_word}"
 
 
-PRESETS = {"quick": 0.5, "standard": 1.0, "thorough": 2.0}
-"""Name -> how often each photo is shown, as a multiple of what the recipe says."""
-TOKENS_RATE = 1e-3
-"""The trainer's own default, diffusers', hardly moves new tokens."""
-PRIORS = ("adapter_off", "class_images")
-
-
 @dataclass(frozen=True)
 class TrainForm:
-    """Names of the fields are the API's argument names. 0 in a number, and None, mean: as the recipe has it.
+    """The fields' names and order are those of the API's arguments. 0 in a number, and None: as the recipe has it.
 
     `begin_with` and `like` name an adapter or a recipe that can be chosen on the page; where its file lies is not
     the form's to know.
     """
 
-    token: str
-    class_word: str
-    run_name: str = ""
-    preset: str = "standard"
-    prior_preservation: bool = True
-    captions: str = ""
-    rank: int = 0
-    learning_rate: float = 0.0
-    steps: int = 0
-    mixer: str = "orthogonal"
-    seed: int = 0
-    make_masks: bool | None = None
-    memory: str = "auto"
-    prior: str = "adapter_off"
-    prior_weight: float = 0.0
-    unmasked_weight: float = 0.2
-    scores: bool | None = None
-    make_captions: bool = False
-    new_tokens: bool = False
-    tokens_begin_as: str = ""
-    tokens_learning_rate: float = TOKENS_RATE
-    begin_with: str = NONE
-    like: str = NONE
+    # fmt: off
+    token: str = asked(TOKEN, "Token", "a rare word", line=2)
+    class_word: str = asked("", "What the photos show", required=True, look={"placeholder": "dog"})
+    run_name: str = asked("", "Name of the run", "may be empty", line=2)
+    preset: str = asked("standard", "Length", "half, once, twice the recipe's", line=5, choices=PRESETS, kind="radio")
+    prior_preservation: bool = asked(True, "Keep the class", "without it, its whole kind turns into yours; slower",
+        line=7, setting="with_prior_preservation", elem_id="prior")
+    captions: str = asked("", "Captions", "one line for each photo, in order; may be left out",
+        line=3, look={"lines": 2})
+    rank: int = asked(0, "Rank", BY_RECIPE, line=15, setting="rank", most=256)
+    learning_rate: float = asked(0.0, "Learning rate", BY_RECIPE, line=15, setting="learning_rate", most=10)
+    steps: int = asked(0, "Steps", "0: by length",
+        line=6, setting="max_train_steps", most=100_000, elem_id="train_steps")
+    mixer: str = asked("orthogonal", "Mixer", "“none”: LoRA", line=16, setting="mixer", always=True)
+    seed: int = asked(0, "Seed", "also of the crops",
+        line=6, setting="seed", most=2**32 - 1, always=True, elem_id="train_seed")
+    make_masks: bool | None = asked(None, "Make masks", "finds the subject in photos that have none",
+        line=9, setting="masks", words=("given", "auto"), at_first=is_toy, fetched="CLIPSeg comes")
+    memory: str = asked("auto", "Memory", "nf4 needs least", line=16, setting="memory", always=True, of_files=True)
+    prior: str = asked("adapter_off", "Kept by", "what it is held to",
+        line=8, setting="prior", choices={"adapter_off": "the base", "class_images": "class images"},
+        needs="prior_preservation", elem_id="prior_by")
+    prior_weight: float = asked(0.0, "Prior weight", BY_RECIPE,
+        line=8, setting="prior_loss_weight", most=100, needs="prior_preservation")
+    unmasked_weight: float = asked(0.2, "Weight outside the mask", "0: the surroundings are not learned at all",
+        line=10, setting="unmasked_weight", always=True, kind="slider")
+    scores: bool | None = asked(None, "Scores", "measures on the way and keeps the best step",
+        line=11, at_first=encoders_are_here, fetched="CLIP and DINOv2 are not here and come, 2 GB,")
+    make_captions: bool = asked(False, "Write captions", "says the surroundings of photos that have no line",
+        line=4, setting="captions", words=("given", "auto"), fetched="Qwen3-VL comes")
+    new_tokens: bool = asked(False, "New tokens", NEW_TOKENS, line=12, setting="train_text_encoder_ti")
+    tokens_begin_as: str = asked("", "They begin as", "words like it; or empty",
+        line=13, needs="new_tokens", box="token_box")
+    tokens_learning_rate: float = asked(TOKENS_RATE, "Their learning rate", "1e-4 to 1e-3",
+        line=13, setting="text_encoder_lr", most=10, always=True, needs="new_tokens", box="token_box",
+        title="learning rate of the new tokens", elem_id="tokens_rate")
+    begin_with: str = asked(NONE, "Begin with", "an adapter to go on from, with these photos; “none”: from nothing",
+        line=14, kind="list")
+    like: str = asked(NONE, "Train like", "an adapter whose settings fill this form",
+        line=1, kind="list", elem_id="train_like", look={"scale": 4})
     others: tuple[SubjectWords, ...] = ()
+    # fmt: on
 
     @property
     def subjects(self) -> tuple[SubjectWords, ...]:
         return (SubjectWords(self.class_word, self.token, self.captions, self.tokens_begin_as), *self.others)
+
+    def checked(self, name: str) -> Any:
+        """The value of a field. Raises UserError."""
+        return rows(type(self))[name].checked(name, getattr(self, name))
 
     def choices(
         self,
@@ -316,14 +298,12 @@ class TrainForm:
         `photos_dir` is the first subject's; the others' folders are beside it (`folder_of`). `recipe` is that of
         `like`.
         """
-        given = self.given(base, resolution_px, photos_dir, run_dir)
-        share, wants_scores = PRESETS[_one_of(PRESETS, self.preset, "preset")], _switch(self.scores, "scores")
-        is_usual = wants_scores == encoders_are_here(base)
+        given = self.given(base, resolution_px, photos_dir, run_dir, is_like=recipe is not None)
+        share, wants_scores = PRESETS[self.checked("preset")], self.checked("scores")
         if recipe is None:
             choices = Choices(given)
             exposures = choose_recipe(choices, free_for(base, is_later=is_queued))
         else:
-            given |= self.ticks()
             choices = Choices(taken_from(recipe, given, share) | given)
             exposures = USUAL_EXPOSURES
             choices.say(f"settings like {self.like}, where the form says nothing else")
@@ -333,7 +313,7 @@ class TrainForm:
             choose_words(choices, " ".join(str(self.class_word).split()))
         photos = usable_photos(photos_dir, resolution_px, len(self.subjects))
         choose_steps(choices, round(share * exposures), photos)
-        choose_scores(choices, photos, None if is_usual else wants_scores)
+        choose_scores(choices, photos, None if wants_scores == encoders_are_here(base) else wants_scores)
         return choices
 
     def config(
@@ -342,35 +322,38 @@ class TrainForm:
         """All settings, for TrainConfig."""
         return self.choices(base, resolution_px, photos_dir, run_dir, recipe=recipe).all
 
-    def given(self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path) -> dict[str, Any]:
+    def given(
+        self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path, *, is_like: bool = False
+    ) -> dict[str, Any]:
         """The form's own values, under the names of TrainConfig. Raises UserError."""
         prompts_of(self.token, self.class_word)
         check_characters(str(self.captions or ""), "a caption")
-        token, makes_masks = " ".join(str(self.token).split()), _switch(self.make_masks, "make_masks")
-        is_usual = makes_masks in (None, is_toy(base))
-        memory = _one_of(MEMORY_WORDS, self.memory, "memory")
-        numbers = {
-            "token": token if token != TOKEN and not self.others else "",
-            "rank": _whole(self.rank, "rank", MOST["rank"]),
-            "learning_rate": _number(self.learning_rate, "learning rate", MOST["learning_rate"]),
-            "max_train_steps": _whole(self.steps, "steps", MOST["max_train_steps"]),
-            "memory": "" if is_toy(base) else memory,
-            "masks": "" if is_usual else "auto" if makes_masks else "given",
-            "captions": "auto" if _switch(self.make_captions, "make_captions") else "",
-        }
+        token = " ".join(str(self.token).split())
         return {
             "pretrained_model_name_or_path": base,
             "variant": None,  # the files that the page itself has loaded
-            **self.photos_given(photos_dir),
             "output_dir": str(run_dir),
             "resolution": resolution_px,
-            "mixer": self.mixer,
-            "seed": _whole(self.seed, "seed", MOST["seed"]),
-            "unmasked_weight": _number(self.unmasked_weight, "weight outside the mask", 1),
-            **{name: value for name, value in numbers.items() if value},
-            **self.prior_given(),
-            **self.tokens_given(),
+            **self.settings_given(base, is_like=is_like),
+            **self.photos_given(photos_dir),
+            **({} if self.others else self.concept_of(self.subjects[0])),
+            **({"token": token} if token != TOKEN and not self.others else {}),
         }
+
+    def settings_given(self, base: str, *, is_like: bool) -> dict[str, Any]:
+        """What the fields say that fill a setting. Beside a file (`is_like`) each tick and choice says so, even one
+        that is as at first, as the file may say something else. Raises UserError."""
+        given = {}
+        for name, row in rows(type(self)).items():
+            if not row.setting or (row.needs and not getattr(self, row.needs)):
+                continue
+            value = self.checked(name)
+            is_unsaid = value is None or (row.is_number and not row.always and not value)
+            if is_unsaid or (row.of_files and is_toy(base)):
+                continue
+            if row.always or is_like or value != row.first(base):
+                given[row.setting] = row.words[bool(value)] if row.words else value
+        return given
 
     def photos_given(self, photos_dir: Path) -> dict[str, Any]:
         """The photos' folders: one, or a table for each of several subjects. Raises UserError."""
@@ -384,38 +367,6 @@ class TrainForm:
         if twice := next((prompt for prompt in prompts if prompts.count(prompt) > 1), None):
             raise UserError(f"two subjects are called “{twice}”; give each a token or a class of its own")
         return {"subjects": tables}
-
-    def prior_given(self) -> dict[str, Any]:
-        prior = _one_of(PRIORS, self.prior, "prior")
-        weight = _number(self.prior_weight, "prior weight", MOST["prior_loss_weight"])
-        if not self.prior_preservation:
-            return {"with_prior_preservation": False}
-        given: dict[str, Any] = {}
-        if prior != PRIORS[0]:
-            given["prior"] = prior
-        if weight:
-            given["prior_loss_weight"] = weight
-        return given
-
-    def ticks(self) -> dict[str, Any]:
-        """What the form's ticks say beside a file, which may say something else; `given` has checked them."""
-        ticks = {
-            "with_prior_preservation": bool(self.prior_preservation),
-            "captions": "auto" if self.make_captions else "given",
-            "train_text_encoder_ti": bool(self.new_tokens),
-        }
-        if self.prior_preservation:
-            ticks["prior"] = self.prior
-        if self.make_masks is not None:
-            ticks["masks"] = "auto" if self.make_masks else "given"
-        return ticks
-
-    def tokens_given(self) -> dict[str, Any]:
-        if not _switch(self.new_tokens, "new_tokens"):
-            return {}
-        rate = _number(self.tokens_learning_rate, "learning rate of the new tokens", MOST["text_encoder_lr"])
-        given = {"train_text_encoder_ti": True, "text_encoder_lr": rate}
-        return given | ({} if self.others else self.concept_of(self.subjects[0]))
 
     def concept_of(self, words: SubjectWords) -> dict[str, str]:
         """What the new tokens of a subject begin as, if the words say it. Raises UserError."""
@@ -434,14 +385,100 @@ class TrainForm:
                     photo.with_suffix(".txt").write_text(line.strip(), encoding="utf-8")
 
 
-OWN_FIELDS = tuple(field.name for field in fields(TrainForm) if field.name != "others")
-"""Fields that do not describe further subjects."""
-
-
-def form_of(values: Mapping[str, Any]) -> TrainForm:
+def form_of(values: Mapping[str, Any], form: type[TrainForm] = TrainForm) -> TrainForm:
     """The form from all fields' values, by name. Raises UserError for invalid subjects."""
-    own = {name: values[name] for name in OWN_FIELDS if name in values}
-    return TrainForm(**own, others=words_in(values))
+    return form(**{name: values[name] for name in rows(form) if name in values}, others=words_in(values))
+
+
+def values_of(form: TrainForm) -> dict[str, Any]:
+    """Of the widgets, by name: further subjects' fields are empty where the form has no such subject."""
+    values = {name: getattr(form, name) for name in rows(type(form))} | {"subjects": len(form.subjects)}
+    for number in range(2, MOST_SUBJECTS + 1):
+        words = form.subjects[number - 1] if number <= len(form.subjects) else SubjectWords("", TOKENS[number - 1])
+        values |= {named(name, number): value for name, value in vars(words).items()}
+    return values
+
+
+def values_from(said: Mapping[str, Any], base: str, form: type[TrainForm] = TrainForm) -> dict[str, Any]:
+    """Of the fields that fill a setting, by name. What the settings say nothing of is as at first."""
+    values: dict[str, Any] = {}
+    for name, row in rows(form).items():
+        if row.setting:
+            is_meant = not row.needs or said.get(rows(form)[row.needs].setting, rows(form)[row.needs].default)
+            values[name] = row.of_setting(said.get(row.setting) if is_meant else None, base)
+    return values
+
+
+def values_like(recipe: FoundRecipe | None, base: str, form: type[TrainForm] = TrainForm) -> dict[str, Any]:
+    """Of the widgets that a recipe speaks of, by name; those of None are all as at first."""
+    values = values_from(recipe.settings if recipe else {}, base, form) | {"preset": TrainForm.preset}
+    return {name: value for name, value in values.items() if not rows(form)[name].of_files}
+
+
+MOST: dict[str, float] = {
+    "num_train_epochs": 10_000,
+    "exposures_per_photo": 10_000,
+    "train_batch_size": 64,
+    "gradient_accumulation_steps": 256,
+    "repeats": 1000,
+    "crops_per_photo": 100,
+    "num_class_images": 1000,
+} | {row.setting: row.limit for row in rows(TrainForm).values() if row.setting and row.is_number}
+"""The most that a visitor may ask of this machine, in the form and by a file that anyone may have written."""
+PRIOR_FLAGS = r"--with_prior_preservation --prior adapter_off --class_prompt \"[^\"]*\""
+
+
+def form_words(form: type[TrainForm] = TrainForm) -> dict[str, str]:
+    """A flag that advice names -> what the form calls it, both as for `re.sub`."""
+    words = {
+        r"--exposures_per_photo \d+": "a greater “Length”, or more “Steps”",
+        PRIOR_FLAGS: f"“{TrainForm.__dataclass_fields__['prior_preservation'].metadata['row'].label}”",
+    }
+    for row in rows(form).values():
+        if row.setting and row.words:
+            words[f"--{row.setting} {row.words[1]}"] = f"“{row.label}”"
+        elif row.setting and row.is_number:
+            shown = rf"\1 as “{row.label}”" if row.kind == "slider" else rf"“{row.label}” \1"
+            words[rf"--{row.setting} ([\d.e-]+)"] = shown
+    return words
+
+
+def left_out(recipe: FoundRecipe) -> dict[str, Any]:
+    """The recipe's settings that are not taken: the base has its own resolution, and the machine its own memory."""
+    without = () if version_of("bitsandbytes") else ("use_8bit_adam",)
+    return {name: recipe.settings[name] for name in ("resolution", *OF_MACHINE, *without) if name in recipe.settings}
+
+
+def like_line(name: str, recipe: FoundRecipe) -> str:
+    """What was taken, and what could not be."""
+    own = left_out(recipe)
+    parts = [f"Like {name}: {len(recipe.settings) - len(own)} settings, those of this form filled in"]
+    parts += [f"left to this page: {', '.join(own)}"] if own else []
+    return f"{'; '.join([*parts, *recipe.remarks])}."
+
+
+def taken_from(recipe: FoundRecipe, given: Mapping[str, Any], share: float = 1.0) -> dict[str, Any]:
+    """The recipe's settings that are neither given nor left out; its length is multiplied by `share`."""
+    taken = unless_given(recipe.settings, {**left_out(recipe), **given})
+    return taken | lengths_in(taken, share)
+
+
+def lengths_in(settings: Mapping[str, Any], share: float) -> dict[str, int]:
+    """The settings of a run's length, multiplied by `share`."""
+    return {name: max(1, round(share * settings[name])) for name in LENGTHS if settings.get(name)}
+
+
+def free_gib(*, is_later: bool = False) -> float | None:
+    """GPU memory for a run, GiB: what is free, and what this process frees when the run begins.
+
+    None without a GPU. `is_later`: the whole GPU's memory, for a run that waits until the others have ended.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    free, whole = torch.cuda.mem_get_info()
+    return (whole if is_later else free + torch.cuda.memory_reserved()) / GIB
 
 
 def free_for(base: str, *, is_later: bool = False) -> float | None:
@@ -481,34 +518,8 @@ def crop_config(
         "instance_data_dir": str(photos_dir),
         "instance_prompt": "a photo",
         "resolution": resolution_px,
-        "seed": _whole(seed, "seed", MOST["seed"]),
+        "seed": rows(TrainForm)["seed"].checked("seed", seed),
     }
     choices = Choices(recipe | own)
     choose_shapes(choices, photos)
     return TrainConfig.from_dict(choices.all)
-
-
-def _whole(value: Any, name: str, limit: int) -> int:
-    value = 0 if value is None else value
-    if not is_number(value) or not 0 <= value <= limit or not float(value).is_integer():
-        raise UserError(f"{name} must be a whole number from 0 to {limit}, not {value!r:.30}")
-    return int(value)
-
-
-def _number(value: Any, name: str, limit: float) -> float:
-    value = 0.0 if value is None else value
-    if not is_number(value) or not 0 <= value <= limit:
-        raise UserError(f"the {name} must be a number from 0 to {limit}, not {value!r:.30}")
-    return float(value)
-
-
-def _switch(value: Any, name: str) -> bool | None:
-    if value not in (True, False, None):
-        raise UserError(f"{name} must be true or false, not {value!r:.30}")
-    return value
-
-
-def _one_of(names: Collection[str], value: Any, kind: str) -> str:
-    if not isinstance(value, str) or value not in names:
-        raise UserError(f"there is no {kind} {value!r:.30}; choose {', '.join(names)}")
-    return value

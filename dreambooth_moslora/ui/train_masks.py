@@ -22,6 +22,7 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.disk.adapter_files import NONE
 from dreambooth_moslora.ui.html import faint, notice, remarks_card
 from dreambooth_moslora.ui.state import AT_ONCE, GPU, TELLING, AppContext, as_gradio_error
+from dreambooth_moslora.ui.train_fill import recipe_of
 from dreambooth_moslora.ui.train_form import (
     MOST_SUBJECTS,
     TOKENS,
@@ -30,7 +31,6 @@ from dreambooth_moslora.ui.train_form import (
     form_of,
     named,
     prompts_of,
-    recipe_of,
     subject_count,
 )
 from dreambooth_moslora.ui.train_photos import (

@@ -34,7 +34,8 @@ from dreambooth_moslora.ui.generate_form import format_seconds
 from dreambooth_moslora.ui.html import faint, notice, progress_card, remarks_card
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState
 from dreambooth_moslora.ui.state import AppContext, sentence
-from dreambooth_moslora.ui.train_form import MOST_SUBJECTS, crop_config, folder_of, recipe_of
+from dreambooth_moslora.ui.train_fill import recipe_of
+from dreambooth_moslora.ui.train_form import MOST_SUBJECTS, crop_config, folder_of, form_words
 from dreambooth_moslora.ui.visitors import ONE_AT_A_TIME, Intake, Visitor, kept_photos, take_photos
 
 if TYPE_CHECKING:
@@ -252,16 +253,6 @@ PHASES = {
 }
 SUBJECT_SCORE = re.compile(r"dino_subject_\d+")
 MAX_WORDS = 40
-FORM_WORDS = {
-    r"--exposures_per_photo \d+": "a greater “Length”, or more “Steps”",
-    r"--max_train_steps (\d+)": r"“Steps” \1",
-    r"--learning_rate ([\d.e-]+)": r"“Learning rate” \1",
-    r"--prior_loss_weight ([\d.e-]+)": r"“Prior weight” \1",
-    r"--with_prior_preservation --prior adapter_off --class_prompt \"[^\"]*\"": "“Keep the class”",
-    r"--unmasked_weight 0": "0 as “Weight outside the mask”",
-    r"--masks auto": "“Make masks”",
-}
-"""A flag that advice names -> what the form calls it, both as for `re.sub`."""
 ENDINGS = {"done": "Done.", "interrupted": "Stopped; a checkpoint is written.", "failed": "The run failed."}
 
 
@@ -383,7 +374,7 @@ def advice_card(metrics: Metrics) -> str:
 
 def in_the_forms_words(advice: str) -> str:
     """Flags of the command line as the form calls them; those that it has not stay."""
-    for flag, words in FORM_WORDS.items():
+    for flag, words in form_words().items():
         advice = re.sub(flag, words, advice)
     return advice
 

@@ -25,15 +25,17 @@ from dreambooth_moslora.ui.generate_form import format_seconds, summary_of
 from dreambooth_moslora.ui.html import remarks_card
 from dreambooth_moslora.ui.jobs import Job, Jobs, run_name_of
 from dreambooth_moslora.ui.state import AppContext
-from dreambooth_moslora.ui.train_form import TrainForm, card_lines, folder_of, free_gib, prompts_of, recipe_of
+from dreambooth_moslora.ui.train_fill import LIKE, recipe_of
+from dreambooth_moslora.ui.train_form import TrainForm, folder_of, free_gib, prompts_of
 from dreambooth_moslora.ui.visitors import ONE_AT_A_TIME, Visitor
 
 if TYPE_CHECKING:
+    from dreambooth_moslora.plan.memory import Estimate
     from dreambooth_moslora.settings.table import TrainConfig
 
 BUSY = "another run is going on or waits; “Add to queue” lets this one wait for its turn"
-BEGUN_WITH, LIKE = "begun_with", "like"
-"""Folders in a run: a copy of the adapter that it begins with, and the recipe that it was given, NAME.json."""
+BEGUN_WITH = "begun_with"
+"""Folder in a run: a copy of the adapter that it begins with."""
 CHOSEN = "Chosen; “More settings” changes it."
 
 
@@ -183,6 +185,22 @@ def _lines(ctx: AppContext, jobs: Jobs, form: TrainForm, visitor: Visitor) -> li
         *card_lines(plan.config, plan.cost),
         *advice(plan),
     ]
+
+
+def card_lines(config: "TrainConfig", cost: "Estimate") -> list[str]:
+    """Device and plan of the run, for the cost estimate; `config` has its memory plan."""
+    import torch
+
+    free = free_gib()
+    if free is None:
+        return ["GPU: none is here, so it trains on the CPU"]
+    line = f"GPU: {torch.cuda.get_device_name()}, {free:.1f} GiB free for this run"
+    if config.mixed_precision:
+        recomputed = "with" if config.gradient_checkpointing else "without"
+        line += f", so it trains in {config.mixed_precision}, {recomputed} gradient checkpointing"
+    if config.base_quantization != "none":
+        line += f", the base in {config.base_quantization}"
+    return [line, *(["the GPU may have too little memory even so"] if cost.peak_gib > free else [])]
 
 
 def time_line(jobs: Jobs, config: "TrainConfig", total_steps: int) -> list[str]:

@@ -17,7 +17,7 @@ from gradio_client.exceptions import AppError
 
 from dreambooth_moslora.generation.params import GenerationParams, Image, read_recipe
 from dreambooth_moslora.ui.jobs import Job
-from dreambooth_moslora.ui.train_form import OWN_FIELDS
+from dreambooth_moslora.ui.train_form import TrainForm, rows
 from dreambooth_moslora.ui.visitors import COOKIE, visitor_id
 from tests.helpers.ui_server import cookie_of, secret_of
 
@@ -51,7 +51,7 @@ def test_endpoints_and_arguments_keep_their_names(client):
     assert arguments["/grid"] == ["rows", "row_values", "columns", "column_values", *GENERATE_ARGUMENTS]
     fields = ("photos", "class_word", "token", "captions", "tokens_begin_as")
     further = [f"{name}_{number}" for number in (2, 3, 4) for name in fields]
-    with_photos = ["photos", *OWN_FIELDS, "subjects", *further]
+    with_photos = ["photos", *rows(TrainForm), "subjects", *further]
     assert arguments["/train"] == arguments["/estimate"] == arguments["/add_to_queue"] == with_photos
     assert (arguments["/move_in_queue"], arguments["/remove_from_queue"]) == (["run", "place"], ["run"])
     assert all(arguments[name] == ["run"] for name in ("/train_status", "/stop_training", "/resume_training"))

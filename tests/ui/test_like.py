@@ -14,18 +14,16 @@ from dreambooth_moslora.cli.parser import parse_train_config
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui.adapters import AdapterCatalog
-from dreambooth_moslora.ui.train_form import (
+from dreambooth_moslora.ui.train_fill import (
     MOST_RECIPES,
-    OWN_FIELDS,
-    TrainForm,
     add_recipe,
-    crop_config,
-    like_line,
+    form_of_run,
+    like_of_run,
     recipe_names,
     recipe_of,
 )
+from dreambooth_moslora.ui.train_form import TrainForm, crop_config, like_line, rows, values_like
 from dreambooth_moslora.ui.train_photos import review_kept
-from dreambooth_moslora.ui.train_reopen import form_of_run, like_of_run, values_like
 from dreambooth_moslora.ui.train_start import estimate_cost, prepared
 from tests.ui.test_handlers import visitor
 from tests.ui.test_more_subjects import ann, page  # noqa: F401 (fixtures)
@@ -92,7 +90,7 @@ def test_a_field_of_the_form_wins_over_the_file(shelf, ann, tmp_path):  # noqa: 
 
 def test_fields_that_a_file_does_not_speak_of_are_as_at_first():
     values = values_like(None, "toy")
-    assert values.keys() < set(OWN_FIELDS) and values.pop("make_masks") is True
+    assert values.keys() < set(rows(TrainForm)) and values.pop("make_masks") is True
     assert values == {name: getattr(TrainForm, name) for name in values}
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.ui.train_form import TrainForm, folder_of
-from dreambooth_moslora.ui.train_reopen import form_of_run, take_photos_of_run, values_of
+from dreambooth_moslora.ui.train_fill import form_of_run, take_photos_of_run
+from dreambooth_moslora.ui.train_form import TrainForm, folder_of, values_of
 from dreambooth_moslora.ui.train_start import prepared
 from tests.ui.test_more_subjects import FORM, ROCKET, ann, page  # noqa: F401 (fixtures)
 

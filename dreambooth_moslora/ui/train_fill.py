@@ -1,52 +1,104 @@
-"""Back into the form: a run's settings, words and photos, to change something and train once more; and a recipe."""
+"""What fills the form: the settings, words and photos of an earlier run, or the recipe of a file (“Train like”).
+
+Of a visitor's file only the recipe is kept, so it need not fit this base.
+"""
 
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import is_toy
+from dreambooth_moslora.core.names import free_name
+from dreambooth_moslora.disk.adapter_files import NONE, clean_name
 from dreambooth_moslora.plan.choices import USUAL_EXPOSURES, Choices, choose_recipe
+from dreambooth_moslora.settings.fields import parse_pattern
 from dreambooth_moslora.settings.prompts import subject_of
-from dreambooth_moslora.settings.sources import FoundRecipe, checked_recipe
+from dreambooth_moslora.settings.sources import FoundRecipe, checked_recipe, recipe_in_file
 from dreambooth_moslora.settings.subjects import each_subject
-from dreambooth_moslora.settings.table import MEMORY_WORDS, TrainConfig, without_removed
+from dreambooth_moslora.settings.table import TrainConfig, without_removed
+from dreambooth_moslora.ui.adapters import check_header
 from dreambooth_moslora.ui.train_form import (
     LENGTHS,
+    MOST,
     MOST_SUBJECTS,
-    OWN_FIELDS,
     PRESETS,
-    TOKENS,
     SubjectWords,
     TrainForm,
-    bounded,
     folder_of,
     free_for,
     lengths_in,
-    named,
+    values_from,
 )
-from dreambooth_moslora.ui.train_start import LIKE
 from dreambooth_moslora.ui.visitors import ONE_AT_A_TIME, Visitor, kept_photos
 
-FORM_FIELDS = {
-    "rank": "rank",
-    "learning_rate": "learning_rate",
-    "max_train_steps": "steps",
-    "mixer": "mixer",
-    "seed": "seed",
-    "unmasked_weight": "unmasked_weight",
-    "with_prior_preservation": "prior_preservation",
-    "prior": "prior",
-    "prior_loss_weight": "prior_weight",
-    "train_text_encoder_ti": "new_tokens",
-}
-"""A setting of a recipe -> the form's field of the same value."""
+if TYPE_CHECKING:
+    from dreambooth_moslora.ui.state import AppContext
+
+LIKE = "like"
+"""Folder in a run: the recipe that it was given, NAME.json."""
+MOST_RECIPES = 16
 
 
-def form_of_run(settings: Mapping[str, Any], photos_dir: Path) -> TrainForm:
+def recipe_names(ctx: "AppContext", visitor: Visitor) -> list[str]:
+    """What can be chosen: the visitor's own files, then the adapters."""
+    return [NONE, *visitor.recipes, *ctx.catalog.files(visitor)]
+
+
+def recipe_of(ctx: "AppContext", name: str | None, visitor: Visitor) -> FoundRecipe | None:
+    """The recipe of that name; None of none. Raises UserError for an unlisted name, and for an adapter without one."""
+    name = str(name or NONE)
+    if name == NONE:
+        return None
+    return visitor.recipes.get(name) or read(ctx.catalog.path(name, visitor), name)
+
+
+def add_recipe(ctx: "AppContext", uploaded: str | Path, visitor: Visitor) -> str:
+    """Keep the recipe of an uploaded file for its visitor alone; returns its name. Raises UserError."""
+    file = Path(uploaded)
+    if file.suffix != ".safetensors":
+        raise UserError(f"{file.name} is not a .safetensors file; other formats can carry code and are not opened")
+    found = read(file, file.name)
+    name = free_name(clean_name(file.name), recipe_names(ctx, visitor).__contains__, " ")
+    keep_recipe(ctx, name, found, visitor)
+    return name
+
+
+def keep_recipe(ctx: "AppContext", name: str, recipe: FoundRecipe | None, visitor: Visitor) -> None:
+    """Keep a recipe that a run of the visitor was given, unless its name is listed."""
+    if recipe is None or name in recipe_names(ctx, visitor):
+        return
+    visitor.recipes[name] = recipe
+    while len(visitor.recipes) > MOST_RECIPES:
+        visitor.recipes.pop(next(iter(visitor.recipes)))
+
+
+def read(file: Path, name: str) -> FoundRecipe:
+    try:
+        check_header(file)
+        return bounded(recipe_in_file(file))
+    except UserError as error:
+        raise UserError(f"nothing is taken from {name}: {error}") from error
+
+
+def bounded(found: FoundRecipe) -> FoundRecipe:
+    """The recipe without settings beyond MOST, each of which gets a line. Raises UserError where nothing is left."""
+    great = {name: value for name, value in found.settings.items() if is_too_great(name, value)}
+    if len(great) == len(found.settings):
+        raise UserError(f"none of its settings can be taken: {', '.join(great)} are too great for this page")
+    kept = {name: value for name, value in found.settings.items() if name not in great}
+    lines = [f"{name} is too great for this page" for name in great]
+    return FoundRecipe(kept, found.without_equivalent, (*found.invalid, *lines))
+
+
+def is_too_great(name: str, value: Any) -> bool:
+    if name == "rank_pattern":
+        return any(parse_pattern(name, text)[1] > MOST["rank"] for text in value)
+    return name in MOST and value is not None and value > MOST[name]
+
+
+def form_of_run(settings: Mapping[str, Any], photos_dir: Path, form: type[TrainForm] = TrainForm) -> TrainForm:
     """The form that makes a run of these settings, with the captions that lie beside the photos.
 
     Raises UserError for settings that no configuration can have, and for more subjects than the form has.
@@ -57,28 +109,10 @@ def form_of_run(settings: Mapping[str, Any], photos_dir: Path) -> TrainForm:
         raise UserError(f"the run has {len(subjects)} subjects, and the form {MOST_SUBJECTS} at most")
     like, recipe = like_of_run(photos_dir.parent)
     first, *others = (words_of(one, folder_of(photos_dir, n)) for n, one in enumerate(subjects, 1))
-    with_prior = config.with_prior_preservation
-    return TrainForm(
-        **asdict(first),
-        **length_of(config, photos_dir, len(subjects), recipe),
-        prior_preservation=with_prior,
-        rank=config.rank,
-        learning_rate=config.learning_rate,
-        mixer=config.mixer,
-        seed=config.seed or 0,
-        make_masks=config.masks == "auto",
-        memory=config.memory if config.memory in MEMORY_WORDS else "auto",
-        prior=config.prior if with_prior else TrainForm.prior,
-        prior_weight=config.prior_loss_weight if with_prior else 0.0,
-        unmasked_weight=config.unmasked_weight,
-        scores=bool(config.evaluate_steps),
-        make_captions=config.captions == "auto",
-        new_tokens=config.train_text_encoder_ti,
-        tokens_learning_rate=config.text_encoder_lr if config.train_text_encoder_ti else TrainForm.tokens_learning_rate,
-        begin_with=Path(config.init_adapter).stem if config.init_adapter else TrainForm.begin_with,
-        like=like,
-        others=tuple(others),
-    )
+    values = values_from(vars(config), config.pretrained_model_name_or_path, form) | {"steps": 0}
+    values |= vars(first) | length_of(config, photos_dir, len(subjects), recipe)
+    begun = {"begin_with": Path(config.init_adapter).stem} if config.init_adapter else {}
+    return form(**values, **begun, scores=bool(config.evaluate_steps), like=like, others=tuple(others))
 
 
 def words_of(config: TrainConfig, photos_dir: Path) -> SubjectWords:
@@ -142,26 +176,3 @@ def take_photos_of_run(run_dir: Path, visitor: Visitor, subjects: int) -> None:
             shutil.rmtree(target, ignore_errors=True)
             if number <= subjects:
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.txt"))
-
-
-def values_of(form: TrainForm) -> dict[str, Any]:
-    """Of the widgets, by name: further subjects' fields are empty where the form has no such subject."""
-    values = {name: getattr(form, name) for name in OWN_FIELDS} | {"subjects": len(form.subjects)}
-    for number in range(2, MOST_SUBJECTS + 1):
-        words = form.subjects[number - 1] if number <= len(form.subjects) else SubjectWords("", TOKENS[number - 1])
-        values |= {named(field.name, number): getattr(words, field.name) for field in fields(words)}
-    return values
-
-
-def values_like(recipe: FoundRecipe | None, base: str) -> dict[str, Any]:
-    """Of the widgets that a recipe speaks of, by name. What it says nothing of is as at first, as are all for None."""
-    said = recipe.settings if recipe else {}
-    form = {field: said.get(name, getattr(TrainForm, field)) for name, field in FORM_FIELDS.items()}
-    has_tokens = form["new_tokens"] and "text_encoder_lr" in said
-    return form | {
-        "preset": TrainForm.preset,
-        "prior_weight": form["prior_weight"] if form["prior_preservation"] else 0.0,
-        "make_masks": said["masks"] == "auto" if "masks" in said else is_toy(base),
-        "make_captions": said.get("captions") == "auto",
-        "tokens_learning_rate": said["text_encoder_lr"] if has_tokens else TrainForm.tokens_learning_rate,
-    }
