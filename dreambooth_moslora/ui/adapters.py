@@ -1,8 +1,6 @@
-"""The adapters that a user can choose or upload, by name, checked by their header.
+"""The adapters that a visitor can choose or upload: files in known folders, by name. A visitor's path is never opened.
 
-Limits the cost of an uploaded adapter file by its size and header, before anything is loaded or computed.
-
-The adapters that can be chosen: files in known folders, by name. A path from the user is never opened.
+The size and the header of an uploaded file bound its cost before anything is loaded or computed.
 """
 
 import json

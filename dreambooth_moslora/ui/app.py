@@ -12,7 +12,6 @@ from dreambooth_moslora.core.errors import UserError, one_line
 from dreambooth_moslora.core.names import assets_folder, public_name
 from dreambooth_moslora.disk.processes import avoid_fragmentation, share_heaps
 from dreambooth_moslora.generation.remote import TOKEN_VARIABLE, RemotePipeline, Service
-from dreambooth_moslora.ui.libraries import import_libraries
 
 if TYPE_CHECKING:
     from dreambooth_moslora.ui.guard import Origin
@@ -111,11 +110,13 @@ def parse_host(text: str) -> set["Origin"]:
 
 
 def context_of(args: argparse.Namespace, *, training: bool, public: bool = False):
-    """Start loading the base, and tell the page what it needs before that is loaded."""
+    """Start loading the base, and tell the page what it needs before that is loaded. Raises UserError."""
     folder = base_folder(args.base)
     runs_dir = runs_folder(args.runs_dir)
+    token = args.backend_token or os.environ.get(TOKEN_VARIABLE)
+    service = Service(args.backend, token) if args.backend else None
 
-    service = backend_of(args)
+    from dreambooth_moslora.ui.state import AppContext, import_libraries
 
     def load():
         import_libraries()
@@ -124,8 +125,6 @@ def context_of(args: argparse.Namespace, *, training: bool, public: bool = False
         from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
         return SubjectPipeline.from_base(args.base, resting=True)
-
-    from dreambooth_moslora.ui.state import AppContext
 
     return AppContext(
         load,
@@ -137,13 +136,6 @@ def context_of(args: argparse.Namespace, *, training: bool, public: bool = False
         training=training,
         public=public,
     )
-
-
-def backend_of(args: argparse.Namespace) -> Service | None:
-    """The service that draws, if one is given. Raises UserError for an invalid address."""
-    if not args.backend:
-        return None
-    return Service(args.backend, args.backend_token or os.environ.get(TOKEN_VARIABLE))
 
 
 def runs_folder(text: str) -> Path:

@@ -1,9 +1,4 @@
-"""The Generate tab: a form, one result area (pictures, comparison, grid, history), and their events.
-
-The widgets of the Generate tab, without behaviour: prompt, settings and results.
-
-The Generate tab: a form, one result area (pictures, comparison, grid, history), and their events.
-"""
+"""The Generate tab: a form, one result area (pictures, comparison, grid, history), and their events."""
 
 import html
 import shutil
@@ -261,7 +256,9 @@ def _connect_runs(ctx: AppContext, tab: GenerateTab, buttons: dict, results: dic
 
     def snippet(pictures: list[Picture], request: gr.Request) -> str:
         visitor = ctx.visitors.of(request)
-        return _snippet(ctx, _own(pictures, visitor), visitor)
+        if not (own := _own(pictures, visitor)):
+            return ""
+        return code_snippet(GenerationParams.from_png(own[0].path), ctx.base, ctx.catalog.public_paths(visitor))
 
     starts = [buttons["run"].click, tab.prompt.submit]
     outputs = [results["gallery"], results["used_seed"], results["status"], shown_state]
@@ -317,13 +314,6 @@ def _axis_values(ctx: AppContext, name: str, adapter: str, prompt: str, request:
     names = list(ctx.catalog.files(ctx.visitors.of(request)))
     run = [n for n in reversed(names) if n.split("@")[0] == str(adapter).split("@")[0]]
     return ", ".join(["none", *(run if len(run) > 1 else names[:3])])
-
-
-def _snippet(ctx: AppContext, pictures: list[Picture], visitor: Visitor) -> str:
-    if not pictures:
-        return ""
-    params = GenerationParams.from_png(pictures[0].path)
-    return code_snippet(params, ctx.base, ctx.catalog.public_paths(visitor))
 
 
 def _connect_adapters(ctx: AppContext, page: gr.Blocks, tab: GenerateTab, buttons: dict) -> None:

@@ -1,12 +1,8 @@
-"""The Generate tab's values and actions: parameters to and from the form, pictures as frames.
+"""The Generate tab's values and actions.
 
-The generation form as a value: the widgets' values under the API's names, to GenerationParams and back.
-
-The summary of an adapter file, read from its header alone: it loads no tensor and imports no torch.
-
-From a PNG's recipe to the form: adapters are found again by content, and differences become remarks.
-
-The actions of the Generate tab's buttons: plain functions that stream their state as `Frame`s.
+The form's values, under the API's names, become GenerationParams and come back from a picture's recipe: its adapters
+are found again by content, and differences are remarks. The summary of an adapter is read from its file's header alone.
+The actions are plain functions that stream their state as `Frame`s.
 """
 
 import hashlib
@@ -28,8 +24,7 @@ from dreambooth_moslora.disk.processes import give_freed_memory_back
 from dreambooth_moslora.generation.params import MAX_STEPS, GenerationParams, Recipe, check_size, draw_seed, read_recipe
 from dreambooth_moslora.ui.adapters import check_header
 from dreambooth_moslora.ui.html import notice, progress_card, thumbnail
-from dreambooth_moslora.ui.libraries import import_libraries
-from dreambooth_moslora.ui.state import AppContext, as_user_error, sentence
+from dreambooth_moslora.ui.state import AppContext, as_user_error, import_libraries, sentence
 from dreambooth_moslora.ui.visitors import Picture, Visitor
 
 if TYPE_CHECKING:
@@ -153,7 +148,8 @@ def code_snippet(params: GenerationParams, base: str, adapter_files: Mapping[str
         f"pipeline.load_adapter({adapter_files.get(name, name + '.safetensors')!r}, name={name!r})\n"
         for name, _ in params.adapters
     )
-    shown = {key: value for key, value in params.to_dict().items() if value != _default(key)}
+    defaults = {field.name: field.default for field in fields(GenerationParams)}
+    shown = {key: value for key, value in params.to_dict().items() if value != defaults[key]}
     shown["adapters"] = params.adapters
     arguments = "".join(f"    {key}={value!r},\n" for key, value in shown.items() if value != ())
     return (
@@ -164,10 +160,6 @@ def code_snippet(params: GenerationParams, base: str, adapter_files: Mapping[str
         '    if hasattr(event, "save"):\n'
         '        event.save(f"image_{event.params.seed}.png")\n'
     )
-
-
-def _default(name: str) -> Any:
-    return next(field.default for field in fields(GenerationParams) if field.name == name)
 
 
 MAX_WORD_CHARACTERS = 80

@@ -1,16 +1,8 @@
-"""How the page looks: pieces of HTML, CSS, theme, keys. What came from a user is escaped here.
+"""How the page looks: pieces of HTML, CSS, theme, keys (Escape stops, / focuses the prompt).
 
-Small pieces of HTML. Everything that came from a user or a file is escaped here.
-
-The page's CSS: first sizes, then the layout, which has one column on a phone. `theme` has colours and fonts.
-
-`--picture-width` is the width of a preview, or of a single picture.
-
-The page's colours and fonts: one accent colour, system fonts (nothing is fetched). `style` has the sizes.
-
-Keys on the page: Escape stops, / focuses the prompt.
-
-Values of the wrong type, which only a program can send: gradio itself would answer with an empty error.
+What came from a user or a file is escaped here. The CSS has first sizes, then the layout, which has one column on a
+phone; `--picture-width` is the width of a preview, or of a single picture. The theme has one accent colour and system
+fonts: nothing is fetched.
 """
 
 import base64

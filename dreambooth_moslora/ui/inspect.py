@@ -11,8 +11,7 @@ from dreambooth_moslora.ui.adapters import check_upload
 from dreambooth_moslora.ui.generate import GenerateTab, to_widgets
 from dreambooth_moslora.ui.generate_form import recipe_of
 from dreambooth_moslora.ui.html import facts_table, notice
-from dreambooth_moslora.ui.libraries import import_libraries
-from dreambooth_moslora.ui.state import TELLING, AppContext, as_gradio_error, sentence
+from dreambooth_moslora.ui.state import TELLING, AppContext, as_gradio_error, import_libraries, sentence
 
 SPELLINGS = {"size mib": "Size (MiB)", "dora": "DoRA", "rslora": "rsLoRA", "resolution px": "Resolution (px)"}
 HINT = notice("Drop a PNG made here or elsewhere, or a .safetensors adapter.")

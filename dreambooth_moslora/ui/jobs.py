@@ -1,13 +1,7 @@
-"""Training runs as processes of the server: they go on when the page is closed or restarted.
+"""Training runs as processes of the server: they go on when the page is closed or the app is restarted.
 
-The events of a run as the page reads them; anyone may have edited the file.
-
-One training run of the page: its folder, its owner and its process, as in the folder's `job.json`.
-
-Training runs as processes of the server: they go on when the page is closed or the app is restarted.
-
-`runs/<name>/job.json` names the process and its owner; `metrics.jsonl` has the progress. A signal stops a run:
-the trainer finishes its step and writes a checkpoint.
+`runs/<name>/job.json` names the process and its owner; `metrics.jsonl`, which anyone may have edited, has the progress.
+A signal stops a run: the trainer finishes its step and writes a checkpoint.
 """
 
 import json

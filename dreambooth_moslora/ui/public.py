@@ -349,7 +349,8 @@ def limit_waiting(page: gr.Blocks, served: Mapping[str, int]) -> None:
     async def limited_push(body: Any, request: fastapi.Request, username: str | None) -> tuple:
         function = page.fns.get(body.fn_index)
         if function is not None:
-            rivals = [event for event in _waiting(queue) if _compete(event.fn, function)]
+            waiting = [event for events in queue.event_queue_per_concurrency_id.values() for event in events.queue]
+            rivals = [e for e in waiting if e.fn is function or (e.fn.queue and function.queue)]
             asker = gr.Request(request, username=username, session_hash=body.session_hash)
             _refuse_more(rivals, asker, served)
             if len(rivals) >= PLACES:
@@ -377,14 +378,6 @@ def drop_unheard(page: gr.Blocks) -> None:
             event.alive = False
 
     queue.send_message = send_if_heard
-
-
-def _compete(one: Any, other: Any) -> bool:
-    return one is other or (one.queue and other.queue)
-
-
-def _waiting(queue: Any) -> list:
-    return [event for events in queue.event_queue_per_concurrency_id.values() for event in events.queue]
 
 
 def _refuse_more(rivals: list, asker: gr.Request, served: Mapping[str, int]) -> None:

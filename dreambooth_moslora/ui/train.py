@@ -131,6 +131,8 @@ SHOW_STATUS = """() => {
   if (innerWidth <= 760) document.getElementById("train_status").scrollIntoView({block: "center"});
 }"""
 """On a phone the run stands below the whole form."""
+BUTTONS = {"train": "start", "add_to_queue": "queue"}
+"""Name in the API -> the button's, where they differ."""
 Files = list[str] | None
 """Uploads of a subject; those of a further subject may be missing."""
 
@@ -153,47 +155,32 @@ def build_train_tab(ctx: AppContext, jobs: Jobs, page: gr.Blocks, tabs: gr.Tabs,
 
 
 def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> None:
-    def with_photos(request: gr.Request, *files: Files) -> Visitor:
-        visitor = ctx.visitors.of(request)
-        take_given(files, visitor)
-        return visitor
+    def with_photos(act: Callable[[TrainForm, Visitor], Any]) -> Callable:
+        """A handler of the form's values, after the photos were taken."""
 
-    @as_gradio_error
-    def train(
-        photos: Files,
-        request: gr.Request,
-        photos_2: Files = None,
-        photos_3: Files = None,
-        photos_4: Files = None,
-        **values,
-    ) -> tuple:
-        visitor = with_photos(request, photos, photos_2, photos_3, photos_4)
-        job, chosen = start_run(ctx, jobs, form_of(values), visitor)
+        @as_gradio_error
+        def handler(
+            photos: Files,
+            request: gr.Request,
+            photos_2: Files = None,
+            photos_3: Files = None,
+            photos_4: Files = None,
+            **values,
+        ) -> Any:
+            visitor = ctx.visitors.of(request)
+            take_given((photos, photos_2, photos_3, photos_4), visitor)
+            return act(form_of(values), visitor)
+
+        return handler
+
+    def train(form: TrainForm, visitor: Visitor) -> tuple:
+        job, chosen = start_run(ctx, jobs, form, visitor)
         names = gr.Dropdown(choices=run_names(jobs, visitor.id), value=job.name)
         return names, notice(f"The run {job.name} is starting."), chosen
 
-    @as_gradio_error
-    def queue(
-        photos: Files,
-        request: gr.Request,
-        photos_2: Files = None,
-        photos_3: Files = None,
-        photos_4: Files = None,
-        **values,
-    ) -> str:
-        visitor = with_photos(request, photos, photos_2, photos_3, photos_4)
-        return add_to_queue(ctx, jobs, form_of(values), visitor)[1]
-
-    @as_gradio_error
-    def estimate(
-        photos: Files,
-        request: gr.Request,
-        photos_2: Files = None,
-        photos_3: Files = None,
-        photos_4: Files = None,
-        **values,
-    ) -> str:
-        return estimate_cost(ctx, jobs, form_of(values), with_photos(request, photos, photos_2, photos_3, photos_4))
+    def connect(name: str, act: Callable[[TrainForm, Visitor], Any], outputs: Any) -> Any:
+        how = {"inputs_kwargs": inputs, "outputs": outputs, **TAKING_PHOTOS}
+        return parts[BUTTONS.get(name, name)].click(with_photos(act), api_name=name, **how)
 
     for widget in fields.values():
         if not isinstance(widget, gr.File):
@@ -202,10 +189,9 @@ def _connect_start(ctx: AppContext, jobs: Jobs, fields: dict, parts: dict) -> No
     chosen = gr.State("")  # hidden from programs: `/train` returns two values
     started = [parts["run"], parts["status"], chosen]
     chosen.change(lambda card: card, chosen, parts["cost"], **AT_ONCE)
-    click = parts["start"].click(train, inputs_kwargs=inputs, outputs=started, api_name="train", **TAKING_PHOTOS)
-    click.success(None, js=SHOW_STATUS, **AT_ONCE)
-    parts["queue"].click(queue, inputs_kwargs=inputs, outputs=parts["cost"], api_name="add_to_queue", **TAKING_PHOTOS)
-    parts["estimate"].click(estimate, inputs_kwargs=inputs, outputs=parts["cost"], api_name="estimate", **TAKING_PHOTOS)
+    connect("train", train, started).success(None, js=SHOW_STATUS, **AT_ONCE)
+    connect("add_to_queue", lambda form, visitor: add_to_queue(ctx, jobs, form, visitor)[1], parts["cost"])
+    connect("estimate", lambda form, visitor: estimate_cost(ctx, jobs, form, visitor), parts["cost"])
 
 
 def _connect_names(ctx: AppContext, page: gr.Blocks, fields: dict) -> None:

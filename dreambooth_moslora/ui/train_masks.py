@@ -1,11 +1,7 @@
-"""Widgets of photos: of each subject, and of their masks with a brush.
+"""The widgets of photos in the Train tab: of each subject, and of their masks with a brush to correct them.
 
-“Add another subject”: photos, a word and a token for each further subject, shown only on request.
-
-gradio's ImageEditor with only a brush and an eraser, and with limits: uploads are bounded before they are
-decoded, and unused ones are dropped.
-
-The masks in the Train tab's settings: a picture of each, its warning, and a brush to correct it.
+The fields of a further subject are shown on request. Gradio's ImageEditor has only a brush and an eraser here, and
+limits: uploads are bounded before they are decoded, and unused ones are dropped.
 """
 
 import io
@@ -428,11 +424,8 @@ def connect_masks(ctx: AppContext, fields: dict, parts: dict) -> None:
     files = [inputs[named("photos", number)] for number in numbers]
     gone = [event for file in files for event in (file.upload, file.delete, file.clear)]
     gone += [parts["remove_subject"].click, parts["reopen"].click]
-    gr.on(gone, _nothing, None, shown, show_progress_on=parts["mask_remarks"], **AT_ONCE)
-
-
-def _nothing() -> tuple:
-    return gr.HTML(visible=False), gr.Gallery(visible=False), [], gr.Column(visible=False)
+    closed = lambda: (gr.HTML(visible=False), gr.Gallery(visible=False), [], gr.Column(visible=False))  # noqa: E731
+    gr.on(gone, closed, None, shown, show_progress_on=parts["mask_remarks"], **AT_ONCE)
 
 
 def _pictures(masks: list[ShownMask], warning: str | None = "") -> tuple:

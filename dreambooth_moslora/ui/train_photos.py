@@ -1,41 +1,27 @@
 """A visitor's photos: taken, shown as the run will crop them, with masks to correct.
 
-Masks of a visitor's photos: shown as the run will use them, and corrected by hand.
-
-A correction is kept under the digest of its photo's clean copy, so that it is found when the same photos are
-uploaded again. Beside the copy it is `photo_01.mask.png`, like a mask that came with the photo.
-
-The actions of the Train tab: take photos, show their crops, and show the state of a run.
+A corrected mask is kept under the digest of its photo's clean copy, so that it is found when the same photo is uploaded
+again. Beside the copy it is `photo_01.mask.png`, like a mask that came with the photo.
 """
 
-import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import PIL.Image
 import PIL.ImageChops
 
-from dreambooth_moslora.core.errors import UserError, is_finite_number
+from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import file_digest
 from dreambooth_moslora.disk.adapter_files import NONE
-from dreambooth_moslora.disk.events import Metrics
-from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
-from dreambooth_moslora.settings.measures import curves
-from dreambooth_moslora.settings.prompts import noun_of
 from dreambooth_moslora.settings.subjects import each_subject
-from dreambooth_moslora.training.explain import closing_advice, figures_from, known_config
-from dreambooth_moslora.ui.generate_form import format_seconds
-from dreambooth_moslora.ui.html import faint, notice, progress_card, remarks_card
-from dreambooth_moslora.ui.jobs import Job, Jobs, JobState
-from dreambooth_moslora.ui.state import AppContext, sentence
+from dreambooth_moslora.ui.html import remarks_card
+from dreambooth_moslora.ui.state import AppContext
 from dreambooth_moslora.ui.train_fill import recipe_of
-from dreambooth_moslora.ui.train_form import MOST_SUBJECTS, crop_config, folder_of, form_words
+from dreambooth_moslora.ui.train_form import MOST_SUBJECTS, crop_config, folder_of
 from dreambooth_moslora.ui.visitors import ONE_AT_A_TIME, Intake, Visitor, kept_photos, take_photos
 
 if TYPE_CHECKING:
@@ -182,7 +168,8 @@ def keep_mask(visitor: Visitor, name: str, painted: PIL.Image.Image, config: "Tr
             shutil.copyfile(beside(photo), given)
         mask.convert("1").save(corrected)
         shutil.copyfile(corrected, beside(photo))
-    forget_oldest(corrected.parent)
+    for path in sorted(corrected.parent.iterdir(), key=lambda path: path.stat().st_mtime)[:-MOST_KEPT]:
+        path.unlink(missing_ok=True)
     return quality_warning(mask)
 
 
@@ -230,30 +217,6 @@ def corrections_of(visitor: Visitor, photo: Path) -> tuple[Path, Path]:
     """Files of the corrected mask, and of the one that came with the photo."""
     folder, digest = visitor.root / "corrected_masks", file_digest(photo)
     return folder / f"{digest}.png", folder / f"{digest}.given.png"
-
-
-def forget_oldest(folder: Path) -> None:
-    files = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
-    for path in files[:-MOST_KEPT]:
-        path.unlink(missing_ok=True)
-
-
-PLOT_POINTS = 200
-SMOOTHING_STEPS = 25
-MAX_SAMPLES_SHOWN = 24
-PHASES = {
-    "loading": "Loading the base",
-    "captions": "Writing captions",
-    "masks": "Making masks",
-    "class_images": "Making class images",
-    "caching": "Looking at the photos once",
-    "sampling": "Drawing samples",
-    "evaluating": "Measuring fidelity",
-    "exporting": "Writing the adapter and checking it",
-}
-SUBJECT_SCORE = re.compile(r"dino_subject_\d+")
-MAX_WORDS = 40
-ENDINGS = {"done": "Done.", "interrupted": "Stopped; a checkpoint is written.", "failed": "The run failed."}
 
 
 @dataclass(frozen=True)
@@ -309,176 +272,3 @@ def first_crop(photo: "Photo", number: int, config: "TrainConfig") -> PIL.Image.
 
     plan = next(plans_of(photo, number, config))
     return apply_crop(masked(open_rgb(photo), open_mask(photo)), plan, config.image_interpolation_mode)
-
-
-@dataclass(frozen=True)
-class Watch:
-    """Everything the page shows of a run. `version` changes when anything else does."""
-
-    version: tuple
-    state: JobState
-    status: str
-    loss: pd.DataFrame
-    fidelity: pd.DataFrame
-    samples: list[tuple[str, str]]
-    log: str
-
-
-def watch(jobs: Jobs, job: Job, visitor: Visitor) -> Watch:
-    state, metrics = jobs.state(job), jobs.metrics(job)
-    return Watch(
-        version=(job.name, job.created, state, len(metrics.events)),
-        state=state,
-        status=status_card(replace(state, message=jobs.told(state.message)), metrics, best_of(job, metrics))
-        + subjects_line(metrics)
-        + (advice_card(metrics) if state.state == "done" else ""),
-        loss=loss_table(metrics),
-        fidelity=fidelity_table(metrics),
-        samples=samples_of(job, metrics, visitor),
-        log=jobs.told(job.log_tail()),
-    )
-
-
-def best_of(job: Job, metrics: Metrics) -> str:
-    """The best step and the name of its adapter on the page; "" without scores."""
-    best = metrics.last("evaluation").get("best")
-    is_kept = (RunDir(job.run_dir).best_dir / PUBLISHED_NAME).is_file()
-    return f" The best was step {best.get('step')}: {job.name}@best." if isinstance(best, dict) and is_kept else ""
-
-
-def subjects_line(metrics: Metrics) -> str:
-    """How well the last scores tell several subjects apart, and the likeness of each; "" of one subject."""
-    last = metrics.last("evaluation")
-    if not is_finite_number(last.get("confusion")):
-        return ""
-    likeness = [f"{last[name]:.2f} of subject {name.rpartition('_')[2]}" for name in subject_scores(metrics)]
-    scale = "0: told apart as their photos are, 1: taken for each other"
-    return faint(f"Confusion of the subjects: {last['confusion']:.2f} ({scale}). Likeness: {', '.join(likeness)}.")
-
-
-def subject_scores(metrics: Metrics) -> list[str]:
-    """The names of each subject's likeness in the last scores; none of one subject."""
-    found = [name for name, value in metrics.last("evaluation").items() if SUBJECT_SCORE.fullmatch(name)]
-    return [name for name in found if is_finite_number(metrics.last("evaluation")[name])]
-
-
-def advice_card(metrics: Metrics) -> str:
-    """What to try after a scored run, the most important first; "" for other runs, and for damaged events."""
-    try:
-        config = known_config(metrics.last("start").get("config") or {})
-    except UserError:
-        return ""
-    found = closing_advice(figures_from(metrics.events, config))
-    return "".join(faint(f"Try next: {in_the_forms_words(line)}.") for line in found)
-
-
-def in_the_forms_words(advice: str) -> str:
-    """Flags of the command line as the form calls them; those that it has not stay."""
-    for flag, words in form_words().items():
-        advice = re.sub(flag, words, advice)
-    return advice
-
-
-def status_card(state: JobState, metrics: Metrics, best: str = "") -> str:
-    """One line of state and one of numbers."""
-    if state.state in ENDINGS:
-        detail = state.message or f"Step {state.step} of {state.max_train_steps}."
-        if state.state == "interrupted" and state.message:  # without a checkpoint: stopped before the first step
-            return notice(f"{sentence(state.message)}.", "good")
-        kind = "bad" if state.state == "failed" else "good"
-        return notice(f"{ENDINGS[state.state]} {detail}{best}", kind)
-    if state.state == "starting":
-        return progress_card("Starting …", "loading the libraries", 0.0)
-    last, phase = metrics.last("step"), metrics.last("phase")
-    fraction = state.step / state.max_train_steps if state.max_train_steps else 0.0
-    if state.state == "stopping":
-        return progress_card("Stopping …", "the step is finished and a checkpoint written", fraction)
-    if state.phase in ("", "training") and last:
-        return progress_card(f"Step {state.step} of {state.max_train_steps}", numbers_of(last), fraction)
-    if state.phase == "training":
-        return progress_card(f"Step {state.step + 1} of {state.max_train_steps} …", "the first takes longest", fraction)
-    count = f" {phase.get('done')} of {phase['total']}" if int(phase.get("total") or 1) > 1 else ""
-    return progress_card(f"{PHASES.get(state.phase, state.phase or 'Preparing')}{count} …", numbers_of(last), fraction)
-
-
-def numbers_of(step: dict[str, Any]) -> str:
-    if not step:
-        return ""
-    seconds = step.get("step_sec") or 0
-    pace = "" if not seconds else f"{1 / seconds:.1f} steps/s" if seconds < 1 else f"{seconds:.1f} s a step"
-    parts = [
-        f"about {format_seconds(step['eta_sec'])} left" if step.get("eta_sec") is not None else "",
-        pace,
-        f"{step['memory_gib']:.1f} GiB" if step.get("memory_gib") else "",
-        f"loss {step['loss']:.3f}" if step.get("loss") is not None else "",
-    ]
-    return " · ".join(part for part in parts if part)
-
-
-def loss_table(metrics: Metrics) -> pd.DataFrame:
-    """Columns step, loss, part: the subject's and, with prior preservation, the class's loss, each smoothed."""
-    steps = {event["step"]: event for event in metrics.of("step")}  # a resumed run repeats some steps
-    tables = []
-    for name, key in (("subject", "loss_instance"), ("class (prior)", "loss_prior")):
-        values = {step: event.get(key) for step, event in sorted(steps.items()) if is_finite_number(event.get(key))}
-        if values:
-            smooth = pd.Series(values).rolling(SMOOTHING_STEPS, min_periods=1).mean()
-            thin = smooth.iloc[:: max(1, len(smooth) // PLOT_POINTS)]
-            tables.append(pd.DataFrame({"step": thin.index, "loss": thin.to_numpy(), "part": name}))
-    return pd.concat(tables) if tables else pd.DataFrame({"step": [], "loss": [], "part": []})
-
-
-def fidelity_table(metrics: Metrics) -> pd.DataFrame:
-    """Columns step, score, measure, from the evaluations of the run: the curves of its plot file.
-
-    Of several subjects, each one's likeness has a curve, named by its number: a phone has room for few words.
-    """
-    shown = curves()
-    each = {name: name.rpartition("_")[2] for name in subject_scores(metrics)}
-    if each:
-        shown = {**each, "confusion": "confusion", "score": shown["score"]}
-    rows = []
-    for event in metrics.of("evaluation"):
-        for name, label in shown.items():
-            if is_finite_number(event.get(name)):
-                rows.append({"step": event.get("step", 0), "score": event[name], "measure": label})
-    return pd.DataFrame(rows) if rows else pd.DataFrame({"step": [], "score": [], "measure": []})
-
-
-def samples_of(job: Job, metrics: Metrics, visitor: Visitor) -> list[tuple[str, str]]:
-    """The sample pictures by step, step 0 first, as links in this visitor's folder.
-
-    If there are too many, step 0 and the newest are kept: the base's pictures are the reference for the others.
-    """
-    found: dict[str, str] = {}
-    for event in metrics.of("sample"):
-        for name, words in zip(event.get("files") or (), subjects_shown(event)):
-            found[Path(str(name)).name] = f"step {event.get('step')}{words}"
-    samples = [(job.run_dir / "samples" / name, caption) for name, caption in found.items()]
-    there = [(file, caption) for file, caption in samples if file.is_file()]
-    first = [item for item in there if item[1].partition(" · ")[0] == "step 0"][: MAX_SAMPLES_SHOWN // 2]
-    newest = [item for item in there if item not in first][-(MAX_SAMPLES_SHOWN - len(first)) :]
-    return [(str(link_into_user_folder(file, visitor, job.name)), caption) for file, caption in first + newest]
-
-
-def subjects_shown(event: dict[str, Any]) -> list[str]:
-    """What is added to the caption of each picture of the event: its prompt's noun, where they differ."""
-    prompts, files = event.get("prompts"), event.get("files") or ()
-    if not isinstance(prompts, list) or len(prompts) != len(files) or len(set(map(str, prompts))) < 2:
-        return [""] * len(files)
-    return [f" · {noun_of(str(prompt))[:MAX_WORDS]}" for prompt in prompts]
-
-
-def link_into_user_folder(file: Path, visitor: Visitor, run: str) -> Path:
-    """The file inside the visitor's own folder (a hard link if possible), from where gradio may serve it to
-    this visitor."""
-    target = visitor.folder / "runs" / run / file.name
-    if target.exists() and target.stat().st_mtime_ns == file.stat().st_mtime_ns:
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    try:
-        os.link(file, target)
-    except OSError:
-        shutil.copy2(file, target)
-    return target

@@ -1,9 +1,5 @@
-"""From the form to a run, and what it will cost.
-
-Starts a run from the Train tab's form: checks everything, moves the photos into a folder, and starts or
-queues it.
-
-The cost of a run in advance: the estimate of `--dry_run`, in a card.
+"""From the form to a run: checks everything, moves the photos into its folder, and starts or queues it; or what it
+will cost, as `--dry_run` estimates it.
 """
 
 import json
@@ -90,7 +86,9 @@ def prepared(
     recipe = recipe_of(ctx, form.like, visitor)
     choices = form.choices(ctx.base_name, ctx.resolution_px, photos, run_dir, is_queued=is_queued, recipe=recipe)
     begun_with = adapter_of(ctx, form, visitor)
-    places = form.photos_given(run_dir / "photos") | start_given(form, run_dir)
+    places = form.photos_given(run_dir / "photos")
+    if begun_with is not None:  # the run's own copy: a queued run may begin when the visitor's upload is gone
+        places |= {"init_adapter": str(run_dir / BEGUN_WITH / f"{form.begin_with}.safetensors")}
     config = TrainConfig.from_dict(choices.all | places)
     try:
         run_dir.mkdir(parents=True)
@@ -132,16 +130,6 @@ def adapter_of(ctx: AppContext, form: TrainForm, visitor: Visitor) -> Path | Non
     except UserError as error:
         raise UserError(f"“Begin with” {name}: {error}") from error
     return file
-
-
-def start_given(form: TrainForm, run_dir: Path) -> dict[str, str]:
-    """The run's own copy of the file, as a queued run may begin when the visitor's upload is gone.
-
-    The name in the form is known to be one of the list.
-    """
-    if not start_lines(form):
-        return {}
-    return {"init_adapter": str(run_dir / BEGUN_WITH / f"{form.begin_with}.safetensors")}
 
 
 def start_lines(form: TrainForm) -> list[str]:

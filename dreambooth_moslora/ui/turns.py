@@ -1,13 +1,9 @@
 """Turns: of the page's pipeline and a training on one GPU, and of the runs that wait.
 
-The page's pipeline and a training run take turns, since most machines cannot hold SDXL twice.
-
-On a GPU the pipeline moves to the host while a run trains. Without one it leaves memory: in fp32 SDXL takes 13 GiB.
-
-Trains the queue's runs one after the other: in a thread of the page, or in the command `queue start`.
-
-Several processes may do so at once. The queue's state is on the disk, so another one can go on when a page or
-command is killed.
+Most machines cannot hold SDXL twice. On a GPU the pipeline moves to the host while a run trains; without one it leaves
+memory: in fp32 SDXL takes 13 GiB. The queue's runs are trained one after the other, in a thread of the page or in the
+command `queue start`; several processes may do so at once, and as the queue's state is on the disk, another one goes on
+when a page or command is killed.
 """
 
 import logging

@@ -1,14 +1,9 @@
-"""Who uses the page: a cookie for each browser, their photos as clean copies, and their files.
+"""Who uses the page, and what the server keeps for each visitor: photos as clean copies, pictures, uploads.
 
-Uploaded photos become clean copies: upright, RGB, without EXIF and without the user's file names.
-
+A login name comes first, then a random, HttpOnly cookie for each browser, then the session of one page (for API clients
+without cookies). The cookie is sent with a link from another site (SameSite=Lax); otherwise that link would make its
+owner a stranger. Uploaded photos become clean copies: upright, RGB, without EXIF and without the user's file names;
 `name.mask.png` among them is the mask of the photo `name`, as in a folder on the command line.
-
-Identifies users by a random, HttpOnly cookie for each browser, and holds what the server keeps for each of them.
-
-A login name comes first, then the cookie, then the session of one page (for API clients without cookies). The
-cookie is sent with a link from another site (SameSite=Lax); otherwise that link would make its owner a
-stranger.
 """
 
 import hashlib
@@ -324,9 +319,12 @@ class VisitorCookie:
             await self.app(scope, receive, send)
             return
 
+        secret = secrets.token_urlsafe(24)
+        new = f"{COOKIE}={secret}; Path=/; Max-Age={ONE_YEAR_SEC}; HttpOnly; SameSite=Lax"
+
         async def send_with_cookie(message: dict) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), (b"set-cookie", _new_cookie().encode())]
+                message["headers"] = [*message.get("headers", []), (b"set-cookie", new.encode())]
             await send(message)
 
         await self.app(scope, receive, send_with_cookie)
@@ -335,7 +333,3 @@ class VisitorCookie:
 def _has_cookie(scope: dict) -> bool:
     header = next((value.decode("latin1") for name, value in scope["headers"] if name == b"cookie"), "")
     return bool(secret_in(cookie_parser(header)))
-
-
-def _new_cookie() -> str:
-    return f"{COOKIE}={secrets.token_urlsafe(24)}; Path=/; Max-Age={ONE_YEAR_SEC}; HttpOnly; SameSite=Lax"

@@ -11,8 +11,7 @@ import pytest
 
 from dreambooth_moslora.ui.adapters import AdapterCatalog
 from dreambooth_moslora.ui.jobs import Job, Jobs
-from dreambooth_moslora.ui.train_photos import in_the_forms_words, watch
-from dreambooth_moslora.ui.train_watch import watched
+from dreambooth_moslora.ui.train_watch import in_the_forms_words, watch, watched
 from tests.ui.test_handlers import OWNER, visitor
 
 PUBLISHED = "pytorch_lora_weights.safetensors"

@@ -9,8 +9,7 @@ import pytest
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.ui.jobs import Job
-from dreambooth_moslora.ui.libraries import TELLS_PROMPTS, import_libraries
-from dreambooth_moslora.ui.state import AppContext
+from dreambooth_moslora.ui.state import TELLS_PROMPTS, AppContext, import_libraries
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.train_start import estimate_cost
 from dreambooth_moslora.ui.train_watch import status_of, watched

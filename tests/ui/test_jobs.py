@@ -13,8 +13,7 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.disk.events import Metrics
 from dreambooth_moslora.disk.processes import why_it_ended
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, birth_of, phase_of
-from dreambooth_moslora.ui.train_photos import status_card
-from dreambooth_moslora.ui.train_watch import watched
+from dreambooth_moslora.ui.train_watch import status_card, watched
 from dreambooth_moslora.ui.visitors import Visitor
 
 OWNER = "a" * 64

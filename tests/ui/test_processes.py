@@ -14,8 +14,8 @@ from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.disk.events import Metrics
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.train_form import TrainForm
-from dreambooth_moslora.ui.train_photos import fidelity_table, loss_table, samples_of, status_card
 from dreambooth_moslora.ui.train_start import free_run_dir
+from dreambooth_moslora.ui.train_watch import fidelity_table, loss_table, samples_of, status_card
 from tests.ui.test_handlers import OTHER, OWNER, visitor
 
 TRAINER = '''
