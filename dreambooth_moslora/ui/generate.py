@@ -28,19 +28,12 @@ from dreambooth_moslora.ui.generate_form import (
     size_choices,
     summary_of,
 )
-from dreambooth_moslora.ui.html import explain_bad_values, faint, progress_card
+from dreambooth_moslora.ui.html import SHOWN, explain_bad_values, faint, progress_card
 from dreambooth_moslora.ui.state import AT_ONCE, GPU, TELLING, AppContext, as_gradio_error, sentence
 from dreambooth_moslora.ui.visitors import Picture, Visitor
 
 IDLE = progress_card("Ready", "Enter starts, Esc stops")
-AXIS_VALUES = {
-    "scale": "0, 0.5, 1",
-    "seed": "1, 2, 3",
-    "prompt": "",
-    "adapter": "",
-    "guidance": "2, 5, 8",
-    "steps": "5, 15, 25",
-}
+AXIS_VALUES = {"scale": "0, 0.5, 1", "seed": "1, 2, 3", "guidance": "2, 5, 8", "steps": "5, 15, 25"}
 AXIS_LABELS = [("Adapter scale", "scale"), ("Seed", "seed"), ("Prompt", "prompt"), ("Adapter or checkpoint", "adapter")]
 AXIS_LABELS += [("Guidance", "guidance"), ("Steps", "steps")]
 
@@ -83,15 +76,8 @@ def settings_widgets(ctx: AppContext) -> dict[str, Any]:
         negative = gr.Textbox("", label="Negative prompt", lines=1, max_lines=3, elem_id="negative")
         with gr.Row():
             steps = gr.Slider(*RANGES["steps"], 25, step=1, label="Steps", buttons=[], min_width=160, elem_id="steps")
-            guidance = gr.Slider(
-                *RANGES["guidance_scale"],
-                ctx.guidance_scale,
-                step=0.1,
-                label="Guidance",
-                buttons=[],
-                min_width=160,
-                elem_id="guidance",
-            )
+            look = {"step": 0.1, "label": "Guidance", "buttons": [], "min_width": 160, "elem_id": "guidance"}
+            guidance = gr.Slider(*RANGES["guidance_scale"], ctx.guidance_scale, **look)
         with gr.Row():
             seed = gr.Number(-1, label="Seed", info="−1 draws one", precision=0, min_width=160, elem_id="seed")
             schedulers = [(scheduler.title, name) for name, scheduler in SCHEDULERS.items()]
@@ -138,13 +124,7 @@ def result_widgets(ctx: AppContext) -> dict[str, Any]:
             parts["compare"] = gr.Button("Compare at the same seed", elem_id="compare")
             gr.HTML(faint("Left without, right with the adapter."))
             parts["slider"] = gr.ImageSlider(
-                label="Without | with the adapter",
-                show_label=False,
-                type="filepath",
-                format="png",
-                interactive=False,
-                elem_id="slider",
-                buttons=["download", "fullscreen"],
+                label="Without | with the adapter", type="filepath", elem_id="slider", **SHOWN
             )
         with gr.Tab("Grid", id="grid"):
             parts |= _grid_widgets()
@@ -158,17 +138,7 @@ def result_widgets(ctx: AppContext) -> dict[str, Any]:
 
 
 def _gallery(label: str, elem_id: str) -> gr.Gallery:
-    return gr.Gallery(
-        label=label,
-        show_label=False,
-        columns=2,
-        object_fit="contain",
-        interactive=False,
-        format="png",
-        buttons=["download", "fullscreen"],
-        elem_id=elem_id,
-        height="auto",
-    )
+    return gr.Gallery(label=label, columns=2, object_fit="contain", elem_id=elem_id, height="auto", **SHOWN)
 
 
 def _grid_widgets() -> dict[str, Any]:
@@ -182,23 +152,9 @@ def _grid_widgets() -> dict[str, Any]:
         across_values = gr.Textbox(AXIS_VALUES["seed"], label="Column values", min_width=120)
     gr.Markdown("Commas separate values; `|` separates prompts.", elem_classes="faint")
     draw = gr.Button("Draw the grid", elem_id="draw_grid")
-    sheet = gr.Image(
-        label="Grid",
-        show_label=False,
-        type="filepath",
-        format="png",
-        interactive=False,
-        buttons=["download", "fullscreen"],
-        elem_id="sheet",
-    )
-    return {
-        "down": down,
-        "down_values": down_values,
-        "across": across,
-        "across_values": across_values,
-        "draw": draw,
-        "sheet": sheet,
-    }
+    sheet = gr.Image(label="Grid", type="filepath", elem_id="sheet", **SHOWN)
+    values = {"down_values": down_values, "across_values": across_values}
+    return {"down": down, "across": across, "draw": draw, "sheet": sheet} | values
 
 
 @dataclass

@@ -216,6 +216,8 @@ addEventListener("keydown", (event) => {
 
 
 NUMBERS = (gr.Slider, gr.Number)
+SHOWN = {"show_label": False, "format": "png", "interactive": False, "buttons": ["download", "fullscreen"]}
+"""Options of pictures that are only looked at."""
 
 
 def explain_bad_values(widget: gr.components.Component) -> None:

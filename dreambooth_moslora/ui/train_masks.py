@@ -71,11 +71,7 @@ def photo_widgets(number: int = 1) -> dict[str, Any]:
     remarks = gr.HTML(visible=False, elem_id=named("remarks", number))
     look = {"object_fit": "contain", "buttons": ["fullscreen"], "elem_classes": "crops"}
     crops = picture_rows("Crops", named("crops", number), **look)
-    return {
-        named("photos", number): photos,
-        named("remarks", number): remarks,
-        named("crops", number): crops,
-    }
+    return {named("photos", number): photos, named("remarks", number): remarks, named("crops", number): crops}
 
 
 def subject_widgets() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -97,27 +93,14 @@ def subject_widgets() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def further_fields(number: int) -> dict[str, Any]:
+    def text(name: str, label: str, placeholder: str, value: str = "", **look: Any) -> gr.Textbox:
+        return gr.Textbox(value, label=label, placeholder=placeholder, elem_id=named(name, number), **look)
+
     with gr.Row():
-        class_word = gr.Textbox(
-            "", label="What these show", placeholder="cat", elem_id=named("class_word", number), **NARROW
-        )
-        token = gr.Textbox(
-            TOKENS[number - 1], label="Token", placeholder="a rare word", elem_id=named("token", number), **NARROW
-        )
-    captions = gr.Textbox(
-        "",
-        label="Captions",
-        placeholder="one line for each photo, in order; may be left out",
-        lines=1,
-        elem_id=named("captions", number),
-    )
-    begin_as = gr.Textbox(
-        "",
-        label="Its new tokens begin as",
-        placeholder="words like it; or empty",
-        visible=False,
-        elem_id=named("tokens_begin_as", number),
-    )
+        class_word = text("class_word", "What these show", "cat", **NARROW)
+        token = text("token", "Token", "a rare word", TOKENS[number - 1], **NARROW)
+    captions = text("captions", "Captions", "one line for each photo, in order; may be left out", lines=1)
+    begin_as = text("tokens_begin_as", "Its new tokens begin as", "words like it; or empty", visible=False)
     words = (class_word, token, captions, begin_as)
     return {named(name, number): widget for name, widget in zip(SubjectWords.__dataclass_fields__, words, strict=True)}
 
@@ -341,18 +324,9 @@ def mask_widgets() -> dict[str, Any]:
         with gr.Row(elem_classes="tight"):
             keep = gr.Button("Keep this mask", variant="primary", min_width=120, elem_id="keep_mask")
             back = gr.Button("Put the old one back", min_width=120, elem_id="put_mask_back")
-    return {
-        "show_masks": show,
-        "mask_remarks": told,
-        "masks": pictures,
-        "mask_box": box,
-        "mask_about": about,
-        "mask_editor": editor,
-        "keep_mask": keep,
-        "put_mask_back": back,
-        "mask_names": gr.State([]),
-        "mask_chosen": gr.State(""),
-    }
+    shown = {"show_masks": show, "mask_remarks": told, "masks": pictures}
+    edited = {"mask_box": box, "mask_about": about, "mask_editor": editor, "keep_mask": keep, "put_mask_back": back}
+    return shown | edited | {"mask_names": gr.State([]), "mask_chosen": gr.State("")}
 
 
 def connect_masks(ctx: AppContext, fields: dict, parts: dict) -> None:
@@ -372,15 +346,9 @@ def connect_masks(ctx: AppContext, fields: dict, parts: dict) -> None:
         if not visitor.has_photos:
             raise UserError("add some photos of your subject first")
         form = form_of(values)
-        return TrainConfig.from_dict(
-            form.config(
-                ctx.base_name,
-                ctx.resolution_px,
-                visitor.photos_dir,
-                ctx.runs_dir / "new",
-                recipe_of(ctx, form.like, visitor),
-            )
-        )
+        recipe, run_dir = recipe_of(ctx, form.like, visitor), ctx.runs_dir / "new"
+        config = form.config(ctx.base_name, ctx.resolution_px, visitor.photos_dir, run_dir, recipe)
+        return TrainConfig.from_dict(config)
 
     @as_gradio_error
     def show(request: gr.Request, **values) -> tuple:

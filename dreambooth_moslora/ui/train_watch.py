@@ -25,7 +25,7 @@ from dreambooth_moslora.settings.measures import curves
 from dreambooth_moslora.settings.prompts import noun_of
 from dreambooth_moslora.training.explain import closing_advice, figures_from, known_config
 from dreambooth_moslora.ui.generate_form import format_seconds
-from dreambooth_moslora.ui.html import faint, notice, progress_card
+from dreambooth_moslora.ui.html import SHOWN, faint, notice, progress_card
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState
 from dreambooth_moslora.ui.state import AT_ONCE, TELLING, AppContext, as_gradio_error, as_user_error, sentence
 from dreambooth_moslora.ui.train_form import form_words
@@ -35,26 +35,9 @@ POLL_SEC = 2.0
 NO_RUN = notice("No run yet. Add photos, say what they show, start.")
 HEADROOM = 1.1
 GONE = "This run is not there any more."
-WATCHED = (
-    "run",
-    "seen",
-    "status",
-    "stop",
-    "resume",
-    "use",
-    "reopen",
-    "download",
-    "download_kohya",
-    "download_tokens",
-    "download_mixers",
-    "loss",
-    "fidelity",
-    "samples",
-    "sheet",
-    "log",
-)
-
-
+DOWNLOADS = ("download", "download_kohya", "download_tokens", "download_mixers")
+PICTURES = ("loss", "fidelity", "samples", "sheet")
+WATCHED = ("run", "seen", "status", "stop", "resume", "use", "reopen", *DOWNLOADS, *PICTURES, "log")
 PLOT_POINTS = 200
 SMOOTHING_STEPS = 25
 MAX_SAMPLES_SHOWN = 24
@@ -106,16 +89,7 @@ def watch_widgets(below_status: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     loss = gr.LinePlot(y="loss", color="part", title="Loss", elem_id="loss", **plot)
     fidelity = gr.LinePlot(y="score", color="measure", title="Fidelity", elem_id="fidelity", **plot)
     samples = picture_rows("Samples", "samples", object_fit="contain", buttons=["download", "fullscreen"])
-    sheet = gr.Image(
-        label="Contact sheet",
-        show_label=False,
-        type="filepath",
-        format="png",
-        buttons=["download", "fullscreen"],
-        visible=False,
-        interactive=False,
-        elem_id="sheet_of_run",
-    )
+    sheet = gr.Image(label="Contact sheet", type="filepath", visible=False, elem_id="sheet_of_run", **SHOWN)
     with gr.Accordion("Log", open=False, elem_id="log_box"):
         log = gr.Code(language=None, label="Log", show_line_numbers=False, wrap_lines=True, elem_id="log", max_lines=20)
     downloads = (download, kohya, tokens, mixers)
@@ -196,8 +170,7 @@ def watched(jobs: Jobs, run: str | None, seen: tuple | None, visitor: Visitor) -
 
 def _gone(names: list[str]) -> dict[str, Any]:
     """The folder of the run was deleted, or it is another's, which must look the same."""
-    downloads = [name for name in WATCHED if name.startswith("download")]
-    hidden = ("use", "reopen", *downloads, "loss", "fidelity", "samples", "sheet")
+    hidden = ("use", "reopen", *DOWNLOADS, *PICTURES)
     return {
         "run": gr.Dropdown(choices=names, value=None),
         "seen": None,
@@ -267,7 +240,7 @@ def run_names(jobs: Jobs, owner: str) -> list[str]:
     return [job.name for job in jobs.of(owner)]
 
 
-SHOWN = ("queue_box", "queued", "queue_rest", "queue_seen", "run")
+OF_QUEUE = ("queue_box", "queued", "queue_rest", "queue_seen", "run")
 
 
 def queue_widgets() -> dict[str, Any]:
@@ -284,7 +257,7 @@ def queue_widgets() -> dict[str, Any]:
 
 
 def connect_queue(ctx: AppContext, jobs: Jobs, page: gr.Blocks, parts: dict) -> None:
-    outputs = [parts[name] for name in SHOWN]
+    outputs = [parts[name] for name in OF_QUEUE]
     inputs = [parts["run"], parts["queue_seen"]]
 
     def look(run: str | None, seen: tuple | None, request: gr.Request) -> dict:
