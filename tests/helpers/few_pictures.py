@@ -7,8 +7,6 @@ import pytest
 
 from dreambooth_moslora.evaluation import during_training
 
-__all__ = ["few_pictures"]
-
 
 @contextmanager
 def few_pictures(

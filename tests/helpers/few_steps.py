@@ -6,8 +6,6 @@ from contextlib import contextmanager
 import pytest
 from diffusers import StableDiffusionXLPipeline
 
-__all__ = ["few_steps"]
-
 
 @contextmanager
 def few_steps(count: int = 2) -> Iterator[None]:

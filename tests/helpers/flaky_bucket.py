@@ -6,8 +6,6 @@ from typing import ClassVar
 import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
 
-__all__ = ["FlakyBucket"]
-
 
 class FlakyBucket(MemoryFileSystem):
     """`fault` is asked before each request, by the file's path; what it raises is the failure.

@@ -3,8 +3,6 @@
 import ast
 from pathlib import Path
 
-__all__ = ["import_graph", "package_of"]
-
 
 def import_graph(root: Path) -> dict[str, set[str]]:
     """{module: modules of the package that it imports anywhere, also in functions}, such as "core.config.fields".

@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageDraw
 
-__all__ = ["CASES", "Case", "QUADRANTS", "make_folder", "picture", "png_of"]
-
 SIZE_PX = (96, 128)
 QUADRANTS = {(0, 0): (220, 30, 30), (0, 1): (30, 200, 40), (1, 0): (40, 60, 220), (1, 1): (240, 220, 60)}
 

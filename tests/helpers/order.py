@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["LONGEST", "longest_first"]
-
 TESTS = Path(__file__).parents[1]
 LONGEST = (
     "ui/test_browser.py",

@@ -21,8 +21,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-__all__ = ["DEVICE", "GpuTensor", "Watch"]
-
 NAME = "pygpu"
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}
 COPYING = {"aten::_to_copy", "aten::copy_"}

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["ended_ranks"]
-
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -8,8 +8,6 @@ from urllib.request import Request, urlopen
 
 from werkzeug.serving import make_server
 
-__all__ = ["s3_server", "serving"]
-
 
 @contextmanager
 def s3_server(every: int, away: threading.Event | None = None) -> Iterator[str]:

@@ -11,8 +11,6 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import save_file
 
-__all__ = ["save_single_file"]
-
 Tensors = dict[str, torch.Tensor]
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3"} | {

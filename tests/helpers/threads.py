@@ -9,8 +9,6 @@ import pytest
 
 from dreambooth_moslora.plan import processes
 
-__all__ = ["as_processes"]
-
 PATIENCE_S = 20
 
 

@@ -7,8 +7,6 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-__all__ = ["tiny_sdxl", "tiny_tokenizer", "tiny_unet", "save_tiny_sdxl"]
-
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WIDTH, WIDTH_2 = 16, 32
 RESOLUTION_PX = 64

@@ -9,8 +9,6 @@ from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_t
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-__all__ = ["TARGETS", "base_bytes", "random_lora", "save_diffusers_lora", "save_kohya_lora"]
-
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 

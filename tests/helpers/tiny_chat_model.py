@@ -15,8 +15,6 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 
 from tests.helpers.tiny import byte_alphabet
 
-__all__ = ["save_tiny_chat_model"]
-
 MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 TEMPLATE = """{%- for message in messages -%}
 <|im_start|>{{ message.role }}

@@ -7,8 +7,6 @@ from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, CLIPSegProc
 
 from tests.helpers.tiny import tiny_text_config, tiny_tokenizer
 
-__all__ = ["save_tiny_clipseg"]
-
 SIDE_PX = 32
 
 

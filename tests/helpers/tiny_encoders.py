@@ -17,8 +17,6 @@ from transformers import (
 from dreambooth_moslora.evaluation.encoders import Encoders, load_encoders
 from tests.helpers.tiny import tiny_text_config, tiny_tokenizer
 
-__all__ = ["save_tiny_encoders", "tiny_encoders"]
-
 SIDE_PX = 32
 
 

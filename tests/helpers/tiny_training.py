@@ -9,8 +9,6 @@ from safetensors.torch import load_file
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
 from dreambooth_moslora.settings.table import TrainConfig
 
-__all__ = ["adapter_sha256", "largest_difference", "paint_photos", "tiny_config"]
-
 SIZES = ((96, 64), (64, 80), (72, 72))
 
 

@@ -15,8 +15,6 @@ from dreambooth_moslora.ui.state import AppContext
 from dreambooth_moslora.ui.visitors import COOKIE
 from tests.helpers.tiny_adapters import save_diffusers_lora
 
-__all__ = ["Served", "cookie_of", "secret_of", "serve"]
-
 
 PROXY = "pictures.example.org"
 
