@@ -8,7 +8,6 @@ from dreambooth_moslora.cli.main import train_main
 from dreambooth_moslora.cli.parser import parse_train_config
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.settings.fields import parse_pattern
 from dreambooth_moslora.settings.table import rank_and_alpha, ranks_in_vain
 from dreambooth_moslora.training.checkpoint import check_resumed, read_position
 from dreambooth_moslora.training.dry_run import describe_run
@@ -105,13 +104,6 @@ def test_a_checkpoint_of_fewer_layers_than_are_asked_for_is_refused(config, tmp_
     train(config(**few | {"target_modules": ("mid_block.*.to_q",)}))
     with pytest.raises(UserError, match="--target_modules: checkpoint-2 was trained on other layers, first down_"):
         train(config(**few | {"target_modules": ("to_q",), "resume_from_checkpoint": "latest", "max_train_steps": 3}))
-
-
-@pytest.mark.parametrize("text", ["to_k", "to_k=", "=8", "to_k=0", "to_k=2.5", "to_k=x", "to_k=9999", "to_k=nan"])
-def test_a_pattern_that_is_none_is_one_line(text, config):
-    with pytest.raises(UserError, match=r"--rank_pattern .*: expected a layer's name and a whole number from 1"):
-        config(rank_pattern=(text,))
-    assert parse_pattern("alpha_pattern", "to_k=2.5") == ("to_k", 2.5)
 
 
 def test_names_that_mean_nothing_are_answered_with_a_near_one(config, tmp_path, capsys):

@@ -1,7 +1,5 @@
 """`--basis`: a run that trains mixers alone, and what it leaves."""
 
-import re
-
 import numpy as np
 import pytest
 import torch
@@ -128,22 +126,6 @@ def test_a_resumed_run_needs_the_same_basis(runs, config, tmp_path):
         train(config(tmp_path / "run", **resumed, basis=None))
     with pytest.raises(UserError, match="--basis: checkpoint-2 has svd; you ask for file"):
         train(config(tmp_path / "run", **resumed, basis=str(runs / "dog" / "last" / RAW_NAME)))
-
-
-@pytest.mark.parametrize(
-    ("changes", "flag"),
-    [
-        ({"use_dora": True}, "--use_dora"),
-        ({"init_adapter": "dog.safetensors"}, "--init_adapter"),
-        ({"train_text_encoder": True}, "--train_text_encoder"),
-        ({"train_text_encoder_ti": True}, "--train_text_encoder_ti"),
-        ({"mixer": "none"}, "--mixer none"),
-        ({"train_mixer": False}, "--no_train_mixer"),
-    ],
-)
-def test_what_a_basis_excludes_is_said_in_one_line(config, tmp_path, changes, flag):
-    with pytest.raises(UserError, match=re.escape(f"--basis and {flag}: ")):
-        config(tmp_path, **changes)
 
 
 def test_a_basis_that_is_none_is_said_before_the_base_is_loaded(config, tmp_path, tiny_base):

@@ -1,4 +1,4 @@
-"""`--cache_cross_attention`: the same training without the text's projections on the device, and what forbids it."""
+"""`--cache_cross_attention`: the same training without the text's projections on the device."""
 
 from pathlib import Path
 
@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from dreambooth_moslora.base.load import TextProducts, TextProjection
-from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny import tiny_unet
 from tests.helpers.tiny_training import largest_difference, paint_photos, tiny_config
@@ -74,17 +72,3 @@ def test_the_weights_leave_the_unet_and_a_text_of_no_prompt_has_their_products()
     assert sum(weight.numel() for weight in unet.parameters()) == numbers - gone
     assert all(layer.weight.untyped_storage().nbytes() <= 4 for layer in products.layers)
     assert torch.equal(unet(*given, added_cond_kwargs=added).sample, expected)
-
-
-@pytest.mark.parametrize(
-    ("changes", "flag"),
-    [
-        ({"train_text_encoder": True}, "--train_text_encoder"),
-        ({"train_text_encoder_ti": True}, "--train_text_encoder_ti"),
-        ({"use_dora": True}, "--use_dora"),
-        ({"base_quantization": "nf4"}, "--base_quantization nf4"),
-    ],
-)
-def test_what_needs_the_projections_themselves_is_refused(changes, flag):
-    with pytest.raises(UserError, match=f"^--cache_cross_attention and {flag}: .*; give one of them.$"):
-        TrainConfig(cache_cross_attention=True, **changes)

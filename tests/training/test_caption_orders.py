@@ -5,10 +5,8 @@ from collections import Counter
 
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.photos.folder import ORDERS, bare_prompt_line, photo_report, shuffled_captions
 from dreambooth_moslora.photos.photo import Photo
-from dreambooth_moslora.settings.rules import remarks
 from dreambooth_moslora.settings.sources import recipe_of
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.photo_stream import PhotoStream
@@ -166,11 +164,3 @@ def test_one_line_says_what_the_captions_lack(tmp_path):
     never = bare_prompt_line(config(instance_prompt_share=0), photos)
     assert never == f"{line}they are never shown with it (--instance_prompt_share)"
     assert bare_prompt_line(config(), photos[1:]) is None
-
-
-def test_what_cannot_be_is_one_line():
-    with pytest.raises(UserError, match=r"--instance_prompt_share 1.5: must be at most 1"):
-        config(instance_prompt_share=1.5)
-    with pytest.raises(UserError, match=r"--caption_dropout 1.5: must be at most 1"):
-        config(caption_dropout=1.5)
-    assert "--keep_tokens has no effect without --shuffle_caption" in remarks(config(keep_tokens=1))

@@ -74,5 +74,3 @@ def test_a_file_that_is_not_there_is_said_before_the_base_is_loaded(config, file
     file.unlink()
     with pytest.raises(UserError, match=r"--init_adapter .*: there is no such file or folder"):
         preflight(config())
-    with pytest.raises(UserError, match="--init_adapter: the butterfly mixer has no inverse"):
-        config(mixer="butterfly")

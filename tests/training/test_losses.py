@@ -1,10 +1,8 @@
-"""Runs with other losses: each reaches the step, and is refused where it has no meaning."""
+"""Runs with other losses: each reaches the step."""
 
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.disk.events import StepDone
-from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
@@ -25,16 +23,3 @@ def test_each_loss_reaches_the_step(tiny_base, tmp_path):
         train(tiny_config(tiny_base, photos, tmp_path / name, max_train_steps=1, **change), events.append)
         found[name] = next(event.loss for event in events if isinstance(event, StepDone))
     assert len(set(found.values())) == len(OTHER)
-
-
-@pytest.mark.parametrize(
-    "change", [{"snr_gamma": 5.0}, {"debiased_estimation_loss": True}, {"loss_type": "huber"}], ids=str
-)
-def test_a_weighting_is_refused_in_edm_style(change):
-    with pytest.raises(UserError, match=f"--{next(iter(change))}.* EDM weighs noise levels itself"):
-        TrainConfig(do_edm_style_training=True, **change)
-
-
-def test_two_weightings_are_one_too_many():
-    with pytest.raises(UserError, match="each weighs noise levels"):
-        TrainConfig(snr_gamma=5.0, debiased_estimation_loss=True)

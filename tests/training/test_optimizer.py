@@ -96,9 +96,3 @@ def test_a_library_that_is_missing_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "schedulefree", None)
     with pytest.raises(UserError, match="AdamWScheduleFree needs schedulefree: pip install schedulefree"):
         make_optimizer(TrainConfig(optimizer="AdamWScheduleFree"), [])
-
-
-@pytest.mark.parametrize("change", [{"use_ema": True}, {"adam_beta1": 0.0}], ids=str)
-def test_what_has_an_average_takes_no_other(change):
-    with pytest.raises(UserError, match="averages its steps itself"):
-        TrainConfig(optimizer="AdamWScheduleFree", **change)
