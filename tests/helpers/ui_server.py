@@ -15,7 +15,6 @@ from dreambooth_moslora.ui.state import AppContext
 from dreambooth_moslora.ui.visitors import COOKIE
 from tests.helpers.tiny_adapters import save_diffusers_lora
 
-
 PROXY = "pictures.example.org"
 
 

@@ -1,10 +1,19 @@
-"""The plan of a run is made once, and each photo is opened once to be inspected."""
+"""The plan of a run: made once, its steps against numbers worked out by hand, and what is advised."""
 
 from collections import Counter
+from dataclasses import replace
 
+import pytest
+
+from dreambooth_moslora.adapters.metadata import DORA_NOTE
 from dreambooth_moslora.cli.main import train_main
 from dreambooth_moslora.photos import folder, masks
 from dreambooth_moslora.plan import plan
+from dreambooth_moslora.plan.plan import make_plan
+from dreambooth_moslora.plan.steps import plan_steps
+from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training.dry_run import advice, exposure_advice
+from tests.helpers.odd_photos import picture
 from tests.helpers.tiny_training import paint_photos
 
 
@@ -31,3 +40,51 @@ def test_a_scored_run_by_one_word_makes_one_plan_and_opens_each_photo_once(tiny_
     assert train_main([str(photos), "dog", *flags, "--output_dir", str(tmp_path / "dog")]) == 0
     assert opened == {path.name: 1 for path in photos.iterdir()} and len(plans) == 1
     assert "evaluation" in (tmp_path / "dog" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "repeats", "prior", "processes", "steps"),
+    [
+        (4, 1, 1, False, 1, 2),  # 7 photos: 2 batches
+        (2, 3, 5, True, 2, 4),  # 37 class images are more than 35 photos: 10 batches, 4 steps of 3
+        (1, 4, 2, True, 1, 10),  # 37 class images: 37 batches, 10 steps of 4
+        (1, 1, 6, True, 1, 42),  # 42 photos are more than 37 class images
+    ],
+)
+def test_an_epoch_has_the_steps_that_diffusers_script_counts(batch, accumulation, repeats, prior, processes, steps):
+    config = TrainConfig(
+        train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        repeats=repeats,
+        with_prior_preservation=prior,
+        class_prompt="a dog",
+        num_class_images=37,
+    )
+    assert plan_steps(config, 7, processes).steps_an_epoch == steps
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "processes", "steps"),
+    [(1, 1, 1, 350), (4, 1, 1, 88), (2, 3, 2, 30)],  # 50 × 7 photos, 1, 4 and 12 a step
+)
+def test_exposures_a_photo_set_the_steps(batch, accumulation, processes, steps):
+    sizes = {"train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    plan = plan_steps(TrainConfig(exposures_per_photo=50, **sizes), 7, processes)
+    assert plan.total_steps == steps
+    assert 50 <= plan.exposures_a_photo < 50 + plan.photos_a_step / 7
+
+
+def test_too_few_exposures_are_said_with_the_flag_that_sets_them():
+    (line,) = exposure_advice(plan_steps(TrainConfig(), 5))
+    assert "about 2 times" in line and "--exposures_per_photo" in line
+    assert exposure_advice(plan_steps(TrainConfig(exposures_per_photo=19, train_batch_size=1), 5))
+    assert exposure_advice(plan_steps(TrainConfig(exposures_per_photo=20), 5)) == []
+
+
+def test_a_run_with_dora_is_told_before_it_begins_what_other_programs_make_of_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture().save("0.png")
+    config = TrainConfig(instance_data_dir=".", resolution=64, use_dora=True)
+    assert DORA_NOTE in advice(make_plan(config))
+    assert DORA_NOTE not in advice(make_plan(replace(config, use_dora=False)))
+    assert "AUTOMATIC1111, InvokeAI: another adapter" in DORA_NOTE

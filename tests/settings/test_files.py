@@ -11,7 +11,7 @@ from dreambooth_moslora.cli.parser import parse_train_config
 from dreambooth_moslora.core.errors import UserError
 from dreambooth_moslora.core.names import TOY_TEMPLATES
 from dreambooth_moslora.evaluation.protocol import UNRELATED_TOYS
-from dreambooth_moslora.settings.sources import load_settings
+from dreambooth_moslora.settings.sources import RECIPE, TOLD_IF_CHANGED, load_settings, recipe_of
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.settings.test_train_config import NEEDED
 
@@ -141,3 +141,10 @@ def test_a_recipe_does_not_preserve_what_drift_and_likeness_are_measured_on(name
     measured = {text.format(kind) for text, kind in UNRELATED_TOYS}
     measured |= {template.replace("{}", word) for template in TOY_TEMPLATES for word in words}
     assert config.prior_prompts and not measured & set(config.prior_prompts)
+
+
+def test_later_settings_are_told_only_where_they_were_changed():
+    """So the file of a run without them keeps the bytes that it had before there were any."""
+    assert set(recipe_of(TrainConfig())) <= set(RECIPE) and not set(RECIPE) & set(TOLD_IF_CHANGED)
+    told = recipe_of(TrainConfig(noise_offset=0.1, use_ema=True))
+    assert {name: told[name] for name in TOLD_IF_CHANGED if name in told} == {"noise_offset": 0.1, "use_ema": True}
