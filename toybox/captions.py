@@ -57,7 +57,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def _opening(scene: Scene, rng: random.Random) -> str:
-    if scene.distance < 2.0 and rng.random() < 0.8:
+    if scene.distance < 1.9 and rng.random() < 0.8:
         return rng.choice(("a close-up of", "a close-up photo of"))
     if scene.distance > 3.6 and rng.random() < 0.6:
         return rng.choice(("a distant view of", "a photo from far away of"))

@@ -146,7 +146,7 @@ def sample_scene(
 def _sample_view(rng: random.Random, toys: tuple[Toy, ...], place: str) -> Scene:
     """Mostly a toy turned a little aside, at its full height: a small model learns only sights that it meets often."""
     yaw = rng.uniform(0.2, 0.9) if rng.random() < 0.85 else rng.uniform(-3.1416, 3.1416)
-    views = ((2.1, 2.5),) if len(toys) > 1 else ((1.6, 1.9), (2.1, 2.5), (3.5, 4.0))
+    views = ((2.1, 2.6),) if len(toys) > 1 else ((1.6, 1.9), (1.9, 2.6), (3.5, 4.0))
     near, far = rng.choices(views, (5, 91, 4)[-len(views) :])[0]
     names = lights_of(place)
     light = "day" if rng.random() < 0.7 else rng.choice(names)

@@ -73,6 +73,28 @@ def test_scene_survives_json():
         assert Scene.from_dict(json.loads(json.dumps(scene.to_dict()))) == scene
 
 
+def heights(some: list[Scene]) -> torch.Tensor:
+    """The share of the frame's height that the toys of each scene take, (N,)."""
+    return toy_masks(some, 32).any(dim=2).float().mean(dim=1)
+
+
+def test_the_usual_view_is_from_1_9_to_2_6_toy_sizes_and_fills_the_frame_as_subjects_photos_do():
+    singles = [scene for scene in scenes(600) if len(scene.toys) == 1]
+    usual = [scene for scene in singles if 1.9 <= scene.distance <= 2.6]
+    assert len(usual) > 0.85 * len(singles)
+    assert min(s.distance for s in usual) < 1.93 and max(s.distance for s in usual) > 2.57
+    photos = heights([scene for name in SUBJECTS for scene in photo_scenes(load(name))])
+    low, high = heights(usual[:60]).quantile(torch.tensor([0.1, 0.9]))
+    assert ((low <= photos) & (photos <= high)).float().mean() > 0.7
+
+
+def test_only_a_close_up_is_called_one():
+    rng = random.Random(6)
+    for scene in scenes(400):
+        assert ("close-up" in caption(scene, rng)) <= (scene.distance < 1.9)
+        assert 1.6 <= scene.distance <= 4 and (len(scene.toys) == 1 or scene.distance >= 2.1)
+
+
 def test_training_never_shows_a_held_out_combination():
     shown = [(t.kind, t.colour, scene.place) for scene in scenes(1500) for t in scene.toys]
     assert not any(is_held_out(*combination) for combination in shown)
