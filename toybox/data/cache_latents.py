@@ -72,12 +72,15 @@ def view(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]
 
 
 @torch.no_grad()
-def encode(renders: Renders, numbers: range, vae: AutoencoderKL, sight: Sight) -> dict[str, Tensor]:
-    """latents (N,4,16,16) fp16, scaled; time_ids (N,6) int16; toys (N,16,16) fp16 in [0, 1]; seen (N,160,4,4) fp16."""
+def encode(renders: Renders, numbers: range, vae: AutoencoderKL, sight: Sight, first: int = 0) -> dict[str, Tensor]:
+    """latents (N,4,16,16) fp16, scaled; time_ids (N,6) int16; toys (N,16,16) fp16 in [0, 1]; seen (N,160,4,4) fp16.
+
+    `first` is the number of the renders' first picture in a growing set: the views are drawn by these numbers.
+    """
     vae.eval().to(sight.device, dtype=sight.dtype, memory_format=torch.channels_last)
     latents, toys, seen, ids = [], [], [], []
     for start in range(numbers.start, numbers.stop, 32):
-        generator = torch.Generator().manual_seed(start)
+        generator = torch.Generator().manual_seed(first + start)
         pixels = with_toys(renders, range(start, min(start + 32, numbers.stop)))
         views = [view(p, generator) for p in pixels]
         x = torch.stack([v for v, _ in views])

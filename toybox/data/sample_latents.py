@@ -33,10 +33,10 @@ TIME_IDS = (128.0, 128.0, 0.0, 0.0, 128.0, 128.0)  # a whole render
 
 
 @torch.no_grad()
-def draw(unet: UNet2DConditionModel, noise: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
+def draw(unet: UNet2DConditionModel, noise: Tensor, embeds: Tensor, pooled: Tensor, steps: int = STEPS) -> Tensor:
     """Noise (N,4,16,16) of unit variance -> scaled latents of the same shape, under captions (N,77,256), (N,160)."""
     sampler = scheduler()
-    sampler.set_timesteps(STEPS)
+    sampler.set_timesteps(steps)
     x = noise * sampler.init_noise_sigma
     embeds, pooled = (torch.cat([torch.zeros_like(c), c]) for c in (embeds, pooled))
     added = {"text_embeds": pooled, "time_ids": torch.tensor([TIME_IDS]).repeat(len(embeds), 1).to(noise.device)}

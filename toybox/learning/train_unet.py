@@ -15,6 +15,7 @@ caption from its own with one.
 import argparse
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,13 +33,13 @@ from toybox.learning.channels_last import to_channels_last, use_fast_group_norm
 from toybox.learning.train_clip import PROJECTION, nonsense
 from toybox.learning.training import MasterWeights, Run, compute_dtype
 
-__all__ = ["TextTowers", "build_unet", "noise_schedule"]
+__all__ = ["TextTowers", "averaged_unet", "build_unet", "noise_schedule", "parse", "train"]
 
 TIME_WIDTH = 32
 SNR_GAMMA = 5.0
 ALIGNMENT_WEIGHT = 0.1
 ENDS = ("conv_in", "conv_out", "time_embedding", "add_embedding", "alignment")  # left to AdamW
-HELD_BACK = 1000  # images at the end, never drawn
+HELD_BACK = 1000  # images at the end, not drawn unless `--held_back` says otherwise
 TOY_WEIGHT = 3.0  # added to a cell's weight of 1, times the share of the cell that a toy covers
 
 
@@ -144,9 +145,16 @@ def cell_weights(toys: Tensor) -> Tensor:
     return weights / weights.mean()
 
 
-def train(args: argparse.Namespace) -> None:
+def load_latents(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by `toybox.data.cache_latents`, or of all such files in a folder, in their names' order."""
+    pieces = [load_file(piece) for piece in (sorted(path.glob("*.safetensors")) if path.is_dir() else [path])]
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def train(args: argparse.Namespace, after: Callable[[int, MasterWeights], None] | None = None) -> None:
+    """`after` is called after each step with the number of steps that are done and the weights."""
     torch.manual_seed(0)
-    renders, cache = Renders(args.data), load_file(args.latents)
+    renders, cache = Renders(args.data), load_latents(args.latents)
     towers, schedule = TextTowers(args.clip, args.tokenizer, device=args.device), noise_schedule()
     timesteps = Timesteps(schedule, args.snr_gamma)
     unet = UNet2DConditionModel.from_pretrained(args.start, torch_dtype=torch.float32) if args.start else build_unet()
@@ -155,11 +163,12 @@ def train(args: argparse.Namespace) -> None:
     alignment = Alignment(unet, cache["seen"])
     both = nn.ModuleDict({"unet": unet, "alignment": alignment}).to(args.device)
     weights = MasterWeights(both, adamw_lr=args.lr, muon_lr=args.muon_lr, adamw_names=ENDS, ema_decay=args.ema_decay)
-    run = Run(args.out, weights, args.steps, minutes=args.minutes, save_every=100, log_every=50)
+    options = {"minutes": args.minutes, "until": args.until, "batch": args.batch}
+    run = Run(args.out, weights, args.steps, **options, save_every=100, log_every=args.log_every)
     for step in run:
         generator = run.generator(step, salt=args.salt)
         rng = random.Random(generator.initial_seed())
-        rows = torch.randint(len(cache["latents"]) - HELD_BACK, (args.batch,), generator=generator)
+        rows = torch.randint(len(cache["latents"]) - args.held_back, (args.batch,), generator=generator)
         captions = [nonsense(_caption(renders.rows[i], rng), rng, 0.1) for i in rows.tolist()]
         conditions = towers(captions)
         embeds, pooled = (c.clone() for c in conditions)
@@ -183,6 +192,8 @@ def train(args: argparse.Namespace) -> None:
         (loss + share * aligned).backward()
         norm = weights.step(run.rate(step, warmup=200, decay=args.decay))
         run.add(loss=loss, mse=error.mean(), aligned=aligned, grad_norm=norm)
+        if after:
+            after(step + 1, weights)
     if run.rank == 0:
         export(weights, args.out)
 
@@ -192,21 +203,30 @@ def _caption(row: dict, rng: random.Random) -> str:
     return row["canonical_caption"] if rng.random() < 0.3 else row["caption"]
 
 
-def export(weights: MasterWeights, out: Path) -> None:
-    """Averaged weights as a diffusers folder OUT/model, fp16."""
+def averaged_unet(weights: MasterWeights) -> UNet2DConditionModel:
+    """A UNet of the averaged weights, fp32."""
     unet = build_unet()
     averaged = weights.averaged()
     unet.load_state_dict({k.removeprefix("unet."): v for k, v in averaged.items() if k.startswith("unet.")})
+    return unet
+
+
+def export(weights: MasterWeights, out: Path) -> None:
+    """Averaged weights as a diffusers folder OUT/model, fp16."""
+    unet = averaged_unet(weights)
     unet.half().save_pretrained(out / "model")
     report = {"parameters": sum(p.numel() for p in unet.parameters())}
     (out / "report.json").write_text(json.dumps(report) + "\n", encoding="utf-8")
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("data", "latents", "clip", "tokenizer", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--until", type=int, help="stop at this step for now, with the rates of --steps")
+    parser.add_argument("--held_back", type=int, default=HELD_BACK, help="pictures at the end, never drawn")
+    parser.add_argument("--log_every", type=int, default=50, help="steps")
     parser.add_argument("--minutes", type=float, help="stop, and let the rates fall, by the clock")
     parser.add_argument("--batch", type=int, default=32, help="batch of each process")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -218,7 +238,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--start", type=Path, help="a finished UNet to go on from")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--salt", type=int, default=1, help="another number draws other batches and noise")
-    train(parser.parse_args(argv))
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    train(parse(argv))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["MasterWeights", "Run", "compute_dtype"]
+__all__ = ["MasterWeights", "Run", "compute_dtype", "saved_step"]
 
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86 and, the last, of ARM; PyTorch emulates it elsewhere
 
@@ -62,6 +62,12 @@ def from_first(number: float) -> float:
     if world > 1:
         dist.broadcast(shared, src=0)
     return float(shared)
+
+
+def saved_step(out: Path) -> int:
+    """The step at which the run in `out` goes on: 0 before its first state is saved."""
+    path = out / "state.pt"
+    return torch.load(path, weights_only=True, mmap=True)["step"] if path.exists() else 0
 
 
 class MasterWeights:
@@ -152,7 +158,9 @@ class Run:
     """A resumable loop, `for step in run:`; its state is saved every `save_every` steps, logged every `log_every`.
 
     It ends after `steps`, or earlier after `minutes` of training, in one or several sessions: the state holds
-    the time of earlier ones. Everything random in a step must come from `run.generator(step)`, so that a
+    the time of earlier ones. `until` ends this session at that step, and leaves the rates as those of the whole
+    run. With `batch`, the samples of a step in each process, the log tells how many samples were learnt from, and
+    how many a second since the line before. Everything random in a step must come from `run.generator(step)`, so that a
     resumed run repeats an unbroken one (if its rates follow the steps and not the clock). `beside`: weights of
     other networks that are trained along, by name; they are saved with the state.
     """
@@ -164,17 +172,22 @@ class Run:
         steps: int,
         *,
         minutes: float | None = None,
+        until: int | None = None,
+        batch: int | None = None,
         save_every: int = 500,
         log_every: int = 50,
         beside: dict[str, MasterWeights] | None = None,
     ):
         self.out, self.weights, self.steps, self.minutes = Path(out), weights, steps, minutes
         self.beside = beside or {}
-        self.rank, _ = rank_and_world()
+        self.until = steps if until is None else until
+        self.rank, world = rank_and_world()
+        self.samples = batch and batch * world  # a step
         self.save_every, self.log_every = save_every, log_every
         self.out.mkdir(parents=True, exist_ok=True)
         self.start, self.sec_before = self._resume()
         self.progress, self.clock = 0.0, time.monotonic()
+        self.logged = self.start, self.sec_before
         self.sums: dict[str, float] = {}
 
     def generator(self, step: int, salt: int = 0) -> torch.Generator:
@@ -184,13 +197,13 @@ class Run:
         self.clock = time.monotonic()
         step = self.start
         self.progress = self._progress(step)
-        while self.progress < 1:
+        while self.progress < 1 and step < self.until:
             yield step
             step += 1
             self.progress = self._progress(step)
             if step % self.log_every == 0:
                 self._log(step)
-            if step % self.save_every == 0 or self.progress >= 1:
+            if step % self.save_every == 0 or self.progress >= 1 or step == self.until:
                 self.save(step)
 
     def rate(self, step: int, warmup: int = 50, decay: float = 0.4) -> float:
@@ -234,9 +247,12 @@ class Run:
         return state["step"], state["sec"]
 
     def _log(self, step: int) -> None:
-        sec = self._sec() / step
-        row = {"step": step, **{k: round(v, 5) for k, v in self.sums.items()}, "step_sec": round(sec, 4)}
-        self.sums = {}
+        sec = self._sec()
+        row = {"step": step, **{k: round(v, 5) for k, v in self.sums.items()}, "step_sec": round(sec / step, 4)}
+        if self.samples:
+            rate = self.samples * (step - self.logged[0]) / (sec - self.logged[1])
+            row |= {"samples_sec": round(rate, 2), "seen": self.samples * step}
+        self.sums, self.logged = {}, (step, sec)
         if self.rank:
             return
         with (self.out / "log.jsonl").open("a", encoding="utf-8") as f:

@@ -29,7 +29,7 @@ from toybox.learning.train_unet import (
 )
 from toybox.learning.train_vae import crops
 from toybox.learning.train_vit import Views
-from toybox.learning.training import MasterWeights, Run
+from toybox.learning.training import MasterWeights, Run, saved_step
 
 pytestmark = pytest.mark.slow
 
@@ -169,6 +169,18 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
     resumed = fit(tmp_path / "b", 20, 20)
     assert unbroken.keys() == resumed.keys()
     assert all(torch.equal(unbroken[k], resumed[k]) for k in unbroken)
+
+
+def test_a_run_in_two_parts_has_the_rates_of_one_and_logs_its_samples(tmp_path):
+    def part(out: Path, until: int | None) -> list[float]:
+        run = Run(out, MasterWeights(nn.Linear(2, 2)), 8, until=until, batch=3, save_every=100, log_every=2)
+        return [run.rate(step, warmup=2) for step in run]
+
+    parts = part(tmp_path / "a", 4)
+    assert saved_step(tmp_path / "a") == 4 and saved_step(tmp_path / "none") == 0
+    assert parts + part(tmp_path / "a", 8) == part(tmp_path / "b", None)
+    rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert [row["seen"] for row in rows] == [6, 12, 18, 24] and all(row["samples_sec"] > 0 for row in rows)
 
 
 SHARED = """
