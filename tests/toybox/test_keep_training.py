@@ -1,0 +1,168 @@
+"""The background training of the base's UNet: from the assets alone, in legs on fresh renders, and on after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from toybox.keep_training import BASE, ROOT, Settings, keep_training, main, make_renders
+from toybox.learning.training import saved_step
+
+TINY = Settings(steps=6, batch=2, leg=2, shards=2, fresh=1, pictures=3, sheet_every=6)
+FLAGS = [word for name in ("steps", "batch", "leg", "shards", "fresh", "pictures", "sheet_every")
+         for word in (f"--{name}", str(getattr(TINY, name)))]  # fmt: skip
+
+
+def files(state: Path) -> list[str]:
+    return sorted(path.name for path in [*(state / "toys").iterdir(), *(state / "latents").iterdir()])
+
+
+def window(*numbers: int) -> list[str]:
+    names = ((f"{n:04d}.safetensors", f"images_{n:04d}.npy", f"scenes_{n:04d}.jsonl") for n in numbers)
+    return sorted(name for of_shard in names for name in of_shard)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    """The state of a tiny training that went through without a stop."""
+    state = tmp_path_factory.mktemp("unbroken")
+    keep_training(state, TINY)
+    return state
+
+
+def weights(state: Path) -> dict[str, torch.Tensor]:
+    return load_file(state / "unet" / "model" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.slow
+def test_it_trains_the_shipped_unet_on_from_the_assets_alone(unbroken):
+    before, after = load_file(BASE / "unet" / "diffusion_pytorch_model.safetensors"), weights(unbroken)
+    change = max((after[name].float() - value.float()).abs().max() for name, value in before.items())
+    assert before.keys() == after.keys() and 0 < change < 0.05
+    rows = [json.loads(line) for line in (unbroken / "unet" / "log.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["seen"]) for row in rows] == [(2, 4), (4, 8), (6, 12)]
+
+
+@pytest.mark.slow
+def test_the_averaged_weights_draw_a_sheet_of_25_toys(unbroken):
+    (path,) = (unbroken / "sheets").iterdir()
+    with Image.open(path) as picture:
+        assert path.name == "00006.png" and picture.size == (640, 640)
+        assert min(deviation for _, deviation in channel_statistics(picture)) > 20
+
+
+def channel_statistics(picture: Image.Image) -> list[tuple[float, float]]:
+    """Mean and deviation of each channel, in [0, 255]."""
+    pixels = torch.tensor(list(picture.getdata())).float()
+    return list(zip(pixels.mean(0).tolist(), pixels.std(0).tolist()))
+
+
+@pytest.mark.slow
+def test_each_leg_adds_fresh_renders_and_keeps_the_newest(tmp_path, unbroken):
+    make_renders(tmp_path, TINY, leg=0)
+    assert files(tmp_path) == window(0, 1)
+    second = (
+        (tmp_path / "toys" / "images_0001.npy").read_bytes(),
+        (tmp_path / "latents" / "0001.safetensors").read_bytes(),
+    )
+    make_renders(tmp_path, TINY, leg=1)
+    assert files(tmp_path) == window(1, 2)
+    assert second == tuple(
+        (tmp_path / name).read_bytes() for name in ("toys/images_0001.npy", "latents/0001.safetensors")
+    )
+    latents = [load_file(tmp_path / "latents" / f"000{n}.safetensors")["latents"] for n in (1, 2)]
+    assert latents[0].shape == (3, 4, 16, 16) and not torch.equal(*latents)
+    made = [json.loads(line)["pictures"] for line in (tmp_path / "renders.jsonl").read_text().splitlines()]
+    assert made == [6, 3]
+    assert files(unbroken) == window(2, 3)
+
+
+def test_what_is_left_to_render_is_counted_by_whole_legs():
+    settings = replace(TINY, steps=7)
+    assert [settings.pictures_after(step) for step in (0, 1, 2, 5, 6)] == [9, 9, 6, 3, 0]
+
+
+def call(capsys, *words: object) -> str:
+    main([str(word) for word in words])
+    return capsys.readouterr().out.strip()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+KEEP = """
+import sys
+from pathlib import Path
+from toybox.keep_training import Settings, keep_training
+keep_training(Path(sys.argv[1]), Settings(*map(int, sys.argv[2:])))
+"""
+
+
+@pytest.mark.slow
+def test_after_a_kill_it_goes_on_to_what_an_unbroken_training_learns(tmp_path, unbroken):
+    numbers = [str(number) for number in asdict(TINY).values()]
+    killed = subprocess.Popen([sys.executable, "-c", KEEP, str(tmp_path), *numbers], cwd=ROOT, start_new_session=True)
+    try:
+        wait_for(lambda: saved_step(tmp_path / "unet") >= 2)
+    finally:
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.wait()
+    keep_training(tmp_path, TINY)
+    assert all(torch.equal(value, weights(unbroken)[name]) for name, value in weights(tmp_path).items())
+
+
+def test_it_is_a_session_of_its_own_at_the_lowest_priority_which_pauses_goes_on_and_stops(tmp_path, capsys):
+    assert call(capsys, tmp_path, *FLAGS).startswith("started")
+    pid = int((tmp_path / "pid").read_text())
+    try:
+        wait_for(lambda: os.getpriority(os.PRIO_PROCESS, pid) == 19)
+        assert os.getsid(pid) == os.getpgid(pid) == pid
+        group = Path(f"/proc/{pid}/autogroup")
+        wait_for(lambda: not group.exists() or group.read_text().split()[-1] == "19")
+        assert call(capsys, tmp_path).startswith("runs: ")
+        assert call(capsys, tmp_path, "--pause") == "paused"
+        wait_for(lambda: call(capsys, tmp_path).startswith("paused: "))
+        assert call(capsys, tmp_path, "--go_on") == "goes on" and call(capsys, tmp_path).startswith("runs: ")
+        call(capsys, tmp_path, "--pause")
+        assert call(capsys, tmp_path, "--stop") == "stopped"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+
+
+def test_how_far_it_is(tmp_path, capsys):
+    (tmp_path / "unet").mkdir()
+    torch.save({"step": 6}, tmp_path / "unet" / "state.pt")
+    row = {"step": 4, "seen": 8, "samples_sec": 0.001}
+    (tmp_path / "unet" / "log.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "renders.jsonl").write_text(json.dumps({"pictures": 3, "sec": 3600}) + "\n")
+    told = call(capsys, tmp_path, *FLAGS)
+    assert told == "ended: step 4 of 6, 8 pictures seen, 0.001 samples a second, ETA 1.1 h"
+
+
+def test_mistakes_are_told_in_a_line(tmp_path):
+    for words, message in (
+        ((ROOT / "runs",), "choose a folder outside the repository"),
+        ((tmp_path, "--pause"), "--pause: no training runs there"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main([str(word) for word in words])
+    (tmp_path / "settings.json").write_text(json.dumps({"batch": 64}))
+    with pytest.raises(SystemExit, match=r"--batch 32: .* has 64; take another STATE"):
+        main([str(tmp_path), "--batch", "32"])

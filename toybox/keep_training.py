@@ -1,0 +1,280 @@
+"""Trains the embedded base's UNet on, in the background, with what nothing else uses of the processor (Linux).
+
+    python -m toybox.keep_training STATE             starts the training, goes on with it, or prints how far it is
+    python -m toybox.keep_training STATE --pause     and --go_on, --stop
+
+It begins with the weights in `assets/toy-sdxl` and needs nothing else. STATE is a folder outside the repository:
+
+    settings.json   the numbers of the first call, which hold for all later ones
+    log             what the scripts print
+    toys, latents   the newest renders in shards, and a file of latents for each
+    renders.jsonl   for each leg, how many pictures were made, and in how many seconds
+    unet            state.pt, log.jsonl, and in model the averaged weights of the last leg that ended
+    sheets          the same 25 prompts and noises, drawn by the averaged weights
+
+The steps are cut into legs. Before each leg, `--fresh` shards of pictures from new seeds are made, and only the newest
+`--shards` are kept. A picture is therefore seen batch · leg / (fresh · pictures) times: eight by default. Rendering and
+encoding a picture costs about as much as five sightings, so eight leave three fifths of the time to the training. The
+same command after a kill or a restart of the machine goes on from the last saved step, at most 100 steps back.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor
+
+from toybox.captions import canonical_caption
+from toybox.data.cache_latents import encode
+from toybox.data.pieces import kept
+from toybox.data.render_dataset import Shard, write_all
+from toybox.data.renders import Renders, to_uint8
+from toybox.data.sample_latents import draw
+from toybox.learning import train_unet
+from toybox.learning.alignment import Sight
+from toybox.learning.channels_last import to_channels_last
+from toybox.learning.training import MasterWeights, compute_dtype, saved_step
+from toybox.measures.evaluate_base import scenes_for, sheet
+
+__all__ = ["Settings", "Sheets", "keep_training", "make_renders"]
+
+ROOT = Path(__file__).parents[1]
+BASE = ROOT / "assets" / "toy-sdxl"
+RATES = ["--lr", "3e-4", "--muon_lr", "3e-3", "--ema_decay", "0.9995", "--decay", "0.2"]
+COLUMNS, SAMPLER_STEPS = 5, 20
+LOWEST = 19
+COMPILED_FROM = 100  # pictures in a shard: the renderer's compilation takes a minute
+SIGNALS = {"pause": [signal.SIGSTOP], "go_on": [signal.SIGCONT], "stop": [signal.SIGTERM, signal.SIGCONT]}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of a training. `fresh` of the `shards`, of `pictures` each, are replaced before a leg."""
+
+    steps: int = 40_000
+    batch: int = 128
+    leg: int = 500
+    shards: int = 16
+    fresh: int = 8
+    pictures: int = 1000
+    seed: int = 1001
+    sheet_every: int = 1000
+
+    def shards_of(self, leg: int) -> range:
+        return range(leg * self.fresh, leg * self.fresh + self.shards)
+
+    def pictures_after(self, step: int) -> int:
+        """How many pictures are made for the legs after the one of this step."""
+        return (-(-self.steps // self.leg) - 1 - step // self.leg) * self.fresh * self.pictures
+
+
+class Sheets:
+    """Draws the same prompts from the same noise after each `every` steps: FOLDER/01000.png and so on."""
+
+    def __init__(self, folder: Path, every: int):
+        self.folder, self.every = folder, every
+        prompts = [canonical_caption(scene) for scene in scenes_for(COLUMNS**2, held_out=False, seed=0)]
+        self.embeds, self.pooled = train_unet.TextTowers(BASE, BASE / "tokenizer")(prompts)
+        self.noise = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def __call__(self, step: int, weights: MasterWeights) -> None:
+        if step % self.every == 0:
+            self.folder.mkdir(exist_ok=True)
+            sheet(self.pictures(weights), COLUMNS).save(self.folder / f"{step:05d}.png")
+
+    @torch.no_grad()
+    def pictures(self, weights: MasterWeights) -> Tensor:
+        """uint8 (25,128,128,3)."""
+        unet = train_unet.averaged_unet(weights).eval().to(compute_dtype(), memory_format=torch.channels_last)
+        unet.set_attn_processor(AttnProcessor())
+        latents = draw(unet, self.noise, self.embeds, self.pooled, SAMPLER_STEPS)
+        vae = AutoencoderKL.from_pretrained(BASE / "vae", torch_dtype=torch.float32).eval()
+        vae.to(compute_dtype(), memory_format=torch.channels_last)
+        return to_uint8(vae.decode(to_channels_last(latents / vae.config.scaling_factor)).sample)
+
+
+def make_renders(state: Path, settings: Settings, leg: int) -> None:
+    """Delete the shards that the leg does not learn from; render and encode those of it that are missing."""
+    began, numbers = time.monotonic(), settings.shards_of(leg)
+    for path in [*(state / "toys").glob("*_*"), *(state / "latents").glob("*")]:
+        if int(path.stem[-4:]) not in numbers:
+            path.unlink()
+    (state / "toys").mkdir(exist_ok=True)
+    compiled = settings.pictures >= COMPILED_FROM
+    shape = {"count": settings.pictures, "seed": settings.seed, "size_px": 128, "device": "cpu", "compiled": compiled}
+    missing = [shard for number in numbers if not (shard := Shard(state / "toys", number, **shape)).is_done]
+    if missing:
+        write_all(missing, torch.get_num_threads())
+    encode_shards(state, settings, numbers)
+    if missing:
+        row = {"leg": leg, "pictures": len(missing) * settings.pictures, "sec": round(time.monotonic() - began, 1)}
+        with (state / "renders.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def encode_shards(state: Path, settings: Settings, numbers: range) -> None:
+    """One file of latents for each shard: latents/0007.safetensors."""
+    renders, size = Renders(state / "toys"), settings.pictures
+    vae, sight = AutoencoderKL.from_pretrained(BASE / "vae"), Sight(BASE / "image_encoder")
+    for place, number in enumerate(numbers):
+        rows = range(place * size, (place + 1) * size)
+        make = partial(encode, renders, rows, vae, sight, first=numbers.start * size)
+        kept(state / "latents" / f"{number:04d}.safetensors", make)
+
+
+def keep_training(state: Path, settings: Settings) -> None:
+    """All legs that are left, in this process."""
+    sheets = Sheets(state / "sheets", settings.sheet_every)
+    while (step := saved_step(state / "unet")) < settings.steps:
+        leg = step // settings.leg
+        print(f"leg {leg} begins at step {step}", flush=True)
+        make_renders(state, settings, leg)
+        train_unet.train(arguments(state, settings, (leg + 1) * settings.leg), sheets)
+    print("the training has ended: the averaged weights are in", state / "unet" / "model", flush=True)
+
+
+def arguments(state: Path, settings: Settings, until: int) -> argparse.Namespace:
+    """What `train_unet` is told for the leg that ends at step `until`."""
+    paths = {"data": state / "toys", "latents": state / "latents", "out": state / "unet"}
+    paths |= {"clip": BASE, "tokenizer": BASE / "tokenizer", "start": BASE / "unet"}
+    numbers = {"batch": settings.batch, "steps": settings.steps, "until": min(until, settings.steps)}
+    numbers |= {"held_back": 0, "log_every": min(50, settings.leg)}
+    return train_unet.parse([word for k, v in (paths | numbers).items() for word in (f"--{k}", str(v))] + RATES)
+
+
+def take_what_is_left() -> None:
+    """The lowest priority. Where the kernel shares the processor among sessions, `nice` counts within one only:
+    the session's own priority is in /proc/self/autogroup."""
+    os.setpriority(os.PRIO_PROCESS, 0, LOWEST)
+    try:
+        Path("/proc/self/autogroup").write_text(str(LOWEST))
+    except FileNotFoundError:
+        pass  # this kernel shares the processor among processes
+    except OSError as error:
+        print(f"the session keeps its priority, its processes alone have the lowest: {error}", flush=True)
+
+
+def running(state: Path) -> tuple[TextIO, int | None]:
+    """The file STATE/pid, and the training's process or None. The training holds the file's lock while it lives; if
+    there is none, the caller has it now."""
+    file = (state / "pid").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        return file, int(file.read())
+    return file, None
+
+
+def start(state: Path, lock: TextIO) -> int:
+    """The training's process, in a session of its own, which inherits the lock."""
+    threads = {"OMP_NUM_THREADS": str(os.cpu_count())} | os.environ
+    quiet = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "HF_HUB_OFFLINE": "1"}
+    quiet |= {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # in this process: others would be in a session of theirs
+    command = [sys.executable, "-m", "toybox.keep_training", str(state), "--here"]
+    with (state / "log").open("a", encoding="utf-8") as log:
+        options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
+        process = subprocess.Popen(command, cwd=ROOT, env=threads | quiet, pass_fds=[lock.fileno()], **options)
+    lock.truncate(0)
+    lock.write(str(process.pid))
+    lock.close()
+    return process.pid
+
+
+def progress(state: Path, settings: Settings) -> str:
+    """Step, pictures seen, samples a second, and the time left, with the rendering."""
+    row = last_row(state / "unet" / "log.jsonl")
+    if row is None:
+        return last_line(state / "log")
+    left = (settings.steps - row["step"]) * settings.batch / row["samples_sec"]
+    made = last_row(state / "renders.jsonl") or {"sec": 0, "pictures": 1}
+    left += settings.pictures_after(row["step"]) * made["sec"] / made["pictures"]
+    seen = f"{row['seen']} pictures seen, {row['samples_sec']} samples a second"
+    return f"step {row['step']} of {settings.steps}, {seen}, ETA {left / 3600:.1f} h"
+
+
+def last_line(path: Path) -> str:
+    return path.read_text(encoding="utf-8").rstrip().rpartition("\n")[2] if path.exists() else ""
+
+
+def last_row(path: Path) -> dict | None:
+    return json.loads(line) if (line := last_line(path)) else None
+
+
+def is_paused(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def settings_of(state: Path, given: dict[str, int]) -> Settings:
+    """Those of the first call. Raises SystemExit if this call gives another number."""
+    path = state / "settings.json"
+    if not path.exists():
+        path.write_text(json.dumps(asdict(Settings(**given)), indent=2) + "\n", encoding="utf-8")
+    settings = Settings(**json.loads(path.read_text(encoding="utf-8")))
+    for name, value in given.items():
+        if getattr(settings, name) != value:
+            raise SystemExit(
+                f"--{name} {value}: {path} has {getattr(settings, name)}; take another STATE for other numbers"
+            )
+    return settings
+
+
+def send(action: str, pid: int | None, lock: TextIO) -> str:
+    """Send the action's signals to the training's processes; --stop waits until they have ended."""
+    if pid is None:
+        raise SystemExit(f"--{action}: no training runs there")
+    for number in SIGNALS[action]:
+        os.killpg(pid, number)
+    if action == "stop":
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return {"pause": "paused", "go_on": "goes on", "stop": "stopped"}[action]
+
+
+def command(state: Path, action: str | None, given: dict[str, int]) -> str:
+    """Do what the command line asks for; returns the line to print."""
+    if state.is_relative_to(ROOT):
+        raise SystemExit(f"{state}: choose a folder outside the repository, which the state would fill")
+    state.mkdir(parents=True, exist_ok=True)
+    lock, pid = running(state)
+    if action:
+        return send(action, pid, lock)
+    settings = settings_of(state, given)
+    if pid is None and saved_step(state / "unet") < settings.steps:
+        return f"started as process {start(state, lock)}; its log is {state / 'log'}"
+    word = "ended" if pid is None else "paused" if is_paused(pid) else "runs"
+    return f"{word}: {progress(state, settings)}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("state", type=Path, metavar="STATE", help="folder of the training, outside the repository")
+    actions = parser.add_mutually_exclusive_group()
+    for name, what in (("pause", "stop for a while"), ("go_on", "after a pause"), ("stop", "end the process")):
+        actions.add_argument(f"--{name}", dest="action", action="store_const", const=name, help=what)
+    actions.add_argument("--here", dest="action", action="store_const", const="here", help="train in this process")
+    for field in fields(Settings):
+        parser.add_argument(f"--{field.name}", type=int, help=f"of the first call (default: {field.default})")
+    args = vars(parser.parse_args(argv))
+    state, action = args.pop("state").resolve(), args.pop("action")
+    given = {name: value for name, value in args.items() if value is not None}
+    if action == "here":
+        take_what_is_left()
+        keep_training(state, settings_of(state, given))
+    else:
+        print(command(state, action, given))
+
+
+if __name__ == "__main__":
+    main()
