@@ -154,12 +154,12 @@ def arguments(state: Path, settings: Settings, until: int) -> argparse.Namespace
     return train_unet.parse([word for k, v in (paths | numbers).items() for word in (f"--{k}", str(v))] + RATES)
 
 
-def take_what_is_left() -> None:
-    """The lowest priority. Where the kernel shares the processor among sessions, `nice` counts within one only:
-    the session's own priority is in /proc/self/autogroup."""
-    os.setpriority(os.PRIO_PROCESS, 0, LOWEST)
+def lower_priority(pid: int) -> None:
+    """To the lowest, for a process that leads a session, and for all that it starts. Where the kernel shares the
+    processor among sessions, `nice` counts within one only: the session's own priority is in /proc/PID/autogroup."""
+    os.setpriority(os.PRIO_PROCESS, pid, LOWEST)
     try:
-        Path("/proc/self/autogroup").write_text(str(LOWEST))
+        Path(f"/proc/{pid}/autogroup").write_text(str(LOWEST))
     except FileNotFoundError:
         pass  # this kernel shares the processor among processes
     except OSError as error:
@@ -187,6 +187,7 @@ def start(state: Path, lock: TextIO) -> int:
     with (state / "log").open("a", encoding="utf-8") as log:
         options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
         process = subprocess.Popen(command, cwd=ROOT, env=threads | quiet, pass_fds=[lock.fileno()], **options)
+    lower_priority(process.pid)
     lock.truncate(0)
     lock.write(str(process.pid))
     lock.close()
@@ -270,7 +271,6 @@ def main(argv: list[str] | None = None) -> None:
     state, action = args.pop("state").resolve(), args.pop("action")
     given = {name: value for name, value in args.items() if value is not None}
     if action == "here":
-        take_what_is_left()
         keep_training(state, settings_of(state, given))
     else:
         print(command(state, action, given))
