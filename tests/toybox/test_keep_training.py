@@ -134,10 +134,10 @@ def test_it_is_a_session_of_its_own_at_the_lowest_priority_which_pauses_goes_on_
         assert os.getsid(pid) == os.getpgid(pid) == pid
         group = Path(f"/proc/{pid}/autogroup")
         assert not group.exists() or group.read_text().split()[-1] == "19"
-        assert call(capsys, tmp_path).startswith("runs: ")
+        assert call(capsys, tmp_path).startswith("runs:")
         assert call(capsys, tmp_path, "--pause") == "paused"
-        wait_for(lambda: call(capsys, tmp_path).startswith("paused: "))
-        assert call(capsys, tmp_path, "--go_on") == "goes on" and call(capsys, tmp_path).startswith("runs: ")
+        wait_for(lambda: call(capsys, tmp_path).startswith("paused:"))
+        assert call(capsys, tmp_path, "--go_on") == "goes on" and call(capsys, tmp_path).startswith("runs:")
         call(capsys, tmp_path, "--pause")
         assert call(capsys, tmp_path, "--stop") == "stopped"
     finally:
