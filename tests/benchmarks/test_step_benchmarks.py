@@ -45,7 +45,7 @@ def test_our_step_and_the_floor_take_turns_on_the_same_weights():
 def test_the_peak_of_a_whole_process_is_the_kernels():
     from benchmarks.host_peak import peak_gb
 
-    assert 0.9 < peak_gb([sys.executable, "-c", "n = 900_000_000; b'1' * n"]) < 1.2
+    assert 2.9 < peak_gb([sys.executable, "-c", "n = 2_900_000_000; b'1' * n"]) < 3.2  # above what a worker itself has
     with pytest.raises(subprocess.CalledProcessError):
         peak_gb([sys.executable, "-c", "1 / 0"])
 
