@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
 from dreambooth_moslora.settings.table import TrainConfig
 
+OF_A_SUBJECT = ("instance_data_dir", "instance_prompt", "class_prompt")
 SIZES = ((96, 64), (64, 80), (72, 72))
 
 
@@ -23,7 +24,7 @@ def paint_photos(folder: Path, count: int = 3) -> Path:
 
 
 def tiny_config(base: Path, photos: Path, output: Path, **changes) -> TrainConfig:
-    """Five quick steps without sample images; `changes` win."""
+    """Five quick steps without sample images; `changes` win. Several subjects name their own photos and prompts."""
     settings = {
         "pretrained_model_name_or_path": str(base),
         "instance_data_dir": str(photos),
@@ -41,6 +42,8 @@ def tiny_config(base: Path, photos: Path, output: Path, **changes) -> TrainConfi
         "report_to": "none",
         "seed": 3,
     }
+    if changes.get("subjects"):
+        settings = {name: value for name, value in settings.items() if name not in OF_A_SUBJECT}
     return TrainConfig(**{**settings, **changes})
 
 

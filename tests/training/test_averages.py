@@ -86,14 +86,6 @@ def test_the_steps_are_those_without_and_the_checkpoint_holds_both(runs):
 
 
 @pytest.mark.slow
-def test_a_run_with_an_average_goes_on_to_the_same_bytes(runs):
-    folder, config, _ = runs
-    train(config("stopped", use_ema=True, max_train_steps=2))
-    train(config("stopped", use_ema=True, resume_from_checkpoint="latest"))
-    assert adapter_sha256(folder / "stopped") == adapter_sha256(folder / "averaged")
-
-
-@pytest.mark.slow
 def test_weights_that_are_not_the_adapters_are_refused(runs):
     folder, config, _ = runs
     checkpoint = RunDir(folder / "averaged").latest_checkpoint()

@@ -16,7 +16,7 @@ from dreambooth_moslora.plan.checks import check_settings
 from dreambooth_moslora.settings.sources import checked_recipe, recipe_of
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny import save_tiny_sdxl
-from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
+from tests.helpers.tiny_training import paint_photos, tiny_config
 
 PARAMS = GenerationParams("a photo of sks dog", seed=3, steps=2, guidance_scale=1.0)
 
@@ -117,14 +117,10 @@ def test_a_basis_from_a_file_is_found_beside_above_or_by_name(runs, config, tiny
 
 @pytest.mark.slow
 def test_a_resumed_run_needs_the_same_basis(runs, config, tmp_path):
-    train(config(tmp_path / "run", seed=1, max_train_steps=4, checkpointing_steps=2, learning_rate=0.3))
-    unbroken = adapter_sha256(tmp_path / "run")
-    resumed = {"seed": 1, "max_train_steps": 4, "learning_rate": 0.3, "resume_from_checkpoint": "checkpoint-2"}
-    train(config(tmp_path / "run", **resumed))
-    assert adapter_sha256(tmp_path / "run") == unbroken
-    with pytest.raises(UserError, match="--basis: checkpoint-2 has svd; you ask for None"):
+    resumed = {"resume_from_checkpoint": str(runs / "dog" / "last"), "seed": 1, "max_train_steps": 4}
+    with pytest.raises(UserError, match="--basis: last has svd; you ask for None"):
         train(config(tmp_path / "run", **resumed, basis=None))
-    with pytest.raises(UserError, match="--basis: checkpoint-2 has svd; you ask for file"):
+    with pytest.raises(UserError, match="--basis: last has svd; you ask for file"):
         train(config(tmp_path / "run", **resumed, basis=str(runs / "dog" / "last" / RAW_NAME)))
 
 

@@ -3,7 +3,6 @@
 import random
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from PIL import Image
 
 from dreambooth_moslora.core.seeding import place_of
 from dreambooth_moslora.disk.events import StepDone
-from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.crops import CropRule, bucket_of, crop_rule, plan_crop, plans_of
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.settings.table import TrainConfig
@@ -19,7 +17,7 @@ from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.photo_stream import PhotoStream
 from dreambooth_moslora.training.step import TrainStep
-from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
+from tests.helpers.tiny_training import paint_photos, tiny_config
 
 pytestmark = pytest.mark.usefixtures("few_steps")
 
@@ -161,30 +159,3 @@ def test_a_training_sees_every_size_with_its_own_numbers(prior, tiny_base, tmp_p
     made = sorted((tmp_path / "run" / "class_images").glob("*.png"))
     assert {Image.open(path).size for path in made} == ({(80, 48), (56, 72), (64, 64)} if made else set())
     assert len(made) == (3 if prior == "class_images" else 0)
-
-
-@pytest.mark.slow
-def test_a_run_that_is_stopped_while_it_draws_class_images_goes_on_to_the_same_bytes(tiny_base, tmp_path):
-    options = {"enable_bucket": True, "bucket_reso_steps": 16, "with_prior_preservation": True, "num_class_images": 5}
-    whole, broken = (
-        tiny_config(
-            tiny_base,
-            paint_photos(tmp_path / "photos"),
-            tmp_path / name,
-            sample_batch_size=1,
-            max_train_steps=2,
-            **options,
-        )
-        for name in ("whole", "broken")
-    )
-    train(whole)
-    expected, folder = (RunDir(config.output_dir).class_images_dir for config in (whole, broken))
-    stopped = train(broken, should_stop=lambda: len(list(folder.glob("*.png"))) > 1)
-    assert stopped.interrupted and stopped.step == 0 and 1 < len(list(folder.glob("*.png"))) < 5
-    train(replace(broken, resume_from_checkpoint="latest"))
-    assert files_in(folder) == files_in(expected) and len({Image.open(one).size for one in folder.glob("*.png")}) > 1
-    assert adapter_sha256(tmp_path / "broken") == adapter_sha256(tmp_path / "whole")
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

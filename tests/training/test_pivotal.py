@@ -242,20 +242,6 @@ def test_two_adapters_of_one_word_are_refused_together(run, base):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("step", "changes"), [(1, {}), (3, {"use_ema": True})])
-def test_a_resumed_run_ends_with_the_same_bytes(run, tmp_path, step, changes):
-    """Resumed before the pivot, and after it with the average of adapter and tokens."""
-    if changes:
-        run = replace(run, output_dir=str(tmp_path / "first" / "dog"), **changes)
-        train(run)
-    first = RunDir(run.output_dir)
-    again = replace(run, output_dir=str(tmp_path / "dog"), resume_from_checkpoint=str(first.checkpoint_path(step)))
-    train(again)
-    for path in (first.adapter_path, first.kohya_path, first.tokens_paths[0]):
-        assert (tmp_path / "dog" / path.name).read_bytes() == path.read_bytes()
-
-
-@pytest.mark.slow
 def test_the_tokens_that_are_published_are_averaged_as_the_adapter_is(run, tmp_path):
     """At rest after the second step, the rows stay as they are while their average goes on towards them."""
     averaged = replace(run, output_dir=str(tmp_path / "dog"), use_ema=True)

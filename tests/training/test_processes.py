@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.loop import train
 from tests.helpers.ranks import ended_ranks
 from tests.helpers.tiny_training import adapter_sha256, largest_difference, paint_photos, tiny_config
@@ -71,9 +70,13 @@ def test_several_subjects_are_shown_and_learnt_alike_by_two_processes_and_by_one
         }
         for token, kind, count in words
     ]
-    prompt = TrainConfig.__dataclass_fields__["instance_prompt"].default
-    changes = {"instance_data_dir": None, "instance_prompt": prompt, "class_prompt": None, "subjects": tables}
-    changes |= {"with_prior_preservation": True, "prior": "adapter_off", "train_batch_size": 2, "max_train_steps": 4}
+    changes = {
+        "subjects": tables,
+        "with_prior_preservation": True,
+        "prior": "adapter_off",
+        "train_batch_size": 2,
+        "max_train_steps": 4,
+    }
     changes |= {"train_text_encoder_ti": True}  # a process may have no prompt with a subject's word
     both = tiny_config(tiny_base, None, tmp_path / "both", **changes)
     done = launch(both, tmp_path, "--multi_gpu", script=SCRIPT, ACCELERATE_USE_CPU="true")

@@ -1,6 +1,12 @@
-"""Stop at any step and resume: the same bytes in the final adapter as a run that was never interrupted."""
+"""Stop and resume: the published files are those of a run that was never interrupted, byte for byte.
 
+`KINDS` is the matrix: a feature whose state a checkpoint has to keep is a row of it.
+"""
+
+import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -8,12 +14,16 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.training.checkpoint import archive_checkpoints_after, find_checkpoint
 from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.loop import train
+from tests.helpers.ranks import ended_ranks
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 pytestmark = pytest.mark.usefixtures("few_steps")
 
+DOG = {"instance_data_dir": "photos", "instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog"}
+CAT = {"instance_data_dir": "cat", "instance_prompt": "a photo of zwx cat", "class_prompt": "a photo of a cat"}
 KINDS = {
     "plain": {"random_flip": True},
+    "bare_prompt": {"instance_data_dir": "placed", "instance_prompt_share": 0.5, "seed": 1},
     "class_images_and_captions": {
         "with_prior_preservation": True,
         "instance_prompt": "sks dog, red, round, on grass",
@@ -51,14 +61,43 @@ KINDS = {
         "mixed_precision": "bf16",
         "gradient_checkpointing": True,
     },
+    "average": {"use_ema": True},
+    "basis": {"basis": "svd", "rank": 3, "lora_alpha": 2, "target_modules": ("to_q", "conv1"), "learning_rate": 0.3},
+    "new_tokens_and_average": {
+        "train_text_encoder_ti": True,
+        "use_ema": True,
+        "with_prior_preservation": True,
+        "prior": "adapter_off",
+    },
+    "several_subjects": {"subjects": [DOG, CAT], "with_prior_preservation": True},
+    "new_tokens_of_several_subjects": {"subjects": [DOG, CAT], "train_text_encoder_ti": True},
+    "class_images_of_several_sizes": {
+        "enable_bucket": True,
+        "bucket_reso_steps": 16,
+        "with_prior_preservation": True,
+        "num_class_images": 5,
+        "sample_batch_size": 1,
+        "max_train_steps": 2,
+    },
 }
 NEEDS = {"schedule_free": [pytest.mark.extra("schedulefree")]}
-AT_THREE_STEPS = ("plain", "class_images_and_captions", "accumulation_and_convolutions")
+FAST = ("plain", "bare_prompt")
+STOPS = {
+    **dict.fromkeys(("plain", "class_images_and_captions", "accumulation_and_convolutions"), (1, 2, 3)),
+    **dict.fromkeys(("new_tokens_and_average", "new_tokens_of_several_subjects"), (1, 3)),  # the pivot is step 2
+    "class_images_of_several_sizes": (0,),
+}
+"""After which steps a run is stopped, if not after the second alone. Step 0: while class images are drawn."""
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    return paint_photos(tmp_path_factory.mktemp("photos"))
+    """Beside it are `cat` with one photo, and `placed` with captions that name a place."""
+    folder = tmp_path_factory.mktemp("photos")
+    paint_photos(folder / "cat", 1)
+    for path in paint_photos(folder / "placed").iterdir():
+        path.with_suffix(".txt").write_text("a photo of sks dog on grass")
+    return paint_photos(folder / "photos")
 
 
 def stop_at(step: int):
@@ -67,44 +106,64 @@ def stop_at(step: int):
     return (lambda: step in done), (lambda event: done.append(event.step if event.kind == "step" else None))
 
 
+def left_by(folder: Path) -> dict[str, bytes]:
+    """The published files and the class images, whole."""
+    found = [*folder.glob("*.safetensors"), *RunDir(folder).class_images_dir.rglob("*.*")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
 @pytest.mark.parametrize(
-    "kind", [k if k == "plain" else pytest.param(k, marks=[pytest.mark.slow, *NEEDS.get(k, [])]) for k in KINDS]
+    "kind", [k if k in FAST else pytest.param(k, marks=[pytest.mark.slow, *NEEDS.get(k, [])]) for k in KINDS]
 )
-def test_interrupted_and_resumed_equals_unbroken(kind, tiny_base, photos, tmp_path):
-    def config(**changes):
-        return tiny_config(tiny_base, photos, tmp_path / "run", max_train_steps=4, **KINDS[kind], **changes)
-
-    train(config())
-    unbroken = adapter_sha256(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run")
-    for step in (1, 2, 3) if kind in AT_THREE_STEPS else (2,):
+def test_interrupted_and_resumed_equals_unbroken(kind, tiny_base, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(photos.parent)
+    config = tiny_config(tiny_base, photos, tmp_path / "run", **{"max_train_steps": 4, **KINDS[kind]})
+    again, run = replace(config, resume_from_checkpoint="latest"), RunDir(tmp_path / "run")
+    train(config)
+    unbroken = left_by(run.path)
+    shutil.rmtree(run.path)
+    for step in STOPS.get(kind, (2,)):
         should_stop, on_event = stop_at(step)
-        result = train(config(resume_from_checkpoint="latest"), on_event, should_stop)
+        result = train(again, on_event, should_stop if step else lambda: len([*run.class_images_dir.glob("*.png")]) > 1)
         assert result.interrupted and result.step == step
-        assert adapter_sha256(tmp_path / "run") != unbroken
-        assert RunDir(tmp_path / "run").latest_checkpoint().name == "last"
-    result = train(config(resume_from_checkpoint="latest"))
-    assert not result.interrupted and result.step == 4
-    assert adapter_sha256(tmp_path / "run") == unbroken
+        found = left_by(run.path)
+        assert found != unbroken and found.keys() <= unbroken.keys()
+        assert not step or run.latest_checkpoint().name == "last"
+    result = train(again)
+    assert not result.interrupted and result.step == config.max_train_steps
+    assert left_by(run.path) == unbroken
 
 
-def test_the_share_of_the_bare_prompt_is_resumed_and_said(tiny_base, photos, tmp_path, caplog):
-    placed = shutil.copytree(photos, tmp_path / "placed")
-    for path in sorted(placed.glob("*.png")):
-        path.with_suffix(".txt").write_text("a photo of sks dog on grass")
+@pytest.mark.slow
+def test_two_processes_that_are_stopped_and_go_on_equal_two_unbroken_ones(tiny_base, photos, tmp_path, free_port):
+    """The second hears the signal in its second step."""
+    settings = {"max_train_steps": 4, **KINDS["class_images_and_captions"]}
+    whole, torn = (tiny_config(tiny_base, photos, tmp_path / name / "run", **settings) for name in ("whole", "torn"))
+    scenes = []
+    for number, config in enumerate((whole, torn, replace(torn, resume_from_checkpoint="latest"))):
+        (tmp_path / f"{number}.json").write_text(json.dumps(config.to_dict()))
+        scenes.append({"config": str(tmp_path / f"{number}.json")})
+    scenes[1] |= {"place": "averaged", "rank": 1, "after": 1, "end": "stop"}
+    (tmp_path / "scenes.json").write_text(json.dumps(scenes))
+    ended = ended_ranks("tests.helpers.scenes", free_port, str(tmp_path / "scenes.json"))
+    for rank in (0, 1):
+        played = json.loads((tmp_path / f"scenes_{rank}.json").read_text())
+        assert [scene["code"] for scene in played] == [0, 130, 0], ended
+        assert [scene["averaged"] for scene in played[1:]] == [[0, 1], [2, 3]]
+    assert left_by(tmp_path / "torn" / "run") == left_by(tmp_path / "whole" / "run") != {}
 
-    def config(name, **changes):
-        return tiny_config(tiny_base, placed, tmp_path / name, max_train_steps=4, seed=1, **changes)
+
+def test_the_share_of_the_bare_prompt_counts_and_is_said(tiny_base, photos, tmp_path, caplog):
+    def config(share: float):
+        placed = photos.with_name("placed")
+        given = {"max_train_steps": 4, "seed": 1, "instance_prompt_share": share}
+        return tiny_config(tiny_base, placed, tmp_path / str(share), **given)
 
     with caplog.at_level("INFO"):
-        train(config("half", instance_prompt_share=0.5))
+        train(config(0.5))
     assert any("50% of their exposures show it (--instance_prompt_share)" in line for line in caplog.messages)
-    train(config("never", instance_prompt_share=0))
-    should_stop, on_event = stop_at(2)
-    train(config("torn", instance_prompt_share=0.5), on_event, should_stop)
-    train(config("torn", instance_prompt_share=0.5, resume_from_checkpoint="latest"))
-    half, torn, never = (adapter_sha256(tmp_path / name) for name in ("half", "torn", "never"))
-    assert torn == half != never
+    train(config(0))
+    assert adapter_sha256(tmp_path / "0.5") != adapter_sha256(tmp_path / "0")
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.photo_stream import PhotoStream, SubjectStreams, instance_streams
 from dreambooth_moslora.training.step import TrainStep
-from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
+from tests.helpers.tiny_training import paint_photos, tiny_config
 from tests.training.test_buckets import BUCKETS, SIZES, Numbers
 
 pytestmark = pytest.mark.usefixtures("few_steps")
@@ -40,9 +40,7 @@ def tables(tmp_path):
 @pytest.fixture
 def several(tiny_base, tables, tmp_path):
     def config(output="run", **changes):
-        own = {"instance_data_dir": None, "class_prompt": None}
-        own["instance_prompt"] = TrainConfig.__dataclass_fields__["instance_prompt"].default
-        return tiny_config(tiny_base, None, tmp_path / output, **{**own, "subjects": tables, **changes})
+        return tiny_config(tiny_base, None, tmp_path / output, **{"subjects": tables, **changes})
 
     return config
 
@@ -152,23 +150,16 @@ def test_one_table_trains_the_very_file_that_flags_train(tiny_base, several, tab
 
 
 @pytest.mark.slow
-def test_a_run_of_two_stopped_and_resumed_ends_with_the_same_bytes_and_names_both(several, tmp_path):
-    changes = {"with_prior_preservation": True, "num_validation_images": 1, "max_train_steps": 4}
-    train(several(**changes))
-    unbroken, run = adapter_sha256(tmp_path / "run"), RunDir(tmp_path / "run")
+def test_a_run_of_two_names_both(several, tmp_path):
+    train(several(with_prior_preservation=True, num_validation_images=1, max_train_steps=1))
+    run = RunDir(tmp_path / "run")
     facts = load_published(run.adapter_path)[1]
     assert facts.subject_prompts == (DOG["instance_prompt"], CAT["instance_prompt"])
     assert facts.trigger_words == ("sks dog", "zwx cat")
     card = run.read_card()
     assert "# run: an SDXL adapter for “a photo of sks dog” and “a photo of zwx cat”" in card
     assert "![a photo of a sks dog and a zwx cat]" in card
-    made = [path.name for path in run.class_images_dir.glob("*.png")]
-    assert len(made) == 6
-    shutil.rmtree(tmp_path / "run")
-    done = []
-    train(several(**changes), lambda e: done.append(e.kind), lambda: done.count("step") >= 2)
-    assert train(several(**changes, resume_from_checkpoint="latest")).step == 4
-    assert adapter_sha256(tmp_path / "run") == unbroken
+    assert len([*run.class_images_dir.glob("*.png")]) == 6
 
 
 def test_the_masks_of_each_subject_are_found_again(several):
