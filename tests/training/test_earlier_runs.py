@@ -105,6 +105,7 @@ def test_a_run_that_goes_on_from_elsewhere_takes_nothing_of_the_folder_for_its_o
     theirs = of_another_program(tmp_path / "run")
     train(config(output_dir=str(tmp_path / "run"), resume_from_checkpoint=str(source / "checkpoint-1")))
     assert contents(tmp_path / "run" / "earlier_run_1") == theirs
+    assert (tmp_path / "run" / PUBLISHED_NAME).read_bytes() == (source / PUBLISHED_NAME).read_bytes()
 
 
 @pytest.mark.parametrize("resume", [None, "latest"])
