@@ -17,7 +17,7 @@ from dreambooth_moslora.adapters.basis import Basis, FileBasis, SvdBasis
 from dreambooth_moslora.adapters.lora_file import read_adapter
 from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.base.load import load_pipeline
-from dreambooth_moslora.core.names import find_asset
+from dreambooth_moslora.core import find_asset
 
 __all__ = ["share_of", "shares"]
 

@@ -53,7 +53,7 @@ def adapted_unet(config: TrainConfig, *, fast: bool = True, unet: nn.Module | No
 
     `fast` False: PEFT's own layers.
     """
-    from dreambooth_moslora.adapters.fused_linear import disable_fast_path
+    from dreambooth_moslora.adapters.fast_linear import disable_fast_path
     from dreambooth_moslora.base.load import TextProducts
     from dreambooth_moslora.training.adapters import add_adapters
 

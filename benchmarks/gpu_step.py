@@ -123,7 +123,7 @@ def floor(options: argparse.Namespace, device: torch.device) -> Callable[[], Non
 
 
 def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable[[], None]:
-    from dreambooth_moslora.adapters.fused_linear import disable_fast_path
+    from dreambooth_moslora.adapters.fast_linear import disable_fast_path
     from dreambooth_moslora.base.load import quantize
     from dreambooth_moslora.training.selftest import random_materials
     from dreambooth_moslora.training.step import TrainStep

@@ -29,8 +29,7 @@ from transformers.utils import logging
 from benchmarks.language_report import Cell, write_report
 from benchmarks.language_tasks import KNOWN, LENGTH, NO_LABEL, SHIFTED, TUNING, VOCABULARY, Task, draw, mixture
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject, mixer_parameters
-from dreambooth_moslora.core.atomic_files import atomic_directory, atomic_write
-from dreambooth_moslora.core.seeding import generator, seed_of
+from dreambooth_moslora.core import atomic_directory, atomic_write, generator, seed_of
 
 __all__ = ["ARMS", "FURTHER", "Arm", "Plan", "adapt", "chosen_rate", "learn_base", "main"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dreambooth_moslora.core.atomic_files import atomic_write
+from dreambooth_moslora.core import atomic_write
 from dreambooth_moslora.evaluation.metrics import bootstrap_mean
 
 __all__ = ["Cell", "accuracies", "differences", "write_report"]

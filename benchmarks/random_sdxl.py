@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from dreambooth_moslora.base.random_unet import SIZES, made, random_unet, text_widths
+from dreambooth_moslora.training.selftest import SIZES, made, random_unet, text_widths
 
 __all__ = ["random_sdxl", "random_text_encoders", "random_unet", "random_vae"]
 

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 from gradio_client import Client, handle_file
 
-from dreambooth_moslora.core.names import assets_folder
+from dreambooth_moslora.core import assets_folder
 from dreambooth_moslora.generation.params import read_recipe
 
 WEIGHTS = {"generate": 50, "compare": 14, "grid": 8, "upload": 14, "stop": 10, "train": 4}

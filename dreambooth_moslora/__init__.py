@@ -9,7 +9,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME = {
-    "UserError": "core.errors",
+    "UserError": "core",
     "TrainConfig": "settings.table",
     "GenerationParams": "generation.params",
     "MoSLoraConfig": "adapters.moslora",

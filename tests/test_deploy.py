@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.cli.parser import Parser, underscored
-from dreambooth_moslora.extras.serving.access import ServeSettings
 from dreambooth_moslora.extras.serving.command_serve import add_arguments
+from dreambooth_moslora.extras.serving.front import ServeSettings
 from dreambooth_moslora.ui import app as page
 
 ROOT = Path(__file__).parents[1]

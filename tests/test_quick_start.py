@@ -10,7 +10,7 @@ from PIL import Image
 
 from dreambooth_moslora.cli.parser import parse_train_config
 from dreambooth_moslora.evaluation import metrics
-from dreambooth_moslora.evaluation.encoders import load_encoders
+from dreambooth_moslora.evaluation.metrics import load_encoders
 from dreambooth_moslora.training.loop import train
 
 ASSETS = Path(__file__).parents[1] / "assets"

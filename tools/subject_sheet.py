@@ -14,10 +14,10 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image
 
-from dreambooth_moslora.core.pictures import Row, draw_contact_sheet
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.pictures import Row, draw_contact_sheet
 
 __all__ = ["main", "rows"]
 

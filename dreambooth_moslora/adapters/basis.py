@@ -49,8 +49,7 @@ from dreambooth_moslora.adapters.raw_file import (
     write_file,
 )
 from dreambooth_moslora.base.files import variants_in, weight_files
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import content_key, file_digest
+from dreambooth_moslora.core import UserError, content_key, file_digest
 from dreambooth_moslora.settings.table import SVD, ZERO
 
 UNET = "unet"

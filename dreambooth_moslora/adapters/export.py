@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.describe import Pair, find_pairs
+from dreambooth_moslora.adapters.describe import Pair, find_pairs, reduce_layers
 from dreambooth_moslora.adapters.metadata import DORA_NOTE, HEADER, AdapterMetadata, metadata_in, most_common
 from dreambooth_moslora.adapters.mixer import LowRank
 from dreambooth_moslora.adapters.moslora import adapter_layers, fold
@@ -45,9 +45,7 @@ from dreambooth_moslora.adapters.raw_file import (
     read_tensors,
     write_file,
 )
-from dreambooth_moslora.adapters.spectrum import reduce_layers
-from dreambooth_moslora.core.atomic_files import scratch_directory
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError, scratch_directory
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME, check_name, tokens_name
 
 

@@ -14,14 +14,14 @@ from diffusers import StableDiffusionXLPipeline
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from dreambooth_moslora.adapters.describe import leading_part, product_svd
 from dreambooth_moslora.adapters.lora_file import AdapterWeights, check_fits, read_adapter
 from dreambooth_moslora.adapters.metadata import check_start_header
 from dreambooth_moslora.adapters.mixer import LowRank, nominal_scale
 from dreambooth_moslora.adapters.moslora import matrices_of
 from dreambooth_moslora.adapters.proof import alone, delta, full_fp32, relative_difference
 from dreambooth_moslora.adapters.raw_file import all_layers, fill
-from dreambooth_moslora.adapters.spectrum import leading_part, product_svd
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 
 BOUND, BOUND_KAIMING = 1e-5, 1e-3
 """Bounds of a layer's deviation: fp32's rounding, and its amplification by a badly conditioned mixer."""

@@ -38,10 +38,8 @@ from dreambooth_moslora.adapters.proof import (
 )
 from dreambooth_moslora.adapters.raw_file import COMPONENTS, RAW_KEY, component_tensors, matrices_from, read_raw
 from dreambooth_moslora.base.load import architecture
-from dreambooth_moslora.core.errors import UserError, is_number, one_line
-from dreambooth_moslora.core.names import file_digest
-from dreambooth_moslora.disk.adapter_files import find_weights
-from dreambooth_moslora.disk.run_folder import MIXERS_NAME, PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.core import UserError, file_digest, is_number, one_line
+from dreambooth_moslora.disk.run_folder import MIXERS_NAME, PUBLISHED_NAME, RAW_NAME, find_weights
 
 PEFT_KEY = re.compile(
     r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector(\.weight)?|alpha)"

@@ -24,8 +24,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.core.errors import UserError, is_finite_number
-from dreambooth_moslora.core.names import assets_folder
+from dreambooth_moslora.core import UserError, assets_folder, is_finite_number
 from dreambooth_moslora.settings.sources import load_settings, recipe_of
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import (

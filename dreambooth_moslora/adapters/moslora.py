@@ -35,7 +35,7 @@ from dreambooth_moslora.adapters.mixer import (
     initial_mixer,
     nominal_scale,
 )
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.table import MIXERS, ZERO
 
 

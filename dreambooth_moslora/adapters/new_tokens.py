@@ -28,8 +28,7 @@ from dreambooth_moslora.adapters.metadata import notes_in
 from dreambooth_moslora.adapters.proof import FileProof, collected_warnings, relative_difference
 from dreambooth_moslora.adapters.raw_file import check_finite, read_tensors, with_sorted_metadata
 from dreambooth_moslora.base.load import encode_text
-from dreambooth_moslora.core.atomic_files import atomic_write
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError, atomic_write
 from dreambooth_moslora.disk.run_folder import tokens_name
 from dreambooth_moslora.settings.prompts import spelled, spellings_of, token_names
 

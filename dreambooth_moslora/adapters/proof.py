@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, most_common
 from dreambooth_moslora.adapters.mixer import LowRank
 from dreambooth_moslora.adapters.raw_file import COMPONENTS, all_layers, empty_model, model_config, read_tensors
-from dreambooth_moslora.core.errors import UserError, one_line
+from dreambooth_moslora.core import UserError, one_line
 
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 SDXL_CROSS_ATTENTION = 2048

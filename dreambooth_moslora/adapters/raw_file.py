@@ -30,9 +30,7 @@ from torch import Tensor, nn
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata, most_common, versions
 from dreambooth_moslora.adapters.mixer import MixedLowRank, MixerLinear, nominal_scale
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, inject, matrices_of, value_pattern
-from dreambooth_moslora.core.atomic_files import atomic_write
-from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.core.names import public_name
+from dreambooth_moslora.core import UserError, atomic_write, one_line, public_name
 
 
 def check_finite(tensors: dict[str, Tensor], owner: str) -> None:

@@ -6,7 +6,7 @@ The copies are leaves of autograd, which micro-batches and recomputation share. 
 fp32 over the micro-batches. At the end of the step they become the gradients of A, B and M, so that the
 optimizer and the average over processes see nothing unusual. Layers whose matrices have equal shapes form one
 batch, so all of this takes a few dozen kernels for a UNet. U is held as Uᵀ (r,out), the form in which its
-gradient is computed. Layers with one input share their copies (`joint_linear`).
+gradient is computed. Layers with one input share their copies (`fast_linear`).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,13 +17,15 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.fused_linear import ShortWay, compute_dtype, slow_reason
-from dreambooth_moslora.adapters.joint_linear import (
+from dreambooth_moslora.adapters.fast_linear import (
     Joint,
     JointProducts,
     JointWeights,
+    ShortWay,
     are_matrices,
+    compute_dtype,
     projections_of_one_input,
+    slow_reason,
 )
 from dreambooth_moslora.adapters.mixer import MixerLinear
 from dreambooth_moslora.base.load import TextProjection

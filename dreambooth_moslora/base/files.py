@@ -12,8 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import assets_folder
+from dreambooth_moslora.core import UserError, assets_folder
 from dreambooth_moslora.settings.table import TrainConfig
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec"

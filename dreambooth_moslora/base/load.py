@@ -34,8 +34,7 @@ from torch import Tensor, nn
 
 from dreambooth_moslora.base.decode import latent_statistics
 from dreambooth_moslora.base.files import check_diffusers_folder, configs_beside, resolve_base
-from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.core.names import preferred_guidance
+from dreambooth_moslora.core import UserError, one_line, preferred_guidance
 from dreambooth_moslora.disk.processes import page_out
 from dreambooth_moslora.settings.fields import is_text_projection
 

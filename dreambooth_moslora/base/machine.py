@@ -14,7 +14,7 @@ many times slower than fp32.
 import os
 from typing import TYPE_CHECKING
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.table import TrainConfig
 
 if TYPE_CHECKING:

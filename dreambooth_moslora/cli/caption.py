@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from dreambooth_moslora.core.errors import UserError, spelled_out
-from dreambooth_moslora.core.names import find_asset
+from dreambooth_moslora.core import UserError, find_asset, spelled_out
 from dreambooth_moslora.settings.table import TrainConfig
 
 HELP = "write captions for photos that have none: the subject's words and the surroundings"

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.cli.parser import add_flag, say
-from dreambooth_moslora.core.errors import UserError, spelled_out
-from dreambooth_moslora.core.names import find_asset
+from dreambooth_moslora.core import UserError, find_asset, spelled_out
 from dreambooth_moslora.plan.choices import Choices, choose_shapes
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import TrainConfig
@@ -157,8 +156,8 @@ def as_text(report: Any, crops: str | None) -> str:
 
 def draw(report: Any, config: TrainConfig, path: Path) -> Path | None:
     """Draw the picture of the crops and return its path; if it cannot be written, say so and return None."""
-    from dreambooth_moslora.core.pictures import draw_contact_sheet
     from dreambooth_moslora.photos.crops import crop_rows
+    from dreambooth_moslora.pictures import draw_contact_sheet
 
     try:
         if path.suffix.lower() != ".png":

@@ -111,7 +111,7 @@ def examine_vae(found: Findings, base: str, photos: str | None, size_px: int) ->
 
     from dreambooth_moslora.base.decode import load_vae_alone, probe_vae
     from dreambooth_moslora.base.files import resolve_base
-    from dreambooth_moslora.core.errors import UserError
+    from dreambooth_moslora.core import UserError
 
     try:
         vae = load_vae_alone(resolve_base(base))

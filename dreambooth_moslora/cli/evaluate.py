@@ -8,9 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreambooth_moslora.core.atomic_files import atomic_write
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import find_asset
+from dreambooth_moslora.core import UserError, atomic_write, find_asset
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, RunDir, is_card
 from dreambooth_moslora.plan.checks import require_folder, require_writable
 from dreambooth_moslora.settings.measures import MEASURES
@@ -77,10 +75,10 @@ def strength(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     config, folder = resolve(args), output_folder(args)
     from dreambooth_moslora.base.load import default_guidance
-    from dreambooth_moslora.evaluation.encoders import load_encoders
     from dreambooth_moslora.evaluation.evaluate import evaluate_adapter
-    from dreambooth_moslora.evaluation.report import ReportContext
-    from dreambooth_moslora.evaluation.subjects import (
+    from dreambooth_moslora.evaluation.metrics import load_encoders
+    from dreambooth_moslora.evaluation.report import (
+        ReportContext,
         confusion_lines,
         evaluators_of,
         pairs_of,
@@ -186,7 +184,7 @@ def settings_of_run(path: Path) -> dict | None:
 def settings_of_file(path: Path) -> dict:
     """Settings in the header of a file that this program published; empty for other files."""
     from dreambooth_moslora.adapters.export import load_published
-    from dreambooth_moslora.disk.adapter_files import find_weights
+    from dreambooth_moslora.disk.run_folder import find_weights
 
     facts = load_published(find_weights(path))[1]
     if facts is None or not facts.trigger_words:

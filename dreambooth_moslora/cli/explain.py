@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from dreambooth_moslora.core.errors import spelled_out
+from dreambooth_moslora.core import spelled_out
 
 if TYPE_CHECKING:
     from dreambooth_moslora.training.explain import Figures

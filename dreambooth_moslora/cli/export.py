@@ -60,7 +60,7 @@ def rank_sum(model: object) -> int:
 def find_raw(path: Path) -> Path:
     """The raw file itself, that of a checkpoint folder, or of a run folder's last complete checkpoint. Raises
     UserError."""
-    from dreambooth_moslora.core.errors import UserError
+    from dreambooth_moslora.core import UserError
     from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
 
     if path.is_dir() and (path / RAW_NAME).is_file():

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import free_name
+from dreambooth_moslora.core import UserError, free_name
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Recipe, draw_seed, read_recipe
 
 HELP = "make pictures with a base and adapters, one by one or as a captioned grid"

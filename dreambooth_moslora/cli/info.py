@@ -19,8 +19,7 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from dreambooth_moslora.adapters.describe import describe, lines, printable
-    from dreambooth_moslora.core.errors import UserError
-    from dreambooth_moslora.core.names import find_asset
+    from dreambooth_moslora.core import UserError, find_asset
     from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
 
     failed = False

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 
 from dreambooth_moslora.cli.parser import SCRIPT, Parser, parse_training, underscored
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, TerminalProgress, survive_broken_pipes
-from dreambooth_moslora.core.errors import UserError, is_out_of_memory, shortened, spelled_out
-from dreambooth_moslora.core.machine import is_main_process
+from dreambooth_moslora.core import UserError, is_main_process, is_out_of_memory, shortened, spelled_out
 from dreambooth_moslora.disk.processes import avoid_fragmentation, uncollected
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.settings.table import TrainConfig, is_scored

@@ -18,9 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.core.errors import UserError, spelled_out
-from dreambooth_moslora.core.machine import is_main_process, process_count
-from dreambooth_moslora.core.names import MAX_WORD_CHARACTERS, SUBJECT_FILE, find_asset, free_name, is_toy
+from dreambooth_moslora.core import (
+    MAX_WORD_CHARACTERS,
+    SUBJECT_FILE,
+    UserError,
+    find_asset,
+    free_name,
+    is_main_process,
+    is_toy,
+    process_count,
+    spelled_out,
+)
 from dreambooth_moslora.plan.choices import (
     USUAL_EXPOSURES,
     Choices,

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest
-from dreambooth_moslora.core.errors import UserError, spelled_out
-from dreambooth_moslora.core.machine import process_count
+from dreambooth_moslora.core import UserError, process_count, spelled_out
 from dreambooth_moslora.settings.table import TrainConfig
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from dreambooth_moslora.ui.jobs import Job
-    from dreambooth_moslora.ui.turns import QueueTurns
+    from dreambooth_moslora.ui.jobs import Job, QueueTurns
 
 HELP = "list, order and train the runs that wait; `train … --queue` adds one"
 RUNS = "runs"
@@ -42,8 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dreambooth_moslora.ui.jobs import Jobs
-    from dreambooth_moslora.ui.turns import QueueTurns
+    from dreambooth_moslora.ui.jobs import Jobs, QueueTurns
 
     turns = QueueTurns(Jobs(Path(os.path.abspath(args.runs_dir))))
     match args.words:

@@ -4,8 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from dreambooth_moslora.core.atomic_files import atomic_write
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError, atomic_write
 
 HELP = "train, resume and draw on this machine's device, and compare the results with its CPU"
 

@@ -10,7 +10,7 @@ Ctrl-C, SIGTERM and a closed terminal (SIGHUP) as a stop request, which the loop
 
 The handler only sets a flag, so that no file is cut off while it is saved. A second Ctrl-C prints a message; a
 third ends the process at once. That loses the steps since the last checkpoint, but no file (see
-`core.atomic_files`).
+`core`).
 
 Training events as lines and bars in the terminal, with the remaining time.
 """

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.adapters.metadata import RESUMED, UNTOLD, concluded, told_by
 from dreambooth_moslora.cli.parser import add_flag
-from dreambooth_moslora.core.errors import UserError, one_line, spelled_out
-from dreambooth_moslora.core.names import file_digest
+from dreambooth_moslora.core import UserError, file_digest, one_line, spelled_out
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME
 from dreambooth_moslora.settings.sources import checked_recipe, load_settings
 from dreambooth_moslora.settings.table import SAID_BY_SUBJECTS, TrainConfig, checked_setting, shapes_weights

@@ -26,8 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dreambooth_moslora.core.atomic_files import atomic_write, clean_stale
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError, atomic_write, clean_stale
 from dreambooth_moslora.disk.events import append_event, read_events
 from dreambooth_moslora.disk.run_folder import RunDir
 

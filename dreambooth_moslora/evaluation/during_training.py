@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.moslora import set_scale
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.evaluation.encoders import Encoders, load_encoders
 from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator, sampler_draw
-from dreambooth_moslora.evaluation.metrics import photo_nearness
+from dreambooth_moslora.evaluation.metrics import Encoders, load_encoders, photo_nearness
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_of_subject
-from dreambooth_moslora.evaluation.subjects import evaluators_of, photos_by_subject, pooled
+from dreambooth_moslora.evaluation.report import evaluators_of, photos_by_subject, pooled
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.photos.folder import with_kept_captions
 from dreambooth_moslora.photos.masks import with_kept_masks

@@ -22,10 +22,9 @@ from torch import Tensor
 
 from dreambooth_moslora.adapters.moslora import disabled
 from dreambooth_moslora.base.load import encode_text
-from dreambooth_moslora.core.names import is_toy
+from dreambooth_moslora.core import is_toy
 from dreambooth_moslora.evaluation import metrics
-from dreambooth_moslora.evaluation.encoders import Encoders
-from dreambooth_moslora.evaluation.metrics import Interval, bootstrap_mean
+from dreambooth_moslora.evaluation.metrics import Encoders, Interval, bootstrap_mean
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.generation.pipeline import SubjectPipeline

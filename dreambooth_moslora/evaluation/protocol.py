@@ -10,8 +10,7 @@ unrelated  other things                   by both           drift
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import TOY_TEMPLATES, is_toy
+from dreambooth_moslora.core import TOY_TEMPLATES, UserError, is_toy
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.settings.prompts import (

@@ -19,9 +19,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import SUBJECT_FILE, assets_folder
-from dreambooth_moslora.evaluation.encoders import Encoders
+from dreambooth_moslora.core import SUBJECT_FILE, UserError, assets_folder
+from dreambooth_moslora.evaluation.metrics import Encoders
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
 from dreambooth_moslora.settings.sources import read_json_table
 from toybox.data.renders import to_pixels, to_uint8

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dreambooth_moslora.base.decode import decode_image, decode_pixels, pictures_of
 from dreambooth_moslora.base.load import TextCond, default_guidance, guidance_rescale
-from dreambooth_moslora.core.errors import StopRequestedError, UserError
+from dreambooth_moslora.core import StopRequestedError, UserError
 
 DEFAULT_INFERENCE_STEPS = 25
 

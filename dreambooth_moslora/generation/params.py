@@ -25,7 +25,7 @@ import PIL.Image
 from PIL import UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin

@@ -45,10 +45,16 @@ from dreambooth_moslora.base.decode import tiled_where_short
 from dreambooth_moslora.base.files import base_folder
 from dreambooth_moslora.base.load import default_guidance, default_resolution, guidance_rescale, load_pipeline
 from dreambooth_moslora.base.machine import GIB, free_gib
-from dreambooth_moslora.core.errors import StopRequestedError, UserError, is_out_of_memory
-from dreambooth_moslora.core.names import assets_folder, file_digest, find_asset, public_name
-from dreambooth_moslora.disk.adapter_files import find_weights
-from dreambooth_moslora.disk.run_folder import BEST_NAME
+from dreambooth_moslora.core import (
+    StopRequestedError,
+    UserError,
+    assets_folder,
+    file_digest,
+    find_asset,
+    is_out_of_memory,
+    public_name,
+)
+from dreambooth_moslora.disk.run_folder import BEST_NAME, find_weights
 from dreambooth_moslora.generation.params import GenerationParams, Image, Provenance, Recipe, make_scheduler
 from dreambooth_moslora.generation.progress import Clock, LatentColours, Preview, Step, Watcher
 from dreambooth_moslora.settings.table import SVD, TrainConfig

@@ -16,7 +16,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 from torch import Tensor
 
-from dreambooth_moslora.core.errors import StopRequestedError, one_line
+from dreambooth_moslora.core import StopRequestedError, one_line
 from dreambooth_moslora.generation.params import GenerationParams
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image as PillowImage
 
-from dreambooth_moslora.core.errors import UserError, one_line, parse_object
-from dreambooth_moslora.core.names import file_digest
+from dreambooth_moslora.core import UserError, file_digest, one_line, parse_object
 from dreambooth_moslora.generation.params import GenerationParams, Recipe, recipe_in
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ class RemotePipeline:
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
         """Note the digest of the file `name`. Raises UserError when the service has no adapter of that name."""
         from dreambooth_moslora.adapters.lora_file import adapter_name
-        from dreambooth_moslora.disk.adapter_files import find_weights
+        from dreambooth_moslora.disk.run_folder import find_weights
 
         file = find_weights(path)
         name = name or adapter_name(file)

@@ -28,10 +28,16 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from dreambooth_moslora.core.atomic_files import atomic_write
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.machine import half_precision
-from dreambooth_moslora.core.names import assets_folder, content_key, file_digest, is_toy, public_name
+from dreambooth_moslora.core import (
+    UserError,
+    assets_folder,
+    atomic_write,
+    content_key,
+    file_digest,
+    half_precision,
+    is_toy,
+    public_name,
+)
 from dreambooth_moslora.photos.folder import CAPTION_SUFFIX, MADE_CAPTIONS, kept_captions
 from dreambooth_moslora.photos.photo import Photo, open_rgb, why_not_beside
 from dreambooth_moslora.settings.prompts import class_word_of, joined

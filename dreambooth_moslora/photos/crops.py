@@ -21,11 +21,11 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from dreambooth_moslora.core.pictures import Row
-from dreambooth_moslora.core.seeding import rng
+from dreambooth_moslora.core import rng
 from dreambooth_moslora.photos.folder import PhotoReport
 from dreambooth_moslora.photos.masks import open_mask
 from dreambooth_moslora.photos.photo import Photo, open_rgb
+from dreambooth_moslora.pictures import Row
 from dreambooth_moslora.settings.subjects import stream_of
 from dreambooth_moslora.settings.table import TrainConfig
 

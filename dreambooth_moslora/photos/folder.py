@@ -31,10 +31,15 @@ from typing import Any
 
 from PIL import Image
 
-from dreambooth_moslora.core.atomic_files import atomic_directory
-from dreambooth_moslora.core.errors import UserError, one_line, spelled_out
-from dreambooth_moslora.core.names import SUBJECT_FILE, default_cache_dir
-from dreambooth_moslora.core.seeding import rng
+from dreambooth_moslora.core import (
+    SUBJECT_FILE,
+    UserError,
+    atomic_directory,
+    default_cache_dir,
+    one_line,
+    rng,
+    spelled_out,
+)
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.masks import find_mask, with_kept_masks
 from dreambooth_moslora.photos.photo import (

@@ -25,9 +25,15 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from dreambooth_moslora.core.atomic_files import atomic_write
-from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.core.names import assets_folder, content_key, file_digest, public_name
+from dreambooth_moslora.core import (
+    UserError,
+    assets_folder,
+    atomic_write,
+    content_key,
+    file_digest,
+    one_line,
+    public_name,
+)
 from dreambooth_moslora.photos.masks import TOY_SEGMENTER, kept_path, made_from, marked_png, segmenter_name, sought_word
 from dreambooth_moslora.photos.photo import Photo, open_rgb, why_not_beside
 from dreambooth_moslora.settings.table import TrainConfig

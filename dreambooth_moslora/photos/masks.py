@@ -13,8 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageChops
 from PIL.PngImagePlugin import PngInfo
 
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import is_toy
+from dreambooth_moslora.core import UserError, is_toy
 from dreambooth_moslora.photos.photo import (
     Photo,
     UnreadableImageError,

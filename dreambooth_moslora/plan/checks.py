@@ -15,10 +15,16 @@ from safetensors import SafetensorError, safe_open
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, check_start_header
 from dreambooth_moslora.base.files import base_folder, check_vae, resolve_base, tensor_shapes
 from dreambooth_moslora.base.machine import check_bf16
-from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.core.names import default_cache_dir
-from dreambooth_moslora.disk.adapter_files import find_weights, header_of
-from dreambooth_moslora.disk.run_folder import RunDir, check_name, checkpoint_step, is_card, pictures_named
+from dreambooth_moslora.core import UserError, default_cache_dir, one_line
+from dreambooth_moslora.disk.run_folder import (
+    RunDir,
+    check_name,
+    checkpoint_step,
+    find_weights,
+    header_of,
+    is_card,
+    pictures_named,
+)
 from dreambooth_moslora.photos.folder import require_folder_of_photos
 from dreambooth_moslora.plan.memory import BaseSize, check_memory, size_of_base
 from dreambooth_moslora.settings.fields import full_name, is_adapted, is_meant, is_target, nearest, parse_pattern

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dreambooth_moslora.core.machine import half_precision, process_count
-from dreambooth_moslora.core.names import CLIP, DINO, assets_folder, is_toy
+from dreambooth_moslora.core import CLIP, DINO, assets_folder, half_precision, is_toy, process_count
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, checked_setting
 

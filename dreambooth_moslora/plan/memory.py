@@ -37,8 +37,7 @@ from typing import Any, TypeVar
 
 from dreambooth_moslora.base.files import base_folder, tensor_shapes
 from dreambooth_moslora.base.machine import DECODER_BYTES_A_PIXEL, GIB, TILE_PX
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.machine import half_precision, process_count
+from dreambooth_moslora.core import UserError, half_precision, process_count
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.steps import uses_class_images
 from dreambooth_moslora.settings.fields import is_adapted, is_text_projection

@@ -6,7 +6,7 @@ settings --memory--> settings --checks--> base --photos--> steps --estimate--> c
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dreambooth_moslora.core.machine import is_main_process, process_count
+from dreambooth_moslora.core import is_main_process, process_count
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.folder import PhotoReport, photo_report
 from dreambooth_moslora.photos.masks import with_kept_masks

@@ -28,8 +28,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from dreambooth_moslora.base.machine import check_bf16
-from dreambooth_moslora.core.atomic_files import clean_stale
-from dreambooth_moslora.core.errors import StopRequestedError, UserError, is_out_of_memory, one_line
+from dreambooth_moslora.core import StopRequestedError, UserError, clean_stale, is_out_of_memory, one_line
 from dreambooth_moslora.disk.processes import keep_freed_memory
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.settings.table import TrainConfig

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NewType, get_args, get_type_hints
 
-from dreambooth_moslora.core.errors import UserError, is_number
+from dreambooth_moslora.core import UserError, is_number
 from dreambooth_moslora.settings.subjects import to_tables
 
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")

@@ -60,7 +60,7 @@ OPTIMIZERS = {
         "prodigyopt:Prodigy",
         of_prodigy,
         package="prodigyopt",
-        on_gpu="dreambooth_moslora.training.flat_prodigy:FlatProdigy",
+        on_gpu="dreambooth_moslora.training.optimizer:FlatProdigy",
         learns=("d", "d_max", "d_numerator", "d_denom", "d_hat", "k"),
         one_rate=True,
     ),

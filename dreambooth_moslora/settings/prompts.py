@@ -9,8 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations, count, islice, permutations, product
 
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import TOY_CONTEXT_TEMPLATES, is_toy
+from dreambooth_moslora.core import TOY_CONTEXT_TEMPLATES, UserError, is_toy
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig
 

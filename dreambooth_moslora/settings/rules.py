@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import is_toy
+from dreambooth_moslora.core import UserError, is_toy
 from dreambooth_moslora.settings.fields import parse_pattern
 from dreambooth_moslora.settings.optimizers import SCHEDULE_FREE, optimizer_of
 from dreambooth_moslora.settings.subjects import check_subjects

@@ -18,10 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.core.names import find_asset
-from dreambooth_moslora.disk.adapter_files import header_of
-from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
+from dreambooth_moslora.core import UserError, find_asset, one_line
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, header_of
 from dreambooth_moslora.settings.table import FIELD_TYPES, REMOVED, SETTINGS, SVD, TrainConfig, checked_setting, named
 
 TOO_DEEP = "it is nested too deeply"

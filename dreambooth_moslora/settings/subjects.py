@@ -17,8 +17,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import find_asset
+from dreambooth_moslora.core import UserError, find_asset
 
 Config = TypeVar("Config")
 """Stands for `settings.table.TrainConfig`, which imports this file."""

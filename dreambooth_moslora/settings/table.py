@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields, make_dataclass
 from typing import Any
 
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import find_asset, is_toy
+from dreambooth_moslora.core import UserError, find_asset, is_toy
 from dreambooth_moslora.settings.fields import (
     ATTENTION,
     WORDS,

@@ -9,8 +9,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import clone_folder
+from dreambooth_moslora.core import UserError, clone_folder
 from dreambooth_moslora.settings.table import TrainConfig
 
 OPTIONAL = ("bitsandbytes", "prodigyopt", "schedulefree", "datasets", "tensorboard", "wandb", "trackio", "torchvision")

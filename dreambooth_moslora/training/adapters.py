@@ -19,7 +19,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
 from dreambooth_moslora.adapters.basis import Basis, freeze_basis, put_basis
-from dreambooth_moslora.adapters.fused_linear import enable_fast_path
+from dreambooth_moslora.adapters.fast_linear import enable_fast_path
 from dreambooth_moslora.adapters.init_adapter import begin_with
 from dreambooth_moslora.adapters.lora_file import AdapterWeights
 from dreambooth_moslora.adapters.moslora import (
@@ -32,8 +32,7 @@ from dreambooth_moslora.adapters.moslora import (
 )
 from dreambooth_moslora.adapters.new_tokens import KEYS, TOKENIZERS, AttachedTokens, NewTokens, read_tokens
 from dreambooth_moslora.base.load import TextCond, encode_text
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.seeding import generator, seed_of
+from dreambooth_moslora.core import UserError, generator, seed_of
 from dreambooth_moslora.disk.run_folder import tokens_files
 from dreambooth_moslora.settings.fields import is_adapted
 from dreambooth_moslora.settings.prompts import learnt_words

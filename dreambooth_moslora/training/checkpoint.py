@@ -2,7 +2,7 @@
 
 Checkpoints: the raw adapter (A, M, B), the optimizer and the position, complete or absent.
 
-They need neither generator states nor the data order: every draw is named by (seed, step) (see `core.seeding`),
+They need neither generator states nor the data order: every draw is named by (seed, step) (see `core`),
 so the step number suffices to continue as if the run had never stopped.
 
 Which checkpoint a run resumes from, and whether its settings equal those that it was written with.
@@ -31,9 +31,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.new_tokens import NewTokens, notes_of, write_tokens
 from dreambooth_moslora.adapters.raw_file import load_raw, save_raw
-from dreambooth_moslora.core.atomic_files import atomic_directory, atomic_write
-from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.core.names import content_key, file_digest, free_name
+from dreambooth_moslora.core import (
+    UserError,
+    atomic_directory,
+    atomic_write,
+    content_key,
+    file_digest,
+    free_name,
+    one_line,
+)
 from dreambooth_moslora.disk.events import RunStarted, StepEvaluated, events_of
 from dreambooth_moslora.disk.run_folder import (
     KOHYA_SUFFIX,

@@ -18,12 +18,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from dreambooth_moslora.core.atomic_files import atomic_write
-from dreambooth_moslora.core.errors import spelled_out
-from dreambooth_moslora.core.names import file_digest
-from dreambooth_moslora.core.pictures import png_bytes
-from dreambooth_moslora.core.seeding import seed_of
+from dreambooth_moslora.core import atomic_write, file_digest, seed_of, spelled_out
 from dreambooth_moslora.photos.photo import Photo, UnreadableImageError, open_image
+from dreambooth_moslora.pictures import png_bytes
 
 logger = logging.getLogger(__name__)
 

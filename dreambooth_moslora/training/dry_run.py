@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from dreambooth_moslora.adapters.metadata import DORA_NOTE
-from dreambooth_moslora.core.names import public_name
+from dreambooth_moslora.core import public_name
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.captions import load_captioner
 from dreambooth_moslora.photos.crops import crop_rule, examine

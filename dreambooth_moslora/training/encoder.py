@@ -37,9 +37,7 @@ from dreambooth_moslora.base import load
 from dreambooth_moslora.base.files import SMALL_BASE_PX
 from dreambooth_moslora.base.load import TextCond, default_resolution, load_pipeline, quantize
 from dreambooth_moslora.base.machine import has_fast_bf16
-from dreambooth_moslora.core.atomic_files import atomic_write
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import content_key, file_digest
+from dreambooth_moslora.core import UserError, atomic_write, content_key, file_digest
 from dreambooth_moslora.photos.crops import CropPlan, CropRule, apply_crop
 from dreambooth_moslora.photos.masks import open_mask
 from dreambooth_moslora.photos.photo import Photo, open_rgb

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dreambooth_moslora.core.errors import UserError, is_finite_number
+from dreambooth_moslora.core import UserError, is_finite_number
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.photo import Photo
 from dreambooth_moslora.plan.steps import FEW_EXPOSURES

@@ -18,9 +18,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from dreambooth_moslora.adapters.proof import Proof
-from dreambooth_moslora.core.atomic_files import remove_directory
-from dreambooth_moslora.core.errors import StopRequestedError, UserError, one_line
-from dreambooth_moslora.core.machine import half_precision
+from dreambooth_moslora.core import StopRequestedError, UserError, half_precision, one_line, remove_directory
 from dreambooth_moslora.disk.events import (
     AdapterExported,
     CheckpointSaved,

@@ -16,9 +16,7 @@ from typing import TypeVar
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from dreambooth_moslora.core.atomic_files import clean_stale
-from dreambooth_moslora.core.errors import UserError, spelled_out
-from dreambooth_moslora.core.names import public_name
+from dreambooth_moslora.core import UserError, clean_stale, public_name, spelled_out
 from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.photos.captions import Captioner, MadeCaption, keep, load_captioner, make_for_run
 from dreambooth_moslora.photos.crops import crop_rule

@@ -19,8 +19,7 @@ from huggingface_hub import HfApi
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, dora_table
-from dreambooth_moslora.core.errors import one_line
-from dreambooth_moslora.core.names import public_name
+from dreambooth_moslora.core import one_line, public_name
 from dreambooth_moslora.disk.run_folder import (
     KOHYA_SUFFIX,
     MIXERS_NAME,

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from dreambooth_moslora.core.seeding import place_of, rng
+from dreambooth_moslora.core import place_of, rng
 from dreambooth_moslora.photos.crops import CropPlan, nearest_shape
 from dreambooth_moslora.photos.folder import shuffled_captions
 from dreambooth_moslora.photos.photo import Photo

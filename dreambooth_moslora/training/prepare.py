@@ -20,8 +20,7 @@ from dreambooth_moslora.adapters.lora_file import AdapterWeights
 from dreambooth_moslora.adapters.moslora import disabled, matrix_layers
 from dreambooth_moslora.base.files import SMALL_BASE_PX, base_folder
 from dreambooth_moslora.base.load import TextCond, TextProducts, default_resolution, encode_text
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import content_key, default_cache_dir
+from dreambooth_moslora.core import UserError, content_key, default_cache_dir
 from dreambooth_moslora.disk.processes import give_freed_memory_back
 from dreambooth_moslora.photos.crops import crop_rule
 from dreambooth_moslora.photos.photo import Photo

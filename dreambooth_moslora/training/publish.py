@@ -26,14 +26,12 @@ from dreambooth_moslora.adapters.new_tokens import notes_of, prove_tokens
 from dreambooth_moslora.adapters.proof import Proof
 from dreambooth_moslora.adapters.raw_file import adapter_metadata
 from dreambooth_moslora.base.load import architecture
-from dreambooth_moslora.core.atomic_files import atomic_directory, atomic_write
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import public_name
-from dreambooth_moslora.core.pictures import Row, draw_contact_sheet, write_png
+from dreambooth_moslora.core import UserError, atomic_directory, atomic_write, public_name
 from dreambooth_moslora.disk.events import StepDone, StepEvaluated, events_of
 from dreambooth_moslora.disk.run_folder import MIXERS_NAME, RunDir, pictures_named
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.photos.photo import Photo, open_rgb
+from dreambooth_moslora.pictures import Row, draw_contact_sheet, write_png
 from dreambooth_moslora.plan.processes import on_main
 from dreambooth_moslora.settings.measures import curves
 from dreambooth_moslora.settings.prompts import (

@@ -19,8 +19,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from PIL import Image
 
-from dreambooth_moslora.core.atomic_files import atomic_write
-from dreambooth_moslora.core.errors import StopRequestedError, UserError, one_line
+from dreambooth_moslora.core import StopRequestedError, UserError, atomic_write, one_line
 from dreambooth_moslora.disk.events import (
     AdapterExported,
     Event,

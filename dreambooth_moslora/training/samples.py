@@ -13,13 +13,12 @@ from pathlib import Path
 from accelerate import Accelerator
 from PIL import Image
 
-from dreambooth_moslora.core.errors import StopRequestedError
-from dreambooth_moslora.core.pictures import write_png
-from dreambooth_moslora.core.seeding import seed_of
+from dreambooth_moslora.core import StopRequestedError, seed_of
 from dreambooth_moslora.disk.events import SamplesDrawn
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.photos.photo import UnreadableImageError, open_image, to_rgb
+from dreambooth_moslora.pictures import write_png
 from dreambooth_moslora.plan.processes import on_main, share_out
 from dreambooth_moslora.settings.prompts import context_prompts, validation_prompts
 from dreambooth_moslora.settings.table import TrainConfig

@@ -1,16 +1,4 @@
-"""Tests what this project claims on a machine, and measures a full-size step.
-
-Training inputs made of random numbers: a UNet of SDXL's structure and one cached photo.
-
-Measures seconds and memory of a training step of full-size SDXL with random weights.
-
-    python -m dreambooth_moslora.training.selftest
-
-Prints one line of JSON: `floor_sec` (the frozen UNet's forward pass and the gradient of its input), `step_sec`
-(the trainer's step, with the adapter's update), and `peak_gib` of the process, or of its tensors on a GPU. Both
-times are of a second call, after one to warm up.
-
-Tests what this project claims on a machine: trains on the device and on the CPU, and compares the results.
+"""Tests what this project claims on a machine: trains on the device and on the CPU, and compares the results.
 
 losses      the device's losses equal the CPU's, in full and half precision
 published   the files of the device's run are verified (`adapters.proof`)
@@ -19,8 +7,15 @@ generated   a picture drawn with the adapter on the device is not a single colou
 step        seconds and memory of a step of full-size SDXL with random weights, if memory allows, and their
 lower bound
 
-Each training is the training command in a process of its own, with the embedded base and painted photos.
-Nothing is downloaded, and no file is written outside the folder.
+Each training is the training command in a process of its own, with the embedded base and painted photos. Nothing is
+downloaded, and no file is written outside the folder. The random UNet is made in seconds: it is one random megabyte
+repeated, scaled by 1/sqrt(fan-in), so that activations neither grow nor vanish.
+
+    python -m dreambooth_moslora.training.selftest
+
+measures that step alone, and prints one line of JSON: `floor_sec` (the frozen UNet's forward pass and the gradient of
+its input), `step_sec` (the trainer's step, with the adapter's update), and `peak_gib` of the process, or of its tensors
+on a GPU. Both times are of a second call, after one to warm up.
 """
 
 import argparse
@@ -37,19 +32,87 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from PIL import Image, ImageDraw, ImageStat
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreambooth_moslora.base.load import TextCond
-from dreambooth_moslora.base.random_unet import SIZES, pooled_width, random_unet, text_width
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.processes import keep_freed_memory, peak_memory_gib
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.memory import USABLE, BaseSize, costs
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.encoder import EncodedView, TrainBatch, collate
 from dreambooth_moslora.training.prepare import noise_schedule
+
+SIZES = ("sdxl", "small")
+"""2.57 billion parameters, or the same topology with a fortieth of the width."""
+
+
+def text_widths(size: str) -> tuple[int, int]:
+    return (768, 1280) if size == "sdxl" else (32, 64)
+
+
+def text_width(size: str) -> int:
+    """Channels of the text embeddings that the UNet reads."""
+    return sum(text_widths(size))
+
+
+def pooled_width(size: str) -> int:
+    return text_widths(size)[1]
+
+
+def random_unet(size: str, dtype: torch.dtype = torch.bfloat16) -> UNet2DConditionModel:
+    """stabilityai/stable-diffusion-xl-base-1.0's UNet."""
+    full = size == "sdxl"
+    time_width = 256 if full else 32
+    options = {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280) if full else (32, 64, 64),
+        "attention_head_dim": (5, 10, 20) if full else (1, 2, 2),
+        "transformer_layers_per_block": (1, 2, 10) if full else (1, 1, 2),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": time_width,
+        "projection_class_embeddings_input_dim": 6 * time_width + pooled_width(size),
+        "cross_attention_dim": text_width(size),
+    }
+    return made(lambda: UNet2DConditionModel(**options), dtype)
+
+
+def made(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    """Build on the meta device, then fill: the modules' own initialisation of billions of numbers takes minutes."""
+    with torch.device("meta"):
+        module = nn.Module.to(build(), dtype)
+    module.to_empty(device="cpu")
+    noise = torch.randn(2**20 + 1, generator=torch.Generator().manual_seed(0)).to(dtype)  # odd: no two rows are equal
+    for part in module.modules():
+        fill(part, noise)
+    return module.eval()
+
+
+@torch.no_grad()
+def fill(module: nn.Module, noise: torch.Tensor) -> None:
+    """Norms become 1 and 0, biases 0, matrices random, and buffers what their module computes."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if name == "bias":
+            parameter.zero_()
+        elif parameter.dim() == 1:
+            parameter.fill_(1)
+        else:
+            repeat_into(parameter, noise, 1 / math.sqrt(parameter[0].numel()))
+    for name, buffer in module.named_buffers(recurse=False):
+        if name == "position_ids":
+            buffer.copy_(torch.arange(buffer.shape[-1]))
+
+
+def repeat_into(target: torch.Tensor, noise: torch.Tensor, scale: float) -> None:
+    flat, scaled = target.view(-1), noise * scale
+    for start in range(0, flat.numel(), scaled.numel()):
+        piece = flat[start : start + scaled.numel()]
+        piece.copy_(scaled[: piece.numel()])
 
 
 @dataclass

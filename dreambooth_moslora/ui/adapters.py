@@ -11,10 +11,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import assets_folder, free_name
-from dreambooth_moslora.disk.adapter_files import NONE, clean_name, files_by_name, run_files
+from dreambooth_moslora.core import UserError, assets_folder, free_name
 from dreambooth_moslora.disk.queue import COMMAND_LINE
+from dreambooth_moslora.disk.run_folder import NONE, clean_name, files_by_name, run_files
 from dreambooth_moslora.ui.guard import MAX_UPLOAD_BYTES
 from dreambooth_moslora.ui.jobs import JOB_NAME, Job
 from dreambooth_moslora.ui.visitors import Visitor

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.core.names import assets_folder, public_name
+from dreambooth_moslora.core import UserError, assets_folder, one_line, public_name
 from dreambooth_moslora.disk.processes import avoid_fragmentation, share_heaps
 from dreambooth_moslora.generation.remote import TOKEN_VARIABLE, RemotePipeline, Service
 
@@ -166,7 +165,7 @@ def resolution_of(folder: Path | None) -> int:
 
 def templates_for(base: str) -> list[str]:
     """Prompts with `{}` for the subject: the toy world's own, or the DreamBooth paper's."""
-    from dreambooth_moslora.core import names as toy
+    from dreambooth_moslora import core as toy
     from dreambooth_moslora.settings import prompts
 
     if base == "toy":

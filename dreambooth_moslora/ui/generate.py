@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Recipe
 from dreambooth_moslora.ui.generate_form import (
     MAX_IMAGES,

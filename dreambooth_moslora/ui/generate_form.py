@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from safetensors import SafetensorError, safe_open
 
-from dreambooth_moslora.core.errors import UserError, is_number
-from dreambooth_moslora.disk.adapter_files import NONE
+from dreambooth_moslora.core import UserError, is_number
 from dreambooth_moslora.disk.processes import give_freed_memory_back
+from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.generation.params import MAX_STEPS, GenerationParams, Recipe, check_size, draw_seed, read_recipe
 from dreambooth_moslora.ui.adapters import check_header
 from dreambooth_moslora.ui.html import notice, progress_card, thumbnail

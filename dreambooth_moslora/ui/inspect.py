@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.params import SCHEDULERS, Recipe
 from dreambooth_moslora.ui.adapters import check_upload
 from dreambooth_moslora.ui.generate import GenerateTab, to_widgets

@@ -28,7 +28,7 @@ from gradio.state_holder import SessionState
 from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.queue import COMMAND_LINE, QueuedRun
 from dreambooth_moslora.ui.guard import header_of
 from dreambooth_moslora.ui.visitors import Visitor, address_of, secret_in, visitor_id

@@ -18,13 +18,11 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from dreambooth_moslora.base.files import SMALL_BASE_PX
-from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.core.names import preferred_guidance
+from dreambooth_moslora.core import UserError, one_line, preferred_guidance
 from dreambooth_moslora.disk.processes import give_freed_memory_back
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.ui.adapters import AdapterCatalog
-from dreambooth_moslora.ui.jobs import Jobs
-from dreambooth_moslora.ui.turns import GpuTurns, QueueTurns
+from dreambooth_moslora.ui.jobs import GpuTurns, Jobs, QueueTurns
 from dreambooth_moslora.ui.visitors import Visitor, Visitors, visitor_id
 
 if TYPE_CHECKING:

@@ -8,24 +8,14 @@ from typing import Any
 
 import gradio as gr
 
-from dreambooth_moslora.core.names import is_toy
-from dreambooth_moslora.disk.adapter_files import NONE
-from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.core import is_toy
+from dreambooth_moslora.disk.run_folder import NONE, RunDir
 from dreambooth_moslora.settings.sources import FoundRecipe
 from dreambooth_moslora.ui.generate import GenerateTab
 from dreambooth_moslora.ui.generate_form import prompt_for, summary_of
 from dreambooth_moslora.ui.html import explain_bad_values, notice
 from dreambooth_moslora.ui.jobs import Jobs, settings_of
 from dreambooth_moslora.ui.state import AT_ONCE, TELLING, AppContext, as_gradio_error, as_user_error, sentence
-from dreambooth_moslora.ui.train_fill import (
-    add_recipe,
-    form_of_run,
-    keep_recipe,
-    like_of_run,
-    recipe_names,
-    recipe_of,
-    take_photos_of_run,
-)
 from dreambooth_moslora.ui.train_form import (
     TrainForm,
     form_of,
@@ -47,7 +37,19 @@ from dreambooth_moslora.ui.train_masks import (
     subject_widgets,
     take_given,
 )
-from dreambooth_moslora.ui.train_start import add_to_queue, estimate_cost, start_run, starts_for
+from dreambooth_moslora.ui.train_start import (
+    add_recipe,
+    add_to_queue,
+    estimate_cost,
+    form_of_run,
+    keep_recipe,
+    like_of_run,
+    recipe_names,
+    recipe_of,
+    start_run,
+    starts_for,
+    take_photos_of_run,
+)
 from dreambooth_moslora.ui.train_watch import connect_queue, connect_watch, queue_widgets, run_names, watch_widgets
 from dreambooth_moslora.ui.visitors import Visitor
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreambooth_moslora.core.errors import UserError, is_number
-from dreambooth_moslora.core.names import MAX_WORD_CHARACTERS, is_toy
-from dreambooth_moslora.disk.adapter_files import NONE
+from dreambooth_moslora.core import MAX_WORD_CHARACTERS, UserError, is_number, is_toy
+from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.generation.params import check_characters
 from dreambooth_moslora.plan.choices import (
     TOKEN,

@@ -14,11 +14,10 @@ import fastapi
 import gradio as gr
 import PIL.Image
 
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.disk.adapter_files import NONE
+from dreambooth_moslora.core import UserError
+from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.ui.html import faint, notice, remarks_card
 from dreambooth_moslora.ui.state import AT_ONCE, GPU, TELLING, AppContext, as_gradio_error
-from dreambooth_moslora.ui.train_fill import recipe_of
 from dreambooth_moslora.ui.train_form import (
     MOST_SUBJECTS,
     TOKENS,
@@ -44,6 +43,7 @@ from dreambooth_moslora.ui.train_photos import (
     shown_masks,
     take_with_masks,
 )
+from dreambooth_moslora.ui.train_start import recipe_of
 from dreambooth_moslora.ui.train_watch import picture_rows
 from dreambooth_moslora.ui.visitors import PHOTO_TYPES, Visitor, kept_photos
 

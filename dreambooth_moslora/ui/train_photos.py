@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 import PIL.Image
 import PIL.ImageChops
 
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import file_digest
-from dreambooth_moslora.disk.adapter_files import NONE
+from dreambooth_moslora.core import UserError, file_digest
+from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.ui.html import remarks_card
 from dreambooth_moslora.ui.state import AppContext
-from dreambooth_moslora.ui.train_fill import recipe_of
 from dreambooth_moslora.ui.train_form import MOST_SUBJECTS, crop_config, folder_of
+from dreambooth_moslora.ui.train_start import recipe_of
 from dreambooth_moslora.ui.visitors import ONE_AT_A_TIME, Intake, Visitor, kept_photos, take_photos
 
 if TYPE_CHECKING:

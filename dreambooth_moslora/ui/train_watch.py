@@ -16,8 +16,7 @@ from zipfile import ZipFile
 import gradio as gr
 import pandas as pd
 
-from dreambooth_moslora.core.atomic_files import atomic_write
-from dreambooth_moslora.core.errors import UserError, is_finite_number
+from dreambooth_moslora.core import UserError, atomic_write, is_finite_number
 from dreambooth_moslora.disk.events import Metrics
 from dreambooth_moslora.disk.queue import COMMAND_LINE, QueuedRun
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir

@@ -25,7 +25,7 @@ import PIL.Image
 import psutil
 from starlette.requests import cookie_parser
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 
 if TYPE_CHECKING:
     from dreambooth_moslora.settings.sources import FoundRecipe

@@ -17,7 +17,7 @@ from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, fold, inject
 from dreambooth_moslora.adapters.proof import kohya_name
 from dreambooth_moslora.adapters.raw_file import load_raw, read_raw, read_tensors, save_raw
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
 from dreambooth_moslora.plan.memory import size_of_base
 from tests.adapters.test_moslora import MIXERS, shake

@@ -13,7 +13,7 @@ from dreambooth_moslora.adapters import raw_file
 from dreambooth_moslora.adapters import raw_file as tensor_file
 from dreambooth_moslora.adapters.moslora import adapter_layers
 from dreambooth_moslora.adapters.raw_file import load_raw, save_raw
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
 from tests.helpers.live_adapters import facts_of, live, text_encoders
 from tests.helpers.tiny import tiny_unet

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from dreambooth_moslora.adapters.describe import describe
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 
 NAME = "lora_unet_mid_block_attentions_0_proj_in"
 

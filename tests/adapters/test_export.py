@@ -12,12 +12,12 @@ from benchmarks.fold_table import BOUND, loaded_by_diffusers, measure
 from benchmarks.sdxl_structure import count
 from dreambooth_moslora.adapters import export, moslora, proof
 from dreambooth_moslora.adapters import proof as kohya
+from dreambooth_moslora.adapters.describe import reduce_rank
 from dreambooth_moslora.adapters.export import load_published, publish
 from dreambooth_moslora.adapters.mixer import LowRank
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, inject, set_scale
 from dreambooth_moslora.adapters.raw_file import save_raw
-from dreambooth_moslora.adapters.spectrum import reduce_rank
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
 from tests.helpers.live_adapters import facts_of, live
 from tests.helpers.tiny import tiny_unet

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from dreambooth_moslora.adapters.describe import find_pairs
 from dreambooth_moslora.adapters.export import difference_of, update_gap
 from dreambooth_moslora.adapters.mixer import LowRank
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 
 TENSORS = {"a": torch.arange(4.0), "b": torch.zeros(2, 3), "s": torch.tensor(1.0)}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dreambooth_moslora.adapters.fused_linear import (
+from dreambooth_moslora.adapters.fast_linear import (
     FastLinear,
     compute_dtype,
     disable_fast_path,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from dreambooth_moslora.adapters import lora_file as lora_format
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from tests.adapters.test_honest_files import loaded, save_published
 from tests.generation.test_pipeline import differs, picture
 from tests.helpers.tiny_adapters import base_bytes

@@ -10,7 +10,7 @@ from dreambooth_moslora.adapters.lora_file import read_adapter
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, fold, inject
 from dreambooth_moslora.adapters.proof import relative_difference
 from dreambooth_moslora.adapters.raw_file import save_raw
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
 from dreambooth_moslora.settings.table import MIXERS
 from tests.adapters.test_moslora import shake

@@ -14,7 +14,7 @@ from dreambooth_moslora.adapters.export import publish
 from dreambooth_moslora.adapters.moslora import ATTENTION_PROJECTIONS, MoSLoraConfig, inject
 from dreambooth_moslora.adapters.proof import BOUNDS, kohya_name, published_name, relative_difference
 from dreambooth_moslora.adapters.raw_file import adapter_metadata
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from tests.adapters.test_moslora import shake

@@ -20,7 +20,7 @@ from dreambooth_moslora.adapters.moslora import (
     mixer_parameters,
     set_scale,
 )
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.table import MIXERS
 from tests.helpers.tiny import tiny_unet
 

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from benchmarks.fold_table import loaded_by_diffusers
+from dreambooth_moslora.adapters.describe import summary
 from dreambooth_moslora.adapters.mixer import MixerLinear
 from dreambooth_moslora.adapters.moslora import (
     ATTENTION_PROJECTIONS,
@@ -31,8 +32,7 @@ from dreambooth_moslora.adapters.moslora import (
     fold,
     inject,
 )
-from dreambooth_moslora.adapters.spectrum import summary
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from tests.adapters.test_moslora import Net, X, config, shake
 from tests.helpers.layer_figures import diagnostics
 from tests.helpers.tiny import tiny_text_config, tiny_unet

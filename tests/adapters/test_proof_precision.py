@@ -5,7 +5,7 @@ import torch
 
 from dreambooth_moslora.adapters import proof
 from dreambooth_moslora.adapters.export import publish
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from tests.helpers.live_adapters import facts_of, live
 
 COARSEST = {

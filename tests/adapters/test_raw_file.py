@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save
 from dreambooth_moslora.adapters import raw_file
 from dreambooth_moslora.adapters import raw_file as tensor_file
 from dreambooth_moslora.adapters.raw_file import empty_model, model_config, save_raw
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RAW_NAME
 from tests.helpers.live_adapters import facts_of, live, text_encoders
 from tests.helpers.tiny import tiny_unet

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.fused_linear import enable_fast_path
+from dreambooth_moslora.adapters.fast_linear import enable_fast_path
 from dreambooth_moslora.adapters.moslora import adapter_layers, disabled
 from dreambooth_moslora.adapters.working_copies import WorkingCopies
 from dreambooth_moslora.base.load import quantize

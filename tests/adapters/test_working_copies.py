@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dreambooth_moslora.adapters.fused_linear import disable_fast_path, enable_fast_path
+from dreambooth_moslora.adapters.fast_linear import disable_fast_path, enable_fast_path
 from dreambooth_moslora.adapters.mixer import MixerLinear
 from dreambooth_moslora.adapters.moslora import adapter_layers, disabled
 from dreambooth_moslora.adapters.working_copies import WorkingCopies

@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from dreambooth_moslora.base import decode, load
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.training.prepare import noise_schedule
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.base.files import base_folder, variants_in, weight_files
 from dreambooth_moslora.base.load import load_pipeline
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.plan.checks import preflight
 from dreambooth_moslora.plan.memory import size_of_base
 from dreambooth_moslora.settings.table import TrainConfig

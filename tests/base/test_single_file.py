@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.base import load
 from dreambooth_moslora.base.decode import load_vae_alone
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.prepare import noise_schedule
 from tests.helpers.single_file import save_single_file

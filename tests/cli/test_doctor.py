@@ -8,7 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 
 ROOT = Path(__file__).parents[2]
 

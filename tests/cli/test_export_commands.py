@@ -14,7 +14,7 @@ from dreambooth_moslora.adapters.raw_file import adapter_metadata, save_raw
 from dreambooth_moslora.cli import export as export_command
 from dreambooth_moslora.cli import info as info_command
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
 from tests.helpers.live_adapters import live
 

@@ -149,7 +149,7 @@ import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
 class Interrupter:
     def find_spec(self, name, *_):
-        if name == "dreambooth_moslora.core.errors":
+        if name == "dreambooth_moslora.core":
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Interrupter())
 """

@@ -10,7 +10,7 @@ from dreambooth_moslora.base import machine as precision
 from dreambooth_moslora.cli import parser as one_word
 from dreambooth_moslora.cli.main import main, train_main
 from dreambooth_moslora.cli.parser import build_train_parser, parse_train_config
-from dreambooth_moslora.core.names import CLIP, DINO
+from dreambooth_moslora.core import CLIP, DINO
 from dreambooth_moslora.plan.choices import recipe_gb
 from dreambooth_moslora.plan.memory import RECIPES, STOCK_SDXL, BaseSize, estimate
 from dreambooth_moslora.plan.steps import plan_steps

@@ -16,7 +16,7 @@ from dreambooth_moslora.adapters.raw_file import read_tensors, write_file
 from dreambooth_moslora.cli import verify
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.parser import Parser
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.events import StepDone
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config

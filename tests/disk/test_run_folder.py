@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.core.atomic_files import atomic_directory, atomic_write, clean_stale, scratch_directory
+from dreambooth_moslora.core import atomic_directory, atomic_write, clean_stale, scratch_directory
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir
 
 WRITER = """
 import sys
 from pathlib import Path
-from dreambooth_moslora.core.atomic_files import atomic_directory, atomic_write
+from dreambooth_moslora.core import atomic_directory, atomic_write
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES
 root, number = Path(sys.argv[1]), 0
 print("ready", flush=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.photos.folder import instance_photos
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.sources import load_settings

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dreambooth_moslora.adapters.export import load_published
 from dreambooth_moslora.cli.main import main, make_evaluator
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
@@ -45,7 +45,7 @@ def test_a_missing_encoder_is_told_before_anything_is_trained(tiny_base, tmp_pat
     def nowhere(*_):
         raise UserError("the encoder cannot be loaded")
 
-    monkeypatch.setattr("dreambooth_moslora.evaluation.encoders.load_encoders", nowhere)
+    monkeypatch.setattr("dreambooth_moslora.evaluation.metrics.load_encoders", nowhere)
     config = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "dog", evaluate_steps=1)
     with pytest.raises(UserError, match="cannot be loaded"):
         TrainingEvaluator(config, photo_report(config).photos)

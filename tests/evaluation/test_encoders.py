@@ -20,8 +20,8 @@ from transformers import (
     Dinov2Model,
 )
 
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.evaluation.encoders import Clip, Encoders, load_encoders
+from dreambooth_moslora.core import UserError
+from dreambooth_moslora.evaluation.metrics import Clip, Encoders, load_encoders
 from tests.helpers.tiny import tiny_tokenizer
 from tests.helpers.tiny_encoders import save_tiny_encoders
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.evaluation.encoders import picture_distance
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator, evaluate_adapter, paint_over, truth_of
+from dreambooth_moslora.evaluation.metrics import picture_distance
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_for
 from dreambooth_moslora.evaluation.report import rows_beside
 from dreambooth_moslora.evaluation.toy_truth import find_truth, other_toy, place_in, stacked, view

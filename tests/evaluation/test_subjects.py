@@ -9,11 +9,10 @@ import torch
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.evaluation import metrics
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
-from dreambooth_moslora.evaluation.encoders import load_encoders
 from dreambooth_moslora.evaluation.evaluate import Evaluator
+from dreambooth_moslora.evaluation.metrics import load_encoders
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, Subject
-from dreambooth_moslora.evaluation.report import ReportContext
-from dreambooth_moslora.evaluation.subjects import confusion_lines, pairs_of, pooled, write_reports
+from dreambooth_moslora.evaluation.report import ReportContext, confusion_lines, pairs_of, pooled, write_reports
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.loop import train

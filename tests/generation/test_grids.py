@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 
 from dreambooth_moslora.cli import generate
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.grids import Axis, Sheet, cells_of, draw_sheet, generate_grid, parse_axis
 from dreambooth_moslora.generation.params import GenerationParams, Image, read_recipe
 from dreambooth_moslora.generation.pipeline import SubjectPipeline

@@ -11,7 +11,7 @@ from dreambooth_moslora.adapters.basis import Basis, FileBasis, Mixers, SvdBasis
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, inject
 from dreambooth_moslora.adapters.raw_file import save_raw
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import MIXERS_NAME, RunDir
 from dreambooth_moslora.generation.pipeline import MixersOnBases
 from tests.helpers.live_adapters import facts_of

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from dreambooth_moslora.adapters.export import publish
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject
 from dreambooth_moslora.adapters.raw_file import adapter_metadata, save_raw
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RAW_NAME
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Image, read_recipe
 from dreambooth_moslora.generation.pipeline import SubjectPipeline

@@ -6,7 +6,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from dreambooth_moslora.base import decode
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation import pipeline as gpu_room
 from dreambooth_moslora.generation.params import GenerationParams, Image
 from dreambooth_moslora.generation.pipeline import SubjectPipeline

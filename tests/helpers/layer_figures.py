@@ -2,9 +2,9 @@
 
 from torch import nn
 
-from dreambooth_moslora.adapters.fused_linear import slow_reason
+from dreambooth_moslora.adapters.describe import Diagnosis, diagnose
+from dreambooth_moslora.adapters.fast_linear import slow_reason
 from dreambooth_moslora.adapters.moslora import adapter_layers, matrices_of
-from dreambooth_moslora.adapters.spectrum import Diagnosis, diagnose
 
 
 def diagnostics(model: nn.Module) -> dict[str, Diagnosis]:

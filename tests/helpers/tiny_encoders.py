@@ -14,7 +14,7 @@ from transformers import (
     Dinov2Model,
 )
 
-from dreambooth_moslora.evaluation.encoders import Encoders, load_encoders
+from dreambooth_moslora.evaluation.metrics import Encoders, load_encoders
 from tests.helpers.tiny import tiny_text_config, tiny_tokenizer
 
 SIDE_PX = 32

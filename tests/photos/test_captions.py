@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, PreTrainedModel
 
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import assets_folder, find_asset
+from dreambooth_moslora.core import UserError, assets_folder, find_asset
 from dreambooth_moslora.photos.captions import (
     Captioner,
     conversation,

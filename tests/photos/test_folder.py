@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.photos.crops import MIN_SHARPNESS, examine, sharpness
 from dreambooth_moslora.photos.folder import find_photos, instance_photos
 from dreambooth_moslora.photos.photo import open_rgb, quoted

@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import find_asset
+from dreambooth_moslora.core import UserError, find_asset
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.mask_making import Segmenter, load_segmenter, make_beside, make_kept, quality_warning
 from dreambooth_moslora.photos.masks import CLIPSEG, grey_mask, kept_path, open_mask, sought_word, with_kept_masks

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.cli.main import train_main
-from dreambooth_moslora.core.atomic_files import atomic_write
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError, atomic_write
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.checks import check_folders
 from dreambooth_moslora.settings.table import TrainConfig

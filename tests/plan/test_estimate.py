@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.gpu_memory import adapted_unet, count, counted_total_gib, estimated_total_gib, run_config
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.plan.checks import preflight
 from dreambooth_moslora.plan.memory import BaseSize, estimate, size_of_base
 from dreambooth_moslora.settings.table import TrainConfig

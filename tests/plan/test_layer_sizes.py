@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from dreambooth_moslora.adapters.raw_file import read_raw
 from dreambooth_moslora.cli.main import train_main
 from dreambooth_moslora.cli.parser import parse_train_config
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.settings.table import rank_and_alpha, ranks_in_vain
 from dreambooth_moslora.training.checkpoint import check_resumed, read_position

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dreambooth_moslora.cli.main import train_main
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.plan import memory as memory_plan
 from dreambooth_moslora.plan.memory import STOCK_SDXL, USABLE, BaseSize, choose_memory, estimate
 from dreambooth_moslora.settings.table import TrainConfig

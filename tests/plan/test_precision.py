@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.machine import half_precision
+from dreambooth_moslora.core import UserError, half_precision
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.checks import preflight
 from dreambooth_moslora.plan.processes import make_accelerator

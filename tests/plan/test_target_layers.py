@@ -2,7 +2,7 @@
 
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.plan.checks import check_layers, check_targets
 
 LAYERS = ["conv_in", "down.0.attn1.to_q", "down.0.attn1.to_k", "down.0.attn1.to_out.0", "mid.proj_in"]

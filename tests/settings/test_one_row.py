@@ -17,7 +17,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from dreambooth_moslora.cli.parser import build_train_parser, parse_train_config, unknown_flag_message
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings import rules, sources, versions
 from dreambooth_moslora.settings.table import SubjectTable, TrainConfig
 from tools.settings_table import page

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dreambooth_moslora.cli.parser import parse_train_config
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.prompts import context_prompts, trigger_words, validation_prompts
 from dreambooth_moslora.settings.subjects import each_subject
 from dreambooth_moslora.settings.table import TrainConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.cli.parser import FOREIGN_FLAGS, parse_train_config
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.table import TrainConfig
 
 NEEDED = [

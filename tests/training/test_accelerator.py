@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan import processes as accelerator_module
 from dreambooth_moslora.plan.processes import make_accelerator, refusal

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core.names import find_asset
+from dreambooth_moslora.core import find_asset
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.training.explain import Figures, advice_after, figures_of
 from tests.helpers.few_pictures import few_pictures

@@ -7,9 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.adapters.basis import read_mixers
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.disk.adapter_files import files_by_name, run_files
-from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
+from dreambooth_moslora.core import UserError
+from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir, files_by_name, run_files
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.plan.checks import check_settings

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dreambooth_moslora.core.seeding import place_of
+from dreambooth_moslora.core import place_of
 from dreambooth_moslora.disk.events import StepDone
 from dreambooth_moslora.photos.crops import CropRule, bucket_of, crop_rule, plan_crop, plans_of
 from dreambooth_moslora.photos.photo import Photo

@@ -5,8 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import file_digest
+from dreambooth_moslora.core import UserError, file_digest
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.class_images import ClassImages, shares
 from dreambooth_moslora.training.loop import train

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import MIXERS_NAME, PUBLISHED_NAME, RunDir
 from dreambooth_moslora.training import loop as trainer_module
 from dreambooth_moslora.training.loop import train

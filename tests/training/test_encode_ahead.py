@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dreambooth_moslora.core.errors import StopRequestedError
+from dreambooth_moslora.core import StopRequestedError
 from dreambooth_moslora.training.encoder import TensorCache
 from dreambooth_moslora.training.prepare import fill, same_everywhere
 from dreambooth_moslora.training.reporter import RunContext

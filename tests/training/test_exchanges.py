@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dreambooth_moslora.core.errors import StopRequestedError, UserError
+from dreambooth_moslora.core import StopRequestedError, UserError
 from dreambooth_moslora.plan import processes
 from dreambooth_moslora.plan.processes import agreed, on_each, on_main, share_out
 from tests.helpers.threads import as_processes

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core.names import find_asset
+from dreambooth_moslora.core import find_asset
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.training.explain import advice_after, figures_of
 from tests.helpers.few_pictures import few_pictures

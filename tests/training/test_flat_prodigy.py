@@ -8,7 +8,7 @@ from prodigyopt import Prodigy
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dreambooth_moslora.training.flat_prodigy import FlatProdigy
+from dreambooth_moslora.training.optimizer import FlatProdigy
 
 SETTINGS = {"lr": 1.0, "d0": 1e-3, "safeguard_warmup": True}
 

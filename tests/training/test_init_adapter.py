@@ -6,7 +6,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.checks import preflight
 from dreambooth_moslora.training.loop import train

@@ -8,8 +8,7 @@ from safetensors.torch import load_file
 
 from dreambooth_moslora.adapters.raw_file import read_raw
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.disk.adapter_files import files_by_name
-from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.disk.run_folder import RunDir, files_by_name
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 

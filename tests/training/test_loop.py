@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from dreambooth_moslora.adapters.moslora import disabled
 from dreambooth_moslora.adapters.raw_file import read_raw
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.events import StepDone, events_of, record_of
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.training import step as train_step_module

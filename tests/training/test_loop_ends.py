@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from accelerate import Accelerator
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.step import TrainStep

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dreambooth_moslora.cli.parser import parse_train_config
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.plan.memory import BaseSize, estimate
 from dreambooth_moslora.settings.optimizers import OPTIMIZERS, OptimizerKind
 from dreambooth_moslora.training.loop import train

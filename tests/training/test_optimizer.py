@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, inject
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.optimizer import (
     ScheduleFreeAverage,

@@ -16,7 +16,7 @@ from dreambooth_moslora.adapters.new_tokens import AttachedTokens, NewTokens, pr
 from dreambooth_moslora.base.load import encode_text, load_pipeline
 from dreambooth_moslora.cli import verify
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.settings.prompts import learnt_words

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from dreambooth_moslora.adapters.new_tokens import AttachedTokens, read_tokens
 from dreambooth_moslora.base.load import encode_text, load_pipeline
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.settings.prompts import learnt_words, spelled, spellings_of

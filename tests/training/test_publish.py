@@ -11,10 +11,10 @@ from PIL import Image
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, dora_table
 from dreambooth_moslora.adapters.proof import FileProof, Proof
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.pictures import Row, draw_contact_sheet
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.events import StepDone
 from dreambooth_moslora.disk.run_folder import SIGNATURE, pictures_named
+from dreambooth_moslora.pictures import Row, draw_contact_sheet
 from dreambooth_moslora.plan.checks import check_push
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import model_card as hub
@@ -159,7 +159,7 @@ def test_a_loss_plot_is_drawn_with_and_without_prior(tmp_path):
 def test_a_picture_that_cannot_be_written_leaves_the_one_before(draw, tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_bytes(b"before")
-    monkeypatch.setattr("dreambooth_moslora.core.atomic_files.os.fsync", fail_full)
+    monkeypatch.setattr("dreambooth_moslora.core.os.fsync", fail_full)
     with pytest.raises(OSError, match="full"):
         if draw == "sheet":
             draw_contact_sheet([Row("photos", [Image.new("RGB", (8, 8))])], path)

@@ -10,7 +10,7 @@ import torch
 
 from dreambooth_moslora.adapters.raw_file import read_tensors, write_file
 from dreambooth_moslora.cli.parser import parse_train_config
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
 from dreambooth_moslora.training.checkpoint import (
     Position,

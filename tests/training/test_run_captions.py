@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.photos.captions import Captioner
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.settings.rules import remarks

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dreambooth_moslora.cli import evaluate
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.mask_making import Segmenter
 from dreambooth_moslora.photos.masks import open_mask

@@ -7,7 +7,7 @@ import pytest
 from torch.utils import backend_registration
 
 from benchmarks.precision import bf16_accelerator
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.selftest import (
     ON_CPU,

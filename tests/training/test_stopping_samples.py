@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from dreambooth_moslora.core.errors import StopRequestedError
+from dreambooth_moslora.core import StopRequestedError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest, stopper
 from dreambooth_moslora.training.loop import train

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.extras.cluster.sizing import needs_to_be_alone, shared_settings
 from dreambooth_moslora.extras.cluster.together import Member, train_together

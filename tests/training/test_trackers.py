@@ -8,7 +8,7 @@ from accelerate.tracking import TensorBoardTracker
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.table import FIELD_TYPES, SETTINGS, TrainConfig
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.reporter import public_settings

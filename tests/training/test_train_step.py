@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dreambooth_moslora.adapters.working_copies import WorkingCopies
-from dreambooth_moslora.core.errors import StopRequestedError
+from dreambooth_moslora.core import StopRequestedError
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.step import TrainStep
 from tests.helpers.tiny_training import paint_photos, tiny_config

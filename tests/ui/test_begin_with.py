@@ -8,12 +8,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui.adapters import AdapterCatalog
-from dreambooth_moslora.ui.train_fill import form_of_run
 from dreambooth_moslora.ui.train_form import TrainForm
-from dreambooth_moslora.ui.train_start import estimate_cost, prepared, starts_for
+from dreambooth_moslora.ui.train_start import estimate_cost, form_of_run, prepared, starts_for
 from tests.ui.test_more_subjects import ann, page  # noqa: F401 (fixtures)
 
 FORM = TrainForm("sks", "duck", begin_with="old duck@30")

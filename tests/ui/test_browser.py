@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 from PIL.PngImagePlugin import PngInfo
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.visitors import visitor_id
 from tests.helpers.ui_server import serve

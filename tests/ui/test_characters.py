@@ -9,7 +9,7 @@ import pytest
 from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save_file
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.params import GenerationParams, read_recipe
 from dreambooth_moslora.ui.generate_form import summary_of
 from dreambooth_moslora.ui.html import facts_table, notice

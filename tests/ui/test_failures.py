@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 from safetensors.torch import save_file
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.ui.adapters import AdapterCatalog
 from dreambooth_moslora.ui.generate_form import GenerateForm, compare, make_pictures
 from dreambooth_moslora.ui.jobs import Job, Jobs

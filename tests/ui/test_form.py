@@ -8,7 +8,7 @@ import PIL.Image
 import PIL.ImageFilter
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.photos.crops import apply_crop, plan_crop, plans_of
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo import open_rgb

@@ -7,11 +7,10 @@ import gradio as gr
 import PIL.Image
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.sources import FoundRecipe
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
 from dreambooth_moslora.ui.train import train_widgets
-from dreambooth_moslora.ui.train_fill import form_of_run
 from dreambooth_moslora.ui.train_form import (
     MOST,
     TrainForm,
@@ -22,6 +21,7 @@ from dreambooth_moslora.ui.train_form import (
     values_like,
     values_of,
 )
+from dreambooth_moslora.ui.train_start import form_of_run
 
 API = (
     *("token", "class_word", "run_name", "preset", "prior_preservation", "captions", "rank", "learning_rate", "steps"),

@@ -7,7 +7,7 @@ import time
 import gradio as gr
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.ui.jobs import Jobs
 from dreambooth_moslora.ui.state import as_gradio_error
 from tests.ui.test_handlers import OWNER

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import PIL.Image
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.params import GenerationParams, Image
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.ui.generate_form import GenerateForm, make_pictures

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.params import GenerationParams, Provenance, Recipe
 from dreambooth_moslora.ui.adapters import AdapterCatalog
 from dreambooth_moslora.ui.app import main, parse_login, resolution_of

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.ui.adapters import AdapterCatalog, check_upload
 from dreambooth_moslora.ui.generate_form import AdapterSummary, summary_of
 from dreambooth_moslora.ui.inspect import adapter_facts

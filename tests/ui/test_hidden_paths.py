@@ -6,7 +6,7 @@ import PIL.Image
 import psutil
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.ui.jobs import Job
 from dreambooth_moslora.ui.state import TELLS_PROMPTS, AppContext, import_libraries

@@ -9,7 +9,7 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.events import Metrics
 from dreambooth_moslora.disk.processes import why_it_ended
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, birth_of, phase_of

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.ui.state import AppContext
 from tests.helpers.tiny_adapters import save_diffusers_lora
 

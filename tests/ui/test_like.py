@@ -11,20 +11,21 @@ from safetensors.numpy import save_file
 
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.cli.parser import parse_train_config
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui.adapters import AdapterCatalog
-from dreambooth_moslora.ui.train_fill import (
+from dreambooth_moslora.ui.train_form import TrainForm, crop_config, like_line, rows, values_like
+from dreambooth_moslora.ui.train_photos import review_kept
+from dreambooth_moslora.ui.train_start import (
     MOST_RECIPES,
     add_recipe,
+    estimate_cost,
     form_of_run,
     like_of_run,
+    prepared,
     recipe_names,
     recipe_of,
 )
-from dreambooth_moslora.ui.train_form import TrainForm, crop_config, like_line, rows, values_like
-from dreambooth_moslora.ui.train_photos import review_kept
-from dreambooth_moslora.ui.train_start import estimate_cost, prepared
 from tests.ui.test_handlers import visitor
 from tests.ui.test_more_subjects import ann, page  # noqa: F401 (fixtures)
 

@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.masks import open_mask
 from dreambooth_moslora.settings.table import TrainConfig

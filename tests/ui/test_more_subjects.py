@@ -8,8 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import assets_folder
+from dreambooth_moslora.core import UserError, assets_folder
 from dreambooth_moslora.photos.crops import apply_crop, plans_of
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.photo import open_rgb

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 from gradio_client import Client, handle_file
 
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import assets_folder
+from dreambooth_moslora.core import UserError, assets_folder
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui.train_form import TOKENS_RATE, SubjectWords, TrainForm

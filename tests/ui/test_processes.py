@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.events import Metrics
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.train_form import TrainForm

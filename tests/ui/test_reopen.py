@@ -5,11 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.ui.train_fill import form_of_run, take_photos_of_run
 from dreambooth_moslora.ui.train_form import TrainForm, folder_of, values_of
-from dreambooth_moslora.ui.train_start import prepared
+from dreambooth_moslora.ui.train_start import form_of_run, prepared, take_photos_of_run
 from tests.ui.test_more_subjects import FORM, ROCKET, ann, page  # noqa: F401 (fixtures)
 
 CHANGED = {"rank": 3, "learning_rate": 0.5, "mixer": "none", "seed": 9, "unmasked_weight": 0.5, "scores": False}

@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 from PIL.PngImagePlugin import PngInfo
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.params import GenerationParams, check_size, read_recipe
 from dreambooth_moslora.ui.generate import ask_widgets, settings_widgets
 from dreambooth_moslora.ui.generate_form import RANGES, GenerateForm, clamp_to_widgets, match_adapters, recipe_of

@@ -9,10 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.queue import COMMAND_LINE, QueuedRun, RunQueue, locked
-from dreambooth_moslora.ui.jobs import Jobs
-from dreambooth_moslora.ui.turns import KILLED_MOST, QueueTurns
+from dreambooth_moslora.ui.jobs import KILLED_MOST, Jobs, QueueTurns
 from tests.ui.test_handlers import OTHER, OWNER
 from tests.ui.test_processes import jobs, wait_for  # noqa: F401 (a fixture)
 
@@ -20,7 +19,7 @@ TURNS = """
 import sys, time
 from pathlib import Path
 from dreambooth_moslora.ui.jobs import Jobs
-from dreambooth_moslora.ui.turns import QueueTurns
+from dreambooth_moslora.ui.jobs import QueueTurns
 turns = QueueTurns(Jobs(Path(sys.argv[1]), Path(sys.argv[2])))
 while not turns.is_empty:
     turns.take()

@@ -13,8 +13,8 @@ import pytest
 from gradio_client import Client, handle_file
 from PIL.PngImagePlugin import PngInfo
 
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.disk.adapter_files import clean_name
+from dreambooth_moslora.core import UserError
+from dreambooth_moslora.disk.run_folder import clean_name
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.ui.adapters import AdapterCatalog
 from dreambooth_moslora.ui.html import facts_table, notice, progress_card

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dreambooth_moslora.core.names import TOY_TEMPLATES
+from dreambooth_moslora.core import TOY_TEMPLATES
 from dreambooth_moslora.settings.prompts import DREAMBOOTH_LIVE_TEMPLATES
 from dreambooth_moslora.ui.app import templates_for
 

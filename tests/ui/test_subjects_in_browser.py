@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 from safetensors.numpy import save_file
 
-from dreambooth_moslora.core.names import assets_folder
+from dreambooth_moslora.core import assets_folder
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from tests.helpers.ui_server import serve
 

@@ -6,7 +6,7 @@ import os
 import psutil
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.train_watch import watched
 from tests.ui.test_handlers import OWNER, visitor

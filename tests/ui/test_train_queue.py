@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.ui import public
+from dreambooth_moslora.ui.jobs import QueueTurns
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.train_start import add_to_queue, start_run
 from dreambooth_moslora.ui.train_watch import queue_changes
-from dreambooth_moslora.ui.turns import QueueTurns
 from dreambooth_moslora.ui.visitors import Visitors
 from tests.helpers.tiny_training import paint_photos
 from tests.ui.test_handlers import OTHER, visitor

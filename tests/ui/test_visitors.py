@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.ui.app import parse_host
 from dreambooth_moslora.ui.guard import MAX_BODY_BYTES
 from dreambooth_moslora.ui.visitors import COOKIE, KEPT_SEC, LONGEST_KEPT_SEC, MAX_VISITORS, Visitors, visitor_id

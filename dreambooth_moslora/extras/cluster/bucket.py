@@ -26,8 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.core.names import file_digest
+from dreambooth_moslora.core import UserError, file_digest, one_line
 from dreambooth_moslora.disk.processes import CONFIG_NAME, LOG_NAME
 from dreambooth_moslora.disk.queue import LOCK_NAME
 from dreambooth_moslora.disk.run_folder import RunDir, checkpoint_step

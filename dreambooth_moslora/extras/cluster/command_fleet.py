@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from dreambooth_moslora.cli.parser import add_training_flags, settings_of
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest
-from dreambooth_moslora.core.errors import UserError, spelled_out
+from dreambooth_moslora.core import UserError, spelled_out
 from dreambooth_moslora.extras.cluster.subjects import REFUSED, read_subjects
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from dreambooth_moslora.cli.main import make_evaluator, message_for_known_error, start_log, warn_about
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest
-from dreambooth_moslora.core.errors import UserError, shortened, spelled_out
+from dreambooth_moslora.core import UserError, shortened, spelled_out
 from dreambooth_moslora.disk.processes import CONFIG_NAME
 from dreambooth_moslora.extras.cluster.records import Record, read_record, write_record
 from dreambooth_moslora.settings.sources import read_json_table

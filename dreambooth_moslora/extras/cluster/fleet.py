@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.queue import locked
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.extras.cluster.on_ray import Lost, Task, room_for, run_tasks

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.core.names import import_environment
+from dreambooth_moslora.core import UserError, import_environment, one_line
 from dreambooth_moslora.settings.versions import installed_versions
 
 GIB = 2**30

@@ -19,12 +19,11 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from dreambooth_moslora.core.atomic_files import atomic_write
-from dreambooth_moslora.core.errors import UserError, spelled_out
-from dreambooth_moslora.core.pictures import jpeg_url, render
+from dreambooth_moslora.core import UserError, atomic_write, spelled_out
 from dreambooth_moslora.disk.events import fits
 from dreambooth_moslora.disk.processes import CONFIG_NAME
 from dreambooth_moslora.disk.run_folder import RunDir, check_name
+from dreambooth_moslora.pictures import jpeg_url, render
 from dreambooth_moslora.settings.sources import read_json_table
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.explain import alarms_of, figures_from, known_config, with_report

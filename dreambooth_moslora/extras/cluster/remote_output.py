@@ -15,9 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dreambooth_moslora.core.atomic_files import atomic_write
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import content_key
+from dreambooth_moslora.core import UserError, atomic_write, content_key
 from dreambooth_moslora.disk.processes import CONFIG_NAME
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.extras.cluster.bucket import Bucket, Mirror, SupersededError, at_once, read_manifest

@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dreambooth_moslora.adapters.fused_linear import compute_dtype, dense_weight, linear_4bit, slow_reason
+from dreambooth_moslora.adapters.fast_linear import compute_dtype, dense_weight, linear_4bit, slow_reason
 from dreambooth_moslora.adapters.moslora import adapter_layers
 from dreambooth_moslora.adapters.working_copies import StepCopies
 

@@ -18,8 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.core.names import SUBJECT_FILE, content_key, find_asset
+from dreambooth_moslora.core import SUBJECT_FILE, UserError, content_key, find_asset, one_line
 from dreambooth_moslora.disk.run_folder import check_name
 from dreambooth_moslora.settings.sources import read_json_table, reason_of
 from dreambooth_moslora.settings.table import TrainConfig, check_each

@@ -22,7 +22,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from dreambooth_moslora.adapters.joint_linear import lay_together
+from dreambooth_moslora.adapters.fast_linear import lay_together
 from dreambooth_moslora.disk.events import Event
 from dreambooth_moslora.extras.cluster.stacked_adapters import StackedAdapters, twin
 from dreambooth_moslora.plan.plan import Plan

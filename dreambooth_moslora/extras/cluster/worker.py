@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.processes import CONFIG_NAME, log_tail, start_logged, why_it_ended, write_settings
 from dreambooth_moslora.disk.queue import locked, take
 from dreambooth_moslora.extras.cluster.records import Record, is_finished, read_record, stop_path, write_record

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from dreambooth_moslora.adapters.moslora import adapter_layers, mixer_parameters
 from dreambooth_moslora.adapters.raw_file import adapter_metadata, save_raw
 from dreambooth_moslora.base.load import architecture
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.loop import training
 from dreambooth_moslora.training.step import TrainStep

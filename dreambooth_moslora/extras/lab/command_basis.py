@@ -9,8 +9,7 @@ from pathlib import Path
 
 from dreambooth_moslora.cli.parser import add_training_flags, settings_of
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import SUBJECT_FILE, find_asset
+from dreambooth_moslora.core import SUBJECT_FILE, UserError, find_asset
 from dreambooth_moslora.disk.run_folder import BASIS_SUFFIX
 from dreambooth_moslora.settings.fields import check_number
 from dreambooth_moslora.settings.sources import read_json_table

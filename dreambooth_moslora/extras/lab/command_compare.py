@@ -10,8 +10,7 @@ from dreambooth_moslora.extras.cluster.command_fleet import add_cluster_flags, c
 from dreambooth_moslora.extras.lab.study import Study, load_study
 
 if TYPE_CHECKING:
-    from dreambooth_moslora.extras.lab.run import Progress
-    from dreambooth_moslora.extras.lab.stats import Result
+    from dreambooth_moslora.extras.lab.run import Progress, Result
 
 HELP = "train and score several kinds of adapter at an equal budget: tables, intervals, plots"
 

@@ -10,12 +10,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.core.atomic_files import atomic_write
-from dreambooth_moslora.core.names import public_name
-from dreambooth_moslora.core.pictures import Row, draw_contact_sheet, render
+from dreambooth_moslora.core import atomic_write, public_name
 from dreambooth_moslora.evaluation.metrics import Interval
-from dreambooth_moslora.extras.lab.run import STRIP_PX, result_path
-from dreambooth_moslora.extras.lab.stats import (
+from dreambooth_moslora.extras.lab.run import (
+    STRIP_PX,
     ArmSummary,
     Outcome,
     Result,
@@ -23,12 +21,14 @@ from dreambooth_moslora.extras.lab.stats import (
     of_whole_seeds,
     outcomes,
     rate_curves,
+    result_path,
     seeds_of,
     summaries,
 )
 from dreambooth_moslora.extras.lab.study import Study
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo import open_rgb
+from dreambooth_moslora.pictures import Row, draw_contact_sheet, render
 from dreambooth_moslora.settings.measures import MEASURES, Measure
 
 WIN, TIE, LOSS = "#2a6fdb", "#c9c9cf", "#d9822b"

@@ -32,8 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.base.files import resolve_base
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.core.names import SUBJECT_FILE, find_asset
+from dreambooth_moslora.core import SUBJECT_FILE, UserError, find_asset
 from dreambooth_moslora.settings.prompts import Subject, subject_of
 from dreambooth_moslora.settings.sources import load_settings, read_json_table, read_tables
 from dreambooth_moslora.settings.table import TrainConfig, check_each

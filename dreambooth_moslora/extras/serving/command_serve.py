@@ -13,8 +13,8 @@ import time
 from dataclasses import replace
 from importlib.util import find_spec
 
-from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.extras.serving.access import PATIENCE, ServeSettings, tokens_of
+from dreambooth_moslora.core import UserError, one_line
+from dreambooth_moslora.extras.serving.front import PATIENCE, ServeSettings, tokens_of
 from dreambooth_moslora.generation.remote import TOKEN_VARIABLE
 
 HELP = "answer HTTP requests with pictures of many adapters (Ray Serve)"

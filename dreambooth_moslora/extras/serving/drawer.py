@@ -19,8 +19,7 @@ from typing import Any, Generic, TypeVar
 
 import psutil
 
-from dreambooth_moslora.extras.serving.catalogue import Catalogue
-from dreambooth_moslora.extras.serving.orders import AdapterRef, Drawn, Order, RefusedError
+from dreambooth_moslora.extras.serving.catalogue import AdapterRef, Catalogue, Drawn, Order, RefusedError
 from dreambooth_moslora.generation.params import check_size
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 

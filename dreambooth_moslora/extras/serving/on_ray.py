@@ -13,11 +13,9 @@ from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from dreambooth_moslora.core.errors import UserError, one_line
-from dreambooth_moslora.extras.serving.access import Access, ServeSettings
-from dreambooth_moslora.extras.serving.catalogue import open_catalogue
-from dreambooth_moslora.extras.serving.front import Front, build_front
-from dreambooth_moslora.extras.serving.orders import Drawn, Order, RefusedError
+from dreambooth_moslora.core import UserError, one_line
+from dreambooth_moslora.extras.serving.catalogue import Drawn, Order, RefusedError, open_catalogue
+from dreambooth_moslora.extras.serving.front import Access, Front, ServeSettings, build_front
 
 APP_NAME = "dreambooth_moslora"
 LOST = (BackPressureError, DeploymentUnavailableError, RayActorError)

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.extras.cluster.fleet import CellRunner, Ending, begun, missing, run_fleet
 from dreambooth_moslora.extras.cluster.on_ray import EMBEDDED, Lost, Task, connected, largest_node_gib, run_tasks
 from dreambooth_moslora.extras.cluster.records import read_record, stop_path

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.extras.cluster import bucket as bucket_module
 from dreambooth_moslora.extras.cluster import remote_output

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.extras.cluster.command_fleet import FleetProgress
 from dreambooth_moslora.extras.cluster.fleet import Ending, begun, checked, tasks_of
 from dreambooth_moslora.extras.cluster.on_ray import Lost

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
 from dreambooth_moslora.extras.cluster.fleet import missing
 from dreambooth_moslora.extras.cluster.records import Record, write_record

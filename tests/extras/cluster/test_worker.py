@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.processes import write_settings
 from dreambooth_moslora.disk.queue import locked, take
 from dreambooth_moslora.extras.cluster import worker

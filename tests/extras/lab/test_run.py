@@ -15,17 +15,21 @@ from PIL import Image, ImageChops, ImageOps, ImageStat
 
 from dreambooth_moslora.extras.lab.report import write_comparison
 from dreambooth_moslora.extras.lab.run import (
+    Result,
+    best_rates,
     budget_ranks,
     content_of,
     count_parameters,
     gpu_of,
+    is_tuned,
+    judged,
     nearest_rank,
     projections,
     result_path,
     run_study,
+    studied,
     unfinished,
 )
-from dreambooth_moslora.extras.lab.stats import Result, best_rates, is_tuned, judged, studied
 from dreambooth_moslora.extras.lab.study import Cell, Protocol, Study, StudySubject
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.tiny_encoders import save_tiny_encoders

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.extras.lab.report import arm_rows, difference_plot, outcome_rows
-from dreambooth_moslora.extras.lab.run import materials
-from dreambooth_moslora.extras.lab.stats import Result, best_rates, outcomes, summaries
+from dreambooth_moslora.extras.lab.run import Result, best_rates, materials, outcomes, summaries
 from dreambooth_moslora.extras.lab.study import Cell, Study, StudySubject, load_study
 from dreambooth_moslora.plan.steps import plan_steps
 from dreambooth_moslora.settings.measures import MEASURES, Measure

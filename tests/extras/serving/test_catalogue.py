@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
 from dreambooth_moslora.extras.serving import catalogue as catalogue_module
-from dreambooth_moslora.extras.serving.catalogue import open_catalogue
-from dreambooth_moslora.extras.serving.orders import RefusedError
+from dreambooth_moslora.extras.serving.catalogue import RefusedError, open_catalogue
 
 
 @pytest.fixture(autouse=True)

@@ -8,11 +8,10 @@ from types import SimpleNamespace
 import pytest
 import uvicorn
 
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.extras.serving.access import Access
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.extras.serving.catalogue import open_catalogue
 from dreambooth_moslora.extras.serving.drawer import Drawer
-from dreambooth_moslora.extras.serving.front import Front, build_front
+from dreambooth_moslora.extras.serving.front import Access, Front, build_front
 from dreambooth_moslora.generation.grids import generate_grid, parse_axis
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline

@@ -9,14 +9,12 @@ from shutil import copytree
 import httpx
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.extras.serving import catalogue as catalogue_module
 from dreambooth_moslora.extras.serving import front as front_module
-from dreambooth_moslora.extras.serving.access import Access, ServeSettings
-from dreambooth_moslora.extras.serving.catalogue import open_catalogue
+from dreambooth_moslora.extras.serving.catalogue import RefusedError, open_catalogue
 from dreambooth_moslora.extras.serving.drawer import Drawer
-from dreambooth_moslora.extras.serving.front import Front, build_front
-from dreambooth_moslora.extras.serving.orders import RefusedError
+from dreambooth_moslora.extras.serving.front import Access, Front, ServeSettings, build_front
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from tests.helpers.tiny_adapters import save_diffusers_lora
@@ -234,7 +232,7 @@ def test_without_a_token_no_web_page_is_answered(shop):
 
 def test_tokens_are_compared_in_constant_time(monkeypatch):
     compared = []
-    from dreambooth_moslora.extras.serving import access
+    from dreambooth_moslora.extras.serving import front as access
 
     def compare(one: bytes, other: bytes) -> bool:
         compared.append((one, other))

@@ -10,8 +10,8 @@ import psutil
 import pytest
 import torch
 
-from dreambooth_moslora.extras.serving.access import PATIENCE, ServeSettings
 from dreambooth_moslora.extras.serving.command_serve import NEEDED
+from dreambooth_moslora.extras.serving.front import PATIENCE, ServeSettings
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from tests.helpers.tiny_adapters import save_diffusers_lora

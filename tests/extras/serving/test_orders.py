@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 
-from dreambooth_moslora.core.errors import UserError
-from dreambooth_moslora.extras.serving.orders import AdapterRef, Order, RefusedError, parse_order
+from dreambooth_moslora.core import UserError
+from dreambooth_moslora.extras.serving.catalogue import AdapterRef, Order, RefusedError, parse_order
 
 
 def order_of(**values) -> Order:

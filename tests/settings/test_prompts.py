@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from dreambooth_moslora.core.names import TOY_TEMPLATES
+from dreambooth_moslora.core import TOY_TEMPLATES
 from dreambooth_moslora.settings.prompts import (
     DREAMBOOTH_LIVE_TEMPLATES,
     DREAMBOOTH_OBJECT_TEMPLATES,

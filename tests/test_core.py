@@ -8,9 +8,19 @@ import torch
 
 from dreambooth_moslora.base.files import resolve_base
 from dreambooth_moslora.cli.parser import parse_train_config
-from dreambooth_moslora.core.errors import is_finite_number, is_number, spelled_out
-from dreambooth_moslora.core.names import assets_folder, find_asset, free_name, public_name
-from dreambooth_moslora.core.seeding import generator, place_of, rng, seed_of
+from dreambooth_moslora.core import (
+    assets_folder,
+    find_asset,
+    free_name,
+    generator,
+    is_finite_number,
+    is_number,
+    place_of,
+    public_name,
+    rng,
+    seed_of,
+    spelled_out,
+)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +103,7 @@ def test_a_position_can_be_asked_out_of_order():
     assert [place_of(position, 7, 3, "prior") for position in reversed(range(20))] == forward[::-1]
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def test_assets_lie_beside_the_package_in_a_clone():

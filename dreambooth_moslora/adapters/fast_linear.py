@@ -1,0 +1,407 @@
+"""The adapted projection as one autograd node: PEFT's function with fewer launches and fewer saved tensors.
+
+    y = W0·x + U·A·x                U = s·B·M (out,r), or s·B for plain LoRA
+    dx = W0ᵀ·g + Aᵀ·(Uᵀ·g)          dA = (Uᵀ·g)·xᵀ          dU = g·(A·x)ᵀ
+
+PEFT computes the branch in full-width tensors of its own, in fp32 when the adapter is fp32, and autograd keeps
+a cast copy of x for each projection. Here the branch is added to the base's output in place. Autograd keeps x
+once, uncast (q, k and v share it), and only A·x (n,r) of the branch. Adapters stay fp32 masters; the arithmetic
+is in the base weight's dtype, on A and Uᵀ in that dtype. During a training step these are the layer's `working`
+copies, which `working_copies` makes once; any other call makes its own. The scale is folded into U: `addmm`
+with a factor other than 1 is outside the fast CPU kernels.
+
+It is used for a frozen `nn.Linear`, dense or in 4 bit, with an adapter without dropout, DoRA or bias. In 4 bit,
+W0 is made dense only for dx, one layer at a time; a `TextProjection` gives W0·x, and needs no dx. Calls that
+need more (disabled, merged, several active adapters, mixed batches, autocast) go to PEFT's own forward.
+
+Projections of one input (q, k and v of self-attention, k and v of cross-attention) are one node together:
+
+    [q k v] = x·Wᵀ + (x·Aᵀ)·diag(Uqᵀ, Ukᵀ, Uvᵀ)        W = [Wq; Wk; Wv] frozen,  A = [Aq; Ak; Av],  U = s·B·M
+
+This takes three kernels for k projections, where each projection alone takes three. The block diagonal is never
+built: it is a batch of k products, on columns of the wide tensors. W is one buffer, and the layers' own weights
+become views of it, so the base takes no more memory and each layer can still be called alone. Where k and v of
+cross-attention are `TextProjection`s, W·x is known already.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Container, Iterable, Mapping, Sequence
+from functools import cache
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dreambooth_moslora.adapters.moslora import adapter_layers
+from dreambooth_moslora.base.load import TextProjection
+
+Copies = tuple[Tensor, Tensor]
+"""A (r,in) and Uᵀ (r,out) of one layer, in the base's dtype."""
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """x (…,in), frozen W0 (out,in) and b (out) or None, A (r,in), Uᵀ (r,out), all of one dtype -> y (…,out).
+
+    `packed` is bitsandbytes' description of a W0 in 4 bit, None for a dense one.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, packed, down: Tensor, up: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        inner = rows.mm(down.t())
+        result = F.linear(rows, weight, bias) if packed is None else linear_4bit(rows, weight, bias, packed)
+        result.addmm_(inner, up)
+        ctx.packed = packed
+        ctx.save_for_backward(x, inner, weight, down, up)
+        return result.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner, weight, down, up = ctx.saved_tensors
+        needs_x, _, _, _, needs_down, needs_up = ctx.needs_input_grad
+        grad = grad.reshape(-1, grad.shape[-1])
+        # First compute what reads `grad`: W0 will evict it from the cache.
+        grad_inner = grad.mm(up.t())
+        grad_up = inner.t().mm(grad) if needs_up else None
+        if ctx.packed is not None and needs_x:
+            weight = dense_weight(weight, ctx.packed).to(grad.dtype)
+        grad_x = grad.mm(weight).addmm_(grad_inner, down).view(x.shape) if needs_x else None
+        grad_down = grad_inner.t().mm(x.reshape(-1, x.shape[-1])) if needs_down else None
+        return grad_x, None, None, None, grad_down, grad_up
+
+
+class _BesideProduct(torch.autograd.Function):
+    """A text x (…,in), W0·x (…,out), A (r,in), Uᵀ (r,out), all of one dtype -> y (…,out). x has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, product: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        inner = rows.mm(down.t())
+        ctx.save_for_backward(rows, inner, up)
+        return torch.addmm(product.reshape(len(rows), -1), inner, up).view(product.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, inner, up = ctx.saved_tensors
+        grad = grad.reshape(len(rows), -1)
+        return None, None, grad.mm(up.t()).t().mm(rows), inner.t().mm(grad)
+
+
+def linear_4bit(x: Tensor, weight: Tensor, bias: Tensor | None, packed) -> Tensor:
+    from bitsandbytes import matmul_4bit
+
+    return matmul_4bit(x, weight, bias=bias, quant_state=packed)
+
+
+def dense_weight(weight: Tensor, packed) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight, packed)
+
+
+class ShortWay:
+    """PEFT's LoRA layer whose forward uses this node whenever it computes the same function."""
+
+    working: Mapping[str, "Copies | tuple[LentTogether, int]"] = MappingProxyType({})
+    """Adapter name -> its working copies, while a training step lends them (`working_copies`). Projections of
+    one input share theirs, each with its index."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        name, base = self._only_adapter(), self.base_layer
+        if args or kwargs or name is None or not _same_dtype(x, compute_dtype(base)):
+            return super().forward(x, *args, **kwargs)
+        copies = self.working.get(name)
+        if copies is not None and isinstance(copies[0], LentTogether):
+            together, place = copies
+            return together.output(place, x)
+        if copies is None:
+            if slow_reason(self, name):
+                return super().forward(x)
+            copies = self._own_copies(name)
+        if isinstance(base, TextProjection):
+            return _BesideProduct.apply(x, base(x), *copies)
+        packed = getattr(base.weight, "quant_state", None)
+        return _AdaptedLinear.apply(x.to(compute_dtype(base)), base.weight, base.bias, packed, *copies)
+
+    def _own_copies(self, name: str) -> Copies:
+        """Copies of the current weights; gradients reach the fp32 masters."""
+        dtype, scale = compute_dtype(self.base_layer), self.scaling[name]
+        up = self.lora_B[name].weight
+        return self.lora_A[name].weight.to(dtype), (up if scale == 1 else up * scale).to(dtype).t()
+
+    def _only_adapter(self) -> str | None:
+        """The only active adapter, or None when PEFT's forward must decide."""
+        if self.disable_adapters or self.merged_adapters:
+            return None
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        return names[0] if len(names) == 1 else None
+
+
+class FastLinear(ShortWay, LoraLinear):
+    """The fused node over a dense base."""
+
+
+@cache
+def fast_class(kind: type) -> type | None:
+    """The fused class for PEFT's layer class `kind`; None when there is none."""
+    if kind is LoraLinear or issubclass(kind, ShortWay):
+        return FastLinear if kind is LoraLinear else kind
+    is_4bit = (kind.__module__, kind.__name__) == ("peft.tuners.lora.bnb", "Linear4bit")
+    return type("FastLinear4bit", (ShortWay, kind), {}) if is_4bit else None
+
+
+def is_frozen_linear(base: nn.Module) -> bool:
+    """Whether the base is dense, or in 4 bit as bitsandbytes packs it for training; on CPUs it has another form
+    for inference."""
+    packed = getattr(getattr(base, "weight", None), "quant_state", None)
+    is_4bit = type(base).__name__ == "Linear4bit" and packed is not None and base.compute_type_is_set
+    is_for_training = is_4bit and not getattr(packed, "packing_format_for_cpu", False)
+    return type(base) in (nn.Linear, TextProjection) or is_for_training
+
+
+def compute_dtype(base: nn.Module) -> torch.dtype:
+    """The dtype of products with the frozen weight: bitsandbytes' layers set one, others use the weight's own."""
+    return getattr(base, "compute_dtype", base.weight.dtype)
+
+
+def _same_dtype(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the base would compute in its own `dtype`; autocast casts x to its dtype."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device) == dtype
+    return x.dtype == dtype
+
+
+def slow_reason(layer: nn.Module, adapter_name: str = "default") -> str | None:
+    """Why this adapted layer keeps PEFT's forward, in a few words; None when it can be fused."""
+    if fast_class(type(layer)) is None:
+        return f"not a linear layer ({type(layer).__module__}.{type(layer).__name__})"
+    base = layer.base_layer
+    if not is_frozen_linear(base):
+        return f"the base layer is no nn.Linear, dense or in 4 bit ({type(base).__name__})"
+    if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
+        return "the base layer carries hooks (offloading, for one)"
+    if adapter_name in layer.lora_variant:
+        return "the adapter is a variant of LoRA (DoRA or another)"
+    if type(layer.lora_dropout[adapter_name]) is not nn.Identity:
+        return "the adapter has dropout"
+    if layer.lora_bias[adapter_name]:
+        return "the adapter has a bias"
+    if base.weight.requires_grad:
+        return "the base weight is trained too"
+    return None
+
+
+def enable_fast_path(model: nn.Module, adapter_name: str = "default") -> int:
+    """Fuse every projection of `adapter_name` whose result stays the same; returns how many were fused.
+
+    Call it after `inject`. `slow_reason` says why another keeps its own forward.
+    """
+    switched = [m for m in adapter_layers(model, adapter_name).values() if slow_reason(m, adapter_name) is None]
+    for layer in switched:
+        layer.__class__ = fast_class(type(layer))
+    return len(switched)
+
+
+def disable_fast_path(model: nn.Module) -> None:
+    """Give every layer back to PEFT's own forward."""
+    for layer in model.modules():
+        if isinstance(layer, ShortWay):
+            layer.__class__ = type(layer).__bases__[1]
+
+
+class _JointLinear(torch.autograd.Function):
+    """x (…,in), frozen W (k·out,in), A (k,r,in), Uᵀ (k,r,out), all of one dtype -> k tensors (…,out)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+        rows, count = x.reshape(-1, x.shape[-1]), len(up)
+        inner = rows.mm(down.flatten(0, 1).t())
+        result = add_blocks(F.linear(rows, weight), inner, up)
+        ctx.save_for_backward(x, inner, weight, down, up)
+        return result.view(*x.shape[:-1], -1).chunk(count, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner, weight, down, up = ctx.saved_tensors
+        count, needs_x = len(up), ctx.needs_input_grad[0]
+        grad = torch.cat(grads, -1).view(len(inner), -1)
+        grad_inner = add_blocks(None, grad, up.mT)
+        grad_up = parts(inner, count).mT.bmm(parts(grad, count))
+        grad_x = grad.mm(weight).addmm_(grad_inner, down.flatten(0, 1)).view(x.shape) if needs_x else None
+        return grad_x, None, grad_inner.t().mm(x.reshape(-1, x.shape[-1])).view(down.shape), grad_up
+
+
+class _JointBeside(torch.autograd.Function):
+    """A text x (…,in), W·x (…,k·out), A (k,r,in), Uᵀ (k,r,out), all of one dtype -> k tensors (…,out). x has no
+    gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, products: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+        rows, count = x.reshape(-1, x.shape[-1]), len(up)
+        inner = rows.mm(down.flatten(0, 1).t())
+        ctx.save_for_backward(rows, inner, up)
+        result = torch.baddbmm(parts(products.reshape(len(rows), -1), count), parts(inner, count), up)
+        return result.view(count, *x.shape[:-1], -1).unbind()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, inner, up = ctx.saved_tensors
+        grad = torch.stack(grads).view(len(up), len(rows), -1)
+        grad_down = grad.bmm(up.mT).mT.bmm(rows.expand(len(up), *rows.shape))
+        return None, None, grad_down, parts(inner, len(up)).mT.bmm(grad)
+
+
+def parts(wide: Tensor, count: int) -> Tensor:
+    """(n, count·width) -> a view (count, n, width) of its columns."""
+    return wide.unflatten(-1, (count, -1)).transpose(0, 1)
+
+
+def add_blocks(wide: Tensor | None, x: Tensor, blocks: Tensor) -> Tensor:
+    """`wide` (n,k·w), changed in place, or zero for None, plus x (n,k·v) times the block diagonal of `blocks`
+    (k,v,w)."""
+    count = len(blocks)
+    if torch.compiler.is_compiling():  # the compiler fuses it, and cannot trace in-place changes of such a view
+        product = parts(x, count).bmm(blocks).transpose(0, 1).flatten(1)
+        return product if wide is None else wide + product
+    beta = 0 if wide is None else 1
+    if wide is None:
+        wide = torch.empty(len(x), count * blocks.shape[-1], dtype=x.dtype, device=x.device)
+    parts(wide, count).baddbmm_(parts(x, count), blocks, beta=beta)
+    return wide
+
+
+class Joint(ABC):
+    """Layers with one input, which compute together."""
+
+    def __init__(self, layers: tuple[LoraLinear, ...]):
+        self.layers = layers
+
+    def lend(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
+        """Let the layers compute together with these copies, A (k,r,in) and Uᵀ (k,r,out)."""
+        together = LentTogether(self, down, up)
+        for place, layer in enumerate(self.layers):
+            layer.working = {adapter_name: (together, place)}
+
+    def take_back(self) -> None:
+        for layer in self.layers:
+            del layer.working
+
+    @abstractmethod
+    def outputs(self, x: Tensor, down: Tensor, up: Tensor) -> Sequence[Tensor]:
+        """y (…,out) of each layer for x (…,in), with A (k,r,in) and Uᵀ (k,r,out)."""
+
+    def are_shared(self) -> bool:
+        """Whether the layers can still compute together."""
+        return True
+
+
+class JointProducts(Joint):
+    """Text projections of one attention, whose products with the text are there."""
+
+    def outputs(self, x: Tensor, down: Tensor, up: Tensor) -> Sequence[Tensor]:
+        first = self.layers[0].base_layer
+        first(x)  # its products may be of another text
+        return _JointBeside.apply(x, first.of_attention, down, up)
+
+
+class JointWeights(Joint):
+    """The frozen weights of the layers below one another in one buffer of their own size.
+
+    W (k·out,in), k = the number of `layers`.
+    """
+
+    def __init__(self, layers: tuple[LoraLinear, ...]):
+        super().__init__(layers)
+        self.weight = laid_together([layer.base_layer for layer in layers])
+
+    def outputs(self, x: Tensor, down: Tensor, up: Tensor) -> Sequence[Tensor]:
+        return _JointLinear.apply(x.to(self.weight.dtype), self.weight, down, up)
+
+    def are_shared(self) -> bool:
+        """Whether the layers still use the buffer; not after one was moved, cast or given other weights."""
+        weights = [layer.base_layer.weight for layer in self.layers]
+        places = [(view.data_ptr(), view.dtype) for view in self.weight.chunk(len(weights))]
+        return places == [(weight.data_ptr(), weight.dtype) for weight in weights]
+
+
+def laid_together(linears: Sequence[nn.Linear]) -> Tensor:
+    """One buffer (k·out,in) with the stacked frozen weights (out,in); each weight becomes a view of it.
+
+    Nothing is copied if they are stacked already, as in models that share their weights.
+    """
+    weights = [linear.weight.detach() for linear in linears]
+    first, step = weights[0], weights[0].nbytes
+    has_storage = first.device.type != "meta" and all(weight.is_contiguous() for weight in weights)
+    ends = [weight.data_ptr() - number * step for number, weight in enumerate(weights)]
+    storages = {weight.untyped_storage().data_ptr() for weight in weights}
+    if has_storage and len(storages) == 1 and set(ends) == {first.data_ptr()}:
+        return first.as_strided((len(weights) * len(first), first.shape[1]), first.stride())
+    whole = torch.cat(weights)
+    for linear, view in zip(linears, whole.chunk(len(weights)), strict=True):
+        linear.weight = nn.Parameter(view, requires_grad=False)
+    return whole
+
+
+def are_matrices(layers: Iterable[nn.Module]) -> bool:
+    """Whether each layer is a plain matrix: not quantised, and without a bias."""
+    return all(type(layer) is nn.Linear and layer.bias is None for layer in layers)
+
+
+def lay_together(model: nn.Module, adapted: Container[str]) -> None:
+    """Stack the `adapted` projections (paths) that models with shared weights will compute jointly."""
+    for path, module in model.named_modules():
+        names = {layer: name for name, layer in module.named_children()}
+        layers = [x for x in projections_of_one_input(module) if f"{path}.{names[x]}" in adapted]
+        kinds = {(type(x), x.weight.shape, x.weight.dtype) for x in layers}
+        if len(layers) > 1 and len(kinds) == 1 and are_matrices(layers):
+            laid_together(layers)
+
+
+class LentTogether:
+    """The working copies of layers with one input, for one step: A (k,r,in) and Uᵀ (k,r,out), leaves of autograd.
+
+    The first layer that is called computes all of them. The others' results wait until they are called with the
+    same input.
+    """
+
+    def __init__(self, joint: Joint, down: Tensor, up: Tensor):
+        self.joint, self.down, self.up = joint, down, up
+        self._input: tuple | None = None
+        self._waiting: list[Tensor | None] = []
+
+    def output(self, place: int, x: Tensor) -> Tensor:
+        """y (…,out) of the layer at `place` for x (…,in)."""
+        if not self._is_waiting_for(x) or self._waiting[place] is None:
+            found = self.joint.outputs(x, self.down, self.up)
+            self._input, self._waiting = (x, torch.is_grad_enabled()), list(found)
+        result, self._waiting[place] = self._waiting[place], None
+        if all(other is None for other in self._waiting):
+            self._input = None
+        return result
+
+    def _is_waiting_for(self, x: Tensor) -> bool:
+        """Whether x is the tensor object of the previous call, with the same gradient mode.
+
+        Changing it in place in between raises an error in autograd, which has saved it.
+        """
+        return self._input is not None and self._input[0] is x and self._input[1] == torch.is_grad_enabled()
+
+
+def projections_of_one_input(attention: nn.Module) -> list[nn.Module]:
+    """The projections of one tensor in diffusers' attention: to_q, to_k, to_v, or the last two in cross-attention.
+
+    Empty for any other module.
+    """
+    is_cross = getattr(attention, "is_cross_attention", None)
+    if is_cross is None:
+        return []
+    names = ("to_k", "to_v") if is_cross else ("to_q", "to_k", "to_v")
+    return [layer for layer in (getattr(attention, name, None) for name in names) if layer is not None]

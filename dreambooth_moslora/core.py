@@ -1,0 +1,410 @@
+"""Errors, seeds, names, whole files: what every other module may need. It imports no torch.
+
+A draw depends on (seed, what, where), and not on earlier draws. So a resumed run draws what an unbroken one would
+have drawn, without saved generator states, and two processes draw what one process draws in two turns (compare
+NVlabs/edm2, which re-seeds each step).
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache, lru_cache
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters, and those that turn the direction of a line."""
+NO_MEMORY = re.compile(
+    r"can't allocate memory|out of memory|ALLOC_FAILED|AllocFailed|(CUBLAS|HIPBLAS|CUDNN)_STATUS_NOT_INITIALIZED"
+    r"|could not create a (primitive|memory object)$"
+)
+"""Messages of the CPU's allocator, of the drivers of Nvidia's, AMD's and Apple's GPUs, of libraries without memory for
+their workspace, and of oneDNN."""
+MOST_LETTERS = 1000
+"""Most characters of a message: a value of a hundred thousand is not shown whole."""
+
+
+def spelled_out(text: str) -> str:
+    """Undecodable bytes, which file names may have, become `\\udcff`, control characters `\\x1b` and `\\u202e`.
+
+    The result can be written anywhere and does not affect a terminal. Line feeds and tabs stay.
+    """
+    return CONTROL.sub(lambda found: escape(ord(found[0])), text.encode("utf-8", "backslashreplace").decode())
+
+
+def escape(letter: int) -> str:
+    return f"\\x{letter:02x}" if letter < 256 else f"\\u{letter:04x}"
+
+
+def one_line(error: object, most: int = 200) -> str:
+    """Another library's error as one line of at most `most` characters; its type if it has no text."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def shortened(text: str) -> str:
+    """A long message without its middle: the beginning says what is wrong, the end what to do."""
+    half = MOST_LETTERS // 2
+    return text if len(text) <= MOST_LETTERS else f"{text[:half]} … {text[-half:]}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine or its GPU ran out of memory."""
+    is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_named or bool(NO_MEMORY.search(str(error)))
+
+
+class StopRequestedError(Exception):
+    """The user asked to stop: the current work can be dropped without saving."""
+
+
+class UserError(ValueError):
+    """A mistake of the user: one line that says what was wrong and what to do.
+
+    Command-line programs print it without a traceback and exit with code 2. Undecodable bytes are spelled out,
+    and a very long text loses its middle.
+    """
+
+    def __init__(self, text: str):
+        super().__init__(shortened(spelled_out(text)))
+
+
+def is_number(value: object) -> bool:
+    """An int or a float, infinity and NaN among them."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_finite_number(value: object) -> bool:
+    """A number that a float holds: no NaN, no infinity, and no int beyond the largest float."""
+    return is_number(value) and abs(value) <= sys.float_info.max
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Raises UserError unless the bytes are UTF-8 and a JSON object, without NaN and not too deeply nested."""
+    try:
+        values = json.loads(body.decode("utf-8"), parse_constant=no_number)
+    except (ValueError, RecursionError) as error:
+        raise UserError("the body is not valid JSON") from error
+    if not isinstance(values, dict):
+        raise UserError('the body must be a JSON object like {"prompt": "a dog"}')
+    return values
+
+
+def no_number(word: str) -> None:
+    raise ValueError(f"{word} is not a JSON number")
+
+
+def seed_of(*names: object) -> int:
+    """A 63-bit seed for this combination of names and numbers."""
+    digest = hashlib.blake2b("/".join(map(str, names)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def rng(*names: object) -> random.Random:
+    """Python's generator, for crops and orders."""
+    return random.Random(seed_of(*names))
+
+
+def generator(*names: object) -> "torch.Generator":
+    """A CPU generator: its numbers do not depend on the device that trains."""
+    import torch
+
+    return torch.Generator().manual_seed(seed_of(*names))
+
+
+def place_of(position: int, length: int, *names: object) -> tuple[int, int]:
+    """(epoch, slot) at `position`, when `length` slots are shuffled anew in each epoch."""
+    epoch, offset = divmod(position, length)
+    return epoch, permutation(length, *names, epoch)[offset]
+
+
+@lru_cache(maxsize=64)
+def permutation(length: int, *names: object) -> tuple[int, ...]:
+    return tuple(rng("order", *names).sample(range(length), length))
+
+
+def default_cache_dir() -> Path:
+    """The folder of disk caches of all runs: `$XDG_CACHE_HOME/dreambooth_moslora`, or `~/.cache/…`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dreambooth_moslora"
+
+
+def content_key(**facts: object) -> str:
+    """A hex key of JSON-able values, the same in every process."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def clone_folder() -> Path | None:
+    """The root of the repository, or None when the program was installed from a wheel."""
+    return None if (PACKAGE / "assets").is_dir() else PACKAGE.parent
+
+
+def assets_folder() -> Path:
+    """The folder of `toy-sdxl`, `toy-dino`, `toy-segmenter`, `adapters`, `configs`, `studies` and `subjects`."""
+    return (clone_folder() or PACKAGE) / "assets"
+
+
+def import_environment() -> dict[str, str]:
+    """Environment variables that let a child process import this program from any folder: PYTHONPATH in a clone."""
+    clone = clone_folder()
+    if clone is None:
+        return {}
+    inherited = os.environ.get("PYTHONPATH", "")
+    return {"PYTHONPATH": f"{clone}{os.pathsep}{inherited}" if inherited else str(clone)}
+
+
+def find_asset(path: str) -> str:
+    """A path given by the user, with `~` resolved.
+
+    If `assets/…` does not exist there, it is taken from the program's own files: the README's examples work
+    from any folder.
+    """
+    path = os.path.expanduser(path)
+    parts = Path(path).parts
+    if parts[:1] != ("assets",) or os.path.exists(path):
+        return path
+    own = assets_folder().joinpath(*parts[1:])
+    return str(own) if own.exists() else path
+
+
+TOY_PLACES = (
+    "on grass",
+    "in the snow",
+    "on the beach",
+    "on a wooden floor",
+    "on a purple rug",
+    "in the desert",
+    "on a checkered floor",
+    "in a pink room",
+    "on water",
+    "in a forest",
+    "on a city street",
+    "on the moon",
+    "in a kitchen",
+    "on a stage with red curtains",
+    "on autumn leaves",
+    "on lava",
+)
+TOY_TEMPLATES = tuple(f"a photo of a {{}} {place}" for place in TOY_PLACES)
+"""One for each place that the embedded base knows."""
+TOY_CONTEXT_TEMPLATES = tuple(
+    f"a photo of a {{}} {p}" for p in ("on the beach", "in the snow", "on lava", "on the moon")
+)
+
+
+def is_toy(base: str) -> bool:
+    """Whether the base is the embedded toy world."""
+    return str(base).rstrip("/").split("/")[-1] in ("toy", "toy-sdxl")
+
+
+def preferred_guidance(base: str) -> float:
+    """The default classifier-free guidance of a base: 5 for SDXL. With 5, the embedded base's colours saturate,
+    and adapted pictures drift further from its own (`evaluate --guidance_scale 5`)."""
+    return 2.5 if is_toy(base) else 5.0
+
+
+CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"
+SUBJECT_FILE = "subject.json"
+"""Beside photos: their token and class word, for commands that take folders of subjects; of a toy, what it is."""
+"""Hub ids of the encoders that score pictures of SDXL."""
+MAX_WORD_CHARACTERS = 60
+"""Of a token, and of the word for what photos show."""
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def public_name(name: str | Path) -> str:
+    """A hub id or `toy` unchanged; of a path, also a Windows path, only its last part, since the rest is private."""
+    path = os.path.expanduser(str(name))
+    if path and os.path.exists(path):
+        return os.path.basename(os.path.abspath(path))
+    text = str(name).replace("\\", "/")
+    return text if HUB_ID.fullmatch(text) else Path(text).name
+
+
+def free_name(name: str, is_taken: Callable[[str], bool], separator: str = "_", *, is_numbered: bool = False) -> str:
+    """`name`, or the first of `name_2`, `name_3` … that is not taken; with `is_numbered` it begins at `name_1`."""
+    if not is_numbered and not is_taken(name):
+        return name
+    numbers = count(1 if is_numbered else 2)
+    return next(numbered for n in numbers if not is_taken(numbered := f"{name}{separator}{n}"))
+
+
+AMPERE = 8
+"""The first compute capability of Nvidia's with bf16 convolutions and matrix products."""
+AMD = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+"""The architectures of AMD's with matrix units for bf16: CDNA, and RDNA from the third on."""
+
+
+def process_count() -> int:
+    """Processes that a launcher started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this is the run's first process, the only one that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def half_precision() -> str:
+    """bf16 where the current GPU has it, else fp16. There must be a GPU."""
+    import torch  # not before it is needed: a dry run answers at once
+
+    if torch.version.hip:  # its compute capability is the architecture's number
+        has_bf16 = torch.cuda.get_device_properties().gcnArchName.startswith(AMD)
+    else:
+        has_bf16 = torch.cuda.get_device_capability()[0] >= AMPERE
+    return "bf16" if has_bf16 else "fp16"
+
+
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>[0-9]{1,9})-(?P<token>[0-9a-f]{8})\.(?P<kind>new|old)")
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Write a file completely, or leave its old content. The folder must exist."""
+    path = Path(path)
+    temporary = temporary_name(path, "new")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; it is renamed to `path` when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clean_stale(path.parent)
+    temporary = temporary_name(path, "new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        sync_tree(temporary)
+        replace_directory(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def scratch_directory(folder: Path) -> Iterator[Path]:
+    """A folder in `folder` for the length of the block. Folders that a killed process left are removed."""
+    clean_stale(folder)
+    scratch = temporary_name(folder / "scratch", "new")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def replace_directory(new: Path, path: Path) -> None:
+    """Put `new` in the place of `path`. It takes two renames if `path` exists; `recover` repairs a kill between
+    them."""
+    old = temporary_name(path, "old")
+    if path.exists():
+        os.replace(path, old)
+    os.replace(new, path)
+    sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Rename the folder, so that its name is free at once, then delete it."""
+    doomed = temporary_name(path, "new")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def temporary_name(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}-{process_token(os.getpid())}.{kind}")
+
+
+@cache
+def process_token(pid: int) -> str:
+    """Distinguishes this process from an earlier one of the same number: containers reuse numbers."""
+    return secrets.token_hex(4)
+
+
+def recover(folder: Path) -> None:
+    """Restore a folder's name after a kill between the two renames of its replacement."""
+    for path, match in temporaries(folder):
+        target = folder / match["name"]
+        if match["kind"] == "old" and path.is_dir() and not target.exists() and not is_in_use(match):
+            with suppress(OSError):
+                os.replace(path, target)
+
+
+def clean_stale(folder: Path) -> None:
+    """Remove temporaries of processes that no longer run from `folder`."""
+    recover(folder)
+    for path, match in temporaries(folder):
+        if is_in_use(match):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def temporaries(folder: Path) -> list[tuple[Path, re.Match[str]]]:
+    return [(path, match) for path in folder.iterdir() if (match := TEMPORARY.fullmatch(path.name))]
+
+
+def is_in_use(temporary: re.Match[str]) -> bool:
+    """Whether the process that made it still runs. This process removes its own temporaries itself."""
+    pid = int(temporary["pid"])
+    if pid == os.getpid():
+        return temporary["token"] == process_token(pid)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush renames in the folder to the disk; not every system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,1 +1,0 @@
-"""Names, seeds, errors and whole files for all other packages; it imports no torch."""
