@@ -88,6 +88,7 @@ def test_seeds_depend_on_every_name_and_on_nothing_else():
     assert len(seeds) == 4
     assert torch.equal(torch.randn(4, generator=generator(7, "a")), torch.randn(4, generator=generator(7, "a")))
     assert rng(7, "a").random() == rng(7, "a").random()
+    assert seed_of("ab", "c") != seed_of("a", "bc") and seed_of(7, "crop", 3) == 2131499920990350508
 
 
 def test_each_epoch_shows_every_slot_once_in_a_new_order():

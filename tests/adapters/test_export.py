@@ -14,6 +14,7 @@ from dreambooth_moslora.adapters import export, moslora, proof
 from dreambooth_moslora.adapters import proof as kohya
 from dreambooth_moslora.adapters.describe import reduce_rank
 from dreambooth_moslora.adapters.export import load_published, publish
+from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.mixer import LowRank
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, inject, set_scale
 from dreambooth_moslora.adapters.raw_file import save_raw
@@ -64,6 +65,17 @@ def test_files_of_the_first_steps_keep_their_bound(dtype, options, tmp_path):
     assert 0 < found.max_relative_difference < proof.BOUNDS[dtype]
     types = {t.dtype for k, t in load_file(tmp_path / PUBLISHED_NAME).items() if ".lora_magnitude" not in k}
     assert types == {dtype}
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}])
+def test_the_header_of_a_folded_file_says_alpha_equal_to_the_rank(options, tmp_path):
+    components = live(**options)
+    assert facts_of(components).alpha == 11
+    publish(components, tmp_path, "dog", facts_of(components))
+    for name in (PUBLISHED_NAME, KOHYA):
+        with safe_open(tmp_path / name, "pt") as file:
+            told = AdapterMetadata.from_json(file.metadata()["moslora"])
+        assert (told.rank, told.alpha, told.use_rslora) == (4, 4, False)
 
 
 def test_the_scale_of_the_moment_is_not_published(tmp_path):

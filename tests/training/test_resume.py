@@ -85,6 +85,7 @@ FAST = ("plain", "bare_prompt")
 STOPS = {
     **dict.fromkeys(("plain", "class_images_and_captions", "accumulation_and_convolutions"), (1, 2, 3)),
     **dict.fromkeys(("new_tokens_and_average", "new_tokens_of_several_subjects"), (1, 3)),  # the pivot is step 2
+    **dict.fromkeys(("text_encoder_dropout_and_dora", "schedule_free"), (1,)),  # step 2 has the whole learning rate
     "class_images_of_several_sizes": (0,),
 }
 """After which steps a run is stopped, if not after the second alone. Step 0: while class images are drawn."""
