@@ -37,8 +37,7 @@ def test_running_needs_no_test_tool():
 
 
 def test_every_package_is_in_the_wheel():
-    files = [file for top in ("dreambooth_moslora", "toybox") for file in (ROOT / top).rglob("__init__.py")]
-    names = {".".join(file.parent.relative_to(ROOT).parts) for file in files}
+    names = {".".join(f.parent.relative_to(ROOT).parts) for f in (ROOT / "dreambooth_moslora").rglob("__init__.py")}
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == names | {"dreambooth_moslora.assets"}
 
 

@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import random
 
+from dreambooth_moslora.photos.toy_readers import LIGHT_PHRASES
 from toybox.world import Scene, Toy
 
 __all__ = ["canonical_caption", "caption", "full_caption"]
-
-LIGHT_PHRASES = {
-    "day": "",
-    "sunset": "at sunset",
-    "night": "at night",
-    "overcast": "on an overcast day",
-    "fog": "in the fog",
-    "rain": "in the rain",
-    "snowfall": "in falling snow",
-}
 
 
 def article(words: str) -> str:

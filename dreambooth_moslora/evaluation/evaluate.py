@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -84,7 +85,7 @@ GREY = (128, 128, 128)
 
 
 class Truth(Protocol):
-    """A world that knows the subject's true appearance (`toy_truth.ToyTruth`)."""
+    """A world that knows the subject's true appearance (`toybox.truth.ToyTruth`)."""
 
     def tables(self, plan: EvaluationPlan, pictures: list[Image.Image], vectors: Tensor, photos: Tensor) -> Tables: ...
 
@@ -247,13 +248,11 @@ def paint_over(photo: Image.Image, mask: Image.Image) -> Image.Image:
 def truth_of(
     base: str, photos_dir: str | Path | None, plan: EvaluationPlan, encoders: Encoders, size_px: int
 ) -> Truth | None:
-    """The truth about a toy that the toy base draws in the toy world's places; None for anything else."""
-    if not (is_toy(base) and photos_dir):
+    """The truth about a toy that the toy base draws in the toy world's places; None for anything else, and in an
+    installed program, which has no toy world to render it."""
+    if not (is_toy(base) and photos_dir and find_spec("toybox")):
         return None
-    from dreambooth_moslora.evaluation.toy_truth import (
-        find_truth,
-        is_known_place,  # the toy world costs an import
-    )
+    from toybox.truth import find_truth, is_known_place
 
     return find_truth(Path(photos_dir), encoders, size_px) if all(map(is_known_place, plan.templates)) else None
 

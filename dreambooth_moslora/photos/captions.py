@@ -93,10 +93,10 @@ def load_captioner(config: TrainConfig, device: "torch.device | str" = "cpu") ->
 
 
 def toy_reader(word: str, device: "torch.device | str") -> Callable[[Image.Image], str]:
-    from toybox.readers import surroundings
+    from dreambooth_moslora.photos.toy_readers import SurroundingsReader, phrase
 
-    reader = surroundings.load(assets_folder() / TOY_CLIP, device)
-    return lambda image: surroundings.phrase(*reader.read(image, word))
+    reader = SurroundingsReader(assets_folder() / TOY_CLIP, device)
+    return lambda image: phrase(*reader.read(image, word))
 
 
 def chat_reader(name: str, word: str, device: "torch.device | str") -> Callable[[Image.Image], str]:

@@ -77,9 +77,9 @@ def load_segmenter(config: TrainConfig, device: torch.device | str = "cpu") -> S
 
 
 def toy_finder(device: torch.device | str) -> Callable[[Image.Image], Tensor]:
-    from toybox.readers import segmenter
+    from dreambooth_moslora.photos.toy_readers import load_net
 
-    net = segmenter.load(assets_folder() / TOY_SEGMENTER).to(device)
+    net = load_net(assets_folder() / TOY_SEGMENTER).to(device)
 
     def find(image: Image.Image) -> Tensor:
         pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1

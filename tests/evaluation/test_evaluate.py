@@ -15,7 +15,6 @@ from dreambooth_moslora.evaluation.evaluate import Evaluation, Evaluator, evalua
 from dreambooth_moslora.evaluation.metrics import picture_distance
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_for
 from dreambooth_moslora.evaluation.report import rows_beside
-from dreambooth_moslora.evaluation.toy_truth import find_truth, other_toy, place_in, stacked, view
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.settings.prompts import Subject
@@ -23,6 +22,7 @@ from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_encoders import tiny_encoders
 from toybox.readers.judge import QUESTIONS, Reading
 from toybox.render import render
+from toybox.truth import find_truth, other_toy, place_in, stacked, view
 from toybox.world import Toy, sample_scene
 
 PLAN = EvaluationPlan(

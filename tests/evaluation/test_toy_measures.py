@@ -11,10 +11,10 @@ from PIL import Image, ImageFilter
 from dreambooth_moslora.base.files import TOY
 from dreambooth_moslora.evaluation import metrics
 from dreambooth_moslora.evaluation.metrics import Encoders, load_encoders
-from dreambooth_moslora.evaluation.toy_truth import other_toy
 from toybox.captions import canonical_caption
 from toybox.make_subjects import FOLDER, load
 from toybox.render import render
+from toybox.truth import other_toy
 from toybox.world import Scene, Toy, sample_scene
 
 pytestmark = pytest.mark.skipif(

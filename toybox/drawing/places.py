@@ -1,4 +1,4 @@
-"""The sixteen places of a toy: each has a ground and a backdrop painted by a formula, and its lights.
+"""The sixteen places of a toy: each has a ground and a backdrop painted by a formula.
 
 A ground maps (x, z) to a colour; z grows away from the camera up to the backdrop, an upright canvas at z =
 BACKDROP. The backdrop maps (x, y) on that canvas, y up from the ground. All are tensors (P,) in toy units; `v`
@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from dreambooth_moslora.photos.toy_readers import LIGHTS_AT
 from toybox.drawing.paint import RGB, band, cell, chance, clouds, disc, firs, hill, inside, mix, mottle, ramp, sky
 
 __all__ = ["BACKDROP", "LIGHTS", "PLACES", "SCENERY", "Light", "lights_of"]
@@ -298,37 +299,33 @@ def volcano(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
 
 
 class Place(NamedTuple):
-    """Ground, backdrop, and the lights that suit them."""
+    """Ground and backdrop."""
 
     ground: Paint
     backdrop: Paint
-    lights: tuple[str, ...]
 
 
-_OUTDOORS = LIGHTS
-_WARM = ("day", "sunset", "night", "overcast", "fog", "rain")
-_INDOORS = ("day", "night")
 SCENERY: dict[str, Place] = {
-    "on grass": Place(grass, meadow, _OUTDOORS),
-    "in the snow": Place(snow, snowy_firs, ("day", "sunset", "night", "overcast", "fog", "snowfall")),
-    "on the beach": Place(sand, sea_and_palm, _WARM),
-    "on a wooden floor": Place(planks, room_with_window, _INDOORS),
-    "on a purple rug": Place(rug, grey_blue_wall, _INDOORS),
-    "in the desert": Place(dunes, pyramids, ("day", "sunset", "night", "overcast")),
-    "on a checkered floor": Place(checkers, plain_wall, _INDOORS),
-    "in a pink room": Place(pink_floor, pink_wall, _INDOORS),
-    "on water": Place(water, islands, _WARM),
-    "in a forest": Place(forest_floor, trunks, _OUTDOORS),
-    "on a city street": Place(asphalt, buildings, _OUTDOORS),
-    "on the moon": Place(craters, space, ("day",)),
-    "in a kitchen": Place(kitchen_tiles, cupboards, _INDOORS),
-    "on a stage with red curtains": Place(stage_floor, curtains, ("day",)),
-    "on autumn leaves": Place(leaves, autumn_trees, _WARM),
-    "on lava": Place(lava, volcano, ("day",)),
+    "on grass": Place(grass, meadow),
+    "in the snow": Place(snow, snowy_firs),
+    "on the beach": Place(sand, sea_and_palm),
+    "on a wooden floor": Place(planks, room_with_window),
+    "on a purple rug": Place(rug, grey_blue_wall),
+    "in the desert": Place(dunes, pyramids),
+    "on a checkered floor": Place(checkers, plain_wall),
+    "in a pink room": Place(pink_floor, pink_wall),
+    "on water": Place(water, islands),
+    "in a forest": Place(forest_floor, trunks),
+    "on a city street": Place(asphalt, buildings),
+    "on the moon": Place(craters, space),
+    "in a kitchen": Place(kitchen_tiles, cupboards),
+    "on a stage with red curtains": Place(stage_floor, curtains),
+    "on autumn leaves": Place(leaves, autumn_trees),
+    "on lava": Place(lava, volcano),
 }
 PLACES: tuple[str, ...] = tuple(SCENERY)
 
 
 def lights_of(place: str) -> tuple[str, ...]:
     """The lights under which the place may be shown."""
-    return SCENERY[place].lights
+    return LIGHTS_AT[place]

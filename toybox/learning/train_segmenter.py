@@ -21,13 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, interpolate
 
+from dreambooth_moslora.photos.toy_readers import FILE, SIZE_PX, ToySegmenter, load_net
 from toybox.data.pieces import kept
 from toybox.data.renders import Renders, to_pixels
 from toybox.learning.channels_last import to_channels_last, use_fast_group_norm
 from toybox.learning.training import MasterWeights, Run
 from toybox.make_subjects import SUBJECTS, Subject, photo_scenes
-from toybox.readers import segmenter
-from toybox.readers.segmenter import SIZE_PX, Segmenter
 from toybox.render import render, toy_masks
 from toybox.world import Scene, sample_scene
 
@@ -103,7 +102,7 @@ def train(args: argparse.Namespace) -> Path:
     torch.manual_seed(0)
     renders = Renders(args.data, args.limit)
     masks = masks_of(renders, args.out / "masks")
-    net = use_fast_group_norm(Segmenter())
+    net = use_fast_group_norm(ToySegmenter())
     weights = MasterWeights(net, muon_lr=0.02, adamw_lr=2e-3, adamw_names=("stem", "head"), ema_decay=0.995)
     run = Run(args.out, weights, args.steps, minutes=args.minutes, save_every=100, log_every=50)
     for step in run:
@@ -118,7 +117,7 @@ def train(args: argparse.Namespace) -> Path:
     folder = args.out / "model"
     folder.mkdir(exist_ok=True)
     averaged = {name: tensor.half().contiguous() for name, tensor in weights.averaged().items()}
-    save_file(averaged, folder / segmenter.FILE)
+    save_file(averaged, folder / FILE)
     return folder
 
 
@@ -130,7 +129,7 @@ def fresh_scenes(count: int) -> list[Scene]:
 
 def evaluate(folder: Path, count: int) -> dict[str, float]:
     """Intersection over union with the true masks, of `count` fresh renders and of the sample subjects."""
-    net = segmenter.load(folder)
+    net = load_net(folder)
     subjects = []
     for name, toy in SUBJECTS.items():
         subjects += photo_scenes(Subject(name, toy, toy.kind))

@@ -6,30 +6,30 @@ from pathlib import Path
 import pytest
 import torch
 
+from dreambooth_moslora.photos.toy_readers import FILE, ToySegmenter, load_net
 from toybox.data.render_dataset import Shard, write_shard
 from toybox.data.renders import to_pixels
 from toybox.learning import train_segmenter
 from toybox.learning.train_segmenter import augment, fresh_scenes, iou, segmentation_loss
-from toybox.readers import segmenter
 from toybox.render import render, toy_masks
 
 NET = Path(__file__).resolve().parents[3] / "assets" / "toy-segmenter"
 
 
 def test_the_shipped_net_is_small():
-    assert (NET / segmenter.FILE).stat().st_size <= 300_000
+    assert (NET / FILE).stat().st_size <= 300_000
 
 
 @pytest.mark.slow
 def test_the_shipped_net_finds_fresh_toys():
     """A dozen here; `python -m toybox.learning.train_segmenter --net assets/toy-segmenter` measures hundreds."""
     scenes = fresh_scenes(12)
-    found = segmenter.load(NET).logits(to_pixels(render(scenes))) > 0
+    found = load_net(NET).logits(to_pixels(render(scenes))) > 0
     assert iou(found, toy_masks(scenes, 128)).mean() > 0.9
 
 
 def test_any_size_comes_back_in_its_own(tmp_path):
-    net = segmenter.Segmenter()
+    net = ToySegmenter()
     for size in ((128, 128), (100, 333), (20, 16)):
         assert net.logits(torch.zeros(1, 3, *size)).shape == (1, *size)
 
@@ -63,4 +63,4 @@ def test_it_is_trained_on_renders_and_goes_on(tmp_path, capsys):
     assert masks.stat().st_mtime_ns == made
     assert torch.load(tmp_path / "net" / "state.pt")["step"] == 3
     assert json.loads((tmp_path / "net" / "report.json").read_text())["parameters"] > 0
-    segmenter.load(tmp_path / "net" / "model")
+    load_net(tmp_path / "net" / "model")

@@ -22,13 +22,13 @@ from torch import Tensor
 from dreambooth_moslora.core import SUBJECT_FILE, UserError, assets_folder
 from dreambooth_moslora.evaluation.metrics import Encoders
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
+from dreambooth_moslora.photos.toy_readers import ToySegmenter, load_net
 from dreambooth_moslora.settings.sources import read_json_table
 from toybox.data.renders import to_pixels, to_uint8
-from toybox.drawing.places import PLACES
 from toybox.measures.sharpness import sharpness
-from toybox.readers import judge, segmenter
+from toybox.readers import judge
 from toybox.render import render, toy_masks
-from toybox.world import Scene, Toy, sample_scene, sample_toy
+from toybox.world import PLACES, Scene, Toy, sample_scene, sample_toy
 
 VIEWS = 3
 """True renders of each place."""
@@ -131,8 +131,8 @@ class ToyTruth:
         return AutoencoderKL.from_pretrained(assets_folder() / "toy-sdxl", subfolder="vae").eval()
 
     @cached_property
-    def segmenter(self) -> segmenter.Segmenter:
-        return segmenter.load(assets_folder() / "toy-segmenter")
+    def segmenter(self) -> ToySegmenter:
+        return load_net(assets_folder() / "toy-segmenter")
 
     @cached_property
     def judge(self) -> judge.Judge:

@@ -1,0 +1,145 @@
+"""What the embedded base's own networks read in a photo: which pixels are its toy, and where the toy stands.
+
+    load_net(folder).logits(pixels)                     # (N,3,H,W) in [-1, 1] -> (N,H,W), above 0 at toys
+    SurroundingsReader(folder).read(image, "duck")      # ("on the beach", "sunset")
+
+The segmenter is a small U-Net (Ronneberger et al., 2015), trained on renders by `toybox.learning.train_segmenter`. The
+surroundings are read by the base's own CLIP, zero shot: the place and light whose caption's vector has the largest
+cosine to the picture's. `python -m toybox.measures.surroundings` measures how often they are right.
+"""
+
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, normalize, pixel_shuffle, pixel_unshuffle
+from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+
+FILE = "model.safetensors"
+SIZE_PX = 128
+"""Shorter side of its training pictures."""
+PATCH = 2
+"""The pixels of 2 x 2 patches become channels of one position: a quarter of the work for the same outline."""
+WIDTHS = (24, 32, 40, 48)
+STRIDE = PATCH * 2 ** (len(WIDTHS) - 1)
+
+
+def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1),
+        nn.GroupNorm(8, outputs),
+        nn.SiLU(),
+    )
+
+
+class ToySegmenter(nn.Module):
+    """Pixels (N,3,H,W) in [-1, 1], sides multiples of 16 -> logits (N,H,W).
+
+    Each halving of the sides is followed by a bilinear doubling, to which the features of that size are added.
+    """
+
+    def __init__(self):
+        super().__init__()
+        pairs = list(pairwise(WIDTHS))
+        self.stem = _convolution(3 * PATCH**2, WIDTHS[0])
+        self.down = nn.ModuleList(nn.Sequential(_convolution(a, b, 2), _convolution(b, b)) for a, b in pairs)
+        self.narrow = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in reversed(pairs))
+        self.up = nn.ModuleList(_convolution(a, a) for a, _ in reversed(pairs))
+        self.head = nn.Conv2d(WIDTHS[0], PATCH**2, 1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        levels = [self.stem(pixel_unshuffle(pixels, PATCH))]
+        for down in self.down:
+            levels.append(down(levels[-1]))
+        x = levels.pop()
+        for narrow, up in zip(self.narrow, self.up):
+            x = interpolate(narrow(x), scale_factor=2, mode="bilinear")
+            x = up(x + levels.pop())
+        return pixel_shuffle(self.head(x), PATCH)[:, 0]
+
+    @torch.no_grad()
+    def logits(self, pixels: Tensor) -> Tensor:
+        """(N,3,H,W) of any size -> (N,H,W); computed with the shorter side scaled to about 128 px."""
+        sides = pixels.shape[-2:]
+        scale = SIZE_PX / min(sides)
+        seen = [max(STRIDE, round(side * scale / STRIDE) * STRIDE) for side in sides]
+        small = interpolate(pixels, size=seen, mode="bilinear", antialias=True)
+        return interpolate(self(small)[:, None], size=sides, mode="bilinear")[:, 0]
+
+
+def load_net(folder: Path) -> ToySegmenter:
+    """The net of `folder`, in fp32."""
+    net = ToySegmenter().eval().requires_grad_(False)
+    net.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / FILE).items()})
+    return net
+
+
+LIGHT_PHRASES = {
+    "day": "",
+    "sunset": "at sunset",
+    "night": "at night",
+    "overcast": "on an overcast day",
+    "fog": "in the fog",
+    "rain": "in the rain",
+    "snowfall": "in falling snow",
+}
+_OUTDOORS = tuple(LIGHT_PHRASES)
+_WARM = _OUTDOORS[:-1]
+_INDOORS = ("day", "night")
+LIGHTS_AT = {
+    "on grass": _OUTDOORS,
+    "in the snow": ("day", "sunset", "night", "overcast", "fog", "snowfall"),
+    "on the beach": _WARM,
+    "on a wooden floor": _INDOORS,
+    "on a purple rug": _INDOORS,
+    "in the desert": ("day", "sunset", "night", "overcast"),
+    "on a checkered floor": _INDOORS,
+    "in a pink room": _INDOORS,
+    "on water": _WARM,
+    "in a forest": _OUTDOORS,
+    "on a city street": _OUTDOORS,
+    "on the moon": ("day",),
+    "in a kitchen": _INDOORS,
+    "on a stage with red curtains": ("day",),
+    "on autumn leaves": _WARM,
+    "on lava": ("day",),
+}
+"""The places of the toy world, and the lights under which each may be shown."""
+SURROUNDINGS = tuple((place, light) for place, lights in LIGHTS_AT.items() for light in lights)
+
+
+def phrase(place: str, light: str) -> str:
+    """The words of a caption: "on the beach at sunset"; daylight adds none."""
+    return f"{place} {LIGHT_PHRASES[light]}".strip()
+
+
+class SurroundingsReader:
+    """Both towers of the CLIP inside a diffusers folder, fp32."""
+
+    def __init__(self, folder: Path, device: torch.device | str = "cpu"):
+        options = {"dtype": torch.float32}
+        self.vision = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder", **options)
+        self.text = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", **options)
+        self.processor = CLIPImageProcessor.from_pretrained(folder / "feature_extractor")
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
+        self.device = device
+        for tower in (self.vision, self.text):
+            tower.requires_grad_(False).eval().to(device)
+        self.vectors = cache(self._vectors)
+
+    def _vectors(self, kind: str) -> Tensor:
+        """Unit vectors (S, P) of a caption for each of the S surroundings."""
+        captions = [f"a photo of a {kind} {phrase(*found)}" for found in SURROUNDINGS]
+        words = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+        return normalize(self.text(words.input_ids.to(self.device)).text_embeds, dim=-1)
+
+    @torch.no_grad()
+    def read(self, image: Image.Image, kind: str = "toy") -> tuple[str, str]:
+        """Place and light of an RGB picture of any size that shows a `kind`."""
+        pixels = self.processor(image, return_tensors="pt").pixel_values
+        seen = normalize(self.vision(pixels.to(self.device)).image_embeds, dim=-1)
+        return SURROUNDINGS[int((self.vectors(kind) @ seen[0]).argmax())]
