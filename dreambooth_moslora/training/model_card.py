@@ -115,7 +115,7 @@ def usage(config: TrainConfig, facts: CardFacts) -> str:
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-pipe = StableDiffusionXLPipeline.from_pretrained({base_id!r}, dtype=torch.float16).to("cuda")
+pipe = StableDiffusionXLPipeline.from_pretrained({base_id!r}, torch_dtype=torch.float16).to("cuda")
 pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")
 {token_lines(facts.adapter.tokens)}image = pipe({example(config, facts.adapter.tokens)!r}).images[0]
 ```

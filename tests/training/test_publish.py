@@ -35,6 +35,11 @@ def test_the_card_of_dora_says_by_program_what_its_kohya_file_is():
     assert "the same adapter for" not in card(use_dora=True) and dora_table() in card(use_dora=True)
 
 
+def test_the_card_s_snippet_loads_half_precision_in_old_and_new_diffusers():
+    """0.29 and 0.33 ignore `dtype=` and load fp32."""
+    assert "from_pretrained('owner/base', torch_dtype=torch.float16)" in card()
+
+
 def test_only_the_adapter_its_card_and_its_pictures_are_pushed(tmp_path):
     public = ["README.md", "dog.kohya.safetensors", "image_0.png", "pytorch_lora_weights.safetensors"]
     private = [
