@@ -41,14 +41,14 @@ def test_every_package_is_in_the_wheel():
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == names | {"dreambooth_moslora.assets"}
 
 
-def test_every_template_is_in_the_wheel():
+def test_every_template_and_the_mark_of_types_are_in_the_wheel():
+    """Type checkers read the annotations of an installed package only if it has `py.typed`."""
     folder = ROOT / "dreambooth_moslora"
     packed = {
         file for pattern in PROJECT["tool"]["setuptools"]["package-data"][folder.name] for file in folder.glob(pattern)
     }
-    assert (
-        packed == {file for file in folder.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")} != set()
-    )
+    assert packed == {file for file in folder.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    assert folder / "py.typed" in packed and len(packed) > 5
 
 
 @pytest.mark.parametrize("folder", ["dreambooth_moslora", "toybox"])
