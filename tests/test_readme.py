@@ -80,6 +80,8 @@ def understand(line: str) -> None:
     match shlex.split(line):
         case ["pip", "install", "-r", file]:
             require((ROOT / file).is_file(), file)
+        case ["pip", "install", "."]:
+            require((ROOT / "pyproject.toml").is_file(), line)
         case ["pip", "install", name] if name.startswith(".["):
             extras = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
             require(name.partition("[")[2].rstrip("]") in extras, line)

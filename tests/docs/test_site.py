@@ -1,5 +1,6 @@
 """The site of `docs/` builds without a warning, shows its pictures, and describes the whole public API."""
 
+import html
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ import dreambooth_moslora
 
 ROOT = Path(__file__).resolve().parents[2]
 API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-built_by = pytest.mark.extra("mkdocs", "material", "mkdocstrings")  # docs/requirements.txt
+built_by = pytest.mark.extra("mkdocs", "material", "mkdocstrings", "ruff")  # docs/requirements.txt
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,16 @@ def test_the_api_page_holds_docstrings(site):
     for name in set(dreambooth_moslora.__all__) - {"__version__"}:
         assert re.search(rf'id="dreambooth_moslora\.[a-z_.]+\.{name}"', page), name
     assert "Raises UserError" in page
+
+
+@built_by
+def test_a_signature_is_not_cut_off_at_the_right(site):
+    page = (site / "api" / "index.html").read_text(encoding="utf-8")
+    shown = [
+        re.sub(r"<[^>]+>", "", text) for text in re.findall(r'<div class="[^"]*doc-signature.*?</pre>', page, re.S)
+    ]
+    lines = [html.unescape(line) for text in shown for line in text.splitlines()]
+    assert len(shown) > 8 and max(map(len, lines)) <= 72, max(lines, key=len)
 
 
 def test_the_api_page_names_what_the_package_exports():

@@ -10,7 +10,7 @@ from PIL import Image
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.cli.main import main, train_main
 from tests.helpers.tiny_training import paint_photos
-from tests.test_readme import command_lines
+from tests.test_readme import blocks, command_lines
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("comfyui", "from_diffusers", "from_kohya", "from_onetrainer")
@@ -30,6 +30,9 @@ SHORTER = {
     "caption": ["--pretrained_model_name_or_path", "toy"],
 }
 """Command -> what is added, so that it ends soon and needs no download."""
+
+FEWER = {'"max_train_steps": 120': '"max_train_steps": 2, "num_validation_images": 0', "seed=7": "seed=7, steps=1"}
+"""What the program of the API page says, and what it says in the test."""
 
 
 @pytest.fixture(autouse=True)
@@ -88,3 +91,14 @@ def test_the_whole_walk_on_the_embedded_base(capsys):
         assert (Path("runs/dog") / file).is_file()
     assert json.loads(Path("runs/dog/train_config.json").read_text())["instance_prompt"] == "a photo of a sks dog"
     assert "after 2 steps" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_program_of_the_api_page_trains_and_draws_outside_the_clone():
+    (program,) = blocks(ROOT / "docs" / "api.md", "python")
+    assert all(words in program for words in FEWER)
+    for words, fewer in FEWER.items():
+        program = program.replace(words, fewer)
+    exec(compile(program, "api.md", "exec"), {})
+    assert Path("runs/api/pytorch_lora_weights.safetensors").is_file()
+    assert [Image.open(f"rocket_{number}.png").size for number in range(2)] == [(128, 128)] * 2
