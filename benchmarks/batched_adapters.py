@@ -144,7 +144,7 @@ def counted(config: TrainConfig, count: int) -> tuple[int, int, float]:
     from benchmarks.gpu_memory import POOLED_WIDTH, TEXT_WIDTH, TOKENS, adapted_unet, counted_total_gib, empty
     from benchmarks.meta_count import GIB, Count, Counter, flash_attention
     from benchmarks.sdxl_structure import sdxl_unet
-    from dreambooth_moslora.adapters.working_copies import WorkingCopies
+    from dreambooth_moslora.adapters.fast_linear import WorkingCopies
     from dreambooth_moslora.extras.cluster.stacked_adapters import StackedAdapters, twin
 
     base = sdxl_unet().to(torch.bfloat16).requires_grad_(False).train()

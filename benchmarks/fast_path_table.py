@@ -24,9 +24,8 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from benchmarks.fold_table import small_unet
-from dreambooth_moslora.adapters.fast_linear import enable_fast_path
+from dreambooth_moslora.adapters.fast_linear import WorkingCopies, enable_fast_path
 from dreambooth_moslora.adapters.moslora import ATTENTION_PROJECTIONS, MoSLoraConfig, adapter_parameters, inject
-from dreambooth_moslora.adapters.working_copies import WorkingCopies
 from dreambooth_moslora.base.load import TextProducts, quantize
 from dreambooth_moslora.training import step as compiled_blocks
 

@@ -69,7 +69,7 @@ def adapted_unet(config: TrainConfig, *, fast: bool = True, unet: nn.Module | No
 
 def count(config: TrainConfig, unet: nn.Module) -> Count:
     """One step of one micro-batch: copies of the adapter, forward, backward, its gradients; without the optimizer."""
-    from dreambooth_moslora.adapters.working_copies import WorkingCopies
+    from dreambooth_moslora.adapters.fast_linear import WorkingCopies
 
     batch, side = config.train_batch_size, config.resolution // 8
     trained = [weight for weight in unet.parameters() if weight.requires_grad]

@@ -1,4 +1,4 @@
-"""The adapted projection as one autograd node: PEFT's function with fewer launches and fewer saved tensors.
+"""Adapted projections with fewer kernels: one autograd node each, or one for all projections of one input.
 
     y = W0·x + U·A·x                U = s·B·M (out,r), or s·B for plain LoRA
     dx = W0ᵀ·g + Aᵀ·(Uᵀ·g)          dA = (Uᵀ·g)·xᵀ          dU = g·(A·x)ᵀ
@@ -6,9 +6,8 @@
 PEFT computes the branch in full-width tensors of its own, in fp32 when the adapter is fp32, and autograd keeps
 a cast copy of x for each projection. Here the branch is added to the base's output in place. Autograd keeps x
 once, uncast (q, k and v share it), and only A·x (n,r) of the branch. Adapters stay fp32 masters; the arithmetic
-is in the base weight's dtype, on A and Uᵀ in that dtype. During a training step these are the layer's `working`
-copies, which `working_copies` makes once; any other call makes its own. The scale is folded into U: `addmm`
-with a factor other than 1 is outside the fast CPU kernels.
+is in the base weight's dtype, on A and Uᵀ in that dtype. The scale is folded into U: `addmm` with a factor other
+than 1 is outside the fast CPU kernels.
 
 It is used for a frozen `nn.Linear`, dense or in 4 bit, with an adapter without dropout, DoRA or bias. In 4 bit,
 W0 is made dense only for dx, one layer at a time; a `TextProjection` gives W0·x, and needs no dx. Calls that
@@ -22,10 +21,21 @@ This takes three kernels for k projections, where each projection alone takes th
 built: it is a batch of k products, on columns of the wide tensors. W is one buffer, and the layers' own weights
 become views of it, so the base takes no more memory and each layer can still be called alone. Where k and v of
 cross-attention are `TextProjection`s, W·x is known already.
+
+`WorkingCopies` makes A and U of a whole model in the base's dtype once per optimizer step, not at each call:
+
+    dB = s·dU·Mᵀ          dM = s·Bᵀ·dU
+
+The copies are leaves of autograd, which micro-batches and recomputation share. Their gradients are summed in
+fp32 over the micro-batches. At the end of the step they become the gradients of A, B and M, so that the
+optimizer and the average over processes see nothing unusual. Layers whose matrices have equal shapes form one
+batch, so all of this takes a few dozen kernels for a UNet. U is held as Uᵀ (r,out), the form in which its
+gradient is computed.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import MappingProxyType
 
@@ -35,11 +45,9 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dreambooth_moslora.adapters.mixer import MixerLinear
 from dreambooth_moslora.adapters.moslora import adapter_layers
 from dreambooth_moslora.base.load import TextProjection
-
-Copies = tuple[Tensor, Tensor]
-"""A (r,in) and Uᵀ (r,out) of one layer, in the base's dtype."""
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -107,8 +115,8 @@ def dense_weight(weight: Tensor, packed) -> Tensor:
 class ShortWay:
     """PEFT's LoRA layer whose forward uses this node whenever it computes the same function."""
 
-    working: Mapping[str, "Copies | tuple[LentTogether, int]"] = MappingProxyType({})
-    """Adapter name -> its working copies, while a training step lends them (`working_copies`). Projections of
+    working: Mapping[str, "tuple[Tensor, Tensor] | tuple[Joint, int]"] = MappingProxyType({})
+    """Adapter name -> its working copies A (r,in) and Uᵀ (r,out), while a training step lends them. Projections of
     one input share theirs, each with its index."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -116,23 +124,18 @@ class ShortWay:
         if args or kwargs or name is None or not _same_dtype(x, compute_dtype(base)):
             return super().forward(x, *args, **kwargs)
         copies = self.working.get(name)
-        if copies is not None and isinstance(copies[0], LentTogether):
-            together, place = copies
-            return together.output(place, x)
-        if copies is None:
+        if copies is not None and isinstance(copies[0], Joint):
+            joint, place = copies
+            return joint.output(place, x)
+        if copies is None:  # gradients reach the fp32 masters
             if slow_reason(self, name):
                 return super().forward(x)
-            copies = self._own_copies(name)
+            dtype, scale, up = compute_dtype(base), self.scaling[name], self.lora_B[name].weight
+            copies = self.lora_A[name].weight.to(dtype), (up if scale == 1 else up * scale).to(dtype).t()
         if isinstance(base, TextProjection):
             return _BesideProduct.apply(x, base(x), *copies)
         packed = getattr(base.weight, "quant_state", None)
         return _AdaptedLinear.apply(x.to(compute_dtype(base)), base.weight, base.bias, packed, *copies)
-
-    def _own_copies(self, name: str) -> Copies:
-        """Copies of the current weights; gradients reach the fp32 masters."""
-        dtype, scale = compute_dtype(self.base_layer), self.scaling[name]
-        up = self.lora_B[name].weight
-        return self.lora_A[name].weight.to(dtype), (up if scale == 1 else up * scale).to(dtype).t()
 
     def _only_adapter(self) -> str | None:
         """The only active adapter, or None when PEFT's forward must decide."""
@@ -278,25 +281,48 @@ def add_blocks(wide: Tensor | None, x: Tensor, blocks: Tensor) -> Tensor:
     return wide
 
 
-class Joint(ABC):
-    """Layers with one input, which compute together."""
+class Alone:
+    """A layer that computes alone."""
 
-    def __init__(self, layers: tuple[LoraLinear, ...]):
+    def __init__(self, *layers: ShortWay):
         self.layers = layers
 
     def lend(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
-        """Let the layers compute together with these copies, A (k,r,in) and Uᵀ (k,r,out)."""
-        together = LentTogether(self, down, up)
-        for place, layer in enumerate(self.layers):
-            layer.working = {adapter_name: (together, place)}
+        """Compute with these copies from now on: A (r,in) and Uᵀ (r,out), or for k layers (k,r,in) and (k,r,out)."""
+        self.layers[0].working = {adapter_name: (down, up)}
 
     def take_back(self) -> None:
         for layer in self.layers:
             del layer.working
 
-    @abstractmethod
-    def outputs(self, x: Tensor, down: Tensor, up: Tensor) -> Sequence[Tensor]:
-        """y (…,out) of each layer for x (…,in), with A (k,r,in) and Uᵀ (k,r,out)."""
+
+class Joint(Alone):
+    """Layers with one input, which compute together: the first that is called computes all of them, and the others'
+    results wait until they are called with the same input.
+
+    `outputs(x)` gives y (…,out) of each layer for x (…,in).
+    """
+
+    def lend(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
+        self.down, self.up, self._input, self._waiting = down, up, None, []
+        for place, layer in enumerate(self.layers):
+            layer.working = {adapter_name: (self, place)}
+
+    def take_back(self) -> None:
+        super().take_back()
+        del self.down, self.up, self._input, self._waiting
+
+    def output(self, place: int, x: Tensor) -> Tensor:
+        """y (…,out) of the layer at `place` for x (…,in)."""
+        # The same tensor object: changing it in place in between raises an error in autograd, which has saved it.
+        known, with_gradients = self._input, torch.is_grad_enabled()
+        if known is None or known[0] is not x or known[1] != with_gradients or self._waiting[place] is None:
+            found = self.outputs(x)
+            self._input, self._waiting = (x, with_gradients), list(found)
+        result, self._waiting[place] = self._waiting[place], None
+        if all(other is None for other in self._waiting):
+            self._input = None
+        return result
 
     def are_shared(self) -> bool:
         """Whether the layers can still compute together."""
@@ -306,10 +332,10 @@ class Joint(ABC):
 class JointProducts(Joint):
     """Text projections of one attention, whose products with the text are there."""
 
-    def outputs(self, x: Tensor, down: Tensor, up: Tensor) -> Sequence[Tensor]:
+    def outputs(self, x: Tensor) -> Sequence[Tensor]:
         first = self.layers[0].base_layer
         first(x)  # its products may be of another text
-        return _JointBeside.apply(x, first.of_attention, down, up)
+        return _JointBeside.apply(x, first.of_attention, self.down, self.up)
 
 
 class JointWeights(Joint):
@@ -318,12 +344,12 @@ class JointWeights(Joint):
     W (k·out,in), k = the number of `layers`.
     """
 
-    def __init__(self, layers: tuple[LoraLinear, ...]):
-        super().__init__(layers)
+    def __init__(self, *layers: ShortWay):
+        super().__init__(*layers)
         self.weight = laid_together([layer.base_layer for layer in layers])
 
-    def outputs(self, x: Tensor, down: Tensor, up: Tensor) -> Sequence[Tensor]:
-        return _JointLinear.apply(x.to(self.weight.dtype), self.weight, down, up)
+    def outputs(self, x: Tensor) -> Sequence[Tensor]:
+        return _JointLinear.apply(x.to(self.weight.dtype), self.weight, self.down, self.up)
 
     def are_shared(self) -> bool:
         """Whether the layers still use the buffer; not after one was moved, cast or given other weights."""
@@ -365,36 +391,6 @@ def lay_together(model: nn.Module, adapted: Container[str]) -> None:
             laid_together(layers)
 
 
-class LentTogether:
-    """The working copies of layers with one input, for one step: A (k,r,in) and Uᵀ (k,r,out), leaves of autograd.
-
-    The first layer that is called computes all of them. The others' results wait until they are called with the
-    same input.
-    """
-
-    def __init__(self, joint: Joint, down: Tensor, up: Tensor):
-        self.joint, self.down, self.up = joint, down, up
-        self._input: tuple | None = None
-        self._waiting: list[Tensor | None] = []
-
-    def output(self, place: int, x: Tensor) -> Tensor:
-        """y (…,out) of the layer at `place` for x (…,in)."""
-        if not self._is_waiting_for(x) or self._waiting[place] is None:
-            found = self.joint.outputs(x, self.down, self.up)
-            self._input, self._waiting = (x, torch.is_grad_enabled()), list(found)
-        result, self._waiting[place] = self._waiting[place], None
-        if all(other is None for other in self._waiting):
-            self._input = None
-        return result
-
-    def _is_waiting_for(self, x: Tensor) -> bool:
-        """Whether x is the tensor object of the previous call, with the same gradient mode.
-
-        Changing it in place in between raises an error in autograd, which has saved it.
-        """
-        return self._input is not None and self._input[0] is x and self._input[1] == torch.is_grad_enabled()
-
-
 def projections_of_one_input(attention: nn.Module) -> list[nn.Module]:
     """The projections of one tensor in diffusers' attention: to_q, to_k, to_v, or the last two in cross-attention.
 
@@ -405,3 +401,174 @@ def projections_of_one_input(attention: nn.Module) -> list[nn.Module]:
         return []
     names = ("to_k", "to_v") if is_cross else ("to_q", "to_k", "to_v")
     return [layer for layer in (getattr(attention, name, None) for name in names) if layer is not None]
+
+
+class WorkingCopies:
+    """The copies of every `ShortWay` in `models`; other layers are not touched.
+
+    `joint`: whether projections of one input are computed together. None means everywhere but on a CPU, where
+    fewer kernels gain nothing and stacking would copy weights that are mapped from a file.
+    """
+
+    def __init__(self, *models: nn.Module, adapter_name: str = "default", joint: bool | None = None):
+        self.adapter_name = adapter_name
+        modules = [module for model in models for module in model.modules()]
+        self.layers = [layer for layer in modules if isinstance(layer, ShortWay)]
+        self.joints: list[Joint] = []
+        for module in modules:
+            layers = [layer for layer in projections_of_one_input(module) if self._is_fast(layer)]
+            if len(layers) < 2 or len({kind_of(layer, adapter_name) for layer in layers}) > 1:
+                continue
+            bases = [layer.base_layer for layer in layers]
+            if not (bases[0].weight.device.type != "cpu" if joint is None else joint):
+                continue
+            if are_matrices(bases):
+                self.joints.append(JointWeights(*layers))
+            elif all(isinstance(base, TextProjection) for base in bases) and len(bases) == bases[0].siblings:
+                self.joints.append(JointProducts(*layers))
+
+    def _is_fast(self, layer: nn.Module) -> bool:
+        return isinstance(layer, ShortWay) and slow_reason(layer, self.adapter_name) is None
+
+    @contextmanager
+    def for_one_step(self) -> Iterator["StepCopies"]:
+        """Lend the copies for the length of the block, in which the adapter must not change.
+
+        Call `collect` after each backward pass. After a block without errors the gradients are where the
+        optimizer expects them.
+        """
+        self.joints = [joint for joint in self.joints if joint.are_shared()]
+        together = [joint for joint in self.joints if all(map(self._is_fast, joint.layers))]
+        joined = {layer for joint in together for layer in joint.layers}
+        alone = [Alone(layer) for layer in self.layers if layer not in joined and self._is_fast(layer)]
+        with StepCopies([*together, *alone], self.adapter_name).lent() as step:
+            yield step
+
+
+class StepCopies:
+    """The copies of one step, in batches of units that are alike."""
+
+    def __init__(self, units: Iterable[Alone], adapter_name: str):
+        groups = defaultdict(list)
+        for unit in units:
+            groups[len(unit.layers), kind_of(unit.layers[0], adapter_name)].append(unit)
+        self.batches = [Batch(alike, adapter_name) for alike in groups.values()]
+
+    @contextmanager
+    def lent(self) -> Iterator["StepCopies"]:
+        """Lend the copies for the length of the block; hand the gradients over if it ends without an error."""
+        try:
+            yield self
+        finally:
+            for batch in self.batches:
+                batch.take_back()
+        for batch in self.batches:
+            batch.hand_over()
+
+    def collect(self) -> None:
+        """Add the gradients of the last backward pass to the sums, and clear them."""
+        for batch in self.batches:
+            batch.collect()
+
+
+def kind_of(layer: ShortWay, name: str) -> tuple:
+    """Equal for layers that one batch can hold: shape, scale, dtype, device, and what learns."""
+    lora_b, base = layer.lora_B[name], layer.base_layer
+    learns = isinstance(lora_b, MixerLinear) and lora_b.mixer.requires_grad, layer.lora_A[name].weight.requires_grad
+    sizes = layer.lora_A[name].weight.shape, base.out_features, layer.scaling[name]
+    return sizes, compute_dtype(base), base.weight.device, type(lora_b), learns
+
+
+class Batch:
+    """n alike units of k layers each: A (nk,r,in), B (nk,out,r) and M (nk,r,r), copied to A and Uᵀ (nk,r,out)."""
+
+    def __init__(self, units: list[Alone], adapter_name: str):
+        self.units = units
+        self.layers = layers = [layer for unit in units for layer in unit.layers]
+        self.count = len(layers) // len(units)
+        parts = [layer.lora_B[adapter_name] for layer in layers]
+        self.scale = layers[0].scaling[adapter_name]
+        self.downs = [layer.lora_A[adapter_name].weight for layer in layers]
+        self.is_mixed = isinstance(parts[0], MixerLinear)
+        self.ups = [part.up if self.is_mixed else part.weight for part in parts]
+        self.mixers = [part.mixer for part in parts] if self.is_mixed else []
+        self.learns_down, self.learns_up = self.downs[0].requires_grad, self.ups[0].requires_grad
+        self.down_sum: Tensor | None = None
+        self.up_sum: Tensor | None = None
+        self.reached: set[int] = set()  # an unused layer's gradient is None: the optimizer skips it
+        self.copies = self._make()
+        for unit, (down, up) in zip(units, self.copies, strict=True):
+            unit.lend(adapter_name, down, up)
+
+    @torch.no_grad()
+    def _make(self) -> list[tuple[Tensor, Tensor]]:
+        """Leaves of each unit: A (r,in) and Uᵀ (r,out), or A (k,r,in) and Uᵀ (k,r,out)."""
+        dtype = compute_dtype(self.layers[0].base_layer)
+        up = torch.stack(self.ups).mT
+        if self.is_mixed:
+            up = torch.stack(self.mixers).mT.bmm(up)
+        if self.scale != 1:
+            up = up * self.scale
+        down, up = torch.stack(self.downs).to(dtype), up.to(dtype).contiguous()
+        if self.count > 1:
+            down, up = (copies.unflatten(0, (-1, self.count)) for copies in (down, up))
+        return [(leaf(down[i], self.learns_down), leaf(up[i])) for i in range(len(down))]
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Add the copies' gradients to the sums, in the dtype of A and B."""
+        reached = {i for i, (_, up) in enumerate(self.copies) if up.grad is not None}
+        if not reached:
+            return
+        self.reached |= {i * self.count + k for i in reached for k in range(self.count)}
+        dtype, one = self.downs[0].dtype, (len(self.layers), len(self.downs[0]), -1)
+        downs, ups = zip(*self.copies, strict=True)
+        self.up_sum = added(self.up_sum, gradients_of(ups).to(dtype).view(one))
+        if self.learns_down:
+            self.down_sum = added(self.down_sum, gradients_of(downs).to(dtype).view(one))
+
+    @torch.no_grad()
+    def hand_over(self) -> None:
+        """Set the gradients of A, B and M."""
+        if self.up_sum is None:
+            return
+        grad = self.up_sum.mT  # dU (n,out,r)
+        if self.down_sum is not None:
+            self._give(self.downs, self.down_sum)
+        self.down_sum = self.up_sum = None
+        if self.scale != 1:
+            grad = grad * self.scale
+        if self.is_mixed and self.mixers[0].requires_grad:
+            self._give(self.mixers, torch.stack(self.ups).mT.bmm(grad))
+        if not self.learns_up:
+            return
+        if self.is_mixed:
+            grad = grad.bmm(torch.stack(self.mixers).mT)
+        self._give(self.ups, grad.contiguous())
+
+    def _give(self, parameters: list[nn.Parameter], gradients: Tensor) -> None:
+        """Add to existing gradients: a layer that was also called through PEFT's forward has one."""
+        for i in self.reached:
+            weight, grad = parameters[i], gradients[i]
+            weight.grad = grad if weight.grad is None else weight.grad + grad
+
+    def take_back(self) -> None:
+        for unit in self.units:
+            unit.take_back()
+        self.copies.clear()
+
+
+def leaf(copy: Tensor, learns: bool = True) -> Tensor:
+    return copy.detach().requires_grad_(learns)
+
+
+def added(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total.add_(more)
+
+
+def gradients_of(leaves: tuple[Tensor, ...]) -> Tensor:
+    """The leaves' gradients as one tensor (n, …); they are removed from the leaves."""
+    found = torch.stack([torch.zeros_like(one) if one.grad is None else one.grad for one in leaves])
+    for one in leaves:
+        one.grad = None
+    return found

@@ -35,8 +35,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from dreambooth_moslora.adapters.fast_linear import WorkingCopies
 from dreambooth_moslora.adapters.moslora import adapter_parameters, lora_layers, switched_off
-from dreambooth_moslora.adapters.working_copies import WorkingCopies
 from dreambooth_moslora.base.load import TextCond, encode_text
 from dreambooth_moslora.core import StopRequestedError, UserError, generator, is_out_of_memory, one_line, rng, seed_of
 from dreambooth_moslora.plan.memory import Speed, speed_of

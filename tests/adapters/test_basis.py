@@ -18,7 +18,7 @@ from dreambooth_moslora.adapters.basis import (
     write_mixers,
 )
 from dreambooth_moslora.adapters.describe import describe
-from dreambooth_moslora.adapters.fast_linear import enable_fast_path
+from dreambooth_moslora.adapters.fast_linear import WorkingCopies, enable_fast_path
 from dreambooth_moslora.adapters.lora_file import read_adapter
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.adapters.moslora import (
@@ -30,7 +30,6 @@ from dreambooth_moslora.adapters.moslora import (
     matrices_of,
 )
 from dreambooth_moslora.adapters.raw_file import save_raw
-from dreambooth_moslora.adapters.working_copies import WorkingCopies
 from dreambooth_moslora.core import UserError
 from tests.helpers.live_adapters import facts_of
 from tests.helpers.tiny import tiny_unet

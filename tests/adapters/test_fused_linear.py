@@ -9,13 +9,13 @@ from torch import nn
 
 from dreambooth_moslora.adapters.fast_linear import (
     FastLinear,
+    WorkingCopies,
     compute_dtype,
     disable_fast_path,
     enable_fast_path,
     slow_reason,
 )
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, disabled, inject, set_scale
-from dreambooth_moslora.adapters.working_copies import WorkingCopies
 from dreambooth_moslora.base.load import quantize
 from dreambooth_moslora.settings.table import MIXERS
 from tests.helpers.layer_figures import slow_projections

@@ -7,8 +7,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from dreambooth_moslora.adapters.fast_linear import enable_fast_path, lay_together
-from dreambooth_moslora.adapters.working_copies import WorkingCopies
+from dreambooth_moslora.adapters.fast_linear import WorkingCopies, enable_fast_path, lay_together
 from dreambooth_moslora.base.load import TextProducts, quantize
 from dreambooth_moslora.extras.cluster.stacked_adapters import twin
 from tests.adapters.test_fused_linear import adapted, assert_same, unet_loss

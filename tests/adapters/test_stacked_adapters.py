@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters.fast_linear import enable_fast_path
+from dreambooth_moslora.adapters.fast_linear import WorkingCopies, enable_fast_path
 from dreambooth_moslora.adapters.moslora import adapter_layers, disabled
-from dreambooth_moslora.adapters.working_copies import WorkingCopies
 from dreambooth_moslora.base.load import quantize
 from dreambooth_moslora.extras.cluster.stacked_adapters import StackedAdapters, twin
 from tests.adapters.test_fused_linear import Block, adapted, assert_same, randomize

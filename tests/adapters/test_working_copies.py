@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from dreambooth_moslora.adapters.fast_linear import disable_fast_path, enable_fast_path
+from dreambooth_moslora.adapters.fast_linear import WorkingCopies, disable_fast_path, enable_fast_path
 from dreambooth_moslora.adapters.mixer import MixerLinear
 from dreambooth_moslora.adapters.moslora import adapter_layers, disabled
-from dreambooth_moslora.adapters.working_copies import WorkingCopies
 from tests.adapters.test_fused_linear import Block, adapted, assert_same, unet_loss
 from tests.helpers.tiny import tiny_unet
 

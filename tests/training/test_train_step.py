@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dreambooth_moslora.adapters.working_copies import WorkingCopies
+from dreambooth_moslora.adapters.fast_linear import WorkingCopies
 from dreambooth_moslora.core import StopRequestedError
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.step import TrainStep

@@ -18,9 +18,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dreambooth_moslora.adapters.fast_linear import compute_dtype, dense_weight, linear_4bit, slow_reason
+from dreambooth_moslora.adapters.fast_linear import StepCopies, compute_dtype, dense_weight, linear_4bit, slow_reason
 from dreambooth_moslora.adapters.moslora import adapter_layers
-from dreambooth_moslora.adapters.working_copies import StepCopies
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -145,4 +144,4 @@ class StackedAdapters:
             for unit in self.general:
                 stack.callback(unit.take_back)
                 unit.lend_general()
-            yield stack.enter_context(StepCopies.of(self.fast, self.adapter_name).lent())
+            yield stack.enter_context(StepCopies(self.fast, self.adapter_name).lent())
