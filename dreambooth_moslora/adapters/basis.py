@@ -19,7 +19,6 @@ copy. Several subjects at once are the sum of their mixers, as B·(M₁ + M₂)�
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -31,14 +30,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata
-from dreambooth_moslora.adapters.moslora import (
-    MoSLoraConfig,
-    adapter_layers,
-    inject,
-    matrices_of,
-    matrix_layers,
-    value_pattern,
-)
+from dreambooth_moslora.adapters.moslora import adapter_layers, exact_config, inject, matrices_of, matrix_layers
 from dreambooth_moslora.adapters.proof import BOUNDS, relative_difference
 from dreambooth_moslora.adapters.raw_file import (
     check_finite,
@@ -258,7 +250,8 @@ class SwappedMixers:
         known = matrix_layers(unet)
         if strange := next((path for path in ranks if path not in known), None):
             raise UserError(f"the mixers were made for another base: it has no layer {strange:.100}")
-        inject(unet, config_of(ranks), name)
+        rank = next(iter(ranks.values()))
+        inject(unet, exact_config(ranks, ranks, rank, rank, mixer=ZERO), name)
         try:
             put_basis(basis, unet, name)
         except UserError:
@@ -291,17 +284,3 @@ class SwappedMixers:
         for part, view in zip(self.parts, views, strict=True):
             part.mixer = nn.Parameter(view.view_as(part.mixer), requires_grad=False)
         return buffer
-
-
-def config_of(ranks: Mapping[str, int]) -> MoSLoraConfig:
-    """A config for exactly these layers, at scale 1."""
-    rank = next(iter(ranks.values()))
-    pattern = value_pattern(dict(ranks), rank)
-    return MoSLoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        rank_pattern=pattern,
-        alpha_pattern=pattern,
-        target_modules="|".join(map(re.escape, ranks)),
-        mixer=ZERO,
-    )

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dreambooth_moslora.adapters.basis import is_mixer_file, read_mixers
+from dreambooth_moslora.adapters.basis import MIXERS, read_mixers
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata, metadata_in
 from dreambooth_moslora.adapters.mixer import LowRank, MixedLowRank, initial_mixer
 from dreambooth_moslora.adapters.new_tokens import KEYS, read_tokens
@@ -57,8 +57,9 @@ def leading_part(left: Tensor, sizes: Tensor, right: Tensor, rank: int) -> tuple
     return left[:, :rank] * root, root[:, None] * right[:rank]
 
 
-def effective_rank(sizes: Tensor) -> float:
-    """Effective rank of singular values (r,); 0 for an adapter without an effect."""
+def effective_rank_of(layer: LowRank) -> float:
+    """Effective rank of ΔW = up·down, without forming it; 0 without an effect. Kernels are flattened."""
+    sizes = product_svd(layer.up.flatten(1), layer.down.flatten(1))[1]
     total = sizes.sum()
     if total == 0:
         return 0.0
@@ -66,32 +67,21 @@ def effective_rank(sizes: Tensor) -> float:
     return float((-(shares * shares.log()).sum()).exp())
 
 
-def mixer_figures(mixer: Tensor, kind: str, seed: int, path: str) -> tuple[float | None, float]:
-    """(drift, condition number) of M (r, r). Its start is computed again from kind, seed and path."""
-    start = initial_mixer(kind, len(mixer), seed, path).double()
-    mixer = mixer.detach().cpu().double()
-    sizes = torch.linalg.svdvals(mixer)
-    smallest = float(sizes[-1])
-    negligible = smallest <= len(mixer) * torch.finfo(torch.float32).eps * float(sizes[0])
-    condition = float("inf") if negligible else float(sizes[0]) / smallest
-    drift = float((mixer - start).norm() / start.norm()) if start.any() else None
-    return drift, condition
-
-
-def effective_rank_of(layer: LowRank) -> float:
-    """Effective rank of ΔW = up·down, without forming it; convolution kernels are flattened."""
-    return effective_rank(product_svd(layer.up.flatten(1), layer.down.flatten(1))[1])
-
-
 @torch.no_grad()
 def diagnose(matrices: MixedLowRank, kind: str, seed: int, path: str) -> Diagnosis:
-    """Figures of the projection at `path`, whose mixer started as `kind` with `seed`.
+    """Figures of the projection at `path`, whose mixer started as `kind` with `seed`: its start is computed again.
 
     The scale s has no influence.
     """
     drift, condition = None, None
     if matrices.mixer is not None:
-        drift, condition = mixer_figures(matrices.mixer, kind, seed, path)
+        mixer = matrices.mixer.detach().cpu().double()
+        start = initial_mixer(kind, len(mixer), seed, path).double()
+        sizes = torch.linalg.svdvals(mixer)
+        largest, smallest = float(sizes[0]), float(sizes[-1])
+        is_negligible = smallest <= len(mixer) * torch.finfo(torch.float32).eps * largest
+        condition = float("inf") if is_negligible else largest / smallest
+        drift = float((mixer - start).norm() / start.norm()) if start.any() else None
     folded = replace(matrices, scale=1.0).fold()
     return Diagnosis(folded.rank, effective_rank_of(folded), drift, condition)
 
@@ -156,7 +146,7 @@ OTHER_KINDS = {
     "lora_AB": "MoSLoRA reference code",
     UNFOLDED: "MoSLoRA in PEFT's form, unfolded",
 }
-COMPONENT_PREFIXES = {
+COMPONENT_KEYS = {
     "text_encoder_2": r"(lora_te2_|text_encoder_2\.)",
     "text_encoder": r"(lora_te1?_|text_encoder\.)",
     "unet": r"(lora_unet_|unet\.)",
@@ -187,8 +177,11 @@ def describe(path: str | Path) -> dict[str, object]:
     tensors, header = read_tensors(path)
     facts = {"file": path.name, "size_mib": round(path.stat().st_size / 2**20, 3)}
     if set(tensors) == set(KEYS.values()):
-        return facts | describe_tokens(path)
-    if is_mixer_file(path):
+        tokens = read_tokens(path)
+        widths = {KEYS[part]: rows.shape[1] for part, rows in tokens.rows.items()}
+        kind = "new tokens of SDXL's text encoders"
+        return facts | {"kind": kind, "word": tokens.word, "tokens": tokens.count, "widths": widths}
+    if set(tensors) == {MIXERS}:
         return facts | describe_mixers(path)
     facts["dtypes"] = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
     if RAW_KEY in tensors:
@@ -199,13 +192,6 @@ def describe(path: str | Path) -> dict[str, object]:
     except RuntimeError as error:  # torch lacks the operation for this dtype, or the values are too large
         raise UserError(f"{path.name} is broken: {one_line(error)}") from error
     return facts | said_by_header(header)
-
-
-def describe_tokens(path: Path) -> dict[str, object]:
-    """The content of a file of new tokens that this program wrote. Raises UserError."""
-    tokens = read_tokens(path)
-    widths = {KEYS[part]: rows.shape[1] for part, rows in tokens.rows.items()}
-    return {"kind": "new tokens of SDXL's text encoders", "word": tokens.word, "tokens": tokens.count, "widths": widths}
 
 
 def describe_mixers(path: Path) -> dict[str, object]:
@@ -232,9 +218,7 @@ def describe_raw(path: Path) -> dict[str, object]:
             figures[f"{component}.{module}"] = diagnose(matrices, metadata.mixer, metadata.mixer_seed, module)
     ranks = Counter(f.rank for f in figures.values())
     return {
-        "kind": "raw MoSLoRA weights"
-        + (", DoRA" * metadata.use_dora)
-        + " (for resuming; export it to use it elsewhere)",
+        "kind": f"raw MoSLoRA weights{', DoRA' * metadata.use_dora} (for resuming; export it to use it elsewhere)",
         "modules": dict(modules),
         "ranks": by_rank(ranks),
         "alpha": metadata.alpha,
@@ -256,16 +240,12 @@ def describe_pairs(name: str, tensors: dict[str, Tensor], header: dict[str, str]
     use_dora = bool(sizes) or any("lora_magnitude_vector" in key for key in tensors)
     by_columns = "DoRA by columns, which is not read here"
     others += ["DoRA" if all(map(is_by_rows, sizes)) else by_columns] * use_dora
-    facts: dict[str, object] = {"kind": kind_of(pairs, others, header)}
+    kinds = ", ".join(others + sorted({pair.keys for pair in pairs}))
+    facts: dict[str, object] = {"kind": "published by dreambooth_moslora, " * (HEADER in header) + kinds}
     if pairs:
         facts |= geometry(pairs)
     facts["use_dora"] = use_dora
     return facts
-
-
-def kind_of(pairs: list[Pair], others: list[str], header: dict[str, str]) -> str:
-    kinds = others + sorted({pair.keys for pair in pairs})
-    return ("published by dreambooth_moslora, " if HEADER in header else "") + ", ".join(kinds)
 
 
 def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
@@ -307,8 +287,11 @@ def geometry(pairs: list[Pair]) -> dict[str, object]:
     ranks, alphas = Counter(p.matrices.rank for p in pairs), Counter(p.alpha for p in pairs if p.alpha is not None)
     scales = sorted({p.scale for p in pairs if p.scale is not None})
     dense = [p for p in pairs if p.is_product]
+    modules = Counter()
+    for p in pairs:
+        modules[next((name for name, pattern in COMPONENT_KEYS.items() if re.match(pattern, p.module)), "other")] += 1
     facts: dict[str, object] = {
-        "modules": dict(Counter(component_of(p.module) for p in pairs)),
+        "modules": dict(modules),
         "ranks": by_rank(ranks),
         "alpha": ", ".join(f"{a:g}" for a in sorted(alphas)) if alphas else "not in the file (read as alpha = rank)",
         "scale": ", ".join(f"{s:g}" for s in scales) if scales else "1",
@@ -320,10 +303,6 @@ def geometry(pairs: list[Pair]) -> dict[str, object]:
 
 def by_rank(ranks: Counter[int]) -> dict[str, int]:
     return {str(rank): number for rank, number in sorted(ranks.items())}
-
-
-def component_of(module: str) -> str:
-    return next((name for name, prefix in COMPONENT_PREFIXES.items() if re.match(prefix, module)), "other")
 
 
 def said_by_header(header: dict[str, str]) -> dict[str, object]:

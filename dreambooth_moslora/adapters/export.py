@@ -26,7 +26,7 @@ from dreambooth_moslora.adapters.describe import Pair, find_pairs, reduce_layers
 from dreambooth_moslora.adapters.metadata import DORA_NOTE, HEADER, AdapterMetadata, metadata_in, most_common
 from dreambooth_moslora.adapters.mixer import LowRank
 from dreambooth_moslora.adapters.moslora import adapter_layers, fold
-from dreambooth_moslora.adapters.new_tokens import NewTokens, notes_of, write_tokens
+from dreambooth_moslora.adapters.new_tokens import NewTokens, notes_of
 from dreambooth_moslora.adapters.proof import (
     BOUNDS,
     FileProof,
@@ -39,13 +39,13 @@ from dreambooth_moslora.adapters.proof import (
 )
 from dreambooth_moslora.adapters.raw_file import (
     RAW_KEY,
-    check_components,
+    all_layers,
     check_finite,
     check_storable,
     read_tensors,
     write_file,
 )
-from dreambooth_moslora.core import UserError, scratch_directory
+from dreambooth_moslora.core import UserError, atomic_write, scratch_directory
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME, check_name, tokens_name
 
 
@@ -164,27 +164,26 @@ def publish(
     """
     check_name(name)
     check_publishable(components, dtype, adapter_name)
-    folded = published_layers(components, adapter_name)
-    kept, expected = None, None
+    folded, kept, expected = published_layers(components, adapter_name), None, None
     if keep != 1.0:
-        for component, layers in folded.items():
-            for path, layer in layers.items():
-                parts = {f"{component}.{path}.0": layer.down, f"{component}.{path}.1": layer.up}
-                check_finite(parts, "the adapter")
-        folded, kept = reduce_layers(folded, keep)
-        expected = expected_deltas(components, folded, adapter_name)
-        check_reduction(components, adapter_name, expected, keep)
+        folded, kept, expected = reduced(folded, components, adapter_name, keep)
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     metadata = replace(metadata, tokens=notes_of(tokens, name))
     with scratch_directory(out_dir) as scratch:
-        written = write_published(folded, scratch, name, with_ranks(metadata, folded), dtype, pad=keep == 1.0)
+        written = write_published(folded, scratch, name, metadata, dtype, pad=keep == 1.0)
         proofs = tuple(prove_file(path, components, adapter_name, expected) for path in written)
         paths = [scratch / tokens_name(name, number) for number in range(len(tokens))]
         for path, of_one in zip(paths, tokens):
-            write_tokens(path, of_one)
+            atomic_write(path, of_one.content)
         proofs += prove(paths) if prove and paths else ()
-        check_bound(proofs, BOUNDS[dtype], dtype)
+        for proof in proofs:
+            if not proof.largest <= BOUNDS[dtype]:
+                raise UserError(
+                    f"{proof.file} was not published: reloaded by {proof.loader} it differs from the live adapter by "
+                    f"{proof.largest:.2e} (relative, worst in {proof.worst}), and {dtype} explains at most "
+                    f"{BOUNDS[dtype]:.0e}"
+                )
         for path in (*paths, *written):
             path.replace(out_dir / path.name)
     return report(proofs, dtype, folded, kept)
@@ -192,14 +191,12 @@ def publish(
 
 def check_publishable(components: dict[str, nn.Module], dtype: torch.dtype, adapter_name: str) -> None:
     """Raises UserError for a merged adapter, an unknown dtype, and an adapter that the files cannot hold."""
-    check_components(components)
     check_storable(components, adapter_name)
     if dtype not in BOUNDS:
         raise UserError(f"a LoRA file is written in {', '.join(DTYPES)}, not {dtype}")
-    for component, model in components.items():
-        for path, layer in adapter_layers(model, adapter_name).items():
-            if layer.merged:
-                raise UserError(f"{component}.{path} is merged into the base; unmerge the adapter before saving it")
+    for path, layer in all_layers(components, adapter_name).items():
+        if layer.merged:
+            raise UserError(f"{path} is merged into the base; unmerge the adapter before saving it")
 
 
 def published_layers(components: dict[str, nn.Module], adapter_name: str) -> Folded:
@@ -210,19 +207,32 @@ def published_layers(components: dict[str, nn.Module], adapter_name: str) -> Fol
     }
 
 
-def expected_deltas(components: dict[str, nn.Module], folded: Folded, adapter_name: str) -> dict[str, Tensor]:
-    """`component.path` -> ΔW (out, in) or (out, in, h, w) after the reduction, which the files must hold."""
-    return {
+def reduced(
+    folded: Folded, components: dict[str, nn.Module], adapter_name: str, keep: float
+) -> tuple[Folded, float, dict[str, Tensor]]:
+    """The layers in lower rank, the fraction of Σ‖ΔW‖² that is left, and `component.path` -> the ΔW (out, in) or
+    (out, in, h, w) that the files must hold. Raises UserError when more is lost than `keep` allows."""
+    for component, layers in folded.items():
+        for path, layer in layers.items():
+            check_finite({f"{component}.{path}.0": layer.down, f"{component}.{path}.1": layer.up}, "the adapter")
+    folded, kept = reduce_layers(folded, keep)
+    expected = {
         f"{component}.{path}": folded[component][published_name(component, path)[1]].delta
         for component, model in components.items()
         for path in adapter_layers(model, adapter_name)
     }
+    check_reduction(components, adapter_name, expected, keep)
+    return folded, kept, expected
 
 
 def write_published(
     folded: Folded, folder: Path, name: str, metadata: AdapterMetadata, dtype: torch.dtype, *, pad: bool
 ) -> tuple[Path, Path]:
-    """Write both files; with `pad`, diffusers' file has a single rank."""
+    """Write both files, with alpha = rank and no rsLoRA; with `pad`, diffusers' file has a single rank."""
+    ranks = {f"{c}.{path}": layer.rank for c, layers in folded.items() for path, layer in layers.items()}
+    rank = most_common(ranks.values())
+    others = {path: r for path, r in ranks.items() if r != rank}
+    metadata = replace(metadata, rank=rank, alpha=rank, ranks=others, alphas=others, use_rslora=False)
     if dtype == torch.float16:
         folded = {c: {path: balanced(layer) for path, layer in layers.items()} for c, layers in folded.items()}
     header = {"format": "pt"} | replace(metadata, structures={}).header
@@ -274,27 +284,12 @@ def balanced(layer: LowRank) -> LowRank:
     return LowRank(layer.down / factor, layer.up * factor, magnitude=layer.magnitude)
 
 
-def with_ranks(metadata: AdapterMetadata, folded: Folded) -> AdapterMetadata:
-    """The metadata of the folded file: its ranks after a reduction, alpha = rank, no rsLoRA."""
-    ranks = {f"{c}.{path}": layer.rank for c, layers in folded.items() for path, layer in layers.items()}
-    rank = most_common(ranks.values())
-    others = {path: r for path, r in ranks.items() if r != rank}
-    return replace(metadata, rank=rank, alpha=rank, ranks=others, alphas=others, use_rslora=False)
-
-
-def check_bound(proofs: tuple[FileProof, ...], bound: float, dtype: torch.dtype) -> None:
-    """Raises UserError for a file that differs from the live adapter by more than `bound` (relative)."""
-    for proof in proofs:
-        if not proof.largest <= bound:
-            raise UserError(
-                f"{proof.file} was not published: reloaded by {proof.loader} it differs from the live adapter by "
-                f"{proof.largest:.2e} (relative, worst in {proof.worst}), and {dtype} explains at most {bound:.0e}"
-            )
-
-
 def report(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded, kept: float | None) -> Proof:
-    """The proof of all files. `kept` is the fraction of Σ‖ΔW‖² after a reduction; None without one."""
+    """The proof of all files, with notes for users of other programs or old versions. `kept` is the fraction of
+    Σ‖ΔW‖² after a reduction; None without one."""
     layers = [layer for c in folded.values() for layer in c.values()]
+    has_several_ranks = kept is not None and len({layer.rank for layer in layers}) > 1
+    has_dora = any(layer.magnitude is not None for layer in layers)
     return Proof(
         dtype=next(name for name, d in DTYPES.items() if d == dtype),
         bound=BOUNDS[dtype],
@@ -302,15 +297,8 @@ def report(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded, ke
         file_proofs=proofs,
         rank_sum=sum(layer.rank for layer in layers),
         kept=1.0 if kept is None else kept,
-        notes=notes_on(layers, reduced=kept is not None),
+        notes=(DORA_NOTE,) * has_dora + (RANKS_NOTE,) * has_several_ranks,
     )
-
-
-def notes_on(layers: list[LowRank], reduced: bool) -> tuple[str, ...]:
-    """Notes for users of other programs or old versions."""
-    several_ranks = reduced and len({layer.rank for layer in layers}) > 1
-    has_dora = any(layer.magnitude is not None for layer in layers)
-    return (DORA_NOTE,) * has_dora + (RANKS_NOTE,) * several_ranks
 
 
 def load_published(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetadata | None]:

@@ -12,7 +12,7 @@ q_proj.lora_A.weight              q_proj.lora_linear_layer.down.…    to_q_lora
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from dreambooth_moslora.adapters.basis import is_mixer_file
 from dreambooth_moslora.adapters.export import published_tensors
 from dreambooth_moslora.adapters.metadata import most_common
 from dreambooth_moslora.adapters.mixer import LowRank
-from dreambooth_moslora.adapters.moslora import matrix_layers, value_pattern
+from dreambooth_moslora.adapters.moslora import matrix_layers, value_pattern, weight_size
 from dreambooth_moslora.adapters.proof import (
     DORA_SCALE,
     KOHYA_DOWN,
@@ -72,9 +72,8 @@ def projections(tensors: dict[str, Tensor], file_name: str) -> dict[str, dict[st
     """
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in tensors.items():
-        component, path, field = _place(key, file_name)
+        component, path, field = _place(key, tensor, file_name)
         if field:
-            _check_numbers(tensor, key, file_name)
             found.setdefault(component, {}).setdefault(path, {})[field] = tensor
     if not found:
         raise UserError(f"{file_name} holds no LoRA projection")
@@ -107,29 +106,25 @@ def _match(key: str) -> re.Match[str] | None:
     return PEFT_KEY.fullmatch(key) or OLD_KEY.fullmatch(key)
 
 
-def _place(key: str, file_name: str) -> tuple[str, str, str]:
-    """Component, module path and field of LowRank. Raises UserError."""
+def _place(key: str, tensor: Tensor, file_name: str) -> tuple[str, str, str]:
+    """Component, module path and field of LowRank ("" for an ignored tensor). Raises UserError."""
     component, _, rest = key.partition(".")
     match = _match(rest)
     if component not in COMPONENTS or match is None:
         raise UserError(f"{file_name} is not a LoRA for SDXL: {key!r:.100} does not belong to one")
     groups = match.groupdict()
-    return component, module_path(component, rest), FIELDS[groups.get("part") or groups["side"]]
-
-
-def _check_numbers(tensor: Tensor, key: str, file_name: str) -> None:
-    if tensor.dtype not in DTYPES:
-        raise UserError(f"{file_name} is broken: {key!r:.100} is in {tensor.dtype}, which is not a dtype of weights")
-    if not tensor.float().isfinite().all():
-        raise UserError(
-            f"{file_name} is broken: {key!r:.100} has values that are NaN, infinite or beyond single precision"
-        )
+    field = FIELDS[groups.get("part") or groups["side"]]
+    if field and tensor.dtype not in DTYPES:
+        raise _broken(file_name, f"{key!r:.100} is in {tensor.dtype}, which is not a dtype of weights")
+    if field and not tensor.float().isfinite().all():
+        raise _broken(file_name, f"{key!r:.100} has values that are NaN, infinite or beyond single precision")
+    return component, module_path(component, rest), field
 
 
 def _projection(parts: dict[str, Tensor], name: str, file_name: str) -> LowRank:
     down, up = parts.get("down"), parts.get("up")
     if down is None or up is None or down.ndim < 2 or up.ndim < 2 or not 0 < down.shape[0] == up.shape[1]:
-        raise UserError(f"{file_name} is broken: {name!r:.100} is half there")
+        raise _broken(file_name, f"{name!r:.100} is half there")
     return LowRank(**parts)
 
 
@@ -173,25 +168,18 @@ def scales(
     prefix = f"{component}."
     settings = {k.removeprefix(prefix): v for k, v in (peft_metadata or {}).items() if k.startswith(prefix)}
     own = {k.removeprefix(prefix): v for k, v in (network_alphas or {}).items() if k.startswith(prefix)}
-    result = _from_settings(component, found, settings, file_name) if settings else _from_alphas(component, found, own)
+    if settings:
+        result = _from_settings(component, found, settings, file_name)
+    else:  # a layer without an alpha gets the most common one, as in diffusers; without any, alpha is the rank
+        named = {module_path(component, key.removesuffix(".alpha")): value for key, value in own.items()}
+        common = most_common(named.values()) if named else None
+        result = Scales({path: named.get(path, common) if named else p.rank for path, p in found.items()})
     for value in result.alphas.values():
         if not is_number(value) or not abs(value) <= LARGEST_ALPHA:
             raise _broken(file_name, f"it has an alpha of {value!r:.40}")
     if max(len({p.rank for p in found.values()}), len(set(result.alphas.values()))) > MOST_VALUES:
         raise UserError(f"{file_name} has more than {MOST_VALUES} different ranks or alphas")
     return result
-
-
-def _from_alphas(component: str, found: dict[str, LowRank], own: dict[str, float]) -> Scales:
-    """Scales from kohya's alphas. Without any, alpha equals the rank.
-
-    A layer without an alpha gets the most common one, as in diffusers.
-    """
-    named = {module_path(component, key.removesuffix(".alpha")): value for key, value in own.items()}
-    if not named:
-        return Scales({path: projection.rank for path, projection in found.items()})
-    common = most_common(named.values())
-    return Scales({path: named.get(path, common) for path in found})
 
 
 def _from_settings(component: str, found: dict[str, LowRank], settings: dict, file_name: str) -> Scales:
@@ -201,22 +189,15 @@ def _from_settings(component: str, found: dict[str, LowRank], settings: dict, fi
     has_dora = any(projection.magnitude is not None for projection in found.values())
     if _flag(settings, "use_dora", file_name) != has_dora:
         raise _broken(file_name, "its use_dora does not go with its tensors")
-    alpha = settings.get("lora_alpha", PEFT_ALPHA)
-    find = _finder(settings.get("alpha_pattern") or {}, file_name)
-    alphas = {path: find(_names(component, path), alpha) for path in found}
+    alpha, pattern = settings.get("lora_alpha", PEFT_ALPHA), settings.get("alpha_pattern") or {}
+    alphas = dict.fromkeys(found, alpha) | _matches(component, found, pattern, file_name)
     return Scales(alphas, _flag(settings, "use_rslora", file_name))
 
 
-def _names(component: str, path: str) -> set[str]:
-    """Both names of a module: versions of transformers differ in the prefix `text_model.` of a text encoder."""
-    return {path if component == "unet" else path.removeprefix("text_model."), published_name(component, path)[1]}
+def _matches(component: str, paths: Iterable[str], pattern: object, file_name: str) -> dict[str, float]:
+    """Module path -> value of the first entry that equals one of its names or the end of one, as PEFT chooses.
 
-
-def _finder(pattern: object, file_name: str) -> Callable[[set[str], float], float]:
-    """A function (names of a module, default) -> value of the first entry that equals a name or its end, as
-    PEFT chooses.
-
-    An entry that starts with `^` matches only the whole name.
+    An entry that starts with `^` matches only a whole name.
     """
     if not isinstance(pattern, dict):
         raise _broken(file_name, "its alpha_pattern is no object")
@@ -224,18 +205,17 @@ def _finder(pattern: object, file_name: str) -> Callable[[set[str], float], floa
     for name in plain:
         if not MODULE_NAME.fullmatch(name):
             raise _broken(file_name, f"its alpha_pattern {name!r:.60} names no module")
-    order = {name: number for number, name in enumerate(plain)}
-
-    def find(names: set[str], default: float) -> float:
-        ends = {end for name in names for end in _ends(name)} | {f"^{name}" for name in names}
-        return plain[min(ends & order.keys(), key=order.__getitem__)] if ends & order.keys() else default
-
-    return find
-
-
-def _ends(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]
+    order, found = {name: number for number, name in enumerate(plain)}, {}
+    for path in paths:
+        ends = set()
+        # Versions of transformers differ in the prefix `text_model.` of a text encoder.
+        bare = path if component == "unet" else path.removeprefix("text_model.")
+        for name in (bare, published_name(component, path)[1]):
+            parts = name.split(".")
+            ends |= {f"^{name}", *(".".join(parts[start:]) for start in range(len(parts)))}
+        if known := ends & order.keys():
+            found[path] = plain[min(known, key=order.__getitem__)]
+    return found
 
 
 def _flag(settings: dict, name: str, file_name: str) -> bool:
@@ -287,7 +267,11 @@ def adapter_name(path: str | Path) -> str:
 def read_adapter(path: str | Path, pipeline: StableDiffusionXLPipeline) -> AdapterWeights:
     """The file's content. Raises UserError when it is missing, is not a safetensors file, or holds no known LoRA."""
     file = find_weights(path)
-    header, keys = _read_header(file)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header, keys = dict(opened.metadata() or {}), set(opened.keys())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file.name} is not a whole safetensors file: {one_line(error)}") from error
     if is_mixer_file(file):
         raise UserError(f"{file.name} holds mixers alone, without their basis; give the LoRA file beside it")
     content = (fold_raw(file), None, None) if RAW_KEY in keys else _read_published(file, pipeline)
@@ -301,20 +285,18 @@ def _parts(
     file_name: str,
     pipeline: StableDiffusionXLPipeline,
 ) -> dict[str, Part]:
+    """Components under the base's own paths; transformers 5 has no `text_model.` in CLIPTextModel, files have it or
+    not."""
     parts = {}
     for component, found in projections(tensors, file_name).items():
         found_scales = scales(component, found, network_alphas, peft_metadata, file_name)
-        names = {path: _module_name(component, path, getattr(pipeline, component, None)) for path in found}
+        has_prefix = component == "unet" or hasattr(getattr(pipeline, component, None), "text_model")
+        names = {path: published_name(component, path)[1] for path in found}
+        names = {path: name if has_prefix else name.removeprefix("text_model.") for path, name in names.items()}
         alphas = {names[path]: alpha for path, alpha in found_scales.alphas.items()}
         by_name = {names[path]: projection for path, projection in found.items()}
         parts[component] = by_name, Scales(alphas, found_scales.use_rslora)
     return parts
-
-
-def _module_name(component: str, path: str, model: nn.Module | None) -> str:
-    """The module's path in the base; transformers 5 has no `text_model.` in CLIPTextModel, files have it or not."""
-    path = published_name(component, path)[1]
-    return path if component == "unet" or hasattr(model, "text_model") else path.removeprefix("text_model.")
 
 
 def fold_raw(file: Path) -> dict[str, Tensor]:
@@ -385,23 +367,22 @@ def check_fits(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline, bas
         model = getattr(pipeline, component, None)
         layers = {} if model is None else matrix_layers(model)
         for path, projection in found.items():
-            layer, name = layers.get(path), f"{component}.{path}"
-            if (projection.down.shape[1], projection.up.shape[0]) != (_width(layer, "in"), _width(layer, "out")):
+            size, name = weight_size(layers.get(path)), f"{component}.{path}"
+            if (projection.up.shape[0], projection.down.shape[1]) != size[:2]:
+                wanted, here = _unets(weights, pipeline)
                 raise UserError(
-                    f"{weights.file_name} was made for another base: it is for {_describe_weights(weights)}, "
-                    f"and {base_name} is {_describe_base(pipeline)} "
+                    f"{weights.file_name} was made for another base: it is for {wanted}, and {base_name} is {here} "
                     f"(first misfit: {name!r:.100}, rank {projection.rank})"
                 )
-            if wrong := _misshapen(projection, layer):
-                raise UserError(f"{weights.file_name} is broken: {name} has {wrong}")
+            if wrong := _misshapen(projection, *size):
+                raise _broken(weights.file_name, f"{name} has {wrong}")
 
 
-def _misshapen(projection: LowRank, layer: nn.Module) -> str:
-    """The first tensor whose shape does not fit `layer`, in words; "" when all do."""
-    kernel = tuple(getattr(layer, "kernel_size", ()))
-    ones, outputs = (1,) * len(kernel), _width(layer, "out")
+def _misshapen(projection: LowRank, outputs: int, inputs: int, *kernel: int) -> str:
+    """The first tensor whose shape does not fit a layer of this size, in words; "" when all do."""
+    ones = (1,) * len(kernel)
     shapes = {
-        "down": (projection.rank, _width(layer, "in"), *kernel),
+        "down": (projection.rank, inputs, *kernel),
         "up": (outputs, projection.rank, *ones),
         "bias": (outputs,),
         "magnitude": (1, outputs, *ones) if kernel else (outputs,),
@@ -413,41 +394,20 @@ def _misshapen(projection: LowRank, layer: nn.Module) -> str:
     return ""
 
 
-def _read_header(file: Path) -> tuple[dict[str, str], set[str]]:
-    """The file's own metadata, and the names of its tensors. Raises UserError."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return dict(opened.metadata() or {}), set(opened.keys())
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file.name} is not a whole safetensors file: {one_line(error)}") from error
-
-
-def _width(module: nn.Module | None, side: str) -> int | None:
-    """Input or output width of a linear or convolution layer."""
-    for name in (f"{side}_features", f"{side}_channels"):
-        if hasattr(module, name):
-            return getattr(module, name)
-    return None
-
-
-def _describe_weights(weights: AdapterWeights) -> str:
+def _unets(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline) -> list[str]:
+    """The UNet that the file is for, and the pipeline's, in words."""
     found = weights.parts["unet"][0] if "unet" in weights.parts else {}
-    cross = {p.down.shape[1] for path, p in found.items() if path.endswith("attn2.to_k")}
-    widths = {p.up.shape[0] for path, p in found.items() if ".attn1." in path or ".attn2." in path}
-    return _describe(max(cross, default=0), sorted(widths))
-
-
-def _describe_base(pipeline: StableDiffusionXLPipeline) -> str:
-    cross_attention_dim = architecture(pipeline.unet)["cross_attention_dim"]
+    needed = max((p.down.shape[1] for path, p in found.items() if path.endswith("attn2.to_k")), default=0)
+    outputs = {p.up.shape[0] for path, p in found.items() if ".attn1." in path or ".attn2." in path}
     layers = matrix_layers(pipeline.unet)
-    widths = {_width(module, "out") for name, module in layers.items() if name.endswith("attn1.to_q")}
-    return _describe(cross_attention_dim, sorted(widths))
-
-
-def _describe(cross: int, widths: list[int]) -> str:
-    family = f"{FAMILIES[cross]}, " if cross in FAMILIES else ""
-    seen = f"cross-attention width {cross}" if cross else "no cross-attention"
-    return f"a UNet with {family}{seen}, attention widths {', '.join(map(str, widths)) or 'unknown'}"
+    own = {weight_size(module)[0] for name, module in layers.items() if name.endswith("attn1.to_q")}
+    texts = []
+    for cross, widths in ((needed, outputs), (architecture(pipeline.unet)["cross_attention_dim"], own)):
+        family = f"{FAMILIES[cross]}, " if cross in FAMILIES else ""
+        seen = f"cross-attention width {cross}" if cross else "no cross-attention"
+        listed = ", ".join(map(str, sorted(widths))) or "unknown"
+        texts.append(f"a UNet with {family}{seen}, attention widths {listed}")
+    return texts
 
 
 def install(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline) -> None:
@@ -464,10 +424,21 @@ def install(weights: AdapterWeights, pipeline: StableDiffusionXLPipeline) -> Non
 
 
 def _load(component: str, found: dict[str, LowRank], scales: Scales, key: str, pipeline) -> None:
+    """The tensors get names for diffusers' loader: PEFT's for a UNet, its own older ones for a text encoder."""
+    is_unet = component == "unet"
+    down, up = ("lora_A", "lora_B") if is_unet else ("lora_linear_layer.down", "lora_linear_layer.up")
+    tensors = {}
+    for path, projection in found.items():
+        parts = {
+            f"{down}.weight": projection.down,
+            f"{up}.weight": projection.up,
+            f"{up}.bias": projection.bias,
+            "lora_magnitude_vector.weight": projection.magnitude,
+        }
+        tensors |= {f"{component}.{path}.{name}": part for name, part in parts.items() if part is not None}
     config = {f"{component}.{name}": value for name, value in lora_config(found, scales).items()}
     options = {"network_alphas": None, "adapter_name": key, "metadata": config, "_pipeline": pipeline}
-    tensors = _tensors(component, found)
-    if component == "unet":
+    if is_unet:
         pipeline.load_lora_into_unet(tensors, unet=pipeline.unet, **options)
     else:
         model = getattr(pipeline, component)
@@ -488,18 +459,3 @@ def lora_config(found: dict[str, LowRank], scales: Scales) -> dict[str, Any]:
         "use_dora": any(p.magnitude is not None for p in found.values()),
         "lora_bias": any(p.bias is not None for p in found.values()),
     }
-
-
-def _tensors(component: str, found: dict[str, LowRank]) -> dict[str, Tensor]:
-    """The tensors under names for diffusers' loader: PEFT's for a UNet, its own older ones for a text encoder."""
-    down, up = ("lora_A", "lora_B") if component == "unet" else ("lora_linear_layer.down", "lora_linear_layer.up")
-    tensors = {}
-    for path, projection in found.items():
-        parts = {
-            f"{down}.weight": projection.down,
-            f"{up}.weight": projection.up,
-            f"{up}.bias": projection.bias,
-            "lora_magnitude_vector.weight": projection.magnitude,
-        }
-        tensors |= {f"{component}.{path}.{name}": part for name, part in parts.items() if part is not None}
-    return tensors

@@ -67,83 +67,12 @@ HEADER = "moslora"
 """Key of the metadata in a safetensors header."""
 
 
-@dataclass(frozen=True)
-class AdapterMetadata:
-    """What a file says about its adapter; nothing in it is a path or describes photos or the machine.
-
-    `recipe`: the run's settings in `settings.sources`, for `--like`. `subject_prompts`: the words that call
-    each of several subjects; empty for one. `ranks` and `alphas` list the modules (`component.path`) that
-    differ from `rank` and `alpha`. `best_scale` and `usable_scales` (lowest, highest) are set if they were
-    measured. `tokens` has the `NewTokens.note` of each of the adapter's files of new tokens, `basis` is the
-    `Basis.note` of the frozen A and B. `public` and `withheld` are explained in `adapters.metadata`. `step` is set
-    if the run did not end there, `processes` if there were several.
-    """
-
-    rank: int
-    alpha: float
-    use_rslora: bool = False
-    use_dora: bool = False
-    lora_dropout: float = 0.0
-    mixer: str = "none"
-    train_mixer: bool = True
-    mixer_seed: int = 0
-    ranks: dict[str, int] = field(default_factory=dict)
-    alphas: dict[str, float] = field(default_factory=dict)
-    base_id: str = ""
-    base_architecture: dict[str, object] = field(default_factory=dict)
-    structures: dict[str, dict[str, object]] = field(default_factory=dict)
-    trigger_words: tuple[str, ...] = ()
-    class_word: str = ""
-    resolution_px: int | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-    best_scale: float | None = None
-    usable_scales: tuple[float, ...] = ()
-    recipe: dict[str, object] = field(default_factory=dict)
-    tokens: tuple[dict[str, object], ...] = ()
-    subject_prompts: tuple[str, ...] = ()
-    basis: dict[str, str] = field(default_factory=dict)
-    public: dict[str, object] = field(default_factory=dict)
-    withheld: tuple[str, ...] = ()
-    step: int | None = None
-    processes: int | None = None
-
-    @property
-    def header(self) -> dict[str, str]:
-        """The entry of a file's header."""
-        return {HEADER: self.to_json()}
-
-    def to_json(self) -> str:
-        """Leaves out later entries when empty, and writes one subject's tokens without a list, so that such files
-        keep their bytes."""
-        facts = asdict(self)
-        if len(self.tokens) == 1:
-            facts["tokens"] = self.tokens[0]
-        later = ("best_scale", "usable_scales", "recipe", "tokens", "subject_prompts", "basis")
-        later += ("public", "withheld", "step", "processes")
-        missing = [name for name in later if not facts[name]]
-        return json.dumps({name: value for name, value in facts.items() if name not in missing}, sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> "AdapterMetadata":
-        """Ignores unknown keys. Raises ValueError or TypeError for text that `to_json` does not write."""
-        try:
-            stored = json.loads(text)
-        except RecursionError:
-            raise ValueError("nested too deep") from None
-        if not isinstance(stored, dict):
-            raise TypeError("the metadata is not an object")
-        known = {k: v for k, v in stored.items() if k in cls.__dataclass_fields__}
-        for name, value in known.items():
-            if not VALID[name](value):
-                raise ValueError(f"{name} is {value!r:.60}")
-        if isinstance(note := known.get("tokens"), dict):
-            known["tokens"] = [note] if note else []
-        lists = ("trigger_words", "usable_scales", "subject_prompts", "tokens", "withheld")
-        return cls(**{**known, **{name: tuple(known.get(name, ())) for name in lists}})
-
-
 def is_rank(value: object) -> bool:
     return type(value) is int and value > 0
+
+
+def is_rank_or_none(value: object) -> bool:
+    return value is None or is_rank(value)
 
 
 def is_bool(value: object) -> bool:
@@ -194,36 +123,88 @@ def are_public(value: object) -> bool:
     return (variant is None or (is_text(variant) and bool(VARIANT.fullmatch(variant)))) and listed(is_text)(prompts)
 
 
-VALID: dict[str, Callable[[object], bool]] = {
-    "rank": is_rank,
-    "alpha": is_finite_number,
-    "use_rslora": is_bool,
-    "use_dora": is_bool,
-    "lora_dropout": lambda value: is_finite_number(value) and 0 <= value < 1,
-    "mixer": lambda value: value in (*MIXERS, ZERO),
-    "train_mixer": is_bool,
-    "mixer_seed": lambda value: type(value) is int,
-    "ranks": named(is_rank),
-    "alphas": named(is_finite_number),
-    "base_id": is_text,
-    "base_architecture": is_dict,
-    "structures": named(is_dict),
-    "trigger_words": listed(is_text),
-    "subject_prompts": listed(is_text),
-    "class_word": is_text,
-    "resolution_px": lambda value: value is None or is_rank(value),
-    "versions": named(is_text),
-    "best_scale": lambda value: value is None or is_finite_number(value),
-    "usable_scales": lambda value: listed(is_finite_number)(value) and len(value) in (0, 2),
-    "recipe": is_dict,
-    "tokens": lambda value: value == {} or is_token_note(value) or listed(is_token_note)(value),
-    "basis": is_basis_note,
-    "public": are_public,
-    "withheld": listed(is_text),
-    "step": lambda value: value is None or is_rank(value),
-    "processes": lambda value: value is None or is_rank(value),
-}
-"""Key -> whether a value is valid for it; anyone may have written the file."""
+def checked(is_valid: Callable[[object], bool], **default: Any) -> Any:
+    """A field and whether a value in a file is valid for it; anyone may have written the file."""
+    return field(metadata={"is_valid": is_valid}, **default)
+
+
+@dataclass(frozen=True)
+class AdapterMetadata:
+    """What a file says about its adapter; nothing in it is a path or describes photos or the machine.
+
+    `recipe`: the run's settings in `settings.sources`, for `--like`. `subject_prompts`: the words that call
+    each of several subjects; empty for one. `ranks` and `alphas` list the modules (`component.path`) that
+    differ from `rank` and `alpha`. `best_scale` and `usable_scales` (lowest, highest) are set if they were
+    measured. `tokens` has the `NewTokens.note` of each of the adapter's files of new tokens, `basis` is the
+    `Basis.note` of the frozen A and B. `public` and `withheld` are explained in `adapters.metadata`. `step` is set
+    if the run did not end there, `processes` if there were several.
+    """
+
+    rank: int = checked(is_rank)
+    alpha: float = checked(is_finite_number)
+    use_rslora: bool = checked(is_bool, default=False)
+    use_dora: bool = checked(is_bool, default=False)
+    lora_dropout: float = checked(lambda value: is_finite_number(value) and 0 <= value < 1, default=0.0)
+    mixer: str = checked(lambda value: value in (*MIXERS, ZERO), default="none")
+    train_mixer: bool = checked(is_bool, default=True)
+    mixer_seed: int = checked(lambda value: type(value) is int, default=0)
+    ranks: Mapping[str, int] = checked(named(is_rank), default_factory=dict)
+    alphas: Mapping[str, float] = checked(named(is_finite_number), default_factory=dict)
+    base_id: str = checked(is_text, default="")
+    base_architecture: Mapping[str, object] = checked(is_dict, default_factory=dict)
+    structures: Mapping[str, Mapping[str, object]] = checked(named(is_dict), default_factory=dict)
+    trigger_words: tuple[str, ...] = checked(listed(is_text), default=())
+    class_word: str = checked(is_text, default="")
+    resolution_px: int | None = checked(is_rank_or_none, default=None)
+    versions: Mapping[str, str] = checked(named(is_text), default_factory=dict)
+    best_scale: float | None = checked(lambda value: value is None or is_finite_number(value), default=None)
+    usable_scales: tuple[float, ...] = checked(
+        lambda value: listed(is_finite_number)(value) and len(value) in (0, 2), default=()
+    )
+    recipe: Mapping[str, object] = checked(is_dict, default_factory=dict)
+    tokens: tuple[dict[str, object], ...] = checked(
+        lambda value: value == {} or is_token_note(value) or listed(is_token_note)(value), default=()
+    )
+    subject_prompts: tuple[str, ...] = checked(listed(is_text), default=())
+    basis: Mapping[str, str] = checked(is_basis_note, default_factory=dict)
+    public: Mapping[str, object] = checked(are_public, default_factory=dict)
+    withheld: tuple[str, ...] = checked(listed(is_text), default=())
+    step: int | None = checked(is_rank_or_none, default=None)
+    processes: int | None = checked(is_rank_or_none, default=None)
+
+    @property
+    def header(self) -> dict[str, str]:
+        """The entry of a file's header."""
+        return {HEADER: self.to_json()}
+
+    def to_json(self) -> str:
+        """Leaves out later entries when empty, and writes one subject's tokens without a list, so that such files
+        keep their bytes."""
+        facts = asdict(self)
+        if len(self.tokens) == 1:
+            facts["tokens"] = self.tokens[0]
+        later = ("best_scale", "usable_scales", "recipe", "tokens", "subject_prompts", "basis")
+        later += ("public", "withheld", "step", "processes")
+        missing = [name for name in later if not facts[name]]
+        return json.dumps({name: value for name, value in facts.items() if name not in missing}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "AdapterMetadata":
+        """Ignores unknown keys. Raises ValueError or TypeError for text that `to_json` does not write."""
+        try:
+            stored = json.loads(text)
+        except RecursionError:
+            raise ValueError("nested too deep") from None
+        if not isinstance(stored, dict):
+            raise TypeError("the metadata is not an object")
+        known = {k: v for k, v in stored.items() if k in cls.__dataclass_fields__}
+        for name, value in known.items():
+            if not cls.__dataclass_fields__[name].metadata["is_valid"](value):
+                raise ValueError(f"{name} is {value!r:.60}")
+        if isinstance(note := known.get("tokens"), dict):
+            known["tokens"] = [note] if note else []
+        lists = ("trigger_words", "usable_scales", "subject_prompts", "tokens", "withheld")
+        return cls(**{**known, **{name: tuple(known.get(name, ())) for name in lists}})
 
 
 def metadata_in(header: Mapping[str, str]) -> AdapterMetadata | None:

@@ -4,9 +4,8 @@
 also works with this one: quantised bases, DoRA, merging, several adapters. There are two ways to add an
 adapter: `inject` for a model in place, and `MoSLoraConfig` for `peft.get_peft_model`.
 
-Which layers a config names is decided by PEFT's own rule. What PEFT would compute wrongly is refused. `patch_peft`
-wraps two methods of PEFT's LoraModel. It is called when the first config with a mixer is made; programs that use only
-plain LoRA keep PEFT's own methods. The patch stays for the life of the process: `PeftModel.add_adapter` and
+Which layers a config names is decided by PEFT's own rule. What PEFT would compute wrongly is refused. The first config
+with a mixer wraps two methods of PEFT's LoraModel, for the life of the process: `PeftModel.add_adapter` and
 `add_weighted_adapter` can be called at any later time, and PEFT has no hook there.
 """
 
@@ -81,7 +80,7 @@ def target_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     return {path: module for path, module in modules.items() if LoraModel._check_target_module_exists(config, path)}
 
 
-def value_pattern(values: dict[str, float], common: float) -> dict[str, float]:
+def value_pattern(values: Mapping[str, float], common: float) -> dict[str, float]:
     """PEFT's `rank_pattern` or `alpha_pattern`: module path -> value, for the values other than `common`.
 
     It has one regular expression per value, because PEFT tries all of them on every module.
@@ -94,13 +93,16 @@ def value_pattern(values: dict[str, float], common: float) -> dict[str, float]:
 
 def narrowest_sides(layers: Mapping[str, nn.Module]) -> dict[str, int]:
     """The fewer of each layer's inputs and outputs. A convolution's inputs count once per position of its kernel."""
-    found = {}
-    for path, layer in layers.items():
-        if isinstance(layer, nn.Conv2d):
-            found[path] = min(layer.out_channels, layer.in_channels * math.prod(layer.kernel_size))
-        else:
-            found[path] = min(layer.out_features, layer.in_features)
-    return found
+    sizes = {path: weight_size(layer) for path, layer in layers.items()}
+    return {path: min(outputs, math.prod(inputs)) for path, (outputs, *inputs) in sizes.items()}
+
+
+def weight_size(module: nn.Module | None) -> tuple[int, ...]:
+    """(out, in) of a projection, also if quantised, (out, in, h, w) of a convolution, () of anything else."""
+    module = getattr(module, "base_layer", module)
+    if isinstance(module, nn.Conv2d):
+        return (module.out_channels, module.in_channels, *module.kernel_size)
+    return (module.out_features, module.in_features) if hasattr(module, "out_features") else ()
 
 
 create, combine = LoraModel._create_and_replace, LoraModel.add_weighted_adapter
@@ -117,24 +119,28 @@ def patch_peft() -> None:
     LoraModel._create_and_replace, LoraModel.add_weighted_adapter = create_and_mix, combine_folded
 
 
-def register(saved_type: str, config_class: type[LoraConfig]) -> None:
-    """Let `PeftModel.from_pretrained` find a saved config's class, and `hotswap_adapter` compare mixers.
-
-    Otherwise a plain LoRA swapped in for one with a mixer would become zero.
-    """
-    PEFT_TYPE_TO_CONFIG_MAPPING[saved_type] = config_class
-    CONFIG_KEYS_TO_CHECK[PeftType.LORA].append("mixer")
-
-
 def has_mixer(config: LoraConfig) -> bool:
     return getattr(config, "mixer", "none") != "none"
 
 
 @wraps(create)
 def create_and_mix(self, lora_config, adapter_name, target, target_name, parent, current_key, **options):
+    """Also put a mixer between the A and the B that PEFT has just made for the layer at `current_key`.
+
+    A, M and B become fp32, even if PEFT is told to use the base's dtype. Raises UserError for a layer that
+    cannot carry a mixer.
+    """
     create(self, lora_config, adapter_name, target, target_name, parent, current_key, **options)
-    if has_mixer(lora_config):
-        add_mixer(getattr(parent, target_name), adapter_name, lora_config, current_key)
+    if not has_mixer(lora_config):
+        return
+    layer = getattr(parent, target_name)
+    check_layer(layer, adapter_name, current_key)
+    plain = layer.lora_B[adapter_name].weight
+    mixer = initial_mixer(lora_config.mixer, plain.shape[1], lora_config.mixer_seed, current_key).to(plain.device)
+    mixer_class = MixerConv2d if plain.ndim == 4 else MixerLinear
+    mixed = mixer_class(plain.detach().flatten(1).float(), mixer, lora_config.train_mixer)
+    layer.lora_B[adapter_name] = mixed.requires_grad_(plain.requires_grad)
+    layer.lora_A[adapter_name].float()
 
 
 @wraps(combine)
@@ -147,21 +153,6 @@ def combine_folded(self, *arguments, **options):
         self.peft_config.update(live)
 
 
-def add_mixer(layer: LoraLayer, adapter_name: str, config: LoraConfig, path: str) -> None:
-    """Put a mixer between the A and the B that PEFT has just made for the layer at `path`.
-
-    A, M and B become fp32, even if PEFT is told to use the base's dtype. Raises UserError for a layer that
-    cannot carry a mixer.
-    """
-    check_layer(layer, adapter_name, path)
-    plain = layer.lora_B[adapter_name].weight
-    mixer = initial_mixer(config.mixer, plain.shape[1], config.mixer_seed, path).to(plain.device)
-    mixer_class = MixerConv2d if plain.ndim == 4 else MixerLinear
-    mixed = mixer_class(plain.detach().flatten(1).float(), mixer, config.train_mixer)
-    layer.lora_B[adapter_name] = mixed.requires_grad_(plain.requires_grad)
-    layer.lora_A[adapter_name].float()
-
-
 def check_settings(config: LoraConfig) -> None:
     """Raises UserError for a rank below 1, an unknown mixer, or a setting that excludes a mixer."""
     ranks = (config.r, *(config.rank_pattern or {}).values())
@@ -172,12 +163,9 @@ def check_settings(config: LoraConfig) -> None:
             raise UserError(f"a rank is a whole number from 1 on, not {rank}")
         if config.mixer == "butterfly" and rank % 2:
             raise UserError(f"the butterfly mixer [[I, I], [I, I]] needs even ranks, not {rank}")
-    if has_mixer(config):
-        check_variants(config)
-
-
-def check_variants(config: LoraConfig) -> None:
-    """Raises UserError for variants of LoRA that PEFT would compute from B·A, without the mixer."""
+    if not has_mixer(config):
+        return
+    # PEFT would compute variants of LoRA from B·A, without the mixer.
     variants = {field.name for field in fields(config) if field.metadata.get("is_lora_variant")} - {"use_dora"}
     for name in sorted(variants | {"lora_bias"}):
         if getattr(config, name):
@@ -278,7 +266,23 @@ class MoSLoraConfig(LoraConfig):
         return LoraConfig(**{f.name: getattr(self, f.name) for f in fields(LoraConfig) if f.init})
 
 
-register(SAVED_TYPE, MoSLoraConfig)
+PEFT_TYPE_TO_CONFIG_MAPPING[SAVED_TYPE] = MoSLoraConfig  # for `PeftModel.from_pretrained`
+# `hotswap_adapter` then compares mixers: a plain LoRA swapped in for one with a mixer would become zero.
+CONFIG_KEYS_TO_CHECK[PeftType.LORA].append("mixer")
+
+
+def exact_config(
+    ranks: Mapping[str, int], alphas: Mapping[str, float], rank: int, alpha: float, **settings: object
+) -> MoSLoraConfig:
+    """A config for exactly these layers (module paths), each with its rank and alpha; the last two are the usual."""
+    return MoSLoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern=value_pattern(ranks, rank),
+        alpha_pattern=value_pattern(alphas, alpha),
+        target_modules="|".join(map(re.escape, ranks)),
+        **settings,
+    )
 
 
 def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> nn.Module:
@@ -384,14 +388,10 @@ def matrices_of(layer: LoraLayer, adapter_name: str) -> MixedLowRank:
     )
 
 
-def fold_layer(layer: LoraLayer, adapter_name: str) -> LowRank:
-    """The plain LoRA that equals this layer's adapter at scale 1; fp32, on the CPU."""
-    return matrices_of(layer, adapter_name).fold()
-
-
 def fold(model: nn.Module, adapter_name: str = "default") -> dict[str, LowRank]:
-    """Module path -> the plain LoRA that equals this adapter at scale 1.
+    """Module path -> the plain LoRA that equals this adapter at scale 1; fp32, on the CPU.
 
     Raises UserError for an unknown adapter.
     """
-    return {path: fold_layer(layer, adapter_name) for path, layer in adapter_layers(model, adapter_name).items()}
+    layers = adapter_layers(model, adapter_name)
+    return {path: matrices_of(layer, adapter_name).fold() for path, layer in layers.items()}

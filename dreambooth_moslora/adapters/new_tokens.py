@@ -2,7 +2,7 @@
 
     NewTokens --attach--> both tokenizers know <s0> <s1> …, both encoders look their rows up,
                           a word stands for them
-              --write_tokens--> NAME_emb.safetensors: clip_l (n, D), clip_g (n, D2), fp32
+              --content-------> NAME_emb.safetensors: clip_l (n, D), clip_g (n, D2), fp32
 
 diffusers' `load_textual_inversion`, ComfyUI and A1111 read such a file. For the last two a file is one word, so each
 subject of an adapter has its own. The encoders' own tables do not change. The header of the adapter beside them holds
@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from dreambooth_moslora.adapters.metadata import notes_in
 from dreambooth_moslora.adapters.proof import FileProof, collected_warnings, relative_difference
 from dreambooth_moslora.adapters.raw_file import check_finite, read_tensors, with_sorted_metadata
 from dreambooth_moslora.base.load import encode_text
-from dreambooth_moslora.core import UserError, atomic_write
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import tokens_name
 from dreambooth_moslora.settings.prompts import spelled, spellings_of, token_names
 
@@ -100,10 +100,19 @@ class AttachedTokens:
         self.attach()
 
     def attach(self) -> None:
-        for part in KEYS:
-            check_width(part, self.several, self._tables[part])
-        for part in KEYS:
-            self._extend(part)
+        for part, tokens in product(KEYS, self.several):
+            if tokens.rows[part].shape[1] != self._tables[part].weight.shape[1]:
+                raise UserError(f"the tokens of {tokens.word!r:.40} were learnt on another base than this one")
+        names = [name for own in token_names(tokens.count for tokens in self.several) for name in own]
+        for part, table in self._tables.items():
+            tokenizer = deepcopy(self._tokenizers[part])
+            first = len(tokenizer)
+            if tokenizer.add_tokens(names) != len(names):
+                raise UserError(f"the base's own tokenizer has {names[0]} already: new tokens cannot be learnt on it")
+            setattr(self.pipeline, TOKENIZERS[part], tokenizer)
+            rows = [tokens.rows[part] for tokens in self.several]
+            rows = [one if isinstance(one, nn.Parameter) else one.to(table.weight.device) for one in rows]
+            getattr(self.pipeline, part).set_input_embeddings(TableWithRows(table, rows, first))
         self.pipeline.maybe_convert_prompt = self.spelled  # diffusers expands textual inversions there
 
     def detach(self) -> None:
@@ -123,32 +132,10 @@ class AttachedTokens:
             return [self.spelled(text) for text in prompt]
         return spelled(prompt, self.spellings)
 
-    def _extend(self, part: str) -> None:
-        tokenizer = deepcopy(self._tokenizers[part])
-        first = len(tokenizer)
-        names = [name for own in token_names(tokens.count for tokens in self.several) for name in own]
-        if tokenizer.add_tokens(names) != len(names):
-            raise UserError(f"the base's own tokenizer has {names[0]} already: new tokens cannot be learnt on it")
-        setattr(self.pipeline, TOKENIZERS[part], tokenizer)
-        table, rows = self._tables[part], [tokens.rows[part] for tokens in self.several]
-        rows = [one if isinstance(one, nn.Parameter) else one.to(table.weight.device) for one in rows]
-        getattr(self.pipeline, part).set_input_embeddings(TableWithRows(table, rows, first))
-
-
-def check_width(part: str, several: Sequence[NewTokens], table: nn.Module) -> None:
-    """Raises UserError for rows (n, D) of another width than the table's."""
-    for tokens in several:
-        if tokens.rows[part].shape[1] != table.weight.shape[1]:
-            raise UserError(f"the tokens of {tokens.word!r:.40} were learnt on another base than this one")
-
 
 def notes_of(several: Sequence[NewTokens], name: str = "moslora") -> tuple[dict[str, object], ...]:
     """What the adapter's header says about each; their files' names begin with `name`."""
     return tuple(tokens.note(tokens_name(name, number)) for number, tokens in enumerate(several))
-
-
-def write_tokens(path: Path, tokens: NewTokens) -> None:
-    atomic_write(path, tokens.content)
 
 
 def read_tokens(path: Path) -> NewTokens:
@@ -171,22 +158,21 @@ def tokens_beside(adapter: Path, header: Mapping[str, str]) -> tuple[NewTokens, 
 
     Of a missing file, it logs a warning. Raises UserError for one that is not the file in the header.
     """
-    found = (tokens_of(note, adapter) for note in notes_in(header))
-    return tuple(tokens for tokens in found if tokens is not None)
-
-
-def tokens_of(note: Mapping[str, Any], adapter: Path) -> NewTokens | None:
-    """The tokens of one note of the adapter file's header; None if their file is missing."""
-    path = adapter.parent / note["file"]
-    if not path.is_file():
-        logger.warning(
-            "%s knows %r by new tokens, and their file %s is not beside it: the word means nothing without it",
-            adapter.name, note["word"], path.name,
-        )  # fmt: skip
-        return None
-    if hashlib.sha256(path.read_bytes()).hexdigest() != note["sha256"]:
-        raise UserError(f"{path.name} is not the file of new tokens that belongs to {adapter.name}: copy both again")
-    return read_tokens(path)
+    found = []
+    for note in notes_in(header):
+        path = adapter.parent / note["file"]
+        if not path.is_file():
+            logger.warning(
+                "%s knows %r by new tokens, and their file %s is not beside it: the word means nothing without it",
+                adapter.name, note["word"], path.name,
+            )  # fmt: skip
+            continue
+        if hashlib.sha256(path.read_bytes()).hexdigest() != note["sha256"]:
+            raise UserError(
+                f"{path.name} is not the file of new tokens that belongs to {adapter.name}: copy both again"
+            )
+        found.append(read_tokens(path))
+    return tuple(found)
 
 
 @torch.no_grad()
@@ -215,23 +201,19 @@ def stock_loaded(paths: Sequence[Path], attached: AttachedTokens) -> Iterator[St
     attached.detach()
     try:
         with collected_warnings():
+            # As the model card says, but into a copy of the tokenizer, and of the table, as it grows in place.
             for part, key in KEYS.items():
-                load_stock(pipeline, part, [tensors[key] for tensors in files])
+                several = [tensors[key] for tensors in files]
+                encoder, tokenizer = getattr(pipeline, part), deepcopy(getattr(pipeline, TOKENIZERS[part]))
+                setattr(pipeline, TOKENIZERS[part], tokenizer)
+                table = encoder.get_input_embeddings().weight
+                encoder.set_input_embeddings(nn.Embedding.from_pretrained(table.detach().cpu().clone()))
+                for rows, names in zip(several, token_names(map(len, several)), strict=True):
+                    pipeline.load_textual_inversion(rows, token=names, text_encoder=encoder, tokenizer=tokenizer)
+                encoder.get_input_embeddings().to(table.device)
         yield pipeline
     finally:
         attached.detach()
         for part, size in sizes.items():
             getattr(pipeline, part).config.vocab_size = size
         attached.attach()
-
-
-def load_stock(pipeline: StableDiffusionXLPipeline, part: str, several: Sequence[Tensor]) -> None:
-    """Load as the model card says, but into a copy of the tokenizer, and of the table, as it grows in place."""
-    setattr(pipeline, TOKENIZERS[part], deepcopy(getattr(pipeline, TOKENIZERS[part])))
-    encoder, tokenizer = getattr(pipeline, part), getattr(pipeline, TOKENIZERS[part])
-    table = encoder.get_input_embeddings().weight
-    copied = nn.Embedding.from_pretrained(table.detach().cpu().clone())
-    encoder.set_input_embeddings(copied)
-    for rows, names in zip(several, token_names(map(len, several)), strict=True):
-        pipeline.load_textual_inversion(rows, token=names, text_encoder=encoder, tokenizer=tokenizer)
-    encoder.get_input_embeddings().to(table.device)

@@ -173,7 +173,12 @@ def full_fp32() -> Iterator[None]:
     newer = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.conv
     settings = [(switch, "allow_tf32", False) for switch in (backends.cuda.matmul, backends.cudnn)]
     settings += [(setting, "fp32_precision", "ieee") for setting in newer]  # later, as each switch changes some
-    before = [value_of(backend, name) for backend, name, _ in settings]
+    before = []
+    for backend, name, _ in settings:
+        try:
+            before.append(getattr(backend, name))
+        except RuntimeError:  # the newer settings contradict this switch
+            before.append(None)
     try:
         for backend, name, exact in settings:
             setattr(backend, name, exact)
@@ -182,14 +187,6 @@ def full_fp32() -> Iterator[None]:
         for (backend, name, _), value in zip(settings, before, strict=True):
             if value is not None:
                 setattr(backend, name, value)
-
-
-def value_of(backend: object, name: str) -> bool | str | None:
-    """None for a switch that the newer settings contradict."""
-    try:
-        return getattr(backend, name)
-    except RuntimeError:
-        return None
 
 
 @torch.no_grad()
@@ -213,10 +210,14 @@ def prove_file(
             wanted = delta(layer, adapter_name) if expected is None else expected[name]
             differences[name] = relative_difference(delta(stock[name], STOCK), wanted)
             if adapter_name in layer.lora_magnitude_vector:
-                differences[name] = max(differences[name], magnitude_difference(layer, stock[name], adapter_name))
+                pair = stock[name].lora_magnitude_vector[STOCK], layer.lora_magnitude_vector[adapter_name]
+                sizes = (module.weight.float().cpu() for module in pair)
+                differences[name] = max(differences[name], relative_difference(*sizes))
     outputs = 0.0
     if expected is None:
-        outputs = max(output_difference(live[name], stock[name], adapter_name) for name in sampled(live))
+        names = list(live)
+        spread = names[:: max(1, (len(names) - 1) // (SAMPLED_LAYERS - 1))][: SAMPLED_LAYERS - 1]
+        outputs = max(output_difference(live[n], stock[n], adapter_name) for n in (*spread, names[-1]))
     worst = max(differences, key=differences.__getitem__)
     return FileProof(path.name, differences[worst], outputs, worst, "diffusers load_lora_weights")
 
@@ -236,13 +237,6 @@ def check_reduction(
                 f"nothing was published: reduced in rank, {name} differs from the live adapter by {lost:.2e} "
                 f"(relative), and keep={keep:g} allows {bound:.2e}"
             )
-
-
-def sampled(names: dict[str, object]) -> list[str]:
-    """A few names, evenly spread, including the first and the last."""
-    names = list(names)
-    step = max(1, (len(names) - 1) // (SAMPLED_LAYERS - 1))
-    return [*names[::step][: SAMPLED_LAYERS - 1], names[-1]]
 
 
 def stock_layers(path: Path, components: dict[str, nn.Module]) -> dict[str, LoraLayer]:
@@ -304,20 +298,16 @@ def delta(layer: LoraLayer, adapter_name: str) -> Tensor:
     return layer.get_delta_weight(adapter_name).float().cpu()
 
 
-def magnitude_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -> float:
-    pair = live.lora_magnitude_vector[adapter_name], stock.lora_magnitude_vector[STOCK]
-    wanted, found = (module.weight.float().cpu() for module in pair)
-    return relative_difference(found, wanted)
-
-
 def output_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -> float:
-    """The relative difference of the layers' outputs for a fixed x.
+    """The relative difference of the layers' outputs for a fixed x (16, in), or (1, in, 4, 4) for a convolution.
 
     The base is zero, so that the output is the adapter's own effect: early in training it would vanish in the
     rounding of W·x. DoRA needs a base, and its magnitudes are compared separately.
     """
     device = live.lora_A[adapter_name].weight.device
-    x, base = fixed_input(live), fixed_base(live)
+    is_convolution = isinstance(live.get_base_layer(), nn.Conv2d)
+    shape = (1, live.in_features, 4, TOKENS // 4) if is_convolution else (TOKENS, live.in_features)
+    x, base = torch.randn(shape, generator=torch.Generator().manual_seed(1)), fixed_base(live)
     if adapter_name not in live.lora_magnitude_vector:
         nn.init.zeros_(base.weight)
     with alone(stock, STOCK, base):
@@ -337,14 +327,6 @@ def fixed_base(layer: LoraLayer) -> nn.Linear | nn.Conv2d:
     generator = torch.Generator().manual_seed(0)
     nn.init.normal_(base.weight, std=base.weight[0].numel() ** -0.5, generator=generator)
     return base.requires_grad_(False)
-
-
-def fixed_input(layer: LoraLayer) -> Tensor:
-    """(16, in), or 16 pixels (1, in, 4, 4) for a convolution."""
-    shape = (TOKENS, layer.in_features)
-    if isinstance(layer.get_base_layer(), nn.Conv2d):
-        shape = (1, layer.in_features, 4, TOKENS // 4)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 def prove_kohya_dora(

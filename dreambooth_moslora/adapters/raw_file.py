@@ -14,7 +14,6 @@ a few MB for an SDXL UNet. The stock loader reloads an export into it, so that m
 
 import inspect
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata, most_common, versions
 from dreambooth_moslora.adapters.mixer import MixedLowRank, MixerLinear, nominal_scale
-from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, inject, matrices_of, value_pattern
+from dreambooth_moslora.adapters.moslora import adapter_layers, exact_config, inject, matrices_of, weight_size
 from dreambooth_moslora.core import UserError, atomic_write, one_line, public_name
 
 
@@ -104,7 +103,8 @@ def empty_model(description: Mapping[str, object]) -> nn.Module:
     name, config = description.get("class"), description.get("config")
     if name not in CLASSES or not isinstance(config, dict):
         raise UserError(f"{name!r:.60} is not a part of SDXL that can be built; it has {', '.join(CLASSES)}")
-    if layers_in(config) > MOST_LAYERS:
+    blocks = config.get("down_block_types")  # the constructor judges unreadable numbers
+    if (len(blocks) if isinstance(blocks, list) else 1) * prod(deepest(config.get(n)) for n in DEPTHS) > MOST_LAYERS:
         raise UserError(f"the {name} that the file describes has more than {MOST_LAYERS} layers, so it is not SDXL's")
     try:
         with torch.device("meta"):
@@ -113,12 +113,6 @@ def empty_model(description: Mapping[str, object]) -> nn.Module:
     except Exception as error:  # constructors raise any error on contradictory sizes
         raise UserError(f"the {name} that the file describes cannot be built: {one_line(error)}") from error
     return model.eval()
-
-
-def layers_in(config: dict) -> int:
-    """The most layers that a model of this config can have; the constructor judges unreadable numbers."""
-    blocks = config.get("down_block_types")
-    return (len(blocks) if isinstance(blocks, list) else 1) * prod(deepest(config.get(name)) for name in DEPTHS)
 
 
 def deepest(depths: object) -> int:
@@ -131,15 +125,10 @@ def deepest(depths: object) -> int:
 def build(name: str, config: dict) -> nn.Module:
     kind = getattr(import_module(CLASSES[name]), name)
     if CLASSES[name] == "diffusers":
-        return kind.from_config(known(kind, config))
+        names = inspect.signature(kind.__init__).parameters  # of this version
+        return kind.from_config({name: value for name, value in config.items() if name in names})
     # An attention implementation may name a kernel on the hub, which is code: a file must not choose it.
     return kind(kind.config_class(**{k: v for k, v in config.items() if "attn_implementation" not in k}))
-
-
-def known(kind: type, config: dict) -> dict:
-    """The arguments that this version of the class has."""
-    names = inspect.signature(kind.__init__).parameters
-    return {key: value for key, value in config.items() if key in names}
 
 
 def fill_with_zeros(model: nn.Module) -> None:
@@ -157,7 +146,6 @@ def fill_with_zeros(model: nn.Module) -> None:
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 SHARED_SETTINGS = ("use_rslora", "use_dora", "lora_dropout", "mixer", "train_mixer", "mixer_seed")
 """A file has one value of each for all its components."""
-Sizes = dict[str, tuple[int, ...]]
 RAW_KEY, RAW_FORMAT = "raw_format", 1
 
 
@@ -197,18 +185,20 @@ def adapter_metadata(
     )
 
 
-def check_storable(components: dict[str, nn.Module], adapter_name: str) -> None:
-    """Raises UserError for DoRA on a convolution: PEFT can make it, but the files cannot hold its magnitudes."""
-    for path, layer in all_layers(components, adapter_name).items():
-        if adapter_name in layer.lora_magnitude_vector and isinstance(layer.get_base_layer(), nn.Conv2d):
-            raise UserError(f"{path} is a convolution with DoRA, which cannot be saved here")
-
-
 def check_components(components: dict[str, nn.Module]) -> None:
     """Raises UserError for an unknown component, or none."""
     unknown = sorted(set(components) - set(COMPONENTS))
     if unknown or not components:
         raise UserError(f"components are {', '.join(COMPONENTS)}, not {unknown or 'an empty dict'}")
+
+
+def check_storable(components: dict[str, nn.Module], adapter_name: str) -> None:
+    """Raises UserError for an unknown component, and for DoRA on a convolution: PEFT can make it, but the files cannot
+    hold its magnitudes."""
+    check_components(components)
+    for path, layer in all_layers(components, adapter_name).items():
+        if adapter_name in layer.lora_magnitude_vector and isinstance(layer.get_base_layer(), nn.Conv2d):
+            raise UserError(f"{path} is a convolution with DoRA, which cannot be saved here")
 
 
 def all_layers(components: dict[str, nn.Module], adapter_name: str) -> dict[str, LoraLayer]:
@@ -238,24 +228,19 @@ def save_raw(
 
     Ranks, alphas and settings in `metadata` are replaced by the models' own.
     """
-    check_components(components)
     check_storable(components, adapter_name)
     live = adapter_metadata(components, adapter_name)
     taken = ("rank", "alpha", "ranks", "alphas", "structures", "versions", *SHARED_SETTINGS)
     metadata = replace(metadata, **{name: getattr(live, name) for name in taken})
     tensors = {RAW_KEY: torch.tensor([RAW_FORMAT])}
     for module_path, layer in all_layers(components, adapter_name).items():
-        tensors |= {f"{module_path}.{part}": t for part, t in raw_parts(layer, adapter_name).items()}
+        own = matrices_of(layer, adapter_name)
+        parts = {"lora_A": own.down, "mixer": own.mixer, "lora_B": own.up, "magnitude": own.magnitude}
+        for part, tensor in parts.items():
+            if tensor is not None:
+                tensors[f"{module_path}.{part}"] = tensor.detach().cpu().contiguous()
     check_finite(tensors, "the adapter")
     write_file(Path(path), tensors, metadata.header)
-
-
-def raw_parts(layer: LoraLayer, adapter_name: str) -> dict[str, Tensor]:
-    """lora_A (r, in), mixer (r, r), lora_B (out, r), magnitude (out,), not copied if they are on the CPU."""
-    matrices = matrices_of(layer, adapter_name)
-    parts = {"lora_A": matrices.down, "mixer": matrices.mixer, "lora_B": matrices.up, "magnitude": matrices.magnitude}
-    parts = {name: tensor for name, tensor in parts.items() if tensor is not None}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in parts.items()}
 
 
 def read_raw(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetadata]:
@@ -277,7 +262,7 @@ def read_raw(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetadata]:
 
 
 def check_whole(name: str, tensors: dict[str, Tensor], metadata: AdapterMetadata) -> None:
-    """Raises UserError unless the modules have exactly the matrices and sizes in the metadata."""
+    """Raises UserError unless the modules have exactly the matrices that the metadata says, of its ranks."""
     if not tensors:
         raise UserError(f"{name} is broken: it holds no module")
     for key, tensor in tensors.items():
@@ -286,22 +271,16 @@ def check_whole(name: str, tensors: dict[str, Tensor], metadata: AdapterMetadata
     for component in COMPONENTS:
         for path, parts in component_tensors(tensors, component).items():
             found = {part: tuple(tensor.shape) for part, tensor in parts.items()}
-            if found != expected_sizes(found, metadata, f"{component}.{path}"):
+            rank = metadata.ranks.get(f"{component}.{path}", metadata.rank)
+            inputs, outputs = found.get("lora_A", (0, 0))[1:], found.get("lora_B", (0,))[:1]
+            inputs = inputs if len(inputs) in (1, 3) else (0,)  # (in,) or (in, h, w)
+            sizes = {"lora_A": (rank, *inputs), "lora_B": (*outputs, rank)}
+            if metadata.mixer != "none":
+                sizes["mixer"] = (rank, rank)
+            if metadata.use_dora:
+                sizes["magnitude"] = outputs
+            if found != sizes:
                 raise UserError(f"{name} is broken: {component}.{path:.100} is not whole, or not of its rank")
-
-
-def expected_sizes(found: Sizes, metadata: AdapterMetadata, module: str) -> Sizes:
-    """Part -> size.
-
-    The ranks come from the metadata; in, out and a kernel's size from `found`.
-    """
-    rank = metadata.ranks.get(module, metadata.rank)
-    inputs, outputs = found.get("lora_A", (0, 0))[1:], found.get("lora_B", (0,))[:1]
-    inputs = inputs if len(inputs) in (1, 3) else (0,)  # (in,) or (in, h, w)
-    sizes = {"lora_A": (rank, *inputs), "lora_B": (*outputs, rank)}
-    if metadata.mixer != "none":
-        sizes["mixer"] = (rank, rank)
-    return sizes | ({"magnitude": outputs} if metadata.use_dora else {})
 
 
 def load_raw(path: str | Path, components: dict[str, nn.Module], adapter_name: str = "default") -> AdapterMetadata:
@@ -318,10 +297,14 @@ def load_raw(path: str | Path, components: dict[str, nn.Module], adapter_name: s
     by_component = {name: component_tensors(tensors, name) for name in components if name in wanted}
     for component, modules in by_component.items():
         check_fits(Path(path).name, metadata, component, components[component], modules)
+    settings = {name: getattr(metadata, name) for name in SHARED_SETTINGS}
     for component, modules in by_component.items():
-        inject(components[component], config_of(metadata, component, modules), adapter_name)
-        for module_path, layer in adapter_layers(components[component], adapter_name).items():
-            fill(layer, adapter_name, modules[module_path])
+        ranks = {path: metadata.ranks.get(f"{component}.{path}", metadata.rank) for path in modules}
+        alphas = {path: metadata.alphas.get(f"{component}.{path}", metadata.alpha) for path in modules}
+        config = exact_config(ranks, alphas, metadata.rank, metadata.alpha, **settings)
+        inject(components[component], config, adapter_name)
+        for path, layer in adapter_layers(components[component], adapter_name).items():
+            fill(layer, adapter_name, modules[path])
     return metadata
 
 
@@ -365,31 +348,8 @@ def check_fits(name: str, metadata: AdapterMetadata, component: str, model: nn.M
             )
 
 
-def weight_size(module: nn.Module | None) -> tuple[int, ...]:
-    """(out, in) of a projection, also if quantised, (out, in, h, w) of a convolution, () of anything else."""
-    module = getattr(module, "base_layer", module)
-    if isinstance(module, nn.Conv2d):
-        return (module.out_channels, module.in_channels, *module.kernel_size)
-    return (module.out_features, module.in_features) if hasattr(module, "out_features") else ()
-
-
 def size_text(size: tuple[int, ...]) -> str:
     return "×".join(map(str, size))
-
-
-def config_of(metadata: AdapterMetadata, component: str, modules: dict) -> MoSLoraConfig:
-    """A config for exactly these modules, with their own ranks and alphas."""
-    prefix = f"{component}."
-    ranks = {path: metadata.ranks.get(prefix + path, metadata.rank) for path in modules}
-    alphas = {path: metadata.alphas.get(prefix + path, metadata.alpha) for path in modules}
-    return MoSLoraConfig(
-        r=metadata.rank,
-        lora_alpha=metadata.alpha,
-        target_modules="|".join(re.escape(module_path) for module_path in modules),
-        rank_pattern=value_pattern(ranks, metadata.rank),
-        alpha_pattern=value_pattern(alphas, metadata.alpha),
-        **{name: getattr(metadata, name) for name in SHARED_SETTINGS},
-    )
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from dreambooth_moslora.adapters import proof as kohya
 from dreambooth_moslora.adapters.describe import reduce_rank
 from dreambooth_moslora.adapters.export import load_published, publish
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.mixer import LowRank
+from dreambooth_moslora.adapters.mixer import LowRank, MixedLowRank
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, inject, set_scale
 from dreambooth_moslora.adapters.raw_file import save_raw
 from dreambooth_moslora.core import UserError
@@ -91,11 +91,10 @@ def test_the_scale_of_the_moment_is_not_published(tmp_path):
 
 
 def break_mixer(monkeypatch):
-    def without_mixer(layer, name):
-        down, up = layer.lora_A[name].weight, layer.lora_B[name].up
-        return LowRank(down.detach().clone(), (layer.scaling[name] * up).detach())
+    def without_mixer(matrices):
+        return LowRank(matrices.down.detach().clone(), (matrices.scale * matrices.up).detach())
 
-    monkeypatch.setattr(moslora, "fold_layer", without_mixer)
+    monkeypatch.setattr(MixedLowRank, "fold", without_mixer)
 
 
 def break_alpha(monkeypatch):
